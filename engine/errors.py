@@ -1,0 +1,37 @@
+"""Errors that a user can cause. Each carries the text to print and the exit code of the command line."""
+
+EXIT_OK = 0
+EXIT_THRESHOLD = 1
+EXIT_USER = 2
+EXIT_INCOMPLETE = 3
+EXIT_OWNED = 4
+EXIT_DRAINED = 75
+
+
+class RiskforgeError(Exception):
+    """An expected failure: printed without a traceback, ends the command with `exit_code`."""
+
+    exit_code = EXIT_USER
+
+
+class JobError(RiskforgeError):
+    """The job or the command line is wrong.
+
+    Attributes:
+        problems: one line each, in the form `field: what is wrong with the value; the remedy`.
+    """
+
+    def __init__(self, problems: list[str] | str) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type, tuple[list[str]]]:
+        return type(self), (self.problems,)
+
+
+class OutputError(RiskforgeError):
+    """The output cannot be used as asked: not empty, of another plan, not writable."""
+
+
+class CorruptShardError(RiskforgeError):
+    """A published file is not what its checksum or its commit record says."""

@@ -1,0 +1,174 @@
+"""Samples of a request, batch by batch: sampling with guidance, decoding, quantising, scoring, encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import imaging
+from engine.errors import JobError
+from engine.guidance.boundary import guide_to_boundary
+from engine.guidance.rules import GradientHealth
+from engine.models.classifier import Classifier
+from engine.models.clip import Clip
+from engine.models.diffusion import Diffusion
+from engine.models.runtime import choose_hardware
+from engine.plan import Plan, RequestPlan, SampleSpec, make_prompt
+from engine.records import SampleResult, failed_record
+from engine.sampling.loop import sample
+from engine.sampling.noise import initial_noise
+from engine.scoring import Scorer
+from engine.spec import JobSpec
+
+FIRST_GPU_BATCH = 8
+MAX_GPU_BATCH = 256
+# `batch_size: auto` doubles while the peak stays below this share of the GPU's memory.
+GROWTH_SHARE = 0.4
+
+
+class Generator:
+    """Holds the models of a job and turns sample specs into results.
+
+    Attributes:
+        batch_size: samples a batch at present.
+
+    Raises:
+        JobError: a model cannot be loaded or the hardware lacks what `runtime` asks for.
+    """
+
+    def __init__(self, job: JobSpec, plan: Plan) -> None:
+        self._job = job
+        self._plan = plan
+        self._hardware = choose_hardware(job.runtime)
+        device = self._hardware.device
+        self._target = Classifier.load(job.models.target, device)
+        self._scorer = Scorer(
+            self._target,
+            Clip.load(job.models.clip, device),
+            [Classifier.load(address, device) for address in job.models.transfer],
+            Classifier.load(job.models.oracle, device) if job.models.oracle else None,
+        )
+        self._diffusion: dict[str, Diffusion] = {}
+        auto = job.runtime.batch_size == "auto"
+        self._grows = auto and self._hardware.is_cuda
+        self.batch_size = FIRST_GPU_BATCH if auto else int(job.runtime.batch_size)
+        for request in plan.requests:
+            self._check_combination(request.number)
+            self._model(request.number).check_prompts(longest_prompts(request))
+
+    @property
+    def device_name(self) -> str:
+        """The device in words."""
+        if self._hardware.is_cuda:
+            return torch.cuda.get_device_name()
+        return f"CPU, {torch.get_num_threads()} threads"
+
+    def next_batch(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
+        """Results of the first samples of `specs`, as many as fit a batch.
+
+        Out of memory halves the batch. An exception of one sample makes that sample `failed`, not its neighbours.
+        """
+        rows = self._model(request).rows
+        while True:
+            batch = specs[: rows or self.batch_size]
+            try:
+                results = self._isolating(request, batch)
+            except torch.OutOfMemoryError:
+                if rows is not None or len(batch) == 1:
+                    raise
+                torch.cuda.empty_cache()
+                self.batch_size, self._grows = max(1, len(batch) // 2), False
+                continue
+            self.batch_size = rows or self.batch_size
+            self._grow(len(batch))
+            return results
+
+    def _isolating(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
+        try:
+            return self._results(request, specs)
+        except (torch.OutOfMemoryError, MemoryError, JobError):
+            raise
+        except Exception as error:
+            if len(specs) == 1:
+                text = (str(error).strip().splitlines() or [""])[0]
+                return [_failed(specs[0], f"{type(error).__name__}: {text}")]
+            return [result for spec in specs for result in self._isolating(request, [spec])]
+
+    def _results(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
+        rows = self._model(request).rows
+        # The last sample fills up a batch of fixed shape: on a CPU bytes must not depend on the neighbours.
+        padded = [*specs, *[specs[-1]] * ((rows or len(specs)) - len(specs))]
+        images, health = self.sample(request, padded)
+        finite = torch.isfinite(images).flatten(1).all(1)
+        files = [imaging.encode(pixels, self._job.output.image_format) for pixels in imaging.quantise(images)]
+        records = self._scorer.records(padded, [imaging.decode(data) for data in files])
+        return [
+            SampleResult(record=record | _counts(health, row), image=files[row], run={"batch_size": len(padded)})
+            if finite[row]
+            else _failed(spec, "the sampler produced values that are not finite")
+            for row, (spec, record) in enumerate(zip(specs, records[: len(specs)], strict=True))
+        ]
+
+    def sample(self, request: int, specs: Sequence[SampleSpec]) -> tuple[Tensor, GradientHealth]:
+        """Images [B, 3, H, W], nominally in [0, 1], of samples of a request, and the health of their gradients."""
+        model, spec = self._model(request), self._job.requests[request]
+        sampling = self._job.sampling_of(spec)
+        sampler = model.sampler(sampling)
+        denoiser = model.denoiser([one.prompt for one in specs], sampling, sampler)
+        noise = initial_noise([one.seed for one in specs], model.latent_shape, self._hardware.device)
+        if spec.method == "prompt":
+            latents, health = sample(denoiser, sampler, noise), GradientHealth.of(len(specs))
+        else:
+            guided = guide_to_boundary(
+                denoiser,
+                self._job.guidance_of(spec).boundary,
+                logits=self._target.logits,
+                decode=model.decode,
+                classes=specs[0].cell.classes,
+                num_samples=len(specs),
+            )
+            latents, health = sample(guided, sampler, noise), guided.health
+        with torch.no_grad():
+            return model.decode(latents), health
+
+    def _model(self, request: int) -> Diffusion:
+        address = self._job.requests[request].diffusion or self._job.models.diffusion
+        if address not in self._diffusion:
+            self._diffusion[address] = Diffusion.load(address, self._hardware)
+        return self._diffusion[address]
+
+    def _check_combination(self, request: int) -> None:
+        try:
+            self._model(request).sampler(self._job.sampling_of(self._job.requests[request]))
+        except ValueError as error:
+            raise JobError(f"requests.{request}: {error}") from None
+
+    def _grow(self, used: int) -> None:
+        if not self._grows or used < self.batch_size:
+            return
+        total = torch.cuda.get_device_properties(0).total_memory
+        if self.batch_size < MAX_GPU_BATCH and torch.cuda.max_memory_allocated() < GROWTH_SHARE * total:
+            self.batch_size *= 2
+        else:
+            self._grows = False
+
+
+def longest_prompts(request: RequestPlan) -> list[str]:
+    """Prompts of a request of which one is the longest: every context with the class of the longest name."""
+    cell = max(request.cells, key=lambda one: len(" ".join(one.names)))
+    return [make_prompt(request.spec.prompt, cell, context) for context in request.spec.contexts]
+
+
+def _failed(spec: SampleSpec, message: str) -> SampleResult:
+    return SampleResult(record=failed_record(spec, message[:500]), run={"batch_size": 1})
+
+
+def _counts(health: GradientHealth, row: int) -> dict[str, Any]:
+    return {
+        "guided_steps": int(health.guided_steps[row]),
+        "zero_gradients": int(health.zero[row]),
+        "nonfinite_gradients": int(health.nonfinite[row]),
+    }

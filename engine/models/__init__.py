@@ -1,0 +1,1 @@
+"""Loading diffusion, CLIP and classifier models, and what they need: precision, attention, preprocessing."""

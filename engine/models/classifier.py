@@ -1,0 +1,69 @@
+"""Image classifiers in transformers' format, with their own preprocessing and calibration temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+from torch import Tensor
+
+from engine.errors import JobError
+from engine.models.addresses import read_config, resolve
+from engine.models.preprocess import Preprocessing
+from engine.models.runtime import frozen, loading
+
+
+class Classifier:
+    """A classifier f with preprocessing and temperature: `logits = f(x) / T` over n classes.
+
+    Attributes:
+        name: the address it was loaded from.
+        labels: class names in index order.
+        temperature: T, the field `temperature` of its config.json, else 1.
+    """
+
+    def __init__(self, model: Any, preprocessing: Preprocessing, *, name: str, temperature: float, device: str) -> None:
+        self._model = frozen(model, device)
+        self._preprocessing = preprocessing
+        self._device = device
+        self.name = name
+        self.temperature = temperature
+        self.labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
+
+    @classmethod
+    def load(cls, address: str, device: str = "cpu") -> Classifier:
+        """Load from `zoo:`, a folder or a hub id; safetensors only, always in float32.
+
+        Raises:
+            JobError: it cannot be loaded, or its temperature is not a positive number.
+        """
+        from transformers.models.auto.modeling_auto import AutoModelForImageClassification
+
+        folder = resolve(address)
+        with loading(address, "a classifier"):
+            model = AutoModelForImageClassification.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, dtype=torch.float32
+            )
+        return cls(model, Preprocessing(folder), name=address, temperature=_temperature(folder, address), device=device)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Temperature-scaled logits [B, n] of images [B, 3, H, W] in [0, 1]; differentiable."""
+        return self._forward(self._preprocessing.of_tensor(images))
+
+    @torch.no_grad()
+    def score(self, images: Sequence[PIL.Image.Image]) -> Tensor:
+        """Temperature-scaled logits [B, n] of 8-bit images, on the CPU: what plain transformers gives, divided by T."""
+        return self._forward(self._preprocessing.of_images(images).to(self._device)).cpu()
+
+    def _forward(self, pixel_values: Tensor) -> Tensor:
+        return self._model(pixel_values=pixel_values).logits.float() / self.temperature
+
+
+def _temperature(folder: Path, address: str) -> float:
+    value = read_config(folder / "config.json").get("temperature", 1.0)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e6:
+        raise JobError(f"'{address}': temperature {value!r} in config.json is not a positive number")
+    return float(value)

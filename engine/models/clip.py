@@ -1,0 +1,63 @@
+"""CLIP models: embeddings of images and of class prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import PIL.Image
+import torch
+from torch import Tensor
+
+from engine.models.addresses import resolve
+from engine.models.preprocess import Preprocessing
+from engine.models.runtime import frozen, loading
+
+
+class Clip:
+    """A CLIP model with its tokenizer and preprocessing, in float32."""
+
+    def __init__(self, model: Any, tokenizer: Any, preprocessing: Preprocessing, device: str) -> None:
+        self._model = frozen(model, device)
+        self._tokenizer = tokenizer
+        self._preprocessing = preprocessing
+        self._device = device
+
+    @classmethod
+    def load(cls, address: str, device: str = "cpu") -> Clip:
+        """Load from `zoo:`, a folder or a hub id; safetensors only.
+
+        Raises:
+            JobError: it cannot be loaded.
+        """
+        from transformers.models.clip.modeling_clip import CLIPModel
+        from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+        folder = resolve(address)
+        with loading(address, "a CLIP model"):
+            model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype=torch.float32)
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        return cls(model, tokenizer, Preprocessing(folder), device)
+
+    @torch.no_grad()
+    def text_embeds(self, prompts: Sequence[str]) -> Tensor:
+        """Projected text embeddings [len(prompts), d] on the CPU, not normalised."""
+        tokens = self._tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=self._model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(self._device)
+        return _embeds(self._model.get_text_features(**tokens)).float().cpu()
+
+    @torch.no_grad()
+    def image_embeds(self, images: Sequence[PIL.Image.Image]) -> Tensor:
+        """Projected image embeddings [B, d] of 8-bit images, on the CPU, not normalised."""
+        pixels = self._preprocessing.of_images(images).to(self._device)
+        return _embeds(self._model.get_image_features(pixel_values=pixels)).float().cpu()
+
+
+def _embeds(features: Any) -> Tensor:
+    """transformers 5 wraps the projected features in an output object, 4 does not."""
+    return features if isinstance(features, Tensor) else features.pooler_output

@@ -1,0 +1,151 @@
+"""Stable Diffusion pipelines: their parts loaded one by one, and what sampling needs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import JobError
+from engine.models.addresses import read_config, resolve
+from engine.models.runtime import CHECKPOINTING_PIXELS, CPU_LATENT_ELEMENTS, CPU_ROWS, Hardware, frozen, loading
+from engine.sampling.denoiser import ClassifierFreeDenoiser
+from engine.sampling.schedulers import Sampler
+from engine.spec import SamplingSpec
+
+
+class Diffusion:
+    """A text-to-image latent diffusion model.
+
+    Attributes:
+        latent_shape: (C, H, W) of a sample's latents.
+        hardware: where and how it runs.
+    """
+
+    def __init__(
+        self, *, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, scheduler: dict[str, Any], hardware: Hardware
+    ) -> None:
+        self._unet = frozen(unet, hardware.device)
+        self._text_encoder = frozen(text_encoder, hardware.device)
+        self._vae = frozen(vae, hardware.device)
+        self._tokenizer = tokenizer
+        self._scheduler = scheduler
+        self._embeddings: dict[str, Tensor] = {}
+        self.hardware = hardware
+        size = unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.latent_shape = (int(unet.config.in_channels), int(height), int(width))
+        self._configure()
+
+    @classmethod
+    def load(cls, address: str, hardware: Hardware) -> Diffusion:
+        """Load a diffusers pipeline folder, `zoo:` part or hub id; safetensors only.
+
+        Raises:
+            JobError: it cannot be loaded, or is not a Stable Diffusion pipeline.
+        """
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+        from transformers.models.clip.modeling_clip import CLIPTextModel
+        from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+        folder = resolve(address)
+        _check_kind(folder, address)
+        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+        dtype = getattr(torch, hardware.dtype)
+        with loading(address, "a diffusion pipeline"):
+            return cls(
+                unet=UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, **options),
+                # The decoder stays in float32: in half precision some overflow, and gradients below 1e-7 vanish.
+                vae=AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, **options),
+                text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, **options),
+                tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+                scheduler=read_config(folder / "scheduler" / "scheduler_config.json"),
+                hardware=hardware,
+            )
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of every model call on a CPU, whatever the batch; None on a GPU, where the batch decides."""
+        if self.hardware.is_cuda:
+            return None
+        channels, height, width = self.latent_shape
+        return max(1, min(CPU_ROWS, CPU_LATENT_ELEMENTS // (channels * height * width)))
+
+    def sampler(self, spec: SamplingSpec) -> Sampler:
+        """A fresh sampler, for one batch.
+
+        Raises:
+            ValueError: the combination is impossible with this model.
+        """
+        return Sampler(spec, self._scheduler, self.hardware.device)
+
+    def denoiser(self, prompts: Sequence[str], spec: SamplingSpec, sampler: Sampler) -> ClassifierFreeDenoiser:
+        """A denoiser for a batch of prompts."""
+        return ClassifierFreeDenoiser(
+            self._predict,
+            conditional=self.encode(prompts),
+            unconditional=self.encode([spec.negative_prompt] * len(prompts)),
+            prediction=sampler.prediction,
+            guidance_scale=spec.guidance_scale,
+            guidance_rescale=spec.guidance_rescale,
+        )
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that the text encoder would cut off without a word.
+
+        Raises:
+            JobError: naming the first prompt that is too long.
+        """
+        limit = self._tokenizer.model_max_length
+        for prompt in prompts:
+            if (length := len(self._tokenizer(prompt).input_ids)) > limit:
+                raise JobError(
+                    f"prompt '{prompt[:80]}' has {length} tokens, the text encoder reads {limit}; shorten it"
+                )
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Text embeddings [B, tokens, width]; every different prompt is encoded once in the model's life."""
+        for prompt in prompts:
+            # One by one: a prompt's embedding must not depend on the prompts beside it.
+            if prompt not in self._embeddings:
+                tokens = self._tokenizer(
+                    [prompt],
+                    padding="max_length",
+                    truncation=True,
+                    max_length=self._tokenizer.model_max_length,
+                    return_tensors="pt",
+                )
+                self._embeddings[prompt] = self._text_encoder(tokens.input_ids.to(self.hardware.device))[0]
+        return torch.cat([self._embeddings[prompt] for prompt in prompts])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W], nominally in [0, 1] and not clamped, of latents [B, C, h, w]; differentiable."""
+        shift = getattr(self._vae.config, "shift_factor", None) or 0.0
+        return self._vae.decode(latents / self._vae.config.scaling_factor + shift).sample / 2 + 0.5
+
+    def _predict(self, latents: Tensor, timestep: Tensor, embeddings: Tensor) -> Tensor:
+        return self._unet(latents.to(self._unet.dtype), timestep, encoder_hidden_states=embeddings, return_dict=False)[
+            0
+        ]
+
+    def _configure(self) -> None:
+        if self.hardware.attention == "xformers":
+            self._unet.enable_xformers_memory_efficient_attention()
+        pixels = self.latent_shape[1] * 2 ** (len(self._vae.config.block_out_channels) - 1)
+        wanted = self.hardware.gradient_checkpointing
+        if wanted == "on" or (wanted == "auto" and pixels > CHECKPOINTING_PIXELS):
+            self._unet.enable_gradient_checkpointing()
+            self._vae.enable_gradient_checkpointing()
+
+
+def _check_kind(folder: Path, address: str) -> None:
+    index = read_config(folder / "model_index.json")
+    parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    if parts.get("unet") != "UNet2DConditionModel" or parts.get("text_encoder") != "CLIPTextModel":
+        kind = index.get("_class_name", "unknown")
+        raise JobError(f"'{address}' is a {kind}; a Stable Diffusion pipeline (UNet and CLIP text encoder) is needed")

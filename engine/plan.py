@@ -1,0 +1,370 @@
+"""Requests to shards, lazily: a shard is five numbers, its samples are computed where they are needed.
+
+A request is a sequence of samples, index by index over its classes, so that a grown `count` only appends. A plan is
+a list of stages; each stage cuts the new part of every request's sequence into shards, numbered on from the stage
+before. Planning takes memory for the requests, not for the samples.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import JobError
+from engine.spec import CLASS_TEMPLATE, JOINT_SEPARATOR, MAX_SEED, JobSpec, RequestSpec, nearest
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """What a sample is conditioned on: one class, or a subset of classes with a joint prompt.
+
+    Attributes:
+        classes: indices of the target's classes, one or several.
+        names: their names, in the same order.
+    """
+
+    classes: tuple[int, ...]
+    names: tuple[str, ...]
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the prompt names several classes."""
+        return len(self.classes) > 1
+
+    @property
+    def code(self) -> str:
+        """The class part of a key: three digits or more, or `mix`."""
+        return "mix" if self.is_joint else f"{self.classes[0]:03d}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSpec:
+    """One sample to make: everything that decides it, before any model is asked."""
+
+    key: str
+    request: str
+    method: str
+    cell: Cell
+    prompt: str
+    context: str
+    seed: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSpec:
+    """One shard to make: positions `start` to `stop` of a request's sequence."""
+
+    number: int
+    request: int
+    start: int
+    stop: int
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the shard."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestPlan:
+    """A request with its classes resolved against the target's labels.
+
+    Attributes:
+        total: samples of the whole request, over all classes and contexts.
+    """
+
+    number: int
+    spec: RequestSpec
+    job_name: str
+    job_seed: int
+    cells: tuple[Cell, ...]
+
+    @property
+    def total(self) -> int:
+        """Samples of the whole request."""
+        return self.spec.count * len(self.cells) * len(self.spec.contexts)
+
+    def sample(self, position: int) -> SampleSpec:
+        """The sample at a position of the request's sequence, `0 <= position`."""
+        index, which = divmod(position, len(self.cells))
+        cell, context = self.cells[which], self.spec.contexts[index % len(self.spec.contexts)]
+        return SampleSpec(
+            key=f"{self.job_name}-{self.number:03d}-{cell.code}-{index:08d}",
+            request=self.spec.name,
+            method=self.spec.method,
+            cell=cell,
+            prompt=make_prompt(self.spec.prompt, cell, context),
+            context=context,
+            seed=sample_seed(self.job_seed, self.spec.seed_group or self.spec.name, cell.classes, index),
+            index=index,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """Positions `start` to `stop` of a request's sequence, cut into shards of `samples_per_shard`."""
+
+    request: int
+    start: int
+    stop: int
+    samples_per_shard: int
+
+    @property
+    def num_shards(self) -> int:
+        """Shards that the extent is cut into."""
+        return -(-(self.stop - self.start) // self.samples_per_shard)
+
+
+class Plan:
+    """The shards of a job.
+
+    Args:
+        requests: the job's requests, resolved.
+        identity: what decides pixels and scores (`plan_identity`).
+        stages: lists of extents, one list for each time that the job was extended.
+    """
+
+    def __init__(
+        self, requests: tuple[RequestPlan, ...], identity: dict[str, Any], stages: tuple[tuple[Extent, ...], ...]
+    ) -> None:
+        self.requests = requests
+        self.identity = identity
+        self.stages = stages
+        self._extents = [extent for stage in stages for extent in stage]
+        self._first_shard = list(itertools.accumulate((extent.num_shards for extent in self._extents), initial=0))
+
+    @property
+    def digest(self) -> str:
+        """Digest of everything that decides pixels or scores (contract: resume)."""
+        return digest_of(self.identity)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards over all stages."""
+        return self._first_shard[-1]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples over all stages."""
+        return sum(extent.stop - extent.start for extent in self._extents)
+
+    def shard(self, number: int) -> ShardSpec:
+        """The shard of a number, `0 <= number < num_shards`.
+
+        Raises:
+            IndexError: there is no such shard.
+        """
+        if not 0 <= number < self.num_shards:
+            raise IndexError(f"shard {number} is not in a plan of {self.num_shards}")
+        place = bisect.bisect_right(self._first_shard, number) - 1
+        extent = self._extents[place]
+        start = extent.start + (number - self._first_shard[place]) * extent.samples_per_shard
+        stop = min(start + extent.samples_per_shard, extent.stop)
+        return ShardSpec(number=number, request=extent.request, start=start, stop=stop)
+
+    def shards(self) -> Iterator[ShardSpec]:
+        """All shards in order, lazily."""
+        return map(self.shard, range(self.num_shards))
+
+    def samples(self, shard: ShardSpec) -> Iterator[SampleSpec]:
+        """The samples of a shard in order, lazily."""
+        return map(self.requests[shard.request].sample, range(shard.start, shard.stop))
+
+
+def build_plan(job: JobSpec, labels: list[str], digests: dict[str, Any]) -> Plan:
+    """Plan a job as a single stage.
+
+    Args:
+        labels: the target's class names in index order.
+        digests: digest of each model by its role, as in `plan_identity`.
+
+    Raises:
+        JobError: classes that the target does not have, all of them at once.
+    """
+    requests = resolve_requests(job, labels)
+    stage = next_stage(requests, (), job.output.samples_per_shard)
+    return Plan(requests, plan_identity(job, requests, digests), (stage,))
+
+
+def next_stage(
+    requests: tuple[RequestPlan, ...], stages: tuple[tuple[Extent, ...], ...], samples_per_shard: int
+) -> tuple[Extent, ...]:
+    """What the requests ask for beyond the stages that were planned before.
+
+    Raises:
+        JobError: a request asks for less than was planned.
+    """
+    planned = [0] * len(requests)
+    for extent in itertools.chain.from_iterable(stages):
+        planned[extent.request] = max(planned[extent.request], extent.stop)
+    shrunk = [
+        f"requests.{request.number}.count: {request.spec.count} is below the"
+        f" {done // (request.total // request.spec.count)} already planned in this output; counts can only grow"
+        " (or use another output)"
+        for request, done in zip(requests, planned, strict=True)
+        if request.total < done
+    ]
+    if shrunk:
+        raise JobError(shrunk)
+    return tuple(
+        Extent(request=request.number, start=done, stop=request.total, samples_per_shard=samples_per_shard)
+        for request, done in zip(requests, planned, strict=True)
+        if request.total > done
+    )
+
+
+def resolve_requests(job: JobSpec, labels: list[str]) -> tuple[RequestPlan, ...]:
+    """Resolve the classes of every request against the target's labels.
+
+    Raises:
+        JobError: unknown classes, with the nearest spelling, a line each.
+    """
+    problems: list[str] = []
+    plans = []
+    for number, request in enumerate(job.requests):
+        cells = _cells(request, labels, f"requests.{number}", problems)
+        plans.append(RequestPlan(number=number, spec=request, job_name=job.name, job_seed=job.seed, cells=tuple(cells)))
+    if problems:
+        raise JobError(problems)
+    return tuple(plans)
+
+
+def _cells(request: RequestSpec, labels: list[str], where: str, problems: list[str]) -> list[Cell]:
+    field = "classes" if request.boundary is None else "boundary"
+    wanted = getattr(request, field)
+    if wanted == "all":
+        return [Cell(classes=(index,), names=(label,)) for index, label in enumerate(labels)]
+    found: list[int] = []
+    for place, one in enumerate(wanted):
+        try:
+            index = class_index(one, labels)
+            if index in found:
+                problems.append(f"{where}.{field}.{place}: {one!r} is class {index}, named before; name each once")
+            found.append(index)
+        except JobError as error:
+            problems.append(f"{where}.{field}.{place}: {error}")
+    if field == "boundary":
+        return [Cell(classes=tuple(found), names=tuple(labels[index] for index in found))]
+    return [Cell(classes=(index,), names=(labels[index],)) for index in found]
+
+
+def class_index(wanted: str | int, labels: list[str]) -> int:
+    """Index of a class given by name (any case), or by index.
+
+    ImageNet-style labels with synonyms ("Chihuahua, dog") are found by any of them.
+
+    Raises:
+        JobError: no such class.
+    """
+    if isinstance(wanted, int):
+        if 0 <= wanted < len(labels):
+            return wanted
+        raise JobError(f"{wanted} is not a class index of the target; it has 0 to {len(labels) - 1}")
+    plain = [label.lower() for label in labels]
+    if wanted.lower() in plain:
+        return plain.index(wanted.lower())
+    for index, label in enumerate(plain):
+        if wanted.lower() in [synonym.strip() for synonym in label.split(",")]:
+            return index
+    raise JobError(f"{wanted!r} is not a class of the target" + nearest(wanted, labels))
+
+
+def make_prompt(template: str | None, cell: Cell, context: str) -> str:
+    """The text that conditions the diffusion model.
+
+    Without a template: `a photo of a {class}` for one class, the class names joined by "and" for several (Gomes et
+    al.); a context is appended after a comma.
+    """
+    names = JOINT_SEPARATOR.join(prompt_name(name) for name in cell.names)
+    pattern = template or ("{class}" if cell.is_joint else CLASS_TEMPLATE)
+    text = pattern.replace("{class}", names)
+    if "{context}" in text:
+        return text.replace("{context}", context)
+    return f"{text}, {context}" if context else text
+
+
+def class_prompt(name: str) -> str:
+    """The prompt of a class for conformity: the class template alone, never the request's context."""
+    return CLASS_TEMPLATE.replace("{class}", prompt_name(name))
+
+
+def prompt_name(label: str) -> str:
+    """A label as it stands in a prompt: its first synonym, underscores as spaces."""
+    return label.split(",")[0].strip().replace("_", " ")
+
+
+def sample_seed(job_seed: int, seed_group: str, classes: tuple[int, ...], index: int) -> int:
+    """Seed of a sample: a non-negative integer below 2^53 from job seed, group, class or subset, and index."""
+    text = json.dumps([job_seed, seed_group, sorted(classes), index], separators=(",", ":"))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) % MAX_SEED
+
+
+def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict[str, Any]) -> dict[str, Any]:
+    """What decides pixels, scores or the layout of shards; not counts, not `runtime`, not `output.uri`.
+
+    Args:
+        digests: `{"diffusion": {address: digest}, "clip": digest, "target": digest, "transfer": [digest],
+            "oracle": digest}`.
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": job.name,
+        "seed": job.seed,
+        "models": {key: value for key, value in digests.items() if key != "diffusion"},
+        "output": {"samples_per_shard": job.output.samples_per_shard, "image_format": job.output.image_format},
+        "requests": [
+            {
+                "name": plan.spec.name,
+                "method": plan.spec.method,
+                "classes": [list(cell.classes) for cell in plan.cells],
+                "contexts": list(plan.spec.contexts),
+                "prompt": plan.spec.prompt or "",
+                "seed_group": plan.spec.seed_group or plan.spec.name,
+                "diffusion": digests["diffusion"][plan.spec.diffusion or job.models.diffusion],
+                "sampling": job.sampling_of(plan.spec).model_dump(mode="json"),
+                "guidance": _active_guidance(job, plan.spec),
+            }
+            for plan in requests
+        ],
+    }
+
+
+def _active_guidance(job: JobSpec, request: RequestSpec) -> dict[str, Any]:
+    """The guidance that the request's method uses; a change to another method's does not change its samples."""
+    return job.guidance_of(request).boundary.model_dump(mode="json") if request.method == "boundary" else {}
+
+
+def digest_of(value: Any) -> str:
+    """Hexadecimal digest of a JSON value, independent of the order of keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def difference(old: Any, new: Any, where: str = "") -> list[str]:
+    """Lines `path: old -> new` for every place where two JSON values differ."""
+    if old == new:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [line for key in keys for line in difference(old.get(key), new.get(key), _join(where, key))]
+    if isinstance(old, list) and isinstance(new, list):
+        pairs = itertools.zip_longest(old, new)
+        return [line for place, (a, b) in enumerate(pairs) for line in difference(a, b, _join(where, str(place)))]
+    return [f"{where}: {_brief(old)} -> {_brief(new)}"]
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _brief(value: Any) -> str:
+    text = "absent" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."

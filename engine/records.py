@@ -1,0 +1,142 @@
+"""What is recorded of a sample: the fields of `schema_version` 1, their types and their empty values.
+
+A record is a plain dict with every deterministic field present, in this order, and no nulls (contract: sample
+metadata). The run-dependent fields are added beside it and never enter the tar.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.plan import SCHEMA_VERSION, SampleSpec
+
+STATUS_OK = "ok"
+STATUS_REJECTED = "rejected"
+STATUS_FAILED = "failed"
+NO_CLASS = -1
+
+# Name -> type: "int", "float", "bool", "str", "ints", "floats", "transfers".
+DETERMINISTIC_FIELDS: dict[str, str] = {
+    "schema_version": "int",
+    "key": "str",
+    "request": "str",
+    "method": "str",
+    "class_name": "str",
+    "class_index": "int",
+    "prompt": "str",
+    "context": "str",
+    "seed": "int",
+    "index": "int",
+    "status": "str",
+    "error_message": "str",
+    "risk": "float",
+    "is_error": "bool",
+    "predicted_class": "int",
+    "p_label": "float",
+    "conformity": "float",
+    "conformity_margin": "float",
+    "kldb": "float",
+    "kldb_classes": "ints",
+    "kldb_balance": "float",
+    "kldb_mass": "float",
+    "entropy": "float",
+    "soft_label": "floats",
+    "temperature": "float",
+    "screened": "bool",
+    "guided_steps": "int",
+    "zero_gradients": "int",
+    "nonfinite_gradients": "int",
+    "oracle_class": "int",
+    "accepted": "bool",
+    "transfer": "transfers",
+}
+RUN_FIELDS: dict[str, str] = {
+    "batch_size": "int",
+    "duration_seconds": "float",
+    "attempt": "int",
+    "worker": "str",
+    "sha256": "str",
+}
+# A transfer entry: a classifier that was scored and never guided on.
+TRANSFER_FIELDS: dict[str, str] = {"model": "str", "predicted_class": "int", "risk": "float"}
+
+_EMPTY: dict[str, Any] = {
+    "int": 0, "float": 0.0, "bool": False, "str": "", "ints": [], "floats": [], "transfers": [],
+}  # fmt: skip
+_CLASS_FIELDS = ("class_index", "predicted_class", "oracle_class")
+
+
+@dataclass(slots=True)
+class SampleResult:
+    """A finished sample.
+
+    Attributes:
+        record: the deterministic fields, complete.
+        image: the encoded image file, empty where the sample failed.
+        run: the run-dependent fields but `sha256`, which the shard writer adds.
+    """
+
+    record: dict[str, Any]
+    image: bytes = b""
+    run: dict[str, Any] = field(default_factory=dict)
+
+
+def new_record(spec: SampleSpec) -> dict[str, Any]:
+    """A record with the identity of a sample and the empty value everywhere else.
+
+    A joint prompt has no class before it is scored: `class_name` then holds its classes joined by "and".
+    """
+    record = {name: _empty(kind) for name, kind in DETERMINISTIC_FIELDS.items()}
+    record.update(dict.fromkeys(_CLASS_FIELDS, NO_CLASS))
+    record.update(
+        schema_version=SCHEMA_VERSION,
+        key=spec.key,
+        request=spec.request,
+        method=spec.method,
+        class_name=" and ".join(spec.cell.names),
+        class_index=NO_CLASS if spec.cell.is_joint else spec.cell.classes[0],
+        prompt=spec.prompt,
+        context=spec.context,
+        seed=spec.seed,
+        index=spec.index,
+    )
+    return record
+
+
+def failed_record(spec: SampleSpec, message: str) -> dict[str, Any]:
+    """The record of a sample of which there is no image."""
+    return new_record(spec) | {"status": STATUS_FAILED, "error_message": message}
+
+
+def check_record(record: dict[str, Any]) -> None:
+    """Check that a record has every deterministic field, of its type, in order, and nothing that JSON lacks.
+
+    Raises:
+        ValueError: naming the field and its value.
+    """
+    if list(record) != list(DETERMINISTIC_FIELDS):
+        odd = set(record).symmetric_difference(DETERMINISTIC_FIELDS)
+        raise ValueError(f"record {record.get('key')!r}: fields missing, unknown or out of order: {sorted(odd)}")
+    for name, kind in DETERMINISTIC_FIELDS.items():
+        if not _fits(record[name], kind):
+            raise ValueError(f"record {record['key']!r}: {name} = {record[name]!r} is not a valid {kind}")
+
+
+def _empty(kind: str) -> Any:
+    value = _EMPTY[kind]
+    return list(value) if isinstance(value, list) else value
+
+
+def _fits(value: Any, kind: str) -> bool:
+    if kind == "transfers":
+        return isinstance(value, list) and all(
+            list(entry) == list(TRANSFER_FIELDS) and all(_fits(entry[key], TRANSFER_FIELDS[key]) for key in entry)
+            for entry in value
+        )
+    if kind in ("ints", "floats"):
+        return isinstance(value, list) and all(_fits(one, kind[:-1]) for one in value)
+    if kind == "float":
+        return type(value) is float and math.isfinite(value)
+    return type(value) is {"int": int, "bool": bool, "str": str}[kind]

@@ -1,0 +1,127 @@
+"""The scores of a sample, each defined once: for guidance, metadata, tables and filters. Natural logarithms (nats).
+
+Shapes: B samples, n classes, k classes of a subset, d embedding entries. All functions are differentiable, compute in
+float32 or better, and stay exact for logits of +-1e4 (no probability is formed before its logarithm).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Classes = Sequence[int] | Tensor
+
+
+def risk(logits: Tensor, labels: Tensor) -> Tensor:
+    """Risk `-log p_y`, in [0, inf).
+
+    Args:
+        logits: [B, n], divided by the calibration temperature.
+        labels: [B] class indices y.
+
+    Raises:
+        ValueError: a label is not a class.
+    """
+    _check_indices(labels, logits.shape[-1], "labels")
+    return -_log_softmax(logits).gather(-1, labels[:, None])[:, 0]
+
+
+def kldb(logits: Tensor, classes: Classes) -> Tensor:
+    """KL divergence from uniform on the subset C to the classifier, `-log|C| - mean_C log p_i`, in [0, inf).
+
+    Equation 1 of Gomes et al.: zero exactly on the decision boundary between the classes of C.
+
+    Args:
+        logits: [B, n].
+        classes: the subset C for all samples, or a tensor [B, k] with one subset a sample.
+
+    Raises:
+        ValueError: `classes` is empty, repeats a class or names one that is not there.
+    """
+    index = _subset_index(logits, classes)
+    mean_log_p = _log_softmax(logits).gather(-1, index).mean(-1)
+    # Rounding alone can fall below zero, where no divergence is.
+    return (-math.log(index.shape[-1]) - mean_log_p).clamp_min(0)
+
+
+def kldb_parts(logits: Tensor, classes: Classes) -> tuple[Tensor, Tensor]:
+    """KLDB as `(balance, mass)`: imbalance within C, and probability outside C. Their sum is `kldb`.
+
+    `balance = KL(uniform_C || p renormalised on C)`, `mass = -log sum_C p_i`; both [B], in [0, inf).
+
+    Raises:
+        ValueError: as `kldb`.
+    """
+    index = _subset_index(logits, classes)
+    log_p = _log_softmax(logits).gather(-1, index)
+    mass = -torch.logsumexp(log_p, -1)
+    balance = -math.log(index.shape[-1]) - torch.log_softmax(log_p, -1).mean(-1)
+    return balance.clamp_min(0), mass.clamp_min(0)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Shannon entropy of the prediction, [B], in [0, log n]."""
+    log_p = _log_softmax(logits)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def conformity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+    """Cosine between CLIP embeddings of image and class prompt, in [-1, 1].
+
+    Args:
+        image_embeds: [B, d].
+        text_embeds: [B, d], or [d] for one prompt.
+
+    Returns:
+        [B]; zero for an embedding of length zero.
+    """
+    images, texts = at_least_float32(image_embeds), at_least_float32(text_embeds)
+    return torch.nn.functional.cosine_similarity(images, texts.expand_as(images), dim=-1)
+
+
+def conformity_margin(similarities: Tensor, labels: Tensor) -> Tensor:
+    """Conformity to y minus the best conformity to any other class, in [-2, 2].
+
+    Args:
+        similarities: [B, n] conformity of every sample to every class, n >= 2.
+        labels: [B] class indices y.
+    """
+    own = similarities.gather(-1, labels[:, None])
+    others = similarities.scatter(-1, labels[:, None], -math.inf)
+    return (own - others.amax(-1, keepdim=True))[:, 0]
+
+
+def strongest_rival(logits: Tensor, labels: Tensor) -> Tensor:
+    """The most probable class other than y, [B]."""
+    return logits.scatter(-1, labels[:, None], -math.inf).argmax(-1)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision as float32; float32 and float64 as they are."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return torch.log_softmax(at_least_float32(logits), -1)
+
+
+def _subset_index(logits: Tensor, classes: Classes) -> Tensor:
+    """The subsets as [B, k] indices, checked."""
+    index = torch.as_tensor(classes, device=logits.device)
+    if index.numel() == 0 or index.ndim not in (1, 2):
+        raise ValueError(f"classes: {classes!r} is empty or not a list of class indices; name at least one class")
+    _check_indices(index, logits.shape[-1], "classes")
+    ordered = index.sort(-1).values
+    if (ordered[..., 1:] == ordered[..., :-1]).any():
+        raise ValueError(f"classes: {index.tolist()} names a class twice; name each once")
+    return index.expand(logits.shape[0], index.shape[-1])
+
+
+def _check_indices(index: Tensor, num_classes: int, name: str) -> None:
+    if index.is_floating_point() or index.dtype == torch.bool:
+        raise ValueError(f"{name}: {index.tolist()} are not class indices; give integers")
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= num_classes):
+        raise ValueError(f"{name}: {index.tolist()} has an index outside 0 to {num_classes - 1}")

@@ -1,0 +1,129 @@
+"""Scores of stored images: target, transfer models, oracle and CLIP look at what a reader of the file will see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+from engine import scores
+from engine.models.classifier import Classifier
+from engine.models.clip import Clip
+from engine.plan import Cell, SampleSpec, class_prompt
+from engine.records import STATUS_OK, new_record
+
+
+class Scorer:
+    """The models that score and never sample.
+
+    Args:
+        target: the classifier under test.
+        clip: measures conformity to every class prompt.
+        transfer: further classifiers, recorded.
+        oracle: an independent classifier, recorded.
+    """
+
+    def __init__(
+        self, target: Classifier, clip: Clip, transfer: Sequence[Classifier] = (), oracle: Classifier | None = None
+    ) -> None:
+        self.target = target
+        self._clip = clip
+        self._transfer = list(transfer)
+        self._oracle = oracle
+        self._class_embeds = clip.text_embeds([class_prompt(label) for label in target.labels])
+
+    def records(self, specs: Sequence[SampleSpec], images: Sequence[PIL.Image.Image]) -> list[dict[str, Any]]:
+        """Complete records of samples, but for gradient counts, from their 8-bit images."""
+        logits = self.target.score(images)
+        similarities = self._similarities(images)
+        labels = conditioned_classes([spec.cell for spec in specs], similarities)
+        columns = {
+            **_target_columns(logits, labels),
+            "conformity": similarities.gather(1, labels[:, None])[:, 0],
+            "conformity_margin": scores.conformity_margin(similarities, labels),
+            "oracle_class": self._oracle_classes(images),
+        }
+        transfer = [(model.name, model.score(images)) for model in self._transfer]
+        return [
+            self._record(spec, row, int(labels[row]), logits[row : row + 1], columns)
+            | {"transfer": [_transfer_entry(name, other[row], int(labels[row])) for name, other in transfer]}
+            for row, spec in enumerate(specs)
+        ]
+
+    def _record(
+        self, spec: SampleSpec, row: int, label: int, logits: Tensor, columns: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        subset = kldb_classes(spec.cell, logits, label)
+        balance, mass = scores.kldb_parts(logits, subset)
+        record = new_record(spec) | {name: _plain(values[row]) for name, values in columns.items()}
+        return record | {
+            "class_name": self.target.labels[label],
+            "class_index": label,
+            "status": STATUS_OK,
+            "accepted": True,
+            "kldb": _plain(scores.kldb(logits, subset)[0]),
+            "kldb_classes": subset,
+            "kldb_balance": _plain(balance[0]),
+            "kldb_mass": _plain(mass[0]),
+            "soft_label": soft_label(spec.cell, len(self.target.labels)),
+            "temperature": self.target.temperature,
+        }
+
+    def _similarities(self, images: Sequence[PIL.Image.Image]) -> Tensor:
+        """Conformity of every image to every class, [B, n]."""
+        embeds = self._clip.image_embeds(images)
+        return torch.stack([scores.conformity(embeds, prompt) for prompt in self._class_embeds], dim=1)
+
+    def _oracle_classes(self, images: Sequence[PIL.Image.Image]) -> Tensor:
+        if self._oracle is None:
+            return torch.full((len(images),), -1)
+        return self._oracle.score(images).argmax(1)
+
+
+def conditioned_classes(cells: Sequence[Cell], similarities: Tensor) -> Tensor:
+    """The class y of every sample, [B]; for a joint prompt the class of its subset with the highest conformity."""
+    chosen = [
+        cell.classes[int(row[list(cell.classes)].argmax())] for cell, row in zip(cells, similarities, strict=True)
+    ]
+    return torch.tensor(chosen)
+
+
+def kldb_classes(cell: Cell, logits: Tensor, label: int) -> list[int]:
+    """The subset C of a sample: the request's, or the class and its strongest rival (logits [1, n])."""
+    if cell.is_joint:
+        return sorted(cell.classes)
+    return sorted([label, int(scores.strongest_rival(logits, torch.tensor([label]))[0])])
+
+
+def soft_label(cell: Cell, num_classes: int) -> list[float]:
+    """Uniform over the classes of the prompt, n floats; one-hot for a single class."""
+    share = 1.0 / len(cell.classes)
+    return [share if index in cell.classes else 0.0 for index in range(num_classes)]
+
+
+def _target_columns(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    predicted = logits.argmax(1)
+    risk = scores.risk(logits, labels)
+    return {
+        "risk": risk,
+        "is_error": predicted != labels,
+        "predicted_class": predicted,
+        "p_label": torch.exp(-risk),
+        "entropy": scores.entropy(logits),
+    }
+
+
+def _transfer_entry(name: str, logits: Tensor, label: int) -> dict[str, Any]:
+    risk = scores.risk(logits[None], torch.tensor([label]))
+    return {"model": name, "predicted_class": int(logits.argmax()), "risk": _plain(risk[0])}
+
+
+def _plain(value: Tensor) -> Any:
+    """A Python number; a float as the shortest decimal that gives the same float32."""
+    if value.is_floating_point():
+        return float(str(np.float32(value.item())))
+    return value.item()

@@ -1,0 +1,413 @@
+"""The job file: what a user may ask for, checked before any model is loaded.
+
+Every class is frozen and refuses unknown keys. `parse_job` collects all problems of a job, a line each, and raises
+them together; `apply_overrides` is the `--set` of the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
+
+from engine.errors import JobError
+
+MAX_SEED = 2**53
+MAX_REQUESTS = 1000
+MAX_INDEX = 10**8
+JOINT_SEPARATOR = " and "
+CLASS_TEMPLATE = "a photo of a {class}"
+
+# Methods and fields of the contract that this version does not have yet: named, so that nobody believes in a typo.
+PLANNED = {
+    "method": {"risky": "RiskyDiff guidance is not in this version; use 'boundary' or 'prompt'"},
+    "field": {
+        "accept": "acceptance rules are not in this version; filter the metadata instead",
+        "max_attempts": "quotas are not in this version",
+        "conditioning": "class statistics and screening are not in this version",
+        "judge": "a second conformity model is not in this version",
+        "risky": "RiskyDiff guidance is not in this version",
+    },
+}
+STOCHASTIC_SCHEDULERS = ("ddpm", "euler_ancestral", "euler-ancestral", "dpmsolver_sde", "sde")
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=64)]
+Seed = Annotated[StrictInt, Field(ge=0, lt=MAX_SEED)]
+Context = Annotated[str, Field(max_length=400)]
+Address = Annotated[str, Field(min_length=1, max_length=1000)]
+Number = Annotated[float, Field(strict=True)]
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelsSpec(_Spec):
+    """Addresses of the models: `zoo:NAME/PART`, a folder, or a hub id."""
+
+    diffusion: Address = Field(description="Stable Diffusion pipeline that samples.")
+    clip: Address = Field(description="CLIP model that measures conformity.")
+    target: Address = Field(description="Image classifier that is guided on and scored.")
+    transfer: tuple[Address, ...] = Field(default=(), description="Classifiers that are scored and never guided on.")
+    oracle: Address | None = Field(default=None, description="Independent classifier whose reading is recorded.")
+
+
+class SamplingSpec(_Spec):
+    """How the diffusion model samples. All schedulers are deterministic given the first noise."""
+
+    scheduler: Literal["lms", "ddim", "euler", "dpmsolver++"] = Field(
+        default="lms", description="Sampler: k-LMS, DDIM with eta 0, Euler, or DPM-Solver++ (2M)."
+    )
+    num_inference_steps: StrictInt = Field(default=40, ge=1, le=1000, description="Number of denoising steps T.")
+    guidance_scale: Number = Field(default=7.5, ge=1, le=100, description="Classifier-free guidance scale; 1 is off.")
+    guidance_rescale: Number = Field(default=0.0, ge=0, le=1, description="Rescale of classifier-free guidance.")
+    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = Field(
+        default=None, description="Spacing of the timesteps; the model's own when empty."
+    )
+    rescale_betas_zero_snr: bool = Field(default=False, description="Zero terminal SNR; v-prediction models only.")
+    negative_prompt: Context = Field(default="", description="Prompt of the unconditional half.")
+
+
+class BoundaryGuidanceSpec(_Spec):
+    """KLDB guidance toward the decision boundary of the request's classes."""
+
+    step: Literal["polyak", "norm", "paper"] = Field(
+        default="polyak", description="Step rule: Polyak (no step size), |g|_2-normalised, or the paper's max|g|."
+    )
+    alpha: Number | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="Step size; 0 switches guidance off. Default: 1 for polyak (a factor), 0.05 for norm and paper.",
+    )
+    cap: Number = Field(default=0.1, gt=0, le=10, description="Polyak only: largest step as a fraction of |z|_2.")
+    every: StrictInt = Field(default=5, ge=1, description="Guide at steps i with i % every == 0, i counted from 1.")
+    gradient: Literal["detached", "unet"] = Field(
+        default="detached", description="Gradient at the detached x0 prediction, or through the UNet."
+    )
+    skip_last: bool = Field(default=True, description="Do not guide at the last step, which is never denoised again.")
+
+    @property
+    def step_size(self) -> float:
+        """`alpha`, or the default of the step rule."""
+        if self.alpha is not None:
+            return self.alpha
+        return 1.0 if self.step == "polyak" else 0.05
+
+
+class GuidanceSpec(_Spec):
+    """Parameters of the guidance methods."""
+
+    boundary: BoundaryGuidanceSpec = Field(default=BoundaryGuidanceSpec(), description="For method `boundary`.")
+
+
+class RequestSpec(_Spec):
+    """One class-conditional request: what to make, how much of it, by which method."""
+
+    name: Name = Field(description="Unique in the job.")
+    method: Literal["prompt", "boundary"] = Field(description="Prompt only, or KLDB boundary guidance.")
+    classes: Literal["all"] | tuple[str | StrictInt, ...] | None = Field(
+        default=None, description="Class names or indices of the target, or `all`."
+    )
+    boundary: tuple[str | StrictInt, ...] | None = Field(
+        default=None, description="Subset of at least two classes that share one joint prompt."
+    )
+    count: StrictInt = Field(ge=1, le=MAX_INDEX, description="Samples per class (or subset) and context.")
+    contexts: tuple[Context, ...] = Field(
+        default=("",), min_length=1, max_length=10000, description="Each is appended to the prompt; '' is no context."
+    )
+    prompt: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(
+        default=None, description="Prompt template with `{class}` and optionally `{context}`."
+    )
+    seed_group: Name | None = Field(default=None, description="Requests of one group share noise; default: the name.")
+    diffusion: Address | None = Field(default=None, description="Another diffusion model for this request.")
+    sampling: dict[str, Any] = Field(default_factory=dict, description="Overrides of the job's `sampling`.")
+    guidance: dict[str, Any] = Field(default_factory=dict, description="Overrides of the job's `guidance`.")
+
+
+class OutputSpec(_Spec):
+    """Where and how the samples are stored."""
+
+    uri: Annotated[str, Field(min_length=1, max_length=2000)] = Field(description="Folder of the run.")
+    samples_per_shard: StrictInt = Field(default=256, ge=1, le=100_000, description="Attempts in a shard.")
+    image_format: Literal["png", "jpg", "webp"] = Field(default="png", description="png and webp are lossless.")
+
+
+class RuntimeSpec(_Spec):
+    """How the work is carried out. Nothing here changes which samples are made."""
+
+    workers: Annotated[StrictInt, Field(ge=1, le=100_000)] | Literal["auto"] = Field(
+        default="auto", description="Number of actors; auto: one a GPU, or one a CPU core up to four."
+    )
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda)$")] = Field(default="auto", description="auto, cpu, cuda.")
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        default="auto", description="Of the UNet and text encoder; auto: fp16 on a GPU, fp32 on a CPU."
+    )
+    attention: Literal["auto", "sdpa", "xformers"] = Field(default="auto", description="Attention of the UNet.")
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field(
+        default="auto", description="Recompute activations in guidance; auto: on for images above 256 px."
+    )
+    batch_size: Annotated[StrictInt, Field(ge=1, le=4096)] | Literal["auto"] = Field(
+        default="auto", description="Samples a batch; halved on out-of-memory."
+    )
+
+    @pydantic.field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _yaml_booleans(cls, value: Any) -> Any:
+        """YAML 1.1 reads bare `on` and `off` as booleans."""
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+class JobSpec(_Spec):
+    """A job: models, requests and how to carry them out (contract: job file)."""
+
+    name: Name = Field(description="Prefix of shards and keys: lower case letters, digits, hyphens.")
+    seed: Seed = Field(default=0, description="Seed of the job, a non-negative integer below 2^53.")
+    models: ModelsSpec
+    requests: tuple[RequestSpec, ...] = Field(min_length=1, max_length=MAX_REQUESTS)
+    sampling: SamplingSpec = SamplingSpec()
+    guidance: GuidanceSpec = GuidanceSpec()
+    output: OutputSpec
+    runtime: RuntimeSpec = RuntimeSpec()
+
+    def sampling_of(self, request: RequestSpec) -> SamplingSpec:
+        """The job's sampling with the request's overrides, key by key."""
+        return SamplingSpec.model_validate(_merge(self.sampling.model_dump(), request.sampling))
+
+    def guidance_of(self, request: RequestSpec) -> GuidanceSpec:
+        """The job's guidance with the request's overrides, key by key."""
+        return GuidanceSpec.model_validate(_merge(self.guidance.model_dump(), request.guidance))
+
+
+OVERRIDABLE: dict[str, type[BaseModel]] = {"sampling": SamplingSpec, "guidance": GuidanceSpec}
+
+
+def job_schema() -> dict[str, Any]:
+    """The JSON Schema of a job file."""
+    return JobSpec.model_json_schema()
+
+
+def parse_job(raw: Any) -> JobSpec:
+    """Check a job as read from YAML.
+
+    Raises:
+        JobError: with every problem found, a line each.
+    """
+    if not isinstance(raw, dict):
+        raise JobError(f"job: a mapping of keys is expected, not {type(raw).__name__}; see `riskforge schema`")
+    job, problems = _validate(JobSpec, raw, ())
+    known = {where for where, _ in problems}
+    problems += [(where, text) for where, text in _between_fields(raw) if where not in known]
+    if problems:
+        raise JobError([f"{_path(where)}: {text}" for where, text in problems])
+    return job
+
+
+Location = tuple[str | int, ...]
+Problem = tuple[Location, str]
+
+
+def _between_fields(raw: dict[str, Any]) -> list[Problem]:
+    """Problems between the fields of each request, found also where another part of the job is wrong."""
+    base = {section: _base(spec, raw.get(section)) for section, spec in OVERRIDABLE.items()}
+    problems = _sampling_problems(base["sampling"], ("sampling",))
+    names: dict[str, int] = {}
+    requests = raw.get("requests")
+    for number, item in enumerate(requests if isinstance(requests, list) else []):
+        where: Location = ("requests", number)
+        name = item.get("name") if isinstance(item, dict) else None
+        if isinstance(name, str) and names.setdefault(name, number) != number:
+            problems.append(((*where, "name"), f"'{name}' is also the name of request {names[name]}; rename one"))
+        request = _lenient(RequestSpec, item)
+        if request is not None:
+            problems += [((*where, *at), text) for at, text in _request_problems(request)]
+            problems += _override_problems(request, base, where)
+    return problems
+
+
+def _override_problems(request: RequestSpec, base: dict[str, dict[str, Any]], where: Location) -> list[Problem]:
+    problems: list[Problem] = []
+    for section, spec in OVERRIDABLE.items():
+        merged = _merge(base[section], getattr(request, section))
+        found = _validate(spec, merged, (*where, section))[1]
+        if not found and section == "sampling" and request.sampling:
+            found = _sampling_problems(merged, (*where, section))
+        problems += found
+    return problems
+
+
+def _sampling_problems(sampling: dict[str, Any], where: Location) -> list[Problem]:
+    if sampling["rescale_betas_zero_snr"] and sampling["scheduler"] == "lms":
+        text = "zero terminal SNR is not defined for lms; use ddim, euler or dpmsolver++"
+        return [((*where, "rescale_betas_zero_snr"), text)]
+    return []
+
+
+def _base(spec: type[BaseModel], raw: Any) -> dict[str, Any]:
+    checked = _lenient(spec, raw) if raw is not None else None
+    return (checked or spec()).model_dump()
+
+
+def _lenient(spec: type[BaseModel], raw: Any) -> Any:
+    """The spec without its wrong values, or None where it does not stand without them."""
+    if not isinstance(raw, dict):
+        return None
+    checked, problems = _validate(spec, raw, ())
+    return checked or _validate(spec, _without(raw, [where for where, _ in problems]), ())[0]
+
+
+def _request_problems(request: RequestSpec) -> list[Problem]:
+    problems: list[Problem] = []
+    if request.method == "boundary" and request.boundary is None:
+        problems.append((("boundary",), "method 'boundary' needs the classes between which to sample, two or more"))
+    if request.boundary is not None:
+        if request.classes is not None:
+            problems.append((("classes",), "give either `classes` or `boundary`, not both"))
+        if len(set(request.boundary)) != len(request.boundary):
+            problems.append((("boundary",), f"{list(request.boundary)} names a class twice; name each once"))
+        if len(request.boundary) < 2:
+            problems.append((("boundary",), f"{list(request.boundary)} has fewer than two classes; name two or more"))
+    elif request.method == "prompt" and request.classes is None:
+        problems.append((("classes",), "missing; give class names or `all` (or `boundary: [A, B]`)"))
+    if isinstance(request.classes, tuple) and len(set(request.classes)) != len(request.classes):
+        problems.append((("classes",), f"{list(request.classes)} names a class twice; name each once"))
+    if request.classes == ():
+        problems.append((("classes",), "empty; give class names or `all`"))
+    if len(set(request.contexts)) != len(request.contexts):
+        problems.append((("contexts",), "a context stands twice; name each once"))
+    if request.count * len(request.contexts) > MAX_INDEX:
+        problems.append(
+            (("count",), f"{request.count} x {len(request.contexts)} contexts is above {MAX_INDEX} a class")
+        )
+    return problems + _template_problems(request)
+
+
+def _template_problems(request: RequestSpec) -> list[Problem]:
+    if request.prompt is None:
+        return []
+    fields = set(re.findall(r"\{([^{}]*)\}", request.prompt))
+    if unknown := sorted(fields - {"class", "context"}):
+        return [(("prompt",), f"unknown field {{{unknown[0]}}}; use {{class}} and {{context}}")]
+    if "class" not in fields and request.boundary is None:
+        return [(("prompt",), "has no {class}, so every class would have the same prompt; add {class}")]
+    return []
+
+
+def _validate(spec: type[BaseModel], raw: dict[str, Any], where: Location) -> tuple[Any, list[Problem]]:
+    try:
+        return spec.model_validate(raw), []
+    except pydantic.ValidationError as error:
+        found: dict[Location, str] = {}
+        for item in error.errors():
+            location = _location(item["loc"])
+            found.setdefault((*where, *location), _explain(spec, item, location))
+        return None, list(found.items())
+
+
+def _location(loc: tuple[str | int, ...]) -> Location:
+    """The keys of the job file alone: pydantic adds the members of a union to its locations."""
+    noise = re.compile(r"^(literal\[|tuple\[|constrained-|function-|int$|str$|float$|bool$)")
+    return tuple(part for part in loc if isinstance(part, int) or not noise.match(part))
+
+
+def _explain(root: type[BaseModel], item: Any, location: Location) -> str:
+    kind, value = item["type"], _shown(item.get("input"))
+    key = str(location[-1]) if location else ""
+    if kind == "extra_forbidden":
+        if key in PLANNED["field"]:
+            return PLANNED["field"][key]
+        return "unknown key" + nearest(key, list(_fields_at(root, location[:-1])))
+    if kind == "missing":
+        return "missing; this key is required"
+    if kind == "literal_error":
+        if key == "method" and item["input"] in PLANNED["method"]:
+            return PLANNED["method"][item["input"]]
+        if key == "scheduler" and item["input"] in STOCHASTIC_SCHEDULERS:
+            return f"{value} draws noise at every step; use a deterministic one: {item['ctx']['expected']}"
+        choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+        return f"{value} is not one of {', '.join(choices)}" + nearest(str(item["input"]), choices)
+    if kind == "string_pattern_mismatch" and key in ("name", "seed_group"):
+        return f"{value} may hold only a-z, 0-9 and inner hyphens"
+    return f"{value}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """`; did you mean 'X'?` for the choice spelled most like `word`, or nothing."""
+    match = difflib.get_close_matches(word.lower(), [choice.lower() for choice in choices], n=1, cutoff=0.6)
+    original = [choice for choice in choices if match and choice.lower() == match[0]]
+    return f"; did you mean '{original[0]}'?" if original else ""
+
+
+def _fields_at(root: type[BaseModel], location: Location) -> dict[str, Any]:
+    """Fields of the spec class that stands at a location."""
+    current: Any = root
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = current.model_fields[part].annotation
+        inner = [annotation, *getattr(annotation, "__args__", ())]
+        current = next((one for one in inner if isinstance(one, type) and issubclass(one, BaseModel)), None)
+        if current is None:
+            return {}
+    return dict(current.model_fields)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _path(location: Location) -> str:
+    return ".".join(str(part) for part in location) or "job"
+
+
+def _merge(base: dict[str, Any], override: Any) -> dict[str, Any]:
+    if not isinstance(override, dict):
+        return override
+    merged = dict(base)
+    for key, value in override.items():
+        inner = merged.get(key)
+        merged[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _without(raw: Any, locations: list[Location]) -> Any:
+    """A copy of `raw` without the values at `locations`."""
+    heads = {location[0] for location in locations if len(location) == 1}
+    rest: dict[str | int, list[Location]] = {}
+    for location in locations:
+        if len(location) > 1:
+            rest.setdefault(location[0], []).append(location[1:])
+    if isinstance(raw, dict):
+        return {key: _without(value, rest.get(key, [])) for key, value in raw.items() if key not in heads}
+    if isinstance(raw, list):
+        return [_without(value, rest.get(place, [])) for place, value in enumerate(raw) if place not in heads]
+    return raw
+
+
+def apply_overrides(raw: dict[str, Any], overrides: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a copy of a raw job with `--set a.0.b=value` applied.
+
+    Raises:
+        JobError: a path leads through something that is not a mapping or a list, or past the end of a list.
+    """
+    problems: list[str] = []
+    result: Any = _without(raw, [])
+    for path, value in overrides:
+        parts = path.split(".")
+        current: Any = result
+        try:
+            for part in parts[:-1]:
+                current = current[int(part)] if isinstance(current, list) else current.setdefault(part, {})
+            if isinstance(current, list):
+                current[int(parts[-1])] = value
+            else:
+                current[parts[-1]] = value
+        except (IndexError, ValueError, TypeError, AttributeError):
+            problems.append(f"--set {path}: no such place in the job; paths look like requests.0.count")
+    if problems:
+        raise JobError(problems)
+    return result

@@ -1,0 +1,135 @@
+"""The worker: one shard in, one committed shard out. A plain class; it runs in an actor or in the driver alike."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.dataset.commits import ShardCounts, commit_shard
+from engine.dataset.shards import stage_shard
+from engine.dataset.store import open_store
+from engine.plan import Plan, ShardSpec
+from engine.records import SampleResult
+from engine.spec import JobSpec
+
+if TYPE_CHECKING:
+    from engine.generator import Generator
+
+Report = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardOutcome:
+    """What a worker says of a finished shard.
+
+    Attributes:
+        sampling_seconds: time in sampling and scoring.
+        total_seconds: time from start to commit.
+        batch_size: samples a batch at the end.
+    """
+
+    number: int
+    counts: ShardCounts
+    sampling_seconds: float
+    total_seconds: float
+    num_samples: int
+    batch_size: int
+
+
+class Worker:
+    """Holds all models of a job and makes its shards.
+
+    Args:
+        job: the job.
+        plan: its plan.
+        name: who this is, for the record.
+        threads: torch threads; None leaves torch's own choice.
+
+    Raises:
+        JobError: a model cannot be loaded or the hardware lacks what `runtime` asks for.
+    """
+
+    def __init__(self, job: JobSpec, plan: Plan, *, name: str, threads: int | None = None) -> None:
+        quiet_libraries()
+        from engine.generator import Generator
+
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+        self._job = job
+        self._plan = plan
+        self._name = name
+        self._store = open_store(job.output.uri)
+        self._generator: Generator = Generator(job, plan)
+
+    def run_shard(self, shard: ShardSpec, attempt: int, report: Report) -> ShardOutcome:
+        """Make, stage and commit a shard; `report` hears the number of samples done so far.
+
+        Side effects: publishes the shard's files and its commit record in the job's output.
+        """
+        started = time.monotonic()
+        results = list(self._results(shard, attempt, report))
+        sampled = time.monotonic()
+        counts = self._commit(shard, attempt, results, sampled - started)
+        return ShardOutcome(
+            number=shard.number,
+            counts=counts,
+            sampling_seconds=sampled - started,
+            total_seconds=time.monotonic() - started,
+            num_samples=shard.num_samples,
+            batch_size=self._generator.batch_size,
+        )
+
+    def _results(self, shard: ShardSpec, attempt: int, report: Report) -> Iterator[SampleResult]:
+        done = 0
+        specs = list(self._plan.samples(shard))
+        while specs:
+            started = time.monotonic()
+            results = self._generator.next_batch(shard.request, specs)
+            seconds = (time.monotonic() - started) / len(results)
+            specs = specs[len(results) :]
+            for result in results:
+                result.run |= {"duration_seconds": seconds, "attempt": attempt, "worker": self._name}
+                yield result
+            done += len(results)
+            report(done)
+
+    def _commit(self, shard: ShardSpec, attempt: int, results: Sequence[SampleResult], seconds: float) -> ShardCounts:
+        name = shard_name(self._job.name, shard)
+        staging = self._store.path("_state/staging")
+        staging.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=staging, prefix=f"{name}-{os.getpid()}-") as folder:
+            staged = stage_shard(Path(folder), name, results, self._job.output.image_format)
+            commit_shard(
+                self._store,
+                self._plan.digest,
+                shard,
+                name,
+                staged,
+                attempt=attempt,
+                worker=self._name,
+                timing={"sampling_seconds": seconds},
+            )
+        return staged.counts
+
+
+def shard_name(job_name: str, shard: ShardSpec) -> str:
+    """`NAME-000000` (contract: output of a run)."""
+    return f"{job_name}-{shard.number:06d}"
+
+
+def quiet_libraries() -> None:
+    """Keep loading bars and advice of the model libraries out of the terminal; errors still show."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    for library in (of_diffusers, of_transformers):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

@@ -1,0 +1,40 @@
+"""Shared by all tests: quiet libraries, threads that do not fight, the zoo loaded once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def hardware():
+    """A CPU with default settings."""
+    from engine.models.runtime import choose_hardware
+    from engine.spec import RuntimeSpec
+
+    return choose_hardware(RuntimeSpec(device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def diffusion(hardware):
+    """The digits Stable Diffusion pipeline, as the engine loads it."""
+    from engine.models.diffusion import Diffusion
+    from engine.worker import quiet_libraries
+
+    quiet_libraries()
+    return Diffusion.load("zoo:digits/stable-diffusion", hardware)
+
+
+@pytest.fixture(scope="session")
+def classifier():
+    """The digits target classifier."""
+    from engine.models.classifier import Classifier
+
+    return Classifier.load("zoo:digits/classifier")

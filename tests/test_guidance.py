@@ -1,0 +1,277 @@
+"""Step rules, prediction types and composition, on small analytic models in float64."""
+
+import math
+
+import pytest
+import torch
+
+from engine.guidance.boundary import guide_to_boundary, is_guided_step
+from engine.guidance.guided import GuidedDenoiser
+from engine.guidance.rules import GradientHealth, norms, polyak, rule_of, safe_shift
+from engine.sampling.denoiser import (
+    ClassifierFreeDenoiser,
+    Step,
+    output_of_eps,
+    predicted_eps,
+    predicted_x0,
+)
+from engine.sampling.loop import sample
+from engine.sampling.noise import initial_noise
+from engine.sampling.schedulers import Sampler
+from engine.scores import kldb
+from engine.spec import BoundaryGuidanceSpec, SamplingSpec
+
+SCHEDULERS = ("lms", "ddim", "euler", "dpmsolver++")
+PREDICTIONS = ("epsilon", "v_prediction")
+CONFIG = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+}
+
+
+def step_at(scale: float = 1.0, sigma: float = 2.0, index: int = 5, total: int = 40) -> Step:
+    return Step(
+        index=index,
+        total=total,
+        timestep=torch.tensor(500.0),
+        scale=scale,
+        sigma=sigma,
+        normalise_input=scale == 1.0,
+    )
+
+
+def slow_shift(spec: BoundaryGuidanceSpec, loss: float, gradient: list[float], latents: list[float]) -> list[float]:
+    """The update rules sample by sample, in Python floats, from the equations."""
+    length_g = math.sqrt(math.fsum(one * one for one in gradient))
+    length_z = math.sqrt(math.fsum(one * one for one in latents))
+    if spec.step == "paper":
+        factor = spec.step_size / max(abs(one) for one in gradient)
+    elif spec.step == "norm":
+        factor = spec.step_size * length_z / length_g
+    else:
+        factor = min(spec.step_size * loss / length_g**2, spec.cap * length_z / length_g)
+    return [-factor * one for one in gradient]
+
+
+@pytest.mark.parametrize("step", ["polyak", "norm", "paper"])
+@pytest.mark.parametrize("alpha", [None, 0.0, 0.3])
+def test_rules_equal_the_equations(step, alpha):
+    """A batch against the slow reference; catches whole-batch norms, which couple neighbours."""
+    torch.manual_seed(0)
+    spec = BoundaryGuidanceSpec(step=step, alpha=alpha)
+    latents, gradient = torch.randn(2, 6, 4, 3, 3, dtype=torch.float64)
+    gradient *= torch.logspace(-12, 3, 6, dtype=torch.float64)[:, None, None, None]
+    loss = torch.rand(6, dtype=torch.float64) * 3
+    shift = rule_of(spec)(loss, gradient, latents)
+    for row in range(6):
+        expected = slow_shift(spec, loss[row].item(), gradient[row].flatten().tolist(), latents[row].flatten().tolist())
+        assert shift[row].flatten().tolist() == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
+def test_polyak_reaches_the_zero_of_a_linear_criterion():
+    """On L = a.z + b the uncapped step lands on L = 0 at once: the reason that it needs no size."""
+    torch.manual_seed(1)
+    direction, latents = torch.randn(1, 4, 2, 2, dtype=torch.float64), torch.randn(3, 4, 2, 2, dtype=torch.float64)
+    loss = (direction * latents).sum((1, 2, 3)) + 50
+    moved = latents + polyak(loss, direction.expand_as(latents), latents, alpha=1.0, cap=1e9)
+    assert ((direction * moved).sum((1, 2, 3)) + 50).abs().max() < 1e-9
+
+
+def test_norms_do_not_underflow():
+    """Squares of 1e-30 vanish in float32; the norm must not."""
+    assert norms(torch.full((1, 4, 1, 1), 1e-30)).item() == pytest.approx(2e-30)
+    assert norms(torch.zeros(1, 4, 1, 1)).item() == 0
+
+
+def test_unusable_gradients_stay_put_and_are_counted():
+    """One NaN, one infinity and one zero gradient among good ones: the good ones move, the others are counted."""
+    gradient = torch.ones(4, 1, 2, 2)
+    gradient[1], gradient[2, 0, 0, 0], gradient[3] = 0, math.nan, math.inf
+    health = GradientHealth.of(4)
+    for _ in range(2):
+        shift = safe_shift(rule_of(BoundaryGuidanceSpec()), torch.ones(4), gradient, torch.ones(4, 1, 2, 2), health)
+    assert torch.isfinite(shift).all() and shift[0].abs().min() > 0 and shift[1:].abs().max() == 0
+    assert health.guided_steps.tolist() == [2, 0, 0, 0]
+    assert health.zero.tolist() == [0, 2, 0, 0] and health.nonfinite.tolist() == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("levels", [(1.0, 0.3), (1.0, 14.6), (0.9, math.sqrt(1 - 0.81)), (0.1, math.sqrt(0.99))])
+def test_prediction_types_recover_x0_and_eps(prediction, levels):
+    """Outputs are made from known x0 and eps by the definition of v; both must come back, for VE and VP levels."""
+    torch.manual_seed(0)
+    scale, sigma = levels
+    clean, eps = torch.randn(2, 3, 4, 2, 2, dtype=torch.float64)
+    latents, norm, step = scale * clean + sigma * eps, math.hypot(scale, sigma), step_at(scale, sigma)
+    output = eps if prediction == "epsilon" else (scale * eps - sigma * clean) / norm
+    assert torch.allclose(predicted_x0(output, latents, step, prediction), clean)
+    assert torch.allclose(predicted_eps(output, latents, step, prediction), eps)
+    assert torch.allclose(output_of_eps(eps, latents, step, prediction), output)
+
+
+class ToyUnet:
+    """A smooth stand-in for a UNet that mixes all latents of a sample, with its own weights for each embedding."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.weight = torch.randn(16, 16, generator=generator, dtype=torch.float64) / 6
+
+    def __call__(self, latents, timestep, embeddings):
+        flat = latents.flatten(1).double() @ self.weight + embeddings.mean((1, 2))[:, None]
+        return torch.tanh(flat).reshape(latents.shape)
+
+
+def toy_denoiser(num_samples: int, prediction: str = "epsilon", scale: float = 3.0) -> ClassifierFreeDenoiser:
+    return ClassifierFreeDenoiser(
+        ToyUnet(),
+        conditional=torch.full((num_samples, 2, 3), 0.2, dtype=torch.float64),
+        unconditional=torch.zeros(num_samples, 2, 3, dtype=torch.float64),
+        prediction=prediction,
+        guidance_scale=scale,
+    )
+
+
+def toy_decode(latents):
+    return latents[:, :3] * 0.05 + 0.5
+
+
+def toy_logits(images):
+    flat = images.flatten(1).double()
+    weight = torch.randn(flat.shape[1], 5, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    return flat @ weight * 2
+
+
+def guided(num_samples: int, prediction: str = "epsilon", **options) -> GuidedDenoiser:
+    return guide_to_boundary(
+        toy_denoiser(num_samples, prediction),
+        BoundaryGuidanceSpec(**options),
+        logits=toy_logits,
+        decode=toy_decode,
+        classes=(1, 3),
+        num_samples=num_samples,
+    )
+
+
+def latents_of(num_samples: int) -> torch.Tensor:
+    return initial_noise(range(num_samples), (4, 2, 2)).double() * 2
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("levels", [(1.0, 2.0), (0.6, 0.8)])
+@pytest.mark.parametrize("gradient", ["detached", "unet"])
+def test_gradient_equals_finite_differences(prediction, levels, gradient):
+    """The whole chain latents -> x0 -> image -> KLDB, both variants; catches a wrong factor or a lost path."""
+    step, latents = step_at(*levels), latents_of(1)
+    wrapper = guided(1, prediction, gradient=gradient)
+    base = wrapper._denoiser(latents, step)
+    _, analytic = wrapper.gradient(base, step)
+    fixed = predicted_eps(base.conditional, latents, step, prediction)
+
+    def objective(moved):
+        if gradient == "unet":
+            clean = predicted_x0(wrapper._denoiser.conditional_output(moved, step), moved, step, prediction)
+        else:
+            clean = predicted_x0(fixed, moved, step, "epsilon")
+        return kldb(toy_logits(toy_decode(clean)), (1, 3)).sum().item()
+
+    for place in range(0, 16, 3):
+        nudge = torch.zeros(16, dtype=torch.float64)
+        nudge[place] = 1e-5
+        nudge = nudge.reshape(1, 4, 2, 2)
+        slope = (objective(latents + nudge) - objective(latents - nudge)) / 2e-5
+        assert analytic.flatten()[place].item() == pytest.approx(slope, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("rule", ["polyak", "norm", "paper"])
+@pytest.mark.parametrize("gradient", ["detached", "unet"])
+def test_guided_step_lowers_its_criterion(rule, gradient):
+    """After one small guided step the KLDB of the same x0 prediction is lower for every sample."""
+    step, latents = step_at(sigma=1.0), latents_of(8)
+    wrapper = guided(8, step=rule, gradient=gradient, alpha=0.02)
+    base = wrapper._denoiser(latents, step)
+    before, _ = wrapper.gradient(base, step)
+    moved = wrapper(latents, step).latents
+    if gradient == "unet":
+        base = wrapper._denoiser(moved, step)
+        after, _ = wrapper.gradient(base, step)
+    else:
+        clean = predicted_x0(predicted_eps(base.conditional, latents, step, "epsilon"), moved, step, "epsilon")
+        after = kldb(toy_logits(toy_decode(clean).clamp(0, 1)), (1, 3))
+    assert (after < before).all()
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_shift_keeps_eps(prediction):
+    """The update is added with the eps of the unmodified latents, for eps- and v-prediction alike."""
+    step, latents = step_at(0.6, 0.8), latents_of(2)
+    base = toy_denoiser(2, prediction)(latents, step)
+    moved = base.moved(torch.ones_like(latents), step)
+    assert torch.allclose(
+        predicted_eps(moved.output, moved.latents, step, prediction),
+        predicted_eps(base.output, base.latents, step, prediction),
+    )
+    assert torch.equal(moved.latents, latents + 1)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_samples_do_not_know_their_neighbours(scheduler, prediction):
+    """A guided sample alone equals the same sample in a batch of 16, for every scheduler."""
+    spec = SamplingSpec(scheduler=scheduler, num_inference_steps=10)
+    config = CONFIG | {"prediction_type": prediction}
+    noise = initial_noise(range(16), (4, 2, 2)).double()
+    together = sample(guided(16, prediction, every=2), Sampler(spec, config), noise)
+    alone = sample(guided(1, prediction, every=2), Sampler(spec, config), noise[5:6])
+    assert torch.allclose(together[5:6], alone, atol=1e-9)
+    assert torch.isfinite(together).all()
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("rule", ["polyak", "norm", "paper"])
+def test_alpha_zero_changes_nothing(scheduler, rule):
+    """Guidance of size zero is no guidance."""
+    spec = SamplingSpec(scheduler=scheduler, num_inference_steps=10)
+    noise = initial_noise(range(3), (4, 2, 2)).double()
+    plain = sample(toy_denoiser(3), Sampler(spec, CONFIG), noise)
+    assert torch.allclose(sample(guided(3, step=rule, alpha=0.0), Sampler(spec, CONFIG), noise), plain)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_noise_levels_are_the_schedulers_own(scheduler):
+    """A perfect denoiser must bring the schedulers exactly to x0: wrong (scale, sigma) would not."""
+    spec = SamplingSpec(scheduler=scheduler, num_inference_steps=12)
+    sampler, clean = Sampler(spec, CONFIG), torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+
+    class Perfect:
+        def __call__(self, latents, step):
+            eps = (latents - step.scale * clean) / step.sigma
+            base = toy_denoiser(2)(latents, step)
+            return type(base)(output=eps, conditional=eps, latents=latents, prediction="epsilon")
+
+    final = sample(Perfect(), sampler, initial_noise([1, 2], (4, 2, 2)))
+    tolerance = 0.05 if scheduler == "ddim" else 2e-3  # DDIM ends at the first training level, not at zero noise
+    assert (final - clean).abs().max() < tolerance
+
+
+def test_schedule():
+    """Steps 5, 10, ..., 40 counted from 1, the last one left to the denoiser by default."""
+    steps = [step_at(index=index) for index in range(1, 41)]
+    guided_at = [step.index for step in steps if is_guided_step(step, BoundaryGuidanceSpec())]
+    assert guided_at == [5, 10, 15, 20, 25, 30, 35]
+    assert is_guided_step(steps[-1], BoundaryGuidanceSpec(skip_last=False))
+
+
+def test_noise_belongs_to_the_seed():
+    """One generator a sample: equal seeds give equal noise whoever stands beside; different seeds differ."""
+    assert torch.equal(initial_noise([7, 8], (4, 8, 8))[1], initial_noise([8], (4, 8, 8))[0])
+    assert not torch.equal(initial_noise([7], (4, 8, 8)), initial_noise([8], (4, 8, 8)))
+
+
+def test_zero_snr_with_eps_prediction_is_refused():
+    """Lin et al.: eps-prediction has no signal at zero SNR; it would sample NaN."""
+    spec = SamplingSpec(scheduler="ddim", rescale_betas_zero_snr=True)
+    with pytest.raises(ValueError, match="v-prediction"):
+        Sampler(spec, CONFIG)

@@ -1,0 +1,151 @@
+"""Models from folders: preprocessing both ways, refusals that name the remedy, digests."""
+
+import json
+import shutil
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from engine.errors import JobError
+from engine.models.addresses import locate, model_digest, read_labels, resolve
+from engine.models.classifier import Classifier
+from engine.models.preprocess import Preprocessing
+from engine.models.runtime import hardware_problems
+from engine.spec import RuntimeSpec
+
+PROCESSORS = {
+    "vit": {"image_processor_type": "ViTImageProcessor", "size": {"height": 96, "width": 96}, "resample": 2},
+    "clip": {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 112},
+        "crop_size": {"height": 96, "width": 96},
+        "resample": 3,
+        "do_center_crop": True,
+    },
+    "convnext": {
+        "image_processor_type": "ConvNextImageProcessor",
+        "size": {"shortest_edge": 112},
+        "crop_pct": 0.875,
+        "resample": 3,
+    },
+}
+
+
+def processor_folder(folder, settings):
+    common = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+    means = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    folder.mkdir(exist_ok=True)
+    (folder / "preprocessor_config.json").write_text(json.dumps(common | means | settings))
+    return folder
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+@pytest.mark.parametrize("size", [(512, 512), (300, 451), (64, 80)])
+def test_tensor_path_equals_pil_path(kind, size, tmp_path):
+    """A resize without antialiasing, a shifted crop or a swapped mean would show as a difference of many levels."""
+    preprocessing = Preprocessing(processor_folder(tmp_path / kind, PROCESSORS[kind]))
+    noise = np.random.default_rng(0).integers(0, 256, (size[0] // 8, size[1] // 8, 3), dtype=np.uint8)
+    image = PIL.Image.fromarray(noise).resize(size[::-1], PIL.Image.Resampling.BICUBIC)
+    tensor = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 255
+    exact, ours = preprocessing.of_images([image]), preprocessing.of_tensor(tensor)
+    assert exact.shape == ours.shape
+    difference = (exact - ours).abs() * 0.225 * 255
+    assert difference.mean() < 0.6 and difference.max() < 3
+
+
+def test_tensor_path_is_differentiable(tmp_path):
+    """Guidance needs the gradient of every pixel through resize, crop and normalisation."""
+    preprocessing = Preprocessing(processor_folder(tmp_path / "clip", PROCESSORS["clip"]))
+    image = torch.rand(1, 3, 128, 128, requires_grad=True)
+    preprocessing.of_tensor(image).square().sum().backward()
+    inner = image.grad[..., 12:-12, 12:-12]
+    assert (inner.abs() > 0).float().mean() > 0.99
+
+
+def test_preprocessing_without_an_equivalent_is_refused(tmp_path):
+    """Nearest-neighbour resizing has no differentiable equivalent; silence would guide on other images."""
+    with pytest.raises(JobError, match="bilinear and bicubic"):
+        Preprocessing(processor_folder(tmp_path / "x", PROCESSORS["vit"] | {"resample": 0}))
+
+
+def test_no_resize_is_exact(classifier):
+    """At the classifier's own size both paths agree to float32 rounding."""
+    pixels = np.random.default_rng(1).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    scored = classifier.score([PIL.Image.fromarray(one) for one in pixels])
+    assert torch.allclose(classifier.logits(tensor), scored, atol=1e-4)
+
+
+def test_temperature_divides_the_logits(tmp_path):
+    """Two copies of a classifier, one at twice the temperature."""
+    folder = tmp_path / "copy"
+    shutil.copytree(resolve("zoo:digits/classifier"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"temperature": 2 * config["temperature"]}))
+    images = torch.rand(2, 3, 32, 32)
+    first, second = Classifier.load("zoo:digits/classifier"), Classifier.load(str(folder))
+    assert torch.allclose(first.logits(images), 2 * second.logits(images), atol=1e-5)
+    (folder / "config.json").write_text(json.dumps(config | {"temperature": 0}))
+    with pytest.raises(JobError, match="temperature 0 "):
+        Classifier.load(str(folder))
+
+
+def test_digest_follows_content_not_place(tmp_path):
+    """A copy has the same digest; one changed byte of a weight or a configuration another; a README none."""
+    original, copy = resolve("zoo:digits/classifier"), tmp_path / "copy"
+    shutil.copytree(original, copy)
+    before = model_digest("zoo:digits/classifier")
+    (copy / "README.md").write_text("notes")
+    assert model_digest(str(copy)) == before
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert model_digest(str(copy)) != before
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("zoo:digits/clasifier", "did you mean 'digits/classifier'"),
+        ("zoo:../../etc", "not in the zoo"),
+        ("/nowhere/at/all", "neither a folder nor a hub id"),
+        ("tests/test_models.py", "is a file"),
+    ],
+)
+def test_wrong_addresses_name_the_remedy(address, message, monkeypatch, request):
+    """Typing errors are told apart from hub ids that are not here."""
+    monkeypatch.chdir(request.config.rootpath)
+    with pytest.raises(JobError, match=message):
+        locate(address)
+
+
+def test_hub_id_that_is_not_here():
+    """A hub id is located without a network, has no labels yet, and resolving it offline says why."""
+    assert locate("nobody/nothing-here").folder is None
+    assert read_labels("nobody/nothing-here") is None
+    with pytest.raises(JobError, match="could not be had from the model hub"):
+        resolve("nobody/nothing-here")
+
+
+def test_wrong_kinds_are_refused(tmp_path):
+    """A CLIP folder as classifier, an empty folder, broken weights: each says what is wrong."""
+    with pytest.raises(JobError, match="id2label"):
+        read_labels("zoo:digits/clip")
+    with pytest.raises(JobError, match=r"no config\.json"):
+        read_labels(str(tmp_path))
+    folder = tmp_path / "broken"
+    shutil.copytree(resolve("zoo:digits/classifier"), folder)
+    (folder / "model.safetensors").write_bytes(b"not a model")
+    with pytest.raises(JobError, match="cannot be loaded"):
+        Classifier.load(str(folder))
+
+
+def test_impossible_hardware_is_refused():
+    """On a CPU xformers and half precision are refused with the reason, before anything is loaded."""
+    spec = RuntimeSpec(attention="xformers", precision="fp16", device="cuda")
+    problems = hardware_problems(spec, has_gpu=False)
+    assert len(problems) == 3 and all(problem.startswith("runtime.") for problem in problems)
+    assert hardware_problems(RuntimeSpec(), has_gpu=False) == []

@@ -1,0 +1,158 @@
+"""The job file: every mistake is named with its field, its value and a remedy, all of them at once."""
+
+import copy
+import json
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.errors import JobError
+from engine.spec import apply_overrides, job_schema, parse_job
+from tests.conftest import REPOSITORY
+
+JOB = {
+    "name": "job",
+    "models": {
+        "diffusion": "zoo:digits/stable-diffusion",
+        "clip": "zoo:digits/clip",
+        "target": "zoo:digits/classifier",
+    },
+    "requests": [{"name": "between", "method": "boundary", "boundary": ["three", "eight"], "count": 4}],
+    "output": {"uri": "runs/job"},
+}
+
+
+def job(**changes):
+    return copy.deepcopy(JOB) | changes
+
+
+def request(**changes):
+    return job(requests=[JOB["requests"][0] | changes])
+
+
+def problems(raw) -> list[str]:
+    with pytest.raises(JobError) as caught:
+        parse_job(raw)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (job(naem="x"), "naem: unknown key; did you mean 'name'?"),
+        (job(name="Has Space"), "name: 'Has Space' may hold only a-z, 0-9 and inner hyphens"),
+        (job(name="a.b"), "name: 'a.b' may hold only a-z, 0-9 and inner hyphens"),
+        (job(seed=-1), "seed: -1: input should be greater than or equal to 0"),
+        (job(seed=2**53), "seed: 9007199254740992: input should be less than 9007199254740992"),
+        (job(seed=True), "seed: True: input should be a valid integer"),
+        (job(requests=[]), "requests: []"),
+        (job(sampling={"scheduler": "ddpm"}), "sampling.scheduler: 'ddpm' draws noise at every step"),
+        (job(sampling={"scheduler": "eular"}), "did you mean 'euler'?"),
+        (job(sampling={"guidance_scale": True}), "sampling.guidance_scale: True: input should be a valid number"),
+        (job(sampling={"guidance_scale": float("nan")}), "sampling.guidance_scale: nan"),
+        (job(sampling={"num_inference_steps": 0}), "sampling.num_inference_steps: 0"),
+        (job(sampling={"rescale_betas_zero_snr": True}), "sampling.rescale_betas_zero_snr: zero terminal SNR is not defined for lms"),
+        (job(runtime={"batch_size": 0}), "runtime.batch_size: 0"),
+        (job(runtime={"device": "tpu"}), "runtime.device: 'tpu'"),
+        (job(guidance={"boundary": {"stp": 1}}), "guidance.boundary.stp: unknown key; did you mean 'step'?"),
+        (job(output={"uri": ""}), "output.uri: ''"),
+        (request(method="boundry"), "requests.0.method: 'boundry' is not one of prompt, boundary"),
+        (request(method="risky"), "requests.0.method: RiskyDiff guidance is not in this version"),
+        (request(accept={"is_error": True}), "requests.0.accept: acceptance rules are not in this version"),
+        (request(boundary=None), "requests.0.boundary: method 'boundary' needs the classes"),
+        (request(boundary=["three"]), "requests.0.boundary: ['three'] has fewer than two classes"),
+        (request(boundary=["three", "three"]), "requests.0.boundary: ['three', 'three'] names a class twice"),
+        (request(classes="all"), "requests.0.classes: give either `classes` or `boundary`"),
+        (request(count=0), "requests.0.count: 0"),
+        (request(count=1.5), "requests.0.count: 1.5: input should be a valid integer"),
+        (request(count=10**9), "requests.0.count: 1000000000"),
+        (request(contexts=["", ""]), "requests.0.contexts: a context stands twice"),
+        (request(contexts=[]), "requests.0.contexts: []"),
+        (request(prompt="{classs}"), "requests.0.prompt: unknown field {classs}"),
+        (request(method="prompt", boundary=None), "requests.0.classes: missing"),
+        (request(method="prompt", boundary=None, classes=["a"], prompt="x"), "requests.0.prompt: has no {class}"),
+        (request(sampling={"scheduler": "x"}), "requests.0.sampling.scheduler: 'x' is not one of lms"),
+        (request(guidance={"boundary": {"every": 0}}), "requests.0.guidance.boundary.every: 0"),
+        ([], "job: a mapping of keys is expected, not list"),
+        (None, "job: a mapping of keys is expected, not NoneType"),
+    ],
+)
+def test_a_wrong_job_is_refused_with_field_and_remedy(raw, expected):
+    """Each line is what a user reads; the start is the path of the field."""
+    assert any(expected in problem for problem in problems(raw)), problems(raw)
+
+
+def test_all_problems_are_told_at_once():
+    """Mistakes of types, of keys and between fields, in several requests, come together."""
+    raw = job(
+        seed=-1,
+        requests=[
+            {"name": "a", "method": "boundry", "boundary": ["three", "eight"], "count": 1},
+            {"name": "b", "method": "prompt", "boundary": ["three"], "classes": "all", "count": 1},
+            {"name": "b", "method": "prompt", "classes": "all", "count": 0},
+        ],
+    )
+    found = "\n".join(problems(raw))
+    for part in ("seed:", "requests.0.method", "requests.1.classes", "requests.1.boundary", "requests.2.count"):
+        assert part in found
+    assert "requests.2.name: 'b' is also the name of request 1" in found
+
+
+def test_overrides_of_a_request_are_merged_key_by_key():
+    """A request's sampling changes what it names and keeps the job's rest; yaml's bare `on` is the word."""
+    spec = parse_job(
+        request(sampling={"guidance_scale": 6}, guidance={"boundary": {"alpha": 0.1, "step": "norm"}})
+        | {"sampling": {"num_inference_steps": 20}, "guidance": {"boundary": {"every": 2}}}
+        | {"runtime": yaml.safe_load("gradient_checkpointing: on")}
+    )
+    sampling, guidance = spec.sampling_of(spec.requests[0]), spec.guidance_of(spec.requests[0])
+    assert (sampling.num_inference_steps, sampling.guidance_scale) == (20, 6)
+    assert (guidance.boundary.every, guidance.boundary.step_size, guidance.boundary.step) == (2, 0.1, "norm")
+    assert spec.runtime.gradient_checkpointing == "on"
+
+
+def test_set_reaches_lists_and_new_sections():
+    """`--set` paths go through lists by number and create sections; a wrong path is named."""
+    raw = apply_overrides(JOB, [("requests.0.count", 6), ("sampling.scheduler", "ddim")])
+    assert parse_job(raw).requests[0].count == 6 and parse_job(raw).sampling.scheduler == "ddim"
+    assert JOB["requests"][0]["count"] == 4
+    with pytest.raises(JobError, match=r"--set requests\.7\.count"):
+        apply_overrides(JOB, [("requests.7.count", 6)])
+
+
+def test_schema_describes_every_field():
+    """The JSON Schema is what editors show: every property says what it is."""
+    schema = job_schema()
+    assert json.dumps(schema)
+    described = schema["$defs"]["SamplingSpec"]["properties"] | schema["$defs"]["RequestSpec"]["properties"]
+    assert all("description" in field for field in described.values())
+
+
+def test_jobs_in_the_repository_are_valid():
+    """What we ship must pass its own check."""
+    paths = sorted((REPOSITORY / "jobs").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        parse_job(yaml.safe_load(path.read_text()))
+
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+anything = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner))
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_no_job_makes_a_traceback(data):
+    """Any value at any place is either a job or a list of problems."""
+    raw = copy.deepcopy(JOB)
+    places = ["name", "seed", "models", "requests", "sampling", "guidance", "output", "runtime"]
+    raw[data.draw(st.sampled_from(places))] = data.draw(anything)
+    key = data.draw(st.sampled_from(["name", "classes", "boundary", "contexts", "sampling", "guidance", "prompt"]))
+    if isinstance(raw["requests"], list) and raw["requests"] and isinstance(raw["requests"][0], dict):
+        raw["requests"][0][key] = data.draw(anything)
+    try:
+        parse_job(raw)
+    except JobError as error:
+        assert error.problems
