@@ -275,3 +275,10 @@ def test_zero_snr_with_eps_prediction_is_refused():
     spec = SamplingSpec(scheduler="ddim", rescale_betas_zero_snr=True)
     with pytest.raises(ValueError, match="v-prediction"):
         Sampler(spec, CONFIG)
+
+
+@pytest.mark.parametrize("config", [{"prediction_type": "sample"}, {"rescale_betas_zero_snr": True}])
+def test_the_models_own_configuration_is_checked(config):
+    """A model that predicts x0, or was saved with zero SNR, must not be read as something else."""
+    with pytest.raises(ValueError, match=r"v.prediction"):
+        Sampler(SamplingSpec(scheduler="ddim"), CONFIG | config)
