@@ -19,6 +19,8 @@ from engine.errors import JobError
 from engine.spec import CLASS_TEMPLATE, JOINT_SEPARATOR, MAX_SEED, JobSpec, RequestSpec, nearest
 
 SCHEMA_VERSION = 1
+# Stands in a key where the class index would, for a joint prompt.
+JOINT_CODE = "mix"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +43,7 @@ class Cell:
     @property
     def code(self) -> str:
         """The class part of a key: three digits or more, or `mix`."""
-        return "mix" if self.is_joint else f"{self.classes[0]:03d}"
+        return JOINT_CODE if self.is_joint else f"{self.classes[0]:03d}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,17 +16,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.plan import JOINT_CODE
 from engine.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED
 
 MAX_NAME_CHARS = 200
 MANY = "many"
 NONE = "none"
-JOINT = "mix"
+
 # Regular expression that finds the keys for which `is_joint` holds.
-JOINT_KEY = f"-{JOINT}-[^-]*$"
+JOINT_KEY = f"-{JOINT_CODE}-[^-]*$"
 
 _COUNTS = re.compile(r"ok=(\d{1,9})\.rejected=(\d{1,9})\.failed=(\d{1,9})\.accepted=(\d{1,9})\.([a-z0-9=_-]+)\.json")
-_RUN = re.compile(rf"(?:(\d{{3,8}})(?:-(\d{{3,8}}))?|{JOINT})=(\d{{1,9}})")
+_RUN = re.compile(rf"(?:(\d{{3,8}})(?:-(\d{{3,8}}))?|{JOINT_CODE})=(\d{{1,9}})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,7 @@ def class_code(key: str) -> str:
 
 def is_joint(key: str) -> bool:
     """Whether a key is of a sample with a joint prompt."""
-    return class_code(key) == JOINT
+    return class_code(key) == JOINT_CODE
 
 
 def count_rows(rows: Iterable[dict[str, Any]]) -> ShardCounts:
@@ -118,15 +119,15 @@ def _parse_counts(text: str) -> tuple[ShardCounts | None] | None:
 
 def _classes_text(counts: dict[str, int]) -> str:
     """Counts per class code as `003-007=3_mix=5`."""
-    numbers = sorted(int(code) for code in counts if code != JOINT)
+    numbers = sorted(int(code) for code in counts if code != JOINT_CODE)
     parts = []
     # Numbers of one run have the same distance to their place, and the same count.
     places = ((number - place, counts[f"{number:03d}"], number) for place, number in enumerate(numbers))
     for (_, count), group in itertools.groupby(places, key=lambda item: item[:2]):
         run = [number for _, _, number in group]
         parts.append(f"{run[0]:03d}={count}" if len(run) == 1 else f"{run[0]:03d}-{run[-1]:03d}={count}")
-    if JOINT in counts:
-        parts.append(f"{JOINT}={counts[JOINT]}")
+    if JOINT_CODE in counts:
+        parts.append(f"{JOINT_CODE}={counts[JOINT_CODE]}")
     return "_".join(parts) or NONE
 
 
@@ -141,6 +142,8 @@ def _parse_classes(text: str, accepted: int) -> dict[str, int] | None:
         first, last, count = match.groups()
         if first and int(last or first) - int(first) >= accepted:
             return None  # More classes than accepted samples.
-        codes = [JOINT] if first is None else [f"{number:03d}" for number in range(int(first), int(last or first) + 1)]
+        codes = (
+            [JOINT_CODE] if first is None else [f"{number:03d}" for number in range(int(first), int(last or first) + 1)]
+        )
         counts.update(dict.fromkeys(codes, int(count)))
     return counts
