@@ -26,7 +26,8 @@ def risk(logits: Tensor, labels: Tensor) -> Tensor:
         ValueError: a label is not a class.
     """
     _check_indices(labels, logits.shape[-1], "labels")
-    return -_log_softmax(logits).gather(-1, labels[:, None])[:, 0]
+    # Subtracted from zero, as the negative of a zero would be stored as -0.0.
+    return 0.0 - _log_softmax(logits).gather(-1, labels[:, None])[:, 0]
 
 
 def kldb(logits: Tensor, classes: Classes) -> Tensor:
@@ -44,7 +45,7 @@ def kldb(logits: Tensor, classes: Classes) -> Tensor:
     index = _subset_index(logits, classes)
     mean_log_p = _log_softmax(logits).gather(-1, index).mean(-1)
     # Rounding alone can fall below zero, where no divergence is.
-    return (-math.log(index.shape[-1]) - mean_log_p).clamp_min(0)
+    return (0.0 - math.log(index.shape[-1]) - mean_log_p).clamp_min(0)
 
 
 def kldb_parts(logits: Tensor, classes: Classes) -> tuple[Tensor, Tensor]:
@@ -57,15 +58,15 @@ def kldb_parts(logits: Tensor, classes: Classes) -> tuple[Tensor, Tensor]:
     """
     index = _subset_index(logits, classes)
     log_p = _log_softmax(logits).gather(-1, index)
-    mass = -torch.logsumexp(log_p, -1)
-    balance = -math.log(index.shape[-1]) - torch.log_softmax(log_p, -1).mean(-1)
+    mass = 0.0 - torch.logsumexp(log_p, -1)
+    balance = 0.0 - math.log(index.shape[-1]) - torch.log_softmax(log_p, -1).mean(-1)
     return balance.clamp_min(0), mass.clamp_min(0)
 
 
 def entropy(logits: Tensor) -> Tensor:
     """Shannon entropy of the prediction, [B], in [0, log n]."""
     log_p = _log_softmax(logits)
-    return -(log_p.exp() * log_p).sum(-1)
+    return 0.0 - (log_p.exp() * log_p).sum(-1)
 
 
 def conformity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:

@@ -81,6 +81,13 @@ def test_gradients_equal_finite_differences(score):
     assert torch.autograd.gradcheck(functions[score], (logits,))
 
 
+def test_zero_has_no_sign():
+    """A certain prediction has risk, mass and entropy 0.0; -0.0 would stand in every json and table."""
+    certain, label = torch.tensor([[1e4, 0.0, 0.0]]), torch.tensor([0])
+    values = [scores.risk(certain, label), scores.entropy(certain), *scores.kldb_parts(certain, [0])]
+    assert [math.copysign(1, value.item()) for value in values] == [1, 1, 1, 1]
+
+
 def test_gradient_survives_extreme_logits():
     """Log of a saturated softmax has no gradient; log-softmax has."""
     logits = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
