@@ -62,9 +62,7 @@ class Sampler:
         """Latents [B, C, H, W] of the next step, computed in float32."""
         # LMS and Euler warn where `scale_model_input` was not called; our steps scale the input themselves.
         self._scheduler.is_scale_input_called = True
-        return self._scheduler.step(
-            prediction.output, step.timestep, prediction.latents, return_dict=False
-        )[0]
+        return self._scheduler.step(prediction.output, step.timestep, prediction.latents, return_dict=False)[0]
 
     def _levels(self, place: int, timestep: int) -> tuple[float, float]:
         if not self._uses_sigmas:
