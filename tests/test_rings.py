@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 ENGINE = REPOSITORY / "engine"
-CORE = ("spec.py", "plan.py", "records.py", "scores.py", "scheduler.py", "guidance", "sampling")
+CORE = ("spec.py", "plan.py", "records.py", "scores.py", "scheduler.py", "guidance", "sampling", "conditioning")
 CORE_FORBIDS = {
     "ray", "fsspec", "requests", "http", "socket", "subprocess", "typer", "rich", "webdataset", "pyarrow", "pathlib",
     "os", "shutil", "tempfile", "logging", "random", "time", "transformers",
