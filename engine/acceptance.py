@@ -11,8 +11,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from engine.records import STATUS_OK, STATUS_REJECTED
-
 SCORES = (
     "risk", "p_label", "conformity", "conformity_margin", "kldb", "kldb_balance", "kldb_mass", "entropy",
 )  # fmt: skip
@@ -52,12 +50,6 @@ def is_accepted(rule: Mapping[str, Any], record: Mapping[str, Any], subset: tupl
         subset: the classes of the prompt; the oracle agrees when it sees one of them.
     """
     return all(_holds(name, wanted, record, subset) for name, wanted in rule.items())
-
-
-def judged(rule: Mapping[str, Any], record: dict[str, Any], subset: tuple[int, ...]) -> dict[str, Any]:
-    """The record with `accepted` and `status` as the rule says."""
-    accepted = is_accepted(rule, record, subset)
-    return record | {"accepted": accepted, "status": STATUS_OK if accepted else STATUS_REJECTED}
 
 
 def _holds(name: str, wanted: Any, record: Mapping[str, Any], subset: tuple[int, ...]) -> bool:

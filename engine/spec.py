@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
+from engine.acceptance import rule_problems
 from engine.errors import JobError
 
 MAX_SEED = 2**53
@@ -21,16 +22,11 @@ MAX_INDEX = 10**8
 JOINT_SEPARATOR = " and "
 CLASS_TEMPLATE = "a photo of a {class}"
 
-# Methods and fields of the contract that this version does not have yet: named, so that nobody believes in a typo.
+# Fields of the contract that this version does not have yet: named, so that nobody believes in a typo.
 PLANNED = {
-    "method": {"risky": "RiskyDiff guidance is not in this version; use 'boundary' or 'prompt'"},
-    "field": {
-        "accept": "acceptance rules are not in this version; filter the metadata instead",
-        "max_attempts": "quotas are not in this version",
-        "conditioning": "class statistics and screening are not in this version",
-        "judge": "a second conformity model is not in this version",
-        "risky": "RiskyDiff guidance is not in this version",
-    },
+    "max_attempts": "quotas are not in this version",
+    "conditioning": "class statistics and screening are not in this version",
+    "judge": "a second conformity model is not in this version",
 }
 STOCHASTIC_SCHEDULERS = ("ddpm", "euler_ancestral", "euler-ancestral", "dpmsolver_sde", "sde")
 
@@ -135,7 +131,9 @@ class RequestSpec(_Spec):
     """One class-conditional request: what to make, how much of it, by which method."""
 
     name: Name = Field(description="Unique in the job.")
-    method: Literal["prompt", "boundary"] = Field(description="Prompt only, or KLDB boundary guidance.")
+    method: Literal["prompt", "boundary", "risky"] = Field(
+        description="Prompt only, KLDB boundary guidance, or RiskyDiff guidance."
+    )
     classes: Literal["all"] | tuple[str | StrictInt, ...] | None = Field(
         default=None, description="Class names or indices of the target, or `all`."
     )
@@ -149,6 +147,10 @@ class RequestSpec(_Spec):
     prompt: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(
         default=None, description="Prompt template with `{class}` and optionally `{context}`."
     )
+    accept: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Conditions for a sample to be kept, such as {is_error: true, oracle: agrees, risk: '>= 1'}.",
+    )
     seed_group: Name | None = Field(default=None, description="Requests of one group share noise; default: the name.")
     diffusion: Address | None = Field(default=None, description="Another diffusion model for this request.")
     sampling: dict[str, Any] = Field(default_factory=dict, description="Overrides of the job's `sampling`.")
@@ -161,6 +163,7 @@ class OutputSpec(_Spec):
     uri: Annotated[str, Field(min_length=1, max_length=2000)] = Field(description="Folder of the run.")
     samples_per_shard: StrictInt = Field(default=256, ge=1, le=100_000, description="Attempts in a shard.")
     image_format: Literal["png", "jpg", "webp"] = Field(default="png", description="png and webp are lossless.")
+    store_rejected: bool = Field(default=False, description="Store the images of rejected samples too.")
 
 
 class RuntimeSpec(_Spec):
@@ -251,6 +254,8 @@ def _between_fields(raw: dict[str, Any]) -> list[Problem]:
         request = _lenient(RequestSpec, item)
         if request is not None:
             problems += [((*where, *at), text) for at, text in _request_problems(request)]
+            if "oracle" in request.accept and not (raw.get("models") or {}).get("oracle"):
+                problems.append(((*where, "accept", "oracle"), "there is no oracle; name one in models.oracle"))
             problems += _override_problems(request, base, where)
     return problems
 
@@ -290,15 +295,18 @@ def _request_problems(request: RequestSpec) -> list[Problem]:
     problems: list[Problem] = []
     if request.method == "boundary" and request.boundary is None:
         problems.append((("boundary",), "method 'boundary' needs the classes between which to sample, two or more"))
-    if request.boundary is not None:
+    if request.method == "risky" and request.boundary is not None:
+        problems.append((("boundary",), "method 'risky' makes samples of single classes; give `classes`"))
+    elif request.boundary is not None:
         if request.classes is not None:
             problems.append((("classes",), "give either `classes` or `boundary`, not both"))
         if len(set(request.boundary)) != len(request.boundary):
             problems.append((("boundary",), f"{list(request.boundary)} names a class twice; name each once"))
         if len(request.boundary) < 2:
             problems.append((("boundary",), f"{list(request.boundary)} has fewer than two classes; name two or more"))
-    elif request.method == "prompt" and request.classes is None:
-        problems.append((("classes",), "missing; give class names or `all` (or `boundary: [A, B]`)"))
+    elif request.method != "boundary" and request.classes is None:
+        joint = " (or `boundary: [A, B]`)" if request.method == "prompt" else ""
+        problems.append((("classes",), f"missing; give class names or `all`{joint}"))
     if isinstance(request.classes, tuple) and len(set(request.classes)) != len(request.classes):
         problems.append((("classes",), f"{list(request.classes)} names a class twice; name each once"))
     if request.classes == ():
@@ -309,6 +317,7 @@ def _request_problems(request: RequestSpec) -> list[Problem]:
         problems.append(
             (("count",), f"{request.count} x {len(request.contexts)} contexts is above {MAX_INDEX} a class")
         )
+    problems += [(("accept", name), text) for name, text in rule_problems(request.accept)]
     return problems + _template_problems(request)
 
 
@@ -344,14 +353,12 @@ def _explain(root: type[BaseModel], item: Any, location: Location) -> str:
     kind, value = item["type"], _shown(item.get("input"))
     key = str(location[-1]) if location else ""
     if kind == "extra_forbidden":
-        if key in PLANNED["field"]:
-            return PLANNED["field"][key]
+        if key in PLANNED:
+            return PLANNED[key]
         return "unknown key" + nearest(key, list(_fields_at(root, location[:-1])))
     if kind == "missing":
         return "missing; this key is required"
     if kind == "literal_error":
-        if key == "method" and item["input"] in PLANNED["method"]:
-            return PLANNED["method"][item["input"]]
         if key == "scheduler" and item["input"] in STOCHASTIC_SCHEDULERS:
             return f"{value} draws noise at every step; use a deterministic one: {item['ctx']['expected']}"
         choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
