@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.dataset.commits import ShardCounts, commit_shard
-from engine.dataset.shards import stage_shard
+from engine.dataset.commits import commit_shard
+from engine.dataset.counts import ShardCounts
+from engine.dataset.shards import shard_name, stage_shard
 from engine.dataset.store import open_store
 from engine.plan import Plan, ShardSpec
 from engine.records import SampleResult
@@ -101,27 +100,19 @@ class Worker:
             report(done)
 
     def _commit(self, shard: ShardSpec, attempt: int, results: Sequence[SampleResult], seconds: float) -> ShardCounts:
-        name = shard_name(self._job.name, shard)
-        staging = self._store.path("_state/staging")
-        staging.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=staging, prefix=f"{name}-{os.getpid()}-") as folder:
-            staged = stage_shard(Path(folder), name, results, self._job.output.image_format)
-            commit_shard(
-                self._store,
-                self._plan.digest,
-                shard,
-                name,
-                staged,
-                attempt=attempt,
-                worker=self._name,
-                timing={"sampling_seconds": seconds},
-            )
-        return staged.counts
-
-
-def shard_name(job_name: str, shard: ShardSpec) -> str:
-    """`NAME-000000` (contract: output of a run)."""
-    return f"{job_name}-{shard.number:06d}"
+        name = shard_name(self._job.name, shard.number)
+        staged = stage_shard(self._store.staging(), name, results, self._job.output.image_format)
+        record = commit_shard(
+            self._store,
+            self._plan.digest,
+            shard,
+            name,
+            staged,
+            attempt=attempt,
+            worker=self._name,
+            timing={"sampling_seconds": seconds},
+        )
+        return record.counts
 
 
 def quiet_libraries() -> None:

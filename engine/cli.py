@@ -1,0 +1,311 @@
+"""The command line. Imports what a command needs when it runs, so that help and checks start at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+import engine
+from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, JobError, RiskforgeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from engine.cost import Cost
+    from engine.executors.base import Executor
+    from engine.plan import Plan
+    from engine.progress import Display
+    from engine.run import RunSummary
+    from engine.spec import JobSpec
+
+MAX_LISTED = 20
+
+app = typer.Typer(
+    name="riskforge",
+    help="Manufacture labelled images on which a classifier fails or hesitates.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+
+JobArgument = Annotated[Path, typer.Argument(metavar="JOB", help="Job file in YAML.", show_default=False)]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="K=V", help="Replace a value of the job, such as requests.0.count=6; repeatable."),
+]
+OutputOption = Annotated[str | None, typer.Option(metavar="URI", help="Folder of the run; replaces output.uri.")]
+
+
+def main() -> None:
+    """Entry point of the command: exit codes and messages as the contract has them."""
+    code: Any = 0
+    try:
+        app()
+    except SystemExit as end:
+        code = end.code
+    except RiskforgeError as error:
+        code = error.exit_code
+        _print_error(error)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has left; the interpreter's own flush at exit must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"riskforge {engine.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Manufacture labelled images on which a classifier fails or hesitates."""
+
+
+@app.command()
+def run(
+    job: JobArgument,
+    output: OutputOption = None,
+    executor: Annotated[Literal["ray", "local"], typer.Option(help="Ray actors, or threads of this process.")] = "ray",
+    address: Annotated[
+        str | None, typer.Option(metavar="A", help="Running Ray cluster: `auto` or HOST:PORT. Default: start one here.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Workers; replaces runtime.workers.")] = None,
+    resume: Annotated[
+        Literal["auto", "never", "overwrite"],
+        typer.Option(help="Continue the output's run, refuse an output that is not empty, or remove its run first."),
+    ] = "auto",
+    yes: Annotated[bool, typer.Option("--yes", help="Agree to the removal by --resume overwrite.")] = False,
+    set_: SetOption = None,
+) -> None:
+    """Make the samples of a job; the same command continues what was interrupted."""
+    if address and executor == "local":
+        raise JobError("--address: is for --executor ray; leave one of the two out")
+    spec = _load(job, set_, output=output, workers=workers)
+    from engine.run import run_job
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        summary = run_job(
+            spec,
+            executor=_make_executor(executor, spec, address),
+            resume=resume,
+            confirmed=yes,
+            display=_make_display(),
+        )
+    except KeyboardInterrupt:
+        _complain("stopped; the same command continues")
+        raise typer.Exit(EXIT_DRAINED) from None
+    _print_summary(summary)
+    raise typer.Exit(summary.exit_code)
+
+
+@app.command()
+def plan(
+    job: JobArgument,
+    validate: Annotated[bool, typer.Option("--validate", help="Only check the job.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure a batch of every request here.")] = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option(metavar="X", min=0, help="Price of a device for an hour; with --calibrate.")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Show what a job will make and cost, without making it."""
+    if price_per_hour is not None and not calibrate:
+        raise JobError("--price-per-hour: needs the hours of a measurement; add --calibrate")
+    spec = _load(job, set_)
+    if validate:
+        _validate(job, spec, as_json)
+        return
+    from engine.cost import job_cost
+    from engine.run import plan_job
+
+    planned = plan_job(spec)
+    cost = job_cost(spec, planned, _measure(spec, planned) if calibrate else None)
+    if as_json:
+        _print_json(_cost_fields(spec, cost, price_per_hour))
+    else:
+        _print_cost(spec, cost, price_per_hour)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a job file."""
+    from engine.spec import job_schema
+
+    _print_json(job_schema())
+
+
+@app.command()
+def report(run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]) -> None:
+    """Write the report of a run anew."""
+    from engine.dataset.state import REPORT
+    from engine.dataset.store import open_store
+    from engine.report.render import write_report
+
+    store = open_store(run)
+    write_report(store)
+    print(store.path(REPORT))
+
+
+def _load(path: Path, sets: list[str] | None, *, output: str | None = None, workers: int | None = None) -> JobSpec:
+    """The job of a file with the overrides of the command line."""
+    from engine.jobfile import parse_override, read_job
+
+    overrides = [parse_override(text) for text in sets or ()]
+    overrides += [("output.uri", output)] if output is not None else []
+    overrides += [("runtime.workers", workers)] if workers is not None else []
+    return read_job(path, overrides)
+
+
+def _make_executor(kind: str, job: JobSpec, address: str | None) -> Executor:
+    from engine.run import check_hardware
+
+    workers = None if job.runtime.workers == "auto" else job.runtime.workers
+    if kind == "local":
+        check_hardware(job, is_here=True)
+        from engine.executors.local import LocalExecutor
+
+        return LocalExecutor(workers or 1)
+    check_hardware(job, is_here=address is None)
+    from engine.executors.ray import RayExecutor
+
+    return RayExecutor(address=address, num_workers=workers, device=job.runtime.device)
+
+
+def _make_display() -> Display:
+    from engine.progress import LiveDisplay, PlainDisplay
+
+    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        return LiveDisplay(_console(stderr=True))
+    return PlainDisplay(sys.stderr)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """A console; without a terminal, lines are as long as tables need."""
+    from rich.console import Console
+
+    from engine.progress import TABLE_WIDTH
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else TABLE_WIDTH, highlight=False)
+
+
+def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
+    """Check all that can be checked without a model being loaded or fetched."""
+    from engine.models.addresses import check_addresses, read_labels
+    from engine.plan import resolve_requests
+    from engine.run import check_hardware
+
+    check_addresses(job)
+    check_hardware(job, is_here=False)
+    labels = read_labels(job.models.target)
+    if labels is not None:
+        resolve_requests(job, labels)
+    if as_json:
+        _print_json({"valid": True, "classes_checked": labels is not None})
+        return
+    print(f"{path} is valid")
+    if labels is None:
+        print(f"the classes are not checked: {job.models.target} is not on this machine yet")
+
+
+def _measure(job: JobSpec, planned: Plan) -> Any:
+    from engine.calibrate import measure
+
+    _complain("measuring a batch of every request")
+    return measure(job, planned)
+
+
+def _cost_fields(job: JobSpec, cost: Cost, price_per_hour: float | None) -> dict[str, Any]:
+    import dataclasses
+
+    hours = cost.device_hours
+    return {
+        "name": job.name,
+        "shards": cost.num_shards,
+        "samples": cost.num_samples,
+        "bytes": cost.num_bytes,
+        "device": cost.device or None,
+        "load_seconds": cost.load_seconds if cost.device else None,
+        "device_hours": hours,
+        "price": None if hours is None or price_per_hour is None else hours * price_per_hour,
+        "requests": [dataclasses.asdict(request) for request in cost.requests],
+    }
+
+
+def _print_cost(job: JobSpec, cost: Cost, price_per_hour: float | None) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from engine.progress import byte_size, duration
+
+    table = Table(box=box.SIMPLE_HEAD, show_footer=len(cost.requests) > 1)
+    hours = cost.device_hours
+    total_seconds = "" if hours is None else duration(sum(request.seconds or 0 for request in cost.requests))
+    footers = ("all", f"{cost.num_shards}", f"{cost.num_samples}", byte_size(cost.num_bytes), total_seconds)
+    for name, footer in zip(("request", "shards", "samples", "bytes", "one device"), footers, strict=True):
+        if name != "one device" or hours is not None:
+            table.add_column(name, footer, justify="left" if name == "request" else "right")
+    for request in cost.requests:
+        row = [request.name, str(request.num_shards), str(request.num_samples), byte_size(request.num_bytes)]
+        table.add_row(*row, *([] if request.seconds is None else [duration(request.seconds)]))
+    _console().print(table)
+    print(f"output: {job.output.uri}")
+    if hours is not None:
+        print(
+            f"measured on {cost.device}: {hours:.2g} device-hours, of which {cost.load_seconds:.0f} s load the models"
+        )
+        if price_per_hour is not None:
+            print(f"price at {price_per_hour:g} an hour: {hours * price_per_hour:.2f}")
+
+
+def _print_summary(summary: RunSummary) -> None:
+    from engine.progress import duration, medians_table
+
+    if summary.was_complete:
+        print(f"{summary.uri} is complete: all {summary.num_shards} shards are there, nothing to do")
+    if summary.groups:
+        _console().print(medians_table(summary.groups))
+    if not summary.was_complete:
+        print(f"{summary.num_committed} of {summary.num_shards} shards in {summary.uri} ({duration(summary.seconds)})")
+    if summary.report:
+        print(f"report: {summary.report}")
+    if summary.exit_code == EXIT_INCOMPLETE:
+        some = ", ".join(str(number) for number in summary.quarantined[:MAX_LISTED])
+        more = len(summary.quarantined) - MAX_LISTED
+        _complain(f"error: shards in quarantine: {some}{f' and {more} more' if more > 0 else ''}")
+        _complain(f"the reasons are in {summary.uri}/_state/quarantine; the same command tries them again")
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print_error(error: RiskforgeError) -> None:
+    lines = error.problems if isinstance(error, JobError) else str(error).splitlines()
+    for line in lines:
+        _complain(f"error: {line}")
+
+
+def _complain(line: str) -> None:
+    print(line, file=sys.stderr)

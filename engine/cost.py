@@ -1,0 +1,104 @@
+"""What a job will cost: bytes from the models' configurations, time and money from a measured batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine.models.addresses import locate, read_config
+from engine.plan import Plan, RequestPlan
+from engine.spec import JobSpec
+
+if TYPE_CHECKING:
+    from engine.calibrate import Measurement
+
+# Bytes a pixel of a photograph-like image, and bytes a sample of tar headers, metadata and parquet.
+BYTES_PER_PIXEL = {"png": 1.7, "webp": 1.2, "jpg": 0.4}
+BYTES_PER_RECORD = 4500
+SECONDS_PER_HOUR = 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestCost:
+    """A request in numbers.
+
+    Attributes:
+        num_bytes: of its shards; None where the model's configuration is not on this machine.
+        seconds: of one device; None without a measurement.
+    """
+
+    name: str
+    num_samples: int
+    num_shards: int
+    num_bytes: int | None
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """A job in numbers.
+
+    Attributes:
+        load_seconds: to load the models, once for each worker.
+        device: what was measured on; empty without a measurement.
+    """
+
+    requests: tuple[RequestCost, ...]
+    load_seconds: float = 0.0
+    device: str = ""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all requests."""
+        return sum(request.num_samples for request in self.requests)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of all requests."""
+        return sum(request.num_shards for request in self.requests)
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Bytes of all requests, if known."""
+        sizes = [request.num_bytes for request in self.requests if request.num_bytes is not None]
+        return sum(sizes) if len(sizes) == len(self.requests) else None
+
+    @property
+    def device_hours(self) -> float | None:
+        """Hours of one device, with one loading of the models, if measured."""
+        if not self.device:
+            return None
+        return (self.load_seconds + sum(request.seconds or 0.0 for request in self.requests)) / SECONDS_PER_HOUR
+
+
+def job_cost(job: JobSpec, plan: Plan, measurement: Measurement | None = None) -> Cost:
+    """The cost of a plan, with time only where a batch was measured."""
+    return Cost(
+        requests=tuple(_request_cost(job, plan, request, measurement) for request in plan.requests),
+        load_seconds=measurement.load_seconds if measurement else 0.0,
+        device=measurement.device if measurement else "",
+    )
+
+
+def _request_cost(job: JobSpec, plan: Plan, request: RequestPlan, measurement: Measurement | None) -> RequestCost:
+    extents = [extent for stage in plan.stages for extent in stage if extent.request == request.number]
+    image_bytes = measurement.bytes_per_sample[request.number] if measurement else image_size(job, request)
+    return RequestCost(
+        name=request.spec.name,
+        num_samples=request.total,
+        num_shards=sum(extent.num_shards for extent in extents),
+        num_bytes=None if image_bytes is None else round(request.total * (image_bytes + BYTES_PER_RECORD)),
+        seconds=measurement.seconds_per_sample[request.number] * request.total if measurement else None,
+    )
+
+
+def image_size(job: JobSpec, request: RequestPlan) -> float | None:
+    """Estimated bytes of an image, from the size that the diffusion model makes; None if it is not on this machine."""
+    folder = locate(request.spec.diffusion or job.models.diffusion).folder
+    if folder is None:
+        return None
+    latent = read_config(folder / "unet" / "config.json").get("sample_size")
+    levels = read_config(folder / "vae" / "config.json").get("block_out_channels")
+    if not isinstance(latent, int) or not isinstance(levels, list):
+        return None
+    return (latent * 2 ** (len(levels) - 1)) ** 2 * BYTES_PER_PIXEL[job.output.image_format]

@@ -1,0 +1,343 @@
+"""Commit records: the proof that a shard is whole, created last, one for each shard (contract: commit).
+
+The shard's files are published first, then the record. Whoever finds files without a record checks them: a pair that
+is whole is adopted, whoever made it; anything else is moved aside. The record always tells of the published files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import json
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from engine.dataset.counts import ShardCounts, parse_record_name, record_name
+from engine.dataset.shards import SHARDS, ShardFiles, discard, file_digest, inspect_pair, read_rows
+from engine.dataset.store import Store, explained
+from engine.errors import CorruptShardError
+from engine.plan import ShardSpec
+
+COMMITS = "_state/commits"
+PACKS = "_state/packs"
+MAX_LOOSE = 10_000
+RECORD_VERSION = 1
+NUM_LOCKS = 64
+
+
+class CommitSummary(NamedTuple):
+    """What a record's name says: the shard and its counts. A tuple, as there may be a million."""
+
+    number: int
+    counts: ShardCounts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitRecord:
+    """What a record holds.
+
+    Attributes:
+        shard: number of the shard.
+        name: name of its files without extension.
+        request, start, stop: the samples, as in `ShardSpec`.
+        attempt, worker: the try that made the published files.
+        timing: seconds by name, as measured by the worker; empty where the files of another try were adopted.
+    """
+
+    shard: int
+    name: str
+    plan_digest: str
+    request: int
+    start: int
+    stop: int
+    attempt: int
+    worker: str
+    counts: ShardCounts
+    tar_sha256: str
+    tar_md5: str
+    tar_bytes: int
+    parquet_sha256: str
+    parquet_bytes: int
+    timing: dict[str, float]
+
+    @property
+    def file_name(self) -> str:
+        """Name of the record in the store."""
+        return f"{COMMITS}/{record_name(self.shard, self.counts)}"
+
+    def to_json(self) -> str:
+        """The record as one line."""
+        return json.dumps({"record_version": RECORD_VERSION} | dataclasses.asdict(self), allow_nan=False)
+
+
+def commit_shard(
+    store: Store,
+    plan_digest: str,
+    shard: ShardSpec,
+    shard_name: str,
+    staged: ShardFiles,
+    attempt: int,
+    worker: str,
+    timing: dict[str, float],
+) -> CommitRecord:
+    """Publish a staged shard and create its commit record, or adopt what is published already.
+
+    Returns:
+        The record as it stands in the store. It tells of the published files, which another try may have made.
+
+    Raises:
+        OutputError: the store refuses.
+        CorruptShardError: the shard was committed before and its files are not what the record says.
+        ValueError: the staged files do not hold the samples of the shard.
+
+    Side effects:
+        Removes the staged files once the record stands.
+    """
+    if staged.counts.attempted != shard.num_samples:
+        raise ValueError(f"shard {shard.number}: {staged.counts.attempted} samples staged of {shard.num_samples}")
+    own = CommitRecord(
+        shard=shard.number,
+        name=shard_name,
+        plan_digest=plan_digest,
+        request=shard.request,
+        start=shard.start,
+        stop=shard.stop,
+        attempt=attempt,
+        worker=worker,
+        timing=timing,
+        **_about(staged),
+    )
+    with store.lock(f"shard-{shard.number % NUM_LOCKS:02d}"):
+        record = _settle(store, own, staged)
+    discard(staged)
+    return record
+
+
+def _settle(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord:
+    """Bring the files and the record of a shard to their final state."""
+    tar, parquet = _names(own.name)
+    if (store.exists(tar) or store.exists(parquet)) and (earlier := read_commit(store, own.shard)):
+        _check_committed(store, earlier, own, staged)
+        return earlier
+    # Both are published, whatever the first answers: a free name is filled, a taken one is looked at below.
+    is_own = [store.publish(tar, staged.tar), store.publish(parquet, staged.parquet)]
+    record = own if all(is_own) else _adopt(store, own, staged)
+    if not store.publish(record.file_name, record.to_json().encode()):
+        record = _parse(record.file_name, store.read(record.file_name).decode())
+        _check_committed(store, record, own, staged)
+    return record
+
+
+def _adopt(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord:
+    """Record what is published if it is whole and of this shard, otherwise put the staged files in its place."""
+    tar, parquet = _names(own.name)
+    try:
+        found = inspect_pair(store.path(tar), store.path(parquet))
+        if _identity(found.parquet) != _identity(staged.parquet):
+            raise CorruptShardError(f"{found.parquet}: holds other samples than shard {own.shard} of this plan")
+    except CorruptShardError:
+        store.set_aside(tar)
+        store.set_aside(parquet)
+        for name, data in ((tar, staged.tar), (parquet, staged.parquet)):
+            if not store.publish(name, data):
+                raise CorruptShardError(f"{store.path(name)}: written by two processes at once; run again") from None
+        return own
+    if found.parquet_sha256 == own.parquet_sha256:
+        return own
+    first = next(read_rows(found.parquet, ["attempt", "worker"]))
+    return dataclasses.replace(own, **first, timing={}, **_about(found))
+
+
+def _check_committed(store: Store, record: CommitRecord, own: CommitRecord, staged: ShardFiles) -> None:
+    """Check the published files against the record; a lost file that was made again byte for byte is put back."""
+    told = ((record.tar_sha256, own.tar_sha256), (record.parquet_sha256, own.parquet_sha256))
+    for name, data, (wanted, made) in zip(_names(record.name), (staged.tar, staged.parquet), told, strict=True):
+        path = store.path(name)
+        if not store.exists(name) and made == wanted:
+            store.publish(name, data)
+        if not store.exists(name):
+            raise CorruptShardError(f"{path}: is missing, but shard {record.shard} is committed; restore the file")
+        with explained(path):
+            digest = file_digest(path, "sha256")
+        if digest != wanted:
+            raise CorruptShardError(f"{path}: is not the file that was committed (checksum {digest[:12]}); restore it")
+
+
+def _about(files: ShardFiles) -> dict[str, Any]:
+    """The part of a record that tells of the files."""
+    names = ("counts", "tar_sha256", "tar_md5", "tar_bytes", "parquet_sha256", "parquet_bytes")
+    return {name: getattr(files, name) for name in names}
+
+
+def _names(shard_name: str) -> tuple[str, str]:
+    return f"{SHARDS}/{shard_name}.tar", f"{SHARDS}/{shard_name}.parquet"
+
+
+def _identity(parquet: Path) -> list[dict[str, Any]]:
+    """Which samples a parquet tells of: their keys and seeds."""
+    return list(read_rows(parquet, ["key", "seed"]))
+
+
+def list_commits(store: Store) -> dict[int, CommitSummary]:
+    """The committed shards by number, from one listing of the records' names and the names in the packs.
+
+    Raises:
+        CorruptShardError: two different records for one shard.
+    """
+    commits: dict[int, CommitSummary] = {}
+    for name in _all_names(store):
+        parsed = parse_record_name(name)
+        if parsed is None:
+            continue
+        number, counts = parsed
+        if number not in commits:
+            commits[number] = CommitSummary(number, counts or _counts_inside(store, name, number))
+        elif (other := record_name(number, commits[number].counts)) != name:
+            raise CorruptShardError(
+                f"{store.path(COMMITS)}: shard {number} has two records, {other} and {name}; remove the one whose "
+                "checksums are not those of the shard's files"
+            )
+    return commits
+
+
+def read_commit(store: Store, number: int) -> CommitRecord | None:
+    """The record of a shard, or None where it is not committed.
+
+    Raises:
+        CorruptShardError: the record cannot be read.
+    """
+    # Loose records first: a record that is just being packed is in its pack before it stops being loose.
+    for name in store.list(COMMITS):
+        parsed = parse_record_name(Path(name).name)
+        if parsed and parsed[0] == number and (record := _read_loose(store, name)):
+            return record
+    for pack in store.list(PACKS):
+        for row in _pack_rows(store.path(pack), ["record"], number):
+            return _parse(pack, row["record"])
+    return None
+
+
+def read_commits(store: Store) -> Iterator[CommitRecord]:
+    """All records in the order of their shards, in constant memory.
+
+    Raises:
+        CorruptShardError: a record cannot be read.
+    """
+    last = -1
+    sources = [_loose_records(store), *(_packed_records(store, pack) for pack in store.list(PACKS))]
+    for record in heapq.merge(*sources, key=operator.attrgetter("shard")):
+        if record.shard != last:
+            yield record
+        last = record.shard
+
+
+def compact_commits(store: Store, max_loose: int = MAX_LOOSE) -> int:
+    """Move the loose records into one pack when there are more than `max_loose`.
+
+    Safe beside committing workers and at any interruption: a record leaves its own file only once the pack is there.
+
+    Returns:
+        Number of records packed.
+    """
+    names = store.list(COMMITS)
+    if len(names) <= max_loose:
+        return 0
+    staged = store.staging() / "pack.parquet"
+    packed = _write_pack(staged, _loose(store))
+    number = len(store.list(PACKS))
+    while not store.publish(f"{PACKS}/{number:06d}.parquet", staged):
+        number += 1
+    staged.unlink()
+    for name in packed:
+        store.remove(name)
+    return len(packed)
+
+
+def _write_pack(path: Path, records: Iterator[tuple[str, CommitRecord]]) -> list[str]:
+    """Write a pack and return the names of its records."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([("number", pa.int64()), ("name", pa.string()), ("record", pa.string())])
+    names: list[str] = []
+    with explained(path), pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        rows: list[dict[str, Any]] = []
+        for name, record in records:
+            rows.append({"number": record.shard, "name": Path(name).name, "record": record.to_json()})
+            names.append(name)
+            if len(rows) == MAX_LOOSE:
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                rows = []
+        writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    return names
+
+
+def _all_names(store: Store) -> Iterator[str]:
+    """File names of all records, loose ones first."""
+    prefix = len(COMMITS) + 1
+    yield from (name[prefix:] for name in store.list(COMMITS))
+    for pack in store.list(PACKS):
+        yield from (row["name"] for row in _pack_rows(store.path(pack), ["name"]))
+
+
+def _counts_inside(store: Store, name: str, number: int) -> ShardCounts:
+    record = _read_loose(store, f"{COMMITS}/{name}") or read_commit(store, number)
+    assert record is not None, f"shard {number} was listed"
+    return record.counts
+
+
+def _loose_records(store: Store) -> Iterator[CommitRecord]:
+    return (record for _, record in _loose(store))
+
+
+def _loose(store: Store) -> Iterator[tuple[str, CommitRecord]]:
+    """Names and contents of the loose records in the order of their shards."""
+    parsed = ((parse_record_name(Path(name).name), name) for name in store.list(COMMITS))
+    numbered = [(one[0], name) for one, name in parsed if one]
+    for _, name in sorted(numbered):
+        if record := _read_loose(store, name):
+            yield name, record
+
+
+def _read_loose(store: Store, name: str) -> CommitRecord | None:
+    """A loose record, or None where it was packed after it was listed."""
+    try:
+        text = store.path(name).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    return _parse(name, text)
+
+
+def _packed_records(store: Store, pack: str) -> Iterator[CommitRecord]:
+    return (_parse(pack, row["record"]) for row in _pack_rows(store.path(pack), ["record"]))
+
+
+def _pack_rows(path: Path, columns: list[str], number: int | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of a pack in order, or those of one shard."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with explained(path):
+        try:
+            if number is not None:
+                wanted = [("number", "==", number)]
+                yield from pq.read_table(path, columns=columns, filters=wanted, partitioning=None).to_pylist()
+                return
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(columns=columns):
+                    yield from batch.to_pylist()
+        except pa.ArrowException as error:
+            raise CorruptShardError(f"{path}: the packed commit records cannot be read ({error})") from error
+
+
+def _parse(where: str, text: str) -> CommitRecord:
+    try:
+        raw = json.loads(text)
+        if raw.pop("record_version") != RECORD_VERSION:
+            raise ValueError("of another version")
+        return CommitRecord(**raw | {"counts": ShardCounts(**raw["counts"])})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CorruptShardError(f"{where}: not a commit record ({error}); remove it to make the shard again") from error

@@ -1,0 +1,288 @@
+"""What closes a run: metadata of all shards, indexes for other readers, manifest, card and, last, `_SUCCESS`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata as packages
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from engine.dataset.card import dataset_card
+from engine.dataset.commits import CommitRecord, CommitSummary, compact_commits, list_commits, read_commits
+from engine.dataset.schema import arrow_schema
+from engine.dataset.shards import SHARDS, shard_name
+from engine.dataset.state import CARD, MANIFEST, METADATA, SUCCESS, TIMM_INFO, WIDS_INDEX
+from engine.dataset.store import Store, explained
+from engine.dataset.summary import GroupSummary, count_classes, count_requests, plain, summarise
+from engine.errors import CorruptShardError, OutputError
+from engine.plan import SCHEMA_VERSION, Plan
+from engine.spec import JobSpec
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ROWS_PER_GROUP = 65_536
+MAX_ROWS_PER_FILE = 10**7
+MAX_LISTED_SHARDS = 10_000
+_TOTALS = ("attempted", "ok", "rejected", "failed", "accepted")
+PACKAGES = (
+    "riskforge", "torch", "diffusers", "transformers", "accelerate", "ray", "pyarrow", "numpy", "pillow", "webdataset",
+    "xformers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRun:
+    """What `finalise` found and wrote.
+
+    Attributes:
+        manifest: the content of manifest.json.
+        groups: the summary per request and context.
+        complete: whether every shard of the plan is committed.
+    """
+
+    manifest: dict[str, Any]
+    groups: list[GroupSummary]
+    complete: bool
+
+
+def finalise(
+    store: Store,
+    job: JobSpec,
+    plan: Plan,
+    *,
+    models: dict[str, Any],
+    timing: dict[str, float],
+    versions: dict[str, str],
+    hardware: dict[str, Any],
+    rows_per_file: int = MAX_ROWS_PER_FILE,
+) -> FinishedRun:
+    """Write metadata, indexes, manifest and card over the shards that are committed, whether or not that is all.
+
+    The caller writes its report and then calls `mark_success`.
+
+    Args:
+        models: by role, each with address and digest, for the manifest and the card.
+        rows_per_file: above this number of rows `metadata.parquet` is a folder of parts.
+
+    Raises:
+        OutputError: the store refuses.
+        CorruptShardError: a committed shard is missing or has other rows than its record says.
+
+    Side effects:
+        Removes `_SUCCESS`; packs the commit records when there are many.
+    """
+    store.remove(SUCCESS)
+    compact_commits(store)
+    commits = list_commits(store)
+    write_metadata(store, job.name, commits, rows_per_file)
+    write_indexes(store)
+    groups = summarise(store.path(METADATA))
+    manifest = build_manifest(
+        store, job, plan, commits, groups, models=models, timing=timing, versions=versions, hardware=hardware
+    )
+    store.replace(MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    store.replace(CARD, dataset_card(job, manifest, groups, _data_files(job, commits)).encode())
+    return FinishedRun(manifest=manifest, groups=groups, complete=manifest["complete"])
+
+
+def _data_files(job: JobSpec, commits: dict[int, CommitSummary]) -> list[str]:
+    """Patterns of the tars that hold images: readers that look into the first tar stumble over an empty one."""
+    filled = [number for number in sorted(commits) if commits[number].counts.ok]
+    if len(filled) == len(commits) or len(filled) > MAX_LISTED_SHARDS:
+        return [f"{SHARDS}/*.tar"]
+    return [f"{SHARDS}/{shard_name(job.name, number)}.tar" for number in filled]
+
+
+def mark_success(store: Store, plan: Plan) -> None:
+    """Write `_SUCCESS`: the run is complete and everything else is written.
+
+    Raises:
+        OutputError: shards of the plan are not committed.
+    """
+    missing = plan.num_shards - len(list_commits(store))
+    if missing:
+        raise OutputError(f"output {store.uri}: {missing} of {plan.num_shards} shards are not committed; run again")
+    store.replace(SUCCESS, f"{plan.digest}\n".encode())
+
+
+def write_metadata(
+    store: Store, job_name: str, commits: dict[int, CommitSummary], rows_per_file: int = MAX_ROWS_PER_FILE
+) -> None:
+    """Write the rows of all committed shards in their order, in constant memory.
+
+    Raises:
+        CorruptShardError: a shard's parquet is missing, damaged or of another length than its record says.
+    """
+    num_rows = sum(commit.counts.attempted for commit in commits.values())
+    tables = _row_groups(_shard_tables(store, job_name, commits))
+    staged = store.staging() / "metadata.parquet"
+    if num_rows <= rows_per_file:
+        with _writer(staged) as writer:
+            for table in tables:
+                writer.write_table(table)
+        if store.path(METADATA).is_dir():
+            store.remove_tree(METADATA)
+        store.replace(METADATA, staged)
+        return
+    if store.path(METADATA).is_file():
+        store.remove(METADATA)
+    names = _write_parts(store, staged, tables, rows_per_file)
+    for name in set(store.list(METADATA)) - set(names):
+        store.remove(name)
+
+
+def _write_parts(store: Store, staged: Path, tables: Iterator[pa.Table], rows_per_file: int) -> list[str]:
+    """Write the tables as files of at most `rows_per_file` rows, or of one table where that is more."""
+    names: list[str] = []
+    table = next(tables, None)
+    while table is not None:
+        names.append(f"{METADATA}/part-{len(names):06d}.parquet")
+        with _writer(staged) as writer:
+            num_rows = 0
+            while table is not None and (not num_rows or num_rows + len(table) <= rows_per_file):
+                writer.write_table(table)
+                num_rows += len(table)
+                table = next(tables, None)
+        store.replace(names[-1], staged)
+    return names
+
+
+@contextlib.contextmanager
+def _writer(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    with explained(path), pq.ParquetWriter(path, arrow_schema(surplus=True), compression="zstd") as writer:
+        yield writer
+
+
+def _shard_tables(store: Store, job_name: str, commits: dict[int, CommitSummary]) -> Iterator[pa.Table]:
+    """The rows of each shard in order, with the column `surplus`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = arrow_schema(surplus=True)
+    for number in sorted(commits):
+        path = store.path(f"{SHARDS}/{shard_name(job_name, number)}.parquet")
+        try:
+            table = pq.read_table(path, partitioning=None)
+            surplus = pa.array([False] * table.num_rows, pa.bool_())
+            table = table.append_column("surplus", surplus).cast(schema)
+        except FileNotFoundError:
+            _damaged(path, "is missing")
+        except (pa.ArrowException, ValueError) as error:
+            _damaged(path, f"cannot be read ({error})")
+        if table.num_rows != commits[number].counts.attempted:
+            _damaged(path, f"has {table.num_rows} rows, not the {commits[number].counts.attempted} committed")
+        yield table
+
+
+def _damaged(path: Path, what: str) -> NoReturn:
+    raise CorruptShardError(
+        f"{path}: {what}, but the shard is committed; restore the file, or remove its record under _state/commits "
+        "and run again"
+    ) from None
+
+
+def _row_groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in tables of about `ROWS_PER_GROUP`: small row groups are slow to read."""
+    import pyarrow as pa
+
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if sum(len(one) for one in held) >= ROWS_PER_GROUP:
+            yield pa.concat_tables(held).combine_chunks()
+            held = []
+    if held:
+        yield pa.concat_tables(held).combine_chunks()
+
+
+def write_indexes(store: Store) -> None:
+    """Write the index of `wids` and the info of timm beside the shards; shards without an image are left out.
+
+    Raises:
+        CorruptShardError: a commit record cannot be read.
+    """
+    staged = store.staging() / "wids.json"
+    names: list[str] = []
+    lengths: list[int] = []
+    with explained(staged), staged.open("w", encoding="utf-8") as file:
+        file.write('{"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": [')
+        for record in read_commits(store):
+            if record.counts.ok:
+                names.append(f"{record.name}.tar")
+                lengths.append(record.counts.ok)
+                file.write((",\n" if names[1:] else "\n") + json.dumps(_wids_entry(record)))
+        file.write("\n]}\n")
+    store.replace(WIDS_INDEX, staged)
+    split = {"name": "train", "num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
+    store.replace(TIMM_INFO, (json.dumps({"splits": {"train": split}}) + "\n").encode())
+
+
+def _wids_entry(record: CommitRecord) -> dict[str, Any]:
+    return {
+        "url": f"{record.name}.tar",
+        "md5sum": record.tar_md5,
+        "nsamples": record.counts.ok,
+        "filesize": record.tar_bytes,
+    }
+
+
+def build_manifest(
+    store: Store,
+    job: JobSpec,
+    plan: Plan,
+    commits: dict[int, CommitSummary],
+    groups: list[GroupSummary],
+    *,
+    models: dict[str, Any],
+    timing: dict[str, float],
+    versions: dict[str, str],
+    hardware: dict[str, Any],
+) -> dict[str, Any]:
+    """The content of manifest.json. The shards are listed one by one up to 10,000 of them."""
+    counts = [commit.counts for commit in commits.values()]
+    totals = {name: sum(getattr(one, name) for one in counts) for name in _TOTALS}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": job.name,
+        "complete": len(commits) == plan.num_shards,
+        "plan_digest": plan.digest,
+        "job": job.model_dump(mode="json", exclude_none=True),
+        "models": models,
+        "versions": versions,
+        "hardware": hardware,
+        "timing": timing,
+        "counts": {
+            "shards": {"planned": plan.num_shards, "committed": len(commits)},
+            "samples": {"planned": plan.num_samples, **totals},
+            "requests": count_requests(groups),
+            "classes": count_classes(store.path(METADATA)),
+        },
+        "summary": [plain(group) for group in groups],
+        "shards": [_listed(record) for record in read_commits(store)] if len(commits) <= MAX_LISTED_SHARDS else [],
+    }
+
+
+def _listed(record: CommitRecord) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "num_images": record.counts.ok,
+        "num_attempts": record.counts.attempted,
+        "tar_bytes": record.tar_bytes,
+        "tar_sha256": record.tar_sha256,
+        "parquet_sha256": record.parquet_sha256,
+    }
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of the packages that decide the samples, as far as they are installed, without importing them."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(packages.PackageNotFoundError):
+            found[name] = packages.version(name)
+    return found

@@ -1,0 +1,97 @@
+"""Columns of the parquet files: the fields of `engine.records` as Arrow types, none of them nullable."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from engine.plan import SCHEMA_VERSION
+from engine.records import DETERMINISTIC_FIELDS, RUN_FIELDS, TRANSFER_FIELDS
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+VERSION_KEY = "riskforge.schema_version"
+
+# What each column means, for the data set's card and for the `description` of the Arrow fields.
+DESCRIPTIONS: dict[str, str] = {
+    "schema_version": "version of these columns",
+    "key": "name of the sample, unique in the data set; member name in the tar",
+    "request": "request of the job that asked for the sample",
+    "method": "sampling method: prompt only, or the guidance",
+    "class_name": "conditioned class; of a joint prompt the class of the subset with the highest conformity",
+    "class_index": "its index in the target's labels; content of the .cls member; -1 where unknown",
+    "prompt": "text that conditioned the diffusion model",
+    "context": "context appended to the prompt, empty for none",
+    "seed": "seed of the sample's first noise",
+    "index": "index of the sample in its request and class",
+    "status": "ok: image stored; rejected: sampled, not accepted; failed: no image",
+    "error_message": "why the sample failed, empty otherwise",
+    "risk": "-log p of the conditioned class under the target, in nats",
+    "is_error": "whether the target predicts another class than the conditioned one",
+    "predicted_class": "class that the target predicts; -1 where there is no image",
+    "p_label": "the target's probability of the conditioned class",
+    "conformity": "cosine of the CLIP embeddings of image and class prompt",
+    "conformity_margin": "conformity minus the best conformity to any other class",
+    "kldb": "KL divergence from the uniform distribution over kldb_classes to the target's output, in nats",
+    "kldb_classes": "classes of kldb: the request's subset, or the class and its strongest rival",
+    "kldb_balance": "part of kldb: imbalance within the subset",
+    "kldb_mass": "part of kldb: probability outside the subset",
+    "entropy": "entropy of the target's output, in nats",
+    "soft_label": "training target over all classes: uniform over the subset of a joint prompt, one-hot otherwise",
+    "temperature": "calibration temperature of the target's logits",
+    "screened": "whether the conditioning passed the error predictor",
+    "guided_steps": "number of denoising steps that were guided",
+    "zero_gradients": "number of guided steps whose gradient was zero",
+    "nonfinite_gradients": "number of guided steps whose gradient was not finite and was dropped",
+    "oracle_class": "class that the independent oracle predicts; -1 without an oracle",
+    "accepted": "whether the sample meets the request's acceptance rule",
+    "transfer": "predicted class and risk under each classifier that was scored and never guided on",
+    "batch_size": "number of samples sampled together",
+    "duration_seconds": "sampling time of the batch divided by its size",
+    "attempt": "number of the try that made the shard",
+    "worker": "worker that made the shard",
+    "sha256": "checksum of the image file, empty where none is stored",
+    "surplus": "accepted, but beyond the quota of its request",
+}
+
+_RUN_TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
+
+
+def arrow_schema(*, surplus: bool = False) -> pa.Schema:
+    """The columns of a shard's parquet, or with `surplus` of the metadata of the whole data set."""
+    import pyarrow as pa
+
+    kinds = DETERMINISTIC_FIELDS | RUN_FIELDS | ({"surplus": "bool"} if surplus else {})
+    fields = [
+        pa.field(name, _arrow_type(kind), nullable=False, metadata={"description": DESCRIPTIONS[name]})
+        for name, kind in kinds.items()
+    ]
+    return pa.schema(fields, metadata={VERSION_KEY: str(SCHEMA_VERSION)})
+
+
+def check_run_fields(run: dict[str, Any]) -> None:
+    """Check the run-dependent fields of a row, all but `sha256`.
+
+    Raises:
+        ValueError: a field is missing, unknown or not of its type.
+    """
+    wanted = {name: _RUN_TYPES[kind] for name, kind in RUN_FIELDS.items() if name != "sha256"}
+    if run.keys() != wanted.keys():
+        raise ValueError(f"run fields missing or unknown: {sorted(run.keys() ^ wanted.keys())}")
+    for name, kind in wanted.items():
+        if type(run[name]) is not kind or (kind is float and not math.isfinite(run[name])):
+            raise ValueError(f"run field {name} = {run[name]!r} is not a valid {kind.__name__}")
+
+
+def _arrow_type(kind: str) -> pa.DataType:
+    import pyarrow as pa
+
+    plain = {"int": pa.int64(), "float": pa.float64(), "bool": pa.bool_(), "str": pa.string()}
+    if kind in plain:
+        return plain[kind]
+    if kind == "transfers":
+        inner = pa.struct([pa.field(name, plain[part], nullable=False) for name, part in TRANSFER_FIELDS.items()])
+    else:
+        inner = plain[kind.removesuffix("s")]
+    return pa.list_(pa.field("element", inner, nullable=False))

@@ -1,0 +1,226 @@
+"""Which plan an output belongs to, and what a run may do with an output that is not empty (contract: resume).
+
+`_state/plan/000000.json` holds the plan's digest, identity, job and first stage; every time the counts grew, the next
+number holds the job and the stage that was added.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.dataset.shards import SHARDS
+from engine.dataset.store import STATE, Store
+from engine.errors import OutputError
+from engine.plan import Extent, Plan, difference, next_stage
+from engine.spec import JobSpec
+
+PLANS = "_state/plan"
+PLAN_VERSION = 1
+SUCCESS = "_SUCCESS"
+METADATA = "metadata.parquet"
+MANIFEST = "manifest.json"
+CARD = "README.md"
+REPORT = "report.html"
+WIDS_INDEX = "shards/wids.json"
+TIMM_INFO = "shards/_info.json"
+
+RUN_FILES = (SUCCESS, METADATA, MANIFEST, CARD, REPORT, WIDS_INDEX, TIMM_INFO)
+MAX_SHOWN = 8
+MAX_DIFFERENCES = 20
+_ELSEWHERE = "or choose another --output"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRun:
+    """What an output says of itself.
+
+    Attributes:
+        job: the job as it was last extended, as plain data.
+        stages: what was planned, one list of extents for each time that the job was extended.
+    """
+
+    digest: str
+    identity: dict[str, Any]
+    job: dict[str, Any]
+    stages: tuple[tuple[Extent, ...], ...]
+
+
+def open_run(store: Store, plan: Plan, job: JobSpec, resume: str, confirmed: bool) -> Plan:
+    """Make an output ready for a job: new, continued, extended or emptied.
+
+    Args:
+        plan: the job planned as a single stage.
+        resume: `auto` continues the same plan and extends it where counts grew; `never` wants an empty output;
+            `overwrite` removes what an earlier run wrote.
+        confirmed: whether removing was agreed to (`--yes`).
+
+    Returns:
+        The plan with the stages of this output.
+
+    Raises:
+        OutputError: the output is another plan's or somebody else's, or may not be written.
+        JobError: a count shrank.
+
+    Side effects:
+        Removes the unfinished files of processes that are no more, and `_SUCCESS` when the plan grows.
+    """
+    if resume not in ("auto", "never", "overwrite"):
+        raise ValueError(f"resume {resume!r} is not one of auto, never, overwrite")
+    held = [name for name in store.list() if name != STATE or store.list(PLANS)]
+    if resume == "never" and held:
+        raise OutputError(f"output {store.uri}: is not empty ({_shown(held)}); use --resume auto, {_ELSEWHERE}")
+    if resume == "overwrite" and held:
+        _clear(store, confirmed)
+    stored = read_run(store)
+    if stored is None:
+        _check_unused(store)
+    store.clean_staging()
+    if stored is None:
+        if _publish_stage(store, plan, job, 0, plan.stages[0]):
+            return plan
+        # Another process was faster: its run is not ours to remove.
+        return open_run(store, plan, job, "never" if resume == "never" else "auto", confirmed=False)
+    _check_same(store, stored, plan)
+    return _extend(store, stored, plan, job)
+
+
+def read_run(store: Store) -> StoredRun | None:
+    """What an output says of itself, or None where no run has begun in it.
+
+    Raises:
+        OutputError: a plan file that cannot be read.
+    """
+    names = store.list(PLANS)
+    if not names:
+        return None
+    files = [_read_plan(store, name) for name in names]
+    stages = tuple(tuple(Extent(**extent) for extent in file["stage"]) for file in files)
+    first, last = files[0], files[-1]
+    return StoredRun(digest=first["digest"], identity=first["identity"], job=last["job"], stages=stages)
+
+
+def _read_plan(store: Store, name: str) -> dict[str, Any]:
+    try:
+        file = json.loads(store.read(name))
+        if file["plan_version"] != PLAN_VERSION:
+            raise ValueError(f"version {file['plan_version']}")
+        for extent in file["stage"]:
+            Extent(**extent)
+        return {key: file[key] for key in ("digest", "identity", "job", "stage")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputError(
+            f"{store.path(name)}: cannot be read as the plan of a run ({error}); use the version that wrote it, "
+            f"{_ELSEWHERE}"
+        ) from error
+
+
+def _publish_stage(store: Store, plan: Plan, job: JobSpec, number: int, stage: tuple[Extent, ...]) -> bool:
+    file = {
+        "plan_version": PLAN_VERSION,
+        "digest": plan.digest,
+        "identity": plan.identity,
+        "job": job.model_dump(mode="json"),
+        "stage": [
+            {name: getattr(extent, name) for name in ("request", "start", "stop", "samples_per_shard")}
+            for extent in stage
+        ],
+    }
+    text = json.dumps(file, indent=1, ensure_ascii=False, allow_nan=False)
+    return store.publish(f"{PLANS}/{number:06d}.json", text.encode())
+
+
+def _check_unused(store: Store) -> None:
+    """Refuse a folder with files that no run of ours has put there."""
+    foreign = [name for name in store.list() if name != STATE]
+    if foreign:
+        raise OutputError(
+            f"output {store.uri}: holds files that are not of a run ({_shown(foreign)}); choose another --output"
+        )
+
+
+def _check_same(store: Store, stored: StoredRun, plan: Plan) -> None:
+    if stored.digest == plan.digest:
+        return
+    lines = difference(stored.identity, json.loads(json.dumps(plan.identity)))
+    if len(lines) > MAX_DIFFERENCES:
+        lines[MAX_DIFFERENCES:] = [f"and {len(lines) - MAX_DIFFERENCES} more differences"]
+    raise OutputError(
+        "\n".join(
+            [
+                f"output {store.uri}: holds a run with another plan (there -> this job):",
+                *(f"  {line}" for line in lines),
+                "undo the change, use --resume overwrite --yes to remove that run, or choose another --output",
+            ]
+        )
+    )
+
+
+def _extend(store: Store, stored: StoredRun, plan: Plan, job: JobSpec) -> Plan:
+    """The plan with the stored stages and, where counts grew, the next one."""
+    stage = next_stage(plan.requests, stored.stages, job.output.samples_per_shard)
+    stages = stored.stages
+    if stage:
+        # The marker goes first: whoever sees it can trust that the run is complete.
+        store.remove(SUCCESS)
+        if not _publish_stage(store, plan, job, len(stages), stage):
+            return open_run(store, plan, job, "auto", confirmed=False)  # Another process was faster.
+        stages = (*stages, stage)
+    return Plan(plan.requests, plan.identity, stages)
+
+
+def _clear(store: Store, confirmed: bool) -> None:
+    """Remove the files of an earlier run, the plan last, so that an interrupted removal can be taken up again."""
+    stored = read_run(store)
+    if stored is None:
+        _check_unused(store)
+        return
+    own, foreign = _sort_files(store, str(stored.job["name"]))
+    if foreign:
+        raise OutputError(
+            f"output {store.uri}: holds files that the earlier run did not write ({_shown(foreign)}); move them away, "
+            f"{_ELSEWHERE}"
+        )
+    if not confirmed:
+        num_shards = sum(name.endswith(".tar") for name in own)
+        raise OutputError(
+            f"output {store.uri}: --resume overwrite would remove a run with {num_shards} shards; add --yes to do so"
+        )
+    store.remove(SUCCESS)
+    for name in store.list(STATE):
+        if name != PLANS:
+            store.remove_tree(name)
+    for name in own:
+        (store.remove_tree if name == METADATA else store.remove)(name)
+    store.remove_tree(SHARDS)
+    for name in reversed(store.list(PLANS)):
+        store.remove(name)
+
+
+def _sort_files(store: Store, job_name: str) -> tuple[list[str], list[str]]:
+    """The files outside `_state` that a run of this name writes, and all others."""
+    shard = re.compile(rf"{SHARDS}/{re.escape(job_name)}-\d{{6,}}\.(tar|parquet)")
+    parts = re.compile(rf"{METADATA}/part-\d{{6}}\.parquet")
+    own: list[str] = []
+    foreign: list[str] = []
+    for name in store.list():
+        if name == SHARDS:
+            for inner in store.list(SHARDS):
+                is_own = shard.fullmatch(inner) or inner in RUN_FILES
+                (own if is_own else foreign).append(inner)
+        elif name == METADATA and store.path(name).is_dir():
+            strangers = [inner for inner in store.list(METADATA) if not parts.fullmatch(inner)]
+            foreign += strangers
+            own += [] if strangers else [name]
+        elif name != STATE:
+            (own if name in RUN_FILES else foreign).append(name)
+    return own, foreign
+
+
+def _shown(names: list[str]) -> str:
+    """Some of the names, with control characters escaped."""
+    some = ", ".join(repr(Path(name).as_posix()) for name in names[:MAX_SHOWN])
+    return f"{some} and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else some

@@ -1,0 +1,310 @@
+"""Where a run is stored: names to bytes, published once and never overwritten.
+
+A file becomes visible whole or not at all: it is written and synced under `_state/staging`, on the file system of its
+target, and then linked to its name, which fails where the name exists. Each process stages in a folder of its own
+and holds a lock beside it, so that what a killed process left is told from what a living one is writing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from engine.errors import OutputError
+
+STATE = "_state"
+STAGING = "_state/staging"
+TORN = "_state/torn"
+LOCKS = "_state/locks"
+
+_KEPT = "what is committed is kept, and the same command continues from there"
+_REMEDIES: dict[int, str] = {
+    errno.ENOSPC: f"the disk is full; free some space and run again ({_KEPT})",
+    errno.EDQUOT: f"the disk quota is used up; free some space and run again ({_KEPT})",
+    errno.EFBIG: "the file is larger than this file system or the limit of the process allows; use fewer "
+    "samples_per_shard",
+    errno.EROFS: "the file system is read-only; choose another --output",
+    errno.EACCES: "no permission; change the permissions or choose another --output",
+    errno.EPERM: "not permitted; the folder must be writable and its file system must have hard links, "
+    "otherwise choose another --output",
+    errno.EOPNOTSUPP: "the file system has no hard links, which publishing needs; choose another --output",
+    errno.EXDEV: "lies on another file system than the rest of the output; an output must be on one",
+    errno.ENOTDIR: "a part of the path is a file, not a folder; choose another --output",
+    errno.EEXIST: "a file is in the place of a folder; choose another --output",
+    errno.EISDIR: "a folder is in the place of a file; move it away or choose another --output",
+    errno.ENAMETOOLONG: "the path is too long; choose a shorter --output",
+    errno.ENOENT: "there is no such file or folder",
+}
+
+
+@contextlib.contextmanager
+def explained(path: Path | str) -> Iterator[None]:
+    """Turn an error of the operating system into an `OutputError` that names the path and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0) or error.strerror or str(error)
+        raise OutputError(f"{path}: {remedy}") from error
+
+
+def open_store(uri: str) -> Store:
+    """The store of an output address. Nothing is created before something is written.
+
+    Args:
+        uri: a folder, or its `file://` address.
+
+    Raises:
+        OutputError: an address that this version does not store to, or a file in the place of the folder.
+    """
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
+    if scheme and scheme[1].lower() != "file":
+        raise OutputError(
+            f"output {uri}: {scheme[1]}:// is not supported in this version; use a local or shared folder"
+        )
+    if scheme:
+        parts = urlsplit(uri)
+        if parts.netloc not in ("", "localhost"):
+            raise OutputError(f"output {uri}: names the host {parts.netloc!r}; write file:///absolute/path")
+        uri = unquote(parts.path)
+    root = Path(uri).expanduser().absolute()
+    if root.exists() and not root.is_dir():
+        raise OutputError(f"output {root}: is a file, not a folder; choose another --output")
+    return Store(root)
+
+
+class Store:
+    """A folder of a local or shared file system. Names are relative, with `/` between their parts.
+
+    Every method raises `OutputError`, naming path and remedy, where the file system refuses.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.uri = str(root)
+        self._staging: Path | None = None
+
+    def path(self, name: str) -> Path:
+        """Where a name lies.
+
+        Raises:
+            ValueError: the name leads out of the store.
+        """
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts:
+            raise ValueError(f"{name!r} is not a name inside the store")
+        return self.root / pure
+
+    def exists(self, name: str) -> bool:
+        """Whether something has this name."""
+        return os.path.lexists(self.path(name))
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file."""
+        with explained(self.path(name)):
+            return self.path(name).read_bytes()
+
+    def list(self, folder: str = "") -> list[str]:
+        """Names in a folder, sorted, from one listing; none where there is no such folder."""
+        prefix = f"{folder}/" if folder else ""
+        with explained(self.path(folder)):
+            try:
+                with os.scandir(self.path(folder)) as entries:
+                    return sorted(prefix + entry.name for entry in entries)
+            except FileNotFoundError:
+                return []
+
+    def publish(self, name: str, data: bytes | Path) -> bool:
+        """Make a file visible under its name if the name is free.
+
+        Args:
+            data: the bytes, or a file that stays where it is; a file from `staging()` is not copied.
+
+        Returns:
+            Whether these bytes are now there by this or an earlier call; False where another file has the name.
+        """
+        target = self.path(name)
+        with self._file_of(data) as source, explained(target):
+            try:
+                _with_parent(target, lambda: os.link(source, target))
+            except FileExistsError:
+                # A network file system may report a link that it made, when the answer was lost and asked again.
+                return source.samefile(target)
+            _sync(target.parent)
+        return True
+
+    def replace(self, name: str, data: bytes | Path) -> None:
+        """Put a file in the place of whatever has its name, atomically. For the files that are made anew each time."""
+        target = self.path(name)
+        with self._file_of(data) as source, explained(target):
+            _with_parent(target, lambda: source.replace(target))
+            _sync(target.parent)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        with explained(self.path(name)):
+            self.path(name).unlink(missing_ok=True)
+
+    def remove_tree(self, name: str) -> None:
+        """Remove a folder and all in it, or a file, if it is there; of a link only the link."""
+        path = self.path(name)
+        with explained(path):
+            if path.is_symlink():
+                path.unlink()
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def set_aside(self, name: str) -> None:
+        """Move a file that is not whole out of the way, under `_state/torn`, if it is there."""
+        source = self.path(name)
+        target = self.path(f"{TORN}/{source.name}.{secrets.token_hex(4)}")
+        with explained(source):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                source.rename(target)
+
+    def staging(self) -> Path:
+        """This process's folder for unfinished files, on the file system of the output."""
+        if self._staging is None or not self._staging.is_dir():
+            with explained(self.path(STAGING)):
+                self._staging, descriptor = _claim_folder(self.path(STAGING))
+            weakref.finalize(self, _release_folder, self._staging, descriptor, os.getpid())
+        return self._staging
+
+    def clean_staging(self) -> None:
+        """Remove the unfinished files of processes that are no more."""
+        folder = self.path(STAGING)
+        with explained(folder):
+            for name in {Path(entry).name.removesuffix(".lock") for entry in self.list(STAGING)}:
+                _remove_if_dead(folder / name)
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Hold a lock between processes; it ends with the process that holds it.
+
+        Where the file system has no locks the block runs without one.
+        """
+        path = self.path(f"{LOCKS}/{name}")
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _file_of(self, data: bytes | Path) -> Iterator[Path]:
+        """A synced file with the data on the store's file system; removed afterwards if it was made here."""
+        if isinstance(data, Path) and data.is_relative_to(self.root):
+            with explained(data):
+                _sync(data)
+            yield data
+            return
+        temporary = self.staging() / f"{secrets.token_hex(8)}.tmp"
+        try:
+            with explained(temporary):
+                if isinstance(data, Path):
+                    shutil.copyfile(data, temporary)
+                else:
+                    temporary.write_bytes(data)
+                _sync(temporary)
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _with_parent(target: Path, action: Callable[[], object]) -> None:
+    """Do what needs the target's folder, and make the folder only when it turns out to be missing."""
+    try:
+        action()
+    except FileNotFoundError:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        action()
+
+
+def _sync(path: Path) -> None:
+    """Bring a file's bytes, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems do not sync folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _claim_folder(staging: Path) -> tuple[Path, int]:
+    """A new folder and the descriptor of its lock, which stays open as long as the process lives.
+
+    The lock is taken before the folder is made, and its file is removed after the folder: a folder is dead exactly
+    when its lock is free.
+    """
+    staging.mkdir(parents=True, exist_ok=True)
+    while True:
+        folder = staging / f"{os.getpid()}-{secrets.token_hex(6)}"
+        descriptor = os.open(_lock_of(folder), os.O_RDWR | os.O_CREAT, 0o666)
+        _flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            folder.mkdir()
+            return folder, descriptor
+        os.close(descriptor)  # A cleaning process was faster than the lock.
+
+
+def _release_folder(folder: Path, descriptor: int, owner: int) -> None:
+    """Leave nothing behind at a regular end; a forked child leaves its parent's folder alone."""
+    if os.getpid() == owner:
+        with contextlib.suppress(OSError):
+            _remove(folder)
+            _lock_of(folder).unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _remove_if_dead(folder: Path) -> None:
+    lock = _lock_of(folder)
+    try:
+        descriptor = os.open(lock, os.O_RDWR)
+    except FileNotFoundError:
+        _remove(folder)
+        return
+    try:
+        if _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            _remove(folder)
+            lock.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _flock(descriptor: int, operation: int) -> bool:
+    """Take a lock; False where it is held, or where the file system has none."""
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+            raise
+        return False
+    return True

@@ -1,0 +1,236 @@
+"""Medians and rates of a data set's scores per request and context: one table for terminal, card and report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.records import NO_CLASS, STATUS_FAILED, STATUS_OK, STATUS_REJECTED
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+_TEXTS = ["request", "method", "context", "class_name", "status"]
+_SCORES = ["risk", "conformity", "kldb", "entropy"]
+_COLUMNS = [*_TEXTS, *_SCORES, "key", "class_index", "is_error", "accepted", "oracle_class", "kldb_classes", "transfer"]
+_JOINT_KEY = r"-mix-[0-9]+$"
+_QUARTILES = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """Median and quartiles of a score."""
+
+    q25: float
+    median: float
+    q75: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferSummary:
+    """How a classifier that was never guided on sees the images of a group."""
+
+    model: str
+    error_rate: float
+    risk_median: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSummary:
+    """The samples of one request and context. Rates and scores are over the images, that is status `ok`.
+
+    Attributes:
+        error_rate: share that the target reads as another class; None without an image, as all scores.
+        oracle_agreement: share whose oracle class is the conditioned one, for a joint prompt any of its subset; None
+            without an oracle.
+    """
+
+    request: str
+    method: str
+    context: str
+    attempted: int
+    ok: int
+    rejected: int
+    failed: int
+    accepted: int
+    error_rate: float | None
+    risk: Spread | None
+    conformity: Spread | None
+    kldb: Spread | None
+    entropy: Spread | None
+    oracle_agreement: float | None
+    transfer: tuple[TransferSummary, ...]
+
+
+def summarise(metadata: Path) -> list[GroupSummary]:
+    """The groups of a data set in the order of their first sample.
+
+    Args:
+        metadata: a parquet file, or a folder of them, with the columns of a shard.
+    """
+    return summarise_table(_read_slim(metadata))
+
+
+def count_classes(metadata: Path) -> dict[str, dict[str, int]]:
+    """Samples per class name and status, classes in the order of their names."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(metadata, columns=["class_name", "status"], partitioning=None)
+    counts: dict[str, dict[str, int]] = {}
+    for row in table.group_by(["class_name", "status"]).aggregate([([], "count_all")]).to_pylist():
+        empty = dict.fromkeys((STATUS_OK, STATUS_REJECTED, STATUS_FAILED), 0)
+        counts.setdefault(row["class_name"], empty)[row["status"]] = row["count_all"]
+    return dict(sorted(counts.items()))
+
+
+def summarise_table(table: pa.Table) -> list[GroupSummary]:
+    """The groups of a table that has the columns of a shard, in the order of their first sample."""
+    import numpy as np
+
+    if not table.num_rows:
+        return []
+    codes = _group_codes(table)
+    columns = {name: _numbers(table, name) for name in [*_SCORES, "is_error", "accepted"]}
+    columns |= {status: _equals(table, "status", status) for status in (STATUS_OK, STATUS_REJECTED, STATUS_FAILED)}
+    columns["oracle"] = _oracle_reading(table)
+    transfers = _transfer_readings(table)
+    order = np.argsort(codes, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
+    first = table.select(["request", "method", "context"]).take([int(rows[0]) for rows in groups]).to_pylist()
+    return [
+        _group(names, {name: column[rows] for name, column in columns.items()}, _of_rows(transfers, rows))
+        for names, rows in zip(first, groups, strict=True)
+    ]
+
+
+def _read_slim(metadata: Path) -> pa.Table:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(metadata, columns=_COLUMNS, read_dictionary=_TEXTS, partitioning=None)
+
+
+def _group(names: dict[str, Any], rows: dict[str, np.ndarray], transfer: tuple[TransferSummary, ...]) -> GroupSummary:
+    ok = rows[STATUS_OK]
+    heard = rows["oracle"][ok & (rows["oracle"] >= 0)]
+    return GroupSummary(
+        **names,
+        attempted=len(ok),
+        ok=int(ok.sum()),
+        rejected=int(rows[STATUS_REJECTED].sum()),
+        failed=int(rows[STATUS_FAILED].sum()),
+        accepted=int(rows["accepted"].sum()),
+        error_rate=_mean(rows["is_error"][ok]),
+        oracle_agreement=_mean(heard),
+        transfer=transfer,
+        risk=_spread(rows["risk"][ok]),
+        conformity=_spread(rows["conformity"][ok]),
+        kldb=_spread(rows["kldb"][ok]),
+        entropy=_spread(rows["entropy"][ok]),
+    )
+
+
+def _group_codes(table: pa.Table) -> np.ndarray:
+    """One number for each row, equal where request and context are, counted in order of appearance."""
+    import numpy as np
+
+    request, context = (_codes(table, name) for name in ("request", "context"))
+    pairs = request.astype(np.int64) * (int(context.max()) + 1) + context
+    _, first, inverse = np.unique(pairs, return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(first))
+    return rank[inverse]
+
+
+def _codes(table: pa.Table, name: str) -> np.ndarray:
+    return table[name].combine_chunks().dictionary_encode().indices.to_numpy()
+
+
+def _numbers(table: pa.Table, name: str) -> np.ndarray:
+    return table[name].to_numpy()
+
+
+def _equals(table: pa.Table, name: str, value: str) -> np.ndarray:
+    import pyarrow.compute as pc
+
+    return pc.equal(table[name], value).to_numpy()
+
+
+def _oracle_reading(table: pa.Table) -> np.ndarray:
+    """1.0 where the oracle sees what was asked for, 0.0 where not, -1.0 without an oracle."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    oracle = _numbers(table, "oracle_class")
+    agrees = oracle == _numbers(table, "class_index")
+    parents = pc.list_parent_indices(table["kldb_classes"]).to_numpy()
+    members = pc.list_flatten(table["kldb_classes"]).to_numpy()
+    in_subset = np.zeros(table.num_rows, dtype=bool)
+    in_subset[parents[oracle[parents] == members]] = True
+    is_joint = pc.match_substring_regex(table["key"], _JOINT_KEY).to_numpy()
+    return np.where(oracle == NO_CLASS, -1.0, np.where(is_joint, in_subset, agrees))
+
+
+def _transfer_readings(table: pa.Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Per model and row: risk and whether it errs; NaN where the model did not see the row."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    entries = pc.list_flatten(table["transfer"]).combine_chunks()
+    parents = pc.list_parent_indices(table["transfer"]).to_numpy()
+    labels = _numbers(table, "class_index")
+    readings: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for model in pc.unique(entries.field("model")).to_pylist():
+        chosen = pc.equal(entries.field("model"), model).to_numpy(zero_copy_only=False)
+        rows = parents[chosen]
+        risk, error = np.full(table.num_rows, np.nan), np.full(table.num_rows, np.nan)
+        risk[rows] = entries.field("risk").to_numpy()[chosen]
+        error[rows] = entries.field("predicted_class").to_numpy()[chosen] != labels[rows]
+        readings[model] = (risk, error)
+    return readings
+
+
+def _of_rows(readings: dict[str, tuple[np.ndarray, np.ndarray]], rows: np.ndarray) -> tuple[TransferSummary, ...]:
+    import numpy as np
+
+    summaries = []
+    for model, (risks, errors) in readings.items():
+        risk, error = risks[rows], errors[rows]
+        seen = ~np.isnan(risk)
+        if seen.any():
+            summaries.append(
+                TransferSummary(
+                    model=model, error_rate=float(error[seen].mean()), risk_median=float(np.median(risk[seen]))
+                )
+            )
+    return tuple(summaries)
+
+
+def _spread(values: np.ndarray) -> Spread | None:
+    import numpy as np
+
+    if not len(values):
+        return None
+    q25, median, q75 = (float(value) for value in np.quantile(values, _QUARTILES))
+    return Spread(q25=q25, median=median, q75=q75)
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def plain(group: GroupSummary) -> dict[str, Any]:
+    """A group as plain data without nulls: what is not known is not there."""
+    known = {name: value for name, value in dataclasses.asdict(group).items() if value is not None}
+    return known | {"transfer": list(known["transfer"])}
+
+
+def count_requests(groups: list[GroupSummary]) -> dict[str, dict[str, int]]:
+    """Samples per request and status, and the accepted ones."""
+    counts: dict[str, dict[str, int]] = defaultdict(dict)
+    for group in groups:
+        for name in ("attempted", STATUS_OK, STATUS_REJECTED, STATUS_FAILED, "accepted"):
+            counts[group.request][name] = counts[group.request].get(name, 0) + getattr(group, name)
+    return dict(counts)

@@ -1,0 +1,76 @@
+"""Workers as threads of this process: no cluster, nothing to start. The oracle in tests of the others."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from typing import Any
+
+from engine.executors.base import ExecutorEvent, Host, ShardProgress, WorkerFactory, drain
+from engine.plan import ShardSpec
+
+Inbox = queue.SimpleQueue[tuple[ShardSpec, int] | None]
+
+
+class LocalExecutor:
+    """Runs every worker in a thread of its own.
+
+    A thread cannot be ended from outside: one that was stopped finishes its shard unseen.
+
+    Args:
+        num_workers: workers at a time.
+    """
+
+    opening = "starting workers"
+
+    def __init__(self, num_workers: int) -> None:
+        self._num_workers = num_workers
+        self._inboxes: dict[int, Inbox] = {}
+        self._events: queue.SimpleQueue[tuple[int, ExecutorEvent]] = queue.SimpleQueue()
+
+    def begin(self) -> None:
+        """Nothing to prepare."""
+
+    def open(self, factory: WorkerFactory, num_shards: int) -> int:
+        """Remember how workers are built."""
+        self._factory = factory
+        return min(self._num_workers, num_shards)
+
+    def describe(self) -> dict[str, Any]:
+        """This machine."""
+        return {"executor": "local", "workers": self._num_workers, "cpu_cores": os.cpu_count()}
+
+    def start_worker(self, worker: int) -> None:
+        """Start a thread that builds the worker and waits for shards."""
+        inbox = self._inboxes[worker] = queue.SimpleQueue()
+        threading.Thread(target=self._live, args=(worker, inbox), name=f"worker-{worker}", daemon=True).start()
+
+    def submit(self, worker: int, shard: ShardSpec, attempt: int) -> None:
+        """Queue a shard on a worker."""
+        self._inboxes[worker].put((shard, attempt))
+
+    def stop_worker(self, worker: int) -> None:
+        """Let the thread end after the shard it has in work."""
+        self._inboxes.pop(worker).put(None)
+
+    def poll(self, timeout_seconds: float) -> list[ExecutorEvent]:
+        """What happened since the last call."""
+        return [event for worker, event in drain(self._events, timeout_seconds) if worker in self._inboxes]
+
+    def close(self) -> None:
+        """Stop all workers."""
+        for worker in list(self._inboxes):
+            self.stop_worker(worker)
+
+    def _live(self, worker: int, inbox: Inbox) -> None:
+        """A worker's life, in its thread."""
+        host = Host(worker)
+        self._events.put((worker, host.load(self._factory)))
+        while (item := inbox.get()) is not None:
+            shard, attempt = item
+
+            def report(num_done: int, number: int = shard.number) -> None:
+                self._events.put((worker, ShardProgress(worker, number, num_done)))
+
+            self._events.put((worker, host.run_shard(shard, attempt, report)))

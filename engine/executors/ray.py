@@ -1,0 +1,382 @@
+"""Workers as Ray actors. The only module that imports Ray, and only where it is used.
+
+Ray carries processes, placement and transport; it retries and restarts nothing, that is the scheduler's. A cluster of
+our own is started and ended with the run, touches no file outside a temporary folder, and knows no other cluster.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import os
+import queue
+import secrets
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from engine.errors import JobError
+from engine.executors.base import ExecutorEvent, Host, ShardProgress, WorkerFactory, drain
+from engine.plan import ShardSpec
+from engine.scheduler import WorkerLost
+
+MAX_CPU_WORKERS_PER_NODE = 4
+# The driver asks busy workers for their progress: twice a second, or so that it asks this many a second.
+ASK_SECONDS = 0.5
+MAX_ASKS_PER_SECOND = 200
+# Only messages between driver and actors pass through Ray's object store, no images.
+OBJECT_STORE_BYTES = 100 * 2**20
+CLOSE_SECONDS = 15.0
+CONNECT_SECONDS = 10.0
+
+
+class RayHost:
+    """The actor: a worker in a process of its own, which also tells where it is and how far.
+
+    A plain class; `ray.remote` is where it is used. `progress` runs beside `run_shard`, in another thread.
+    """
+
+    def __init__(self, number: int, threads: int) -> None:
+        # Read by the numerical libraries when they are loaded, which the worker's factory does.
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        self._host = Host(number)
+        self._progress: tuple[int, int] | None = None
+
+    def where(self) -> str:
+        """Id of the node that the actor is on."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+    def load(self, factory: WorkerFactory) -> ExecutorEvent:
+        """Build the worker."""
+        return self._host.load(factory)
+
+    def run_shard(self, shard: ShardSpec, attempt: int) -> ExecutorEvent:
+        """Make a shard."""
+        return self._host.run_shard(shard, attempt, partial(self._report, shard.number))
+
+    def progress(self) -> tuple[int, int] | None:
+        """The last shard that was reported on, and its samples done."""
+        return self._progress
+
+    def _report(self, shard: int, num_done: int) -> None:
+        self._progress = (shard, num_done)
+
+
+@dataclass(slots=True)
+class Handle:
+    """What the driver knows of an actor.
+
+    Attributes:
+        node: id of its node, empty until it is known.
+        num_queued: shards submitted and not answered.
+        is_asked: whether it was asked for its progress and has not answered.
+    """
+
+    actor: Any
+    node: str = ""
+    num_queued: int = 0
+    is_asked: bool = False
+    progress: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How many workers, and what each is given."""
+
+    num_workers: int
+    threads: int
+    resources: dict[str, float] = field(default_factory=dict)
+
+
+class RayExecutor:
+    """Runs every worker as an actor on a cluster of our own, or on the one at `address`.
+
+    Args:
+        address: a running cluster (`auto` or `host:port`), or None to start one here.
+        num_workers: actors, or None for one a GPU, or one a CPU core up to four a node.
+        device: `auto`, `cpu` or `cuda`, as in the job.
+    """
+
+    def __init__(self, *, address: str | None, num_workers: int | None, device: str) -> None:
+        if address and "://" in address:
+            raise JobError(
+                f"--address: '{address}' is not supported; run on a machine of the cluster with `--address auto`"
+            )
+        self._address = address
+        self._num_workers = num_workers
+        self._device = device
+        self._folder = ""
+        self._factory: Any = None
+        self._actor_class: Any = None
+        self._handles: dict[int, Handle] = {}
+        self._answers: queue.SimpleQueue[tuple[int, str, Any]] = queue.SimpleQueue()
+        self._next_ask = 0.0
+        self._thread = threading.Thread(target=self._live, name="ray", daemon=True)
+        self._is_up = threading.Event()
+        self._is_closed = threading.Event()
+        self._failure: BaseException | None = None
+
+    @property
+    def opening(self) -> str:
+        """What `open` waits for."""
+        return f"joining Ray at {self._address}" if self._address else "starting Ray"
+
+    def begin(self) -> None:
+        """Load Ray and start or join the cluster, in the background; once."""
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def open(self, factory: WorkerFactory, num_shards: int) -> int:
+        """Wait for the cluster and divide it into workers."""
+        self.begin()
+        self._is_up.wait()
+        if self._failure is not None:
+            raise self._failure
+        import ray
+
+        self._nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not self._address:
+            # Here Ray was told of slots for workers, not of cores.
+            self._nodes[0]["CPU"] = usable_cores()
+        self._layout = divide(self._nodes, self._device, self._num_workers, num_shards, is_own=self._address is None)
+        self._factory = ray.put(factory)
+        self._actor_class = ray.remote(concurrency_groups={"side": 1})(RayHost)
+        return self._layout.num_workers
+
+    def describe(self) -> dict[str, Any]:
+        """The cluster as it was at the beginning."""
+        kinds = {
+            name.partition(":")[2] for node in self._nodes for name in node if name.startswith("accelerator_type:")
+        }
+        return {
+            "executor": "ray",
+            "workers": self._layout.num_workers,
+            "nodes": len(self._nodes),
+            "cpu_cores": int(sum(node.get("CPU", 0) for node in self._nodes)),
+            "gpus": int(sum(node.get("GPU", 0) for node in self._nodes)),
+            "accelerators": ", ".join(kinds),
+        }
+
+    def start_worker(self, worker: int) -> None:
+        """Create an actor and let it load its models."""
+        options = self._actor_class.options(max_restarts=0, max_task_retries=0, **self._layout.resources)
+        actor = options.remote(worker, self._layout.threads)
+        self._handles[worker] = Handle(actor)
+        self._expect(worker, "where", actor.where.options(concurrency_group="side").remote())
+        self._expect(worker, "event", actor.load.remote(self._factory))
+
+    def submit(self, worker: int, shard: ShardSpec, attempt: int) -> None:
+        """Queue a shard on an actor."""
+        if handle := self._handles.get(worker):
+            handle.num_queued += 1
+            self._expect(worker, "shard", handle.actor.run_shard.remote(shard, attempt))
+
+    def stop_worker(self, worker: int) -> None:
+        """Kill an actor."""
+        import ray
+
+        if handle := self._handles.pop(worker, None):
+            ray.kill(handle.actor, no_restart=True)
+
+    def poll(self, timeout_seconds: float) -> list[ExecutorEvent]:
+        """What happened since the last call."""
+        self._ask_progress()
+        events: list[ExecutorEvent] = []
+        for worker, kind, future in drain(self._answers, timeout_seconds):
+            if worker in self._handles and (event := self._event(worker, kind, future)):
+                events.append(event)
+        return events
+
+    def close(self) -> None:
+        """Kill the actors and end or leave the cluster."""
+        # What refers to Ray's objects goes first, also from cycles: Ray ends the process where one is let go of during
+        # its shutdown.
+        self._handles.clear()
+        self._factory = self._actor_class = None
+        self._answers = queue.SimpleQueue()
+        gc.collect()
+        self._is_closed.set()
+        if self._is_up.is_set():
+            self._thread.join(CLOSE_SECONDS)
+        # A cluster that is still starting ends with this process: its processes are bound to the thread's life.
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _live(self) -> None:
+        """The cluster's life. Ray's processes die with the thread that started them, so it stays until the end."""
+        try:
+            if not self._connect():
+                return
+        except BaseException as error:
+            self._failure = error
+            return
+        finally:
+            self._is_up.set()
+        self._is_closed.wait()
+        import ray
+
+        ray.shutdown()
+
+    def _connect(self) -> bool:
+        """Load Ray, start or join a cluster; False if the run was closed meanwhile."""
+        prepare_environment(is_own=self._address is None)
+        import ray
+
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
+        if self._is_closed.is_set():
+            return False
+        quiet = {"log_to_driver": False, "configure_logging": False}
+        if self._address:
+            try:
+                check_reachable(self._address)
+                ray.init(address=self._address, **quiet)
+            except Exception as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise JobError(f"--address: no Ray cluster at '{self._address}' ({reason})") from error
+        else:
+            self._folder = tempfile.mkdtemp(prefix="rf-", dir=short_folder())
+            ray.init(
+                address="local",
+                # Ray starts an idle process for each.
+                num_cpus=self._num_workers or min(usable_cores(), MAX_CPU_WORKERS_PER_NODE),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=self._folder,
+                **quiet,
+            )
+        return True
+
+    def _expect(self, worker: int, kind: str, reference: Any) -> None:
+        """Have the answer to a call put into the queue."""
+        reference.future().add_done_callback(lambda future: self._answers.put((worker, kind, future)))
+
+    def _event(self, worker: int, kind: str, future: Any) -> ExecutorEvent | None:
+        """The event that an answer stands for, if it does."""
+        import ray.exceptions
+
+        handle = self._handles[worker]
+        error = future.exception()
+        if isinstance(error, ray.exceptions.RayError) and not isinstance(error, ray.exceptions.RayTaskError):
+            return self._lost(worker, error)
+        answer = future.result()
+        if kind == "where":
+            handle.node = answer
+            return None
+        if kind == "progress":
+            handle.is_asked = False
+            if answer == handle.progress:
+                return None
+            handle.progress = answer
+            return ShardProgress(worker, *answer)
+        if kind == "shard":
+            handle.num_queued -= 1
+        event: ExecutorEvent = answer
+        return event
+
+    def _lost(self, worker: int, error: Exception) -> WorkerLost:
+        """An actor does not answer any more: with its node, or alone.
+
+        One that merely cannot be reached is killed and counts as lost with its node: nothing says that its shard did
+        it harm.
+        """
+        import ray
+        import ray.exceptions
+
+        node = self._handles[worker].node
+        is_alive = {one["NodeID"]: one["Alive"] for one in ray.nodes()}
+        is_unreachable = isinstance(error, ray.exceptions.ActorUnavailableError)
+        node_lost = is_unreachable or (node != "" and not is_alive.get(node, False))
+        self.stop_worker(worker)
+        what = "the worker's node was lost" if node_lost else "the worker's process died"
+        return WorkerLost(worker, node_lost=node_lost, message=f"{what}: {error}")
+
+    def _ask_progress(self) -> None:
+        now = time.monotonic()
+        if now < self._next_ask:
+            return
+        self._next_ask = now + max(ASK_SECONDS, len(self._handles) / MAX_ASKS_PER_SECOND)
+        for worker, handle in self._handles.items():
+            if handle.num_queued and not handle.is_asked:
+                handle.is_asked = True
+                self._expect(worker, "progress", handle.actor.progress.options(concurrency_group="side").remote())
+
+
+def prepare_environment(is_own: bool) -> None:
+    """Settings that Ray reads from the environment when it is loaded; what the user has set stays.
+
+    Side effects: sets environment variables of this process.
+    """
+    # Ray would otherwise have every worker started through `uv run`, which builds an environment for each.
+    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would print a stack at SIGTERM, which ends a run in good order.
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+    # Ray prints its own account of dead workers to stdout; the run tells of them itself.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    if is_own:
+        # Without one, Ray writes a token into the home folder.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def check_reachable(address: str) -> None:
+    """Try the address of a cluster's head: Ray itself would knock for minutes.
+
+    Raises:
+        OSError: nobody answers.
+    """
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+
+
+def short_folder() -> str:
+    """A folder for temporary files with a short path: Ray's sockets lie below it, and their paths are limited."""
+    return "/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir()
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use: a container's share may be less than the machine has."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return cores
+
+
+def divide(
+    nodes: list[dict[str, float]], device: str, num_workers: int | None, num_shards: int, *, is_own: bool
+) -> Layout:
+    """Divide the resources of a cluster's nodes among the workers.
+
+    Args:
+        num_workers: as asked for, or None.
+        is_own: whether the cluster is this machine alone, where more workers than GPUs share them; another cluster
+            may grow GPUs when they are asked for.
+
+    Raises:
+        JobError: a GPU is asked for and there is none.
+    """
+    cores = [int(node.get("CPU", 0)) for node in nodes]
+    num_gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    if device == "cuda" and not num_gpus and is_own:
+        raise JobError("runtime.device: 'cuda' but no GPU is visible here; use auto or cpu")
+    if device == "cuda" or (device == "auto" and num_gpus):
+        wanted = min(num_workers or max(num_gpus, 1), num_shards)
+        threads = max(1, sum(cores) // max(num_gpus, wanted))
+        share = 1 / math.ceil(wanted / num_gpus) if is_own else 1
+        return Layout(num_workers=wanted, threads=threads, resources={"num_gpus": share, "num_cpus": 0})
+    wanted = min(num_workers or sum(min(one, MAX_CPU_WORKERS_PER_NODE) for one in cores) or 1, num_shards)
+    threads = max(1, sum(cores) // wanted)
+    if is_own or sum(cores) < wanted:
+        return Layout(num_workers=wanted, threads=threads, resources={"num_cpus": 1})
+    return Layout(num_workers=wanted, threads=threads, resources={"num_cpus": threads})

@@ -1,0 +1,98 @@
+"""Job files: YAML to a checked job, with messages that say where the file is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.errors import JobError
+from engine.spec import JobSpec, apply_overrides, parse_job
+
+MAX_JOB_BYTES = 16 * 2**20
+
+
+def read_job(path: Path, overrides: list[tuple[str, Any]]) -> JobSpec:
+    """Read and check a job file.
+
+    Args:
+        overrides: dotted paths and values that replace what the file has.
+
+    Raises:
+        JobError: the file cannot be read or is not YAML (with line and column), or the job is wrong.
+    """
+    raw = _parse(path, _text(path))
+    if raw is None:
+        raise JobError(f"{path}: is empty; `riskforge schema` shows what a job has")
+    if isinstance(raw, dict):
+        raw = apply_overrides(raw, overrides)
+    return parse_job(raw)
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `K=V` of the command line; the value is read as YAML.
+
+    Raises:
+        JobError: no `=`, no key, or a value that is not YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise JobError(f"--set {text}: write it as KEY=VALUE, such as requests.0.count=6")
+    try:
+        return key, yaml.load(value, Loader=StrictLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise JobError(f"--set {key}: {value!r} is not a YAML value ({_problem(error)})") from None
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML without silent surprises: a key that stands twice is an error."""
+
+
+def _mapping(loader: StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if key.value in seen and isinstance(key, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands here twice", key.start_mark)
+        seen.add(str(key.value))
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.is_file() and path.stat().st_size > MAX_JOB_BYTES:
+            raise JobError(f"{path}: is larger than {MAX_JOB_BYTES // 2**20} MB; is it a job file?")
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise JobError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise JobError(f"{path}: is a folder; give a job file in YAML") from None
+    except UnicodeDecodeError:
+        raise JobError(f"{path}: is not text in UTF-8; give a job file in YAML") from None
+    except OSError as error:
+        raise JobError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _parse(path: Path, text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=StrictLoader)
+    except yaml.reader.ReaderError:
+        raise JobError(f"{path}: holds characters that no text has; give a job file in YAML") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise JobError(f"{path}: {where}{_problem(error)}") from None
+    except (RecursionError, ValueError, TypeError) as error:
+        raise JobError(f"{path}: is not usable YAML ({_problem(error)})") from None
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, yaml.MarkedYAMLError):
+        return str(error.problem or error.context)
+    return str(error).splitlines()[0]

@@ -1,0 +1,221 @@
+"""What the report says, gathered from a run's `manifest.json` and `metadata.parquet`.
+
+The metadata is read by columns; whole rows are read only for the samples that are shown.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.records import NO_CLASS, STATUS_FAILED, STATUS_OK
+from engine.report.text import joined
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyarrow.dataset import Dataset
+
+SCORES = ("risk", "kldb", "conformity", "entropy")
+_TEXTS = ["request", "method", "context", "class_name", "status"]
+_NUMBERS = ("class_index", "predicted_class", "oracle_class", "is_error")
+_OTHERS = ("key", "accepted", "kldb_classes", "transfer")
+MAX_CONFUSION_CLASSES = 50
+MAX_PAIRS = 25
+MAX_MESSAGES = 10
+MAX_SUBSET = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Categories:
+    """A column of few distinct texts: a code a row, and the texts in order of first appearance."""
+
+    codes: np.ndarray
+    names: list[str]
+
+    def is_one_of(self, rows: np.ndarray, *names: str) -> np.ndarray:
+        """For each of the row numbers, whether its text is one of the names."""
+        wanted = [code for code, name in enumerate(self.names) if name in names]
+        return np.isin(self.codes[rows], wanted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The columns of every attempt that tables and charts are made of.
+
+    Attributes:
+        numbers: the columns of numbers by name.
+        subsets: for each request the classes of its joint prompt; empty where it has one class a sample.
+    """
+
+    request: Categories
+    class_name: Categories
+    status: Categories
+    numbers: dict[str, np.ndarray]
+    subsets: list[tuple[int, ...]]
+
+    def __len__(self) -> int:
+        return len(self.request.codes)
+
+    @functools.cached_property
+    def scored(self) -> np.ndarray:
+        """Whether each row has an image, and so scores that count."""
+        return self.status.is_one_of(np.arange(len(self)), STATUS_OK)
+
+    def reads_conditioned(self, reading: str) -> np.ndarray:
+        """Whether a classifier (`predicted_class` or `oracle_class`) reads a class that the row was conditioned on."""
+        reads = self.numbers[reading] == self.numbers["class_index"]
+        for code, subset in enumerate(self.subsets):
+            if subset:
+                here = self.request.codes == code
+                reads[here] = np.isin(self.numbers[reading][here], subset)
+        return reads
+
+    def main_score(self, request: int) -> np.ndarray:
+        """The score that a request is about: KLDB between classes, risk otherwise."""
+        return self.numbers["kldb" if self.subsets[request] else "risk"]
+
+    def scores_of(self, request: int, score: str) -> np.ndarray:
+        """A score over the images of a request."""
+        return self.numbers[score][self.scored & (self.request.codes == request)]
+
+
+def open_metadata(path: Path) -> Dataset:
+    """The metadata of a run, a file or a folder of parts, for reading some rows or columns of it."""
+    import pyarrow.dataset
+
+    return pyarrow.dataset.dataset(path, format="parquet")
+
+
+def read_table(path: Path) -> pa.Table:
+    """The columns of every attempt that tables and charts are made of."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path, columns=[*_TEXTS, *_NUMBERS, *SCORES, *_OTHERS], read_dictionary=_TEXTS)
+
+
+def make_rows(table: pa.Table) -> Rows:
+    """The rows of a table that `read_table` gave."""
+    texts = {name: _categories(table.column(name)) for name in ("request", "class_name", "status")}
+    numbers = {name: table.column(name).to_numpy() for name in (*_NUMBERS, *SCORES)}
+    return Rows(**texts, numbers=numbers, subsets=_subsets(table, texts["request"], texts["status"]))
+
+
+def _categories(column: pa.ChunkedArray) -> Categories:
+    encoded = column.combine_chunks().dictionary_encode()
+    used, first, codes = np.unique(encoded.indices.to_numpy(), return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    names = encoded.dictionary.to_pylist()
+    return Categories(np.argsort(order)[codes], [names[used[place]] for place in order])
+
+
+def _subsets(table: pa.Table, request: Categories, status: Categories) -> list[tuple[int, ...]]:
+    """The classes of each request with a joint prompt, from its first image; a request has one subset."""
+    subsets: list[tuple[int, ...]] = []
+    for code in range(len(request.names)):
+        rows = np.flatnonzero(request.codes == code)
+        with_image = rows[status.is_one_of(rows, STATUS_OK)][:1]
+        joint = [one for one in table.take(with_image).to_pylist() if is_joint(one["key"])]
+        subsets.append(tuple(joint[0]["kldb_classes"]) if joint else ())
+    return subsets
+
+
+def is_joint(key: str) -> bool:
+    """Whether a key is of a sample with a joint prompt."""
+    return key.split("-")[-2:-1] == ["mix"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Confusion:
+    """Conditioned class against predicted class.
+
+    Attributes:
+        columns: names of the predicted classes.
+        rows: for each conditioned class or subset its name, its counts, and the places of its own columns.
+    """
+
+    columns: list[str]
+    rows: list[tuple[str, list[int], frozenset[int]]]
+
+
+def class_names(rows: Rows, labels: list[str]) -> dict[int, str]:
+    """Names by class index: the target's labels where known, else the names of the conditioned classes."""
+    if labels:
+        return dict(enumerate(labels))
+    known = rows.numbers["class_index"] != NO_CLASS
+    indices, first = np.unique(rows.numbers["class_index"][known], return_index=True)
+    codes = rows.class_name.codes[known][first]
+    return {int(index): rows.class_name.names[code] for index, code in zip(indices, codes, strict=True)}
+
+
+def name_of(index: int, names: dict[int, str]) -> str:
+    """A class for a reader: its name, or its index where the name is not known."""
+    return "none" if index == NO_CLASS else names.get(index, f"class {index}")
+
+
+def subset_name(subset: tuple[int, ...], names: dict[int, str]) -> str:
+    """The classes of a joint prompt for a reader."""
+    return joined((name_of(one, names) for one in subset), MAX_SUBSET, " and ")
+
+
+def conditioned(rows: Rows, names: dict[int, str]) -> list[tuple[str, frozenset[int], np.ndarray]]:
+    """What samples were conditioned on: name, classes, and which scored rows; the classes first, then the subsets."""
+    joint = np.array([bool(subset) for subset in rows.subsets], dtype=bool)[rows.request.codes]
+    single = rows.scored & ~joint
+    found: dict[tuple[int, ...], np.ndarray] = {
+        (int(index),): single & (rows.numbers["class_index"] == index)
+        for index in np.unique(rows.numbers["class_index"][single])
+    }
+    for code, subset in enumerate(rows.subsets):
+        if subset:
+            here = rows.scored & (rows.request.codes == code)
+            found[subset] = found.get(subset, np.zeros(len(rows), dtype=bool)) | here
+    return [(subset_name(classes, names), frozenset(classes), here) for classes, here in found.items()]
+
+
+def confusion(rows: Rows, names: dict[int, str]) -> Confusion | None:
+    """The confusion table, or None with too many classes for one, or with no scored sample."""
+    predicted = rows.numbers["predicted_class"]
+    columns = sorted({int(one) for one in np.unique(predicted[rows.scored])} | set(names))
+    if len(columns) > MAX_CONFUSION_CLASSES or not rows.scored.any():
+        return None
+    lines = []
+    for name, classes, here in conditioned(rows, names)[: 2 * MAX_CONFUSION_CLASSES]:
+        counts = [int(np.count_nonzero(predicted[here] == column)) for column in columns]
+        lines.append((name, counts, frozenset(place for place, column in enumerate(columns) if column in classes)))
+    return Confusion(columns=[name_of(index, names) for index in columns], rows=lines)
+
+
+def error_pairs(rows: Rows, names: dict[int, str]) -> list[tuple[str, str, int]]:
+    """The most frequent errors: conditioned class, predicted class, count; for targets with many classes."""
+    wrong = rows.scored & rows.numbers["is_error"]
+    pairs = np.stack([rows.numbers["class_index"][wrong], rows.numbers["predicted_class"][wrong]], axis=1)
+    found, counts = np.unique(pairs, axis=0, return_counts=True)
+    order = np.lexsort((found[:, 1], found[:, 0], -counts))[:MAX_PAIRS]
+    return [(name_of(int(found[one, 0]), names), name_of(int(found[one, 1]), names), int(counts[one])) for one in order]
+
+
+def failures(metadata: Dataset) -> list[tuple[str, int]]:
+    """The most frequent messages of failed samples, with counts."""
+    import pyarrow.compute as pc
+
+    table = metadata.to_table(columns=["error_message"], filter=pc.field("status") == STATUS_FAILED)
+    counted = sorted(
+        ((one["values"], one["counts"]) for one in pc.value_counts(table.column("error_message")).to_pylist()),
+        key=lambda pair: (-pair[1], pair[0]),
+    )
+    return counted[:MAX_MESSAGES]
+
+
+def read_samples(metadata: Dataset, numbers: list[int]) -> list[dict[str, Any]]:
+    """The whole rows of the given numbers, in the given order."""
+    import pyarrow as pa
+
+    if not numbers:
+        return []
+    order = sorted(numbers)
+    found = dict(zip(order, metadata.take(pa.array(order, pa.int64())).to_pylist(), strict=True))
+    return [found[number] for number in numbers]

@@ -1,0 +1,235 @@
+"""The gallery: which samples are shown, their thumbnails, and what is said of each.
+
+The number of samples and the bytes of their images are bounded whatever the run's size, and the choice depends on
+the metadata alone, so that equal runs give equal reports.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from PIL import Image, UnidentifiedImageError
+
+from engine.records import NO_CLASS, STATUS_FAILED, STATUS_OK
+from engine.report.data import Rows, is_joint, name_of, subset_name
+from engine.report.text import clip, joined, number
+
+MAX_SAMPLES = 320
+IMAGE_BUDGET_BYTES = 5_500_000
+TINY_PIXELS = 96  # up to here an image is shown as it is, with its pixels visible
+# Longest side and JPEG quality, tried in turn until a thumbnail fits its share of the budget.
+THUMBNAIL_STEPS = ((256, 85), (192, 80), (160, 70), (128, 60), (96, 40), (64, 30))
+MAX_TEXT = 1500
+MAX_LIST = 20
+
+SORT_SCORES = {
+    "risk": "Risk",
+    "kldb": "KLDB",
+    "conformity": "Conformity",
+    "entropy": "Entropy",
+    "p_label": "Probability of the label",
+    "conformity_margin": "Conformity margin",
+    "kldb_balance": "KLDB, balance",
+    "kldb_mass": "KLDB, mass",
+}
+OUTCOMES = {
+    "error": "Target reads another class",
+    "valid": "Target reads another class, oracle does not",
+    "right": "Target reads a conditioned class",
+}
+_CLASS_FIELDS = ("class_index", "predicted_class", "oracle_class")
+
+
+def select(rows: Rows, limit: int = MAX_SAMPLES) -> list[int]:
+    """Row numbers to show, request by request, each spread over the quantiles of its main score plus its extremes.
+
+    One sample in eight may be one without an image (failed or rejected).
+    """
+    requests = rows.request.names[:limit]
+    chosen: list[int] = []
+    for code, _ in enumerate(requests):
+        quota = limit // len(requests)
+        here = np.flatnonzero(rows.request.codes == code)
+        with_image = rows.status.is_one_of(here, STATUS_OK)
+        others = here[~with_image][: max(1, quota // 8)]
+        found = _spread(here[with_image], rows.main_score(code)[here[with_image]], max(quota - len(others), 0))
+        chosen += [*found, *others.tolist()][:quota]
+    return chosen
+
+
+def _spread(numbers: np.ndarray, scores: np.ndarray, quota: int) -> list[int]:
+    """Up to `quota` of the row numbers, from the highest score to the lowest."""
+    order = numbers[np.lexsort((numbers, -scores))]
+    if len(order) <= quota:
+        return [int(one) for one in order]
+    num_extreme = quota // 8
+    even = np.linspace(0, len(order) - 1, max(quota - 2 * num_extreme, 1)).astype(int)
+    places = set(even) | set(range(num_extreme)) | set(range(len(order) - num_extreme, len(order)))
+    return [int(order[place]) for place in sorted(places)][:quota]
+
+
+def thumbnail(image: bytes, budget_bytes: int) -> tuple[str, bool]:
+    """Data URI of an image, and whether it is tiny (to be enlarged with its pixels visible).
+
+    A tiny image is embedded as it is stored; a larger one as a JPEG that fits the budget. A file that is no image
+    gives an empty text.
+    """
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            tiny = max(opened.size) <= TINY_PIXELS
+            kind = (opened.format or "").lower()
+            if tiny and len(image) <= budget_bytes and kind in ("png", "jpeg", "webp"):
+                return data_uri(image, kind), True
+            return data_uri(_fit(opened.convert("RGB"), budget_bytes), "jpeg"), tiny
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
+        return "", False
+
+
+def _fit(image: Image.Image, budget_bytes: int) -> bytes:
+    for side, quality in THUMBNAIL_STEPS:
+        small = image.copy()
+        small.thumbnail((side, side), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=quality)
+        if buffer.tell() <= budget_bytes:
+            break
+    return buffer.getvalue()
+
+
+def data_uri(image: bytes, kind: str) -> str:
+    """An image file as the address of itself."""
+    return f"data:image/{kind};base64," + base64.b64encode(image).decode()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """A sample in the gallery.
+
+    Attributes:
+        image: data URI of the thumbnail; empty where there is none.
+        blank: what stands in place of a missing image.
+        outcomes: which of `OUTCOMES` hold of it.
+        record: all its metadata.
+    """
+
+    image: str
+    is_tiny: bool
+    blank: str
+    alt: str
+    conditioned: str
+    predicted: str
+    oracle: str
+    outcomes: list[str]
+    scores: dict[str, str]
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The tiles of a request, with a line about the choice."""
+
+    request: str
+    note: str
+    tiles: list[Tile]
+
+
+def make_groups(rows: Rows, chosen: list[int], tiles: list[Tile]) -> list[Group]:
+    """The tiles by request.
+
+    Args:
+        chosen: row number of each tile.
+    """
+    groups = []
+    for code in dict.fromkeys(rows.request.codes[chosen].tolist()):
+        some = [tile for row, tile in zip(chosen, tiles, strict=True) if rows.request.codes[row] == code]
+        total = int(np.count_nonzero(rows.request.codes == code))
+        score = "KLDB" if rows.subsets[code] else "risk"
+        note = f"{len(some):,} of {total:,}, by {score} from high to low"
+        groups.append(Group(rows.request.names[code], note, some))
+    return groups
+
+
+def make_tile(record: dict[str, Any], image: bytes, names: dict[int, str], budget_bytes: int) -> Tile:
+    """A tile of a sample's metadata and image file; `image` is empty where none is stored."""
+    uri, is_tiny = thumbnail(image, budget_bytes) if image else ("", False)
+    predicted = name_of(record["predicted_class"], names)
+    conditioned = _conditioned(record, names)
+    scored = record["status"] != STATUS_FAILED
+    return Tile(
+        image=uri,
+        is_tiny=is_tiny,
+        blank=clip(f"{record['status']}: {record['error_message']}".rstrip(": "), 110),
+        alt=clip(f"{conditioned}, predicted {predicted}", 200),
+        conditioned=clip(conditioned, 60),
+        predicted=clip(predicted, 60),
+        oracle="" if record["oracle_class"] == NO_CLASS else clip(name_of(record["oracle_class"], names), 60),
+        outcomes=_outcomes(record) if scored else [],
+        scores={SORT_SCORES[name]: number(record[name]) for name in list(SORT_SCORES)[:3]} if scored else {},
+        record=record,
+    )
+
+
+def _conditioned(record: dict[str, Any], names: dict[int, str]) -> str:
+    """What a sample was conditioned on; the record of a joint prompt names only the class it came closest to."""
+    if is_joint(record["key"]) and record["kldb_classes"]:
+        return subset_name(tuple(record["kldb_classes"]), names)
+    return str(record["class_name"])
+
+
+def _outcomes(record: dict[str, Any]) -> list[str]:
+    """Which outcomes hold: with a joint prompt every class of the subset is what was asked for."""
+    wanted = record["kldb_classes"] if is_joint(record["key"]) else [record["class_index"]]
+    if record["predicted_class"] in wanted:
+        return ["right"]
+    return ["error", "valid"] if record["oracle_class"] in wanted else ["error"]
+
+
+def gallery_json(tiles: list[Tile], names: dict[int, str]) -> Markup:
+    """What the page's script needs of each tile, safe inside a script element whatever the texts hold."""
+    fields = list(tiles[0].record) if tiles else []
+    payload = {
+        "fields": fields,
+        "samples": [
+            {
+                "key": tile.record["key"],
+                "request": tile.record["request"],
+                "class": tile.conditioned,
+                "status": tile.record["status"],
+                "outcomes": tile.outcomes,
+                "scores": {name: tile.record[name] for name in SORT_SCORES} if tile.scores else {},
+                "values": [_field_text(name, tile.record[name], names) for name in fields],
+            }
+            for tile in tiles
+        ],
+    }
+    text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _field_text(name: str, value: Any, names: dict[int, str]) -> str:
+    """A field of the metadata for a reader; long lists and texts are cut, and say so."""
+    if name == "transfer":
+        return joined((_transfer_text(one, names) for one in value), MAX_LIST)
+    if name == "soft_label":
+        return joined((f"{name_of(index, names)} {share:.4g}" for index, share in enumerate(value) if share), MAX_LIST)
+    if name == "kldb_classes":
+        return joined((_class_text(one, names) for one in value), MAX_LIST)
+    if name in _CLASS_FIELDS:
+        return _class_text(value, names)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.6g}" if isinstance(value, float) else clip(str(value), MAX_TEXT)
+
+
+def _class_text(index: int, names: dict[int, str]) -> str:
+    return "none" if index == NO_CLASS else f"{index} ({name_of(index, names)})"
+
+
+def _transfer_text(entry: dict[str, Any], names: dict[int, str]) -> str:
+    return f"{entry['model']}: {_class_text(entry['predicted_class'], names)}, risk {entry['risk']:.6g}"

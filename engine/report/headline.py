@@ -1,0 +1,129 @@
+"""The summary table: each request, then its contexts where it has several."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine.dataset.summary import GroupSummary, Spread, TransferSummary, summarise_table
+from engine.report.text import ABSENT, clip, number, percent
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MAX_LINES = 300
+MAX_NAME_CHARS = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """Heading of a column, and a second line in smaller print."""
+
+    name: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A request (`is_total`) or one of its contexts; each cell has a text and a second line in smaller print."""
+
+    name: str
+    note: str
+    is_total: bool
+    cells: list[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The summary table; `num_left_out` lines of contexts are not shown."""
+
+    columns: list[Column]
+    lines: list[Line]
+    num_left_out: int
+
+
+def summary_table(groups: list[GroupSummary], totals: list[GroupSummary], max_lines: int = MAX_LINES) -> Table:
+    """The table of a run.
+
+    Args:
+        groups: per request and context.
+        totals: per request (`request_totals`), in order.
+        max_lines: beyond this, the contexts with the highest error rates are kept.
+    """
+    models = list(dict.fromkeys(one.model for total in totals for one in total.transfer))
+    contexts = {total.request: [group for group in groups if group.request == total.request] for total in totals}
+    parts = [group for some in contexts.values() if len(some) > 1 for group in some]
+    totals_shown = totals[:max_lines]
+    worst = sorted(parts, key=lambda group: -(group.error_rate or 0.0))[: max_lines - len(totals_shown)]
+    kept = {id(group) for group in worst}
+    lines = []
+    for total in totals_shown:
+        some = contexts[total.request]
+        only = _context(some[0]) if len(some) == 1 and some[0].context else ""
+        lines.append(Line(total.request, ", ".join(filter(None, [total.method, only])), True, _cells(total, models)))
+        lines += [Line(_context(group), "", False, _cells(group, models)) for group in some if id(group) in kept]
+    return Table(_columns(models), lines, len(totals) + len(parts) - len(lines))
+
+
+def request_totals(table: pa.Table) -> list[GroupSummary]:
+    """The summary per request alone, of a table with the columns of a shard."""
+    import pyarrow as pa
+
+    whole = pa.array([""] * table.num_rows, pa.string())
+    return summarise_table(table.set_column(table.schema.get_field_index("context"), "context", whole))
+
+
+def _columns(models: list[str]) -> list[Column]:
+    fixed = [
+        Column("Request", "context"),
+        Column("Attempted"),
+        Column("Images"),
+        Column("Failed"),
+        Column("Errors", "target"),
+        Column("Risk", "median"),
+        Column("KLDB", "median, quartiles"),
+        Column("Conformity", "median"),
+        Column("Entropy", "median"),
+        Column("Oracle", "agrees"),
+    ]
+    return fixed + [Column("Transfer errors", clip(model, 60)) for model in models]
+
+
+def _cells(group: GroupSummary, models: list[str]) -> list[tuple[str, str]]:
+    seen = {one.model: one for one in group.transfer}
+    return [
+        (f"{group.attempted:,}", ""),
+        (f"{group.ok:,}", ""),
+        (f"{group.failed:,}", ""),
+        _rate(group.error_rate),
+        _median(group.risk),
+        _quartiles(group.kldb),
+        _median(group.conformity),
+        _median(group.entropy),
+        _rate(group.oracle_agreement),
+        *(_transfer(seen.get(model)) for model in models),
+    ]
+
+
+def _context(group: GroupSummary) -> str:
+    return clip(group.context, MAX_NAME_CHARS) or "no context"
+
+
+def _rate(value: float | None) -> tuple[str, str]:
+    return ABSENT if value is None else percent(value), ""
+
+
+def _median(spread: Spread | None) -> tuple[str, str]:
+    return ABSENT if spread is None else number(spread.median), ""
+
+
+def _quartiles(spread: Spread | None) -> tuple[str, str]:
+    if spread is None:
+        return ABSENT, ""
+    return number(spread.median), f"{number(spread.q25)} to {number(spread.q75)}"
+
+
+def _transfer(summary: TransferSummary | None) -> tuple[str, str]:
+    if summary is None:
+        return ABSENT, ""
+    return percent(summary.error_rate), f"risk {number(summary.risk_median)}"

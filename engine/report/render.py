@@ -1,0 +1,288 @@
+"""The report: the figures of a run and a bounded gallery on one page that loads nothing from anywhere.
+
+Everything that a user wrote (names, prompts, contexts, messages) reaches the page escaped, and the page's content
+policy lets no script run but its own. Equal runs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from engine.dataset.state import MANIFEST, METADATA, REPORT
+from engine.dataset.store import Store
+from engine.dataset.summary import summarise_table
+from engine.errors import JobError, OutputError
+from engine.models.addresses import read_labels
+from engine.records import NO_CLASS
+from engine.report.charts import Score, histogram
+from engine.report.data import (
+    Rows,
+    class_names,
+    confusion,
+    error_pairs,
+    failures,
+    make_rows,
+    open_metadata,
+    read_samples,
+    read_table,
+)
+from engine.report.gallery import (
+    IMAGE_BUDGET_BYTES,
+    MAX_SAMPLES,
+    OUTCOMES,
+    SORT_SCORES,
+    Tile,
+    gallery_json,
+    make_groups,
+    make_tile,
+    select,
+)
+from engine.report.headline import request_totals, summary_table
+from engine.report.images import read_images
+from engine.report.text import ABSENT, clip, percent
+
+if TYPE_CHECKING:
+    from pyarrow.dataset import Dataset
+
+MAX_BYTES = 9_500_000
+MAX_SERIES = 6
+MAX_MESSAGE_CHARS = 400
+HEAT_LEVELS = 4
+
+CHARTS = (
+    Score(name="risk", title="Risk", unit="nats", log=True, meaning="minus log p of the conditioned class"),
+    Score(name="kldb", title="KLDB", unit="nats", log=True, meaning="distance to the decision boundary; zero on it"),
+    Score(name="conformity", title="Conformity", unit="cosine", log=False, meaning="image against the class's prompt"),
+    Score(name="entropy", title="Entropy", unit="nats", log=False, meaning="of the target's output"),
+)
+_HERE = Path(__file__).parent
+
+
+def write_report(store: Store, *, title: str | None = None, labels: list[str] | None = None) -> None:
+    """Write `report.html` of a run whose manifest and metadata are written.
+
+    Args:
+        title: heading of the page; the job's name when not given.
+        labels: the target's class names; looked up from the manifest's address of the target when not given.
+
+    Raises:
+        OutputError: the run has no manifest or metadata yet, or the store refuses.
+    """
+    for name in (MANIFEST, METADATA):
+        if not store.exists(name):
+            raise OutputError(f"output {store.uri}: has no {name}; finish the run first (`riskforge run`)")
+    manifest = json.loads(store.read(MANIFEST))
+    page = render(store, manifest, title or manifest["name"], _labels(manifest) if labels is None else labels)
+    store.replace(REPORT, page)
+
+
+def render(store: Store, manifest: dict[str, Any], title: str, labels: list[str]) -> bytes:
+    """The page; its gallery is halved until the page is below 10 MB."""
+    table = read_table(store.path(METADATA))
+    metadata = open_metadata(store.path(METADATA))
+    rows = make_rows(table)
+    names = class_names(rows, labels)
+    context = {
+        "title": title,
+        "lead": _lead(manifest, rows),
+        "figures": _figures(manifest, rows),
+        "table": summary_table(summarise_table(table), request_totals(table)),
+        **_distributions(rows),
+        "confusion": _confusion(rows, names),
+        "pairs": error_pairs(rows, names),
+        "failures": [(clip(message, MAX_MESSAGE_CHARS), count) for message, count in failures(metadata)],
+        "models": _models(manifest["models"]),
+        "facts": _facts(manifest),
+        "style": Markup((_HERE / "report.css").read_text(encoding="utf-8")),
+        **_script(),
+    }
+    limit = MAX_SAMPLES
+    while True:
+        page = (
+            _environment()
+            .get_template("report.html.j2")
+            .render(context | _gallery(store, manifest["name"], metadata, rows, names, limit))
+        )
+        if len(page.encode()) <= MAX_BYTES or not limit:
+            return page.encode()
+        limit //= 2
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _labels(manifest: dict[str, Any]) -> list[str]:
+    """The target's labels, or none where the model is not on this machine."""
+    try:
+        return read_labels(manifest["job"]["models"]["target"]) or []
+    except JobError:
+        return []
+
+
+def _script() -> dict[str, str]:
+    """The page's script and its checksum for the content policy."""
+    script = (_HERE / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return {"script": Markup(script), "script_hash": f"sha256-{digest}"}
+
+
+def _lead(manifest: dict[str, Any], rows: Rows) -> str:
+    samples, shards = manifest["counts"]["samples"], manifest["counts"]["shards"]
+    text = (
+        f"{_many(samples['ok'], 'image')} of {_many(samples['attempted'], 'attempt')} in "
+        f"{_many(len(rows.request.names), 'request')} and {_many(shards['committed'], 'shard')}, all synthetic, "
+        f"scored against {manifest['job']['models']['target']}."
+    )
+    if "finished" in manifest["timing"]:
+        text += f" Finished {_moment(manifest['timing']['finished'])}."
+    if manifest["complete"]:
+        return text
+    return f"{text} Not complete: {shards['committed']:,} of {shards['planned']:,} shards were there at the time."
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _figures(manifest: dict[str, Any], rows: Rows) -> list[dict[str, str]]:
+    samples = manifest["counts"]["samples"]
+    heard = rows.scored & (rows.numbers["oracle_class"] != NO_CLASS)
+    agrees = rows.reads_conditioned("oracle_class")
+    valid = agrees & ~rows.reads_conditioned("predicted_class")
+    cells = [
+        ("Images", f"{samples['ok']:,}", f"of {_many(samples['attempted'], 'attempt')}"),
+        ("Failed", f"{samples['failed']:,}", "attempts without an image"),
+        ("Target errors", _share(rows.numbers["is_error"], rows.scored), "reads another class than the label"),
+        ("Oracle agrees", _share(agrees, heard), "reads a conditioned class"),
+        ("Valid failures", _share(valid, heard), "the oracle reads a conditioned class, the target none"),
+    ]
+    return [{"name": name, "value": value, "note": note} for name, value, note in cells]
+
+
+def _share(flags: np.ndarray, among: np.ndarray) -> str:
+    return percent(float(flags[among].mean())) if among.any() else ABSENT
+
+
+def _distributions(rows: Rows) -> dict[str, Any]:
+    """Names of the series and the charts: the first requests each, the others as one."""
+    first = list(range(len(rows.request.names)))[: MAX_SERIES if len(rows.request.names) > MAX_SERIES + 1 else None]
+    rest = list(range(len(first), len(rows.request.names)))
+    series = [rows.request.names[code] for code in first] + ([f"{len(rest)} other requests"] if rest else [])
+    charts = []
+    for score in CHARTS:
+        values = [rows.scores_of(code, score.name) for code in first]
+        if rest:
+            values.append(rows.numbers[score.name][rows.scored & (rows.request.codes >= len(first))])
+        charts.append({"score": score, "svg": histogram(score, list(zip(series, values, strict=True)))})
+    return {"series": series, "charts": charts}
+
+
+def _confusion(rows: Rows, names: dict[int, str]) -> dict[str, Any] | None:
+    """The confusion table with the style of each cell: the shade is its share of the row."""
+    table = confusion(rows, names)
+    if table is None:
+        return None
+    lines = []
+    for name, counts, own in table.rows:
+        shares = np.array(counts) / max(sum(counts), 1)
+        styles = [_cell_style(float(share), place in own) for place, share in enumerate(shares)]
+        cells = [{"count": f"{one:,}", "style": style} for one, style in zip(counts, styles, strict=True)]
+        lines.append({"name": clip(name, 120), "cells": cells})
+    return {"columns": [clip(name, 60) for name in table.columns], "lines": lines}
+
+
+def _cell_style(share: float, is_own: bool) -> str:
+    heat = "zero" if share == 0 else f"h{min(int(share * HEAT_LEVELS) + 1, HEAT_LEVELS)}"
+    return f"{heat} own" if is_own else heat
+
+
+def _gallery(
+    store: Store, job_name: str, metadata: Dataset, rows: Rows, names: dict[int, str], limit: int
+) -> dict[str, Any]:
+    """What the template needs for the gallery."""
+    chosen = select(rows, limit) if limit and len(rows) else []
+    records = read_samples(metadata, chosen)
+    keys = {row: record["key"] for row, record in zip(chosen, records, strict=True)}
+    images = read_images(store, job_name, keys)
+    budget = IMAGE_BUDGET_BYTES // max(len(chosen), 1)
+    tiles = [make_tile(record, images.get(record["key"], b""), names, budget) for record in records]
+    return {
+        "groups": make_groups(rows, chosen, tiles),
+        "gallery_note": (
+            f"{len(tiles):,} of {_many(len(rows), 'sample')}: of each request some from every part of the range of "
+            "its main score (KLDB with a joint prompt, risk otherwise), and its extremes. Open one for its metadata; "
+            "the arrow keys step through."
+        ),
+        "selects": _selects(tiles),
+        "gallery_json": gallery_json(tiles, names),
+    }
+
+
+def _selects(tiles: list[Tile]) -> list[dict[str, Any]]:
+    def distinct(texts: list[str]) -> list[tuple[str, str]]:
+        return [(text, text) for text in dict.fromkeys(texts)]
+
+    outcomes = {name for tile in tiles for name in tile.outcomes}
+    choices = [
+        ("sort", "Sort by", "Request", list(SORT_SCORES.items())),
+        ("request", "Request", "All", distinct([tile.record["request"] for tile in tiles])),
+        ("class", "Class", "All", distinct(sorted(tile.conditioned for tile in tiles))),
+        ("status", "Status", "All", distinct([tile.record["status"] for tile in tiles])),
+        ("outcome", "Outcome", "All", [(name, text) for name, text in OUTCOMES.items() if name in outcomes]),
+    ]
+    return [{"name": name, "title": title, "all": every, "options": options} for name, title, every, options in choices]
+
+
+def _models(models: dict[str, Any]) -> list[dict[str, str]]:
+    """A line for each model of the manifest."""
+    lines = []
+    for role, about in models.items():
+        for one in about if isinstance(about, list) else [about]:
+            known = one if isinstance(one, dict) else {"address": str(one)}
+            address, digest = (str(known.get(name, "")) for name in ("address", "digest"))
+            lines.append({"role": role, "address": address, "digest": digest})
+    return lines
+
+
+def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """What else is known of the run, as names and values."""
+    facts = [("Job", manifest["name"]), ("Seed", str(manifest["job"].get("seed", 0)))]
+    facts.append(("Plan digest", manifest["plan_digest"]))
+    facts += [(_title(name), _moment(value)) for name, value in manifest["timing"].items()]
+    facts.append(("Hardware", _pairs(manifest["hardware"])))
+    facts.append(("Versions", _pairs(manifest["versions"])))
+    return [(name, clip(value, MAX_MESSAGE_CHARS)) for name, value in facts if value]
+
+
+def _title(name: str) -> str:
+    plain = name.removesuffix("_seconds").replace("_", " ")
+    return plain[:1].upper() + plain[1:]
+
+
+def _moment(value: Any) -> str:
+    """A time of the manifest: a length in seconds, or a moment where it counts them since 1970."""
+    if not isinstance(value, int | float):
+        return str(value)
+    if value > 1e9:
+        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return f"{value:,.1f} s"
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())

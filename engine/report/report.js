@@ -1,0 +1,161 @@
+"use strict";
+(() => {
+  const byId = (id) => document.getElementById(id);
+
+  for (const button of document.querySelectorAll(".legend button")) {
+    button.addEventListener("click", () => {
+      const shown = button.getAttribute("aria-pressed") !== "true";
+      button.setAttribute("aria-pressed", String(shown));
+      for (const part of document.querySelectorAll(`g[data-series="${button.dataset.series}"]`)) {
+        part.toggleAttribute("hidden", !shown);
+      }
+    });
+  }
+
+  const grid = byId("tiles");
+  if (!grid) return;
+  const data = JSON.parse(byId("gallery-data").textContent);
+  const samples = data.samples;
+  const tiles = [...grid.querySelectorAll(".tile")];
+  const headings = [...grid.querySelectorAll("h3")];
+  const filters = ["request", "class", "status", "outcome"];
+  const control = (name) => byId(`by-${name}`);
+  const dialog = byId("sample");
+  let order = "desc";
+  let visible = [];
+  let opened = -1;
+
+  function offers(select, value) {
+    return [...select.options].some((option) => option.value === value);
+  }
+
+  function matches(sample) {
+    return filters.every((name) => {
+      const wanted = control(name).value;
+      return wanted === "" || (name === "outcome" ? sample.outcomes.includes(wanted) : sample[name] === wanted);
+    });
+  }
+
+  // Samples without the score come last in either direction; equal scores keep the order of the selection.
+  function compare(first, second, score) {
+    const [a, b] = [samples[first].scores[score], samples[second].scores[score]];
+    if (a === undefined || b === undefined) return (a === undefined) - (b === undefined) || first - second;
+    return (order === "asc" ? a - b : b - a) || first - second;
+  }
+
+  function arrange() {
+    const score = control("sort").value;
+    const numbers = samples.map((_, number) => number);
+    if (score) numbers.sort((a, b) => compare(a, b, score));
+    visible = numbers.filter((number) => matches(samples[number]));
+    const shown = new Set(visible);
+    tiles.forEach((tile, number) => tile.toggleAttribute("hidden", !shown.has(number)));
+    for (const heading of headings) {
+      const used = visible.some((number) => samples[number].request === heading.dataset.request);
+      heading.toggleAttribute("hidden", Boolean(score) || !used);
+    }
+    if (score) grid.append(...numbers.map((number) => tiles[number]));
+    else for (const heading of headings) {
+      grid.append(heading, ...tiles.filter((_, number) => samples[number].request === heading.dataset.request));
+    }
+    byId("count").textContent = `${visible.length} of ${samples.length} shown`;
+    byId("order").textContent = order === "asc" ? "Lowest first" : "Highest first";
+    byId("order").disabled = !score;
+  }
+
+  function remember() {
+    const state = new URLSearchParams();
+    for (const name of filters) if (control(name).value) state.set(name, control(name).value);
+    if (control("sort").value) {
+      state.set("sort", control("sort").value);
+      state.set("order", order);
+    }
+    if (opened >= 0) state.set("open", samples[opened].key);
+    history.replaceState(null, "", `#${state.toString() || "gallery"}`);
+  }
+
+  function restore() {
+    const state = new URLSearchParams(location.hash.slice(1));
+    const known = [...filters, "sort"].filter((name) => state.has(name));
+    for (const name of known) {
+      if (offers(control(name), state.get(name))) control(name).value = state.get(name);
+    }
+    if (state.has("order")) order = state.get("order") === "asc" ? "asc" : "desc";
+    arrange();
+    const number = samples.findIndex((sample) => sample.key === state.get("open"));
+    if (number >= 0) open(number);
+    else if (known.length) byId("gallery").scrollIntoView();
+  }
+
+  function row(name, text) {
+    const line = document.createElement("tr");
+    const head = document.createElement("th");
+    const cell = document.createElement("td");
+    head.scope = "row";
+    head.textContent = name;
+    cell.textContent = text;
+    line.append(head, cell);
+    return line;
+  }
+
+  function open(number) {
+    const sample = samples[number];
+    const picture = tiles[number].querySelector("img");
+    const large = byId("sample-image");
+    opened = number;
+    byId("sample-key").textContent = sample.key;
+    byId("sample-fields").replaceChildren(...data.fields.map((name, place) => row(name, sample.values[place])));
+    large.toggleAttribute("hidden", !picture);
+    if (picture) {
+      large.src = picture.src;
+      large.alt = picture.alt;
+      large.className = picture.className;
+    }
+    byId("previous").disabled = visible.indexOf(number) <= 0;
+    byId("next").disabled = visible.indexOf(number) === visible.length - 1;
+    if (!dialog.open) dialog.showModal();
+    remember();
+  }
+
+  function step(offset) {
+    const number = visible[visible.indexOf(opened) + offset];
+    if (number !== undefined) open(number);
+  }
+
+  tiles.forEach((tile, number) => tile.addEventListener("click", () => open(number)));
+  byId("previous").addEventListener("click", () => step(-1));
+  byId("next").addEventListener("click", () => step(1));
+  byId("close").addEventListener("click", () => dialog.close());
+  dialog.addEventListener("click", (event) => {
+    if (event.target === dialog) dialog.close();
+  });
+  dialog.addEventListener("keydown", (event) => {
+    if (event.key === "ArrowLeft") step(-1);
+    if (event.key === "ArrowRight") step(1);
+  });
+  dialog.addEventListener("close", () => {
+    const last = opened;
+    opened = -1;
+    remember();
+    if (last >= 0) tiles[last].focus();
+  });
+  for (const name of [...filters, "sort"]) {
+    control(name).addEventListener("change", () => {
+      arrange();
+      remember();
+    });
+  }
+  byId("order").addEventListener("click", () => {
+    order = order === "asc" ? "desc" : "asc";
+    arrange();
+    remember();
+  });
+  byId("reset").addEventListener("click", () => {
+    for (const name of [...filters, "sort"]) control(name).value = "";
+    order = "desc";
+    arrange();
+    remember();
+  });
+  window.addEventListener("hashchange", restore);
+  restore();
+})();

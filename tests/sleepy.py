@@ -1,0 +1,204 @@
+"""A worker without models: it sleeps, and stores bytes that depend on the seed alone. It can be told to fail.
+
+Run as a program, a driver of its own: `python -m tests.sleepy OUTPUT COUNT`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from engine.dataset.commits import commit_shard
+from engine.dataset.shards import shard_name, stage_shard
+from engine.dataset.store import open_store
+from engine.errors import JobError, OutputError
+from engine.executors.base import Executor
+from engine.plan import Plan, SampleSpec, ShardSpec
+from engine.progress import PlainDisplay, Tally
+from engine.records import SampleResult, new_record
+from engine.run import RunSummary, run_job
+from engine.spec import JobSpec, parse_job
+from engine.worker import ShardOutcome
+
+SAMPLES_PER_SHARD = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faults:
+    """What goes wrong, by number of the shard.
+
+    Attributes:
+        die: the process is killed, every time.
+        die_once: it is killed at the first attempt.
+        error: an exception, every time.
+        user_fault: an `OutputError` with this text, at any shard.
+        no_start: the worker is not built: `user` for a `JobError`, `defect` for any other exception.
+        seconds: time a sample takes.
+    """
+
+    die: tuple[int, ...] = ()
+    die_once: tuple[int, ...] = ()
+    error: tuple[int, ...] = ()
+    user_fault: str = ""
+    no_start: str = ""
+    seconds: float = 0.0
+
+
+class SleepyWorker:
+    """A worker that holds nothing."""
+
+    def __init__(self, job: JobSpec, plan: Plan, faults: Faults) -> None:
+        if faults.no_start == "user":
+            raise JobError(["models.clip: broken", "models.target: broken too"])
+        if faults.no_start:
+            raise ZeroDivisionError("no such kernel")
+        self._job, self._plan, self._faults = job, plan, faults
+        self._store = open_store(job.output.uri)
+
+    def run_shard(self, shard: ShardSpec, attempt: int, report: Callable[[int], None]) -> ShardOutcome:
+        """Sleep and commit."""
+        started = time.monotonic()
+        results = list(self._results(shard, attempt, report))
+        name = shard_name(self._job.name, shard.number)
+        staged = stage_shard(self._store.staging(), name, results, "png")
+        commit_shard(self._store, self._plan.digest, shard, name, staged, attempt, "sleepy", {})
+        seconds = time.monotonic() - started
+        return ShardOutcome(
+            number=shard.number,
+            counts=staged.counts,
+            sampling_seconds=seconds,
+            total_seconds=seconds,
+            num_samples=shard.num_samples,
+            batch_size=1,
+        )
+
+    def _results(self, shard: ShardSpec, attempt: int, report: Callable[[int], None]) -> Iterator[SampleResult]:
+        for done, spec in enumerate(self._plan.samples(shard)):
+            report(done)
+            time.sleep(self._faults.seconds)
+            self._fail(shard.number, attempt)
+            yield make_result(spec, attempt)
+
+    def _fail(self, number: int, attempt: int) -> None:
+        if self._faults.user_fault:
+            raise OutputError(self._faults.user_fault)
+        if number in self._faults.error:
+            raise ZeroDivisionError(f"shard {number} is cursed")
+        if number in self._faults.die or (number in self._faults.die_once and attempt == 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def make_result(spec: SampleSpec, attempt: int) -> SampleResult:
+    """A sample whose bytes depend on its seed alone."""
+    draw = random.Random(spec.seed)
+    record = new_record(spec) | {
+        "status": "ok",
+        "accepted": True,
+        "risk": draw.random(),
+        "kldb_classes": [0, 1],
+        "soft_label": [0.1] * 10,
+    }
+    buffer = io.BytesIO()
+    PIL.Image.frombytes("RGB", (4, 4), draw.randbytes(48)).save(buffer, "png")
+    run = {"batch_size": 1, "duration_seconds": 0.0, "attempt": attempt, "worker": "sleepy"}
+    return SampleResult(record=record, image=buffer.getvalue(), run=run)
+
+
+def make_sleepy(job: JobSpec, plan: Plan, *, faults: Faults) -> SleepyWorker:
+    """For `run_job`, with `partial`."""
+    return SleepyWorker(job, plan, faults)
+
+
+def make_job(output: Path, count: int, **models: Any) -> JobSpec:
+    """A job of `10 * count` samples in shards of four; its models are never loaded."""
+    return parse_job(
+        {
+            "name": "sleepy",
+            "models": {
+                "diffusion": "zoo:digits/stable-diffusion",
+                "clip": "zoo:digits/clip",
+                "target": "zoo:digits/classifier",
+            }
+            | models,
+            "requests": [{"name": "all", "method": "prompt", "classes": "all", "count": count}],
+            "output": {"uri": str(output), "samples_per_shard": SAMPLES_PER_SHARD},
+        }
+    )
+
+
+@dataclass
+class Recorder:
+    """A display that remembers."""
+
+    phases: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    in_work: int = 0
+    closed: bool = False
+
+    def phase(self, text: str) -> None:
+        """Remember it."""
+        self.phases.append(text)
+
+    def notice(self, text: str) -> None:
+        """Remember it."""
+        self.notices.append(text)
+
+    def show(self, tally: Tally) -> None:
+        """Remember the most samples that were in work and not committed."""
+        self.in_work = max(self.in_work, tally.total.num_done - tally.total.committed)
+
+    def close(self) -> None:
+        """Remember it."""
+        self.closed = True
+
+
+def run_sleepy(
+    output: Path, count: int, executor: Executor, *, faults: Faults | None = None, display: Recorder | None = None
+) -> RunSummary:
+    """Run a job of sleepy workers."""
+    return run_job(
+        make_job(output, count),
+        executor=executor,
+        resume="auto",
+        confirmed=False,
+        display=display or Recorder(),
+        make_worker=partial(make_sleepy, faults=faults or Faults()),
+    )
+
+
+def tars(output: Path) -> dict[str, bytes]:
+    """The tars of a run by name."""
+    return {path.name: path.read_bytes() for path in sorted(output.glob("shards/*.tar"))}
+
+
+def main(output: Path, count: int) -> int:
+    """A run on a Ray of its own."""
+    from engine.executors.ray import RayExecutor
+
+    summary = run_job(
+        make_job(output, count),
+        executor=RayExecutor(address=None, num_workers=2, device="cpu"),
+        resume="auto",
+        confirmed=False,
+        display=PlainDisplay(sys.stderr, every_seconds=0.5),
+        make_worker=partial(make_sleepy, faults=Faults(seconds=0.2)),
+    )
+    print(f"{summary.num_committed} of {summary.num_shards}")
+    return summary.exit_code
+
+
+if __name__ == "__main__":
+    from tests import sleepy
+
+    sys.exit(sleepy.main(Path(sys.argv[1]), int(sys.argv[2])))

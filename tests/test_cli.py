@@ -1,0 +1,268 @@
+"""The command line: messages, exit codes, start-up time; and what progress looks like."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from engine import cli
+from engine.dataset.counts import ShardCounts
+from engine.errors import EXIT_DRAINED, EXIT_USER
+from engine.executors.local import LocalExecutor
+from engine.progress import LiveDisplay, PlainDisplay, Tally, byte_size, duration
+from engine.run import plan_job
+from tests.conftest import REPOSITORY
+from tests.sleepy import make_job, run_sleepy
+
+RISKFORGE = str(Path(sys.executable).with_name("riskforge"))
+QUICKSTART = str(REPOSITORY / "jobs/quickstart.yaml")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs the command line in this process; gives exit code, stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["riskforge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def refused(call, *arguments: str) -> list[str]:
+    """The lines of a refusal."""
+    code, _, err = call(*arguments)
+    assert code == EXIT_USER and "Traceback" not in err
+    return err.splitlines()
+
+
+@pytest.mark.parametrize(("arguments", "limit"), [(["--help"], 1.0), (["plan", QUICKSTART, "--validate"], 2.0)])
+def test_start_up_is_quick(arguments, limit):
+    """The best of three, from a fresh interpreter."""
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        subprocess.run([RISKFORGE, *arguments], check=True, stdout=subprocess.DEVNULL)
+        seconds.append(time.monotonic() - started)
+    assert min(seconds) < limit, seconds
+
+
+def test_version_and_schema(call):
+    """`--version` names the version, `schema` is JSON of the whole job."""
+    assert call("--version")[1].startswith("riskforge ")
+    assert "requests" in json.loads(call("schema")[1])["properties"]
+
+
+def test_the_quickstart_is_planned(call):
+    """Shards, samples, bytes; for people and as JSON; `--set` counts."""
+    code, out, _ = call("plan", QUICKSTART)
+    assert code == 0 and re.search(r"all\s+4\s+88\s+\d+ kB", out)
+    planned = json.loads(call("plan", QUICKSTART, "--json", "--set", "requests.0.count=100")[1])
+    assert (planned["samples"], planned["shards"]) == (164, 7) and planned["device_hours"] is None
+    assert [one["num_samples"] for one in planned["requests"]] == [100, 24, 40]
+
+
+def test_the_quickstart_is_valid(call):
+    """Also as JSON."""
+    assert "is valid" in call("plan", QUICKSTART, "--validate")[1]
+    assert json.loads(call("plan", QUICKSTART, "--validate", "--json")[1])["valid"]
+
+
+def test_options_are_spelled_with_hyphens_or_underscores(call):
+    """Both reach the same option; values are left alone."""
+    for spelling in ("--price-per-hour", "--price_per_hour"):
+        assert refused(call, "plan", QUICKSTART, spelling, "2") == [
+            "error: --price-per-hour: needs the hours of a measurement; add --calibrate"
+        ]
+    lines = refused(call, "plan", QUICKSTART, "--set", "sampling.num_inference_steps=0")
+    assert lines[0].startswith("error: sampling.num_inference_steps: 0")
+
+
+def test_all_problems_come_at_once_a_line_each(call):
+    """Unknown keys and values, with the nearest spelling; then, where the job stands, unknown classes."""
+    lines = refused(call, "plan", QUICKSTART, "--set", "sampling.sheduler=lms", "--set", "requests.0.count=none")
+    assert len(lines) == 2 and all(line.startswith("error: ") for line in lines)
+    assert "did you mean 'scheduler'?" in lines[0] + lines[1]
+    lines = refused(call, "run", QUICKSTART, "--set", "requests.0.boundary=[thre, eight]")
+    assert lines[-1].startswith("error: requests.0.boundary.0: 'thre'") and "'three'" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"# nothing\n", "is empty"),
+        (b"name: [a\nseed: 0\n", "line 2, column 5"),
+        (b"a: b: c\n", "line 1, column 5: mapping values are not allowed here"),
+        (b"name: a\nname: b\n", "line 2, column 1: 'name' stands here twice"),
+        (b"name: *x\n", "line 1, column 7: found undefined alias"),
+        (b"name: !!python/object:os.system a\n", "line 1, column 7: could not determine a constructor"),
+        (b"\x00\x01\x02", "characters that no text has"),
+        (b"\xff\xfe\xfa" * 50, "is not text in UTF-8"),
+        (b"- a\n- b\n", "a mapping of keys is expected"),
+        (b"just words\n", "a mapping of keys is expected"),
+        (b"[" * 1000, "nested too deeply"),
+        (b"{? [a]: b}\n", "unhashable"),
+    ],
+)
+def test_files_that_are_no_job(call, tmp_path, content, message):
+    """Each is one clear line with the place, never a traceback."""
+    path = tmp_path / "job.yaml"
+    path.write_bytes(content)
+    lines = refused(call, "plan", path)
+    assert len(lines) == 1 and message in lines[0] and lines[0].startswith("error: ")
+
+
+def test_paths_that_are_no_file(call, tmp_path):
+    """Missing, and a folder."""
+    assert "there is no such file" in refused(call, "run", tmp_path / "no.yaml")[0]
+    assert "is a folder" in refused(call, "run", tmp_path)[0]
+
+
+@pytest.mark.parametrize("text", ["count", "=3", "a.b=[1", "nowhere.0.x=1", "requests.9.count=1"])
+def test_overrides_that_lead_nowhere(call, text):
+    """`--set` says what it takes."""
+    lines = refused(call, "plan", QUICKSTART, "--set", text)
+    assert lines and ("--set" in lines[0] or lines[0].startswith("error: nowhere"))
+
+
+def test_options_that_do_not_go_together(call, tmp_path):
+    """An address for threads; an address of Ray's client."""
+    assert "--address" in refused(call, "run", QUICKSTART, "--executor", "local", "--address", "auto")[0]
+    assert "not supported" in refused(call, "run", QUICKSTART, "--address", "ray://head:10001")[0]
+
+
+def test_an_output_of_somebody_else_is_refused(call, tmp_path):
+    """Before anything is started; and overwriting asks for `--yes`."""
+    (tmp_path / "thesis.txt").write_text("")
+    assert "thesis.txt" in refused(call, "run", QUICKSTART, "--output", tmp_path)[-1]
+    run_sleepy(tmp_path / "run", 1, LocalExecutor(1))
+    lines = refused(call, "run", QUICKSTART, "--output", tmp_path / "run", "--resume", "overwrite")
+    assert "--yes" in lines[-1]
+
+
+def test_the_report_is_written_anew(call, tmp_path):
+    """And a folder without a run is refused."""
+    assert "manifest.json" in refused(call, "report", tmp_path)[0]
+    run_sleepy(tmp_path, 1, LocalExecutor(1))
+    (tmp_path / "report.html").unlink()
+    code, out, _ = call("report", tmp_path)
+    assert code == 0 and Path(out.strip()).is_file()
+
+
+def test_a_reader_that_leaves_is_no_error():
+    """`riskforge schema | head` is quiet."""
+    done = subprocess.run(
+        ["bash", "-c", f"'{RISKFORGE}' schema | true; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path):
+    """Ctrl-C while models are loaded: the exit code for later, no traceback, and nothing lost."""
+    command = [RISKFORGE, "run", QUICKSTART, "--output", str(tmp_path / "out"), "--executor", "local"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "loading models" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait() == EXIT_DRAINED
+    assert "the same command continues" in rest and "Traceback" not in rest
+
+
+def test_the_example_cluster_is_one_that_ray_accepts():
+    """Against the schema that `ray up` checks with; and workers there are spot machines with a GPU."""
+    import jsonschema
+    import ray
+
+    raw = yaml.safe_load((REPOSITORY / "cluster.yaml").read_text())
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler/ray-schema.json").read_text())
+    jsonschema.validate(raw, schema)
+    worker = raw["available_node_types"]["gpu-spot"]
+    assert worker["resources"]["GPU"] == 1
+    assert worker["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
+
+
+@pytest.fixture
+def tally(tmp_path):
+    """Twenty samples in shards of four, one shard committed before."""
+    return Tally(plan_job(make_job(tmp_path, 2)), {0: ShardCounts(ok=3, failed=1, accepted=3)})
+
+
+def test_rates_count_this_run_alone(tally):
+    """From when the worker began, not from its first answer; what was there before is no speed."""
+    row = tally.requests[0]
+    assert (row.num_done, row.rate(5.0), row.eta_seconds(5.0)) == (4, 0.0, None)
+    tally.ready(7, 10.0)
+    tally.working(7, 1, 2, 12.0)
+    assert (row.num_done, row.rate(12.0), row.eta_seconds(12.0)) == (6, 1.0, 14.0)
+    tally.commit(7, 1, ShardCounts(ok=4, accepted=4), 14.0)
+    assert (row.num_done, row.accepted, row.rate(14.0)) == (8, 7, 1.0)
+    tally.working(7, 2, 3, 15.0)
+    tally.drop(2)
+    assert row.num_done == 8
+
+
+def test_plain_lines_say_what_changed(tally):
+    """Nothing twice, one line for a request, in words that a log can keep."""
+    stream = io.StringIO()
+    display = PlainDisplay(stream, every_seconds=0.0)
+    display.phase("loading models")
+    display.phase("")
+    tally.ready(0, time.monotonic() - 2)
+    display.show(tally)
+    tally.working(0, 1, 2, time.monotonic())
+    display.show(tally)
+    display.show(tally)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2
+    assert re.fullmatch(r"\d\d:\d\d:\d\d all 6/20 samples, 3 of 4 accepted, (0\.9|1\.0)/s, ETA 1\d s", lines[1])
+
+
+def test_the_live_table_shows_requests(tally):
+    """On a terminal: the phase first, then done, accepted, rate."""
+    stream = io.StringIO()
+    display = LiveDisplay(Console(file=stream, force_terminal=True, width=100))
+    display.phase("starting Ray")
+    tally.ready(0, time.monotonic() - 2)
+    tally.working(0, 1, 2, time.monotonic())
+    display.show(tally)
+    display.notice("shard 3 [is] late")
+    time.sleep(0.3)
+    display.close()
+    text = stream.getvalue()
+    assert "starting Ray" in text and "6/20" in text and "3 / 4" in text and "shard 3 [is] late" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "0 s"), (99, "99 s"), (150, "2 min"), (7500, "2 h 05 min"), (300_000, "3 d 11 h")]
+)
+def test_durations_are_read_at_a_glance(seconds, text):
+    """From seconds to days."""
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(None, "unknown"), (7, "7 B"), (1_234, "1.2 kB"), (56_000_000, "56 MB"), (3.2e13, "32 TB")]
+)
+def test_sizes_are_read_at_a_glance(size, text):
+    """From bytes to terabytes."""
+    assert byte_size(size) == text

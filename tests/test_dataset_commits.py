@@ -1,0 +1,277 @@
+"""The commit: one record for a shard, whole files behind it, whoever dies or races at whatever instant."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.dataset.commits import COMMITS, PACKS, compact_commits, list_commits, read_commit, read_commits
+from engine.dataset.counts import MAX_NAME_CHARS, ShardCounts, count_rows, parse_record_name, record_name
+from engine.dataset.shards import inspect_pair
+from engine.dataset.state import open_run
+from engine.dataset.store import STAGING, TORN, Store, open_store
+from engine.errors import CorruptShardError
+from engine.plan import Plan
+from tests.dataset_cases import commit_one, commit_rest, open_case, run_processes, tar_bytes
+
+CODES = st.one_of(st.integers(0, 12000).map(lambda number: f"{number:03d}"), st.just("mix"))
+COUNTS = st.builds(
+    lambda rejected, failed, classes: ShardCounts(
+        ok=sum(classes.values()),
+        rejected=rejected,
+        failed=failed,
+        accepted=sum(classes.values()),
+        accepted_per_class=classes,
+    ),
+    st.integers(0, 10**6),
+    st.integers(0, 10**6),
+    st.dictionaries(CODES, st.integers(1, 3), max_size=30),
+)
+
+
+def assert_whole(store: Store, plan: Plan) -> None:
+    """Every shard has exactly one record, and its files are what the record says and belong together."""
+    names = store.list(COMMITS)
+    assert [parse_record_name(Path(name).name)[0] for name in names] == list(range(plan.num_shards))  # type: ignore[index]
+    for record in read_commits(store):
+        tar, parquet = (store.path(f"shards/{record.name}.{end}") for end in ("tar", "parquet"))
+        files = inspect_pair(tar, parquet)
+        assert (files.tar_sha256, files.tar_md5, files.tar_bytes) == (
+            record.tar_sha256,
+            record.tar_md5,
+            record.tar_bytes,
+        )
+        assert (files.parquet_sha256, files.parquet_bytes) == (record.parquet_sha256, record.parquet_bytes)
+        assert files.counts == record.counts
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**9), COUNTS)
+def test_a_record_name_says_its_counts(number: int, counts: ShardCounts) -> None:
+    """The names alone carry the counts; where they do not fit, the name says that they are inside."""
+    name = record_name(number, counts)
+    assert len(name) <= MAX_NAME_CHARS
+    parsed = parse_record_name(name)
+    assert parsed is not None and parsed[0] == number
+    assert parsed[1] in (counts, None) and (parsed[1] is None) == (".many." in name)
+
+
+@given(st.text(max_size=60))
+def test_other_names_are_not_records(name: str) -> None:
+    assert parse_record_name(name) is None
+    assert parse_record_name(f"000001.ok=1.rejected=0.failed=0.accepted=1.000-99999999=1{name}.json") is None
+
+
+def test_a_thousand_classes_fit_in_a_name() -> None:
+    """Equal neighbours are joined: a shard that goes through many classes keeps its counts in the name."""
+    classes = {f"{number:03d}": 1 for number in range(256)}
+    name = record_name(7, ShardCounts(ok=256, accepted=256, accepted_per_class=classes))
+    assert name == "000007.ok=256.rejected=0.failed=0.accepted=256.000-255=1.json"
+
+
+def test_commit_and_read_back(tmp_path: Path) -> None:
+    store, plan, _ = open_case(tmp_path / "out")
+    record = commit_one(store, plan, 1, attempt=2, worker="w7")
+    assert read_commit(store, 1) == record and read_commit(store, 0) is None
+    assert (record.attempt, record.worker, record.plan_digest) == (2, "w7", plan.digest)
+    assert {number: one.counts for number, one in list_commits(store).items()} == {1: record.counts}
+    assert record.counts == ShardCounts(ok=1, failed=1, accepted=1, accepted_per_class={"mix": 1})
+    assert not [path for path in store.staging().iterdir() if path.is_dir()]
+
+
+def test_a_second_commit_of_the_same_shard_changes_nothing(tmp_path: Path) -> None:
+    """A late worker hears of the first one's record, and no published byte moves."""
+    store, plan, _ = open_case(tmp_path / "out")
+    first = commit_one(store, plan, 0)
+    before = {name: store.read(name) for name in store.list("shards")}
+    assert commit_one(store, plan, 0, attempt=2, worker="late") == first
+    assert commit_one(store, plan, 0, attempt=3, noise=1) == first
+    assert {name: store.read(name) for name in store.list("shards")} == before
+    assert_whole(store, Plan(plan.requests, plan.identity, ((dataclasses.replace(plan.stages[0][0], stop=4),),)))
+
+
+@pytest.mark.parametrize("noise", [0, 1])
+@pytest.mark.parametrize("kept", [("tar",), ("parquet",), ("tar", "parquet")])
+def test_files_without_a_record(tmp_path: Path, kept: tuple[str, ...], noise: int) -> None:
+    """Left by a worker that was killed before its record: a whole pair is adopted; half of another try is not.
+
+    With `noise` the next try gives other scores, as on a GPU: then the tar of one and the parquet of the other are
+    each whole and still must not be paired.
+    """
+    store, plan, _ = open_case(tmp_path / "out")
+    first = commit_one(store, plan, 0, worker="dead")
+    before = tar_bytes(store)
+    store.remove(first.file_name)
+    for end in {"tar", "parquet"} - set(kept):
+        store.remove(f"shards/{first.name}.{end}")
+    second = commit_one(store, plan, 0, attempt=2, worker="next", noise=noise)
+    adopted = len(kept) == 2 or (kept == ("parquet",) and not noise)
+    assert (second.worker, second.attempt) == (("dead", 1) if adopted else ("next", 2))
+    assert (tar_bytes(store) == before) == (adopted or not noise)
+    assert bool(store.list(TORN)) == bool(noise and not adopted)
+    commit_rest(store, plan)
+    assert_whole(store, plan)
+
+
+@pytest.mark.parametrize("end", ["tar", "parquet"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "other shard"])
+def test_torn_files_without_a_record_are_moved_aside(tmp_path: Path, end: str, damage: str) -> None:
+    store, plan, _ = open_case(tmp_path / "out")
+    commit_one(store, plan, 2)
+    whole = store.read(f"shards/demo-000002.{end}")
+    torn = {"cut": whole[: len(whole) // 2], "empty": b"", "garbage": b"x" * 20480, "other shard": whole}[damage]
+    store.publish(f"shards/demo-000003.{end}", torn)
+    commit_rest(store, plan)
+    assert_whole(store, plan)
+    assert torn in [store.read(name) for name in store.list(TORN)]
+
+
+def test_a_committed_file_that_is_damaged_is_told_not_replaced(tmp_path: Path) -> None:
+    store, plan, _ = open_case(tmp_path / "out")
+    commit_one(store, plan, 0)
+    path = store.path("shards/demo-000000.tar")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CorruptShardError, match=r"demo-000000\.tar: is not the file that was committed"):
+        commit_one(store, plan, 0, attempt=2)
+    path.unlink()
+    assert commit_one(store, plan, 0, attempt=2) == read_commit(store, 0)
+    assert_whole(store, Plan(plan.requests, plan.identity, ((dataclasses.replace(plan.stages[0][0], stop=4),),)))
+
+
+def test_two_records_for_one_shard_are_refused(tmp_path: Path) -> None:
+    store, plan, _ = open_case(tmp_path / "out")
+    record = commit_one(store, plan, 0)
+    other = dataclasses.replace(record, counts=ShardCounts(ok=3, failed=1))
+    store.publish(other.file_name, other.to_json().encode())
+    with pytest.raises(CorruptShardError, match="shard 0 has two records"):
+        list_commits(store)
+
+
+def test_an_unreadable_record_is_told(tmp_path: Path) -> None:
+    store, plan, _ = open_case(tmp_path / "out")
+    record = commit_one(store, plan, 0)
+    store.replace(record.file_name, b"{}")
+    with pytest.raises(CorruptShardError, match="not a commit record"):
+        read_commit(store, 0)
+
+
+MOMENTS = [
+    *(("sample", count) for count in (2, 7)),
+    # Links: 1 is the plan; then tar, parquet and record of each shard.
+    *(("before-link", count) for count in (1, 2, 3, 4)),
+    *(("after-link", count) for count in (2, 3, 4)),
+]
+
+
+def test_sigkill_at_any_instant_then_resume(tmp_path: Path) -> None:
+    """Real processes die while staging and around each publish; the resumed run has the tars of an uninterrupted one.
+
+    What a test within one process cannot see: nothing is flushed, no `finally` runs, locks end with their process.
+    """
+    whole_store, whole_plan, _ = open_case(tmp_path / "whole")
+    commit_rest(whole_store, whole_plan)
+    outs = {moment: tmp_path / f"{moment[0]}-{moment[1]}" for moment in MOMENTS}
+    assert run_processes(*([("kill", outs[moment], *moment)] for moment in MOMENTS)) == [-9] * len(MOMENTS)
+    for moment, out in outs.items():
+        store, plan, _ = open_case(out)
+        done = len(list_commits(store))
+        assert len(commit_rest(store, plan)) == plan.num_shards - done
+        assert tar_bytes(store) == tar_bytes(whole_store), moment
+        assert_whole(store, plan)
+        left = [name for name in store.list(STAGING) if not Path(name).name.startswith(str(os.getpid()))]
+        assert left == [] and store.list(TORN) == [], moment
+
+
+def test_two_processes_commit_the_same_shards_at_once(tmp_path: Path) -> None:
+    """One record and one whole pair for each shard, also when the two disagree about the samples."""
+    agree, differ = tmp_path / "agree", tmp_path / "differ"
+    stores = [open_case(out, count=16)[:2] for out in (agree, differ)]
+    racers = [[("race", agree, 0), ("race", agree, 0)], [("race", differ, 0), ("race", differ, 1)]]
+    assert run_processes(*racers) == [0, 0, 0, 0]
+    for store, plan in stores:
+        assert_whole(store, plan)
+    assert stores[0][0].list(TORN) == []
+
+
+def test_staging_of_the_living_is_kept(tmp_path: Path) -> None:
+    """A second driver that opens the run must not pull the files from under a worker that is still staging."""
+    store, plan, job = open_case(tmp_path / "out")
+    mine = store.staging() / "half.tar"
+    mine.write_bytes(b"half")
+    dead = store.path(f"{STAGING}/123-dead")
+    dead.mkdir()
+    (dead / "half.tar").write_bytes(b"half")
+    open_run(open_store(store.uri), plan, job, "auto", confirmed=False)
+    assert mine.exists() and not dead.exists()
+
+
+def test_packs_hold_what_was_loose(tmp_path: Path) -> None:
+    """Packing changes no answer, also when it was interrupted before the loose records were removed."""
+    store, plan, _ = open_case(tmp_path / "out", count=40)
+    for number in (5, 0, 3, 9, 1):
+        commit_one(store, plan, number)
+    before, records = list_commits(store), list(read_commits(store))
+    loose = {name: store.read(name) for name in store.list(COMMITS)}
+    assert compact_commits(store) == 0
+    assert compact_commits(store, max_loose=2) == 5
+    assert store.list(COMMITS) == [] and len(store.list(PACKS)) == 1
+    assert list_commits(store) == before and list(read_commits(store)) == records
+    assert read_commit(store, 3) == records[2] and read_commit(store, 4) is None
+    assert commit_one(store, plan, 3, attempt=2) == records[2], "a packed shard is still committed"
+    for name, data in loose.items():
+        store.publish(name, data)
+    commit_one(store, plan, 2)
+    assert compact_commits(store, max_loose=2) == 6
+    assert [record.shard for record in read_commits(store)] == [0, 1, 2, 3, 5, 9]
+    commit_rest(store, plan)
+    assert sorted(list_commits(store)) == list(range(plan.num_shards))
+
+
+def test_counts_that_do_not_fit_are_read_from_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, plan, _ = open_case(tmp_path / "out")
+    monkeypatch.setattr("engine.dataset.counts.MAX_NAME_CHARS", 60)
+    record = commit_one(store, plan, 2)
+    assert store.list(COMMITS) == [f"{COMMITS}/000002.ok=4.rejected=0.failed=0.accepted=4.many.json"]
+    assert list_commits(store)[2].counts == record.counts
+    assert compact_commits(store, max_loose=0) == 1
+    assert list_commits(store)[2].counts == record.counts
+
+
+def test_a_hundred_thousand_records_are_listed_in_a_second(tmp_path: Path) -> None:
+    """Names only: no file is opened and nothing is asked of the disk for each record."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as folder:
+        store = open_store(folder)
+        store.path(COMMITS).mkdir(parents=True)
+        tails = [
+            record_name(0, ShardCounts(ok=256, accepted=ok + mix, accepted_per_class={"003": ok, "mix": mix}))[6:]
+            for ok in range(1, 33)
+            for mix in range(1, 33)
+        ]
+        descriptor = os.open(store.path(COMMITS), os.O_RDONLY)
+        for number in range(100_000):
+            os.mknod(f"{number:06d}{tails[number % 1024]}", dir_fd=descriptor)
+        os.close(descriptor)
+        seconds = []
+        for _ in range(2):
+            started = time.process_time()
+            listed = list_commits(store)
+            seconds.append(time.process_time() - started)
+    assert len(listed) == 100_000 and listed[99_999].counts.ok == 256
+    assert min(seconds) < 1, seconds
+
+
+def test_counting() -> None:
+    rows = [
+        {"key": "my-mix-1-job-000-003-00000000", "status": "ok", "accepted": True},
+        {"key": "my-mix-1-job-000-mix-00000000", "status": "ok", "accepted": False},
+        {"key": "my-mix-1-job-000-003-00000001", "status": "rejected", "accepted": False},
+    ]
+    assert count_rows(rows) == ShardCounts(ok=2, rejected=1, accepted=1, accepted_per_class={"003": 1})

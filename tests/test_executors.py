@@ -1,0 +1,258 @@
+"""Driver and executors with workers that have no models: threads, a real Ray, real processes killed.
+
+What the tests of the scheduler cannot see: that Ray's errors become the right events, that every process and file of
+a cluster is gone afterwards, and that both executors make the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.dataset.commits import list_commits, read_commit
+from engine.dataset.store import open_store
+from engine.errors import EXIT_INCOMPLETE, EXIT_OK, JobError, OutputError, RiskforgeError
+from engine.executors.local import LocalExecutor
+from engine.executors.ray import Layout, RayExecutor, divide, prepare_environment
+from engine.run import WorkersFailingError
+from tests.conftest import REPOSITORY
+from tests.sleepy import Faults, Recorder, run_sleepy, tars
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray of one node with two cores; starting it takes seconds."""
+    prepare_environment(is_own=True)
+    from ray.cluster_utils import Cluster
+
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    yield started
+    started.shutdown()
+
+
+@pytest.fixture
+def join(cluster):
+    """Makes executors on the shared cluster."""
+
+    def make(num_workers: int = 2) -> RayExecutor:
+        return RayExecutor(address=cluster.address, num_workers=num_workers, device="cpu")
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    """What a run of twelve samples makes when nothing goes wrong."""
+    output = tmp_path_factory.mktemp("runs") / "clean"
+    assert run_sleepy(output, 2, LocalExecutor(1)).exit_code == EXIT_OK
+    return tars(output)
+
+
+class Untouchable(LocalExecutor):
+    """An executor that must not be used."""
+
+    def begin(self):
+        """Fail."""
+        raise AssertionError("nothing should be started")
+
+    open = start_worker = begin
+
+
+def test_a_run_is_complete_and_a_second_one_starts_nothing(tmp_path):
+    """The marker is there, the report is named, and the next run says so without touching the executor."""
+    first = run_sleepy(tmp_path, 2, LocalExecutor(2))
+    assert (first.exit_code, first.num_committed, first.num_shards) == (EXIT_OK, 5, 5)
+    assert Path(first.report).is_file() and (tmp_path / "_SUCCESS").exists()
+    second = run_sleepy(tmp_path, 2, Untouchable(1))
+    assert second.was_complete and second.exit_code == EXIT_OK and second.report == first.report
+
+
+def test_only_what_is_missing_is_made(tmp_path):
+    """Grown counts extend; the shards that were there keep their bytes and are not made again."""
+    run_sleepy(tmp_path, 2, LocalExecutor(1))
+    before = tars(tmp_path)
+    grown = run_sleepy(tmp_path, 3, LocalExecutor(1), faults=Faults(error=tuple(range(5))))
+    assert grown.exit_code == EXIT_OK and grown.num_shards == 8
+    assert {name: tars(tmp_path)[name] for name in before} == before
+
+
+def test_progress_is_seen_while_a_shard_is_in_work(tmp_path):
+    """Not only when it is committed."""
+    display = Recorder()
+    run_sleepy(tmp_path, 1, LocalExecutor(1), faults=Faults(seconds=0.2), display=display)
+    assert display.in_work > 0 and display.closed
+    assert any("loading models" in phase for phase in display.phases)
+
+
+def test_a_shard_that_always_fails_is_quarantined_and_tried_again_by_the_next_run(tmp_path):
+    """Exit code 3, no marker, the reasons on file; everything else is made."""
+    summary = run_sleepy(tmp_path, 2, LocalExecutor(2), faults=Faults(error=(1,)))
+    assert (summary.exit_code, summary.quarantined, summary.num_committed) == (EXIT_INCOMPLETE, (1,), 4)
+    assert not (tmp_path / "_SUCCESS").exists() and (tmp_path / "report.html").exists()
+    note = json.loads((tmp_path / "_state/quarantine/000001.json").read_text())
+    assert note["request"] == "all" and len(note["reasons"]) == 3 and "is cursed" in note["reasons"][0]
+    again = run_sleepy(tmp_path, 2, LocalExecutor(2))
+    assert again.exit_code == EXIT_OK and (tmp_path / "_SUCCESS").exists()
+    assert not list((tmp_path / "_state/quarantine").iterdir())
+
+
+def test_all_shards_quarantined_is_no_crash(tmp_path):
+    """There is nothing to report on, and that is said with exit code 3."""
+    summary = run_sleepy(tmp_path / "one", 1, LocalExecutor(1), faults=Faults(error=(0, 1, 2)))
+    assert summary.exit_code == EXIT_INCOMPLETE and not summary.report
+
+
+def test_a_fault_of_the_user_ends_the_run_with_its_message(tmp_path):
+    """A full disk is not retried."""
+    with pytest.raises(RiskforgeError, match="the disk is full"):
+        run_sleepy(tmp_path, 2, LocalExecutor(1), faults=Faults(user_fault="/data: the disk is full"))
+
+
+def test_workers_that_cannot_start_end_the_run_with_the_reason(tmp_path):
+    """A defect shows its traceback; it is not looped over."""
+    with pytest.raises(WorkersFailingError, match=r"(?s)Traceback.*no such kernel"):
+        run_sleepy(tmp_path, 2, LocalExecutor(1), faults=Faults(no_start="defect"))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "workers", "shards", "is_own", "expected"),
+    [
+        ([{"CPU": 16.0}], "auto", None, 99, True, Layout(4, 4, {"num_cpus": 1})),
+        ([{"CPU": 2.0}], "cpu", 4, 99, True, Layout(4, 1, {"num_cpus": 1})),
+        ([{"CPU": 16.0}], "auto", None, 1, True, Layout(1, 16, {"num_cpus": 1})),
+        ([{"CPU": 8.0}, {"CPU": 8.0}], "auto", None, 99, False, Layout(8, 2, {"num_cpus": 2})),
+        ([{"CPU": 16.0, "GPU": 2.0}], "auto", None, 99, True, Layout(2, 8, {"num_gpus": 1, "num_cpus": 0})),
+        ([{"CPU": 16.0, "GPU": 2.0}], "auto", 3, 99, True, Layout(3, 5, {"num_gpus": 0.5, "num_cpus": 0})),
+        ([{"CPU": 16.0, "GPU": 2.0}], "cpu", None, 99, True, Layout(4, 4, {"num_cpus": 1})),
+        ([{"CPU": 4.0}], "cuda", 8, 99, False, Layout(8, 1, {"num_gpus": 1, "num_cpus": 0})),
+    ],
+)
+def test_resources_are_divided(nodes, device, workers, shards, is_own, expected):
+    """One worker a GPU, or cores shared out; a growing cluster is asked for GPUs that it does not have yet."""
+    assert divide(nodes, device, workers, shards, is_own=is_own) == expected
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    """On a cluster of our own none will come."""
+    with pytest.raises(JobError, match="no GPU"):
+        divide([{"CPU": 4.0}], "cuda", None, 9, is_own=True)
+
+
+def test_ray_makes_the_bytes_that_threads_make(join, clean, tmp_path):
+    """Other processes, another order: equal tars. Progress comes from inside a shard here, too."""
+    display = Recorder()
+    summary = run_sleepy(tmp_path, 2, join(), faults=Faults(seconds=0.25), display=display)
+    assert summary.exit_code == EXIT_OK and tars(tmp_path) == clean
+    assert display.in_work > 0 and not display.notices
+    assert json.loads((tmp_path / "manifest.json").read_text())["hardware"]["executor"] == "ray"
+
+
+def test_a_killed_actor_is_replaced_and_its_shard_made_again(join, clean, tmp_path):
+    """SIGKILL in the middle of a shard: the run completes, with the same bytes and the second attempt on record."""
+    display = Recorder()
+    summary = run_sleepy(tmp_path, 2, join(), faults=Faults(die_once=(2,)), display=display)
+    assert summary.exit_code == EXIT_OK and tars(tmp_path) == clean
+    assert read_commit(open_store(str(tmp_path)), 2).attempt == 2
+    assert len(display.notices) == 1 and "process died" in display.notices[0]
+
+
+def test_a_shard_that_kills_its_process_is_quarantined(join, tmp_path):
+    """Three processes are enough; the others' shards are made."""
+    summary = run_sleepy(tmp_path, 1, join(), faults=Faults(die=(0,)))
+    assert (summary.exit_code, summary.quarantined, summary.num_committed) == (EXIT_INCOMPLETE, (0,), 2)
+    assert "process died" in (tmp_path / "_state/quarantine/000000.json").read_text()
+
+
+def test_faults_of_the_user_come_out_of_actors_in_words(join, tmp_path):
+    """All lines of a job error from loading models, and an output error from a shard, without Ray's wrapping."""
+    with pytest.raises(RiskforgeError) as raised:
+        run_sleepy(tmp_path / "a", 1, join(1), faults=Faults(no_start="user"))
+    assert str(raised.value) == "models.clip: broken\nmodels.target: broken too"
+    with pytest.raises(RiskforgeError, match=r"^no space$"):
+        run_sleepy(tmp_path / "b", 1, join(1), faults=Faults(user_fault="no space"))
+
+
+def test_a_lost_node_lays_no_blame(cluster, join, tmp_path):
+    """The raylet of a second node is killed under its worker: no mark, and the run completes on the first."""
+    node = cluster.add_node(num_cpus=2)
+    cluster.wait_for_nodes()
+    display = Recorder()
+
+    def lose_node() -> None:
+        while not display.in_work:
+            time.sleep(0.05)
+        cluster.remove_node(node, allow_graceful=False)
+
+    killer = threading.Thread(target=lose_node)
+    killer.start()
+    summary = run_sleepy(tmp_path, 3, join(2), faults=Faults(seconds=0.2), display=display)
+    killer.join()
+    assert summary.exit_code == EXIT_OK and summary.num_committed == 8
+    assert [notice for notice in display.notices if "node was lost" in notice]
+
+
+def test_a_cluster_that_is_not_there_is_named():
+    """A wrong address ends soon and with one line, not with Ray's."""
+    executor = RayExecutor(address="127.0.0.1:1", num_workers=1, device="cpu")
+    with pytest.raises(JobError, match=r"--address: no Ray cluster at '127.0.0.1:1' \(.*refused"):
+        executor.open(Faults, 1)
+    executor.close()
+    with pytest.raises(JobError, match="--address"):
+        RayExecutor(address="ray://somewhere:10001", num_workers=1, device="cpu")
+
+
+def sleepy(output: Path, **popen) -> subprocess.Popen:
+    """A driver in a process of its own, with a Ray of its own; a stale cluster address is in its environment."""
+    command = [sys.executable, "-m", "tests.sleepy", str(output), "3"]
+    environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, text=True, **popen)
+
+
+def ray_folders(pid: int) -> list[str]:
+    """Temporary folders of the clusters that a process's children serve."""
+    listing = subprocess.run(["ps", "-ww", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout
+    lines = [line for line in listing.splitlines() if line.split()[0] == str(pid)]
+    return sorted(set(re.findall(r"/tmp/rf-\w+", "\n".join(lines))))
+
+
+def test_a_killed_driver_leaves_no_process_and_is_continued(tmp_path):
+    """SIGKILL of the driver between commits; the same command finishes with the bytes of a clean run.
+
+    Also that a cluster of our own needs no address, prints nothing of Ray's, and takes its folder away.
+    """
+    first = sleepy(tmp_path / "killed", stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not tars(tmp_path / "killed"):
+        assert first.poll() is None
+        time.sleep(0.05)
+    [folder] = ray_folders(first.pid)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    num_before = len(list_commits(open_store(str(tmp_path / "killed"))))
+    second = sleepy(tmp_path / "killed", stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    out, err = second.communicate(timeout=120)
+    assert second.returncode == EXIT_OK and out == "8 of 8\n"
+    assert all(
+        re.match(r"\d\d:\d\d:\d\d (checking|starting Ray|loading|all|writing)", line) for line in err.splitlines()
+    )
+    [num_left] = re.findall(r"for (\d) of 8 shards", err)
+    assert 0 < int(num_left) <= 8 - num_before
+    left = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert folder not in left
+    run_sleepy(tmp_path / "clean", 3, LocalExecutor(2))
+    assert tars(tmp_path / "killed") == tars(tmp_path / "clean")
+
+
+def test_output_error_keeps_its_kind(tmp_path):
+    """An output that is a file is refused before anything is started."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        run_sleepy(tmp_path / "file", 1, Untouchable(1))

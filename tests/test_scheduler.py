@@ -1,0 +1,263 @@
+"""The scheduler alone, without Ray, files or time: rules one by one, then worlds full of accidents."""
+
+from __future__ import annotations
+
+import random
+import time
+import tracemalloc
+
+import pytest
+
+from engine.scheduler import (
+    FAULT_ALLOWANCE,
+    MAX_MARKS,
+    Abort,
+    Assign,
+    Finished,
+    Quarantine,
+    ShardDone,
+    ShardError,
+    StartWorker,
+    StopWorker,
+    UserFault,
+    WorkerLost,
+    WorkerReady,
+    start,
+    step,
+)
+
+
+def play(committed: bytes, max_workers: int, *events):
+    """The state after events, and the actions of each step."""
+    state, actions = start(committed, max_workers)
+    history = [actions]
+    for event in events:
+        state, actions = step(state, event)
+        history.append(actions)
+    return state, history
+
+
+def test_a_ready_worker_gets_the_lowest_shards_and_one_ahead():
+    """Committed shards are skipped; the second shard is queued before the first one ends."""
+    _, history = play(b"\1\0\1\0\0\0", 1, WorkerReady(0), ShardDone(0, 1))
+    assert history == [[StartWorker(0)], [Assign(0, 1, 1), Assign(0, 3, 1)], [Assign(0, 4, 1)]]
+
+
+def test_the_last_shards_are_kept_for_whoever_is_free_first():
+    """Fewer shards than workers: nobody hoards one that another could begin at once."""
+    _, history = play(bytes(2), 2, WorkerReady(0), WorkerReady(1))
+    assert history == [[StartWorker(0), StartWorker(1)], [Assign(0, 0, 1)], [Assign(1, 1, 1)]]
+
+
+def test_no_more_workers_than_shards():
+    """A small rest does not start a large pool."""
+    _, history = play(b"\0\1\1\1", 8)
+    assert history == [[StartWorker(0)]]
+
+
+def test_nothing_to_do_is_the_end_at_once():
+    """A complete run starts no worker."""
+    state, history = play(b"\1\1", 4)
+    assert history == [[Finished()]] and state.is_over
+
+
+def test_a_lost_node_is_nobodys_fault():
+    """However often: both shards come back, no mark, and the one in work counts an attempt."""
+    events = []
+    for worker in range(FAULT_ALLOWANCE + 5):
+        events += [WorkerReady(worker), WorkerLost(worker, True, "spot")]
+    state, history = play(bytes(3), 1, *events, WorkerReady(FAULT_ALLOWANCE + 5))
+    assert not state.marks
+    assert history[-1] == [Assign(FAULT_ALLOWANCE + 5, 0, FAULT_ALLOWANCE + 6), Assign(FAULT_ALLOWANCE + 5, 1, 1)]
+
+
+def test_three_lost_processes_put_the_shard_that_had_started_in_quarantine():
+    """The one queued behind it is innocent; the reasons are all kept."""
+    events = [WorkerReady(0), WorkerLost(0, False, "a"), WorkerReady(1), WorkerLost(1, False, "b")]
+    events += [WorkerReady(2), WorkerLost(2, False, "c"), WorkerReady(3), ShardDone(3, 1)]
+    _, history = play(bytes(2), 1, *events)
+    assert history[6] == [Quarantine(0, ("a", "b", "c")), StartWorker(3)]
+    assert history[7:] == [[Assign(3, 1, 1)], [Finished()]]
+
+
+def test_an_exception_marks_the_shard_and_replaces_the_worker():
+    """A device error stays with its process: the worker is not used again."""
+    _, history = play(bytes(3), 1, WorkerReady(0), ShardError(0, 0, "boom"), WorkerReady(1))
+    assert history[2] == [StopWorker(0), StartWorker(1)]
+    assert history[3] == [Assign(1, 0, 2), Assign(1, 1, 1)]
+
+
+def test_a_finished_shard_clears_its_marks():
+    """Memory holds only shards that are in trouble."""
+    state, _ = play(bytes(3), 1, WorkerReady(0), WorkerLost(0, False, "x"), WorkerReady(1), ShardDone(1, 0))
+    assert not state.marks and not state.attempts
+
+
+def test_stale_and_doubled_results_change_nothing():
+    """A result of a replaced worker, of a shard not held, or a second time."""
+    state, _ = play(bytes(4), 1, WorkerReady(0), WorkerLost(0, True, "gone"), WorkerReady(1), ShardDone(1, 0))
+    for event in (ShardDone(0, 1), ShardDone(1, 0), ShardDone(1, 3), ShardError(0, 0, "x"), WorkerLost(0, False, "x")):
+        assert step(state, event) == (state, [])
+    assert step(state, WorkerReady(1)) == (state, [])
+
+
+def test_a_user_fault_ends_the_run_with_its_message():
+    """No other attempt would fare better; what comes after is ignored."""
+    state, history = play(bytes(4), 1, WorkerReady(0), UserFault("disk full"))
+    assert history[-1] == [Abort("disk full", True)]
+    assert step(state, ShardDone(0, 0)) == (state, [])
+
+
+def test_workers_that_never_start_end_the_run():
+    """A worker that fails to load its models would fail forever."""
+    _, history = play(bytes(9), 1, *(WorkerLost(worker, False, "no module") for worker in range(9)))
+    aborts = [action for actions in history for action in actions if isinstance(action, Abort)]
+    assert len(aborts) == 1 and "no module" in aborts[0].message and not aborts[0].user_fault
+
+
+def test_a_run_in_which_nothing_succeeds_is_given_up():
+    """A defect in every shard ends after some tries, not after three for each of a million shards."""
+    state, actions = start(bytes(10**6), 1)
+    for worker in range(100):
+        state, actions = step(state, WorkerReady(worker))
+        state, actions = step(state, ShardError(worker, actions[0].shard, "defect"))
+        if state.is_over:
+            break
+    assert isinstance(actions[-1], Abort) and worker < 20
+
+
+class World:
+    """Workers that finish, crash, vanish, answer twice and answer late, drawn from a seed.
+
+    Attributes:
+        commits: how often each shard was reported as done by the worker that held it.
+    """
+
+    def __init__(self, seed: int, num_shards: int, max_workers: int, poison: set[int]) -> None:
+        self.random = random.Random(seed)
+        self.poison = poison
+        self.queues: dict[int, list[int]] = {}
+        self.loading: list[int] = []
+        self.late: list = []
+        self.commits = [0] * num_shards
+        self.quarantined: dict[int, int] = {}
+        self.accidents = 3 * num_shards
+        self.start_faults = 2
+        self.ended: list = []
+        self.state, actions = start(bytes(num_shards), max_workers)
+        self.max_workers = max_workers
+        self.obey(actions)
+
+    def obey(self, actions) -> None:
+        """Carry out actions, checking what must hold of each."""
+        for action in actions:
+            if isinstance(action, StartWorker):
+                self.loading.append(action.worker)
+            elif isinstance(action, Assign):
+                self.queues[action.worker].append(action.shard)
+                assert len(self.queues[action.worker]) <= 2
+                assert self.commits[action.shard] == 0 and action.shard not in self.quarantined
+            elif isinstance(action, StopWorker):
+                self.queues.pop(action.worker, None)
+            elif isinstance(action, Quarantine):
+                self.quarantined[action.shard] = len(action.reasons)
+            else:
+                self.ended.append(action)
+        held = [shard for queue in self.queues.values() for shard in queue]
+        assert len(held) == len(set(held))
+        assert len(self.queues) + len(self.loading) <= self.max_workers
+
+    def tell(self, event) -> None:
+        """Let the scheduler hear of an event, some of them twice, some again much later."""
+        self.state, actions = step(self.state, event)
+        self.obey(actions)
+        if self.random.random() < 0.1:
+            assert step(self.state, event) == (self.state, [])
+        if self.random.random() < 0.1:
+            self.late.append(event)
+
+    def turn(self) -> None:
+        """One thing happens."""
+        if self.late and self.random.random() < 0.1:
+            event = self.late.pop()
+            assert step(self.state, event) == (self.state, [])
+        elif self.loading and (not self.queues or self.random.random() < 0.3):
+            worker = self.loading.pop(self.random.randrange(len(self.loading)))
+            if self.start_faults and self.random.random() < 0.2:
+                self.start_faults -= 1
+                self.tell(WorkerLost(worker, False, "models"))
+                return
+            self.queues[worker] = []
+            self.tell(WorkerReady(worker))
+        else:
+            self.work(self.random.choice([worker for worker, queue in self.queues.items() if queue]))
+
+    def work(self, worker: int) -> None:
+        """A worker is done with its shard, or comes to grief."""
+        shard, luck = self.queues[worker][0], self.random.random()
+        if shard in self.poison or (luck < 0.1 and self.accidents > 0):
+            self.accidents -= 1
+            if luck < 0.05:
+                self.tell(ShardError(worker, shard, "error"))
+            else:
+                del self.queues[worker]
+                self.tell(WorkerLost(worker, False, "crash"))
+        elif luck < 0.2 and self.accidents > 0:
+            self.accidents -= 1
+            del self.queues[worker]
+            self.tell(WorkerLost(worker, True, "spot"))
+        else:
+            self.queues[worker].pop(0)
+            self.commits[shard] += 1
+            self.tell(ShardDone(worker, shard))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_every_shard_is_finished_once_or_quarantined_and_it_ends(seed):
+    """Whatever happens in whatever order. Other tests ask one rule; this asks what the rules are for."""
+    draw = random.Random(seed)
+    num_shards, max_workers = draw.randrange(1, 60), draw.randrange(1, 9)
+    poison = set(draw.sample(range(num_shards), draw.randrange(0, 1 + num_shards // 20)))
+    world = World(seed, num_shards, max_workers, poison)
+    for _ in range(100 * num_shards + 100):
+        if world.ended:
+            break
+        world.turn()
+    assert world.ended == [Finished()]
+    for shard, commits in enumerate(world.commits):
+        assert commits + (shard in world.quarantined) == 1
+    assert poison <= set(world.quarantined) and set(world.quarantined.values()) <= {MAX_MARKS}
+
+
+def test_decisions_are_quick_and_memory_is_flat():
+    """A million shards, two hundred workers: 20,000 decisions a second, and no memory for what is done.
+
+    The rate is asserted with a margin for busy machines.
+    """
+    num_shards, num_workers = 10**6, 200
+    state, actions = start(bytes(num_shards), num_workers)
+    queues: dict[int, list[int]] = {}
+    for worker in range(num_workers):
+        state, actions = step(state, WorkerReady(worker))
+        queues[worker] = [action.shard for action in actions]
+    num_events = 10_000
+    begun = time.process_time()
+    state = run_rounds(state, queues, num_events)
+    rate = num_events / (time.process_time() - begun)
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    state = run_rounds(state, queues, num_events)
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    print(f"{rate:,.0f} decisions a second, {grown:,} bytes more after {num_events:,}")
+    assert rate > 10_000
+    assert grown < 100_000
+
+
+def run_rounds(state, queues, num_events):
+    """Workers finish one after the other, round and round."""
+    for number in range(num_events):
+        worker = number % len(queues)
+        state, actions = step(state, ShardDone(worker, queues[worker].pop(0)))
+        queues[worker] += [action.shard for action in actions]
+    return state
