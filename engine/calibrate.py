@@ -22,14 +22,12 @@ class Measurement:
         bytes_per_sample: of each request, encoded images.
         load_seconds: loading all models.
         device: what it ran on.
-        batch_size: samples of a measured batch.
     """
 
     seconds_per_sample: tuple[float, ...]
     bytes_per_sample: tuple[float, ...]
     load_seconds: float
     device: str
-    batch_size: int
 
 
 def measure(job: JobSpec, plan: Plan) -> Measurement:
@@ -53,7 +51,6 @@ def measure(job: JobSpec, plan: Plan) -> Measurement:
         bytes_per_sample=tuple(size for _, size in timings),
         load_seconds=load_seconds,
         device=generator.device_name,
-        batch_size=generator.batch_size,
     )
 
 

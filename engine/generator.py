@@ -20,7 +20,7 @@ from engine.models.clip import Clip
 from engine.models.diffusion import Diffusion
 from engine.models.runtime import choose_hardware
 from engine.plan import Plan, RequestPlan, SampleSpec, make_prompt
-from engine.records import STATUS_OK, STATUS_REJECTED, SampleResult, failed_record
+from engine.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, SampleResult, check_record, failed_record
 from engine.sampling.loop import sample
 from engine.sampling.noise import initial_noise
 from engine.scoring import Scorer
@@ -30,6 +30,8 @@ FIRST_GPU_BATCH = 8
 MAX_GPU_BATCH = 256
 # `batch_size: auto` doubles while the peak stays below this share of the GPU's memory.
 GROWTH_SHARE = 0.4
+# Older device and allocator errors are plain RuntimeErrors.
+_MACHINE_SIGNS = ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "can't allocate memory", "not enough memory")
 
 
 class Generator:
@@ -60,7 +62,8 @@ class Generator:
         self.batch_size = FIRST_GPU_BATCH if auto else int(job.runtime.batch_size)
         for request in plan.requests:
             self._check_combination(request.number)
-            self._model(request.number).check_prompts(longest_prompts(request))
+            negative = job.sampling_of(request.spec).negative_prompt
+            self._model(request.number).check_prompts([*longest_prompts(request), negative])
 
     @property
     def device_name(self) -> str:
@@ -77,28 +80,43 @@ class Generator:
         rows = self._model(request).rows
         while True:
             batch = specs[: rows or self.batch_size]
-            try:
-                results = self._isolating(request, batch)
-            except torch.OutOfMemoryError:
-                if rows is not None or len(batch) == 1:
-                    raise
-                torch.cuda.empty_cache()
-                self.batch_size, self._grows = max(1, len(batch) // 2), False
-                continue
-            self.batch_size = rows or self.batch_size
-            self._grow(len(batch))
-            return results
+            results = self._within_memory(request, batch)
+            if results is not None:
+                self.batch_size = rows or self.batch_size
+                self._grow(len(batch))
+                return results
+            # Only here are the tensors of the failed batch let go of.
+            torch.cuda.empty_cache()
+            if len(batch) == 1:
+                raise JobError(
+                    "runtime: a single sample does not fit the GPU's memory; use precision fp16, gradient_checkpointing"
+                    " on, or fewer models"
+                )
+            self.batch_size, self._grows = max(1, len(batch) // 2), False
+
+    def _within_memory(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult] | None:
+        """Results of a batch, or None where the GPU's memory does not hold it."""
+        try:
+            return self._isolating(request, specs)
+        except torch.OutOfMemoryError:
+            return None
 
     def _isolating(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
+        """Results of a batch; after an exception one by one, to find the sample that it came from."""
         try:
             return self._results(request, specs)
-        except (torch.OutOfMemoryError, MemoryError, JobError):
-            raise
         except Exception as error:
-            if len(specs) == 1:
-                text = (str(error).strip().splitlines() or [""])[0]
-                return [_failed(specs[0], f"{type(error).__name__}: {text}")]
-            return [result for spec in specs for result in self._isolating(request, [spec])]
+            if is_fault_of_machine(error):
+                raise
+            failure = error
+        if len(specs) == 1:
+            text = (str(failure).strip().splitlines() or [""])[0]
+            return [_failed(specs[0], f"{type(failure).__name__}: {text}")]
+        results = [self._isolating(request, [spec])[0] for spec in specs]
+        if all(result.record["status"] == STATUS_FAILED for result in results):
+            # What fails with every sample is not a sample's fault.
+            raise failure
+        return results
 
     def _results(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
         rows = self._model(request).rows
@@ -119,6 +137,10 @@ class Generator:
         self, request: int, spec: SampleSpec, record: dict[str, Any], image: bytes, batch_size: int
     ) -> SampleResult:
         """A scored sample, accepted or rejected by the request's rule."""
+        try:
+            check_record(record)
+        except ValueError as error:
+            return _failed(spec, str(error))
         accepted = is_accepted(self._job.requests[request].accept, record, spec.cell.classes)
         stored = accepted or self._job.output.store_rejected
         return SampleResult(
@@ -187,9 +209,15 @@ class Generator:
 
 
 def longest_prompts(request: RequestPlan) -> list[str]:
-    """Prompts of a request of which one is the longest: every context with the class of the longest name."""
+    """The prompts of a request with its longest class name, one a context: the likeliest to be too long."""
     cell = max(request.cells, key=lambda one: len(" ".join(one.names)))
     return [make_prompt(request.spec.prompt, cell, context) for context in request.spec.contexts]
+
+
+def is_fault_of_machine(error: Exception) -> bool:
+    """Whether an exception comes from the job, the memory or the device, and not from a sample."""
+    kinds = (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError, JobError)
+    return isinstance(error, kinds) or any(sign in str(error) for sign in _MACHINE_SIGNS)
 
 
 def _failed(spec: SampleSpec, message: str) -> SampleResult:

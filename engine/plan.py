@@ -262,18 +262,21 @@ def class_index(wanted: str | int, labels: list[str]) -> int:
     ImageNet-style labels with synonyms ("Chihuahua, dog") are found by any of them.
 
     Raises:
-        JobError: no such class.
+        JobError: no such class, or several.
     """
     if isinstance(wanted, int):
         if 0 <= wanted < len(labels):
             return wanted
         raise JobError(f"{wanted} is not a class index of the target; it has 0 to {len(labels) - 1}")
-    plain = [label.lower() for label in labels]
-    if wanted.lower() in plain:
-        return plain.index(wanted.lower())
-    for index, label in enumerate(plain):
-        if wanted.lower() in [synonym.strip() for synonym in label.split(",")]:
-            return index
+    word = wanted.lower()
+    found = [index for index, label in enumerate(labels) if label.lower() == word]
+    found = found or [
+        index for index, label in enumerate(labels) if word in [one.strip() for one in label.lower().split(",")]
+    ]
+    if len(found) > 1:
+        raise JobError(f"{wanted!r} is the name of classes {', '.join(map(str, found))}; give the index")
+    if found:
+        return found[0]
     raise JobError(f"{wanted!r} is not a class of the target" + nearest(wanted, labels))
 
 

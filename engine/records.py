@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.plan import SCHEMA_VERSION, SampleSpec
+from engine.spec import JOINT_SEPARATOR
 
 STATUS_OK = "ok"
 STATUS_REJECTED = "rejected"
@@ -95,7 +96,7 @@ def new_record(spec: SampleSpec) -> dict[str, Any]:
         key=spec.key,
         request=spec.request,
         method=spec.method,
-        class_name=" and ".join(spec.cell.names),
+        class_name=JOINT_SEPARATOR.join(spec.cell.names),
         class_index=NO_CLASS if spec.cell.is_joint else spec.cell.classes[0],
         prompt=spec.prompt,
         context=spec.context,

@@ -27,6 +27,7 @@ PLANNED = {
     "max_attempts": "quotas are not in this version",
     "conditioning": "class statistics and screening are not in this version",
     "judge": "a second conformity model is not in this version",
+    "deterministic": "the mode for GPUs is not in this version; on a CPU every run is deterministic",
 }
 STOCHASTIC_SCHEDULERS = ("ddpm", "euler_ancestral", "euler-ancestral", "dpmsolver_sde", "sde")
 
@@ -162,12 +163,14 @@ class OutputSpec(_Spec):
 
     uri: Annotated[str, Field(min_length=1, max_length=2000)] = Field(description="Folder of the run.")
     samples_per_shard: StrictInt = Field(default=256, ge=1, le=100_000, description="Attempts in a shard.")
-    image_format: Literal["png", "jpg", "webp"] = Field(default="png", description="png and webp are lossless.")
+    image_format: Literal["png", "jpg", "webp"] = Field(
+        default="png", description="png and webp are lossless; jpg has quality 95."
+    )
     store_rejected: bool = Field(default=False, description="Store the images of rejected samples too.")
 
 
 class RuntimeSpec(_Spec):
-    """How the work is carried out. Nothing here changes which samples are made."""
+    """How the work is carried out, not which samples are made; precision and attention still move pixels a little."""
 
     workers: Annotated[StrictInt, Field(ge=1, le=100_000)] | Literal["auto"] = Field(
         default="auto", description="Number of actors; auto: one a GPU, or one a CPU core up to four."
@@ -181,7 +184,8 @@ class RuntimeSpec(_Spec):
         default="auto", description="Recompute activations in guidance; auto: on for images above 256 px."
     )
     batch_size: Annotated[StrictInt, Field(ge=1, le=4096)] | Literal["auto"] = Field(
-        default="auto", description="Samples a batch; halved on out-of-memory."
+        default="auto",
+        description="Samples a batch on a GPU, halved on out-of-memory; a CPU works in batches of a fixed size.",
     )
 
     @pydantic.field_validator("gradient_checkpointing", mode="before")
@@ -268,7 +272,29 @@ def _override_problems(request: RequestSpec, base: dict[str, dict[str, Any]], wh
         if not found and section == "sampling" and request.sampling:
             found = _sampling_problems(merged, (*where, section))
         problems += found
+    if not problems and request.method != "prompt":
+        problems += _schedule_problems(request, base, where)
     return problems
+
+
+def _schedule_problems(request: RequestSpec, base: dict[str, dict[str, Any]], where: Location) -> list[Problem]:
+    sampling = SamplingSpec.model_validate(_merge(base["sampling"], request.sampling))
+    guidance = _merge(base["guidance"], request.guidance)[request.method]
+    first = int(sampling.num_inference_steps * (1 - guidance.get("gradient_range", 1.0))) + 1
+    stop = sampling.num_inference_steps + (not guidance["skip_last"])
+    if any(index % guidance["every"] == 0 for index in range(first, stop)):
+        return []
+    text = f"leaves none of {sampling.num_inference_steps} steps guided; lower `every` or add steps"
+    return [((*where, "guidance", request.method), text)]
+
+
+def noise_problem(prediction_type: str, zero_snr: bool) -> str | None:
+    """What is impossible about a model's prediction type, or None."""
+    if prediction_type not in ("epsilon", "v_prediction"):
+        return f"the model predicts '{prediction_type}'; only epsilon and v_prediction are supported"
+    if zero_snr and prediction_type == "epsilon":
+        return "eps-prediction has no signal at zero terminal SNR; switch that off, or use a v-prediction model"
+    return None
 
 
 def _sampling_problems(sampling: dict[str, Any], where: Location) -> list[Problem]:
@@ -338,9 +364,15 @@ def _validate(spec: type[BaseModel], raw: dict[str, Any], where: Location) -> tu
     except pydantic.ValidationError as error:
         found: dict[Location, str] = {}
         for item in error.errors():
-            location = _location(item["loc"])
+            # The key itself may be called like a member of a union.
+            location = (
+                (*_location(item["loc"][:-1]), item["loc"][-1]) if item["type"] in _KEYED else _location(item["loc"])
+            )
             found.setdefault((*where, *location), _explain(spec, item, location))
         return None, list(found.items())
+
+
+_KEYED = ("extra_forbidden", "missing")
 
 
 def _location(loc: tuple[str | int, ...]) -> Location:

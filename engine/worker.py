@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.dataset.commits import commit_shard
 from engine.dataset.counts import ShardCounts
 from engine.dataset.shards import shard_name, stage_shard
+from engine.dataset.state import read_run
 from engine.dataset.store import open_store
+from engine.errors import JobError
 from engine.plan import Plan, ShardSpec
 from engine.records import SampleResult
 from engine.spec import JobSpec
@@ -29,15 +31,11 @@ class ShardOutcome:
     Attributes:
         sampling_seconds: time in sampling and scoring.
         total_seconds: time from start to commit.
-        batch_size: samples a batch at the end.
     """
 
-    number: int
     counts: ShardCounts
     sampling_seconds: float
     total_seconds: float
-    num_samples: int
-    batch_size: int
 
 
 class Worker:
@@ -47,24 +45,26 @@ class Worker:
         job: the job.
         plan: its plan.
         name: who this is, for the record.
-        threads: torch threads; None leaves torch's own choice.
 
     Raises:
-        JobError: a model cannot be loaded or the hardware lacks what `runtime` asks for.
+        JobError: a model cannot be loaded, the hardware lacks what `runtime` asks for, or the output is not shared
+            with the driver.
     """
 
-    def __init__(self, job: JobSpec, plan: Plan, *, name: str, threads: int | None = None) -> None:
-        quiet_libraries()
-        from engine.generator import Generator
-
-        if threads is not None:
-            import torch
-
-            torch.set_num_threads(threads)
+    def __init__(self, job: JobSpec, plan: Plan, *, name: str) -> None:
         self._job = job
         self._plan = plan
         self._name = name
         self._store = open_store(job.output.uri)
+        stored = read_run(self._store)
+        if stored is None or stored.digest != plan.digest:
+            raise JobError(
+                f"output.uri: '{job.output.uri}' as worker {name} sees it does not hold this run; use a folder that"
+                " all machines share"
+            )
+        quiet_libraries()
+        from engine.generator import Generator
+
         self._generator: Generator = Generator(job, plan)
 
     def run_shard(self, shard: ShardSpec, attempt: int, report: Report) -> ShardOutcome:
@@ -73,46 +73,33 @@ class Worker:
         Side effects: publishes the shard's files and its commit record in the job's output.
         """
         started = time.monotonic()
-        results = list(self._results(shard, attempt, report))
-        sampled = time.monotonic()
-        counts = self._commit(shard, attempt, results, sampled - started)
-        return ShardOutcome(
-            number=shard.number,
-            counts=counts,
-            sampling_seconds=sampled - started,
-            total_seconds=time.monotonic() - started,
-            num_samples=shard.num_samples,
-            batch_size=self._generator.batch_size,
+        name = shard_name(self._job.name, shard.number)
+        timing = {"sampling_seconds": 0.0}
+        results = self._results(shard, attempt, report, timing)
+        staged = stage_shard(self._store.staging(), name, results, self._job.output.image_format)
+        record = commit_shard(
+            self._store, self._plan.digest, shard, name, staged, attempt=attempt, worker=self._name, timing=timing
         )
+        return ShardOutcome(counts=record.counts, total_seconds=time.monotonic() - started, **timing)
 
-    def _results(self, shard: ShardSpec, attempt: int, report: Report) -> Iterator[SampleResult]:
+    def _results(
+        self, shard: ShardSpec, attempt: int, report: Report, timing: dict[str, float]
+    ) -> Iterator[SampleResult]:
+        """The results of a shard, batch by batch; adds the time they took to `timing`."""
         done = 0
         specs = list(self._plan.samples(shard))
         while specs:
             started = time.monotonic()
             results = self._generator.next_batch(shard.request, specs)
-            seconds = (time.monotonic() - started) / len(results)
+            seconds = time.monotonic() - started
+            timing["sampling_seconds"] += seconds
             specs = specs[len(results) :]
             for result in results:
-                result.run |= {"duration_seconds": seconds, "attempt": attempt, "worker": self._name}
+                spent = {"duration_seconds": seconds / len(results)}
+                result.run |= {**spent, "attempt": attempt, "worker": self._name}
                 yield result
             done += len(results)
             report(done)
-
-    def _commit(self, shard: ShardSpec, attempt: int, results: Sequence[SampleResult], seconds: float) -> ShardCounts:
-        name = shard_name(self._job.name, shard.number)
-        staged = stage_shard(self._store.staging(), name, results, self._job.output.image_format)
-        record = commit_shard(
-            self._store,
-            self._plan.digest,
-            shard,
-            name,
-            staged,
-            attempt=attempt,
-            worker=self._name,
-            timing={"sampling_seconds": seconds},
-        )
-        return record.counts
 
 
 def quiet_libraries() -> None:

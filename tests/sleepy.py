@@ -75,12 +75,9 @@ class SleepyWorker:
         commit_shard(self._store, self._plan.digest, shard, name, staged, attempt, "sleepy", {})
         seconds = time.monotonic() - started
         return ShardOutcome(
-            number=shard.number,
             counts=staged.counts,
             sampling_seconds=seconds,
             total_seconds=seconds,
-            num_samples=shard.num_samples,
-            batch_size=1,
         )
 
     def _results(self, shard: ShardSpec, attempt: int, report: Callable[[int], None]) -> Iterator[SampleResult]:

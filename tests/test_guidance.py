@@ -389,3 +389,10 @@ def test_gradient_range_guides_the_last_steps_only():
     wrapper = risky(gradient_range=0.25)
     guided_at = [index for index in range(1, 41) if wrapper._is_guided(step_at(index=index))]
     assert guided_at == list(range(31, 40))
+
+
+@pytest.mark.parametrize("config", [{"prediction_type": "sample"}, {"rescale_betas_zero_snr": True}])
+def test_the_models_own_configuration_is_checked(config):
+    """A model that predicts x0, or was saved with zero SNR, must not be read as something else."""
+    with pytest.raises(ValueError, match=r"v.prediction"):
+        Sampler(SamplingSpec(scheduler="ddim"), CONFIG | config)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from engine.errors import JobError
-from engine.models.addresses import locate, model_digest, read_labels, resolve
+from engine.models.addresses import check_addresses, locate, model_digest, read_labels, resolve
 from engine.models.classifier import Classifier
 from engine.models.preprocess import Preprocessing
 from engine.models.runtime import hardware_problems
-from engine.spec import RuntimeSpec
+from engine.spec import RuntimeSpec, parse_job
 
 PROCESSORS = {
     "vit": {"image_processor_type": "ViTImageProcessor", "size": {"height": 96, "width": 96}, "resample": 2},
@@ -112,6 +112,12 @@ def test_digest_follows_content_not_place(tmp_path):
         ("zoo:digits/clasifier", "did you mean 'digits/classifier'"),
         ("zoo:../../etc", "not in the zoo"),
         ("/nowhere/at/all", "neither a folder nor a hub id"),
+        ("owner/name\n", "neither a folder nor a hub id"),
+        ("a/my--model", "no hub id either"),
+        ("models/sd.git", "no hub id either"),
+        ("~nobody-here/x", "cannot be looked at"),
+        ("x" * 999, "cannot be looked at"),
+        ("a\0b", "neither a folder nor a hub id"),
         ("tests/test_models.py", "is a file"),
     ],
 )
@@ -120,6 +126,36 @@ def test_wrong_addresses_name_the_remedy(address, message, monkeypatch, request)
     monkeypatch.chdir(request.config.rootpath)
     with pytest.raises(JobError, match=message):
         locate(address)
+
+
+def test_a_pipeline_is_digested_by_its_parts(tmp_path):
+    """A stray checkpoint or another precision beside the parts is not loaded and must not change the digest."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(resolve("zoo:digits/stable-diffusion"), folder)
+    before = model_digest(str(folder))
+    (folder / "all-in-one.safetensors").write_bytes(b"x")
+    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"x")
+    assert model_digest(str(folder)) == before == model_digest("zoo:digits/stable-diffusion")
+    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    assert model_digest(str(folder)) != before
+
+
+def test_wrong_kinds_are_refused_before_loading(tmp_path):
+    """A classifier as diffusion model or as CLIP, and impossible noise, are seen from the configurations."""
+    raw = {
+        "name": "job",
+        "models": {"diffusion": "zoo:digits/clip", "clip": "zoo:digits/oracle", "target": "zoo:digits/classifier"},
+        "requests": [{"name": "a", "method": "prompt", "classes": "all", "count": 1}],
+        "output": {"uri": "runs/x"},
+    }
+    with pytest.raises(JobError) as caught:
+        check_addresses(parse_job(raw))
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["models.diffusion", "models.clip"]
+    raw["models"] |= {"diffusion": "zoo:digits/stable-diffusion", "clip": "zoo:digits/clip"}
+    check_addresses(parse_job(raw))
+    raw["sampling"] = {"scheduler": "ddim", "rescale_betas_zero_snr": True}
+    with pytest.raises(JobError, match=r"requests\.0\.sampling: eps-prediction has no signal"):
+        check_addresses(parse_job(raw))
 
 
 def test_hub_id_that_is_not_here():

@@ -80,6 +80,14 @@ def test_unknown_classes_offer_the_nearest():
     ]
 
 
+def test_ambiguous_names_are_refused():
+    """ImageNet has two cranes: the first of them is not what everybody means."""
+    job = make_job(prompt_request(classes=["crane"]))
+    with pytest.raises(JobError, match=r"'crane' is the name of classes 0, 2; give the index"):
+        build_plan(job, ["crane", "ox", "crane"], DIGESTS)
+    assert build_plan(make_job(prompt_request(classes=[2])), ["crane", "ox", "crane"], DIGESTS).num_samples == 3
+
+
 def test_one_class_by_name_and_by_index_is_refused():
     """The same class twice would make two samples of one key."""
     with pytest.raises(JobError, match="named before"):

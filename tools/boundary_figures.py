@@ -13,6 +13,7 @@ from pathlib import Path
 import PIL.Image
 import torch
 
+from engine.dataset.counts import class_code
 from engine.dataset.shards import read_shard
 from engine.imaging import decode
 from engine.models.classifier import Classifier
@@ -25,7 +26,7 @@ def joint_requests(run: Path) -> dict[str, tuple[list[int], list[PIL.Image.Image
     requests: dict[str, tuple[list[int], list[PIL.Image.Image]]] = {}
     for path in sorted(run.glob("shards/*.tar")):
         for key, data, record, _ in read_shard(path):
-            if "-mix-" in key:
+            if class_code(key) == "mix":
                 requests.setdefault(record["request"], (record["kldb_classes"], []))[1].append(decode(data))
     return requests
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import engine
 from engine.errors import JobError
-from engine.spec import JobSpec, nearest
+from engine.spec import JobSpec, nearest, noise_problem
 
 ZOO = Path(engine.__file__).parent / "zoo"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
-# What is loaded from a folder and therefore decides the result: no pickles, no pictures, no notes.
-_LOADED = ("*.json", "*.safetensors", "*.txt")
+_CONFIGURATION = ("*.json", "*.txt")
+_WEIGHTS = "*.safetensors"
+# Other precisions and training states of weights that are there already.
+_VARIANTS = (".fp16.", ".bf16.", "non_ema")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +29,12 @@ class Source:
     Attributes:
         address: as the job has it.
         folder: the local folder, or None for a hub id that is not on this machine.
+        is_hub: whether it is a hub id; its local folder need not be complete.
     """
 
     address: str
     folder: Path | None
+    is_hub: bool = False
 
 
 def locate(address: str) -> Source:
@@ -40,29 +45,39 @@ def locate(address: str) -> Source:
     """
     if address.startswith("zoo:"):
         return Source(address, _zoo_folder(address.removeprefix("zoo:")))
-    folder = Path(address).expanduser()
-    if folder.is_dir():
-        return Source(address, folder)
-    if folder.is_file():
-        raise JobError(f"'{address}' is a file; give the folder of the model")
-    if not _HUB_ID.match(address):
+    try:
+        folder = Path(address).expanduser()
+        if folder.is_dir():
+            return Source(address, folder)
+        if folder.is_file():
+            raise JobError(f"'{address}' is a file; give the folder of the model")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise JobError(f"'{address}' cannot be looked at ({error})") from None
+    if not _HUB_ID.fullmatch(address):
         raise JobError(f"'{address}' is neither a folder nor a hub id (owner/name) nor a zoo part (zoo:NAME/PART)")
-    return Source(address, _cached_snapshot(address))
+    return Source(address, _cached_snapshot(address), is_hub=True)
 
 
 def resolve(address: str) -> Path:
-    """The local folder of a model; a hub id is downloaded if it is not there (safetensors and configurations only).
+    """The local folder of a model; what is missing of a hub id is downloaded (safetensors and configurations only).
 
     Raises:
         JobError: as `locate`, or the hub cannot be reached.
     """
     source = locate(address)
-    if source.folder is not None:
+    if source.folder is not None and not source.is_hub:
         return source.folder
     import huggingface_hub
 
+    def download(patterns: list[str]) -> Path:
+        ignored = [f"*{variant}*" for variant in _VARIANTS]
+        return Path(huggingface_hub.snapshot_download(address, allow_patterns=patterns, ignore_patterns=ignored))
+
     try:
-        return Path(huggingface_hub.snapshot_download(address, allow_patterns=list(_LOADED)))
+        folder = download(list(_CONFIGURATION))
+        # Beside a pipeline's parts there may be other weights of many gigabytes.
+        parts = _pipeline_parts(folder)
+        return download([f"{part}/{_WEIGHTS}" for part in parts] if parts else [_WEIGHTS])
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise JobError(f"'{address}' is not a folder here and could not be had from the model hub ({reason})") from None
@@ -141,36 +156,77 @@ def check_addresses(job: JobSpec) -> None:
         JobError: all problems, a line each, by field.
     """
     problems: list[str] = []
-    for field, address, marker in _roles(job):
+    for field, address, check in _roles(job):
         try:
             source = locate(address)
-            if source.folder is not None and not (source.folder / marker).is_file():
-                raise JobError(f"'{address}' has no {marker}; {_KINDS[marker]} is expected here")
+            if source.folder is not None:
+                check(source.folder, address)
         except JobError as error:
             problems += [f"{field}: {problem}" for problem in error.problems]
     if not problems:
-        problems += _label_problems(job)
+        problems += _label_problems(job) + _noise_problems(job)
     if problems:
         raise JobError(problems)
 
 
-_KINDS = {
-    "model_index.json": "a diffusers pipeline folder",
-    "config.json": "a transformers model folder",
-}
+def check_pipeline(folder: Path, address: str) -> None:
+    """Check by its configurations that a folder is a Stable Diffusion pipeline.
+
+    Raises:
+        JobError: saying what it is instead.
+    """
+    _need(folder, "model_index.json", address, "a diffusers pipeline folder")
+    index = read_config(folder / "model_index.json")
+    parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    if parts.get("unet") != "UNet2DConditionModel" or parts.get("text_encoder") != "CLIPTextModel":
+        kind = index.get("_class_name", "unknown")
+        raise JobError(f"'{address}' is a {kind}; a Stable Diffusion pipeline (UNet and CLIP text encoder) is needed")
 
 
-def _roles(job: JobSpec) -> list[tuple[str, str, str]]:
+def _check_clip(folder: Path, address: str) -> None:
+    _need(folder, "config.json", address, "a transformers model folder")
+    kind = read_config(folder / "config.json").get("model_type")
+    if kind != "clip":
+        raise JobError(f"'{address}' is a model of type {kind!r}; a CLIP model is needed")
+
+
+def _check_classifier(folder: Path, address: str) -> None:
+    _need(folder, "config.json", address, "a transformers model folder")
+
+
+def _need(folder: Path, name: str, address: str, kind: str) -> None:
+    if not (folder / name).is_file():
+        raise JobError(f"'{address}' has no {name}; {kind} is expected here")
+
+
+def _roles(job: JobSpec) -> list[tuple[str, str, Callable[[Path, str], None]]]:
     models = job.models
-    roles = [("models.diffusion", models.diffusion, "model_index.json"), ("models.clip", models.clip, "config.json")]
-    roles.append(("models.target", models.target, "config.json"))
-    roles += [(f"models.transfer.{place}", one, "config.json") for place, one in enumerate(models.transfer)]
+    roles: list[tuple[str, str, Callable[[Path, str], None]]] = [
+        ("models.diffusion", models.diffusion, check_pipeline),
+        ("models.clip", models.clip, _check_clip),
+        ("models.target", models.target, _check_classifier),
+    ]
+    roles += [(f"models.transfer.{place}", one, _check_classifier) for place, one in enumerate(models.transfer)]
     if models.oracle:
-        roles.append(("models.oracle", models.oracle, "config.json"))
+        roles.append(("models.oracle", models.oracle, _check_classifier))
     for number, request in enumerate(job.requests):
         if request.diffusion:
-            roles.append((f"requests.{number}.diffusion", request.diffusion, "model_index.json"))
+            roles.append((f"requests.{number}.diffusion", request.diffusion, check_pipeline))
     return roles
+
+
+def _noise_problems(job: JobSpec) -> list[str]:
+    """Combinations of a request's sampling with its diffusion model that have no result."""
+    problems = []
+    for number, request in enumerate(job.requests):
+        folder = locate(request.diffusion or job.models.diffusion).folder
+        if folder is None or not (folder / "scheduler" / "scheduler_config.json").is_file():
+            continue
+        config = read_config(folder / "scheduler" / "scheduler_config.json")
+        wants_zero_snr = job.sampling_of(request).rescale_betas_zero_snr
+        if problem := noise_problem(config.get("prediction_type", "epsilon"), wants_zero_snr):
+            problems.append(f"requests.{number}.sampling: {problem}")
+    return problems
 
 
 def _label_problems(job: JobSpec) -> list[str]:
@@ -206,19 +262,40 @@ def _is_model(folder: Path) -> bool:
 
 
 def _cached_snapshot(address: str) -> Path | None:
-    """Folder of a hub id that was downloaded before."""
+    """Folder of a hub id that was downloaded before, in whole or in part."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    for name in ("model_index.json", "config.json"):
-        found = try_to_load_from_cache(address, name)
-        if isinstance(found, str):
-            return Path(found).parent
+    try:
+        for name in ("model_index.json", "config.json"):
+            found = try_to_load_from_cache(address, name)
+            if isinstance(found, str):
+                return Path(found).parent
+    except (HFValidationError, OSError) as error:
+        raise JobError(f"'{address}' is not a folder, and no hub id either ({str(error).splitlines()[0]})") from None
     return None
 
 
+def _pipeline_parts(folder: Path) -> list[str]:
+    """Sub-folders of a pipeline; empty for a single model."""
+    if not (folder / "model_index.json").is_file():
+        return []
+    index = read_config(folder / "model_index.json")
+    return [name for name, value in index.items() if isinstance(value, list) and all(value)]
+
+
 def _loaded_files(folder: Path) -> list[Path]:
-    found = {path for pattern in _LOADED for path in folder.rglob(pattern)}
-    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    """The files that are loaded and therefore decide the result: no pickles, no pictures, no notes, no variants."""
+    parts = _pipeline_parts(folder)
+    roots = [folder / part for part in parts] or [folder]
+    found = {path for root in roots for pattern in (*_CONFIGURATION, _WEIGHTS) for path in root.rglob(pattern)}
+    found |= {folder / "model_index.json"} if parts else set()
+    return [
+        path
+        for path in found
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not any(variant in path.name for variant in _VARIANTS)
+    ]
 
 
 def _file_digest(path: Path) -> bytes:

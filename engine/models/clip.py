@@ -13,6 +13,8 @@ from engine.models.addresses import resolve
 from engine.models.preprocess import Preprocessing
 from engine.models.runtime import frozen, loading
 
+TEXT_BATCH = 256
+
 
 class Clip:
     """A CLIP model with its tokenizer and preprocessing, in float32."""
@@ -42,6 +44,10 @@ class Clip:
     @torch.no_grad()
     def text_embeds(self, prompts: Sequence[str]) -> Tensor:
         """Projected text embeddings [len(prompts), d] on the CPU, not normalised."""
+        chunks = [prompts[start : start + TEXT_BATCH] for start in range(0, len(prompts), TEXT_BATCH)]
+        return torch.cat([self._text_embeds(chunk) for chunk in chunks])
+
+    def _text_embeds(self, prompts: Sequence[str]) -> Tensor:
         tokens = self._tokenizer(
             list(prompts),
             padding="max_length",

@@ -33,13 +33,13 @@ class Preprocessing:
     def __init__(self, folder: Path) -> None:
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+        self._matrices: dict[tuple[int, int], Tensor] = {}
         with loading(str(folder), "an image processor"):
             self._processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-        self._resize, self._crop = _sizes(self._processor, folder)
-        self._mean = torch.tensor(_normalisation(self._processor, "image_mean", 0.0)).reshape(1, 3, 1, 1)
-        self._std = torch.tensor(_normalisation(self._processor, "image_std", 1.0)).reshape(1, 3, 1, 1)
-        self._matrices: dict[tuple[int, int], Tensor] = {}
-        self._check_agreement(folder)
+            self._resize, self._crop = _sizes(self._processor, folder)
+            self._mean = torch.tensor(_normalisation(self._processor, "image_mean", 0.0)).reshape(1, 3, 1, 1)
+            self._std = torch.tensor(_normalisation(self._processor, "image_std", 1.0)).reshape(1, 3, 1, 1)
+            self._check_agreement(folder)
 
     def of_images(self, images: Sequence[PIL.Image.Image]) -> Tensor:
         """Model input [B, 3, h, w] of 8-bit images, exactly as plain transformers makes it."""

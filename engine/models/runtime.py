@@ -51,8 +51,6 @@ def hardware_problems(spec: RuntimeSpec, has_gpu: bool) -> list[str]:
             problems.append("runtime.attention: 'xformers' has no kernels for a CPU; use auto or sdpa")
         if spec.precision in ("fp16", "bf16"):
             problems.append(f"runtime.precision: '{spec.precision}' saves nothing on a CPU; use auto or fp32")
-    elif spec.attention == "xformers" and importlib.util.find_spec("xformers") is None:
-        problems.append("runtime.attention: 'xformers' is not installed; install riskforge[xformers]")
     return problems
 
 
@@ -65,7 +63,10 @@ def choose_hardware(spec: RuntimeSpec) -> Hardware:
     import torch
 
     has_gpu = torch.cuda.is_available()
-    if problems := hardware_problems(spec, has_gpu):
+    problems = hardware_problems(spec, has_gpu)
+    if not problems and spec.attention == "xformers" and importlib.util.find_spec("xformers") is None:
+        problems.append("runtime.attention: 'xformers' is not installed; install riskforge[xformers]")
+    if problems:
         raise JobError(problems)
     on_gpu = has_gpu and spec.device != "cpu"
     dtypes = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "auto": "float16" if on_gpu else "float32"}

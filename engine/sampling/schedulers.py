@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.sampling.denoiser import Prediction, PredictionType, Step
-from engine.spec import SamplingSpec
+from engine.spec import SamplingSpec, noise_problem
 
 _CLASSES = {
     "lms": ("diffusers.schedulers.scheduling_lms_discrete", "LMSDiscreteScheduler"),
@@ -29,7 +29,8 @@ class Sampler:
         config: the model's own scheduler configuration (`scheduler_config.json`).
 
     Raises:
-        ValueError: zero terminal SNR with eps-prediction, which is 0 / 0 at the first step (Lin et al. 2024).
+        ValueError: zero terminal SNR with eps-prediction, which is 0 / 0 at the first step (Lin et al. 2024), or a
+            prediction type other than these two.
     """
 
     def __init__(self, spec: SamplingSpec, config: dict[str, Any], device: torch.device | str = "cpu") -> None:
@@ -80,15 +81,14 @@ def _make(spec: SamplingSpec, config: dict[str, Any]) -> Any:
     options: dict[str, Any] = {"steps_offset": 1}
     if spec.scheduler == "ddim":
         options["clip_sample"] = False
+    if spec.scheduler == "dpmsolver++":
+        options["algorithm_type"] = "dpmsolver++"
     if spec.timestep_spacing:
         options["timestep_spacing"] = spec.timestep_spacing
     if spec.rescale_betas_zero_snr:
         options["rescale_betas_zero_snr"] = True
-        if config.get("prediction_type", "epsilon") == "epsilon":
-            raise ValueError(
-                "sampling.rescale_betas_zero_snr: not with this model's eps-prediction, which has no signal at zero"
-                " SNR; switch it off, or use a v-prediction model"
-            )
-    if spec.scheduler == "dpmsolver++":
-        options["algorithm_type"] = "dpmsolver++"
-    return getattr(importlib.import_module(module), name).from_config(config, **options)
+    scheduler = getattr(importlib.import_module(module), name).from_config(config, **options)
+    zero_snr = scheduler.config.get("rescale_betas_zero_snr", False)
+    if problem := noise_problem(scheduler.config.prediction_type, zero_snr):
+        raise ValueError(problem)
+    return scheduler

@@ -1,0 +1,168 @@
+"""The generator with the real zoo: formats, padding, and what becomes of samples and batches that fail."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from engine.errors import JobError
+from engine.generator import Generator
+from engine.imaging import decode, encode, quantise
+from engine.models.addresses import model_digests, read_labels
+from engine.models.diffusion import Diffusion
+from engine.plan import build_plan
+from engine.spec import parse_job
+
+ZOO = "zoo:digits/"
+
+
+def make_generator(**changes):
+    """A small job of one prompt request, its generator and its samples."""
+    raw = {
+        "name": "job",
+        "models": {"diffusion": f"{ZOO}stable-diffusion", "clip": f"{ZOO}clip", "target": f"{ZOO}classifier"},
+        "requests": [{"name": "a", "method": "prompt", "classes": ["three", "one"], "count": 10}],
+        "sampling": {"num_inference_steps": 3, "guidance_scale": 2.0},
+        "output": {"uri": "runs/job"},
+    }
+    job = parse_job(raw | changes)
+    plan = build_plan(job, read_labels(job.models.target), model_digests(job))
+    return Generator(job, plan), list(plan.samples(plan.shard(0)))
+
+
+@pytest.fixture(scope="module")
+def made():
+    return make_generator()
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Batches of any size, as on a GPU."""
+    monkeypatch.setattr(Diffusion, "rows", property(lambda self: None))
+
+
+def failing_for(generator, monkeypatch, culprits, error):
+    """Let sampling raise for batches that hold one of the samples."""
+    sample = generator.sample
+
+    def raising(request, specs):
+        if any(spec.index in culprits for spec in specs):
+            raise error
+        return sample(request, specs)
+
+    monkeypatch.setattr(generator, "sample", raising)
+
+
+def test_batches_are_padded_and_padding_is_dropped(made):
+    """Twenty samples: a batch of 16 and one of 4 in the same shape; a sample's bytes do not depend on its place."""
+    generator, specs = made
+    first = generator.next_batch(0, specs)
+    rest = generator.next_batch(0, specs[len(first) :])
+    assert (len(first), len(rest)) == (16, 4)
+    assert [one.record["key"] for one in first + rest] == [spec.key for spec in specs]
+    moved = generator.next_batch(0, specs[3:5])
+    assert [one.image for one in moved] == [one.image for one in first[3:5]]
+    assert [one.record for one in moved] == [one.record for one in first[3:5]]
+
+
+def test_one_bad_sample_fails_alone(made, monkeypatch):
+    """An exception of one sample names itself in that sample; its neighbours keep their bytes."""
+    generator, specs = made
+    clean = generator.next_batch(0, specs[:4])
+    failing_for(generator, monkeypatch, {specs[2].index}, ValueError("bad prompt"))
+    good, bad = specs[0], specs[2]
+    results = generator.next_batch(0, [good, bad])
+    assert [one.record["status"] for one in results] == ["ok", "failed"]
+    assert results[1].record["error_message"] == "ValueError: bad prompt" and results[1].image == b""
+    assert results[0].image == clean[0].image
+
+
+@pytest.mark.parametrize(
+    "error", [torch.AcceleratorError("device-side assert"), RuntimeError("CUDA error: x"), MemoryError(), JobError("x")]
+)
+def test_a_fault_of_the_machine_is_not_laid_to_samples(made, monkeypatch, error):
+    """A broken device fails every sample that follows: the shard must come back, not be committed as failures."""
+    generator, specs = made
+    failing_for(generator, monkeypatch, {0}, error)
+    with pytest.raises(type(error)):
+        generator.next_batch(0, specs[:4])
+
+
+def test_what_fails_with_every_sample_is_raised(made, monkeypatch):
+    """A defect of code or model is the shard's fault, so that it is tried elsewhere and seen."""
+    generator, specs = made
+    failing_for(generator, monkeypatch, set(range(100)), ValueError("broken model"))
+    with pytest.raises(ValueError, match="broken model"):
+        generator.next_batch(0, specs[:4])
+
+
+def test_out_of_memory_halves_the_batch_and_remembers(made, as_on_a_gpu, monkeypatch):
+    """Eight do not fit, four neither, two do: the next batch starts with two; none at all is told to the user."""
+    generator, specs = made
+    sample = generator.sample
+
+    def limited(most):
+        def sampling(request, some):
+            if len(some) > most:
+                raise torch.OutOfMemoryError("out of memory")
+            return sample(request, some)
+
+        return sampling
+
+    monkeypatch.setattr(generator, "batch_size", 8)
+    monkeypatch.setattr(generator, "sample", limited(2))
+    assert len(generator.next_batch(0, specs)) == 2 and generator.batch_size == 2
+    monkeypatch.setattr(generator, "sample", limited(0))
+    with pytest.raises(JobError, match="does not fit the GPU's memory"):
+        generator.next_batch(0, specs)
+
+
+def test_values_that_are_not_finite_fail_their_sample(made, monkeypatch):
+    """A NaN in one image, or in one score, is told of that sample; the others are stored."""
+    generator, specs = made
+    sample = generator.sample
+
+    def spoiled(request, some):
+        images, health = sample(request, some)
+        images[1] = math.nan
+        return images, health
+
+    monkeypatch.setattr(generator, "sample", spoiled)
+    statuses = [one.record["status"] for one in generator.next_batch(0, specs[:3])]
+    assert statuses == ["ok", "failed", "ok"]
+    monkeypatch.undo()
+    records = generator._scorer.records
+    monkeypatch.setattr(
+        generator._scorer, "records", lambda *args: [one | {"risk": math.nan} for one in records(*args)]
+    )
+    result = generator.next_batch(0, specs[:1])[0]
+    assert result.record["status"] == "failed" and "risk" in result.record["error_message"]
+
+
+@pytest.mark.parametrize("image_format", ["jpg", "webp"])
+def test_scores_belong_to_the_stored_file(image_format):
+    """Also where compression changes pixels: scoring what a reader decodes gives the stored risk."""
+    generator, specs = make_generator(output={"uri": "runs/job", "image_format": image_format})
+    result = generator.next_batch(0, specs[:1])[0]
+    image = decode(result.image)
+    log_p = generator._scorer.target.score([image]).log_softmax(1)
+    assert result.record["risk"] == pytest.approx(-log_p[0, specs[0].cell.classes[0]].item(), abs=1e-4)
+    assert image.format is None and image.size == (32, 32)
+
+
+def test_pixels_are_rounded_and_lossless_formats_keep_them():
+    """Truncation would darken by half a level; PNG and WebP give back every pixel."""
+    images = torch.tensor([0.0, 0.5 / 255 + 1e-4, 254.6 / 255, 1.2, -0.1]).reshape(1, 1, 1, 5).expand(1, 3, 4, 5)
+    pixels = quantise(images)
+    assert pixels[0, 0, :, 0].tolist() == [0, 1, 255, 255, 0]
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    for image_format in ("png", "webp"):
+        assert (np.asarray(decode(encode(noise, image_format))) == noise).all()
+
+
+def test_a_prompt_that_would_be_cut_off_is_refused():
+    """The text encoder reads so many tokens and drops the rest without a word."""
+    request = {"name": "a", "method": "prompt", "classes": ["three"], "count": 1, "contexts": ["red ink " * 40]}
+    with pytest.raises(JobError, match=r"has \d+ tokens, the text encoder reads \d+; shorten it"):
+        make_generator(requests=[request])
