@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import engine
-from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, JobError, RiskforgeError
+from engine.errors import EXIT_DRAINED, JobError, RiskforgeError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -296,6 +296,7 @@ def _cost_fields(job: JobSpec, cost: Cost, price_per_hour: float | None) -> dict
 def _print_cost(job: JobSpec, cost: Cost, price_per_hour: float | None) -> None:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from engine.progress import byte_size, duration
 
@@ -307,8 +308,8 @@ def _print_cost(job: JobSpec, cost: Cost, price_per_hour: float | None) -> None:
         if name != "one device" or hours is not None:
             table.add_column(name, footer, justify="left" if name == "request" else "right")
     for request in cost.requests:
-        row = [request.name, str(request.num_shards), str(request.num_samples), byte_size(request.num_bytes)]
-        table.add_row(*row, *([] if request.seconds is None else [duration(request.seconds)]))
+        row = [str(request.num_shards), str(request.num_samples), byte_size(request.num_bytes)]
+        table.add_row(Text(request.name), *row, *([] if request.seconds is None else [duration(request.seconds)]))
     _console().print(table)
     print(f"output: {job.output.uri}")
     if hours is not None:
@@ -330,7 +331,9 @@ def _print_summary(summary: RunSummary) -> None:
         print(f"{summary.num_committed} of {summary.num_shards} shards in {summary.uri} ({duration(summary.seconds)})")
     if summary.report:
         print(f"report: {summary.report}")
-    if summary.exit_code == EXIT_INCOMPLETE:
+    if summary.num_failed:
+        _complain(f"error: {summary.num_failed} of {summary.num_samples} samples failed: {summary.failure}")
+    if summary.quarantined:
         some = ", ".join(str(number) for number in summary.quarantined[:MAX_LISTED])
         more = len(summary.quarantined) - MAX_LISTED
         _complain(f"error: shards in quarantine: {some}{f' and {more} more' if more > 0 else ''}")

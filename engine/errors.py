@@ -1,7 +1,6 @@
 """Errors that a user can cause. Each carries the text to print and the exit code of the command line."""
 
 EXIT_OK = 0
-EXIT_THRESHOLD = 1
 EXIT_USER = 2
 EXIT_INCOMPLETE = 3
 EXIT_OWNED = 4
@@ -31,6 +30,12 @@ class JobError(RiskforgeError):
 
 class OutputError(RiskforgeError):
     """The output cannot be used as asked: not empty, of another plan, not writable."""
+
+
+class OwnedError(RiskforgeError):
+    """Another driver is at work on the output."""
+
+    exit_code = EXIT_OWNED
 
 
 class CorruptShardError(RiskforgeError):

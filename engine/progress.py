@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PLAIN_SECONDS = 5.0
 MAX_LIVE_ROWS = 12
 TABLE_WIDTH = 140
+MAX_GROUP_ROWS = 60
 ABSENT = "-"
 
 
@@ -71,10 +72,12 @@ class Tally:
 
     def __init__(self, plan: Plan, committed: dict[int, ShardCounts]) -> None:
         self._plan = plan
+        self._is_committed = bytearray(plan.num_shards)
         self.requests = [RequestTally(request.spec.name, request.total) for request in plan.requests]
         self.total = RequestTally("all", plan.num_samples)
         self._heard: dict[int, float] = {}
         for shard, counts in committed.items():
+            self._is_committed[shard] = 1
             for row in self._rows(shard):
                 row.committed += counts.attempted
                 row.accepted += counts.accepted
@@ -84,7 +87,9 @@ class Tally:
         self._heard[worker] = now
 
     def working(self, worker: int, shard: int, num_done: int, now: float) -> None:
-        """So many samples of a shard in work are done."""
+        """So many samples of a shard in work are done; late news of a committed shard is ignored."""
+        if self._is_committed[shard]:
+            return
         self._start_clocks(worker, shard, now)
         for row in self._rows(shard):
             row.in_work[shard] = num_done
@@ -92,6 +97,7 @@ class Tally:
     def commit(self, worker: int, shard: int, counts: ShardCounts, now: float) -> None:
         """A shard is committed."""
         self._start_clocks(worker, shard, now)
+        self._is_committed[shard] = 1
         for row in self._rows(shard):
             row.in_work.pop(shard, None)
             row.committed += counts.attempted
@@ -143,10 +149,14 @@ class PlainDisplay:
     Args:
         stream: where lines go.
         every_seconds: time between two lines of one request.
+        clock: seconds, as the tally is told them.
     """
 
-    def __init__(self, stream: TextIO, every_seconds: float = PLAIN_SECONDS) -> None:
+    def __init__(
+        self, stream: TextIO, every_seconds: float = PLAIN_SECONDS, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._stream = stream
+        self._clock = clock
         self._every = every_seconds
         self._next = 0.0
         self._shown: dict[str, int] = {}
@@ -162,12 +172,12 @@ class PlainDisplay:
 
     def advance(self, text: str) -> None:
         """Print the line, if it is time."""
-        if self._is_time(time.monotonic()):
+        if self._is_time(self._clock()):
             self.notice(text)
 
     def show(self, tally: Tally) -> None:
         """Print a line for each request that got further, if it is time."""
-        now = time.monotonic()
+        now = self._clock()
         if not self._is_time(now):
             return
         for row in [*tally.requests, tally.total] if len(tally.requests) > 1 else tally.requests:
@@ -220,11 +230,12 @@ class LiveDisplay:
     def _render(self) -> Any:
         from rich.console import Group
         from rich.spinner import Spinner
+        from rich.text import Text
 
         parts: list[Any] = [_live_table(self._tally)] if self._tally else []
         if self._phase:
             self._spinner = getattr(self, "_spinner", None) or Spinner("dots")
-            self._spinner.update(text=self._phase)
+            self._spinner.update(text=Text(self._phase))
             parts.append(self._spinner)
         return Group(*parts)
 
@@ -233,6 +244,7 @@ def _live_table(tally: Tally) -> Table:
     from rich import box
     from rich.progress_bar import ProgressBar
     from rich.table import Table
+    from rich.text import Text
 
     now = time.monotonic()
     table = Table(box=box.SIMPLE_HEAD)
@@ -241,7 +253,7 @@ def _live_table(tally: Tally) -> Table:
     for row in [*_live_rows(tally), tally.total] if len(tally.requests) > 1 else tally.requests:
         rate, eta = row.rate(now), row.eta_seconds(now)
         table.add_row(
-            row.name,
+            Text(row.name),
             ProgressBar(total=row.total, completed=row.num_done, width=24),
             f"{row.num_done}/{row.total}",
             f"{row.accepted} / {row.committed}",
@@ -298,23 +310,27 @@ def byte_size(num_bytes: int | None) -> str:
 
 
 def medians_table(groups: list[GroupSummary]) -> Table:
-    """Medians of the scores per request and context."""
+    """Medians of the scores per request and context, of the first groups where there are many."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title="Medians per request and context", title_justify="left", box=box.SIMPLE_HEAD)
+    title = "Medians per request and context"
+    if len(groups) > MAX_GROUP_ROWS:
+        title += f" ({MAX_GROUP_ROWS} of {len(groups)} rows; all are in the manifest)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     has_context = any(group.context for group in groups)
     models = list(dict.fromkeys(one.model for group in groups for one in group.transfer))
     names = ["request", *(["context"] if has_context else []), "images", "risk", "KLDB", "entropy", "conformity"]
     names += ["errors", *(f"errors of {model.removeprefix('zoo:')}" for model in models), "oracle agrees"]
     for name in names:
-        table.add_column(name, justify="left" if name in ("request", "context") else "right")
-    for group in groups:
+        table.add_column(Text(name), justify="left" if name in ("request", "context") else "right")
+    for group in groups[:MAX_GROUP_ROWS]:
         rates = {one.model: one.error_rate for one in group.transfer}
         scores = (group.risk, group.kldb, group.entropy, group.conformity)
         table.add_row(
-            group.request,
-            *([group.context] if has_context else []),
+            Text(group.request),
+            *([Text(group.context)] if has_context else []),
             f"{group.ok}/{group.attempted}",
             *(f"{score.median:.3g}" if score else ABSENT for score in scores),
             *(_percent(rate) for rate in (group.error_rate, *map(rates.get, models), group.oracle_agreement)),

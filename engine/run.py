@@ -6,24 +6,26 @@ command.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine import scheduler
-from engine.dataset.commits import list_commits
+from engine.dataset.commits import CommitSummary, list_commits, read_commits
 from engine.dataset.manifest import FinishedRun, finalise, mark_success, software_versions
-from engine.dataset.state import REPORT, SUCCESS, open_run
-from engine.dataset.store import Store, open_store
-from engine.errors import EXIT_INCOMPLETE, EXIT_OK, JobError, RiskforgeError
+from engine.dataset.state import METADATA, REPORT, SUCCESS, check_unused, find_plan, open_run
+from engine.dataset.store import DRIVER_LOCK, Store, open_store
+from engine.errors import EXIT_INCOMPLETE, EXIT_OK, JobError, OwnedError, RiskforgeError
 from engine.executors.base import Executor, ExecutorEvent, ShardProgress, ShardResult, WorkerFactory, WorkerLike
 from engine.models.addresses import check_addresses, model_digests, read_labels, resolve
 from engine.models.runtime import hardware_problems
@@ -39,12 +41,17 @@ POLL_SECONDS = 0.25
 # Device files of NVIDIA, AMD and of GPUs under WSL: seen without loading torch.
 GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
 MAX_REASON_CHARS = 300
+# From when on the user hears that workers wait for room.
+UNPLACED_SECONDS = 60.0
+FAULTS = f"{QUARANTINE}/workers.txt"
 
 MakeWorker = Callable[[JobSpec, Plan], WorkerLike]
 
 
-class WorkersFailingError(Exception):
+class WorkersFailingError(RiskforgeError):
     """Workers fail over and over and nothing gets done: a defect, of this program or of the machines."""
+
+    exit_code = EXIT_INCOMPLETE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +62,9 @@ class RunSummary:
         report: path of the report; empty where there is nothing to report on.
         groups: medians per request and context.
         quarantined: numbers of the shards that were left out.
+        num_samples: attempts in the committed shards.
+        num_failed: those of them without an image.
+        failure: the most frequent message of the failed ones.
         was_complete: whether there was nothing to do.
     """
 
@@ -63,7 +73,10 @@ class RunSummary:
     report: str
     num_shards: int
     num_committed: int
+    num_samples: int
+    num_failed: int
     seconds: float
+    failure: str = ""
     groups: list[GroupSummary] = field(default_factory=list)
     quarantined: tuple[int, ...] = ()
     was_complete: bool = False
@@ -88,28 +101,32 @@ def run_job(
 
     Raises:
         RiskforgeError: the job, its models or its output are not as they must be.
+        OwnedError: another driver is at work on the output.
         WorkersFailingError: workers fail over and over.
     """
     started = time.monotonic()
     try:
         display.phase("checking models and output")
-        store, job, plan, models = prepare(job, executor, resume, confirmed)
-        committed = list_commits(store)
-        if len(committed) == plan.num_shards and store.exists(SUCCESS):
-            return _summary(store, plan, started, was_complete=True)
-        timing = {"sampling_seconds": 0.0}
-        hardware: dict[str, Any] = {"machine": platform.machine()}
-        if len(committed) < plan.num_shards:
-            shift = _Shift(store, plan, executor, display)
-            timing = shift.work(partial(make_worker or default_worker, job, plan))
-            hardware |= executor.describe()
-        closing = threading.Thread(target=executor.close)
-        closing.start()
-        display.phase("writing manifest and report")
-        timing |= {"run_seconds": time.monotonic() - started, "finished": time.time()}
-        finished = close_run(store, job, plan, models=models, timing=timing, hardware=hardware)
-        closing.join()
-        return _summary(store, plan, started, finished=finished)
+        store, job, planned, models = prepare(job, executor)
+        if resume == "auto" and store.exists(SUCCESS) and (plan := find_plan(store, planned, job)):
+            committed = list_commits(store)
+            if len(committed) == plan.num_shards:
+                return _summary(store, plan, committed, started, was_complete=True)
+        with owned(store), contextlib.closing(executor):
+            plan = open_run(store, planned, job, resume, confirmed)
+            committed = list_commits(store)
+            hardware: dict[str, Any] = {"machine": platform.machine()}
+            if len(committed) < plan.num_shards:
+                shift = _Shift(store, plan, committed, executor, display)
+                shift.work(partial(make_worker or partial(default_worker, folder=str(Path.cwd())), job, plan))
+                hardware |= executor.describe()
+            closing = threading.Thread(target=executor.close)
+            closing.start()
+            display.phase("writing manifest and report")
+            seconds = time.monotonic() - started
+            finished = close_run(store, job, plan, models=models, run_seconds=seconds, hardware=hardware)
+            closing.join()
+            return _summary(store, plan, list_commits(store), started, finished=finished)
     except KeyboardInterrupt:
         display.notice("interrupted; what is committed is kept")
         raise
@@ -118,13 +135,31 @@ def run_job(
         display.close()
 
 
-def prepare(
-    job: JobSpec, executor: Executor, resume: str, confirmed: bool
-) -> tuple[Store, JobSpec, Plan, dict[str, Any]]:
-    """Check a job against its models and open its output, while the executor prepares.
+@contextlib.contextmanager
+def owned(store: Store) -> Iterator[None]:
+    """Be the only driver at work on an output; ends with the process, however that ends.
+
+    Raises:
+        OwnedError: another is, with its machine, process and time of beginning.
+        OutputError: the folder is somebody else's.
+    """
+    check_unused(store)
+    since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    with store.try_lock(DRIVER_LOCK, f"process {os.getpid()} on {socket.gethostname()}, since {since}") as holder:
+        if holder:
+            raise OwnedError(
+                f"output {store.uri}: another driver is at work on it ({holder}); let it finish or stop it, or choose"
+                " another --output"
+            )
+        yield
+
+
+def prepare(job: JobSpec, executor: Executor) -> tuple[Store, JobSpec, Plan, dict[str, Any]]:
+    """Check a job against its models, while the executor prepares.
 
     Returns:
-        The store, the job with the absolute address of its output, its plan, and the models for the manifest.
+        The store, the job with the absolute address of its output, its plan as a single stage, and the models for the
+        manifest.
     """
     check_addresses(job)
     store = open_store(job.output.uri)
@@ -134,8 +169,9 @@ def prepare(
     if not store.exists(SUCCESS):
         executor.begin()
     digests = model_digests(job)
-    plan = open_run(store, build_plan(job, labels, digests), job, resume, confirmed)
-    return store, job, plan, describe_models(job, digests)
+    # Once more, as models of the hub are here only now.
+    check_addresses(job)
+    return store, job, build_plan(job, labels, digests), describe_models(job, digests)
 
 
 def plan_job(job: JobSpec) -> Plan:
@@ -190,10 +226,18 @@ def describe_models(job: JobSpec, digests: dict[str, Any]) -> dict[str, Any]:
     return described
 
 
-def default_worker(job: JobSpec, plan: Plan) -> WorkerLike:
-    """The worker that makes samples, named after its machine and process."""
+def default_worker(job: JobSpec, plan: Plan, folder: str) -> WorkerLike:
+    """The worker that makes samples, named after its machine and process.
+
+    Args:
+        folder: the driver's working folder, which relative addresses of models start from.
+
+    Side effects: makes `folder` the working folder of this process, where there is one of that name.
+    """
     from engine.worker import Worker
 
+    with contextlib.suppress(OSError):
+        os.chdir(folder)
     return Worker(job, plan, name=f"{socket.gethostname()}-{os.getpid()}")
 
 
@@ -203,10 +247,13 @@ def close_run(
     plan: Plan,
     *,
     models: dict[str, Any],
-    timing: dict[str, float],
+    run_seconds: float,
     hardware: dict[str, Any],
 ) -> FinishedRun | None:
     """Write what is made over all shards, then the report and, if all shards are there, the marker.
+
+    Args:
+        run_seconds: time of this session, from its start; the sampling time is that of all sessions together.
 
     Returns:
         None where no shard is committed.
@@ -215,6 +262,11 @@ def close_run(
         return None
     from engine.report.render import write_report
 
+    timing = {
+        "sampling_seconds": sum(record.timing.get("sampling_seconds", 0.0) for record in read_commits(store)),
+        "run_seconds": run_seconds,
+        "finished": time.time(),
+    }
     finished = finalise(store, job, plan, models=models, timing=timing, versions=software_versions(), hardware=hardware)
     write_report(store)
     if finished.complete:
@@ -223,16 +275,25 @@ def close_run(
 
 
 def _summary(
-    store: Store, plan: Plan, started: float, *, finished: FinishedRun | None = None, was_complete: bool = False
+    store: Store,
+    plan: Plan,
+    committed: dict[int, CommitSummary],
+    started: float,
+    *,
+    finished: FinishedRun | None = None,
+    was_complete: bool = False,
 ) -> RunSummary:
-    committed = list_commits(store)
     is_complete = len(committed) == plan.num_shards
+    num_failed = sum(commit.counts.failed for commit in committed.values())
     return RunSummary(
-        exit_code=EXIT_OK if is_complete else EXIT_INCOMPLETE,
+        exit_code=EXIT_OK if is_complete and not _is_short(plan, committed) else EXIT_INCOMPLETE,
         uri=store.uri,
         report=str(store.path(REPORT)) if store.exists(REPORT) else "",
         num_shards=plan.num_shards,
         num_committed=len(committed),
+        num_samples=sum(commit.counts.attempted for commit in committed.values()),
+        num_failed=num_failed,
+        failure=_top_failure(store) if num_failed else "",
         seconds=time.monotonic() - started,
         groups=finished.groups if finished else [],
         quarantined=tuple(number for number in range(plan.num_shards) if number not in committed)
@@ -242,28 +303,43 @@ def _summary(
     )
 
 
+def _is_short(plan: Plan, committed: dict[int, CommitSummary]) -> bool:
+    """Whether a request has fewer images than were planned."""
+    images: Counter[int] = Counter()
+    for number, commit in committed.items():
+        images[plan.shard(number).request] += commit.counts.ok
+    return any(images[request.number] < request.total for request in plan.requests)
+
+
+def _top_failure(store: Store) -> str:
+    """The most frequent message of failed samples."""
+    if not store.exists(METADATA):
+        return ""
+    from engine.report.data import failures, open_metadata
+
+    messages = failures(open_metadata(store.path(METADATA)))
+    return messages[0][0] if messages else ""
+
+
 class _Shift:
     """The loop between scheduler and executor, from the first worker to the last shard."""
 
-    def __init__(self, store: Store, plan: Plan, executor: Executor, display: Display) -> None:
+    def __init__(
+        self, store: Store, plan: Plan, committed: dict[int, CommitSummary], executor: Executor, display: Display
+    ) -> None:
         self._store = store
         self._plan = plan
         self._executor = executor
         self._display = display
-        committed = list_commits(store)
         self._tally = Tally(plan, {number: commit.counts for number, commit in committed.items()})
         self._flags = bytearray(plan.num_shards)
         for number in committed:
             self._flags[number] = 1
-        self._sampling_seconds = 0.0
-        self._worker_seconds = 0.0
+        self._unplaced_since: float | None = None
+        self._has_told_unplaced = False
 
-    def work(self, factory: WorkerFactory) -> dict[str, float]:
-        """Make all missing shards; what cannot be made is put in quarantine.
-
-        Returns:
-            Seconds that workers spent, by kind.
-        """
+    def work(self, factory: WorkerFactory) -> None:
+        """Make all missing shards; what cannot be made is put in quarantine."""
         for name in self._store.list(QUARANTINE):
             self._store.remove(name)
         num_missing = self._flags.count(0)
@@ -274,12 +350,14 @@ class _Shift:
         while not self._carry_out(actions):
             actions = []
             for event in self._executor.poll(POLL_SECONDS):
+                if isinstance(event, ShardProgress):
+                    self._note_progress(event, state)
+                    continue
                 self._note(event)
-                if not isinstance(event, ShardProgress):
-                    state, more = scheduler.step(state, event)
-                    actions += more
+                state, more = scheduler.step(state, event)
+                actions += more
+            self._note_unplaced(time.monotonic())
             self._display.show(self._tally)
-        return {"sampling_seconds": self._sampling_seconds, "worker_seconds": self._worker_seconds}
 
     def _carry_out(self, actions: list[scheduler.Action]) -> bool:
         """Do what the scheduler says; True when it is the end."""
@@ -293,10 +371,36 @@ class _Shift:
             elif isinstance(action, scheduler.Quarantine):
                 self._quarantine(action)
             elif isinstance(action, scheduler.Abort):
-                raise (RiskforgeError if action.user_fault else WorkersFailingError)(action.message)
+                raise RiskforgeError(action.message) if action.user_fault else self._give_up(action.message)
             else:
                 return True
         return False
+
+    def _give_up(self, message: str) -> WorkersFailingError:
+        """Keep the whole message, which may hold tracebacks, and say it in short."""
+        self._store.replace(FAULTS, f"{message}\n".encode())
+        head, mark, reason = message.partition("the last one: ")
+        return WorkersFailingError(
+            f"{head}{mark}{_brief(reason)}\nthe whole message is in {self._store.path(FAULTS)}; mend the cause, and the"
+            " same command continues"
+        )
+
+    def _note_progress(self, event: ShardProgress, state: scheduler.State) -> None:
+        """Count samples of a shard in work, if the worker still has it: the news may be late."""
+        worker = state.workers.get(event.worker)
+        if worker and event.shard in worker.queue:
+            self._tally.working(event.worker, event.shard, event.num_done, time.monotonic())
+
+    def _note_unplaced(self, now: float) -> None:
+        """Say once when workers wait for a machine for long."""
+        num = self._executor.num_unplaced
+        if not num:
+            self._unplaced_since = None
+            return
+        self._unplaced_since = now if self._unplaced_since is None else self._unplaced_since
+        if now - self._unplaced_since >= UNPLACED_SECONDS and not self._has_told_unplaced:
+            self._has_told_unplaced = True
+            self._display.notice(f"{num} worker(s) still wait for room on the cluster; ask for fewer with --workers")
 
     def _note(self, event: ExecutorEvent) -> None:
         """Take what concerns the user from an event."""
@@ -304,17 +408,15 @@ class _Shift:
         if isinstance(event, scheduler.WorkerReady):
             self._display.phase("")
             self._tally.ready(event.worker, now)
-        elif isinstance(event, ShardProgress):
-            self._tally.working(event.worker, event.shard, event.num_done, now)
         elif isinstance(event, ShardResult):
             self._tally.commit(event.worker, event.shard, event.outcome.counts, now)
-            self._sampling_seconds += event.outcome.sampling_seconds
-            self._worker_seconds += event.outcome.total_seconds
         elif isinstance(event, scheduler.ShardError):
             self._tally.drop(event.shard)
-            self._display.notice(f"shard {event.shard} failed, worker {event.worker} is replaced: {_brief(event)}")
+            self._display.notice(
+                f"shard {event.shard} failed, worker {event.worker} is replaced: {_brief(event.message)}"
+            )
         elif isinstance(event, scheduler.WorkerLost):
-            self._display.notice(f"worker {event.worker} is replaced: {_brief(event)}")
+            self._display.notice(f"worker {event.worker} is replaced: {_brief(event.message)}")
 
     def _quarantine(self, action: scheduler.Quarantine) -> None:
         shard = self._plan.shard(action.shard)
@@ -331,8 +433,8 @@ class _Shift:
         self._display.notice(f"shard {shard.number} is in quarantine after {len(action.reasons)} faults: {name}")
 
 
-def _brief(event: scheduler.ShardError | scheduler.WorkerLost) -> str:
+def _brief(message: str) -> str:
     """The line that says most: the last of a traceback, the first of anything else."""
-    lines = event.message.strip().splitlines() or ["no reason given"]
+    lines = message.strip().splitlines() or ["no reason given"]
     line = lines[-1] if lines[0].startswith("Traceback") else lines[0]
     return line[:MAX_REASON_CHARS]

@@ -1,4 +1,4 @@
-"""Shared by all tests: quiet libraries, threads that do not fight, the zoo loaded once."""
+"""Shared by all tests: quiet libraries, one numerical thread, the zoo loaded once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The models are tiny, and several processes work at a time. Read when torch is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 REPOSITORY = Path(__file__).parent.parent

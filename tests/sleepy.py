@@ -26,7 +26,7 @@ from engine.errors import JobError, OutputError
 from engine.executors.base import Executor
 from engine.plan import Plan, SampleSpec, ShardSpec
 from engine.progress import PlainDisplay, Tally
-from engine.records import SampleResult, new_record
+from engine.records import SampleResult, failed_record, new_record
 from engine.run import RunSummary, run_job
 from engine.spec import JobSpec, parse_job
 from engine.worker import ShardOutcome
@@ -45,6 +45,8 @@ class Faults:
         user_fault: an `OutputError` with this text, at any shard.
         no_start: the worker is not built: `user` for a `JobError`, `defect` for any other exception.
         seconds: time a sample takes.
+        bad_samples: of so many classes the first sample fails.
+        bad_message: and this is why.
     """
 
     die: tuple[int, ...] = ()
@@ -53,6 +55,8 @@ class Faults:
     user_fault: str = ""
     no_start: str = ""
     seconds: float = 0.0
+    bad_samples: int = 0
+    bad_message: str = ""
 
 
 class SleepyWorker:
@@ -72,8 +76,9 @@ class SleepyWorker:
         results = list(self._results(shard, attempt, report))
         name = shard_name(self._job.name, shard.number)
         staged = stage_shard(self._store.staging(), name, results, "png")
-        commit_shard(self._store, self._plan.digest, shard, name, staged, attempt, "sleepy", {})
         seconds = time.monotonic() - started
+        timing = {"sampling_seconds": seconds}
+        commit_shard(self._store, self._plan.digest, shard, name, staged, attempt, "sleepy", timing)
         return ShardOutcome(
             counts=staged.counts,
             sampling_seconds=seconds,
@@ -85,7 +90,10 @@ class SleepyWorker:
             report(done)
             time.sleep(self._faults.seconds)
             self._fail(shard.number, attempt)
-            yield make_result(spec, attempt)
+            if spec.index == 0 and spec.cell.classes[0] < self._faults.bad_samples:
+                yield SampleResult(failed_record(spec, self._faults.bad_message), b"", run_fields(attempt))
+            else:
+                yield make_result(spec, attempt)
 
     def _fail(self, number: int, attempt: int) -> None:
         if self._faults.user_fault:
@@ -108,12 +116,16 @@ def make_result(spec: SampleSpec, attempt: int) -> SampleResult:
     }
     buffer = io.BytesIO()
     PIL.Image.frombytes("RGB", (4, 4), draw.randbytes(48)).save(buffer, "png")
-    run = {"batch_size": 1, "duration_seconds": 0.0, "attempt": attempt, "worker": "sleepy"}
-    return SampleResult(record=record, image=buffer.getvalue(), run=run)
+    return SampleResult(record=record, image=buffer.getvalue(), run=run_fields(attempt))
 
 
-def make_sleepy(job: JobSpec, plan: Plan, *, faults: Faults) -> SleepyWorker:
-    """For `run_job`, with `partial`."""
+def run_fields(attempt: int) -> dict[str, Any]:
+    """What depends on the run."""
+    return {"batch_size": 1, "duration_seconds": 0.0, "attempt": attempt, "worker": "sleepy"}
+
+
+def make_sleepy(job: JobSpec, plan: Plan, *, faults: Faults, folder: str = "") -> SleepyWorker:
+    """For `run_job`, with `partial`; also in the place of `engine.run.default_worker`, whose folder it ignores."""
     return SleepyWorker(job, plan, faults)
 
 

@@ -6,10 +6,12 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,12 +20,14 @@ from rich.console import Console
 
 from engine import cli
 from engine.dataset.counts import ShardCounts
-from engine.errors import EXIT_DRAINED, EXIT_USER
+from engine.dataset.store import open_store
+from engine.dataset.summary import GroupSummary, TransferSummary
+from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OWNED, EXIT_USER
 from engine.executors.local import LocalExecutor
-from engine.progress import LiveDisplay, PlainDisplay, Tally, byte_size, duration
-from engine.run import plan_job
+from engine.progress import MAX_GROUP_ROWS, LiveDisplay, PlainDisplay, Tally, byte_size, duration, medians_table
+from engine.run import owned, plan_job
 from tests.conftest import REPOSITORY
-from tests.sleepy import make_job, run_sleepy
+from tests.sleepy import Faults, make_job, make_sleepy, run_sleepy
 
 RISKFORGE = str(Path(sys.executable).with_name("riskforge"))
 QUICKSTART = str(REPOSITORY / "jobs/quickstart.yaml")
@@ -51,13 +55,19 @@ def refused(call, *arguments: str) -> list[str]:
 
 @pytest.mark.parametrize(("arguments", "limit"), [(["--help"], 1.0), (["plan", QUICKSTART, "--validate"], 2.0)])
 def test_start_up_is_quick(arguments, limit):
-    """The best of three, from a fresh interpreter."""
+    """CPU time of a fresh interpreter, the better of two: what else the machine does is not counted."""
     seconds = []
-    for _ in range(3):
-        started = time.monotonic()
+    for _ in range(2):
+        before = child_seconds()
         subprocess.run([RISKFORGE, *arguments], check=True, stdout=subprocess.DEVNULL)
-        seconds.append(time.monotonic() - started)
+        seconds.append(child_seconds() - before)
     assert min(seconds) < limit, seconds
+
+
+def child_seconds() -> float:
+    """CPU time of the child processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def test_version_and_schema(call):
@@ -182,10 +192,55 @@ def test_an_interrupt_says_how_to_go_on(tmp_path):
     for line in process.stderr:
         if "loading models" in line:
             break
+    assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    rest = process.stderr.read()
-    assert process.wait() == EXIT_DRAINED
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == EXIT_DRAINED
     assert "the same command continues" in rest and "Traceback" not in rest
+
+
+@pytest.fixture
+def sleepy_job(tmp_path):
+    """A job file of ten samples; its output is `out` beside it."""
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(make_job(tmp_path / "out", 1).model_dump(mode="json", exclude_unset=True)))
+    return path
+
+
+def test_failed_samples_are_told(call, monkeypatch, sleepy_job):
+    """With the most frequent message, and exit code 3; also by the run that finds nothing to do."""
+    faults = Faults(bad_samples=3, bad_message="no [/b] gradient")
+    monkeypatch.setattr("engine.run.default_worker", partial(make_sleepy, faults=faults))
+    for _ in range(2):
+        code, _, err = call("run", sleepy_job, "--executor", "local")
+        assert code == EXIT_INCOMPLETE and "error: 3 of 10 samples failed: no [/b] gradient" in err
+        assert "quarantine" not in err
+    assert (sleepy_job.parent / "out/_SUCCESS").exists()
+
+
+def test_workers_that_do_not_start_are_told_in_a_line(call, monkeypatch, sleepy_job):
+    """Exit code 3; the traceback is on file, and the next run takes it away."""
+    monkeypatch.setattr("engine.run.default_worker", partial(make_sleepy, faults=Faults(no_start="defect")))
+    code, _, err = call("run", sleepy_job, "--executor", "local")
+    assert code == EXIT_INCOMPLETE and "Traceback" not in err
+    assert "the last one: ZeroDivisionError: no such kernel\n" in err
+    path = sleepy_job.parent / "out/_state/quarantine/workers.txt"
+    assert str(path) in err and "Traceback" in path.read_text()
+    monkeypatch.setattr("engine.run.default_worker", partial(make_sleepy, faults=Faults()))
+    assert call("run", sleepy_job, "--executor", "local")[0] == 0 and not path.exists()
+
+
+def test_a_second_driver_is_refused(call, sleepy_job):
+    """With who is at work; its files are left alone, also by an agreed removal. A finished run needs no driver."""
+    output = sleepy_job.parent / "out"
+    run_sleepy(output, 1, LocalExecutor(1))
+    with owned(open_store(str(output))):
+        before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+        code, _, err = call("run", sleepy_job, "--executor", "local", "--resume", "overwrite", "--yes")
+        assert code == EXIT_OWNED and f"process {os.getpid()} on " in err and ", since 20" in err
+        assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+        assert run_sleepy(output, 1, LocalExecutor(1)).was_complete
+    assert run_sleepy(output, 2, LocalExecutor(1)).num_committed == 6
 
 
 def test_the_example_cluster_is_one_that_ray_accepts():
@@ -221,20 +276,55 @@ def test_rates_count_this_run_alone(tally):
     assert row.num_done == 8
 
 
+def test_late_news_of_a_committed_shard_is_ignored(tally):
+    """Also of one that an earlier run committed."""
+    tally.commit(7, 1, ShardCounts(ok=4, accepted=4), 14.0)
+    tally.working(7, 1, 4, 15.0)
+    tally.working(7, 0, 4, 15.0)
+    assert tally.total.num_done == 8 and not tally.total.in_work
+
+
+def group_of(context: str) -> GroupSummary:
+    """A group without an image."""
+    counts = dict.fromkeys(("attempted", "rejected", "failed", "accepted"), 1) | {"ok": 0}
+    scores = dict.fromkeys(("error_rate", "risk", "conformity", "kldb", "entropy", "oracle_agreement"))
+    transfer = (TransferSummary(model="[red] model [/b]", error_rate=0.5, risk_median=1.0),)
+    return GroupSummary(request="all", method="prompt", context=context, transfer=transfer, **counts, **scores)
+
+
+def test_texts_of_the_job_are_no_markup():
+    """Contexts and addresses with brackets come out as they are, also in a phase."""
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(medians_table([group_of("ink [/b]"), group_of("[red] ink")]))
+    assert all(text in stream.getvalue() for text in ("ink [/b]", "[red] ink", "errors of [red] model [/b]"))
+    display = LiveDisplay(Console(file=stream, force_terminal=True, width=100))
+    display.phase("joining [/b] Ray")
+    time.sleep(0.3)
+    display.close()
+    assert "joining [/b] Ray" in stream.getvalue()
+
+
+def test_the_end_table_is_bounded():
+    """It says how many rows there are."""
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(medians_table([group_of(f"place {one}") for one in range(1000)]))
+    assert stream.getvalue().count("place") == MAX_GROUP_ROWS and f"{MAX_GROUP_ROWS} of 1000" in stream.getvalue()
+
+
 def test_plain_lines_say_what_changed(tally):
     """Nothing twice, one line for a request, in words that a log can keep."""
     stream = io.StringIO()
-    display = PlainDisplay(stream, every_seconds=0.0)
+    display = PlainDisplay(stream, every_seconds=0.0, clock=lambda: 12.0)
     display.phase("loading models")
     display.phase("")
-    tally.ready(0, time.monotonic() - 2)
+    tally.ready(0, 10.0)
     display.show(tally)
-    tally.working(0, 1, 2, time.monotonic())
+    tally.working(0, 1, 2, 12.0)
     display.show(tally)
     display.show(tally)
     lines = stream.getvalue().splitlines()
     assert len(lines) == 2
-    assert re.fullmatch(r"\d\d:\d\d:\d\d all 6/20 samples, 3 of 4 accepted, (0\.9|1\.0)/s, ETA 1\d s", lines[1])
+    assert re.fullmatch(r"\d\d:\d\d:\d\d all 6/20 samples, 3 of 4 accepted, 1\.0/s, ETA 14 s", lines[1])
 
 
 def test_the_live_table_shows_requests(tally):

@@ -14,8 +14,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.cost import BYTES_PER_PIXEL
 from engine.dataset.schema import DESCRIPTIONS, arrow_schema
-from engine.dataset.shards import ShardFiles, inspect_pair, read_rows, read_shard, read_tar, stage_shard
+from engine.dataset.shards import (
+    IMAGE_FORMATS,
+    ShardFiles,
+    inspect_pair,
+    read_rows,
+    read_shard,
+    read_tar,
+    stage_shard,
+)
 from engine.errors import CorruptShardError, OutputError
 from engine.records import DETERMINISTIC_FIELDS, RUN_FIELDS, SampleResult
 from tests.dataset_cases import make_job, make_plan, make_result, make_results
@@ -177,6 +186,13 @@ def test_a_pair_that_is_not_of_one_piece_is_noticed(staged: ShardFiles, tmp_path
         inspect_pair(other.tar, staged.parquet)
     with pytest.raises(CorruptShardError):
         inspect_pair(staged.tar, other.parquet)
+
+
+def test_every_image_format_is_known_everywhere() -> None:
+    """The job's formats, the encoder's and the estimate's."""
+    from engine.imaging import _OPTIONS
+
+    assert set(IMAGE_FORMATS) == set(BYTES_PER_PIXEL) == set(_OPTIONS)
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from engine.dataset.commits import list_commits
 from engine.dataset.state import PLANS, SUCCESS, open_run, read_run
-from engine.dataset.store import STAGING, Store, open_store
+from engine.dataset.store import DRIVER_LOCK, LOCKS, STAGING, Store, open_store
 from engine.errors import JobError, OutputError
 from engine.plan import Plan
 from tests.conftest import REPOSITORY
@@ -143,6 +143,16 @@ def test_overwrite_removes_what_the_run_wrote(tmp_path: Path) -> None:
     assert read_run(store).digest == plan.digest  # type: ignore[union-attr]
 
 
+def test_overwrite_keeps_the_lock_of_the_driver(tmp_path: Path) -> None:
+    """Removed, another driver could take it while this one works."""
+    finished(tmp_path)
+    store = open_store(str(tmp_path))
+    with store.try_lock(DRIVER_LOCK, "the first"):
+        reopen(tmp_path, "overwrite", confirmed=True)
+        with store.try_lock(DRIVER_LOCK, "the second") as holder:
+            assert holder == "the first"
+
+
 @pytest.mark.parametrize("foreign", ["notes.txt", "shards/photo.jpg", "shards/other-000000.tar", "sub/deep/file"])
 def test_overwrite_keeps_its_hands_off_other_files(tmp_path: Path, foreign: str) -> None:
     finished(tmp_path)
@@ -225,6 +235,48 @@ def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         open_store("file")
     with pytest.raises(OutputError, match=r"part of the path is a file.*--output"):
         reopen(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("uri", ["~nobody-of-this-name/run", "a\0b", "x" * 5000])
+def test_addresses_that_no_file_system_takes(uri: str) -> None:
+    """A home of nobody, a character that no path has, a name that is too long."""
+    with pytest.raises(OutputError, match="output"):
+        open_store(uri)
+
+
+def test_an_address_below_a_closed_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It cannot even be looked at; raised by hand, as root may look at everything."""
+
+    def refuse(path: Path, **_: object) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(OutputError, match="no permission"):
+        open_store(str(tmp_path))
+
+
+def test_a_lock_is_held_by_one_and_dies_with_its_process(tmp_path: Path) -> None:
+    """Who holds it is told; after SIGKILL it is free, whatever its file says; a regular end leaves no file."""
+    program = (
+        "import sys, time; from engine.dataset.store import open_store\n"
+        "with open_store(sys.argv[1]).try_lock('driver', 'the first') as holder:\n"
+        "    print(repr(holder), flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    store = open_store(str(tmp_path))
+    assert process.stdout is not None and process.stdout.readline() == "''\n"
+    with store.try_lock("driver", "the second") as holder:
+        assert holder == "the first"
+    process.kill()
+    process.wait(10)
+    assert (tmp_path / LOCKS / "driver").exists()
+    with store.try_lock("driver", "the second") as holder:
+        assert holder == ""
+        with store.try_lock("driver", "the third") as other:
+            assert other == "the second"
+    assert not (tmp_path / LOCKS / "driver").exists()
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "shards/../../x"])

@@ -15,17 +15,21 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import engine.run
 from engine.dataset.commits import list_commits, read_commit
 from engine.dataset.store import open_store
 from engine.errors import EXIT_INCOMPLETE, EXIT_OK, JobError, OutputError, RiskforgeError
+from engine.executors.base import ShardProgress
 from engine.executors.local import LocalExecutor
-from engine.executors.ray import Layout, RayExecutor, divide, prepare_environment
-from engine.run import WorkersFailingError
+from engine.executors.ray import Layout, RayExecutor, RayHost, divide, prepare_environment, usable_cores
+from engine.plan import ShardSpec
+from engine.run import WorkersFailingError, plan_job
 from tests.conftest import REPOSITORY
-from tests.sleepy import Faults, Recorder, run_sleepy, tars
+from tests.sleepy import Faults, Recorder, make_job, run_sleepy, tars
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,35 @@ def test_only_what_is_missing_is_made(tmp_path):
     assert {name: tars(tmp_path)[name] for name in before} == before
 
 
+def test_what_is_there_is_listed_once_and_models_are_checked_twice(monkeypatch, tmp_path):
+    """Records may be many; and models of the hub are here only when their digests are known."""
+    calls = []
+    for name in ("list_commits", "check_addresses", "model_digests"):
+        monkeypatch.setattr(engine.run, name, noting(name, getattr(engine.run, name), calls))
+    monkeypatch.setattr(LocalExecutor, "opening", property(lambda self: calls.append("opening") or "opening"))
+    run_sleepy(tmp_path, 1, LocalExecutor(1))
+    assert calls[: calls.index("opening")] == ["check_addresses", "model_digests", "check_addresses", "list_commits"]
+
+
+def noting(name, inner, calls):
+    """The function, with each call noted."""
+
+    def noted(*arguments):
+        calls.append(name)
+        return inner(*arguments)
+
+    return noted
+
+
+def test_relative_addresses_start_where_the_driver_is(monkeypatch, tmp_path):
+    """Also in actors elsewhere; a machine without that folder says itself what it lacks."""
+    monkeypatch.chdir("/")
+    monkeypatch.setattr("engine.worker.Worker", lambda *_, name: Path.cwd())
+    job = make_job(tmp_path, 1)
+    assert engine.run.default_worker(job, plan_job(job), folder=str(tmp_path)) == tmp_path
+    assert engine.run.default_worker(job, plan_job(job), folder=str(tmp_path / "none")) == tmp_path
+
+
 def test_progress_is_seen_while_a_shard_is_in_work(tmp_path):
     """Not only when it is committed."""
     display = Recorder()
@@ -118,9 +151,77 @@ def test_a_fault_of_the_user_ends_the_run_with_its_message(tmp_path):
 
 
 def test_workers_that_cannot_start_end_the_run_with_the_reason(tmp_path):
-    """A defect shows its traceback; it is not looped over."""
-    with pytest.raises(WorkersFailingError, match=r"(?s)Traceback.*no such kernel"):
+    """A defect is told by its last line; it is not looped over."""
+    with pytest.raises(WorkersFailingError, match="the last one: ZeroDivisionError: no such kernel\n") as raised:
         run_sleepy(tmp_path, 2, LocalExecutor(1), faults=Faults(no_start="defect"))
+    assert raised.value.exit_code == EXIT_INCOMPLETE
+
+
+def test_a_stopped_thread_begins_no_queued_shard():
+    """Whoever replaces it makes them: not both. One that failed takes nothing more by itself."""
+    begun: list[int] = []
+    go = threading.Event()
+
+    class Slow:
+        """A worker that waits, then fails."""
+
+        def run_shard(self, shard, attempt, report):
+            """Note the shard."""
+            begun.append(shard.number)
+            report(0)
+            go.wait(10)
+            raise ZeroDivisionError
+
+    def submit_two(executor: LocalExecutor, worker: int) -> None:
+        executor.start_worker(worker)
+        for number in (0, 1):
+            executor.submit(worker, ShardSpec(number=number, request=0, start=0, stop=1), 1)
+        while not any(isinstance(event, ShardProgress) for event in executor.poll(10)):
+            pass
+
+    executor = LocalExecutor(1)
+    executor.open(Slow, 2)
+    for worker, is_stopped in enumerate((True, False)):
+        go.clear()
+        begun.clear()
+        submit_two(executor, worker)
+        if is_stopped:
+            executor.stop_worker(worker)
+        go.set()
+        [thread] = [one for one in threading.enumerate() if one.name == f"worker-{worker}"] or [None]
+        if thread:
+            thread.join(10)
+            assert not thread.is_alive()
+        assert begun == [0]
+
+
+def test_progress_of_a_new_shard_begins_at_none_of_it():
+    """Not with what was last heard of the shard before."""
+    host = RayHost(0, 1)
+    host.load(lambda: SimpleNamespace(run_shard=lambda shard, attempt, report: report(4)))
+    heard = []
+    host._host.run_shard = lambda shard, attempt, report: heard.append(host.progress())
+    host._report(7, 4)
+    host.run_shard(ShardSpec(number=8, request=0, start=0, stop=1), 1)
+    assert heard == [(8, 0)]
+
+
+def test_timing_is_of_all_sessions(tmp_path):
+    """Shards of an earlier session took their time, too."""
+    run_sleepy(tmp_path, 1, LocalExecutor(1), faults=Faults(seconds=0.05))
+    run_sleepy(tmp_path, 2, LocalExecutor(1))
+    assert json.loads((tmp_path / "manifest.json").read_text())["timing"]["sampling_seconds"] > 0.5
+
+
+def test_workers_that_wait_for_room_are_told_once(monkeypatch, tmp_path):
+    """And nothing is said where all have a place."""
+    monkeypatch.setattr("engine.run.UNPLACED_SECONDS", 0.0)
+    display = Recorder()
+    run_sleepy(tmp_path / "placed", 1, LocalExecutor(1), display=display)
+    assert not display.notices
+    monkeypatch.setattr(LocalExecutor, "num_unplaced", 2)
+    run_sleepy(tmp_path / "waiting", 1, LocalExecutor(1), display=display)
+    assert display.notices == ["2 worker(s) still wait for room on the cluster; ask for fewer with --workers"]
 
 
 @pytest.mark.parametrize(
@@ -133,12 +234,55 @@ def test_workers_that_cannot_start_end_the_run_with_the_reason(tmp_path):
         ([{"CPU": 16.0, "GPU": 2.0}], "auto", None, 99, True, Layout(2, 8, {"num_gpus": 1, "num_cpus": 0})),
         ([{"CPU": 16.0, "GPU": 2.0}], "auto", 3, 99, True, Layout(3, 5, {"num_gpus": 0.5, "num_cpus": 0})),
         ([{"CPU": 16.0, "GPU": 2.0}], "cpu", None, 99, True, Layout(4, 4, {"num_cpus": 1})),
+        ([{"CPU": 8.0}, {"CPU": 8.0}], "cpu", 1, 99, False, Layout(1, 8, {"num_cpus": 8})),
+        ([{"CPU": 8.0}, {"CPU": 8.0}], "cpu", 3, 99, False, Layout(3, 4, {"num_cpus": 4})),
+        ([{"CPU": 2.0}], "cpu", 3, 99, False, Layout(3, 1, {"num_cpus": 1})),
         ([{"CPU": 4.0}], "cuda", 8, 99, False, Layout(8, 1, {"num_gpus": 1, "num_cpus": 0})),
     ],
 )
 def test_resources_are_divided(nodes, device, workers, shards, is_own, expected):
     """One worker a GPU, or cores shared out; a growing cluster is asked for GPUs that it does not have yet."""
     assert divide(nodes, device, workers, shards, is_own=is_own) == expected
+
+
+def test_cores_are_counted_where_affinity_is_unknown(monkeypatch):
+    """As on macOS."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
+    """With the reason and what else to try."""
+    executor = RayExecutor(address=None, num_workers=1, device="cpu")
+    monkeypatch.setattr(executor, "_start", raising(ConnectionError("raylet died\nlots of text")))
+    with pytest.raises(RiskforgeError, match=r"^Ray does not start .*\(raylet died\); try --executor local$"):
+        executor.open(Faults, 1)
+    executor.close()
+
+
+def raising(error: Exception):
+    """A function that raises."""
+
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+def test_closing_while_ray_starts_takes_its_folder_away(monkeypatch, tmp_path):
+    """The folder is made when the run was closed already."""
+    executor = RayExecutor(address=None, num_workers=1, device="cpu")
+
+    def connect() -> bool:
+        time.sleep(0.5)
+        executor._folder = str(tmp_path / "rf")
+        (tmp_path / "rf").mkdir()
+        return False
+
+    monkeypatch.setattr(executor, "_connect", connect)
+    executor.begin()
+    executor.close()
+    assert not (tmp_path / "rf").exists() and not executor._thread.is_alive()
 
 
 def test_a_gpu_that_is_not_there_is_refused():
@@ -188,7 +332,8 @@ def test_a_lost_node_lays_no_blame(cluster, join, tmp_path):
     display = Recorder()
 
     def lose_node() -> None:
-        while not display.in_work:
+        deadline = time.monotonic() + 60
+        while not display.in_work and time.monotonic() < deadline:
             time.sleep(0.05)
         cluster.remove_node(node, allow_graceful=False)
 
@@ -230,8 +375,9 @@ def test_a_killed_driver_leaves_no_process_and_is_continued(tmp_path):
     Also that a cluster of our own needs no address, prints nothing of Ray's, and takes its folder away.
     """
     first = sleepy(tmp_path / "killed", stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
     while not tars(tmp_path / "killed"):
-        assert first.poll() is None
+        assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     [folder] = ray_folders(first.pid)
     os.kill(first.pid, signal.SIGKILL)

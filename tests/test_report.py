@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -26,15 +27,14 @@ from engine.dataset.manifest import finalise, write_metadata
 from engine.dataset.shards import shard_name, stage_shard
 from engine.dataset.state import METADATA
 from engine.dataset.store import Store, open_store
-from engine.errors import OutputError
+from engine.errors import CorruptShardError, OutputError
 from engine.plan import Plan, SampleSpec, build_plan
 from engine.records import SampleResult, failed_record, new_record
-from engine.report import write_report
 from engine.report.charts import NUM_BINS, make_axis
 from engine.report.data import make_rows, read_table
 from engine.report.gallery import IMAGE_BUDGET_BYTES, MAX_SAMPLES, select, thumbnail
 from engine.report.headline import summary_table
-from engine.report.render import CHARTS, render
+from engine.report.render import CHARTS, render, write_report
 from engine.report.text import clip, joined, number
 from engine.spec import JobSpec, parse_job
 
@@ -283,6 +283,27 @@ def test_a_thousand_classes_and_very_long_texts(tmp_path: Path) -> None:
 def test_a_run_without_its_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"manifest\.json; finish the run first"):
         write_report(open_store(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("manifest.json", b"{"),
+        ("manifest.json", b"[]"),
+        ("manifest.json", b'{"name": "sheet"}'),
+        ("metadata.parquet", b"PAR1"),
+        ("metadata.parquet", None),
+    ],
+)
+def test_a_damaged_run_is_named_not_a_traceback(run: Store, tmp_path: Path, name: str, content: bytes | None) -> None:
+    """No JSON, keys that are missing, no parquet, columns that are missing."""
+    shutil.copytree(run.root, tmp_path / "copy")
+    if content is None:
+        pyarrow.parquet.write_table(pyarrow.table({"key": ["a"]}), tmp_path / "copy" / name)
+    else:
+        (tmp_path / "copy" / name).write_bytes(content)
+    with pytest.raises(CorruptShardError, match=re.escape(str(tmp_path / "copy" / name))):
+        write_report(open_store(str(tmp_path / "copy")))
 
 
 def big_table(store: Store, num_rows: int, requests: int = 1) -> Any:

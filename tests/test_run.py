@@ -31,6 +31,9 @@ CHANGES = {
     "output.samples_per_shard": 8,
 }
 
+# Of the median KLDB without guidance.
+MAX_GUIDED_SHARE = 0.3
+
 
 def riskforge(*arguments, code=0):
     """Run the command as a user does; check its exit code."""
@@ -100,7 +103,8 @@ def test_guidance_is_recorded_and_seeds_are_shared(finished):
     assert all(one["guided_steps"] == 0 for one, _ in plain)
     assert all(one["kldb_classes"] == [3, 8] and sum(one["soft_label"]) == 1 for one, _ in guided + plain)
     assert all(first != second for (_, first), (_, second) in zip(guided, plain, strict=True))
-    assert np.median([one["kldb"] for one, _ in guided]) < np.median([one["kldb"] for one, _ in plain])
+    closest, plainest = (np.median([one["kldb"] for one, _ in some]) for some in (guided, plain))
+    assert closest <= MAX_GUIDED_SHARE * plainest
 
 
 def test_plain_transformers_gives_the_stored_scores(finished):
@@ -162,10 +166,8 @@ def test_foreign_readers_open_the_shards(finished, tmp_path):
 def test_a_second_run_does_nothing_and_says_so(finished, job):
     """No model is loaded and no byte changes."""
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
-    started = time.monotonic()
     done = riskforge("run", job, "--output", finished)
     assert "nothing to do" in done.stdout.lower()
-    assert time.monotonic() - started < 5
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 
 
@@ -178,17 +180,18 @@ def test_a_changed_job_is_refused_with_the_difference(finished, job):
 
 
 def test_killed_and_resumed_equals_uninterrupted(finished, job, tmp_path):
-    """SIGKILL after the first commit, in another executor; resumed, the keys and tar bytes are the clean run's."""
+    """SIGKILL of threads after the first commit; resumed by two actors, the tar bytes are the clean run's."""
     output = tmp_path / "killed"
     command = [*RISKFORGE, "run", str(job), "--output", str(output), "--executor", "local"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 180
-    while not list(output.glob("shards/*.tar")) and time.monotonic() < deadline:
+    while not list(output.glob("shards/*.tar")):
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (output / "_SUCCESS").exists() and len(tars(output)) < len(tars(finished))
-    riskforge("run", job, "--output", output, "--executor", "local")
+    riskforge("run", job, "--output", output, "--executor", "ray", "--workers", 2)
     assert tars(output) == tars(finished)
     assert (output / "_SUCCESS").exists()
 
@@ -214,10 +217,3 @@ def test_worker_refuses_what_the_machine_lacks(job, tmp_path):
         code=2,
     )  # fmt: skip
     assert "runtime.attention: 'xformers' has no kernels for a CPU" in done.stderr
-
-
-def test_batch_and_threads_do_not_change_bytes(finished, job, tmp_path):
-    """On a CPU: other batch size, two workers and another order of shards give equal tars."""
-    output = tmp_path / "other"
-    riskforge("run", job, "--output", output, "--set", "runtime.batch_size=3", "--workers", 2)
-    assert tars(output) == tars(finished)

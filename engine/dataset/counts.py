@@ -22,9 +22,11 @@ MAX_NAME_CHARS = 200
 MANY = "many"
 NONE = "none"
 JOINT = "mix"
+# Regular expression that finds the keys for which `is_joint` holds.
+JOINT_KEY = f"-{JOINT}-[^-]*$"
 
 _COUNTS = re.compile(r"ok=(\d{1,9})\.rejected=(\d{1,9})\.failed=(\d{1,9})\.accepted=(\d{1,9})\.([a-z0-9=_-]+)\.json")
-_RUN = re.compile(r"(?:(\d{3,8})(?:-(\d{3,8}))?|mix)=(\d{1,9})")
+_RUN = re.compile(rf"(?:(\d{{3,8}})(?:-(\d{{3,8}}))?|{JOINT})=(\d{{1,9}})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,11 @@ class ShardCounts:
 def class_code(key: str) -> str:
     """The class part of a sample's key."""
     return key.rsplit("-", 2)[1]
+
+
+def is_joint(key: str) -> bool:
+    """Whether a key is of a sample with a joint prompt."""
+    return class_code(key) == JOINT
 
 
 def count_rows(rows: Iterable[dict[str, Any]]) -> ShardCounts:

@@ -192,11 +192,13 @@ def _row_groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
     import pyarrow as pa
 
     held: list[pa.Table] = []
+    num_rows = 0
     for table in tables:
         held.append(table)
-        if sum(len(one) for one in held) >= ROWS_PER_GROUP:
+        num_rows += len(table)
+        if num_rows >= ROWS_PER_GROUP:
             yield pa.concat_tables(held).combine_chunks()
-            held = []
+            held, num_rows = [], 0
     if held:
         yield pa.concat_tables(held).combine_chunks()
 

@@ -16,19 +16,20 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from engine.dataset.counts import ShardCounts, count_rows
 from engine.dataset.schema import arrow_schema, check_run_fields
 from engine.dataset.store import explained
 from engine.errors import CorruptShardError
 from engine.records import DETERMINISTIC_FIELDS, STATUS_FAILED, STATUS_OK, SampleResult, check_record
+from engine.spec import OutputSpec
 
 SHARDS = "shards"
 BLOCK_BYTES = 512
 RECORD_BYTES = 10240
 ROWS_PER_GROUP = 1024
-IMAGE_FORMATS = ("png", "jpg", "webp")
+IMAGE_FORMATS: tuple[str, ...] = get_args(OutputSpec.model_fields["image_format"].annotation)
 
 _KEY = re.compile(r"[a-z0-9-]{1,90}")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.dataset.shards import SHARDS
-from engine.dataset.store import STATE, Store
+from engine.dataset.store import DRIVER_LOCK, LOCKS, STATE, Store
 from engine.errors import OutputError
 from engine.plan import Extent, Plan, difference, next_stage
 from engine.spec import JobSpec
@@ -77,7 +77,7 @@ def open_run(store: Store, plan: Plan, job: JobSpec, resume: str, confirmed: boo
         _clear(store, confirmed)
     stored = read_run(store)
     if stored is None:
-        _check_unused(store)
+        check_unused(store)
     store.clean_staging()
     if stored is None:
         if _publish_stage(store, plan, job, 0, plan.stages[0]):
@@ -86,6 +86,24 @@ def open_run(store: Store, plan: Plan, job: JobSpec, resume: str, confirmed: boo
         return open_run(store, plan, job, "never" if resume == "never" else "auto", confirmed=False)
     _check_same(store, stored, plan)
     return _extend(store, stored, plan, job)
+
+
+def find_plan(store: Store, plan: Plan, job: JobSpec) -> Plan | None:
+    """The plan of an output with its stages if it is that of the job and need not grow; changes nothing.
+
+    Args:
+        plan: the job planned as a single stage.
+
+    Raises:
+        OutputError: a plan file that cannot be read.
+        JobError: a count shrank.
+    """
+    stored = read_run(store)
+    if stored is None or stored.digest != plan.digest:
+        return None
+    if next_stage(plan.requests, stored.stages, job.output.samples_per_shard):
+        return None
+    return Plan(plan.requests, plan.identity, stored.stages)
 
 
 def read_run(store: Store) -> StoredRun | None:
@@ -133,8 +151,14 @@ def _publish_stage(store: Store, plan: Plan, job: JobSpec, number: int, stage: t
     return store.publish(f"{PLANS}/{number:06d}.json", text.encode())
 
 
-def _check_unused(store: Store) -> None:
-    """Refuse a folder with files that no run of ours has put there."""
+def check_unused(store: Store) -> None:
+    """Refuse a folder with files that no run of ours has put there.
+
+    Raises:
+        OutputError: some of them.
+    """
+    if store.list(PLANS):
+        return
     foreign = [name for name in store.list() if name != STATE]
     if foreign:
         raise OutputError(
@@ -176,7 +200,7 @@ def _clear(store: Store, confirmed: bool) -> None:
     """Remove the files of an earlier run, the plan last, so that an interrupted removal can be taken up again."""
     stored = read_run(store)
     if stored is None:
-        _check_unused(store)
+        check_unused(store)
         return
     own, foreign = _sort_files(store, str(stored.job["name"]))
     if foreign:
@@ -191,8 +215,12 @@ def _clear(store: Store, confirmed: bool) -> None:
         )
     store.remove(SUCCESS)
     for name in store.list(STATE):
-        if name != PLANS:
+        if name not in (PLANS, LOCKS):
             store.remove_tree(name)
+    for name in store.list(LOCKS):
+        # The driver's is held by whoever calls this.
+        if name != f"{LOCKS}/{DRIVER_LOCK}":
+            store.remove(name)
     for name in own:
         (store.remove_tree if name == METADATA else store.remove)(name)
     store.remove_tree(SHARDS)

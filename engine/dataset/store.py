@@ -25,6 +25,8 @@ STATE = "_state"
 STAGING = "_state/staging"
 TORN = "_state/torn"
 LOCKS = "_state/locks"
+DRIVER_LOCK = "driver"
+MAX_HOLDER_BYTES = 1000
 
 _KEPT = "what is committed is kept, and the same command continues from there"
 _REMEDIES: dict[int, str] = {
@@ -75,8 +77,15 @@ def open_store(uri: str) -> Store:
         if parts.netloc not in ("", "localhost"):
             raise OutputError(f"output {uri}: names the host {parts.netloc!r}; write file:///absolute/path")
         uri = unquote(parts.path)
-    root = Path(uri).expanduser().absolute()
-    if root.exists() and not root.is_dir():
+    if "\0" in uri:
+        raise OutputError(f"output {uri!r}: holds a character that no path has; choose another --output")
+    try:
+        with explained(f"output {uri}"):
+            root = Path(uri).expanduser().absolute()
+            is_file = root.exists() and not root.is_dir()
+    except RuntimeError as error:
+        raise OutputError(f"output {uri}: names the home folder of nobody ({error}); choose another --output") from None
+    if is_file:
         raise OutputError(f"output {root}: is a file, not a folder; choose another --output")
     return Store(root)
 
@@ -205,6 +214,35 @@ class Store:
             os.close(descriptor)
 
     @contextlib.contextmanager
+    def try_lock(self, name: str, holder: str) -> Iterator[str]:
+        """Hold a lock between processes if it is free; it ends with the process that holds it, its file with the block.
+
+        Gives an empty text, or what the holder wrote where that is another. Where the file system has no locks the
+        block runs without one.
+
+        Args:
+            holder: who this is, to be written into the lock.
+        """
+        path = self.path(f"{LOCKS}/{name}")
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, is_free = _open_lock(path)
+        try:
+            if not is_free:
+                yield os.read(descriptor, MAX_HOLDER_BYTES).decode(errors="replace") or "another process"
+                return
+            with explained(path):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, holder.encode()[:MAX_HOLDER_BYTES])
+            try:
+                yield ""
+            finally:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
     def _file_of(self, data: bytes | Path) -> Iterator[Path]:
         """A synced file with the data on the store's file system; removed afterwards if it was made here."""
         if isinstance(data, Path) and data.is_relative_to(self.root):
@@ -295,16 +333,31 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _open_lock(path: Path) -> tuple[int, bool]:
+    """The descriptor of a lock's file, and whether the lock is ours (or nobody's, where there are none)."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, or_raise=True)
+        except BlockingIOError:
+            return descriptor, False
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, True
+        os.close(descriptor)  # Its last holder removed it after it was opened here.
+
+
 def _lock_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
 
 
-def _flock(descriptor: int, operation: int) -> bool:
-    """Take a lock; False where it is held, or where the file system has none."""
+def _flock(descriptor: int, operation: int, *, or_raise: bool = False) -> bool:
+    """Take a lock; False where it is held (or `BlockingIOError`), or where the file system has none."""
     try:
         fcntl.flock(descriptor, operation)
     except OSError as error:
         if error.errno not in (errno.EWOULDBLOCK, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+            raise
+        if or_raise and error.errno == errno.EWOULDBLOCK:
             raise
         return False
     return True

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.dataset.counts import JOINT_KEY
 from engine.records import NO_CLASS, STATUS_FAILED, STATUS_OK, STATUS_REJECTED
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 _TEXTS = ["request", "method", "context", "class_name", "status"]
 _SCORES = ["risk", "conformity", "kldb", "entropy"]
 _COLUMNS = [*_TEXTS, *_SCORES, "key", "class_index", "is_error", "accepted", "oracle_class", "kldb_classes", "transfer"]
-_JOINT_KEY = r"-mix-[0-9]+$"
 _QUARTILES = (0.25, 0.5, 0.75)
 
 
@@ -169,7 +169,7 @@ def _oracle_reading(table: pa.Table) -> np.ndarray:
     members = pc.list_flatten(table["kldb_classes"]).to_numpy()
     in_subset = np.zeros(table.num_rows, dtype=bool)
     in_subset[parents[oracle[parents] == members]] = True
-    is_joint = pc.match_substring_regex(table["key"], _JOINT_KEY).to_numpy()
+    is_joint = pc.match_substring_regex(table["key"], JOINT_KEY).to_numpy()
     return np.where(oracle == NO_CLASS, -1.0, np.where(is_joint, in_subset, agrees))
 
 

@@ -93,6 +93,11 @@ class Executor(Protocol):
         """The hardware, for the record. Only while open."""
         ...
 
+    @property
+    def num_unplaced(self) -> int:
+        """Workers that were started and have no machine yet."""
+        ...
+
     def start_worker(self, worker: int) -> None:
         """Start a worker; `WorkerReady`, `WorkerLost` or `UserFault` follows."""
         ...

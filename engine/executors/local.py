@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
 from typing import Any
 
-from engine.executors.base import ExecutorEvent, Host, ShardProgress, WorkerFactory, drain
+from engine.executors.base import ExecutorEvent, Host, ShardProgress, ShardResult, WorkerFactory, drain
 from engine.plan import ShardSpec
 
 Inbox = queue.SimpleQueue[tuple[ShardSpec, int] | None]
@@ -16,13 +17,15 @@ Inbox = queue.SimpleQueue[tuple[ShardSpec, int] | None]
 class LocalExecutor:
     """Runs every worker in a thread of its own.
 
-    A thread cannot be ended from outside: one that was stopped finishes its shard unseen.
+    A thread cannot be ended from outside: one that was stopped finishes the shard it has in work, unseen, and begins no
+    other. One that failed at a shard ends by itself.
 
     Args:
         num_workers: workers at a time.
     """
 
     opening = "starting workers"
+    num_unplaced = 0
 
     def __init__(self, num_workers: int) -> None:
         self._num_workers = num_workers
@@ -51,8 +54,12 @@ class LocalExecutor:
         self._inboxes[worker].put((shard, attempt))
 
     def stop_worker(self, worker: int) -> None:
-        """Let the thread end after the shard it has in work."""
-        self._inboxes.pop(worker).put(None)
+        """Take the queued shards from a thread, which ends after the one it has in work."""
+        inbox = self._inboxes.pop(worker)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                inbox.get_nowait()
+        inbox.put(None)
 
     def poll(self, timeout_seconds: float) -> list[ExecutorEvent]:
         """What happened since the last call."""
@@ -73,4 +80,7 @@ class LocalExecutor:
             def report(num_done: int, number: int = shard.number) -> None:
                 self._events.put((worker, ShardProgress(worker, number, num_done)))
 
-            self._events.put((worker, host.run_shard(shard, attempt, report)))
+            event = host.run_shard(shard, attempt, report)
+            self._events.put((worker, event))
+            if not isinstance(event, ShardResult):
+                return

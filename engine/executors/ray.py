@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine.errors import JobError
+from engine.errors import JobError, RiskforgeError
 from engine.executors.base import ExecutorEvent, Host, ShardProgress, WorkerFactory, drain
 from engine.plan import ShardSpec
 from engine.scheduler import WorkerLost
@@ -61,6 +61,7 @@ class RayHost:
 
     def run_shard(self, shard: ShardSpec, attempt: int) -> ExecutorEvent:
         """Make a shard."""
+        self._report(shard.number, 0)
         return self._host.run_shard(shard, attempt, partial(self._report, shard.number))
 
     def progress(self) -> tuple[int, int] | None:
@@ -166,6 +167,11 @@ class RayExecutor:
             "accelerators": ", ".join(kinds),
         }
 
+    @property
+    def num_unplaced(self) -> int:
+        """Actors that no node has room for yet, or that just begin."""
+        return sum(not handle.node for handle in self._handles.values())
+
     def start_worker(self, worker: int) -> None:
         """Create an actor and let it load its models."""
         options = self._actor_class.options(max_restarts=0, max_task_retries=0, **self._layout.resources)
@@ -205,9 +211,9 @@ class RayExecutor:
         self._answers = queue.SimpleQueue()
         gc.collect()
         self._is_closed.set()
-        if self._is_up.is_set():
+        # Also one that is still starting, which would otherwise make its folder anew.
+        if self._thread.ident is not None:
             self._thread.join(CLOSE_SECONDS)
-        # A cluster that is still starting ends with this process: its processes are bound to the thread's life.
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -228,32 +234,40 @@ class RayExecutor:
 
     def _connect(self) -> bool:
         """Load Ray, start or join a cluster; False if the run was closed meanwhile."""
-        prepare_environment(is_own=self._address is None)
-        import ray
+        try:
+            prepare_environment(is_own=self._address is None)
+            import ray
 
-        logging.getLogger("ray").setLevel(logging.CRITICAL)
-        if self._is_closed.is_set():
-            return False
-        quiet = {"log_to_driver": False, "configure_logging": False}
-        if self._address:
-            try:
+            logging.getLogger("ray").setLevel(logging.CRITICAL)
+            if self._is_closed.is_set():
+                return False
+            quiet = {"log_to_driver": False, "configure_logging": False}
+            if self._address:
                 check_reachable(self._address)
                 ray.init(address=self._address, **quiet)
-            except Exception as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            else:
+                self._start(quiet)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if self._address:
                 raise JobError(f"--address: no Ray cluster at '{self._address}' ({reason})") from error
-        else:
-            self._folder = tempfile.mkdtemp(prefix="rf-", dir=short_folder())
-            ray.init(
-                address="local",
-                # Ray starts an idle process for each.
-                num_cpus=self._num_workers or min(usable_cores(), MAX_CPU_WORKERS_PER_NODE),
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=self._folder,
-                **quiet,
-            )
+            raise RiskforgeError(f"Ray does not start on this machine ({reason}); try --executor local") from error
         return True
+
+    def _start(self, quiet: dict[str, Any]) -> None:
+        """Start a cluster of our own."""
+        import ray
+
+        self._folder = tempfile.mkdtemp(prefix="rf-", dir=short_folder())
+        ray.init(
+            address="local",
+            # Ray starts an idle process for each.
+            num_cpus=self._num_workers or min(usable_cores(), MAX_CPU_WORKERS_PER_NODE),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=self._folder,
+            **quiet,
+        )
 
     def _expect(self, worker: int, kind: str, reference: Any) -> None:
         """Have the answer to a call put into the queue."""
@@ -345,7 +359,10 @@ def short_folder() -> str:
 
 def usable_cores() -> int:
     """CPU cores that this process may use: a container's share may be less than the machine has."""
-    cores = len(os.sched_getaffinity(0))
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # Only Linux has it.
+        cores = os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         return max(1, min(cores, math.ceil(int(quota) / int(period))))
@@ -376,7 +393,12 @@ def divide(
         share = 1 / math.ceil(wanted / num_gpus) if is_own else 1
         return Layout(num_workers=wanted, threads=threads, resources={"num_gpus": share, "num_cpus": 0})
     wanted = min(num_workers or sum(min(one, MAX_CPU_WORKERS_PER_NODE) for one in cores) or 1, num_shards)
-    threads = max(1, sum(cores) // wanted)
-    if is_own or sum(cores) < wanted:
-        return Layout(num_workers=wanted, threads=threads, resources={"num_cpus": 1})
-    return Layout(num_workers=wanted, threads=threads, resources={"num_cpus": threads})
+    threads = _threads_that_fit(cores, wanted)
+    return Layout(num_workers=wanted, threads=threads, resources={"num_cpus": 1 if is_own else threads})
+
+
+def _threads_that_fit(cores: list[int], num_workers: int) -> int:
+    """Cores a worker so that all find room at once, each on one node; one where there is no such number."""
+    most = min(max(cores), sum(cores) // num_workers)
+    fitting = (threads for threads in range(most, 0, -1) if sum(one // threads for one in cores) >= num_workers)
+    return next(fitting, 1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.dataset.counts import is_joint
 from engine.records import NO_CLASS, STATUS_FAILED, STATUS_OK
 from engine.report.text import joined
 
@@ -121,11 +122,6 @@ def _subsets(table: pa.Table, request: Categories, status: Categories) -> list[t
         joint = [one for one in table.take(with_image).to_pylist() if is_joint(one["key"])]
         subsets.append(tuple(joint[0]["kldb_classes"]) if joint else ())
     return subsets
-
-
-def is_joint(key: str) -> bool:
-    """Whether a key is of a sample with a joint prompt."""
-    return key.split("-")[-2:-1] == ["mix"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

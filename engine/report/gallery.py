@@ -16,8 +16,9 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
+from engine.dataset.counts import is_joint
 from engine.records import NO_CLASS, STATUS_FAILED, STATUS_OK
-from engine.report.data import Rows, is_joint, name_of, subset_name
+from engine.report.data import Rows, name_of, subset_name
 from engine.report.text import clip, joined, number
 
 MAX_SAMPLES = 320

@@ -7,8 +7,10 @@ policy lets no script run but its own. Equal runs give equal bytes.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ from markupsafe import Markup
 from engine.dataset.state import MANIFEST, METADATA, REPORT
 from engine.dataset.store import Store
 from engine.dataset.summary import summarise_table
-from engine.errors import JobError, OutputError
+from engine.errors import CorruptShardError, JobError, OutputError
 from engine.models.addresses import read_labels
 from engine.records import NO_CLASS
 from engine.report.charts import Score, histogram
@@ -65,6 +67,23 @@ CHARTS = (
     Score(name="entropy", title="Entropy", unit="nats", log=False, meaning="of the target's output"),
 )
 _HERE = Path(__file__).parent
+_REMEDY = "remove _SUCCESS, and the run's command writes it anew"
+# What the page takes from the manifest without asking whether it is there.
+_NEEDED: dict[str, type] = {
+    "name": str,
+    "complete": bool,
+    "plan_digest": str,
+    "models": dict,
+    "versions": dict,
+    "hardware": dict,
+    "timing": dict,
+    "job.models.target": str,
+    "counts.samples.attempted": int,
+    "counts.samples.ok": int,
+    "counts.samples.failed": int,
+    "counts.shards.planned": int,
+    "counts.shards.committed": int,
+}
 
 
 def write_report(store: Store, *, title: str | None = None, labels: list[str] | None = None) -> None:
@@ -76,13 +95,48 @@ def write_report(store: Store, *, title: str | None = None, labels: list[str] | 
 
     Raises:
         OutputError: the run has no manifest or metadata yet, or the store refuses.
+        CorruptShardError: one of the two cannot be read.
     """
     for name in (MANIFEST, METADATA):
         if not store.exists(name):
             raise OutputError(f"output {store.uri}: has no {name}; finish the run first (`riskforge run`)")
-    manifest = json.loads(store.read(MANIFEST))
-    page = render(store, manifest, title or manifest["name"], _labels(manifest) if labels is None else labels)
+    manifest = _read_manifest(store)
+    with _readable(store.path(METADATA)):
+        page = render(store, manifest, title or manifest["name"], _labels(manifest) if labels is None else labels)
     store.replace(REPORT, page)
+
+
+def _read_manifest(store: Store) -> dict[str, Any]:
+    """The manifest, with all that the page needs of it.
+
+    Raises:
+        CorruptShardError: it is not the manifest of a run.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads(store.read(MANIFEST))
+        for place, kind in _NEEDED.items():
+            value: Any = manifest
+            for key in place.split("."):
+                value = value[key]
+            if not isinstance(value, kind):
+                raise TypeError(f"{place} is not as it should be")
+    except (ValueError, TypeError, KeyError) as error:
+        raise CorruptShardError(
+            f"{store.path(MANIFEST)}: cannot be read as the manifest of a run ({error}); {_REMEDY}"
+        ) from error
+    return manifest
+
+
+@contextlib.contextmanager
+def _readable(metadata: Path) -> Iterator[None]:
+    """Turn what Arrow says of a damaged file into an error that names it."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CorruptShardError(f"{metadata}: cannot be read as the metadata of a run ({reason}); {_REMEDY}") from error
 
 
 def render(store: Store, manifest: dict[str, Any], title: str, labels: list[str]) -> bytes:
