@@ -16,9 +16,12 @@ from engine.errors import EXIT_DRAINED, JobError, RiskforgeError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from engine.artefact import Conditioning
+    from engine.conditioning.evaluation import Quality
     from engine.cost import Cost
     from engine.executors.base import Executor
     from engine.plan import Plan
+    from engine.prepare import Prepared
     from engine.progress import Display
     from engine.run import RunSummary
     from engine.spec import JobSpec
@@ -143,6 +146,45 @@ def plan(
         _print_json(_cost_fields(spec, cost, price_per_hour))
     else:
         _print_cost(spec, cost, price_per_hour)
+
+
+@app.command()
+def prepare(
+    job: JobArgument,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH",
+            help="Labelled images: a folder with a folder for each class (by name or index), WebDataset tars, a run,"
+            " or parquet.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where the artefact conditioning-DIGEST goes; by default OUTPUT-conditioning, beside the job's"
+            " output.uri.",
+        ),
+    ] = None,
+    components: Annotated[int, typer.Option(metavar="K", min=1, max=100, help="Gaussians of a class.")] = 1,
+    set_: SetOption = None,
+) -> None:
+    """Make class statistics, error predictor and calibration of the target from labelled images."""
+    spec = _load(job, set_)
+    from engine.run import check_hardware
+
+    check_hardware(spec, is_here=True)
+    from engine.prepare import prepare_conditioning
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        prepared = prepare_conditioning(spec, data, display=_make_display(), folder=output, components=components)
+    except KeyboardInterrupt:
+        _complain("stopped; nothing is stored, the same command begins again")
+        raise typer.Exit(EXIT_DRAINED) from None
+    _print_prepared(prepared)
 
 
 @app.command()
@@ -296,6 +338,68 @@ def _print_summary(summary: RunSummary) -> None:
         more = len(summary.quarantined) - MAX_LISTED
         _complain(f"error: shards in quarantine: {some}{f' and {more} more' if more > 0 else ''}")
         _complain(f"the reasons are in {summary.uri}/_state/quarantine; the same command tries them again")
+
+
+def _print_prepared(prepared: Prepared) -> None:
+    """What the images say, class by class and over all, and where it is stored."""
+    from engine.progress import duration
+
+    found = prepared.conditioning
+    num_images, num_errors, fit = sum(found.counts), sum(found.num_errors), found.temperature
+    _print_classes(found)
+    print(f"images         {num_images} of {len(found.labels)} classes, from {prepared.source}")
+    print(f"unusable       {len(found.unusable)}")
+    _print_some([f"{one.name}: {one.reason}" for one in found.unusable])
+    print(f"target errors  {num_errors} ({num_errors / num_images:.1%})")
+    print(f"predictor      {found.fit.verdict}")
+    if found.fit.evaluation is not None:
+        pooled, threshold = found.fit.evaluation.pooled, found.fit.evaluation.threshold
+        precision = "not defined (no alarm)" if pooled.precision is None else f"{pooled.precision:.2f}"
+        print(f"               precision {precision}, recall {pooled.recall:.2f} above a confidence of {threshold:g}")
+    fitted = f"fitted {fit.fitted:.4g}, NLL {fit.fitted_nll:.4f}"
+    print(f"temperature    {fit.current:.4g}, NLL {fit.current_nll:.4f}; {fitted}")
+    print(f"               {fit.verdict}")
+    _print_some(found.notes())
+    there = "was there already, equal" if prepared.was_there else duration(prepared.seconds)
+    print(f"artefact       {prepared.path} ({there})")
+
+
+def _print_classes(found: Conditioning) -> None:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    from engine.progress import ABSENT
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("class", "images", "errors", "error rate", "AUC of the predictor, held out"):
+        table.add_column(name, justify="left" if name == "class" else "right")
+    judged = {one.class_index: one for one in found.fit.evaluation.per_class} if found.fit.evaluation else {}
+    for index, (label, count, errors) in enumerate(zip(found.labels, found.counts, found.num_errors, strict=True)):
+        rate = f"{errors / count:.1%}" if count else ABSENT
+        if index < MAX_LISTED:
+            table.add_row(escape(label), str(count), str(errors), rate, _auc_text(judged.get(index)))
+    _console().print(table)
+    if len(found.labels) > MAX_LISTED:
+        print(f"and {len(found.labels) - MAX_LISTED} more classes in conditioning.json")
+
+
+def _auc_text(quality: Quality | None) -> str:
+    from engine.progress import ABSENT
+
+    if quality is None:
+        return ABSENT
+    if quality.auc is None:
+        return f"too few ({quality.num_errors} errors, {quality.num_right} right)"
+    return f"{quality.auc:.2f} ({quality.auc_low:.2f} to {quality.auc_high:.2f})"
+
+
+def _print_some(lines: list[str]) -> None:
+    """The first lines of a list that may be long."""
+    for line in lines[:MAX_LISTED]:
+        print(f"  {line}")
+    if len(lines) > MAX_LISTED:
+        print(f"  and {len(lines) - MAX_LISTED} more in conditioning.json")
 
 
 def _print_json(value: Any) -> None:

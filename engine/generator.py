@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from engine import imaging
+from engine.acceptance import is_accepted
 from engine.errors import JobError
 from engine.guidance.boundary import guide_to_boundary
+from engine.guidance.guided import ConditionalDenoiser, GuidedDenoiser
+from engine.guidance.risky import guide_to_risk
 from engine.guidance.rules import GradientHealth
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
 from engine.models.diffusion import Diffusion
 from engine.models.runtime import choose_hardware
 from engine.plan import Plan, RequestPlan, SampleSpec, make_prompt
-from engine.records import STATUS_FAILED, SampleResult, check_record, failed_record
+from engine.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, SampleResult, check_record, failed_record
 from engine.sampling.loop import sample
 from engine.sampling.noise import initial_noise
 from engine.scoring import Scorer
@@ -124,11 +127,27 @@ class Generator:
         files = [imaging.encode(pixels, self._job.output.image_format) for pixels in imaging.quantise(images)]
         records = self._scorer.records(padded, [imaging.decode(data) for data in files])
         return [
-            _result(spec, record | _counts(health, row), files[row], len(padded))
+            self._result(request, spec, record | _counts(health, row), files[row], len(padded))
             if finite[row]
             else _failed(spec, "the sampler produced values that are not finite")
             for row, (spec, record) in enumerate(zip(specs, records[: len(specs)], strict=True))
         ]
+
+    def _result(
+        self, request: int, spec: SampleSpec, record: dict[str, Any], image: bytes, batch_size: int
+    ) -> SampleResult:
+        """A scored sample, accepted or rejected by the request's rule."""
+        try:
+            check_record(record)
+        except ValueError as error:
+            return _failed(spec, str(error))
+        accepted = is_accepted(self._job.requests[request].accept, record, spec.cell.classes)
+        stored = accepted or self._job.output.store_rejected
+        return SampleResult(
+            record=record | {"accepted": accepted, "status": STATUS_OK if accepted else STATUS_REJECTED},
+            image=image if stored else b"",
+            run={"batch_size": batch_size},
+        )
 
     def sample(self, request: int, specs: Sequence[SampleSpec]) -> tuple[Tensor, GradientHealth]:
         """Images [B, 3, H, W], nominally in [0, 1], of samples of a request, and the health of their gradients."""
@@ -140,17 +159,32 @@ class Generator:
         if spec.method == "prompt":
             latents, health = sample(denoiser, sampler, noise), GradientHealth.of(len(specs))
         else:
-            guided = guide_to_boundary(
-                denoiser,
-                self._job.guidance_of(spec).boundary,
-                logits=self._target.logits,
-                decode=model.decode,
-                classes=specs[0].cell.classes,
-                num_samples=len(specs),
-            )
+            guided = self._guided(denoiser, request, specs)
             latents, health = sample(guided, sampler, noise), guided.health
         with torch.no_grad():
             return model.decode(latents), health
+
+    def _guided(self, denoiser: ConditionalDenoiser, request: int, specs: Sequence[SampleSpec]) -> GuidedDenoiser:
+        spec, decode = self._job.requests[request], self._model(request).decode
+        guidance = self._job.guidance_of(spec)
+        if spec.method == "boundary":
+            return guide_to_boundary(
+                denoiser,
+                guidance.boundary,
+                logits=self._target.logits,
+                decode=decode,
+                classes=specs[0].cell.classes,
+                num_samples=len(specs),
+            )
+        labels = torch.tensor([one.cell.classes[0] for one in specs], device=self._hardware.device)
+        return guide_to_risk(
+            denoiser,
+            guidance.risky,
+            logits=self._target.logits,
+            conformity=self._scorer.conformity_to(labels, raw=guidance.risky.conformity == "raw"),
+            decode=decode,
+            labels=labels,
+        )
 
     def _model(self, request: int) -> Diffusion:
         address = self._job.requests[request].diffusion or self._job.models.diffusion
@@ -184,14 +218,6 @@ def is_fault_of_machine(error: Exception) -> bool:
     """Whether an exception comes from the job, the memory or the device, and not from a sample."""
     kinds = (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError, JobError)
     return isinstance(error, kinds) or any(sign in str(error) for sign in _MACHINE_SIGNS)
-
-
-def _result(spec: SampleSpec, record: dict[str, Any], image: bytes, batch_size: int) -> SampleResult:
-    try:
-        check_record(record)
-    except ValueError as error:
-        return _failed(spec, str(error))
-    return SampleResult(record=record, image=image, run={"batch_size": batch_size})
 
 
 def _failed(spec: SampleSpec, message: str) -> SampleResult:

@@ -324,7 +324,7 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
         "name": job.name,
         "seed": job.seed,
         "models": {key: value for key, value in digests.items() if key != "diffusion"},
-        "output": {"samples_per_shard": job.output.samples_per_shard, "image_format": job.output.image_format},
+        "output": job.output.model_dump(mode="json", exclude={"uri"}),
         "requests": [
             {
                 "name": plan.spec.name,
@@ -336,6 +336,7 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
                 "diffusion": digests["diffusion"][plan.spec.diffusion or job.models.diffusion],
                 "sampling": job.sampling_of(plan.spec).model_dump(mode="json"),
                 "guidance": _active_guidance(job, plan.spec),
+                "accept": plan.spec.accept,
             }
             for plan in requests
         ],
@@ -344,7 +345,8 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
 
 def _active_guidance(job: JobSpec, request: RequestSpec) -> dict[str, Any]:
     """The guidance that the request's method uses; a change to another method's does not change its samples."""
-    return job.guidance_of(request).boundary.model_dump(mode="json") if request.method == "boundary" else {}
+    guidance = job.guidance_of(request).model_dump(mode="json")
+    return guidance.get(request.method, {})
 
 
 def digest_of(value: Any) -> str:

@@ -130,6 +130,10 @@ class Display(Protocol):
         """Something that the user should know, to stay on the screen."""
         ...
 
+    def advance(self, text: str) -> None:
+        """How far a phase is. Called often."""
+        ...
+
     def show(self, tally: Tally) -> None:
         """How far the run is. Called often."""
         ...
@@ -166,12 +170,16 @@ class PlainDisplay:
         """Print the line."""
         print(f"{time.strftime('%H:%M:%S')} {text}", file=self._stream, flush=True)
 
+    def advance(self, text: str) -> None:
+        """Print the line, if it is time."""
+        if self._is_time(self._clock()):
+            self.notice(text)
+
     def show(self, tally: Tally) -> None:
         """Print a line for each request that got further, if it is time."""
         now = self._clock()
-        if now < self._next:
+        if not self._is_time(now):
             return
-        self._next = now + self._every
         for row in [*tally.requests, tally.total] if len(tally.requests) > 1 else tally.requests:
             if row.num_done != self._shown.setdefault(row.name, row.committed):
                 self._shown[row.name] = row.num_done
@@ -179,6 +187,12 @@ class PlainDisplay:
 
     def close(self) -> None:
         """Nothing to put in order."""
+
+    def _is_time(self, now: float) -> bool:
+        if now < self._next:
+            return False
+        self._next = now + self._every
+        return True
 
 
 class LiveDisplay:
@@ -200,6 +214,10 @@ class LiveDisplay:
     def notice(self, text: str) -> None:
         """Print it above the table."""
         self._console.print(text, markup=False, highlight=False)
+
+    def advance(self, text: str) -> None:
+        """Show it with the spinner."""
+        self._phase = text
 
     def show(self, tally: Tally) -> None:
         """Have the next picture show it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,21 @@ class Scorer:
             | {"transfer": [_transfer_entry(name, other[row], int(labels[row])) for name, other in transfer]}
             for row, spec in enumerate(specs)
         ]
+
+    def conformity_to(self, labels: Tensor, *, raw: bool) -> Callable[[Tensor], Tensor]:
+        """Conformity of images [B, 3, H, W] in [0, 1] to the prompts of their classes, [B], differentiable.
+
+        Args:
+            labels: [B] class indices y.
+            raw: the inner product of the embeddings instead of their cosine.
+        """
+        texts = self._class_embeds.to(labels.device)[labels]
+
+        def measure(images: Tensor) -> Tensor:
+            embeds = self._clip.embeds_of_tensor(images)
+            return (embeds * texts).sum(-1) if raw else scores.conformity(embeds, texts)
+
+        return measure
 
     def _record(
         self, spec: SampleSpec, row: int, label: int, logits: Tensor, columns: dict[str, Tensor]

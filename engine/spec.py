@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
+from engine.acceptance import rule_problems
 from engine.errors import JobError
 
 MAX_SEED = 2**53
@@ -21,17 +22,12 @@ MAX_INDEX = 10**8
 JOINT_SEPARATOR = " and "
 CLASS_TEMPLATE = "a photo of a {class}"
 
-# Methods and fields of the contract that this version does not have yet: named, so that nobody believes in a typo.
+# Fields of the contract that this version does not have yet: named, so that nobody believes in a typo.
 PLANNED = {
-    "method": {"risky": "RiskyDiff guidance is not in this version; use 'boundary' or 'prompt'"},
-    "field": {
-        "accept": "acceptance rules are not in this version; filter the metadata instead",
-        "max_attempts": "quotas are not in this version",
-        "conditioning": "class statistics and screening are not in this version",
-        "judge": "a second conformity model is not in this version",
-        "risky": "RiskyDiff guidance is not in this version",
-        "deterministic": "the mode for GPUs is not in this version; on a CPU every run is deterministic",
-    },
+    "max_attempts": "quotas are not in this version",
+    "conditioning": "class statistics and screening are not in this version",
+    "judge": "a second conformity model is not in this version",
+    "deterministic": "the mode for GPUs is not in this version; on a CPU every run is deterministic",
 }
 STOCHASTIC_SCHEDULERS = ("ddpm", "euler_ancestral", "euler-ancestral", "dpmsolver_sde", "sde")
 
@@ -99,17 +95,46 @@ class BoundaryGuidanceSpec(_Spec):
         return 1.0 if self.step == "polyak" else 0.05
 
 
+class RiskyGuidanceSpec(_Spec):
+    """RiskyDiff guidance: risk under conformity constraints (Yu et al. 2025)."""
+
+    step: Literal["polyak", "paper"] = Field(
+        default="polyak", description="Risk as a dial with a conformity floor, or the paper's fixed step on s, lambda."
+    )
+    scale: Number = Field(
+        default=10.0, ge=0, le=1000, description="paper: step size s, at 4 x 64 x 64 latents; rescaled to any size."
+    )
+    conformity_weight: Number = Field(default=1e-4, ge=0, le=1e6, description="paper: lambda, weight of conformity.")
+    conformity: Literal["cosine", "raw"] = Field(
+        default="cosine", description="Cosine of CLIP embeddings, or the paper's raw inner product."
+    )
+    target_risk: Number = Field(
+        default=1.5, ge=0, le=50, description="polyak: risk to reach, in nats, from both sides."
+    )
+    tolerance: Number = Field(default=0.1, ge=0, le=10, description="polyak: a risk this near the dial has arrived.")
+    conformity_floor: Number | None = Field(
+        default=None, ge=-1, le=1, description="polyak: lowest conformity; guidance lifts a sample that is below."
+    )
+    cap: Number = Field(default=0.1, gt=0, le=10, description="polyak: largest step as a fraction of |z|_2.")
+    every: StrictInt = Field(default=1, ge=1, description="Guide at steps i with i % every == 0, i counted from 1.")
+    gradient_range: Number = Field(default=1.0, gt=0, le=1, description="Guide only in this last fraction of steps.")
+    skip_last: bool = Field(default=True, description="Do not guide at the last step, which is never denoised again.")
+
+
 class GuidanceSpec(_Spec):
     """Parameters of the guidance methods."""
 
     boundary: BoundaryGuidanceSpec = Field(default=BoundaryGuidanceSpec(), description="For method `boundary`.")
+    risky: RiskyGuidanceSpec = Field(default=RiskyGuidanceSpec(), description="For method `risky`.")
 
 
 class RequestSpec(_Spec):
     """One class-conditional request: what to make, how much of it, by which method."""
 
     name: Name = Field(description="Unique in the job.")
-    method: Literal["prompt", "boundary"] = Field(description="Prompt only, or KLDB boundary guidance.")
+    method: Literal["prompt", "boundary", "risky"] = Field(
+        description="Prompt only, KLDB boundary guidance, or RiskyDiff guidance."
+    )
     classes: Literal["all"] | tuple[str | StrictInt, ...] | None = Field(
         default=None, description="Class names or indices of the target, or `all`."
     )
@@ -122,6 +147,10 @@ class RequestSpec(_Spec):
     )
     prompt: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(
         default=None, description="Prompt template with `{class}` and optionally `{context}`."
+    )
+    accept: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Conditions for a sample to be kept, such as {is_error: true, oracle: agrees, risk: '>= 1'}.",
     )
     seed_group: Name | None = Field(default=None, description="Requests of one group share noise; default: the name.")
     diffusion: Address | None = Field(default=None, description="Another diffusion model for this request.")
@@ -137,6 +166,7 @@ class OutputSpec(_Spec):
     image_format: Literal["png", "jpg", "webp"] = Field(
         default="png", description="png and webp are lossless; jpg has quality 95."
     )
+    store_rejected: bool = Field(default=False, description="Store the images of rejected samples too.")
 
 
 class RuntimeSpec(_Spec):
@@ -228,6 +258,8 @@ def _between_fields(raw: dict[str, Any]) -> list[Problem]:
         request = _lenient(RequestSpec, item)
         if request is not None:
             problems += [((*where, *at), text) for at, text in _request_problems(request)]
+            if "oracle" in request.accept and not (raw.get("models") or {}).get("oracle"):
+                problems.append(((*where, "accept", "oracle"), "there is no oracle; name one in models.oracle"))
             problems += _override_problems(request, base, where)
     return problems
 
@@ -240,19 +272,20 @@ def _override_problems(request: RequestSpec, base: dict[str, dict[str, Any]], wh
         if not found and section == "sampling" and request.sampling:
             found = _sampling_problems(merged, (*where, section))
         problems += found
-    if not problems and request.method == "boundary":
+    if not problems and request.method != "prompt":
         problems += _schedule_problems(request, base, where)
     return problems
 
 
 def _schedule_problems(request: RequestSpec, base: dict[str, dict[str, Any]], where: Location) -> list[Problem]:
     sampling = SamplingSpec.model_validate(_merge(base["sampling"], request.sampling))
-    guidance = GuidanceSpec.model_validate(_merge(base["guidance"], request.guidance)).boundary
-    last = sampling.num_inference_steps - guidance.skip_last
-    if guidance.every <= last:
+    guidance = _merge(base["guidance"], request.guidance)[request.method]
+    first = int(sampling.num_inference_steps * (1 - guidance.get("gradient_range", 1.0))) + 1
+    stop = sampling.num_inference_steps + (not guidance["skip_last"])
+    if any(index % guidance["every"] == 0 for index in range(first, stop)):
         return []
-    text = f"every {guidance.every} leaves no step of {sampling.num_inference_steps} guided; lower `every` or add steps"
-    return [((*where, "guidance", "boundary"), text)]
+    text = f"leaves none of {sampling.num_inference_steps} steps guided; lower `every` or add steps"
+    return [((*where, "guidance", request.method), text)]
 
 
 def noise_problem(prediction_type: str, zero_snr: bool) -> str | None:
@@ -288,15 +321,18 @@ def _request_problems(request: RequestSpec) -> list[Problem]:
     problems: list[Problem] = []
     if request.method == "boundary" and request.boundary is None:
         problems.append((("boundary",), "method 'boundary' needs the classes between which to sample, two or more"))
-    if request.boundary is not None:
+    if request.method == "risky" and request.boundary is not None:
+        problems.append((("boundary",), "method 'risky' makes samples of single classes; give `classes`"))
+    elif request.boundary is not None:
         if request.classes is not None:
             problems.append((("classes",), "give either `classes` or `boundary`, not both"))
         if len(set(request.boundary)) != len(request.boundary):
             problems.append((("boundary",), f"{list(request.boundary)} names a class twice; name each once"))
         if len(request.boundary) < 2:
             problems.append((("boundary",), f"{list(request.boundary)} has fewer than two classes; name two or more"))
-    elif request.method == "prompt" and request.classes is None:
-        problems.append((("classes",), "missing; give class names or `all` (or `boundary: [A, B]`)"))
+    elif request.method != "boundary" and request.classes is None:
+        joint = " (or `boundary: [A, B]`)" if request.method == "prompt" else ""
+        problems.append((("classes",), f"missing; give class names or `all`{joint}"))
     if isinstance(request.classes, tuple) and len(set(request.classes)) != len(request.classes):
         problems.append((("classes",), f"{list(request.classes)} names a class twice; name each once"))
     if request.classes == ():
@@ -307,6 +343,7 @@ def _request_problems(request: RequestSpec) -> list[Problem]:
         problems.append(
             (("count",), f"{request.count} x {len(request.contexts)} contexts is above {MAX_INDEX} a class")
         )
+    problems += [(("accept", name), text) for name, text in rule_problems(request.accept)]
     return problems + _template_problems(request)
 
 
@@ -348,14 +385,12 @@ def _explain(root: type[BaseModel], item: Any, location: Location) -> str:
     kind, value = item["type"], _shown(item.get("input"))
     key = str(location[-1]) if location else ""
     if kind == "extra_forbidden":
-        if key in PLANNED["field"]:
-            return PLANNED["field"][key]
+        if key in PLANNED:
+            return PLANNED[key]
         return "unknown key" + nearest(key, list(_fields_at(root, location[:-1])))
     if kind == "missing":
         return "missing; this key is required"
     if kind == "literal_error":
-        if key == "method" and item["input"] in PLANNED["method"]:
-            return PLANNED["method"][item["input"]]
         if key == "scheduler" and item["input"] in STOCHASTIC_SCHEDULERS:
             return f"{value} draws noise at every step; use a deterministic one: {item['ctx']['expected']}"
         choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])

@@ -7,9 +7,11 @@ import torch
 
 from engine.guidance.boundary import guide_to_boundary, is_guided_step
 from engine.guidance.guided import GuidedDenoiser
-from engine.guidance.rules import GradientHealth, norms, polyak, rule_of, safe_shift
+from engine.guidance.risky import capped, dial, guide_to_risk, without_conflict
+from engine.guidance.rules import GradientHealth, norms, polyak, rule_of, shifting
 from engine.sampling.denoiser import (
     ClassifierFreeDenoiser,
+    Prediction,
     Step,
     output_of_eps,
     predicted_eps,
@@ -18,8 +20,8 @@ from engine.sampling.denoiser import (
 from engine.sampling.loop import sample
 from engine.sampling.noise import initial_noise
 from engine.sampling.schedulers import Sampler
-from engine.scores import kldb
-from engine.spec import BoundaryGuidanceSpec, SamplingSpec
+from engine.scores import kldb, risk
+from engine.spec import BoundaryGuidanceSpec, RiskyGuidanceSpec, SamplingSpec
 
 SCHEDULERS = ("lms", "ddim", "euler", "dpmsolver++")
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -41,6 +43,11 @@ def step_at(scale: float = 1.0, sigma: float = 2.0, index: int = 5, total: int =
         sigma=sigma,
         normalise_input=scale == 1.0,
     )
+
+
+def prediction_at(latents: torch.Tensor) -> Prediction:
+    zero = torch.zeros_like(latents)
+    return Prediction(output=zero, conditional=zero, latents=latents, prediction="epsilon")
 
 
 def slow_shift(spec: BoundaryGuidanceSpec, loss: float, gradient: list[float], latents: list[float]) -> list[float]:
@@ -91,9 +98,11 @@ def test_unusable_gradients_stay_put_and_are_counted():
     gradient = torch.ones(4, 1, 2, 2)
     gradient[1], gradient[2, 0, 0, 0], gradient[3] = 0, math.nan, math.inf
     health = GradientHealth.of(4)
+    base = prediction_at(torch.ones(4, 1, 2, 2))
     for _ in range(2):
-        shift = safe_shift(rule_of(BoundaryGuidanceSpec()), torch.ones(4), gradient, torch.ones(4, 1, 2, 2), health)
-    assert torch.isfinite(shift).all() and shift[0].abs().min() > 0 and shift[1:].abs().max() == 0
+        update = shifting(rule_of(BoundaryGuidanceSpec()))
+        moved = update(torch.ones(1, 4), gradient[None], base, step_at(), health).latents - 1
+    assert torch.isfinite(moved).all() and moved[0].abs().min() > 0 and moved[1:].abs().max() == 0
     assert health.guided_steps.tolist() == [2, 0, 0, 0]
     assert health.zero.tolist() == [0, 2, 0, 0] and health.nonfinite.tolist() == [0, 0, 2, 2]
 
@@ -167,7 +176,7 @@ def test_gradient_equals_finite_differences(prediction, levels, gradient):
     step, latents = step_at(*levels), latents_of(1)
     wrapper = guided(1, prediction, gradient=gradient)
     base = wrapper._denoiser(latents, step)
-    _, analytic = wrapper.gradient(base, step)
+    analytic = wrapper.gradients(base, step)[1][0]
     fixed = predicted_eps(base.conditional, latents, step, prediction)
 
     def objective(moved):
@@ -192,11 +201,11 @@ def test_guided_step_lowers_its_criterion(rule, gradient):
     step, latents = step_at(sigma=1.0), latents_of(8)
     wrapper = guided(8, step=rule, gradient=gradient, alpha=0.02)
     base = wrapper._denoiser(latents, step)
-    before, _ = wrapper.gradient(base, step)
+    before = wrapper.gradients(base, step)[0][0]
     moved = wrapper(latents, step).latents
     if gradient == "unet":
         base = wrapper._denoiser(moved, step)
-        after, _ = wrapper.gradient(base, step)
+        after = wrapper.gradients(base, step)[0][0]
     else:
         clean = predicted_x0(predicted_eps(base.conditional, latents, step, "epsilon"), moved, step, "epsilon")
         after = kldb(toy_logits(toy_decode(clean).clamp(0, 1)), (1, 3))
@@ -275,6 +284,111 @@ def test_zero_snr_with_eps_prediction_is_refused():
     spec = SamplingSpec(scheduler="ddim", rescale_betas_zero_snr=True)
     with pytest.raises(ValueError, match="v-prediction"):
         Sampler(spec, CONFIG)
+
+
+LABELS = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
+
+
+def toy_conformity(images):
+    direction = torch.randn(12, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    return torch.tanh(images.flatten(1).double() @ direction * 0.3)
+
+
+def risky(**options) -> GuidedDenoiser:
+    return guide_to_risk(
+        toy_denoiser(8, options.pop("prediction", "epsilon")),
+        RiskyGuidanceSpec(**options),
+        logits=toy_logits,
+        conformity=toy_conformity,
+        decode=toy_decode,
+        labels=LABELS,
+    )
+
+
+def final_risk(wrapper: GuidedDenoiser, steps: int = 20) -> torch.Tensor:
+    spec = SamplingSpec(scheduler="lms", num_inference_steps=steps)
+    latents = sample(wrapper, Sampler(spec, CONFIG), initial_noise(range(8), (4, 2, 2)).double())
+    return risk(toy_logits(toy_decode(latents).clamp(0, 1)), LABELS)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_papers_step_equals_the_equations(prediction):
+    """eps - s sqrt(1-abar) g and, for v, v - s sqrt(1-abar)/sqrt(abar) g: sample by sample, in Python floats."""
+    step, latents = step_at(0.6, 0.8), latents_of(8)
+    wrapper = risky(step="paper", scale=5.0, conformity_weight=0.3, prediction=prediction)
+    base = wrapper._denoiser(latents, step)
+    _, gradients = wrapper.gradients(base, step)
+    moved = wrapper(latents, step)
+    ascent = -gradients[0]
+    size = 5.0 * math.sqrt(16 / 16384)
+    for row in range(8):
+        length = math.sqrt(math.fsum(one * one for one in ascent[row].flatten().tolist()) + 1e-10)
+        factor = size * 0.8 / (0.6 if prediction == "v_prediction" else 1.0)
+        expected = base.output[row] - factor * ascent[row] / length
+        assert torch.allclose(moved.output[row], expected, atol=1e-9)
+    assert torch.equal(moved.latents, latents)
+
+
+def test_the_papers_step_raises_risk():
+    """More s, more risk; without s none."""
+    plain, some, more = (final_risk(risky(step="paper", scale=scale)).mean() for scale in (0.0, 20.0, 80.0))
+    assert plain < some < more
+
+
+@pytest.mark.parametrize("target", [0.7, 1.5, 3.0])
+def test_the_dial_is_reached_from_both_sides(target):
+    """Samples of higher and of lower risk than the dial end within its tolerance; those that were there stay."""
+    plain = final_risk(risky(step="paper", scale=0.0))
+    assert (plain > target + 0.3).any() and (target < 1 or (plain < target - 0.3).any())
+    reached = final_risk(risky(target_risk=target, tolerance=0.05, cap=0.5), steps=40)
+    assert ((reached - target).abs() < 0.3).float().mean() >= 0.75
+
+
+def test_an_arrived_sample_is_left_alone():
+    """Within the tolerance there is no loss, no shift, and no complaint about a zero gradient."""
+    assert dial(torch.tensor([1.45, 1.7]), 1.5, 0.1).tolist() == pytest.approx([0, 0.2])
+    wrapper = risky(target_risk=1.0, tolerance=10.0)
+    step, latents = step_at(), latents_of(8)
+    assert torch.equal(wrapper(latents, step).latents, latents)
+    assert wrapper.health.zero.sum() == 0 and wrapper.health.guided_steps.sum() == 0
+
+
+def test_the_floor_lifts_conformity():
+    """With a floor no sample ends lower than without, and the median is lifted."""
+
+    def agreement(**options):
+        wrapper = risky(target_risk=3.0, cap=0.3, **options)
+        spec = SamplingSpec(num_inference_steps=40)
+        latents = sample(wrapper, Sampler(spec, CONFIG), initial_noise(range(8), (4, 2, 2)).double())
+        return toy_conformity(toy_decode(latents).clamp(0, 1))
+
+    without, with_floor = agreement(), agreement(conformity_floor=0.5)
+    assert with_floor.median() > without.median() and (with_floor > 0.4).float().mean() > 0.7
+
+
+def test_projection_never_works_against_what_it_protects():
+    """Conflicting gradients lose exactly their conflicting part; agreeing ones are untouched; zero protects nothing."""
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 50, 4, 2, 2, dtype=torch.float64)
+    second[7] = 0
+    result = without_conflict(first, second)
+    before, after = ((one * second).flatten(1).sum(1) for one in (first, result))
+    assert (after > -1e-12).all() and (before < 0).any()
+    assert torch.equal(result[before >= 0], first[before >= 0])
+    assert (norms(result) <= norms(first) + 1e-12).all()
+
+
+def test_cap_bounds_the_shift():
+    """No shift is longer than its cap, shorter ones keep their length, and zero stays zero."""
+    shift = torch.stack([torch.full((1, 2, 2), size) for size in (0.0, 0.1, 5.0)])
+    assert norms(capped(shift, torch.full((3,), 1.0))).tolist() == pytest.approx([0, 0.2, 1.0])
+
+
+def test_gradient_range_guides_the_last_steps_only():
+    """The last quarter of 40 steps, less the very last."""
+    wrapper = risky(gradient_range=0.25)
+    guided_at = [index for index in range(1, 41) if wrapper._is_guided(step_at(index=index))]
+    assert guided_at == list(range(31, 40))
 
 
 @pytest.mark.parametrize("config", [{"prediction_type": "sample"}, {"rescale_betas_zero_snr": True}])

@@ -10,7 +10,10 @@ import pytest
 from tests.conftest import REPOSITORY
 
 ENGINE = REPOSITORY / "engine"
-CORE = ("spec.py", "plan.py", "records.py", "scores.py", "scheduler.py", "guidance", "sampling")
+CORE = (
+    "spec.py", "plan.py", "records.py", "scores.py", "scheduler.py", "temperature.py", "guidance", "sampling",
+    "conditioning",
+)  # fmt: skip
 CORE_FORBIDS = {
     "ray", "fsspec", "requests", "http", "socket", "subprocess", "typer", "rich", "webdataset", "pyarrow", "pathlib",
     "os", "shutil", "tempfile", "logging", "random", "time", "transformers",
@@ -49,9 +52,9 @@ def test_only_the_ray_executor_imports_ray():
 
 def test_the_edges_do_not_import_the_shell():
     """Files and models know nothing of executors, driver and command line."""
-    for part in ("dataset", "models", "report"):
+    for part in ("dataset", "models", "report", "images.py", "artefact.py"):
         for path in sources(ENGINE / part):
-            shell = ("engine.executors", "engine.run", "engine.cli", "engine.progress")
+            shell = ("engine.executors", "engine.run", "engine.prepare", "engine.cli", "engine.progress")
             assert not [name for name in imported(path) if name.startswith(shell)], path
 
 

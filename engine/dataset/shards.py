@@ -22,7 +22,7 @@ from engine.dataset.counts import ShardCounts, count_rows
 from engine.dataset.schema import arrow_schema, check_run_fields
 from engine.dataset.store import explained
 from engine.errors import CorruptShardError
-from engine.records import DETERMINISTIC_FIELDS, STATUS_OK, SampleResult, check_record
+from engine.records import DETERMINISTIC_FIELDS, STATUS_FAILED, STATUS_OK, SampleResult, check_record
 from engine.spec import OutputSpec
 
 SHARDS = "shards"
@@ -59,7 +59,7 @@ def stage_shard(folder: Path, name: str, results: Iterable[SampleResult], image_
     Args:
         folder: an existing folder on the file system of the output (`Store.staging`).
         name: name of the files without extension.
-        results: the samples in order; only the images of status `ok` are stored.
+        results: the samples in order, `ok` ones with their images; a rejected one's is stored where it is given.
         image_format: extension of the images.
 
     Raises:
@@ -111,11 +111,11 @@ class _ShardWriter:
         record, image = result.record, result.image
         check_record(record)
         check_run_fields(result.run)
-        key, stored = record["key"], record["status"] == STATUS_OK
+        key, status, stored = record["key"], record["status"], bool(image)
         if not _KEY.fullmatch(key) or key in self.keys:
             raise ValueError(f"key {key!r} is there twice, or is not of a-z, 0-9 and hyphens")
-        if bool(image) != stored:
-            raise ValueError(f"sample {key}: status {record['status']!r} with {len(image)} bytes of image")
+        if (status == STATUS_OK and not stored) or (status == STATUS_FAILED and stored):
+            raise ValueError(f"sample {key}: status {status!r} with {len(image)} bytes of image")
         self.keys.add(key)
         if stored:
             with explained(self.tar_path):
@@ -276,7 +276,9 @@ def inspect_pair(tar: Path, parquet: Path) -> ShardFiles:
     samples = read_shard(tar)
     for row in read_rows(parquet):
         brief.append({name: row[name] for name in ("key", "status", "accepted")})
-        if row["status"] != STATUS_OK:
+        if not row["sha256"]:
+            if row["status"] == STATUS_OK:
+                _corrupt(parquet, f"{row['key']} is listed without an image")
             continue
         key, image, record, _ = next(samples, ("", b"", {}, 0))
         if key != row["key"] or hashlib.sha256(image).hexdigest() != row["sha256"]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from engine.guidance.guided import ConditionalDenoiser, GuidedDenoiser
-from engine.guidance.rules import rule_of
+from engine.guidance.rules import rule_of, shifting
 from engine.sampling.denoiser import Step
 from engine.scores import kldb
 from engine.spec import BoundaryGuidanceSpec
@@ -34,11 +34,11 @@ def guide_to_boundary(
     """
     return GuidedDenoiser(
         denoiser,
-        criterion=lambda images: kldb(logits(images), classes),
+        criteria=lambda images: kldb(logits(images), classes)[None],
         decode=decode,
-        rule=rule_of(spec),
+        update=shifting(rule_of(spec)),
         is_guided=lambda step: is_guided_step(step, spec),
-        through_unet=spec.gradient == "unet",
+        source="unet" if spec.gradient == "unet" else "conditional",
         num_samples=num_samples,
     )
 

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.sampling.denoiser import Prediction, Step
 from engine.spec import BoundaryGuidanceSpec
 
 Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
+Update = Callable[[Tensor, Tensor, Prediction, Step, "GradientHealth"], Prediction]
 
 
 @dataclass(slots=True)
@@ -43,12 +45,12 @@ def polyak(loss: Tensor, gradient: Tensor, latents: Tensor, *, alpha: float, cap
     1987, section 5.3). `alpha` relaxes it (1: whole step).
     """
     length = (alpha * loss / norms(gradient)).minimum(cap * norms(latents))
-    return -_columns(length, gradient) * _unit(gradient)
+    return -per_sample(length, gradient) * unit(gradient)
 
 
 def scaled_by_latents(loss: Tensor, gradient: Tensor, latents: Tensor, *, alpha: float) -> Tensor:
     """Shift by `alpha * |z|_2` against g: `g / |g|_2 * |z|_2`, the later code of Gomes et al."""
-    return -alpha * _columns(norms(latents), gradient) * _unit(gradient)
+    return -alpha * per_sample(norms(latents), gradient) * unit(gradient)
 
 
 def scaled_by_maximum(loss: Tensor, gradient: Tensor, latents: Tensor, *, alpha: float) -> Tensor:
@@ -65,17 +67,43 @@ def rule_of(spec: BoundaryGuidanceSpec) -> Rule:
     return lambda loss, gradient, latents: rule(loss, gradient, latents, alpha=alpha)
 
 
-def safe_shift(rule: Rule, loss: Tensor, gradient: Tensor, latents: Tensor, health: GradientHealth) -> Tensor:
-    """Apply a rule to the samples whose gradient is usable; the others stay where they are and are counted."""
+def usable_gradients(loss: Tensor, gradient: Tensor, health: GradientHealth) -> tuple[Tensor, Tensor]:
+    """Find the samples that can be moved and count the others.
+
+    Args:
+        loss: [B].
+        gradient: [B, C, H, W].
+
+    Returns:
+        Which samples are usable [B], and the gradient with ones in place of the unusable. A sample whose loss is
+        zero has arrived: it stays, and nothing is wrong with it.
+    """
     finite = torch.isfinite(loss) & torch.isfinite(gradient).flatten(1).all(1)
-    zero = finite & (gradient.flatten(1).abs().amax(1) == 0)
-    usable = finite & ~zero
+    arrived = finite & (loss == 0)
+    zero = finite & ~arrived & (gradient.flatten(1).abs().amax(1) == 0)
+    usable = finite & ~arrived & ~zero
     health.nonfinite += (~finite).cpu()
     health.zero += zero.cpu()
     health.guided_steps += usable.cpu()
-    mask = _columns(usable, gradient)
-    shift = rule(loss, torch.where(mask, gradient, torch.ones_like(gradient)), latents)
-    return torch.where(mask, shift, torch.zeros_like(shift))
+    return usable, torch.where(per_sample(usable, gradient), gradient, torch.ones_like(gradient))
+
+
+def shifting(rule: Rule) -> Update:
+    """The update that moves the latents by a step rule for a single criterion, with the eps from before."""
+
+    def update(
+        losses: Tensor, gradients: Tensor, prediction: Prediction, step: Step, health: GradientHealth
+    ) -> Prediction:
+        usable, gradient = usable_gradients(losses[0], gradients[0], health)
+        shift = rule(losses[0], gradient, prediction.latents)
+        return prediction.moved(keep(usable, shift), step)
+
+    return update
+
+
+def keep(usable: Tensor, values: Tensor) -> Tensor:
+    """`values` [B, C, H, W] of the usable samples, zero for the others."""
+    return torch.where(per_sample(usable, values), values, torch.zeros_like(values))
 
 
 def norms(values: Tensor) -> Tensor:
@@ -88,10 +116,11 @@ def norms(values: Tensor) -> Tensor:
     return (flat / largest[:, None]).norm(dim=1) * largest
 
 
-def _unit(gradient: Tensor) -> Tensor:
-    return gradient / _columns(norms(gradient), gradient)
+def unit(gradient: Tensor) -> Tensor:
+    """The gradient of every sample at length 1."""
+    return gradient / per_sample(norms(gradient), gradient)
 
 
-def _columns(values: Tensor, like: Tensor) -> Tensor:
-    """[B] as [B, 1, 1, 1]."""
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """[B] as [B, 1, 1, 1], to meet `like`."""
     return values.reshape(-1, *[1] * (like.ndim - 1))

@@ -63,6 +63,11 @@ class Clip:
         pixels = self._preprocessing.of_images(images).to(self._device)
         return _embeds(self._model.get_image_features(pixel_values=pixels)).float().cpu()
 
+    def embeds_of_tensor(self, images: Tensor) -> Tensor:
+        """Projected image embeddings [B, d] of images [B, 3, H, W] in [0, 1], differentiable."""
+        pixels = self._preprocessing.of_tensor(images)
+        return _embeds(self._model.get_image_features(pixel_values=pixels)).float()
+
 
 def _embeds(features: Any) -> Tensor:
     """transformers 5 wraps the projected features in an output object, 4 does not."""

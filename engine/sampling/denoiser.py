@@ -7,6 +7,7 @@ the variance-exploding schedulers (LMS, Euler), `sqrt(abar)` and `sqrt(1 - abar)
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,14 +93,18 @@ class Prediction:
 
     def moved(self, shift: Tensor, step: Step) -> Prediction:
         """The prediction at `latents + shift`, with the eps of the latents before the shift."""
-        eps = predicted_eps(self.output, self.latents, step, self.prediction)
-        latents = self.latents + shift
-        return Prediction(
-            output=output_of_eps(eps, latents, step, self.prediction),
-            conditional=self.conditional,
-            latents=latents,
-            prediction=self.prediction,
-        )
+        return self._at(self.latents + shift, self._eps(step), step)
+
+    def with_eps_moved(self, shift: Tensor, step: Step) -> Prediction:
+        """The prediction of `eps + shift` at the same latents; x0 and the direction follow together."""
+        return self._at(self.latents, self._eps(step) + shift, step)
+
+    def _eps(self, step: Step) -> Tensor:
+        return predicted_eps(self.output, self.latents, step, self.prediction)
+
+    def _at(self, latents: Tensor, eps: Tensor, step: Step) -> Prediction:
+        output = output_of_eps(eps, latents, step, self.prediction)
+        return dataclasses.replace(self, latents=latents, output=output)
 
 
 class Denoiser(Protocol):

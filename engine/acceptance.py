@@ -1,0 +1,88 @@
+"""Acceptance: the rule of a request that says, sample by sample, which images are kept.
+
+A rule is a mapping of conditions that must all hold: `{is_error: true, oracle: agrees, conformity: ">= 0.2"}`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+SCORES = (
+    "risk", "p_label", "conformity", "conformity_margin", "kldb", "kldb_balance", "kldb_mass", "entropy",
+)  # fmt: skip
+FLAGS = ("is_error", "screened")
+ORACLE = ("agrees", "disagrees")
+_COMPARISON = re.compile(r"\s*(<=|>=|<|>)\s*(\S+)\s*")
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+
+
+def rule_problems(rule: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is wrong with a rule: pairs of condition and explanation."""
+    problems = []
+    for name, wanted in rule.items():
+        if name in FLAGS:
+            wrong = None if isinstance(wanted, bool) else f"{wanted!r} is not true or false"
+        elif name == "oracle":
+            wrong = None if wanted in ORACLE else f"{wanted!r} is not one of {', '.join(ORACLE)}"
+        elif name in SCORES:
+            wrong = _comparison_problem(wanted)
+        else:
+            wrong = f"unknown condition; use {', '.join((*FLAGS, 'oracle', *SCORES))}"
+        if wrong:
+            problems.append((name, wrong))
+    return problems
+
+
+def is_accepted(rule: Mapping[str, Any], record: Mapping[str, Any], subset: tuple[int, ...]) -> bool:
+    """Whether every condition of a checked rule holds for a record.
+
+    Args:
+        record: complete scores.
+        subset: the classes of the prompt; the oracle agrees when it sees one of them.
+    """
+    return all(_holds(name, wanted, record, subset) for name, wanted in rule.items())
+
+
+def _holds(name: str, wanted: Any, record: Mapping[str, Any], subset: tuple[int, ...]) -> bool:
+    if name in FLAGS:
+        return bool(record[name] == wanted)
+    if name == "oracle":
+        return (record["oracle_class"] in subset) == (wanted == "agrees")
+    return all(compare(record[name], bound) for compare, bound in _comparisons(wanted))
+
+
+def _comparisons(wanted: str | list[str]) -> list[tuple[Callable[[float, float], bool], float]]:
+    """The comparisons of a condition: one, or several that must all hold."""
+    found = []
+    for text in [wanted] if isinstance(wanted, str) else wanted:
+        match = _COMPARISON.fullmatch(text)
+        assert match is not None, "rules are checked when the job is read"
+        found.append((_COMPARE[match[1]], float(match[2])))
+    return found
+
+
+def _comparison_problem(wanted: Any) -> str | None:
+    texts = [wanted] if isinstance(wanted, str) else wanted
+    if not isinstance(texts, (list, tuple)) or not texts:
+        return f"{wanted!r} is not a comparison; write it as '>= 0.2'"
+    for text in texts:
+        match = _COMPARISON.fullmatch(text) if isinstance(text, str) else None
+        if match is None or not _is_number(match[2]):
+            return f"{text!r} is not a comparison; write it as '>= 0.2'"
+    return None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

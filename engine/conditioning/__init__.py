@@ -1,0 +1,1 @@
+"""Conditioning: class distributions of image embeddings, the error predictor, screened draws. Pure computation."""

@@ -1,0 +1,41 @@
+"""The one contract of class distributions: whoever draws does not ask which estimator it draws from."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.conditioning.gaussians import ClassGaussians
+from engine.conditioning.mixtures import ClassMixtures
+
+
+class ClassDistributions(Protocol):
+    """A distribution of image embeddings for every class."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names in index order."""
+
+    @property
+    def dim(self) -> int:
+        """Entries d of an embedding."""
+
+    def check(self, class_index: int) -> None:
+        """Raise a ValueError that names the class where it cannot be drawn from."""
+
+    def draw(self, class_index: int, generator: torch.Generator) -> Tensor:
+        """One embedding [d], float32, on the CPU; the same amount of randomness is consumed by every draw."""
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values, for `distributions_of`."""
+
+
+def distributions_of(state: dict[str, Any]) -> ClassDistributions:
+    """Gaussians or mixtures from their `state`.
+
+    Raises:
+        ValueError: it is the state of something else.
+    """
+    return ClassMixtures.from_state(state) if state.get("kind") == "mixtures" else ClassGaussians.from_state(state)
