@@ -1,0 +1,159 @@
+"""The embedded zoo `digits`: it loads by plain library calls without a network, and does what its README says.
+
+Accuracies are asked of test sources, which no part was trained on, with a margin below the README's figures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import socket
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import AutoImageProcessor, AutoModelForImageClassification, CLIPModel, CLIPTokenizer
+
+ROOT = Path(__file__).parents[1]
+ZOO = ROOT / "engine" / "zoo" / "digits"
+CLASSIFIERS = ("oracle", "classifier", "classifier-b")
+
+
+@pytest.fixture(scope="module")
+def data() -> ModuleType:
+    """The module that composes the images, from `tools/`, which is not a package."""
+    sys.path.insert(0, str(ROOT / "tools" / "zoo"))
+    try:
+        return importlib.import_module("digits_data")
+    finally:
+        sys.path.pop(0)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any connection attempt fails the test."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the zoo must not touch the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusionPipeline:
+    """The diffusion pipeline as any user loads it."""
+    loaded = StableDiffusionPipeline.from_pretrained(ZOO / "stable-diffusion")
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def read_classes(part: str, images: np.ndarray) -> np.ndarray:
+    """Classes that a classifier of the zoo reads, by its own image processor."""
+    model = AutoModelForImageClassification.from_pretrained(ZOO / part)
+    inputs = AutoImageProcessor.from_pretrained(ZOO / part)(list(images), return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs).logits.argmax(-1).numpy()
+
+
+def test_files_are_those_that_were_published() -> None:
+    """Sees a part that was replaced without its checksum, and a file that the checksums do not know."""
+    lines = (ZOO / "SHA256SUMS").read_text().splitlines()
+    listed = {name: digest for digest, name in (line.split(maxsplit=1) for line in lines)}
+    parts = [path for path in ZOO.rglob("*") if path.is_file() and path.parent != ZOO]
+    assert {str(path.relative_to(ZOO)): hashlib.sha256(path.read_bytes()).hexdigest() for path in parts} == listed
+
+
+def test_size_and_formats() -> None:
+    """At most 12 MB together, no pickle, no address and no path in a config."""
+    files = [path for path in ZOO.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12e6
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt", ".md", ".png", ""}
+    for path in ZOO.rglob("*config*.json"):
+        content = json.loads(path.read_text())
+        assert not content.get("_name_or_path")
+        assert "http" not in path.read_text()
+
+
+@pytest.mark.parametrize("part", CLASSIFIERS)
+def test_classifiers_load_in_single_precision(part: str, data: ModuleType) -> None:
+    """Weights are stored as fp16; a plain load must still give fp32, the class names and a fitted temperature."""
+    model = AutoModelForImageClassification.from_pretrained(ZOO / part)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert list(model.config.id2label.values()) == list(data.CLASS_NAMES)
+    assert 0.2 < json.loads((ZOO / part / "config.json").read_text())["temperature"] < 5
+
+
+@pytest.mark.parametrize(("part", "plain", "mixed"), [("oracle", 0.97, 0.96), ("classifier", 0.95, 0.82),
+                                                      ("classifier-b", 0.95, 0.82)])  # fmt: skip
+def test_classifiers_read_test_sources(part: str, plain: float, mixed: float, data: ModuleType) -> None:
+    """The oracle reads everything; the targets read plain digits and have holes over contexts."""
+    plain_set, mixed_set = (
+        data.compose_split("test", 200, seed=11, plain=True),
+        data.compose_split("test", 347, seed=11),
+    )
+    assert np.mean(read_classes(part, plain_set.images) == plain_set.labels) >= plain
+    accuracy = np.mean(read_classes(part, mixed_set.images) == mixed_set.labels)
+    assert accuracy >= mixed
+    assert part == "oracle" or accuracy <= 0.95
+
+
+@pytest.mark.parametrize(("plain", "least"), [(True, 0.93), (False, 0.85)])
+def test_clip_reads_class_prompts(plain: bool, least: float, data: ModuleType) -> None:
+    """Zero-shot by the prompt that names the class alone, with the processor and tokenizer of the folder."""
+    model, tokenizer = CLIPModel.from_pretrained(ZOO / "clip"), CLIPTokenizer.from_pretrained(ZOO / "clip")
+    test_set = data.compose_split("test", 347, seed=12, plain=plain)
+    inputs = AutoImageProcessor.from_pretrained(ZOO / "clip")(list(test_set.images), return_tensors="pt")
+    tokens = tokenizer([f"a photo of a {name}" for name in data.CLASS_NAMES], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs, **tokens).logits_per_image
+    assert np.mean(logits.argmax(-1).numpy() == test_set.labels) >= least
+
+
+def test_tokenizer_knows_its_words_and_spells_the_rest(data: ModuleType) -> None:
+    """Class and context words are one token each; any other text survives in bytes."""
+    for folder in (ZOO / "clip", ZOO / "stable-diffusion" / "tokenizer"):
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        assert len(tokenizer.tokenize("a photo of a three and eight, red ink on a striped white background")) == 15
+        assert tokenizer.decode(tokenizer("zébra ß").input_ids, skip_special_tokens=True) == "zébra ß"
+        assert tokenizer.unk_token_id not in tokenizer("π = 3.14", add_special_tokens=False).input_ids
+
+
+def test_pipeline_draws_what_it_is_asked(pipeline: StableDiffusionPipeline, data: ModuleType) -> None:
+    """Two samples of every class in 20 steps; the oracle, which guided nothing, agrees with the prompt."""
+    assert {p.dtype for m in (pipeline.unet, pipeline.vae, pipeline.text_encoder) for p in m.parameters()} == {
+        torch.float32
+    }
+    prompts = [f"a photo of a {name}" for name in data.CLASS_NAMES] * 2
+    generators = [torch.Generator().manual_seed(seed) for seed in range(20)]
+    drawn = pipeline(prompts, num_inference_steps=20, guidance_scale=3.0, generator=generators, output_type="np")
+    images = np.rint(drawn.images * 255).astype(np.uint8)
+    assert images.shape == (20, 32, 32, 3)
+    assert np.mean(read_classes("oracle", images) == np.arange(20) % 10) >= 0.9
+
+
+def test_autoencoder_keeps_the_digit(pipeline: StableDiffusionPipeline, data: ModuleType) -> None:
+    """What the oracle reads before the autoencoder it reads after it, over contexts."""
+    test_set = data.compose_split("test", 347, seed=13)
+    images = torch.from_numpy(test_set.images).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(pipeline.vae.encode(images).latent_dist.mean).sample
+    restored = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    assert np.mean(read_classes("oracle", test_set.images) == read_classes("oracle", restored)) >= 0.95
+
+
+def test_composites_are_functions_of_their_seed(data: ModuleType) -> None:
+    """Equal seeds give equal bytes, splits share no scan, and contexts say what is drawn."""
+    first, second = data.compose_split("validation", 50, seed=3), data.compose_split("validation", 50, seed=3)
+    assert np.array_equal(first.images, second.images)
+    assert not np.array_equal(first.images, data.compose_split("validation", 50, seed=4).images)
+    glyphs = [{g.tobytes() for g in data.load_sources(split).glyphs} for split in ("train", "validation", "test")]
+    assert not (glyphs[0] & glyphs[1] or glyphs[0] & glyphs[2] or glyphs[1] & glyphs[2])
+    texts = [data.context_text(first.contexts, row) for row in range(50)]
+    assert all(texts)
+    assert data.context_text(data.plain_contexts(1), 0) == ""

@@ -1,0 +1,90 @@
+"""Train the embedded zoo `digits` from scikit-learn's handwritten digits.
+
+    uv run python tools/zoo/train_digits.py --seed 0 --output engine/zoo/digits
+
+Stages run one after the other. A stage whose export is in the build folder is skipped; one that was stopped resumes
+from its last checkpoint. The parts are copied to `--output` at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from autoencoder import train_autoencoder
+from classifiers import PLANS, train_classifier
+from clip_model import train_clip
+from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
+from diffusion import train_diffusion
+from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
+
+DEFAULT_BUILD_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "riskforge" / "zoo-digits"
+PARTS = (*PLANS, "clip", "stable-diffusion")
+Stage = Callable[[], None]
+
+
+def stages(*, seed: int, build_folder: Path) -> dict[str, Stage]:
+    """Every stage by the name of the folder it exports below `build_folder/export`, in training order."""
+    export = build_folder / "export"
+    shared: dict[str, Any] = {"seed": seed, "build_folder": build_folder / "checkpoints"}
+    pipeline = export / "stable-diffusion"
+    named: dict[str, Stage] = {name: partial(train_classifier, name, **shared, output=export / name) for name in PLANS}
+    named["clip"] = partial(train_clip, **shared, output=export / "clip")
+    named["stable-diffusion/vae"] = partial(train_autoencoder, **shared, output=pipeline / "vae")
+    named["stable-diffusion"] = partial(train_diffusion, pipeline / "vae", **shared, output=pipeline)
+    return named
+
+
+def run_stages(*, seed: int, build_folder: Path) -> None:
+    """Run what is not done; a stage is done when its marker is there."""
+    for name, stage in stages(seed=seed, build_folder=build_folder).items():
+        marker = build_folder / "done" / name.replace("/", "-")
+        if marker.exists():
+            print(f"{name}: already trained")
+            continue
+        start = time.monotonic()
+        stage()
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+        print(f"{name}: done in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def publish(build_folder: Path, output: Path) -> None:
+    """Copy the exported parts that are complete to `output`, replacing what is there, and list their checksums."""
+    for name in PARTS:
+        source = build_folder / "export" / name
+        if (build_folder / "done" / name).exists():
+            shutil.rmtree(output / name, ignore_errors=True)
+            shutil.copytree(source, output / name)
+    files = [path for name in PARTS for path in sorted((output / name).rglob("*")) if path.is_file()]
+    for path in files:
+        path.chmod(0o644)
+    digests = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(output)}\n" for path in files]
+    (output / "SHA256SUMS").write_text("".join(digests))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("engine/zoo/digits"))
+    parser.add_argument("--build-folder", type=Path, default=DEFAULT_BUILD_FOLDER, help="checkpoints and exports")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    disable_diffusers_bars()
+    disable_transformers_bars()
+    run_stages(seed=arguments.seed, build_folder=arguments.build_folder)
+    publish(arguments.build_folder, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
