@@ -166,3 +166,27 @@ def test_a_prompt_that_would_be_cut_off_is_refused():
     request = {"name": "a", "method": "prompt", "classes": ["three"], "count": 1, "contexts": ["red ink " * 40]}
     with pytest.raises(JobError, match=r"has \d+ tokens, the text encoder reads \d+; shorten it"):
         make_generator(requests=[request])
+
+
+def test_risk_guidance_and_acceptance_on_real_models():
+    """The dial raises the risk of the same noise; a rule that nothing meets rejects, and stores no image."""
+    common = {"classes": ["three"], "count": 2, "seed_group": "same"}
+    requests = [
+        {"name": "plain", "method": "prompt"} | common,
+        {"name": "dial", "method": "risky", "guidance": {"risky": {"target_risk": 3.0, "every": 3}}} | common,
+        {"name": "never", "method": "prompt", "accept": {"risk": ">= 49"}} | common,
+    ]
+    generator, _ = make_generator(requests=requests, sampling={"num_inference_steps": 10, "guidance_scale": 2.0})
+    plan = generator._plan
+    plain, dial, never = (generator.next_batch(one.number, [one.sample(0), one.sample(1)]) for one in plan.requests)
+    assert all(one.record["guided_steps"] > 0 and one.record["nonfinite_gradients"] == 0 for one in dial)
+    assert all(high.record["risk"] > low.record["risk"] for high, low in zip(dial, plain, strict=True))
+    assert all(one.record["status"] == "rejected" and not one.record["accepted"] and one.image == b"" for one in never)
+
+
+def test_the_card_knows_every_method():
+    """A method without a description would end a finished run with an error."""
+    from engine.dataset.card import _METHODS
+    from engine.spec import RequestSpec
+
+    assert set(_METHODS) == set(RequestSpec.model_fields["method"].annotation.__args__)

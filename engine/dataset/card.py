@@ -15,6 +15,7 @@ from engine.spec import JobSpec
 _METHODS = {
     "prompt": "sampled from the prompt alone, without the classifier: the baseline",
     "boundary": "guided by the target's KLDB, towards the decision boundary between the classes of the request",
+    "risky": "guided to risk for the target under conformity to the class",
 }
 _SIZES = (
     (10**3, "n<1K"),
@@ -121,6 +122,10 @@ def _requests(job: JobSpec) -> str:
         if request.method == "boundary":
             guidance = job.guidance_of(request).boundary
             lines.append(f"  - guidance: {_parameters(guidance.model_dump() | {'alpha': guidance.step_size})}")
+        elif request.method == "risky":
+            lines.append(f"  - guidance: {_parameters(job.guidance_of(request).risky.model_dump())}")
+        if request.accept:
+            lines.append(f"  - accepted when: {_parameters(request.accept)}")
     return "\n".join(lines)
 
 
