@@ -187,7 +187,13 @@ def test_a_reader_that_leaves_is_no_error():
 def test_an_interrupt_says_how_to_go_on(tmp_path):
     """Ctrl-C while models are loaded: the exit code for later, no traceback, and nothing lost."""
     command = [RISKFORGE, "run", QUICKSTART, "--output", str(tmp_path / "out"), "--executor", "local"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts background commands, and with them this test, with interrupts ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if "loading models" in line:
