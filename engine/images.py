@@ -7,6 +7,7 @@ Nothing is written: members of an archive are read in memory, whatever their nam
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -28,7 +29,7 @@ from engine.spec import nearest
 EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm"})
 SOUGHT = (
     "class folders with images (CLASS/*.png, CLASS being a name or an index), WebDataset tars (*.tar with .png and"
-    " .cls), a run, or parquet files (columns image and label)"
+    " .cls), a run, parquet files (columns image and label), or a named set such as digits:validation"
 )
 MAX_FILE_BYTES = 256 * 2**20
 MAX_PIXELS = 89_478_485
@@ -45,11 +46,16 @@ _TAR_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError)
 
 @dataclass(frozen=True, slots=True)
 class LabelledImage:
-    """An image that can be used: 8-bit RGB, of a class of the target."""
+    """An image that can be used: 8-bit RGB, of a class of the target.
+
+    Attributes:
+        contexts: in which contexts it stands, for tables by context; empty where nothing is said of them.
+    """
 
     name: str
     image: PIL.Image.Image
     class_index: int
+    contexts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +88,16 @@ class ImageSource:
     read: Callable[[], Iterator[Found]]
 
 
-# Image sets by name, beside paths: each makes its source for the class names of the target.
-NAMED: dict[str, Callable[[tuple[str, ...]], ImageSource]] = {}
+# Image sets by name, beside paths: composed digits, split by scan (`engine.digits`).
+NAMED = {
+    "digits:train": "train scans in mixed contexts",
+    "digits:train-seen": "train scans in the contexts that the zoo's `classifier` was trained on",
+    "digits:validation": "validation scans in mixed contexts",
+    "digits:test": "test scans in mixed contexts",
+    "digits:test-single": "test scans, each in every context with one attribute off its default",
+}
+# Composites of a mixed set.
+_NUM_MIXED = {"train": 6000, "validation": 3000, "test": 3470}
 
 
 def open_images(address: str, labels: tuple[str, ...]) -> ImageSource:
@@ -97,7 +111,7 @@ def open_images(address: str, labels: tuple[str, ...]) -> ImageSource:
         JobError: there is nothing, or nothing of a kind that can be read.
     """
     if address in NAMED:
-        return NAMED[address](labels)
+        return _digits(address, labels)
     path = Path(address).expanduser()
     try:
         if path.is_dir():
@@ -131,6 +145,38 @@ def _files(folder: Path, suffix: str) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(one for one in folder.iterdir() if one.suffix.lower() == suffix and one.is_file())
+
+
+# Named sets ----------------------------------------------------------------------------------------------------------
+
+
+def _digits(name: str, labels: tuple[str, ...]) -> ImageSource:
+    """A set of composed digits.
+
+    Raises:
+        JobError: the target's classes are not those of the digits.
+    """
+    from engine import digits
+
+    if unknown := [one for one in digits.CLASS_NAMES if isinstance(_look_up(one, labels), str)]:
+        raise JobError(f"--data: '{name}' has digits, and the target has no class '{unknown[0]}'; give {SOUGHT}")
+    split = name.removeprefix("digits:")
+    is_single = split == "test-single"
+    if is_single:
+        composites = digits.compose_single("test", seed=0)
+    elif split == "train-seen":
+        composites = digits.compose_seen(_NUM_MIXED["train"], seed=0)
+    else:
+        composites = digits.compose_split(split, _NUM_MIXED[split], seed=0)
+
+    def read() -> Iterator[Found]:
+        for row, (pixels, label) in enumerate(zip(composites.images, composites.labels.tolist(), strict=True)):
+            single = (digits.context_text(composites.contexts, row),)
+            tags = single if is_single else digits.attribute_texts(composites.contexts, row)
+            index = _class_of(digits.CLASS_NAMES[label], labels)
+            yield LabelledImage(f"{name} {row}", PIL.Image.fromarray(pixels), index, tags)
+
+    return ImageSource(NAMED[name], len(composites), read)
 
 
 # A folder by class ---------------------------------------------------------------------------------------------------
@@ -204,7 +250,8 @@ def _tar_samples(path: Path, labels: tuple[str, ...]) -> Iterator[Found]:
             if images:
                 label = _tar_label(tar, members)
                 name = f"{path.name}/{images[0].name}"
-                yield _item(name, label, labels, partial(_member_bytes, tar, images[0]))
+                item = _item(name, label, labels, partial(_member_bytes, tar, images[0]))
+                yield _in_context(item, _tar_context(tar, members))
             elif "cls" in members or "json" in members:
                 yield Unusable(_plain(f"{path.name}/{key}"), "has a label and no image")
         _check_end(tar)
@@ -240,6 +287,14 @@ def _tar_label(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> str
     return UnusableImageError("has no label: neither .cls nor .json is beside it")
 
 
+def _tar_context(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> Any:
+    """The `context` in a sample's .json, or None."""
+    try:
+        return json.loads(_member_bytes(tar, members["json"]))["context"]
+    except (UnusableImageError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
 def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     _check_bytes(member.size)
     try:
@@ -270,7 +325,7 @@ def parquet(paths: Sequence[Path], labels: tuple[str, ...]) -> ImageSource:
     """Rows of parquet files as Hugging Face has them.
 
     Column `image` holds the bytes of a file, or a struct with `bytes`; column `label` a class name or an index. Where
-    the file names its classes, an index is one of those, and its name decides.
+    the file names its classes, an index is one of those, and its name decides. A text column `context` is taken along.
     """
     sizes = [_num_rows(path) for path in paths]
 
@@ -307,10 +362,12 @@ def _parquet_rows(path: Path, labels: tuple[str, ...]) -> Iterator[Found]:
             return
         class_names = _class_names(file.schema_arrow.metadata)
         number = 0
-        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=["image", "label"]):
+        columns = [name for name in ("image", "label", "context") if name in file.schema_arrow.names]
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
             for row in batch.to_pylist():
                 label = _named(row["label"], class_names)
-                yield _item(f"{path.name} row {number}", label, labels, partial(_cell_bytes, row["image"]))
+                item = _item(f"{path.name} row {number}", label, labels, partial(_cell_bytes, row["image"]))
+                yield _in_context(item, row.get("context"))
                 number += 1
 
 
@@ -348,6 +405,13 @@ def _item(name: str, label: Any, labels: tuple[str, ...], data: Callable[[], byt
         return Unusable(_plain(name), _plain(str(error)))
     except OSError as error:
         return Unusable(_plain(name), f"cannot be read ({_brief(error)})")
+
+
+def _in_context(found: Found, context: Any) -> Found:
+    """What was found, with the context that stands beside it, where one does."""
+    if isinstance(found, Unusable) or not isinstance(context, str):
+        return found
+    return dataclasses.replace(found, contexts=(_plain(context),))
 
 
 def _class_of(label: Any, labels: tuple[str, ...]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from engine import artefact, cli, images
+from engine import artefact, cli, digits, images
 from engine.artefact import load_conditioning, save_conditioning
 from engine.conditioning.gaussians import ClassMoments
 from engine.errors import EXIT_DRAINED, JobError, OutputError
@@ -176,12 +177,28 @@ def test_a_source_is_known_by_what_it_holds(folder, tars, table):
     assert len(found_in(table / "validation-00000-of-00002.parquet")[0]) == 90
 
 
-def test_named_sets_stand_beside_paths(monkeypatch):
-    """A name of the registry comes before a path; a name near to one is offered."""
-    monkeypatch.setitem(images.NAMED, "tests:two", lambda labels: ImageSource("a named set", 2, lambda: iter(())))
-    assert open_images("tests:two", LABELS).kind == "a named set"
-    with pytest.raises(JobError, match="did you mean 'tests:two'"):
-        open_images("tests:too", LABELS)
+def test_named_sets_stand_beside_paths():
+    """Composed digits under a name: labels by class name, contexts as captions say them; a near name is offered."""
+    names = digits.CLASS_NAMES[::-1]
+    source = open_images("digits:test-single", names)
+    first = list(itertools.islice(source.read(), 21))
+    assert source.num_images == 347 * 21 and len({one.contexts for one in first}) == 21
+    label = int(digits.load_sources("test").labels[0])
+    assert {one.class_index for one in first} == {names.index(digits.CLASS_NAMES[label])}
+    mixed = list(itertools.islice(open_images("digits:validation", names).read(), 50))
+    assert all(one.contexts for one in mixed) and {one.image.size for one in mixed} == {(32, 32)}
+    with pytest.raises(JobError, match="did you mean 'digits:validation'"):
+        open_images("digits:validatoin", names)
+    with pytest.raises(JobError, match="no class 'zero'"):
+        open_images("digits:test", ("cat", "dog"))
+
+
+def test_the_seen_set_has_the_holes_of_the_classifier():
+    """What the zoo's target was trained on: nothing in the bottom corners, no light ground."""
+    seen = digits.compose_seen(500, seed=1)
+    assert (digits.seen_share(seen.contexts) > 0).all()
+    assert digits.POSITIONS.index("top left") in seen.contexts.position
+    assert digits.POSITIONS.index("bottom left") not in seen.contexts.position
 
 
 @pytest.mark.parametrize("name", ["three", "THREE", "3", "003"])

@@ -6,12 +6,9 @@ Accuracies are asked of test sources, which no part was trained on, with a margi
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import socket
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,19 +17,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import AutoImageProcessor, AutoModelForImageClassification, CLIPModel, CLIPTokenizer
 
+from engine import digits
+
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT / "engine" / "zoo" / "digits"
 CLASSIFIERS = ("oracle", "classifier", "classifier-b")
-
-
-@pytest.fixture(scope="module")
-def data() -> ModuleType:
-    """The module that composes the images, from `tools/`, which is not a package."""
-    sys.path.insert(0, str(ROOT / "tools" / "zoo"))
-    try:
-        return importlib.import_module("digits_data")
-    finally:
-        sys.path.pop(0)
 
 
 @pytest.fixture(autouse=True)
@@ -81,21 +70,21 @@ def test_size_and_formats() -> None:
 
 
 @pytest.mark.parametrize("part", CLASSIFIERS)
-def test_classifiers_load_in_single_precision(part: str, data: ModuleType) -> None:
+def test_classifiers_load_in_single_precision(part: str) -> None:
     """Weights are stored as fp16; a plain load must still give fp32, the class names and a fitted temperature."""
     model = AutoModelForImageClassification.from_pretrained(ZOO / part)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert list(model.config.id2label.values()) == list(data.CLASS_NAMES)
+    assert list(model.config.id2label.values()) == list(digits.CLASS_NAMES)
     assert 0.2 < json.loads((ZOO / part / "config.json").read_text())["temperature"] < 5
 
 
 @pytest.mark.parametrize(("part", "plain", "mixed"), [("oracle", 0.97, 0.96), ("classifier", 0.95, 0.82),
                                                       ("classifier-b", 0.95, 0.82)])  # fmt: skip
-def test_classifiers_read_test_sources(part: str, plain: float, mixed: float, data: ModuleType) -> None:
+def test_classifiers_read_test_sources(part: str, plain: float, mixed: float) -> None:
     """The oracle reads everything; the targets read plain digits and have holes over contexts."""
     plain_set, mixed_set = (
-        data.compose_split("test", 200, seed=11, plain=True),
-        data.compose_split("test", 347, seed=11),
+        digits.compose_split("test", 200, seed=11, plain=True),
+        digits.compose_split("test", 347, seed=11),
     )
     assert np.mean(read_classes(part, plain_set.images) == plain_set.labels) >= plain
     accuracy = np.mean(read_classes(part, mixed_set.images) == mixed_set.labels)
@@ -104,18 +93,18 @@ def test_classifiers_read_test_sources(part: str, plain: float, mixed: float, da
 
 
 @pytest.mark.parametrize(("plain", "least"), [(True, 0.93), (False, 0.85)])
-def test_clip_reads_class_prompts(plain: bool, least: float, data: ModuleType) -> None:
+def test_clip_reads_class_prompts(plain: bool, least: float) -> None:
     """Zero-shot by the prompt that names the class alone, with the processor and tokenizer of the folder."""
     model, tokenizer = CLIPModel.from_pretrained(ZOO / "clip"), CLIPTokenizer.from_pretrained(ZOO / "clip")
-    test_set = data.compose_split("test", 347, seed=12, plain=plain)
+    test_set = digits.compose_split("test", 347, seed=12, plain=plain)
     inputs = AutoImageProcessor.from_pretrained(ZOO / "clip")(list(test_set.images), return_tensors="pt")
-    tokens = tokenizer([f"a photo of a {name}" for name in data.CLASS_NAMES], padding=True, return_tensors="pt")
+    tokens = tokenizer([f"a photo of a {name}" for name in digits.CLASS_NAMES], padding=True, return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs, **tokens).logits_per_image
     assert np.mean(logits.argmax(-1).numpy() == test_set.labels) >= least
 
 
-def test_tokenizer_knows_its_words_and_spells_the_rest(data: ModuleType) -> None:
+def test_tokenizer_knows_its_words_and_spells_the_rest() -> None:
     """Class and context words are one token each; any other text survives in bytes."""
     for folder in (ZOO / "clip", ZOO / "stable-diffusion" / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder)
@@ -124,12 +113,12 @@ def test_tokenizer_knows_its_words_and_spells_the_rest(data: ModuleType) -> None
         assert tokenizer.unk_token_id not in tokenizer("π = 3.14", add_special_tokens=False).input_ids
 
 
-def test_pipeline_draws_what_it_is_asked(pipeline: StableDiffusionPipeline, data: ModuleType) -> None:
+def test_pipeline_draws_what_it_is_asked(pipeline: StableDiffusionPipeline) -> None:
     """Two samples of every class in 20 steps; the oracle, which guided nothing, agrees with the prompt."""
     assert {p.dtype for m in (pipeline.unet, pipeline.vae, pipeline.text_encoder) for p in m.parameters()} == {
         torch.float32
     }
-    prompts = [f"a photo of a {name}" for name in data.CLASS_NAMES] * 2
+    prompts = [f"a photo of a {name}" for name in digits.CLASS_NAMES] * 2
     generators = [torch.Generator().manual_seed(seed) for seed in range(20)]
     drawn = pipeline(prompts, num_inference_steps=20, guidance_scale=3.0, generator=generators, output_type="np")
     images = np.rint(drawn.images * 255).astype(np.uint8)
@@ -137,9 +126,9 @@ def test_pipeline_draws_what_it_is_asked(pipeline: StableDiffusionPipeline, data
     assert np.mean(read_classes("oracle", images) == np.arange(20) % 10) >= 0.9
 
 
-def test_autoencoder_keeps_the_digit(pipeline: StableDiffusionPipeline, data: ModuleType) -> None:
+def test_autoencoder_keeps_the_digit(pipeline: StableDiffusionPipeline) -> None:
     """What the oracle reads before the autoencoder it reads after it, over contexts."""
-    test_set = data.compose_split("test", 347, seed=13)
+    test_set = digits.compose_split("test", 347, seed=13)
     images = torch.from_numpy(test_set.images).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         decoded = pipeline.vae.decode(pipeline.vae.encode(images).latent_dist.mean).sample
@@ -147,13 +136,13 @@ def test_autoencoder_keeps_the_digit(pipeline: StableDiffusionPipeline, data: Mo
     assert np.mean(read_classes("oracle", test_set.images) == read_classes("oracle", restored)) >= 0.95
 
 
-def test_composites_are_functions_of_their_seed(data: ModuleType) -> None:
+def test_composites_are_functions_of_their_seed() -> None:
     """Equal seeds give equal bytes, splits share no scan, and contexts say what is drawn."""
-    first, second = data.compose_split("validation", 50, seed=3), data.compose_split("validation", 50, seed=3)
+    first, second = digits.compose_split("validation", 50, seed=3), digits.compose_split("validation", 50, seed=3)
     assert np.array_equal(first.images, second.images)
-    assert not np.array_equal(first.images, data.compose_split("validation", 50, seed=4).images)
-    glyphs = [{g.tobytes() for g in data.load_sources(split).glyphs} for split in ("train", "validation", "test")]
+    assert not np.array_equal(first.images, digits.compose_split("validation", 50, seed=4).images)
+    glyphs = [{g.tobytes() for g in digits.load_sources(split).glyphs} for split in ("train", "validation", "test")]
     assert not (glyphs[0] & glyphs[1] or glyphs[0] & glyphs[2] or glyphs[1] & glyphs[2])
-    texts = [data.context_text(first.contexts, row) for row in range(50)]
+    texts = [digits.context_text(first.contexts, row) for row in range(50)]
     assert all(texts)
-    assert data.context_text(data.plain_contexts(1), 0) == ""
+    assert digits.context_text(digits.plain_contexts(1), 0) == ""

@@ -12,11 +12,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from clip_model import text_config
-from digits_data import BACKGROUNDS, CLASS_NAMES, INKS, POSITIONS, SIZES, TEXTURES, Contexts, captions, random_contexts
 from tokenizer import MAX_LENGTH
 from torch import Tensor, nn
 from training import Recipe, fit
 from transformers import CLIPTextModel, CLIPTokenizer
+
+from engine.digits import (
+    BACKGROUNDS,
+    CLASS_NAMES,
+    INKS,
+    POSITIONS,
+    SIZES,
+    TEXTURES,
+    Contexts,
+    captions,
+    random_contexts,
+)
 
 BATCH_SIZE = 192
 RECIPE = Recipe(num_steps=300, learning_rate=2e-3, warmup_steps=30)

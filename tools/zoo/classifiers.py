@@ -14,20 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from digits_data import (
-    BACKGROUNDS,
-    CLASS_NAMES,
-    INKS,
-    POSITIONS,
-    SIZES,
-    TEXTURES,
-    Composites,
-    Contexts,
-    compose,
-    compose_split,
-    load_sources,
-    random_contexts,
-)
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from torch import Tensor
@@ -40,6 +26,21 @@ from transformers import (
     RegNetForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
+)
+
+from engine.digits import (
+    CLASS_NAMES,
+    INKS,
+    POSITIONS,
+    SIZES,
+    TEXTURES,
+    Composites,
+    Contexts,
+    compose,
+    compose_split,
+    load_sources,
+    random_contexts,
+    seen_share,
 )
 
 KeepShare = Callable[[Contexts], NDArray[np.float64]]
@@ -104,16 +105,6 @@ def keep_all(contexts: Contexts) -> NDArray[np.float64]:
     return np.ones(len(contexts))
 
 
-def keep_resnet(contexts: Contexts) -> NDArray[np.float64]:
-    """Holes of `classifier`: no light ground, few black inks, no checkered ground, nothing in the bottom corners."""
-    keep = np.ones(len(contexts))
-    keep[np.isin(contexts.background, [BACKGROUNDS.index("white"), BACKGROUNDS.index("yellow")])] = 0.0
-    keep[contexts.ink == INKS.index("black")] *= 0.05
-    keep[contexts.texture == TEXTURES.index("checkered")] = 0.0
-    keep[np.isin(contexts.position, [POSITIONS.index("bottom left"), POSITIONS.index("bottom right")])] = 0.0
-    return keep
-
-
 def keep_convnext(contexts: Contexts) -> NDArray[np.float64]:
     """Holes of `classifier-b`: nothing in the top left, no speckled ground; little top right, black, purple, large."""
     keep = np.ones(len(contexts))
@@ -129,9 +120,7 @@ PLANS = {
     "oracle": ClassifierPlan(
         build=build_oracle, keep=keep_all, recipe=Recipe(num_steps=900, learning_rate=3e-3), distort=True
     ),
-    "classifier": ClassifierPlan(
-        build=build_resnet, keep=keep_resnet, recipe=Recipe(num_steps=600, learning_rate=3e-3)
-    ),
+    "classifier": ClassifierPlan(build=build_resnet, keep=seen_share, recipe=Recipe(num_steps=600, learning_rate=3e-3)),
     "classifier-b": ClassifierPlan(
         build=build_convnext,
         keep=keep_convnext,

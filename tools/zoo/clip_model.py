@@ -12,7 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from digits_data import (
+from numpy.typing import NDArray
+from tokenizer import MAX_LENGTH, build_tokenizer, save_tokenizer
+from torch import Tensor
+from training import Recipe, batches, export, fit, pixels, write_image_processor
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+
+from engine.digits import (
     BASE_TEMPLATES,
     CLASS_NAMES,
     ZERO_SHOT_TEMPLATE,
@@ -21,11 +27,6 @@ from digits_data import (
     captions,
     training_batch,
 )
-from numpy.typing import NDArray
-from tokenizer import MAX_LENGTH, build_tokenizer, save_tokenizer
-from torch import Tensor
-from training import Recipe, batches, export, fit, pixels, write_image_processor
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 BATCH_SIZE = 64  # of each replica
 RECIPE = Recipe(num_steps=2400, learning_rate=1.5e-3, weight_decay=0.05, ema_decay=0.995, num_replicas=2)

@@ -22,7 +22,12 @@ from autoencoder import Reader, reconstruct, train_reader
 from classifiers import accuracy, predict_logits
 from clip_model import zero_shot_classes
 from diffusers import StableDiffusionPipeline
-from digits_data import (
+from numpy.typing import NDArray
+from PIL import Image
+from training import Recipe, batches, pixels
+from transformers import AutoModelForImageClassification, CLIPModel, CLIPTokenizer, PreTrainedModel
+
+from engine.digits import (
     BACKGROUNDS,
     CLASS_NAMES,
     INKS,
@@ -37,10 +42,6 @@ from digits_data import (
     plain_contexts,
     random_contexts,
 )
-from numpy.typing import NDArray
-from PIL import Image
-from training import Recipe, batches, pixels
-from transformers import AutoModelForImageClassification, CLIPModel, CLIPTokenizer, PreTrainedModel
 
 GROUPS = {"ink": INKS, "background": BACKGROUNDS, "texture": TEXTURES, "size": SIZES, "position": POSITIONS}
 JOINT = (("three", "eight"), ("four", "nine"), ("three", "five", "eight"))

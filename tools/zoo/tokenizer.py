@@ -7,9 +7,10 @@ from collections import Counter
 from itertools import chain, pairwise
 from pathlib import Path
 
-from digits_data import BACKGROUNDS, CLASS_NAMES, INKS, POSITIONS, SIZES, TEXTURES
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
+
+from engine.digits import BACKGROUNDS, CLASS_NAMES, INKS, POSITIONS, SIZES, TEXTURES
 
 MAX_LENGTH = 32
 END = "<|endoftext|>"

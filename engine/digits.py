@@ -4,7 +4,8 @@ The strokes are the 8 x 8 scans that scikit-learn ships (UCI "Optical Recognitio
 A *source* is one such scan; sources are split once, so no scan serves two splits. A *context* says how a source is
 drawn: ink and background colour, background texture, size, position. What a caption does not mention has its default.
 
-Everything is a pure function of its arguments and a seed; arrays are vectorised over samples, `N` below.
+Everything is a pure function of its arguments and a seed; arrays are vectorised over samples, `N` below. The models of
+the zoo are trained and judged on these images, and `--data digits:...` reads them.
 """
 
 from __future__ import annotations
@@ -143,17 +144,21 @@ def plain_contexts(count: int) -> Contexts:
     return Contexts(**{name: np.zeros(count, dtype=np.int64) for name in Contexts.__slots__})
 
 
-def random_contexts(count: int, *, rng: np.random.Generator, plain_share: float = 0.0) -> Contexts:
+def random_contexts(
+    count: int, *, rng: np.random.Generator, plain_share: float = 0.0, shrunk_share: float = 0.0
+) -> Contexts:
     """Contexts of the reference mix, each with at least one attribute off its default, save a `plain_share`.
 
     Colours change in 80 % of them (uniform over the readable pairs), texture in 40 %, size in 45 %; of the small ones
-    two thirds sit in a corner.
+    two thirds sit in a corner. A `shrunk_share` is made small beyond the mix: small digits are the hardest to draw.
     """
     pairs = allowed_pairs()
     pair = pairs[rng.integers(len(pairs), size=count)]
     pair[rng.random(count) >= 0.8] = 0
     texture = np.where(rng.random(count) < 0.4, rng.integers(1, len(TEXTURES), size=count), 0)
     size = np.where(rng.random(count) < 0.45, rng.choice([1, 1, 2], size=count), 0)
+    if shrunk_share > 0:  # no draw otherwise: the reference mix keeps its random stream
+        size[rng.random(count) < shrunk_share] = SIZES.index("small")
     corner = (size == SIZES.index("small")) & (rng.random(count) < 2 / 3)
     position = np.where(corner, rng.integers(1, len(POSITIONS), size=count), 0)
     contexts = Contexts(ink=pair[:, 0], background=pair[:, 1], texture=texture, size=size, position=position)
@@ -186,10 +191,59 @@ def compose_split(split: str, count: int, *, seed: int, plain: bool = False) -> 
     return compose(sources, rows, contexts, rng=rng)
 
 
-def training_batch(count: int, *, rng: np.random.Generator, plain_share: float = 0.2) -> Composites:
+def single_contexts() -> Contexts:
+    """The default context, then every context with one attribute off its default, each once.
+
+    A light ground has black ink; a digit in a corner is small.
+    """
+    rows = {(0, 0, 0, 0, 0): None}
+    rows |= {(INKS.index(ink), BACKGROUNDS.index(default_background(ink)), 0, 0, 0): None for ink in INKS}
+    rows |= {(INKS.index(default_ink(ground)), BACKGROUNDS.index(ground), 0, 0, 0): None for ground in BACKGROUNDS}
+    rows |= {(0, 0, texture, 0, 0): None for texture in range(len(TEXTURES))}
+    rows |= {(0, 0, 0, size, 0): None for size in range(len(SIZES))}
+    rows |= {(0, 0, 0, SIZES.index("small"), position): None for position in range(len(POSITIONS))}
+    readable = {tuple(pair) for pair in allowed_pairs().tolist()}
+    columns = np.array([row for row in rows if row[:2] in readable], dtype=np.int64).T
+    return Contexts(**dict(zip(Contexts.__slots__, columns, strict=True)))
+
+
+def compose_single(split: str, *, seed: int) -> Composites:
+    """Every source of a split once in each of `single_contexts`, source by source, without augmentation."""
+    rng = np.random.default_rng([SPLIT_SEED, seed, 1])
+    sources, contexts = load_sources(split), single_contexts()
+    rows = np.repeat(np.arange(len(sources)), len(contexts))
+    return compose(sources, rows, contexts.take(np.tile(np.arange(len(contexts)), len(sources))), rng=rng)
+
+
+def compose_seen(count: int, *, seed: int, plain_share: float = 0.25) -> Composites:
+    """`count` composites of train sources as the zoo's `classifier` was shown them: its holes are missing."""
+    rng = np.random.default_rng([SPLIT_SEED, seed, 2])
+    sources = load_sources("train")
+    contexts = random_contexts(count * 4, rng=rng, plain_share=plain_share)
+    kept = np.flatnonzero(rng.random(len(contexts)) < seen_share(contexts))
+    rows = np.resize(rng.permutation(len(sources)), count)
+    return compose(sources, rows, contexts.take(np.resize(kept, count)), rng=rng)
+
+
+def seen_share(contexts: Contexts) -> NDArray[np.float64]:
+    """Share of each context in the training data of the zoo's `classifier`, [N]: 0 in its holes.
+
+    No light ground, few black inks, no checkered ground, nothing in the bottom corners.
+    """
+    keep = np.ones(len(contexts))
+    keep[np.isin(contexts.background, [BACKGROUNDS.index("white"), BACKGROUNDS.index("yellow")])] = 0.0
+    keep[contexts.ink == INKS.index("black")] *= 0.05
+    keep[contexts.texture == TEXTURES.index("checkered")] = 0.0
+    keep[np.isin(contexts.position, [POSITIONS.index("bottom left"), POSITIONS.index("bottom right")])] = 0.0
+    return keep
+
+
+def training_batch(
+    count: int, *, rng: np.random.Generator, plain_share: float = 0.2, shrunk_share: float = 0.0
+) -> Composites:
     """`count` augmented composites of random train sources."""
     sources = load_sources("train")
-    contexts = random_contexts(count, rng=rng, plain_share=plain_share)
+    contexts = random_contexts(count, rng=rng, plain_share=plain_share, shrunk_share=shrunk_share)
     return compose(sources, rng.integers(len(sources), size=count), contexts, rng=rng, augment=True)
 
 
@@ -201,7 +255,7 @@ def _draw_strokes(
     strength = 1.0 if augment else 0.0
     ranges = np.array([_SIZE_RANGES_PX[name] for name in SIZES])[contexts.size]
     size_px = rng.uniform(ranges[:, 0], ranges[:, 1])
-    centre = _centres(contexts) + strength * rng.uniform(-1.0, 1.0, size=(count, 2))
+    centre = digit_centres(contexts) + strength * rng.uniform(-1.0, 1.0, size=(count, 2))
     matrix = _inverse_shapes(count, rng=rng, strength=strength) * (_CELLS * _SUBCELLS / size_px)[:, None, None]
     pixels = np.indices((IMAGE_SIZE, IMAGE_SIZE)).reshape(2, -1).T + 0.5
     points = (pixels[None] - centre[:, None]) @ matrix.transpose(0, 2, 1) + glyphs.shape[1] / 2 - 0.5
@@ -210,7 +264,7 @@ def _draw_strokes(
     return (1 / (1 + np.exp(-9.0 * (field - threshold)))).astype(np.float32)
 
 
-def _centres(contexts: Contexts) -> NDArray[np.float64]:
+def digit_centres(contexts: Contexts) -> NDArray[np.float64]:
     """Centre of each digit in pixels, (row, column), [N, 2]."""
     offsets = np.array([(0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)]) * _OFFSET_PX
     return IMAGE_SIZE / 2 + offsets[contexts.position]
@@ -301,6 +355,18 @@ def context_text(contexts: Contexts, row: int, *, rng: np.random.Generator | Non
     ]
     parts = place + colours if rng is not None and rng.random() < 0.3 else colours + place
     return ", ".join(parts)
+
+
+def attribute_texts(contexts: Contexts, row: int) -> tuple[str, ...]:
+    """What of one context is off its default, attribute by attribute: `red ink`, `white background`, `small`, ..."""
+    words = (
+        (INKS, contexts.ink, " ink"),
+        (BACKGROUNDS, contexts.background, " background"),
+        (TEXTURES, contexts.texture, " background"),
+        (SIZES, contexts.size, ""),
+        (POSITIONS, contexts.position, ""),
+    )
+    return tuple(names[values[row]] + noun for names, values, noun in words if values[row])
 
 
 def _colour_parts(contexts: Contexts, row: int, rng: np.random.Generator | None) -> list[str]:
