@@ -30,12 +30,12 @@ from engine.conditioning.predictor import ErrorPredictor, PredictorFit
 from engine.dataset.store import explained
 from engine.errors import JobError, OutputError
 from engine.images import Unusable
+from engine.models.addresses import ARTEFACT_DOCUMENT as DOCUMENT
 from engine.plan import digest_of
 from engine.temperature import TemperatureFit
 
 SCHEMA_VERSION = 1
 STATISTICS = "statistics.safetensors"
-DOCUMENT = "conditioning.json"
 _REMEDY = "make it anew with `riskforge prepare`"
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from engine import imaging
 from engine.acceptance import is_accepted
+from engine.conditioner import Conditioner, open_conditioner
+from engine.conditioning.screening import ScreenedDraw
 from engine.errors import JobError
 from engine.guidance.boundary import guide_to_boundary
 from engine.guidance.guided import ConditionalDenoiser, GuidedDenoiser
@@ -22,7 +24,7 @@ from engine.models.runtime import choose_hardware
 from engine.plan import Plan, RequestPlan, SampleSpec, make_prompt
 from engine.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, SampleResult, check_record, failed_record
 from engine.sampling.loop import sample
-from engine.sampling.noise import initial_noise
+from engine.sampling.noise import draw_noise
 from engine.scoring import Scorer
 from engine.spec import JobSpec
 
@@ -57,6 +59,7 @@ class Generator:
             Classifier.load(job.models.oracle, device) if job.models.oracle else None,
         )
         self._diffusion: dict[str, Diffusion] = {}
+        self._conditioners: dict[int, Conditioner] = {}
         auto = job.runtime.batch_size == "auto"
         self._grows = auto and self._hardware.is_cuda
         self.batch_size = FIRST_GPU_BATCH if auto else int(job.runtime.batch_size)
@@ -64,6 +67,8 @@ class Generator:
             self._check_combination(request.number)
             negative = job.sampling_of(request.spec).negative_prompt
             self._model(request.number).check_prompts([*longest_prompts(request), negative])
+            if request.spec.conditioning is not None:
+                self._conditioners[request.number] = self._conditioner(request)
 
     @property
     def device_name(self) -> str:
@@ -122,21 +127,36 @@ class Generator:
         rows = self._model(request).rows
         # The last sample fills up a batch of fixed shape: on a CPU bytes must not depend on the neighbours.
         padded = [*specs, *[specs[-1]] * ((rows or len(specs)) - len(specs))]
-        images, health = self.sample(request, padded)
+        draws = self._draws(request, padded)
+        images, health = self.sample(request, padded, draws)
         finite = torch.isfinite(images).flatten(1).all(1)
         files = [imaging.encode(pixels, self._job.output.image_format) for pixels in imaging.quantise(images)]
         records = self._scorer.records(padded, [imaging.decode(data) for data in files])
         return [
-            self._result(request, spec, record | _counts(health, row), files[row], len(padded))
+            self._result(
+                request, spec, record | _counts(health, row), files[row], len(padded), draws[row] if draws else None
+            )
             if finite[row]
             else _failed(spec, "the sampler produced values that are not finite")
             for row, (spec, record) in enumerate(zip(specs, records[: len(specs)], strict=True))
         ]
 
+    def _draws(self, request: int, specs: Sequence[SampleSpec]) -> list[ScreenedDraw]:
+        """What conditions each sample beside its prompt; empty where nothing does."""
+        conditioner = self._conditioners.get(request)
+        return [conditioner.draw(spec) for spec in specs] if conditioner else []
+
     def _result(
-        self, request: int, spec: SampleSpec, record: dict[str, Any], image: bytes, batch_size: int
+        self,
+        request: int,
+        spec: SampleSpec,
+        record: dict[str, Any],
+        image: bytes,
+        batch_size: int,
+        draw: ScreenedDraw | None,
     ) -> SampleResult:
         """A scored sample, accepted or rejected by the request's rule."""
+        record["screened"] = draw is not None and draw.screened
         try:
             check_record(record)
         except ValueError as error:
@@ -147,15 +167,22 @@ class Generator:
             record=record | {"accepted": accepted, "status": STATUS_OK if accepted else STATUS_REJECTED},
             image=image if stored else b"",
             run={"batch_size": batch_size},
+            num_draws=draw.num_draws if draw else 0,
         )
 
-    def sample(self, request: int, specs: Sequence[SampleSpec]) -> tuple[Tensor, GradientHealth]:
-        """Images [B, 3, H, W], nominally in [0, 1], of samples of a request, and the health of their gradients."""
+    def sample(
+        self, request: int, specs: Sequence[SampleSpec], draws: Sequence[ScreenedDraw] = ()
+    ) -> tuple[Tensor, GradientHealth]:
+        """Images [B, 3, H, W], nominally in [0, 1], of samples of a request, and the health of their gradients.
+
+        Args:
+            draws: what conditions each sample, for a Stable unCLIP pipeline.
+        """
         model, spec = self._model(request), self._job.requests[request]
         sampling = self._job.sampling_of(spec)
         sampler = model.sampler(sampling)
-        denoiser = model.denoiser([one.prompt for one in specs], sampling, sampler)
-        noise = initial_noise([one.seed for one in specs], model.latent_shape, self._hardware.device)
+        noise, class_labels = self._noise(request, specs, draws)
+        denoiser = model.denoiser([one.prompt for one in specs], sampling, sampler, class_labels)
         if spec.method == "prompt":
             latents, health = sample(denoiser, sampler, noise), GradientHealth.of(len(specs))
         else:
@@ -163,6 +190,19 @@ class Generator:
             latents, health = sample(guided, sampler, noise), guided.health
         with torch.no_grad():
             return model.decode(latents), health
+
+    def _noise(
+        self, request: int, specs: Sequence[SampleSpec], draws: Sequence[ScreenedDraw]
+    ) -> tuple[Tensor, Tensor | None]:
+        """First noise of the latents and, for a Stable unCLIP pipeline, the class labels of the embeddings."""
+        model, conditioning = self._model(request), self._job.requests[request].conditioning
+        seeds, device = [one.seed for one in specs], self._hardware.device
+        if model.noiser is None or conditioning is None:
+            return draw_noise(seeds, model.latent_shape, device=device)[0], None
+        # The pipeline's order: a generator draws the noise of the embedding before that of the latents.
+        embed_noise, noise = draw_noise(seeds, (model.noiser.dim,), model.latent_shape, device=device)
+        embeds = torch.stack([draw.embedding for draw in draws]).to(device)
+        return noise, model.noiser.class_labels(embeds, embed_noise, conditioning.noise_level)
 
     def _guided(self, denoiser: ConditionalDenoiser, request: int, specs: Sequence[SampleSpec]) -> GuidedDenoiser:
         spec, decode = self._job.requests[request], self._model(request).decode
@@ -191,6 +231,18 @@ class Generator:
         if address not in self._diffusion:
             self._diffusion[address] = Diffusion.load(address, self._hardware)
         return self._diffusion[address]
+
+    def _conditioner(self, request: RequestPlan) -> Conditioner:
+        model, spec = self._model(request.number), request.spec.conditioning
+        address = request.spec.diffusion or self._job.models.diffusion
+        if model.noiser is None or spec is None:
+            raise JobError(f"requests.{request.number}.conditioning: '{address}' has no embeddings to condition on")
+        if spec.noise_level >= model.noiser.num_levels:
+            raise JobError(
+                f"requests.{request.number}.conditioning.noise_level: {spec.noise_level} is not below the"
+                f" {model.noiser.num_levels} of '{address}'"
+            )
+        return open_conditioner(request, address, self._target.labels, self._hardware.device)
 
     def _check_combination(self, request: int) -> None:
         try:

@@ -317,13 +317,13 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
 
     Args:
         digests: `{"diffusion": {address: digest}, "clip": digest, "target": digest, "transfer": [digest],
-            "oracle": digest}`.
+            "oracle": digest, "conditioning": {address: digest}}`.
     """
     return {
         "schema_version": SCHEMA_VERSION,
         "name": job.name,
         "seed": job.seed,
-        "models": {key: value for key, value in digests.items() if key != "diffusion"},
+        "models": {key: value for key, value in digests.items() if key not in ("diffusion", "conditioning")},
         "output": job.output.model_dump(mode="json", exclude={"uri"}),
         "requests": [
             {
@@ -337,6 +337,7 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
                 "sampling": job.sampling_of(plan.spec).model_dump(mode="json"),
                 "guidance": _active_guidance(job, plan.spec),
                 "accept": plan.spec.accept,
+                "conditioning": _conditioning(plan.spec, digests.get("conditioning", {})),
             }
             for plan in requests
         ],
@@ -347,6 +348,16 @@ def _active_guidance(job: JobSpec, request: RequestSpec) -> dict[str, Any]:
     """The guidance that the request's method uses; a change to another method's does not change its samples."""
     guidance = job.guidance_of(request).model_dump(mode="json")
     return guidance.get(request.method, {})
+
+
+def _conditioning(request: RequestSpec, digests: dict[str, str]) -> dict[str, Any]:
+    """What decides the embeddings: the content of artefact or images in place of their address."""
+    spec = request.conditioning
+    if spec is None:
+        return {}
+    screening = {"threshold": spec.threshold, "max_draws": spec.max_draws} if spec.is_screened else {}
+    source = {"images" if spec.artefact is None else "artefact": digests[spec.artefact or spec.images or ""]}
+    return source | {"noise_level": spec.noise_level, "screening": screening}
 
 
 def digest_of(value: Any) -> str:

@@ -322,7 +322,12 @@ def medians_table(groups: list[GroupSummary]) -> Table:
     has_context = any(group.context for group in groups)
     models = list(dict.fromkeys(one.model for group in groups for one in group.transfer))
     names = ["request", *(["context"] if has_context else []), "images", "risk", "KLDB", "entropy", "conformity"]
-    names += ["errors", *(f"errors of {model.removeprefix('zoo:')}" for model in models), "oracle agrees"]
+    names += [
+        "errors",
+        *(f"errors of {model.removeprefix('zoo:')}" for model in models),
+        "oracle agrees",
+        "valid failures",
+    ]
     for name in names:
         table.add_column(Text(name), justify="left" if name in ("request", "context") else "right")
     for group in groups[:MAX_GROUP_ROWS]:
@@ -333,7 +338,15 @@ def medians_table(groups: list[GroupSummary]) -> Table:
             *([Text(group.context)] if has_context else []),
             f"{group.ok}/{group.attempted}",
             *(f"{score.median:.3g}" if score else ABSENT for score in scores),
-            *(_percent(rate) for rate in (group.error_rate, *map(rates.get, models), group.oracle_agreement)),
+            *(
+                _percent(rate)
+                for rate in (
+                    group.error_rate,
+                    *map(rates.get, models),
+                    group.oracle_agreement,
+                    group.valid_failure_rate,
+                )
+            ),
         )
     return table
 

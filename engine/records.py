@@ -77,11 +77,13 @@ class SampleResult:
         record: the deterministic fields, complete.
         image: the encoded image file, empty where the sample failed.
         run: the run-dependent fields but `sha256`, which the shard writer adds.
+        num_draws: embeddings drawn until one conditioned it; 0 without screening.
     """
 
     record: dict[str, Any]
     image: bytes = b""
     run: dict[str, Any] = field(default_factory=dict)
+    num_draws: int = 0
 
 
 def new_record(spec: SampleSpec) -> dict[str, Any]:

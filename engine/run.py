@@ -27,7 +27,7 @@ from engine.dataset.state import METADATA, REPORT, SUCCESS, check_unused, find_p
 from engine.dataset.store import DRIVER_LOCK, Store, open_store
 from engine.errors import EXIT_INCOMPLETE, EXIT_OK, JobError, OwnedError, RiskforgeError
 from engine.executors.base import Executor, ExecutorEvent, ShardProgress, ShardResult, WorkerFactory, WorkerLike
-from engine.models.addresses import check_addresses, model_digests, read_labels, resolve
+from engine.models.addresses import check_addresses, missing_artefacts, model_digests, read_labels, resolve
 from engine.models.runtime import hardware_problems
 from engine.plan import Plan, build_plan, resolve_requests
 from engine.progress import Display, Tally
@@ -61,6 +61,7 @@ class RunSummary:
     Attributes:
         report: path of the report; empty where there is nothing to report on.
         groups: medians per request and context.
+        screening: of every request that screens, what came of it, in words.
         quarantined: numbers of the shards that were left out.
         num_samples: attempts in the committed shards.
         num_failed: those of them without an image.
@@ -78,6 +79,7 @@ class RunSummary:
     seconds: float
     failure: str = ""
     groups: list[GroupSummary] = field(default_factory=list)
+    screening: dict[str, str] = field(default_factory=dict)
     quarantined: tuple[int, ...] = ()
     was_complete: bool = False
 
@@ -168,10 +170,25 @@ def prepare(job: JobSpec, executor: Executor) -> tuple[Store, JobSpec, Plan, dic
     resolve_requests(job, labels)
     if not store.exists(SUCCESS):
         executor.begin()
-    digests = model_digests(job)
+    digests = model_digests(job) | {"conditioning": _conditioning_digests(job, labels)}
     # Once more, as models of the hub are here only now.
     check_addresses(job)
     return store, job, build_plan(job, labels, digests), describe_models(job, digests)
+
+
+def _conditioning_digests(job: JobSpec, labels: list[str]) -> dict[str, str]:
+    """Digests of artefacts and given images; torch is only loaded for a job that has some.
+
+    Raises:
+        JobError: one is missing, a line each.
+    """
+    if missing := missing_artefacts(job):
+        raise JobError(missing)
+    if all(request.conditioning is None for request in job.requests):
+        return {}
+    from engine.conditioner import conditioning_digests
+
+    return conditioning_digests(job, labels)
 
 
 def plan_job(job: JobSpec) -> Plan:
@@ -182,7 +199,15 @@ def plan_job(job: JobSpec) -> Plan:
     """
     check_addresses(job)
     addresses = {job.models.diffusion, *(request.diffusion for request in job.requests if request.diffusion)}
-    unknown = {"diffusion": dict.fromkeys(addresses, ""), "clip": "", "target": "", "transfer": [], "oracle": ""}
+    sources = [spec.artefact or spec.images for request in job.requests if (spec := request.conditioning)]
+    unknown = {
+        "diffusion": dict.fromkeys(addresses, ""),
+        "conditioning": dict.fromkeys(sources, ""),
+        "clip": "",
+        "target": "",
+        "transfer": [],
+        "oracle": "",
+    }
     return build_plan(job, target_labels(job), unknown)
 
 
@@ -223,6 +248,9 @@ def describe_models(job: JobSpec, digests: dict[str, Any]) -> dict[str, Any]:
         described["transfer"] = [{"address": address, "digest": one} for address, one in pairs]
     if models.oracle:
         described["oracle"] = {"address": models.oracle, "digest": digests["oracle"]}
+    if digests["conditioning"]:
+        pairs = digests["conditioning"].items()
+        described["conditioning"] = [{"address": address, "digest": one} for address, one in pairs]
     return described
 
 
@@ -274,6 +302,19 @@ def close_run(
     return finished
 
 
+def _screening_texts(screening: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+    """A line a request: samples, draws, and the classes in which draws are accepted least and most often."""
+    lines = {}
+    for name, classes in screening.items():
+        screened, samples, draws = (sum(one[key] for one in classes) for key in ("screened", "samples", "draws"))
+        rates = [one["acceptance_rate"] for one in classes]
+        lines[name] = (
+            f"{screened} of {samples} samples screened in {draws} draws; accepted {min(rates):.1%} to"
+            f" {max(rates):.1%} of a class's draws"
+        )
+    return lines
+
+
 def _summary(
     store: Store,
     plan: Plan,
@@ -296,6 +337,7 @@ def _summary(
         failure=_top_failure(store) if num_failed else "",
         seconds=time.monotonic() - started,
         groups=finished.groups if finished else [],
+        screening=_screening_texts(finished.manifest["counts"]["screening"]) if finished else {},
         quarantined=tuple(number for number in range(plan.num_shards) if number not in committed)
         if not is_complete
         else (),

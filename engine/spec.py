@@ -25,7 +25,6 @@ CLASS_TEMPLATE = "a photo of a {class}"
 # Fields of the contract that this version does not have yet: named, so that nobody believes in a typo.
 PLANNED = {
     "max_attempts": "quotas are not in this version",
-    "conditioning": "class statistics and screening are not in this version",
     "judge": "a second conformity model is not in this version",
     "deterministic": "the mode for GPUs is not in this version; on a CPU every run is deterministic",
 }
@@ -121,6 +120,38 @@ class RiskyGuidanceSpec(_Spec):
     skip_last: bool = Field(default=True, description="Do not guide at the last step, which is never denoised again.")
 
 
+class ConditioningSpec(_Spec):
+    """Image embeddings that condition a Stable unCLIP pipeline: drawn from class statistics, or of given images."""
+
+    artefact: Address | None = Field(
+        default=None,
+        description="Class statistics and error predictor: an artefact of `riskforge prepare`, a folder that holds one,"
+        " or `zoo:NAME/PART`.",
+    )
+    images: Address | None = Field(
+        default=None,
+        description="Images to vary, read as by `riskforge prepare --data`; sample i of a class takes its image i, and"
+        " begins again after the last.",
+    )
+    screening: bool | None = Field(
+        default=None, description="Draw until the error predictor expects an error; default: true with an artefact."
+    )
+    threshold: Number = Field(default=0.5, ge=0, lt=1, description="Confidence of an error that a draw must exceed.")
+    max_draws: StrictInt = Field(
+        default=256,
+        ge=1,
+        le=100_000,
+        description="Draws for a sample, at most; one that none of them gets through is"
+        " made from the likeliest and has screened: false.",
+    )
+    noise_level: StrictInt = Field(default=0, ge=0, le=999, description="Noise on the embedding, as in diffusers.")
+
+    @property
+    def is_screened(self) -> bool:
+        """Whether draws are screened."""
+        return self.artefact is not None and self.screening is not False
+
+
 class GuidanceSpec(_Spec):
     """Parameters of the guidance methods."""
 
@@ -154,8 +185,16 @@ class RequestSpec(_Spec):
     )
     seed_group: Name | None = Field(default=None, description="Requests of one group share noise; default: the name.")
     diffusion: Address | None = Field(default=None, description="Another diffusion model for this request.")
+    conditioning: ConditioningSpec | None = Field(
+        default=None, description="Image embeddings for a Stable unCLIP pipeline; an artefact's address will do."
+    )
     sampling: dict[str, Any] = Field(default_factory=dict, description="Overrides of the job's `sampling`.")
     guidance: dict[str, Any] = Field(default_factory=dict, description="Overrides of the job's `guidance`.")
+
+    @pydantic.field_validator("conditioning", mode="before")
+    @classmethod
+    def _bare_address(cls, value: Any) -> Any:
+        return {"artefact": value} if isinstance(value, str) else value
 
 
 class OutputSpec(_Spec):
@@ -344,7 +383,23 @@ def _request_problems(request: RequestSpec) -> list[Problem]:
             (("count",), f"{request.count} x {len(request.contexts)} contexts is above {MAX_INDEX} a class")
         )
     problems += [(("accept", name), text) for name, text in rule_problems(request.accept)]
+    problems += [(("conditioning", *at), text) for at, text in _conditioning_problems(request)]
     return problems + _template_problems(request)
+
+
+def _conditioning_problems(request: RequestSpec) -> list[Problem]:
+    conditioning, problems = request.conditioning, list[Problem]()
+    if conditioning is None:
+        if "screened" in request.accept and request.accept["screened"] is True:
+            problems.append(((), "missing; without it no sample is screened, and `accept` would reject them all"))
+        return problems
+    if request.boundary is not None:
+        problems.append(((), "the embeddings are of single classes; give `classes` in place of `boundary`"))
+    if (conditioning.artefact is None) == (conditioning.images is None):
+        problems.append(((), "give either `artefact` (class statistics) or `images` (to vary)"))
+    elif conditioning.images is not None and conditioning.screening:
+        problems.append((("screening",), "given images are not screened; leave it out, or give an artefact"))
+    return problems
 
 
 def _template_problems(request: RequestSpec) -> list[Problem]:

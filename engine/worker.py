@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from engine.conditioning.tally import ScreeningTally
 from engine.dataset.commits import commit_shard
 from engine.dataset.counts import ShardCounts
 from engine.dataset.shards import shard_name, stage_shard
@@ -74,18 +75,26 @@ class Worker:
         """
         started = time.monotonic()
         name = shard_name(self._job.name, shard.number)
-        timing = {"sampling_seconds": 0.0}
-        results = self._results(shard, attempt, report, timing)
+        timing, tally = {"sampling_seconds": 0.0}, ScreeningTally()
+        results = self._results(shard, attempt, report, timing, tally)
         staged = stage_shard(self._store.staging(), name, results, self._job.output.image_format)
         record = commit_shard(
-            self._store, self._plan.digest, shard, name, staged, attempt=attempt, worker=self._name, timing=timing
+            self._store,
+            self._plan.digest,
+            shard,
+            name,
+            staged,
+            attempt=attempt,
+            worker=self._name,
+            timing=timing,
+            screening=tally.rows(),
         )
         return ShardOutcome(counts=record.counts, total_seconds=time.monotonic() - started, **timing)
 
     def _results(
-        self, shard: ShardSpec, attempt: int, report: Report, timing: dict[str, float]
+        self, shard: ShardSpec, attempt: int, report: Report, timing: dict[str, float], tally: ScreeningTally
     ) -> Iterator[SampleResult]:
-        """The results of a shard, batch by batch; adds the time they took to `timing`."""
+        """The results of a shard, batch by batch; adds the time they took to `timing`, draws to `tally`."""
         done = 0
         specs = list(self._plan.samples(shard))
         while specs:
@@ -97,6 +106,9 @@ class Worker:
             for result in results:
                 spent = {"duration_seconds": seconds / len(results)}
                 result.run |= {**spent, "attempt": attempt, "worker": self._name}
+                if result.num_draws:
+                    about = result.record
+                    tally.add(about["class_index"], screened=about["screened"], num_draws=result.num_draws)
                 yield result
             done += len(results)
             report(done)

@@ -293,7 +293,8 @@ def test_late_news_of_a_committed_shard_is_ignored(tally):
 def group_of(context: str) -> GroupSummary:
     """A group without an image."""
     counts = dict.fromkeys(("attempted", "rejected", "failed", "accepted"), 1) | {"ok": 0}
-    scores = dict.fromkeys(("error_rate", "risk", "conformity", "kldb", "entropy", "oracle_agreement"))
+    names = ("error_rate", "risk", "conformity", "kldb", "entropy", "oracle_agreement", "valid_failure_rate")
+    scores = dict.fromkeys(names)
     transfer = (TransferSummary(model="[red] model [/b]", error_rate=0.5, risk_median=1.0),)
     return GroupSummary(request="all", method="prompt", context=context, transfer=transfer, **counts, **scores)
 

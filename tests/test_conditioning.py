@@ -25,12 +25,12 @@ from engine.conditioning.predictor import (
 )
 from engine.conditioning.screening import (
     ScreeningOptions,
-    ScreeningTally,
     embedding_generator,
     screen,
     unscreened,
 )
-from engine.sampling.noise import initial_noise
+from engine.conditioning.tally import ScreeningTally
+from engine.sampling.noise import draw_noise
 from tests.conftest import REPOSITORY
 
 LABELS = ("ant", "bee", "cat")
@@ -386,7 +386,7 @@ def test_screening_stops_at_the_first_draw_that_passes():
 
 def test_embeddings_are_another_stream_than_the_noise():
     """Equal streams would make the embedding a copy of the first latents."""
-    noise = initial_noise([5], (DIM,))[0]
+    noise = draw_noise([5], (DIM,))[0][0]
     assert not torch.allclose(torch.randn(DIM, generator=embedding_generator(5)), noise)
 
 
@@ -397,13 +397,20 @@ def test_impossible_screening_is_refused(options):
         ScreeningOptions(**options)
 
 
+def tally_of(draws) -> ScreeningTally:
+    tally = ScreeningTally()
+    for class_index, draw in draws:
+        tally.add(class_index, screened=draw.screened, num_draws=draw.num_draws)
+    return tally
+
+
 def test_tallies_add_up():
     """Acceptance per class over shards: any grouping gives the same figures."""
     found = gaussians()
     draws = [(seed % 3, screen(found, FirstIsLarge(1.0), seed % 3, seed)) for seed in range(12)]
-    whole = ScreeningTally.of(draws)
-    parts = ScreeningTally.of(draws[5:]) + ScreeningTally() + ScreeningTally.of(draws[:5])
-    assert parts == whole == ScreeningTally.from_state(json.loads(json.dumps(whole.state())))
+    whole = tally_of(draws)
+    parts = tally_of(draws[5:]) + ScreeningTally() + tally_of(draws[:5])
+    assert parts == whole == ScreeningTally.from_rows(json.loads(json.dumps(whole.rows())))
     count = whole.per_class[0]
     assert count.num_samples == 4 and count.acceptance_rate == count.num_screened / count.num_draws
     assert ScreeningTally().per_class == {}

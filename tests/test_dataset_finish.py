@@ -81,20 +81,23 @@ def test_summary_is_what_a_slow_reading_gives(run: tuple[Store, Plan, FinishedRu
         every = [one for one in records if (one["request"], one["context"]) == (group.request, group.context)]
         ok = [one for one in every if one["status"] == "ok"]
         assert (group.attempted, group.ok, group.failed) == (len(every), len(ok), len(every) - len(ok))
+        scored = [one for one in every if one["status"] != "failed"]
         for name in ("risk", "conformity", "kldb", "entropy"):
             spread = getattr(group, name)
-            values = [one[name] for one in ok]
-            quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(ok) > 1 else values * 3
+            values = [one[name] for one in scored]
+            quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(scored) > 1 else values * 3
             assert [spread.q25, spread.median, spread.q75] == pytest.approx(quartiles)
-        assert group.error_rate == pytest.approx(statistics.mean(one["is_error"] for one in ok))
+        assert group.error_rate == pytest.approx(statistics.mean(one["is_error"] for one in scored))
         agrees = [
             one["oracle_class"] in (one["kldb_classes"] if "-mix-" in one["key"] else [one["class_index"]])
-            for one in ok
+            for one in scored
         ]
         assert group.oracle_agreement == pytest.approx(statistics.mean(agrees))
-        seen = [one["transfer"][0] for one in ok]
+        valid = [agreed and one["is_error"] for agreed, one in zip(agrees, scored, strict=True)]
+        assert group.valid_failure_rate == pytest.approx(statistics.mean(valid))
+        seen = [one["transfer"][0] for one in scored]
         assert group.transfer[0].risk_median == pytest.approx(statistics.median(entry["risk"] for entry in seen))
-        errors = [one["transfer"][0]["predicted_class"] != one["class_index"] for one in ok]
+        errors = [one["transfer"][0]["predicted_class"] != one["class_index"] for one in scored]
         assert group.transfer[0].error_rate == pytest.approx(statistics.mean(errors))
     for name, counts in count_classes(store.path("metadata.parquet")).items():
         for status, count in counts.items():
@@ -119,6 +122,7 @@ def test_summary_without_images_oracle_and_transfer(tmp_path: Path) -> None:
     (group,) = summarise(tmp_path / "m.parquet")
     assert (group.attempted, group.ok, group.failed) == (1, 0, 1)
     assert (group.risk, group.error_rate, group.oracle_agreement, group.transfer) == (None, None, None, ())
+    assert group.valid_failure_rate is None
 
 
 def test_manifest_counts_and_checksums(run: tuple[Store, Plan, FinishedRun]) -> None:

@@ -46,10 +46,10 @@ def failing_for(generator, monkeypatch, culprits, error):
     """Let sampling raise for batches that hold one of the samples."""
     sample = generator.sample
 
-    def raising(request, specs):
+    def raising(request, specs, draws):
         if any(spec.index in culprits for spec in specs):
             raise error
-        return sample(request, specs)
+        return sample(request, specs, draws)
 
     monkeypatch.setattr(generator, "sample", raising)
 
@@ -103,10 +103,10 @@ def test_out_of_memory_halves_the_batch_and_remembers(made, as_on_a_gpu, monkeyp
     sample = generator.sample
 
     def limited(most):
-        def sampling(request, some):
+        def sampling(request, some, draws):
             if len(some) > most:
                 raise torch.OutOfMemoryError("out of memory")
-            return sample(request, some)
+            return sample(request, some, draws)
 
         return sampling
 
@@ -123,8 +123,8 @@ def test_values_that_are_not_finite_fail_their_sample(made, monkeypatch):
     generator, specs = made
     sample = generator.sample
 
-    def spoiled(request, some):
-        images, health = sample(request, some)
+    def spoiled(request, some, draws):
+        images, health = sample(request, some, draws)
         images[1] = math.nan
         return images, health
 

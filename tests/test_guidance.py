@@ -11,6 +11,7 @@ from engine.guidance.risky import capped, dial, guide_to_risk, without_conflict
 from engine.guidance.rules import GradientHealth, norms, polyak, rule_of, shifting
 from engine.sampling.denoiser import (
     ClassifierFreeDenoiser,
+    Condition,
     Prediction,
     Step,
     output_of_eps,
@@ -18,7 +19,7 @@ from engine.sampling.denoiser import (
     predicted_x0,
 )
 from engine.sampling.loop import sample
-from engine.sampling.noise import initial_noise
+from engine.sampling.noise import draw_noise
 from engine.sampling.schedulers import Sampler
 from engine.scores import kldb, risk
 from engine.spec import BoundaryGuidanceSpec, RiskyGuidanceSpec, SamplingSpec
@@ -128,16 +129,16 @@ class ToyUnet:
         generator = torch.Generator().manual_seed(3)
         self.weight = torch.randn(16, 16, generator=generator, dtype=torch.float64) / 6
 
-    def __call__(self, latents, timestep, embeddings):
-        flat = latents.flatten(1).double() @ self.weight + embeddings.mean((1, 2))[:, None]
+    def __call__(self, latents, timestep, condition):
+        flat = latents.flatten(1).double() @ self.weight + condition.text.mean((1, 2))[:, None]
         return torch.tanh(flat).reshape(latents.shape)
 
 
 def toy_denoiser(num_samples: int, prediction: str = "epsilon", scale: float = 3.0) -> ClassifierFreeDenoiser:
     return ClassifierFreeDenoiser(
         ToyUnet(),
-        conditional=torch.full((num_samples, 2, 3), 0.2, dtype=torch.float64),
-        unconditional=torch.zeros(num_samples, 2, 3, dtype=torch.float64),
+        conditional=Condition(torch.full((num_samples, 2, 3), 0.2, dtype=torch.float64)),
+        unconditional=Condition(torch.zeros(num_samples, 2, 3, dtype=torch.float64)),
         prediction=prediction,
         guidance_scale=scale,
     )
@@ -165,7 +166,7 @@ def guided(num_samples: int, prediction: str = "epsilon", **options) -> GuidedDe
 
 
 def latents_of(num_samples: int) -> torch.Tensor:
-    return initial_noise(range(num_samples), (4, 2, 2)).double() * 2
+    return draw_noise(range(num_samples), (4, 2, 2))[0].double() * 2
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -231,7 +232,7 @@ def test_samples_do_not_know_their_neighbours(scheduler, prediction):
     """A guided sample alone equals the same sample in a batch of 16, for every scheduler."""
     spec = SamplingSpec(scheduler=scheduler, num_inference_steps=10)
     config = CONFIG | {"prediction_type": prediction}
-    noise = initial_noise(range(16), (4, 2, 2)).double()
+    noise = draw_noise(range(16), (4, 2, 2))[0].double()
     together = sample(guided(16, prediction, every=2), Sampler(spec, config), noise)
     alone = sample(guided(1, prediction, every=2), Sampler(spec, config), noise[5:6])
     assert torch.allclose(together[5:6], alone, atol=1e-9)
@@ -243,7 +244,7 @@ def test_samples_do_not_know_their_neighbours(scheduler, prediction):
 def test_alpha_zero_changes_nothing(scheduler, rule):
     """Guidance of size zero is no guidance."""
     spec = SamplingSpec(scheduler=scheduler, num_inference_steps=10)
-    noise = initial_noise(range(3), (4, 2, 2)).double()
+    noise = draw_noise(range(3), (4, 2, 2))[0].double()
     plain = sample(toy_denoiser(3), Sampler(spec, CONFIG), noise)
     assert torch.allclose(sample(guided(3, step=rule, alpha=0.0), Sampler(spec, CONFIG), noise), plain)
 
@@ -260,7 +261,7 @@ def test_noise_levels_are_the_schedulers_own(scheduler):
             base = toy_denoiser(2)(latents, step)
             return type(base)(output=eps, conditional=eps, latents=latents, prediction="epsilon")
 
-    final = sample(Perfect(), sampler, initial_noise([1, 2], (4, 2, 2)))
+    final = sample(Perfect(), sampler, draw_noise([1, 2], (4, 2, 2))[0])
     tolerance = 0.05 if scheduler == "ddim" else 2e-3  # DDIM ends at the first training level, not at zero noise
     assert (final - clean).abs().max() < tolerance
 
@@ -275,8 +276,8 @@ def test_schedule():
 
 def test_noise_belongs_to_the_seed():
     """One generator a sample: equal seeds give equal noise whoever stands beside; different seeds differ."""
-    assert torch.equal(initial_noise([7, 8], (4, 8, 8))[1], initial_noise([8], (4, 8, 8))[0])
-    assert not torch.equal(initial_noise([7], (4, 8, 8)), initial_noise([8], (4, 8, 8)))
+    assert torch.equal(draw_noise([7, 8], (4, 8, 8))[0][1], draw_noise([8], (4, 8, 8))[0][0])
+    assert not torch.equal(draw_noise([7], (4, 8, 8))[0], draw_noise([8], (4, 8, 8))[0])
 
 
 def test_zero_snr_with_eps_prediction_is_refused():
@@ -307,7 +308,7 @@ def risky(**options) -> GuidedDenoiser:
 
 def final_risk(wrapper: GuidedDenoiser, steps: int = 20) -> torch.Tensor:
     spec = SamplingSpec(scheduler="lms", num_inference_steps=steps)
-    latents = sample(wrapper, Sampler(spec, CONFIG), initial_noise(range(8), (4, 2, 2)).double())
+    latents = sample(wrapper, Sampler(spec, CONFIG), draw_noise(range(8), (4, 2, 2))[0].double())
     return risk(toy_logits(toy_decode(latents).clamp(0, 1)), LABELS)
 
 
@@ -359,7 +360,7 @@ def test_the_floor_lifts_conformity():
     def agreement(**options):
         wrapper = risky(target_risk=3.0, cap=0.3, **options)
         spec = SamplingSpec(num_inference_steps=40)
-        latents = sample(wrapper, Sampler(spec, CONFIG), initial_noise(range(8), (4, 2, 2)).double())
+        latents = sample(wrapper, Sampler(spec, CONFIG), draw_noise(range(8), (4, 2, 2))[0].double())
         return toy_conformity(toy_decode(latents).clamp(0, 1))
 
     without, with_floor = agreement(), agreement(conformity_floor=0.5)

@@ -10,7 +10,7 @@ from engine.guidance.boundary import guide_to_boundary
 from engine.models.addresses import resolve
 from engine.models.diffusion import Diffusion
 from engine.sampling.loop import sample
-from engine.sampling.noise import initial_noise
+from engine.sampling.noise import draw_noise
 from engine.spec import BoundaryGuidanceSpec, SamplingSpec
 
 SCHEDULERS = {
@@ -48,7 +48,7 @@ def by_engine(model: Diffusion, spec: SamplingSpec, seeds: list[int], prompts=PR
     denoiser = model.denoiser(prompts, spec, sampler)
     if guide:
         denoiser = guide(denoiser, model, len(seeds))
-    latents = sample(denoiser, sampler, initial_noise(seeds, model.latent_shape))
+    latents = sample(denoiser, sampler, draw_noise(seeds, model.latent_shape)[0])
     with torch.no_grad():
         return model.decode(latents).clamp(0, 1)
 

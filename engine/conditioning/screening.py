@@ -6,15 +6,14 @@ above 0.5. Draws are bounded here, and a draw that did not pass is marked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from engine.conditioning.distributions import ClassDistributions
-from engine.conditioning.embeddings import check_kind, derived_seed
+from engine.conditioning.embeddings import derived_seed
 
 
 class ErrorConfidence(Protocol):
@@ -117,77 +116,3 @@ def unscreened(distributions: ClassDistributions, class_index: int, seed: int) -
 def embedding_generator(seed: int) -> torch.Generator:
     """The generator of a sample's embeddings: from its seed, and another stream than its initial noise."""
     return torch.Generator("cpu").manual_seed(derived_seed(seed, "embedding"))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScreeningCount:
-    """Screening of a class in figures.
-
-    Attributes:
-        num_samples: samples that were drawn for.
-        num_screened: those of which a draw passed.
-        num_draws: draws of all of them.
-    """
-
-    num_samples: int = 0
-    num_screened: int = 0
-    num_draws: int = 0
-
-    @property
-    def acceptance_rate(self) -> float:
-        """Share of the draws that passed; 0 without draws."""
-        return self.num_screened / self.num_draws if self.num_draws else 0.0
-
-    def __add__(self, other: ScreeningCount) -> ScreeningCount:
-        return ScreeningCount(
-            num_samples=self.num_samples + other.num_samples,
-            num_screened=self.num_screened + other.num_screened,
-            num_draws=self.num_draws + other.num_draws,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class ScreeningTally:
-    """Screening in figures, class by class; tallies of shards add up.
-
-    Attributes:
-        per_class: count by class index.
-    """
-
-    per_class: dict[int, ScreeningCount] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, draws: Iterable[tuple[int, ScreenedDraw]]) -> ScreeningTally:
-        """The tally of class indices and their draws."""
-        tally = cls()
-        for class_index, draw in draws:
-            count = ScreeningCount(num_samples=1, num_screened=int(draw.screened), num_draws=draw.num_draws)
-            tally.per_class[class_index] = tally.per_class.get(class_index, ScreeningCount()) + count
-        return tally
-
-    def __add__(self, other: ScreeningTally) -> ScreeningTally:
-        none = ScreeningCount()
-        classes = sorted(self.per_class.keys() | other.per_class.keys())
-        return ScreeningTally(
-            {index: self.per_class.get(index, none) + other.per_class.get(index, none) for index in classes}
-        )
-
-    def state(self) -> dict[str, Any]:
-        """Plain values, for `from_state`: `[class index, samples, screened, draws]` a class."""
-        rows = [[i, c.num_samples, c.num_screened, c.num_draws] for i, c in sorted(self.per_class.items())]
-        return {"kind": "screening", "per_class": rows}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> ScreeningTally:
-        """A tally from its `state`.
-
-        Raises:
-            ValueError: it is the state of something else.
-        """
-        check_kind(state, "screening")
-        return cls(
-            {
-                index: ScreeningCount(num_samples=samples, num_screened=screened, num_draws=draws)
-                for index, samples, screened, draws in state["per_class"]
-            }
-        )

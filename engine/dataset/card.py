@@ -32,7 +32,7 @@ _SIZES = (
 _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
 _TABLE_HEAD = (
     "request", "context", "images / attempts", "errors", "risk", "KLDB", "entropy", "conformity", "oracle agrees",
-    "transfer",
+    "valid failures", "transfer",
 )  # fmt: skip
 MAX_TABLE_ROWS = 200
 
@@ -138,8 +138,9 @@ def _table(groups: list[GroupSummary]) -> str:
     lines = [
         "## Scores",
         "",
-        "Medians per request and context, over the images; in brackets the middle half. Risk, KLDB and entropy are in "
-        "nats under the target, conformity is the cosine of CLIP embeddings of image and class prompt.",
+        "Medians per request and context, over all scored samples, rejected ones too; in brackets the middle half. "
+        "Risk, KLDB and entropy are in nats under the target, conformity is the cosine of CLIP embeddings of image and "
+        "class prompt. A valid failure is a sample on which the target errs while the oracle agrees.",
         "",
         f"| {' | '.join(_TABLE_HEAD)} |",
         "|---" * len(_TABLE_HEAD) + "|",
@@ -155,6 +156,7 @@ def _table(groups: list[GroupSummary]) -> str:
             _spread(group.entropy),
             _spread(group.conformity),
             _percent(group.oracle_agreement),
+            _percent(group.valid_failure_rate),
             "; ".join(
                 f"{code(one.model)} errors {_percent(one.error_rate)}, risk {one.risk_median:.3g}"
                 for one in group.transfer

@@ -11,7 +11,7 @@ import heapq
 import json
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ class CommitRecord:
         request, start, stop: the samples, as in `ShardSpec`.
         attempt, worker: the try that made the published files.
         timing: seconds by name, as measured by the worker; empty where the files of another try were adopted.
+        screening: rows of a `ScreeningTally`; empty where nothing was screened.
     """
 
     shard: int
@@ -62,6 +63,7 @@ class CommitRecord:
     parquet_sha256: str
     parquet_bytes: int
     timing: dict[str, float]
+    screening: list[list[int]] = field(default_factory=list)
 
     @property
     def file_name(self) -> str:
@@ -82,6 +84,7 @@ def commit_shard(
     attempt: int,
     worker: str,
     timing: dict[str, float],
+    screening: list[list[int]] | None = None,
 ) -> CommitRecord:
     """Publish a staged shard and create its commit record, or adopt what is published already.
 
@@ -108,6 +111,7 @@ def commit_shard(
         attempt=attempt,
         worker=worker,
         timing=timing,
+        screening=screening or [],
         **_about(staged),
     )
     with store.lock(f"shard-{shard.number % NUM_LOCKS:02d}"):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata as packages
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from engine.conditioning.tally import ScreeningTally
 from engine.dataset.card import dataset_card
 from engine.dataset.commits import CommitRecord, CommitSummary, compact_commits, list_commits, read_commits
 from engine.dataset.schema import arrow_schema
@@ -264,9 +265,32 @@ def build_manifest(
             "samples": {"planned": plan.num_samples, **totals},
             "requests": count_requests(groups),
             "classes": count_classes(store.path(METADATA)),
+            "screening": screening_by_request(read_commits(store), job),
         },
         "summary": [plain(group) for group in groups],
         "shards": [_listed(record) for record in read_commits(store)] if len(commits) <= MAX_LISTED_SHARDS else [],
+    }
+
+
+def screening_by_request(records: Iterable[CommitRecord], job: JobSpec) -> dict[str, list[dict[str, Any]]]:
+    """Screening of every request that screens: of each class its samples, draws and the share of draws that passed."""
+    tallies: dict[str, ScreeningTally] = {}
+    for record in records:
+        if record.screening:
+            name = job.requests[record.request].name
+            tallies[name] = tallies.get(name, ScreeningTally()) + ScreeningTally.from_rows(record.screening)
+    return {
+        name: [
+            {
+                "class_index": index,
+                "samples": count.num_samples,
+                "screened": count.num_screened,
+                "draws": count.num_draws,
+                "acceptance_rate": count.acceptance_rate,
+            }
+            for index, count in tally.per_class.items()
+        ]
+        for name, tally in tallies.items()
     }
 
 

@@ -41,12 +41,16 @@ class TransferSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSummary:
-    """The samples of one request and context. Rates and scores are over the images, that is status `ok`.
+    """The samples of one request and context.
+
+    Rates and scores are over all that were scored, `ok` and `rejected`: over the accepted ones alone they would tell of
+    the rule of acceptance, not of the method.
 
     Attributes:
-        error_rate: share that the target reads as another class; None without an image, as all scores.
+        error_rate: share that the target reads as another class; None without a scored sample, as all scores.
         oracle_agreement: share whose oracle class is the conditioned one, for a joint prompt any of its subset; None
             without an oracle.
+        valid_failure_rate: share on which the target errs while the oracle agrees; None without an oracle.
     """
 
     request: str
@@ -63,6 +67,7 @@ class GroupSummary:
     kldb: Spread | None
     entropy: Spread | None
     oracle_agreement: float | None
+    valid_failure_rate: float | None
     transfer: tuple[TransferSummary, ...]
 
 
@@ -114,22 +119,23 @@ def _read_slim(metadata: Path) -> pa.Table:
 
 
 def _group(names: dict[str, Any], rows: dict[str, np.ndarray], transfer: tuple[TransferSummary, ...]) -> GroupSummary:
-    ok = rows[STATUS_OK]
-    heard = rows["oracle"][ok & (rows["oracle"] >= 0)]
+    scored = ~rows[STATUS_FAILED]
+    heard = scored & (rows["oracle"] >= 0)
     return GroupSummary(
         **names,
-        attempted=len(ok),
-        ok=int(ok.sum()),
+        attempted=len(scored),
+        ok=int(rows[STATUS_OK].sum()),
         rejected=int(rows[STATUS_REJECTED].sum()),
         failed=int(rows[STATUS_FAILED].sum()),
         accepted=int(rows["accepted"].sum()),
-        error_rate=_mean(rows["is_error"][ok]),
-        oracle_agreement=_mean(heard),
+        error_rate=_mean(rows["is_error"][scored]),
+        oracle_agreement=_mean(rows["oracle"][heard]),
+        valid_failure_rate=_mean((rows["oracle"] * rows["is_error"])[heard]),
         transfer=transfer,
-        risk=_spread(rows["risk"][ok]),
-        conformity=_spread(rows["conformity"][ok]),
-        kldb=_spread(rows["kldb"][ok]),
-        entropy=_spread(rows["entropy"][ok]),
+        risk=_spread(rows["risk"][scored]),
+        conformity=_spread(rows["conformity"][scored]),
+        kldb=_spread(rows["kldb"][scored]),
+        entropy=_spread(rows["entropy"][scored]),
     )
 
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import engine
 from engine.errors import JobError
-from engine.spec import JobSpec, nearest, noise_problem
+from engine.spec import JobSpec, RequestSpec, nearest, noise_problem
 
 ZOO = Path(engine.__file__).parent / "zoo"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+# In the folder of a conditioning artefact, which is no model and yet part of a zoo.
+ARTEFACT_DOCUMENT = "conditioning.json"
 _CONFIGURATION = ("*.json", "*.txt")
 _WEIGHTS = "*.safetensors"
 # Other precisions and training states of weights that are there already.
@@ -122,8 +124,12 @@ def read_config(path: Path) -> dict[str, Any]:
 def model_digest(address: str) -> str:
     """Digest of everything that is loaded from a model's folder: names and contents, not the folder's place."""
     folder = resolve(address)
+    return _folder_digest(folder, _loaded_files(folder))
+
+
+def _folder_digest(folder: Path, files: list[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(_loaded_files(folder)):
+    for path in sorted(files):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
         digest.update(_file_digest(path))
     return digest.hexdigest()[:32]
@@ -164,23 +170,50 @@ def check_addresses(job: JobSpec) -> None:
         except JobError as error:
             problems += [f"{field}: {problem}" for problem in error.problems]
     if not problems:
-        problems += _label_problems(job) + _noise_problems(job)
+        problems += _label_problems(job) or [*_noise_problems(job), *_conditioning_problems(job)]
     if problems:
         raise JobError(problems)
 
 
 def check_pipeline(folder: Path, address: str) -> None:
-    """Check by its configurations that a folder is a Stable Diffusion pipeline.
+    """Check by its configurations that a folder is a Stable Diffusion or a Stable unCLIP pipeline.
 
     Raises:
         JobError: saying what it is instead.
     """
     _need(folder, "model_index.json", address, "a diffusers pipeline folder")
-    index = read_config(folder / "model_index.json")
-    parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    kind = read_config(folder / "model_index.json").get("_class_name", "unknown")
+    parts = _part_classes(folder)
     if parts.get("unet") != "UNet2DConditionModel" or parts.get("text_encoder") != "CLIPTextModel":
-        kind = index.get("_class_name", "unknown")
         raise JobError(f"'{address}' is a {kind}; a Stable Diffusion pipeline (UNet and CLIP text encoder) is needed")
+    if is_unclip(folder) and parts.get("image_encoder") != "CLIPVisionModelWithProjection":
+        raise JobError(
+            f"'{address}' is a {kind} without an image encoder; of Stable unCLIP the pipeline for images is needed"
+            " (StableUnCLIPImg2ImgPipeline)"
+        )
+
+
+def is_unclip(folder: Path) -> bool:
+    """Whether a pipeline's UNet is conditioned on image embeddings beside the text."""
+    return "image_normalizer" in _part_classes(folder)
+
+
+def image_encoder_digest(address: str) -> str:
+    """Digest of what decides the image embeddings of a Stable unCLIP pipeline: encoder and preprocessing.
+
+    Equal encoders have equal digests, whichever pipeline they are part of.
+    """
+    folder = resolve(address)
+    parts = ("image_encoder", "feature_extractor")
+    return _folder_digest(folder, [one for one in _loaded_files(folder) if one.relative_to(folder).parts[0] in parts])
+
+
+def _part_classes(folder: Path) -> dict[str, str]:
+    """Class name of every part of a pipeline."""
+    index = read_config(folder / "model_index.json")
+    return {
+        name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2 and all(value)
+    }
 
 
 def _check_clip(folder: Path, address: str) -> None:
@@ -229,6 +262,87 @@ def _noise_problems(job: JobSpec) -> list[str]:
     return problems
 
 
+def find_artefact(address: str) -> Path | None:
+    """The folder of a conditioning artefact, or None where there is none yet.
+
+    Args:
+        address: the artefact, a folder that holds one as `riskforge prepare` leaves it, or `zoo:NAME/PART`.
+
+    Raises:
+        JobError: no such zoo part, a folder with several artefacts, or a path that cannot be looked at.
+    """
+    if address.startswith("zoo:"):
+        return _zoo_folder(address.removeprefix("zoo:"))
+    folder = Path(address).expanduser()
+    try:
+        if (folder / ARTEFACT_DOCUMENT).is_file():
+            return folder
+        found = sorted(one.parent for one in folder.glob(f"conditioning-*/{ARTEFACT_DOCUMENT}"))
+    except OSError as error:
+        raise JobError(f"'{address}' cannot be looked at ({error})") from None
+    if len(found) > 1:
+        raise JobError(f"'{address}' holds {len(found)} artefacts; name one of {', '.join(one.name for one in found)}")
+    return found[0] if found else None
+
+
+def missing_artefacts(job: JobSpec) -> list[str]:
+    """What has to be prepared before a job can run, a line each.
+
+    Raises:
+        JobError: as `find_artefact`.
+    """
+    return [
+        f"requests.{number}.conditioning.artefact: there is no '{spec.artefact}' yet; make it with `riskforge prepare"
+        " JOB --data PATH`"
+        for number, request in enumerate(job.requests)
+        if (spec := request.conditioning) and spec.artefact and find_artefact(spec.artefact) is None
+    ]
+
+
+def _artefact_problems(number: int, request: RequestSpec, labels: list[str] | None) -> list[str]:
+    """What an artefact that is there lacks for a request."""
+    spec, where = request.conditioning, f"requests.{number}.conditioning.artefact"
+    if spec is None or spec.artefact is None:
+        return []
+    try:
+        folder = find_artefact(spec.artefact)
+        fields = read_config(folder / ARTEFACT_DOCUMENT) if folder else {}
+    except JobError as error:
+        return [f"{where}: {error}"]
+    if fields and labels and fields.get("classes") != labels:
+        return [f"{where}: '{spec.artefact}' was prepared for other classes than the target's; prepare it anew"]
+    predictor = fields.get("predictor")
+    if spec.is_screened and isinstance(predictor, dict) and predictor.get("trained") is False:
+        return [
+            f"{where}: '{spec.artefact}' has no error predictor ({predictor.get('verdict')}); set screening: false, or"
+            " prepare it from more images"
+        ]
+    return []
+
+
+def _conditioning_problems(job: JobSpec) -> list[str]:
+    """Requests whose diffusion model and conditioning do not belong together."""
+    problems = []
+    labels = read_labels(job.models.target)
+    for number, request in enumerate(job.requests):
+        problems += _artefact_problems(number, request, labels)
+        address = request.diffusion or job.models.diffusion
+        folder = locate(address).folder
+        if folder is None or not (folder / "model_index.json").is_file():
+            continue
+        if is_unclip(folder) and request.conditioning is None:
+            problems.append(
+                f"requests.{number}.conditioning: missing; '{address}' is a Stable unCLIP pipeline, whose every sample"
+                " is conditioned on an image embedding: give an artefact of `riskforge prepare`, or images to vary"
+            )
+        if not is_unclip(folder) and request.conditioning is not None:
+            problems.append(
+                f"requests.{number}.conditioning: '{address}' has no image embeddings to condition on; name a Stable"
+                " unCLIP pipeline in `diffusion`, or leave conditioning out"
+            )
+    return problems
+
+
 def _label_problems(job: JobSpec) -> list[str]:
     """Classifiers that are compared must have the same classes in the same order."""
     problems: list[str] = []
@@ -258,7 +372,7 @@ def _zoo_folder(part: str) -> Path:
 
 
 def _is_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or (folder / "model_index.json").is_file()
+    return any((folder / name).is_file() for name in ("config.json", "model_index.json", ARTEFACT_DOCUMENT))
 
 
 def _cached_snapshot(address: str) -> Path | None:
@@ -278,10 +392,7 @@ def _cached_snapshot(address: str) -> Path | None:
 
 def _pipeline_parts(folder: Path) -> list[str]:
     """Sub-folders of a pipeline; empty for a single model."""
-    if not (folder / "model_index.json").is_file():
-        return []
-    index = read_config(folder / "model_index.json")
-    return [name for name, value in index.items() if isinstance(value, list) and all(value)]
+    return list(_part_classes(folder)) if (folder / "model_index.json").is_file() else []
 
 
 def _loaded_files(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Stable Diffusion pipelines: their parts loaded one by one, and what sampling needs of them."""
+"""Stable Diffusion and Stable unCLIP pipelines: their parts loaded one by one, and what sampling needs of them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from engine.errors import JobError
-from engine.models.addresses import check_pipeline, read_config, resolve
+from engine.models.addresses import check_pipeline, is_unclip, read_config, resolve
 from engine.models.runtime import CHECKPOINTING_PIXELS, CPU_LATENT_ELEMENTS, CPU_ROWS, Hardware, frozen, loading
-from engine.sampling.denoiser import ClassifierFreeDenoiser
+from engine.models.unclip import EmbeddingNoiser
+from engine.sampling.denoiser import ClassifierFreeDenoiser, Condition
 from engine.sampling.schedulers import Sampler
 from engine.spec import SamplingSpec
 
@@ -24,11 +25,20 @@ class Diffusion:
 
     Attributes:
         latent_shape: (C, H, W) of a sample's latents.
+        noiser: what prepares the image embeddings of a Stable unCLIP pipeline; None for others.
         hardware: where and how it runs.
     """
 
     def __init__(
-        self, *, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, scheduler: dict[str, Any], hardware: Hardware
+        self,
+        *,
+        unet: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        scheduler: dict[str, Any],
+        hardware: Hardware,
+        noiser: EmbeddingNoiser | None = None,
     ) -> None:
         self._unet = frozen(unet, hardware.device)
         self._text_encoder = frozen(text_encoder, hardware.device)
@@ -36,6 +46,7 @@ class Diffusion:
         self._tokenizer = tokenizer
         self._scheduler = scheduler
         self._embeddings: dict[str, Tensor] = {}
+        self.noiser = noiser
         self.hardware = hardware
         size = unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
@@ -47,7 +58,7 @@ class Diffusion:
         """Load a diffusers pipeline folder, `zoo:` part or hub id; safetensors only.
 
         Raises:
-            JobError: it cannot be loaded, or is not a Stable Diffusion pipeline.
+            JobError: it cannot be loaded, or is neither a Stable Diffusion nor a Stable unCLIP pipeline.
         """
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -67,6 +78,7 @@ class Diffusion:
                 tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
                 scheduler=read_config(folder / "scheduler" / "scheduler_config.json"),
                 hardware=hardware,
+                noiser=EmbeddingNoiser.load(folder, hardware.device) if is_unclip(folder) else None,
             )
 
     @property
@@ -85,12 +97,19 @@ class Diffusion:
         """
         return Sampler(spec, self._scheduler, self.hardware.device)
 
-    def denoiser(self, prompts: Sequence[str], spec: SamplingSpec, sampler: Sampler) -> ClassifierFreeDenoiser:
-        """A denoiser for a batch of prompts."""
+    def denoiser(
+        self, prompts: Sequence[str], spec: SamplingSpec, sampler: Sampler, class_labels: Tensor | None = None
+    ) -> ClassifierFreeDenoiser:
+        """A denoiser for a batch of prompts.
+
+        Args:
+            class_labels: [B, 2 d] from `noiser`, for a Stable unCLIP pipeline; its unconditional half has zeros.
+        """
+        without = None if class_labels is None else torch.zeros_like(class_labels)
         return ClassifierFreeDenoiser(
             self._predict,
-            conditional=self.encode(prompts),
-            unconditional=self.encode([spec.negative_prompt] * len(prompts)),
+            conditional=Condition(self.encode(prompts), class_labels),
+            unconditional=Condition(self.encode([spec.negative_prompt] * len(prompts)), without),
             prediction=sampler.prediction,
             guidance_scale=spec.guidance_scale,
             guidance_rescale=spec.guidance_rescale,
@@ -138,10 +157,12 @@ class Diffusion:
         shift = getattr(self._vae.config, "shift_factor", None) or 0.0
         return self._vae.decode(latents / self._vae.config.scaling_factor + shift).sample / 2 + 0.5
 
-    def _predict(self, latents: Tensor, timestep: Tensor, embeddings: Tensor) -> Tensor:
-        return self._unet(latents.to(self._unet.dtype), timestep, encoder_hidden_states=embeddings, return_dict=False)[
-            0
-        ]
+    def _predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        dtype = self._unet.dtype
+        labels = None if condition.labels is None else condition.labels.to(dtype)
+        return self._unet(
+            latents.to(dtype), timestep, encoder_hidden_states=condition.text, class_labels=labels, return_dict=False
+        )[0]
 
     def _configure(self) -> None:
         if self.hardware.attention == "xformers":

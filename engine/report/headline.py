@@ -85,6 +85,7 @@ def _columns(models: list[str]) -> list[Column]:
         Column("Conformity", "median"),
         Column("Entropy", "median"),
         Column("Oracle", "agrees"),
+        Column("Valid failures", "target errs, oracle agrees"),
     ]
     return fixed + [Column("Transfer errors", clip(model, 60)) for model in models]
 
@@ -101,6 +102,7 @@ def _cells(group: GroupSummary, models: list[str]) -> list[tuple[str, str]]:
         _median(group.conformity),
         _median(group.entropy),
         _rate(group.oracle_agreement),
+        _rate(group.valid_failure_rate),
         *(_transfer(seen.get(model)) for model in models),
     ]
 

@@ -59,6 +59,7 @@ MAX_BYTES = 9_500_000
 MAX_SERIES = 6
 MAX_MESSAGE_CHARS = 400
 HEAT_LEVELS = 4
+MAX_SCREENED_CLASSES = 100
 
 CHARTS = (
     Score(name="risk", title="Risk", unit="nats", log=True, meaning="minus log p of the conditioned class"),
@@ -154,6 +155,7 @@ def render(store: Store, manifest: dict[str, Any], title: str, labels: list[str]
         "confusion": _confusion(rows, names),
         "pairs": error_pairs(rows, names),
         "failures": [(clip(message, MAX_MESSAGE_CHARS), count) for message, count in failures(metadata)],
+        "screening": _screening(manifest["counts"].get("screening", {}), names),
         "models": _models(manifest["models"]),
         "facts": _facts(manifest),
         "style": Markup((_HERE / "report.css").read_text(encoding="utf-8")),
@@ -264,6 +266,25 @@ def _confusion(rows: Rows, names: dict[int, str]) -> dict[str, Any] | None:
 def _cell_style(share: float, is_own: bool) -> str:
     heat = "zero" if share == 0 else f"h{min(int(share * HEAT_LEVELS) + 1, HEAT_LEVELS)}"
     return f"{heat} own" if is_own else heat
+
+
+def _screening(screening: dict[str, Any], names: dict[int, str]) -> list[dict[str, Any]]:
+    """Lines of the screening table: each request, then its classes."""
+    lines = []
+    for request, classes in screening.items():
+        total = {name: sum(one[name] for one in classes) for name in ("samples", "screened", "draws")}
+        lines.append({"name": clip(request, 120), "is_total": True, "cells": _screening_cells(total)})
+        lines += [
+            {"name": clip(names.get(one["class_index"], str(one["class_index"])), 120), "is_total": False,
+             "cells": _screening_cells(one)}
+            for one in classes[:MAX_SCREENED_CLASSES]
+        ]  # fmt: skip
+    return lines
+
+
+def _screening_cells(counts: dict[str, Any]) -> list[str]:
+    rate = percent(counts["screened"] / counts["draws"]) if counts["draws"] else ABSENT
+    return [f"{counts[name]:,}" for name in ("samples", "screened", "draws")] + [rate]
 
 
 def _gallery(

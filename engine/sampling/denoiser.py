@@ -114,13 +114,33 @@ class Denoiser(Protocol):
         """Predict without changing the latents' own storage."""
 
 
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What a UNet is told of a batch beside the timestep.
+
+    Attributes:
+        text: [B, tokens, width] text embeddings.
+        labels: [B, k] class labels (Stable unCLIP: noised image embedding and noise level), or None.
+    """
+
+    text: Tensor
+    labels: Tensor | None = None
+
+    def above(self, other: Condition) -> Condition:
+        """Both batches, this one first."""
+        labels = None
+        if self.labels is not None and other.labels is not None:
+            labels = torch.cat([self.labels, other.labels])
+        return Condition(torch.cat([self.text, other.text]), labels)
+
+
 class ClassifierFreeDenoiser:
-    """A UNet with classifier-free guidance, as in diffusers' Stable Diffusion pipeline.
+    """A UNet with classifier-free guidance, as in diffusers' Stable Diffusion and Stable unCLIP pipelines.
 
     Args:
-        unet: `(latents, timestep, embeddings) -> output`, all [B, ...].
-        conditional: [B, tokens, width] text embeddings of the prompts.
-        unconditional: the same of the negative prompt.
+        unet: `(latents, timestep, condition) -> output`, all [B, ...].
+        conditional: of the prompts.
+        unconditional: of the negative prompt.
         prediction: what the UNet predicts.
         guidance_scale: 1 uses the conditional half alone.
         guidance_rescale: share of the rescaled prediction (Lin et al. 2024, section 3.4).
@@ -128,17 +148,17 @@ class ClassifierFreeDenoiser:
 
     def __init__(
         self,
-        unet: Callable[[Tensor, Tensor, Tensor], Tensor],
+        unet: Callable[[Tensor, Tensor, Condition], Tensor],
         *,
-        conditional: Tensor,
-        unconditional: Tensor,
+        conditional: Condition,
+        unconditional: Condition,
         prediction: PredictionType,
         guidance_scale: float,
         guidance_rescale: float = 0.0,
     ) -> None:
         self._unet = unet
         self._conditional = conditional
-        self._both = torch.cat([unconditional, conditional])
+        self._both = unconditional.above(conditional)
         self.prediction: PredictionType = prediction
         self._scale = guidance_scale
         self._rescale = guidance_rescale

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 
-def initial_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal noise [B, *shape], float32: what diffusers draws for a list of seeded CPU generators.
+def draw_noise(
+    seeds: Sequence[int], *shapes: tuple[int, ...], device: torch.device | str = "cpu"
+) -> tuple[Tensor, ...]:
+    """Standard normal noise [B, *shape] of every shape, float32: what diffusers draws for a list of seeded generators.
 
     Args:
         seeds: one a sample, non-negative, below 2^63.
-        shape: of one sample.
+        shapes: of one sample each; a sample's generator draws them one after the other.
     """
-    rows = [
-        torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
-        for seed in seeds
-    ]
-    return torch.cat(rows).to(device)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return tuple(
+        torch.cat([torch.randn((1, *shape), generator=one, dtype=torch.float32) for one in generators]).to(device)
+        for shape in shapes
+    )

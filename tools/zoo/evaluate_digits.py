@@ -2,8 +2,8 @@
 
     uv run python tools/zoo/evaluate_digits.py --zoo engine/zoo/digits
 
-Writes `figures.json` and `contact-sheet.png` beside the parts. All images come from test sources or from the pipeline
-with fixed seeds; the probe of ink and background is trained here on train sources.
+Writes `figures.json` into the zoo, and contact sheets into `docs/`. All images come from test sources or from the
+pipelines with fixed seeds; the probe of ink and background is trained here on train sources.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import torch
 from autoencoder import Reader, reconstruct, train_reader
 from classifiers import accuracy, predict_logits
 from clip_model import zero_shot_classes
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableUnCLIPImg2ImgPipeline
 from numpy.typing import NDArray
 from PIL import Image
 from training import Recipe, batches, pixels
 from transformers import AutoModelForImageClassification, CLIPModel, CLIPTokenizer, PreTrainedModel
+from unclip import embed_images
 
 from engine.digits import (
     BACKGROUNDS,
@@ -44,6 +45,7 @@ from engine.digits import (
 )
 
 GROUPS = {"ink": INKS, "background": BACKGROUNDS, "texture": TEXTURES, "size": SIZES, "position": POSITIONS}
+UNCLIP_SCALES = (3.0, 10.0)
 JOINT = (("three", "eight"), ("four", "nine"), ("three", "five", "eight"))
 PROBE_RECIPE = Recipe(num_steps=500, learning_rate=3e-3)
 Bytes = NDArray[np.uint8]
@@ -178,6 +180,44 @@ def judge_samples(
     return figures
 
 
+def sample_unclip(
+    pipeline: StableUnCLIPImg2ImgPipeline, originals: Composites, sampling: Sampling, *, seed: int
+) -> Bytes:
+    """One variation of each original, [N, 32, 32, 3]: its embedding, and a prompt that names its class alone."""
+    embeds = embed_images(pipeline.image_encoder, originals.images)
+    prompts = [ZERO_SHOT_TEMPLATE.format(CLASS_NAMES[label]) for label in originals.labels]
+    images = []
+    for part in batches(len(prompts), sampling.batch_size):
+        drawn = pipeline(
+            prompt=prompts[part],
+            image_embeds=embeds[part],
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            generator=[torch.Generator().manual_seed(seed + i) for i in range(part.start, part.stop)],
+            output_type="np",
+        )
+        images.append(np.rint(drawn.images * 255).astype(np.uint8))
+    return np.concatenate(images)
+
+
+def judge_variations(
+    pipeline: StableUnCLIPImg2ImgPipeline, oracle: PreTrainedModel, probe: Reader, count: int
+) -> dict[str, Any]:
+    """Variations of test composites over contexts: class by the prompt, ink and ground by the embedding alone."""
+    originals = compose_split("test", count, seed=3)
+    wanted = embed_images(pipeline.image_encoder, originals.images)
+    figures: dict[str, Any] = {}
+    for scale in UNCLIP_SCALES:
+        sampling = Sampling(num_inference_steps=20, guidance_scale=scale)
+        drawn = sample_unclip(pipeline, originals, sampling, seed=1000)
+        judged = judge(drawn, originals.labels, originals.contexts, oracle=oracle, probe=probe)
+        found = embed_images(pipeline.image_encoder, drawn)
+        judged["cosine_to_the_embedding"] = round(float(torch.cosine_similarity(found, wanted).mean()), 3)
+        figures[f"guidance scale {scale:g}"] = judged
+        print("variations", scale, judged, flush=True)
+    return figures
+
+
 def judge_joint_prompts(pipeline: StableDiffusionPipeline, oracle: PreTrainedModel, count: int) -> dict[str, Any]:
     """How the oracle reads samples of prompts that name several classes."""
     figures: dict[str, Any] = {}
@@ -189,6 +229,22 @@ def judge_joint_prompts(pipeline: StableDiffusionPipeline, oracle: PreTrainedMod
     return figures
 
 
+def variations_sheet(pipeline: StableUnCLIPImg2ImgPipeline, path: Path) -> None:
+    """Rows of test composites, each above a row of their variations; 20 columns, drawn at twice the size."""
+    originals = compose_split("test", 80, seed=3)
+    sampling = Sampling(num_inference_steps=20, guidance_scale=UNCLIP_SCALES[0])
+    drawn = sample_unclip(pipeline, originals, sampling, seed=1000)
+    pairs = np.stack([originals.images.reshape(-1, 20, 32, 32, 3), drawn.reshape(-1, 20, 32, 32, 3)], axis=1)
+    save_sheet(pairs.reshape(-1, 20, 32, 32, 3), path)
+
+
+def save_sheet(tiles: Bytes, path: Path) -> None:
+    """Write tiles [rows, columns, 32, 32, 3] as one picture, at twice the size."""
+    rows, columns = tiles.shape[:2]
+    sheet = tiles.transpose(0, 2, 1, 3, 4).reshape(rows * 32, columns * 32, 3).repeat(2, axis=0).repeat(2, axis=1)
+    Image.fromarray(sheet).quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
 def contact_sheet(pipeline: StableDiffusionPipeline, path: Path) -> None:
     """Two rows of plain samples, eight with contexts, two of joint prompts; 20 columns, drawn at twice the size."""
     labels = np.arange(40) % 10
@@ -196,9 +252,7 @@ def contact_sheet(pipeline: StableDiffusionPipeline, path: Path) -> None:
     labels = np.arange(160) % 10
     mixed = sample(pipeline, prompts_for(labels, wanted_contexts(160, plain=False)), Sampling(), seed=1000)
     joint = sample(pipeline, ["three and eight"] * 20 + ["four and nine"] * 20, Sampling(), seed=5000)
-    tiles = np.concatenate([plain, mixed, joint]).reshape(-1, 20, 32, 32, 3)
-    sheet = tiles.transpose(0, 2, 1, 3, 4).reshape(-1, 20 * 32, 3).repeat(2, axis=0).repeat(2, axis=1)
-    Image.fromarray(sheet).quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    save_sheet(np.concatenate([plain, mixed, joint]).reshape(-1, 20, 32, 32, 3), path)
 
 
 def probe_accuracy(probe: Reader, composites: Composites) -> dict[str, float]:
@@ -223,17 +277,26 @@ def evaluate(zoo: Path, *, count: int, seed: int) -> dict[str, Any]:
     figures["joint prompts"] = judge_joint_prompts(pipeline, oracle, count=min(count, 100))
     print(json.dumps(figures["joint prompts"]), figures["probe"], flush=True)
     figures["samples"] = judge_samples(pipeline, oracle, probe, count)
+    figures["variations"] = judge_variations(load_unclip(zoo), oracle, probe, count)
     figures["bytes"] = {
         p.name: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in sorted(zoo.iterdir()) if p.is_dir()
     }
     return figures
 
 
+def load_unclip(zoo: Path) -> StableUnCLIPImg2ImgPipeline:
+    """The Stable unCLIP pipeline as any user loads it."""
+    pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(zoo / "stable-unclip")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zoo", type=Path, default=Path("engine/zoo/digits"))
-    parser.add_argument("--output", type=Path, help="folder for the figures and the sheet; default: the zoo")
+    parser.add_argument("--output", type=Path, help="folder for the figures; default: the zoo")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder for the contact sheets")
     parser.add_argument("--count", type=int, default=500, help="samples of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -245,7 +308,8 @@ def main() -> None:
     (output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     pipeline = StableDiffusionPipeline.from_pretrained(arguments.zoo / "stable-diffusion")
     pipeline.set_progress_bar_config(disable=True)
-    contact_sheet(pipeline, output / "contact-sheet.png")
+    contact_sheet(pipeline, arguments.docs / "digits.png")
+    variations_sheet(load_unclip(arguments.zoo), arguments.docs / "digits-variations.png")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import argparse
 import hashlib
 import os
 import shutil
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,9 +27,17 @@ from clip_model import train_clip
 from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
 from diffusion import train_diffusion
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
+from unclip import train_unclip
+
+from engine.models.addresses import ZOO
+from engine.prepare import prepare_conditioning
+from engine.progress import PlainDisplay
+from engine.spec import parse_job
 
 DEFAULT_BUILD_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "riskforge" / "zoo-digits"
-PARTS = (*PLANS, "clip", "stable-diffusion")
+CONDITIONED = {"diffusion": "stable-unclip", "clip": "clip", "target": "classifier"}
+NUM_COMPONENTS = 6
+PARTS = (*PLANS, "clip", "stable-diffusion", "stable-unclip")
 Stage = Callable[[], None]
 
 
@@ -40,6 +50,8 @@ def stages(*, seed: int, build_folder: Path) -> dict[str, Stage]:
     named["clip"] = partial(train_clip, **shared, output=export / "clip")
     named["stable-diffusion/vae"] = partial(train_autoencoder, **shared, output=pipeline / "vae")
     named["stable-diffusion"] = partial(train_diffusion, pipeline / "vae", **shared, output=pipeline)
+    unclip = partial(train_unclip, export / "clip", pipeline / "vae", **shared, output=export / "stable-unclip")
+    named["stable-unclip"] = unclip
     return named
 
 
@@ -57,14 +69,39 @@ def run_stages(*, seed: int, build_folder: Path) -> None:
         print(f"{name}: done in {time.monotonic() - start:.0f} s", flush=True)
 
 
-def publish(build_folder: Path, output: Path) -> None:
-    """Copy the exported parts that are complete to `output`, replacing what is there, and list their checksums."""
+def publish_models(build_folder: Path, output: Path) -> None:
+    """Copy the exported parts that are complete to `output`, replacing what is there."""
     for name in PARTS:
         source = build_folder / "export" / name
         if (build_folder / "done" / name).exists():
             shutil.rmtree(output / name, ignore_errors=True)
             shutil.copytree(source, output / name)
-    files = [path for name in PARTS for path in sorted((output / name).rglob("*")) if path.is_file()]
+
+
+def publish_conditioning(output: Path) -> None:
+    """Class statistics and error predictor of `classifier`, from the models as they are published.
+
+    Side effects: writes `output/conditioning`; `zoo:digits` must be `output`.
+    """
+    job = parse_job(
+        {
+            "name": "digits",
+            "models": {role: f"zoo:digits/{part}" for role, part in CONDITIONED.items()},
+            "requests": [{"name": "all", "method": "prompt", "classes": "all", "count": 1, "conditioning": "none"}],
+            "output": {"uri": "unused"},
+        }
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        display = PlainDisplay(sys.stderr)
+        data = "digits:validation"
+        made = prepare_conditioning(job, data, display=display, folder=folder, components=NUM_COMPONENTS)
+        shutil.rmtree(output / "conditioning", ignore_errors=True)
+        shutil.copytree(made.path, output / "conditioning")
+
+
+def write_checksums(output: Path) -> None:
+    """List the checksums of all parts in `output/SHA256SUMS`."""
+    files = [path for path in sorted(output.rglob("*")) if path.is_file() and path.parent != output]
     for path in files:
         path.chmod(0o644)
     digests = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(output)}\n" for path in files]
@@ -83,7 +120,10 @@ def main() -> None:
     disable_diffusers_bars()
     disable_transformers_bars()
     run_stages(seed=arguments.seed, build_folder=arguments.build_folder)
-    publish(arguments.build_folder, arguments.output)
+    publish_models(arguments.build_folder, arguments.output)
+    if arguments.output.resolve() == ZOO / "digits":
+        publish_conditioning(arguments.output)
+    write_checksums(arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,294 @@
+"""Stable unCLIP with screened embeddings: against diffusers' own pipeline, against itself, and through whole runs."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from engine import cli
+from engine.artefact import load_conditioning
+from engine.conditioner import DrawnEmbeddings, GivenEmbeddings, load_artefact, open_conditioner
+from engine.digits import CLASS_NAMES, compose_split
+from engine.errors import JobError
+from engine.generator import Generator
+from engine.models.addresses import check_addresses, image_encoder_digest, model_digests, read_labels, resolve
+from engine.models.clip import Clip, ImageEncoder
+from engine.models.diffusion import Diffusion
+from engine.plan import build_plan
+from engine.run import _conditioning_digests
+from engine.sampling.loop import sample
+from engine.sampling.noise import draw_noise
+from engine.spec import SamplingSpec, parse_job
+
+ZOO = "zoo:digits/"
+UNCLIP = f"{ZOO}stable-unclip"
+ARTEFACT = f"{ZOO}conditioning"
+PROMPTS = ["a photo of a three", "a photo of a two, red ink"]
+
+
+def make_job(tmp_path, *requests, **changes):
+    raw = {
+        "name": "job",
+        "models": {
+            "diffusion": UNCLIP,
+            "clip": f"{ZOO}clip",
+            "target": f"{ZOO}classifier",
+            "oracle": f"{ZOO}oracle",
+        },
+        "requests": list(requests),
+        "sampling": {"scheduler": "ddim", "num_inference_steps": 4, "guidance_scale": 3.0},
+        "output": {"uri": str(tmp_path / "run"), "samples_per_shard": 8, "store_rejected": True},
+    }
+    return raw | changes
+
+
+def request(name="a", method="prompt", **changes):
+    return {
+        "name": name,
+        "method": method,
+        "classes": ["three", "one"],
+        "count": 4,
+        "seed_group": "g",
+        "conditioning": ARTEFACT,
+    } | changes
+
+
+def write_job(tmp_path, *requests, **changes) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(json.dumps(make_job(tmp_path, *requests, **changes)))
+    return path
+
+
+def run_cli(*arguments) -> int:
+    """The command in this process: the models' libraries are loaded once for all tests."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr("sys.argv", ["riskforge", *map(str, arguments)])
+        cli.main()
+    return end.value.code or 0
+
+
+def made(raw) -> tuple[Generator, list]:
+    job = parse_job(raw)
+    labels = read_labels(job.models.target)
+    plan = build_plan(job, labels, model_digests(job) | {"conditioning": _conditioning_digests(job, labels)})
+    return Generator(job, plan), [list(plan.samples(plan.shard(number))) for number in range(plan.num_shards)]
+
+
+@pytest.fixture(scope="module")
+def unclip(hardware):
+    return Diffusion.load(UNCLIP, hardware)
+
+
+@pytest.mark.parametrize("level", [0, 300])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_samples_equal_those_of_the_diffusers_pipeline(level, scale, unclip):
+    """Same seeds, embeddings and noise level: the order of draws, the noised embedding, the zeros without a prompt."""
+    import diffusers
+
+    embeds = torch.randn(2, unclip.noiser.dim, generator=torch.Generator().manual_seed(0))
+    pipeline = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(resolve(UNCLIP))
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        prompt=PROMPTS,
+        image_embeds=embeds,
+        noise_level=level,
+        num_inference_steps=6,
+        guidance_scale=scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
+        output_type="pt",
+    ).images
+    spec = SamplingSpec(scheduler="ddim", num_inference_steps=6, guidance_scale=scale)
+    sampler = unclip.sampler(spec)
+    embed_noise, noise = draw_noise([5, 6], (unclip.noiser.dim,), unclip.latent_shape)
+    labels = unclip.noiser.class_labels(embeds, embed_noise, level)
+    with torch.no_grad():
+        images = unclip.decode(sample(unclip.denoiser(PROMPTS, spec, sampler, labels), sampler, noise)).clamp(0, 1)
+    assert (images - expected).abs().max() < 1e-4
+    assert expected.std() > 0.02
+
+
+def test_the_image_encoder_is_the_pipelines_own(unclip):
+    """Its embeddings equal those that diffusers computes from the same picture, and the zoo's CLIP's."""
+    image = PIL.Image.fromarray(compose_split("test", 1, seed=0).images[0])
+    import diffusers
+
+    pipeline = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(resolve(UNCLIP))
+    pixels = pipeline.feature_extractor(images=image, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        expected = pipeline.image_encoder(pixels).image_embeds
+    assert torch.allclose(ImageEncoder.load(UNCLIP).image_embeds([image]), expected, atol=1e-5)
+    assert torch.allclose(Clip.load(f"{ZOO}clip").image_embeds([image]), expected, atol=1e-2)
+
+
+def test_embeddings_do_not_depend_on_the_batch_and_arms_share_them(tmp_path):
+    """Same bytes for a sample in any company; with one seed group two methods get the same draws."""
+    plain, guided = request("a"), request("b", "risky", guidance={"risky": {"step": "paper", "scale": 0}})
+    generator, (first, second) = made(make_job(tmp_path, plain, guided))
+    whole = generator.next_batch(0, first)
+    alone = generator.next_batch(0, first[3:4])
+    assert alone[0].image == whole[3].image and alone[0].record == whole[3].record
+    for one, other in zip(whole, generator.next_batch(1, second), strict=True):
+        assert one.image == other.image and one.num_draws == other.num_draws >= 1
+        assert one.record["screened"] and other.record["screened"]
+
+
+def test_screened_draws_convince_the_predictor_and_others_are_marked(tmp_path):
+    """What passes is above the threshold; with one draw and a high threshold most do not pass, and say so."""
+    conditioning = load_artefact(ARTEFACT)
+    strict = {"artefact": ARTEFACT, "threshold": 0.9}
+    hopeless = {"artefact": ARTEFACT, "threshold": 0.999, "max_draws": 1}
+    free = {"artefact": ARTEFACT, "screening": False}
+    arms = [request(name, conditioning=one) for name, one in (("a", strict), ("b", hopeless), ("c", free))]
+    job = parse_job(make_job(tmp_path, *arms))
+    plan = build_plan(job, read_labels(job.models.target), model_digests(job) | {"conditioning": {ARTEFACT: ""}})
+    kinds = [open_conditioner(one, UNCLIP, conditioning.labels, "cpu") for one in plan.requests]
+    assert all(isinstance(kind, DrawnEmbeddings) for kind in kinds)
+    specs = [plan.requests[0].sample(position) for position in range(8)]
+    screened, unlucky, first = ([kind.draw(spec) for spec in specs] for kind in kinds)
+    assert all(one.screened for one in screened)
+    found = conditioning.fit.predictor.confidence(torch.stack([one.embedding for one in screened]))
+    assert (found > 0.9).all()
+    assert not all(one.screened for one in unlucky) and all(one.num_draws == 1 for one in unlucky)
+    assert not any(one.screened or one.num_draws for one in first)
+    assert any(not torch.equal(one.embedding, other.embedding) for one, other in zip(screened, first, strict=True))
+
+
+def test_a_run_tells_of_its_screening_and_resumes(tmp_path, capsys):
+    """Acceptance rate by class in the manifest, the flag in every row; a second run does nothing."""
+    path = write_job(
+        tmp_path, request("screened"), request("free", conditioning={"artefact": ARTEFACT, "screening": False})
+    )
+    assert run_cli("run", path, "--executor", "local") == 0
+    output = tmp_path / "run"
+    manifest = json.loads((output / "manifest.json").read_text())
+    rows = pq.read_table(output / "metadata.parquet").to_pylist()
+    assert {row["screened"] for row in rows if row["request"] == "free"} == {False}
+    found = manifest["counts"]["screening"]
+    assert list(found) == ["screened"] and [one["class_index"] for one in found["screened"]] == [1, 3]
+    for one in found["screened"]:
+        assert one["samples"] == 4 <= one["draws"]
+        assert one["acceptance_rate"] == pytest.approx(one["screened"] / one["draws"])
+    digest = load_artefact(ARTEFACT).digest
+    assert manifest["models"]["conditioning"] == [{"address": ARTEFACT, "digest": digest}]
+    num_draws = sum(one["draws"] for one in found["screened"])
+    assert f"<td>{num_draws}</td>" in (output / "report.html").read_text()
+    assert f"{num_draws} draws" in capsys.readouterr().out
+    capsys.readouterr()
+    assert run_cli("run", path, "--executor", "local") == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_another_artefact_is_another_run(tmp_path, capsys):
+    """An artefact decides pixels: the same job with other statistics is refused, with the difference."""
+    copy = tmp_path / "statistics"
+    shutil.copytree(resolve_artefact(), copy)
+    path = write_job(tmp_path, request(conditioning=str(copy), classes=["three"], count=1))
+    assert run_cli("run", path, "--executor", "local") == 0
+    document = json.loads((copy / "conditioning.json").read_text())
+    import dataclasses
+
+    from engine.artefact import save_conditioning
+
+    conditioning = load_conditioning(copy)
+    changed, _ = save_conditioning(dataclasses.replace(conditioning, images_digest="0" * 32), tmp_path / "other")
+    shutil.rmtree(copy)
+    shutil.copytree(changed, copy)
+    capsys.readouterr()
+    assert run_cli("run", path, "--executor", "local") == 2
+    assert document["digest"] in capsys.readouterr().err
+
+
+def resolve_artefact() -> Path:
+    from engine.models.addresses import find_artefact
+
+    folder = find_artefact(ARTEFACT)
+    assert folder is not None
+    return folder
+
+
+def test_given_images_are_varied_in_their_order(tmp_path):
+    """Sample i of a class takes image i, from the first again after the last; ink and ground come from the image."""
+    composites = compose_split("test", 60, seed=4)
+    for row, (pixels, label) in enumerate(zip(composites.images, composites.labels.tolist(), strict=True)):
+        folder = tmp_path / "images" / CLASS_NAMES[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(pixels).save(folder / f"{row:03d}.png")
+    three = sorted((tmp_path / "images" / "three").iterdir())
+    (tmp_path / "images" / "three" / "000-torn.png").write_bytes(b"not an image")
+    given = {"images": str(tmp_path / "images")}
+    count = len(three) + 2
+    raw = make_job(tmp_path, request(classes=["three"], count=count, conditioning=given))
+    raw["sampling"]["num_inference_steps"] = 15
+    generator, shards = made(raw)
+    conditioner = generator._conditioners[0]
+    assert isinstance(conditioner, GivenEmbeddings)
+    specs = [spec for shard in shards for spec in shard]
+    draws = [conditioner.draw(spec).embedding for spec in specs]
+    expected = ImageEncoder.load(UNCLIP).image_embeds([PIL.Image.open(path).convert("RGB") for path in three])
+    assert torch.allclose(torch.stack(draws[: len(three)]), expected, atol=1e-5)
+    assert torch.equal(draws[len(three)], draws[0])
+    results = generator.next_batch(0, specs[: len(three)])
+    corners = [np.asarray(PIL.Image.open(path).convert("RGB"))[:2, :2].mean((0, 1)) for path in three]
+    for result, corner in zip(results, corners, strict=True):
+        assert not result.record["screened"]
+        drawn = np.asarray(PIL.Image.open(io.BytesIO(result.image)))[:2, :2].mean((0, 1))
+        assert np.abs(drawn - corner).mean() < 70
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"conditioning": None}, r"requests.0.conditioning: missing; .* Stable unCLIP"),
+        ({"diffusion": f"{ZOO}stable-diffusion"}, r"has no image embeddings to condition on"),
+        ({"conditioning": {"artefact": ARTEFACT, "images": "x"}}, "give either `artefact`"),
+        ({"conditioning": {}}, "give either `artefact`"),
+        ({"conditioning": {"images": "x", "screening": True}}, "given images are not screened"),
+        ({"conditioning": {"artefact": ARTEFACT, "threshold": 1}}, "threshold: 1: input should be less than 1"),
+        ({"conditioning": {"artefact": ARTEFACT, "max_draws": 0}}, "max_draws: 0"),
+        ({"conditioning": {"artefact": ARTEFACT, "noise_level": 1000}}, "noise_level: 1000"),
+        ({"conditioning": {"artifact": ARTEFACT}}, "did you mean 'artefact'"),
+        ({"conditioning": f"{ZOO}conditionin"}, "did you mean 'digits/conditioning'"),
+        ({"classes": None, "boundary": ["three", "eight"]}, "embeddings are of single classes"),
+        ({"conditioning": None, "accept": {"screened": True}}, "no sample is screened"),
+    ],
+)
+def test_impossible_conditioning_is_refused_before_a_model_is_loaded(changes, message, tmp_path):
+    """Field, value and remedy, from the job file and the configurations alone."""
+    with pytest.raises(JobError, match=message):
+        check_addresses(parse_job(make_job(tmp_path, request(**changes))))
+
+
+def test_an_artefact_that_is_not_there_yet_is_told_and_not_run(tmp_path, capsys):
+    """A job can be checked before its statistics are prepared; it does not run without them."""
+    path = write_job(tmp_path, request(conditioning=str(tmp_path / "none")))
+    assert run_cli("plan", path, "--validate") == 0
+    assert "to prepare before it runs" in capsys.readouterr().out
+    assert run_cli("run", path, "--executor", "local") == 2
+    assert "riskforge prepare" in capsys.readouterr().err
+
+
+def test_statistics_of_another_space_are_refused(tmp_path):
+    """Embeddings of another encoder of the same size would give pictures of anything."""
+    import dataclasses
+
+    from engine.artefact import save_conditioning
+
+    conditioning = load_artefact(ARTEFACT)
+    foreign = {**conditioning.models, "encoder": {"address": f"{ZOO}clip", "digest": "0" * 32}}
+    folder, _ = save_conditioning(dataclasses.replace(conditioning, models=foreign), tmp_path)
+    with pytest.raises(JobError, match="not those of the image encoder"):
+        made(make_job(tmp_path, request(conditioning=str(folder))))
+
+
+def test_the_zoo_statistics_are_of_the_zoo_models():
+    """A part that is trained anew without them would leave statistics of a space that is gone."""
+    conditioning = load_artefact(ARTEFACT)
+    assert conditioning.models["encoder"]["digest"] == image_encoder_digest(UNCLIP)
+    assert conditioning.fit.evaluation.pooled.auc_low > 0.85
+    assert not conditioning.notes()
