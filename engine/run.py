@@ -61,7 +61,7 @@ class RunSummary:
     Attributes:
         report: path of the report; empty where there is nothing to report on.
         groups: medians per request and context.
-        screening: of every request that screens, what came of it, in words.
+        remarks: what came of screening and of dials, in words, a line a request.
         quarantined: numbers of the shards that were left out.
         num_samples: attempts in the committed shards.
         num_failed: those of them without an image.
@@ -79,7 +79,7 @@ class RunSummary:
     seconds: float
     failure: str = ""
     groups: list[GroupSummary] = field(default_factory=list)
-    screening: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
     quarantined: tuple[int, ...] = ()
     was_complete: bool = False
 
@@ -302,15 +302,20 @@ def close_run(
     return finished
 
 
-def _screening_texts(screening: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
-    """A line a request: samples, draws, and the classes in which draws are accepted least and most often."""
-    lines = {}
-    for name, classes in screening.items():
+def _remarks(manifest: dict[str, Any]) -> list[str]:
+    """What came of screening and of dials, a line a request."""
+    lines = []
+    for name, classes in manifest["counts"]["screening"].items():
         screened, samples, draws = (sum(one[key] for one in classes) for key in ("screened", "samples", "draws"))
         rates = [one["acceptance_rate"] for one in classes]
-        lines[name] = (
-            f"{screened} of {samples} samples screened in {draws} draws; accepted {min(rates):.1%} to"
-            f" {max(rates):.1%} of a class's draws"
+        lines.append(
+            f"{name}: {screened} of {samples} samples screened in {draws} draws; of a class's draws {min(rates):.1%} to"
+            f" {max(rates):.1%} pass"
+        )
+    for name, one in manifest["dials"].items():
+        lines.append(
+            f"{name}: median risk {one['risk_median']:.2f} for a dial of {one['target_risk']:g};"
+            f" {one['share_within_tolerance']:.0%} within {one['tolerance']:g}, half within {one['distance_median']:.2f}"
         )
     return lines
 
@@ -337,7 +342,7 @@ def _summary(
         failure=_top_failure(store) if num_failed else "",
         seconds=time.monotonic() - started,
         groups=finished.groups if finished else [],
-        screening=_screening_texts(finished.manifest["counts"]["screening"]) if finished else {},
+        remarks=_remarks(finished.manifest) if finished else [],
         quarantined=tuple(number for number in range(plan.num_shards) if number not in committed)
         if not is_complete
         else (),

@@ -91,6 +91,14 @@ def test_the_quickstart_is_valid(call):
     assert json.loads(call("plan", QUICKSTART, "--validate", "--json")[1])["valid"]
 
 
+@pytest.mark.parametrize("job", sorted((REPOSITORY / "jobs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_job_is_valid_offline(call, job):
+    """Also those of real size, whose models are not here: an example with a stale key would greet its first user."""
+    code, out, err = call("plan", job, "--validate")
+    assert (code, err) == (0, "") and out.startswith(f"{job} is valid")
+    assert ("not on this machine yet" in out) == job.stem.startswith("imagenet")
+
+
 def test_options_are_spelled_with_hyphens_or_underscores(call):
     """Both reach the same option; values are left alone."""
     for spelling in ("--price-per-hour", "--price_per_hour"):

@@ -161,9 +161,10 @@ def test_screened_draws_convince_the_predictor_and_others_are_marked(tmp_path):
 
 def test_a_run_tells_of_its_screening_and_resumes(tmp_path, capsys):
     """Acceptance rate by class in the manifest, the flag in every row; a second run does nothing."""
-    path = write_job(
-        tmp_path, request("screened"), request("free", conditioning={"artefact": ARTEFACT, "screening": False})
-    )
+    free = {"artefact": ARTEFACT, "screening": False}
+    dial = {"risky": {"target_risk": 1.2, "tolerance": 0.3}}
+    requests = [request("screened"), request("free", conditioning=free)]
+    path = write_job(tmp_path, *requests, request("dial", "risky", conditioning=free, guidance=dial))
     assert run_cli("run", path, "--executor", "local") == 0
     output = tmp_path / "run"
     manifest = json.loads((output / "manifest.json").read_text())
@@ -178,8 +179,18 @@ def test_a_run_tells_of_its_screening_and_resumes(tmp_path, capsys):
     assert manifest["models"]["conditioning"] == [{"address": ARTEFACT, "digest": digest}]
     num_draws = sum(one["draws"] for one in found["screened"])
     assert f"<td>{num_draws}</td>" in (output / "report.html").read_text()
-    assert f"{num_draws} draws" in capsys.readouterr().out
+    assert f"{num_draws} draws" in (printed := capsys.readouterr().out) and "for a dial of 1.2" in printed
     capsys.readouterr()
+    risk = np.array([row["risk"] for row in rows if row["request"] == "dial"])
+    assert manifest["dials"] == {
+        "dial": {
+            "target_risk": 1.2,
+            "tolerance": 0.3,
+            "risk_median": pytest.approx(np.median(risk)),
+            "share_within_tolerance": np.mean(np.abs(risk - 1.2) <= 0.3),
+            "distance_median": pytest.approx(np.median(np.abs(risk - 1.2))),
+        }
+    }
     assert run_cli("run", path, "--executor", "local") == 0
     assert "nothing to do" in capsys.readouterr().out
 

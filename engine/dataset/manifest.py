@@ -17,7 +17,7 @@ from engine.dataset.schema import arrow_schema
 from engine.dataset.shards import SHARDS, shard_name
 from engine.dataset.state import CARD, MANIFEST, METADATA, SUCCESS, TIMM_INFO, WIDS_INDEX
 from engine.dataset.store import Store, explained
-from engine.dataset.summary import GroupSummary, count_classes, count_requests, plain, summarise
+from engine.dataset.summary import GroupSummary, count_classes, count_requests, plain, read_dials, summarise
 from engine.errors import CorruptShardError, OutputError
 from engine.plan import SCHEMA_VERSION, Plan
 from engine.spec import JobSpec
@@ -268,6 +268,7 @@ def build_manifest(
             "screening": screening_by_request(read_commits(store), job),
         },
         "summary": [plain(group) for group in groups],
+        "dials": read_dials(store.path(METADATA), job),
         "shards": [_listed(record) for record in read_commits(store)] if len(commits) <= MAX_LISTED_SHARDS else [],
     }
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
+    from engine.spec import JobSpec
+
 _TEXTS = ["request", "method", "context", "class_name", "status"]
 _SCORES = ["risk", "conformity", "kldb", "entropy"]
 _COLUMNS = [*_TEXTS, *_SCORES, "key", "class_index", "is_error", "accepted", "oracle_class", "kldb_classes", "transfer"]
@@ -90,6 +92,38 @@ def count_classes(metadata: Path) -> dict[str, dict[str, int]]:
         empty = dict.fromkeys((STATUS_OK, STATUS_REJECTED, STATUS_FAILED), 0)
         counts.setdefault(row["class_name"], empty)[row["status"]] = row["count_all"]
     return dict(sorted(counts.items()))
+
+
+def read_dials(metadata: Path, job: JobSpec) -> dict[str, dict[str, float]]:
+    """How near the risk of stored samples is to the dial, for each request that was guided to one.
+
+    Returns:
+        By request: `target_risk`, `tolerance`, the median of the risk, the share of scored samples within the tolerance,
+        and the distance to the dial within which half of them lie.
+    """
+    import numpy as np
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    wanted = {one.name: job.guidance_of(one).risky for one in job.requests if one.method == "risky"}
+    wanted = {name: spec for name, spec in wanted.items() if spec.step == "polyak"}
+    if not wanted:
+        return {}
+    table = pq.read_table(metadata, columns=["request", "status", "risk"], partitioning=None)
+    table = table.filter(pc.not_equal(table["status"], STATUS_FAILED))
+    dials = {}
+    for name, spec in wanted.items():
+        risk = table.filter(pc.equal(table["request"], name))["risk"].to_numpy()
+        if len(risk):
+            distance = np.abs(risk - spec.target_risk)
+            dials[name] = {
+                "target_risk": float(spec.target_risk),
+                "tolerance": float(spec.tolerance),
+                "risk_median": float(np.median(risk)),
+                "share_within_tolerance": float(np.mean(distance <= spec.tolerance)),
+                "distance_median": float(np.median(distance)),
+            }
+    return dials
 
 
 def summarise_table(table: pa.Table) -> list[GroupSummary]:

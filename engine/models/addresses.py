@@ -291,11 +291,15 @@ def missing_artefacts(job: JobSpec) -> list[str]:
     Raises:
         JobError: as `find_artefact`.
     """
+    missing: dict[str, list[str]] = {}
+    for request in job.requests:
+        spec = request.conditioning
+        if spec and spec.artefact and find_artefact(spec.artefact) is None:
+            missing.setdefault(spec.artefact, []).append(request.name)
     return [
-        f"requests.{number}.conditioning.artefact: there is no '{spec.artefact}' yet; make it with `riskforge prepare"
-        " JOB --data PATH`"
-        for number, request in enumerate(job.requests)
-        if (spec := request.conditioning) and spec.artefact and find_artefact(spec.artefact) is None
+        f"conditioning: there is no artefact at '{address}' yet (request {', '.join(names)}); make it with `riskforge"
+        " prepare JOB --data PATH`"
+        for address, names in missing.items()
     ]
 
 

@@ -50,7 +50,7 @@ from engine.report.gallery import (
 )
 from engine.report.headline import request_totals, summary_table
 from engine.report.images import read_images
-from engine.report.text import ABSENT, clip, percent
+from engine.report.text import ABSENT, clip, number, percent
 
 if TYPE_CHECKING:
     from pyarrow.dataset import Dataset
@@ -156,6 +156,7 @@ def render(store: Store, manifest: dict[str, Any], title: str, labels: list[str]
         "pairs": error_pairs(rows, names),
         "failures": [(clip(message, MAX_MESSAGE_CHARS), count) for message, count in failures(metadata)],
         "screening": _screening(manifest["counts"].get("screening", {}), names),
+        "dials": _dials(manifest.get("dials", {})),
         "models": _models(manifest["models"]),
         "facts": _facts(manifest),
         "style": Markup((_HERE / "report.css").read_text(encoding="utf-8")),
@@ -280,6 +281,22 @@ def _screening(screening: dict[str, Any], names: dict[int, str]) -> list[dict[st
             for one in classes[:MAX_SCREENED_CLASSES]
         ]  # fmt: skip
     return lines
+
+
+def _dials(dials: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """Lines of the table of dials."""
+    return [
+        {
+            "name": clip(request, 120),
+            "cells": [
+                number(one["target_risk"]),
+                number(one["risk_median"]),
+                f"{percent(one['share_within_tolerance'])} within {number(one['tolerance'])}",
+                number(one["distance_median"]),
+            ],
+        }
+        for request, one in dials.items()
+    ]
 
 
 def _screening_cells(counts: dict[str, Any]) -> list[str]:
