@@ -351,11 +351,11 @@ def _summary(
 
 
 def _is_short(plan: Plan, committed: dict[int, CommitSummary]) -> bool:
-    """Whether a request has fewer images than were planned."""
-    images: Counter[int] = Counter()
+    """Whether a request has fewer samples than were planned; `count` is attempts, so that rejected ones are no lack."""
+    samples: Counter[int] = Counter()
     for number, commit in committed.items():
-        images[plan.shard(number).request] += commit.counts.ok
-    return any(images[request.number] < request.total for request in plan.requests)
+        samples[plan.shard(number).request] += commit.counts.ok + commit.counts.rejected
+    return any(samples[request.number] < request.total for request in plan.requests)
 
 
 def _top_failure(store: Store) -> str:

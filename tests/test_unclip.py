@@ -163,7 +163,7 @@ def test_a_run_tells_of_its_screening_and_resumes(tmp_path, capsys):
     """Acceptance rate by class in the manifest, the flag in every row; a second run does nothing."""
     free = {"artefact": ARTEFACT, "screening": False}
     dial = {"risky": {"target_risk": 1.2, "tolerance": 0.3}}
-    requests = [request("screened"), request("free", conditioning=free)]
+    requests = [request("screened"), request("free", conditioning=free, accept={"is_error": True})]
     path = write_job(tmp_path, *requests, request("dial", "risky", conditioning=free, guidance=dial))
     assert run_cli("run", path, "--executor", "local") == 0
     output = tmp_path / "run"
@@ -177,6 +177,9 @@ def test_a_run_tells_of_its_screening_and_resumes(tmp_path, capsys):
         assert one["acceptance_rate"] == pytest.approx(one["screened"] / one["draws"])
     digest = load_artefact(ARTEFACT).digest
     assert manifest["models"]["conditioning"] == [{"address": ARTEFACT, "digest": digest}]
+    errors = sum(row["is_error"] for row in rows) / len(rows)
+    assert any(row["status"] == "rejected" for row in rows)
+    assert f"<dd>{errors:.1%}".replace("%", " %") in (output / "report.html").read_text().replace("\u202f", " ")
     num_draws = sum(one["draws"] for one in found["screened"])
     assert f"<td>{num_draws}</td>" in (output / "report.html").read_text()
     assert f"{num_draws} draws" in (printed := capsys.readouterr().out) and "for a dial of 1.2" in printed

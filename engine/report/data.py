@@ -63,8 +63,8 @@ class Rows:
 
     @functools.cached_property
     def scored(self) -> np.ndarray:
-        """Whether each row has an image, and so scores that count."""
-        return self.status.is_one_of(np.arange(len(self)), STATUS_OK)
+        """Whether each row was scored: all but the failed ones, as in the summary."""
+        return ~self.status.is_one_of(np.arange(len(self)), STATUS_FAILED)
 
     def reads_conditioned(self, reading: str) -> np.ndarray:
         """Whether a classifier (`predicted_class` or `oracle_class`) reads a class that the row was conditioned on."""
@@ -80,7 +80,7 @@ class Rows:
         return self.numbers["kldb" if self.subsets[request] else "risk"]
 
     def scores_of(self, request: int, score: str) -> np.ndarray:
-        """A score over the images of a request."""
+        """A score over the scored samples of a request."""
         return self.numbers[score][self.scored & (self.request.codes == request)]
 
 

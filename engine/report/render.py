@@ -223,13 +223,19 @@ def _figures(manifest: dict[str, Any], rows: Rows) -> list[dict[str, str]]:
     agrees = rows.reads_conditioned("oracle_class")
     valid = agrees & ~rows.reads_conditioned("predicted_class")
     cells = [
-        ("Images", f"{samples['ok']:,}", f"of {_many(samples['attempted'], 'attempt')}"),
+        ("Images", f"{samples['ok']:,}", f"of {_many(samples['attempted'], 'attempt')}{_kept(samples)}"),
         ("Failed", f"{samples['failed']:,}", "attempts without an image"),
         ("Target errors", _share(rows.numbers["is_error"], rows.scored), "reads another class than the label"),
         ("Oracle agrees", _share(agrees, heard), "reads a conditioned class"),
         ("Valid failures", _share(valid, heard), "the oracle reads a conditioned class, the target none"),
     ]
     return [{"name": name, "value": value, "note": note} for name, value, note in cells]
+
+
+def _kept(samples: dict[str, int]) -> str:
+    """How many attempts the rule of acceptance rejected, where it did."""
+    rejected = samples.get("rejected", 0)
+    return f"; {rejected:,} were rejected" if rejected else ""
 
 
 def _share(flags: np.ndarray, among: np.ndarray) -> str:
