@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from engine.progress import Display
     from engine.run import RunSummary
     from engine.spec import JobSpec
+    from engine.studies.retrain import Retrained
 
 MAX_LISTED = 20
 
@@ -46,6 +47,11 @@ SetOption = Annotated[
     typer.Option("--set", metavar="K=V", help="Replace a value of the job, such as requests.0.count=6; repeatable."),
 ]
 OutputOption = Annotated[str | None, typer.Option(metavar="URI", help="Folder of the run; replaces output.uri.")]
+
+AddressOption = Annotated[
+    str | None, typer.Option(metavar="A", help="Running Ray cluster: `auto` or HOST:PORT. Default: start one here.")
+]
+WorkersOption = Annotated[int | None, typer.Option(metavar="N", help="Workers; replaces runtime.workers.")]
 
 
 def main() -> None:
@@ -86,10 +92,8 @@ def run(
     job: JobArgument,
     output: OutputOption = None,
     executor: Annotated[Literal["ray", "local"], typer.Option(help="Ray actors, or threads of this process.")] = "ray",
-    address: Annotated[
-        str | None, typer.Option(metavar="A", help="Running Ray cluster: `auto` or HOST:PORT. Default: start one here.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(metavar="N", help="Workers; replaces runtime.workers.")] = None,
+    address: AddressOption = None,
+    workers: WorkersOption = None,
     resume: Annotated[
         Literal["auto", "never", "overwrite"],
         typer.Option(help="Continue the output's run, refuse an output that is not empty, or remove its run first."),
@@ -156,7 +160,7 @@ def prepare(
         typer.Option(
             metavar="PATH",
             help="Labelled images: a folder with a folder for each class (by name or index), WebDataset tars, a run,"
-            " or parquet.",
+            " parquet, or a named set such as digits:validation.",
             show_default=False,
         ),
     ],
@@ -169,22 +173,100 @@ def prepare(
         ),
     ] = None,
     components: Annotated[int, typer.Option(metavar="K", min=1, max=100, help="Gaussians of a class.")] = 1,
+    executor: Annotated[
+        Literal["auto", "ray", "local"],
+        typer.Option(
+            help="Ray actors, or this process alone; auto takes Ray for large sets, and with --workers or --address."
+        ),
+    ] = "auto",
+    address: AddressOption = None,
+    workers: WorkersOption = None,
     set_: SetOption = None,
 ) -> None:
     """Make class statistics, error predictor and calibration of the target from labelled images."""
-    spec = _load(job, set_)
+    is_divided = address is not None or workers is not None
+    if is_divided and executor == "local":
+        raise JobError("--address and --workers: are for --executor ray; leave them or `--executor local` out")
+    spec = _load(job, set_, workers=workers)
     from engine.run import check_hardware
 
-    check_hardware(spec, is_here=True)
+    check_hardware(spec, is_here=address is None)
     from engine.prepare import prepare_conditioning
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        prepared = prepare_conditioning(spec, data, display=_make_display(), folder=output, components=components)
+        prepared = prepare_conditioning(
+            spec,
+            data,
+            display=_make_display(),
+            folder=output,
+            components=components,
+            executor=None if executor == "local" else _make_executor("ray", spec, address),
+            only_large=executor == "auto" and not is_divided,
+        )
     except KeyboardInterrupt:
         _complain("stopped; nothing is stored, the same command begins again")
         raise typer.Exit(EXIT_DRAINED) from None
     _print_prepared(prepared)
+
+
+@app.command()
+def retrain(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)],
+    real: Annotated[
+        str, typer.Option(metavar="DATA", help="Labelled images to train on, as for prepare.", show_default=False)
+    ],
+    test: Annotated[
+        str, typer.Option(metavar="DATA", help="Labelled images to test on, with contexts.", show_default=False)
+    ],
+    plain: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REQUEST", help="The plain baseline; default: prompt-only requests without a rule."),
+    ] = None,
+    risky: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REQUEST", help="Whose samples to add; default: requests with an `accept` rule."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(metavar="N", help="Trainings of every arm.")] = 5,
+    steps: Annotated[int, typer.Option(metavar="N", help="Batches of a training.")] = 200,
+    mix: Annotated[float, typer.Option(metavar="X", help="Share of a batch that is generated.")] = 0.2,
+    labels: Annotated[
+        Literal["hard", "soft"], typer.Option(help="Of generated samples: their class, or their soft label.")
+    ] = "hard",
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Images of a batch.")] = 64,
+    learning_rate: Annotated[float, typer.Option(metavar="X", help="Highest rate of AdamW.")] = 3e-4,
+    output: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Where figures and model go; default: RUN-retrained, beside the run."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Fine-tune a run's target on its samples, and compare with what it was and with plain samples."""
+    from engine.studies.retrain import RetrainOptions
+    from engine.studies.retrain import retrain as retrain_target
+
+    options = RetrainOptions(
+        real=real,
+        test=test,
+        plain=tuple(plain or ()),
+        risky=tuple(risky or ()),
+        num_seeds=seeds,
+        num_steps=steps,
+        mix=mix,
+        labels=labels,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        retrained = retrain_target(run, options, display=_make_display(), folder=output)
+    except KeyboardInterrupt:
+        _complain("stopped; nothing is stored, the same command begins again")
+        raise typer.Exit(EXIT_DRAINED) from None
+    if as_json:
+        _print_json(retrained.document)
+    else:
+        _print_retrained(retrained)
 
 
 @app.command()
@@ -252,7 +334,7 @@ def _console(*, stderr: bool = False) -> Console:
 
 def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     """Check all that can be checked without a model being loaded or fetched."""
-    from engine.models.addresses import check_addresses, read_labels
+    from engine.models.addresses import check_addresses, missing_artefacts, read_labels
     from engine.plan import resolve_requests
     from engine.run import check_hardware
 
@@ -261,10 +343,13 @@ def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     labels = read_labels(job.models.target)
     if labels is not None:
         resolve_requests(job, labels)
+    missing = missing_artefacts(job)
     if as_json:
-        _print_json({"valid": True, "classes_checked": labels is not None})
+        _print_json({"valid": True, "classes_checked": labels is not None, "to_prepare": missing})
         return
     print(f"{path} is valid")
+    for line in missing:
+        print(f"to prepare before it runs: {line}")
     if labels is None:
         print(f"the classes are not checked: {job.models.target} is not on this machine yet")
 
@@ -327,6 +412,7 @@ def _print_summary(summary: RunSummary) -> None:
         print(f"{summary.uri} is complete: all {summary.num_shards} shards are there, nothing to do")
     if summary.groups:
         _console().print(medians_table(summary.groups))
+    _print_some(summary.remarks, "manifest.json")
     if not summary.was_complete:
         print(f"{summary.num_committed} of {summary.num_shards} shards in {summary.uri} ({duration(summary.seconds)})")
     if summary.report:
@@ -348,6 +434,7 @@ def _print_prepared(prepared: Prepared) -> None:
     num_images, num_errors, fit = sum(found.counts), sum(found.num_errors), found.temperature
     _print_classes(found)
     print(f"images         {num_images} of {len(found.labels)} classes, from {prepared.source}")
+    print(f"encoder        {prepared.encoder}")
     print(f"unusable       {len(found.unusable)}")
     _print_some([f"{one.name}: {one.reason}" for one in found.unusable])
     print(f"target errors  {num_errors} ({num_errors / num_images:.1%})")
@@ -394,12 +481,36 @@ def _auc_text(quality: Quality | None) -> str:
     return f"{quality.auc:.2f} ({quality.auc_low:.2f} to {quality.auc_high:.2f})"
 
 
-def _print_some(lines: list[str]) -> None:
+def _print_retrained(retrained: Retrained) -> None:
+    """Tables by context, findings, what was trained on, and where it is stored."""
+    from engine.studies.retrain import MODEL
+    from engine.studies.tables import comparison_table, found_table
+
+    document, console = retrained.document, _console()
+    console.print(comparison_table(retrained.comparison))
+    if retrained.found.rows:
+        console.print(found_table(retrained.found))
+    for finding in retrained.findings:
+        print(finding)
+    print()
+    print(f"generated    {retrained.arms.num_samples} samples in each of {', '.join(retrained.arms.pools)}")
+    for arm, reason in retrained.arms.left_out.items():
+        print(f"left out     {arm}: {reason}")
+    for name, data in (("real", document["data"]["real"]), ("test", document["data"]["test"])):
+        print(f"{name:<13}{data['images']} images from {data['kind']}, {data['num_unusable']} unusable")
+        _print_some([f"{one['name']}: {one['reason']}" for one in data["unusable"]], "retrain.json")
+    print(
+        f"temperature  {document['temperature']['used']:.4g}, on {document['data']['real']['held_out']} held-out images"
+    )
+    print(f"model        {retrained.path / MODEL}")
+
+
+def _print_some(lines: list[str], where: str = "conditioning.json") -> None:
     """The first lines of a list that may be long."""
     for line in lines[:MAX_LISTED]:
         print(f"  {line}")
     if len(lines) > MAX_LISTED:
-        print(f"  and {len(lines) - MAX_LISTED} more in conditioning.json")
+        print(f"  and {len(lines) - MAX_LISTED} more in {where}")
 
 
 def _print_json(value: Any) -> None:

@@ -36,6 +36,9 @@ MAX_PIXELS = 89_478_485
 MIN_SIDE = 4
 MAX_ASPECT = 50
 PARQUET_ROWS = 64
+PART_ROWS = 64
+# So many files, or more, in each part of a source make the parts equal enough.
+FILES_PER_PART = 4
 
 # Decoders of plain pictures. Others start foreign programs (EPS) or are seldom well tested.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -67,6 +70,10 @@ class Unusable:
 
 
 Found = LabelledImage | Unusable
+# Makes a finding, which is when an image is decoded; to be called before the next item is asked for, or not at all.
+Item = Callable[[], Found]
+# Number of the file and of the item in it.
+Place = tuple[int, int]
 
 
 class UnusableImageError(Exception):
@@ -80,12 +87,32 @@ class ImageSource:
     Attributes:
         kind: in words.
         num_images: how many there are to try, or None where only reading tells.
-        read: starts from the beginning; equal files give equal findings in equal order.
+        files: each starts from its beginning: a tar, a table, the whole of a folder.
+        num_bytes: size of the files, where `num_images` is not known.
     """
 
     kind: str
     num_images: int | None
-    read: Callable[[], Iterator[Found]]
+    files: tuple[Callable[[], Iterator[Item]], ...]
+    num_bytes: int = 0
+
+    def read(self) -> Iterator[Found]:
+        """All there is; equal files give equal findings in equal order."""
+        return (found for _, found in self.read_part(0, 1))
+
+    def read_part(self, part: int, num_parts: int) -> Iterator[tuple[Place, Found]]:
+        """Part `part` of `num_parts`: every so-many-th file where there are many, else batch of `PART_ROWS` items.
+
+        Every finding is in one part alone. Images of the other parts are not decoded; their files are walked through
+        where parts share files.
+        """
+        is_by_file = len(self.files) >= FILES_PER_PART * num_parts
+        for number, items in enumerate(self.files):
+            if is_by_file and number % num_parts != part:
+                continue
+            for row, item in enumerate(items()):
+                if is_by_file or (number + row // PART_ROWS) % num_parts == part:
+                    yield (number, row), item()
 
 
 # Image sets by name, beside paths: composed digits, split by scan (`engine.digits`).
@@ -100,35 +127,36 @@ NAMED = {
 _NUM_MIXED = {"train": 6000, "validation": 3000, "test": 3470}
 
 
-def open_images(address: str, labels: tuple[str, ...]) -> ImageSource:
+def open_images(address: str, labels: tuple[str, ...], option: str = "--data") -> ImageSource:
     """The images at a path, or of a named set.
 
     Args:
         address: a file, a folder, or a name of `NAMED`.
         labels: class names of the target in index order.
+        option: what the user gave the address by, for messages.
 
     Raises:
         JobError: there is nothing, or nothing of a kind that can be read.
     """
     if address in NAMED:
-        return _digits(address, labels)
+        return _digits(address, labels, option)
     path = Path(address).expanduser()
     try:
         if path.is_dir():
             return _of_folder(path, labels)
         if path.is_file():
-            return _of_file(path, labels)
+            return _of_file(path, labels, option)
     except OSError as error:
-        raise JobError(f"--data: '{address}' cannot be read ({error.strerror or error})") from None
-    raise JobError(f"--data: there is no '{address}'{nearest(address, list(NAMED))}; give {SOUGHT}")
+        raise JobError(f"{option}: '{address}' cannot be read ({error.strerror or error})") from None
+    raise JobError(f"{option}: there is no '{address}'{nearest(address, list(NAMED))}; give {SOUGHT}")
 
 
-def _of_file(path: Path, labels: tuple[str, ...]) -> ImageSource:
+def _of_file(path: Path, labels: tuple[str, ...], option: str) -> ImageSource:
     if path.suffix.lower() == ".tar":
         return webdataset([path], labels)
     if path.suffix.lower() == ".parquet":
         return parquet([path], labels)
-    raise JobError(f"--data: '{path}' is neither a .tar nor a .parquet file; give {SOUGHT}")
+    raise JobError(f"{option}: '{path}' is neither a .tar nor a .parquet file; give {SOUGHT}")
 
 
 def _of_folder(path: Path, labels: tuple[str, ...]) -> ImageSource:
@@ -150,7 +178,7 @@ def _files(folder: Path, suffix: str) -> list[Path]:
 # Named sets ----------------------------------------------------------------------------------------------------------
 
 
-def _digits(name: str, labels: tuple[str, ...]) -> ImageSource:
+def _digits(name: str, labels: tuple[str, ...], option: str) -> ImageSource:
     """A set of composed digits.
 
     Raises:
@@ -159,7 +187,7 @@ def _digits(name: str, labels: tuple[str, ...]) -> ImageSource:
     from engine import digits
 
     if unknown := [one for one in digits.CLASS_NAMES if isinstance(_look_up(one, labels), str)]:
-        raise JobError(f"--data: '{name}' has digits, and the target has no class '{unknown[0]}'; give {SOUGHT}")
+        raise JobError(f"{option}: '{name}' has digits, and the target has no class '{unknown[0]}'; give {SOUGHT}")
     split = name.removeprefix("digits:")
     is_single = split == "test-single"
     if is_single:
@@ -169,14 +197,16 @@ def _digits(name: str, labels: tuple[str, ...]) -> ImageSource:
     else:
         composites = digits.compose_split(split, _NUM_MIXED[split], seed=0)
 
-    def read() -> Iterator[Found]:
-        for row, (pixels, label) in enumerate(zip(composites.images, composites.labels.tolist(), strict=True)):
-            single = (digits.context_text(composites.contexts, row),)
-            tags = single if is_single else digits.attribute_texts(composites.contexts, row)
-            index = _class_of(digits.CLASS_NAMES[label], labels)
-            yield LabelledImage(f"{name} {row}", PIL.Image.fromarray(pixels), index, tags)
+    def one(row: int) -> Found:
+        single = (digits.context_text(composites.contexts, row),)
+        tags = single if is_single else digits.attribute_texts(composites.contexts, row)
+        index = _class_of(digits.CLASS_NAMES[int(composites.labels[row])], labels)
+        return LabelledImage(f"{name} {row}", PIL.Image.fromarray(composites.images[row]), index, tags)
 
-    return ImageSource(NAMED[name], len(composites), read)
+    def items() -> Iterator[Item]:
+        return (partial(one, row) for row in range(len(composites)))
+
+    return ImageSource(NAMED[name], len(composites), (items,))
 
 
 # A folder by class ---------------------------------------------------------------------------------------------------
@@ -190,13 +220,13 @@ def image_folder(root: Path, labels: tuple[str, ...]) -> ImageSource:
     """
     files = [file for entry in sorted(root.iterdir()) for file in _images_below(entry)]
 
-    def read() -> Iterator[Found]:
+    def items() -> Iterator[Item]:
         for file in files:
             place = file.relative_to(root)
             label = place.parts[0] if len(place.parts) > 1 else None
-            yield _item(str(place), label, labels, partial(_file_bytes, file))
+            yield partial(_found, str(place), label, labels, partial(_file_bytes, file))
 
-    return ImageSource("a folder by class", len(files), read)
+    return ImageSource("a folder by class", len(files), (items,))
 
 
 def _images_below(entry: Path) -> list[Path]:
@@ -233,28 +263,37 @@ def webdataset(paths: Sequence[Path], labels: tuple[str, ...]) -> ImageSource:
     as `class_index` in `.json`.
     """
 
-    def read() -> Iterator[Found]:
-        for path in paths:
-            try:
-                yield from _tar_samples(path, labels)
-            except _TAR_ERRORS as error:
-                yield Unusable(_plain(path.name), f"cut short or damaged from here on ({_brief(error)})")
+    def items(path: Path) -> Iterator[Item]:
+        try:
+            yield from _tar_samples(path, labels)
+        except _TAR_ERRORS as error:
+            reason = f"cut short or damaged from here on ({_brief(error)})"
+            yield partial(Unusable, _plain(path.name), reason)
 
-    return ImageSource("WebDataset tars", None, read)
+    num_bytes = sum(path.stat().st_size for path in paths)
+    return ImageSource("WebDataset tars", None, tuple(partial(items, path) for path in paths), num_bytes)
 
 
-def _tar_samples(path: Path, labels: tuple[str, ...]) -> Iterator[Found]:
+def _tar_samples(path: Path, labels: tuple[str, ...]) -> Iterator[Item]:
     with tarfile.open(path, "r:") as tar:
         for key, members in _grouped(tar):
             images = [member for extension, member in members.items() if extension in EXTENSIONS]
             if images:
-                label = _tar_label(tar, members)
-                name = f"{path.name}/{images[0].name}"
-                item = _item(name, label, labels, partial(_member_bytes, tar, images[0]))
-                yield _in_context(item, _tar_context(tar, members))
+                yield partial(_tar_sample, tar, f"{path.name}/{images[0].name}", members, images[0], labels)
             elif "cls" in members or "json" in members:
-                yield Unusable(_plain(f"{path.name}/{key}"), "has a label and no image")
+                yield partial(Unusable, _plain(f"{path.name}/{key}"), "has a label and no image")
         _check_end(tar)
+
+
+def _tar_sample(
+    tar: tarfile.TarFile,
+    name: str,
+    members: dict[str, tarfile.TarInfo],
+    image: tarfile.TarInfo,
+    labels: tuple[str, ...],
+) -> Found:
+    found = _found(name, _tar_label(tar, members), labels, partial(_member_bytes, tar, image))
+    return _in_context(found, _tar_context(tar, members))
 
 
 def _grouped(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
@@ -329,16 +368,16 @@ def parquet(paths: Sequence[Path], labels: tuple[str, ...]) -> ImageSource:
     """
     sizes = [_num_rows(path) for path in paths]
 
-    def read() -> Iterator[Found]:
+    def items(path: Path) -> Iterator[Item]:
         import pyarrow as pa
 
-        for path in paths:
-            try:
-                yield from _parquet_rows(path, labels)
-            except (pa.ArrowException, OSError, ValueError) as error:
-                yield Unusable(_plain(path.name), f"cannot be read as parquet from here on ({_brief(error)})")
+        try:
+            yield from _parquet_rows(path, labels)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            reason = f"cannot be read as parquet from here on ({_brief(error)})"
+            yield partial(Unusable, _plain(path.name), reason)
 
-    return ImageSource("parquet", sum(sizes), read)
+    return ImageSource("parquet", sum(sizes), tuple(partial(items, path) for path in paths))
 
 
 def _num_rows(path: Path) -> int:
@@ -351,24 +390,28 @@ def _num_rows(path: Path) -> int:
         return 0
 
 
-def _parquet_rows(path: Path, labels: tuple[str, ...]) -> Iterator[Found]:
+def _parquet_rows(path: Path, labels: tuple[str, ...]) -> Iterator[Item]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
         missing = [name for name in ("image", "label") if name not in file.schema_arrow.names]
         if missing:
             found = ", ".join(file.schema_arrow.names)
-            yield Unusable(_plain(path.name), _plain(f"has no column {' and '.join(missing)}; it has {found}"))
+            reason = _plain(f"has no column {' and '.join(missing)}; it has {found}")
+            yield partial(Unusable, _plain(path.name), reason)
             return
         class_names = _class_names(file.schema_arrow.metadata)
         number = 0
         columns = [name for name in ("image", "label", "context") if name in file.schema_arrow.names]
         for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
             for row in batch.to_pylist():
-                label = _named(row["label"], class_names)
-                item = _item(f"{path.name} row {number}", label, labels, partial(_cell_bytes, row["image"]))
-                yield _in_context(item, row.get("context"))
+                yield partial(_parquet_row, f"{path.name} row {number}", row, class_names, labels)
                 number += 1
+
+
+def _parquet_row(name: str, row: dict[str, Any], class_names: list[str], labels: tuple[str, ...]) -> Found:
+    found = _found(name, _named(row["label"], class_names), labels, partial(_cell_bytes, row["image"]))
+    return _in_context(found, row.get("context"))
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> list[str]:
@@ -396,7 +439,7 @@ def _cell_bytes(value: Any) -> bytes:
 # What all kinds share ------------------------------------------------------------------------------------------------
 
 
-def _item(name: str, label: Any, labels: tuple[str, ...], data: Callable[[], bytes]) -> Found:
+def _found(name: str, label: Any, labels: tuple[str, ...], data: Callable[[], bytes]) -> Found:
     """An image with its class; its bytes are only asked for where the class is known."""
     try:
         index = _class_of(label, labels)

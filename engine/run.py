@@ -313,9 +313,10 @@ def _remarks(manifest: dict[str, Any]) -> list[str]:
             f" {max(rates):.1%} pass"
         )
     for name, one in manifest["dials"].items():
+        near = f"{one['share_within_tolerance']:.0%} within {one['tolerance']:g}"
         lines.append(
-            f"{name}: median risk {one['risk_median']:.2f} for a dial of {one['target_risk']:g};"
-            f" {one['share_within_tolerance']:.0%} within {one['tolerance']:g}, half within {one['distance_median']:.2f}"
+            f"{name}: median risk {one['risk_median']:.2f} for a dial of {one['target_risk']:g}; {near}, half within"
+            f" {one['distance_median']:.2f}"
         )
     return lines
 
@@ -428,7 +429,7 @@ class _Shift:
         self._store.replace(FAULTS, f"{message}\n".encode())
         head, mark, reason = message.partition("the last one: ")
         return WorkersFailingError(
-            f"{head}{mark}{_brief(reason)}\nthe whole message is in {self._store.path(FAULTS)}; mend the cause, and the"
+            f"{head}{mark}{brief(reason)}\nthe whole message is in {self._store.path(FAULTS)}; mend the cause, and the"
             " same command continues"
         )
 
@@ -460,10 +461,10 @@ class _Shift:
         elif isinstance(event, scheduler.ShardError):
             self._tally.drop(event.shard)
             self._display.notice(
-                f"shard {event.shard} failed, worker {event.worker} is replaced: {_brief(event.message)}"
+                f"shard {event.shard} failed, worker {event.worker} is replaced: {brief(event.message)}"
             )
         elif isinstance(event, scheduler.WorkerLost):
-            self._display.notice(f"worker {event.worker} is replaced: {_brief(event.message)}")
+            self._display.notice(f"worker {event.worker} is replaced: {brief(event.message)}")
 
     def _quarantine(self, action: scheduler.Quarantine) -> None:
         shard = self._plan.shard(action.shard)
@@ -480,7 +481,7 @@ class _Shift:
         self._display.notice(f"shard {shard.number} is in quarantine after {len(action.reasons)} faults: {name}")
 
 
-def _brief(message: str) -> str:
+def brief(message: str) -> str:
     """The line that says most: the last of a traceback, the first of anything else."""
     lines = message.strip().splitlines() or ["no reason given"]
     line = lines[-1] if lines[0].startswith("Traceback") else lines[0]

@@ -12,6 +12,9 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +22,25 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
 import torch
 from sklearn.datasets import load_digits
 
 from engine import artefact, cli, digits, images
 from engine.artefact import load_conditioning, save_conditioning
 from engine.conditioning.gaussians import ClassMoments
-from engine.errors import EXIT_DRAINED, JobError, OutputError
-from engine.images import ImageSource, LabelledImage, Unusable, UnusableImageError, decode_rgb, open_images
+from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_USER, JobError, OutputError, RiskforgeError
+from engine.executors.local import LocalExecutor
+from engine.executors.ray import RayExecutor, prepare_environment
+from engine.images import Found, ImageSource, LabelledImage, Unusable, UnusableImageError, decode_rgb, open_images
 from engine.jobfile import read_job
+from engine.models.addresses import check_addresses, image_encoder_digest
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
-from engine.prepare import GPU_ROWS, artefact_folder, observe, prepare_conditioning
+from engine.observation import GPU_ROWS, Observations, Observer, encoder_address, load_part_observer, observe, signature
+from engine.prepare import artefact_folder, fit_conditioning, prepare_conditioning
 from engine.progress import PlainDisplay
+from engine.run import WorkersFailingError
 from engine.temperature import HIGHEST, LOWEST, fit_temperature
 from tests.conftest import REPOSITORY
 
@@ -152,10 +161,22 @@ def table(samples, tmp_path_factory) -> Path:
     return root
 
 
-def prepare(data: Path | str, home: Path, **options: object):
-    job = read_job(QUICKSTART, [("runtime.device", "cpu")])
-    display = PlainDisplay(io.StringIO(), every_seconds=0.0)
+def source_of(read: Callable[[], Iterator[Found]]) -> ImageSource:
+    """A source of findings that are there already."""
+    return ImageSource("test", None, (lambda: (partial(lambda one: one, found) for found in read()),))
+
+
+def prepare(data: Path | str, home: Path, *, stream: io.StringIO | None = None, changes=(), **options: object):
+    job = read_job(QUICKSTART, [("runtime.device", "cpu"), *changes])
+    display = PlainDisplay(stream or io.StringIO(), every_seconds=0.0)
     return prepare_conditioning(job, str(data), display=display, folder=str(home), **options)
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    """Whether two artefacts are equal, file by file."""
+    return all(
+        (one / name).read_bytes() == (other / name).read_bytes() for name in (artefact.STATISTICS, artefact.DOCUMENT)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -448,9 +469,7 @@ def test_all_kinds_give_the_same_artefact(prepared, tars, table, tmp_path):
     """Byte for byte: order, names and files of the images have no part in it."""
     for data in (tars, table):
         other = prepare(data, tmp_path)
-        assert other.path.name == prepared.path.name
-        for name in (artefact.STATISTICS, artefact.DOCUMENT):
-            assert (other.path / name).read_bytes() == (prepared.path / name).read_bytes()
+        assert other.path.name == prepared.path.name and same_bytes(other.path, prepared.path)
     assert other.was_there and not prepared.was_there
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -513,6 +532,41 @@ def test_unusable_images_are_listed_and_change_nothing_else(folder, prepared, tm
     assert document["images_digest"] == prepared.conditioning.images_digest
 
 
+def test_the_name_does_not_depend_on_the_number_of_threads():
+    """Sums of another order moved the predictor in its last digits, and with them the digest."""
+    generator, names = torch.Generator().manual_seed(0), set()
+    embeds, classes = torch.randn(3000, 64, generator=generator), torch.arange(3000) % 10
+    seen = Observations(
+        embeds=embeds,
+        logits=torch.nn.functional.one_hot(classes, 10) * 2.0 + torch.randn(3000, 10, generator=generator),
+        classes=classes,
+        temperature=1.0,
+        images_digest="0" * 32,
+        unusable=(),
+    )
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        names.add(fit_conditioning(seen, LABELS, {}, 3).digest)
+    torch.set_num_threads(before)
+    assert len(names) == 1
+
+
+def test_prepare_does_not_ask_of_the_artefacts_that_it_makes(folder, prepared, tmp_path):
+    """A job whose artefact is missing, damaged or one of several can be prepared; it could not be mended otherwise."""
+    home = tmp_path / "artefacts"
+    for name in ("conditioning-a", "conditioning-b"):
+        (home / name).mkdir(parents=True)
+        (home / name / "conditioning.json").write_text("{}")
+    unclip = {"diffusion": "zoo:digits/stable-unclip", "conditioning": str(home), "method": "prompt", "count": 1}
+    requests = [{"name": "a", "classes": "all", **unclip}]
+    with pytest.raises(JobError, match="holds 2 artefacts"):
+        check_addresses(read_job(QUICKSTART, [("requests", requests)]))
+    job = read_job(QUICKSTART, [("runtime.device", "cpu"), ("requests", requests)])
+    made = prepare_conditioning(job, str(folder), display=PlainDisplay(io.StringIO()), folder=str(home))
+    assert made.path.parent == home and made.encoder == "image encoder of zoo:digits/stable-unclip"
+
+
 def test_classes_without_a_spread_are_said(tmp_path, samples):
     """One image, or none: the artefact is made, and a note names the class."""
     few = [*[one for one in samples if one[1] in (3, 8)][:30], next(one for one in samples if one[1] == 5)]
@@ -535,8 +589,8 @@ def test_values_that_are_not_finite_lose_an_image_and_no_more(samples, classifie
         yield LabelledImage("black", plain_image(size=(32, 32)), 0)
         yield from (LabelledImage(str(row), image, index) for row, (image, index) in enumerate(samples[:20]))
 
-    source, display = ImageSource("test", None, read), PlainDisplay(io.StringIO())
-    seen = observe(source, "test", classifier, Overflowing(), num_rows=16, display=display)
+    observer = Observer(source_of(read), classifier, Overflowing(), 16)
+    seen = observe(observer, "test", PlainDisplay(io.StringIO()))
     assert [one.name for one in seen.unusable] == ["black"] and len(seen.classes) == 20
     assert torch.isfinite(seen.embeds).all() and seen.errors.dtype == torch.bool
 
@@ -548,8 +602,8 @@ def test_shapes_of_all_kinds_go_through_the_models(classifier):
     def read():
         yield from (LabelledImage(str(shape), plain_image(size=shape), 0) for shape in shapes)
 
-    source, display = ImageSource("test", None, read), PlainDisplay(io.StringIO())
-    seen = observe(source, "test", classifier, Clip.load("zoo:digits/clip"), num_rows=16, display=display)
+    observer = Observer(source_of(read), classifier, Clip.load("zoo:digits/clip"), 16)
+    seen = observe(observer, "test", PlainDisplay(io.StringIO()))
     assert len(seen.classes) == len(shapes) and not seen.unusable
 
 
@@ -558,9 +612,211 @@ def test_progress_is_told_in_plain_lines(folder, classifier):
     stream = io.StringIO()
     source, clip = open_images(str(folder), LABELS), Clip.load("zoo:digits/clip")
     display = PlainDisplay(stream, every_seconds=0.0)
-    seen = observe(source, str(folder), classifier, clip, num_rows=GPU_ROWS, display=display)
+    seen = observe(Observer(source, classifier, clip, GPU_ROWS), str(folder), display)
     assert f"/{NUM_IMAGES} images, " in stream.getvalue() and "ETA" in stream.getvalue()
     assert len(seen.classes) == NUM_IMAGES
+
+
+def test_the_space_of_a_stable_unclip_pipeline_is_that_of_its_own_encoder(folder, prepared, tmp_path):
+    """An encoder that says twice of what CLIP says: the statistics are twice CLIP's, and its digest is on record.
+
+    That the encoder of the zoo's pipeline is CLIP's own would hide which of the two was asked.
+    """
+    pipeline = Path(shutil.copytree(REPOSITORY / "engine/zoo/digits/stable-unclip", tmp_path / "unclip"))
+    weights = pipeline / "image_encoder/model.safetensors"
+    doubled = safetensors.torch.load_file(weights)
+    doubled["visual_projection.weight"] *= 2
+    safetensors.torch.save_file(doubled, weights, metadata={"format": "pt"})
+    later = {"name": "a", "method": "prompt", "classes": "all", "count": 1, "conditioning": {"artefact": "later"}}
+    made = prepare(folder, tmp_path / "home", changes=[("models.diffusion", str(pipeline)), ("requests", [later])])
+    ours, clips = made.conditioning, prepared.conditioning
+    assert torch.equal(ours.statistics.mean, 2 * clips.statistics.mean)
+    assert ours.models["encoder"] == {"address": str(pipeline), "digest": image_encoder_digest(str(pipeline))}
+    assert clips.models["encoder"]["address"] == "zoo:digits/clip"
+    assert made.encoder == f"image encoder of {pipeline}" and prepared.encoder == "zoo:digits/clip"
+
+
+def test_the_encoder_is_that_of_the_first_pipeline_that_has_one():
+    """Of the job, else of its first such request; one of the hub that is not here is known by its request."""
+    unclip = {"name": "b", "method": "prompt", "classes": "all", "count": 1, "conditioning": {"artefact": "later"}}
+    plain = {"name": "a", "method": "prompt", "classes": "all", "count": 1}
+    for requests, encoder in (
+        ([plain], "zoo:digits/clip"),
+        ([plain, unclip | {"diffusion": "zoo:digits/stable-unclip"}], "zoo:digits/stable-unclip"),
+        ([plain, unclip | {"diffusion": "somebody/pipeline-of-the-hub"}], "somebody/pipeline-of-the-hub"),
+    ):
+        assert encoder_address(read_job(QUICKSTART, [("requests", requests)])) == encoder
+
+
+# The pass, divided ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray of one node with two cores; starting it takes seconds."""
+    prepare_environment(is_own=True)
+    from ray.cluster_utils import Cluster
+
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    yield started
+    started.shutdown()
+
+
+@pytest.fixture(scope="module")
+def mixed(samples, tmp_path_factory) -> Path:
+    """The folder with images that cannot be used, here and there."""
+    root = write_folder(tmp_path_factory.mktemp("mixed"), samples)
+    for number in range(30):
+        (root / LABELS[number % 10] / f"{7 * number:04d}-bad.png").write_bytes(b"bad")
+    return root
+
+
+@pytest.fixture(scope="module")
+def undivided(mixed, tmp_path_factory):
+    """What one process makes of it."""
+    return prepare(mixed, tmp_path_factory.mktemp("undivided"))
+
+
+class Dying:
+    """An observer whose process is killed at its second report, the first time."""
+
+    def __init__(self, factory: Callable[[], Observer], mark: Path) -> None:
+        self._observer, self._mark = factory(), mark
+
+    def run_shard(self, shard, attempt, report):
+        """Observe, or die."""
+        reports = itertools.count()
+
+        def deadly(num_tried: int) -> None:
+            report(num_tried)
+            if next(reports) == 1 and not self._mark.exists():
+                self._mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return self._observer.run_shard(shard, attempt, deadly)
+
+
+class Deadly(RayExecutor):
+    """Ray, one of whose actors dies."""
+
+    mark: Path
+
+    def open(self, factory, num_shards):
+        """With observers that die."""
+        return super().open(partial(Dying, factory, self.mark), num_shards)
+
+
+class Unlucky(LocalExecutor):
+    """Threads of which the first ones fail to load their models."""
+
+    num_failures = 0
+
+    def open(self, factory, num_shards):
+        """With a factory that fails."""
+        left = list(range(self.num_failures))
+
+        def fail():
+            if left and left.pop() >= 0:
+                raise ZeroDivisionError("no such kernel")
+            return factory()
+
+        return super().open(fail, num_shards)
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 7])
+@pytest.mark.parametrize("kind", ["folder", "tars", "many tars", "table"])
+def test_parts_are_the_whole_and_share_nothing(request, monkeypatch, mixed, tars, table, tmp_path, kind, num_parts):
+    """Every finding is in one part, at its place; no part decodes what is another's; damage is told once."""
+    if kind == "many tars":
+        data = png(plain_image())
+        for number in range(12):
+            write_tar(tmp_path / f"{number:02d}.tar", [("a.png", data), ("a.cls", b"1"), ("b.png", data)])
+        (tmp_path / "05.tar").write_bytes((tmp_path / "05.tar").read_bytes()[:1536])
+    path = {"folder": mixed, "tars": tars, "many tars": tmp_path, "table": table}[kind]
+    source, decoded = open_images(str(path), LABELS), []
+    monkeypatch.setattr(images, "decode_rgb", lambda data: decoded.append(0) or decode_rgb(data))
+    whole = list(source.read())
+    num_decoded = len(decoded)
+    parts = [list(source.read_part(part, num_parts)) for part in range(num_parts)]
+    assert len(decoded) == 2 * num_decoded and [found for _, found in sorted_by_place(parts)] == whole
+    assert num_parts > 3 or all(parts)
+
+
+def sorted_by_place(parts):
+    """What all parts found, in the order of the source."""
+    return sorted((one for part in parts for one in part), key=lambda one: one[0])
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_actors_make_the_artefact_of_one_process(cluster, mixed, undivided, tmp_path, num_workers):
+    """Byte for byte with the zoo's models, whoever saw which image; what is unusable is listed once, in order.
+
+    Processes with other batches: what neither threads nor a test of the parts could show.
+    """
+    stream = io.StringIO()
+    executor = RayExecutor(address=cluster.address, num_workers=num_workers, device="cpu")
+    divided = prepare(mixed, tmp_path, executor=executor, stream=stream)
+    assert divided.path.name == undivided.path.name and same_bytes(divided.path, undivided.path)
+    names = [one.name for one in divided.conditioning.unusable]
+    assert names == sorted(names) and len(names) == 30
+    assert f"({num_workers} worker" in stream.getvalue() and not executor._handles
+
+
+def test_a_killed_actor_is_replaced_and_its_part_begins_again(cluster, mixed, undivided, tmp_path):
+    """SIGKILL in the middle of a part: the artefact is the same, and a line says what happened."""
+    stream = io.StringIO()
+    executor = Deadly(address=cluster.address, num_workers=2, device="cpu")
+    executor.mark = tmp_path / "died"
+    divided = prepare(mixed, tmp_path / "home", executor=executor, stream=stream)
+    assert executor.mark.exists() and same_bytes(divided.path, undivided.path)
+    assert stream.getvalue().count("its part of the images begins again: the worker's process died") == 1
+
+
+def test_an_error_of_the_user_in_an_actor_is_one_line(cluster, mixed, tmp_path):
+    """A torn model, which only the actors load: the words and the code of one process, nothing of Ray's."""
+    target = Path(shutil.copytree(REPOSITORY / "engine/zoo/digits/classifier", tmp_path / "target"))
+    (target / "model.safetensors").write_bytes((target / "model.safetensors").read_bytes()[:1000])
+    executor = RayExecutor(address=cluster.address, num_workers=1, device="cpu")
+    with pytest.raises(RiskforgeError) as error:
+        prepare(mixed, tmp_path / "home", changes=[("models.target", str(target))], executor=executor)
+    with pytest.raises(JobError, match="cannot be loaded as a classifier") as here:
+        prepare(mixed, tmp_path / "home", changes=[("models.target", str(target))])
+    assert str(error.value) == str(here.value) and error.value.exit_code == EXIT_USER
+    assert "\n" not in str(error.value) and not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("num_failures", [1, 2])
+def test_a_part_is_begun_again_once(mixed, undivided, tmp_path, num_failures):
+    """Then it ends with the last line of the reason and the code of what is unfinished, not in a loop."""
+    executor = Unlucky(1)
+    executor.num_failures = num_failures
+    if num_failures == 1:
+        assert same_bytes(prepare(mixed, tmp_path, executor=executor).path, undivided.path)
+        return
+    with pytest.raises(WorkersFailingError, match=r"2 workers were lost .*: ZeroDivisionError: no such kernel;") as end:
+        prepare(mixed, tmp_path, executor=executor)
+    assert end.value.exit_code == EXIT_INCOMPLETE and not list(tmp_path.iterdir())
+
+
+def test_large_sets_are_divided_and_the_choice_is_told(monkeypatch, mixed, undivided, tars, tmp_path):
+    """By their number of images, tars by their size; the artefact does not show which."""
+    for data, limit, sizes in ((mixed, "LARGE_SET", (269, 270)), (tars, "LARGE_BYTES", (1, 10**9))):
+        for size in sizes:
+            monkeypatch.setattr("engine.prepare." + limit, size)
+            stream = io.StringIO()
+            made = prepare(data, tmp_path, executor=LocalExecutor(2), only_large=True, stream=stream)
+            assert data == tars or same_bytes(made.path, undivided.path)
+            [line] = [line for line in stream.getvalue().splitlines() if " more than " in line]
+            assert ("divided over Ray workers" in line) == (size == sizes[0]) == ("(2 workers)" in stream.getvalue())
+
+
+def test_a_worker_that_sees_other_images_says_so(mixed, tmp_path):
+    """A path that leads elsewhere on its machine, or nowhere, must not give half an artefact."""
+    job, seen_by_driver = read_job(QUICKSTART, []), signature(open_images(str(mixed), LABELS))
+    write_folder(tmp_path / "other", [(plain_image(), 3)])
+    for data in (tmp_path / "other", tmp_path / "none"):
+        with pytest.raises(JobError, match=f"{data}' as .* sees it is not what the driver sees"):
+            load_part_observer(job, str(data), "zoo:digits/clip", folder=str(Path.cwd()), like=seen_by_driver)
 
 
 @pytest.mark.parametrize("name", [artefact.STATISTICS, artefact.DOCUMENT])
@@ -651,8 +907,8 @@ def test_the_fitted_temperature_is_one_that_the_target_can_be_given(folder, prep
     (target / "config.json").write_text(json.dumps(config | {"temperature": fitted}))
     source = open_images(str(folder), LABELS)
     again = Classifier.load(str(target))
-    display = PlainDisplay(io.StringIO())
-    seen = observe(source, "", again, Clip.load("zoo:digits/clip"), num_rows=16, display=display)
+    observer = Observer(source, again, Clip.load("zoo:digits/clip"), 16)
+    seen = observe(observer, "", PlainDisplay(io.StringIO()))
     fit = fit_temperature(seen.logits.double() * fitted, seen.classes, again.temperature)
     assert fit.fitted == pytest.approx(fitted, rel=1e-3) and "as good as any" in fit.verdict
 
@@ -681,10 +937,12 @@ def test_the_command_tells_what_it_found(folder, tmp_path):
         "AUC",
         "recall",
         "temperature",
+        "encoder        zoo:digits/clip",
     ):
         assert text in done.stdout
     assert done.stdout.count("bad-") == 20 and "and 5 more in conditioning.json" in done.stdout
     assert "three" in done.stdout and "/265 images" in done.stderr
+    assert "265 images, no more than 20000: seen by this process" in done.stderr
     again = riskforge("--data", data, "--output", tmp_path / "home")
     assert f"artefact       {path} (was there already, equal)" in again.stdout
 
@@ -704,9 +962,42 @@ def test_an_interrupt_stores_nothing_and_says_so(monkeypatch, capsys, tmp_path):
     assert end.value.code == EXIT_DRAINED and "nothing is stored" in capsys.readouterr().err
 
 
+def test_an_interrupt_ends_the_actors(cluster, mixed, tmp_path):
+    """Ctrl-C while they look at images: the code for later, nothing stored, no process of theirs left."""
+    options = ["--data", "digits:test-single", "--output", str(tmp_path / "home"), "--set", "runtime.device=cpu"]
+    process = subprocess.Popen(
+        [RISKFORGE, "prepare", str(QUICKSTART), *options, "--workers", "2", "--address", cluster.address],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts background commands, and with them this test, with interrupts ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "/7287 images" in line:
+            break
+    assert process.poll() is None and num_actors() == 2
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == EXIT_DRAINED and "nothing is stored" in rest and "Traceback" not in rest
+    deadline = time.monotonic() + 30
+    while num_actors() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not num_actors() and not (tmp_path / "home").exists()
+
+
+def num_actors() -> int:
+    """Actors of the cluster that this process has started."""
+    listing = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(maxsplit=2) for line in listing.splitlines()[1:]]
+    ours = {pid for pid, parent, _ in rows if parent == str(os.getpid())}
+    return sum(parent in ours and "ray::RayHost" in args for _, parent, args in rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--data", "/tmp", "--executor", "local", "--workers", "2"], "error: --address and --workers: are for"),
         (["--data", "nowhere"], "error: --data: there is no 'nowhere'"),
         (["--data", "/tmp", "--components", "0"], "components"),
         (["--data", "/tmp", "--set", "models.clip=zoo:digits/clipp"], "error: models.clip: 'zoo:digits/clipp'"),

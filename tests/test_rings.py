@@ -41,6 +41,7 @@ def test_the_core_is_pure(part):
         names = imported(path)
         assert not {name.split(".")[0] for name in names} & CORE_FORBIDS, path
         outer = ("engine.dataset", "engine.models", "engine.executors", "engine.report", "engine.run", "engine.cli")
+        outer += ("engine.studies", "engine.conditioner", "engine.images")
         assert not [name for name in names if name.startswith(outer)], path
 
 
@@ -52,9 +53,18 @@ def test_only_the_ray_executor_imports_ray():
 
 def test_the_edges_do_not_import_the_shell():
     """Files and models know nothing of executors, driver and command line."""
-    for part in ("dataset", "models", "report", "images.py", "artefact.py"):
+    edges = ("dataset", "models", "report", "images.py", "digits.py", "artefact.py", "conditioner.py", "generator.py")
+    for part in edges:
         for path in sources(ENGINE / part):
-            shell = ("engine.executors", "engine.run", "engine.prepare", "engine.cli", "engine.progress")
+            shell = (
+                "engine.executors",
+                "engine.run",
+                "engine.prepare",
+                "engine.observation",
+                "engine.studies",
+                "engine.cli",
+                "engine.progress",
+            )
             assert not [name for name in imported(path) if name.startswith(shell)], path
 
 

@@ -98,8 +98,8 @@ def read_dials(metadata: Path, job: JobSpec) -> dict[str, dict[str, float]]:
     """How near the risk of stored samples is to the dial, for each request that was guided to one.
 
     Returns:
-        By request: `target_risk`, `tolerance`, the median of the risk, the share of scored samples within the tolerance,
-        and the distance to the dial within which half of them lie.
+        By request: `target_risk`, `tolerance`, the median of the risk, the share of scored samples within the
+        tolerance, and the distance to the dial within which half of them lie.
     """
     import numpy as np
     import pyarrow.compute as pc

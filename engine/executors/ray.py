@@ -31,7 +31,8 @@ MAX_CPU_WORKERS_PER_NODE = 4
 # The driver asks busy workers for their progress: twice a second, or so that it asks this many a second.
 ASK_SECONDS = 0.5
 MAX_ASKS_PER_SECOND = 200
-# Only messages between driver and actors pass through Ray's object store, no images.
+# Messages between driver and actors pass through Ray's object store, no images. What `prepare` has seen may be more
+# than this; Ray then puts it into a file in its temporary folder.
 OBJECT_STORE_BYTES = 100 * 2**20
 CLOSE_SECONDS = 15.0
 CONNECT_SECONDS = 10.0

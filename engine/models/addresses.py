@@ -155,8 +155,11 @@ def model_digests(job: JobSpec) -> dict[str, Any]:
     }
 
 
-def check_addresses(job: JobSpec) -> None:
+def check_addresses(job: JobSpec, *, with_artefacts: bool = True) -> None:
     """Check that every model of a job can be found and is of the right kind, without loading one.
+
+    Args:
+        with_artefacts: look at its conditioning artefacts too; whoever makes them anew does not.
 
     Raises:
         JobError: all problems, a line each, by field.
@@ -171,6 +174,10 @@ def check_addresses(job: JobSpec) -> None:
             problems += [f"{field}: {problem}" for problem in error.problems]
     if not problems:
         problems += _label_problems(job) or [*_noise_problems(job), *_conditioning_problems(job)]
+    if not problems and with_artefacts:
+        labels = read_labels(job.models.target)
+        for number, request in enumerate(job.requests):
+            problems += _artefact_problems(number, request, labels)
     if problems:
         raise JobError(problems)
 
@@ -327,9 +334,7 @@ def _artefact_problems(number: int, request: RequestSpec, labels: list[str] | No
 def _conditioning_problems(job: JobSpec) -> list[str]:
     """Requests whose diffusion model and conditioning do not belong together."""
     problems = []
-    labels = read_labels(job.models.target)
     for number, request in enumerate(job.requests):
-        problems += _artefact_problems(number, request, labels)
         address = request.diffusion or job.models.diffusion
         folder = locate(address).folder
         if folder is None or not (folder / "model_index.json").is_file():

@@ -40,13 +40,7 @@ class Classifier:
         Raises:
             JobError: it cannot be loaded, or its temperature is not a positive number.
         """
-        from transformers.models.auto.modeling_auto import AutoModelForImageClassification
-
-        folder = resolve(address)
-        with loading(address, "a classifier"):
-            model = AutoModelForImageClassification.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, dtype=torch.float32
-            )
+        folder, model = resolve(address), load_network(address)
         return cls(model, Preprocessing(folder), name=address, temperature=_temperature(folder, address), device=device)
 
     def logits(self, images: Tensor) -> Tensor:
@@ -60,6 +54,21 @@ class Classifier:
 
     def _forward(self, pixel_values: Tensor) -> Tensor:
         return self._model(pixel_values=pixel_values).logits.float() / self.temperature
+
+
+def load_network(address: str) -> Any:
+    """The network of a classifier in float32, without preprocessing and temperature; its parameters have gradients.
+
+    Raises:
+        JobError: it cannot be loaded.
+    """
+    from transformers.models.auto.modeling_auto import AutoModelForImageClassification
+
+    folder = resolve(address)
+    with loading(address, "a classifier"):
+        return AutoModelForImageClassification.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, dtype=torch.float32
+        )
 
 
 def _temperature(folder: Path, address: str) -> float:

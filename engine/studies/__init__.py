@@ -1,0 +1,1 @@
+"""Studies: small programs over the engine that answer a question about finished runs."""

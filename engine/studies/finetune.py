@@ -1,0 +1,155 @@
+"""Fine-tuning of a classifier on real samples, mixed with generated ones batch by batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from engine.errors import JobError
+
+WARM_UP_SHARE = 0.1
+MAX_GRAD_NORM = 1.0
+PREDICT_ROWS = 256
+# Streams of random numbers of a seed.
+REAL_STREAM, GENERATED_STREAM, CHOICE_STREAM = range(3)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Samples:
+    """N samples as a network takes them: `pixels` [N, 3, h, w] preprocessed, `targets` [N, n] distributions."""
+
+    pixels: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def take(self, rows: Tensor) -> Samples:
+        """The given rows."""
+        return Samples(self.pixels[rows], self.targets[rows])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a network is fine-tuned.
+
+    Attributes:
+        num_generated: samples of each batch that are generated, where there are some.
+    """
+
+    num_steps: int
+    batch_size: int
+    num_generated: int
+    learning_rate: float
+
+
+def fine_tune(
+    network: Any,
+    real: Samples,
+    generated: Samples | None,
+    recipe: Recipe,
+    *,
+    seed: int,
+    on_cpu: bool,
+    advance: Callable[[], None],
+) -> Any:
+    """Train a network in place, and return it in evaluation mode.
+
+    AdamW, cosine decay after a warm-up, gradients clipped by their norm. Batches of one seed hold the same real
+    samples in the same order, whatever is generated: generated ones take the places at the end of each batch.
+
+    Args:
+        network: an image classifier of transformers, on any device.
+        generated: None for real samples alone.
+        on_cpu: whether to leave a GPU alone where there is one.
+        advance: called after every step.
+
+    Raises:
+        JobError: the loss is not finite.
+    """
+    from accelerate import Accelerator
+    from transformers.optimization import get_cosine_schedule_with_warmup
+
+    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate)
+    warm_up = int(WARM_UP_SHARE * recipe.num_steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warm_up, recipe.num_steps)
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
+    model, optimizer, schedule = accelerator.prepare(network.train(), optimizer, schedule)
+    total_loss = torch.zeros((), device=accelerator.device)
+    # Dropout and its like draw from the global stream; it is the caller's again afterwards.
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for batch in _batches(real, generated, recipe, seed):
+            logits = model(pixel_values=batch.pixels.to(accelerator.device)).logits.float()
+            loss = cross_entropy(logits, batch.targets.to(accelerator.device))
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            total_loss += loss.detach()
+            advance()
+    trained = accelerator.unwrap_model(model).eval()
+    if accelerator.device.type != "cpu":
+        # The states of the optimizer, which a collection of garbage frees: too slow to be done where memory is plenty.
+        accelerator.free_memory()
+    if not math.isfinite(float(total_loss)):
+        raise JobError(
+            f"--learning-rate: {recipe.learning_rate:g} makes the loss grow beyond all numbers; use a smaller one"
+        )
+    return trained
+
+
+def training_device(on_cpu: bool) -> torch.device:
+    """Where networks are trained."""
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=on_cpu).device
+
+
+@torch.no_grad()
+def predict(network: Any, pixels: Tensor) -> Tensor:
+    """Logits [N, n] of preprocessed images, on the CPU, not divided by any temperature."""
+    device = next(network.parameters()).device
+    return torch.cat(
+        [network(pixel_values=part.to(device)).logits.float().cpu() for part in pixels.split(PREDICT_ROWS)]
+    )
+
+
+def choose_rows(num_rows: int, count: int, seed: int) -> Tensor:
+    """`count` of `num_rows` rows, drawn without replacement."""
+    return torch.from_numpy(_stream(seed, CHOICE_STREAM).permutation(num_rows)[:count])
+
+
+def _batches(real: Samples, generated: Samples | None, recipe: Recipe, seed: int) -> Iterator[Samples]:
+    """The batches of a training."""
+    of_real = _row_batches(len(real), recipe.batch_size, _stream(seed, REAL_STREAM))
+    if generated is None:
+        yield from (real.take(next(of_real)) for _ in range(recipe.num_steps))
+        return
+    of_generated = _row_batches(len(generated), recipe.num_generated, _stream(seed, GENERATED_STREAM))
+    num_real = recipe.batch_size - recipe.num_generated
+    for _ in range(recipe.num_steps):
+        first, second = real.take(next(of_real)[:num_real]), generated.take(next(of_generated))
+        yield Samples(torch.cat([first.pixels, second.pixels]), torch.cat([first.targets, second.targets]))
+
+
+def _row_batches(num_rows: int, batch_size: int, rng: np.random.Generator) -> Iterator[Tensor]:
+    """Rows batch by batch without end: every row once before any comes again."""
+    waiting = np.empty(0, dtype=np.int64)
+    while True:
+        while len(waiting) < batch_size:
+            waiting = np.concatenate([waiting, rng.permutation(num_rows)])
+        yield torch.from_numpy(waiting[:batch_size])
+        waiting = waiting[batch_size:]
+
+
+def _stream(seed: int, stream: int) -> np.random.Generator:
+    return np.random.default_rng([seed, stream])

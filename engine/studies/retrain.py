@@ -1,0 +1,535 @@
+"""Does retraining on a run's samples help? Fine-tunes the target in several arms, over several seeds, and compares.
+
+`before` is the target as it is; `none` is fine-tuned on real images alone; `plain` on real images and prompt-only
+samples; `unfiltered` on real images and the samples of the risky requests whatever their rule says; `accepted` on real
+images and the accepted ones. All arms have equal steps and batches, and as many generated samples as each other.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.dataset.manifest import software_versions
+from engine.dataset.store import Store
+from engine.errors import JobError, OutputError
+from engine.images import ImageSource, open_images
+from engine.models.addresses import model_digest, read_config, read_labels, resolve
+from engine.models.classifier import Classifier, load_network
+from engine.models.preprocess import Preprocessing
+from engine.progress import Display, duration
+from engine.records import STATUS_FAILED
+from engine.studies.comparison import (
+    ACCEPTED,
+    BEFORE,
+    NONE,
+    PLAIN,
+    UNFILTERED,
+    Attempt,
+    Comparison,
+    Found,
+    compare,
+    compare_errors,
+    findings,
+)
+from engine.studies.finetune import Recipe, Samples, choose_rows, fine_tune, predict, training_device
+from engine.studies.folders import check_folder, fresh_folder
+from engine.studies.samples import StudiedRun, check_target, choose_requests, is_plain, open_study, read_attempts
+from engine.studies.tensors import GeneratedSet, ImageSet, read_generated, read_images
+from engine.temperature import TemperatureFit, fit_temperature
+from engine.worker import quiet_libraries
+
+STUDY = "retrain"
+DOCUMENT = "retrain.json"
+MODEL = "model"
+DOCUMENT_VERSION = 1
+MIN_REAL_IMAGES = 20
+# One in so many real images is kept from training, for the temperature.
+HELD_OUT = 10
+HELD_OUT_SEED = 0
+MAX_BATCH = 65_536
+MAX_LISTED = 1000
+_PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+Progress = Callable[[str, int], Callable[[], None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetrainOptions:
+    """What the command line asks for.
+
+    Attributes:
+        real, test: images to train and to test on, as `engine.images.open_images` takes them.
+        plain, risky: names of requests; empty for those that are so by nature.
+        mix: share of each batch that is generated, where something is.
+        labels: `hard` for the class of a generated sample, `soft` for its `soft_label`.
+    """
+
+    real: str
+    test: str
+    plain: tuple[str, ...] = ()
+    risky: tuple[str, ...] = ()
+    num_seeds: int = 5
+    num_steps: int = 200
+    mix: float = 0.2
+    labels: str = "hard"
+    batch_size: int = 64
+    learning_rate: float = 3e-4
+
+    @property
+    def recipe(self) -> Recipe:
+        """How a network is fine-tuned."""
+        return Recipe(
+            num_steps=self.num_steps,
+            batch_size=self.batch_size,
+            num_generated=round(self.mix * self.batch_size),
+            learning_rate=self.learning_rate,
+        )
+
+    def check(self) -> None:
+        """Refuse values with which there is nothing to do or to compare.
+
+        Raises:
+            JobError: all problems, a line each.
+        """
+        problems = []
+        if self.num_seeds < 2:
+            problems.append(f"--seeds: {self.num_seeds} is too few, intervals are over seeds; give 2 or more")
+        if self.num_steps < 1:
+            problems.append(f"--steps: {self.num_steps} trains nothing; give 1 or more")
+        if not 2 <= self.batch_size <= MAX_BATCH:
+            problems.append(f"--batch-size: {self.batch_size} is not between 2 and {MAX_BATCH}")
+        elif not 0 < self.mix < 1:
+            problems.append(f"--mix: {self.mix:g} is not between 0 and 1; give the generated share of a batch, as 0.5")
+        elif not 0 < self.recipe.num_generated < self.batch_size:
+            problems.append(
+                f"--mix: {self.mix:g} of a batch of {self.batch_size} leaves {self.recipe.num_generated} generated"
+                " images in it; give another share, or a larger --batch-size"
+            )
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            problems.append(f"--learning-rate: {self.learning_rate:g} is not a positive number; give one, as 0.001")
+        if problems:
+            raise JobError(problems)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arms:
+    """The arms with generated samples.
+
+    Attributes:
+        pools: by arm, the rows of the generated set that it draws from.
+        left_out: by arm that there is not, the reason.
+    """
+
+    pools: dict[str, Tensor]
+    left_out: dict[str, str]
+
+    @property
+    def num_samples(self) -> int:
+        """Generated samples of every arm: as many as the smallest has."""
+        return min(len(rows) for rows in self.pools.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retrained:
+    """What came of a study.
+
+    Attributes:
+        path: its folder.
+        document: the content of `retrain.json`.
+        findings: in words.
+    """
+
+    path: Path
+    document: dict[str, Any]
+    comparison: Comparison
+    found: Found
+    arms: Arms
+    findings: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Study:
+    """What is asked, checked as far as that goes without a model.
+
+    Attributes:
+        plain, risky: names of the requests of either kind.
+        labels: class names of the target in index order.
+        home: the folder of the results.
+    """
+
+    run: StudiedRun
+    options: RetrainOptions
+    plain: list[str]
+    risky: list[str]
+    labels: tuple[str, ...]
+    home: Path
+
+    @property
+    def target(self) -> Path:
+        """Folder of the target."""
+        return resolve(self.run.job.models.target)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class _Material:
+    """Everything that is trained and tested on, read and preprocessed."""
+
+    real: ImageSet
+    test: ImageSet
+    generated: GeneratedSet
+    arms: Arms
+    num_classes: int
+
+    @property
+    def held_out(self) -> Tensor:
+        """Rows of the real images for the temperature; the same for every seed."""
+        return choose_rows(len(self.real), max(1, len(self.real) // HELD_OUT), HELD_OUT_SEED)
+
+    @property
+    def training(self) -> Samples:
+        """The real images but those."""
+        kept = torch.ones(len(self.real), dtype=torch.bool)
+        kept[self.held_out] = False
+        return self.real.samples(self.num_classes).take(kept.nonzero()[:, 0])
+
+
+def retrain(uri: str, options: RetrainOptions, *, display: Display, folder: str | None = None) -> Retrained:
+    """Fine-tune the target of a run in all arms and seeds, compare them, and keep a model.
+
+    Args:
+        uri: folder of the run.
+        folder: where the results go; `RUN-retrained`, beside the run, where not given.
+
+    Raises:
+        RiskforgeError: options, run, target, images or folder are not as they must be.
+
+    Side effects:
+        Replaces the results of an earlier retraining in the folder, at the very end.
+    """
+    started = time.monotonic()
+    try:
+        display.phase("checking run and data")
+        study = _check(uri, options, folder)
+        real = open_images(options.real, study.labels, "--real")
+        test = open_images(options.test, study.labels, "--test")
+        material, network = _load(study, real, test, display)
+        right, kept = _train(study, material, network, display)
+        display.phase("comparing and writing")
+        return _conclude(study, material, right, kept, started)
+    except torch.OutOfMemoryError:
+        raise JobError(
+            f"--batch-size: batches of {options.batch_size} do not fit the GPU's memory; give a smaller size"
+        ) from None
+    finally:
+        display.close()
+
+
+def _check(uri: str, options: RetrainOptions, folder: str | None) -> _Study:
+    """What can be wrong without a model being loaded or an image read."""
+    options.check()
+    run = open_study(uri)
+    home = _home(run.store, folder)
+    check_folder(home, DOCUMENT, (DOCUMENT, MODEL), STUDY)
+    plain, risky = choose_arms(run, options)
+    check_target(run)
+    _check_apart(home, run)
+    labels = tuple(read_labels(run.job.models.target) or ())
+    return _Study(run=run, options=options, plain=plain, risky=risky, labels=labels, home=home)
+
+
+def choose_arms(run: StudiedRun, options: RetrainOptions) -> tuple[list[str], list[str]]:
+    """Names of the plain and of the risky requests.
+
+    Raises:
+        JobError: the run has no request of such a name, or none is risky by nature.
+    """
+    plain = choose_requests(run, "--plain", options.plain)
+    risky = choose_requests(run, "--risky", options.risky)
+    requests = run.job.requests
+    plain = plain or [one.name for one in requests if is_plain(one)]
+    risky = risky or [one.name for one in requests if one.accept]
+    if not risky:
+        names = ", ".join(one.name for one in requests)
+        raise JobError(f"--risky: no request of the run has an `accept` rule; name those whose samples to add: {names}")
+    return plain, risky
+
+
+def make_arms(run: StudiedRun, generated: GeneratedSet, plain: list[str], risky: list[str]) -> Arms:
+    """Which generated samples each arm has.
+
+    Raises:
+        JobError: none is accepted, so there is nothing to study.
+    """
+    of_risky = generated.rows_of(risky)
+    pools = {PLAIN: generated.rows_of(plain), UNFILTERED: of_risky, ACCEPTED: of_risky[generated.accepted[of_risky]]}
+    if not len(pools[ACCEPTED]):
+        raise JobError(
+            f"RUN: no sample of {', '.join(risky)} is accepted so far; make more with a higher `count`, loosen their"
+            " `accept`, or name other requests with --risky"
+        )
+    left_out = {}
+    if not plain:
+        left_out[PLAIN] = "no request has method prompt and no `accept` rule; name one with --plain"
+    elif not len(pools[PLAIN]):
+        left_out[PLAIN] = f"no sample of {', '.join(plain)} has an image so far"
+    if len(pools[UNFILTERED]) == len(pools[ACCEPTED]):
+        left_out[UNFILTERED] = _why_filtered(run, risky)
+    return Arms(pools={arm: rows for arm, rows in pools.items() if arm not in left_out}, left_out=left_out)
+
+
+def _why_filtered(run: StudiedRun, risky: list[str]) -> str:
+    num_rejected = sum(record.counts.rejected for record in run.commits_of(risky))
+    if not num_rejected:
+        return f"no sample of {', '.join(risky)} is rejected, so it would be the arm `{ACCEPTED}`"
+    return (
+        f"the images of the {num_rejected} rejected samples are not stored; set output.store_rejected: true in the job"
+        " and make the run anew"
+    )
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+def _load(study: _Study, real: ImageSource, test: ImageSource, display: Display) -> tuple[_Material, Any]:
+    """All samples, and the network of the target."""
+    display.phase("loading the target")
+    quiet_libraries()
+    run, options, num_classes = study.run, study.options, len(study.labels)
+    network, preprocessing = load_network(run.job.models.target), Preprocessing(study.target)
+    display.phase("reading samples and images")
+    names, soft = list(dict.fromkeys([*study.plain, *study.risky])), options.labels == "soft"
+    generated = read_generated(run, names, preprocessing, num_classes=num_classes, soft=soft, display=display)
+    arms = make_arms(run, generated, study.plain, study.risky)
+    material = _Material(
+        real=read_images(real, "--real", options.real, preprocessing, display),
+        test=read_images(test, "--test", options.test, preprocessing, display),
+        generated=generated,
+        arms=arms,
+        num_classes=num_classes,
+    )
+    if len(material.real) < MIN_REAL_IMAGES:
+        raise JobError(
+            f"--real: '{options.real}' has {len(material.real)} usable images; give {MIN_REAL_IMAGES} or more"
+        )
+    _check_sizes(material, options)
+    for arm, reason in arms.left_out.items():
+        display.notice(f"arm {arm} is left out: {reason}")
+    return material, network
+
+
+def _check_sizes(material: _Material, options: RetrainOptions) -> None:
+    """Without a resize, images must have the size of the generated ones."""
+    wanted = material.generated.samples.pixels.shape[1:]
+    for option, address, images in (("--real", options.real, material.real), ("--test", options.test, material.test)):
+        if images.pixels.shape[1:] != wanted:
+            sizes = [f"{height} x {width}" for _, height, width in (images.pixels.shape[1:], wanted)]
+            raise JobError(
+                f"{option}: '{address}' has images of {sizes[0]} pixels and the run {sizes[1]}, and the target's"
+                " preprocessor does not resize; give images of one size"
+            )
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def _train(
+    study: _Study, material: _Material, network: Any, display: Display
+) -> tuple[dict[str, list[NDArray[np.bool_]]], Any]:
+    """Whether each arm and seed is right on each test image, and the network of the first seed's accepted arm."""
+    options, on_cpu = study.options, study.run.job.runtime.device == "cpu"
+    network = network.to(training_device(on_cpu))
+    training, progress = material.training, _progress(options, 1 + len(material.arms.pools), display)
+    right: dict[str, list[NDArray[np.bool_]]] = {BEFORE: [_right(network.eval(), material.test)]}
+    kept = None
+    for seed in range(options.num_seeds):
+        for arm in (NONE, *material.arms.pools):
+            trained = fine_tune(
+                copy.deepcopy(network),
+                training,
+                _drawn(material, arm, seed),
+                options.recipe,
+                seed=seed,
+                on_cpu=on_cpu,
+                advance=progress(arm, seed),
+            )
+            right.setdefault(arm, []).append(_right(trained, material.test))
+            kept = trained if (arm, seed) == (ACCEPTED, 0) else kept
+    return right, kept
+
+
+def _drawn(material: _Material, arm: str, seed: int) -> Samples | None:
+    """The generated samples of an arm: of a pool larger than the smallest one, as many, drawn with the seed."""
+    if arm == NONE:
+        return None
+    pool = material.arms.pools[arm]
+    return material.generated.samples.take(pool[choose_rows(len(pool), material.arms.num_samples, seed)])
+
+
+def _right(network: Any, images: ImageSet) -> NDArray[np.bool_]:
+    return (predict(network, images.pixels).argmax(1) == images.classes).numpy()
+
+
+def _progress(options: RetrainOptions, num_arms: int, display: Display) -> Progress:
+    """Makes, for an arm and a seed, what is to be called after every step."""
+    total, done, started = num_arms * options.num_seeds * options.num_steps, 0, 0.0
+
+    def of(arm: str, seed: int) -> Callable[[], None]:
+        first = done
+
+        def advance() -> None:
+            nonlocal done, started
+            done += 1
+            # The clock runs from the first step on, which is slow.
+            started = started or time.monotonic()
+            text = f"arm {arm}, seed {seed + 1} of {options.num_seeds}, step {done - first}/{options.num_steps}"
+            if done > 1:
+                text += f", ETA {duration((time.monotonic() - started) / (done - 1) * (total - done))}"
+            display.advance(text)
+
+        return advance
+
+    return of
+
+
+# Concluding ----------------------------------------------------------------------------------------------------------
+
+
+def _conclude(
+    study: _Study, material: _Material, right: dict[str, list[NDArray[np.bool_]]], kept: Any, started: float
+) -> Retrained:
+    """Figures, findings and the stored folder."""
+    comparison = compare(right, material.test.contexts)
+    found = compare_errors(_attempts(study.run, _unguided(study)), comparison)
+    overlap = len(set(material.test.keys) & set(material.real.keys))
+    said = findings(comparison, found)
+    if overlap:
+        said.append(f"Not independent: {overlap} different images of --test are also in --real.")
+    fit = _fit_temperature(study, material, kept)
+    document = _describe_study(study, material) | {
+        "images_in_both": overlap,
+        "overall": dataclasses.asdict(comparison.overall),
+        "contexts": [dataclasses.asdict(row) for row in comparison.contexts],
+        "found": dataclasses.asdict(found) | {"num_ranked": found.num_ranked},
+        "findings": said,
+        "temperature": dataclasses.asdict(fit) | {"used": _temperature_of(fit)},
+    }
+    with fresh_folder(study.home) as built:
+        digest = _save_model(kept, study.target, _temperature_of(fit), built / MODEL)
+        document["model"] = {"arm": ACCEPTED, "seed": 0, "digest": digest}
+        document["timing"] = {"seconds": time.monotonic() - started, "finished": time.time()}
+        text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+        (built / DOCUMENT).write_text(f"{text}\n", encoding="utf-8")
+    return Retrained(
+        path=study.home, document=document, comparison=comparison, found=found, arms=material.arms, findings=said
+    )
+
+
+def _describe_study(study: _Study, material: _Material) -> dict[str, Any]:
+    """What was studied, with what: all but the outcome."""
+    run, options, arms = study.run, study.options, material.arms
+    return {
+        "study": STUDY,
+        "document_version": DOCUMENT_VERSION,
+        "arguments": dataclasses.asdict(options) | {"run": run.store.uri},
+        "run": {"name": run.job.name, "plan_digest": run.plan_digest, "shards_digest": run.shards_digest},
+        "target": {"address": run.job.models.target, "digest": run.target_digest},
+        "requests": {"plain": study.plain, "risky": study.risky},
+        "arms": {
+            "available": {arm: len(rows) for arm, rows in arms.pools.items()},
+            "samples_of_each": arms.num_samples,
+            "left_out": arms.left_out,
+        },
+        "data": {
+            "real": _describe_images(options.real, material.real) | {"held_out": len(material.held_out)},
+            "test": _describe_images(options.test, material.test),
+        },
+        "seeds": list(range(options.num_seeds)),
+        "versions": software_versions(),
+    }
+
+
+def _unguided(study: _Study) -> list[str]:
+    """The studied requests whose errors tell of a context: guidance and screening make errors wherever they are."""
+    named = {*study.plain, *study.risky}
+    return [
+        one.name
+        for one in study.run.job.requests
+        if one.name in named and one.method == "prompt" and not (one.conditioning and one.conditioning.is_screened)
+    ]
+
+
+def _attempts(run: StudiedRun, requests: list[str]) -> Iterator[Attempt]:
+    """What the target made of every sample, stored or not; where an oracle disagrees, the sample is not valid."""
+    columns, has_oracle = ["context", "status", "is_error", "class_index", "oracle_class"], bool(run.job.models.oracle)
+    for row in read_attempts(run, requests, columns):
+        if row["status"] != STATUS_FAILED:
+            is_valid = not has_oracle or row["oracle_class"] == row["class_index"]
+            yield Attempt(row["context"], is_valid, row["is_error"])
+
+
+def _describe_images(address: str, images: ImageSet) -> dict[str, Any]:
+    return {
+        "address": address,
+        "kind": images.kind,
+        "images": len(images),
+        "digest": images.digest,
+        "num_unusable": len(images.unusable),
+        "unusable": [{"name": one.name, "reason": one.reason} for one in images.unusable[:MAX_LISTED]],
+    }
+
+
+def _fit_temperature(study: _Study, material: _Material, network: Any) -> TemperatureFit:
+    """The temperature of the kept network on the real images that no arm was trained on."""
+    rows = material.held_out
+    logits = predict(network, material.real.pixels[rows])
+    current = float(read_config(study.target / "config.json").get("temperature", 1.0))
+    return fit_temperature(logits, material.real.classes[rows], current)
+
+
+def _temperature_of(fit: TemperatureFit) -> float:
+    """The fitted one; where the likelihood has no maximum, that of the target."""
+    return fit.current if fit.bound else fit.fitted
+
+
+def _save_model(network: Any, target: Path, temperature: float, folder: Path) -> str:
+    """Store a model so that it can be the target of a job, see that it loads, and give its digest."""
+    network.save_pretrained(folder)
+    for name in _PREPROCESSORS:
+        if (target / name).is_file():
+            shutil.copyfile(target / name, folder / name)
+    # Written into the file: transformers keeps this field out of its configuration objects.
+    config = read_config(folder / "config.json") | {"temperature": temperature}
+    (folder / "config.json").write_text(f"{json.dumps(config, indent=2)}\n", encoding="utf-8")
+    Classifier.load(str(folder))
+    return model_digest(str(folder))
+
+
+def _home(store: Store, folder: str | None) -> Path:
+    if folder is None:
+        return store.root.resolve().with_name(f"{store.root.resolve().name}-retrained")
+    try:
+        return Path(folder).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise JobError(f"--output: '{folder}' cannot be looked at ({error}); choose another") from None
+
+
+def _check_apart(home: Path, run: StudiedRun) -> None:
+    """Keep the run and its target, which the results are compared with, from being replaced by them."""
+    target = resolve(run.job.models.target).resolve()
+    for what, place in (("the run", run.store.root.resolve()), ("the run's target", target)):
+        if home == place or home in place.parents:
+            raise OutputError(f"--output: {home} holds {what}, which would be replaced; choose another")

@@ -1,0 +1,141 @@
+"""What a study takes from a run: its job, the digest of its target, and the samples of its committed shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.dataset.commits import CommitRecord, read_commits
+from engine.dataset.shards import SHARDS, read_rows, read_shard
+from engine.dataset.state import MANIFEST, read_run
+from engine.dataset.store import Store, open_store
+from engine.errors import JobError
+from engine.models.addresses import model_digest
+from engine.spec import JobSpec, RequestSpec, nearest, parse_job
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudiedRun:
+    """A run with committed shards.
+
+    Attributes:
+        job: as the run was made.
+        plan_digest: digest of its plan.
+        target_digest: digest that its target had.
+        commits: the records of its committed shards, in order.
+    """
+
+    store: Store
+    job: JobSpec
+    plan_digest: str
+    target_digest: str
+    commits: tuple[CommitRecord, ...]
+
+    @property
+    def shards_digest(self) -> str:
+        """Digest of the committed tars."""
+        return hashlib.sha256("".join(record.tar_sha256 for record in self.commits).encode()).hexdigest()[:32]
+
+    def commits_of(self, requests: Sequence[str]) -> list[CommitRecord]:
+        """The records of the shards of some requests."""
+        return [record for record in self.commits if self.job.requests[record.request].name in requests]
+
+
+def open_study(uri: str) -> StudiedRun:
+    """A run, finished or not, by its folder.
+
+    Raises:
+        RiskforgeError: no such folder, no run in it, or no committed shard.
+    """
+    store = open_store(uri)
+    if not store.root.is_dir():
+        raise JobError(f"RUN: there is no folder '{uri}'; give the output folder of `riskforge run`")
+    job, plan_digest, target_digest = _identity(store)
+    commits = tuple(read_commits(store))
+    if not commits:
+        raise JobError(f"RUN: '{uri}' has no committed shard yet; let `riskforge run` make some first")
+    return StudiedRun(store=store, job=job, plan_digest=plan_digest, target_digest=target_digest, commits=commits)
+
+
+def check_target(run: StudiedRun) -> None:
+    """Check that the run's target is still the one that it was made with.
+
+    Raises:
+        JobError: it is gone, or another one is there now.
+    """
+    address = run.job.models.target
+    try:
+        digest = model_digest(address)
+    except JobError as error:
+        raise JobError([f"RUN: its models.target: {problem}" for problem in error.problems]) from None
+    if digest != run.target_digest:
+        raise JobError(
+            f"RUN: its target '{address}' has changed since (digest {run.target_digest} in the manifest, {digest} now);"
+            " restore that model, or make the run anew with this one"
+        )
+
+
+def choose_requests(run: StudiedRun, option: str, names: Sequence[str]) -> list[str]:
+    """Names of requests as given, checked.
+
+    Raises:
+        JobError: the run has no request of a name, a line each.
+    """
+    known = [request.name for request in run.job.requests]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        has = ", ".join(known)
+        raise JobError(
+            [f"{option}: the run has no request '{one}'{nearest(one, known)}; it has {has}" for one in unknown]
+        )
+    return list(dict.fromkeys(names))
+
+
+def is_plain(request: RequestSpec) -> bool:
+    """Whether a request samples by prompt alone and keeps what comes."""
+    return request.method == "prompt" and not request.accept
+
+
+def read_samples(run: StudiedRun, requests: Sequence[str]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Image file and record of every stored sample of some requests, in order.
+
+    Raises:
+        CorruptShardError: a tar is not whole.
+    """
+    for record in run.commits_of(requests):
+        for _, image, fields, _ in read_shard(_path(run, record, "tar")):
+            yield image, fields
+
+
+def read_attempts(run: StudiedRun, requests: Sequence[str], columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Some columns of every attempt of some requests, stored or not, in order.
+
+    Raises:
+        CorruptShardError: a parquet is not whole.
+    """
+    for record in run.commits_of(requests):
+        yield from read_rows(_path(run, record, "parquet"), columns)
+
+
+def _path(run: StudiedRun, record: CommitRecord, extension: str) -> Path:
+    return run.store.path(f"{SHARDS}/{record.name}.{extension}")
+
+
+def _identity(store: Store) -> tuple[JobSpec, str, str]:
+    """Job, digest of the plan and digest of the target, from the manifest; before there is one, from the plan."""
+    try:
+        if store.exists(MANIFEST):
+            manifest = json.loads(store.read(MANIFEST))
+            return parse_job(manifest["job"]), manifest["plan_digest"], manifest["models"]["target"]["digest"]
+        if (stored := read_run(store)) is not None:
+            return JobSpec.model_validate(stored.job), stored.digest, stored.identity["models"]["target"]
+    except (JobError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise JobError(
+            f"RUN: what '{store.uri}' says of its job cannot be read ({reason}); use the version that made the run"
+        ) from None
+    raise JobError(f"RUN: '{store.uri}' holds no run; give the output folder of `riskforge run`")

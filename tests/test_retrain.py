@@ -1,0 +1,492 @@
+"""`riskforge retrain`: what true samples of missing contexts teach, fair arms, stored model, refusals, interruption.
+
+The samples of the run are composed digits (`tests/composed.py`), so that what retraining should do is known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest, ttest_1samp
+
+from engine import cli, digits
+from engine.errors import EXIT_DRAINED, EXIT_USER, CorruptShardError, JobError, OutputError
+from engine.models.addresses import check_addresses, model_digest, resolve
+from engine.models.classifier import Classifier
+from engine.progress import PlainDisplay
+from engine.studies.comparison import Attempt, compare, compare_errors, findings
+from engine.studies.finetune import Recipe, Samples, _batches, choose_rows
+from engine.studies.folders import fresh_folder
+from engine.studies.intervals import mean_interval, wilson_interval
+from engine.studies.retrain import Retrained, RetrainOptions, retrain
+from tests.composed import HOLES, KNOWN, TARGET, composed_job, make_run
+from tests.conftest import REPOSITORY
+
+RISKFORGE = str(Path(sys.executable).with_name("riskforge"))
+CONTEXTS = [*KNOWN, *HOLES]
+# What the target lacks in its holes is about 80 points; what nothing teaches it should stay so.
+MIN_GAIN, MAX_DRIFT = 0.4, 0.15
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("retrain")
+
+
+@pytest.fixture(scope="module")
+def target(home) -> Path:
+    """A copy of the target, that a test may change."""
+    return Path(shutil.copytree(resolve(TARGET), home / "target"))
+
+
+@pytest.fixture(scope="module")
+def run(home, target) -> Path:
+    """A finished run with stored rejected samples."""
+    job = composed_job(home / "run", count=12)
+    return make_run(job.model_copy(update={"models": job.models.model_copy(update={"target": str(target)})}))
+
+
+def write_images(path: Path, split: str, contexts: list[str], num_sources: int) -> Path:
+    """A parquet of composed digits, every source once in every context."""
+    single, sources = digits.single_contexts(), digits.load_sources(split)
+    texts = [digits.context_text(single, row) for row in range(len(single))]
+    chosen = np.tile([texts.index(one) for one in contexts], num_sources)
+    rows = np.repeat(np.arange(num_sources), len(contexts))
+    drawn = digits.compose(sources, rows, single.take(chosen), rng=np.random.default_rng(5))
+    table = pa.table(
+        {
+            "image": [png(PIL.Image.fromarray(pixels)) for pixels in drawn.images],
+            "label": drawn.labels,
+            "context": [texts[one] for one in chosen],
+        }
+    )
+    pq.write_table(table, path)
+    return path
+
+
+def png(image: PIL.Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def test_set(home) -> Path:
+    return write_images(home / "test.parquet", "test", CONTEXTS, 100)
+
+
+@pytest.fixture(scope="module")
+def small(home, test_set) -> RetrainOptions:
+    """A study of a few seconds."""
+    real = write_images(home / "real.parquet", "train", list(KNOWN), 60)
+    return RetrainOptions(real=str(real), test=str(test_set), num_seeds=2, num_steps=5, batch_size=16)
+
+
+def study(run: Path, options: RetrainOptions, output: Path, **changes: object) -> Retrained:
+    return logged_study(run, options, output, **changes)[0]
+
+
+def logged_study(run: Path, options: RetrainOptions, output: Path, **changes: object) -> tuple[Retrained, str]:
+    """A study, and what it showed on its way."""
+    log, changed = io.StringIO(), dataclasses.replace(options, **changes)  # type: ignore[arg-type]
+    done = retrain(str(run), changed, display=PlainDisplay(log, every_seconds=0), folder=str(output))
+    return done, log.getvalue()
+
+
+@pytest.fixture(scope="module")
+def studied(run, test_set, home) -> Retrained:
+    """A study that is long enough to learn something."""
+    options = RetrainOptions(
+        real="digits:train-seen", test=str(test_set), num_seeds=2, num_steps=40, batch_size=32, learning_rate=1e-3
+    )
+    return study(run, options, home / "studied")
+
+
+def refusal(run: Path | str, options: RetrainOptions, output: Path | None = None, **changes: object) -> list[str]:
+    """The lines with which a study is refused."""
+    with pytest.raises(JobError) as refused:
+        changed = dataclasses.replace(options, **changes)  # type: ignore[arg-type]
+        retrain(str(run), changed, display=PlainDisplay(io.StringIO()), folder=str(output) if output else None)
+    return refused.value.problems
+
+
+# What it is for ------------------------------------------------------------------------------------------------------
+
+
+def test_true_samples_of_missing_contexts_repair_them_and_real_images_alone_do_not(studied):
+    """The one property that the command exists for; labels or pixels that go astray anywhere on the way lose it."""
+    rows = {row.context: row for row in studied.comparison.contexts}
+    assert set(rows) == set(CONTEXTS) and {row.context for row in studied.comparison.contexts[:2]} == set(HOLES)
+    for hole in HOLES:
+        row = rows[hole]
+        assert row.before.value < 0.5
+        assert abs(row.mean("none") - row.before.value) < MAX_DRIFT and abs(row.mean("plain") - row.before.value) < 0.2
+        assert min(row.mean("accepted"), row.mean("unfiltered")) > row.before.value + MIN_GAIN
+    for known in KNOWN:
+        assert rows[known].mean("accepted") > 0.85
+    assert studied.comparison.overall.mean("accepted") > studied.comparison.overall.before.value + 0.1
+
+
+def test_the_weak_contexts_are_found_by_the_generated_samples(studied):
+    """Errors on all attempts are counted, not on the stored or the accepted ones, which err by definition."""
+    found = {row.context: row for row in studied.found.rows}
+    assert set(found) == set(CONTEXTS) and studied.found.num_ranked == 5
+    for hole in HOLES:
+        assert 0.5 < found[hole].generated.value < 1 and found[hole].generated.low < found[hole].test.value
+    for known in KNOWN:
+        assert found[known].generated.value < 0.1
+    # Where the plain samples stand in a context too, they count: nothing guided them.
+    assert all(100 < row.num_generated <= 240 and row.num_test == 100 for row in found.values())
+    assert studied.found.spearman > 0.5
+
+
+def test_all_arms_get_equal_numbers_of_samples(studied, run):
+    """The smallest pool decides; the pools themselves are what the run's metadata says."""
+    arms = studied.document["arms"]
+    rows = pq.read_table(run / "metadata.parquet", columns=["request", "accepted"]).to_pylist()
+    errors = [row for row in rows if row["request"] == "errors"]
+    num_accepted = sum(row["accepted"] for row in errors)
+    assert arms["available"] == {"plain": 240, "unfiltered": len(errors), "accepted": num_accepted}
+    assert arms["samples_of_each"] == num_accepted < 240 and not arms["left_out"]
+
+
+def test_the_kept_model_is_the_target_of_the_next_job(studied, home, small, test_set):
+    """It loads where any target does, has a temperature of its own, scores as it did, and a run is made with it."""
+    folder = studied.path / "model"
+    kept = Classifier.load(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    assert kept.temperature == config["temperature"] == studied.document["temperature"]["used"] != 1.4773
+    assert kept.labels == Classifier.load(TARGET).labels
+    assert studied.document["model"]["digest"] == model_digest(str(folder))
+    rows = pq.read_table(test_set).to_pylist()
+    images = [PIL.Image.open(io.BytesIO(row["image"])).convert("RGB") for row in rows]
+    right = kept.score(images).argmax(1).numpy() == np.array([row["label"] for row in rows])
+    assert float(right.mean()) == studied.comparison.overall.accuracies["accepted"][0]
+    job = composed_job(home / "next", count=1)
+    job = job.model_copy(update={"models": job.models.model_copy(update={"target": str(folder)})})
+    check_addresses(job)
+    made = pq.read_table(make_run(job) / "metadata.parquet", columns=["temperature", "is_error"]).to_pylist()
+    assert len(made) == 70 and sum(row["is_error"] for row in made) < 35
+    # Of that run the model is the target, which a second study must not replace.
+    with pytest.raises(OutputError, match="holds the run's target"):
+        study(home / "next", small, studied.path)
+
+
+# Figures -------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 400), st.integers(1, 400), st.floats(0.5, 0.999))
+def test_wilson_is_scipys(successes, total, level):
+    """An independent implementation agrees, at the ends too; the share lies inside, and inside [0, 1]."""
+    successes = min(successes, total)
+    ours = wilson_interval(successes, total, level)
+    theirs = binomtest(successes, total).proportion_ci(level, method="wilson")
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+    assert 0 <= ours.low <= ours.value <= ours.high <= 1
+
+
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=20), st.floats(0.5, 0.999))
+@settings(deadline=None)
+def test_the_t_interval_is_scipys(values, level):
+    """Of differences it is the paired one; equal values, where scipy has no answer, have no width."""
+    ours = mean_interval(values, level)
+    if np.std(values) < 1e-9:
+        assert ours.high - ours.low < 1e-6
+        return
+    theirs = ttest_1samp(values, 0).confidence_interval(level)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=1e-6, abs=1e-9)
+
+
+def test_intervals_refuse_what_has_none():
+    """No trial, or a single seed."""
+    with pytest.raises(ValueError, match="0 of 0"):
+        wilson_interval(0, 0)
+    with pytest.raises(ValueError, match="two values"):
+        mean_interval([0.3])
+
+
+def test_differences_are_paired_seed_by_seed():
+    """Seeds that differ much, arms that differ by the same: an unpaired interval would be wide."""
+    base = [np.array([True] * good + [False] * (10 - good)) for good in (2, 5, 8)]
+    better = [np.array([True] * (good + 1) + [False] * (9 - good)) for good in (2, 5, 8)]
+    right = {"before": [base[0]], "none": base, "accepted": better}
+    compared = compare(right, [("a",)] * 5 + [("b", "b")] * 3 + [()] * 2)
+    difference = compared.overall.differences["accepted"]
+    assert difference.value == pytest.approx(0.1) and difference.high - difference.low < 1e-9
+    assert {row.context: row.num_images for row in compared.contexts} == {"a": 5, "b": 3}
+    assert compared.overall.num_images == 10 and compared.overall.before.value == 0.2
+
+
+def test_losses_and_missing_correlations_are_said():
+    """A context that retraining harms is named with its interval; seeds that agree are no interval; too few contexts
+    have no rank correlation."""
+    good = np.ones(40, bool)
+    harmed = [np.r_[good[:20], np.zeros(10, bool), np.zeros(10 - seed, bool), good[:seed]] for seed in (0, 1)]
+    right = {"before": [good], "none": [good, good], "accepted": harmed}
+    compared = compare(right, [("kept",)] * 20 + [("same",)] * 10 + [("",)] * 10)
+    attempts = [Attempt("kept", True, True)] * 10 + [Attempt("", False, True)] * 30 + [Attempt("far", True, True)]
+    found = compare_errors(attempts, compared)
+    ranked = {row.context: (row.num_generated, row.is_ranked) for row in found.rows}
+    assert ranked == {"": (0, False), "kept": (10, True)}
+    said = "\n".join(findings(compared, found))
+    assert "interval below zero: no context -95.0 (-158.5 to -31.5) (by chance alone, about 0.1 of 3" in said
+    assert "no interval: same -100.0 (in every seed)." in said
+    assert found.spearman is None and "1 contexts have 10 valid" in said
+
+
+@given(st.integers(1, 30), st.integers(2, 12), st.data())
+@settings(max_examples=30, deadline=None)
+def test_arms_of_a_seed_share_their_real_batches(num_generated_samples, batch_size, data):
+    """The generated samples take the end of each batch, whatever the arm; none comes twice before all came once."""
+    num_generated = data.draw(st.integers(1, batch_size - 1))
+    recipe = Recipe(num_steps=6, batch_size=batch_size, num_generated=num_generated, learning_rate=1.0)
+    real = Samples(torch.arange(25.0)[:, None], torch.zeros(25, 1))
+    generated = Samples(-1 - torch.arange(float(num_generated_samples))[:, None], torch.ones(num_generated_samples, 1))
+    alone, mixed = (list(_batches(real, other, recipe, 3)) for other in (None, generated))
+    assert [len(batch) for batch in alone + mixed] == [batch_size] * 12
+    cut = batch_size - num_generated
+    for ours, theirs in zip(alone, mixed, strict=True):
+        assert torch.equal(ours.pixels[:cut], theirs.pixels[:cut])
+        assert torch.equal(theirs.targets[:, 0], (theirs.pixels[:, 0] < 0).float())
+    drawn = torch.cat([batch.pixels[cut:, 0] for batch in mixed])
+    counts = torch.bincount((-1 - drawn).long(), minlength=num_generated_samples)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_rows_are_chosen_without_replacement():
+    """Equal seeds choose equally, others otherwise."""
+    chosen = choose_rows(50, 20, 1)
+    assert len(set(chosen.tolist())) == 20 and torch.equal(chosen, choose_rows(50, 20, 1))
+    assert not torch.equal(chosen, choose_rows(50, 20, 2))
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+def call(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
+    """The command line in this process: exit code, stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["riskforge", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return (end.value.code or 0, *capsys.readouterr())
+
+
+def test_equal_seeds_give_equal_figures_and_an_earlier_result_is_replaced(run, small, home, monkeypatch, capsys):
+    """In a second process state, through the command line; all but the time is the same, as are the model's bytes."""
+    output = home / "small"
+    first = study(run, small, output)
+    weights = (output / "model/model.safetensors").read_bytes()
+    (output / "model/stale.txt").write_text("of the earlier result")
+    before = torch.random.get_rng_state()
+    options = ("--real", small.real, "--test", small.test, "--seeds", 2, "--steps", 5, "--batch-size", 16)
+    code, out, _ = call(monkeypatch, capsys, "retrain", run, *options, "--output", output, "--json")
+    assert code == 0 and torch.equal(before, torch.random.get_rng_state())
+    printed, stored = json.loads(out), json.loads((output / "retrain.json").read_text())
+    expected = json.loads(json.dumps(first.document))
+    assert printed == stored and {name for name in stored if stored[name] != expected[name]} == {"timing"}
+    assert (output / "model/model.safetensors").read_bytes() == weights
+    assert sorted(one.name for one in (output / "model").iterdir()) == [
+        "config.json", "model.safetensors", "preprocessor_config.json",
+    ]  # fmt: skip
+    assert not [one for one in home.iterdir() if one.name.startswith(".")]
+
+
+def test_soft_labels_and_chosen_requests(run, small, home, monkeypatch, capsys):
+    """What is printed for people; one request may be baseline and risky, and then nothing is filtered."""
+    options = ("--real", small.real, "--test", small.test, "--seeds", 2, "--steps", 2, "--batch-size", 8)
+    chosen = ("--risky", "baseline", "--labels", "soft", "--mix", "0.25", "--output", home / "soft")
+    code, out, _ = call(monkeypatch, capsys, "retrain", run, *options, *chosen)
+    assert code == 0
+    assert "small, bottom right" in out and "accepted - none, points" in out and "All test images: " in out
+    assert "left out     unfiltered: no sample of baseline is rejected" in out
+    assert "generated    240 samples in each of plain, accepted" in out and f"model        {home / 'soft/model'}" in out
+
+
+def test_unusable_images_and_overlap_are_told(run, small, home):
+    """A foreign class and a damaged file take nothing else with them; test images among the real ones are counted."""
+    folder = home / "folder"
+    table = pq.read_table(small.real).to_pylist()[:20]
+    for number, row in enumerate(table):
+        place = folder / str(row["label"])
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number}.png").write_bytes(row["image"])
+    (folder / "cat").mkdir()
+    (folder / "cat/1.png").write_bytes(table[0]["image"])
+    (folder / "0/broken.png").write_bytes(b"no image")
+    done = study(run, small, home / "told", test=str(folder), num_steps=1)
+    told = done.document["data"]
+    assert told["test"]["images"] == 20 and told["test"]["num_unusable"] == 2 and done.document["images_in_both"] == 20
+    assert {one["name"] for one in told["test"]["unusable"]} == {"cat/1.png", "0/broken.png"}
+    assert done.findings[-1].startswith("Not independent: 20") and not done.comparison.contexts
+    shutil.rmtree(folder / "0")
+    for one in folder.glob("[1-9]"):
+        shutil.rmtree(one)
+    assert refusal(run, small, home / "not", test=str(folder))[0].startswith(f"--test: '{folder}' has no usable image")
+
+
+def test_without_rejected_images_there_is_no_unfiltered_arm(home, target, small):
+    """The reason names the job's key; nor is there a plain arm without plain requests."""
+    job = composed_job(home / "filtered", count=2, store_rejected=False)
+    made = make_run(job.model_copy(update={"requests": job.requests[1:]}))
+    done, log = logged_study(made, small, home / "filtered-out", num_steps=3)
+    assert "arm accepted, seed 2 of 2, step 2/3, ETA 0 s" in log
+    assert "arm plain is left out: no request has method prompt" in log
+    left_out = done.document["arms"]["left_out"]
+    assert set(left_out) == {"plain", "unfiltered"} and "output.store_rejected: true" in left_out["unfiltered"]
+    assert list(done.comparison.overall.accuracies) == ["none", "accepted"]
+    # Also before the run is closed, when there is no manifest yet.
+    (made / "manifest.json").unlink()
+    assert study(made, small, home / "filtered-out", num_steps=3).comparison == done.comparison
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_seeds": 1}, "--seeds: 1 is too few"),
+        ({"num_steps": 0}, "--steps: 0 trains nothing"),
+        ({"mix": 0.0}, "--mix: 0 is not between 0 and 1"),
+        ({"mix": float("nan")}, "--mix: nan is not between 0 and 1"),
+        ({"mix": 0.01}, "--mix: 0.01 of a batch of 16 leaves 0 generated"),
+        ({"mix": 0.999}, "--mix: 0.999 of a batch of 16 leaves 16 generated"),
+        ({"batch_size": 1}, "--batch-size: 1 is not between 2"),
+        ({"learning_rate": -1.0}, "--learning-rate: -1 is not a positive number"),
+        ({"learning_rate": float("inf")}, "--learning-rate: inf is not a positive number"),
+        ({"plain": ("base",)}, "--plain: the run has no request 'base'; did you mean 'baseline'?"),
+        ({"risky": ("eror", "baseline")}, "--risky: the run has no request 'eror'; did you mean 'errors'?"),
+        ({"real": "digits:trian"}, "--real: there is no 'digits:trian'; did you mean 'digits:train'?"),
+        ({"test": "/nowhere"}, "--test: there is no '/nowhere'"),
+        ({"learning_rate": 1e30}, "--learning-rate: 1e+30 makes the loss grow beyond all numbers"),
+    ],
+)
+def test_bad_options_are_named_with_their_value(run, small, home, change, message):
+    """Each problem by its option, before anything is written."""
+    assert refusal(run, small, home / "never", **change)[0].startswith(message)
+    assert not (home / "never").exists()
+
+
+def test_all_bad_values_come_at_once(small, home):
+    """A line each, before the run is even looked at."""
+    assert len(refusal(home / "no-run", small, num_seeds=0, num_steps=-1, mix=2.0, learning_rate=0.0)) == 4
+
+
+def test_what_is_no_run_is_refused(run, small, home, tmp_path):
+    """No folder, no run in it, no shard, a manifest that is none: each with what to do."""
+    assert refusal(home / "no-run", small)[0].startswith("RUN: there is no folder")
+    assert "holds no run" in refusal(tmp_path, small)[0]
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    tar = min(copy.glob("shards/*.tar"))
+    tar.write_bytes(tar.read_bytes()[:3000])
+    with pytest.raises(CorruptShardError, match=tar.name):
+        study(copy, small, tmp_path / "out")
+    shutil.rmtree(copy / "_state/commits")
+    assert "has no committed shard yet" in refusal(copy, small)[0]
+    for text in ("{", "[]", '{"job": {}}'):
+        (copy / "manifest.json").write_text(text)
+        assert "cannot be read" in refusal(copy, small)[0]
+
+
+def test_a_changed_target_is_refused(run, target, small):
+    """Scores in the run are of another model; both digests are named."""
+    config = target / "config.json"
+    text = config.read_text()
+    try:
+        config.write_text(text + "\n")
+        lines = refusal(run, small)
+        assert "has changed since" in lines[0] and model_digest(str(target)) in lines[0]
+        config.rename(target / "away.json")
+        assert refusal(run, small)[0].startswith("RUN: its target")
+    finally:
+        (target / "away.json").unlink(missing_ok=True)
+        config.write_text(text)
+
+
+def test_nothing_accepted_is_refused(home, small):
+    """A rule that nothing meets leaves nothing to study; a request without any is asked for."""
+    job = composed_job(home / "strict", count=1)
+    strict = job.requests[1].model_copy(update={"accept": {"risk": ">= 900"}, "classes": (0,), "name": "strict"})
+    made = make_run(job.model_copy(update={"requests": (strict,)}))
+    assert refusal(made, small)[0].startswith("RUN: no sample of strict is accepted so far")
+
+
+def test_too_few_real_images_are_refused(run, small, home):
+    """A tenth is held out for the temperature; of a handful that would be nothing."""
+    few = write_images(home / "few.parquet", "train", [""], 5)
+    assert "has 5 usable images; give 20 or more" in refusal(run, small, home / "never", real=str(few))[0]
+
+
+def test_a_foreign_folder_is_left_alone(run, target, small, tmp_path):
+    """Files of somebody else, the run itself and its target are not replaced; an empty folder is taken."""
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for place, message in (
+        (tmp_path, "thesis.tex"), (run, "holds files"), (target, "holds files"), (tmp_path / "thesis.tex", "is a file"),
+    ):  # fmt: skip
+        with pytest.raises(OutputError, match=message):
+            study(run, small, place)
+    (tmp_path / "thesis.tex").rename(tmp_path / "retrain.json")
+    with pytest.raises(OutputError, match="holds files"):
+        study(run, small, tmp_path)
+
+
+def test_the_command_ends_with_the_code_of_a_wrong_line(run, small, monkeypatch, capsys):
+    """No traceback, also where the option's value is refused by the parser."""
+    code, _, err = call(monkeypatch, capsys, "retrain", run, "--real", small.real, "--test", small.test, "--seeds", "1")
+    assert code == EXIT_USER and err.splitlines()[-1].startswith("error: --seeds: 1") and "Traceback" not in err
+
+
+# Interruption --------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_build_leaves_what_was_there(tmp_path):
+    """An error while writing, or a file system that refuses the last step, keeps the earlier result whole."""
+    home = tmp_path / "result"
+    with fresh_folder(home) as built:
+        (built / "a").write_text("first")
+    with pytest.raises(KeyboardInterrupt), fresh_folder(home) as built:
+        (built / "a").write_text("second")
+        raise KeyboardInterrupt
+    assert (home / "a").read_text() == "first" and list(tmp_path.iterdir()) == [home]
+    with fresh_folder(home) as built:
+        (built / "b").write_text("third")
+    assert [one.name for one in home.iterdir()] == ["b"] and list(tmp_path.iterdir()) == [home]
+
+
+def test_interrupted_it_ends_with_75_and_leaves_nothing(run, small, home):
+    """A real process and a real signal, in the middle of the training."""
+    output = home / "interrupted"
+    options = ["--real", small.real, "--test", small.test, "--steps", "100000", "--output", str(output)]
+    process = subprocess.Popen(
+        [RISKFORGE, "retrain", str(run), *options],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stderr is not None
+    lines = iter(process.stderr.readline, "")
+    assert any("seed 1 of 5, step " in line for line in lines)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == EXIT_DRAINED and "Traceback" not in rest
+    assert "nothing is stored" in rest and not output.exists()
+    assert not [one for one in home.iterdir() if one.name.startswith(".")]
