@@ -235,6 +235,12 @@ def retrain(
     ] = "hard",
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images of a batch.")] = 64,
     learning_rate: Annotated[float, typer.Option(metavar="X", help="Highest rate of AdamW.")] = 3e-4,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA", help="Images unknown to the target, for the model's temperature; default: keep it."
+        ),
+    ] = None,
     output: Annotated[
         str | None,
         typer.Option(metavar="FOLDER", help="Where figures and model go; default: RUN-retrained, beside the run."),
@@ -248,6 +254,7 @@ def retrain(
     options = RetrainOptions(
         real=real,
         test=test,
+        calibrate=calibrate,
         plain=tuple(plain or ()),
         risky=tuple(risky or ()),
         num_seeds=seeds,
@@ -499,9 +506,9 @@ def _print_retrained(retrained: Retrained) -> None:
     for name, data in (("real", document["data"]["real"]), ("test", document["data"]["test"])):
         print(f"{name:<13}{data['images']} images from {data['kind']}, {data['num_unusable']} unusable")
         _print_some([f"{one['name']}: {one['reason']}" for one in data["unusable"]], "retrain.json")
-    print(
-        f"temperature  {document['temperature']['used']:.4g}, on {document['data']['real']['held_out']} held-out images"
-    )
+    temperature = document["temperature"]
+    origin = "fitted on --calibrate" if temperature["fit"] else "the target's; --calibrate DATA fits it"
+    print(f"temperature  {temperature['used']:.4g}, {origin}")
     print(f"model        {retrained.path / MODEL}")
 
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import PIL.Image
 import torch
 from torch import Tensor
 
 from engine.artefact import Conditioning, load_conditioning
 from engine.conditioning.screening import ScreenedDraw, ScreeningOptions, screen, unscreened
 from engine.errors import JobError
-from engine.images import LabelledImage, open_images
-from engine.models.addresses import find_artefact, image_encoder_digest
+from engine.images import LabelledImage, Unusable, image_key, nothing_usable, open_images
+from engine.models.addresses import find_artefact, image_encoder_digest, model_digest
 from engine.models.clip import ImageEncoder
 from engine.models.runtime import CPU_ROWS
 from engine.plan import RequestPlan, SampleSpec
 from engine.spec import ConditioningSpec, JobSpec
+
+Tell = Callable[[str], None]
 
 
 class Conditioner(Protocol):
@@ -65,105 +69,199 @@ class GivenEmbeddings:
         return ScreenedDraw(embedding=own[spec.index % len(own)], screened=False, num_draws=0, confidence=0.0)
 
 
-def open_conditioner(request: RequestPlan, diffusion: str, labels: Sequence[str], device: str) -> Conditioner:
-    """The conditioner of a request that asks for one.
+def open_conditioner(
+    request: RequestPlan, diffusion: str, labels: Sequence[str], device: str, digest: str
+) -> Conditioner:
+    """The conditioner of a request that asks for one, in a worker.
 
     Args:
         diffusion: address of the Stable unCLIP pipeline.
         labels: class names of the target.
+        digest: of artefact or images, as the plan has it.
 
     Raises:
-        JobError: artefact or images are not what the request needs.
+        JobError: what is found here is not what the plan was made with.
     """
-    spec, where = request.spec.conditioning, f"requests.{request.number}.conditioning"
+    spec = request.spec.conditioning
     assert spec is not None
     if spec.artefact is not None:
-        return DrawnEmbeddings(_checked_artefact(request, spec.artefact, diffusion, where), spec)
+        conditioning = _load_artefact(spec.artefact, _where(request, "artefact"))
+        _check_same(conditioning.digest, digest, spec.artefact, _where(request, "artefact"))
+        return DrawnEmbeddings(conditioning, spec)
     assert spec.images is not None
-    needed = {cell.classes[0]: request.total // len(request.cells) for cell in request.cells}
-    images = _first_of_each(given_images(spec.images, labels), needed)
-    if missing := [labels[index] for index in needed if not images[index]]:
-        raise JobError(f"{where}.images: '{spec.images}' has no usable image of class '{missing[0]}'; add one")
     encoder = ImageEncoder.load(diffusion, device)
-    return GivenEmbeddings({index: _embed(encoder, some) for index, some in images.items()})
+    needed = {cell.classes[0]: request.total // len(request.cells) for cell in request.cells}
+    embedder = _Embedder(encoder, needed)
+    given = read_given(spec.images, labels, _where(request, "images"), embedder.take)
+    _check_same(given.digest, digest, spec.images, _where(request, "images"))
+    return GivenEmbeddings(embedder.embeds())
 
 
-def conditioning_digests(job: JobSpec, labels: Sequence[str]) -> dict[str, str]:
-    """Digest of the content of every artefact and every set of given images of a job, by address.
+def conditioning_digests(
+    job: JobSpec, requests: Sequence[RequestPlan], labels: Sequence[str], *, progress: Tell, notice: Tell
+) -> dict[str, str]:
+    """Check the artefacts and the given images of a job, before any model is loaded.
+
+    Args:
+        progress: hears how far the reading of images is.
+        notice: hears what the user should know and need not mend.
+
+    Returns:
+        Digest of the content of each, by address.
 
     Raises:
-        JobError: one is missing, damaged or empty.
+        JobError: one is missing, damaged, of another space, or lacks a class that a request asks for.
     """
     digests: dict[str, str] = {}
-    for spec in (request.conditioning for request in job.requests):
+    for request in requests:
+        spec, diffusion = request.spec.conditioning, request.spec.diffusion or job.models.diffusion
         if spec is not None and spec.artefact is not None:
-            digests[spec.artefact] = load_artefact(spec.artefact).digest
-        elif spec is not None and spec.images is not None and spec.images not in digests:
-            digests[spec.images] = _images_digest(given_images(spec.images, labels))
+            conditioning = _checked_artefact(request, spec.artefact, diffusion)
+            if spec.is_screened and spec.artefact not in digests:
+                _note_other_target(job, spec.artefact, conditioning, notice)
+            digests[spec.artefact] = conditioning.digest
+        elif spec is not None and spec.images is not None:
+            digests[spec.images] = _checked_images(request, spec.images, labels, progress, notice)
     return digests
 
 
-def load_artefact(address: str) -> Conditioning:
-    """The artefact at an address, checked against its digest.
+def read_given(address: str, labels: Sequence[str], where: str, take: Callable[[LabelledImage], None]) -> GivenImages:
+    """Walk through given images, in order.
+
+    Args:
+        where: the field that has the address, for messages.
+        take: called with every usable image.
 
     Raises:
-        JobError: there is none, or it is damaged.
+        JobError: there is nothing that can be read, or no usable image.
     """
+    source = open_images(address, tuple(labels), where)
+    digest, num_images, unusable = hashlib.sha256(), 0, list[Unusable]()
+    for found in source.read():
+        if isinstance(found, Unusable):
+            unusable.append(found)
+            continue
+        digest.update(f"{found.class_index}:".encode() + image_key(found.image))
+        num_images += 1
+        take(found)
+    if not num_images:
+        raise JobError(nothing_usable(source, where, address, unusable))
+    return GivenImages(digest=digest.hexdigest()[:32], unusable=tuple(unusable))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenImages:
+    """What is known of given images.
+
+    Attributes:
+        digest: of the usable ones and their classes, in their order.
+        unusable: what could not be used.
+    """
+
+    digest: str
+    unusable: tuple[Unusable, ...]
+
+
+class _Embedder:
+    """Embeds the first images of every class, as many as are needed, a few at a time.
+
+    Calls have a fixed number of rows, so that the embedding of an image does not depend on its neighbours.
+    """
+
+    def __init__(self, encoder: ImageEncoder, needed: dict[int, int]) -> None:
+        self._encoder = encoder
+        self._left = dict(needed)
+        self._waiting: list[tuple[int, PIL.Image.Image]] = []
+        self._done: dict[int, list[Tensor]] = {index: [] for index in needed}
+
+    def take(self, one: LabelledImage) -> None:
+        """Take an image in, if its class lacks one."""
+        if self._left.get(one.class_index, 0) > 0:
+            self._left[one.class_index] -= 1
+            self._waiting.append((one.class_index, one.image))
+        if len(self._waiting) == CPU_ROWS:
+            self._flush()
+
+    def embeds(self) -> dict[int, Tensor]:
+        """[N, d] by class, in the order of the images."""
+        self._flush()
+        return {index: torch.stack(rows) for index, rows in self._done.items()}
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        images = [image for _, image in self._waiting]
+        embeds = self._encoder.image_embeds(images + [images[-1]] * (CPU_ROWS - len(images)))
+        for (index, _), row in zip(self._waiting, embeds[: len(images)], strict=True):
+            self._done[index].append(row)
+        self._waiting = []
+
+
+def _load_artefact(address: str, where: str) -> Conditioning:
     folder = find_artefact(address)
     if folder is None:
-        raise JobError(f"conditioning: there is no '{address}'; make it with `riskforge prepare JOB --data PATH`")
-    return load_conditioning(folder)
+        raise JobError(f"{where}: there is no '{address}'; make it with `riskforge prepare JOB --data PATH`")
+    try:
+        return load_conditioning(folder)
+    except JobError as error:
+        raise JobError([f"{where}: {problem}" for problem in error.problems]) from None
 
 
-def given_images(address: str, labels: Sequence[str]) -> Iterator[LabelledImage]:
-    """The usable images at an address, in order.
-
-    Raises:
-        JobError: there is nothing that can be read.
-    """
-    source = open_images(address, tuple(labels))
-    return (found for found in source.read() if isinstance(found, LabelledImage))
-
-
-def _checked_artefact(request: RequestPlan, address: str, diffusion: str, where: str) -> Conditioning:
+def _checked_artefact(request: RequestPlan, address: str, diffusion: str) -> Conditioning:
     """The artefact, if its embeddings are of the pipeline's space and it can be drawn from for every class."""
-    conditioning = load_artefact(address)
+    where = _where(request, "artefact")
+    conditioning = _load_artefact(address, where)
     if conditioning.models["encoder"]["digest"] != image_encoder_digest(diffusion):
         raise JobError(
-            f"{where}.artefact: '{address}' describes the embeddings of '{conditioning.models['encoder']['address']}',"
-            f" not those of the image encoder of '{diffusion}'; prepare it with a job that samples with this pipeline"
+            f"{where}: '{address}' describes the embeddings of '{conditioning.models['encoder']['address']}', not"
+            f" those of the image encoder of '{diffusion}'; prepare it with a job that samples with this pipeline"
         )
     distributions = conditioning.distributions()
     for cell in request.cells:
         try:
             distributions.check(cell.classes[0])
         except ValueError as error:
-            raise JobError(f"{where}.artefact: '{address}': {error}") from None
+            raise JobError(f"{where}: '{address}': {error}") from None
     return conditioning
 
 
-def _first_of_each(images: Iterator[LabelledImage], needed: dict[int, int]) -> dict[int, list[LabelledImage]]:
-    """The first images of every class, as many as are needed."""
-    found: dict[int, list[LabelledImage]] = {index: [] for index in needed}
-    for one in images:
-        own = found.get(one.class_index)
-        if own is not None and len(own) < needed[one.class_index]:
-            own.append(one)
-    return found
+def _note_other_target(job: JobSpec, address: str, conditioning: Conditioning, notice: Tell) -> None:
+    """An error predictor knows the errors of the target that it was prepared with."""
+    known = conditioning.models["target"]
+    if known["digest"] != model_digest(job.models.target):
+        notice(
+            f"'{address}' was prepared with another target ('{known['address']}' as it was then) than"
+            f" '{job.models.target}' is now: screening seeks the errors of that one; `riskforge prepare` makes it anew"
+        )
 
 
-def _embed(encoder: ImageEncoder, images: list[LabelledImage]) -> Tensor:
-    """Embeddings [N, d]; calls have a fixed number of rows, so that an image's does not depend on its neighbours."""
-    parts = []
-    for start in range(0, len(images), CPU_ROWS):
-        some = images[start : start + CPU_ROWS]
-        padded = [one.image for one in some] + [some[-1].image] * (CPU_ROWS - len(some))
-        parts.append(encoder.image_embeds(padded)[: len(some)])
-    return torch.cat(parts)
+def _checked_images(request: RequestPlan, address: str, labels: Sequence[str], progress: Tell, notice: Tell) -> str:
+    """Digest of given images, if every class of the request has one."""
+    found: set[int] = set()
+    where, count = _where(request, "images"), 0
+
+    def take(one: LabelledImage) -> None:
+        nonlocal count
+        found.add(one.class_index)
+        count += 1
+        progress(f"reading {address}: {count} images")
+
+    given = read_given(address, labels, where, take)
+    if missing := [cell.names[0] for cell in request.cells if cell.classes[0] not in found]:
+        raise JobError(f"{where}: '{address}' has no usable image of class '{missing[0]}'; add one")
+    if given.unusable:
+        first = given.unusable[0]
+        notice(f"{where}: {len(given.unusable)} of '{address}' cannot be used; the first: {first.name} {first.reason}")
+    return given.digest
 
 
-def _images_digest(images: Iterator[LabelledImage]) -> str:
-    digest = hashlib.sha256()
-    for one in images:
-        digest.update(f"{one.class_index}:{one.image.width}x{one.image.height}:".encode() + one.image.tobytes())
-    return digest.hexdigest()[:32]
+def _check_same(found: str, planned: str, address: str, where: str) -> None:
+    if found != planned:
+        raise JobError(
+            f"{where}: '{address}' is not on this machine what it is on the driver's; use a folder that all machines"
+            " share, and leave it alone during the run"
+        )
+
+
+def _where(request: RequestPlan, field: str) -> str:
+    return f"requests.{request.number}.conditioning.{field}"

@@ -126,8 +126,9 @@ class Generator:
     def _results(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
         rows = self._model(request).rows
         # The last sample fills up a batch of fixed shape: on a CPU bytes must not depend on the neighbours.
-        padded = [*specs, *[specs[-1]] * ((rows or len(specs)) - len(specs))]
-        draws = self._draws(request, padded)
+        missing = (rows or len(specs)) - len(specs)
+        padded, draws = [*specs, *[specs[-1]] * missing], self._draws(request, specs)
+        draws += draws[-1:] * missing
         images, health = self.sample(request, padded, draws)
         finite = torch.isfinite(images).flatten(1).all(1)
         files = [imaging.encode(pixels, self._job.output.image_format) for pixels in imaging.quantise(images)]
@@ -171,12 +172,12 @@ class Generator:
         )
 
     def sample(
-        self, request: int, specs: Sequence[SampleSpec], draws: Sequence[ScreenedDraw] = ()
+        self, request: int, specs: Sequence[SampleSpec], draws: Sequence[ScreenedDraw]
     ) -> tuple[Tensor, GradientHealth]:
         """Images [B, 3, H, W], nominally in [0, 1], of samples of a request, and the health of their gradients.
 
         Args:
-            draws: what conditions each sample, for a Stable unCLIP pipeline.
+            draws: what conditions each sample, for a Stable unCLIP pipeline; empty for others.
         """
         model, spec = self._model(request), self._job.requests[request]
         sampling = self._job.sampling_of(spec)
@@ -235,14 +236,15 @@ class Generator:
     def _conditioner(self, request: RequestPlan) -> Conditioner:
         model, spec = self._model(request.number), request.spec.conditioning
         address = request.spec.diffusion or self._job.models.diffusion
-        if model.noiser is None or spec is None:
-            raise JobError(f"requests.{request.number}.conditioning: '{address}' has no embeddings to condition on")
+        assert model.noiser is not None and spec is not None, "addresses are checked before models are loaded"
         if spec.noise_level >= model.noiser.num_levels:
             raise JobError(
                 f"requests.{request.number}.conditioning.noise_level: {spec.noise_level} is not below the"
                 f" {model.noiser.num_levels} of '{address}'"
             )
-        return open_conditioner(request, address, self._target.labels, self._hardware.device)
+        planned = self._plan.identity["requests"][request.number]["conditioning"]
+        digest = planned["images" if spec.artefact is None else "artefact"]
+        return open_conditioner(request, address, self._target.labels, self._hardware.device, digest)
 
     def _check_combination(self, request: int) -> None:
         try:

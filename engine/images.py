@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import re
@@ -44,6 +45,7 @@ FILES_PER_PART = 4
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MAX_NAME_CHARS = 300
 _MAX_REASON_CHARS = 200
+_MAX_SHOWN = 3
 _TAR_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError)
 
 
@@ -140,14 +142,16 @@ def open_images(address: str, labels: tuple[str, ...], option: str = "--data") -
     """
     if address in NAMED:
         return _digits(address, labels, option)
-    path = Path(address).expanduser()
     try:
+        path = Path(address).expanduser()
         if path.is_dir():
             return _of_folder(path, labels)
         if path.is_file():
             return _of_file(path, labels, option)
     except OSError as error:
         raise JobError(f"{option}: '{address}' cannot be read ({error.strerror or error})") from None
+    except (RuntimeError, ValueError) as error:
+        raise JobError(f"{option}: '{address}' cannot be looked at ({error})") from None
     raise JobError(f"{option}: there is no '{address}'{nearest(address, list(NAMED))}; give {SOUGHT}")
 
 
@@ -173,6 +177,20 @@ def _files(folder: Path, suffix: str) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(one for one in folder.iterdir() if one.suffix.lower() == suffix and one.is_file())
+
+
+def image_key(image: PIL.Image.Image) -> bytes:
+    """Digest of the pixels of an image, whatever its file."""
+    return hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).digest()
+
+
+def nothing_usable(source: ImageSource, option: str, address: str, unusable: Sequence[Unusable]) -> str:
+    """What to tell where no image of a source can be used."""
+    if not unusable:
+        return f"{option}: '{address}' has no image (read as {source.kind}); give {SOUGHT}"
+    reasons = "; ".join(f"{one.name}: {one.reason}" for one in unusable[:_MAX_SHOWN])
+    more = f"; and {len(unusable) - _MAX_SHOWN} more" if len(unusable) > _MAX_SHOWN else ""
+    return f"{option}: '{address}' has no usable image (read as {source.kind}): {reasons}{more}; give {SOUGHT}"
 
 
 # Named sets ----------------------------------------------------------------------------------------------------------
@@ -292,8 +310,12 @@ def _tar_sample(
     image: tarfile.TarInfo,
     labels: tuple[str, ...],
 ) -> Found:
+    about = _tar_record(tar, members)
+    if about.get("accepted") is False:
+        # Of a run that stores them: the label of a rejected sample may well be wrong.
+        return Unusable(_plain(name), "was rejected by the rule of its run")
     found = _found(name, _tar_label(tar, members), labels, partial(_member_bytes, tar, image))
-    return _in_context(found, _tar_context(tar, members))
+    return _in_context(found, about.get("context"))
 
 
 def _grouped(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
@@ -326,12 +348,13 @@ def _tar_label(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> str
     return UnusableImageError("has no label: neither .cls nor .json is beside it")
 
 
-def _tar_context(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> Any:
-    """The `context` in a sample's .json, or None."""
+def _tar_record(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> dict[str, Any]:
+    """A sample's .json, or nothing."""
     try:
-        return json.loads(_member_bytes(tar, members["json"]))["context"]
-    except (UnusableImageError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+        about = json.loads(_member_bytes(tar, members["json"]))
+    except (UnusableImageError, ValueError, KeyError, RecursionError):
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -23,7 +23,16 @@ from torch import Tensor
 
 from engine.errors import JobError, RiskforgeError
 from engine.executors.base import Executor, ExecutorEvent, ShardProgress, ShardResult
-from engine.images import PART_ROWS, SOUGHT, ImageSource, LabelledImage, Place, Unusable, open_images
+from engine.images import (
+    PART_ROWS,
+    ImageSource,
+    LabelledImage,
+    Place,
+    Unusable,
+    image_key,
+    nothing_usable,
+    open_images,
+)
 from engine.models.addresses import image_encoder_digest, is_unclip, locate, model_digest, resolve
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip, ImageEncoder
@@ -143,7 +152,7 @@ class Observer:
         seen.logits.append(logits[finite])
         for (place, one), is_finite in zip(waiting, finite.tolist(), strict=True):
             if is_finite:
-                seen.keys.append((one.class_index, _pixel_digest(one.image)))
+                seen.keys.append((one.class_index, image_key(one.image)))
             else:
                 reason = "gives embeddings or logits that are not finite"
                 seen.unusable.append((place, Unusable(one.name, reason)))
@@ -368,7 +377,7 @@ def _merged(parts: Sequence[PartSeen], source: ImageSource, data: str) -> Observ
     keys = [key for part in parts for key in part.keys]
     unusable = [one for _, one in sorted((one for part in parts for one in part.unusable), key=lambda one: one[0])]
     if not keys:
-        raise JobError(_nothing_usable(source, data, unusable))
+        raise JobError(nothing_usable(source, "--data", data, unusable))
     order = sorted(range(len(keys)), key=keys.__getitem__)
     digest = hashlib.sha256()
     for row in order:
@@ -384,10 +393,6 @@ def _merged(parts: Sequence[PartSeen], source: ImageSource, data: str) -> Observ
     )
 
 
-def _pixel_digest(image: PIL.Image.Image) -> bytes:
-    return hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).digest()
-
-
 def _num_rows(job: JobSpec, hardware: Hardware) -> int:
     if not hardware.is_cuda:
         return CPU_ROWS
@@ -400,11 +405,3 @@ def _progress_text(done: int, total: int | None, seconds: float) -> str:
     if rate:
         text += f", {rate:.1f}/s"
     return f"{text}, ETA {duration((total - done) / rate)}" if rate and total and done < total else text
-
-
-def _nothing_usable(source: ImageSource, data: str, unusable: list[Unusable]) -> list[str]:
-    if not unusable:
-        return [f"--data: '{data}' has no image (read as {source.kind}); give {SOUGHT}"]
-    reasons = [f"{one.name}: {one.reason}" for one in unusable[:3]]
-    more = f"; and {len(unusable) - 3} more" if len(unusable) > 3 else ""
-    return [f"--data: '{data}' has no usable image (read as {source.kind}): {'; '.join(reasons)}{more}; give {SOUGHT}"]

@@ -337,8 +337,8 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
                 "sampling": job.sampling_of(plan.spec).model_dump(mode="json"),
                 "guidance": _active_guidance(job, plan.spec),
                 "accept": plan.spec.accept,
-                "conditioning": _conditioning(plan.spec, digests.get("conditioning", {})),
             }
+            | _conditioning(plan.spec, digests.get("conditioning", {}))
             for plan in requests
         ],
     }
@@ -351,13 +351,13 @@ def _active_guidance(job: JobSpec, request: RequestSpec) -> dict[str, Any]:
 
 
 def _conditioning(request: RequestSpec, digests: dict[str, str]) -> dict[str, Any]:
-    """What decides the embeddings: the content of artefact or images in place of their address."""
+    """What decides the embeddings: the content of artefact or images in place of their address; none where none is."""
     spec = request.conditioning
     if spec is None:
         return {}
     screening = {"threshold": spec.threshold, "max_draws": spec.max_draws} if spec.is_screened else {}
     source = {"images" if spec.artefact is None else "artefact": digests[spec.artefact or spec.images or ""]}
-    return source | {"noise_level": spec.noise_level, "screening": screening}
+    return {"conditioning": source | {"noise_level": spec.noise_level, "screening": screening}}
 
 
 def digest_of(value: Any) -> str:

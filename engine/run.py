@@ -29,7 +29,7 @@ from engine.errors import EXIT_INCOMPLETE, EXIT_OK, JobError, OwnedError, Riskfo
 from engine.executors.base import Executor, ExecutorEvent, ShardProgress, ShardResult, WorkerFactory, WorkerLike
 from engine.models.addresses import check_addresses, missing_artefacts, model_digests, read_labels, resolve
 from engine.models.runtime import hardware_problems
-from engine.plan import Plan, build_plan, resolve_requests
+from engine.plan import Plan, RequestPlan, build_plan, resolve_requests
 from engine.progress import Display, Tally
 from engine.spec import JobSpec
 
@@ -109,7 +109,7 @@ def run_job(
     started = time.monotonic()
     try:
         display.phase("checking models and output")
-        store, job, planned, models = prepare(job, executor)
+        store, job, planned, models = prepare(job, executor, display)
         if resume == "auto" and store.exists(SUCCESS) and (plan := find_plan(store, planned, job)):
             committed = list_commits(store)
             if len(committed) == plan.num_shards:
@@ -156,7 +156,7 @@ def owned(store: Store) -> Iterator[None]:
         yield
 
 
-def prepare(job: JobSpec, executor: Executor) -> tuple[Store, JobSpec, Plan, dict[str, Any]]:
+def prepare(job: JobSpec, executor: Executor, display: Display) -> tuple[Store, JobSpec, Plan, dict[str, Any]]:
     """Check a job against its models, while the executor prepares.
 
     Returns:
@@ -167,16 +167,19 @@ def prepare(job: JobSpec, executor: Executor) -> tuple[Store, JobSpec, Plan, dic
     store = open_store(job.output.uri)
     job = job.model_copy(update={"output": job.output.model_copy(update={"uri": store.uri})})
     labels = target_labels(job)
-    resolve_requests(job, labels)
+    requests = resolve_requests(job, labels)
+    digests = {"conditioning": _conditioning_digests(job, requests, labels, display)}
     if not store.exists(SUCCESS):
         executor.begin()
-    digests = model_digests(job) | {"conditioning": _conditioning_digests(job, labels)}
+    digests |= model_digests(job)
     # Once more, as models of the hub are here only now.
     check_addresses(job)
     return store, job, build_plan(job, labels, digests), describe_models(job, digests)
 
 
-def _conditioning_digests(job: JobSpec, labels: list[str]) -> dict[str, str]:
+def _conditioning_digests(
+    job: JobSpec, requests: tuple[RequestPlan, ...], labels: list[str], display: Display
+) -> dict[str, str]:
     """Digests of artefacts and given images; torch is only loaded for a job that has some.
 
     Raises:
@@ -188,7 +191,7 @@ def _conditioning_digests(job: JobSpec, labels: list[str]) -> dict[str, str]:
         return {}
     from engine.conditioner import conditioning_digests
 
-    return conditioning_digests(job, labels)
+    return conditioning_digests(job, requests, labels, progress=display.advance, notice=display.notice)
 
 
 def plan_job(job: JobSpec) -> Plan:

@@ -389,9 +389,9 @@ def _request_problems(request: RequestSpec) -> list[Problem]:
 
 def _conditioning_problems(request: RequestSpec) -> list[Problem]:
     conditioning, problems = request.conditioning, list[Problem]()
+    if request.accept.get("screened") is True and not (conditioning and conditioning.is_screened):
+        problems.append(((), "no sample is screened without an artefact to screen by; `accept` would reject them all"))
     if conditioning is None:
-        if "screened" in request.accept and request.accept["screened"] is True:
-            problems.append(((), "missing; without it no sample is screened, and `accept` would reject them all"))
         return problems
     if request.boundary is not None:
         problems.append(((), "the embeddings are of single classes; give `classes` in place of `boundary`"))

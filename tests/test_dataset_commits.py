@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import tempfile
 import time
@@ -84,6 +85,22 @@ def test_commit_and_read_back(tmp_path: Path) -> None:
     assert {number: one.counts for number, one in list_commits(store).items()} == {1: record.counts}
     assert record.counts == ShardCounts(ok=1, failed=1, accepted=1, accepted_per_class={"mix": 1})
     assert not [path for path in store.staging().iterdir() if path.is_dir()]
+
+
+def test_screening_stays_with_its_record_and_old_records_have_none(tmp_path: Path) -> None:
+    """A record of a version that did not screen reads as one without; packing keeps the rows."""
+    store, plan, _ = open_case(tmp_path / "out", count=20)
+    commit_rest(store, plan)
+    record = read_commit(store, 0)
+    assert record is not None and record.screening == []
+    text = json.loads(record.to_json())
+    assert text.pop("screening") == []
+    store.replace(record.file_name, json.dumps(text).encode())
+    assert read_commit(store, 0) == record
+    screened = dataclasses.replace(record, screening=[[3, 4, 4, 17]])
+    store.replace(record.file_name, screened.to_json().encode())
+    assert compact_commits(store, max_loose=0) == plan.num_shards
+    assert read_commit(store, 0) == screened
 
 
 def test_a_second_commit_of_the_same_shard_changes_nothing(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from engine import digits
 from engine.dataset import manifest as manifest_module
 from engine.dataset.card import code
 from engine.dataset.commits import list_commits
@@ -22,11 +23,13 @@ from engine.dataset.manifest import FinishedRun, finalise, mark_success, softwar
 from engine.dataset.schema import arrow_schema
 from engine.dataset.shards import read_shard
 from engine.dataset.state import SUCCESS
-from engine.dataset.store import Store
+from engine.dataset.store import Store, open_store
 from engine.dataset.summary import count_classes, summarise, summarise_table
 from engine.errors import CorruptShardError, OutputError
+from engine.images import LabelledImage, open_images
 from engine.plan import Plan, ShardSpec
 from engine.records import SampleResult, failed_record
+from tests.composed import composed_job, make_run
 from tests.dataset_cases import commit_one, commit_rest, make_job, make_plan, make_result, open_case
 
 MODELS = {
@@ -138,6 +141,26 @@ def test_manifest_counts_and_checksums(run: tuple[Store, Plan, FinishedRun]) -> 
         tar = store.read(f"shards/{shard['name']}.tar")
         assert (len(tar), hashlib.sha256(tar).hexdigest()) == (shard["tar_bytes"], shard["tar_sha256"])
     assert len(manifest["shards"]) == plan.num_shards and manifest["versions"]["pyarrow"] == pa.__version__
+
+
+def test_indexes_count_what_is_in_the_tars(tmp_path: Path) -> None:
+    """With `store_rejected` the tars hold more than the accepted images; an index by number would stop too early."""
+    job = composed_job(tmp_path / "run", count=1)
+    store = open_store(str(make_run(job)))
+    split = json.loads(store.read("shards/_info.json"))["splits"]["train"]
+    wids = json.loads(store.read("shards/wids.json"))["shardlist"]
+    in_tars = {
+        Path(name).name: len(list(read_shard(store.path(name)))) for name in store.list("shards") if ".tar" in name
+    }
+    assert sum(in_tars.values()) == 70
+    assert dict(zip(split["filenames"], split["shard_lengths"], strict=True)) == in_tars
+    assert {entry["url"]: entry["nsamples"] for entry in wids} == in_tars and split["num_samples"] == 70
+    manifest = json.loads(store.read("manifest.json"))
+    assert {f"{one['name']}.tar": one["num_images"] for one in manifest["shards"]} == in_tars
+    assert "rejected images are stored too" in store.read("README.md").decode()
+    found = list(open_images(str(tmp_path / "run"), tuple(digits.CLASS_NAMES)).read())
+    usable = [one for one in found if isinstance(one, LabelledImage)]
+    assert len(usable) == manifest["counts"]["samples"]["accepted"] < len(found) == 70
 
 
 def test_indexes_of_wids_and_timm(run: tuple[Store, Plan, FinishedRun]) -> None:

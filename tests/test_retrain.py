@@ -27,15 +27,18 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, ttest_1samp
 
 from engine import cli, digits
+from engine.dataset.store import open_store
 from engine.errors import EXIT_DRAINED, EXIT_USER, CorruptShardError, JobError, OutputError
 from engine.models.addresses import check_addresses, model_digest, resolve
 from engine.models.classifier import Classifier
 from engine.progress import PlainDisplay
+from engine.spec import parse_job
 from engine.studies.comparison import Attempt, compare, compare_errors, findings
 from engine.studies.finetune import Recipe, Samples, _batches, choose_rows
 from engine.studies.folders import fresh_folder
 from engine.studies.intervals import mean_interval, wilson_interval
-from engine.studies.retrain import Retrained, RetrainOptions, retrain
+from engine.studies.retrain import Retrained, RetrainOptions, choose_arms, retrain
+from engine.studies.samples import StudiedRun, is_plain
 from tests.composed import HOLES, KNOWN, TARGET, composed_job, make_run
 from tests.conftest import REPOSITORY
 
@@ -114,7 +117,14 @@ def logged_study(run: Path, options: RetrainOptions, output: Path, **changes: ob
 def studied(run, test_set, home) -> Retrained:
     """A study that is long enough to learn something."""
     options = RetrainOptions(
-        real="digits:train-seen", test=str(test_set), num_seeds=2, num_steps=40, batch_size=32, learning_rate=1e-3
+        real="digits:train-seen",
+        test=str(test_set),
+        calibrate="digits:validation",
+        num_seeds=2,
+        num_steps=40,
+        mix=0.5,
+        batch_size=32,
+        learning_rate=1e-3,
     )
     return study(run, options, home / "studied")
 
@@ -207,6 +217,8 @@ def test_wilson_is_scipys(successes, total, level):
 def test_the_t_interval_is_scipys(values, level):
     """Of differences it is the paired one; equal values, where scipy has no answer, have no width."""
     ours = mean_interval(values, level)
+    constant = mean_interval([values[0]] * len(values), level)
+    assert constant.low == constant.value == constant.high == values[0]
     if np.std(values) < 1e-9:
         assert ours.high - ours.low < 1e-6
         return
@@ -312,11 +324,23 @@ def test_soft_labels_and_chosen_requests(run, small, home, monkeypatch, capsys):
     """What is printed for people; one request may be baseline and risky, and then nothing is filtered."""
     options = ("--real", small.real, "--test", small.test, "--seeds", 2, "--steps", 2, "--batch-size", 8)
     chosen = ("--risky", "baseline", "--labels", "soft", "--mix", "0.25", "--output", home / "soft")
-    code, out, _ = call(monkeypatch, capsys, "retrain", run, *options, *chosen)
-    assert code == 0
+    code, out, err = call(monkeypatch, capsys, "retrain", run, *options, *chosen)
+    assert code == 0 and "soft labels are the hard ones" in err and "the target's; --calibrate DATA fits it" in out
     assert "small, bottom right" in out and "accepted - none, points" in out and "All test images: " in out
     assert "left out     unfiltered: no sample of baseline is rejected" in out
     assert "generated    240 samples in each of plain, accepted" in out and f"model        {home / 'soft/model'}" in out
+
+
+def test_joint_prompts_have_no_hard_label_and_tell_of_no_context(run, small, home):
+    """Images between two classes trained as one of them would make the plain arm look worse than it is."""
+    job = parse_job(json.loads((run / "manifest.json").read_text())["job"])
+    joint = job.requests[0].model_copy(update={"name": "joint", "classes": None, "boundary": ("three", "eight")})
+    assert is_plain(job.requests[0]) and not is_plain(joint)
+    mixed = job.model_copy(update={"requests": (*job.requests, joint)})
+    study_of = StudiedRun(store=open_store(str(run)), job=mixed, plan_digest="", target_digest="", commits=())
+    with pytest.raises(JobError, match="joint prompt"):
+        choose_arms(study_of, dataclasses.replace(small, plain=("joint",)))
+    assert choose_arms(study_of, dataclasses.replace(small, plain=("joint",), labels="soft")) == (["joint"], ["errors"])
 
 
 def test_unusable_images_and_overlap_are_told(run, small, home):
@@ -429,9 +453,10 @@ def test_nothing_accepted_is_refused(home, small):
 
 
 def test_too_few_real_images_are_refused(run, small, home):
-    """A tenth is held out for the temperature; of a handful that would be nothing."""
+    """A handful of images is no training set, and fewer than a hundred fit no temperature."""
     few = write_images(home / "few.parquet", "train", [""], 5)
     assert "has 5 usable images; give 20 or more" in refusal(run, small, home / "never", real=str(few))[0]
+    assert "--calibrate: " in (said := refusal(run, small, home / "never", calibrate=str(few))[0]) and "100" in said
 
 
 def test_a_foreign_folder_is_left_alone(run, target, small, tmp_path):

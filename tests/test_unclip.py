@@ -1,5 +1,6 @@
 """Stable unCLIP with screened embeddings: against diffusers' own pipeline, against itself, and through whole runs."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -12,16 +13,15 @@ import pytest
 import torch
 
 from engine import cli
-from engine.artefact import load_conditioning
-from engine.conditioner import DrawnEmbeddings, GivenEmbeddings, load_artefact, open_conditioner
+from engine.artefact import load_conditioning, save_conditioning
+from engine.conditioner import DrawnEmbeddings, GivenEmbeddings, conditioning_digests, open_conditioner
 from engine.digits import CLASS_NAMES, compose_split
 from engine.errors import JobError
 from engine.generator import Generator
 from engine.models.addresses import check_addresses, image_encoder_digest, model_digests, read_labels, resolve
 from engine.models.clip import Clip, ImageEncoder
 from engine.models.diffusion import Diffusion
-from engine.plan import build_plan
-from engine.run import _conditioning_digests
+from engine.plan import build_plan, resolve_requests
 from engine.sampling.loop import sample
 from engine.sampling.noise import draw_noise
 from engine.spec import SamplingSpec, parse_job
@@ -73,10 +73,22 @@ def run_cli(*arguments) -> int:
     return end.value.code or 0
 
 
+def checked(job) -> tuple[dict[str, str], list[str]]:
+    """Digests of what conditions a job, and what the user is told; loads no model."""
+    told: list[str] = []
+    labels = read_labels(job.models.target)
+    requests = resolve_requests(job, labels)
+    return conditioning_digests(job, requests, labels, progress=str, notice=told.append), told
+
+
+def zoo_artefact():
+    return load_conditioning(resolve_artefact())
+
+
 def made(raw) -> tuple[Generator, list]:
     job = parse_job(raw)
     labels = read_labels(job.models.target)
-    plan = build_plan(job, labels, model_digests(job) | {"conditioning": _conditioning_digests(job, labels)})
+    plan = build_plan(job, labels, model_digests(job) | {"conditioning": checked(job)[0]})
     return Generator(job, plan), [list(plan.samples(plan.shard(number))) for number in range(plan.num_shards)]
 
 
@@ -140,16 +152,16 @@ def test_embeddings_do_not_depend_on_the_batch_and_arms_share_them(tmp_path):
 
 def test_screened_draws_convince_the_predictor_and_others_are_marked(tmp_path):
     """What passes is above the threshold; with one draw and a high threshold most do not pass, and say so."""
-    conditioning = load_artefact(ARTEFACT)
+    conditioning = zoo_artefact()
     strict = {"artefact": ARTEFACT, "threshold": 0.9}
     hopeless = {"artefact": ARTEFACT, "threshold": 0.999, "max_draws": 1}
     free = {"artefact": ARTEFACT, "screening": False}
     arms = [request(name, conditioning=one) for name, one in (("a", strict), ("b", hopeless), ("c", free))]
     job = parse_job(make_job(tmp_path, *arms))
-    plan = build_plan(job, read_labels(job.models.target), model_digests(job) | {"conditioning": {ARTEFACT: ""}})
-    kinds = [open_conditioner(one, UNCLIP, conditioning.labels, "cpu") for one in plan.requests]
+    requests = resolve_requests(job, read_labels(job.models.target))
+    kinds = [open_conditioner(one, UNCLIP, conditioning.labels, "cpu", conditioning.digest) for one in requests]
     assert all(isinstance(kind, DrawnEmbeddings) for kind in kinds)
-    specs = [plan.requests[0].sample(position) for position in range(8)]
+    specs = [requests[0].sample(position) for position in range(8)]
     screened, unlucky, first = ([kind.draw(spec) for spec in specs] for kind in kinds)
     assert all(one.screened for one in screened)
     found = conditioning.fit.predictor.confidence(torch.stack([one.embedding for one in screened]))
@@ -175,7 +187,7 @@ def test_a_run_tells_of_its_screening_and_resumes(tmp_path, capsys):
     for one in found["screened"]:
         assert one["samples"] == 4 <= one["draws"]
         assert one["acceptance_rate"] == pytest.approx(one["screened"] / one["draws"])
-    digest = load_artefact(ARTEFACT).digest
+    digest = zoo_artefact().digest
     assert manifest["models"]["conditioning"] == [{"address": ARTEFACT, "digest": digest}]
     errors = sum(row["is_error"] for row in rows) / len(rows)
     assert any(row["status"] == "rejected" for row in rows)
@@ -205,9 +217,6 @@ def test_another_artefact_is_another_run(tmp_path, capsys):
     path = write_job(tmp_path, request(conditioning=str(copy), classes=["three"], count=1))
     assert run_cli("run", path, "--executor", "local") == 0
     document = json.loads((copy / "conditioning.json").read_text())
-    import dataclasses
-
-    from engine.artefact import save_conditioning
 
     conditioning = load_conditioning(copy)
     changed, _ = save_conditioning(dataclasses.replace(conditioning, images_digest="0" * 32), tmp_path / "other")
@@ -270,6 +279,9 @@ def test_given_images_are_varied_in_their_order(tmp_path):
         ({"conditioning": f"{ZOO}conditionin"}, "did you mean 'digits/conditioning'"),
         ({"classes": None, "boundary": ["three", "eight"]}, "embeddings are of single classes"),
         ({"conditioning": None, "accept": {"screened": True}}, "no sample is screened"),
+        ({"conditioning": {"images": "x"}, "accept": {"screened": True}}, "no sample is screened"),
+        ({"conditioning": f"{ZOO}clip"}, "is a model, not a conditioning artefact"),
+        ({"conditioning": "~nobody-of-that-name/x"}, "cannot be looked at"),
     ],
 )
 def test_impossible_conditioning_is_refused_before_a_model_is_loaded(changes, message, tmp_path):
@@ -287,22 +299,62 @@ def test_an_artefact_that_is_not_there_yet_is_told_and_not_run(tmp_path, capsys)
     assert "riskforge prepare" in capsys.readouterr().err
 
 
-def test_statistics_of_another_space_are_refused(tmp_path):
-    """Embeddings of another encoder of the same size would give pictures of anything."""
-    import dataclasses
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": {"encoder": {"address": f"{ZOO}clip", "digest": "0" * 32}}}, "not those of the image encoder"),
+        ({"class": 3}, r"conditioning.artefact: .*'three'\) has no image"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused_before_a_model_is_loaded(change, message, tmp_path):
+    """Embeddings of another encoder of the same size would give pictures of anything; a class without any, none."""
+    conditioning = zoo_artefact()
+    models = conditioning.models | change.get("models", {})
+    statistics = dataclasses.replace(conditioning.statistics, count=conditioning.statistics.count.clone())
+    if "class" in change:
+        statistics.count[change["class"]] = 0
+    changed = dataclasses.replace(conditioning, models=models, statistics=statistics)
+    folder, _ = save_conditioning(changed, tmp_path)
+    with pytest.raises(JobError, match=message):
+        checked(parse_job(make_job(tmp_path, request(conditioning=str(folder)))))
 
-    from engine.artefact import save_conditioning
 
-    conditioning = load_artefact(ARTEFACT)
-    foreign = {**conditioning.models, "encoder": {"address": f"{ZOO}clip", "digest": "0" * 32}}
-    folder, _ = save_conditioning(dataclasses.replace(conditioning, models=foreign), tmp_path)
-    with pytest.raises(JobError, match="not those of the image encoder"):
-        made(make_job(tmp_path, request(conditioning=str(folder))))
+def test_given_images_are_checked_before_a_model_is_loaded(tmp_path):
+    """Every class needs one; unusable ones are counted and named; a path that is not there names its field."""
+    job = parse_job(make_job(tmp_path, request(conditioning={"images": str(tmp_path / "none")})))
+    with pytest.raises(JobError, match=r"^requests.0.conditioning.images: there is no "):
+        checked(job)
+    folder = tmp_path / "images" / "three"
+    folder.mkdir(parents=True)
+    PIL.Image.new("RGB", (32, 32)).save(folder / "a.png")
+    (folder / "b.png").write_bytes(b"torn")
+    given = {"images": str(tmp_path / "images")}
+    with pytest.raises(JobError, match="no usable image of class 'one'"):
+        checked(parse_job(make_job(tmp_path, request(conditioning=given))))
+    _, told = checked(parse_job(make_job(tmp_path, request(conditioning=given, classes=["three"]))))
+    assert len(told) == 1 and "1 of" in told[0] and "b.png" in told[0]
+
+
+def test_a_predictor_of_another_target_is_told(tmp_path):
+    """After retraining the old artefact still runs, but what it seeks are the errors of yesterday's target."""
+    raw = make_job(tmp_path, request())
+    assert checked(parse_job(raw))[1] == []
+    raw["models"]["target"] = f"{ZOO}classifier-b"
+    (told,) = checked(parse_job(raw))[1]
+    assert "riskforge prepare" in told
+
+
+def test_a_worker_that_sees_another_artefact_stops(tmp_path):
+    """A folder that is not the driver's would make samples under the wrong plan."""
+    job = parse_job(make_job(tmp_path, request()))
+    plan = build_plan(job, read_labels(job.models.target), model_digests(job) | {"conditioning": {ARTEFACT: "0" * 32}})
+    with pytest.raises(JobError, match="a folder that all machines share"):
+        Generator(job, plan)
 
 
 def test_the_zoo_statistics_are_of_the_zoo_models():
     """A part that is trained anew without them would leave statistics of a space that is gone."""
-    conditioning = load_artefact(ARTEFACT)
+    conditioning = zoo_artefact()
     assert conditioning.models["encoder"]["digest"] == image_encoder_digest(UNCLIP)
     assert conditioning.fit.evaluation.pooled.auc_low > 0.85
     assert not conditioning.notes()

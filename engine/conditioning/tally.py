@@ -48,23 +48,12 @@ class ScreeningTally:
         count = ScreeningCount(num_samples=1, num_screened=int(screened), num_draws=num_draws)
         self.per_class[class_index] = self.per_class.get(class_index, ScreeningCount()) + count
 
-    def __add__(self, other: ScreeningTally) -> ScreeningTally:
-        none = ScreeningCount()
-        classes = sorted(self.per_class.keys() | other.per_class.keys())
-        return ScreeningTally(
-            {index: self.per_class.get(index, none) + other.per_class.get(index, none) for index in classes}
-        )
+    def add_rows(self, rows: Iterable[Sequence[int]]) -> None:
+        """Count the samples of another tally, given by its `rows`."""
+        for index, samples, screened, draws in rows:
+            count = ScreeningCount(num_samples=samples, num_screened=screened, num_draws=draws)
+            self.per_class[index] = self.per_class.get(index, ScreeningCount()) + count
 
     def rows(self) -> list[list[int]]:
-        """Plain values, for `from_rows`: `[class index, samples, screened, draws]` a class."""
+        """Plain values, for `add_rows`: `[class index, samples, screened, draws]` a class."""
         return [[i, c.num_samples, c.num_screened, c.num_draws] for i, c in sorted(self.per_class.items())]
-
-    @classmethod
-    def from_rows(cls, rows: Iterable[Sequence[int]]) -> ScreeningTally:
-        """A tally from its `rows`."""
-        return cls(
-            {
-                index: ScreeningCount(num_samples=samples, num_screened=screened, num_draws=draws)
-                for index, samples, screened, draws in rows
-            }
-        )

@@ -87,8 +87,18 @@ def _origin(job: JobSpec, manifest: dict[str, Any]) -> str:
         f"{samples['ok']} images in {shards['committed']} shards, of {samples['attempted']} attempts "
         f"({samples['rejected']} rejected, {samples['failed']} failed, {samples['accepted']} accepted). "
         f"Seed {job.seed}; plan `{manifest['plan_digest']}`.{state}\n\n"
+        f"{_stored_rejected(job, samples)}"
         "**Licence:** not stated by the engine. It follows from the licences of the models below, above all of the "
         "diffusion model; set `license` in the header once it is known."
+    )
+
+
+def _stored_rejected(job: JobSpec, samples: dict[str, int]) -> str:
+    if not (job.output.store_rejected and samples["rejected"]):
+        return ""
+    return (
+        f"**The {samples['rejected']} rejected images are stored too.** Their label may be wrong: keep the samples "
+        "whose JSON says `accepted: true`, unless you want to study the others.\n\n"
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from engine.conditioning.tally import ScreeningTally
 from engine.dataset.card import dataset_card
 from engine.dataset.commits import CommitRecord, CommitSummary, compact_commits, list_commits, read_commits
+from engine.dataset.counts import ShardCounts
 from engine.dataset.schema import arrow_schema
 from engine.dataset.shards import SHARDS, shard_name
 from engine.dataset.state import CARD, MANIFEST, METADATA, SUCCESS, TIMM_INFO, WIDS_INDEX
@@ -80,7 +81,7 @@ def finalise(
     compact_commits(store)
     commits = list_commits(store)
     write_metadata(store, job.name, commits, rows_per_file)
-    write_indexes(store)
+    write_indexes(store, job)
     groups = summarise(store.path(METADATA))
     manifest = build_manifest(
         store, job, plan, commits, groups, models=models, timing=timing, versions=versions, hardware=hardware
@@ -92,7 +93,7 @@ def finalise(
 
 def _data_files(job: JobSpec, commits: dict[int, CommitSummary]) -> list[str]:
     """Patterns of the tars that hold images: readers that look into the first tar stumble over an empty one."""
-    filled = [number for number in sorted(commits) if commits[number].counts.ok]
+    filled = [number for number in sorted(commits) if num_stored(job, commits[number].counts)]
     if len(filled) == len(commits) or len(filled) > MAX_LISTED_SHARDS:
         return [f"{SHARDS}/*.tar"]
     return [f"{SHARDS}/{shard_name(job.name, number)}.tar" for number in filled]
@@ -204,7 +205,12 @@ def _row_groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(held).combine_chunks()
 
 
-def write_indexes(store: Store) -> None:
+def num_stored(job: JobSpec, counts: ShardCounts) -> int:
+    """Images in a shard's tar: those of rejected samples too, where the job stores them."""
+    return counts.ok + (counts.rejected if job.output.store_rejected else 0)
+
+
+def write_indexes(store: Store, job: JobSpec) -> None:
     """Write the index of `wids` and the info of timm beside the shards; shards without an image are left out.
 
     Raises:
@@ -216,21 +222,21 @@ def write_indexes(store: Store) -> None:
     with explained(staged), staged.open("w", encoding="utf-8") as file:
         file.write('{"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": [')
         for record in read_commits(store):
-            if record.counts.ok:
+            if num_images := num_stored(job, record.counts):
                 names.append(f"{record.name}.tar")
-                lengths.append(record.counts.ok)
-                file.write((",\n" if names[1:] else "\n") + json.dumps(_wids_entry(record)))
+                lengths.append(num_images)
+                file.write((",\n" if names[1:] else "\n") + json.dumps(_wids_entry(record, num_images)))
         file.write("\n]}\n")
     store.replace(WIDS_INDEX, staged)
     split = {"name": "train", "num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
     store.replace(TIMM_INFO, (json.dumps({"splits": {"train": split}}) + "\n").encode())
 
 
-def _wids_entry(record: CommitRecord) -> dict[str, Any]:
+def _wids_entry(record: CommitRecord, num_images: int) -> dict[str, Any]:
     return {
         "url": f"{record.name}.tar",
         "md5sum": record.tar_md5,
-        "nsamples": record.counts.ok,
+        "nsamples": num_images,
         "filesize": record.tar_bytes,
     }
 
@@ -269,7 +275,7 @@ def build_manifest(
         },
         "summary": [plain(group) for group in groups],
         "dials": read_dials(store.path(METADATA), job),
-        "shards": [_listed(record) for record in read_commits(store)] if len(commits) <= MAX_LISTED_SHARDS else [],
+        "shards": [_listed(record, job) for record in read_commits(store)] if len(commits) <= MAX_LISTED_SHARDS else [],
     }
 
 
@@ -279,7 +285,7 @@ def screening_by_request(records: Iterable[CommitRecord], job: JobSpec) -> dict[
     for record in records:
         if record.screening:
             name = job.requests[record.request].name
-            tallies[name] = tallies.get(name, ScreeningTally()) + ScreeningTally.from_rows(record.screening)
+            tallies.setdefault(name, ScreeningTally()).add_rows(record.screening)
     return {
         name: [
             {
@@ -289,16 +295,16 @@ def screening_by_request(records: Iterable[CommitRecord], job: JobSpec) -> dict[
                 "draws": count.num_draws,
                 "acceptance_rate": count.acceptance_rate,
             }
-            for index, count in tally.per_class.items()
+            for index, count in sorted(tally.per_class.items())
         ]
         for name, tally in tallies.items()
     }
 
 
-def _listed(record: CommitRecord) -> dict[str, Any]:
+def _listed(record: CommitRecord, job: JobSpec) -> dict[str, Any]:
     return {
         "name": record.name,
-        "num_images": record.counts.ok,
+        "num_images": num_stored(job, record.counts),
         "num_attempts": record.counts.attempted,
         "tar_bytes": record.tar_bytes,
         "tar_sha256": record.tar_sha256,

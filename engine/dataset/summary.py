@@ -95,7 +95,7 @@ def count_classes(metadata: Path) -> dict[str, dict[str, int]]:
 
 
 def read_dials(metadata: Path, job: JobSpec) -> dict[str, dict[str, float]]:
-    """How near the risk of stored samples is to the dial, for each request that was guided to one.
+    """How near the risk of scored samples is to the dial, for each request that was guided to one.
 
     Returns:
         By request: `target_risk`, `tolerance`, the median of the risk, the share of scored samples within the

@@ -279,13 +279,16 @@ def find_artefact(address: str) -> Path | None:
         JobError: no such zoo part, a folder with several artefacts, or a path that cannot be looked at.
     """
     if address.startswith("zoo:"):
-        return _zoo_folder(address.removeprefix("zoo:"))
-    folder = Path(address).expanduser()
+        folder = _zoo_folder(address.removeprefix("zoo:"))
+        if not (folder / ARTEFACT_DOCUMENT).is_file():
+            raise JobError(f"'{address}' is a model, not a conditioning artefact such as zoo:digits/conditioning")
+        return folder
     try:
+        folder = Path(address).expanduser()
         if (folder / ARTEFACT_DOCUMENT).is_file():
             return folder
         found = sorted(one.parent for one in folder.glob(f"conditioning-*/{ARTEFACT_DOCUMENT}"))
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise JobError(f"'{address}' cannot be looked at ({error})") from None
     if len(found) > 1:
         raise JobError(f"'{address}' holds {len(found)} artefacts; name one of {', '.join(one.name for one in found)}")

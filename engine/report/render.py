@@ -156,6 +156,9 @@ def render(store: Store, manifest: dict[str, Any], title: str, labels: list[str]
         "pairs": error_pairs(rows, names),
         "failures": [(clip(message, MAX_MESSAGE_CHARS), count) for message, count in failures(metadata)],
         "screening": _screening(manifest["counts"].get("screening", {}), names),
+        "num_screening_left_out": sum(
+            max(0, len(classes) - MAX_SCREENED_CLASSES) for classes in manifest["counts"].get("screening", {}).values()
+        ),
         "dials": _dials(manifest.get("dials", {})),
         "models": _models(manifest["models"]),
         "facts": _facts(manifest),

@@ -124,7 +124,7 @@ def _row(context: str, right: Right, members: NDArray[np.int64]) -> Row:
         arm: tuple(float(one[members].mean()) for one in seeds) for arm, seeds in right.items() if arm != BEFORE
     }
     differences = {
-        # Rounded, so that differences of as many images are equal.
+        # Rounded, so that differences of as many images are equal. Over seeds of training, on these very images.
         arm: mean_interval([round(ours - base, 12) for ours, base in zip(values, accuracies[NONE], strict=True)])
         for arm, values in accuracies.items()
         if arm != NONE

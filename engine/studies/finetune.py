@@ -142,7 +142,7 @@ def _batches(real: Samples, generated: Samples | None, recipe: Recipe, seed: int
 
 
 def _row_batches(num_rows: int, batch_size: int, rng: np.random.Generator) -> Iterator[Tensor]:
-    """Rows batch by batch without end: every row once before any comes again."""
+    """Rows batch by batch without end, in shuffled rounds over all rows."""
     waiting = np.empty(0, dtype=np.int64)
     while True:
         while len(waiting) < batch_size:

@@ -49,6 +49,9 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> Estimate:
     count = len(values)
     if count < 2:
         raise ValueError(f"an interval needs two values or more, not {count}")
+    if min(values) == max(values):
+        # A sum and a division would leave a hair of variance, and with it a width that looks measured.
+        return Estimate(values[0], values[0], values[0])
     mean = math.fsum(values) / count
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
     half = float(stdtrit(count - 1, 0.5 + level / 2)) * math.sqrt(variance / count)

@@ -57,9 +57,7 @@ DOCUMENT = "retrain.json"
 MODEL = "model"
 DOCUMENT_VERSION = 1
 MIN_REAL_IMAGES = 20
-# One in so many real images is kept from training, for the temperature.
-HELD_OUT = 10
-HELD_OUT_SEED = 0
+MIN_CALIBRATION_IMAGES = 100
 MAX_BATCH = 65_536
 MAX_LISTED = 1000
 _PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -76,10 +74,13 @@ class RetrainOptions:
         plain, risky: names of requests; empty for those that are so by nature.
         mix: share of each batch that is generated, where something is.
         labels: `hard` for the class of a generated sample, `soft` for its `soft_label`.
+        calibrate: images for the temperature of the model, unknown to it and to the target; without them it keeps the
+            target's.
     """
 
     real: str
     test: str
+    calibrate: str | None = None
     plain: tuple[str, ...] = ()
     risky: tuple[str, ...] = ()
     num_seeds: int = 5
@@ -190,21 +191,10 @@ class _Material:
 
     real: ImageSet
     test: ImageSet
+    calibration: ImageSet | None
     generated: GeneratedSet
     arms: Arms
     num_classes: int
-
-    @property
-    def held_out(self) -> Tensor:
-        """Rows of the real images for the temperature; the same for every seed."""
-        return choose_rows(len(self.real), max(1, len(self.real) // HELD_OUT), HELD_OUT_SEED)
-
-    @property
-    def training(self) -> Samples:
-        """The real images but those."""
-        kept = torch.ones(len(self.real), dtype=torch.bool)
-        kept[self.held_out] = False
-        return self.real.samples(self.num_classes).take(kept.nonzero()[:, 0])
 
 
 def retrain(uri: str, options: RetrainOptions, *, display: Display, folder: str | None = None) -> Retrained:
@@ -226,7 +216,8 @@ def retrain(uri: str, options: RetrainOptions, *, display: Display, folder: str 
         study = _check(uri, options, folder)
         real = open_images(options.real, study.labels, "--real")
         test = open_images(options.test, study.labels, "--test")
-        material, network = _load(study, real, test, display)
+        spare = open_images(options.calibrate, study.labels, "--calibrate") if options.calibrate else None
+        material, network = _load(study, real, test, spare, display)
         right, kept = _train(study, material, network, display)
         display.phase("comparing and writing")
         return _conclude(study, material, right, kept, started)
@@ -262,6 +253,12 @@ def choose_arms(run: StudiedRun, options: RetrainOptions) -> tuple[list[str], li
     requests = run.job.requests
     plain = plain or [one.name for one in requests if is_plain(one)]
     risky = risky or [one.name for one in requests if one.accept]
+    joint = [one.name for one in requests if one.boundary is not None and one.name in {*plain, *risky}]
+    if joint and options.labels == "hard":
+        raise JobError(
+            f"--labels: the samples of {', '.join(joint)} are of a joint prompt and have no single class; use soft, or"
+            " name other requests with --plain and --risky"
+        )
     if not risky:
         names = ", ".join(one.name for one in requests)
         raise JobError(f"--risky: no request of the run has an `accept` rule; name those whose samples to add: {names}")
@@ -304,7 +301,9 @@ def _why_filtered(run: StudiedRun, risky: list[str]) -> str:
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def _load(study: _Study, real: ImageSource, test: ImageSource, display: Display) -> tuple[_Material, Any]:
+def _load(
+    study: _Study, real: ImageSource, test: ImageSource, spare: ImageSource | None, display: Display
+) -> tuple[_Material, Any]:
     """All samples, and the network of the target."""
     display.phase("loading the target")
     quiet_libraries()
@@ -317,6 +316,9 @@ def _load(study: _Study, real: ImageSource, test: ImageSource, display: Display)
     material = _Material(
         real=read_images(real, "--real", options.real, preprocessing, display),
         test=read_images(test, "--test", options.test, preprocessing, display),
+        calibration=None
+        if spare is None or options.calibrate is None
+        else read_images(spare, "--calibrate", options.calibrate, preprocessing, display),
         generated=generated,
         arms=arms,
         num_classes=num_classes,
@@ -325,9 +327,16 @@ def _load(study: _Study, real: ImageSource, test: ImageSource, display: Display)
         raise JobError(
             f"--real: '{options.real}' has {len(material.real)} usable images; give {MIN_REAL_IMAGES} or more"
         )
+    if material.calibration is not None and len(material.calibration) < MIN_CALIBRATION_IMAGES:
+        raise JobError(
+            f"--calibrate: '{options.calibrate}' has {len(material.calibration)} usable images; give"
+            f" {MIN_CALIBRATION_IMAGES} or more"
+        )
     _check_sizes(material, options)
     for arm, reason in arms.left_out.items():
         display.notice(f"arm {arm} is left out: {reason}")
+    if soft and bool((generated.samples.targets.max(1).values == 1).all()):
+        display.notice("--labels soft: all samples are of single classes, whose soft labels are the hard ones")
     return material, network
 
 
@@ -352,7 +361,10 @@ def _train(
     """Whether each arm and seed is right on each test image, and the network of the first seed's accepted arm."""
     options, on_cpu = study.options, study.run.job.runtime.device == "cpu"
     network = network.to(training_device(on_cpu))
-    training, progress = material.training, _progress(options, 1 + len(material.arms.pools), display)
+    training, progress = (
+        material.real.samples(material.num_classes),
+        _progress(options, 1 + len(material.arms.pools), display),
+    )
     right: dict[str, list[NDArray[np.bool_]]] = {BEFORE: [_right(network.eval(), material.test)]}
     kept = None
     for seed in range(options.num_seeds):
@@ -415,20 +427,18 @@ def _conclude(
     comparison = compare(right, material.test.contexts)
     found = compare_errors(_attempts(study.run, _unguided(study)), comparison)
     overlap = len(set(material.test.keys) & set(material.real.keys))
-    said = findings(comparison, found)
-    if overlap:
-        said.append(f"Not independent: {overlap} different images of --test are also in --real.")
-    fit = _fit_temperature(study, material, kept)
+    said = findings(comparison, found) + _dependences(study, overlap)
+    temperature, fit = _temperature(study, material, kept)
     document = _describe_study(study, material) | {
         "images_in_both": overlap,
         "overall": dataclasses.asdict(comparison.overall),
         "contexts": [dataclasses.asdict(row) for row in comparison.contexts],
         "found": dataclasses.asdict(found) | {"num_ranked": found.num_ranked},
         "findings": said,
-        "temperature": dataclasses.asdict(fit) | {"used": _temperature_of(fit)},
+        "temperature": {"used": temperature, "fit": dataclasses.asdict(fit) if fit else None},
     }
     with fresh_folder(study.home) as built:
-        digest = _save_model(kept, study.target, _temperature_of(fit), built / MODEL)
+        digest = _save_model(kept, study.target, temperature, built / MODEL)
         document["model"] = {"arm": ACCEPTED, "seed": 0, "digest": digest}
         document["timing"] = {"seconds": time.monotonic() - started, "finished": time.time()}
         text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
@@ -454,7 +464,7 @@ def _describe_study(study: _Study, material: _Material) -> dict[str, Any]:
             "left_out": arms.left_out,
         },
         "data": {
-            "real": _describe_images(options.real, material.real) | {"held_out": len(material.held_out)},
+            "real": _describe_images(options.real, material.real),
             "test": _describe_images(options.test, material.test),
         },
         "seeds": list(range(options.num_seeds)),
@@ -468,7 +478,9 @@ def _unguided(study: _Study) -> list[str]:
     return [
         one.name
         for one in study.run.job.requests
-        if one.name in named and one.method == "prompt" and not (one.conditioning and one.conditioning.is_screened)
+        if one.name in named
+        and (one.method, one.boundary) == ("prompt", None)
+        and not (one.conditioning and one.conditioning.is_screened)
     ]
 
 
@@ -492,17 +504,35 @@ def _describe_images(address: str, images: ImageSet) -> dict[str, Any]:
     }
 
 
-def _fit_temperature(study: _Study, material: _Material, network: Any) -> TemperatureFit:
-    """The temperature of the kept network on the real images that no arm was trained on."""
-    rows = material.held_out
-    logits = predict(network, material.real.pixels[rows])
+def _dependences(study: _Study, overlap: int) -> list[str]:
+    """What makes the test images no strangers to the arms, as far as it can be seen."""
+    options, named = study.options, {*study.plain, *study.risky}
+    sentences = []
+    if overlap:
+        sentences.append(f"Not independent: {overlap} different images of --test are also in --real.")
+    for request in study.run.job.requests:
+        given = request.conditioning.images if request.conditioning else None
+        if request.name in named and given and _same_place(given, options.test):
+            sentences.append(f"Not independent: the samples of {request.name} are variations of the images of --test.")
+    return sentences
+
+
+def _same_place(one: str, other: str) -> bool:
+    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def _temperature(study: _Study, material: _Material, network: Any) -> tuple[float, TemperatureFit | None]:
+    """The temperature of the kept network: fitted on the images for it, or the target's.
+
+    Not on a part of the real images: they are mostly those that the target itself was trained on, and a network is too
+    sure of images that it knows. Where the likelihood has no maximum, the target's is kept as well.
+    """
     current = float(read_config(study.target / "config.json").get("temperature", 1.0))
-    return fit_temperature(logits, material.real.classes[rows], current)
-
-
-def _temperature_of(fit: TemperatureFit) -> float:
-    """The fitted one; where the likelihood has no maximum, that of the target."""
-    return fit.current if fit.bound else fit.fitted
+    if material.calibration is None:
+        return current, None
+    logits = predict(network, material.calibration.pixels)
+    fit = fit_temperature(logits, material.calibration.classes, current)
+    return (fit.current if fit.bound else fit.fitted), fit
 
 
 def _save_model(network: Any, target: Path, temperature: float, folder: Path) -> str:

@@ -19,7 +19,8 @@ def comparison_table(comparison: Comparison) -> Table:
     """Accuracy by context, arms as columns, the weakest contexts first."""
     arms = list(comparison.overall.accuracies)
     table = _table(
-        "Accuracy on the test images: before with Wilson's interval, arms as means over the seeds",
+        "Accuracy on the test images: before with Wilson's interval, arms as means over the seeds, difference with its"
+        " interval over the seeds",
         ["context", "images", BEFORE, *arms, f"{ACCEPTED} - {NONE}, points"],
         len(comparison.contexts),
     )

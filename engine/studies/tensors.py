@@ -15,15 +15,13 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from engine.errors import CorruptShardError, JobError
-from engine.images import SOUGHT, ImageSource, Unusable, UnusableImageError, decode_rgb
+from engine.images import ImageSource, Unusable, UnusableImageError, decode_rgb, image_key, nothing_usable
 from engine.models.preprocess import Preprocessing
 from engine.progress import Display
-from engine.records import NO_CLASS
 from engine.studies.finetune import Samples
 from engine.studies.samples import StudiedRun, read_samples
 
 ROWS = 64
-MAX_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -34,7 +32,7 @@ class ImageSet:
         pixels: [N, 3, h, w], preprocessed.
         classes: [N] class indices.
         contexts: of each image, those that it stands in.
-        keys: of each image, a digest of class and pixels.
+        keys: of each image, a digest of its pixels.
         unusable: what could not be used, as it was found.
         kind: what it was read as, in words.
     """
@@ -52,7 +50,8 @@ class ImageSet:
     @property
     def digest(self) -> str:
         """Digest of the images and their classes, whatever their order."""
-        return hashlib.sha256(b"".join(sorted(self.keys))).hexdigest()[:32]
+        rows = sorted(zip(self.classes.tolist(), self.keys, strict=True))
+        return hashlib.sha256(b"".join(f"{index}:".encode() + key for index, key in rows)).hexdigest()[:32]
 
     def samples(self, num_classes: int) -> Samples:
         """The images with one-hot targets."""
@@ -97,10 +96,10 @@ def read_images(
         stack.add(found.image)
         classes.append(found.class_index)
         contexts.append(found.contexts)
-        keys.append(_key(found.image, found.class_index))
+        keys.append(image_key(found.image))
         display.advance(f"reading {option}: {len(keys)}{f'/{source.num_images}' if source.num_images else ''} images")
     if not keys:
-        raise JobError(_nothing_usable(source, option, address, unusable))
+        raise JobError(nothing_usable(source, option, address, unusable))
     return ImageSet(
         pixels=stack.pixels(),
         classes=torch.tensor(classes),
@@ -135,8 +134,6 @@ def read_generated(
         list[bool](),
     )
     for data, record in read_samples(run, requests):
-        if record["class_index"] == NO_CLASS:
-            continue
         try:
             stack.add(decode_rgb(data))
         except UnusableImageError as error:
@@ -193,16 +190,3 @@ class _Stack:
             f"{self.what} cannot go through the target's preprocessing in one batch ({reason}); give images of one"
             " size, or a target whose preprocessor resizes"
         ) from None
-
-
-def _key(image: PIL.Image.Image, class_index: int) -> bytes:
-    head = f"{class_index}:{image.width}x{image.height}:".encode()
-    return hashlib.sha256(head + image.tobytes()).digest()
-
-
-def _nothing_usable(source: ImageSource, option: str, address: str, unusable: list[Unusable]) -> str:
-    if not unusable:
-        return f"{option}: '{address}' has no image (read as {source.kind}); give {SOUGHT}"
-    reasons = "; ".join(f"{one.name}: {one.reason}" for one in unusable[:MAX_SHOWN])
-    more = f"; and {len(unusable) - MAX_SHOWN} more" if len(unusable) > MAX_SHOWN else ""
-    return f"{option}: '{address}' has no usable image (read as {source.kind}): {reasons}{more}; give {SOUGHT}"
