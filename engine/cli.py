@@ -69,6 +69,10 @@ def main() -> None:
     except BrokenPipeError:
         # Whoever read has left; the interpreter's own flush at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if code == EXIT_DRAINED:
+        # Threads that still compute would abort the interpreter's own end.
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
@@ -135,6 +139,8 @@ def plan(
     set_: SetOption = None,
 ) -> None:
     """Show what a job will make and cost, without making it."""
+    if validate and calibrate:
+        raise JobError("--calibrate: makes samples, and --validate only checks; leave one of the two out")
     if price_per_hour is not None and not calibrate:
         raise JobError("--price-per-hour: needs the hours of a measurement; add --calibrate")
     spec = _load(job, set_)
@@ -144,8 +150,12 @@ def plan(
     from engine.cost import job_cost
     from engine.run import plan_job
 
-    planned = plan_job(spec)
-    cost = job_cost(spec, planned, _measure(spec, planned) if calibrate else None)
+    try:
+        planned = plan_job(spec, _make_display()) if calibrate else plan_job(spec)
+        cost = job_cost(spec, planned, _measure(spec, planned) if calibrate else None)
+    except KeyboardInterrupt:
+        _complain("stopped; nothing is stored")
+        raise typer.Exit(EXIT_DRAINED) from None
     if as_json:
         _print_json(_cost_fields(spec, cost, price_per_hour))
     else:
@@ -341,12 +351,14 @@ def _console(*, stderr: bool = False) -> Console:
 
 def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     """Check all that can be checked without a model being loaded or fetched."""
+    from engine.dataset.store import open_store
     from engine.models.addresses import check_addresses, missing_artefacts, read_labels
     from engine.plan import resolve_requests
     from engine.run import check_hardware
 
     check_addresses(job)
     check_hardware(job, is_here=False)
+    open_store(job.output.uri)
     labels = read_labels(job.models.target)
     if labels is not None:
         resolve_requests(job, labels)
@@ -440,7 +452,9 @@ def _print_prepared(prepared: Prepared) -> None:
     found = prepared.conditioning
     num_images, num_errors, fit = sum(found.counts), sum(found.num_errors), found.temperature
     _print_classes(found)
-    print(f"images         {num_images} of {len(found.labels)} classes, from {prepared.source}")
+    with_images = sum(count > 0 for count in found.counts)
+    print(f"images         {num_images} in {with_images} of {len(found.labels)} classes, from {prepared.source}")
+    print(f"statistics     {_statistics_text(found)}")
     print(f"encoder        {prepared.encoder}")
     print(f"unusable       {len(found.unusable)}")
     _print_some([f"{one.name}: {one.reason}" for one in found.unusable])
@@ -456,6 +470,11 @@ def _print_prepared(prepared: Prepared) -> None:
     _print_some(found.notes())
     there = "was there already, equal" if prepared.was_there else duration(prepared.seconds)
     print(f"artefact       {prepared.path} ({there})")
+
+
+def _statistics_text(found: Conditioning) -> str:
+    components = found.options["statistics"]["components"]
+    return "one Gaussian a class" if components == 1 else f"a mixture of up to {components} Gaussians a class"
 
 
 def _print_classes(found: Conditioning) -> None:
@@ -490,7 +509,7 @@ def _auc_text(quality: Quality | None) -> str:
 
 def _print_retrained(retrained: Retrained) -> None:
     """Tables by context, findings, what was trained on, and where it is stored."""
-    from engine.studies.retrain import MODEL
+    from engine.studies.retrain import DOCUMENT, MODEL
     from engine.studies.tables import comparison_table, found_table
 
     document, console = retrained.document, _console()
@@ -510,6 +529,7 @@ def _print_retrained(retrained: Retrained) -> None:
     origin = "fitted on --calibrate" if temperature["fit"] else "the target's; --calibrate DATA fits it"
     print(f"temperature  {temperature['used']:.4g}, {origin}")
     print(f"model        {retrained.path / MODEL}")
+    print(f"figures      {retrained.path / DOCUMENT}")
 
 
 def _print_some(lines: list[str], where: str = "conditioning.json") -> None:

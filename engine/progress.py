@@ -274,7 +274,7 @@ def _live_rows(tally: Tally) -> Iterator[RequestTally]:
 
 def _line(row: RequestTally, now: float) -> str:
     parts = [f"{row.name} {row.num_done}/{row.total} samples"]
-    if row.committed:
+    if row.accepted < row.committed:
         parts.append(f"{row.accepted} of {row.committed} accepted")
     if rate := row.rate(now):
         parts.append(f"{rate:.1f}/s")

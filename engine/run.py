@@ -194,24 +194,33 @@ def _conditioning_digests(
     return conditioning_digests(job, requests, labels, progress=display.advance, notice=display.notice)
 
 
-def plan_job(job: JobSpec) -> Plan:
+def plan_job(job: JobSpec, display: Display | None = None) -> Plan:
     """The plan of a job as far as its shards go: models are found, their contents are not looked at.
+
+    Args:
+        display: given where samples are to be made: artefacts and given images are then looked into.
 
     Raises:
         JobError: models or classes that are not there.
     """
     check_addresses(job)
     addresses = {job.models.diffusion, *(request.diffusion for request in job.requests if request.diffusion)}
-    sources = [spec.artefact or spec.images for request in job.requests if (spec := request.conditioning)]
+    labels = target_labels(job)
+    conditioning = dict.fromkeys(
+        [spec.artefact or spec.images or "" for request in job.requests if (spec := request.conditioning)], ""
+    )
+    if display is not None:
+        with contextlib.closing(display):
+            conditioning = _conditioning_digests(job, resolve_requests(job, labels), labels, display)
     unknown = {
         "diffusion": dict.fromkeys(addresses, ""),
-        "conditioning": dict.fromkeys(sources, ""),
+        "conditioning": conditioning,
         "clip": "",
         "target": "",
         "transfer": [],
         "oracle": "",
     }
-    return build_plan(job, target_labels(job), unknown)
+    return build_plan(job, labels, unknown)
 
 
 def check_hardware(job: JobSpec, *, is_here: bool) -> None:
@@ -315,6 +324,11 @@ def _remarks(manifest: dict[str, Any]) -> list[str]:
             f"{name}: {screened} of {samples} samples screened in {draws} draws; of a class's draws {min(rates):.1%} to"
             f" {max(rates):.1%} pass"
         )
+        if not screened:
+            lines.append(f"{name}: no draw passed; lower conditioning.threshold, or raise max_draws")
+    for name, counts in manifest["counts"]["requests"].items():
+        if counts["rejected"] and not counts["accepted"]:
+            lines.append(f"{name}: its rule accepted none of {counts['attempted']} samples")
     for name, one in manifest["dials"].items():
         near = f"{one['share_within_tolerance']:.0%} within {one['tolerance']:g}"
         lines.append(

@@ -323,7 +323,8 @@ def _schedule_problems(request: RequestSpec, base: dict[str, dict[str, Any]], wh
     stop = sampling.num_inference_steps + (not guidance["skip_last"])
     if any(index % guidance["every"] == 0 for index in range(first, stop)):
         return []
-    text = f"leaves none of {sampling.num_inference_steps} steps guided; lower `every` or add steps"
+    widen = ", widen `gradient_range`" if guidance.get("gradient_range", 1.0) < 1 else ""
+    text = f"leaves none of {sampling.num_inference_steps} steps guided; lower `every`{widen} or add steps"
     return [((*where, "guidance", request.method), text)]
 
 
@@ -399,6 +400,9 @@ def _conditioning_problems(request: RequestSpec) -> list[Problem]:
         problems.append(((), "give either `artefact` (class statistics) or `images` (to vary)"))
     elif conditioning.images is not None and conditioning.screening:
         problems.append((("screening",), "given images are not screened; leave it out, or give an artefact"))
+    elif not conditioning.is_screened:
+        unused = [name for name in ("threshold", "max_draws") if name in conditioning.model_fields_set]
+        problems += [((name,), "has no effect without screening; leave it out") for name in unused]
     return problems
 
 
@@ -424,7 +428,12 @@ def _validate(spec: type[BaseModel], raw: dict[str, Any], where: Location) -> tu
                 (*_location(item["loc"][:-1]), item["loc"][-1]) if item["type"] in _KEYED else _location(item["loc"])
             )
             found.setdefault((*where, *location), _explain(spec, item, location))
-        return None, list(found.items())
+        # A list that loses its wrong items is called too short, which says nothing new.
+        return None, [(at, text) for at, text in found.items() if not any(_is_below(other, at) for other in found)]
+
+
+def _is_below(location: Location, above: Location) -> bool:
+    return len(location) > len(above) and location[: len(above)] == above
 
 
 _KEYED = ("extra_forbidden", "missing")
@@ -445,6 +454,8 @@ def _explain(root: type[BaseModel], item: Any, location: Location) -> str:
         return "unknown key" + nearest(key, list(_fields_at(root, location[:-1])))
     if kind == "missing":
         return "missing; this key is required"
+    if key == "conditioning":
+        return f"{value} is neither the address of an artefact nor a mapping with `artefact` or `images`"
     if kind == "literal_error":
         if key == "scheduler" and item["input"] in STOCHASTIC_SCHEDULERS:
             return f"{value} draws noise at every step; use a deterministic one: {item['ctx']['expected']}"
@@ -522,6 +533,8 @@ def apply_overrides(raw: dict[str, Any], overrides: list[tuple[str, Any]]) -> di
         current: Any = result
         try:
             for part in parts[:-1]:
+                if part == "conditioning" and isinstance(current.get(part), str):
+                    current[part] = {"artefact": current[part]}
                 current = current[int(part)] if isinstance(current, list) else current.setdefault(part, {})
             if isinstance(current, list):
                 current[int(parts[-1])] = value

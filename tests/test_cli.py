@@ -192,8 +192,9 @@ def test_a_reader_that_leaves_is_no_error():
     assert done.stderr == ""
 
 
-def test_an_interrupt_says_how_to_go_on(tmp_path):
-    """Ctrl-C while models are loaded: the exit code for later, no traceback, and nothing lost."""
+@pytest.mark.parametrize("moment", ["loading models", " samples"])
+def test_an_interrupt_says_how_to_go_on(tmp_path, moment):
+    """Ctrl-C while models are loaded, and while threads sample: the exit code for later, no traceback, no abort."""
     command = [RISKFORGE, "run", QUICKSTART, "--output", str(tmp_path / "out"), "--executor", "local"]
     process = subprocess.Popen(
         command,
@@ -204,7 +205,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path):
     )
     assert process.stderr is not None
     for line in process.stderr:
-        if "loading models" in line:
+        if moment in line:
             break
     assert process.poll() is None
     process.send_signal(signal.SIGINT)

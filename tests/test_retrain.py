@@ -388,6 +388,8 @@ def test_without_rejected_images_there_is_no_unfiltered_arm(home, target, small)
     [
         ({"num_seeds": 1}, "--seeds: 1 is too few"),
         ({"num_steps": 0}, "--steps: 0 trains nothing"),
+        ({"num_seeds": 10**6}, "--seeds: 1000000 is too many"),
+        ({"num_steps": 10**12}, "--steps: 1000000000000 is too many"),
         ({"mix": 0.0}, "--mix: 0 is not between 0 and 1"),
         ({"mix": float("nan")}, "--mix: nan is not between 0 and 1"),
         ({"mix": 0.01}, "--mix: 0.01 of a batch of 16 leaves 0 generated"),

@@ -189,6 +189,8 @@ def test_a_run_tells_of_its_screening_and_resumes(tmp_path, capsys):
         assert one["acceptance_rate"] == pytest.approx(one["screened"] / one["draws"])
     digest = zoo_artefact().digest
     assert manifest["models"]["conditioning"] == [{"address": ARTEFACT, "digest": digest}]
+    card = (output / "README.md").read_text()
+    assert "the target's error predictor expected an error" in card and "not screened" in card
     errors = sum(row["is_error"] for row in rows) / len(rows)
     assert any(row["status"] == "rejected" for row in rows)
     assert f"<dd>{errors:.1%}".replace("%", " %") in (output / "report.html").read_text().replace("\u202f", " ")
@@ -276,6 +278,9 @@ def test_given_images_are_varied_in_their_order(tmp_path):
         ({"conditioning": {"artefact": ARTEFACT, "max_draws": 0}}, "max_draws: 0"),
         ({"conditioning": {"artefact": ARTEFACT, "noise_level": 1000}}, "noise_level: 1000"),
         ({"conditioning": {"artifact": ARTEFACT}}, "did you mean 'artefact'"),
+        ({"conditioning": [ARTEFACT]}, "neither the address of an artefact nor a mapping"),
+        ({"conditioning": {"artefact": ARTEFACT, "screening": False, "threshold": 0.9}}, "threshold: has no effect"),
+        ({"conditioning": str(Path(__file__))}, "is a file; give the folder of an artefact"),
         ({"conditioning": f"{ZOO}conditionin"}, "did you mean 'digits/conditioning'"),
         ({"classes": None, "boundary": ["three", "eight"]}, "embeddings are of single classes"),
         ({"conditioning": None, "accept": {"screened": True}}, "no sample is screened"),
@@ -288,6 +293,23 @@ def test_impossible_conditioning_is_refused_before_a_model_is_loaded(changes, me
     """Field, value and remedy, from the job file and the configurations alone."""
     with pytest.raises(JobError, match=message):
         check_addresses(parse_job(make_job(tmp_path, request(**changes))))
+
+
+def test_costs_of_a_conditioned_job_are_measured(tmp_path, capsys):
+    """Planning looks at no artefact; measuring makes samples, and a worker insists on the plan's digest."""
+    path = write_job(tmp_path, request(classes=["three"], count=2))
+    assert run_cli("plan", path, "--calibrate", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["device_hours"] > 0
+
+
+def test_settings_reach_into_an_address(tmp_path, capsys):
+    """`--set` of a key of `conditioning` where the job has the short form."""
+    path = write_job(tmp_path, request())
+    assert run_cli("plan", path, "--validate", "--set", "requests.0.conditioning.threshold=0.8") == 0
+    assert run_cli("plan", path, "--validate", "--set", "requests.0.conditioning.threshold=2") == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: requests.0.conditioning.threshold: 2: input should be less than 1"
+    ]
 
 
 def test_an_artefact_that_is_not_there_yet_is_told_and_not_run(tmp_path, capsys):

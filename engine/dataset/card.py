@@ -10,10 +10,10 @@ import yaml
 from engine.dataset.schema import DESCRIPTIONS
 from engine.dataset.shards import SHARDS
 from engine.dataset.summary import GroupSummary, Spread
-from engine.spec import JobSpec
+from engine.spec import ConditioningSpec, JobSpec
 
 _METHODS = {
-    "prompt": "sampled from the prompt alone, without the classifier: the baseline",
+    "prompt": "sampled without guidance",
     "boundary": "guided by the target's KLDB, towards the decision boundary between the classes of the request",
     "risky": "guided to risk for the target under conformity to the class",
 }
@@ -127,6 +127,8 @@ def _requests(job: JobSpec) -> str:
             f"{request.count} for each class or subset and context; contexts: {len(request.contexts)}.",
             f"  - sampling: {_parameters(job.sampling_of(request).model_dump())}",
         ]
+        if request.conditioning:
+            lines.append(f"  - conditioning: {_conditioning(request.conditioning)}")
         if request.prompt:
             lines.append(f"  - prompt: {code(request.prompt, table=False)}")
         if request.method == "boundary":
@@ -137,6 +139,17 @@ def _requests(job: JobSpec) -> str:
         if request.accept:
             lines.append(f"  - accepted when: {_parameters(request.accept)}")
     return "\n".join(lines)
+
+
+def _conditioning(spec: ConditioningSpec) -> str:
+    """What the embeddings of a request were, with the parameters that had an effect."""
+    if spec.images is not None:
+        return f"embeddings of given images, {_parameters({'images': spec.images, 'noise_level': spec.noise_level})}"
+    kept: dict[str, Any] = {"artefact": spec.artefact, "noise_level": spec.noise_level}
+    if not spec.is_screened:
+        return f"embeddings drawn from class statistics, not screened, {_parameters(kept)}"
+    kept |= {"threshold": spec.threshold, "max_draws": spec.max_draws}
+    return f"embeddings drawn until the target's error predictor expected an error, {_parameters(kept)}"
 
 
 def _parameters(values: dict[str, Any]) -> str:

@@ -46,7 +46,7 @@ def locate(address: str) -> Source:
         JobError: no zoo part of that name (the nearest is offered), no such folder and not a hub id.
     """
     if address.startswith("zoo:"):
-        return Source(address, _zoo_folder(address.removeprefix("zoo:")))
+        return Source(address, _zoo_folder(address.removeprefix("zoo:").rstrip("/")))
     try:
         folder = Path(address).expanduser()
         if folder.is_dir():
@@ -279,12 +279,14 @@ def find_artefact(address: str) -> Path | None:
         JobError: no such zoo part, a folder with several artefacts, or a path that cannot be looked at.
     """
     if address.startswith("zoo:"):
-        folder = _zoo_folder(address.removeprefix("zoo:"))
+        folder = _zoo_folder(address.removeprefix("zoo:").rstrip("/"))
         if not (folder / ARTEFACT_DOCUMENT).is_file():
             raise JobError(f"'{address}' is a model, not a conditioning artefact such as zoo:digits/conditioning")
         return folder
     try:
         folder = Path(address).expanduser()
+        if folder.is_file():
+            raise JobError(f"'{address}' is a file; give the folder of an artefact, or one that holds it")
         if (folder / ARTEFACT_DOCUMENT).is_file():
             return folder
         found = sorted(one.parent for one in folder.glob(f"conditioning-*/{ARTEFACT_DOCUMENT}"))
@@ -308,7 +310,7 @@ def missing_artefacts(job: JobSpec) -> list[str]:
             missing.setdefault(spec.artefact, []).append(request.name)
     return [
         f"conditioning: there is no artefact at '{address}' yet (request {', '.join(names)}); make it with `riskforge"
-        " prepare JOB --data PATH`"
+        f" prepare JOB --data PATH --output {address}`"
         for address, names in missing.items()
     ]
 

@@ -33,6 +33,7 @@ def check_folder(home: Path, document: str, parts: tuple[str, ...], study: str) 
     place = home.parent if nearest == home else nearest
     if not os.access(place, os.W_OK | os.X_OK):
         raise OutputError(f"--output: {place} is not writable; change the permissions or choose another")
+    _try_out(place)
     with explained(home):
         names = sorted(one.name for one in home.iterdir()) if home.is_dir() else []
     foreign = [name for name in names if name not in parts]
@@ -58,6 +59,16 @@ def fresh_folder(home: Path) -> Iterator[Path]:
             _swap(built, home)
         finally:
             shutil.rmtree(built, ignore_errors=True)
+
+
+def _try_out(place: Path) -> None:
+    """Make a folder and remove it: some file systems say that they are writable and are not."""
+    probe = place / f".riskforge-{secrets.token_hex(4)}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise OutputError(f"--output: nothing can be made in {place} ({error.strerror}); choose another") from None
 
 
 def _swap(built: Path, home: Path) -> None:

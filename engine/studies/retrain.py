@@ -59,6 +59,9 @@ DOCUMENT_VERSION = 1
 MIN_REAL_IMAGES = 20
 MIN_CALIBRATION_IMAGES = 100
 MAX_BATCH = 65_536
+MAX_SEEDS, MAX_STEPS = 1000, 1_000_000
+# With fewer generated samples an arm tells little.
+FEW_SAMPLES = 50
 MAX_LISTED = 1000
 _PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
@@ -109,8 +112,12 @@ class RetrainOptions:
         problems = []
         if self.num_seeds < 2:
             problems.append(f"--seeds: {self.num_seeds} is too few, intervals are over seeds; give 2 or more")
+        elif self.num_seeds > MAX_SEEDS:
+            problems.append(f"--seeds: {self.num_seeds} is too many; give {MAX_SEEDS} or fewer")
         if self.num_steps < 1:
             problems.append(f"--steps: {self.num_steps} trains nothing; give 1 or more")
+        elif self.num_steps > MAX_STEPS:
+            problems.append(f"--steps: {self.num_steps} is too many; give {MAX_STEPS} or fewer")
         if not 2 <= self.batch_size <= MAX_BATCH:
             problems.append(f"--batch-size: {self.batch_size} is not between 2 and {MAX_BATCH}")
         elif not 0 < self.mix < 1:
@@ -335,6 +342,8 @@ def _load(
     _check_sizes(material, options)
     for arm, reason in arms.left_out.items():
         display.notice(f"arm {arm} is left out: {reason}")
+    if arms.num_samples < FEW_SAMPLES:
+        display.notice(f"each arm has only {arms.num_samples} generated samples; differences may be chance")
     if soft and bool((generated.samples.targets.max(1).values == 1).all()):
         display.notice("--labels soft: all samples are of single classes, whose soft labels are the hard ones")
     return material, network
