@@ -55,7 +55,7 @@ WorkersOption = Annotated[int | None, typer.Option(metavar="N", help="Workers; r
 
 
 def main() -> None:
-    """Entry point of the command: exit codes and messages as the contract has them."""
+    """Run the command line: exit codes and messages as the contract has them."""
     code: Any = 0
     try:
         app()
@@ -69,11 +69,19 @@ def main() -> None:
     except BrokenPipeError:
         # Whoever read has left; the interpreter's own flush at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if code == EXIT_DRAINED:
-        # Threads that still compute would abort the interpreter's own end.
-        sys.stderr.flush()
-        os._exit(code)
     sys.exit(code)
+
+
+def console() -> None:
+    """The installed command: `main`, in a process that is ours to end."""
+    try:
+        main()
+    except SystemExit as end:
+        if end.code == EXIT_DRAINED:
+            # Threads that still compute would abort the interpreter's own end.
+            sys.stderr.flush()
+            os._exit(EXIT_DRAINED)
+        raise
 
 
 def _print_version(wanted: bool) -> None:

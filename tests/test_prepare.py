@@ -931,7 +931,7 @@ def test_the_command_tells_what_it_found(folder, tmp_path):
     (path,) = (tmp_path / "home").iterdir()
     assert f"artefact       {path} (" in done.stdout
     for text in (
-        "images         240 of 10 classes",
+        "images         240 in 10 of 10 classes",
         "unusable       25",
         "target errors",
         "AUC",
