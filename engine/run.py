@@ -241,7 +241,10 @@ def target_labels(job: JobSpec) -> list[str]:
     """The class names of a job's target; a model of the hub is fetched for them."""
     labels = read_labels(job.models.target)
     if labels is None:
-        resolve(job.models.target)
+        try:
+            resolve(job.models.target)
+        except JobError as error:
+            raise JobError([f"models.target: {problem}" for problem in error.problems]) from None
         labels = read_labels(job.models.target)
     assert labels is not None, "a resolved model has labels"
     return labels

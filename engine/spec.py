@@ -456,6 +456,8 @@ def _explain(root: type[BaseModel], item: Any, location: Location) -> str:
         return "missing; this key is required"
     if key == "conditioning":
         return f"{value} is neither the address of an artefact nor a mapping with `artefact` or `images`"
+    if kind in ("int_type", "float_type") and _is_number(item["input"]):
+        return f"{value} is text to YAML, not a number; write it with its digits, such as 1000000 or 0.001"
     if kind == "literal_error":
         if key == "scheduler" and item["input"] in STOCHASTIC_SCHEDULERS:
             return f"{value} draws noise at every step; use a deterministic one: {item['ctx']['expected']}"
@@ -464,6 +466,13 @@ def _explain(root: type[BaseModel], item: Any, location: Location) -> str:
     if kind == "string_pattern_mismatch" and key in ("name", "seed_group"):
         return f"{value} may hold only a-z, 0-9 and inner hyphens"
     return f"{value}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _is_number(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and bool(float(text))
+    except ValueError:
+        return False
 
 
 def nearest(word: str, choices: list[str]) -> str:

@@ -276,6 +276,7 @@ def test_given_images_are_varied_in_their_order(tmp_path):
         ({"conditioning": {"images": "x", "screening": True}}, "given images are not screened"),
         ({"conditioning": {"artefact": ARTEFACT, "threshold": 1}}, "threshold: 1: input should be less than 1"),
         ({"conditioning": {"artefact": ARTEFACT, "max_draws": 0}}, "max_draws: 0"),
+        ({"conditioning": {"artefact": ARTEFACT, "max_draws": "1e3"}}, "is text to YAML, not a number"),
         ({"conditioning": {"artefact": ARTEFACT, "noise_level": 1000}}, "noise_level: 1000"),
         ({"conditioning": {"artifact": ARTEFACT}}, "did you mean 'artefact'"),
         ({"conditioning": [ARTEFACT]}, "neither the address of an artefact nor a mapping"),

@@ -15,6 +15,8 @@ from engine.conditioning.embeddings import check_kind, class_text
 
 _Z95 = 1.959963984540054
 POOLED = -1
+# Below this many held-out errors an interval that includes 0.5 says nothing of chance.
+FEW_ERRORS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +46,6 @@ class Quality:
     auc_low: float | None = None
     auc_high: float | None = None
     verdict: str
-
-    @property
-    def is_near_chance(self) -> bool:
-        """Whether the interval of the AUC includes 0.5."""
-        return self.auc_low is not None and self.auc_high is not None and self.auc_low <= 0.5 <= self.auc_high
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +169,8 @@ def _verdict(auc: float, low: float, high: float, num_errors: int) -> str:
         return f"better than chance: {figures}"
     if high < 0.5:
         return f"worse than chance: {figures}; what was learned does not carry over"
-    return f"near chance: {figures} includes 0.5; nothing shows that screening selects errors"
+    doubt = "near chance" if num_errors >= FEW_ERRORS else "too few errors to tell"
+    return f"{doubt}: {figures} includes 0.5; nothing shows that screening selects errors"
 
 
 def _too_few(name: str, index: int, errors: Tensor, needed: int) -> Quality | None:
