@@ -198,7 +198,8 @@ def plan_job(job: JobSpec, display: Display | None = None) -> Plan:
     """The plan of a job as far as its shards go: models are found, their contents are not looked at.
 
     Args:
-        display: given where samples are to be made: artefacts and given images are then looked into.
+        display: given where samples are to be made: artefacts and given images are then looked into. It is closed in
+            the end.
 
     Raises:
         JobError: models or classes that are not there.
