@@ -14,6 +14,8 @@ from typing import Any
 SCORES = (
     "risk", "p_label", "conformity", "conformity_margin", "kldb", "kldb_balance", "kldb_mass", "entropy",
 )  # fmt: skip
+# Of the entry of the judge, the second CLIP model: name of the condition and of the score.
+JUDGE_SCORES = {"judge_conformity": "conformity", "judge_conformity_margin": "conformity_margin"}
 FLAGS = ("is_error", "screened")
 ORACLE = ("agrees", "disagrees")
 _COMPARISON = re.compile(r"\s*(<=|>=|<|>)\s*(\S+)\s*")
@@ -33,10 +35,10 @@ def rule_problems(rule: Mapping[str, Any]) -> list[tuple[str, str]]:
             wrong = None if isinstance(wanted, bool) else f"{wanted!r} is not true or false"
         elif name == "oracle":
             wrong = None if wanted in ORACLE else f"{wanted!r} is not one of {', '.join(ORACLE)}"
-        elif name in SCORES:
+        elif name in SCORES or name in JUDGE_SCORES:
             wrong = _comparison_problem(wanted)
         else:
-            wrong = f"unknown condition; use {', '.join((*FLAGS, 'oracle', *SCORES))}"
+            wrong = f"unknown condition; use {', '.join((*FLAGS, 'oracle', *SCORES, *JUDGE_SCORES))}"
         if wrong:
             problems.append((name, wrong))
     return problems
@@ -57,7 +59,8 @@ def _holds(name: str, wanted: Any, record: Mapping[str, Any], subset: tuple[int,
         return bool(record[name] == wanted)
     if name == "oracle":
         return (record["oracle_class"] in subset) == (wanted == "agrees")
-    return all(compare(record[name], bound) for compare, bound in _comparisons(wanted))
+    value = record["judge"][0][JUDGE_SCORES[name]] if name in JUDGE_SCORES else record[name]
+    return all(compare(value, bound) for compare, bound in _comparisons(wanted))
 
 
 def _comparisons(wanted: str | list[str]) -> list[tuple[Callable[[float, float], bool], float]]:

@@ -57,6 +57,7 @@ class Generator:
             Clip.load(job.models.clip, device),
             [Classifier.load(address, device) for address in job.models.transfer],
             Classifier.load(job.models.oracle, device) if job.models.oracle else None,
+            Clip.load(job.models.judge, device) if job.models.judge else None,
         )
         self._diffusion: dict[str, Diffusion] = {}
         self._conditioners: dict[int, Conditioner] = {}

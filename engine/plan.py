@@ -18,7 +18,10 @@ from typing import Any
 from engine.errors import JobError
 from engine.spec import CLASS_TEMPLATE, JOINT_SEPARATOR, MAX_SEED, JobSpec, RequestSpec, nearest
 
-SCHEMA_VERSION = 1
+# Of the columns of new runs (`engine.records`).
+SCHEMA_VERSION = 2
+# Of what a digest covers: it grows only when pixels or scores of an old plan would come out otherwise.
+IDENTITY_VERSION = 1
 # Stands in a key where the class index would, for a joint prompt.
 JOINT_CODE = "mix"
 
@@ -132,14 +135,20 @@ class Plan:
         requests: the job's requests, resolved.
         identity: what decides pixels and scores (`plan_identity`).
         stages: lists of extents, one list for each time that the job was extended.
+        schema_version: of the columns of its shards; a run keeps that which it began with.
     """
 
     def __init__(
-        self, requests: tuple[RequestPlan, ...], identity: dict[str, Any], stages: tuple[tuple[Extent, ...], ...]
+        self,
+        requests: tuple[RequestPlan, ...],
+        identity: dict[str, Any],
+        stages: tuple[tuple[Extent, ...], ...],
+        schema_version: int = SCHEMA_VERSION,
     ) -> None:
         self.requests = requests
         self.identity = identity
         self.stages = stages
+        self.schema_version = schema_version
         self._extents = [extent for stage in stages for extent in stage]
         self._first_shard = list(itertools.accumulate((extent.num_shards for extent in self._extents), initial=0))
 
@@ -317,10 +326,10 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
 
     Args:
         digests: `{"diffusion": {address: digest}, "clip": digest, "target": digest, "transfer": [digest],
-            "oracle": digest, "conditioning": {address: digest}}`.
+            "oracle": digest, "conditioning": {address: digest}}`, and `"judge": digest` where there is one.
     """
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": IDENTITY_VERSION,
         "name": job.name,
         "seed": job.seed,
         "models": {key: value for key, value in digests.items() if key not in ("diffusion", "conditioning")},

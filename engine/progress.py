@@ -328,6 +328,8 @@ def medians_table(groups: list[GroupSummary]) -> Table:
         "oracle agrees",
         "valid failures",
     ]
+    has_judge = any(group.judge_conformity is not None for group in groups)
+    names += ["judge's conformity"] if has_judge else []
     for name in names:
         table.add_column(Text(name), justify="left" if name in ("request", "context") else "right")
     for group in groups[:MAX_GROUP_ROWS]:
@@ -347,6 +349,7 @@ def medians_table(groups: list[GroupSummary]) -> Table:
                     group.valid_failure_rate,
                 )
             ),
+            *([ABSENT if group.judge_conformity is None else f"{group.judge_conformity:.3g}"] if has_judge else []),
         )
     return table
 

@@ -1,7 +1,8 @@
-"""What is recorded of a sample: the fields of `schema_version` 1, their types and their empty values.
+"""What is recorded of a sample: the fields of `schema_version` 2, their types and their empty values.
 
 A record is a plain dict with every deterministic field present, in this order, and no nulls (contract: sample
-metadata). The run-dependent fields are added beside it and never enter the tar.
+metadata). The run-dependent fields are added beside it and never enter the tar. Version 1 is version 2 without `judge`;
+both are read, and a run that began with it goes on in it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ STATUS_REJECTED = "rejected"
 STATUS_FAILED = "failed"
 NO_CLASS = -1
 
-# Name -> type: "int", "float", "bool", "str", "ints", "floats", "transfers".
+# Name -> type: "int", "float", "bool", "str", "ints", "floats", or a list of one of `ENTRY_FIELDS`.
 DETERMINISTIC_FIELDS: dict[str, str] = {
     "schema_version": "int",
     "key": "str",
@@ -52,6 +53,7 @@ DETERMINISTIC_FIELDS: dict[str, str] = {
     "oracle_class": "int",
     "accepted": "bool",
     "transfer": "transfers",
+    "judge": "judges",
 }
 RUN_FIELDS: dict[str, str] = {
     "batch_size": "int",
@@ -60,11 +62,16 @@ RUN_FIELDS: dict[str, str] = {
     "worker": "str",
     "sha256": "str",
 }
-# A transfer entry: a classifier that was scored and never guided on.
-TRANSFER_FIELDS: dict[str, str] = {"model": "str", "predicted_class": "int", "risk": "float"}
+# Entries of a list: a classifier that was scored and never guided on, and a CLIP model that was never guided on.
+ENTRY_FIELDS: dict[str, dict[str, str]] = {
+    "transfers": {"model": "str", "predicted_class": "int", "risk": "float"},
+    "judges": {"model": "str", "conformity": "float", "conformity_margin": "float"},
+}
+# Fields that came with a later version than the first.
+_SINCE = {"judge": 2}
 
 _EMPTY: dict[str, Any] = {
-    "int": 0, "float": 0.0, "bool": False, "str": "", "ints": [], "floats": [], "transfers": [],
+    "int": 0, "float": 0.0, "bool": False, "str": "", "ints": [], "floats": [], "transfers": [], "judges": [],
 }  # fmt: skip
 _CLASS_FIELDS = ("class_index", "predicted_class", "oracle_class")
 
@@ -84,6 +91,22 @@ class SampleResult:
     image: bytes = b""
     run: dict[str, Any] = field(default_factory=dict)
     num_draws: int = 0
+
+
+def fields_of(version: int) -> dict[str, str]:
+    """Name and type of the deterministic fields of a schema version, in order.
+
+    Raises:
+        ValueError: a version that is not read here.
+    """
+    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
+        raise ValueError(f"schema_version {version!r} is not one of 1 to {SCHEMA_VERSION}")
+    return {name: kind for name, kind in DETERMINISTIC_FIELDS.items() if _SINCE.get(name, 1) <= version}
+
+
+def in_version(record: dict[str, Any], version: int) -> dict[str, Any]:
+    """A record as a schema version has it: fields of later ones are left out."""
+    return {name: record[name] for name in fields_of(version)} | {"schema_version": version}
 
 
 def new_record(spec: SampleSpec) -> dict[str, Any]:
@@ -114,15 +137,16 @@ def failed_record(spec: SampleSpec, message: str) -> dict[str, Any]:
 
 
 def check_record(record: dict[str, Any]) -> None:
-    """Check that a record has every deterministic field, of its type, in order, and nothing that JSON lacks.
+    """Check that a record has every field of its schema version, of its type, in order, and nothing that JSON lacks.
 
     Raises:
         ValueError: naming the field and its value.
     """
-    if list(record) != list(DETERMINISTIC_FIELDS):
-        odd = set(record).symmetric_difference(DETERMINISTIC_FIELDS)
+    fields = fields_of(record.get("schema_version", SCHEMA_VERSION))
+    if list(record) != list(fields):
+        odd = set(record).symmetric_difference(fields)
         raise ValueError(f"record {record.get('key')!r}: fields missing, unknown or out of order: {sorted(odd)}")
-    for name, kind in DETERMINISTIC_FIELDS.items():
+    for name, kind in fields.items():
         if not _fits(record[name], kind):
             raise ValueError(f"record {record['key']!r}: {name} = {record[name]!r} is not a valid {kind}")
 
@@ -133,10 +157,9 @@ def _empty(kind: str) -> Any:
 
 
 def _fits(value: Any, kind: str) -> bool:
-    if kind == "transfers":
+    if parts := ENTRY_FIELDS.get(kind):
         return isinstance(value, list) and all(
-            list(entry) == list(TRANSFER_FIELDS) and all(_fits(entry[key], TRANSFER_FIELDS[key]) for key in entry)
-            for entry in value
+            list(entry) == list(parts) and all(_fits(entry[key], parts[key]) for key in entry) for entry in value
         )
     if kind in ("ints", "floats"):
         return isinstance(value, list) and all(_fits(one, kind[:-1]) for one in value)

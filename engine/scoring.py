@@ -1,4 +1,4 @@
-"""Scores of stored images: target, transfer models, oracle and CLIP look at what a reader of the file will see."""
+"""Scores of stored images: target, transfer models, oracle, CLIP and judge see what a reader of the file will see."""
 
 from __future__ import annotations
 
@@ -25,32 +25,48 @@ class Scorer:
         clip: measures conformity to every class prompt.
         transfer: further classifiers, recorded.
         oracle: an independent classifier, recorded.
+        judge: a second CLIP model, independent of the first: conformity as measured by the model that guided a sample
+            is circular. Recorded, never guided on.
     """
 
     def __init__(
-        self, target: Classifier, clip: Clip, transfer: Sequence[Classifier] = (), oracle: Classifier | None = None
+        self,
+        target: Classifier,
+        clip: Clip,
+        transfer: Sequence[Classifier] = (),
+        oracle: Classifier | None = None,
+        judge: Clip | None = None,
     ) -> None:
         self.target = target
         self._clip = clip
         self._transfer = list(transfer)
         self._oracle = oracle
-        self._class_embeds = clip.text_embeds([class_prompt(label) for label in target.labels])
+        self._judge = judge
+        prompts = [class_prompt(label) for label in target.labels]
+        self._class_embeds = clip.text_embeds(prompts)
+        self._judge_embeds = judge.text_embeds(prompts) if judge else None
 
     def records(self, specs: Sequence[SampleSpec], images: Sequence[PIL.Image.Image]) -> list[dict[str, Any]]:
         """Complete records of samples, but for gradient counts, from their 8-bit images."""
         logits = self.target.score(images)
-        similarities = self._similarities(images)
+        similarities = _similarities(self._clip, self._class_embeds, images)
         labels = conditioned_classes([spec.cell for spec in specs], similarities)
         columns = {
             **_target_columns(logits, labels),
-            "conformity": similarities.gather(1, labels[:, None])[:, 0],
-            "conformity_margin": scores.conformity_margin(similarities, labels),
+            **_conformity_columns(similarities, labels),
             "oracle_class": self._oracle_classes(images),
         }
         transfer = [(model.name, model.score(images)) for model in self._transfer]
+        judged = self._judge_columns(images, labels)
         return [
             self._record(spec, row, int(labels[row]), logits[row : row + 1], columns)
-            | {"transfer": [_transfer_entry(name, other[row], int(labels[row])) for name, other in transfer]}
+            | {
+                "transfer": [_transfer_entry(name, other[row], int(labels[row])) for name, other in transfer],
+                "judge": [
+                    {"model": name} | {score: _plain(values[row]) for score, values in some.items()}
+                    for name, some in judged.items()
+                ],
+            }
             for row, spec in enumerate(specs)
         ]
 
@@ -88,10 +104,12 @@ class Scorer:
             "temperature": self.target.temperature,
         }
 
-    def _similarities(self, images: Sequence[PIL.Image.Image]) -> Tensor:
-        """Conformity of every image to every class, [B, n]."""
-        embeds = self._clip.image_embeds(images)
-        return torch.stack([scores.conformity(embeds, prompt) for prompt in self._class_embeds], dim=1)
+    def _judge_columns(self, images: Sequence[PIL.Image.Image], labels: Tensor) -> dict[str, dict[str, Tensor]]:
+        """By judge, its scores of the images; empty without one."""
+        if self._judge is None or self._judge_embeds is None:
+            return {}
+        similarities = _similarities(self._judge, self._judge_embeds, images)
+        return {self._judge.name: _conformity_columns(similarities, labels)}
 
     def _oracle_classes(self, images: Sequence[PIL.Image.Image]) -> Tensor:
         if self._oracle is None:
@@ -112,6 +130,19 @@ def kldb_classes(cell: Cell, logits: Tensor, label: int) -> list[int]:
     if cell.is_joint:
         return sorted(cell.classes)
     return sorted([label, int(scores.strongest_rival(logits, torch.tensor([label]))[0])])
+
+
+def _similarities(clip: Clip, class_embeds: Tensor, images: Sequence[PIL.Image.Image]) -> Tensor:
+    """Conformity of every image to every class, [B, n]."""
+    embeds = clip.image_embeds(images)
+    return torch.stack([scores.conformity(embeds, prompt) for prompt in class_embeds], dim=1)
+
+
+def _conformity_columns(similarities: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    return {
+        "conformity": similarities.gather(1, labels[:, None])[:, 0],
+        "conformity_margin": scores.conformity_margin(similarities, labels),
+    }
 
 
 def soft_label(cell: Cell, num_classes: int) -> list[float]:

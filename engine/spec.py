@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
-from engine.acceptance import rule_problems
+from engine.acceptance import JUDGE_SCORES, rule_problems
 from engine.errors import JobError
 
 MAX_SEED = 2**53
@@ -25,7 +25,6 @@ CLASS_TEMPLATE = "a photo of a {class}"
 # Fields of the contract that this version does not have yet: named, so that nobody believes in a typo.
 PLANNED = {
     "max_attempts": "quotas are not in this version",
-    "judge": "a second conformity model is not in this version",
     "deterministic": "the mode for GPUs is not in this version; on a CPU every run is deterministic",
 }
 STOCHASTIC_SCHEDULERS = ("ddpm", "euler_ancestral", "euler-ancestral", "dpmsolver_sde", "sde")
@@ -49,6 +48,9 @@ class ModelsSpec(_Spec):
     target: Address = Field(description="Image classifier that is guided on and scored.")
     transfer: tuple[Address, ...] = Field(default=(), description="Classifiers that are scored and never guided on.")
     oracle: Address | None = Field(default=None, description="Independent classifier whose reading is recorded.")
+    judge: Address | None = Field(
+        default=None, description="Second, independent CLIP model: its conformity is recorded and never guided on."
+    )
 
 
 class SamplingSpec(_Spec):
@@ -297,10 +299,20 @@ def _between_fields(raw: dict[str, Any]) -> list[Problem]:
         request = _lenient(RequestSpec, item)
         if request is not None:
             problems += [((*where, *at), text) for at, text in _request_problems(request)]
-            if "oracle" in request.accept and not (raw.get("models") or {}).get("oracle"):
-                problems.append(((*where, "accept", "oracle"), "there is no oracle; name one in models.oracle"))
+            problems += _absent_models(request, raw.get("models"), where)
             problems += _override_problems(request, base, where)
     return problems
+
+
+def _absent_models(request: RequestSpec, models: Any, where: Location) -> list[Problem]:
+    """Conditions of `accept` whose model the job does not name."""
+    named = models if isinstance(models, dict) else {}
+    asked = [(name, "judge" if name in JUDGE_SCORES else name) for name in request.accept]
+    return [
+        ((*where, "accept", name), f"there is no {role}; name one in models.{role}")
+        for name, role in asked
+        if role in ("oracle", "judge") and not named.get(role)
+    ]
 
 
 def _override_problems(request: RequestSpec, base: dict[str, dict[str, Any]], where: Location) -> list[Problem]:

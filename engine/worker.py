@@ -77,7 +77,8 @@ class Worker:
         name = shard_name(self._job.name, shard.number)
         timing, tally = {"sampling_seconds": 0.0}, ScreeningTally()
         results = self._results(shard, attempt, report, timing, tally)
-        staged = stage_shard(self._store.staging(), name, results, self._job.output.image_format)
+        image_format, version = self._job.output.image_format, self._plan.schema_version
+        staged = stage_shard(self._store.staging(), name, results, image_format, version)
         record = commit_shard(
             self._store,
             self._plan.digest,

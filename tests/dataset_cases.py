@@ -95,7 +95,7 @@ def make_results(plan: Plan, shard: ShardSpec, **kind: Any) -> Iterator[SampleRe
 def commit_one(store: Store, plan: Plan, number: int, **kind: Any) -> CommitRecord:
     """Make, stage and commit a shard."""
     shard, name = plan.shard(number), shard_name("demo", number)
-    staged = stage_shard(store.staging(), name, make_results(plan, shard, **kind), "png")
+    staged = stage_shard(store.staging(), name, make_results(plan, shard, **kind), "png", plan.schema_version)
     attempt, worker = kind.get("attempt", 1), kind.get("worker", "w0")
     return commit_shard(store, plan.digest, shard, name, staged, attempt, worker, {"total_seconds": 1.0})
 

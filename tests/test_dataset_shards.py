@@ -26,6 +26,7 @@ from engine.dataset.shards import (
     stage_shard,
 )
 from engine.errors import CorruptShardError, OutputError
+from engine.plan import SCHEMA_VERSION
 from engine.records import DETERMINISTIC_FIELDS, RUN_FIELDS, SampleResult
 from tests.dataset_cases import make_job, make_plan, make_result, make_results
 
@@ -48,6 +49,15 @@ BY_KIND: dict[str, st.SearchStrategy[Any]] = {
         ),
         max_size=2,
     ),
+    "judges": st.lists(
+        st.builds(
+            lambda model, cosine, margin: {"model": model, "conformity": cosine, "conformity_margin": margin},
+            TEXTS,
+            FLOATS,
+            FLOATS,
+        ),
+        max_size=1,
+    ),
 }
 KEYS = st.from_regex(r"[a-z0-9]{1,9}-[0-9]{3}-([0-9]{3}|mix)-[0-9]{8}", fullmatch=True)
 
@@ -57,6 +67,7 @@ def results(draw: st.DrawFn) -> SampleResult:
     """Any sample that the schema allows."""
     record = {name: draw(BY_KIND[kind]) for name, kind in DETERMINISTIC_FIELDS.items()}
     record |= {"key": draw(KEYS), "status": draw(st.sampled_from(["ok", "rejected", "failed"]))}
+    record["schema_version"] = SCHEMA_VERSION
     image = draw(st.binary(min_size=1, max_size=2000)) if record["status"] == "ok" else b""
     return SampleResult(record=record, image=image, run=dict(RUN))
 

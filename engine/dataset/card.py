@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from engine.dataset.schema import DESCRIPTIONS
+from engine.dataset.schema import DESCRIPTIONS, arrow_schema
 from engine.dataset.shards import SHARDS
 from engine.dataset.summary import GroupSummary, Spread
 from engine.spec import ConditioningSpec, JobSpec
@@ -52,7 +52,7 @@ def dataset_card(job: JobSpec, manifest: dict[str, Any], groups: list[GroupSumma
         _requests(job),
         _table(groups),
         _loading(job),
-        _columns(),
+        _columns(manifest["schema_version"]),
         _limits(manifest),
     ]
     return "\n\n".join(sections) + "\n"
@@ -158,15 +158,18 @@ def _parameters(values: dict[str, Any]) -> str:
 
 
 def _table(groups: list[GroupSummary]) -> str:
+    has_judge = any(group.judge_conformity is not None for group in groups)
+    heads = [*_TABLE_HEAD, *(["judge's conformity"] if has_judge else [])]
     lines = [
         "## Scores",
         "",
         "Medians per request and context, over all scored samples, rejected ones too; in brackets the middle half. "
         "Risk, KLDB and entropy are in nats under the target, conformity is the cosine of CLIP embeddings of image and "
-        "class prompt. A valid failure is a sample on which the target errs while the oracle agrees.",
+        "class prompt. A valid failure is a sample on which the target errs while the oracle agrees."
+        + (" The judge is a second CLIP model that guided nothing; its conformity is a mean." if has_judge else ""),
         "",
-        f"| {' | '.join(_TABLE_HEAD)} |",
-        "|---" * len(_TABLE_HEAD) + "|",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
     ]
     for group in groups[:MAX_TABLE_ROWS]:
         cells = [
@@ -184,6 +187,7 @@ def _table(groups: list[GroupSummary]) -> str:
                 f"{code(one.model)} errors {_percent(one.error_rate)}, risk {one.risk_median:.3g}"
                 for one in group.transfer
             ),
+            *([_number(group.judge_conformity)] if has_judge else []),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     if len(groups) > MAX_TABLE_ROWS:
@@ -195,6 +199,10 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
 
 
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
 def _spread(spread: Spread | None) -> str:
     return "" if spread is None else f"{spread.median:.3g} ({spread.q25:.3g} to {spread.q75:.3g})"
 
@@ -203,7 +211,7 @@ def _loading(job: JobSpec) -> str:
     extension = job.output.image_format
     return f"""## Loading
 
-The shards are plain WebDataset tars: `KEY.{extension}`, `KEY.json` (the columns up to `transfer`), `KEY.cls` (the
+The shards are plain WebDataset tars: `KEY.{extension}`, `KEY.json` (the columns before `batch_size`), `KEY.cls` (the
 label). Run these lines in the folder of the data set.
 
 ```python
@@ -235,11 +243,10 @@ for row in rows.select(["key", "risk", "conformity", "kldb"]).to_pylist()[:10]:
 ```"""
 
 
-def _columns() -> str:
+def _columns(version: int) -> str:
+    names = arrow_schema(surplus=True, version=version).names
     lines = ["## Columns", "", "| column | meaning |", "|---|---|"]
-    return "\n".join(
-        lines + [f"| `{name}` | {text.replace('|', chr(92) + '|')} |" for name, text in DESCRIPTIONS.items()]
-    )
+    return "\n".join(lines + [f"| `{name}` | {DESCRIPTIONS[name].replace('|', chr(92) + '|')} |" for name in names])
 
 
 def _limits(manifest: dict[str, Any]) -> str:
@@ -247,7 +254,8 @@ def _limits(manifest: dict[str, Any]) -> str:
 
 - Labels are what was asked of the diffusion model, not what a person saw: filter by `conformity`, and by the oracle
   where there is one.
-- `conformity` comes from one CLIP model and shares its blind spots; `risk`, `kldb` and `entropy` are those of one
+- `conformity` comes from one CLIP model, which may have guided the sample, and shares its blind spots (a job's `judge`
+  is a second opinion); `risk`, `kldb` and `entropy` are those of one
   target.
 - Images inherit the biases and gaps of the diffusion model; rates of error here are not rates on real images.
 - Scores are of the stored 8-bit image. Columns are of schema version {manifest["schema_version"]}; `manifest.json`

@@ -80,7 +80,7 @@ def finalise(
     store.remove(SUCCESS)
     compact_commits(store)
     commits = list_commits(store)
-    write_metadata(store, job.name, commits, rows_per_file)
+    write_metadata(store, job.name, commits, rows_per_file, plan.schema_version)
     write_indexes(store, job)
     groups = summarise(store.path(METADATA))
     manifest = build_manifest(
@@ -112,18 +112,26 @@ def mark_success(store: Store, plan: Plan) -> None:
 
 
 def write_metadata(
-    store: Store, job_name: str, commits: dict[int, CommitSummary], rows_per_file: int = MAX_ROWS_PER_FILE
+    store: Store,
+    job_name: str,
+    commits: dict[int, CommitSummary],
+    rows_per_file: int = MAX_ROWS_PER_FILE,
+    schema_version: int = SCHEMA_VERSION,
 ) -> None:
     """Write the rows of all committed shards in their order, in constant memory.
+
+    Args:
+        schema_version: of the columns of the shards.
 
     Raises:
         CorruptShardError: a shard's parquet is missing, damaged or of another length than its record says.
     """
     num_rows = sum(commit.counts.attempted for commit in commits.values())
-    tables = _row_groups(_shard_tables(store, job_name, commits))
+    schema = arrow_schema(surplus=True, version=schema_version)
+    tables = _row_groups(_shard_tables(store, job_name, commits, schema))
     staged = store.staging() / "metadata.parquet"
     if num_rows <= rows_per_file:
-        with _writer(staged) as writer:
+        with _writer(staged, schema) as writer:
             for table in tables:
                 writer.write_table(table)
         if store.path(METADATA).is_dir():
@@ -132,18 +140,20 @@ def write_metadata(
         return
     if store.path(METADATA).is_file():
         store.remove(METADATA)
-    names = _write_parts(store, staged, tables, rows_per_file)
+    names = _write_parts(store, staged, tables, schema, rows_per_file)
     for name in set(store.list(METADATA)) - set(names):
         store.remove(name)
 
 
-def _write_parts(store: Store, staged: Path, tables: Iterator[pa.Table], rows_per_file: int) -> list[str]:
+def _write_parts(
+    store: Store, staged: Path, tables: Iterator[pa.Table], schema: pa.Schema, rows_per_file: int
+) -> list[str]:
     """Write the tables as files of at most `rows_per_file` rows, or of one table where that is more."""
     names: list[str] = []
     table = next(tables, None)
     while table is not None:
         names.append(f"{METADATA}/part-{len(names):06d}.parquet")
-        with _writer(staged) as writer:
+        with _writer(staged, schema) as writer:
             num_rows = 0
             while table is not None and (not num_rows or num_rows + len(table) <= rows_per_file):
                 writer.write_table(table)
@@ -154,19 +164,20 @@ def _write_parts(store: Store, staged: Path, tables: Iterator[pa.Table], rows_pe
 
 
 @contextlib.contextmanager
-def _writer(path: Path) -> Iterator[Any]:
+def _writer(path: Path, schema: pa.Schema) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
-    with explained(path), pq.ParquetWriter(path, arrow_schema(surplus=True), compression="zstd") as writer:
+    with explained(path), pq.ParquetWriter(path, schema, compression="zstd") as writer:
         yield writer
 
 
-def _shard_tables(store: Store, job_name: str, commits: dict[int, CommitSummary]) -> Iterator[pa.Table]:
+def _shard_tables(
+    store: Store, job_name: str, commits: dict[int, CommitSummary], schema: pa.Schema
+) -> Iterator[pa.Table]:
     """The rows of each shard in order, with the column `surplus`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = arrow_schema(surplus=True)
     for number in sorted(commits):
         path = store.path(f"{SHARDS}/{shard_name(job_name, number)}.parquet")
         try:
@@ -257,7 +268,7 @@ def build_manifest(
     counts = [commit.counts for commit in commits.values()]
     totals = {name: sum(getattr(one, name) for one in counts) for name in _TOTALS}
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": plan.schema_version,
         "name": job.name,
         "complete": len(commits) == plan.num_shards,
         "plan_digest": plan.digest,

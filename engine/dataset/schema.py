@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from engine.plan import SCHEMA_VERSION
-from engine.records import DETERMINISTIC_FIELDS, RUN_FIELDS, TRANSFER_FIELDS
+from engine.records import ENTRY_FIELDS, RUN_FIELDS, fields_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,6 +47,7 @@ DESCRIPTIONS: dict[str, str] = {
     "oracle_class": "class that the independent oracle predicts; -1 without an oracle",
     "accepted": "whether the sample meets the request's acceptance rule",
     "transfer": "predicted class and risk under each classifier that was scored and never guided on",
+    "judge": "conformity and its margin under an independent CLIP model that was never guided on; empty without one",
     "batch_size": "number of samples sampled together",
     "duration_seconds": "sampling time of the batch divided by its size",
     "attempt": "number of the try that made the shard",
@@ -58,16 +59,16 @@ DESCRIPTIONS: dict[str, str] = {
 _RUN_TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
 
 
-def arrow_schema(*, surplus: bool = False) -> pa.Schema:
+def arrow_schema(*, surplus: bool = False, version: int = SCHEMA_VERSION) -> pa.Schema:
     """The columns of a shard's parquet, or with `surplus` of the metadata of the whole data set."""
     import pyarrow as pa
 
-    kinds = DETERMINISTIC_FIELDS | RUN_FIELDS | ({"surplus": "bool"} if surplus else {})
+    kinds = fields_of(version) | RUN_FIELDS | ({"surplus": "bool"} if surplus else {})
     fields = [
         pa.field(name, _arrow_type(kind), nullable=False, metadata={"description": DESCRIPTIONS[name]})
         for name, kind in kinds.items()
     ]
-    return pa.schema(fields, metadata={VERSION_KEY: str(SCHEMA_VERSION)})
+    return pa.schema(fields, metadata={VERSION_KEY: str(version)})
 
 
 def check_run_fields(run: dict[str, Any]) -> None:
@@ -90,8 +91,8 @@ def _arrow_type(kind: str) -> pa.DataType:
     plain = {"int": pa.int64(), "float": pa.float64(), "bool": pa.bool_(), "str": pa.string()}
     if kind in plain:
         return plain[kind]
-    if kind == "transfers":
-        inner = pa.struct([pa.field(name, plain[part], nullable=False) for name, part in TRANSFER_FIELDS.items()])
+    if parts := ENTRY_FIELDS.get(kind):
+        inner = pa.struct([pa.field(name, plain[part], nullable=False) for name, part in parts.items()])
     else:
         inner = plain[kind.removesuffix("s")]
     return pa.list_(pa.field("element", inner, nullable=False))

@@ -22,7 +22,8 @@ from engine.dataset.counts import ShardCounts, count_rows
 from engine.dataset.schema import arrow_schema, check_run_fields
 from engine.dataset.store import explained
 from engine.errors import CorruptShardError
-from engine.records import DETERMINISTIC_FIELDS, STATUS_FAILED, STATUS_OK, SampleResult, check_record
+from engine.plan import SCHEMA_VERSION
+from engine.records import STATUS_FAILED, STATUS_OK, SampleResult, check_record, fields_of, in_version
 from engine.spec import OutputSpec
 
 SHARDS = "shards"
@@ -31,6 +32,7 @@ RECORD_BYTES = 10240
 ROWS_PER_GROUP = 1024
 IMAGE_FORMATS: tuple[str, ...] = get_args(OutputSpec.model_fields["image_format"].annotation)
 
+_VERSIONS = range(SCHEMA_VERSION, 0, -1)
 _KEY = re.compile(r"[a-z0-9-]{1,90}")
 
 
@@ -53,7 +55,13 @@ class ShardFiles:
     counts: ShardCounts
 
 
-def stage_shard(folder: Path, name: str, results: Iterable[SampleResult], image_format: str) -> ShardFiles:
+def stage_shard(
+    folder: Path,
+    name: str,
+    results: Iterable[SampleResult],
+    image_format: str,
+    schema_version: int = SCHEMA_VERSION,
+) -> ShardFiles:
     """Write the files of a shard, unpublished, into a new folder inside `folder`.
 
     Args:
@@ -61,6 +69,7 @@ def stage_shard(folder: Path, name: str, results: Iterable[SampleResult], image_
         name: name of the files without extension.
         results: the samples in order, `ok` ones with their images; a rejected one's is stored where it is given.
         image_format: extension of the images.
+        schema_version: of the columns; all shards of a run have one.
 
     Raises:
         OutputError: the files cannot be written.
@@ -72,7 +81,7 @@ def stage_shard(folder: Path, name: str, results: Iterable[SampleResult], image_
     with explained(folder):
         home = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder))
     try:
-        writer = _ShardWriter(home / f"{name}.tar", home / f"{name}.parquet", image_format)
+        writer = _ShardWriter(home / f"{name}.tar", home / f"{name}.parquet", image_format, schema_version)
         try:
             for result in results:
                 writer.add(result)
@@ -93,13 +102,13 @@ def discard(staged: ShardFiles) -> None:
 class _ShardWriter:
     """Writes tar and parquet side by side, rows in groups."""
 
-    def __init__(self, tar_path: Path, parquet_path: Path, image_format: str) -> None:
+    def __init__(self, tar_path: Path, parquet_path: Path, image_format: str, schema_version: int) -> None:
         import pyarrow.parquet as pq
 
         if image_format not in IMAGE_FORMATS:
             raise ValueError(f"image_format {image_format!r} is not one of {', '.join(IMAGE_FORMATS)}")
         self.tar_path, self.parquet_path, self.image_format = tar_path, parquet_path, image_format
-        self.schema = arrow_schema()
+        self.version, self.schema = schema_version, arrow_schema(version=schema_version)
         self.brief: list[dict[str, Any]] = []
         self.keys: set[str] = set()
         self.rows: list[dict[str, Any]] = []
@@ -108,8 +117,8 @@ class _ShardWriter:
             self.parquet = pq.ParquetWriter(parquet_path, self.schema, compression="zstd")
 
     def add(self, result: SampleResult) -> None:
-        record, image = result.record, result.image
-        check_record(record)
+        check_record(result.record)
+        record, image = in_version(result.record, self.version), result.image
         check_run_fields(result.run)
         key, status, stored = record["key"], record["status"], bool(image)
         if not _KEY.fullmatch(key) or key in self.keys:
@@ -235,7 +244,7 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str
     with explained(path), path.open("rb") as source:
         try:
             with pq.ParquetFile(source) as file:
-                if not file.schema_arrow.equals(arrow_schema()):
+                if not any(file.schema_arrow.equals(arrow_schema(version=one)) for one in _VERSIONS):
                     _corrupt(path, "its columns are not those of this version")
                 for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=columns):
                     yield from batch.to_pylist()
@@ -283,7 +292,7 @@ def inspect_pair(tar: Path, parquet: Path) -> ShardFiles:
         key, image, record, _ = next(samples, ("", b"", {}, 0))
         if key != row["key"] or hashlib.sha256(image).hexdigest() != row["sha256"]:
             _corrupt(tar, f"the image of {row['key']} is missing or not the one listed in {parquet.name}")
-        if record != {name: row[name] for name in DETERMINISTIC_FIELDS}:
+        if record != {name: row.get(name) for name in fields_of(record["schema_version"])}:
             _corrupt(tar, f"the record of {row['key']} is not the one listed in {parquet.name}")
     if extra := next(samples, None):
         _corrupt(tar, f"{extra[0]} is not listed in {parquet.name}")

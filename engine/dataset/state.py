@@ -1,7 +1,7 @@
 """Which plan an output belongs to, and what a run may do with an output that is not empty (contract: resume).
 
-`_state/plan/000000.json` holds the plan's digest, identity, job and first stage; every time the counts grew, the next
-number holds the job and the stage that was added.
+`_state/plan/000000.json` holds the plan's digest, identity, schema version, job and first stage; every time the counts
+grew, the next number holds the job and the stage that was added.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from engine.dataset.shards import SHARDS
 from engine.dataset.store import DRIVER_LOCK, LOCKS, STATE, Store
 from engine.errors import OutputError
 from engine.plan import Extent, Plan, difference, next_stage
+from engine.records import fields_of
 from engine.spec import JobSpec
 
 PLANS = "_state/plan"
@@ -41,12 +42,14 @@ class StoredRun:
     Attributes:
         job: the job as it was last extended, as plain data.
         stages: what was planned, one list of extents for each time that the job was extended.
+        schema_version: of the columns of its shards, those that are still to be made too.
     """
 
     digest: str
     identity: dict[str, Any]
     job: dict[str, Any]
     stages: tuple[tuple[Extent, ...], ...]
+    schema_version: int
 
 
 def open_run(store: Store, plan: Plan, job: JobSpec, resume: str, confirmed: bool) -> Plan:
@@ -103,7 +106,7 @@ def find_plan(store: Store, plan: Plan, job: JobSpec) -> Plan | None:
         return None
     if next_stage(plan.requests, stored.stages, job.output.samples_per_shard):
         return None
-    return Plan(plan.requests, plan.identity, stored.stages)
+    return Plan(plan.requests, plan.identity, stored.stages, stored.schema_version)
 
 
 def read_run(store: Store) -> StoredRun | None:
@@ -118,7 +121,13 @@ def read_run(store: Store) -> StoredRun | None:
     files = [_read_plan(store, name) for name in names]
     stages = tuple(tuple(Extent(**extent) for extent in file["stage"]) for file in files)
     first, last = files[0], files[-1]
-    return StoredRun(digest=first["digest"], identity=first["identity"], job=last["job"], stages=stages)
+    return StoredRun(
+        digest=first["digest"],
+        identity=first["identity"],
+        job=last["job"],
+        stages=stages,
+        schema_version=first["schema_version"],
+    )
 
 
 def _read_plan(store: Store, name: str) -> dict[str, Any]:
@@ -128,7 +137,9 @@ def _read_plan(store: Store, name: str) -> dict[str, Any]:
             raise ValueError(f"version {file['plan_version']}")
         for extent in file["stage"]:
             Extent(**extent)
-        return {key: file[key] for key in ("digest", "identity", "job", "stage")}
+        # Plans of version 1 do not say so.
+        fields_of(version := file.get("schema_version", 1))
+        return {key: file[key] for key in ("digest", "identity", "job", "stage")} | {"schema_version": version}
     except (ValueError, KeyError, TypeError) as error:
         raise OutputError(
             f"{store.path(name)}: cannot be read as the plan of a run ({error}); use the version that wrote it, "
@@ -139,6 +150,7 @@ def _read_plan(store: Store, name: str) -> dict[str, Any]:
 def _publish_stage(store: Store, plan: Plan, job: JobSpec, number: int, stage: tuple[Extent, ...]) -> bool:
     file = {
         "plan_version": PLAN_VERSION,
+        "schema_version": plan.schema_version,
         "digest": plan.digest,
         "identity": plan.identity,
         "job": job.model_dump(mode="json"),
@@ -190,10 +202,11 @@ def _extend(store: Store, stored: StoredRun, plan: Plan, job: JobSpec) -> Plan:
     if stage:
         # The marker goes first: whoever sees it can trust that the run is complete.
         store.remove(SUCCESS)
+        plan = Plan(plan.requests, plan.identity, plan.stages, stored.schema_version)
         if not _publish_stage(store, plan, job, len(stages), stage):
             return open_run(store, plan, job, "auto", confirmed=False)  # Another process was faster.
         stages = (*stages, stage)
-    return Plan(plan.requests, plan.identity, stages)
+    return Plan(plan.requests, plan.identity, stages, stored.schema_version)
 
 
 def _clear(store: Store, confirmed: bool) -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _TEXTS = ["request", "method", "context", "class_name", "status"]
 _SCORES = ["risk", "conformity", "kldb", "entropy"]
 _COLUMNS = [*_TEXTS, *_SCORES, "key", "class_index", "is_error", "accepted", "oracle_class", "kldb_classes", "transfer"]
+# Runs of an earlier schema version do not have them.
+LATER_COLUMNS = ("judge",)
 _QUARTILES = (0.25, 0.5, 0.75)
 
 
@@ -53,6 +55,7 @@ class GroupSummary:
         oracle_agreement: share whose oracle class is the conditioned one, for a joint prompt any of its subset; None
             without an oracle.
         valid_failure_rate: share on which the target errs while the oracle agrees; None without an oracle.
+        judge_conformity: mean of the judge's conformity; None without a judge.
     """
 
     request: str
@@ -71,6 +74,7 @@ class GroupSummary:
     oracle_agreement: float | None
     valid_failure_rate: float | None
     transfer: tuple[TransferSummary, ...]
+    judge_conformity: float | None = None
 
 
 def summarise(metadata: Path) -> list[GroupSummary]:
@@ -136,6 +140,7 @@ def summarise_table(table: pa.Table) -> list[GroupSummary]:
     columns = {name: _numbers(table, name) for name in [*_SCORES, "is_error", "accepted"]}
     columns |= {status: _equals(table, "status", status) for status in (STATUS_OK, STATUS_REJECTED, STATUS_FAILED)}
     columns["oracle"] = _oracle_reading(table)
+    columns["judge"] = _judge_reading(table)
     transfers = _transfer_readings(table)
     order = np.argsort(codes, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
@@ -147,12 +152,17 @@ def summarise_table(table: pa.Table) -> list[GroupSummary]:
 
 
 def _read_slim(metadata: Path) -> pa.Table:
+    import pyarrow.dataset
     import pyarrow.parquet as pq
 
-    return pq.read_table(metadata, columns=_COLUMNS, read_dictionary=_TEXTS, partitioning=None)
+    schema = pyarrow.dataset.dataset(metadata, format="parquet").schema
+    columns = [name for name in (*_COLUMNS, *LATER_COLUMNS) if name in schema.names or name not in LATER_COLUMNS]
+    return pq.read_table(metadata, columns=columns, read_dictionary=_TEXTS, partitioning=None)
 
 
 def _group(names: dict[str, Any], rows: dict[str, np.ndarray], transfer: tuple[TransferSummary, ...]) -> GroupSummary:
+    import numpy as np
+
     scored = ~rows[STATUS_FAILED]
     heard = scored & (rows["oracle"] >= 0)
     return GroupSummary(
@@ -166,6 +176,7 @@ def _group(names: dict[str, Any], rows: dict[str, np.ndarray], transfer: tuple[T
         oracle_agreement=_mean(rows["oracle"][heard]),
         valid_failure_rate=_mean((rows["oracle"] * rows["is_error"])[heard]),
         transfer=transfer,
+        judge_conformity=_mean(rows["judge"][~np.isnan(rows["judge"])]),
         risk=_spread(rows["risk"][scored]),
         conformity=_spread(rows["conformity"][scored]),
         kldb=_spread(rows["kldb"][scored]),
@@ -211,6 +222,18 @@ def _oracle_reading(table: pa.Table) -> np.ndarray:
     in_subset[parents[oracle[parents] == members]] = True
     is_joint = pc.match_substring_regex(table["key"], JOINT_KEY).to_numpy()
     return np.where(oracle == NO_CLASS, -1.0, np.where(is_joint, in_subset, agrees))
+
+
+def _judge_reading(table: pa.Table) -> np.ndarray:
+    """Conformity under the judge; NaN where there was none or no image."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    reading = np.full(table.num_rows, np.nan)
+    if "judge" in table.column_names:
+        rows = pc.list_parent_indices(table["judge"]).to_numpy()
+        reading[rows] = pc.list_flatten(table["judge"]).combine_chunks().field("conformity").to_numpy()
+    return reading
 
 
 def _transfer_readings(table: pa.Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -136,7 +136,11 @@ def _folder_digest(folder: Path, files: list[Path]) -> str:
 
 
 def model_digests(job: JobSpec) -> dict[str, Any]:
-    """Digest of every model of a job by role, as `engine.plan.plan_identity` takes them."""
+    """Digest of every model of a job by role, as `engine.plan.plan_identity` takes them.
+
+    Raises:
+        JobError: a model cannot be had, or the judge is the CLIP model that it is to judge.
+    """
     models = job.models
     diffusion = sorted({request.diffusion or models.diffusion for request in job.requests})
     known: dict[str, str] = {}
@@ -146,13 +150,28 @@ def model_digests(job: JobSpec) -> dict[str, Any]:
             known[address] = model_digest(address)
         return known[address]
 
-    return {
+    digests = {
         "diffusion": {address: of(address) for address in diffusion},
         "clip": of(models.clip),
         "target": of(models.target),
         "transfer": [of(address) for address in models.transfer],
         "oracle": of(models.oracle) if models.oracle else "",
     }
+    if models.judge is None:
+        # No key either: plans without a judge keep the digest that they had before there were judges.
+        return digests
+    _check_independent(models.judge, models.clip)
+    return digests | {"judge": of(models.judge)}
+
+
+def _check_independent(judge: str, clip: str) -> None:
+    """Refuse a judge with the weights of the model that it is to judge, whatever lies beside them."""
+    first, second = resolve(judge), resolve(clip)
+    if _folder_digest(first, list(first.glob(_WEIGHTS))) == _folder_digest(second, list(second.glob(_WEIGHTS))):
+        raise JobError(
+            f"models.judge: '{judge}' has the weights of models.clip; the judge of a sample must be another CLIP model"
+            " than the one that may have guided it"
+        )
 
 
 def check_addresses(job: JobSpec, *, with_artefacts: bool = True) -> None:
@@ -165,6 +184,8 @@ def check_addresses(job: JobSpec, *, with_artefacts: bool = True) -> None:
         JobError: all problems, a line each, by field.
     """
     problems: list[str] = []
+    if job.models.judge == job.models.clip:
+        problems.append(f"models.judge: '{job.models.judge}' is models.clip too; name another CLIP model, or none")
     for field, address, check in _roles(job):
         try:
             source = locate(address)
@@ -249,6 +270,8 @@ def _roles(job: JobSpec) -> list[tuple[str, str, Callable[[Path, str], None]]]:
     roles += [(f"models.transfer.{place}", one, _check_classifier) for place, one in enumerate(models.transfer)]
     if models.oracle:
         roles.append(("models.oracle", models.oracle, _check_classifier))
+    if models.judge:
+        roles.append(("models.judge", models.judge, _check_clip))
     for number, request in enumerate(job.requests):
         if request.diffusion:
             roles.append((f"requests.{number}.diffusion", request.diffusion, check_pipeline))

@@ -17,9 +17,14 @@ TEXT_BATCH = 256
 
 
 class Clip:
-    """A CLIP model with its tokenizer and preprocessing, in float32."""
+    """A CLIP model with its tokenizer and preprocessing, in float32.
 
-    def __init__(self, model: Any, tokenizer: Any, preprocessing: Preprocessing, device: str) -> None:
+    Attributes:
+        name: the address it was loaded from.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, preprocessing: Preprocessing, device: str, *, name: str) -> None:
+        self.name = name
         self._model = frozen(model, device)
         self._tokenizer = tokenizer
         self._preprocessing = preprocessing
@@ -39,7 +44,7 @@ class Clip:
         with loading(address, "a CLIP model"):
             model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype=torch.float32)
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        return cls(model, tokenizer, Preprocessing(folder), device)
+        return cls(model, tokenizer, Preprocessing(folder), device, name=address)
 
     @torch.no_grad()
     def text_embeds(self, prompts: Sequence[str]) -> Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.dataset.counts import is_joint
+from engine.dataset.summary import LATER_COLUMNS
 from engine.records import NO_CLASS, STATUS_FAILED, STATUS_OK
 from engine.report.text import joined
 
@@ -95,7 +96,8 @@ def read_table(path: Path) -> pa.Table:
     """The columns of every attempt that tables and charts are made of."""
     import pyarrow.parquet as pq
 
-    return pq.read_table(path, columns=[*_TEXTS, *_NUMBERS, *SCORES, *_OTHERS], read_dictionary=_TEXTS)
+    later = [name for name in LATER_COLUMNS if name in open_metadata(path).schema.names]
+    return pq.read_table(path, columns=[*_TEXTS, *_NUMBERS, *SCORES, *_OTHERS, *later], read_dictionary=_TEXTS)
 
 
 def make_rows(table: pa.Table) -> Rows:

@@ -217,6 +217,8 @@ def _field_text(name: str, value: Any, names: dict[int, str]) -> str:
     """A field of the metadata for a reader; long lists and texts are cut, and say so."""
     if name == "transfer":
         return joined((_transfer_text(one, names) for one in value), MAX_LIST)
+    if name == "judge":
+        return joined((_judge_text(one) for one in value), MAX_LIST)
     if name == "soft_label":
         return joined((f"{name_of(index, names)} {share:.4g}" for index, share in enumerate(value) if share), MAX_LIST)
     if name == "kldb_classes":
@@ -234,3 +236,8 @@ def _class_text(index: int, names: dict[int, str]) -> str:
 
 def _transfer_text(entry: dict[str, Any], names: dict[int, str]) -> str:
     return f"{entry['model']}: {_class_text(entry['predicted_class'], names)}, risk {entry['risk']:.6g}"
+
+
+def _judge_text(entry: dict[str, Any]) -> str:
+    margin = entry["conformity_margin"]
+    return f"{entry['model']}: conformity {entry['conformity']:.6g}, margin {margin:.6g}"

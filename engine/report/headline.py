@@ -51,6 +51,7 @@ def summary_table(groups: list[GroupSummary], totals: list[GroupSummary], max_li
         max_lines: beyond this, the contexts with the highest error rates are kept.
     """
     models = list(dict.fromkeys(one.model for total in totals for one in total.transfer))
+    has_judge = any(total.judge_conformity is not None for total in totals)
     contexts = {total.request: [group for group in groups if group.request == total.request] for total in totals}
     parts = [group for some in contexts.values() if len(some) > 1 for group in some]
     totals_shown = totals[:max_lines]
@@ -60,9 +61,12 @@ def summary_table(groups: list[GroupSummary], totals: list[GroupSummary], max_li
     for total in totals_shown:
         some = contexts[total.request]
         only = _context(some[0]) if len(some) == 1 and some[0].context else ""
-        lines.append(Line(total.request, ", ".join(filter(None, [total.method, only])), True, _cells(total, models)))
-        lines += [Line(_context(group), "", False, _cells(group, models)) for group in some if id(group) in kept]
-    return Table(_columns(models), lines, len(totals) + len(parts) - len(lines))
+        heading = ", ".join(filter(None, [total.method, only]))
+        lines.append(Line(total.request, heading, True, _cells(total, models, has_judge)))
+        lines += [
+            Line(_context(group), "", False, _cells(group, models, has_judge)) for group in some if id(group) in kept
+        ]
+    return Table(_columns(models, has_judge), lines, len(totals) + len(parts) - len(lines))
 
 
 def request_totals(table: pa.Table) -> list[GroupSummary]:
@@ -73,7 +77,7 @@ def request_totals(table: pa.Table) -> list[GroupSummary]:
     return summarise_table(table.set_column(table.schema.get_field_index("context"), "context", whole))
 
 
-def _columns(models: list[str]) -> list[Column]:
+def _columns(models: list[str], has_judge: bool) -> list[Column]:
     fixed = [
         Column("Request", "context"),
         Column("Attempted"),
@@ -83,6 +87,7 @@ def _columns(models: list[str]) -> list[Column]:
         Column("Risk", "median"),
         Column("KLDB", "median, quartiles"),
         Column("Conformity", "median"),
+        *([Column("Conformity", "judge, mean")] if has_judge else []),
         Column("Entropy", "median"),
         Column("Oracle", "agrees"),
         Column("Valid failures", "oracle agrees"),
@@ -90,7 +95,7 @@ def _columns(models: list[str]) -> list[Column]:
     return fixed + [Column("Transfer errors", clip(model, 60)) for model in models]
 
 
-def _cells(group: GroupSummary, models: list[str]) -> list[tuple[str, str]]:
+def _cells(group: GroupSummary, models: list[str], has_judge: bool) -> list[tuple[str, str]]:
     seen = {one.model: one for one in group.transfer}
     return [
         (f"{group.attempted:,}", ""),
@@ -100,6 +105,7 @@ def _cells(group: GroupSummary, models: list[str]) -> list[tuple[str, str]]:
         _median(group.risk),
         _quartiles(group.kldb),
         _median(group.conformity),
+        *([_mean(group.judge_conformity)] if has_judge else []),
         _median(group.entropy),
         _rate(group.oracle_agreement),
         _rate(group.valid_failure_rate),
@@ -113,6 +119,10 @@ def _context(group: GroupSummary) -> str:
 
 def _rate(value: float | None) -> tuple[str, str]:
     return ABSENT if value is None else percent(value), ""
+
+
+def _mean(value: float | None) -> tuple[str, str]:
+    return ABSENT if value is None else number(value), ""
 
 
 def _median(spread: Spread | None) -> tuple[str, str]:
