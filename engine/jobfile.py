@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from engine.errors import JobError
+from engine.models.targets import add_import_folders, factories
 from engine.spec import JobSpec, apply_overrides, parse_job
 
 MAX_JOB_BYTES = 16 * 2**20
@@ -21,13 +22,18 @@ def read_job(path: Path, overrides: list[tuple[str, Any]]) -> JobSpec:
 
     Raises:
         JobError: the file cannot be read or is not YAML (with line and column), or the job is wrong.
+
+    Side effects: where a model is a factory, it can be imported from the working folder and the folder of the file.
     """
     raw = _parse(path, _text(path))
     if raw is None:
         raise JobError(f"{path}: is empty; `riskforge schema` shows what a job has")
     if isinstance(raw, dict):
         raw = apply_overrides(raw, overrides)
-    return parse_job(raw)
+    job = parse_job(raw)
+    if any(factories([job.models.target, *job.models.transfer, job.models.oracle])):
+        add_import_folders(str(folder.resolve()) for folder in (Path.cwd(), path.parent))
+    return job
 
 
 def parse_override(text: str) -> tuple[str, Any]:

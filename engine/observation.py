@@ -37,6 +37,7 @@ from engine.models.addresses import image_encoder_digest, is_unclip, locate, mod
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip, ImageEncoder
 from engine.models.runtime import CPU_ROWS, Hardware, choose_hardware
+from engine.models.targets import add_import_folders
 from engine.plan import ShardSpec
 from engine.progress import Display, duration
 from engine.run import POLL_SECONDS, UNPLACED_SECONDS, WorkersFailingError, brief, target_labels
@@ -209,7 +210,13 @@ def load_observer(job: JobSpec, source: ImageSource, encoder: str) -> Observer:
 
 
 def load_part_observer(
-    job: JobSpec, data: str, encoder: str, *, folder: str, like: tuple[str, int | None, int]
+    job: JobSpec,
+    data: str,
+    encoder: str,
+    *,
+    folder: str,
+    like: tuple[str, int | None, int],
+    imports: tuple[str, ...] = (),
 ) -> Observer:
     """The observer of a worker, which opens the images itself.
 
@@ -217,14 +224,17 @@ def load_part_observer(
         data: address of the images.
         folder: the driver's working folder, which relative addresses start from.
         like: what the driver sees at the address, as `signature` has it.
+        imports: the folders that factories are imported from, beside those of the process.
 
     Raises:
         JobError: as `load_observer`, or the images are not the driver's.
 
-    Side effects: makes `folder` the working folder of this process, where there is one of that name.
+    Side effects: makes `folder` the working folder of this process, where there is one of that name, and adds to
+    `sys.path`.
     """
     with contextlib.suppress(OSError):
         os.chdir(folder)
+    add_import_folders(imports)
     source = None
     with contextlib.suppress(JobError):
         source = open_images(data, tuple(target_labels(job)))

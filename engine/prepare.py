@@ -26,6 +26,7 @@ from engine.errors import OutputError
 from engine.executors.base import Executor
 from engine.images import ImageSource, open_images
 from engine.models.addresses import check_addresses, model_digest
+from engine.models.targets import import_folders
 from engine.observation import (
     Observations,
     encoder_address,
@@ -151,7 +152,8 @@ def _observe(
     if executor is None:
         display.phase("loading models")
         return observe(load_observer(job, source, encoder), data, display)
-    factory = partial(load_part_observer, job, data, encoder, folder=str(Path.cwd()), like=signature(source))
+    like, folder = signature(source), str(Path.cwd())
+    factory = partial(load_part_observer, job, data, encoder, folder=folder, like=like, imports=import_folders())
     return observe_divided(source, data, executor, factory, display)
 
 

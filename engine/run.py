@@ -29,6 +29,7 @@ from engine.errors import EXIT_INCOMPLETE, EXIT_OK, JobError, OwnedError, Riskfo
 from engine.executors.base import Executor, ExecutorEvent, ShardProgress, ShardResult, WorkerFactory, WorkerLike
 from engine.models.addresses import check_addresses, missing_artefacts, model_digests, read_labels, resolve
 from engine.models.runtime import hardware_problems
+from engine.models.targets import add_import_folders, import_folders
 from engine.plan import Plan, RequestPlan, build_plan, resolve_requests
 from engine.progress import Display, Tally
 from engine.spec import JobSpec
@@ -120,7 +121,7 @@ def run_job(
             hardware: dict[str, Any] = {"machine": platform.machine()}
             if len(committed) < plan.num_shards:
                 shift = _Shift(store, plan, committed, executor, display)
-                shift.work(partial(make_worker or partial(default_worker, folder=str(Path.cwd())), job, plan))
+                shift.work(partial(make_worker or _here(default_worker), job, plan))
                 hardware |= executor.describe()
             closing = threading.Thread(target=executor.close)
             closing.start()
@@ -174,7 +175,7 @@ def prepare(job: JobSpec, executor: Executor, display: Display) -> tuple[Store, 
     digests |= model_digests(job)
     # Once more, as models of the hub are here only now.
     check_addresses(job)
-    return store, job, build_plan(job, labels, digests), describe_models(job, digests)
+    return store, job, build_plan(job, labels, digests), describe_models(job, digests, labels)
 
 
 def _conditioning_digests(
@@ -251,13 +252,13 @@ def target_labels(job: JobSpec) -> list[str]:
     return labels
 
 
-def describe_models(job: JobSpec, digests: dict[str, Any]) -> dict[str, Any]:
-    """Address and digest of every model by role."""
+def describe_models(job: JobSpec, digests: dict[str, Any], labels: list[str]) -> dict[str, Any]:
+    """Address and digest of every model by role; of the target its labels too, which every class index refers to."""
     models = job.models
     described: dict[str, Any] = {
         "diffusion": [{"address": address, "digest": one} for address, one in digests["diffusion"].items()],
         "clip": {"address": models.clip, "digest": digests["clip"]},
-        "target": {"address": models.target, "digest": digests["target"]},
+        "target": {"address": models.target, "digest": digests["target"], "labels": labels},
     }
     if models.transfer:
         pairs = zip(models.transfer, digests["transfer"], strict=True)
@@ -272,18 +273,25 @@ def describe_models(job: JobSpec, digests: dict[str, Any]) -> dict[str, Any]:
     return described
 
 
-def default_worker(job: JobSpec, plan: Plan, folder: str) -> WorkerLike:
+def _here(make_worker: Callable[..., WorkerLike]) -> MakeWorker:
+    return partial(make_worker, folder=str(Path.cwd()), imports=import_folders())
+
+
+def default_worker(job: JobSpec, plan: Plan, folder: str, imports: tuple[str, ...] = ()) -> WorkerLike:
     """The worker that makes samples, named after its machine and process.
 
     Args:
         folder: the driver's working folder, which relative addresses of models start from.
+        imports: the folders that factories are imported from, beside those of the process.
 
-    Side effects: makes `folder` the working folder of this process, where there is one of that name.
+    Side effects: makes `folder` the working folder of this process, where there is one of that name, and adds to
+    `sys.path`.
     """
     from engine.worker import Worker
 
     with contextlib.suppress(OSError):
         os.chdir(folder)
+    add_import_folders(imports)
     return Worker(job, plan, name=f"{socket.gethostname()}-{os.getpid()}")
 
 

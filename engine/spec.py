@@ -41,11 +41,14 @@ class _Spec(BaseModel):
 
 
 class ModelsSpec(_Spec):
-    """Addresses of the models: `zoo:NAME/PART`, a folder, or a hub id."""
+    """Addresses of the models: `zoo:NAME/PART`, a folder, or a hub id; of classifiers also a file or a factory."""
 
     diffusion: Address = Field(description="Stable Diffusion pipeline that samples.")
     clip: Address = Field(description="CLIP model that measures conformity.")
-    target: Address = Field(description="Image classifier that is guided on and scored.")
+    target: Address = Field(
+        description="Image classifier that is guided on and scored; this, `transfer` and `oracle` may also be a file of"
+        " TorchScript or torch.export, or `package.module:factory`, which runs that code."
+    )
     transfer: tuple[Address, ...] = Field(default=(), description="Classifiers that are scored and never guided on.")
     oracle: Address | None = Field(default=None, description="Independent classifier whose reading is recorded.")
     judge: Address | None = Field(

@@ -124,8 +124,8 @@ def run_fields(attempt: int) -> dict[str, Any]:
     return {"batch_size": 1, "duration_seconds": 0.0, "attempt": attempt, "worker": "sleepy"}
 
 
-def make_sleepy(job: JobSpec, plan: Plan, *, faults: Faults, folder: str = "") -> SleepyWorker:
-    """For `run_job`, with `partial`; also in the place of `engine.run.default_worker`, whose folder it ignores."""
+def make_sleepy(job: JobSpec, plan: Plan, *, faults: Faults, **places: Any) -> SleepyWorker:
+    """For `run_job`, with `partial`; also in the place of `engine.run.default_worker`, whose folders it ignores."""
     return SleepyWorker(job, plan, faults)
 
 

@@ -45,7 +45,7 @@ def processor_folder(folder, settings):
 @pytest.mark.parametrize("size", [(512, 512), (300, 451), (64, 80)])
 def test_tensor_path_equals_pil_path(kind, size, tmp_path):
     """A resize without antialiasing, a shifted crop or a swapped mean would show as a difference of many levels."""
-    preprocessing = Preprocessing(processor_folder(tmp_path / kind, PROCESSORS[kind]))
+    preprocessing = Preprocessing.load(processor_folder(tmp_path / kind, PROCESSORS[kind]))
     noise = np.random.default_rng(0).integers(0, 256, (size[0] // 8, size[1] // 8, 3), dtype=np.uint8)
     image = PIL.Image.fromarray(noise).resize(size[::-1], PIL.Image.Resampling.BICUBIC)
     tensor = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 255
@@ -57,7 +57,7 @@ def test_tensor_path_equals_pil_path(kind, size, tmp_path):
 
 def test_tensor_path_is_differentiable(tmp_path):
     """Guidance needs the gradient of every pixel through resize, crop and normalisation."""
-    preprocessing = Preprocessing(processor_folder(tmp_path / "clip", PROCESSORS["clip"]))
+    preprocessing = Preprocessing.load(processor_folder(tmp_path / "clip", PROCESSORS["clip"]))
     image = torch.rand(1, 3, 128, 128, requires_grad=True)
     preprocessing.of_tensor(image).square().sum().backward()
     inner = image.grad[..., 12:-12, 12:-12]
@@ -67,7 +67,7 @@ def test_tensor_path_is_differentiable(tmp_path):
 def test_preprocessing_without_an_equivalent_is_refused(tmp_path):
     """Nearest-neighbour resizing has no differentiable equivalent; silence would guide on other images."""
     with pytest.raises(JobError, match="bilinear and bicubic"):
-        Preprocessing(processor_folder(tmp_path / "x", PROCESSORS["vit"] | {"resample": 0}))
+        Preprocessing.load(processor_folder(tmp_path / "x", PROCESSORS["vit"] | {"resample": 0}))
 
 
 def test_no_resize_is_exact(classifier):

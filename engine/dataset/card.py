@@ -113,7 +113,7 @@ def _models(models: dict[str, Any]) -> str:
 def _model_text(about: Any) -> str:
     if not isinstance(about, dict):
         return code(str(about))
-    return ", ".join(f"{name} {code(str(value))}" for name, value in about.items())
+    return ", ".join(f"{name} {code(str(value))}" for name, value in about.items() if name != "labels")
 
 
 def _requests(job: JobSpec) -> str:

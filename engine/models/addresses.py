@@ -1,8 +1,12 @@
-"""Where models are: `zoo:NAME/PART`, a folder, or a hub id. Reads configurations without importing torch."""
+"""Where models are: `zoo:NAME/PART`, a folder, or a hub id. Reads configurations without importing torch.
+
+Classifiers may also be files or factories: `engine.models.targets`.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -12,6 +16,7 @@ from typing import Any
 
 import engine
 from engine.errors import JobError
+from engine.models.targets import check_foreign, foreign_digest, foreign_labels, is_foreign
 from engine.spec import JobSpec, RequestSpec, nearest, noise_problem
 
 ZOO = Path(engine.__file__).parent / "zoo"
@@ -20,6 +25,8 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 ARTEFACT_DOCUMENT = "conditioning.json"
 _CONFIGURATION = ("*.json", "*.txt")
 _WEIGHTS = "*.safetensors"
+# In the config.json of a folder of timm.
+_TIMM_KEY = "pretrained_cfg"
 # Other precisions and training states of weights that are there already.
 _VARIANTS = (".fp16.", ".bf16.", "non_ema")
 
@@ -89,12 +96,17 @@ def read_labels(address: str) -> list[str] | None:
     """The class names of a classifier in index order, or None for a hub id that is not on this machine.
 
     Raises:
-        JobError: the folder has no usable `config.json` with `id2label`.
+        JobError: the folder has no usable `config.json` with `id2label`, or with timm's `label_names`; or as
+            `engine.models.targets.foreign_labels`.
     """
+    if is_foreign(address):
+        return foreign_labels(address)
     source = locate(address)
     if source.folder is None:
         return None
     config = read_config(source.folder / "config.json")
+    if _TIMM_KEY in config:
+        return _timm_labels(config, address)
     labels = config.get("id2label")
     if not isinstance(labels, dict) or len(labels) < 2:
         raise JobError(f"'{address}': config.json has no `id2label` with two classes or more; is it a classifier?")
@@ -102,6 +114,25 @@ def read_labels(address: str) -> list[str] | None:
         return [str(labels[str(index)]) for index in range(len(labels))]
     except KeyError as missing:
         raise JobError(f"'{address}': id2label in config.json has no class {missing}; number them from 0") from None
+
+
+def _timm_labels(config: dict[str, Any], address: str) -> list[str]:
+    """Class names of a folder of timm: in its configuration, else those of the part of ImageNet that it is for."""
+    names = config.get("label_names")
+    if names is None:
+        _check_timm(address)
+        from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
+
+        known = TimmWrapperConfig.from_dict(config)
+        names = [] if known.id2label.get(0) == "LABEL_0" else [known.id2label[one] for one in range(known.num_labels)]
+    if not isinstance(names, list) or len(names) < 2 or not all(isinstance(one, str) for one in names):
+        raise JobError(f"'{address}': config.json names no classes; add `label_names`, a list of two names or more")
+    return names
+
+
+def _check_timm(address: str) -> None:
+    if importlib.util.find_spec("timm") is None:
+        raise JobError(f"'{address}' is a model of timm, which is not installed; install riskforge[timm]")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -122,7 +153,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def model_digest(address: str) -> str:
-    """Digest of everything that is loaded from a model's folder: names and contents, not the folder's place."""
+    """Digest of everything that is loaded from a model's folder: names and contents, not the folder's place.
+
+    Of files and factories: `engine.models.targets.foreign_digest`.
+    """
+    if is_foreign(address):
+        return foreign_digest(address)
     folder = resolve(address)
     return _folder_digest(folder, _loaded_files(folder))
 
@@ -188,6 +224,9 @@ def check_addresses(job: JobSpec, *, with_artefacts: bool = True) -> None:
         problems.append(f"models.judge: '{job.models.judge}' is models.clip too; name another CLIP model, or none")
     for field, address, check in _roles(job):
         try:
+            if check is _check_classifier and is_foreign(address):
+                check_foreign(address)
+                continue
             source = locate(address)
             if source.folder is not None:
                 check(source.folder, address)
@@ -252,7 +291,9 @@ def _check_clip(folder: Path, address: str) -> None:
 
 
 def _check_classifier(folder: Path, address: str) -> None:
-    _need(folder, "config.json", address, "a transformers model folder")
+    _need(folder, "config.json", address, "a transformers or timm model folder")
+    if _TIMM_KEY in read_config(folder / "config.json"):
+        _check_timm(address)
 
 
 def _need(folder: Path, name: str, address: str, kind: str) -> None:
@@ -396,7 +437,7 @@ def _label_problems(job: JobSpec) -> list[str]:
             problems.append(f"{field}: {error}")
             continue
         if wanted and labels and labels != wanted:
-            problems.append(f"{field}: '{address}' has other classes than the target; its id2label must be the same")
+            problems.append(f"{field}: '{address}' has other classes than the target; names and order must be the same")
     return problems
 
 

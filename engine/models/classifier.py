@@ -1,8 +1,8 @@
-"""Image classifiers in transformers' format, with their own preprocessing and calibration temperature."""
+"""Image classifiers of every kind, with their own preprocessing and calibration temperature."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from engine.errors import JobError
 from engine.models.addresses import read_config, resolve
-from engine.models.preprocess import Preprocessing
+from engine.models.preprocess import Preprocessing, Steps
 from engine.models.runtime import frozen, loading
+from engine.models.targets import TargetSettings, is_foreign
 
 
 class Classifier:
@@ -22,26 +23,54 @@ class Classifier:
     Attributes:
         name: the address it was loaded from.
         labels: class names in index order.
-        temperature: T, the field `temperature` of its config.json, else 1.
+        temperature: T, the field `temperature` of its config.json or settings, else 1.
     """
 
-    def __init__(self, model: Any, preprocessing: Preprocessing, *, name: str, temperature: float, device: str) -> None:
-        self._model = frozen(model, device)
+    def __init__(
+        self,
+        network: Callable[[Tensor], Tensor],
+        preprocessing: Preprocessing,
+        *,
+        name: str,
+        labels: Sequence[str],
+        temperature: float,
+        device: str,
+    ) -> None:
+        self._network = network
         self._preprocessing = preprocessing
         self._device = device
         self.name = name
+        self.labels = list(labels)
         self.temperature = temperature
-        self.labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
 
     @classmethod
     def load(cls, address: str, device: str = "cpu") -> Classifier:
-        """Load from `zoo:`, a folder or a hub id; safetensors only, always in float32.
+        """Load from `zoo:`, a folder or a hub id (safetensors only), a file or a factory; always in float32.
 
         Raises:
             JobError: it cannot be loaded, or its temperature is not a positive number.
         """
-        folder, model = resolve(address), load_network(address)
-        return cls(model, Preprocessing(folder), name=address, temperature=_temperature(folder, address), device=device)
+        if is_foreign(address):
+            from engine.models.foreign import open_foreign
+
+            network, settings = open_foreign(address, device)
+            return cls(
+                network,
+                Preprocessing.plain(address, _steps(settings)),
+                name=address,
+                labels=settings.labels,
+                temperature=settings.temperature,
+                device=device,
+            )
+        folder, model = resolve(address), frozen(load_network(address), device)
+        return cls(
+            lambda pixels: model(pixel_values=pixels).logits,
+            Preprocessing.load(folder),
+            name=address,
+            labels=[model.config.id2label[index] for index in range(model.config.num_labels)],
+            temperature=_temperature(folder, address),
+            device=device,
+        )
 
     def logits(self, images: Tensor) -> Tensor:
         """Temperature-scaled logits [B, n] of images [B, 3, H, W] in [0, 1]; differentiable."""
@@ -53,7 +82,20 @@ class Classifier:
         return self._forward(self._preprocessing.of_images(images).to(self._device)).cpu()
 
     def _forward(self, pixel_values: Tensor) -> Tensor:
-        return self._model(pixel_values=pixel_values).logits.float() / self.temperature
+        return self._network(pixel_values).float() / self.temperature
+
+
+def _steps(settings: TargetSettings) -> Steps:
+    """The preprocessing that settings describe."""
+    height, width = settings.shape
+    return Steps(
+        resize={"height": height, "width": width} if settings.resize is None else {"shortest_edge": settings.resize},
+        crop=None if settings.resize is None else (height, width),
+        resample=PIL.Image.Resampling[settings.interpolation.upper()],
+        mean=settings.mean,
+        std=settings.std,
+        rounds=True,
+    )
 
 
 def load_network(address: str) -> Any:

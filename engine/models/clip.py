@@ -44,7 +44,7 @@ class Clip:
         with loading(address, "a CLIP model"):
             model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype=torch.float32)
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        return cls(model, tokenizer, Preprocessing(folder), device, name=address)
+        return cls(model, tokenizer, Preprocessing.load(folder), device, name=address)
 
     @torch.no_grad()
     def text_embeds(self, prompts: Sequence[str]) -> Tensor:
@@ -99,7 +99,7 @@ class ImageEncoder:
             model = CLIPVisionModelWithProjection.from_pretrained(
                 folder / "image_encoder", use_safetensors=True, local_files_only=True, dtype=torch.float32
             )
-        return cls(model, Preprocessing(folder / "feature_extractor"), device)
+        return cls(model, Preprocessing.load(folder / "feature_extractor"), device)
 
     @torch.no_grad()
     def image_embeds(self, images: Sequence[PIL.Image.Image]) -> Tensor:

@@ -6,7 +6,9 @@ second; on loading both are compared, because a resize that differs costs accura
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,35 +25,82 @@ _MAX_MEAN_DIFFERENCE = 2.0 / 255
 _FILTERS = {PIL.Image.Resampling.BILINEAR: "bilinear", PIL.Image.Resampling.BICUBIC: "bicubic"}
 
 
-class Preprocessing:
-    """The image processor in a model's folder.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """What is done to an image: resize, crop at its centre, normalise.
 
-    Raises:
-        JobError: the folder has none, or one that the differentiable path cannot follow.
+    Attributes:
+        resize: `shortest_edge`, or `height` and `width`; None for none.
+        crop: height and width; None for none.
+        resample: the filter of the resize.
+        rounds: whether half a pixel of an uneven margin is rounded to even, as in torchvision, or down.
     """
 
-    def __init__(self, folder: Path) -> None:
+    resize: dict[str, int] | None
+    crop: tuple[int, int] | None
+    resample: PIL.Image.Resampling
+    mean: Sequence[float]
+    std: Sequence[float]
+    rounds: bool = False
+
+
+class Preprocessing:
+    """Preprocessing of a model, exact on images and differentiable on tensors.
+
+    Args:
+        where: whose it is, for messages.
+        steps: what the tensor path does.
+        exact: model input [B, 3, h, w] of 8-bit images, by the model's own pipeline.
+
+    Raises:
+        JobError: the tensor path does not do what the pipeline does.
+    """
+
+    def __init__(self, where: str, steps: Steps, exact: Callable[[list[PIL.Image.Image]], Tensor]) -> None:
+        self._matrices: dict[tuple[int, int], Tensor] = {}
+        self._steps = steps
+        self._exact = exact
+        self._mean = torch.tensor(steps.mean).reshape(1, 3, 1, 1)
+        self._std = torch.tensor(steps.std).reshape(1, 3, 1, 1)
+        if steps.resize is not None and steps.resample not in _FILTERS:
+            raise JobError(f"'{where}': only bilinear and bicubic resizing can be differentiated here")
+        self._check_agreement(where)
+
+    @classmethod
+    def load(cls, folder: Path) -> Preprocessing:
+        """That of a model's folder, by the image processor in it.
+
+        Raises:
+            JobError: the folder has none, or one that the differentiable path cannot follow.
+        """
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-        self._matrices: dict[tuple[int, int], Tensor] = {}
         with loading(str(folder), "an image processor"):
-            self._processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-            self._resize, self._crop = _sizes(self._processor, folder)
-            self._mean = torch.tensor(_normalisation(self._processor, "image_mean", 0.0)).reshape(1, 3, 1, 1)
-            self._std = torch.tensor(_normalisation(self._processor, "image_std", 1.0)).reshape(1, 3, 1, 1)
-            self._check_agreement(folder)
+            processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+            steps = _timm_steps(processor, folder) if hasattr(processor, "data_config") else _steps(processor)
+            return cls(str(folder), steps, lambda images: processor(images=images, return_tensors="pt")["pixel_values"])
+
+    @classmethod
+    def plain(cls, where: str, steps: Steps) -> Preprocessing:
+        """That which steps describe: PIL's resize, a crop, float32 in [0, 1], normalisation, as in torchvision."""
+        mean, std = (torch.tensor(one).reshape(3, 1, 1) for one in (steps.mean, steps.std))
+
+        def exact(images: list[PIL.Image.Image]) -> Tensor:
+            return torch.stack([(_cropped_pixels(image, steps) - mean) / std for image in images])
+
+        return cls(where, steps, exact)
 
     def of_images(self, images: Sequence[PIL.Image.Image]) -> Tensor:
-        """Model input [B, 3, h, w] of 8-bit images, exactly as plain transformers makes it."""
-        return self._processor(images=list(images), return_tensors="pt")["pixel_values"]
+        """Model input [B, 3, h, w] of 8-bit images, exactly as the model's own pipeline makes it."""
+        return self._exact(list(images))
 
     def of_tensor(self, images: Tensor) -> Tensor:
         """Model input [B, 3, h, w] of images [B, 3, H, W] in [0, 1], differentiable."""
         height, width = images.shape[-2:]
-        if self._resize is not None:
-            images = self._resized(images, *_resized_shape(self._resize, height, width))
-        if self._crop is not None:
-            images = _centre_crop(images, *self._crop)
+        if self._steps.resize is not None:
+            images = self._resized(images, *_resized_shape(self._steps.resize, height, width))
+        if self._steps.crop is not None:
+            images = _centre_crop(images, *self._steps.crop, rounds=self._steps.rounds)
         return (images - self._mean.to(images)) / self._std.to(images)
 
     def _resized(self, images: Tensor, height: int, width: int) -> Tensor:
@@ -66,13 +115,13 @@ class Preprocessing:
     def _matrix(self, old: int, new: int) -> Tensor:
         """[new, old] weights of the processor's resampling filter, antialiased as in PIL."""
         if (old, new) not in self._matrices:
-            mode = _FILTERS[PIL.Image.Resampling(int(self._processor.resample))]
+            mode = _FILTERS[self._steps.resample]
             unit = torch.eye(old)[None, None]
             weights = torch.nn.functional.interpolate(unit, size=(new, old), mode=mode, antialias=True)[0, 0]
             self._matrices[old, new] = weights
         return self._matrices[old, new]
 
-    def _check_agreement(self, folder: Path) -> None:
+    def _check_agreement(self, where: str) -> None:
         rows, columns = np.mgrid[0:1:320j, 0:1:272j]
         channels = [rows, columns, 0.5 + 0.5 * np.sin(40 * rows * columns)]
         pixels = (np.stack(channels, -1) * 255).round().astype(np.uint8)
@@ -80,12 +129,57 @@ class Preprocessing:
         ours = self.of_tensor(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)
         if exact.shape != ours.shape or ((exact - ours) * self._std).abs().mean() > _MAX_MEAN_DIFFERENCE:
             raise JobError(
-                f"'{folder}': {type(self._processor).__name__} with these settings has no differentiable equivalent"
-                " here; guidance would see other images than the classifier"
+                f"'{where}': its image processor with these settings has no differentiable equivalent here; guidance"
+                " would see other images than the classifier"
             )
 
 
-def _sizes(processor: Any, folder: Path) -> tuple[dict[str, int] | None, tuple[int, int] | None]:
+def _cropped_pixels(image: PIL.Image.Image, steps: Steps) -> Tensor:
+    """An image resized and cropped, [3, h, w] in [0, 1]."""
+    image = image.convert("RGB")
+    if steps.resize is not None:
+        height, width = _resized_shape(steps.resize, image.height, image.width)
+        image = image.resize((width, height), steps.resample)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return pixels if steps.crop is None else _centre_crop(pixels, *steps.crop, rounds=steps.rounds)
+
+
+def _steps(processor: Any) -> Steps:
+    """What an image processor of transformers does."""
+    resize, crop = _sizes(processor)
+    resample = PIL.Image.Resampling(int(processor.resample)) if resize else PIL.Image.Resampling.BILINEAR
+    mean, std = _normalisation(processor, "image_mean", 0.0), _normalisation(processor, "image_std", 1.0)
+    return Steps(resize=resize, crop=crop, resample=resample, mean=mean, std=std)
+
+
+def _timm_steps(processor: Any, folder: Path) -> Steps:
+    """What timm's transform for evaluation does: its `data_config` says it.
+
+    Raises:
+        JobError: it resizes by chance, or pads to a border.
+    """
+    config = processor.data_config
+    height, width = config["input_size"][1:]
+    edges = [math.floor(one / config["crop_pct"]) for one in (height, width)]
+    is_centre = config["crop_mode"] == "center" and height == width
+    filters = {"bilinear": PIL.Image.Resampling.BILINEAR, "bicubic": PIL.Image.Resampling.BICUBIC}
+    if not (is_centre or config["crop_mode"] == "squash") or config["interpolation"] not in filters:
+        raise JobError(
+            f"'{folder}': timm's crop_mode '{config['crop_mode']}' at {height} x {width} pixels with interpolation"
+            f" '{config['interpolation']}' has no differentiable equivalent here; bilinear and bicubic have, with"
+            " squash, or with center where the input is square"
+        )
+    return Steps(
+        resize={"shortest_edge": edges[0]} if is_centre else {"height": edges[0], "width": edges[1]},
+        crop=(height, width),
+        resample=filters[config["interpolation"]],
+        mean=[float(one) for one in config["mean"]],
+        std=[float(one) for one in config["std"]],
+        rounds=True,
+    )
+
+
+def _sizes(processor: Any) -> tuple[dict[str, int] | None, tuple[int, int] | None]:
     """Resize target (`shortest_edge`, or `height` and `width`) and centre crop of a processor."""
     resize = _plain_size(processor, "size") if getattr(processor, "do_resize", False) else None
     crop = _plain_size(processor, "crop_size") if getattr(processor, "do_center_crop", False) else None
@@ -96,8 +190,6 @@ def _sizes(processor: Any, folder: Path) -> tuple[dict[str, int] | None, tuple[i
         resize, crop = {"shortest_edge": int(edge / share)}, {"height": edge, "width": edge}
     elif resize and share and "shortest_edge" in resize:
         resize = {"height": resize["shortest_edge"], "width": resize["shortest_edge"]}
-    if resize is not None and PIL.Image.Resampling(int(processor.resample)) not in _FILTERS:
-        raise JobError(f"'{folder}': only bilinear and bicubic resizing can be differentiated here")
     return resize, (crop["height"], crop["width"]) if crop else None
 
 
@@ -120,8 +212,9 @@ def _resized_shape(size: dict[str, int], height: int, width: int) -> tuple[int, 
     return (edge, other) if height <= width else (other, edge)
 
 
-def _centre_crop(images: Tensor, height: int, width: int) -> Tensor:
-    top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
+def _centre_crop(images: Tensor, height: int, width: int, *, rounds: bool) -> Tensor:
+    margins = (images.shape[-2] - height, images.shape[-1] - width)
+    top, left = (round(one / 2) if rounds else one // 2 for one in margins)
     if top < 0 or left < 0:
         pad = (max(-left, 0), max(width - images.shape[-1] + left, 0))
         rows = (max(-top, 0), max(height - images.shape[-2] + top, 0))

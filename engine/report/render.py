@@ -24,6 +24,7 @@ from engine.dataset.store import Store
 from engine.dataset.summary import summarise_table
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.models.addresses import read_labels
+from engine.models.targets import is_factory
 from engine.records import NO_CLASS
 from engine.report.charts import Score, histogram
 from engine.report.data import (
@@ -188,9 +189,17 @@ def _environment() -> Environment:
 
 
 def _labels(manifest: dict[str, Any]) -> list[str]:
-    """The target's labels, or none where the model is not on this machine."""
+    """The target's labels as the run noted them, else those of the model, or none where it is not on this machine.
+
+    A factory is not asked: a report must not run code because a manifest names it.
+    """
+    about = manifest["models"].get("target")
+    noted = about.get("labels") if isinstance(about, dict) else None
+    if isinstance(noted, list) and all(isinstance(one, str) for one in noted):
+        return noted
+    address = manifest["job"]["models"]["target"]
     try:
-        return read_labels(manifest["job"]["models"]["target"]) or []
+        return [] if is_factory(address) else read_labels(address) or []
     except JobError:
         return []
 

@@ -315,7 +315,7 @@ def _load(
     display.phase("loading the target")
     quiet_libraries()
     run, options, num_classes = study.run, study.options, len(study.labels)
-    network, preprocessing = load_network(run.job.models.target), Preprocessing(study.target)
+    network, preprocessing = load_network(run.job.models.target), Preprocessing.load(study.target)
     display.phase("reading samples and images")
     names, soft = list(dict.fromkeys([*study.plain, *study.risky])), options.labels == "soft"
     generated = read_generated(run, names, preprocessing, num_classes=num_classes, soft=soft, display=display)

@@ -15,6 +15,7 @@ from engine.dataset.state import MANIFEST, read_run
 from engine.dataset.store import Store, open_store
 from engine.errors import JobError
 from engine.models.addresses import model_digest
+from engine.models.targets import is_foreign
 from engine.spec import JobSpec, RequestSpec, nearest, parse_job
 
 
@@ -65,9 +66,14 @@ def check_target(run: StudiedRun) -> None:
     """Check that the run's target is still the one that it was made with.
 
     Raises:
-        JobError: it is gone, or another one is there now.
+        JobError: it is gone, another one is there now, or it is of a kind that cannot be trained here.
     """
     address = run.job.models.target
+    if is_foreign(address):
+        raise JobError(
+            f"RUN: its target '{address}' is a file or a factory, which fine-tuning cannot store as a model again; make"
+            " the run with a transformers or timm folder as target"
+        )
     try:
         digest = model_digest(address)
     except JobError as error:
