@@ -92,13 +92,14 @@ def resnet32() -> tuple[nn.Module, dict[str, Any]]:
     return load("resnet32"), SETTINGS
 
 
-def load(name: str) -> CifarResNet:
-    """A trained network in evaluation mode.
+def load(name: str, data_folder: Path | None = None) -> CifarResNet:
+    """A trained network in evaluation mode, from `data_folder`, else from the folder that RISKFORGE_DATA names.
 
     Raises:
         FileNotFoundError: RISKFORGE_DATA is not set, or the weights are not there.
     """
-    state = torch.load(_data() / "classifiers" / WEIGHTS[name], map_location="cpu", weights_only=True)["state_dict"]
+    path = (data_folder or _data()) / "classifiers" / WEIGHTS[name]
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     network = CifarResNet(BLOCKS[name])
     network.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
     return network.eval()

@@ -145,7 +145,8 @@ def train_classifier(name: str, *, seed: int, build_folder: Path, output: Path) 
         )
 
     fit(name, model, loss, plan.recipe, seed=seed, folder=build_folder)
-    temperature = fit_temperature(model, compose_split("validation", 3000, seed=seed))
+    validation = compose_split("validation", 3000, seed=seed)
+    temperature = fit_temperature(model, validation.images, validation.labels)
     export(model, output)
     edit_json(output / "config.json", temperature=temperature)
     write_image_processor(output, "ViTImageProcessor")
@@ -181,12 +182,11 @@ def accuracy(model: PreTrainedModel, composites: Composites) -> NDArray[np.bool_
     return predict_logits(model, composites.images).argmax(-1).numpy() == composites.labels
 
 
-def fit_temperature(model: PreTrainedModel, validation: Composites) -> float:
+def fit_temperature(model: PreTrainedModel, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> float:
     """The temperature with the least negative log-likelihood over the full class distribution (Guo et al. 2017)."""
-    logits = predict_logits(model, validation.images)
-    labels = torch.from_numpy(validation.labels)
+    logits = predict_logits(model, images)
 
     def negative_log_likelihood(log_temperature: float) -> float:
-        return float(F.cross_entropy(logits / np.exp(log_temperature), labels))
+        return float(F.cross_entropy(logits / np.exp(log_temperature), torch.from_numpy(labels)))
 
     return round(float(np.exp(minimize_scalar(negative_log_likelihood, bounds=(-3, 3), method="bounded").x)), 4)

@@ -7,13 +7,14 @@ that are also true (same class and context, or a caption that names only the cla
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from tokenizer import MAX_LENGTH, build_tokenizer, save_tokenizer
+from tokenizer import MAX_LENGTH, build_tokenizer, digit_words, save_tokenizer
 from torch import Tensor
 from training import Recipe, batches, export, fit, pixels, write_image_processor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
@@ -65,7 +66,7 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 def train_clip(*, seed: int, build_folder: Path, output: Path) -> None:
     """Train both towers together and export them with tokenizer and image processor."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(digit_words())
     torch.manual_seed(seed)
     model = build_clip(tokenizer)
 
@@ -85,7 +86,7 @@ def train_clip(*, seed: int, build_folder: Path, output: Path) -> None:
 
     fit("clip", model, loss, RECIPE, seed=seed, folder=build_folder)
     export(model, output)
-    save_tokenizer(output)
+    save_tokenizer(output, digit_words())
     write_image_processor(output, "CLIPImageProcessor", do_center_crop=False, do_convert_rgb=True)
 
 
@@ -106,9 +107,11 @@ def _also_true(batch: Composites) -> Tensor:
 
 
 @torch.no_grad()
-def zero_shot_classes(model: CLIPModel, tokenizer: CLIPTokenizer, images: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """The class whose prompt is nearest to each image, [N]."""
-    tokens = tokenizer([ZERO_SHOT_TEMPLATE.format(n) for n in CLASS_NAMES], padding=True, return_tensors="pt")
+def zero_shot_classes(
+    model: CLIPModel, tokenizer: CLIPTokenizer, images: NDArray[np.uint8], names: Sequence[str] = CLASS_NAMES
+) -> NDArray[np.int64]:
+    """Of `names`, the class whose prompt is nearest to each image, [N]."""
+    tokens = tokenizer([ZERO_SHOT_TEMPLATE.format(name) for name in names], padding=True, return_tensors="pt")
     text_embeds = F.normalize(model.text_projection(model.text_model(**tokens).pooler_output), dim=-1)
     found = []
     for part in batches(len(images), 250):

@@ -9,7 +9,7 @@ reads such a folder reads this one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from autoencoder import encode
 from caption_reader import train_text_encoder
 from diffusers import AutoencoderKL, DDPMScheduler, LMSDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from numpy.typing import NDArray
-from tokenizer import MAX_LENGTH, build_tokenizer, save_tokenizer
+from tokenizer import MAX_LENGTH, build_tokenizer, digit_words, save_tokenizer
 from torch import Tensor
 from training import Recipe, edit_json, export, fit
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -128,7 +128,7 @@ def small_digit_weights(contexts: Contexts) -> Tensor:
 def train_diffusion(autoencoder_folder: Path, *, seed: int, build_folder: Path, output: Path) -> None:
     """Train text encoder, then UNet on the latents of the exported autoencoder; export the whole pipeline."""
     autoencoder = AutoencoderKL.from_pretrained(autoencoder_folder).requires_grad_(False)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(digit_words())
     text_encoder = train_text_encoder(tokenizer, seed=seed, build_folder=build_folder)
     torch.manual_seed(seed)
     unet = build_unet()
@@ -137,7 +137,7 @@ def train_diffusion(autoencoder_folder: Path, *, seed: int, build_folder: Path, 
     train_unet("diffusion", unet, text_encoder, data, RECIPE, seed=seed, build_folder=build_folder)
     data = CaptionedLatents(autoencoder, tokenizer, count=NUM_LATENTS, stream=[seed, 2], shares=REFINED_SHARES)
     train_unet("diffusion-refined", unet, text_encoder, data, REFINEMENT, seed=seed, build_folder=build_folder)
-    export_pipeline(unet, text_encoder, autoencoder_folder, output)
+    export_pipeline(unet, text_encoder, autoencoder_folder, output, words=digit_words())
 
 
 def train_unet(
@@ -179,21 +179,27 @@ def denoising_loss(
 
 def noised(latents: Tensor, noise_levels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Latents with noise at stratified timesteps; the noise; the timesteps [N]; their alpha-bar [N, 1, 1, 1]."""
-    count = len(latents)
-    timesteps = ((torch.arange(count) + torch.rand(count)) / count * len(noise_levels)).long()
+    count, device = len(latents), latents.device
+    stratum = torch.arange(count, device=device) + torch.rand(count, device=device)
+    timesteps = (stratum / count * len(noise_levels)).long()
     alpha_bar = noise_levels[timesteps].view(-1, 1, 1, 1)
     noise = torch.randn_like(latents)
     return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise, noise, timesteps, alpha_bar
 
 
 def export_pipeline(
-    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, autoencoder_folder: Path, output: Path
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    autoencoder_folder: Path,
+    output: Path,
+    *,
+    words: Sequence[str],
 ) -> None:
     """Write `output` as a Stable Diffusion pipeline; the autoencoder's folder may already be in it."""
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(autoencoder_folder),
         text_encoder=text_encoder,
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(words),
         unet=unet,
         scheduler=LMSDiscreteScheduler(**NOISE_CONFIG, steps_offset=1),
         safety_checker=None,
@@ -203,7 +209,7 @@ def export_pipeline(
     pipeline.save_pretrained(output)
     for name, part in (("vae", pipeline.vae), ("text_encoder", text_encoder), ("unet", unet)):
         export(part, output / name)
-    save_tokenizer(output / "tokenizer")
+    save_tokenizer(output / "tokenizer", words)
     edit_json(output / "model_index.json", _name_or_path=None)
     # Read by DDIM when it is built from this config: latents are not bounded, and the first step is not noise-free.
     edit_json(output / "scheduler" / "scheduler_config.json", clip_sample=False, set_alpha_to_one=False)

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,18 @@ from autoencoder import Reader, reconstruct, train_reader
 from classifiers import accuracy, predict_logits
 from clip_model import zero_shot_classes
 from diffusers import StableDiffusionPipeline, StableUnCLIPImg2ImgPipeline
+from drawing import (
+    Bytes,
+    Sampling,
+    load_pipeline,
+    load_unclip,
+    part_sizes,
+    percent,
+    sample,
+    sample_variations,
+    save_sheet,
+)
 from numpy.typing import NDArray
-from PIL import Image
 from training import Recipe, batches, pixels
 from transformers import AutoModelForImageClassification, CLIPModel, CLIPTokenizer, PreTrainedModel
 from unclip import embed_images
@@ -48,21 +56,6 @@ GROUPS = {"ink": INKS, "background": BACKGROUNDS, "texture": TEXTURES, "size": S
 UNCLIP_SCALES = (3.0, 10.0)
 JOINT = (("three", "eight"), ("four", "nine"), ("three", "five", "eight"))
 PROBE_RECIPE = Recipe(num_steps=500, learning_rate=3e-3)
-Bytes = NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How the pipeline is asked to draw."""
-
-    num_inference_steps: int = 40
-    guidance_scale: float = 3.0
-    batch_size: int = 100
-
-
-def percent(hits: NDArray[np.bool_]) -> float:
-    """Share of hits in percent, to a tenth."""
-    return round(100 * float(np.mean(hits)), 1)
 
 
 def by_group(hits: NDArray[np.bool_], contexts: Contexts) -> dict[str, dict[str, float]]:
@@ -109,22 +102,6 @@ def read_reconstructions(pipeline: StableDiffusionPipeline, oracle: PreTrainedMo
         "same_reading": percent(before == after),
         "psnr_db": round(float(-10 * np.log10(np.mean(error**2))), 1),
     }
-
-
-def sample(pipeline: StableDiffusionPipeline, prompts: Sequence[str], sampling: Sampling, *, seed: int) -> Bytes:
-    """One image a prompt, [N, 32, 32, 3]; sample `i` starts from noise of seed `seed + i`."""
-    images = []
-    for part in batches(len(prompts), sampling.batch_size):
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(part.start, part.stop)]
-        drawn = pipeline(
-            list(prompts[part]),
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
-            generator=generators,
-            output_type="np",
-        )
-        images.append(np.rint(drawn.images * 255).astype(np.uint8))
-    return np.concatenate(images)
 
 
 def prompts_for(labels: NDArray[np.int64], contexts: Contexts) -> list[str]:
@@ -180,24 +157,9 @@ def judge_samples(
     return figures
 
 
-def sample_unclip(
-    pipeline: StableUnCLIPImg2ImgPipeline, originals: Composites, sampling: Sampling, *, seed: int
-) -> Bytes:
-    """One variation of each original, [N, 32, 32, 3]: its embedding, and a prompt that names its class alone."""
-    embeds = embed_images(pipeline.image_encoder, originals.images)
-    prompts = [ZERO_SHOT_TEMPLATE.format(CLASS_NAMES[label]) for label in originals.labels]
-    images = []
-    for part in batches(len(prompts), sampling.batch_size):
-        drawn = pipeline(
-            prompt=prompts[part],
-            image_embeds=embeds[part],
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
-            generator=[torch.Generator().manual_seed(seed + i) for i in range(part.start, part.stop)],
-            output_type="np",
-        )
-        images.append(np.rint(drawn.images * 255).astype(np.uint8))
-    return np.concatenate(images)
+def class_prompts(originals: Composites) -> list[str]:
+    """A prompt for each composite that names its class alone."""
+    return [ZERO_SHOT_TEMPLATE.format(CLASS_NAMES[label]) for label in originals.labels]
 
 
 def judge_variations(
@@ -209,7 +171,7 @@ def judge_variations(
     figures: dict[str, Any] = {}
     for scale in UNCLIP_SCALES:
         sampling = Sampling(num_inference_steps=20, guidance_scale=scale)
-        drawn = sample_unclip(pipeline, originals, sampling, seed=1000)
+        drawn = sample_variations(pipeline, originals.images, class_prompts(originals), sampling, seed=1000)
         judged = judge(drawn, originals.labels, originals.contexts, oracle=oracle, probe=probe)
         found = embed_images(pipeline.image_encoder, drawn)
         judged["cosine_to_the_embedding"] = round(float(torch.cosine_similarity(found, wanted).mean()), 3)
@@ -233,16 +195,9 @@ def variations_sheet(pipeline: StableUnCLIPImg2ImgPipeline, path: Path) -> None:
     """Rows of test composites, each above a row of their variations; 20 columns, drawn at twice the size."""
     originals = compose_split("test", 80, seed=3)
     sampling = Sampling(num_inference_steps=20, guidance_scale=UNCLIP_SCALES[0])
-    drawn = sample_unclip(pipeline, originals, sampling, seed=1000)
+    drawn = sample_variations(pipeline, originals.images, class_prompts(originals), sampling, seed=1000)
     pairs = np.stack([originals.images.reshape(-1, 20, 32, 32, 3), drawn.reshape(-1, 20, 32, 32, 3)], axis=1)
     save_sheet(pairs.reshape(-1, 20, 32, 32, 3), path)
-
-
-def save_sheet(tiles: Bytes, path: Path) -> None:
-    """Write tiles [rows, columns, 32, 32, 3] as one picture, at twice the size."""
-    rows, columns = tiles.shape[:2]
-    sheet = tiles.transpose(0, 2, 1, 3, 4).reshape(rows * 32, columns * 32, 3).repeat(2, axis=0).repeat(2, axis=1)
-    Image.fromarray(sheet).quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def contact_sheet(pipeline: StableDiffusionPipeline, path: Path) -> None:
@@ -267,8 +222,7 @@ def probe_accuracy(probe: Reader, composites: Composites) -> dict[str, float]:
 def evaluate(zoo: Path, *, count: int, seed: int) -> dict[str, Any]:
     """All figures of the zoo."""
     oracle = AutoModelForImageClassification.from_pretrained(zoo / "oracle")
-    pipeline = StableDiffusionPipeline.from_pretrained(zoo / "stable-diffusion")
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_pipeline(zoo)
     figures = {"readers": read_test_images(zoo), "reconstruction": read_reconstructions(pipeline, oracle)}
     print(json.dumps(figures, indent=1), flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -278,17 +232,8 @@ def evaluate(zoo: Path, *, count: int, seed: int) -> dict[str, Any]:
     print(json.dumps(figures["joint prompts"]), figures["probe"], flush=True)
     figures["samples"] = judge_samples(pipeline, oracle, probe, count)
     figures["variations"] = judge_variations(load_unclip(zoo), oracle, probe, count)
-    figures["bytes"] = {
-        p.name: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in sorted(zoo.iterdir()) if p.is_dir()
-    }
+    figures["bytes"] = part_sizes(zoo)
     return figures
-
-
-def load_unclip(zoo: Path) -> StableUnCLIPImg2ImgPipeline:
-    """The Stable unCLIP pipeline as any user loads it."""
-    pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(zoo / "stable-unclip")
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def main() -> None:
@@ -306,8 +251,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     figures = evaluate(arguments.zoo, count=arguments.count, seed=arguments.seed)
     (output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
-    pipeline = StableDiffusionPipeline.from_pretrained(arguments.zoo / "stable-diffusion")
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_pipeline(arguments.zoo)
     contact_sheet(pipeline, arguments.docs / "digits.png")
     variations_sheet(load_unclip(arguments.zoo), arguments.docs / "digits-variations.png")
 

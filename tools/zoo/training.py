@@ -122,7 +122,7 @@ class _TrainingState:
         """Load the checkpoint if there is one; the number of steps done."""
         if not path.exists():
             return 0
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location=self.parameters[0].device)
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average = state["average"]

@@ -6,6 +6,7 @@ layout is that of Stable Diffusion 2.1 unCLIP: v-prediction, `class_labels` = no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from diffusion import BATCH_SIZE, NOISE_CONFIG, NUM_LATENTS, SNR_CAP, CaptionedLatents, build_unet, noised
 from numpy.typing import NDArray
-from tokenizer import build_tokenizer, save_tokenizer
+from tokenizer import build_tokenizer, digit_words, save_tokenizer
 from torch import Tensor
 from training import Recipe, batches, edit_json, export, fit, pixels, write_image_processor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithProjection
@@ -64,7 +65,7 @@ def embed_images(image_encoder: CLIPVisionModelWithProjection, images: NDArray[n
 
 def train_unclip(clip_folder: Path, autoencoder_folder: Path, *, seed: int, build_folder: Path, output: Path) -> None:
     """Train the UNet on latents, captions and embeddings of train composites; export the whole pipeline."""
-    image_encoder, tokenizer = load_image_encoder(clip_folder), build_tokenizer()
+    image_encoder, tokenizer = load_image_encoder(clip_folder), build_tokenizer(digit_words())
     text_encoder = train_text_encoder(tokenizer, seed=seed, build_folder=build_folder)
     autoencoder = AutoencoderKL.from_pretrained(autoencoder_folder).requires_grad_(False)
     data = CaptionedLatents(
@@ -85,7 +86,7 @@ def train_unclip(clip_folder: Path, autoencoder_folder: Path, *, seed: int, buil
         projection_class_embeddings_input_dim=2 * data.embeds.shape[1],
     )
     train_unet(unet, text_encoder, data, EmbeddingNoise(normalizer), seed=seed, build_folder=build_folder)
-    export_unclip(unet, text_encoder, normalizer, clip_folder, autoencoder_folder, output)
+    export_unclip(unet, text_encoder, normalizer, clip_folder, autoencoder_folder, output, words=digit_words())
 
 
 def fit_normalizer(embeds: Tensor) -> StableUnCLIPImageNormalizer:
@@ -148,6 +149,8 @@ def export_unclip(
     clip_folder: Path,
     autoencoder_folder: Path,
     output: Path,
+    *,
+    words: Sequence[str],
 ) -> None:
     """Write `output` as a Stable unCLIP pipeline."""
     image_encoder, autoencoder = load_image_encoder(clip_folder), AutoencoderKL.from_pretrained(autoencoder_folder)
@@ -156,7 +159,7 @@ def export_unclip(
         image_encoder=image_encoder,
         image_normalizer=normalizer,
         image_noising_scheduler=DDPMScheduler(**EMBEDDING_NOISE_CONFIG),
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(words),
         text_encoder=text_encoder,
         unet=unet,
         scheduler=DDIMScheduler(**V_CONFIG, steps_offset=1, clip_sample=False, set_alpha_to_one=False),
@@ -166,7 +169,7 @@ def export_unclip(
     halved = {"vae": autoencoder, "text_encoder": text_encoder, "unet": unet, "image_encoder": image_encoder}
     for name, part in halved.items():
         export(part, output / name)
-    save_tokenizer(output / "tokenizer")
+    save_tokenizer(output / "tokenizer", words)
     write_image_processor(output / "feature_extractor", "CLIPImageProcessor", do_center_crop=False, do_convert_rgb=True)
     edit_json(output / "image_normalizer" / "config.json", _name_or_path=None)
     # The name of the processor in every version of transformers, whichever backend made it.
