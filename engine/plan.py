@@ -317,7 +317,7 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
 
     Args:
         digests: `{"diffusion": {address: digest}, "clip": digest, "target": digest, "transfer": [digest],
-            "oracle": digest, "conditioning": {address: digest}}`.
+            "oracle": digest, "conditioning": {address: digest}}`, and `"guidance_decoder": digest` where there is one.
     """
     return {
         "schema_version": SCHEMA_VERSION,

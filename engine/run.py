@@ -264,6 +264,8 @@ def describe_models(job: JobSpec, digests: dict[str, Any]) -> dict[str, Any]:
         described["transfer"] = [{"address": address, "digest": one} for address, one in pairs]
     if models.oracle:
         described["oracle"] = {"address": models.oracle, "digest": digests["oracle"]}
+    if models.guidance_decoder:
+        described["guidance_decoder"] = {"address": models.guidance_decoder, "digest": digests["guidance_decoder"]}
     if digests["conditioning"]:
         pairs = digests["conditioning"].items()
         described["conditioning"] = [{"address": address, "digest": one} for address, one in pairs]

@@ -1,9 +1,11 @@
 """Half precision, poisoned samples and memory: real zoo models in float16 and bfloat16, which a CPU computes slowly."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from engine.guidance import precision
 from engine.guidance.boundary import guide_to_boundary
@@ -173,3 +175,53 @@ def test_guidance_through_the_unet_costs_no_forward_pass(diffusion, classifier, 
     plain, attached = guided._denoiser(latents, step), guided.predict(latents, step).detached()
     assert torch.allclose(plain.output, attached.output, atol=1e-4)
     assert torch.allclose(plain.conditional, attached.conditional, atol=1e-4)
+
+
+def peak_bytes(work) -> int:
+    """Most bytes that torch had allocated at a time, above those at the start: of tensors, graphs and workspaces."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]
+    sizes = [one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())]
+    return max(itertools.accumulate(sizes))
+
+
+def test_checkpointing_takes_effect(hardware, diffusion, classifier):
+    """Measured: the gradient through UNet and decoder, equal, in much less memory; the models stay in evaluation."""
+    lean = Diffusion.load(PIPELINE, dataclasses.replace(hardware, gradient_checkpointing="on"))
+    found: dict[str, torch.Tensor] = {}
+
+    def measure(name, model):
+        return peak_bytes(lambda: found.update({name: gradients_at(model, classifier, 20, count=4)}))
+
+    plain, checkpointed = measure("plain", diffusion), measure("lean", lean)
+    assert checkpointed < 0.6 * plain
+    assert torch.equal(found["plain"], found["lean"])
+    assert not any(module.training for part in (lean._unet, lean._vae) for module in part.modules())
+
+
+def test_channels_last_changes_the_layout_and_not_the_picture(hardware, diffusion):
+    """Weights and activations of UNet and VAE in the other layout: equal within rounding."""
+    model = Diffusion.load(PIPELINE, dataclasses.replace(hardware, channels_last=True))
+    assert model._unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    spec, noise = SamplingSpec(num_inference_steps=3, guidance_scale=3.0), draw_noise([3], diffusion.latent_shape)[0]
+    sampler = diffusion.sampler(spec)
+    step = next(sampler.steps())
+    outputs = [one.denoiser([PROMPT], spec, sampler)(noise, step).output for one in (model, diffusion)]
+    assert torch.allclose(*outputs, atol=1e-4)
+    assert torch.allclose(model.decode(noise), diffusion.decode(noise), atol=1e-4)
+
+
+def test_only_calls_without_gradient_are_compiled(hardware, classifier, monkeypatch):
+    """Which calls go through `torch.compile`: both halves of plain steps, the unconditional half of guided ones."""
+    rows = []
+
+    def compiling(module, dynamic):
+        assert dynamic is False
+        return lambda latents, *rest, **more: rows.append(len(latents)) or module(latents, *rest, **more)
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    model = Diffusion.load(PIPELINE, dataclasses.replace(hardware, compile=True))
+    guided, sampler = guided_by(model, classifier, 2, SamplingSpec(num_inference_steps=3, guidance_scale=3.0), every=2)
+    sample(guided, sampler, draw_noise([1, 2], model.latent_shape)[0])
+    assert rows == [4, 2, 4]
