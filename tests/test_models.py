@@ -1,5 +1,6 @@
 """Models from folders: preprocessing both ways, refusals that name the remedy, digests."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from engine.errors import JobError
 from engine.models.addresses import check_addresses, locate, model_digest, read_labels, resolve
 from engine.models.classifier import Classifier
 from engine.models.preprocess import Preprocessing
-from engine.models.runtime import hardware_problems, head_sizes, xformers_problem
+from engine.models.runtime import compiled, hardware_problems, head_sizes, xformers_problem
 from engine.spec import RuntimeSpec, parse_job
 
 PROCESSORS = {
@@ -216,6 +217,17 @@ def test_kernels_are_fixed_in_a_process_of_their_own():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_compiler_that_is_not_there_is_told(monkeypatch):
+    """What torch raises where its backend lacks a tool: the job's fault, in a line, and not a sample's."""
+
+    def without_tools(graph, inputs):
+        raise ModuleNotFoundError("No module named 'setuptools'")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=without_tools))
+    with pytest.raises(JobError, match=r"runtime\.compile: 'on' cannot be had .*No module named 'setuptools'.*use off"):
+        compiled(torch.nn.Linear(2, 2))(torch.ones(1, 2))
 
 
 def test_xformers_that_cannot_run_is_told_with_its_reason(diffusion):

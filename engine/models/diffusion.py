@@ -15,6 +15,7 @@ from engine.models.runtime import (
     CPU_LATENT_ELEMENTS,
     CPU_ROWS,
     Hardware,
+    compiled,
     frozen,
     head_sizes,
     loading,
@@ -190,7 +191,7 @@ class Diffusion:
         if wanted == "on" or (wanted == "auto" and pixels > CHECKPOINTING_PIXELS):
             self._unet.enable_gradient_checkpointing()
             self._vae.enable_gradient_checkpointing()
-        self._fast_unet = torch.compile(self._unet, dynamic=False) if self.hardware.compile else self._unet
+        self._fast_unet = compiled(self._unet) if self.hardware.compile else self._unet
 
     def _use_xformers(self) -> None:
         """xformers' attention in the UNet, and in the VAE where xformers can differentiate its head size.

@@ -130,6 +130,26 @@ def fix_kernels() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def compiled(module: Any) -> Any:
+    """A module's forward pass, compiled for every shape that it meets.
+
+    The result raises a JobError where there is nothing to compile with.
+    """
+    import torch
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    fast = torch.compile(module, dynamic=False)
+
+    def call(*inputs: Any, **more: Any) -> Any:
+        try:
+            return fast(*inputs, **more)
+        except BackendCompilerFailed as error:
+            reason = (str(error.inner_exception).strip().splitlines() or ["no reason given"])[0]
+            raise JobError(f"runtime.compile: 'on' cannot be had on this machine ({reason}); use off") from error
+
+    return call
+
+
 def head_sizes(module: Any) -> set[int]:
     """Entries of a head in every attention layer of a diffusers model."""
     from diffusers.models.attention_processor import Attention
