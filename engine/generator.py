@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine import imaging
 from engine.acceptance import is_accepted
+from engine.batching import BatchSize, Peak
 from engine.conditioner import Conditioner, open_conditioner
 from engine.conditioning.screening import ScreenedDraw
 from engine.errors import JobError
@@ -19,8 +20,9 @@ from engine.guidance.risky import guide_to_risk
 from engine.guidance.rules import GradientHealth
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
+from engine.models.decoder import GuidanceDecoder
 from engine.models.diffusion import Diffusion
-from engine.models.runtime import choose_hardware
+from engine.models.runtime import choose_hardware, fix_kernels
 from engine.plan import Plan, RequestPlan, SampleSpec, make_prompt
 from engine.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, SampleResult, check_record, failed_record
 from engine.sampling.loop import sample
@@ -28,19 +30,14 @@ from engine.sampling.noise import draw_noise
 from engine.scoring import Scorer
 from engine.spec import JobSpec
 
-FIRST_GPU_BATCH = 8
-MAX_GPU_BATCH = 256
-# `batch_size: auto` doubles while the peak stays below this share of the GPU's memory.
-GROWTH_SHARE = 0.4
+# What torch says of an operator that `deterministic` forbids.
+_NOT_DETERMINISTIC = "does not have a deterministic implementation"
 # Older device and allocator errors are plain RuntimeErrors.
 _MACHINE_SIGNS = ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "can't allocate memory", "not enough memory")
 
 
 class Generator:
     """Holds the models of a job and turns sample specs into results.
-
-    Attributes:
-        batch_size: samples a batch at present.
 
     Raises:
         JobError: a model cannot be loaded or the hardware lacks what `runtime` asks for.
@@ -50,6 +47,8 @@ class Generator:
         self._job = job
         self._plan = plan
         self._hardware = choose_hardware(job.runtime)
+        if self._hardware.is_cuda and self._hardware.deterministic:
+            fix_kernels()
         device = self._hardware.device
         self._target = Classifier.load(job.models.target, device)
         self._scorer = Scorer(
@@ -61,9 +60,11 @@ class Generator:
         )
         self._diffusion: dict[str, Diffusion] = {}
         self._conditioners: dict[int, Conditioner] = {}
-        auto = job.runtime.batch_size == "auto"
-        self._grows = auto and self._hardware.is_cuda
-        self.batch_size = FIRST_GPU_BATCH if auto else int(job.runtime.batch_size)
+        decoder = job.models.guidance_decoder
+        self._guidance_decoder = GuidanceDecoder.load(decoder, self._hardware) if decoder else None
+        wanted = job.runtime.batch_size
+        # Requests differ in what a sample of theirs takes: each finds its own size.
+        self._batches = [BatchSize() if wanted == "auto" else BatchSize(wanted, grows=False) for _ in plan.requests]
         for request in plan.requests:
             self._check_combination(request.number)
             negative = job.sampling_of(request.spec).negative_prompt
@@ -83,35 +84,55 @@ class Generator:
 
         Out of memory halves the batch. An exception of one sample makes that sample `failed`, not its neighbours.
         """
-        rows = self._model(request).rows
         while True:
-            batch = specs[: rows or self.batch_size]
+            rows = self._rows(request)
+            batch = specs[: rows or self._batches[request].size]
             results = self._within_memory(request, batch)
             if results is not None:
-                self.batch_size = rows or self.batch_size
-                self._grow(len(batch))
                 return results
             # Only here are the tensors of the failed batch let go of.
             torch.cuda.empty_cache()
-            if len(batch) == 1:
+            used = rows or len(batch)
+            if used == 1:
                 raise JobError(
                     "runtime: a single sample does not fit the GPU's memory; use precision fp16, gradient_checkpointing"
                     " on, or fewer models"
                 )
-            self.batch_size, self._grows = max(1, len(batch) // 2), False
+            if self._hardware.deterministic:
+                raise JobError(
+                    f"runtime.batch_size: {used} samples do not fit the GPU's memory, and with deterministic the size"
+                    f" decides bytes; give a smaller one for the whole run, such as {used // 2}"
+                )
+            self._batches[request].halve(used)
 
     def _within_memory(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult] | None:
         """Results of a batch, or None where the GPU's memory does not hold it."""
+        if self._hardware.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
         try:
-            return self._isolating(request, specs)
+            results = self._isolating(request, specs)
         except torch.OutOfMemoryError:
             return None
+        if self._hardware.is_cuda:
+            self._batches[request].observe(Peak(len(specs), torch.cuda.max_memory_allocated()), memory_within_reach())
+        return results
+
+    def _rows(self, request: int) -> int | None:
+        """Samples that every batch is filled up to, where its shape is fixed."""
+        fixed = self._batches[request].size if self._hardware.has_fixed_shape else None
+        return self._model(request).rows or fixed
 
     def _isolating(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
         """Results of a batch; after an exception one by one, to find the sample that it came from."""
         try:
             return self._results(request, specs)
         except Exception as error:
+            if _NOT_DETERMINISTIC in str(error):
+                operator = str(error).split(_NOT_DETERMINISTIC)[0].strip()
+                raise JobError(
+                    f"runtime.deterministic: {operator} of these models has no deterministic form on a GPU; switch"
+                    " deterministic off, or use models without it"
+                ) from error
             if is_fault_of_machine(error):
                 raise
             failure = error
@@ -125,7 +146,7 @@ class Generator:
         return results
 
     def _results(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
-        rows = self._model(request).rows
+        rows = self._rows(request)
         # The last sample fills up a batch of fixed shape: on a CPU bytes must not depend on the neighbours.
         missing = (rows or len(specs)) - len(specs)
         padded, draws = [*specs, *[specs[-1]] * missing], self._draws(request, specs)
@@ -207,7 +228,7 @@ class Generator:
         return noise, model.noiser.class_labels(embeds, embed_noise, conditioning.noise_level)
 
     def _guided(self, denoiser: ConditionalDenoiser, request: int, specs: Sequence[SampleSpec]) -> GuidedDenoiser:
-        spec, decode = self._job.requests[request], self._model(request).decode
+        spec, decode = self._job.requests[request], (self._guidance_decoder or self._model(request)).decode
         guidance = self._job.guidance_of(spec)
         if spec.method == "boundary":
             return guide_to_boundary(
@@ -253,14 +274,11 @@ class Generator:
         except ValueError as error:
             raise JobError(f"requests.{request}: {error}") from None
 
-    def _grow(self, used: int) -> None:
-        if not self._grows or used < self.batch_size:
-            return
-        total = torch.cuda.get_device_properties(0).total_memory
-        if self.batch_size < MAX_GPU_BATCH and torch.cuda.max_memory_allocated() < GROWTH_SHARE * total:
-            self.batch_size *= 2
-        else:
-            self._grows = False
+
+def memory_within_reach() -> int:
+    """Bytes of the GPU that this process holds already or could still get."""
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved()
 
 
 def longest_prompts(request: RequestPlan) -> list[str]:

@@ -326,7 +326,8 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
 
     Args:
         digests: `{"diffusion": {address: digest}, "clip": digest, "target": digest, "transfer": [digest],
-            "oracle": digest, "conditioning": {address: digest}}`, and `"judge": digest` where there is one.
+            "oracle": digest, "conditioning": {address: digest}}`, and `"judge"` and `"guidance_decoder"` with a digest
+            where there is one.
     """
     return {
         "schema_version": IDENTITY_VERSION,

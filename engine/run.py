@@ -267,6 +267,8 @@ def describe_models(job: JobSpec, digests: dict[str, Any], labels: list[str]) ->
         described["oracle"] = {"address": models.oracle, "digest": digests["oracle"]}
     if models.judge:
         described["judge"] = {"address": models.judge, "digest": digests["judge"]}
+    if models.guidance_decoder:
+        described["guidance_decoder"] = {"address": models.guidance_decoder, "digest": digests["guidance_decoder"]}
     if digests["conditioning"]:
         pairs = digests["conditioning"].items()
         described["conditioning"] = [{"address": address, "digest": one} for address, one in pairs]

@@ -25,7 +25,6 @@ CLASS_TEMPLATE = "a photo of a {class}"
 # Fields of the contract that this version does not have yet: named, so that nobody believes in a typo.
 PLANNED = {
     "max_attempts": "quotas are not in this version",
-    "deterministic": "the mode for GPUs is not in this version; on a CPU every run is deterministic",
 }
 STOCHASTIC_SCHEDULERS = ("ddpm", "euler_ancestral", "euler-ancestral", "dpmsolver_sde", "sde")
 
@@ -53,6 +52,11 @@ class ModelsSpec(_Spec):
     oracle: Address | None = Field(default=None, description="Independent classifier whose reading is recorded.")
     judge: Address | None = Field(
         default=None, description="Second, independent CLIP model: its conformity is recorded and never guided on."
+    )
+    guidance_decoder: Address | None = Field(
+        default=None,
+        description="AutoencoderTiny whose decoder guidance differentiates, in place of the pipeline's own; the stored"
+        " image always comes from the pipeline's.",
     )
 
 
@@ -227,12 +231,25 @@ class RuntimeSpec(_Spec):
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
         default="auto", description="Recompute activations in guidance; auto: on for images above 256 px."
     )
+    channels_last: Literal["auto", "on", "off"] = Field(
+        default="auto", description="Memory layout of UNet and VAE; auto: on for a GPU in half precision."
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Compile the UNet for calls without gradient, in batches of a fixed shape; auto: off.",
+    )
     batch_size: Annotated[StrictInt, Field(ge=1, le=4096)] | Literal["auto"] = Field(
         default="auto",
-        description="Samples a batch on a GPU, halved on out-of-memory; a CPU works in batches of a fixed size.",
+        description="Samples a batch on a GPU; auto: as many as its memory holds, found by measuring; halved on"
+        " out-of-memory. A CPU works in batches of a fixed size.",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="Equal bytes from equal GPUs: deterministic kernels, no TF32, batches of a fixed shape; needs a"
+        " number as batch_size there. On a CPU it changes nothing: every run is deterministic.",
     )
 
-    @pydantic.field_validator("gradient_checkpointing", mode="before")
+    @pydantic.field_validator("gradient_checkpointing", "channels_last", "compile", mode="before")
     @classmethod
     def _yaml_booleans(cls, value: Any) -> Any:
         """YAML 1.1 reads bare `on` and `off` as booleans."""
@@ -291,7 +308,7 @@ Problem = tuple[Location, str]
 def _between_fields(raw: dict[str, Any]) -> list[Problem]:
     """Problems between the fields of each request, found also where another part of the job is wrong."""
     base = {section: _base(spec, raw.get(section)) for section, spec in OVERRIDABLE.items()}
-    problems = _sampling_problems(base["sampling"], ("sampling",))
+    problems = _sampling_problems(base["sampling"], ("sampling",)) + _decoder_problems(raw)
     names: dict[str, int] = {}
     requests = raw.get("requests")
     for number, item in enumerate(requests if isinstance(requests, list) else []):
@@ -316,6 +333,17 @@ def _absent_models(request: RequestSpec, models: Any, where: Location) -> list[P
         for name, role in asked
         if role in ("oracle", "judge") and not named.get(role)
     ]
+
+
+def _decoder_problems(raw: dict[str, Any]) -> list[Problem]:
+    models, requests = raw.get("models"), raw.get("requests")
+    if not isinstance(models, dict) or not isinstance(models.get("guidance_decoder"), str):
+        return []
+    methods = [one.get("method") for one in requests if isinstance(one, dict)] if isinstance(requests, list) else []
+    if any(method != "prompt" for method in methods):
+        return []
+    text = "no request is guided, so nothing would go through it; leave it out, or guide a request"
+    return [(("models", "guidance_decoder"), text)]
 
 
 def _override_problems(request: RequestSpec, base: dict[str, dict[str, Any]], where: Location) -> list[Problem]:

@@ -1,11 +1,13 @@
 """The generator with the real zoo: formats, padding, and what becomes of samples and batches that fail."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from engine.batching import BatchSize
 from engine.errors import JobError
 from engine.generator import Generator
 from engine.imaging import decode, encode, quantise
@@ -110,12 +112,40 @@ def test_out_of_memory_halves_the_batch_and_remembers(made, as_on_a_gpu, monkeyp
 
         return sampling
 
-    monkeypatch.setattr(generator, "batch_size", 8)
+    monkeypatch.setattr(generator, "_batches", [BatchSize(8)])
     monkeypatch.setattr(generator, "sample", limited(2))
-    assert len(generator.next_batch(0, specs)) == 2 and generator.batch_size == 2
+    assert len(generator.next_batch(0, specs)) == 2 and generator._batches[0] == BatchSize(2, grows=False)
     monkeypatch.setattr(generator, "sample", limited(0))
     with pytest.raises(JobError, match="does not fit the GPU's memory"):
         generator.next_batch(0, specs)
+
+
+def test_a_fixed_batch_is_not_halved(made, as_on_a_gpu, monkeypatch):
+    """In deterministic mode on a GPU every batch has the size of the job, and a smaller one would change bytes."""
+    generator, specs = made
+    hardware = dataclasses.replace(generator._hardware, device="cuda", deterministic=True)
+    monkeypatch.setattr(generator, "_batches", [BatchSize(8, grows=False)])
+    sizes = []
+
+    def sampling(request, some, draws):
+        sizes.append(len(some))
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(generator, "sample", sampling)
+    monkeypatch.setattr(generator, "_hardware", hardware)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    with pytest.raises(JobError, match=r"8 samples do not fit .* such as 4"):
+        generator.next_batch(0, specs[:3])
+    assert sizes == [8]
+
+
+def test_an_operator_that_is_not_deterministic_is_named(made, monkeypatch):
+    """Torch refuses it with every sample: neither the samples' fault nor the machine's, but the job's."""
+    generator, specs = made
+    error = RuntimeError("some_backward_cuda does not have a deterministic implementation, but you set")
+    failing_for(generator, monkeypatch, {0}, error)
+    with pytest.raises(JobError, match=r"runtime\.deterministic: some_backward_cuda of these models"):
+        generator.next_batch(0, specs[:2])
 
 
 def test_values_that_are_not_finite_fail_their_sample(made, monkeypatch):

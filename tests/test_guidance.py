@@ -176,7 +176,7 @@ def test_gradient_equals_finite_differences(prediction, levels, gradient):
     """The whole chain latents -> x0 -> image -> KLDB, both variants; catches a wrong factor or a lost path."""
     step, latents = step_at(*levels), latents_of(1)
     wrapper = guided(1, prediction, gradient=gradient)
-    base = wrapper._denoiser(latents, step)
+    base = wrapper.predict(latents, step)
     analytic = wrapper.gradients(base, step)[1][0]
     fixed = predicted_eps(base.conditional, latents, step, prediction)
 
@@ -201,11 +201,11 @@ def test_guided_step_lowers_its_criterion(rule, gradient):
     """After one small guided step the KLDB of the same x0 prediction is lower for every sample."""
     step, latents = step_at(sigma=1.0), latents_of(8)
     wrapper = guided(8, step=rule, gradient=gradient, alpha=0.02)
-    base = wrapper._denoiser(latents, step)
+    base = wrapper.predict(latents, step)
     before = wrapper.gradients(base, step)[0][0]
     moved = wrapper(latents, step).latents
     if gradient == "unet":
-        base = wrapper._denoiser(moved, step)
+        base = wrapper.predict(moved, step)
         after = wrapper.gradients(base, step)[0][0]
     else:
         clean = predicted_x0(predicted_eps(base.conditional, latents, step, "epsilon"), moved, step, "epsilon")

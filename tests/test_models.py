@@ -1,7 +1,10 @@
 """Models from folders: preprocessing both ways, refusals that name the remedy, digests."""
 
+import functools
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import PIL.Image
@@ -12,7 +15,7 @@ from engine.errors import JobError
 from engine.models.addresses import check_addresses, locate, model_digest, read_labels, resolve
 from engine.models.classifier import Classifier
 from engine.models.preprocess import Preprocessing
-from engine.models.runtime import hardware_problems
+from engine.models.runtime import compiled, hardware_problems, head_sizes, xformers_problem
 from engine.spec import RuntimeSpec, parse_job
 
 PROCESSORS = {
@@ -185,3 +188,49 @@ def test_impossible_hardware_is_refused():
     problems = hardware_problems(spec, has_gpu=False)
     assert len(problems) == 3 and all(problem.startswith("runtime.") for problem in problems)
     assert hardware_problems(RuntimeSpec(), has_gpu=False) == []
+
+
+def test_what_determinism_forbids_is_refused_on_a_gpu_alone():
+    """A batch that goes by the free memory, other kernels: each with its remedy; a CPU is deterministic as it is."""
+    spec = RuntimeSpec(deterministic=True, attention="xformers", compile="on")
+    problems = hardware_problems(spec, has_gpu=True)
+    assert [problem.split(":")[0] for problem in problems] == [
+        "runtime.batch_size", "runtime.compile", "runtime.attention"
+    ]  # fmt: skip
+    assert "give a number" in problems[0]
+    assert hardware_problems(RuntimeSpec(deterministic=True, batch_size=32), has_gpu=True) == []
+    assert hardware_problems(RuntimeSpec(deterministic=True), has_gpu=False) == []
+    assert hardware_problems(RuntimeSpec(deterministic=True, device="cpu"), has_gpu=True) == []
+
+
+def test_kernels_are_fixed_in_a_process_of_their_own():
+    """Torch's global settings after `fix_kernels`, and an operator without a deterministic form still runs on a CPU."""
+    code = (
+        "import os, torch\n"
+        "from engine.models.runtime import fix_kernels\n"
+        "torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True\n"
+        "fix_kernels()\n"
+        "assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic\n"
+        "assert not torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32\n"
+        "assert not torch.backends.cuda.matmul.allow_tf32 and os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'\n"
+        "assert not torch.backends.cuda.mem_efficient_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_compiler_that_is_not_there_is_told(monkeypatch):
+    """What torch raises where its backend lacks a tool: the job's fault, in a line, and not a sample's."""
+
+    def without_tools(graph, inputs):
+        raise ModuleNotFoundError("No module named 'setuptools'")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=without_tools))
+    with pytest.raises(JobError, match=r"runtime\.compile: 'on' cannot be had .*No module named 'setuptools'.*use off"):
+        compiled(torch.nn.Linear(2, 2))(torch.ones(1, 2))
+
+
+def test_xformers_that_cannot_run_is_told_with_its_reason(diffusion):
+    """The head sizes of UNet and VAE are found in the models; where there are no kernels the reason comes back."""
+    assert head_sizes(diffusion._unet) == {16, 24} and head_sizes(diffusion._vae) == {64}
+    assert xformers_problem({16}, "float16", "cpu")

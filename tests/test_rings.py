@@ -11,8 +11,8 @@ from tests.conftest import REPOSITORY
 
 ENGINE = REPOSITORY / "engine"
 CORE = (
-    "spec.py", "plan.py", "records.py", "scores.py", "scheduler.py", "temperature.py", "guidance", "sampling",
-    "conditioning",
+    "spec.py", "plan.py", "records.py", "scores.py", "scheduler.py", "temperature.py", "batching.py", "guidance",
+    "sampling", "conditioning",
 )  # fmt: skip
 CORE_FORBIDS = {
     "ray", "fsspec", "requests", "http", "socket", "subprocess", "typer", "rich", "webdataset", "pyarrow", "pathlib",

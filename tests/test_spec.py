@@ -22,6 +22,7 @@ JOB = {
     "requests": [{"name": "between", "method": "boundary", "boundary": ["three", "eight"], "count": 4}],
     "output": {"uri": "runs/job"},
 }
+PLAIN = {"name": "plain", "method": "prompt", "classes": "all", "count": 1}
 
 
 def job(**changes):
@@ -83,7 +84,11 @@ def problems(raw) -> list[str]:
         (request(method="prompt", boundary=None, classes=["a"], prompt="x"), "requests.0.prompt: has no {class}"),
         (request(sampling={"scheduler": "x"}), "requests.0.sampling.scheduler: 'x' is not one of lms"),
         (request(sampling={"num_inference_steps": 5}), "requests.0.guidance.boundary: leaves none of 5 steps guided"),
-        (job(runtime={"deterministic": True}), "runtime.deterministic: the mode for GPUs is not in this version"),
+        (job(runtime={"compile": "yes"}), "runtime.compile: 'yes' is not one of auto, on, off"),
+        (
+            job(models=JOB["models"] | {"guidance_decoder": "x"}, requests=[PLAIN]),
+            "models.guidance_decoder: no request is guided",
+        ),
         (job() | {"int": 1}, "int: unknown key"),
         (request(guidance={"boundary": {"every": 0}}), "requests.0.guidance.boundary.every: 0"),
         ([], "job: a mapping of keys is expected, not list"),
@@ -116,12 +121,13 @@ def test_overrides_of_a_request_are_merged_key_by_key():
     spec = parse_job(
         request(sampling={"guidance_scale": 6}, guidance={"boundary": {"alpha": 0.1, "step": "norm"}})
         | {"sampling": {"num_inference_steps": 20}, "guidance": {"boundary": {"every": 2}}}
-        | {"runtime": yaml.safe_load("gradient_checkpointing: on")}
+        | {"runtime": yaml.safe_load("{gradient_checkpointing: on, compile: off, channels_last: on}")}
     )
     sampling, guidance = spec.sampling_of(spec.requests[0]), spec.guidance_of(spec.requests[0])
     assert (sampling.num_inference_steps, sampling.guidance_scale) == (20, 6)
     assert (guidance.boundary.every, guidance.boundary.step_size, guidance.boundary.step) == (2, 0.1, "norm")
-    assert spec.runtime.gradient_checkpointing == "on"
+    runtime = spec.runtime
+    assert (runtime.gradient_checkpointing, runtime.compile, runtime.channels_last) == ("on", "off", "on")
 
 
 def test_set_reaches_lists_and_new_sections():
@@ -137,7 +143,9 @@ def test_schema_describes_every_field():
     """The JSON Schema is what editors show: every property says what it is."""
     schema = job_schema()
     assert json.dumps(schema)
-    described = schema["$defs"]["SamplingSpec"]["properties"] | schema["$defs"]["RequestSpec"]["properties"]
+    specs = ("SamplingSpec", "RequestSpec", "RuntimeSpec", "ModelsSpec")
+    described = {name: field for spec in specs for name, field in schema["$defs"][spec]["properties"].items()}
+    assert {"deterministic", "compile", "channels_last", "guidance_decoder"} <= set(described)
     assert all("description" in field for field in described.values())
 
 

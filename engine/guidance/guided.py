@@ -8,8 +8,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from engine.guidance.precision import pulled_back
 from engine.guidance.rules import GradientHealth, Update
-from engine.sampling.denoiser import Denoiser, Prediction, Step, predicted_eps, predicted_x0
+from engine.sampling.denoiser import Denoiser, Prediction, PredictionType, Step, predicted_eps, predicted_x0
 
 # Latents without signal (zero terminal SNR) have no x0 to differentiate at.
 MIN_SIGNAL = 1e-3
@@ -27,8 +28,8 @@ class Criteria(Protocol):
 class ConditionalDenoiser(Denoiser, Protocol):
     """A denoiser whose conditional half can be differentiated."""
 
-    def conditional_output(self, latents: Tensor, step: Step) -> Tensor:
-        """Output of the conditional half [B, C, H, W], differentiable in the latents."""
+    def attached(self, latents: Tensor, step: Step) -> Prediction:
+        """As calling it, with a `conditional` that is differentiable in the latents, a leaf."""
 
 
 class GuidedDenoiser:
@@ -66,29 +67,43 @@ class GuidedDenoiser:
 
     def __call__(self, latents: Tensor, step: Step) -> Prediction:
         """Predict for latents [B, C, H, W], moved where the step is guided."""
-        prediction = self._denoiser(latents, step)
         if not self._is_guided(step) or step.scale < MIN_SIGNAL:
-            return prediction
+            return self._denoiser(latents, step)
+        prediction = self.predict(latents, step)
         losses, gradients = self.gradients(prediction, step)
-        return self._update(losses, gradients, prediction, step, self.health)
+        return self._update(losses, gradients, prediction.detached(), step, self.health)
+
+    def predict(self, latents: Tensor, step: Step) -> Prediction:
+        """The prediction that `gradients` differentiates, not moved; with a graph where that goes through the UNet."""
+        if self._source == "unet":
+            return self._denoiser.attached(latents.detach().requires_grad_(True), step)
+        return self._denoiser(latents, step)
 
     def gradients(self, prediction: Prediction, step: Step) -> tuple[Tensor, Tensor]:
-        """Criteria [K, B] and their gradients in the latents [K, B, C, H, W], sample by sample."""
+        """Criteria [K, B] and their gradients in the latents [K, B, C, H, W], sample by sample.
+
+        Args:
+            prediction: from `predict`, at the same step.
+        """
         with torch.enable_grad():
             latents = prediction.latents.detach().requires_grad_(True)
-            clean = self._clean(latents, prediction, step)
-            losses = self._criteria(self._decode(clean).clamp(0, 1))
+            output = self._scored(prediction, step).detach().requires_grad_(True)
+            kind: PredictionType = prediction.prediction if self._source == "unet" else "epsilon"
+            losses = self._criteria(self._decode(predicted_x0(output, latents, step, kind)).clamp(0, 1))
             # Sums keep every sample's gradient its own; a mean would scale it by the batch.
-            gradients = [
-                torch.autograd.grad(loss.sum(), latents, retain_graph=place + 1 < len(losses))[0]
+            found = [
+                torch.autograd.grad(loss.sum(), [latents, output], retain_graph=place + 1 < len(losses))
                 for place, loss in enumerate(losses)
             ]
-        return losses.detach(), torch.stack(gradients)
+        if self._source != "unet":
+            return losses.detach(), torch.stack([of_latents for of_latents, _ in found])
+        through = [pulled_back(of_output, prediction.conditional, prediction.latents) for _, of_output in found]
+        direct = [of_latents for of_latents, _ in found]
+        return losses.detach(), torch.stack(direct) + torch.stack(through)
 
-    def _clean(self, latents: Tensor, prediction: Prediction, step: Step) -> Tensor:
+    def _scored(self, prediction: Prediction, step: Step) -> Tensor:
+        """What the scored x0 is predicted from: the network's output, or a noise that stays as it is."""
         if self._source == "unet":
-            output = self._denoiser.conditional_output(latents, step)
-            return predicted_x0(output, latents, step, prediction.prediction)
+            return prediction.conditional
         output = prediction.conditional if self._source == "conditional" else prediction.output
-        eps = predicted_eps(output, prediction.latents, step, prediction.prediction).detach()
-        return predicted_x0(eps, latents, step, "epsilon")
+        return predicted_eps(output, prediction.latents, step, prediction.prediction)

@@ -192,6 +192,7 @@ def model_digests(job: JobSpec) -> dict[str, Any]:
         "target": of(models.target),
         "transfer": [of(address) for address in models.transfer],
         "oracle": of(models.oracle) if models.oracle else "",
+        **({"guidance_decoder": of(models.guidance_decoder)} if models.guidance_decoder else {}),
     }
     if models.judge is None:
         # No key either: plans without a judge keep the digest that they had before there were judges.
@@ -233,7 +234,11 @@ def check_addresses(job: JobSpec, *, with_artefacts: bool = True) -> None:
         except JobError as error:
             problems += [f"{field}: {problem}" for problem in error.problems]
     if not problems:
-        problems += _label_problems(job) or [*_noise_problems(job), *_conditioning_problems(job)]
+        problems += _label_problems(job) or [
+            *_noise_problems(job),
+            *_conditioning_problems(job),
+            *_decoder_problems(job),
+        ]
     if not problems and with_artefacts:
         labels = read_labels(job.models.target)
         for number, request in enumerate(job.requests):
@@ -283,6 +288,18 @@ def _part_classes(folder: Path) -> dict[str, str]:
     }
 
 
+def check_decoder(folder: Path, address: str) -> None:
+    """Check by its configuration that a folder is an `AutoencoderTiny`.
+
+    Raises:
+        JobError: saying what it is instead.
+    """
+    _need(folder, "config.json", address, "a diffusers model folder")
+    kind = read_config(folder / "config.json").get("_class_name", "transformers model")
+    if kind != "AutoencoderTiny":
+        raise JobError(f"'{address}' is of class {kind}; an AutoencoderTiny is needed")
+
+
 def _check_clip(folder: Path, address: str) -> None:
     _need(folder, "config.json", address, "a transformers model folder")
     kind = read_config(folder / "config.json").get("model_type")
@@ -313,6 +330,8 @@ def _roles(job: JobSpec) -> list[tuple[str, str, Callable[[Path, str], None]]]:
         roles.append(("models.oracle", models.oracle, _check_classifier))
     if models.judge:
         roles.append(("models.judge", models.judge, _check_clip))
+    if models.guidance_decoder:
+        roles.append(("models.guidance_decoder", models.guidance_decoder, check_decoder))
     for number, request in enumerate(job.requests):
         if request.diffusion:
             roles.append((f"requests.{number}.diffusion", request.diffusion, check_pipeline))
@@ -419,6 +438,38 @@ def _conditioning_problems(job: JobSpec) -> list[str]:
                 " unCLIP pipeline in `diffusion`, or leave conditioning out"
             )
     return problems
+
+
+def _decoder_problems(job: JobSpec) -> list[str]:
+    """Guided pipelines whose latents or images the guidance decoder does not have."""
+    address = job.models.guidance_decoder
+    decoder = locate(address).folder if address else None
+    if decoder is None:
+        return []
+    found = _tiny_shape(read_config(decoder / "config.json"))
+    guided = {one.diffusion or job.models.diffusion for one in job.requests if one.method != "prompt"}
+    problems = []
+    for pipeline in sorted(guided):
+        folder = locate(pipeline).folder
+        if folder is None or not (folder / "vae" / "config.json").is_file():
+            continue
+        if (wanted := _vae_shape(read_config(folder / "vae" / "config.json"))) != found:
+            problems.append(
+                f"models.guidance_decoder: '{address}' makes images {found[1]} times the size of latents of {found[0]}"
+                f" channels; those of '{pipeline}' have {wanted[0]} channels, and {wanted[1]} times"
+            )
+    return problems
+
+
+def _vae_shape(config: dict[str, Any]) -> tuple[int, int]:
+    """Channels of an AutoencoderKL's latents, and pixels of a side for each latent."""
+    return int(config.get("latent_channels", 4)), 2 ** (len(config.get("block_out_channels", [64])) - 1)
+
+
+def _tiny_shape(config: dict[str, Any]) -> tuple[int, int]:
+    """The same of an AutoencoderTiny."""
+    stages, factor = config.get("num_decoder_blocks", [3, 3, 3, 1]), config.get("upsampling_scaling_factor", 2)
+    return int(config.get("latent_channels", 4)), int(factor) ** (len(stages) - 1)
 
 
 def _label_problems(job: JobSpec) -> list[str]:

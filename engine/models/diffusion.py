@@ -10,7 +10,17 @@ from torch import Tensor
 
 from engine.errors import JobError
 from engine.models.addresses import check_pipeline, is_unclip, read_config, resolve
-from engine.models.runtime import CHECKPOINTING_PIXELS, CPU_LATENT_ELEMENTS, CPU_ROWS, Hardware, frozen, loading
+from engine.models.runtime import (
+    CHECKPOINTING_PIXELS,
+    CPU_LATENT_ELEMENTS,
+    CPU_ROWS,
+    Hardware,
+    compiled,
+    frozen,
+    head_sizes,
+    loading,
+    xformers_problem,
+)
 from engine.models.unclip import EmbeddingNoiser
 from engine.sampling.denoiser import ClassifierFreeDenoiser, Condition
 from engine.sampling.schedulers import Sampler
@@ -48,6 +58,7 @@ class Diffusion:
         self._embeddings: dict[str, Tensor] = {}
         self.noiser = noiser
         self.hardware = hardware
+        self._layout = torch.channels_last if hardware.channels_last else torch.contiguous_format
         size = unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         self.latent_shape = (int(unet.config.in_channels), int(height), int(width))
@@ -160,15 +171,36 @@ class Diffusion:
     def _predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         dtype = self._unet.dtype
         labels = None if condition.labels is None else condition.labels.to(dtype)
-        return self._unet(
-            latents.to(dtype), timestep, encoder_hidden_states=condition.text, class_labels=labels, return_dict=False
+        # Compiled code with a backward pass has open bugs: what is differentiated stays as it is.
+        unet = self._unet if torch.is_grad_enabled() else self._fast_unet
+        return unet(
+            latents.to(dtype=dtype, memory_format=self._layout),
+            timestep,
+            encoder_hidden_states=condition.text,
+            class_labels=labels,
+            return_dict=False,
         )[0]
 
     def _configure(self) -> None:
+        self._unet.to(memory_format=self._layout)
+        self._vae.to(memory_format=self._layout)
         if self.hardware.attention == "xformers":
-            self._unet.enable_xformers_memory_efficient_attention()
+            self._use_xformers()
         pixels = self.latent_shape[1] * 2 ** (len(self._vae.config.block_out_channels) - 1)
         wanted = self.hardware.gradient_checkpointing
         if wanted == "on" or (wanted == "auto" and pixels > CHECKPOINTING_PIXELS):
             self._unet.enable_gradient_checkpointing()
             self._vae.enable_gradient_checkpointing()
+        self._fast_unet = compiled(self._unet) if self.hardware.compile else self._unet
+
+    def _use_xformers(self) -> None:
+        """xformers' attention in the UNet, and in the VAE where xformers can differentiate its head size.
+
+        Raises:
+            JobError: not in the UNet.
+        """
+        if problem := xformers_problem(head_sizes(self._unet), self.hardware.dtype, self.hardware.device):
+            raise JobError(f"runtime.attention: 'xformers' cannot run here ({problem}); use auto or sdpa")
+        self._unet.enable_xformers_memory_efficient_attention()
+        if not xformers_problem(head_sizes(self._vae), "float32", self.hardware.device):
+            self._vae.enable_xformers_memory_efficient_attention()

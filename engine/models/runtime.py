@@ -1,9 +1,10 @@
-"""Device, precision and attention: what `runtime` means on the machine at hand."""
+"""Device, precision, attention and kernels: what `runtime` means on the machine at hand."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ CPU_ROWS = 16
 CPU_LATENT_ELEMENTS = 4096
 # Above this image size guidance recomputes activations to save memory (`gradient_checkpointing: auto`).
 CHECKPOINTING_PIXELS = 256
+# One of the two settings with which cuBLAS is deterministic.
+CUBLAS_WORKSPACE = ":4096:8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +31,28 @@ class Hardware:
         dtype: name of the torch type of UNet and text encoder.
         attention: `sdpa` or `xformers`.
         gradient_checkpointing: `auto`, `on` or `off`.
+        channels_last: whether UNet and VAE keep their tensors in that layout.
+        compile: whether the UNet is compiled for calls without gradient.
+        deterministic: whether equal batches must give equal bytes on a GPU.
     """
 
     device: str
     dtype: str
     attention: str
     gradient_checkpointing: str
+    channels_last: bool = False
+    compile: bool = False
+    deterministic: bool = False
 
     @property
     def is_cuda(self) -> bool:
         """Whether the models are on a GPU."""
         return self.device.startswith("cuda")
+
+    @property
+    def has_fixed_shape(self) -> bool:
+        """Whether every batch of a GPU is filled up to the same size: kernels, and compiled code, go by the shape."""
+        return self.is_cuda and (self.deterministic or self.compile)
 
 
 def hardware_problems(spec: RuntimeSpec, has_gpu: bool) -> list[str]:
@@ -51,6 +65,20 @@ def hardware_problems(spec: RuntimeSpec, has_gpu: bool) -> list[str]:
             problems.append("runtime.attention: 'xformers' has no kernels for a CPU; use auto or sdpa")
         if spec.precision in ("fp16", "bf16"):
             problems.append(f"runtime.precision: '{spec.precision}' saves nothing on a CPU; use auto or fp32")
+    return problems + (_determinism_problems(spec, has_gpu and spec.device != "cpu") if spec.deterministic else [])
+
+
+def _determinism_problems(spec: RuntimeSpec, on_gpu: bool) -> list[str]:
+    problems: list[str] = []
+    if on_gpu and spec.batch_size == "auto":
+        problems.append(
+            "runtime.batch_size: 'auto' goes by the memory that is free, and pixels move with the batch by rounding;"
+            " with deterministic give a number, such as 32"
+        )
+    if spec.compile == "on":
+        problems.append("runtime.compile: 'on' makes other kernels on other machines; with deterministic use off")
+    if on_gpu and spec.attention == "xformers":
+        problems.append("runtime.attention: 'xformers' has no deterministic backward pass; with deterministic use sdpa")
     return problems
 
 
@@ -69,13 +97,79 @@ def choose_hardware(spec: RuntimeSpec) -> Hardware:
     if problems:
         raise JobError(problems)
     on_gpu = has_gpu and spec.device != "cpu"
+    is_half = spec.precision != "fp32"
     dtypes = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "auto": "float16" if on_gpu else "float32"}
     return Hardware(
         device="cuda" if on_gpu else "cpu",
         dtype=dtypes[spec.precision],
         attention="sdpa" if spec.attention == "auto" else spec.attention,
         gradient_checkpointing=spec.gradient_checkpointing,
+        channels_last=spec.channels_last == "on" or (spec.channels_last == "auto" and on_gpu and is_half),
+        # `auto` is off: compiled kernels differ from machine to machine, and with them the bytes.
+        compile=spec.compile == "on",
+        deterministic=spec.deterministic,
     )
+
+
+def fix_kernels() -> None:
+    """Let this process compute equal bytes from equal inputs on a GPU, or raise where an operator cannot.
+
+    Side effects: torch's global settings, and cuBLAS' workspace in the environment; to be called before the first
+    matrix product on a GPU. A worker's process owns both.
+    """
+    import torch
+
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = CUBLAS_WORKSPACE
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    # The backward passes of these two attention kernels add in any order.
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def compiled(module: Any) -> Any:
+    """A module's forward pass, compiled for every shape that it meets.
+
+    The result raises a JobError where there is nothing to compile with.
+    """
+    import torch
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    fast = torch.compile(module, dynamic=False)
+
+    def call(*inputs: Any, **more: Any) -> Any:
+        try:
+            return fast(*inputs, **more)
+        except BackendCompilerFailed as error:
+            reason = (str(error.inner_exception).strip().splitlines() or ["no reason given"])[0]
+            raise JobError(f"runtime.compile: 'on' cannot be had on this machine ({reason}); use off") from error
+
+    return call
+
+
+def head_sizes(module: Any) -> set[int]:
+    """Entries of a head in every attention layer of a diffusers model."""
+    from diffusers.models.attention_processor import Attention
+
+    return {layer.inner_dim // layer.heads for layer in module.modules() if isinstance(layer, Attention)}
+
+
+def xformers_problem(sizes: set[int], dtype: str, device: str) -> str:
+    """Why xformers' attention cannot run forward and backward at these head sizes here; empty if it can."""
+    import torch
+
+    try:
+        import xformers.ops
+
+        for size in sorted(sizes):
+            probe = torch.ones(1, 8, 1, size, device=device, dtype=getattr(torch, dtype), requires_grad=True)
+            xformers.ops.memory_efficient_attention(probe, probe, probe).sum().backward()
+    except (ImportError, OSError, RuntimeError, NotImplementedError, ValueError) as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ""
 
 
 @contextlib.contextmanager

@@ -60,13 +60,13 @@ class EmbeddingNoiser:
         Also at level 0 a little noise is added, as the pipeline does.
 
         Args:
-            embeds: [B, d], raw.
+            embeds: [B, d], raw, of any precision; what is returned is float32.
             noise: [B, d], standard normal.
             level: noise level.
         """
         from diffusers.models.embeddings import get_timestep_embedding
 
         levels = torch.full((len(embeds),), level, device=embeds.device)
-        noisy = self._scheduler.add_noise((embeds - self._mean) / self._std, noise, levels)
+        noisy = self._scheduler.add_noise((embeds.float() - self._mean) / self._std, noise, levels)
         sinusoids = get_timestep_embedding(levels, self.dim, flip_sin_to_cos=True, downscale_freq_shift=0)
         return torch.cat([noisy * self._std + self._mean, sinusoids], dim=1)

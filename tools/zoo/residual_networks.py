@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from training import batches
 
-sys.path.append(str(Path(__file__).parents[2]))
-from tools.targets.cifar_resnets import SETTINGS, load
+sys.path.append(str(Path(__file__).parents[1]))
+from targets.cifar_resnets import SETTINGS, load
 
 
 class ResidualNetwork:

@@ -26,6 +26,7 @@ from classifiers import PLANS, train_classifier
 from clip_model import train_clip
 from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
 from diffusion import train_diffusion
+from tiny_autoencoder import train_tiny_autoencoder
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 from unclip import train_unclip
 
@@ -37,7 +38,7 @@ from engine.spec import parse_job
 DEFAULT_BUILD_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "riskforge" / "zoo-digits"
 CONDITIONED = {"diffusion": "stable-unclip", "clip": "clip", "target": "classifier"}
 NUM_COMPONENTS = 6
-PARTS = (*PLANS, "clip", "stable-diffusion", "stable-unclip")
+PARTS = (*PLANS, "clip", "stable-diffusion", "stable-unclip", "tiny-autoencoder")
 Stage = Callable[[], None]
 
 
@@ -52,6 +53,9 @@ def stages(*, seed: int, build_folder: Path) -> dict[str, Stage]:
     named["stable-diffusion"] = partial(train_diffusion, pipeline / "vae", **shared, output=pipeline)
     unclip = partial(train_unclip, export / "clip", pipeline / "vae", **shared, output=export / "stable-unclip")
     named["stable-unclip"] = unclip
+    named["tiny-autoencoder"] = partial(
+        train_tiny_autoencoder, pipeline / "vae", **shared, output=export / "tiny-autoencoder"
+    )
     return named
 
 

@@ -1,0 +1,43 @@
+"""A tiny decoder for guidance alone: latents to images at a part of the autoencoder's arithmetic, differentiable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.models.addresses import check_decoder, resolve
+from engine.models.runtime import Hardware, frozen, loading
+
+
+class GuidanceDecoder:
+    """The decoder of an `AutoencoderTiny`, in float32: what guidance differentiates in place of the pipeline's own.
+
+    It takes latents as the UNet has them (TAESD's convention: its own `scaling_factor` is 1), not divided by the
+    pipeline's `scaling_factor`.
+    """
+
+    def __init__(self, model: Any, hardware: Hardware) -> None:
+        layout = torch.channels_last if hardware.channels_last else torch.contiguous_format
+        self._model = frozen(model, hardware.device).to(memory_format=layout)
+
+    @classmethod
+    def load(cls, address: str, hardware: Hardware) -> GuidanceDecoder:
+        """Load from `zoo:`, a folder or a hub id; safetensors only.
+
+        Raises:
+            JobError: it cannot be loaded, or is no `AutoencoderTiny`.
+        """
+        from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+
+        folder = resolve(address)
+        check_decoder(folder, address)
+        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+        with loading(address, "an AutoencoderTiny"):
+            return cls(AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.float32, **options), hardware)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W], nominally in [0, 1] and not clamped, of latents [B, C, h, w]; differentiable."""
+        config = self._model.config
+        return self._model.decode(latents / config.scaling_factor + config.shift_factor).sample / 2 + 0.5

@@ -1,0 +1,134 @@
+"""What is measured side by side: arms of two families, each a way to make the same samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from bench.sizes import Setting
+
+Family = Literal["boundary", "risky"]
+Program = Literal["plain", "naive", "engine", "parts"]
+
+# Of the published code: alpha of the later and of the workshop version, s and lambda of RiskyDiff; the last step is
+# guided too.
+ALPHA = {"norm": 0.05, "paper": 0.1}
+RISKY_SCALE, RISKY_WEIGHT = 10.0, 1e-4
+PROMPT = {"boundary": "prompt", "risky": "prompt-unclip"}
+PLAIN = {"boundary": "plain-diffusers", "risky": "plain-diffusers-unclip"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One way to make the samples of a family.
+
+    Attributes:
+        program: diffusers' pipeline, the naive loop, the engine's generator, or the engine's parts put together here.
+        guidance: parameters of the family's method; None for the prompt alone.
+        runtime: of the job, where it is not the machine's default.
+        tiny: whether guidance looks through the tiny autoencoder.
+        twin: the engine's arm with the same step rule, for a naive one.
+    """
+
+    name: str
+    family: Family
+    program: Program = "engine"
+    guidance: dict[str, Any] | None = None
+    runtime: dict[str, Any] = field(default_factory=dict)
+    tiny: bool = False
+    twin: str = ""
+
+    @property
+    def group(self) -> tuple[str, ...]:
+        """Arms for which this is equal share loaded models, and are timed in turns."""
+        return self.family, *(f"{key}={value}" for key, value in self.runtime.items()), *["tiny"] * self.tiny
+
+    @property
+    def reference(self) -> str:
+        """The arm of the prompt alone on the same runtime."""
+        _, mark, variant = self.name.partition("@")
+        return PROMPT[self.family] + mark + variant
+
+    @property
+    def is_through_unet(self) -> bool:
+        """Whether the gradient passes through the UNet."""
+        return (self.guidance or {}).get("gradient") == "unet"
+
+
+def arms_of(setting: Setting) -> list[Arm]:
+    """All arms of a size, group by group, those of the machine's default runtime first."""
+    arms = [*(_boundary_arms() if setting.diffusion else []), *(_risky_arms() if setting.unclip else [])]
+    groups = list(dict.fromkeys(arm.group for arm in sorted(arms, key=lambda arm: bool(arm.runtime) or arm.tiny)))
+    return sorted(arms, key=lambda arm: groups.index(arm.group))
+
+
+def _boundary_arms() -> list[Arm]:
+    published, default = {"every": 5, "skip_last": False}, {"step": "polyak", "every": 5}
+    norm = published | {"step": "norm", "alpha": ALPHA["norm"]}
+    paper = published | {"step": "paper", "alpha": ALPHA["paper"]}
+    through = {"gradient": "unet"}
+
+    def arm(name: str, guidance: dict[str, Any] | None = None, program: Program = "engine", twin: str = "") -> Arm:
+        return Arm(name=name, family="boundary", guidance=guidance, program=program, twin=twin)
+
+    return [
+        arm("plain-diffusers", program="plain"),
+        arm("prompt"),
+        arm("naive-kldb-norm", norm, "naive", "kldb-norm"),
+        arm("naive-kldb-paper-unet", paper | through, "naive", "kldb-paper-unet"),
+        arm("kldb-polyak", default),
+        arm("kldb-norm", norm),
+        arm("kldb-paper", paper),
+        arm("kldb-polyak-combined", default, "parts"),
+        arm("kldb-polyak-unet", default | through),
+        arm("kldb-paper-unet", paper | through),
+        arm("kldb-polyak-every-step", default | {"every": 1}),
+        *_variants("boundary", "kldb-polyak", default),
+        *_variants("boundary", "kldb-polyak-unet", default | through, only=("xformers", "checkpointing")),
+    ]
+
+
+def _risky_arms() -> list[Arm]:
+    paper = {
+        "step": "paper",
+        "scale": RISKY_SCALE,
+        "conformity_weight": RISKY_WEIGHT,
+        "conformity": "raw",
+        "skip_last": False,
+    }
+
+    def arm(name: str, guidance: dict[str, Any] | None = None, program: Program = "engine", twin: str = "") -> Arm:
+        return Arm(name=name, family="risky", guidance=guidance, program=program, twin=twin)
+
+    return [
+        arm("plain-diffusers-unclip", program="plain"),
+        arm("prompt-unclip"),
+        arm("naive-risky", paper, "naive", "risky-paper"),
+        arm("risky-paper", paper),
+        arm("risky-polyak", {"step": "polyak"}),
+        arm("risky-polyak-floor", {"step": "polyak", "conformity_floor": 0.3}),
+        *_variants("risky", "risky-paper", paper),
+    ]
+
+
+def _variants(family: Family, guided: str, guidance: dict[str, Any], only: tuple[str, ...] = ("",)) -> list[Arm]:
+    """A guidance and the prompt alone on every other runtime, and behind the tiny autoencoder.
+
+    Args:
+        only: beginnings of the names of the variants; the prompt alone is left to the first guidance of the family.
+    """
+    runtimes: dict[str, dict[str, Any]] = {
+        "tiny": {},
+        **{precision: {"precision": precision} for precision in ("fp32", "fp16", "bf16")},
+        **{attention: {"attention": attention} for attention in ("sdpa", "xformers")},
+        **{f"checkpointing-{value}": {"gradient_checkpointing": value} for value in ("on", "off")},
+        **{f"channels-last-{value}": {"channels_last": value} for value in ("on", "off")},
+        **{f"compile-{value}": {"compile": value} for value in ("on", "off")},
+    }
+    methods = {guided: guidance} if only != ("",) else {PROMPT[family]: None, guided: guidance}
+    return [
+        Arm(name=f"{name}@{label}", family=family, guidance=parameters, runtime=runtime, tiny=label == "tiny")
+        for label, runtime in runtimes.items()
+        if label.startswith(only)
+        for name, parameters in methods.items()
+    ]

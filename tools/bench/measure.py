@@ -1,0 +1,210 @@
+"""Time, memory, rates and profiles of an arm."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import PIL.Image
+import torch
+from torch import Tensor
+
+from bench.arms import Arm
+from bench.programs import Batch, Bench
+from engine.imaging import quantise
+from engine.scores import kldb, risk
+
+RATE_REPEATS = 10
+# Parts of the names of operators and kernels, the first that is found decides.
+KINDS = (
+    ("attention", ("sdpa", "attention", "flash", "fmha", "softmax", "efficient")),
+    ("conv", ("conv", "cudnn", "fprop", "dgrad", "wgrad", "implicit", "winograd", "mkldnn")),
+    ("matmul", ("nvjet", "mm", "linear", "gemm", "matmul", "cutlass", "cublas", "einsum")),
+    ("norm", ("norm", "moments", "welford")),
+    (
+        "copies",
+        ("copy", "clone", "cat", "contiguous", "memcpy", "memset", "_to_copy", "upsample", "index", "pad", "nchw"),
+    ),
+    ("elementwise", ("mul", "add", "sub", "div", "silu", "gelu", "sigmoid", "exp", "pow", "sqrt", "clamp", "where")),
+    ("elementwise", ("elementwise", "reduce", "sum", "mean", "fill", "triton", "relu", "neg", "foreach", "abs", "max")),
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class Measured:
+    """What became of an arm.
+
+    Attributes:
+        seconds: of every repetition, over `num_samples`.
+        peak_bytes: of the GPU's memory, above what other loaded models hold; 0 on a CPU.
+        kldb: median over the samples on the target; None for RiskyDiff.
+        risk: the same for RiskyDiff.
+        reason: why it was not measured.
+        is_broken: whether that is an error, not something that the machine lacks.
+        profile: share of the time by kind of operator, and the costliest operators.
+    """
+
+    arm: Arm
+    num_samples: int = 0
+    batch_size: int = 0
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    kldb: float | None = None
+    risk: float | None = None
+    reason: str = ""
+    is_broken: bool = False
+    profile: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds_per_image(self) -> float:
+        """Of the fastest repetition: what the machine can do when nothing else is in the way."""
+        return min(self.seconds) / self.num_samples
+
+    @property
+    def median_seconds_per_image(self) -> float:
+        """Of the median repetition."""
+        return statistics.median(self.seconds) / self.num_samples
+
+    def as_json(self) -> dict[str, Any]:
+        """For the file of results."""
+        found = {
+            **dataclasses.asdict(self.arm),
+            **{name: getattr(self, name) for name in self.__slots__ if name != "arm"},
+        }
+        if self.seconds:
+            found |= {"seconds_per_image": self.seconds_per_image, "images_per_second": 1 / self.seconds_per_image}
+            found |= {"median_seconds_per_image": self.median_seconds_per_image}
+        return found
+
+
+def make(bench: Bench, arm: Arm, batch: Batch, batch_size: int) -> Tensor:
+    """The images of an arm, batch by batch, on the CPU."""
+    starts = range(0, len(batch), batch_size)
+    made = [bench.images(arm, batch.part(start, start + batch_size)) for start in starts]
+    return torch.cat([images.detach().float().cpu() for images in made])
+
+
+def timed(call: Callable[[], Any], device: str) -> float:
+    """Seconds of a call, to the end of what it started on the device."""
+    synchronise(device)
+    started = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - started
+
+
+def synchronise(device: str) -> None:
+    """Wait for a GPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def warm_up(bench: Bench, measured: Measured, batch: Batch) -> Tensor:
+    """Load the models of an arm and make its images once; notes what the models take of a GPU's memory."""
+    before = _allocated(bench.device)
+    images = make(bench, measured.arm, batch, measured.batch_size)
+    loaded = _allocated(bench.device) - before
+    # The naive loop uses the network that diffusers' pipeline has loaded.
+    shared = bench.weights.get("plain", 0) if measured.arm.program == "naive" else 0
+    bench.weights.setdefault(measured.arm.program, loaded + shared)
+    return images
+
+
+def repeat(bench: Bench, measured: Measured, batch: Batch) -> None:
+    """Time one more repetition of an arm, and its peak memory."""
+    base = _allocated(bench.device)
+    if bench.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    measured.seconds.append(timed(lambda: make(bench, measured.arm, batch, measured.batch_size), bench.device))
+    if bench.device == "cuda":
+        own = torch.cuda.max_memory_allocated() - base + bench.weights[measured.arm.program]
+        measured.peak_bytes = max(measured.peak_bytes, own)
+
+
+def _allocated(device: str) -> int:
+    return int(torch.cuda.memory_allocated()) if device == "cuda" else 0
+
+
+def score(bench: Bench, measured: Measured, batch: Batch, images: Tensor) -> None:
+    """Medians over the 8-bit images on the target."""
+    logits = bench.target.score([PIL.Image.fromarray(pixels) for pixels in quantise(images)])
+    if bench.family == "boundary":
+        measured.kldb = float(kldb(logits, batch.specs[0].cell.classes).median())
+    else:
+        measured.risk = float(risk(logits, torch.tensor([spec.cell.classes[0] for spec in batch.specs])).median())
+
+
+def matmul_rate(device: str, dtype: torch.dtype, side: int = 8192) -> float:
+    """Operations a second of a product of two random square matrices: the best of some."""
+    first, second = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    first @ second
+    best = min(timed(lambda: first @ second, device) for _ in range(RATE_REPEATS))
+    return 2 * side**3 / best
+
+
+@torch.no_grad()
+def unet_rate(bench: Bench, batch: Batch, unet_operations: int) -> float:
+    """Operations a second of the UNet in a step without guidance, both halves of classifier-free guidance."""
+    sampler = bench.diffusion.sampler(bench.job.sampling)
+    labels = None
+    if bench.diffusion.noiser is not None:
+        labels = torch.zeros(len(batch), 2 * bench.diffusion.noiser.dim, device=bench.device)
+    prompts = [spec.prompt for spec in batch.specs]
+    denoiser = bench.diffusion.denoiser(prompts, bench.job.sampling, sampler, labels)
+    latents = torch.randn(len(batch), *bench.diffusion.latent_shape, device=bench.device)
+    step = next(iter(sampler.steps()))
+    for _ in range(3):
+        denoiser(latents, step)
+    best = min(timed(lambda: denoiser(latents, step), bench.device) for _ in range(RATE_REPEATS))
+    return 2 * len(batch) * unet_operations / best
+
+
+def profile(bench: Bench, arm: Arm, batch: Batch, top: int = 12) -> dict[str, Any]:
+    """Where the time of a batch goes: seconds by kind of operator, and the costliest operators, by their own time."""
+    from torch.profiler import ProfilerActivity
+
+    on_gpu = bench.device == "cuda"
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
+    with torch.profiler.profile(activities=activities) as profiler:
+        make(bench, arm, batch, len(batch))
+        synchronise(bench.device)
+    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = profiler.key_averages()
+    if on_gpu:
+        # An operator and the kernels that it launches carry the same time: count the kernels.
+        events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    found = [(event.key, getattr(event, own) / 1e6, event.count) for event in events]
+    kinds: dict[str, float] = defaultdict(float)
+    for name, seconds, _ in found:
+        kinds[kind_of(name)] += seconds
+    total = sum(kinds.values()) or 1.0
+    found.sort(key=lambda one: -one[1])
+    return {
+        "seconds": total,
+        "shares": {kind: seconds / total for kind, seconds in sorted(kinds.items(), key=lambda one: -one[1])},
+        "top": [{"name": name, "seconds": seconds, "calls": calls} for name, seconds, calls in found[:top]],
+    }
+
+
+def kind_of(name: str) -> str:
+    """What an operator or kernel is for, by its name."""
+    lower = name.lower()
+    return next((kind for kind, parts in KINDS if any(part in lower for part in parts)), "other")
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Products and convolutions of float32 in float32 on a GPU, not in TF32."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

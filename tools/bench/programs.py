@@ -1,0 +1,312 @@
+"""The programs behind the arms: diffusers' pipeline, the naive loop, the engine's generator and the engine's parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    LMSDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableUnCLIPImg2ImgPipeline,
+)
+from torch import Tensor
+
+from bench.arms import Arm, Family
+from bench.naive import PAPER_ELEMENTS, Naive, sample_boundary, sample_risky
+from bench.sizes import Setting
+from engine.conditioner import conditioning_digests, open_conditioner
+from engine.conditioning.screening import ScreenedDraw
+from engine.generator import Generator
+from engine.guidance.boundary import guide_to_boundary, is_guided_step
+from engine.guidance.guided import ConditionalDenoiser, GuidedDenoiser
+from engine.guidance.risky import guide_to_risk
+from engine.guidance.rules import rule_of, shifting
+from engine.models.addresses import read_labels, resolve
+from engine.models.classifier import Classifier
+from engine.models.clip import Clip
+from engine.models.diffusion import Diffusion
+from engine.models.runtime import choose_hardware
+from engine.plan import Plan, RequestPlan, SampleSpec, build_plan, class_prompt
+from engine.sampling.loop import sample
+from engine.sampling.noise import draw_noise
+from engine.scores import kldb
+from engine.scoring import Scorer
+from engine.spec import parse_job
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Samples that every arm of a family makes.
+
+    Attributes:
+        specs: what decides each sample.
+        draws: the image embedding of each, for Stable unCLIP; else empty.
+    """
+
+    specs: tuple[SampleSpec, ...]
+    draws: tuple[ScreenedDraw, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    @property
+    def seeds(self) -> list[int]:
+        """One a sample."""
+        return [spec.seed for spec in self.specs]
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Some of the samples."""
+        return Batch(specs=self.specs[start:stop], draws=self.draws[start:stop])
+
+
+class Bench:
+    """A group of arms on one runtime. Models are loaded when an arm needs them.
+
+    Args:
+        setting: the models and the samples.
+        arms: of one group.
+        device: `cpu` or `cuda`.
+        num_samples: samples that an arm makes.
+        runtime: in place of that of the arms.
+
+    Raises:
+        JobError: the machine lacks what the runtime asks for.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        arms: Sequence[Arm],
+        *,
+        device: str,
+        num_samples: int,
+        runtime: dict[str, Any] | None = None,
+    ) -> None:
+        self.setting, self.arms, self.device = setting, list(arms), device
+        self.family: Family = arms[0].family
+        self.address = setting.diffusion if self.family == "boundary" else setting.unclip
+        raw = raw_job(setting, self.arms, num_samples)
+        raw["runtime"] = {"device": device} | (arms[0].runtime if runtime is None else runtime)
+        self.job = parse_job(raw)
+        self.hardware = choose_hardware(self.job.runtime)
+        self.labels = read_labels(setting.target) or []
+        # Bytes of a GPU's memory by program, noted when its models are loaded.
+        self.weights: dict[str, int] = {}
+        addresses = [one.artefact or one.images or "" for request in self.job.requests if (one := request.conditioning)]
+        self._digests = dict.fromkeys(addresses, "")
+        if addresses:
+            requests = self._plan().requests
+            self._digests = conditioning_digests(self.job, requests, self.labels, progress=_ignore, notice=_ignore)
+        self.plan = self._plan()
+
+    def _plan(self) -> Plan:
+        # Contents of models are not looked at: nothing is stored that their digests would identify.
+        models = {"clip": "", "target": "", "transfer": [], "oracle": "", "diffusion": {self.address: ""}}
+        return build_plan(self.job, self.labels, models | {"conditioning": self._digests})
+
+    @cached_property
+    def generator(self) -> Generator:
+        """The engine's, with all models of the job."""
+        return Generator(self.job, self.plan)
+
+    @cached_property
+    def diffusion(self) -> Diffusion:
+        """The engine's pipeline by itself."""
+        return Diffusion.load(self.address, self.hardware)
+
+    @cached_property
+    def target(self) -> Classifier:
+        """The classifier by itself."""
+        return Classifier.load(self.setting.target, self.device)
+
+    @cached_property
+    def clip(self) -> Clip:
+        """CLIP by itself."""
+        return Clip.load(self.setting.clip, self.device)
+
+    @cached_property
+    def plain(self) -> Any:
+        """diffusers' pipeline, as its users load it."""
+        return load_pipeline(self.address, self.family, getattr(torch, self.hardware.dtype)).to(self.device)
+
+    @cached_property
+    def naive(self) -> Naive:
+        """A pipeline with its decoder in float32, as gradients need it."""
+        vae = AutoencoderKL.from_pretrained(resolve(self.address) / "vae", torch_dtype=torch.float32)
+        return Naive(pipeline=self.plain, vae=vae.requires_grad_(False).to(self.device), device=self.device)
+
+    def request_of(self, arm: Arm) -> RequestPlan:
+        """The request of the job that stands for an arm."""
+        return self.plan.requests[next(place for place, one in enumerate(self.arms) if one.name == arm.name)]
+
+    def batch(self, num_samples: int) -> Batch:
+        """The first samples, with their embeddings; the same for every arm."""
+        request = self.plan.requests[0]
+        specs = tuple(request.sample(position) for position in range(num_samples))
+        if request.spec.conditioning is None:
+            return Batch(specs=specs)
+        digest = next(iter(self._digests.values()))
+        conditioner = open_conditioner(request, self.address, self.labels, self.device, digest)
+        return Batch(specs=specs, draws=tuple(conditioner.draw(spec) for spec in specs))
+
+    def images(self, arm: Arm, batch: Batch) -> Tensor:
+        """Images [B, 3, H, W] of an arm, nominally in [0, 1]."""
+        if arm.program == "engine":
+            return self.generator.sample(self.request_of(arm).number, batch.specs, batch.draws)[0]
+        if arm.program == "plain":
+            return self._plain_images(batch)
+        with torch.no_grad():
+            if arm.program == "parts":
+                return self.diffusion.decode(self.latents(arm, batch))
+            rows = range(len(batch))
+            return torch.cat([self.naive.decode(self.naive_latents(arm, batch.part(row, row + 1))) for row in rows])
+
+    def latents(self, arm: Arm, batch: Batch) -> Tensor:
+        """Clean latents [B, C, h, w] of an arm by the engine's parts: the loop, guidance around the denoiser."""
+        model, sampler, labels = self.diffusion, self.diffusion.sampler(self.job.sampling), None
+        if batch.draws and model.noiser is not None:
+            shapes = (model.noiser.dim,), model.latent_shape
+            embed_noise, noise = draw_noise(batch.seeds, *shapes, device=self.device)
+            labels = model.noiser.class_labels(self._embeds(batch), embed_noise, 0)
+        else:
+            noise = draw_noise(batch.seeds, model.latent_shape, device=self.device)[0]
+        denoiser = model.denoiser([spec.prompt for spec in batch.specs], self.job.sampling, sampler, labels)
+        return sample(denoiser if arm.guidance is None else self._guided(denoiser, arm, batch), sampler, noise)
+
+    def naive_latents(self, arm: Arm, batch: Batch, size: float | None = None) -> Tensor:
+        """Clean latents [1, C, h, w] of a batch of one by the naive loop.
+
+        Args:
+            size: of the step, where it is not to be the arm's.
+        """
+        (spec,), guidance, sampling = batch.specs, arm.guidance or {}, self.job.sampling
+        given: dict[str, Any] = {
+            "prompt": spec.prompt,
+            "seed": spec.seed,
+            "num_steps": sampling.num_inference_steps,
+            "guidance_scale": sampling.guidance_scale,
+        }
+        if self.family == "boundary":
+            return sample_boundary(
+                self.naive,
+                self.target.logits,
+                classes=spec.cell.classes,
+                step=guidance["step"],
+                alpha=guidance["alpha"] if size is None else size,
+                every=guidance["every"],
+                through_unet=arm.is_through_unet,
+                **given,
+            )
+        text = self.clip.text_embeds([class_prompt(spec.cell.names[0])]).to(self.device)
+        # The engine's scale means the same at any size of the latents; the published one is for 4 x 64 x 64.
+        rescaled = math.sqrt(math.prod(self.naive.latent_shape) / PAPER_ELEMENTS)
+        return sample_risky(
+            self.naive,
+            self.target.logits,
+            lambda images: (self.clip.embeds_of_tensor(images) * text).sum(-1),
+            label=spec.cell.classes[0],
+            embedding=batch.draws[0].embedding,
+            s=(guidance["scale"] if size is None else size) * rescaled,
+            weight=guidance["conformity_weight"],
+            **given,
+        )
+
+    def _plain_images(self, batch: Batch) -> Tensor:
+        unet, prompts = self.plain.unet, [spec.prompt for spec in batch.specs]
+        shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        options: dict[str, Any] = {
+            "num_inference_steps": self.job.sampling.num_inference_steps,
+            "guidance_scale": self.job.sampling.guidance_scale,
+            "output_type": "pt",
+        }
+        # In half precision diffusers would draw other noise, so that of the latents is given.
+        if not batch.draws:
+            latents = draw_noise(batch.seeds, shape, device=self.device)[0].to(unet.dtype)
+            return self.plain(prompts, latents=latents, **options).images
+        embeds = self._embeds(batch)
+        latents = draw_noise(batch.seeds, (embeds.shape[1],), shape, device=self.device)[1].to(unet.dtype)
+        options |= {"generator": [torch.Generator().manual_seed(seed) for seed in batch.seeds]}
+        return self.plain(prompt=prompts, image_embeds=embeds.to(unet.dtype), latents=latents, **options).images
+
+    def _embeds(self, batch: Batch) -> Tensor:
+        return torch.stack([draw.embedding for draw in batch.draws]).to(self.device)
+
+    def _guided(self, denoiser: ConditionalDenoiser, arm: Arm, batch: Batch) -> GuidedDenoiser:
+        spec = self.job.guidance_of(self.request_of(arm).spec)
+        decode, logits = self.diffusion.decode, self.target.logits
+        if self.family == "risky":
+            labels = torch.tensor([one.cell.classes[0] for one in batch.specs], device=self.device)
+            conformity = Scorer(self.target, self.clip).conformity_to(labels, raw=spec.risky.conformity == "raw")
+            return guide_to_risk(
+                denoiser, spec.risky, logits=logits, conformity=conformity, decode=decode, labels=labels
+            )
+        classes = batch.specs[0].cell.classes
+        if arm.program != "parts":
+            return guide_to_boundary(
+                denoiser, spec.boundary, logits=logits, decode=decode, classes=classes, num_samples=len(batch)
+            )
+        return GuidedDenoiser(
+            denoiser,
+            criteria=lambda images: kldb(logits(images), classes)[None],
+            decode=decode,
+            update=shifting(rule_of(spec.boundary)),
+            is_guided=lambda step: is_guided_step(step, spec.boundary),
+            source="combined",
+            num_samples=len(batch),
+        )
+
+
+def raw_job(setting: Setting, arms: Sequence[Arm], num_samples: int) -> dict[str, Any]:
+    """The job of a group of arms: a request an arm, all from the same noise."""
+    family = arms[0].family
+    boundary = family == "boundary"
+    models = {"diffusion": setting.diffusion if boundary else setting.unclip, "clip": setting.clip}
+    models |= {"target": setting.target} | ({"guidance_decoder": setting.tiny} if arms[0].tiny else {})
+    what: dict[str, Any] = {"boundary": setting.boundary} if boundary else {"classes": setting.classes}
+    conditioning = {} if boundary else {"conditioning": setting.conditioning}
+    return {
+        "name": "bench",
+        "models": models,
+        "requests": [
+            {
+                "name": f"arm-{place}",
+                "method": "prompt" if arm.guidance is None else family,
+                "count": num_samples if boundary else -(-num_samples // len(setting.classes)),
+                "seed_group": "bench",
+                "guidance": {} if arm.guidance is None else {family: arm.guidance},
+                **what,
+                **conditioning,
+            }
+            for place, arm in enumerate(arms)
+        ],
+        "sampling": setting.boundary_sampling if boundary else setting.risky_sampling,
+        "output": {"uri": "runs/bench"},
+    }
+
+
+def load_pipeline(address: str, family: Family, dtype: torch.dtype) -> Any:
+    """diffusers' pipeline of a family, with the scheduler that the papers use with it."""
+    kinds = {
+        "boundary": (StableDiffusionPipeline, LMSDiscreteScheduler),
+        "risky": (StableUnCLIPImg2ImgPipeline, DDIMScheduler),
+    }
+    kind, scheduler = kinds[family]
+    options: dict[str, Any] = {"safety_checker": None} if family == "boundary" else {}
+    pipeline = kind.from_pretrained(resolve(address), torch_dtype=dtype, use_safetensors=True, **options)
+    extra = {"clip_sample": False} if family == "risky" else {}
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, steps_offset=1, **extra)
+    pipeline.set_progress_bar_config(disable=True)
+    for part in ("unet", "vae", "text_encoder"):
+        getattr(pipeline, part).requires_grad_(False)
+    return pipeline
+
+
+def _ignore(*told: object) -> None:
+    """What is told of artefacts and images is of no interest here."""
