@@ -56,7 +56,7 @@ def reference_latents(device: str, gradient: str) -> Tensor:
     pipeline = load_pipeline(address, "boundary", torch.float64).to(device)
     vae = AutoencoderKL.from_pretrained(resolve(address) / "vae", torch_dtype=torch.float64)
     network = load_network(setting().target).double().requires_grad_(False).eval().to(device)
-    preprocessing = Preprocessing(resolve(setting().target))
+    preprocessing = Preprocessing.load(resolve(setting().target))
     bench = open_bench(device, gradient)
     made = [
         sample_boundary(
