@@ -12,7 +12,7 @@ from engine.errors import JobError
 from engine.models.addresses import check_pipeline, is_unclip, read_config, resolve
 from engine.models.runtime import (
     CHECKPOINTING_PIXELS,
-    CPU_LATENT_ELEMENTS,
+    CPU_LATENT_PIXELS,
     CPU_ROWS,
     Hardware,
     compiled,
@@ -97,8 +97,8 @@ class Diffusion:
         """Rows of every model call on a CPU, whatever the batch; None on a GPU, where the batch decides."""
         if self.hardware.is_cuda:
             return None
-        channels, height, width = self.latent_shape
-        return max(1, min(CPU_ROWS, CPU_LATENT_ELEMENTS // (channels * height * width)))
+        _, height, width = self.latent_shape
+        return max(1, min(CPU_ROWS, CPU_LATENT_PIXELS // (height * width)))
 
     def sampler(self, spec: SamplingSpec) -> Sampler:
         """A fresh sampler, for one batch.

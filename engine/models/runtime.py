@@ -15,7 +15,7 @@ from engine.spec import RuntimeSpec
 # On a CPU a fixed number of rows in every model call makes a sample's bytes independent of its neighbours: kernels
 # choose their order of summation by the shape. Big models are computed one by one there.
 CPU_ROWS = 16
-CPU_LATENT_ELEMENTS = 4096
+CPU_LATENT_PIXELS = 1024
 # Above this image size guidance recomputes activations to save memory (`gradient_checkpointing: auto`).
 CHECKPOINTING_PIXELS = 256
 # One of the two settings with which cuBLAS is deterministic.

@@ -37,8 +37,8 @@ from residual_networks import ResidualNetwork
 from torch import Tensor
 from transformers import AutoModelForImageClassification, CLIPModel, CLIPTokenizer, PreTrainedModel
 
-SCALES = (2.0, 3.0, 5.0)
-UNCLIP_SCALES = (2.0, 5.0)
+SCALES = (3.0, 5.0)
+UNCLIP_SCALES = (3.0,)
 JOINT = (("cat", "dog"), ("airplane", "ship"))
 TEMPLATE = "a photo of a {}"
 KID_SUBSETS = 50
@@ -194,7 +194,7 @@ def save_sheets(zoo: Path, data_folder: Path, docs: Path) -> None:
     pipeline, columns = load_pipeline(zoo), 20
     prompts = [TEMPLATE.format(name) for name in trained for _ in range(8 * columns // len(trained))]
     joint = [" and ".join(names) for names in JOINT if set(names) <= set(trained) for _ in range(columns)]
-    drawn = sample(pipeline, prompts + joint, Sampling(), seed=1000)
+    drawn = sample(pipeline, prompts + joint, Sampling(guidance_scale=SCALES[-1]), seed=1000)
     save_sheet(drawn[: len(drawn) // columns * columns].reshape(-1, columns, 32, 32, 3), docs / "cifar10.png")
     known = test.of_classes(trained)
     images, labels = known.images[: 4 * columns], known.labels[: 4 * columns]

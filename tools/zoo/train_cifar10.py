@@ -14,6 +14,8 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar10_data import load_test, load_train
+from cifar10_data import CLASS_NAMES, Photographs, load_test, load_train
 from cifar10_models import (
     CPU,
     GPU,
@@ -33,13 +35,26 @@ from cifar10_models import (
     train_unclip,
 )
 from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
+from PIL import Image
 from residual_networks import ResidualNetwork
+from targets.cifar_resnets import ENVIRONMENT
 from train_digits import write_checksums
 from training import Recipe
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 
+from engine.models.addresses import ZOO
+from engine.prepare import prepare_conditioning
+from engine.progress import PlainDisplay
+from engine.spec import JobSpec, parse_job
+
 DEFAULT_BUILD_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "riskforge" / "zoo-cifar10"
 PARTS = ("classifier", "oracle", "clip", "judge", "stable-diffusion", "stable-unclip")
+TARGETS = {
+    "conditioning": "zoo:cifar10/classifier",
+    "conditioning-resnet20": "tools.targets.cifar_resnets:resnet20",
+    "conditioning-resnet32": "tools.targets.cifar_resnets:resnet32",
+}
+NUM_COMPONENTS = 3
 Stage = Callable[[], None]
 
 
@@ -94,7 +109,40 @@ def publish(build_folder: Path, output: Path, names: tuple[str, ...]) -> None:
         if (build_folder / "done" / name).exists():
             shutil.rmtree(output / name, ignore_errors=True)
             shutil.copytree(build_folder / "export" / name, output / name)
-    write_checksums(output)
+
+
+def publish_conditioning(output: Path, data_folder: Path) -> None:
+    """Class statistics and error predictors of the zoo's classifier and of the two ResNets, on the tuning images.
+
+    Side effects: writes `output/conditioning*`, which must be `zoo:cifar10`; sets RISKFORGE_DATA for the ResNets.
+    """
+    os.environ[ENVIRONMENT] = str(data_folder)
+    with tempfile.TemporaryDirectory() as folder:
+        images = Path(folder) / "images"
+        save_images(load_test(data_folder, "tuning"), images)
+        for name, target in TARGETS.items():
+            shown = PlainDisplay(sys.stderr)
+            job = conditioned_job(target)
+            made = prepare_conditioning(
+                job, str(images), display=shown, folder=str(Path(folder) / name), components=NUM_COMPONENTS
+            )
+            shutil.rmtree(output / name, ignore_errors=True)
+            shutil.copytree(made.path, output / name)
+
+
+def conditioned_job(target: str) -> JobSpec:
+    """A job that asks for the embeddings of the zoo's Stable unCLIP pipeline, against a target."""
+    models = {"diffusion": "zoo:cifar10/stable-unclip", "clip": "zoo:cifar10/clip", "target": target}
+    request = {"name": "all", "method": "prompt", "classes": "all", "count": 1, "conditioning": "none"}
+    return parse_job({"name": "cifar10", "models": models, "requests": [request], "output": {"uri": "unused"}})
+
+
+def save_images(photographs: Photographs, folder: Path) -> None:
+    """One folder a class, one PNG an image."""
+    for row, (image, label) in enumerate(zip(photographs.images, photographs.labels, strict=True)):
+        path = folder / CLASS_NAMES[label] / f"{row:05d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
 
 
 def main() -> None:
@@ -118,6 +166,9 @@ def main() -> None:
     run_stages(named, arguments.only, build_folder)
     if arguments.output:
         publish(build_folder, arguments.output, size.names)
+        if arguments.output.resolve() == ZOO / "cifar10":
+            publish_conditioning(arguments.output, arguments.data.resolve())
+        write_checksums(arguments.output)
 
 
 if __name__ == "__main__":
