@@ -41,6 +41,7 @@ class Generator:
 
     Attributes:
         batch_size: samples a batch at present.
+        batch_limit: largest batch, since memory has run out; 0 where it never has.
 
     Raises:
         JobError: a model cannot be loaded or the hardware lacks what `runtime` asks for.
@@ -63,6 +64,7 @@ class Generator:
         auto = job.runtime.batch_size == "auto"
         self._grows = auto and self._hardware.is_cuda
         self.batch_size = FIRST_GPU_BATCH if auto else int(job.runtime.batch_size)
+        self.batch_limit = 0
         for request in plan.requests:
             self._check_combination(request.number)
             negative = job.sampling_of(request.spec).negative_prompt
@@ -97,7 +99,11 @@ class Generator:
                     "runtime: a single sample does not fit the GPU's memory; use precision fp16, gradient_checkpointing"
                     " on, or fewer models"
                 )
-            self.batch_size, self._grows = max(1, len(batch) // 2), False
+            self.limit_batches(max(1, len(batch) // 2))
+
+    def limit_batches(self, limit: int) -> None:
+        """Make no batches larger than this: memory has run out, here or on a machine of the same kind."""
+        self.batch_size, self._grows, self.batch_limit = min(self.batch_size, limit), False, limit
 
     def _within_memory(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult] | None:
         """Results of a batch, or None where the GPU's memory does not hold it."""

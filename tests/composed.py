@@ -47,6 +47,8 @@ def compose_specs(specs: Sequence[SampleSpec], split: str = "train") -> list[PIL
 class ComposedGenerator:
     """In the place of `engine.generator.Generator`."""
 
+    batch_limit = 0
+
     def __init__(self, job: JobSpec) -> None:
         self._job = job
         self._target = Classifier.load(job.models.target)
@@ -112,6 +114,7 @@ def composed_job(output: Path, *, count: int, store_rejected: bool = True, **cha
                 "count": count,
                 "contexts": [*KNOWN, *HOLES],
                 "accept": {"is_error": True, "oracle": "agrees"},
+                "max_attempts": "1x",
             },
         ],
         "output": {"uri": str(output), "samples_per_shard": 256, "store_rejected": store_rejected},

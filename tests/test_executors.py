@@ -23,11 +23,13 @@ import engine.run
 from engine.dataset.commits import list_commits, read_commit
 from engine.dataset.store import open_store
 from engine.errors import EXIT_INCOMPLETE, EXIT_OK, JobError, OutputError, RiskforgeError
-from engine.executors.base import ShardProgress
+from engine.executors.base import ShardResult
 from engine.executors.local import LocalExecutor
 from engine.executors.ray import Layout, RayExecutor, RayHost, divide, prepare_environment, usable_cores
+from engine.messages import ShardProgress
 from engine.plan import ShardSpec
-from engine.run import WorkersFailingError, plan_job
+from engine.run import plan_job
+from engine.shift import WorkersFailingError
 from tests.conftest import REPOSITORY
 from tests.sleepy import Faults, Recorder, make_job, run_sleepy, tars
 
@@ -59,6 +61,14 @@ def clean(tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "clean"
     assert run_sleepy(output, 2, LocalExecutor(1)).exit_code == EXIT_OK
     return tars(output)
+
+
+class Unopened(LocalExecutor):
+    """An executor that may prepare and must not start a worker."""
+
+    def open(self, factory, num_shards):
+        """Fail."""
+        raise AssertionError("nothing should be started")
 
 
 class Untouchable(LocalExecutor):
@@ -126,16 +136,17 @@ def test_progress_is_seen_while_a_shard_is_in_work(tmp_path):
     assert any("loading models" in phase for phase in display.phases)
 
 
-def test_a_shard_that_always_fails_is_quarantined_and_tried_again_by_the_next_run(tmp_path):
-    """Exit code 3, no marker, the reasons on file; everything else is made."""
+def test_a_shard_that_always_fails_is_quarantined_until_it_is_to_be_retried(tmp_path):
+    """Exit code 3, no marker, the reasons on file; everything else is made. A plain resume leaves it where it is."""
     summary = run_sleepy(tmp_path, 2, LocalExecutor(2), faults=Faults(error=(1,)))
     assert (summary.exit_code, summary.quarantined, summary.num_committed) == (EXIT_INCOMPLETE, (1,), 4)
     assert not (tmp_path / "_SUCCESS").exists() and (tmp_path / "report.html").exists()
     note = json.loads((tmp_path / "_state/quarantine/000001.json").read_text())
     assert note["request"] == "all" and len(note["reasons"]) == 3 and "is cursed" in note["reasons"][0]
-    again = run_sleepy(tmp_path, 2, LocalExecutor(2))
-    assert again.exit_code == EXIT_OK and (tmp_path / "_SUCCESS").exists()
-    assert not list((tmp_path / "_state/quarantine").iterdir())
+    same = run_sleepy(tmp_path, 2, Unopened(1))
+    assert (same.exit_code, same.quarantined) == (EXIT_INCOMPLETE, (1,))
+    again = run_sleepy(tmp_path, 2, LocalExecutor(2), retry=True)
+    assert again.exit_code == EXIT_OK and (tmp_path / "_SUCCESS").exists() and not again.quarantined
 
 
 def test_all_shards_quarantined_is_no_crash(tmp_path):
@@ -165,7 +176,7 @@ def test_a_stopped_thread_begins_no_queued_shard():
     class Slow:
         """A worker that waits, then fails."""
 
-        def run_shard(self, shard, attempt, report):
+        def sample_shard(self, shard, attempt, report, batch_limit):
             """Note the shard."""
             begun.append(shard.number)
             report(0)
@@ -197,13 +208,16 @@ def test_a_stopped_thread_begins_no_queued_shard():
 
 def test_progress_of_a_new_shard_begins_at_none_of_it():
     """Not with what was last heard of the shard before."""
-    host = RayHost(0, 1)
-    host.load(lambda: SimpleNamespace(run_shard=lambda shard, attempt, report: report(4)))
-    heard = []
-    host._host.run_shard = lambda shard, attempt, report: heard.append(host.progress())
+    host, heard = RayHost(0, 1), []
+
+    def sample(shard, attempt, report, batch_limit):
+        heard.append((host.progress(), batch_limit))
+        return lambda: "outcome"
+
+    host.load(lambda: SimpleNamespace(sample_shard=sample))
     host._report(7, 4)
-    host.run_shard(ShardSpec(number=8, request=0, start=0, stop=1), 1)
-    assert heard == [(8, 0)]
+    host.run_shard(ShardSpec(number=8, request=0, start=0, stop=1), 1, 16)
+    assert heard == [((8, 0, 0.0, 0), 16)] and host.outcome() == ShardResult(0, 8, "outcome")
 
 
 def test_timing_is_of_all_sessions(tmp_path):
@@ -215,7 +229,7 @@ def test_timing_is_of_all_sessions(tmp_path):
 
 def test_workers_that_wait_for_room_are_told_once(monkeypatch, tmp_path):
     """And nothing is said where all have a place."""
-    monkeypatch.setattr("engine.run.UNPLACED_SECONDS", 0.0)
+    monkeypatch.setattr("engine.shift.UNPLACED_SECONDS", 0.0)
     display = Recorder()
     run_sleepy(tmp_path / "placed", 1, LocalExecutor(1), display=display)
     assert not display.notices

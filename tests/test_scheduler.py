@@ -19,6 +19,7 @@ from engine.scheduler import (
     ShardError,
     StartWorker,
     StopWorker,
+    Tick,
     UserFault,
     WorkerLost,
     WorkerReady,
@@ -109,8 +110,9 @@ def test_a_user_fault_ends_the_run_with_its_message():
 
 
 def test_workers_that_never_start_end_the_run():
-    """A worker that fails to load its models would fail forever."""
-    _, history = play(bytes(9), 1, *(WorkerLost(worker, False, "no module") for worker in range(9)))
+    """A worker that fails to load its models would fail forever. Between two tries the wait doubles."""
+    events = [event for at in range(9) for event in (WorkerLost(at, False, "no module"), Tick(2.0**at - 1))]
+    _, history = play(bytes(9), 1, *events)
     aborts = [action for actions in history for action in actions if isinstance(action, Abort)]
     assert len(aborts) == 1 and "no module" in aborts[0].message and not aborts[0].user_fault
 
@@ -190,7 +192,11 @@ class World:
             self.queues[worker] = []
             self.tell(WorkerReady(worker))
         else:
-            self.work(self.random.choice([worker for worker, queue in self.queues.items() if queue]))
+            busy = [worker for worker, queue in self.queues.items() if queue]
+            if busy:
+                self.work(self.random.choice(busy))
+
+        self.tell(Tick(self.state.now + self.random.random()))
 
     def work(self, worker: int) -> None:
         """A worker is done with its shard, or comes to grief."""
