@@ -52,25 +52,18 @@ class Generator:
         self._plan = plan
         self._hardware = choose_hardware(job.runtime)
         device = self._hardware.device
-        self._target = Classifier.load(job.models.target, device)
-        self._scorer = Scorer(
-            self._target,
-            Clip.load(job.models.clip, device),
-            [Classifier.load(address, device) for address in job.models.transfer],
-            Classifier.load(job.models.oracle, device) if job.models.oracle else None,
-        )
+        self._scorer = load_scorer(job, device)
+        self._target = self._scorer.target
         self._diffusion: dict[str, Diffusion] = {}
         self._conditioners: dict[int, Conditioner] = {}
         auto = job.runtime.batch_size == "auto"
         self._grows = auto and self._hardware.is_cuda
         self.batch_size = FIRST_GPU_BATCH if auto else int(job.runtime.batch_size)
         self.batch_limit = 0
-        for request in plan.requests:
-            self._check_combination(request.number)
-            negative = job.sampling_of(request.spec).negative_prompt
-            self._model(request.number).check_prompts([*longest_prompts(request), negative])
-            if request.spec.conditioning is not None:
-                self._conditioners[request.number] = self._conditioner(request)
+        self._prepared: set[int] = set()
+        if len({self._address(request.number) for request in plan.requests}) == 1:
+            for request in plan.requests:
+                self.prepare(request.number)
 
     @property
     def device_name(self) -> str:
@@ -84,6 +77,7 @@ class Generator:
 
         Out of memory halves the batch. An exception of one sample makes that sample `failed`, not its neighbours.
         """
+        self.prepare(request)
         rows = self._model(request).rows
         while True:
             batch = specs[: rows or self.batch_size]
@@ -100,6 +94,22 @@ class Generator:
                     " on, or fewer models"
                 )
             self.limit_batches(max(1, len(batch) // 2))
+
+    def prepare(self, request: int) -> None:
+        """Load what a request needs and check that it fits together; once. Done where it is needed, at the latest.
+
+        Raises:
+            JobError: the model cannot be loaded or does not do what is asked for.
+        """
+        if request in self._prepared:
+            return
+        plan = self._plan.requests[request]
+        self._check_combination(request)
+        negative = self._job.sampling_of(plan.spec).negative_prompt
+        self._model(request).check_prompts([*longest_prompts(plan), negative])
+        if plan.spec.conditioning is not None:
+            self._conditioners[request] = self._conditioner(plan)
+        self._prepared.add(request)
 
     def limit_batches(self, limit: int) -> None:
         """Make no batches larger than this: memory has run out, here or on a machine of the same kind."""
@@ -233,15 +243,22 @@ class Generator:
             labels=labels,
         )
 
+    def _address(self, request: int) -> str:
+        return self._job.requests[request].diffusion or self._job.models.diffusion
+
     def _model(self, request: int) -> Diffusion:
-        address = self._job.requests[request].diffusion or self._job.models.diffusion
+        address = self._address(request)
         if address not in self._diffusion:
+            if self._hardware.is_cuda:
+                # A GPU holds one at a time; shards are sent to workers that hold theirs.
+                self._diffusion.clear()
+                torch.cuda.empty_cache()
             self._diffusion[address] = Diffusion.load(address, self._hardware)
         return self._diffusion[address]
 
     def _conditioner(self, request: RequestPlan) -> Conditioner:
         model, spec = self._model(request.number), request.spec.conditioning
-        address = request.spec.diffusion or self._job.models.diffusion
+        address = self._address(request.number)
         assert model.noiser is not None and spec is not None, "addresses are checked before models are loaded"
         if spec.noise_level >= model.noiser.num_levels:
             raise JobError(
@@ -266,6 +283,16 @@ class Generator:
             self.batch_size *= 2
         else:
             self._grows = False
+
+
+def load_scorer(job: JobSpec, device: str = "cpu") -> Scorer:
+    """The models of a job that score and never sample."""
+    return Scorer(
+        Classifier.load(job.models.target, device),
+        Clip.load(job.models.clip, device),
+        [Classifier.load(address, device) for address in job.models.transfer],
+        Classifier.load(job.models.oracle, device) if job.models.oracle else None,
+    )
 
 
 def longest_prompts(request: RequestPlan) -> list[str]:

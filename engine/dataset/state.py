@@ -16,8 +16,8 @@ from typing import Any
 from engine.dataset.shards import SHARDS
 from engine.dataset.store import DRIVER_LOCK, LEASES, LOCKS, STATE, Store
 from engine.errors import JobError, OutputError, OwnedError
-from engine.plan import Extent, Plan, difference, next_stage
-from engine.spec import JobSpec
+from engine.plan import Cell, Extent, Plan, RequestPlan, difference, next_stage
+from engine.spec import JobSpec, parse_job
 
 PLANS = "_state/plan"
 QUARANTINE = "_state/quarantine"
@@ -144,6 +144,29 @@ def publish_rounds(store: Store, plan: Plan, extents: tuple[Extent, ...]) -> Pla
     if not store.publish(f"{PLANS}/{len(plan.stages):06d}.json", text.encode()):
         raise OwnedError(f"output {store.uri}: another driver has taken this run over")
     return plan.grown(extents)
+
+
+def stored_plan(store: Store) -> tuple[JobSpec, Plan]:
+    """Job and plan of a run as its output has them; classes are called by their numbers.
+
+    Raises:
+        OutputError: there is no run, or its plan cannot be read.
+    """
+    stored = read_run(store)
+    if stored is None:
+        raise OutputError(f"{store.uri}: there is no run; give the folder of one")
+    job = parse_job(stored.job | {"output": stored.job["output"] | {"uri": store.uri}})
+    requests = tuple(
+        RequestPlan(
+            number=number,
+            spec=spec,
+            job_name=job.name,
+            job_seed=job.seed,
+            cells=tuple(Cell(classes=tuple(one), names=tuple(map(str, one))) for one in raw["classes"]),
+        )
+        for number, (spec, raw) in enumerate(zip(job.requests, stored.identity["requests"], strict=True))
+    )
+    return job, Plan(requests, stored.identity, stored.stages)
 
 
 def quarantined_shards(store: Store) -> list[int]:
