@@ -164,6 +164,8 @@ def _left_over(
     if not is_marked:
         yield Finding(kind="unfinished", text=f"{SUCCESS} is not there")
         return
+    if num_committed != len(counts):
+        return
     wanted = sum(one.attempted for one in counts.values())
     found = _count_metadata(store)
     if found is None:
