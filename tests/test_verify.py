@@ -40,7 +40,7 @@ def flip(path, at: int) -> None:
 
 
 def damage_member(output):
-    flip(output / "shards/sleepy-000001.tar", 700)
+    flip(output / "shards/sleepy-000001.tar", 560)
 
 
 def damage_padding(output):
