@@ -1,6 +1,6 @@
 """A worker without models: it sleeps, and stores bytes that depend on the seed alone. It can be told to fail.
 
-Run as a program, a driver of its own: `python -m tests.sleepy OUTPUT COUNT`.
+Run as a program, a driver of its own: `python -m tests.sleepy OUTPUT COUNT [local|ray [SECONDS]]`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import PIL.Image
 from engine.dataset.commits import commit_shard
 from engine.dataset.shards import shard_name, stage_shard
 from engine.dataset.store import open_store
-from engine.errors import JobError, OutputError
+from engine.errors import EXIT_DRAINED, JobError, OutputError, RiskforgeError
 from engine.executors.base import Executor
 from engine.messages import Report
 from engine.plan import Plan, SampleSpec, ShardSpec
@@ -218,23 +218,40 @@ def tars(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(output.glob("shards/*.tar"))}
 
 
-def main(output: Path, count: int) -> int:
-    """A run on a Ray of its own."""
+def main(output: Path, count: int, kind: str, seconds: float) -> int:
+    """A run on a Ray of its own, or in threads."""
+    from engine.executors.local import LocalExecutor
     from engine.executors.ray import RayExecutor
 
-    summary = run_job(
-        make_job(output, count),
-        executor=RayExecutor(address=None, num_workers=2, device="cpu"),
-        resume="auto",
-        confirmed=False,
-        display=PlainDisplay(sys.stderr, every_seconds=0.5),
-        make_worker=partial(make_sleepy, faults=Faults(seconds=0.2)),
-    )
-    print(f"{summary.num_committed} of {summary.num_shards}")
+    ray = RayExecutor(address=None, num_workers=2, device="cpu")
+    try:
+        summary = run_job(
+            make_job(output, count),
+            executor=LocalExecutor(2) if kind == "local" else ray,
+            resume="auto",
+            confirmed=False,
+            display=PlainDisplay(sys.stderr, every_seconds=0.5),
+            make_worker=partial(make_sleepy, faults=Faults(seconds=seconds)),
+        )
+    except RiskforgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_DRAINED
+    print(f"{summary.num_committed} of {summary.num_shards}", flush=True)
     return summary.exit_code
 
 
 if __name__ == "__main__":
     from tests import sleepy
 
-    sys.exit(sleepy.main(Path(sys.argv[1]), int(sys.argv[2])))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    code = sleepy.main(
+        Path(sys.argv[1]),
+        int(sys.argv[2]),
+        sys.argv[3] if len(sys.argv) > 3 else "ray",
+        float(sys.argv[4]) if len(sys.argv) > 4 else 0.2,
+    )
+    sys.stderr.flush()
+    # Threads that still sleep are not waited for.
+    os._exit(code)
