@@ -196,7 +196,7 @@ def test_a_reader_that_leaves_is_no_error():
 @pytest.mark.parametrize("moment", ["loading models", " samples"])
 def test_an_interrupt_says_how_to_go_on(tmp_path, moment):
     """Ctrl-C while models are loaded, and while threads sample: the exit code for later, no traceback, no abort."""
-    command = [RISKFORGE, "run", QUICKSTART, "--output", str(tmp_path / "out"), "--executor", "local"]
+    command = [RISKFORGE, "run", QUICKSTART, "--output", str(tmp_path / "out"), "--executor", "local", "--grace", "1s"]
     process = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,

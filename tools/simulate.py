@@ -76,11 +76,12 @@ class Counts:
 
 @dataclass(slots=True)
 class Disk:
-    """What outlives every process: stages, shards, quarantine."""
+    """What outlives every process: stages, shards, quarantine, and whether there ever was one."""
 
     plan: Plan
     shards: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     quarantined: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    has_quarantined: bool = False
 
     def publish_stage(self, number: int, extents: tuple[Extent, ...]) -> Plan:
         """Create the next stage; a second driver must not."""
@@ -310,6 +311,7 @@ class Driver:
                 self.processes.pop(action.worker).is_alive = False
             elif isinstance(action, Quarantine):
                 require(action.shard not in self.disk.quarantined, "quarantined twice")
+                self.disk.has_quarantined = True
                 # Another driver's worker may have committed it in the meantime: then it counts as committed.
                 if action.shard not in self.disk.shards:
                     self.disk.quarantined[action.shard] = action.reasons
@@ -423,7 +425,8 @@ def play(seed: int) -> World:
     """
     world = World(seed)
     world.run()
-    if not world.disk.quarantined and not world.poison:
+    # A shard in quarantine gives nothing to the yield that later rounds are sized by, even if it is made after all.
+    if not world.disk.has_quarantined:
         clean = World(seed, num_accidents=0)
         clean.run()
         require(clean.disk.shards == world.disk.shards, "other shards than in a run without accidents")
@@ -456,11 +459,13 @@ class Scale:
     """What a large run came to.
 
     Attributes:
-        efficiency: time in sampling that led to a commit, of the time of all workers from the first start to the end.
+        efficiency: time in sampling of the time of all workers, loading included, until the last shard is given out.
+        whole_efficiency: time in sampling that led to a commit, of all workers' time until the last one is made.
         decisions_per_second: events and the decisions on them, on one core of this machine.
     """
 
     efficiency: float
+    whole_efficiency: float
     decisions_per_second: float
     num_decisions: int
     num_failures: int
@@ -474,10 +479,9 @@ def scale(
     draw = random.Random(0)
     state, actions = scheduler.start(bytes(num_shards), num_workers)
     heap: list[tuple[float, int, Any]] = []
-    alive: dict[int, float] = {}
-    begun: dict[int, tuple[int, float]] = {}
+    begun: dict[int, tuple[float, float]] = {}
     queues: dict[int, list[int]] = {}
-    spent = useful = now = free_at = 0.0
+    spent = useful = now = free_at = efficiency = 0.0
     num_decisions = num_failures = counter = 0
 
     def push(moment: float, event: Any) -> None:
@@ -489,7 +493,7 @@ def scale(
         if queues[worker]:
             shard = queues[worker][0]
             seconds = shard_seconds * (0.8 + 0.4 * draw.random())
-            begun[worker] = (shard, seconds)
+            begun[worker] = (moment, seconds)
             push(moment + seconds, ShardDone(worker, shard))
 
     while True:
@@ -497,8 +501,8 @@ def scale(
             if isinstance(action, StartWorker):
                 queues[action.worker] = []
                 push(now + load_seconds, WorkerReady(action.worker))
-                alive[action.worker] = draw.expovariate(failures_an_hour / 3600)
-                push(now + alive[action.worker], WorkerLost(action.worker, draw.random() < 0.5, "spot"))
+                life = draw.expovariate(failures_an_hour / 3600)
+                push(now + life, WorkerLost(action.worker, draw.random() < 0.5, "spot"))
             elif isinstance(action, Assign):
                 queues[action.worker].append(action.shard)
                 if len(queues[action.worker]) == 1:
@@ -510,6 +514,7 @@ def scale(
             continue
         if isinstance(event, WorkerLost):
             num_failures += 1
+            begun.pop(event.worker, None)
             del queues[event.worker]
         elif isinstance(event, ShardDone):
             useful += begun.pop(event.worker)[1]
@@ -523,8 +528,12 @@ def scale(
         free_at = max(free_at, moment) + seconds
         now = free_at
         num_decisions += 1
+        if not state.num_pending and not efficiency:
+            in_work = sum(now - since for since, _ in begun.values())
+            efficiency = (useful + in_work) / (num_workers * now)
     return Scale(
-        efficiency=useful / (num_workers * now),
+        efficiency=efficiency,
+        whole_efficiency=useful / (num_workers * now),
         decisions_per_second=num_decisions / spent,
         num_decisions=num_decisions,
         num_failures=num_failures,
@@ -553,7 +562,8 @@ def main(arguments: list[str]) -> int:
     )
     print(
         f"{options.workers} workers, {options.shards} shards of {options.shard_seconds:g} s, {found.num_failures}"
-        f" failures in {found.simulated_hours:.2f} h: efficiency {found.efficiency:.2%}; {found.num_decisions}"
+        f" failures in {found.simulated_hours:.2f} h: efficiency {found.efficiency:.2%}, with the wait for the last"
+        f" {found.whole_efficiency:.2%}; {found.num_decisions}"
         f" decisions, {found.decisions_per_second:,.0f} a second"
     )
     return 0
