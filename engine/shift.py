@@ -259,6 +259,7 @@ class Shift:
             self._display.phase("")
             self._tally.ready(event.worker, now)
             self._watch.ready(event.worker, now)
+            self._journal.note("ready", worker=event.worker)
         elif isinstance(event, ShardProgress):
             self._tally.working(event.worker, event.shard, event.num_done, now)
         elif isinstance(event, ShardResult):
