@@ -136,7 +136,7 @@ def clear_cluster(pids: dict[str, list[int]], driver: subprocess.Popen[str]) -> 
             os.kill(pid, signal.SIGKILL)
 
 
-def kill_at_random(folder: Path, clean: Path, num_kills: int, draw: random.Random) -> Counter[str]:
+def kill_at_random(folder: Path, clean: Path, num_kills: int, draw: random.Random, kind: str = "ray") -> Counter[str]:
     """Kill processes of runs until so many are dead; every run is then finished and checked."""
     killed: Counter[str] = Counter()
     number = 0
@@ -144,14 +144,29 @@ def kill_at_random(folder: Path, clean: Path, num_kills: int, draw: random.Rando
         output = folder / f"killed-{number:03d}"
         number += 1
         while killed.total() < num_kills and not (output / "_SUCCESS").exists():
-            driver = start(output, retry=bool(list(output.glob("_state/quarantine/*"))))
-            killed += harass(driver, output, num_kills - killed.total(), draw)
+            driver = start(output, kind, retry=bool(list(output.glob("_state/quarantine/*"))))
+            if kind == "local":
+                killed += kill_driver(driver, output, draw)
+            else:
+                killed += harass(driver, output, num_kills - killed.total(), draw)
         code = finish(output)
         assert code in (EXIT_OK, 3), f"{output.name}: ended with {code}"
         check(output, clean, output.name)
         print(f"{output.name}: whole and equal after {dict(killed)}", flush=True)
         shutil.rmtree(output)
     return killed
+
+
+def kill_driver(driver: subprocess.Popen[str], output: Path, draw: random.Random) -> Counter[str]:
+    """Kill a driver whose workers are threads of it, at a moment drawn at random once it commits."""
+    num_before = len(list(output.glob("_state/commits/*")))
+    while driver.poll() is None and len(list(output.glob("_state/commits/*"))) == num_before:
+        time.sleep(0.02)
+    time.sleep(draw.random() * 1.5)
+    is_alive = driver.poll() is None
+    driver.kill()
+    driver.wait()
+    return Counter({"driver": int(is_alive)})
 
 
 def harass(driver: subprocess.Popen[str], output: Path, num_kills: int, draw: random.Random) -> Counter[str]:
@@ -309,6 +324,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--kind", choices=("ray", "local"), default="ray", help="local: no Ray, drivers alone are killed"
+    )
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
     clean = options.folder / "clean"
@@ -317,7 +335,7 @@ def main(arguments: list[str]) -> int:
     for scenario in SCENARIOS:
         scenario(options.folder, clean)
         print(f"{scenario.__name__}: whole and equal", flush=True)
-    killed = kill_at_random(options.folder, clean, options.kills, random.Random(options.seed))
+    killed = kill_at_random(options.folder, clean, options.kills, random.Random(options.seed), options.kind)
     print(f"{killed.total()} killed: {', '.join(f'{num} {name}' for name, num in killed.items())}; all whole and equal")
     return 0
 
