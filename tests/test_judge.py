@@ -93,7 +93,7 @@ def test_plain_transformers_gives_the_judges_scores(finished: tuple[Store, JobSp
         assert entry["conformity"] == pytest.approx(float(row[label]), abs=1e-4)
         assert entry["conformity_margin"] == pytest.approx(float(row[label] - others.max()), abs=1e-4)
         assert abs(entry["conformity"] - record["conformity"]) > 0.01
-    rows = [row for path in store.path("shards").glob("*.parquet") for row in read_rows(path)]
+    rows = [row for path in sorted(store.path("shards").glob("*.parquet")) for row in read_rows(path)]
     assert [row["judge"] for row in rows] == [record["judge"] for _, _, record, _ in stored]
 
 
@@ -164,9 +164,9 @@ def test_a_rule_that_asks_an_absent_judge_is_refused(tmp_path: Path) -> None:
         make_job(tmp_path, None, accept={"judge_conformity": ">= 0.2"})
 
 
-def old_run(home: Path, count: int = 6) -> tuple[Store, JobSpec]:
+def old_run(home: Path, **changes: object) -> tuple[Store, JobSpec]:
     """An unfinished run as the version before the judge left it: one shard of schema 1, a plan that names no schema."""
-    job = cases.make_job(home, count=count)
+    job = cases.make_job(home, **changes)
     store, planned = open_store(str(home)), cases.make_plan(job)
     plan = open_run(store, Plan(planned.requests, planned.identity, planned.stages, 1), job, "auto", confirmed=False)
     path = store.path("_state/plan/000000.json")
@@ -206,10 +206,10 @@ def test_a_run_goes_on_in_the_schema_it_began_with(tmp_path: Path) -> None:
 
 def test_rounds_of_an_old_run_have_its_schema(tmp_path: Path) -> None:
     """A round is a stage without a job; the plan that the workers get has the old version, and so has who reads it."""
-    store, job = old_run(tmp_path / "old")
+    quota = {"name": "a", "method": "prompt", "classes": ["one"], "count": 20, "accept": {"is_error": True}}
+    store, job = old_run(tmp_path / "old", requests=[quota])
     plan = open_run(store, cases.make_plan(job), job, "auto", confirmed=False)
-    start = job.requests[0].count
-    grown = publish_rounds(store, plan, (Extent(request=0, start=start, stop=start + 4, samples_per_shard=4),))
+    grown = publish_rounds(store, plan, (Extent(request=0, cell=0, start=20, stop=24, samples_per_shard=4),))
     found = [grown, stored_plan(store)[1], open_run(store, cases.make_plan(job), job, "auto", confirmed=False)]
     assert [(one.schema_version, len(one.stages)) for one in found] == [(1, 2)] * 3
 

@@ -81,9 +81,9 @@ def test_sampling_waits_where_writing_is_behind(monkeypatch, tmp_path):
     worker, go = Sampling(tmp_path, 50), threading.Event()
     stage = engine.worker.stage_shard
 
-    def slow(folder, name, results, image_format):
+    def slow(*arguments):
         assert go.wait(30)
-        return stage(folder, name, results, image_format)
+        return stage(*arguments)
 
     monkeypatch.setattr(engine.worker, "stage_shard", slow)
     begun = threading.Thread(target=lambda: made.append(worker.begin(0)()))
