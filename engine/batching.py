@@ -63,21 +63,32 @@ class BatchSize:
     Attributes:
         size: samples of the next batch.
         grows: whether peaks still raise it.
+        limit: largest batch, since memory has run out here or on a machine of the same kind; 0 where it never has.
     """
 
     size: int = FIRST_BATCH
     grows: bool = True
+    limit: int = 0
     _first: Peak | None = field(default=None, repr=False)
 
     def observe(self, peak: Peak, memory_bytes: int) -> None:
         """Learn from a batch that fit: a first one doubles the size, a second one settles it."""
         if not self.grows or peak.size < self.size:
             return
+        most = self.limit or MAX_BATCH
         if self._first is None:
-            self._first, self.size = peak, 2 * peak.size
+            self._first, self.size = peak, min(2 * peak.size, most)
+            self.grows = self.size < most
             return
-        self.size, self.grows = fitting_size(self._first, peak, memory_bytes), False
+        self.size, self.grows = fitting_size(self._first, peak, memory_bytes, most), False
 
     def halve(self, size: int) -> None:
         """A batch of `size` did not fit: half of it, and no more growth."""
-        self.size, self.grows = max(1, size // 2), False
+        self.cap(max(1, size // 2))
+        self.grows = False
+
+    def cap(self, limit: int) -> None:
+        """No batch is larger than `limit` from now on; below it the size is still found out."""
+        self.limit = min(self.limit or limit, limit)
+        if self.size >= self.limit:
+            self.size, self.grows = self.limit, False

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from engine.plan import Plan
+from engine.plan import Plan, RequestPlan
 from engine.spec import JobSpec
 
 if TYPE_CHECKING:
     from engine.generator import Generator
+
+MAX_BATCH = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,13 +21,16 @@ class Measurement:
 
     Attributes:
         seconds_per_sample: of each request, sampling and scoring, by its number.
-        bytes_per_sample: of each request, encoded images.
+        bytes_per_sample: of each request, encoded images that are stored.
+        num_accepted, num_attempted: of each request, samples that its rule accepted, of those that were made.
         load_seconds: loading all models.
         device: what it ran on.
     """
 
     seconds_per_sample: tuple[float, ...]
     bytes_per_sample: tuple[float, ...]
+    num_accepted: tuple[int, ...]
+    num_attempted: tuple[int, ...]
     load_seconds: float
     device: str
 
@@ -43,22 +48,39 @@ def measure(job: JobSpec, plan: Plan) -> Measurement:
     started = time.monotonic()
     generator = Generator(job, plan)
     load_seconds = time.monotonic() - started
-    first = plan.requests[0]
-    generator.next_batch(0, [first.sample(position) for position in range(min(first.total, 512))])
-    timings = [_measure_request(generator, plan, request.number) for request in plan.requests]
+    timings: list[_Timing] = []
+    for request in plan.requests:
+        started = time.monotonic()
+        generator.prepare(request.number)
+        load_seconds += time.monotonic() - started
+        if not timings:
+            # The first batch warms up.
+            _measure_request(generator, request)
+        timings.append(_measure_request(generator, request))
     return Measurement(
-        seconds_per_sample=tuple(seconds for seconds, _ in timings),
-        bytes_per_sample=tuple(size for _, size in timings),
+        seconds_per_sample=tuple(one.seconds for one in timings),
+        bytes_per_sample=tuple(one.num_bytes for one in timings),
+        num_accepted=tuple(one.num_accepted for one in timings),
+        num_attempted=tuple(one.num_attempted for one in timings),
         load_seconds=load_seconds,
         device=generator.device_name,
     )
 
 
-def _measure_request(generator: Generator, plan: Plan, number: int) -> tuple[float, float]:
-    request = plan.requests[number]
-    specs = [request.sample(position) for position in range(min(request.total, 512))]
+class _Timing(NamedTuple):
+    """A batch in numbers; seconds and bytes of one sample."""
+
+    seconds: float
+    num_bytes: float
+    num_accepted: int
+    num_attempted: int
+
+
+def _measure_request(generator: Generator, request: RequestPlan) -> _Timing:
+    specs = [request.sample(position) for position in range(min(request.total, MAX_BATCH))]
     started = time.monotonic()
-    results = generator.next_batch(number, specs)
+    results = generator.next_batch(request.number, specs)
     seconds = time.monotonic() - started
-    sizes = [len(result.image) for result in results]
-    return seconds / len(results), sum(sizes) / len(sizes)
+    num = len(results)
+    num_accepted = sum(bool(result.record["accepted"]) for result in results)
+    return _Timing(seconds / num, sum(len(result.image) for result in results) / num, num_accepted, num)

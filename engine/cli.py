@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import engine
-from engine.errors import EXIT_DRAINED, JobError, RiskforgeError
+from engine.errors import EXIT_DAMAGED, EXIT_DRAINED, JobError, RiskforgeError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from engine.artefact import Conditioning
     from engine.conditioning.evaluation import Quality
-    from engine.cost import Cost
+    from engine.cost import Cost, RequestCost
     from engine.executors.base import Executor
+    from engine.messages import Rules
     from engine.plan import Plan
     from engine.prepare import Prepared
     from engine.progress import Display
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from engine.studies.retrain import Retrained
 
 MAX_LISTED = 20
+DEFAULT_GRACE = "60s"
+WATCH_SECONDS = 2.0
 
 app = typer.Typer(
     name="riskforge",
@@ -52,6 +55,18 @@ AddressOption = Annotated[
     str | None, typer.Option(metavar="A", help="Running Ray cluster: `auto` or HOST:PORT. Default: start one here.")
 ]
 WorkersOption = Annotated[int | None, typer.Option(metavar="N", help="Workers; replaces runtime.workers.")]
+
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
+ExecutorOption = Annotated[Literal["ray", "local"], typer.Option(help="Ray actors, or threads of this process.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+GraceOption = Annotated[
+    str, typer.Option(metavar="TIME", help="What is in work at the end, by signal or deadline, has so long to finish.")
+]
+DeadlineOption = Annotated[
+    str | None, typer.Option(metavar="MOMENT", help="End in good order then: 06:00, or 2026-11-22T06:00.")
+]
+DurationOption = Annotated[str | None, typer.Option(metavar="TIME", help="End in good order after it, such as 8h.")]
 
 
 def main() -> None:
@@ -103,7 +118,7 @@ def root(
 def run(
     job: JobArgument,
     output: OutputOption = None,
-    executor: Annotated[Literal["ray", "local"], typer.Option(help="Ray actors, or threads of this process.")] = "ray",
+    executor: ExecutorOption = "ray",
     address: AddressOption = None,
     workers: WorkersOption = None,
     resume: Annotated[
@@ -111,12 +126,137 @@ def run(
         typer.Option(help="Continue the output's run, refuse an output that is not empty, or remove its run first."),
     ] = "auto",
     yes: Annotated[bool, typer.Option("--yes", help="Agree to the removal by --resume overwrite.")] = False,
+    grace: GraceOption = DEFAULT_GRACE,
+    deadline: DeadlineOption = None,
+    max_duration: DurationOption = None,
     set_: SetOption = None,
 ) -> None:
     """Make the samples of a job; the same command continues what was interrupted."""
-    if address and executor == "local":
-        raise JobError("--address: is for --executor ray; leave one of the two out")
+    rules = _rules(grace, deadline, max_duration)
+    _check_address(address, executor)
     spec = _load(job, set_, output=output, workers=workers)
+    _run(spec, executor, address, resume=resume, confirmed=yes, rules=rules)
+
+
+@app.command()
+def retry(
+    run: RunArgument,
+    executor: ExecutorOption = "ray",
+    address: AddressOption = None,
+    workers: WorkersOption = None,
+    grace: GraceOption = DEFAULT_GRACE,
+    deadline: DeadlineOption = None,
+    max_duration: DurationOption = None,
+) -> None:
+    """Give the shards in quarantine a fresh start, and make what else is missing."""
+    from engine.dataset.state import stored_plan
+    from engine.dataset.store import open_store
+    from engine.jobfile import let_import
+
+    rules = _rules(grace, deadline, max_duration)
+    _check_address(address, executor)
+    spec, _ = stored_plan(open_store(run))
+    let_import(spec, Path.cwd())
+    if workers is not None:
+        spec = spec.model_copy(update={"runtime": spec.runtime.model_copy(update={"workers": workers})})
+    _run(spec, executor, address, resume="auto", confirmed=False, rules=rules, retry=True)
+
+
+@app.command()
+def status(
+    run: RunArgument,
+    watch: Annotated[bool, typer.Option("--watch", help="Again and again, until the run ends.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell how far a run is, from its folder alone."""
+    import time
+
+    from engine.dataset.store import open_store
+    from engine.status import read_status, status_fields, status_lines
+
+    store = open_store(run)
+    try:
+        while True:
+            found = read_status(store)
+            if as_json:
+                _print_json(status_fields(found), indent=None if watch else 2)
+            else:
+                print("\n".join(status_lines(found)), flush=True)
+            if not watch or found.state != "running":
+                return
+            time.sleep(WATCH_SECONDS)
+    except KeyboardInterrupt:
+        return
+
+
+@app.command()
+def verify(
+    run: RunArgument,
+    deep: Annotated[bool, typer.Option("--deep", help="Score a sample of the images again, too.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Read a run to the last byte and hold it against its records and plan. Exit code 1 where it is damaged."""
+    import contextlib
+    import dataclasses
+
+    from engine.dataset.store import open_store
+    from engine.dataset.verify import verify as verify_run
+
+    store = open_store(run)
+    with contextlib.closing(_make_display()) as display:
+        verdict = verify_run(store, display.advance)
+        if deep and not verdict.damage:
+            from engine.dataset.state import stored_plan
+            from engine.jobfile import let_import
+            from engine.rescore import rescore
+
+            let_import(stored_plan(store)[0], Path.cwd())
+            verdict = dataclasses.replace(
+                verdict, findings=verdict.findings + tuple(rescore(store, advance=display.advance))
+            )
+    if as_json:
+        _print_json(dataclasses.asdict(verdict) | {"damaged": bool(verdict.damage)})
+    else:
+        for finding in verdict.findings:
+            print(f"{finding.kind}: {finding.text}")
+        found = f"{len(verdict.damage)} damaged" if verdict.damage else "no damage"
+        print(f"{verdict.num_committed} of {verdict.num_shards} shards, {verdict.num_samples} samples: {found}")
+    raise typer.Exit(EXIT_DAMAGED if verdict.damage else 0)
+
+
+@app.command()
+def repair(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Take out what is damaged, so that the next run makes it again."""
+    import contextlib
+    import dataclasses
+
+    from engine.dataset.lease import hold
+    from engine.dataset.store import open_store
+    from engine.dataset.verify import repair as repair_run
+
+    store = open_store(run)
+    with contextlib.closing(_make_display()) as display, hold(store, notice=display.notice):
+        repaired = repair_run(store, display.advance)
+    if as_json:
+        _print_json(dataclasses.asdict(repaired))
+        return
+    for line in repaired.actions or ("nothing to repair",):
+        print(line)
+    if repaired.actions:
+        print(f"{len(repaired.to_make)} shards are to be made again: `riskforge run` with the same job does so")
+
+
+def _run(
+    spec: JobSpec,
+    executor: str,
+    address: str | None,
+    *,
+    resume: str,
+    confirmed: bool,
+    rules: Rules,
+    retry: bool = False,
+) -> None:
+    """Run a job and end the command with its exit code."""
     from engine.run import run_job
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -125,14 +265,36 @@ def run(
             spec,
             executor=_make_executor(executor, spec, address),
             resume=resume,
-            confirmed=yes,
+            confirmed=confirmed,
             display=_make_display(),
+            rules=rules,
+            retry=retry,
         )
     except KeyboardInterrupt:
         _complain("stopped; the same command continues")
         raise typer.Exit(EXIT_DRAINED) from None
     _print_summary(summary)
     raise typer.Exit(summary.exit_code)
+
+
+def _rules(grace: str, deadline: str | None, max_duration: str | None) -> Rules:
+    """The options about time, on the clock that is not turned."""
+    import time
+    from datetime import datetime
+
+    from engine.messages import Rules
+    from engine.moments import parse_duration, seconds_until
+
+    ends = [] if deadline is None else [seconds_until(deadline, "--deadline", datetime.now())]
+    ends += [] if max_duration is None else [parse_duration(max_duration, "--max-duration")]
+    return Rules(
+        grace_seconds=parse_duration(grace, "--grace"), deadline=time.monotonic() + min(ends) if ends else None
+    )
+
+
+def _check_address(address: str | None, executor: str) -> None:
+    if address and executor == "local":
+        raise JobError("--address: is for --executor ray; leave one of the two out")
 
 
 @app.command()
@@ -401,7 +563,10 @@ def _cost_fields(job: JobSpec, cost: Cost, price_per_hour: float | None) -> dict
         "load_seconds": cost.load_seconds if cost.device else None,
         "device_hours": hours,
         "price": None if hours is None or price_per_hour is None else hours * price_per_hour,
-        "requests": [dataclasses.asdict(request) for request in cost.requests],
+        "requests": [
+            dataclasses.asdict(request) | {"hours_per_accepted": request.hours_per_accepted}
+            for request in cost.requests
+        ],
     }
 
 
@@ -428,8 +593,20 @@ def _print_cost(job: JobSpec, cost: Cost, price_per_hour: float | None) -> None:
         print(
             f"measured on {cost.device}: {hours:.2g} device-hours, of which {cost.load_seconds:.0f} s load the models"
         )
+        for request in cost.requests:
+            _print_yield(request)
         if price_per_hour is not None:
             print(f"price at {price_per_hour:g} an hour: {hours * price_per_hour:.2f}")
+
+
+def _print_yield(request: RequestCost) -> None:
+    """What an accepted sample costs, where there is a rule; of one batch, so roughly."""
+    if request.measured is None:
+        return
+    accepted, attempted = request.measured
+    cost = request.hours_per_accepted
+    text = "none, so what one costs is not known" if cost is None else f"{cost:.2g} device-hours for each"
+    print(f"{request.name}: {accepted} of {attempted} accepted in the measured batch: {text}")
 
 
 def _print_summary(summary: RunSummary) -> None:
@@ -442,15 +619,27 @@ def _print_summary(summary: RunSummary) -> None:
     _print_some(summary.remarks, "manifest.json")
     if not summary.was_complete:
         print(f"{summary.num_committed} of {summary.num_shards} shards in {summary.uri} ({duration(summary.seconds)})")
-    if summary.report:
+    if summary.sampling_share is not None:
+        print(f"{summary.sampling_share:.0%} of the workers' time went into sampling and scoring")
+    if summary.report and summary.drained in ("", "deadline"):
         print(f"report: {summary.report}")
+    if summary.short:
+        _complain(f"error: {len(summary.short)} quotas are not filled within max_attempts:")
+        for line in summary.short[:MAX_LISTED]:
+            _complain(f"  {line}")
+        if len(summary.short) > MAX_LISTED:
+            _complain(f"  and {len(summary.short) - MAX_LISTED} more, in the manifest under counts.quotas")
+    if summary.drained:
+        _complain(f"stopped ({summary.drained}); the same command continues")
     if summary.num_failed:
         _complain(f"error: {summary.num_failed} of {summary.num_samples} samples failed: {summary.failure}")
     if summary.quarantined:
         some = ", ".join(str(number) for number in summary.quarantined[:MAX_LISTED])
         more = len(summary.quarantined) - MAX_LISTED
         _complain(f"error: shards in quarantine: {some}{f' and {more} more' if more > 0 else ''}")
-        _complain(f"the reasons are in {summary.uri}/_state/quarantine; the same command tries them again")
+        _complain(
+            f"the reasons are in {summary.uri}/_state/quarantine; `riskforge retry {summary.uri}` tries them again"
+        )
 
 
 def _print_prepared(prepared: Prepared) -> None:
@@ -548,10 +737,10 @@ def _print_some(lines: list[str], where: str = "conditioning.json") -> None:
         print(f"  and {len(lines) - MAX_LISTED} more in {where}")
 
 
-def _print_json(value: Any) -> None:
+def _print_json(value: Any, indent: int | None = 2) -> None:
     import json
 
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(json.dumps(value, indent=indent, ensure_ascii=False), flush=True)
 
 
 def _print_error(error: RiskforgeError) -> None:

@@ -23,6 +23,10 @@ class RequestCost:
     """A request in numbers.
 
     Attributes:
+        num_samples: attempts: with quotas those that the measured yield asks for, up to the limit; without a
+            measurement as many as are wanted, the fewest there can be.
+        num_accepted: accepted samples that come of them, None where the yield is not known.
+        measured: accepted samples and attempts of the measured batch, None without one.
         num_bytes: of its shards; None where the model's configuration is not on this machine.
         seconds: of one device; None without a measurement.
     """
@@ -32,6 +36,15 @@ class RequestCost:
     num_shards: int
     num_bytes: int | None
     seconds: float | None
+    num_accepted: int | None = None
+    measured: tuple[int, int] | None = None
+
+    @property
+    def hours_per_accepted(self) -> float | None:
+        """Hours of one device for each accepted sample, if measured."""
+        if self.seconds is None or not self.num_accepted:
+            return None
+        return self.seconds / self.num_accepted / SECONDS_PER_HOUR
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,15 +94,35 @@ def job_cost(job: JobSpec, plan: Plan, measurement: Measurement | None = None) -
 
 
 def _request_cost(job: JobSpec, plan: Plan, request: RequestPlan, measurement: Measurement | None) -> RequestCost:
-    extents = [extent for stage in plan.stages for extent in stage if extent.request == request.number]
     image_bytes = measurement.bytes_per_sample[request.number] if measurement else image_size(job, request)
+    measured = None
+    if measurement:
+        measured = (measurement.num_accepted[request.number], measurement.num_attempted[request.number])
+    num_samples = _num_attempts(request, measured)
     return RequestCost(
         name=request.spec.name,
-        num_samples=request.total,
-        num_shards=sum(extent.num_shards for extent in extents),
-        num_bytes=None if image_bytes is None else round(request.total * (image_bytes + BYTES_PER_RECORD)),
-        seconds=measurement.seconds_per_sample[request.number] * request.total if measurement else None,
+        num_samples=num_samples,
+        num_shards=_num_shards(plan, request, num_samples, job.output.samples_per_shard),
+        num_bytes=None if image_bytes is None else round(num_samples * (image_bytes + BYTES_PER_RECORD)),
+        seconds=measurement.seconds_per_sample[request.number] * num_samples if measurement else None,
+        num_accepted=None if measured is None else round(num_samples * measured[0] / measured[1]),
+        measured=measured if request.spec.accept else None,
     )
+
+
+def _num_attempts(request: RequestPlan, measured: tuple[int, int] | None) -> int:
+    """Attempts that a request takes, as far as is known."""
+    if not request.spec.has_quota or measured is None:
+        return request.total
+    accepted, attempted = measured
+    return min(request.limit, -(-request.total * attempted // accepted)) if accepted else request.limit
+
+
+def _num_shards(plan: Plan, request: RequestPlan, num_samples: int, samples_per_shard: int) -> int:
+    """Shards that are planned, and with quotas those that are to be expected."""
+    planned = [extent for extent in plan.extents if extent.request == request.number]
+    more = num_samples - sum(extent.stop - extent.start for extent in planned)
+    return sum(extent.num_shards for extent in planned) + max(0, -(-more // samples_per_shard))
 
 
 def image_size(job: JobSpec, request: RequestPlan) -> float | None:

@@ -1,6 +1,7 @@
 """Errors that a user can cause. Each carries the text to print and the exit code of the command line."""
 
 EXIT_OK = 0
+EXIT_DAMAGED = 1
 EXIT_USER = 2
 EXIT_INCOMPLETE = 3
 EXIT_OWNED = 4

@@ -50,14 +50,8 @@ class Generator:
         if self._hardware.is_cuda and self._hardware.deterministic:
             fix_kernels()
         device = self._hardware.device
-        self._target = Classifier.load(job.models.target, device)
-        self._scorer = Scorer(
-            self._target,
-            Clip.load(job.models.clip, device),
-            [Classifier.load(address, device) for address in job.models.transfer],
-            Classifier.load(job.models.oracle, device) if job.models.oracle else None,
-            Clip.load(job.models.judge, device) if job.models.judge else None,
-        )
+        self._scorer = load_scorer(job, device)
+        self._target = self._scorer.target
         self._diffusion: dict[str, Diffusion] = {}
         self._conditioners: dict[int, Conditioner] = {}
         decoder = job.models.guidance_decoder
@@ -65,12 +59,10 @@ class Generator:
         wanted = job.runtime.batch_size
         # Requests differ in what a sample of theirs takes: each finds its own size.
         self._batches = [BatchSize() if wanted == "auto" else BatchSize(wanted, grows=False) for _ in plan.requests]
-        for request in plan.requests:
-            self._check_combination(request.number)
-            negative = job.sampling_of(request.spec).negative_prompt
-            self._model(request.number).check_prompts([*longest_prompts(request), negative])
-            if request.spec.conditioning is not None:
-                self._conditioners[request.number] = self._conditioner(request)
+        self._prepared: set[int] = set()
+        if len({self._address(request.number) for request in plan.requests}) == 1:
+            for request in plan.requests:
+                self.prepare(request.number)
 
     @property
     def device_name(self) -> str:
@@ -84,6 +76,7 @@ class Generator:
 
         Out of memory halves the batch. An exception of one sample makes that sample `failed`, not its neighbours.
         """
+        self.prepare(request)
         while True:
             rows = self._rows(request)
             batch = specs[: rows or self._batches[request].size]
@@ -104,6 +97,30 @@ class Generator:
                     f" decides bytes; give a smaller one for the whole run, such as {used // 2}"
                 )
             self._batches[request].halve(used)
+
+    def prepare(self, request: int) -> None:
+        """Load what a request needs and check that it fits together; once. Done where it is needed, at the latest.
+
+        Raises:
+            JobError: the model cannot be loaded or does not do what is asked for.
+        """
+        if request in self._prepared:
+            return
+        plan = self._plan.requests[request]
+        self._check_combination(request)
+        negative = self._job.sampling_of(plan.spec).negative_prompt
+        self._model(request).check_prompts([*longest_prompts(plan), negative])
+        if plan.spec.conditioning is not None:
+            self._conditioners[request] = self._conditioner(plan)
+        self._prepared.add(request)
+
+    def batch_limit(self, request: int) -> int:
+        """Largest batch of a request, since memory has run out; 0 where it never has."""
+        return self._batches[request].limit
+
+    def limit_batches(self, request: int, limit: int) -> None:
+        """Make no batches of a request larger than this: memory has run out on a machine of the same kind."""
+        self._batches[request].cap(limit)
 
     def _within_memory(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult] | None:
         """Results of a batch, or None where the GPU's memory does not hold it."""
@@ -249,15 +266,22 @@ class Generator:
             labels=labels,
         )
 
+    def _address(self, request: int) -> str:
+        return self._job.requests[request].diffusion or self._job.models.diffusion
+
     def _model(self, request: int) -> Diffusion:
-        address = self._job.requests[request].diffusion or self._job.models.diffusion
+        address = self._address(request)
         if address not in self._diffusion:
+            if self._hardware.is_cuda:
+                # A GPU holds one at a time; shards are sent to workers that hold theirs.
+                self._diffusion.clear()
+                torch.cuda.empty_cache()
             self._diffusion[address] = Diffusion.load(address, self._hardware)
         return self._diffusion[address]
 
     def _conditioner(self, request: RequestPlan) -> Conditioner:
         model, spec = self._model(request.number), request.spec.conditioning
-        address = request.spec.diffusion or self._job.models.diffusion
+        address = self._address(request.number)
         assert model.noiser is not None and spec is not None, "addresses are checked before models are loaded"
         if spec.noise_level >= model.noiser.num_levels:
             raise JobError(
@@ -279,6 +303,17 @@ def memory_within_reach() -> int:
     """Bytes of the GPU that this process holds already or could still get."""
     free, _ = torch.cuda.mem_get_info()
     return free + torch.cuda.memory_reserved()
+
+
+def load_scorer(job: JobSpec, device: str = "cpu") -> Scorer:
+    """The models of a job that score and never sample."""
+    return Scorer(
+        Classifier.load(job.models.target, device),
+        Clip.load(job.models.clip, device),
+        [Classifier.load(address, device) for address in job.models.transfer],
+        Classifier.load(job.models.oracle, device) if job.models.oracle else None,
+        Clip.load(job.models.judge, device) if job.models.judge else None,
+    )
 
 
 def longest_prompts(request: RequestPlan) -> list[str]:

@@ -31,9 +31,17 @@ def read_job(path: Path, overrides: list[tuple[str, Any]]) -> JobSpec:
     if isinstance(raw, dict):
         raw = apply_overrides(raw, overrides)
     job = parse_job(raw)
-    if any(factories([job.models.target, *job.models.transfer, job.models.oracle])):
-        add_import_folders(str(folder.resolve()) for folder in (Path.cwd(), path.parent))
+    let_import(job, Path.cwd(), path.parent)
     return job
+
+
+def let_import(job: JobSpec, *folders: Path) -> None:
+    """Where a model of a job is a factory, let it be imported from some folders.
+
+    Side effects: adds them to `sys.path`.
+    """
+    if any(factories([job.models.target, *job.models.transfer, job.models.oracle])):
+        add_import_folders(str(folder.resolve()) for folder in folders)
 
 
 def parse_override(text: str) -> tuple[str, Any]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import JobError, RiskforgeError
-from engine.executors.base import Executor, ExecutorEvent, ShardProgress, ShardResult
+from engine.executors.base import Executor, ExecutorEvent, ShardResult
 from engine.images import (
     PART_ROWS,
     ImageSource,
@@ -33,6 +33,7 @@ from engine.images import (
     nothing_usable,
     open_images,
 )
+from engine.messages import Report, ShardError, ShardProgress, UserFault, WorkerLost, WorkerReady
 from engine.models.addresses import image_encoder_digest, is_unclip, locate, model_digest, resolve
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip, ImageEncoder
@@ -40,8 +41,8 @@ from engine.models.runtime import CPU_ROWS, Hardware, choose_hardware
 from engine.models.targets import add_import_folders
 from engine.plan import ShardSpec
 from engine.progress import Display, duration
-from engine.run import POLL_SECONDS, UNPLACED_SECONDS, WorkersFailingError, brief, target_labels
-from engine.scheduler import ShardError, UserFault, WorkerLost, WorkerReady
+from engine.run import target_labels
+from engine.shift import POLL_SECONDS, UNPLACED_SECONDS, WorkersFailingError, brief
 from engine.spec import JobSpec
 from engine.worker import quiet_libraries
 
@@ -122,9 +123,10 @@ class Observer:
         self._encoder = encoder
         self._num_rows = num_rows
 
-    def run_shard(self, shard: ShardSpec, attempt: int, report: Callable[[int], None]) -> Any:
-        """A part of the pass, which executors know as a shard: number `start` of `stop`. Returns a `PartSeen`."""
-        return self.observe(shard.start, shard.stop, report)
+    def sample_shard(self, shard: ShardSpec, attempt: int, report: Report, batch_limit: int) -> Callable[[], Any]:
+        """A part of the pass, which executors know as a shard: number `start` of `stop`. Gives a `PartSeen`."""
+        seen = self.observe(shard.start, shard.stop, report)
+        return lambda: seen
 
     def observe(self, part: int, num_parts: int, report: Callable[[int], None]) -> PartSeen:
         """Part `part` of `num_parts`; `report` hears the number of images that are through."""

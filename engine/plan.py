@@ -1,8 +1,8 @@
 """Requests to shards, lazily: a shard is five numbers, its samples are computed where they are needed.
 
-A request is a sequence of samples, index by index over its classes, so that a grown `count` only appends. A plan is
-a list of stages; each stage cuts the new part of every request's sequence into shards, numbered on from the stage
-before. Planning takes memory for the requests, not for the samples.
+A request is a sequence of samples, index by index over its classes, so that a grown `count` only appends; or, where it
+has quotas, a sequence for each class. A plan is a list of stages; each stage cuts new parts of these sequences into
+shards, numbered on from the stage before. Planning takes memory for the requests, not for the samples.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import bisect
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,10 @@ SCHEMA_VERSION = 2
 IDENTITY_VERSION = 1
 # Stands in a key where the class index would, for a joint prompt.
 JOINT_CODE = "mix"
+# A round of a quota with fewer samples would not fill a batch.
+MIN_ROUND = 16
+# In the place of a class's number: all classes of the request, in turns.
+EVERY_CELL = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +70,18 @@ class SampleSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardSpec:
-    """One shard to make: positions `start` to `stop` of a request's sequence."""
+    """One shard to make: positions `start` to `stop` of a request's sequence.
+
+    Attributes:
+        cell: number of the class in its request, whose indices the positions are; `EVERY_CELL` where the sequence goes
+            over all of them.
+    """
 
     number: int
     request: int
     start: int
     stop: int
+    cell: int = EVERY_CELL
 
     @property
     def num_samples(self) -> int:
@@ -80,11 +91,7 @@ class ShardSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestPlan:
-    """A request with its classes resolved against the target's labels.
-
-    Attributes:
-        total: samples of the whole request, over all classes and contexts.
-    """
+    """A request with its classes resolved against the target's labels."""
 
     number: int
     spec: RequestSpec
@@ -94,13 +101,23 @@ class RequestPlan:
 
     @property
     def total(self) -> int:
-        """Samples of the whole request."""
-        return self.spec.count * len(self.cells) * len(self.spec.contexts)
+        """Samples of the whole request, over all classes and contexts: accepted ones where there are quotas."""
+        return self.spec.num_wanted * len(self.cells)
 
-    def sample(self, position: int) -> SampleSpec:
-        """The sample at a position of the request's sequence, `0 <= position`."""
-        index, which = divmod(position, len(self.cells))
-        cell, context = self.cells[which], self.spec.contexts[index % len(self.spec.contexts)]
+    @property
+    def limit(self) -> int:
+        """Attempts of the whole request at most."""
+        return self.spec.attempts_limit * len(self.cells)
+
+    def sample(self, position: int, cell: int = EVERY_CELL) -> SampleSpec:
+        """The sample at a position of the request's sequence, or of a class's, `0 <= position`."""
+        if cell == EVERY_CELL:
+            index, which = divmod(position, len(self.cells))
+            return self._sample(self.cells[which], index)
+        return self._sample(self.cells[cell], position)
+
+    def _sample(self, cell: Cell, index: int) -> SampleSpec:
+        context = self.spec.contexts[index % len(self.spec.contexts)]
         return SampleSpec(
             key=f"{self.job_name}-{self.number:03d}-{cell.code}-{index:08d}",
             request=self.spec.name,
@@ -115,12 +132,13 @@ class RequestPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
-    """Positions `start` to `stop` of a request's sequence, cut into shards of `samples_per_shard`."""
+    """Positions `start` to `stop` of a request's sequence, or of a class's, cut into shards of `samples_per_shard`."""
 
     request: int
     start: int
     stop: int
     samples_per_shard: int
+    cell: int = EVERY_CELL
 
     @property
     def num_shards(self) -> int:
@@ -134,7 +152,7 @@ class Plan:
     Args:
         requests: the job's requests, resolved.
         identity: what decides pixels and scores (`plan_identity`).
-        stages: lists of extents, one list for each time that the job was extended.
+        stages: lists of extents, one list for each time that the job was extended or rounds of a quota were added.
         schema_version: of the columns of its shards; a run keeps that which it began with.
     """
 
@@ -149,8 +167,8 @@ class Plan:
         self.identity = identity
         self.stages = stages
         self.schema_version = schema_version
-        self._extents = [extent for stage in stages for extent in stage]
-        self._first_shard = list(itertools.accumulate((extent.num_shards for extent in self._extents), initial=0))
+        self.extents = tuple(extent for stage in stages for extent in stage)
+        self._first_shard = list(itertools.accumulate((extent.num_shards for extent in self.extents), initial=0))
 
     @property
     def digest(self) -> str:
@@ -165,7 +183,7 @@ class Plan:
     @property
     def num_samples(self) -> int:
         """Samples over all stages."""
-        return sum(extent.stop - extent.start for extent in self._extents)
+        return sum(extent.stop - extent.start for extent in self.extents)
 
     def shard(self, number: int) -> ShardSpec:
         """The shard of a number, `0 <= number < num_shards`.
@@ -176,10 +194,10 @@ class Plan:
         if not 0 <= number < self.num_shards:
             raise IndexError(f"shard {number} is not in a plan of {self.num_shards}")
         place = bisect.bisect_right(self._first_shard, number) - 1
-        extent = self._extents[place]
+        extent = self.extents[place]
         start = extent.start + (number - self._first_shard[place]) * extent.samples_per_shard
         stop = min(start + extent.samples_per_shard, extent.stop)
-        return ShardSpec(number=number, request=extent.request, start=start, stop=stop)
+        return ShardSpec(number=number, request=extent.request, cell=extent.cell, start=start, stop=stop)
 
     def shards(self) -> Iterator[ShardSpec]:
         """All shards in order, lazily."""
@@ -187,7 +205,12 @@ class Plan:
 
     def samples(self, shard: ShardSpec) -> Iterator[SampleSpec]:
         """The samples of a shard in order, lazily."""
-        return map(self.requests[shard.request].sample, range(shard.start, shard.stop))
+        request = self.requests[shard.request]
+        return (request.sample(position, shard.cell) for position in range(shard.start, shard.stop))
+
+    def grown(self, stage: tuple[Extent, ...]) -> Plan:
+        """The plan with one more stage."""
+        return Plan(self.requests, self.identity, (*self.stages, stage), self.schema_version)
 
 
 def build_plan(job: JobSpec, labels: list[str], digests: dict[str, Any]) -> Plan:
@@ -208,28 +231,44 @@ def build_plan(job: JobSpec, labels: list[str], digests: dict[str, Any]) -> Plan
 def next_stage(
     requests: tuple[RequestPlan, ...], stages: tuple[tuple[Extent, ...], ...], samples_per_shard: int
 ) -> tuple[Extent, ...]:
-    """What the requests ask for beyond the stages that were planned before.
+    """What the requests ask for beyond the stages that were planned before; of quotas the first round.
 
     Raises:
         JobError: a request asks for less than was planned.
     """
-    planned = [0] * len(requests)
+    planned: Counter[tuple[int, int]] = Counter()
     for extent in itertools.chain.from_iterable(stages):
-        planned[extent.request] = max(planned[extent.request], extent.stop)
+        place = (extent.request, extent.cell)
+        planned[place] = max(planned[place], extent.stop)
     shrunk = [
         f"requests.{request.number}.count: {request.spec.count} is below the"
-        f" {done // (request.total // request.spec.count)} already planned in this output; counts can only grow"
-        " (or use another output)"
-        for request, done in zip(requests, planned, strict=True)
-        if request.total < done
+        f" {planned[request.number, EVERY_CELL] // (request.total // request.spec.count)} already planned in this"
+        " output; counts can only grow (or use another output)"
+        for request in requests
+        if not request.spec.has_quota and request.total < planned[request.number, EVERY_CELL]
     ]
     if shrunk:
         raise JobError(shrunk)
+    wanted = itertools.chain.from_iterable(map(_wanted, requests))
     return tuple(
-        Extent(request=request.number, start=done, stop=request.total, samples_per_shard=samples_per_shard)
-        for request, done in zip(requests, planned, strict=True)
-        if request.total > done
+        Extent(request=request, cell=cell, start=start, stop=stop, samples_per_shard=samples_per_shard)
+        for request, cell, stop in wanted
+        if (start := planned[request, cell]) < stop and (cell == EVERY_CELL or not start)
     )
+
+
+def _wanted(request: RequestPlan) -> Iterator[tuple[int, int, int]]:
+    """Request, cell and end of what is made of a request whatever comes of it."""
+    if not request.spec.has_quota:
+        yield request.number, EVERY_CELL, request.total
+        return
+    for cell in range(len(request.cells)):
+        yield request.number, cell, pilot_size(request.spec)
+
+
+def pilot_size(request: RequestSpec) -> int:
+    """Attempts in the first round of a class with a quota: as many as wanted, for no fewer could fill it."""
+    return min(request.attempts_limit, max(request.num_wanted, MIN_ROUND))
 
 
 def resolve_requests(job: JobSpec, labels: list[str]) -> tuple[RequestPlan, ...]:
@@ -349,6 +388,7 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
                 "accept": plan.spec.accept,
             }
             | _conditioning(plan.spec, digests.get("conditioning", {}))
+            | ({"quota": True} if plan.spec.has_quota else {})
             for plan in requests
         ],
     }

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -31,6 +32,7 @@ class RequestTally:
     """How far a request is.
 
     Attributes:
+        total: samples in shards that are planned; rounds of a quota add some.
         committed: samples in committed shards, of any status.
         in_work: samples done so far of shards in work, by shard.
         started_at: when its first samples of this run were begun, None before any is done.
@@ -73,7 +75,8 @@ class Tally:
     def __init__(self, plan: Plan, committed: dict[int, ShardCounts]) -> None:
         self._plan = plan
         self._is_committed = bytearray(plan.num_shards)
-        self.requests = [RequestTally(request.spec.name, request.total) for request in plan.requests]
+        planned = _planned(plan)
+        self.requests = [RequestTally(request.spec.name, planned[request.number]) for request in plan.requests]
         self.total = RequestTally("all", plan.num_samples)
         self._heard: dict[int, float] = {}
         for shard, counts in committed.items():
@@ -81,6 +84,15 @@ class Tally:
             for row in self._rows(shard):
                 row.committed += counts.attempted
                 row.accepted += counts.accepted
+
+    def grow(self, plan: Plan) -> None:
+        """Rounds of quotas were added."""
+        self._plan = plan
+        self._is_committed += bytes(plan.num_shards - len(self._is_committed))
+        planned = _planned(plan)
+        for number, row in enumerate(self.requests):
+            row.total = planned[number]
+        self.total.total = plan.num_samples
 
     def ready(self, worker: int, now: float) -> None:
         """A worker begins."""
@@ -117,6 +129,14 @@ class Tally:
             if row.started_at is None:
                 row.started_at, row.done_before = self._heard.get(worker, now), row.num_done
         self._heard[worker] = now
+
+
+def _planned(plan: Plan) -> Counter[int]:
+    """Samples of each request in all shards that are planned."""
+    planned: Counter[int] = Counter()
+    for extent in plan.extents:
+        planned[extent.request] += extent.stop - extent.start
+    return planned
 
 
 class Display(Protocol):

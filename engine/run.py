@@ -7,7 +7,6 @@ command.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import socket
@@ -20,39 +19,40 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine import scheduler
 from engine.dataset.commits import CommitSummary, list_commits, read_commits
+from engine.dataset.journal import Journal
+from engine.dataset.lease import Lease, hold
 from engine.dataset.manifest import FinishedRun, finalise, mark_success, software_versions
-from engine.dataset.state import METADATA, REPORT, SUCCESS, check_unused, find_plan, open_run
-from engine.dataset.store import DRIVER_LOCK, Store, open_store
-from engine.errors import EXIT_INCOMPLETE, EXIT_OK, JobError, OwnedError, RiskforgeError
-from engine.executors.base import Executor, ExecutorEvent, ShardProgress, ShardResult, WorkerFactory, WorkerLike
+from engine.dataset.state import (
+    METADATA,
+    QUARANTINE,
+    REPORT,
+    SUCCESS,
+    check_unused,
+    find_plan,
+    open_run,
+    quarantined_shards,
+)
+from engine.dataset.store import Store, open_store
+from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK, JobError
+from engine.executors.base import Executor, WorkerLike
+from engine.messages import Rules
 from engine.models.addresses import check_addresses, missing_artefacts, model_digests, read_labels, resolve
 from engine.models.runtime import hardware_problems
 from engine.models.targets import add_import_folders, import_folders
 from engine.plan import Plan, RequestPlan, build_plan, resolve_requests
-from engine.progress import Display, Tally
+from engine.progress import Display
+from engine.quotas import replay
+from engine.shift import DEADLINE, Shift, ShiftEnd
 from engine.spec import JobSpec
 
 if TYPE_CHECKING:
     from engine.dataset.summary import GroupSummary
 
-QUARANTINE = "_state/quarantine"
-POLL_SECONDS = 0.25
 # Device files of NVIDIA, AMD and of GPUs under WSL: seen without loading torch.
 GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
-MAX_REASON_CHARS = 300
-# From when on the user hears that workers wait for room.
-UNPLACED_SECONDS = 60.0
-FAULTS = f"{QUARANTINE}/workers.txt"
 
 MakeWorker = Callable[[JobSpec, Plan], WorkerLike]
-
-
-class WorkersFailingError(RiskforgeError):
-    """Workers fail over and over and nothing gets done: a defect, of this program or of the machines."""
-
-    exit_code = EXIT_INCOMPLETE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +68,9 @@ class RunSummary:
         num_failed: those of them without an image.
         failure: the most frequent message of the failed ones.
         was_complete: whether there was nothing to do.
+        drained: why the run ended early, with shards left: the name of a signal, or `deadline`; empty otherwise.
+        short: quotas that are not filled, in words, a line a class.
+        sampling_share: share of the workers' time that went into sampling and scoring, None where nothing was made.
     """
 
     exit_code: int
@@ -83,6 +86,9 @@ class RunSummary:
     remarks: list[str] = field(default_factory=list)
     quarantined: tuple[int, ...] = ()
     was_complete: bool = False
+    drained: str = ""
+    short: tuple[str, ...] = ()
+    sampling_share: float | None = None
 
 
 def run_job(
@@ -93,6 +99,8 @@ def run_job(
     confirmed: bool,
     display: Display,
     make_worker: MakeWorker | None = None,
+    rules: Rules | None = None,
+    retry: bool = False,
 ) -> RunSummary:
     """Make what is missing of a job, then everything that closes a run.
 
@@ -101,6 +109,8 @@ def run_job(
         resume: `auto`, `never` or `overwrite`, as in `engine.dataset.state.open_run`.
         confirmed: whether removing an earlier run was agreed to.
         make_worker: builds a worker in its process; `engine.worker.Worker` when not given. Picklable.
+        rules: when patience ends; its deadline is on the clock of `time.monotonic`.
+        retry: give the shards in quarantine a fresh start.
 
     Raises:
         RiskforgeError: the job, its models or its output are not as they must be.
@@ -108,28 +118,36 @@ def run_job(
         WorkersFailingError: workers fail over and over.
     """
     started = time.monotonic()
+    rules = rules or Rules()
     try:
         display.phase("checking models and output")
         store, job, planned, models = prepare(job, executor, display)
         if resume == "auto" and store.exists(SUCCESS) and (plan := find_plan(store, planned, job)):
             committed = list_commits(store)
             if len(committed) == plan.num_shards:
-                return _summary(store, plan, committed, started, was_complete=True)
-        with owned(store), contextlib.closing(executor):
+                return _summary(store, job, plan, committed, started, was_complete=True)
+        check_unused(store)
+        with hold(store, notice=display.notice) as lease, contextlib.closing(executor):
             plan = open_run(store, planned, job, resume, confirmed)
-            committed = list_commits(store)
+            if retry:
+                store.remove_tree(QUARANTINE)
+            shift = Shift(
+                store,
+                job,
+                plan,
+                list_commits(store),
+                executor=executor,
+                display=display,
+                lease=lease,
+                journal=Journal(store, lease.number),
+                rules=rules,
+            )
+            end = ShiftEnd(plan=plan, drained="", sampling_share=None)
             hardware: dict[str, Any] = {"machine": platform.machine()}
-            if len(committed) < plan.num_shards:
-                shift = _Shift(store, plan, committed, executor, display)
-                shift.work(partial(make_worker or _here(default_worker), job, plan))
+            if shift.begin_rounds():
+                end = shift.work(partial(make_worker or _here(default_worker), job, shift.plan))
                 hardware |= executor.describe()
-            closing = threading.Thread(target=executor.close)
-            closing.start()
-            display.phase("writing manifest and report")
-            seconds = time.monotonic() - started
-            finished = close_run(store, job, plan, models=models, run_seconds=seconds, hardware=hardware)
-            closing.join()
-            return _summary(store, plan, list_commits(store), started, finished=finished)
+            return _close(store, job, end, executor, display, lease, models, started, hardware)
     except KeyboardInterrupt:
         display.notice("interrupted; what is committed is kept")
         raise
@@ -138,23 +156,29 @@ def run_job(
         display.close()
 
 
-@contextlib.contextmanager
-def owned(store: Store) -> Iterator[None]:
-    """Be the only driver at work on an output; ends with the process, however that ends.
-
-    Raises:
-        OwnedError: another is, with its machine, process and time of beginning.
-        OutputError: the folder is somebody else's.
-    """
-    check_unused(store)
-    since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    with store.try_lock(DRIVER_LOCK, f"process {os.getpid()} on {socket.gethostname()}, since {since}") as holder:
-        if holder:
-            raise OwnedError(
-                f"output {store.uri}: another driver is at work on it ({holder}); let it finish or stop it, or choose"
-                " another --output"
-            )
-        yield
+def _close(
+    store: Store,
+    job: JobSpec,
+    end: ShiftEnd,
+    executor: Executor,
+    display: Display,
+    lease: Lease,
+    models: dict[str, Any],
+    started: float,
+    hardware: dict[str, Any],
+) -> RunSummary:
+    """Give the workers back and write what closes a run; not after a signal, whose sender may not wait."""
+    closing = threading.Thread(target=executor.close)
+    closing.start()
+    finished = None
+    if end.drained in ("", DEADLINE):
+        display.phase("writing manifest and report")
+        lease.check()
+        seconds = time.monotonic() - started
+        finished = close_run(store, job, end.plan, models=models, run_seconds=seconds, hardware=hardware)
+    closing.join()
+    Journal(store, lease.number).note("ended", drained=end.drained)
+    return _summary(store, job, end.plan, list_commits(store), started, finished=finished, end=end)
 
 
 def prepare(job: JobSpec, executor: Executor, display: Display) -> tuple[Store, JobSpec, Plan, dict[str, Any]]:
@@ -356,17 +380,22 @@ def _remarks(manifest: dict[str, Any]) -> list[str]:
 
 def _summary(
     store: Store,
+    job: JobSpec,
     plan: Plan,
     committed: dict[int, CommitSummary],
     started: float,
     *,
     finished: FinishedRun | None = None,
     was_complete: bool = False,
+    end: ShiftEnd | None = None,
 ) -> RunSummary:
-    is_complete = len(committed) == plan.num_shards
+    drained = end.drained if end else ""
+    quarantined = tuple(number for number in quarantined_shards(store) if number not in committed)
+    short = () if drained else tuple(shortfalls(plan, committed, job.output.samples_per_shard))
     num_failed = sum(commit.counts.failed for commit in committed.values())
+    is_complete = len(committed) == plan.num_shards and not short and not _is_short(plan, committed)
     return RunSummary(
-        exit_code=EXIT_OK if is_complete and not _is_short(plan, committed) else EXIT_INCOMPLETE,
+        exit_code=EXIT_DRAINED if drained else EXIT_OK if is_complete else EXIT_INCOMPLETE,
         uri=store.uri,
         report=str(store.path(REPORT)) if store.exists(REPORT) else "",
         num_shards=plan.num_shards,
@@ -377,19 +406,30 @@ def _summary(
         seconds=time.monotonic() - started,
         groups=finished.groups if finished else [],
         remarks=_remarks(finished.manifest) if finished else [],
-        quarantined=tuple(number for number in range(plan.num_shards) if number not in committed)
-        if not is_complete
-        else (),
+        quarantined=quarantined,
         was_complete=was_complete,
+        drained=drained,
+        short=short,
+        sampling_share=end.sampling_share if end else None,
     )
 
 
+def shortfalls(plan: Plan, committed: dict[int, CommitSummary], samples_per_shard: int) -> Iterator[str]:
+    """The quotas that are not filled, in words."""
+    counts = {number: commit.counts for number, commit in committed.items()}
+    for one in replay(plan, counts, (), samples_per_shard).standings():
+        if one.missing:
+            request = plan.requests[one.request]
+            name = " and ".join(request.cells[one.cell].names)
+            yield f"{request.spec.name}, {name}: {one.accepted} of {one.wanted} accepted in {one.attempted} attempts"
+
+
 def _is_short(plan: Plan, committed: dict[int, CommitSummary]) -> bool:
-    """Whether a request has fewer samples than were planned; `count` is attempts, so that rejected ones are no lack."""
+    """Whether a request without quotas has fewer samples than planned; failed ones are lacking, rejected ones not."""
     samples: Counter[int] = Counter()
     for number, commit in committed.items():
         samples[plan.shard(number).request] += commit.counts.ok + commit.counts.rejected
-    return any(samples[request.number] < request.total for request in plan.requests)
+    return any(samples[request.number] < request.total for request in plan.requests if not request.spec.has_quota)
 
 
 def _top_failure(store: Store) -> str:
@@ -400,122 +440,3 @@ def _top_failure(store: Store) -> str:
 
     messages = failures(open_metadata(store.path(METADATA)))
     return messages[0][0] if messages else ""
-
-
-class _Shift:
-    """The loop between scheduler and executor, from the first worker to the last shard."""
-
-    def __init__(
-        self, store: Store, plan: Plan, committed: dict[int, CommitSummary], executor: Executor, display: Display
-    ) -> None:
-        self._store = store
-        self._plan = plan
-        self._executor = executor
-        self._display = display
-        self._tally = Tally(plan, {number: commit.counts for number, commit in committed.items()})
-        self._flags = bytearray(plan.num_shards)
-        for number in committed:
-            self._flags[number] = 1
-        self._unplaced_since: float | None = None
-        self._has_told_unplaced = False
-
-    def work(self, factory: WorkerFactory) -> None:
-        """Make all missing shards; what cannot be made is put in quarantine."""
-        for name in self._store.list(QUARANTINE):
-            self._store.remove(name)
-        num_missing = self._flags.count(0)
-        self._display.phase(f"{self._executor.opening} for {num_missing} of {self._plan.num_shards} shards")
-        num_workers = self._executor.open(factory, num_missing)
-        self._display.phase(f"loading models ({num_workers} worker{'s' if num_workers > 1 else ''})")
-        state, actions = scheduler.start(bytes(self._flags), num_workers)
-        while not self._carry_out(actions):
-            actions = []
-            for event in self._executor.poll(POLL_SECONDS):
-                if isinstance(event, ShardProgress):
-                    self._note_progress(event, state)
-                    continue
-                self._note(event)
-                state, more = scheduler.step(state, event)
-                actions += more
-            self._note_unplaced(time.monotonic())
-            self._display.show(self._tally)
-
-    def _carry_out(self, actions: list[scheduler.Action]) -> bool:
-        """Do what the scheduler says; True when it is the end."""
-        for action in actions:
-            if isinstance(action, scheduler.StartWorker):
-                self._executor.start_worker(action.worker)
-            elif isinstance(action, scheduler.StopWorker):
-                self._executor.stop_worker(action.worker)
-            elif isinstance(action, scheduler.Assign):
-                self._executor.submit(action.worker, self._plan.shard(action.shard), action.attempt)
-            elif isinstance(action, scheduler.Quarantine):
-                self._quarantine(action)
-            elif isinstance(action, scheduler.Abort):
-                raise RiskforgeError(action.message) if action.user_fault else self._give_up(action.message)
-            else:
-                return True
-        return False
-
-    def _give_up(self, message: str) -> WorkersFailingError:
-        """Keep the whole message, which may hold tracebacks, and say it in short."""
-        self._store.replace(FAULTS, f"{message}\n".encode())
-        head, mark, reason = message.partition("the last one: ")
-        return WorkersFailingError(
-            f"{head}{mark}{brief(reason)}\nthe whole message is in {self._store.path(FAULTS)}; mend the cause, and the"
-            " same command continues"
-        )
-
-    def _note_progress(self, event: ShardProgress, state: scheduler.State) -> None:
-        """Count samples of a shard in work, if the worker still has it: the news may be late."""
-        worker = state.workers.get(event.worker)
-        if worker and event.shard in worker.queue:
-            self._tally.working(event.worker, event.shard, event.num_done, time.monotonic())
-
-    def _note_unplaced(self, now: float) -> None:
-        """Say once when workers wait for a machine for long."""
-        num = self._executor.num_unplaced
-        if not num:
-            self._unplaced_since = None
-            return
-        self._unplaced_since = now if self._unplaced_since is None else self._unplaced_since
-        if now - self._unplaced_since >= UNPLACED_SECONDS and not self._has_told_unplaced:
-            self._has_told_unplaced = True
-            self._display.notice(f"{num} worker(s) still wait for room on the cluster; ask for fewer with --workers")
-
-    def _note(self, event: ExecutorEvent) -> None:
-        """Take what concerns the user from an event."""
-        now = time.monotonic()
-        if isinstance(event, scheduler.WorkerReady):
-            self._display.phase("")
-            self._tally.ready(event.worker, now)
-        elif isinstance(event, ShardResult):
-            self._tally.commit(event.worker, event.shard, event.outcome.counts, now)
-        elif isinstance(event, scheduler.ShardError):
-            self._tally.drop(event.shard)
-            self._display.notice(
-                f"shard {event.shard} failed, worker {event.worker} is replaced: {brief(event.message)}"
-            )
-        elif isinstance(event, scheduler.WorkerLost):
-            self._display.notice(f"worker {event.worker} is replaced: {brief(event.message)}")
-
-    def _quarantine(self, action: scheduler.Quarantine) -> None:
-        shard = self._plan.shard(action.shard)
-        note = {
-            "shard": shard.number,
-            "request": self._plan.requests[shard.request].spec.name,
-            "first_key": next(self._plan.samples(shard)).key,
-            "num_samples": shard.num_samples,
-            "reasons": list(action.reasons),
-        }
-        self._tally.drop(shard.number)
-        name = f"{QUARANTINE}/{shard.number:06d}.json"
-        self._store.replace(name, (json.dumps(note, indent=1, ensure_ascii=False) + "\n").encode())
-        self._display.notice(f"shard {shard.number} is in quarantine after {len(action.reasons)} faults: {name}")
-
-
-def brief(message: str) -> str:
-    """The line that says most: the last of a traceback, the first of anything else."""
-    lines = message.strip().splitlines() or ["no reason given"]
-    line = lines[-1] if lines[0].startswith("Traceback") else lines[0]
-    return line[:MAX_REASON_CHARS]

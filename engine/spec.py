@@ -7,7 +7,9 @@ them together; `apply_overrides` is the `--set` of the command line.
 from __future__ import annotations
 
 import difflib
+import math
 import re
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -22,10 +24,8 @@ MAX_INDEX = 10**8
 JOINT_SEPARATOR = " and "
 CLASS_TEMPLATE = "a photo of a {class}"
 
-# Fields of the contract that this version does not have yet: named, so that nobody believes in a typo.
-PLANNED = {
-    "max_attempts": "quotas are not in this version",
-}
+# Attempts for each sample that is wanted, where a request says nothing.
+DEFAULT_FACTOR = "10x"
 STOCHASTIC_SCHEDULERS = ("ddpm", "euler_ancestral", "euler-ancestral", "dpmsolver_sde", "sde")
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=64)]
@@ -33,6 +33,7 @@ Seed = Annotated[StrictInt, Field(ge=0, lt=MAX_SEED)]
 Context = Annotated[str, Field(max_length=400)]
 Address = Annotated[str, Field(min_length=1, max_length=1000)]
 Number = Annotated[float, Field(strict=True)]
+Factor = Annotated[str, Field(pattern=r"^[0-9]{1,6}(\.[0-9]{1,3})?x$")]
 
 
 class _Spec(BaseModel):
@@ -181,7 +182,12 @@ class RequestSpec(_Spec):
     boundary: tuple[str | StrictInt, ...] | None = Field(
         default=None, description="Subset of at least two classes that share one joint prompt."
     )
-    count: StrictInt = Field(ge=1, le=MAX_INDEX, description="Samples per class (or subset) and context.")
+    count: StrictInt = Field(
+        ge=1,
+        le=MAX_INDEX,
+        description="Samples per class (or subset) and context; with `accept` so many accepted ones, whatever their"
+        " context.",
+    )
     contexts: tuple[Context, ...] = Field(
         default=("",), min_length=1, max_length=10000, description="Each is appended to the prompt; '' is no context."
     )
@@ -191,6 +197,11 @@ class RequestSpec(_Spec):
     accept: dict[str, Any] = Field(
         default_factory=dict,
         description="Conditions for a sample to be kept, such as {is_error: true, oracle: agrees, risk: '>= 1'}.",
+    )
+    max_attempts: Annotated[StrictInt, Field(ge=1)] | Factor | None = Field(
+        default=None,
+        description="With `accept`: attempts per class at most, as a number or a multiple of what is wanted, such as"
+        f" 4x; 1x makes `count` attempts, whatever is accepted. Default: {DEFAULT_FACTOR}.",
     )
     seed_group: Name | None = Field(default=None, description="Requests of one group share noise; default: the name.")
     diffusion: Address | None = Field(default=None, description="Another diffusion model for this request.")
@@ -204,6 +215,24 @@ class RequestSpec(_Spec):
     @classmethod
     def _bare_address(cls, value: Any) -> Any:
         return {"artefact": value} if isinstance(value, str) else value
+
+    @property
+    def num_wanted(self) -> int:
+        """Samples of a class (or subset) over all contexts: accepted ones where there is a quota, else attempts."""
+        return self.count * len(self.contexts)
+
+    @property
+    def attempts_limit(self) -> int:
+        """Attempts of a class at most."""
+        if not self.accept:
+            return self.num_wanted
+        limit = self.max_attempts or DEFAULT_FACTOR
+        return limit if isinstance(limit, int) else math.ceil(Fraction(limit.removesuffix("x")) * self.num_wanted)
+
+    @property
+    def has_quota(self) -> bool:
+        """Whether attempts are made until enough of them are accepted."""
+        return self.attempts_limit > self.num_wanted
 
 
 class OutputSpec(_Spec):
@@ -427,8 +456,22 @@ def _request_problems(request: RequestSpec) -> list[Problem]:
             (("count",), f"{request.count} x {len(request.contexts)} contexts is above {MAX_INDEX} a class")
         )
     problems += [(("accept", name), text) for name, text in rule_problems(request.accept)]
+    problems += [(("max_attempts",), text) for text in _quota_problems(request)]
     problems += [(("conditioning", *at), text) for at, text in _conditioning_problems(request)]
     return problems + _template_problems(request)
+
+
+def _quota_problems(request: RequestSpec) -> list[str]:
+    if request.max_attempts is None:
+        return []
+    if not request.accept:
+        return ["has no effect without `accept`: every sample counts; leave it out"]
+    wanted, limit = request.num_wanted, request.attempts_limit
+    if limit < wanted:
+        return [f"{request.max_attempts!r} is {limit} attempts a class, fewer than the {wanted} samples wanted of it"]
+    if limit > MAX_INDEX:
+        return [f"{request.max_attempts!r} is {limit} attempts a class, above {MAX_INDEX}"]
+    return []
 
 
 def _conditioning_problems(request: RequestSpec) -> list[Problem]:
@@ -492,13 +535,13 @@ def _explain(root: type[BaseModel], item: Any, location: Location) -> str:
     kind, value = item["type"], _shown(item.get("input"))
     key = str(location[-1]) if location else ""
     if kind == "extra_forbidden":
-        if key in PLANNED:
-            return PLANNED[key]
         return "unknown key" + nearest(key, list(_fields_at(root, location[:-1])))
     if kind == "missing":
         return "missing; this key is required"
     if key == "conditioning":
         return f"{value} is neither the address of an artefact nor a mapping with `artefact` or `images`"
+    if key == "max_attempts":
+        return f"{value} is neither a number of attempts a class, such as 400, nor a multiple of `count`, such as 4x"
     if kind in ("int_type", "float_type") and _is_number(item["input"]):
         return f"{value} is text to YAML, not a number; write it with its digits, such as 1000000 or 0.001"
     if kind == "literal_error":

@@ -1,20 +1,27 @@
-"""The worker: one shard in, one committed shard out. A plain class; it runs in an actor or in the driver alike."""
+"""The worker: one shard in, one committed shard out. A plain class; it runs in an actor or in the driver alike.
+
+Two threads: the caller's samples, and one of the worker's own encodes, hashes, writes and commits what was sampled,
+behind a bounded queue, so that the models need not wait for the disk.
+"""
 
 from __future__ import annotations
 
 import os
+import queue
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.conditioning.tally import ScreeningTally
-from engine.dataset.commits import commit_shard
+from engine.dataset.commits import CommitRecord, commit_shard, read_commit
 from engine.dataset.counts import ShardCounts
 from engine.dataset.shards import shard_name, stage_shard
-from engine.dataset.state import read_run
+from engine.dataset.state import read_digest
 from engine.dataset.store import open_store
 from engine.errors import JobError
+from engine.messages import Report
 from engine.plan import Plan, ShardSpec
 from engine.records import SampleResult
 from engine.spec import JobSpec
@@ -22,7 +29,9 @@ from engine.spec import JobSpec
 if TYPE_CHECKING:
     from engine.generator import Generator
 
-Report = Callable[[int], None]
+# Batches that wait for the disk at most; then sampling waits, too.
+MAX_WAITING_BATCHES = 4
+WAIT_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +66,7 @@ class Worker:
         self._plan = plan
         self._name = name
         self._store = open_store(job.output.uri)
-        stored = read_run(self._store)
-        if stored is None or stored.digest != plan.digest:
+        if read_digest(self._store) != plan.digest:
             raise JobError(
                 f"output.uri: '{job.output.uri}' as worker {name} sees it does not hold this run; use a folder that"
                 " all machines share"
@@ -68,51 +76,110 @@ class Worker:
 
         self._generator: Generator = Generator(job, plan)
 
-    def run_shard(self, shard: ShardSpec, attempt: int, report: Report) -> ShardOutcome:
-        """Make, stage and commit a shard; `report` hears the number of samples done so far.
+    def sample_shard(
+        self, shard: ShardSpec, attempt: int, report: Report, batch_limit: int = 0
+    ) -> Callable[[], ShardOutcome]:
+        """Sample a shard; what is returned waits for its commit. `report` hears how far it is.
 
-        Side effects: publishes the shard's files and its commit record in the job's output.
+        Side effects: publishes the shard's files and its commit record in the job's output, from another thread.
         """
-        started = time.monotonic()
-        name = shard_name(self._job.name, shard.number)
-        timing, tally = {"sampling_seconds": 0.0}, ScreeningTally()
-        results = self._results(shard, attempt, report, timing, tally)
-        image_format, version = self._job.output.image_format, self._plan.schema_version
-        staged = stage_shard(self._store.staging(), name, results, image_format, version)
-        record = commit_shard(
-            self._store,
-            self._plan.digest,
-            shard,
-            name,
-            staged,
-            attempt=attempt,
-            worker=self._name,
-            timing=timing,
-            screening=tally.rows(),
-        )
-        return ShardOutcome(counts=record.counts, total_seconds=time.monotonic() - started, **timing)
+        if attempt > 1 and (record := read_commit(self._store, shard.number)):
+            # An earlier attempt got there, and only its answer was lost.
+            return lambda: _outcome(record, 0.0)
+        if batch_limit:
+            self._generator.limit_batches(shard.request, batch_limit)
+        making = _Making(shard, attempt)
+        writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        writing = writer.submit(self._write, making)
+        writer.shutdown(wait=False)
+        try:
+            self._sample(making, report, writing)
+        except BaseException as error:
+            making.abandon(error)
+            raise
+        return writing.result
 
-    def _results(
-        self, shard: ShardSpec, attempt: int, report: Report, timing: dict[str, float], tally: ScreeningTally
-    ) -> Iterator[SampleResult]:
-        """The results of a shard, batch by batch; adds the time they took to `timing`, draws to `tally`."""
+    def _sample(self, making: _Making, report: Report, writing: Future[ShardOutcome]) -> None:
+        """Make a shard batch by batch, as long as there is somebody who writes it."""
+        request, specs = making.shard.request, list(self._plan.samples(making.shard))
         done = 0
-        specs = list(self._plan.samples(shard))
-        while specs:
+        while specs and not writing.done():
             started = time.monotonic()
-            results = self._generator.next_batch(shard.request, specs)
+            results = self._generator.next_batch(request, specs)
             seconds = time.monotonic() - started
-            timing["sampling_seconds"] += seconds
+            making.timing["sampling_seconds"] += seconds
             specs = specs[len(results) :]
             for result in results:
                 spent = {"duration_seconds": seconds / len(results)}
-                result.run |= {**spent, "attempt": attempt, "worker": self._name}
+                result.run |= {**spent, "attempt": making.attempt, "worker": self._name}
+            making.put(results, writing)
+            done += len(results)
+            report(done, seconds, self._generator.batch_limit(request))
+        making.put(None, writing)
+
+    def _write(self, making: _Making) -> ShardOutcome:
+        """Stage and commit what the sampling thread makes; nothing stays where that fails."""
+        name = shard_name(self._job.name, making.shard.number)
+        tally = ScreeningTally()
+        image_format, version = self._job.output.image_format, self._plan.schema_version
+        staged = stage_shard(self._store.staging(), name, making.results(tally), image_format, version)
+        record = commit_shard(
+            self._store,
+            self._plan.digest,
+            making.shard,
+            name,
+            staged,
+            attempt=making.attempt,
+            worker=self._name,
+            timing=making.timing,
+            screening=tally.rows(),
+        )
+        return _outcome(record, time.monotonic() - making.started)
+
+
+class _Making:
+    """A shard between the thread that samples and the one that writes."""
+
+    def __init__(self, shard: ShardSpec, attempt: int) -> None:
+        self.shard = shard
+        self.attempt = attempt
+        self.started = time.monotonic()
+        self.timing = {"sampling_seconds": 0.0}
+        self._batches: queue.Queue[list[SampleResult] | BaseException | None] = queue.Queue(MAX_WAITING_BATCHES)
+
+    def put(self, batch: list[SampleResult] | None, writing: Future[ShardOutcome]) -> None:
+        """Hand a batch over, None after the last; waits while the writer is behind, not when it has given up."""
+        while not writing.done():
+            try:
+                self._batches.put(batch, timeout=WAIT_SECONDS)
+                return
+            except queue.Full:
+                continue
+
+    def abandon(self, error: BaseException) -> None:
+        """Let the writer give up, too."""
+        while True:
+            try:
+                self._batches.put_nowait(error)
+                return
+            except queue.Full:
+                self._batches.get()
+
+    def results(self, tally: ScreeningTally) -> Iterator[SampleResult]:
+        """The results of the shard as they come; draws are added to `tally`."""
+        while (batch := self._batches.get()) is not None:
+            if isinstance(batch, BaseException):
+                raise batch
+            for result in batch:
                 if result.num_draws:
                     about = result.record
                     tally.add(about["class_index"], screened=about["screened"], num_draws=result.num_draws)
                 yield result
-            done += len(results)
-            report(done)
+
+
+def _outcome(record: CommitRecord, total_seconds: float) -> ShardOutcome:
+    seconds = record.timing.get("sampling_seconds", 0.0)
+    return ShardOutcome(counts=record.counts, sampling_seconds=seconds, total_seconds=max(total_seconds, seconds))
 
 
 def quiet_libraries() -> None:

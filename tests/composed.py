@@ -52,6 +52,10 @@ class ComposedGenerator:
         self._target = Classifier.load(job.models.target)
         self._oracle = Classifier.load(job.models.oracle) if job.models.oracle else None
 
+    def batch_limit(self, request: int) -> int:
+        """Memory never runs out."""
+        return 0
+
     def next_batch(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
         """All of them at once."""
         images = compose_specs(specs)
@@ -112,6 +116,7 @@ def composed_job(output: Path, *, count: int, store_rejected: bool = True, **cha
                 "count": count,
                 "contexts": [*KNOWN, *HOLES],
                 "accept": {"is_error": True, "oracle": "agrees"},
+                "max_attempts": "1x",
             },
         ],
         "output": {"uri": str(output), "samples_per_shard": 256, "store_rejected": store_rejected},

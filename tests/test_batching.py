@@ -66,3 +66,37 @@ def test_memory_that_does_not_grow_is_no_limit():
     assert fitting_size(Peak(8, GIB), Peak(16, GIB), 80 * GIB, 100) == 96
     with pytest.raises(ValueError, match="not larger"):
         fitting_size(Peak(16, 1), Peak(8, 2), GIB)
+
+
+def test_a_limit_learnt_elsewhere_caps_what_is_found_out():
+    """Below it the size still grows; at it the size stays, and a limit never rises again."""
+    sizes = BatchSize()
+    sizes.cap(48)
+    for size in (8, 16):
+        sizes.observe(peak(size, base=GIB, a_sample=5e6), 80 * GIB)
+    assert (sizes.size, sizes.grows, sizes.limit) == (48, False, 48)
+    sizes.cap(64)
+    assert (sizes.size, sizes.limit) == (48, 48)
+    sizes.halve(48)
+    assert (sizes.size, sizes.limit) == (24, 24)
+
+
+@given(limits=st.lists(st.integers(1, 64), max_size=4), a_sample=st.floats(2**20, 4 * GIB))
+def test_limits_may_come_at_any_time(limits, a_sample):
+    """Before the first batch, between two, after: no batch is larger than the least of them so far."""
+    sizes = BatchSize()
+    for limit in [*limits, 64, 64, 64]:
+        sizes.cap(limit)
+        assert 1 <= sizes.size <= sizes.limit <= limit
+        sizes.observe(peak(sizes.size, base=GIB, a_sample=a_sample), 80 * GIB)
+        assert 1 <= sizes.size <= sizes.limit
+    assert not sizes.grows
+
+
+def test_a_size_that_was_asked_for_is_capped_too():
+    """A number in the job does not grow, and gives way."""
+    sizes = BatchSize(32, grows=False)
+    sizes.cap(64)
+    assert (sizes.size, sizes.limit) == (32, 64)
+    sizes.cap(16)
+    assert sizes.size == 16

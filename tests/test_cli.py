@@ -20,12 +20,13 @@ from rich.console import Console
 
 from engine import cli
 from engine.dataset.counts import ShardCounts
+from engine.dataset.lease import hold
 from engine.dataset.store import open_store
 from engine.dataset.summary import GroupSummary, TransferSummary
 from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OWNED, EXIT_USER
 from engine.executors.local import LocalExecutor
 from engine.progress import MAX_GROUP_ROWS, LiveDisplay, PlainDisplay, Tally, byte_size, duration, medians_table
-from engine.run import owned, plan_job
+from engine.run import plan_job
 from tests.conftest import REPOSITORY
 from tests.sleepy import Faults, make_job, make_sleepy, run_sleepy
 
@@ -195,7 +196,7 @@ def test_a_reader_that_leaves_is_no_error():
 @pytest.mark.parametrize("moment", ["loading models", " samples"])
 def test_an_interrupt_says_how_to_go_on(tmp_path, moment):
     """Ctrl-C while models are loaded, and while threads sample: the exit code for later, no traceback, no abort."""
-    command = [RISKFORGE, "run", QUICKSTART, "--output", str(tmp_path / "out"), "--executor", "local"]
+    command = [RISKFORGE, "run", QUICKSTART, "--output", str(tmp_path / "out"), "--executor", "local", "--grace", "1s"]
     process = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
@@ -249,7 +250,7 @@ def test_a_second_driver_is_refused(call, sleepy_job):
     """With who is at work; its files are left alone, also by an agreed removal. A finished run needs no driver."""
     output = sleepy_job.parent / "out"
     run_sleepy(output, 1, LocalExecutor(1))
-    with owned(open_store(str(output))):
+    with hold(open_store(str(output))):
         before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
         code, _, err = call("run", sleepy_job, "--executor", "local", "--resume", "overwrite", "--yes")
         assert code == EXIT_OWNED and f"process {os.getpid()} on " in err and ", since 20" in err

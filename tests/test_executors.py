@@ -22,12 +22,15 @@ import pytest
 import engine.run
 from engine.dataset.commits import list_commits, read_commit
 from engine.dataset.store import open_store
-from engine.errors import EXIT_INCOMPLETE, EXIT_OK, JobError, OutputError, RiskforgeError
-from engine.executors.base import ShardProgress
+from engine.dataset.verify import verify
+from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK, JobError, OutputError, RiskforgeError
+from engine.executors.base import ShardResult
 from engine.executors.local import LocalExecutor
 from engine.executors.ray import Layout, RayExecutor, RayHost, divide, prepare_environment, usable_cores
+from engine.messages import Rules, ShardProgress
 from engine.plan import ShardSpec
-from engine.run import WorkersFailingError, plan_job
+from engine.run import plan_job
+from engine.shift import WorkersFailingError
 from tests.conftest import REPOSITORY
 from tests.sleepy import Faults, Recorder, make_job, run_sleepy, tars
 
@@ -59,6 +62,14 @@ def clean(tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "clean"
     assert run_sleepy(output, 2, LocalExecutor(1)).exit_code == EXIT_OK
     return tars(output)
+
+
+class Unopened(LocalExecutor):
+    """An executor that may prepare and must not start a worker."""
+
+    def open(self, factory, num_shards):
+        """Fail."""
+        raise AssertionError("nothing should be started")
 
 
 class Untouchable(LocalExecutor):
@@ -126,16 +137,17 @@ def test_progress_is_seen_while_a_shard_is_in_work(tmp_path):
     assert any("loading models" in phase for phase in display.phases)
 
 
-def test_a_shard_that_always_fails_is_quarantined_and_tried_again_by_the_next_run(tmp_path):
-    """Exit code 3, no marker, the reasons on file; everything else is made."""
+def test_a_shard_that_always_fails_is_quarantined_until_it_is_to_be_retried(tmp_path):
+    """Exit code 3, no marker, the reasons on file; everything else is made. A plain resume leaves it where it is."""
     summary = run_sleepy(tmp_path, 2, LocalExecutor(2), faults=Faults(error=(1,)))
     assert (summary.exit_code, summary.quarantined, summary.num_committed) == (EXIT_INCOMPLETE, (1,), 4)
     assert not (tmp_path / "_SUCCESS").exists() and (tmp_path / "report.html").exists()
     note = json.loads((tmp_path / "_state/quarantine/000001.json").read_text())
     assert note["request"] == "all" and len(note["reasons"]) == 3 and "is cursed" in note["reasons"][0]
-    again = run_sleepy(tmp_path, 2, LocalExecutor(2))
-    assert again.exit_code == EXIT_OK and (tmp_path / "_SUCCESS").exists()
-    assert not list((tmp_path / "_state/quarantine").iterdir())
+    same = run_sleepy(tmp_path, 2, Unopened(1))
+    assert (same.exit_code, same.quarantined) == (EXIT_INCOMPLETE, (1,))
+    again = run_sleepy(tmp_path, 2, LocalExecutor(2), retry=True)
+    assert again.exit_code == EXIT_OK and (tmp_path / "_SUCCESS").exists() and not again.quarantined
 
 
 def test_all_shards_quarantined_is_no_crash(tmp_path):
@@ -165,7 +177,7 @@ def test_a_stopped_thread_begins_no_queued_shard():
     class Slow:
         """A worker that waits, then fails."""
 
-        def run_shard(self, shard, attempt, report):
+        def sample_shard(self, shard, attempt, report, batch_limit):
             """Note the shard."""
             begun.append(shard.number)
             report(0)
@@ -197,13 +209,16 @@ def test_a_stopped_thread_begins_no_queued_shard():
 
 def test_progress_of_a_new_shard_begins_at_none_of_it():
     """Not with what was last heard of the shard before."""
-    host = RayHost(0, 1)
-    host.load(lambda: SimpleNamespace(run_shard=lambda shard, attempt, report: report(4)))
-    heard = []
-    host._host.run_shard = lambda shard, attempt, report: heard.append(host.progress())
+    host, heard = RayHost(0, 1), []
+
+    def sample(shard, attempt, report, batch_limit):
+        heard.append((host.progress(), batch_limit))
+        return lambda: "outcome"
+
+    host.load(lambda: SimpleNamespace(sample_shard=sample))
     host._report(7, 4)
-    host.run_shard(ShardSpec(number=8, request=0, start=0, stop=1), 1)
-    assert heard == [(8, 0)]
+    host.run_shard(ShardSpec(number=8, request=0, start=0, stop=1), 1, 16)
+    assert heard == [((8, 0, 0.0, 0), 16)] and host.outcome() == ShardResult(0, 8, "outcome")
 
 
 def test_timing_is_of_all_sessions(tmp_path):
@@ -215,7 +230,7 @@ def test_timing_is_of_all_sessions(tmp_path):
 
 def test_workers_that_wait_for_room_are_told_once(monkeypatch, tmp_path):
     """And nothing is said where all have a place."""
-    monkeypatch.setattr("engine.run.UNPLACED_SECONDS", 0.0)
+    monkeypatch.setattr("engine.shift.UNPLACED_SECONDS", 0.0)
     display = Recorder()
     run_sleepy(tmp_path / "placed", 1, LocalExecutor(1), display=display)
     assert not display.notices
@@ -402,3 +417,62 @@ def test_output_error_keeps_its_kind(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError):
         run_sleepy(tmp_path / "file", 1, Untouchable(1))
+
+
+def signalled(output: Path, executor: str, *options: str, signals: int = 1, count: int = 4) -> tuple[int, str]:
+    """A driver with samples of half a second that gets signals as soon as a shard is committed; exit code and words."""
+    command = [sys.executable, "-m", "tests.sleepy", str(output), str(count), executor, *options]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not tars(output):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    for _ in range(signals):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+    return process.wait(60), process.stderr.read()
+
+
+def test_a_signal_drains_and_the_same_command_continues(tmp_path):
+    """What is in work is finished and committed, the shard queued behind it is not begun; exit code 75."""
+    code, err = signalled(tmp_path, "local", "0.3")
+    assert code == EXIT_DRAINED and "SIGTERM: what is in work has 60 s to finish" in err
+    num_done = len(list_commits(open_store(str(tmp_path))))
+    assert 2 <= num_done <= 5 and not (tmp_path / "_SUCCESS").exists()
+    events = [json.loads(line) for line in (tmp_path / "_state/events/000000.jsonl").read_text().splitlines()]
+    assert [one["reason"] for one in events if one["event"] == "draining"] == ["SIGTERM"]
+    assert events[-1]["event"] == "ended" and events[-1]["drained"] == "SIGTERM"
+    assert run_sleepy(tmp_path, 4, LocalExecutor(2)).exit_code == EXIT_OK
+    run_sleepy(tmp_path / "clean", 4, LocalExecutor(1))
+    assert tars(tmp_path / "clean") == tars(tmp_path)
+
+
+def test_a_second_signal_ends_at_once_and_loses_nothing(tmp_path):
+    """Shards in work are given up; what is committed stays whole."""
+    code, _ = signalled(tmp_path, "local", "5", signals=2, count=1)
+    assert code == EXIT_DRAINED
+    store = open_store(str(tmp_path))
+    assert verify(store).damage == () and len(list_commits(store)) < 3
+
+
+def test_a_run_ends_by_its_deadline(tmp_path):
+    """With exit code 75 and a report of what there is."""
+    rules = Rules(deadline=time.monotonic() + 1.5, grace_seconds=10)
+    summary = run_sleepy(tmp_path, 9, LocalExecutor(1), faults=Faults(seconds=0.1), rules=rules)
+    assert (summary.exit_code, summary.drained) == (EXIT_DRAINED, "deadline")
+    assert 0 < summary.num_committed < 23 and Path(summary.report).exists() and not (tmp_path / "_SUCCESS").exists()
+
+
+def test_a_worker_that_hangs_is_replaced(tmp_path):
+    """Its shard is made by another, as the second attempt; the run does not wait for it."""
+    rules = Rules(min_limit_seconds=0.5, first_limit_seconds=0.5, check_seconds=0.1)
+    display = Recorder()
+    summary = run_sleepy(tmp_path, 2, LocalExecutor(2), faults=Faults(hang_once=(1,)), display=display, rules=rules)
+    assert summary.exit_code == EXIT_OK and read_commit(open_store(str(tmp_path)), 1).attempt == 2
+    assert any("hangs: nothing was heard of it for" in notice for notice in display.notices)
+
+
+def test_the_share_of_sampling_is_told(tmp_path):
+    """Sleepers sleep most of the time."""
+    summary = run_sleepy(tmp_path, 1, LocalExecutor(1), faults=Faults(seconds=0.2))
+    assert summary.sampling_share > 0.8

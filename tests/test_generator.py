@@ -112,9 +112,13 @@ def test_out_of_memory_halves_the_batch_and_remembers(made, as_on_a_gpu, monkeyp
 
         return sampling
 
-    monkeypatch.setattr(generator, "_batches", [BatchSize(8)])
+    monkeypatch.setattr(generator, "_batches", [BatchSize(8), BatchSize(8)])
     monkeypatch.setattr(generator, "sample", limited(2))
-    assert len(generator.next_batch(0, specs)) == 2 and generator._batches[0] == BatchSize(2, grows=False)
+    assert len(generator.next_batch(0, specs)) == 2 and generator._batches[0] == BatchSize(2, grows=False, limit=2)
+    # What the driver hears, and tells others: each request has a limit of its own.
+    assert (generator.batch_limit(0), generator.batch_limit(1)) == (2, 0)
+    generator.limit_batches(0, 1)
+    assert len(generator.next_batch(0, specs)) == 1 and generator._batches[1] == BatchSize(8)
     monkeypatch.setattr(generator, "sample", limited(0))
     with pytest.raises(JobError, match="does not fit the GPU's memory"):
         generator.next_batch(0, specs)

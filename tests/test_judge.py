@@ -14,17 +14,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.dataset.commits import list_commits
-from engine.dataset.manifest import finalise
+from engine.dataset.manifest import finalise, mark_success
 from engine.dataset.shards import read_rows, read_shard
-from engine.dataset.state import open_run
+from engine.dataset.state import open_run, publish_rounds, stored_plan
 from engine.dataset.store import Store, open_store
+from engine.dataset.verify import verify
 from engine.errors import JobError
 from engine.executors.local import LocalExecutor
 from engine.models.addresses import check_addresses, model_digests, resolve
-from engine.plan import SCHEMA_VERSION, Plan, build_plan, class_prompt
+from engine.plan import SCHEMA_VERSION, Extent, Plan, build_plan, class_prompt
 from engine.progress import PlainDisplay, medians_table
 from engine.records import DETERMINISTIC_FIELDS, check_record, fields_of
 from engine.report.render import write_report
+from engine.rescore import rescore
 from engine.run import run_job
 from engine.spec import JobSpec, parse_job
 from tests import dataset_cases as cases
@@ -91,7 +93,7 @@ def test_plain_transformers_gives_the_judges_scores(finished: tuple[Store, JobSp
         assert entry["conformity"] == pytest.approx(float(row[label]), abs=1e-4)
         assert entry["conformity_margin"] == pytest.approx(float(row[label] - others.max()), abs=1e-4)
         assert abs(entry["conformity"] - record["conformity"]) > 0.01
-    rows = [row for path in store.path("shards").glob("*.parquet") for row in read_rows(path)]
+    rows = [row for path in sorted(store.path("shards").glob("*.parquet")) for row in read_rows(path)]
     assert [row["judge"] for row in rows] == [record["judge"] for _, _, record, _ in stored]
 
 
@@ -110,6 +112,21 @@ def test_manifest_card_report_and_table_tell_of_the_judge(finished: tuple[Store,
 
     groups = summarise(store.path("metadata.parquet"))
     assert [column.header.plain for column in medians_table(groups).columns][-1] == "judge's conformity"
+
+
+def test_scoring_again_asks_the_judge_too(finished: tuple[Store, JobSpec], judge: str) -> None:
+    """Nothing to tell with the same weights; with others in its place it alone differs."""
+    store, _ = finished
+    assert rescore(store) == [] and verify(store).findings == ()
+    weights = Path(judge, "model.safetensors")
+    own = weights.read_bytes()
+    weights.write_bytes((resolve(CLIP) / "model.safetensors").read_bytes())
+    try:
+        found = rescore(store, num_samples=2)
+    finally:
+        weights.write_bytes(own)
+    assert len(found) == 2
+    assert all(f"conformity of {judge}" in one.text and "; risk" not in one.text for one in found)
 
 
 def test_without_a_judge_the_list_is_empty_and_the_digest_is_old(tmp_path: Path) -> None:
@@ -147,9 +164,9 @@ def test_a_rule_that_asks_an_absent_judge_is_refused(tmp_path: Path) -> None:
         make_job(tmp_path, None, accept={"judge_conformity": ">= 0.2"})
 
 
-def old_run(home: Path, count: int = 6) -> tuple[Store, JobSpec]:
+def old_run(home: Path, **changes: object) -> tuple[Store, JobSpec]:
     """An unfinished run as the version before the judge left it: one shard of schema 1, a plan that names no schema."""
-    job = cases.make_job(home, count=count)
+    job = cases.make_job(home, **changes)
     store, planned = open_store(str(home)), cases.make_plan(job)
     plan = open_run(store, Plan(planned.requests, planned.identity, planned.stages, 1), job, "auto", confirmed=False)
     path = store.path("_state/plan/000000.json")
@@ -183,6 +200,27 @@ def test_a_run_goes_on_in_the_schema_it_began_with(tmp_path: Path) -> None:
     assert "judge" not in table.column_names and set(table["schema_version"].to_pylist()) == {1}
     assert json.loads(store.read("manifest.json"))["schema_version"] == 1
     assert "| `judge` |" not in store.read("README.md").decode()
+    mark_success(store, plan)
+    assert verify(store).findings == () and stored_plan(store)[1].schema_version == 1
+
+
+def test_rounds_of_an_old_run_have_its_schema(tmp_path: Path) -> None:
+    """A round is a stage without a job; the plan that the workers get has the old version, and so has who reads it."""
+    quota = {"name": "a", "method": "prompt", "classes": ["one"], "count": 20, "accept": {"is_error": True}}
+    store, job = old_run(tmp_path / "old", requests=[quota])
+    plan = open_run(store, cases.make_plan(job), job, "auto", confirmed=False)
+    grown = publish_rounds(store, plan, (Extent(request=0, cell=0, start=20, stop=24, samples_per_shard=4),))
+    found = [grown, stored_plan(store)[1], open_run(store, cases.make_plan(job), job, "auto", confirmed=False)]
+    assert [(one.schema_version, len(one.stages)) for one in found] == [(1, 2)] * 3
+
+
+def test_a_shard_of_another_schema_is_damage(tmp_path: Path) -> None:
+    """It could be read, but the columns of the whole would be mixed."""
+    store, job = old_run(tmp_path / "old")
+    plan = open_run(store, cases.make_plan(job), job, "auto", confirmed=False)
+    cases.commit_one(store, Plan(plan.requests, plan.identity, plan.stages), 1)
+    [found] = verify(store).damage
+    assert found.shard == 1 and "has schema version 2, the run has 1" in found.text
 
 
 def test_a_new_run_has_the_new_schema(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from engine.models.clip import Clip
 from engine.observation import GPU_ROWS, Observations, Observer, encoder_address, load_part_observer, observe, signature
 from engine.prepare import artefact_folder, fit_conditioning, prepare_conditioning
 from engine.progress import PlainDisplay
-from engine.run import WorkersFailingError
+from engine.shift import WorkersFailingError
 from engine.temperature import HIGHEST, LOWEST, fit_temperature
 from tests.conftest import REPOSITORY
 
@@ -683,7 +683,7 @@ class Dying:
     def __init__(self, factory: Callable[[], Observer], mark: Path) -> None:
         self._observer, self._mark = factory(), mark
 
-    def run_shard(self, shard, attempt, report):
+    def sample_shard(self, shard, attempt, report, batch_limit):
         """Observe, or die."""
         reports = itertools.count()
 
@@ -693,7 +693,7 @@ class Dying:
                 self._mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        return self._observer.run_shard(shard, attempt, deadly)
+        return self._observer.sample_shard(shard, attempt, deadly, batch_limit)
 
 
 class Deadly(RayExecutor):

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 import tracemalloc
 
 import pytest
 
-from engine.scheduler import (
-    FAULT_ALLOWANCE,
-    MAX_MARKS,
+from engine.messages import (
     Abort,
     Assign,
+    Drain,
+    Drained,
     Finished,
+    Lot,
+    PlanGrown,
     Quarantine,
+    Replaced,
+    Rules,
     ShardDone,
     ShardError,
+    ShardProgress,
     StartWorker,
     StopWorker,
+    Tick,
     UserFault,
     WorkerLost,
+    WorkerPlaced,
     WorkerReady,
-    start,
-    step,
 )
+from engine.scheduler import FAULT_ALLOWANCE, MAX_MARKS, start, step
 
 
 def play(committed: bytes, max_workers: int, *events):
@@ -109,8 +116,9 @@ def test_a_user_fault_ends_the_run_with_its_message():
 
 
 def test_workers_that_never_start_end_the_run():
-    """A worker that fails to load its models would fail forever."""
-    _, history = play(bytes(9), 1, *(WorkerLost(worker, False, "no module") for worker in range(9)))
+    """A worker that fails to load its models would fail forever. Between two tries the wait doubles."""
+    events = [event for at in range(9) for event in (WorkerLost(at, False, "no module"), Tick(2.0**at - 1))]
+    _, history = play(bytes(9), 1, *events)
     aborts = [action for actions in history for action in actions if isinstance(action, Abort)]
     assert len(aborts) == 1 and "no module" in aborts[0].message and not aborts[0].user_fault
 
@@ -190,7 +198,11 @@ class World:
             self.queues[worker] = []
             self.tell(WorkerReady(worker))
         else:
-            self.work(self.random.choice([worker for worker, queue in self.queues.items() if queue]))
+            busy = [worker for worker, queue in self.queues.items() if queue]
+            if busy:
+                self.work(self.random.choice(busy))
+
+        self.tell(Tick(self.state.now + self.random.random()))
 
     def work(self, worker: int) -> None:
         """A worker is done with its shard, or comes to grief."""
@@ -261,3 +273,99 @@ def run_rounds(state, queues, num_events):
         state, actions = step(state, ShardDone(worker, queues[worker].pop(0)))
         queues[worker] += [action.shard for action in actions]
     return state
+
+
+def drive(state, *events):
+    """The state after events, and all actions."""
+    actions = []
+    for event in events:
+        state, more = step(state, event)
+        actions += more
+    return state, actions
+
+
+RULES = Rules(min_limit_seconds=10, first_limit_seconds=100, start_limit_seconds=50, check_seconds=1, grace_seconds=5)
+
+
+def test_a_worker_that_hangs_is_replaced_with_one_mark():
+    """Silence is measured against the slowest batch of the request; before any is known, against a patient limit."""
+    state, _ = start(bytes(3), 1, rules=RULES)
+    state, _ = drive(state, WorkerPlaced(0, "gpu"), WorkerReady(0), Tick(99))
+    assert not state.marks
+    state, _ = drive(state, ShardProgress(0, 0, 1, batch_seconds=3), Tick(128))
+    assert not state.marks and state.now - state.workers[0].heard == 29
+    state, actions = drive(state, Tick(130))
+    text = "hangs: nothing was heard of it for 31 s, the limit is 30 s"
+    assert actions == [StopWorker(0), Replaced(0, text), StartWorker(1)] and state.marks[0] == (text,)
+    assert drive(state, WorkerReady(1))[1][0] == Assign(1, 0, 2)
+
+
+def test_a_worker_that_does_not_load_is_replaced_and_waiting_for_a_place_is_no_fault():
+    """A cluster may take hours to give a machine; models take minutes. Starts that fail wait longer and longer."""
+    state, _ = start(bytes(3), 1, rules=RULES)
+    state, actions = drive(state, Tick(1000), WorkerPlaced(0, "gpu"), Tick(1049))
+    assert actions == []
+    state, actions = drive(state, Tick(1051))
+    assert actions[0] == StopWorker(0) and actions[2] == StartWorker(1)
+    state, actions = drive(state, WorkerLost(1, False, "no"))
+    assert actions == [] and state.start_after == 1052
+    assert drive(state, Tick(1052))[1] == [StartWorker(2)]
+
+
+def test_a_drain_finishes_what_is_in_work_and_nothing_else():
+    """The shard queued behind is not begun; a worker that is lost meanwhile is not replaced; grace has an end."""
+    state, _ = start(bytes(9), 2, rules=RULES)
+    state, _ = drive(state, WorkerReady(0), WorkerReady(1), Tick(10), Drain())
+    done, actions = drive(state, ShardDone(0, 0), WorkerLost(1, False, "gone"))
+    assert actions == [StopWorker(0), Drained()] and done.is_over and done.num_open == 8
+    assert drive(state, Tick(14))[1] == [] and drive(state, Tick(15))[1] == [Drained()]
+    assert drive(start(bytes(9), 2, rules=RULES)[0], Drain())[1] == [Drained()]
+
+
+def test_nothing_is_begun_that_the_deadline_would_cut_off():
+    """By the slowest shard so far; then the run ends before the deadline. Otherwise it drains when that comes."""
+    rules = Rules(deadline=100, grace_seconds=5)
+    state, _ = start(bytes(9), 1, rules=rules)
+    state, _ = drive(state, WorkerReady(0), Tick(40), ShardDone(0, 0))
+    state, actions = drive(state, Tick(66), ShardDone(0, 1))
+    assert actions == [] and state.workers[0].queue == (2,)
+    state, actions = drive(state, Tick(70), ShardDone(0, 2))
+    assert actions == [Drained()]
+    state, actions = drive(start(bytes(9), 1, rules=rules)[0], WorkerReady(0), Tick(100))
+    assert state.drain_until == 105 and drive(state, Tick(104), ShardDone(0, 0))[1] == [StopWorker(0), Drained()]
+
+
+def test_memory_that_ran_out_is_remembered_by_kind_of_node_and_request():
+    """The next worker of that kind begins with what fits; other kinds and requests are not held back."""
+    state, _ = start(bytes(8), 2, lots=[Lot(4, kind=0), Lot(4, kind=1)])
+    state, _ = drive(state, WorkerPlaced(0, "small"), WorkerReady(0), WorkerPlaced(1, "large"), WorkerReady(1))
+    state, _ = drive(state, ShardProgress(0, 0, 4, 1.0, batch_limit=4), WorkerLost(0, True, "spot"))
+    state, actions = drive(state, WorkerPlaced(2, "small"), WorkerReady(2))
+    assert Assign(2, 0, 2, 4) in actions and not state.marks
+    _, actions = drive(state, ShardDone(1, 1), WorkerPlaced(3, "large"), WorkerReady(3))
+    assert all(action.batch_limit == 0 for action in actions if isinstance(action, Assign))
+
+
+def test_shards_go_to_workers_that_hold_their_model():
+    """Each worker stays with one as long as there is work for it, and the models share the workers."""
+    state, _ = start(bytes(12), 2, lots=[Lot(4, 0, 0), Lot(4, 1, 1), Lot(4, 2, 0)])
+    state, actions = drive(state, WorkerReady(0), WorkerReady(1))
+    assert [(one.worker, one.shard) for one in actions] == [(0, 0), (0, 1), (1, 4), (1, 5)]
+    models = {0: [], 1: []}
+    while not state.is_over:
+        for worker in (0, 1):
+            if queue := state.workers[worker].queue:
+                models[worker].append(state.lot(queue[0]).model)
+                state, _ = step(state, ShardDone(worker, queue[0]))
+    switches = sum(a != b for one in models.values() for a, b in itertools.pairwise(one))
+    assert switches <= 1 and len(models[0]) + len(models[1]) == 12
+
+
+def test_a_plan_that_grows_is_not_over_before_it_is_final():
+    """Workers wait where a round has to end first; new shards are numbered on."""
+    state, _ = start(bytes(1), 1, is_final=False)
+    state, actions = drive(state, WorkerReady(0), ShardDone(0, 0), Tick(5))
+    assert actions == [Assign(0, 0, 1)] and state.idle == (0,)
+    state, actions = drive(state, PlanGrown((Lot(1, kind=7),), False))
+    assert actions == [Assign(0, 1, 1)] and state.lot(1).kind == 7
+    assert drive(state, ShardDone(0, 1), PlanGrown((), True))[1] == [Finished()]

@@ -65,7 +65,17 @@ def problems(raw) -> list[str]:
         (request(method="boundry"), "requests.0.method: 'boundry' is not one of prompt, boundary, risky"),
         (request(method="risky"), "requests.0.boundary: method 'risky' makes samples of single classes"),
         (request(method="risky", boundary=None), "requests.0.classes: missing; give class names or `all`"),
-        (request(max_attempts=3), "requests.0.max_attempts: quotas are not in this version"),
+        (request(max_attempts=3), "requests.0.max_attempts: has no effect without `accept`"),
+        (request(max_attempts=4.0), "requests.0.max_attempts: 4.0 is neither a number of attempts a class, such as"),
+        (request(max_attempts="4"), "requests.0.max_attempts: '4' is neither a number of attempts a class, such as"),
+        (
+            request(accept={"is_error": True}, max_attempts=3),
+            "requests.0.max_attempts: 3 is 3 attempts a class, fewer than the 4 samples wanted of it",
+        ),
+        (
+            request(accept={"is_error": True}, max_attempts="0.5x"),
+            "requests.0.max_attempts: '0.5x' is 2 attempts a class, fewer than the 4 samples wanted of it",
+        ),
         (request(accept={"is_eror": True}), "requests.0.accept.is_eror: unknown condition"),
         (request(accept={"oracle": "agrees"}), "requests.0.accept.oracle: there is no oracle"),
         (request(accept={"risk": "2"}), "requests.0.accept.risk: '2' is not a comparison; write it as '>= 0.2'"),

@@ -348,6 +348,8 @@ def test_a_run_against_a_factory_beside_the_job(executor: str, home: Path, tmp_p
     if executor == "ray":
         return
     riskforge("report", tmp_path / "run", folder=tmp_path)
+    # The three kinds score again what they scored; the factory is in the working folder here.
+    assert "no damage" in riskforge("verify", "--deep", tmp_path / "run", folder=folder).stdout
     (folder / "own_nets.py").write_text(FACTORY.replace("seed=5", "seed=6"))
     done = riskforge("run", job, "--executor", "local", folder=tmp_path, code=2)
     assert "models.target:" in done.stderr and "->" in done.stderr

@@ -175,7 +175,7 @@ def test_a_run_tells_of_its_screening_and_resumes(tmp_path, capsys):
     """Acceptance rate by class in the manifest, the flag in every row; a second run does nothing."""
     free = {"artefact": ARTEFACT, "screening": False}
     dial = {"risky": {"target_risk": 1.2, "tolerance": 0.3}}
-    requests = [request("screened"), request("free", conditioning=free, accept={"is_error": True})]
+    requests = [request("screened"), request("free", conditioning=free, accept={"is_error": True}, max_attempts="1x")]
     path = write_job(tmp_path, *requests, request("dial", "risky", conditioning=free, guidance=dial))
     assert run_cli("run", path, "--executor", "local") == 0
     output = tmp_path / "run"

@@ -10,7 +10,7 @@ import yaml
 from engine.dataset.schema import DESCRIPTIONS, arrow_schema
 from engine.dataset.shards import SHARDS
 from engine.dataset.summary import GroupSummary, Spread
-from engine.spec import ConditioningSpec, JobSpec
+from engine.spec import ConditioningSpec, JobSpec, RequestSpec
 
 _METHODS = {
     "prompt": "sampled without guidance",
@@ -116,6 +116,15 @@ def _model_text(about: Any) -> str:
     return ", ".join(f"{name} {code(str(value))}" for name, value in about.items() if name != "labels")
 
 
+def _amount(request: RequestSpec) -> str:
+    if not request.has_quota:
+        return f"{request.count} for each class or subset and context"
+    return (
+        f"{request.num_wanted} accepted ones for each class or subset, from at most {request.attempts_limit} attempts "
+        "(`surplus` in metadata.parquet marks what is beyond)"
+    )
+
+
 def _requests(job: JobSpec) -> str:
     lines = ["## How it was made", ""]
     for request in job.requests:
@@ -124,7 +133,7 @@ def _requests(job: JobSpec) -> str:
         joint = " jointly" if request.boundary is not None else ""
         lines += [
             f"- **{request.name}**: method `{request.method}`, {_METHODS[request.method]}; {classes}{joint}, "
-            f"{request.count} for each class or subset and context; contexts: {len(request.contexts)}.",
+            f"{_amount(request)}; contexts: {len(request.contexts)}.",
             f"  - sampling: {_parameters(job.sampling_of(request).model_dump())}",
         ]
         if request.conditioning:

@@ -6,6 +6,7 @@ is whole is adopted, whoever made it; anything else is moved aside. The record a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import heapq
 import json
@@ -222,6 +223,65 @@ def read_commit(store: Store, number: int) -> CommitRecord | None:
         for row in _pack_rows(store.path(pack), ["record"], number):
             return _parse(pack, row["record"])
     return None
+
+
+def inspect_records(store: Store) -> Iterator[tuple[int, CommitRecord | CorruptShardError]]:
+    """Every committed shard's number with its record, or with what is wrong with it; in constant memory but for names.
+
+    A record is wrong that cannot be read, is not the only one of its shard, or has other counts than its name.
+    """
+    names: dict[int, set[str]] = {}
+    for name in _all_names(store):
+        if parsed := parse_record_name(name):
+            names.setdefault(parsed[0], set()).add(name)
+    for number, found in names.items():
+        if len(found) > 1:
+            yield number, CorruptShardError(f"shard {number} has several records: {', '.join(sorted(found))}")
+    for number, name, text in _record_texts(store):
+        if len(names.get(number, ())) == 1:
+            yield number, _inspected(store.path(COMMITS) / name, number, text)
+            # One that is being packed is in two places.
+            names.pop(number)
+
+
+def _record_texts(store: Store) -> Iterator[tuple[int, str, str]]:
+    """Number, name and text of every record, loose ones first."""
+    for name in store.list(COMMITS):
+        parsed = parse_record_name(Path(name).name)
+        if parsed:
+            with contextlib.suppress(FileNotFoundError):
+                yield parsed[0], Path(name).name, store.path(name).read_text(encoding="utf-8", errors="replace")
+    for pack in store.list(PACKS):
+        for row in _pack_rows(store.path(pack), ["number", "name", "record"]):
+            yield row["number"], row["name"], row["record"]
+
+
+def _inspected(path: Path, number: int, text: str) -> CommitRecord | CorruptShardError:
+    try:
+        record = _parse(str(path), text)
+        if record.shard != number or record_name(number, record.counts) != path.name:
+            raise CorruptShardError(f"{path}: holds another shard or other counts than its name")
+    except CorruptShardError as error:
+        return error
+    return record
+
+
+def forget_commit(store: Store, number: int) -> list[str]:
+    """Remove all records of a shard, so that it is made again. Only for whoever holds the lease.
+
+    Returns:
+        Names of what was removed or written anew.
+    """
+    loose = [name for name in store.list(COMMITS) if Path(name).name.startswith(f"{number:06d}.")]
+    for name in loose:
+        store.remove(name)
+    packs = [pack for pack in store.list(PACKS) if any(_pack_rows(store.path(pack), ["number"], number))]
+    for pack in packs:
+        staged = store.staging() / "pack.parquet"
+        kept = (record for record in _packed_records(store, pack) if record.shard != number)
+        _write_pack(staged, ((record.file_name, record) for record in kept))
+        store.replace(pack, staged)
+    return loose + packs
 
 
 def read_commits(store: Store) -> Iterator[CommitRecord]:

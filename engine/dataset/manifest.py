@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata as packages
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from engine.conditioning.tally import ScreeningTally
 from engine.dataset.card import dataset_card
 from engine.dataset.commits import CommitRecord, CommitSummary, compact_commits, list_commits, read_commits
-from engine.dataset.counts import ShardCounts
+from engine.dataset.counts import ShardCounts, class_code
 from engine.dataset.schema import arrow_schema
 from engine.dataset.shards import SHARDS, shard_name
 from engine.dataset.state import CARD, MANIFEST, METADATA, SUCCESS, TIMM_INFO, WIDS_INDEX
@@ -21,6 +22,7 @@ from engine.dataset.store import Store, explained
 from engine.dataset.summary import GroupSummary, count_classes, count_requests, plain, read_dials, summarise
 from engine.errors import CorruptShardError, OutputError
 from engine.plan import SCHEMA_VERSION, Plan
+from engine.quotas import Quotas, replay
 from engine.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ class FinishedRun:
     Attributes:
         manifest: the content of manifest.json.
         groups: the summary per request and context.
-        complete: whether every shard of the plan is committed.
+        complete: whether every shard of the plan is committed, and no quota asks for more.
     """
 
     manifest: dict[str, Any]
@@ -80,7 +82,8 @@ def finalise(
     store.remove(SUCCESS)
     compact_commits(store)
     commits = list_commits(store)
-    write_metadata(store, job.name, commits, rows_per_file, plan.schema_version)
+    quotas = {request.spec.name: request.spec.num_wanted for request in plan.requests if request.spec.has_quota}
+    write_metadata(store, job.name, commits, rows_per_file, schema_version=plan.schema_version, quotas=quotas)
     write_indexes(store, job)
     groups = summarise(store.path(METADATA))
     manifest = build_manifest(
@@ -106,7 +109,7 @@ def mark_success(store: Store, plan: Plan) -> None:
         OutputError: shards of the plan are not committed.
     """
     missing = plan.num_shards - len(list_commits(store))
-    if missing:
+    if missing > 0:
         raise OutputError(f"output {store.uri}: {missing} of {plan.num_shards} shards are not committed; run again")
     store.replace(SUCCESS, f"{plan.digest}\n".encode())
 
@@ -116,19 +119,22 @@ def write_metadata(
     job_name: str,
     commits: dict[int, CommitSummary],
     rows_per_file: int = MAX_ROWS_PER_FILE,
+    *,
     schema_version: int = SCHEMA_VERSION,
+    quotas: Mapping[str, int] | None = None,
 ) -> None:
     """Write the rows of all committed shards in their order, in constant memory.
 
     Args:
         schema_version: of the columns of the shards.
+        quotas: by request, how many accepted samples of a class count; later ones are marked as surplus.
 
     Raises:
         CorruptShardError: a shard's parquet is missing, damaged or of another length than its record says.
     """
     num_rows = sum(commit.counts.attempted for commit in commits.values())
     schema = arrow_schema(surplus=True, version=schema_version)
-    tables = _row_groups(_shard_tables(store, job_name, commits, schema))
+    tables = _row_groups(_shard_tables(store, job_name, commits, schema, Surplus(quotas or {})))
     staged = store.staging() / "metadata.parquet"
     if num_rows <= rows_per_file:
         with _writer(staged, schema) as writer:
@@ -171,8 +177,35 @@ def _writer(path: Path, schema: pa.Schema) -> Iterator[Any]:
         yield writer
 
 
+class Surplus:
+    """Tells which accepted samples are beyond their quota: those after the first so many, in the order of the indices.
+
+    Args:
+        quotas: by request, how many accepted samples of a class count.
+    """
+
+    def __init__(self, quotas: Mapping[str, int]) -> None:
+        self._quotas = quotas
+        self._accepted: Counter[tuple[str, str]] = Counter()
+
+    def mark(self, table: pa.Table) -> list[bool]:
+        """A flag for each row of the next shard; shards of a class come in the order of its indices."""
+        names = table["request"].unique().to_pylist()
+        if not self._quotas.keys() & set(names):
+            return [False] * table.num_rows
+        return [self._is_beyond(row) for row in table.select(["request", "key", "accepted"]).to_pylist()]
+
+    def _is_beyond(self, row: dict[str, Any]) -> bool:
+        quota = self._quotas.get(row["request"])
+        if quota is None or not row["accepted"]:
+            return False
+        place = (row["request"], class_code(row["key"]))
+        self._accepted[place] += 1
+        return self._accepted[place] > quota
+
+
 def _shard_tables(
-    store: Store, job_name: str, commits: dict[int, CommitSummary], schema: pa.Schema
+    store: Store, job_name: str, commits: dict[int, CommitSummary], schema: pa.Schema, beyond: Surplus
 ) -> Iterator[pa.Table]:
     """The rows of each shard in order, with the column `surplus`."""
     import pyarrow as pa
@@ -182,7 +215,7 @@ def _shard_tables(
         path = store.path(f"{SHARDS}/{shard_name(job_name, number)}.parquet")
         try:
             table = pq.read_table(path, partitioning=None)
-            surplus = pa.array([False] * table.num_rows, pa.bool_())
+            surplus = pa.array(beyond.mark(table), pa.bool_())
             table = table.append_column("surplus", surplus).cast(schema)
         except FileNotFoundError:
             _damaged(path, "is missing")
@@ -267,10 +300,13 @@ def build_manifest(
     """The content of manifest.json. The shards are listed one by one up to 10,000 of them."""
     counts = [commit.counts for commit in commits.values()]
     totals = {name: sum(getattr(one, name) for one in counts) for name in _TOTALS}
+    quotas = replay(
+        plan, {number: commit.counts for number, commit in commits.items()}, (), job.output.samples_per_shard
+    )
     return {
         "schema_version": plan.schema_version,
         "name": job.name,
-        "complete": len(commits) == plan.num_shards,
+        "complete": len(commits) == plan.num_shards and not quotas.advance(),
         "plan_digest": plan.digest,
         "job": job.model_dump(mode="json", exclude_none=True),
         "models": models,
@@ -282,12 +318,25 @@ def build_manifest(
             "samples": {"planned": plan.num_samples, **totals},
             "requests": count_requests(groups),
             "classes": count_classes(store.path(METADATA)),
+            "quotas": quota_rows(plan, quotas),
             "screening": screening_by_request(read_commits(store), job),
         },
         "summary": [plain(group) for group in groups],
         "dials": read_dials(store.path(METADATA), job),
         "shards": [_listed(record, job) for record in read_commits(store)] if len(commits) <= MAX_LISTED_SHARDS else [],
     }
+
+
+def quota_rows(plan: Plan, quotas: Quotas) -> dict[str, list[dict[str, Any]]]:
+    """How far the quotas of every request are, class by class."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for one in quotas.standings():
+        request = plan.requests[one.request]
+        cell = request.cells[one.cell]
+        about = {"class": " and ".join(cell.names), "code": cell.code, "wanted": one.wanted, "accepted": one.accepted}
+        counts = {"surplus": max(0, one.accepted - one.wanted), "attempted": one.attempted, "missing": one.missing}
+        rows.setdefault(request.spec.name, []).append(about | counts)
+    return rows
 
 
 def screening_by_request(records: Iterable[CommitRecord], job: JobSpec) -> dict[str, list[dict[str, Any]]]:

@@ -1,11 +1,13 @@
 """Which plan an output belongs to, and what a run may do with an output that is not empty (contract: resume).
 
 `_state/plan/000000.json` holds the plan's digest, identity, schema version, job and first stage; every time the counts
-grew, the next number holds the job and the stage that was added.
+grew, the next number holds the job and the stage that was added. Rounds of quotas are stages, too; their files hold no
+job.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from dataclasses import dataclass
@@ -13,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from engine.dataset.shards import SHARDS
-from engine.dataset.store import DRIVER_LOCK, LOCKS, STATE, Store
-from engine.errors import OutputError
-from engine.plan import Extent, Plan, difference, next_stage
+from engine.dataset.store import DRIVER_LOCK, LEASES, LOCKS, STATE, Store
+from engine.errors import JobError, OutputError, OwnedError
+from engine.plan import Cell, Extent, Plan, RequestPlan, difference, next_stage
 from engine.records import fields_of
-from engine.spec import JobSpec
+from engine.spec import JobSpec, parse_job
 
 PLANS = "_state/plan"
+QUARANTINE = "_state/quarantine"
 PLAN_VERSION = 1
 SUCCESS = "_SUCCESS"
 METADATA = "metadata.parquet"
@@ -104,7 +107,7 @@ def find_plan(store: Store, plan: Plan, job: JobSpec) -> Plan | None:
     stored = read_run(store)
     if stored is None or stored.digest != plan.digest:
         return None
-    if next_stage(plan.requests, stored.stages, job.output.samples_per_shard):
+    if next_stage(plan.requests, stored.stages, job.output.samples_per_shard) or _has_other_goals(stored, plan):
         return None
     return Plan(plan.requests, plan.identity, stored.stages, stored.schema_version)
 
@@ -120,14 +123,71 @@ def read_run(store: Store) -> StoredRun | None:
         return None
     files = [_read_plan(store, name) for name in names]
     stages = tuple(tuple(Extent(**extent) for extent in file["stage"]) for file in files)
-    first, last = files[0], files[-1]
+    first, job = files[0], [file["job"] for file in files if "job" in file][-1]
     return StoredRun(
         digest=first["digest"],
         identity=first["identity"],
-        job=last["job"],
+        job=job,
         stages=stages,
         schema_version=first["schema_version"],
     )
+
+
+def read_digest(store: Store) -> str | None:
+    """The digest of the plan of an output, or None where no run has begun in it.
+
+    Raises:
+        OutputError: a plan file that cannot be read.
+    """
+    first = f"{PLANS}/{0:06d}.json"
+    return str(_read_plan(store, first)["digest"]) if store.exists(first) else None
+
+
+def publish_rounds(store: Store, plan: Plan, extents: tuple[Extent, ...]) -> Plan:
+    """Add rounds of quotas to the plan of an output: they are there before any of their shards is.
+
+    Raises:
+        OwnedError: another driver has added some in the meantime.
+    """
+    file = {
+        "plan_version": PLAN_VERSION,
+        "schema_version": plan.schema_version,
+        "digest": plan.digest,
+        "stage": [dataclasses.asdict(one) for one in extents],
+    }
+    text = json.dumps(file, indent=1)
+    if not store.publish(f"{PLANS}/{len(plan.stages):06d}.json", text.encode()):
+        raise OwnedError(f"output {store.uri}: another driver has taken this run over")
+    return plan.grown(extents)
+
+
+def stored_plan(store: Store) -> tuple[JobSpec, Plan]:
+    """Job and plan of a run as its output has them; classes are called by their numbers.
+
+    Raises:
+        OutputError: there is no run, or its plan cannot be read.
+    """
+    stored = read_run(store)
+    if stored is None:
+        raise OutputError(f"{store.uri}: there is no run; give the folder of one")
+    job = parse_job(stored.job | {"output": stored.job["output"] | {"uri": store.uri}})
+    requests = tuple(
+        RequestPlan(
+            number=number,
+            spec=spec,
+            job_name=job.name,
+            job_seed=job.seed,
+            cells=tuple(Cell(classes=tuple(one), names=tuple(map(str, one))) for one in raw["classes"]),
+        )
+        for number, (spec, raw) in enumerate(zip(job.requests, stored.identity["requests"], strict=True))
+    )
+    return job, Plan(requests, stored.identity, stored.stages, stored.schema_version)
+
+
+def quarantined_shards(store: Store) -> list[int]:
+    """Numbers of the shards that are left out, in order."""
+    stems = (Path(name).stem for name in store.list(QUARANTINE) if name.endswith(".json"))
+    return sorted(int(stem) for stem in stems if stem.isdigit())
 
 
 def _read_plan(store: Store, name: str) -> dict[str, Any]:
@@ -137,9 +197,10 @@ def _read_plan(store: Store, name: str) -> dict[str, Any]:
             raise ValueError(f"version {file['plan_version']}")
         for extent in file["stage"]:
             Extent(**extent)
+        wanted = ("digest", "stage", *(("identity", "job") if name == f"{PLANS}/{0:06d}.json" or "job" in file else ()))
         # Plans of version 1 do not say so.
         fields_of(version := file.get("schema_version", 1))
-        return {key: file[key] for key in ("digest", "identity", "job", "stage")} | {"schema_version": version}
+        return {key: file[key] for key in wanted} | {"schema_version": version}
     except (ValueError, KeyError, TypeError) as error:
         raise OutputError(
             f"{store.path(name)}: cannot be read as the plan of a run ({error}); use the version that wrote it, "
@@ -154,10 +215,7 @@ def _publish_stage(store: Store, plan: Plan, job: JobSpec, number: int, stage: t
         "digest": plan.digest,
         "identity": plan.identity,
         "job": job.model_dump(mode="json"),
-        "stage": [
-            {name: getattr(extent, name) for name in ("request", "start", "stop", "samples_per_shard")}
-            for extent in stage
-        ],
+        "stage": [dataclasses.asdict(extent) for extent in stage],
     }
     text = json.dumps(file, indent=1, ensure_ascii=False, allow_nan=False)
     return store.publish(f"{PLANS}/{number:06d}.json", text.encode())
@@ -197,9 +255,10 @@ def _check_same(store: Store, stored: StoredRun, plan: Plan) -> None:
 
 def _extend(store: Store, stored: StoredRun, plan: Plan, job: JobSpec) -> Plan:
     """The plan with the stored stages and, where counts grew, the next one."""
+    _check_quotas(stored, plan)
     stage = next_stage(plan.requests, stored.stages, job.output.samples_per_shard)
     stages = stored.stages
-    if stage:
+    if stage or _has_other_goals(stored, plan):
         # The marker goes first: whoever sees it can trust that the run is complete.
         store.remove(SUCCESS)
         plan = Plan(plan.requests, plan.identity, plan.stages, stored.schema_version)
@@ -207,6 +266,27 @@ def _extend(store: Store, stored: StoredRun, plan: Plan, job: JobSpec) -> Plan:
             return open_run(store, plan, job, "auto", confirmed=False)  # Another process was faster.
         stages = (*stages, stage)
     return Plan(plan.requests, plan.identity, stages, stored.schema_version)
+
+
+def _check_quotas(stored: StoredRun, plan: Plan) -> None:
+    """Refuse quotas that shrank: samples beyond them are there already."""
+    shrunk = [
+        f"requests.{request.number}.count: {request.spec.count} is below the {raw['count']} asked for in this output;"
+        " counts can only grow (or use another output)"
+        for request, raw in zip(plan.requests, stored.job["requests"], strict=True)
+        if request.spec.has_quota and request.spec.count < raw["count"]
+    ]
+    if shrunk:
+        raise JobError(shrunk)
+
+
+def _has_other_goals(stored: StoredRun, plan: Plan) -> bool:
+    """Whether a quota, or its limit of attempts, is not what it was."""
+    return any(
+        request.spec.has_quota
+        and (request.spec.count, request.spec.max_attempts) != (raw["count"], raw.get("max_attempts"))
+        for request, raw in zip(plan.requests, stored.job["requests"], strict=True)
+    )
 
 
 def _clear(store: Store, confirmed: bool) -> None:
@@ -228,10 +308,11 @@ def _clear(store: Store, confirmed: bool) -> None:
         )
     store.remove(SUCCESS)
     for name in store.list(STATE):
-        if name not in (PLANS, LOCKS):
+        # The lease is held by whoever calls this.
+        if name not in (PLANS, LOCKS, LEASES):
             store.remove_tree(name)
     for name in store.list(LOCKS):
-        # The driver's is held by whoever calls this.
+        # The driver's is, too.
         if name != f"{LOCKS}/{DRIVER_LOCK}":
             store.remove(name)
     for name in own:

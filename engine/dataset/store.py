@@ -26,6 +26,8 @@ STAGING = "_state/staging"
 TORN = "_state/torn"
 LOCKS = "_state/locks"
 DRIVER_LOCK = "driver"
+LEASES = "_state/lease"
+EVENTS = "_state/events"
 MAX_HOLDER_BYTES = 1000
 
 _KEPT = "what is committed is kept, and the same command continues from there"

@@ -1,7 +1,6 @@
 """The contract of executors: start workers, hand them shards, report what becomes of both.
 
-An executor decides nothing. It carries out the actions of `engine.scheduler` and turns what happens into its events,
-and into `ShardProgress`, which is for the eyes of the user.
+An executor decides nothing. It carries out the actions of `engine.scheduler` and turns what happens into its events.
 """
 
 from __future__ import annotations
@@ -10,31 +9,44 @@ import queue
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from engine.errors import RiskforgeError
+from engine.messages import (
+    Report,
+    ShardDone,
+    ShardError,
+    ShardProgress,
+    UserFault,
+    WorkerLost,
+    WorkerPlaced,
+    WorkerReady,
+)
 from engine.plan import ShardSpec
-from engine.scheduler import ShardDone, ShardError, UserFault, WorkerLost, WorkerReady
 
 if TYPE_CHECKING:
     from engine.worker import ShardOutcome
 
-Report = Callable[[int], None]
 Item = TypeVar("Item")
 
 
 class WorkerLike(Protocol):
-    """What makes shards. Built once in its process, where it holds all models."""
+    """What makes shards. Built once in its process, where it holds models."""
 
-    def run_shard(self, shard: ShardSpec, attempt: int, report: Report) -> ShardOutcome:
-        """Make, stage and commit a shard.
+    def sample_shard(
+        self, shard: ShardSpec, attempt: int, report: Report, batch_limit: int
+    ) -> Callable[[], ShardOutcome]:
+        """Make the samples of a shard.
 
         Args:
             attempt: counted from 1.
             report: to be called with the number of samples done so far.
+            batch_limit: largest batch that fits this kind of machine, as far as is known; 0 for no limit.
 
         Returns:
-            The outcome: counts and timing of the shard.
+            What is left to do: it waits until the shard is committed and tells counts and timing. Another thread calls
+            it, while the next shard may be sampled.
         """
         ...
 
@@ -44,22 +56,13 @@ WorkerFactory = Callable[[], WorkerLike]
 
 
 @dataclass(frozen=True, slots=True)
-class ShardProgress:
-    """So many samples of a shard are done."""
-
-    worker: int
-    shard: int
-    num_done: int
-
-
-@dataclass(frozen=True, slots=True)
 class ShardResult(ShardDone):
     """A shard is committed, with what the worker says of it."""
 
     outcome: ShardOutcome
 
 
-ExecutorEvent = WorkerReady | ShardProgress | ShardResult | ShardError | WorkerLost | UserFault
+ExecutorEvent = WorkerPlaced | WorkerReady | ShardProgress | ShardResult | ShardError | WorkerLost | UserFault
 
 
 class Executor(Protocol):
@@ -99,10 +102,10 @@ class Executor(Protocol):
         ...
 
     def start_worker(self, worker: int) -> None:
-        """Start a worker; `WorkerReady`, `WorkerLost` or `UserFault` follows."""
+        """Start a worker; `WorkerPlaced`, then `WorkerReady`, `WorkerLost` or `UserFault` follows."""
         ...
 
-    def submit(self, worker: int, shard: ShardSpec, attempt: int) -> None:
+    def submit(self, worker: int, shard: ShardSpec, attempt: int, batch_limit: int = 0) -> None:
         """Queue a shard on a ready worker, which works them off one by one; nothing happens if it was just lost."""
         ...
 
@@ -120,10 +123,15 @@ class Executor(Protocol):
 
 
 class Host:
-    """A worker in its process. What goes wrong there becomes an event: exceptions do not travel."""
+    """A worker in its process. What goes wrong there becomes an event: exceptions do not travel.
+
+    Attributes:
+        has_failed: whether a shard came to grief; the worker is then of no more use.
+    """
 
     def __init__(self, number: int) -> None:
         self._number = number
+        self.has_failed = False
 
     def load(self, factory: WorkerFactory) -> WorkerReady | WorkerLost | UserFault:
         """Build the worker."""
@@ -135,15 +143,29 @@ class Host:
             return WorkerLost(self._number, node_lost=False, message=traceback.format_exc().strip())
         return WorkerReady(self._number)
 
-    def run_shard(self, shard: ShardSpec, attempt: int, report: Report) -> ShardResult | ShardError | UserFault:
-        """Make a shard."""
+    def sample_shard(
+        self, shard: ShardSpec, attempt: int, report: Report, batch_limit: int = 0
+    ) -> Callable[[], ShardResult | ShardError | UserFault]:
+        """Make the samples of a shard; what is returned waits until it is committed, and tells what came of it."""
         try:
-            outcome = self._worker.run_shard(shard, attempt, report)
-        except RiskforgeError as error:
+            finish = self._worker.sample_shard(shard, attempt, report, batch_limit)
+        except Exception as error:
+            self.has_failed = True
+            failure = self._failure(shard, error)
+            return lambda: failure
+        return partial(self._finish, shard, finish)
+
+    def _finish(self, shard: ShardSpec, finish: Callable[[], ShardOutcome]) -> ShardResult | ShardError | UserFault:
+        try:
+            return ShardResult(self._number, shard.number, finish())
+        except Exception as error:
+            self.has_failed = True
+            return self._failure(shard, error)
+
+    def _failure(self, shard: ShardSpec, error: Exception) -> ShardError | UserFault:
+        if isinstance(error, RiskforgeError):
             return UserFault(str(error))
-        except Exception:
-            return ShardError(self._number, shard.number, traceback.format_exc().strip())
-        return ShardResult(self._number, shard.number, outcome)
+        return ShardError(self._number, shard.number, "".join(traceback.format_exception(error)).strip())
 
 
 def drain(inbox: queue.SimpleQueue[Item], timeout_seconds: float) -> Iterator[Item]:

@@ -6,12 +6,17 @@ import contextlib
 import os
 import queue
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
-from engine.executors.base import ExecutorEvent, Host, ShardProgress, ShardResult, WorkerFactory, drain
+from engine.executors.base import ExecutorEvent, Host, WorkerFactory, drain
+from engine.messages import ShardProgress, WorkerPlaced
 from engine.plan import ShardSpec
 
-Inbox = queue.SimpleQueue[tuple[ShardSpec, int] | None]
+Inbox = queue.SimpleQueue[tuple[ShardSpec, int, int] | None]
+NODE_KIND = "here"
 
 
 class LocalExecutor:
@@ -49,9 +54,9 @@ class LocalExecutor:
         inbox = self._inboxes[worker] = queue.SimpleQueue()
         threading.Thread(target=self._live, args=(worker, inbox), name=f"worker-{worker}", daemon=True).start()
 
-    def submit(self, worker: int, shard: ShardSpec, attempt: int) -> None:
+    def submit(self, worker: int, shard: ShardSpec, attempt: int, batch_limit: int = 0) -> None:
         """Queue a shard on a worker."""
-        self._inboxes[worker].put((shard, attempt))
+        self._inboxes[worker].put((shard, attempt, batch_limit))
 
     def stop_worker(self, worker: int) -> None:
         """Take the queued shards from a thread, which ends after the one it has in work."""
@@ -71,16 +76,18 @@ class LocalExecutor:
             self.stop_worker(worker)
 
     def _live(self, worker: int, inbox: Inbox) -> None:
-        """A worker's life, in its thread."""
+        """A worker's life, in its thread; a second one waits for its commits."""
         host = Host(worker)
+        self._events.put((worker, WorkerPlaced(worker, NODE_KIND)))
         self._events.put((worker, host.load(self._factory)))
-        while (item := inbox.get()) is not None:
-            shard, attempt = item
+        with ThreadPoolExecutor(1, thread_name_prefix=f"commits-{worker}") as commits:
+            while not host.has_failed and (item := inbox.get()) is not None:
+                shard, attempt, batch_limit = item
+                report = partial(self._report, worker, shard.number)
+                commits.submit(self._finish, worker, host.sample_shard(shard, attempt, report, batch_limit))
 
-            def report(num_done: int, number: int = shard.number) -> None:
-                self._events.put((worker, ShardProgress(worker, number, num_done)))
+    def _report(self, worker: int, shard: int, num_done: int, batch_seconds: float = 0.0, batch_limit: int = 0) -> None:
+        self._events.put((worker, ShardProgress(worker, shard, num_done, batch_seconds, batch_limit)))
 
-            event = host.run_shard(shard, attempt, report)
-            self._events.put((worker, event))
-            if not isinstance(event, ShardResult):
-                return
+    def _finish(self, worker: int, finish: Callable[[], ExecutorEvent]) -> None:
+        self._events.put((worker, finish()))

@@ -17,15 +17,16 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from engine.errors import JobError, RiskforgeError
-from engine.executors.base import ExecutorEvent, Host, ShardProgress, WorkerFactory, drain
+from engine.executors.base import ExecutorEvent, Host, WorkerFactory, drain
+from engine.messages import ShardProgress, WorkerLost, WorkerPlaced
 from engine.plan import ShardSpec
-from engine.scheduler import WorkerLost
 
 MAX_CPU_WORKERS_PER_NODE = 4
 # The driver asks busy workers for their progress: twice a second, or so that it asks this many a second.
@@ -37,18 +38,21 @@ OBJECT_STORE_BYTES = 100 * 2**20
 CLOSE_SECONDS = 15.0
 CONNECT_SECONDS = 10.0
 
+Progress = tuple[int, int, float, int]
+
 
 class RayHost:
     """The actor: a worker in a process of its own, which also tells where it is and how far.
 
-    A plain class; `ray.remote` is where it is used. `progress` runs beside `run_shard`, in another thread.
+    A plain class; `ray.remote` is where it is used. `progress` and `outcome` run beside `run_shard`, in other threads.
     """
 
     def __init__(self, number: int, threads: int) -> None:
         # Read by the numerical libraries when they are loaded, which the worker's factory does.
         os.environ["OMP_NUM_THREADS"] = str(threads)
         self._host = Host(number)
-        self._progress: tuple[int, int] | None = None
+        self._progress: Progress | None = None
+        self._sampled: queue.SimpleQueue[Callable[[], ExecutorEvent]] = queue.SimpleQueue()
 
     def where(self) -> str:
         """Id of the node that the actor is on."""
@@ -60,17 +64,21 @@ class RayHost:
         """Build the worker."""
         return self._host.load(factory)
 
-    def run_shard(self, shard: ShardSpec, attempt: int) -> ExecutorEvent:
-        """Make a shard."""
+    def run_shard(self, shard: ShardSpec, attempt: int, batch_limit: int) -> None:
+        """Make the samples of a shard; what comes of it is told by `outcome`."""
         self._report(shard.number, 0)
-        return self._host.run_shard(shard, attempt, partial(self._report, shard.number))
+        self._sampled.put(self._host.sample_shard(shard, attempt, partial(self._report, shard.number), batch_limit))
 
-    def progress(self) -> tuple[int, int] | None:
-        """The last shard that was reported on, and its samples done."""
+    def outcome(self) -> ExecutorEvent:
+        """What came of the next shard, in the order of `run_shard`; waits for its commit."""
+        return self._sampled.get()()
+
+    def progress(self) -> Progress | None:
+        """The last shard that was reported on, its samples done, time of the last batch and limit of batches."""
         return self._progress
 
-    def _report(self, shard: int, num_done: int) -> None:
-        self._progress = (shard, num_done)
+    def _report(self, shard: int, num_done: int, batch_seconds: float = 0.0, batch_limit: int = 0) -> None:
+        self._progress = (shard, num_done, batch_seconds, batch_limit)
 
 
 @dataclass(slots=True)
@@ -87,7 +95,7 @@ class Handle:
     node: str = ""
     num_queued: int = 0
     is_asked: bool = False
-    progress: tuple[int, int] | None = None
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +128,7 @@ class RayExecutor:
         self._factory: Any = None
         self._actor_class: Any = None
         self._handles: dict[int, Handle] = {}
+        self._node_kinds: dict[str, str] = {}
         self._answers: queue.SimpleQueue[tuple[int, str, Any]] = queue.SimpleQueue()
         self._next_ask = 0.0
         self._thread = threading.Thread(target=self._live, name="ray", daemon=True)
@@ -151,7 +160,7 @@ class RayExecutor:
             self._nodes[0]["CPU"] = usable_cores()
         self._layout = divide(self._nodes, self._device, self._num_workers, num_shards, is_own=self._address is None)
         self._factory = ray.put(factory)
-        self._actor_class = ray.remote(concurrency_groups={"side": 1})(RayHost)
+        self._actor_class = ray.remote(concurrency_groups={"side": 1, "commits": 1})(RayHost)
         return self._layout.num_workers
 
     def describe(self) -> dict[str, Any]:
@@ -181,11 +190,12 @@ class RayExecutor:
         self._expect(worker, "where", actor.where.options(concurrency_group="side").remote())
         self._expect(worker, "event", actor.load.remote(self._factory))
 
-    def submit(self, worker: int, shard: ShardSpec, attempt: int) -> None:
+    def submit(self, worker: int, shard: ShardSpec, attempt: int, batch_limit: int = 0) -> None:
         """Queue a shard on an actor."""
         if handle := self._handles.get(worker):
             handle.num_queued += 1
-            self._expect(worker, "shard", handle.actor.run_shard.remote(shard, attempt))
+            self._expect(worker, "sampled", handle.actor.run_shard.remote(shard, attempt, batch_limit))
+            self._expect(worker, "shard", handle.actor.outcome.options(concurrency_group="commits").remote())
 
     def stop_worker(self, worker: int) -> None:
         """Kill an actor."""
@@ -283,9 +293,11 @@ class RayExecutor:
         if isinstance(error, ray.exceptions.RayError) and not isinstance(error, ray.exceptions.RayTaskError):
             return self._lost(worker, error)
         answer = future.result()
+        if kind == "sampled":
+            return None
         if kind == "where":
             handle.node = answer
-            return None
+            return WorkerPlaced(worker, self._kind_of(answer))
         if kind == "progress":
             handle.is_asked = False
             if answer == handle.progress:
@@ -296,6 +308,18 @@ class RayExecutor:
             handle.num_queued -= 1
         event: ExecutorEvent = answer
         return event
+
+    def _kind_of(self, node: str) -> str:
+        """What a node is, for the memory of batches: its accelerators, and how much memory it has in GB."""
+        if node not in self._node_kinds:
+            import ray
+
+            for one in ray.nodes():
+                resources = one["Resources"]
+                names = sorted(name for name in resources if name.startswith("accelerator_type:"))
+                memory = round(resources.get("memory", 0) / 2**30)
+                self._node_kinds[one["NodeID"]] = " ".join([*names, f"{memory} GB"])
+        return self._node_kinds.get(node, "")
 
     def _lost(self, worker: int, error: Exception) -> WorkerLost:
         """An actor does not answer any more: with its node, or alone.

@@ -1,0 +1,95 @@
+"""Scores of stored images made once more, by the job's models, and held against what was stored."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import PIL.Image
+
+from engine.dataset.commits import list_commits
+from engine.dataset.shards import SHARDS, read_shard, shard_name
+from engine.dataset.state import stored_plan
+from engine.dataset.store import Store
+from engine.dataset.verify import Finding
+from engine.plan import Plan, SampleSpec
+from engine.spec import JobSpec
+
+NUM_SAMPLES = 64
+# Of scores in nats and cosines; a GPU and its batches move them a little.
+TOLERANCE = 1e-3
+SCORES = ("risk", "conformity", "conformity_margin", "kldb", "entropy")
+READINGS = ("predicted_class", "oracle_class")
+# Of the entries of a list, one for each model.
+ENTRY_SCORES = {"transfer": ("risk",), "judge": ("conformity", "conformity_margin")}
+
+Sample = tuple[SampleSpec, bytes, dict[str, Any]]
+
+
+def rescore(
+    store: Store, num_samples: int = NUM_SAMPLES, advance: Callable[[str], None] = lambda text: None
+) -> list[Finding]:
+    """Score a sample of a run's images with the job's models.
+
+    Args:
+        num_samples: images, drawn from all shards; the same ones every time.
+
+    Returns:
+        A finding for each image whose stored scores are others.
+
+    Raises:
+        JobError: a model cannot be loaded.
+        CorruptShardError: a shard cannot be read; `verify` says more.
+    """
+    from engine.generator import load_scorer
+    from engine.worker import quiet_libraries
+
+    job, plan = stored_plan(store)
+    chosen = list(_choose(store, job, plan, num_samples))
+    if not chosen:
+        return []
+    advance("loading the models that score")
+    quiet_libraries()
+    scorer = load_scorer(job)
+    findings = []
+    for place, (spec, image, stored) in enumerate(chosen):
+        advance(f"image {place + 1} of {len(chosen)}")
+        [made] = scorer.records([spec], [PIL.Image.open(io.BytesIO(image)).convert("RGB")])
+        if differences := _differences(stored, made):
+            findings.append(Finding(kind="damage", text=f"{spec.key}: scored again, {'; '.join(differences)}"))
+    return findings
+
+
+def _choose(store: Store, job: JobSpec, plan: Plan, num_samples: int) -> Iterator[Sample]:
+    """Images of shards in an order drawn from the plan's digest, a few of each."""
+    draw = random.Random(plan.digest)
+    numbers = sorted(list_commits(store))
+    draw.shuffle(numbers)
+    each = max(1, -(-num_samples // max(1, len(numbers))))
+    num_left = num_samples
+    for number in numbers:
+        path = store.path(f"{SHARDS}/{shard_name(job.name, number)}.tar")
+        held = {key: (image, record) for key, image, record, _ in read_shard(path)}
+        specs = [spec for spec in plan.samples(plan.shard(number)) if spec.key in held]
+        for spec in draw.sample(specs, min(each, num_left, len(specs))):
+            yield (spec, *held[spec.key])
+            num_left -= 1
+        if not num_left:
+            return
+
+
+def _differences(stored: dict[str, Any], made: dict[str, Any]) -> list[str]:
+    """Scores that are not the stored ones."""
+    pairs = [(name, stored[name], made[name]) for name in SCORES if abs(stored[name] - made[name]) > TOLERANCE]
+    pairs += [(name, stored[name], made[name]) for name in READINGS if stored[name] != made[name]]
+    for role, names in ENTRY_SCORES.items():
+        # Version 1 has no judge, and its job names none.
+        for before, after in zip(stored.get(role, []), made[role], strict=True):
+            pairs += [
+                (f"{name} of {before['model']}", before[name], after[name])
+                for name in names
+                if abs(before[name] - after[name]) > TOLERANCE
+            ]
+    return [f"{name} {before:.6g} -> {after:.6g}" for name, before, after in pairs]

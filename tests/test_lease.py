@@ -1,0 +1,121 @@
+"""The lease: who holds it, who may take it, and what the loser hears. Clocks that jump and drivers that are frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.dataset import lease as leases
+from engine.dataset.lease import Holder, hold, is_alive, read_holder
+from engine.dataset.store import LEASES, open_store
+from engine.errors import EXIT_OWNED, OwnedError
+from tests.conftest import REPOSITORY
+
+ELSEWHERE = Holder(
+    token="other",
+    host="node-7",
+    boot="b",
+    process=4711,
+    process_start="1",
+    since=0.0,
+    expires=0.0,
+    length_seconds=60.0,
+)
+
+
+def plant(store, **changes) -> Holder:
+    """The lease of a driver on another machine."""
+    holder = dataclasses.replace(ELSEWHERE, **changes)
+    store.replace(f"{LEASES}/000003.json", json.dumps(dataclasses.asdict(holder)).encode())
+    return holder
+
+
+def test_the_loser_hears_who_is_at_work_and_when_the_place_is_free(tmp_path):
+    """Exit code 4; nothing is waited for while the lease stands."""
+    store = open_store(str(tmp_path))
+    plant(store, expires=time.time() + 40)
+    with pytest.raises(OwnedError, match=r"process 4711 on node-7, since .*its place is free in (39|40) s") as raised:
+        hold(store, wait=pytest.fail).__enter__()
+    assert raised.value.exit_code == EXIT_OWNED
+    assert read_holder(store).token == "other"
+
+
+def test_an_expired_lease_is_watched_and_then_taken(tmp_path):
+    """For longer than its holder takes to renew it; the next number is ours, and the old file is gone."""
+    store, waits, told = open_store(str(tmp_path)), [], []
+    plant(store, expires=time.time() - 1)
+    with hold(store, wait=waits.append, notice=told.append) as lease:
+        assert lease.number == 4 and waits == [30.0] and "node-7" in told[0]
+        assert is_alive(read_holder(store)) and store.list(LEASES) == [f"{LEASES}/000004.json"]
+    assert read_holder(store).is_released and not is_alive(read_holder(store))
+    with hold(store, wait=pytest.fail) as lease:
+        assert lease.number == 5
+
+
+@pytest.mark.parametrize("ahead", [-1e6, 1e6], ids=["clock-forward", "clock-back"])
+def test_a_clock_that_jumped_does_not_make_a_living_driver_dead(tmp_path, ahead):
+    """By the clock the lease ran out long ago, or ends in days; it is renewed while it is watched."""
+    store = open_store(str(tmp_path))
+    holder = plant(store, expires=time.time() + ahead)
+
+    def renewed(seconds: float) -> None:
+        plant(store, expires=holder.expires + seconds, num_renewals=1)
+
+    with pytest.raises(OwnedError, match="node-7"):
+        hold(store, wait=renewed).__enter__()
+    with hold(store, wait=lambda seconds: None) as lease:
+        assert lease.number == 4
+
+
+def test_who_lost_the_lease_finds_out(tmp_path):
+    """A driver that was frozen, and another took over: it stops, and leaves the other's lease alone."""
+    store = open_store(str(tmp_path))
+    with hold(store, length_seconds=0.2) as lease:
+        plant(store, expires=time.time() + 60)
+        deadline = time.monotonic() + 10
+        with pytest.raises(OwnedError, match=r"was taken over by process 4711 on node-7"):
+            while time.monotonic() < deadline:
+                lease.check()
+                time.sleep(0.02)
+    assert read_holder(store).token == "other"
+
+
+def test_two_that_want_a_free_place_do_not_both_get_it(monkeypatch, tmp_path):
+    """Without locks, as on some network file systems: the file of the number is created by one."""
+    store = open_store(str(tmp_path))
+    monkeypatch.setattr(leases, "_latest", lambda store: None)
+    first, second = (leases._take(store, leases._new_holder(60), print, time.sleep) for _ in range(1)), None
+    assert next(first).number == 0
+    monkeypatch.undo()
+    with pytest.raises(OwnedError):
+        second = leases._take(store, leases._new_holder(60), print, pytest.fail)
+    assert second is None
+
+
+def test_a_driver_of_this_machine_that_was_killed_is_known_to_be_dead(tmp_path):
+    """Its place is taken at once, though its lease stands; while it lives, frozen or not, it is not."""
+    program = (
+        "import sys, time; from engine.dataset.store import open_store; from engine.dataset.lease import hold\n"
+        "with hold(open_store(sys.argv[1])) as lease:\n    print(lease.number, flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "0\n"
+    os.kill(process.pid, signal.SIGSTOP)
+    store = open_store(str(tmp_path))
+    with pytest.raises(OwnedError, match=f"process {process.pid} on "):
+        hold(store, wait=pytest.fail).__enter__()
+    process.kill()
+    assert process.wait() and is_alive(dataclasses.replace(read_holder(store), boot=""))
+    with hold(store, wait=pytest.fail) as lease:
+        assert lease.number == 1
+    assert Path(tmp_path, LEASES).is_dir()

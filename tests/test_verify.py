@@ -1,0 +1,184 @@
+"""Verify, repair and status on real runs with real damage: what is broken is found, taken out, and made again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pytest
+
+from engine.dataset.commits import COMMITS, compact_commits, list_commits
+from engine.dataset.lease import hold
+from engine.dataset.store import TORN, open_store
+from engine.dataset.verify import repair, verify
+from engine.errors import EXIT_DAMAGED, EXIT_OK, OutputError, RiskforgeError
+from engine.executors.local import LocalExecutor
+from engine.status import read_status, status_lines
+from tests.sleepy import Faults, run_sleepy, tars
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run of five shards."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    assert run_sleepy(output, 2, LocalExecutor(1)).exit_code == EXIT_OK
+    return output
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """A copy of it to break."""
+    return shutil.copytree(whole, tmp_path / "copy")
+
+
+def flip(path, at: int) -> None:
+    """Change a bit."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def damage_member(output):
+    flip(output / "shards/sleepy-000001.tar", 560)
+
+
+def damage_padding(output):
+    """Only the checksum sees it."""
+    flip(output / "shards/sleepy-000001.tar", -1)
+
+
+def damage_parquet(output):
+    path = output / "shards/sleepy-000001.parquet"
+    flip(path, path.stat().st_size // 2)
+
+
+def damage_cut(output):
+    path = output / "shards/sleepy-000001.tar"
+    path.write_bytes(path.read_bytes()[:-4096])
+
+
+def damage_missing(output):
+    (output / "shards/sleepy-000001.parquet").unlink()
+
+
+def damage_swapped(output):
+    """Both files of another shard: whole, and not this shard's."""
+    for kind in ("tar", "parquet"):
+        shutil.copy(output / f"shards/sleepy-000002.{kind}", output / f"shards/sleepy-000001.{kind}")
+
+
+def damage_record(output):
+    [path] = (output / COMMITS).glob("000001.*")
+    path.write_text(path.read_text()[:50])
+
+
+def damage_counts(output):
+    """A record whose name tells of other counts."""
+    [path] = (output / COMMITS).glob("000001.*")
+    path.rename(path.with_name(path.name.replace("ok=4", "ok=3")))
+
+
+def damage_doubled(output):
+    """Two records for one shard."""
+    [path] = (output / COMMITS).glob("000001.*")
+    shutil.copy(path, path.with_name(path.name.replace("ok=4", "ok=3")))
+
+
+DAMAGES = [
+    damage_member, damage_padding, damage_parquet, damage_cut, damage_missing, damage_swapped, damage_record,
+    damage_counts, damage_doubled,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("is_packed", [False, True], ids=["loose", "packed"])
+def test_damage_is_found_taken_out_and_made_again(copy, whole, damage, is_packed):
+    """Whatever is broken: the shard is named, nothing else is touched, and the next run gives the clean bytes."""
+    store = open_store(str(copy))
+    if is_packed:
+        if damage in (damage_record, damage_counts, damage_doubled):
+            pytest.skip("a pack is one file")
+        compact_commits(store, max_loose=0)
+    damage(copy)
+    before = {path.name: path.read_bytes() for path in copy.glob("shards/sleepy-00000[0234].*")}
+    found = verify(store).damage
+    assert {one.shard for one in found} == {1} and verify(store).damage == found
+    with hold(store):
+        assert repair(store).to_make == (1,)
+    assert not (copy / "_SUCCESS").exists() and sorted(list_commits(store)) == [0, 2, 3, 4]
+    if damage in (damage_member, damage_record):
+        assert run_sleepy(copy, 2, LocalExecutor(1)).exit_code == EXIT_OK
+        assert tars(copy) == tars(whole) and not verify(store).damage
+    assert before == {path.name: path.read_bytes() for path in copy.glob("shards/sleepy-00000[0234].*")}
+
+
+def test_a_whole_run_has_no_findings(whole):
+    """Nothing is found, nothing is changed."""
+    store = open_store(str(whole))
+    verdict = verify(store)
+    assert (verdict.findings, verdict.num_committed, verdict.num_samples) == ((), 5, 20)
+
+
+def test_what_is_unfinished_is_no_damage(copy):
+    """Files without a record, whole or torn, and a missing marker; repair takes only the torn ones away."""
+    store = open_store(str(copy))
+    for number in (1, 2):
+        next((copy / COMMITS).glob(f"00000{number}.*")).unlink()
+    damage_member(copy)
+    (copy / "_SUCCESS").unlink()
+    verdict = verify(store)
+    assert not verdict.damage and {one.shard for one in verdict.findings} == {1, 2, None}
+    with hold(store):
+        assert repair(store).to_make == ()
+    assert not (copy / "shards/sleepy-000001.tar").exists() and (copy / "shards/sleepy-000002.tar").exists()
+    assert store.list(TORN)
+    assert run_sleepy(copy, 2, LocalExecutor(1)).exit_code == EXIT_OK
+
+
+def test_a_marker_over_a_run_that_is_not_whole_is_damage(copy):
+    """And metadata that lack rows."""
+    next((copy / COMMITS).glob("000001.*")).unlink()
+    assert [one.text for one in verify(open_store(str(copy))).damage] == [
+        "1 of 5 shards are not committed",
+        "metadata.parquet: has 20 rows, the shards have 16",
+    ]
+
+
+def test_status_is_read_from_the_store(copy, tmp_path):
+    """Complete, stopped, running; quotas with what they lack; shards in quarantine."""
+    store = open_store(str(copy))
+    assert read_status(store).state == "complete"
+    with hold(store):
+        (copy / "_SUCCESS").unlink()
+        found = read_status(store)
+        assert found.state == "running" and f"{found.driver}" in "\n".join(status_lines(found))
+    assert read_status(store).state == "stopped"
+    rule = {"accept": {"is_error": True}}
+    with pytest.raises(RiskforgeError):
+        run_sleepy(tmp_path / "q", 6, LocalExecutor(1), request=rule, faults=Faults(error=(0,), user_fault_at=9))
+    [request] = read_status(open_store(str(tmp_path / "q"))).requests
+    assert request.wanted == 60 and 0 < request.missing < 60 and request.planned >= 160
+    found = read_status(open_store(str(tmp_path / "q")))
+    assert found.last_event["event"] == "aborted" and found.num_committed == 8 and found.quarantined == (0,)
+    with pytest.raises(OutputError, match="there is no run"):
+        read_status(open_store(str(tmp_path / "nothing")))
+
+
+def test_the_commands_tell_people_and_programs(copy, capsys, monkeypatch):
+    """Exit codes and JSON."""
+    from engine.cli import main
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["riskforge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, capsys.readouterr().out
+
+    assert call("verify", copy) == (0, "5 of 5 shards, 20 samples: no damage\n")
+    damage_member(copy)
+    code, out = call("verify", copy, "--json")
+    assert code == EXIT_DAMAGED and json.loads(out)["damaged"] and json.loads(out)["findings"][0]["shard"] == 1
+    assert json.loads(call("repair", copy, "--json")[1])["to_make"] == [1]
+    assert json.loads(call("status", copy, "--json")[1])["num_committed"] == 4
+    assert "4 of 5 shards" in call("status", copy)[1]

@@ -1,0 +1,130 @@
+"""The worker between its two threads: sampling goes on while files are written, and each hears when the other fails.
+
+What runs of whole jobs cannot see: which thread waits for which.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+import engine.worker
+from engine.dataset.commits import list_commits
+from engine.dataset.store import open_store
+from engine.errors import OutputError
+from engine.run import plan_job
+from engine.worker import MAX_WAITING_BATCHES, Worker
+from tests.sleepy import make_job, make_result
+
+
+class Sampler:
+    """In the place of the generator: a sample a batch, which it counts."""
+
+    def __init__(self) -> None:
+        self.num_made = 0
+        self.fails_at = -1
+        self.limits: list[tuple[int, int]] = []
+
+    def batch_limit(self, request):
+        """Memory never runs out."""
+        return 0
+
+    def next_batch(self, request, specs):
+        """One sample, or the failure that was asked for."""
+        if self.num_made == self.fails_at:
+            raise ZeroDivisionError("no kernel")
+        self.num_made += 1
+        result = make_result(specs[0], 1)
+        result.run = {"batch_size": 1}
+        return [result]
+
+    def limit_batches(self, request, limit):
+        """Note it."""
+        self.limits.append((request, limit))
+
+
+class Sampling(Worker):
+    """The worker with that sampler."""
+
+    def __init__(self, output, samples_per_shard: int) -> None:
+        job = make_job(output, 10)
+        changed = job.output.model_copy(update={"samples_per_shard": samples_per_shard})
+        self._job = job.model_copy(update={"output": changed})
+        self._plan, self._name, self._store = plan_job(self._job), "one", open_store(str(output))
+        self.sampler = self._generator = Sampler()
+
+    def begin(self, number: int, attempt: int = 1, batch_limit: int = 0):
+        """Sample a shard; what is left to do."""
+        return self.sample_shard(self._plan.shard(number), attempt, lambda *_: None, batch_limit)
+
+
+def test_the_next_shard_is_sampled_while_the_last_one_is_written(monkeypatch, tmp_path):
+    """Two commits are held up: both shards are sampled all the same, and the outcomes come when they are through."""
+    worker, go = Sampling(tmp_path, 4), threading.Event()
+    commit = engine.worker.commit_shard
+
+    def slow(*arguments, **named):
+        assert go.wait(30)
+        return commit(*arguments, **named)
+
+    monkeypatch.setattr(engine.worker, "commit_shard", slow)
+    finish = [worker.begin(0), worker.begin(1)]
+    assert worker.sampler.num_made == 8 and not list_commits(worker._store)
+    go.set()
+    assert [one().counts.ok for one in finish] == [4, 4] and sorted(list_commits(worker._store)) == [0, 1]
+
+
+def test_sampling_waits_where_writing_is_behind(monkeypatch, tmp_path):
+    """Images wait in memory only so far."""
+    worker, go = Sampling(tmp_path, 50), threading.Event()
+    stage = engine.worker.stage_shard
+
+    def slow(*arguments):
+        assert go.wait(30)
+        return stage(*arguments)
+
+    monkeypatch.setattr(engine.worker, "stage_shard", slow)
+    begun = threading.Thread(target=lambda: made.append(worker.begin(0)()))
+    made: list = []
+    begun.start()
+    time.sleep(1.0)
+    assert worker.sampler.num_made == MAX_WAITING_BATCHES + 1
+    go.set()
+    begun.join(30)
+    assert made[0].counts.ok == 50
+
+
+def test_a_disk_that_fails_ends_the_sampling(monkeypatch, tmp_path):
+    """The message comes out; the rest of the shard is not made for nothing."""
+    worker = Sampling(tmp_path, 50)
+
+    def full(*_):
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr(engine.worker, "stage_shard", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        worker.begin(0)()
+    assert worker.sampler.num_made < 50
+
+
+def test_a_failure_in_sampling_leaves_nothing_behind(tmp_path):
+    """No half shard is committed, or stays staged."""
+    worker = Sampling(tmp_path, 4)
+    worker.sampler.fails_at = 2
+    with pytest.raises(ZeroDivisionError):
+        worker.begin(0)
+    deadline = time.monotonic() + 10
+    while list(worker._store.staging().iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not list(worker._store.staging().iterdir()) and not list_commits(worker._store)
+
+
+def test_a_shard_whose_answer_was_lost_is_not_made_again(tmp_path):
+    """The second attempt finds the record; a limit for batches is passed on."""
+    worker = Sampling(tmp_path, 4)
+    first = worker.begin(3)()
+    assert worker.begin(3, attempt=2)().counts == first.counts and worker.sampler.num_made == 4
+    worker.begin(4, attempt=2, batch_limit=7)()
+    assert worker.sampler.num_made == 8 and worker.sampler.limits == [(0, 7)]

@@ -1,0 +1,344 @@
+"""Real runs under real fire: `python -m tools.chaos FOLDER --kills 60 --seed 0`.
+
+Workers that sleep instead of sampling run on a Ray of their own, again and again, while actors, raylet, GCS and driver
+are killed with SIGKILL at moments drawn from the seed. The run is then continued to its end, and must be what a run
+without accidents makes: keys, metadata and tar bytes. Then a full disk, an output that cannot be written, torn files in
+the place of shards, two drivers at once, and leases written by clocks that jumped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from engine.dataset.commits import list_commits
+from engine.dataset.lease import hold, read_holder
+from engine.dataset.store import LEASES, open_store
+from engine.dataset.verify import verify
+from engine.errors import EXIT_DRAINED, EXIT_OK, EXIT_OWNED, EXIT_USER, RiskforgeError
+from engine.executors.base import Executor
+from engine.progress import PlainDisplay
+from engine.records import RUN_FIELDS
+from engine.run import run_job
+from tests.sleepy import Faults, make_job, make_sleepy
+
+VICTIMS = ("actor", "raylet", "gcs", "driver")
+# Driver and cluster die of some kills; actors are killed more often, as the run survives it.
+WEIGHTS = (5, 1, 1, 2)
+RULE = {"accept": {"is_error": True}, "max_attempts": "8x"}
+COUNT = 6
+SAMPLE_SECONDS = 0.05
+GIVE_UP_SECONDS = 300.0
+DISK_BYTES = 600_000
+
+
+def drive(output: Path, kind: str, seconds: float, *, retry: bool) -> int:
+    """A driver: what `riskforge run` does, with workers that sleep."""
+    from engine.executors.local import LocalExecutor
+    from engine.executors.ray import RayExecutor
+
+    executor: Executor = LocalExecutor(2) if kind == "local" else RayExecutor(address=None, num_workers=2, device="cpu")
+    try:
+        return run_job(
+            make_job(output, COUNT, request=RULE),
+            executor=executor,
+            resume="auto",
+            confirmed=False,
+            display=PlainDisplay(sys.stderr),
+            make_worker=partial(make_sleepy, faults=Faults(seconds=seconds)),
+            retry=retry,
+        ).exit_code
+    except RiskforgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_DRAINED
+
+
+def start(
+    output: Path, kind: str = "ray", *, retry: bool = False, seconds: float = SAMPLE_SECONDS
+) -> subprocess.Popen[str]:
+    """A driver in a process of its own."""
+    command = [sys.executable, "-m", "tools.chaos", "drive", str(output), kind, str(seconds), str(int(retry))]
+    with (output.parent / f"{output.name}.log").open("a") as log:
+        return subprocess.Popen(command, text=True, stdout=log, stderr=log)
+
+
+def finish(output: Path, kind: str = "local") -> int:
+    """Continue a run to its end; shards that were killed three times are given a fresh start."""
+    return start(output, kind, retry=True, seconds=0.0).wait(GIVE_UP_SECONDS)
+
+
+def content(output: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+    """What a run made: its tars, and the rows of its metadata without what depends on the run."""
+    import pyarrow.parquet as pq
+
+    tars = {path.name: path.read_bytes() for path in sorted(output.glob("shards/*.tar"))}
+    rows = pq.read_table(output / "metadata.parquet").drop_columns([*RUN_FIELDS.keys() - {"sha256"}]).to_pylist()
+    return tars, rows
+
+
+def check(output: Path, clean: Path, what: str) -> None:
+    """A run is whole, and equal to the clean one.
+
+    Raises:
+        AssertionError: with the name of the scenario.
+    """
+    verdict = verify(open_store(str(output)))
+    unexpected = [one for one in verdict.findings if "_state/torn" not in one.text]
+    assert not unexpected, f"{what}: {unexpected}"
+    assert content(output) == content(clean), f"{what}: other keys, metadata or bytes"
+
+
+def processes(driver: int) -> dict[str, list[int]]:
+    """Processes of a driver's cluster by what they are."""
+    listing = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    children: dict[int, list[tuple[int, str]]] = {}
+    for line in listing.splitlines()[1:]:
+        number, parent, arguments = line.split(None, 2)
+        children.setdefault(int(parent), []).append((int(number), arguments))
+    found: dict[str, list[int]] = {name: [] for name in VICTIMS} | {"driver": [driver]}
+    waiting = [driver]
+    while waiting:
+        for pid, arguments in children.get(waiting.pop(), []):
+            waiting.append(pid)
+            program = arguments.split()[0]
+            if "gcs_server" in program:
+                found["gcs"].append(pid)
+            elif program.endswith("raylet"):
+                found["raylet"].append(pid)
+            elif arguments.startswith("ray::RayHost"):
+                found["actor"].append(pid)
+    return found
+
+
+def clear_cluster(pids: dict[str, list[int]], driver: subprocess.Popen[str]) -> None:
+    """End what is left of a driver that was hit, by the numbers of its own processes."""
+    driver.kill()
+    driver.wait()
+    for pid in [pid for group in pids.values() for pid in group]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def kill_at_random(folder: Path, clean: Path, num_kills: int, draw: random.Random, kind: str = "ray") -> Counter[str]:
+    """Kill processes of runs until so many are dead; every run is then finished and checked."""
+    killed: Counter[str] = Counter()
+    number = 0
+    while killed.total() < num_kills:
+        output = folder / f"killed-{number:03d}"
+        number += 1
+        while killed.total() < num_kills and not (output / "_SUCCESS").exists():
+            driver = start(output, kind, retry=bool(list(output.glob("_state/quarantine/*"))))
+            if kind == "local":
+                killed += kill_driver(driver, output, draw)
+            else:
+                killed += harass(driver, output, num_kills - killed.total(), draw)
+        code = finish(output)
+        assert code in (EXIT_OK, 3), f"{output.name}: ended with {code}"
+        check(output, clean, output.name)
+        print(f"{output.name}: whole and equal after {dict(killed)}", flush=True)
+        shutil.rmtree(output)
+    return killed
+
+
+def kill_driver(driver: subprocess.Popen[str], output: Path, draw: random.Random) -> Counter[str]:
+    """Kill a driver whose workers are threads of it, at a moment drawn at random once it commits."""
+    num_before = len(list(output.glob("_state/commits/*")))
+    while driver.poll() is None and len(list(output.glob("_state/commits/*"))) == num_before:
+        time.sleep(0.02)
+    time.sleep(draw.random() * 1.5)
+    is_alive = driver.poll() is None
+    driver.kill()
+    driver.wait()
+    return Counter({"driver": int(is_alive)})
+
+
+def harass(driver: subprocess.Popen[str], output: Path, num_kills: int, draw: random.Random) -> Counter[str]:
+    """Kill processes of one driver, at moments drawn at random once its first actor lives, until it has ended."""
+    killed: Counter[str] = Counter()
+    last = processes(driver.pid)
+    give_up = time.monotonic() + GIVE_UP_SECONDS
+    while driver.poll() is None and killed.total() < num_kills and time.monotonic() < give_up:
+        last = processes(driver.pid)
+        if not last["actor"]:
+            time.sleep(0.2)
+            continue
+        time.sleep(draw.random() * 1.5)
+        victim = draw.choices(VICTIMS, WEIGHTS)[0]
+        last = processes(driver.pid)
+        if not last[victim]:
+            continue
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(draw.choice(last[victim]), signal.SIGKILL)
+            killed[victim] += 1
+        if victim != "actor":
+            break
+    # A run without raylet or GCS ends by itself, after Ray's own time limits; the next driver need not wait for that.
+    time.sleep(1.0)
+    clear_cluster(last, driver)
+    return killed
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system of a few hundred kilobytes."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def full_disk(folder: Path, clean: Path) -> None:
+    """The disk is full in the middle: the run says so; with room again, it continues to equal bytes."""
+    with small_disk(folder / "disk") as disk:
+        output = disk / "run"
+        code = start(output, "local", seconds=0.0).wait(GIVE_UP_SECONDS)
+        assert code == EXIT_USER and "the disk is full" in (disk / "run.log").read_text(), f"full disk: {code}"
+        assert not verify(open_store(str(output))).damage, "full disk: what is committed is damaged"
+        (disk / "run.log").unlink()
+        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        assert finish(output) == EXIT_OK
+        check(output, clean, "full disk")
+
+
+def read_only(folder: Path, clean: Path) -> None:
+    """An output on a file system that is mounted for reading."""
+    with small_disk(folder / "sealed") as disk:
+        (disk / "run").mkdir()
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        command = [sys.executable, "-m", "tools.chaos", "drive", str(disk / "run"), "local", "0", "0"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == EXIT_USER and "read-only" in done.stderr, f"read only: {done.stderr}"
+        assert "Traceback" not in done.stderr
+
+
+def torn_files(folder: Path, clean: Path) -> None:
+    """Torn, foreign and empty files in the places of shards before they are made."""
+    output = folder / "torn"
+    driver = start(output, "local", seconds=0.3)
+    while not (output / "_state/plan/000000.json").exists():
+        time.sleep(0.02)
+    (output / "shards").mkdir(exist_ok=True)
+    whole = (clean / "shards/sleepy-000005.tar").read_bytes()
+    plants = {"000007.tar": whole[:3000], "000008.tar": b"", "000009.parquet": b"torn", "000010.tar": whole}
+    for name, data in plants.items():
+        (output / f"shards/sleepy-{name}").write_bytes(data)
+    assert driver.wait(GIVE_UP_SECONDS) == EXIT_OK
+    check(output, clean, "torn files")
+
+
+def two_drivers(folder: Path, clean: Path) -> None:
+    """The second is refused with the name of the first, which is then killed; the third takes over at once."""
+    output = folder / "two"
+    first = start(output, "local", seconds=0.3)
+    while not list(output.glob("shards/*.tar")):
+        time.sleep(0.05)
+    assert start(output, "local").wait(GIVE_UP_SECONDS) == EXIT_OWNED
+    assert f"process {first.pid} on " in (folder / "two.log").read_text()
+    first.kill()
+    first.wait()
+    assert finish(output) == EXIT_OK
+    check(output, clean, "two drivers")
+
+
+def frozen_driver(folder: Path, clean: Path) -> None:
+    """A driver that is frozen while its lease is taken: both are at work for a while, and the bytes are right."""
+    output = folder / "frozen"
+    first = start(output, "local", seconds=0.3)
+    while not list(output.glob("shards/*.tar")):
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGSTOP)
+    # As if it ran on another machine, where its lock is not seen and its clock is an hour late.
+    shutil.rmtree(output / "_state/locks")
+    store = open_store(str(output))
+    holder = read_holder(store)
+    assert holder is not None
+    old = dataclasses.replace(holder, host="elsewhere", boot="", expires=time.time() - 3600, length_seconds=2.0)
+    [lease] = store.list(LEASES)
+    store.replace(lease, json.dumps(dataclasses.asdict(old)).encode())
+    second = start(output, "local", seconds=0.1)
+    while store.exists(lease):
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGCONT)
+    assert second.wait(GIVE_UP_SECONDS) == EXIT_OK
+    assert first.wait(GIVE_UP_SECONDS) == EXIT_OWNED
+    check(output, clean, "frozen driver")
+
+
+def jumping_clock(folder: Path, clean: Path) -> None:
+    """Leases from the future and from long ago: the run neither waits for days nor is refused for ever."""
+    output = folder / "clock"
+    assert finish(output) == EXIT_OK
+    store = open_store(str(output))
+    for moment in (1e6, -1e6):
+        holder = read_holder(store)
+        assert holder is not None
+        jumped = dataclasses.replace(
+            holder, host="elsewhere", boot="", expires=time.time() + moment, length_seconds=2.0, is_released=False
+        )
+        store.replace(store.list(LEASES)[-1], json.dumps(dataclasses.asdict(jumped)).encode())
+        with hold(store):
+            pass
+    check(output, clean, "jumping clock")
+
+
+SCENARIOS: tuple[Callable[[Path, Path], None], ...] = (
+    torn_files,
+    two_drivers,
+    frozen_driver,
+    jumping_clock,
+    full_disk,
+    read_only,
+)
+
+
+def main(arguments: list[str]) -> int:
+    """The command line."""
+    if arguments[:1] == ["drive"]:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # Under the name that workers import it by.
+        chaos = importlib.import_module("tools.chaos")
+        code = chaos.drive(Path(arguments[1]), arguments[2], float(arguments[3]), retry=arguments[4] == "1")
+        sys.stderr.flush()
+        # Threads that still sleep are not waited for.
+        os._exit(code)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--kind", choices=("ray", "local"), default="ray", help="local: no Ray, drivers alone are killed"
+    )
+    options = parser.parse_args(arguments)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    clean = options.folder / "clean"
+    assert finish(clean) == EXIT_OK
+    print(f"clean: {len(list_commits(open_store(str(clean))))} shards", flush=True)
+    for scenario in SCENARIOS:
+        scenario(options.folder, clean)
+        print(f"{scenario.__name__}: whole and equal", flush=True)
+    killed = kill_at_random(options.folder, clean, options.kills, random.Random(options.seed), options.kind)
+    print(f"{killed.total()} killed: {', '.join(f'{num} {name}' for name, num in killed.items())}; all whole and equal")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,573 @@
+"""The real scheduler in a simulated world: `python -m tools.simulate schedules 10000`, or `... scale`.
+
+Discrete events, drawn from a seed, drive `engine.scheduler` and `engine.quotas`, as `engine.shift` does with real
+workers and files. In this world processes crash before and after they commit, hang, run out of memory, answer late,
+twice or not at all, nodes vanish, and the driver is killed and started again while the dead one's workers still commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from engine import scheduler
+from engine.messages import (
+    Abort,
+    Action,
+    Assign,
+    Drain,
+    Drained,
+    Event,
+    Finished,
+    Lot,
+    PlanGrown,
+    Quarantine,
+    Rules,
+    ShardDone,
+    ShardError,
+    ShardProgress,
+    StartWorker,
+    StopWorker,
+    Tick,
+    WorkerLost,
+    WorkerPlaced,
+    WorkerReady,
+)
+from engine.plan import Extent, Plan, build_plan
+from engine.quotas import Quotas, replay
+from engine.spec import parse_job
+
+RULES = Rules(
+    min_limit_seconds=40.0, first_limit_seconds=80.0, start_limit_seconds=60.0, check_seconds=5.0, grace_seconds=15.0
+)
+TICK_SECONDS = 5.0
+SAMPLES_PER_SHARD = 4
+MAX_DRIVERS = 200
+MAX_EVENTS = 200_000
+CLASSES = [str(number) for number in range(10)]
+MODELS = ("zoo:digits/stable-diffusion", "zoo:digits/stable-unclip")
+DIGESTS = {"diffusion": dict.fromkeys(MODELS, ""), "clip": "", "target": "", "transfer": [], "oracle": ""}
+
+
+class BrokenInvariantError(AssertionError):
+    """Something happened that must not."""
+
+
+def require(holds: bool, what: str) -> None:
+    """Stop where an invariant does not hold."""
+    if not holds:
+        raise BrokenInvariantError(what)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Samples of a shard."""
+
+    attempted: int
+    accepted: int
+
+
+@dataclass(slots=True)
+class Disk:
+    """What outlives every process: stages, shards, quarantine, and whether there ever was one."""
+
+    plan: Plan
+    shards: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+    quarantined: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    has_quarantined: bool = False
+
+    def publish_stage(self, number: int, extents: tuple[Extent, ...]) -> Plan:
+        """Create the next stage; a second driver must not."""
+        require(number == len(self.plan.stages), "a stage was published over another")
+        self.plan = self.plan.grown(extents)
+        return self.plan
+
+    def commit(self, shard: int, content: tuple[Any, ...]) -> None:
+        """Create a shard if absent; what is there stays, and is equal."""
+        require(self.shards.setdefault(shard, content) == content, f"shard {shard} was made with other bytes")
+
+
+@dataclass(slots=True)
+class Process:
+    """A worker's process: its queue, and whether it still does anything."""
+
+    queue: list[tuple[int, int]] = field(default_factory=list)
+    is_alive: bool = True
+    node_kind: str = ""
+    is_busy: bool = False
+
+
+class World:
+    """A run under fire.
+
+    Args:
+        seed: draws everything.
+        num_accidents: so many at most, after which all goes well.
+    """
+
+    def __init__(self, seed: int, num_accidents: int | None = None) -> None:
+        self.draw = draw = random.Random(seed)
+        self.yields = [draw.choice([0.0, 0.1, 0.5, 0.9, 1.0]) for _ in CLASSES]
+        self.disk = Disk(make_plan(draw))
+        self.accidents = draw.randrange(0, 60) if num_accidents is None else num_accidents
+        self.rate = draw.choice([0.02, 0.1, 0.3])
+        share = draw.choice([0, 0, 0.05])
+        self.poison = {number for number in range(60) if draw.random() < share} if num_accidents != 0 else set()
+        self.max_workers = draw.randrange(1, 8)
+        self.now = 0.0
+        self.events: list[tuple[float, int, Callable[[], None]]] = []
+        self.num_events = 0
+        self.num_planned = 0
+        self.num_drivers = 0
+        self.driver: Driver | None = None
+
+    def run(self) -> None:
+        """Start drivers until the run has ended, and check what must hold then."""
+        while not self.start_driver():
+            require(self.num_drivers < MAX_DRIVERS, "the run does not end")
+            while self.driver is not None:
+                self.happen()
+            # Workers of the dead driver go on for a while.
+            for _ in range(self.draw.randrange(0, 10)):
+                if self.events:
+                    self.happen()
+        self.check()
+
+    def happen(self) -> None:
+        """The next thing happens."""
+        self.num_events += 1
+        require(self.num_events < MAX_EVENTS, "events without end")
+        self.now, _, action = heapq.heappop(self.events)
+        action()
+
+    def later(self, seconds: float, action: Callable[[], None]) -> None:
+        """Let something happen after a time."""
+        self.num_planned += 1
+        heapq.heappush(self.events, (self.now + seconds, self.num_planned, action))
+
+    def accident(self, share: float = 1.0) -> bool:
+        """Whether one of the accidents that are left happens here."""
+        if self.accidents > 0 and self.draw.random() < self.rate * share:
+            self.accidents -= 1
+            return True
+        return False
+
+    def start_driver(self) -> bool:
+        """A driver begins; True where it finds the run ended."""
+        self.num_drivers += 1
+        driver = Driver(self)
+        if not driver.has_work:
+            return True
+        self.driver = driver
+        driver.begin()
+        if self.accidents > 0 and self.draw.random() < 0.5:
+            self.accidents -= 1
+            how = self.draw.choice([driver.die, driver.die, driver.drain])
+            self.later(self.draw.random() * 100, how)
+        return False
+
+    def content(self, shard: int) -> tuple[Any, ...]:
+        """The bytes of a shard: they depend on the plan alone."""
+        one = self.disk.plan.shard(shard)
+        return (one.request, one.cell, one.start, one.stop, self.counts(shard))
+
+    def counts(self, shard: int) -> Counts:
+        """What a shard gives; which samples are accepted depends on their seeds alone."""
+        one = self.disk.plan.shard(shard)
+        share = self.yields[one.cell]
+        accepted = sum(
+            random.Random(f"{one.request}-{one.cell}-{at}").random() < share for at in range(one.start, one.stop)
+        )
+        return Counts(one.num_samples, accepted)
+
+    def check(self) -> None:
+        """What must hold in the end."""
+        disk, plan = self.disk, self.disk.plan
+        for number in range(plan.num_shards):
+            require((number in disk.shards) != (number in disk.quarantined), f"shard {number} is lost, or there twice")
+        for number, reasons in disk.quarantined.items():
+            require(len(reasons) == scheduler.MAX_MARKS, f"shard {number} has {len(reasons)} marks")
+            require(not any("node" in reason for reason in reasons), f"shard {number} was blamed for a lost node")
+        keys = [one.key for number in disk.shards for one in plan.samples(plan.shard(number))]
+        require(len(keys) == len(set(keys)), "a sample is there twice")
+        for one in replay(plan, self.all_counts(), disk.quarantined, SAMPLES_PER_SHARD).standings():
+            request = plan.requests[one.request].spec
+            planned = max(
+                extent.stop for extent in plan.extents if (extent.request, extent.cell) == (one.request, one.cell)
+            )
+            require(not one.missing or planned == request.attempts_limit, "a quota is neither filled nor at its limit")
+
+    def all_counts(self) -> dict[int, Counts]:
+        """Counts of the committed shards."""
+        return {number: self.counts(number) for number in self.disk.shards}
+
+
+class Driver:
+    """A driver's life: what `engine.shift.Shift` does, with processes of this world."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.disk = world.disk
+        self.processes: dict[int, Process] = {}
+        self.is_alive = True
+        self.plan = self.disk.plan
+        committed = {number: world.counts(number) for number in self.disk.shards}
+        self.settled = {*committed, *self.disk.quarantined}
+        self.quotas: Quotas = replay(self.plan, committed, self.disk.quarantined, SAMPLES_PER_SHARD)
+        self.add_rounds()
+        self.has_work = self.plan.num_shards > len(self.settled)
+
+    def begin(self) -> None:
+        """Start the scheduler."""
+        flags = bytes(number in self.settled for number in range(self.plan.num_shards))
+        self.state, actions = scheduler.start(
+            flags,
+            self.world.max_workers,
+            lots=map(self.lot, self.plan.extents),
+            is_final=self.quotas.is_final,
+            rules=RULES,
+            now=self.world.now,
+        )
+        self.obey(actions)
+        self.tick()
+
+    def lot(self, extent: Extent) -> Lot:
+        """The row of an extent; every second request has the other model."""
+        return Lot(extent.num_shards, kind=extent.request, model=extent.request % len(MODELS))
+
+    def add_rounds(self) -> tuple[Extent, ...]:
+        """Plan the rounds that are due, on disk first."""
+        if extents := self.quotas.advance():
+            self.plan = self.disk.publish_stage(len(self.plan.stages), extents)
+        return extents
+
+    def tick(self) -> None:
+        """Let the scheduler know the time, again and again."""
+        if self.is_alive:
+            self.tell(Tick(self.world.now))
+            self.world.later(TICK_SECONDS, self.tick)
+
+    def drain(self) -> None:
+        """A signal."""
+        if self.is_alive:
+            self.tell(Drain())
+
+    def die(self) -> None:
+        """The driver is killed; its workers go on with what they have, and their answers reach nobody."""
+        self.is_alive = False
+        if self.world.driver is self:
+            self.world.driver = None
+
+    def tell(self, event: Event) -> None:
+        """Let the scheduler hear of an event; sometimes it comes twice."""
+        if not self.is_alive:
+            return
+        self.step(event)
+        if self.is_alive and not isinstance(event, (Tick, Drain, PlanGrown)) and self.world.draw.random() < 0.05:
+            before = self.state
+            state, actions = scheduler.step(self.state, event)
+            require(
+                (state == before and not actions) or isinstance(event, (ShardProgress, WorkerPlaced)), "heard twice"
+            )
+
+    def step(self, event: Event) -> None:
+        """A step of the scheduler, and what the quotas make of it."""
+        is_new = not isinstance(event, ShardDone) or self.is_held(event)
+        self.state, actions = scheduler.step(self.state, event)
+        self.obey(actions)
+        settled = [(action.shard, Counts(0, 0)) for action in actions if isinstance(action, Quarantine)]
+        if isinstance(event, ShardDone) and is_new:
+            settled.append((event.shard, self.world.counts(event.shard)))
+        for shard, counts in settled:
+            require(shard not in self.settled, f"shard {shard} was settled twice")
+            self.settled.add(shard)
+            if not self.quotas.is_final:
+                self.quotas.settle(self.plan.shard(shard), counts.attempted, counts.accepted)
+        if settled and self.is_alive and not self.state.is_final:
+            extents = self.add_rounds()
+            if extents or self.quotas.is_final:
+                self.step(PlanGrown(tuple(map(self.lot, extents)), self.quotas.is_final))
+
+    def is_held(self, event: ShardDone) -> bool:
+        """Whether a result is of a shard that its worker holds."""
+        worker = self.state.workers.get(event.worker)
+        return worker is not None and event.shard in worker.queue
+
+    def obey(self, actions: list[Action]) -> None:
+        """Carry out actions, checking what must hold of each."""
+        for action in actions:
+            if isinstance(action, StartWorker):
+                self.start(action.worker)
+            elif isinstance(action, Assign):
+                self.assign(action)
+            elif isinstance(action, StopWorker):
+                self.processes.pop(action.worker).is_alive = False
+            elif isinstance(action, Quarantine):
+                require(action.shard not in self.disk.quarantined, "quarantined twice")
+                self.disk.has_quarantined = True
+                # Another driver's worker may have committed it in the meantime: then it counts as committed.
+                if action.shard not in self.disk.shards:
+                    self.disk.quarantined[action.shard] = action.reasons
+            elif isinstance(action, (Finished, Drained, Abort)):
+                require(not isinstance(action, Finished) or self.quotas.is_final, "finished before the quotas are")
+                for process in self.processes.values():
+                    process.is_alive = False
+                self.die()
+        held = [shard for worker in self.state.workers.values() for shard in worker.queue]
+        require(len(held) == len(set(held)), "two workers hold one shard")
+        require(len(self.state.workers) <= self.world.max_workers, "too many workers")
+
+    def start(self, worker: int) -> None:
+        """A process starts, loads, and is ready; or is not."""
+        process = self.processes[worker] = Process(node_kind=self.world.draw.choice(["small", "large"]))
+        draw = self.world.draw
+        self.world.later(draw.random() * 5, partial(self.answer, worker, WorkerPlaced(worker, process.node_kind)))
+        if self.world.accident(0.3):
+            self.world.later(5 + draw.random(), partial(self.lose, worker, draw.random() < 0.5))
+        elif not self.world.accident(0.2):
+            self.world.later(5 + draw.random() * 5, partial(self.answer, worker, WorkerReady(worker)))
+
+    def assign(self, action: Assign) -> None:
+        """A shard is queued on a process."""
+        require(action.shard not in self.settled, f"shard {action.shard} was given out after it was settled")
+        process = self.processes[action.worker]
+        process.queue.append((action.shard, action.attempt))
+        require(len(process.queue) <= scheduler.MAX_QUEUED + 1, "too many shards queued")
+        if not process.is_busy:
+            self.work(action.worker, process)
+
+    def work(self, worker: int, process: Process) -> None:
+        """A process begins its next shard."""
+        process.is_busy = bool(process.queue) and process.is_alive
+        if not process.is_busy:
+            return
+        shard, _ = process.queue[0]
+        seconds = 1 + self.world.draw.random() * 10
+        limit = 0
+        if self.world.accident(0.3):
+            limit, seconds = self.world.draw.choice([1, 2, 4]), seconds * 2
+        progress = ShardProgress(worker, shard, 1, batch_seconds=seconds / 2, batch_limit=limit)
+        self.world.later(seconds / 2, partial(self.answer, worker, progress))
+        self.world.later(seconds, partial(self.finish, worker, process, shard))
+
+    def finish(self, worker: int, process: Process, shard: int) -> None:
+        """A shard comes to its end, good or bad."""
+        if not process.is_alive:
+            return
+        world, draw = self.world, self.world.draw
+        fate = (
+            draw.choice(["crash", "error", "hang", "node", "commit-crash", "lost", "late"]) if world.accident() else ""
+        )
+        if shard in world.poison:
+            fate = draw.choice(["crash", "error", "hang"])
+        if fate == "hang":
+            return
+        if fate == "error":
+            process.is_busy = False
+            self.answer(worker, ShardError(worker, shard, "an exception"))
+            return
+        if fate in ("crash", "node"):
+            self.lose(worker, fate == "node")
+            return
+        # Also of a process whose driver is dead or has given it up: nobody can call it back.
+        self.disk.commit(shard, world.content(shard))
+        if shard in self.disk.quarantined:
+            del self.disk.quarantined[shard]
+        if fate == "commit-crash":
+            self.lose(worker, False)
+            return
+        process.queue.pop(0)
+        if fate != "lost":
+            delay = draw.random() * 100 if fate == "late" else 0.0
+            world.later(delay, partial(self.answer, worker, ShardDone(worker, shard)))
+        self.work(worker, process)
+
+    def lose(self, worker: int, with_node: bool) -> None:
+        """A process is gone."""
+        process = self.processes.get(worker)
+        if process is not None and process.is_alive:
+            process.is_alive = False
+            self.answer(worker, WorkerLost(worker, with_node, "the node was lost" if with_node else "the process died"))
+
+    def answer(self, worker: int, event: Event) -> None:
+        """Something that a process says reaches the driver, if it lives, however late."""
+        self.tell(event)
+
+
+def make_plan(draw: random.Random) -> Plan:
+    """A job of one to three requests, with and without quotas."""
+    requests = []
+    for number in range(draw.randrange(1, 4)):
+        request: dict[str, Any] = {"name": f"r{number}", "method": "prompt", "diffusion": MODELS[number % len(MODELS)]}
+        request |= {"classes": sorted(draw.sample(range(10), draw.randrange(1, 4))), "count": draw.randrange(1, 24)}
+        if draw.random() < 0.6:
+            request |= {"accept": {"is_error": True}, "max_attempts": draw.choice(["2x", "3.5x", "10x"])}
+        requests.append(request)
+    models = {"diffusion": MODELS[0], "clip": "zoo:digits/clip", "target": "zoo:digits/classifier"}
+    output = {"uri": "/nowhere", "samples_per_shard": SAMPLES_PER_SHARD}
+    return build_plan(
+        parse_job({"name": "s", "models": models, "requests": requests, "output": output}), CLASSES, DIGESTS
+    )
+
+
+def play(seed: int) -> World:
+    """A run under fire, checked, and its plan held against that of a run without an accident.
+
+    Raises:
+        BrokenInvariantError: with what does not hold.
+    """
+    world = World(seed)
+    world.run()
+    # A shard in quarantine gives nothing to the yield that later rounds are sized by, even if it is made after all.
+    if not world.disk.has_quarantined:
+        clean = World(seed, num_accidents=0)
+        clean.run()
+        require(clean.disk.shards == world.disk.shards, "other shards than in a run without accidents")
+    return world
+
+
+def schedules(num: int, first: int) -> int:
+    """Play many schedules; print what broke. Returns the number of broken ones."""
+    started, broken, num_events, num_drivers, num_quarantined = time.monotonic(), 0, 0, 0, 0
+    for seed in range(first, first + num):
+        try:
+            world = play(seed)
+        except Exception as error:
+            broken += 1
+            print(f"seed {seed}: {type(error).__name__}: {error}")
+            continue
+        num_events += world.num_events
+        num_drivers += world.num_drivers
+        num_quarantined += len(world.disk.quarantined)
+    seconds = time.monotonic() - started
+    print(
+        f"{num} schedules, {num_events} events, {num_drivers} drivers, {num_quarantined} shards in quarantine:"
+        f" {broken} broken, {seconds:.0f} s"
+    )
+    return broken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """What a large run came to.
+
+    Attributes:
+        efficiency: time in sampling of the time of all workers, loading included, until the last shard is given out.
+        whole_efficiency: time in sampling that led to a commit, of all workers' time until the last one is made.
+        decisions_per_second: events and the decisions on them, on one core of this machine.
+    """
+
+    efficiency: float
+    whole_efficiency: float
+    decisions_per_second: float
+    num_decisions: int
+    num_failures: int
+    simulated_hours: float
+
+
+def scale(
+    num_workers: int, num_shards: int, shard_seconds: float, failures_an_hour: float, load_seconds: float
+) -> Scale:
+    """A large run: workers fail at a rate, and the driver takes its time for every decision, one after the other."""
+    draw = random.Random(0)
+    state, actions = scheduler.start(bytes(num_shards), num_workers)
+    heap: list[tuple[float, int, Any]] = []
+    begun: dict[int, tuple[float, float]] = {}
+    queues: dict[int, list[int]] = {}
+    spent = useful = now = free_at = efficiency = 0.0
+    num_decisions = num_failures = counter = 0
+
+    def push(moment: float, event: Any) -> None:
+        nonlocal counter
+        counter += 1
+        heapq.heappush(heap, (moment, counter, event))
+
+    def begin(worker: int, moment: float) -> None:
+        if queues[worker]:
+            shard = queues[worker][0]
+            seconds = shard_seconds * (0.8 + 0.4 * draw.random())
+            begun[worker] = (moment, seconds)
+            push(moment + seconds, ShardDone(worker, shard))
+
+    while True:
+        for action in actions:
+            if isinstance(action, StartWorker):
+                queues[action.worker] = []
+                push(now + load_seconds, WorkerReady(action.worker))
+                life = draw.expovariate(failures_an_hour / 3600)
+                push(now + life, WorkerLost(action.worker, draw.random() < 0.5, "spot"))
+            elif isinstance(action, Assign):
+                queues[action.worker].append(action.shard)
+                if len(queues[action.worker]) == 1:
+                    begin(action.worker, now)
+        if state.is_over:
+            break
+        moment, _, event = heapq.heappop(heap)
+        if event.worker not in queues:
+            continue
+        if isinstance(event, WorkerLost):
+            num_failures += 1
+            begun.pop(event.worker, None)
+            del queues[event.worker]
+        elif isinstance(event, ShardDone):
+            useful += begun.pop(event.worker)[1]
+            queues[event.worker].pop(0)
+            begin(event.worker, moment)
+        # The driver hears of it when it is done with what came before.
+        begun_at = time.process_time()
+        state, actions = scheduler.step(state, event)
+        seconds = time.process_time() - begun_at
+        spent += seconds
+        free_at = max(free_at, moment) + seconds
+        now = free_at
+        num_decisions += 1
+        if not state.num_pending and not efficiency:
+            in_work = sum(now - since for since, _ in begun.values())
+            efficiency = (useful + in_work) / (num_workers * now)
+    return Scale(
+        efficiency=efficiency,
+        whole_efficiency=useful / (num_workers * now),
+        decisions_per_second=num_decisions / spent,
+        num_decisions=num_decisions,
+        num_failures=num_failures,
+        simulated_hours=now / 3600,
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    many = commands.add_parser("schedules", help="random schedules of accidents")
+    many.add_argument("num", type=int)
+    many.add_argument("--first", type=int, default=0, help="first seed")
+    large = commands.add_parser("scale", help="a large run")
+    large.add_argument("--workers", type=int, default=10_000)
+    large.add_argument("--shards", type=int, default=1_000_000)
+    large.add_argument("--shard-seconds", type=float, default=300.0)
+    large.add_argument("--failures-an-hour", type=float, default=0.01)
+    large.add_argument("--load-seconds", type=float, default=60.0)
+    options = parser.parse_args(arguments)
+    if options.command == "schedules":
+        return int(schedules(options.num, options.first) > 0)
+    found = scale(
+        options.workers, options.shards, options.shard_seconds, options.failures_an_hour, options.load_seconds
+    )
+    print(
+        f"{options.workers} workers, {options.shards} shards of {options.shard_seconds:g} s, {found.num_failures}"
+        f" failures in {found.simulated_hours:.2f} h: efficiency {found.efficiency:.2%}, with the wait for the last"
+        f" {found.whole_efficiency:.2%}; {found.num_decisions}"
+        f" decisions, {found.decisions_per_second:,.0f} a second"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
