@@ -1,5 +1,6 @@
 """The benchmark and the GPU session at sizes of seconds: do they measure what they say, and notice what they should?"""
 
+import dataclasses
 import json
 import sys
 import time
@@ -9,10 +10,11 @@ import pytest
 import torch
 from bench.arms import arms_of
 from bench.checks import TOLERANCE, relative_difference
-from bench.flops import count_decoder, count_pipeline, on_meta
-from bench.measure import kind_of
+from bench.flops import Arithmetic, count_decoder, count_pipeline, on_meta
+from bench.measure import Measured, kind_of
 from bench.programs import Bench
-from bench.sizes import ARCHITECTURES, random_setting
+from bench.sizes import ARCHITECTURES, digits_setting, random_setting
+from bench.tables import Results
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from gpu_session import Step, parse, run_steps, session_steps
 
@@ -52,10 +54,10 @@ def test_the_arithmetic_of_stable_diffusion_is_the_published_one():
 def test_the_benchmark_runs_and_writes_what_it_found(models, tmp_path, capsys):
     """The whole program: comparisons hold, every arm has a figure or a reason, floors and references are there."""
     few = ["--num-samples", "2", "--naive-samples", "1", "--check-samples", "1", "--repeats", "1", "--threads", "1"]
-    arms = ["plain-diffusers", "naive-kldb-paper-unet", "kldb-paper-unet", "kldb-polyak", "kldb-polyak-combined"]
-    arms += ["naive-risky", "risky-paper", "risky-polyak-floor", "kldb-polyak@fp16", "risky-paper@tiny"]
+    arms = ["plain-diffusers", "naive-kldb-paper-unet", "kldb-paper-unet", "kldb-polyak"]
+    arms += ["naive-risky", "risky-paper", "kldb-polyak@fp16", "risky-paper@tiny"]
     command = ["--size", "tiny", "--device", "cpu", "--models", str(models), "--output", str(tmp_path), *few]
-    assert bench_sampling.main([*command, "--only", *arms, "--profile", "kldb-polyak"]) == 0
+    assert bench_sampling.main([*command, "--only", *arms, "--profile", "prompt"]) == 0
     found = json.loads((tmp_path / "tiny.json").read_text())
     assert (tmp_path / "tiny.md").read_text() == capsys.readouterr().out
     assert found["versions"]["torch"] and found["hardware"] and found["threads"] == 1 and found["date"]
@@ -67,10 +69,33 @@ def test_the_benchmark_runs_and_writes_what_it_found(models, tmp_path, capsys):
     assert by_name["kldb-polyak@fp16"]["reason"].startswith("a runtime for a GPU")
     assert by_name["prompt"]["ratio_to_prompt"] == 1 == by_name["prompt"]["floor"]
     assert by_name["kldb-paper-unet"]["floor"] > by_name["kldb-polyak"]["floor"] > 1
-    floors = [by_name[name]["floor"] for name in ("risky-polyak-floor", "risky-paper", "risky-paper@tiny")]
-    assert floors == sorted(floors, reverse=True)
+    assert by_name["risky-paper"]["floor"] > by_name["risky-paper@tiny"]["floor"] > 1
     assert by_name["kldb-polyak"]["kldb"] >= 0 and by_name["risky-paper"]["risk"] >= 0
-    assert sum(by_name["kldb-polyak"]["profile"]["shares"].values()) == pytest.approx(1)
+    assert sum(by_name["prompt"]["profile"]["shares"].values()) == pytest.approx(1)
+
+
+def test_floors_follow_the_guided_steps():
+    """By hand: steps that are skipped, gradients through the UNet and behind the tiny decoder, two criteria, CLIP."""
+    counted = Arithmetic(unet=1, unet_backward=2, decode=3, guide_decode=3, guide_decode_backward=4, target=5, clip=6)
+    tiny = dataclasses.replace(counted, guide_decode=1, guide_decode_backward=1)
+    results = Results(
+        about={"num_steps": {"boundary": 40, "risky": 20}},
+        measured=[],
+        checks=[],
+        arithmetic={"boundary": counted, "risky": counted, "boundary/tiny": tiny, "risky/tiny": tiny},
+        rates={},
+    )
+    setting = dataclasses.replace(digits_setting(), tiny="zoo:digits/tiny-autoencoder")
+    floors = {arm.name: results.floor(Measured(arm=arm)) for arm in arms_of(setting)}
+    assert floors["prompt"] == floors["prompt@tiny"] == floors["plain-diffusers"] == 1
+    assert floors["kldb-polyak"] == pytest.approx(1 + 7 * (3 + 4 + 5) / 83)
+    assert floors["kldb-norm"] == floors["naive-kldb-norm"] == pytest.approx(1 + 8 * 12 / 83)
+    assert floors["kldb-paper-unet"] == pytest.approx(1 + 8 * (12 + 2) / 83)
+    assert floors["kldb-polyak-every-step"] == pytest.approx(1 + 39 * 12 / 83)
+    assert floors["kldb-polyak@tiny"] == pytest.approx(1 + 7 * (1 + 1 + 5) / 83)
+    assert floors["risky-paper"] == pytest.approx(1 + 20 * (12 + 6) / 43)
+    assert floors["risky-polyak"] == pytest.approx(1 + 19 * 12 / 43)
+    assert floors["risky-polyak-floor"] == pytest.approx(1 + 19 * (12 + 4 + 6) / 43)
 
 
 def test_the_comparison_notices_another_step(models):
