@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from engine.errors import JobError
+from engine.models.methods import custom_methods
 from engine.models.targets import add_import_folders, factories
 from engine.spec import JobSpec, apply_overrides, parse_job
 
@@ -23,7 +24,8 @@ def read_job(path: Path, overrides: list[tuple[str, Any]]) -> JobSpec:
     Raises:
         JobError: the file cannot be read or is not YAML (with line and column), or the job is wrong.
 
-    Side effects: where a model is a factory, it can be imported from the working folder and the folder of the file.
+    Side effects: where a model or a method is a factory, it can be imported from the working folder and the folder of
+        the file.
     """
     raw = _parse(path, _text(path))
     if raw is None:
@@ -36,11 +38,11 @@ def read_job(path: Path, overrides: list[tuple[str, Any]]) -> JobSpec:
 
 
 def let_import(job: JobSpec, *folders: Path) -> None:
-    """Where a model of a job is a factory, let it be imported from some folders.
+    """Where a model or a method of a job is a factory, let it be imported from some folders.
 
     Side effects: adds them to `sys.path`.
     """
-    if any(factories([job.models.target, *job.models.transfer, job.models.oracle])):
+    if custom_methods(job) or any(factories([job.models.target, *job.models.transfer, job.models.oracle])):
         add_import_folders(str(folder.resolve()) for folder in folders)
 
 

@@ -7,6 +7,7 @@ them together; `apply_overrides` is the `--set` of the command line.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 from fractions import Fraction
@@ -33,6 +34,9 @@ Seed = Annotated[StrictInt, Field(ge=0, lt=MAX_SEED)]
 Context = Annotated[str, Field(max_length=400)]
 Address = Annotated[str, Field(min_length=1, max_length=1000)]
 Number = Annotated[float, Field(strict=True)]
+# A criterion of the user's own: `package.module:factory`.
+Method = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$", max_length=200)]
+Identifier = Annotated[str, Field(pattern=r"^[^\W\d]\w*$", max_length=100)]
 Factor = Annotated[str, Field(pattern=r"^[0-9]{1,6}(\.[0-9]{1,3})?x$")]
 
 
@@ -130,6 +134,24 @@ class RiskyGuidanceSpec(_Spec):
     skip_last: bool = Field(default=True, description="Do not guide at the last step, which is never denoised again.")
 
 
+class CustomGuidanceSpec(BoundaryGuidanceSpec):
+    """Guidance by a criterion of the user's own; steps and schedule are those of `boundary`."""
+
+    parameters: dict[Identifier, pydantic.JsonValue] = Field(
+        default_factory=dict,
+        description="Arguments of the function that `method` names: plain values, or lists of them.",
+    )
+
+    @pydantic.field_validator("parameters")
+    @classmethod
+    def _plain(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError:
+            raise ValueError("a parameter that is not finite cannot be recorded; leave it out") from None
+        return value
+
+
 class ConditioningSpec(_Spec):
     """Image embeddings that condition a Stable unCLIP pipeline: drawn from class statistics, or of given images."""
 
@@ -167,14 +189,18 @@ class GuidanceSpec(_Spec):
 
     boundary: BoundaryGuidanceSpec = Field(default=BoundaryGuidanceSpec(), description="For method `boundary`.")
     risky: RiskyGuidanceSpec = Field(default=RiskyGuidanceSpec(), description="For method `risky`.")
+    custom: CustomGuidanceSpec = Field(
+        default=CustomGuidanceSpec(), description="For a method of your own, `package.module:factory`."
+    )
 
 
 class RequestSpec(_Spec):
     """One class-conditional request: what to make, how much of it, by which method."""
 
     name: Name = Field(description="Unique in the job.")
-    method: Literal["prompt", "boundary", "risky"] = Field(
-        description="Prompt only, KLDB boundary guidance, or RiskyDiff guidance."
+    method: Literal["prompt", "boundary", "risky"] | Method = Field(
+        description="Prompt only, KLDB boundary guidance, RiskyDiff guidance, or `package.module:factory`: a criterion"
+        " of your own, which runs that code."
     )
     classes: Literal["all"] | tuple[str | StrictInt, ...] | None = Field(
         default=None, description="Class names or indices of the target, or `all`."
@@ -215,6 +241,16 @@ class RequestSpec(_Spec):
     @classmethod
     def _bare_address(cls, value: Any) -> Any:
         return {"artefact": value} if isinstance(value, str) else value
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether the method is a criterion of the user's own."""
+        return ":" in self.method
+
+    @property
+    def guidance_section(self) -> str:
+        """The section of `guidance` that the method reads; `prompt` reads none."""
+        return "custom" if self.is_custom else self.method
 
     @property
     def num_wanted(self) -> int:
@@ -390,14 +426,14 @@ def _override_problems(request: RequestSpec, base: dict[str, dict[str, Any]], wh
 
 def _schedule_problems(request: RequestSpec, base: dict[str, dict[str, Any]], where: Location) -> list[Problem]:
     sampling = SamplingSpec.model_validate(_merge(base["sampling"], request.sampling))
-    guidance = _merge(base["guidance"], request.guidance)[request.method]
+    guidance = _merge(base["guidance"], request.guidance)[request.guidance_section]
     first = int(sampling.num_inference_steps * (1 - guidance.get("gradient_range", 1.0))) + 1
     stop = sampling.num_inference_steps + (not guidance["skip_last"])
     if any(index % guidance["every"] == 0 for index in range(first, stop)):
         return []
     widen = ", widen `gradient_range`" if guidance.get("gradient_range", 1.0) < 1 else ""
     text = f"leaves none of {sampling.num_inference_steps} steps guided; lower `every`{widen} or add steps"
-    return [((*where, "guidance", request.method), text)]
+    return [((*where, "guidance", request.guidance_section), text)]
 
 
 def noise_problem(prediction_type: str, zero_snr: bool) -> str | None:
@@ -443,7 +479,7 @@ def _request_problems(request: RequestSpec) -> list[Problem]:
         if len(request.boundary) < 2:
             problems.append((("boundary",), f"{list(request.boundary)} has fewer than two classes; name two or more"))
     elif request.method != "boundary" and request.classes is None:
-        joint = " (or `boundary: [A, B]`)" if request.method == "prompt" else ""
+        joint = " (or `boundary: [A, B]`)" if request.method != "risky" else ""
         problems.append((("classes",), f"missing; give class names or `all`{joint}"))
     if isinstance(request.classes, tuple) and len(set(request.classes)) != len(request.classes):
         problems.append((("classes",), f"{list(request.classes)} names a class twice; name each once"))
@@ -549,6 +585,8 @@ def _explain(root: type[BaseModel], item: Any, location: Location) -> str:
             return f"{value} draws noise at every step; use a deterministic one: {item['ctx']['expected']}"
         choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
         return f"{value} is not one of {', '.join(choices)}" + nearest(str(item["input"]), choices)
+    if kind == "value_error":
+        return f"{value}: {item['ctx']['error']}"
     if kind == "string_pattern_mismatch" and key in ("name", "seed_group"):
         return f"{value} may hold only a-z, 0-9 and inner hyphens"
     return f"{value}: {item['msg'][0].lower()}{item['msg'][1:]}"
