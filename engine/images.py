@@ -26,6 +26,7 @@ import PIL.Image
 from engine.errors import JobError
 from engine.plan import class_index
 from engine.spec import nearest
+from engine.terminal import printable
 
 EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm"})
 SOUGHT = (
@@ -571,5 +572,5 @@ def _brief(error: Exception) -> str:
 
 def _plain(text: str) -> str:
     """A text from outside that can be printed and stored: no control characters, no broken Unicode, not too long."""
-    shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    shown = printable(text)
     return shown if len(shown) <= _MAX_NAME_CHARS else shown[: _MAX_NAME_CHARS - 3] + "..."

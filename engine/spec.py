@@ -94,7 +94,9 @@ class BoundaryGuidanceSpec(_Spec):
         description="Step size; 0 switches guidance off. Default: 1 for polyak (a factor), 0.05 for norm and paper.",
     )
     cap: Number = Field(default=0.1, gt=0, le=10, description="Polyak only: largest step as a fraction of |z|_2.")
-    every: StrictInt = Field(default=5, ge=1, description="Guide at steps i with i % every == 0, i counted from 1.")
+    every: StrictInt = Field(
+        default=5, ge=1, le=1000, description="Guide at steps i with i % every == 0, i counted from 1."
+    )
     gradient: Literal["detached", "unet"] = Field(
         default="detached", description="Gradient at the detached x0 prediction, or through the UNet."
     )
@@ -129,7 +131,9 @@ class RiskyGuidanceSpec(_Spec):
         default=None, ge=-1, le=1, description="polyak: lowest conformity; guidance lifts a sample that is below."
     )
     cap: Number = Field(default=0.1, gt=0, le=10, description="polyak: largest step as a fraction of |z|_2.")
-    every: StrictInt = Field(default=1, ge=1, description="Guide at steps i with i % every == 0, i counted from 1.")
+    every: StrictInt = Field(
+        default=1, ge=1, le=1000, description="Guide at steps i with i % every == 0, i counted from 1."
+    )
     gradient_range: Number = Field(default=1.0, gt=0, le=1, description="Guide only in this last fraction of steps.")
     skip_last: bool = Field(default=True, description="Do not guide at the last step, which is never denoised again.")
 
@@ -359,8 +363,13 @@ def parse_job(raw: Any) -> JobSpec:
     if not isinstance(raw, dict):
         raise JobError(f"job: a mapping of keys is expected, not {type(raw).__name__}; see `riskforge schema`")
     job, problems = _validate(JobSpec, raw, ())
-    known = {where for where, _ in problems}
-    problems += [(where, text) for where, text in _between_fields(raw) if where not in known]
+    known = [where for where, _ in problems]
+    # What is checked between fields is checked without the wrong ones, whose absence says nothing new.
+    problems += [
+        (where, text)
+        for where, text in _between_fields(raw)
+        if not any(where == one or _is_below(one, where) for one in known)
+    ]
     if problems:
         raise JobError([f"{_path(where)}: {text}" for where, text in problems])
     return job
@@ -572,6 +581,8 @@ def _explain(root: type[BaseModel], item: Any, location: Location) -> str:
     key = str(location[-1]) if location else ""
     if kind == "extra_forbidden":
         return "unknown key" + nearest(key, list(_fields_at(root, location[:-1])))
+    if kind == "invalid_key":
+        return "a key must be text; put it in quotes if it is meant so"
     if kind == "missing":
         return "missing; this key is required"
     if key == "conditioning":
@@ -589,7 +600,50 @@ def _explain(root: type[BaseModel], item: Any, location: Location) -> str:
         return f"{value}: {item['ctx']['error']}"
     if kind == "string_pattern_mismatch" and key in ("name", "seed_group"):
         return f"{value} may hold only a-z, 0-9 and inner hyphens"
-    return f"{value}: {item['msg'][0].lower()}{item['msg'][1:]}"
+    return f"{value} {_expected(kind, key, item)}"
+
+
+def _expected(kind: str, key: str, item: Any) -> str:
+    """What is wrong with a value and what is wanted in its place, in the words of a job file."""
+    limits, given = item.get("ctx", {}), item.get("input")
+    if kind in _LIMITS:
+        wrong, wanted, name = _LIMITS[kind]
+        limit = int(limits[name]) if limits[name] == int(limits[name]) else limits[name]
+        return f"{wrong} {limit}; {wanted.format(limit)}"
+    if key == "classes":
+        return "names no classes; give a list of names or indices, such as [three, 8], or `all`"
+    if given is None or given == "":
+        return f"is nothing; give {_KINDS.get(kind, 'a value')}, or leave the key out"
+    if kind in _KINDS:
+        return f"is not {_KINDS[kind]}" + ("; put it in quotes if it is meant so" if kind == "string_type" else "")
+    if kind == "string_pattern_mismatch" and (choices := re.fullmatch(r"\^\(([a-z|]+)\)\$", limits["pattern"])):
+        return f"is not one of {choices[1].replace('|', ', ')}" + nearest(str(given), choices[1].split("|"))
+    return f"cannot be used: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+# Of pydantic's kinds of errors: what is wrong, what is wanted, and where the limit stands.
+_LIMITS = {
+    "greater_than_equal": ("is below", "give {} or more", "ge"),
+    "greater_than": ("is not above", "give more than {}", "gt"),
+    "less_than_equal": ("is above", "give {} or less", "le"),
+    "less_than": ("is not below", "give less than {}", "lt"),
+    "string_too_long": ("has more characters than", "give {} or fewer", "max_length"),
+    "string_too_short": ("has fewer characters than", "give {} or more", "min_length"),
+    "too_short": ("has fewer entries than", "give {} or more", "min_length"),
+    "too_long": ("has more entries than", "give {} or fewer", "max_length"),
+}
+_KINDS = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_parsing_size": "a whole number of a size that is used",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "tuple_type": "a list, such as [a, b]",
+    "dict_type": "a mapping of keys to values",
+    "model_type": "a mapping of keys to values",
+}
 
 
 def _is_number(text: Any) -> bool:
@@ -621,7 +675,11 @@ def _fields_at(root: type[BaseModel], location: Location) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python spells out no number of more than 4300 digits.
+        return "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -663,14 +721,17 @@ def apply_overrides(raw: dict[str, Any], overrides: list[tuple[str, Any]]) -> di
     result: Any = _without(raw, [])
     for path, value in overrides:
         parts = path.split(".")
+        if not all(parts):
+            problems.append(f"--set {path}: no such place in the job; paths look like requests.0.count")
+            continue
         current: Any = result
         try:
             for part in parts[:-1]:
                 if part == "conditioning" and isinstance(current.get(part), str):
                     current[part] = {"artefact": current[part]}
-                current = current[int(part)] if isinstance(current, list) else current.setdefault(part, {})
+                current = current[_place(part)] if isinstance(current, list) else current.setdefault(part, {})
             if isinstance(current, list):
-                current[int(parts[-1])] = value
+                current[_place(parts[-1])] = value
             else:
                 current[parts[-1]] = value
         except (IndexError, ValueError, TypeError, AttributeError):
@@ -678,3 +739,14 @@ def apply_overrides(raw: dict[str, Any], overrides: list[tuple[str, Any]]) -> di
     if problems:
         raise JobError(problems)
     return result
+
+
+def _place(part: str) -> int:
+    """Number of an item of a list.
+
+    Raises:
+        ValueError: it is none, such as -1.
+    """
+    if not part.isdecimal():
+        raise ValueError(part)
+    return int(part)
