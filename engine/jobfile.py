@@ -127,9 +127,12 @@ def _num_values(value: Any, known: dict[int, int], inside: set[int]) -> int:
 
 def _text(path: Path) -> str:
     try:
-        if path.is_file() and path.stat().st_size > MAX_JOB_BYTES:
+        # Devices have no size, and some of them no end.
+        with path.open("rb") as file:
+            data = file.read(MAX_JOB_BYTES + 1)
+        if len(data) > MAX_JOB_BYTES:
             raise JobError(f"{path}: is larger than {MAX_JOB_BYTES // 2**20} MB; is it a job file?")
-        return path.read_bytes().decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except FileNotFoundError:
         raise JobError(f"{path}: there is no such file") from None
     except IsADirectoryError:

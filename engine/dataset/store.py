@@ -84,7 +84,10 @@ def open_store(uri: str) -> Store:
     try:
         with explained(f"output {uri}"):
             root = Path(uri).expanduser().absolute()
-            is_file = root.exists() and not root.is_dir()
+            there = next(one for one in (root, *root.parents) if os.path.lexists(one))
+            if there != root and not there.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "")
+            is_file = there == root and not root.is_dir()
     except RuntimeError as error:
         raise OutputError(f"output {uri}: names the home folder of nobody ({error}); choose another --output") from None
     if is_file:
