@@ -326,16 +326,18 @@ class RuntimeSpec(_Spec):
 
 
 class JobSpec(_Spec):
-    """A job: models, requests and how to carry them out (contract: job file)."""
+    """A job: models, requests and how to carry them out."""
 
     name: Name = Field(description="Prefix of shards and keys: lower case letters, digits, hyphens.")
     seed: Seed = Field(default=0, description="Seed of the job, a non-negative integer below 2^53.")
-    models: ModelsSpec
-    requests: tuple[RequestSpec, ...] = Field(min_length=1, max_length=MAX_REQUESTS)
-    sampling: SamplingSpec = SamplingSpec()
-    guidance: GuidanceSpec = GuidanceSpec()
-    output: OutputSpec
-    runtime: RuntimeSpec = RuntimeSpec()
+    models: ModelsSpec = Field(description="What samples, what is guided on, and what scores.")
+    requests: tuple[RequestSpec, ...] = Field(
+        min_length=1, max_length=MAX_REQUESTS, description="What to make; the order gives each its number."
+    )
+    sampling: SamplingSpec = Field(default=SamplingSpec(), description="How the diffusion model samples.")
+    guidance: GuidanceSpec = Field(default=GuidanceSpec(), description="Parameters of the guidance methods.")
+    output: OutputSpec = Field(description="Where and how the samples are stored.")
+    runtime: RuntimeSpec = Field(default=RuntimeSpec(), description="How the work is carried out.")
 
     def sampling_of(self, request: RequestSpec) -> SamplingSpec:
         """The job's sampling with the request's overrides, key by key."""
