@@ -204,9 +204,7 @@ def metadata_page() -> str:
     parts = [METADATA_INTRO]
     for heading, text, rows in tables:
         lines = ["| field | type | since | meaning |", "|---|---|---|---|"]
-        lines += [
-            f"| `{name}` | {_type(kind)} | {since} | {_cell(DESCRIPTIONS[name])} |" for name, kind, since in rows
-        ]
+        lines += [f"| `{name}` | {_type(kind)} | {since} | {_cell(DESCRIPTIONS[name])} |" for name, kind, since in rows]
         parts += [f"## {heading}", *([text] if text else []), "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
