@@ -50,9 +50,10 @@ JOB_INTRO = f"""# The job file
 
 {NOTE}
 
-A job is a YAML file. Unknown keys, values out of range, classes that the target does not have and parts that do not fit together are refused
-before a model is loaded, all at once: `riskforge plan JOB --validate`. `riskforge schema` prints the same as JSON Schema, for editors.
-`--set requests.0.count=6` replaces a value from the command line; a number counts the items of a list.
+A job is a YAML file. Unknown keys, values out of range, classes that the target does not have and parts that do not
+fit together are refused before a model is loaded, all at once: `riskforge plan JOB --validate`. `riskforge schema`
+prints the same as JSON Schema, for editors. `--set requests.0.count=6` replaces a value from the command line; a
+number counts the items of a list.
 
 ```yaml
 name: example
@@ -62,13 +63,15 @@ requests:
 output: {{uri: runs/example}}
 ```
 
-Numbers are written with their digits: YAML reads `1e6` as text. A key that stands twice is an error. Anchors and `<<` may be used."""
+Numbers are written with their digits: YAML reads `1e6` as text. A key that stands twice is an error. Anchors and `<<`
+may be used."""
 
 REQUESTS_NOTE = """`count` is for each class (or subset) *and* context. With `accept` it is a quota of *accepted* samples: a class is
-sampled, in rounds sized by its measured yield, until it has `count` times the number of contexts of them, whatever their context, or
-`max_attempts` are made. The first ones in index order count, later ones are marked `surplus` in `metadata.parquet`; the others are recorded as
-`rejected` (`output.store_rejected: true` keeps their images too). Requests of one `seed_group` share noise sample by sample: that is how methods are compared. `sampling` and `guidance` override
-the job's, key by key.
+sampled, in rounds sized by its measured yield, until it has `count` times the number of contexts of them, whatever
+their context, or `max_attempts` are made. The first ones in index order count, later ones are marked `surplus` in
+`metadata.parquet`; the others are recorded as `rejected` (`output.store_rejected: true` keeps their images too).
+Requests of one `seed_group` share noise sample by sample: that is how methods are compared. `sampling` and `guidance`
+override the job's, key by key.
 
 Conditions of `accept`, which must all hold:
 
@@ -80,12 +83,14 @@ METADATA_INTRO = f"""# The metadata of a sample
 
 {NOTE}
 
-Every sample has a `.json` in its tar and a row in the parquet beside it; `metadata.parquet` has the rows of all shards. Each field is always
-there and has one type, so that any reader infers one schema: where a field does not apply it is empty text, an empty list, 0, false, or -1 for
-a class. There are no nulls and no NaN. Scores are of the stored 8-bit image; logarithms are natural.
+Every sample has a `.json` in its tar and a row in the parquet beside it; `metadata.parquet` has the rows of all
+shards. Each field is always there and has one type, so that any reader infers one schema: where a field does not
+apply it is empty text, an empty list, 0, false, or -1 for a class. There are no nulls and no NaN. Scores are of the
+stored 8-bit image; logarithms are natural.
 
-`schema_version` is now {SCHEMA_VERSION}. Version 1 had no `judge`; all versions from 1 on are read, and a run goes on in the version that it began
-with. DuckDB reads runs of several versions with `read_parquet([...], union_by_name = true)`."""
+`schema_version` is now {SCHEMA_VERSION}. Version 1 had no `judge`; all versions from 1 on are read, and a run goes on
+in the version that it began with. DuckDB reads runs of several versions with `read_parquet([...], union_by_name =
+true)`."""
 
 
 def job_page() -> str:
