@@ -195,6 +195,8 @@ def model_digests(job: JobSpec) -> dict[str, Any]:
         "oracle": of(models.oracle) if models.oracle else "",
         **({"guidance_decoder": of(models.guidance_decoder)} if models.guidance_decoder else {}),
         **({"methods": {one: method_digest(one) for one in methods}} if (methods := custom_methods(job)) else {}),
+        # A checker's weights are in the digest of its pipeline.
+        **({"safety_checker": "off"} if models.safety_checker == "off" else {}),
     }
     if models.judge is None:
         # No key either: plans without a judge keep the digest that they had before there were judges.
