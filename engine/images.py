@@ -325,7 +325,8 @@ def _grouped(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarI
     for member in tar:
         folder, slash, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
-        if not member.isreg() or not stem or not extension:
+        # A sparse member promises more bytes than the archive has.
+        if not member.isreg() or member.issparse() or not stem or not extension:
             continue
         if (key := folder + slash + stem) != current and members:
             yield current, members
