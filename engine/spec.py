@@ -170,7 +170,7 @@ class ConditioningSpec(_Spec):
     )
     images: Address | None = Field(
         default=None,
-        description="Images to vary, read as by `riskforge prepare --data`; sample i of a class takes its image i, and"
+        description="Images to vary, read as `--data` of `riskforge prepare`; sample i of a class takes its image i, and"
         " begins again after the last.",
     )
     screening: bool | None = Field(
