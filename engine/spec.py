@@ -170,8 +170,8 @@ class ConditioningSpec(_Spec):
     )
     images: Address | None = Field(
         default=None,
-        description="Images to vary, read as `--data` of `riskforge prepare`; sample i of a class takes its image i, and"
-        " begins again after the last.",
+        description="Images to vary, read as `--data` of `riskforge prepare`; sample i of a class takes its image i,"
+        " and begins again after the last.",
     )
     screening: bool | None = Field(
         default=None, description="Draw until the error predictor expects an error; default: true with an artefact."
