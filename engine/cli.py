@@ -235,10 +235,13 @@ def repair(run: RunArgument, as_json: JsonOption = False) -> None:
     import dataclasses
 
     from engine.dataset.lease import hold
+    from engine.dataset.state import stored_plan
     from engine.dataset.store import open_store
     from engine.dataset.verify import repair as repair_run
 
     store = open_store(run)
+    # Before the lease, whose file would make a folder where there is none.
+    stored_plan(store)
     with contextlib.closing(_make_display()) as display, hold(store, notice=display.notice):
         repaired = repair_run(store, display.advance)
     if as_json:

@@ -597,7 +597,7 @@ def _explain(root: type[BaseModel], item: Any, location: Location) -> str:
         return f"{value} is neither a number of attempts a class, such as 400, nor a multiple of `count`, such as 4x"
     if kind in ("int_type", "float_type") and _is_number(item["input"]):
         return f"{value} is text to YAML, not a number; write it with its digits, such as 1000000 or 0.001"
-    if kind == "literal_error":
+    if kind == "literal_error" and (key != "classes" or isinstance(item["input"], str)):
         if key == "scheduler" and item["input"] in STOCHASTIC_SCHEDULERS:
             return f"{value} draws noise at every step; use a deterministic one: {item['ctx']['expected']}"
         choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
@@ -616,7 +616,7 @@ def _expected(kind: str, key: str, item: Any) -> str:
         wrong, wanted, name = _LIMITS[kind]
         limit = int(limits[name]) if limits[name] == int(limits[name]) else limits[name]
         return f"{wrong} {limit}; {wanted.format(limit)}"
-    if key == "classes":
+    if key == "classes" and not isinstance(given, str):
         return "names no classes; give a list of names or indices, such as [three, 8], or `all`"
     if given is None or given == "":
         return f"is nothing; give {_KINDS.get(kind, 'a value')}, or leave the key out"

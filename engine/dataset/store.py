@@ -84,7 +84,7 @@ def open_store(uri: str) -> Store:
     try:
         with explained(f"output {uri}"):
             root = Path(uri).expanduser().absolute()
-            there = next(one for one in (root, *root.parents) if os.path.lexists(one))
+            there = next(one for one in (root, *root.parents) if _is_there(one))
             if there != root and not there.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, "")
             is_file = there == root and not root.is_dir()
@@ -93,6 +93,15 @@ def open_store(uri: str) -> Store:
     if is_file:
         raise OutputError(f"output {root}: is a file, not a folder; choose another --output")
     return Store(root)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something has this path; a name that can be nobody's is an error, not an absence."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 class Store:
