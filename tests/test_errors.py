@@ -295,7 +295,9 @@ def test_a_foreign_tar_in_a_run(call, whole, tmp_path):
     assert "damage: " in out and "member '../../escaped.txt' stands where an image should" in out
     assert not (tmp_path.parent / "escaped.txt").exists()
     (output / "shards/thesis.tar").write_bytes(b"mine")
-    lines = refused(call, "run", QUICKSTART, "--output", output, "--resume", "overwrite", "--yes")
+    lines = refused(
+        call, "run", QUICKSTART, "--output", output, "--executor", "local", "--resume", "overwrite", "--yes"
+    )
     assert "thesis.tar" in lines[-1] and (output / "shards/thesis.tar").read_bytes() == b"mine"
 
 
