@@ -13,6 +13,10 @@ import typer
 import engine
 from engine.errors import EXIT_DAMAGED, EXIT_DRAINED, JobError, RiskforgeError
 
+# What is printed here is full of names and paths from outside.
+from engine.terminal import printable
+from engine.terminal import show as print
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -231,10 +235,13 @@ def repair(run: RunArgument, as_json: JsonOption = False) -> None:
     import dataclasses
 
     from engine.dataset.lease import hold
+    from engine.dataset.state import stored_plan
     from engine.dataset.store import open_store
     from engine.dataset.verify import repair as repair_run
 
     store = open_store(run)
+    # Before the lease, whose file would make a folder where there is none.
+    stored_plan(store)
     with contextlib.closing(_make_display()) as display, hold(store, notice=display.notice):
         repaired = repair_run(store, display.advance)
     if as_json:
@@ -511,12 +518,11 @@ def _make_display() -> Display:
 
 def _console(*, stderr: bool = False) -> Console:
     """A console; without a terminal, lines are as long as tables need."""
-    from rich.console import Console
-
     from engine.progress import TABLE_WIDTH
+    from engine.terminal import safe_console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else TABLE_WIDTH, highlight=False)
+    return safe_console(stream, width=None if stream.isatty() else TABLE_WIDTH)
 
 
 def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
@@ -738,15 +744,15 @@ def _print_some(lines: list[str], where: str = "conditioning.json") -> None:
 
 
 def _print_json(value: Any, indent: int | None = 2) -> None:
-    import json
+    from engine.terminal import json_text
 
-    print(json.dumps(value, indent=indent, ensure_ascii=False), flush=True)
+    print(json_text(value, indent), flush=True)
 
 
 def _print_error(error: RiskforgeError) -> None:
     lines = error.problems if isinstance(error, JobError) else str(error).splitlines()
     for line in lines:
-        _complain(f"error: {line}")
+        _complain(f"error: {printable(line)}")
 
 
 def _complain(line: str) -> None:

@@ -16,6 +16,7 @@ from engine.conditioner import Conditioner, open_conditioner
 from engine.conditioning.screening import ScreenedDraw
 from engine.errors import JobError
 from engine.guidance.boundary import guide_to_boundary
+from engine.guidance.custom import Criterion, Scene, criterion_problem, guide_by
 from engine.guidance.guided import ConditionalDenoiser, GuidedDenoiser
 from engine.guidance.risky import guide_to_risk
 from engine.guidance.rules import GradientHealth
@@ -23,6 +24,8 @@ from engine.models.classifier import Classifier
 from engine.models.clip import Clip
 from engine.models.decoder import GuidanceDecoder
 from engine.models.diffusion import Diffusion
+from engine.models.foreign import reason_of
+from engine.models.methods import load_method, method_digest
 from engine.models.runtime import choose_hardware, fix_kernels
 from engine.plan import Plan, RequestPlan, SampleSpec, make_prompt
 from engine.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, SampleResult, check_record, failed_record
@@ -55,6 +58,7 @@ class Generator:
         self._target = self._scorer.target
         self._diffusion: dict[str, Diffusion] = {}
         self._conditioners: dict[int, Conditioner] = {}
+        self._criteria: dict[int, Criterion] = {}
         decoder = job.models.guidance_decoder
         self._guidance_decoder = GuidanceDecoder.load(decoder, self._hardware) if decoder else None
         wanted = job.runtime.batch_size
@@ -113,6 +117,8 @@ class Generator:
         self._model(request).check_prompts([*longest_prompts(plan), negative])
         if plan.spec.conditioning is not None:
             self._conditioners[request] = self._conditioner(plan)
+        if plan.spec.is_custom:
+            self._criteria[request] = self._criterion(plan)
         self._prepared.add(request)
 
     def batch_limit(self, request: int) -> int:
@@ -273,6 +279,9 @@ class Generator:
                 classes=specs[0].cell.classes,
                 num_samples=len(specs),
             )
+        if spec.is_custom:
+            scene = self._scene([one.cell.classes for one in specs])
+            return guide_by(self._criteria[request], denoiser, guidance.custom, scene=scene, decode=decode)
         labels = torch.tensor([one.cell.classes[0] for one in specs], device=self._hardware.device)
         return guide_to_risk(
             denoiser,
@@ -282,6 +291,35 @@ class Generator:
             decode=decode,
             labels=labels,
         )
+
+    def _scene(self, classes: Sequence[tuple[int, ...]]) -> Scene:
+        """What a criterion of the user's own can ask about samples of these classes."""
+        return Scene(
+            logits=self._target.logits,
+            conformity=lambda images, labels: self._scorer.conformity_to(labels, raw=False)(images),
+            labels=torch.tensor([one[0] for one in classes], device=self._hardware.device),
+            classes=tuple(classes),
+        )
+
+    def _criterion(self, request: RequestPlan) -> Criterion:
+        """The criterion of a request's own method, tried on two images."""
+        address, where = request.spec.method, f"requests.{request.number}.method"
+        planned = self._plan.identity["requests"][request.number]["method_digest"]
+        # A plan that only counts shards knows no digests.
+        if planned and method_digest(address) != planned:
+            raise JobError(
+                f"{where}: the file of '{address}' on this machine is not the one that the run was planned with; give"
+                " all machines the same file"
+            )
+        criterion = load_method(address, self._job.guidance_of(request.spec).custom.parameters)
+        shape, scene = self._model(request.number).image_shape, self._scene([request.cells[0].classes] * 2)
+        try:
+            problem = criterion_problem(criterion, scene, shape)
+        except Exception as error:
+            raise JobError(f"{where}: the criterion of '{address}' failed: {reason_of(error)}") from error
+        if problem:
+            raise JobError(f"{where}: the criterion of '{address}' {problem}")
+        return criterion
 
     def _address(self, request: int) -> str:
         return self._job.requests[request].diffusion or self._job.models.diffusion

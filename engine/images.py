@@ -26,6 +26,7 @@ import PIL.Image
 from engine.errors import JobError
 from engine.plan import class_index
 from engine.spec import nearest
+from engine.terminal import printable
 
 EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm"})
 SOUGHT = (
@@ -324,7 +325,8 @@ def _grouped(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarI
     for member in tar:
         folder, slash, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
-        if not member.isreg() or not stem or not extension:
+        # A sparse member promises more bytes than the archive has.
+        if not member.isreg() or member.issparse() or not stem or not extension:
             continue
         if (key := folder + slash + stem) != current and members:
             yield current, members
@@ -571,5 +573,5 @@ def _brief(error: Exception) -> str:
 
 def _plain(text: str) -> str:
     """A text from outside that can be printed and stored: no control characters, no broken Unicode, not too long."""
-    shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    shown = printable(text)
     return shown if len(shown) <= _MAX_NAME_CHARS else shown[: _MAX_NAME_CHARS - 3] + "..."

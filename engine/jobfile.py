@@ -8,10 +8,15 @@ from typing import Any
 import yaml
 
 from engine.errors import JobError
+from engine.models.methods import custom_methods
 from engine.models.targets import add_import_folders, factories
 from engine.spec import JobSpec, apply_overrides, parse_job
 
 MAX_JOB_BYTES = 16 * 2**20
+# Values of a job with its aliases written out, and digits of a number: more is no job that anybody wrote.
+MAX_JOB_VALUES = 10**6
+MAX_DIGITS = 300
+MAX_SHOWN = 100
 
 
 def read_job(path: Path, overrides: list[tuple[str, Any]]) -> JobSpec:
@@ -23,7 +28,8 @@ def read_job(path: Path, overrides: list[tuple[str, Any]]) -> JobSpec:
     Raises:
         JobError: the file cannot be read or is not YAML (with line and column), or the job is wrong.
 
-    Side effects: where a model is a factory, it can be imported from the working folder and the folder of the file.
+    Side effects: where a model or a method is a factory, it can be imported from the working folder and the folder of
+        the file.
     """
     raw = _parse(path, _text(path))
     if raw is None:
@@ -36,11 +42,11 @@ def read_job(path: Path, overrides: list[tuple[str, Any]]) -> JobSpec:
 
 
 def let_import(job: JobSpec, *folders: Path) -> None:
-    """Where a model of a job is a factory, let it be imported from some folders.
+    """Where a model or a method of a job is a factory, let it be imported from some folders.
 
     Side effects: adds them to `sys.path`.
     """
-    if any(factories([job.models.target, *job.models.transfer, job.models.oracle])):
+    if custom_methods(job) or any(factories([job.models.target, *job.models.transfer, job.models.oracle])):
         add_import_folders(str(folder.resolve()) for folder in folders)
 
 
@@ -52,15 +58,30 @@ def parse_override(text: str) -> tuple[str, Any]:
     """
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise JobError(f"--set {text}: write it as KEY=VALUE, such as requests.0.count=6")
+        raise JobError(f"--set {_shortened(text)}: write it as KEY=VALUE, such as requests.0.count=6")
     try:
-        return key, yaml.load(value, Loader=StrictLoader)
+        return key, _bounded(yaml.load(value, Loader=StrictLoader))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise JobError(f"--set {key}: {value!r} is not a YAML value ({_problem(error)})") from None
+        raise JobError(f"--set {key}: {_shortened(value)} is not a YAML value ({_problem(error)})") from None
+
+
+def _shortened(text: str) -> str:
+    return repr(text) if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]!r}..."
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML without silent surprises: a key that stands twice is an error."""
+    """YAML without silent surprises: a key that stands twice is an error; so is a value that its tag cannot mean."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """The value of a node; what PyYAML raises of a value that it cannot read becomes an error with its place."""
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception as error:
+            kind, reason = node.tag.rpartition(":")[2], str(error).partition(";")[0] or type(error).__name__
+            text = f"cannot be read as {kind} ({reason})"
+            raise yaml.constructor.ConstructorError(None, None, text, node.start_mark) from None
 
 
 def _mapping(loader: StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -76,11 +97,42 @@ def _mapping(loader: StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
 StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
+def _bounded(value: Any) -> Any:
+    """A value from YAML, if it can be written out: aliases make values that hold themselves, or grow by doubling.
+
+    Raises:
+        ValueError: it cannot, or it has a number of more digits than any has that means something.
+    """
+    _num_values(value, {}, set())
+    return value
+
+
+def _num_values(value: Any, known: dict[int, int], inside: set[int]) -> int:
+    """How many values there are in a value with its aliases written out."""
+    if isinstance(value, int) and value.bit_length() > 4 * MAX_DIGITS:
+        raise ValueError(f"a number has more than {MAX_DIGITS} digits")
+    if not isinstance(value, dict | list | tuple | set):
+        return 1
+    if id(value) in inside:
+        raise ValueError("an alias stands inside of what it means")
+    if id(value) not in known:
+        inside.add(id(value))
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_num_values(part, known, inside) for part in parts)
+        inside.discard(id(value))
+    if known[id(value)] > MAX_JOB_VALUES:
+        raise ValueError(f"it has more than {MAX_JOB_VALUES} values with its aliases written out")
+    return known[id(value)]
+
+
 def _text(path: Path) -> str:
     try:
-        if path.is_file() and path.stat().st_size > MAX_JOB_BYTES:
+        # Devices have no size, and some of them no end.
+        with path.open("rb") as file:
+            data = file.read(MAX_JOB_BYTES + 1)
+        if len(data) > MAX_JOB_BYTES:
             raise JobError(f"{path}: is larger than {MAX_JOB_BYTES // 2**20} MB; is it a job file?")
-        return path.read_bytes().decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except FileNotFoundError:
         raise JobError(f"{path}: there is no such file") from None
     except IsADirectoryError:
@@ -93,7 +145,7 @@ def _text(path: Path) -> str:
 
 def _parse(path: Path, text: str) -> Any:
     try:
-        return yaml.load(text, Loader=StrictLoader)
+        return _bounded(yaml.load(text, Loader=StrictLoader))
     except yaml.reader.ReaderError:
         raise JobError(f"{path}: holds characters that no text has; give a job file in YAML") from None
     except yaml.MarkedYAMLError as error:

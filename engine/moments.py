@@ -42,7 +42,7 @@ def seconds_until(text: str, option: str, now: datetime) -> float:
         else:
             moment = datetime.fromisoformat(text)
             moment = moment.astimezone().replace(tzinfo=None) if moment.tzinfo else moment
-    except ValueError:
+    except (ValueError, OverflowError):
         raise JobError(f"{option}: {text!r} is not a moment; write it as 06:00 or 2026-11-22T06:00") from None
     if moment <= now:
         raise JobError(f"{option}: {text} has passed; it is {now:%Y-%m-%d %H:%M}")

@@ -27,6 +27,8 @@ IDENTITY_VERSION = 1
 JOINT_CODE = "mix"
 # A round of a quota with fewer samples would not fill a batch.
 MIN_ROUND = 16
+# Digests that stand in an identity with the requests that they are of.
+_BY_REQUEST = ("diffusion", "conditioning", "methods")
 # In the place of a class's number: all classes of the request, in turns.
 EVERY_CELL = -1
 
@@ -365,14 +367,14 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
 
     Args:
         digests: `{"diffusion": {address: digest}, "clip": digest, "target": digest, "transfer": [digest],
-            "oracle": digest, "conditioning": {address: digest}}`, and `"judge"` and `"guidance_decoder"` with a digest
-            where there is one, `"safety_checker": "off"` where it is off.
+            "oracle": digest, "conditioning": {address: digest}, "methods": {address: digest}}`, and `"judge"` and
+            `"guidance_decoder"` with a digest where there is one, `"safety_checker": "off"` where it is off.
     """
     return {
         "schema_version": IDENTITY_VERSION,
         "name": job.name,
         "seed": job.seed,
-        "models": {key: value for key, value in digests.items() if key not in ("diffusion", "conditioning")},
+        "models": {key: value for key, value in digests.items() if key not in _BY_REQUEST},
         "output": job.output.model_dump(mode="json", exclude={"uri"}),
         "requests": [
             {
@@ -388,6 +390,7 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
                 "accept": plan.spec.accept,
             }
             | _conditioning(plan.spec, digests.get("conditioning", {}))
+            | ({"method_digest": digests.get("methods", {}).get(plan.spec.method, "")} if plan.spec.is_custom else {})
             | ({"quota": True} if plan.spec.has_quota else {})
             for plan in requests
         ],
@@ -397,7 +400,7 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
 def _active_guidance(job: JobSpec, request: RequestSpec) -> dict[str, Any]:
     """The guidance that the request's method uses; a change to another method's does not change its samples."""
     guidance = job.guidance_of(request).model_dump(mode="json")
-    return guidance.get(request.method, {})
+    return guidance.get(request.guidance_section, {})
 
 
 def _conditioning(request: RequestSpec, digests: dict[str, str]) -> dict[str, Any]:

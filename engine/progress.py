@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from engine.dataset.counts import ShardCounts
 from engine.plan import Plan
+from engine.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -188,7 +189,7 @@ class PlainDisplay:
 
     def notice(self, text: str) -> None:
         """Print the line."""
-        print(f"{time.strftime('%H:%M:%S')} {text}", file=self._stream, flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {printable(text)}", file=self._stream, flush=True)
 
     def advance(self, text: str) -> None:
         """Print the line, if it is time."""

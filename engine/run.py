@@ -293,9 +293,9 @@ def describe_models(job: JobSpec, digests: dict[str, Any], labels: list[str]) ->
         described["judge"] = {"address": models.judge, "digest": digests["judge"]}
     if models.guidance_decoder:
         described["guidance_decoder"] = {"address": models.guidance_decoder, "digest": digests["guidance_decoder"]}
-    if digests["conditioning"]:
-        pairs = digests["conditioning"].items()
-        described["conditioning"] = [{"address": address, "digest": one} for address, one in pairs]
+    for role in ("conditioning", "methods"):
+        if pairs := digests.get(role):
+            described[role] = [{"address": address, "digest": one} for address, one in pairs.items()]
     return described
 
 

@@ -7,6 +7,7 @@ them together; `apply_overrides` is the `--set` of the command line.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 from fractions import Fraction
@@ -33,6 +34,9 @@ Seed = Annotated[StrictInt, Field(ge=0, lt=MAX_SEED)]
 Context = Annotated[str, Field(max_length=400)]
 Address = Annotated[str, Field(min_length=1, max_length=1000)]
 Number = Annotated[float, Field(strict=True)]
+# A criterion of the user's own: `package.module:factory`.
+Method = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$", max_length=200)]
+Identifier = Annotated[str, Field(pattern=r"^[^\W\d]\w*$", max_length=100)]
 Factor = Annotated[str, Field(pattern=r"^[0-9]{1,6}(\.[0-9]{1,3})?x$")]
 
 
@@ -94,7 +98,9 @@ class BoundaryGuidanceSpec(_Spec):
         description="Step size; 0 switches guidance off. Default: 1 for polyak (a factor), 0.05 for norm and paper.",
     )
     cap: Number = Field(default=0.1, gt=0, le=10, description="Polyak only: largest step as a fraction of |z|_2.")
-    every: StrictInt = Field(default=5, ge=1, description="Guide at steps i with i % every == 0, i counted from 1.")
+    every: StrictInt = Field(
+        default=5, ge=1, le=1000, description="Guide at steps i with i % every == 0, i counted from 1."
+    )
     gradient: Literal["detached", "unet"] = Field(
         default="detached", description="Gradient at the detached x0 prediction, or through the UNet."
     )
@@ -129,9 +135,29 @@ class RiskyGuidanceSpec(_Spec):
         default=None, ge=-1, le=1, description="polyak: lowest conformity; guidance lifts a sample that is below."
     )
     cap: Number = Field(default=0.1, gt=0, le=10, description="polyak: largest step as a fraction of |z|_2.")
-    every: StrictInt = Field(default=1, ge=1, description="Guide at steps i with i % every == 0, i counted from 1.")
+    every: StrictInt = Field(
+        default=1, ge=1, le=1000, description="Guide at steps i with i % every == 0, i counted from 1."
+    )
     gradient_range: Number = Field(default=1.0, gt=0, le=1, description="Guide only in this last fraction of steps.")
     skip_last: bool = Field(default=True, description="Do not guide at the last step, which is never denoised again.")
+
+
+class CustomGuidanceSpec(BoundaryGuidanceSpec):
+    """Guidance by a criterion of the user's own; steps and schedule are those of `boundary`."""
+
+    parameters: dict[Identifier, pydantic.JsonValue] = Field(
+        default_factory=dict,
+        description="Arguments of the function that `method` names: plain values, or lists of them.",
+    )
+
+    @pydantic.field_validator("parameters")
+    @classmethod
+    def _plain(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError:
+            raise ValueError("a parameter that is not finite cannot be recorded; leave it out") from None
+        return value
 
 
 class ConditioningSpec(_Spec):
@@ -144,8 +170,8 @@ class ConditioningSpec(_Spec):
     )
     images: Address | None = Field(
         default=None,
-        description="Images to vary, read as by `riskforge prepare --data`; sample i of a class takes its image i, and"
-        " begins again after the last.",
+        description="Images to vary, read as `--data` of `riskforge prepare`; sample i of a class takes its image i,"
+        " and begins again after the last.",
     )
     screening: bool | None = Field(
         default=None, description="Draw until the error predictor expects an error; default: true with an artefact."
@@ -171,14 +197,18 @@ class GuidanceSpec(_Spec):
 
     boundary: BoundaryGuidanceSpec = Field(default=BoundaryGuidanceSpec(), description="For method `boundary`.")
     risky: RiskyGuidanceSpec = Field(default=RiskyGuidanceSpec(), description="For method `risky`.")
+    custom: CustomGuidanceSpec = Field(
+        default=CustomGuidanceSpec(), description="For a method of your own, `package.module:factory`."
+    )
 
 
 class RequestSpec(_Spec):
     """One class-conditional request: what to make, how much of it, by which method."""
 
     name: Name = Field(description="Unique in the job.")
-    method: Literal["prompt", "boundary", "risky"] = Field(
-        description="Prompt only, KLDB boundary guidance, or RiskyDiff guidance."
+    method: Literal["prompt", "boundary", "risky"] | Method = Field(
+        description="Prompt only, KLDB boundary guidance, RiskyDiff guidance, or `package.module:factory`: a criterion"
+        " of your own, which runs that code."
     )
     classes: Literal["all"] | tuple[str | StrictInt, ...] | None = Field(
         default=None, description="Class names or indices of the target, or `all`."
@@ -219,6 +249,16 @@ class RequestSpec(_Spec):
     @classmethod
     def _bare_address(cls, value: Any) -> Any:
         return {"artefact": value} if isinstance(value, str) else value
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether the method is a criterion of the user's own."""
+        return ":" in self.method
+
+    @property
+    def guidance_section(self) -> str:
+        """The section of `guidance` that the method reads; `prompt` reads none."""
+        return "custom" if self.is_custom else self.method
 
     @property
     def num_wanted(self) -> int:
@@ -290,16 +330,18 @@ class RuntimeSpec(_Spec):
 
 
 class JobSpec(_Spec):
-    """A job: models, requests and how to carry them out (contract: job file)."""
+    """A job: models, requests and how to carry them out."""
 
     name: Name = Field(description="Prefix of shards and keys: lower case letters, digits, hyphens.")
     seed: Seed = Field(default=0, description="Seed of the job, a non-negative integer below 2^53.")
-    models: ModelsSpec
-    requests: tuple[RequestSpec, ...] = Field(min_length=1, max_length=MAX_REQUESTS)
-    sampling: SamplingSpec = SamplingSpec()
-    guidance: GuidanceSpec = GuidanceSpec()
-    output: OutputSpec
-    runtime: RuntimeSpec = RuntimeSpec()
+    models: ModelsSpec = Field(description="What samples, what is guided on, and what scores.")
+    requests: tuple[RequestSpec, ...] = Field(
+        min_length=1, max_length=MAX_REQUESTS, description="What to make; the order gives each its number."
+    )
+    sampling: SamplingSpec = Field(default=SamplingSpec(), description="How the diffusion model samples.")
+    guidance: GuidanceSpec = Field(default=GuidanceSpec(), description="Parameters of the guidance methods.")
+    output: OutputSpec = Field(description="Where and how the samples are stored.")
+    runtime: RuntimeSpec = Field(default=RuntimeSpec(), description="How the work is carried out.")
 
     def sampling_of(self, request: RequestSpec) -> SamplingSpec:
         """The job's sampling with the request's overrides, key by key."""
@@ -327,8 +369,13 @@ def parse_job(raw: Any) -> JobSpec:
     if not isinstance(raw, dict):
         raise JobError(f"job: a mapping of keys is expected, not {type(raw).__name__}; see `riskforge schema`")
     job, problems = _validate(JobSpec, raw, ())
-    known = {where for where, _ in problems}
-    problems += [(where, text) for where, text in _between_fields(raw) if where not in known]
+    known = [where for where, _ in problems]
+    # What is checked between fields is checked without the wrong ones, whose absence says nothing new.
+    problems += [
+        (where, text)
+        for where, text in _between_fields(raw)
+        if not any(where == one or _is_below(one, where) for one in known)
+    ]
     if problems:
         raise JobError([f"{_path(where)}: {text}" for where, text in problems])
     return job
@@ -394,14 +441,14 @@ def _override_problems(request: RequestSpec, base: dict[str, dict[str, Any]], wh
 
 def _schedule_problems(request: RequestSpec, base: dict[str, dict[str, Any]], where: Location) -> list[Problem]:
     sampling = SamplingSpec.model_validate(_merge(base["sampling"], request.sampling))
-    guidance = _merge(base["guidance"], request.guidance)[request.method]
+    guidance = _merge(base["guidance"], request.guidance)[request.guidance_section]
     first = int(sampling.num_inference_steps * (1 - guidance.get("gradient_range", 1.0))) + 1
     stop = sampling.num_inference_steps + (not guidance["skip_last"])
     if any(index % guidance["every"] == 0 for index in range(first, stop)):
         return []
     widen = ", widen `gradient_range`" if guidance.get("gradient_range", 1.0) < 1 else ""
     text = f"leaves none of {sampling.num_inference_steps} steps guided; lower `every`{widen} or add steps"
-    return [((*where, "guidance", request.method), text)]
+    return [((*where, "guidance", request.guidance_section), text)]
 
 
 def noise_problem(prediction_type: str, zero_snr: bool) -> str | None:
@@ -447,7 +494,7 @@ def _request_problems(request: RequestSpec) -> list[Problem]:
         if len(request.boundary) < 2:
             problems.append((("boundary",), f"{list(request.boundary)} has fewer than two classes; name two or more"))
     elif request.method != "boundary" and request.classes is None:
-        joint = " (or `boundary: [A, B]`)" if request.method == "prompt" else ""
+        joint = " (or `boundary: [A, B]`)" if request.method != "risky" else ""
         problems.append((("classes",), f"missing; give class names or `all`{joint}"))
     if isinstance(request.classes, tuple) and len(set(request.classes)) != len(request.classes):
         problems.append((("classes",), f"{list(request.classes)} names a class twice; name each once"))
@@ -540,6 +587,8 @@ def _explain(root: type[BaseModel], item: Any, location: Location) -> str:
     key = str(location[-1]) if location else ""
     if kind == "extra_forbidden":
         return "unknown key" + nearest(key, list(_fields_at(root, location[:-1])))
+    if kind == "invalid_key":
+        return "a key must be text; put it in quotes if it is meant so"
     if kind == "missing":
         return "missing; this key is required"
     if key == "conditioning":
@@ -548,14 +597,59 @@ def _explain(root: type[BaseModel], item: Any, location: Location) -> str:
         return f"{value} is neither a number of attempts a class, such as 400, nor a multiple of `count`, such as 4x"
     if kind in ("int_type", "float_type") and _is_number(item["input"]):
         return f"{value} is text to YAML, not a number; write it with its digits, such as 1000000 or 0.001"
-    if kind == "literal_error":
+    if kind == "literal_error" and (key != "classes" or isinstance(item["input"], str)):
         if key == "scheduler" and item["input"] in STOCHASTIC_SCHEDULERS:
             return f"{value} draws noise at every step; use a deterministic one: {item['ctx']['expected']}"
         choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
         return f"{value} is not one of {', '.join(choices)}" + nearest(str(item["input"]), choices)
+    if kind == "value_error":
+        return f"{value}: {item['ctx']['error']}"
     if kind == "string_pattern_mismatch" and key in ("name", "seed_group"):
         return f"{value} may hold only a-z, 0-9 and inner hyphens"
-    return f"{value}: {item['msg'][0].lower()}{item['msg'][1:]}"
+    return f"{value} {_expected(kind, key, item)}"
+
+
+def _expected(kind: str, key: str, item: Any) -> str:
+    """What is wrong with a value and what is wanted in its place, in the words of a job file."""
+    limits, given = item.get("ctx", {}), item.get("input")
+    if kind in _LIMITS:
+        wrong, wanted, name = _LIMITS[kind]
+        limit = int(limits[name]) if limits[name] == int(limits[name]) else limits[name]
+        return f"{wrong} {limit}; {wanted.format(limit)}"
+    if key == "classes" and not isinstance(given, str):
+        return "names no classes; give a list of names or indices, such as [three, 8], or `all`"
+    if given is None or given == "":
+        return f"is nothing; give {_KINDS.get(kind, 'a value')}, or leave the key out"
+    if kind in _KINDS:
+        return f"is not {_KINDS[kind]}" + ("; put it in quotes if it is meant so" if kind == "string_type" else "")
+    if kind == "string_pattern_mismatch" and (choices := re.fullmatch(r"\^\(([a-z|]+)\)\$", limits["pattern"])):
+        return f"is not one of {choices[1].replace('|', ', ')}" + nearest(str(given), choices[1].split("|"))
+    return f"cannot be used: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+# Of pydantic's kinds of errors: what is wrong, what is wanted, and where the limit stands.
+_LIMITS = {
+    "greater_than_equal": ("is below", "give {} or more", "ge"),
+    "greater_than": ("is not above", "give more than {}", "gt"),
+    "less_than_equal": ("is above", "give {} or less", "le"),
+    "less_than": ("is not below", "give less than {}", "lt"),
+    "string_too_long": ("has more characters than", "give {} or fewer", "max_length"),
+    "string_too_short": ("has fewer characters than", "give {} or more", "min_length"),
+    "too_short": ("has fewer entries than", "give {} or more", "min_length"),
+    "too_long": ("has more entries than", "give {} or fewer", "max_length"),
+}
+_KINDS = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_parsing_size": "a whole number of a size that is used",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "tuple_type": "a list, such as [a, b]",
+    "dict_type": "a mapping of keys to values",
+    "model_type": "a mapping of keys to values",
+}
 
 
 def _is_number(text: Any) -> bool:
@@ -587,7 +681,11 @@ def _fields_at(root: type[BaseModel], location: Location) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python spells out no number of more than 4300 digits.
+        return "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -629,14 +727,17 @@ def apply_overrides(raw: dict[str, Any], overrides: list[tuple[str, Any]]) -> di
     result: Any = _without(raw, [])
     for path, value in overrides:
         parts = path.split(".")
+        if not all(parts):
+            problems.append(f"--set {path}: no such place in the job; paths look like requests.0.count")
+            continue
         current: Any = result
         try:
             for part in parts[:-1]:
                 if part == "conditioning" and isinstance(current.get(part), str):
                     current[part] = {"artefact": current[part]}
-                current = current[int(part)] if isinstance(current, list) else current.setdefault(part, {})
+                current = current[_place(part)] if isinstance(current, list) else current.setdefault(part, {})
             if isinstance(current, list):
-                current[int(parts[-1])] = value
+                current[_place(parts[-1])] = value
             else:
                 current[parts[-1]] = value
         except (IndexError, ValueError, TypeError, AttributeError):
@@ -644,3 +745,14 @@ def apply_overrides(raw: dict[str, Any], overrides: list[tuple[str, Any]]) -> di
     if problems:
         raise JobError(problems)
     return result
+
+
+def _place(part: str) -> int:
+    """Number of an item of a list.
+
+    Raises:
+        ValueError: it is none, such as -1.
+    """
+    if not part.isdecimal():
+        raise ValueError(part)
+    return int(part)

@@ -18,7 +18,6 @@ import pytest
 import yaml
 from rich.console import Console
 
-from engine import cli
 from engine.dataset.counts import ShardCounts
 from engine.dataset.lease import hold
 from engine.dataset.store import open_store
@@ -32,19 +31,6 @@ from tests.sleepy import Faults, make_job, make_sleepy, run_sleepy
 
 RISKFORGE = str(Path(sys.executable).with_name("riskforge"))
 QUICKSTART = str(REPOSITORY / "jobs/quickstart.yaml")
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs the command line in this process; gives exit code, stdout and stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["riskforge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 def refused(call, *arguments: str) -> list[str]:

@@ -221,6 +221,6 @@ def test_risk_guidance_and_acceptance_on_real_models():
 def test_the_card_knows_every_method():
     """A method without a description would end a finished run with an error."""
     from engine.dataset.card import _METHODS
-    from engine.spec import RequestSpec
+    from engine.spec import GuidanceSpec
 
-    assert set(_METHODS) == set(RequestSpec.model_fields["method"].annotation.__args__)
+    assert set(_METHODS) == {"prompt", *GuidanceSpec.model_fields}

@@ -274,7 +274,7 @@ def test_given_images_are_varied_in_their_order(tmp_path):
         ({"conditioning": {"artefact": ARTEFACT, "images": "x"}}, "give either `artefact`"),
         ({"conditioning": {}}, "give either `artefact`"),
         ({"conditioning": {"images": "x", "screening": True}}, "given images are not screened"),
-        ({"conditioning": {"artefact": ARTEFACT, "threshold": 1}}, "threshold: 1: input should be less than 1"),
+        ({"conditioning": {"artefact": ARTEFACT, "threshold": 1}}, "threshold: 1 is not below 1; give less than 1"),
         ({"conditioning": {"artefact": ARTEFACT, "max_draws": 0}}, "max_draws: 0"),
         ({"conditioning": {"artefact": ARTEFACT, "max_draws": "1e3"}}, "is text to YAML, not a number"),
         ({"conditioning": {"artefact": ARTEFACT, "noise_level": 1000}}, "noise_level: 1000"),
@@ -309,7 +309,7 @@ def test_settings_reach_into_an_address(tmp_path, capsys):
     assert run_cli("plan", path, "--validate", "--set", "requests.0.conditioning.threshold=0.8") == 0
     assert run_cli("plan", path, "--validate", "--set", "requests.0.conditioning.threshold=2") == 2
     assert capsys.readouterr().err.splitlines() == [
-        "error: requests.0.conditioning.threshold: 2: input should be less than 1"
+        "error: requests.0.conditioning.threshold: 2 is not below 1; give less than 1"
     ]
 
 

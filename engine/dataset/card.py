@@ -16,6 +16,7 @@ _METHODS = {
     "prompt": "sampled without guidance",
     "boundary": "guided by the target's KLDB, towards the decision boundary between the classes of the request",
     "risky": "guided to risk for the target under conformity to the class",
+    "custom": "guided by a criterion of its own, whose code is not part of this data set",
 }
 _SIZES = (
     (10**3, "n<1K"),
@@ -59,7 +60,7 @@ def dataset_card(job: JobSpec, manifest: dict[str, Any], groups: list[GroupSumma
 
 
 def _header(job: JobSpec, manifest: dict[str, Any], data_files: list[str]) -> str:
-    methods = sorted({f"guidance-{request.method}" for request in job.requests})
+    methods = sorted({f"guidance-{request.guidance_section}" for request in job.requests})
     header = {
         "pretty_name": job.name,
         "license": "other",
@@ -132,7 +133,7 @@ def _requests(job: JobSpec) -> str:
         classes = "all classes" if wanted == "all" else ", ".join(code(str(one), table=False) for one in wanted or ())
         joint = " jointly" if request.boundary is not None else ""
         lines += [
-            f"- **{request.name}**: method `{request.method}`, {_METHODS[request.method]}; {classes}{joint}, "
+            f"- **{request.name}**: method `{request.method}`, {_METHODS[request.guidance_section]}; {classes}{joint}, "
             f"{_amount(request)}; contexts: {len(request.contexts)}.",
             f"  - sampling: {_parameters(job.sampling_of(request).model_dump())}",
         ]
@@ -140,8 +141,8 @@ def _requests(job: JobSpec) -> str:
             lines.append(f"  - conditioning: {_conditioning(request.conditioning)}")
         if request.prompt:
             lines.append(f"  - prompt: {code(request.prompt, table=False)}")
-        if request.method == "boundary":
-            guidance = job.guidance_of(request).boundary
+        if request.guidance_section in ("boundary", "custom"):
+            guidance = getattr(job.guidance_of(request), request.guidance_section)
             lines.append(f"  - guidance: {_parameters(guidance.model_dump() | {'alpha': guidance.step_size})}")
         elif request.method == "risky":
             lines.append(f"  - guidance: {_parameters(job.guidance_of(request).risky.model_dump())}")

@@ -17,7 +17,7 @@ from typing import Any
 from engine.dataset.shards import SHARDS
 from engine.dataset.store import DRIVER_LOCK, LEASES, LOCKS, STATE, Store
 from engine.errors import JobError, OutputError, OwnedError
-from engine.plan import Cell, Extent, Plan, RequestPlan, difference, next_stage
+from engine.plan import EVERY_CELL, Cell, Extent, Plan, RequestPlan, difference, next_stage
 from engine.records import fields_of
 from engine.spec import JobSpec, parse_job
 
@@ -34,6 +34,9 @@ TIMM_INFO = "shards/_info.json"
 
 RUN_FILES = (SUCCESS, METADATA, MANIFEST, CARD, REPORT, WIDS_INDEX, TIMM_INFO)
 MAX_SHOWN = 8
+MAX_REASON_CHARS = 300
+# Samples of a request over all of its classes, at most: more is no plan of ours.
+MAX_POSITIONS = 10**15
 MAX_DIFFERENCES = 20
 _ELSEWHERE = "or choose another --output"
 
@@ -122,12 +125,14 @@ def read_run(store: Store) -> StoredRun | None:
     if not names:
         return None
     files = [_read_plan(store, name) for name in names]
-    stages = tuple(tuple(Extent(**extent) for extent in file["stage"]) for file in files)
-    first, job = files[0], [file["job"] for file in files if "job" in file][-1]
+    stages = tuple(tuple(_extent(extent) for extent in file["stage"]) for file in files)
+    first, job = files[0], [file["job"] for file in files if "job" in file][-1:]
+    if "identity" not in first or not job:
+        raise OutputError(f"{store.path(PLANS)}: the first part of the plan is missing; restore it, {_ELSEWHERE}")
     return StoredRun(
         digest=first["digest"],
         identity=first["identity"],
-        job=job,
+        job=job[0],
         stages=stages,
         schema_version=first["schema_version"],
     )
@@ -175,18 +180,63 @@ def stored_plan(store: Store) -> tuple[JobSpec, Plan]:
     stored = read_run(store)
     if stored is None:
         raise OutputError(f"{store.uri}: there is no run; give the folder of one")
-    job = parse_job(stored.job | {"output": stored.job["output"] | {"uri": store.uri}})
-    requests = tuple(
-        RequestPlan(
-            number=number,
-            spec=spec,
-            job_name=job.name,
-            job_seed=job.seed,
-            cells=tuple(Cell(classes=tuple(one), names=tuple(map(str, one))) for one in raw["classes"]),
+    try:
+        job = parse_job(stored.job | {"output": stored.job["output"] | {"uri": store.uri}})
+        requests = tuple(
+            RequestPlan(
+                number=number,
+                spec=spec,
+                job_name=job.name,
+                job_seed=job.seed,
+                cells=tuple(Cell(classes=tuple(one), names=tuple(map(str, one))) for one in raw["classes"]),
+            )
+            for number, (spec, raw) in enumerate(zip(job.requests, stored.identity["requests"], strict=True))
         )
-        for number, (spec, raw) in enumerate(zip(job.requests, stored.identity["requests"], strict=True))
+        plan = Plan(requests, stored.identity, stored.stages, stored.schema_version)
+        _check_extents(plan)
+    except _BROKEN as error:
+        raise _unreadable(store.path(PLANS), error) from error
+    return job, plan
+
+
+# What reading a plan raises that no version of this program wrote.
+_BROKEN = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, JobError)
+
+
+def _unreadable(path: Path, error: Exception) -> OutputError:
+    reason = "; ".join(error.problems) if isinstance(error, JobError) else str(error)
+    return OutputError(
+        f"{path}: cannot be read as the plan of a run ({reason[:MAX_REASON_CHARS]}); use the version that wrote it,"
+        f" {_ELSEWHERE}"
     )
-    return job, Plan(requests, stored.identity, stored.stages, stored.schema_version)
+
+
+def _check_extents(plan: Plan) -> None:
+    """Refuse extents of requests and classes that the plan does not have.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for one in plan.extents:
+        if not 0 <= one.request < len(plan.requests):
+            raise ValueError(f"request {one.request} is not in the job")
+        if not EVERY_CELL <= one.cell < len(plan.requests[one.request].cells):
+            raise ValueError(f"request {one.request} has no class {one.cell}")
+
+
+def _extent(raw: dict[str, Any]) -> Extent:
+    """An extent from a file.
+
+    Raises:
+        ValueError: its numbers are none, or mean nothing.
+        TypeError: it has other fields.
+    """
+    extent = Extent(**raw)
+    if any(type(one) is not int for one in dataclasses.astuple(extent)):
+        raise ValueError(f"{raw} has fields that are not whole numbers")
+    if not 0 <= extent.start <= extent.stop <= MAX_POSITIONS or extent.samples_per_shard < 1:
+        raise ValueError(f"{raw} is not a part of a sequence")
+    return extent
 
 
 def quarantined_shards(store: Store) -> list[int]:
@@ -201,16 +251,13 @@ def _read_plan(store: Store, name: str) -> dict[str, Any]:
         if file["plan_version"] != PLAN_VERSION:
             raise ValueError(f"version {file['plan_version']}")
         for extent in file["stage"]:
-            Extent(**extent)
+            _extent(extent)
         wanted = ("digest", "stage", *(("identity", "job") if name == f"{PLANS}/{0:06d}.json" or "job" in file else ()))
         # Plans of version 1 do not say so.
         fields_of(version := file.get("schema_version", 1))
         return {key: file[key] for key in wanted} | {"schema_version": version}
-    except (ValueError, KeyError, TypeError) as error:
-        raise OutputError(
-            f"{store.path(name)}: cannot be read as the plan of a run ({error}); use the version that wrote it, "
-            f"{_ELSEWHERE}"
-        ) from error
+    except _BROKEN as error:
+        raise _unreadable(store.path(name), error) from error
 
 
 def _publish_stage(store: Store, plan: Plan, job: JobSpec, number: int, stage: tuple[Extent, ...]) -> bool:

@@ -84,12 +84,24 @@ def open_store(uri: str) -> Store:
     try:
         with explained(f"output {uri}"):
             root = Path(uri).expanduser().absolute()
-            is_file = root.exists() and not root.is_dir()
+            there = next(one for one in (root, *root.parents) if _is_there(one))
+            if there != root and not there.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "")
+            is_file = there == root and not root.is_dir()
     except RuntimeError as error:
         raise OutputError(f"output {uri}: names the home folder of nobody ({error}); choose another --output") from None
     if is_file:
         raise OutputError(f"output {root}: is a file, not a folder; choose another --output")
     return Store(root)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something has this path; a name that can be nobody's is an error, not an absence."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 class Store:

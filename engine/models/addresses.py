@@ -16,6 +16,7 @@ from typing import Any
 
 import engine
 from engine.errors import JobError
+from engine.models.methods import custom_methods, method_digest, method_problems
 from engine.models.targets import check_foreign, foreign_digest, foreign_labels, is_foreign
 from engine.spec import JobSpec, RequestSpec, nearest, noise_problem
 
@@ -193,6 +194,7 @@ def model_digests(job: JobSpec) -> dict[str, Any]:
         "transfer": [of(address) for address in models.transfer],
         "oracle": of(models.oracle) if models.oracle else "",
         **({"guidance_decoder": of(models.guidance_decoder)} if models.guidance_decoder else {}),
+        **({"methods": {one: method_digest(one) for one in methods}} if (methods := custom_methods(job)) else {}),
         # A checker's weights are in the digest of its pipeline.
         **({"safety_checker": "off"} if models.safety_checker == "off" else {}),
     }
@@ -217,7 +219,8 @@ def check_addresses(job: JobSpec, *, with_artefacts: bool = True) -> None:
     """Check that every model of a job can be found and is of the right kind, without loading one.
 
     Args:
-        with_artefacts: look at its conditioning artefacts too; whoever makes them anew does not.
+        with_artefacts: look at its conditioning artefacts and at methods of the user's own too; whoever makes
+            artefacts does not.
 
     Raises:
         JobError: all problems, a line each, by field.
@@ -242,6 +245,7 @@ def check_addresses(job: JobSpec, *, with_artefacts: bool = True) -> None:
             *_decoder_problems(job),
         ]
     if not problems and with_artefacts:
+        problems += method_problems(job)
         labels = read_labels(job.models.target)
         for number, request in enumerate(job.requests):
             problems += _artefact_problems(number, request, labels)

@@ -108,6 +108,17 @@ class Diffusion:
         _, height, width = self.latent_shape
         return max(1, min(CPU_ROWS, CPU_LATENT_PIXELS // (height * width)))
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a decoded image."""
+        _, height, width = self.latent_shape
+        scale = self._pixels_per_latent
+        return 3, height * scale, width * scale
+
+    @property
+    def _pixels_per_latent(self) -> int:
+        return 2 ** (len(self._vae.config.block_out_channels) - 1)
+
     def sampler(self, spec: SamplingSpec) -> Sampler:
         """A fresh sampler, for one batch.
 
@@ -194,7 +205,7 @@ class Diffusion:
         self._vae.to(memory_format=self._layout)
         if self.hardware.attention == "xformers":
             self._use_xformers()
-        pixels = self.latent_shape[1] * 2 ** (len(self._vae.config.block_out_channels) - 1)
+        pixels = self.latent_shape[1] * self._pixels_per_latent
         wanted = self.hardware.gradient_checkpointing
         if wanted == "on" or (wanted == "auto" and pixels > CHECKPOINTING_PIXELS):
             self._unet.enable_gradient_checkpointing()

@@ -81,7 +81,7 @@ def _open_file(path: Path, kind: str, address: str, device: str) -> Any:
         return (program if device == "cpu" else move_to_device_pass(program, device)).module()
     except Exception as error:
         # A damaged or hostile archive raises whatever its readers stumble over.
-        raise JobError(f"'{address}' cannot be loaded as {what} ({_reason(error)})") from error
+        raise JobError(f"'{address}' cannot be loaded as {what} ({reason_of(error)})") from error
 
 
 @contextlib.contextmanager
@@ -104,11 +104,11 @@ def call_factory(address: str) -> tuple[torch.nn.Module, TargetSettings]:
     Raises:
         JobError: no such module or factory, it fails, or it gives something else.
     """
-    factory = _find(address)
+    factory = find_factory(address)
     try:
         made = factory()
     except (Exception, SystemExit) as error:
-        raise JobError(f"'{address}' failed: {_reason(error)}") from error
+        raise JobError(f"'{address}' failed: {reason_of(error)}") from error
     if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], torch.nn.Module):
         raise JobError(
             f"'{address}' gave {_type_of(made)}; return a pair of a torch.nn.Module and its settings, such as {EXAMPLE}"
@@ -117,21 +117,27 @@ def call_factory(address: str) -> tuple[torch.nn.Module, TargetSettings]:
     return module, parse_settings(settings, f"'{address}'")
 
 
-def _find(address: str) -> Callable[[], Any]:
-    """The factory itself."""
+def find_factory(address: str) -> Callable[[], Any]:
+    """The function of `package.module:factory`.
+
+    Raises:
+        JobError: no such module, it cannot be imported, or it has no such function.
+
+    Side effects: imports the module.
+    """
     name, attribute = module_of(address)
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise JobError(f"'{address}': module '{name}' cannot be imported: {_reason(error)}") from error
+            raise JobError(f"'{address}': module '{name}' cannot be imported: {reason_of(error)}") from error
         looked = ", ".join(repr(folder) for folder in import_folders()) or "the folders of installed packages"
         raise JobError(
             f"'{address}': there is no module '{error.name}'; it was looked for in {looked} and PYTHONPATH: start in"
             " the folder that holds it, lay it beside the job file, or set PYTHONPATH"
         ) from None
     except (Exception, SystemExit) as error:
-        raise JobError(f"'{address}': module '{name}' cannot be imported: {_reason(error)}") from error
+        raise JobError(f"'{address}': module '{name}' cannot be imported: {reason_of(error)}") from error
     factory = getattr(module, attribute, None)
     if callable(factory):
         return factory
@@ -184,7 +190,7 @@ def _try(network: Network, settings: TargetSettings, address: str, device: str) 
             output = network(images)
         except (Exception, SystemExit) as error:
             raise JobError(
-                f"'{address}' fails on a batch of {rows} images, {list(images.shape)}: {_reason(error)}; image_size"
+                f"'{address}' fails on a batch of {rows} images, {list(images.shape)}: {reason_of(error)}; image_size"
                 " must be what it takes, and the size of a batch free (torch.export: dynamic_shapes with a Dim for it)"
             ) from error
         if not isinstance(output, Tensor) or output.shape != (rows, num_classes):
@@ -203,7 +209,7 @@ def _type_of(value: Any) -> str:
     return f"a {type(value).__name__}" if value is not None else "nothing"
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """An error in a line, with the place in the user's code that it came from."""
     text = (str(error).strip().splitlines() or [""])[0][:300]
     frames = [one for one in traceback.extract_tb(error.__traceback__) if _is_users(one.filename)]

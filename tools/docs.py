@@ -1,0 +1,254 @@
+"""Pages of the documentation that are made from the code: the job file, and the metadata of a sample.
+
+uv run python tools/docs.py            # writes docs/job-file.md and docs/metadata.md
+uv run python tools/docs.py --check    # exit code 1 where one of them is not what it should be
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter
+
+from engine import spec
+from engine.acceptance import FLAGS, JUDGE_SCORES, ORACLE, SCORES
+from engine.dataset.schema import DESCRIPTIONS
+from engine.plan import SCHEMA_VERSION
+from engine.records import DETERMINISTIC_FIELDS, ENTRY_FIELDS, RUN_FIELDS, fields_of
+
+DOCS = Path(__file__).parent.parent / "docs"
+NOTE = "<!-- Made by tools/docs.py from the code; change it there. -->"
+
+# Sections of the page, in the order of a job file: heading, place in the file, class.
+SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
+    ("The job", spec.JobSpec),
+    ("models", spec.ModelsSpec),
+    ("requests", spec.RequestSpec),
+    ("conditioning", spec.ConditioningSpec),
+    ("sampling", spec.SamplingSpec),
+    ("guidance", spec.GuidanceSpec),
+    ("guidance.boundary", spec.BoundaryGuidanceSpec),
+    ("guidance.risky", spec.RiskyGuidanceSpec),
+    ("guidance.custom", spec.CustomGuidanceSpec),
+    ("output", spec.OutputSpec),
+    ("runtime", spec.RuntimeSpec),
+)
+# Patterns in words; a new one needs words, too.
+PATTERNS = {
+    TypeAdapter(spec.Name).json_schema()["pattern"]: "of a-z, 0-9 and inner hyphens",
+    TypeAdapter(spec.Method).json_schema()["pattern"]: "`package.module:factory`",
+    TypeAdapter(spec.Factor).json_schema()["pattern"]: "a multiple such as `4x`",
+    "^(auto|cpu|cuda)$": "`auto`, `cpu`, `cuda`",
+}
+
+JOB_INTRO = f"""# The job file
+
+{NOTE}
+
+A job is a YAML file. Unknown keys, values out of range, classes that the target does not have and parts that do not
+fit together are refused before a model is loaded, all at once: `riskforge plan JOB --validate`. `riskforge schema`
+prints the same as JSON Schema, for editors. `--set requests.0.count=6` replaces a value from the command line; a
+number counts the items of a list.
+
+```yaml
+name: example
+models: {{diffusion: zoo:digits/stable-diffusion, clip: zoo:digits/clip, target: zoo:digits/classifier}}
+requests:
+  - {{name: threes, method: prompt, classes: [three], count: 10}}
+output: {{uri: runs/example}}
+```
+
+Numbers are written with their digits: YAML reads `1e6` as text. A key that stands twice is an error. Anchors and `<<`
+may be used."""
+
+REQUESTS_NOTE = """`count` is for each class (or subset) *and* context. With `accept` it is a quota of *accepted*
+samples: a class is sampled, in rounds sized by its measured yield, until it has `count` times the number of contexts
+of them, whatever their context, or `max_attempts` are made. The first ones in index order count, later ones are
+marked `surplus` in `metadata.parquet`; the others are recorded as `rejected` (`output.store_rejected: true` keeps
+their images too). Requests of one `seed_group` share noise sample by sample: that is how methods are compared.
+`sampling` and `guidance` override the job's, key by key.
+
+Conditions of `accept`, which must all hold:
+
+| condition | values |
+|---|---|
+"""
+
+METADATA_INTRO = f"""# The metadata of a sample
+
+{NOTE}
+
+Every sample has a `.json` in its tar and a row in the parquet beside it; `metadata.parquet` has the rows of all
+shards. Each field is always there and has one type, so that any reader infers one schema: where a field does not
+apply it is empty text, an empty list, 0, false, or -1 for a class. There are no nulls and no NaN. Scores are of the
+stored 8-bit image; logarithms are natural.
+
+`schema_version` is now {SCHEMA_VERSION}. Version 1 had no `judge`; all versions from 1 on are read, and a run goes on
+in the version that it began with. DuckDB reads runs of several versions with `read_parquet([...], union_by_name =
+true)`."""
+
+
+def job_page() -> str:
+    """docs/job-file.md."""
+    parts = [JOB_INTRO]
+    for heading, model in SECTIONS:
+        parts.append(f"## {heading}\n\n{_first_line(model)}")
+        if model is spec.RequestSpec:
+            parts.append(REQUESTS_NOTE + "\n".join(_conditions()))
+        parts.append("\n".join(["| key | values | default | meaning |", "|---|---|---|---|", *_rows(model)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _first_line(model: type[BaseModel]) -> str:
+    return (model.__doc__ or "").strip().splitlines()[0]
+
+
+def _conditions() -> Iterator[str]:
+    yield f"| {_codes(FLAGS)} | `true`, `false` |"
+    yield f"| `oracle` | {_codes(ORACLE)} |"
+    yield f"| {_codes((*SCORES, *JUDGE_SCORES))} | a comparison such as `'>= 0.2'`, with `<`, `<=`, `>` or `>=` |"
+
+
+def _codes(names: tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _rows(model: type[BaseModel]) -> Iterator[str]:
+    """A row for each key of a section."""
+    schema = model.model_json_schema(ref_template="{model}")
+    for name, about in schema["properties"].items():
+        # The schema leaves out one that its class says, too.
+        description = model.model_fields[name].description
+        if not description:
+            raise ValueError(f"{model.__name__}.{name} has no description")
+        default = _default(model, name)
+        yield f"| `{name}` | {_cell(_values(about))} | {_cell(default)} | {_cell(description)} |"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _default(model: type[BaseModel], name: str) -> str:
+    field = model.model_fields[name]
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if value is None or isinstance(value, BaseModel) or value in ((), {}):
+        return ""
+    text = json.dumps(value) if isinstance(value, tuple | bool) else str(value)
+    return f"`{text}`" if text else "empty"
+
+
+def _values(about: dict[str, Any]) -> str:
+    """What a key may hold, in words, from its JSON Schema."""
+    if "$ref" in about or "allOf" in about:
+        return f"see [{_heading(about)}](#{_anchor(_heading(about))})"
+    if "anyOf" in about:
+        return " or ".join(_values(one) for one in about["anyOf"] if one.get("type") != "null")
+    if "enum" in about or "const" in about:
+        return ", ".join(f"`{one}`" for one in about.get("enum", [about.get("const")]))
+    return _KINDS[about.get("type", "any")](about)
+
+
+def _heading(about: dict[str, Any]) -> str:
+    name = about.get("$ref") or about["allOf"][0]["$ref"]
+    return next(heading for heading, model in SECTIONS if model.__name__ == name)
+
+
+def _anchor(heading: str) -> str:
+    return heading.lower().replace(".", "").replace(" ", "-")
+
+
+def _number(kind: str, about: dict[str, Any]) -> str:
+    low, high = about.get("minimum"), about.get("maximum")
+    above, below = about.get("exclusiveMinimum"), about.get("exclusiveMaximum")
+    parts = [f"from {low:,}" if low is not None else "", f"above {above:,}" if above is not None else ""]
+    parts += [f"to {high:,}" if high is not None else "", f"below {below:,}" if below is not None else ""]
+    return " ".join([f"{kind},", *filter(None, parts)]) if any(parts) else kind
+
+
+def _text(about: dict[str, Any]) -> str:
+    words = [PATTERNS[about["pattern"]]] if "pattern" in about else []
+    if "maxLength" in about and not (words and words[0].startswith("`")):
+        words.append(f"up to {about['maxLength']:,} characters")
+    if words and not words[0].startswith(("up", "of")):
+        return words[0]
+    return f"text {', '.join(words)}".strip()
+
+
+def _list(about: dict[str, Any]) -> str:
+    most = f", up to {about['maxItems']:,}" if "maxItems" in about else ""
+    items = about["items"]
+    return f"list of: {_values(items)}{most}" if "$ref" not in items else f"list; {_values(items)}{most}"
+
+
+_KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "integer": lambda about: _number("whole number", about),
+    "number": lambda about: _number("number", about),
+    "boolean": lambda about: "`true`, `false`",
+    "string": _text,
+    "array": _list,
+    "object": lambda about: "mapping",
+    "any": lambda about: "any value",
+}
+
+
+def metadata_page() -> str:
+    """docs/metadata.md."""
+    tables = [
+        ("In the json and in the parquet", "Decided by the plan alone, whatever the worker or the attempt.", _fixed()),
+        ("In the parquet alone", "They depend on the run.", [(name, kind, "1") for name, kind in RUN_FIELDS.items()]),
+        ("In metadata.parquet alone", "", [("surplus", "bool", "1")]),
+    ]
+    parts = [METADATA_INTRO]
+    for heading, text, rows in tables:
+        lines = ["| field | type | since | meaning |", "|---|---|---|---|"]
+        lines += [f"| `{name}` | {_type(kind)} | {since} | {_cell(DESCRIPTIONS[name])} |" for name, kind, since in rows]
+        parts += [f"## {heading}", *([text] if text else []), "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _fixed() -> list[tuple[str, str, str]]:
+    return [(name, kind, _since(name)) for name, kind in DETERMINISTIC_FIELDS.items()]
+
+
+def _since(name: str) -> str:
+    return str(next(one for one in range(1, SCHEMA_VERSION + 1) if name in fields_of(one)))
+
+
+def _type(kind: str) -> str:
+    if parts := ENTRY_FIELDS.get(kind):
+        return "list of {" + ", ".join(f"{name}: {one}" for name, one in parts.items()) + "}"
+    return f"list of {kind[:-1]}" if kind.endswith("s") else kind
+
+
+PAGES: dict[str, Callable[[], str]] = {"job-file.md": job_page, "metadata.md": metadata_page}
+
+
+def main() -> int:
+    """Write the pages, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only tell which pages are not up to date")
+    is_check = parser.parse_args().check
+    stale = [name for name, make in PAGES.items() if not _is_current(DOCS / name, make())]
+    for name in stale:
+        if is_check:
+            print(f"docs/{name} is not up to date: run `python tools/docs.py`", file=sys.stderr)
+        else:
+            (DOCS / name).write_text(PAGES[name](), encoding="utf-8")
+            print(f"docs/{name}")
+    return 1 if is_check and stale else 0
+
+
+def _is_current(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text(encoding="utf-8") == text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
