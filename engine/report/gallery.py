@@ -92,6 +92,16 @@ def thumbnail(image: bytes, budget_bytes: int) -> tuple[str, bool]:
         return "", False
 
 
+def image_uri(image: Image.Image, budget_bytes: int) -> str:
+    """Data URI of a decoded image: a PNG of a tiny one, a JPEG that fits the budget of others."""
+    if max(image.size) <= TINY_PIXELS:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        if buffer.tell() <= budget_bytes:
+            return data_uri(buffer.getvalue(), "png")
+    return data_uri(_fit(image.convert("RGB"), budget_bytes), "jpeg")
+
+
 def _fit(image: Image.Image, budget_bytes: int) -> bytes:
     for side, quality in THUMBNAIL_STEPS:
         small = image.copy()

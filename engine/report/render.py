@@ -38,6 +38,7 @@ from engine.report.data import (
     read_samples,
     read_table,
 )
+from engine.report.evaluation import Evaluation, read_evaluation
 from engine.report.gallery import (
     IMAGE_BUDGET_BYTES,
     MAX_SAMPLES,
@@ -88,24 +89,29 @@ _NEEDED: dict[str, type] = {
 }
 
 
-def write_report(store: Store, *, title: str | None = None, labels: list[str] | None = None) -> None:
-    """Write `report.html` of a run whose manifest and metadata are written.
+def write_report(
+    store: Store, *, title: str | None = None, labels: list[str] | None = None, into: Store | None = None
+) -> None:
+    """Write `report.html` of a run whose manifest and metadata are written; what an evaluation found is in it.
 
     Args:
         title: heading of the page; the job's name when not given.
         labels: the target's class names; looked up from the manifest's address of the target when not given.
+        into: where the report goes and the evaluation comes from; the run itself when not given.
 
     Raises:
         OutputError: the run has no manifest or metadata yet, or the store refuses.
-        CorruptShardError: one of the two cannot be read.
+        CorruptShardError: one of the two, or the evaluation, cannot be read.
     """
     for name in (MANIFEST, METADATA):
         if not store.exists(name):
             raise OutputError(f"output {store.uri}: has no {name}; finish the run first (`riskforge run`)")
     manifest = _read_manifest(store)
+    evaluation = read_evaluation(into or store)
+    labels = _labels(manifest) if labels is None else labels
     with _readable(store.path(METADATA)):
-        page = render(store, manifest, title or manifest["name"], _labels(manifest) if labels is None else labels)
-    store.replace(REPORT, page)
+        page = render(store, manifest, title or manifest["name"], labels, evaluation)
+    (into or store).replace(REPORT, page)
 
 
 def _read_manifest(store: Store) -> dict[str, Any]:
@@ -141,7 +147,9 @@ def _readable(metadata: Path) -> Iterator[None]:
         raise CorruptShardError(f"{metadata}: cannot be read as the metadata of a run ({reason}); {_REMEDY}") from error
 
 
-def render(store: Store, manifest: dict[str, Any], title: str, labels: list[str]) -> bytes:
+def render(
+    store: Store, manifest: dict[str, Any], title: str, labels: list[str], evaluation: Evaluation | None = None
+) -> bytes:
     """The page; its gallery is halved until the page is below 10 MB."""
     table = read_table(store.path(METADATA))
     metadata = open_metadata(store.path(METADATA))
