@@ -39,6 +39,10 @@ SORT_SCORES = {
     "kldb_balance": "KLDB, balance",
     "kldb_mass": "KLDB, mass",
 }
+# Those that a range of can be chosen.
+RANGE_SCORES = ("risk", "conformity", "kldb", "entropy", "p_label")
+# Of the judge, where there is one.
+JUDGE_SCORES = {"judge_conformity": "Conformity, judge", "judge_conformity_margin": "Conformity margin, judge"}
 OUTCOMES = {
     "error": "Target reads another class",
     "valid": "Target reads another class, oracle does not",
@@ -213,7 +217,7 @@ def gallery_json(tiles: list[Tile], names: dict[int, str]) -> Markup:
                 "class": tile.conditioned,
                 "status": tile.record["status"],
                 "outcomes": tile.outcomes,
-                "scores": {name: tile.record[name] for name in SORT_SCORES} if tile.scores else {},
+                "scores": sort_scores(tile.record) if tile.scores else {},
                 "values": [_field_text(name, tile.record[name], names) for name in fields],
             }
             for tile in tiles
@@ -221,6 +225,14 @@ def gallery_json(tiles: list[Tile], names: dict[int, str]) -> Markup:
     }
     text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def sort_scores(record: dict[str, Any]) -> dict[str, float]:
+    """The scores of a sample that the gallery sorts by; those of the judge where it has any."""
+    found = {name: float(record[name]) for name in SORT_SCORES}
+    for entry in record.get("judge", [])[:1]:
+        found |= {name: float(entry[name.removeprefix("judge_")]) for name in JUDGE_SCORES}
+    return found
 
 
 def _field_text(name: str, value: Any, names: dict[int, str]) -> str:
