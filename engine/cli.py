@@ -460,7 +460,8 @@ def retrain(
 def evaluate(
     run: RunArgument,
     real: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Real labelled images to hold the samples against, as for prepare.")
+        str | None,
+        typer.Option(metavar="DATA", help="Real labelled images to hold the samples against, as for prepare."),
     ] = None,
     train: Annotated[
         str | None, typer.Option(metavar="DATA", help="The diffusion model's training images, to look for copies of.")
@@ -480,15 +481,17 @@ def evaluate(
         typer.Option(metavar="PATH", help="File or folder of inception-2015-12-05.pt; default: look in TORCH_HOME."),
     ] = None,
     failures: Annotated[
-        Literal["accepted", "all"], typer.Option(help="Which failures to cluster: those that count, or rejected ones too.")
+        Literal["accepted", "all"],
+        typer.Option(help="Which failures to cluster: those that count, or rejected ones too."),
     ] = "accepted",
     limit: Annotated[int, typer.Option(metavar="N", help="Images of each request that are read.")] = 2000,
     output: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Where evaluation.json and the report go; default: into the run.")
+        str | None,
+        typer.Option(metavar="FOLDER", help="Where evaluation.json and the report go; default: into the run."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Hold a run's images against real ones, the training set and their texts; find where they fail; write the report."""
+    """Hold a run's images against real ones, the training set and their texts; show where they fail in the report."""
     import contextlib
 
     from engine.jobfile import let_import

@@ -83,7 +83,7 @@ def test_precision_and_recall_of_equal_and_of_distant_sets() -> None:
 
 
 def test_precision_and_recall_tell_what_is_missing() -> None:
-    """Samples of one mode of two are precise and lose half; samples of both and of a third elsewhere are the opposite."""
+    """Samples of one mode of two are precise and lose half; those of both and of a third are the opposite."""
     real = np.concatenate([normal(150, 4, 0), normal(150, 4, 1, 30.0)])
     collapsed = precision_recall(normal(300, 4, 2), real)
     assert collapsed.precision.value > 0.9 and collapsed.recall.value < 0.6

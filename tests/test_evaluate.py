@@ -72,7 +72,13 @@ class Drawn:
 def make_job(uri: Path) -> JobSpec:
     models = {"diffusion": "zoo:digits/stable-diffusion", "clip": "zoo:digits/clip", "target": "zoo:digits/classifier"}
     requests: list[dict[str, Any]] = [
-        {"name": name, "method": "prompt", "classes": "all", "count": 6, "contexts": [HOSTILE if name == "fresh" else ""]}
+        {
+            "name": name,
+            "method": "prompt",
+            "classes": "all",
+            "count": 6,
+            "contexts": [HOSTILE if name == "fresh" else ""],
+        }
         for name in REQUESTS[:4]
     ]
     requests[3]["method"] = "risky"
@@ -132,7 +138,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory, drawn: Drawn) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def evaluated(finished: Store, folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Evaluation]:
+def evaluated(
+    finished: Store, folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Store, Evaluation]:
     """Everything at once, with the report, in a copy of the run."""
     store = open_store(str(shutil.copytree(finished.root, tmp_path_factory.mktemp("copy") / "run")))
     options = EvaluateOptions(real=folders["real"], train=folders["train"], reference="fresh")
@@ -176,10 +184,10 @@ def test_scores_of_texts_say_when_they_are_circular(evaluated: tuple[Store, Eval
 
 
 def test_extremes_are_extremes(evaluated: tuple[Store, Evaluation]) -> None:
-    """The samples shown near the boundary are those of the lowest KLDB, and real images are of the classes asked for."""
+    """The samples shown near the boundary are those of the lowest KLDB, the real images of the classes asked for."""
     store, found = evaluated
     boundary, *risky = found.extremes
-    rows = [row for row in open_metadata(store.path("metadata.parquet")).to_table().to_pylist()]
+    rows = open_metadata(store.path("metadata.parquet")).to_table().to_pylist()
     between = sorted((row for row in rows if row["request"] == "between"), key=lambda row: row["kldb"])
     shown = {row.title: row.images for row in boundary.rows}
     assert boundary.title == "three and eight" and boundary.num_samples == 12
@@ -267,7 +275,7 @@ def test_without_options_it_still_tells_something(finished: Store, tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--reference", "fresch"], r"--reference: the run has no request 'fresch', did you mean 'fresh'\?"),
+        (["--reference", "fresch"], r"--reference: the run has no request 'fresch'; did you mean 'fresh'\?"),
         (["--real", "/nowhere"], r"--real: there is no '/nowhere'"),
         (["--train", "/nowhere"], r"--train: there is no '/nowhere'"),
         (["--limit", "3"], r"--limit: 3 is not between 10 and 100,000"),
@@ -318,7 +326,9 @@ def test_images_are_drawn_evenly_and_the_others_are_not_decoded() -> None:
 
 def test_pixels_are_compared_whatever_the_size() -> None:
     """The same picture at two sizes is near, another one is far; equal ones are at zero."""
-    image = PIL.Image.fromarray(np.kron(np.random.default_rng(0).integers(0, 256, (32, 32, 3)), np.ones((8, 8, 1))).astype(np.uint8))
+    image = PIL.Image.fromarray(
+        np.kron(np.random.default_rng(0).integers(0, 256, (32, 32, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    )
     small, other = image.resize((64, 64)), PIL.Image.fromarray(255 - np.asarray(image))
     pixels = small_pixels([image, small, other])
     same, near, far = pixel_distances(np.stack([pixels[0]] * 3), pixels)

@@ -93,7 +93,9 @@ def test_a_sample_opens_and_the_keys_step_through(page: Browser, run: Store) -> 
     keys = page.evaluate(TILES)
     page.click("#tiles .tile:not([hidden])", 1)
     assert page.evaluate(IS_OPEN) and page.evaluate(TITLE) == keys[1]
-    fields = page.evaluate("[...document.querySelectorAll('#sample-fields tr')].map((one) => one.children[0].textContent)")
+    fields = page.evaluate(
+        "[...document.querySelectorAll('#sample-fields tr')].map((one) => one.children[0].textContent)"
+    )
     assert fields == list(rows[keys[1]])
     assert rows[keys[1]]["sha256"] in page.evaluate("document.querySelector('#sample-fields').textContent")
     for key, place in (("ArrowRight", 2), ("ArrowRight", 3), ("ArrowLeft", 2)):
@@ -164,7 +166,9 @@ def test_nothing_sticks_out_and_texts_can_be_read(page: Browser, width: int, dar
     for text, ground in pairs:
         assert contrast(text, ground) >= 4.5, (text, ground)
     page.click("#tiles .tile:not([hidden])")
-    box = page.evaluate("(() => { const b = document.querySelector('#sample').getBoundingClientRect(); return [b.x, b.right]; })()")
+    box = page.evaluate(
+        "(() => { const b = document.querySelector('#sample').getBoundingClientRect(); return [b.x, b.right]; })()"
+    )
     assert box[0] >= 0 and box[1] <= width
 
 
@@ -203,5 +207,7 @@ def test_planted_texts_stay_texts(browser: Browser, tmp_path: Path) -> None:
     assert browser.evaluate("document.querySelectorAll('script').length") == 2
     attributes = "[...document.querySelectorAll('*')].flatMap((one) => [...one.attributes])"
     assert not browser.evaluate(f"{attributes}.some((one) => one.name.startsWith('on'))")
-    assert not browser.evaluate(f"{attributes}.some((one) => /^\\s*javascript:/i.test(one.value) && one.name !== 'title')")
+    assert not browser.evaluate(
+        f"{attributes}.some((one) => /^\\s*javascript:/i.test(one.value) && one.name !== 'title')"
+    )
     assert browser.complaints == []

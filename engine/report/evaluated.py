@@ -87,14 +87,19 @@ def _text_note(found: TextScores) -> str:
     text = f"2.5 times the cosine of image and prompt, not below zero, under {clip(found.model, 200)}."
     if found.is_circular:
         text += (
-            " This is the job's own CLIP model, which guidance, conformity floors and rules of acceptance may have used:"
-            " the figure is circular. Name another one as models.judge."
+            " This is the job's own CLIP model, which guidance, conformity floors and rules of acceptance may have"
+            " used: the figure is circular. Name another one as models.judge."
         )
     return text
 
 
 def _memorisation(found: Memorisation, whole: Evaluation) -> dict[str, Any]:
-    columns = [Column("Request"), Column("Images"), Column("CLIP distance", "median"), Column("Pixel distance", "median")]
+    columns = [
+        Column("Request"),
+        Column("Images"),
+        Column("CLIP distance", "median"),
+        Column("Pixel distance", "median"),
+    ]
     limits = found.thresholds
     columns += [Column("Suspect", "95 %")] if limits else []
     lines = []

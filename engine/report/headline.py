@@ -64,7 +64,9 @@ def summary_table(groups: list[GroupSummary], totals: list[GroupSummary], max_li
         heading = ", ".join(filter(None, [total.method, only]))
         lines.append(Line(total.request, heading, True, summary_cells(total, models, has_judge)))
         lines += [
-            Line(_context(group), "", False, summary_cells(group, models, has_judge)) for group in some if id(group) in kept
+            Line(_context(group), "", False, summary_cells(group, models, has_judge))
+            for group in some
+            if id(group) in kept
         ]
     return Table(summary_columns(models, has_judge), lines, len(totals) + len(parts) - len(lines))
 

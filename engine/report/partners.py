@@ -38,9 +38,7 @@ def _partners(requests: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     for one in requests:
         if _is_plain(one):
             plain.setdefault(_group(one), one["name"])
-    return [
-        (one["name"], plain[_group(one)]) for one in requests if not _is_plain(one) and _group(one) in plain
-    ]
+    return [(one["name"], plain[_group(one)]) for one in requests if not _is_plain(one) and _group(one) in plain]
 
 
 def _group(request: dict[str, Any]) -> str:

@@ -400,10 +400,12 @@ def _series_of(rows: Rows) -> np.ndarray:
 
 def _scatter_note(rows: Rows, shown: dict[int, str]) -> str:
     drawn, total = num_drawn(rows, shown), int(rows.scored.sum())
-    which = f"All {_many(total, 'scored sample')}" if drawn == total else f"{drawn:,} of {_many(total, 'scored sample')}"
+    which = (
+        f"All {_many(total, 'scored sample')}" if drawn == total else f"{drawn:,} of {_many(total, 'scored sample')}"
+    )
     return (
-        f"{which}, a colour and a shape for each request. Wanted failures lie high and to the right: the target errs, and"
-        " the image still looks like its class. Filled points are in the gallery below and open on a click."
+        f"{which}, a colour and a shape for each request. Wanted failures lie high and to the right: the target errs,"
+        " and the image still looks like its class. Filled points are in the gallery below and open on a click."
     )
 
 

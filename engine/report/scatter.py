@@ -20,7 +20,8 @@ WIDTH, HEIGHT = 900, 430
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 48
 # Drawn about the place of a point: circle, square, triangle, diamond, cross, plus, and a bar for all other requests.
 SHAPES = (
-    "m-3.4 0a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0 -6.8 0z", "m-3 -3h6v6h-6z", "m0 -4l3.9 6.8h-7.8z", "m0 -4.4l4 4.4l-4 4.4l-4 -4.4z",
+    "m-3.4 0a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0 -6.8 0z", "m-3 -3h6v6h-6z", "m0 -4l3.9 6.8h-7.8z",
+    "m0 -4.4l4 4.4l-4 4.4l-4 -4.4z",
     "m-3.2 -3.2l6.4 6.4m0 -6.4l-6.4 6.4", "m0 -4v8m-4 -4h8", "m-3.6 0h7.2",
 )  # fmt: skip
 
@@ -40,7 +41,7 @@ def scatter(rows: Rows, series_of: np.ndarray, names: Sequence[str], shown: dict
     x = _scale(axes[0], rows.numbers["conformity"], LEFT, WIDTH - RIGHT)
     y = _scale(axes[1], rows.numbers["risk"], HEIGHT - BOTTOM, TOP)
     series = series_of[rows.request.codes]
-    drawn = _choose(scored, series, shown)
+    drawn = _choose(rows, series, shown)
     parts = [_frame(axes[0], axes[1])]
     for place, name in enumerate(names):
         own = [row for row in drawn if series[row] == place]
@@ -58,8 +59,9 @@ def num_drawn(rows: Rows, shown: dict[int, str]) -> int:
     return min(int(rows.scored.sum()), max(MAX_POINTS, sum(bool(rows.scored[row]) for row in shown)))
 
 
-def _choose(scored: np.ndarray, series: np.ndarray, shown: dict[int, str]) -> list[int]:
+def _choose(rows: Rows, series: np.ndarray, shown: dict[int, str]) -> list[int]:
     """Rows to draw: those of the gallery, and others evenly along each series up to the bound."""
+    scored = np.flatnonzero(rows.scored)
     if len(scored) <= MAX_POINTS:
         return [int(row) for row in scored]
     chosen = {row for row in shown if rows.scored[row]}

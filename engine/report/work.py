@@ -76,9 +76,7 @@ def _is_class(rows: Rows, code: str) -> np.ndarray:
     return rows.numbers["class_index"] == int(code) if code.isdigit() else np.ones(len(rows), dtype=bool)
 
 
-def _acceptance(
-    rows: Rows, here: np.ndarray, wanted: int, missing: int, has_quota: bool
-) -> list[tuple[str, str]]:
+def _acceptance(rows: Rows, here: np.ndarray, wanted: int, missing: int, has_quota: bool) -> list[tuple[str, str]]:
     status = {
         name: int(rows.status.is_one_of(np.flatnonzero(here), name).sum())
         for name in (STATUS_OK, STATUS_REJECTED, STATUS_FAILED)

@@ -136,9 +136,7 @@ def precision_recall(samples: Features, real: Features, *, neighbours: int = NEI
         raise ValueError(f"{neighbours} neighbours need more features than {len(samples)} and {len(real)}")
     precision = _num_inside(samples, real, neighbours)
     recall = _num_inside(real, samples, neighbours)
-    return Manifolds(
-        precision=wilson_interval(precision, len(samples)), recall=wilson_interval(recall, len(real))
-    )
+    return Manifolds(precision=wilson_interval(precision, len(samples)), recall=wilson_interval(recall, len(real)))
 
 
 def _num_inside(points: Features, manifold: Features, neighbours: int) -> int:

@@ -140,9 +140,7 @@ class Samples:
 
     def rows(self, request: str, status: str = STATUS_OK) -> NDArray[np.int64]:
         """The rows of a request with a status."""
-        chosen = [
-            row for row, one in enumerate(self.records) if one["request"] == request and one["status"] == status
-        ]
+        chosen = [row for row, one in enumerate(self.records) if one["request"] == request and one["status"] == status]
         return np.array(chosen, dtype=np.int64)
 
     def flags(self, name: str) -> NDArray[np.bool_]:
@@ -178,9 +176,7 @@ class Album:
         return self.names.get(index, f"class {index}")
 
 
-def evaluate(
-    run_uri: str, options: EvaluateOptions, *, display: Display, folder: str | None = None
-) -> Evaluated:
+def evaluate(run_uri: str, options: EvaluateOptions, *, display: Display, folder: str | None = None) -> Evaluated:
     """Evaluate a finished run, and write its report anew.
 
     Args:
@@ -374,9 +370,7 @@ def _qualities(
         rows = samples.rows(options.reference)
         others = [name for name in names if name != options.reference]
         pictures = samples.pictures
-        sides.append(
-            (f"request {options.reference}", _double(pictures.features[rows]), pictures.classes[rows], others)
-        )
+        sides.append((f"request {options.reference}", _double(pictures.features[rows]), pictures.classes[rows], others))
     return tuple(
         Qualities(
             against=against,
@@ -391,9 +385,7 @@ def _double(features: NDArray[np.float32]) -> Features:
     return features.astype(np.float64)
 
 
-def _quality(
-    samples: Samples, request: str, other: Features, classes: NDArray[np.int64], seed: int
-) -> Quality:
+def _quality(samples: Samples, request: str, other: Features, classes: NDArray[np.int64], seed: int) -> Quality:
     rows = samples.rows(request)
     own, theirs = match_classes(samples.pictures.classes[rows], classes, seed)
     if len(own) < MIN_IMAGES:
@@ -519,9 +511,7 @@ def _pairs(samples: Samples, found: Found, thresholds: Thresholds | None, album:
 # Failures ------------------------------------------------------------------------------------------------------------
 
 
-def _slices(
-    samples: Samples, labels: Sequence[str], clip: Clip, options: EvaluateOptions, album: Album
-) -> Slices:
+def _slices(samples: Samples, labels: Sequence[str], clip: Clip, options: EvaluateOptions, album: Album) -> Slices:
     is_error, points = samples.flags("is_error"), samples.pictures.clip
     counted = is_error if options.failures == "all" else is_error & samples.flags("accepted")
     failures = np.flatnonzero(counted)
@@ -540,9 +530,7 @@ def _slices(
     except ValueError as error:
         return Slices(**about, skipped=str(error))
     texts = _texts(samples, labels, clip)
-    found = [
-        _slice(samples, failures, clusters, number, texts, album) for number in range(len(clusters.centres))
-    ]
+    found = [_slice(samples, failures, clusters, number, texts, album) for number in range(len(clusters.centres))]
     return Slices(**about, silhouette=clusters.silhouette, slices=tuple(found))
 
 

@@ -19,8 +19,8 @@ INCEPTION_FILE = "inception-2015-12-05.pt"
 INCEPTION_SIDE = 299
 INCEPTION_NAME = "Inception"
 _SOUGHT = (
-    f"give the TorchScript file {INCEPTION_FILE} of the FID and clean-fid programs, or a folder that holds it, or put it"
-    " into TORCH_HOME; it is never downloaded"
+    f"give the TorchScript file {INCEPTION_FILE} of the FID and clean-fid programs, or a folder that holds it, or put"
+    " it into TORCH_HOME; it is never downloaded"
 )
 
 

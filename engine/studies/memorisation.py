@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from engine.report.evaluation import Thresholds
 from engine.report.gallery import image_uri
-from engine.studies.pictures import BATCH, THUMBNAIL_BYTES, Eyes, Pictures, pixel_distances, small_pixels
+from engine.studies.pictures import THUMBNAIL_BYTES, Eyes, Pictures, batched, pixel_distances, small_pixels
 
 # So rare a nearness among held-out images makes a sample suspect.
 QUANTILE = 0.01
@@ -89,7 +89,7 @@ def find_nearest(sets: Sequence[Pictures], training: Iterable[tuple[str, PIL.Ima
     queries = np.concatenate([one.clip for one in sets])
     pixels = np.concatenate([one.pixels for one in sets])
     nearest = Nearest.of(len(queries), pixels)
-    for batch in itertools.batched(training, BATCH):
+    for batch in batched(training):
         nearest.update(queries, eyes.embeds([image for _, image in batch]), batch)
     distances = np.maximum(0.0, 1.0 - nearest.cosine.astype(np.float64)), pixel_distances(pixels, nearest.pixels)
     ends = np.cumsum([0, *map(len, sets)]).tolist()

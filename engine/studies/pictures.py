@@ -1,10 +1,11 @@
-"""Images as an evaluation keeps them: features, a few pixels and a thumbnail of each, whatever the size of the files."""
+"""Images as an evaluation keeps them: features, a few pixels and a thumbnail, whatever the size of the files."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import PIL.Image
@@ -22,6 +23,7 @@ COMPARED_SIDE = 32
 THUMBNAIL_BYTES = 6000
 
 Advance = Callable[[str], None]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -67,7 +69,7 @@ class Eyes:
 
     def look(self, images: Iterable[tuple[str, int, PIL.Image.Image]]) -> Pictures:
         """Everything that is kept of images, given with name and class; a batch of them is held at a time."""
-        parts = [self._part(batch) for batch in itertools.batched(images, BATCH)]
+        parts = [self._part(batch) for batch in batched(images)]
         if not parts:
             return _nothing()
         return Pictures(
@@ -96,6 +98,13 @@ class Eyes:
                 unit(self.judge.image_embeds(images).numpy()) if self.judge else np.empty((len(images), 0), np.float32)
             ),
         )
+
+
+def batched(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Items in lists of `BATCH`, the last one shorter."""
+    waiting = iter(items)
+    while batch := list(itertools.islice(waiting, BATCH)):
+        yield batch
 
 
 def _nothing() -> Pictures:
