@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -62,6 +62,9 @@ from engine.studies.samples import StudiedRun, choose_requests, open_study
 from engine.studies.slices import ATTRIBUTES, Clusters, cluster, nearest_texts, neighbourhood, prototypes
 from engine.studies.slices import MAX_CLUSTERED as MAX_CLUSTERED_FAILURES
 from engine.worker import quiet_libraries
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 STUDY = "evaluate"
 DEFAULT_LIMIT = 2000
@@ -230,7 +233,7 @@ def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> Ev
         notes=notes,
         samples={name: len(samples.rows(name)) for name in names},
         quality=quality,
-        text_scores=_text_scores(samples, names, eyes),
+        text_scores=_text_scores(samples, job, eyes),
         memorisation=memorisation,
         slices=_slices(samples, labels, eyes.clip, options, album),
         extremes=_extremes(job, samples, real, labels, album) if real is not None else (),
@@ -278,11 +281,14 @@ def _read_samples(
     Raises:
         JobError: the run has no stored image.
     """
-    table = open_metadata(run.store.path(METADATA)).to_table(columns=["request", "status", "sha256"])
-    chosen = _choose(table.to_pydict(), options)
+    import pyarrow as pa
+
+    metadata = open_metadata(run.store.path(METADATA))
+    table = metadata.to_table(columns=["request", "status", "sha256"])
+    chosen = _choose(table, options)
     if not chosen:
         raise JobError(f"RUN: '{run.store.uri}' has no stored image to look at")
-    rows = open_metadata(run.store.path(METADATA)).take(chosen, columns=_COLUMNS).to_pylist()
+    rows = metadata.take(pa.array(chosen, pa.int64()), columns=_COLUMNS).to_pylist()
     kept: list[dict[str, Any]] = []
 
     def images() -> Iterator[tuple[str, int, PIL.Image.Image]]:
@@ -302,18 +308,24 @@ def _read_samples(
     return Samples(pictures, tuple(kept)), tuple(notes), table.num_rows
 
 
-def _choose(columns: dict[str, list[Any]], options: EvaluateOptions) -> list[int]:
-    """Row numbers of images to read, in order; equal options choose equal rows."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for row, (request, status, digest) in enumerate(zip(*columns.values(), strict=True)):
-        if digest and status in (STATUS_OK, STATUS_REJECTED):
-            groups.setdefault((request, status), []).append(row)
+def _choose(table: pa.Table, options: EvaluateOptions) -> list[int]:
+    """Row numbers of images to read, in order; equal options choose equal rows.
+
+    Args:
+        table: requests, statuses and checksums of the images, which are empty where none is stored.
+    """
+    import pyarrow.compute as pc
+
+    has_image = pc.not_equal(table["sha256"], "").to_numpy()
     chosen: list[int] = []
-    for (request, status), rows in groups.items():
-        if len(rows) > options.limit:
-            rng = np.random.default_rng([options.seed, zlib.crc32(f"{request} {status}".encode())])
-            rows = rng.choice(rows, options.limit, replace=False).tolist()
-        chosen += rows
+    for request in table["request"].unique().to_pylist():
+        is_here = pc.equal(table["request"], request).to_numpy() & has_image
+        for status in (STATUS_OK, STATUS_REJECTED):
+            rows = np.flatnonzero(is_here & pc.equal(table["status"], status).to_numpy())
+            if len(rows) > options.limit:
+                rng = np.random.default_rng([options.seed, zlib.crc32(f"{request} {status}".encode())])
+                rows = rng.choice(rows, options.limit, replace=False)
+            chosen += rows.tolist()
     return sorted(chosen)
 
 
@@ -425,7 +437,7 @@ def _interval(estimate: Estimate) -> Interval:
     return Interval(value=estimate.value, low=estimate.low, high=estimate.high)
 
 
-def _text_scores(samples: Samples, names: Sequence[str], eyes: Eyes) -> TextScores:
+def _text_scores(samples: Samples, job: JobSpec, eyes: Eyes) -> TextScores:
     """CLIPScore of every request: its mean over images, with Student's interval."""
     model, embeds = (eyes.judge, samples.pictures.judged) if eyes.judge else (eyes.clip, samples.pictures.clip)
     prompts = list(dict.fromkeys(one["prompt"] for one in samples.records))
@@ -434,11 +446,12 @@ def _text_scores(samples: Samples, names: Sequence[str], eyes: Eyes) -> TextScor
     cosines = (embeds * texts[[place[one["prompt"]] for one in samples.records]]).sum(1)
     scores = TEXT_WEIGHT * np.maximum(cosines, 0).astype(np.float64)
     found = []
-    for name in names:
+    for name in (one.name for one in job.requests):
         if len(rows := samples.rows(name)) >= 2:
             score = _interval(mean_interval(scores[rows].tolist()))
             found.append(TextScore(request=name, num_images=len(rows), score=score))
-    return TextScores(model=model.name, is_circular=eyes.judge is None, requests=tuple(found))
+    is_circular = eyes.judge is None and model.name == job.models.clip
+    return TextScores(model=model.name, is_circular=is_circular, requests=tuple(found))
 
 
 # Memorisation --------------------------------------------------------------------------------------------------------
