@@ -464,6 +464,70 @@ def retrain(
 
 
 @app.command()
+def evaluate(
+    run: RunArgument,
+    real: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Real labelled images to hold the samples against, as for prepare."),
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option(metavar="DATA", help="The diffusion model's training images, to look for copies of.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="REQUEST", help="A request whose samples the others are held against.")
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="CLIP model that looks at the images; default: the job's.")
+    ] = None,
+    features: Annotated[
+        Literal["auto", "clip", "inception"],
+        typer.Option(help="What distances are measured in; auto takes Inception where its weights are here."),
+    ] = "auto",
+    inception: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="File or folder of inception-2015-12-05.pt; default: look in TORCH_HOME."),
+    ] = None,
+    failures: Annotated[
+        Literal["accepted", "all"],
+        typer.Option(help="Which failures to cluster: those that count, or rejected ones too."),
+    ] = "accepted",
+    limit: Annotated[int, typer.Option(metavar="N", help="Images of each request that are read.")] = 2000,
+    output: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Where evaluation.json and the report go; default: into the run."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Hold a run's images against real ones, the training set and their texts; show where they fail in the report."""
+    import contextlib
+
+    from engine.jobfile import let_import
+    from engine.studies.evaluate import EvaluateOptions, summary_lines
+    from engine.studies.evaluate import evaluate as evaluate_run
+    from engine.studies.samples import open_study
+
+    options = EvaluateOptions(
+        real=real, train=train, reference=reference, clip=clip, features=features, inception=inception,
+        failures=failures, limit=limit,
+    )  # fmt: skip
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    let_import(open_study(run).job, Path.cwd())
+    try:
+        with contextlib.closing(_make_display()) as display:
+            found = evaluate_run(run, options, display=display, folder=output)
+    except KeyboardInterrupt:
+        _complain("stopped; nothing is stored, the same command begins again")
+        raise typer.Exit(EXIT_DRAINED) from None
+    if as_json:
+        _print_json(found.evaluation.model_dump(mode="json", exclude={"images"}))
+        return
+    for line in summary_lines(found.evaluation):
+        print(line)
+    print(f"figures: {found.document}")
+    print(f"report: {found.report}")
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a job file."""
     from engine.spec import job_schema

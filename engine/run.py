@@ -175,7 +175,15 @@ def _close(
         display.phase("writing manifest and report")
         lease.check()
         seconds = time.monotonic() - started
-        finished = close_run(store, job, end.plan, models=models, run_seconds=seconds, hardware=hardware)
+        finished = close_run(
+            store,
+            job,
+            end.plan,
+            models=models,
+            run_seconds=seconds,
+            hardware=hardware,
+            sampling_share=end.sampling_share,
+        )
     closing.join()
     Journal(store, lease.number).note("ended", drained=end.drained)
     return _summary(store, job, end.plan, list_commits(store), started, finished=finished, end=end)
@@ -329,11 +337,13 @@ def close_run(
     models: dict[str, Any],
     run_seconds: float,
     hardware: dict[str, Any],
+    sampling_share: float | None = None,
 ) -> FinishedRun | None:
     """Write what is made over all shards, then the report and, if all shards are there, the marker.
 
     Args:
         run_seconds: time of this session, from its start; the sampling time is that of all sessions together.
+        sampling_share: of the workers' time in this session; None where nothing was made.
 
     Returns:
         None where no shard is committed.
@@ -347,6 +357,7 @@ def close_run(
         "run_seconds": run_seconds,
         "finished": time.time(),
     }
+    timing |= {} if sampling_share is None else {"sampling_share": sampling_share}
     finished = finalise(store, job, plan, models=models, timing=timing, versions=software_versions(), hardware=hardware)
     write_report(store)
     if finished.complete:

@@ -34,8 +34,11 @@ from engine.report.charts import NUM_BINS, make_axis
 from engine.report.data import make_rows, read_table
 from engine.report.gallery import IMAGE_BUDGET_BYTES, MAX_SAMPLES, select, thumbnail
 from engine.report.headline import summary_table
+from engine.report.partners import partner_table
 from engine.report.render import CHARTS, render, write_report
-from engine.report.text import clip, joined, number
+from engine.report.scatter import MAX_POINTS
+from engine.report.text import clip, joined, number, percent, signed
+from engine.report.work import acceptance_table, gradient_table, throughput_table
 from engine.spec import JobSpec, parse_job
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -333,6 +336,131 @@ def test_the_choice_is_bounded_spread_and_keeps_the_extremes(tmp_path: Path, req
         assert inside[risk[inside].argmin()] in first
         quarters = np.quantile(risk[inside], [0.25, 0.5, 0.75])
         assert np.bincount(np.searchsorted(quarters, risk[first]), minlength=4).min() >= len(first) // 6
+
+
+def change_columns(store: Store, columns: dict[str, Callable[[np.ndarray], Any]]) -> Any:
+    """The table of a run with other values in some columns."""
+    import pyarrow as pa
+
+    table = read_table(store.path(METADATA))
+    for name, change in columns.items():
+        values = pa.array(change(table[name].to_numpy(zero_copy_only=False)))
+        table = table.set_column(table.schema.get_field_index(name), name, values)
+    return table
+
+
+def cells_of(table: Any) -> dict[str, list[tuple[str, str]]]:
+    assert table is not None
+    return {line.name: line.cells for line in table.lines}
+
+
+def test_samples_are_held_against_their_prompt_only_partners(run: Store) -> None:
+    """Pairs of equal seed and context, scored on both sides: what share lies above, and the median change."""
+    job = json.loads(run.read("manifest.json"))["job"]
+    cells = cells_of(partner_table(make_rows(read_table(run.path(METADATA))), job["requests"]))
+    assert list(cells) == ["between"]
+    sides: dict[str, dict[int, float]] = {"between": {}, "between-plain": {}}
+    for row in read_metadata(run):
+        if row["request"] in sides and row["status"] == "ok":
+            sides[row["request"]][row["seed"]] = row["kldb"]
+    both = sorted(sides["between"].keys() & sides["between-plain"].keys())
+    changes = np.array([sides["between"][seed] - sides["between-plain"][seed] for seed in both])
+    pairs, _, kldb, *_ = cells["between"]
+    assert pairs[0] == str(len(both))
+    assert kldb == (percent(float((changes > 0).mean())), signed(float(np.median(changes))))
+
+
+def test_partners_with_other_contexts_are_none(tmp_path: Path) -> None:
+    """Equal noise under another text is another picture; and guided requests alone have nothing to be held against."""
+    plain = {"name": "plain", "method": "prompt", "classes": ["three"], "count": 4, "contexts": ["red"]}
+    guided = plain | {"name": "guided", "method": "risky", "seed_group": "plain", "contexts": ["blue"]}
+    store = make_run(tmp_path / "run", [plain, guided])
+    rows, requests = make_rows(read_table(store.path(METADATA))), make_job([plain, guided], tmp_path).requests
+    data = [one.model_dump(mode="json") for one in requests]
+    assert partner_table(rows, data) is None and partner_table(rows, data[1:]) is None
+
+
+def test_every_class_and_joint_prompt_has_its_line(page: str, run: Store) -> None:
+    lines = page.split('aria-label="Summary by class"', 1)[1].split("</table>", 1)[0]
+    names = re.findall(r'<span class="clamp" title="([^"]*)"', lines)
+    assert sorted(names) == sorted([*DIGITS, "joint prompt of between", "joint prompt of between-plain"])
+
+
+def test_acceptance_adds_up(tmp_path: Path) -> None:
+    """Attempts by what became of them, by class where there is a quota, with what is missing."""
+    request = {"name": "all", "method": "prompt", "classes": ["three", "eight"], "count": 10}
+    store = make_run(tmp_path / "run", [request], change=failing(0.2))
+    failed = np.array([row["status"] == "failed" for row in read_metadata(store)])
+    rejected = ~failed & (np.arange(20) % 3 == 0)
+    table = change_columns(
+        store,
+        {
+            "status": lambda old: np.where(rejected, "rejected", old).tolist(),
+            "accepted": lambda old: ~failed & ~rejected,
+            "surplus": lambda old: np.arange(20) == np.flatnonzero(~failed & ~rejected)[-1],
+        },
+    )
+    quotas = {
+        "all": [
+            {"class": name, "code": code, "wanted": 9, "missing": 2}
+            for name, code in (("three", "003"), ("eight", "008"))
+        ]
+    }
+    cells = cells_of(acceptance_table(make_rows(table), quotas))
+    values = {name: [int(one[0]) for one in some] for name, some in cells.items()}
+    kept = int((~failed & ~rejected).sum())
+    assert values["all"] == [20, kept, int(rejected.sum()), int(failed.sum()), 1, 18, 4]
+    assert [sum(one) for one in zip(values["three"], values["eight"], strict=True)] == values["all"]
+    assert acceptance_table(make_rows(read_table(store.path(METADATA))), {}) is None
+
+
+def test_gradients_and_speed_are_counted(run: Store) -> None:
+    """Only what was guided has gradients; the rates of the workers are of their own samples."""
+    size = len(read_metadata(run))
+    table = change_columns(
+        run,
+        {
+            "guided_steps": lambda old: np.where(np.arange(size) < 24, 8, 0),
+            "zero_gradients": lambda old: np.where(np.arange(size) < 6, 8, 0),
+            "nonfinite_gradients": lambda old: np.where(np.arange(size) == 7, 2, 0),
+            "duration_seconds": lambda old: np.where(np.arange(size) % 2, 0.1, 0.3),
+            "worker": lambda old: ["a" if place % 2 else "b" for place in range(size)],
+        },
+    )
+    rows = make_rows(table)
+    gradients = cells_of(gradient_table(rows))
+    scored = [row["status"] == "ok" for row in read_metadata(run)][:24]
+    assert list(gradients) == ["between"]
+    assert gradients["between"][0][0] == str(sum(scored))
+    assert gradients["between"][2][1] == f"{sum(scored[:6])} samples at every step"
+    assert gradients["between"][3] == (percent(2 * scored[7] / (8 * sum(scored))), f"{int(scored[7])} samples")
+    speed = cells_of(throughput_table(rows))
+    assert speed["worker a"][-1][0] == "10.00" and speed["worker b"][-1][0] == "3.33"
+    assert speed["all workers"][0][0] == str(size)
+
+
+def test_a_hundred_thousand_samples_give_a_small_page(run: Store, tmp_path: Path) -> None:
+    """Below 10 MB and in seconds, with a bounded number of points and tiles, whatever the number of rows."""
+    import time
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    store = open_store(str(shutil.copytree(run.root, tmp_path / "run")))
+    small = pq.read_table(store.path(METADATA))
+    rng, size = np.random.default_rng(0), 100_000
+    large = small.take(pa.array(np.arange(size) % len(small)))
+    for name in ("risk", "conformity", "kldb", "entropy"):
+        values = np.asarray(large[name]) * rng.uniform(0.5, 1.5, size)
+        large = large.set_column(large.schema.get_field_index(name), small.schema.field(name), pa.array(values))
+    pq.write_table(large, store.path(METADATA))
+    started = time.process_time()
+    page = render(store, json.loads(store.read("manifest.json")), "large", DIGITS).decode()
+    seconds = time.process_time() - started
+    assert len(page.encode()) < 10_000_000 and seconds < 30
+    assert len(gallery_of(page)["samples"]) <= MAX_SAMPLES
+    plot = page.split('class="plot"', 1)[1].split("</figure>", 1)[0]
+    assert plot.count("M") <= 2 * MAX_POINTS and "1,500 of" in page
 
 
 def test_the_summary_table_is_bounded(tmp_path: Path) -> None:

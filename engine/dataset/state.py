@@ -29,10 +29,11 @@ METADATA = "metadata.parquet"
 MANIFEST = "manifest.json"
 CARD = "README.md"
 REPORT = "report.html"
+EVALUATION = "evaluation.json"
 WIDS_INDEX = "shards/wids.json"
 TIMM_INFO = "shards/_info.json"
 
-RUN_FILES = (SUCCESS, METADATA, MANIFEST, CARD, REPORT, WIDS_INDEX, TIMM_INFO)
+RUN_FILES = (SUCCESS, METADATA, MANIFEST, CARD, REPORT, EVALUATION, WIDS_INDEX, TIMM_INFO)
 MAX_SHOWN = 8
 MAX_REASON_CHARS = 300
 # Samples of a request over all of its classes, at most: more is no plan of ours.

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     from pyarrow.dataset import Dataset
 
 SCORES = ("risk", "kldb", "conformity", "entropy")
-_TEXTS = ["request", "method", "context", "class_name", "status"]
-_NUMBERS = ("class_index", "predicted_class", "oracle_class", "is_error")
-_OTHERS = ("key", "accepted", "kldb_classes", "transfer")
+_TEXTS = ["request", "method", "context", "class_name", "status", "worker"]
+_NUMBERS = (
+    "class_index", "predicted_class", "oracle_class", "is_error", "accepted", "surplus", "seed", "guided_steps",
+    "zero_gradients", "nonfinite_gradients", "duration_seconds", "batch_size",
+)  # fmt: skip
+_OTHERS = ("key", "kldb_classes", "transfer")
 MAX_CONFUSION_CLASSES = 50
 MAX_PAIRS = 25
 MAX_MESSAGES = 10
@@ -56,6 +59,8 @@ class Rows:
     request: Categories
     class_name: Categories
     status: Categories
+    context: Categories
+    worker: Categories
     numbers: dict[str, np.ndarray]
     subsets: list[tuple[int, ...]]
 
@@ -102,7 +107,7 @@ def read_table(path: Path) -> pa.Table:
 
 def make_rows(table: pa.Table) -> Rows:
     """The rows of a table that `read_table` gave."""
-    texts = {name: _categories(table.column(name)) for name in ("request", "class_name", "status")}
+    texts = {name: _categories(table.column(name)) for name in ("request", "class_name", "status", "context", "worker")}
     numbers = {name: table.column(name).to_numpy() for name in (*_NUMBERS, *SCORES)}
     return Rows(**texts, numbers=numbers, subsets=_subsets(table, texts["request"], texts["status"]))
 

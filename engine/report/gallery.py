@@ -39,6 +39,10 @@ SORT_SCORES = {
     "kldb_balance": "KLDB, balance",
     "kldb_mass": "KLDB, mass",
 }
+# Those that a range of can be chosen.
+RANGE_SCORES = ("risk", "conformity", "kldb", "entropy", "p_label")
+# Of the judge, where there is one.
+JUDGE_SCORES = {"judge_conformity": "Conformity, judge", "judge_conformity_margin": "Conformity margin, judge"}
 OUTCOMES = {
     "error": "Target reads another class",
     "valid": "Target reads another class, oracle does not",
@@ -90,6 +94,16 @@ def thumbnail(image: bytes, budget_bytes: int) -> tuple[str, bool]:
             return data_uri(_fit(opened.convert("RGB"), budget_bytes), "jpeg"), tiny
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
         return "", False
+
+
+def image_uri(image: Image.Image, budget_bytes: int) -> str:
+    """Data URI of a decoded image: a PNG of a tiny one, a JPEG that fits the budget of others."""
+    if max(image.size) <= TINY_PIXELS:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        if buffer.tell() <= budget_bytes:
+            return data_uri(buffer.getvalue(), "png")
+    return data_uri(_fit(image.convert("RGB"), budget_bytes), "jpeg")
 
 
 def _fit(image: Image.Image, budget_bytes: int) -> bytes:
@@ -203,7 +217,7 @@ def gallery_json(tiles: list[Tile], names: dict[int, str]) -> Markup:
                 "class": tile.conditioned,
                 "status": tile.record["status"],
                 "outcomes": tile.outcomes,
-                "scores": {name: tile.record[name] for name in SORT_SCORES} if tile.scores else {},
+                "scores": sort_scores(tile.record) if tile.scores else {},
                 "values": [_field_text(name, tile.record[name], names) for name in fields],
             }
             for tile in tiles
@@ -211,6 +225,14 @@ def gallery_json(tiles: list[Tile], names: dict[int, str]) -> Markup:
     }
     text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def sort_scores(record: dict[str, Any]) -> dict[str, float]:
+    """The scores of a sample that the gallery sorts by; those of the judge where it has any."""
+    found = {name: float(record[name]) for name in SORT_SCORES}
+    for entry in record.get("judge", [])[:1]:
+        found |= {name: float(entry[name.removeprefix("judge_")]) for name in JUDGE_SCORES}
+    return found
 
 
 def _field_text(name: str, value: Any, names: dict[int, str]) -> str:

@@ -62,11 +62,13 @@ def summary_table(groups: list[GroupSummary], totals: list[GroupSummary], max_li
         some = contexts[total.request]
         only = _context(some[0]) if len(some) == 1 and some[0].context else ""
         heading = ", ".join(filter(None, [total.method, only]))
-        lines.append(Line(total.request, heading, True, _cells(total, models, has_judge)))
+        lines.append(Line(total.request, heading, True, summary_cells(total, models, has_judge)))
         lines += [
-            Line(_context(group), "", False, _cells(group, models, has_judge)) for group in some if id(group) in kept
+            Line(_context(group), "", False, summary_cells(group, models, has_judge))
+            for group in some
+            if id(group) in kept
         ]
-    return Table(_columns(models, has_judge), lines, len(totals) + len(parts) - len(lines))
+    return Table(summary_columns(models, has_judge), lines, len(totals) + len(parts) - len(lines))
 
 
 def request_totals(table: pa.Table) -> list[GroupSummary]:
@@ -77,7 +79,8 @@ def request_totals(table: pa.Table) -> list[GroupSummary]:
     return summarise_table(table.set_column(table.schema.get_field_index("context"), "context", whole))
 
 
-def _columns(models: list[str], has_judge: bool) -> list[Column]:
+def summary_columns(models: list[str], has_judge: bool) -> list[Column]:
+    """Headings of a summary, the first one that of its lines."""
     fixed = [
         Column("Request", "context"),
         Column("Attempted"),
@@ -95,7 +98,8 @@ def _columns(models: list[str], has_judge: bool) -> list[Column]:
     return fixed + [Column("Transfer errors", clip(model, 60)) for model in models]
 
 
-def _cells(group: GroupSummary, models: list[str], has_judge: bool) -> list[tuple[str, str]]:
+def summary_cells(group: GroupSummary, models: list[str], has_judge: bool) -> list[tuple[str, str]]:
+    """The figures of a group, in the order of the columns."""
     seen = {one.model: one for one in group.transfer}
     return [
         (f"{group.attempted:,}", ""),

@@ -38,10 +38,14 @@ from engine.report.data import (
     read_samples,
     read_table,
 )
+from engine.report.evaluated import evaluation_context
+from engine.report.evaluation import Evaluation, read_evaluation
 from engine.report.gallery import (
     IMAGE_BUDGET_BYTES,
+    JUDGE_SCORES,
     MAX_SAMPLES,
     OUTCOMES,
+    RANGE_SCORES,
     SORT_SCORES,
     Tile,
     gallery_json,
@@ -51,7 +55,10 @@ from engine.report.gallery import (
 )
 from engine.report.headline import request_totals, summary_table
 from engine.report.images import read_images
+from engine.report.partners import partner_table
+from engine.report.scatter import SHAPES, num_drawn, scatter
 from engine.report.text import ABSENT, clip, number, percent
+from engine.report.work import acceptance_table, class_table, gradient_table, throughput_table
 
 if TYPE_CHECKING:
     from pyarrow.dataset import Dataset
@@ -88,12 +95,15 @@ _NEEDED: dict[str, type] = {
 }
 
 
-def write_report(store: Store, *, title: str | None = None, labels: list[str] | None = None) -> None:
-    """Write `report.html` of a run whose manifest and metadata are written.
+def write_report(
+    store: Store, *, title: str | None = None, labels: list[str] | None = None, into: Store | None = None
+) -> None:
+    """Write `report.html` of a run whose manifest and metadata are written; what an evaluation found is in it.
 
     Args:
         title: heading of the page; the job's name when not given.
         labels: the target's class names; looked up from the manifest's address of the target when not given.
+        into: where the report goes and the evaluation comes from; the run itself when not given.
 
     Raises:
         OutputError: the run has no manifest or metadata yet, or the store refuses.
@@ -103,9 +113,16 @@ def write_report(store: Store, *, title: str | None = None, labels: list[str] | 
         if not store.exists(name):
             raise OutputError(f"output {store.uri}: has no {name}; finish the run first (`riskforge run`)")
     manifest = _read_manifest(store)
+    evaluation, problem = None, ""
+    try:
+        evaluation = read_evaluation(into or store)
+    except CorruptShardError as error:
+        # The end of a run must not hang on the figures of an earlier evaluation.
+        problem = str(error)
+    labels = _labels(manifest) if labels is None else labels
     with _readable(store.path(METADATA)):
-        page = render(store, manifest, title or manifest["name"], _labels(manifest) if labels is None else labels)
-    store.replace(REPORT, page)
+        page = render(store, manifest, title or manifest["name"], labels, evaluation, problem)
+    (into or store).replace(REPORT, page)
 
 
 def _read_manifest(store: Store) -> dict[str, Any]:
@@ -141,8 +158,19 @@ def _readable(metadata: Path) -> Iterator[None]:
         raise CorruptShardError(f"{metadata}: cannot be read as the metadata of a run ({reason}); {_REMEDY}") from error
 
 
-def render(store: Store, manifest: dict[str, Any], title: str, labels: list[str]) -> bytes:
-    """The page; its gallery is halved until the page is below 10 MB."""
+def render(
+    store: Store,
+    manifest: dict[str, Any],
+    title: str,
+    labels: list[str],
+    evaluation: Evaluation | None = None,
+    problem: str = "",
+) -> bytes:
+    """The page; its gallery is halved until the page is below 10 MB.
+
+    Args:
+        problem: why there is no evaluation, where there should be one.
+    """
     table = read_table(store.path(METADATA))
     metadata = open_metadata(store.path(METADATA))
     rows = make_rows(table)
@@ -152,7 +180,9 @@ def render(store: Store, manifest: dict[str, Any], title: str, labels: list[str]
         "lead": _lead(manifest, rows),
         "figures": _figures(manifest, rows),
         "table": summary_table(summarise_table(table), request_totals(table)),
+        "classes": class_table(table),
         **_distributions(rows),
+        "partners": partner_table(rows, manifest["job"].get("requests", [])),
         "confusion": _confusion(rows, names),
         "pairs": error_pairs(rows, names),
         "failures": [(clip(message, MAX_MESSAGE_CHARS), count) for message, count in failures(metadata)],
@@ -161,6 +191,12 @@ def render(store: Store, manifest: dict[str, Any], title: str, labels: list[str]
             max(0, len(classes) - MAX_SCREENED_CLASSES) for classes in manifest["counts"].get("screening", {}).values()
         ),
         "dials": _dials(manifest.get("dials", {})),
+        "acceptance": acceptance_table(rows, manifest["counts"].get("quotas", {})),
+        "gradients": gradient_table(rows),
+        "throughput": throughput_table(rows),
+        "throughput_note": _throughput_note(manifest),
+        "evaluation": evaluation_context(evaluation, len(rows)),
+        "evaluation_problem": problem,
         "models": _models(manifest["models"]),
         "facts": _facts(manifest),
         "style": Markup((_HERE / "report.css").read_text(encoding="utf-8")),
@@ -254,15 +290,23 @@ def _share(flags: np.ndarray, among: np.ndarray) -> str:
     return percent(float(flags[among].mean())) if among.any() else ABSENT
 
 
-def _distributions(rows: Rows) -> dict[str, Any]:
-    """Names of the series and the charts: the first requests each, the others as one."""
+def _series(rows: Rows) -> tuple[list[int], list[str]]:
+    """The requests that are drawn for themselves, and the names of all series: the last one may be all others."""
     first = list(range(len(rows.request.names)))[: MAX_SERIES if len(rows.request.names) > MAX_SERIES + 1 else None]
-    rest = list(range(len(first), len(rows.request.names)))
-    series = [rows.request.names[code] for code in first] + ([f"{len(rest)} other requests"] if rest else [])
+    num_others = len(rows.request.names) - len(first)
+    return first, [rows.request.names[code] for code in first] + (
+        [f"{num_others} other requests"] if num_others else []
+    )
+
+
+def _distributions(rows: Rows) -> dict[str, Any]:
+    """Names of the series and the charts."""
+    first, series = _series(rows)
+    rest = len(series) > len(first)
     charts = []
     for score in CHARTS:
         values = [rows.scores_of(code, score.name) for code in first]
-        if rest:
+        if rest:  # All others as one.
             values.append(rows.numbers[score.name][rows.scored & (rows.request.codes >= len(first))])
         charts.append({"score": score, "svg": histogram(score, list(zip(series, values, strict=True)))})
     return {"series": series, "charts": charts}
@@ -340,17 +384,55 @@ def _gallery(
             "the arrow keys step through."
         ),
         "selects": _selects(tiles),
+        "ranges": [(name, SORT_SCORES[name]) for name in RANGE_SCORES],
+        "shapes": SHAPES,
+        "scatter": scatter(rows, _series_of(rows), _series(rows)[1], keys),
+        "scatter_note": _scatter_note(rows, keys),
         "gallery_json": gallery_json(tiles, names),
     }
+
+
+def _series_of(rows: Rows) -> np.ndarray:
+    """The number of the series of each request."""
+    first, _ = _series(rows)
+    return np.minimum(np.arange(max(len(rows.request.names), 1)), len(first))
+
+
+def _scatter_note(rows: Rows, shown: dict[int, str]) -> str:
+    drawn, total = num_drawn(rows, shown), int(rows.scored.sum())
+    which = (
+        f"All {_many(total, 'scored sample')}" if drawn == total else f"{drawn:,} of {_many(total, 'scored sample')}"
+    )
+    return (
+        f"{which}, a colour and a shape for each request. Wanted failures lie high and to the right: the target errs,"
+        " and the image still looks like its class. Filled points are in the gallery below and open on a click."
+    )
+
+
+def _throughput_note(manifest: dict[str, Any]) -> str:
+    """How fast the run was as a whole, as far as its manifest tells."""
+    timing, attempted = manifest["timing"], manifest["counts"]["samples"]["attempted"]
+    text = "Per sample: the time of a batch, sampling and decoding, divided by its size."
+    seconds = timing.get("sampling_seconds")
+    if isinstance(seconds, int | float) and seconds > 0:
+        text += (
+            f" With scoring the workers took {_moment(seconds)} for {_many(attempted, 'attempt')}:"
+            f" {attempted / seconds:,.2f} a second and worker."
+        )
+    share = timing.get("sampling_share")
+    if isinstance(share, int | float):
+        text += f" In the last start {percent(float(share))} of the workers' time went into sampling and scoring."
+    return text
 
 
 def _selects(tiles: list[Tile]) -> list[dict[str, Any]]:
     def distinct(texts: list[str]) -> list[tuple[str, str]]:
         return [(text, text) for text in dict.fromkeys(texts)]
 
+    has_judge = any(tile.record.get("judge") for tile in tiles)
     outcomes = {name for tile in tiles for name in tile.outcomes}
     choices = [
-        ("sort", "Sort by", "Request", list(SORT_SCORES.items())),
+        ("sort", "Sort by", "Request", list((SORT_SCORES | (JUDGE_SCORES if has_judge else {})).items())),
         ("request", "Request", "All", distinct([tile.record["request"] for tile in tiles])),
         ("class", "Class", "All", distinct(sorted(tile.conditioned for tile in tiles))),
         ("status", "Status", "All", distinct([tile.record["status"] for tile in tiles])),
@@ -374,7 +456,7 @@ def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     """What else is known of the run, as names and values."""
     facts = [("Job", manifest["name"]), ("Seed", str(manifest["job"].get("seed", 0)))]
     facts.append(("Plan digest", manifest["plan_digest"]))
-    facts += [(_title(name), _moment(value)) for name, value in manifest["timing"].items()]
+    facts += [(_title(name), _moment(value)) for name, value in manifest["timing"].items() if name != "sampling_share"]
     facts.append(("Hardware", _pairs(manifest["hardware"])))
     facts.append(("Versions", _pairs(manifest["versions"])))
     return [(name, clip(value, MAX_MESSAGE_CHARS)) for name, value in facts if value]

@@ -5,8 +5,11 @@
   for (const button of document.querySelectorAll(".legend button")) {
     button.addEventListener("click", () => {
       const shown = button.getAttribute("aria-pressed") !== "true";
-      button.setAttribute("aria-pressed", String(shown));
-      for (const part of document.querySelectorAll(`g[data-series="${button.dataset.series}"]`)) {
+      const series = button.dataset.series;
+      for (const other of document.querySelectorAll(`.legend button[data-series="${series}"]`)) {
+        other.setAttribute("aria-pressed", String(shown));
+      }
+      for (const part of document.querySelectorAll(`g[data-series="${series}"]`)) {
         part.toggleAttribute("hidden", !shown);
       }
     });
@@ -19,6 +22,9 @@
   const tiles = [...grid.querySelectorAll(".tile")];
   const headings = [...grid.querySelectorAll("h3")];
   const filters = ["request", "class", "status", "outcome"];
+  const bounds = [...document.querySelectorAll(".ranges input")];
+  const ranges = [...new Set(bounds.map((input) => input.id.slice(4)))];
+  const places = new Map(samples.map((sample, number) => [sample.key, number]));
   const control = (name) => byId(`by-${name}`);
   const dialog = byId("sample");
   let order = "desc";
@@ -29,8 +35,17 @@
     return [...select.options].some((option) => option.value === value);
   }
 
+  const bound = (side, name) => (byId(`${side}-${name}`).value === "" ? null : Number(byId(`${side}-${name}`).value));
+
+  // A sample without scores is in no range.
+  function inRange(sample, name) {
+    const [low, high, value] = [bound("min", name), bound("max", name), sample.scores[name]];
+    if (low === null && high === null) return true;
+    return value !== undefined && (low === null || value >= low) && (high === null || value <= high);
+  }
+
   function matches(sample) {
-    return filters.every((name) => {
+    return ranges.every((name) => inRange(sample, name)) && filters.every((name) => {
       const wanted = control(name).value;
       return wanted === "" || (name === "outcome" ? sample.outcomes.includes(wanted) : sample[name] === wanted);
     });
@@ -66,6 +81,7 @@
   function remember() {
     const state = new URLSearchParams();
     for (const name of filters) if (control(name).value) state.set(name, control(name).value);
+    for (const input of bounds) if (input.value !== "") state.set(input.id, input.value);
     if (control("sort").value) {
       state.set("sort", control("sort").value);
       state.set("order", order);
@@ -79,6 +95,11 @@
     const known = [...filters, "sort"].filter((name) => state.has(name));
     for (const name of known) {
       if (offers(control(name), state.get(name))) control(name).value = state.get(name);
+    }
+    for (const input of bounds.filter((one) => state.has(one.id))) {
+      if (Number.isFinite(Number(state.get(input.id)))) input.value = state.get(input.id);
+      known.push(input.id);
+      document.querySelector(".ranges").open = true;
     }
     if (state.has("order")) order = state.get("order") === "asc" ? "asc" : "desc";
     arrange();
@@ -113,7 +134,29 @@
     }
     byId("previous").disabled = visible.indexOf(number) <= 0;
     byId("next").disabled = visible.indexOf(number) === visible.length - 1;
+    mark(sample.key);
     if (!dialog.open) dialog.showModal();
+    remember();
+  }
+
+  // The point of an open sample stands out in the scatter plot.
+  function mark(key) {
+    for (const dot of document.querySelectorAll(".plot .dot")) dot.classList.toggle("chosen", dot.dataset.key === key);
+  }
+
+  // Opened from outside of the gallery a sample may be filtered away; the arrows then go through all of them.
+  function openKey(key) {
+    const number = places.get(key);
+    if (number === undefined) return;
+    if (!visible.includes(number)) reset();
+    open(number);
+  }
+
+  function reset() {
+    for (const name of [...filters, "sort"]) control(name).value = "";
+    for (const input of bounds) input.value = "";
+    order = "desc";
+    arrange();
     remember();
   }
 
@@ -132,10 +175,12 @@
   dialog.addEventListener("keydown", (event) => {
     if (event.key === "ArrowLeft") step(-1);
     if (event.key === "ArrowRight") step(1);
+    if (["ArrowLeft", "ArrowRight"].includes(event.key)) event.preventDefault();
   });
   dialog.addEventListener("close", () => {
     const last = opened;
     opened = -1;
+    mark("");
     remember();
     if (last >= 0) tiles[last].focus();
   });
@@ -150,12 +195,18 @@
     arrange();
     remember();
   });
-  byId("reset").addEventListener("click", () => {
-    for (const name of [...filters, "sort"]) control(name).value = "";
-    order = "desc";
-    arrange();
-    remember();
-  });
+  byId("reset").addEventListener("click", reset);
+  for (const input of bounds) {
+    input.addEventListener("input", () => {
+      arrange();
+      remember();
+    });
+  }
+  for (const item of document.querySelectorAll(".plot .dot, .picture[data-key]")) {
+    if (!places.has(item.dataset.key)) continue;
+    item.classList.add("opens");
+    item.addEventListener("click", () => openKey(item.dataset.key));
+  }
   window.addEventListener("hashchange", restore);
   restore();
 })();

@@ -18,6 +18,12 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
 
 
+def signed(value: float) -> str:
+    """A difference: a score with its sign."""
+    text = number(value)
+    return text if value <= 0 or text == ABSENT else f"+{text}"
+
+
 def percent(share: float) -> str:
     """A share as a percentage."""
     return ABSENT if math.isnan(share) else f"{share * 100:.1f} %"

@@ -37,30 +37,18 @@ from residual_networks import ResidualNetwork
 from torch import Tensor
 from transformers import AutoModelForImageClassification, CLIPModel, CLIPTokenizer, PreTrainedModel
 
+from engine.studies.distances import kernel_distance
+
 SCALES = (5.0,)
 UNCLIP_SCALES = (3.0,)
 JOINT = (("cat", "dog"), ("airplane", "ship"))
 TEMPLATE = "a photo of a {}"
-KID_SUBSETS = 50
-KID_SUBSET_SIZE = 200
 Reader = Callable[[Bytes], NDArray[np.int64]]
 
 
-def kernel_distance(first: Tensor, second: Tensor, *, seed: int = 0) -> float:
-    """Kernel inception distance (Binkowski et al. 2018) of features [N, d], [M, d], times 1,000; equal subsets."""
-    size = min(KID_SUBSET_SIZE, len(first), len(second))
-    rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(KID_SUBSETS):
-        a, b = (features[rng.choice(len(features), size, replace=False)] for features in (first, second))
-        within = [_cubic(one, one) for one in (a, b)]
-        unbiased = sum(float(k.sum() - k.trace()) / (size * (size - 1)) for k in within)
-        found.append(unbiased - 2 * float(_cubic(a, b).mean()))
-    return round(1000 * float(np.mean(found)), 2)
-
-
-def _cubic(first: Tensor, second: Tensor) -> Tensor:
-    return (first @ second.T / first.shape[1] + 1) ** 3
+def kid_x1000(first: Tensor, second: Tensor) -> float:
+    """Kernel inception distance of features [N, d], [M, d], times 1,000."""
+    return round(1000 * kernel_distance(first.double().numpy(), second.double().numpy()).value, 2)
 
 
 def readers(zoo: Path, referee: ResidualNetwork) -> dict[str, Reader]:
@@ -109,7 +97,7 @@ def judge_samples(
     for scale in SCALES:
         drawn = sample(pipeline, prompts, Sampling(guidance_scale=scale), seed=1000)
         figures[f"guidance scale {scale:g}"] = agreement(found, drawn, labels, names) | {
-            "kid_resnet32_features_x1000": kernel_distance(referee.read(drawn)[0], referee.read(test.images)[0])
+            "kid_resnet32_features_x1000": kid_x1000(referee.read(drawn)[0], referee.read(test.images)[0])
         }
         print(scale, json.dumps(figures[f"guidance scale {scale:g}"]), flush=True)
     return figures
@@ -132,7 +120,7 @@ def judge_variations(
         sampling = Sampling(num_inference_steps=20, guidance_scale=scale)
         drawn = sample_variations(pipeline, images, prompts, sampling, seed=1000)
         figures[f"guidance scale {scale:g}"] = agreement(found, drawn, labels, names) | {
-            "kid_resnet32_features_x1000": kernel_distance(referee.read(drawn)[0], referee.read(test.images)[0])
+            "kid_resnet32_features_x1000": kid_x1000(referee.read(drawn)[0], referee.read(test.images)[0])
         }
         print("variations", scale, json.dumps(figures[f"guidance scale {scale:g}"]), flush=True)
     return figures
@@ -184,7 +172,7 @@ def evaluate(zoo: Path, data_folder: Path, count: int) -> dict[str, Any]:
     figures["variations"] = judge_variations(load_unclip(zoo), found, referee, known, count)
     # Not every second image: classes are interleaved.
     halves = [referee.read(part)[0] for part in np.array_split(known.images, 2)]
-    figures["kid of two halves of the test images"] = kernel_distance(*halves)
+    figures["kid of two halves of the test images"] = kid_x1000(*halves)
     figures["bytes"] = part_sizes(zoo)
     return figures
 

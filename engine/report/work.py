@@ -1,0 +1,154 @@
+"""Tables of how the samples came about: by class, acceptance, gradients, and how fast."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.dataset.counts import JOINT_KEY
+from engine.dataset.summary import summarise_table
+from engine.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED
+from engine.report.data import Rows
+from engine.report.headline import Column, Line, Table, summary_cells, summary_columns
+from engine.report.text import ABSENT, clip, number, percent
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MAX_LINES = 150
+MAX_WORKERS = 40
+
+
+def class_table(table: pa.Table) -> Table | None:
+    """The summary of every class over all requests; a joint prompt is a class of its own. None where there is one."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    # The record of a joint sample names the class that it came closest to.
+    is_joint = pc.match_substring_regex(table["key"], JOINT_KEY)
+    joint = pc.binary_join_element_wise(pa.scalar("joint prompt of"), table["request"].cast(pa.string()), " ")
+    texts = pc.if_else(is_joint, joint, table["class_name"].cast(pa.string()))
+    whole = pa.array([""] * table.num_rows, pa.string())
+    groups = summarise_table(_with(_with(_with(table, "request", texts), "context", whole), "method", whole))
+    if len(groups) < 2:
+        return None
+    ordered = sorted(groups, key=lambda one: -(one.error_rate or 0.0))[:MAX_LINES]
+    models = list(dict.fromkeys(one.model for group in groups for one in group.transfer))
+    has_judge = any(group.judge_conformity is not None for group in groups)
+    lines = [
+        Line(clip(group.request, 120), "", False, summary_cells(group, models, has_judge))
+        for group in sorted(ordered, key=lambda one: groups.index(one))
+    ]
+    columns = [Column("Class"), *summary_columns(models, has_judge)[1:]]
+    return Table(columns, lines, len(groups) - len(lines))
+
+
+def _with(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
+    return table.set_column(table.schema.get_field_index(name), name, column)
+
+
+def acceptance_table(rows: Rows, quotas: dict[str, list[dict[str, Any]]]) -> Table | None:
+    """What became of the attempts, by request, and by class where a request has a quota; None without any rule.
+
+    Args:
+        quotas: of the manifest: by request and class what was wanted and is missing.
+    """
+    rejected = rows.status.is_one_of(np.arange(len(rows)), STATUS_REJECTED)
+    if not quotas and not rejected.any():
+        return None
+    lines = []
+    for code, name in enumerate(rows.request.names):
+        here = rows.request.codes == code
+        classes = quotas.get(name, [])
+        wanted, missing = (sum(int(one[field]) for one in classes) for field in ("wanted", "missing"))
+        lines.append(Line(clip(name, 120), "", True, _acceptance(rows, here, wanted, missing, bool(classes))))
+        for one in classes:
+            own = here & _is_class(rows, str(one["code"]))
+            cells = _acceptance(rows, own, int(one["wanted"]), int(one["missing"]), True)
+            lines.append(Line(clip(str(one["class"]), 120), "", False, cells))
+    names = ("Attempted", "Accepted", "Rejected", "Failed", "Surplus", "Wanted", "Missing")
+    return Table([Column("Request", "class"), *map(Column, names)], lines[:MAX_LINES], max(0, len(lines) - MAX_LINES))
+
+
+def _is_class(rows: Rows, code: str) -> np.ndarray:
+    """Which rows have a class code in their key; all where it is that of a joint prompt."""
+    return rows.numbers["class_index"] == int(code) if code.isdigit() else np.ones(len(rows), dtype=bool)
+
+
+def _acceptance(rows: Rows, here: np.ndarray, wanted: int, missing: int, has_quota: bool) -> list[tuple[str, str]]:
+    status = {
+        name: int(rows.status.is_one_of(np.flatnonzero(here), name).sum())
+        for name in (STATUS_OK, STATUS_REJECTED, STATUS_FAILED)
+    }
+    total, accepted = int(here.sum()), int(rows.numbers["accepted"][here].sum())
+    surplus = int(rows.numbers["surplus"][here].sum())
+    cells = [
+        (f"{total:,}", ""),
+        (f"{accepted:,}", percent(accepted / total) if total else ABSENT),
+        (f"{status[STATUS_REJECTED]:,}", ""),
+        (f"{status[STATUS_FAILED]:,}", ""),
+        (f"{surplus:,}", ""),
+    ]
+    return cells + ([(f"{wanted:,}", ""), (f"{missing:,}", "")] if has_quota else [("", ""), ("", "")])
+
+
+def gradient_table(rows: Rows) -> Table | None:
+    """Guided steps and what was wrong with their gradients, by request; None where nothing was guided."""
+    lines = []
+    for code, name in enumerate(rows.request.names):
+        here = rows.scored & (rows.request.codes == code)
+        steps, zero, bad = (
+            rows.numbers[field][here] for field in ("guided_steps", "zero_gradients", "nonfinite_gradients")
+        )
+        if not steps.sum():
+            continue
+        lines.append(
+            Line(
+                clip(name, 120),
+                "",
+                False,
+                [
+                    (f"{len(steps):,}", ""),
+                    (number(float(steps.mean())), f"{steps.min()} to {steps.max()}"),
+                    (percent(float(zero.sum() / steps.sum())), f"{int((zero == steps).sum()):,} samples at every step"),
+                    (percent(float(bad.sum() / steps.sum())), f"{int((bad > 0).sum()):,} samples"),
+                ],
+            )
+        )
+    names = [Column("Samples"), Column("Guided steps", "mean, range"), Column("Zero gradients", "of the guided steps")]
+    columns = [Column("Request"), *names, Column("Not finite", "dropped")]
+    return Table(columns, lines[:MAX_LINES], max(0, len(lines) - MAX_LINES)) if lines else None
+
+
+def throughput_table(rows: Rows) -> Table | None:
+    """Time of sampling by request, and by worker where there are several; None where it was not measured."""
+    seconds = rows.numbers["duration_seconds"]
+    if not seconds.sum():
+        return None
+    lines = []
+    for code, name in enumerate(rows.request.names):
+        lines.append(Line(clip(name, 120), "", False, _speed(rows, rows.request.codes == code)))
+    workers = rows.worker.names
+    if len(workers) > 1:
+        lines.append(Line("all workers", "", True, _speed(rows, np.ones(len(rows), dtype=bool))))
+        for place, name in enumerate(workers[:MAX_WORKERS]):
+            lines.append(Line(clip(f"worker {name}", 120), "", False, _speed(rows, rows.worker.codes == place)))
+    columns = [Column("Request", "worker"), Column("Attempts"), Column("Batch size", "median"),
+               Column("Sampling", "seconds together"), Column("Per sample", "median, seconds"),
+               Column("Samples a second", "of one worker")]  # fmt: skip
+    return Table(columns, lines, max(0, len(workers) - MAX_WORKERS))
+
+
+def _speed(rows: Rows, here: np.ndarray) -> list[tuple[str, str]]:
+    seconds = rows.numbers["duration_seconds"][here]
+    measured = seconds[seconds > 0]
+    if not len(measured):
+        return [(f"{int(here.sum()):,}", ""), *[(ABSENT, "")] * 4]
+    return [
+        (f"{len(seconds):,}", ""),
+        (f"{np.median(rows.numbers['batch_size'][here]):,.0f}", ""),
+        (f"{measured.sum():,.1f}", ""),
+        (number(float(np.median(measured))), ""),
+        (f"{len(measured) / measured.sum():,.2f}", ""),
+    ]

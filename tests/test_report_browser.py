@@ -1,0 +1,213 @@
+"""The report as a user has it: clicks and keys in a headless Chromium, at a desk and on a telephone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.dataset.store import Store
+from tests.browser import CHROMIUM, Browser
+from tests.test_report import BETWEEN, DIGITS, EVERYTHING, HOSTILE, PLAIN, failing, make_run, page_of, read_metadata
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+BIDI = "\u202egnp.exe\u2066 \u200b"
+TILES = "[...document.querySelectorAll('#tiles .tile:not([hidden])')].map((one) => one.dataset.key)"
+TITLE = "document.querySelector('#sample-key').textContent"
+IS_OPEN = "document.querySelector('#sample').open"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("profile")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    store = make_run(
+        tmp_path_factory.mktemp("report") / "run", [BETWEEN, PLAIN, EVERYTHING], change=failing(0.1), size=32
+    )
+    page_of(store, labels=DIGITS)
+    return store
+
+
+@pytest.fixture
+def page(browser: Browser, run: Store) -> Browser:
+    """A fresh page in a wide window."""
+    browser.complaints.clear()
+    browser.look(1280)
+    browser.open(run.path("report.html").as_uri())
+    return browser
+
+
+def rows_of(run: Store) -> dict[str, dict[str, Any]]:
+    return {row["key"]: row for row in read_metadata(run)}
+
+
+@pytest.mark.parametrize("score", ["risk", "conformity", "kldb", "entropy", "p_label", "conformity_margin"])
+def test_sorting_by_a_score(page: Browser, run: Store, score: str) -> None:
+    """Highest first, then lowest first; samples without a score come last in both."""
+    rows = rows_of(run)
+    page.choose("#by-sort", score)
+    falling = page.evaluate(TILES)
+    page.click("#order")
+    rising = page.evaluate(TILES)
+    for keys, sign in ((falling, -1), (rising, 1)):
+        scored = [key for key in keys if rows[key]["status"] == "ok"]
+        assert keys[: len(scored)] == scored and len(scored) > 50
+        values = [sign * rows[key][score] for key in scored]
+        assert values == sorted(values)
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize("score", ["risk", "conformity", "kldb", "entropy", "p_label"])
+def test_ranges_of_a_score(page: Browser, run: Store, score: str) -> None:
+    """Between two numbers, above one, and with a request; whoever opens the address sees the same."""
+    rows = rows_of(run)
+    every = page.evaluate(TILES)
+    values = sorted(rows[key][score] for key in every if rows[key]["status"] == "ok")
+    low, high = values[len(values) // 4], values[3 * len(values) // 4]
+    page.click(".ranges summary")
+    page.choose(f"#min-{score}", repr(low))
+    above = set(page.evaluate(TILES))
+    assert above == {key for key in every if rows[key]["status"] == "ok" and rows[key][score] >= low}
+    page.choose(f"#max-{score}", repr(high))
+    page.choose("#by-request", "everything")
+    both = page.evaluate(TILES)
+    assert set(both) == {key for key in above if rows[key][score] <= high and rows[key]["request"] == "everything"}
+    assert page.evaluate("document.querySelector('#count').textContent").startswith(f"{len(both)} of")
+    page.open(page.evaluate("location.href"))
+    assert page.evaluate(TILES) == both
+    page.click("#reset")
+    assert page.evaluate(TILES) == every and page.complaints == []
+
+
+def test_a_sample_opens_and_the_keys_step_through(page: Browser, run: Store) -> None:
+    """By a click, with all its metadata; arrows step through what is shown; Escape closes and gives the focus back."""
+    rows = rows_of(run)
+    page.choose("#by-sort", "risk")
+    keys = page.evaluate(TILES)
+    page.click("#tiles .tile:not([hidden])", 1)
+    assert page.evaluate(IS_OPEN) and page.evaluate(TITLE) == keys[1]
+    fields = page.evaluate(
+        "[...document.querySelectorAll('#sample-fields tr')].map((one) => one.children[0].textContent)"
+    )
+    assert fields == list(rows[keys[1]])
+    assert rows[keys[1]]["sha256"] in page.evaluate("document.querySelector('#sample-fields').textContent")
+    for key, place in (("ArrowRight", 2), ("ArrowRight", 3), ("ArrowLeft", 2)):
+        page.press(key)
+        assert page.evaluate(TITLE) == keys[place]
+    page.click("#sample #previous")
+    assert page.evaluate(TITLE) == keys[1]
+    for _ in range(3):
+        page.press("ArrowLeft")
+    assert page.evaluate(TITLE) == keys[0] and page.evaluate("document.querySelector('#previous').disabled")
+    page.press("Escape")
+    assert not page.evaluate(IS_OPEN) and page.evaluate("document.activeElement.dataset.key") == keys[0]
+    page.press("Enter")
+    assert page.complaints == []
+
+
+def test_the_keyboard_opens_a_sample(page: Browser) -> None:
+    """Tiles take the focus and open on Enter, as buttons do."""
+    page.evaluate("document.querySelector('#tiles .tile').focus()")
+    page.send("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
+    page.send("Input.dispatchKeyEvent", type="keyUp", key="Enter", code="Enter", windowsVirtualKeyCode=13)
+    assert page.evaluate(IS_OPEN) and page.complaints == []
+
+
+def test_a_point_opens_its_sample(page: Browser, run: Store) -> None:
+    """Every scored sample of the gallery has a point, which opens it even where a filter hides its tile."""
+    rows = rows_of(run)
+    points = page.evaluate("[...document.querySelectorAll('.plot .dot')].map((one) => one.dataset.key)")
+    scored = {key for key in page.evaluate(TILES) if rows[key]["status"] == "ok"}
+    assert set(points) == scored and len(points) == len(scored)
+    page.choose("#by-request", "everything")
+    hidden = next(place for place, key in enumerate(points) if rows[key]["request"] == "between")
+    page.evaluate(f"document.querySelectorAll('.plot .dot')[{hidden}].dispatchEvent(new MouseEvent('click'))")
+    assert page.evaluate(IS_OPEN) and page.evaluate(TITLE) == points[hidden]
+    assert page.evaluate("document.querySelectorAll('.plot .chosen').length") == 1
+    assert page.complaints == []
+
+
+def test_requests_differ_in_colour_and_shape(page: Browser) -> None:
+    """Whoever sees no colours tells them by their shapes; a legend switches a request off in all charts."""
+    shape = "(one) => one.getAttribute('d').replace(/^M[-0-9. ]+/, '')"
+    series = page.evaluate(
+        "[...document.querySelectorAll('.plot .dots')].map((group) => {"
+        f"const shapes = new Set([...group.querySelectorAll('.dot')].map({shape}));"
+        "return [getComputedStyle(group.querySelector('.dot')).stroke, ...shapes]; })"
+    )
+    assert [len(one) for one in series] == [2, 2, 2]
+    assert len({one[0] for one in series}) == len({one[1] for one in series}) == 3
+    page.click("#scatter .legend button", 1)
+    off = "[...document.querySelectorAll('.plot .dots, .charts .series')].filter((one) => one.hasAttribute('hidden'))"
+    assert set(page.evaluate(f"{off}.map((one) => one.dataset.series)")) == {"1"}
+    pressed = "[...document.querySelectorAll('.legend button[data-series=\"1\"]')].map((one) => one.ariaPressed)"
+    assert page.evaluate(pressed) == ["false", "false"]
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("dark", [False, True])
+def test_nothing_sticks_out_and_texts_can_be_read(page: Browser, width: int, dark: bool) -> None:
+    """The page does not scroll sideways at either width, and its texts keep the contrast that WCAG asks for."""
+    page.look(width, dark=dark)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    pairs = page.evaluate(
+        "(() => { const style = getComputedStyle(document.documentElement);"
+        "const make = (name) => { const one = document.createElement('i'); one.style.color = `var(${name})`;"
+        "document.body.append(one); const found = getComputedStyle(one).color; one.remove(); return found; };"
+        "return ['--ink', '--soft', '--accent', '--bad', '--good'].map((name) => [make(name), make('--card')]); })()"
+    )
+    for text, ground in pairs:
+        assert contrast(text, ground) >= 4.5, (text, ground)
+    page.click("#tiles .tile:not([hidden])")
+    box = page.evaluate(
+        "(() => { const b = document.querySelector('#sample').getBoundingClientRect(); return [b.x, b.right]; })()"
+    )
+    assert box[0] >= 0 and box[1] <= width
+
+
+def contrast(first: str, second: str) -> float:
+    """Contrast of two colours `rgb(r, g, b)` after WCAG 2."""
+    lights = sorted(_luminance(one) for one in (first, second))
+    return (lights[1] + 0.05) / (lights[0] + 0.05)
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(one) / 255 for one in colour[colour.index("(") + 1 : -1].split(",")[:3]]
+    linear = [one / 12.92 if one <= 0.03928 else ((one + 0.055) / 1.055) ** 2.4 for one in parts]
+    return sum(weight * one for weight, one in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_planted_texts_stay_texts(browser: Browser, tmp_path: Path) -> None:
+    """Class names, prompts, contexts and messages with markup, quotes, addresses of scripts and turning characters:
+    nothing runs, nothing is added to the page, and each is shown as it is."""
+    planted = [*HOSTILE[:3], "javascript:alert(3)", "' onmouseover='alert(4)", BIDI]
+    request = {"name": "all", "method": "prompt", "classes": ["three", "eight"], "count": 1, "contexts": planted}
+    labels = [*DIGITS[:8], planted[0], planted[1]]
+
+    def change(record: dict[str, Any]) -> dict[str, Any]:
+        return failing(0.3, "boom " + " ".join(planted))(record | {"prompt": planted[record["index"] % len(planted)]})
+
+    store = make_run(tmp_path / "run", [request | {"classes": [3, 8]}], labels, change)
+    page_of(store, labels=labels, title=planted[0])
+    browser.complaints.clear()
+    browser.look(1280)
+    browser.open(store.path("report.html").as_uri())
+    for key in browser.evaluate(TILES):
+        browser.evaluate(f"document.querySelector('[data-key={json.dumps(key)}]').click()")
+        text = browser.evaluate("document.querySelector('#sample-fields').textContent")
+        assert any(one in text for one in planted)
+        browser.press("Escape")
+    assert browser.evaluate("document.querySelectorAll('script').length") == 2
+    attributes = "[...document.querySelectorAll('*')].flatMap((one) => [...one.attributes])"
+    assert not browser.evaluate(f"{attributes}.some((one) => one.name.startsWith('on'))")
+    assert not browser.evaluate(
+        f"{attributes}.some((one) => /^\\s*javascript:/i.test(one.value) && one.name !== 'title')"
+    )
+    assert browser.complaints == []
