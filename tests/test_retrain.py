@@ -35,7 +35,7 @@ from engine.progress import PlainDisplay
 from engine.spec import parse_job
 from engine.studies.comparison import Attempt, compare, compare_errors, findings
 from engine.studies.finetune import Recipe, Samples, _batches, choose_rows
-from engine.studies.folders import fresh_folder
+from engine.dataset.folders import fresh_folder
 from engine.studies.intervals import mean_interval, wilson_interval
 from engine.studies.retrain import Retrained, RetrainOptions, choose_arms, retrain
 from engine.studies.samples import StudiedRun, is_plain

@@ -55,6 +55,11 @@ class ShardFiles:
     counts: ShardCounts
 
 
+def is_key(text: str) -> bool:
+    """Whether a text can be the key of a sample: it is a file's name in tars and folders."""
+    return _KEY.fullmatch(text) is not None
+
+
 def stage_shard(
     folder: Path,
     name: str,

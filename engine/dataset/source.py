@@ -7,6 +7,7 @@ shards. A folder that scores another run's images anew (`rescored_from` in its m
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.dataset.commits import list_commits
-from engine.dataset.shards import SHARDS, shard_name
+from engine.dataset.shards import SHARDS, file_digest, shard_name
 from engine.dataset.state import MANIFEST, METADATA, SUCCESS, StoredRun, read_run
 from engine.dataset.store import Store, open_store
 from engine.errors import CorruptShardError, JobError, OutputError
@@ -78,6 +79,16 @@ class RunSource:
         if missing := [name for name in REQUIRED if name not in schema.names]:
             raise JobError(f"RUN: {self.rows[0]} has no column {', '.join(missing)}; give the output folder of a run")
         return schema
+
+    def rows_digest(self) -> str:
+        """Checksum of the files of its rows, in which the checksums of its images stand."""
+        digests = [file_digest(path, "sha256") for path in self.rows]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def known_models(self) -> dict[str, Any]:
+        """What is known of the models of a run that has no manifest yet."""
+        found = {"target": ("digest", self.targets), "clip": ("address", self.clips)}
+        return {role: {field: next(iter(one))} for role, (field, one) in found.items() if len(one) == 1}
 
 
 def open_source(uri: str) -> RunSource:
