@@ -1,4 +1,4 @@
-"""Merge and export: the selected samples of some runs as a new data set, near duplicates left out, real images mixed in.
+"""Merge and export: the selected samples of some runs as a new data set, without near duplicates, with real images.
 
 The same command gives the same bytes. The data set is built beside its place and renamed once it is whole.
 """
@@ -21,7 +21,7 @@ from engine.dataset.folders import fresh_folder
 from engine.dataset.formats import check_format, write_imagefolder, write_parquet, write_webdataset
 from engine.dataset.manifest import software_versions
 from engine.dataset.real_images import RealImages
-from engine.dataset.selection import Chosen, SampleReader, Selection, select, shuffled
+from engine.dataset.selection import Chosen, SampleReader, select, shuffled
 from engine.dataset.shards import is_key, record_json
 from engine.dataset.source import RunSource
 from engine.dataset.state import CARD, MANIFEST, SUCCESS
@@ -323,7 +323,7 @@ def _check_output(options: ExportOptions, corpus: Corpus) -> Path:
             resolved == root or resolved.is_relative_to(root) or root.is_relative_to(resolved) for root in source.roots
         ):
             raise OutputError(
-                f"--output: {store.root} is in the folder of '{source.uri}', or around it; choose one outside of the runs"
+                f"--output: {store.root} is in the folder of '{source.uri}', or around it; choose one outside"
             )
     if names := store.list():
         raise OutputError(f"--output: {store.root} is not empty ({names[0]!r}); choose another, or remove it first")
