@@ -479,7 +479,7 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a r
 
 
 RunsArgument = Annotated[
-    list[str], typer.Argument(metavar="RUN...", help="Folders of runs or merged data sets.", show_default=False)
+    list[str], typer.Argument(metavar="RUN", help="Folders of runs or merged data sets.", show_default=False)
 ]
 ExportOutput = Annotated[
     str, typer.Option("--output", metavar="URI", help="Folder of the new data set; must be empty.", show_default=False)
@@ -517,7 +517,6 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show what is in runs, finished or not."""
-    import engine
     from engine import inspection
 
     if save is not None and key is None:

@@ -209,6 +209,8 @@ def _origin(store: Store, manifest: dict[str, Any], depth: int) -> RunSource | N
     try:
         return _open(inner, depth + 1)
     except (JobError, OutputError) as error:
+        if depth:
+            raise
         raise JobError(f"RUN: '{store.uri}' was scored from '{address}', which cannot be opened: {error}") from None
 
 
