@@ -99,7 +99,7 @@ def test_a_merge_has_the_samples_of_its_runs(first: Path, second: Path, tmp_path
         assert inspect_pair(tar, tar.with_suffix(".parquet")).counts.ok in (10, len(out) % 10)
     assert list(out) != sorted(out) and done.manifest["counts"]["images"] == len(out)
     assert done.remarks == (
-        f"{second} is not finished: 2 committed shards so far",
+        f"{second} is not finished: 3 committed shards so far",
         f"{second}: its keys were taken already, and begin with r2- now",
     )
 
@@ -404,7 +404,7 @@ def test_inspect_shows_what_is_there(first: Path, second: Path, capsys: pytest.C
     assert document["image"] == {
         "width": 4, "height": 4, "format": "png", "bytes": document["image"]["bytes"],
     }  # fmt: skip
-    assert [run["state"] for run in document["runs"]] == ["finished", "not finished: 2 committed shards so far"]
+    assert [run["state"] for run in document["runs"]] == ["finished", "not finished: 3 committed shards so far"]
     assert document["runs"][0]["disk_bytes"] == sum(path.stat().st_size for path in first.rglob("*") if path.is_file())
     assert riskforge("inspect", first, "--filter", "risk > 3") == 0
     text = capsys.readouterr().out

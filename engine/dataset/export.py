@@ -26,7 +26,7 @@ from engine.dataset.shards import is_key, record_json
 from engine.dataset.source import RunSource
 from engine.dataset.state import CARD, MANIFEST, SUCCESS
 from engine.dataset.store import Store, explained, open_store
-from engine.errors import JobError, OutputError
+from engine.errors import CorruptShardError, JobError, OutputError
 from engine.plan import SCHEMA_VERSION
 from engine.records import STATUS_OK, STATUS_REJECTED, SampleResult
 
@@ -123,10 +123,9 @@ class _Export:
         self._selection = select(corpus)
         self._reader = SampleReader(corpus, self._selection)
         self._labels = corpus.labels or _labels_of_rows(corpus)
+        _check_classes(self._selection.samples, self._labels)
         self._digest = hashlib.sha256()
         self._counts: dict[str, dict[str, dict[str, int]]] = {"requests": {}, "classes": {}}
-        self._num_generated = len(self._selection.samples)
-        self._num_real = 0
 
     def write(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Write everything, `_SUCCESS` last."""
@@ -141,7 +140,7 @@ class _Export:
         store.replace(CARD, export_card(manifest, data_files, image_format).encode())
         store.replace(SUCCESS, f"{manifest['digest']}\n".encode())
         store.remove_tree("_state")
-        return manifest, tuple(self._remarks(deduplication))
+        return manifest, tuple(self._remarks(deduplication, real))
 
     def _image_format(self) -> str:
         """The one format that the images of shards have."""
@@ -273,7 +272,7 @@ class _Export:
             "key_prefix": self._selection.prefixes.get(number, ""),
         }
 
-    def _remarks(self, deduplication: dict[str, Any]) -> Iterator[str]:
+    def _remarks(self, deduplication: dict[str, Any], real: RealImages) -> Iterator[str]:
         for source in self._corpus.runs:
             if not source.is_finished:
                 yield f"{source.uri} is {source.state}"
@@ -284,6 +283,9 @@ class _Export:
         if deduplication:
             total = len(self._selection.samples)
             yield f"{deduplication['dropped']} of {total} samples were near duplicates; {DUPLICATES} names them"
+        if real.unusable:
+            first = real.unusable[0]
+            yield f"{len(real.unusable)} real images could not be used, such as {first.name}: {first.reason}"
 
 
 def _check_options(options: ExportOptions) -> None:
@@ -325,6 +327,8 @@ def _check_output(options: ExportOptions, corpus: Corpus) -> Path:
             raise OutputError(
                 f"--output: {store.root} is in the folder of '{source.uri}', or around it; choose one outside"
             )
+    if options.real is not None and resolved.is_relative_to(Path(options.real).expanduser().resolve()):
+        raise OutputError(f"--output: {store.root} is in the folder of --mix-real; choose one outside")
     if names := store.list():
         raise OutputError(f"--output: {store.root} is not empty ({names[0]!r}); choose another, or remove it first")
     if resolved.parent == resolved:
@@ -348,6 +352,17 @@ def _check_sources(corpus: Corpus, options: ExportOptions) -> None:
             f"RUN: '{first.uri}' and '{other.uri}' are scored by different targets ({', '.join(sorted(targets))}), so"
             " their risk and KLDB cannot be compared; --allow-different-targets takes them nevertheless"
         )
+
+
+def _check_classes(samples: list[Chosen], labels: tuple[str, ...]) -> None:
+    """Check that every sample is of a class that there is.
+
+    Raises:
+        CorruptShardError: one is not.
+    """
+    for one in samples:
+        if not 0 <= one.class_index < len(labels):
+            raise CorruptShardError(f"RUN: the row of {one.key} has class {one.class_index} of {len(labels)} classes")
 
 
 def _only_clip(corpus: Corpus) -> str:

@@ -83,9 +83,10 @@ class Vocabulary:
             return Term(pc.field(name), kind, is_integer) if kind else None
         if name in JUDGE_SCORES:
             return Term(_judge_score(self._schema, JUDGE_SCORES[name]), NUMBER)
-        agrees = {"oracle_agrees": None, "valid_failure": pc.field("is_error")}[name]
-        found = _oracle_agrees(self._max_subset())
-        return Term(found if agrees is None else agrees & found, FLAG)
+        if name not in DERIVED:
+            raise KeyError(name)
+        agrees = _oracle_agrees(self._max_subset())
+        return Term(agrees & pc.field("is_error") if name == "valid_failure" else agrees, FLAG)
 
 
 def compile_filter(text: str, vocabulary: Vocabulary, option: str = "filter") -> Expression:
