@@ -265,9 +265,8 @@ def test_folders_of_classes_have_safe_names(tmp_path: Path) -> None:
         record["class_index"] for _, record in images_of(run).values() if record["accepted"]
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
-    with (tmp_path / "out" / "metadata.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(found) and {row["label"] for row in rows} == set(labels)
+    rows = pq.read_table(tmp_path / "out" / "metadata.parquet").to_pylist()
+    assert len(rows) == len(found) and {row["class_name"] for row in rows} == set(labels)
     assert all((tmp_path / "out" / row["file_name"]).is_file() for row in rows)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections import Counter
@@ -15,6 +14,7 @@ from engine.dataset.commits import CommitSummary
 from engine.dataset.manifest import IndexEntry, write_index_files, write_metadata
 from engine.dataset.schema import arrow_schema
 from engine.dataset.shards import SHARDS, discard, shard_name, stage_shard
+from engine.dataset.state import METADATA
 from engine.dataset.store import STATE, Store, explained
 from engine.errors import JobError
 from engine.records import DETERMINISTIC_FIELDS, SampleResult
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 FORMATS = ("webdataset", "imagefolder", "parquet")
 ROWS_PER_GROUP = 256
-# Columns of metadata.csv: those of one value, after what a folder by class needs.
-CSV_COLUMNS = tuple(name for name, kind in DETERMINISTIC_FIELDS.items() if kind in ("int", "float", "bool", "str"))
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _()+=,@&-]{0,79}")
 # Names that Windows keeps for devices, and that readers of folders pass over.
@@ -59,7 +57,9 @@ def write_webdataset(
 
 
 def write_imagefolder(root: Path, samples: Iterator[tuple[SampleResult, str]], labels: Sequence[str]) -> list[str]:
-    """Write `CLASS/KEY.png` and `metadata.csv`, as torchvision, timm and Hugging Face read a folder by class.
+    """Write `CLASS/KEY.png` and `metadata.parquet`, as torchvision, timm and Hugging Face read a folder by class.
+
+    A `metadata.csv` would do for Hugging Face too, but an empty text in it is read as a missing number.
 
     Args:
         samples: with the extensions of their images.
@@ -67,18 +67,22 @@ def write_imagefolder(root: Path, samples: Iterator[tuple[SampleResult, str]], l
     Returns:
         Patterns of the data files, for the card.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     folders = class_folders(labels)
-    path = root / "metadata.csv"
-    with explained(path), path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["file_name", "label", *CSV_COLUMNS])
-        for result, extension in samples:
-            record = result.record
-            place = f"{folders[record['class_index']]}/{record['key']}.{extension}"
-            (root / place).parent.mkdir(exist_ok=True)
-            (root / place).write_bytes(result.image)
-            writer.writerow([place, record["class_name"], *(record[name] for name in CSV_COLUMNS)])
-    return ["metadata.csv", "*/*"]
+    schema = _schema([pa.field("file_name", pa.string())], {}, labels)
+    with explained(root), pq.ParquetWriter(root / METADATA, schema, compression="zstd") as writer:
+        while batch := list(islice(samples, ROWS_PER_GROUP)):
+            rows = []
+            for result, extension in batch:
+                record = result.record
+                place = f"{folders[record['class_index']]}/{record['key']}.{extension}"
+                (root / place).parent.mkdir(exist_ok=True)
+                (root / place).write_bytes(result.image)
+                rows.append({"file_name": place, "label": record["class_index"]} | record)
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    return [METADATA, "*/*"]
 
 
 def class_folders(labels: Sequence[str]) -> list[str]:
@@ -134,10 +138,17 @@ def parquet_schema(labels: Sequence[str]) -> pa.Schema:
     import pyarrow as pa
 
     image = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
-    own = [pa.field("image", image), pa.field("label", pa.int64())]
+    return _schema([pa.field("image", image)], {"image": {"_type": "Image"}}, labels)
+
+
+def _schema(own: list[pa.Field], features: dict[str, Any], labels: Sequence[str]) -> pa.Schema:
+    """Own columns, the label, and the record's; `datasets` finds features and class names in the metadata."""
+    import pyarrow as pa
+
     others = [pa.field(one.name, _nullable(one.type)) for one in arrow_schema() if one.name in DETERMINISTIC_FIELDS]
-    features = {"image": {"_type": "Image"}, "label": {"names": _unique(labels), "_type": "ClassLabel"}}
-    return pa.schema([*own, *others], metadata={"huggingface": json.dumps({"info": {"features": features}})})
+    known = features | {"label": {"names": _unique(labels), "_type": "ClassLabel"}}
+    about = {"huggingface": json.dumps({"info": {"features": known}})}
+    return pa.schema([*own, pa.field("label", pa.int64()), *others], metadata=about)
 
 
 def _nullable(kind: pa.DataType) -> pa.DataType:
