@@ -174,10 +174,12 @@ def test_numbers_for_weights(corpus: Corpus) -> None:
             corpus.numbers(text, "weights")
 
 
-def test_not_a_number_is_never_selected(tmp_path: Path) -> None:
+def test_not_a_number_is_no_weight_and_no_quantile(tmp_path: Path) -> None:
     """The engine writes none; another program may."""
     import pyarrow as pa
     import pyarrow.parquet as pq
+
+    from engine.inspection import quantiles
 
     path = make_run(tmp_path / "run", count=4) / "metadata.parquet"
     table = pq.read_table(path)
@@ -185,5 +187,6 @@ def test_not_a_number_is_never_selected(tmp_path: Path) -> None:
     values = [math.nan, math.inf, *table["risk"].to_pylist()[2:]]
     pq.write_table(table.set_column(place, table.schema.field("risk"), pa.array(values, pa.float64())), path)
     corpus = engine.open_run(str(tmp_path / "run"))
-    assert len(corpus.filter("risk > 0 or risk <= 0")) == len(corpus) - 1
-    assert len(corpus.filter("risk > 1e308")) == 1
+    assert 0 < quantiles(corpus)["risk"][0] <= quantiles(corpus)["risk"][-1] == max(values[2:])
+    with pytest.raises(JobError, match=r"weights 'risk': is nan for .* \(2 such samples\)"):
+        corpus.to_torch(weights="risk")
