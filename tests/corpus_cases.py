@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.dataset.commits import commit_shard
 from engine.dataset.manifest import finalise, mark_success
 from engine.dataset.shards import shard_name, stage_shard
 from engine.dataset.state import open_run
 from engine.dataset.store import Store, open_store
+from engine.imaging import decode, encode
 from engine.plan import Plan, SampleSpec, ShardSpec, build_plan
 from engine.records import SCHEMA_VERSION, SampleResult
 from tests.dataset_cases import DIGESTS, LABELS, make_job, make_result
@@ -30,6 +33,7 @@ def make_run(
     count: int = 20,
     finish: bool = True,
     num_shards: int | None = None,
+    image_format: str = "png",
     change: Change = lambda record: record,
     **changes: Any,
 ) -> Path:
@@ -40,14 +44,14 @@ def make_run(
         num_shards: how many shards are committed; default: all.
         change: may alter each record before it is written.
     """
-    output = {"uri": str(folder), "samples_per_shard": 16, "store_rejected": True}
+    output = {"uri": str(folder), "samples_per_shard": 16, "store_rejected": True, "image_format": image_format}
     job = make_job(folder, count=count, name=name, seed=seed, **{"output": output} | changes)
     planned = build_plan(job, labels, DIGESTS | {"target": target})
     store = open_store(str(folder))
     plan = open_run(store, Plan(planned.requests, planned.identity, planned.stages, version), job, "auto", False)
     for shard in list(plan.shards())[:num_shards]:
         stem = shard_name(name, shard.number)
-        staged = stage_shard(store.staging(), stem, _results(plan, shard, change), "png", version)
+        staged = stage_shard(store.staging(), stem, _results(plan, shard, change, image_format), image_format, version)
         commit_shard(store, plan.digest, shard, stem, staged, 1, "w0", {"total_seconds": 1.0})
     if finish:
         _close(store, plan, job, labels, target)
@@ -63,11 +67,11 @@ def _close(store: Store, plan: Plan, job: Any, labels: list[str], target: str) -
     mark_success(store, plan)
 
 
-def _results(plan: Plan, shard: ShardSpec, change: Change) -> Iterator[SampleResult]:
-    return (_result(spec, change) for spec in plan.samples(shard))
+def _results(plan: Plan, shard: ShardSpec, change: Change, image_format: str) -> Iterator[SampleResult]:
+    return (_result(spec, change, image_format) for spec in plan.samples(shard))
 
 
-def _result(spec: SampleSpec, change: Change) -> SampleResult:
+def _result(spec: SampleSpec, change: Change, image_format: str) -> SampleResult:
     made = make_result(spec)
     if made.record["status"] != "ok":
         return made
@@ -79,4 +83,5 @@ def _result(spec: SampleSpec, change: Change) -> SampleResult:
     }
     if spec.index % 5 == 3:
         record |= {"status": "rejected", "accepted": False}
-    return SampleResult(record=change(record), image=made.image, run=made.run)
+    image = made.image if image_format == "png" else encode(np.asarray(decode(made.image)), image_format)
+    return SampleResult(record=change(record), image=image, run=made.run)

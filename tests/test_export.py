@@ -169,6 +169,20 @@ def test_runs_that_do_not_go_together_are_refused(first: Path, tmp_path: Path) -
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_shards_have_images_of_one_format(first: Path, tmp_path: Path) -> None:
+    """Files stay as they are: nothing is encoded anew to make them fit."""
+    webp = make_run(tmp_path / "webp", name="webp", image_format="webp")
+    with pytest.raises(JobError, match=r"images of different formats \(png, webp\)"):
+        export((str(first), str(webp)), ExportOptions(output=str(tmp_path / "out")))
+    export((str(webp),), ExportOptions(output=str(tmp_path / "alone")))
+    assert images_of(tmp_path / "alone").keys() <= images_of(webp).keys()
+    export((str(first), str(webp)), ExportOptions(output=str(tmp_path / "out"), format="imagefolder"))
+    found = Counter(path.suffix for path in (tmp_path / "out").glob("*/*"))
+    assert found == {
+        f".{kind}": len(engine.open_run(str(run)).samples) for kind, run in (("png", first), ("webp", webp))
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -344,7 +344,7 @@ def _check_sources(corpus: Corpus, options: ExportOptions) -> None:
     """
     _ = corpus.labels
     known = [source for source in corpus.runs if source.targets]
-    targets = frozenset().union(*(source.targets for source in known))
+    targets = frozenset[str]().union(*(source.targets for source in known))
     if len(targets) > 1 and not options.allow_different_targets:
         first = known[0]
         other = next((one for one in known if one.targets != first.targets), first)

@@ -75,7 +75,9 @@ class RealImages:
                 continue
             seen.add(pixels)
             rank = int.from_bytes(hashlib.blake2b(f"{seed}/".encode() + pixels, digest_size=16).digest())
-            (heapq.heappush if len(heap) < count else heapq.heappushpop)(heap, (-rank, number))
+            heapq.heappush(heap, (-rank, number))
+            if len(heap) > count:
+                heapq.heappop(heap)
         self.num_usable = len(seen)
         return [number for _, number in heap]
 
