@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from PIL import Image
 
 from engine.dataset.commits import commit_shard
 from engine.dataset.manifest import finalise, mark_success
 from engine.dataset.shards import shard_name, stage_shard
 from engine.dataset.state import open_run
 from engine.dataset.store import Store, open_store
-from engine.imaging import decode, encode
 from engine.plan import Plan, SampleSpec, ShardSpec, build_plan
 from engine.records import SCHEMA_VERSION, SampleResult
 from tests.dataset_cases import DIGESTS, LABELS, make_job, make_result
@@ -83,5 +83,11 @@ def _result(spec: SampleSpec, change: Change, image_format: str) -> SampleResult
     }
     if spec.index % 5 == 3:
         record |= {"status": "rejected", "accepted": False}
-    image = made.image if image_format == "png" else encode(np.asarray(decode(made.image)), image_format)
+    image = made.image if image_format == "png" else _encoded(made.image, image_format)
     return SampleResult(record=change(record), image=image, run=made.run)
+
+
+def _encoded(image: bytes, image_format: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(image)).save(buffer, image_format)
+    return buffer.getvalue()
