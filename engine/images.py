@@ -169,7 +169,8 @@ def _of_folder(path: Path, labels: tuple[str, ...]) -> ImageSource:
     for folder in (path, path / "shards"):
         if tars := _files(folder, ".tar"):
             return webdataset(tars, labels)
-    if tables := _files(path, ".parquet"):
+    # Beside class folders a file of this name tells of their images, and holds none.
+    if tables := [one for one in _files(path, ".parquet") if one.name != "metadata.parquet"]:
         return parquet(tables, labels)
     return image_folder(path, labels)
 

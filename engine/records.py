@@ -8,7 +8,7 @@ both are read, and a run that began with it goes on in it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from engine.plan import SCHEMA_VERSION, SampleSpec
@@ -123,6 +123,14 @@ def fields_of(version: int) -> dict[str, str]:
 def in_version(record: dict[str, Any], version: int) -> dict[str, Any]:
     """A record as a schema version has it: fields of later ones are left out."""
     return {name: record[name] for name in fields_of(version)} | {"schema_version": version}
+
+
+def upgraded(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of any schema version in the present one; what it lacks is empty."""
+    kept = {
+        name: _empty(kind) if record.get(name) is None else record[name] for name, kind in DETERMINISTIC_FIELDS.items()
+    }
+    return kept | {"schema_version": SCHEMA_VERSION}
 
 
 def new_record(spec: SampleSpec) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, ttest_1samp
 
 from engine import cli, digits
+from engine.dataset.folders import fresh_folder
 from engine.dataset.store import open_store
 from engine.errors import EXIT_DRAINED, EXIT_USER, CorruptShardError, JobError, OutputError
 from engine.models.addresses import check_addresses, model_digest, resolve
@@ -35,7 +36,6 @@ from engine.progress import PlainDisplay
 from engine.spec import parse_job
 from engine.studies.comparison import Attempt, compare, compare_errors, findings
 from engine.studies.finetune import Recipe, Samples, _batches, choose_rows
-from engine.studies.folders import fresh_folder
 from engine.studies.intervals import mean_interval, wilson_interval
 from engine.studies.retrain import Retrained, RetrainOptions, choose_arms, retrain
 from engine.studies.samples import StudiedRun, is_plain

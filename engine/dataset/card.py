@@ -52,8 +52,8 @@ def dataset_card(job: JobSpec, manifest: dict[str, Any], groups: list[GroupSumma
         _models(manifest["models"]),
         _requests(job),
         _table(groups),
-        _loading(job),
-        _columns(manifest["schema_version"]),
+        loading_section(job.output.image_format),
+        columns_section(manifest["schema_version"]),
         _limits(manifest),
     ]
     return "\n\n".join(sections) + "\n"
@@ -67,13 +67,14 @@ def _header(job: JobSpec, manifest: dict[str, Any], data_files: list[str]) -> st
         "license_name": "unknown",
         "task_categories": ["image-classification"],
         "tags": ["synthetic", "riskforge", "webdataset", "hard-examples", *methods],
-        "size_categories": [_size(manifest["counts"]["samples"]["ok"])],
+        "size_categories": [size_category(manifest["counts"]["samples"]["ok"])],
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": data_files}]}],
     }
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
 
 
-def _size(num_images: int) -> str:
+def size_category(num_images: int) -> str:
+    """How the Hub calls a data set of so many images."""
     return next((name for limit, name in _SIZES if num_images < limit), "n>1T")
 
 
@@ -217,8 +218,13 @@ def _spread(spread: Spread | None) -> str:
     return "" if spread is None else f"{spread.median:.3g} ({spread.q25:.3g} to {spread.q75:.3g})"
 
 
-def _loading(job: JobSpec) -> str:
-    extension = job.output.image_format
+def loading_section(extension: str, rows: str = "Every attempt, failed ones too,") -> str:
+    """How the shards are read, with code that runs.
+
+    Args:
+        extension: of the images.
+        rows: what the rows of the metadata are.
+    """
     return f"""## Loading
 
 The shards are plain WebDataset tars: `KEY.{extension}`, `KEY.json` (the columns before `batch_size`), `KEY.cls` (the
@@ -242,7 +248,7 @@ samples = load_dataset(os.getcwd(), split="train")
 print(samples[0]["__key__"], samples[0]["cls"], samples[0]["json"]["risk"])
 ```
 
-Every attempt, failed ones too, is a row of `metadata.parquet`:
+{rows} is a row of `metadata.parquet`:
 
 ```python
 import pyarrow.parquet as pq
@@ -253,7 +259,8 @@ for row in rows.select(["key", "risk", "conformity", "kldb"]).to_pylist()[:10]:
 ```"""
 
 
-def _columns(version: int) -> str:
+def columns_section(version: int) -> str:
+    """What the columns of a schema version mean."""
     names = arrow_schema(surplus=True, version=version).names
     lines = ["## Columns", "", "| column | meaning |", "|---|---|"]
     return "\n".join(lines + [f"| `{name}` | {DESCRIPTIONS[name].replace('|', chr(92) + '|')} |" for name in names])

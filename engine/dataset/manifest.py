@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata as packages
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from engine.conditioning.tally import ScreeningTally
 from engine.dataset.card import dataset_card
@@ -254,34 +254,52 @@ def num_stored(job: JobSpec, counts: ShardCounts) -> int:
     return counts.ok + (counts.rejected if job.output.store_rejected else 0)
 
 
+class IndexEntry(NamedTuple):
+    """A tar with images, as the indexes list it."""
+
+    name: str
+    num_images: int
+    md5: str
+    num_bytes: int
+
+
 def write_indexes(store: Store, job: JobSpec) -> None:
     """Write the index of `wids` and the info of timm beside the shards; shards without an image are left out.
 
     Raises:
         CorruptShardError: a commit record cannot be read.
     """
+    entries = (
+        IndexEntry(f"{record.name}.tar", num_images, record.tar_md5, record.tar_bytes)
+        for record in read_commits(store)
+        if (num_images := num_stored(job, record.counts))
+    )
+    write_index_files(store, entries)
+
+
+def write_index_files(store: Store, entries: Iterable[IndexEntry]) -> None:
+    """Write the index of `wids` and the info of timm over the given tars, in constant memory but for their names."""
     staged = store.staging() / "wids.json"
     names: list[str] = []
     lengths: list[int] = []
     with explained(staged), staged.open("w", encoding="utf-8") as file:
         file.write('{"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": [')
-        for record in read_commits(store):
-            if num_images := num_stored(job, record.counts):
-                names.append(f"{record.name}.tar")
-                lengths.append(num_images)
-                file.write((",\n" if names[1:] else "\n") + json.dumps(_wids_entry(record, num_images)))
+        for entry in entries:
+            names.append(entry.name)
+            lengths.append(entry.num_images)
+            file.write((",\n" if names[1:] else "\n") + json.dumps(_wids_entry(entry)))
         file.write("\n]}\n")
     store.replace(WIDS_INDEX, staged)
     split = {"name": "train", "num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
     store.replace(TIMM_INFO, (json.dumps({"splits": {"train": split}}) + "\n").encode())
 
 
-def _wids_entry(record: CommitRecord, num_images: int) -> dict[str, Any]:
+def _wids_entry(entry: IndexEntry) -> dict[str, Any]:
     return {
-        "url": f"{record.name}.tar",
-        "md5sum": record.tar_md5,
-        "nsamples": num_images,
-        "filesize": record.tar_bytes,
+        "url": entry.name,
+        "md5sum": entry.md5,
+        "nsamples": entry.num_images,
+        "filesize": entry.num_bytes,
     }
 
 

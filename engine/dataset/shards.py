@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, BinaryIO, NoReturn, get_args
 
 from engine.dataset.counts import ShardCounts, count_rows
 from engine.dataset.schema import arrow_schema, check_run_fields
@@ -53,6 +53,11 @@ class ShardFiles:
     parquet_sha256: str
     parquet_bytes: int
     counts: ShardCounts
+
+
+def is_key(text: str) -> bool:
+    """Whether a text can be the key of a sample: it is a file's name in tars and folders."""
+    return _KEY.fullmatch(text) is not None
 
 
 def stage_shard(
@@ -206,20 +211,38 @@ def read_tar(path: Path) -> Iterator[tuple[str, bytes]]:
         CorruptShardError: anything but plain files and a proper end.
     """
     with explained(path), path.open("rb") as file:
-        left = os.fstat(file.fileno()).st_size
-        while header := file.read(BLOCK_BYTES):
-            if not any(header):
-                break
-            size, name = _read_header(path, header)
-            left -= BLOCK_BYTES + size + -size % BLOCK_BYTES
-            if left < 0:
-                _corrupt(path, f"cut short inside {name!r}")
-            data = file.read(size)
-            file.seek(-size % BLOCK_BYTES, os.SEEK_CUR)
-            yield name, data
-        end = file.read()
-        if not header or len(end) < BLOCK_BYTES or any(end):
-            _corrupt(path, "cut short: the end of the archive is missing")
+        for name, _, size in _walk(path, file):
+            yield name, file.read(size)
+
+
+def tar_entries(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Names of the members of a tar, and where their contents begin and how long they are; contents are not read.
+
+    Raises:
+        CorruptShardError: anything but plain files and a proper end.
+    """
+    with explained(path), path.open("rb") as file:
+        yield from _walk(path, file)
+
+
+def _walk(path: Path, file: BinaryIO) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of each member; the file stands at its contents, which need not be read."""
+    left = os.fstat(file.fileno()).st_size
+    place = 0
+    while header := file.read(BLOCK_BYTES):
+        if not any(header):
+            break
+        size, name = _read_header(path, header)
+        place += BLOCK_BYTES
+        left -= BLOCK_BYTES + size + -size % BLOCK_BYTES
+        if left < 0:
+            _corrupt(path, f"cut short inside {name!r}")
+        yield name, place, size
+        place += size + -size % BLOCK_BYTES
+        file.seek(place)
+    end = file.read()
+    if not header or len(end) < BLOCK_BYTES or any(end):
+        _corrupt(path, "cut short: the end of the archive is missing")
 
 
 def _read_header(path: Path, header: bytes) -> tuple[int, str]:

@@ -1,13 +1,10 @@
-"""The folder of a study's results: built beside its place and renamed, so that it is whole or not there."""
+"""The folder of a study's results: what may be in its place before it."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from engine.dataset.store import explained
@@ -44,23 +41,6 @@ def check_folder(home: Path, document: str, parts: tuple[str, ...], study: str) 
         )
 
 
-@contextlib.contextmanager
-def fresh_folder(home: Path) -> Iterator[Path]:
-    """An empty folder to build in, which takes the place of `home` at the end of the block, or leaves nothing behind.
-
-    Raises:
-        OutputError: the file system refuses.
-    """
-    built = home.with_name(f".{home.name}-{secrets.token_hex(4)}")
-    with explained(home):
-        try:
-            built.mkdir(parents=True)
-            yield built
-            _swap(built, home)
-        finally:
-            shutil.rmtree(built, ignore_errors=True)
-
-
 def _try_out(place: Path) -> None:
     """Make a folder and remove it: some file systems say that they are writable and are not."""
     probe = place / f".riskforge-{secrets.token_hex(4)}"
@@ -69,22 +49,6 @@ def _try_out(place: Path) -> None:
         probe.rmdir()
     except OSError as error:
         raise OutputError(f"--output: nothing can be made in {place} ({error.strerror}); choose another") from None
-
-
-def _swap(built: Path, home: Path) -> None:
-    """Put a folder in the place of another; interrupted, the old one is back or the new one there."""
-    if not home.exists():
-        built.rename(home)
-        return
-    aside = built.with_name(f"{built.name}-old")
-    try:
-        home.rename(aside)
-        built.rename(home)
-    except BaseException:
-        if aside.exists() and not home.exists():
-            aside.rename(home)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _is_result(document: Path, study: str) -> bool:

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.dataset.folders import fresh_folder
 from engine.dataset.manifest import software_versions
 from engine.dataset.store import Store
 from engine.errors import JobError, OutputError
@@ -46,7 +47,7 @@ from engine.studies.comparison import (
     findings,
 )
 from engine.studies.finetune import Recipe, Samples, choose_rows, fine_tune, predict, training_device
-from engine.studies.folders import check_folder, fresh_folder
+from engine.studies.folders import check_folder
 from engine.studies.samples import StudiedRun, check_target, choose_requests, is_plain, open_study, read_attempts
 from engine.studies.tensors import GeneratedSet, ImageSet, read_generated, read_images
 from engine.temperature import TemperatureFit, fit_temperature

@@ -1,0 +1,256 @@
+"""One run as its readers see it: where its rows and its images are, and what it says of itself.
+
+A run that has ended is read from `metadata.parquet`. One that has not is read from the parquet files of its committed
+shards. A folder that scores another run's images anew (`rescored_from` in its manifest) has rows and no images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.dataset.commits import list_commits
+from engine.dataset.shards import SHARDS, file_digest, shard_name
+from engine.dataset.state import MANIFEST, METADATA, SUCCESS, StoredRun, read_run
+from engine.dataset.store import Store, open_store
+from engine.errors import CorruptShardError, JobError, OutputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+RESCORED = "rescored_from"
+SOURCES = "sources"
+# Without these a row cannot be brought together with its image and label.
+REQUIRED = ("key", "status", "class_name", "class_index", "accepted", "sha256")
+_MAX_RESCORED = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSource:
+    """A run, finished or not, or a data set that was merged from some.
+
+    Attributes:
+        uri: as it was given.
+        name: of the job, or of the merged data set.
+        state: in words: `finished`, or how many shards there are so far.
+        is_finished: whether `_SUCCESS` is there.
+        rows: the parquet files of its attempts, in order.
+        tars: the tars of its images, in order; those of the source run where this one was scored anew.
+        is_rescored: whether the rows are not those that the tars hold.
+        labels: class names of the target in index order; empty where they are not known.
+        models: by role, as in the manifest; empty where there is none.
+        targets: digests of the targets that its scores are of.
+        clips: addresses of the CLIP models that its conformity is of.
+        digest: of the plan, or of the merged content; empty where it is not known.
+        roots: the folders that it lies in, resolved.
+    """
+
+    uri: str
+    name: str
+    store: Store
+    state: str
+    is_finished: bool
+    rows: tuple[Path, ...]
+    tars: tuple[Path, ...]
+    is_rescored: bool
+    labels: tuple[str, ...]
+    models: dict[str, Any]
+    targets: frozenset[str]
+    clips: frozenset[str]
+    digest: str
+    roots: tuple[Path, ...]
+
+    def schema(self) -> pa.Schema:
+        """The columns of its rows.
+
+        Raises:
+            CorruptShardError: the first file is not a parquet file.
+            JobError: a column is missing without which nothing can be read.
+        """
+        import pyarrow.parquet as pq
+
+        with readable(self.rows[0]):
+            schema = pq.read_schema(self.rows[0])
+        if missing := [name for name in REQUIRED if name not in schema.names]:
+            raise JobError(f"RUN: {self.rows[0]} has no column {', '.join(missing)}; give the output folder of a run")
+        return schema
+
+    def rows_digest(self) -> str:
+        """Checksum of the files of its rows, in which the checksums of its images stand."""
+        digests = [file_digest(path, "sha256") for path in self.rows]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def known_models(self) -> dict[str, Any]:
+        """What is known of the models of a run that has no manifest yet."""
+        found = {"target": ("digest", self.targets), "clip": ("address", self.clips)}
+        return {role: {field: next(iter(one))} for role, (field, one) in found.items() if len(one) == 1}
+
+
+def open_source(uri: str) -> RunSource:
+    """A run by its address.
+
+    Raises:
+        RiskforgeError: there is no run, nothing is committed, or what it says of itself cannot be read.
+    """
+    return _open(uri, depth=0)
+
+
+def _open(uri: str, depth: int) -> RunSource:
+    store = open_store(uri)
+    if not store.root.is_dir():
+        raise JobError(
+            f"RUN: there is no folder '{uri}'; give the output folder of `riskforge run` or `riskforge merge`"
+        )
+    manifest, stored = _manifest(store), read_run(store)
+    rows, shards, state = _rows(store, stored, uri)
+    origin = _origin(store, manifest, depth)
+    return RunSource(
+        uri=uri,
+        name=str(manifest.get("name") or (stored.job["name"] if stored else store.root.name)),
+        store=store,
+        state=state,
+        is_finished=store.exists(SUCCESS),
+        rows=rows,
+        tars=origin.tars if origin else shards,
+        is_rescored=origin is not None,
+        labels=_labels(manifest, stored) or (origin.labels if origin else ()),
+        models=_models(manifest),
+        targets=_of_sources(manifest, "target", "digest") or _stored_target(stored),
+        clips=_of_sources(manifest, "clip", "address") or (origin.clips if origin else _stored_clip(stored)),
+        digest=str(manifest.get("plan_digest") or manifest.get("digest") or (stored.digest if stored else "")),
+        roots=(store.root.resolve(), *(origin.roots if origin else ())),
+    )
+
+
+@contextlib.contextmanager
+def readable(where: Path | str) -> Iterator[None]:
+    """Turn an error of Arrow into one that names the file or run and the remedy.
+
+    Raises:
+        CorruptShardError: in the block, a file is missing, damaged or of other columns.
+    """
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        remedy = "`riskforge verify` tells what is damaged"
+        raise CorruptShardError(f"{where}: the rows cannot be read ({reason}); {remedy}") from None
+
+
+def _manifest(store: Store) -> dict[str, Any]:
+    if not store.exists(MANIFEST):
+        return {}
+    try:
+        found = json.loads(store.read(MANIFEST))
+    except (ValueError, RecursionError) as error:
+        raise JobError(f"RUN: {store.path(MANIFEST)} cannot be read ({error}); restore the file") from None
+    if not isinstance(found, dict):
+        raise JobError(f"RUN: {store.path(MANIFEST)} is not a JSON object; restore the file")
+    return found
+
+
+def _rows(store: Store, stored: StoredRun | None, uri: str) -> tuple[tuple[Path, ...], tuple[Path, ...], str]:
+    """Files of rows, tars, and how far the run is."""
+    metadata = _metadata_files(store)
+    if stored is None:
+        if not metadata:
+            raise JobError(f"RUN: '{uri}' holds no run: neither {METADATA} nor the engine's own files are there")
+        tars = tuple(store.path(name) for name in store.list(SHARDS) if name.endswith(".tar"))
+        return metadata, tars, "finished" if store.exists(SUCCESS) else f"without {SUCCESS}"
+    commits = list_commits(store)
+    if not commits:
+        raise JobError(f"RUN: '{uri}' has no committed shard yet; let `riskforge run` make some first")
+    names = [f"{SHARDS}/{shard_name(str(stored.job['name']), number)}" for number in sorted(commits)]
+    tars = tuple(store.path(f"{name}.tar") for name in names)
+    if store.exists(SUCCESS):
+        if not metadata:
+            raise CorruptShardError(f"{store.path(METADATA)}: is missing; `riskforge run` writes it anew")
+        return metadata, tars, "finished"
+    state = f"not finished: {len(commits)} committed shards so far"
+    if metadata and _num_rows(metadata) == sum(one.counts.attempted for one in commits.values()):
+        return metadata, tars, state
+    return tuple(store.path(f"{name}.parquet") for name in names), tars, state
+
+
+def _metadata_files(store: Store) -> tuple[Path, ...]:
+    path = store.path(METADATA)
+    if path.is_dir():
+        return tuple(store.path(name) for name in store.list(METADATA) if name.endswith(".parquet"))
+    return (path,) if path.is_file() else ()
+
+
+def _num_rows(files: tuple[Path, ...]) -> int:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return sum(pq.read_metadata(one).num_rows for one in files)
+    except (pa.ArrowException, OSError):
+        return -1
+
+
+def _origin(store: Store, manifest: dict[str, Any], depth: int) -> RunSource | None:
+    """The run whose images a folder of new scores is about."""
+    address = manifest.get(RESCORED)
+    if address is None:
+        return None
+    if not isinstance(address, str) or depth >= _MAX_RESCORED:
+        raise JobError(f"RUN: {store.path(MANIFEST)}: {RESCORED} is not the address of a run ({address!r})")
+    beside = store.root / address
+    # An address without a scheme may be relative to the folder that it was made in, or to the new one.
+    inner = str(beside) if "://" not in address and not Path(address).exists() and beside.exists() else address
+    try:
+        return _open(inner, depth + 1)
+    except (JobError, OutputError) as error:
+        if depth:
+            raise
+        raise JobError(f"RUN: '{store.uri}' was scored from '{address}', which cannot be opened: {error}") from None
+
+
+def _labels(manifest: dict[str, Any], stored: StoredRun | None) -> tuple[str, ...]:
+    """Class names from the manifest; of a run that has none yet, from the files of its target, running no code."""
+    target = _models(manifest).get("target")
+    labels = target.get("labels") if isinstance(target, dict) else None
+    labels = labels or manifest.get("labels")
+    if isinstance(labels, list):
+        return tuple(map(str, labels))
+    if stored is None:
+        return ()
+    from engine.models.addresses import read_labels
+    from engine.models.targets import is_foreign
+
+    address = str(stored.job["models"]["target"])
+    with contextlib.suppress(JobError, OSError):
+        return () if is_foreign(address) else tuple(read_labels(address) or ())
+    return ()
+
+
+def _models(about: Any) -> dict[str, Any]:
+    models = about.get("models") if isinstance(about, dict) else None
+    return models if isinstance(models, dict) else {}
+
+
+def _of_sources(manifest: dict[str, Any], role: str, field: str) -> frozenset[str]:
+    """What the manifest says of a model, over all sources of a merged data set."""
+    found = set()
+    sources = manifest.get(SOURCES)
+    for about in [manifest, *(sources if isinstance(sources, list) else [])]:
+        model = _models(about).get(role)
+        if isinstance(model, dict) and isinstance(model.get(field), str):
+            found.add(model[field])
+    return frozenset(found)
+
+
+def _stored_target(stored: StoredRun | None) -> frozenset[str]:
+    return frozenset([str(stored.identity["models"]["target"])]) if stored else frozenset()
+
+
+def _stored_clip(stored: StoredRun | None) -> frozenset[str]:
+    return frozenset([str(stored.job["models"]["clip"])]) if stored else frozenset()

@@ -1,0 +1,63 @@
+"""A `webdataset` pipeline of the selected samples: all tars are streamed, what is not selected is passed over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from engine.dataset.shards import record_json
+from engine.dataset.tar_index import RECORD
+from engine.records import fields_of
+
+if TYPE_CHECKING:
+    from engine.dataset.corpus import Corpus
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which samples of which tar are wanted; goes to the workers of a loader with the pipeline.
+
+    Attributes:
+        keys: by tar, the keys of its run that are selected.
+        records: by tar, the records to give in the place of those in the tar, by key; of runs scored anew alone.
+    """
+
+    keys: dict[str, frozenset[str]]
+    records: dict[str, dict[str, bytes]]
+
+    def wants(self, sample: dict[str, Any]) -> bool:
+        """Whether a sample of the pipeline is selected."""
+        return sample["__key__"] in self.keys[sample["__url__"]]
+
+    def renew(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """A sample with its record as the rows have it."""
+        own = self.records.get(sample["__url__"])
+        return sample if own is None else sample | {RECORD: own[sample["__key__"]]}
+
+
+def make_pipeline(corpus: Corpus, decode: str | None, options: dict[str, Any]) -> Any:
+    """The pipeline over a corpus of samples; see `Corpus.to_webdataset`."""
+    import webdataset
+
+    keys: dict[str, frozenset[str]] = {}
+    records: dict[str, dict[str, bytes]] = {}
+    for number, source in enumerate(corpus.runs):
+        chosen = frozenset(corpus.run_table(number, ["key"])["key"].to_pylist())
+        if not chosen:
+            continue
+        keys.update(dict.fromkeys(map(str, source.tars), chosen))
+        if source.is_rescored:
+            records.update(dict.fromkeys(map(str, source.tars), _records(corpus, number)))
+    selection = Selection(keys, records)
+    options = {"shardshuffle": False, "empty_check": False} | options
+    pipeline = webdataset.WebDataset(list(keys), **options).select(selection.wants).map(selection.renew)
+    return pipeline if decode is None else pipeline.decode(decode)
+
+
+def _records(corpus: Corpus, number: int) -> dict[str, bytes]:
+    return {row["key"]: record_json(as_record(row)) for row in corpus.run_table(number).to_pylist()}
+
+
+def as_record(row: dict[str, Any]) -> dict[str, Any]:
+    """The record of a row of its own schema version; what that version has and the row lacks is left out."""
+    return {name: row[name] for name in fields_of(row["schema_version"]) if row.get(name) is not None}

@@ -1,0 +1,451 @@
+"""Merge and export: what is taken, that it is equal each time, and that nothing half-made is left."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import engine
+from engine import cli, digits, imaging
+from engine.dataset import export as export_module
+from engine.dataset.deduplicate import near_duplicates
+from engine.dataset.export import ExportOptions, export
+from engine.dataset.formats import class_folders
+from engine.dataset.shards import inspect_pair, read_shard
+from engine.errors import CorruptShardError, JobError, OutputError, RiskforgeError
+from engine.images import LabelledImage, image_key, open_images
+from tests.composed import composed_job
+from tests.composed import make_run as make_composed
+from tests.conftest import REPOSITORY
+from tests.corpus_cases import make_run
+from tests.dataset_cases import LABELS
+
+RISKFORGE = str(Path(sys.executable).with_name("riskforge"))
+HOSTILE = ["../x", "a/b", "", "con", "two words", "Ok", "ok", "7", "..", "tab\there", "<b>é", "0001", "null\0"]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("export") / "first")
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the same name as the first, so of the same keys, of schema version 1, and not finished."""
+    return make_run(tmp_path_factory.mktemp("export") / "second", version=1, seed=7, finish=False)
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of composed digits, scored by the real target."""
+    return make_composed(composed_job(tmp_path_factory.mktemp("export") / "composed", count=2))
+
+
+def images_of(folder: Path) -> dict[str, tuple[bytes, dict[str, Any]]]:
+    """Images and records of the tars, by the strict reader."""
+    tars = sorted((folder / "shards").glob("*.tar"))
+    return {key: (image, record) for tar in tars for key, image, record, _ in read_shard(tar)}
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Checksums of all files."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def riskforge(*arguments: str | Path) -> int:
+    """The command line in this process; its exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", ["riskforge", *map(str, arguments)])
+        patch.setattr(signal, "signal", lambda *_: None)
+        cli.main()
+    return int(end.value.code or 0)
+
+
+def test_a_merge_has_the_samples_of_its_runs(first: Path, second: Path, tmp_path: Path) -> None:
+    """Every accepted image once, with its record, in shards that the strict reader accepts."""
+    done = export((str(first), str(second)), ExportOptions(output=str(tmp_path / "out"), samples_per_shard=10))
+    out = images_of(tmp_path / "out")
+    wanted = {}
+    for number, run in enumerate((first, second)):
+        for key, (image, record) in images_of(run).items():
+            if record["accepted"]:
+                wanted[f"r{number + 1}-{key}" if number else key] = (image, record)
+    assert {key: image for key, (image, _) in out.items()} == {key: image for key, (image, _) in wanted.items()}
+    for key, (_, record) in out.items():
+        assert record == wanted[key][1] | {"key": key, "schema_version": 2, "judge": record["judge"]}
+        assert bool(record["judge"]) == (not key.startswith("r2-")), "version 1 had no judge"
+    for tar in sorted((tmp_path / "out" / "shards").glob("*.tar")):
+        assert inspect_pair(tar, tar.with_suffix(".parquet")).counts.ok in (10, len(out) % 10)
+    assert list(out) != sorted(out) and done.manifest["counts"]["images"] == len(out)
+    assert done.remarks == (
+        f"{second} is not finished: 3 committed shards so far",
+        f"{second}: its keys were taken already, and begin with r2- now",
+    )
+
+
+def test_the_folder_is_as_complete_as_a_run(first: Path, tmp_path: Path) -> None:
+    export((str(first),), ExportOptions(output=str(tmp_path / "out"), condition="risk > 1", name="some-name"))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"shards", "metadata.parquet", "manifest.json", "README.md", "_SUCCESS"}
+    assert sorted(path.name for path in (tmp_path / "out" / "shards").iterdir()) == [
+        "_info.json", "some-name-000000.parquet", "some-name-000000.tar", "wids.json",
+    ]  # fmt: skip
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["filter"] == "risk > 1" and manifest["labels"] == LABELS
+    source = manifest["sources"][0]
+    assert source["rows_sha256"] == hashlib.sha256((first / "metadata.parquet").read_bytes()).hexdigest()
+    assert source["num_taken"] == len(engine.open_run(str(first)).filter("risk > 1").samples)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["configs"][0]["data_files"][0]["path"] == ["shards/*.tar"]
+    assert (tmp_path / "out" / "_SUCCESS").read_text().strip() == manifest["digest"]
+    info = json.loads((tmp_path / "out" / "shards" / "_info.json").read_text())["splits"]["train"]
+    assert info["num_samples"] == manifest["counts"]["images"] == sum(info["shard_lengths"])
+
+
+def test_the_same_command_gives_the_same_bytes(first: Path, second: Path, tmp_path: Path) -> None:
+    for kind in ("webdataset", "imagefolder", "parquet"):
+        trees = []
+        for number, seed in enumerate((0, 0, 1)):
+            out = tmp_path / f"{kind}{number}"
+            export((str(first), str(second)), ExportOptions(output=str(out), format=kind, seed=seed))
+            trees.append(tree(out))
+        assert trees[0] == trees[1] and len(trees[0]) > 3
+        assert trees[0] != trees[2], "another seed is another order"
+
+
+def test_a_merge_can_be_opened_and_merged_again(first: Path, second: Path, tmp_path: Path) -> None:
+    export((str(first),), ExportOptions(output=str(tmp_path / "one"), name="one"))
+    export((str(tmp_path / "one"), str(second)), ExportOptions(output=str(tmp_path / "two"), name="two"))
+    one, two = (engine.open_run(str(tmp_path / name)) for name in ("one", "two"))
+    assert one.labels == two.labels == tuple(LABELS) and one.runs[0].targets == two.runs[0].targets == {"t0"}
+    assert len(one) == len(one.samples) == len(one.to_torch()) == len(engine.open_run(str(first)).samples)
+    assert len(two.samples) == len(one) + len(engine.open_run(str(second)).samples)
+    assert len(list(two.filter("risk > 2").to_webdataset())) == len(two.filter("risk > 2"))
+
+
+def test_what_two_runs_have_in_common_is_taken_once(first: Path, tmp_path: Path) -> None:
+    """A run, and a merge that holds some of it."""
+    export((str(first),), ExportOptions(output=str(tmp_path / "some"), condition="class_index == 1"))
+    done = export((str(first), str(tmp_path / "some")), ExportOptions(output=str(tmp_path / "all")))
+    num_some = len(engine.open_run(str(tmp_path / "some")))
+    assert done.manifest["sources"][1]["num_identical"] == num_some > 0
+    assert len(images_of(tmp_path / "all")) == len(engine.open_run(str(first)).samples)
+    assert f"{num_some} samples are in an earlier run too" in done.remarks[0]
+
+
+def test_runs_that_do_not_go_together_are_refused(first: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "target", name="other", target="t1")
+    with pytest.raises(JobError, match=r"are scored by different targets \(t0, t1\)"):
+        export((str(first), str(other)), ExportOptions(output=str(tmp_path / "out")))
+    options = ExportOptions(output=str(tmp_path / "out"), allow_different_targets=True)
+    export((str(first), str(other)), options)
+    with pytest.raises(JobError, match="different targets"):
+        export((str(tmp_path / "out"),), ExportOptions(output=str(tmp_path / "again")))
+    classes = make_run(tmp_path / "classes", name="classes", labels=["one", "two", "zero"])
+    with pytest.raises(JobError, match="have different classes"):
+        export((str(first), str(classes)), ExportOptions(output=str(tmp_path / "again"), allow_different_targets=True))
+    assert not (tmp_path / "again").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_shards_have_images_of_one_format(first: Path, tmp_path: Path) -> None:
+    """Files stay as they are: nothing is encoded anew to make them fit."""
+    webp = make_run(tmp_path / "webp", name="webp", image_format="webp")
+    with pytest.raises(JobError, match=r"images of different formats \(png, webp\)"):
+        export((str(first), str(webp)), ExportOptions(output=str(tmp_path / "out")))
+    export((str(webp),), ExportOptions(output=str(tmp_path / "alone")))
+    assert images_of(tmp_path / "alone").keys() <= images_of(webp).keys()
+    export((str(first), str(webp)), ExportOptions(output=str(tmp_path / "out"), format="imagefolder"))
+    found = Counter(path.suffix for path in (tmp_path / "out").glob("*/*"))
+    assert found == {
+        f".{kind}": len(engine.open_run(str(run)).samples) for kind, run in (("png", first), ("webp", webp))
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"condition": "risk > 1000"}, r"no sample is selected: .*\(risk > 1000\)"),
+        ({"condition": "__import__('os')"}, "--filter .*is not of this language"),
+        ({"condition": "rsik > 1"}, "--filter .*did you mean 'risk'"),
+        ({"name": "../x"}, "--name: '../x' is not of a-z"),
+        ({"name": ""}, "--name"),
+        ({"samples_per_shard": 0}, "--samples-per-shard: 0 is not 1 or more"),
+        ({"deduplicate": 1.5}, "--deduplicate: 1.5 is not a cosine"),
+        ({"deduplicate": float("nan")}, "--deduplicate: nan is not a cosine"),
+        ({"clip": "zoo:digits/clip"}, "--clip: is for --deduplicate"),
+        ({"deduplicate": 0.9, "clip": "zoo:digits/nothing"}, "zoo:digits/nothing"),
+        ({"real_ratio": 1.0}, "--real-ratio: 1 is not between 0 and 1"),
+        ({"real": "nowhere"}, "--mix-real: there is no 'nowhere'"),
+        ({"real": "digits:test"}, "the target has no class 'three'"),
+        ({"format": "zip"}, "--format: 'zip' is not one of"),
+        ({"output": "{first}/out"}, "--output: .* is in the folder of"),
+        ({"output": "{first}"}, "--output: .* is in the folder of"),
+        ({"output": "{first}/.."}, "--output: .* or around it"),
+        ({"output": "{full}"}, "--output: .* is not empty .'x'.; choose another"),
+        ({"output": "{full}/x"}, "is a file, not a folder"),
+        ({"output": "{full}/x/y"}, "a part of the path is a file"),
+        ({"output": "s4://x"}, "s4:// is not supported"),
+    ],
+)
+def test_what_is_wrong_is_told_and_leaves_nothing(
+    first: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "x").write_text("mine")
+    before = tree(first)
+    if "output" in changes:
+        changes = changes | {"output": changes["output"].format(first=first, full=full)}
+    with pytest.raises(RiskforgeError, match=message):
+        export((str(first),), ExportOptions(**{"output": str(tmp_path / "out")} | changes))
+    assert tree(first) == before and sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+    assert [path.name for path in full.iterdir()] == ["x"]
+
+
+def test_a_torn_tar_and_a_changed_image_stop_an_export(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    tar = sorted((run / "shards").glob("*.tar"))[-1]
+    whole = tar.read_bytes()
+    place = whole.index(b"IDAT") + 6
+    for data, message in (
+        (whole[: len(whole) // 3], "cut short"),
+        (whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :], "is not the one that its row tells of"),
+    ):
+        tar.write_bytes(data)
+        with pytest.raises(CorruptShardError, match=message):
+            export((str(run),), ExportOptions(output=str(tmp_path / "out")))
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_scores_made_anew_go_into_the_export(first: Path, tmp_path: Path) -> None:
+    """The images are the run's, the records those of the new rows."""
+    import pyarrow as pa
+
+    table = pq.read_table(first / "metadata.parquet")
+    risks = pa.array([100.0 + number for number in range(len(table))])
+    (tmp_path / "anew").mkdir()
+    table = table.set_column(table.column_names.index("risk"), table.schema.field("risk"), risks)
+    pq.write_table(table, tmp_path / "anew" / "metadata.parquet")
+    about = {"rescored_from": str(first), "models": {"target": {"digest": "t5", "labels": LABELS}}}
+    (tmp_path / "anew" / "manifest.json").write_text(json.dumps(about))
+    export((str(tmp_path / "anew"),), ExportOptions(output=str(tmp_path / "out"), condition="risk > 105"))
+    old, out = images_of(first), images_of(tmp_path / "out")
+    assert out and all(image == old[key][0] and record["risk"] > 105 for key, (image, record) in out.items())
+    with pytest.raises(OutputError, match="is in the folder of"):
+        export((str(tmp_path / "anew"),), ExportOptions(output=str(first / "below")))
+
+
+def test_folders_of_classes_have_safe_names(tmp_path: Path) -> None:
+    """Whatever a class is called, its folder is below the output, and our own reader finds the class again."""
+    folders = class_folders(HOSTILE)
+    assert len({name.lower() for name in folders}) == len(HOSTILE)
+    assert all(Path(name).name == name and name.isprintable() and name.strip(". ") == name for name in folders)
+    assert folders[HOSTILE.index("two words")] == "two words" and "../x" not in folders
+    labels = HOSTILE[:3]
+    run = make_run(
+        tmp_path / "run", labels=labels, requests=[{"name": "all", "method": "prompt", "classes": "all", "count": 4}],
+        change=lambda record: record | {"class_name": labels[record["class_index"]]},
+    )  # fmt: skip
+    export((str(run),), ExportOptions(output=str(tmp_path / "out"), format="imagefolder"))
+    found = [one for one in open_images(str(tmp_path / "out"), tuple(labels)).read() if isinstance(one, LabelledImage)]
+    assert Counter(one.class_index for one in found) == Counter(
+        record["class_index"] for _, record in images_of(run).values() if record["accepted"]
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+    rows = pq.read_table(tmp_path / "out" / "metadata.parquet").to_pylist()
+    assert len(rows) == len(found) and {row["class_name"] for row in rows} == set(labels)
+    assert all((tmp_path / "out" / row["file_name"]).is_file() for row in rows)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.text(alphabet="aA1é ./\\\0:*-_", max_size=4), min_size=1, max_size=12))
+def test_folders_of_any_classes_differ_and_stay_inside(labels: list[str]) -> None:
+    folders = class_folders(labels)
+    assert len({name.lower() for name in folders}) == len(labels)
+    assert all(name not in ("", ".", "..") and not set(name) & set('/\\:*?"<>|\0') for name in folders)
+
+
+def test_real_images_are_mixed_in_at_the_ratio(composed: Path, tmp_path: Path) -> None:
+    """Each set of pixels once, labels matched by name, never a score, and equal bytes each time."""
+    trees = []
+    for number in range(2):
+        options = ExportOptions(
+            output=str(tmp_path / f"out{number}"), real="digits:validation", real_ratio=0.25, name="mixed"
+        )
+        done = export((str(composed),), options)
+        trees.append(tree(tmp_path / f"out{number}"))
+    assert trees[0] == trees[1]
+    counts = done.manifest["counts"]
+    assert counts["real"] == round(counts["generated"] / 3) and counts["images"] == counts["real"] + counts["generated"]
+    corpus = engine.open_run(str(tmp_path / "out0"))
+    real = corpus.filter("method == 'real'")
+    assert len(real) == counts["real"] and len(corpus.filter("oracle_agrees and method == 'real'")) == 0
+    source = open_images("digits:validation", tuple(digits.CLASS_NAMES))
+    known = {image_key(one.image): one.class_index for one in source.read() if isinstance(one, LabelledImage)}
+    data = real.to_torch(transform=image_key)
+    assert all(known[key] == label for key, label, _ in (data[number] for number in range(len(data))))
+    assert len({key for key, *_ in (data[number] for number in range(len(data)))}) == len(data)
+    order = corpus.to_table(["method"])["method"].to_pylist()
+    assert sum(a != b for a, b in itertools.pairwise(order)) > 1, "mixed, not one after the other"
+    options = ExportOptions(output=str(tmp_path / "never"), real="digits:validation", real_ratio=0.999)
+    with pytest.raises(JobError, match=r"--real-ratio: asks for [0-9]+ real images, and 'digits:validation' has"):
+        export((str(composed),), options)
+    assert not (tmp_path / "never").exists()
+
+
+def test_near_duplicates_go_and_are_listed(composed: Path, tmp_path: Path) -> None:
+    """Nothing that stays is as near as the threshold to an earlier one of its class, by plain loops over all pairs."""
+    from engine.models.clip import Clip
+
+    options = ExportOptions(output=str(tmp_path / "out"), deduplicate=0.95)
+    done = export((str(composed),), options)
+    with (tmp_path / "out" / "duplicates.csv").open(newline="") as file:
+        gone = {row["dropped"]: row for row in csv.DictReader(file)}
+    about = done.manifest["deduplication"]
+    assert about == {"threshold": 0.95, "clip": "zoo:digits/clip", "dropped": len(gone), "list": "duplicates.csv"}
+    rows = engine.open_run(str(composed)).samples.to_table(["key", "class_index"]).to_pylist()
+    clip, images = Clip.load("zoo:digits/clip"), images_of(composed)
+    embeds = [clip.image_embeds([imaging.decode(images[row["key"]][0])])[0] for row in rows]
+    kept: list[int] = []
+    for number, row in enumerate(rows):
+        unit = embeds[number] / embeds[number].norm()
+        near = {
+            other: float(unit @ (embeds[other] / embeds[other].norm()))
+            for other in kept
+            if rows[other]["class_index"] == row["class_index"]
+        }
+        best = max(near, key=near.__getitem__, default=None)
+        if best is not None and near[best] >= 0.95:
+            assert gone[row["key"]]["kept"] == rows[best]["key"]
+            assert float(gone[row["key"]]["similarity"]) == pytest.approx(near[best], abs=1e-5)
+        else:
+            kept.append(number)
+    assert {rows[number]["key"] for number in kept} == set(images_of(tmp_path / "out"))
+    assert 0 < len(gone) < len(rows)
+
+
+def test_blocks_of_products_find_what_one_product_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    embeddings = rng.normal(size=(60, 4)).astype(np.float32)
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    classes = list(rng.integers(0, 3, size=60))
+    whole = near_duplicates(embeddings, classes, 0.8)
+    monkeypatch.setattr("engine.dataset.deduplicate.ROWS", 5)
+    monkeypatch.setattr("engine.dataset.deduplicate.COLUMNS", 3)
+    cut = near_duplicates(embeddings, classes, 0.8)
+    assert [one[:2] for one in whole] == [one[:2] for one in cut] and 0 < len(whole) < 60
+    assert [one.similarity for one in whole] == pytest.approx([one.similarity for one in cut], abs=1e-6)
+
+
+def test_an_interrupted_export_leaves_nothing(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_module, "export_card", stop)
+    assert riskforge("merge", first, "--output", tmp_path / "out") == 75
+    assert "nothing is stored" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_in_a_real_process_leaves_nothing(composed: Path, tmp_path: Path) -> None:
+    """Drawing from thousands of real images takes long enough to be stopped in the middle."""
+    command = [RISKFORGE, "merge", str(composed), "--output", str(tmp_path / "out"), "--mix-real", "digits:test"]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.PIPE, text=True
+    )
+    for _ in range(600):
+        if list(tmp_path.iterdir()) or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    assert [path.name[:5] for path in tmp_path.iterdir()] == [".out-"]
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 75 and "Traceback" not in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_commands(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    command = ("export", first, "--filter", "risk > 1", "--format", "parquet", "--output", out)
+    assert riskforge(*command) == 0
+    num_images = len(engine.open_run(str(first)).filter("risk > 1").samples)
+    assert capsys.readouterr().out == f"{num_images} images in {out}\n"
+    assert riskforge(*command) == 2 and "is not empty" in capsys.readouterr().err
+    assert riskforge("merge", first, "--output", tmp_path / "json", "--with-rejected", "--json") == 0
+    manifest = json.loads(capsys.readouterr().out)
+    assert manifest["counts"]["samples"]["rejected"] > 0
+    assert len(images_of(tmp_path / "json")) == len(images_of(first))
+
+
+def test_inspect_shows_what_is_there(first: Path, second: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert riskforge("inspect", first, second, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    rows = engine.open_run(str(first), str(second)).to_table().to_pylist()
+    assert document["rows"] == len(rows) and document["schema_versions"] == {"1": 26, "2": 26}
+    assert document["status"] == dict(sorted(Counter(row["status"] for row in rows).items()))
+    assert document["classes"] == dict(sorted(Counter(row["class_name"] for row in rows).items()))
+    scored = [row["risk"] for row in rows if row["status"] != "failed"]
+    assert document["quantiles"]["risk"] == pytest.approx(np.quantile(scored, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]))
+    assert document["image"] == {
+        "width": 4, "height": 4, "format": "png", "bytes": document["image"]["bytes"],
+    }  # fmt: skip
+    assert [run["state"] for run in document["runs"]] == ["finished", "not finished: 3 committed shards so far"]
+    assert document["runs"][0]["disk_bytes"] == sum(path.stat().st_size for path in first.rglob("*") if path.is_file())
+    assert riskforge("inspect", first, "--filter", "risk > 3") == 0
+    text = capsys.readouterr().out
+    assert "red | <b>`ink`</b>" in text and "Quantiles over scored rows" in text
+    assert f"rows         {len(engine.open_run(str(first)).filter('risk > 3'))}," in text
+
+
+def test_inspect_shows_and_saves_one_sample(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key, (image, record) = next(iter(images_of(first).items()))
+    assert riskforge("inspect", first, "--key", key, "--save", tmp_path / "one.png") == 0
+    text = capsys.readouterr().out
+    assert (tmp_path / "one.png").read_bytes() == image and f"seed                 {record['seed']}" in text
+    assert riskforge("inspect", first, "--key", key, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["risk"] == record["risk"]
+    assert riskforge("inspect", first, "--key", key, "--save", tmp_path / "one.png") == 2
+    assert "is there already" in capsys.readouterr().err
+    assert riskforge("inspect", first, "--key", key + "x") == 2
+    assert f"did you mean '{key}'?" in capsys.readouterr().err
+    failed = engine.open_run(str(first)).filter("status == 'failed'").to_table(["key"])["key"][0].as_py()
+    assert riskforge("inspect", first, "--key", failed, "--save", tmp_path / "two.png") == 2
+    assert "no image of" in capsys.readouterr().err and not (tmp_path / "two.png").exists()
+    assert riskforge("inspect", first, "--save", tmp_path / "two.png") == 2
+    assert riskforge("inspect", first, "--filter", "risk > 1000") == 0
+
+
+def test_looking_needs_no_torch(first: Path) -> None:
+    """A laptop without a GPU stack looks into a run in a second."""
+    code = (
+        "import sys, engine; assert 'pyarrow' not in sys.modules;"
+        "from engine.cli import main; sys.argv = ['riskforge', 'inspect', sys.argv[1]]\n"
+        "try: main()\nexcept SystemExit as end: assert not end.code\n"
+        "engine.open_run(sys.argv[2]).filter('risk > 1').to_table();"
+        "assert not {'torch', 'transformers', 'ray'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, first], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

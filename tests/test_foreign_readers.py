@@ -1,0 +1,179 @@
+"""Programs that know nothing of this project read a run, a merge and every format of an export."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+import engine
+from engine import digits
+from engine.dataset.export import ExportOptions, export
+from tests.composed import composed_job, make_run
+from tests.conftest import REPOSITORY
+from tests.corpus_cases import make_run as make_case
+
+NAMES = tuple(digits.CLASS_NAMES)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(composed_job(tmp_path_factory.mktemp("foreign") / "run", count=2, store_rejected=False))
+
+
+@pytest.fixture(scope="module")
+def merged(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All samples of the run, in shards of 16."""
+    out = tmp_path_factory.mktemp("foreign") / "merged"
+    return export((str(run),), ExportOptions(output=str(out), samples_per_shard=16)).path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return str(tmp_path / "cache")
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The samples by this project's own reader."""
+    return engine.open_run(str(folder)).samples.to_table().to_pylist()
+
+
+def test_webdataset_reads_a_merge(merged: Path) -> None:
+    import webdataset
+
+    rows = rows_of(merged)
+    tars = str(merged / "shards" / f"corpus-{{000000..{(len(rows) - 1) // 16:06d}}}.tar")
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False).decode("pil"))
+    assert [(one["__key__"], one["cls"], one["json"]["risk"]) for one in samples] == [
+        (row["key"], row["class_index"], row["risk"]) for row in rows
+    ]
+    assert len(rows) > 32 and {one["png"].size for one in samples} == {(32, 32)}
+
+
+def test_datasets_reads_runs_and_merges_by_their_cards(run: Path, merged: Path, cache: str) -> None:
+    import datasets
+
+    for folder in (run, merged):
+        rows = rows_of(folder)
+        loaded = datasets.load_dataset(str(folder), split="train")
+        assert [(one["__key__"], one["cls"]) for one in loaded] == [(row["key"], row["class_index"]) for row in rows]
+        assert loaded[0]["png"].size == (32, 32)
+    table = datasets.load_dataset("parquet", data_files=str(run / "metadata.parquet"), split="train")
+    assert table["key"][:] == pq.read_table(run / "metadata.parquet")["key"].to_pylist()
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "parquet"])
+def test_datasets_reads_exports(run: Path, tmp_path: Path, cache: str, kind: str) -> None:
+    """By the card, and by the builder's name; with duplicates.csv beside the data."""
+    import datasets
+
+    options = ExportOptions(output=str(tmp_path / "out"), format=kind, samples_per_shard=20, deduplicate=0.995)
+    out = export((str(run),), options).path
+    rows = {row["key"]: row for row in rows_of(run)}
+    for loaded in (
+        datasets.load_dataset(str(out), split="train"),
+        datasets.load_dataset(kind, data_dir=str(out), split="train"),
+    ):
+        assert len(loaded) == json.loads((out / "manifest.json").read_text())["counts"]["images"] > 20
+        for one in loaded:
+            row = rows[one["key"]]
+            assert (one["label"], one["class_name"], one["risk"]) == (
+                row["class_index"],
+                row["class_name"],
+                row["risk"],
+            )
+            assert one["image"].size == (32, 32) and one["soft_label"] == row["soft_label"]
+        assert loaded.features["label"] == datasets.ClassLabel(names=list(NAMES))
+
+
+def test_parquet_exports_load_with_equal_class_names(tmp_path: Path, cache: str) -> None:
+    """ImageNet has two classes called crane; `datasets` refuses names that are equal."""
+    import datasets
+
+    run = make_case(tmp_path / "run", labels=["crane", "one", "crane"], requests=[
+        {"name": "all", "method": "prompt", "classes": "all", "count": 4}
+    ])  # fmt: skip
+    out = export((str(run),), ExportOptions(output=str(tmp_path / "out"), format="parquet")).path
+    loaded = datasets.load_dataset(str(out), split="train")
+    assert loaded.features["label"].names == ["crane (0)", "one", "crane (2)"]
+    assert loaded["class_index"][:] == loaded["label"][:]
+
+
+def test_torchvision_reads_a_folder_by_class(run: Path, tmp_path: Path) -> None:
+    import torchvision
+
+    out = export((str(run),), ExportOptions(output=str(tmp_path / "out"), format="imagefolder")).path
+    folder = torchvision.datasets.ImageFolder(out)
+    found = Counter(folder.classes[label] for _, label in folder.samples)
+    assert found == Counter(row["class_name"] for row in rows_of(run))
+
+
+@pytest.mark.parametrize("which", ["run", "merged"])
+def test_timm_reads_shards_by_their_info(which: str, request: pytest.FixtureRequest) -> None:
+    """timm finds the shards and their lengths in `_info.json`."""
+    import timm.data
+
+    folder: Path = request.getfixturevalue(which)
+    data = timm.data.create_dataset("wds/", root=str(folder / "shards"), split="train", batch_size=1, is_training=False)
+    rows = rows_of(folder)
+    assert len(data) == len(rows)
+    assert [label for _, label in data] == [row["class_index"] for row in rows]
+    assert next(iter(data))[0].size == (32, 32)
+
+
+def test_duckdb_reads_runs_of_two_schema_versions(tmp_path: Path) -> None:
+    import duckdb
+
+    new = make_case(tmp_path / "new", name="new")
+    old = make_case(tmp_path / "old", name="old", version=1)
+    files = [str(one / "metadata.parquet") for one in (old, new)]
+    found = duckdb.execute(
+        "select key, risk, judge from read_parquet(?, union_by_name = true) where status = 'ok' and risk > 2", [files]
+    ).fetchall()
+    corpus = engine.open_run(str(old), str(new)).filter("status == 'ok' and risk > 2")
+    assert found == [tuple(row.values()) for row in corpus.to_table(["key", "risk", "judge"]).to_pylist()]
+    assert {judge is None for *_, judge in found} == {True, False}
+
+
+def test_the_retraining_example_of_the_docs_works(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands in docs/reading.md, on a small run; what it trained knows the samples better than before."""
+    import torch
+    from transformers import AutoModelForImageClassification
+
+    text = (REPOSITORY / "docs" / "reading.md").read_text()
+    section = text[text.index("## Retraining") :]
+    code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
+    assert len(code.strip().splitlines()) <= 20
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(run)
+    (tmp_path / "engine").symlink_to(REPOSITORY / "engine")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    images, labels = zip(*((image, label) for image, label, _ in names["data"]), strict=True)
+    losses = []
+    for folder in (names["folder"], "retrained"):
+        model = AutoModelForImageClassification.from_pretrained(folder).eval()
+        with torch.no_grad():
+            losses.append(float(model(pixel_values=torch.stack(images), labels=torch.tensor(labels)).loss))
+    assert len(labels) > 40 and losses[1] < losses[0] / 2
+
+
+def test_the_first_example_of_the_docs_works(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(run, tmp_path / "runs" / "quickstart")
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "reading.md").read_text(), re.DOTALL)[0]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert 0 < len(names["hard"]) < len(names["corpus"])
