@@ -170,7 +170,11 @@ class Generator:
         draws += draws[-1:] * missing
         images, health = self.sample(request, padded, draws)
         finite = torch.isfinite(images).flatten(1).all(1)
-        files = [imaging.encode(pixels, self._job.output.image_format) for pixels in imaging.quantise(images)]
+        output = self._job.output
+        files = [
+            imaging.encode(pixels, output.image_format, provenance=output.provenance)
+            for pixels in imaging.quantise(images)
+        ]
         records = self._scorer.records(padded, [imaging.decode(data) for data in files])
         return [
             self._result(
