@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import engine
-from engine.errors import EXIT_DAMAGED, EXIT_DRAINED, JobError, RiskforgeError
+from engine.errors import EXIT_DAMAGED, EXIT_DRAINED, EXIT_INCOMPLETE, JobError, RiskforgeError
 
 # What is printed here is full of names and paths from outside.
 from engine.terminal import printable
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from engine.progress import Display
     from engine.run import RunSummary
     from engine.spec import JobSpec
+    from engine.studies.nights import Limits, NightComparison
+    from engine.studies.rescoring import Rescored
     from engine.studies.retrain import Retrained
 
 MAX_LISTED = 20
@@ -140,7 +142,7 @@ def run(
     """Make the samples of a job; the same command continues what was interrupted."""
     rules = _rules(grace, deadline, max_duration)
     _check_address(address, executor)
-    spec = _load(job, set_, output=output, workers=workers)
+    spec = _load(job, set_, output=output, workers=workers, continues=resume != "overwrite")
     _run(spec, executor, address, resume=resume, confirmed=yes, rules=rules)
 
 
@@ -530,6 +532,115 @@ def evaluate(
 
 
 @app.command()
+def rescore(
+    run: RunArgument,
+    target: Annotated[str, typer.Option(metavar="A", help="The classifier to score by.", show_default=False)],
+    transfer: Annotated[
+        list[str] | None, typer.Option(metavar="A", help="In the place of the run's transfer models; repeatable.")
+    ] = None,
+    oracle: Annotated[str | None, typer.Option(metavar="A", help="In the place of the run's oracle.")] = None,
+    output: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="For the new scores; default: RUN/rescored/TARGET-DIGEST.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score the images of a run by another target: new metadata beside the old, nothing is sampled again."""
+    import contextlib
+
+    from engine.jobfile import import_factories
+    from engine.studies.rescoring import rescore_run
+
+    import_factories([target, *(transfer or ()), oracle], Path.cwd())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.closing(_make_display()) as display:
+        try:
+            rescored = rescore_run(
+                run,
+                target,
+                transfer=transfer or (),
+                oracle=oracle,
+                output=output,
+                advance=display.advance,
+                notice=display.notice,
+            )
+        except KeyboardInterrupt:
+            display.notice("stopped; the same command continues")
+            raise typer.Exit(EXIT_DRAINED) from None
+    _print_rescored(rescored, as_json)
+    raise typer.Exit(0 if rescored.is_complete else EXIT_INCOMPLETE)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN_A [RUN_B]", help="The older and the newer run, or rescoring.", show_default=False),
+    ],
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="In the place of the older run: what --pin wrote.")
+    ] = None,
+    pin: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Compare nothing; write the run as a baseline.")
+    ] = None,
+    max_error_increase: Annotated[
+        float | None, typer.Option(metavar="X", help="Exit code 1 where a request's error rate grew by more.")
+    ] = None,
+    max_valid_failure_increase: Annotated[
+        float | None, typer.Option(metavar="X", help="The same for its share of valid failures.")
+    ] = None,
+    max_risk_increase: Annotated[
+        float | None, typer.Option(metavar="X", help="The same for its median risk, in nats.")
+    ] = None,
+    fail_on: Annotated[
+        Literal["never", "significant-increase", "any-significant"],
+        typer.Option(help="Exit code 1 also where failures or risk grew, or anything changed, significantly."),
+    ] = "never",
+    confidence: Annotated[
+        float, typer.Option(metavar="P", help="Of the intervals; one less it is the level of all tests together.")
+    ] = 0.95,
+    by: Annotated[
+        list[Literal["request", "class", "context"]] | None,
+        typer.Option(help="Compare at these levels only; repeatable. Fewer tests find smaller differences."),
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as Markdown, too.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a target fails on now and did not before: two runs, or a run and a pinned baseline."""
+    import contextlib
+
+    from engine.studies.nights import (
+        LEVELS,
+        Limits,
+        breaches,
+        check_limits,
+        compare_nights,
+        open_nights,
+        pin_night,
+        read_night,
+    )
+
+    increases = {
+        "error_rate": max_error_increase, "valid_failures": max_valid_failure_increase, "risk": max_risk_increase,
+    }  # fmt: skip
+    limits = Limits(increases={key: one for key, one in increases.items() if one is not None}, fail_on=fail_on)
+    check_limits(limits, confidence)
+    if pin is not None:
+        if len(runs) != 1 or baseline is not None:
+            raise JobError("--pin: takes one run and compares nothing; leave the other one out")
+        pin_night(read_night(runs[0]), pin)
+        print(f"baseline: {pin}")
+        return
+    # Limits are held against the requests.
+    levels = [one for one in LEVELS if by is None or one in by or (one == "request" and limits.increases)]
+    with contextlib.closing(_make_display()) as display:
+        old, new = open_nights(runs, baseline)
+        comparison = compare_nights(old, new, confidence=confidence, levels=levels, advance=display.advance)
+    crossed = breaches(comparison, limits)
+    _print_nights(comparison, limits, crossed, markdown, as_json)
+    raise typer.Exit(EXIT_DAMAGED if crossed else 0)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a job file."""
     from engine.spec import job_schema
@@ -760,14 +871,21 @@ def _listed(counts: dict[str, int]) -> str:
     return ", ".join(some + more) or "none"
 
 
-def _load(path: Path, sets: list[str] | None, *, output: str | None = None, workers: int | None = None) -> JobSpec:
+def _load(
+    path: Path,
+    sets: list[str] | None,
+    *,
+    output: str | None = None,
+    workers: int | None = None,
+    continues: bool = True,
+) -> JobSpec:
     """The job of a file with the overrides of the command line."""
     from engine.jobfile import parse_override, read_job
 
     overrides = [parse_override(text) for text in sets or ()]
     overrides += [("output.uri", output)] if output is not None else []
     overrides += [("runtime.workers", workers)] if workers is not None else []
-    return read_job(path, overrides)
+    return read_job(path, overrides, continues=continues)
 
 
 def _make_executor(kind: str, job: JobSpec, address: str | None) -> Executor:
@@ -1010,6 +1128,53 @@ def _print_retrained(retrained: Retrained) -> None:
     print(f"temperature  {temperature['used']:.4g}, {origin}")
     print(f"model        {retrained.path / MODEL}")
     print(f"figures      {retrained.path / DOCUMENT}")
+
+
+def _print_rescored(rescored: Rescored, as_json: bool) -> None:
+    """Before and after, and where the new scores are."""
+    from engine.studies.night_tables import night_table, summary_document
+
+    if as_json:
+        comparison = None if rescored.comparison is None else summary_document(rescored.comparison)
+        names = ("target", "num_scored", "num_images", "num_rows", "num_accepted", "is_complete", "reason")
+        fields = {name: getattr(rescored, name) for name in names}
+        _print_json({"folder": str(rescored.folder), **fields, "comparison": comparison})
+        return
+    if rescored.comparison is not None:
+        _console().print(night_table(rescored.comparison))
+    else:
+        print(f"not compared: {rescored.reason}")
+    print(
+        f"{rescored.num_images} of {rescored.num_rows} samples have an image and a new score, {rescored.num_scored} of"
+        f" them made now; {rescored.num_accepted} meet their request's rule under {rescored.target}"
+    )
+    print(f"scores: {rescored.folder}")
+    if not rescored.is_complete:
+        _complain("the run is not complete; the same command scores what is added to it")
+
+
+def _print_nights(
+    comparison: NightComparison, limits: Limits, crossed: list[str], markdown: Path | None, as_json: bool
+) -> None:
+    """A comparison of two runs, in every form that was asked for."""
+    from engine.dataset.store import explained
+    from engine.studies.night_tables import night_document, night_markdown, night_table
+
+    if markdown is not None:
+        with explained(markdown):
+            markdown.parent.mkdir(parents=True, exist_ok=True)
+            markdown.write_text(night_markdown(comparison, crossed), encoding="utf-8")
+    if as_json:
+        _print_json(night_document(comparison, limits, crossed))
+    else:
+        _console().print(night_table(comparison))
+        for title, changes in (("new failures", comparison.arisen), ("mended", comparison.mended)):
+            if changes:
+                print(f"{title}: {len(changes)}")
+                _print_some([one.key for one in changes], "--json")
+        _print_some(list(comparison.notes), "--json")
+    for line in crossed:
+        _complain(f"past a limit: {line}")
 
 
 def _print_some(lines: list[str], where: str = "conditioning.json") -> None:

@@ -178,7 +178,8 @@ class Generator:
         images, health = self.sample(request, padded, draws)
         faults = self._faults(request, images)
         pixels = imaging.quantise(images)
-        files, shown = imaging.stored(pixels, self._job.output.image_format)
+        output = self._job.output
+        files, shown = imaging.stored(pixels, output.image_format, provenance=output.provenance)
         records = self._scorer.records(padded, shown)
         return [
             _failed(spec, faults[row])

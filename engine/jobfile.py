@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from engine.dataset.state import read_run
+from engine.dataset.store import open_store
 from engine.errors import JobError
 from engine.models.methods import custom_methods
 from engine.models.targets import add_import_folders, factories
@@ -17,13 +22,15 @@ MAX_JOB_BYTES = 16 * 2**20
 MAX_JOB_VALUES = 10**6
 MAX_DIGITS = 300
 MAX_SHOWN = 100
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
-def read_job(path: Path, overrides: list[tuple[str, Any]]) -> JobSpec:
-    """Read and check a job file.
+def read_job(path: Path, overrides: list[tuple[str, Any]], *, continues: bool = True) -> JobSpec:
+    """Read and check a job file. Today's date is filled in where the job asks for it (`dated`).
 
     Args:
         overrides: dotted paths and values that replace what the file has.
+        continues: whether a run that the output holds goes on, with the dates that it began with.
 
     Raises:
         JobError: the file cannot be read or is not YAML (with line and column), or the job is wrong.
@@ -36,9 +43,41 @@ def read_job(path: Path, overrides: list[tuple[str, Any]]) -> JobSpec:
         raise JobError(f"{path}: is empty; `riskforge schema` shows what a job has")
     if isinstance(raw, dict):
         raw = apply_overrides(raw, overrides)
-    job = parse_job(raw)
+    job = dated(parse_job(raw), datetime.date.today(), continues=continues)
     let_import(job, Path.cwd(), path.parent)
     return job
+
+
+def dated(job: JobSpec, today: datetime.date, *, continues: bool = True) -> JobSpec:
+    """A job with `{date}` and `{job}` of its `output.uri` filled in, and with a date where a request is `fresh: true`.
+
+    Args:
+        today: in local time.
+        continues: whether a run that the output holds keeps its dates, so that it goes on after midnight as it began.
+
+    Raises:
+        JobError: another placeholder in `output.uri`.
+        OutputError: the output cannot be looked into.
+    """
+    known = {"date": today.isoformat(), "job": job.name}
+    if unknown := [name for name in _PLACEHOLDER.findall(job.output.uri) if name not in known]:
+        raise JobError(
+            f"output.uri: '{job.output.uri}' has the unknown placeholder {{{unknown[0]}}}; there are {{date}} and"
+            " {job}"
+        )
+    uri = _PLACEHOLDER.sub(lambda found: known[found[1]], job.output.uri)
+    job = job.model_copy(update={"output": job.output.model_copy(update={"uri": uri})})
+    if not any(request.fresh is True for request in job.requests):
+        return job
+    held = read_run(open_store(uri)) if continues else None
+    begun = {} if held is None else {one["name"]: one.get("fresh") for one in held.identity["requests"]}
+    requests = tuple(
+        request.model_copy(update={"fresh": begun.get(request.name) or today.isoformat()})
+        if request.fresh is True
+        else request
+        for request in job.requests
+    )
+    return job.model_copy(update={"requests": requests})
 
 
 def let_import(job: JobSpec, *folders: Path) -> None:
@@ -46,7 +85,15 @@ def let_import(job: JobSpec, *folders: Path) -> None:
 
     Side effects: adds them to `sys.path`.
     """
-    if custom_methods(job) or any(factories([job.models.target, *job.models.transfer, job.models.oracle])):
+    import_factories([job.models.target, *job.models.transfer, job.models.oracle, *custom_methods(job)], *folders)
+
+
+def import_factories(addresses: Iterable[str | None], *folders: Path) -> None:
+    """Where one of the addresses is a factory, let it be imported from some folders.
+
+    Side effects: adds them to `sys.path`.
+    """
+    if any(factories(addresses)):
         add_import_folders(str(folder.resolve()) for folder in folders)
 
 

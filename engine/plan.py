@@ -127,7 +127,7 @@ class RequestPlan:
             cell=cell,
             prompt=make_prompt(self.spec.prompt, cell, context),
             context=context,
-            seed=sample_seed(self.job_seed, self.spec.seed_group or self.spec.name, cell.classes, index),
+            seed=sample_seed(self.job_seed, seed_name(self.spec), cell.classes, index),
             index=index,
         )
 
@@ -283,6 +283,8 @@ def resolve_requests(job: JobSpec, labels: list[str]) -> tuple[RequestPlan, ...]
     plans = []
     for number, request in enumerate(job.requests):
         cells = _cells(request, labels, f"requests.{number}", problems)
+        if request.fresh is True:
+            problems.append(f"requests.{number}.fresh: true has no date; `engine.jobfile.dated` gives it one")
         plans.append(RequestPlan(number=number, spec=request, job_name=job.name, job_seed=job.seed, cells=tuple(cells)))
     if problems:
         raise JobError(problems)
@@ -356,6 +358,12 @@ def prompt_name(label: str) -> str:
     return label.split(",")[0].strip().replace("_", " ")
 
 
+def seed_name(request: RequestSpec) -> str:
+    """The seed group of a request; of a fresh one with its date, which no group's name can hold."""
+    group = request.seed_group or request.name
+    return f"{group}@{request.fresh}" if request.fresh else group
+
+
 def sample_seed(job_seed: int, seed_group: str, classes: tuple[int, ...], index: int) -> int:
     """Seed of a sample: a non-negative integer below 2^53 from job seed, group, class or subset, and index."""
     text = json.dumps([job_seed, seed_group, sorted(classes), index], separators=(",", ":"))
@@ -375,7 +383,10 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
         "name": job.name,
         "seed": job.seed,
         "models": {key: value for key, value in digests.items() if key not in _BY_REQUEST},
-        "output": job.output.model_dump(mode="json", exclude={"uri"}),
+        # Runs from before images said that they are synthetic have no such key.
+        "output": job.output.model_dump(
+            mode="json", exclude={"uri"} if job.output.provenance else {"uri", "provenance"}
+        ),
         "requests": [
             {
                 "name": plan.spec.name,
@@ -392,6 +403,7 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
             | _conditioning(plan.spec, digests.get("conditioning", {}))
             | ({"method_digest": digests.get("methods", {}).get(plan.spec.method, "")} if plan.spec.is_custom else {})
             | ({"quota": True} if plan.spec.has_quota else {})
+            | ({"fresh": plan.spec.fresh} if plan.spec.fresh else {})
             for plan in requests
         ],
     }

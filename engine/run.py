@@ -28,6 +28,7 @@ from engine.dataset.state import (
     QUARANTINE,
     REPORT,
     SUCCESS,
+    as_begun,
     check_unused,
     find_plan,
     open_run,
@@ -38,6 +39,7 @@ from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK, JobError
 from engine.executors.base import Executor, WorkerLike
 from engine.messages import Rules
 from engine.models.addresses import check_addresses, missing_artefacts, model_digests, read_labels, resolve
+from engine.models.licences import licence_of
 from engine.models.runtime import hardware_problems
 from engine.models.targets import add_import_folders, import_folders
 from engine.plan import Plan, RequestPlan, build_plan, resolve_requests
@@ -121,6 +123,8 @@ def run_job(
     rules = rules or Rules()
     try:
         display.phase("checking models and output")
+        if resume == "auto":
+            job = as_begun(open_store(job.output.uri), job)
         store, job, planned, models = prepare(job, executor, display)
         if resume == "auto" and store.exists(SUCCESS) and (plan := find_plan(store, planned, job)):
             committed = list_commits(store)
@@ -285,22 +289,23 @@ def target_labels(job: JobSpec) -> list[str]:
 
 
 def describe_models(job: JobSpec, digests: dict[str, Any], labels: list[str]) -> dict[str, Any]:
-    """Address and digest of every model by role; of the target its labels too, which every class index refers to."""
+    """Address, digest and licence of every model by role; of the target its labels too, which class indices refer to."""
     models = job.models
+
+    def about(address: str, digest: str) -> dict[str, Any]:
+        return {"address": address, "digest": digest, "license": licence_of(address)}
+
     described: dict[str, Any] = {
-        "diffusion": [{"address": address, "digest": one} for address, one in digests["diffusion"].items()],
-        "clip": {"address": models.clip, "digest": digests["clip"]},
-        "target": {"address": models.target, "digest": digests["target"], "labels": labels},
+        "diffusion": [about(address, one) for address, one in digests["diffusion"].items()],
+        "clip": about(models.clip, digests["clip"]),
+        "target": about(models.target, digests["target"]) | {"labels": labels},
     }
     if models.transfer:
         pairs = zip(models.transfer, digests["transfer"], strict=True)
-        described["transfer"] = [{"address": address, "digest": one} for address, one in pairs]
-    if models.oracle:
-        described["oracle"] = {"address": models.oracle, "digest": digests["oracle"]}
-    if models.judge:
-        described["judge"] = {"address": models.judge, "digest": digests["judge"]}
-    if models.guidance_decoder:
-        described["guidance_decoder"] = {"address": models.guidance_decoder, "digest": digests["guidance_decoder"]}
+        described["transfer"] = [about(address, one) for address, one in pairs]
+    for role in ("oracle", "judge", "guidance_decoder"):
+        if address := getattr(models, role):
+            described[role] = about(address, digests[role])
     for role in ("conditioning", "methods"):
         if pairs := digests.get(role):
             described[role] = [{"address": address, "digest": one} for address, one in pairs.items()]

@@ -48,20 +48,18 @@ class Scorer:
 
     def records(self, specs: Sequence[SampleSpec], images: Sequence[PIL.Image.Image]) -> list[dict[str, Any]]:
         """Complete records of samples, but for gradient counts, from their 8-bit images."""
-        logits = self.target.score(images)
         similarities = _similarities(self._clip, self._class_embeds, images)
-        labels = conditioned_classes([spec.cell for spec in specs], similarities)
-        columns = {
-            **_target_columns(logits, labels),
-            **_conformity_columns(similarities, labels),
-            "oracle_class": self._oracle_classes(images),
-        }
+        cells = [spec.cell for spec in specs]
+        labels = conditioned_classes(cells, similarities)
+        of_target = target_fields(self.target, cells, images, labels)
+        columns = {**_conformity_columns(similarities, labels), "oracle_class": self._oracle_classes(images)}
         transfer = [(model.name, model.score(images)) for model in self._transfer]
         judged = self._judge_columns(images, labels)
         return [
-            self._record(spec, row, int(labels[row]), logits[row : row + 1], columns)
+            self._record(spec, row, int(labels[row]), columns)
+            | of_target[row]
             | {
-                "transfer": [_transfer_entry(name, other[row], int(labels[row])) for name, other in transfer],
+                "transfer": [transfer_entry(name, other[row], int(labels[row])) for name, other in transfer],
                 "judge": [
                     {"model": name} | {score: _plain(values[row]) for score, values in some.items()}
                     for name, some in judged.items()
@@ -85,23 +83,14 @@ class Scorer:
 
         return measure
 
-    def _record(
-        self, spec: SampleSpec, row: int, label: int, logits: Tensor, columns: dict[str, Tensor]
-    ) -> dict[str, Any]:
-        subset = kldb_classes(spec.cell, logits, label)
-        balance, mass = scores.kldb_parts(logits, subset)
+    def _record(self, spec: SampleSpec, row: int, label: int, columns: dict[str, Tensor]) -> dict[str, Any]:
         record = new_record(spec) | {name: _plain(values[row]) for name, values in columns.items()}
         return record | {
             "class_name": self.target.labels[label],
             "class_index": label,
             "status": STATUS_OK,
             "accepted": True,
-            "kldb": _plain(scores.kldb(logits, subset)[0]),
-            "kldb_classes": subset,
-            "kldb_balance": _plain(balance[0]),
-            "kldb_mass": _plain(mass[0]),
             "soft_label": soft_label(spec.cell, len(self.target.labels)),
-            "temperature": self.target.temperature,
         }
 
     def _judge_columns(self, images: Sequence[PIL.Image.Image], labels: Tensor) -> dict[str, dict[str, Tensor]]:
@@ -115,6 +104,35 @@ class Scorer:
         if self._oracle is None:
             return torch.full((len(images),), -1)
         return self._oracle.score(images).argmax(1)
+
+
+def target_fields(
+    target: Classifier, cells: Sequence[Cell], images: Sequence[PIL.Image.Image], labels: Tensor
+) -> list[dict[str, Any]]:
+    """The fields of the records that depend on the target alone, image by image.
+
+    Args:
+        labels: the class y of every image, [B].
+    """
+    logits = target.score(images)
+    columns = _target_columns(logits, labels)
+    return [
+        {name: _plain(values[row]) for name, values in columns.items()}
+        | _kldb_fields(cell, logits[row : row + 1], int(labels[row]))
+        | {"temperature": target.temperature}
+        for row, cell in enumerate(cells)
+    ]
+
+
+def _kldb_fields(cell: Cell, logits: Tensor, label: int) -> dict[str, Any]:
+    subset = kldb_classes(cell, logits, label)
+    balance, mass = scores.kldb_parts(logits, subset)
+    return {
+        "kldb": _plain(scores.kldb(logits, subset)[0]),
+        "kldb_classes": subset,
+        "kldb_balance": _plain(balance[0]),
+        "kldb_mass": _plain(mass[0]),
+    }
 
 
 def conditioned_classes(cells: Sequence[Cell], similarities: Tensor) -> Tensor:
@@ -163,7 +181,8 @@ def _target_columns(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _transfer_entry(name: str, logits: Tensor, label: int) -> dict[str, Any]:
+def transfer_entry(name: str, logits: Tensor, label: int) -> dict[str, Any]:
+    """What a transfer model says of an image: an entry of the column `transfer`, from its logits [n]."""
     risk = scores.risk(logits[None], torch.tensor([label]))
     return {"model": name, "predicted_class": int(logits.argmax()), "risk": _plain(risk[0])}
 

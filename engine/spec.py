@@ -6,6 +6,7 @@ them together; `apply_overrides` is the `--set` of the command line.
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import json
 import math
@@ -37,6 +38,7 @@ Number = Annotated[float, Field(strict=True)]
 # A criterion of the user's own: `package.module:factory`.
 Method = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$", max_length=200)]
 Identifier = Annotated[str, Field(pattern=r"^[^\W\d]\w*$", max_length=100)]
+Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
 Factor = Annotated[str, Field(pattern=r"^[0-9]{1,6}(\.[0-9]{1,3})?x$")]
 
 
@@ -238,6 +240,11 @@ class RequestSpec(_Spec):
         f" 4x; 1x makes `count` attempts, whatever is accepted. Default: {DEFAULT_FACTOR}.",
     )
     seed_group: Name | None = Field(default=None, description="Requests of one group share noise; default: the name.")
+    fresh: bool | Date = Field(
+        default=False,
+        description="Other noise every day: true takes the date on which the output's run begins; or a date, such as"
+        " 2026-11-21.",
+    )
     diffusion: Address | None = Field(default=None, description="Another diffusion model for this request.")
     conditioning: ConditioningSpec | None = Field(
         default=None, description="Image embeddings for a Stable unCLIP pipeline; an artefact's address will do."
@@ -249,6 +256,12 @@ class RequestSpec(_Spec):
     @classmethod
     def _bare_address(cls, value: Any) -> Any:
         return {"artefact": value} if isinstance(value, str) else value
+
+    @pydantic.field_validator("fresh", mode="before")
+    @classmethod
+    def _yaml_date(cls, value: Any) -> Any:
+        """YAML 1.1 reads a bare date as one."""
+        return value.isoformat() if type(value) is datetime.date else value
 
     @property
     def is_custom(self) -> bool:
@@ -282,12 +295,18 @@ class RequestSpec(_Spec):
 class OutputSpec(_Spec):
     """Where and how the samples are stored."""
 
-    uri: Annotated[str, Field(min_length=1, max_length=2000)] = Field(description="Folder of the run.")
+    uri: Annotated[str, Field(min_length=1, max_length=2000)] = Field(
+        description="Folder of the run; `{date}` stands for today, such as 2026-11-21, and `{job}` for the job's name."
+    )
     samples_per_shard: StrictInt = Field(default=256, ge=1, le=100_000, description="Attempts in a shard.")
     image_format: Literal["png", "jpg", "webp"] = Field(
         default="png", description="png and webp are lossless; jpg has quality 95."
     )
     store_rejected: bool = Field(default=False, description="Store the images of rejected samples too.")
+    provenance: bool = Field(
+        default=True,
+        description="Say in every image file that it is synthetic: IPTC's trainedAlgorithmicMedia, as XMP.",
+    )
 
 
 class RuntimeSpec(_Spec):

@@ -81,9 +81,12 @@ class ComposedGenerator:
         stored = accepted or self._job.output.store_rejected
         return SampleResult(
             record=record | {"accepted": accepted, "status": STATUS_OK if accepted else STATUS_REJECTED},
-            image=imaging.encode(np.asarray(image), "png") if stored else b"",
+            image=self._encode(image) if stored else b"",
             run={"batch_size": 1},
         )
+
+    def _encode(self, image: PIL.Image.Image) -> bytes:
+        return imaging.encode(np.asarray(image), "png", provenance=self._job.output.provenance)
 
 
 class ComposedWorker(Worker):

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from engine.dataset.shards import read_shard
+from engine.imaging import DIGITAL_SOURCE_TYPE
 from engine.models.addresses import resolve
 from engine.plan import class_prompt
 from engine.records import check_record
@@ -90,7 +91,8 @@ def test_the_output_is_complete(finished):
     for key, data, record, label in stored:
         check_record(record)
         assert record["key"] == key and record["class_index"] == label
-        assert PIL.Image.open(io.BytesIO(data)).size == (32, 32)
+        image = PIL.Image.open(io.BytesIO(data))
+        assert image.size == (32, 32) and DIGITAL_SOURCE_TYPE in str(image.info["XML:com.adobe.xmp"])
 
 
 def test_guidance_is_recorded_and_seeds_are_shared(finished):

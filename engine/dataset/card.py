@@ -66,6 +66,8 @@ def _header(job: JobSpec, manifest: dict[str, Any], data_files: list[str]) -> st
         "license": "other",
         "license_name": "unknown",
         "task_categories": ["image-classification"],
+        "annotations_creators": ["machine-generated"],
+        "source_datasets": ["original"],
         "tags": ["synthetic", "riskforge", "webdataset", "hard-examples", *methods],
         "size_categories": [size_category(manifest["counts"]["samples"]["ok"])],
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": data_files}]}],
@@ -85,13 +87,24 @@ def _origin(job: JobSpec, manifest: dict[str, Any]) -> str:
     )  # fmt: skip
     return (
         "**Every image is synthetic**: sampled from a text-to-image diffusion model by "
-        "Riskforge to find where an image classifier, the target, errs or hesitates. No image is a photograph.\n\n"
+        "Riskforge to find where an image classifier, the target, errs or hesitates. No image is a photograph."
+        f"{_provenance(job)}\n\n"
         f"{samples['ok']} images in {shards['committed']} shards, of {samples['attempted']} attempts "
         f"({samples['rejected']} rejected, {samples['failed']} failed, {samples['accepted']} accepted). "
         f"Seed {job.seed}; plan `{manifest['plan_digest']}`.{state}\n\n"
         f"{_stored_rejected(job, samples)}"
         "**Licence:** not stated by the engine. It follows from the licences of the models below, above all of the "
-        "diffusion model; set `license` in the header once it is known."
+        "diffusion model; set `license` in the header once it is known. Of the models' licences only what their own "
+        "files say is listed."
+    )
+
+
+def _provenance(job: JobSpec) -> str:
+    if not job.output.provenance:
+        return ""
+    return (
+        " Every file says so itself: its XMP has IPTC's `DigitalSourceType` "
+        "[`trainedAlgorithmicMedia`](http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia)."
     )
 
 

@@ -32,6 +32,9 @@ REPORT = "report.html"
 EVALUATION = "evaluation.json"
 WIDS_INDEX = "shards/wids.json"
 TIMM_INFO = "shards/_info.json"
+# Folders of `riskforge rescore`, one for each target, and what marks one.
+RESCORED = "rescored"
+RESCORING = "_state/rescoring.json"
 
 RUN_FILES = (SUCCESS, METADATA, MANIFEST, CARD, REPORT, EVALUATION, WIDS_INDEX, TIMM_INFO)
 MAX_SHOWN = 8
@@ -96,6 +99,22 @@ def open_run(store: Store, plan: Plan, job: JobSpec, resume: str, confirmed: boo
         return open_run(store, plan, job, "never" if resume == "never" else "auto", confirmed=False)
     _check_same(store, stored, plan)
     return _extend(store, stored, plan, job)
+
+
+def as_begun(store: Store, job: JobSpec) -> JobSpec:
+    """A job without what is on where nothing is said of it, but was not when the run of its output began.
+
+    Runs from before images said that they are synthetic go on without it: a data set has files of one kind.
+
+    Raises:
+        OutputError: a plan file that cannot be read.
+    """
+    if "provenance" in job.output.model_fields_set or not job.output.provenance:
+        return job
+    stored = read_run(store)
+    if stored is None or stored.identity["output"].get("provenance"):
+        return job
+    return job.model_copy(update={"output": job.output.model_copy(update={"provenance": False})})
 
 
 def find_plan(store: Store, plan: Plan, job: JobSpec) -> Plan | None:
@@ -182,7 +201,7 @@ def stored_plan(store: Store) -> tuple[JobSpec, Plan]:
     if stored is None:
         raise OutputError(f"{store.uri}: there is no run; give the folder of one")
     try:
-        job = parse_job(stored.job | {"output": stored.job["output"] | {"uri": store.uri}})
+        job = parse_job(stored.job | {"output": {"provenance": False} | stored.job["output"] | {"uri": store.uri}})
         requests = tuple(
             RequestPlan(
                 number=number,
@@ -369,7 +388,7 @@ def _clear(store: Store, confirmed: bool) -> None:
         if name != f"{LOCKS}/{DRIVER_LOCK}":
             store.remove(name)
     for name in own:
-        (store.remove_tree if name == METADATA else store.remove)(name)
+        (store.remove_tree if name in (METADATA, RESCORED) else store.remove)(name)
     store.remove_tree(SHARDS)
     for name in reversed(store.list(PLANS)):
         store.remove(name)
@@ -388,6 +407,11 @@ def _sort_files(store: Store, job_name: str) -> tuple[list[str], list[str]]:
                 (own if is_own else foreign).append(inner)
         elif name == METADATA and store.path(name).is_dir():
             strangers = [inner for inner in store.list(METADATA) if not parts.fullmatch(inner)]
+            foreign += strangers
+            own += [] if strangers else [name]
+        elif name == RESCORED and store.path(name).is_dir():
+            # New scores of images that go are of no use to anybody.
+            strangers = [inner for inner in store.list(RESCORED) if not store.exists(f"{inner}/{RESCORING}")]
             foreign += strangers
             own += [] if strangers else [name]
         elif name != STATE:

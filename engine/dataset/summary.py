@@ -139,7 +139,7 @@ def summarise_table(table: pa.Table) -> list[GroupSummary]:
     codes = _group_codes(table)
     columns = {name: _numbers(table, name) for name in [*_SCORES, "is_error", "accepted"]}
     columns |= {status: _equals(table, "status", status) for status in (STATUS_OK, STATUS_REJECTED, STATUS_FAILED)}
-    columns["oracle"] = _oracle_reading(table)
+    columns["oracle"] = oracle_reading(table)
     columns["judge"] = _judge_reading(table)
     transfers = _transfer_readings(table)
     order = np.argsort(codes, kind="stable")
@@ -209,7 +209,7 @@ def _equals(table: pa.Table, name: str, value: str) -> np.ndarray:
     return pc.equal(table[name], value).to_numpy()
 
 
-def _oracle_reading(table: pa.Table) -> np.ndarray:
+def oracle_reading(table: pa.Table) -> np.ndarray:
     """1.0 where the oracle sees what was asked for, 0.0 where not, -1.0 without an oracle."""
     import numpy as np
     import pyarrow.compute as pc

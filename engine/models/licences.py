@@ -1,0 +1,71 @@
+"""The licence of a model, as far as its files say. Nothing is guessed: what they do not say is unknown."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.errors import JobError
+from engine.models.addresses import locate
+from engine.models.targets import is_foreign
+
+UNKNOWN = "unknown"
+# The embedded models are the project's.
+OF_ZOO = "apache-2.0"
+MAX_CHARS = 100
+_MAX_READ = 2**20
+_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "LICENCE.md")
+_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
+_KNOWN = (
+    ("apache-2.0", re.compile(r"\A\s*Apache License\s+Version 2\.0")),
+    ("mit", re.compile(r"\A\s*(The )?MIT License")),
+)
+
+
+def licence_of(address: str) -> str:
+    """The licence's name: `license` of the README.md's header in the model's folder, or what its LICENSE file is.
+
+    Returns:
+        `unknown` where nothing is said; `in LICENSE` where a file with that name has another text than those known.
+    """
+    if address.startswith("zoo:"):
+        return OF_ZOO
+    if is_foreign(address):
+        return UNKNOWN
+    with suppress(JobError, OSError):
+        folder = locate(address).folder
+        if folder is not None:
+            return _of_header(folder / "README.md") or _of_file(folder) or UNKNOWN
+    return UNKNOWN
+
+
+def _of_header(path: Path) -> str:
+    found = _FRONT_MATTER.match(_read(path))
+    try:
+        header: Any = yaml.safe_load(found[1]) if found else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return ""
+    if not isinstance(header, dict):
+        return ""
+    name = header.get("license")
+    if name == "other":
+        name = header.get("license_name") or name
+    return name.strip()[:MAX_CHARS] if isinstance(name, str) else ""
+
+
+def _of_file(folder: Path) -> str:
+    for name in _FILES:
+        if text := _read(folder / name):
+            return next((known for known, pattern in _KNOWN if pattern.match(text)), f"in {name}")
+    return ""
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.read(_MAX_READ)

@@ -1,0 +1,285 @@
+"""Two nights beside one another: simulated runs, so that what is true of them is known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.errors import JobError
+from engine.studies import differences
+from engine.studies.differences import holm, median_difference, share_difference
+from engine.studies.night_tables import night_document, night_markdown
+from engine.studies.nights import (
+    Limits,
+    Night,
+    breaches,
+    check_limits,
+    compare_nights,
+    pin_night,
+    read_baseline,
+)
+
+LABELS = ("cat", "dog", "owl")
+CONTEXTS = ("", "red | <b>`ink`</b>")
+
+
+def text(values) -> np.ndarray:
+    column = np.empty(len(values), dtype=object)
+    column[:] = list(values)
+    return column
+
+
+def make_night(
+    rng: np.random.Generator,
+    *,
+    num: int = 60,
+    seed: int = 0,
+    shift: float = 0.0,
+    noise=None,
+    requests=("panel", "fresh"),
+) -> Night:
+    """Samples with risks that vary from sample to sample; an error is a risk above one.
+
+    Args:
+        num: samples of each request.
+        seed: runs with one seed have pairs.
+        shift: added to every risk.
+        noise: of each sample, shared by runs with pairs; drawn when not given.
+    """
+    size = num * len(requests)
+    order = np.arange(size)
+    base = rng.normal(size=size) if noise is None else noise
+    risk = np.exp(base + 0.3 * rng.normal(size=size) + shift)
+    is_error = risk > 1.5
+    return Night(
+        address=f"runs/{seed}",
+        name="sim",
+        target={"address": "zoo:t", "digest": "0123456789abcdef"},
+        labels=LABELS,
+        methods=dict.fromkeys(requests, "prompt"),
+        keys=text(f"sim-{row:06d}" for row in order),
+        requests=text(requests[row // num] for row in order),
+        classes=text(LABELS[row % 3] for row in order),
+        contexts=text(CONTEXTS[row % 2] for row in order),
+        prompts=text(f"a {LABELS[row % 3]}, {CONTEXTS[row % 2]}" for row in order),
+        seeds=order + 10**6 * seed,
+        is_error=is_error,
+        valid=(is_error & (rng.random(size) < 0.8)).astype(float),
+        risk=risk,
+        conformity=rng.normal(0.3, 0.05, size),
+        kldb=rng.exponential(size=size),
+    )
+
+
+def permuted(night: Night, order: np.ndarray) -> Night:
+    columns = {one.name: getattr(night, one.name) for one in fields(Night)}
+    return replace(night, **{key: value[order] for key, value in columns.items() if isinstance(value, np.ndarray)})
+
+
+def significant(comparison) -> list[tuple[str, str, str]]:
+    return [(row.request, row.group, name) for row in comparison.rows for name in comparison.significant(row)]
+
+
+@pytest.mark.parametrize("is_paired", [True, False])
+def test_false_alarms_are_as_rare_as_promised(monkeypatch, is_paired):
+    """Two runs of one population: over all their tests together, about the level; never far more, and not never."""
+    monkeypatch.setattr(differences, "RESAMPLES", (9, 9))
+    rng, num_runs, alarms = np.random.default_rng(1), 250, 0
+    for _ in range(num_runs):
+        noise = rng.normal(size=120) if is_paired else None
+        old, new = (make_night(rng, seed=0 if is_paired else seed, noise=noise) for seed in (0, 1))
+        comparison = compare_nights(old, new)
+        assert all(bool(row.num_pairs) == is_paired for row in comparison.rows)
+        alarms += bool(significant(comparison))
+    assert 2 <= alarms <= num_runs * (0.05 + 3 * (0.05 * 0.95 / num_runs) ** 0.5), alarms
+
+
+def test_a_planted_difference_is_found_where_it_is():
+    """Class owl of the panel alone has become riskier: its row and the request's; no other class, no other request."""
+    rng = np.random.default_rng(2)
+    old, new = make_night(rng, seed=0, num=300), make_night(rng, seed=1, num=300)
+    hit = (new.requests == "panel") & (new.classes == "owl")
+    risk = np.where(hit, 4 * new.risk, new.risk)
+    found = significant(compare_nights(old, replace(new, risk=risk, is_error=risk > 1.5)))
+    assert {("panel", "owl", "risk"), ("panel", "owl", "error_rate"), ("panel", "", "risk")} <= set(found)
+    assert {request for request, _, _ in found} == {"panel"} and not {"cat", "dog"} & {group for _, group, _ in found}
+
+
+def test_pairs_find_what_groups_do_not(monkeypatch):
+    """The same small shift: noise that both runs share is taken out by pairing."""
+    monkeypatch.setattr(differences, "RESAMPLES", (9, 9))
+    rng, paired, unpaired = np.random.default_rng(3), 0, 0
+    for _ in range(20):
+        noise = rng.normal(size=120)
+        old, new = make_night(rng, noise=noise), make_night(rng, noise=noise, shift=0.2)
+        paired += len(significant(compare_nights(old, new)))
+        other = replace(new, seeds=new.seeds + 10**7)
+        unpaired += len(significant(compare_nights(old, other)))
+    assert paired > 5 * max(1, unpaired), (paired, unpaired)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_order_of_rows_does_not_matter(seed):
+    """Not with pairs, not with groups; not for a figure, a sample or a note."""
+    rng = np.random.default_rng(4)
+    old, new = make_night(rng), make_night(rng, seed=seed)
+    first = compare_nights(old, new)
+    second = compare_nights(
+        permuted(old, np.random.default_rng(5).permutation(120)),
+        permuted(new, np.random.default_rng(6).permutation(120)),
+    )
+    key = lambda row: (row.request, row.level, row.group)  # noqa: E731
+    assert sorted(first.rows, key=key) == sorted(second.rows, key=key)
+    assert sorted(map(str, first.arisen)) == sorted(map(str, second.arisen)) and first.notes == second.notes
+
+
+def test_a_run_against_itself_is_all_zeros():
+    """No difference, no test, no failure new or mended, no limit crossed."""
+    night = make_night(np.random.default_rng(7))
+    comparison = compare_nights(night, night)
+    every = [one for row in comparison.rows for one in row.differences.values()]
+    assert len(comparison.rows) == 2 * (1 + 3 + 2) and len(every) == 5 * len(comparison.rows)
+    assert {one.change.value for one in every} == {0.0} and {one.p_value for one in every} == {1.0}
+    assert not comparison.arisen and not comparison.mended and not comparison.notes
+    assert not breaches(comparison, Limits(increases={"error_rate": 0.0, "risk": 0.0}, fail_on="any-significant"))
+
+
+def test_new_and_mended_failures_are_named():
+    """Two samples turned wrong, one right."""
+    old = make_night(np.random.default_rng(8))
+    wrong, right = np.flatnonzero(~old.is_error)[:2], np.flatnonzero(old.is_error)[:1]
+    is_error = old.is_error.copy()
+    is_error[wrong], is_error[right] = True, False
+    comparison = compare_nights(old, replace(old, is_error=is_error))
+    assert [one.key for one in comparison.arisen] == [f"sim-{row:06d}" for row in wrong]
+    assert [one.key for one in comparison.mended] == [f"sim-{row:06d}" for row in right]
+    row = comparison.rows[0]
+    assert (row.num_arisen, row.num_mended, row.num_pairs) == (2, 1, 60)
+    assert row.differences["error_rate"].change.value == pytest.approx(1 / 60)
+
+
+def test_limits_are_crossed_when_the_whole_interval_lies_beyond():
+    """More and more errors: at some point, and from there on; `any-significant` hears improvements too."""
+    rng = np.random.default_rng(9)
+    noise = rng.normal(size=120)
+    old = make_night(rng, noise=noise)
+    limits = Limits(increases={"error_rate": 0.1})
+    crossed = []
+    for shift in (0.0, 0.2, 0.5, 1.0, 2.0):
+        comparison = compare_nights(old, make_night(rng, noise=noise, shift=shift))
+        lows = [row.differences["error_rate"].change.low for row in comparison.rows if row.level == "request"]
+        lines = breaches(comparison, limits)
+        assert len(lines) == sum(low > 0.1 for low in lows)
+        crossed.append(len(lines))
+    assert crossed[0] == 0 and crossed[-1] == 2 and crossed == sorted(crossed)
+    better = compare_nights(make_night(rng, noise=noise, shift=2.0), old)
+    assert not breaches(better, Limits(fail_on="significant-increase"))
+    assert breaches(better, Limits(fail_on="any-significant"))
+    assert breaches(
+        compare_nights(old, make_night(rng, noise=noise, shift=2.0)), Limits(fail_on="significant-increase")
+    )
+
+
+def test_misuse_is_refused():
+    """Nothing shared, other classes, a limit without its figures, numbers that mean nothing."""
+    rng = np.random.default_rng(10)
+    night = make_night(rng)
+    with pytest.raises(JobError, match=r"share no request; the first has 'panel', 'fresh', the second 'other'"):
+        compare_nights(night, make_night(rng, requests=("other",)))
+    with pytest.raises(JobError, match=r"class 2: 'owl' -> 'cow'"):
+        compare_nights(night, replace(night, labels=("cat", "dog", "cow")))
+    with pytest.raises(JobError, match="too few to compare"):
+        compare_nights(make_night(rng, num=4), make_night(rng, num=4, seed=1))
+    blind = replace(night, valid=np.full(120, np.nan))
+    comparison = compare_nights(blind, blind)
+    with pytest.raises(JobError, match="valid failures: no request has it"):
+        breaches(comparison, Limits(increases={"valid_failures": 0.1}))
+    for limits, level in ((Limits(increases={"risk": -1.0}), 0.95), (Limits(increases={"risk": float("nan")}), 0.95)):
+        with pytest.raises(JobError, match="--max-risk-increase"):
+            check_limits(limits, level)
+    with pytest.raises(JobError, match="--confidence"):
+        check_limits(Limits(), 1.5)
+
+
+def test_groups_are_compared_over_what_both_runs_have():
+    """A context that only one run has would move the request's figures by itself; it is left out, with a note."""
+    rng = np.random.default_rng(11)
+    old, new = make_night(rng, seed=0, num=300), make_night(rng, seed=1, num=300)
+    risk = np.where(new.contexts == "", new.risk, 50.0)
+    new = replace(new, contexts=text(one and "new" for one in new.contexts), risk=risk)
+    comparison = compare_nights(old, new)
+    assert comparison.rows[0].num_old == comparison.rows[0].num_new == 150
+    assert "only the 3 classes and contexts that both runs have" in comparison.notes[0]
+    assert abs(comparison.rows[0].differences["risk"].change.value) < 0.5
+
+
+def test_a_pinned_run_is_the_run(tmp_path):
+    """Every column comes back as it was, so every figure does; what is no baseline is refused."""
+    night = make_night(np.random.default_rng(12))
+    night = replace(night, valid=np.where(night.requests == "panel", night.valid, np.nan))
+    path = tmp_path / "deep/baseline.json"
+    pin_night(night, path)
+    read = read_baseline(path)
+    for one in fields(Night):
+        a, b = getattr(night, one.name), getattr(read, one.name)
+        assert np.array_equal(a, b, equal_nan=one.name == "valid") if isinstance(a, np.ndarray) else a == b, one.name
+    assert not list(tmp_path.glob("deep/.*"))
+    document = json.loads(path.read_text())
+    for change in ({"baseline_version": 2}, {"risk": document["risk"][:-1]}, {"keys": {"values": [], "codes": [3]}}):
+        path.write_text(json.dumps(document | change))
+        with pytest.raises(JobError, match="is not a baseline"):
+            read_baseline(path)
+    for content in ("[]", "{", "null"):
+        path.write_text(content)
+        with pytest.raises(JobError, match="is not a baseline"):
+            read_baseline(path)
+    with pytest.raises(JobError, match="cannot be read"):
+        read_baseline(Path(tmp_path / "nowhere.json"))
+
+
+def test_markdown_and_json_hold_no_markup_of_others():
+    """Contexts are hostile input; JSON is JSON."""
+    rng = np.random.default_rng(13)
+    comparison = compare_nights(make_night(rng), make_night(rng, shift=1.0))
+    assert "``context red \\| <b>`ink`</b>``" in night_markdown(comparison, ["<i>"])
+    document = json.loads(json.dumps(night_document(comparison, Limits(), []), allow_nan=False))
+    assert len(document["rows"]) == 12 and document["correction"] == "Holm"
+    assert {one["key"] for one in document["new_failures"]} <= set(comparison.new.keys)
+
+
+@pytest.mark.parametrize("is_paired", [True, False])
+def test_intervals_hold_what_they_promise(is_paired):
+    """Intervals of a difference of shares: at 95 %, near 95 of a hundred hold the truth, also for rare events."""
+    rng, held, num_runs = np.random.default_rng(14), 0, 600
+    for _ in range(num_runs):
+        shared = rng.random(80)
+        old = shared < 0.1
+        new = (shared if is_paired else rng.random(80)) < 0.2
+        new = new ^ (rng.random(80) < 0.05)
+        truth = 0.2 * 0.95 + 0.8 * 0.05 - 0.1
+        found = share_difference(old, new, is_paired=is_paired).change
+        held += found.low <= truth <= found.high
+    assert 0.92 <= held / num_runs <= 0.99
+
+
+@pytest.mark.parametrize("is_paired", [True, False])
+def test_intervals_of_medians_hold_what_they_promise(monkeypatch, is_paired):
+    """The bootstrap's, for skewed scores."""
+    monkeypatch.setattr(differences, "RESAMPLES", (299, 299))
+    rng, held, num_runs = np.random.default_rng(15), 0, 200
+    for _ in range(num_runs):
+        old = rng.exponential(size=60)
+        new = (old if is_paired else rng.exponential(size=60)) * 1.5 + rng.normal(0, 0.01, 60)
+        found = median_difference(old, new, is_paired=is_paired).change
+        held += found.low <= 0.5 * np.log(2) <= found.high
+    assert held / num_runs >= 0.89
+
+
+def test_holm():
+    """By hand: 0.01 times 3, then 0.03 times 2, then no less than that."""
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == [] and holm([0.9, 0.9]) == [1.0, 1.0]
