@@ -657,7 +657,7 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a r
 
     store = open_store(run)
     write_report(store)
-    print(store.path(REPORT))
+    print(str(store.path(REPORT)))
 
 
 RunsArgument = Annotated[
@@ -720,7 +720,7 @@ def inspect(
         _print_json(row)
         return
     for name, value in row.items():
-        print(f"{name:<20} {inspection.printable(str(value))}")
+        print(f"{name:<20} {printable(str(value))}")
     if save is not None:
         print(f"image written to {save}")
 
@@ -828,7 +828,7 @@ def _print_inspection(found: Inspection) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from engine.inspection import QUANTILES, printable
+    from engine.inspection import QUANTILES
     from engine.progress import byte_size, medians_table
 
     document, console = found.document, _console()
@@ -864,8 +864,6 @@ def _model_line(about: Any) -> str:
 
 
 def _listed(counts: dict[str, int]) -> str:
-    from engine.inspection import printable
-
     some = [f"{printable(name) or 'none'} {count}" for name, count in list(counts.items())[:MAX_LISTED]]
     more = [f"and {len(counts) - MAX_LISTED} more"] if len(counts) > MAX_LISTED else []
     return ", ".join(some + more) or "none"

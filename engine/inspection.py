@@ -122,11 +122,6 @@ def save_image(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def printable(text: str) -> str:
-    """A text from outside that does nothing to a terminal."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
-
-
 def _about(source: RunSource) -> dict[str, Any]:
     models = source.models or source.known_models()
     files = [path for path in (*source.rows, *source.tars) if path.exists()]

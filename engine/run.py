@@ -289,7 +289,7 @@ def target_labels(job: JobSpec) -> list[str]:
 
 
 def describe_models(job: JobSpec, digests: dict[str, Any], labels: list[str]) -> dict[str, Any]:
-    """Address, digest and licence of every model by role; of the target its labels too, which class indices refer to."""
+    """Address, digest and licence of every model by role; of the target its labels too, as class indices mean these."""
     models = job.models
 
     def about(address: str, digest: str) -> dict[str, Any]:
@@ -307,8 +307,8 @@ def describe_models(job: JobSpec, digests: dict[str, Any], labels: list[str]) ->
         if address := getattr(models, role):
             described[role] = about(address, digests[role])
     for role in ("conditioning", "methods"):
-        if pairs := digests.get(role):
-            described[role] = [{"address": address, "digest": one} for address, one in pairs.items()]
+        if digests.get(role):
+            described[role] = [{"address": address, "digest": one} for address, one in digests[role].items()]
     return described
 
 
