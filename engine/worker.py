@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import queue
+import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from engine.conditioning.tally import ScreeningTally
 from engine.dataset.commits import CommitRecord, commit_shard, read_commit
@@ -22,12 +23,9 @@ from engine.dataset.state import read_digest
 from engine.dataset.store import open_store
 from engine.errors import JobError
 from engine.messages import Report
-from engine.plan import Plan, ShardSpec
+from engine.plan import Plan, SampleSpec, ShardSpec
 from engine.records import SampleResult
 from engine.spec import JobSpec
-
-if TYPE_CHECKING:
-    from engine.generator import Generator
 
 # Batches that wait for the disk at most; then sampling waits, too.
 MAX_WAITING_BATCHES = 4
@@ -48,6 +46,22 @@ class ShardOutcome:
     total_seconds: float
 
 
+class Sampler(Protocol):
+    """What makes samples: `engine.generator.Generator`."""
+
+    def next_batch(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
+        """Results of the first samples of `specs`, as many as fit a batch."""
+        ...
+
+    def batch_limit(self, request: int) -> int:
+        """Largest batch of a request, since memory has run out; 0 where it never has."""
+        ...
+
+    def limit_batches(self, request: int, limit: int) -> None:
+        """Make no batches of a request larger than this."""
+        ...
+
+
 class Worker:
     """Holds all models of a job and makes its shards.
 
@@ -55,13 +69,16 @@ class Worker:
         job: the job.
         plan: its plan.
         name: who this is, for the record.
+        load: loads the models.
 
     Raises:
         JobError: a model cannot be loaded, the hardware lacks what `runtime` asks for, or the output is not shared
             with the driver.
     """
 
-    def __init__(self, job: JobSpec, plan: Plan, *, name: str) -> None:
+    def __init__(
+        self, job: JobSpec, plan: Plan, *, name: str, load: Callable[[JobSpec, Plan], Sampler] | None = None
+    ) -> None:
         self._job = job
         self._plan = plan
         self._name = name
@@ -71,10 +88,7 @@ class Worker:
                 f"output.uri: '{job.output.uri}' as worker {name} sees it does not hold this run; use a folder that"
                 " all machines share"
             )
-        quiet_libraries()
-        from engine.generator import Generator
-
-        self._generator: Generator = Generator(job, plan)
+        self._generator = (load or load_generator)(job, plan)
 
     def sample_shard(
         self, shard: ShardSpec, attempt: int, report: Report, batch_limit: int = 0
@@ -89,9 +103,9 @@ class Worker:
         if batch_limit:
             self._generator.limit_batches(shard.request, batch_limit)
         making = _Making(shard, attempt)
-        writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        writing = writer.submit(self._write, making)
-        writer.shutdown(wait=False)
+        writing: Future[ShardOutcome] = Future()
+        # A thread of a pool would be waited for at the end of the process, also where sampling hangs.
+        threading.Thread(target=self._write_for, args=(making, writing), name="writer", daemon=True).start()
         try:
             self._sample(making, report, writing)
         except BaseException as error:
@@ -116,6 +130,12 @@ class Worker:
             done += len(results)
             report(done, seconds, self._generator.batch_limit(request))
         making.put(None, writing)
+
+    def _write_for(self, making: _Making, writing: Future[ShardOutcome]) -> None:
+        try:
+            writing.set_result(self._write(making))
+        except BaseException as error:
+            writing.set_exception(error)
 
     def _write(self, making: _Making) -> ShardOutcome:
         """Stage and commit what the sampling thread makes; nothing stays where that fails."""
@@ -180,6 +200,14 @@ class _Making:
 def _outcome(record: CommitRecord, total_seconds: float) -> ShardOutcome:
     seconds = record.timing.get("sampling_seconds", 0.0)
     return ShardOutcome(counts=record.counts, sampling_seconds=seconds, total_seconds=max(total_seconds, seconds))
+
+
+def load_generator(job: JobSpec, plan: Plan) -> Sampler:
+    """The generator with all models of a job."""
+    quiet_libraries()
+    from engine.generator import Generator
+
+    return Generator(job, plan)
 
 
 def quiet_libraries() -> None:

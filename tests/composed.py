@@ -93,11 +93,7 @@ class ComposedWorker(Worker):
     """The engine's worker with that generator."""
 
     def __init__(self, job: JobSpec, plan: Plan) -> None:
-        from engine.dataset.store import open_store
-
-        self._job, self._plan, self._name = job, plan, "composed"
-        self._store = open_store(job.output.uri)
-        self._generator = ComposedGenerator(job)  # type: ignore[assignment]
+        super().__init__(job, plan, name="composed", load=lambda job, plan: ComposedGenerator(job))
 
 
 def composed_job(output: Path, *, count: int, store_rejected: bool = True, **changes: Any) -> JobSpec:

@@ -11,7 +11,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,6 @@ from typing import Any
 
 import PIL.Image
 
-from engine.dataset.commits import commit_shard
-from engine.dataset.shards import shard_name, stage_shard
-from engine.dataset.store import open_store
 from engine.errors import EXIT_DRAINED, JobError, OutputError, RiskforgeError
 from engine.executors.base import Executor
 from engine.messages import Report
@@ -30,7 +27,7 @@ from engine.progress import PlainDisplay, Tally
 from engine.records import SampleResult, failed_record, new_record
 from engine.run import RunSummary, run_job
 from engine.spec import JobSpec, parse_job
-from engine.worker import ShardOutcome
+from engine.worker import ShardOutcome, Worker
 
 SAMPLES_PER_SHARD = 4
 
@@ -64,61 +61,64 @@ class Faults:
     bad_message: str = ""
 
 
-class SleepyWorker:
-    """A worker that holds nothing."""
+class SleepyWorker(Worker):
+    """The engine's worker, with one that sleeps in the place of its models."""
 
     def __init__(self, job: JobSpec, plan: Plan, faults: Faults) -> None:
         if faults.no_start == "user":
             raise JobError(["models.clip: broken", "models.target: broken too"])
         if faults.no_start:
             raise ZeroDivisionError("no such kernel")
-        self._job, self._plan, self._faults = job, plan, faults
-        self._store = open_store(job.output.uri)
+        self._sleeper = Sleeper(plan, faults)
+        super().__init__(job, plan, name="sleepy", load=lambda *_: self._sleeper)
 
     def sample_shard(
-        self, shard: ShardSpec, attempt: int, report: Report, batch_limit: int
+        self, shard: ShardSpec, attempt: int, report: Report, batch_limit: int = 0
     ) -> Callable[[], ShardOutcome]:
-        """Sleep and commit."""
-        outcome = self._make(shard, attempt, report)
-        return lambda: outcome
+        """As a worker does."""
+        self._sleeper.shard, self._sleeper.attempt = shard, attempt
+        return super().sample_shard(shard, attempt, report, batch_limit)
 
-    def _make(self, shard: ShardSpec, attempt: int, report: Report) -> ShardOutcome:
-        started = time.monotonic()
-        results = list(self._results(shard, attempt, report))
-        name = shard_name(self._job.name, shard.number)
-        staged = stage_shard(self._store.staging(), name, results, "png", self._plan.schema_version)
-        seconds = time.monotonic() - started
-        timing = {"sampling_seconds": seconds}
-        commit_shard(self._store, self._plan.digest, shard, name, staged, attempt, "sleepy", timing)
-        return ShardOutcome(
-            counts=staged.counts,
-            sampling_seconds=seconds,
-            total_seconds=seconds,
-        )
 
-    def _results(self, shard: ShardSpec, attempt: int, report: Report) -> Iterator[SampleResult]:
-        for done, spec in enumerate(self._plan.samples(shard)):
-            report(done, self._faults.seconds)
-            time.sleep(self._faults.seconds)
-            self._fail(shard.number, attempt)
-            if spec.index == 0 and spec.cell.classes[0] < self._faults.bad_samples:
-                yield SampleResult(failed_record(spec, self._faults.bad_message), b"", run_fields(attempt))
-            else:
-                yield make_result(spec, attempt, self._yield_of(shard))
+class Sleeper:
+    """Sleeps for each sample; knows what is being made, as faults go by shard and attempt."""
+
+    def __init__(self, plan: Plan, faults: Faults) -> None:
+        self._plan, self._faults = plan, faults
+        self.shard: ShardSpec | None = None
+        self.attempt = 0
+
+    def batch_limit(self, request: int) -> int:
+        """Memory never runs out."""
+        return 0
+
+    def limit_batches(self, request: int, limit: int) -> None:
+        """A batch has one sample already."""
+
+    def next_batch(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
+        """One sample."""
+        assert self.shard is not None
+        time.sleep(self._faults.seconds)
+        self._fail(self.shard.number)
+        spec = specs[0]
+        if spec.index == 0 and spec.cell.classes[0] < self._faults.bad_samples:
+            return [SampleResult(failed_record(spec, self._faults.bad_message), b"", {"batch_size": 1})]
+        return [make_result(spec, self.attempt, self._yield_of(self.shard))]
 
     def _yield_of(self, shard: ShardSpec) -> float:
         """With a rule of acceptance, the share of samples that class 0 has accepted; others have more, up to all."""
         first = self._plan.requests[shard.request].spec.accept
         return 1.0 if not first else 0.2 + 0.08 * max(0, shard.cell)
 
-    def _fail(self, number: int, attempt: int) -> None:
+    def _fail(self, number: int) -> None:
+        is_first = self.attempt == 1
         if self._faults.user_fault or number == self._faults.user_fault_at:
             raise OutputError(self._faults.user_fault)
-        if number in self._faults.hang_once and attempt == 1:
+        if number in self._faults.hang_once and is_first:
             time.sleep(3600)
         if number in self._faults.error:
             raise ZeroDivisionError(f"shard {number} is cursed")
-        if number in self._faults.die or (number in self._faults.die_once and attempt == 1):
+        if number in self._faults.die or (number in self._faults.die_once and is_first):
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,7 +1,8 @@
 """How much of their time workers work: `python -m tools.overhead FOLDER --workers 16`.
 
 Workers that sleep two seconds for each of 300 shards run on a Ray of their own. What is asleep is time well spent; the
-rest, from the first worker that is ready to the last commit, is scheduling, transport, staging and committing.
+rest, from the first worker that is ready to the last commit, is scheduling, transport, staging and committing, and what
+workers wait for the first of them to be ready, or the last one to be done.
 """
 
 from __future__ import annotations
