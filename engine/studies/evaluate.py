@@ -50,6 +50,7 @@ from engine.report.evaluation import (
 from engine.report.images import read_images
 from engine.report.render import write_report
 from engine.report.text import clip as clipped
+from engine.report.text import number
 from engine.spec import JobSpec, RuntimeSpec
 from engine.studies.distances import Features, frechet_interval, kernel_distance, precision_recall
 from engine.studies.extremes import Scored, boundary_extremes, risk_extremes
@@ -638,7 +639,7 @@ def _quality_text(one: Quality) -> str:
     if one.kid is None or one.frechet is None or one.precision is None or one.recall is None:
         return f"{one.request}: {one.skipped}"
     return (
-        f"{one.request}: KID {_range(one.kid)}, Frechet {_range(one.frechet)}, precision {one.precision.value:.2f},"
+        f"{one.request}: KID x 1,000 {_range(one.kid, 1000)}, Frechet {_range(one.frechet)}, precision {one.precision.value:.2f},"
         f" recall {one.recall.value:.2f} (n = {one.num_images} each)"
     )
 
@@ -665,8 +666,9 @@ def _slice_lines(found: Slices) -> list[str]:
     return lines
 
 
-def _range(one: Interval) -> str:
-    return f"{one.value:.4f} ({one.low:.4f} to {one.high:.4f})"
+def _range(one: Interval, factor: float = 1.0) -> str:
+    value, low, high = (number(part * factor) for part in (one.value, one.low, one.high))
+    return f"{value} ({low} to {high})"
 
 
 def _printable(text: str) -> str:
