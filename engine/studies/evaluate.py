@@ -639,8 +639,8 @@ def _quality_text(one: Quality) -> str:
     if one.kid is None or one.frechet is None or one.precision is None or one.recall is None:
         return f"{one.request}: {one.skipped}"
     return (
-        f"{one.request}: KID x 1,000 {_range(one.kid, 1000)}, Frechet {_range(one.frechet)}, precision {one.precision.value:.2f},"
-        f" recall {one.recall.value:.2f} (n = {one.num_images} each)"
+        f"{one.request}: KID x 1,000 {_range(one.kid, 1000)}, Frechet {_range(one.frechet)},"
+        f" precision {one.precision.value:.2f}, recall {one.recall.value:.2f} (n = {one.num_images} each)"
     )
 
 
