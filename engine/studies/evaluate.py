@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -159,21 +159,19 @@ class Album:
     names: dict[int, str]
     images: dict[str, str] = field(default_factory=dict)
 
-    def show(self, name: str, uri: str, text: str, *, is_sample: bool) -> Shown:
-        """Put an image in, with what is said below it."""
-        place = ""
+    def show(self, kind: Literal["sample", "real", "train"], name: str, uri: str, text: str) -> Shown:
+        """Put an image in, with what is said below it; a real image and a training image may have one name."""
+        place = f"{kind}:{name}" if uri else ""
         if uri:
-            place = f"{'s' if is_sample else 'r'}:{name}"
             self.images[place] = uri
-        return Shown(image=place, name=clipped(name, 200), text=clipped(text, 200), is_sample=is_sample)
+        return Shown(image=place, name=clipped(name, 200), text=clipped(text, 200), is_sample=kind == "sample")
 
     def sample(self, samples: Samples, row: int, text: str = "") -> Shown:
         """A sample of the run."""
         record = samples.records[row]
         about = f"{record['class_name']} → {self.name_of(record['predicted_class'])}"
-        return self.show(
-            record["key"], samples.pictures.thumbnails[row], f"{about}, {text}" if text else about, is_sample=True
-        )
+        text = f"{about}, {text}" if text else about
+        return self.show("sample", record["key"], samples.pictures.thumbnails[row], text)
 
     def name_of(self, index: int) -> str:
         """A class for a reader."""
@@ -509,7 +507,7 @@ def _pairs(samples: Samples, found: Found, thresholds: Thresholds | None, album:
     suspects = found.suspects(thresholds) if thresholds else np.zeros(len(found.names), dtype=bool)
     pairs = []
     for row in order_by_nearness(found, thresholds)[:MAX_PAIRS].tolist():
-        training = album.show(found.names[row], found.thumbnails[row], found.names[row], is_sample=False)
+        training = album.show("train", found.names[row], found.thumbnails[row], found.names[row])
         pairs.append(
             Pair(
                 sample=album.sample(samples, row),
@@ -600,7 +598,7 @@ def _extremes(
     def show_real(row: int, text: str) -> Shown:
         predicted = album.name_of(int(real.logits[row].argmax()))
         about = f"{album.name_of(int(real.classes[row]))} → {predicted}, {text}"
-        return album.show(real.names[row], real.thumbnails[row], about, is_sample=False)
+        return album.show("real", real.names[row], real.thumbnails[row], about)
 
     def show_sample(row: int, text: str) -> Shown:
         return album.sample(samples, row, text)
