@@ -86,11 +86,11 @@ def test_precision_and_recall_tell_what_is_missing() -> None:
     """Samples of one mode of two are precise and lose half; those of both and of a third are the opposite."""
     real = np.concatenate([normal(150, 4, 0), normal(150, 4, 1, 30.0)])
     collapsed = precision_recall(normal(300, 4, 2), real)
-    assert collapsed.precision.value > 0.9 and collapsed.recall.value < 0.6
+    assert collapsed.precision.value > 0.8 and collapsed.recall.value < 0.6
     spilled = precision_recall(
         np.concatenate([normal(100, 4, 3), normal(100, 4, 4, 30.0), normal(100, 4, 5, -40.0)]), real
     )
-    assert spilled.precision.value < 0.75 and spilled.recall.value > 0.9
+    assert spilled.precision.value < 0.75 and spilled.recall.value > 0.8
 
 
 def test_too_few_features_are_refused() -> None:

@@ -37,7 +37,7 @@ from engine.report.data import open_metadata
 from engine.report.evaluation import Evaluation, read_evaluation
 from engine.report.render import write_report
 from engine.spec import JobSpec, parse_job
-from engine.studies.evaluate import EvaluateOptions, evaluate, match_classes, summary_lines
+from engine.studies.evaluate import Album, EvaluateOptions, evaluate, match_classes, summary_lines
 from engine.studies.features import Inception, find_inception
 from engine.studies.pictures import draw_images, pixel_distances, small_pixels
 from engine.studies.slices import cluster, nearest_texts, neighbourhood
@@ -260,6 +260,13 @@ def test_an_image_of_an_evaluation_must_be_an_image(evaluated: tuple[Store, Eval
     store.replace(EVALUATION, json.dumps(document).encode())
     with pytest.raises(Exception, match=r"cannot be read as an evaluation \(images\."):
         read_evaluation(store)
+
+
+def test_images_of_one_name_stay_apart() -> None:
+    """A real image and a training image may lie at the same place in their folders."""
+    album = Album({})
+    shown = [album.show(kind, "zero/0001.png", f"data:image/png;base64,{kind}", "") for kind in ("real", "train")]
+    assert [album.images[one.image] for one in shown] == ["data:image/png;base64,real", "data:image/png;base64,train"]
 
 
 def test_without_options_it_still_tells_something(finished: Store, tmp_path: Path) -> None:

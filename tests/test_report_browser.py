@@ -200,7 +200,7 @@ def test_planted_texts_stay_texts(browser: Browser, tmp_path: Path) -> None:
     browser.look(1280)
     browser.open(store.path("report.html").as_uri())
     for key in browser.evaluate(TILES):
-        browser.evaluate(f"document.querySelector('[data-key={json.dumps(key)}]').click()")
+        browser.evaluate(f"document.querySelector('.tile[data-key={json.dumps(key)}]').click()")
         text = browser.evaluate("document.querySelector('#sample-fields').textContent")
         assert any(one in text for one in planted)
         browser.press("Escape")

@@ -10,8 +10,6 @@ from engine.dataset.state import EVALUATION
 from engine.dataset.store import Store
 from engine.errors import CorruptShardError
 
-DOCUMENT_VERSION = 1
-
 _IMAGE = r"^data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/=]*$"
 
 
@@ -217,7 +215,7 @@ class Evaluation(_Part):
     """
 
     study: Literal["evaluate"] = "evaluate"
-    document_version: Literal[1] = DOCUMENT_VERSION
+    document_version: Literal[1] = 1
     plan_digest: str
     num_attempts: int
     limit: int

@@ -405,7 +405,7 @@ def _scatter_note(rows: Rows, shown: dict[int, str]) -> str:
     )
     return (
         f"{which}, a colour and a shape for each request. Wanted failures lie high and to the right: the target errs,"
-        " and the image still looks like its class. Filled points are in the gallery below and open on a click."
+        " and the image still looks like its class. Strong points are in the gallery below and open on a click."
     )
 
 

@@ -94,7 +94,7 @@ def frechet_distance(first: Features, second: Features) -> float:
 def _factor(features: Features) -> Features:
     """A with `A'A` the covariance, of at most d rows."""
     centred = (features - features.mean(0)) / np.sqrt(len(features) - 1)
-    return np.linalg.qr(centred, mode="r") if len(centred) > centred.shape[1] else centred
+    return np.asarray(np.linalg.qr(centred, mode="r") if len(centred) > centred.shape[1] else centred)
 
 
 def frechet_interval(first: Features, second: Features, *, seed: int = 0) -> Estimate:

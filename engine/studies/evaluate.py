@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -50,6 +50,7 @@ from engine.report.evaluation import (
 from engine.report.images import read_images
 from engine.report.render import write_report
 from engine.report.text import clip as clipped
+from engine.report.text import number
 from engine.spec import JobSpec, RuntimeSpec
 from engine.studies.distances import Features, frechet_interval, kernel_distance, precision_recall
 from engine.studies.extremes import Scored, boundary_extremes, risk_extremes
@@ -158,21 +159,19 @@ class Album:
     names: dict[int, str]
     images: dict[str, str] = field(default_factory=dict)
 
-    def show(self, name: str, uri: str, text: str, *, is_sample: bool) -> Shown:
-        """Put an image in, with what is said below it."""
-        place = ""
+    def show(self, kind: Literal["sample", "real", "train"], name: str, uri: str, text: str) -> Shown:
+        """Put an image in, with what is said below it; a real image and a training image may have one name."""
+        place = f"{kind}:{name}" if uri else ""
         if uri:
-            place = f"{'s' if is_sample else 'r'}:{name}"
             self.images[place] = uri
-        return Shown(image=place, name=clipped(name, 200), text=clipped(text, 200), is_sample=is_sample)
+        return Shown(image=place, name=clipped(name, 200), text=clipped(text, 200), is_sample=kind == "sample")
 
     def sample(self, samples: Samples, row: int, text: str = "") -> Shown:
         """A sample of the run."""
         record = samples.records[row]
         about = f"{record['class_name']} → {self.name_of(record['predicted_class'])}"
-        return self.show(
-            record["key"], samples.pictures.thumbnails[row], f"{about}, {text}" if text else about, is_sample=True
-        )
+        text = f"{about}, {text}" if text else about
+        return self.show("sample", record["key"], samples.pictures.thumbnails[row], text)
 
     def name_of(self, index: int) -> str:
         """A class for a reader."""
@@ -508,7 +507,7 @@ def _pairs(samples: Samples, found: Found, thresholds: Thresholds | None, album:
     suspects = found.suspects(thresholds) if thresholds else np.zeros(len(found.names), dtype=bool)
     pairs = []
     for row in order_by_nearness(found, thresholds)[:MAX_PAIRS].tolist():
-        training = album.show(found.names[row], found.thumbnails[row], found.names[row], is_sample=False)
+        training = album.show("train", found.names[row], found.thumbnails[row], found.names[row])
         pairs.append(
             Pair(
                 sample=album.sample(samples, row),
@@ -599,7 +598,7 @@ def _extremes(
     def show_real(row: int, text: str) -> Shown:
         predicted = album.name_of(int(real.logits[row].argmax()))
         about = f"{album.name_of(int(real.classes[row]))} → {predicted}, {text}"
-        return album.show(real.names[row], real.thumbnails[row], about, is_sample=False)
+        return album.show("real", real.names[row], real.thumbnails[row], about)
 
     def show_sample(row: int, text: str) -> Shown:
         return album.sample(samples, row, text)
@@ -638,8 +637,8 @@ def _quality_text(one: Quality) -> str:
     if one.kid is None or one.frechet is None or one.precision is None or one.recall is None:
         return f"{one.request}: {one.skipped}"
     return (
-        f"{one.request}: KID {_range(one.kid)}, Frechet {_range(one.frechet)}, precision {one.precision.value:.2f},"
-        f" recall {one.recall.value:.2f} (n = {one.num_images} each)"
+        f"{one.request}: KID x 1,000 {_range(one.kid, 1000)}, Frechet {_range(one.frechet)},"
+        f" precision {one.precision.value:.2f}, recall {one.recall.value:.2f} (n = {one.num_images} each)"
     )
 
 
@@ -665,8 +664,9 @@ def _slice_lines(found: Slices) -> list[str]:
     return lines
 
 
-def _range(one: Interval) -> str:
-    return f"{one.value:.4f} ({one.low:.4f} to {one.high:.4f})"
+def _range(one: Interval, factor: float = 1.0) -> str:
+    value, low, high = (number(part * factor) for part in (one.value, one.low, one.high))
+    return f"{value} ({low} to {high})"
 
 
 def _printable(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ class Scored:
     logits: NDArray[np.float32]
     classes: NDArray[np.int64]
     records: Sequence[dict[str, Any]]
-    methods: dict[str, str]
+    methods: Mapping[str, str]
     labels: Sequence[str]
     show_real: Show
     show_sample: Show

@@ -91,11 +91,13 @@ def find_nearest(sets: Sequence[Pictures], training: Iterable[tuple[str, PIL.Ima
     nearest = Nearest.of(len(queries), pixels)
     for batch in batched(training):
         nearest.update(queries, eyes.embeds([image for _, image in batch]), batch)
-    distances = np.maximum(0.0, 1.0 - nearest.cosine.astype(np.float64)), pixel_distances(pixels, nearest.pixels)
+    clip_distance = np.maximum(0.0, 1.0 - nearest.cosine.astype(np.float64))
+    pixel_distance = pixel_distances(pixels, nearest.pixels)
     ends = np.cumsum([0, *map(len, sets)]).tolist()
     return [
         Found(
-            *(one[start:stop] for one in distances),
+            clip_distance=clip_distance[start:stop],
+            pixel_distance=pixel_distance[start:stop],
             names=tuple(nearest.names[start:stop]),
             thumbnails=tuple(nearest.thumbnails[start:stop]),
         )
