@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import PIL.Image
@@ -15,6 +17,7 @@ _OPTIONS: dict[str, dict[str, object]] = {
     "webp": {"format": "WEBP", "lossless": True, "method": 4},
     "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
 }
+LOSSLESS = ("png", "webp")
 
 
 def quantise(images: Tensor) -> np.ndarray:
@@ -28,6 +31,17 @@ def encode(pixels: np.ndarray, image_format: str) -> bytes:
     buffer = io.BytesIO()
     PIL.Image.fromarray(pixels).save(buffer, **_OPTIONS[image_format])  # type: ignore[arg-type]
     return buffer.getvalue()
+
+
+def stored(pixels: np.ndarray, image_format: str) -> tuple[list[Callable[[], bytes]], list[PIL.Image.Image]]:
+    """What becomes the files of 8-bit pixels [B, H, W, 3], and the images as a reader of these files will see them.
+
+    A lossless format gives back its pixels, so that nobody needs to wait for the files; JPEG must be encoded first.
+    """
+    if image_format in LOSSLESS:
+        return [partial(encode, one, image_format) for one in pixels], [PIL.Image.fromarray(one) for one in pixels]
+    files = [encode(one, image_format) for one in pixels]
+    return [partial(bytes, file) for file in files], [decode(file) for file in files]
 
 
 def decode(data: bytes) -> PIL.Image.Image:
