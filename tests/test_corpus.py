@@ -261,5 +261,5 @@ def test_torn_and_missing_tars_are_told(run: Path, tmp_path: Path) -> None:
     with pytest.raises(CorruptShardError, match="no tar has the image of"):
         corpus.to_torch()
     tar.write_bytes(whole.replace(b"\x89PNG", b"\x00\x00\x00\x00", 1))
-    with pytest.raises(CorruptShardError, match=r"the image of demo-.* is not an image"):
+    with pytest.raises(CorruptShardError, match=r"the image of 'demo-.*' is not an image"):
         [corpus.to_torch()[number] for number in range(len(data))]

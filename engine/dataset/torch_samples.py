@@ -56,7 +56,7 @@ class TorchSamples(Dataset[Sample]):
         try:
             image = decode_rgb(data)
         except UnusableImageError as error:
-            raise CorruptShardError(f"the image of {self.keys[number]} {error}") from None
+            raise CorruptShardError(f"the image of {self.keys[number]!r} {error}") from None
         label = int(self.targets[number]) if self._soft_labels is None else torch.from_numpy(self._soft_labels[number])
         shown = as_tensor(np.asarray(image)) if self._transform is None else self._transform(image)
         return shown, label, float(self.weights[number])
@@ -102,7 +102,7 @@ def _checked(weights: np.ndarray, text: str | None, keys: list[str]) -> np.ndarr
     if len(wrong):
         one = wrong[0]
         raise JobError(
-            f"weights {text!r}: is {weights[one]} for {keys[one]} ({len(wrong)} such samples); weights are finite and"
+            f"weights {text!r}: is {weights[one]} for {keys[one]!r} ({len(wrong)} such samples); weights are finite and"
             " not negative"
         )
     return weights
@@ -118,7 +118,7 @@ def _soft_labels(columns: list[pa.ChunkedArray], keys: list[str]) -> np.ndarray:
     odd = np.flatnonzero((lengths != lengths[0]) | (lengths == 0))
     if len(odd):
         raise JobError(
-            f"labels: {keys[odd[0]]} has a soft label of {lengths[odd[0]]} classes, the first sample one of"
+            f"labels: {keys[odd[0]]!r} has a soft label of {lengths[odd[0]]} classes, the first sample one of"
             f" {lengths[0]}; use labels='hard'"
         )
     return pc.list_flatten(column).to_numpy().astype(np.float32).reshape(len(keys), lengths[0])
