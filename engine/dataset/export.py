@@ -348,8 +348,9 @@ def _check_sources(corpus: Corpus, options: ExportOptions) -> None:
     if len(targets) > 1 and not options.allow_different_targets:
         first = known[0]
         other = next((one for one in known if one.targets != first.targets), first)
+        shown = ", ".join(map(repr, sorted(targets)))
         raise JobError(
-            f"RUN: '{first.uri}' and '{other.uri}' are scored by different targets ({', '.join(map(repr, sorted(targets)))}), so"
+            f"RUN: '{first.uri}' and '{other.uri}' are scored by different targets ({shown}), so"
             " their risk and KLDB cannot be compared; --allow-different-targets takes them nevertheless"
         )
 
