@@ -208,6 +208,14 @@ def test_what_cannot_be_opened_is_told(run: Path, tmp_path: Path) -> None:
     pq.write_table(pq.read_table(run / "metadata.parquet").drop_columns(["sha256", "key"]), copied / "metadata.parquet")
     with pytest.raises(JobError, match="has no column key, sha256"):
         engine.open_run(str(copied))
+    pq.write_table(
+        pq.read_table(run / "metadata.parquet").drop_columns(["risk", "judge", "is_error"]), copied / "metadata.parquet"
+    )
+    assert len(engine.open_run(str(copied)).filter("oracle_agrees")) > 0
+    assert len(engine.open_run(str(copied)).filter("judge_conformity > 0")) == 0
+    for condition in ("risk > 1", "valid_failure"):
+        with pytest.raises(JobError, match=rf"at character 1: '{condition.split()[0]}' is not a column"):
+            engine.open_run(str(copied)).filter(condition)
     (copied / "metadata.parquet").write_bytes(b"PAR1 but not really")
     with pytest.raises(CorruptShardError, match="the rows cannot be read"):
         engine.open_run(str(copied))
