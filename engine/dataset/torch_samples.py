@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,14 +72,18 @@ def make_samples(
     corpus: Corpus, transform: Callable[[Any], Any] | None, labels: str, weights: str | None
 ) -> TorchSamples:
     """The data set of a corpus of samples; see `Corpus.to_torch`."""
-    tars, places, keys, targets, soft, values = [], [], [], [], [], []
+    tars: list[Path] = []
+    places: list[tuple[int, int, int]] = []
+    keys: list[str] = []
+    targets, soft, values = [], [], []
     weigh = None if weights is None else corpus.numbers(weights, "weights")
     for number, source in enumerate(corpus.runs):
         columns = ["key", "class_index", *(["soft_label"] if labels == "soft" else [])]
         table = corpus.run_table(number, columns)
         own = table["key"].to_pylist()
         found = index_tars(source.tars, own)
-        places += [(found[key].image.tar + len(tars), *found[key].image[1:]) for key in own]
+        for tar, offset, size in (found[key].image for key in own):
+            places.append((len(tars) + tar, offset, size))
         tars += source.tars
         keys += own
         targets.append(table["class_index"].to_numpy())
