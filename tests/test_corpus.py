@@ -162,6 +162,23 @@ def test_webdataset_streams_the_selected_samples_alone(run: Path, old: Path) -> 
     assert sorted(key for (key,) in loader) == sorted(row["key"] for row in rows)
 
 
+def test_scores_made_anew_inside_a_run_find_it_wherever_it_was_moved(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An address that is relative is so to the folder, not to where the reader stands."""
+    shutil.copytree(run, tmp_path / "run")
+    inside = tmp_path / "run" / "rescored" / "target-t9"
+    inside.mkdir(parents=True)
+    shutil.copy(run / "metadata.parquet", inside)
+    (inside / "manifest.json").write_text(json.dumps({"rescored_from": {"uri": "../.."}}))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    corpus = engine.open_run(str(tmp_path / "moved" / "rescored" / "target-t9"))
+    assert corpus.labels == tuple(LABELS) and len(list(corpus.to_webdataset())) == len(corpus.samples) > 0
+    assert corpus.runs[0].tars[0].parent == (tmp_path / "moved" / "shards").resolve()
+
+
 def test_scores_made_anew_come_with_the_images_of_their_run(run: Path, tmp_path: Path) -> None:
     """Of a folder with `rescored_from`, rows are its own and images the run's, for every way of reading."""
     table = pq.read_table(run / "metadata.parquet")
