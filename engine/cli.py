@@ -833,9 +833,9 @@ def _print_inspection(found: Inspection) -> None:
 
     document, console = found.document, _console()
     for run in document["runs"]:
-        print(f"{printable(run['uri'])}: {run['name']}, {run['state']}; {run['shards']} shards with images")
+        print(printable(f"{run['uri']}: {run['name']}, {run['state']}; {run['shards']} shards with images"))
         print(f"  disk       {byte_size(run['disk_bytes'])}, of which tars and rows {byte_size(run['data_bytes'])}")
-        print(f"  digest     {run['digest'] or 'unknown'}")
+        print(f"  digest     {printable(run['digest']) or 'unknown'}")
         for role, about in run["models"].items():
             for one in about if isinstance(about, list) else [about]:
                 print(f"  {role:<10} {printable(_model_line(one))}")

@@ -57,7 +57,7 @@ def inspect(corpus: Corpus) -> Inspection:
         "schema_versions": _counts(corpus, "schema_version"),
         "status": _counts(corpus, "status"),
         "accepted": len(corpus.filter("accepted")),
-        "surplus": len(corpus.filter("surplus")) if "surplus" in there else 0,
+        "surplus": len(corpus.filter("surplus")),
         "classes": _counts(corpus, "class_name"),
         "contexts": _counts(corpus, "context"),
         "methods": _counts(corpus, "method"),

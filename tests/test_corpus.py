@@ -138,8 +138,8 @@ def test_a_loader_with_workers_gives_the_same(run: Path) -> None:
     data = engine.open_run(str(run)).to_torch(weights="risk")
     expected = [data[number] for number in range(len(data))]
     assert len(pickle.dumps(data)) < 100_000
-    for context in ("fork", "spawn"):
-        loader = DataLoader(data, batch_size=4, num_workers=2, multiprocessing_context=context)
+    for context, num_workers in (("fork", 2), ("spawn", 1)):
+        loader = DataLoader(data, batch_size=4, num_workers=num_workers, multiprocessing_context=context)
         images, labels, weights = (torch.cat(parts) for parts in zip(*loader, strict=True))
         assert torch.equal(images, torch.stack([one[0] for one in expected]))
         assert labels.tolist() == [one[1] for one in expected]
@@ -160,6 +160,23 @@ def test_webdataset_streams_the_selected_samples_alone(run: Path, old: Path) -> 
     assert {one["__key__"]: one["png"] for one in everything} == {key: image for key, (image, _) in stored(run).items()}
     loader = DataLoader(corpus.to_webdataset(decode=None).to_tuple("__key__"), batch_size=None, num_workers=2)
     assert sorted(key for (key,) in loader) == sorted(row["key"] for row in rows)
+
+
+def test_scores_made_anew_inside_a_run_find_it_wherever_it_was_moved(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An address that is relative is so to the folder, not to where the reader stands."""
+    shutil.copytree(run, tmp_path / "run")
+    inside = tmp_path / "run" / "rescored" / "target-t9"
+    inside.mkdir(parents=True)
+    shutil.copy(run / "metadata.parquet", inside)
+    (inside / "manifest.json").write_text(json.dumps({"rescored_from": {"uri": "../.."}}))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    corpus = engine.open_run(str(tmp_path / "moved" / "rescored" / "target-t9"))
+    assert corpus.labels == tuple(LABELS) and len(list(corpus.to_webdataset())) == len(corpus.samples) > 0
+    assert corpus.runs[0].tars[0].parent == (tmp_path / "moved" / "shards").resolve()
 
 
 def test_scores_made_anew_come_with_the_images_of_their_run(run: Path, tmp_path: Path) -> None:
@@ -208,6 +225,14 @@ def test_what_cannot_be_opened_is_told(run: Path, tmp_path: Path) -> None:
     pq.write_table(pq.read_table(run / "metadata.parquet").drop_columns(["sha256", "key"]), copied / "metadata.parquet")
     with pytest.raises(JobError, match="has no column key, sha256"):
         engine.open_run(str(copied))
+    pq.write_table(
+        pq.read_table(run / "metadata.parquet").drop_columns(["risk", "judge", "is_error"]), copied / "metadata.parquet"
+    )
+    assert len(engine.open_run(str(copied)).filter("oracle_agrees")) > 0
+    assert len(engine.open_run(str(copied)).filter("judge_conformity > 0")) == 0
+    for condition in ("risk > 1", "valid_failure"):
+        with pytest.raises(JobError, match=rf"at character 1: '{condition.split()[0]}' is not a column"):
+            engine.open_run(str(copied)).filter(condition)
     (copied / "metadata.parquet").write_bytes(b"PAR1 but not really")
     with pytest.raises(CorruptShardError, match="the rows cannot be read"):
         engine.open_run(str(copied))
@@ -234,7 +259,8 @@ def test_wrong_choices_are_told(run: Path, tmp_path: Path) -> None:
     for weights, message in (("-risk", "finite and not negative"), ("risk / (risk - risk)", "finite and not")):
         with pytest.raises(JobError, match=message):
             corpus.to_torch(weights=weights)
-    other = make_run(tmp_path / "other", labels=["zero", "one", "two", "three"], seed=2)
+    requests = [{"name": "all", "method": "prompt", "classes": ["zero", "one"], "count": 4}]
+    other = make_run(tmp_path / "other", labels=["zero", "one", "two", "three"], seed=2, requests=requests)
     both = engine.open_run(str(run), str(other))
     assert len(both) > len(corpus), "rows of different classes can be looked at"
     with pytest.raises(JobError, match=r"have different classes .3 and 4; class 3 is none there and 'three' here"):
@@ -261,5 +287,5 @@ def test_torn_and_missing_tars_are_told(run: Path, tmp_path: Path) -> None:
     with pytest.raises(CorruptShardError, match="no tar has the image of"):
         corpus.to_torch()
     tar.write_bytes(whole.replace(b"\x89PNG", b"\x00\x00\x00\x00", 1))
-    with pytest.raises(CorruptShardError, match=r"the image of demo-.* is not an image"):
+    with pytest.raises(CorruptShardError, match=r"the image of 'demo-.*' is not an image"):
         [corpus.to_torch()[number] for number in range(len(data))]

@@ -156,7 +156,7 @@ def test_what_two_runs_have_in_common_is_taken_once(first: Path, tmp_path: Path)
 
 def test_runs_that_do_not_go_together_are_refused(first: Path, tmp_path: Path) -> None:
     other = make_run(tmp_path / "target", name="other", target="t1")
-    with pytest.raises(JobError, match=r"are scored by different targets \(t0, t1\)"):
+    with pytest.raises(JobError, match=r"are scored by different targets \('t0', 't1'\)"):
         export((str(first), str(other)), ExportOptions(output=str(tmp_path / "out")))
     options = ExportOptions(output=str(tmp_path / "out"), allow_different_targets=True)
     export((str(first), str(other)), options)

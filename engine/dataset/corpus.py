@@ -19,6 +19,7 @@ from engine.dataset.filters import FLAG, NUMBER, TEXT, Vocabulary, compile_filte
 from engine.dataset.schema import arrow_schema
 from engine.dataset.source import RunSource, open_source, readable
 from engine.errors import JobError
+from engine.records import RUN_FIELDS, fields_of
 from engine.spec import nearest
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class Corpus:
         wanted = pc.field("sha256") != ""
         if not rejected:
             wanted = wanted & pc.field("accepted")
-        if not surplus and "surplus" in self._schema.names:
+        if not surplus:
             wanted = wanted & ~pc.coalesce(pc.field("surplus"), pc.scalar(False))
         chosen = self._narrowed(wanted, ())
         chosen._has_images = True
@@ -277,13 +278,17 @@ class Corpus:
 
 
 def _unified(sources: tuple[RunSource, ...]) -> pa.Schema:
-    """The columns of all runs; nullable, as earlier schema versions lack some, and shards lack `surplus`."""
+    """The columns of all runs; nullable, as earlier schema versions lack some, and shards lack `surplus`.
+
+    Those are there nevertheless, so that a filter means the same for every run; what any run should have is not.
+    """
     import pyarrow as pa
 
     found = [source.schema() for source in sources]
     kept = arrow_schema(surplus=True)
     there = {name for schema in found for name in schema.names}
-    fields = [field.with_nullable(True) for field in kept if field.name in there]
+    always = fields_of(1).keys() | RUN_FIELDS.keys()
+    fields = [field.with_nullable(True) for field in kept if field.name in there or field.name not in always]
     names = {field.name for field in fields}
     for schema in found:
         for one in schema:

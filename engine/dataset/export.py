@@ -348,8 +348,9 @@ def _check_sources(corpus: Corpus, options: ExportOptions) -> None:
     if len(targets) > 1 and not options.allow_different_targets:
         first = known[0]
         other = next((one for one in known if one.targets != first.targets), first)
+        shown = ", ".join(map(repr, sorted(targets)))
         raise JobError(
-            f"RUN: '{first.uri}' and '{other.uri}' are scored by different targets ({', '.join(sorted(targets))}), so"
+            f"RUN: '{first.uri}' and '{other.uri}' are scored by different targets ({shown}), so"
             " their risk and KLDB cannot be compared; --allow-different-targets takes them nevertheless"
         )
 
@@ -373,7 +374,7 @@ def _only_clip(corpus: Corpus) -> str:
     """
     clips = sorted(frozenset[str]().union(*(source.clips for source in corpus.runs)))
     if len(clips) != 1:
-        has = f"have different CLIP models ({', '.join(clips)})" if clips else "do not tell their CLIP model"
+        has = f"have different CLIP models ({', '.join(map(repr, clips))})" if clips else "do not tell their CLIP model"
         raise JobError(f"--clip: the runs {has}; say which one finds the near duplicates")
     return clips[0]
 

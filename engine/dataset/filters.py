@@ -34,14 +34,25 @@ DERIVED: dict[str, str] = {
     **{name: f"{score} under the judge; unknown without one" for name, score in JUDGE_SCORES.items()},
 }
 
+_ORACLE = ("key", "oracle_class", "class_index", "kldb_classes", "status")
+_NEEDS = {"oracle_agrees": _ORACLE, "valid_failure": (*_ORACLE, "is_error")}
 _MAX_SHOWN = 60
 _INT64 = 2**63
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
 }  # fmt: skip
+
+
+def _divide(left: Expression, right: Expression) -> Expression:
+    """By zero it is infinite, or not a number; Arrow's own `/` would fail for all rows."""
+    import pyarrow.compute as pc
+
+    return pc.divide(left, right)
+
+
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: _divide,
 }  # fmt: skip
 
 
@@ -66,7 +77,7 @@ class Vocabulary:
     def __init__(self, schema: pa.Schema, max_subset: Callable[[], int]) -> None:
         self._schema = schema
         self._max_subset = max_subset
-        self.names = [*schema.names, *(name for name in DERIVED if name not in schema.names)]
+        self.names = [*schema.names, *(name for name in DERIVED if _can_derive(name, schema))]
 
     def term(self, name: str) -> Term | None:
         """The term of a column or derived name; None for a column that is a list.
@@ -81,10 +92,10 @@ class Vocabulary:
             kind = _kind_of(self._schema.field(name).type)
             is_integer = pa.types.is_integer(self._schema.field(name).type)
             return Term(pc.field(name), kind, is_integer) if kind else None
+        if name not in self.names:
+            raise KeyError(name)
         if name in JUDGE_SCORES:
             return Term(_judge_score(self._schema, JUDGE_SCORES[name]), NUMBER)
-        if name not in DERIVED:
-            raise KeyError(name)
         agrees = _oracle_agrees(self._max_subset())
         return Term(agrees & pc.field("is_error") if name == "valid_failure" else agrees, FLAG)
 
@@ -321,12 +332,14 @@ def _oracle_agrees(max_subset: int) -> Expression:
     return agrees & (oracle != NO_CLASS) & (pc.field("status") != STATUS_FAILED)
 
 
+def _can_derive(name: str, schema: pa.Schema) -> bool:
+    """Whether a derived name's columns are there, and none has its name."""
+    return name not in schema.names and set(_NEEDS.get(name, ("judge",))) <= set(schema.names)
+
+
 def _judge_score(schema: pa.Schema, score: str) -> Expression:
-    import pyarrow as pa
     import pyarrow.compute as pc
 
-    if "judge" not in schema.names:
-        return pc.scalar(pa.scalar(None, pa.float64()))
     place = schema.field("judge").type.value_type.get_field_index(score)
     return pc.struct_field(element(pc.field("judge"), 0), [place])
 

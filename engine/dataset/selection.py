@@ -79,10 +79,10 @@ def select(corpus: Corpus) -> Selection:
 
 
 def _check_key(key: str, uri: str, *, is_taken: bool) -> None:
-    if is_taken:
-        raise JobError(f"RUN: two samples have the key '{key}', one of them in '{uri}'; take that run alone")
     if not is_key(key):
         raise JobError(f"RUN: '{uri}' has the key {key[:100]!r}, which is not of a-z, 0-9 and hyphens, at most 90")
+    if is_taken:
+        raise JobError(f"RUN: two samples have the key '{key}', one of them in '{uri}'; take that run alone")
 
 
 def shuffled(keys: Iterable[str], seed: int) -> list[int]:

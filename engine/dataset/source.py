@@ -198,14 +198,15 @@ def _num_rows(files: tuple[Path, ...]) -> int:
 
 def _origin(store: Store, manifest: dict[str, Any], depth: int) -> RunSource | None:
     """The run whose images a folder of new scores is about."""
-    address = manifest.get(RESCORED)
-    if address is None:
+    about = manifest.get(RESCORED)
+    if about is None:
         return None
+    address = about.get("uri") if isinstance(about, dict) else about
     if not isinstance(address, str) or depth >= _MAX_RESCORED:
         raise JobError(f"RUN: {store.path(MANIFEST)}: {RESCORED} is not the address of a run ({address!r})")
     beside = store.root / address
-    # An address without a scheme may be relative to the folder that it was made in, or to the new one.
-    inner = str(beside) if "://" not in address and not Path(address).exists() and beside.exists() else address
+    # One without a scheme is relative to this folder, so that both can be moved together, or else to where one is.
+    inner = str(beside.resolve()) if "://" not in address and beside.exists() else address
     try:
         return _open(inner, depth + 1)
     except (JobError, OutputError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class TorchSamples(Dataset[Sample]):
         try:
             image = decode_rgb(data)
         except UnusableImageError as error:
-            raise CorruptShardError(f"the image of {self.keys[number]} {error}") from None
+            raise CorruptShardError(f"the image of {self.keys[number]!r} {error}") from None
         label = int(self.targets[number]) if self._soft_labels is None else torch.from_numpy(self._soft_labels[number])
         shown = as_tensor(np.asarray(image)) if self._transform is None else self._transform(image)
         return shown, label, float(self.weights[number])
@@ -71,14 +72,18 @@ def make_samples(
     corpus: Corpus, transform: Callable[[Any], Any] | None, labels: str, weights: str | None
 ) -> TorchSamples:
     """The data set of a corpus of samples; see `Corpus.to_torch`."""
-    tars, places, keys, targets, soft, values = [], [], [], [], [], []
+    tars: list[Path] = []
+    places: list[tuple[int, int, int]] = []
+    keys: list[str] = []
+    targets, soft, values = [], [], []
     weigh = None if weights is None else corpus.numbers(weights, "weights")
     for number, source in enumerate(corpus.runs):
         columns = ["key", "class_index", *(["soft_label"] if labels == "soft" else [])]
         table = corpus.run_table(number, columns)
         own = table["key"].to_pylist()
         found = index_tars(source.tars, own)
-        places += [(found[key].image.tar + len(tars), *found[key].image[1:]) for key in own]
+        for tar, offset, size in (found[key].image for key in own):
+            places.append((len(tars) + tar, offset, size))
         tars += source.tars
         keys += own
         targets.append(table["class_index"].to_numpy())
@@ -102,7 +107,7 @@ def _checked(weights: np.ndarray, text: str | None, keys: list[str]) -> np.ndarr
     if len(wrong):
         one = wrong[0]
         raise JobError(
-            f"weights {text!r}: is {weights[one]} for {keys[one]} ({len(wrong)} such samples); weights are finite and"
+            f"weights {text!r}: is {weights[one]} for {keys[one]!r} ({len(wrong)} such samples); weights are finite and"
             " not negative"
         )
     return weights
@@ -118,7 +123,7 @@ def _soft_labels(columns: list[pa.ChunkedArray], keys: list[str]) -> np.ndarray:
     odd = np.flatnonzero((lengths != lengths[0]) | (lengths == 0))
     if len(odd):
         raise JobError(
-            f"labels: {keys[odd[0]]} has a soft label of {lengths[odd[0]]} classes, the first sample one of"
+            f"labels: {keys[odd[0]]!r} has a soft label of {lengths[odd[0]]} classes, the first sample one of"
             f" {lengths[0]}; use labels='hard'"
         )
     return pc.list_flatten(column).to_numpy().astype(np.float32).reshape(len(keys), lengths[0])
