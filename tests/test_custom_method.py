@@ -28,7 +28,7 @@ from tests.test_targets import riskforge
 
 PAGE = REPOSITORY / "docs/adding-a-method.md"
 MAX_LINES = 60
-SMALL = ("--set", "requests.0.count=4", "--set", "requests.1.count=4")
+SMALL = ("--executor", "local", "--set", "requests.0.count=4", "--set", "requests.1.count=4")
 
 
 def block(language: str) -> str:
@@ -42,7 +42,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("method")
     (home / "my_methods.py").write_text(block("python"))
     (home / "job.yaml").write_text(block("yaml"))
-    riskforge("run", "job.yaml", "--executor", "local", *SMALL, folder=home)
+    riskforge("run", "job.yaml", *SMALL, folder=home)
     return home
 
 
@@ -176,8 +176,11 @@ def test_criteria_are_tried_before_samples_are_made(importable: Path) -> None:
     [
         ({"method": "own:"}, "requests.0.method: 'own:' is not one of prompt, boundary, risky"),
         ({"method": "../own:method"}, "is not one of prompt, boundary, risky"),
-        ({"guidance": {"custom": {"parameters": {"a b": 1}}}}, "may be spelled like names of Python"),
-        ({"guidance": {"custom": {"parameters": {"a": float("nan")}}}}, "not finite"),
+        (
+            {"guidance": {"custom": {"parameters": {"a b": 1}}}},
+            "parameters.a b: 'a b' cannot be the name of an argument",
+        ),
+        ({"guidance": {"custom": {"parameters": {"a": float("nan")}}}}, "parameters.a: nan is not a finite number"),
         ({"guidance": {"custom": {"every": 99}}}, "requests.0.guidance.custom: leaves none of 10 steps guided"),
         ({"classes": None}, "requests.0.classes: missing; give class names or `all` (or `boundary: [A, B]`)"),
     ],
