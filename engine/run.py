@@ -294,8 +294,8 @@ def describe_models(job: JobSpec, digests: dict[str, Any], labels: list[str]) ->
     if models.guidance_decoder:
         described["guidance_decoder"] = {"address": models.guidance_decoder, "digest": digests["guidance_decoder"]}
     for role in ("conditioning", "methods"):
-        if pairs := digests.get(role):
-            described[role] = [{"address": address, "digest": one} for address, one in pairs.items()]
+        if used := digests.get(role):
+            described[role] = [{"address": address, "digest": one} for address, one in used.items()]
     return described
 
 
