@@ -44,6 +44,8 @@ VICTIMS = ("actor", "raylet", "gcs", "driver")
 WEIGHTS = (5, 1, 1, 2)
 RULE = {"accept": {"is_error": True}, "max_attempts": "8x"}
 COUNT = 6
+# Then a run is finished and compared, and the next one begins.
+KILLS_A_RUN = 12
 SAMPLE_SECONDS = 0.05
 GIVE_UP_SECONDS = 300.0
 DISK_BYTES = 600_000
@@ -155,12 +157,13 @@ def kill_at_random(folder: Path, clean: Path, num_kills: int, draw: random.Rando
     while killed.total() < num_kills:
         output = folder / f"killed-{number:03d}"
         number += 1
-        while killed.total() < num_kills and not (output / "_SUCCESS").exists():
+        enough = min(num_kills, killed.total() + KILLS_A_RUN)
+        while killed.total() < enough and not (output / "_SUCCESS").exists():
             driver = start(output, kind, retry=bool(list(output.glob("_state/quarantine/*"))))
             if kind == "local":
                 killed += kill_driver(driver, output, draw)
             else:
-                killed += harass(driver, output, num_kills - killed.total(), draw)
+                killed += harass(driver, output, enough - killed.total(), draw)
         code = finish(output, "zoo" if kind == "zoo" else "local")
         assert code in (EXIT_OK, 3), f"{output.name}: ended with {code}"
         check(output, clean, output.name, deep=kind == "zoo")
