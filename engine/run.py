@@ -38,6 +38,7 @@ from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK, JobError
 from engine.executors.base import Executor, WorkerLike
 from engine.messages import Rules
 from engine.models.addresses import check_addresses, missing_artefacts, model_digests, read_labels, resolve
+from engine.models.methods import method_digests
 from engine.models.runtime import hardware_problems
 from engine.models.targets import add_import_folders, import_folders
 from engine.plan import Plan, RequestPlan, build_plan, resolve_requests
@@ -196,7 +197,7 @@ def prepare(job: JobSpec, executor: Executor, display: Display) -> tuple[Store, 
     digests = {"conditioning": _conditioning_digests(job, requests, labels, display)}
     if not store.exists(SUCCESS):
         executor.begin()
-    digests |= model_digests(job)
+    digests |= model_digests(job) | method_digests(job)
     # Once more, as models of the hub are here only now.
     check_addresses(job)
     return store, job, build_plan(job, labels, digests), describe_models(job, digests, labels)

@@ -21,6 +21,7 @@ from engine.generator import Generator
 from engine.jobfile import read_job
 from engine.models import targets
 from engine.models.addresses import check_addresses, model_digests, read_labels
+from engine.models.methods import method_digest, method_digests
 from engine.plan import build_plan
 from engine.spec import parse_job
 from tests.conftest import REPOSITORY
@@ -92,6 +93,16 @@ def test_a_run_is_bound_to_file_and_parameters(finished: Path) -> None:
     assert "methods" not in plan.identity["models"]
 
 
+def test_a_deep_check_does_not_need_the_method(finished: Path) -> None:
+    """It only scores: a run can be verified by whoever lacks the file."""
+    file, text = finished / "my_methods.py", block("python")
+    try:
+        file.unlink()
+        assert "no damage" in riskforge("verify", "--deep", "runs/doubt", folder=finished).stdout
+    finally:
+        file.write_text(text)
+
+
 def job_of(method: str, home: Path, **parameters: Any) -> dict[str, Any]:
     """A small job of a method."""
     raw = yaml.safe_load(block("yaml"))
@@ -107,8 +118,6 @@ def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(targets, "_FOLDERS", [])
     importlib.invalidate_caches()
-    from engine.models.methods import method_digest
-
     method_digest.cache_clear()
     return tmp_path
 
@@ -160,7 +169,7 @@ def test_criteria_are_tried_before_samples_are_made(importable: Path) -> None:
     assert labels is not None
     for name, (_, message) in reversed(CRITERIA.items()):
         job = jobs[name]
-        plan = build_plan(job, labels, model_digests(job))
+        plan = build_plan(job, labels, model_digests(job) | method_digests(job))
         if generator is None:
             generator = Generator(job, plan)
             continue
