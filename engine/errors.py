@@ -7,6 +7,9 @@ EXIT_INCOMPLETE = 3
 EXIT_OWNED = 4
 EXIT_DRAINED = 75
 
+# A value that somebody else wrote may be as long as they liked.
+MAX_PROBLEM_CHARS = 2000
+
 
 class RiskforgeError(Exception):
     """An expected failure: printed without a traceback, ends the command with `exit_code`."""
@@ -22,11 +25,18 @@ class JobError(RiskforgeError):
     """
 
     def __init__(self, problems: list[str] | str) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = [_shortened(one) for one in ([problems] if isinstance(problems, str) else problems)]
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type, tuple[list[str]]]:
         return type(self), (self.problems,)
+
+
+def _shortened(text: str) -> str:
+    """A text without its middle where it is long: the field stands at its beginning, the remedy at its end."""
+    if len(text) <= MAX_PROBLEM_CHARS:
+        return text
+    return f"{text[: MAX_PROBLEM_CHARS // 2]} ... {text[-MAX_PROBLEM_CHARS // 2 :]}"
 
 
 class OutputError(RiskforgeError):

@@ -40,6 +40,7 @@ from engine.executors.base import Executor, WorkerLike
 from engine.messages import Rules
 from engine.models.addresses import check_addresses, missing_artefacts, model_digests, read_labels, resolve
 from engine.models.licences import licence_of
+from engine.models.methods import method_digests
 from engine.models.runtime import hardware_problems
 from engine.models.targets import add_import_folders, import_folders
 from engine.plan import Plan, RequestPlan, build_plan, resolve_requests
@@ -208,7 +209,7 @@ def prepare(job: JobSpec, executor: Executor, display: Display) -> tuple[Store, 
     digests = {"conditioning": _conditioning_digests(job, requests, labels, display)}
     if not store.exists(SUCCESS):
         executor.begin()
-    digests |= model_digests(job)
+    digests |= model_digests(job) | method_digests(job)
     # Once more, as models of the hub are here only now.
     check_addresses(job)
     return store, job, build_plan(job, labels, digests), describe_models(job, digests, labels)
@@ -307,8 +308,8 @@ def describe_models(job: JobSpec, digests: dict[str, Any], labels: list[str]) ->
         if address := getattr(models, role):
             described[role] = about(address, digests[role])
     for role in ("conditioning", "methods"):
-        if digests.get(role):
-            described[role] = [{"address": address, "digest": one} for address, one in digests[role].items()]
+        if used := digests.get(role):
+            described[role] = [{"address": address, "digest": one} for address, one in used.items()]
     return described
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import difflib
-import json
 import math
 import re
 from fractions import Fraction
@@ -151,15 +150,6 @@ class CustomGuidanceSpec(BoundaryGuidanceSpec):
         default_factory=dict,
         description="Arguments of the function that `method` names: plain values, or lists of them.",
     )
-
-    @pydantic.field_validator("parameters")
-    @classmethod
-    def _plain(cls, value: dict[str, Any]) -> dict[str, Any]:
-        try:
-            json.dumps(value, allow_nan=False)
-        except ValueError:
-            raise ValueError("a parameter that is not finite cannot be recorded; leave it out") from None
-        return value
 
 
 class ConditioningSpec(_Spec):
@@ -597,7 +587,7 @@ _KEYED = ("extra_forbidden", "missing")
 
 def _location(loc: tuple[str | int, ...]) -> Location:
     """The keys of the job file alone: pydantic adds the members of a union to its locations."""
-    noise = re.compile(r"^(literal\[|tuple\[|constrained-|function-|int$|str$|float$|bool$)")
+    noise = re.compile(r"^(\[key\]$|literal\[|tuple\[|constrained-|function-|int$|str$|float$|bool$)")
     return tuple(part for part in loc if isinstance(part, int) or not noise.match(part))
 
 
@@ -621,8 +611,8 @@ def _explain(root: type[BaseModel], item: Any, location: Location) -> str:
             return f"{value} draws noise at every step; use a deterministic one: {item['ctx']['expected']}"
         choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
         return f"{value} is not one of {', '.join(choices)}" + nearest(str(item["input"]), choices)
-    if kind == "value_error":
-        return f"{value}: {item['ctx']['error']}"
+    if item["loc"][-1:] == ("[key]",):
+        return f"{value} cannot be the name of an argument; use letters, digits and underscores"
     if kind == "string_pattern_mismatch" and key in ("name", "seed_group"):
         return f"{value} may hold only a-z, 0-9 and inner hyphens"
     return f"{value} {_expected(kind, key, item)}"

@@ -26,9 +26,9 @@ def _escaped(one: str) -> str:
     return one.encode("unicode_escape").decode("ascii")
 
 
-def show(text: str = "", *, file: TextIO | None = None, flush: bool = False) -> None:
+def show(text: object = "", *, file: TextIO | None = None, flush: bool = False) -> None:
     """Print lines of text, each of them safe for a terminal."""
-    print(printable(text, keep="\n"), file=file or sys.stdout, flush=flush)
+    print(printable(str(text), keep="\n"), file=file or sys.stdout, flush=flush)
 
 
 def json_text(value: Any, indent: int | None = 2) -> str:

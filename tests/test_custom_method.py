@@ -21,6 +21,7 @@ from engine.generator import Generator
 from engine.jobfile import read_job
 from engine.models import targets
 from engine.models.addresses import check_addresses, model_digests, read_labels
+from engine.models.methods import method_digest, method_digests
 from engine.plan import build_plan
 from engine.spec import parse_job
 from tests.conftest import REPOSITORY
@@ -28,7 +29,7 @@ from tests.test_targets import riskforge
 
 PAGE = REPOSITORY / "docs/adding-a-method.md"
 MAX_LINES = 60
-SMALL = ("--set", "requests.0.count=4", "--set", "requests.1.count=4")
+SMALL = ("--executor", "local", "--set", "requests.0.count=4", "--set", "requests.1.count=4")
 
 
 def block(language: str) -> str:
@@ -42,7 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("method")
     (home / "my_methods.py").write_text(block("python"))
     (home / "job.yaml").write_text(block("yaml"))
-    riskforge("run", "job.yaml", "--executor", "local", *SMALL, folder=home)
+    riskforge("run", "job.yaml", *SMALL, folder=home)
     return home
 
 
@@ -92,6 +93,16 @@ def test_a_run_is_bound_to_file_and_parameters(finished: Path) -> None:
     assert "methods" not in plan.identity["models"]
 
 
+def test_a_deep_check_does_not_need_the_method(finished: Path) -> None:
+    """It only scores: a run can be verified by whoever lacks the file."""
+    file, text = finished / "my_methods.py", block("python")
+    try:
+        file.unlink()
+        assert "no damage" in riskforge("verify", "--deep", "runs/doubt", folder=finished).stdout
+    finally:
+        file.write_text(text)
+
+
 def job_of(method: str, home: Path, **parameters: Any) -> dict[str, Any]:
     """A small job of a method."""
     raw = yaml.safe_load(block("yaml"))
@@ -107,8 +118,6 @@ def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(targets, "_FOLDERS", [])
     importlib.invalidate_caches()
-    from engine.models.methods import method_digest
-
     method_digest.cache_clear()
     return tmp_path
 
@@ -160,7 +169,7 @@ def test_criteria_are_tried_before_samples_are_made(importable: Path) -> None:
     assert labels is not None
     for name, (_, message) in reversed(CRITERIA.items()):
         job = jobs[name]
-        plan = build_plan(job, labels, model_digests(job))
+        plan = build_plan(job, labels, model_digests(job) | method_digests(job))
         if generator is None:
             generator = Generator(job, plan)
             continue
@@ -176,9 +185,12 @@ def test_criteria_are_tried_before_samples_are_made(importable: Path) -> None:
     [
         ({"method": "own:"}, "requests.0.method: 'own:' is not one of prompt, boundary, risky"),
         ({"method": "../own:method"}, "is not one of prompt, boundary, risky"),
-        ({"guidance": {"custom": {"parameters": {"a b": 1}}}}, "may be spelled like names of Python"),
-        ({"guidance": {"custom": {"parameters": {"a": float("nan")}}}}, "not finite"),
-        ({"guidance": {"custom": {"every": 99}}}, "requests.0.guidance.custom: leaves none of 10 steps guided"),
+        (
+            {"guidance": {"custom": {"parameters": {"a b": 1}}}},
+            "parameters.a b: 'a b' cannot be the name of an argument",
+        ),
+        ({"guidance": {"custom": {"parameters": {"a": float("nan")}}}}, "parameters.a: nan is not a finite number"),
+        ({"guidance": {"custom": {"every": 99}}}, "requests.0.guidance.custom: leaves none of 20 steps guided"),
         ({"classes": None}, "requests.0.classes: missing; give class names or `all` (or `boundary: [A, B]`)"),
     ],
 )

@@ -250,7 +250,7 @@ def test_an_address_below_a_closed_folder(monkeypatch: pytest.MonkeyPatch, tmp_p
     def refuse(path: Path, **_: object) -> bool:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "exists", refuse)
+    monkeypatch.setattr(Path, "lstat", refuse)
     with pytest.raises(OutputError, match="no permission"):
         open_store(str(tmp_path))
 

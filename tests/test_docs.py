@@ -150,8 +150,9 @@ UsageError: Any = next(one for one in typer.BadParameter.__mro__ if one.__name__
 
 
 def command_lines(page: Path) -> Iterator[str]:
-    """The shell commands of a page, one by one, without comments; those of a `ray exec` too."""
-    for _, text in blocks(page, "bash"):
+    """The shell commands of a page, one by one, without comments; also those of a `ray exec` and those with outputs."""
+    shown = ["\n".join(re.findall(r"^\$ (.*)", text, re.MULTILINE)) for _, text in blocks(page, "console")]
+    for text in [*(text for _, text in blocks(page, "bash")), *shown]:
         joined = text.replace("\\\n", " ")
         for line in joined.splitlines():
             plain = re.sub(r"(^|\s)#.*", "", line)

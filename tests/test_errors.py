@@ -152,6 +152,14 @@ def test_a_file_that_is_no_job_is_told_in_a_line(call, tmp_path, monkeypatch, co
     assert refused(call, "plan", "job.yaml", "--validate") == [message]
 
 
+def test_a_long_value_leaves_room_for_the_remedy(call):
+    """Names of ten thousand characters are shown by their ends."""
+    for value in (f"requests.0.boundary=[{'a' * 10_000}, eight]", f"requests.0.accept.{'b' * 10_000}=1"):
+        [line] = refused(call, "plan", QUICKSTART, "--validate", "--set", value)
+        assert len(line) < 2100 and re.match(r"requests\.0\.(boundary\.0: 'aaa|accept\.bbb)", line)
+        assert line.endswith(("is not a class of the target", "judge_conformity, judge_conformity_margin"))
+
+
 def test_anchors_of_an_honest_job_are_welcome(call, tmp_path):
     """What is said twice may be said once."""
     raw = yaml.safe_load(Path(QUICKSTART).read_text())

@@ -153,7 +153,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(job=bent_jobs())
-@fuzz(300)
+@fuzz(200)
 def test_a_bent_job_is_valid_or_refused_in_a_few_lines(home: Path, job: Any) -> None:
     """Near the truth, where checks between fields meet what no check has seen."""
     path = home / "job.yaml"
@@ -360,7 +360,7 @@ def test_verify_finds_whatever_is_broken(whole: Path, data: bytes, place: str, a
         st.binary(max_size=300), st.recursive(VALUES, st.lists).map(lambda one: json.dumps(one, default=str).encode())
     )
 )
-@fuzz(100)
+@fuzz(50)
 def test_a_plan_that_is_none_is_refused(whole: Path, data: bytes) -> None:
     """Other JSON, and bytes, in the place of a run's plan."""
     [path] = (whole / "_state/plan").glob("*.json")

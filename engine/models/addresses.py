@@ -16,7 +16,7 @@ from typing import Any
 
 import engine
 from engine.errors import JobError
-from engine.models.methods import custom_methods, method_digest, method_problems
+from engine.models.methods import method_problems
 from engine.models.targets import check_foreign, foreign_digest, foreign_labels, is_foreign
 from engine.spec import JobSpec, RequestSpec, nearest, noise_problem
 
@@ -194,7 +194,6 @@ def model_digests(job: JobSpec) -> dict[str, Any]:
         "transfer": [of(address) for address in models.transfer],
         "oracle": of(models.oracle) if models.oracle else "",
         **({"guidance_decoder": of(models.guidance_decoder)} if models.guidance_decoder else {}),
-        **({"methods": {one: method_digest(one) for one in methods}} if (methods := custom_methods(job)) else {}),
         # A checker's weights are in the digest of its pipeline.
         **({"safety_checker": "off"} if models.safety_checker == "off" else {}),
     }

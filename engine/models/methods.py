@@ -43,6 +43,18 @@ def method_problems(job: JobSpec) -> Iterable[str]:
                 yield from (f"requests.{number}.method: {problem}" for problem in error.problems)
 
 
+def method_digests(job: JobSpec) -> dict[str, dict[str, str]]:
+    """Digest of every method of a job that is the user's own, as `engine.plan.plan_identity` takes them.
+
+    Nothing where there is none: plans without them keep the digest that they had before there were any.
+
+    Raises:
+        JobError: as `method_digest`.
+    """
+    methods = custom_methods(job)
+    return {"methods": {one: method_digest(one) for one in methods}} if methods else {}
+
+
 @functools.cache
 def method_digest(address: str) -> str:
     """Digest of the file of a method's module: read once in a process, as the module is imported once.
