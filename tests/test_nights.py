@@ -28,8 +28,9 @@ CONTEXTS = ("", "red | <b>`ink`</b>")
 
 
 def text(values) -> np.ndarray:
+    values = list(values)
     column = np.empty(len(values), dtype=object)
-    column[:] = list(values)
+    column[:] = values
     return column
 
 
