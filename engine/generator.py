@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import PIL.Image
 import torch
 from torch import Tensor
 
@@ -169,20 +170,33 @@ class Generator:
         padded, draws = [*specs, *[specs[-1]] * missing], self._draws(request, specs)
         draws += draws[-1:] * missing
         images, health = self.sample(request, padded, draws)
-        finite = torch.isfinite(images).flatten(1).all(1)
+        faults = self._faults(request, images)
+        pixels = imaging.quantise(images)
         output = self._job.output
-        files = [
-            imaging.encode(pixels, output.image_format, provenance=output.provenance)
-            for pixels in imaging.quantise(images)
-        ]
-        records = self._scorer.records(padded, [imaging.decode(data) for data in files])
+        files, shown = imaging.stored(pixels, output.image_format, provenance=output.provenance)
+        records = self._scorer.records(padded, shown)
         return [
-            self._result(
+            _failed(spec, faults[row])
+            if faults[row]
+            else self._result(
                 request, spec, record | _counts(health, row), files[row], len(padded), draws[row] if draws else None
             )
-            if finite[row]
-            else _failed(spec, "the sampler produced values that are not finite")
             for row, (spec, record) in enumerate(zip(specs, records[: len(specs)], strict=True))
+        ]
+
+    def _faults(self, request: int, images: Tensor) -> list[str]:
+        """Why each of the images [B, 3, H, W] must not be stored; empty for the others."""
+        finite = torch.isfinite(images).flatten(1).all(1).tolist()
+        checker = self._model(request).safety_checker
+        shown = [PIL.Image.fromarray(one) for one in imaging.quantise(images)] if checker else []
+        flagged = checker.flags(shown) if checker else [False] * len(images)
+        return [
+            "the sampler produced values that are not finite"
+            if not is_finite
+            else "the pipeline's safety checker flagged the image"
+            if is_flagged
+            else ""
+            for is_finite, is_flagged in zip(finite, flagged, strict=True)
         ]
 
     def _draws(self, request: int, specs: Sequence[SampleSpec]) -> list[ScreenedDraw]:
@@ -195,7 +209,7 @@ class Generator:
         request: int,
         spec: SampleSpec,
         record: dict[str, Any],
-        image: bytes,
+        image: Callable[[], bytes],
         batch_size: int,
         draw: ScreenedDraw | None,
     ) -> SampleResult:
@@ -280,7 +294,8 @@ class Generator:
                 # A GPU holds one at a time; shards are sent to workers that hold theirs.
                 self._diffusion.clear()
                 torch.cuda.empty_cache()
-            self._diffusion[address] = Diffusion.load(address, self._hardware)
+            checks_safety = self._job.models.safety_checker == "auto"
+            self._diffusion[address] = Diffusion.load(address, self._hardware, checks_safety=checks_safety)
         return self._diffusion[address]
 
     def _conditioner(self, request: RequestPlan) -> Conditioner:

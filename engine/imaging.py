@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import PIL.Image
@@ -16,6 +18,7 @@ _OPTIONS: dict[str, dict[str, object]] = {
     "webp": {"format": "WEBP", "lossless": True, "method": 4},
     "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
 }
+LOSSLESS = ("png", "webp")
 
 # What IPTC and C2PA name for images that a trained model made; newscodes and schema of IPTC, https://cv.iptc.org.
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -57,6 +60,20 @@ def _provenance(image_format: str) -> dict[str, object]:
     text = PIL.PngImagePlugin.PngInfo()
     text.add_itxt(_PNG_KEYWORD, XMP)
     return {"pnginfo": text}
+
+
+def stored(
+    pixels: np.ndarray, image_format: str, *, provenance: bool = False
+) -> tuple[list[Callable[[], bytes]], list[PIL.Image.Image]]:
+    """What becomes the files of 8-bit pixels [B, H, W, 3], and the images as a reader of these files will see them.
+
+    A lossless format gives back its pixels, so that nobody needs to wait for the files; JPEG must be encoded first.
+    """
+    if image_format in LOSSLESS:
+        later: list[Callable[[], bytes]] = [partial(encode, one, image_format, provenance=provenance) for one in pixels]
+        return later, [PIL.Image.fromarray(one) for one in pixels]
+    done = [encode(one, image_format, provenance=provenance) for one in pixels]
+    return [partial(bytes, file) for file in done], [decode(file) for file in done]
 
 
 def decode(data: bytes) -> PIL.Image.Image:

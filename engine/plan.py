@@ -374,7 +374,7 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
     Args:
         digests: `{"diffusion": {address: digest}, "clip": digest, "target": digest, "transfer": [digest],
             "oracle": digest, "conditioning": {address: digest}}`, and `"judge"` and `"guidance_decoder"` with a digest
-            where there is one.
+            where there is one, `"safety_checker": "off"` where it is off.
     """
     return {
         "schema_version": IDENTITY_VERSION,

@@ -8,7 +8,7 @@ both are read, and a run that began with it goes on in it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 from engine.plan import SCHEMA_VERSION, SampleSpec
@@ -76,21 +76,37 @@ _EMPTY: dict[str, Any] = {
 _CLASS_FIELDS = ("class_index", "predicted_class", "oracle_class")
 
 
-@dataclass(slots=True)
 class SampleResult:
     """A finished sample.
 
     Attributes:
         record: the deterministic fields, complete.
-        image: the encoded image file, empty where the sample failed.
         run: the run-dependent fields but `sha256`, which the shard writer adds.
         num_draws: embeddings drawn until one conditioned it; 0 without screening.
+
+    Args:
+        image: the encoded file, empty where the sample failed; or what encodes it when it is first asked for, which
+            is the thread that writes.
     """
 
-    record: dict[str, Any]
-    image: bytes = b""
-    run: dict[str, Any] = field(default_factory=dict)
-    num_draws: int = 0
+    __slots__ = ("_image", "num_draws", "record", "run")
+
+    def __init__(
+        self,
+        record: dict[str, Any],
+        image: bytes | Callable[[], bytes] = b"",
+        run: dict[str, Any] | None = None,
+        num_draws: int = 0,
+    ) -> None:
+        self.record, self.run, self.num_draws = record, run or {}, num_draws
+        self._image = image
+
+    @property
+    def image(self) -> bytes:
+        """The encoded image file, empty where there is none."""
+        if not isinstance(self._image, bytes):
+            self._image = self._image()
+        return self._image
 
 
 def fields_of(version: int) -> dict[str, str]:

@@ -14,7 +14,9 @@ from engine.dataset.shards import SHARDS, read_shard, shard_name
 from engine.dataset.state import stored_plan
 from engine.dataset.store import Store
 from engine.dataset.verify import Finding
-from engine.plan import Plan, SampleSpec
+from engine.errors import JobError
+from engine.models.addresses import model_digests
+from engine.plan import Plan, SampleSpec, difference
 from engine.spec import JobSpec
 
 NUM_SAMPLES = 64
@@ -22,6 +24,7 @@ NUM_SAMPLES = 64
 TOLERANCE = 1e-3
 SCORES = ("risk", "conformity", "conformity_margin", "kldb", "entropy")
 READINGS = ("predicted_class", "oracle_class")
+SCORING = ("clip", "target", "transfer", "oracle", "judge")
 # Of the entries of a list, one for each model.
 ENTRY_SCORES = {"transfer": ("risk",), "judge": ("conformity", "conformity_margin")}
 
@@ -40,7 +43,7 @@ def rescore(
         A finding for each image whose stored scores are others.
 
     Raises:
-        JobError: a model cannot be loaded.
+        JobError: a model cannot be loaded, or is another one than the run was made with.
         CorruptShardError: a shard cannot be read; `verify` says more.
     """
     from engine.generator import load_scorer
@@ -50,6 +53,7 @@ def rescore(
     chosen = list(_choose(store, job, plan, num_samples))
     if not chosen:
         return []
+    _check_models(job, plan)
     advance("loading the models that score")
     quiet_libraries()
     scorer = load_scorer(job)
@@ -60,6 +64,14 @@ def rescore(
         if differences := _differences(stored, made):
             findings.append(Finding(kind="damage", text=f"{spec.key}: scored again, {'; '.join(differences)}"))
     return findings
+
+
+def _check_models(job: JobSpec, plan: Plan) -> None:
+    """Refuse models that have changed: what they score tells nothing of the images."""
+    before, now = plan.identity["models"], model_digests(job)
+    changed = [line for role in SCORING for line in difference(before.get(role), now.get(role), f"models.{role}")]
+    if changed:
+        raise JobError([f"{line}: not the model that scored this run; --deep needs that one" for line in changed])
 
 
 def _choose(store: Store, job: JobSpec, plan: Plan, num_samples: int) -> Iterator[Sample]:

@@ -61,6 +61,10 @@ class ModelsSpec(_Spec):
         description="AutoencoderTiny whose decoder guidance differentiates, in place of the pipeline's own; the stored"
         " image always comes from the pipeline's.",
     )
+    safety_checker: Literal["auto", "off"] = Field(
+        default="auto",
+        description="auto: a sample that the pipeline's safety checker flags is `failed`; off: it is not asked.",
+    )
 
 
 class SamplingSpec(_Spec):

@@ -55,7 +55,7 @@ def test_the_benchmark_runs_and_writes_what_it_found(models, tmp_path, capsys):
     """The whole program: comparisons hold, every arm has a figure or a reason, floors and references are there."""
     few = ["--num-samples", "2", "--naive-samples", "1", "--check-samples", "1", "--repeats", "1", "--threads", "1"]
     arms = ["plain-diffusers", "naive-kldb-paper-unet", "kldb-paper-unet", "kldb-polyak"]
-    arms += ["naive-risky", "risky-paper", "kldb-polyak@fp16", "risky-paper@tiny"]
+    arms += ["naive-risky", "risky-paper", "kldb-polyak@fp16", "risky-paper@tiny", "kldb-polyak@workers"]
     command = ["--size", "tiny", "--device", "cpu", "--models", str(models), "--output", str(tmp_path), *few]
     assert bench_sampling.main([*command, "--only", *arms, "--profile", "prompt"]) == 0
     found = json.loads((tmp_path / "tiny.json").read_text())
@@ -64,7 +64,7 @@ def test_the_benchmark_runs_and_writes_what_it_found(models, tmp_path, capsys):
     checks = {one["what"]: one["difference"] for one in found["checks"]}
     assert len(checks) == 5 and max(checks.values()) < TOLERANCE
     by_name = {one["name"]: one for one in found["arms"]}
-    assert {"prompt", "prompt-unclip", "prompt@fp16", "prompt-unclip@tiny", *arms} == set(by_name)
+    assert {"prompt", "prompt-unclip", "prompt@fp16", "prompt-unclip@tiny", "prompt@workers", *arms} == set(by_name)
     assert all(bool(one["seconds"]) != bool(one["reason"]) for one in by_name.values())
     assert by_name["kldb-polyak@fp16"]["reason"].startswith("a runtime for a GPU")
     assert by_name["prompt"]["ratio_to_prompt"] == 1 == by_name["prompt"]["floor"]

@@ -185,7 +185,7 @@ def test_a_pair_that_is_not_of_one_piece_is_noticed(staged: ShardFiles, tmp_path
     plan = make_plan(make_job(tmp_path, count=10))
     samples = list(make_results(plan, plan.shard(1)))
     if change == "image of another sample":
-        samples[0].image = samples[2].image
+        samples[0] = SampleResult(samples[0].record, samples[2].image, samples[0].run)
     elif change == "record":
         samples[0].record["risk"] += 1e-9
     elif change == "row missing":

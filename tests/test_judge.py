@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.dataset.commits import list_commits
 from engine.dataset.manifest import finalise, mark_success
-from engine.dataset.shards import read_rows, read_shard
+from engine.dataset.shards import read_rows, read_shard, shard_name, stage_shard
 from engine.dataset.state import open_run, publish_rounds, stored_plan
 from engine.dataset.store import Store, open_store
 from engine.dataset.verify import verify
@@ -24,12 +24,13 @@ from engine.executors.local import LocalExecutor
 from engine.models.addresses import check_addresses, model_digests, resolve
 from engine.plan import SCHEMA_VERSION, Extent, Plan, build_plan, class_prompt
 from engine.progress import PlainDisplay, medians_table
-from engine.records import DETERMINISTIC_FIELDS, check_record, fields_of
+from engine.records import DETERMINISTIC_FIELDS, SampleResult, check_record, fields_of
 from engine.report.render import write_report
 from engine.rescore import rescore
 from engine.run import run_job
 from engine.spec import JobSpec, parse_job
 from tests import dataset_cases as cases
+from tests import sleepy
 
 CLIP = "zoo:digits/clip"
 
@@ -115,19 +116,35 @@ def test_manifest_card_report_and_table_tell_of_the_judge(finished: tuple[Store,
     assert [column.header.plain for column in medians_table(groups).columns][-1] == "judge's conformity"
 
 
-def test_scoring_again_asks_the_judge_too(finished: tuple[Store, JobSpec], judge: str) -> None:
-    """Nothing to tell with the same weights; with others in its place it alone differs."""
-    store, _ = finished
+def test_scoring_again_asks_the_judge_too(finished: tuple[Store, JobSpec], judge: str, tmp_path: Path) -> None:
+    """Nothing to tell of a run as it was made; a stored score that is another is told, and nothing else."""
+    store, job = finished
     assert rescore(store) == [] and verify(store).findings == ()
+    tar = store.path("shards") / f"{shard_name(job.name, 0)}.tar"
+    before = tar.read_bytes()
+    results = []
+    for _, image, record, _ in read_shard(tar):
+        record["judge"][0]["conformity"] += 0.1
+        results.append(SampleResult(record, image, sleepy.run_fields(1)))
+    try:
+        tar.write_bytes(stage_shard(tmp_path, "other", results, "png").tar.read_bytes())
+        found = rescore(store)
+    finally:
+        tar.write_bytes(before)
+    assert len(found) == len(results)
+    assert all(f"conformity of {judge}" in one.text and "; risk" not in one.text for one in found)
+
+
+def test_scoring_again_wants_the_models_of_the_run(finished: tuple[Store, JobSpec], judge: str) -> None:
+    """Other weights score otherwise, and the images are as whole as before."""
     weights = Path(judge, "model.safetensors")
     own = weights.read_bytes()
-    weights.write_bytes((resolve(CLIP) / "model.safetensors").read_bytes())
+    weights.write_bytes(own[:-1] + bytes([own[-1] ^ 1]))
     try:
-        found = rescore(store, num_samples=2)
+        with pytest.raises(JobError, match=r"models\.judge: .* -> .*: not the model that scored this run"):
+            rescore(finished[0])
     finally:
         weights.write_bytes(own)
-    assert len(found) == 2
-    assert all(f"conformity of {judge}" in one.text and "; risk" not in one.text for one in found)
 
 
 def test_without_a_judge_the_list_is_empty_and_the_digest_is_old(tmp_path: Path) -> None:

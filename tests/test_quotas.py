@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from engine.dataset.commits import list_commits
-from engine.dataset.state import read_run
+from engine.dataset.state import open_run, publish_rounds, read_run
 from engine.dataset.store import open_store
-from engine.errors import EXIT_INCOMPLETE, EXIT_OK, JobError, OutputError, RiskforgeError
+from engine.errors import EXIT_INCOMPLETE, EXIT_OK, JobError, OutputError, OwnedError, RiskforgeError
 from engine.executors.local import LocalExecutor
-from engine.plan import MIN_ROUND, build_plan
+from engine.plan import MIN_ROUND, Extent, build_plan
 from engine.quotas import MAX_GROWTH, Quotas, replay, round_size
 from engine.run import run_job
 from engine.spec import parse_job
@@ -156,6 +156,22 @@ def test_other_workers_and_a_resume_give_the_same_bytes(clean, tmp_path):
     stages = [open_store(str(one)) for one in (clean, resumed)]
     first, second = ([extent for stage in read_run(one).stages for extent in stage] for one in stages)
     assert first == second
+
+
+def test_a_round_that_a_driver_added_after_it_had_lost_the_run_is_adopted(tmp_path):
+    """A driver that was frozen wakes and plans a round before it hears of its successor, which must not give up.
+
+    The two may find other numbers of rounds due at a time; only other rounds are somebody else's run.
+    """
+    job = make_job(tmp_path, 6, request=RULE)
+    store = open_store(str(tmp_path))
+    plan = open_run(store, build_plan(job, DIGITS, DIGESTS), job, "auto", confirmed=False)
+    first, second = (Extent(request=0, cell=cell, start=6, stop=16, samples_per_shard=4) for cell in (0, 1))
+    frozen = publish_rounds(store, plan, (first,))
+    owner = publish_rounds(store, plan, (first, second))
+    assert publish_rounds(store, frozen, (second,)).stages == owner.stages == read_run(store).stages
+    with pytest.raises(OwnedError):
+        publish_rounds(store, plan, (second,))
 
 
 def test_a_quota_that_cannot_be_filled_is_told_by_class(tmp_path):

@@ -356,6 +356,8 @@ def test_a_run_against_a_factory_beside_the_job(home: Path, tmp_path: Path) -> N
     (folder / "own_nets.py").write_text(FACTORY.replace("seed=5", "seed=6"))
     done = riskforge("run", path, "--executor", "local", folder=tmp_path, code=2)
     assert "models.target:" in done.stderr and "->" in done.stderr
+    done = riskforge("verify", "--deep", tmp_path / "run", folder=folder, code=2)
+    assert "models.target" in done.stderr and "not the model that scored this run" in done.stderr
 
 
 def make_in_another_process(path: Path, folder: Path) -> None:

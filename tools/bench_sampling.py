@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,10 +31,11 @@ import torch
 from bench.arms import Arm, arms_of
 from bench.checks import check_arms
 from bench.flops import behind_tiny, count_arithmetic
-from bench.measure import Measured, matmul_rate, profile, repeat, score, unet_rate, warm_up
+from bench.measure import Measured, matmul_rate, profile, repeat, score, timed, unet_rate, warm_up
 from bench.programs import Batch, Bench
 from bench.sizes import SIZES, Setting, digits_setting, random_setting
 from bench.tables import Results
+from bench.workers import Workers
 
 from engine.dataset.manifest import software_versions
 from engine.errors import JobError
@@ -80,9 +82,13 @@ class Benchmark:
             reason = self._reason(arms[0])
             try:
                 if not reason:
-                    self._group(arms, measured)
+                    (self._divided if arms[0].is_divided else self._group)(arms, measured)
             except JobError as error:
                 reason = "; ".join(error.problems)
+            except EOFError:
+                reason = "a process that made samples has died"
+                for one in measured:
+                    one.is_broken, one.seconds = True, []
             for one in measured:
                 one.reason = one.reason or ("" if one.seconds else reason)
             self.write()
@@ -111,6 +117,8 @@ class Benchmark:
         """Why a group is not tried at all."""
         if arm.tiny and not self._setting.tiny:
             return "this size has no tiny autoencoder"
+        if arm.is_divided and self._device != "cpu":
+            return "for the cores of a CPU"
         if arm.runtime and self._device == "cpu":
             return "a runtime for a GPU; none is visible here"
         if time.monotonic() > self._deadline:
@@ -138,6 +146,20 @@ class Benchmark:
             operations = self.results.arithmetic[bench.family].unet
             part = batch.part(0, self._batch_size(arms[0]))
             self.results.rates[" ".join(arms[0].group)] = unet_rate(bench, part, operations)
+
+    def _divided(self, arms: Sequence[Arm], measured: Sequence[Measured]) -> None:
+        """The arms as workers make them, one process a core; each as many samples as the other arms make."""
+        num_processes, num_each = self._options.threads, self._options.num_samples
+        with Workers(self._setting, arms, num_processes=num_processes, num_each=num_each) as workers:
+            for round_number in range(1 + self._options.repeats):
+                for one in measured:
+                    share = self._options.naive_samples if one.arm.program == "naive" else num_each
+                    one.batch_size, one.num_samples = self._batch_size(one.arm), share * num_processes
+                    seconds = timed(partial(workers.make, one.arm, share, one.batch_size), self._device)
+                    # The first round loads models.
+                    one.seconds += [seconds] if round_number else []
+        for one in measured:
+            tell(f"  {one.arm.name}: {one.seconds_per_image:.3g} s an image")
 
     def _first(self, bench: Bench, one: Measured, batch: Batch) -> None:
         """The round that is not counted: models are loaded, images scored, a profile taken where wanted."""

@@ -2,7 +2,8 @@
 
 Workers that sleep instead of sampling run on a Ray of their own, again and again, while actors, raylet, GCS and driver
 are killed with SIGKILL at moments drawn from the seed. The run is then continued to its end, and must be what a run
-without accidents makes: keys, metadata and tar bytes. Then a full disk, an output that cannot be written, torn files in
+without accidents makes: keys, metadata and tar bytes. With `--kind zoo` it is the quickstart with its real models, and
+`verify --deep` scores its images again. Before the kills: a full disk, an output that cannot be written, torn files in
 the place of shards, two drivers at once, and leases written by clocks that jumped.
 """
 
@@ -34,6 +35,7 @@ from engine.errors import EXIT_DRAINED, EXIT_OK, EXIT_OWNED, EXIT_USER, Riskforg
 from engine.executors.base import Executor
 from engine.progress import PlainDisplay
 from engine.records import RUN_FIELDS
+from engine.rescore import rescore
 from engine.run import run_job
 from tests.sleepy import Faults, make_job, make_sleepy
 
@@ -45,6 +47,7 @@ COUNT = 6
 SAMPLE_SECONDS = 0.05
 GIVE_UP_SECONDS = 300.0
 DISK_BYTES = 600_000
+QUICKSTART = Path(__file__).parents[1] / "jobs/quickstart.yaml"
 
 
 def drive(output: Path, kind: str, seconds: float, *, retry: bool) -> int:
@@ -75,13 +78,18 @@ def start(
 ) -> subprocess.Popen[str]:
     """A driver in a process of its own."""
     command = [sys.executable, "-m", "tools.chaos", "drive", str(output), kind, str(seconds), str(int(retry))]
+    if kind == "zoo":
+        riskforge = str(Path(sys.executable).with_name("riskforge"))
+        what = ["retry", str(output)] if retry else ["run", str(QUICKSTART), "--output", str(output)]
+        command = [riskforge, *what, "--workers", "2"]
     with (output.parent / f"{output.name}.log").open("a") as log:
         return subprocess.Popen(command, text=True, stdout=log, stderr=log)
 
 
 def finish(output: Path, kind: str = "local") -> int:
-    """Continue a run to its end; shards that were killed three times are given a fresh start."""
-    return start(output, kind, retry=True, seconds=0.0).wait(GIVE_UP_SECONDS)
+    """Make a run or continue it to its end; shards that were killed three times are given a fresh start."""
+    retry = kind == "local" or bool(list(output.glob("_state/quarantine/*")))
+    return start(output, kind, retry=retry, seconds=0.0).wait(GIVE_UP_SECONDS)
 
 
 def content(output: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
@@ -93,14 +101,18 @@ def content(output: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
     return tars, rows
 
 
-def check(output: Path, clean: Path, what: str) -> None:
+def check(output: Path, clean: Path, what: str, *, deep: bool = False) -> None:
     """A run is whole, and equal to the clean one.
+
+    Args:
+        deep: score a sample of its images again, too.
 
     Raises:
         AssertionError: with the name of the scenario.
     """
-    verdict = verify(open_store(str(output)))
-    unexpected = [one for one in verdict.findings if "_state/torn" not in one.text]
+    store = open_store(str(output))
+    findings = [*verify(store).findings, *(rescore(store) if deep else [])]
+    unexpected = [one for one in findings if "_state/torn" not in one.text]
     assert not unexpected, f"{what}: {unexpected}"
     assert content(output) == content(clean), f"{what}: other keys, metadata or bytes"
 
@@ -149,9 +161,9 @@ def kill_at_random(folder: Path, clean: Path, num_kills: int, draw: random.Rando
                 killed += kill_driver(driver, output, draw)
             else:
                 killed += harass(driver, output, num_kills - killed.total(), draw)
-        code = finish(output)
+        code = finish(output, "zoo" if kind == "zoo" else "local")
         assert code in (EXIT_OK, 3), f"{output.name}: ended with {code}"
-        check(output, clean, output.name)
+        check(output, clean, output.name, deep=kind == "zoo")
         print(f"{output.name}: whole and equal after {dict(killed)}", flush=True)
         shutil.rmtree(output)
     return killed
@@ -325,14 +337,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--kind", choices=("ray", "local"), default="ray", help="local: no Ray, drivers alone are killed"
+        "--kind",
+        choices=("ray", "local", "zoo"),
+        default="ray",
+        help="local: no Ray, drivers alone are killed; zoo: real models on Ray, kills alone",
     )
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
     clean = options.folder / "clean"
-    assert finish(clean) == EXIT_OK
+    assert finish(clean, "zoo" if options.kind == "zoo" else "local") == EXIT_OK
     print(f"clean: {len(list_commits(open_store(str(clean))))} shards", flush=True)
-    for scenario in SCENARIOS:
+    for scenario in SCENARIOS if options.kind != "zoo" else ():
         scenario(options.folder, clean)
         print(f"{scenario.__name__}: whole and equal", flush=True)
     killed = kill_at_random(options.folder, clean, options.kills, random.Random(options.seed), options.kind)

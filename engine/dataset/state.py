@@ -165,19 +165,24 @@ def read_digest(store: Store) -> str | None:
 def publish_rounds(store: Store, plan: Plan, extents: tuple[Extent, ...]) -> Plan:
     """Add rounds of quotas to the plan of an output: they are there before any of their shards is.
 
+    Each is a stage of its own: rounds follow from what is committed, but how many are due at a time depends on who was
+    quicker. One that a driver added that had lost the run and did not know it yet is ours, too.
+
     Raises:
-        OwnedError: another driver has added some in the meantime.
+        OwnedError: another driver has added another round in the meantime.
     """
-    file = {
-        "plan_version": PLAN_VERSION,
-        "schema_version": plan.schema_version,
-        "digest": plan.digest,
-        "stage": [dataclasses.asdict(one) for one in extents],
-    }
-    text = json.dumps(file, indent=1)
-    if not store.publish(f"{PLANS}/{len(plan.stages):06d}.json", text.encode()):
-        raise OwnedError(f"output {store.uri}: another driver has taken this run over")
-    return plan.grown(extents)
+    for extent in extents:
+        file = {
+            "plan_version": PLAN_VERSION,
+            "schema_version": plan.schema_version,
+            "digest": plan.digest,
+            "stage": [dataclasses.asdict(extent)],
+        }
+        name, data = f"{PLANS}/{len(plan.stages):06d}.json", json.dumps(file, indent=1).encode()
+        if not store.publish(name, data) and store.read(name) != data:
+            raise OwnedError(f"output {store.uri}: another driver has taken this run over")
+        plan = plan.grown((extent,))
+    return plan
 
 
 def stored_plan(store: Store) -> tuple[JobSpec, Plan]:

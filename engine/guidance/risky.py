@@ -44,19 +44,27 @@ def guide_to_risk(
         decode: latents [B, C, H, W] to images [B, 3, H, W].
         labels: [B] class indices y.
     """
-    by_paper = spec.step == "paper"
 
-    def criteria(images: Tensor) -> Tensor:
-        measured, agreement = risk(logits(images), labels), conformity(images)
-        if by_paper:
-            return -(measured + spec.conformity_weight * agreement)[None]
-        return torch.stack([dial(measured, spec.target_risk, spec.tolerance), floor(agreement, spec.conformity_floor)])
+    def objective(images: Tensor) -> Tensor:
+        return -(risk(logits(images), labels) + spec.conformity_weight * conformity(images))[None]
 
+    def distances(images: Tensor) -> Tensor:
+        to_dial = dial(risk(logits(images), labels), spec.target_risk, spec.tolerance)
+        if spec.conformity_floor is None:
+            return to_dial[None]
+        return torch.stack([to_dial, floor(conformity(images), spec.conformity_floor)])
+
+    if spec.step == "paper":
+        criteria, update = objective, fixed_step(spec.scale)
+    else:
+        criteria = distances
+        # A distance that is not asked for is a backward pass saved.
+        update = polyak_to_dial(spec.cap) if spec.conformity_floor is None else polyak_with_floor(spec.cap)
     return GuidedDenoiser(
         denoiser,
         criteria=criteria,
         decode=decode,
-        update=fixed_step(spec.scale) if by_paper else polyak_with_floor(spec.cap),
+        update=update,
         is_guided=lambda step: is_guided_step(step, spec),
         source="combined",
         num_samples=len(labels),
@@ -75,9 +83,9 @@ def dial(measured: Tensor, target: float, tolerance: float) -> Tensor:
     return torch.where(distance > tolerance, distance, distance * 0)
 
 
-def floor(agreement: Tensor, lowest: float | None) -> Tensor:
+def floor(agreement: Tensor, lowest: float) -> Tensor:
     """Hinge `max(0, lowest - conformity)` of each sample, [B]."""
-    return agreement * 0 if lowest is None else (lowest - agreement).clamp_min(0)
+    return (lowest - agreement).clamp_min(0)
 
 
 def fixed_step(scale: float) -> Update:
@@ -94,6 +102,19 @@ def fixed_step(scale: float) -> Update:
         return prediction.with_eps_moved(
             keep(usable, size * noise_share * gradient / per_sample(length, gradient)), step
         )
+
+    return update
+
+
+def polyak_to_dial(cap: float) -> Update:
+    """Polyak steps on the dial alone."""
+
+    def update(
+        losses: Tensor, gradients: Tensor, prediction: Prediction, step: Step, health: GradientHealth
+    ) -> Prediction:
+        usable, _ = usable_gradients(losses[0], gradients[0], health)
+        shift = capped(_polyak(losses[0], gradients[0]), cap * norms(prediction.latents))
+        return prediction.moved(keep(usable, shift), step)
 
     return update
 

@@ -193,6 +193,8 @@ def model_digests(job: JobSpec) -> dict[str, Any]:
         "transfer": [of(address) for address in models.transfer],
         "oracle": of(models.oracle) if models.oracle else "",
         **({"guidance_decoder": of(models.guidance_decoder)} if models.guidance_decoder else {}),
+        # A checker's weights are in the digest of its pipeline.
+        **({"safety_checker": "off"} if models.safety_checker == "off" else {}),
     }
     if models.judge is None:
         # No key either: plans without a judge keep the digest that they had before there were judges.

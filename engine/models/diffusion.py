@@ -21,6 +21,7 @@ from engine.models.runtime import (
     loading,
     xformers_problem,
 )
+from engine.models.safety import SafetyChecker
 from engine.models.unclip import EmbeddingNoiser
 from engine.sampling.denoiser import ClassifierFreeDenoiser, Condition
 from engine.sampling.schedulers import Sampler
@@ -36,6 +37,7 @@ class Diffusion:
     Attributes:
         latent_shape: (C, H, W) of a sample's latents.
         noiser: what prepares the image embeddings of a Stable unCLIP pipeline; None for others.
+        safety_checker: flags images; None where the pipeline has none, or it is not wanted.
         hardware: where and how it runs.
     """
 
@@ -49,6 +51,7 @@ class Diffusion:
         scheduler: dict[str, Any],
         hardware: Hardware,
         noiser: EmbeddingNoiser | None = None,
+        safety_checker: SafetyChecker | None = None,
     ) -> None:
         self._unet = frozen(unet, hardware.device)
         self._text_encoder = frozen(text_encoder, hardware.device)
@@ -57,6 +60,7 @@ class Diffusion:
         self._scheduler = scheduler
         self._embeddings: dict[str, Tensor] = {}
         self.noiser = noiser
+        self.safety_checker = safety_checker
         self.hardware = hardware
         self._layout = torch.channels_last if hardware.channels_last else torch.contiguous_format
         size = unet.config.sample_size
@@ -65,8 +69,11 @@ class Diffusion:
         self._configure()
 
     @classmethod
-    def load(cls, address: str, hardware: Hardware) -> Diffusion:
+    def load(cls, address: str, hardware: Hardware, *, checks_safety: bool = True) -> Diffusion:
         """Load a diffusers pipeline folder, `zoo:` part or hub id; safetensors only.
+
+        Args:
+            checks_safety: load the pipeline's safety checker, too, where it has one.
 
         Raises:
             JobError: it cannot be loaded, or is neither a Stable Diffusion nor a Stable unCLIP pipeline.
@@ -90,6 +97,7 @@ class Diffusion:
                 scheduler=read_config(folder / "scheduler" / "scheduler_config.json"),
                 hardware=hardware,
                 noiser=EmbeddingNoiser.load(folder, hardware.device) if is_unclip(folder) else None,
+                safety_checker=SafetyChecker.load(folder, hardware) if checks_safety else None,
             )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +16,11 @@ Program = Literal["plain", "naive", "engine", "parts"]
 ALPHA = {"norm": 0.05, "paper": 0.1}
 RISKY_SCALE, RISKY_WEIGHT = 10.0, 1e-4
 PROMPT = {"boundary": "prompt", "risky": "prompt-unclip"}
+DIVIDED = "workers"
+AS_WORKERS = (
+    *("prompt", "naive-kldb-norm", "naive-kldb-paper-unet", "kldb-polyak", "kldb-norm", "kldb-paper-unet"),
+    *("prompt-unclip", "naive-risky", "risky-paper", "risky-polyak"),
+)
 PLAIN = {"boundary": "plain-diffusers", "risky": "plain-diffusers-unclip"}
 
 
@@ -28,6 +34,7 @@ class Arm:
         runtime: of the job, where it is not the machine's default.
         tiny: whether guidance looks through the tiny autoencoder.
         twin: the engine's arm with the same step rule, for a naive one.
+        is_divided: whether every core makes a part of the samples, in a process of its own with one thread.
     """
 
     name: str
@@ -37,11 +44,13 @@ class Arm:
     runtime: dict[str, Any] = field(default_factory=dict)
     tiny: bool = False
     twin: str = ""
+    is_divided: bool = False
 
     @property
     def group(self) -> tuple[str, ...]:
         """Arms for which this is equal share loaded models, and are timed in turns."""
-        return self.family, *(f"{key}={value}" for key, value in self.runtime.items()), *["tiny"] * self.tiny
+        runtime = [f"{key}={value}" for key, value in self.runtime.items()]
+        return self.family, *runtime, *["tiny"] * self.tiny, *[DIVIDED] * self.is_divided
 
     @property
     def reference(self) -> str:
@@ -58,8 +67,15 @@ class Arm:
 def arms_of(setting: Setting) -> list[Arm]:
     """All arms of a size, group by group, those of the machine's default runtime first."""
     arms = [*(_boundary_arms() if setting.diffusion else []), *(_risky_arms() if setting.unclip else [])]
+    arms += [divided(arm) for arm in arms if arm.name in AS_WORKERS]
     groups = list(dict.fromkeys(arm.group for arm in sorted(arms, key=lambda arm: bool(arm.runtime) or arm.tiny)))
     return sorted(arms, key=lambda arm: groups.index(arm.group))
+
+
+def divided(arm: Arm) -> Arm:
+    """The arm as workers on a CPU make it."""
+    twin = f"{arm.twin}@{DIVIDED}" if arm.twin else ""
+    return dataclasses.replace(arm, name=f"{arm.name}@{DIVIDED}", twin=twin, is_divided=True)
 
 
 def _boundary_arms() -> list[Arm]:

@@ -1,0 +1,50 @@
+"""The safety checker that comes with a Stable Diffusion pipeline: which images its publisher does not let through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from engine.models.addresses import read_config
+from engine.models.runtime import Hardware, frozen
+
+CHECKER, FEATURES = "safety_checker", "feature_extractor"
+
+
+class SafetyChecker:
+    """A `StableDiffusionSafetyChecker` and its preprocessing.
+
+    diffusers' pipeline blackens what it flags, which would pass for a failure of the target; here flagged samples fail.
+    """
+
+    def __init__(self, model: Any, processor: Any, hardware: Hardware) -> None:
+        self._model = frozen(model, hardware.device)
+        self._processor = processor
+
+    @classmethod
+    def load(cls, folder: Path, hardware: Hardware) -> SafetyChecker | None:
+        """The checker of a pipeline's folder; None where the pipeline names none."""
+        _, kind = read_config(folder / "model_index.json").get(CHECKER) or (None, None)
+        if kind is None:
+            return None
+        from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+        from transformers.models.clip.image_processing_clip import CLIPImageProcessor
+
+        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+        dtype = getattr(torch, hardware.dtype)
+        model = StableDiffusionSafetyChecker.from_pretrained(folder / CHECKER, dtype=dtype, **options)
+        return cls(model, CLIPImageProcessor.from_pretrained(folder / FEATURES, local_files_only=True), hardware)
+
+    @torch.no_grad()
+    def flags(self, images: Sequence[PIL.Image.Image]) -> list[bool]:
+        """Whether each image is flagged, [B]."""
+        pixels = self._processor(list(images), return_tensors="pt").pixel_values
+        # The model blackens the array that it is given: it gets one of no worth.
+        spare = np.zeros((len(images), 1, 1, 3))
+        _, flagged = self._model(clip_input=pixels.to(self._model.device, self._model.dtype), images=spare)
+        return [bool(one) for one in flagged]

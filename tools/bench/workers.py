@@ -1,0 +1,77 @@
+"""The engine as it runs on a CPU: a process for every core, of one thread each, like its workers."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from bench.arms import Arm
+from bench.measure import make
+from bench.programs import Bench
+from bench.sizes import Setting
+from engine.worker import quiet_libraries
+
+
+class Workers:
+    """Processes that make the samples of a group of arms, each its part. A context manager.
+
+    Args:
+        setting: the models and the samples.
+        arms: of one group.
+        num_processes: how many.
+        num_each: samples of each.
+    """
+
+    def __init__(self, setting: Setting, arms: Sequence[Arm], *, num_processes: int, num_each: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._lines: list[Connection] = []
+        self._processes: list[Any] = []
+        for number in range(num_processes):
+            ours, theirs = context.Pipe()
+            place = number * num_each, num_processes * num_each
+            process = context.Process(target=_serve, args=(theirs, setting, list(arms), num_each, *place), daemon=True)
+            process.start()
+            # Only the process holds its end now: when it dies, we hear of it.
+            theirs.close()
+            self._lines.append(ours)
+            self._processes.append(process)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for line in self._lines:
+            line.close()
+        for process in self._processes:
+            process.join()
+
+    def make(self, arm: Arm, num_samples: int, batch_size: int) -> None:
+        """Let every process make its first samples of an arm; returns when all have.
+
+        Raises:
+            EOFError: a process has died; its traceback is on the terminal.
+        """
+        for line in self._lines:
+            line.send((arm.name, num_samples, batch_size))
+        for line in self._lines:
+            line.recv()
+
+
+def _serve(line: Connection, setting: Setting, arms: list[Arm], num_each: int, start: int, total: int) -> None:
+    """A process: hold the models, make what is asked for until nobody asks."""
+    torch.set_num_threads(1)
+    quiet_libraries()
+    bench = Bench(setting, arms, device="cpu", num_samples=total)
+    batch = bench.batch(total).part(start, start + num_each)
+    by_name = {arm.name: arm for arm in arms}
+    while True:
+        try:
+            name, num_samples, batch_size = line.recv()
+        except EOFError:
+            return
+        make(bench, by_name[name], batch.part(0, num_samples), batch_size)
+        line.send(True)
