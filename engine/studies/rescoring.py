@@ -342,8 +342,8 @@ def _scored(waiting: list[Sample], job: JobSpec, plan: Plan, number: int, scorin
 
 
 def _kept(row: Row) -> Row:
-    """What a row without an image keeps beside its identity: how it was sampled."""
-    names = ("class_name", "class_index", "screened", "guided_steps", "zero_gradients", "nonfinite_gradients")
+    """What a row without an image keeps: how it was sampled, and the names of classes, which no stored plan has."""
+    names = ("class_name", "class_index", "prompt", "screened", "guided_steps", "zero_gradients", "nonfinite_gradients")
     return {name: row[name] for name in (*names, *RUN_FIELDS)}
 
 
