@@ -599,8 +599,11 @@ def compare(
         float, typer.Option(metavar="P", help="Of the intervals; one less it is the level of all tests together.")
     ] = 0.95,
     by: Annotated[
-        list[Literal["request", "class", "context"]] | None,
-        typer.Option(help="Compare at these levels only; repeatable. Fewer tests find smaller differences."),
+        list[str] | None,
+        typer.Option(
+            metavar="[request|class|context]",
+            help="Compare at these levels only; repeatable. Fewer tests find smaller differences.",
+        ),
     ] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as Markdown, too.")] = None,
     as_json: JsonOption = False,
@@ -623,7 +626,7 @@ def compare(
         "error_rate": max_error_increase, "valid_failures": max_valid_failure_increase, "risk": max_risk_increase,
     }  # fmt: skip
     limits = Limits(increases={key: one for key, one in increases.items() if one is not None}, fail_on=fail_on)
-    check_limits(limits, confidence)
+    check_limits(limits, confidence, by or ())
     if pin is not None:
         if len(runs) != 1 or baseline is not None:
             raise JobError("--pin: takes one run and compares nothing; leave the other one out")

@@ -71,9 +71,10 @@ def stored(
     """
     encoders = [partial(encode, one, image_format, provenance=provenance) for one in pixels]
     if image_format in LOSSLESS:
-        return list(encoders), [PIL.Image.fromarray(one) for one in pixels]
-    files = [encoder() for encoder in encoders]
-    return [partial(bytes, file) for file in files], [decode(file) for file in files]
+        later: list[Callable[[], bytes]] = [partial(encode, one, image_format, provenance=provenance) for one in pixels]
+        return later, [PIL.Image.fromarray(one) for one in pixels]
+    done = [encode(one, image_format, provenance=provenance) for one in pixels]
+    return [partial(bytes, file) for file in done], [decode(file) for file in done]
 
 
 def decode(data: bytes) -> PIL.Image.Image:

@@ -290,7 +290,7 @@ def target_labels(job: JobSpec) -> list[str]:
 
 
 def describe_models(job: JobSpec, digests: dict[str, Any], labels: list[str]) -> dict[str, Any]:
-    """Address, digest and licence of every model by role; of the target its labels too, as class indices mean these."""
+    """Address, digest, licence of every model by role; of the target its labels too, which class indices refer to."""
     models = job.models
 
     def about(address: str, digest: str) -> dict[str, Any]:

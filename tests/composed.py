@@ -96,7 +96,7 @@ class ComposedWorker(Worker):
         super().__init__(job, plan, name="composed", load=lambda job, plan: ComposedGenerator(job))
 
 
-def composed_job(output: Path, *, count: int, store_rejected: bool = True, **changes: Any) -> JobSpec:
+def composed_job(folder: Path, *, count: int, store_rejected: bool = True, **changes: Any) -> JobSpec:
     """A plain request over what the target knows, and one over its holes too that keeps its errors."""
     raw: dict[str, Any] = {
         "name": "composed",
@@ -118,7 +118,7 @@ def composed_job(output: Path, *, count: int, store_rejected: bool = True, **cha
                 "max_attempts": "1x",
             },
         ],
-        "output": {"uri": str(output), "samples_per_shard": 256, "store_rejected": store_rejected},
+        "output": {"uri": str(folder), "samples_per_shard": 256, "store_rejected": store_rejected},
         "runtime": {"device": "cpu"},
     }
     return parse_job(raw | changes)

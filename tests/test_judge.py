@@ -104,7 +104,8 @@ def test_manifest_card_report_and_table_tell_of_the_judge(finished: tuple[Store,
     rows = pq.read_table(store.path("metadata.parquet")).to_pylist()
     mean = sum(row["judge"][0]["conformity"] for row in rows) / len(rows)
     manifest = json.loads(store.read("manifest.json"))
-    assert manifest["models"]["judge"] == {"address": judge, "digest": model_digests(job)["judge"]}
+    about = {"address": judge, "digest": model_digests(job)["judge"], "license": "unknown"}
+    assert manifest["models"]["judge"] == about
     assert manifest["summary"][0]["judge_conformity"] == pytest.approx(mean)
     card, report = store.read("README.md").decode(), store.read("report.html").decode()
     assert "judge's conformity |" in card and f"| {mean:.3g} |" in card
@@ -148,7 +149,9 @@ def test_scoring_again_wants_the_models_of_the_run(finished: tuple[Store, JobSpe
 
 def test_without_a_judge_the_list_is_empty_and_the_digest_is_old(tmp_path: Path) -> None:
     """Every run has the column; a plan from before there were judges, its digest noted then, is still the same plan."""
-    plan = cases.make_plan(cases.make_job(tmp_path))
+    # Nor did images say that they are synthetic.
+    output = {"uri": str(tmp_path), "samples_per_shard": 4, "provenance": False}
+    plan = cases.make_plan(cases.make_job(tmp_path, output=output))
     assert plan.digest == "d35004976fc31d7493d6bf266ef00059"
     assert cases.make_result(plan.requests[0].sample(0)).record["judge"] == []
     assert list(DETERMINISTIC_FIELDS)[-1] == "judge"

@@ -28,8 +28,9 @@ CONTEXTS = ("", "red | <b>`ink`</b>")
 
 
 def text(values) -> np.ndarray:
+    values = list(values)
     column = np.empty(len(values), dtype=object)
-    column[:] = list(values)
+    column[:] = values
     return column
 
 
@@ -88,14 +89,14 @@ def significant(comparison) -> list[tuple[str, str, str]]:
 def test_false_alarms_are_as_rare_as_promised(monkeypatch, is_paired):
     """Two runs of one population: over all their tests together, about the level; never far more, and not never."""
     monkeypatch.setattr(differences, "RESAMPLES", (9, 9))
-    rng, num_runs, alarms = np.random.default_rng(1), 250, 0
+    rng, num_runs, alarms = np.random.default_rng(1), 100, 0
     for _ in range(num_runs):
-        noise = rng.normal(size=120) if is_paired else None
-        old, new = (make_night(rng, seed=0 if is_paired else seed, noise=noise) for seed in (0, 1))
-        comparison = compare_nights(old, new)
+        noise = rng.normal(size=60) if is_paired else None
+        old, new = (make_night(rng, seed=0 if is_paired else seed, noise=noise, requests=("panel",)) for seed in (0, 1))
+        comparison = compare_nights(old, new, levels=("request", "class"))
         assert all(bool(row.num_pairs) == is_paired for row in comparison.rows)
         alarms += bool(significant(comparison))
-    assert 2 <= alarms <= num_runs * (0.05 + 3 * (0.05 * 0.95 / num_runs) ** 0.5), alarms
+    assert 1 <= alarms <= num_runs * (0.05 + 3 * (0.05 * 0.95 / num_runs) ** 0.5), alarms
 
 
 def test_a_planted_difference_is_found_where_it_is():
@@ -113,7 +114,7 @@ def test_pairs_find_what_groups_do_not(monkeypatch):
     """The same small shift: noise that both runs share is taken out by pairing."""
     monkeypatch.setattr(differences, "RESAMPLES", (9, 9))
     rng, paired, unpaired = np.random.default_rng(3), 0, 0
-    for _ in range(20):
+    for _ in range(8):
         noise = rng.normal(size=120)
         old, new = make_night(rng, noise=noise), make_night(rng, noise=noise, shift=0.2)
         paired += len(significant(compare_nights(old, new)))

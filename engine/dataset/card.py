@@ -151,6 +151,8 @@ def _requests(job: JobSpec) -> str:
             f"{_amount(request)}; contexts: {len(request.contexts)}.",
             f"  - sampling: {_parameters(job.sampling_of(request).model_dump())}",
         ]
+        if request.fresh:
+            lines.append(f"  - fresh: the seeds are those of {code(str(request.fresh), table=False)} alone")
         if request.conditioning:
             lines.append(f"  - conditioning: {_conditioning(request.conditioning)}")
         if request.prompt:

@@ -41,7 +41,7 @@ def night_table(comparison: NightComparison) -> Table:
     for name in ("request", "class or context", "samples", *map(metric_name, metrics), "new", "mended"):
         table.add_column(name, justify="left" if name in ("request", "class or context") else "right")
     for row in rows:
-        cells = [_cell(comparison, row, metric) for metric in metrics]
+        cells = [_cell(comparison, row, metric).replace(" (", "\n(") for metric in metrics]
         table.add_row(Text(row.request), Text(_group(row)), _samples(row), *cells, *_counts(row))
     return table
 
@@ -174,6 +174,8 @@ def _cell(comparison: NightComparison, row: Compared, metric: str) -> str:
 
 def _difference(metric: str, found: Difference) -> str:
     change = found.change
+    if change.is_degenerate:
+        return f"{found.old:.3g} -> {found.new:.3g}"
     if metric in SHARES:
         low, high = (round(100 * one) + 0 for one in (change.low, change.high))
         return f"{found.old:.1%} -> {found.new:.1%} ({low:+d} to {high:+d})"

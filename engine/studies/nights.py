@@ -430,8 +430,8 @@ class Limits:
     fail_on: str = "never"
 
 
-def check_limits(limits: Limits, confidence: float) -> None:
-    """Refuse numbers that mean nothing.
+def check_limits(limits: Limits, confidence: float, levels: Sequence[str] = ()) -> None:
+    """Refuse numbers and levels that mean nothing.
 
     Raises:
         JobError: with all of them.
@@ -443,6 +443,7 @@ def check_limits(limits: Limits, confidence: float) -> None:
     ]
     if not 0.5 <= confidence < 1:
         problems.append(f"--confidence: {confidence} is not between 0.5 and 1, such as 0.95")
+    problems += [f"--by: {one!r} is not one of {', '.join(LEVELS)}" for one in levels if one not in LEVELS]
     if problems:
         raise JobError(problems)
 
@@ -556,21 +557,17 @@ def read_baseline(path: Path) -> Night:
 
 
 def _unpinned(document: dict[str, Any]) -> Night:
-    texts = {name: _unpacked(document[name]) for name in _TEXT_COLUMNS}
-    numbers = {name: np.array(document[name], dtype=float) for name in _NUMBER_COLUMNS}
-    night = Night(
+    columns: dict[str, Any] = {name: _unpacked(document[name]) for name in _TEXT_COLUMNS}
+    columns |= {name: np.array(document[name], dtype=float) for name in (*_NUMBER_COLUMNS, "valid")}
+    columns |= {"seeds": np.array(document["seeds"], dtype=np.int64)}
+    columns |= {"is_error": np.array(document["is_error"], dtype=bool)}
+    if len({column.shape for column in columns.values()}) != 1 or columns["seeds"].ndim != 1:
+        raise ValueError("its columns have different lengths")
+    return Night(
         address=str(document["address"]),
         name=str(document["name"]),
         target={key: str(document["target"][key]) for key in ("address", "digest")},
         labels=tuple(map(str, document["labels"])),
         methods={str(name): str(method) for name, method in document["methods"].items()},
-        seeds=np.array(document["seeds"], dtype=np.int64),
-        is_error=np.array(document["is_error"], dtype=bool),
-        valid=np.array(document["valid"], dtype=float),
-        **texts,
-        **numbers,
+        **columns,
     )
-    columns = (*texts.values(), *numbers.values(), night.seeds, night.is_error, night.valid)
-    if len({column.shape for column in columns}) != 1 or night.seeds.ndim != 1:
-        raise ValueError("its columns have different lengths")
-    return night

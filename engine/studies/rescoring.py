@@ -45,6 +45,8 @@ BATCH = 64
 DIGEST_CHARS = 8
 
 Row = dict[str, Any]
+# What was asked for, the image's file (empty where none is stored), and the row of the run.
+Sample = tuple[SampleSpec, bytes, Row]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,28 +105,27 @@ class _Scoring:
             self._loaded = Classifier.load(self._models.target, device), transfer, oracle
         return self._loaded
 
-    def records(self, specs: Sequence[SampleSpec], images: Sequence[bytes], stored: Sequence[Row]) -> list[Row]:
-        """The stored records with everything new that the classifiers decide."""
+    def records(self, samples: Sequence[Sample]) -> list[Row]:
+        """The stored rows of samples with an image, with everything new that the classifiers decide."""
         import torch
 
         from engine.imaging import decode
         from engine.scoring import target_fields, transfer_entry
 
         target, transfer, oracle = self._load()
-        pictures = [decode(data) for data in images]
-        labels = torch.tensor([row["class_index"] for row in stored])
-        cells = [spec.cell for spec in specs]
-        records = [row | new for row, new in zip(stored, target_fields(target, cells, pictures, labels), strict=True)]
+        images = [decode(image) for _, image, _ in samples]
+        labels = torch.tensor([row["class_index"] for _, _, row in samples])
+        fields = target_fields(target, [spec.cell for spec, _, _ in samples], images, labels)
+        rows = [row | new for (_, _, row), new in zip(samples, fields, strict=True)]
         if transfer:
-            scored = [(model.name, model.score(pictures)) for model in transfer]
-            for place, record in enumerate(records):
-                label = int(labels[place])
-                record["transfer"] = [transfer_entry(name, logits[place], label) for name, logits in scored]
+            scored = [(model.name, model.score(images)) for model in transfer]
+            for place, row in enumerate(rows):
+                row["transfer"] = [transfer_entry(name, logits[place], int(labels[place])) for name, logits in scored]
         if oracle:
-            for record, seen in zip(records, oracle.score(pictures).argmax(1).tolist(), strict=True):
-                record["oracle_class"] = seen
+            for row, seen in zip(rows, oracle.score(images).argmax(1).tolist(), strict=True):
+                row["oracle_class"] = seen
         self.num_scored += len(images)
-        return records
+        return rows
 
 
 def rescore_run(
@@ -308,7 +309,7 @@ def _new_rows(store: Store, job: JobSpec, plan: Plan, number: int, scoring: _Sco
     stem = store.path(f"{SHARDS}/{shard_name(job.name, number)}")
     images = read_shard(stem.with_name(f"{stem.name}.tar"))
     specs = {spec.key: spec for spec in plan.samples(plan.shard(number))}
-    waiting: list[tuple[SampleSpec, bytes, Row]] = []
+    waiting: list[Sample] = []
     for row in read_rows(stem.with_name(f"{stem.name}.parquet")):
         spec, image = specs.get(row["key"]), b""
         if spec is None:
@@ -324,15 +325,11 @@ def _new_rows(store: Store, job: JobSpec, plan: Plan, number: int, scoring: _Sco
     yield from _scored(waiting, job, plan, number, scoring)
 
 
-def _scored(
-    waiting: list[tuple[SampleSpec, bytes, Row]], job: JobSpec, plan: Plan, number: int, scoring: _Scoring
-) -> Iterator[Row]:
+def _scored(waiting: list[Sample], job: JobSpec, plan: Plan, number: int, scoring: _Scoring) -> Iterator[Row]:
     """New rows of some samples: scored by batches, those without an image as they are."""
     rule = job.requests[plan.shard(number).request].accept
     with_image = [one for one in waiting if one[1]]
-    made = iter(
-        scoring.records(*(list(part) for part in zip(*with_image, strict=True))) if with_image else []  # type: ignore[arg-type]
-    )
+    made = iter(scoring.records(with_image) if with_image else ())
     for spec, image, row in waiting:
         if image:
             record = next(made)
@@ -345,8 +342,8 @@ def _scored(
 
 
 def _kept(row: Row) -> Row:
-    """What a row without an image keeps beside its identity: how it was sampled."""
-    names = ("class_name", "class_index", "screened", "guided_steps", "zero_gradients", "nonfinite_gradients")
+    """What a row without an image keeps: how it was sampled, and the names of classes, which no stored plan has."""
+    names = ("class_name", "class_index", "prompt", "screened", "guided_steps", "zero_gradients", "nonfinite_gradients")
     return {name: row[name] for name in (*names, *RUN_FIELDS)}
 
 
