@@ -69,7 +69,6 @@ def stored(
 
     A lossless format gives back its pixels, so that nobody needs to wait for the files; JPEG must be encoded first.
     """
-    encoders = [partial(encode, one, image_format, provenance=provenance) for one in pixels]
     if image_format in LOSSLESS:
         later: list[Callable[[], bytes]] = [partial(encode, one, image_format, provenance=provenance) for one in pixels]
         return later, [PIL.Image.fromarray(one) for one in pixels]
