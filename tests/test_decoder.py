@@ -74,7 +74,7 @@ def test_it_is_part_of_the_plan_and_of_the_record():
     assert digests["guidance_decoder"] == model_digest(TINY) == plans[0].identity["models"]["guidance_decoder"]
     assert "guidance_decoder" not in plans[1].identity["models"] and plans[0].digest != plans[1].digest
     described = describe_models(job, digests | {"conditioning": {}}, labels)
-    assert described["guidance_decoder"] == {"address": TINY, "digest": model_digest(TINY)}
+    assert described["guidance_decoder"].items() >= {"address": TINY, "digest": model_digest(TINY)}.items()
 
 
 @pytest.mark.parametrize(

@@ -325,6 +325,17 @@ def test_a_bent_tar_gives_samples_findings_or_an_error_of_ours(home: Path, data:
     assert not [one for one in home.iterdir() if one.name != "job.yaml"]
 
 
+def same_shard(before: bytes, after: bytes) -> bool:
+    """Whether two commit records tell the same of a shard, if not of its making."""
+    try:
+        first, second = (json.loads(one.decode(errors="replace")) for one in (before, after))
+        return first.keys() == second.keys() and all(
+            first[name] == second[name] for name in first if name not in ("worker", "attempt", "timing")
+        )
+    except (ValueError, AttributeError):
+        return False
+
+
 @given(
     data=bent_tars(),
     place=st.sampled_from(["tar", "parquet", "record", "plan"]),
@@ -333,7 +344,10 @@ def test_a_bent_tar_gives_samples_findings_or_an_error_of_ours(home: Path, data:
 )
 @fuzz(60)
 def test_verify_finds_whatever_is_broken(whole: Path, data: bytes, place: str, at: int, by: int) -> None:
-    """A foreign or bent tar, and a changed byte in any file of the run: findings, or an error of ours."""
+    """A foreign or bent tar, and a changed byte in any file of the run: findings, or an error of ours.
+
+    Of a record, what it tells of the making (worker, times) can be checked against nothing.
+    """
     files = {
         "tar": whole / "shards/sleepy-000001.tar",
         "parquet": whole / "shards/sleepy-000001.parquet",
@@ -345,6 +359,8 @@ def test_verify_finds_whatever_is_broken(whole: Path, data: bytes, place: str, a
     bent[at % len(bent)] ^= by
     try:
         path.write_bytes(data if place == "tar" else bytes(bent))
+        if place == "record" and same_shard(before, bytes(bent)):
+            return
         if place != "plan":
             assert {one.shard for one in verify(open_store(str(whole))).damage} == {1}
             return

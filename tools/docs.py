@@ -42,6 +42,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
 PATTERNS = {
     TypeAdapter(spec.Name).json_schema()["pattern"]: "of a-z, 0-9 and inner hyphens",
     TypeAdapter(spec.Method).json_schema()["pattern"]: "`package.module:factory`",
+    TypeAdapter(spec.Date).json_schema()["pattern"]: "a date such as `2026-11-21`",
     TypeAdapter(spec.Factor).json_schema()["pattern"]: "a multiple such as `4x`",
     "^(auto|cpu|cuda)$": "`auto`, `cpu`, `cuda`",
 }

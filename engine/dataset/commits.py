@@ -402,6 +402,9 @@ def _parse(where: str, text: str) -> CommitRecord:
         raw = json.loads(text)
         if raw.pop("record_version") != RECORD_VERSION:
             raise ValueError("of another version")
-        return CommitRecord(**raw | {"counts": ShardCounts(**raw["counts"])})
+        counts = ShardCounts(**raw["counts"])
+        # Class codes and counts that have no name are not ours.
+        record_name(0, counts)
+        return CommitRecord(**raw | {"counts": counts})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CorruptShardError(f"{where}: not a commit record ({error}); remove it to make the shard again") from error

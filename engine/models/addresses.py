@@ -62,7 +62,7 @@ def locate(address: str) -> Source:
         if folder.is_file():
             raise JobError(f"'{address}' is a file; give the folder of the model")
     except (OSError, RuntimeError, ValueError) as error:
-        raise JobError(f"'{address}' cannot be looked at ({error})") from None
+        raise JobError(f"'{address}' cannot be looked at ({getattr(error, 'strerror', None) or error})") from None
     if not _HUB_ID.fullmatch(address):
         raise JobError(f"'{address}' is neither a folder nor a hub id (owner/name) nor a zoo part (zoo:NAME/PART)")
     return Source(address, _cached_snapshot(address), is_hub=True)
@@ -379,7 +379,7 @@ def find_artefact(address: str) -> Path | None:
             return folder
         found = sorted(one.parent for one in folder.glob(f"conditioning-*/{ARTEFACT_DOCUMENT}"))
     except (OSError, RuntimeError, ValueError) as error:
-        raise JobError(f"'{address}' cannot be looked at ({error})") from None
+        raise JobError(f"'{address}' cannot be looked at ({getattr(error, 'strerror', None) or error})") from None
     if len(found) > 1:
         raise JobError(f"'{address}' holds {len(found)} artefacts; name one of {', '.join(one.name for one in found)}")
     return found[0] if found else None
