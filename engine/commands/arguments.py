@@ -1,0 +1,67 @@
+"""Arguments and options that several commands have, and what they stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from engine.executors.base import Executor
+    from engine.spec import JobSpec
+
+JobArgument = Annotated[Path, typer.Argument(metavar="JOB", help="Job file in YAML.", show_default=False)]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="K=V", help="Replace a value of the job, such as requests.0.count=6; repeatable."),
+]
+OutputOption = Annotated[str | None, typer.Option(metavar="URI", help="Folder of the run; replaces output.uri.")]
+AddressOption = Annotated[
+    str | None, typer.Option(metavar="A", help="Running Ray cluster: `auto` or HOST:PORT. Default: start one here.")
+]
+WorkersOption = Annotated[int | None, typer.Option(metavar="N", help="Workers; replaces runtime.workers.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
+ExecutorOption = Annotated[Literal["ray", "local"], typer.Option(help="Ray actors, or threads of this process.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def load_job(
+    path: Path,
+    sets: list[str] | None,
+    *,
+    output: str | None = None,
+    workers: int | None = None,
+    continues: bool = True,
+) -> JobSpec:
+    """The job of a file with the overrides of the command line.
+
+    Raises:
+        JobError: the file cannot be read, or is not valid.
+    """
+    from engine.jobfile import parse_override, read_job
+
+    overrides = [parse_override(text) for text in sets or ()]
+    overrides += [("output.uri", output)] if output is not None else []
+    overrides += [("runtime.workers", workers)] if workers is not None else []
+    return read_job(path, overrides, continues=continues)
+
+
+def make_executor(kind: str, job: JobSpec, address: str | None) -> Executor:
+    """The executor `ray` or `local`, on hardware that is there.
+
+    Raises:
+        JobError: the device of the job is not.
+    """
+    from engine.run import check_hardware
+
+    workers = None if job.runtime.workers == "auto" else job.runtime.workers
+    if kind == "local":
+        check_hardware(job, is_here=True)
+        from engine.executors.local import LocalExecutor
+
+        return LocalExecutor(workers or 1)
+    check_hardware(job, is_here=address is None)
+    from engine.executors.ray import RayExecutor
+
+    return RayExecutor(address=address, num_workers=workers, device=job.runtime.device)

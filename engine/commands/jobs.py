@@ -1,0 +1,280 @@
+"""Commands about a job before it runs: its cost, its conditioning, its schema."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from engine.commands.arguments import (
+    AddressOption,
+    JobArgument,
+    JsonOption,
+    SetOption,
+    WorkersOption,
+    load_job,
+    make_executor,
+)
+from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json, print_some
+from engine.errors import EXIT_DRAINED, JobError
+from engine.terminal import show as print
+
+if TYPE_CHECKING:
+    from engine.artefact import Conditioning
+    from engine.conditioning.evaluation import Quality
+    from engine.cost import Cost, RequestCost
+    from engine.plan import Plan
+    from engine.prepare import Prepared
+    from engine.spec import JobSpec
+
+
+def plan(
+    job: JobArgument,
+    validate: Annotated[bool, typer.Option("--validate", help="Only check the job.")] = False,
+    as_json: JsonOption = False,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure a batch of every request here.")] = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option(metavar="X", min=0, help="Price of a device for an hour; with --calibrate.")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Show what a job will make and cost, without making it."""
+    if validate and calibrate:
+        raise JobError("--calibrate: makes samples, and --validate only checks; leave one of the two out")
+    if price_per_hour is not None and not calibrate:
+        raise JobError("--price-per-hour: needs the hours of a measurement; add --calibrate")
+    spec = load_job(job, set_)
+    if validate:
+        _validate(job, spec, as_json)
+        return
+    from engine.cost import job_cost
+    from engine.run import plan_job
+
+    try:
+        planned = plan_job(spec, make_display()) if calibrate else plan_job(spec)
+        cost = job_cost(spec, planned, _measure(spec, planned) if calibrate else None)
+    except KeyboardInterrupt:
+        complain("stopped; nothing is stored")
+        raise typer.Exit(EXIT_DRAINED) from None
+    if as_json:
+        print_json(_cost_fields(spec, cost, price_per_hour))
+    else:
+        _print_cost(spec, cost, price_per_hour)
+
+
+def prepare(
+    job: JobArgument,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH",
+            help="Labelled images: a folder with a folder for each class (by name or index), WebDataset tars, a run,"
+            " parquet, or a named set such as digits:validation.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where the artefact conditioning-DIGEST goes; by default OUTPUT-conditioning, beside the job's"
+            " output.uri.",
+        ),
+    ] = None,
+    components: Annotated[int, typer.Option(metavar="K", min=1, max=100, help="Gaussians of a class.")] = 1,
+    executor: Annotated[
+        Literal["auto", "ray", "local"],
+        typer.Option(
+            help="Ray actors, or this process alone; auto takes Ray for large sets, and with --workers or --address."
+        ),
+    ] = "auto",
+    address: AddressOption = None,
+    workers: WorkersOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Make class statistics, error predictor and calibration of the target from labelled images."""
+    is_divided = address is not None or workers is not None
+    if is_divided and executor == "local":
+        raise JobError("--address and --workers: are for --executor ray; leave them or `--executor local` out")
+    spec = load_job(job, set_, workers=workers)
+    from engine.run import check_hardware
+
+    check_hardware(spec, is_here=address is None)
+    from engine.prepare import prepare_conditioning
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        prepared = prepare_conditioning(
+            spec,
+            data,
+            display=make_display(),
+            folder=output,
+            components=components,
+            executor=None if executor == "local" else make_executor("ray", spec, address),
+            only_large=executor == "auto" and not is_divided,
+        )
+    except KeyboardInterrupt:
+        complain("stopped; nothing is stored, the same command begins again")
+        raise typer.Exit(EXIT_DRAINED) from None
+    _print_prepared(prepared)
+
+
+def schema() -> None:
+    """Print the JSON Schema of a job file."""
+    from engine.spec import job_schema
+
+    print_json(job_schema())
+
+
+def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
+    """Check all that can be checked without a model being loaded or fetched."""
+    from engine.dataset.store import open_store
+    from engine.models.addresses import check_addresses, missing_artefacts, read_labels
+    from engine.plan import resolve_requests
+    from engine.run import check_hardware
+
+    check_addresses(job)
+    check_hardware(job, is_here=False)
+    open_store(job.output.uri)
+    labels = read_labels(job.models.target)
+    if labels is not None:
+        resolve_requests(job, labels)
+    missing = missing_artefacts(job)
+    if as_json:
+        print_json({"valid": True, "classes_checked": labels is not None, "to_prepare": missing})
+        return
+    print(f"{path} is valid")
+    for line in missing:
+        print(f"to prepare before it runs: {line}")
+    if labels is None:
+        print(f"the classes are not checked: {job.models.target} is not on this machine yet")
+
+
+def _measure(job: JobSpec, planned: Plan) -> Any:
+    from engine.calibrate import measure
+
+    complain("measuring a batch of every request")
+    return measure(job, planned)
+
+
+def _cost_fields(job: JobSpec, cost: Cost, price_per_hour: float | None) -> dict[str, Any]:
+    import dataclasses
+
+    hours = cost.device_hours
+    return {
+        "name": job.name,
+        "shards": cost.num_shards,
+        "samples": cost.num_samples,
+        "bytes": cost.num_bytes,
+        "device": cost.device or None,
+        "load_seconds": cost.load_seconds if cost.device else None,
+        "device_hours": hours,
+        "price": None if hours is None or price_per_hour is None else hours * price_per_hour,
+        "requests": [
+            dataclasses.asdict(request) | {"hours_per_accepted": request.hours_per_accepted}
+            for request in cost.requests
+        ],
+    }
+
+
+def _print_cost(job: JobSpec, cost: Cost, price_per_hour: float | None) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from engine.progress import byte_size, duration
+
+    table = Table(box=box.SIMPLE_HEAD, show_footer=len(cost.requests) > 1)
+    hours = cost.device_hours
+    total_seconds = "" if hours is None else duration(sum(request.seconds or 0 for request in cost.requests))
+    footers = ("all", f"{cost.num_shards}", f"{cost.num_samples}", byte_size(cost.num_bytes), total_seconds)
+    for name, footer in zip(("request", "shards", "samples", "bytes", "one device"), footers, strict=True):
+        if name != "one device" or hours is not None:
+            table.add_column(name, footer, justify="left" if name == "request" else "right")
+    for request in cost.requests:
+        row = [str(request.num_shards), str(request.num_samples), byte_size(request.num_bytes)]
+        table.add_row(Text(request.name), *row, *([] if request.seconds is None else [duration(request.seconds)]))
+    make_console().print(table)
+    print(f"output: {job.output.uri}")
+    if hours is not None:
+        print(
+            f"measured on {cost.device}: {hours:.2g} device-hours, of which {cost.load_seconds:.0f} s load the models"
+        )
+        for request in cost.requests:
+            _print_yield(request)
+        if price_per_hour is not None:
+            print(f"price at {price_per_hour:g} an hour: {hours * price_per_hour:.2f}")
+
+
+def _print_yield(request: RequestCost) -> None:
+    """What an accepted sample costs, where there is a rule; of one batch, so roughly."""
+    if request.measured is None:
+        return
+    accepted, attempted = request.measured
+    cost = request.hours_per_accepted
+    text = "none, so what one costs is not known" if cost is None else f"{cost:.2g} device-hours for each"
+    print(f"{request.name}: {accepted} of {attempted} accepted in the measured batch: {text}")
+
+
+def _print_prepared(prepared: Prepared) -> None:
+    """What the images say, class by class and over all, and where it is stored."""
+    from engine.progress import duration
+
+    found = prepared.conditioning
+    num_images, num_errors, fit = sum(found.counts), sum(found.num_errors), found.temperature
+    _print_classes(found)
+    with_images = sum(count > 0 for count in found.counts)
+    print(f"images         {num_images} in {with_images} of {len(found.labels)} classes, from {prepared.source}")
+    print(f"statistics     {_statistics_text(found)}")
+    print(f"encoder        {prepared.encoder}")
+    print(f"unusable       {len(found.unusable)}")
+    print_some([f"{one.name}: {one.reason}" for one in found.unusable])
+    print(f"target errors  {num_errors} ({num_errors / num_images:.1%})")
+    print(f"predictor      {found.fit.verdict}")
+    if found.fit.evaluation is not None:
+        pooled, threshold = found.fit.evaluation.pooled, found.fit.evaluation.threshold
+        precision = "not defined (no alarm)" if pooled.precision is None else f"{pooled.precision:.2f}"
+        print(f"               precision {precision}, recall {pooled.recall:.2f} above a confidence of {threshold:g}")
+    fitted = f"fitted {fit.fitted:.4g}, NLL {fit.fitted_nll:.4f}"
+    print(f"temperature    {fit.current:.4g}, NLL {fit.current_nll:.4f}; {fitted}")
+    print(f"               {fit.verdict}")
+    print_some(found.notes())
+    there = "was there already, equal" if prepared.was_there else duration(prepared.seconds)
+    print(f"artefact       {prepared.path} ({there})")
+
+
+def _statistics_text(found: Conditioning) -> str:
+    components = found.options["statistics"]["components"]
+    return "one Gaussian a class" if components == 1 else f"a mixture of up to {components} Gaussians a class"
+
+
+def _print_classes(found: Conditioning) -> None:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    from engine.progress import ABSENT
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("class", "images", "errors", "error rate", "AUC of the predictor, held out"):
+        table.add_column(name, justify="left" if name == "class" else "right")
+    judged = {one.class_index: one for one in found.fit.evaluation.per_class} if found.fit.evaluation else {}
+    for index, (label, count, errors) in enumerate(zip(found.labels, found.counts, found.num_errors, strict=True)):
+        rate = f"{errors / count:.1%}" if count else ABSENT
+        if index < MAX_LISTED:
+            table.add_row(escape(label), str(count), str(errors), rate, _auc_text(judged.get(index)))
+    make_console().print(table)
+    if len(found.labels) > MAX_LISTED:
+        print(f"and {len(found.labels) - MAX_LISTED} more classes in conditioning.json")
+
+
+def _auc_text(quality: Quality | None) -> str:
+    from engine.progress import ABSENT
+
+    if quality is None:
+        return ABSENT
+    if quality.auc is None:
+        return f"too few ({quality.num_errors} errors, {quality.num_right} right)"
+    return f"{quality.auc:.2f} ({quality.auc_low:.2f} to {quality.auc_high:.2f})"

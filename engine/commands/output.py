@@ -1,0 +1,54 @@
+"""What commands print, and where. It is full of names and paths from outside, so all of it is escaped."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from engine.terminal import show as print
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from engine.progress import Display
+
+MAX_LISTED = 20
+
+
+def make_display() -> Display:
+    """Progress on stderr: live on a terminal, lines otherwise."""
+    from engine.progress import LiveDisplay, PlainDisplay
+
+    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        return LiveDisplay(make_console(stderr=True))
+    return PlainDisplay(sys.stderr)
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console; without a terminal, lines are as long as tables need."""
+    from engine.progress import TABLE_WIDTH
+    from engine.terminal import safe_console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return safe_console(stream, width=None if stream.isatty() else TABLE_WIDTH)
+
+
+def print_some(lines: list[str], where: str = "conditioning.json") -> None:
+    """The first lines of a list that may be long."""
+    for line in lines[:MAX_LISTED]:
+        print(f"  {line}")
+    if len(lines) > MAX_LISTED:
+        print(f"  and {len(lines) - MAX_LISTED} more in {where}")
+
+
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """A value as JSON on stdout."""
+    from engine.terminal import json_text
+
+    print(json_text(value, indent), flush=True)
+
+
+def complain(line: str) -> None:
+    """A line on stderr."""
+    print(line, file=sys.stderr)
