@@ -87,6 +87,9 @@ def main() -> None:
     except RiskforgeError as error:
         code = error.exit_code
         _print_error(error)
+    except KeyboardInterrupt:
+        # While the commands are still being built; later ones answer it themselves.
+        code = 128 + signal.SIGINT
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -613,9 +616,11 @@ def compare(
 
     from engine.studies.nights import (
         LEVELS,
+        PAGE_BEGINNING,
         Limits,
         breaches,
         check_limits,
+        check_replaces,
         compare_nights,
         open_nights,
         pin_night,
@@ -627,6 +632,8 @@ def compare(
     }  # fmt: skip
     limits = Limits(increases={key: one for key, one in increases.items() if one is not None}, fail_on=fail_on)
     check_limits(limits, confidence, by or ())
+    if markdown is not None:
+        check_replaces("--markdown", markdown, PAGE_BEGINNING)
     if pin is not None:
         if len(runs) != 1 or baseline is not None:
             raise JobError("--pin: takes one run and compares nothing; leave the other one out")
@@ -685,7 +692,9 @@ ClipOption = Annotated[
 MixOption = Annotated[
     str | None, typer.Option(metavar="DATA", help="Labelled images to mix in, as for prepare.", show_default=False)
 ]
-RatioOption = Annotated[float, typer.Option(metavar="X", help="Share of the images that is real, with --mix-real.")]
+RatioOption = Annotated[
+    float | None, typer.Option(metavar="X", help="Share of the images that is real, with --mix-real. Default: 0.5.")
+]
 RejectedOption = Annotated[bool, typer.Option("--with-rejected", help="Stored images of rejected samples, too.")]
 SurplusOption = Annotated[bool, typer.Option("--with-surplus", help="Accepted samples beyond their quota, too.")]
 TargetsOption = Annotated[
@@ -738,7 +747,7 @@ def merge(
     deduplicate: DeduplicateOption = None,
     clip: ClipOption = None,
     mix_real: MixOption = None,
-    real_ratio: RatioOption = 0.5,
+    real_ratio: RatioOption = None,
     with_rejected: RejectedOption = False,
     with_surplus: SurplusOption = False,
     allow_different_targets: TargetsOption = False,
@@ -757,7 +766,7 @@ def merge(
         deduplicate=deduplicate,
         clip=clip,
         real=mix_real,
-        real_ratio=real_ratio,
+        real_ratio=_real_ratio(real_ratio, mix_real),
         allow_different_targets=allow_different_targets,
     )
     _export(runs, options, as_json)
@@ -777,7 +786,7 @@ def export(
     deduplicate: DeduplicateOption = None,
     clip: ClipOption = None,
     mix_real: MixOption = None,
-    real_ratio: RatioOption = 0.5,
+    real_ratio: RatioOption = None,
     with_rejected: RejectedOption = False,
     with_surplus: SurplusOption = False,
     allow_different_targets: TargetsOption = False,
@@ -798,10 +807,18 @@ def export(
         deduplicate=deduplicate,
         clip=clip,
         real=mix_real,
-        real_ratio=real_ratio,
+        real_ratio=_real_ratio(real_ratio, mix_real),
         allow_different_targets=allow_different_targets,
     )
     _export(runs, options, as_json)
+
+
+def _real_ratio(given: float | None, mix_real: str | None) -> float:
+    from engine.dataset.export import DEFAULT_REAL_RATIO
+
+    if given is not None and mix_real is None:
+        raise JobError("--real-ratio: is for --mix-real; give both, or leave it out")
+    return DEFAULT_REAL_RATIO if given is None else given
 
 
 def _export(runs: list[str], options: ExportOptions, as_json: bool) -> None:
