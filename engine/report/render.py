@@ -19,7 +19,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from engine.dataset.state import MANIFEST, METADATA, REPORT
+from engine.dataset.state import MANIFEST, METADATA, REPORT, check_kind
 from engine.dataset.store import Store
 from engine.dataset.summary import summarise_table
 from engine.errors import CorruptShardError, JobError, OutputError
@@ -109,6 +109,7 @@ def write_report(
         OutputError: the run has no manifest or metadata yet, or the store refuses.
         CorruptShardError: one of the two cannot be read.
     """
+    check_kind(store, scores=True)
     for name in (MANIFEST, METADATA):
         if not store.exists(name):
             raise OutputError(f"output {store.uri}: has no {name}; finish the run first (`riskforge run`)")
