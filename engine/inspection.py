@@ -132,7 +132,7 @@ def _about(source: RunSource) -> dict[str, Any]:
         "digest": source.digest,
         "classes": len(source.labels),
         "shards": len(source.tars),
-        "disk_bytes": sum(_disk_bytes(root) for root in source.roots),
+        "disk_bytes": sum(_disk_bytes(root) for root in _outermost(source.roots)),
         "data_bytes": sum(path.stat().st_size for path in files),
         "models": {role: _without_labels(about) for role, about in models.items()},
     }
@@ -140,6 +140,11 @@ def _about(source: RunSource) -> dict[str, Any]:
 
 def _without_labels(about: Any) -> Any:
     return {name: value for name, value in about.items() if name != "labels"} if isinstance(about, dict) else about
+
+
+def _outermost(roots: tuple[Path, ...]) -> list[Path]:
+    """The folders that lie in none of the others, as scores made anew do in their run."""
+    return [root for root in roots if not any(root != one and root.is_relative_to(one) for one in roots)]
 
 
 def _disk_bytes(root: Path) -> int:

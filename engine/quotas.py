@@ -98,11 +98,6 @@ class Quotas:
         self._open = deque(order)
 
     @property
-    def has_any(self) -> bool:
-        """Whether the plan has quotas at all."""
-        return bool(self._cells)
-
-    @property
     def is_final(self) -> bool:
         """Whether no round will be added any more."""
         return not self._open

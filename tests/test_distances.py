@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
+from engine.studies import distances
 from engine.studies.distances import (
     frechet_distance,
     frechet_interval,
@@ -91,6 +94,18 @@ def test_precision_and_recall_tell_what_is_missing() -> None:
         np.concatenate([normal(100, 4, 3), normal(100, 4, 4, 30.0), normal(100, 4, 5, -40.0)]), real
     )
     assert spilled.precision.value < 0.75 and spilled.recall.value > 0.8
+
+
+def test_precision_and_recall_hold_a_block_of_distances_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never the whole matrix: of 2,000 images it has 32 MB, and of `--limit 100000` eighty gigabytes."""
+    x, y = normal(2000, 4, 0), normal(2000, 4, 1)
+    whole = precision_recall(x, y)
+    monkeypatch.setattr(distances, "_ROWS", 64)
+    tracemalloc.start()
+    found = precision_recall(x, y)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == whole and peak < 8 * 2**20
 
 
 def test_too_few_features_are_refused() -> None:

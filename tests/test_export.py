@@ -25,9 +25,11 @@ from hypothesis import strategies as st
 import engine
 from engine import cli, digits, imaging
 from engine.dataset import export as export_module
+from engine.dataset import shards
 from engine.dataset.deduplicate import near_duplicates
 from engine.dataset.export import ExportOptions, export
 from engine.dataset.formats import class_folders
+from engine.dataset.selection import SampleReader
 from engine.dataset.shards import inspect_pair, read_shard
 from engine.errors import CorruptShardError, JobError, OutputError, RiskforgeError
 from engine.images import LabelledImage, image_key, open_images
@@ -152,6 +154,35 @@ def test_what_two_runs_have_in_common_is_taken_once(first: Path, tmp_path: Path)
     assert done.manifest["sources"][1]["num_identical"] == num_some > 0
     assert len(images_of(tmp_path / "all")) == len(engine.open_run(str(first)).samples)
     assert f"{num_some} samples are in an earlier run too" in done.remarks[0]
+
+
+def test_what_a_third_run_shares_with_a_renamed_one_is_taken_once(first: Path, second: Path, tmp_path: Path) -> None:
+    """The second run's keys are taken and become others; the third has some of its images under the old ones."""
+    export((str(second),), ExportOptions(output=str(tmp_path / "some"), condition="class_index == 1"))
+    runs = (str(first), str(second), str(tmp_path / "some"))
+    done = export(runs, ExportOptions(output=str(tmp_path / "all")))
+    num_some = len(engine.open_run(str(tmp_path / "some")))
+    assert done.manifest["sources"][1]["key_prefix"] == "r2-" and not done.manifest["sources"][2]["key_prefix"]
+    assert done.manifest["sources"][2]["num_identical"] == num_some > 0
+    images = [image for image, _ in images_of(tmp_path / "all").values()]
+    assert len(images) == len(set(images)) == sum(len(engine.open_run(run).samples) for run in runs[:2])
+
+
+def test_classes_that_are_not_known_are_not_made_up(second: Path, tmp_path: Path) -> None:
+    """A run without a manifest whose target is not here: folders are called as its rows say, and nothing says more."""
+    options = ExportOptions(output=str(tmp_path / "out"), condition="class_index == 1", format="imagefolder")
+    assert export((str(second),), options).manifest["labels"] == []
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == ["one"]
+
+
+def test_shards_are_written_sample_by_sample(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many samples a shard has, one image is read at a time: after it stands in the tar the next one is."""
+    events: list[str] = []
+    read, add = SampleReader.read, shards._ShardWriter.add
+    monkeypatch.setattr(SampleReader, "read", lambda self, one: events.append("read") or read(self, one))
+    monkeypatch.setattr(shards._ShardWriter, "add", lambda self, one: events.append("add") or add(self, one))
+    done = export((str(first),), ExportOptions(output=str(tmp_path / "out"), samples_per_shard=7))
+    assert events == ["read", "add"] * done.manifest["counts"]["images"]
 
 
 def test_runs_that_do_not_go_together_are_refused(first: Path, tmp_path: Path) -> None:

@@ -95,6 +95,27 @@ def test_datasets_reads_exports(run: Path, tmp_path: Path, cache: str, kind: str
         assert loaded.features["label"] == datasets.ClassLabel(names=list(NAMES))
 
 
+@pytest.mark.parametrize("kind", ["imagefolder", "parquet"])
+def test_a_class_called_train_hides_no_other(
+    tmp_path: Path, cache: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Builders of `datasets` take folders and files called train or test for splits; the card's lines do not."""
+    labels = ["bullet train", "one", "two"]
+    run = make_case(
+        tmp_path / "run", name="stress-test", labels=labels, requests=[
+            {"name": "all", "method": "prompt", "classes": "all", "count": 4}
+        ],
+        change=lambda record: record | {"class_name": labels[record["class_index"]]},
+    )  # fmt: skip
+    done = export((str(run),), ExportOptions(output=str(tmp_path / "out"), format=kind))
+    monkeypatch.chdir(done.path)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", (done.path / "README.md").read_text(), re.DOTALL):
+        exec(block, names)
+    assert Counter(names["samples"]["class_name"][:]) == Counter(row["class_name"] for row in rows_of(run))
+    assert set(names["samples"]["label"][:]) == {0, 1, 2}
+
+
 def test_parquet_exports_load_with_equal_class_names(tmp_path: Path, cache: str) -> None:
     """ImageNet has two classes called crane; `datasets` refuses names that are equal."""
     import datasets

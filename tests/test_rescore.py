@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 
-from engine import cli
 from engine.dataset.shards import read_shard
 from engine.dataset.state import open_run
 from engine.dataset.store import open_store
@@ -66,19 +64,6 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def images_of(run: Path) -> dict[str, PIL.Image.Image]:
     tars = sorted((run / "shards").glob("*.tar"))
     return {key: PIL.Image.open(io.BytesIO(data)).convert("RGB") for tar in tars for key, data, _, _ in read_shard(tar)}
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs the command line in this process; gives exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["riskforge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 def test_rows_are_those_of_the_run_with_the_scores_of_the_other_target(made, rescored):

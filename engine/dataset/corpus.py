@@ -213,7 +213,8 @@ class Corpus:
             options: for `webdataset.WebDataset`, such as `shardshuffle=100`, `nodesplitter` or `handler`.
 
         Raises:
-            JobError: no sample is selected, or two of the runs have different classes.
+            JobError: no sample is selected, or two of the runs have different classes, or the same images, as a run and
+                its scores made anew do.
         """
         from engine.dataset.webdataset_samples import make_pipeline
 

@@ -242,7 +242,8 @@ class _Export:
             "samples_per_shard": options.samples_per_shard,
             "with_rejected": options.with_rejected,
             "with_surplus": options.with_surplus,
-            "labels": list(self._labels),
+            # Known ones alone: names that rows happen to have would keep this data set from other ones.
+            "labels": list(self._corpus.labels),
             "models": _common_models(self._corpus.runs),
             "sources": [self._source(number, kept) for number in range(len(self._corpus.runs))],
             "deduplication": deduplication,
@@ -381,8 +382,8 @@ def _only_clip(corpus: Corpus) -> str:
 
 
 def _labels_of_rows(corpus: Corpus) -> tuple[str, ...]:
-    """Class names as far as the rows tell them, where no manifest does."""
-    table = corpus.to_table(["class_index", "class_name"])
+    """Class names as far as rows tell them, where no manifest does; those too that no filter passes."""
+    table = Corpus(corpus.runs).to_table(["class_index", "class_name"])
     names = dict(zip(table["class_index"].to_pylist(), table["class_name"].to_pylist(), strict=True))
     return tuple(names.get(index, f"class {index}") for index in range(max(names) + 1))
 

@@ -9,6 +9,18 @@ import yaml
 from engine.dataset.card import code, columns_section, loading_section, size_category
 
 MAX_CLASSES = 200
+# By the header, which names the files. Left to themselves, builders take a class called train for a part of the data.
+LOADING = """## Loading
+
+Run these lines in the folder of the data set.
+
+```python
+import os
+from datasets import load_dataset
+
+samples = load_dataset(os.getcwd(), split="train")
+print(samples[0]["image"].size, samples[0]["label"], samples[0]["risk"])
+```"""
 
 
 def export_card(manifest: dict[str, Any], data_files: list[str], image_format: str) -> str:
@@ -25,7 +37,7 @@ def export_card(manifest: dict[str, Any], data_files: list[str], image_format: s
         _origin(manifest),
         _sources(manifest),
         _classes(manifest),
-        _loading(manifest["format"], image_format),
+        loading_section(image_format, "Every sample") if manifest["format"] == "webdataset" else LOADING,
         columns_section(manifest["schema_version"]),
         _limits(manifest),
     ]
@@ -84,23 +96,6 @@ def _classes(manifest: dict[str, Any]) -> str:
     if len(classes) > MAX_CLASSES:
         lines += ["", f"{len(classes) - MAX_CLASSES} more are in `manifest.json`."]
     return "\n".join(lines)
-
-
-def _loading(kind: str, image_format: str) -> str:
-    if kind == "webdataset":
-        return loading_section(image_format, "Every sample")
-    # The types are the builders' names in `datasets`.
-    return f"""## Loading
-
-Run these lines in the folder of the data set.
-
-```python
-import os
-from datasets import load_dataset
-
-samples = load_dataset("{kind}", data_dir=os.getcwd(), split="train")
-print(samples[0]["image"].size, samples[0]["label"], samples[0]["risk"])
-```"""
 
 
 def _limits(manifest: dict[str, Any]) -> str:

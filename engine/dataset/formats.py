@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,20 +35,21 @@ _RESERVED = frozenset(
 def write_webdataset(
     store: Store, name: str, samples: Iterator[SampleResult], samples_per_shard: int, image_format: str
 ) -> list[str]:
-    """Write shards, the rows of all of them, and the indexes of other readers.
+    """Write shards, the rows of all of them, and the indexes of other readers; holds one image at a time.
 
     Returns:
         Patterns of the data files, for the card.
     """
     commits: dict[int, CommitSummary] = {}
     entries: list[IndexEntry] = []
-    while batch := list(islice(samples, samples_per_shard)):
+    for first in samples:
         number, stem = len(commits), shard_name(name, len(commits))
-        staged = stage_shard(store.staging(), stem, batch, image_format)
+        own = chain([first], islice(samples, samples_per_shard - 1))
+        staged = stage_shard(store.staging(), stem, own, image_format)
         store.publish(f"{SHARDS}/{stem}.tar", staged.tar)
         store.publish(f"{SHARDS}/{stem}.parquet", staged.parquet)
         commits[number] = CommitSummary(number, staged.counts)
-        entries.append(IndexEntry(f"{stem}.tar", len(batch), staged.tar_md5, staged.tar_bytes))
+        entries.append(IndexEntry(f"{stem}.tar", staged.counts.attempted, staged.tar_md5, staged.tar_bytes))
         discard(staged)
     write_metadata(store, name, commits)
     write_index_files(store, entries)

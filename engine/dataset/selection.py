@@ -58,16 +58,19 @@ def select(corpus: Corpus) -> Selection:
         JobError: a key that cannot be a file's name, or that is taken even with a prefix.
     """
     taken: dict[str, str] = {}
+    # Of earlier runs, under the keys that they have there: the third may share what the second had under taken keys.
+    seen: set[tuple[str, str]] = set()
     chosen = Selection()
     for number, source in enumerate(corpus.runs):
         table = corpus.run_table(number, ["key", "sha256", "class_index"]).to_pydict()
         rows = list(zip(*table.values(), strict=True))
-        prefix = f"r{number + 1}-" if any(taken.get(key, sha) != sha for key, sha, _ in rows) else ""
+        is_taken = any(taken.get(key, sha) != sha and (key, sha) not in seen for key, sha, _ in rows)
+        prefix = f"r{number + 1}-" if is_taken else ""
         if prefix:
             chosen.prefixes[number] = prefix
         own: dict[str, str] = {}
         for row, (key, sha256, class_index) in enumerate(rows):
-            if taken.get(key) == sha256:
+            if (key, sha256) in seen:
                 chosen.identical[number] += 1
                 continue
             name = prefix + key
@@ -75,6 +78,7 @@ def select(corpus: Corpus) -> Selection:
             own[name] = sha256
             chosen.samples.append(Chosen(name, number, row, class_index))
         taken |= own
+        seen.update((key, sha256) for key, sha256, _ in rows)
     return chosen
 
 

@@ -5,7 +5,7 @@ Features are arrays [N, d] of any extractor; which one decides what a distance m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,14 +147,12 @@ def _num_inside(points: Features, manifold: Features, neighbours: int) -> int:
     return sum(int((block <= radii).any(1).sum()) for block in _distances(points, manifold))
 
 
-def _distances(first: Features, second: Features) -> list[Features]:
-    """Squared distances [N, M] in blocks of rows; what rounding leaves of an equal pair is zero."""
-    blocks = []
+def _distances(first: Features, second: Features) -> Iterator[Features]:
+    """Squared distances [N, M], a block of rows at a time; what rounding leaves of an equal pair is zero."""
     squares = (second**2).sum(1)
     for start in range(0, len(first), _ROWS):
         rows = first[start : start + _ROWS]
         own = (rows**2).sum(1)[:, None]
         found = own + squares - 2 * rows @ second.T
         found[found < 1e-10 * (own + squares)] = 0.0
-        blocks.append(found)
-    return blocks
+        yield found

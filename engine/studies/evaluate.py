@@ -62,6 +62,7 @@ from engine.studies.pictures import Eyes, Pictures, draw_images, unit
 from engine.studies.samples import StudiedRun, choose_requests, open_study
 from engine.studies.slices import ATTRIBUTES, Clusters, cluster, nearest_texts, neighbourhood, prototypes
 from engine.studies.slices import MAX_CLUSTERED as MAX_CLUSTERED_FAILURES
+from engine.terminal import printable
 from engine.worker import quiet_libraries
 
 if TYPE_CHECKING:
@@ -622,11 +623,11 @@ def summary_lines(found: Evaluation) -> list[str]:
     """What was found, a line each."""
     lines = list(found.notes)
     for side in found.quality:
-        lines.append(f"against {_printable(side.against)}, in features of {_printable(side.features)}:")
+        lines.append(f"against {printable(side.against)}, in features of {printable(side.features)}:")
         lines += [f"  {_quality_text(one)}" for one in side.requests]
     if found.text_scores and found.text_scores.requests:
         kind = " (circular: it may have guided them)" if found.text_scores.is_circular else ""
-        lines.append(f"CLIPScore under {_printable(found.text_scores.model)}{kind}:")
+        lines.append(f"CLIPScore under {printable(found.text_scores.model)}{kind}:")
         lines += [f"  {one.request}: {_range(one.score)} (n = {one.num_images})" for one in found.text_scores.requests]
     if found.memorisation:
         lines += _memorisation_lines(found.memorisation)
@@ -643,7 +644,7 @@ def _quality_text(one: Quality) -> str:
 
 
 def _memorisation_lines(found: Memorisation) -> list[str]:
-    lines = [f"nearest of {found.train.num_images} training images of {_printable(found.train.address)}:"]
+    lines = [f"nearest of {found.train.num_images} training images of {printable(found.train.address)}:"]
     if found.thresholds is None:
         lines.append("  no threshold: give held-out images with --real to know what is near")
     for one in found.requests:
@@ -660,15 +661,10 @@ def _slice_lines(found: Slices) -> list[str]:
     for one in found.slices:
         names = ", ".join(text for text, _ in one.texts) or "no text is near"
         rate = f"the target errs on {one.neighbourhood.value:.0%} of {one.num_neighbours} samples thereabouts"
-        lines.append(f"  {one.num_failures} failures, {_printable(names)}; {rate}")
+        lines.append(f"  {one.num_failures} failures, {printable(names)}; {rate}")
     return lines
 
 
 def _range(one: Interval, factor: float = 1.0) -> str:
     value, low, high = (number(part * factor) for part in (one.value, one.low, one.high))
     return f"{value} ({low} to {high})"
-
-
-def _printable(text: str) -> str:
-    """A text from a job without what a terminal would obey."""
-    return "".join(one if one.isprintable() else "?" for one in text)
