@@ -282,7 +282,7 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str
                     _corrupt(path, "its columns are not those of this version")
                 for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=columns):
                     yield from batch.to_pylist()
-        except pa.ArrowException as error:
+        except (pa.ArrowException, UnicodeDecodeError) as error:
             raise CorruptShardError(f"{path}: not a whole parquet file ({error})") from error
 
 
