@@ -161,6 +161,9 @@ def test_planted_copies_are_found(evaluated: tuple[Store, Evaluation]) -> None:
     assert exact and all(pair.pixel_distance == 0 and pair.clip_distance < 1e-5 for pair in exact)
     images = evaluated[1].images
     assert all(images[pair.sample.image] == images[pair.training.image] for pair in exact)
+    unknown = evaluated[1].model_copy(update={"memorisation": found.model_copy(update={"thresholds": None})})
+    assert "images of --real are no training images; give more" in "\n".join(summary_lines(unknown))
+    assert "give held-out images" in "\n".join(summary_lines(unknown.model_copy(update={"real": None})))
 
 
 def test_distances_order_what_they_should(evaluated: tuple[Store, Evaluation]) -> None:

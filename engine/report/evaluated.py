@@ -142,7 +142,7 @@ def _memorisation_note(found: Memorisation) -> str:
         text += f" {found.train.num_unusable:,} training images could not be used."
     limits = found.thresholds
     if limits is None:
-        return text + " Without held-out real images (--real) nothing tells how near is near."
+        return text + " Without enough held-out real images (--real) nothing tells how near is near."
     text += (
         f" Suspect: nearer in both than all but one in a hundred of {limits.num_held_out:,} held-out real images"
         f" ({number(limits.clip_distance)} and {number(limits.pixel_distance)})."

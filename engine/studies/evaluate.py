@@ -57,7 +57,7 @@ from engine.studies.extremes import Scored, boundary_extremes, risk_extremes
 from engine.studies.features import choose_extractor
 from engine.studies.folders import check_folder
 from engine.studies.intervals import Estimate, mean_interval, wilson_interval
-from engine.studies.memorisation import Found, find_nearest, order_by_nearness, thresholds_of
+from engine.studies.memorisation import MIN_HELD_OUT, Found, find_nearest, order_by_nearness, thresholds_of
 from engine.studies.pictures import Eyes, Pictures, draw_images, unit
 from engine.studies.samples import StudiedRun, choose_requests, open_study
 from engine.studies.slices import ATTRIBUTES, Clusters, cluster, nearest_texts, neighbourhood, prototypes
@@ -637,7 +637,7 @@ def summary_lines(found: Evaluation) -> list[str]:
         lines.append(f"CLIPScore under {_printable(found.text_scores.model)}{kind}:")
         lines += [f"  {one.request}: {_range(one.score)} (n = {one.num_images})" for one in found.text_scores.requests]
     if found.memorisation:
-        lines += _memorisation_lines(found.memorisation)
+        lines += _memorisation_lines(found.memorisation, has_real=found.real is not None)
     return lines + _slice_lines(found.slices)
 
 
@@ -650,10 +650,12 @@ def _quality_text(one: Quality) -> str:
     )
 
 
-def _memorisation_lines(found: Memorisation) -> list[str]:
+def _memorisation_lines(found: Memorisation, *, has_real: bool) -> list[str]:
     lines = [f"nearest of {found.train.num_images} training images of {_printable(found.train.address)}:"]
     if found.thresholds is None:
-        lines.append("  no threshold: give held-out images with --real to know what is near")
+        few = f"fewer than {MIN_HELD_OUT} images of --real are no training images; give more"
+        hint = few if has_real else "give held-out images with --real to know what is near"
+        lines.append(f"  no threshold: {hint}")
     for one in found.requests:
         distances = f"CLIP {one.clip_distance_median:.4f}, pixels {one.pixel_distance_median:.4f}"
         suspects = "" if one.num_suspects is None else f"; {one.num_suspects} of {one.num_images} suspect"
