@@ -39,6 +39,7 @@ from engine.report.render import write_report
 from engine.spec import JobSpec, parse_job
 from engine.studies.evaluate import Album, EvaluateOptions, evaluate, match_classes, summary_lines
 from engine.studies.features import Inception, find_inception
+from engine.studies.folders import check_folder
 from engine.studies.pictures import draw_images, pixel_distances, small_pixels
 from engine.studies.slices import cluster, nearest_texts, neighbourhood
 from engine.worker import quiet_libraries
@@ -230,6 +231,8 @@ def test_equal_evaluations_give_equal_bytes(
         evaluate(store.uri, options, display=PlainDisplay(io.StringIO()), folder=str(into)).document == found.document
     )
     (into / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"--output: .*notes\.txt is a file, not a folder"):
+        check_folder(into / "notes.txt/deep", EVALUATION, (EVALUATION,), "evaluate")
     with pytest.raises(OutputError, match=r"--output: .*notes\.txt"):
         evaluate(store.uri, options, display=PlainDisplay(io.StringIO()), folder=str(into))
 
