@@ -6,6 +6,8 @@ import io
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import engine
 from engine.dataset.schema import arrow_schema
 from engine.dataset.shards import read_shard
 from engine.errors import CorruptShardError, JobError, OutputError, RiskforgeError
+from tests.conftest import REPOSITORY
 from tests.corpus_cases import make_run
 from tests.dataset_cases import LABELS
 
@@ -106,6 +109,13 @@ def test_metadata_may_be_a_folder_of_parts(run: Path, tmp_path: Path) -> None:
     for number, start in enumerate(range(0, len(table), 9)):
         pq.write_table(table.slice(start, 9), path / f"part-{number:06d}.parquet")
     assert engine.open_run(str(tmp_path / "run")).to_table().equals(engine.open_run(str(run)).to_table())
+
+
+def test_a_program_that_reads_images_ends_quietly(run: Path) -> None:
+    """Modules go before objects at the end of a program, which only a process of its own sees."""
+    text = "import sys, engine; data = engine.open_run(sys.argv[1]).to_torch(); print(len(data[0]))"
+    done = subprocess.run([sys.executable, "-c", text, str(run)], capture_output=True, text=True, cwd=REPOSITORY)
+    assert (done.stdout, done.stderr) == ("3\n", "")
 
 
 def test_torch_gives_image_label_and_weight_by_number(run: Path, old: Path) -> None:

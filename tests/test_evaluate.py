@@ -25,7 +25,7 @@ from engine.dataset.manifest import finalise
 from engine.dataset.shards import shard_name, stage_shard
 from engine.dataset.state import EVALUATION, open_run
 from engine.dataset.store import Store, open_store
-from engine.errors import EXIT_USER, JobError, OutputError
+from engine.errors import EXIT_USER, CorruptShardError, JobError, OutputError
 from engine.generator import load_scorer
 from engine.images import ImageSource, LabelledImage
 from engine.imaging import encode
@@ -39,6 +39,7 @@ from engine.report.render import write_report
 from engine.spec import JobSpec, parse_job
 from engine.studies.evaluate import Album, EvaluateOptions, evaluate, match_classes, summary_lines
 from engine.studies.features import Inception, find_inception
+from engine.studies.folders import check_folder
 from engine.studies.pictures import draw_images, pixel_distances, small_pixels
 from engine.studies.slices import cluster, nearest_texts, neighbourhood
 from engine.worker import quiet_libraries
@@ -161,6 +162,9 @@ def test_planted_copies_are_found(evaluated: tuple[Store, Evaluation]) -> None:
     assert exact and all(pair.pixel_distance == 0 and pair.clip_distance < 1e-5 for pair in exact)
     images = evaluated[1].images
     assert all(images[pair.sample.image] == images[pair.training.image] for pair in exact)
+    unknown = evaluated[1].model_copy(update={"memorisation": found.model_copy(update={"thresholds": None})})
+    assert "images of --real are no training images; give more" in "\n".join(summary_lines(unknown))
+    assert "give held-out images" in "\n".join(summary_lines(unknown.model_copy(update={"real": None})))
 
 
 def test_distances_order_what_they_should(evaluated: tuple[Store, Evaluation]) -> None:
@@ -227,6 +231,8 @@ def test_equal_evaluations_give_equal_bytes(
         evaluate(store.uri, options, display=PlainDisplay(io.StringIO()), folder=str(into)).document == found.document
     )
     (into / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"--output: .*notes\.txt is a file, not a folder"):
+        check_folder(into / "notes.txt/deep", EVALUATION, (EVALUATION,), "evaluate")
     with pytest.raises(OutputError, match=r"--output: .*notes\.txt"):
         evaluate(store.uri, options, display=PlainDisplay(io.StringIO()), folder=str(into))
 
@@ -283,6 +289,17 @@ def test_without_options_it_still_tells_something(finished: Store, tmp_path: Pat
     assert found.quality == () and found.memorisation is None and found.extremes == () and found.real is None
     assert found.samples == dict.fromkeys(REQUESTS, 10)
     assert not finished.exists(EVALUATION)
+
+
+def test_images_that_are_gone_end_it(finished: Store, tmp_path: Path) -> None:
+    """Figures of the rest would look like figures of the run."""
+    copy = open_store(str(shutil.copytree(finished.root, tmp_path / "run")))
+    tar = sorted(copy.path("shards").glob("*.tar"))[0]
+    # A whole tar without samples.
+    tar.write_bytes(bytes(10240))
+    with pytest.raises(CorruptShardError, match=r"images are not in their shards; `riskforge verify`"):
+        evaluate(copy.uri, EvaluateOptions(), display=PlainDisplay(io.StringIO()))
+    assert not copy.exists(EVALUATION)
 
 
 @pytest.mark.parametrize(

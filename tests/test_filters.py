@@ -135,7 +135,7 @@ def test_filters_are_pushed_down_to_parquet(corpus: Corpus) -> None:
         ("risk > 1j", "is neither a number nor a text"),
         ("risk > None", "is neither a number nor a text"),
         ("class_name == '\\ud800'", "is not a text in Unicode"),
-        ("", "invalid syntax"),
+        ("", "invalid syntax; write such as risk > 2 and oracle_agrees"),
         ("   ", "invalid syntax"),
         ("risk >", "at character [0-9]+: invalid syntax"),
         ("risk = 2", "filter 'risk = 2': at character"),

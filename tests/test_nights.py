@@ -232,7 +232,13 @@ def test_a_pinned_run_is_the_run(tmp_path):
         assert np.array_equal(a, b, equal_nan=one.name == "valid") if isinstance(a, np.ndarray) else a == b, one.name
     assert not list(tmp_path.glob("deep/.*"))
     document = json.loads(path.read_text())
-    for change in ({"baseline_version": 2}, {"risk": document["risk"][:-1]}, {"keys": {"values": [], "codes": [3]}}):
+    changes = (
+        {"baseline_version": 2},
+        {"risk": document["risk"][:-1]},
+        {"risk": [float("nan"), *document["risk"][1:]]},
+        {"keys": {"values": [], "codes": [3]}},
+    )
+    for change in changes:
         path.write_text(json.dumps(document | change))
         with pytest.raises(JobError, match="is not a baseline"):
             read_baseline(path)
@@ -257,6 +263,8 @@ def test_only_what_compare_wrote_is_written_over(tmp_path):
         with pytest.raises(OutputError, match=f"{option}: .* was not written by this option"):
             pin_night(night, path) if option == "--pin" else check_replaces(option, path, PAGE_BEGINNING)
         assert path.read_bytes() == before
+    with pytest.raises(OutputError, match=r"--pin: .* is a folder; name a file"):
+        pin_night(night, Path())
     for content in ("", page):
         other.write_text(content)
         check_replaces("--markdown", other, PAGE_BEGINNING)

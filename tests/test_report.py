@@ -307,13 +307,21 @@ def test_a_run_without_its_manifest_is_refused(tmp_path: Path) -> None:
         ("manifest.json", b'{"name": "sheet"}'),
         ("metadata.parquet", b"PAR1"),
         ("metadata.parquet", None),
+        ("metadata.parquet", "risk"),
     ],
 )
-def test_a_damaged_run_is_named_not_a_traceback(run: Store, tmp_path: Path, name: str, content: bytes | None) -> None:
-    """No JSON, keys that are missing, no parquet, columns that are missing."""
+def test_a_damaged_run_is_named_not_a_traceback(
+    run: Store, tmp_path: Path, name: str, content: bytes | str | None
+) -> None:
+    """No JSON, keys that are missing, no parquet, columns that are missing or of another type."""
     shutil.copytree(run.root, tmp_path / "copy")
     if content is None:
         pyarrow.parquet.write_table(pyarrow.table({"key": ["a"]}), tmp_path / "copy" / name)
+    elif isinstance(content, str):
+        table = pyarrow.parquet.read_table(run.path(METADATA))
+        texts = pyarrow.array(["x"] * len(table))
+        table = table.set_column(table.schema.get_field_index(content), content, texts)
+        pyarrow.parquet.write_table(table, tmp_path / "copy" / name)
     else:
         (tmp_path / "copy" / name).write_bytes(content)
     with pytest.raises(CorruptShardError, match=re.escape(str(tmp_path / "copy" / name))):

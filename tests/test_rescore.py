@@ -201,6 +201,9 @@ def test_from_the_command_line(call, copy, tmp_path):
     back = json.loads(call("compare", folder, copy, "--json")[1])
     assert (len(back["mended"]), len(back["new_failures"])) == (arisen, mended) and arisen + mended > 0
     pinned, table = tmp_path / "baseline.json", tmp_path / "night.md"
+    assert "not complete" not in call("compare", copy, folder)[2]
+    (Path(copy) / "_SUCCESS").unlink()
+    assert f"{copy}: is not complete" in call("compare", copy, folder)[2]
     assert call("compare", folder, "--pin", pinned)[0] == EXIT_OK
     code, out, err = call(
         "compare", copy, "--baseline", pinned, "--fail-on", "any-significant", "--by", "request", "--markdown", table

@@ -236,6 +236,7 @@ def compare(
         open_nights,
         pin_night,
         read_night,
+        unfinished,
     )
 
     increases = {
@@ -255,6 +256,8 @@ def compare(
     levels = [one for one in LEVELS if by is None or one in by or (one == "request" and limits.increases)]
     with contextlib.closing(make_display()) as display:
         old, new = open_nights(runs, baseline)
+        for one in unfinished(runs):
+            display.notice(f"{one}: is not complete; its figures are of what was there when it was last closed")
         comparison = compare_nights(old, new, confidence=confidence, levels=levels, advance=display.advance)
     crossed = breaches(comparison, limits)
     _print_nights(comparison, limits, crossed, markdown, as_json)

@@ -35,6 +35,7 @@ DEFAULT_REAL_RATIO = 0.5
 DUPLICATES = "duplicates.csv"
 # Shard, real and class parts of a key come after the name.
 MAX_NAME_CHARS = 60
+MAX_SAMPLES_PER_SHARD = 10**9
 _SPOOL = ".real"
 
 
@@ -301,8 +302,10 @@ def _check_options(options: ExportOptions) -> None:
         problems.append(
             f"--name: {options.name!r} is not of a-z, 0-9 and hyphens with at most {MAX_NAME_CHARS} characters"
         )
-    if options.samples_per_shard < 1:
-        problems.append(f"--samples-per-shard: {options.samples_per_shard} is not 1 or more")
+    if not 1 <= options.samples_per_shard <= MAX_SAMPLES_PER_SHARD:
+        problems.append(
+            f"--samples-per-shard: {options.samples_per_shard} is not between 1 and {MAX_SAMPLES_PER_SHARD:,}"
+        )
     if options.deduplicate is not None and not 0 < options.deduplicate <= 1:
         problems.append(f"--deduplicate: {options.deduplicate:g} is not a cosine above 0 and up to 1")
     if options.clip is not None and options.deduplicate is None:

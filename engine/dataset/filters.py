@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pyarrow.compute import Expression
 
 NUMBER, TEXT, FLAG = "number", "text", "flag"
+_EXAMPLES = {NUMBER: "1 + risk", FLAG: "risk > 2 and oracle_agrees"}
 MAX_CHARS = 100_000
 MAX_PARTS = 500
 DERIVED: dict[str, str] = {
@@ -143,7 +144,7 @@ class _Compiler:
             found = self._term(root)
         except SyntaxError as error:
             place = "" if error.offset is None else f"at character {error.offset}: "
-            raise self._refusal(None, f"{place}{error.msg}") from None
+            raise self._refusal(None, f"{place}{error.msg}; write such as {_EXAMPLES[wanted]}") from None
         except (ValueError, MemoryError, RecursionError):
             what = "it cannot be read: a character that no text has, a huge number, or nested too deep"
             raise self._refusal(None, what) from None

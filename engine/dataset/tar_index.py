@@ -114,4 +114,6 @@ class TarReader:
         return {"tars": self.tars, "_open": OrderedDict(), "_owner": 0}
 
     def __del__(self) -> None:
-        self.close()
+        # At the end of a program modules may be gone already; the system closes the files then.
+        if globals().get("os") is not None:
+            self.close()

@@ -23,7 +23,6 @@ def evaluation_context(found: Evaluation | None, num_attempts: int) -> dict[str,
         "stale": f"It was made when the run had {found.num_attempts:,} attempts; there are {num_attempts:,} now."
         if stale
         else "",
-        "notes": [clip(note, 400) for note in found.notes],
         "quality": [{"note": _quality_note(side), "table": _quality_table(side)} for side in found.quality],
         "text_scores": _text_table(found.text_scores) if found.text_scores and found.text_scores.requests else None,
         "text_note": _text_note(found.text_scores) if found.text_scores else "",
@@ -142,7 +141,7 @@ def _memorisation_note(found: Memorisation) -> str:
         text += f" {found.train.num_unusable:,} training images could not be used."
     limits = found.thresholds
     if limits is None:
-        return text + " Without held-out real images (--real) nothing tells how near is near."
+        return text + " Without enough held-out real images (--real) nothing tells how near is near."
     text += (
         f" Suspect: nearer in both than all but one in a hundred of {limits.num_held_out:,} held-out real images"
         f" ({number(limits.clip_distance)} and {number(limits.pixel_distance)})."

@@ -221,7 +221,6 @@ class Evaluation(_Part):
     limit: int
     seed: int
     real: Source | None
-    notes: tuple[str, ...]
     samples: dict[str, int]
     quality: tuple[Qualities, ...]
     text_scores: TextScores | None

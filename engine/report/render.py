@@ -154,8 +154,9 @@ def _readable(metadata: Path) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (pa.ArrowException, OSError, TypeError, ValueError) as error:
+        # Columns of another type fail where they are reckoned with.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CorruptShardError(f"{metadata}: cannot be read as the metadata of a run ({reason}); {_REMEDY}") from error
 
 

@@ -57,7 +57,7 @@ from engine.studies.extremes import Scored, boundary_extremes, risk_extremes
 from engine.studies.features import choose_extractor
 from engine.studies.folders import check_folder
 from engine.studies.intervals import Estimate, mean_interval, wilson_interval
-from engine.studies.memorisation import Found, find_nearest, order_by_nearness, thresholds_of
+from engine.studies.memorisation import MIN_HELD_OUT, Found, find_nearest, order_by_nearness, thresholds_of
 from engine.studies.pictures import Eyes, Pictures, draw_images, unit
 from engine.studies.samples import StudiedRun, choose_requests, open_study
 from engine.studies.slices import ATTRIBUTES, Clusters, cluster, nearest_texts, neighbourhood, prototypes
@@ -217,7 +217,7 @@ def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> Ev
     display.phase("loading the models that look at images")
     quiet_libraries()
     eyes, target = _load(job, run, options)
-    samples, notes, num_attempts = _read_samples(run, eyes, options, display)
+    samples, num_attempts = _read_samples(run, eyes, options, display)
     album = Album(dict(enumerate(labels)))
     names = [one.name for one in job.requests]
     real, real_source = None, None
@@ -234,7 +234,6 @@ def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> Ev
         limit=options.limit,
         seed=options.seed,
         real=real_source,
-        notes=notes,
         samples={name: len(samples.rows(name)) for name in names},
         quality=quality,
         text_scores=_text_scores(samples, job, eyes),
@@ -281,13 +280,12 @@ def _load(job: JobSpec, run: StudiedRun, options: EvaluateOptions) -> tuple[Eyes
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def _read_samples(
-    run: StudiedRun, eyes: Eyes, options: EvaluateOptions, display: Display
-) -> tuple[Samples, tuple[str, ...], int]:
-    """At most so many images of each request and status, evenly drawn; notes; and the number of attempts.
+def _read_samples(run: StudiedRun, eyes: Eyes, options: EvaluateOptions, display: Display) -> tuple[Samples, int]:
+    """At most so many images of each request and status, evenly drawn, and the number of attempts.
 
     Raises:
         JobError: the run has no stored image.
+        CorruptShardError: an image is not where the metadata says.
     """
     import pyarrow as pa
 
@@ -310,10 +308,12 @@ def _read_samples(
                     yield record["key"], record["class_index"], _decoded(run.store, record["key"], found[record["key"]])
 
     pictures = eyes.look(images())
-    notes = []
     if len(kept) < len(chosen):
-        notes.append(f"{len(chosen) - len(kept)} images were not found in their shards; `riskforge verify` says more")
-    return Samples(pictures, tuple(kept)), tuple(notes), table.num_rows
+        missing = len(chosen) - len(kept)
+        raise CorruptShardError(
+            f"{run.store.uri}: {missing} of {len(chosen)} images are not in their shards; `riskforge verify` says more"
+        )
+    return Samples(pictures, tuple(kept)), table.num_rows
 
 
 def _choose(table: pa.Table, options: EvaluateOptions) -> list[int]:
@@ -629,7 +629,7 @@ def _extremes(
 
 def summary_lines(found: Evaluation) -> list[str]:
     """What was found, a line each."""
-    lines = list(found.notes)
+    lines: list[str] = []
     for side in found.quality:
         lines.append(f"against {printable(side.against)}, in features of {printable(side.features)}:")
         lines += [f"  {_quality_text(one)}" for one in side.requests]
@@ -638,7 +638,7 @@ def summary_lines(found: Evaluation) -> list[str]:
         lines.append(f"CLIPScore under {printable(found.text_scores.model)}{kind}:")
         lines += [f"  {one.request}: {_range(one.score)} (n = {one.num_images})" for one in found.text_scores.requests]
     if found.memorisation:
-        lines += _memorisation_lines(found.memorisation)
+        lines += _memorisation_lines(found.memorisation, has_real=found.real is not None)
     return lines + _slice_lines(found.slices)
 
 
@@ -651,10 +651,12 @@ def _quality_text(one: Quality) -> str:
     )
 
 
-def _memorisation_lines(found: Memorisation) -> list[str]:
+def _memorisation_lines(found: Memorisation, *, has_real: bool) -> list[str]:
     lines = [f"nearest of {found.train.num_images} training images of {printable(found.train.address)}:"]
     if found.thresholds is None:
-        lines.append("  no threshold: give held-out images with --real to know what is near")
+        few = f"fewer than {MIN_HELD_OUT} images of --real are no training images; give more"
+        hint = few if has_real else "give held-out images with --real to know what is near"
+        lines.append(f"  no threshold: {hint}")
     for one in found.requests:
         distances = f"CLIP {one.clip_distance_median:.4f}, pixels {one.pixel_distance_median:.4f}"
         suspects = "" if one.num_suspects is None else f"; {one.num_suspects} of {one.num_images} suspect"

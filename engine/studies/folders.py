@@ -25,7 +25,9 @@ def check_folder(home: Path, document: str, parts: tuple[str, ...], study: str) 
     """
     if os.path.lexists(home) and not home.is_dir():
         raise OutputError(f"--output: {home} is a file, not a folder; choose another")
-    nearest = next(one for one in (home, *home.parents) if one.is_dir())
+    nearest = next(one for one in (home, *home.parents) if os.path.lexists(one))
+    if not nearest.is_dir():
+        raise OutputError(f"--output: {nearest} is a file, not a folder; choose another")
     # A folder is replaced by renaming, which its parent has to allow.
     place = home.parent if nearest == home else nearest
     if not os.access(place, os.W_OK | os.X_OK):

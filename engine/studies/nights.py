@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.dataset.counts import is_joint
-from engine.dataset.state import MANIFEST, METADATA
+from engine.dataset.state import MANIFEST, METADATA, SUCCESS
 from engine.dataset.store import explained, open_store
 from engine.dataset.summary import oracle_reading
 from engine.errors import JobError, OutputError
@@ -174,7 +174,8 @@ def read_night(address: str) -> Night:
             table = pq.read_table(path, columns=_COLUMNS, partitioning=None).combine_chunks()
         return _night(store.uri, str(manifest["name"]), target, table)
     except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-        raise OutputError(f"{address}: cannot be read as a run ({error}); `riskforge verify` says more") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OutputError(f"{address}: cannot be read as a run ({reason}); `riskforge verify` says more") from error
 
 
 def _night(address: str, name: str, target: dict[str, Any], table: pa.Table) -> Night:
@@ -253,7 +254,14 @@ def compare_nights(
             for is_new in changes:
                 changes[is_new] += _changes(old, new, sides, is_new)
     if not rows:
-        raise JobError([f"{old.address} and {new.address}: have nothing to compare", *notes])
+        places = " or ".join(levels)
+        raise JobError(
+            [
+                f"{old.address} and {new.address}: have nothing to compare: no {places} has {MIN_SAMPLES} samples"
+                " in both; compare larger runs, or at other levels (--by)",
+                *notes,
+            ]
+        )
     return NightComparison(
         old=old,
         new=new,
@@ -414,6 +422,11 @@ def open_nights(addresses: Sequence[str], baseline: Path | None) -> tuple[Night,
     return old, read_night(addresses[-1])
 
 
+def unfinished(addresses: Sequence[str]) -> list[str]:
+    """Of runs and rescorings those without `_SUCCESS`: their figures are of a part, or from before they grew."""
+    return [one for one in addresses if not open_store(one).exists(SUCCESS)]
+
+
 # Judging -------------------------------------------------------------------------------------------------------------
 
 
@@ -508,6 +521,8 @@ def check_replaces(option: str, path: Path, beginning: str) -> None:
     Raises:
         OutputError: it is something else, such as a file of a run, which would be lost.
     """
+    if path.is_dir():
+        raise OutputError(f"{option}: {path} is a folder; name a file")
     if not path.is_file():
         return
     with explained(path), path.open("rb") as file:
@@ -580,6 +595,8 @@ def _unpinned(document: dict[str, Any]) -> Night:
     columns |= {"is_error": np.array(document["is_error"], dtype=bool)}
     if len({column.shape for column in columns.values()}) != 1 or columns["seeds"].ndim != 1:
         raise ValueError("its columns have different lengths")
+    if any(np.isnan(columns[name]).any() for name in _NUMBER_COLUMNS):
+        raise ValueError("a score is no number")
     return Night(
         address=str(document["address"]),
         name=str(document["name"]),
