@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -38,6 +39,9 @@ def main() -> None:
     except RiskforgeError as error:
         code = error.exit_code
         _print_error(error)
+    except KeyboardInterrupt:
+        # While the commands are still being built; later ones answer it themselves.
+        code = 128 + signal.SIGINT
     try:
         sys.stdout.flush()
     except BrokenPipeError:

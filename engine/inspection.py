@@ -118,7 +118,7 @@ def save_image(path: Path, data: bytes) -> None:
     """
     if os.path.lexists(path):
         raise OutputError(f"--save: {path} is there already; choose another name")
-    with explained(path), path.open("xb") as file:
+    with explained(f"--save: {path}"), path.open("xb") as file:
         file.write(data)
 
 

@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.segment import Segment
+    from rich.table import Table
+
+ELLIPSIS = "…"
 
 
 def printable(text: str, *, keep: str = "") -> str:
@@ -38,14 +42,49 @@ def json_text(value: Any, indent: int | None = 2) -> str:
 
 
 def safe_console(stream: TextIO, width: int | None = None) -> Console:
-    """A console of rich whose texts are safe for a terminal, wherever they come from."""
+    """A console of rich whose texts are safe for a terminal, wherever they come from.
+
+    A table in which words or figures would be cut stands there row by row, a line for each column.
+    """
     from rich.console import Console
     from rich.segment import Segment
+    from rich.table import Table
 
     class SafeConsole(Console):
         def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
-            for segment in super().render(renderable, options):
+            segments = list(super().render(renderable, options))
+            if isinstance(renderable, Table) and renderable.show_header and _is_cut(self, renderable, segments):
+                segments = list(super().render(_listing(self, renderable), options))
+            for segment in segments:
                 text, style, control = segment
                 yield segment if control else Segment(printable(text, keep="\n"), style)
 
     return SafeConsole(file=stream, width=width, highlight=False)
+
+
+def _is_cut(console: Console, table: Table, segments: list[Segment]) -> bool:
+    """Whether a rendered table has more ellipses than its cells: rich puts one where it cuts a word."""
+    cells = (cell for column in table.columns for cell in (column.header, *column.cells))
+    return sum(one.text.count(ELLIPSIS) for one in segments) > sum(_line(console, one).count(ELLIPSIS) for one in cells)
+
+
+def _line(console: Console, cell: Any) -> str:
+    from rich.text import Text
+
+    return " ".join(str(cell if isinstance(cell, Text) else console.render_str(cell)).split())
+
+
+def _listing(console: Console, table: Table) -> Table:
+    """The rows of a table one after another, the names of their columns on the left; empty cells are left out."""
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    names = [_line(console, column.header) for column in table.columns]
+    listing = Table.grid(Column(overflow="fold"), Column(overflow="fold"), padding=(0, 2))
+    listing.title, listing.title_justify = table.title, "left"
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        for name, cell in zip(names, (_line(console, one) for one in cells), strict=True):
+            if cell:
+                listing.add_row(Text(name), Text(cell))
+        listing.add_row()
+    return listing

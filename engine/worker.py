@@ -18,7 +18,7 @@ from typing import Protocol
 from engine.conditioning.tally import ScreeningTally
 from engine.dataset.commits import CommitRecord, commit_shard, read_commit
 from engine.dataset.counts import ShardCounts
-from engine.dataset.shards import shard_name, stage_shard
+from engine.dataset.shards import shard_name, stage_shard, warm_up
 from engine.dataset.state import read_digest
 from engine.dataset.store import open_store
 from engine.errors import JobError
@@ -89,6 +89,7 @@ class Worker:
                 " all machines share"
             )
         self._generator = (load or load_generator)(job, plan)
+        warm_up()
 
     def sample_shard(
         self, shard: ShardSpec, attempt: int, report: Report, batch_limit: int = 0

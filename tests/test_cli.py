@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from engine.dataset.counts import ShardCounts
 from engine.dataset.lease import hold
@@ -26,6 +28,7 @@ from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OWNED, EXIT_USER
 from engine.executors.local import LocalExecutor
 from engine.progress import MAX_GROUP_ROWS, LiveDisplay, PlainDisplay, Tally, byte_size, duration, medians_table
 from engine.run import plan_job
+from engine.terminal import safe_console
 from tests.conftest import REPOSITORY
 from tests.sleepy import Faults, make_job, make_sleepy, run_sleepy
 
@@ -359,3 +362,16 @@ def test_durations_are_read_at_a_glance(seconds, text):
 def test_sizes_are_read_at_a_glance(size, text):
     """From bytes to terabytes."""
     assert byte_size(size) == text
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 400])
+def test_no_figure_of_a_table_is_cut(width: int) -> None:
+    """Where a terminal is too narrow for a table, its rows stand one below another, whole."""
+    stream = io.StringIO()
+    table = Table("request", "context", *(f"score number {place}" for place in range(8)), title="scores")
+    table.add_row("between-plain", Text("a…\nb [red]"), *(f"0.00{place}512 -> 1.25" for place in range(8)))
+    safe_console(stream, width).print(table)
+    said = stream.getvalue()
+    assert said.count("…") == 1 and "[red]" in said and "between-plain" in said and "0.007512" in said
+    assert ("score number 7" in said) and max(map(len, said.splitlines())) <= width
+    assert ("─" in said or "━" in said) == (width == 400)

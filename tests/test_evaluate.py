@@ -222,6 +222,12 @@ def test_equal_evaluations_give_equal_bytes(
     assert found.document.read_bytes() == before[store.path(EVALUATION)]
     assert found.report.read_bytes() == before[store.path("report.html")]
     assert {path: path.read_bytes() for path in before} == before
+    # The same command again finds what it left itself, also where an earlier version left an empty `_state`.
+    assert sorted(path.name for path in into.iterdir()) == [EVALUATION, "report.html"]
+    (into / "_state/staging").mkdir(parents=True)
+    assert (
+        evaluate(store.uri, options, display=PlainDisplay(io.StringIO()), folder=str(into)).document == found.document
+    )
     (into / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"--output: .*notes\.txt"):
         evaluate(store.uri, options, display=PlainDisplay(io.StringIO()), folder=str(into))
@@ -290,7 +296,8 @@ def test_without_options_it_still_tells_something(finished: Store, tmp_path: Pat
         (["--limit", "3"], r"--limit: 3 is not between 10 and 100,000"),
         (["--features", "inception"], r"--features: inception has no weights on this machine"),
         (["--inception", "/nowhere.pt"], r"--inception: there is no file '/nowhere.pt'"),
-        (["--clip", "zoo:digits/klip"], r"klip"),
+        (["--clip", "zoo:digits/klip"], r"--clip: .*klip"),
+        (["--clip", "zoo:digits/classifier"], r"--clip: .* is a model of type 'resnet'; a CLIP model is needed"),
     ],
 )
 def test_what_cannot_be_done_is_named(

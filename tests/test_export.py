@@ -425,10 +425,29 @@ def test_the_commands(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     num_images = len(engine.open_run(str(first)).filter("risk > 1").samples)
     assert capsys.readouterr().out == f"{num_images} images in {out}\n"
     assert riskforge(*command) == 2 and "is not empty" in capsys.readouterr().err
+    assert riskforge("export", first, "--real-ratio", "0.3", "--output", tmp_path / "none") == 2
+    assert "--real-ratio: is for --mix-real" in capsys.readouterr().err and not (tmp_path / "none").exists()
     assert riskforge("merge", first, "--output", tmp_path / "json", "--with-rejected", "--json") == 0
     manifest = json.loads(capsys.readouterr().out)
     assert manifest["counts"]["samples"]["rejected"] > 0
     assert len(images_of(tmp_path / "json")) == len(images_of(first))
+
+
+def test_commands_for_runs_refuse_a_merged_data_set(
+    first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They say what it is, and leave nothing in it: no lock, no report."""
+    merged = tmp_path / "merged"
+    assert riskforge("merge", first, "--output", merged) == 0
+    before = tree(merged)
+    data = ("--real", "digits:train", "--test", "digits:test")
+    for command, *options in (
+        ("status",), ("verify",), ("repair",), ("retry",), ("report",), ("evaluate",), ("rescore", "--target", "x"),
+        ("retrain", *data),
+    ):  # fmt: skip
+        assert riskforge(command, merged, *options) == 2, command
+        assert "is a merged or exported data set, not a run" in capsys.readouterr().err, command
+    assert tree(merged) == before and not (merged / "_state").exists()
 
 
 def test_inspect_shows_what_is_there(first: Path, second: Path, capsys: pytest.CaptureFixture[str]) -> None:

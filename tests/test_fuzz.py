@@ -19,7 +19,7 @@ from typing import Any
 import PIL.Image
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from engine.dataset.commits import COMMITS
@@ -336,6 +336,8 @@ def same_shard(before: bytes, after: bytes) -> bool:
         return False
 
 
+@example(data=b"", place="record", at=403, by=1)
+@example(data=b"", place="parquet", at=140, by=128)
 @given(
     data=bent_tars(),
     place=st.sampled_from(["tar", "parquet", "record", "plan"]),

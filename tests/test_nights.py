@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.errors import JobError
+from engine.errors import JobError, OutputError
 from engine.studies import differences
 from engine.studies.differences import holm, median_difference, share_difference
 from engine.studies.night_tables import night_document, night_markdown
 from engine.studies.nights import (
+    PAGE_BEGINNING,
     Limits,
     Night,
     breaches,
     check_limits,
+    check_replaces,
     compare_nights,
     pin_night,
     read_baseline,
@@ -265,6 +267,24 @@ def test_a_pinned_run_is_the_run(tmp_path):
             read_baseline(path)
     with pytest.raises(JobError, match="cannot be read"):
         read_baseline(Path(tmp_path / "nowhere.json"))
+
+
+def test_only_what_compare_wrote_is_written_over(tmp_path):
+    """A wrong name after --pin or --markdown must not cost a run its metadata, or CI its baseline."""
+    night = make_night(np.random.default_rng(3))
+    page = night_markdown(compare_nights(night, night))
+    baseline, other = tmp_path / "baseline.json", tmp_path / "metadata.parquet"
+    pin_night(night, baseline)
+    pin_night(night, baseline)
+    other.write_bytes(b"PAR1\xff")
+    for option, path in (("--pin", other), ("--markdown", other), ("--markdown", baseline)):
+        before = path.read_bytes()
+        with pytest.raises(OutputError, match=f"{option}: .* was not written by this option"):
+            pin_night(night, path) if option == "--pin" else check_replaces(option, path, PAGE_BEGINNING)
+        assert path.read_bytes() == before
+    for content in ("", page):
+        other.write_text(content)
+        check_replaces("--markdown", other, PAGE_BEGINNING)
 
 
 def test_markdown_and_json_hold_no_markup_of_others():

@@ -200,6 +200,16 @@ def test_the_summary_agrees_with_the_manifest(page: str, run: Store) -> None:
     assert guided < plain
 
 
+def test_the_headline_means_what_the_table_means(page: str, run: Store) -> None:
+    """Errors and valid failures over everything, joint prompts too; the two were once counted by different rules."""
+    groups = json.loads(run.read("manifest.json"))["summary"]
+    scored = [one["attempted"] - one["failed"] for one in groups]
+    for title, name in (("Target errors", "error_rate"), ("Valid failures", "valid_failure_rate")):
+        mean = sum(one[name] * num for one, num in zip(groups, scored, strict=True)) / sum(scored)
+        [shown] = re.findall(rf"{title}</[^>]*>\s*<[^>]*>([^<]*)<", page)
+        assert shown.strip() == percent(mean), title
+
+
 def test_the_gallery_holds_the_stored_images_and_all_their_metadata(page: str, run: Store) -> None:
     gallery = gallery_of(page)
     rows = {row["key"]: row for row in read_metadata(run)}

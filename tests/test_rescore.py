@@ -209,6 +209,12 @@ def test_from_the_command_line(call, copy, tmp_path):
     again = json.loads(call("compare", copy, "--baseline", pinned, "--json")[1])
     assert again["rows"] == back["rows"]
     assert call("compare", copy, "--baseline", pinned, "--max-error-increase", "0.5")[0] in (EXIT_OK, EXIT_DAMAGED)
+    whole = (copy / "metadata.parquet").read_bytes()
+    code, _, err = call("compare", copy, folder, "--markdown", copy / "metadata.parquet")
+    assert code == EXIT_USER and "--markdown: " in err and (copy / "metadata.parquet").read_bytes() == whole
+    for command in ("status", "verify", "repair", "retry", "evaluate"):
+        code, _, err = call(command, folder)
+        assert code == EXIT_USER and "has the scores that `riskforge rescore` made" in err, command
     for arguments in ([copy], [copy, folder, "--pin", pinned], [copy, tmp_path], [copy, folder, "--confidence", "2"]):
         code, _, err = call("compare", *arguments)
         assert code == EXIT_USER and err.startswith("error: ") and "Traceback" not in err

@@ -417,18 +417,15 @@ def test_the_command_takes_a_cifar_resnet_from_the_root_of_the_repository(tmp_pa
     assert json.loads((tmp_path / "run/manifest.json").read_text())["models"]["target"]["labels"][3] == "cat"
 
 
-needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
-
-
-@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
-def test_a_folder_of_timm_without_timm_names_the_extra(tmp_path: Path) -> None:
+def test_a_folder_of_timm_without_timm_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is loaded."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "timm" else found(name, *more))
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "pretrained_cfg": {}}))
     with pytest.raises(JobError, match=r"install riskforge\[timm\]"):
         check_addresses(read_job(write(job_of(str(tmp_path), tmp_path), tmp_path), []))
 
 
-@needs_timm
 @pytest.mark.parametrize("mode", ["center", "squash"])
 def test_a_folder_of_timm_gives_timms_logits(mode: str, tmp_path: Path) -> None:
     """timm's own transform and network on the same images, and the tensor path beside them."""

@@ -157,7 +157,11 @@ def session_steps(python: str, options: argparse.Namespace) -> list[Step]:
         Step(name="gpu", command=(python, "-c", look), limit_seconds=limits["gpu"]),
         Step(
             name="tests",
-            command=(python, "-m", "pytest", "-q", "-rs", "tests/gpu", f"--junitxml={output / 'tests.xml'}"),
+            # In one process: they share the GPU, and measure its memory.
+            command=(
+                *(python, "-m", "pytest", "-o", "addopts=", "-q", "-rs"),
+                *("tests/gpu", f"--junitxml={output / 'tests.xml'}"),
+            ),
             limit_seconds=limits["tests"],
         ),
     ]

@@ -1,8 +1,8 @@
 """How much of their time workers work: `python -m tools.overhead FOLDER --workers 16`.
 
 Workers that sleep two seconds for each of 300 shards run on a Ray of their own. What is asleep is time well spent; the
-rest, from the first worker that is ready to the last commit, is scheduling, transport, staging and committing, and what
-workers wait for the first of them to be ready, or the last one to be done.
+rest, from the first worker that is ready to the last commit, is scheduling, transport, staging and committing, and
+waiting: for the others to start, as many processes do on few cores, and for the last shard.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ def main(arguments: list[str]) -> int:
     )
     lines = (options.folder / "_state/events/000000.jsonl").read_text(encoding="utf-8").splitlines()
     events: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    first = min(one["time"] for one in events if one["event"] == "ready")
-    span = max(one["time"] for one in events if one["event"] == "committed") - first
-    asleep = options.shards * options.seconds / (options.workers * span)
+    ready = {one["worker"]: one["time"] for one in events if one["event"] == "ready"}
+    last = max(one["time"] for one in events if one["event"] == "committed")
+    slept, span = options.shards * options.seconds, last - min(ready.values())
+    of_all, of_own = slept / (options.workers * span), slept / sum(last - began for began in ready.values())
     what = f"{options.workers} workers, {options.shards} shards of {options.seconds:g} s"
-    print(f"{what}: {asleep:.1%} asleep in {span:.1f} s")
+    print(f"{what}: {of_all:.1%} asleep in {span:.1f} s, {of_own:.1%} of the time since each was ready")
     return 0
 
 

@@ -41,7 +41,9 @@ ClipOption = Annotated[
 MixOption = Annotated[
     str | None, typer.Option(metavar="DATA", help="Labelled images to mix in, as for prepare.", show_default=False)
 ]
-RatioOption = Annotated[float, typer.Option(metavar="X", help="Share of the images that is real, with --mix-real.")]
+RatioOption = Annotated[
+    float | None, typer.Option(metavar="X", help="Share of the images that is real, with --mix-real. Default: 0.5.")
+]
 RejectedOption = Annotated[bool, typer.Option("--with-rejected", help="Stored images of rejected samples, too.")]
 SurplusOption = Annotated[bool, typer.Option("--with-surplus", help="Accepted samples beyond their quota, too.")]
 TargetsOption = Annotated[
@@ -92,7 +94,7 @@ def merge(
     deduplicate: DeduplicateOption = None,
     clip: ClipOption = None,
     mix_real: MixOption = None,
-    real_ratio: RatioOption = 0.5,
+    real_ratio: RatioOption = None,
     with_rejected: RejectedOption = False,
     with_surplus: SurplusOption = False,
     allow_different_targets: TargetsOption = False,
@@ -111,7 +113,7 @@ def merge(
         deduplicate=deduplicate,
         clip=clip,
         real=mix_real,
-        real_ratio=real_ratio,
+        real_ratio=_real_ratio(real_ratio, mix_real),
         allow_different_targets=allow_different_targets,
     )
     _export(runs, options, as_json)
@@ -130,7 +132,7 @@ def export(
     deduplicate: DeduplicateOption = None,
     clip: ClipOption = None,
     mix_real: MixOption = None,
-    real_ratio: RatioOption = 0.5,
+    real_ratio: RatioOption = None,
     with_rejected: RejectedOption = False,
     with_surplus: SurplusOption = False,
     allow_different_targets: TargetsOption = False,
@@ -151,10 +153,18 @@ def export(
         deduplicate=deduplicate,
         clip=clip,
         real=mix_real,
-        real_ratio=real_ratio,
+        real_ratio=_real_ratio(real_ratio, mix_real),
         allow_different_targets=allow_different_targets,
     )
     _export(runs, options, as_json)
+
+
+def _real_ratio(given: float | None, mix_real: str | None) -> float:
+    from engine.dataset.export import DEFAULT_REAL_RATIO
+
+    if given is not None and mix_real is None:
+        raise JobError("--real-ratio: is for --mix-real; give both, or leave it out")
+    return DEFAULT_REAL_RATIO if given is None else given
 
 
 def _export(runs: list[str], options: ExportOptions, as_json: bool) -> None:

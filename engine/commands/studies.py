@@ -227,9 +227,11 @@ def compare(
 
     from engine.studies.nights import (
         LEVELS,
+        PAGE_BEGINNING,
         Limits,
         breaches,
         check_limits,
+        check_replaces,
         compare_nights,
         open_nights,
         pin_night,
@@ -241,6 +243,8 @@ def compare(
     }  # fmt: skip
     limits = Limits(increases={key: one for key, one in increases.items() if one is not None}, fail_on=fail_on)
     check_limits(limits, confidence, by or ())
+    if markdown is not None:
+        check_replaces("--markdown", markdown, PAGE_BEGINNING)
     if pin is not None:
         if len(runs) != 1 or baseline is not None:
             raise JobError("--pin: takes one run and compares nothing; leave the other one out")

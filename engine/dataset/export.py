@@ -24,13 +24,14 @@ from engine.dataset.real_images import RealImages
 from engine.dataset.selection import Chosen, SampleReader, select, shuffled
 from engine.dataset.shards import is_key, record_json
 from engine.dataset.source import RunSource
-from engine.dataset.state import CARD, MANIFEST, SUCCESS
+from engine.dataset.state import CARD, EXPORT_KIND, MANIFEST, SUCCESS
 from engine.dataset.store import Store, explained, open_store
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.plan import SCHEMA_VERSION
 from engine.records import STATUS_OK, STATUS_REJECTED, SampleResult
 
 DEFAULT_NAME = "corpus"
+DEFAULT_REAL_RATIO = 0.5
 DUPLICATES = "duplicates.csv"
 # Shard, real and class parts of a key come after the name.
 MAX_NAME_CHARS = 60
@@ -67,7 +68,7 @@ class ExportOptions:
     deduplicate: float | None = None
     clip: str | None = None
     real: str | None = None
-    real_ratio: float = 0.5
+    real_ratio: float = DEFAULT_REAL_RATIO
     allow_different_targets: bool = False
 
 
@@ -233,7 +234,7 @@ class _Export:
             "schema_version": SCHEMA_VERSION,
             "name": options.name,
             "complete": True,
-            "kind": "export",
+            "kind": EXPORT_KIND,
             "format": options.format,
             "digest": self._digest.hexdigest(),
             "filter": options.condition,

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from engine.dataset.commits import list_commits
 from engine.dataset.shards import SHARDS, file_digest, shard_name
-from engine.dataset.state import MANIFEST, METADATA, SUCCESS, StoredRun, read_run
+from engine.dataset.state import MANIFEST, METADATA, RESCORED_FROM, SUCCESS, StoredRun, read_run
 from engine.dataset.store import Store, open_store
 from engine.errors import CorruptShardError, JobError, OutputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-RESCORED = "rescored_from"
 SOURCES = "sources"
 # Without these a row cannot be brought together with its image and label.
 REQUIRED = ("key", "status", "class_name", "class_index", "accepted", "sha256")
@@ -198,12 +197,12 @@ def _num_rows(files: tuple[Path, ...]) -> int:
 
 def _origin(store: Store, manifest: dict[str, Any], depth: int) -> RunSource | None:
     """The run whose images a folder of new scores is about."""
-    about = manifest.get(RESCORED)
+    about = manifest.get(RESCORED_FROM)
     if about is None:
         return None
     address = about.get("uri") if isinstance(about, dict) else about
     if not isinstance(address, str) or depth >= _MAX_RESCORED:
-        raise JobError(f"RUN: {store.path(MANIFEST)}: {RESCORED} is not the address of a run ({address!r})")
+        raise JobError(f"RUN: {store.path(MANIFEST)}: {RESCORED_FROM} is not the address of a run ({address!r})")
     beside = store.root / address
     # One without a scheme is relative to this folder, so that both can be moved together, or else to where one is.
     inner = str(beside.resolve()) if "://" not in address and beside.exists() else address

@@ -35,6 +35,9 @@ TIMM_INFO = "shards/_info.json"
 # Folders of `riskforge rescore`, one for each target, and what marks one.
 RESCORED = "rescored"
 RESCORING = "_state/rescoring.json"
+# What the manifests of folders say that are no runs.
+RESCORED_FROM = "rescored_from"
+EXPORT_KIND = "export"
 
 RUN_FILES = (SUCCESS, METADATA, MANIFEST, CARD, REPORT, EVALUATION, WIDS_INDEX, TIMM_INFO)
 MAX_SHOWN = 8
@@ -191,6 +194,33 @@ def publish_rounds(store: Store, plan: Plan, extents: tuple[Extent, ...]) -> Pla
     return plan
 
 
+def check_kind(store: Store, *, scores: bool = False) -> None:
+    """Refuse a folder that says of itself that it is no run.
+
+    Args:
+        scores: whether what `rescore` made is taken, too.
+
+    Raises:
+        OutputError: it is a merged or exported data set, or has the scores that `rescore` made.
+    """
+    try:
+        manifest = json.loads(store.read(MANIFEST)) if store.exists(MANIFEST) else None
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(manifest, dict):
+        return
+    if manifest.get("kind") == EXPORT_KIND:
+        raise OutputError(
+            f"{store.uri}: is a merged or exported data set, not a run; give the folder of a run here"
+            " (`riskforge inspect`, `merge` and `export` take such a data set)"
+        )
+    if RESCORED_FROM in manifest and not scores:
+        raise OutputError(
+            f"{store.uri}: has the scores that `riskforge rescore` made, and no images; give the folder of the run"
+            " itself here (`riskforge inspect`, `compare` and `report` take such scores)"
+        )
+
+
 def stored_plan(store: Store) -> tuple[JobSpec, Plan]:
     """Job and plan of a run as its output has them; classes are called by their numbers.
 
@@ -199,6 +229,7 @@ def stored_plan(store: Store) -> tuple[JobSpec, Plan]:
     """
     stored = read_run(store)
     if stored is None:
+        check_kind(store)
         raise OutputError(f"{store.uri}: there is no run; give the folder of one")
     try:
         job = parse_job(stored.job | {"output": {"provenance": False} | stored.job["output"] | {"uri": store.uri}})

@@ -114,6 +114,7 @@ class Store:
         self.root = root
         self.uri = str(root)
         self._staging: Path | None = None
+        self._release: weakref.finalize[..., Store] | None = None
 
     def path(self, name: str) -> Path:
         """Where a name lies.
@@ -201,8 +202,16 @@ class Store:
         if self._staging is None or not self._staging.is_dir():
             with explained(self.path(STAGING)):
                 self._staging, descriptor = _claim_folder(self.path(STAGING))
-            weakref.finalize(self, _release_folder, self._staging, descriptor, os.getpid())
+            self._release = weakref.finalize(self, _release_folder, self._staging, descriptor, os.getpid())
         return self._staging
+
+    def leave(self) -> None:
+        """Remove the empty folders that staging made: in a folder that is no run nothing needs them."""
+        if self._release is not None:
+            self._release()
+        for name in (STAGING, STATE):
+            with contextlib.suppress(OSError):
+                self.path(name).rmdir()
 
     def clean_staging(self) -> None:
         """Remove the unfinished files of processes that are no more."""

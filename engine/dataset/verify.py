@@ -104,10 +104,9 @@ def check_shard(store: Store, plan: Plan, record: CommitRecord | CorruptShardErr
             raise CorruptShardError(f"{path}: is missing, but shard {record.shard} is committed")
     _check_planned(plan, record)
     found = inspect_pair(tar, parquet)
-    told = ((tar, found.tar_sha256, record.tar_sha256), (parquet, found.parquet_sha256, record.parquet_sha256))
-    for path, is_there, wanted in told:
-        if is_there != wanted:
-            raise CorruptShardError(f"{path}: is not the file that was committed (checksum)")
+    for path, names in ((tar, ("tar_sha256", "tar_md5", "tar_bytes")), (parquet, ("parquet_sha256", "parquet_bytes"))):
+        if any(getattr(found, name) != getattr(record, name) for name in names):
+            raise CorruptShardError(f"{path}: is not the file that was committed (checksum or size)")
     if found.counts != record.counts:
         raise CorruptShardError(f"{parquet}: holds other counts than its record")
     _check_samples(plan, record.shard, parquet)

@@ -305,7 +305,12 @@ def check_decoder(folder: Path, address: str) -> None:
         raise JobError(f"'{address}' is of class {kind}; an AutoencoderTiny is needed")
 
 
-def _check_clip(folder: Path, address: str) -> None:
+def check_clip(folder: Path, address: str) -> None:
+    """Check that a folder holds a CLIP model: transformers would fill another model's gaps with random weights.
+
+    Raises:
+        JobError: saying what it is instead.
+    """
     _need(folder, "config.json", address, "a transformers model folder")
     kind = read_config(folder / "config.json").get("model_type")
     if kind != "clip":
@@ -327,14 +332,14 @@ def _roles(job: JobSpec) -> list[tuple[str, str, Callable[[Path, str], None]]]:
     models = job.models
     roles: list[tuple[str, str, Callable[[Path, str], None]]] = [
         ("models.diffusion", models.diffusion, check_pipeline),
-        ("models.clip", models.clip, _check_clip),
+        ("models.clip", models.clip, check_clip),
         ("models.target", models.target, _check_classifier),
     ]
     roles += [(f"models.transfer.{place}", one, _check_classifier) for place, one in enumerate(models.transfer)]
     if models.oracle:
         roles.append(("models.oracle", models.oracle, _check_classifier))
     if models.judge:
-        roles.append(("models.judge", models.judge, _check_clip))
+        roles.append(("models.judge", models.judge, check_clip))
     if models.guidance_decoder:
         roles.append(("models.guidance_decoder", models.guidance_decoder, check_decoder))
     for number, request in enumerate(job.requests):

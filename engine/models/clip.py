@@ -9,7 +9,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from engine.models.addresses import resolve
+from engine.models.addresses import check_clip, resolve
 from engine.models.preprocess import Preprocessing
 from engine.models.runtime import frozen, loading
 
@@ -41,6 +41,7 @@ class Clip:
         from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
         folder = resolve(address)
+        check_clip(folder, address)
         with loading(address, "a CLIP model"):
             model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype=torch.float32)
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)

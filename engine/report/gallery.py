@@ -44,9 +44,9 @@ RANGE_SCORES = ("risk", "conformity", "kldb", "entropy", "p_label")
 # Of the judge, where there is one.
 JUDGE_SCORES = {"judge_conformity": "Conformity, judge", "judge_conformity_margin": "Conformity margin, judge"}
 OUTCOMES = {
-    "error": "Target reads another class",
-    "valid": "Target reads another class, oracle does not",
-    "right": "Target reads a conditioned class",
+    "error": "Target errs",
+    "valid": "Target errs, oracle agrees",
+    "right": "Target reads the label",
 }
 _CLASS_FIELDS = ("class_index", "predicted_class", "oracle_class")
 
@@ -198,10 +198,10 @@ def _conditioned(record: dict[str, Any], names: dict[int, str]) -> str:
 
 
 def _outcomes(record: dict[str, Any]) -> list[str]:
-    """Which outcomes hold: with a joint prompt every class of the subset is what was asked for."""
-    wanted = record["kldb_classes"] if is_joint(record["key"]) else [record["class_index"]]
-    if record["predicted_class"] in wanted:
+    """Which outcomes hold, as in the tables: of a joint prompt the oracle may read any class of the subset."""
+    if not record["is_error"]:
         return ["right"]
+    wanted = record["kldb_classes"] if is_joint(record["key"]) else [record["class_index"]]
     return ["error", "valid"] if record["oracle_class"] in wanted else ["error"]
 
 

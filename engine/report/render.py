@@ -19,7 +19,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from engine.dataset.state import MANIFEST, METADATA, REPORT
+from engine.dataset.state import MANIFEST, METADATA, REPORT, check_kind
 from engine.dataset.store import Store
 from engine.dataset.summary import summarise_table
 from engine.errors import CorruptShardError, JobError, OutputError
@@ -109,6 +109,7 @@ def write_report(
         OutputError: the run has no manifest or metadata yet, or the store refuses.
         CorruptShardError: one of the two cannot be read.
     """
+    check_kind(store, scores=True)
     for name in (MANIFEST, METADATA):
         if not store.exists(name):
             raise OutputError(f"output {store.uri}: has no {name}; finish the run first (`riskforge run`)")
@@ -269,13 +270,13 @@ def _figures(manifest: dict[str, Any], rows: Rows) -> list[dict[str, str]]:
     samples = manifest["counts"]["samples"]
     heard = rows.scored & (rows.numbers["oracle_class"] != NO_CLASS)
     agrees = rows.reads_conditioned("oracle_class")
-    valid = agrees & ~rows.reads_conditioned("predicted_class")
+    valid = agrees & rows.numbers["is_error"].astype(bool)
     cells = [
         ("Images", f"{samples['ok']:,}", f"of {_many(samples['attempted'], 'attempt')}{_kept(samples)}"),
         ("Failed", f"{samples['failed']:,}", "attempts without an image"),
         ("Target errors", _share(rows.numbers["is_error"], rows.scored), "reads another class than the label"),
         ("Oracle agrees", _share(agrees, heard), "reads a conditioned class"),
-        ("Valid failures", _share(valid, heard), "the oracle reads a conditioned class, the target none"),
+        ("Valid failures", _share(valid, heard), "the target errs, the oracle reads a conditioned class"),
     ]
     return [{"name": name, "value": value, "note": note} for name, value, note in cells]
 

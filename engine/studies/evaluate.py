@@ -19,7 +19,7 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from engine.dataset.state import EVALUATION, MANIFEST, METADATA, REPORT
-from engine.dataset.store import Store, open_store
+from engine.dataset.store import STATE, Store, open_store
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.images import LabelledImage, Unusable, UnusableImageError, decode_rgb, nothing_usable, open_images
 from engine.models.addresses import model_digest
@@ -198,12 +198,16 @@ def evaluate(run_uri: str, options: EvaluateOptions, *, display: Display, folder
     if options.reference is not None:
         choose_requests(run, "--reference", [options.reference])
     if folder is not None:
-        check_folder(Path(folder).expanduser(), EVALUATION, (EVALUATION, REPORT), STUDY)
+        check_folder(Path(folder).expanduser(), EVALUATION, (EVALUATION, REPORT, STATE), STUDY)
     evaluation = _evaluate(run, options, display)
     into = run.store if folder is None else open_store(str(Path(folder).expanduser()))
-    into.replace(EVALUATION, evaluation.model_dump_json(indent=1).encode() + b"\n")
-    display.phase("writing the report")
-    write_report(run.store, into=into)
+    try:
+        into.replace(EVALUATION, evaluation.model_dump_json(indent=1).encode() + b"\n")
+        display.phase("writing the report")
+        write_report(run.store, into=into)
+    finally:
+        if folder is not None:
+            into.leave()
     return Evaluated(evaluation=evaluation, document=into.path(EVALUATION), report=into.path(REPORT))
 
 
@@ -257,7 +261,11 @@ def _load(job: JobSpec, run: StudiedRun, options: EvaluateOptions) -> tuple[Eyes
         JobError: one cannot be loaded, or the target is another than that of the run.
     """
     device = choose_hardware(RuntimeSpec()).device
-    clip = Clip.load(options.clip or job.models.clip, device)
+    try:
+        clip = Clip.load(options.clip or job.models.clip, device)
+    except JobError as error:
+        field = "--clip" if options.clip else "models.clip"
+        raise JobError([f"{field}: {problem}" for problem in error.problems]) from None
     judge = Clip.load(job.models.judge, device) if job.models.judge else None
     extractor = choose_extractor(options.features, clip, options.inception, device)
     if options.real is None:

@@ -526,16 +526,33 @@ def metric_name(metric: str) -> str:
 # Pinning -------------------------------------------------------------------------------------------------------------
 
 BASELINE_VERSION = 1
+PAGE_BEGINNING = "# `"
+BASELINE_BEGINNING = '{"baseline_version": '
 _TEXT_COLUMNS = ("keys", "requests", "classes", "contexts", "prompts")
 _NUMBER_COLUMNS = ("risk", "conformity", "kldb")
+
+
+def check_replaces(option: str, path: Path, beginning: str) -> None:
+    """Check that a file to write is not there, is empty, or begins as what `compare` writes under this option.
+
+    Raises:
+        OutputError: it is something else, such as a file of a run, which would be lost.
+    """
+    if not path.is_file():
+        return
+    with explained(path), path.open("rb") as file:
+        found = file.read(len(beginning.encode()))
+    if found and found != beginning.encode():
+        raise OutputError(f"{option}: {path} is there already and was not written by this option; choose another name")
 
 
 def pin_night(night: Night, path: Path) -> None:
     """Write what a comparison needs of a run into a file, so that the run need not be kept.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, or is there and no baseline.
     """
+    check_replaces("--pin", path, BASELINE_BEGINNING)
     document = {
         "baseline_version": BASELINE_VERSION,
         "address": night.address,

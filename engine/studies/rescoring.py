@@ -25,7 +25,7 @@ from engine.dataset.lease import hold
 from engine.dataset.manifest import software_versions, write_metadata
 from engine.dataset.schema import arrow_schema
 from engine.dataset.shards import ROWS_PER_GROUP, SHARDS, read_rows, read_shard, shard_name
-from engine.dataset.state import MANIFEST, METADATA, PLANS, RESCORED, RESCORING, SUCCESS, stored_plan
+from engine.dataset.state import MANIFEST, METADATA, PLANS, RESCORED, RESCORED_FROM, RESCORING, SUCCESS, stored_plan
 from engine.dataset.store import Store, explained, open_store
 from engine.dataset.summary import count_classes, count_requests, plain, summarise
 from engine.errors import CorruptShardError, JobError, OutputError
@@ -373,7 +373,7 @@ def _finish(
         "name": job.name,
         "complete": store.exists(SUCCESS),
         "plan_digest": plan.digest,
-        "rescored_from": _origin(store, folder, job, plan, len(commits)),
+        RESCORED_FROM: _origin(store, folder, job, plan, len(commits)),
         "job": new_job.model_dump(mode="json", exclude_none=True),
         "models": _described(store, job, plan, models, labels),
         "versions": software_versions(),

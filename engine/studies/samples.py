@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.dataset.commits import CommitRecord, read_commits
 from engine.dataset.shards import SHARDS, read_rows, read_shard
-from engine.dataset.state import MANIFEST, read_run
+from engine.dataset.state import MANIFEST, check_kind, read_run
 from engine.dataset.store import Store, open_store
 from engine.errors import JobError
 from engine.models.addresses import model_digest
@@ -55,6 +55,7 @@ def open_study(uri: str) -> StudiedRun:
     store = open_store(uri)
     if not store.root.is_dir():
         raise JobError(f"RUN: there is no folder '{uri}'; give the output folder of `riskforge run`")
+    check_kind(store)
     job, plan_digest, target_digest = _identity(store)
     commits = tuple(read_commits(store))
     if not commits:

@@ -91,6 +91,7 @@ def train_caption_reader(
     *,
     seed: int,
     build_folder: Path,
+    recipe: Recipe = RECIPE,
 ) -> CLIPTextModel:
     """A text encoder trained to tell the classes and attributes of drawn captions, frozen."""
     torch.manual_seed(seed)
@@ -101,7 +102,7 @@ def train_caption_reader(
         tokens = tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
         return reader.loss(tokens.input_ids, _named_classes(texts, class_names), values)
 
-    fit("caption-reader", reader, loss, RECIPE, seed=seed, folder=build_folder)
+    fit("caption-reader", reader, loss, recipe, seed=seed, folder=build_folder)
     return reader.text_encoder.requires_grad_(False)
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from autoencoder import to_bytes
 from caption_reader import BATCH_SIZE as NUM_CAPTIONS
+from caption_reader import RECIPE as READER
 from caption_reader import train_caption_reader
 from cifar10_data import CLASS_NAMES, Photographs, augment, caption_words, random_captions, weighted_rows
 from classifiers import fit_temperature
@@ -82,6 +83,7 @@ class Size:
     judge: Recipe
     diffusion: Recipe
     unclip: Recipe
+    reader: Recipe = READER
     clip_layers: int = 4
     unet_options: dict[str, Any] = field(default_factory=dict)
 
@@ -299,8 +301,9 @@ def _taught(model: TaughtClip, teacher: ResidualNetwork, images: Tensor, logits:
     return soft + 8 * F.mse_loss(model.to_teacher(embeds), 8 * pooled) / 8
 
 
-def train_text_encoder(names: tuple[str, ...], *, seed: int, build_folder: Path) -> CLIPTextModel:
+def train_text_encoder(size: Size, *, seed: int, build_folder: Path) -> CLIPTextModel:
     """A text encoder that tells which classes a caption names, frozen."""
+    names = size.names
     indices = np.array([CLASS_NAMES.index(name) for name in names])
 
     def draw(rng: np.random.Generator) -> tuple[list[str], dict[str, Tensor]]:
@@ -308,7 +311,9 @@ def train_text_encoder(names: tuple[str, ...], *, seed: int, build_folder: Path)
         return random_captions(labels, names, rng=rng, joint_share=0.3), {}
 
     tokenizer = build_tokenizer(caption_words())
-    return train_caption_reader(tokenizer, draw, CLASS_NAMES, {}, seed=seed, build_folder=build_folder)
+    return train_caption_reader(
+        tokenizer, draw, CLASS_NAMES, {}, seed=seed, build_folder=build_folder, recipe=size.reader
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,7 +363,7 @@ class Prompts:
 
 def train_diffusion(data: Photographs, size: Size, *, seed: int, build_folder: Path, output: Path) -> None:
     """Text encoder, then a UNet that predicts eps; for the export `output/vae` must hold the autoencoder."""
-    text_encoder = train_text_encoder(size.names, seed=seed, build_folder=build_folder)
+    text_encoder = train_text_encoder(size, seed=seed, build_folder=build_folder)
     train = Latents.of(data.of_classes(size.names), build_autoencoder(fit_components(data)), size.device)
     prompts, noise_levels = Prompts(text_encoder.to(size.device)), DDPMScheduler(**NOISE_CONFIG).alphas_cumprod
     torch.manual_seed(seed)
