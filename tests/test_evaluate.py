@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from engine.report.data import open_metadata
 from engine.report.evaluation import Evaluation, read_evaluation
 from engine.report.render import write_report
 from engine.spec import JobSpec, parse_job
+from engine.studies import pictures
 from engine.studies.evaluate import Album, EvaluateOptions, evaluate, match_classes, summary_lines
 from engine.studies.features import Inception, find_inception
 from engine.studies.folders import check_folder
@@ -364,6 +366,18 @@ def test_pixels_are_compared_whatever_the_size() -> None:
     pixels = small_pixels([image, small, other])
     same, near, far = pixel_distances(np.stack([pixels[0]] * 3), pixels)
     assert same == 0 and near < 0.05 < 0.4 < far
+
+
+def test_pixels_are_compared_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts do not show, and as floats there is never more than one of them."""
+    first, second = np.random.default_rng(0).integers(0, 256, (2, 600, 32, 32, 3), dtype=np.uint8)
+    whole = pixel_distances(first, second)
+    monkeypatch.setattr(pictures, "_ROWS", 7)
+    tracemalloc.start()
+    parts = pixel_distances(first, second)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.array_equal(parts, whole) and len(whole) == 600 and peak < first.nbytes
 
 
 def groups_of(sizes: tuple[int, ...], dim: int = 12) -> np.ndarray:

@@ -220,6 +220,31 @@ def test_groups_are_compared_over_what_both_runs_have():
     assert abs(comparison.rows[0].differences["risk"].change.value) < 0.5
 
 
+def test_another_mixture_of_classes_is_no_difference():
+    """Each class errs as often as before, but the quota of the worst one took more attempts: nothing has changed."""
+    rng = np.random.default_rng(16)
+    rates = {"cat": 0.1, "dog": 0.5, "owl": 0.9}
+
+    def night(seed: int, weights: tuple[float, float, float]) -> Night:
+        classes = text(rng.choice(LABELS, 600, p=weights))
+        is_error = rng.random(600) < np.array([rates[one] for one in classes])
+        made = make_night(rng, seed=seed, num=600, requests=("quota",))
+        return replace(made, classes=classes, contexts=text([""] * 600), is_error=is_error)
+
+    old, new = night(0, (0.4, 0.3, 0.3)), night(1, (0.1, 0.2, 0.7))
+    comparison = compare_nights(old, new)
+    # That much would be seen in all of them as they are.
+    assert new.is_error.mean() - old.is_error.mean() > 0.2
+    assert not [row for row in comparison.rows if "error_rate" in comparison.significant(row)]
+    first, *classes = comparison.rows
+    assert first.num_old == first.num_new == sum(row.num_old for row in classes) < 600
+    assert "so that both runs have each class and context equally often" in comparison.notes[0]
+    # Four times as many of each class is the same mixture: none is left out.
+    even = replace(old, classes=text(LABELS[row % 3] for row in range(600)), seeds=old.seeds + 10**8)
+    some = permuted(even, np.arange(600)[np.arange(600) // 3 % 4 == 0])
+    assert len(some.keys) == 150 and not compare_nights(replace(some, seeds=some.seeds + 10**8), even).notes
+
+
 def test_a_pinned_run_is_the_run(tmp_path):
     """Every column comes back as it was, so every figure does; what is no baseline is refused."""
     night = make_night(np.random.default_rng(12))

@@ -141,8 +141,9 @@ def precision_recall(samples: Features, real: Features, *, neighbours: int = NEI
 
 def _num_inside(points: Features, manifold: Features, neighbours: int) -> int:
     """How many points lie in a ball of the manifold."""
+    # Copies: views would keep their blocks.
     radii = np.concatenate(
-        [np.partition(block, neighbours, axis=1)[:, neighbours] for block in _distances(manifold, manifold)]
+        [np.partition(block, neighbours, axis=1)[:, neighbours].copy() for block in _distances(manifold, manifold)]
     )
     return sum(int((block <= radii).any(1).sum()) for block in _distances(points, manifold))
 

@@ -39,6 +39,8 @@ FAILURES = ("error_rate", "valid_failures", "risk")
 MIN_SAMPLES = 5
 # With fewer pairs than this share of the smaller side, a request is compared as two groups.
 MIN_PAIRED_SHARE = 0.8
+# How much more one class and context may have grown in number than another, before groups are cut to equal parts.
+MAX_IMBALANCE = 1.1
 MAX_LISTED = 20
 
 _COLUMNS = [
@@ -310,7 +312,8 @@ def _differing(old: Night, new: Night) -> Iterator[str]:
 def _match(old: Night, new: Night, request: str) -> tuple[tuple[Rows, Rows] | None, bool, list[str]]:
     """Rows of a request in both runs, whether they are pairs, and what is left out; no rows where there are too few.
 
-    Without pairs only classes and contexts count that both runs have: a mixture of others would differ by itself.
+    Without pairs only classes and contexts count that both runs have, and in equal parts: another mixture would differ
+    by itself.
     """
     a, b = (np.flatnonzero(one.requests == request) for one in (old, new))
     first, second = (
@@ -333,9 +336,36 @@ def _match(old: Night, new: Night, request: str) -> tuple[tuple[Rows, Rows] | No
             np.array([row for row in rows if (one.classes[row], one.contexts[row]) in common], dtype=np.intp)
             for one, rows in ((old, a), (new, b))
         )
+    before = len(a) + len(b)
+    a, b = _balanced(old, new, a, b)
+    if left_out := before - len(a) - len(b):
+        about.append(
+            f"request {request!r}: {left_out} samples are left out, so that both runs have each class and context"
+            " equally often"
+        )
     if min(len(a), len(b)) < MIN_SAMPLES:
         return None, False, [f"request {request!r}: {len(a)} and {len(b)} samples are too few to compare"]
     return (a, b), False, about
+
+
+def _balanced(old: Night, new: Night, a: Rows, b: Rows) -> tuple[Rows, Rows]:
+    """Rows of both runs with one mixture of classes and contexts; all of them where it is about one already.
+
+    A quota makes more attempts where fewer are accepted, so that an easy class is a larger part where it became easier.
+    Of a class and context that has more in one run the first ones by key are kept, as many as the other run has.
+    """
+    found: tuple[dict[tuple[str, str], list[int]], ...] = ({}, {})
+    for strata, one, rows in zip(found, (old, new), (a, b), strict=True):
+        for row in sorted(rows.tolist(), key=lambda row: str(one.keys[row])):
+            strata.setdefault((one.classes[row], one.contexts[row]), []).append(row)
+    ratios = [len(found[1][name]) / len(rows) for name, rows in found[0].items()]
+    if not ratios or max(ratios) <= MAX_IMBALANCE * min(ratios):
+        return a, b
+    kept = [
+        [row for name, rows in strata.items() for row in rows[: min(len(found[0][name]), len(found[1][name]))]]
+        for strata in found
+    ]
+    return np.array(sorted(kept[0]), dtype=np.intp), np.array(sorted(kept[1]), dtype=np.intp)
 
 
 def _compare_request(

@@ -21,6 +21,7 @@ BATCH = 64
 # Pixels are compared at this size: enough to tell a copy, and blind to noise and to a new encoding.
 COMPARED_SIDE = 32
 THUMBNAIL_BYTES = 6000
+_ROWS = 1024
 
 Advance = Callable[[str], None]
 Item = TypeVar("Item")
@@ -134,8 +135,13 @@ def small_pixels(images: Sequence[PIL.Image.Image]) -> NDArray[np.uint8]:
 
 def pixel_distances(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Root mean square difference of small images [N, 32, 32, 3], pair by pair, in [0, 1]."""
-    difference = (first.astype(np.float64) - second) / 255
-    return np.asarray(np.sqrt((difference**2).reshape(len(first), -1).mean(1)))
+    found = np.empty(len(first))
+    # As floats, all of them at once would be eight times what is held.
+    for start in range(0, len(first), _ROWS):
+        part = slice(start, start + _ROWS)
+        difference = (first[part].astype(np.float64) - second[part]) / 255
+        found[part] = np.sqrt((difference**2).reshape(len(difference), -1).mean(1))
+    return found
 
 
 def count_items(source: ImageSource) -> int:
@@ -148,14 +154,10 @@ def count_items(source: ImageSource) -> int:
 def draw_images(source: ImageSource, limit: int, seed: int, advance: Advance) -> Iterator[Found]:
     """At most `limit` items of a source, equally likely each, in order; the others are not decoded."""
     num = count_items(source)
-    wanted = range(num)
-    if num > limit:
-        wanted_set = set(np.random.default_rng(seed).choice(num, limit, replace=False).tolist())
-    else:
-        wanted_set = set(wanted)
+    wanted = set(np.random.default_rng(seed).choice(num, limit, replace=False).tolist() if num > limit else range(num))
     done = 0
     for number, item in enumerate(itertools.chain.from_iterable(file() for file in source.files)):
-        if number in wanted_set:
+        if number in wanted:
             done += 1
-            advance(f"{done}/{len(wanted_set)}")
+            advance(f"{done}/{len(wanted)}")
             yield item()
