@@ -214,6 +214,10 @@ def evaluate(run_uri: str, options: EvaluateOptions, *, display: Display, folder
 def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> Evaluation:
     job, manifest = run.job, json.loads(run.store.read(MANIFEST))
     labels = _labels(run, manifest)
+    for option, address in (("--real", options.real), ("--train", options.train)):
+        if address is not None:
+            # A wrong path is told before models are loaded; nothing is read yet.
+            open_images(address, labels, option)
     display.phase("loading the models that look at images")
     quiet_libraries()
     eyes, target = _load(job, run, options)
