@@ -253,6 +253,16 @@ class RequestSpec(_Spec):
         """YAML 1.1 reads a bare date as one."""
         return value.isoformat() if type(value) is datetime.date else value
 
+    @pydantic.field_validator("fresh")
+    @classmethod
+    def _on_the_calendar(cls, value: bool | str) -> bool | str:
+        if isinstance(value, str):
+            try:
+                datetime.date.fromisoformat(value)
+            except ValueError:
+                raise ValueError(f"'{value}' is not on the calendar; give a date such as 2026-11-21") from None
+        return value
+
     @property
     def is_custom(self) -> bool:
         """Whether the method is a criterion of the user's own."""

@@ -310,7 +310,7 @@ def test_images_that_are_gone_end_it(finished: Store, tmp_path: Path) -> None:
         (["--reference", "fresch"], r"--reference: the run has no request 'fresch'; did you mean 'fresh'\?"),
         (["--real", "/nowhere"], r"--real: there is no '/nowhere'"),
         (["--train", "/nowhere"], r"--train: there is no '/nowhere'"),
-        (["--limit", "3"], r"--limit: 3 is not between 10 and 100,000"),
+        (["--limit", "3"], r"--limit: 3 is not between 10 and 20,000"),
         (["--features", "inception"], r"--features: inception has no weights on this machine"),
         (["--inception", "/nowhere.pt"], r"--inception: there is no file '/nowhere.pt'"),
         (["--clip", "zoo:digits/klip"], r"--clip: .*klip"),

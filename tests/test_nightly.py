@@ -62,6 +62,12 @@ def test_a_job_file_is_dated_when_it_is_read(tmp_path):
     assert job.output.uri.removeprefix(f"{tmp_path}/night-") == job.requests[1].fresh and job.requests[1].fresh in days
 
 
+def test_a_date_must_be_on_the_calendar():
+    """As text; a bare one is YAML's own date, which knows the calendar."""
+    with pytest.raises(JobError, match=r"fresh.*'2026-99-99' is not on the calendar; give a date such as 2026-11-21"):
+        night_job("runs/x", fresh="2026-99-99")
+
+
 def test_fresh_seeds_change_every_night_and_the_panel_does_not():
     """Another date, another noise; without `fresh` the seeds are what they always were."""
     plain = seeds(night_job("runs/x"))

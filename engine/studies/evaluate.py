@@ -70,7 +70,8 @@ if TYPE_CHECKING:
 
 STUDY = "evaluate"
 DEFAULT_LIMIT = 2000
-MAX_LIMIT = 100_000
+# Thumbnails and pixels of so many images take a few hundred megabytes.
+MAX_LIMIT = 20_000
 MIN_IMAGES = 10
 # Real images for each sample of a request that may be asked for: classes are matched.
 REAL_FACTOR = 2
