@@ -234,7 +234,8 @@ class Corpus:
             weights: a column or an expression of numbers, such as `"1 + 2 * oracle_agrees"`; without it 1.0.
 
         Raises:
-            JobError: no sample is selected, the runs have different classes, or a weight is negative or no number.
+            JobError: no sample is selected, the runs have different classes or the same images, or a weight is negative
+                or no number.
             CorruptShardError: a tar is missing, torn, or lacks an image that the rows tell of.
         """
         from engine.dataset.torch_samples import make_samples
@@ -244,9 +245,14 @@ class Corpus:
         return make_samples(self._chosen(), transform, labels, weights)
 
     def _chosen(self) -> Corpus:
-        """The samples, of which there is at least one, of classes that are the same in all runs."""
+        """The samples, of which there is at least one, of classes that are the same in all runs, each image once."""
         chosen = self if self._has_images else self.samples
         _ = self.labels
+        users: dict[str, RunSource] = {}
+        for source in self.runs:
+            for tar in map(str, source.tars):
+                if (other := users.setdefault(tar, source)) is not source:
+                    raise JobError(f"RUN: '{other.uri}' and '{source.uri}' have the same images; open one of them")
         chosen.check_any()
         return chosen
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from engine.dataset.shards import record_json
 from engine.dataset.tar_index import RECORD
-from engine.errors import JobError
 from engine.records import fields_of
 
 if TYPE_CHECKING:
@@ -37,27 +36,15 @@ class Selection:
 
 
 def make_pipeline(corpus: Corpus, decode: str | None, options: dict[str, Any]) -> Any:
-    """The pipeline over a corpus of samples; see `Corpus.to_webdataset`.
-
-    Raises:
-        JobError: two of the runs have the same images, as a run and its scores made anew do.
-    """
+    """The pipeline over a corpus of samples of runs without a common tar; see `Corpus.to_webdataset`."""
     import webdataset
 
     keys: dict[str, frozenset[str]] = {}
     records: dict[str, dict[str, bytes]] = {}
-    users: dict[str, str] = {}
     for number, source in enumerate(corpus.runs):
         chosen = frozenset(corpus.run_table(number, ["key"])["key"].to_pylist())
         if not chosen:
             continue
-        first = next((users[tar] for tar in map(str, source.tars) if tar in users), None)
-        if first is not None:
-            raise JobError(
-                f"RUN: '{first}' and '{source.uri}' have the same images, and a pipeline reads each tar once; open one"
-                " of them"
-            )
-        users.update(dict.fromkeys(map(str, source.tars), source.uri))
         keys.update(dict.fromkeys(map(str, source.tars), chosen))
         if source.is_rescored:
             records.update(dict.fromkeys(map(str, source.tars), _records(corpus, number)))
