@@ -101,22 +101,11 @@ def merge(
     as_json: JsonOption = False,
 ) -> None:
     """Make one data set of the accepted samples of runs: `export` to WebDataset without a filter."""
-    from engine.dataset.export import ExportOptions
-
-    options = ExportOptions(
-        output=output,
-        name=name,
-        seed=seed,
-        samples_per_shard=samples_per_shard,
-        with_rejected=with_rejected,
-        with_surplus=with_surplus,
-        deduplicate=deduplicate,
-        clip=clip,
-        real=mix_real,
-        real_ratio=_real_ratio(real_ratio, mix_real),
-        allow_different_targets=allow_different_targets,
-    )
-    _export(runs, options, as_json)
+    export(
+        runs, output, samples_per_shard=samples_per_shard, seed=seed, name=name, deduplicate=deduplicate, clip=clip,
+        mix_real=mix_real, real_ratio=real_ratio, with_rejected=with_rejected, with_surplus=with_surplus,
+        allow_different_targets=allow_different_targets, as_json=as_json,
+    )  # fmt: skip
 
 
 def export(
