@@ -100,6 +100,30 @@ def test_an_unfinished_run_is_read_from_its_committed_shards(tmp_path: Path) -> 
         engine.open_run(str(empty))
 
 
+def test_an_unfinished_run_knows_what_is_beyond_its_quotas(tmp_path: Path) -> None:
+    """The same flags as the closed run has, in shards that hold none, some and only such samples, and filters on them."""
+    about: dict[str, Any] = {
+        "requests": [
+            {"name": "free", "method": "prompt", "classes": ["zero"], "count": 5},
+            {"name": "all", "method": "prompt", "classes": "all", "count": 4, "accept": {"is_error": True}},
+        ],
+        "output": {"uri": str(tmp_path / "run"), "samples_per_shard": 3},
+        "change": lambda record: record | {"accepted": True, "status": "ok"},
+    }
+    run = make_run(tmp_path / "run", finish=False, **about)
+    make_run(tmp_path / "closed", **about | {"output": about["output"] | {"uri": str(tmp_path / "closed")}})
+    corpus, closed = engine.open_run(str(run)), engine.open_run(str(tmp_path / "closed"))
+    assert not corpus.runs[0].is_finished and closed.runs[0].is_finished
+    wanted = closed.to_table(["key", "surplus"])
+    assert corpus.to_table(["key", "surplus"]).to_pylist() == wanted.to_pylist()
+    assert 0 < sum(wanted["surplus"].to_pylist()) < len(wanted)
+    assert corpus.to_table().drop(["sha256"]).to_pylist() == closed.to_table().drop(["sha256"]).to_pylist()
+    assert len(corpus.filter("surplus")) == len(closed.filter("surplus"))
+    assert len(corpus.filter("not surplus")) == len(closed.filter("not surplus"))
+    assert len(corpus.samples) == len(closed.samples) < len(corpus.with_images(surplus=True))
+    assert len(corpus.to_torch()) == len(closed.to_torch())
+
+
 def test_metadata_may_be_a_folder_of_parts(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run" / "metadata.parquet"

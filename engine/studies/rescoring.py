@@ -28,6 +28,7 @@ from engine.dataset.shards import ROWS_PER_GROUP, SHARDS, read_rows, read_shard,
 from engine.dataset.state import MANIFEST, METADATA, PLANS, RESCORED, RESCORED_FROM, RESCORING, SUCCESS, stored_plan
 from engine.dataset.store import Store, explained, open_store
 from engine.dataset.summary import count_classes, count_requests, plain, summarise
+from engine.dataset.surplus import quotas_of
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.models.addresses import model_digest, read_labels, resolve
 from engine.models.targets import is_foreign
@@ -362,8 +363,7 @@ def _finish(
 ) -> None:
     """Write metadata and manifest over all shards."""
     folder.remove(SUCCESS)
-    quotas = {request.spec.name: request.spec.num_wanted for request in plan.requests if request.spec.has_quota}
-    write_metadata(folder, job.name, commits, schema_version=plan.schema_version, quotas=quotas)
+    write_metadata(folder, job.name, commits, schema_version=plan.schema_version, quotas=quotas_of(plan))
     groups = summarise(folder.path(METADATA))
     counts = count_requests(groups)
     totals = {name: sum(one[name] for one in counts.values()) for name in next(iter(counts.values()))}
