@@ -101,7 +101,7 @@ def test_an_unfinished_run_is_read_from_its_committed_shards(tmp_path: Path) -> 
 
 
 def test_an_unfinished_run_knows_what_is_beyond_its_quotas(tmp_path: Path) -> None:
-    """The same flags as the closed run has, in shards that hold none, some and only such samples, and filters on them."""
+    """As the closed run does, in shards that hold none, some and only such samples; filters go by it."""
     about: dict[str, Any] = {
         "requests": [
             {"name": "free", "method": "prompt", "classes": ["zero"], "count": 5},

@@ -10,6 +10,7 @@ from importlib import metadata as packages
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from engine.class_names import planned_names
 from engine.conditioning.tally import ScreeningTally
 from engine.dataset.card import dataset_card
 from engine.dataset.commits import CommitRecord, CommitSummary, compact_commits, list_commits, read_commits
@@ -82,9 +83,7 @@ def finalise(
     store.remove(SUCCESS)
     compact_commits(store)
     commits = list_commits(store)
-    write_metadata(
-        store, job.name, commits, rows_per_file, schema_version=plan.schema_version, quotas=quotas_of(plan)
-    )
+    write_metadata(store, job.name, commits, rows_per_file, schema_version=plan.schema_version, quotas=quotas_of(plan))
     write_indexes(store, job)
     groups = summarise(store.path(METADATA))
     manifest = build_manifest(
@@ -322,10 +321,16 @@ def build_manifest(
 def quota_rows(plan: Plan, quotas: Quotas) -> dict[str, list[dict[str, Any]]]:
     """How far the quotas of every request are, class by class."""
     rows: dict[str, list[dict[str, Any]]] = {}
+    names = planned_names(plan)
     for one in quotas.standings():
         request = plan.requests[one.request]
         cell = request.cells[one.cell]
-        about = {"class": " and ".join(cell.names), "code": cell.code, "wanted": one.wanted, "accepted": one.accepted}
+        about = {
+            "class": " and ".join(names[index] for index in cell.classes),
+            "code": cell.code,
+            "wanted": one.wanted,
+            "accepted": one.accepted,
+        }
         counts = {"surplus": max(0, one.accepted - one.wanted), "attempted": one.attempted, "missing": one.missing}
         rows.setdefault(request.spec.name, []).append(about | counts)
     return rows

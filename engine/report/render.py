@@ -19,6 +19,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from engine.class_names import distinct_names
 from engine.dataset.state import MANIFEST, METADATA, REPORT, check_kind
 from engine.dataset.store import Store
 from engine.dataset.summary import summarise_table
@@ -176,7 +177,7 @@ def render(
     table = read_table(store.path(METADATA))
     metadata = open_metadata(store.path(METADATA))
     rows = make_rows(table)
-    names = class_names(rows, labels)
+    names = distinct_names(class_names(rows, labels))
     context = {
         "title": title,
         "lead": _lead(manifest, rows),

@@ -18,6 +18,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
+from engine.class_names import distinct_names
 from engine.dataset.state import EVALUATION, MANIFEST, METADATA, REPORT
 from engine.dataset.store import STATE, Store, open_store
 from engine.errors import CorruptShardError, JobError, OutputError
@@ -171,7 +172,7 @@ class Album:
     def sample(self, samples: Samples, row: int, text: str = "") -> Shown:
         """A sample of the run."""
         record = samples.records[row]
-        about = f"{record['class_name']} → {self.name_of(record['predicted_class'])}"
+        about = f"{self.name_of(record['class_index'])} → {self.name_of(record['predicted_class'])}"
         text = f"{about}, {text}" if text else about
         return self.show("sample", record["key"], samples.pictures.thumbnails[row], text)
 
@@ -223,7 +224,7 @@ def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> Ev
     quiet_libraries()
     eyes, target = _load(job, run, options)
     samples, num_attempts = _read_samples(run, eyes, options, display)
-    album = Album(dict(enumerate(labels)))
+    album = Album(distinct_names(dict(enumerate(labels))))
     names = [one.name for one in job.requests]
     real, real_source = None, None
     if options.real is not None:
@@ -586,7 +587,7 @@ def _slice(
         for one in nearest_texts(points[own], points, names, embeds, most)
     ]  # fmt: skip
     records = [samples.records[row] for row in own]
-    pairs = Counter((one["class_name"], album.name_of(one["predicted_class"])) for one in records)
+    pairs = Counter((album.name_of(one["class_index"]), album.name_of(one["predicted_class"])) for one in records)
     chosen = own[prototypes(centre, points[own])]
     return Slice(
         texts=tuple((clipped(text, 200), value) for text, value in named),
@@ -622,7 +623,7 @@ def _extremes(
         classes=real.classes,
         records=samples.records,
         methods=methods,
-        labels=labels,
+        labels=[album.name_of(index) for index in range(len(labels))],
         show_real=show_real,
         show_sample=show_sample,
     )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.class_names import distinct_names
 from engine.dataset.counts import is_joint
 from engine.dataset.state import MANIFEST, METADATA, SUCCESS
 from engine.dataset.store import explained, open_store
@@ -208,9 +209,10 @@ def _night(address: str, name: str, target: dict[str, Any], table: pa.Table) -> 
 
 
 def _class_names(table: pa.Table, labels: Sequence[str]) -> Iterator[str]:
-    rows = zip(*(table[name].to_pylist() for name in ("key", "class_name", "kldb_classes")), strict=True)
-    for key, class_name, members in rows:
-        yield JOINT_SEPARATOR.join(labels[one] for one in members) if is_joint(key) else class_name
+    names = distinct_names(dict(enumerate(labels)))
+    rows = zip(*(table[name].to_pylist() for name in ("key", "class_name", "class_index", "kldb_classes")), strict=True)
+    for key, name, index, members in rows:
+        yield JOINT_SEPARATOR.join(names[one] for one in members) if is_joint(key) else names.get(index, name)
 
 
 def _texts(values: Sequence[str]) -> Texts:
