@@ -6,6 +6,7 @@ options and images give equal figures on a CPU.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
 from collections import Counter
@@ -19,6 +20,7 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from engine.class_names import distinct_names
+from engine.dataset.lease import hold
 from engine.dataset.state import EVALUATION, MANIFEST, METADATA, REPORT
 from engine.dataset.store import STATE, Store, open_store
 from engine.errors import CorruptShardError, JobError, OutputError
@@ -191,6 +193,7 @@ def evaluate(run_uri: str, options: EvaluateOptions, *, display: Display, folder
         JobError: an option is wrong, or a model or images cannot be used.
         OutputError: the run is not finished, or the folder is somebody else's.
         CorruptShardError: an image of the run cannot be read.
+        OwnedError: it would go into the run, and a driver is at work there.
     """
     options.check()
     run = open_study(run_uri)
@@ -201,6 +204,12 @@ def evaluate(run_uri: str, options: EvaluateOptions, *, display: Display, folder
         choose_requests(run, "--reference", [options.reference])
     if folder is not None:
         check_folder(Path(folder).expanduser(), EVALUATION, (EVALUATION, REPORT, STATE), STUDY)
+    # Whoever writes into a run holds its lease.
+    with hold(run.store, notice=display.notice) if folder is None else contextlib.nullcontext():
+        return _write(run, options, display, folder)
+
+
+def _write(run: StudiedRun, options: EvaluateOptions, display: Display, folder: str | None) -> Evaluated:
     evaluation = _evaluate(run, options, display)
     into = run.store if folder is None else open_store(str(Path(folder).expanduser()))
     try:

@@ -14,7 +14,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,7 +154,7 @@ def rescore_run(
         JobError: a model is not there or has other classes.
         OutputError: there is no run, or the folder is something else's.
         CorruptShardError: a shard of the run is damaged.
-        OwnedError: another process rescores into this folder.
+        OwnedError: another process rescores into this folder, or it lies in the run and a driver is at work there.
     """
     store = open_store(address)
     job, plan = stored_plan(store)
@@ -163,7 +163,10 @@ def rescore_run(
     folder = open_store(output or str(store.root / RESCORED / _folder_name(target, models)))
     about = {"plan_digest": plan.digest, "models": models.digests}
     _check_folder(folder, store, about)
-    with hold(folder, notice=notice):
+    with ExitStack() as held:
+        if _is_inside(folder, store):
+            held.enter_context(hold(store, notice=notice))
+        held.enter_context(hold(folder, notice=notice))
         folder.clean_staging()
         folder.replace(RESCORING, (json.dumps(about, indent=1) + "\n").encode())
         commits = list_commits(store)
@@ -396,14 +399,17 @@ def _finish(
 
 def _origin(store: Store, folder: Store, job: JobSpec, plan: Plan, num_shards: int) -> dict[str, Any]:
     """Where images and old scores are: relative to the folder where that lies inside the run."""
-    is_inside = folder.root.resolve().is_relative_to(store.root.resolve())
-    uri = os.path.relpath(store.root.resolve(), folder.root.resolve()) if is_inside else store.uri
+    uri = os.path.relpath(store.root.resolve(), folder.root.resolve()) if _is_inside(folder, store) else store.uri
     return {
         "uri": Path(uri).as_posix(),
         "plan_digest": plan.digest,
         "num_shards": num_shards,
         "target": {"address": job.models.target, "digest": plan.identity["models"]["target"]},
     }
+
+
+def _is_inside(folder: Store, store: Store) -> bool:
+    return folder.root.resolve().is_relative_to(store.root.resolve())
 
 
 def _new_addresses(models: _Models) -> dict[str, Any]:
