@@ -16,7 +16,7 @@ from engine.dataset.summary import GroupSummary, class_texts, plain, summarise_t
 from engine.dataset.tar_index import TarReader, index_tars
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.records import STATUS_FAILED
-from engine.spec import nearest
+from engine.spec_messages import nearest
 
 SCORES = ("risk", "p_label", "conformity", "conformity_margin", "kldb", "entropy")
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

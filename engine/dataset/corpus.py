@@ -22,7 +22,7 @@ from engine.dataset.schema import arrow_schema
 from engine.dataset.source import RunSource, open_source, readable
 from engine.errors import JobError
 from engine.records import RUN_FIELDS, fields_of
-from engine.spec import nearest
+from engine.spec_messages import nearest
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,8 @@ from engine.dataset.store import Store, open_store
 from engine.errors import JobError
 from engine.models.addresses import model_digest
 from engine.models.targets import is_foreign
-from engine.spec import JobSpec, RequestSpec, nearest, parse_job
+from engine.spec import JobSpec, RequestSpec, parse_job
+from engine.spec_messages import nearest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
