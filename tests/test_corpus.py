@@ -23,7 +23,12 @@ from torch.utils.data import DataLoader
 import engine
 from engine.dataset.schema import arrow_schema
 from engine.dataset.shards import read_shard
+from engine.dataset.source import open_source
+from engine.dataset.store import open_store
 from engine.errors import CorruptShardError, JobError, OutputError, RiskforgeError
+from engine.report.render import write_report
+from engine.studies.nights import read_night
+from engine.studies.samples import open_study
 from tests.conftest import REPOSITORY
 from tests.corpus_cases import make_run
 from tests.dataset_cases import LABELS
@@ -280,8 +285,21 @@ def test_what_cannot_be_opened_is_told(run: Path, tmp_path: Path) -> None:
         if text.startswith('{"'):
             assert engine.open_run(str(copied)).labels == ()
             continue
-        with pytest.raises(JobError, match=r"manifest\.json .*restore the file"):
+        with pytest.raises(CorruptShardError, match=r"manifest\.json: .*restore the file"):
             engine.open_run(str(copied))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
+def test_a_damaged_manifest_is_told_alike_by_all(run: Path, tmp_path: Path, text: str) -> None:
+    """With the path and the remedy, whoever reads it."""
+    copied = shutil.copytree(run, tmp_path / "run")
+    (copied / "manifest.json").write_text(text)
+    told = set()
+    for read in (open_source, read_night, open_study, lambda uri: write_report(open_store(uri))):
+        with pytest.raises(CorruptShardError, match=r"^.*/run/manifest\.json: .*; restore the file") as caught:
+            read(str(copied))
+        told.add(str(caught.value))
+    assert len(told) == 1
 
 
 def test_wrong_choices_are_told(run: Path, tmp_path: Path) -> None:

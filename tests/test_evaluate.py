@@ -40,7 +40,8 @@ from engine.report.evaluation import Evaluation, read_evaluation
 from engine.report.render import write_report
 from engine.spec import JobSpec, parse_job
 from engine.studies import pictures
-from engine.studies.evaluate import Album, EvaluateOptions, evaluate, match_classes, summary_lines
+from engine.studies.evaluate import Album, EvaluateOptions, evaluate, match_classes
+from engine.studies.evaluation_lines import summary_lines
 from engine.studies.features import Inception, find_inception
 from engine.studies.folders import check_folder
 from engine.studies.pictures import draw_images, pixel_distances, small_pixels

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from engine.dataset.commits import list_commits
 from engine.dataset.shards import SHARDS, file_digest, shard_name
-from engine.dataset.state import MANIFEST, METADATA, RESCORED_FROM, SUCCESS, StoredRun, read_run, stored_plan
+from engine.dataset.state import (
+    MANIFEST,
+    METADATA,
+    RESCORED_FROM,
+    SUCCESS,
+    StoredRun,
+    read_manifest,
+    read_run,
+    stored_plan,
+)
 from engine.dataset.store import Store, open_store
 from engine.dataset.surplus import MARKED, Surplus, quotas_of
 from engine.errors import CorruptShardError, JobError, OutputError
@@ -109,7 +117,8 @@ def _open(uri: str, depth: int) -> RunSource:
         raise JobError(
             f"RUN: there is no folder '{uri}'; give the output folder of `riskforge run` or `riskforge merge`"
         )
-    manifest, stored = _manifest(store), read_run(store)
+    stored = read_run(store)
+    manifest = read_manifest(store) if store.exists(MANIFEST) else {}
     rows, shards, state = _rows(store, stored, uri)
     origin = _origin(store, manifest, depth)
     return RunSource(
@@ -146,18 +155,6 @@ def readable(where: Path | str) -> Iterator[None]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         remedy = "`riskforge verify` tells what is damaged"
         raise CorruptShardError(f"{where}: the rows cannot be read ({reason}); {remedy}") from None
-
-
-def _manifest(store: Store) -> dict[str, Any]:
-    if not store.exists(MANIFEST):
-        return {}
-    try:
-        found = json.loads(store.read(MANIFEST))
-    except (ValueError, RecursionError) as error:
-        raise JobError(f"RUN: {store.path(MANIFEST)} cannot be read ({error}); restore the file") from None
-    if not isinstance(found, dict):
-        raise JobError(f"RUN: {store.path(MANIFEST)} is not a JSON object; restore the file")
-    return found
 
 
 def _rows(store: Store, stored: StoredRun | None, uri: str) -> tuple[tuple[Path, ...], tuple[Path, ...], str]:

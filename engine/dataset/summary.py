@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,8 +101,12 @@ def count_classes(metadata: Path) -> dict[str, dict[str, int]]:
     return dict(sorted(counts.items()))
 
 
-def class_texts(table: pa.Table) -> pa.Array:
-    """For each row the name of its class, with the index where rows of another class have that name."""
+def class_texts(table: pa.Table, labels: Sequence[str] = ()) -> pa.Array:
+    """For each row the name of its class, with the index where another class has that name.
+
+    Args:
+        labels: class names of the target in index order; without them the classes of the rows are all there are.
+    """
     import numpy as np
     import pyarrow as pa
 
@@ -112,7 +117,7 @@ def class_texts(table: pa.Table) -> pa.Array:
     codes = table["class_index"].to_numpy().astype(np.int64) * len(known) + names.indices.to_numpy()
     found, places = np.unique(codes, return_inverse=True)
     pairs = [(int(code) // len(known), known[int(code) % len(known)]) for code in found]
-    texts = distinct_pairs(pairs)
+    texts = distinct_pairs([*enumerate(labels), *pairs])
     return pa.array([texts[pair] for pair in pairs], pa.string()).take(pa.array(places))
 
 

@@ -25,7 +25,17 @@ from engine.dataset.lease import hold
 from engine.dataset.manifest import software_versions, write_metadata
 from engine.dataset.schema import arrow_schema
 from engine.dataset.shards import ROWS_PER_GROUP, SHARDS, read_rows, read_shard, shard_name
-from engine.dataset.state import MANIFEST, METADATA, PLANS, RESCORED, RESCORED_FROM, RESCORING, SUCCESS, stored_plan
+from engine.dataset.state import (
+    MANIFEST,
+    METADATA,
+    PLANS,
+    RESCORED,
+    RESCORED_FROM,
+    RESCORING,
+    SUCCESS,
+    read_manifest,
+    stored_plan,
+)
 from engine.dataset.store import Store, explained, open_store
 from engine.dataset.summary import count_classes, count_requests, plain, summarise
 from engine.dataset.surplus import quotas_of
@@ -179,7 +189,7 @@ def rescore_run(
             _rescore_shard(store, folder, job, plan, number, scoring)
         _finish(store, folder, job, plan, commits, models, labels, started)
         is_complete = store.exists(SUCCESS)
-        manifest = json.loads(folder.read(MANIFEST))
+        manifest = read_manifest(folder)
         comparison, reason = _compare(store, folder, advance)
         if comparison is not None:
             manifest["comparison"] = summary_document(comparison)
@@ -205,8 +215,8 @@ def rescore_run(
 
 def _labels_of(store: Store, job: JobSpec) -> list[str]:
     """Class names of the run's own target; of the manifest, as the model may have changed or gone."""
-    with suppress(OutputError, ValueError, KeyError, TypeError):
-        return [str(label) for label in json.loads(store.read(MANIFEST))["models"]["target"]["labels"]]
+    with suppress(OutputError, CorruptShardError, KeyError, TypeError):
+        return [str(label) for label in read_manifest(store)["models"]["target"]["labels"]]
     labels = read_labels(job.models.target)
     if labels is None:
         raise JobError(
@@ -421,8 +431,8 @@ def _described(store: Store, job: JobSpec, plan: Plan, models: _Models, labels: 
     """The models of the manifest: the run's, with those that scored anew in their places."""
     digests = plan.identity["models"]
     described: dict[str, Any] = {"clip": {"address": job.models.clip, "digest": digests["clip"]}}
-    with suppress(OutputError, ValueError, KeyError, TypeError):
-        described = json.loads(store.read(MANIFEST))["models"]
+    with suppress(OutputError, CorruptShardError, KeyError, TypeError):
+        described = read_manifest(store)["models"]
     described["target"] = {"address": models.target, "digest": models.digests["target"], "labels": labels}
     if models.transfer:
         pairs = zip(models.transfer, models.digests["transfer"], strict=True)
@@ -436,7 +446,7 @@ def _compare(store: Store, folder: Store, advance: Callable[[str], None]) -> tup
     """Before and after, request by request and context by context, or why there is nothing to compare."""
     try:
         return compare_nights(read_night(store.uri), read_night(folder.uri), advance=advance), ""
-    except (JobError, OutputError) as error:
+    except (JobError, OutputError, CorruptShardError) as error:
         return None, str(error)
 
 
