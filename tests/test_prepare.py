@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -43,6 +42,7 @@ from engine.progress import PlainDisplay
 from engine.shift import WorkersFailingError
 from engine.temperature import HIGHEST, LOWEST, fit_temperature
 from tests.conftest import REPOSITORY
+from tests.sleepy import wait_until
 
 RISKFORGE = str(Path(sys.executable).with_name("riskforge"))
 QUICKSTART = REPOSITORY / "jobs/quickstart.yaml"
@@ -976,14 +976,13 @@ def test_an_interrupt_ends_the_actors(cluster, mixed, tmp_path):
     for line in process.stderr:
         if "/7287 images" in line:
             break
-    assert process.poll() is None and num_actors() == 2
+    wait_until(lambda: num_actors() == 2, "both actors are there, and those of other tests have gone")
+    assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=120)
+    _, rest = process.communicate(timeout=400)
     assert process.returncode == EXIT_DRAINED and "nothing is stored" in rest and "Traceback" not in rest
-    deadline = time.monotonic() + 30
-    while num_actors() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not num_actors() and not (tmp_path / "home").exists()
+    wait_until(lambda: not num_actors(), "no actor is left")
+    assert not (tmp_path / "home").exists()
 
 
 def num_actors() -> int:
