@@ -28,7 +28,7 @@ from engine.progress import PlainDisplay, Tally
 from engine.records import SampleResult, failed_record, new_record
 from engine.run import RunSummary, run_job
 from engine.spec import JobSpec, parse_job
-from engine.worker import ShardOutcome, Worker
+from engine.worker import ShardOutcome, Worker, _Making
 
 SAMPLES_PER_SHARD = 4
 # Only a guard: a gate that nobody opens is a fault of the test.
@@ -43,6 +43,7 @@ class Faults:
         die: the process is killed, every time.
         die_once: it is killed at the first attempt.
         hang_once: at the first attempt it sleeps for an hour.
+        slow_once: at the first attempt writing sleeps for an hour, while the next one is sampled.
         error: an exception, every time.
         user_fault: an `OutputError` with this text, at any shard.
         user_fault_at: the same, at this shard.
@@ -57,6 +58,7 @@ class Faults:
     die: Sequence[int] = ()
     die_once: Sequence[int] = ()
     hang_once: Sequence[int] = ()
+    slow_once: Sequence[int] = ()
     error: Sequence[int] = ()
     user_fault: str = ""
     user_fault_at: int = -1
@@ -114,6 +116,7 @@ class SleepyWorker(Worker):
             raise JobError(["models.clip: broken", "models.target: broken too"])
         if faults.no_start:
             raise ZeroDivisionError("no such kernel")
+        self._slow_once = faults.slow_once
         self._sleeper = Sleeper(plan, faults)
         super().__init__(job, plan, name="sleepy", load=lambda *_: self._sleeper)
 
@@ -123,6 +126,11 @@ class SleepyWorker(Worker):
         """As a worker does."""
         self._sleeper.shard, self._sleeper.attempt = shard, attempt
         return super().sample_shard(shard, attempt, report, batch_limit)
+
+    def _write(self, making: _Making) -> ShardOutcome:
+        if making.shard.number in self._slow_once and making.attempt == 1:
+            time.sleep(3600)
+        return super()._write(making)
 
 
 class Sleeper:
