@@ -20,6 +20,7 @@ from typing import Any
 
 import PIL.Image
 
+from engine.conditioning.tally import ScreeningTally
 from engine.errors import EXIT_DRAINED, JobError, OutputError, RiskforgeError
 from engine.executors.base import Executor
 from engine.messages import Report
@@ -129,6 +130,9 @@ class SleepyWorker(Worker):
 
     def _write(self, making: _Making) -> ShardOutcome:
         if making.shard.number in self._slow_once and making.attempt == 1:
+            # All samples are taken first: sampling would wait for room otherwise, and the next shard not begin.
+            for _ in making.results(ScreeningTally()):
+                pass
             time.sleep(3600)
         return super()._write(making)
 
