@@ -244,7 +244,8 @@ def test_a_second_driver_is_refused(call, sleepy_job):
     """With who is at work; its files are left alone, also by an agreed removal. A finished run needs no driver."""
     output = sleepy_job.parent / "out"
     run_sleepy(output, 1, LocalExecutor(1))
-    with hold(open_store(str(output))):
+    # So long that it is not renewed meanwhile.
+    with hold(open_store(str(output)), length_seconds=3600):
         before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
         code, _, err = call("run", sleepy_job, "--executor", "local", "--resume", "overwrite", "--yes")
         assert code == EXIT_OWNED and f"process {os.getpid()} on " in err and ", since 20" in err
