@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-TIMEOUT_SECONDS = 90.0
+TIMEOUT_SECONDS = 300.0
 _OPTIONS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
     "--disable-component-update", "--no-first-run", "--hide-scrollbars", "--remote-debugging-pipe",

@@ -7,13 +7,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models are tiny, and several processes work at a time. Read when torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+# Ray would kill actors where others have filled the machine's memory.
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
 
 REPOSITORY = Path(__file__).parent.parent
+
+# What a property says does not depend on how busy the machine is, nor on the luck of a draw: the same examples every
+# time, however long they take. `--hypothesis-profile default` draws others.
+settings.register_profile(
+    "suite", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

@@ -149,7 +149,7 @@ def _race(uri: Path, noise: int, barrier: Barrier) -> None:
     """Commit every shard of a plan, each at the same moment as the other racer."""
     store, plan = open_store(str(uri)), make_plan(make_job(uri, count=16))
     for number in range(plan.num_shards):
-        barrier.wait(timeout=60)
+        barrier.wait(timeout=300)
         commit_one(store, plan, number, noise=noise, worker=f"racer-{os.getpid()}")
 
 
@@ -163,7 +163,7 @@ def run_processes(*groups: list[tuple[Any, ...]]) -> list[int]:
     """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     command = [sys.executable, __file__, json.dumps(groups, default=str)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=True)
     assert not done.stderr, done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
@@ -180,7 +180,7 @@ def _run_group(group: list[list[Any]]) -> list[int]:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=300)
     return [int(process.exitcode or 0) for process in processes]
 
 

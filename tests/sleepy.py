@@ -1,11 +1,12 @@
 """A worker without models: it sleeps, and stores bytes that depend on the seed alone. It can be told to fail.
 
-Run as a program, a driver of its own: `python -m tests.sleepy OUTPUT COUNT [local|ray [SECONDS]]`.
+Run as a program, a driver of its own: `python -m tests.sleepy OUTPUT COUNT local|ray [FAULTS]`, as JSON.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import random
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 
 import PIL.Image
 
+from engine.conditioning.tally import ScreeningTally
 from engine.errors import EXIT_DRAINED, JobError, OutputError, RiskforgeError
 from engine.executors.base import Executor
 from engine.messages import Report
@@ -30,6 +32,8 @@ from engine.spec import JobSpec, parse_job
 from engine.worker import ShardOutcome, Worker, _Making
 
 SAMPLES_PER_SHARD = 4
+# Only a guard: a gate that nobody opens is a fault of the test.
+GATE_SECONDS = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +50,63 @@ class Faults:
         user_fault_at: the same, at this shard.
         no_start: the worker is not built: `user` for a `JobError`, `defect` for any other exception.
         seconds: time a sample takes.
+        gated: after its first sample the worker waits at the gate.
+        gates: folder of the gates, see `Gates`.
         bad_samples: of so many classes the first sample fails.
         bad_message: and this is why.
     """
 
-    die: tuple[int, ...] = ()
-    die_once: tuple[int, ...] = ()
-    hang_once: tuple[int, ...] = ()
-    slow_once: tuple[int, ...] = ()
-    error: tuple[int, ...] = ()
+    die: Sequence[int] = ()
+    die_once: Sequence[int] = ()
+    hang_once: Sequence[int] = ()
+    slow_once: Sequence[int] = ()
+    error: Sequence[int] = ()
     user_fault: str = ""
     user_fault_at: int = -1
     no_start: str = ""
     seconds: float = 0.0
+    gated: Sequence[int] = ()
+    gates: str = ""
     bad_samples: int = 0
     bad_message: str = ""
+
+
+class Gates:
+    """Where workers of any process wait in the middle of a shard, so that a test need not be quick to meet them there.
+
+    Args:
+        folder: it exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def open(self, *shards: int) -> None:
+        """Let these go on, also those that come later."""
+        for shard in shards:
+            (self._folder / f"{shard}.open").touch()
+
+    def waiting(self) -> set[int]:
+        """Shards that got to their gates."""
+        return {int(path.stem) for path in self._folder.glob("*.here")}
+
+    def wait(self, shard: int) -> None:
+        """Be there until the gate is open."""
+        (self._folder / f"{shard}.here").touch()
+        wait_until((self._folder / f"{shard}.open").exists, f"the gate of shard {shard} is open")
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = GATE_SECONDS) -> None:
+    """Wait for a condition, however busy the machine is.
+
+    Raises:
+        TimeoutError: it does not come true.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds:g} s in vain: {what}")
+        time.sleep(0.02)
 
 
 class SleepyWorker(Worker):
@@ -84,6 +130,9 @@ class SleepyWorker(Worker):
 
     def _write(self, making: _Making) -> ShardOutcome:
         if making.shard.number in self._slow_once and making.attempt == 1:
+            # All samples are taken first: sampling would wait for room otherwise, and the next shard not begin.
+            for _ in making.results(ScreeningTally()):
+                pass
             time.sleep(3600)
         return super()._write(making)
 
@@ -108,6 +157,8 @@ class Sleeper:
         assert self.shard is not None
         time.sleep(self._faults.seconds)
         self._fail(self.shard.number)
+        if self.shard.number in self._faults.gated and len(specs) < self.shard.num_samples:
+            Gates(Path(self._faults.gates)).wait(self.shard.number)
         spec = specs[0]
         if spec.index == 0 and spec.cell.classes[0] < self._faults.bad_samples:
             return [SampleResult(failed_record(spec, self._faults.bad_message), b"", {"batch_size": 1})]
@@ -229,7 +280,7 @@ def tars(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(output.glob("shards/*.tar"))}
 
 
-def main(output: Path, count: int, kind: str, seconds: float) -> int:
+def main(output: Path, count: int, kind: str, faults: Faults) -> int:
     """A run on a Ray of its own, or in threads."""
     from engine.executors.local import LocalExecutor
     from engine.executors.ray import RayExecutor
@@ -242,7 +293,7 @@ def main(output: Path, count: int, kind: str, seconds: float) -> int:
             resume="auto",
             confirmed=False,
             display=PlainDisplay(sys.stderr, every_seconds=0.5),
-            make_worker=partial(make_sleepy, faults=Faults(seconds=seconds)),
+            make_worker=partial(make_sleepy, faults=faults),
         )
     except RiskforgeError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -260,8 +311,8 @@ if __name__ == "__main__":
     code = sleepy.main(
         Path(sys.argv[1]),
         int(sys.argv[2]),
-        sys.argv[3] if len(sys.argv) > 3 else "ray",
-        float(sys.argv[4]) if len(sys.argv) > 4 else 0.2,
+        sys.argv[3],
+        sleepy.Faults(**json.loads(sys.argv[4] if len(sys.argv) > 4 else "{}")),
     )
     sys.stderr.flush()
     # Threads that still sleep are not waited for.

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -43,20 +42,24 @@ def refused(call, *arguments: str) -> list[str]:
     return err.splitlines()
 
 
-@pytest.mark.parametrize(("arguments", "limit"), [(["--help"], 1.0), (["plan", QUICKSTART, "--validate"], 2.0)])
+# What the command line is built on; torch alone takes ten times as long.
+LIBRARIES = [sys.executable, "-c", "import numpy, pydantic, rich.table, typer, yaml"]
+
+
+@pytest.mark.parametrize(("arguments", "limit"), [(["--help"], 2.5), (["plan", QUICKSTART, "--validate"], 5.0)])
 def test_start_up_is_quick(arguments, limit):
-    """CPU time of a fresh interpreter, the better of two: what else the machine does is not counted."""
-    seconds = []
-    for _ in range(2):
-        before = child_seconds()
-        subprocess.run([RISKFORGE, *arguments], check=True, stdout=subprocess.DEVNULL)
-        seconds.append(child_seconds() - before)
-    assert min(seconds) < limit, seconds
+    """CPU time of a fresh interpreter, as a multiple of what loading light libraries takes on this machine, the best
+    of three: about one and two of them, less than a second."""
+    ratios = [cpu_seconds([RISKFORGE, *arguments]) / cpu_seconds(LIBRARIES) for _ in range(3)]
+    assert min(ratios) < limit, ratios
 
 
-def child_seconds() -> float:
-    """CPU time of the child processes that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+def cpu_seconds(command: list[str]) -> float:
+    """CPU time of a command: what else the machine does is not counted."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
     return usage.ru_utime + usage.ru_stime
 
 
@@ -186,6 +189,8 @@ def test_a_reader_that_leaves_is_no_error():
 def test_an_interrupt_says_how_to_go_on(tmp_path, moment):
     """Ctrl-C while models are loaded, and while threads sample: the exit code for later, no traceback, no abort."""
     command = [RISKFORGE, "run", QUICKSTART, "--output", str(tmp_path / "out"), "--executor", "local", "--grace", "1s"]
+    # So many that they are not made before the signal comes.
+    command += ["--set", "requests.0.count=10000"]
     process = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
@@ -199,7 +204,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, moment):
             break
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=120)
+    _, rest = process.communicate(timeout=400)
     assert process.returncode == EXIT_DRAINED
     assert "the same command continues" in rest and "Traceback" not in rest
 
@@ -239,7 +244,8 @@ def test_a_second_driver_is_refused(call, sleepy_job):
     """With who is at work; its files are left alone, also by an agreed removal. A finished run needs no driver."""
     output = sleepy_job.parent / "out"
     run_sleepy(output, 1, LocalExecutor(1))
-    with hold(open_store(str(output))):
+    # So long that it is not renewed meanwhile.
+    with hold(open_store(str(output)), length_seconds=3600):
         before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
         code, _, err = call("run", sleepy_job, "--executor", "local", "--resume", "overwrite", "--yes")
         assert code == EXIT_OWNED and f"process {os.getpid()} on " in err and ", since 20" in err
@@ -305,7 +311,6 @@ def test_texts_of_the_job_are_no_markup():
     assert all(text in stream.getvalue() for text in ("ink [/b]", "[red] ink", "errors of [red] model [/b]"))
     display = LiveDisplay(Console(file=stream, force_terminal=True, width=100))
     display.phase("joining [/b] Ray")
-    time.sleep(0.3)
     display.close()
     assert "joining [/b] Ray" in stream.getvalue()
 
@@ -342,7 +347,6 @@ def test_the_live_table_shows_requests(tally):
     tally.working(0, 1, 2, time.monotonic())
     display.show(tally)
     display.notice("shard 3 [is] late")
-    time.sleep(0.3)
     display.close()
     text = stream.getvalue()
     assert "starting Ray" in text and "6/20" in text and "3 / 4" in text and "shard 3 [is] late" in text

@@ -139,7 +139,7 @@ def distributions(kind: str, embeds: torch.Tensor, classes: torch.Tensor):
 @pytest.mark.parametrize("kind", ["gaussians", "mixtures"])
 def test_classes_without_a_spread_are_refused_by_name(kind):
     """No image, a single one, and copies of one: each would give the same embedding for ever."""
-    embeds = torch.cat([torch.randn(1, DIM).expand(7, DIM), torch.randn(1, DIM)])
+    embeds = torch.randn(2, DIM, generator=seeded(0))[[0] * 7 + [1]]
     found = distributions(kind, embeds, torch.tensor([0] * 7 + [1]))
     for index, reason in enumerate([r"class 0 \('ant'\).*alike", r"class 1 \('bee'\).*one image", "class 2.*no image"]):
         for refused in (found.check, lambda one: found.draw(one, seeded(0))):

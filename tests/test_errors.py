@@ -333,7 +333,7 @@ import resource, sys
 from engine.errors import EXIT_USER
 from tests import sleepy
 resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
-sys.exit(sleepy.main(sleepy.Path(sys.argv[1]), 2, "local", 0.0))
+sys.exit(sleepy.main(sleepy.Path(sys.argv[1]), 2, "local", sleepy.Faults()))
 """
 
 

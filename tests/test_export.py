@@ -6,11 +6,9 @@ import csv
 import hashlib
 import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -38,8 +36,8 @@ from tests.composed import make_run as make_composed
 from tests.conftest import REPOSITORY
 from tests.corpus_cases import make_run
 from tests.dataset_cases import LABELS
+from tests.strike import struck
 
-RISKFORGE = str(Path(sys.executable).with_name("riskforge"))
 HOSTILE = ["../x", "a/b", "", "con", "two words", "Ok", "ok", "7", "..", "tab\there", "<b>é", "0001", "null\0"]
 
 
@@ -403,18 +401,10 @@ def test_an_interrupted_export_leaves_nothing(
 
 
 def test_a_signal_in_a_real_process_leaves_nothing(composed: Path, tmp_path: Path) -> None:
-    """Drawing from thousands of real images takes long enough to be stopped in the middle."""
-    command = [RISKFORGE, "merge", str(composed), "--output", str(tmp_path / "out"), "--mix-real", "digits:test"]
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.PIPE, text=True
-    )
-    for _ in range(600):
-        if list(tmp_path.iterdir()) or process.poll() is not None:
-            break
-        time.sleep(0.05)
-    assert [path.name[:5] for path in tmp_path.iterdir()] == [".out-"]
-    process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
+    """Sent when the first shard is opened, in the folder that is to become the output."""
+    pattern, out = f"{tmp_path}/.out-*.tar", tmp_path / "out"
+    process = struck(signal.SIGTERM, "open", pattern, 1, "merge", composed, "--output", out)
+    _, told = process.communicate()
     assert process.returncode == 75 and "Traceback" not in told
     assert list(tmp_path.iterdir()) == []
 

@@ -531,7 +531,7 @@ def browse(path: Path, fragment: str, profile: Path) -> tuple[str, str]:
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
     options += ["--disable-component-update", "--no-first-run", "--enable-logging=stderr", "--virtual-time-budget=3000"]
     command = [str(CHROMIUM), *options, f"--user-data-dir={profile}", "--dump-dom", f"{path.as_uri()}#{fragment}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=True)
     return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 
 

@@ -9,11 +9,11 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -370,7 +370,7 @@ def test_without_rejected_images_there_is_no_unfiltered_arm(home, target, small)
     job = composed_job(home / "filtered", count=2, store_rejected=False)
     made = make_run(job.model_copy(update={"requests": job.requests[1:]}))
     done, log = logged_study(made, small, home / "filtered-out", num_steps=3)
-    assert "arm accepted, seed 2 of 2, step 2/3, ETA 0 s" in log
+    assert re.search(r"arm accepted, seed 2 of 2, step 2/3, ETA \d+ s", log)
     assert "arm plain is left out: no request has method prompt" in log
     left_out = done.document["arms"]["left_out"]
     assert set(left_out) == {"plain", "unfiltered"} and "output.store_rejected: true" in left_out["unfiltered"]
@@ -511,9 +511,8 @@ def test_interrupted_it_ends_with_75_and_leaves_nothing(run, small, home):
     assert process.stderr is not None
     lines = iter(process.stderr.readline, "")
     assert any("seed 1 of 5, step " in line for line in lines)
-    time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     rest = process.stderr.read()
-    assert process.wait(timeout=60) == EXIT_DRAINED and "Traceback" not in rest
+    assert process.wait(timeout=300) == EXIT_DRAINED and "Traceback" not in rest
     assert "nothing is stored" in rest and not output.exists()
     assert not [one for one in home.iterdir() if one.name.startswith(".")]

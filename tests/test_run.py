@@ -2,11 +2,9 @@
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from engine.models.addresses import resolve
 from engine.plan import class_prompt
 from engine.records import check_record
 from tests.conftest import REPOSITORY
+from tests.strike import struck
 
 RISKFORGE = [str(Path(sys.executable).with_name("riskforge"))]
 CHANGES = {
@@ -184,17 +183,13 @@ def test_a_changed_job_is_refused_with_the_difference(finished, job):
 
 
 def test_killed_and_resumed_equals_uninterrupted(finished, job, tmp_path):
-    """SIGKILL of threads after the first commit; resumed by two actors, the tar bytes are the clean run's."""
+    """SIGKILL of threads before the third tar is published; resumed by two actors, the tar bytes are the clean
+    run's."""
     output = tmp_path / "killed"
-    command = [*RISKFORGE, "run", str(job), "--output", str(output), "--executor", "local"]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 180
-    while not list(output.glob("shards/*.tar")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (output / "_SUCCESS").exists() and len(tars(output)) < len(tars(finished))
+    process = struck(signal.SIGKILL, "os.link", "*.tar", 3, "run", job, "--output", output, "--executor", "local")
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (output / "_SUCCESS").exists() and len(tars(output)) == 2 < len(tars(finished))
     riskforge("run", job, "--output", output, "--executor", "ray", "--workers", 2)
     assert tars(output) == tars(finished)
     assert (output / "_SUCCESS").exists()

@@ -133,7 +133,7 @@ def test_every_kind_gives_the_networks_logits(kind: str, importable: Path, netwo
 def test_every_kind_is_differentiable_and_frozen(kind: str, importable: Path) -> None:
     """Guidance needs the gradient of every pixel, and no gradient of a parameter."""
     classifier = Classifier.load(addresses(importable)[kind])
-    batch = torch.rand(2, 3, 48, 48, requires_grad=True)
+    batch = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0)).requires_grad_()
     classifier.logits(batch)[:, 3].sum().backward()
     assert batch.grad is not None and (batch.grad != 0).float().mean() > 0.9
     assert not any(one.requires_grad for one in classifier._network.parameters())  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from engine.dataset.store import open_store
 from engine.errors import OutputError
 from engine.run import plan_job
 from engine.worker import MAX_WAITING_BATCHES, Worker
-from tests.sleepy import make_job, make_result
+from tests.sleepy import GATE_SECONDS, make_job, make_result, wait_until
 
 
 class Sampler:
@@ -66,7 +66,7 @@ def test_the_next_shard_is_sampled_while_the_last_one_is_written(monkeypatch, tm
     commit = engine.worker.commit_shard
 
     def slow(*arguments, **named):
-        assert go.wait(30)
+        assert go.wait(GATE_SECONDS)
         return commit(*arguments, **named)
 
     monkeypatch.setattr(engine.worker, "commit_shard", slow)
@@ -82,17 +82,19 @@ def test_sampling_waits_where_writing_is_behind(monkeypatch, tmp_path):
     stage = engine.worker.stage_shard
 
     def slow(*arguments):
-        assert go.wait(30)
+        assert go.wait(GATE_SECONDS)
         return stage(*arguments)
 
     monkeypatch.setattr(engine.worker, "stage_shard", slow)
     begun = threading.Thread(target=lambda: made.append(worker.begin(0)()))
     made: list = []
     begun.start()
-    time.sleep(1.0)
+    wait_until(lambda: worker.sampler.num_made > MAX_WAITING_BATCHES, "the sampler is as far as it may be")
+    # Time for it to go too far, which it does not.
+    time.sleep(0.5)
     assert worker.sampler.num_made == MAX_WAITING_BATCHES + 1
     go.set()
-    begun.join(30)
+    begun.join(GATE_SECONDS)
     assert made[0].counts.ok == 50
 
 
@@ -115,10 +117,8 @@ def test_a_failure_in_sampling_leaves_nothing_behind(tmp_path):
     worker.sampler.fails_at = 2
     with pytest.raises(ZeroDivisionError):
         worker.begin(0)
-    deadline = time.monotonic() + 10
-    while list(worker._store.staging().iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not list(worker._store.staging().iterdir()) and not list_commits(worker._store)
+    wait_until(lambda: not list(worker._store.staging().iterdir()), "what was staged is removed")
+    assert not list_commits(worker._store)
 
 
 def test_a_shard_whose_answer_was_lost_is_not_made_again(tmp_path):

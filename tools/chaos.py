@@ -49,11 +49,13 @@ KILLS_A_RUN = 12
 SAMPLE_SECONDS = 0.05
 GIVE_UP_SECONDS = 300.0
 DISK_BYTES = 600_000
+# A shard of the first round.
+HANG_AT = 5
 QUICKSTART = Path(__file__).parents[1] / "jobs/quickstart.yaml"
 
 
-def drive(output: Path, kind: str, seconds: float, *, retry: bool) -> int:
-    """A driver: what `riskforge run` does, with workers that sleep."""
+def drive(output: Path, kind: str, seconds: float, *, retry: bool, hang_at: int) -> int:
+    """A driver: what `riskforge run` does, with workers that sleep; at one of the shards for an hour."""
     from engine.executors.local import LocalExecutor
     from engine.executors.ray import RayExecutor
 
@@ -65,7 +67,7 @@ def drive(output: Path, kind: str, seconds: float, *, retry: bool) -> int:
             resume="auto",
             confirmed=False,
             display=PlainDisplay(sys.stderr),
-            make_worker=partial(make_sleepy, faults=Faults(seconds=seconds)),
+            make_worker=partial(make_sleepy, faults=Faults(seconds=seconds, hang_once=(hang_at,))),
             retry=retry,
         ).exit_code
     except RiskforgeError as error:
@@ -76,10 +78,11 @@ def drive(output: Path, kind: str, seconds: float, *, retry: bool) -> int:
 
 
 def start(
-    output: Path, kind: str = "ray", *, retry: bool = False, seconds: float = SAMPLE_SECONDS
+    output: Path, kind: str = "ray", *, retry: bool = False, seconds: float = SAMPLE_SECONDS, hang_at: int = -1
 ) -> subprocess.Popen[str]:
-    """A driver in a process of its own."""
+    """A driver in a process of its own; one that hangs at a shard does not end before it is hit."""
     command = [sys.executable, "-m", "tools.chaos", "drive", str(output), kind, str(seconds), str(int(retry))]
+    command.append(str(hang_at))
     if kind == "zoo":
         riskforge = str(Path(sys.executable).with_name("riskforge"))
         what = ["retry", str(output)] if retry else ["run", str(QUICKSTART), "--output", str(output)]
@@ -117,6 +120,13 @@ def check(output: Path, clean: Path, what: str, *, deep: bool = False) -> None:
     unexpected = [one for one in findings if "_state/torn" not in one.text]
     assert not unexpected, f"{what}: {unexpected}"
     assert content(output) == content(clean), f"{what}: other keys, metadata or bytes"
+
+
+def await_file(driver: subprocess.Popen[str], output: Path, pattern: str) -> None:
+    """Wait until a driver has made a file."""
+    while not list(output.glob(pattern)):
+        assert driver.poll() is None, f"{output.name}: ended with {driver.returncode} before there is {pattern}"
+        time.sleep(0.02)
 
 
 def processes(driver: int) -> dict[str, list[int]]:
@@ -239,7 +249,7 @@ def read_only(folder: Path, clean: Path) -> None:
     with small_disk(folder / "sealed") as disk:
         (disk / "run").mkdir()
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        command = [sys.executable, "-m", "tools.chaos", "drive", str(disk / "run"), "local", "0", "0"]
+        command = [sys.executable, "-m", "tools.chaos", "drive", str(disk / "run"), "local", "0", "0", "-1"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == EXIT_USER and "read-only" in done.stderr, f"read only: {done.stderr}"
         assert "Traceback" not in done.stderr
@@ -248,24 +258,24 @@ def read_only(folder: Path, clean: Path) -> None:
 def torn_files(folder: Path, clean: Path) -> None:
     """Torn, foreign and empty files in the places of shards before they are made."""
     output = folder / "torn"
-    driver = start(output, "local", seconds=0.3)
-    while not (output / "_state/plan/000000.json").exists():
-        time.sleep(0.02)
+    driver = start(output, "local", seconds=3600.0)
+    await_file(driver, output, "_state/plan/000000.json")
+    driver.kill()
+    driver.wait()
     (output / "shards").mkdir(exist_ok=True)
     whole = (clean / "shards/sleepy-000005.tar").read_bytes()
     plants = {"000007.tar": whole[:3000], "000008.tar": b"", "000009.parquet": b"torn", "000010.tar": whole}
     for name, data in plants.items():
         (output / f"shards/sleepy-{name}").write_bytes(data)
-    assert driver.wait(GIVE_UP_SECONDS) == EXIT_OK
+    assert finish(output) == EXIT_OK
     check(output, clean, "torn files")
 
 
 def two_drivers(folder: Path, clean: Path) -> None:
     """The second is refused with the name of the first, which is then killed; the third takes over at once."""
     output = folder / "two"
-    first = start(output, "local", seconds=0.3)
-    while not list(output.glob("shards/*.tar")):
-        time.sleep(0.05)
+    first = start(output, "local", seconds=0.0, hang_at=HANG_AT)
+    await_file(first, output, "shards/*.tar")
     assert start(output, "local").wait(GIVE_UP_SECONDS) == EXIT_OWNED
     assert f"process {first.pid} on " in (folder / "two.log").read_text()
     first.kill()
@@ -277,9 +287,8 @@ def two_drivers(folder: Path, clean: Path) -> None:
 def frozen_driver(folder: Path, clean: Path) -> None:
     """A driver that is frozen while its lease is taken: both are at work for a while, and the bytes are right."""
     output = folder / "frozen"
-    first = start(output, "local", seconds=0.3)
-    while not list(output.glob("shards/*.tar")):
-        time.sleep(0.05)
+    first = start(output, "local", seconds=0.0, hang_at=HANG_AT)
+    await_file(first, output, "shards/*.tar")
     os.kill(first.pid, signal.SIGSTOP)
     # As if it ran on another machine, where its lock is not seen and its clock is an hour late.
     shutil.rmtree(output / "_state/locks")
@@ -331,7 +340,9 @@ def main(arguments: list[str]) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         # Under the name that workers import it by.
         chaos = importlib.import_module("tools.chaos")
-        code = chaos.drive(Path(arguments[1]), arguments[2], float(arguments[3]), retry=arguments[4] == "1")
+        code = chaos.drive(
+            Path(arguments[1]), arguments[2], float(arguments[3]), retry=arguments[4] == "1", hang_at=int(arguments[5])
+        )
         sys.stderr.flush()
         # Threads that still sleep are not waited for.
         os._exit(code)
