@@ -5,7 +5,8 @@
     corpus = engine.open_run("runs/quickstart").filter("risk > 2 and oracle_agrees")
     corpus.to_table(["key", "risk"]), corpus.to_torch(labels="soft")
 
-Nothing is read before it is asked for, and torch is imported by `to_torch` alone.
+Nothing is read before it is asked for, and torch is imported by `to_torch` alone. Of a run on an object store the files
+with its rows are copied when it is opened, and tars when an image in them is asked for.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def open_corpus(uri: str, *more: str) -> Corpus:
         RiskforgeError: one of them is not there, or cannot be read.
     """
     sources = tuple(open_source(str(one)) for one in (uri, *more))
-    roots = [source.store.root.resolve() for source in sources]
-    twice = next((source.uri for number, source in enumerate(sources) if roots[number] in roots[:number]), None)
+    places = [source.store.place for source in sources]
+    twice = next((source.uri for number, source in enumerate(sources) if places[number] in places[:number]), None)
     if twice is not None:
         raise JobError(f"RUN: '{twice}' is given twice; leave one of them out")
     return Corpus(sources)
@@ -309,7 +310,7 @@ def _dataset(source: RunSource, schema: pa.Schema) -> Dataset:
     import pyarrow.dataset
 
     with readable(source.uri):
-        return pyarrow.dataset.dataset([str(path) for path in source.rows], schema=schema, format="parquet")
+        return pyarrow.dataset.dataset([str(path) for path in source.rows_files()], schema=schema, format="parquet")
 
 
 def _refuse_labels(one: RunSource, other: RunSource) -> NoReturn:

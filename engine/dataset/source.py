@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from engine.dataset.commits import list_commits
 from engine.dataset.shards import SHARDS, file_digest, shard_name
 from engine.dataset.state import MANIFEST, METADATA, RESCORED_FROM, SUCCESS, StoredRun, read_run
-from engine.dataset.store import Store, open_store
+from engine.dataset.store import Store, StoredFile, open_store
 from engine.errors import CorruptShardError, JobError, OutputError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class RunSource:
         targets: digests of the targets that its scores are of.
         clips: addresses of the CLIP models that its conformity is of.
         digest: of the plan, or of the merged content; empty where it is not known.
-        roots: the folders that it lies in, resolved.
+        stores: those that it lies in: its own, and that of the run which it was scored from.
     """
 
     uri: str
@@ -54,15 +54,15 @@ class RunSource:
     store: Store
     state: str
     is_finished: bool
-    rows: tuple[Path, ...]
-    tars: tuple[Path, ...]
+    rows: tuple[StoredFile, ...]
+    tars: tuple[StoredFile, ...]
     is_rescored: bool
     labels: tuple[str, ...]
     models: dict[str, Any]
     targets: frozenset[str]
     clips: frozenset[str]
     digest: str
-    roots: tuple[Path, ...]
+    stores: tuple[Store, ...]
 
     def schema(self) -> pa.Schema:
         """The columns of its rows.
@@ -73,15 +73,19 @@ class RunSource:
         """
         import pyarrow.parquet as pq
 
-        with readable(self.rows[0]):
-            schema = pq.read_schema(self.rows[0])
+        with readable(str(self.rows[0])):
+            schema = pq.read_schema(self.rows[0].fetch(keep=True))
         if missing := [name for name in REQUIRED if name not in schema.names]:
             raise JobError(f"RUN: {self.rows[0]} has no column {', '.join(missing)}; give the output folder of a run")
         return schema
 
+    def rows_files(self) -> list[Path]:
+        """Local files with its rows, which are fetched whole where they lie on an object store."""
+        return list(self.store.fetch_each([one.name for one in self.rows], keep=True))
+
     def rows_digest(self) -> str:
         """Checksum of the files of its rows, in which the checksums of its images stand."""
-        digests = [file_digest(path, "sha256") for path in self.rows]
+        digests = [file_digest(path, "sha256") for path in self.rows_files()]
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def known_models(self) -> dict[str, Any]:
@@ -101,7 +105,7 @@ def open_source(uri: str) -> RunSource:
 
 def _open(uri: str, depth: int) -> RunSource:
     store = open_store(uri)
-    if not store.root.is_dir():
+    if not store.is_there():
         raise JobError(
             f"RUN: there is no folder '{uri}'; give the output folder of `riskforge run` or `riskforge merge`"
         )
@@ -110,7 +114,7 @@ def _open(uri: str, depth: int) -> RunSource:
     origin = _origin(store, manifest, depth)
     return RunSource(
         uri=uri,
-        name=str(manifest.get("name") or (stored.job["name"] if stored else store.root.name)),
+        name=str(manifest.get("name") or (stored.job["name"] if stored else store.name)),
         store=store,
         state=state,
         is_finished=store.exists(SUCCESS),
@@ -122,7 +126,7 @@ def _open(uri: str, depth: int) -> RunSource:
         targets=_of_sources(manifest, "target", "digest") or _stored_target(stored),
         clips=_of_sources(manifest, "clip", "address") or (origin.clips if origin else _stored_clip(stored)),
         digest=str(manifest.get("plan_digest") or manifest.get("digest") or (stored.digest if stored else "")),
-        roots=(store.root.resolve(), *(origin.roots if origin else ())),
+        stores=(store, *(origin.stores if origin else ())),
     )
 
 
@@ -149,48 +153,49 @@ def _manifest(store: Store) -> dict[str, Any]:
     try:
         found = json.loads(store.read(MANIFEST))
     except (ValueError, RecursionError) as error:
-        raise JobError(f"RUN: {store.path(MANIFEST)} cannot be read ({error}); restore the file") from None
+        raise JobError(f"RUN: {store.address(MANIFEST)} cannot be read ({error}); restore the file") from None
     if not isinstance(found, dict):
-        raise JobError(f"RUN: {store.path(MANIFEST)} is not a JSON object; restore the file")
+        raise JobError(f"RUN: {store.address(MANIFEST)} is not a JSON object; restore the file")
     return found
 
 
-def _rows(store: Store, stored: StoredRun | None, uri: str) -> tuple[tuple[Path, ...], tuple[Path, ...], str]:
+def _rows(
+    store: Store, stored: StoredRun | None, uri: str
+) -> tuple[tuple[StoredFile, ...], tuple[StoredFile, ...], str]:
     """Files of rows, tars, and how far the run is."""
     metadata = _metadata_files(store)
     if stored is None:
         if not metadata:
             raise JobError(f"RUN: '{uri}' holds no run: neither {METADATA} nor the engine's own files are there")
-        tars = tuple(store.path(name) for name in store.list(SHARDS) if name.endswith(".tar"))
+        tars = tuple(StoredFile(store, name) for name in store.list(SHARDS) if name.endswith(".tar"))
         return metadata, tars, "finished" if store.exists(SUCCESS) else f"without {SUCCESS}"
     commits = list_commits(store)
     if not commits:
         raise JobError(f"RUN: '{uri}' has no committed shard yet; let `riskforge run` make some first")
     names = [f"{SHARDS}/{shard_name(str(stored.job['name']), number)}" for number in sorted(commits)]
-    tars = tuple(store.path(f"{name}.tar") for name in names)
+    tars = tuple(StoredFile(store, f"{name}.tar") for name in names)
     if store.exists(SUCCESS):
         if not metadata:
-            raise CorruptShardError(f"{store.path(METADATA)}: is missing; `riskforge run` writes it anew")
+            raise CorruptShardError(f"{store.address(METADATA)}: is missing; `riskforge run` writes it anew")
         return metadata, tars, "finished"
     state = f"not finished: {len(commits)} committed shards so far"
     if metadata and _num_rows(metadata) == sum(one.counts.attempted for one in commits.values()):
         return metadata, tars, state
-    return tuple(store.path(f"{name}.parquet") for name in names), tars, state
+    return tuple(StoredFile(store, f"{name}.parquet") for name in names), tars, state
 
 
-def _metadata_files(store: Store) -> tuple[Path, ...]:
-    path = store.path(METADATA)
-    if path.is_dir():
-        return tuple(store.path(name) for name in store.list(METADATA) if name.endswith(".parquet"))
-    return (path,) if path.is_file() else ()
+def _metadata_files(store: Store) -> tuple[StoredFile, ...]:
+    if store.is_folder(METADATA):
+        return tuple(StoredFile(store, name) for name in store.list(METADATA) if name.endswith(".parquet"))
+    return (StoredFile(store, METADATA),) if store.exists(METADATA) else ()
 
 
-def _num_rows(files: tuple[Path, ...]) -> int:
+def _num_rows(files: tuple[StoredFile, ...]) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return sum(pq.read_metadata(one).num_rows for one in files)
+        return sum(pq.read_metadata(one.fetch()).num_rows for one in files)
     except (pa.ArrowException, OSError):
         return -1
 
@@ -202,12 +207,10 @@ def _origin(store: Store, manifest: dict[str, Any], depth: int) -> RunSource | N
         return None
     address = about.get("uri") if isinstance(about, dict) else about
     if not isinstance(address, str) or depth >= _MAX_RESCORED:
-        raise JobError(f"RUN: {store.path(MANIFEST)}: {RESCORED_FROM} is not the address of a run ({address!r})")
-    beside = store.root / address
-    # One without a scheme is relative to this folder, so that both can be moved together, or else to where one is.
-    inner = str(beside.resolve()) if "://" not in address and beside.exists() else address
+        raise JobError(f"RUN: {store.address(MANIFEST)}: {RESCORED_FROM} is not the address of a run ({address!r})")
     try:
-        return _open(inner, depth + 1)
+        # One without a scheme is relative to this folder, so that both can be moved together, or else to where one is.
+        return _open(store.beside(address), depth + 1)
     except (JobError, OutputError) as error:
         if depth:
             raise

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.dataset.shards import IMAGE_FORMATS, tar_entries
-from engine.dataset.store import explained
+from engine.dataset.store import StoredFile, explained
 from engine.errors import CorruptShardError
 
 RECORD = "json"
@@ -33,7 +33,7 @@ class SamplePlace(NamedTuple):
     record: Place
 
 
-def index_tars(tars: Sequence[Path], keys: Iterable[str]) -> dict[str, SamplePlace]:
+def index_tars(tars: Sequence[StoredFile], keys: Iterable[str]) -> dict[str, SamplePlace]:
     """Places of the samples with these keys; the walk ends once all are found.
 
     Raises:
@@ -41,14 +41,15 @@ def index_tars(tars: Sequence[Path], keys: Iterable[str]) -> dict[str, SamplePla
     """
     wanted = set(keys)
     found: dict[str, SamplePlace] = {}
-    for number, path in enumerate(tars):
+    for number, tar in enumerate(tars):
         if len(found) == len(wanted):
             break
+        path = tar.fetch()
         if not path.exists():
-            raise CorruptShardError(f"{path}: is missing; `riskforge verify` tells what is damaged")
+            raise CorruptShardError(f"{tar}: is missing; `riskforge verify` tells what is damaged")
         _index_tar(path, number, wanted, found)
     if missing := wanted - found.keys():
-        where = tars[0].parent if tars else "the run, which has no tars"
+        where = str(tars[0]).rpartition("/")[0] if tars else "the run, which has no tars"
         raise CorruptShardError(
             f"{where}: no tar has the image of {min(missing)!r} ({len(missing)} are missing); `riskforge verify` tells"
             " what is damaged"
@@ -74,7 +75,7 @@ class TarReader:
         tars: the files that places number.
     """
 
-    tars: Sequence[Path]
+    tars: Sequence[StoredFile]
     _open: OrderedDict[int, int] = field(default_factory=OrderedDict, repr=False)
     _owner: int = 0
 
@@ -85,7 +86,7 @@ class TarReader:
             OutputError: the file is gone or cannot be read.
             CorruptShardError: it has become shorter.
         """
-        path = self.tars[place.tar]
+        path = str(self.tars[place.tar])
         with explained(path):
             data = os.pread(self._descriptor(place.tar), place.size, place.offset)
         if len(data) != place.size:
@@ -106,7 +107,7 @@ class TarReader:
         if tar not in self._open:
             if len(self._open) >= MAX_OPEN:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[tar] = os.open(self.tars[tar], os.O_RDONLY)
+            self._open[tar] = os.open(self.tars[tar].fetch(), os.O_RDONLY)
         self._open.move_to_end(tar)
         return self._open[tar]
 

@@ -121,7 +121,7 @@ def write_report(
         # The end of a run must not hang on the figures of an earlier evaluation.
         problem = str(error)
     labels = _labels(manifest) if labels is None else labels
-    with _readable(store.path(METADATA)):
+    with _readable(store.address(METADATA)):
         page = render(store, manifest, title or manifest["name"], labels, evaluation, problem)
     (into or store).replace(REPORT, page)
 
@@ -142,13 +142,13 @@ def _read_manifest(store: Store) -> dict[str, Any]:
                 raise TypeError(f"{place} is not as it should be")
     except (ValueError, TypeError, KeyError) as error:
         raise CorruptShardError(
-            f"{store.path(MANIFEST)}: cannot be read as the manifest of a run ({error}); {_REMEDY}"
+            f"{store.address(MANIFEST)}: cannot be read as the manifest of a run ({error}); {_REMEDY}"
         ) from error
     return manifest
 
 
 @contextlib.contextmanager
-def _readable(metadata: Path) -> Iterator[None]:
+def _readable(metadata: str) -> Iterator[None]:
     """Turn what Arrow says of a damaged file into an error that names it."""
     import pyarrow as pa
 
@@ -173,8 +173,9 @@ def render(
     Args:
         problem: why there is no evaluation, where there should be one.
     """
-    table = read_table(store.path(METADATA))
-    metadata = open_metadata(store.path(METADATA))
+    path = store.fetch(METADATA, keep=True)
+    table = read_table(path)
+    metadata = open_metadata(path)
     rows = make_rows(table)
     names = class_names(rows, labels)
     context = {

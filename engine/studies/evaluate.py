@@ -11,7 +11,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -19,7 +18,7 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from engine.dataset.state import EVALUATION, MANIFEST, METADATA, REPORT
-from engine.dataset.store import STATE, Store, open_store
+from engine.dataset.store import STATE, FolderStore, Store, folder_of
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.images import LabelledImage, Unusable, UnusableImageError, decode_rgb, nothing_usable, open_images
 from engine.models.addresses import model_digest
@@ -133,8 +132,8 @@ class Evaluated:
     """What came of an evaluation, and where it is."""
 
     evaluation: Evaluation
-    document: Path
-    report: Path
+    document: str
+    report: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,9 +198,10 @@ def evaluate(run_uri: str, options: EvaluateOptions, *, display: Display, folder
     if options.reference is not None:
         choose_requests(run, "--reference", [options.reference])
     if folder is not None:
-        check_folder(Path(folder).expanduser(), EVALUATION, (EVALUATION, REPORT, STATE), STUDY)
+        home = folder_of(folder, "--output", "an evaluation that does not go into its run")
+        check_folder(home, EVALUATION, (EVALUATION, REPORT, STATE), STUDY)
     evaluation = _evaluate(run, options, display)
-    into = run.store if folder is None else open_store(str(Path(folder).expanduser()))
+    into = run.store if folder is None else FolderStore(home)
     try:
         into.replace(EVALUATION, evaluation.model_dump_json(indent=1).encode() + b"\n")
         display.phase("writing the report")
@@ -209,7 +209,7 @@ def evaluate(run_uri: str, options: EvaluateOptions, *, display: Display, folder
     finally:
         if folder is not None:
             into.leave()
-    return Evaluated(evaluation=evaluation, document=into.path(EVALUATION), report=into.path(REPORT))
+    return Evaluated(evaluation=evaluation, document=into.address(EVALUATION), report=into.address(REPORT))
 
 
 def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> Evaluation:
@@ -254,7 +254,7 @@ def _labels(run: StudiedRun, manifest: Mapping[str, Any]) -> tuple[str, ...]:
     noted = manifest.get("models", {}).get("target", {}).get("labels")
     if isinstance(noted, list) and noted and all(isinstance(one, str) for one in noted):
         return tuple(noted)
-    found = class_names(make_rows(read_table(run.store.path(METADATA))), [])
+    found = class_names(make_rows(read_table(run.store.fetch(METADATA))), [])
     return tuple(found.get(index, f"class {index}") for index in range(max(found, default=-1) + 1))
 
 
@@ -294,7 +294,7 @@ def _read_samples(run: StudiedRun, eyes: Eyes, options: EvaluateOptions, display
     """
     import pyarrow as pa
 
-    metadata = open_metadata(run.store.path(METADATA))
+    metadata = open_metadata(run.store.fetch(METADATA, keep=True))
     table = metadata.to_table(columns=["request", "status", "sha256"])
     chosen = _choose(table, options)
     if not chosen:

@@ -61,7 +61,7 @@ class Rescored:
         comparison: before and after; None where nothing could be compared, for this `reason`.
     """
 
-    folder: Path
+    folder: str
     target: str
     num_scored: int
     num_images: int
@@ -159,7 +159,7 @@ def rescore_run(
     job, plan = stored_plan(store)
     labels = _labels_of(store, job)
     models = _check_models(target, transfer, oracle, labels)
-    folder = open_store(output or str(store.root / RESCORED / _folder_name(target, models)))
+    folder = open_store(output or store.address(f"{RESCORED}/{_folder_name(target, models)}"))
     about = {"plan_digest": plan.digest, "models": models.digests}
     _check_folder(folder, store, about)
     with hold(folder, notice=notice):
@@ -184,7 +184,7 @@ def rescore_run(
             folder.replace(SUCCESS, f"{plan.digest}\n".encode())
     samples = manifest["counts"]["samples"]
     return Rescored(
-        folder=folder.root,
+        folder=folder.uri,
         target=target,
         num_scored=scoring.num_scored,
         num_images=samples[STATUS_OK] + samples[STATUS_REJECTED],
@@ -250,7 +250,7 @@ def _check_folder(folder: Store, source: Store, about: dict[str, Any]) -> None:
     Raises:
         OutputError: it holds something else.
     """
-    if folder.root.resolve() == source.root.resolve() or folder.list(PLANS):
+    if folder.place == source.place or folder.list(PLANS):
         raise OutputError(f"--output {folder.uri}: is a run; give another folder for its new scores")
     if not folder.exists(RESCORING):
         # A killed beginning leaves nothing but its state.
@@ -279,9 +279,8 @@ def _rescore_shard(store: Store, folder: Store, job: JobSpec, plan: Plan, number
     import pyarrow.parquet as pq
 
     name = f"{SHARDS}/{shard_name(job.name, number)}.parquet"
-    source = store.path(name)
     if folder.exists(name):
-        if _identities(folder.path(name)) == _identities(source):
+        if _identities(folder.fetch(name)) == _identities(store.fetch(name)):
             return
         # The run was repaired, and this shard made again.
         folder.remove(name)
@@ -306,18 +305,20 @@ def _identities(path: Path) -> list[tuple[str, str]]:
 
 def _new_rows(store: Store, job: JobSpec, plan: Plan, number: int, scoring: _Scoring) -> Iterator[Row]:
     """The rows of a shard in their order."""
-    stem = store.path(f"{SHARDS}/{shard_name(job.name, number)}")
-    images = read_shard(stem.with_name(f"{stem.name}.tar"))
+    stem = f"{SHARDS}/{shard_name(job.name, number)}"
+    images = read_shard(store.fetch(f"{stem}.tar"))
     specs = {spec.key: spec for spec in plan.samples(plan.shard(number))}
     waiting: list[Sample] = []
-    for row in read_rows(stem.with_name(f"{stem.name}.parquet")):
+    for row in read_rows(store.fetch(f"{stem}.parquet")):
         spec, image = specs.get(row["key"]), b""
         if spec is None:
-            raise CorruptShardError(f"{stem}.parquet: {row['key']} is not in the plan; `riskforge verify` says more")
+            where = store.address(f"{stem}.parquet")
+            raise CorruptShardError(f"{where}: {row['key']} is not in the plan; `riskforge verify` says more")
         if row["sha256"]:
             key, image, _, _ = next(images, ("", b"", {}, 0))
             if key != row["key"]:
-                raise CorruptShardError(f"{stem}.tar: lacks the image of {row['key']}; `riskforge repair` takes it out")
+                where = store.address(f"{stem}.tar")
+                raise CorruptShardError(f"{where}: lacks the image of {row['key']}; `riskforge repair` takes it out")
         waiting.append((spec, image, row))
         if len(waiting) == BATCH:
             yield from _scored(waiting, job, plan, number, scoring)
@@ -364,7 +365,7 @@ def _finish(
     folder.remove(SUCCESS)
     quotas = {request.spec.name: request.spec.num_wanted for request in plan.requests if request.spec.has_quota}
     write_metadata(folder, job.name, commits, schema_version=plan.schema_version, quotas=quotas)
-    groups = summarise(folder.path(METADATA))
+    groups = summarise(folder.fetch(METADATA))
     counts = count_requests(groups)
     totals = {name: sum(one[name] for one in counts.values()) for name in next(iter(counts.values()))}
     new_job = job.model_copy(update={"models": job.models.model_copy(update=_new_addresses(models))})
@@ -383,7 +384,7 @@ def _finish(
             "shards": {"planned": plan.num_shards, "committed": len(commits)},
             "samples": {"planned": plan.num_samples, **totals},
             "requests": counts,
-            "classes": count_classes(folder.path(METADATA)),
+            "classes": count_classes(folder.fetch(METADATA)),
             "quotas": {},
             "screening": {},
         },
@@ -396,10 +397,10 @@ def _finish(
 
 def _origin(store: Store, folder: Store, job: JobSpec, plan: Plan, num_shards: int) -> dict[str, Any]:
     """Where images and old scores are: relative to the folder where that lies inside the run."""
-    is_inside = folder.root.resolve().is_relative_to(store.root.resolve())
-    uri = os.path.relpath(store.root.resolve(), folder.root.resolve()) if is_inside else store.uri
+    is_inside = folder.place.is_relative_to(store.place)
+    uri = Path(os.path.relpath(store.place, folder.place)).as_posix() if is_inside else store.uri
     return {
-        "uri": Path(uri).as_posix(),
+        "uri": uri,
         "plan_digest": plan.digest,
         "num_shards": num_shards,
         "target": {"address": job.models.target, "digest": plan.identity["models"]["target"]},
