@@ -21,7 +21,7 @@ from engine.artefact import Conditioning, save_conditioning
 from engine.conditioning.gaussians import ClassMoments
 from engine.conditioning.mixtures import ClassMixtures, MixtureOptions, fit_mixtures
 from engine.conditioning.predictor import PredictorOptions, fit_predictor
-from engine.dataset.store import FolderStore, open_store
+from engine.dataset.store import FolderStore, open_store, refuse_objects
 from engine.errors import OutputError
 from engine.executors.base import Executor
 from engine.images import ImageSource, open_images
@@ -99,6 +99,7 @@ def prepare_conditioning(
     try:
         display.phase("checking models and data")
         check_addresses(job, with_artefacts=False)
+        refuse_objects(folder or "", "--output", "an artefact")
         home = Path(folder).expanduser() if folder is not None else artefact_folder(job)
         _check_writable(home)
         labels = tuple(target_labels(job))

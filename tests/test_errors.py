@@ -85,7 +85,8 @@ VALUES = {
     "output.image_format=bmp": "output.image_format: 'bmp' is not one of png, jpg, webp",
     "output.uri=hdfs://server/run": "output hdfs://server/run: hdfs:// is not supported; use a folder, s3://BUCKET/NAME"
     " or gs://BUCKET/NAME",
-    "output.uri=s3://bucket": "output 's3://bucket': is not of the form SCHEME://BUCKET/NAME; name a folder in a bucket",
+    "output.uri=s3://bucket": "output 's3://bucket': is not of the form SCHEME://BUCKET/NAME; name a folder in a"
+    " bucket",
     "output.uri=/dev/null": "output /dev/null: is a file, not a folder; choose another --output",
     "output.uri=~nobody-of-that-name/x": "output ~nobody-of-that-name/x: names the home folder of nobody (Could not"
     " determine home directory.); choose another --output",

@@ -25,7 +25,7 @@ from engine.dataset.selection import Chosen, SampleReader, select, shuffled
 from engine.dataset.shards import is_key, record_json
 from engine.dataset.source import RunSource
 from engine.dataset.state import CARD, EXPORT_KIND, MANIFEST, SUCCESS
-from engine.dataset.store import FolderStore, explained, folder_of
+from engine.dataset.store import FolderStore, explained, open_store, refuse_objects
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.plan import SCHEMA_VERSION
 from engine.records import STATUS_OK, STATUS_REJECTED, SampleResult
@@ -323,7 +323,9 @@ def _check_output(options: ExportOptions, corpus: Corpus) -> Path:
     Raises:
         OutputError: it is not.
     """
-    store = FolderStore(folder_of(options.output, "--output", "an export"))
+    refuse_objects(options.output, "--output", "an export")
+    store = open_store(options.output)
+    assert isinstance(store, FolderStore), "there is no other kind"
     resolved = store.place
     for source in corpus.runs:
         places = [one.place for one in source.stores]

@@ -145,7 +145,7 @@ class ObjectStore(Store):
         self._connection: Any = None
         self._lock = threading.RLock()
         self._home: Path | None = None
-        self._release: weakref.finalize[..., ObjectStore] | None = None
+        self._release: weakref.finalize[..., type[ObjectStore]] | None = None
         self._copies: OrderedDict[str, _Copy] = OrderedDict()
         self._appended: dict[str, _Appended] = {}
         self._is_conditional = False
@@ -479,7 +479,9 @@ class ObjectStore(Store):
                 with explained(base):
                     self._home, descriptor = claim_folder(base)
                 self._copies.clear()
-                self._release = weakref.finalize(self, _release, self._home, descriptor, os.getpid())
+                self._appended.clear()
+                # With the process, not with the store: what reads a copy may live longer.
+                self._release = weakref.finalize(ObjectStore, _release, self._home, descriptor, os.getpid())
                 COPIES[self._home / "copies"] = self.uri
             return self._home
 

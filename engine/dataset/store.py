@@ -122,22 +122,20 @@ def open_store(uri: str) -> Store:
     return FolderStore(root)
 
 
-def folder_of(uri: str, option: str, what: str) -> Path:
-    """The folder that an address names, for what is not written to object stores.
+def refuse_objects(uri: str, option: str, what: str) -> None:
+    """Refuse an address of an object store, for what is written to folders alone.
 
     Args:
         what: it, in words.
 
     Raises:
-        OutputError: the address is one of an object store, or as `open_store`.
+        OutputError: it is one.
     """
-    store = open_store(uri)
-    if not isinstance(store, FolderStore):
+    if uri.partition("://")[0].lower() in OBJECT_SCHEMES and "://" in uri:
         raise OutputError(
             f"{option} {uri}: {what} is written to folders alone; give a folder, and copy it from there, such as with"
             " `aws s3 sync`"
         )
-    return store.root
 
 
 def _is_there(path: Path) -> bool:

@@ -11,6 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from engine.dataset.state import EVALUATION, MANIFEST, METADATA, REPORT
-from engine.dataset.store import STATE, FolderStore, Store, folder_of
+from engine.dataset.store import STATE, Store, open_store, refuse_objects
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.images import LabelledImage, Unusable, UnusableImageError, decode_rgb, nothing_usable, open_images
 from engine.models.addresses import model_digest
@@ -198,10 +199,10 @@ def evaluate(run_uri: str, options: EvaluateOptions, *, display: Display, folder
     if options.reference is not None:
         choose_requests(run, "--reference", [options.reference])
     if folder is not None:
-        home = folder_of(folder, "--output", "an evaluation that does not go into its run")
-        check_folder(home, EVALUATION, (EVALUATION, REPORT, STATE), STUDY)
+        refuse_objects(folder, "--output", "an evaluation that does not go into its run")
+        check_folder(Path(folder).expanduser(), EVALUATION, (EVALUATION, REPORT, STATE), STUDY)
     evaluation = _evaluate(run, options, display)
-    into = run.store if folder is None else FolderStore(home)
+    into = run.store if folder is None else open_store(str(Path(folder).expanduser()))
     try:
         into.replace(EVALUATION, evaluation.model_dump_json(indent=1).encode() + b"\n")
         display.phase("writing the report")

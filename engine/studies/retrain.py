@@ -25,7 +25,7 @@ from torch import Tensor
 
 from engine.dataset.folders import fresh_folder
 from engine.dataset.manifest import software_versions
-from engine.dataset.store import FolderStore, Store, folder_of
+from engine.dataset.store import FolderStore, Store, refuse_objects
 from engine.errors import JobError, OutputError
 from engine.images import ImageSource, open_images
 from engine.models.addresses import model_digest, read_config, read_labels, resolve
@@ -563,7 +563,7 @@ def _home(store: Store, folder: str | None) -> Path:
         if not isinstance(store, FolderStore):
             raise OutputError(f"--output: say where the results of {store.uri} go; they are written to folders alone")
         return store.place.with_name(f"{store.place.name}-retrained")
-    folder_of(folder, "--output", "a retraining")
+    refuse_objects(folder, "--output", "a retraining")
     try:
         return Path(folder).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:
