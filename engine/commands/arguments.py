@@ -16,7 +16,9 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="K=V", help="Replace a value of the job, such as requests.0.count=6; repeatable."),
 ]
-OutputOption = Annotated[str | None, typer.Option(metavar="URI", help="Folder or address of the run; replaces output.uri.")]
+OutputOption = Annotated[
+    str | None, typer.Option(metavar="URI", help="Folder or address of the run; replaces output.uri.")
+]
 AddressOption = Annotated[
     str | None, typer.Option(metavar="A", help="Running Ray cluster: `auto` or HOST:PORT. Default: start one here.")
 ]

@@ -62,7 +62,7 @@ _LIBRARIES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
 _FOREIGN = {"aiobotocore", "botocore", "s3fs", "gcsfs", "google", "aiohttp", "requests", "urllib3", "fsspec"}
 
 _GO_ON = "what is committed is kept, and the same command continues"
-_NO_BUCKET = "there is no such bucket; create it, or correct the address"
+_NO_BUCKET = "there is no such bucket; create it, or correct the address (or that of the endpoint)"
 _DENIED = (
     "access denied{reason}; the credentials of this machine must be allowed to list, read, write and delete there"
     " (s3:ListBucket, GetObject, PutObject, DeleteObject; on GCS storage.objectAdmin)"
@@ -210,13 +210,13 @@ class ObjectStore(Store):
         return found
 
     def _check_bucket(self, error: FileNotFoundError) -> None:
-        """Tell a bucket that is not there from a name that is not.
+        """Tell a bucket that is not there from a name that is not: of the second S3 gives an empty listing.
 
         Raises:
             FileNotFoundError: there is no bucket.
         """
-        is_known = self._scheme == "s3" or self._fs.exists(self._bucket)
-        if _code(error) == "NoSuchBucket" or not is_known:
+        is_known = _status(error) != 404 if self._scheme == "s3" else self._fs.exists(self._bucket)
+        if not is_known:
             raise FileNotFoundError(_NO_BUCKET) from error
 
     # Reading -------------------------------------------------------------------------------------------------------
@@ -570,7 +570,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     found: BaseException | None = error
     while found is not None:
         yield found
-        found = found.__cause__
+        found = found.__cause__ or found.__context__
 
 
 def _response(error: BaseException, read: Callable[[Any], Any]) -> Any:
