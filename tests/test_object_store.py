@@ -1,8 +1,10 @@
-"""Runs on S3: against a real server of its protocol, moto's, in this process. GCS is not run anywhere."""
+"""Runs on S3: against a real server of its protocol, moto's, in this process. Of GCS only the requests are looked at."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import http.server
 import importlib.util
 import json
@@ -17,7 +19,8 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
@@ -443,6 +446,87 @@ def test_a_run_of_a_folder_goes_on_in_a_bucket(store: ObjectStore, local: dict[s
     assert len(list_commits(store)) == NUM_SHARDS - 1
     assert run_sleepy(store.uri, COUNT, LocalExecutor(2)).exit_code == EXIT_OK
     assert objects(store, "shards/").items() >= local.items() and not verify(store).findings
+
+
+# GCS ------------------------------------------------------------------------------------------------------------------
+
+
+class FewWordsOfGcs(http.server.BaseHTTPRequestHandler):
+    """So much of the JSON API of GCS as a small run needs; it shows what gcsfs asks for, not what Google answers."""
+
+    objects: ClassVar[dict[str, tuple[int, bytes]]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.asked.append(f"{self.command} {self.path}")
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def about(self, name: str) -> dict[str, str]:
+        generation, data = self.objects[name]
+        md5 = base64.b64encode(hashlib.md5(data).digest()).decode()
+        return {"name": name, "bucket": BUCKET, "size": str(len(data)), "generation": str(generation), "md5Hash": md5}
+
+    def do_POST(self) -> None:
+        query = parse_qs(urlsplit(self.path).query)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        about, _, data = body.partition(b"\n\n")[2].partition(b"\n--==0==\n")
+        name = json.loads(about)["name"]
+        if query.get("ifGenerationMatch") == ["0"] and name in self.objects:
+            self.answer(412, b"{}")
+            return
+        self.objects[name] = time.time_ns(), data.partition(b"\n\n")[2].removesuffix(b"\n--==0==--")
+        self.answer(200, json.dumps(self.about(name)).encode())
+
+    def do_GET(self) -> None:
+        path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
+        name = unquote(path.partition(f"/b/{BUCKET}/o/")[2])
+        if name in self.objects and query.get("alt") == ["media"]:
+            first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+            self.answer(200, self.objects[name][1][int(first) : int(last) + 1 if last else None])
+        elif name in self.objects:
+            self.answer(200, json.dumps(self.about(name)).encode())
+        elif path.endswith(f"/b/{BUCKET}"):
+            self.answer(200, b"{}")
+        elif path.endswith(f"/b/{BUCKET}/o"):
+            self.answer(200, json.dumps(self.listing(query["prefix"][0], query.get("delimiter", [""])[0])).encode())
+        else:
+            self.answer(404, b"{}")
+
+    def listing(self, prefix: str, delimiter: str) -> dict[str, Any]:
+        rest = {name: name.removeprefix(prefix) for name in sorted(self.objects) if name.startswith(prefix)}
+        deeper = {one.partition("/")[0] for one in rest.values() if delimiter and "/" in one}
+        items = [self.about(name) for name, one in rest.items() if not delimiter or "/" not in one]
+        return {"items": items, "prefixes": [f"{prefix}{one}/" for one in sorted(deeper)]}
+
+    def do_DELETE(self) -> None:
+        there = self.objects.pop(unquote(urlsplit(self.path).path.partition(f"/b/{BUCKET}/o/")[2]), None)
+        self.answer(404 if there is None else 204, b"")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_gcs_is_asked_to_create_if_absent(local: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The requests of gcsfs: everything that is published goes out with the condition, and a refusal is understood."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), FewWordsOfGcs) as gcs:
+        threading.Thread(target=gcs.serve_forever, daemon=True).start()
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{gcs.server_port}")
+        monkeypatch.setenv("NO_GCE_CHECK", "true")
+        store = open_store(f"gs://{BUCKET}/x")
+        assert store.publish("a", b"first") and store.publish("a", b"first") and not store.publish("a", b"other")
+        uploads = [one for one in FewWordsOfGcs.asked if one.startswith("POST")]
+        assert uploads and all("uploadType=multipart&ifGenerationMatch=0" in one for one in uploads)
+        store.replace("a", b"other")
+        assert "ifGenerationMatch" not in FewWordsOfGcs.asked[-1] and store.fetch("a").read_bytes() == b"other"
+        assert run_sleepy(f"gcs://{BUCKET}/run", COUNT, LocalExecutor(2)).exit_code == EXIT_OK
+        run = open_store(f"gs://{BUCKET}/run")
+        assert not verify(run).findings and {name: run.read(name) for name in local} == local
+        with pytest.raises(OutputError, match=r"^gs://nobody/x: there is no such bucket"):
+            open_store("gs://nobody/x").is_there()
+        gcs.shutdown()
 
 
 # All commands ---------------------------------------------------------------------------------------------------------

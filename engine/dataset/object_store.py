@@ -529,9 +529,10 @@ def _connect(scheme: str) -> Any:
         import s3fs
 
         return s3fs.S3FileSystem(config_kwargs={"connect_timeout": CONNECT_SECONDS}, **options)
-    import gcsfs
+    # The package's own name may stand for experimental support of other kinds of buckets.
+    from gcsfs.core import GCSFileSystem
 
-    return gcsfs.GCSFileSystem(**options)
+    return GCSFileSystem(**options)
 
 
 def _base() -> Path:
