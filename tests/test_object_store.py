@@ -1,4 +1,4 @@
-"""Runs on S3: against a real server of its protocol, moto's, in this process. Of GCS only the requests are looked at."""
+"""Runs on S3, against a real server of its protocol, moto's, in this process; of GCS the requests are looked at."""
 
 from __future__ import annotations
 
@@ -462,7 +462,9 @@ class FewWordsOfGcs(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        # gcsfs asks for an object and a folder at once, and hangs up on one of them.
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(body)
 
     def about(self, name: str) -> dict[str, str]:
         generation, data = self.objects[name]
@@ -541,7 +543,7 @@ def test_every_command_on_the_quickstart(server: str, call: Any, tmp_path: Path)
     """The real models, a date in the address, and everything that reads a run; its tars are those of a folder's run."""
     sets = [part for one in SMALL for part in ("--set", one)]
     job, uri = str(REPOSITORY / "jobs/quickstart.yaml"), "s3://bucket/nightly-{date}"
-    code, out, _ = call("plan", job, "--output", uri, *sets)
+    code, out, _ = call("plan", job, "--set", f"output.uri={uri}", *sets)
     assert code == 0 and "output: s3://bucket/nightly-20" in out
     code, out, err = call("run", job, "--output", uri, "--executor", "local", *sets)
     assert code == 0, err
