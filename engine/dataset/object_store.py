@@ -559,9 +559,8 @@ def _remove(path: Path) -> None:
 
 
 def _version(info: dict[str, Any]) -> str:
-    """What changes with the bytes: the generation on GCS, the ETag on S3."""
-    found = info.get("generation") or info.get("ETag") or info.get("etag")
-    return str(found or (info.get("LastModified"), info.get("size")))
+    """What changes when an object is written: the generation on GCS; on S3 the ETag, or the time for equal bytes."""
+    return str(info.get("generation") or (info.get("ETag"), info.get("LastModified"), info.get("size")))
 
 
 # What the libraries raise --------------------------------------------------------------------------------------------
@@ -605,7 +604,8 @@ def _is_foreign(error: BaseException) -> bool:
 def _remedy(error: Exception, scheme: str) -> str:
     """What to do about an error of the libraries."""
     kinds = {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
-    code, text = _code(error), (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
+    code, text = _code(error), (lines or [type(error).__name__])[0][:300]
     reason = f" ({code}: {text})" if code and code not in text else f" ({text})"
     if code == "NoSuchBucket" or text == _NO_BUCKET:
         return _NO_BUCKET
