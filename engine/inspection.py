@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,9 @@ def save_image(path: Path, data: bytes) -> None:
 
 def _about(source: RunSource) -> dict[str, Any]:
     models = source.models or source.known_models()
-    files = [*source.rows, *source.tars]
+    files: dict[Store, list[str]] = defaultdict(list)
+    for one in (*source.rows, *source.tars):
+        files[one.store].append(one.name)
     return {
         "uri": source.uri,
         "name": source.name,
@@ -133,7 +135,7 @@ def _about(source: RunSource) -> dict[str, Any]:
         "classes": len(source.labels),
         "shards": len(source.tars),
         "disk_bytes": sum(store.total_size() for store in _outermost(source.stores)),
-        "data_bytes": sum(one.store.size(one.name) for one in files),
+        "data_bytes": sum(store.size_of(names) for store, names in files.items()),
         "models": {role: _without_labels(about) for role, about in models.items()},
     }
 

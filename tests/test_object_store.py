@@ -145,12 +145,12 @@ def test_a_store_that_ignores_the_condition_is_refused(store: ObjectStore) -> No
 
 def test_names_and_bytes(store: ObjectStore) -> None:
     """Listings, sizes, ends of files and removal; a folder whose name begins alike is another."""
-    assert store.list() == [] and not store.is_there() and not store.exists("a") and store.size("a") == 0
+    assert store.list() == [] and not store.is_there() and not store.exists("a") and store.size_of(["a"]) == 0
     for name in ("a/1", "a/2", "a/b/3", "ab/4", "5"):
         store.replace(name, name.encode())
     assert store.list() == ["5", "a", "ab"] and store.list("a") == ["a/1", "a/2", "a/b"]
     assert store.is_there() and store.exists("a") and store.is_folder("a") and not store.is_folder("5")
-    assert store.size("a/1") == 3 and store.total_size() == 3 + 3 + 5 + 4 + 1
+    assert store.size_of(["a/1", "none", "a/b/3"]) == 8 and store.total_size() == 3 + 3 + 5 + 4 + 1
     assert store.tail("a/b/3", 3) == b"b/3" and store.tail("5", 100) == b"5"
     assert list(store.read_each(["5", "none", "a/2"])) == [("5", b"5"), ("a/2", b"a/2")]
     store.remove("none")
@@ -535,7 +535,7 @@ def test_gcs_is_asked_to_create_if_absent(local: dict[str, bytes], monkeypatch: 
 
 SMALL = [
     "sampling.num_inference_steps=4", "requests.0.count=3", "requests.1.count=3", "requests.2.count=1",
-    "requests.2.contexts=['']", "output.samples_per_shard=4",
+    "requests.2.contexts=['']", "output.samples_per_shard=4", "guidance.boundary.every=2",
 ]  # fmt: skip
 
 
@@ -543,8 +543,8 @@ def test_every_command_on_the_quickstart(server: str, call: Any, tmp_path: Path)
     """The real models, a date in the address, and everything that reads a run; its tars are those of a folder's run."""
     sets = [part for one in SMALL for part in ("--set", one)]
     job, uri = str(REPOSITORY / "jobs/quickstart.yaml"), "s3://bucket/nightly-{date}"
-    code, out, _ = call("plan", job, "--set", f"output.uri={uri}", *sets)
-    assert code == 0 and "output: s3://bucket/nightly-20" in out
+    code, out, err = call("plan", job, "--set", f"output.uri={uri}", *sets)
+    assert code == 0 and "output: s3://bucket/nightly-20" in out, err
     code, out, err = call("run", job, "--output", uri, "--executor", "local", *sets)
     assert code == 0, err
     [name] = [one for one in connected("x")._fs.ls(BUCKET, detail=False) if "nightly-" in one]

@@ -350,16 +350,18 @@ class ObjectStore(Store):
         keys = {key.rstrip("/") for key in found} - {self._key(folder)}
         return sorted(key.removeprefix(f"{self._root}/") for key in keys)
 
-    def size(self, name: str) -> int:
-        """Bytes of an object."""
-        with self._told(name):
-            found = self._info(name)
-        return int(found["size"]) if found else 0
+    def size_of(self, names: Iterable[str]) -> int:
+        """Bytes of objects, from a listing of all."""
+        sizes = self._sizes()
+        return sum(sizes.get(self._key(name), 0) for name in names)
 
     def total_size(self) -> int:
         """Bytes of all objects."""
+        return sum(self._sizes().values())
+
+    def _sizes(self) -> dict[str, int]:
         with self._told():
-            return sum(int(one["size"]) for one in self._fs.find(self._root, detail=True).values())
+            return {key: int(one["size"]) for key, one in self._fs.find(self._root, detail=True).items()}
 
     # Writing -------------------------------------------------------------------------------------------------------
 

@@ -230,8 +230,8 @@ class Store(ABC):
         """Names in a folder, sorted, from one listing; none where there is no such folder."""
 
     @abstractmethod
-    def size(self, name: str) -> int:
-        """Bytes of a file; 0 where there is none."""
+    def size_of(self, names: Iterable[str]) -> int:
+        """Bytes of files together; those that are not there count nothing."""
 
     @abstractmethod
     def total_size(self) -> int:
@@ -416,9 +416,9 @@ class FolderStore(Store):
         """The files themselves."""
         return map(self.path, names)
 
-    def size(self, name: str) -> int:
-        """Bytes of a file."""
-        return self.path(name).stat().st_size if self.path(name).exists() else 0
+    def size_of(self, names: Iterable[str]) -> int:
+        """Bytes of files; of links those of what they lead to."""
+        return sum(path.stat().st_size for path in map(self.path, names) if path.exists())
 
     def total_size(self) -> int:
         """Bytes of all files; of links those that they take themselves."""
