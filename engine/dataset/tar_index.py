@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +78,7 @@ class TarReader:
 
     tars: Sequence[StoredFile]
     _open: OrderedDict[int, int] = field(default_factory=OrderedDict, repr=False)
+    _paths: dict[int, Path] = field(default_factory=dict, repr=False)
     _owner: int = 0
 
     def read(self, place: Place) -> bytes:
@@ -107,12 +109,19 @@ class TarReader:
         if tar not in self._open:
             if len(self._open) >= MAX_OPEN:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[tar] = os.open(self.tars[tar].fetch(), os.O_RDONLY)
+            self._open[tar] = self._opened(tar)
         self._open.move_to_end(tar)
         return self._open[tar]
 
+    def _opened(self, tar: int) -> int:
+        """A descriptor of the local file, which is asked for once, and again where it is gone: tars do not change."""
+        with suppress(KeyError, FileNotFoundError):
+            return os.open(self._paths[tar], os.O_RDONLY)
+        self._paths[tar] = self.tars[tar].fetch()
+        return os.open(self._paths[tar], os.O_RDONLY)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"tars": self.tars, "_open": OrderedDict(), "_owner": 0}
+        return {"tars": self.tars, "_open": OrderedDict(), "_paths": {}, "_owner": 0}
 
     def __del__(self) -> None:
         # At the end of a program modules may be gone already; the system closes the files then.
