@@ -192,8 +192,11 @@ def test_copies_follow_the_object(store: ObjectStore, monkeypatch: pytest.Monkey
     for number in range(6):
         other.replace(f"y/{number}", bytes(50))
     kept = store.fetch("y/0", keep=True)
-    paths = list(store.fetch_each(f"y/{number}" for number in range(1, 6)))
+    paths = [store.fetch(f"y/{number}") for number in range(1, 6)]
     assert kept.exists() and paths[-1].exists() and sum(one.exists() for one in paths) == 2
+    monkeypatch.undo()
+    found = store.fetch_each(f"y/{number % 6}" for number in range(40))
+    assert [path.name for path in found] == [str(number % 6) for number in range(40)]
     home = store.staging()
     store.leave()
     assert not home.exists() and store.fetch("y/1").stat().st_size == 50
