@@ -555,7 +555,9 @@ def test_every_command_on_the_quickstart(server: str, call: Any, tmp_path: Path)
     assert f"report: {run}/report.html" in out
     assert call("run", job, "--output", folder, "--executor", "local", *sets)[0] == 0
     assert {
-        Path(key).name: data for key, data in objects(connected(Path(name).name), "shards/").items() if "tar" in key
+        Path(key).name: data
+        for key, data in objects(connected(Path(name).name), "shards/").items()
+        if key.endswith(".tar")
     } == tars(Path(folder))
     assert open_store(run).read(SUCCESS) == open_store(folder).read(SUCCESS), "the address is no part of the plan"
 
@@ -583,7 +585,7 @@ def test_every_command_on_the_quickstart(server: str, call: Any, tmp_path: Path)
     assert code == 0 and f"scores: {run}/rescored/classifier-b-" in out, err
     [scores] = open_store(run).list("rescored")
     assert call("compare", run, f"{run}/{scores}")[0] == 0
-    code, out, err = call("evaluate", run, "--limit", "8")
+    code, out, err = call("evaluate", run, "--limit", "10")
     assert code == 0 and f"figures: {run}/evaluation.json" in out, err
     check_reading(run, f"{run}/{scores}")
 
