@@ -83,6 +83,14 @@ class ShardProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardSampled:
+    """A worker has sampled a shard and begins the next one, while this one is encoded, written and committed."""
+
+    worker: int
+    shard: int
+
+
+@dataclass(frozen=True, slots=True)
 class ShardDone:
     """A worker has committed a shard."""
 
@@ -204,6 +212,6 @@ class Abort:
     user_fault: bool
 
 
-OfWorker = WorkerPlaced | WorkerReady | ShardProgress | ShardDone | ShardError | WorkerLost
+OfWorker = WorkerPlaced | WorkerReady | ShardProgress | ShardSampled | ShardDone | ShardError | WorkerLost
 Event = OfWorker | Tick | UserFault | PlanGrown | Drain
 Action = StartWorker | StopWorker | Assign | Replaced | Quarantine | Finished | Drained | Abort

@@ -32,6 +32,7 @@ from engine.messages import (
     ShardDone,
     ShardError,
     ShardProgress,
+    ShardSampled,
     StartWorker,
     StopWorker,
     Tick,
@@ -56,6 +57,7 @@ class WorkerState(NamedTuple):
     """A worker: whether its models are loaded, and its shards, the one in work first.
 
     Attributes:
+        num_sampled: shards at the head of its queue that are only being written; the one behind them is in work, too.
         model: what it worked with last.
         heard: when it was last heard of: placed, ready, or a step further in the shard in work.
         began: when the shard in work was begun.
@@ -64,10 +66,16 @@ class WorkerState(NamedTuple):
     is_ready: bool = False
     is_placed: bool = False
     queue: tuple[int, ...] = ()
+    num_sampled: int = 0
     model: int = NO_MODEL
     node_kind: str = ""
     heard: float = 0.0
     began: float = 0.0
+
+    @property
+    def begun(self) -> tuple[int, ...]:
+        """The shards that a fault of its process may be laid to."""
+        return self.queue[: self.num_sampled + 1]
 
 
 class Stock(NamedTuple):
@@ -193,6 +201,8 @@ def step(state: State, event: Event) -> Step:
         return _on_done(state, event.worker, worker, event.shard)
     if isinstance(event, ShardProgress):
         return _on_progress(state, event, worker), []
+    if isinstance(event, ShardSampled):
+        return _on_sampled(state, event, worker), []
     if isinstance(event, WorkerPlaced):
         placed = worker._replace(is_placed=True, node_kind=event.node_kind, heard=state.now)
         return state._replace(workers=state.workers.put(event.worker, placed)), []
@@ -269,7 +279,7 @@ def _replace_hanging(state: State, number: int, message: str, actions: list[Acti
     actions += [StopWorker(number), Replaced(number, message)]
     state = _remove_worker(state, number, worker)
     if worker.queue:
-        return _blame(state, worker.queue[0], message, actions)
+        return _blame(state, worker.queue[:1], message, actions)
     return _note_start_fault(state, message, actions)
 
 
@@ -302,13 +312,22 @@ def _on_progress(state: State, event: ShardProgress, worker: WorkerState) -> Sta
     return state
 
 
+def _on_sampled(state: State, event: ShardSampled, worker: WorkerState) -> State:
+    """The next shard of the queue has begun."""
+    if event.shard not in worker.queue[worker.num_sampled :]:
+        return state
+    sampled = worker._replace(num_sampled=worker.queue.index(event.shard) + 1, heard=state.now)
+    return state._replace(workers=state.workers.put(event.worker, sampled))
+
+
 def _on_done(state: State, number: int, worker: WorkerState, shard: int) -> Step:
     if shard not in worker.queue:
         return state, []
     state = _note_shard_seconds(state, worker, shard)
-    queue = _without(worker.queue, shard)
+    queue, num_sampled = _without(worker.queue, shard), max(0, worker.num_sampled - 1)
+    rest = worker._replace(queue=queue, num_sampled=num_sampled, heard=state.now, began=state.now)
     state = state._replace(
-        workers=state.workers.put(number, worker._replace(queue=queue, heard=state.now, began=state.now)),
+        workers=state.workers.put(number, rest),
         idle=state.idle if queue else _with(state.idle, number),
         num_open=state.num_open - 1,
         faults_in_a_row=0,
@@ -337,7 +356,7 @@ def _on_error(state: State, event: ShardError, worker: WorkerState) -> Step:
     if event.shard not in worker.queue:
         return state, []
     actions: list[Action] = [StopWorker(event.worker)]
-    state = _blame(_remove_worker(state, event.worker, worker), event.shard, event.message, actions)
+    state = _blame(_remove_worker(state, event.worker, worker), (event.shard,), event.message, actions)
     return (state, actions) if state.is_over else _settle(state, actions)
 
 
@@ -346,7 +365,7 @@ def _on_lost(state: State, event: WorkerLost, worker: WorkerState) -> Step:
     state = _remove_worker(state, event.worker, worker)
     if not event.node_lost:
         if worker.queue:
-            state = _blame(state, worker.queue[0], event.message, actions)
+            state = _blame(state, worker.begun, event.message, actions)
         elif not worker.is_ready:
             state = _note_start_fault(state, event.message, actions)
     return (state, actions) if state.is_over else _settle(state, actions)
@@ -363,13 +382,15 @@ def _note_start_fault(state: State, message: str, actions: list[Action]) -> Stat
     return state
 
 
-def _blame(state: State, shard: int, message: str, actions: list[Action]) -> State:
-    """Lay a fault to a shard that had started, and put it in quarantine if it was the last it may have."""
-    reasons = (*state.marks.get(shard, ()), message)
-    state = state._replace(marks=state.marks.put(shard, reasons), faults_in_a_row=state.faults_in_a_row + 1)
-    if len(reasons) >= MAX_MARKS:
-        state = _quarantine(state, shard)
-        actions.append(Quarantine(shard, reasons))
+def _blame(state: State, shards: tuple[int, ...], message: str, actions: list[Action]) -> State:
+    """Lay a fault to shards that had started, and put those in quarantine that had it as the last they may have."""
+    for shard in shards:
+        reasons = (*state.marks.get(shard, ()), message)
+        state = state._replace(marks=state.marks.put(shard, reasons))
+        if len(reasons) >= MAX_MARKS:
+            state = _quarantine(state, shard)
+            actions.append(Quarantine(shard, reasons))
+    state = state._replace(faults_in_a_row=state.faults_in_a_row + 1)
     if state.faults_in_a_row > FAULT_ALLOWANCE + FAULT_ALLOWANCE_PER_WORKER * state.max_workers:
         text = f"{state.faults_in_a_row} faults in a row and no shard finished; the last one: {message}"
         state, last = _abort(state, text, user_fault=False)
@@ -393,13 +414,13 @@ def _remove_worker(state: State, number: int, worker: WorkerState, *, has_begun:
     """Take a worker out; its shards come back.
 
     Args:
-        has_begun: whether the first shard of its queue is in work, so that the next try is another attempt.
+        has_begun: whether shards of its queue are in work, so that the next try is another attempt.
     """
     stocks, attempts = _held(state.stocks, worker.model, NO_MODEL), state.attempts
     for shard in worker.queue:
         model = state.lot(shard).model
         stocks = {**stocks, model: stocks[model]._replace(returned=_with(stocks[model].returned, shard))}
-    for shard in worker.queue[: int(has_begun)]:
+    for shard in worker.begun if has_begun else ():
         attempts = attempts.put(shard, attempts.get(shard, 1) + 1)
     return state._replace(
         workers=state.workers.drop(number),
@@ -464,7 +485,8 @@ def _assign(state: State, number: int, actions: list[Action], *, ahead: bool = F
 
     Args:
         ahead: the worker has one in work. Then the last shards, fewer than there are workers, are kept for who is
-            free first.
+            free first; and a shard with a mark is not put behind another, nor another behind it, so that the next
+            fault tells which of two it was.
     """
     worker = state.workers[number]
     if len(worker.queue) >= MAX_QUEUED or state.num_pending < (state.max_workers if ahead else 1):
@@ -473,6 +495,8 @@ def _assign(state: State, number: int, actions: list[Action], *, ahead: bool = F
     if model is None:
         return state
     shard, stock = _next_shard(state, state.stocks[model])
+    if ahead and state.marks and (shard in state.marks or worker.queue[0] in state.marks):
+        return state
     limit = state.batch_limits.get((worker.node_kind, state.lot(shard).kind), 0)
     actions.append(Assign(number, shard, state.attempts.get(shard, 1), limit))
     taken = worker._replace(queue=(*worker.queue, shard), model=model)

@@ -27,7 +27,7 @@ from engine.progress import PlainDisplay, Tally
 from engine.records import SampleResult, failed_record, new_record
 from engine.run import RunSummary, run_job
 from engine.spec import JobSpec, parse_job
-from engine.worker import ShardOutcome, Worker
+from engine.worker import ShardOutcome, Worker, _Making
 
 SAMPLES_PER_SHARD = 4
 
@@ -40,6 +40,7 @@ class Faults:
         die: the process is killed, every time.
         die_once: it is killed at the first attempt.
         hang_once: at the first attempt it sleeps for an hour.
+        slow_once: at the first attempt writing sleeps for an hour, while the next one is sampled.
         error: an exception, every time.
         user_fault: an `OutputError` with this text, at any shard.
         user_fault_at: the same, at this shard.
@@ -52,6 +53,7 @@ class Faults:
     die: tuple[int, ...] = ()
     die_once: tuple[int, ...] = ()
     hang_once: tuple[int, ...] = ()
+    slow_once: tuple[int, ...] = ()
     error: tuple[int, ...] = ()
     user_fault: str = ""
     user_fault_at: int = -1
@@ -69,6 +71,7 @@ class SleepyWorker(Worker):
             raise JobError(["models.clip: broken", "models.target: broken too"])
         if faults.no_start:
             raise ZeroDivisionError("no such kernel")
+        self._slow_once = faults.slow_once
         self._sleeper = Sleeper(plan, faults)
         super().__init__(job, plan, name="sleepy", load=lambda *_: self._sleeper)
 
@@ -78,6 +81,11 @@ class SleepyWorker(Worker):
         """As a worker does."""
         self._sleeper.shard, self._sleeper.attempt = shard, attempt
         return super().sample_shard(shard, attempt, report, batch_limit)
+
+    def _write(self, making: _Making) -> ShardOutcome:
+        if making.shard.number in self._slow_once and making.attempt == 1:
+            time.sleep(3600)
+        return super()._write(making)
 
 
 class Sleeper:

@@ -12,10 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.conditioning.distributions import distributions_of
 from engine.conditioning.evaluation import Evaluation, auc_interval, evaluate
 from engine.conditioning.gaussians import ClassGaussians, ClassMoments
-from engine.conditioning.mixtures import MixtureOptions, fit_mixtures
+from engine.conditioning.mixtures import ClassMixtures, MixtureOptions, fit_mixtures
 from engine.conditioning.predictor import (
     ErrorPredictor,
     PredictorOptions,
@@ -438,14 +437,14 @@ def test_states_restore_everything():
     restored = ErrorPredictor.from_state(through_plain_values(fit.predictor.state()))
     assert torch.equal(restored.confidence(embeds), fit.predictor.confidence(embeds))
     assert Evaluation.from_state(through_plain_values(fit.evaluation.state())) == fit.evaluation
-    for found in (gaussians(), fit_mixtures(embeds, classes, LABELS)):
-        again = distributions_of(through_plain_values(found.state()))
-        assert type(again) is type(found) and again.labels == LABELS and again.dim == DIM
-        assert torch.equal(again.draw(2, seeded(0)), found.draw(2, seeded(0)))
-        with pytest.raises(ValueError, match="error_predictor"):
-            ErrorPredictor.from_state(found.state())
-    with pytest.raises(ValueError, match="gaussians"):
-        distributions_of(fit.predictor.state())
+    found = fit_mixtures(embeds, classes, LABELS)
+    again = ClassMixtures.from_state(through_plain_values(found.state()))
+    assert again.labels == LABELS and again.dim == DIM
+    assert torch.equal(again.draw(2, seeded(0)), found.draw(2, seeded(0)))
+    with pytest.raises(ValueError, match="error_predictor"):
+        ErrorPredictor.from_state(found.state())
+    with pytest.raises(ValueError, match="mixtures"):
+        ClassMixtures.from_state(fit.predictor.state())
 
 
 def reproduced() -> list[list[float]]:

@@ -23,6 +23,7 @@ from engine.messages import (
     ShardDone,
     ShardError,
     ShardProgress,
+    ShardSampled,
     StartWorker,
     StopWorker,
     Tick,
@@ -87,11 +88,36 @@ def test_three_lost_processes_put_the_shard_that_had_started_in_quarantine():
     assert history[7:] == [[Assign(3, 1, 1)], [Finished()]]
 
 
+def test_a_process_lost_while_it_writes_one_shard_and_samples_the_next_marks_both():
+    """Nothing tells which it was: both have begun, each then runs alone, and only the guilty one is left out."""
+    events = [WorkerReady(0), ShardSampled(0, 0), WorkerLost(0, False, "a"), WorkerReady(1)]
+    state, history = play(bytes(4), 1, *events)
+    assert dict(state.marks) == {0: ("a",), 1: ("a",)}
+    assert history[-1] == [Assign(1, 0, 2)]
+    state, actions = drive(state, ShardSampled(1, 0), ShardDone(1, 0))
+    assert actions == [Assign(1, 1, 2)] and dict(state.marks) == {1: ("a",)}
+    state, actions = drive(state, WorkerLost(1, False, "b"), WorkerReady(2), WorkerLost(2, False, "c"))
+    assert actions[-2:] == [Quarantine(1, ("a", "b", "c")), StartWorker(3)]
+    assert drive(state, WorkerReady(3))[1] == [Assign(3, 2, 1), Assign(3, 3, 1)]
+
+
+def test_one_lost_process_is_one_fault_however_many_shards_it_marks():
+    """The run is given up after faults, not after marks."""
+    state, _ = play(bytes(4), 1, WorkerReady(0), ShardSampled(0, 0), WorkerLost(0, False, "a"))
+    assert state.faults_in_a_row == 1
+
+
+def test_an_exception_says_itself_which_shard_it_came_from():
+    """The one beside it has begun, too, and is not marked."""
+    state, _ = play(bytes(4), 1, WorkerReady(0), ShardSampled(0, 0), ShardError(0, 0, "disk"))
+    assert dict(state.marks) == {0: ("disk",)} and dict(state.attempts) == {0: 2, 1: 2}
+
+
 def test_an_exception_marks_the_shard_and_replaces_the_worker():
     """A device error stays with its process: the worker is not used again."""
     _, history = play(bytes(3), 1, WorkerReady(0), ShardError(0, 0, "boom"), WorkerReady(1))
     assert history[2] == [StopWorker(0), StartWorker(1)]
-    assert history[3] == [Assign(1, 0, 2), Assign(1, 1, 1)]
+    assert history[3] == [Assign(1, 0, 2)]
 
 
 def test_a_finished_shard_clears_its_marks():

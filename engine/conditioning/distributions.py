@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from engine.conditioning.gaussians import ClassGaussians
-from engine.conditioning.mixtures import ClassMixtures
 
 
 class ClassDistributions(Protocol):
@@ -27,15 +24,3 @@ class ClassDistributions(Protocol):
 
     def draw(self, class_index: int, generator: torch.Generator) -> Tensor:
         """One embedding [d], float32, on the CPU; the same amount of randomness is consumed by every draw."""
-
-    def state(self) -> dict[str, Any]:
-        """Tensors and plain values, for `distributions_of`."""
-
-
-def distributions_of(state: dict[str, Any]) -> ClassDistributions:
-    """Gaussians or mixtures from their `state`.
-
-    Raises:
-        ValueError: it is the state of something else.
-    """
-    return ClassMixtures.from_state(state) if state.get("kind") == "mixtures" else ClassGaussians.from_state(state)

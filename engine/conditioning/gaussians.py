@@ -145,23 +145,3 @@ class ClassGaussians:
         self.check(class_index)
         noise = torch.randn(self.dim, generator=generator, dtype=torch.float32)
         return self.mean[class_index] + self.std[class_index] * noise
-
-    def state(self) -> dict[str, Any]:
-        """Tensors and plain values, for `from_state`."""
-        return {
-            "kind": "gaussians",
-            "labels": list(self.labels),
-            "count": self.count,
-            "mean": self.mean,
-            "std": self.std,
-        }
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> ClassGaussians:
-        """Gaussians from their `state`.
-
-        Raises:
-            ValueError: it is the state of something else.
-        """
-        check_kind(state, "gaussians")
-        return cls(tuple(state["labels"]), state["count"], state["mean"], state["std"])

@@ -18,6 +18,7 @@ from engine.messages import (
     ShardDone,
     ShardError,
     ShardProgress,
+    ShardSampled,
     UserFault,
     WorkerLost,
     WorkerPlaced,
@@ -62,7 +63,9 @@ class ShardResult(ShardDone):
     outcome: ShardOutcome
 
 
-ExecutorEvent = WorkerPlaced | WorkerReady | ShardProgress | ShardResult | ShardError | WorkerLost | UserFault
+ExecutorEvent = (
+    WorkerPlaced | WorkerReady | ShardProgress | ShardSampled | ShardResult | ShardError | WorkerLost | UserFault
+)
 
 
 class Executor(Protocol):

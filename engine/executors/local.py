@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from engine.executors.base import ExecutorEvent, Host, WorkerFactory, drain
-from engine.messages import ShardProgress, WorkerPlaced
+from engine.messages import ShardProgress, ShardSampled, WorkerPlaced
 from engine.plan import ShardSpec
 
 Inbox = queue.SimpleQueue[tuple[ShardSpec, int, int] | None]
@@ -84,7 +84,9 @@ class LocalExecutor:
             while not host.has_failed and (item := inbox.get()) is not None:
                 shard, attempt, batch_limit = item
                 report = partial(self._report, worker, shard.number)
-                commits.submit(self._finish, worker, host.sample_shard(shard, attempt, report, batch_limit))
+                finish = host.sample_shard(shard, attempt, report, batch_limit)
+                self._events.put((worker, ShardSampled(worker, shard.number)))
+                commits.submit(self._finish, worker, finish)
 
     def _report(self, worker: int, shard: int, num_done: int, batch_seconds: float = 0.0, batch_limit: int = 0) -> None:
         self._events.put((worker, ShardProgress(worker, shard, num_done, batch_seconds, batch_limit)))

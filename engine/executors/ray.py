@@ -25,7 +25,7 @@ from typing import Any
 
 from engine.errors import JobError, RiskforgeError
 from engine.executors.base import ExecutorEvent, Host, WorkerFactory, drain
-from engine.messages import ShardProgress, WorkerLost, WorkerPlaced
+from engine.messages import ShardProgress, ShardSampled, WorkerLost, WorkerPlaced
 from engine.plan import ShardSpec
 
 MAX_CPU_WORKERS_PER_NODE = 4
@@ -64,10 +64,11 @@ class RayHost:
         """Build the worker."""
         return self._host.load(factory)
 
-    def run_shard(self, shard: ShardSpec, attempt: int, batch_limit: int) -> None:
-        """Make the samples of a shard; what comes of it is told by `outcome`."""
+    def run_shard(self, shard: ShardSpec, attempt: int, batch_limit: int) -> int:
+        """Make the samples of a shard and return its number; what comes of it is told by `outcome`."""
         self._report(shard.number, 0)
         self._sampled.put(self._host.sample_shard(shard, attempt, partial(self._report, shard.number), batch_limit))
+        return shard.number
 
     def outcome(self) -> ExecutorEvent:
         """What came of the next shard, in the order of `run_shard`; waits for its commit."""
@@ -294,7 +295,7 @@ class RayExecutor:
             return self._lost(worker, error)
         answer = future.result()
         if kind == "sampled":
-            return None
+            return ShardSampled(worker, answer)
         if kind == "where":
             handle.node = answer
             return WorkerPlaced(worker, self._kind_of(answer))
