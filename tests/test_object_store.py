@@ -401,6 +401,8 @@ def test_a_killed_run_is_continued(store: ObjectStore, local: dict[str, bytes]) 
     first.wait()
     before = len(list_commits(store))
     assert 1 <= before < NUM_SHARDS and not store.exists(SUCCESS)
+    corpus = engine.open_run(store.uri)
+    assert len(corpus) == 4 * before and corpus.runs[0].state == f"not finished: {before} committed shards so far"
     assert run_sleepy(store.uri, COUNT, LocalExecutor(2)).exit_code == EXIT_OK
     assert objects(store, "shards/").items() >= local.items() and not verify(store).findings
 

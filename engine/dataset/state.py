@@ -215,8 +215,8 @@ def read_manifest(store: Store) -> dict[str, Any]:
 def manifest_error(store: Store, reason: object) -> CorruptShardError:
     """What to raise where a manifest cannot be read, or lacks what every manifest has."""
     return CorruptShardError(
-        f"{store.address(MANIFEST)}: cannot be read as a manifest ({str(reason)[:MAX_REASON_CHARS]}); restore the file, or"
-        " remove _SUCCESS, and the run's command writes it anew"
+        f"{store.address(MANIFEST)}: cannot be read as a manifest ({str(reason)[:MAX_REASON_CHARS]}); restore the file,"
+        " or remove _SUCCESS, and the run's command writes it anew"
     )
 
 
