@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.dataset.corpus import Corpus
 from engine.dataset.source import RunSource
-from engine.dataset.store import explained
+from engine.dataset.store import Store, explained
 from engine.dataset.summary import GroupSummary, class_texts, plain, summarise_table
 from engine.dataset.tar_index import TarReader, index_tars
 from engine.errors import CorruptShardError, JobError, OutputError
@@ -124,7 +124,9 @@ def save_image(path: Path, data: bytes) -> None:
 
 def _about(source: RunSource) -> dict[str, Any]:
     models = source.models or source.known_models()
-    files = [path for path in (*source.rows, *source.tars) if path.exists()]
+    files: dict[Store, list[str]] = defaultdict(list)
+    for one in (*source.rows, *source.tars):
+        files[one.store].append(one.name)
     return {
         "uri": source.uri,
         "name": source.name,
@@ -132,8 +134,8 @@ def _about(source: RunSource) -> dict[str, Any]:
         "digest": source.digest,
         "classes": len(source.labels),
         "shards": len(source.tars),
-        "disk_bytes": sum(_disk_bytes(root) for root in _outermost(source.roots)),
-        "data_bytes": sum(path.stat().st_size for path in files),
+        "disk_bytes": sum(store.total_size() for store in _outermost(source.stores)),
+        "data_bytes": sum(store.size_of(names) for store, names in files.items()),
         "models": {role: _without_labels(about) for role, about in models.items()},
     }
 
@@ -142,15 +144,14 @@ def _without_labels(about: Any) -> Any:
     return {name: value for name, value in about.items() if name != "labels"} if isinstance(about, dict) else about
 
 
-def _outermost(roots: tuple[Path, ...]) -> list[Path]:
-    """The folders that lie in none of the others, as scores made anew do in their run."""
-    return [root for root in roots if not any(root != one and root.is_relative_to(one) for one in roots)]
-
-
-def _disk_bytes(root: Path) -> int:
-    return sum(
-        (Path(folder) / name).lstat().st_size for folder, _, names in os.walk(root, followlinks=False) for name in names
-    )
+def _outermost(stores: tuple[Store, ...]) -> list[Store]:
+    """Those that lie in none of the others, as scores made anew do in their run."""
+    places = [store.place for store in stores]
+    return [
+        store
+        for store, place in zip(stores, places, strict=True)
+        if not any(place != one and place.is_relative_to(one) for one in places)
+    ]
 
 
 def _counts(corpus: Corpus, column: str) -> dict[str, int]:

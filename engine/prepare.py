@@ -21,7 +21,7 @@ from engine.artefact import Conditioning, save_conditioning
 from engine.conditioning.gaussians import ClassMoments
 from engine.conditioning.mixtures import ClassMixtures, MixtureOptions, fit_mixtures
 from engine.conditioning.predictor import PredictorOptions, fit_predictor
-from engine.dataset.store import open_store
+from engine.dataset.store import FolderStore, open_store, refuse_objects
 from engine.errors import OutputError
 from engine.executors.base import Executor
 from engine.images import ImageSource, open_images
@@ -99,6 +99,7 @@ def prepare_conditioning(
     try:
         display.phase("checking models and data")
         check_addresses(job, with_artefacts=False)
+        refuse_objects(folder or "", "--output", "an artefact")
         home = Path(folder).expanduser() if folder is not None else artefact_folder(job)
         _check_writable(home)
         labels = tuple(target_labels(job))
@@ -161,10 +162,15 @@ def artefact_folder(job: JobSpec) -> Path:
     """Where a job's artefacts go by default: `OUTPUT-conditioning`, beside its output.
 
     Raises:
-        OutputError: an output that this version does not store to.
+        OutputError: an output on an object store.
     """
-    root = open_store(job.output.uri).root
-    return root.with_name(f"{root.name}-conditioning")
+    store = open_store(job.output.uri)
+    if not isinstance(store, FolderStore):
+        raise OutputError(
+            f"output.uri: {store.uri} is on an object store, and artefacts are written to folders; give the artefact's"
+            " folder with --output, and copy it to every machine with workers"
+        )
+    return store.root.with_name(f"{store.root.name}-conditioning")
 
 
 def fit_conditioning(

@@ -82,7 +82,7 @@ def _choose(store: Store, job: JobSpec, plan: Plan, num_samples: int) -> Iterato
     each = max(1, -(-num_samples // max(1, len(numbers))))
     num_left = num_samples
     for number in numbers:
-        path = store.path(f"{SHARDS}/{shard_name(job.name, number)}.tar")
+        path = store.fetch(f"{SHARDS}/{shard_name(job.name, number)}.tar")
         held = {key: (image, record) for key, image, record, _ in read_shard(path)}
         specs = [spec for spec in plan.samples(plan.shard(number)) if spec.key in held]
         for spec in draw.sample(specs, min(each, num_left, len(specs))):

@@ -133,10 +133,16 @@ def run_job(
             if len(committed) == plan.num_shards:
                 return _summary(store, job, plan, committed, started, was_complete=True)
         check_unused(store)
-        with hold(store, notice=display.notice) as lease, contextlib.closing(executor):
+        with (
+            hold(store, notice=display.notice) as lease,
+            contextlib.closing(executor),
+            contextlib.ExitStack() as cleanup,
+        ):
             plan = open_run(store, planned, job, resume, confirmed)
             if retry:
                 store.remove_tree(QUARANTINE)
+            journal = Journal(store, lease.number)
+            cleanup.callback(journal.keep, is_end=True)
             shift = Shift(
                 store,
                 job,
@@ -145,7 +151,7 @@ def run_job(
                 executor=executor,
                 display=display,
                 lease=lease,
-                journal=Journal(store, lease.number),
+                journal=journal,
                 rules=rules,
             )
             end = ShiftEnd(plan=plan, drained="", sampling_share=None)
@@ -415,7 +421,7 @@ def _summary(
     return RunSummary(
         exit_code=EXIT_DRAINED if drained else EXIT_OK if is_complete else EXIT_INCOMPLETE,
         uri=store.uri,
-        report=str(store.path(REPORT)) if store.exists(REPORT) else "",
+        report=store.address(REPORT) if store.exists(REPORT) else "",
         num_shards=plan.num_shards,
         num_committed=len(committed),
         num_samples=sum(commit.counts.attempted for commit in committed.values()),
@@ -456,5 +462,5 @@ def _top_failure(store: Store) -> str:
         return ""
     from engine.report.data import failures, open_metadata
 
-    messages = failures(open_metadata(store.path(METADATA)))
+    messages = failures(open_metadata(store.fetch(METADATA)))
     return messages[0][0] if messages else ""

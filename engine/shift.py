@@ -167,6 +167,7 @@ class Shift:
                 actions += more
         self._note_unplaced(time.monotonic())
         self._display.show(self._tally)
+        self._journal.keep()
         return state, actions
 
     def _settle(self, event: Any, actions: list[Action]) -> PlanGrown | None:
@@ -226,8 +227,8 @@ class Shift:
         self._store.replace(FAULTS, f"{message}\n".encode())
         head, mark, reason = message.partition("the last one: ")
         return WorkersFailingError(
-            f"{head}{mark}{brief(reason)}\nthe whole message is in {self._store.path(FAULTS)}; mend the cause, and the"
-            " same command continues"
+            f"{head}{mark}{brief(reason)}\nthe whole message is in {self._store.address(FAULTS)}; mend the cause, and"
+            " the same command continues"
         )
 
     def _note_drain(self, signal_name: str) -> None:

@@ -295,7 +295,8 @@ class OutputSpec(_Spec):
     """Where and how the samples are stored."""
 
     uri: Annotated[str, Field(min_length=1, max_length=2000)] = Field(
-        description="Folder of the run; `{date}` stands for today, such as 2026-11-21, and `{job}` for the job's name."
+        description="Folder of the run, or its address on an object store, `s3://BUCKET/NAME` or `gs://BUCKET/NAME`;"
+        " `{date}` stands for today, such as 2026-11-21, and `{job}` for the job's name."
     )
     samples_per_shard: StrictInt = Field(default=256, ge=1, le=100_000, description="Attempts in a shard.")
     image_format: Literal["png", "jpg", "webp"] = Field(

@@ -207,7 +207,7 @@ def make_sleepy(job: JobSpec, plan: Plan, *, faults: Faults, **places: Any) -> S
     return SleepyWorker(job, plan, faults)
 
 
-def make_job(output: Path, count: int, *, request: dict[str, Any] | None = None, **models: Any) -> JobSpec:
+def make_job(output: Path | str, count: int, *, request: dict[str, Any] | None = None, **models: Any) -> JobSpec:
     """A job of `10 * count` samples in shards of four; its models are never loaded."""
     return parse_job(
         {
@@ -254,7 +254,7 @@ class Recorder:
 
 
 def run_sleepy(
-    output: Path,
+    output: Path | str,
     count: int,
     executor: Executor,
     *,
@@ -280,7 +280,7 @@ def tars(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(output.glob("shards/*.tar"))}
 
 
-def main(output: Path, count: int, kind: str, faults: Faults) -> int:
+def main(output: str, count: int, kind: str, faults: Faults) -> int:
     """A run on a Ray of its own, or in threads."""
     from engine.executors.local import LocalExecutor
     from engine.executors.ray import RayExecutor
@@ -309,7 +309,7 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = sleepy.main(
-        Path(sys.argv[1]),
+        sys.argv[1],
         int(sys.argv[2]),
         sys.argv[3],
         sleepy.Faults(**json.loads(sys.argv[4] if len(sys.argv) > 4 else "{}")),

@@ -215,7 +215,7 @@ def test_scores_made_anew_inside_a_run_find_it_wherever_it_was_moved(
     monkeypatch.chdir(tmp_path / "here" / "below")
     corpus = engine.open_run(str(tmp_path / "moved" / "rescored" / "target-t9"))
     assert corpus.labels == tuple(LABELS) and len(list(corpus.to_webdataset())) == len(corpus.samples) > 0
-    assert corpus.runs[0].tars[0].parent == (tmp_path / "moved" / "shards").resolve()
+    assert corpus.runs[0].tars[0].fetch().parent == (tmp_path / "moved" / "shards").resolve()
 
 
 def test_scores_made_anew_come_with_the_images_of_their_run(run: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from engine.dataset.commits import list_commits
 from engine.dataset.state import PLANS, SUCCESS, open_run, read_run
-from engine.dataset.store import DRIVER_LOCK, LOCKS, STAGING, Store, open_store
+from engine.dataset.store import DRIVER_LOCK, LOCKS, STAGING, FolderStore, Store, open_store
 from engine.errors import JobError, OutputError
 from engine.plan import Plan
 from tests.conftest import REPOSITORY
@@ -179,7 +179,7 @@ def test_overwrite_that_was_interrupted_is_taken_up_again(tmp_path: Path, monkey
     """The plan goes last: at every instant the folder is still known as the run's own."""
     finished(tmp_path)
     removed = 0
-    original = Store.remove
+    original = FolderStore.remove
 
     def remove(self: Store, name: str) -> None:
         nonlocal removed
@@ -188,7 +188,7 @@ def test_overwrite_that_was_interrupted_is_taken_up_again(tmp_path: Path, monkey
             raise KeyboardInterrupt
         original(self, name)
 
-    monkeypatch.setattr(Store, "remove", remove)
+    monkeypatch.setattr(FolderStore, "remove", remove)
     with pytest.raises(KeyboardInterrupt):
         reopen(tmp_path, "overwrite", confirmed=True, seed=1)
     assert not (tmp_path / SUCCESS).exists()
@@ -198,15 +198,15 @@ def test_overwrite_that_was_interrupted_is_taken_up_again(tmp_path: Path, monkey
 
 def test_two_drivers_that_begin_at_once_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The slower one finds a plan where it saw none: it continues it, or refuses its own."""
-    original = Store.publish
+    original = FolderStore.publish
 
     def publish(self: Store, name: str, data: bytes | Path) -> bool:
         if name.startswith(PLANS):
-            monkeypatch.setattr(Store, "publish", original)
+            monkeypatch.setattr(FolderStore, "publish", original)
             reopen(tmp_path)
         return original(self, name, data)
 
-    monkeypatch.setattr(Store, "publish", publish)
+    monkeypatch.setattr(FolderStore, "publish", publish)
     assert reopen(tmp_path, count=9).stages[0][0].stop == 6
     assert len(read_run(open_store(str(tmp_path))).stages) == 2  # type: ignore[union-attr]
 
@@ -225,9 +225,8 @@ def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_store("runs/x").uri == str(tmp_path / "runs" / "x")
     assert open_store(f"file://{tmp_path}/with%20space").uri == f"{tmp_path}/with space"
     assert not list(tmp_path.iterdir()), "looking creates nothing"
-    for uri in ("s3://bucket/x", "gs://bucket/x"):
-        with pytest.raises(OutputError, match="not supported in this version"):
-            open_store(uri)
+    with pytest.raises(OutputError, match=r"hdfs:// is not supported; use a folder, s3://BUCKET/NAME"):
+        open_store("hdfs://server/x")
     with pytest.raises(OutputError, match="names the host 'server'"):
         open_store("file://server/x")
     (tmp_path / "file").touch()

@@ -83,8 +83,10 @@ VALUES = {
     " names and order must be the same",
     "runtime.device=tpu": "runtime.device: 'tpu' is not one of auto, cpu, cuda; did you mean 'cpu'?",
     "output.image_format=bmp": "output.image_format: 'bmp' is not one of png, jpg, webp",
-    "output.uri=s3://bucket/run": "output s3://bucket/run: s3:// is not supported in this version; use a local or"
-    " shared folder",
+    "output.uri=hdfs://server/run": "output hdfs://server/run: hdfs:// is not supported; use a folder, s3://BUCKET/NAME"
+    " or gs://BUCKET/NAME",
+    "output.uri=s3://bucket": "output 's3://bucket': is not of the form SCHEME://BUCKET/NAME; name a folder in a"
+    " bucket",
     "output.uri=/dev/null": "output /dev/null: is a file, not a folder; choose another --output",
     "output.uri=~nobody-of-that-name/x": "output ~nobody-of-that-name/x: names the home folder of nobody (Could not"
     " determine home directory.); choose another --output",

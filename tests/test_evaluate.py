@@ -225,8 +225,8 @@ def test_equal_evaluations_give_equal_bytes(
     options = EvaluateOptions(real=folders["real"], train=folders["train"], reference="fresh")
     into = tmp_path / "elsewhere"
     found = evaluate(store.uri, options, display=PlainDisplay(io.StringIO()), folder=str(into))
-    assert found.document.read_bytes() == before[store.path(EVALUATION)]
-    assert found.report.read_bytes() == before[store.path("report.html")]
+    assert Path(found.document).read_bytes() == before[store.path(EVALUATION)]
+    assert Path(found.report).read_bytes() == before[store.path("report.html")]
     assert {path: path.read_bytes() for path in before} == before
     # The same command again finds what it left itself, also where an earlier version left an empty `_state`.
     assert sorted(path.name for path in into.iterdir()) == [EVALUATION, "report.html"]

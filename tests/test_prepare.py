@@ -1000,7 +1000,7 @@ def num_actors() -> int:
         (["--data", "nowhere"], "error: --data: there is no 'nowhere'"),
         (["--data", "/tmp", "--components", "0"], "components"),
         (["--data", "/tmp", "--set", "models.clip=zoo:digits/clipp"], "error: models.clip: 'zoo:digits/clipp'"),
-        (["--data", "/tmp", "--set", "output.uri=s3://bucket/run"], "s3:// is not supported"),
+        (["--data", "/tmp", "--set", "output.uri=s3://bucket/run"], "give the artefact's folder with --output"),
         ([], "--data"),
     ],
 )

@@ -49,7 +49,7 @@ def rescored(made: Path) -> Path:
     """The same images under the other classifier."""
     done = rescore_run(str(made), OTHER)
     assert done.is_complete and done.num_scored == done.num_images and done.comparison is not None
-    return done.folder
+    return Path(done.folder)
 
 
 @pytest.fixture
@@ -154,13 +154,13 @@ def test_a_run_with_a_driver_at_work_is_left_alone(made, tmp_path, call):
 def test_the_same_target_changes_nothing(copy, tmp_path):
     """Scored again by the classifier that scored it: the same readings, no failure new or mended."""
     done = rescore_run(str(copy), "zoo:digits/classifier", output=str(tmp_path / "elsewhere"))
-    pairs = zip(rows_of(copy), rows_of(done.folder), strict=True)
+    pairs = zip(rows_of(copy), rows_of(Path(done.folder)), strict=True)
     scored = [(old, new) for old, new in pairs if old["sha256"]]
     assert all(old["predicted_class"] == new["predicted_class"] for old, new in scored)
     assert all(old["risk"] == pytest.approx(new["risk"], abs=1e-4) for old, new in scored)
     assert all((old["accepted"], old["status"]) == (new["accepted"], new["status"]) for old, new in scored)
     assert not done.comparison.arisen and not done.comparison.mended
-    assert json.loads((done.folder / "manifest.json").read_text())["rescored_from"]["uri"] == str(copy)
+    assert json.loads((Path(done.folder) / "manifest.json").read_text())["rescored_from"]["uri"] == str(copy)
 
 
 def test_other_models_are_scored_where_they_are_named(copy):
@@ -168,7 +168,7 @@ def test_other_models_are_scored_where_they_are_named(copy):
     done = rescore_run(str(copy), OTHER, transfer=("zoo:digits/classifier",), oracle=OTHER)
     assert len(list((copy / "rescored").iterdir())) == 2
     old = {row["key"]: row for row in rows_of(copy)}
-    stored = [row for row in rows_of(done.folder) if row["sha256"]]
+    stored = [row for row in rows_of(Path(done.folder)) if row["sha256"]]
     for row in stored:
         [entry] = row["transfer"]
         assert entry["model"] == "zoo:digits/classifier" and entry["risk"] == pytest.approx(

@@ -16,12 +16,14 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="K=V", help="Replace a value of the job, such as requests.0.count=6; repeatable."),
 ]
-OutputOption = Annotated[str | None, typer.Option(metavar="URI", help="Folder of the run; replaces output.uri.")]
+OutputOption = Annotated[
+    str | None, typer.Option(metavar="URI", help="Folder or address of the run; replaces output.uri.")
+]
 AddressOption = Annotated[
     str | None, typer.Option(metavar="A", help="Running Ray cluster: `auto` or HOST:PORT. Default: start one here.")
 ]
 WorkersOption = Annotated[int | None, typer.Option(metavar="N", help="Workers; replaces runtime.workers.")]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder or address of a run.", show_default=False)]
 ExecutorOption = Annotated[Literal["ray", "local"], typer.Option(help="Ray actors, or threads of this process.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -178,7 +178,7 @@ def report(run: RunArgument) -> None:
 
     store = open_store(run)
     write_report(store)
-    print(str(store.path(REPORT)))
+    print(store.address(REPORT))
 
 
 def _run(

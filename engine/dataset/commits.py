@@ -6,7 +6,6 @@ is whole is adopted, whoever made it; anything else is moved aside. The record a
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import heapq
 import json
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 from engine.dataset.counts import ShardCounts, parse_record_name, record_name
 from engine.dataset.shards import SHARDS, ShardFiles, discard, file_digest, inspect_pair, read_rows
-from engine.dataset.store import Store, explained
+from engine.dataset.store import Store, explained, shown
 from engine.errors import CorruptShardError
 from engine.plan import ShardSpec
 
@@ -140,15 +139,15 @@ def _adopt(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord:
     """Record what is published if it is whole and of this shard, otherwise put the staged files in its place."""
     tar, parquet = _names(own.name)
     try:
-        found = inspect_pair(store.path(tar), store.path(parquet))
+        found = inspect_pair(store.fetch(tar), store.fetch(parquet))
         if _identity(found.parquet) != _identity(staged.parquet):
-            raise CorruptShardError(f"{found.parquet}: holds other samples than shard {own.shard} of this plan")
+            raise CorruptShardError(f"{shown(found.parquet)}: holds other samples than shard {own.shard} of this plan")
     except CorruptShardError:
         store.set_aside(tar)
         store.set_aside(parquet)
         for name, data in ((tar, staged.tar), (parquet, staged.parquet)):
             if not store.publish(name, data):
-                raise CorruptShardError(f"{store.path(name)}: written by two processes at once; run again") from None
+                raise CorruptShardError(f"{store.address(name)}: written by two processes at once; run again") from None
         return own
     if found.parquet_sha256 == own.parquet_sha256:
         return own
@@ -160,15 +159,15 @@ def _check_committed(store: Store, record: CommitRecord, own: CommitRecord, stag
     """Check the published files against the record; a lost file that was made again byte for byte is put back."""
     told = ((record.tar_sha256, own.tar_sha256), (record.parquet_sha256, own.parquet_sha256))
     for name, data, (wanted, made) in zip(_names(record.name), (staged.tar, staged.parquet), told, strict=True):
-        path = store.path(name)
+        where = store.address(name)
         if not store.exists(name) and made == wanted:
             store.publish(name, data)
         if not store.exists(name):
-            raise CorruptShardError(f"{path}: is missing, but shard {record.shard} is committed; restore the file")
-        with explained(path):
-            digest = file_digest(path, "sha256")
+            raise CorruptShardError(f"{where}: is missing, but shard {record.shard} is committed; restore the file")
+        with explained(where):
+            digest = file_digest(store.fetch(name), "sha256")
         if digest != wanted:
-            raise CorruptShardError(f"{path}: is not the file that was committed (checksum {digest[:12]}); restore it")
+            raise CorruptShardError(f"{where}: is not the file that was committed (checksum {digest[:12]}); restore it")
 
 
 def _about(files: ShardFiles) -> dict[str, Any]:
@@ -202,7 +201,7 @@ def list_commits(store: Store) -> dict[int, CommitSummary]:
             commits[number] = CommitSummary(number, counts or _counts_inside(store, name, number))
         elif (other := record_name(number, commits[number].counts)) != name:
             raise CorruptShardError(
-                f"{store.path(COMMITS)}: shard {number} has two records, {other} and {name}; remove the one whose "
+                f"{store.address(COMMITS)}: shard {number} has two records, {other} and {name}; remove the one whose "
                 "checksums are not those of the shard's files"
             )
     return commits
@@ -220,7 +219,7 @@ def read_commit(store: Store, number: int) -> CommitRecord | None:
         if parsed and parsed[0] == number and (record := _read_loose(store, name)):
             return record
     for pack in store.list(PACKS):
-        for row in _pack_rows(store.path(pack), ["record"], number):
+        for row in _pack_rows(store.fetch(pack), ["record"], number):
             return _parse(pack, row["record"])
     return None
 
@@ -239,28 +238,26 @@ def inspect_records(store: Store) -> Iterator[tuple[int, CommitRecord | CorruptS
             yield number, CorruptShardError(f"shard {number} has several records: {', '.join(sorted(found))}")
     for number, name, text in _record_texts(store):
         if len(names.get(number, ())) == 1:
-            yield number, _inspected(store.path(COMMITS) / name, number, text)
+            yield number, _inspected(store.address(f"{COMMITS}/{name}"), name, number, text)
             # One that is being packed is in two places.
             names.pop(number)
 
 
 def _record_texts(store: Store) -> Iterator[tuple[int, str, str]]:
     """Number, name and text of every record, loose ones first."""
-    for name in store.list(COMMITS):
-        parsed = parse_record_name(Path(name).name)
-        if parsed:
-            with contextlib.suppress(FileNotFoundError):
-                yield parsed[0], Path(name).name, store.path(name).read_text(encoding="utf-8", errors="replace")
+    parsed = {name: found for name in store.list(COMMITS) if (found := parse_record_name(Path(name).name))}
+    for name, data in store.read_each(parsed):
+        yield parsed[name][0], Path(name).name, data.decode(errors="replace")
     for pack in store.list(PACKS):
-        for row in _pack_rows(store.path(pack), ["number", "name", "record"]):
+        for row in _pack_rows(store.fetch(pack), ["number", "name", "record"]):
             yield row["number"], row["name"], row["record"]
 
 
-def _inspected(path: Path, number: int, text: str) -> CommitRecord | CorruptShardError:
+def _inspected(where: str, name: str, number: int, text: str) -> CommitRecord | CorruptShardError:
     try:
-        record = _parse(str(path), text)
-        if record.shard != number or record_name(number, record.counts) != path.name:
-            raise CorruptShardError(f"{path}: holds another shard or other counts than its name")
+        record = _parse(where, text)
+        if record.shard != number or record_name(number, record.counts) != name:
+            raise CorruptShardError(f"{where}: holds another shard or other counts than its name")
     except CorruptShardError as error:
         return error
     return record
@@ -273,9 +270,8 @@ def forget_commit(store: Store, number: int) -> list[str]:
         Names of what was removed or written anew.
     """
     loose = [name for name in store.list(COMMITS) if Path(name).name.startswith(f"{number:06d}.")]
-    for name in loose:
-        store.remove(name)
-    packs = [pack for pack in store.list(PACKS) if any(_pack_rows(store.path(pack), ["number"], number))]
+    store.remove_all(loose)
+    packs = [pack for pack in store.list(PACKS) if any(_pack_rows(store.fetch(pack), ["number"], number))]
     for pack in packs:
         staged = store.staging() / "pack.parquet"
         kept = (record for record in _packed_records(store, pack) if record.shard != number)
@@ -315,8 +311,7 @@ def compact_commits(store: Store, max_loose: int = MAX_LOOSE) -> int:
     while not store.publish(f"{PACKS}/{number:06d}.parquet", staged):
         number += 1
     staged.unlink()
-    for name in packed:
-        store.remove(name)
+    store.remove_all(packed)
     return len(packed)
 
 
@@ -344,7 +339,7 @@ def _all_names(store: Store) -> Iterator[str]:
     prefix = len(COMMITS) + 1
     yield from (name[prefix:] for name in store.list(COMMITS))
     for pack in store.list(PACKS):
-        yield from (row["name"] for row in _pack_rows(store.path(pack), ["name"]))
+        yield from (row["name"] for row in _pack_rows(store.fetch(pack), ["name"]))
 
 
 def _counts_inside(store: Store, name: str, number: int) -> ShardCounts:
@@ -361,22 +356,18 @@ def _loose(store: Store) -> Iterator[tuple[str, CommitRecord]]:
     """Names and contents of the loose records in the order of their shards."""
     parsed = ((parse_record_name(Path(name).name), name) for name in store.list(COMMITS))
     numbered = [(one[0], name) for one, name in parsed if one]
-    for _, name in sorted(numbered):
-        if record := _read_loose(store, name):
-            yield name, record
+    # Those that were packed after they were listed are not there.
+    for name, data in store.read_each(name for _, name in sorted(numbered)):
+        yield name, _parse(name, data.decode())
 
 
 def _read_loose(store: Store, name: str) -> CommitRecord | None:
     """A loose record, or None where it was packed after it was listed."""
-    try:
-        text = store.path(name).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    return _parse(name, text)
+    return next((_parse(name, data.decode()) for _, data in store.read_each([name])), None)
 
 
 def _packed_records(store: Store, pack: str) -> Iterator[CommitRecord]:
-    return (_parse(pack, row["record"]) for row in _pack_rows(store.path(pack), ["record"]))
+    return (_parse(pack, row["record"]) for row in _pack_rows(store.fetch(pack), ["record"]))
 
 
 def _pack_rows(path: Path, columns: list[str], number: int | None = None) -> Iterator[dict[str, Any]]:
@@ -394,7 +385,7 @@ def _pack_rows(path: Path, columns: list[str], number: int | None = None) -> Ite
                 for batch in file.iter_batches(columns=columns):
                     yield from batch.to_pylist()
         except pa.ArrowException as error:
-            raise CorruptShardError(f"{path}: the packed commit records cannot be read ({error})") from error
+            raise CorruptShardError(f"{shown(path)}: the packed commit records cannot be read ({error})") from error
 
 
 def _parse(where: str, text: str) -> CommitRecord:

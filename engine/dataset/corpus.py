@@ -5,7 +5,8 @@
     corpus = engine.open_run("runs/quickstart").filter("risk > 2 and oracle_agrees")
     corpus.to_table(["key", "risk"]), corpus.to_torch(labels="soft")
 
-Nothing is read before it is asked for, and torch is imported by `to_torch` alone.
+Nothing is read before it is asked for, and torch is imported by `to_torch` alone. Of a run on an object store the files
+with its rows are copied when it is opened, and tars when an image in them is asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -42,8 +43,8 @@ def open_corpus(uri: str, *more: str) -> Corpus:
         RiskforgeError: one of them is not there, or cannot be read.
     """
     sources = tuple(open_source(str(one)) for one in (uri, *more))
-    roots = [source.store.root.resolve() for source in sources]
-    twice = next((source.uri for number, source in enumerate(sources) if roots[number] in roots[:number]), None)
+    places = [source.store.place for source in sources]
+    twice = next((source.uri for number, source in enumerate(sources) if places[number] in places[:number]), None)
     if twice is not None:
         raise JobError(f"RUN: '{twice}' is given twice; leave one of them out")
     return Corpus(sources)
@@ -311,12 +312,14 @@ def _dataset(source: RunSource, schema: pa.Schema) -> Dataset:
     import pyarrow.dataset
 
     with readable(source.uri):
+        files = source.rows_files()
         if source.surplus is not None:
-            return _marked(source.rows, source.surplus, schema)
-        return pyarrow.dataset.dataset([str(path) for path in source.rows], schema=schema, format="parquet")
+            flags = [source.surplus.get(str(row)) for row in source.rows]
+            return _marked(list(zip(files, flags, strict=True)), schema)
+        return pyarrow.dataset.dataset([str(path) for path in files], schema=schema, format="parquet")
 
 
-def _marked(rows: Sequence[Path], surplus: Mapping[Path, Sequence[bool]], schema: pa.Schema) -> Dataset:
+def _marked(rows: Sequence[tuple[Path, Sequence[bool] | None]], schema: pa.Schema) -> Dataset:
     """Rows of shards, which have no column `surplus`, with it.
 
     It is a constant of the files that have no surplus; the few others are held in memory.
@@ -330,13 +333,13 @@ def _marked(rows: Sequence[Path], surplus: Mapping[Path, Sequence[bool]], schema
     form, files = pyarrow.dataset.ParquetFileFormat(), pyarrow.fs.LocalFileSystem()
     within = pc.field("surplus") == pc.scalar(False)
     parts: list[Dataset] = []
-    for has_surplus, paths in itertools.groupby(rows, key=surplus.__contains__):
+    for has_surplus, some in itertools.groupby(rows, key=lambda row: row[1] is not None):
         if not has_surplus:
-            one = [form.make_fragment(str(path), files, partition_expression=within) for path in paths]
+            one = [form.make_fragment(str(path), files, partition_expression=within) for path, _ in some]
             parts.append(pyarrow.dataset.FileSystemDataset(one, schema, form, files))
             continue
-        for path in paths:
-            table = pq.read_table(path, partitioning=None).append_column("surplus", pa.array(surplus[path]))
+        for path, flags in some:
+            table = pq.read_table(path, partitioning=None).append_column("surplus", pa.array(flags))
             missing = [name for name in schema.names if name not in table.column_names]
             for name in missing:
                 table = table.append_column(name, pa.nulls(len(table), schema.field(name).type))

@@ -26,7 +26,7 @@ from engine.dataset.selection import Chosen, SampleReader, select, shuffled
 from engine.dataset.shards import is_key, record_json
 from engine.dataset.source import RunSource
 from engine.dataset.state import CARD, EXPORT_KIND, MANIFEST, SUCCESS
-from engine.dataset.store import Store, explained, open_store
+from engine.dataset.store import FolderStore, explained, open_store, refuse_objects
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.plan import SCHEMA_VERSION
 from engine.records import STATUS_OK, STATUS_REJECTED, SampleResult
@@ -122,7 +122,7 @@ class _Export:
 
     def __init__(self, corpus: Corpus, options: ExportOptions, built: Path, advance: Callable[[str], None]) -> None:
         self._corpus, self._options, self._advance = corpus, options, advance
-        self._store = Store(built)
+        self._store = FolderStore(built)
         self._selection = select(corpus)
         self._reader = SampleReader(corpus, self._selection)
         self._labels = corpus.labels or _labels_of_rows(corpus)
@@ -325,12 +325,13 @@ def _check_output(options: ExportOptions, corpus: Corpus) -> Path:
     Raises:
         OutputError: it is not.
     """
+    refuse_objects(options.output, "--output", "an export")
     store = open_store(options.output)
-    resolved = store.root.resolve()
+    assert isinstance(store, FolderStore), "there is no other kind"
+    resolved = store.place
     for source in corpus.runs:
-        if any(
-            resolved == root or resolved.is_relative_to(root) or root.is_relative_to(resolved) for root in source.roots
-        ):
+        places = [one.place for one in source.stores]
+        if any(resolved.is_relative_to(place) or place.is_relative_to(resolved) for place in places):
             raise OutputError(
                 f"--output: {store.root} is in the folder of '{source.uri}', or around it; choose one outside"
             )

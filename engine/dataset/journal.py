@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from engine.dataset.store import EVENTS, Store
+from engine.errors import OutputError
 
 MAX_TAIL_BYTES = 1_000_000
 
@@ -21,15 +22,19 @@ class Journal:
     """
 
     def __init__(self, store: Store, number: int) -> None:
-        self._path = store.path(f"{EVENTS}/{number:06d}.jsonl")
+        self._store = store
+        self._name = f"{EVENTS}/{number:06d}.jsonl"
 
     def note(self, event: str, **about: Any) -> None:
         """Add a line. A disk that is full is told by those who write more."""
         line = json.dumps({"time": round(time.time(), 3), "event": event} | about, ensure_ascii=False)
-        with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        with contextlib.suppress(OutputError):
+            self._store.append(self._name, line + "\n")
+
+    def keep(self, *, is_end: bool = False) -> None:
+        """Let others see the lines, where the store does not at once; called often, and at the end."""
+        with contextlib.suppress(OutputError):
+            self._store.flush(if_due=not is_end)
 
 
 def read_events(store: Store) -> Iterator[dict[str, Any]]:
@@ -37,11 +42,14 @@ def read_events(store: Store) -> Iterator[dict[str, Any]]:
     names = store.list(EVENTS)
     if not names:
         return
-    with contextlib.suppress(FileNotFoundError), store.path(names[-1]).open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - MAX_TAIL_BYTES))
-        for line in file.read().splitlines():
-            with contextlib.suppress(ValueError):
-                event = json.loads(line)
-                if isinstance(event, dict):
-                    yield event
+    try:
+        lines = store.tail(names[-1], MAX_TAIL_BYTES).splitlines()
+    except OutputError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        return
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict):
+                yield event

@@ -168,9 +168,7 @@ def _take(store: Store, own: Holder, notice: Callable[[str], None], wait: Callab
         if latest and not latest[1].is_released and not _is_dead_here(latest[1]):
             _outlive(store, latest[1], notice, wait)
         if store.publish(_name(number), _bytes(own)):
-            for name in store.list(LEASES):
-                if name < _name(number):
-                    store.remove(name)
+            store.remove_all(name for name in store.list(LEASES) if name < _name(number))
             return Lease(store, number, own)
 
 
@@ -208,7 +206,7 @@ def _latest(store: Store) -> tuple[int, Holder] | None:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
         except (ValueError, TypeError) as error:
-            raise OutputError(f"{store.path(name)}: is not the lease of a driver ({error}); remove it") from None
+            raise OutputError(f"{store.address(name)}: is not the lease of a driver ({error}); remove it") from None
     return None
 
 

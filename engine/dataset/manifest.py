@@ -18,7 +18,7 @@ from engine.dataset.counts import ShardCounts
 from engine.dataset.schema import arrow_schema
 from engine.dataset.shards import SHARDS, shard_name
 from engine.dataset.state import CARD, MANIFEST, METADATA, SUCCESS, TIMM_INFO, WIDS_INDEX
-from engine.dataset.store import Store, explained
+from engine.dataset.store import Store, explained, shown
 from engine.dataset.summary import GroupSummary, count_classes, count_requests, plain, read_dials, summarise
 from engine.dataset.surplus import Surplus, quotas_of
 from engine.errors import CorruptShardError, OutputError
@@ -85,7 +85,7 @@ def finalise(
     commits = list_commits(store)
     write_metadata(store, job.name, commits, rows_per_file, schema_version=plan.schema_version, quotas=quotas_of(plan))
     write_indexes(store, job)
-    groups = summarise(store.path(METADATA))
+    groups = summarise(store.fetch(METADATA))
     manifest = build_manifest(
         store, job, plan, commits, groups, models=models, timing=timing, versions=versions, hardware=hardware
     )
@@ -140,15 +140,14 @@ def write_metadata(
         with _writer(staged, schema) as writer:
             for table in tables:
                 writer.write_table(table)
-        if store.path(METADATA).is_dir():
+        if store.is_folder(METADATA):
             store.remove_tree(METADATA)
         store.replace(METADATA, staged)
         return
-    if store.path(METADATA).is_file():
+    if store.exists(METADATA) and not store.is_folder(METADATA):
         store.remove(METADATA)
     names = _write_parts(store, staged, tables, schema, rows_per_file)
-    for name in set(store.list(METADATA)) - set(names):
-        store.remove(name)
+    store.remove_all(set(store.list(METADATA)) - set(names))
 
 
 def _write_parts(
@@ -184,8 +183,9 @@ def _shard_tables(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for number in sorted(commits):
-        path = store.path(f"{SHARDS}/{shard_name(job_name, number)}.parquet")
+    numbers = sorted(commits)
+    paths = store.fetch_each(f"{SHARDS}/{shard_name(job_name, number)}.parquet" for number in numbers)
+    for number, path in zip(numbers, paths, strict=True):
         try:
             table = pq.read_table(path, partitioning=None)
             surplus = pa.array(beyond.mark(table), pa.bool_())
@@ -201,8 +201,8 @@ def _shard_tables(
 
 def _damaged(path: Path, what: str) -> NoReturn:
     raise CorruptShardError(
-        f"{path}: {what}, but the shard is committed; restore the file, or remove its record under _state/commits "
-        "and run again"
+        f"{shown(path)}: {what}, but the shard is committed; restore the file, or remove its record under "
+        "_state/commits and run again"
     ) from None
 
 
@@ -308,12 +308,12 @@ def build_manifest(
             "shards": {"planned": plan.num_shards, "committed": len(commits)},
             "samples": {"planned": plan.num_samples, **totals},
             "requests": count_requests(groups),
-            "classes": count_classes(store.path(METADATA)),
+            "classes": count_classes(store.fetch(METADATA)),
             "quotas": quota_rows(plan, quotas),
             "screening": screening_by_request(read_commits(store), job),
         },
         "summary": [plain(group) for group in groups],
-        "dials": read_dials(store.path(METADATA), job),
+        "dials": read_dials(store.fetch(METADATA), job),
         "shards": [_listed(record, job) for record in read_commits(store)] if len(commits) <= MAX_LISTED_SHARDS else [],
     }
 

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NoReturn, get_args
 
 from engine.dataset.counts import ShardCounts, count_rows
 from engine.dataset.schema import arrow_schema, check_run_fields
-from engine.dataset.store import explained
+from engine.dataset.store import explained, shown
 from engine.errors import CorruptShardError
 from engine.plan import SCHEMA_VERSION
 from engine.records import STATUS_FAILED, STATUS_OK, SampleResult, check_record, fields_of, in_version
@@ -209,7 +209,7 @@ def read_shard(path: Path) -> Iterator[tuple[str, bytes, dict[str, Any], int]]:
             record, cls = json.loads(parts[0]), int(parts[1].decode("ascii"))
             check_record(record)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise CorruptShardError(f"{path}: sample {key!r}: {error}") from error
+            raise CorruptShardError(f"{shown(path)}: sample {key!r}: {error}") from error
         if record["key"] != key or record["class_index"] != cls:
             _corrupt(path, f"sample {key!r} holds the record of {record['key']!r}, or another class")
         yield key, image, record, cls
@@ -260,7 +260,7 @@ def _read_header(path: Path, header: bytes) -> tuple[int, str]:
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
     except (tarfile.HeaderError, ValueError) as error:
-        raise CorruptShardError(f"{path}: a member's header is damaged ({error})") from error
+        raise CorruptShardError(f"{shown(path)}: a member's header is damaged ({error})") from error
     if info.type != tarfile.REGTYPE or info.size < 0:
         _corrupt(path, f"member {info.name!r} is not a plain file")
     return info.size, info.name
@@ -283,7 +283,7 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str
                 for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=columns):
                     yield from batch.to_pylist()
         except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise CorruptShardError(f"{path}: not a whole parquet file ({error})") from error
+            raise CorruptShardError(f"{shown(path)}: not a whole parquet file ({error})") from error
 
 
 def describe_files(tar: Path, parquet: Path, counts: ShardCounts) -> ShardFiles:
@@ -335,4 +335,4 @@ def inspect_pair(tar: Path, parquet: Path) -> ShardFiles:
 
 
 def _corrupt(path: Path, what: str) -> NoReturn:
-    raise CorruptShardError(f"{path}: {what}")
+    raise CorruptShardError(f"{shown(path)}: {what}")

@@ -25,7 +25,7 @@ from engine.dataset.state import (
     read_run,
     stored_plan,
 )
-from engine.dataset.store import Store, open_store
+from engine.dataset.store import Store, StoredFile, open_store
 from engine.dataset.surplus import MARKED, Surplus, quotas_of
 from engine.errors import CorruptShardError, JobError, OutputError
 
@@ -57,7 +57,7 @@ class RunSource:
         targets: digests of the targets that its scores are of.
         clips: addresses of the CLIP models that its conformity is of.
         digest: of the plan, or of the merged content; empty where it is not known.
-        roots: the folders that it lies in, resolved.
+        stores: those that it lies in: its own, and that of the run which it was scored from.
     """
 
     uri: str
@@ -65,16 +65,16 @@ class RunSource:
     store: Store
     state: str
     is_finished: bool
-    rows: tuple[Path, ...]
-    tars: tuple[Path, ...]
-    surplus: Mapping[Path, tuple[bool, ...]] | None
+    rows: tuple[StoredFile, ...]
+    tars: tuple[StoredFile, ...]
+    surplus: Mapping[str, tuple[bool, ...]] | None
     is_rescored: bool
     labels: tuple[str, ...]
     models: dict[str, Any]
     targets: frozenset[str]
     clips: frozenset[str]
     digest: str
-    roots: tuple[Path, ...]
+    stores: tuple[Store, ...]
 
     def schema(self) -> pa.Schema:
         """The columns of its rows.
@@ -85,15 +85,19 @@ class RunSource:
         """
         import pyarrow.parquet as pq
 
-        with readable(self.rows[0]):
-            schema = pq.read_schema(self.rows[0])
+        with readable(str(self.rows[0])):
+            schema = pq.read_schema(self.rows[0].fetch(keep=True))
         if missing := [name for name in REQUIRED if name not in schema.names]:
             raise JobError(f"RUN: {self.rows[0]} has no column {', '.join(missing)}; give the output folder of a run")
         return schema
 
+    def rows_files(self) -> list[Path]:
+        """Local files with its rows, which are fetched whole where they lie on an object store."""
+        return list(self.store.fetch_each([one.name for one in self.rows], keep=True))
+
     def rows_digest(self) -> str:
         """Checksum of the files of its rows, in which the checksums of its images stand."""
-        digests = [file_digest(path, "sha256") for path in self.rows]
+        digests = [file_digest(path, "sha256") for path in self.rows_files()]
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def known_models(self) -> dict[str, Any]:
@@ -113,7 +117,7 @@ def open_source(uri: str) -> RunSource:
 
 def _open(uri: str, depth: int) -> RunSource:
     store = open_store(uri)
-    if not store.root.is_dir():
+    if not store.is_there():
         raise JobError(
             f"RUN: there is no folder '{uri}'; give the output folder of `riskforge run` or `riskforge merge`"
         )
@@ -123,7 +127,7 @@ def _open(uri: str, depth: int) -> RunSource:
     origin = _origin(store, manifest, depth)
     return RunSource(
         uri=uri,
-        name=str(manifest.get("name") or (stored.job["name"] if stored else store.root.name)),
+        name=str(manifest.get("name") or (stored.job["name"] if stored else store.name)),
         store=store,
         state=state,
         is_finished=store.exists(SUCCESS),
@@ -136,7 +140,7 @@ def _open(uri: str, depth: int) -> RunSource:
         targets=_of_sources(manifest, "target", "digest") or _stored_target(stored),
         clips=_of_sources(manifest, "clip", "address") or (origin.clips if origin else _stored_clip(stored)),
         digest=str(manifest.get("plan_digest") or manifest.get("digest") or (stored.digest if stored else "")),
-        roots=(store.root.resolve(), *(origin.roots if origin else ())),
+        stores=(store, *(origin.stores if origin else ())),
     )
 
 
@@ -157,30 +161,32 @@ def readable(where: Path | str) -> Iterator[None]:
         raise CorruptShardError(f"{where}: the rows cannot be read ({reason}); {remedy}") from None
 
 
-def _rows(store: Store, stored: StoredRun | None, uri: str) -> tuple[tuple[Path, ...], tuple[Path, ...], str]:
+def _rows(
+    store: Store, stored: StoredRun | None, uri: str
+) -> tuple[tuple[StoredFile, ...], tuple[StoredFile, ...], str]:
     """Files of rows, tars, and how far the run is."""
     metadata = _metadata_files(store)
     if stored is None:
         if not metadata:
             raise JobError(f"RUN: '{uri}' holds no run: neither {METADATA} nor the engine's own files are there")
-        tars = tuple(store.path(name) for name in store.list(SHARDS) if name.endswith(".tar"))
+        tars = tuple(StoredFile(store, name) for name in store.list(SHARDS) if name.endswith(".tar"))
         return metadata, tars, "finished" if store.exists(SUCCESS) else f"without {SUCCESS}"
     commits = list_commits(store)
     if not commits:
         raise JobError(f"RUN: '{uri}' has no committed shard yet; let `riskforge run` make some first")
     names = [f"{SHARDS}/{shard_name(str(stored.job['name']), number)}" for number in sorted(commits)]
-    tars = tuple(store.path(f"{name}.tar") for name in names)
+    tars = tuple(StoredFile(store, f"{name}.tar") for name in names)
     if store.exists(SUCCESS):
         if not metadata:
-            raise CorruptShardError(f"{store.path(METADATA)}: is missing; `riskforge run` writes it anew")
+            raise CorruptShardError(f"{store.address(METADATA)}: is missing; `riskforge run` writes it anew")
         return metadata, tars, "finished"
     state = f"not finished: {len(commits)} committed shards so far"
     if metadata and _num_rows(metadata) == sum(one.counts.attempted for one in commits.values()):
         return metadata, tars, state
-    return tuple(store.path(f"{name}.parquet") for name in names), tars, state
+    return tuple(StoredFile(store, f"{name}.parquet") for name in names), tars, state
 
 
-def _surplus(store: Store, rows: tuple[Path, ...]) -> dict[Path, tuple[bool, ...]]:
+def _surplus(store: Store, rows: tuple[StoredFile, ...]) -> dict[str, tuple[bool, ...]]:
     """The column `surplus` of those committed shards that have samples beyond their quota, by the file of their rows.
 
     The counts of the commit records tell which: other shards are not read.
@@ -188,32 +194,32 @@ def _surplus(store: Store, rows: tuple[Path, ...]) -> dict[Path, tuple[bool, ...
     import pyarrow.parquet as pq
 
     job, plan = stored_plan(store)
-    beyond, flags, wanted = Surplus(quotas_of(plan)), dict[Path, tuple[bool, ...]](), set(rows)
+    beyond, flags, wanted = Surplus(quotas_of(plan)), dict[str, tuple[bool, ...]](), set(rows)
     for number, commit in sorted(list_commits(store).items()):
-        path = store.path(f"{SHARDS}/{shard_name(job.name, number)}.parquet")
+        file = StoredFile(store, f"{SHARDS}/{shard_name(job.name, number)}.parquet")
         # Others were committed after the rows were listed, or are of no plan, which `verify` tells.
-        if path not in wanted or number >= plan.num_shards:
+        if file not in wanted or number >= plan.num_shards:
             continue
         request = plan.requests[plan.shard(number).request].spec.name
         if not beyond.is_within(request, commit.counts.accepted_per_class):
-            with readable(path):
-                flags[path] = tuple(beyond.mark(pq.read_table(path, columns=list(MARKED), partitioning=None)))
+            with readable(str(file)):
+                table = pq.read_table(file.fetch(keep=True), columns=list(MARKED), partitioning=None)
+                flags[str(file)] = tuple(beyond.mark(table))
     return flags
 
 
-def _metadata_files(store: Store) -> tuple[Path, ...]:
-    path = store.path(METADATA)
-    if path.is_dir():
-        return tuple(store.path(name) for name in store.list(METADATA) if name.endswith(".parquet"))
-    return (path,) if path.is_file() else ()
+def _metadata_files(store: Store) -> tuple[StoredFile, ...]:
+    if store.is_folder(METADATA):
+        return tuple(StoredFile(store, name) for name in store.list(METADATA) if name.endswith(".parquet"))
+    return (StoredFile(store, METADATA),) if store.exists(METADATA) else ()
 
 
-def _num_rows(files: tuple[Path, ...]) -> int:
+def _num_rows(files: tuple[StoredFile, ...]) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return sum(pq.read_metadata(one).num_rows for one in files)
+        return sum(pq.read_metadata(one.fetch()).num_rows for one in files)
     except (pa.ArrowException, OSError):
         return -1
 
@@ -225,12 +231,10 @@ def _origin(store: Store, manifest: dict[str, Any], depth: int) -> RunSource | N
         return None
     address = about.get("uri") if isinstance(about, dict) else about
     if not isinstance(address, str) or depth >= _MAX_RESCORED:
-        raise JobError(f"RUN: {store.path(MANIFEST)}: {RESCORED_FROM} is not the address of a run ({address!r})")
-    beside = store.root / address
-    # One without a scheme is relative to this folder, so that both can be moved together, or else to where one is.
-    inner = str(beside.resolve()) if "://" not in address and beside.exists() else address
+        raise JobError(f"RUN: {store.address(MANIFEST)}: {RESCORED_FROM} is not the address of a run ({address!r})")
     try:
-        return _open(inner, depth + 1)
+        # One without a scheme is relative to this folder, so that both can be moved together, or else to where one is.
+        return _open(store.beside(address), depth + 1)
     except (JobError, OutputError) as error:
         if depth:
             raise

@@ -151,7 +151,7 @@ def read_run(store: Store) -> StoredRun | None:
     stages = tuple(tuple(_extent(extent) for extent in file["stage"]) for file in files)
     first, job = files[0], [file["job"] for file in files if "job" in file][-1:]
     if "identity" not in first or not job:
-        raise OutputError(f"{store.path(PLANS)}: the first part of the plan is missing; restore it, {_ELSEWHERE}")
+        raise OutputError(f"{store.address(PLANS)}: the first part of the plan is missing; restore it, {_ELSEWHERE}")
     return StoredRun(
         digest=first["digest"],
         identity=first["identity"],
@@ -215,8 +215,8 @@ def read_manifest(store: Store) -> dict[str, Any]:
 def manifest_error(store: Store, reason: object) -> CorruptShardError:
     """What to raise where a manifest cannot be read, or lacks what every manifest has."""
     return CorruptShardError(
-        f"{store.path(MANIFEST)}: cannot be read as a manifest ({str(reason)[:MAX_REASON_CHARS]}); restore the file, or"
-        " remove _SUCCESS, and the run's command writes it anew"
+        f"{store.address(MANIFEST)}: cannot be read as a manifest ({str(reason)[:MAX_REASON_CHARS]}); restore the file,"
+        " or remove _SUCCESS, and the run's command writes it anew"
     )
 
 
@@ -270,7 +270,7 @@ def stored_plan(store: Store) -> tuple[JobSpec, Plan]:
         plan = Plan(requests, stored.identity, stored.stages, stored.schema_version)
         _check_extents(plan)
     except _BROKEN as error:
-        raise _unreadable(store.path(PLANS), error) from error
+        raise _unreadable(store.address(PLANS), error) from error
     return job, plan
 
 
@@ -278,10 +278,10 @@ def stored_plan(store: Store) -> tuple[JobSpec, Plan]:
 _BROKEN = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, JobError)
 
 
-def _unreadable(path: Path, error: Exception) -> OutputError:
+def _unreadable(where: str, error: Exception) -> OutputError:
     reason = "; ".join(error.problems) if isinstance(error, JobError) else str(error)
     return OutputError(
-        f"{path}: cannot be read as the plan of a run ({reason[:MAX_REASON_CHARS]}); use the version that wrote it,"
+        f"{where}: cannot be read as the plan of a run ({reason[:MAX_REASON_CHARS]}); use the version that wrote it,"
         f" {_ELSEWHERE}"
     )
 
@@ -332,7 +332,7 @@ def _read_plan(store: Store, name: str) -> dict[str, Any]:
         fields_of(version := file.get("schema_version", 1))
         return {key: file[key] for key in wanted} | {"schema_version": version}
     except _BROKEN as error:
-        raise _unreadable(store.path(name), error) from error
+        raise _unreadable(store.address(name), error) from error
 
 
 def _publish_stage(store: Store, plan: Plan, job: JobSpec, number: int, stage: tuple[Extent, ...]) -> bool:
@@ -442,8 +442,10 @@ def _clear(store: Store, confirmed: bool) -> None:
         # The driver's is, too.
         if name != f"{LOCKS}/{DRIVER_LOCK}":
             store.remove(name)
-    for name in own:
-        (store.remove_tree if name in (METADATA, RESCORED) else store.remove)(name)
+    for name in (METADATA, RESCORED):
+        if name in own:
+            store.remove_tree(name)
+    store.remove_all(name for name in own if name not in (METADATA, RESCORED))
     store.remove_tree(SHARDS)
     for name in reversed(store.list(PLANS)):
         store.remove(name)
@@ -460,11 +462,11 @@ def _sort_files(store: Store, job_name: str) -> tuple[list[str], list[str]]:
             for inner in store.list(SHARDS):
                 is_own = shard.fullmatch(inner) or inner in RUN_FILES
                 (own if is_own else foreign).append(inner)
-        elif name == METADATA and store.path(name).is_dir():
+        elif name == METADATA and store.is_folder(name):
             strangers = [inner for inner in store.list(METADATA) if not parts.fullmatch(inner)]
             foreign += strangers
             own += [] if strangers else [name]
-        elif name == RESCORED and store.path(name).is_dir():
+        elif name == RESCORED and store.is_folder(name):
             # New scores of images that go are of no use to anybody.
             strangers = [inner for inner in store.list(RESCORED) if not store.exists(f"{inner}/{RESCORING}")]
             foreign += strangers

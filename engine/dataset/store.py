@@ -1,8 +1,10 @@
 """Where a run is stored: names to bytes, published once and never overwritten.
 
-A file becomes visible whole or not at all: it is written and synced under `_state/staging`, on the file system of its
-target, and then linked to its name, which fails where the name exists. Each process stages in a folder of its own
-and holds a lock beside it, so that what a killed process left is told from what a living one is writing.
+A `Store` is a folder (`FolderStore`, here) or lies in an object store (`engine.dataset.object_store`).
+
+In a folder a file becomes visible whole or not at all: it is written and synced under `_state/staging`, on the file
+system of its target, and then linked to its name, which fails where the name exists. Each process stages in a folder of
+its own and holds a lock beside it, so that what a killed process left is told from what a living one is writing.
 """
 
 from __future__ import annotations
@@ -15,8 +17,11 @@ import re
 import secrets
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path, PurePath, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from engine.errors import OutputError
@@ -29,6 +34,7 @@ DRIVER_LOCK = "driver"
 LEASES = "_state/lease"
 EVENTS = "_state/events"
 MAX_HOLDER_BYTES = 1000
+OBJECT_SCHEMES = ("s3", "gs", "gcs")
 
 _KEPT = "what is committed is kept, and the same command continues from there"
 _REMEDIES: dict[int, str] = {
@@ -50,29 +56,50 @@ _REMEDIES: dict[int, str] = {
 }
 
 
+# Folders of this process with copies of objects, each with the address that its files are copies of.
+COPIES: dict[Path, str] = {}
+
+
+def shown(path: Path | str) -> str:
+    """A path for messages: of a copy, the address of the object."""
+    if isinstance(path, Path):
+        for folder, uri in list(COPIES.items()):
+            if path.is_relative_to(folder):
+                return f"{uri}/{path.relative_to(folder).as_posix()}"
+    return str(path)
+
+
 @contextlib.contextmanager
 def explained(path: Path | str) -> Iterator[None]:
     """Turn an error of the operating system into an `OutputError` that names the path and the remedy."""
     try:
         yield
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0) or error.strerror or str(error)
-        raise OutputError(f"{path}: {remedy}") from error
+        raise OutputError(f"{shown(path)}: {remedy_of(error)}") from error
+
+
+def remedy_of(error: OSError) -> str:
+    """What to do about an error of the operating system."""
+    return _REMEDIES.get(error.errno or 0) or error.strerror or str(error)
 
 
 def open_store(uri: str) -> Store:
     """The store of an output address. Nothing is created before something is written.
 
     Args:
-        uri: a folder, or its `file://` address.
+        uri: a folder, its `file://` address, or a folder of an object store: `s3://BUCKET/NAME`, `gs://BUCKET/NAME`.
 
     Raises:
         OutputError: an address that this version does not store to, or a file in the place of the folder.
     """
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
+    if scheme and scheme[1].lower() in OBJECT_SCHEMES:
+        from engine.dataset.object_store import open_object_store
+
+        return open_object_store(uri)
     if scheme and scheme[1].lower() != "file":
         raise OutputError(
-            f"output {uri}: {scheme[1]}:// is not supported in this version; use a local or shared folder"
+            f"output {uri}: {scheme[1]}:// is not supported; use a folder, s3://BUCKET/NAME or gs://BUCKET/NAME"
         )
     if scheme:
         parts = urlsplit(uri)
@@ -92,7 +119,23 @@ def open_store(uri: str) -> Store:
         raise OutputError(f"output {uri}: names the home folder of nobody ({error}); choose another --output") from None
     if is_file:
         raise OutputError(f"output {root}: is a file, not a folder; choose another --output")
-    return Store(root)
+    return FolderStore(root)
+
+
+def refuse_objects(uri: str, option: str, what: str) -> None:
+    """Refuse an address of an object store, for what is written to folders alone.
+
+    Args:
+        what: it, in words.
+
+    Raises:
+        OutputError: it is one.
+    """
+    if uri.partition("://")[0].lower() in OBJECT_SCHEMES and "://" in uri:
+        raise OutputError(
+            f"{option} {uri}: {what} is written to folders alone; give a folder, and copy it from there, such as with"
+            " `aws s3 sync`"
+        )
 
 
 def _is_there(path: Path) -> bool:
@@ -104,17 +147,220 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-class Store:
-    """A folder of a local or shared file system. Names are relative, with `/` between their parts.
+class Store(ABC):
+    """Where a run is stored. Names are relative, with `/` between their parts.
 
-    Every method raises `OutputError`, naming path and remedy, where the file system refuses.
+    Every method raises `OutputError`, naming address and remedy, where the file system or the object store refuses.
+
+    Attributes:
+        uri: its address; `open_store` opens it anywhere.
+    """
+
+    uri: str
+
+    def __reduce__(self) -> tuple[Callable[[str], Store], tuple[str]]:
+        return open_store, (self.uri,)
+
+    # Names ---------------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def place(self) -> PurePath:
+        """What tells whether two stores are one, or one in the other; for comparing alone."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its address."""
+        return self.place.name
+
+    @abstractmethod
+    def address(self, name: str = "") -> str:
+        """Where a name lies, for people and for `open_store`.
+
+        Raises:
+            ValueError: the name leads out of the store.
+        """
+
+    @abstractmethod
+    def beside(self, address: str) -> str:
+        """An address that may be relative to this store, made absolute where something is there."""
+
+    # Reading -------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def is_there(self) -> bool:
+        """Whether there is such a folder."""
+
+    @abstractmethod
+    def exists(self, name: str) -> bool:
+        """Whether something has this name."""
+
+    @abstractmethod
+    def is_folder(self, name: str) -> bool:
+        """Whether a folder has this name."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """The bytes of a file; an `OutputError` caused by a `FileNotFoundError` where there is none."""
+
+    @abstractmethod
+    def read_each(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """Names and bytes of many small files in their order; those that are not there any more are left out."""
+
+    @abstractmethod
+    def tail(self, name: str, max_bytes: int) -> bytes:
+        """The end of a file; as `read` otherwise."""
+
+    @abstractmethod
+    def fetch(self, name: str, *, keep: bool = False) -> Path:
+        """A local file with the bytes, or a local folder with the files of one; to be read, not written.
+
+        Nothing is at the path where there is no such file.
+
+        Args:
+            keep: whether the file may be opened long after; others may be gone once some dozens were fetched.
+        """
+
+    @abstractmethod
+    def fetch_each(self, names: Iterable[str], *, keep: bool = False) -> Iterator[Path]:
+        """As `fetch` for many names, in their order, some ahead of time."""
+
+    @abstractmethod
+    def list(self, folder: str = "") -> list[str]:
+        """Names in a folder, sorted, from one listing; none where there is no such folder."""
+
+    @abstractmethod
+    def size_of(self, names: Iterable[str]) -> int:
+        """Bytes of files together; those that are not there count nothing."""
+
+    @abstractmethod
+    def total_size(self) -> int:
+        """Bytes of all files."""
+
+    # Writing -------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def publish(self, name: str, data: bytes | Path) -> bool:
+        """Make a file visible under its name if the name is free.
+
+        Args:
+            data: the bytes, or a file that stays where it is; a file from `staging()` is not copied.
+
+        Returns:
+            Whether these bytes are now there by this or an earlier call; False where another file has the name.
+        """
+
+    @abstractmethod
+    def replace(self, name: str, data: bytes | Path) -> None:
+        """Put a file in the place of whatever has its name, atomically. For the files that are made anew each time."""
+
+    @abstractmethod
+    def append(self, name: str, text: str) -> None:
+        """Add to the end of a file that this process alone writes; it may be seen later, by `flush` at the latest."""
+
+    @abstractmethod
+    def flush(self, *, if_due: bool = False) -> None:
+        """Let everybody see what was appended.
+
+        Args:
+            if_due: whether only what has waited for long.
+        """
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+
+    @abstractmethod
+    def remove_all(self, names: Iterable[str]) -> None:
+        """Remove files, if they are there."""
+
+    @abstractmethod
+    def remove_tree(self, name: str) -> None:
+        """Remove a folder and all in it, or a file, if it is there; of a link only the link."""
+
+    @abstractmethod
+    def set_aside(self, name: str) -> None:
+        """Move a file that is not whole out of the way, under `_state/torn`, if it is there."""
+
+    # Processes -----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def staging(self) -> Path:
+        """This process's local folder for unfinished files."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Remove the empty folders that staging made: in a folder that is no run nothing needs them."""
+
+    @abstractmethod
+    def clean_staging(self) -> None:
+        """Remove the unfinished files of processes that are no more."""
+
+    @abstractmethod
+    def lock(self, name: str) -> AbstractContextManager[None]:
+        """Hold a lock between processes; it ends with the process that holds it.
+
+        Where there are no locks the block runs without one.
+        """
+
+    @abstractmethod
+    def try_lock(self, name: str, holder: str) -> AbstractContextManager[str]:
+        """Hold a lock between processes if it is free; it ends with the process that holds it, its file with the block.
+
+        Gives an empty text, or what the holder wrote where that is another. Where there are no locks the block runs
+        without one.
+
+        Args:
+            holder: who this is, to be written into the lock.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of a store, which is fetched when it is read."""
+
+    store: Store
+    name: str
+
+    def __str__(self) -> str:
+        return self.store.address(self.name)
+
+    def fetch(self, *, keep: bool = False) -> Path:
+        """A local file with the bytes, as `Store.fetch`."""
+        return self.store.fetch(self.name, keep=keep)
+
+
+class FolderStore(Store):
+    """A folder of a local or shared file system.
+
+    Attributes:
+        root: the folder.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.uri = str(root)
         self._staging: Path | None = None
-        self._release: weakref.finalize[..., Store] | None = None
+        self._release: weakref.finalize[..., FolderStore] | None = None
+
+    @property
+    def place(self) -> Path:
+        """The folder without links."""
+        return self.root.resolve()
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.root.name
+
+    def address(self, name: str = "") -> str:
+        """The path of a name."""
+        return str(self.path(name))
+
+    def beside(self, address: str) -> str:
+        """A path that may be relative to the folder, or else to where one is."""
+        beside = self.root / address
+        return str(beside.resolve()) if "://" not in address and beside.exists() else address
 
     def path(self, name: str) -> Path:
         """Where a name lies.
@@ -127,14 +373,57 @@ class Store:
             raise ValueError(f"{name!r} is not a name inside the store")
         return self.root / pure
 
+    def is_there(self) -> bool:
+        """Whether there is the folder."""
+        return self.root.is_dir()
+
     def exists(self, name: str) -> bool:
         """Whether something has this name."""
         return os.path.lexists(self.path(name))
+
+    def is_folder(self, name: str) -> bool:
+        """Whether a folder has this name."""
+        return self.path(name).is_dir()
 
     def read(self, name: str) -> bytes:
         """The bytes of a file."""
         with explained(self.path(name)):
             return self.path(name).read_bytes()
+
+    def read_each(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """Names and bytes of the files that are there, one at a time."""
+        for name in names:
+            try:
+                with explained(self.path(name)):
+                    data = self.path(name).read_bytes()
+            except OutputError as error:
+                if not isinstance(error.__cause__, FileNotFoundError):
+                    raise
+            else:
+                yield name, data
+
+    def tail(self, name: str, max_bytes: int) -> bytes:
+        """The end of a file."""
+        with explained(self.path(name)), self.path(name).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - max_bytes))
+            return file.read()
+
+    def fetch(self, name: str, *, keep: bool = False) -> Path:
+        """The file itself."""
+        return self.path(name)
+
+    def fetch_each(self, names: Iterable[str], *, keep: bool = False) -> Iterator[Path]:
+        """The files themselves."""
+        return map(self.path, names)
+
+    def size_of(self, names: Iterable[str]) -> int:
+        """Bytes of files; of links those of what they lead to."""
+        return sum(path.stat().st_size for path in map(self.path, names) if path.exists())
+
+    def total_size(self) -> int:
+        """Bytes of all files; of links those that they take themselves."""
+        places = os.walk(self.root, followlinks=False)
+        return sum((Path(folder) / name).lstat().st_size for folder, _, names in places for name in names)
 
     def list(self, folder: str = "") -> list[str]:
         """Names in a folder, sorted, from one listing; none where there is no such folder."""
@@ -172,6 +461,22 @@ class Store:
             _with_parent(target, lambda: source.replace(target))
             _sync(target.parent)
 
+    def append(self, name: str, text: str) -> None:
+        """Add to the end of a file; it is seen at once."""
+        path = self.path(name)
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+
+    def flush(self, *, if_due: bool = False) -> None:
+        """Everything is seen already."""
+
+    def remove_all(self, names: Iterable[str]) -> None:
+        """Remove files, one after the other."""
+        for name in names:
+            self.remove(name)
+
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
         with explained(self.path(name)):
@@ -201,8 +506,8 @@ class Store:
         """This process's folder for unfinished files, on the file system of the output."""
         if self._staging is None or not self._staging.is_dir():
             with explained(self.path(STAGING)):
-                self._staging, descriptor = _claim_folder(self.path(STAGING))
-            self._release = weakref.finalize(self, _release_folder, self._staging, descriptor, os.getpid())
+                self._staging, descriptor = claim_folder(self.path(STAGING))
+            self._release = weakref.finalize(self, release_folder, self._staging, descriptor, os.getpid())
         return self._staging
 
     def leave(self) -> None:
@@ -218,7 +523,7 @@ class Store:
         folder = self.path(STAGING)
         with explained(folder):
             for name in {Path(entry).name.removesuffix(".lock") for entry in self.list(STAGING)}:
-                _remove_if_dead(folder / name)
+                remove_if_dead(folder / name)
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
@@ -308,7 +613,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _claim_folder(staging: Path) -> tuple[Path, int]:
+def claim_folder(staging: Path) -> tuple[Path, int]:
     """A new folder and the descriptor of its lock, which stays open as long as the process lives.
 
     The lock is taken before the folder is made, and its file is removed after the folder: a folder is dead exactly
@@ -325,7 +630,7 @@ def _claim_folder(staging: Path) -> tuple[Path, int]:
         os.close(descriptor)  # A cleaning process was faster than the lock.
 
 
-def _release_folder(folder: Path, descriptor: int, owner: int) -> None:
+def release_folder(folder: Path, descriptor: int, owner: int) -> None:
     """Leave nothing behind at a regular end; a forked child leaves its parent's folder alone."""
     if os.getpid() == owner:
         with contextlib.suppress(OSError):
@@ -334,7 +639,8 @@ def _release_folder(folder: Path, descriptor: int, owner: int) -> None:
         os.close(descriptor)
 
 
-def _remove_if_dead(folder: Path) -> None:
+def remove_if_dead(folder: Path) -> None:
+    """Remove a folder of `claim_folder` whose process is no more."""
     lock = _lock_of(folder)
     try:
         descriptor = os.open(lock, os.O_RDWR)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.dataset.shards import IMAGE_FORMATS, tar_entries
-from engine.dataset.store import explained
+from engine.dataset.store import StoredFile, explained
 from engine.errors import CorruptShardError
 
 RECORD = "json"
@@ -75,21 +76,22 @@ class SamplePlaces(Mapping[str, SamplePlace]):
         return len(self._rows)
 
 
-def index_tars(tars: Sequence[Path], keys: Iterable[str]) -> SamplePlaces:
+def index_tars(tars: Sequence[StoredFile], keys: Iterable[str]) -> SamplePlaces:
     """Places of the samples with these keys; the walk ends once all are found.
 
     Raises:
         CorruptShardError: a tar is missing or torn, or a sample is in none of them.
     """
     found = SamplePlaces(keys)
-    for number, path in enumerate(tars):
+    for number, tar in enumerate(tars):
         if not found.num_missing:
             break
+        path = tar.fetch()
         if not path.exists():
-            raise CorruptShardError(f"{path}: is missing; `riskforge verify` tells what is damaged")
+            raise CorruptShardError(f"{tar}: is missing; `riskforge verify` tells what is damaged")
         _index_tar(path, number, found)
     if found.num_missing:
-        where = tars[0].parent if tars else "the run, which has no tars"
+        where = str(tars[0]).rpartition("/")[0] if tars else "the run, which has no tars"
         raise CorruptShardError(
             f"{where}: no tar has the image of {found.first_missing()!r} ({found.num_missing} are missing); `riskforge"
             " verify` tells what is damaged"
@@ -115,8 +117,9 @@ class TarReader:
         tars: the files that places number.
     """
 
-    tars: Sequence[Path]
+    tars: Sequence[StoredFile]
     _open: OrderedDict[int, int] = field(default_factory=OrderedDict, repr=False)
+    _paths: dict[int, Path] = field(default_factory=dict, repr=False)
     _owner: int = 0
 
     def read(self, place: Place) -> bytes:
@@ -126,7 +129,7 @@ class TarReader:
             OutputError: the file is gone or cannot be read.
             CorruptShardError: it has become shorter.
         """
-        path = self.tars[place.tar]
+        path = str(self.tars[place.tar])
         with explained(path):
             data = os.pread(self._descriptor(place.tar), place.size, place.offset)
         if len(data) != place.size:
@@ -147,12 +150,19 @@ class TarReader:
         if tar not in self._open:
             if len(self._open) >= MAX_OPEN:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[tar] = os.open(self.tars[tar], os.O_RDONLY)
+            self._open[tar] = self._opened(tar)
         self._open.move_to_end(tar)
         return self._open[tar]
 
+    def _opened(self, tar: int) -> int:
+        """A descriptor of the local file, which is asked for once, and again where it is gone: tars do not change."""
+        with suppress(KeyError, FileNotFoundError):
+            return os.open(self._paths[tar], os.O_RDONLY)
+        self._paths[tar] = self.tars[tar].fetch()
+        return os.open(self._paths[tar], os.O_RDONLY)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"tars": self.tars, "_open": OrderedDict(), "_owner": 0}
+        return {"tars": self.tars, "_open": OrderedDict(), "_paths": {}, "_owner": 0}
 
     def __del__(self) -> None:
         # At the end of a program modules may be gone already; the system closes the files then.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from engine.dataset.store import StoredFile
 from engine.dataset.tar_index import Place, TarReader, index_tars
 from engine.errors import CorruptShardError, JobError
 from engine.images import UnusableImageError, decode_rgb
@@ -72,7 +72,7 @@ def make_samples(
     corpus: Corpus, transform: Callable[[Any], Any] | None, labels: str, weights: str | None
 ) -> TorchSamples:
     """The data set of a corpus of samples; see `Corpus.to_torch`."""
-    tars: list[Path] = []
+    tars: list[StoredFile] = []
     places: list[tuple[int, int, int]] = []
     keys: list[str] = []
     targets, soft, values = [], [], []

@@ -11,7 +11,7 @@ from engine.dataset.commits import CommitRecord, forget_commit, inspect_records
 from engine.dataset.counts import ShardCounts
 from engine.dataset.shards import SHARDS, inspect_pair, read_rows, shard_name
 from engine.dataset.state import METADATA, SUCCESS, quarantined_shards, stored_plan
-from engine.dataset.store import TORN, Store
+from engine.dataset.store import TORN, Store, shown
 from engine.errors import CorruptShardError, OutputError, RiskforgeError
 from engine.plan import Plan
 from engine.quotas import replay
@@ -98,17 +98,19 @@ def check_shard(store: Store, plan: Plan, record: CommitRecord | CorruptShardErr
     """
     if isinstance(record, CorruptShardError):
         raise record
-    tar, parquet = (store.path(f"{SHARDS}/{record.name}.{kind}") for kind in ("tar", "parquet"))
+    names = [f"{SHARDS}/{record.name}.{kind}" for kind in ("tar", "parquet")]
+    tar, parquet = store.fetch_each(names)
     for path in (tar, parquet):
         if not path.exists():
-            raise CorruptShardError(f"{path}: is missing, but shard {record.shard} is committed")
+            raise CorruptShardError(f"{shown(path)}: is missing, but shard {record.shard} is committed")
     _check_planned(plan, record)
     found = inspect_pair(tar, parquet)
-    for path, names in ((tar, ("tar_sha256", "tar_md5", "tar_bytes")), (parquet, ("parquet_sha256", "parquet_bytes"))):
-        if any(getattr(found, name) != getattr(record, name) for name in names):
-            raise CorruptShardError(f"{path}: is not the file that was committed (checksum or size)")
+    about = ((tar, ("tar_sha256", "tar_md5", "tar_bytes")), (parquet, ("parquet_sha256", "parquet_bytes")))
+    for path, fields in about:
+        if any(getattr(found, field) != getattr(record, field) for field in fields):
+            raise CorruptShardError(f"{shown(path)}: is not the file that was committed (checksum or size)")
     if found.counts != record.counts:
-        raise CorruptShardError(f"{parquet}: holds other counts than its record")
+        raise CorruptShardError(f"{shown(parquet)}: holds other counts than its record")
     _check_samples(plan, record.shard, parquet)
     return found.counts
 
@@ -127,9 +129,11 @@ def _check_samples(plan: Plan, number: int, parquet: Path) -> None:
     """Keys and seeds are those that the plan has, in the run's schema version."""
     rows = list(read_rows(parquet, ["key", "seed", "schema_version"]))
     if [(row["key"], row["seed"]) for row in rows] != [(one.key, one.seed) for one in plan.samples(plan.shard(number))]:
-        raise CorruptShardError(f"{parquet}: holds other samples than the plan has in shard {number}")
+        raise CorruptShardError(f"{shown(parquet)}: holds other samples than the plan has in shard {number}")
     if others := {row["schema_version"] for row in rows} - {plan.schema_version}:
-        raise CorruptShardError(f"{parquet}: has schema version {min(others)}, the run has {plan.schema_version}")
+        raise CorruptShardError(
+            f"{shown(parquet)}: has schema version {min(others)}, the run has {plan.schema_version}"
+        )
 
 
 def _strangers(store: Store, job: JobSpec, committed: set[int]) -> Iterator[Finding]:
@@ -179,7 +183,7 @@ def _count_metadata(store: Store) -> int | None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = store.path(METADATA)
+    path = store.fetch(METADATA)
     try:
         paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         return sum(pq.read_metadata(one).num_rows for one in paths)
@@ -230,7 +234,7 @@ def _set_aside(store: Store, job: JobSpec, number: int) -> Iterator[str]:
 
 def _is_whole(store: Store, job: JobSpec, plan: Plan, number: int) -> bool:
     """Whether files without a record could be adopted, or belong to a shard in quarantine that has none."""
-    tar, parquet = (store.path(f"{SHARDS}/{shard_name(job.name, number)}.{kind}") for kind in ("tar", "parquet"))
+    tar, parquet = (store.fetch(f"{SHARDS}/{shard_name(job.name, number)}.{kind}") for kind in ("tar", "parquet"))
     if not tar.exists() and not parquet.exists():
         return True
     try:

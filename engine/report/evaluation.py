@@ -244,6 +244,6 @@ def read_evaluation(store: Store) -> Evaluation | None:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))[:80]
         raise CorruptShardError(
-            f"{store.path(EVALUATION)}: cannot be read as an evaluation ({place}: {first['msg'][:200]}); remove it, or"
-            f" run `riskforge evaluate {store.uri}` again"
+            f"{store.address(EVALUATION)}: cannot be read as an evaluation ({place}: {first['msg'][:200]}); remove it,"
+            f" or run `riskforge evaluate {store.uri}` again"
         ) from None

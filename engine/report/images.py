@@ -28,7 +28,7 @@ def read_images(store: Store, job_name: str, keys: dict[int, str]) -> dict[str, 
             wanted[numbers[place]].add(key)
     images: dict[str, bytes] = {}
     for number, some in sorted(wanted.items()):
-        images |= _members(store.path(f"{SHARDS}/{shard_name(job_name, number)}.tar"), some)
+        images |= _members(store.fetch(f"{SHARDS}/{shard_name(job_name, number)}.tar"), some)
     return images
 
 

@@ -120,7 +120,7 @@ def write_report(
         # The end of a run must not hang on the figures of an earlier evaluation.
         problem = str(error)
     labels = _labels(manifest) if labels is None else labels
-    with _readable(store.path(METADATA)):
+    with _readable(store.address(METADATA)):
         page = render(store, manifest, title or manifest["name"], labels, evaluation, problem)
     (into or store).replace(REPORT, page)
 
@@ -145,7 +145,7 @@ def _read_manifest(store: Store) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _readable(metadata: Path) -> Iterator[None]:
+def _readable(metadata: str) -> Iterator[None]:
     """Turn what Arrow says of a damaged file into an error that names it."""
     import pyarrow as pa
 
@@ -170,8 +170,9 @@ def render(
     Args:
         problem: why there is no evaluation, where there should be one.
     """
-    table = read_table(store.path(METADATA))
-    metadata = open_metadata(store.path(METADATA))
+    path = store.fetch(METADATA, keep=True)
+    table = read_table(path)
+    metadata = open_metadata(path)
     rows = make_rows(table)
     names = distinct_names(class_names(rows, labels))
     context = {

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from engine.class_names import distinct_names
 from engine.dataset.lease import hold
 from engine.dataset.state import EVALUATION, MANIFEST, METADATA, REPORT, read_manifest
-from engine.dataset.store import STATE, Store, open_store
+from engine.dataset.store import STATE, Store, open_store, refuse_objects
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.images import LabelledImage, Unusable, UnusableImageError, decode_rgb, nothing_usable, open_images
 from engine.models.addresses import model_digest
@@ -133,8 +133,8 @@ class Evaluated:
     """What came of an evaluation, and where it is."""
 
     evaluation: Evaluation
-    document: Path
-    report: Path
+    document: str
+    report: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -200,6 +200,7 @@ def evaluate(run_uri: str, options: EvaluateOptions, *, display: Display, folder
     if options.reference is not None:
         choose_requests(run, "--reference", [options.reference])
     if folder is not None:
+        refuse_objects(folder, "--output", "an evaluation that does not go into its run")
         check_folder(Path(folder).expanduser(), EVALUATION, (EVALUATION, REPORT, STATE), STUDY)
     # Whoever writes into a run holds its lease.
     with hold(run.store, notice=display.notice) if folder is None else contextlib.nullcontext():
@@ -216,7 +217,7 @@ def _write(run: StudiedRun, options: EvaluateOptions, display: Display, folder: 
     finally:
         if folder is not None:
             into.leave()
-    return Evaluated(evaluation=evaluation, document=into.path(EVALUATION), report=into.path(REPORT))
+    return Evaluated(evaluation=evaluation, document=into.address(EVALUATION), report=into.address(REPORT))
 
 
 def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> Evaluation:
@@ -261,7 +262,7 @@ def _labels(run: StudiedRun, manifest: Mapping[str, Any]) -> tuple[str, ...]:
     noted = manifest.get("models", {}).get("target", {}).get("labels")
     if isinstance(noted, list) and noted and all(isinstance(one, str) for one in noted):
         return tuple(noted)
-    found = class_names(make_rows(read_table(run.store.path(METADATA))), [])
+    found = class_names(make_rows(read_table(run.store.fetch(METADATA))), [])
     return tuple(found.get(index, f"class {index}") for index in range(max(found, default=-1) + 1))
 
 
@@ -301,7 +302,7 @@ def _read_samples(run: StudiedRun, eyes: Eyes, options: EvaluateOptions, display
     """
     import pyarrow as pa
 
-    metadata = open_metadata(run.store.path(METADATA))
+    metadata = open_metadata(run.store.fetch(METADATA, keep=True))
     table = metadata.to_table(columns=["request", "status", "sha256"])
     chosen = _choose(table, options)
     if not chosen:

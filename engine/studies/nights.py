@@ -168,7 +168,7 @@ def read_night(address: str) -> Night:
             f"{address}: holds no {MANIFEST} with {METADATA}; give the folder of a run, or of a rescoring, that has"
             " come to its end"
         )
-    path = store.path(METADATA)
+    path = store.fetch(METADATA)
     manifest = read_manifest(store)
     try:
         target = manifest["models"]["target"]

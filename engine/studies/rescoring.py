@@ -72,7 +72,7 @@ class Rescored:
         comparison: before and after; None where nothing could be compared, for this `reason`.
     """
 
-    folder: Path
+    folder: str
     target: str
     num_scored: int
     num_images: int
@@ -170,7 +170,7 @@ def rescore_run(
     job, plan = stored_plan(store)
     labels = _labels_of(store, job)
     models = _check_models(target, transfer, oracle, labels)
-    folder = open_store(output or str(store.root / RESCORED / _folder_name(target, models)))
+    folder = open_store(output or store.address(f"{RESCORED}/{_folder_name(target, models)}"))
     about = {"plan_digest": plan.digest, "models": models.digests}
     _check_folder(folder, store, about)
     with ExitStack() as held:
@@ -198,7 +198,7 @@ def rescore_run(
             folder.replace(SUCCESS, f"{plan.digest}\n".encode())
     samples = manifest["counts"]["samples"]
     return Rescored(
-        folder=folder.root,
+        folder=folder.uri,
         target=target,
         num_scored=scoring.num_scored,
         num_images=samples[STATUS_OK] + samples[STATUS_REJECTED],
@@ -264,7 +264,7 @@ def _check_folder(folder: Store, source: Store, about: dict[str, Any]) -> None:
     Raises:
         OutputError: it holds something else.
     """
-    if folder.root.resolve() == source.root.resolve() or folder.list(PLANS):
+    if folder.place == source.place or folder.list(PLANS):
         raise OutputError(f"--output {folder.uri}: is a run; give another folder for its new scores")
     if not folder.exists(RESCORING):
         # A killed beginning leaves nothing but its state.
@@ -293,9 +293,8 @@ def _rescore_shard(store: Store, folder: Store, job: JobSpec, plan: Plan, number
     import pyarrow.parquet as pq
 
     name = f"{SHARDS}/{shard_name(job.name, number)}.parquet"
-    source = store.path(name)
     if folder.exists(name):
-        if _identities(folder.path(name)) == _identities(source):
+        if _identities(folder.fetch(name)) == _identities(store.fetch(name)):
             return
         # The run was repaired, and this shard made again.
         folder.remove(name)
@@ -320,18 +319,20 @@ def _identities(path: Path) -> list[tuple[str, str]]:
 
 def _new_rows(store: Store, job: JobSpec, plan: Plan, number: int, scoring: _Scoring) -> Iterator[Row]:
     """The rows of a shard in their order."""
-    stem = store.path(f"{SHARDS}/{shard_name(job.name, number)}")
-    images = read_shard(stem.with_name(f"{stem.name}.tar"))
+    stem = f"{SHARDS}/{shard_name(job.name, number)}"
+    images = read_shard(store.fetch(f"{stem}.tar"))
     specs = {spec.key: spec for spec in plan.samples(plan.shard(number))}
     waiting: list[Sample] = []
-    for row in read_rows(stem.with_name(f"{stem.name}.parquet")):
+    for row in read_rows(store.fetch(f"{stem}.parquet")):
         spec, image = specs.get(row["key"]), b""
         if spec is None:
-            raise CorruptShardError(f"{stem}.parquet: {row['key']} is not in the plan; `riskforge verify` says more")
+            where = store.address(f"{stem}.parquet")
+            raise CorruptShardError(f"{where}: {row['key']} is not in the plan; `riskforge verify` says more")
         if row["sha256"]:
             key, image, _, _ = next(images, ("", b"", {}, 0))
             if key != row["key"]:
-                raise CorruptShardError(f"{stem}.tar: lacks the image of {row['key']}; `riskforge repair` takes it out")
+                where = store.address(f"{stem}.tar")
+                raise CorruptShardError(f"{where}: lacks the image of {row['key']}; `riskforge repair` takes it out")
         waiting.append((spec, image, row))
         if len(waiting) == BATCH:
             yield from _scored(waiting, job, plan, number, scoring)
@@ -377,7 +378,7 @@ def _finish(
     """Write metadata and manifest over all shards."""
     folder.remove(SUCCESS)
     write_metadata(folder, job.name, commits, schema_version=plan.schema_version, quotas=quotas_of(plan))
-    groups = summarise(folder.path(METADATA))
+    groups = summarise(folder.fetch(METADATA))
     counts = count_requests(groups)
     totals = {name: sum(one[name] for one in counts.values()) for name in next(iter(counts.values()))}
     new_job = job.model_copy(update={"models": job.models.model_copy(update=_new_addresses(models))})
@@ -396,7 +397,7 @@ def _finish(
             "shards": {"planned": plan.num_shards, "committed": len(commits)},
             "samples": {"planned": plan.num_samples, **totals},
             "requests": counts,
-            "classes": count_classes(folder.path(METADATA)),
+            "classes": count_classes(folder.fetch(METADATA)),
             "quotas": {},
             "screening": {},
         },
@@ -409,9 +410,10 @@ def _finish(
 
 def _origin(store: Store, folder: Store, job: JobSpec, plan: Plan, num_shards: int) -> dict[str, Any]:
     """Where images and old scores are: relative to the folder where that lies inside the run."""
-    uri = os.path.relpath(store.root.resolve(), folder.root.resolve()) if _is_inside(folder, store) else store.uri
+    is_inside = _is_inside(folder, store)
+    uri = Path(os.path.relpath(store.place, folder.place)).as_posix() if is_inside else store.uri
     return {
-        "uri": Path(uri).as_posix(),
+        "uri": uri,
         "plan_digest": plan.digest,
         "num_shards": num_shards,
         "target": {"address": job.models.target, "digest": plan.identity["models"]["target"]},
@@ -419,7 +421,7 @@ def _origin(store: Store, folder: Store, job: JobSpec, plan: Plan, num_shards: i
 
 
 def _is_inside(folder: Store, store: Store) -> bool:
-    return folder.root.resolve().is_relative_to(store.root.resolve())
+    return folder.place.is_relative_to(store.place)
 
 
 def _new_addresses(models: _Models) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from engine.dataset.folders import fresh_folder
 from engine.dataset.manifest import software_versions
-from engine.dataset.store import Store
+from engine.dataset.store import FolderStore, Store, refuse_objects
 from engine.errors import JobError, OutputError
 from engine.images import ImageSource, open_images
 from engine.models.addresses import model_digest, read_config, read_labels, resolve
@@ -560,7 +560,10 @@ def _save_model(network: Any, target: Path, temperature: float, folder: Path) ->
 
 def _home(store: Store, folder: str | None) -> Path:
     if folder is None:
-        return store.root.resolve().with_name(f"{store.root.resolve().name}-retrained")
+        if not isinstance(store, FolderStore):
+            raise OutputError(f"--output: say where the results of {store.uri} go; they are written to folders alone")
+        return store.place.with_name(f"{store.place.name}-retrained")
+    refuse_objects(folder, "--output", "a retraining")
     try:
         return Path(folder).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:
@@ -570,6 +573,6 @@ def _home(store: Store, folder: str | None) -> Path:
 def _check_apart(home: Path, run: StudiedRun) -> None:
     """Keep the run and its target, which the results are compared with, from being replaced by them."""
     target = resolve(run.job.models.target).resolve()
-    for what, place in (("the run", run.store.root.resolve()), ("the run's target", target)):
+    for what, place in (("the run", run.store.place), ("the run's target", target)):
         if home == place or home in place.parents:
             raise OutputError(f"--output: {home} holds {what}, which would be replaced; choose another")

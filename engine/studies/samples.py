@@ -53,7 +53,7 @@ def open_study(uri: str) -> StudiedRun:
         RiskforgeError: no such folder, no run in it, or no committed shard.
     """
     store = open_store(uri)
-    if not store.root.is_dir():
+    if not store.is_there():
         raise JobError(f"RUN: there is no folder '{uri}'; give the output folder of `riskforge run`")
     check_kind(store)
     job, plan_digest, target_digest = _identity(store)
@@ -129,7 +129,7 @@ def read_attempts(run: StudiedRun, requests: Sequence[str], columns: list[str]) 
 
 
 def _path(run: StudiedRun, record: CommitRecord, extension: str) -> Path:
-    return run.store.path(f"{SHARDS}/{record.name}.{extension}")
+    return run.store.fetch(f"{SHARDS}/{record.name}.{extension}")
 
 
 def _identity(store: Store) -> tuple[JobSpec, str, str]:

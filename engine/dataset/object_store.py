@@ -1,0 +1,633 @@
+"""Runs on object stores: S3 and what speaks its protocol by s3fs, GCS by gcsfs.
+
+A file is published by a PUT that the store itself refuses where the name is taken: `If-None-Match: *` on S3 (with the
+last request of an upload in parts), `ifGenerationMatch=0` on GCS. An answer that got lost and was asked for again
+looks like a refusal; the bytes tell the two apart. There are no locks: the lease alone keeps a second driver away,
+and what is created if absent keeps two workers apart. Files are made in, and read from, a local folder of the
+process.
+
+Credentials and endpoint come from the environment of each machine, as the libraries read them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+import importlib.util
+import itertools
+import os
+import re
+import secrets
+import shutil
+import stat
+import tempfile
+import threading
+import time
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from engine.dataset.store import (
+    COPIES,
+    TORN,
+    Store,
+    claim_folder,
+    explained,
+    release_folder,
+    remedy_of,
+    remove_if_dead,
+)
+from engine.errors import OutputError
+
+# Copies beyond so many bytes are removed, the longest unused first, but never the latest ones.
+MAX_COPIED_BYTES = 4 * 2**30
+MIN_COPIES = 64
+NUM_THREADS = 16
+READ_TOGETHER = 128
+# What is appended is put in place after so long for each megabyte of it: an object is always written whole.
+APPEND_SECONDS = 5.0
+# Whether the store honours the condition is tried out with a file of at most this size.
+MAX_TRIED_BYTES = 2**16
+CONFLICT_WAITS = (0.2, 1.0, 3.0)
+CONNECT_SECONDS = 5
+
+_ADDRESS = re.compile(r"(?P<scheme>s3|gs|gcs)://(?P<bucket>[A-Za-z0-9._-]+)(?P<prefix>(?:/[^/]+)*)/*", re.IGNORECASE)
+# Patterns of fsspec, and what no part of an address is.
+_UNUSABLE = re.compile(r"[\x00-\x1f\x7f*?\[\]\\#]|(^|/)\.{1,2}(/|$)")
+_LIBRARIES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
+_FOREIGN = {"aiobotocore", "botocore", "s3fs", "gcsfs", "google", "aiohttp", "requests", "urllib3", "fsspec"}
+
+_GO_ON = "what is committed is kept, and the same command continues"
+_NO_BUCKET = "there is no such bucket; create it, or correct the address (or that of the endpoint)"
+_DENIED = (
+    "access denied{reason}; the credentials of this machine must be allowed to list, read, write and delete there"
+    " (s3:ListBucket, GetObject, PutObject, DeleteObject; on GCS storage.objectAdmin)"
+)
+_NO_CREDENTIALS = {
+    "s3": "no credentials are found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the"
+    " machine a role, here and on every machine with workers",
+    "gs": "no credentials are found; set GOOGLE_APPLICATION_CREDENTIALS, or give the machine a service account, here"
+    " and on every machine with workers",
+}
+_UNREACHABLE = {
+    "s3": "the endpoint cannot be reached{reason}; look at the network and at AWS_ENDPOINT_URL",
+    "gs": "the endpoint cannot be reached{reason}; look at the network and at STORAGE_EMULATOR_HOST",
+}
+_THROTTLED = (
+    "the store asks for fewer requests{reason}, after all retries; use fewer workers or a larger samples_per_shard, or"
+    f" set AWS_RETRY_MODE=adaptive and AWS_MAX_ATTEMPTS=10 ({_GO_ON})"
+)
+_NOT_CONDITIONAL = (
+    "this store overwrites where it was asked to create if absent (If-None-Match: *), so that shards would not be safe"
+    " from a second writer; use a store that honours it, or a folder"
+)
+_THROTTLES = {
+    "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "ServiceUnavailable",
+    "503", "429",
+}  # fmt: skip
+
+
+def open_object_store(uri: str) -> ObjectStore:
+    """The store of an address such as `s3://BUCKET/NAME`. Nothing is asked of the network yet.
+
+    Raises:
+        OutputError: the address cannot be one, or the library for it is not installed.
+    """
+    found = _ADDRESS.fullmatch(uri)
+    if found is None or not found["prefix"]:
+        raise OutputError(f"output {uri!r}: is not of the form SCHEME://BUCKET/NAME; name a folder in a bucket")
+    if _UNUSABLE.search(found["prefix"]):
+        raise OutputError(f"output {uri!r}: holds one of * ? [ ] \\ #, a control character, or a part . or ..")
+    scheme = {"gcs": "gs"}.get(found["scheme"].lower(), found["scheme"].lower())
+    library, extra = _LIBRARIES[scheme]
+    if importlib.util.find_spec(library) is None:
+        raise OutputError(f"output {uri}: needs {library}, which is not installed; pip install 'riskforge[{extra}]'")
+    return ObjectStore(scheme, found["bucket"], found["prefix"].strip("/"))
+
+
+@dataclass
+class _Copy:
+    """A local copy of an object."""
+
+    version: str
+    num_bytes: int
+    is_kept: bool
+
+
+@dataclass
+class _Appended:
+    """Text that was appended to a file, locally."""
+
+    path: Path
+    is_waiting: bool = False
+    put: float = field(default_factory=time.monotonic)
+
+    def is_due(self) -> bool:
+        """Whether it has waited for long, as long as it is large."""
+        num_megabytes = 1 + self.path.stat().st_size // 2**20
+        return self.is_waiting and time.monotonic() - self.put >= APPEND_SECONDS * num_megabytes
+
+
+class ObjectStore(Store):
+    """A folder of a bucket.
+
+    Args:
+        scheme: `s3` or `gs`.
+    """
+
+    def __init__(self, scheme: str, bucket: str, prefix: str) -> None:
+        self.uri = f"{scheme}://{bucket}/{prefix}"
+        self._scheme, self._bucket, self._root = scheme, bucket, f"{bucket}/{prefix}"
+        self._connection: Any = None
+        self._lock = threading.RLock()
+        self._home: Path | None = None
+        self._release: weakref.finalize[..., type[ObjectStore]] | None = None
+        self._copies: OrderedDict[str, _Copy] = OrderedDict()
+        self._appended: dict[str, _Appended] = {}
+        self._is_conditional = False
+        _STORES.add(self)
+
+    # Names ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def place(self) -> PurePosixPath:
+        """The address as a path."""
+        return PurePosixPath(f"{self._scheme}:", self._root)
+
+    def address(self, name: str = "") -> str:
+        """The address of a name."""
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts:
+            raise ValueError(f"{name!r} is not a name inside the store")
+        return f"{self.uri}/{pure}" if pure.parts else self.uri
+
+    def beside(self, address: str) -> str:
+        """The address itself where it has a scheme or is an absolute path, else as it is seen from here."""
+        if "://" in address or address.startswith("/"):
+            return address
+        return f"{self._scheme}://{os.path.normpath(f'{self._root}/{address}')}"
+
+    def _key(self, name: str) -> str:
+        return self.address(name).partition("://")[2]
+
+    # The library ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _fs(self) -> Any:
+        """The file system, made when it is first needed."""
+        with self._lock:
+            if self._connection is None:
+                self._connection = _connect(self._scheme)
+            return self._connection
+
+    def after_fork(self) -> None:
+        """In a forked process: connections and locks are those of the parent; its local folder can be shared."""
+        self._lock, self._connection = threading.RLock(), None
+
+    @contextlib.contextmanager
+    def _told(self, name: str = "") -> Iterator[None]:
+        """Turn what the libraries raise into an `OutputError` with address and remedy."""
+        try:
+            yield
+        except OutputError:
+            raise
+        except Exception as error:
+            if not isinstance(error, OSError) and not _is_foreign(error):
+                raise
+            raise OutputError(f"{self.address(name)}: {_remedy(error, self._scheme)}") from error
+
+    def _info(self, name: str) -> dict[str, Any] | None:
+        """What the store says of a name; None where there is nothing."""
+        try:
+            found: dict[str, Any] = self._fs.info(self._key(name))
+        except FileNotFoundError as error:
+            self._check_bucket(error)
+            return None
+        return found
+
+    def _check_bucket(self, error: FileNotFoundError) -> None:
+        """Tell a bucket that is not there from a name that is not: of the second S3 gives an empty listing.
+
+        Raises:
+            FileNotFoundError: there is no bucket.
+        """
+        is_known = _status(error) != 404 if self._scheme == "s3" else self._fs.exists(self._bucket)
+        if not is_known:
+            raise FileNotFoundError(_NO_BUCKET) from error
+
+    # Reading -------------------------------------------------------------------------------------------------------
+
+    def is_there(self) -> bool:
+        """Whether any object is in the folder."""
+        return self.exists("")
+
+    def exists(self, name: str) -> bool:
+        """Whether an object has this name, or any lies below it."""
+        with self._told(name):
+            return self._info(name) is not None
+
+    def is_folder(self, name: str) -> bool:
+        """Whether objects lie below this name."""
+        with self._told(name):
+            found = self._info(name)
+        return found is not None and found["type"] == "directory"
+
+    def read(self, name: str) -> bytes:
+        """The bytes of an object."""
+        with self._told(name):
+            data: bytes = self._fs.cat_file(self._key(name))
+        return data
+
+    def read_each(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """Names and bytes of the objects that are there, many at a time."""
+        rest = iter(names)
+        while some := list(itertools.islice(rest, READ_TOGETHER)):
+            with self._told():
+                found = self._fs.cat([self._key(name) for name in some], on_error="return")
+            for name in some:
+                data = found[self._key(name)]
+                if isinstance(data, FileNotFoundError):
+                    continue
+                with self._told(name):
+                    if isinstance(data, Exception):
+                        raise data
+                yield name, data
+
+    def tail(self, name: str, max_bytes: int) -> bytes:
+        """The end of an object."""
+        with self._told(name):
+            size = int(self._fs.info(self._key(name))["size"])
+            if not size:
+                return b""
+            data: bytes = self._fs.cat_file(self._key(name), start=max(0, size - max_bytes), end=size)
+        return data
+
+    def fetch(self, name: str, *, keep: bool = False) -> Path:
+        """A local copy, made once for each version of the object."""
+        path = self._copy_of(name)
+        with self._told(name):
+            found = self._info(name)
+        if found is None:
+            _remove(path)
+            return path
+        if found["type"] == "directory":
+            return self._fetch_folder(name, path)
+        version = _version(found)
+        with self._lock:
+            held = self._copies.get(name)
+            if held is not None and held.version == version and path.is_file():
+                held.is_kept |= keep
+                self._copies.move_to_end(name)
+                return path
+        self._download(name, path)
+        with self._lock:
+            self._copies[name] = _Copy(version, int(found["size"]), keep or (held is not None and held.is_kept))
+            self._copies.move_to_end(name)
+            self._forget_copies()
+        return path
+
+    def _fetch_folder(self, name: str, path: Path) -> Path:
+        if path.is_file():
+            _remove(path)
+        names = self.list(name)
+        fetched = set(self.fetch_each(names, keep=True))
+        for left in set(path.iterdir()) - fetched:
+            _remove(left)
+        return path
+
+    def _download(self, name: str, path: Path) -> None:
+        part = self.staging() / f"{secrets.token_hex(8)}.part"
+        try:
+            with self._told(name):
+                self._fs.get_file(self._key(name), str(part))
+            with explained(part):
+                if path.is_dir():
+                    _remove(path)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _forget_copies(self) -> None:
+        """Remove the copies that were not asked for for longest, where there is too much of them."""
+        loose = [(name, copy) for name, copy in self._copies.items() if not copy.is_kept]
+        num_bytes = sum(copy.num_bytes for _, copy in loose)
+        for name, copy in loose[:-MIN_COPIES]:
+            if num_bytes <= MAX_COPIED_BYTES:
+                return
+            _remove(self._copy_of(name))
+            del self._copies[name]
+            num_bytes -= copy.num_bytes
+
+    def fetch_each(self, names: Iterable[str], *, keep: bool = False) -> Iterator[Path]:
+        """Local copies in the order of the names, of which some are made ahead."""
+        _ = self._fs, self.staging()  # Once, before there are threads.
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            ahead: deque[Future[Path]] = deque()
+            try:
+                for name in names:
+                    ahead.append(pool.submit(self.fetch, name, keep=keep))
+                    if len(ahead) > NUM_THREADS:
+                        yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
+            finally:
+                for one in ahead:
+                    one.cancel()
+
+    def list(self, folder: str = "") -> list[str]:
+        """Names in a folder, sorted; of folders that have something in them, too."""
+        with self._told(folder):
+            try:
+                found = self._fs.ls(self._key(folder), detail=False)
+            except FileNotFoundError as error:
+                self._check_bucket(error)
+                return []
+        keys = {key.rstrip("/") for key in found} - {self._key(folder)}
+        return sorted(key.removeprefix(f"{self._root}/") for key in keys)
+
+    def size_of(self, names: Iterable[str]) -> int:
+        """Bytes of objects, from a listing of all."""
+        sizes = self._sizes()
+        return sum(sizes.get(self._key(name), 0) for name in names)
+
+    def total_size(self) -> int:
+        """Bytes of all objects."""
+        return sum(self._sizes().values())
+
+    def _sizes(self) -> dict[str, int]:
+        with self._told():
+            return {key: int(one["size"]) for key, one in self._fs.find(self._root, detail=True).items()}
+
+    # Writing -------------------------------------------------------------------------------------------------------
+
+    def publish(self, name: str, data: bytes | Path) -> bool:
+        """Create an object if the name is free."""
+        with self._told(name):
+            for wait in (*CONFLICT_WAITS, None):
+                try:
+                    self._put(name, data, mode="create")
+                except Exception as error:
+                    if wait is not None and _status(error) == 409:
+                        time.sleep(wait)
+                        continue
+                    # The answer to an earlier try may have been lost; an upload in parts is then not found any more.
+                    if not _is_taken(error) and not isinstance(error, FileNotFoundError):
+                        raise
+                    is_own = self._holds(name, data)
+                    if not is_own and not _is_taken(error):
+                        raise
+                    return is_own
+                break
+            self._try_condition(name, data)
+        return True
+
+    def _put(self, name: str, data: bytes | Path, *, mode: str) -> None:
+        if isinstance(data, Path):
+            self._fs.put_file(str(data), self._key(name), mode=mode)
+        else:
+            self._fs.pipe_file(self._key(name), data, mode=mode)
+
+    def _try_condition(self, name: str, data: bytes | Path) -> None:
+        """Once, see that a name is refused that is taken: a store that does not know the condition passes over it.
+
+        The same bytes are offered again, so that nothing is lost where they are taken.
+        """
+        if self._is_conditional or (data.stat().st_size if isinstance(data, Path) else len(data)) > MAX_TRIED_BYTES:
+            return
+        try:
+            self._put(name, data, mode="create")
+        except Exception as error:
+            if not _is_taken(error):
+                raise
+            self._is_conditional = True
+            return
+        raise OutputError(f"{self.uri}: {_NOT_CONDITIONAL}")
+
+    def _holds(self, name: str, data: bytes | Path) -> bool:
+        """Whether an object has these very bytes."""
+        found = self._info(name)
+        if found is None or found["size"] != (data.stat().st_size if isinstance(data, Path) else len(data)):
+            return False
+        if isinstance(data, bytes):
+            return self.read(name) == data
+        return filecmp.cmp(self.fetch(name), data, shallow=False)
+
+    def replace(self, name: str, data: bytes | Path) -> None:
+        """Put an object in the place of whatever has its name."""
+        with self._told(name):
+            self._put(name, data, mode="overwrite")
+
+    def append(self, name: str, text: str) -> None:
+        """Add to a local file, which becomes the object now and then."""
+        one = self._appended.get(name)
+        if one is None:
+            one = self._appended[name] = _Appended(self.staging() / f"{secrets.token_hex(8)}.appended")
+        with explained(one.path), one.path.open("a", encoding="utf-8") as file:
+            file.write(text)
+        one.is_waiting = True
+
+    def flush(self, *, if_due: bool = False) -> None:
+        """Put what was appended in its place."""
+        for name, one in self._appended.items():
+            if one.is_due() if if_due else one.is_waiting:
+                one.put, one.is_waiting = time.monotonic(), False
+                self.replace(name, one.path)
+
+    def remove(self, name: str) -> None:
+        """Remove an object, if it is there."""
+        with self._told(name), contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._key(name))
+
+    def remove_all(self, names: Iterable[str]) -> None:
+        """Remove objects, many with one request."""
+        keys = [self._key(name) for name in names]
+        if keys:
+            with self._told(), contextlib.suppress(FileNotFoundError):
+                self._fs.rm(keys)
+
+    def remove_tree(self, name: str) -> None:
+        """Remove all objects below a name, and the one that has it."""
+        with self._told(name):
+            found = self._fs.find(self._key(name))
+        below = [key.removeprefix(f"{self._root}/") for key in found if key.startswith(f"{self._key(name)}/")]
+        self.remove_all(below)
+        self.remove(name)
+
+    def set_aside(self, name: str) -> None:
+        """Copy an object under `_state/torn`, then remove it; not if it is another than was looked at.
+
+        Without locks, another process may have put a whole file there in the meantime.
+        """
+        target = f"{TORN}/{PurePosixPath(name).name}.{secrets.token_hex(4)}"
+        with self._told(name):
+            found, looked_at = self._info(name), self._copies.get(name)
+            if found is None or (looked_at is not None and looked_at.version != _version(found)):
+                return
+            self._fs.cp_file(self._key(name), self._key(target))
+            self._fs.rm_file(self._key(name))
+
+    # Processes -----------------------------------------------------------------------------------------------------
+
+    def staging(self) -> Path:
+        """This process's local folder, under `TMPDIR`."""
+        with self._lock:
+            if self._home is None or not self._home.is_dir():
+                base = _base()
+                with explained(base):
+                    self._home, descriptor = claim_folder(base)
+                self._copies.clear()
+                self._appended.clear()
+                # With the process, not with the store: what reads a copy may live longer.
+                self._release = weakref.finalize(ObjectStore, _release, self._home, descriptor, os.getpid())
+                COPIES[self._home / "copies"] = self.uri
+            return self._home
+
+    def _copy_of(self, name: str) -> Path:
+        return self.staging() / "copies" / PurePosixPath(name)
+
+    def leave(self) -> None:
+        """Remove the local folder; object stores have no empty ones."""
+        if self._release is not None:
+            self._release()
+
+    def clean_staging(self) -> None:
+        """Remove what processes of this machine left that are no more."""
+        base = _base()
+        with explained(base):
+            for name in {entry.name.removesuffix(".lock") for entry in base.iterdir()}:
+                remove_if_dead(base / name)
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """No lock."""
+        yield
+
+    @contextlib.contextmanager
+    def try_lock(self, name: str, holder: str) -> Iterator[str]:
+        """No lock, which is always free."""
+        yield ""
+
+
+_STORES: weakref.WeakSet[ObjectStore] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for store in list(_STORES):
+        store.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _connect(scheme: str) -> Any:
+    """The file system of a scheme, which remembers no listing: other processes write, too."""
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    if scheme == "s3":
+        import s3fs
+
+        return s3fs.S3FileSystem(config_kwargs={"connect_timeout": CONNECT_SECONDS}, **options)
+    # The package's own name may stand for experimental support of other kinds of buckets.
+    from gcsfs.core import GCSFileSystem
+
+    return GCSFileSystem(**options)
+
+
+def _base() -> Path:
+    """The folder of this user's processes, which nobody else can look into."""
+    base = Path(tempfile.gettempdir()) / f"riskforge-{os.getuid()}"
+    with explained(base):
+        base.mkdir(mode=0o700, exist_ok=True)
+        about = base.lstat()
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077:
+        raise OutputError(f"{base}: is not a folder of this user alone; remove it, or set TMPDIR to another folder")
+    return base
+
+
+def _release(home: Path, descriptor: int, owner: int) -> None:
+    COPIES.pop(home / "copies", None)
+    release_folder(home, descriptor, owner)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _version(info: dict[str, Any]) -> str:
+    """What changes when an object is written: the generation on GCS; on S3 the ETag, or the time for equal bytes."""
+    return str(info.get("generation") or (info.get("ETag"), info.get("LastModified"), info.get("size")))
+
+
+# What the libraries raise --------------------------------------------------------------------------------------------
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
+
+
+def _response(error: BaseException, read: Callable[[Any], Any]) -> Any:
+    """Something of the answer of S3 that is behind an error; None where there is none."""
+    for one in _chain(error):
+        with contextlib.suppress(AttributeError, KeyError, TypeError):
+            return read(one.response)  # type: ignore[attr-defined]
+    return None
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error, where it is known."""
+    found = _response(error, lambda response: response["ResponseMetadata"]["HTTPStatusCode"])
+    code = getattr(error, "code", None)
+    return found if found is not None else code if isinstance(code, int) else None
+
+
+def _code(error: BaseException) -> str:
+    found = _response(error, lambda response: response["Error"]["Code"])
+    return str(found if found is not None else getattr(error, "code", "") or "")
+
+
+def _is_taken(error: BaseException) -> bool:
+    return isinstance(error, FileExistsError) or _status(error) == 412
+
+
+def _is_foreign(error: BaseException) -> bool:
+    return any(kind.__module__.partition(".")[0] in _FOREIGN for kind in type(error).__mro__)
+
+
+def _remedy(error: Exception, scheme: str) -> str:
+    """What to do about an error of the libraries."""
+    kinds = {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
+    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
+    code, text = _code(error), (lines or [type(error).__name__])[0][:300]
+    reason = f" ({code}: {text})" if code and code not in text else f" ({text})"
+    if code == "NoSuchBucket" or text == _NO_BUCKET:
+        return _NO_BUCKET
+    if kinds & {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "GoogleAuthError",
+                "ProfileNotFound", "TokenRetrievalError"}:  # fmt: skip
+        return _NO_CREDENTIALS[scheme] + ("" if "NoCredentialsError" in kinds else f" ({text})")
+    if "PermissionError" in kinds or text.startswith("Forbidden") or _status(error) in (401, 403):
+        return _DENIED.format(reason=reason)
+    if code in _THROTTLES or _status(error) in (429, 503):
+        return _THROTTLED.format(reason=reason)
+    if kinds & {
+        "EndpointConnectionError",
+        "ConnectionError",
+        "HTTPClientError",
+        "TimeoutError",
+        "ClientConnectionError",
+    }:
+        return f"{_UNREACHABLE[scheme].format(reason=f' ({text})')} ({_GO_ON})"
+    if isinstance(error, FileNotFoundError):
+        return "there is no such object"
+    if isinstance(error, OSError) and not _response(error, bool) and error.errno is not None:
+        return f"the local folder {tempfile.gettempdir()}: {remedy_of(error)}; TMPDIR names another"
+    return f"the store refuses{reason} ({_GO_ON})"
