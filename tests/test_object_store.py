@@ -382,19 +382,19 @@ def test_a_run_has_the_bytes_of_a_local_one(store: ObjectStore, local: dict[str,
     }
 
 
-def driver(uri: str, kind: str, seconds: float) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.sleepy", uri, str(COUNT), kind, json.dumps({"seconds": seconds})]
+def driver(uri: str, kind: str, **faults: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.sleepy", uri, str(COUNT), kind, json.dumps(faults)]
     return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def test_a_killed_run_is_continued(store: ObjectStore, local: dict[str, bytes]) -> None:
     """SIGKILL in the middle; before it a second driver is refused; after it the same command makes what is missing."""
-    first = driver(store.uri, "local", 1.0)
+    first = driver(store.uri, "local", hang_once=[NUM_SHARDS - 1])
     while not list_commits(store):
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
-    second = driver(store.uri, "local", 0)
-    _, told = second.communicate(timeout=60)
+    second = driver(store.uri, "local")
+    _, told = second.communicate(timeout=200)
     assert second.returncode == EXIT_OWNED and f"error: output {store.uri}: another driver is at work on it" in told
     assert read_status(store).state == "running"
     first.send_signal(signal.SIGKILL)
@@ -408,7 +408,7 @@ def test_a_killed_run_is_continued(store: ObjectStore, local: dict[str, bytes]) 
 
 
 def test_ray_workers_open_the_store_themselves(store: ObjectStore, local: dict[str, bytes]) -> None:
-    done = driver(store.uri, "ray", 0)
+    done = driver(store.uri, "ray")
     _, errors = done.communicate(timeout=200)
     assert done.returncode == EXIT_OK, errors
     assert objects(store, "shards/").items() >= local.items() and not verify(store).findings
