@@ -183,10 +183,11 @@ def test_a_changed_job_is_refused_with_the_difference(finished, job):
 
 
 def test_killed_and_resumed_equals_uninterrupted(finished, job, tmp_path):
-    """SIGKILL of threads before the third tar is published; resumed by two actors, the tar bytes are the clean
-    run's."""
+    """SIGKILL of a thread when two tars are published and a third is about to be; resumed by two actors, the tar bytes
+    are the clean run's."""
     output = tmp_path / "killed"
-    process = struck(signal.SIGKILL, "os.link", "*.tar", 3, "run", job, "--output", output, "--executor", "local")
+    local = ("--executor", "local", "--workers", 1)
+    process = struck(signal.SIGKILL, "os.link", "*-000002.tar", 1, "run", job, "--output", output, *local)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (output / "_SUCCESS").exists() and len(tars(output)) == 2 < len(tars(finished))
