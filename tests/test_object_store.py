@@ -389,10 +389,12 @@ def driver(uri: str, kind: str, seconds: float) -> subprocess.Popen[str]:
 
 def test_a_killed_run_is_continued(store: ObjectStore, local: dict[str, bytes]) -> None:
     """SIGKILL in the middle; before it a second driver is refused; after it the same command makes what is missing."""
-    first = driver(store.uri, "local", 1.0)
+    first = driver(store.uri, "local", 0.5)
     while not list_commits(store):
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
+    # So that it is still in the middle, however long the second one takes to start.
+    first.send_signal(signal.SIGSTOP)
     second = driver(store.uri, "local", 0)
     _, told = second.communicate(timeout=60)
     assert second.returncode == EXIT_OWNED and f"error: output {store.uri}: another driver is at work on it" in told
