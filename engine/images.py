@@ -25,7 +25,7 @@ import PIL.Image
 
 from engine.errors import JobError
 from engine.plan import class_index
-from engine.spec import nearest
+from engine.spec_messages import nearest
 from engine.terminal import printable
 
 EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm"})

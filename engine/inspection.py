@@ -12,11 +12,11 @@ from typing import Any
 from engine.dataset.corpus import Corpus
 from engine.dataset.source import RunSource
 from engine.dataset.store import explained
-from engine.dataset.summary import GroupSummary, plain, summarise_table
+from engine.dataset.summary import GroupSummary, class_texts, plain, summarise_table
 from engine.dataset.tar_index import TarReader, index_tars
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.records import STATUS_FAILED
-from engine.spec import nearest
+from engine.spec_messages import nearest
 
 SCORES = ("risk", "p_label", "conformity", "conformity_margin", "kldb", "entropy")
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -58,7 +58,7 @@ def inspect(corpus: Corpus) -> Inspection:
         "status": _counts(corpus, "status"),
         "accepted": len(corpus.filter("accepted")),
         "surplus": len(corpus.filter("surplus")),
-        "classes": _counts(corpus, "class_name"),
+        "classes": _class_counts(corpus),
         "contexts": _counts(corpus, "context"),
         "methods": _counts(corpus, "method"),
         "quantiles": quantiles(corpus),
@@ -162,6 +162,13 @@ def _counts(corpus: Corpus, column: str) -> dict[str, int]:
         found[pair["values"]] += pair["counts"]
     known = {value: count for value, count in found.items() if value is not None}
     return {str(value): known[value] for value in sorted(known)}
+
+
+def _class_counts(corpus: Corpus) -> dict[str, int]:
+    """Rows by class, in the order of the names."""
+    texts = class_texts(corpus.to_table(["class_name", "class_index"]))
+    found = {str(pair["values"]): int(pair["counts"]) for pair in texts.value_counts().to_pylist()}
+    return dict(sorted(found.items()))
 
 
 def _first_image(corpus: Corpus) -> dict[str, Any]:

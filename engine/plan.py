@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import JobError
-from engine.spec import CLASS_TEMPLATE, JOINT_SEPARATOR, MAX_SEED, JobSpec, RequestSpec, nearest
+from engine.spec import CLASS_TEMPLATE, JOINT_SEPARATOR, MAX_SEED, JobSpec, RequestSpec
+from engine.spec_messages import nearest
 
 # Of the columns of new runs (`engine.records`).
 SCHEMA_VERSION = 2

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.class_names import planned_names
 from engine.dataset.commits import CommitSummary, list_commits, read_commits
 from engine.dataset.journal import Journal
 from engine.dataset.lease import Lease, hold
@@ -433,11 +434,11 @@ def _summary(
 
 def shortfalls(plan: Plan, committed: dict[int, CommitSummary], samples_per_shard: int) -> Iterator[str]:
     """The quotas that are not filled, in words."""
-    counts = {number: commit.counts for number, commit in committed.items()}
+    counts, names = {number: commit.counts for number, commit in committed.items()}, planned_names(plan)
     for one in replay(plan, counts, (), samples_per_shard).standings():
         if one.missing:
             request = plan.requests[one.request]
-            name = " and ".join(request.cells[one.cell].names)
+            name = " and ".join(names[index] for index in request.cells[one.cell].classes)
             yield f"{request.spec.name}, {name}: {one.accepted} of {one.wanted} accepted in {one.attempted} attempts"
 
 

@@ -7,7 +7,6 @@ them together; `apply_overrides` is the `--set` of the command line.
 from __future__ import annotations
 
 import datetime
-import difflib
 import math
 import re
 from fractions import Fraction
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from engine.acceptance import JUDGE_SCORES, rule_problems
 from engine.errors import JobError
+from engine.spec_messages import Location, explain, location_of
 
 MAX_SEED = 2**53
 MAX_REQUESTS = 1000
@@ -27,7 +27,6 @@ CLASS_TEMPLATE = "a photo of a {class}"
 
 # Attempts for each sample that is wanted, where a request says nothing.
 DEFAULT_FACTOR = "10x"
-STOCHASTIC_SCHEDULERS = ("ddpm", "euler_ancestral", "euler-ancestral", "dpmsolver_sde", "sde")
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=64)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=MAX_SEED)]
@@ -400,7 +399,6 @@ def parse_job(raw: Any) -> JobSpec:
     return job
 
 
-Location = tuple[str | int, ...]
 Problem = tuple[Location, str]
 
 
@@ -579,133 +577,14 @@ def _validate(spec: type[BaseModel], raw: dict[str, Any], where: Location) -> tu
     except pydantic.ValidationError as error:
         found: dict[Location, str] = {}
         for item in error.errors():
-            # The key itself may be called like a member of a union.
-            location = (
-                (*_location(item["loc"][:-1]), item["loc"][-1]) if item["type"] in _KEYED else _location(item["loc"])
-            )
-            found.setdefault((*where, *location), _explain(spec, item, location))
+            location = location_of(item)
+            found.setdefault((*where, *location), explain(spec, item, location))
         # A list that loses its wrong items is called too short, which says nothing new.
         return None, [(at, text) for at, text in found.items() if not any(_is_below(other, at) for other in found)]
 
 
 def _is_below(location: Location, above: Location) -> bool:
     return len(location) > len(above) and location[: len(above)] == above
-
-
-_KEYED = ("extra_forbidden", "missing")
-
-
-def _location(loc: tuple[str | int, ...]) -> Location:
-    """The keys of the job file alone: pydantic adds the members of a union to its locations."""
-    noise = re.compile(r"^(\[key\]$|literal\[|tuple\[|constrained-|function-|int$|str$|float$|bool$)")
-    return tuple(part for part in loc if isinstance(part, int) or not noise.match(part))
-
-
-def _explain(root: type[BaseModel], item: Any, location: Location) -> str:
-    kind, value = item["type"], _shown(item.get("input"))
-    key = str(location[-1]) if location else ""
-    if kind == "extra_forbidden":
-        return "unknown key" + nearest(key, list(_fields_at(root, location[:-1])))
-    if kind == "invalid_key":
-        return "a key must be text; put it in quotes if it is meant so"
-    if kind == "missing":
-        return "missing; this key is required"
-    if key == "conditioning":
-        return f"{value} is neither the address of an artefact nor a mapping with `artefact` or `images`"
-    if key == "max_attempts":
-        return f"{value} is neither a number of attempts a class, such as 400, nor a multiple of `count`, such as 4x"
-    if kind in ("int_type", "float_type") and _is_number(item["input"]):
-        return f"{value} is text to YAML, not a number; write it with its digits, such as 1000000 or 0.001"
-    if kind == "literal_error" and (key != "classes" or isinstance(item["input"], str)):
-        if key == "scheduler" and item["input"] in STOCHASTIC_SCHEDULERS:
-            return f"{value} draws noise at every step; use a deterministic one: {item['ctx']['expected']}"
-        choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
-        return f"{value} is not one of {', '.join(choices)}" + nearest(str(item["input"]), choices)
-    if item["loc"][-1:] == ("[key]",):
-        return f"{value} cannot be the name of an argument; use letters, digits and underscores"
-    if kind == "string_pattern_mismatch" and key in ("name", "seed_group"):
-        return f"{value} may hold only a-z, 0-9 and inner hyphens"
-    return f"{value} {_expected(kind, key, item)}"
-
-
-def _expected(kind: str, key: str, item: Any) -> str:
-    """What is wrong with a value and what is wanted in its place, in the words of a job file."""
-    limits, given = item.get("ctx", {}), item.get("input")
-    if kind in _LIMITS:
-        wrong, wanted, name = _LIMITS[kind]
-        limit = int(limits[name]) if limits[name] == int(limits[name]) else limits[name]
-        return f"{wrong} {limit}; {wanted.format(limit)}"
-    if key == "classes" and not isinstance(given, str):
-        return "names no classes; give a list of names or indices, such as [three, 8], or `all`"
-    if given is None or given == "":
-        return f"is nothing; give {_KINDS.get(kind, 'a value')}, or leave the key out"
-    if kind in _KINDS:
-        return f"is not {_KINDS[kind]}" + ("; put it in quotes if it is meant so" if kind == "string_type" else "")
-    if kind == "string_pattern_mismatch" and (choices := re.fullmatch(r"\^\(([a-z|]+)\)\$", limits["pattern"])):
-        return f"is not one of {choices[1].replace('|', ', ')}" + nearest(str(given), choices[1].split("|"))
-    return f"cannot be used: {item['msg'][0].lower()}{item['msg'][1:]}"
-
-
-# Of pydantic's kinds of errors: what is wrong, what is wanted, and where the limit stands.
-_LIMITS = {
-    "greater_than_equal": ("is below", "give {} or more", "ge"),
-    "greater_than": ("is not above", "give more than {}", "gt"),
-    "less_than_equal": ("is above", "give {} or less", "le"),
-    "less_than": ("is not below", "give less than {}", "lt"),
-    "string_too_long": ("has more characters than", "give {} or fewer", "max_length"),
-    "string_too_short": ("has fewer characters than", "give {} or more", "min_length"),
-    "too_short": ("has fewer entries than", "give {} or more", "min_length"),
-    "too_long": ("has more entries than", "give {} or fewer", "max_length"),
-}
-_KINDS = {
-    "string_type": "text",
-    "int_type": "a whole number",
-    "int_parsing_size": "a whole number of a size that is used",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "tuple_type": "a list, such as [a, b]",
-    "dict_type": "a mapping of keys to values",
-    "model_type": "a mapping of keys to values",
-}
-
-
-def _is_number(text: Any) -> bool:
-    try:
-        return isinstance(text, str) and bool(float(text))
-    except ValueError:
-        return False
-
-
-def nearest(word: str, choices: list[str]) -> str:
-    """`; did you mean 'X'?` for the choice spelled most like `word`, or nothing."""
-    match = difflib.get_close_matches(word.lower(), [choice.lower() for choice in choices], n=1, cutoff=0.6)
-    original = [choice for choice in choices if match and choice.lower() == match[0]]
-    return f"; did you mean '{original[0]}'?" if original else ""
-
-
-def _fields_at(root: type[BaseModel], location: Location) -> dict[str, Any]:
-    """Fields of the spec class that stands at a location."""
-    current: Any = root
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = current.model_fields[part].annotation
-        inner = [annotation, *getattr(annotation, "__args__", ())]
-        current = next((one for one in inner if isinstance(one, type) and issubclass(one, BaseModel)), None)
-        if current is None:
-            return {}
-    return dict(current.model_fields)
-
-
-def _shown(value: Any) -> str:
-    try:
-        text = repr(value)
-    except ValueError:
-        # Python spells out no number of more than 4300 digits.
-        return "a number of thousands of digits"
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _path(location: Location) -> str:

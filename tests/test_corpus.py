@@ -23,7 +23,12 @@ from torch.utils.data import DataLoader
 import engine
 from engine.dataset.schema import arrow_schema
 from engine.dataset.shards import read_shard
+from engine.dataset.source import open_source
+from engine.dataset.store import open_store
 from engine.errors import CorruptShardError, JobError, OutputError, RiskforgeError
+from engine.report.render import write_report
+from engine.studies.nights import read_night
+from engine.studies.samples import open_study
 from tests.conftest import REPOSITORY
 from tests.corpus_cases import make_run
 from tests.dataset_cases import LABELS
@@ -98,6 +103,30 @@ def test_an_unfinished_run_is_read_from_its_committed_shards(tmp_path: Path) -> 
     empty = make_run(tmp_path / "empty", finish=False, num_shards=0)
     with pytest.raises(JobError, match="has no committed shard yet"):
         engine.open_run(str(empty))
+
+
+def test_an_unfinished_run_knows_what_is_beyond_its_quotas(tmp_path: Path) -> None:
+    """As the closed run does, in shards that hold none, some and only such samples; filters go by it."""
+    about: dict[str, Any] = {
+        "requests": [
+            {"name": "free", "method": "prompt", "classes": ["zero"], "count": 5},
+            {"name": "all", "method": "prompt", "classes": "all", "count": 4, "accept": {"is_error": True}},
+        ],
+        "output": {"uri": str(tmp_path / "run"), "samples_per_shard": 3},
+        "change": lambda record: record | {"accepted": True, "status": "ok"},
+    }
+    run = make_run(tmp_path / "run", finish=False, **about)
+    make_run(tmp_path / "closed", **about | {"output": about["output"] | {"uri": str(tmp_path / "closed")}})
+    corpus, closed = engine.open_run(str(run)), engine.open_run(str(tmp_path / "closed"))
+    assert not corpus.runs[0].is_finished and closed.runs[0].is_finished
+    wanted = closed.to_table(["key", "surplus"])
+    assert corpus.to_table(["key", "surplus"]).to_pylist() == wanted.to_pylist()
+    assert 0 < sum(wanted["surplus"].to_pylist()) < len(wanted)
+    assert corpus.to_table().drop(["sha256"]).to_pylist() == closed.to_table().drop(["sha256"]).to_pylist()
+    assert len(corpus.filter("surplus")) == len(closed.filter("surplus"))
+    assert len(corpus.filter("not surplus")) == len(closed.filter("not surplus"))
+    assert len(corpus.samples) == len(closed.samples) < len(corpus.with_images(surplus=True))
+    assert len(corpus.to_torch()) == len(closed.to_torch())
 
 
 def test_metadata_may_be_a_folder_of_parts(run: Path, tmp_path: Path) -> None:
@@ -256,8 +285,21 @@ def test_what_cannot_be_opened_is_told(run: Path, tmp_path: Path) -> None:
         if text.startswith('{"'):
             assert engine.open_run(str(copied)).labels == ()
             continue
-        with pytest.raises(JobError, match=r"manifest\.json .*restore the file"):
+        with pytest.raises(CorruptShardError, match=r"manifest\.json: .*restore the file"):
             engine.open_run(str(copied))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
+def test_a_damaged_manifest_is_told_alike_by_all(run: Path, tmp_path: Path, text: str) -> None:
+    """With the path and the remedy, whoever reads it."""
+    copied = shutil.copytree(run, tmp_path / "run")
+    (copied / "manifest.json").write_text(text)
+    told = set()
+    for read in (open_source, read_night, open_study, lambda uri: write_report(open_store(uri))):
+        with pytest.raises(CorruptShardError, match=r"^.*/run/manifest\.json: .*; restore the file") as caught:
+            read(str(copied))
+        told.add(str(caught.value))
+    assert len(told) == 1
 
 
 def test_wrong_choices_are_told(run: Path, tmp_path: Path) -> None:

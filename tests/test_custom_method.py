@@ -25,7 +25,7 @@ from engine.models.methods import method_digest, method_digests
 from engine.plan import build_plan
 from engine.spec import parse_job
 from tests.conftest import REPOSITORY
-from tests.test_targets import riskforge
+from tests.test_targets import FACTORY, riskforge
 
 PAGE = REPOSITORY / "docs/adding-a-method.md"
 MAX_LINES = 60
@@ -57,6 +57,31 @@ def test_the_example_is_short_and_does_what_it_says(finished: Path) -> None:
     assert [one["seed"] for one in doubt] == [one["seed"] for one in plain] and len(doubt) == 8
     assert median(one["entropy"] for one in doubt) > 2 * median(one["entropy"] for one in plain)
     assert all(one["guided_steps"] > 0 and one["nonfinite_gradients"] == 0 for one in doubt)
+
+
+def test_actors_of_ray_run_the_users_code(tmp_path: Path) -> None:
+    """Method and target factory lie beside the job alone, and the command is given elsewhere: actors import both, and
+    make the bytes that one process makes."""
+    job = tmp_path / "beside/job.yaml"
+    job.parent.mkdir()
+    (job.parent / "my_methods.py").write_text(block("python"))
+    (job.parent / "digit_nets.py").write_text(FACTORY)
+    job.write_text(block("yaml"))
+    changes = (
+        "models.target=digit_nets:net", "requests.0.count=2", "requests.1.count=1", "output.samples_per_shard=1",
+        "sampling.num_inference_steps=6", "guidance.custom.parameters.share=1.0", "runtime.device=cpu",
+    )  # fmt: skip
+    own = [part for change in changes for part in ("--set", change)]
+    for executor in ("ray", "local"):
+        where = ("--executor", executor, "--workers", 1, "--output", tmp_path / executor)
+        riskforge("run", job, *own, *where, folder=tmp_path)
+    manifest = json.loads((tmp_path / "ray/manifest.json").read_text())
+    assert manifest["hardware"]["executor"] == "ray" and manifest["models"]["target"]["address"] == "digit_nets:net"
+    tars = sorted((tmp_path / "ray/shards").glob("*.tar"))
+    assert len(tars) == 6
+    assert all(tar.read_bytes() == (tmp_path / "local/shards" / tar.name).read_bytes() for tar in tars)
+    steps = [record["guided_steps"] for tar in tars for _, _, record, _ in read_shard(tar)]
+    assert sum(one > 0 for one in steps) == 4, "the method guided its own request"
 
 
 def test_the_method_is_recorded(finished: Path) -> None:

@@ -22,11 +22,12 @@ import torch
 
 from engine import cli, digits
 from engine.dataset.commits import commit_shard
+from engine.dataset.lease import hold
 from engine.dataset.manifest import finalise
 from engine.dataset.shards import shard_name, stage_shard
 from engine.dataset.state import EVALUATION, open_run
 from engine.dataset.store import Store, open_store
-from engine.errors import EXIT_USER, CorruptShardError, JobError, OutputError
+from engine.errors import EXIT_OWNED, EXIT_USER, CorruptShardError, JobError, OutputError
 from engine.generator import load_scorer
 from engine.images import ImageSource, LabelledImage
 from engine.imaging import encode
@@ -39,7 +40,8 @@ from engine.report.evaluation import Evaluation, read_evaluation
 from engine.report.render import write_report
 from engine.spec import JobSpec, parse_job
 from engine.studies import pictures
-from engine.studies.evaluate import Album, EvaluateOptions, evaluate, match_classes, summary_lines
+from engine.studies.evaluate import Album, EvaluateOptions, evaluate, match_classes
+from engine.studies.evaluation_lines import summary_lines
 from engine.studies.features import Inception, find_inception
 from engine.studies.folders import check_folder
 from engine.studies.pictures import draw_images, pixel_distances, small_pixels
@@ -281,6 +283,13 @@ def test_images_of_one_name_stay_apart() -> None:
     album = Album({})
     shown = [album.show(kind, "zero/0001.png", f"data:image/png;base64,{kind}", "") for kind in ("real", "train")]
     assert [album.images[one.image] for one in shown] == ["data:image/png;base64,real", "data:image/png;base64,train"]
+
+
+def test_a_run_with_a_driver_at_work_is_left_alone(finished: Store, call: Any) -> None:
+    """Nothing is written into it, and nothing is measured first."""
+    with hold(finished):
+        code, _, err = call("evaluate", finished.uri)
+    assert code == EXIT_OWNED and "another driver is at work on it" in err and not finished.exists(EVALUATION)
 
 
 def test_without_options_it_still_tells_something(finished: Store, tmp_path: Path) -> None:

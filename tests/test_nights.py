@@ -11,19 +11,11 @@ import pytest
 
 from engine.errors import JobError, OutputError
 from engine.studies import differences
+from engine.studies.baseline import pin_night, read_baseline
 from engine.studies.differences import holm, median_difference, share_difference
-from engine.studies.night_tables import night_document, night_markdown
-from engine.studies.nights import (
-    PAGE_BEGINNING,
-    Limits,
-    Night,
-    breaches,
-    check_limits,
-    check_replaces,
-    compare_nights,
-    pin_night,
-    read_baseline,
-)
+from engine.studies.folders import check_replaces
+from engine.studies.night_tables import PAGE_BEGINNING, night_document, night_markdown
+from engine.studies.nights import Limits, Night, breaches, check_limits, compare_nights
 
 LABELS = ("cat", "dog", "owl")
 CONTEXTS = ("", "red | <b>`ink`</b>")

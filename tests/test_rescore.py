@@ -13,11 +13,12 @@ import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 
+from engine.dataset.lease import hold
 from engine.dataset.shards import read_shard
 from engine.dataset.state import open_run
 from engine.dataset.store import open_store
 from engine.dataset.verify import repair, verify
-from engine.errors import EXIT_DAMAGED, EXIT_OK, EXIT_USER, JobError, OutputError
+from engine.errors import EXIT_DAMAGED, EXIT_OK, EXIT_OWNED, EXIT_USER, JobError, OutputError
 from engine.models.addresses import model_digest
 from engine.models.classifier import Classifier
 from engine.plan import build_plan
@@ -138,6 +139,16 @@ def test_the_run_does_not_mind(copy):
     strange.rmdir()
     open_run(store, planned, job, "overwrite", confirmed=True)
     assert {path.name for path in copy.iterdir()} == {"_state"}
+
+
+def test_a_run_with_a_driver_at_work_is_left_alone(made, tmp_path, call):
+    """Nothing is written into it; scores that go elsewhere only read it."""
+    copy = shutil.copytree(made, tmp_path / "copy", ignore=shutil.ignore_patterns("rescored"))
+    with hold(open_store(str(copy))):
+        code, _, err = call("rescore", copy, "--target", OTHER)
+        assert code == EXIT_OWNED and "another driver is at work on it" in err and not (copy / "rescored").exists()
+        assert call("rescore", copy, "--target", OTHER, "--output", copy / "rescored/mine")[0] == EXIT_OWNED
+        assert rescore_run(str(copy), OTHER, output=str(tmp_path / "elsewhere")).num_scored > 0
 
 
 def test_the_same_target_changes_nothing(copy, tmp_path):

@@ -122,8 +122,9 @@ def evaluate(
     import contextlib
 
     from engine.jobfile import let_import
-    from engine.studies.evaluate import EvaluateOptions, summary_lines
+    from engine.studies.evaluate import EvaluateOptions
     from engine.studies.evaluate import evaluate as evaluate_run
+    from engine.studies.evaluation_lines import summary_lines
     from engine.studies.samples import open_study
 
     options = EvaluateOptions(
@@ -225,19 +226,10 @@ def compare(
     """What a target fails on now and did not before: two runs, or a run and a pinned baseline."""
     import contextlib
 
-    from engine.studies.nights import (
-        LEVELS,
-        PAGE_BEGINNING,
-        Limits,
-        breaches,
-        check_limits,
-        check_replaces,
-        compare_nights,
-        open_nights,
-        pin_night,
-        read_night,
-        unfinished,
-    )
+    from engine.studies.baseline import open_nights, pin_night
+    from engine.studies.folders import check_replaces
+    from engine.studies.night_tables import PAGE_BEGINNING
+    from engine.studies.nights import LEVELS, Limits, breaches, check_limits, compare_nights, read_night, unfinished
 
     increases = {
         "error_rate": max_error_increase, "valid_failures": max_valid_failure_increase, "risk": max_risk_increase,

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from engine.dataset.filters import FLAG, NUMBER, TEXT, Vocabulary, compile_filter, compile_number
@@ -20,7 +22,7 @@ from engine.dataset.schema import arrow_schema
 from engine.dataset.source import RunSource, open_source, readable
 from engine.errors import JobError
 from engine.records import RUN_FIELDS, fields_of
-from engine.spec import nearest
+from engine.spec_messages import nearest
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -285,7 +287,7 @@ class Corpus:
 
 
 def _unified(sources: tuple[RunSource, ...]) -> pa.Schema:
-    """The columns of all runs; nullable, as earlier schema versions lack some, and shards lack `surplus`.
+    """The columns of all runs; nullable, as earlier schema versions lack some.
 
     Those are there nevertheless, so that a filter means the same for every run; what any run should have is not.
     """
@@ -309,7 +311,37 @@ def _dataset(source: RunSource, schema: pa.Schema) -> Dataset:
     import pyarrow.dataset
 
     with readable(source.uri):
+        if source.surplus is not None:
+            return _marked(source.rows, source.surplus, schema)
         return pyarrow.dataset.dataset([str(path) for path in source.rows], schema=schema, format="parquet")
+
+
+def _marked(rows: Sequence[Path], surplus: Mapping[Path, Sequence[bool]], schema: pa.Schema) -> Dataset:
+    """Rows of shards, which have no column `surplus`, with it.
+
+    It is a constant of the files that have no surplus; the few others are held in memory.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.dataset
+    import pyarrow.fs
+    import pyarrow.parquet as pq
+
+    form, files = pyarrow.dataset.ParquetFileFormat(), pyarrow.fs.LocalFileSystem()
+    within = pc.field("surplus") == pc.scalar(False)
+    parts: list[Dataset] = []
+    for has_surplus, paths in itertools.groupby(rows, key=surplus.__contains__):
+        if not has_surplus:
+            one = [form.make_fragment(str(path), files, partition_expression=within) for path in paths]
+            parts.append(pyarrow.dataset.FileSystemDataset(one, schema, form, files))
+            continue
+        for path in paths:
+            table = pq.read_table(path, partitioning=None).append_column("surplus", pa.array(surplus[path]))
+            missing = [name for name in schema.names if name not in table.column_names]
+            for name in missing:
+                table = table.append_column(name, pa.nulls(len(table), schema.field(name).type))
+            parts.append(pyarrow.dataset.dataset(table.select(schema.names).cast(schema)))
+    return pyarrow.dataset.dataset(parts)
 
 
 def _refuse_labels(one: RunSource, other: RunSource) -> NoReturn:

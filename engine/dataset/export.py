@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.class_names import distinct_names
 from engine.dataset.corpus import Corpus, open_corpus
 from engine.dataset.export_card import export_card
 from engine.dataset.folders import fresh_folder
@@ -125,6 +126,7 @@ class _Export:
         self._selection = select(corpus)
         self._reader = SampleReader(corpus, self._selection)
         self._labels = corpus.labels or _labels_of_rows(corpus)
+        self._names = distinct_names(dict(enumerate(self._labels)))
         _check_classes(self._selection.samples, self._labels)
         self._digest = hashlib.sha256()
         self._counts: dict[str, dict[str, dict[str, int]]] = {"requests": {}, "classes": {}}
@@ -213,7 +215,7 @@ class _Export:
         for number, (result, extension) in enumerate(samples):
             record = result.record
             self._digest.update(record_json(record) + hashlib.sha256(result.image).digest())
-            for column, name in (("requests", record["request"]), ("classes", record["class_name"])):
+            for column, name in (("requests", record["request"]), ("classes", self._names[record["class_index"]])):
                 empty = {STATUS_OK: 0, STATUS_REJECTED: 0}
                 self._counts[column].setdefault(name, empty)[record["status"]] += 1
             self._advance(f"sample {number + 1} of {total}")

@@ -19,7 +19,7 @@ from engine.acceptance import JUDGE_SCORES
 from engine.dataset.counts import JOINT_KEY
 from engine.errors import JobError
 from engine.records import NO_CLASS, STATUS_FAILED
-from engine.spec import nearest
+from engine.spec_messages import nearest
 
 if TYPE_CHECKING:
     import pyarrow as pa

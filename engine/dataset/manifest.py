@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata as packages
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from engine.class_names import planned_names
 from engine.conditioning.tally import ScreeningTally
 from engine.dataset.card import dataset_card
 from engine.dataset.commits import CommitRecord, CommitSummary, compact_commits, list_commits, read_commits
-from engine.dataset.counts import ShardCounts, class_code
+from engine.dataset.counts import ShardCounts
 from engine.dataset.schema import arrow_schema
 from engine.dataset.shards import SHARDS, shard_name
 from engine.dataset.state import CARD, MANIFEST, METADATA, SUCCESS, TIMM_INFO, WIDS_INDEX
 from engine.dataset.store import Store, explained
 from engine.dataset.summary import GroupSummary, count_classes, count_requests, plain, read_dials, summarise
+from engine.dataset.surplus import Surplus, quotas_of
 from engine.errors import CorruptShardError, OutputError
 from engine.plan import SCHEMA_VERSION, Plan
 from engine.quotas import Quotas, replay
@@ -82,8 +83,7 @@ def finalise(
     store.remove(SUCCESS)
     compact_commits(store)
     commits = list_commits(store)
-    quotas = {request.spec.name: request.spec.num_wanted for request in plan.requests if request.spec.has_quota}
-    write_metadata(store, job.name, commits, rows_per_file, schema_version=plan.schema_version, quotas=quotas)
+    write_metadata(store, job.name, commits, rows_per_file, schema_version=plan.schema_version, quotas=quotas_of(plan))
     write_indexes(store, job)
     groups = summarise(store.path(METADATA))
     manifest = build_manifest(
@@ -175,33 +175,6 @@ def _writer(path: Path, schema: pa.Schema) -> Iterator[Any]:
 
     with explained(path), pq.ParquetWriter(path, schema, compression="zstd") as writer:
         yield writer
-
-
-class Surplus:
-    """Tells which accepted samples are beyond their quota: those after the first so many, in the order of the indices.
-
-    Args:
-        quotas: by request, how many accepted samples of a class count.
-    """
-
-    def __init__(self, quotas: Mapping[str, int]) -> None:
-        self._quotas = quotas
-        self._accepted: Counter[tuple[str, str]] = Counter()
-
-    def mark(self, table: pa.Table) -> list[bool]:
-        """A flag for each row of the next shard; shards of a class come in the order of its indices."""
-        names = table["request"].unique().to_pylist()
-        if not self._quotas.keys() & set(names):
-            return [False] * table.num_rows
-        return [self._is_beyond(row) for row in table.select(["request", "key", "accepted"]).to_pylist()]
-
-    def _is_beyond(self, row: dict[str, Any]) -> bool:
-        quota = self._quotas.get(row["request"])
-        if quota is None or not row["accepted"]:
-            return False
-        place = (row["request"], class_code(row["key"]))
-        self._accepted[place] += 1
-        return self._accepted[place] > quota
 
 
 def _shard_tables(
@@ -348,10 +321,16 @@ def build_manifest(
 def quota_rows(plan: Plan, quotas: Quotas) -> dict[str, list[dict[str, Any]]]:
     """How far the quotas of every request are, class by class."""
     rows: dict[str, list[dict[str, Any]]] = {}
+    names = planned_names(plan)
     for one in quotas.standings():
         request = plan.requests[one.request]
         cell = request.cells[one.cell]
-        about = {"class": " and ".join(cell.names), "code": cell.code, "wanted": one.wanted, "accepted": one.accepted}
+        about = {
+            "class": " and ".join(names[index] for index in cell.classes),
+            "code": cell.code,
+            "wanted": one.wanted,
+            "accepted": one.accepted,
+        }
         counts = {"surplus": max(0, one.accepted - one.wanted), "attempted": one.attempted, "missing": one.missing}
         rows.setdefault(request.spec.name, []).append(about | counts)
     return rows

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from engine.dataset.shards import is_key
-from engine.dataset.tar_index import SamplePlace, TarReader, index_tars
+from engine.dataset.tar_index import SamplePlace, SamplePlaces, TarReader, index_tars
 from engine.errors import CorruptShardError, JobError
 from engine.records import RUN_FIELDS, SampleResult, check_record, upgraded
 
@@ -61,15 +61,18 @@ def select(corpus: Corpus) -> Selection:
     # Of earlier runs, under the keys that they have there: the third may share what the second had under taken keys.
     seen: set[tuple[str, str]] = set()
     chosen = Selection()
+    last = len(corpus.runs) - 1
     for number, source in enumerate(corpus.runs):
-        table = corpus.run_table(number, ["key", "sha256", "class_index"]).to_pydict()
-        rows = list(zip(*table.values(), strict=True))
-        is_taken = any(taken.get(key, sha) != sha and (key, sha) not in seen for key, sha, _ in rows)
+        columns = corpus.run_table(number, ["key", "sha256", "class_index"]).to_pydict()
+        is_taken = any(
+            taken.get(key, sha) != sha and (key, sha) not in seen
+            for key, sha in zip(columns["key"], columns["sha256"], strict=True)
+        )
         prefix = f"r{number + 1}-" if is_taken else ""
         if prefix:
             chosen.prefixes[number] = prefix
         own: dict[str, str] = {}
-        for row, (key, sha256, class_index) in enumerate(rows):
+        for row, (key, sha256, class_index) in enumerate(zip(*columns.values(), strict=True)):
             if (key, sha256) in seen:
                 chosen.identical[number] += 1
                 continue
@@ -77,8 +80,10 @@ def select(corpus: Corpus) -> Selection:
             _check_key(name, source.uri, is_taken=name in taken or name in own)
             own[name] = sha256
             chosen.samples.append(Chosen(name, number, row, class_index))
-        taken |= own
-        seen.update((key, sha256) for key, sha256, _ in rows)
+        # Of the last run nothing need be remembered, and there may be millions of rows.
+        if number < last:
+            taken |= own
+            seen.update(zip(columns["key"], columns["sha256"], strict=True))
     return chosen
 
 
@@ -110,14 +115,15 @@ class SampleReader:
         wanted: list[list[str]] = [[] for _ in corpus.runs]
         for one in selection.samples:
             wanted[one.run].append(self._keys[one.run][one.row])
-        self._places: list[dict[str, SamplePlace]] = [
-            index_tars(source.tars, keys) if keys else {} for source, keys in zip(corpus.runs, wanted, strict=True)
+        self._places = [
+            index_tars(source.tars, keys) if keys else SamplePlaces(())
+            for source, keys in zip(corpus.runs, wanted, strict=True)
         ]
 
     @property
     def image_formats(self) -> list[str]:
         """Extensions of the images, sorted."""
-        return sorted({place.image_format for places in self._places for place in places.values()})
+        return sorted(frozenset[str]().union(*(places.image_formats for places in self._places)))
 
     def format_of(self, one: Chosen) -> str:
         """Extension of a sample's image."""

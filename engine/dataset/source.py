@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.dataset.commits import list_commits
 from engine.dataset.shards import SHARDS, file_digest, shard_name
-from engine.dataset.state import MANIFEST, METADATA, RESCORED_FROM, SUCCESS, StoredRun, read_run
+from engine.dataset.state import (
+    MANIFEST,
+    METADATA,
+    RESCORED_FROM,
+    SUCCESS,
+    StoredRun,
+    read_manifest,
+    read_run,
+    stored_plan,
+)
 from engine.dataset.store import Store, open_store
+from engine.dataset.surplus import MARKED, Surplus, quotas_of
 from engine.errors import CorruptShardError, JobError, OutputError
 
 if TYPE_CHECKING:
@@ -40,6 +49,8 @@ class RunSource:
         is_finished: whether `_SUCCESS` is there.
         rows: the parquet files of its attempts, in order.
         tars: the tars of its images, in order; those of the source run where this one was scored anew.
+        surplus: of shards that have samples beyond their quota, the column `surplus` by the file of their rows, as far
+            as the run is; None where the files have that column.
         is_rescored: whether the rows are not those that the tars hold.
         labels: class names of the target in index order; empty where they are not known.
         models: by role, as in the manifest; empty where there is none.
@@ -56,6 +67,7 @@ class RunSource:
     is_finished: bool
     rows: tuple[Path, ...]
     tars: tuple[Path, ...]
+    surplus: Mapping[Path, tuple[bool, ...]] | None
     is_rescored: bool
     labels: tuple[str, ...]
     models: dict[str, Any]
@@ -105,7 +117,8 @@ def _open(uri: str, depth: int) -> RunSource:
         raise JobError(
             f"RUN: there is no folder '{uri}'; give the output folder of `riskforge run` or `riskforge merge`"
         )
-    manifest, stored = _manifest(store), read_run(store)
+    stored = read_run(store)
+    manifest = read_manifest(store) if store.exists(MANIFEST) else {}
     rows, shards, state = _rows(store, stored, uri)
     origin = _origin(store, manifest, depth)
     return RunSource(
@@ -116,6 +129,7 @@ def _open(uri: str, depth: int) -> RunSource:
         is_finished=store.exists(SUCCESS),
         rows=rows,
         tars=origin.tars if origin else shards,
+        surplus=_surplus(store, rows) if stored and rows != _metadata_files(store) else None,
         is_rescored=origin is not None,
         labels=_labels(manifest, stored) or (origin.labels if origin else ()),
         models=_models(manifest),
@@ -143,18 +157,6 @@ def readable(where: Path | str) -> Iterator[None]:
         raise CorruptShardError(f"{where}: the rows cannot be read ({reason}); {remedy}") from None
 
 
-def _manifest(store: Store) -> dict[str, Any]:
-    if not store.exists(MANIFEST):
-        return {}
-    try:
-        found = json.loads(store.read(MANIFEST))
-    except (ValueError, RecursionError) as error:
-        raise JobError(f"RUN: {store.path(MANIFEST)} cannot be read ({error}); restore the file") from None
-    if not isinstance(found, dict):
-        raise JobError(f"RUN: {store.path(MANIFEST)} is not a JSON object; restore the file")
-    return found
-
-
 def _rows(store: Store, stored: StoredRun | None, uri: str) -> tuple[tuple[Path, ...], tuple[Path, ...], str]:
     """Files of rows, tars, and how far the run is."""
     metadata = _metadata_files(store)
@@ -176,6 +178,27 @@ def _rows(store: Store, stored: StoredRun | None, uri: str) -> tuple[tuple[Path,
     if metadata and _num_rows(metadata) == sum(one.counts.attempted for one in commits.values()):
         return metadata, tars, state
     return tuple(store.path(f"{name}.parquet") for name in names), tars, state
+
+
+def _surplus(store: Store, rows: tuple[Path, ...]) -> dict[Path, tuple[bool, ...]]:
+    """The column `surplus` of those committed shards that have samples beyond their quota, by the file of their rows.
+
+    The counts of the commit records tell which: other shards are not read.
+    """
+    import pyarrow.parquet as pq
+
+    job, plan = stored_plan(store)
+    beyond, flags, wanted = Surplus(quotas_of(plan)), dict[Path, tuple[bool, ...]](), set(rows)
+    for number, commit in sorted(list_commits(store).items()):
+        path = store.path(f"{SHARDS}/{shard_name(job.name, number)}.parquet")
+        # Others were committed after the rows were listed, or are of no plan, which `verify` tells.
+        if path not in wanted or number >= plan.num_shards:
+            continue
+        request = plan.requests[plan.shard(number).request].spec.name
+        if not beyond.is_within(request, commit.counts.accepted_per_class):
+            with readable(path):
+                flags[path] = tuple(beyond.mark(pq.read_table(path, columns=list(MARKED), partitioning=None)))
+    return flags
 
 
 def _metadata_files(store: Store) -> tuple[Path, ...]:

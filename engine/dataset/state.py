@@ -16,7 +16,7 @@ from typing import Any
 
 from engine.dataset.shards import SHARDS
 from engine.dataset.store import DRIVER_LOCK, LEASES, LOCKS, STATE, Store
-from engine.errors import JobError, OutputError, OwnedError
+from engine.errors import CorruptShardError, JobError, OutputError, OwnedError
 from engine.plan import EVERY_CELL, Cell, Extent, Plan, RequestPlan, difference, next_stage
 from engine.records import fields_of
 from engine.spec import JobSpec, parse_job
@@ -194,6 +194,32 @@ def publish_rounds(store: Store, plan: Plan, extents: tuple[Extent, ...]) -> Pla
     return plan
 
 
+def read_manifest(store: Store) -> dict[str, Any]:
+    """What a run, a rescoring or an export says of itself.
+
+    Raises:
+        OutputError: there is no manifest.
+        CorruptShardError: it is no JSON object.
+    """
+    if not store.exists(MANIFEST):
+        raise OutputError(f"output {store.uri}: has no {MANIFEST}; finish the run first (`riskforge run`)")
+    try:
+        manifest = json.loads(store.read(MANIFEST))
+        if not isinstance(manifest, dict):
+            raise ValueError("it is not a JSON object")
+    except (ValueError, RecursionError) as error:
+        raise manifest_error(store, error) from error
+    return manifest
+
+
+def manifest_error(store: Store, reason: object) -> CorruptShardError:
+    """What to raise where a manifest cannot be read, or lacks what every manifest has."""
+    return CorruptShardError(
+        f"{store.path(MANIFEST)}: cannot be read as a manifest ({str(reason)[:MAX_REASON_CHARS]}); restore the file, or"
+        " remove _SUCCESS, and the run's command writes it anew"
+    )
+
+
 def check_kind(store: Store, *, scores: bool = False) -> None:
     """Refuse a folder that says of itself that it is no run.
 
@@ -204,10 +230,8 @@ def check_kind(store: Store, *, scores: bool = False) -> None:
         OutputError: it is a merged or exported data set, or has the scores that `rescore` made.
     """
     try:
-        manifest = json.loads(store.read(MANIFEST)) if store.exists(MANIFEST) else None
-    except (ValueError, RecursionError):
-        return
-    if not isinstance(manifest, dict):
+        manifest = read_manifest(store) if store.exists(MANIFEST) else {}
+    except CorruptShardError:
         return
     if manifest.get("kind") == EXPORT_KIND:
         raise OutputError(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.class_names import distinct_pairs
 from engine.dataset.counts import JOINT_KEY
 from engine.records import NO_CLASS, STATUS_FAILED, STATUS_OK, STATUS_REJECTED
 
@@ -87,15 +89,36 @@ def summarise(metadata: Path) -> list[GroupSummary]:
 
 
 def count_classes(metadata: Path) -> dict[str, dict[str, int]]:
-    """Samples per class name and status, classes in the order of their names."""
+    """Samples per class and status, classes in the order of their names; with their indices where a name is double."""
     import pyarrow.parquet as pq
 
-    table = pq.read_table(metadata, columns=["class_name", "status"], partitioning=None)
+    table = pq.read_table(metadata, columns=["class_name", "class_index", "status"], partitioning=None)
+    table = table.append_column("class", class_texts(table))
     counts: dict[str, dict[str, int]] = {}
-    for row in table.group_by(["class_name", "status"]).aggregate([([], "count_all")]).to_pylist():
+    for row in table.group_by(["class", "status"]).aggregate([([], "count_all")]).to_pylist():
         empty = dict.fromkeys((STATUS_OK, STATUS_REJECTED, STATUS_FAILED), 0)
-        counts.setdefault(row["class_name"], empty)[row["status"]] = row["count_all"]
+        counts.setdefault(row["class"], empty)[row["status"]] = row["count_all"]
     return dict(sorted(counts.items()))
+
+
+def class_texts(table: pa.Table, labels: Sequence[str] = ()) -> pa.Array:
+    """For each row the name of its class, with the index where another class has that name.
+
+    Args:
+        labels: class names of the target in index order; without them the classes of the rows are all there are.
+    """
+    import numpy as np
+    import pyarrow as pa
+
+    if not table.num_rows:
+        return pa.array([], pa.string())
+    names = table["class_name"].cast(pa.string()).combine_chunks().dictionary_encode()
+    known = names.dictionary.to_pylist()
+    codes = table["class_index"].to_numpy().astype(np.int64) * len(known) + names.indices.to_numpy()
+    found, places = np.unique(codes, return_inverse=True)
+    pairs = [(int(code) // len(known), known[int(code) % len(known)]) for code in found]
+    texts = distinct_pairs([*enumerate(labels), *pairs])
+    return pa.array([texts[pair] for pair in pairs], pa.string()).take(pa.array(places))
 
 
 def read_dials(metadata: Path, job: JobSpec) -> dict[str, dict[str, float]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from engine.dataset.shards import IMAGE_FORMATS, tar_entries
 from engine.dataset.store import explained
@@ -33,37 +35,76 @@ class SamplePlace(NamedTuple):
     record: Place
 
 
-def index_tars(tars: Sequence[Path], keys: Iterable[str]) -> dict[str, SamplePlace]:
+class SamplePlaces(Mapping[str, SamplePlace]):
+    """Places of samples by key, in one array of numbers: there may be millions."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._rows = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+        # Number of the tar, offset and size of the image, number of its format, offset and size of the record.
+        self._numbers = np.full((len(self._rows), 6), -1, dtype=np.int64)
+        self._formats: list[str] = []
+        self.num_missing = len(self._rows)
+
+    def add(self, key: str, place: SamplePlace) -> None:
+        """Note the place of a sample that is wanted; the first one counts."""
+        row = self._rows.get(key)
+        if row is None or self._numbers[row, 0] >= 0:
+            return
+        if place.image_format not in self._formats:
+            self._formats.append(place.image_format)
+        self._numbers[row] = (*place.image, self._formats.index(place.image_format), *place.record[1:])
+        self.num_missing -= 1
+
+    def first_missing(self) -> str:
+        """The first key by name that is nowhere."""
+        return min(key for key, row in self._rows.items() if self._numbers[row, 0] < 0)
+
+    @property
+    def image_formats(self) -> frozenset[str]:
+        """Extensions of the images."""
+        return frozenset(self._formats)
+
+    def __getitem__(self, key: str) -> SamplePlace:
+        tar, offset, size, form, *record = self._numbers[self._rows[key]].tolist()
+        return SamplePlace(Place(tar, offset, size), self._formats[form], Place(tar, *record))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def index_tars(tars: Sequence[Path], keys: Iterable[str]) -> SamplePlaces:
     """Places of the samples with these keys; the walk ends once all are found.
 
     Raises:
         CorruptShardError: a tar is missing or torn, or a sample is in none of them.
     """
-    wanted = set(keys)
-    found: dict[str, SamplePlace] = {}
+    found = SamplePlaces(keys)
     for number, path in enumerate(tars):
-        if len(found) == len(wanted):
+        if not found.num_missing:
             break
         if not path.exists():
             raise CorruptShardError(f"{path}: is missing; `riskforge verify` tells what is damaged")
-        _index_tar(path, number, wanted, found)
-    if missing := wanted - found.keys():
+        _index_tar(path, number, found)
+    if found.num_missing:
         where = tars[0].parent if tars else "the run, which has no tars"
         raise CorruptShardError(
-            f"{where}: no tar has the image of {min(missing)!r} ({len(missing)} are missing); `riskforge verify` tells"
-            " what is damaged"
+            f"{where}: no tar has the image of {found.first_missing()!r} ({found.num_missing} are missing); `riskforge"
+            " verify` tells what is damaged"
         )
     return found
 
 
-def _index_tar(path: Path, number: int, wanted: set[str], found: dict[str, SamplePlace]) -> None:
+def _index_tar(path: Path, number: int, found: SamplePlaces) -> None:
     image: tuple[str, str, Place] | None = None
     for name, offset, size in tar_entries(path):
         key, _, extension = name.partition(".")
         if extension in IMAGE_FORMATS:
             image = (key, extension, Place(number, offset, size))
-        elif extension == RECORD and image and image[0] == key and key in wanted:
-            found.setdefault(key, SamplePlace(image[2], image[1], Place(number, offset, size)))
+        elif extension == RECORD and image and image[0] == key:
+            found.add(key, SamplePlace(image[2], image[1], Place(number, offset, size)))
 
 
 @dataclass

@@ -18,7 +18,8 @@ import engine
 from engine.errors import JobError
 from engine.models.methods import method_problems
 from engine.models.targets import check_foreign, foreign_digest, foreign_labels, is_foreign
-from engine.spec import JobSpec, RequestSpec, nearest, noise_problem
+from engine.spec import JobSpec, RequestSpec, noise_problem
+from engine.spec_messages import nearest
 
 ZOO = Path(engine.__file__).parent / "zoo"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")

@@ -33,7 +33,7 @@ from engine.models.targets import (
     parse_settings,
     side_settings,
 )
-from engine.spec import nearest
+from engine.spec_messages import nearest
 
 # One row alone, and a number that nobody exports for.
 PROBE_ROWS = (1, 3)

@@ -194,7 +194,7 @@ def _conditioned(record: dict[str, Any], names: dict[int, str]) -> str:
     """What a sample was conditioned on; the record of a joint prompt names only the class it came closest to."""
     if is_joint(record["key"]) and record["kldb_classes"]:
         return subset_name(tuple(record["kldb_classes"]), names)
-    return str(record["class_name"])
+    return names.get(record["class_index"], str(record["class_name"]))
 
 
 def _outcomes(record: dict[str, Any]) -> list[str]:

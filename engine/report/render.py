@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +18,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from engine.dataset.state import MANIFEST, METADATA, REPORT, check_kind
+from engine.class_names import distinct_names
+from engine.dataset.state import METADATA, REPORT, check_kind, manifest_error, read_manifest
 from engine.dataset.store import Store
 from engine.dataset.summary import summarise_table
 from engine.errors import CorruptShardError, JobError, OutputError
@@ -110,10 +110,9 @@ def write_report(
         CorruptShardError: one of the two cannot be read.
     """
     check_kind(store, scores=True)
-    for name in (MANIFEST, METADATA):
-        if not store.exists(name):
-            raise OutputError(f"output {store.uri}: has no {name}; finish the run first (`riskforge run`)")
     manifest = _read_manifest(store)
+    if not store.exists(METADATA):
+        raise OutputError(f"output {store.uri}: has no {METADATA}; finish the run first (`riskforge run`)")
     evaluation, problem = None, ""
     try:
         evaluation = read_evaluation(into or store)
@@ -132,18 +131,16 @@ def _read_manifest(store: Store) -> dict[str, Any]:
     Raises:
         CorruptShardError: it is not the manifest of a run.
     """
+    manifest = read_manifest(store)
     try:
-        manifest: dict[str, Any] = json.loads(store.read(MANIFEST))
         for place, kind in _NEEDED.items():
             value: Any = manifest
             for key in place.split("."):
                 value = value[key]
             if not isinstance(value, kind):
                 raise TypeError(f"{place} is not as it should be")
-    except (ValueError, TypeError, KeyError) as error:
-        raise CorruptShardError(
-            f"{store.path(MANIFEST)}: cannot be read as the manifest of a run ({error}); {_REMEDY}"
-        ) from error
+    except (TypeError, KeyError) as error:
+        raise manifest_error(store, error) from error
     return manifest
 
 
@@ -176,7 +173,7 @@ def render(
     table = read_table(store.path(METADATA))
     metadata = open_metadata(store.path(METADATA))
     rows = make_rows(table)
-    names = class_names(rows, labels)
+    names = distinct_names(class_names(rows, labels))
     context = {
         "title": title,
         "lead": _lead(manifest, rows),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.dataset.counts import JOINT_KEY
-from engine.dataset.summary import summarise_table
+from engine.dataset.summary import class_texts, summarise_table
 from engine.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED
 from engine.report.data import Rows
 from engine.report.headline import Column, Line, Table, summary_cells, summary_columns
@@ -28,7 +28,7 @@ def class_table(table: pa.Table) -> Table | None:
     # The record of a joint sample names the class that it came closest to.
     is_joint = pc.match_substring_regex(table["key"], JOINT_KEY)
     joint = pc.binary_join_element_wise(pa.scalar("joint prompt of"), table["request"].cast(pa.string()), " ")
-    texts = pc.if_else(is_joint, joint, table["class_name"].cast(pa.string()))
+    texts = pc.if_else(is_joint, joint, class_texts(table))
     whole = pa.array([""] * table.num_rows, pa.string())
     groups = summarise_table(_with(_with(_with(table, "request", texts), "context", whole), "method", whole))
     if len(groups) < 2:

@@ -6,7 +6,7 @@ options and images give equal figures on a CPU.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,9 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-from engine.dataset.state import EVALUATION, MANIFEST, METADATA, REPORT
+from engine.class_names import distinct_names
+from engine.dataset.lease import hold
+from engine.dataset.state import EVALUATION, MANIFEST, METADATA, REPORT, read_manifest
 from engine.dataset.store import STATE, Store, open_store
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.images import LabelledImage, Unusable, UnusableImageError, decode_rgb, nothing_usable, open_images
@@ -50,19 +52,17 @@ from engine.report.evaluation import (
 from engine.report.images import read_images
 from engine.report.render import write_report
 from engine.report.text import clip as clipped
-from engine.report.text import number
 from engine.spec import JobSpec, RuntimeSpec
 from engine.studies.distances import Features, frechet_interval, kernel_distance, precision_recall
 from engine.studies.extremes import Scored, boundary_extremes, risk_extremes
 from engine.studies.features import choose_extractor
 from engine.studies.folders import check_folder
 from engine.studies.intervals import Estimate, mean_interval, wilson_interval
-from engine.studies.memorisation import MIN_HELD_OUT, Found, find_nearest, order_by_nearness, thresholds_of
+from engine.studies.memorisation import Found, find_nearest, order_by_nearness, thresholds_of
 from engine.studies.pictures import Eyes, Pictures, draw_images, unit
 from engine.studies.samples import StudiedRun, choose_requests, open_study
 from engine.studies.slices import ATTRIBUTES, Clusters, cluster, nearest_texts, neighbourhood, prototypes
 from engine.studies.slices import MAX_CLUSTERED as MAX_CLUSTERED_FAILURES
-from engine.terminal import printable
 from engine.worker import quiet_libraries
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class Album:
     def sample(self, samples: Samples, row: int, text: str = "") -> Shown:
         """A sample of the run."""
         record = samples.records[row]
-        about = f"{record['class_name']} → {self.name_of(record['predicted_class'])}"
+        about = f"{self.name_of(record['class_index'])} → {self.name_of(record['predicted_class'])}"
         text = f"{about}, {text}" if text else about
         return self.show("sample", record["key"], samples.pictures.thumbnails[row], text)
 
@@ -190,6 +190,7 @@ def evaluate(run_uri: str, options: EvaluateOptions, *, display: Display, folder
         JobError: an option is wrong, or a model or images cannot be used.
         OutputError: the run is not finished, or the folder is somebody else's.
         CorruptShardError: an image of the run cannot be read.
+        OwnedError: it would go into the run, and a driver is at work there.
     """
     options.check()
     run = open_study(run_uri)
@@ -200,6 +201,12 @@ def evaluate(run_uri: str, options: EvaluateOptions, *, display: Display, folder
         choose_requests(run, "--reference", [options.reference])
     if folder is not None:
         check_folder(Path(folder).expanduser(), EVALUATION, (EVALUATION, REPORT, STATE), STUDY)
+    # Whoever writes into a run holds its lease.
+    with hold(run.store, notice=display.notice) if folder is None else contextlib.nullcontext():
+        return _write(run, options, display, folder)
+
+
+def _write(run: StudiedRun, options: EvaluateOptions, display: Display, folder: str | None) -> Evaluated:
     evaluation = _evaluate(run, options, display)
     into = run.store if folder is None else open_store(str(Path(folder).expanduser()))
     try:
@@ -213,7 +220,7 @@ def evaluate(run_uri: str, options: EvaluateOptions, *, display: Display, folder
 
 
 def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> Evaluation:
-    job, manifest = run.job, json.loads(run.store.read(MANIFEST))
+    job, manifest = run.job, read_manifest(run.store)
     labels = _labels(run, manifest)
     for option, address in (("--real", options.real), ("--train", options.train)):
         if address is not None:
@@ -223,7 +230,7 @@ def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> Ev
     quiet_libraries()
     eyes, target = _load(job, run, options)
     samples, num_attempts = _read_samples(run, eyes, options, display)
-    album = Album(dict(enumerate(labels)))
+    album = Album(distinct_names(dict(enumerate(labels))))
     names = [one.name for one in job.requests]
     real, real_source = None, None
     if options.real is not None:
@@ -586,7 +593,7 @@ def _slice(
         for one in nearest_texts(points[own], points, names, embeds, most)
     ]  # fmt: skip
     records = [samples.records[row] for row in own]
-    pairs = Counter((one["class_name"], album.name_of(one["predicted_class"])) for one in records)
+    pairs = Counter((album.name_of(one["class_index"]), album.name_of(one["predicted_class"])) for one in records)
     chosen = own[prototypes(centre, points[own])]
     return Slice(
         texts=tuple((clipped(text, 200), value) for text, value in named),
@@ -622,64 +629,8 @@ def _extremes(
         classes=real.classes,
         records=samples.records,
         methods=methods,
-        labels=labels,
+        labels=[album.name_of(index) for index in range(len(labels))],
         show_real=show_real,
         show_sample=show_sample,
     )
     return (*boundary_extremes(scored), *risk_extremes(scored))
-
-
-# For a terminal ------------------------------------------------------------------------------------------------------
-
-
-def summary_lines(found: Evaluation) -> list[str]:
-    """What was found, a line each."""
-    lines: list[str] = []
-    for side in found.quality:
-        lines.append(f"against {printable(side.against)}, in features of {printable(side.features)}:")
-        lines += [f"  {_quality_text(one)}" for one in side.requests]
-    if found.text_scores and found.text_scores.requests:
-        kind = " (circular: it may have guided them)" if found.text_scores.is_circular else ""
-        lines.append(f"CLIPScore under {printable(found.text_scores.model)}{kind}:")
-        lines += [f"  {one.request}: {_range(one.score)} (n = {one.num_images})" for one in found.text_scores.requests]
-    if found.memorisation:
-        lines += _memorisation_lines(found.memorisation, has_real=found.real is not None)
-    return lines + _slice_lines(found.slices)
-
-
-def _quality_text(one: Quality) -> str:
-    if one.kid is None or one.frechet is None or one.precision is None or one.recall is None:
-        return f"{one.request}: {one.skipped}"
-    return (
-        f"{one.request}: KID x 1,000 {_range(one.kid, 1000)}, Frechet {_range(one.frechet)},"
-        f" precision {one.precision.value:.2f}, recall {one.recall.value:.2f} (n = {one.num_images} each)"
-    )
-
-
-def _memorisation_lines(found: Memorisation, *, has_real: bool) -> list[str]:
-    lines = [f"nearest of {found.train.num_images} training images of {printable(found.train.address)}:"]
-    if found.thresholds is None:
-        few = f"fewer than {MIN_HELD_OUT} images of --real are no training images; give more"
-        hint = few if has_real else "give held-out images with --real to know what is near"
-        lines.append(f"  no threshold: {hint}")
-    for one in found.requests:
-        distances = f"CLIP {one.clip_distance_median:.4f}, pixels {one.pixel_distance_median:.4f}"
-        suspects = "" if one.num_suspects is None else f"; {one.num_suspects} of {one.num_images} suspect"
-        lines.append(f"  {one.request}: median distance {distances}{suspects}")
-    return lines
-
-
-def _slice_lines(found: Slices) -> list[str]:
-    if found.skipped:
-        return [f"failures are not clustered: {found.skipped}"]
-    lines = [f"{found.num_failures} failures in {len(found.slices)} clusters (silhouette {found.silhouette:.2f}):"]
-    for one in found.slices:
-        names = ", ".join(text for text, _ in one.texts) or "no text is near"
-        rate = f"the target errs on {one.neighbourhood.value:.0%} of {one.num_neighbours} samples thereabouts"
-        lines.append(f"  {one.num_failures} failures, {printable(names)}; {rate}")
-    return lines
-
-
-def _range(one: Interval, factor: float = 1.0) -> str:
-    value, low, high = (number(part * factor) for part in (one.value, one.low, one.high))
-    return f"{value} ({low} to {high})"

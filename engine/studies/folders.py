@@ -1,4 +1,4 @@
-"""The folder of a study's results: what may be in its place before it."""
+"""The folder or file of a study's results: what may be in its place before it."""
 
 from __future__ import annotations
 
@@ -58,3 +58,19 @@ def _is_result(document: Path, study: str) -> bool:
         return bool(json.loads(document.read_text(encoding="utf-8"))["study"] == study)
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def check_replaces(option: str, path: Path, beginning: str) -> None:
+    """Check that a file to write is not there, is empty, or begins as what `compare` writes under this option.
+
+    Raises:
+        OutputError: it is something else, such as a file of a run, which would be lost.
+    """
+    if path.is_dir():
+        raise OutputError(f"{option}: {path} is a folder; name a file")
+    if not path.is_file():
+        return
+    with explained(path), path.open("rb") as file:
+        found = file.read(len(beginning.encode()))
+    if found and found != beginning.encode():
+        raise OutputError(f"{option}: {path} is there already and was not written by this option; choose another name")

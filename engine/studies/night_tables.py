@@ -27,6 +27,8 @@ from engine.studies.nights import (
 MAX_MARKDOWN_ROWS = 200
 MAX_CHANGES = 50
 STAR = "*"
+# How the Markdown begins.
+PAGE_BEGINNING = "# `"
 CORRECTION = "Holm"
 
 

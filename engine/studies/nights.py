@@ -6,20 +6,19 @@ noise. A request whose samples are pairs is compared pair by pair, any other as 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.dataset.counts import is_joint
-from engine.dataset.state import MANIFEST, METADATA, SUCCESS
+from engine.class_names import distinct_names
+from engine.dataset.counts import JOINT_KEY
+from engine.dataset.state import MANIFEST, METADATA, SUCCESS, read_manifest
 from engine.dataset.store import explained, open_store
-from engine.dataset.summary import oracle_reading
+from engine.dataset.summary import class_texts, oracle_reading
 from engine.errors import JobError, OutputError
 from engine.records import STATUS_FAILED
 from engine.spec import JOINT_SEPARATOR
@@ -157,6 +156,7 @@ def read_night(address: str) -> Night:
 
     Raises:
         OutputError: there is no such folder, or nothing that a finished run has.
+        CorruptShardError: its manifest cannot be read.
     """
     import pyarrow as pa
     import pyarrow.dataset
@@ -169,8 +169,8 @@ def read_night(address: str) -> Night:
             " come to its end"
         )
     path = store.path(METADATA)
+    manifest = read_manifest(store)
     try:
-        manifest = json.loads(store.read(MANIFEST))
         target = manifest["models"]["target"]
         with explained(path):
             table = pq.read_table(path, columns=_COLUMNS, partitioning=None).combine_chunks()
@@ -188,18 +188,18 @@ def _night(address: str, name: str, target: dict[str, Any], table: pa.Table) -> 
     oracle = oracle_reading(table)
     is_error = np.asarray(table["is_error"].to_numpy(), dtype=bool)
     numbers = {one: np.asarray(table[one].to_numpy(), dtype=float) for one in MEDIANS}
-    requests = _texts(table["request"].to_pylist())
+    requests, methods = (_shared(table[one]) for one in ("request", "method"))
     return Night(
         address=address,
         name=name,
         target={key: str(target[key]) for key in ("address", "digest")},
         labels=labels,
-        methods=dict(zip(requests.tolist(), table["method"].to_pylist(), strict=True)),
-        keys=_texts(table["key"].to_pylist()),
+        methods=dict(zip(requests.tolist(), methods.tolist(), strict=True)),
+        keys=texts_of(table["key"].to_pylist()),
         requests=requests,
-        classes=_texts(list(_class_names(table, labels))),
-        contexts=_texts(table["context"].to_pylist()),
-        prompts=_texts(table["prompt"].to_pylist()),
+        classes=_class_names(table, labels),
+        contexts=_shared(table["context"]),
+        prompts=_shared(table["prompt"]),
         seeds=np.asarray(table["seed"].to_numpy(), dtype=np.int64),
         is_error=is_error,
         valid=np.where(oracle < 0, np.nan, (oracle > 0) & is_error),
@@ -207,13 +207,30 @@ def _night(address: str, name: str, target: dict[str, Any], table: pa.Table) -> 
     )
 
 
-def _class_names(table: pa.Table, labels: Sequence[str]) -> Iterator[str]:
-    rows = zip(*(table[name].to_pylist() for name in ("key", "class_name", "kldb_classes")), strict=True)
-    for key, class_name, members in rows:
-        yield JOINT_SEPARATOR.join(labels[one] for one in members) if is_joint(key) else class_name
+def _class_names(table: pa.Table, labels: Sequence[str]) -> Texts:
+    """What was asked for, row by row; rows of one class share one text."""
+    import pyarrow.compute as pc
+
+    texts = _shared(class_texts(table, labels))
+    joint = np.flatnonzero(pc.match_substring_regex(table["key"], JOINT_KEY).to_numpy())
+    names = distinct_names(dict(enumerate(labels)))
+    shared: dict[tuple[int, ...], str] = {}
+    for row, members in zip(joint, table["kldb_classes"].take(joint).to_pylist(), strict=True):
+        texts[row] = shared.setdefault(tuple(members), JOINT_SEPARATOR.join(names[one] for one in members))
+    return texts
 
 
-def _texts(values: Sequence[str]) -> Texts:
+def _shared(column: pa.Array | pa.ChunkedArray) -> Texts:
+    """A column of texts with one object for each distinct text, not one for each row."""
+    import pyarrow as pa
+
+    whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    encoded = whole.dictionary_encode()
+    return texts_of(encoded.dictionary.to_pylist())[encoded.indices.to_numpy()]
+
+
+def texts_of(values: Sequence[str]) -> Texts:
+    """A column of texts."""
     column = np.empty(len(values), dtype=object)
     column[:] = values
     return column
@@ -316,13 +333,12 @@ def _match(old: Night, new: Night, request: str) -> tuple[tuple[Rows, Rows] | No
     by itself.
     """
     a, b = (np.flatnonzero(one.requests == request) for one in (old, new))
-    first, second = (
-        {(one.prompts[row], int(one.seeds[row])): row for row in rows} for one, rows in ((old, a), (new, b))
-    )
-    shared = [identity for identity in first if identity in second]
-    is_unique = len(first) == len(a) and len(second) == len(b)
+    first, second = _identities(old, new, a, b)
+    is_unique = all(len(np.unique(side)) == len(side) for side in (first, second))
+    shared, of_a, of_b = np.intersect1d(first, second, return_indices=True)
     if is_unique and len(shared) >= max(MIN_SAMPLES, MIN_PAIRED_SHARE * min(len(a), len(b))):
-        rows = tuple(np.array([side[one] for one in shared], dtype=np.intp) for side in (first, second))
+        order = np.argsort(of_a)
+        rows = (a[of_a[order]], b[of_b[order]])
         left = [len(side) - len(shared) for side in (first, second)]
         about = (
             [f"request {request!r}: {left[0]} and {left[1]} samples without a pair are left out"] if any(left) else []
@@ -346,6 +362,16 @@ def _match(old: Night, new: Night, request: str) -> tuple[tuple[Rows, Rows] | No
     if min(len(a), len(b)) < MIN_SAMPLES:
         return None, False, [f"request {request!r}: {len(a)} and {len(b)} samples are too few to compare"]
     return (a, b), False, about
+
+
+def _identities(old: Night, new: Night, a: Rows, b: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """A number for each row of both runs, equal where prompt and seed are."""
+    known: dict[str, int] = {}
+    sides = ((old, a), (new, b))
+    prompts = np.array([known.setdefault(text, len(known)) for one, rows in sides for text in one.prompts[rows]])
+    seeds, codes = np.unique(np.concatenate([one.seeds[rows] for one, rows in sides]), return_inverse=True)
+    numbers = prompts.astype(np.int64) * len(seeds) + codes
+    return numbers[: len(a)], numbers[len(a) :]
 
 
 def _balanced(old: Night, new: Night, a: Rows, b: Rows) -> tuple[Rows, Rows]:
@@ -440,18 +466,6 @@ def _adjusted(rows: list[Compared]) -> Iterator[Compared]:
     return (replace(row, adjusted=one) for row, one in zip(rows, adjusted, strict=True))
 
 
-def open_nights(addresses: Sequence[str], baseline: Path | None) -> tuple[Night, Night]:
-    """The older and the newer of two runs, or a baseline and a run.
-
-    Raises:
-        JobError: not two of them.
-    """
-    if len(addresses) + (baseline is not None) != 2:
-        raise JobError("compare: takes two runs, or one run with --baseline FILE, or one with --pin FILE")
-    old = read_night(addresses[0]) if baseline is None else read_baseline(baseline)
-    return old, read_night(addresses[-1])
-
-
 def unfinished(addresses: Sequence[str]) -> list[str]:
     """Of runs and rescorings those without `_SUCCESS`: their figures are of a part, or from before they grew."""
     return [one for one in addresses if not open_store(one).exists(SUCCESS)]
@@ -534,104 +548,3 @@ def metric_name(metric: str) -> str:
     """A metric in words."""
     names = {"error_rate": "error rate", "valid_failures": "valid failures", "risk": "median risk"}
     return names.get(metric, {"kldb": "median KLDB"}.get(metric, f"median {metric}"))
-
-
-# Pinning -------------------------------------------------------------------------------------------------------------
-
-BASELINE_VERSION = 1
-PAGE_BEGINNING = "# `"
-BASELINE_BEGINNING = '{"baseline_version": '
-_TEXT_COLUMNS = ("keys", "requests", "classes", "contexts", "prompts")
-_NUMBER_COLUMNS = ("risk", "conformity", "kldb")
-
-
-def check_replaces(option: str, path: Path, beginning: str) -> None:
-    """Check that a file to write is not there, is empty, or begins as what `compare` writes under this option.
-
-    Raises:
-        OutputError: it is something else, such as a file of a run, which would be lost.
-    """
-    if path.is_dir():
-        raise OutputError(f"{option}: {path} is a folder; name a file")
-    if not path.is_file():
-        return
-    with explained(path), path.open("rb") as file:
-        found = file.read(len(beginning.encode()))
-    if found and found != beginning.encode():
-        raise OutputError(f"{option}: {path} is there already and was not written by this option; choose another name")
-
-
-def pin_night(night: Night, path: Path) -> None:
-    """Write what a comparison needs of a run into a file, so that the run need not be kept.
-
-    Raises:
-        OutputError: the file cannot be written, or is there and no baseline.
-    """
-    check_replaces("--pin", path, BASELINE_BEGINNING)
-    document = {
-        "baseline_version": BASELINE_VERSION,
-        "address": night.address,
-        "name": night.name,
-        "target": night.target,
-        "labels": list(night.labels),
-        "methods": night.methods,
-        **{name: _packed(getattr(night, name)) for name in _TEXT_COLUMNS},
-        "seeds": night.seeds.tolist(),
-        "is_error": night.is_error.astype(int).tolist(),
-        "valid": [None if np.isnan(one) else int(one) for one in night.valid],
-        **{name: getattr(night, name).tolist() for name in _NUMBER_COLUMNS},
-    }
-    text = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
-    part = path.with_name(f".{path.name}.part")
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-
-
-def _packed(column: Texts) -> dict[str, Any]:
-    values, codes = np.unique(column.astype(str), return_inverse=True) if len(column) else (column, column)
-    return {"values": values.tolist(), "codes": codes.tolist()}
-
-
-def _unpacked(packed: dict[str, Any]) -> Texts:
-    return _texts([str(packed["values"][code]) for code in packed["codes"]])
-
-
-def read_baseline(path: Path) -> Night:
-    """A run as `pin_night` wrote it.
-
-    Raises:
-        JobError: the file cannot be read, or is no such file.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if document["baseline_version"] != BASELINE_VERSION:
-            raise ValueError(f"version {document['baseline_version']}")
-        return _unpinned(document)
-    except OSError as error:
-        raise JobError(f"--baseline {path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise JobError(
-            f"--baseline {path}: is not a baseline of this version ({error}); `riskforge compare RUN --pin FILE` writes"
-            " one"
-        ) from None
-
-
-def _unpinned(document: dict[str, Any]) -> Night:
-    columns: dict[str, Any] = {name: _unpacked(document[name]) for name in _TEXT_COLUMNS}
-    columns |= {name: np.array(document[name], dtype=float) for name in (*_NUMBER_COLUMNS, "valid")}
-    columns |= {"seeds": np.array(document["seeds"], dtype=np.int64)}
-    columns |= {"is_error": np.array(document["is_error"], dtype=bool)}
-    if len({column.shape for column in columns.values()}) != 1 or columns["seeds"].ndim != 1:
-        raise ValueError("its columns have different lengths")
-    if any(np.isnan(columns[name]).any() for name in _NUMBER_COLUMNS):
-        raise ValueError("a score is no number")
-    return Night(
-        address=str(document["address"]),
-        name=str(document["name"]),
-        target={key: str(document["target"][key]) for key in ("address", "digest")},
-        labels=tuple(map(str, document["labels"])),
-        methods={str(name): str(method) for name, method in document["methods"].items()},
-        **columns,
-    )

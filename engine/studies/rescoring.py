@@ -14,7 +14,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +25,20 @@ from engine.dataset.lease import hold
 from engine.dataset.manifest import software_versions, write_metadata
 from engine.dataset.schema import arrow_schema
 from engine.dataset.shards import ROWS_PER_GROUP, SHARDS, read_rows, read_shard, shard_name
-from engine.dataset.state import MANIFEST, METADATA, PLANS, RESCORED, RESCORED_FROM, RESCORING, SUCCESS, stored_plan
+from engine.dataset.state import (
+    MANIFEST,
+    METADATA,
+    PLANS,
+    RESCORED,
+    RESCORED_FROM,
+    RESCORING,
+    SUCCESS,
+    read_manifest,
+    stored_plan,
+)
 from engine.dataset.store import Store, explained, open_store
 from engine.dataset.summary import count_classes, count_requests, plain, summarise
+from engine.dataset.surplus import quotas_of
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.models.addresses import model_digest, read_labels, resolve
 from engine.models.targets import is_foreign
@@ -153,7 +164,7 @@ def rescore_run(
         JobError: a model is not there or has other classes.
         OutputError: there is no run, or the folder is something else's.
         CorruptShardError: a shard of the run is damaged.
-        OwnedError: another process rescores into this folder.
+        OwnedError: another process rescores into this folder, or it lies in the run and a driver is at work there.
     """
     store = open_store(address)
     job, plan = stored_plan(store)
@@ -162,7 +173,10 @@ def rescore_run(
     folder = open_store(output or str(store.root / RESCORED / _folder_name(target, models)))
     about = {"plan_digest": plan.digest, "models": models.digests}
     _check_folder(folder, store, about)
-    with hold(folder, notice=notice):
+    with ExitStack() as held:
+        if _is_inside(folder, store):
+            held.enter_context(hold(store, notice=notice))
+        held.enter_context(hold(folder, notice=notice))
         folder.clean_staging()
         folder.replace(RESCORING, (json.dumps(about, indent=1) + "\n").encode())
         commits = list_commits(store)
@@ -175,7 +189,7 @@ def rescore_run(
             _rescore_shard(store, folder, job, plan, number, scoring)
         _finish(store, folder, job, plan, commits, models, labels, started)
         is_complete = store.exists(SUCCESS)
-        manifest = json.loads(folder.read(MANIFEST))
+        manifest = read_manifest(folder)
         comparison, reason = _compare(store, folder, advance)
         if comparison is not None:
             manifest["comparison"] = summary_document(comparison)
@@ -201,8 +215,8 @@ def rescore_run(
 
 def _labels_of(store: Store, job: JobSpec) -> list[str]:
     """Class names of the run's own target; of the manifest, as the model may have changed or gone."""
-    with suppress(OutputError, ValueError, KeyError, TypeError):
-        return [str(label) for label in json.loads(store.read(MANIFEST))["models"]["target"]["labels"]]
+    with suppress(OutputError, CorruptShardError, KeyError, TypeError):
+        return [str(label) for label in read_manifest(store)["models"]["target"]["labels"]]
     labels = read_labels(job.models.target)
     if labels is None:
         raise JobError(
@@ -362,8 +376,7 @@ def _finish(
 ) -> None:
     """Write metadata and manifest over all shards."""
     folder.remove(SUCCESS)
-    quotas = {request.spec.name: request.spec.num_wanted for request in plan.requests if request.spec.has_quota}
-    write_metadata(folder, job.name, commits, schema_version=plan.schema_version, quotas=quotas)
+    write_metadata(folder, job.name, commits, schema_version=plan.schema_version, quotas=quotas_of(plan))
     groups = summarise(folder.path(METADATA))
     counts = count_requests(groups)
     totals = {name: sum(one[name] for one in counts.values()) for name in next(iter(counts.values()))}
@@ -396,14 +409,17 @@ def _finish(
 
 def _origin(store: Store, folder: Store, job: JobSpec, plan: Plan, num_shards: int) -> dict[str, Any]:
     """Where images and old scores are: relative to the folder where that lies inside the run."""
-    is_inside = folder.root.resolve().is_relative_to(store.root.resolve())
-    uri = os.path.relpath(store.root.resolve(), folder.root.resolve()) if is_inside else store.uri
+    uri = os.path.relpath(store.root.resolve(), folder.root.resolve()) if _is_inside(folder, store) else store.uri
     return {
         "uri": Path(uri).as_posix(),
         "plan_digest": plan.digest,
         "num_shards": num_shards,
         "target": {"address": job.models.target, "digest": plan.identity["models"]["target"]},
     }
+
+
+def _is_inside(folder: Store, store: Store) -> bool:
+    return folder.root.resolve().is_relative_to(store.root.resolve())
 
 
 def _new_addresses(models: _Models) -> dict[str, Any]:
@@ -415,8 +431,8 @@ def _described(store: Store, job: JobSpec, plan: Plan, models: _Models, labels: 
     """The models of the manifest: the run's, with those that scored anew in their places."""
     digests = plan.identity["models"]
     described: dict[str, Any] = {"clip": {"address": job.models.clip, "digest": digests["clip"]}}
-    with suppress(OutputError, ValueError, KeyError, TypeError):
-        described = json.loads(store.read(MANIFEST))["models"]
+    with suppress(OutputError, CorruptShardError, KeyError, TypeError):
+        described = read_manifest(store)["models"]
     described["target"] = {"address": models.target, "digest": models.digests["target"], "labels": labels}
     if models.transfer:
         pairs = zip(models.transfer, models.digests["transfer"], strict=True)
@@ -430,7 +446,7 @@ def _compare(store: Store, folder: Store, advance: Callable[[str], None]) -> tup
     """Before and after, request by request and context by context, or why there is nothing to compare."""
     try:
         return compare_nights(read_night(store.uri), read_night(folder.uri), advance=advance), ""
-    except (JobError, OutputError) as error:
+    except (JobError, OutputError, CorruptShardError) as error:
         return None, str(error)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import Any
 
 from engine.dataset.commits import CommitRecord, read_commits
 from engine.dataset.shards import SHARDS, read_rows, read_shard
-from engine.dataset.state import MANIFEST, check_kind, read_run
+from engine.dataset.state import MANIFEST, check_kind, read_manifest, read_run
 from engine.dataset.store import Store, open_store
 from engine.errors import JobError
 from engine.models.addresses import model_digest
 from engine.models.targets import is_foreign
-from engine.spec import JobSpec, RequestSpec, nearest, parse_job
+from engine.spec import JobSpec, RequestSpec, parse_job
+from engine.spec_messages import nearest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +136,7 @@ def _identity(store: Store) -> tuple[JobSpec, str, str]:
     """Job, digest of the plan and digest of the target, from the manifest; before there is one, from the plan."""
     try:
         if store.exists(MANIFEST):
-            manifest = json.loads(store.read(MANIFEST))
+            manifest = read_manifest(store)
             return parse_job(manifest["job"]), manifest["plan_digest"], manifest["models"]["target"]["digest"]
         if (stored := read_run(store)) is not None:
             return JobSpec.model_validate(stored.job), stored.digest, stored.identity["models"]["target"]
