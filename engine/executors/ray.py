@@ -37,6 +37,7 @@ MAX_ASKS_PER_SECOND = 200
 OBJECT_STORE_BYTES = 100 * 2**20
 CLOSE_SECONDS = 15.0
 CONNECT_SECONDS = 10.0
+DEATH_REASON_MILLISECONDS = 20_000
 
 Progress = tuple[int, int, float, int]
 
@@ -360,6 +361,9 @@ def prepare_environment(is_own: bool) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray would print a stack at SIGTERM, which ends a run in good order.
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+    # How long the driver waits to hear why an actor does not answer. After the one second that is Ray's own, the loss
+    # of a process on a busy machine would be taken for that of a node, and its shard not be blamed.
+    os.environ.setdefault("RAY_timeout_ms_task_wait_for_death_info", str(DEATH_REASON_MILLISECONDS))
     # Ray prints its own account of dead workers to stdout; the run tells of them itself.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     if is_own:
