@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from engine.models.runtime import choose_hardware, fix_threads
 from engine.plan import Plan, RequestPlan
 from engine.spec import JobSpec
 
@@ -45,6 +46,7 @@ def measure(job: JobSpec, plan: Plan) -> Measurement:
     from engine.worker import quiet_libraries
 
     quiet_libraries()
+    fix_threads(choose_hardware(job.runtime))
     started = time.monotonic()
     generator = Generator(job, plan)
     load_seconds = time.monotonic() - started

@@ -74,7 +74,7 @@ class Generator:
         """The device in words."""
         if self._hardware.is_cuda:
             return torch.cuda.get_device_name()
-        return f"CPU, {torch.get_num_threads()} threads"
+        return f"CPU, {torch.get_num_threads()} thread(s)"
 
     def next_batch(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
         """Results of the first samples of `specs`, as many as fit a batch.

@@ -37,7 +37,7 @@ from engine.messages import Report, ShardError, ShardProgress, UserFault, Worker
 from engine.models.addresses import image_encoder_digest, is_unclip, locate, model_digest, resolve
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip, ImageEncoder
-from engine.models.runtime import CPU_ROWS, Hardware, choose_hardware
+from engine.models.runtime import CPU_ROWS, Hardware, choose_hardware, fix_threads
 from engine.models.targets import add_import_folders
 from engine.plan import ShardSpec
 from engine.progress import Display, duration
@@ -207,6 +207,7 @@ def load_observer(job: JobSpec, source: ImageSource, encoder: str) -> Observer:
     """
     quiet_libraries()
     hardware = choose_hardware(job.runtime)
+    fix_threads(hardware)
     target = Classifier.load(job.models.target, hardware.device)
     return Observer(source, target, load_encoder(encoder, hardware.device), _num_rows(job, hardware))
 

@@ -313,7 +313,9 @@ class RuntimeSpec(_Spec):
     """How the work is carried out, not which samples are made; precision and attention still move pixels a little."""
 
     workers: Annotated[StrictInt, Field(ge=1, le=100_000)] | Literal["auto"] = Field(
-        default="auto", description="Number of actors; auto: one a GPU, or one a CPU core up to four."
+        default="auto",
+        description="Number of actors; auto: one a GPU, or one a CPU core, up to sixteen a machine and one for 2 GB of"
+        " its memory.",
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda)$")] = Field(default="auto", description="auto, cpu, cuda.")
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(

@@ -23,6 +23,7 @@ from engine.dataset.state import read_digest
 from engine.dataset.store import open_store
 from engine.errors import JobError
 from engine.messages import Report
+from engine.models.runtime import choose_hardware, fix_threads
 from engine.plan import Plan, SampleSpec, ShardSpec
 from engine.records import SampleResult
 from engine.spec import JobSpec
@@ -208,6 +209,7 @@ def load_generator(job: JobSpec, plan: Plan) -> Sampler:
     quiet_libraries()
     from engine.generator import Generator
 
+    fix_threads(choose_hardware(job.runtime))
     return Generator(job, plan)
 
 

@@ -259,21 +259,30 @@ def test_workers_that_wait_for_room_are_told_once(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("nodes", "device", "workers", "shards", "is_own", "expected"),
     [
-        ([{"CPU": 16.0}], "auto", None, 99, True, Layout(4, 4, {"num_cpus": 1})),
+        ([{"CPU": 16.0}], "auto", None, 99, True, Layout(16, 1, {"num_cpus": 1})),
+        ([{"CPU": 64.0, "memory": 400e9}], "auto", None, 99, True, Layout(16, 1, {"num_cpus": 1})),
+        (
+            [{"CPU": 8.0, "memory": 7e9}, {"CPU": 2.0, "memory": 1e9}],
+            "cpu",
+            None,
+            99,
+            False,
+            Layout(4, 1, {"num_cpus": 1}),
+        ),
         ([{"CPU": 2.0}], "cpu", 4, 99, True, Layout(4, 1, {"num_cpus": 1})),
-        ([{"CPU": 16.0}], "auto", None, 1, True, Layout(1, 16, {"num_cpus": 1})),
-        ([{"CPU": 8.0}, {"CPU": 8.0}], "auto", None, 99, False, Layout(8, 2, {"num_cpus": 2})),
+        ([{"CPU": 16.0}], "auto", None, 1, True, Layout(1, 1, {"num_cpus": 1})),
+        ([{"CPU": 8.0}, {"CPU": 8.0}], "auto", None, 99, False, Layout(16, 1, {"num_cpus": 1})),
         ([{"CPU": 16.0, "GPU": 2.0}], "auto", None, 99, True, Layout(2, 8, {"num_gpus": 1, "num_cpus": 0})),
         ([{"CPU": 16.0, "GPU": 2.0}], "auto", 3, 99, True, Layout(3, 5, {"num_gpus": 0.5, "num_cpus": 0})),
-        ([{"CPU": 16.0, "GPU": 2.0}], "cpu", None, 99, True, Layout(4, 4, {"num_cpus": 1})),
-        ([{"CPU": 8.0}, {"CPU": 8.0}], "cpu", 1, 99, False, Layout(1, 8, {"num_cpus": 8})),
-        ([{"CPU": 8.0}, {"CPU": 8.0}], "cpu", 3, 99, False, Layout(3, 4, {"num_cpus": 4})),
+        ([{"CPU": 16.0, "GPU": 2.0}], "cpu", None, 99, True, Layout(16, 1, {"num_cpus": 1})),
+        ([{"CPU": 8.0}, {"CPU": 8.0}], "cpu", 1, 99, False, Layout(1, 1, {"num_cpus": 1})),
+        ([{"CPU": 8.0}, {"CPU": 8.0}], "cpu", 3, 99, False, Layout(3, 1, {"num_cpus": 1})),
         ([{"CPU": 2.0}], "cpu", 3, 99, False, Layout(3, 1, {"num_cpus": 1})),
         ([{"CPU": 4.0}], "cuda", 8, 99, False, Layout(8, 1, {"num_gpus": 1, "num_cpus": 0})),
     ],
 )
 def test_resources_are_divided(nodes, device, workers, shards, is_own, expected):
-    """One worker a GPU, or cores shared out; a growing cluster is asked for GPUs that it does not have yet."""
+    """One worker a GPU, or a core as far as memory goes; a growing cluster is asked for GPUs that it lacks."""
     assert divide(nodes, device, workers, shards, is_own=is_own) == expected
 
 

@@ -426,9 +426,10 @@ def test_what_is_no_run_is_refused(run, small, home, tmp_path):
         study(copy, small, tmp_path / "out")
     shutil.rmtree(copy / "_state/commits")
     assert "has no committed shard yet" in refusal(copy, small)[0]
-    for text in ("{", "[]", '{"job": {}}'):
+    for text, error in (("{", CorruptShardError), ("[]", CorruptShardError), ('{"job": {}}', JobError)):
         (copy / "manifest.json").write_text(text)
-        assert "cannot be read" in refusal(copy, small)[0]
+        with pytest.raises(error, match="cannot be read"):
+            study(copy, small, tmp_path / "out")
 
 
 def test_a_changed_target_is_refused(run, target, small):

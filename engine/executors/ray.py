@@ -28,7 +28,9 @@ from engine.executors.base import ExecutorEvent, Host, WorkerFactory, drain
 from engine.messages import ShardProgress, ShardSampled, WorkerLost, WorkerPlaced
 from engine.plan import ShardSpec
 
-MAX_CPU_WORKERS_PER_NODE = 4
+MAX_CPU_WORKERS_PER_NODE = 16
+# What a worker with models is reckoned to need where nobody says how many there are to be.
+CPU_WORKER_BYTES = 2 * 2**30
 # The driver asks busy workers for their progress: twice a second, or so that it asks this many a second.
 ASK_SECONDS = 0.5
 MAX_ASKS_PER_SECOND = 200
@@ -114,7 +116,8 @@ class RayExecutor:
 
     Args:
         address: a running cluster (`auto` or `host:port`), or None to start one here.
-        num_workers: actors, or None for one a GPU, or one a CPU core up to four a node.
+        num_workers: actors, or None for one a GPU, or one a CPU core, up to sixteen a node and one for
+            2 GB of its memory.
         device: `auto`, `cpu` or `cuda`, as in the job.
     """
 
@@ -422,13 +425,12 @@ def divide(
         threads = max(1, sum(cores) // max(num_gpus, wanted))
         share = 1 / math.ceil(wanted / num_gpus) if is_own else 1
         return Layout(num_workers=wanted, threads=threads, resources={"num_gpus": share, "num_cpus": 0})
-    wanted = min(num_workers or sum(min(one, MAX_CPU_WORKERS_PER_NODE) for one in cores) or 1, num_shards)
-    threads = _threads_that_fit(cores, wanted)
-    return Layout(num_workers=wanted, threads=threads, resources={"num_cpus": 1 if is_own else threads})
+    # With one thread each: the bytes of a sample must not depend on a machine's number of cores.
+    wanted = min(num_workers or sum(map(_cpu_workers, nodes)) or 1, num_shards)
+    return Layout(num_workers=wanted, threads=1, resources={"num_cpus": 1})
 
 
-def _threads_that_fit(cores: list[int], num_workers: int) -> int:
-    """Cores a worker so that all find room at once, each on one node; one where there is no such number."""
-    most = min(max(cores), sum(cores) // num_workers)
-    fitting = (threads for threads in range(most, 0, -1) if sum(one // threads for one in cores) >= num_workers)
-    return next(fitting, 1)
+def _cpu_workers(node: dict[str, float]) -> int:
+    """Workers for a node without a GPU: one a core, as far as its memory goes."""
+    fitting = int(node.get("memory", MAX_CPU_WORKERS_PER_NODE * CPU_WORKER_BYTES) // CPU_WORKER_BYTES)
+    return min(int(node.get("CPU", 0)), MAX_CPU_WORKERS_PER_NODE, max(1, fitting))

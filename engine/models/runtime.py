@@ -111,6 +111,19 @@ def choose_hardware(spec: RuntimeSpec) -> Hardware:
     )
 
 
+def fix_threads(hardware: Hardware) -> None:
+    """Let this process compute with one thread where its models are on a CPU: sums are added in another order by two.
+
+    Workers there are as many as cores, so that none is idle.
+
+    Side effects: torch's global setting.
+    """
+    import torch
+
+    if not hardware.is_cuda:
+        torch.set_num_threads(1)
+
+
 def fix_kernels() -> None:
     """Let this process compute equal bytes from equal inputs on a GPU, or raise where an operator cannot.
 
