@@ -25,12 +25,13 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from engine.dataset.object_errors import NO_BUCKET, is_foreign, is_taken, remedy, status_of
 from engine.dataset.store import (
     COPIES,
     TORN,
@@ -38,7 +39,6 @@ from engine.dataset.store import (
     claim_folder,
     explained,
     release_folder,
-    remedy_of,
     remove_if_dead,
 )
 from engine.errors import OutputError
@@ -59,36 +59,11 @@ _ADDRESS = re.compile(r"(?P<scheme>s3|gs|gcs)://(?P<bucket>[A-Za-z0-9._-]+)(?P<p
 # Patterns of fsspec, and what no part of an address is.
 _UNUSABLE = re.compile(r"[\x00-\x1f\x7f*?\[\]\\#]|(^|/)\.{1,2}(/|$)")
 _LIBRARIES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
-_FOREIGN = {"aiobotocore", "botocore", "s3fs", "gcsfs", "google", "aiohttp", "requests", "urllib3", "fsspec"}
 
-_GO_ON = "what is committed is kept, and the same command continues"
-_NO_BUCKET = "there is no such bucket; create it, or correct the address (or that of the endpoint)"
-_DENIED = (
-    "access denied{reason}; the credentials of this machine must be allowed to list, read, write and delete there"
-    " (s3:ListBucket, GetObject, PutObject, DeleteObject; on GCS storage.objectAdmin)"
-)
-_NO_CREDENTIALS = {
-    "s3": "no credentials are found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the"
-    " machine a role, here and on every machine with workers",
-    "gs": "no credentials are found; set GOOGLE_APPLICATION_CREDENTIALS, or give the machine a service account, here"
-    " and on every machine with workers",
-}
-_UNREACHABLE = {
-    "s3": "the endpoint cannot be reached{reason}; look at the network and at AWS_ENDPOINT_URL",
-    "gs": "the endpoint cannot be reached{reason}; look at the network and at STORAGE_EMULATOR_HOST",
-}
-_THROTTLED = (
-    "the store asks for fewer requests{reason}, after all retries; use fewer workers or a larger samples_per_shard, or"
-    f" set AWS_RETRY_MODE=adaptive and AWS_MAX_ATTEMPTS=10 ({_GO_ON})"
-)
 _NOT_CONDITIONAL = (
     "this store overwrites where it was asked to create if absent (If-None-Match: *), so that shards would not be safe"
     " from a second writer; use a store that honours it, or a folder"
 )
-_THROTTLES = {
-    "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "ServiceUnavailable",
-    "503", "429",
-}  # fmt: skip
 
 
 def open_object_store(uri: str) -> ObjectStore:
@@ -196,9 +171,9 @@ class ObjectStore(Store):
         except OutputError:
             raise
         except Exception as error:
-            if not isinstance(error, OSError) and not _is_foreign(error):
+            if not isinstance(error, OSError) and not is_foreign(error):
                 raise
-            raise OutputError(f"{self.address(name)}: {_remedy(error, self._scheme)}") from error
+            raise OutputError(f"{self.address(name)}: {remedy(error, self._scheme)}") from error
 
     def _info(self, name: str) -> dict[str, Any] | None:
         """What the store says of a name; None where there is nothing."""
@@ -215,9 +190,9 @@ class ObjectStore(Store):
         Raises:
             FileNotFoundError: there is no bucket.
         """
-        is_known = _status(error) != 404 if self._scheme == "s3" else self._fs.exists(self._bucket)
+        is_known = status_of(error) != 404 if self._scheme == "s3" else self._fs.exists(self._bucket)
         if not is_known:
-            raise FileNotFoundError(_NO_BUCKET) from error
+            raise FileNotFoundError(NO_BUCKET) from error
 
     # Reading -------------------------------------------------------------------------------------------------------
 
@@ -372,14 +347,14 @@ class ObjectStore(Store):
                 try:
                     self._put(name, data, mode="create")
                 except Exception as error:
-                    if wait is not None and _status(error) == 409:
+                    if wait is not None and status_of(error) == 409:
                         time.sleep(wait)
                         continue
                     # The answer to an earlier try may have been lost; an upload in parts is then not found any more.
-                    if not _is_taken(error) and not isinstance(error, FileNotFoundError):
+                    if not is_taken(error) and not isinstance(error, FileNotFoundError):
                         raise
                     is_own = self._holds(name, data)
-                    if not is_own and not _is_taken(error):
+                    if not is_own and not is_taken(error):
                         raise
                     return is_own
                 break
@@ -402,7 +377,7 @@ class ObjectStore(Store):
         try:
             self._put(name, data, mode="create")
         except Exception as error:
-            if not _is_taken(error):
+            if not is_taken(error):
                 raise
             self._is_conditional = True
             return
@@ -563,71 +538,3 @@ def _remove(path: Path) -> None:
 def _version(info: dict[str, Any]) -> str:
     """What changes when an object is written: the generation on GCS; on S3 the ETag, or the time for equal bytes."""
     return str(info.get("generation") or (info.get("ETag"), info.get("LastModified"), info.get("size")))
-
-
-# What the libraries raise --------------------------------------------------------------------------------------------
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__ or found.__context__
-
-
-def _response(error: BaseException, read: Callable[[Any], Any]) -> Any:
-    """Something of the answer of S3 that is behind an error; None where there is none."""
-    for one in _chain(error):
-        with contextlib.suppress(AttributeError, KeyError, TypeError):
-            return read(one.response)  # type: ignore[attr-defined]
-    return None
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status behind an error, where it is known."""
-    found = _response(error, lambda response: response["ResponseMetadata"]["HTTPStatusCode"])
-    code = getattr(error, "code", None)
-    return found if found is not None else code if isinstance(code, int) else None
-
-
-def _code(error: BaseException) -> str:
-    found = _response(error, lambda response: response["Error"]["Code"])
-    return str(found if found is not None else getattr(error, "code", "") or "")
-
-
-def _is_taken(error: BaseException) -> bool:
-    return isinstance(error, FileExistsError) or _status(error) == 412
-
-
-def _is_foreign(error: BaseException) -> bool:
-    return any(kind.__module__.partition(".")[0] in _FOREIGN for kind in type(error).__mro__)
-
-
-def _remedy(error: Exception, scheme: str) -> str:
-    """What to do about an error of the libraries."""
-    kinds = {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
-    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
-    code, text = _code(error), (lines or [type(error).__name__])[0][:300]
-    reason = f" ({code}: {text})" if code and code not in text else f" ({text})"
-    if code == "NoSuchBucket" or text == _NO_BUCKET:
-        return _NO_BUCKET
-    if kinds & {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "GoogleAuthError",
-                "ProfileNotFound", "TokenRetrievalError"}:  # fmt: skip
-        return _NO_CREDENTIALS[scheme] + ("" if "NoCredentialsError" in kinds else f" ({text})")
-    if "PermissionError" in kinds or text.startswith("Forbidden") or _status(error) in (401, 403):
-        return _DENIED.format(reason=reason)
-    if code in _THROTTLES or _status(error) in (429, 503):
-        return _THROTTLED.format(reason=reason)
-    if kinds & {
-        "EndpointConnectionError",
-        "ConnectionError",
-        "HTTPClientError",
-        "TimeoutError",
-        "ClientConnectionError",
-    }:
-        return f"{_UNREACHABLE[scheme].format(reason=f' ({text})')} ({_GO_ON})"
-    if isinstance(error, FileNotFoundError):
-        return "there is no such object"
-    if isinstance(error, OSError) and not _response(error, bool) and error.errno is not None:
-        return f"the local folder {tempfile.gettempdir()}: {remedy_of(error)}; TMPDIR names another"
-    return f"the store refuses{reason} ({_GO_ON})"
