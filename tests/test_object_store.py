@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,11 +24,12 @@ from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
 import engine
 from engine.dataset import object_store
 from engine.dataset.commits import COMMITS, list_commits, read_commits
-from engine.dataset.journal import read_events
+from engine.dataset.journal import Journal, read_events
 from engine.dataset.object_store import ObjectStore
 from engine.dataset.shards import SHARDS
 from engine.dataset.state import METADATA, SUCCESS
@@ -230,6 +232,51 @@ def test_what_was_appended_is_seen(store: ObjectStore, monkeypatch: pytest.Monke
     assert store.read("log") == b"one\ntwo\n"
 
 
+def test_what_could_not_be_put_in_place_is_put_there_later(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that breaks for a while costs no line; a local folder that somebody removed costs no run."""
+    monkeypatch.setattr(object_store, "APPEND_SECONDS", 0.0)
+    journal = Journal(store, 0)
+    journal.note("one")
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_connection", object_store._connect("s3"))
+        store._fs.connect()
+        store._fs.s3.meta.events.register("before-send.s3.PutObject", broken)
+        journal.keep()
+    assert not store.exists("_state/events/000000.jsonl")
+    journal.keep(is_end=True)
+    assert [one["event"] for one in read_events(store)] == ["one"]
+    journal.note("two")
+    shutil.rmtree(store.staging())
+    journal.keep()
+    journal.note("three")
+    journal.keep(is_end=True)
+
+
+def broken(**_: Any) -> None:
+    raise EndpointConnectionError(endpoint_url="http://nowhere")
+
+
+def test_what_may_not_be_removed_is_told(store: ObjectStore) -> None:
+    """S3 answers a request to remove many with 200, and in it which of them it did not."""
+
+    def deny(parsed: dict[str, Any], **_: Any) -> None:
+        parsed["Errors"] = [{"Key": f"{store.name}/b", "Code": "AccessDenied", "Message": "Access Denied"}]
+
+    store.replace("a", b"")
+    store._fs.s3.meta.events.register("after-call.s3.DeleteObjects", deny)
+    with pytest.raises(OutputError, match=rf"^{store.uri}/b: access denied \(AccessDenied: Access Denied\); the"):
+        store.remove_all(["a", "b"])
+
+
+def test_many_are_removed(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than one request takes."""
+    monkeypatch.setattr(object_store, "DELETE_TOGETHER", 2)
+    for name in "abcde":
+        store.replace(name, b"")
+    store.remove_all("abcd")
+    assert set(objects(store)) == {"e"}
+
+
 def test_a_file_that_was_mended_is_not_set_aside(store: ObjectStore) -> None:
     """Without locks another worker may be faster; what it put there is not what was looked at."""
     store.replace("shards/x.tar", b"torn")
@@ -257,6 +304,9 @@ def test_what_dead_processes_left_is_removed(store: ObjectStore, tmp_path: Path,
     assert len(list(own.parent.iterdir())) == 4
     store.clean_staging()
     assert {one.name for one in own.parent.iterdir()} == {own.name, f"{own.name}.lock"}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=REPOSITORY, check=False)
+    reader = connected("another").staging()
+    assert {one.name for one in own.parent.iterdir() if one.is_dir()} == {own.name, reader.name}, "a reader does, too"
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -48,6 +48,8 @@ MAX_COPIED_BYTES = 4 * 2**30
 MIN_COPIES = 64
 NUM_THREADS = 16
 READ_TOGETHER = 128
+# What S3 takes in one request.
+DELETE_TOGETHER = 1000
 # What is appended is put in place after so long for each megabyte of it: an object is always written whole.
 APPEND_SECONDS = 5.0
 # Whether the store honours the condition is tried out with a file of at most this size.
@@ -103,8 +105,11 @@ class _Appended:
 
     def is_due(self) -> bool:
         """Whether it has waited for long, as long as it is large."""
-        num_megabytes = 1 + self.path.stat().st_size // 2**20
-        return self.is_waiting and time.monotonic() - self.put >= APPEND_SECONDS * num_megabytes
+        if not self.is_waiting:
+            return False
+        with explained(self.path):
+            num_megabytes = 1 + self.path.stat().st_size // 2**20
+        return time.monotonic() - self.put >= APPEND_SECONDS * num_megabytes
 
 
 class ObjectStore(Store):
@@ -270,8 +275,9 @@ class ObjectStore(Store):
             _remove(path)
         names = self.list(name)
         fetched = set(self.fetch_each(names, keep=True))
-        for left in set(path.iterdir()) - fetched:
-            _remove(left)
+        with contextlib.suppress(FileNotFoundError):
+            for left in set(path.iterdir()) - fetched:
+                _remove(left)
         return path
 
     def _download(self, name: str, path: Path) -> None:
@@ -410,8 +416,9 @@ class ObjectStore(Store):
         """Put what was appended in its place."""
         for name, one in self._appended.items():
             if one.is_due() if if_due else one.is_waiting:
-                one.put, one.is_waiting = time.monotonic(), False
+                one.put = time.monotonic()
                 self.replace(name, one.path)
+                one.is_waiting = False
 
     def remove(self, name: str) -> None:
         """Remove an object, if it is there."""
@@ -421,9 +428,25 @@ class ObjectStore(Store):
     def remove_all(self, names: Iterable[str]) -> None:
         """Remove objects, many with one request."""
         keys = [self._key(name) for name in names]
-        if keys:
+        if keys and self._scheme != "s3":
             with self._told(), contextlib.suppress(FileNotFoundError):
                 self._fs.rm(keys)
+        elif keys:
+            self._delete_objects(keys)
+
+    def _delete_objects(self, keys: Sequence[str]) -> None:
+        """Remove objects of S3, of which the library passes over those that S3 refuses to remove in a good answer."""
+        from botocore.exceptions import ClientError
+        from s3fs.errors import translate_boto_error
+
+        for first in range(0, len(keys), DELETE_TOGETHER):
+            some = [{"Key": key.partition("/")[2]} for key in keys[first : first + DELETE_TOGETHER]]
+            wanted = {"Objects": some, "Quiet": True}
+            with self._told():
+                answer = self._fs.call_s3("delete_objects", Bucket=self._bucket, Delete=wanted)
+            for refused in answer.get("Errors", ()):
+                with self._told(refused["Key"].removeprefix(f"{self._root.partition('/')[2]}/")):
+                    raise translate_boto_error(ClientError({"Error": refused}, "DeleteObjects"))
 
     def remove_tree(self, name: str) -> None:
         """Remove all objects below a name, and the one that has it."""
@@ -453,6 +476,8 @@ class ObjectStore(Store):
         with self._lock:
             if self._home is None or not self._home.is_dir():
                 base = _base()
+                # Not every process begins or mends a run, and a killed one leaves copies of some gigabytes.
+                self.clean_staging()
                 with explained(base):
                     self._home, descriptor = claim_folder(base)
                 self._copies.clear()
