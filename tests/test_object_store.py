@@ -12,6 +12,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -37,9 +38,10 @@ from engine.dataset.store import STATE, TORN, open_store
 from engine.dataset.verify import repair, verify
 from engine.errors import EXIT_OK, EXIT_OWNED, OutputError
 from engine.executors.local import LocalExecutor
+from engine.messages import Rules
 from engine.status import read_status
 from tests.conftest import REPOSITORY
-from tests.sleepy import run_sleepy, tars
+from tests.sleepy import run_sleepy, tars, wait_until
 
 BUCKET = "bucket"
 COUNT = 2
@@ -227,9 +229,49 @@ def test_what_was_appended_is_seen(store: ObjectStore, monkeypatch: pytest.Monke
     monkeypatch.setattr(object_store, "APPEND_SECONDS", 0.0)
     store.flush(if_due=True)
     store.append("log", "two\n")
-    assert store.read("log") == b"one\n"
+    wait_until(lambda: store.exists("log"), "the first line is seen")
+    assert store.read("log").startswith(b"one\n")
     store.flush()
     assert store.read("log") == b"one\ntwo\n"
+
+
+def test_nobody_waits_for_what_is_due(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver goes on while the network holds a line up; one upload at a time, and the end waits for it."""
+    is_open, begun, put = threading.Event(), threading.Event(), store._put
+
+    def wait(name: str, data: Any, *, mode: str) -> None:
+        begun.set()
+        assert is_open.wait(60)
+        put(name, data, mode=mode)
+
+    monkeypatch.setattr(object_store, "APPEND_SECONDS", 0.0)
+    monkeypatch.setattr(store, "_put", wait)
+    for line in "abc":
+        store.append("log", line)
+        store.flush(if_due=True)
+        assert begun.wait(60) and not is_open.is_set()
+    assert sum(one.name == "flush" for one in threading.enumerate()) == 1
+    is_open.set()
+    store.flush()
+    assert store.read("log") == b"abc"
+
+
+def test_a_network_that_swallows_everything(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patience ends, and before that of the scheduler: the worker that waits does not hang."""
+    import s3fs
+
+    botocore_tries = 5
+    assert botocore_tries * object_store.S3_TRIES * s3fs.S3FileSystem.read_timeout < Rules().min_limit_seconds / 1.5
+    monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as hole:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{hole.getsockname()[1]}")
+        with pytest.raises(OutputError, match=r"the endpoint cannot be reached \(Read timeout on endpoint URL"):
+            connected("x").read("y")
+        hole.settimeout(0.2)
+        for _ in range(object_store.S3_TRIES):
+            hole.accept()[0].close()
+        with pytest.raises(TimeoutError):
+            hole.accept()
 
 
 def test_what_could_not_be_put_in_place_is_put_there_later(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +283,8 @@ def test_what_could_not_be_put_in_place_is_put_there_later(store: ObjectStore, m
         patch.setattr(store, "_connection", object_store._connect("s3"))
         store._fs.connect()
         store._fs.s3.meta.events.register("before-send.s3.PutObject", broken)
-        journal.keep()
+        with pytest.raises(OutputError, match="the endpoint cannot be reached"):
+            store.flush()
     assert not store.exists("_state/events/000000.jsonl")
     journal.keep(is_end=True)
     assert [one["event"] for one in read_events(store)] == ["one"]

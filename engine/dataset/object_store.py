@@ -56,6 +56,9 @@ APPEND_SECONDS = 5.0
 MAX_TRIED_BYTES = 2**16
 CONFLICT_WAITS = (0.2, 1.0, 3.0)
 CONNECT_SECONDS = 5
+# On top of those of botocore, which are five: a network that swallows everything is to be told before the worker that
+# waits for it is taken for one that hangs.
+S3_TRIES = 2
 
 _ADDRESS = re.compile(r"(?P<scheme>s3|gs|gcs)://(?P<bucket>[A-Za-z0-9._-]+)(?P<prefix>(?:/[^/]+)*)/*", re.IGNORECASE)
 # Patterns of fsspec, and what no part of an address is.
@@ -128,6 +131,7 @@ class ObjectStore(Store):
         self._release: weakref.finalize[..., type[ObjectStore]] | None = None
         self._copies: OrderedDict[str, _Copy] = OrderedDict()
         self._appended: dict[str, _Appended] = {}
+        self._flushing = threading.Lock()
         self._is_conditional = False
         _STORES.add(self)
 
@@ -166,7 +170,7 @@ class ObjectStore(Store):
 
     def after_fork(self) -> None:
         """In a forked process: connections and locks are those of the parent; its local folder can be shared."""
-        self._lock, self._connection = threading.RLock(), None
+        self._lock, self._flushing, self._connection = threading.RLock(), threading.Lock(), None
 
     @contextlib.contextmanager
     def _told(self, name: str = "") -> Iterator[None]:
@@ -413,12 +417,30 @@ class ObjectStore(Store):
         one.is_waiting = True
 
     def flush(self, *, if_due: bool = False) -> None:
-        """Put what was appended in its place."""
-        for name, one in self._appended.items():
-            if one.is_due() if if_due else one.is_waiting:
-                one.put = time.monotonic()
-                self.replace(name, one.path)
-                one.is_waiting = False
+        """Put what was appended in its place; what is due in the background, as the driver must not wait for a network.
+
+        What could not be put there stays due.
+        """
+        if not if_due:
+            with self._flushing:
+                self._put_appended([one for one in self._appended.items() if one[1].is_waiting])
+        elif not self._flushing.locked() and (due := [one for one in self._appended.items() if one[1].is_due()]):
+            threading.Thread(target=self._flush_due, args=(due,), name="flush", daemon=True).start()
+
+    def _flush_due(self, due: Sequence[tuple[str, _Appended]]) -> None:
+        with self._flushing, contextlib.suppress(OutputError):
+            self._put_appended(due)
+
+    def _put_appended(self, some: Sequence[tuple[str, _Appended]]) -> None:
+        for name, one in some:
+            one.put, one.is_waiting = time.monotonic(), False
+            try:
+                with explained(one.path):
+                    text = one.path.read_bytes()
+                self.replace(name, text)
+            except OutputError:
+                one.is_waiting = True
+                raise
 
     def remove(self, name: str) -> None:
         """Remove an object, if it is there."""
@@ -530,7 +552,9 @@ def _connect(scheme: str) -> Any:
     if scheme == "s3":
         import s3fs
 
-        return s3fs.S3FileSystem(config_kwargs={"connect_timeout": CONNECT_SECONDS}, **options)
+        found = s3fs.S3FileSystem(config_kwargs={"connect_timeout": CONNECT_SECONDS}, **options)
+        found.retries = S3_TRIES
+        return found
     # The package's own name may stand for experimental support of other kinds of buckets.
     from gcsfs.core import GCSFileSystem
 
