@@ -65,6 +65,21 @@ def test_an_expired_lease_is_watched_and_then_taken(tmp_path):
         assert lease.number == 5
 
 
+def test_no_error_ends_the_renewing(tmp_path, monkeypatch):
+    """A driver at work that does not renew its lease could be taken for dead."""
+    store, renew, failed = open_store(str(tmp_path)), leases.Lease.renew, []
+
+    def fail_once(lease) -> None:
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("Loop is not running")
+        renew(lease)
+
+    monkeypatch.setattr(leases.Lease, "renew", fail_once)
+    with hold(store, length_seconds=0.2):
+        wait_until(lambda: failed and read_holder(store).num_renewals, "the lease is renewed")
+
+
 @pytest.mark.parametrize("ahead", [-1e6, 1e6], ids=["clock-forward", "clock-back"])
 def test_a_clock_that_jumped_does_not_make_a_living_driver_dead(tmp_path, ahead):
     """By the clock the lease ran out long ago, or ends in days; it is renewed while it is watched."""

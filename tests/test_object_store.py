@@ -629,6 +629,25 @@ def test_gcs_is_asked_to_create_if_absent(local: dict[str, bytes], monkeypatch: 
         gcs.shutdown()
 
 
+def test_what_gcs_refuses_is_told_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gcsfs logs what it raises with its traceback, and raises a bare ValueError for some."""
+
+    class Refusing(FewWordsOfGcs):
+        def do_GET(self) -> None:
+            self.answer(400, json.dumps({"error": {"code": 400, "message": unquote(self.path.split("/")[4])}}).encode())
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as gcs:
+        threading.Thread(target=gcs.serve_forever, daemon=True).start()
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{gcs.server_port}")
+        monkeypatch.setenv("NO_GCE_CHECK", "true")
+        for bucket in ("invalid", "other"):
+            error = told(f"gs://{bucket}/x")
+            assert "\n" not in error and error.startswith(f"error: gs://{bucket}/x/_state/plan: the store refuses ("), (
+                error
+            )
+        gcs.shutdown()
+
+
 # All commands ---------------------------------------------------------------------------------------------------------
 
 SMALL = [

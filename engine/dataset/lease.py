@@ -110,8 +110,9 @@ class Lease:
 
     def _keep(self) -> None:
         while not self._lost and not self._ended.wait(self._holder.length_seconds / RENEWALS):
-            # A full disk is told by those who write more; the lease then runs out.
-            with contextlib.suppress(RiskforgeError):
+            # A full disk is told by those who write more; the lease then runs out. No error may end the renewing: a
+            # driver whose lease runs out while it is at work does not hear of it.
+            with contextlib.suppress(Exception):
                 self.renew()
 
     def _write(self, holder: Holder) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
+from traceback import walk_tb
 from typing import Any
 
 from engine.dataset.store import remedy_of
@@ -70,8 +71,11 @@ def is_taken(error: BaseException) -> bool:
 
 
 def is_foreign(error: BaseException) -> bool:
-    """Whether an error is of one of the libraries, not of this program."""
-    return any(kind.__module__.partition(".")[0] in _FOREIGN for kind in type(error).__mro__)
+    """Whether an error is of one of the libraries, not of this program; a bad answer of GCS is a bare `ValueError`."""
+    modules = [kind.__module__ for kind in type(error).__mro__]
+    if isinstance(error, (ValueError, RuntimeError)):
+        modules += [frame.f_globals.get("__name__", "") for frame, _ in list(walk_tb(error.__traceback__))[-1:]]
+    return any(module.partition(".")[0] in _FOREIGN for module in modules)
 
 
 def remedy(error: Exception, scheme: str) -> str:

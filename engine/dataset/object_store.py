@@ -15,6 +15,7 @@ import contextlib
 import filecmp
 import importlib.util
 import itertools
+import logging
 import os
 import re
 import secrets
@@ -558,6 +559,8 @@ def _connect(scheme: str) -> Any:
     # The package's own name may stand for experimental support of other kinds of buckets.
     from gcsfs.core import GCSFileSystem
 
+    # It prints the traceback of whatever it raises.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     return GCSFileSystem(**options)
 
 
