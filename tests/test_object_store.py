@@ -188,6 +188,9 @@ def test_copies_follow_the_object(store: ObjectStore, monkeypatch: pytest.Monkey
     assert [one.stat().st_size for one in sorted(store.fetch("parts").iterdir())] == [0, 1, 2]
     other.remove("parts/1")
     assert sorted(one.name for one in store.fetch("parts").iterdir()) == ["0", "2"]
+    late = connected(store.name)
+    monkeypatch.setattr(late, "list", lambda name: [])
+    assert not late.fetch("parts").exists(), "removed since it was found to be a folder"
     other.remove_tree("parts")
     other.replace("parts", b"a file now")
     assert store.fetch("parts").read_bytes() == b"a file now"

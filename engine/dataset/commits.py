@@ -130,7 +130,7 @@ def _settle(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord
     is_own = [store.publish(tar, staged.tar), store.publish(parquet, staged.parquet)]
     record = own if all(is_own) else _adopt(store, own, staged)
     if not store.publish(record.file_name, record.to_json().encode()):
-        record = _parse(record.file_name, store.read(record.file_name).decode())
+        record = _parse(record.file_name, store.read(record.file_name))
         _check_committed(store, record, own, staged)
     return record
 
@@ -358,12 +358,12 @@ def _loose(store: Store) -> Iterator[tuple[str, CommitRecord]]:
     numbered = [(one[0], name) for one, name in parsed if one]
     # Those that were packed after they were listed are not there.
     for name, data in store.read_each(name for _, name in sorted(numbered)):
-        yield name, _parse(name, data.decode())
+        yield name, _parse(name, data)
 
 
 def _read_loose(store: Store, name: str) -> CommitRecord | None:
     """A loose record, or None where it was packed after it was listed."""
-    return next((_parse(name, data.decode()) for _, data in store.read_each([name])), None)
+    return next((_parse(name, data) for _, data in store.read_each([name])), None)
 
 
 def _packed_records(store: Store, pack: str) -> Iterator[CommitRecord]:
@@ -388,7 +388,7 @@ def _pack_rows(path: Path, columns: list[str], number: int | None = None) -> Ite
             raise CorruptShardError(f"{shown(path)}: the packed commit records cannot be read ({error})") from error
 
 
-def _parse(where: str, text: str) -> CommitRecord:
+def _parse(where: str, text: str | bytes) -> CommitRecord:
     try:
         raw = json.loads(text)
         if raw.pop("record_version") != RECORD_VERSION:
