@@ -32,7 +32,7 @@ from engine.dataset import object_store
 from engine.dataset.commits import COMMITS, list_commits, read_commits
 from engine.dataset.journal import Journal, read_events
 from engine.dataset.object_store import ObjectStore
-from engine.dataset.shards import SHARDS
+from engine.dataset.shards import SHARDS, shard_name
 from engine.dataset.state import METADATA, SUCCESS
 from engine.dataset.store import STATE, TORN, open_store
 from engine.dataset.verify import repair, verify
@@ -41,6 +41,7 @@ from engine.executors.local import LocalExecutor
 from engine.messages import Rules
 from engine.status import read_status
 from tests.conftest import REPOSITORY
+from tests.dataset_cases import commit_one, open_case
 from tests.sleepy import run_sleepy, tars, wait_until
 
 BUCKET = "bucket"
@@ -335,6 +336,22 @@ def test_a_file_that_was_mended_is_not_set_aside(store: ObjectStore) -> None:
     store.set_aside("shards/x.tar")
     [(name, data)] = objects(store).items()
     assert name.startswith(f"{TORN}/x.tar.") and data == b"whole"
+    assert not store.fetch("shards/x.parquet").exists()
+    connected(store.name).replace("shards/x.parquet", b"whole")
+    store.set_aside("shards/x.parquet")
+    assert store.exists("shards/x.parquet"), "it was not there when it was looked for"
+
+
+def test_many_workers_at_one_damaged_shard(store: ObjectStore) -> None:
+    """No lock is between them: each looks again, and all end with the record of one pair."""
+    run, plan, job = open_case(store.uri)
+    run.replace(f"{SHARDS}/{shard_name(job.name, 0)}.tar", b"torn")
+    stores = [connected(store.name) for _ in range(3)]
+    with ThreadPoolExecutor(len(stores)) as pool:
+        done = [pool.submit(commit_one, one, plan, 0, attempt=which) for which, one in enumerate(stores, start=1)]
+    [record] = read_commits(run)
+    assert {one.result().parquet_sha256 for one in done} == {record.parquet_sha256}
+    assert hashlib.sha256(run.read(f"{SHARDS}/{record.name}.parquet")).hexdigest() == record.parquet_sha256
 
 
 def test_what_dead_processes_left_is_removed(store: ObjectStore, tmp_path: Path, monkeypatch: Any) -> None:

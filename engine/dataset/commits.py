@@ -10,6 +10,8 @@ import dataclasses
 import heapq
 import json
 import operator
+import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any, NamedTuple
 from engine.dataset.counts import ShardCounts, parse_record_name, record_name
 from engine.dataset.shards import SHARDS, ShardFiles, discard, file_digest, inspect_pair, read_rows
 from engine.dataset.store import Store, explained, shown
-from engine.errors import CorruptShardError
+from engine.errors import CorruptShardError, RiskforgeError
 from engine.plan import ShardSpec
 
 COMMITS = "_state/commits"
@@ -26,6 +28,12 @@ PACKS = "_state/packs"
 MAX_LOOSE = 10_000
 RECORD_VERSION = 1
 NUM_LOCKS = 64
+# Pauses of whoever lost a race for a shard's files, in seconds, at least.
+RACE_WAITS = (0.1, 0.4, 1.5)
+
+
+class _RacedError(CorruptShardError):
+    """Another process put a file where this one had just moved one away."""
 
 
 class CommitSummary(NamedTuple):
@@ -115,9 +123,21 @@ def commit_shard(
         **_about(staged),
     )
     with store.lock(f"shard-{shard.number % NUM_LOCKS:02d}"):
-        record = _settle(store, own, staged)
+        record = _settle_in_turn(store, own, staged)
     discard(staged)
     return record
+
+
+def _settle_in_turn(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord:
+    """As `_settle`; again where another process, which no lock keeps away, moved or put files in the middle of it."""
+    for wait in RACE_WAITS:
+        try:
+            return _settle(store, own, staged)
+        except RiskforgeError as error:
+            if not isinstance(error, _RacedError) and not isinstance(error.__cause__, FileNotFoundError):
+                raise
+        time.sleep(wait * (1 + random.random()))
+    return _settle(store, own, staged)
 
 
 def _settle(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord:
@@ -147,7 +167,7 @@ def _adopt(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord:
         store.set_aside(parquet)
         for name, data in ((tar, staged.tar), (parquet, staged.parquet)):
             if not store.publish(name, data):
-                raise CorruptShardError(f"{store.address(name)}: written by two processes at once; run again") from None
+                raise _RacedError(f"{store.address(name)}: written by two processes at once; run again") from None
         return own
     if found.parquet_sha256 == own.parquet_sha256:
         return own

@@ -66,6 +66,8 @@ _ADDRESS = re.compile(r"(?P<scheme>s3|gs|gcs)://(?P<bucket>[A-Za-z0-9._-]+)(?P<p
 _UNUSABLE = re.compile(r"[\x00-\x1f\x7f*?\[\]\\#]|(^|/)\.{1,2}(/|$)")
 _LIBRARIES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
 
+# The version of what was looked for and not there.
+_ABSENT = ""
 _NOT_CONDITIONAL = (
     "this store overwrites where it was asked to create if absent (If-None-Match: *), so that shards would not be safe"
     " from a second writer; use a store that honours it, or a folder"
@@ -258,6 +260,8 @@ class ObjectStore(Store):
             found = self._info(name)
         if found is None:
             _remove(path)
+            with self._lock:
+                self._copies[name] = _Copy(_ABSENT, 0, is_kept=False)
             return path
         if found["type"] == "directory":
             return self._fetch_folder(name, path)
