@@ -50,6 +50,8 @@ MAX_QUEUED = 2
 FAULT_ALLOWANCE = 6
 FAULT_ALLOWANCE_PER_WORKER = 3
 MAX_START_FAULTS = 3
+# A driver that misses so many looks for workers that hang was away itself.
+LATE_CHECKS = 2
 NO_MODEL = -1
 
 
@@ -239,12 +241,15 @@ def _grow(state: State, lots: tuple[Lot, ...], skipped: bytes) -> State:
 
 def _on_tick(state: State, now: float) -> Step:
     """Let time pass: deadline, end of grace, workers that hang."""
-    state = state._replace(now=max(now, state.now))
+    before, state = state.now, state._replace(now=max(now, state.now))
     deadline = state.rules.deadline
     if deadline is not None and state.now >= deadline:
         state = _drain(state)
     actions: list[Action] = []
-    if state.now >= state.next_check:
+    if state.next_check > before and state.now - before > LATE_CHECKS * state.rules.check_seconds:
+        # The driver itself was away, frozen or held up by a store: what came in the meantime is heard first, once.
+        state = state._replace(next_check=state.now)
+    elif state.now >= state.next_check:
         state = state._replace(next_check=state.now + state.rules.check_seconds)
         for number, message in _hanging(state):
             if not state.is_over:

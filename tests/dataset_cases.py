@@ -35,7 +35,7 @@ DIGESTS = {
 }
 
 
-def make_job(uri: Path, *, count: int = 6, **changes: Any) -> JobSpec:
+def make_job(uri: Path | str, *, count: int = 6, **changes: Any) -> JobSpec:
     """A job with a joint request and one over all classes with two contexts."""
     raw: dict[str, Any] = {
         "name": "demo",
@@ -54,7 +54,7 @@ def make_plan(job: JobSpec) -> Plan:
     return build_plan(job, LABELS, DIGESTS)
 
 
-def open_case(uri: Path, **changes: Any) -> tuple[Store, Plan, JobSpec]:
+def open_case(uri: Path | str, **changes: Any) -> tuple[Store, Plan, JobSpec]:
     """A store with an opened run."""
     job = make_job(uri, **changes)
     store = open_store(str(uri))

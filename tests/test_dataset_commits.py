@@ -87,6 +87,16 @@ def test_commit_and_read_back(tmp_path: Path) -> None:
     assert not [path for path in store.staging().iterdir() if path.is_dir()]
 
 
+def test_a_record_of_damaged_bytes_is_named(tmp_path: Path) -> None:
+    """Also where they are no text."""
+    store, plan, _ = open_case(tmp_path)
+    record = commit_one(store, plan, 0)
+    store.replace(record.file_name, b'{"shard": "\xff"}')
+    for read in (lambda: read_commit(store, 0), lambda: list(read_commits(store))):
+        with pytest.raises(CorruptShardError, match=r"not a commit record .* remove it to make the shard again"):
+            read()
+
+
 def test_screening_stays_with_its_record_and_old_records_have_none(tmp_path: Path) -> None:
     """A record of a version that did not screen reads as one without; packing keeps the rows."""
     store, plan, _ = open_case(tmp_path / "out", count=20)

@@ -9,17 +9,19 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from engine.dataset import journal as journals
 from engine.dataset import lease as leases
 from engine.dataset.lease import Holder, hold, is_alive, read_holder
 from engine.dataset.store import LEASES, open_store
 from engine.errors import EXIT_OWNED, OwnedError
 from tests.conftest import REPOSITORY
-from tests.sleepy import wait_until
+from tests.sleepy import GATE_SECONDS, wait_until
 
 ELSEWHERE = Holder(
     token="other",
@@ -63,6 +65,36 @@ def test_an_expired_lease_is_watched_and_then_taken(tmp_path):
     assert read_holder(store).is_released and not is_alive(read_holder(store))
     with hold(store, wait=pytest.fail) as lease:
         assert lease.number == 5
+
+
+def test_the_end_does_not_wait_for_a_broken_network(tmp_path, monkeypatch):
+    """Neither for the lease nor for the journal; where the network comes back, both are told after all."""
+    store, mended = open_store(str(tmp_path)), threading.Event()
+    with hold(store, length_seconds=0.2):
+        replace = store.replace
+        monkeypatch.setattr(store, "replace", lambda *what: mended.wait(GATE_SECONDS) and replace(*what))
+        monkeypatch.setattr(store, "flush", lambda **_: mended.wait(GATE_SECONDS))
+        monkeypatch.setattr(leases, "RELEASE_SECONDS", 0.1)
+        monkeypatch.setattr(journals, "END_SECONDS", 0.1)
+        journals.Journal(store, 0).keep(is_end=True)
+    assert not mended.is_set() and not read_holder(store).is_released
+    mended.set()
+    wait_until(lambda: read_holder(store).is_released, "the lease is released")
+
+
+def test_no_error_ends_the_renewing(tmp_path, monkeypatch):
+    """A driver at work that does not renew its lease could be taken for dead."""
+    store, renew, failed = open_store(str(tmp_path)), leases.Lease.renew, []
+
+    def fail_once(lease) -> None:
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("Loop is not running")
+        renew(lease)
+
+    monkeypatch.setattr(leases.Lease, "renew", fail_once)
+    with hold(store, length_seconds=0.2):
+        wait_until(lambda: failed and read_holder(store).num_renewals, "the lease is renewed")
 
 
 @pytest.mark.parametrize("ahead", [-1e6, 1e6], ids=["clock-forward", "clock-back"])

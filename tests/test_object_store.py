@@ -10,7 +10,9 @@ import importlib.util
 import json
 import os
 import pickle
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,21 +25,24 @@ from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
 import engine
 from engine.dataset import object_store
 from engine.dataset.commits import COMMITS, list_commits, read_commits
-from engine.dataset.journal import read_events
+from engine.dataset.journal import Journal, read_events
 from engine.dataset.object_store import ObjectStore
-from engine.dataset.shards import SHARDS
+from engine.dataset.shards import SHARDS, shard_name
 from engine.dataset.state import METADATA, SUCCESS
 from engine.dataset.store import STATE, TORN, open_store
 from engine.dataset.verify import repair, verify
 from engine.errors import EXIT_OK, EXIT_OWNED, OutputError
 from engine.executors.local import LocalExecutor
+from engine.messages import Rules
 from engine.status import read_status
 from tests.conftest import REPOSITORY
-from tests.sleepy import run_sleepy, tars
+from tests.dataset_cases import commit_one, open_case
+from tests.sleepy import run_sleepy, tars, wait_until
 
 BUCKET = "bucket"
 COUNT = 2
@@ -184,6 +189,9 @@ def test_copies_follow_the_object(store: ObjectStore, monkeypatch: pytest.Monkey
     assert [one.stat().st_size for one in sorted(store.fetch("parts").iterdir())] == [0, 1, 2]
     other.remove("parts/1")
     assert sorted(one.name for one in store.fetch("parts").iterdir()) == ["0", "2"]
+    late = connected(store.name)
+    monkeypatch.setattr(late, "list", lambda name: [])
+    assert not late.fetch("parts").exists(), "removed since it was found to be a folder"
     other.remove_tree("parts")
     other.replace("parts", b"a file now")
     assert store.fetch("parts").read_bytes() == b"a file now"
@@ -225,9 +233,95 @@ def test_what_was_appended_is_seen(store: ObjectStore, monkeypatch: pytest.Monke
     monkeypatch.setattr(object_store, "APPEND_SECONDS", 0.0)
     store.flush(if_due=True)
     store.append("log", "two\n")
-    assert store.read("log") == b"one\n"
+    wait_until(lambda: store.exists("log"), "the first line is seen")
+    assert store.read("log").startswith(b"one\n")
     store.flush()
     assert store.read("log") == b"one\ntwo\n"
+
+
+def test_nobody_waits_for_what_is_due(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver goes on while the network holds a line up; one upload at a time, and the end waits for it."""
+    is_open, begun, put = threading.Event(), threading.Event(), store._put
+
+    def wait(name: str, data: Any, *, mode: str) -> None:
+        begun.set()
+        assert is_open.wait(60)
+        put(name, data, mode=mode)
+
+    monkeypatch.setattr(object_store, "APPEND_SECONDS", 0.0)
+    monkeypatch.setattr(store, "_put", wait)
+    for line in "abc":
+        store.append("log", line)
+        store.flush(if_due=True)
+        assert begun.wait(60) and not is_open.is_set()
+    assert sum(one.name == "flush" for one in threading.enumerate()) == 1
+    is_open.set()
+    store.flush()
+    assert store.read("log") == b"abc"
+
+
+def test_a_network_that_swallows_everything(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patience ends, and before that of the scheduler: the worker that waits does not hang."""
+    import s3fs
+
+    botocore_tries = 5
+    assert botocore_tries * object_store.S3_TRIES * s3fs.S3FileSystem.read_timeout < Rules().min_limit_seconds / 1.5
+    monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as hole:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{hole.getsockname()[1]}")
+        with pytest.raises(OutputError, match=r"the endpoint cannot be reached \(Read timeout on endpoint URL"):
+            connected("x").read("y")
+        hole.settimeout(0.2)
+        for _ in range(object_store.S3_TRIES):
+            hole.accept()[0].close()
+        with pytest.raises(TimeoutError):
+            hole.accept()
+
+
+def test_what_could_not_be_put_in_place_is_put_there_later(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that breaks for a while costs no line; a local folder that somebody removed costs no run."""
+    monkeypatch.setattr(object_store, "APPEND_SECONDS", 0.0)
+    journal = Journal(store, 0)
+    journal.note("one")
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_connection", object_store._connect("s3"))
+        store._fs.connect()
+        store._fs.s3.meta.events.register("before-send.s3.PutObject", broken)
+        with pytest.raises(OutputError, match="the endpoint cannot be reached"):
+            store.flush()
+    assert not store.exists("_state/events/000000.jsonl")
+    journal.keep(is_end=True)
+    assert [one["event"] for one in read_events(store)] == ["one"]
+    journal.note("two")
+    shutil.rmtree(store.staging())
+    journal.keep()
+    journal.note("three")
+    journal.keep(is_end=True)
+
+
+def broken(**_: Any) -> None:
+    raise EndpointConnectionError(endpoint_url="http://nowhere")
+
+
+def test_what_may_not_be_removed_is_told(store: ObjectStore) -> None:
+    """S3 answers a request to remove many with 200, and in it which of them it did not."""
+
+    def deny(parsed: dict[str, Any], **_: Any) -> None:
+        parsed["Errors"] = [{"Key": f"{store.name}/b", "Code": "AccessDenied", "Message": "Access Denied"}]
+
+    store.replace("a", b"")
+    store._fs.s3.meta.events.register("after-call.s3.DeleteObjects", deny)
+    with pytest.raises(OutputError, match=rf"^{store.uri}/b: access denied \(AccessDenied: Access Denied\); the"):
+        store.remove_all(["a", "b"])
+
+
+def test_many_are_removed(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than one request takes."""
+    monkeypatch.setattr(object_store, "DELETE_TOGETHER", 2)
+    for name in "abcde":
+        store.replace(name, b"")
+    store.remove_all("abcd")
+    assert set(objects(store)) == {"e"}
 
 
 def test_a_file_that_was_mended_is_not_set_aside(store: ObjectStore) -> None:
@@ -242,6 +336,22 @@ def test_a_file_that_was_mended_is_not_set_aside(store: ObjectStore) -> None:
     store.set_aside("shards/x.tar")
     [(name, data)] = objects(store).items()
     assert name.startswith(f"{TORN}/x.tar.") and data == b"whole"
+    assert not store.fetch("shards/x.parquet").exists()
+    connected(store.name).replace("shards/x.parquet", b"whole")
+    store.set_aside("shards/x.parquet")
+    assert store.exists("shards/x.parquet"), "it was not there when it was looked for"
+
+
+def test_many_workers_at_one_damaged_shard(store: ObjectStore) -> None:
+    """No lock is between them: each looks again, and all end with the record of one pair."""
+    run, plan, job = open_case(store.uri)
+    run.replace(f"{SHARDS}/{shard_name(job.name, 0)}.tar", b"torn")
+    stores = [connected(store.name) for _ in range(3)]
+    with ThreadPoolExecutor(len(stores)) as pool:
+        done = [pool.submit(commit_one, one, plan, 0, attempt=which) for which, one in enumerate(stores, start=1)]
+    [record] = read_commits(run)
+    assert {one.result().parquet_sha256 for one in done} == {record.parquet_sha256}
+    assert hashlib.sha256(run.read(f"{SHARDS}/{record.name}.parquet")).hexdigest() == record.parquet_sha256
 
 
 def test_what_dead_processes_left_is_removed(store: ObjectStore, tmp_path: Path, monkeypatch: Any) -> None:
@@ -257,6 +367,9 @@ def test_what_dead_processes_left_is_removed(store: ObjectStore, tmp_path: Path,
     assert len(list(own.parent.iterdir())) == 4
     store.clean_staging()
     assert {one.name for one in own.parent.iterdir()} == {own.name, f"{own.name}.lock"}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=REPOSITORY, check=False)
+    reader = connected("another").staging()
+    assert {one.name for one in own.parent.iterdir() if one.is_dir()} == {own.name, reader.name}, "a reader does, too"
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -533,6 +646,25 @@ def test_gcs_is_asked_to_create_if_absent(local: dict[str, bytes], monkeypatch: 
         assert not verify(run).findings and {name: run.read(name) for name in local} == local
         with pytest.raises(OutputError, match=r"^gs://nobody/x: there is no such bucket"):
             open_store("gs://nobody/x").is_there()
+        gcs.shutdown()
+
+
+def test_what_gcs_refuses_is_told_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gcsfs logs what it raises with its traceback, and raises a bare ValueError for some."""
+
+    class Refusing(FewWordsOfGcs):
+        def do_GET(self) -> None:
+            self.answer(400, json.dumps({"error": {"code": 400, "message": unquote(self.path.split("/")[4])}}).encode())
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as gcs:
+        threading.Thread(target=gcs.serve_forever, daemon=True).start()
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{gcs.server_port}")
+        monkeypatch.setenv("NO_GCE_CHECK", "true")
+        for bucket in ("invalid", "other"):
+            error = told(f"gs://{bucket}/x")
+            assert "\n" not in error and error.startswith(f"error: gs://{bucket}/x/_state/plan: the store refuses ("), (
+                error
+            )
         gcs.shutdown()
 
 

@@ -326,6 +326,20 @@ def test_a_worker_that_hangs_is_replaced_with_one_mark():
     assert drive(state, WorkerReady(1))[1][0] == Assign(1, 0, 2)
 
 
+def test_a_driver_that_was_away_hears_first_what_came_in_the_meantime():
+    """Frozen, or held up by a store: its workers are not those that hang; who said nothing is, at the next look."""
+    state, _ = start(bytes(6), 2, rules=RULES)
+    ready = [event for worker in range(2) for event in (WorkerPlaced(worker, "gpu"), WorkerReady(worker))]
+    state, _ = drive(state, *ready, Tick(0), Tick(1))
+    state, actions = drive(state, Tick(900), ShardProgress(0, 0, 1))
+    assert actions == [] and not state.marks
+    state, actions = drive(state, Tick(900.25))
+    assert StopWorker(1) in actions and StopWorker(0) not in actions and list(state.marks) == [2]
+    # One that is late every time looks every other time.
+    state, actions = drive(state, Tick(1100), Tick(1300))
+    assert StopWorker(0) in actions
+
+
 def test_a_worker_that_does_not_load_is_replaced_and_waiting_for_a_place_is_no_fault():
     """A cluster may take hours to give a machine; models take minutes. Starts that fail wait longer and longer."""
     state, _ = start(bytes(3), 1, rules=RULES)

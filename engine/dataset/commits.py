@@ -10,6 +10,8 @@ import dataclasses
 import heapq
 import json
 import operator
+import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any, NamedTuple
 from engine.dataset.counts import ShardCounts, parse_record_name, record_name
 from engine.dataset.shards import SHARDS, ShardFiles, discard, file_digest, inspect_pair, read_rows
 from engine.dataset.store import Store, explained, shown
-from engine.errors import CorruptShardError
+from engine.errors import CorruptShardError, RiskforgeError
 from engine.plan import ShardSpec
 
 COMMITS = "_state/commits"
@@ -26,6 +28,12 @@ PACKS = "_state/packs"
 MAX_LOOSE = 10_000
 RECORD_VERSION = 1
 NUM_LOCKS = 64
+# Pauses of whoever lost a race for a shard's files, in seconds, at least.
+RACE_WAITS = (0.1, 0.4, 1.5)
+
+
+class _RacedError(CorruptShardError):
+    """Another process put a file where this one had just moved one away."""
 
 
 class CommitSummary(NamedTuple):
@@ -115,9 +123,21 @@ def commit_shard(
         **_about(staged),
     )
     with store.lock(f"shard-{shard.number % NUM_LOCKS:02d}"):
-        record = _settle(store, own, staged)
+        record = _settle_in_turn(store, own, staged)
     discard(staged)
     return record
+
+
+def _settle_in_turn(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord:
+    """As `_settle`; again where another process, which no lock keeps away, moved or put files in the middle of it."""
+    for wait in RACE_WAITS:
+        try:
+            return _settle(store, own, staged)
+        except RiskforgeError as error:
+            if not isinstance(error, _RacedError) and not isinstance(error.__cause__, FileNotFoundError):
+                raise
+        time.sleep(wait * (1 + random.random()))
+    return _settle(store, own, staged)
 
 
 def _settle(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord:
@@ -130,7 +150,7 @@ def _settle(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord
     is_own = [store.publish(tar, staged.tar), store.publish(parquet, staged.parquet)]
     record = own if all(is_own) else _adopt(store, own, staged)
     if not store.publish(record.file_name, record.to_json().encode()):
-        record = _parse(record.file_name, store.read(record.file_name).decode())
+        record = _parse(record.file_name, store.read(record.file_name))
         _check_committed(store, record, own, staged)
     return record
 
@@ -147,7 +167,7 @@ def _adopt(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord:
         store.set_aside(parquet)
         for name, data in ((tar, staged.tar), (parquet, staged.parquet)):
             if not store.publish(name, data):
-                raise CorruptShardError(f"{store.address(name)}: written by two processes at once; run again") from None
+                raise _RacedError(f"{store.address(name)}: written by two processes at once; run again") from None
         return own
     if found.parquet_sha256 == own.parquet_sha256:
         return own
@@ -358,12 +378,12 @@ def _loose(store: Store) -> Iterator[tuple[str, CommitRecord]]:
     numbered = [(one[0], name) for one, name in parsed if one]
     # Those that were packed after they were listed are not there.
     for name, data in store.read_each(name for _, name in sorted(numbered)):
-        yield name, _parse(name, data.decode())
+        yield name, _parse(name, data)
 
 
 def _read_loose(store: Store, name: str) -> CommitRecord | None:
     """A loose record, or None where it was packed after it was listed."""
-    return next((_parse(name, data.decode()) for _, data in store.read_each([name])), None)
+    return next((_parse(name, data) for _, data in store.read_each([name])), None)
 
 
 def _packed_records(store: Store, pack: str) -> Iterator[CommitRecord]:
@@ -388,7 +408,7 @@ def _pack_rows(path: Path, columns: list[str], number: int | None = None) -> Ite
             raise CorruptShardError(f"{shown(path)}: the packed commit records cannot be read ({error})") from error
 
 
-def _parse(where: str, text: str) -> CommitRecord:
+def _parse(where: str, text: str | bytes) -> CommitRecord:
     try:
         raw = json.loads(text)
         if raw.pop("record_version") != RECORD_VERSION:

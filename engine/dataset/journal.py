@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from engine.dataset.store import EVENTS, Store
 from engine.errors import OutputError
 
 MAX_TAIL_BYTES = 1_000_000
+END_SECONDS = 20.0
 
 
 class Journal:
@@ -32,9 +34,20 @@ class Journal:
             self._store.append(self._name, line + "\n")
 
     def keep(self, *, is_end: bool = False) -> None:
-        """Let others see the lines, where the store does not at once; called often, and at the end."""
+        """Let others see the lines, where the store does not at once; called often, and at the end.
+
+        The end does not wait for long: with a broken network it would take all its tries.
+        """
+        if is_end:
+            last = threading.Thread(target=self._flush, name="journal", daemon=True)
+            last.start()
+            last.join(END_SECONDS)
+        else:
+            self._flush(if_due=True)
+
+    def _flush(self, *, if_due: bool = False) -> None:
         with contextlib.suppress(OutputError):
-            self._store.flush(if_due=not is_end)
+            self._store.flush(if_due=if_due)
 
 
 def read_events(store: Store) -> Iterator[dict[str, Any]]:

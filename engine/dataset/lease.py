@@ -25,6 +25,8 @@ from engine.errors import OutputError, OwnedError, RiskforgeError
 LEASE_SECONDS = 60.0
 # So many times within its length a lease is renewed.
 RENEWALS = 4
+# So long its release is waited for, where the network is broken.
+RELEASE_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,13 +88,9 @@ class Lease:
         self._thread.start()
 
     def release(self) -> None:
-        """Leave the place to whoever comes next."""
+        """Leave the place to whoever comes next; not worth an error or a long wait, as a lease expires by itself."""
         self._ended.set()
-        self._thread.join()
-        if not self._lost:
-            # Not worth an error: it expires by itself.
-            with contextlib.suppress(RiskforgeError):
-                self._write(replace(self._holder, is_released=True))
+        self._thread.join(RELEASE_SECONDS)
 
     def renew(self) -> None:
         """Put the end of the lease off, or find that it is lost."""
@@ -110,9 +108,13 @@ class Lease:
 
     def _keep(self) -> None:
         while not self._lost and not self._ended.wait(self._holder.length_seconds / RENEWALS):
-            # A full disk is told by those who write more; the lease then runs out.
-            with contextlib.suppress(RiskforgeError):
+            # A full disk is told by those who write more; the lease then runs out. No error may end the renewing: a
+            # driver whose lease runs out while it is at work does not hear of it.
+            with contextlib.suppress(Exception):
                 self.renew()
+        if not self._lost:
+            with contextlib.suppress(RiskforgeError):
+                self._write(replace(self._holder, is_released=True))
 
     def _write(self, holder: Holder) -> None:
         self._store.replace(_name(self.number), _bytes(holder))

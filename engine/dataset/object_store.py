@@ -15,6 +15,7 @@ import contextlib
 import filecmp
 import importlib.util
 import itertools
+import logging
 import os
 import re
 import secrets
@@ -25,12 +26,13 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from engine.dataset.object_errors import NO_BUCKET, is_foreign, is_taken, remedy, status_of
 from engine.dataset.store import (
     COPIES,
     TORN,
@@ -38,7 +40,6 @@ from engine.dataset.store import (
     claim_folder,
     explained,
     release_folder,
-    remedy_of,
     remove_if_dead,
 )
 from engine.errors import OutputError
@@ -48,47 +49,29 @@ MAX_COPIED_BYTES = 4 * 2**30
 MIN_COPIES = 64
 NUM_THREADS = 16
 READ_TOGETHER = 128
+# What S3 takes in one request.
+DELETE_TOGETHER = 1000
 # What is appended is put in place after so long for each megabyte of it: an object is always written whole.
 APPEND_SECONDS = 5.0
 # Whether the store honours the condition is tried out with a file of at most this size.
 MAX_TRIED_BYTES = 2**16
 CONFLICT_WAITS = (0.2, 1.0, 3.0)
 CONNECT_SECONDS = 5
+# On top of those of botocore, which are five: a network that swallows everything is to be told before the worker that
+# waits for it is taken for one that hangs.
+S3_TRIES = 2
 
 _ADDRESS = re.compile(r"(?P<scheme>s3|gs|gcs)://(?P<bucket>[A-Za-z0-9._-]+)(?P<prefix>(?:/[^/]+)*)/*", re.IGNORECASE)
 # Patterns of fsspec, and what no part of an address is.
 _UNUSABLE = re.compile(r"[\x00-\x1f\x7f*?\[\]\\#]|(^|/)\.{1,2}(/|$)")
 _LIBRARIES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
-_FOREIGN = {"aiobotocore", "botocore", "s3fs", "gcsfs", "google", "aiohttp", "requests", "urllib3", "fsspec"}
 
-_GO_ON = "what is committed is kept, and the same command continues"
-_NO_BUCKET = "there is no such bucket; create it, or correct the address (or that of the endpoint)"
-_DENIED = (
-    "access denied{reason}; the credentials of this machine must be allowed to list, read, write and delete there"
-    " (s3:ListBucket, GetObject, PutObject, DeleteObject; on GCS storage.objectAdmin)"
-)
-_NO_CREDENTIALS = {
-    "s3": "no credentials are found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the"
-    " machine a role, here and on every machine with workers",
-    "gs": "no credentials are found; set GOOGLE_APPLICATION_CREDENTIALS, or give the machine a service account, here"
-    " and on every machine with workers",
-}
-_UNREACHABLE = {
-    "s3": "the endpoint cannot be reached{reason}; look at the network and at AWS_ENDPOINT_URL",
-    "gs": "the endpoint cannot be reached{reason}; look at the network and at STORAGE_EMULATOR_HOST",
-}
-_THROTTLED = (
-    "the store asks for fewer requests{reason}, after all retries; use fewer workers or a larger samples_per_shard, or"
-    f" set AWS_RETRY_MODE=adaptive and AWS_MAX_ATTEMPTS=10 ({_GO_ON})"
-)
+# The version of what was looked for and not there.
+_ABSENT = ""
 _NOT_CONDITIONAL = (
     "this store overwrites where it was asked to create if absent (If-None-Match: *), so that shards would not be safe"
     " from a second writer; use a store that honours it, or a folder"
 )
-_THROTTLES = {
-    "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "ServiceUnavailable",
-    "503", "429",
-}  # fmt: skip
 
 
 def open_object_store(uri: str) -> ObjectStore:
@@ -128,8 +111,11 @@ class _Appended:
 
     def is_due(self) -> bool:
         """Whether it has waited for long, as long as it is large."""
-        num_megabytes = 1 + self.path.stat().st_size // 2**20
-        return self.is_waiting and time.monotonic() - self.put >= APPEND_SECONDS * num_megabytes
+        if not self.is_waiting:
+            return False
+        with explained(self.path):
+            num_megabytes = 1 + self.path.stat().st_size // 2**20
+        return time.monotonic() - self.put >= APPEND_SECONDS * num_megabytes
 
 
 class ObjectStore(Store):
@@ -148,6 +134,7 @@ class ObjectStore(Store):
         self._release: weakref.finalize[..., type[ObjectStore]] | None = None
         self._copies: OrderedDict[str, _Copy] = OrderedDict()
         self._appended: dict[str, _Appended] = {}
+        self._flushing = threading.Lock()
         self._is_conditional = False
         _STORES.add(self)
 
@@ -186,7 +173,7 @@ class ObjectStore(Store):
 
     def after_fork(self) -> None:
         """In a forked process: connections and locks are those of the parent; its local folder can be shared."""
-        self._lock, self._connection = threading.RLock(), None
+        self._lock, self._flushing, self._connection = threading.RLock(), threading.Lock(), None
 
     @contextlib.contextmanager
     def _told(self, name: str = "") -> Iterator[None]:
@@ -196,9 +183,9 @@ class ObjectStore(Store):
         except OutputError:
             raise
         except Exception as error:
-            if not isinstance(error, OSError) and not _is_foreign(error):
+            if not isinstance(error, OSError) and not is_foreign(error):
                 raise
-            raise OutputError(f"{self.address(name)}: {_remedy(error, self._scheme)}") from error
+            raise OutputError(f"{self.address(name)}: {remedy(error, self._scheme)}") from error
 
     def _info(self, name: str) -> dict[str, Any] | None:
         """What the store says of a name; None where there is nothing."""
@@ -215,9 +202,9 @@ class ObjectStore(Store):
         Raises:
             FileNotFoundError: there is no bucket.
         """
-        is_known = _status(error) != 404 if self._scheme == "s3" else self._fs.exists(self._bucket)
+        is_known = status_of(error) != 404 if self._scheme == "s3" else self._fs.exists(self._bucket)
         if not is_known:
-            raise FileNotFoundError(_NO_BUCKET) from error
+            raise FileNotFoundError(NO_BUCKET) from error
 
     # Reading -------------------------------------------------------------------------------------------------------
 
@@ -273,6 +260,8 @@ class ObjectStore(Store):
             found = self._info(name)
         if found is None:
             _remove(path)
+            with self._lock:
+                self._copies[name] = _Copy(_ABSENT, 0, is_kept=False)
             return path
         if found["type"] == "directory":
             return self._fetch_folder(name, path)
@@ -295,8 +284,9 @@ class ObjectStore(Store):
             _remove(path)
         names = self.list(name)
         fetched = set(self.fetch_each(names, keep=True))
-        for left in set(path.iterdir()) - fetched:
-            _remove(left)
+        with contextlib.suppress(FileNotFoundError):
+            for left in set(path.iterdir()) - fetched:
+                _remove(left)
         return path
 
     def _download(self, name: str, path: Path) -> None:
@@ -372,14 +362,14 @@ class ObjectStore(Store):
                 try:
                     self._put(name, data, mode="create")
                 except Exception as error:
-                    if wait is not None and _status(error) == 409:
+                    if wait is not None and status_of(error) == 409:
                         time.sleep(wait)
                         continue
                     # The answer to an earlier try may have been lost; an upload in parts is then not found any more.
-                    if not _is_taken(error) and not isinstance(error, FileNotFoundError):
+                    if not is_taken(error) and not isinstance(error, FileNotFoundError):
                         raise
                     is_own = self._holds(name, data)
-                    if not is_own and not _is_taken(error):
+                    if not is_own and not is_taken(error):
                         raise
                     return is_own
                 break
@@ -402,7 +392,7 @@ class ObjectStore(Store):
         try:
             self._put(name, data, mode="create")
         except Exception as error:
-            if not _is_taken(error):
+            if not is_taken(error):
                 raise
             self._is_conditional = True
             return
@@ -432,11 +422,30 @@ class ObjectStore(Store):
         one.is_waiting = True
 
     def flush(self, *, if_due: bool = False) -> None:
-        """Put what was appended in its place."""
-        for name, one in self._appended.items():
-            if one.is_due() if if_due else one.is_waiting:
-                one.put, one.is_waiting = time.monotonic(), False
-                self.replace(name, one.path)
+        """Put what was appended in its place; what is due in the background, as the driver must not wait for a network.
+
+        What could not be put there stays due.
+        """
+        if not if_due:
+            with self._flushing:
+                self._put_appended([one for one in self._appended.items() if one[1].is_waiting])
+        elif not self._flushing.locked() and (due := [one for one in self._appended.items() if one[1].is_due()]):
+            threading.Thread(target=self._flush_due, args=(due,), name="flush", daemon=True).start()
+
+    def _flush_due(self, due: Sequence[tuple[str, _Appended]]) -> None:
+        with self._flushing, contextlib.suppress(OutputError):
+            self._put_appended(due)
+
+    def _put_appended(self, some: Sequence[tuple[str, _Appended]]) -> None:
+        for name, one in some:
+            one.put, one.is_waiting = time.monotonic(), False
+            try:
+                with explained(one.path):
+                    text = one.path.read_bytes()
+                self.replace(name, text)
+            except OutputError:
+                one.is_waiting = True
+                raise
 
     def remove(self, name: str) -> None:
         """Remove an object, if it is there."""
@@ -446,9 +455,25 @@ class ObjectStore(Store):
     def remove_all(self, names: Iterable[str]) -> None:
         """Remove objects, many with one request."""
         keys = [self._key(name) for name in names]
-        if keys:
+        if keys and self._scheme != "s3":
             with self._told(), contextlib.suppress(FileNotFoundError):
                 self._fs.rm(keys)
+        elif keys:
+            self._delete_objects(keys)
+
+    def _delete_objects(self, keys: Sequence[str]) -> None:
+        """Remove objects of S3, of which the library passes over those that S3 refuses to remove in a good answer."""
+        from botocore.exceptions import ClientError
+        from s3fs.errors import translate_boto_error
+
+        for first in range(0, len(keys), DELETE_TOGETHER):
+            some = [{"Key": key.partition("/")[2]} for key in keys[first : first + DELETE_TOGETHER]]
+            wanted = {"Objects": some, "Quiet": True}
+            with self._told():
+                answer = self._fs.call_s3("delete_objects", Bucket=self._bucket, Delete=wanted)
+            for refused in answer.get("Errors", ()):
+                with self._told(refused["Key"].removeprefix(f"{self._root.partition('/')[2]}/")):
+                    raise translate_boto_error(ClientError({"Error": refused}, "DeleteObjects"))
 
     def remove_tree(self, name: str) -> None:
         """Remove all objects below a name, and the one that has it."""
@@ -478,6 +503,8 @@ class ObjectStore(Store):
         with self._lock:
             if self._home is None or not self._home.is_dir():
                 base = _base()
+                # Not every process begins or mends a run, and a killed one leaves copies of some gigabytes.
+                self.clean_staging()
                 with explained(base):
                     self._home, descriptor = claim_folder(base)
                 self._copies.clear()
@@ -530,10 +557,14 @@ def _connect(scheme: str) -> Any:
     if scheme == "s3":
         import s3fs
 
-        return s3fs.S3FileSystem(config_kwargs={"connect_timeout": CONNECT_SECONDS}, **options)
+        found = s3fs.S3FileSystem(config_kwargs={"connect_timeout": CONNECT_SECONDS}, **options)
+        found.retries = S3_TRIES
+        return found
     # The package's own name may stand for experimental support of other kinds of buckets.
     from gcsfs.core import GCSFileSystem
 
+    # It prints the traceback of whatever it raises.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     return GCSFileSystem(**options)
 
 
@@ -563,71 +594,3 @@ def _remove(path: Path) -> None:
 def _version(info: dict[str, Any]) -> str:
     """What changes when an object is written: the generation on GCS; on S3 the ETag, or the time for equal bytes."""
     return str(info.get("generation") or (info.get("ETag"), info.get("LastModified"), info.get("size")))
-
-
-# What the libraries raise --------------------------------------------------------------------------------------------
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__ or found.__context__
-
-
-def _response(error: BaseException, read: Callable[[Any], Any]) -> Any:
-    """Something of the answer of S3 that is behind an error; None where there is none."""
-    for one in _chain(error):
-        with contextlib.suppress(AttributeError, KeyError, TypeError):
-            return read(one.response)  # type: ignore[attr-defined]
-    return None
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status behind an error, where it is known."""
-    found = _response(error, lambda response: response["ResponseMetadata"]["HTTPStatusCode"])
-    code = getattr(error, "code", None)
-    return found if found is not None else code if isinstance(code, int) else None
-
-
-def _code(error: BaseException) -> str:
-    found = _response(error, lambda response: response["Error"]["Code"])
-    return str(found if found is not None else getattr(error, "code", "") or "")
-
-
-def _is_taken(error: BaseException) -> bool:
-    return isinstance(error, FileExistsError) or _status(error) == 412
-
-
-def _is_foreign(error: BaseException) -> bool:
-    return any(kind.__module__.partition(".")[0] in _FOREIGN for kind in type(error).__mro__)
-
-
-def _remedy(error: Exception, scheme: str) -> str:
-    """What to do about an error of the libraries."""
-    kinds = {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
-    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
-    code, text = _code(error), (lines or [type(error).__name__])[0][:300]
-    reason = f" ({code}: {text})" if code and code not in text else f" ({text})"
-    if code == "NoSuchBucket" or text == _NO_BUCKET:
-        return _NO_BUCKET
-    if kinds & {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "GoogleAuthError",
-                "ProfileNotFound", "TokenRetrievalError"}:  # fmt: skip
-        return _NO_CREDENTIALS[scheme] + ("" if "NoCredentialsError" in kinds else f" ({text})")
-    if "PermissionError" in kinds or text.startswith("Forbidden") or _status(error) in (401, 403):
-        return _DENIED.format(reason=reason)
-    if code in _THROTTLES or _status(error) in (429, 503):
-        return _THROTTLED.format(reason=reason)
-    if kinds & {
-        "EndpointConnectionError",
-        "ConnectionError",
-        "HTTPClientError",
-        "TimeoutError",
-        "ClientConnectionError",
-    }:
-        return f"{_UNREACHABLE[scheme].format(reason=f' ({text})')} ({_GO_ON})"
-    if isinstance(error, FileNotFoundError):
-        return "there is no such object"
-    if isinstance(error, OSError) and not _response(error, bool) and error.errno is not None:
-        return f"the local folder {tempfile.gettempdir()}: {remedy_of(error)}; TMPDIR names another"
-    return f"the store refuses{reason} ({_GO_ON})"

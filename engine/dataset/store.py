@@ -263,7 +263,7 @@ class Store(ABC):
         """Let everybody see what was appended.
 
         Args:
-            if_due: whether only what has waited for long.
+            if_due: whether only what has waited for long, without waiting for it or for its errors.
         """
 
     @abstractmethod

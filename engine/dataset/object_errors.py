@@ -1,0 +1,108 @@
+"""What the libraries for object stores raise: which of it means that a name is taken, and what to do about the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from traceback import walk_tb
+from typing import Any
+
+from engine.dataset.store import remedy_of
+
+_FOREIGN = {"aiobotocore", "botocore", "s3fs", "gcsfs", "google", "aiohttp", "requests", "urllib3", "fsspec"}
+
+_GO_ON = "what is committed is kept, and the same command continues"
+NO_BUCKET = "there is no such bucket; create it, or correct the address (or that of the endpoint)"
+_DENIED = (
+    "access denied{reason}; the credentials of this machine must be allowed to list, read, write and delete there"
+    " (s3:ListBucket, GetObject, PutObject, DeleteObject; on GCS storage.objectAdmin)"
+)
+_NO_CREDENTIALS = {
+    "s3": "no credentials are found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the"
+    " machine a role, here and on every machine with workers",
+    "gs": "no credentials are found; set GOOGLE_APPLICATION_CREDENTIALS, or give the machine a service account, here"
+    " and on every machine with workers",
+}
+_UNREACHABLE = {
+    "s3": "the endpoint cannot be reached{reason}; look at the network and at AWS_ENDPOINT_URL",
+    "gs": "the endpoint cannot be reached{reason}; look at the network and at STORAGE_EMULATOR_HOST",
+}
+_THROTTLED = (
+    "the store asks for fewer requests{reason}, after all retries; use fewer workers or a larger samples_per_shard, or"
+    f" set AWS_RETRY_MODE=adaptive and AWS_MAX_ATTEMPTS=10 ({_GO_ON})"
+)
+_THROTTLES = {
+    "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "ServiceUnavailable",
+    "503", "429",
+}  # fmt: skip
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
+
+
+def _response(error: BaseException, read: Callable[[Any], Any]) -> Any:
+    """Something of the answer of S3 that is behind an error; None where there is none."""
+    for one in _chain(error):
+        with contextlib.suppress(AttributeError, KeyError, TypeError):
+            return read(one.response)  # type: ignore[attr-defined]
+    return None
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status behind an error, where it is known."""
+    found = _response(error, lambda response: response["ResponseMetadata"]["HTTPStatusCode"])
+    code = getattr(error, "code", None)
+    return found if found is not None else code if isinstance(code, int) else None
+
+
+def _code(error: BaseException) -> str:
+    found = _response(error, lambda response: response["Error"]["Code"])
+    return str(found if found is not None else getattr(error, "code", "") or "")
+
+
+def is_taken(error: BaseException) -> bool:
+    """Whether a conditional request was refused, as the name is taken."""
+    return isinstance(error, FileExistsError) or status_of(error) == 412
+
+
+def is_foreign(error: BaseException) -> bool:
+    """Whether an error is of one of the libraries, not of this program; a bad answer of GCS is a bare `ValueError`."""
+    modules = [kind.__module__ for kind in type(error).__mro__]
+    if isinstance(error, (ValueError, RuntimeError)):
+        modules += [frame.f_globals.get("__name__", "") for frame, _ in list(walk_tb(error.__traceback__))[-1:]]
+    return any(module.partition(".")[0] in _FOREIGN for module in modules)
+
+
+def remedy(error: Exception, scheme: str) -> str:
+    """What to do about an error of the libraries."""
+    kinds = {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
+    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
+    code, text = _code(error), (lines or [type(error).__name__])[0][:300]
+    reason = f" ({code}: {text})" if code and code not in text else f" ({text})"
+    if code == "NoSuchBucket" or text == NO_BUCKET:
+        return NO_BUCKET
+    if kinds & {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "GoogleAuthError",
+                "ProfileNotFound", "TokenRetrievalError"}:  # fmt: skip
+        return _NO_CREDENTIALS[scheme] + ("" if "NoCredentialsError" in kinds else f" ({text})")
+    if "PermissionError" in kinds or text.startswith("Forbidden") or status_of(error) in (401, 403):
+        return _DENIED.format(reason=reason)
+    if code in _THROTTLES or status_of(error) in (429, 503):
+        return _THROTTLED.format(reason=reason)
+    if kinds & {
+        "EndpointConnectionError",
+        "ConnectionError",
+        "HTTPClientError",
+        "TimeoutError",
+        "ClientConnectionError",
+    }:
+        return f"{_UNREACHABLE[scheme].format(reason=f' ({text})')} ({_GO_ON})"
+    if isinstance(error, FileNotFoundError):
+        return "there is no such object"
+    if isinstance(error, OSError) and not _response(error, bool) and error.errno is not None:
+        return f"the local folder {tempfile.gettempdir()}: {remedy_of(error)}; TMPDIR names another"
+    return f"the store refuses{reason} ({_GO_ON})"
