@@ -28,7 +28,7 @@ from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK, JobError, Outp
 from engine.executors.base import ShardResult
 from engine.executors.local import LocalExecutor
 from engine.executors.ray import Layout, RayExecutor, RayHost, divide, prepare_environment, usable_cores
-from engine.messages import Rules, ShardProgress
+from engine.messages import Rules, ShardProgress, WorkerReady
 from engine.plan import ShardSpec
 from engine.run import plan_job
 from engine.scheduler import MAX_MARKS
@@ -330,6 +330,28 @@ def test_a_gpu_that_is_not_there_is_refused():
     """On a cluster of our own none will come."""
     with pytest.raises(JobError, match="no GPU"):
         divide([{"CPU": 4.0}], "cuda", None, 9, is_own=True)
+
+
+def test_workers_of_one_process_load_one_after_the_other():
+    """Loading models changes how modules are made in the whole process: beside another, a model came out empty."""
+    loading, found = threading.Lock(), []
+
+    def factory():
+        is_alone = loading.acquire(blocking=False)
+        found.append(is_alone)
+        time.sleep(0.3)
+        if is_alone:
+            loading.release()
+
+    executor = LocalExecutor(3)
+    executor.open(factory, 3)
+    for worker in range(3):
+        executor.start_worker(worker)
+    ready = 0
+    while ready < 3:
+        ready += sum(isinstance(event, WorkerReady) for event in executor.poll(60))
+    executor.close()
+    assert found == [True] * 3
 
 
 def test_ray_makes_the_bytes_that_threads_make(join, clean, tmp_path):

@@ -35,6 +35,7 @@ class LocalExecutor:
     def __init__(self, num_workers: int) -> None:
         self._num_workers = num_workers
         self._inboxes: dict[int, Inbox] = {}
+        self._loading = threading.Lock()
         self._events: queue.SimpleQueue[tuple[int, ExecutorEvent]] = queue.SimpleQueue()
 
     def begin(self) -> None:
@@ -79,7 +80,10 @@ class LocalExecutor:
         """A worker's life, in its thread; a second one waits for its commits."""
         host = Host(worker)
         self._events.put((worker, WorkerPlaced(worker, NODE_KIND)))
-        self._events.put((worker, host.load(self._factory)))
+        # One at a time: libraries that load models change how every thread makes modules meanwhile.
+        with self._loading:
+            ready = host.load(self._factory)
+        self._events.put((worker, ready))
         with ThreadPoolExecutor(1, thread_name_prefix=f"commits-{worker}") as commits:
             while not host.has_failed and (item := inbox.get()) is not None:
                 shard, attempt, batch_limit = item

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ CPU_LATENT_PIXELS = 1024
 CHECKPOINTING_PIXELS = 256
 # One of the two settings with which cuBLAS is deterministic.
 CUBLAS_WORKSPACE = ":4096:8"
+
+_LOADING = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,13 +192,16 @@ def xformers_problem(sizes: set[int], dtype: str, device: str) -> str:
 def loading(address: str, kind: str) -> Iterator[None]:
     """Turn what the libraries raise on a missing, torn or foreign file into a message that names the model.
 
+    One at a time: while diffusers loads, modules that other threads make have no memory.
+
     Raises:
         JobError: in place of those errors.
     """
     import safetensors
 
     try:
-        yield
+        with _LOADING:
+            yield
     except JobError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
