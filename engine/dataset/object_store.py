@@ -15,6 +15,7 @@ import contextlib
 import filecmp
 import importlib.util
 import itertools
+import logging
 import os
 import re
 import secrets
@@ -23,6 +24,7 @@ import stat
 import tempfile
 import threading
 import time
+import traceback
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -76,6 +78,16 @@ _NO_CREDENTIALS = {
 _UNREACHABLE = {
     "s3": "the endpoint cannot be reached{reason}; look at the network and at AWS_ENDPOINT_URL",
     "gs": "the endpoint cannot be reached{reason}; look at the network and at STORAGE_EMULATOR_HOST",
+}
+_SETTINGS = {
+    "s3": "a setting is not understood{reason}; correct AWS_ENDPOINT_URL (http:// or https:// and a host), or another"
+    " AWS_ variable, or the files that AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE name",
+    "gs": "a setting is not understood{reason}; correct STORAGE_EMULATOR_HOST, or the file of"
+    " GOOGLE_APPLICATION_CREDENTIALS",
+}
+_NO_FILE = {
+    "s3": "correct the variable that names it (AWS_CA_BUNDLE, AWS_WEB_IDENTITY_TOKEN_FILE)",
+    "gs": "correct GOOGLE_APPLICATION_CREDENTIALS",
 }
 _THROTTLED = (
     "the store asks for fewer requests{reason}, after all retries; use fewer workers or a larger samples_per_shard, or"
@@ -196,7 +208,7 @@ class ObjectStore(Store):
         except OutputError:
             raise
         except Exception as error:
-            if not isinstance(error, OSError) and not _is_foreign(error):
+            if not isinstance(error, OSError) and not _is_foreign(error) and not _is_of_settings(error):
                 raise
             raise OutputError(f"{self.address(name)}: {_remedy(error, self._scheme)}") from error
 
@@ -526,6 +538,8 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def _connect(scheme: str) -> Any:
     """The file system of a scheme, which remembers no listing: other processes write, too."""
+    # It logs what it raises, which without a handler goes to stderr with a traceback.
+    logging.getLogger("gcsfs").addHandler(logging.NullHandler())
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if scheme == "s3":
         import s3fs
@@ -603,6 +617,14 @@ def _is_foreign(error: BaseException) -> bool:
     return any(kind.__module__.partition(".")[0] in _FOREIGN for kind in type(error).__mro__)
 
 
+def _is_of_settings(error: BaseException) -> bool:
+    """Whether a library does not understand one of its settings: some are told by a plain `ValueError`."""
+    if {kind.__name__ for kind in type(error).__mro__} & {"ConfigParseError", "InvalidRetryConfigurationError"}:
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, ValueError) and frame.f_globals.get("__name__", "").partition(".")[0] in _FOREIGN
+
+
 def _remedy(error: Exception, scheme: str) -> str:
     """What to do about an error of the libraries."""
     kinds = {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
@@ -628,6 +650,10 @@ def _remedy(error: Exception, scheme: str) -> str:
         return f"{_UNREACHABLE[scheme].format(reason=f' ({text})')} ({_GO_ON})"
     if isinstance(error, FileNotFoundError):
         return "there is no such object"
+    if _is_of_settings(error):
+        return _SETTINGS[scheme].format(reason=reason)
     if isinstance(error, OSError) and not _response(error, bool) and error.errno is not None:
+        if error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(tempfile.gettempdir()):
+            return f"the library reads {os.fsdecode(error.filename)}: {error.strerror}; {_NO_FILE[scheme]}"
         return f"the local folder {tempfile.gettempdir()}: {remedy_of(error)}; TMPDIR names another"
     return f"the store refuses{reason} ({_GO_ON})"
