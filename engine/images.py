@@ -143,6 +143,11 @@ def open_images(address: str, labels: tuple[str, ...], option: str = "--data") -
     """
     if address in NAMED:
         return _digits(address, labels, option)
+    if "://" in address:
+        raise JobError(
+            f"{option}: '{address}' is not on this machine; images are read from files and folders alone; "
+            "copy them here first, such as with `aws s3 sync`, or `riskforge export` where it is a run"
+        )
     try:
         path = Path(address).expanduser()
         if path.is_dir():

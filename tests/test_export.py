@@ -227,6 +227,7 @@ def test_shards_have_images_of_one_format(first: Path, tmp_path: Path) -> None:
         ({"clip": "zoo:digits/clip"}, "--clip: is for --deduplicate"),
         ({"deduplicate": 0.9, "clip": "zoo:digits/nothing"}, "zoo:digits/nothing"),
         ({"real_ratio": 1.0}, "--real-ratio: 1 is not between 0 and 1"),
+        ({"real": "s3://b/x"}, "--mix-real: 's3://b/x' is not on this machine; images are read from files and folders"),
         ({"real": "nowhere"}, "--mix-real: there is no 'nowhere'"),
         ({"real": "digits:test"}, "the target has no class 'three'"),
         ({"format": "zip"}, "--format: 'zip' is not one of"),

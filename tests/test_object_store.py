@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import hashlib
 import http.server
 import importlib.util
@@ -382,6 +383,8 @@ def test_what_dead_processes_left_is_removed(store: ObjectStore, tmp_path: Path,
         ("s3:///x", "output 's3:///x': is not of the form SCHEME://BUCKET/NAME; name a folder in a bucket"),
         ("s3://b/x/../y", "output 's3://b/x/../y': holds one of * ? [ ] \\ #, a control character, or a part . or .."),
         ("s3://b/*", "output 's3://b/*': holds one of * ? [ ] \\ #, a control character, or a part . or .."),
+        ("s3:/b/x", "output s3:/b/x: would be a folder called s3:; write s3://BUCKET/NAME"),
+        ("GS:b/x", "output GS:b/x: would be a folder called GS:; write gs://BUCKET/NAME"),
         ("ftp://b/x", "output ftp://b/x: ftp:// is not supported; use a folder, s3://BUCKET/NAME or gs://BUCKET/NAME"),
     ],
 )
@@ -438,6 +441,47 @@ def test_an_endpoint_that_nobody_listens_on(server: str, monkeypatch: pytest.Mon
         "error: s3://bucket/x/_state/plan: the endpoint cannot be reached (Could not connect to the"
     )
     assert "look at the network and at AWS_ENDPOINT_URL (what is committed is kept, and the same command" in error
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("AWS_ENDPOINT_URL", "127.0.0.1:9000", "Invalid endpoint: 127.0.0.1:9000"),
+        ("AWS_MAX_ATTEMPTS", "many", "invalid literal for int() with base 10: 'many'"),
+        ("AWS_RETRY_MODE", "patient", 'Invalid value provided to "mode": "patient" must be one of: '),
+    ],
+)
+def test_settings_that_the_library_does_not_understand(
+    server: str, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, reason: str
+) -> None:
+    """Some of them are told by a plain `ValueError`."""
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(OutputError) as caught:
+        open_store("s3://bucket/x").list()
+    assert str(caught.value).startswith(f"s3://bucket/x: a setting is not understood ({reason}")
+    assert "correct AWS_ENDPOINT_URL (http:// or https:// and a host), or another AWS_ variable" in str(caught.value)
+
+
+def test_a_file_of_credentials_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no fault of TMPDIR."""
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", "/elsewhere")
+    monkeypatch.setattr("tempfile.tempdir", "/elsewhere")
+    with pytest.raises(OutputError) as caught:
+        open_store("gs://bucket/x").list()
+    error = f"gs://bucket/x: the library reads {tmp_path}: Is a directory; correct GOOGLE_APPLICATION_CREDENTIALS"
+    assert str(caught.value) == error
+
+
+def test_what_gcsfs_logs_is_not_printed() -> None:
+    """It logs every fault with its traceback, and tells it to us as well."""
+    program = "import logging; from engine.dataset.store import open_store; open_store('gs://b/x')._fs;"
+    program += "logging.getLogger('gcsfs').error('out of retries')"
+    emulated = os.environ | {"STORAGE_EMULATOR_HOST": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, env=emulated, capture_output=True, text=True, check=True
+    )
+    assert not done.stderr
 
 
 def test_access_denied(server: str) -> None:
@@ -553,6 +597,22 @@ def test_what_is_there_already_is_adopted_or_set_aside(store: ObjectStore, local
     assert sorted(repair(store).to_make) == [2, 4]
     assert run_sleepy(store.uri, COUNT, LocalExecutor(2)).exit_code == EXIT_OK
     assert objects(store, "shards/").items() >= local.items() and not verify(store).damage
+
+
+def test_a_store_that_cannot_be_read_is_no_damage(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full local disk, or a store that falls silent: `repair` would take out what is whole."""
+    run_sleepy(store.uri, COUNT, LocalExecutor(2))
+    before = objects(store)
+
+    def fail(lpath: str, *_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    reader = connected(store.name)
+    monkeypatch.setattr(reader._fs, "get_file", fail)
+    for look in (verify, repair):
+        with pytest.raises(OutputError, match=r"shards/sleepy-000000\.tar: the local folder .* the disk is full"):
+            look(reader)
+    assert objects(store) == before
 
 
 def test_a_run_of_a_folder_goes_on_in_a_bucket(store: ObjectStore, local: dict[str, bytes], tmp_path: Path) -> None:

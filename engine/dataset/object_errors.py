@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
@@ -27,6 +29,14 @@ _NO_CREDENTIALS = {
 _UNREACHABLE = {
     "s3": "the endpoint cannot be reached{reason}; look at the network and at AWS_ENDPOINT_URL",
     "gs": "the endpoint cannot be reached{reason}; look at the network and at STORAGE_EMULATOR_HOST",
+}
+_SETTINGS = (
+    "a setting is not understood{reason}; correct AWS_ENDPOINT_URL (http:// or https:// and a host), or another AWS_"
+    " variable, or the files that AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE name"
+)
+_NO_FILE = {
+    "s3": "correct the variable that names it (AWS_CA_BUNDLE, AWS_WEB_IDENTITY_TOKEN_FILE)",
+    "gs": "correct GOOGLE_APPLICATION_CREDENTIALS",
 }
 _THROTTLED = (
     "the store asks for fewer requests{reason}, after all retries; use fewer workers or a larger samples_per_shard, or"
@@ -103,6 +113,12 @@ def remedy(error: Exception, scheme: str) -> str:
         return f"{_UNREACHABLE[scheme].format(reason=f' ({text})')} ({_GO_ON})"
     if isinstance(error, FileNotFoundError):
         return "there is no such object"
+    if scheme == "s3" and (
+        isinstance(error, ValueError) or kinds & {"ConfigParseError", "InvalidRetryConfigurationError"}
+    ):
+        return _SETTINGS.format(reason=reason)
     if isinstance(error, OSError) and not _response(error, bool) and error.errno is not None:
+        if error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(tempfile.gettempdir()):
+            return f"the library reads {os.fsdecode(error.filename)}: {error.strerror}; {_NO_FILE[scheme]}"
         return f"the local folder {tempfile.gettempdir()}: {remedy_of(error)}; TMPDIR names another"
     return f"the store refuses{reason} ({_GO_ON})"

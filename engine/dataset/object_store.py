@@ -553,6 +553,8 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def _connect(scheme: str) -> Any:
     """The file system of a scheme, which remembers no listing: other processes write, too."""
+    # It logs what it raises with a traceback, and tells it to us as well.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if scheme == "s3":
         import s3fs
@@ -563,8 +565,6 @@ def _connect(scheme: str) -> Any:
     # The package's own name may stand for experimental support of other kinds of buckets.
     from gcsfs.core import GCSFileSystem
 
-    # It prints the traceback of whatever it raises.
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     return GCSFileSystem(**options)
 
 

@@ -97,6 +97,10 @@ def open_store(uri: str) -> Store:
         from engine.dataset.object_store import open_object_store
 
         return open_object_store(uri)
+    if mistyped := re.match(r"(s3|gs|gcs):", uri, re.IGNORECASE):
+        raise OutputError(
+            f"output {uri}: would be a folder called {mistyped[0]}; write {mistyped[1].lower()}://BUCKET/NAME"
+        )
     if scheme and scheme[1].lower() != "file":
         raise OutputError(
             f"output {uri}: {scheme[1]}:// is not supported; use a folder, s3://BUCKET/NAME or gs://BUCKET/NAME"

@@ -69,15 +69,16 @@ def verify(store: Store, advance: Callable[[str], None] = lambda text: None) -> 
         advance: hears how far it is.
 
     Raises:
-        OutputError: there is no run, or its plan cannot be read.
+        OutputError: there is no run, or its plan cannot be read, or files cannot be copied out of the store.
     """
     job, plan = stored_plan(store)
     findings: list[Finding] = []
     counts: dict[int, ShardCounts] = {}
     for number, record in inspect_records(store):
         advance(f"shard {number} of {plan.num_shards}")
+        pair = _pair(store, record)  # Not in the `try`: a store that cannot be read now is no damage.
         try:
-            counts[number] = check_shard(store, plan, record)
+            counts[number] = check_shard(plan, record, pair)
         except RiskforgeError as error:
             findings.append(Finding(kind="damage", shard=number, text=str(error)))
     num_committed = len(counts) + len(findings)
@@ -89,18 +90,27 @@ def verify(store: Store, advance: Callable[[str], None] = lambda text: None) -> 
     )
 
 
-def check_shard(store: Store, plan: Plan, record: CommitRecord | CorruptShardError) -> ShardCounts:
+def _pair(store: Store, record: CommitRecord | CorruptShardError) -> list[Path]:
+    """Where the tar and the parquet of a shard can be read; nothing where its record cannot."""
+    if isinstance(record, CorruptShardError):
+        return []
+    return list(store.fetch_each(f"{SHARDS}/{record.name}.{kind}" for kind in ("tar", "parquet")))
+
+
+def check_shard(plan: Plan, record: CommitRecord | CorruptShardError, pair: list[Path]) -> ShardCounts:
     """Hold a committed shard against its record and the plan.
+
+    Args:
+        pair: its tar and its parquet.
 
     Raises:
         CorruptShardError: with what is wrong.
-        OutputError: the store refuses.
+        OutputError: a file cannot be read.
     """
     if isinstance(record, CorruptShardError):
         raise record
-    names = [f"{SHARDS}/{record.name}.{kind}" for kind in ("tar", "parquet")]
-    tar, parquet = store.fetch_each(names)
-    for path in (tar, parquet):
+    tar, parquet = pair
+    for path in pair:
         if not path.exists():
             raise CorruptShardError(f"{shown(path)}: is missing, but shard {record.shard} is committed")
     _check_planned(plan, record)
