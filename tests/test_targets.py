@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import zipfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,13 @@ import torch
 import yaml
 from torch import nn
 
-from engine.dataset.state import read_run
-from engine.dataset.store import open_store
 from engine.errors import JobError
 from engine.jobfile import read_job
 from engine.models import targets
 from engine.models.addresses import check_addresses, model_digest, read_labels
 from engine.models.classifier import Classifier
 from engine.models.preprocess import Preprocessing, Steps
-from engine.plan import Plan, resolve_requests
-from engine.run import default_worker, plan_job
-from engine.spec import parse_job
+from engine.run import plan_job
 from engine.studies.samples import StudiedRun, check_target
 from tests.conftest import REPOSITORY
 
@@ -338,8 +333,7 @@ def test_fine_tuning_refuses_what_it_cannot_store(importable: Path, tmp_path: Pa
 
 
 def test_a_run_against_a_factory_beside_the_job(home: Path, tmp_path: Path) -> None:
-    """The command from elsewhere; the manifest has the labels; a worker that comes as a pickle to another process, as
-    an actor does, finds the job's folder too; changed weights are refused."""
+    """The command from elsewhere; the manifest has the labels; changed weights are refused."""
     folder = tmp_path / "jobs"
     folder.mkdir()
     (folder / "own_nets.py").write_text(FACTORY)
@@ -349,7 +343,6 @@ def test_a_run_against_a_factory_beside_the_job(home: Path, tmp_path: Path) -> N
     riskforge("run", path, "--executor", "local", folder=tmp_path)
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     assert manifest["models"]["target"]["labels"] == DIGITS and manifest["counts"]["samples"]["ok"] == 2
-    make_in_another_process(path, folder)
     riskforge("report", tmp_path / "run", folder=tmp_path)
     # The three kinds score again what they scored; the factory is in the working folder here.
     assert "no damage" in riskforge("verify", "--deep", tmp_path / "run", folder=folder).stdout
@@ -358,21 +351,6 @@ def test_a_run_against_a_factory_beside_the_job(home: Path, tmp_path: Path) -> N
     assert "models.target:" in done.stderr and "->" in done.stderr
     done = riskforge("verify", "--deep", tmp_path / "run", folder=folder, code=2)
     assert "models.target" in done.stderr and "not the model that scored this run" in done.stderr
-
-
-def make_in_another_process(path: Path, folder: Path) -> None:
-    """Make the worker of a job in a process whose own paths do not lead to the factory."""
-    store = open_store(str(path.parent.parent / "run"))
-    stored = read_run(store)
-    assert stored is not None
-    job = parse_job(stored.job)
-    plan = Plan(resolve_requests(job, DIGITS), stored.identity, stored.stages, stored.schema_version)
-    made = pickle.dumps(partial(default_worker, job, plan, folder=str(folder.parent), imports=(str(folder),)))
-    code = "import pickle, sys; print(type(pickle.loads(sys.stdin.buffer.read())()).__name__)"
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd="/", env=environment, input=made, capture_output=True, check=False)
-    assert done.stdout.decode().strip() == "Worker", done.stderr.decode()
 
 
 def riskforge(*arguments: Any, folder: Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
