@@ -11,12 +11,17 @@ import PIL.Image
 import pytest
 import torch
 
+import engine.calibrate
+import engine.generator
+import engine.observation
+import engine.worker
 from engine.errors import JobError
 from engine.models.addresses import check_addresses, locate, model_digest, read_labels, resolve
 from engine.models.classifier import Classifier
 from engine.models.preprocess import Preprocessing
 from engine.models.runtime import compiled, hardware_problems, head_sizes, xformers_problem
 from engine.spec import RuntimeSpec, parse_job
+from tests.sleepy import make_job
 
 PROCESSORS = {
     "vit": {"image_processor_type": "ViTImageProcessor", "size": {"height": 96, "width": 96}, "resample": 2},
@@ -201,6 +206,37 @@ def test_what_determinism_forbids_is_refused_on_a_gpu_alone():
     assert hardware_problems(RuntimeSpec(deterministic=True, batch_size=32), has_gpu=True) == []
     assert hardware_problems(RuntimeSpec(deterministic=True), has_gpu=False) == []
     assert hardware_problems(RuntimeSpec(deterministic=True, device="cpu"), has_gpu=True) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "inner", "call"),
+    [
+        ("engine.generator", "Generator", lambda job: engine.worker.load_generator(job, None)),
+        ("engine.generator", "Generator", lambda job: engine.calibrate.measure(job, None)),
+        ("engine.observation", "Classifier", lambda job: engine.observation.load_observer(job, None, "")),
+    ],
+)
+def test_whoever_decides_bytes_on_a_cpu_computes_with_one_thread(monkeypatch, tmp_path, module, inner, call):
+    """Before any model is loaded: worker, calibration of one, and the pass over labelled images."""
+
+    class StopHereError(Exception):
+        """Far enough."""
+
+    class Loads:
+        def __init__(self, *_):
+            raise StopHereError(torch.get_num_threads())
+
+        load = __init__
+
+    job, before = make_job(tmp_path, 1), torch.get_num_threads()
+    job = job.model_copy(update={"runtime": RuntimeSpec(device="cpu")})
+    monkeypatch.setattr(f"{module}.{inner}", Loads)
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(StopHereError, match=r"^1$"):
+            call(job)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_kernels_are_fixed_in_a_process_of_their_own():
