@@ -141,7 +141,7 @@ class Host:
         try:
             self._worker = factory()
         except RiskforgeError as error:
-            return UserFault(str(error))
+            return UserFault(str(error), error.exit_code)
         except Exception:
             return WorkerLost(self._number, node_lost=False, message=traceback.format_exc().strip())
         return WorkerReady(self._number)
@@ -167,7 +167,7 @@ class Host:
 
     def _failure(self, shard: ShardSpec, error: Exception) -> ShardError | UserFault:
         if isinstance(error, RiskforgeError):
-            return UserFault(str(error))
+            return UserFault(str(error), error.exit_code)
         return ShardError(self._number, shard.number, "".join(traceback.format_exception(error)).strip())
 
 
