@@ -27,6 +27,8 @@ from engine.records import STATUS_FAILED, STATUS_OK, SampleResult, check_record,
 from engine.spec import OutputSpec
 
 SHARDS = "shards"
+# Writers fill the last record of an archive with zeros, and have records of a megabyte at most.
+MAX_END_BYTES = 2**21
 BLOCK_BYTES = 512
 RECORD_BYTES = 10240
 ROWS_PER_GROUP = 1024
@@ -251,9 +253,11 @@ def _walk(path: Path, file: BinaryIO) -> Iterator[tuple[str, int, int]]:
         yield name, place, size
         place += size + -size % BLOCK_BYTES
         file.seek(place)
-    end = file.read()
+    end = file.read(MAX_END_BYTES)
     if not header or len(end) < BLOCK_BYTES or any(end):
         _corrupt(path, "cut short: the end of the archive is missing")
+    if len(end) == MAX_END_BYTES:
+        _corrupt(path, f"more than {MAX_END_BYTES:,} bytes follow the end of the archive")
 
 
 def _read_header(path: Path, header: bytes) -> tuple[int, str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import engine
 from engine.errors import JobError
+from engine.files import MAX_RECORD_BYTES, read_whole
 from engine.models.methods import method_problems
 from engine.models.targets import check_foreign, foreign_digest, foreign_labels, is_foreign
 from engine.spec import JobSpec, RequestSpec, noise_problem
@@ -144,10 +145,10 @@ def read_config(path: Path) -> dict[str, Any]:
         JobError: the file is missing or not a JSON object.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_whole(path, MAX_RECORD_BYTES))
     except FileNotFoundError:
         raise JobError(f"'{path.parent}' has no {path.name}; is it a model folder?") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise JobError(f"'{path}' cannot be read as JSON ({error})") from None
     if not isinstance(config, dict):
         raise JobError(f"'{path}' is not a JSON object")
