@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from engine.dataset.filters import FLAG, NUMBER, TEXT, Vocabulary, compile_filter, compile_number
-from engine.dataset.schema import arrow_schema
+from engine.dataset.schema import arrow_schema, check_rows
 from engine.dataset.source import RunSource, open_source, readable
 from engine.errors import JobError
 from engine.records import RUN_FIELDS, fields_of
@@ -191,7 +191,9 @@ class Corpus:
         """The rows of one of the runs, as `to_table`."""
         wanted = None if columns is None else {name: self._column(name) for name in columns}
         with readable(self.runs[number].uri):
-            return self._datasets[number].to_table(columns=wanted, filter=self._expression)
+            table = self._datasets[number].to_table(columns=wanted, filter=self._expression)
+        check_rows(table, self.runs[number].uri, is_foreign=True)
+        return table
 
     def numbers(self, expression: str, option: str) -> Callable[[int], Any]:
         """For a run's number the values of an expression of numbers, one a row, as a numpy array.

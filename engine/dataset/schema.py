@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from engine.errors import CorruptShardError
 from engine.plan import SCHEMA_VERSION
 from engine.records import ENTRY_FIELDS, RUN_FIELDS, fields_of
 
@@ -56,6 +57,9 @@ DESCRIPTIONS: dict[str, str] = {
     "surplus": "accepted, but beyond the quota of its request",
 }
 
+# Without these a row cannot be brought together with its image and label.
+REQUIRED = ("key", "status", "class_name", "class_index", "accepted", "sha256")
+
 _RUN_TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
 
 
@@ -69,6 +73,37 @@ def arrow_schema(*, surplus: bool = False, version: int = SCHEMA_VERSION) -> pa.
         for name, kind in kinds.items()
     ]
     return pa.schema(fields, metadata={VERSION_KEY: str(version)})
+
+
+def check_rows(table: pa.Table, where: object, *, is_foreign: bool = False) -> None:
+    """Check values that no run writes, so that what is reckoned with them need not: nulls, and numbers not finite.
+
+    Args:
+        where: the file or the run, for the message.
+        is_foreign: whether rows may be those of an export, which has columns of others and lacks some of ours.
+
+    Raises:
+        CorruptShardError: there are some.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for name in REQUIRED if is_foreign else DESCRIPTIONS:
+        if name not in table.column_names:
+            continue
+        column = table.column(name)
+        if column.null_count:
+            _refuse_rows(where, f"column {name} lacks values")
+        # Of lists the inner values.
+        inner = pc.list_flatten(column) if pa.types.is_list(column.type) else column
+        if inner.null_count:
+            _refuse_rows(where, f"column {name} lacks values")
+        if pa.types.is_floating(inner.type) and pc.all(pc.is_finite(inner)).as_py() is False:
+            _refuse_rows(where, f"column {name} has values that are not finite")
+
+
+def _refuse_rows(where: object, what: str) -> NoReturn:
+    raise CorruptShardError(f"{where}: {what}, which no run writes; `riskforge verify` tells what is damaged")
 
 
 def check_run_fields(run: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.dataset.commits import list_commits
+from engine.dataset.schema import REQUIRED
 from engine.dataset.shards import SHARDS, file_digest, shard_name
 from engine.dataset.state import (
     MANIFEST,
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SOURCES = "sources"
-# Without these a row cannot be brought together with its image and label.
-REQUIRED = ("key", "status", "class_name", "class_index", "accepted", "sha256")
 _MAX_RESCORED = 10
 
 
