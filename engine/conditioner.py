@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.artefact import Conditioning, load_conditioning
 from engine.conditioning.screening import ScreenedDraw, ScreeningOptions, screen, unscreened
 from engine.errors import JobError
-from engine.images import LabelledImage, Unusable, image_key, nothing_usable, open_images
+from engine.images import LabelledImage, Unusable, image_key, nothing_usable, open_images, some_of
 from engine.models.addresses import find_artefact, image_encoder_digest, model_digest
 from engine.models.clip import ImageEncoder
 from engine.models.runtime import CPU_ROWS
@@ -250,8 +250,7 @@ def _checked_images(request: RequestPlan, address: str, labels: Sequence[str], p
     if missing := [cell.names[0] for cell in request.cells if cell.classes[0] not in found]:
         raise JobError(f"{where}: '{address}' has no usable image of class '{missing[0]}'; add one")
     if given.unusable:
-        first = given.unusable[0]
-        notice(f"{where}: {len(given.unusable)} of '{address}' cannot be used; the first: {first.name} {first.reason}")
+        notice(f"{where}: {len(given.unusable)} of '{address}' cannot be used: {some_of(given.unusable)}")
     return given.digest
 
 

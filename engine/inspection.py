@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -174,7 +173,7 @@ def _class_counts(corpus: Corpus) -> dict[str, int]:
 
 def _first_image(corpus: Corpus) -> dict[str, Any]:
     """Size and format of the first image that is stored."""
-    import PIL.Image
+    from engine.images.decode import UnusableImageError, open_image
 
     stored = corpus.with_images(rejected=True, surplus=True)
     for number, source in enumerate(corpus.runs):
@@ -183,9 +182,9 @@ def _first_image(corpus: Corpus) -> dict[str, Any]:
             continue
         data, extension = read_image(source, rows.slice(0, 1).to_pylist()[0])
         try:
-            with PIL.Image.open(io.BytesIO(data)) as image:
+            with open_image(data) as image:
                 size = {"width": image.width, "height": image.height}
-        except Exception as error:  # Decoders raise anything on foreign bytes.
-            raise CorruptShardError(f"{source.uri}: its first image cannot be decoded ({error})") from None
+        except UnusableImageError as error:
+            raise CorruptShardError(f"{source.uri}: its first image cannot be decoded: it {error}") from None
         return size | {"format": extension, "bytes": len(data)}
     return {}

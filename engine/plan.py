@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import JobError
+from engine.labels import find_class
 from engine.spec import CLASS_TEMPLATE, JOINT_SEPARATOR, MAX_SEED, JobSpec, RequestSpec
 from engine.spec_messages import nearest
 
@@ -312,9 +313,7 @@ def _cells(request: RequestSpec, labels: list[str], where: str, problems: list[s
 
 
 def class_index(wanted: str | int, labels: list[str]) -> int:
-    """Index of a class given by name (any case), or by index.
-
-    ImageNet-style labels with synonyms ("Chihuahua, dog") are found by any of them.
+    """Index of a class given by name, as `engine.labels.find_class` has it, or by index.
 
     Raises:
         JobError: no such class, or several.
@@ -323,11 +322,7 @@ def class_index(wanted: str | int, labels: list[str]) -> int:
         if 0 <= wanted < len(labels):
             return wanted
         raise JobError(f"{wanted} is not a class index of the target; it has 0 to {len(labels) - 1}")
-    word = wanted.lower()
-    found = [index for index, label in enumerate(labels) if label.lower() == word]
-    found = found or [
-        index for index, label in enumerate(labels) if word in [one.strip() for one in label.lower().split(",")]
-    ]
+    found = find_class(wanted, labels)
     if len(found) > 1:
         raise JobError(f"{wanted!r} is the name of classes {', '.join(map(str, found))}; give the index")
     if found:

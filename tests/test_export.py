@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engine
-from engine import cli, digits, imaging
+from engine import cli, digits
 from engine.dataset import export as export_module
 from engine.dataset import shards
 from engine.dataset.deduplicate import near_duplicates
@@ -30,7 +30,7 @@ from engine.dataset.formats import class_folders
 from engine.dataset.selection import SampleReader
 from engine.dataset.shards import inspect_pair, read_shard
 from engine.errors import CorruptShardError, JobError, OutputError, RiskforgeError
-from engine.images import LabelledImage, image_key, open_images
+from engine.images import LabelledImage, decode_rgb, image_key, open_images
 from tests.composed import composed_job
 from tests.composed import make_run as make_composed
 from tests.conftest import REPOSITORY
@@ -358,7 +358,7 @@ def test_near_duplicates_go_and_are_listed(composed: Path, tmp_path: Path) -> No
     assert about == {"threshold": 0.95, "clip": "zoo:digits/clip", "dropped": len(gone), "list": "duplicates.csv"}
     rows = engine.open_run(str(composed)).samples.to_table(["key", "class_index"]).to_pylist()
     clip, images = Clip.load("zoo:digits/clip"), images_of(composed)
-    embeds = [clip.image_embeds([imaging.decode(images[row["key"]][0])])[0] for row in rows]
+    embeds = [clip.image_embeds([decode_rgb(images[row["key"]][0])])[0] for row in rows]
     kept: list[int] = []
     for number, row in enumerate(rows):
         unit = embeds[number] / embeds[number].norm()

@@ -12,7 +12,7 @@ from tests.conftest import REPOSITORY
 ENGINE = REPOSITORY / "engine"
 CORE = (
     "spec.py", "plan.py", "records.py", "scores.py", "scheduler.py", "temperature.py", "batching.py", "guidance",
-    "sampling", "conditioning", "quotas.py", "messages.py", "tables.py", "class_names.py", "spec_messages.py",
+    "sampling", "conditioning", "quotas.py", "messages.py", "tables.py", "class_names.py", "spec_messages.py", "labels.py",
 )  # fmt: skip
 CORE_FORBIDS = {
     "ray", "fsspec", "requests", "http", "socket", "subprocess", "typer", "rich", "webdataset", "pyarrow", "pathlib",

@@ -28,6 +28,7 @@ from engine.dataset.source import RunSource
 from engine.dataset.state import CARD, EXPORT_KIND, MANIFEST, SUCCESS
 from engine.dataset.store import FolderStore, explained, open_store, refuse_objects
 from engine.errors import CorruptShardError, JobError, OutputError
+from engine.images.findings import some_of
 from engine.plan import SCHEMA_VERSION
 from engine.records import STATUS_OK, STATUS_REJECTED, SampleResult
 
@@ -289,8 +290,7 @@ class _Export:
             total = len(self._selection.samples)
             yield f"{deduplication['dropped']} of {total} samples were near duplicates; {DUPLICATES} names them"
         if real.unusable:
-            first = real.unusable[0]
-            yield f"{len(real.unusable)} real images could not be used, such as {first.name}: {first.reason}"
+            yield f"{len(real.unusable)} real files could not be used: {some_of(real.unusable)}"
 
 
 def _check_options(options: ExportOptions) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from engine.dataset.store import StoredFile
 from engine.dataset.tar_index import Place, TarReader, index_tars
 from engine.errors import CorruptShardError, JobError
-from engine.images import UnusableImageError, decode_rgb
+from engine.images import UnusableImageError, decode_sample
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,7 +55,7 @@ class TorchSamples(Dataset[Sample]):
     def __getitem__(self, number: int) -> Sample:
         data = self._reader.read(Place(*self._places[number].tolist()))
         try:
-            image = decode_rgb(data)
+            image = decode_sample(data)
         except UnusableImageError as error:
             raise CorruptShardError(f"the image of {self.keys[number]!r} {error}") from None
         label = int(self.targets[number]) if self._soft_labels is None else torch.from_numpy(self._soft_labels[number])

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from engine.dataset.counts import is_joint
+from engine.images.decode import MAX_SAMPLE_PIXELS, UnusableImageError, decode_sample, open_image
 from engine.records import NO_CLASS, STATUS_FAILED, STATUS_OK
 from engine.report.data import Rows, name_of, subset_name
 from engine.report.text import clip, joined, number
@@ -82,17 +83,17 @@ def _spread(numbers: np.ndarray, scores: np.ndarray, quota: int) -> list[int]:
 def thumbnail(image: bytes, budget_bytes: int) -> tuple[str, bool]:
     """Data URI of an image, and whether it is tiny (to be enlarged with its pixels visible).
 
-    A tiny image is embedded as it is stored; a larger one as a JPEG that fits the budget. A file that is no image
-    gives an empty text.
+    A tiny image is embedded as it is stored; a larger one as a JPEG that fits the budget. A file that is no image, or
+    larger than a sample can be, gives an empty text.
     """
     try:
-        with Image.open(io.BytesIO(image)) as opened:
+        with open_image(image, max_pixels=MAX_SAMPLE_PIXELS) as opened:
             tiny = max(opened.size) <= TINY_PIXELS
             kind = (opened.format or "").lower()
-            if tiny and len(image) <= budget_bytes and kind in ("png", "jpeg", "webp"):
-                return data_uri(image, kind), True
-            return data_uri(_fit(opened.convert("RGB"), budget_bytes), "jpeg"), tiny
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
+        if tiny and len(image) <= budget_bytes and kind in ("png", "jpeg", "webp"):
+            return data_uri(image, kind), True
+        return data_uri(_fit(decode_sample(image), budget_bytes), "jpeg"), tiny
+    except UnusableImageError:
         return "", False
 
 

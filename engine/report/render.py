@@ -54,7 +54,7 @@ from engine.report.gallery import (
     select,
 )
 from engine.report.headline import request_totals, summary_table
-from engine.report.images import read_images
+from engine.report.images import find_images
 from engine.report.partners import partner_table
 from engine.report.scatter import SHAPES, num_drawn, scatter
 from engine.report.text import ABSENT, clip, number, percent
@@ -373,7 +373,7 @@ def _gallery(
     chosen = select(rows, limit) if limit and len(rows) else []
     records = read_samples(metadata, chosen)
     keys = {row: record["key"] for row, record in zip(chosen, records, strict=True)}
-    images = read_images(store, job_name, keys)
+    images = find_images(store, job_name, keys)
     budget = IMAGE_BUDGET_BYTES // max(len(chosen), 1)
     tiles = [make_tile(record, images.get(record["key"], b""), names, budget) for record in records]
     return {

@@ -23,7 +23,7 @@ from engine.dataset.lease import hold
 from engine.dataset.state import EVALUATION, MANIFEST, METADATA, REPORT, read_manifest
 from engine.dataset.store import STATE, Store, open_store, refuse_objects
 from engine.errors import CorruptShardError, JobError, OutputError
-from engine.images import LabelledImage, Unusable, UnusableImageError, decode_rgb, nothing_usable, open_images
+from engine.images import LabelledImage, Unusable, UnusableImageError, decode_sample, nothing_usable, open_images
 from engine.models.addresses import model_digest
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
@@ -49,7 +49,7 @@ from engine.report.evaluation import (
     TextScores,
     Thresholds,
 )
-from engine.report.images import read_images
+from engine.report.images import find_images
 from engine.report.render import write_report
 from engine.report.text import clip as clipped
 from engine.spec import JobSpec, RuntimeSpec
@@ -313,7 +313,7 @@ def _read_samples(run: StudiedRun, eyes: Eyes, options: EvaluateOptions, display
     def images() -> Iterator[tuple[str, int, PIL.Image.Image]]:
         for start in range(0, len(chosen), _CHUNK):
             part = dict(zip(chosen[start : start + _CHUNK], rows[start : start + _CHUNK], strict=True))
-            found = read_images(run.store, run.job.name, {row: one["key"] for row, one in part.items()})
+            found = find_images(run.store, run.job.name, {row: one["key"] for row, one in part.items()})
             display.advance(f"looking at samples: {start}/{len(chosen)}")
             for record in part.values():
                 if record["key"] in found:
@@ -352,7 +352,7 @@ def _choose(table: pa.Table, options: EvaluateOptions) -> list[int]:
 
 def _decoded(store: Store, key: str, data: bytes) -> PIL.Image.Image:
     try:
-        return decode_rgb(data)
+        return decode_sample(data)
     except UnusableImageError as error:
         raise CorruptShardError(f"{store.uri}: the image of sample {key} {error}") from None
 

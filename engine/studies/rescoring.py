@@ -120,11 +120,16 @@ class _Scoring:
         """The stored rows of samples with an image, with everything new that the classifiers decide."""
         import torch
 
-        from engine.imaging import decode
+        from engine.images.decode import UnusableImageError, decode_sample
         from engine.scoring import target_fields, transfer_entry
 
         target, transfer, oracle = self._load()
-        images = [decode(image) for _, image, _ in samples]
+        images = []
+        for spec, data, _ in samples:
+            try:
+                images.append(decode_sample(data))
+            except UnusableImageError as error:
+                raise CorruptShardError(f"{spec.key}: its image {error}; `riskforge verify` says more") from None
         labels = torch.tensor([row["class_index"] for _, _, row in samples])
         fields = target_fields(target, [spec.cell for spec, _, _ in samples], images, labels)
         rows = [row | new for (_, _, row), new in zip(samples, fields, strict=True)]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from engine.errors import CorruptShardError, JobError
-from engine.images import ImageSource, Unusable, UnusableImageError, decode_rgb, image_key, nothing_usable
+from engine.images import ImageSource, Unusable, UnusableImageError, decode_sample, image_key, nothing_usable
 from engine.models.preprocess import Preprocessing
 from engine.progress import Display
 from engine.studies.finetune import Samples
@@ -135,7 +135,7 @@ def read_generated(
     )
     for data, record in read_samples(run, requests):
         try:
-            stack.add(decode_rgb(data))
+            stack.add(decode_sample(data))
         except UnusableImageError as error:
             raise CorruptShardError(f"{run.store.uri}: the image of sample {record['key']} {error}") from None
         hard = one_hot(torch.tensor(record["class_index"]), num_classes).float()
