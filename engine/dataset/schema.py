@@ -27,8 +27,10 @@ DESCRIPTIONS: dict[str, str] = {
     "index": "index of the sample in its request and class",
     "status": "ok: image stored; rejected: sampled, not accepted; failed: no image",
     "error_message": "why the sample failed, empty otherwise",
+    "scored": "whether models scored the image; false of failed samples and of real images, whose scores mean nothing",
     "risk": "-log p of the conditioned class under the target, in nats",
-    "is_error": "whether the target predicts another class than the conditioned one",
+    "is_error": "whether the target predicts another class than class_name; of a joint prompt errors are counted as"
+    " predictions outside its classes (kldb_classes), which is the derived name target_errs",
     "predicted_class": "class that the target predicts; -1 where there is no image",
     "p_label": "the target's probability of the conditioned class",
     "conformity": "cosine of the CLIP embeddings of image and class prompt",
