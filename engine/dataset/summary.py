@@ -122,6 +122,29 @@ def class_texts(table: pa.Table, labels: Sequence[str] = ()) -> pa.Array:
     return pa.array([texts[pair] for pair in pairs], pa.string()).take(pa.array(places))
 
 
+def count_guidance(metadata: Path) -> dict[str, dict[str, int]]:
+    """By request with guided samples: its scored ones, those that were guided, and those that no gradient moved.
+
+    Of the latter the gradient was zero, or not finite and dropped, at every guided step.
+    """
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    columns = ["request", "status", "guided_steps", "zero_gradients", "nonfinite_gradients"]
+    table = pq.read_table(metadata, columns=columns, partitioning=None)
+    table = table.filter(scored_rows(table))
+    steps, zero, dropped = (_numbers(table, name) for name in columns[2:])
+    requests = np.array(table["request"].to_pylist(), dtype=object)
+    counts = {}
+    for name in dict.fromkeys(requests.tolist()):
+        here = requests == name
+        guided = here & (steps > 0)
+        if guided.any():
+            idle = int((guided & (zero + dropped >= steps)).sum())
+            counts[name] = {"scored": int(here.sum()), "guided": int(guided.sum()), "without_effect": idle}
+    return counts
+
+
 def read_dials(metadata: Path, job: JobSpec) -> dict[str, dict[str, float]]:
     """How near the risk of scored samples is to the dial, for each request that was guided to one.
 
