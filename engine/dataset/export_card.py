@@ -85,8 +85,8 @@ def _beyond(manifest: dict[str, Any]) -> list[str]:
     if rejected:
         lines += [
             "",
-            f"**{rejected} images were rejected by the rule of their request** (`accepted` is false); their label may be"
-            " wrong.",
+            f"**{rejected} images were rejected by the rule of their request** (`accepted` is false); their label may"
+            " be wrong.",
         ]
     if manifest["with_surplus"]:
         lines += ["", "Accepted samples beyond the quota of their request were taken, too."]

@@ -31,7 +31,7 @@ DESCRIPTIONS: dict[str, str] = {
     "risk": "-log p of the conditioned class under the target, in nats",
     "is_error": "whether the target predicts another class than class_name; of a joint prompt errors are counted as"
     " predictions outside its classes (kldb_classes), which is the derived name target_errs",
-    "predicted_class": "class that the target predicts; -1 where there is no image",
+    "predicted_class": "class that the target predicts; -1 where it did not see the image",
     "p_label": "the target's probability of the conditioned class",
     "conformity": "cosine of the CLIP embeddings of image and class prompt",
     "conformity_margin": "conformity minus the best conformity to any other class",

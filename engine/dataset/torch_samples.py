@@ -108,13 +108,13 @@ def make_samples(
 def _weighable(corpus: Corpus, weights: str) -> Corpus:
     """The samples that have a weight; what was not scored has none where the expression asks for a score."""
     known = corpus.has_number(weights, "weights")
-    known.check_any()
-    if num_unknown := len(corpus) - len(known):
-        warnings.warn(
-            f"weights {weights!r}: {num_unknown} of {len(corpus)} samples were not scored, such as real images, and are"
-            " left out; write such as '1 + 3 * (scored and target_errs)' to keep them",
-            stacklevel=4,
-        )
+    num_unknown = len(corpus) - len(known)
+    about = f"weights {weights!r}: {num_unknown} of {len(corpus)} samples were not scored, such as real images"
+    remedy = "write such as '1 + 3 * (scored and target_errs)' to keep them"
+    if not len(known):
+        raise JobError(f"{about}; {remedy}")
+    if num_unknown:
+        warnings.warn(f"{about}, and are left out; {remedy}", stacklevel=4)
     return known
 
 

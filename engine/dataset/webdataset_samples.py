@@ -64,7 +64,7 @@ def make_pipeline(corpus: Corpus, decode: str | None, options: dict[str, Any]) -
 class Opener:
     """The stage of a pipeline that opens tars, which are fetched first where they lie on an object store.
 
-    That of webdataset takes what it opens for a URL: it stops at a `#` or `?`, runs what follows `pipe:`, asks a server.
+    That of webdataset takes a path for a URL: it stops at a `#` or `?`, runs what follows `pipe:`, asks servers.
 
     Attributes:
         files: by address.
