@@ -225,7 +225,8 @@ class Generator:
             check_record(record)
         except ValueError as error:
             return _failed(spec, str(error))
-        accepted = is_accepted(self._job.requests[request].accept, record, spec.cell.classes)
+        rule, version = self._job.requests[request].accept, self._plan.schema_version
+        accepted = is_accepted(rule, record, spec.cell.classes, version)
         stored = accepted or self._job.output.store_rejected
         return SampleResult(
             record=record | {"accepted": accepted, "status": STATUS_OK if accepted else STATUS_REJECTED},

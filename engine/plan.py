@@ -22,7 +22,7 @@ from engine.spec import CLASS_TEMPLATE, JOINT_SEPARATOR, MAX_SEED, JobSpec, Requ
 from engine.spec_messages import nearest
 
 # Of the columns of new runs (`engine.records`).
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # Of what a digest covers: it grows only when pixels or scores of an old plan would come out otherwise.
 IDENTITY_VERSION = 1
 # Stands in a key where the class index would, for a joint prompt.

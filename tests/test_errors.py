@@ -268,8 +268,8 @@ def test_folders_without_a_run(call, tmp_path, command):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"schema_version": 99}, "(schema_version 99 is not one of 1 to 2)"),
-        ({"schema_version": 0}, "(schema_version 0 is not one of 1 to 2)"),
+        ({"schema_version": 99}, "(schema_version 99 is not one of 1 to 3)"),
+        ({"schema_version": 0}, "(schema_version 0 is not one of 1 to 3)"),
         ({"plan_version": 99}, "(version 99)"),
         ({"stage": [{"nothing": 1}]}, "cannot be read as the plan of a run"),
         ({"stage": 3}, "cannot be read as the plan of a run"),

@@ -19,7 +19,15 @@ from engine.class_names import distinct_names
 from engine.dataset.corpus import Corpus, open_corpus
 from engine.dataset.export_card import export_card
 from engine.dataset.folders import fresh_folder
-from engine.dataset.formats import check_format, write_imagefolder, write_parquet, write_webdataset
+from engine.dataset.formats import (
+    check_folders,
+    check_format,
+    class_folders,
+    numbered_folders,
+    write_imagefolder,
+    write_parquet,
+    write_webdataset,
+)
 from engine.dataset.manifest import software_versions
 from engine.dataset.real_images import RealImages
 from engine.dataset.selection import Chosen, SampleReader, select, shuffled
@@ -48,6 +56,7 @@ class ExportOptions:
     Attributes:
         output: folder of the new data set; empty, or not there yet.
         format: `webdataset`, `imagefolder` or `parquet`.
+        folders: what `imagefolder` calls the folders of classes: `index` or `name`.
         condition: filter on the rows; empty for all samples.
         name: prefix of shards, and of the keys of real images.
         seed: of the order, and of the draw of real images.
@@ -62,6 +71,7 @@ class ExportOptions:
 
     output: str
     format: str = "webdataset"
+    folders: str = "index"
     condition: str = ""
     name: str = DEFAULT_NAME
     seed: int = 0
@@ -198,7 +208,8 @@ class _Export:
             plain = (result for result, _ in samples)
             return write_webdataset(self._store, options.name, plain, options.samples_per_shard, image_format)
         if options.format == "imagefolder":
-            return write_imagefolder(root, samples, self._labels)
+            name_folders = class_folders if options.folders == "name" else numbered_folders
+            return write_imagefolder(root, samples, self._labels, name_folders(self._labels))
         return write_parquet(root, samples, self._labels, options.samples_per_shard, total)
 
     def _read(
@@ -317,6 +328,7 @@ def _check_options(options: ExportOptions) -> None:
     if problems:
         raise JobError(problems)
     check_format(options.format)
+    check_folders(options.folders)
 
 
 def _check_output(options: ExportOptions, corpus: Corpus) -> Path:

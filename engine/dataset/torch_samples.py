@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,8 @@ def make_samples(
     places: list[tuple[int, int, int]] = []
     keys: list[str] = []
     targets, soft, values = [], [], []
+    if weights is not None:
+        corpus = _weighable(corpus, weights)
     weigh = None if weights is None else corpus.numbers(weights, "weights")
     for number, source in enumerate(corpus.runs):
         columns = ["key", "class_index", *(["soft_label"] if labels == "soft" else [])]
@@ -100,6 +103,19 @@ def make_samples(
         corpus.labels,
         transform,
     )
+
+
+def _weighable(corpus: Corpus, weights: str) -> Corpus:
+    """The samples that have a weight; what was not scored has none where the expression asks for a score."""
+    known = corpus.has_number(weights, "weights")
+    num_unknown = len(corpus) - len(known)
+    about = f"weights {weights!r}: {num_unknown} of {len(corpus)} samples were not scored, such as real images"
+    remedy = "write such as '1 + 3 * (scored and target_errs)' to keep them"
+    if not len(known):
+        raise JobError(f"{about}; {remedy}")
+    if num_unknown:
+        warnings.warn(f"{about}, and are left out; {remedy}", stacklevel=4)
+    return known
 
 
 def _checked(weights: np.ndarray, text: str | None, keys: list[str]) -> np.ndarray:

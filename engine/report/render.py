@@ -268,14 +268,13 @@ def _many(count: int, noun: str) -> str:
 def _figures(manifest: dict[str, Any], rows: Rows) -> list[dict[str, str]]:
     samples = manifest["counts"]["samples"]
     heard = rows.scored & (rows.numbers["oracle_class"] != NO_CLASS)
-    agrees = rows.reads_conditioned("oracle_class")
-    valid = agrees & rows.numbers["is_error"].astype(bool)
+    valid = rows.oracle_agrees & rows.target_errs
     cells = [
         ("Images", f"{samples['ok']:,}", f"of {_many(samples['attempted'], 'attempt')}{_kept(samples)}"),
         ("Failed", f"{samples['failed']:,}", "attempts without an image"),
-        ("Target errors", _share(rows.numbers["is_error"], rows.scored), "reads another class than the label"),
-        ("Oracle agrees", _share(agrees, heard), "reads a conditioned class"),
-        ("Valid failures", _share(valid, heard), "the target errs, the oracle reads a conditioned class"),
+        ("Target errors", _share(rows.target_errs, rows.scored), "predicts no class that was asked for"),
+        ("Oracle agrees", _share(rows.oracle_agrees, heard), "predicts a class that was asked for"),
+        ("Valid failures", _share(valid, heard), "the target errs, the oracle agrees"),
     ]
     return [{"name": name, "value": value, "note": note} for name, value, note in cells]
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from engine.class_names import distinct_names
 from engine.dataset.lease import hold
+from engine.dataset.outcomes import asked_classes, target_errs
 from engine.dataset.state import EVALUATION, MANIFEST, METADATA, REPORT, read_manifest
 from engine.dataset.store import STATE, Store, open_store, refuse_objects
 from engine.errors import CorruptShardError, JobError, OutputError
@@ -52,7 +53,7 @@ from engine.report.evaluation import (
 from engine.report.images import find_images
 from engine.report.render import write_report
 from engine.report.text import clip as clipped
-from engine.spec import JobSpec, RuntimeSpec
+from engine.spec import JOINT_SEPARATOR, JobSpec, RuntimeSpec
 from engine.studies.distances import Features, frechet_interval, kernel_distance, precision_recall
 from engine.studies.extremes import Scored, boundary_extremes, risk_extremes
 from engine.studies.features import choose_extractor
@@ -153,6 +154,11 @@ class Samples:
         """A yes-or-no field of all."""
         return np.array([one[name] for one in self.records], dtype=bool)
 
+    @property
+    def target_errs(self) -> NDArray[np.bool_]:
+        """Whether the target predicts a class that was not asked for, of all."""
+        return np.array([target_errs(one) for one in self.records], dtype=bool)
+
 
 @dataclass(slots=True)
 class Album:
@@ -171,13 +177,17 @@ class Album:
     def sample(self, samples: Samples, row: int, text: str = "") -> Shown:
         """A sample of the run."""
         record = samples.records[row]
-        about = f"{self.name_of(record['class_index'])} → {self.name_of(record['predicted_class'])}"
+        about = f"{self.name_asked(record)} → {self.name_of(record['predicted_class'])}"
         text = f"{about}, {text}" if text else about
         return self.show("sample", record["key"], samples.pictures.thumbnails[row], text)
 
     def name_of(self, index: int) -> str:
         """A class for a reader."""
         return self.names.get(index, f"class {index}")
+
+    def name_asked(self, record: Mapping[str, Any]) -> str:
+        """What a sample was conditioned on, for a reader: a class, or those of a joint prompt."""
+        return JOINT_SEPARATOR.join(map(self.name_of, asked_classes(record)))
 
 
 def evaluate(run_uri: str, options: EvaluateOptions, *, display: Display, folder: str | None = None) -> Evaluated:
@@ -546,15 +556,15 @@ def _pairs(samples: Samples, found: Found, thresholds: Thresholds | None, album:
 
 
 def _slices(samples: Samples, labels: Sequence[str], clip: Clip, options: EvaluateOptions, album: Album) -> Slices:
-    is_error, points = samples.flags("is_error"), samples.pictures.clip
-    counted = is_error if options.failures == "all" else is_error & samples.flags("accepted")
+    target_errs, points = samples.target_errs, samples.pictures.clip
+    counted = target_errs if options.failures == "all" else target_errs & samples.flags("accepted")
     failures = np.flatnonzero(counted)
     about: dict[str, Any] = {
         "which": options.failures,
         "model": clip.name,
         "num_failures": len(failures),
         "num_samples": len(points),
-        "error_rate": float(is_error.mean()),
+        "error_rate": float(target_errs.mean()),
     }
     if len(failures) > MAX_CLUSTERED_FAILURES:
         rng = np.random.default_rng(options.seed)
@@ -588,13 +598,13 @@ def _slice(
 ) -> Slice:
     points, centre = samples.pictures.clip, clusters.centres[number]
     own = failures[clusters.labels == number]
-    rate, num_neighbours = neighbourhood(centre, points[own], points, samples.flags("is_error"))
+    rate, num_neighbours = neighbourhood(centre, points[own], points, samples.target_errs)
     named = [
         one for (names, embeds), most in zip(texts, (1, 2), strict=True)
         for one in nearest_texts(points[own], points, names, embeds, most)
     ]  # fmt: skip
     records = [samples.records[row] for row in own]
-    pairs = Counter((album.name_of(one["class_index"]), album.name_of(one["predicted_class"])) for one in records)
+    pairs = Counter((album.name_asked(one), album.name_of(one["predicted_class"])) for one in records)
     chosen = own[prototypes(centre, points[own])]
     return Slice(
         texts=tuple((clipped(text, 200), value) for text, value in named),

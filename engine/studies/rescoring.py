@@ -353,7 +353,7 @@ def _scored(waiting: list[Sample], job: JobSpec, plan: Plan, number: int, scorin
     for spec, image, row in waiting:
         if image:
             record = next(made)
-            accepted = is_accepted(rule, record, spec.cell.classes)
+            accepted = is_accepted(rule, record, spec.cell.classes, plan.schema_version)
             yield record | {"accepted": accepted, "status": STATUS_OK if accepted else STATUS_REJECTED}
         elif row["status"] == STATUS_FAILED:
             yield row

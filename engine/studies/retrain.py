@@ -25,6 +25,7 @@ from torch import Tensor
 
 from engine.dataset.folders import fresh_folder
 from engine.dataset.manifest import software_versions
+from engine.dataset.outcomes import ASKED, ERRS, asked_classes, target_errs
 from engine.dataset.store import FolderStore, Store, refuse_objects
 from engine.errors import JobError, OutputError
 from engine.images import ImageSource, open_images
@@ -496,11 +497,11 @@ def _unguided(study: _Study) -> list[str]:
 
 def _attempts(run: StudiedRun, requests: list[str]) -> Iterator[Attempt]:
     """What the target made of every sample, stored or not; where an oracle disagrees, the sample is not valid."""
-    columns, has_oracle = ["context", "status", "is_error", "class_index", "oracle_class"], bool(run.job.models.oracle)
+    columns, has_oracle = ["context", "status", "oracle_class", *ASKED, *ERRS], bool(run.job.models.oracle)
     for row in read_attempts(run, requests, columns):
         if row["status"] != STATUS_FAILED:
-            is_valid = not has_oracle or row["oracle_class"] == row["class_index"]
-            yield Attempt(row["context"], is_valid, row["is_error"])
+            is_valid = not has_oracle or row["oracle_class"] in asked_classes(row)
+            yield Attempt(row["context"], is_valid, target_errs(row))
 
 
 def _describe_images(address: str, images: ImageSet) -> dict[str, Any]:
