@@ -43,6 +43,18 @@ class OutputError(RiskforgeError):
     """The output cannot be used as asked: not empty, of another plan, not writable."""
 
 
+class StoreLostError(OutputError):
+    """The output's store does not answer, after all retries; what is committed is kept, so the run can be resumed."""
+
+    exit_code = EXIT_DRAINED
+
+
+class ClusterLostError(RiskforgeError):
+    """The cluster that the workers run on is gone; what is committed is kept, so the run can be resumed."""
+
+    exit_code = EXIT_DRAINED
+
+
 class OwnedError(RiskforgeError):
     """Another driver is at work on the output."""
 
