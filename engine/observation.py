@@ -34,9 +34,10 @@ from engine.images import (
     open_images,
 )
 from engine.messages import Report, ShardError, ShardProgress, UserFault, WorkerLost, WorkerReady
-from engine.models.addresses import image_encoder_digest, is_unclip, locate, model_digest, resolve
+from engine.models.addresses import image_encoder_digest, locate, model_digest, resolve
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip, ImageEncoder
+from engine.models.pipelines import is_unclip
 from engine.models.runtime import CPU_ROWS, Hardware, choose_hardware, fix_threads
 from engine.models.targets import add_import_folders
 from engine.plan import ShardSpec

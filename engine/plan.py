@@ -392,7 +392,7 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
                 "prompt": plan.spec.prompt or "",
                 "seed_group": plan.spec.seed_group or plan.spec.name,
                 "diffusion": digests["diffusion"][plan.spec.diffusion or job.models.diffusion],
-                "sampling": job.sampling_of(plan.spec).model_dump(mode="json"),
+                "sampling": _sampling(job, plan.spec),
                 "guidance": _active_guidance(job, plan.spec),
                 "accept": plan.spec.accept,
             }
@@ -403,6 +403,13 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
             for plan in requests
         ],
     }
+
+
+def _sampling(job: JobSpec, request: RequestSpec) -> dict[str, Any]:
+    """How a request is sampled; plans from before Karras sigmas could be chosen have no such key."""
+    sampling = job.sampling_of(request)
+    is_chosen = sampling.use_karras_sigmas is not None
+    return sampling.model_dump(mode="json", exclude=set() if is_chosen else {"use_karras_sigmas"})
 
 
 def _active_guidance(job: JobSpec, request: RequestSpec) -> dict[str, Any]:

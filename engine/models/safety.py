@@ -10,10 +10,11 @@ import numpy as np
 import PIL.Image
 import torch
 
-from engine.models.addresses import read_config
+from engine.models.folders import part_classes, weights_variant
+from engine.models.pipelines import SAFETY_CHECKER
 from engine.models.runtime import Hardware, frozen
 
-CHECKER, FEATURES = "safety_checker", "feature_extractor"
+FEATURES = "feature_extractor"
 
 
 class SafetyChecker:
@@ -29,15 +30,15 @@ class SafetyChecker:
     @classmethod
     def load(cls, folder: Path, hardware: Hardware) -> SafetyChecker | None:
         """The checker of a pipeline's folder; None where the pipeline names none."""
-        _, kind = read_config(folder / "model_index.json").get(CHECKER) or (None, None)
-        if kind is None:
+        if SAFETY_CHECKER not in part_classes(folder):
             return None
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
         from transformers.models.clip.image_processing_clip import CLIPImageProcessor
 
+        where = folder / SAFETY_CHECKER
         options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
-        dtype = getattr(torch, hardware.dtype)
-        model = StableDiffusionSafetyChecker.from_pretrained(folder / CHECKER, dtype=dtype, **options)
+        options |= {"variant": weights_variant(where), "dtype": getattr(torch, hardware.dtype)}
+        model = StableDiffusionSafetyChecker.from_pretrained(where, **options)
         return cls(model, CLIPImageProcessor.from_pretrained(folder / FEATURES, local_files_only=True), hardware)
 
     @torch.no_grad()
