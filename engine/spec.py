@@ -7,6 +7,7 @@ them together; `apply_overrides` is the `--set` of the command line.
 from __future__ import annotations
 
 import datetime
+import json
 import math
 import re
 from fractions import Fraction
@@ -38,6 +39,20 @@ Method = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$",
 Identifier = Annotated[str, Field(pattern=r"^[^\W\d]\w*$", max_length=100)]
 Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
 Factor = Annotated[str, Field(pattern=r"^[0-9]{1,6}(\.[0-9]{1,3})?x$")]
+
+
+def _storable(value: Any) -> Any:
+    """A plain value, if JSON in UTF-8 holds it: a job is stored as such."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a character, which no text in UTF-8 has") from None
+    return value
+
+
+# Whatever JSON has: what a job is read with must be what it is stored with.
+Plain = Annotated[pydantic.JsonValue, pydantic.AfterValidator(_storable)]
+Plains = dict[Annotated[str, pydantic.AfterValidator(_storable)], Plain]
 
 
 class _Spec(BaseModel):
@@ -152,7 +167,7 @@ class RiskyGuidanceSpec(_Spec):
 class CustomGuidanceSpec(BoundaryGuidanceSpec):
     """Guidance by a criterion of the user's own; steps and schedule are those of `boundary`."""
 
-    parameters: dict[Identifier, pydantic.JsonValue] = Field(
+    parameters: dict[Identifier, Plain] = Field(
         default_factory=dict,
         description="Arguments of the function that `method` names: plain values, or lists of them.",
     )
@@ -226,7 +241,7 @@ class RequestSpec(_Spec):
     prompt: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(
         default=None, description="Prompt template with `{class}` and optionally `{context}`."
     )
-    accept: dict[str, Any] = Field(
+    accept: Plains = Field(
         default_factory=dict,
         description="Conditions for a sample to be kept, such as {is_error: true, oracle: agrees, risk: '>= 1'}.",
     )
@@ -245,8 +260,8 @@ class RequestSpec(_Spec):
     conditioning: ConditioningSpec | None = Field(
         default=None, description="Image embeddings for a Stable unCLIP pipeline; an artefact's address will do."
     )
-    sampling: dict[str, Any] = Field(default_factory=dict, description="Overrides of the job's `sampling`.")
-    guidance: dict[str, Any] = Field(default_factory=dict, description="Overrides of the job's `guidance`.")
+    sampling: Plains = Field(default_factory=dict, description="Overrides of the job's `sampling`.")
+    guidance: Plains = Field(default_factory=dict, description="Overrides of the job's `guidance`.")
 
     @pydantic.field_validator("conditioning", mode="before")
     @classmethod
@@ -569,9 +584,16 @@ def _conditioning_problems(request: RequestSpec) -> list[Problem]:
     elif conditioning.images is not None and conditioning.screening:
         problems.append((("screening",), "given images are not screened; leave it out, or give an artefact"))
     elif not conditioning.is_screened:
-        unused = [name for name in ("threshold", "max_draws") if name in conditioning.model_fields_set]
-        problems += [((name,), "has no effect without screening; leave it out") for name in unused]
+        problems += [
+            ((name,), "has no effect without screening; leave it out") for name in _changed_screening(conditioning)
+        ]
     return problems
+
+
+def _changed_screening(conditioning: ConditioningSpec) -> list[str]:
+    """What would steer screening and is not at its default; a stored job has the defaults written out."""
+    fields = ConditioningSpec.model_fields
+    return [name for name in ("threshold", "max_draws") if getattr(conditioning, name) != fields[name].default]
 
 
 def _template_problems(request: RequestSpec) -> list[Problem]:

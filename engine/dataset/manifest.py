@@ -210,8 +210,8 @@ def _shard_tables(
 
 def _damaged(path: Path, what: str) -> NoReturn:
     raise CorruptShardError(
-        f"{shown(path)}: {what}, but the shard is committed; restore the file, or remove its record under "
-        "_state/commits and run again"
+        f"{shown(path)}: {what}, but the shard is committed; restore the file, or let `riskforge repair` take the shard"
+        " out and run again"
     ) from None
 
 

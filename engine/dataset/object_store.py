@@ -331,14 +331,22 @@ class ObjectStore(Store):
 
     def list(self, folder: str = "") -> list[str]:
         """Names in a folder, sorted; of folders that have something in them, too."""
+        keys = {one["name"].rstrip("/") for one in self._listed(folder)} - {self._key(folder)}
+        return sorted(key.removeprefix(f"{self._root}/") for key in keys)
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of the objects in a folder by name."""
+        found = [one for one in self._listed(folder) if one["type"] == "file"]
+        return {one["name"].removeprefix(f"{self._root}/"): int(one["size"]) for one in found}
+
+    def _listed(self, folder: str) -> list[dict[str, Any]]:
         with self._told(folder):
             try:
-                found = self._fs.ls(self._key(folder), detail=False)
+                found: list[dict[str, Any]] = self._fs.ls(self._key(folder), detail=True)
             except FileNotFoundError as error:
                 self._check_bucket(error)
                 return []
-        keys = {key.rstrip("/") for key in found} - {self._key(folder)}
-        return sorted(key.removeprefix(f"{self._root}/") for key in keys)
+        return found
 
     def size_of(self, names: Iterable[str]) -> int:
         """Bytes of objects, from a listing of all."""

@@ -234,6 +234,10 @@ class Store(ABC):
         """Names in a folder, sorted, from one listing; none where there is no such folder."""
 
     @abstractmethod
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of the files in a folder by name, from one listing; none where there is no such folder."""
+
+    @abstractmethod
     def size_of(self, names: Iterable[str]) -> int:
         """Bytes of files together; those that are not there count nothing."""
 
@@ -438,6 +442,20 @@ class FolderStore(Store):
                     return sorted(prefix + entry.name for entry in entries)
             except FileNotFoundError:
                 return []
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of the files in a folder by name, of links those of what they lead to."""
+        found: dict[str, int] = {}
+        with explained(self.path(folder)):
+            try:
+                with os.scandir(self.path(folder)) as entries:
+                    for entry in entries:
+                        with contextlib.suppress(FileNotFoundError):
+                            if entry.is_file():
+                                found[f"{folder}/{entry.name}"] = entry.stat().st_size
+            except FileNotFoundError:
+                return {}
+        return found
 
     def publish(self, name: str, data: bytes | Path) -> bool:
         """Make a file visible under its name if the name is free.
