@@ -182,8 +182,8 @@ class Generator:
         files, shown = imaging.stored(pixels, output.image_format, provenance=output.provenance)
         records = self._scorer.records(padded, shown)
         return [
-            _failed(spec, faults[row])
-            if faults[row]
+            _failed(spec, faults[row] or record["error_message"])
+            if faults[row] or record["status"] == STATUS_FAILED
             else self._result(
                 request, spec, record | _counts(health, row), files[row], len(padded), draws[row] if draws else None
             )
@@ -195,14 +195,10 @@ class Generator:
         finite = torch.isfinite(images).flatten(1).all(1).tolist()
         checker = self._model(request).safety_checker
         shown = [PIL.Image.fromarray(one) for one in imaging.quantise(images)] if checker else []
-        flagged = checker.flags(shown) if checker else [False] * len(images)
+        unsafe = checker.faults(shown) if checker else [""] * len(images)
         return [
-            "the sampler produced values that are not finite"
-            if not is_finite
-            else "the pipeline's safety checker flagged the image"
-            if is_flagged
-            else ""
-            for is_finite, is_flagged in zip(finite, flagged, strict=True)
+            text if is_finite else "the sampler produced values that are not finite"
+            for is_finite, text in zip(finite, unsafe, strict=True)
         ]
 
     def _draws(self, request: int, specs: Sequence[SampleSpec]) -> list[ScreenedDraw]:

@@ -17,6 +17,7 @@ from engine.dataset.verify import Finding
 from engine.errors import JobError
 from engine.models.addresses import model_digests
 from engine.plan import Plan, SampleSpec, difference
+from engine.records import STATUS_FAILED
 from engine.spec import JobSpec
 
 NUM_SAMPLES = 64
@@ -61,7 +62,9 @@ def rescore(
     for place, (spec, image, stored) in enumerate(chosen):
         advance(f"image {place + 1} of {len(chosen)}")
         [made] = scorer.records([spec], [PIL.Image.open(io.BytesIO(image)).convert("RGB")])
-        if differences := _differences(stored, made):
+        if made["status"] == STATUS_FAILED:
+            findings.append(Finding(kind="damage", text=f"{spec.key}: scored again, {made['error_message']}"))
+        elif differences := _differences(stored, made):
             findings.append(Finding(kind="damage", text=f"{spec.key}: scored again, {'; '.join(differences)}"))
     return findings
 

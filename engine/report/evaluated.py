@@ -39,7 +39,7 @@ def _lead(found: Evaluation) -> str:
     if found.real:
         text += f", and {found.real.num_images:,} real ones of {clip(found.real.address, 120)} ({found.real.kind})"
         text += f", {found.real.num_unusable:,} others could not be used" if found.real.num_unusable else ""
-    return text + "."
+    return ". ".join([text, *(f"Left out: {clip(line, 400)}" for line in found.left_out)]) + "."
 
 
 def _quality_note(side: Qualities) -> str:

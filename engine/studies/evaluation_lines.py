@@ -10,7 +10,7 @@ from engine.terminal import printable
 
 def summary_lines(found: Evaluation) -> list[str]:
     """What was found, a line each."""
-    lines: list[str] = []
+    lines = [f"left out: {printable(line)}" for line in found.left_out]
     for side in found.quality:
         lines.append(f"against {printable(side.against)}, in features of {printable(side.features)}:")
         lines += [f"  {_quality_text(one)}" for one in side.requests]
