@@ -16,7 +16,7 @@ from engine.conditioner import Conditioner, open_conditioner
 from engine.conditioning.screening import ScreenedDraw
 from engine.errors import JobError
 from engine.guidance.boundary import guide_to_boundary
-from engine.guidance.custom import Criterion, Scene, criterion_problem, guide_by
+from engine.guidance.custom import NO_CHANCE, Criterion, Scene, criterion_problem, guide_by, same_values
 from engine.guidance.guided import ConditionalDenoiser, GuidedDenoiser
 from engine.guidance.risky import guide_to_risk
 from engine.guidance.rules import GradientHealth
@@ -26,6 +26,7 @@ from engine.models.decoder import GuidanceDecoder
 from engine.models.diffusion import Diffusion
 from engine.models.foreign import reason_of
 from engine.models.methods import load_method, method_digest
+from engine.models.randomness import watch_generators
 from engine.models.runtime import choose_hardware, fix_kernels
 from engine.plan import Plan, RequestPlan, SampleSpec, make_prompt
 from engine.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, SampleResult, check_record, failed_record
@@ -308,15 +309,19 @@ class Generator:
                 f"{where}: the file of '{address}' on this machine is not the one that the run was planned with; give"
                 " all machines the same file"
             )
-        criterion = load_method(address, self._job.guidance_of(request.spec).custom.parameters)
+        parameters = self._job.guidance_of(request.spec).custom.parameters
+        criteria = [load_method(address, parameters) for _ in range(2)]
         shape, scene = self._model(request.number).image_shape, self._scene([request.cells[0].classes] * 2)
         try:
-            problem = criterion_problem(criterion, scene, shape)
+            with watch_generators() as drawn:
+                problem = criterion_problem(criteria, scene, shape)
         except Exception as error:
             raise JobError(f"{where}: the criterion of '{address}' failed: {reason_of(error)}") from error
+        if drawn:
+            problem = f"draws random numbers ({', '.join(drawn)}); {NO_CHANCE}"
         if problem:
             raise JobError(f"{where}: the criterion of '{address}' {problem}")
-        return criterion
+        return _Watched(criteria[0], f"{where}: the criterion of '{address}'")
 
     def _address(self, request: int) -> str:
         return self._job.requests[request].diffusion or self._job.models.diffusion
@@ -350,6 +355,30 @@ class Generator:
             self._model(request).sampler(self._job.sampling_of(self._job.requests[request]))
         except ValueError as error:
             raise JobError(f"requests.{request}: {error}") from None
+
+
+class _Watched:
+    """A criterion that is watched while samples are made: what it did not do when it was tried it may do later.
+
+    Its first call is made twice; that it draws from no global generator is seen at every call.
+
+    Raises:
+        JobError: its distances are not decided by the images.
+    """
+
+    def __init__(self, criterion: Criterion, name: str) -> None:
+        self._criterion, self._name, self._is_first = criterion, name, True
+
+    def __call__(self, images: Tensor, scene: Scene) -> Tensor:
+        with watch_generators() as drawn:
+            distances = self._criterion(images, scene)
+            is_same = not self._is_first or same_values(distances, self._criterion(images, scene))
+        self._is_first = False
+        if drawn:
+            raise JobError(f"{self._name} draws random numbers ({', '.join(drawn)}); {NO_CHANCE}")
+        if not is_same:
+            raise JobError(f"{self._name} gives other distances for equal images when it is asked again; {NO_CHANCE}")
+        return distances
 
 
 def memory_within_reach() -> int:
