@@ -58,15 +58,24 @@ class GivenEmbeddings:
 
     Args:
         embeds: [N, d] of every class by its index, N at least 1.
+        encoder: whose they are, for messages.
     """
 
-    def __init__(self, embeds: dict[int, Tensor]) -> None:
+    def __init__(self, embeds: dict[int, Tensor], encoder: str) -> None:
         self._embeds = embeds
+        self._encoder = encoder
 
     def draw(self, spec: SampleSpec) -> ScreenedDraw:
-        """The embedding of image `index` of the sample's class, from the first again after the last."""
+        """The embedding of image `index` of the sample's class, from the first again after the last.
+
+        Raises:
+            ValueError: it is not finite.
+        """
         own = self._embeds[spec.cell.classes[0]]
-        return ScreenedDraw(embedding=own[spec.index % len(own)], screened=False, num_draws=0, confidence=0.0)
+        embedding = own[spec.index % len(own)]
+        if not embedding.isfinite().all():
+            raise ValueError(f"the image encoder of '{self._encoder}' gives an image embedding that is not finite")
+        return ScreenedDraw(embedding=embedding, screened=False, num_draws=0, confidence=0.0)
 
 
 def open_conditioner(
@@ -94,7 +103,7 @@ def open_conditioner(
     embedder = _Embedder(encoder, needed)
     given = read_given(spec.images, labels, _where(request, "images"), embedder.take)
     _check_same(given.digest, digest, spec.images, _where(request, "images"))
-    return GivenEmbeddings(embedder.embeds())
+    return GivenEmbeddings(embedder.embeds(), diffusion)
 
 
 def conditioning_digests(

@@ -16,6 +16,7 @@ from engine.errors import JobError
 from engine.images.decode import UnusableImageError, decode_sample
 from engine.models.addresses import model_digests
 from engine.plan import Plan, SampleSpec, difference
+from engine.records import STATUS_FAILED
 from engine.spec import JobSpec
 
 NUM_SAMPLES = 64
@@ -65,7 +66,9 @@ def rescore(
             findings.append(Finding(kind="damage", text=f"{spec.key}: its image {error}"))
             continue
         [made] = scorer.records([spec], [decoded])
-        if differences := _differences(stored, made):
+        if made["status"] == STATUS_FAILED:
+            findings.append(Finding(kind="damage", text=f"{spec.key}: scored again, {made['error_message']}"))
+        elif differences := _differences(stored, made):
             findings.append(Finding(kind="damage", text=f"{spec.key}: scored again, {'; '.join(differences)}"))
     return findings
 

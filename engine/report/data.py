@@ -18,7 +18,7 @@ from engine.report.text import joined
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from pyarrow.dataset import Dataset
+    from pyarrow.dataset import Dataset, Expression
 
 SCORES = ("risk", "kldb", "conformity", "entropy")
 _TEXTS = ["request", "method", "context", "class_name", "status", "worker"]
@@ -215,11 +215,16 @@ def error_pairs(rows: Rows, names: dict[int, str]) -> list[tuple[str, str, int]]
     ]
 
 
-def failures(metadata: Dataset) -> list[tuple[str, int]]:
-    """The most frequent messages of failed samples, with counts."""
+def failures(metadata: Dataset, among: Expression | None = None) -> list[tuple[str, int]]:
+    """The most frequent messages of failed samples, with counts.
+
+    Args:
+        among: which samples; all where not given.
+    """
     import pyarrow.compute as pc
 
-    table = metadata.to_table(columns=["error_message"], filter=pc.field("status") == STATUS_FAILED)
+    is_failed = pc.field("status") == STATUS_FAILED
+    table = metadata.to_table(columns=["error_message"], filter=is_failed if among is None else is_failed & among)
     counted = sorted(
         ((one["values"], one["counts"]) for one in pc.value_counts(table.column("error_message")).to_pylist()),
         key=lambda pair: (-pair[1], pair[0]),

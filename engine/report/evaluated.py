@@ -50,7 +50,8 @@ def _lead(found: Evaluation) -> str:
     text = f"{total:,} stored images were read, at most {found.limit:,} of each request"
     if found.real:
         text += f", and {found.real.num_images:,} real ones of {clip(found.real.address, 120)} ({found.real.kind})"
-    return text + "." + _unusable_text(found.real)
+    left_out = "".join(f" Left out: {clip(line, 400)}." for line in found.left_out)
+    return text + "." + _unusable_text(found.real) + left_out
 
 
 def _unusable_text(source: Source | None) -> str:

@@ -245,7 +245,7 @@ def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> Ev
     names = [one.name for one in job.requests]
     real, real_source = None, None
     if options.real is not None:
-        looker = Eyes(eyes.clip, eyes.extractor, target)
+        looker = Eyes(eyes.clip, eyes.extractor, target, clip_role=eyes.clip_role)
         real, real_source = _read_real(options, labels, looker, display)
     display.phase("measuring distances")
     quality = _qualities(samples, real, names, eyes.extractor.name, options)
@@ -258,6 +258,7 @@ def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> Ev
         seed=options.seed,
         real=real_source,
         samples={name: len(samples.rows(name)) for name in names},
+        left_out=left_out_lines(samples.pictures),
         quality=quality,
         text_scores=_text_scores(samples, job, eyes),
         memorisation=memorisation,
@@ -283,21 +284,21 @@ def _load(job: JobSpec, run: StudiedRun, options: EvaluateOptions) -> tuple[Eyes
         JobError: one cannot be loaded, or the target is another than that of the run.
     """
     device = choose_hardware(RuntimeSpec()).device
+    role = "--clip" if options.clip else "models.clip"
     try:
         clip = Clip.load(options.clip or job.models.clip, device)
     except JobError as error:
-        field = "--clip" if options.clip else "models.clip"
-        raise JobError([f"{field}: {problem}" for problem in error.problems]) from None
+        raise JobError([f"{role}: {problem}" for problem in error.problems]) from None
     judge = Clip.load(job.models.judge, device) if job.models.judge else None
     extractor = choose_extractor(options.features, clip, options.inception, device)
     if options.real is None:
-        return Eyes(clip, extractor, judge=judge), None
+        return Eyes(clip, extractor, judge=judge, clip_role=role), None
     if (digest := model_digest(job.models.target)) != run.target_digest:
         raise JobError(
             f"--real: the target '{job.models.target}' that would score the images has changed since the run (digest"
             f" {run.target_digest} in the manifest, {digest} now); restore that model, or leave --real out"
         )
-    return Eyes(clip, extractor, judge=judge), Classifier.load(job.models.target, device)
+    return Eyes(clip, extractor, judge=judge, clip_role=role), Classifier.load(job.models.target, device)
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -336,7 +337,20 @@ def _read_samples(run: StudiedRun, eyes: Eyes, options: EvaluateOptions, display
         raise CorruptShardError(
             f"{run.store.uri}: {missing} of {len(chosen)} images are not in their shards; `riskforge verify` says more"
         )
-    return Samples(pictures, tuple(kept)), table.num_rows
+    if lines := left_out_lines(pictures):
+        if not len(pictures):
+            raise JobError([f"RUN: no image of '{run.store.uri}' can be looked at: {line}" for line in lines])
+        for line in lines:
+            display.notice(f"left out of the evaluation: {line}")
+    gone = {key for key, _ in pictures.left_out}
+    return Samples(pictures, tuple(record for record in kept if record["key"] not in gone)), table.num_rows
+
+
+def left_out_lines(pictures: Pictures) -> tuple[str, ...]:
+    """How many images a model gives unusable values for, a line for each reason."""
+    counts = Counter(reason for _, reason in pictures.left_out)
+    total = len(pictures) + len(pictures.left_out)
+    return tuple(f"{count} of {total} images: {reason}" for reason, count in counts.most_common())
 
 
 def _choose(table: pa.Table, options: EvaluateOptions) -> list[int]:
@@ -389,6 +403,7 @@ def _read_source(
                 unusable.append(found)
 
     pictures = eyes.look(images())
+    unusable += [Unusable(name, reason) for name, reason in pictures.left_out]
     if not len(pictures):
         raise JobError(nothing_usable(source, option, address, unusable))
     return pictures, _source(address, source.kind, len(pictures), unusable)
@@ -507,8 +522,13 @@ def _memorisation(
             else:
                 unusable.append(found)
 
+    def leave_out(name: str, reason: str) -> None:
+        nonlocal num_images
+        num_images -= 1
+        unusable.append(Unusable(name, reason))
+
     sets = [samples.pictures] if real is None else [samples.pictures, real]
-    found = find_nearest(sets, training(), eyes)
+    found = find_nearest(sets, training(), eyes, leave_out)
     if not num_images:
         raise JobError(nothing_usable(source, "--train", options.train, unusable))
     thresholds = None if real is None else thresholds_of(found[1])

@@ -12,6 +12,7 @@ def summary_lines(found: Evaluation) -> list[str]:
     """What was found, a line each."""
     lines = _unusable_lines("--real", found.real)
     lines += _unusable_lines("--train", found.memorisation.train if found.memorisation else None)
+    lines += [f"left out: {printable(line)}" for line in found.left_out]
     for side in found.quality:
         lines.append(f"against {printable(side.against)}, in features of {printable(side.features)}:")
         lines += [f"  {_quality_text(one)}" for one in side.requests]
