@@ -22,8 +22,8 @@ from tests.dataset_cases import LABELS
 # What webdataset, fsspec, glob, braceexpand, Arrow, URLs and shells read otherwise than it is written.
 NAMES = (
     "a#b", "#", "a?b", "?", "a%20b", "%s", "a b", "{a,b}", "{0..3}", "a::b", "a|b", "[ab]", "a*b", "*", "ünï",
-    "pipe:touch made", "http:x", "https:x", "file:x", "memory:x", "ais:x", "-", "${HOME}", "$HOME", "a=b", "a&b", "a'b", 'a"b', "a\\b",
-    "a;b", "a@b:c", "x.tar", "..a", "a,b", "zip:x", "a\u0301",
+    "pipe:touch made", "http:x", "https:x", "file:x", "memory:x", "ais:x", "-", "${HOME}", "$HOME", "a=b", "a&b",
+    "a'b", 'a"b', "a\\b", "a;b", "a@b:c", "x.tar", "..a", "a,b", "zip:x", "a\u0301",
 )  # fmt: skip
 
 
