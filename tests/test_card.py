@@ -1,4 +1,4 @@
-"""The card of a run says what happened, whatever happened: its sentences follow from counts, not from what was asked."""
+"""The card of a run says what happened, whatever did: its sentences follow from counts, not from what was asked."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from engine.imaging import encode
 from engine.spec import JobSpec, parse_job
 from tests.corpus_cases import make_run
 
+RULE, ARTEFACT = {"is_error": True}, {"artefact": "a"}
 SPREAD = Spread(q25=0.5, median=1.0, q75=2.0)
 
 
@@ -34,8 +35,8 @@ def make_job(*, oracle: bool, judge: bool, store_rejected: bool, provenance: boo
             "name": "demo",
             "models": models,
             "requests": [
-                {"name": "kept", "method": "prompt", "classes": ["one", "two"], "count": 5, "accept": {"is_error": True}},
-                {"name": "screened", "method": "risky", "classes": ["one"], "count": 5, "conditioning": {"artefact": "a"}},
+                {"name": "kept", "method": "prompt", "classes": ["one", "two"], "count": 5, "accept": RULE},
+                {"name": "screened", "method": "risky", "classes": ["one"], "count": 5, "conditioning": ARTEFACT},
                 {"name": "joint", "method": "boundary", "boundary": ["one", "two"], "count": 5},
             ],
             "output": {"uri": "x", "store_rejected": store_rejected, "provenance": provenance},
@@ -81,6 +82,7 @@ def runs(draw: st.DrawFn) -> tuple[JobSpec, dict[str, Any], list[GroupSummary]]:
         {"class_index": 1, "samples": num_samples, "screened": num_screened, "draws": num_draws, "acceptance_rate": 0.0}
     ]
     guided = draw(few)
+    about = {"scored": guided + 1, "guided": guided, "without_effect": draw(st.integers(0, guided))}
     committed = draw(st.integers(0, 3))
     manifest = {
         "schema_version": draw(st.sampled_from([1, 2, 3])),
@@ -96,9 +98,7 @@ def runs(draw: st.DrawFn) -> tuple[JobSpec, dict[str, Any], list[GroupSummary]]:
             "requests": requests,
             "quotas": {"kept": quotas},
             "screening": {"screened": screening} if num_samples else {},
-            "guidance": {"screened": {"scored": guided + 1, "guided": guided, "without_effect": draw(st.integers(0, guided))}}
-            if guided
-            else {},
+            "guidance": {"screened": about} if guided else {},
         },
     }  # fmt: skip
     return job, manifest, groups
@@ -115,7 +115,7 @@ def test_every_claim_follows_from_the_counts(run: tuple[JobSpec, dict[str, Any],
     assert manifest == before
     check_screening(card, counts["screening"].get("screened", []))
     missing = {one["class"]: one["missing"] for one in counts["quotas"]["kept"] if one["missing"]}
-    assert dict((name, int(count)) for count, name in re.findall(r"(\d+) of `(one|two)`", card)) == (
+    assert {name: int(count) for count, name in re.findall(r"(\d+) of `(one|two)`", card)} == (
         missing if counts["requests"]["kept"]["attempted"] else {}
     )
     assert ("**Short:**" in card) == (manifest["complete"] and bool(missing))
@@ -129,7 +129,8 @@ def test_every_claim_follows_from_the_counts(run: tuple[JobSpec, dict[str, Any],
         job.output.store_rejected and rejected
     )
     for name, made in counts["requests"].items():
-        text = f"{made['attempted']} attempts: {made['ok']} ok, {made['rejected']} rejected, {made['failed']} failed"
+        statuses = ", ".join(f"{made[status]} {status}" for status in ("ok", "rejected", "failed"))
+        text = f"{made['attempted']} attempts: {statuses}"
         section = card[card.index(f"- **{name}**") :].split("\n- **")[0]
         assert ("made: nothing so far" in section) if not made["attempted"] else (text in section)
     guided = counts["guidance"].get("screened")
