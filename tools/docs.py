@@ -93,8 +93,8 @@ shards. Each field is always there and has one type, so that any reader infers o
 apply it is empty text, an empty list, 0, false, or -1 for a class. There are no nulls and no NaN. Scores are of the
 stored 8-bit image; logarithms are natural.
 
-`scored` is false of failed samples and of real images that were mixed in. What models measure means nothing there, whatever
-the columns hold, and filters on them select neither such a row nor, negated, its opposite: {{measured}}.
+`scored` is false of failed samples and of real images that were mixed in. What models measure means nothing there,
+whatever the columns hold, and filters on them select neither such a row nor, negated, its opposite: {{measured}}.
 
 `schema_version` is now {SCHEMA_VERSION}. Later than version 1 came {{later}}. All versions from 1 on are read, earlier
 ones with `scored` true of all but failed samples and real images, and a run goes on in the version that it began with.

@@ -205,7 +205,9 @@ def _night(address: str, name: str, target: dict[str, Any], table: pa.Table) -> 
         seeds=np.asarray(table["seed"].to_numpy(), dtype=np.int64),
         is_error=is_error,
         valid=np.where(oracle < 0, np.nan, (oracle > 0) & is_error),
-        **numbers,
+        risk=numbers["risk"],
+        conformity=numbers["conformity"],
+        kldb=numbers["kldb"],
     )
 
 
