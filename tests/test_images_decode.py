@@ -89,8 +89,9 @@ def tiff(values: np.ndarray, bits: int, *tags: tuple[int, int], signed: int = 1)
         data = bytes(one for a, b in pairs for one in (a >> 4, (a & 15) << 4 | b >> 8, b & 255))
     else:
         data = flat.tobytes()
-    entries = {256: values.shape[1], 257: values.shape[0], 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: values.shape[0],
-               279: len(data), 339: signed} | dict(tags)  # fmt: skip
+    height, width = values.shape
+    entries = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(data)}
+    entries |= {339: signed} | dict(tags)
     directory = struct.pack("<H", len(entries))
     for tag, value in sorted(entries.items()):
         directory += struct.pack("<HHII", tag, 3 if value < 65536 and tag not in (273, 279) else 4, 1, value)
