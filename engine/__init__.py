@@ -13,7 +13,7 @@ __all__ = ["LabelledImage", "Unusable", "open_images", "open_run"]
 
 
 def __getattr__(name: str) -> Any:
-    """What reads images is imported when it is asked for: it needs NumPy and Pillow, which `--help` does not wait for."""
+    """What reads images is imported when it is asked for: it needs NumPy, which `--help` does not wait for."""
     if name in ("LabelledImage", "Unusable", "open_images"):
         import engine.images
 

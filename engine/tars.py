@@ -159,12 +159,12 @@ class _Extended:
 def _header(file: BinaryIO, place: int, encoding_errors: str) -> tuple[tarfile.TarInfo | None, int]:
     """The header at a place, or None at the end of the archive; and the place after it."""
     block = os.pread(file.fileno(), BLOCK_BYTES, place)
+    if place == 0 and (packer := _packer(block)):
+        raise DamagedTarError(f"compressed with {packer}; unpack it to a plain tar")
     if len(block) < BLOCK_BYTES:
         raise DamagedTarError("cut short: the end of the archive is missing")
     if not any(block):
         return None, place
-    if place == 0 and (packer := _packer(block)):
-        raise DamagedTarError(f"compressed with {packer}; unpack it to a plain tar")
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", encoding_errors)
     except (tarfile.HeaderError, ValueError) as error:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 import PIL.ImageOps
 
 from engine.terminal import printable
@@ -50,6 +51,8 @@ _OTHER_FORMATS = (
     (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "), "is a JPEG XL file"),
     (re.compile(rb"8BPS"), "is a Photoshop file"),
     (re.compile(rb"%PDF"), "is a PDF file"),
+    (re.compile(rb"PK\x03\x04|\x1f\x8b|BZh|\xfd7zXZ\0|\x28\xb5\x2f\xfd|7z\xbc\xaf"), "is an archive; unpack it"),
+    (re.compile(rb"ARROW1|\x89HDF"), "is a table; store it as parquet"),
     (re.compile(rb"%!PS|\xc5\xd0\xd3\xc6"), "is an EPS or PostScript file"),
     (re.compile(rb"\s*(<\?xml.{0,500}|<!--.{0,500})?<svg", re.DOTALL), "is an SVG file"),
 )
@@ -60,7 +63,7 @@ class UnusableImageError(Exception):
 
 
 @contextmanager
-def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[PIL.Image.Image]:
+def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[PIL.ImageFile.ImageFile]:
     """An image file, opened and not decoded yet; what decoding raises in the block is a reason too.
 
     Raises:
@@ -150,7 +153,7 @@ def _check_shape(width: int, height: int) -> None:
         raise UnusableImageError(f"is {width} x {height} pixels; it is too long for any classifier")
 
 
-def _is_deep(image: PIL.Image.Image) -> bool:
+def _is_deep(image: PIL.ImageFile.ImageFile) -> bool:
     """Whether a file that is not loaded yet has 16 bits a channel; in colour, Pillow keeps the upper 8."""
     arguments = [tile.args for tile in image.tile]
     modes = [one if isinstance(one, str) else one[0] for one in arguments if isinstance(one, str) or one]
@@ -171,7 +174,7 @@ def _rgb(image: PIL.Image.Image, is_deep: bool) -> PIL.Image.Image:
     rgb = image.convert("RGB")
     if is_deep and image.format != "PPM":
         # The upper 8 bits are what is left.
-        _check_peak(256 * max(high for _, high in rgb.getextrema()) + 255)
+        _check_peak(256 * int(np.asarray(rgb).max()) + 255)
     return rgb
 
 

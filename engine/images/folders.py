@@ -187,7 +187,7 @@ class _Folder:
             below = [one.parts[len(home) :] for one in files if one.parts[: len(home)] == home]
             folders = sorted({one[0] for one in below if len(one) > 1})
             self._check_splits(home, folders, below, labelling)
-            inner = {one[1] for one in below if len(one) > 2}
+            inner = {folder for one in below for folder in one[1:-1]}
             is_home = len(folders) != 1 or labelling.is_label(folders[0])
             if is_home or not any(labelling.is_label(one) or keyword_in(one) for one in inner):
                 return home

@@ -52,9 +52,10 @@ class Labelling:
             return self.of_name(text)
         if self._is_numeric:
             raise UnusableImageError(f"has the label {text!r}: {_NUMERIC}, so labels are names, and it is none of them")
+        index = self.of_index(int(text))
         if self._has_names:
             raise UnusableImageError(f"has the label {text!r}, a number, where other labels of the set are class names")
-        return self.of_index(int(text))
+        return index
 
     def of_written(self, text: str) -> int:
         """Class of a text that by convention is an index and may be a name, as `.cls` has it.

@@ -73,7 +73,8 @@ def _folder_of_splits(path: Path) -> Path | None:
     """The folder that a path which is not there may name a split of, or a configuration and a split."""
     for folder in (path.parent, path.parent.parent):
         if folder.is_dir():
-            data = (one for pattern in ("*.parquet", "*/*.parquet", "*.tar", "*/*.tar") for one in folder.glob(pattern))
+            patterns = (f"{above}*.{kind}" for above in ("", "*/", "*/*/") for kind in ("parquet", "tar"))
+            data = (one for pattern in patterns for one in folder.glob(pattern))
             return folder if next(data, None) is not None else None
     return None
 

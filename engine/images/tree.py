@@ -61,7 +61,7 @@ class _Walk:
         waiting, links = [""], list[str]()
         yield from self._below(waiting, links, must=True)
         while links:
-            waiting, links = links, []
+            waiting, links = sorted(links, reverse=True), []
             yield from self._below(waiting, links)
 
     def _below(self, waiting: list[str], links: list[str], must: bool = False) -> Iterator[Entry]:
