@@ -76,10 +76,16 @@ _CHOICES: dict[str, tuple[tuple[str, ...], tuple[Any, ...]]] = {
         ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"),
         ("zero", "sigma_min"),
     ),
-    "solver_type": (_MULTISTEP, _SOLVER_TYPES),
+    "solver_type": (("DPMSolverMultistepScheduler", "DEISMultistepScheduler"), _SOLVER_TYPES),
     "solver_order": (_MULTISTEP, (1, 2, 3)),
-    "solver_p": (("UniPCMultistepScheduler",), (None,)),
-    "shift_terminal": (("UniPCMultistepScheduler",), (None,)),
+}
+# What gives NaN at the last step of UniPC, or asks for another scheduler inside it.
+_UNIPC: dict[str, tuple[Any, ...]] = {
+    "solver_type": ("bh2", "midpoint", "heun", "logrho"),
+    "predict_x0": (True,),
+    "lower_order_final": (True,),
+    "solver_p": (None,),
+    "shift_terminal": (None,),
 }
 _ALGORITHMS = {
     "DPMSolverMultistepScheduler": ("dpmsolver++", "dpmsolver", "deis"),
@@ -125,6 +131,9 @@ class ModelScheduler:
             options["clip_sample"] = False
         if spec.scheduler == "dpmsolver++":
             options["algorithm_type"] = "dpmsolver++"
+            # These two put a type of their own into their configuration, which DPM-Solver++ takes for its default.
+            if self.name in ("DEISMultistepScheduler", "UniPCMultistepScheduler"):
+                options["solver_type"] = "midpoint"
         if spec.timestep_spacing:
             options["timestep_spacing"] = spec.timestep_spacing
         if spec.rescale_betas_zero_snr:
@@ -216,10 +225,12 @@ def _own_problem(scheduler: ModelScheduler, is_guided: bool) -> str:
 
 def _option_problems(name: str, config: dict[str, Any]) -> list[str]:
     """Options that the chosen scheduler reads and that have a value that it, or this engine, does not know."""
+    asked = {option: known for option, (readers, known) in _CHOICES.items() if name in readers}
     found = [
-        f"scheduler_config.json has {option}: {config[option]!r}, not one of {', '.join(map(str, known))}"
-        for option, (readers, known) in _CHOICES.items()
-        if name in readers and option in config and config[option] not in known
+        f"scheduler_config.json has {option}: {config[option]!r}; {name} is known to be right with"
+        f" {', '.join(map(str, known))}"
+        for option, known in (asked | (_UNIPC if name == "UniPCMultistepScheduler" else {})).items()
+        if option in config and config[option] not in known
     ]
     algorithm = config.get("algorithm_type")
     if algorithm is not None and name in _ALGORITHMS and algorithm not in _ALGORITHMS[name]:
@@ -314,8 +325,10 @@ def _step_problems(name: str, config: dict[str, Any], num_steps: int) -> list[st
     least = 4 if name == "PNDMScheduler" and not config.get("skip_prk_steps", False) else 1
     if num_steps < least:
         return [f".num_inference_steps: {num_steps} is too few for {name}; give {least} or more"]
-    if num_steps > total:
-        return [f".num_inference_steps: {num_steps} is above the {total} timesteps of the model's training"]
+    # These look at one timestep more, which would round to one that is there already.
+    most = total - 1 if name in _MULTISTEP and spacing == "linspace" else total
+    if num_steps > most:
+        return [f".num_inference_steps: {num_steps} is above the {most} timesteps of the model's training; give fewer"]
     if spacing == "trailing" and math.ceil(total / (total / num_steps)) > num_steps:
         text = f".num_inference_steps: {num_steps} in trailing spacing reach below timestep 0, by rounding"
         return [f"{text}; take {num_steps - 1}, or another timestep_spacing"]
