@@ -100,11 +100,16 @@ class ShardDone:
 
 @dataclass(frozen=True, slots=True)
 class ShardError:
-    """An exception came out of a shard. The worker's process lives, in an unknown condition."""
+    """An exception came out of a shard. The worker's process lives, in an unknown condition.
+
+    Attributes:
+        every_sample: whether every sample of the request's first batch there raised it.
+    """
 
     worker: int
     shard: int
     message: str
+    every_sample: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,6 +118,7 @@ class State(NamedTuple):
         idle: ready workers without a shard, lowest first.
         batch_seconds: the slowest batch of a kind.
         shard_seconds: the slowest shard of a kind.
+        proven: kinds of which shards were committed before the run.
         batch_limits: largest batch that fits, by kind of node and kind of shard.
         faults_in_a_row: faults in shards since one was last finished.
         start_faults_in_a_row: workers that failed to start since one was last ready.
@@ -141,6 +142,7 @@ class State(NamedTuple):
     next_worker: int = 0
     batch_seconds: Mapping[int, float] = {}
     shard_seconds: Mapping[int, float] = {}
+    proven: frozenset[int] = frozenset()
     batch_limits: Mapping[tuple[str, int], int] = {}
     faults_in_a_row: int = 0
     start_faults_in_a_row: int = 0
@@ -164,6 +166,7 @@ def start(
     *,
     lots: Iterable[Lot] | None = None,
     is_final: bool = True,
+    proven: Iterable[int] = (),
     rules: Rules | None = None,
     now: float = 0.0,
 ) -> Step:
@@ -174,10 +177,17 @@ def start(
         max_workers: workers at a time.
         lots: the plan's rows of shards; a single one when not given.
         is_final: whether no shards will be added.
+        proven: kinds of which shards are committed already, with images.
         now: the time, on the clock of `Tick`.
     """
     state = State(
-        rules=rules or Rules(), skipped=b"", max_workers=max_workers, is_final=is_final, now=now, next_check=now
+        rules=rules or Rules(),
+        skipped=b"",
+        max_workers=max_workers,
+        is_final=is_final,
+        proven=frozenset(proven),
+        now=now,
+        next_check=now,
     )
     state = _grow(state, tuple(lots) if lots is not None else (Lot(len(skipped)),), skipped)
     return _settle(state, [])
@@ -360,9 +370,17 @@ def _on_error(state: State, event: ShardError, worker: WorkerState) -> Step:
     """The process may be spoilt (a device error stays with it), so the worker is replaced."""
     if event.shard not in worker.queue:
         return state, []
+    if is_fault_of_job(state, event):
+        return _abort(state, event.message, user_fault=True)
     actions: list[Action] = [StopWorker(event.worker)]
     state = _blame(_remove_worker(state, event.worker, worker), (event.shard,), event.message, actions)
     return (state, actions) if state.is_over else _settle(state, actions)
+
+
+def is_fault_of_job(state: State, event: ShardError) -> bool:
+    """Whether what every sample of a batch raised is nobody else's fault: no batch of the request went through yet."""
+    kind = state.lot(event.shard).kind
+    return event.every_sample and not (kind in state.proven or kind in state.batch_seconds)
 
 
 def _on_lost(state: State, event: WorkerLost, worker: WorkerState) -> Step:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from engine.errors import RiskforgeError
+from engine.errors import EverySampleFailedError, RiskforgeError
 from engine.messages import (
     Report,
     ShardDone,
@@ -25,6 +25,7 @@ from engine.messages import (
     WorkerReady,
 )
 from engine.plan import ShardSpec
+from engine.terminal import redacted
 
 if TYPE_CHECKING:
     from engine.worker import ShardOutcome
@@ -143,7 +144,7 @@ class Host:
         except RiskforgeError as error:
             return UserFault(str(error))
         except Exception:
-            return WorkerLost(self._number, node_lost=False, message=traceback.format_exc().strip())
+            return WorkerLost(self._number, node_lost=False, message=redacted(traceback.format_exc().strip()))
         return WorkerReady(self._number)
 
     def sample_shard(
@@ -166,9 +167,12 @@ class Host:
             return self._failure(shard, error)
 
     def _failure(self, shard: ShardSpec, error: Exception) -> ShardError | UserFault:
+        if isinstance(error, EverySampleFailedError):
+            return ShardError(self._number, shard.number, str(error), every_sample=True)
         if isinstance(error, RiskforgeError):
             return UserFault(str(error))
-        return ShardError(self._number, shard.number, "".join(traceback.format_exception(error)).strip())
+        message = redacted("".join(traceback.format_exception(error)).strip())
+        return ShardError(self._number, shard.number, message)
 
 
 def drain(inbox: queue.SimpleQueue[Item], timeout_seconds: float) -> Iterator[Item]:
