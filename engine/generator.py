@@ -21,6 +21,7 @@ from engine.guidance.custom import Criterion, Scene, criterion_problem, guide_by
 from engine.guidance.guided import ConditionalDenoiser, GuidedDenoiser
 from engine.guidance.risky import guide_to_risk
 from engine.guidance.rules import GradientHealth
+from engine.heartbeat import beat
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
 from engine.models.decoder import GuidanceDecoder
@@ -256,8 +257,11 @@ class Generator:
 
     def _draws(self, request: int, specs: Sequence[SampleSpec]) -> list[ScreenedDraw]:
         """What conditions each sample beside its prompt; empty where nothing does."""
-        conditioner = self._conditioners.get(request)
-        return [conditioner.draw(spec) for spec in specs] if conditioner else []
+        conditioner, draws = self._conditioners.get(request), list[ScreenedDraw]()
+        for spec in specs if conditioner else ():
+            draws.append(conditioner.draw(spec))
+            beat()
+        return draws
 
     def _result(
         self,

@@ -37,6 +37,7 @@ from engine.messages import (
     StopWorker,
     Tick,
     UserFault,
+    WorkerActive,
     WorkerLost,
     WorkerPlaced,
     WorkerReady,
@@ -61,7 +62,7 @@ class WorkerState(NamedTuple):
     Attributes:
         num_sampled: shards at the head of its queue that are only being written; the one behind them is in work, too.
         model: what it worked with last.
-        heard: when it was last heard of: placed, ready, or a step further in the shard in work.
+        heard: when it was last heard of: placed, ready, a step further in the shard in work, or active.
         began: when the shard in work was begun.
     """
 
@@ -218,6 +219,8 @@ def step(state: State, event: Event) -> Step:
     if isinstance(event, WorkerPlaced):
         placed = worker._replace(is_placed=True, node_kind=event.node_kind, heard=state.now)
         return state._replace(workers=state.workers.put(event.worker, placed)), []
+    if isinstance(event, WorkerActive):
+        return _on_active(state, event.worker, worker), []
     if isinstance(event, WorkerReady):
         return _on_ready(state, event.worker, worker)
     if isinstance(event, ShardError):
@@ -276,8 +279,9 @@ def _hanging(state: State) -> list[tuple[int, str]]:
             limit = time_limit(state, worker.queue[0])
             if silent > limit:
                 found.append((number, f"hangs: nothing was heard of it for {silent:.0f} s, the limit is {limit:.0f} s"))
-        elif worker.is_placed and not worker.is_ready and silent > state.rules.start_limit_seconds:
-            found.append((number, f"hangs: its models are not loaded after {silent:.0f} s"))
+        elif worker.is_placed and not worker.is_ready and silent > (limit := state.rules.start_limit_seconds):
+            text = f"hangs: its models are not loaded, and nothing moved for {silent:.0f} s, the limit is {limit:.0f} s"
+            found.append((number, text))
     return sorted(found)
 
 
@@ -310,6 +314,17 @@ def _on_ready(state: State, number: int, worker: WorkerState) -> Step:
     workers = state.workers.put(number, worker._replace(is_ready=True, is_placed=True, heard=state.now))
     state = state._replace(workers=workers, idle=_with(state.idle, number), start_faults_in_a_row=0, start_after=0.0)
     return _settle(state, [])
+
+
+def _on_active(state: State, number: int, worker: WorkerState) -> State:
+    """A sign of life that counts until batches are measured: from then on their time is the better judge."""
+    if worker.is_ready and not (worker.queue and _is_unmeasured(state, worker.queue[0])):
+        return state
+    return state._replace(workers=state.workers.put(number, worker._replace(heard=state.now)))
+
+
+def _is_unmeasured(state: State, shard: int) -> bool:
+    return state.lot(shard).kind not in state.batch_seconds
 
 
 def _on_progress(state: State, event: ShardProgress, worker: WorkerState) -> State:
