@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.artefact import Conditioning, load_conditioning
 from engine.conditioning.screening import ScreenedDraw, ScreeningOptions, screen, unscreened
 from engine.errors import JobError
+from engine.heartbeat import beat
 from engine.images import LabelledImage, Unusable, image_key, nothing_usable, open_images, some_of
 from engine.models.addresses import find_artefact, image_encoder_digest, model_digest
 from engine.models.clip import ImageEncoder
@@ -147,6 +148,7 @@ def read_given(address: str, labels: Sequence[str], where: str, take: Callable[[
     source = open_images(address, tuple(labels), where)
     digest, num_images, unusable = hashlib.sha256(), 0, list[Unusable]()
     for found in source.read():
+        beat()
         if isinstance(found, Unusable):
             unusable.append(found)
             continue

@@ -24,6 +24,7 @@ from engine.dataset.commits import CommitSummary, list_commits, read_commits
 from engine.dataset.journal import Journal
 from engine.dataset.lease import Lease, hold
 from engine.dataset.manifest import FinishedRun, finalise, mark_success, software_versions
+from engine.dataset.output_folder import check_output
 from engine.dataset.presence import check_committed, is_closed, lost_files
 from engine.dataset.state import (
     MANIFEST,
@@ -223,6 +224,7 @@ def prepare(job: JobSpec, executor: Executor, display: Display) -> tuple[Store, 
     """
     check_addresses(job)
     store = open_store(job.output.uri)
+    check_output(store)
     job = job.model_copy(update={"output": job.output.model_copy(update={"uri": store.uri})})
     labels = target_labels(job)
     requests = resolve_requests(job, labels)

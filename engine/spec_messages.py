@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from engine.terminal import redacted
+
 Location = tuple[str | int, ...]
 
 STOCHASTIC_SCHEDULERS = ("ddpm", "euler_ancestral", "euler-ancestral", "dpmsolver_sde", "sde")
@@ -137,7 +139,7 @@ def _fields_at(root: type[BaseModel], location: Location) -> dict[str, Any]:
 def _shown(value: Any) -> str:
     """A value for a message, cut where it is long."""
     try:
-        text = repr(value)
+        text = redacted(repr(value))
     except ValueError:
         # Python spells out no number of more than 4300 digits.
         return "a number of thousands of digits"

@@ -108,7 +108,9 @@ def open_store(uri: str) -> Store:
     if scheme:
         parts = urlsplit(uri)
         if parts.netloc not in ("", "localhost"):
-            raise OutputError(f"output {uri}: names the host {parts.netloc!r}; write file:///absolute/path")
+            raise OutputError(
+                f"output {uri}: names the host {parts.netloc.rpartition('@')[2]!r}; write file:///absolute/path"
+            )
         uri = unquote(parts.path)
     if "\0" in uri:
         raise OutputError(f"output {uri!r}: holds a character that no path has; choose another --output")

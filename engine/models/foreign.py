@@ -36,6 +36,7 @@ from engine.models.targets import (
     side_settings,
 )
 from engine.spec_messages import nearest
+from engine.terminal import redacted
 
 # One row alone, and a number that nobody exports for.
 PROBE_ROWS = (1, 3)
@@ -257,7 +258,7 @@ def _type_of(value: Any) -> str:
 
 def reason_of(error: BaseException) -> str:
     """An error in a line, with the place in the user's code that it came from."""
-    text = (str(error).strip().splitlines() or [""])[0][:300]
+    text = redacted((str(error).strip().splitlines() or [""])[0])[:300]
     frames = [one for one in traceback.extract_tb(error.__traceback__) if _is_users(one.filename)]
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {text}{place}" if text else f"{type(error).__name__}{place}"
