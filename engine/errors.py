@@ -22,6 +22,13 @@ class RiskforgeError(Exception):
         super().__init__(*(redacted(one) if isinstance(one, str) else one for one in arguments))
 
 
+def fault(message: str, exit_code: int) -> RiskforgeError:
+    """An error of a worker, as it came from its process: with its text and its exit code."""
+    error = RiskforgeError(message)
+    error.exit_code = exit_code
+    return error
+
+
 class JobError(RiskforgeError):
     """The job or the command line is wrong.
 

@@ -21,7 +21,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from engine.errors import JobError, RiskforgeError
+from engine.errors import JobError, fault
 from engine.executors.base import Executor, ExecutorEvent, ShardResult
 from engine.finiteness import Faults
 from engine.images import (
@@ -338,7 +338,7 @@ class _Division:
     def _take(self, event: ExecutorEvent) -> None:
         """Do what an event asks for."""
         if isinstance(event, UserFault):
-            raise RiskforgeError(event.message)
+            raise fault(event.message, event.exit_code)
         part = self._parts[event.worker]
         if isinstance(event, WorkerReady):
             self._started = self._started or time.monotonic()
