@@ -31,7 +31,7 @@ from engine.models.methods import load_method, method_digest
 from engine.models.randomness import watch_generators
 from engine.models.runtime import choose_hardware, fix_kernels
 from engine.plan import Plan, RequestPlan, SampleSpec, make_prompt
-from engine.records import STATUS_OK, STATUS_REJECTED, SampleResult, check_record, failed_record
+from engine.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, SampleResult, check_record, failed_record
 from engine.sampling.loop import sample
 from engine.sampling.noise import draw_noise
 from engine.scoring import Scorer
