@@ -30,6 +30,11 @@ PACKS = "_state/packs"
 MAX_LOOSE = 10_000
 RECORD_VERSION = 1
 NUM_LOCKS = 64
+# What a record as `CommitRecord.to_json` writes it says of its files.
+_FILES = (
+    r'^\{"record_version": 1, "shard": (?P<shard>\d{1,15}), "name": "(?P<name>[a-z0-9-]+)", .*'
+    r'"tar_bytes": (?P<tar>\d{1,18}), .*"parquet_bytes": (?P<parquet>\d{1,18}),'
+)
 # Pauses of whoever lost a race for a shard's files, in seconds, at least.
 RACE_WAITS = (0.1, 0.4, 1.5)
 
@@ -269,6 +274,48 @@ def inspect_records(store: Store) -> Iterator[tuple[int, CommitRecord | CorruptS
             yield number, _inspected(store.address(f"{COMMITS}/{name}"), name, number, text)
             # One that is being packed is in two places.
             names.pop(number)
+
+
+def recorded_files(store: Store) -> Iterator[tuple[int, str, int] | CorruptShardError]:
+    """Shard, name and bytes of every file that the records tell of; an error in the place of a record that cannot be
+    read.
+    """
+    for name, data in store.read_each(name for name in store.list(COMMITS) if parse_record_name(Path(name).name)):
+        yield from _files_of(store.address(name), data)
+    for pack in store.list(PACKS):
+        yield from _packed_files(store.fetch(pack))
+
+
+def _files_of(where: str, text: str | bytes | OutputError) -> Iterator[tuple[int, str, int] | CorruptShardError]:
+    try:
+        record = _parse(where, text)
+    except CorruptShardError as error:
+        yield error
+        return
+    for name, num_bytes in zip(_names(record.name), (record.tar_bytes, record.parquet_bytes), strict=True):
+        yield record.shard, name, num_bytes
+
+
+def _packed_files(path: Path) -> Iterator[tuple[int, str, int] | CorruptShardError]:
+    """As `recorded_files`, of a pack: there may be a million, so that JSON is only read where a pattern fails."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    with explained(path):
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(columns=["record"]):
+                    found = pc.extract_regex(batch.column(0), _FILES).to_pylist()
+                    for place, fields in enumerate(found):
+                        if fields is None:
+                            yield from _files_of(shown(path), batch.column(0)[place].as_py())
+                            continue
+                        tar, parquet = _names(fields["name"])
+                        yield int(fields["shard"]), tar, int(fields["tar"])
+                        yield int(fields["shard"]), parquet, int(fields["parquet"])
+        except pa.ArrowException as error:
+            raise CorruptShardError(f"{shown(path)}: the packed commit records cannot be read ({error})") from error
 
 
 def _record_texts(store: Store) -> Iterator[tuple[int, str, str | bytes | OutputError]]:

@@ -386,12 +386,20 @@ class ObjectStore(Store):
 
     def list(self, folder: str = "") -> list[str]:
         """Names in a folder, sorted; of folders that have something in them, too."""
-        keys = {key.rstrip("/") for key in self._ask(folder, lambda: self._list(folder))} - {self._key(folder)}
+        keys = {one["name"].rstrip("/") for one in self._listed(folder)} - {self._key(folder)}
         return sorted(key.removeprefix(f"{self._root}/") for key in keys)
 
-    def _list(self, folder: str) -> Iterable[str]:
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of the objects in a folder by name."""
+        found = [one for one in self._listed(folder) if one["type"] == "file"]
+        return {one["name"].removeprefix(f"{self._root}/"): int(one["size"]) for one in found}
+
+    def _listed(self, folder: str) -> list[dict[str, Any]]:
+        return self._ask(folder, lambda: self._list(folder))
+
+    def _list(self, folder: str) -> list[dict[str, Any]]:
         try:
-            found: Iterable[str] = self._fs.ls(self._key(folder), detail=False)
+            found: list[dict[str, Any]] = self._fs.ls(self._key(folder), detail=True)
         except FileNotFoundError as error:
             self._check_bucket(error)
             return []

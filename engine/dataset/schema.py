@@ -28,9 +28,11 @@ DESCRIPTIONS: dict[str, str] = {
     "index": "index of the sample in its request and class",
     "status": "ok: image stored; rejected: sampled, not accepted; failed: no image",
     "error_message": "why the sample failed, empty otherwise",
+    "scored": "whether models scored the image; false of failed samples and of real images, whose scores mean nothing",
     "risk": "-log p of the conditioned class under the target, in nats",
-    "is_error": "whether the target predicts another class than the conditioned one",
-    "predicted_class": "class that the target predicts; -1 where there is no image",
+    "is_error": "whether the target predicts another class than class_name; of a joint prompt errors are counted as"
+    " predictions outside its classes (kldb_classes), which is the derived name target_errs",
+    "predicted_class": "class that the target predicts; -1 where it did not see the image",
     "p_label": "the target's probability of the conditioned class",
     "conformity": "cosine of the CLIP embeddings of image and class prompt",
     "conformity_margin": "conformity minus the best conformity to any other class",
@@ -57,6 +59,7 @@ DESCRIPTIONS: dict[str, str] = {
     "surplus": "accepted, but beyond the quota of its request",
 }
 
+_YAML_TYPES = {"int": "int64", "float": "float64", "bool": "bool", "str": "string"}
 # Without these a row cannot be brought together with its image and label.
 REQUIRED = ("key", "status", "class_name", "class_index", "accepted", "sha256")
 
@@ -76,22 +79,26 @@ def arrow_schema(*, surplus: bool = False, version: int = SCHEMA_VERSION) -> pa.
 
 
 def check_rows(table: pa.Table, where: object, *, is_foreign: bool = False) -> None:
-    """Check values that no run writes, so that what is reckoned with them need not: nulls, and numbers not finite.
+    """Check that rows are such as runs write them: of our types, without nulls, with finite numbers.
 
     Args:
         where: the file or the run, for the message.
         is_foreign: whether rows may be those of an export, which has columns of others and lacks some of ours.
 
     Raises:
-        CorruptShardError: there are some.
+        CorruptShardError: some are not.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    kinds = {field.name: field.type for field in arrow_schema(surplus=True)}
     for name in REQUIRED if is_foreign else DESCRIPTIONS:
         if name not in table.column_names:
             continue
         column = table.column(name)
+        is_plain = not pa.types.is_nested(column.type) and not pa.types.is_dictionary(column.type)
+        if is_plain and column.type != kinds[name]:
+            _refuse_rows(where, f"column {name} is of type {column.type}")
         if column.null_count:
             _refuse_rows(where, f"column {name} lacks values")
         # Of lists the inner values.
@@ -104,6 +111,29 @@ def check_rows(table: pa.Table, where: object, *, is_foreign: bool = False) -> N
 
 def _refuse_rows(where: object, what: str) -> NoReturn:
     raise CorruptShardError(f"{where}: {what}, which no run writes; `riskforge verify` tells what is damaged")
+
+
+def tar_features(image_format: str, version: int = SCHEMA_VERSION) -> list[dict[str, Any]]:
+    """Types of a tar's members for the header of a card, as `datasets` writes them.
+
+    Left to itself it takes those of the first five samples, and a list that is empty in all of them for one of nulls.
+    """
+    record = [{"name": name, **_yaml_type(kind)} for name, kind in fields_of(version).items()]
+    return [
+        {"name": image_format, "dtype": "image"},
+        {"name": "json", "struct": record},
+        {"name": "cls", "dtype": "int64"},
+        {"name": "__key__", "dtype": "string"},
+        {"name": "__url__", "dtype": "string"},
+    ]
+
+
+def _yaml_type(kind: str) -> dict[str, Any]:
+    if kind in _YAML_TYPES:
+        return {"dtype": _YAML_TYPES[kind]}
+    if parts := ENTRY_FIELDS.get(kind):
+        return {"list": [{"name": name, "dtype": _YAML_TYPES[part]} for name, part in parts.items()]}
+    return {"sequence": _YAML_TYPES[kind.removesuffix("s")]}
 
 
 def check_run_fields(run: dict[str, Any]) -> None:

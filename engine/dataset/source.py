@@ -260,7 +260,12 @@ def _labels(manifest: dict[str, Any], stored: StoredRun | None) -> tuple[str, ..
 
 def _models(about: Any) -> dict[str, Any]:
     models = about.get("models") if isinstance(about, dict) else None
-    return models if isinstance(models, dict) else {}
+    kept = models.items() if isinstance(models, dict) else ()
+    return {role: one for role, one in kept if isinstance(one, dict) or _are_models(one)}
+
+
+def _are_models(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, dict) for one in value)
 
 
 def _of_sources(manifest: dict[str, Any], role: str, field: str) -> frozenset[str]:

@@ -119,7 +119,9 @@ def open_store(uri: str) -> Store:
     if scheme:
         parts = urlsplit(uri)
         if parts.netloc not in ("", "localhost"):
-            raise OutputError(f"output {uri}: names the host {parts.netloc!r}; write file:///absolute/path")
+            raise OutputError(
+                f"output {uri}: names the host {parts.netloc.rpartition('@')[2]!r}; write file:///absolute/path"
+            )
         uri = unquote(parts.path)
     if "\0" in uri:
         raise OutputError(f"output {uri!r}: holds a character that no path has; choose another --output")
@@ -252,6 +254,10 @@ class Store(ABC):
     @abstractmethod
     def list(self, folder: str = "") -> list[str]:
         """Names in a folder, sorted, from one listing; none where there is no such folder."""
+
+    @abstractmethod
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of the files in a folder by name, from one listing; none where there is no such folder."""
 
     @abstractmethod
     def size_of(self, names: Iterable[str]) -> int:
@@ -469,6 +475,20 @@ class FolderStore(Store):
                     return sorted(prefix + entry.name for entry in entries)
             except FileNotFoundError:
                 return []
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of the files in a folder by name, of links those of what they lead to."""
+        found: dict[str, int] = {}
+        with explained(self.path(folder)):
+            try:
+                with os.scandir(self.path(folder)) as entries:
+                    for entry in entries:
+                        with contextlib.suppress(FileNotFoundError):
+                            if entry.is_file():
+                                found[f"{folder}/{entry.name}"] = entry.stat().st_size
+            except FileNotFoundError:
+                return {}
+        return found
 
     def publish(self, name: str, data: bytes | Path) -> bool:
         """Make a file visible under its name if the name is free.

@@ -27,7 +27,7 @@ from typing import Any
 
 from engine.errors import EXIT_DRAINED, ClusterLostError, JobError, RiskforgeError
 from engine.executors.base import ExecutorEvent, Host, WorkerFactory, drain
-from engine.messages import ShardProgress, ShardSampled, WorkerLost, WorkerPlaced
+from engine.messages import ShardProgress, ShardSampled, WorkerActive, WorkerLost, WorkerPlaced, WorkerReady
 from engine.plan import ShardSpec
 
 MAX_CPU_WORKERS_PER_NODE = 16
@@ -67,7 +67,8 @@ class RayHost:
     def __init__(self, number: int, threads: int) -> None:
         # Read by the numerical libraries when they are loaded, which the worker's factory does.
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        self._host = Host(number)
+        self._num_active = 0
+        self._host = Host(number, self._note_active)
         self._progress: Progress | None = None
         self._sampled: queue.SimpleQueue[Callable[[], ExecutorEvent]] = queue.SimpleQueue()
 
@@ -91,9 +92,14 @@ class RayHost:
         """What came of the next shard, in the order of `run_shard`; waits for its commit."""
         return self._sampled.get()()
 
-    def progress(self) -> Progress | None:
-        """The last shard that was reported on, its samples done, time of the last batch and limit of batches."""
-        return self._progress
+    def progress(self) -> tuple[Progress | None, int]:
+        """The last shard that was reported on, its samples done, time of the last batch and limit of batches; and how
+        often the worker was seen to get further.
+        """
+        return self._progress, self._num_active
+
+    def _note_active(self) -> None:
+        self._num_active += 1
 
     def _report(self, shard: int, num_done: int, batch_seconds: float = 0.0, batch_limit: int = 0) -> None:
         self._progress = (shard, num_done, batch_seconds, batch_limit)
@@ -105,15 +111,18 @@ class Handle:
 
     Attributes:
         node: id of its node, empty until it is known.
+        is_ready: whether its worker is built.
         num_queued: shards submitted and not answered.
         is_asked: whether it was asked for its progress and has not answered.
     """
 
     actor: Any
     node: str = ""
+    is_ready: bool = False
     num_queued: int = 0
     is_asked: bool = False
     progress: Progress | None = None
+    num_active: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,13 +395,16 @@ class RayExecutor:
             return WorkerPlaced(worker, self._kind_of(answer))
         if kind == "progress":
             handle.is_asked = False
-            if answer == handle.progress:
-                return None
-            handle.progress = answer
-            return ShardProgress(worker, *answer)
+            progress, num_active = answer
+            if progress != handle.progress:
+                handle.progress = progress
+                return ShardProgress(worker, *progress)
+            is_active, handle.num_active = num_active != handle.num_active, num_active
+            return WorkerActive(worker) if is_active else None
         if kind == "shard":
             handle.num_queued -= 1
         event: ExecutorEvent = answer
+        handle.is_ready |= isinstance(event, WorkerReady)
         return event
 
     def _kind_of(self, node: str) -> str:
@@ -427,7 +439,7 @@ class RayExecutor:
             return
         self._next_ask = now + max(ASK_SECONDS, len(self._handles) / MAX_ASKS_PER_SECOND)
         for worker, handle in self._handles.items():
-            if handle.num_queued and not handle.is_asked:
+            if (handle.num_queued or (handle.node and not handle.is_ready)) and not handle.is_asked:
                 handle.is_asked = True
                 self._expect(worker, "progress", handle.actor.progress.options(concurrency_group="side").remote())
 

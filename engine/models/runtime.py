@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import JobError
+from engine.heartbeat import beat
 from engine.spec import RuntimeSpec
 
 # On a CPU a fixed number of rows in every model call makes a sample's bytes independent of its neighbours: kernels
@@ -202,6 +203,7 @@ def loading(address: str, kind: str) -> Iterator[None]:
     try:
         with _LOADING:
             yield
+        beat()
     except JobError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
