@@ -385,6 +385,7 @@ def test_the_two_names_of_a_scheduler_must_be_one(plain, copy_of):
         {"trained_betas": [0.1]},
         {"trained_betas": "no"},
         {"num_train_timesteps": 0},
+        {"num_train_timesteps": 10**12},
         {"num_train_timesteps": "1000"},
         {"steps_offset": -1},
         {"beta_start": "0.1"},

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from engine.errors import JobError
+from engine.guidance.guided import MIN_SIGNAL
 from engine.models.addresses import check_addresses
 from engine.models.diffusion import Diffusion
 from engine.plan import build_plan
@@ -98,11 +99,12 @@ class Both:
         """Of diffusers: the folder's scheduler is loaded, and another is made from it, with the job's wishes."""
         loaded = getattr(diffusers, own).from_config(BETAS | config | {"_class_name": own})
         pipeline = type(self.reference)(**self.reference.components | {"scheduler": loaded})
-        if spec.scheduler != "model":
-            wishes = {"timestep_spacing": spec.timestep_spacing, "use_karras_sigmas": spec.use_karras_sigmas}
-            wishes |= {"algorithm_type": "dpmsolver++"} if spec.scheduler == "dpmsolver++" else {}
-            options = {key: value for key, value in wishes.items() if value is not None}
-            made = getattr(diffusers, CLASSES[spec.scheduler]).from_config(pipeline.scheduler.config, **options)
+        wishes = {"timestep_spacing": spec.timestep_spacing, "use_karras_sigmas": spec.use_karras_sigmas}
+        wishes |= {"algorithm_type": "dpmsolver++"} if spec.scheduler == "dpmsolver++" else {}
+        options = {key: value for key, value in wishes.items() if value is not None}
+        if options or spec.scheduler != "model":
+            chosen = getattr(diffusers, CLASSES.get(spec.scheduler, own))
+            made = chosen.from_config(pipeline.scheduler.config, **options)
             pipeline = type(self.reference)(**self.reference.components | {"scheduler": made})
         pipeline.set_progress_bar_config(disable=True)
         return by_diffusers(pipeline, spec.num_inference_steps, prompts=self.prompts)
@@ -148,6 +150,21 @@ def test_every_combination_that_a_job_may_ask_for(scheduler, prediction, plain):
         spec = asked_of(scheduler, timestep_spacing=spacing, use_karras_sigmas=karras)
         assert plain.problems("DDIMScheduler", {"prediction_type": prediction}, spec) == []
         plain.compare("DDIMScheduler", {"prediction_type": prediction}, spec)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("own", KINDS)
+def test_wishes_of_a_job_replace_what_the_models_own_scheduler_says(own, plain):
+    """Spacing and sigmas with `scheduler: model`; Karras sigmas are refused where the scheduler has none."""
+    config = {"prediction_type": "v_prediction", "skip_prk_steps": True}
+    for spacing, karras in (("trailing", True), ("leading", False), ("linspace", None)):
+        spec = asked_of("model", timestep_spacing=spacing, use_karras_sigmas=karras)
+        problems = plain.problems(own, config, spec)
+        if karras and not KINDS[own].has_sigmas:
+            assert f"use_karras_sigmas: {own} has no sigmas; use lms" in problems[0]
+        else:
+            assert problems == []
+            plain.compare(own, config, spec)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -254,6 +271,14 @@ def test_guidance_sees_the_noise_levels_of_every_combination(scheduler):
             converted = sampler._scheduler.step(output, step.timestep, latents)
             if hasattr(converted, "pred_original_sample"):
                 assert (converted.pred_original_sample - clean).abs().max() < 1e-3
+
+
+def test_guidance_leaves_latents_without_signal_alone_whoever_steps():
+    """At zero terminal SNR the first latents are noise: of DDIM by their scale, of Euler by their sigma."""
+    for scheduler in ("ddim", "euler", "dpmsolver++"):
+        model = ModelScheduler(config=BETAS | V_ZERO, name="DDIMScheduler")
+        first, second, *_ = Sampler(asked_of(scheduler, timestep_spacing="trailing"), model).steps()
+        assert first.signal < MIN_SIGNAL < second.signal
 
 
 @pytest.mark.parametrize(
