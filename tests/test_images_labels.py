@@ -219,6 +219,18 @@ def test_class_names_of_a_card_are_those_of_its_files(tmp_path, where):
     write_table(tmp_path / "data/a.parquet", [grey(row) for row in range(3)], pa.array([0, 1, 2]))
     used, reasons = split(read(tmp_path, DIGITS))
     assert list(used.values()) == [8, 3] and set(reasons) == {"data/a.parquet row 2", where}
+    for path in (tmp_path / "data", tmp_path / "data/a.parquet"):
+        assert list(split(read(path, DIGITS))[0].values()) == [8, 3]
+
+
+def test_a_card_with_several_lists_of_names_gives_none(tmp_path):
+    """Of two configurations, of which nothing says whose a file is: numbers are named, names are used."""
+    lists = {name: {"features": {"label": {"names": [name, "three"]}}} for name in ("eight", "one")}
+    (tmp_path / "dataset_infos.json").write_text(json.dumps(lists))
+    write_table(tmp_path / "a.parquet", [grey(0)], pa.array([1]))
+    assert "without class names" in split(read(tmp_path, DIGITS))[1]["a.parquet row 0"]
+    write_table(tmp_path / "a.parquet", [grey(0)], pa.array(["three"]))
+    assert list(split(read(tmp_path, DIGITS))[0].values()) == [3]
 
 
 VALUES: list[pa.Array] = [

@@ -251,10 +251,10 @@ def _class_of(file: BinaryIO, sample: _Sample, record: dict[str, Any], labelling
 def _class_of_record(record: dict[str, Any], labelling: Labelling) -> int | None:
     """The class in a sample's .json, or None: by name where there is one, as a run of another target may be read."""
     index, name = record.get("class_index"), record.get("class_name")
-    is_whole = isinstance(index, int) and not isinstance(index, bool)
+    index = index if isinstance(index, int) and not isinstance(index, bool) else None
     if isinstance(name, str) and name:
-        return labelling.of_named_index(name, index) if is_whole else labelling.of_name(name)
-    return labelling.of_index(index) if is_whole else None
+        return labelling.of_name(name) if index is None else labelling.of_named_index(name, index)
+    return None if index is None else labelling.of_index(index)
 
 
 def _record(file: BinaryIO, member: Member | None) -> dict[str, Any]:
