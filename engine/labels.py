@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -32,12 +33,20 @@ def find_class(word: str, labels: Sequence[str]) -> list[int]:
 
 def has_numeric_names(labels: Sequence[str]) -> bool:
     """Whether a class is called by a number, so that a number alone may be its name or an index."""
-    return any(is_index(folded(part)) for label in labels for part in (label, *label.split(",")))
+    return any(_is_number(folded(part)) for label in labels for part in (label, *label.split(",")))
 
 
 def is_index(text: str) -> bool:
     """Whether a text could be a class index."""
     return _INDEX.fullmatch(text) is not None
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a number of any kind, such as 7, -1, 0.5 or digits of another script."""
+    try:
+        return math.isfinite(float(text)) or text.isdigit()
+    except ValueError:
+        return False
 
 
 def folded(text: str) -> str:

@@ -281,6 +281,19 @@ def test_composed_extensions_are_one_sample_or_named(tmp_path_factory, middles, 
     assert found and (not images or len(images) == len(used) or len(found) > len(used))
 
 
+@pytest.mark.parametrize(
+    "names", [("2024.01", "2024.02"), ("scan 2.0 a", "scan 2.0 b"), ("st. a", "st. b"), ("v.1", "v.x")]
+)
+@pytest.mark.parametrize("label", ["cls", "json"])
+def test_an_image_does_not_take_the_label_of_a_name_like_its_own(tmp_path, names, label):
+    """Where the label of one and the image of the other are missing."""
+    content = b"3" if label == "cls" else b'{"class_index": 3}'
+    used, reasons = split(
+        read(write_tar(tmp_path / "a.tar", [(f"{names[0]}.png", grey(0)), (f"{names[1]}.{label}", content)]), DIGITS)
+    )
+    assert not used and f"{names[1]}.{label} may be another sample's" in reasons[f"a.tar/{names[0]}.png"]
+
+
 def test_members_that_are_not_read_are_counted(tmp_path):
     """Captions, other images of a sample, doubles, notes."""
     pairs = [[(f"{row}.png", grey(0)), (f"{row}.txt", b"x"), (f"{row}.seg.png", grey(1)), (f"{row}.cls", b"3")]
