@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -42,11 +41,9 @@ def is_index(text: str) -> bool:
 
 
 def _is_number(text: str) -> bool:
-    """Whether a text is a number of any kind, such as 7, -1, 0.5 or digits of another script."""
-    try:
-        return math.isfinite(float(text)) or text.isdigit()
-    except ValueError:
-        return False
+    """Whether a text has digits and no word, such as 7, -1, 0.5, 1e3 or 10-20, in any script."""
+    letters = "".join(one for one in text if one.isalpha())
+    return any(one.isdigit() for one in text) and letters in ("", "e")
 
 
 def folded(text: str) -> str:

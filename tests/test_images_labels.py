@@ -167,6 +167,13 @@ def test_names_and_indices_in_one_set_are_not_mixed(tmp_path, source):
     assert sorted(only.values()) == [3, 4] and not none
 
 
+@pytest.mark.parametrize("name", ["7", "07", "-1", "1.0", "1e3", "0.5", "\uff13", "\u0663", "one, 1", "1_0", "10-20"])
+def test_numbers_of_any_kind_are_names(tmp_path, name):
+    """A target with one such class has no indices in texts."""
+    used, reasons = split(read(as_folders(tmp_path, ["0", "cat"]), (name, "cat", "dog")))
+    assert list(used.values()) == [1] and "called by numbers" in reasons["0/0.png"]
+
+
 def test_whole_numbers_in_columns_are_no_names(tmp_path):
     """An index without names is used for a target of words, and where it is the name of the same class."""
     images, column = [grey(row) for row in range(3)], pa.array([0, 1, 2])

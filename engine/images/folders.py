@@ -28,7 +28,7 @@ from engine.images.tree import Entry, list_files
 
 KIND = "a folder by class"
 SHARDS = "shards"
-# At the top of a folder that the engine wrote, one of them; and the rows of its samples.
+# At the top of a folder that the engine finished; and the rows of its samples.
 _MARKS = ("manifest.json", "_SUCCESS")
 _STATE = "_state"
 _ROWS = "metadata.parquet"
@@ -272,7 +272,8 @@ def _each(items: Iterable[Item]) -> Iterator[Item]:
 def _is_own(entries: Sequence[Entry]) -> bool:
     """Whether the engine wrote a folder: a run, finished or not, or an export."""
     has_shards = any(one.parts[0] == SHARDS and one.extension == "tar" for one in entries)
-    return any(one.place in _MARKS or one.parts[0] == _STATE or (one.place == _ROWS and has_shards) for one in entries)
+    there = {one.parts[0] for one in entries}
+    return _STATE in there or there.issuperset(_MARKS) or (_ROWS in there and has_shards)
 
 
 def _beside(entries: Iterable[Entry], what: str) -> list[Unusable]:
