@@ -21,7 +21,7 @@ from engine.models.folders import (
     weights_problem,
 )
 from engine.models.processors import check_processor, check_timm_transform
-from engine.models.weights import stored_tensors
+from engine.models.weights import StoredTensor, stored_tensors
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 _NO_NAME = re.compile(r"(?:LABEL|CLASS|label|class)[ _-]?\d+|n\d{8}")
@@ -275,7 +275,7 @@ def _check_weights(folder: Path, address: str, loader: str, *, is_timm: bool = F
 
 def _check_head(folder: Path, address: str, num_classes: int) -> None:
     """Check that some tensor has a row for every class: transformers would fill a missing head by chance."""
-    shapes = [tensor.shape for tensor in stored_tensors(folder).values()]
+    shapes = [tensor.shape for tensor in _tensors(folder, address, "a classifier").values()]
     if not any(shape and shape[0] == num_classes for shape in shapes):
         raise JobError(
             f"'{address}': config.json names {num_classes} classes, and no tensor of its weights has {num_classes}"
@@ -309,7 +309,7 @@ def check_clip(folder: Path, address: str, *, is_whole: bool = True) -> None:
         _check_tokenizer(folder, address)
         _check_weights(folder, address, "CLIPModel")
     if has_weights(folder):
-        names = stored_tensors(folder)
+        names = _tensors(folder, address, "a CLIP model")
         for name in ("text_projection.weight", "visual_projection.weight"):
             if not any(one.endswith(name) for one in names):
                 raise JobError(f"'{address}' has no {name} in its weights; save the whole CLIP model")
@@ -325,6 +325,13 @@ def _check_tokenizer(folder: Path, address: str) -> None:
         raise JobError(
             f"'{address}': tokenizer_class: {kind!r} splits prompts otherwise than CLIP's; give a CLIP model"
         )
+
+
+def _tensors(folder: Path, address: str, kind: str) -> dict[str, StoredTensor]:
+    try:
+        return stored_tensors(folder)
+    except JobError as error:
+        raise JobError(f"'{address}' cannot be loaded as {kind} ({error})") from None
 
 
 def _raise(problems: Sequence[str]) -> None:

@@ -93,13 +93,9 @@ class ImageEncoder:
     """The image encoder of a Stable unCLIP pipeline with its preprocessing, in float32.
 
     Its embeddings are what the pipeline's UNet is conditioned on; class statistics are of this space.
-
-    Attributes:
-        name: the address of the pipeline.
     """
 
-    def __init__(self, model: Any, preprocessing: Preprocessing, device: str, *, name: str) -> None:
-        self.name = name
+    def __init__(self, model: Any, preprocessing: Preprocessing, device: str) -> None:
         self._model = frozen(model, device)
         self._preprocessing = preprocessing
         self._device = device
@@ -116,7 +112,7 @@ class ImageEncoder:
         folder = resolve(address)
         with loading(address, "an image encoder"):
             model = load_weights(CLIPVisionModelWithProjection, folder / "image_encoder", address)
-        return cls(model, Preprocessing.load(folder / "feature_extractor"), device, name=address)
+        return cls(model, Preprocessing.load(folder / "feature_extractor"), device)
 
     @torch.no_grad()
     def image_embeds(self, images: Sequence[PIL.Image.Image]) -> Tensor:

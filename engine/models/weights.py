@@ -95,7 +95,7 @@ def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
                 raise ValueError("it is shorter than its header says")
             yield name, StoredTensor(path, str(entry["dtype"]), tuple(map(int, entry["shape"])), start, stop)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise JobError(f"'{path}' cannot be loaded as safetensors ({error}); fetch or save it again") from None
+        raise JobError(f"{path.name} is not whole: {error}; fetch or save it again") from None
 
 
 def have_same_weights(first: Path, second: Path, part: tuple[str, ...] = ("",)) -> bool:
