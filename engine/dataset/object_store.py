@@ -82,8 +82,8 @@ RESUMABLE_BYTES = 5 * 2**20
 MAX_REQUEST_BYTES = 5 * 2**30
 PROBES = f"{STATE}/probes"
 CONNECT_SECONDS = 5
-# On top of those of botocore, which are five.
-S3_TRIES = 2
+# Of s3fs, each of which has five of botocore; ours come on top.
+S3_TRIES = 1
 
 _ADDRESS = re.compile(r"(?P<scheme>s3|gs|gcs)://(?P<bucket>[A-Za-z0-9._-]+)(?P<prefix>(?:/[^/]+)*)/*", re.IGNORECASE)
 # Patterns of fsspec, and what no part of an address is.

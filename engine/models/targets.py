@@ -19,6 +19,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from engine.errors import JobError
+from engine.files import MAX_RECORD_BYTES, read_whole
 from engine.models.classifier_checks import MAX_TEMPERATURE, MIN_TEMPERATURE, check_names
 
 _FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
@@ -144,12 +145,12 @@ def side_settings(path: Path, address: str) -> TargetSettings:
     """
     side = side_file(path)
     try:
-        raw = json.loads(side.read_text(encoding="utf-8"))
+        raw = json.loads(read_whole(side, MAX_RECORD_BYTES))
     except FileNotFoundError:
         raise JobError(
             f"'{address}' says nothing of its classes and images; put a file '{side.name}' beside it, such as {EXAMPLE}"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise JobError(f"'{side}' cannot be read as JSON ({error})") from None
     return parse_settings(raw, f"'{side}'")
 

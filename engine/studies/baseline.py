@@ -13,12 +13,15 @@ import numpy as np
 from engine.dataset.counts import JOINT_KEY
 from engine.dataset.store import explained
 from engine.errors import JobError
+from engine.files import parse_json, read_whole
 from engine.studies.folders import check_replaces
 from engine.studies.nights import Night, Texts, read_night, texts_of
 
 BASELINE_VERSION = 1
 # In a baseline whose errors of joint prompts are predictions outside their classes.
 ERRORS_OUTSIDE = "errors_are_outside_subsets"
+# A pinned run has some values of every sample.
+MAX_BASELINE_BYTES = 2**30
 BASELINE_BEGINNING = '{"baseline_version": '
 _TEXT_COLUMNS = ("keys", "requests", "classes", "contexts", "prompts")
 _NUMBER_COLUMNS = ("risk", "conformity", "kldb")
@@ -69,12 +72,12 @@ def read_baseline(path: Path) -> Night:
         JobError: the file cannot be read, or is no such file.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(read_whole(path, MAX_BASELINE_BYTES))
         if document["baseline_version"] != BASELINE_VERSION:
             raise ValueError(f"version {document['baseline_version']}")
         return _unpinned(document)
     except OSError as error:
-        raise JobError(f"--baseline {path}: cannot be read ({error.strerror})") from None
+        raise JobError(f"--baseline {path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise JobError(
             f"--baseline {path}: is not a baseline of this version ({error}); `riskforge compare RUN --pin FILE` writes"

@@ -41,6 +41,7 @@ from engine.dataset.store import Store, explained, open_store
 from engine.dataset.summary import count_classes, count_requests, plain, summarise
 from engine.dataset.surplus import quotas_of
 from engine.errors import CorruptShardError, JobError, OutputError
+from engine.files import parse_json
 from engine.models.addresses import model_digest, read_labels, resolve
 from engine.models.targets import is_foreign
 from engine.plan import Plan, SampleSpec, digest_of
@@ -293,7 +294,7 @@ def _check_folder(folder: Store, source: Store, about: dict[str, Any]) -> None:
             )
         return
     try:
-        held = json.loads(folder.read(RESCORING))
+        held = parse_json(folder.read(RESCORING))
     except ValueError:
         held = None
     if held != about:
