@@ -180,9 +180,10 @@ class Generator:
         outcome = self._outcome(request, specs)
         if not isinstance(outcome, Exception):
             return outcome
-        is_first, outcomes = request not in self._proven, [outcome]
+        is_first = request not in self._proven
+        outcomes: list[list[SampleResult] | Exception] = [outcome]
         if len(specs) > 1:
-            outcomes = [self._outcome(request, [spec]) for spec in specs]
+            outcomes = [_without_frames(self._outcome(request, [spec])) for spec in specs]
         elif is_first:
             # One sample shows nothing of the others: another noise is tried.
             outcomes.append(self._outcome(request, [_with_other_noise(specs[0])]))
@@ -255,7 +256,9 @@ class Generator:
     def _draws(self, request: int, specs: Sequence[SampleSpec]) -> list[ScreenedDraw]:
         """What conditions each sample beside its prompt; empty where nothing does."""
         conditioner, draws = self._conditioners.get(request), list[ScreenedDraw]()
-        for spec in specs if conditioner else ():
+        if conditioner is None:
+            return draws
+        for spec in specs:
             draws.append(conditioner.draw(spec))
             beat()
         return draws
@@ -472,6 +475,15 @@ def may_pass(error: BaseException) -> bool:
         return True
     cause = error.__cause__ or error.__context__
     return cause is not None and may_pass(cause)
+
+
+def _without_frames(outcome: list[SampleResult] | Exception) -> list[SampleResult] | Exception:
+    """An exception of one of many samples lets its tensors go."""
+    error = outcome if isinstance(outcome, BaseException) else None
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+    return outcome
 
 
 def _with_other_noise(spec: SampleSpec) -> SampleSpec:

@@ -32,12 +32,18 @@ def find_class(word: str, labels: Sequence[str]) -> list[int]:
 
 def has_numeric_names(labels: Sequence[str]) -> bool:
     """Whether a class is called by a number, so that a number alone may be its name or an index."""
-    return any(is_index(folded(part)) for label in labels for part in (label, *label.split(",")))
+    return any(_is_number(folded(part)) for label in labels for part in (label, *label.split(",")))
 
 
 def is_index(text: str) -> bool:
     """Whether a text could be a class index."""
     return _INDEX.fullmatch(text) is not None
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text has digits and no word, such as 7, -1, 0.5, 1e3 or 10-20, in any script."""
+    letters = "".join(one for one in text if one.isalpha())
+    return any(one.isdigit() for one in text) and letters in ("", "e")
 
 
 def folded(text: str) -> str:

@@ -56,13 +56,7 @@ _INDEX = "model_index.json"
 
 
 class Encoder(Protocol):
-    """What the pass asks of an image encoder.
-
-    Attributes:
-        name: the address it was loaded from.
-    """
-
-    name: str
+    """What the pass asks of an image encoder."""
 
     def image_embeds(self, images: list[PIL.Image.Image]) -> Tensor:
         """Raw embeddings [B, d] of 8-bit images, on the CPU."""
@@ -123,9 +117,13 @@ class Observer:
     Args:
         num_rows: images of every model call; the last call is filled up, because kernels choose their order of
             summation by the shape.
+        address: of the encoder, for messages.
     """
 
-    def __init__(self, source: ImageSource, target: Classifier, encoder: Encoder, num_rows: int) -> None:
+    def __init__(
+        self, source: ImageSource, target: Classifier, encoder: Encoder, num_rows: int, address: str = ""
+    ) -> None:
+        self._address = address
         self.source = source
         self._target = target
         self._encoder = encoder
@@ -160,7 +158,7 @@ class Observer:
         logits = self._target.score(padded)[: len(images)]
         faults = Faults(len(images))
         faults.check_logits(logits, "models.target", self._target.name)
-        faults.check_embeds(embeds, "the image encoder", self._encoder.name)
+        faults.check_embeds(embeds, "the image encoder", self._address)
         usable = torch.tensor([not faults[row] for row in range(len(images))])
         seen.embeds.append(embeds[usable])
         seen.logits.append(logits[usable])
@@ -219,7 +217,7 @@ def load_observer(job: JobSpec, source: ImageSource, encoder: str) -> Observer:
     hardware = choose_hardware(job.runtime)
     fix_threads(hardware)
     target = Classifier.load(job.models.target, hardware.device)
-    return Observer(source, target, load_encoder(encoder, hardware.device), _num_rows(job, hardware))
+    return Observer(source, target, load_encoder(encoder, hardware.device), _num_rows(job, hardware), encoder)
 
 
 def load_part_observer(

@@ -387,7 +387,7 @@ def _on_error(state: State, event: ShardError, worker: WorkerState) -> Step:
     if event.shard not in worker.queue:
         return state, []
     if is_fault_of_job(state, event):
-        return _abort(state, event.message, user_fault=True)
+        return state._replace(is_over=True), [Abort(event.message, user_fault=True)]
     actions: list[Action] = [StopWorker(event.worker)]
     state = _blame(_remove_worker(state, event.worker, worker), (event.shard,), event.message, actions)
     return (state, actions) if state.is_over else _settle(state, actions)

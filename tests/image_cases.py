@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +69,41 @@ def split(found: list[Found]) -> tuple[dict[str, int], dict[str, str]]:
     """Classes of the used images by name, and reasons of the others."""
     used = {one.name: one.class_index for one in found if isinstance(one, LabelledImage)}
     return used, {one.name: one.reason for one in found if isinstance(one, Unusable)}
+
+
+# A file that starts a foreign program where Pillow may open it.
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(x) (r) file\n"
+
+
+def header(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, link: str = "") -> bytes:
+    """The header of a member, whatever it promises."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size, info.linkname = kind, size, link
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def padded(data: bytes) -> bytes:
+    """Contents up to a whole block."""
+    return data + bytes(-len(data) % 512)
+
+
+def bomb() -> bytes:
+    """A PNG of a few kB with 178 megapixels."""
+    buffer = io.BytesIO()
+    Image.new("1", (13_400, 13_300)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def file_member(data: bytes) -> Callable[[str], bytes]:
+    """A sound member with contents that are not."""
+    return lambda name: header(name, size=len(data)) + padded(data)
+
+
+def bend(run: Path, make: Callable[[str], bytes]) -> None:
+    """Put something in the place of the first image of a run's first shard."""
+    path = min((run / "shards").glob("*.tar"))
+    data = path.read_bytes()
+    name = tarfile.TarInfo.frombuf(data[:512], "utf-8", "strict").name
+    size = tarfile.TarInfo.frombuf(data[:512], "utf-8", "strict").size
+    path.chmod(0o644)
+    path.write_bytes(make(name) + data[512 + size + -size % 512 :])

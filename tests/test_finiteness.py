@@ -225,7 +225,7 @@ def test_preparing_leaves_out_and_names(role: str, clip: Clip, classifier: Class
     else:
         broken = Clip.load(poisoned(CLIP, tmp_path / "bad", CLIP_POISONS["nan"]))
         with pytest.raises(JobError, match=r"the image encoder '.*bad' gives an image embedding that is not finite"):
-            observe(Observer(source, classifier, broken, 2), "data", display)
+            observe(Observer(source, classifier, broken, 2, broken.name), "data", display)
 
 
 def test_a_safety_checker_lets_nothing_through_that_it_cannot_judge(hardware: Any, tmp_path: Path) -> None:

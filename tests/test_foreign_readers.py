@@ -138,7 +138,8 @@ def test_torchvision_gives_the_labels_of_the_shards(
     import torchvision
 
     options = ExportOptions(output=str(tmp_path / "out"), format="imagefolder", folders=folders, condition=condition)
-    out = export((str(run),), options).path
+    done = export((str(run),), options)
+    out = done.path
     wanted = {row["key"]: row["class_index"] for row in engine.open_run(str(run)).samples.to_table().to_pylist()}
     monkeypatch.chdir(out)
     names: dict[str, Any] = {}
@@ -151,6 +152,7 @@ def test_torchvision_gives_the_labels_of_the_shards(
     plain = torchvision.datasets.ImageFolder(out)
     is_plain = [label for _, label in plain.samples] == [wanted[Path(path).stem] for path, _ in plain.samples]
     assert is_plain == (folders == "index" and not condition)
+    assert any("take it from classes.json" in one for one in done.remarks) == (not is_plain)
 
 
 @pytest.mark.parametrize("which", ["run", "merged"])

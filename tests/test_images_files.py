@@ -6,6 +6,8 @@ import io
 import itertools
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import PIL.Image
 import pyarrow as pa
@@ -13,10 +15,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.conditioner import _checked_images
+from engine.dataset.export import ExportOptions, export
 from engine.errors import JobError
-from engine.images import LabelledImage, open_images
+from engine.images import LabelledImage, Unusable, open_images
 from engine.images.decode import EXTENSIONS, FORMATS
 from engine.images.splits import KEYWORDS
+from engine.report.evaluated import _unusable_text
+from engine.studies.evaluate import _source
+from engine.studies.evaluation_lines import _unusable_lines
+from tests.corpus_cases import make_run
 from tests.image_cases import DIGITS, grey, level_of, read, split, write_files, write_table, write_tar
 
 REGISTERED = sorted(PIL.Image.registered_extensions())
@@ -273,6 +281,19 @@ def test_composed_extensions_are_one_sample_or_named(tmp_path_factory, middles, 
     assert found and (not images or len(images) == len(used) or len(found) > len(used))
 
 
+@pytest.mark.parametrize(
+    "names", [("2024.01", "2024.02"), ("scan 2.0 a", "scan 2.0 b"), ("st. a", "st. b"), ("v.1", "v.x")]
+)
+@pytest.mark.parametrize("label", ["cls", "json"])
+def test_an_image_does_not_take_the_label_of_a_name_like_its_own(tmp_path, names, label):
+    """Where the label of one and the image of the other are missing."""
+    content = b"3" if label == "cls" else b'{"class_index": 3}'
+    used, reasons = split(
+        read(write_tar(tmp_path / "a.tar", [(f"{names[0]}.png", grey(0)), (f"{names[1]}.{label}", content)]), DIGITS)
+    )
+    assert not used and f"{names[1]}.{label} may be another sample's" in reasons[f"a.tar/{names[0]}.png"]
+
+
 def test_members_that_are_not_read_are_counted(tmp_path):
     """Captions, other images of a sample, doubles, notes."""
     pairs = [[(f"{row}.png", grey(0)), (f"{row}.txt", b"x"), (f"{row}.seg.png", grey(1)), (f"{row}.cls", b"3")]
@@ -284,3 +305,25 @@ def test_members_that_are_not_read_are_counted(tmp_path):
     assert reasons["a.tar/*.txt"].startswith("5 members") and reasons["a.tar/*.png"].startswith("5 members")
     assert "twice" in reasons["a.tar/9.PNG"] and ".avif" in reasons["a.tar/a"]
     assert {"a.tar/LICENSE", "a.tar/.hidden", "a.tar/__MACOSX/._0.png"} <= set(reasons)
+
+
+# What users see ------------------------------------------------------------------------------------------------------
+
+
+def test_every_command_counts_and_names_what_it_cannot_use(tmp_path):
+    """`evaluate` in lines and report, `conditioning.images` as a notice, `merge` as a remark; others print a list."""
+    unusable = [Unusable(f"{number}.png", "is damaged") for number in range(25)]
+    source = _source(str(tmp_path), "a folder by class", 3, unusable)
+    lines = _unusable_lines("--real", source)
+    assert "25 files" in lines[0] and lines[-1] == "  and 5 more" and "  0.png: is damaged" in lines
+    assert "25 other files could not be used: 0.png: is damaged; " in _unusable_text(source)
+    files = {"one/a.png": grey(0)} | {f"one/{number}.txt": b"x" for number in range(5)}
+    notices: list[str] = []
+    cell = SimpleNamespace(classes=(1,), names=("one",))
+    request: Any = SimpleNamespace(number=0, cells=[cell])
+    path = str(write_files(tmp_path / "given", files))
+    _checked_images(request, path, DIGITS, lambda text: None, notices.append)
+    assert "5 of" in notices[0] and "one/0.txt: is not an image" in notices[0] and "and 2 more" in notices[0]
+    run = make_run(tmp_path / "run", count=2, name="h")
+    done = export((str(run),), ExportOptions(output=str(tmp_path / "out"), real=path, real_ratio=0.05))
+    assert any("5 real files could not be used: one/0.txt" in remark for remark in done.remarks)

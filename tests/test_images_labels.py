@@ -167,6 +167,13 @@ def test_names_and_indices_in_one_set_are_not_mixed(tmp_path, source):
     assert sorted(only.values()) == [3, 4] and not none
 
 
+@pytest.mark.parametrize("name", ["7", "07", "-1", "1.0", "1e3", "0.5", "\uff13", "\u0663", "one, 1", "1_0", "10-20"])
+def test_numbers_of_any_kind_are_names(tmp_path, name):
+    """A target with one such class has no indices in texts."""
+    used, reasons = split(read(as_folders(tmp_path, ["0", "cat"]), (name, "cat", "dog")))
+    assert list(used.values()) == [1] and "called by numbers" in reasons["0/0.png"]
+
+
 def test_whole_numbers_in_columns_are_no_names(tmp_path):
     """An index without names is used for a target of words, and where it is the name of the same class."""
     images, column = [grey(row) for row in range(3)], pa.array([0, 1, 2])
@@ -219,6 +226,18 @@ def test_class_names_of_a_card_are_those_of_its_files(tmp_path, where):
     write_table(tmp_path / "data/a.parquet", [grey(row) for row in range(3)], pa.array([0, 1, 2]))
     used, reasons = split(read(tmp_path, DIGITS))
     assert list(used.values()) == [8, 3] and set(reasons) == {"data/a.parquet row 2", where}
+    for path in (tmp_path / "data", tmp_path / "data/a.parquet"):
+        assert list(split(read(path, DIGITS))[0].values()) == [8, 3]
+
+
+def test_a_card_with_several_lists_of_names_gives_none(tmp_path):
+    """Of two configurations, of which nothing says whose a file is: numbers are named, names are used."""
+    lists = {name: {"features": {"label": {"names": [name, "three"]}}} for name in ("eight", "one")}
+    (tmp_path / "dataset_infos.json").write_text(json.dumps(lists))
+    write_table(tmp_path / "a.parquet", [grey(0)], pa.array([1]))
+    assert "without class names" in split(read(tmp_path, DIGITS))[1]["a.parquet row 0"]
+    write_table(tmp_path / "a.parquet", [grey(0)], pa.array(["three"]))
+    assert list(split(read(tmp_path, DIGITS))[0].values()) == [3]
 
 
 VALUES: list[pa.Array] = [

@@ -37,7 +37,7 @@ from engine.dataset.shards import SHARDS, shard_name
 from engine.dataset.state import METADATA, SUCCESS
 from engine.dataset.store import STATE, TORN, open_store
 from engine.dataset.verify import repair, verify
-from engine.errors import EXIT_DRAINED, EXIT_OK, EXIT_OWNED, OutputError, StoreLostError
+from engine.errors import EXIT_DRAINED, EXIT_OK, EXIT_OWNED, CorruptShardError, OutputError, StoreLostError
 from engine.executors.local import LocalExecutor
 from engine.messages import Rules
 from engine.status import read_status
@@ -156,6 +156,8 @@ def test_names_and_bytes(store: ObjectStore) -> None:
         store.replace(name, name.encode())
     assert store.list() == ["5", "a", "ab"] and store.list("a") == ["a/1", "a/2", "a/b"]
     assert store.is_there() and store.exists("a") and store.is_folder("a") and not store.is_folder("5")
+    assert store.sizes("none") == {} and set(store.sizes("a")) == {"a/1", "a/2"}
+    assert sum(store.sizes("a").values()) == store.size_of(["a/1", "a/2"])
     assert store.size_of(["a/1", "none", "a/b/3"]) == 8 and store.total_size() == 3 + 3 + 5 + 4 + 1
     assert store.tail("a/b/3", 3) == b"b/3" and store.tail("5", 100) == b"5"
     assert list(store.read_each(["5", "none", "a/2"])) == [("5", b"5"), ("a/2", b"a/2")]
@@ -540,6 +542,19 @@ def test_a_run_has_the_bytes_of_a_local_one(store: ObjectStore, local: dict[str,
     assert again.was_complete and {name: data for name, data in objects(store).items() if STATE in name} == {
         name: data for name, data in found.items() if STATE in name
     }
+
+
+def test_a_lost_object_of_a_finished_run_is_named(store: ObjectStore) -> None:
+    """By the one listing that tells names and sizes; the marker goes, and comes back with the repaired shard."""
+    assert run_sleepy(store.uri, 1, LocalExecutor(1)).exit_code == EXIT_OK
+    name = "shards/sleepy-000001.tar"
+    for damage in (store.remove, lambda name: store.replace(name, b"")):
+        damage(name)
+        with pytest.raises(CorruptShardError, match=r"shards/sleepy-000001\.tar: .* shard 1"):
+            run_sleepy(store.uri, 1, LocalExecutor(1))
+        assert not store.exists(SUCCESS)
+        repair(store)
+        assert run_sleepy(store.uri, 1, LocalExecutor(1)).exit_code == EXIT_OK and store.exists(SUCCESS)
 
 
 def driver(uri: str, kind: str, **faults: Any) -> subprocess.Popen[str]:

@@ -32,6 +32,8 @@ from tests.tiny_pipelines import (
 
 TOLERANCE = 1e-4
 RUN = {"StableDiffusionPipeline", "StableUnCLIPImg2ImgPipeline"}
+CONFIGURATIONS = {"model_index.json", "config.json", "scheduler_config.json", "tokenizer_config.json"}
+SCHEDULERS = ("lms", "ddim", "euler", "dpmsolver++", "model")
 UNET_OPTIONS = set(inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters) - {"self"}
 SIMPLE_BLOCKS = {
     "down_block_types": ("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
@@ -201,14 +203,36 @@ def test_a_vae_with_an_encoder_of_images_and_a_checker_runs(plain, copy_of, hard
     assert_equal_pixels(folder, hardware, reference=load_reference(plain))
 
 
-@pytest.mark.parametrize(
-    "kind", sorted(name for name in dir(diffusers) if name.endswith("Pipeline") and name not in RUN)
-)
-def test_every_other_pipeline_of_diffusers_is_refused(kind, plain, copy_of):
+def test_every_other_pipeline_of_diffusers_is_refused(plain, copy_of):
     """By its class alone: ControlNet, adapters, PAG, SAG, inpainting, video, and what comes with a later diffusers."""
     folder = copy_of(plain)
-    edit(folder / "model_index.json", _class_name=kind)
-    assert f"is a {kind}; what runs: a StableDiffusionPipeline" in refusal(folder)
+    others = {name for name in dir(diffusers) if name.endswith("Pipeline")} - RUN
+    assert {"StableDiffusionControlNetPipeline", "LatentConsistencyModelPipeline", "FluxPipeline"} < others
+    for kind in sorted(others):
+        edit(folder / "model_index.json", _class_name=kind)
+        assert f"is a {kind}; what runs: a StableDiffusionPipeline" in refusal(folder)
+
+
+STRANGE = (None, "x", -1, 0, 1e308, [], [None], {}, {"x": 1}, True, "\ud800")
+
+
+@pytest.mark.parametrize("part", ["", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "image_normalizer",
+                                  "image_encoder", "image_noising_scheduler"])  # fmt: skip
+def test_values_of_a_wrong_kind_are_refused_or_read(part, unclip, copy_of):
+    """Every key of every configuration with values that nobody writes: lines that name a field, never a traceback."""
+    folder = copy_of(unclip)
+    (path,) = (one for one in (folder / part).glob("*.json") if one.name in CONFIGURATIONS)
+    config = json.loads(path.read_text())
+    for place, key in enumerate(sorted(config)):
+        for value in STRANGE[place % 3 :: 3]:
+            path.write_text(json.dumps(config | {key: value}))
+            try:
+                check_addresses(job_of(folder, sampling={"scheduler": SCHEDULERS[place % len(SCHEDULERS)]}))
+            except JobError as error:
+                assert all(one.startswith(("models.diffusion: ", "requests.0.")) for one in error.problems), value
+    for broken in ("", "[]", "3", "{", "[" * 100_000, "\0"):
+        path.write_text(broken)
+        assert "models.diffusion: " in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +253,8 @@ def test_every_other_pipeline_of_diffusers_is_refused(kind, plain, copy_of):
         {"text_encoder": ["alt_diffusion", "RobertaSeriesModelWithTransformation"]},
         {"tokenizer": ["transformers", "T5Tokenizer"]},
         {"tokenizer": ["transformers", "XLMRobertaTokenizer"]},
-        {"safety_checker": ["own", "OtherChecker"]},
+        {"safety_checker": ["stable_diffusion", "OtherChecker"]},
+        {"unet": ["my_module", "UNet2DConditionModel"]},
         {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]},
         *(
             {name: ["diffusers", "Some"]}
@@ -286,7 +311,9 @@ def test_a_tokenizer_that_reads_too_much_is_refused(limit, plain, copy_of):
     assert "write 32 there" in refusal(folder)
 
 
-@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "unet/pytorch_lora_weights.bin", "text_encoder/adapter_config.json"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["pytorch_lora_weights.safetensors", "unet/pytorch_lora_weights.bin", "text_encoder/adapter_config.json"]
+)
 def test_adapters_that_would_not_be_applied_are_named(name, plain, copy_of):
     """LoRA weights beside a pipeline's own: nothing loads them, and the images would be those of the plain model."""
     folder = copy_of(plain)
@@ -358,6 +385,7 @@ def test_the_two_names_of_a_scheduler_must_be_one(plain, copy_of):
         {"trained_betas": [0.1]},
         {"trained_betas": "no"},
         {"num_train_timesteps": 0},
+        {"num_train_timesteps": 10**12},
         {"num_train_timesteps": "1000"},
         {"steps_offset": -1},
         {"beta_start": "0.1"},
@@ -384,7 +412,7 @@ def test_vectors_of_a_textual_inversion_are_expanded(plain, copy_of, hardware):
     assert_equal_pixels(folder, hardware, reference=reference, prompts=prompts)
     model = Diffusion.load(str(folder), hardware)
     assert model._expanded(prompts[0]) == "a <cat> <cat>_1 <cat>_2 and a <dog>"
-    with pytest.raises(JobError, match="has 3. tokens, the text encoder reads 32"):
+    with pytest.raises(JobError, match=r"has 3. tokens, the text encoder reads 32"):
         model.check_prompts(["<cat>" * 11])
 
 

@@ -116,6 +116,8 @@ def test_a_file_over_all_shards_is_written_again(finished, tmp_path, call, name,
     output = copy(finished, tmp_path / "run", "finished")
     before = json.loads((output / "manifest.json").read_text())
     damage(output / name)
+    state = json.loads(call("status", output, "--json")[1])["state"]
+    assert state == "stopped" and "riskforge run" in call("status", output)[1]
     summary = run(output)
     assert summary.exit_code == EXIT_OK and not summary.was_complete
     assert (output / name).stat().st_size == pytest.approx((finished / name).stat().st_size, rel=0.2)

@@ -13,7 +13,7 @@ ENGINE = REPOSITORY / "engine"
 CORE = (
     "spec.py", "plan.py", "records.py", "scores.py", "scheduler.py", "temperature.py", "batching.py", "guidance",
     "sampling", "conditioning", "quotas.py", "messages.py", "tables.py", "class_names.py", "spec_messages.py",
-    "labels.py",
+    "labels.py", "heartbeat.py",
 )  # fmt: skip
 CORE_FORBIDS = {
     "ray", "fsspec", "requests", "http", "socket", "subprocess", "typer", "rich", "webdataset", "pyarrow", "pathlib",

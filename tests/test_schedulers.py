@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from engine.errors import JobError
+from engine.guidance.guided import MIN_SIGNAL
 from engine.models.addresses import check_addresses
 from engine.models.diffusion import Diffusion
 from engine.plan import build_plan
@@ -30,6 +31,13 @@ STEPS = 3
 SPACINGS = (None, "leading", "linspace", "trailing")
 PREDICTIONS = ("epsilon", "v_prediction")
 V_ZERO = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+# A UNet of one block: hundreds of samples are made with it.
+SMALL = {
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "mid_block_type": None,
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
 # Options of a model's own scheduler, each with the values that its scheduler knows.
 OPTIONS = [
     {"thresholding": True},
@@ -73,7 +81,7 @@ class Both:
     """One pipeline in both programs, whose scheduler is changed from comparison to comparison."""
 
     def __init__(self, folder: Path, hardware, *, is_unclip: bool) -> None:
-        self.reference = load_reference(save_pipeline(folder, is_unclip=is_unclip))
+        self.reference = load_reference(save_pipeline(folder, unet=SMALL, is_unclip=is_unclip))
         self.model = Diffusion.load(str(folder), hardware)
         self.is_unclip = is_unclip
         self.prompts = PROMPTS if is_unclip else PROMPTS[:1]
@@ -91,11 +99,12 @@ class Both:
         """Of diffusers: the folder's scheduler is loaded, and another is made from it, with the job's wishes."""
         loaded = getattr(diffusers, own).from_config(BETAS | config | {"_class_name": own})
         pipeline = type(self.reference)(**self.reference.components | {"scheduler": loaded})
-        if spec.scheduler != "model":
-            wishes = {"timestep_spacing": spec.timestep_spacing, "use_karras_sigmas": spec.use_karras_sigmas}
-            wishes |= {"algorithm_type": "dpmsolver++"} if spec.scheduler == "dpmsolver++" else {}
-            options = {key: value for key, value in wishes.items() if value is not None}
-            made = getattr(diffusers, CLASSES[spec.scheduler]).from_config(pipeline.scheduler.config, **options)
+        wishes = {"timestep_spacing": spec.timestep_spacing, "use_karras_sigmas": spec.use_karras_sigmas}
+        wishes |= {"algorithm_type": "dpmsolver++"} if spec.scheduler == "dpmsolver++" else {}
+        options = {key: value for key, value in wishes.items() if value is not None}
+        if options or spec.scheduler != "model":
+            chosen = getattr(diffusers, CLASSES.get(spec.scheduler, own))
+            made = chosen.from_config(pipeline.scheduler.config, **options)
             pipeline = type(self.reference)(**self.reference.components | {"scheduler": made})
         pipeline.set_progress_bar_config(disable=True)
         return by_diffusers(pipeline, spec.num_inference_steps, prompts=self.prompts)
@@ -144,6 +153,21 @@ def test_every_combination_that_a_job_may_ask_for(scheduler, prediction, plain):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("own", KINDS)
+def test_wishes_of_a_job_replace_what_the_models_own_scheduler_says(own, plain):
+    """Spacing and sigmas with `scheduler: model`; Karras sigmas are refused where the scheduler has none."""
+    config = {"prediction_type": "v_prediction", "skip_prk_steps": True}
+    for spacing, karras in (("trailing", True), ("leading", False), ("linspace", None)):
+        spec = asked_of("model", timestep_spacing=spacing, use_karras_sigmas=karras)
+        problems = plain.problems(own, config, spec)
+        if karras and not KINDS[own].has_sigmas:
+            assert f"use_karras_sigmas: {own} has no sigmas; use lms" in problems[0]
+        else:
+            assert problems == []
+            plain.compare(own, config, spec)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("own", FAMILY)
 def test_the_schedulers_of_one_training_are_exchangeable(own, plain):
     """Whatever scheduler a folder was saved with; its own where that draws no noise, refused by name where it does."""
@@ -157,11 +181,19 @@ def test_the_schedulers_of_one_training_are_exchangeable(own, plain):
             plain.compare(own, {}, spec)
 
 
-def readers_of(options: dict) -> list[str]:
-    """A scheduler of the family that has all of some options, and UniPC, which changes some, if it is another."""
-    known = {name: inspect.signature(getattr(diffusers, name).__init__).parameters for name in FAMILY}
-    found = [name for name in FAMILY if options.keys() <= known[name].keys()]
-    return list(dict.fromkeys([found[0], *(one for one in found if one == "UniPCMultistepScheduler")]))
+def options_of(name: str) -> set[str]:
+    return set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self"}
+
+
+def pairs_of(options: dict) -> list[tuple[str, str]]:
+    """Schedulers of folders that have some options, with those that a job asks for and that read one of them.
+
+    Of the first kind one, and UniPC, which changes some of its own.
+    """
+    found = [name for name in FAMILY if options.keys() <= options_of(name)]
+    owners = dict.fromkeys([found[0], *(one for one in found if one == "UniPCMultistepScheduler")])
+    readers = [name for name, kind in CLASSES.items() if options.keys() & options_of(kind)]
+    return list(itertools.product(owners, [*readers, "model"]))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -170,7 +202,7 @@ def test_an_option_of_the_models_own_scheduler_is_followed_or_refused(place, pla
     """Carried into the scheduler that is asked for as diffusers carries it; a Stable unCLIP folder is not corrected."""
     options = OPTIONS[place]
     for both in (plain, unclip) if options.keys() & {"clip_sample", "steps_offset"} else (plain,):
-        for own, scheduler in itertools.product(readers_of(options), (*CLASSES, "model")):
+        for own, scheduler in pairs_of(options):
             if not both.problems(own, options, asked_of(scheduler)):
                 both.compare(own, options, asked_of(scheduler))
 
@@ -180,8 +212,7 @@ def test_every_option_of_the_schedulers_was_looked_at():
     refused = {"timestep_type", "use_flow_sigmas", "use_dynamic_shifting", "solver_p", "shift_terminal"}
     without_effect = {"flow_shift", "time_shift_type", "beta_start", "beta_end", "timestep_spacing"}
     tried = {option for options in OPTIONS for option in options} | {"prediction_type"}
-    every = {one for name in FAMILY for one in inspect.signature(getattr(diffusers, name).__init__).parameters}
-    assert every - {"self"} == tried | refused | without_effect
+    assert {one for name in FAMILY for one in options_of(name)} == tried | refused | without_effect
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -242,6 +273,14 @@ def test_guidance_sees_the_noise_levels_of_every_combination(scheduler):
                 assert (converted.pred_original_sample - clean).abs().max() < 1e-3
 
 
+def test_guidance_leaves_latents_without_signal_alone_whoever_steps():
+    """At zero terminal SNR the first latents are noise: of DDIM by their scale, of Euler by their sigma."""
+    for scheduler in ("ddim", "euler", "dpmsolver++"):
+        model = ModelScheduler(config=BETAS | V_ZERO, name="DDIMScheduler")
+        first, second, *_ = Sampler(asked_of(scheduler, timestep_spacing="trailing"), model).steps()
+        assert first.signal < MIN_SIGNAL < second.signal
+
+
 @pytest.mark.parametrize(
     ("config", "sampling", "words"),
     [
@@ -283,7 +322,7 @@ def test_guidance_is_refused_where_the_scheduler_forgets_its_shifts(own, folder)
     else:
         with pytest.raises(JobError, match=f"'model' is a {own}, which would forget where guidance moves"):
             check_addresses(job)
-    assert (min(kept_share(own, place) for place in range(9)) > 0.99) == KINDS[own].is_guidable
+    assert (min(kept_share(own, place) for place in range(3)) > 0.99) == KINDS[own].is_guidable
 
 
 def kept_share(own: str, place: int) -> float:

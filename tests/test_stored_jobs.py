@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pydantic import BaseModel
 
 from engine.dataset.state import MANIFEST, open_run, read_run, stored_plan
 from engine.dataset.store import open_store
+from engine.errors import JobError
 from engine.jobfile import dated
 from engine.plan import build_plan
 from engine.spec import JobSpec, parse_job
@@ -116,11 +118,25 @@ def test_jobs_of_the_whole_schema_are_read_as_they_were_stored():
     assert fields_of(JobSpec) - seen == set()
 
 
-@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
-def test_every_job_of_the_repository_is_read_as_it_was_stored(path, tmp_path):
-    """As they are in the file, and as they are with each request's screening switched off."""
-    raw = yaml.safe_load(path.read_text())
-    del raw["models"]["target"]
+def job_blocks() -> list[Any]:
+    """The whole jobs in README and the pages of the documentation, and those of the repository."""
+    pages = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+    found = [pytest.param(yaml.safe_load(path.read_text()), id=path.stem) for path in JOBS]
+    for page in pages:
+        for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL):
+            try:
+                raw = yaml.safe_load(block)
+                parse_job(raw)
+            except (yaml.YAMLError, JobError):
+                continue
+            found.append(pytest.param(raw, id=f"{page.stem}-{raw['name']}"))
+    return found
+
+
+@pytest.mark.parametrize("raw", job_blocks())
+def test_every_job_of_the_repository_is_read_as_it_was_stored(raw, tmp_path):
+    """As it is in its file or page, and as it is with each request's screening switched off."""
+    raw = copy.deepcopy(raw)
     raw["models"]["target"] = "zoo:digits/classifier"
     for request in raw["requests"]:
         for name in ("classes", "boundary"):

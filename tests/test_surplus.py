@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -144,6 +145,22 @@ def test_a_list_that_is_wrong_is_damage_and_is_repaired(run: Path, tmp_path: Pat
     assert repair(store).to_make == () and not (copy / "_SUCCESS").exists()
     make_run(quota_job(copy, store_rejected=stores_rejected(run)))
     assert path.read_text().splitlines() == lines and verify(store).findings == ()
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "device", "column", "bytes"])
+def test_what_cannot_be_read_is_damage(tmp_path: Path, kind: str) -> None:
+    """Something else in the place of the list, rows without the column, rows that are damaged: never a traceback."""
+    run = make_case(tmp_path / "run", count=4)
+    path, metadata = run / LIST, run / "metadata.parquet"
+    if kind in ("folder", "fifo", "device"):
+        path.unlink()
+        {"folder": path.mkdir, "fifo": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero")}[kind]()
+    elif kind == "column":
+        pq.write_table(pq.read_table(metadata).drop_columns(["surplus"]), metadata)
+    else:
+        data = metadata.read_bytes()
+        metadata.write_bytes(data[:4] + bytes(len(data) // 2) + data[4 + len(data) // 2 :])
+    assert [one.kind for one in verify(open_store(str(run))).findings] == ["damage"]
 
 
 def test_a_grown_count_writes_the_list_anew(run: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import io
 import json
 import os
 import subprocess
@@ -12,7 +11,6 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +23,7 @@ from engine.report.render import write_report
 from engine.tars import MAX_HEADER_BYTES, DamagedTarError, read_member, walk_tar
 from tests.conftest import REPOSITORY
 from tests.corpus_cases import make_run
-from tests.image_cases import DIGITS, grey, read, split, write_tar
+from tests.image_cases import DIGITS, EPS, bend, bomb, file_member, grey, header, padded, read, split, write_tar
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 texts = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0/"), min_size=1, max_size=40)
@@ -59,12 +57,6 @@ def test_bent_archives_end_with_a_reason(tmp_path_factory, changes, end):
         assert str(error)
 
 
-def header(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, link: str = "") -> bytes:
-    info = tarfile.TarInfo(name)
-    info.type, info.size, info.linkname = kind, size, link
-    return info.tobuf(tarfile.GNU_FORMAT)
-
-
 def sparse_header(name: str, size: int) -> bytes:
     """GNU's old sparse format: no data, and a size."""
     block = bytearray(header(name, tarfile.GNUTYPE_SPARSE))
@@ -72,10 +64,6 @@ def sparse_header(name: str, size: int) -> bytes:
     block[148:156] = b" " * 8
     block[148:156] = f"{sum(block):06o}\0 ".encode()
     return bytes(block)
-
-
-def padded(data: bytes) -> bytes:
-    return data + bytes(-len(data) % 512)
 
 
 def pax(**records: str) -> bytes:
@@ -89,7 +77,6 @@ def pax(**records: str) -> bytes:
 
 
 END = bytes(1024)
-EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(x) (r) file\n"
 # Members in the place of an image; what is behind it of a size lies nowhere.
 HOSTILE: dict[str, Callable[[str], bytes]] = {
     "a link to itself": lambda name: header(name, tarfile.SYMTYPE, link=name),
@@ -178,32 +165,12 @@ def test_a_packed_tar_is_named(tmp_path, packer):
 # A run of somebody else's --------------------------------------------------------------------------------------------
 
 
-def bomb() -> bytes:
-    buffer = io.BytesIO()
-    PIL.Image.new("1", (13_400, 13_300)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def file_member(data: bytes) -> Callable[[str], bytes]:
-    return lambda name: header(name, size=len(data)) + padded(data)
-
-
 IN_RUNS = HOSTILE | {
     "EPS": file_member(EPS),
     "178 megapixels": lambda name: file_member(bomb())(name),
     "no image": file_member(b"words"),
     "a bad chunk": file_member(grey(3)[:-20] + b"\xff" * 20),
 }
-
-
-def bend(run: Path, make: Callable[[str], bytes]) -> None:
-    """Put something in the place of the first image of a run's first shard."""
-    path = min((run / "shards").glob("*.tar"))
-    data = path.read_bytes()
-    name = tarfile.TarInfo.frombuf(data[:512], "utf-8", "strict").name
-    size = tarfile.TarInfo.frombuf(data[:512], "utf-8", "strict").size
-    path.chmod(0o644)
-    path.write_bytes(make(name) + data[512 + size + -size % 512 :])
 
 
 @pytest.fixture(scope="module")

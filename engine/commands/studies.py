@@ -271,7 +271,7 @@ def _print_retrained(retrained: Retrained) -> None:
     print(f"generated    {retrained.arms.num_samples} samples in each of {', '.join(retrained.arms.pools)}")
     for arm, reason in retrained.arms.left_out.items():
         print(f"left out     {arm}: {reason}")
-    for name, data in (("real", document["data"]["real"]), ("test", document["data"]["test"])):
+    for name, data in document["data"].items():
         print(f"{name:<13}{data['images']} images from {data['kind']}, {data['num_unusable']} unusable")
         print_some([f"{one['name']}: {one['reason']}" for one in data["unusable"]], "retrain.json")
     temperature = document["temperature"]

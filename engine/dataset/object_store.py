@@ -394,12 +394,12 @@ class ObjectStore(Store):
         found = [one for one in self._listed(folder) if one["type"] == "file"]
         return {one["name"].removeprefix(f"{self._root}/"): int(one["size"]) for one in found}
 
-    def _listed(self, folder: str) -> list[dict[str, Any]]:
+    def _listed(self, folder: str) -> Sequence[dict[str, Any]]:
         return self._ask(folder, lambda: self._list(folder))
 
-    def _list(self, folder: str) -> list[dict[str, Any]]:
+    def _list(self, folder: str) -> Sequence[dict[str, Any]]:
         try:
-            found: list[dict[str, Any]] = self._fs.ls(self._key(folder), detail=True)
+            found: Sequence[dict[str, Any]] = self._fs.ls(self._key(folder), detail=True)
         except FileNotFoundError as error:
             self._check_bucket(error)
             return []

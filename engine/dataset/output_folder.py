@@ -51,8 +51,8 @@ def _forbidden(folder: Path) -> str:
         return "is the home folder, or holds it"
     if str(folder) in _PARENTS:
         return "is a folder for the folders of others"
-    own = (*_EXEMPT, *([] if home is None else [home]))
-    is_exempt = any(folder.is_relative_to(one) for one in own if str(one) != "/")
+    own = (*_EXEMPT, *([] if home is None or home == Path("/") else [str(home)]))
+    is_exempt = any(folder.is_relative_to(one) for one in own)
     if not is_exempt and (tree := next((one for one in _SYSTEM_TREES if folder.is_relative_to(one)), "")):
         return f"is part of the operating system ({tree})"
     return ""

@@ -134,15 +134,16 @@ def count_guidance(metadata: Path) -> dict[str, dict[str, int]]:
     table = pq.read_table(metadata, columns=columns, partitioning=None)
     table = table.filter(scored_rows(table))
     steps, zero, dropped = (_numbers(table, name) for name in columns[2:])
-    requests = np.array(table["request"].to_pylist(), dtype=object)
-    counts = {}
-    for name in dict.fromkeys(requests.tolist()):
-        here = requests == name
-        guided = here & (steps > 0)
-        if guided.any():
-            idle = int((guided & (zero + dropped >= steps)).sum())
-            counts[name] = {"scored": int(here.sum()), "guided": int(guided.sum()), "without_effect": idle}
-    return counts
+    guided = steps > 0
+    flags = {"scored": np.ones(len(steps)), "guided": guided, "without_effect": guided & (zero + dropped >= steps)}
+    requests = table["request"].combine_chunks().dictionary_encode()
+    names, codes = requests.dictionary.to_pylist(), requests.indices.to_numpy()
+    sums = {flag: np.bincount(codes, values, minlength=len(names)).astype(int) for flag, values in flags.items()}
+    return {
+        name: {flag: int(counts[code]) for flag, counts in sums.items()}
+        for code, name in enumerate(names)
+        if sums["guided"][code]
+    }
 
 
 def read_dials(metadata: Path, job: JobSpec) -> dict[str, dict[str, float]]:

@@ -198,15 +198,23 @@ def _left_over(
 
 def _check_surplus(store: Store, plan: Plan) -> Iterator[Finding]:
     """Whether the list of surplus next to the tars is what the metadata says."""
+    import pyarrow as pa
+
     if not store.exists(SURPLUS_LIST):
         # Runs of earlier versions were closed without one.
         if plan.schema_version >= SURPLUS_LIST_SINCE:
             yield Finding(kind="damage", text=f"{SURPLUS_LIST}: is missing")
         return
     wanted = hashlib.sha256()
-    for line in surplus_lines(store.fetch(METADATA)):
-        wanted.update(line)
-    if file_digest(store.fetch(SURPLUS_LIST), "sha256") != wanted.hexdigest():
+    try:
+        for line in surplus_lines(store.fetch(METADATA)):
+            wanted.update(line)
+    except (OSError, pa.ArrowException) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        yield Finding(kind="damage", text=f"{METADATA}: its rows cannot be read ({reason})")
+        return
+    listed = store.fetch(SURPLUS_LIST)
+    if not listed.is_file() or file_digest(listed, "sha256") != wanted.hexdigest():
         yield Finding(kind="damage", text=f"{SURPLUS_LIST}: lists other keys than those that {METADATA} marks")
 
 

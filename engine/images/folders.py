@@ -13,19 +13,28 @@ from engine.images.findings import Found, ImageSource, Item, Unusable, make_find
 from engine.images.ignored import why_ignored
 from engine.images.labelling import Labelling
 from engine.images.listings import NAMES, Listings, key_of
-from engine.images.splits import Card, group_by_split, is_same_split, is_several, keyword_in, read_card, split_of
+from engine.images.splits import (
+    card_class_names,
+    group_by_split,
+    is_same_split,
+    is_several,
+    keyword_in,
+    read_splits,
+    split_of,
+)
 from engine.images.tables import has_images, parquet
 from engine.images.tars import webdataset
 from engine.images.tree import Entry, list_files
 
 KIND = "a folder by class"
 SHARDS = "shards"
-# At the top of a folder that the engine wrote, one of them; and the rows of its samples.
+# At the top of a folder that the engine finished; and the rows of its samples.
 _MARKS = ("manifest.json", "_SUCCESS")
 _STATE = "_state"
 _ROWS = "metadata.parquet"
 # Folders of a run with other scores of its images, and answers of people about them.
 _INTERNAL = (_STATE, "rescored", "_review")
+_DATA = EXTENSIONS | {"tar", "parquet"}
 # Written beside tars by the engine or by the tools that read them.
 _INDEXES = frozenset({"wids.json", "_info.json"})
 
@@ -61,8 +70,8 @@ class _Folder:
     def source(self) -> ImageSource:
         """What is read of it, and what is not."""
         tars = [one for one in self._entries if one.extension == "tar"]
-        if tars and self._is_own:
-            return self._of_run(tars)
+        if self._is_own and (shards := [one for one in tars if one.parts[:-1] == (SHARDS,)]):
+            return self._of_run(shards)
         if tars:
             return self._of_containers(tars, "tars", self._open_tars)
         tables = [one for one in self._entries if one.extension == "parquet" and one.name not in NAMES]
@@ -77,52 +86,50 @@ class _Folder:
     def _is_data(self, entry: Entry) -> bool:
         """Whether a file is to be read; it is noted where it is not, unless it is the engine's own."""
         is_engines = self._is_own and (
-            entry.extension not in (*EXTENSIONS, "tar", "parquet") or entry.parts[0] in _INTERNAL
+            entry.parts[0] in _INTERNAL
+            or (entry.extension not in _DATA and (len(entry.parts) == 1 or entry.parts[0] == SHARDS))
         )
         reason = entry.problem or why_ignored(entry.place)
         if reason and not is_engines:
             self._unread.append(unusable(entry.place, reason))
         return not reason and not is_engines
 
-    def _of_run(self, tars: Sequence[Entry]) -> ImageSource:
+    def _of_run(self, shards: Sequence[Entry]) -> ImageSource:
         """The shards of a run; images beside them are named."""
-        shards = [one for one in tars if one.parts[:-1] == (SHARDS,)]
-        others = [one for one in self._entries if one not in set(shards) and one.extension != "parquet"]
+        known = set(shards)
+        others = [one for one in self._entries if one not in known and one.extension != "parquet"]
         home = self._root / SHARDS
         source = webdataset([self._root / one.place for one in shards], self._labels, home)
         return source.beside([*self._unread, *_beside(others, "the shards of a run")])
 
     def _of_containers(
-        self, files: Sequence[Entry], what: str, read: Callable[[Sequence[Entry], Card], ImageSource]
+        self, files: Sequence[Entry], what: str, read: Callable[[Sequence[Entry]], ImageSource]
     ) -> ImageSource:
         """Tars or parquet files of one split, with all else named."""
-        card = read_card(self._root, [one.place for one in self._entries])
-        chosen = self._of_one_split(files, card)
-        source = read(chosen, card)
+        chosen = self._of_one_split(files)
+        source = read(chosen)
         if self._split:
             return source
-        stems = {one.place.rpartition(".")[0] for one in files}
+        known, stems = set(files), {one.place.rpartition(".")[0] for one in files}
         others = [
             one
             for one in self._entries
-            if one not in set(files)
+            if one not in known
             and one.name not in _INDEXES
             and not (one.extension == "parquet" and one.place.rpartition(".")[0] in stems)
         ]
-        left_out = [one for one in files if one not in set(chosen)]
+        left_out = sorted(known - set(chosen), key=lambda one: one.parts)
         unlisted = [unusable(one.place, "is in no split that the card (README.md) names") for one in left_out]
         return source.beside([*self._unread, *unlisted, *_beside(others, what)])
 
-    def _of_one_split(self, files: Sequence[Entry], card: Card) -> list[Entry]:
+    def _of_one_split(self, files: Sequence[Entry]) -> list[Entry]:
         """The files of the split that is asked for, or of the only one.
 
         Raises:
             JobError: there are several, or not that one.
         """
-        places = {one.place for one in files}
-        groups = {split: [one for one in own if one in places] for split, own in card.splits.items()}
-        groups = {split: own for split, own in groups.items() if own}
-        groups = groups or group_by_split({one.place: split_of(one.place) for one in files})
+        places = [one.place for one in files]
+        groups = read_splits(self._root, places) or group_by_split({one: split_of(one) for one in places})
         if self._split:
             chosen = [own for split, own in groups.items() if is_same_split(split, self._split)]
             if not chosen:
@@ -130,7 +137,8 @@ class _Folder:
             groups = {self._split: chosen[0]}
         if len(groups) > 1:
             self._refuse_splits(sorted(filter(None, groups)), groups.get("", [])[:1])
-        return [one for one in files if one.place in set(next(iter(groups.values())))]
+        chosen_places = set(next(iter(groups.values())))
+        return [one for one in files if one.place in chosen_places]
 
     def _refuse_splits(self, splits: Sequence[str], others: Sequence[str] = ()) -> None:
         given = " or ".join(f"'{self._address}/{one}'" for one in [*splits, *others])
@@ -140,11 +148,12 @@ class _Folder:
             f" {', '.join(splits)}{beside}: they are read one at a time; give {given}"
         )
 
-    def _open_tars(self, files: Sequence[Entry], card: Card) -> ImageSource:
+    def _open_tars(self, files: Sequence[Entry]) -> ImageSource:
         return webdataset([self._root / one.place for one in files], self._labels, self._root)
 
-    def _open_tables(self, files: Sequence[Entry], card: Card) -> ImageSource:
-        return parquet([self._root / one.place for one in files], self._labels, card.class_names, self._root)
+    def _open_tables(self, files: Sequence[Entry]) -> ImageSource:
+        paths = [self._root / one.place for one in files]
+        return parquet(paths, self._labels, card_class_names(self._root), self._root)
 
     def _of_classes(self) -> ImageSource:
         labelling, listings = Labelling(self._labels), self._listings()
@@ -167,7 +176,7 @@ class _Folder:
 
     def _listings(self) -> Listings:
         listings = Listings()
-        class_names = read_card(self._root, ()).class_names
+        class_names = card_class_names(self._root)
         for one in self._entries:
             if one.name in NAMES:
                 listings.add(self._root, one.place, class_names)
@@ -263,11 +272,17 @@ def _each(items: Iterable[Item]) -> Iterator[Item]:
 def _is_own(entries: Sequence[Entry]) -> bool:
     """Whether the engine wrote a folder: a run, finished or not, or an export."""
     has_shards = any(one.parts[0] == SHARDS and one.extension == "tar" for one in entries)
-    return any(one.place in _MARKS or one.parts[0] == _STATE or (one.place == _ROWS and has_shards) for one in entries)
+    there = {one.parts[0] for one in entries}
+    return _STATE in there or there.issuperset(_MARKS) or (_ROWS in there and has_shards)
 
 
 def _beside(entries: Iterable[Entry], what: str) -> list[Unusable]:
-    return [unusable(one.place, f"lies beside {what}, which are read; give its folder by itself") for one in entries]
+    """Files of another kind than those that are read."""
+    remedy = "; give its folder by itself"
+    return [
+        unusable(one.place, f"lies beside {what}, which are read{remedy if one.extension in _DATA else ''}")
+        for one in entries
+    ]
 
 
 def _why_no_image(data: Callable[[], bytes]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from engine.images.decode import UnusableImageError
@@ -152,6 +152,13 @@ def check_label(value: Any) -> None:
         raise UnusableImageError(f"has the label {value!r}, which is neither a class name nor an index")
 
 
-def is_enumeration(names: list[str], labels: tuple[str, ...]) -> bool:
+def are_same_classes(names: Sequence[str], labels: tuple[str, ...]) -> bool:
+    """Whether class names are those of the target in its order; two of one name may have their index beside them."""
+    return len(names) == len(labels) and all(
+        name in (label, f"{label} ({index})") for index, (name, label) in enumerate(zip(names, labels, strict=True))
+    )
+
+
+def is_enumeration(names: Sequence[str], labels: tuple[str, ...]) -> bool:
     """Whether the class names of a file are the numbers of the target's classes, and so name nothing."""
-    return len(names) == len(labels) and names == [str(index) for index in range(len(names))]
+    return len(names) == len(labels) and all(name == str(index) for index, name in enumerate(names))

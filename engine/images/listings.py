@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from engine.files import check_regular
 from engine.images.decode import UnusableImageError, brief
 from engine.images.labelling import Labelling, is_enumeration
 from engine.images.tables import LABEL, LabelColumn, class_names_of
@@ -34,13 +35,14 @@ class Listings:
         self.problems: dict[str, str] = {}
         self.listed: dict[str, tuple[Any, str]] = {}
         self._class_names: dict[str, tuple[str, ...]] = {}
+        self._is_unknown = False
 
-    def add(self, root: Path, place: str, class_names: tuple[str, ...]) -> None:
+    def add(self, root: Path, place: str, class_names: tuple[str, ...] | None) -> None:
         """Take a listing in.
 
         Args:
             place: its path in the folder.
-            class_names: those of a data set's card, for listings that name none.
+            class_names: those of a data set's card, for listings that name none; None where it has several lists.
         """
         folder = posixpath.dirname(place)
         try:
@@ -48,7 +50,8 @@ class Listings:
         except UnusableImageError as error:
             self.problems[place] = str(error)
             return
-        self._class_names[place] = class_names_of(root / place) or class_names
+        self._class_names[place] = class_names_of(root / place) or class_names or ()
+        self._is_unknown = self._is_unknown or class_names is None
         for name, label in rows:
             # A name that leads out of the folder is the name of no file in it.
             listed = key_of(posixpath.join(folder, name))
@@ -72,8 +75,10 @@ class Listings:
         if isinstance(label, UnusableImageError):
             raise label
         names = self._class_names[listing]
-        own = () if is_enumeration(list(names), labelling.labels) else names
-        return LabelColumn(own, not own and any(self._class_names.values()), labelling).class_of(label)
+        own = () if is_enumeration(names, labelling.labels) else names
+        return LabelColumn(own, not own and (self._is_unknown or any(self._class_names.values())), labelling).class_of(
+            label
+        )
 
 
 def key_of(place: str) -> str:
@@ -88,6 +93,7 @@ def _rows(path: Path) -> list[tuple[str, Any]]:
         UnusableImageError: it cannot be read, or has other columns.
     """
     try:
+        check_regular(path)
         if path.suffix != ".parquet" and path.stat().st_size > MAX_TEXT_BYTES:
             raise UnusableImageError(f"is larger than {MAX_TEXT_BYTES // 2**20} MB")
         read = {".parquet": _parquet_rows, ".jsonl": _json_rows, ".csv": _csv_rows}[path.suffix]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ from engine.errors import JobError
 from engine.images.findings import SOUGHT, Found, ImageSource, Item, LabelledImage
 from engine.images.folders import open_folder
 from engine.images.labelling import Labelling
+from engine.images.splits import card_class_names, has_splits
 from engine.images.tables import parquet
 from engine.images.tars import webdataset
 from engine.spec_messages import nearest
@@ -65,18 +68,31 @@ def _of_file(path: Path, labels: tuple[str, ...], option: str) -> ImageSource:
     if path.suffix.lower() == ".tar":
         return webdataset([path], labels)
     if path.suffix.lower() == ".parquet":
-        return parquet([path], labels)
+        return parquet([path], labels, card_class_names(path.parent))
     raise JobError(f"{option}: '{path}' is neither a .tar nor a .parquet file; give {SOUGHT}")
 
 
 def _folder_of_splits(path: Path) -> Path | None:
-    """The folder that a path which is not there may name a split of, or a configuration and a split."""
+    """The folder that a path which is not there may name a split of, or a configuration and a split.
+
+    A wrong path must not start a walk over everything beside it, so the split has to show: in a card, or in names.
+    """
     for folder in (path.parent, path.parent.parent):
         if folder.is_dir():
-            patterns = (f"{above}*.{kind}" for above in ("", "*/", "*/*/") for kind in ("parquet", "tar"))
-            data = (one for pattern in patterns for one in folder.glob(pattern))
-            return folder if next(data, None) is not None else None
+            return folder if _shows_split(folder, path) else None
     return None
+
+
+def _shows_split(folder: Path, path: Path) -> bool:
+    if has_splits(folder):
+        return True
+    name = glob.escape(path.name)
+    patterns = (
+        f"{above}*{name}*{kind}" for above in ("", "*/") for kind in (".tar", ".parquet", "/*.tar", "/*.parquet")
+    )
+    with contextlib.suppress(OSError):
+        return any(True for pattern in patterns for _ in folder.glob(pattern))
+    return False
 
 
 def _digits(name: str, labels: tuple[str, ...], option: str) -> ImageSource:

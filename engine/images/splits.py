@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -64,28 +63,49 @@ def _canonical(split: str) -> str:
     return KEYWORDS.get(split.lower(), split)
 
 
-@dataclass(frozen=True, slots=True)
-class Card:
-    """What a data set's card (`README.md` with a YAML header) says of its files.
+def card_class_names(folder: Path) -> tuple[str, ...] | None:
+    """Class names of column `label` in a data set's card, or in the files that older versions of `datasets` write.
 
-    Attributes:
-        splits: files by split, or by `CONFIG/SPLIT` where there are several configurations; empty where it names none.
-        class_names: of column `label`; empty where it names none, or several lists.
+    Of the nearest folder that has some: this one, or the two above it, as files may lie in `data/`.
+
+    Returns:
+        None where there are several lists, of several configurations, so that none is known to be a file's.
     """
+    folder = folder.absolute()
+    for one in (folder, *folder.parents[:2]):
+        if lists := {names for feature in _label_features(one) if (names := names_in(feature))}:
+            return next(iter(lists)) if len(lists) == 1 else None
+    return ()
 
-    splits: dict[str, list[str]]
-    class_names: tuple[str, ...]
+
+def _label_features(folder: Path) -> Iterator[Any]:
+    """The feature `label` in every description of a folder's data."""
+    info = _header(folder / CARD).get("dataset_info")
+    infos = [*(info if isinstance(info, list) else [info]), *_older_infos(folder)]
+    for features in (one.get("features") for one in infos if isinstance(one, dict)):
+        if isinstance(features, dict):
+            yield features.get("label")
+        for feature in features if isinstance(features, list) else []:
+            if isinstance(feature, dict) and feature.get("name") == "label" and isinstance(feature.get("dtype"), dict):
+                yield feature["dtype"].get("class_label")
 
 
-def read_card(root: Path, places: Sequence[str]) -> Card:
-    """The card of a folder; an empty one where there is none that can be read.
+def _older_infos(folder: Path) -> Iterator[Any]:
+    for name in ("dataset_infos.json", "dataset_info.json"):
+        try:
+            found = json.loads(read_whole(folder / name, _MAX_CARD_BYTES))
+            yield from found.values() if isinstance(found, dict) and name == "dataset_infos.json" else [found]
+        except (OSError, ValueError, RecursionError):
+            continue
+
+
+def read_splits(root: Path, places: Sequence[str]) -> dict[str, list[str]]:
+    """Files by split as the card of a folder has them (`configs`), by `CONFIG/SPLIT` where there are several.
 
     Args:
         places: the data files that its patterns may name.
     """
-    header = _header(root / CARD)
-    configs = header.get("configs")
-    named = [one for one in configs if isinstance(one, dict)] if isinstance(configs, list) else []
+    named = _configs(root)
     splits: dict[str, list[str]] = {}
     for config in named:
         prefix = f"{config.get('config_name', 'default')}/" if len(named) > 1 else ""
@@ -93,24 +113,17 @@ def read_card(root: Path, places: Sequence[str]) -> Card:
             matched = [place for place in places if any(_matches(place, one) for one in patterns)]
             if matched:
                 splits.setdefault(prefix + split, []).extend(matched)
-    return Card(splits, _class_names(header.get("dataset_info")) or _older_class_names(root))
+    return splits
 
 
-def _older_class_names(root: Path) -> tuple[str, ...]:
-    """Class names in the files that older versions of `datasets` put beside the data."""
-    infos: list[Any] = []
-    for name in ("dataset_infos.json", "dataset_info.json"):
-        try:
-            found = json.loads(read_whole(root / name, _MAX_CARD_BYTES))
-            infos += found.values() if isinstance(found, dict) and name == "dataset_infos.json" else [found]
-        except (OSError, ValueError, RecursionError):
-            continue
-    names = {
-        names_in(one["features"].get("label"))
-        for one in infos
-        if isinstance(one, dict) and isinstance(one.get("features"), dict)
-    }
-    return next(iter(names)) if len(names) == 1 else ()
+def has_splits(root: Path) -> bool:
+    """Whether the card of a folder names splits of its files."""
+    return any(_patterns(config) for config in _configs(root))
+
+
+def _configs(root: Path) -> list[dict[str, Any]]:
+    configs = _header(root / CARD).get("configs")
+    return [one for one in configs if isinstance(one, dict)] if isinstance(configs, list) else []
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -158,14 +171,3 @@ def _matches(place: str, pattern: str) -> bool:
         return re.fullmatch(expression, place) is not None
     except re.error:
         return False
-
-
-def _class_names(info: Any) -> tuple[str, ...]:
-    """Class names of column `label` in a card's `dataset_info`, of one configuration or of several that agree."""
-    found: set[tuple[str, ...]] = set()
-    for one in info if isinstance(info, list) else [info]:
-        features = one.get("features") if isinstance(one, dict) else None
-        for feature in features if isinstance(features, list) else []:
-            if isinstance(feature, dict) and feature.get("name") == "label" and isinstance(feature.get("dtype"), dict):
-                found.add(names_in(feature["dtype"].get("class_label")))
-    return next(iter(found)) if len(found) == 1 else ()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.images.decode import UnusableImageError, brief, check_bytes
 from engine.images.findings import Found, ImageSource, Item, in_context, make_finding, unusable
-from engine.images.labelling import Labelling, check_label, is_enumeration
+from engine.images.labelling import Labelling, are_same_classes, check_label, is_enumeration
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,10 +44,16 @@ class LabelColumn:
         """
         check_label(value)
         if self.class_names:
-            return self.labelling.of_name(value if isinstance(value, str) else self._own_name(value))
+            return self._of_own(value)
         if self.is_named_elsewhere and not isinstance(value, str):
-            raise UnusableImageError(f"has the label {value} in a file without class names, which other files have")
+            raise UnusableImageError(f"has the label {value} in a file without class names, where others have some")
         return self.labelling.of_value(value)
+
+    def _of_own(self, value: str | int) -> int:
+        if isinstance(value, str):
+            return self.labelling.of_name(value)
+        name = self._own_name(value)
+        return value if are_same_classes(self.class_names, self.labelling.labels) else self.labelling.of_name(name)
 
     def _own_name(self, index: int) -> str:
         if index == _MISSING:
@@ -61,7 +67,7 @@ class LabelColumn:
 
 
 def parquet(
-    paths: Sequence[Path], labels: tuple[str, ...], class_names: Sequence[str] = (), root: Path | None = None
+    paths: Sequence[Path], labels: tuple[str, ...], class_names: tuple[str, ...] | None = (), root: Path | None = None
 ) -> ImageSource:
     """Rows of parquet files as Hugging Face has them.
 
@@ -69,10 +75,11 @@ def parquet(
     the file names its classes, an index is one of those, and its name decides. A text column `context` is taken along.
 
     Args:
-        class_names: those of the files that name none of their own, as a data set's card has them.
+        class_names: those of the files that name none of their own, as a data set's card has them; None where it has
+            several lists.
         root: what the names of the files are relative to; their own folders where not given.
     """
-    tables = _Tables(tuple(paths), Labelling(labels), tuple(class_names), root)
+    tables = _Tables(tuple(paths), Labelling(labels), class_names, root)
     sizes = [_num_rows(path) for path in paths]
     return ImageSource(KIND, sum(sizes), tuple(partial(tables.items, path) for path in paths))
 
@@ -81,7 +88,7 @@ class _Tables:
     """A set of parquet files, whose labels are read in one way."""
 
     def __init__(
-        self, paths: tuple[Path, ...], labelling: Labelling, class_names: tuple[str, ...], root: Path | None
+        self, paths: tuple[Path, ...], labelling: Labelling, class_names: tuple[str, ...] | None, root: Path | None
     ) -> None:
         self._paths, self._labelling, self._card_names, self._root = paths, labelling, class_names, root
         self._names: dict[Path, tuple[str, ...]] | None = None
@@ -117,11 +124,12 @@ class _Tables:
             self._names = {one: self._class_names(one) for one in self._paths}
             self._labelling.settle(text for one in self._paths for text in label_texts(one))
         own = self._names[path]
-        return LabelColumn(own, not own and any(self._names.values()), self._labelling)
+        is_named_elsewhere = not own and (self._card_names is None or any(self._names.values()))
+        return LabelColumn(own, is_named_elsewhere, self._labelling)
 
     def _class_names(self, path: Path) -> tuple[str, ...]:
-        names = class_names_of(path) or self._card_names
-        return () if is_enumeration(list(names), self._labelling.labels) else names
+        names = class_names_of(path) or self._card_names or ()
+        return () if is_enumeration(names, self._labelling.labels) else names
 
 
 def class_names_of(path: Path) -> tuple[str, ...]:

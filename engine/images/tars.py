@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ LABELS = ("cls", "json")
 MAX_LABEL_BYTES = 4096
 MAX_RECORD_BYTES = 16 * 2**20
 
+# What stands before the last dot of a composed extension; numbers and blanks are of names.
+_COMPOSED = re.compile(r"[A-Za-z_-]+")
 _NO_LABEL = "has no label: neither a .cls nor a `class_index` or `class_name` in .json can be read"
 
 
@@ -201,6 +204,9 @@ def _one_sample(key: str, parts: _Parts) -> _Sample:
         what = "images" if len(images) > 1 else "labels"
         return _Sample(key, problem=f"has {len(several)} {what} ({names}), and none of them by a plain extension")
     label, record = next(iter(labels), None), records[0] if len(records) == 1 else None
+    if stranger := next((one for one in (label, record) if one and not _are_one(key, images[0], one)), None):
+        name = stranger.name.rpartition("/")[2]
+        return _Sample(images[0].name, problem=f"has no label of its name; {name} may be another sample's")
     used = [images[0], label, record]
     others = [one.name.rpartition(".")[2].lower() for one in members if all(one is not other for other in used)]
     return _Sample(images[0].name, images[0], label, record, others=others)
@@ -209,6 +215,12 @@ def _one_sample(key: str, parts: _Parts) -> _Sample:
 def _of_extension(parts: _Parts, extension: str) -> list[Member]:
     plain = [parts[""][extension]] if extension in parts.get("", {}) else []
     return plain or [part[extension] for part in parts.values() if extension in part]
+
+
+def _are_one(key: str, image: Member, label: Member) -> bool:
+    """Whether an image and a label are of one sample: `rgb.png` and `label.cls` are extensions, `02.png` is a name."""
+    middles = {one.name[len(key) + 1 :].rpartition(".")[0] for one in (image, label)}
+    return len(middles) == 1 or "" in middles or all(_COMPOSED.fullmatch(one) for one in middles)
 
 
 def _is_label(member: Member) -> bool:
@@ -251,10 +263,10 @@ def _class_of(file: BinaryIO, sample: _Sample, record: dict[str, Any], labelling
 def _class_of_record(record: dict[str, Any], labelling: Labelling) -> int | None:
     """The class in a sample's .json, or None: by name where there is one, as a run of another target may be read."""
     index, name = record.get("class_index"), record.get("class_name")
-    is_whole = isinstance(index, int) and not isinstance(index, bool)
+    index = index if isinstance(index, int) and not isinstance(index, bool) else None
     if isinstance(name, str) and name:
-        return labelling.of_named_index(name, index) if is_whole else labelling.of_name(name)
-    return labelling.of_index(index) if is_whole else None
+        return labelling.of_name(name) if index is None else labelling.of_named_index(name, index)
+    return None if index is None else labelling.of_index(index)
 
 
 def _record(file: BinaryIO, member: Member | None) -> dict[str, Any]:

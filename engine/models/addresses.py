@@ -6,7 +6,6 @@ Classifiers may also be files or factories: `engine.models.targets`.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from typing import Any
 
 import engine
 from engine.errors import JobError
+from engine.models.classifier_checks import check_classifier, check_clip, class_names
 from engine.models.folders import (
     PIPELINE_INDEX,
     VARIANTS,
     has_weights,
     is_left_out,
-    need_file,
     part_classes,
     read_config,
     weighted_parts,
@@ -37,8 +36,9 @@ from engine.models.pipelines import (
     has_configurations,
     request_problems,
 )
-from engine.models.targets import check_foreign, foreign_digest, foreign_labels, is_foreign
-from engine.spec import JobSpec, RequestSpec
+from engine.models.targets import as_file, check_foreign, foreign_digest, foreign_labels, is_foreign
+from engine.models.weights import have_same_weights
+from engine.spec import JobSpec, ModelsSpec, RequestSpec
 from engine.spec_messages import nearest
 
 ZOO = Path(engine.__file__).parent / "zoo"
@@ -49,8 +49,7 @@ _CONFIGURATION = ("*.json", "*.txt")
 _WEIGHTS = "*.safetensors"
 # Whole, in parts, and the list of the parts.
 _OF_VARIANT = (".safetensors", "-*.safetensors", ".json")
-# In the config.json of a folder of timm.
-_TIMM_KEY = "pretrained_cfg"
+_IMAGE_TOWER = ("vision_model.", "visual_projection.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,35 +145,7 @@ def read_labels(address: str) -> list[str] | None:
     source = locate(address)
     if source.folder is None:
         return None
-    config = read_config(source.folder / "config.json")
-    if _TIMM_KEY in config:
-        return _timm_labels(config, address)
-    labels = config.get("id2label")
-    if not isinstance(labels, dict) or len(labels) < 2:
-        raise JobError(f"'{address}': config.json has no `id2label` with two classes or more; is it a classifier?")
-    try:
-        return [str(labels[str(index)]) for index in range(len(labels))]
-    except KeyError as missing:
-        raise JobError(f"'{address}': id2label in config.json has no class {missing}; number them from 0") from None
-
-
-def _timm_labels(config: dict[str, Any], address: str) -> list[str]:
-    """Class names of a folder of timm: in its configuration, else those of the part of ImageNet that it is for."""
-    names = config.get("label_names")
-    if names is None:
-        _check_timm(address)
-        from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
-
-        known = TimmWrapperConfig.from_dict(config)
-        names = [] if known.id2label.get(0) == "LABEL_0" else [known.id2label[one] for one in range(known.num_labels)]
-    if not isinstance(names, list) or len(names) < 2 or not all(isinstance(one, str) for one in names):
-        raise JobError(f"'{address}': config.json names no classes; add `label_names`, a list of two names or more")
-    return names
-
-
-def _check_timm(address: str) -> None:
-    if importlib.util.find_spec("timm") is None:
-        raise JobError(f"'{address}' is a model of timm, which is not installed; install riskforge[timm]")
+    return class_names(source.folder, address)
 
 
 def model_digest(address: str) -> str:
@@ -196,11 +167,14 @@ def _folder_digest(folder: Path, files: list[Path]) -> str:
     return digest.hexdigest()[:32]
 
 
-def model_digests(job: JobSpec) -> dict[str, Any]:
+def model_digests(job: JobSpec, *, is_made: bool = False) -> dict[str, Any]:
     """Digest of every model of a job by role, as `engine.plan.plan_identity` takes them.
 
+    Args:
+        is_made: whether this is the job of a run that is there: it is read whatever its models are to each other.
+
     Raises:
-        JobError: a model cannot be had, or the judge is the CLIP model that it is to judge.
+        JobError: a model cannot be had, or one that is to judge another is that other (`check_independent`).
     """
     models = job.models
     diffusion = sorted({request.diffusion or models.diffusion for request in job.requests})
@@ -221,21 +195,60 @@ def model_digests(job: JobSpec) -> dict[str, Any]:
         # A checker's weights are in the digest of its pipeline.
         **({"safety_checker": "off"} if models.safety_checker == "off" else {}),
     }
+    if not is_made:
+        # After the digests: what was missing of a hub id is here now.
+        check_independent(models)
     if models.judge is None:
         # No key either: plans without a judge keep the digest that they had before there were judges.
         return digests
-    _check_independent(models.judge, models.clip)
     return digests | {"judge": of(models.judge)}
 
 
-def _check_independent(judge: str, clip: str) -> None:
-    """Refuse a judge with the weights of the model that it is to judge, whatever lies beside them."""
-    first, second = resolve(judge), resolve(clip)
-    if _folder_digest(first, list(first.glob(_WEIGHTS))) == _folder_digest(second, list(second.glob(_WEIGHTS))):
-        raise JobError(
-            f"models.judge: '{judge}' has the weights of models.clip; the judge of a sample must be another CLIP model"
-            " than the one that may have guided it"
+def check_independent(models: ModelsSpec) -> None:
+    """Refuse models that are to judge others and are those others under another name.
+
+    A judge with the images' half of the model that guided a sample measures what was guided on; an oracle with the
+    weights of the target agrees with it, so that "failures that are still right" are none; a transfer model with these
+    weights would show that every failure transfers. Files are compared, wherever they are here.
+
+    Raises:
+        JobError: all such pairs, a line each.
+    """
+    problems = []
+    if models.judge and _are_same(models.judge, models.clip, _IMAGE_TOWER):
+        problems.append(
+            f"models.judge: '{models.judge}' has the weights of models.clip; the judge of a sample must be another CLIP"
+            " model than the one that may have guided it"
         )
+    if models.oracle and _are_same(models.oracle, models.target):
+        problems.append(
+            f"models.oracle: '{models.oracle}' has the weights of models.target; an oracle is to say whether the target"
+            " errs: give another classifier"
+        )
+    problems += [
+        f"models.transfer.{place}: '{address}' has the weights of models.target; give other classifiers, to which"
+        " failures may transfer or not"
+        for place, address in enumerate(models.transfer)
+        if _are_same(address, models.target)
+    ]
+    if problems:
+        raise JobError(problems)
+
+
+def _independence_problems(job: JobSpec) -> list[str]:
+    try:
+        check_independent(job.models)
+    except JobError as error:
+        return list(error.problems)
+    return []
+
+
+def _are_same(address: str, other: str, part: tuple[str, ...] = ("",)) -> bool:
+    places = [as_file(one) or (None if is_foreign(one) else locate(one).folder) for one in (address, other)]
+    if address == other:
+        return True
+    first, second = places
+    return first is not None and second is not None and have_same_weights(first, second, part)
 
 
 def check_addresses(job: JobSpec, *, with_artefacts: bool = True) -> None:
@@ -262,7 +275,11 @@ def check_addresses(job: JobSpec, *, with_artefacts: bool = True) -> None:
         except JobError as error:
             problems += [f"{field}: {problem}" for problem in error.problems]
     if not problems:
-        problems += _label_problems(job) or [*_request_problems(job), *_decoder_problems(job)]
+        problems += _label_problems(job) or [
+            *_independence_problems(job),
+            *_request_problems(job),
+            *_decoder_problems(job),
+        ]
     problems = problems or _weights_problems(job)
     if not problems and with_artefacts:
         problems += method_problems(job)
@@ -283,22 +300,12 @@ def image_encoder_digest(address: str) -> str:
     return _folder_digest(folder, [one for one in _loaded_files(folder) if one.relative_to(folder).parts[0] in parts])
 
 
-def check_clip(folder: Path, address: str) -> None:
-    """Check that a folder holds a CLIP model: transformers would fill another model's gaps with random weights.
-
-    Raises:
-        JobError: saying what it is instead.
-    """
-    need_file(folder, "config.json", address, "a transformers model folder")
-    kind = read_config(folder / "config.json").get("model_type")
-    if kind != "clip":
-        raise JobError(f"'{address}' is a model of type {kind!r}; a CLIP model is needed")
-
-
 def _check_classifier(folder: Path, address: str) -> None:
-    need_file(folder, "config.json", address, "a transformers or timm model folder")
-    if _TIMM_KEY in read_config(folder / "config.json"):
-        _check_timm(address)
+    check_classifier(folder, address, is_whole=not locate(address).is_hub)
+
+
+def _check_clip(folder: Path, address: str) -> None:
+    check_clip(folder, address, is_whole=not locate(address).is_hub)
 
 
 def _check_diffusion(folder: Path, address: str, *, checks_safety: bool) -> None:
@@ -332,14 +339,14 @@ def _roles(job: JobSpec) -> list[tuple[str, str, Callable[[Path, str], None]]]:
     check_diffusion = partial(_check_diffusion, checks_safety=models.safety_checker != "off")
     roles: list[tuple[str, str, Callable[[Path, str], None]]] = [
         ("models.diffusion", models.diffusion, check_diffusion),
-        ("models.clip", models.clip, check_clip),
+        ("models.clip", models.clip, _check_clip),
         ("models.target", models.target, _check_classifier),
     ]
     roles += [(f"models.transfer.{place}", one, _check_classifier) for place, one in enumerate(models.transfer)]
     if models.oracle:
         roles.append(("models.oracle", models.oracle, _check_classifier))
     if models.judge:
-        roles.append(("models.judge", models.judge, check_clip))
+        roles.append(("models.judge", models.judge, _check_clip))
     if models.guidance_decoder:
         roles.append(("models.guidance_decoder", models.guidance_decoder, check_decoder))
     for number, request in enumerate(job.requests):

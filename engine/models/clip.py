@@ -11,9 +11,10 @@ from torch import Tensor
 
 from engine.errors import JobError
 from engine.finiteness import usable_embeds
-from engine.models.addresses import check_clip, resolve
+from engine.models.addresses import resolve
+from engine.models.classifier_checks import check_clip
 from engine.models.preprocess import Preprocessing
-from engine.models.runtime import frozen, loading
+from engine.models.runtime import frozen, load_weights, loading
 
 TEXT_BATCH = 256
 
@@ -45,7 +46,7 @@ class Clip:
         folder = resolve(address)
         check_clip(folder, address)
         with loading(address, "a CLIP model"):
-            model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype=torch.float32)
+            model = load_weights(CLIPModel, folder, address)
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         return cls(model, tokenizer, Preprocessing.load(folder), device, name=address)
 
@@ -92,13 +93,9 @@ class ImageEncoder:
     """The image encoder of a Stable unCLIP pipeline with its preprocessing, in float32.
 
     Its embeddings are what the pipeline's UNet is conditioned on; class statistics are of this space.
-
-    Attributes:
-        name: the address of the pipeline.
     """
 
-    def __init__(self, model: Any, preprocessing: Preprocessing, device: str, *, name: str) -> None:
-        self.name = name
+    def __init__(self, model: Any, preprocessing: Preprocessing, device: str) -> None:
         self._model = frozen(model, device)
         self._preprocessing = preprocessing
         self._device = device
@@ -114,10 +111,8 @@ class ImageEncoder:
 
         folder = resolve(address)
         with loading(address, "an image encoder"):
-            model = CLIPVisionModelWithProjection.from_pretrained(
-                folder / "image_encoder", use_safetensors=True, local_files_only=True, dtype=torch.float32
-            )
-        return cls(model, Preprocessing.load(folder / "feature_extractor"), device, name=address)
+            model = load_weights(CLIPVisionModelWithProjection, folder / "image_encoder", address)
+        return cls(model, Preprocessing.load(folder / "feature_extractor"), device)
 
     @torch.no_grad()
     def image_embeds(self, images: Sequence[PIL.Image.Image]) -> Tensor:

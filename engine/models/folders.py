@@ -15,6 +15,8 @@ from engine.errors import JobError
 from engine.files import MAX_RECORD_BYTES, read_whole
 
 PIPELINE_INDEX = "model_index.json"
+# In the config.json of a folder of timm.
+TIMM_KEY = "pretrained_cfg"
 # Other precisions and training states of weights; of several without the plain ones the first is loaded.
 VARIANTS = ("fp16", "bf16", "non_ema")
 # Of files beside plain weights, which are neither loaded nor digested.

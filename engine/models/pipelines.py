@@ -11,7 +11,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from engine.errors import JobError
 from engine.models.folders import (
@@ -51,6 +51,7 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
     # Asked by IP-adapters alone, whose UNet is refused.
     "image_encoder": _ENCODER,
 }
+_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 # Where the configuration of a part lies, if not in config.json.
 _CONFIGURATIONS = {
     "tokenizer": "tokenizer_config.json",
@@ -141,9 +142,12 @@ def request_problems(job: JobSpec, request: RequestSpec, folder: Path, address: 
     Args:
         folder: where the pipeline at `address` is; `check_pipeline` lets it through.
     """
-    sampling = job.sampling_of(request)
-    with _readable(address):
-        found = sampling_problems(read_scheduler(folder), sampling, is_guided=request.method != "prompt")
+    sampling, is_guided = job.sampling_of(request), request.method != "prompt"
+    try:
+        with _readable(address):
+            found = sampling_problems(read_scheduler(folder), sampling, is_guided=is_guided)
+    except JobError as error:
+        return [f"diffusion: {error}"]
     return [f"sampling{problem}" for problem in found] + _conditioning_problems(request, folder, address)
 
 
@@ -185,7 +189,7 @@ def _class_problem(folder: Path) -> str:
 
 def _part_problem(folder: Path, checks_safety: bool) -> str:
     """A part that is missing, of another class, without its configuration, or that nothing here would use."""
-    parts = part_classes(folder)
+    parts, index = part_classes(folder), read_config(folder / PIPELINE_INDEX)
     kind = _class_of(folder)
     required = _REQUIRED | (_OF_UNCLIP if kind == UNCLIP else {})
     known = _REQUIRED | (_OF_UNCLIP if kind == UNCLIP else _OPTIONAL)
@@ -197,6 +201,8 @@ def _part_problem(folder: Path, checks_safety: bool) -> str:
             continue
         if name not in known:
             return f"is a {kind} with the part {name} ({found}), which nothing here would use"
+        if not str(index[name][0]).startswith(_LIBRARIES):
+            return f"is a {kind} whose {name} is code of its own ({index[name][0]})"
         if found not in known[name]:
             hint = "; models.safety_checker: off leaves it out" if name == SAFETY_CHECKER else ""
             return f"is a {kind} whose {name} is of class {found}, not {known[name][0]}{hint}"
@@ -349,6 +355,8 @@ def check_decoder(folder: Path, address: str) -> None:
     kind = config.get("_class_name", "transformers model")
     if kind != "AutoencoderTiny":
         raise JobError(f"'{address}' is of class {kind}; an AutoencoderTiny is needed")
+    with _readable(address):
+        _tiny_shape(config)
     if config.get("out_channels", 3) != 3:
         raise JobError(f"'{address}' makes images of {config['out_channels']!r} channels; three are needed")
 
@@ -373,8 +381,7 @@ def decoder_problem(address: str, decoder: Path, pipeline: Path, of: str) -> str
         of: address of the pipeline.
     """
     tiny, vae = read_config(decoder / "config.json"), read_config(pipeline / "vae" / "config.json")
-    with _readable(address):
-        found, wanted = _tiny_shape(tiny), _vae_shape(vae)
+    found, wanted = _tiny_shape(tiny), _vae_shape(vae)
     if found != wanted:
         return (
             f"'{address}' makes images {found[1]} times the size of latents of {found[0]} channels; those of"
@@ -400,5 +407,5 @@ def _tiny_shape(config: dict[str, Any]) -> tuple[int, int]:
     return int(config.get("latent_channels", 4)), int(factor) ** (len(stages) - 1)
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)

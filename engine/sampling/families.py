@@ -65,6 +65,8 @@ FAMILY = (
     "KDPM2AncestralDiscreteScheduler",
     "DPMSolverSinglestepScheduler",
 )
+# No model is trained with more; their noise levels are computed one by one.
+MAX_TIMESTEPS = 100_000
 _SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 _MULTISTEP = ("DPMSolverMultistepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler")
 _SOLVER_TYPES = ("midpoint", "heun", "logrho", "bh1", "bh2")
@@ -166,7 +168,7 @@ def _number_problems(config: dict[str, Any]) -> list[str]:
     """Numbers that are none."""
     where, problems = "scheduler_config.json", list[str]()
     total = config.get("num_train_timesteps", 1000)
-    if not _is_whole(total) or total < 1:
+    if not _is_whole(total) or not 1 <= total <= MAX_TIMESTEPS:
         return [f"{where}: num_train_timesteps: {total!r} is not a number of timesteps"]
     if not _is_whole(config.get("steps_offset", 0)) or config.get("steps_offset", 0) < 0:
         problems.append(f"{where}: steps_offset: {config['steps_offset']!r} is not a number of timesteps")

@@ -523,6 +523,7 @@ def _describe_study(study: _Study, material: _Material) -> dict[str, Any]:
         "data": {
             "real": _describe_images(options.real, material.real),
             "test": _describe_images(options.test, material.test),
+            **_describe_calibration(options.calibrate, material.calibration),
         },
         "seeds": list(range(options.num_seeds)),
         "versions": software_versions(),
@@ -548,6 +549,10 @@ def _attempts(run: StudiedRun, requests: list[str]) -> Iterator[Attempt]:
         if row["status"] != STATUS_FAILED:
             is_valid = not has_oracle or row["oracle_class"] in asked_classes(row)
             yield Attempt(row["context"], is_valid, target_errs(row))
+
+
+def _describe_calibration(address: str | None, images: ImageSet | None) -> dict[str, Any]:
+    return {} if address is None or images is None else {"calibrate": _describe_images(address, images)}
 
 
 def _describe_images(address: str, images: ImageSet) -> dict[str, Any]:
