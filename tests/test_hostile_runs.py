@@ -388,6 +388,20 @@ def test_bent_rows_are_named(
         check(name, path, code, out, err, is_named=False)
 
 
+@pytest.mark.parametrize("classes", [[None], ["x"], [[1]], [1.5], [-1], [True], "one", {"a": 1}, None, 3])
+def test_a_plan_of_other_classes_is_named(
+    run: Path, classes: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are looked up by their numbers."""
+    path = place_of(run, "plan")
+    plan = json.loads(path.read_text())
+    plan["identity"]["requests"][0]["classes"][1] = classes
+    path.write_text(json.dumps(plan))
+    for name in ("status", "verify", "repair"):
+        code, out, err = call(commands(run)[name], capsys, monkeypatch)
+        assert code == 2 and "cannot be read as the plan of a run" in err, (out, err)
+
+
 def test_a_manifest_whose_name_leads_elsewhere_is_named(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -268,7 +268,7 @@ def stored_plan(store: Store) -> tuple[JobSpec, Plan]:
                 spec=spec,
                 job_name=job.name,
                 job_seed=job.seed,
-                cells=tuple(Cell(classes=tuple(one), names=tuple(map(str, one))) for one in raw["classes"]),
+                cells=tuple(map(_cell, raw["classes"])),
             )
             for number, (spec, raw) in enumerate(zip(job.requests, stored.identity["requests"], strict=True))
         )
@@ -302,6 +302,17 @@ def _check_extents(plan: Plan) -> None:
             raise ValueError(f"request {one.request} is not in the job")
         if not EVERY_CELL <= one.cell < len(plan.requests[one.request].cells):
             raise ValueError(f"request {one.request} has no class {one.cell}")
+
+
+def _cell(classes: Any) -> Cell:
+    """The classes of a request's cell from a file; they are called by their numbers.
+
+    Raises:
+        ValueError: they are no numbers of classes.
+    """
+    if not isinstance(classes, list) or any(type(one) is not int or one < 0 for one in classes):
+        raise ValueError(f"{classes!r} are not numbers of classes")
+    return Cell(classes=tuple(classes), names=tuple(map(str, classes)))
 
 
 def _extent(raw: dict[str, Any]) -> Extent:
