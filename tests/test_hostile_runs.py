@@ -296,8 +296,9 @@ def as_text(path: Path, name: str) -> None:
 
 
 def draw(cases: list[Any], num: int, seed: int) -> list[Any]:
-    """So many cases, the same every time; all with `RISKFORGE_FUZZ`."""
-    return cases if "RISKFORGE_FUZZ" in os.environ else random.Random(seed).sample(cases, num)
+    """So many cases, or as many as `RISKFORGE_FUZZ` says; the same every time."""
+    num = max(num, int(os.environ.get("RISKFORGE_FUZZ", "0")))
+    return random.Random(seed).sample(cases, min(num, len(cases)))
 
 
 READING = [
@@ -314,10 +315,10 @@ WRITING = ["report", "repair", "merge", "compare"]
 # These alone load torch; nothing comes of them, as what they are to score with is not there.
 SCORING = ["evaluate", "rescore"]
 BENT_FILES = [(role, bend) for role in FILES for bend in BENDS]
-HANGING = [(role, bend) for role in FILES for bend in ("pipe", "device", "sparse", "folder", "loop", "deep")]
+HANGING = [(role, bend) for role in FILES for bend in ("pipe", "device", "sparse", "deep")]
 
 
-@pytest.mark.parametrize(("role", "bend"), sorted({*draw(BENT_FILES, 40, 0), *HANGING}))
+@pytest.mark.parametrize(("role", "bend"), sorted({*draw(BENT_FILES, 25, 0), *HANGING}))
 def test_a_bent_file_is_named(
     run: Path, role: str, bend: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,7 +339,7 @@ def documents() -> list[tuple[str, int, int]]:
     return [(role, place, value) for role in DOCUMENTS for place in range(60) for value in range(len(VALUES))]
 
 
-@pytest.mark.parametrize(("role", "place", "value"), draw(documents(), 50, 1))
+@pytest.mark.parametrize(("role", "place", "value"), draw(documents(), 30, 1))
 def test_a_bent_field_is_named(
     run: Path, role: str, place: int, value: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,7 +369,7 @@ def columns() -> list[tuple[str, str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("number", draw(list(range(len(columns()))), 50, 2))
+@pytest.mark.parametrize("number", draw(list(range(len(columns()))), 30, 2))
 def test_bent_rows_are_named(
     run: Path, number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
