@@ -104,7 +104,7 @@ def runs(draw: st.DrawFn) -> tuple[JobSpec, dict[str, Any], list[GroupSummary]]:
     return job, manifest, groups
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(runs())
 def test_every_claim_follows_from_the_counts(run: tuple[JobSpec, dict[str, Any], list[GroupSummary]]) -> None:
     """Screening that nothing passed, quotas that are short, models that nobody named, licences that nobody states."""
