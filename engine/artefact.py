@@ -29,6 +29,7 @@ from engine.conditioning.mixtures import ClassMixtures
 from engine.conditioning.predictor import ErrorPredictor, PredictorFit
 from engine.dataset.store import explained
 from engine.errors import JobError, OutputError
+from engine.files import MAX_DOCUMENT_BYTES, parse_json, read_whole
 from engine.images import Unusable
 from engine.models.addresses import ARTEFACT_DOCUMENT as DOCUMENT
 from engine.plan import digest_of
@@ -36,6 +37,7 @@ from engine.temperature import TemperatureFit
 
 SCHEMA_VERSION = 1
 STATISTICS = "statistics.safetensors"
+MAX_STATISTICS_BYTES = 8 * 2**30
 _REMEDY = "make it anew with `riskforge prepare`"
 
 
@@ -136,12 +138,13 @@ def load_conditioning(folder: Path | str) -> Conditioning:
     """
     folder = Path(folder).expanduser()
     try:
-        fields = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))
-        statistics = (folder / STATISTICS).read_bytes()
+        fields = parse_json(read_whole(folder / DOCUMENT, MAX_DOCUMENT_BYTES))
+        statistics = read_whole(folder / STATISTICS, MAX_STATISTICS_BYTES)
     except OSError as error:
-        raise JobError(f"'{folder}' is not a conditioning artefact ({error.strerror}); {_REMEDY}") from None
-    except (ValueError, RecursionError):
-        raise JobError(f"'{folder}': {DOCUMENT} is not JSON; {_REMEDY}") from None
+        reason = error.strerror or f"a file {error}"
+        raise JobError(f"'{folder}' is not a conditioning artefact ({reason}); {_REMEDY}") from None
+    except ValueError as error:
+        raise JobError(f"'{folder}': {DOCUMENT} is not JSON ({str(error)[:300]}); {_REMEDY}") from None
     try:
         _check_document(folder, fields)
         if hashlib.sha256(statistics).hexdigest() != fields["statistics_sha256"]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
+import threading
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +15,7 @@ import engine
 from engine.commands import datasets, jobs, runs, studies
 from engine.commands.output import complain
 from engine.errors import EXIT_DRAINED, JobError, RiskforgeError
-from engine.terminal import printable
+from engine.terminal import printable, redacted
 from engine.terminal import show as print
 
 app = typer.Typer(
@@ -33,6 +35,7 @@ def main() -> None:
     """Run the command line: exit codes and messages as the contract has them."""
     code: Any = 0
     try:
+        _check_arguments(sys.argv[1:])
         app()
     except SystemExit as end:
         code = end.code
@@ -55,11 +58,37 @@ def console() -> None:
     try:
         main()
     except SystemExit as end:
+        # Threads that still compute would abort the interpreter's own end.
         if end.code == EXIT_DRAINED:
-            # Threads that still compute would abort the interpreter's own end.
             sys.stderr.flush()
             os._exit(EXIT_DRAINED)
+        if any(thread.daemon for thread in threading.enumerate()):
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else bool(end.code))
         raise
+
+
+def _check_arguments(arguments: list[str]) -> None:
+    """Refuse passwords in addresses: nothing takes them, and other users see a command line.
+
+    Raises:
+        JobError: with the place of each.
+    """
+    problems: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        option, equals, value = argument.partition("=")
+        value, place = (value, option) if equals and option.startswith("-") else (argument, before)
+        is_bare = place == "--address" and "@" in value
+        if is_bare or redacted(argument) != argument:
+            place = place if place.startswith("-") else "the command line"
+            problems.append(
+                f"{place}: an address holds a user name or password; leave it out, and give credentials by the"
+                " environment (docs/operations.md)"
+            )
+    if problems:
+        raise JobError(problems)
 
 
 def _print_version(wanted: bool) -> None:

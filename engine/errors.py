@@ -1,5 +1,7 @@
 """Errors that a user can cause. Each carries the text to print and the exit code of the command line."""
 
+from engine.terminal import redacted
+
 EXIT_OK = 0
 EXIT_DAMAGED = 1
 EXIT_USER = 2
@@ -12,9 +14,19 @@ MAX_PROBLEM_CHARS = 2000
 
 
 class RiskforgeError(Exception):
-    """An expected failure: printed without a traceback, ends the command with `exit_code`."""
+    """An expected failure: printed without a traceback, ends the command with `exit_code`; holds no password."""
 
     exit_code = EXIT_USER
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(redacted(one) if isinstance(one, str) else one for one in arguments))
+
+
+def fault(message: str, exit_code: int) -> RiskforgeError:
+    """An error of a worker, as it came from its process: with its text and its exit code."""
+    error = RiskforgeError(message)
+    error.exit_code = exit_code
+    return error
 
 
 class JobError(RiskforgeError):
@@ -25,11 +37,15 @@ class JobError(RiskforgeError):
     """
 
     def __init__(self, problems: list[str] | str) -> None:
-        self.problems = [_shortened(one) for one in ([problems] if isinstance(problems, str) else problems)]
+        self.problems = [_shortened(redacted(one)) for one in ([problems] if isinstance(problems, str) else problems)]
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type, tuple[list[str]]]:
         return type(self), (self.problems,)
+
+
+class EverySampleFailedError(JobError):
+    """Every sample of a request's first batch raised an exception: the job is wrong, unless others fare better."""
 
 
 def _shortened(text: str) -> str:
@@ -41,6 +57,18 @@ def _shortened(text: str) -> str:
 
 class OutputError(RiskforgeError):
     """The output cannot be used as asked: not empty, of another plan, not writable."""
+
+
+class StoreLostError(OutputError):
+    """The output's store does not answer, after all retries; what is committed is kept, so the run can be resumed."""
+
+    exit_code = EXIT_DRAINED
+
+
+class ClusterLostError(RiskforgeError):
+    """The cluster that the workers run on is gone; what is committed is kept, so the run can be resumed."""
+
+    exit_code = EXIT_DRAINED
 
 
 class OwnedError(RiskforgeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,30 +15,40 @@ from engine.acceptance import is_accepted
 from engine.batching import BatchSize, Peak
 from engine.conditioner import Conditioner, open_conditioner
 from engine.conditioning.screening import ScreenedDraw
-from engine.errors import JobError
+from engine.errors import EverySampleFailedError, JobError, RiskforgeError
 from engine.guidance.boundary import guide_to_boundary
-from engine.guidance.custom import Criterion, Scene, criterion_problem, guide_by
+from engine.guidance.custom import NO_CHANCE, Criterion, Scene, criterion_problem, guide_by, same_values
 from engine.guidance.guided import ConditionalDenoiser, GuidedDenoiser
 from engine.guidance.risky import guide_to_risk
 from engine.guidance.rules import GradientHealth
+from engine.heartbeat import beat
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
 from engine.models.decoder import GuidanceDecoder
 from engine.models.diffusion import Diffusion
 from engine.models.foreign import reason_of
 from engine.models.methods import load_method, method_digest
+from engine.models.randomness import watch_generators
 from engine.models.runtime import choose_hardware, fix_kernels
 from engine.plan import Plan, RequestPlan, SampleSpec, make_prompt
 from engine.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, SampleResult, check_record, failed_record
 from engine.sampling.loop import sample
 from engine.sampling.noise import draw_noise
 from engine.scoring import Scorer
-from engine.spec import JobSpec
+from engine.spec import MAX_SEED, JobSpec
+from engine.terminal import redacted
 
 # What torch says of an operator that `deterministic` forbids.
 _NOT_DETERMINISTIC = "does not have a deterministic implementation"
 # Older device and allocator errors are plain RuntimeErrors.
-_MACHINE_SIGNS = ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "can't allocate memory", "not enough memory")
+_MACHINE_SIGNS = (
+    "CUDA error", "HIP error", "cuDNN error", "CUBLAS_STATUS", "can't allocate memory", "not enough memory",
+    "out of memory",
+)  # fmt: skip
+# Of errors of the operating system, those that come again: the others may pass.
+_LASTING = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+# In the names of what libraries raise about networks.
+_NETWORK_SIGNS = ("Timeout", "Connect", "Network", "Transport", "Protocol")
 
 
 class Generator:
@@ -65,6 +76,8 @@ class Generator:
         # Requests differ in what a sample of theirs takes: each finds its own size.
         self._batches = [BatchSize() if wanted == "auto" else BatchSize(wanted, grows=False) for _ in plan.requests]
         self._prepared: set[int] = set()
+        # Requests of which some batch went through, whatever became of its samples.
+        self._proven: set[int] = set()
         if len({self._address(request.number) for request in plan.requests}) == 1:
             for request in plan.requests:
                 self.prepare(request.number)
@@ -80,8 +93,12 @@ class Generator:
         """Results of the first samples of `specs`, as many as fit a batch.
 
         Out of memory halves the batch. An exception of one sample makes that sample `failed`, not its neighbours.
+
+        Raises:
+            EverySampleFailedError: this is the first batch of the request, and every sample of it raised.
+            JobError: what the job asks for cannot be.
         """
-        self.prepare(request)
+        self._prepare_first(request)
         while True:
             rows = self._rows(request)
             batch = specs[: rows or self._batches[request].size]
@@ -102,6 +119,15 @@ class Generator:
                     f" decides bytes; give a smaller one for the whole run, such as {used // 2}"
                 )
             self._batches[request].halve(used)
+
+    def _prepare_first(self, request: int) -> None:
+        """As `prepare`; what it stumbles over, every sample would."""
+        try:
+            self.prepare(request)
+        except Exception as error:
+            if is_fault_of_machine(error) or may_pass(error):
+                raise
+            raise self._every_sample_failed(request, error) from error
 
     def prepare(self, request: int) -> None:
         """Load what a request needs and check that it fits together; once. Done where it is needed, at the latest.
@@ -147,9 +173,34 @@ class Generator:
         return self._model(request).rows or fixed
 
     def _isolating(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
-        """Results of a batch; after an exception one by one, to find the sample that it came from."""
+        """Results of a batch; after an exception one by one, to find the sample that it came from.
+
+        What fails with every sample is not a sample's fault.
+        """
+        outcome = self._outcome(request, specs)
+        if not isinstance(outcome, Exception):
+            return outcome
+        is_first = request not in self._proven
+        outcomes: list[list[SampleResult] | Exception] = [outcome]
+        if len(specs) > 1:
+            outcomes = [_without_frames(self._outcome(request, [spec])) for spec in specs]
+        elif is_first:
+            # One sample shows nothing of the others: another noise is tried.
+            outcomes.append(self._outcome(request, [_with_other_noise(specs[0])]))
+        failures = [one for one in outcomes if isinstance(one, Exception)]
+        if len(failures) == len(outcomes) > 1:
+            if is_first and not any(map(may_pass, failures)):
+                raise self._every_sample_failed(request, outcome) from outcome
+            raise outcome
+        return [
+            _failed(spec, _first_line(one)) if isinstance(one, Exception) else one[0]
+            for spec, one in zip(specs, outcomes[: len(specs)], strict=True)
+        ]
+
+    def _outcome(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult] | Exception:
+        """Results of a batch, or what it raised where that may be a sample's fault."""
         try:
-            return self._results(request, specs)
+            results = self._results(request, specs)
         except Exception as error:
             if _NOT_DETERMINISTIC in str(error):
                 operator = str(error).split(_NOT_DETERMINISTIC)[0].strip()
@@ -159,15 +210,16 @@ class Generator:
                 ) from error
             if is_fault_of_machine(error):
                 raise
-            failure = error
-        if len(specs) == 1:
-            text = (str(failure).strip().splitlines() or [""])[0]
-            return [_failed(specs[0], f"{type(failure).__name__}: {text}")]
-        results = [self._isolating(request, [spec])[0] for spec in specs]
-        if all(result.record["status"] == STATUS_FAILED for result in results):
-            # What fails with every sample is not a sample's fault.
-            raise failure
+            return error
+        self._proven.add(request)
         return results
+
+    def _every_sample_failed(self, request: int, error: Exception) -> EverySampleFailedError:
+        name = self._job.requests[request].name
+        return EverySampleFailedError(
+            f"requests.{request}: every sample of the first batch of '{name}' failed: {reason_of(error)}; other"
+            " attempts would fail the same way: fix what the job names here, and the same command goes on"
+        )
 
     def _results(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
         rows = self._rows(request)
@@ -182,8 +234,8 @@ class Generator:
         files, shown = imaging.stored(pixels, output.image_format, provenance=output.provenance)
         records = self._scorer.records(padded, shown)
         return [
-            _failed(spec, faults[row])
-            if faults[row]
+            _failed(spec, faults[row] or record["error_message"])
+            if faults[row] or record["status"] == STATUS_FAILED
             else self._result(
                 request, spec, record | _counts(health, row), files[row], len(padded), draws[row] if draws else None
             )
@@ -195,20 +247,21 @@ class Generator:
         finite = torch.isfinite(images).flatten(1).all(1).tolist()
         checker = self._model(request).safety_checker
         shown = [PIL.Image.fromarray(one) for one in imaging.quantise(images)] if checker else []
-        flagged = checker.flags(shown) if checker else [False] * len(images)
+        unsafe = checker.faults(shown) if checker else [""] * len(images)
         return [
-            "the sampler produced values that are not finite"
-            if not is_finite
-            else "the pipeline's safety checker flagged the image"
-            if is_flagged
-            else ""
-            for is_finite, is_flagged in zip(finite, flagged, strict=True)
+            text if is_finite else "the sampler produced values that are not finite"
+            for is_finite, text in zip(finite, unsafe, strict=True)
         ]
 
     def _draws(self, request: int, specs: Sequence[SampleSpec]) -> list[ScreenedDraw]:
         """What conditions each sample beside its prompt; empty where nothing does."""
-        conditioner = self._conditioners.get(request)
-        return [conditioner.draw(spec) for spec in specs] if conditioner else []
+        conditioner, draws = self._conditioners.get(request), list[ScreenedDraw]()
+        if conditioner is None:
+            return draws
+        for spec in specs:
+            draws.append(conditioner.draw(spec))
+            beat()
+        return draws
 
     def _result(
         self,
@@ -225,7 +278,8 @@ class Generator:
             check_record(record)
         except ValueError as error:
             return _failed(spec, str(error))
-        accepted = is_accepted(self._job.requests[request].accept, record, spec.cell.classes)
+        rule, version = self._job.requests[request].accept, self._plan.schema_version
+        accepted = is_accepted(rule, record, spec.cell.classes, version)
         stored = accepted or self._job.output.store_rejected
         return SampleResult(
             record=record | {"accepted": accepted, "status": STATUS_OK if accepted else STATUS_REJECTED},
@@ -312,15 +366,19 @@ class Generator:
                 f"{where}: the file of '{address}' on this machine is not the one that the run was planned with; give"
                 " all machines the same file"
             )
-        criterion = load_method(address, self._job.guidance_of(request.spec).custom.parameters)
+        parameters = self._job.guidance_of(request.spec).custom.parameters
+        criteria = [load_method(address, parameters) for _ in range(2)]
         shape, scene = self._model(request.number).image_shape, self._scene([request.cells[0].classes] * 2)
         try:
-            problem = criterion_problem(criterion, scene, shape)
+            with watch_generators() as drawn:
+                problem = criterion_problem(criteria, scene, shape)
         except Exception as error:
             raise JobError(f"{where}: the criterion of '{address}' failed: {reason_of(error)}") from error
+        if drawn:
+            problem = f"draws random numbers ({', '.join(drawn)}); {NO_CHANCE}"
         if problem:
             raise JobError(f"{where}: the criterion of '{address}' {problem}")
-        return criterion
+        return _Watched(criteria[0], f"{where}: the criterion of '{address}'")
 
     def _address(self, request: int) -> str:
         return self._job.requests[request].diffusion or self._job.models.diffusion
@@ -356,6 +414,30 @@ class Generator:
             raise JobError(f"requests.{request}: {error}") from None
 
 
+class _Watched:
+    """A criterion that is watched while samples are made: what it did not do when it was tried it may do later.
+
+    Its first call is made twice; that it draws from no global generator is seen at every call.
+
+    Raises:
+        JobError: its distances are not decided by the images.
+    """
+
+    def __init__(self, criterion: Criterion, name: str) -> None:
+        self._criterion, self._name, self._is_first = criterion, name, True
+
+    def __call__(self, images: Tensor, scene: Scene) -> Tensor:
+        with watch_generators() as drawn:
+            distances = self._criterion(images, scene)
+            is_same = not self._is_first or same_values(distances, self._criterion(images, scene))
+        self._is_first = False
+        if drawn:
+            raise JobError(f"{self._name} draws random numbers ({', '.join(drawn)}); {NO_CHANCE}")
+        if not is_same:
+            raise JobError(f"{self._name} gives other distances for equal images when it is asked again; {NO_CHANCE}")
+        return distances
+
+
 def memory_within_reach() -> int:
     """Bytes of the GPU that this process holds already or could still get."""
     free, _ = torch.cuda.mem_get_info()
@@ -381,12 +463,39 @@ def longest_prompts(request: RequestPlan) -> list[str]:
 
 def is_fault_of_machine(error: Exception) -> bool:
     """Whether an exception comes from the job, the memory or the device, and not from a sample."""
-    kinds = (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError, JobError)
+    kinds = (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError, RiskforgeError)
     return isinstance(error, kinds) or any(sign in str(error) for sign in _MACHINE_SIGNS)
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether an exception, or what caused it, is of a kind that comes and goes: files and networks."""
+    if isinstance(error, OSError) and not isinstance(error, _LASTING):
+        return True
+    if any(sign in kind.__name__ for kind in type(error).__mro__ for sign in _NETWORK_SIGNS):
+        return True
+    cause = error.__cause__ or error.__context__
+    return cause is not None and may_pass(cause)
+
+
+def _without_frames(outcome: list[SampleResult] | Exception) -> list[SampleResult] | Exception:
+    """An exception of one of many samples lets its tensors go."""
+    error = outcome if isinstance(outcome, BaseException) else None
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+    return outcome
+
+
+def _with_other_noise(spec: SampleSpec) -> SampleSpec:
+    return dataclasses.replace(spec, seed=(spec.seed + 1) % MAX_SEED)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
 def _failed(spec: SampleSpec, message: str) -> SampleResult:
-    return SampleResult(record=failed_record(spec, message[:500]), run={"batch_size": 1})
+    return SampleResult(record=failed_record(spec, redacted(message)[:500]), run={"batch_size": 1})
 
 
 def _counts(health: GradientHealth, row: int) -> dict[str, Any]:

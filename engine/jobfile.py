@@ -15,7 +15,8 @@ from engine.dataset.store import open_store
 from engine.errors import JobError
 from engine.models.methods import custom_methods
 from engine.models.targets import add_import_folders, factories
-from engine.spec import JobSpec, apply_overrides, parse_job
+from engine.spec import MAX_KEYS, JobSpec, apply_overrides, list_limit, parse_job
+from engine.terminal import redacted
 
 MAX_JOB_BYTES = 16 * 2**20
 # Values of a job with its aliases written out, and digits of a number: more is no job that anybody wrote.
@@ -43,9 +44,25 @@ def read_job(path: Path, overrides: list[tuple[str, Any]], *, continues: bool = 
         raise JobError(f"{path}: is empty; `riskforge schema` shows what a job has")
     if isinstance(raw, dict):
         raw = apply_overrides(raw, overrides)
+    if problems := _credential_problems(raw, ""):
+        raise JobError(problems)
     job = dated(parse_job(raw), datetime.date.today(), continues=continues)
     let_import(job, Path.cwd(), path.parent)
     return job
+
+
+def _credential_problems(value: Any, where: str) -> list[str]:
+    """Addresses with a password, in any place of a job: it would be stored with the run and stand in its card."""
+    if isinstance(value, dict):
+        return [one for key, inner in value.items() for one in _credential_problems(inner, f"{where}.{key}".strip("."))]
+    if isinstance(value, list):
+        return [one for key, inner in enumerate(value) for one in _credential_problems(inner, f"{where}.{key}")]
+    if not isinstance(value, str) or redacted(value) == value:
+        return []
+    return [
+        f"{where}: '{redacted(value)}' holds a user name or password, and a job is stored with its run; leave it out,"
+        " and give credentials by the environment (docs/operations.md)"
+    ]
 
 
 def dated(job: JobSpec, today: datetime.date, *, continues: bool = True) -> JobSpec:
@@ -113,11 +130,37 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def _shortened(text: str) -> str:
+    text = redacted(text)
     return repr(text) if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]!r}..."
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML without silent surprises: a key that stands twice is an error; so is a value that its tag cannot mean."""
+    """YAML without silent surprises: a key that stands twice is an error; so is a value that its tag cannot mean.
+
+    Lists and mappings are counted while they are read: what is too long is not read to its end.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node, if there is room for it in its list or mapping."""
+        if isinstance(parent, yaml.CollectionNode) and len(parent.value) >= self._limit(parent):
+            kind = "entries" if isinstance(parent, yaml.SequenceNode) else "keys"
+            text = f"'{self._name(parent)}' has more than {self._limit(parent)} {kind}; give fewer"
+            raise yaml.constructor.ConstructorError(None, None, text, parent.start_mark)
+        self._below.append(getattr(index, "value", None) if isinstance(index, yaml.ScalarNode) else None)
+        node = super().compose_node(parent, index)
+        self._below.pop()
+        return node
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        # The keys that the nodes being read stand below; None for an entry of a list.
+        self._below: list[str | None] = []
+
+    def _limit(self, parent: yaml.CollectionNode) -> int:
+        return list_limit(self._below[-1]) if isinstance(parent, yaml.SequenceNode) else MAX_KEYS
+
+    def _name(self, parent: yaml.CollectionNode) -> str:
+        return next((key for key in reversed(self._below) if key), "the job")
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """The value of a node; what PyYAML raises of a value that it cannot read becomes an error with its place."""

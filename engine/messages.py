@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from engine.errors import EXIT_USER
+
 
 class Report(Protocol):
     """Hears from a worker how far a shard is."""
@@ -21,8 +23,9 @@ class Rules:
     Attributes:
         limit_factor: a worker that was not heard of for so many times the slowest batch of its request hangs;
         min_limit_seconds: but not before this,
-        first_limit_seconds: nor before this, where no batch of the request was measured yet.
-        start_limit_seconds: from a worker's place on a machine until its models are loaded.
+        first_limit_seconds: nor before this, where no batch of the request was measured yet; whatever shows that it
+            gets further (`WorkerActive`) is heard, too.
+        start_limit_seconds: a worker that loads its models and shows no progress for so long hangs.
         check_seconds: between two looks for workers that hang.
         max_backoff_seconds: longest wait before another worker is started where they fail to start. The first is
             replaced at once, then the wait begins at one second and doubles.
@@ -32,8 +35,8 @@ class Rules:
 
     limit_factor: float = 10.0
     min_limit_seconds: float = 300.0
-    first_limit_seconds: float = 3600.0
-    start_limit_seconds: float = 1800.0
+    first_limit_seconds: float = 600.0
+    start_limit_seconds: float = 600.0
     check_seconds: float = 2.0
     max_backoff_seconds: float = 60.0
     deadline: float | None = None
@@ -57,6 +60,13 @@ class WorkerPlaced:
 
     worker: int
     node_kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerActive:
+    """A worker gets further with what no batch measures: it loads, downloads, compiles, or does a step of a batch."""
+
+    worker: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +110,16 @@ class ShardDone:
 
 @dataclass(frozen=True, slots=True)
 class ShardError:
-    """An exception came out of a shard. The worker's process lives, in an unknown condition."""
+    """An exception came out of a shard. The worker's process lives, in an unknown condition.
+
+    Attributes:
+        every_sample: whether every sample of the request's first batch there raised it.
+    """
 
     worker: int
     shard: int
     message: str
+    every_sample: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +133,14 @@ class WorkerLost:
 
 @dataclass(frozen=True, slots=True)
 class UserFault:
-    """Something that only the user can mend: no other attempt would fare better."""
+    """Something that only the user can mend, or a store that is lost: no other attempt would fare better.
+
+    Attributes:
+        exit_code: of the command that ends with it.
+    """
 
     message: str
+    exit_code: int = EXIT_USER
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,12 +226,15 @@ class Drained:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """Give the run up. `user_fault`: the message is for the user; else something is broken."""
+    """Give the run up. `user_fault`: the message is for the user, as `UserFault`; else something is broken."""
 
     message: str
     user_fault: bool
+    exit_code: int = EXIT_USER
 
 
-OfWorker = WorkerPlaced | WorkerReady | ShardProgress | ShardSampled | ShardDone | ShardError | WorkerLost
+OfWorker = (
+    WorkerPlaced | WorkerActive | WorkerReady | ShardProgress | ShardSampled | ShardDone | ShardError | WorkerLost
+)
 Event = OfWorker | Tick | UserFault | PlanGrown | Drain
 Action = StartWorker | StopWorker | Assign | Replaced | Quarantine | Finished | Drained | Abort

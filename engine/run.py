@@ -24,7 +24,10 @@ from engine.dataset.commits import CommitSummary, list_commits, read_commits
 from engine.dataset.journal import Journal
 from engine.dataset.lease import Lease, hold
 from engine.dataset.manifest import FinishedRun, finalise, mark_success, software_versions
+from engine.dataset.output_folder import check_output
+from engine.dataset.presence import check_committed, is_closed, lost_files
 from engine.dataset.state import (
+    MANIFEST,
     METADATA,
     QUARANTINE,
     REPORT,
@@ -34,9 +37,10 @@ from engine.dataset.state import (
     find_plan,
     open_run,
     quarantined_shards,
+    read_manifest,
 )
 from engine.dataset.store import Store, open_store
-from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK, JobError
+from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK, CorruptShardError, JobError
 from engine.executors.base import Executor, WorkerLike
 from engine.messages import Rules
 from engine.models.addresses import check_addresses, missing_artefacts, model_digests, read_labels, resolve
@@ -119,6 +123,7 @@ def run_job(
     Raises:
         RiskforgeError: the job, its models or its output are not as they must be.
         OwnedError: another driver is at work on the output.
+        CorruptShardError: files of committed shards are lost.
         WorkersFailingError: workers fail over and over.
     """
     started = time.monotonic()
@@ -130,7 +135,7 @@ def run_job(
         store, job, planned, models = prepare(job, executor, display)
         if resume == "auto" and store.exists(SUCCESS) and (plan := find_plan(store, planned, job)):
             committed = list_commits(store)
-            if len(committed) == plan.num_shards:
+            if len(committed) == plan.num_shards and is_closed(store, plan.digest) and not lost_files(store):
                 return _summary(store, job, plan, committed, started, was_complete=True)
         check_unused(store)
         with (
@@ -139,6 +144,7 @@ def run_job(
             contextlib.ExitStack() as cleanup,
         ):
             plan = open_run(store, planned, job, resume, confirmed)
+            check_committed(store)
             if retry:
                 store.remove_tree(QUARANTINE)
             journal = Journal(store, lease.number)
@@ -155,7 +161,7 @@ def run_job(
                 rules=rules,
             )
             end = ShiftEnd(plan=plan, drained="", sampling_share=None)
-            hardware: dict[str, Any] = {"machine": platform.machine()}
+            hardware = _known_hardware(store)
             if shift.begin_rounds():
                 end = shift.work(partial(make_worker or _here(default_worker), job, shift.plan))
                 hardware |= executor.describe()
@@ -201,6 +207,14 @@ def _close(
     return _summary(store, job, end.plan, list_commits(store), started, finished=finished, end=end)
 
 
+def _known_hardware(store: Store) -> dict[str, Any]:
+    """This machine, and what the manifest says of those that have worked so far."""
+    earlier: dict[str, Any] = {}
+    with contextlib.suppress(CorruptShardError, AttributeError, TypeError):
+        earlier = dict(read_manifest(store).get("hardware") or {}) if store.exists(MANIFEST) else {}
+    return earlier | {"machine": platform.machine()}
+
+
 def prepare(job: JobSpec, executor: Executor, display: Display) -> tuple[Store, JobSpec, Plan, dict[str, Any]]:
     """Check a job against its models, while the executor prepares.
 
@@ -210,6 +224,7 @@ def prepare(job: JobSpec, executor: Executor, display: Display) -> tuple[Store, 
     """
     check_addresses(job)
     store = open_store(job.output.uri)
+    check_output(store)
     job = job.model_copy(update={"output": job.output.model_copy(update={"uri": store.uri})})
     labels = target_labels(job)
     requests = resolve_requests(job, labels)
@@ -360,9 +375,13 @@ def close_run(
 
     Returns:
         None where no shard is committed.
+
+    Raises:
+        CorruptShardError: files of committed shards are lost.
     """
     if not list_commits(store):
         return None
+    check_committed(store)
     from engine.report.render import write_report
 
     timing = {

@@ -37,6 +37,7 @@ from engine.messages import (
     StopWorker,
     Tick,
     UserFault,
+    WorkerActive,
     WorkerLost,
     WorkerPlaced,
     WorkerReady,
@@ -61,7 +62,7 @@ class WorkerState(NamedTuple):
     Attributes:
         num_sampled: shards at the head of its queue that are only being written; the one behind them is in work, too.
         model: what it worked with last.
-        heard: when it was last heard of: placed, ready, or a step further in the shard in work.
+        heard: when it was last heard of: placed, ready, a step further in the shard in work, or active.
         began: when the shard in work was begun.
     """
 
@@ -118,6 +119,7 @@ class State(NamedTuple):
         idle: ready workers without a shard, lowest first.
         batch_seconds: the slowest batch of a kind.
         shard_seconds: the slowest shard of a kind.
+        proven: kinds of which shards were committed before the run.
         batch_limits: largest batch that fits, by kind of node and kind of shard.
         faults_in_a_row: faults in shards since one was last finished.
         start_faults_in_a_row: workers that failed to start since one was last ready.
@@ -141,6 +143,7 @@ class State(NamedTuple):
     next_worker: int = 0
     batch_seconds: Mapping[int, float] = {}
     shard_seconds: Mapping[int, float] = {}
+    proven: frozenset[int] = frozenset()
     batch_limits: Mapping[tuple[str, int], int] = {}
     faults_in_a_row: int = 0
     start_faults_in_a_row: int = 0
@@ -164,6 +167,7 @@ def start(
     *,
     lots: Iterable[Lot] | None = None,
     is_final: bool = True,
+    proven: Iterable[int] = (),
     rules: Rules | None = None,
     now: float = 0.0,
 ) -> Step:
@@ -174,10 +178,17 @@ def start(
         max_workers: workers at a time.
         lots: the plan's rows of shards; a single one when not given.
         is_final: whether no shards will be added.
+        proven: kinds of which shards are committed already, with images.
         now: the time, on the clock of `Tick`.
     """
     state = State(
-        rules=rules or Rules(), skipped=b"", max_workers=max_workers, is_final=is_final, now=now, next_check=now
+        rules=rules or Rules(),
+        skipped=b"",
+        max_workers=max_workers,
+        is_final=is_final,
+        proven=frozenset(proven),
+        now=now,
+        next_check=now,
     )
     state = _grow(state, tuple(lots) if lots is not None else (Lot(len(skipped)),), skipped)
     return _settle(state, [])
@@ -195,7 +206,7 @@ def step(state: State, event: Event) -> Step:
     if isinstance(event, Drain):
         return _settle(_drain(state), [])
     if isinstance(event, UserFault):
-        return _abort(state, event.message, user_fault=True)
+        return state._replace(is_over=True), [Abort(event.message, user_fault=True, exit_code=event.exit_code)]
     worker = state.workers.get(event.worker)
     if worker is None:
         return state, []
@@ -208,6 +219,8 @@ def step(state: State, event: Event) -> Step:
     if isinstance(event, WorkerPlaced):
         placed = worker._replace(is_placed=True, node_kind=event.node_kind, heard=state.now)
         return state._replace(workers=state.workers.put(event.worker, placed)), []
+    if isinstance(event, WorkerActive):
+        return _on_active(state, event.worker, worker), []
     if isinstance(event, WorkerReady):
         return _on_ready(state, event.worker, worker)
     if isinstance(event, ShardError):
@@ -266,8 +279,9 @@ def _hanging(state: State) -> list[tuple[int, str]]:
             limit = time_limit(state, worker.queue[0])
             if silent > limit:
                 found.append((number, f"hangs: nothing was heard of it for {silent:.0f} s, the limit is {limit:.0f} s"))
-        elif worker.is_placed and not worker.is_ready and silent > state.rules.start_limit_seconds:
-            found.append((number, f"hangs: its models are not loaded after {silent:.0f} s"))
+        elif worker.is_placed and not worker.is_ready and silent > (limit := state.rules.start_limit_seconds):
+            text = f"hangs: its models are not loaded, and nothing moved for {silent:.0f} s, the limit is {limit:.0f} s"
+            found.append((number, text))
     return sorted(found)
 
 
@@ -300,6 +314,17 @@ def _on_ready(state: State, number: int, worker: WorkerState) -> Step:
     workers = state.workers.put(number, worker._replace(is_ready=True, is_placed=True, heard=state.now))
     state = state._replace(workers=workers, idle=_with(state.idle, number), start_faults_in_a_row=0, start_after=0.0)
     return _settle(state, [])
+
+
+def _on_active(state: State, number: int, worker: WorkerState) -> State:
+    """A sign of life that counts until batches are measured: from then on their time is the better judge."""
+    if worker.is_ready and not (worker.queue and _is_unmeasured(state, worker.queue[0])):
+        return state
+    return state._replace(workers=state.workers.put(number, worker._replace(heard=state.now)))
+
+
+def _is_unmeasured(state: State, shard: int) -> bool:
+    return state.lot(shard).kind not in state.batch_seconds
 
 
 def _on_progress(state: State, event: ShardProgress, worker: WorkerState) -> State:
@@ -360,9 +385,17 @@ def _on_error(state: State, event: ShardError, worker: WorkerState) -> Step:
     """The process may be spoilt (a device error stays with it), so the worker is replaced."""
     if event.shard not in worker.queue:
         return state, []
+    if is_fault_of_job(state, event):
+        return state._replace(is_over=True), [Abort(event.message, user_fault=True)]
     actions: list[Action] = [StopWorker(event.worker)]
     state = _blame(_remove_worker(state, event.worker, worker), (event.shard,), event.message, actions)
     return (state, actions) if state.is_over else _settle(state, actions)
+
+
+def is_fault_of_job(state: State, event: ShardError) -> bool:
+    """Whether what every sample of a batch raised is nobody else's fault: no batch of the request went through yet."""
+    kind = state.lot(event.shard).kind
+    return event.every_sample and not (kind in state.proven or kind in state.batch_seconds)
 
 
 def _on_lost(state: State, event: WorkerLost, worker: WorkerState) -> Step:
@@ -382,7 +415,7 @@ def _note_start_fault(state: State, message: str, actions: list[Action]) -> Stat
     wait = min(2.0 ** (num_faults - 2), state.rules.max_backoff_seconds) if num_faults > 1 else 0.0
     state = state._replace(start_faults_in_a_row=num_faults, start_after=state.now + wait)
     if num_faults >= MAX_START_FAULTS and not any(one.is_ready for one in state.workers.values()):
-        state, last = _abort(state, f"workers do not start; the last one: {message}", user_fault=False)
+        state, last = _give_up(state, f"workers do not start; the last one: {message}")
         actions += last
     return state
 
@@ -398,7 +431,7 @@ def _blame(state: State, shards: tuple[int, ...], message: str, actions: list[Ac
     state = state._replace(faults_in_a_row=state.faults_in_a_row + 1)
     if state.faults_in_a_row > FAULT_ALLOWANCE + FAULT_ALLOWANCE_PER_WORKER * state.max_workers:
         text = f"{state.faults_in_a_row} faults in a row and no shard finished; the last one: {message}"
-        state, last = _abort(state, text, user_fault=False)
+        state, last = _give_up(state, text)
         actions += last
     return state
 
@@ -547,8 +580,8 @@ def _held(stocks: Mapping[int, Stock], before: int, after: int) -> Mapping[int, 
     return {**stocks, **held}
 
 
-def _abort(state: State, message: str, *, user_fault: bool) -> Step:
-    return state._replace(is_over=True), [Abort(message, user_fault)]
+def _give_up(state: State, message: str) -> Step:
+    return state._replace(is_over=True), [Abort(message, user_fault=False)]
 
 
 def _with(ordered: tuple[int, ...], one: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from engine.dataset.journal import Journal
 from engine.dataset.lease import Lease
 from engine.dataset.state import QUARANTINE, publish_rounds, quarantined_shards
 from engine.dataset.store import Store
-from engine.errors import EXIT_INCOMPLETE, RiskforgeError
+from engine.errors import EXIT_INCOMPLETE, RiskforgeError, fault
 from engine.executors.base import Executor, ExecutorEvent, ShardResult, WorkerFactory
 from engine.interrupts import Request, deferred
 from engine.messages import (
@@ -102,6 +102,8 @@ class Shift:
         self._rules = rules
         counts = {number: commit.counts for number, commit in committed.items()}
         quarantined = set(quarantined_shards(store))
+        # Requests that have images: what fails with every sample from now on is not the job's fault.
+        self._proven = {plan.shard(number).request for number, one in counts.items() if one.ok or one.rejected}
         self._tally = Tally(plan, counts)
         self._quotas = replay(plan, counts, quarantined, job.output.samples_per_shard)
         self._skipped = bytearray(plan.num_shards)
@@ -142,6 +144,7 @@ class Shift:
                 num_workers,
                 lots=map(self._lot, self._plan.extents),
                 is_final=self._quotas.is_final,
+                proven=self._proven,
                 rules=self._rules,
                 now=time.monotonic(),
             )
@@ -215,7 +218,7 @@ class Shift:
                 self._tell_replaced(action.worker, action.message)
             elif isinstance(action, Abort):
                 self._journal.note("aborted", message=brief(action.message))
-                raise RiskforgeError(action.message) if action.user_fault else self._give_up(action.message)
+                raise fault(action.message, action.exit_code) if action.user_fault else self._give_up(action.message)
             else:
                 if isinstance(action, Drained):
                     self._drained = self._drained or DEADLINE
@@ -267,7 +270,8 @@ class Shift:
             self._note_commit(event, now)
         elif isinstance(event, ShardError):
             self._tally.drop(event.shard)
-            self._tell_replaced(event.worker, event.message, event.shard)
+            if not scheduler.is_fault_of_job(state, event):
+                self._tell_replaced(event.worker, event.message, event.shard)
         elif isinstance(event, WorkerLost):
             self._watch.left(event.worker)
             self._tell_replaced(event.worker, event.message)

@@ -7,6 +7,7 @@ them together; `apply_overrides` is the `--set` of the command line.
 from __future__ import annotations
 
 import datetime
+import json
 import math
 import re
 from fractions import Fraction
@@ -21,6 +22,12 @@ from engine.spec_messages import Location, explain, location_of
 
 MAX_SEED = 2**53
 MAX_REQUESTS = 1000
+# Entries of lists by the name of their key, of all others, and keys of a mapping: counted before they are looked at.
+LIST_LIMITS = {"requests": MAX_REQUESTS, "contexts": 10_000, "classes": 100_000, "boundary": 1000, "transfer": 100}
+MAX_ENTRIES = 100_000
+MAX_KEYS = 10_000
+# Problems of a job that are put into words.
+MAX_PROBLEMS = 100
 MAX_INDEX = 10**8
 JOINT_SEPARATOR = " and "
 CLASS_TEMPLATE = "a photo of a {class}"
@@ -35,9 +42,24 @@ Address = Annotated[str, Field(min_length=1, max_length=1000)]
 Number = Annotated[float, Field(strict=True)]
 # A criterion of the user's own: `package.module:factory`.
 Method = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$", max_length=200)]
+Classes = tuple[str | StrictInt, ...]
 Identifier = Annotated[str, Field(pattern=r"^[^\W\d]\w*$", max_length=100)]
 Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
 Factor = Annotated[str, Field(pattern=r"^[0-9]{1,6}(\.[0-9]{1,3})?x$")]
+
+
+def _storable(value: Any) -> Any:
+    """A plain value, if JSON in UTF-8 holds it: a job is stored as such."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a character, which no text in UTF-8 has") from None
+    return value
+
+
+# Whatever JSON has: what a job is read with must be what it is stored with.
+Plain = Annotated[pydantic.JsonValue, pydantic.AfterValidator(_storable)]
+Plains = dict[Annotated[str, pydantic.AfterValidator(_storable)], Plain]
 
 
 class _Spec(BaseModel):
@@ -53,7 +75,11 @@ class ModelsSpec(_Spec):
         description="Image classifier that is guided on and scored; this, `transfer` and `oracle` may also be a file of"
         " TorchScript or torch.export, or `package.module:factory`, which runs that code."
     )
-    transfer: tuple[Address, ...] = Field(default=(), description="Classifiers that are scored and never guided on.")
+    transfer: tuple[Address, ...] = Field(
+        default=(),
+        max_length=LIST_LIMITS["transfer"],
+        description="Classifiers that are scored and never guided on.",
+    )
     oracle: Address | None = Field(default=None, description="Independent classifier whose reading is recorded.")
     judge: Address | None = Field(
         default=None, description="Second, independent CLIP model: its conformity is recorded and never guided on."
@@ -72,14 +98,21 @@ class ModelsSpec(_Spec):
 class SamplingSpec(_Spec):
     """How the diffusion model samples. All schedulers are deterministic given the first noise."""
 
-    scheduler: Literal["lms", "ddim", "euler", "dpmsolver++"] = Field(
-        default="lms", description="Sampler: k-LMS, DDIM with eta 0, Euler, or DPM-Solver++ (2M)."
+    scheduler: Literal["lms", "ddim", "euler", "dpmsolver++", "model"] = Field(
+        default="lms",
+        description="Sampler: k-LMS, DDIM with eta 0, Euler, DPM-Solver++ (2M), or the model's own, where that draws no"
+        " noise.",
     )
     num_inference_steps: StrictInt = Field(default=40, ge=1, le=1000, description="Number of denoising steps T.")
     guidance_scale: Number = Field(default=7.5, ge=1, le=100, description="Classifier-free guidance scale; 1 is off.")
     guidance_rescale: Number = Field(default=0.0, ge=0, le=1, description="Rescale of classifier-free guidance.")
     timestep_spacing: Literal["leading", "linspace", "trailing"] | None = Field(
         default=None, description="Spacing of the timesteps; the model's own when empty."
+    )
+    use_karras_sigmas: bool | None = Field(
+        default=None,
+        description="Noise levels of Karras et al. (2022), for lms, euler and dpmsolver++; as the model has it when"
+        " empty.",
     )
     rescale_betas_zero_snr: bool = Field(default=False, description="Zero terminal SNR; v-prediction models only.")
     negative_prompt: Context = Field(default="", description="Prompt of the unconditional half.")
@@ -145,7 +178,7 @@ class RiskyGuidanceSpec(_Spec):
 class CustomGuidanceSpec(BoundaryGuidanceSpec):
     """Guidance by a criterion of the user's own; steps and schedule are those of `boundary`."""
 
-    parameters: dict[Identifier, pydantic.JsonValue] = Field(
+    parameters: dict[Identifier, Plain] = Field(
         default_factory=dict,
         description="Arguments of the function that `method` names: plain values, or lists of them.",
     )
@@ -201,10 +234,10 @@ class RequestSpec(_Spec):
         description="Prompt only, KLDB boundary guidance, RiskyDiff guidance, or `package.module:factory`: a criterion"
         " of your own, which runs that code."
     )
-    classes: Literal["all"] | tuple[str | StrictInt, ...] | None = Field(
+    classes: Literal["all"] | Annotated[Classes, Field(max_length=LIST_LIMITS["classes"])] | None = Field(
         default=None, description="Class names or indices of the target, or `all`."
     )
-    boundary: tuple[str | StrictInt, ...] | None = Field(
+    boundary: Annotated[Classes, Field(max_length=LIST_LIMITS["boundary"])] | None = Field(
         default=None, description="Subset of at least two classes that share one joint prompt."
     )
     count: StrictInt = Field(
@@ -214,12 +247,15 @@ class RequestSpec(_Spec):
         " context.",
     )
     contexts: tuple[Context, ...] = Field(
-        default=("",), min_length=1, max_length=10000, description="Each is appended to the prompt; '' is no context."
+        default=("",),
+        min_length=1,
+        max_length=LIST_LIMITS["contexts"],
+        description="Each is appended to the prompt; '' is no context.",
     )
     prompt: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(
         default=None, description="Prompt template with `{class}` and optionally `{context}`."
     )
-    accept: dict[str, Any] = Field(
+    accept: Plains = Field(
         default_factory=dict,
         description="Conditions for a sample to be kept, such as {is_error: true, oracle: agrees, risk: '>= 1'}.",
     )
@@ -238,8 +274,8 @@ class RequestSpec(_Spec):
     conditioning: ConditioningSpec | None = Field(
         default=None, description="Image embeddings for a Stable unCLIP pipeline; an artefact's address will do."
     )
-    sampling: dict[str, Any] = Field(default_factory=dict, description="Overrides of the job's `sampling`.")
-    guidance: dict[str, Any] = Field(default_factory=dict, description="Overrides of the job's `guidance`.")
+    sampling: Plains = Field(default_factory=dict, description="Overrides of the job's `sampling`.")
+    guidance: Plains = Field(default_factory=dict, description="Overrides of the job's `guidance`.")
 
     @pydantic.field_validator("conditioning", mode="before")
     @classmethod
@@ -357,7 +393,7 @@ class JobSpec(_Spec):
     seed: Seed = Field(default=0, description="Seed of the job, a non-negative integer below 2^53.")
     models: ModelsSpec = Field(description="What samples, what is guided on, and what scores.")
     requests: tuple[RequestSpec, ...] = Field(
-        min_length=1, max_length=MAX_REQUESTS, description="What to make; the order gives each its number."
+        min_length=1, max_length=LIST_LIMITS["requests"], description="What to make; the order gives each its number."
     )
     sampling: SamplingSpec = Field(default=SamplingSpec(), description="How the diffusion model samples.")
     guidance: GuidanceSpec = Field(default=GuidanceSpec(), description="Parameters of the guidance methods.")
@@ -389,6 +425,8 @@ def parse_job(raw: Any) -> JobSpec:
     """
     if not isinstance(raw, dict):
         raise JobError(f"job: a mapping of keys is expected, not {type(raw).__name__}; see `riskforge schema`")
+    if oversized := _oversized(raw, ()):
+        raise JobError([f"{_path(where)}: {text}" for where, text in oversized[:MAX_PROBLEMS]])
     job, problems = _validate(JobSpec, raw, ())
     known = [where for where, _ in problems]
     # What is checked between fields is checked without the wrong ones, whose absence says nothing new.
@@ -398,11 +436,41 @@ def parse_job(raw: Any) -> JobSpec:
         if not any(where == one or _is_below(one, where) for one in known)
     ]
     if problems:
-        raise JobError([f"{_path(where)}: {text}" for where, text in problems])
+        raise JobError(_limited([f"{_path(where)}: {text}" for where, text in problems]))
     return job
 
 
+def _limited(lines: list[str]) -> list[str]:
+    """The first of many lines, and how many more there are."""
+    more = len(lines) - MAX_PROBLEMS
+    return [*lines[:MAX_PROBLEMS], f"job: has {more} more problems like these"] if more > 0 else lines
+
+
 Problem = tuple[Location, str]
+
+
+def list_limit(key: object) -> int:
+    """Entries that a list below a key of a job may have."""
+    return LIST_LIMITS.get(key, MAX_ENTRIES) if isinstance(key, str) else MAX_ENTRIES
+
+
+def _oversized(value: Any, where: Location) -> list[Problem]:
+    """Lists and mappings with more entries than any job has use for; what is in them is not looked at."""
+    if isinstance(value, dict):
+        if len(value) > MAX_KEYS:
+            return [(where, f"has {len(value)} keys; a mapping has {MAX_KEYS} at most")]
+        return [found for key, inner in value.items() for found in _oversized(inner, (*where, _key(key)))]
+    if isinstance(value, (list, tuple)):
+        limit = list_limit(where[-1] if where else None)
+        if len(value) > limit:
+            return [(where, f"has {len(value)} entries; give {limit} or fewer")]
+        nested = ((place, inner) for place, inner in enumerate(value) if isinstance(inner, (dict, list, tuple)))
+        return [found for place, inner in nested for found in _oversized(inner, (*where, place))]
+    return []
+
+
+def _key(key: Any) -> str | int:
+    return key if isinstance(key, (str, int)) else str(key)
 
 
 def _between_fields(raw: dict[str, Any]) -> list[Problem]:
@@ -481,10 +549,14 @@ def noise_problem(prediction_type: str, zero_snr: bool) -> str | None:
 
 
 def _sampling_problems(sampling: dict[str, Any], where: Location) -> list[Problem]:
+    problems: list[Problem] = []
     if sampling["rescale_betas_zero_snr"] and sampling["scheduler"] == "lms":
         text = "zero terminal SNR is not defined for lms; use ddim, euler or dpmsolver++"
-        return [((*where, "rescale_betas_zero_snr"), text)]
-    return []
+        problems.append(((*where, "rescale_betas_zero_snr"), text))
+    if sampling["use_karras_sigmas"] and sampling["scheduler"] == "ddim":
+        text = "ddim has no sigmas to choose; leave it out, or use lms, euler or dpmsolver++"
+        problems.append(((*where, "use_karras_sigmas"), text))
+    return problems
 
 
 def _base(spec: type[BaseModel], raw: Any) -> dict[str, Any]:
@@ -558,9 +630,16 @@ def _conditioning_problems(request: RequestSpec) -> list[Problem]:
     elif conditioning.images is not None and conditioning.screening:
         problems.append((("screening",), "given images are not screened; leave it out, or give an artefact"))
     elif not conditioning.is_screened:
-        unused = [name for name in ("threshold", "max_draws") if name in conditioning.model_fields_set]
-        problems += [((name,), "has no effect without screening; leave it out") for name in unused]
+        problems += [
+            ((name,), "has no effect without screening; leave it out") for name in _changed_screening(conditioning)
+        ]
     return problems
+
+
+def _changed_screening(conditioning: ConditioningSpec) -> list[str]:
+    """What would steer screening and is not at its default; a stored job has the defaults written out."""
+    fields = ConditioningSpec.model_fields
+    return [name for name in ("threshold", "max_draws") if getattr(conditioning, name) != fields[name].default]
 
 
 def _template_problems(request: RequestSpec) -> list[Problem]:
@@ -579,7 +658,7 @@ def _validate(spec: type[BaseModel], raw: dict[str, Any], where: Location) -> tu
         return spec.model_validate(raw), []
     except pydantic.ValidationError as error:
         found: dict[Location, str] = {}
-        for item in error.errors():
+        for item in error.errors(include_url=False)[: 2 * MAX_PROBLEMS]:
             location = location_of(item)
             found.setdefault((*where, *location), explain(spec, item, location))
         # A list that loses its wrong items is called too short, which says nothing new.

@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from engine.terminal import redacted
+
 Location = tuple[str | int, ...]
 
 STOCHASTIC_SCHEDULERS = ("ddpm", "euler_ancestral", "euler-ancestral", "dpmsolver_sde", "sde")
@@ -23,7 +25,7 @@ def location_of(item: Any) -> Location:
 
 def _location(loc: Location) -> Location:
     """The keys of the job file alone: pydantic adds the members of a union to its locations."""
-    noise = re.compile(r"^(\[key\]$|literal\[|tuple\[|constrained-|function-|int$|str$|float$|bool$)")
+    noise = re.compile(r"^(\[key\]$|literal\[|tuple\[|constrained-|function-|int$|str$|float$|bool$|dict$|list$)")
     return tuple(part for part in loc if isinstance(part, int) or not noise.match(part))
 
 
@@ -76,7 +78,8 @@ def _expected(kind: str, key: str, item: Any) -> str:
         return f"is not {_KINDS[kind]}" + ("; put it in quotes if it is meant so" if kind == "string_type" else "")
     if kind == "string_pattern_mismatch" and (choices := re.fullmatch(r"\^\(([a-z|]+)\)\$", limits["pattern"])):
         return f"is not one of {choices[1].replace('|', ', ')}" + nearest(str(given), choices[1].split("|"))
-    return f"cannot be used: {item['msg'][0].lower()}{item['msg'][1:]}"
+    reason = item["msg"].removeprefix("Value error, ")
+    return f"cannot be used: {reason[0].lower()}{reason[1:]}"
 
 
 # Of pydantic's kinds of errors: what is wrong, what is wanted, and where the limit stands.
@@ -101,6 +104,7 @@ _KINDS = {
     "tuple_type": "a list, such as [a, b]",
     "dict_type": "a mapping of keys to values",
     "model_type": "a mapping of keys to values",
+    "invalid-json-value": "text, a number, true or false, or a list or mapping of these",
 }
 
 
@@ -135,7 +139,7 @@ def _fields_at(root: type[BaseModel], location: Location) -> dict[str, Any]:
 def _shown(value: Any) -> str:
     """A value for a message, cut where it is long."""
     try:
-        text = repr(value)
+        text = redacted(repr(value))
     except ValueError:
         # Python spells out no number of more than 4300 digits.
         return "a number of thousands of digits"

@@ -11,6 +11,7 @@ from engine.dataset.commits import list_commits
 from engine.dataset.journal import read_events
 from engine.dataset.lease import is_alive, read_holder
 from engine.dataset.manifest import quota_rows
+from engine.dataset.presence import is_closed, loss_lines, lost_files
 from engine.dataset.state import SUCCESS, quarantined_shards, stored_plan
 from engine.dataset.store import Store
 from engine.progress import duration
@@ -38,7 +39,9 @@ class Status:
     """How far a run is.
 
     Attributes:
-        state: `complete`, `running`, or `stopped`.
+        state: `complete`, `running`, `stopped`, or `damaged` where files of committed shards are lost.
+        lost: these files, a line each; not looked for while a driver is at work.
+        is_torn: whether a file over all shards of a finished run is missing or torn; it then counts as stopped.
         driver: who is at work, or was last; empty where nobody has begun.
         samples_per_second: of the latest commits, None where nobody is at work.
         eta_seconds: for the shards that are planned, None where the rate is not known.
@@ -52,6 +55,8 @@ class Status:
     num_shards: int
     num_committed: int
     quarantined: tuple[int, ...]
+    lost: tuple[str, ...]
+    is_torn: bool
     requests: tuple[RequestStatus, ...]
     samples_per_second: float | None
     eta_seconds: float | None
@@ -69,6 +74,9 @@ def read_status(store: Store) -> Status:
     counts = {number: commit.counts for number, commit in list_commits(store).items()}
     holder = read_holder(store)
     is_running = holder is not None and is_alive(holder)
+    lost = () if is_running else tuple(lost_files(store))
+    is_marked = store.exists(SUCCESS)
+    is_torn = is_marked and not is_closed(store, plan.digest)
     events = list(read_events(store))
     rate = _rate(events) if is_running else None
     planned = sum(extent.stop - extent.start for extent in plan.extents)
@@ -83,11 +91,13 @@ def read_status(store: Store) -> Status:
     return Status(
         uri=store.uri,
         name=job.name,
-        state="complete" if store.exists(SUCCESS) else "running" if is_running else "stopped",
+        state=_state(is_damaged=bool(lost), is_complete=is_marked and not is_torn, is_running=is_running),
         driver=str(holder) if holder else "",
         num_shards=plan.num_shards,
         num_committed=len(counts),
         quarantined=tuple(number for number in quarantined_shards(store) if number not in counts),
+        lost=lost,
+        is_torn=is_torn,
         requests=tuple(
             _request_status(request.spec.name, by_request[request.number], quotas.get(request.spec.name))
             for request in plan.requests
@@ -96,6 +106,11 @@ def read_status(store: Store) -> Status:
         eta_seconds=left / rate if rate else None,
         last_event=events[-1] if events else {},
     )
+
+
+def _state(*, is_damaged: bool, is_complete: bool, is_running: bool) -> str:
+    states = {"damaged": is_damaged, "complete": is_complete, "running": is_running, "stopped": True}
+    return next(name for name, is_so in states.items() if is_so)
 
 
 def _request_status(name: str, counts: Counter[str], quotas: list[dict[str, Any]] | None) -> RequestStatus:
@@ -140,6 +155,10 @@ def status_lines(status: Status) -> list[str]:
         text = f"{one.name}: {one.attempted} of {one.planned} samples, {one.accepted} accepted"
         text += f", {one.failed} failed" if one.failed else ""
         lines.append(text + (f", {one.missing} of {one.wanted} still missing" if one.missing else ""))
+    if status.is_torn:
+        lines.append("a file over all shards is missing or torn; `riskforge run` with the same job writes it again")
+    if status.lost:
+        lines += loss_lines(status.uri, status.lost)
     if status.quarantined:
         lines.append(f"{len(status.quarantined)} shards in quarantine; `riskforge retry` gives them a fresh start")
     return lines

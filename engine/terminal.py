@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO
@@ -13,6 +14,15 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ELLIPSIS = "…"
+
+
+# What stands before the `@` of an address; a password may hold slashes, though it should not, and paths have lost one.
+_CREDENTIALS = re.compile(r"(:/+)(?:[^\s\"/:@]*:[^\s\"]*|[^\s\"/]*)@")
+
+
+def redacted(text: str) -> str:
+    """A text without the user names and passwords of the addresses in it: `https://***@host/model`."""
+    return _CREDENTIALS.sub(r"\1***@", text) if "@" in text and ":/" in text else text
 
 
 def printable(text: str, *, keep: str = "") -> str:
@@ -31,13 +41,13 @@ def _escaped(one: str) -> str:
 
 
 def show(text: object = "", *, file: TextIO | None = None, flush: bool = False) -> None:
-    """Print lines of text, each of them safe for a terminal."""
-    print(printable(str(text), keep="\n"), file=file or sys.stdout, flush=flush)
+    """Print lines of text, each of them safe for a terminal and without passwords."""
+    print(printable(redacted(str(text)), keep="\n"), file=file or sys.stdout, flush=flush)
 
 
 def json_text(value: Any, indent: int | None = 2) -> str:
     """A value as JSON that is safe for a terminal: what cannot be printed stands as escapes, which JSON has."""
-    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    text = redacted(json.dumps(value, indent=indent, ensure_ascii=False))
     return "".join(one if one.isprintable() or one == "\n" else json.dumps(one)[1:-1] for one in text)
 
 

@@ -229,7 +229,7 @@ def test_progress_of_a_new_shard_begins_at_none_of_it():
     host, heard = RayHost(0, 1), []
 
     def sample(shard, attempt, report, batch_limit):
-        heard.append((host.progress(), batch_limit))
+        heard.append((host.progress()[0], batch_limit))
         return lambda: "outcome"
 
     host.load(lambda: SimpleNamespace(sample_shard=sample))

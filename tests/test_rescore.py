@@ -18,13 +18,15 @@ from engine.dataset.shards import read_shard
 from engine.dataset.state import open_run
 from engine.dataset.store import open_store
 from engine.dataset.verify import repair, verify
-from engine.errors import EXIT_DAMAGED, EXIT_OK, EXIT_OWNED, EXIT_USER, JobError, OutputError
+from engine.errors import EXIT_DAMAGED, EXIT_OK, EXIT_OWNED, EXIT_USER, CorruptShardError, JobError, OutputError
 from engine.models.addresses import model_digest
 from engine.models.classifier import Classifier
 from engine.plan import build_plan
+from engine.rescore import rescore
 from engine.status import read_status
 from engine.studies.rescoring import NOT_STORED, rescore_run
 from tests.composed import composed_job, make_run
+from tests.image_cases import EPS, bend, bomb, file_member
 
 OTHER = "zoo:digits/classifier-b"
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -87,6 +89,16 @@ def test_rows_are_those_of_the_run_with_the_scores_of_the_other_target(made, res
         assert after["accepted"] == wanted and after["status"] == ("ok" if wanted else "rejected")
     stored = [row for row in new if row["sha256"]]
     assert len(stored) == len(images) < len(new) and len({row["is_error"] for row in stored}) == 2
+
+
+@pytest.mark.parametrize(("data", "reason"), [(EPS, "EPS"), (bomb(), "million pixels")], ids=["EPS", "bomb"])
+def test_a_hostile_image_is_damage_with_its_key(copy, tmp_path, data, reason):
+    """Whoever scores it again: no foreign program is started, nothing is unpacked, and the sample is named."""
+    bend(copy, file_member(data))
+    with pytest.raises(CorruptShardError, match=f"its image .*{reason}"):
+        rescore_run(str(copy), OTHER, output=str(tmp_path / "scores"))
+    findings = [one.text for one in rescore(open_store(str(copy)), num_samples=1000)]
+    assert [one for one in findings if reason in one and one.startswith("composed-")]
 
 
 def test_the_manifest_tells_where_images_and_models_are(made, rescored):

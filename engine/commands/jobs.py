@@ -130,6 +130,7 @@ def schema() -> None:
 
 def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     """Check all that can be checked without a model being loaded or fetched."""
+    from engine.dataset.output_folder import check_output
     from engine.dataset.store import open_store
     from engine.models.addresses import check_addresses, missing_artefacts, read_labels
     from engine.plan import resolve_requests
@@ -137,7 +138,7 @@ def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
 
     check_addresses(job)
     check_hardware(job, is_here=False)
-    open_store(job.output.uri)
+    check_output(open_store(job.output.uri))
     labels = read_labels(job.models.target)
     if labels is not None:
         resolve_requests(job, labels)

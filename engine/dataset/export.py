@@ -19,15 +19,24 @@ from engine.class_names import distinct_names
 from engine.dataset.corpus import Corpus, open_corpus
 from engine.dataset.export_card import export_card
 from engine.dataset.folders import fresh_folder
-from engine.dataset.formats import check_format, write_imagefolder, write_parquet, write_webdataset
+from engine.dataset.formats import (
+    check_folders,
+    check_format,
+    class_folders,
+    numbered_folders,
+    write_imagefolder,
+    write_parquet,
+    write_webdataset,
+)
 from engine.dataset.manifest import software_versions
 from engine.dataset.real_images import RealImages
 from engine.dataset.selection import Chosen, SampleReader, select, shuffled
 from engine.dataset.shards import is_key, record_json
 from engine.dataset.source import RunSource
-from engine.dataset.state import CARD, EXPORT_KIND, MANIFEST, SUCCESS
+from engine.dataset.state import CARD, CLASSES, EXPORT_KIND, MANIFEST, SUCCESS
 from engine.dataset.store import FolderStore, explained, open_store, refuse_objects
 from engine.errors import CorruptShardError, JobError, OutputError
+from engine.images.findings import some_of
 from engine.plan import SCHEMA_VERSION
 from engine.records import STATUS_OK, STATUS_REJECTED, SampleResult
 
@@ -47,6 +56,7 @@ class ExportOptions:
     Attributes:
         output: folder of the new data set; empty, or not there yet.
         format: `webdataset`, `imagefolder` or `parquet`.
+        folders: what `imagefolder` calls the folders of classes: `index` or `name`.
         condition: filter on the rows; empty for all samples.
         name: prefix of shards, and of the keys of real images.
         seed: of the order, and of the draw of real images.
@@ -61,6 +71,7 @@ class ExportOptions:
 
     output: str
     format: str = "webdataset"
+    folders: str = "index"
     condition: str = ""
     name: str = DEFAULT_NAME
     seed: int = 0
@@ -130,6 +141,7 @@ class _Export:
         _check_classes(self._selection.samples, self._labels)
         self._digest = hashlib.sha256()
         self._counts: dict[str, dict[str, dict[str, int]]] = {"requests": {}, "classes": {}}
+        self._present: set[int] = set()
 
     def write(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Write everything, `_SUCCESS` last."""
@@ -197,8 +209,13 @@ class _Export:
             plain = (result for result, _ in samples)
             return write_webdataset(self._store, options.name, plain, options.samples_per_shard, image_format)
         if options.format == "imagefolder":
-            return write_imagefolder(root, samples, self._labels)
+            return write_imagefolder(root, samples, self._labels, self._folders)
         return write_parquet(root, samples, self._labels, options.samples_per_shard, total)
+
+    @property
+    def _folders(self) -> list[str]:
+        """The folder of each class."""
+        return class_folders(self._labels) if self._options.folders == "name" else numbered_folders(self._labels)
 
     def _read(
         self, order: list[int], kept: list[Chosen], real: RealImages, image_format: str
@@ -214,6 +231,7 @@ class _Export:
         """The same samples, counted and digested on their way."""
         for number, (result, extension) in enumerate(samples):
             record = result.record
+            self._present.add(record["class_index"])
             self._digest.update(record_json(record) + hashlib.sha256(result.image).digest())
             for column, name in (("requests", record["request"]), ("classes", self._names[record["class_index"]])):
                 empty = {STATUS_OK: 0, STATUS_REJECTED: 0}
@@ -285,12 +303,21 @@ class _Export:
             yield f"{self._corpus.runs[number].uri}: {count} samples are in an earlier run too, and were taken once"
         for number, prefix in sorted(self._selection.prefixes.items()):
             yield f"{self._corpus.runs[number].uri}: its keys were taken already, and begin with {prefix} now"
+        if self._options.format == "imagefolder" and not self._numbers_agree():
+            yield (
+                "torchvision and timm number the folders that are there in their order, which is not the label; take it"
+                f" from {CLASSES}, as the lines in {CARD} do"
+            )
         if deduplication:
             total = len(self._selection.samples)
             yield f"{deduplication['dropped']} of {total} samples were near duplicates; {DUPLICATES} names them"
         if real.unusable:
-            first = real.unusable[0]
-            yield f"{len(real.unusable)} real images could not be used, such as {first.name}: {first.reason}"
+            yield f"{len(real.unusable)} real files could not be used: {some_of(real.unusable)}"
+
+    def _numbers_agree(self) -> bool:
+        """Whether who numbers the folders of classes with images in their order has the labels."""
+        folders = self._folders
+        return sorted(self._present, key=folders.__getitem__) == list(range(len(self._present)))
 
 
 def _check_options(options: ExportOptions) -> None:
@@ -317,6 +344,7 @@ def _check_options(options: ExportOptions) -> None:
     if problems:
         raise JobError(problems)
     check_format(options.format)
+    check_folders(options.folders)
 
 
 def _check_output(options: ExportOptions, corpus: Corpus) -> Path:

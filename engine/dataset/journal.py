@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.dataset.store import EVENTS, Store
 from engine.errors import OutputError
+from engine.files import parse_json
 
 MAX_TAIL_BYTES = 1_000_000
 END_SECONDS = 20.0
@@ -63,6 +64,6 @@ def read_events(store: Store) -> Iterator[dict[str, Any]]:
         return
     for line in lines:
         with contextlib.suppress(ValueError):
-            event = json.loads(line)
+            event = parse_json(line)
             if isinstance(event, dict):
                 yield event

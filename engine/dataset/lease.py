@@ -16,15 +16,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from engine.dataset.store import DRIVER_LOCK, LEASES, Store
 from engine.errors import OutputError, OwnedError, RiskforgeError
+from engine.files import MAX_RECORD_BYTES, parse_json
 
 LEASE_SECONDS = 60.0
 # So many times within its length a lease is renewed.
 RENEWALS = 4
+MAX_REASON_CHARS = 300
+# Seconds since 1970 that a lease may tell of: those of some centuries.
+MAX_MOMENT = 2e10
 # So long its release is waited for, where the network is broken.
 RELEASE_SECONDS = 20.0
 
@@ -202,14 +206,34 @@ def _latest(store: Store) -> tuple[int, Holder] | None:
     """The lease with the highest number, and its holder."""
     for name in reversed(store.list(LEASES)):
         try:
-            return int(Path(name).stem), Holder(**json.loads(store.read(name)))
+            return int(Path(name).stem), _holder(store.read(name, MAX_RECORD_BYTES))
         except OutputError as error:
             # Removed by a later driver, after it was listed.
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
         except (ValueError, TypeError) as error:
-            raise OutputError(f"{store.address(name)}: is not the lease of a driver ({error}); remove it") from None
+            reason = str(error)[:MAX_REASON_CHARS]
+            raise OutputError(f"{store.address(name)}: is not the lease of a driver ({reason}); remove it") from None
     return None
+
+
+def _holder(data: bytes) -> Holder:
+    """A holder from its file.
+
+    Raises:
+        ValueError, TypeError: its fields are others, or of other types.
+    """
+    holder = Holder(**parse_json(data))
+    kinds = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+    for one in fields(Holder):
+        if type(value := getattr(holder, one.name)) not in kinds[str(one.type)]:
+            raise ValueError(f"{one.name} is {value!r}")
+    # Moments that no clock has: they are compared and shown.
+    if not (
+        0 <= holder.since < MAX_MOMENT and 0 <= holder.expires < MAX_MOMENT and 0 < holder.length_seconds < MAX_MOMENT
+    ):
+        raise ValueError("its times are none")
+    return holder
 
 
 def _new_holder(length_seconds: float) -> Holder:

@@ -17,6 +17,7 @@ from typing import Any
 from engine.dataset.shards import SHARDS
 from engine.dataset.store import DRIVER_LOCK, LEASES, LOCKS, STATE, Store
 from engine.errors import CorruptShardError, JobError, OutputError, OwnedError
+from engine.files import parse_json
 from engine.plan import EVERY_CELL, Cell, Extent, Plan, RequestPlan, difference, next_stage
 from engine.records import fields_of
 from engine.spec import JobSpec, parse_job
@@ -32,6 +33,10 @@ REPORT = "report.html"
 EVALUATION = "evaluation.json"
 WIDS_INDEX = "shards/wids.json"
 TIMM_INFO = "shards/_info.json"
+# Keys of accepted samples beyond their quota, a line each: what readers of the tars leave out.
+SURPLUS_LIST = "shards/surplus.txt"
+# Of an export to a folder by class: the label of each of its folders.
+CLASSES = "classes.json"
 # Folders of `riskforge rescore`, one for each target, and what marks one.
 RESCORED = "rescored"
 RESCORING = "_state/rescoring.json"
@@ -39,7 +44,7 @@ RESCORING = "_state/rescoring.json"
 RESCORED_FROM = "rescored_from"
 EXPORT_KIND = "export"
 
-RUN_FILES = (SUCCESS, METADATA, MANIFEST, CARD, REPORT, EVALUATION, WIDS_INDEX, TIMM_INFO)
+RUN_FILES = (SUCCESS, METADATA, MANIFEST, CARD, REPORT, EVALUATION, WIDS_INDEX, TIMM_INFO, SURPLUS_LIST)
 MAX_SHOWN = 8
 MAX_REASON_CHARS = 300
 # Samples of a request over all of its classes, at most: more is no plan of ours.
@@ -204,10 +209,10 @@ def read_manifest(store: Store) -> dict[str, Any]:
     if not store.exists(MANIFEST):
         raise OutputError(f"output {store.uri}: has no {MANIFEST}; finish the run first (`riskforge run`)")
     try:
-        manifest = json.loads(store.read(MANIFEST))
+        manifest = parse_json(store.read(MANIFEST))
         if not isinstance(manifest, dict):
             raise ValueError("it is not a JSON object")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise manifest_error(store, error) from error
     return manifest
 
@@ -322,7 +327,7 @@ def quarantined_shards(store: Store) -> list[int]:
 
 def _read_plan(store: Store, name: str) -> dict[str, Any]:
     try:
-        file = json.loads(store.read(name))
+        file = parse_json(store.read(name))
         if file["plan_version"] != PLAN_VERSION:
             raise ValueError(f"version {file['plan_version']}")
         for extent in file["stage"]:

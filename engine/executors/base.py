@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from engine.errors import RiskforgeError
+from engine.errors import EverySampleFailedError, RiskforgeError
+from engine.executors.activity import Activity
 from engine.messages import (
     Report,
     ShardDone,
@@ -20,11 +21,13 @@ from engine.messages import (
     ShardProgress,
     ShardSampled,
     UserFault,
+    WorkerActive,
     WorkerLost,
     WorkerPlaced,
     WorkerReady,
 )
 from engine.plan import ShardSpec
+from engine.terminal import redacted
 
 if TYPE_CHECKING:
     from engine.worker import ShardOutcome
@@ -64,7 +67,15 @@ class ShardResult(ShardDone):
 
 
 ExecutorEvent = (
-    WorkerPlaced | WorkerReady | ShardProgress | ShardSampled | ShardResult | ShardError | WorkerLost | UserFault
+    WorkerPlaced
+    | WorkerActive
+    | WorkerReady
+    | ShardProgress
+    | ShardSampled
+    | ShardResult
+    | ShardError
+    | WorkerLost
+    | UserFault
 )
 
 
@@ -128,22 +139,33 @@ class Executor(Protocol):
 class Host:
     """A worker in its process. What goes wrong there becomes an event: exceptions do not travel.
 
+    Args:
+        number: the scheduler's.
+        report_active: called now and then while the worker gets further.
+
     Attributes:
         has_failed: whether a shard came to grief; the worker is then of no more use.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, report_active: Callable[[], None] = lambda: None) -> None:
         self._number = number
+        self._activity = Activity(report_active)
+        self._activity.begin()
         self.has_failed = False
+
+    def close(self) -> None:
+        """Report nothing any more."""
+        self._activity.end()
 
     def load(self, factory: WorkerFactory) -> WorkerReady | WorkerLost | UserFault:
         """Build the worker."""
         try:
-            self._worker = factory()
+            with self._activity.heard():
+                self._worker = factory()
         except RiskforgeError as error:
-            return UserFault(str(error))
+            return UserFault(str(error), error.exit_code)
         except Exception:
-            return WorkerLost(self._number, node_lost=False, message=traceback.format_exc().strip())
+            return WorkerLost(self._number, node_lost=False, message=redacted(traceback.format_exc().strip()))
         return WorkerReady(self._number)
 
     def sample_shard(
@@ -151,7 +173,8 @@ class Host:
     ) -> Callable[[], ShardResult | ShardError | UserFault]:
         """Make the samples of a shard; what is returned waits until it is committed, and tells what came of it."""
         try:
-            finish = self._worker.sample_shard(shard, attempt, report, batch_limit)
+            with self._activity.heard():
+                finish = self._worker.sample_shard(shard, attempt, report, batch_limit)
         except Exception as error:
             self.has_failed = True
             failure = self._failure(shard, error)
@@ -166,9 +189,12 @@ class Host:
             return self._failure(shard, error)
 
     def _failure(self, shard: ShardSpec, error: Exception) -> ShardError | UserFault:
+        if isinstance(error, EverySampleFailedError):
+            return ShardError(self._number, shard.number, str(error), every_sample=True)
         if isinstance(error, RiskforgeError):
-            return UserFault(str(error))
-        return ShardError(self._number, shard.number, "".join(traceback.format_exception(error)).strip())
+            return UserFault(str(error), error.exit_code)
+        message = redacted("".join(traceback.format_exception(error)).strip())
+        return ShardError(self._number, shard.number, message)
 
 
 def drain(inbox: queue.SimpleQueue[Item], timeout_seconds: float) -> Iterator[Item]:

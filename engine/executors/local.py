@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from engine.executors.base import ExecutorEvent, Host, WorkerFactory, drain
-from engine.messages import ShardProgress, ShardSampled, WorkerPlaced
+from engine.messages import ShardProgress, ShardSampled, WorkerActive, WorkerPlaced
 from engine.plan import ShardSpec
 
 Inbox = queue.SimpleQueue[tuple[ShardSpec, int, int] | None]
@@ -36,6 +36,7 @@ class LocalExecutor:
         self._num_workers = num_workers
         self._inboxes: dict[int, Inbox] = {}
         self._loading = threading.Lock()
+        self._waiting: set[int] = set()
         self._events: queue.SimpleQueue[tuple[int, ExecutorEvent]] = queue.SimpleQueue()
 
     def begin(self) -> None:
@@ -78,10 +79,12 @@ class LocalExecutor:
 
     def _live(self, worker: int, inbox: Inbox) -> None:
         """A worker's life, in its thread; a second one waits for its commits."""
-        host = Host(worker)
+        host = Host(worker, partial(self._report_active, worker))
         self._events.put((worker, WorkerPlaced(worker, NODE_KIND)))
+        self._waiting.add(worker)
         # One at a time: libraries that load models change how every thread makes modules meanwhile.
         with self._loading:
+            self._waiting.discard(worker)
             ready = host.load(self._factory)
         self._events.put((worker, ready))
         with ThreadPoolExecutor(1, thread_name_prefix=f"commits-{worker}") as commits:
@@ -91,6 +94,12 @@ class LocalExecutor:
                 finish = host.sample_shard(shard, attempt, report, batch_limit)
                 self._events.put((worker, ShardSampled(worker, shard.number)))
                 commits.submit(self._finish, worker, finish)
+        host.close()
+
+    def _report_active(self, worker: int) -> None:
+        """Who waits for its turn to load gets further with the one that loads."""
+        for one in (worker, *tuple(self._waiting)):
+            self._events.put((one, WorkerActive(one)))
 
     def _report(self, worker: int, shard: int, num_done: int, batch_seconds: float = 0.0, batch_limit: int = 0) -> None:
         self._events.put((worker, ShardProgress(worker, shard, num_done, batch_seconds, batch_limit)))

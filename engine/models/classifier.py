@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -11,9 +10,11 @@ import torch
 from torch import Tensor
 
 from engine.errors import JobError
-from engine.models.addresses import read_config, resolve
+from engine.models.addresses import resolve
+from engine.models.classifier_checks import check_classifier, class_names, read_temperature
+from engine.models.folders import TIMM_KEY, read_config
 from engine.models.preprocess import Preprocessing, Steps
-from engine.models.runtime import frozen, loading
+from engine.models.runtime import frozen, load_weights, loading
 from engine.models.targets import TargetSettings, is_foreign
 
 
@@ -48,7 +49,7 @@ class Classifier:
         """Load from `zoo:`, a folder or a hub id (safetensors only), a file or a factory; always in float32.
 
         Raises:
-            JobError: it cannot be loaded, or its temperature is not a positive number.
+            JobError: it cannot be loaded, or is not known to be scored rightly.
         """
         if is_foreign(address):
             from engine.models.foreign import open_foreign
@@ -63,14 +64,31 @@ class Classifier:
                 device=device,
             )
         folder, model = resolve(address), frozen(load_network(address), device)
-        return cls(
+        made = cls(
             lambda pixels: model(pixel_values=pixels).logits,
             Preprocessing.load(folder),
             name=address,
-            labels=[model.config.id2label[index] for index in range(model.config.num_labels)],
-            temperature=_temperature(folder, address),
+            labels=class_names(folder, address),
+            temperature=read_temperature(read_config(folder / "config.json"), address),
             device=device,
         )
+        made._try()
+        return made
+
+    def _try(self) -> None:
+        """Show it a black image.
+
+        Raises:
+            JobError: its network does not take what its image processor makes, or has other classes than it says.
+        """
+        black = PIL.Image.new("RGB", (64, 64))
+        with loading(self.name, "a classifier of images as its image processor makes them"):
+            shape = self.score([black]).shape
+        if shape != (1, len(self.labels)):
+            raise JobError(
+                f"'{self.name}' gives {list(shape)} for an image where [1, {len(self.labels)}] is expected: config.json"
+                " must name as many classes as the network has logits"
+            )
 
     def logits(self, images: Tensor) -> Tensor:
         """Temperature-scaled logits [B, n] of images [B, 3, H, W] in [0, 1]; differentiable."""
@@ -107,14 +125,20 @@ def load_network(address: str) -> Any:
     from transformers.models.auto.modeling_auto import AutoModelForImageClassification
 
     folder = resolve(address)
+    check_classifier(folder, address)
+    config = read_config(folder / "config.json")
     with loading(address, "a classifier"):
-        return AutoModelForImageClassification.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, dtype=torch.float32
-        )
+        more = {"config": _timm_config(config)} if TIMM_KEY in config else {}
+        return load_weights(AutoModelForImageClassification, folder, address, **more)
 
 
-def _temperature(folder: Path, address: str) -> float:
-    value = read_config(folder / "config.json").get("temperature", 1.0)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e6:
-        raise JobError(f"'{address}': temperature {value!r} in config.json is not a positive number")
-    return float(value)
+def _timm_config(config: dict[str, Any]) -> Any:
+    """transformers' configuration of a network that timm saved: since 1.0.31 timm writes the classes into the arguments
+    of the network too, where transformers gives them a second time.
+    """
+    from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
+
+    arguments = dict(config.get("model_args") or {})
+    count = config.get("num_classes", arguments.pop("num_classes", None))
+    arguments.pop("num_classes", None)
+    return TimmWrapperConfig.from_dict(config | {"num_classes": count, "model_args": arguments or None})

@@ -9,9 +9,12 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from engine.models.addresses import check_clip, resolve
+from engine.errors import JobError
+from engine.finiteness import usable_embeds
+from engine.models.addresses import resolve
+from engine.models.classifier_checks import check_clip
 from engine.models.preprocess import Preprocessing
-from engine.models.runtime import frozen, loading
+from engine.models.runtime import frozen, load_weights, loading
 
 TEXT_BATCH = 256
 
@@ -43,15 +46,26 @@ class Clip:
         folder = resolve(address)
         check_clip(folder, address)
         with loading(address, "a CLIP model"):
-            model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype=torch.float32)
+            model = load_weights(CLIPModel, folder, address)
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         return cls(model, tokenizer, Preprocessing.load(folder), device, name=address)
 
     @torch.no_grad()
     def text_embeds(self, prompts: Sequence[str]) -> Tensor:
-        """Projected text embeddings [len(prompts), d] on the CPU, not normalised."""
+        """Projected text embeddings [len(prompts), d] on the CPU, not normalised.
+
+        Raises:
+            JobError: an embedding is not finite or has no direction; no cosine with it has a meaning.
+        """
         chunks = [prompts[start : start + TEXT_BATCH] for start in range(0, len(prompts), TEXT_BATCH)]
-        return torch.cat([self._text_embeds(chunk) for chunk in chunks])
+        embeds = torch.cat([self._text_embeds(chunk) for chunk in chunks])
+        if not (usable := usable_embeds(embeds)).all():
+            prompt = prompts[usable.tolist().index(False)]
+            raise JobError(
+                f"'{self.name}' gives a text embedding that is not finite or has no direction for '{prompt}'; replace"
+                " its weights"
+            )
+        return embeds
 
     def _text_embeds(self, prompts: Sequence[str]) -> Tensor:
         tokens = self._tokenizer(
@@ -97,9 +111,7 @@ class ImageEncoder:
 
         folder = resolve(address)
         with loading(address, "an image encoder"):
-            model = CLIPVisionModelWithProjection.from_pretrained(
-                folder / "image_encoder", use_safetensors=True, local_files_only=True, dtype=torch.float32
-            )
+            model = load_weights(CLIPVisionModelWithProjection, folder / "image_encoder", address)
         return cls(model, Preprocessing.load(folder / "feature_extractor"), device)
 
     @torch.no_grad()

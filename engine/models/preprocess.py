@@ -18,10 +18,14 @@ import torch
 from torch import Tensor
 
 from engine.errors import JobError
+from engine.models.folders import TIMM_KEY, read_config
+from engine.models.processors import check_processor, check_timm_transform, plain_name
 from engine.models.runtime import loading
 
 # PIL resizes and rounds to 8 bits, the tensor path does not; beyond this mean difference the paths disagree.
 _MAX_MEAN_DIFFERENCE = 2.0 / 255
+# Not square either way, and square: smaller than most inputs, and larger.
+_PROBE_SHAPES = ((320, 272), (48, 48), (150, 233))
 _FILTERS = {PIL.Image.Resampling.BILINEAR: "bilinear", PIL.Image.Resampling.BICUBIC: "bicubic"}
 
 
@@ -34,6 +38,7 @@ class Steps:
         crop: height and width; None for none.
         resample: the filter of the resize.
         rounds: whether half a pixel of an uneven margin is rounded to even, as in torchvision, or down.
+        flips: whether the network takes blue first.
     """
 
     resize: dict[str, int] | None
@@ -42,6 +47,7 @@ class Steps:
     mean: Sequence[float]
     std: Sequence[float]
     rounds: bool = False
+    flips: bool = False
 
 
 class Preprocessing:
@@ -73,11 +79,14 @@ class Preprocessing:
         Raises:
             JobError: the folder has none, or one that the differentiable path cannot follow.
         """
+        model = read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
+        if TIMM_KEY not in model:
+            check_processor(folder, str(folder), model)
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         with loading(str(folder), "an image processor"):
             processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-            steps = _timm_steps(processor, folder) if hasattr(processor, "data_config") else _steps(processor)
+            steps = _timm_steps(processor, folder) if TIMM_KEY in model else _steps(processor)
             return cls(str(folder), steps, lambda images: processor(images=images, return_tensors="pt")["pixel_values"])
 
     @classmethod
@@ -101,6 +110,7 @@ class Preprocessing:
             images = self._resized(images, *_resized_shape(self._steps.resize, height, width))
         if self._steps.crop is not None:
             images = _centre_crop(images, *self._steps.crop, rounds=self._steps.rounds)
+        images = images.flip(1) if self._steps.flips else images
         return (images - self._mean.to(images)) / self._std.to(images)
 
     def _resized(self, images: Tensor, height: int, width: int) -> Tensor:
@@ -122,16 +132,20 @@ class Preprocessing:
         return self._matrices[old, new]
 
     def _check_agreement(self, where: str) -> None:
-        rows, columns = np.mgrid[0:1:320j, 0:1:272j]
-        channels = [rows, columns, 0.5 + 0.5 * np.sin(40 * rows * columns)]
-        pixels = (np.stack(channels, -1) * 255).round().astype(np.uint8)
-        exact = self.of_images([PIL.Image.fromarray(pixels)])
-        ours = self.of_tensor(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)
-        if exact.shape != ours.shape or ((exact - ours) * self._std).abs().mean() > _MAX_MEAN_DIFFERENCE:
+        if not all(self._agrees(height, width) for height, width in _PROBE_SHAPES):
             raise JobError(
                 f"'{where}': its image processor with these settings has no differentiable equivalent here; guidance"
                 " would see other images than the classifier"
             )
+
+    def _agrees(self, height: int, width: int) -> bool:
+        """Whether an image of some shape comes out of both paths alike."""
+        rows, columns = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+        channels = [rows, columns, 0.5 + 0.5 * np.sin(40 * rows * columns)]
+        pixels = (np.stack(channels, -1) * 255).round().astype(np.uint8)
+        exact = self.of_images([PIL.Image.fromarray(pixels)])
+        ours = self.of_tensor(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)
+        return exact.shape == ours.shape and bool(((exact - ours) * self._std).abs().mean() <= _MAX_MEAN_DIFFERENCE)
 
 
 def _cropped_pixels(image: PIL.Image.Image, steps: Steps) -> Tensor:
@@ -145,11 +159,16 @@ def _cropped_pixels(image: PIL.Image.Image, steps: Steps) -> Tensor:
 
 
 def _steps(processor: Any) -> Steps:
-    """What an image processor of transformers does."""
-    resize, crop = _sizes(processor)
+    """What an image processor of transformers does, of the classes that are followed."""
+    kind = plain_name(type(processor).__name__)
+    resize, crop = _sizes(processor, kind)
     resample = PIL.Image.Resampling(int(processor.resample)) if resize else PIL.Image.Resampling.BILINEAR
     mean, std = _normalisation(processor, "image_mean", 0.0), _normalisation(processor, "image_std", 1.0)
-    return Steps(resize=resize, crop=crop, resample=resample, mean=mean, std=std)
+    if kind == "EfficientNetImageProcessor" and processor.include_top:
+        # Divided once more.
+        std = [one * float(more) for one, more in zip(std, processor.image_std, strict=True)]
+    flips = kind == "MobileViTImageProcessor" and bool(processor.do_flip_channel_order)
+    return Steps(resize=resize, crop=crop, resample=resample, mean=mean, std=std, flips=flips)
 
 
 def _timm_steps(processor: Any, folder: Path) -> Steps:
@@ -159,37 +178,37 @@ def _timm_steps(processor: Any, folder: Path) -> Steps:
         JobError: it resizes by chance, or pads to a border.
     """
     config = processor.data_config
+    check_timm_transform(config, str(folder))
     height, width = config["input_size"][1:]
     edges = [math.floor(one / config["crop_pct"]) for one in (height, width)]
-    is_centre = config["crop_mode"] == "center" and height == width
-    filters = {"bilinear": PIL.Image.Resampling.BILINEAR, "bicubic": PIL.Image.Resampling.BICUBIC}
-    if not (is_centre or config["crop_mode"] == "squash") or config["interpolation"] not in filters:
-        raise JobError(
-            f"'{folder}': timm's crop_mode '{config['crop_mode']}' at {height} x {width} pixels with interpolation"
-            f" '{config['interpolation']}' has no differentiable equivalent here; bilinear and bicubic have, with"
-            " squash, or with center where the input is square"
-        )
     return Steps(
-        resize={"shortest_edge": edges[0]} if is_centre else {"height": edges[0], "width": edges[1]},
+        resize=(
+            {"shortest_edge": edges[0]} if config["crop_mode"] == "center" else {"height": edges[0], "width": edges[1]}
+        ),
         crop=(height, width),
-        resample=filters[config["interpolation"]],
+        resample=PIL.Image.Resampling[config["interpolation"].upper()],
         mean=[float(one) for one in config["mean"]],
         std=[float(one) for one in config["std"]],
         rounds=True,
     )
 
 
-def _sizes(processor: Any) -> tuple[dict[str, int] | None, tuple[int, int] | None]:
+def _sizes(processor: Any, kind: str) -> tuple[dict[str, int] | None, tuple[int, int] | None]:
     """Resize target (`shortest_edge`, or `height` and `width`) and centre crop of a processor."""
-    resize = _plain_size(processor, "size") if getattr(processor, "do_resize", False) else None
-    crop = _plain_size(processor, "crop_size") if getattr(processor, "do_center_crop", False) else None
-    share = getattr(processor, "crop_pct", None)
-    if resize and share and "shortest_edge" in resize and resize["shortest_edge"] < 384:
-        # ConvNeXT's processor: resize to size / crop_pct, then crop to size.
-        edge = resize["shortest_edge"]
-        resize, crop = {"shortest_edge": int(edge / share)}, {"height": edge, "width": edge}
-    elif resize and share and "shortest_edge" in resize:
-        resize = {"height": resize["shortest_edge"], "width": resize["shortest_edge"]}
+    resize = _plain_size(processor, "size") if processor.do_resize else None
+    crop = _plain_size(processor, "crop_size") if processor.do_center_crop else None
+    edge = resize.get("shortest_edge", 0) if resize else 0
+    if kind == "LevitImageProcessor" and edge:
+        resize = {"shortest_edge": int((256 / 224) * edge)}
+    elif kind == "PoolFormerImageProcessor" and resize and processor.crop_pct is not None:
+        scaled = [int(one / processor.crop_pct) for one in resize.values()]
+        is_edge = len(set(scaled)) == 1
+        resize = {"shortest_edge": scaled[0]} if is_edge else {"height": scaled[0], "width": scaled[1]}
+    elif kind == "ConvNextImageProcessor" and 0 < edge < 384:
+        # Resized to size / crop_pct, then cropped to size.
+        resize, crop = {"shortest_edge": int(edge / processor.crop_pct)}, {"height": edge, "width": edge}
+    elif kind == "ConvNextImageProcessor" and edge:
+        resize = {"height": edge, "width": edge}
     return resize, (crop["height"], crop["width"]) if crop else None
 
 

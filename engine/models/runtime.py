@@ -8,9 +8,12 @@ import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from engine.errors import JobError
+from engine.heartbeat import beat
+from engine.models.folders import weights_variant
 from engine.spec import RuntimeSpec
 
 # On a CPU a fixed number of rows in every model call makes a sample's bytes independent of its neighbours: kernels
@@ -202,11 +205,42 @@ def loading(address: str, kind: str) -> Iterator[None]:
     try:
         with _LOADING:
             yield
+        beat()
     except JobError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise JobError(f"'{address}' cannot be loaded as {kind} ({reason})") from error
+
+
+def load_weights(kind: Any, folder: Path, address: str, **more: Any) -> Any:
+    """A model of transformers in float32 with all of its weights, from safetensors alone and without code of theirs.
+
+    Args:
+        kind: its class, or an `Auto` class.
+        more: further arguments of `from_pretrained`.
+
+    Raises:
+        JobError: weights are missing, which transformers would draw by chance.
+    """
+    import torch
+
+    model, about = kind.from_pretrained(
+        folder,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        variant=weights_variant(folder),
+        output_loading_info=True,
+        **more,
+    )
+    if lacking := sorted(about["missing_keys"]) or sorted(str(one) for one in about["mismatched_keys"]):
+        raise JobError(
+            f"'{address}' lacks {len(lacking)} tensors that {type(model).__name__} needs ({lacking[0]}), which would be"
+            " drawn by chance; save the whole model"
+        )
+    return model
 
 
 def frozen(module: Any, device: str) -> Any:

@@ -19,6 +19,8 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from engine.errors import JobError
+from engine.files import MAX_RECORD_BYTES, read_whole
+from engine.models.classifier_checks import MAX_TEMPERATURE, MIN_TEMPERATURE, check_names
 
 _FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 # What a settings file holds, for messages.
@@ -31,6 +33,7 @@ _CONVERT = "convert it to TorchScript or torch.export, or name a factory that lo
 _Pixels = Annotated[int, Field(strict=True, ge=1, le=8192)]
 _Number = Annotated[float, Field(strict=True)]
 _Positive = Annotated[float, Field(strict=True, gt=0, lt=1e6)]
+_Temperature = Annotated[float, Field(strict=True, ge=MIN_TEMPERATURE, lt=MAX_TEMPERATURE)]
 
 
 class TargetSettings(BaseModel):
@@ -49,8 +52,17 @@ class TargetSettings(BaseModel):
         default=None, description="Shorter edge before the centre crop; without it, images are resized to image_size."
     )
     interpolation: Literal["bilinear", "bicubic"] = Field(default="bilinear", description="Of the resize, antialiased.")
-    temperature: _Positive = Field(default=1.0, description="Calibration temperature T: logits are divided by it.")
+    temperature: _Temperature = Field(default=1.0, description="Calibration temperature T: logits are divided by it.")
     output: Literal["logits"] = Field(default="logits", description="What the network gives, before any softmax.")
+
+    @pydantic.field_validator("labels")
+    @classmethod
+    def _names(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            check_names(labels, "labels")
+        except JobError as error:
+            raise ValueError(str(error).removeprefix("labels: ")) from None
+        return labels
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -133,12 +145,12 @@ def side_settings(path: Path, address: str) -> TargetSettings:
     """
     side = side_file(path)
     try:
-        raw = json.loads(side.read_text(encoding="utf-8"))
+        raw = json.loads(read_whole(side, MAX_RECORD_BYTES))
     except FileNotFoundError:
         raise JobError(
             f"'{address}' says nothing of its classes and images; put a file '{side.name}' beside it, such as {EXAMPLE}"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise JobError(f"'{side}' cannot be read as JSON ({error})") from None
     return parse_settings(raw, f"'{side}'")
 

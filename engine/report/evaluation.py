@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from engine.dataset.state import EVALUATION
 from engine.dataset.store import Store
 from engine.errors import CorruptShardError
+from engine.files import parse_json
 
 _IMAGE = r"^data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/=]*$"
 
@@ -211,6 +212,7 @@ class Evaluation(_Part):
 
     Attributes:
         num_attempts: rows of the metadata that it was made of; another number means that the run went on since.
+        left_out: samples that a model gives values for that are not finite: how many, and which model.
         images: data URIs by place.
     """
 
@@ -222,6 +224,7 @@ class Evaluation(_Part):
     seed: int
     real: Source | None
     samples: dict[str, int]
+    left_out: tuple[str, ...] = ()
     quality: tuple[Qualities, ...]
     text_scores: TextScores | None
     memorisation: Memorisation | None
@@ -238,12 +241,16 @@ def read_evaluation(store: Store) -> Evaluation | None:
     """
     if not store.exists(EVALUATION):
         return None
+    data = store.read(EVALUATION)
     try:
-        return Evaluation.model_validate_json(store.read(EVALUATION))
+        parse_json(data)
+        return Evaluation.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))[:80]
-        raise CorruptShardError(
-            f"{store.address(EVALUATION)}: cannot be read as an evaluation ({place}: {first['msg'][:200]}); remove it,"
-            f" or run `riskforge evaluate {store.uri}` again"
-        ) from None
+        reason = f"{'.'.join(map(str, first['loc']))[:80]}: {first['msg']}"
+    except ValueError as error:
+        reason = str(error)
+    raise CorruptShardError(
+        f"{store.address(EVALUATION)}: cannot be read as an evaluation ({reason[:300]}); remove it, or run `riskforge"
+        f" evaluate {store.uri}` again"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.heartbeat import beat
 from engine.sampling.denoiser import Denoiser
 from engine.sampling.schedulers import Sampler
 
@@ -16,4 +17,5 @@ def sample(denoise: Denoiser, sampler: Sampler, noise: Tensor) -> Tensor:
         prediction = denoise(latents, step)
         with torch.no_grad():
             latents = sampler.advance(prediction, step)
+        beat()
     return latents

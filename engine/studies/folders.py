@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from pathlib import Path
 
 from engine.dataset.store import explained
 from engine.errors import OutputError
+from engine.files import MAX_DOCUMENT_BYTES, parse_json, read_whole
 
 MAX_SHOWN = 5
 
@@ -55,7 +55,7 @@ def _try_out(place: Path) -> None:
 
 def _is_result(document: Path, study: str) -> bool:
     try:
-        return bool(json.loads(document.read_text(encoding="utf-8"))["study"] == study)
+        return bool(parse_json(read_whole(document, MAX_DOCUMENT_BYTES))["study"] == study)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -1,0 +1,95 @@
+"""Are the files of a run still there? By listings, sizes and ends of files; `verify` reads every byte."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.dataset.commits import recorded_files
+from engine.dataset.shards import SHARDS
+from engine.dataset.state import CARD, MANIFEST, METADATA, REPORT, SUCCESS, TIMM_INFO, WIDS_INDEX, read_manifest
+from engine.dataset.store import Store
+from engine.errors import CorruptShardError, OutputError, RiskforgeError
+
+# What each file ends with that closes a run, but for white space.
+_ENDS = {CARD: b"", REPORT: b"</html>", WIDS_INDEX: b"]}", TIMM_INFO: b"}", MANIFEST: b"}"}
+_PARQUET_END = b"PAR1"
+_TAIL_BYTES = 64
+MAX_LISTED = 8
+
+
+def lost_files(store: Store) -> list[str]:
+    """Files of committed shards that are gone or of another size, a line each, with their shard.
+
+    One listing of the shards, and the records; no shard is opened.
+    """
+    recorded = list(recorded_files(store))
+    # After the records: whatever they tell of was there before them.
+    sizes = store.sizes(SHARDS)
+    lost: list[str] = []
+    for one in recorded:
+        if isinstance(one, CorruptShardError):
+            lost.append(str(one))
+            continue
+        number, name, num_bytes = one
+        if (size := sizes.get(name)) is None:
+            lost.append(f"{name}: is missing, but shard {number} is committed")
+        elif size != num_bytes:
+            lost.append(f"{name}: has {size} bytes, but {num_bytes} were committed as shard {number}")
+    return lost
+
+
+def check_committed(store: Store) -> None:
+    """Refuse to go on where files of committed shards are lost: only the user can know whether they lie elsewhere.
+
+    Raises:
+        CorruptShardError: with the files and the remedy.
+
+    Side effects: removes `_SUCCESS` then.
+    """
+    lost = lost_files(store)
+    if not lost:
+        return
+    store.remove(SUCCESS)
+    first, *lines = loss_lines(store.uri, lost)
+    raise CorruptShardError("\n".join([f"output {store.uri}: {first}", *lines]))
+
+
+def loss_lines(uri: str, lost: Sequence[str]) -> list[str]:
+    """What is lost, for people, and what to do about it."""
+    return [
+        f"{len(lost)} files of committed shards are not there as they were committed:",
+        *(f"  {line}" for line in lost[:MAX_LISTED]),
+        *([f"  and {len(lost) - MAX_LISTED} more"] if len(lost) > MAX_LISTED else []),
+        f"put them back; or let `riskforge repair {uri}` take these shards out, and `riskforge run` with the same job"
+        " makes them again",
+    ]
+
+
+def is_closed(store: Store, plan_digest: str) -> bool:
+    """Whether the files over all shards are there, each with its end: a finished run has them."""
+    try:
+        # The marker is looked at by its content, too: an empty one says nothing.
+        if store.read(SUCCESS).decode(errors="replace").strip() != plan_digest:
+            return False
+        if not all(_ends_with(store, name, end) for name, end in _ENDS.items()):
+            return False
+        read_manifest(store)
+        parts = store.list(METADATA) if store.is_folder(METADATA) else [METADATA]
+        return bool(parts) and all(_ends_with(store, name, _PARQUET_END) for name in parts)
+    except RiskforgeError as error:
+        if _is_absence(error):
+            return False
+        raise
+
+
+def _ends_with(store: Store, name: str, end: bytes) -> bool:
+    tail = store.tail(name, _TAIL_BYTES).strip()
+    return bool(tail) and tail.endswith(end)
+
+
+def _is_absence(error: RiskforgeError) -> bool:
+    """Whether a file is not there, or not what it should be; anything else is a fault of the store."""
+    if isinstance(error, CorruptShardError):
+        return True
+    kinds = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+    return isinstance(error, OutputError) and isinstance(error.__cause__, kinds)

@@ -1,0 +1,230 @@
+"""What every sample of a first batch raises is the job's fault: exit code 2 and the cause, no other worker."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from engine import scheduler
+from engine.errors import EverySampleFailedError, OutputError
+from engine.messages import (
+    Abort,
+    Lot,
+    Replaced,
+    ShardError,
+    ShardProgress,
+    WorkerReady,
+)
+from tests.test_generator import failing_for, make_generator
+from tests.test_targets import riskforge
+
+
+class ConnectTimeout(Exception):
+    """As libraries for networks have it, outside of the tree of `OSError`."""
+
+
+def caused_by(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+JOBS_FAULT = [
+    ValueError("x"), KeyError("x"), TypeError("x"), ZeroDivisionError(), AssertionError(), IndexError("x"),
+    AttributeError("x"), NotImplementedError(), RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    FileNotFoundError(2, "x"), PermissionError(13, "x"), RecursionError(), Exception("x"), StopIteration(),
+]  # fmt: skip
+MAY_PASS = [
+    OSError(5, "I/O"), OSError(116, "stale"), OSError(28, "no space"), TimeoutError(), ConnectionResetError(),
+    BrokenPipeError(), ConnectTimeout(), caused_by(ValueError("x"), TimeoutError()),
+]  # fmt: skip
+MACHINES_FAULT = [
+    torch.AcceleratorError("x"), RuntimeError("CUDA error: x"), RuntimeError("HIP error: x"), MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError("out of memory"), OutputError("store"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made():
+    return make_generator()
+
+
+@pytest.fixture
+def fresh(made, monkeypatch):
+    """A generator that has made no batch yet."""
+    monkeypatch.setattr(made[0], "_proven", set())
+    return made
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("error", JOBS_FAULT, ids=repr)
+def test_any_exception_of_every_first_sample_is_the_jobs(fresh, monkeypatch, size, error):
+    """The message has the request, the exception and what to do; a first batch of one is tried with other noise."""
+    generator, specs = fresh
+    failing_for(generator, monkeypatch, range(100), error)
+    with pytest.raises(EverySampleFailedError) as caught:
+        generator.next_batch(0, specs[:size])
+    assert str(caught.value).startswith("requests.0: every sample of the first batch of 'a' failed: ")
+    assert type(error).__name__ in str(caught.value) and "fix what the job names" in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [*MAY_PASS, *MACHINES_FAULT], ids=repr)
+def test_what_may_pass_or_is_the_machines_is_not_the_jobs(fresh, monkeypatch, error):
+    """Memory, devices, disks, networks and stores: another attempt may fare better, so the exception comes out."""
+    generator, specs = fresh
+    failing_for(generator, monkeypatch, range(100), error)
+    with pytest.raises(type(error)) as caught:
+        generator.next_batch(0, specs[:4])
+    assert not isinstance(caught.value, EverySampleFailedError)
+
+
+def test_a_bad_sample_is_not_the_jobs(fresh, monkeypatch):
+    """One among others fails alone; so does one that is a batch by itself, as its sibling with other noise passes."""
+    generator, specs = fresh
+    failing_for(generator, monkeypatch, {specs[0].index}, ValueError("x"))
+    statuses = [one.record["status"] for one in generator.next_batch(0, specs[:4])]
+    assert statuses == ["failed" if spec.index == specs[0].index else "ok" for spec in specs[:4]]
+    assert set(statuses) == {"failed", "ok"}
+    monkeypatch.undo()
+    generator._proven.clear()
+    sample = generator.sample
+
+    def raising(request, some, draws):
+        if some[0].seed == specs[0].seed:
+            raise ValueError("x")
+        return sample(request, some, draws)
+
+    monkeypatch.setattr(generator, "sample", raising)
+    [result] = generator.next_batch(0, specs[:1])
+    assert result.record["status"] == "failed" and result.record["error_message"] == "ValueError: x"
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("kind", ["values", "safety"])
+def test_a_first_batch_without_images_is_not_the_jobs(fresh, monkeypatch, kind, size):
+    """Samples that are not finite, or that the safety checker flags, are failed samples, all of them if need be."""
+    generator, specs = fresh
+    sample = generator.sample
+
+    def spoiled(request, some, draws):
+        images, health = sample(request, some, draws)
+        return images * math.nan, health
+
+    class Checker:
+        def flags(self, images):
+            return [True] * len(images)
+
+    if kind == "values":
+        monkeypatch.setattr(generator, "sample", spoiled)
+    else:
+        monkeypatch.setattr(generator._model(0), "safety_checker", Checker())
+    results = generator.next_batch(0, specs[:size])
+    assert {one.record["status"] for one in results} == {"failed"}
+
+
+def test_the_scheduler_ends_the_run_for_a_request_that_never_worked():
+    """The first such message ends it, with as many workers as there are; no worker is replaced."""
+    lots = [Lot(1, kind=0), Lot(4, kind=1)]
+    state, actions = scheduler.start(bytes(5), 2, lots=lots)
+    for worker in (0, 1):
+        state, _ = scheduler.step(state, WorkerReady(worker))
+    other = state.workers[1].queue[0]
+    state, _ = scheduler.step(state, ShardProgress(0, 0, 1, batch_seconds=1.0))
+    # Of the other request no batch went through, whatever this one did.
+    ended, actions = scheduler.step(state, ShardError(1, other, "cause", every_sample=True))
+    assert actions == [Abort("cause", user_fault=True)] and ended.is_over
+    # Its own was measured elsewhere: the worker is at fault.
+    state, actions = scheduler.step(state, ShardError(0, 0, "cause", every_sample=True))
+    assert not any(isinstance(one, Abort) for one in actions) and state.marks.get(0, ()) == ("cause",)
+
+
+def test_the_scheduler_takes_a_request_with_images_for_sound():
+    """Of a run that goes on it is known: a worker on a spoilt machine gets its shard taken away."""
+    state, _ = scheduler.start(bytes(4), 1, proven=[0])
+    state, _ = scheduler.step(state, WorkerReady(0))
+    state, actions = scheduler.step(state, ShardError(0, 0, "cause", every_sample=True))
+    assert not any(isinstance(one, (Abort, Replaced)) for one in actions) and len(state.marks) == 1
+
+
+CODE = """
+import torch
+
+
+def criterion():
+    calls = []
+
+    def distance(images, scene):
+        calls.append(len(images))
+        if len(calls) > 1:
+            raise KeyError("no such colour")
+        return images.square().mean((1, 2, 3))
+    return distance
+
+
+class Net(torch.nn.Module):
+    def forward(self, images):
+        if images.std() > 0.3:
+            raise ValueError("expected a mask")
+        return torch.stack([images.mean((1, 2, 3)) * k for k in range(10)], 1)
+
+
+def net():
+    return Net(), dict(
+        labels="zero one two three four five six seven eight nine".split(), image_size=32, mean=[0.5] * 3,
+        std=[0.5] * 3,
+    )
+"""
+
+
+def write_job(folder: Path, module: str = "broken_code", **changes: object) -> Path:
+    (folder / f"{module}.py").write_text(CODE)
+    job = {
+        "name": "broken",
+        "models": {
+            "diffusion": "zoo:digits/stable-diffusion", "clip": "zoo:digits/clip", "target": "zoo:digits/classifier",
+        },
+        "requests": [{"name": "own", "method": "broken_code:criterion", "classes": [3], "count": 6}],
+        "sampling": {"num_inference_steps": 6},
+        "output": {"uri": "out", "samples_per_shard": 2},
+    } | changes  # fmt: skip
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(job))
+    return path
+
+
+@pytest.mark.parametrize("executor", [("local", 2), ("ray", 2)], ids=str)
+def test_a_criterion_that_always_raises_ends_the_run_with_its_cause(tmp_path, executor):
+    """Through the command line: code 2, file and line of the user's code; nobody is replaced or put in quarantine."""
+    write_job(tmp_path)
+    kind, workers = executor
+    where = ("--executor", kind, "--workers", workers)
+    done = riskforge("run", "job.yaml", *where, folder=tmp_path, code=2)
+    assert "requests.0: every sample of the first batch of 'own' failed: KeyError: 'no such colour'" in done.stderr
+    assert "broken_code.py, line " in done.stderr
+    assert "replaced" not in done.stderr and "retry" not in done.stderr and "quarantine" not in done.stderr
+    assert not (tmp_path / "out/_state/quarantine").exists() and not (tmp_path / "out/_SUCCESS").exists()
+
+
+def test_a_request_that_works_keeps_what_it_made(tmp_path, call):
+    """The second of two requests is wrong: the shards of the first stay, and the corrected job goes on with them."""
+    requests = [
+        {"name": "plain", "method": "prompt", "classes": [3], "count": 2},
+        {"name": "own", "method": "broken_second:criterion", "classes": [3], "count": 2},
+    ]
+    job = write_job(tmp_path, "broken_second", requests=requests, output={"uri": str(tmp_path / "out")})
+    code, _, error = call("run", job, "--executor", "local")
+    assert code == 2 and "requests.1: every sample of the first batch of 'own'" in error
+    assert len(list((tmp_path / "out/_state/commits").iterdir())) == 1
+
+
+def test_a_target_of_the_users_own_that_always_raises(tmp_path, call):
+    """A factory's model that takes the black images of its check and no others; a single sample is the first batch."""
+    models = {"diffusion": "zoo:digits/stable-diffusion", "clip": "zoo:digits/clip", "target": "broken_target:net"}
+    request = {"name": "plain", "method": "prompt", "classes": [3], "count": 1}
+    output = {"uri": str(tmp_path / "out")}
+    job = write_job(tmp_path, "broken_target", models=models, requests=[request], output=output)
+    code, _, error = call("run", job, "--executor", "local")
+    assert code == 2 and "every sample of the first batch of 'plain' failed: ValueError: expected a mask" in error
