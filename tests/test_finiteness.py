@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import engine.generator
+from engine.dataset.deduplicate import embed
 from engine.dataset.store import open_store
 from engine.errors import EXIT_INCOMPLETE, JobError
 from engine.finiteness import usable_embeds, usable_logits
@@ -209,6 +210,13 @@ def test_an_evaluation_by_a_broken_clip_is_refused(poison: Poison, message: str,
         options = EvaluateOptions(clip=bad, features="clip")
         evaluate(str(run), options, display=PlainDisplay(io.StringIO()), folder=str(tmp_path / "out"))
     assert not (tmp_path / "out/evaluation.json").exists()
+
+
+def test_near_duplicates_are_not_sought_with_broken_embeddings(tmp_path: Path) -> None:
+    """NaN is near to nothing: every duplicate would stay."""
+    bad = poisoned(CLIP, tmp_path / "bad", CLIP_POISONS["nan"])
+    with pytest.raises(JobError, match=r"--deduplicate: the CLIP model '.*bad' gives an image embedding"):
+        embed(IMAGES, bad, lambda text: None)
 
 
 @pytest.mark.parametrize("role", ["target", "encoder"])

@@ -334,6 +334,6 @@ def _tensors(folder: Path, address: str, kind: str) -> dict[str, StoredTensor]:
         raise JobError(f"'{address}' cannot be loaded as {kind} ({error})") from None
 
 
-def _raise(problems: Sequence[str]) -> None:
+def _raise(problems: list[str]) -> None:
     if problems:
         raise JobError(problems)
