@@ -34,6 +34,7 @@ from engine.rescore import rescore
 from engine.scores import conformity, entropy, kldb, kldb_parts, risk
 from engine.scoring import Scorer
 from engine.studies.evaluate import EvaluateOptions, evaluate
+from engine.studies.evaluation_lines import summary_lines
 from engine.studies.features import ClipFeatures
 from engine.studies.memorisation import find_nearest
 from engine.studies.pictures import Eyes
@@ -157,6 +158,34 @@ def test_rescoring_counts_and_names(option: str, run: Path, tmp_path: Path, call
     assert told["failure"].startswith(f"models.{option[2:]} '{bad}' gives logits that are not finite")
     assert all(row["error_message"] == told["failure"] and not row["accepted"] for row in failed)
     assert told["num_images"] + told["num_failed"] == len(rows)
+
+
+def test_rescoring_by_a_broken_classifier_ends_with_its_name(run: Path, tmp_path: Path, call: Any) -> None:
+    """No image has a new score, and there is nothing to compare."""
+    bad = poisoned(TARGET, tmp_path / "bad", CLASSIFIER_POISONS["nan in all classes"])
+    code, out, err = call("rescore", str(run), "--target", bad, "--output", str(tmp_path / "new"))
+    assert code == EXIT_INCOMPLETE and "0 of 20 samples have an image and a new score" in out
+    assert f"error: 20 of 20 images have no new score: models.target '{bad}' gives logits" in err
+    assert "Traceback" not in err
+
+
+def test_an_evaluation_goes_on_without_some_images(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted and named in its document and on the terminal; rows and records stay together."""
+    embeds = Clip.image_embeds
+
+    def spoiled(self: Clip, images: Any) -> torch.Tensor:
+        made = embeds(self, images)
+        return made.index_fill(0, torch.tensor([1, 2]), torch.nan) if len(made) > 2 else made
+
+    monkeypatch.setattr(Clip, "image_embeds", spoiled)
+    log = io.StringIO()
+    done = evaluate(
+        str(run), EvaluateOptions(features="clip"), display=PlainDisplay(log), folder=str(tmp_path / "out")
+    ).evaluation
+    [line] = done.left_out
+    assert line.startswith(f"2 of 20 images: models.clip '{CLIP}' gives an image embedding") and line in log.getvalue()
+    assert sum(done.samples.values()) == 18 and summary_lines(done)[0] == f"left out: {line}"
+    assert line.split("'")[0] in (tmp_path / "out/report.html").read_text()
 
 
 def test_a_deep_check_names_the_model(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
