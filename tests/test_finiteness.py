@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import engine.generator
 from engine.dataset.deduplicate import embed
 from engine.dataset.store import open_store
-from engine.errors import EXIT_INCOMPLETE, JobError
+from engine.errors import EXIT_INCOMPLETE, EXIT_USER, JobError
 from engine.finiteness import usable_embeds, usable_logits
 from engine.images import open_images
 from engine.models.classifier import Classifier
@@ -201,6 +201,22 @@ def test_a_deep_check_names_the_model(run: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(engine.generator, "load_scorer", load)
     findings = rescore(open_store(str(run)), num_samples=3)
     assert len(findings) == 3 and all(f"models.oracle '{bad.name}' gives" in one.text for one in findings)
+
+
+def test_a_price_is_not_asked_of_samples_that_fail(tmp_path: Path, call: Any) -> None:
+    """The batch that is measured says what a run would end with."""
+    bad = poisoned(
+        "zoo:digits/oracle", tmp_path / "bad", lambda weights: [one.fill_(torch.nan) for one in weights.values()]
+    )
+    models = {"diffusion": "zoo:digits/stable-diffusion", "clip": CLIP, "target": TARGET, "oracle": bad}
+    request = {"name": "a", "method": "prompt", "classes": ["three"], "count": 1}
+    job = {"name": "job", "models": models, "requests": [request], "sampling": {"num_inference_steps": 2}}
+    (tmp_path / "job.yaml").write_text(json.dumps(job | {"output": {"uri": str(tmp_path / "run")}}))
+    code, _, err = call("plan", str(tmp_path / "job.yaml"), "--calibrate")
+    assert (
+        code == EXIT_USER
+        and f"all 1 samples of the measured batch failed, so a run would make none: models.oracle '{bad}'" in err
+    )
 
 
 def hooked(clip: Clip, rows: list[int]) -> Any:

@@ -24,7 +24,7 @@ from engine.models.processors import check_processor, check_timm_transform
 from engine.models.weights import StoredTensor, stored_tensors
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
-_NO_NAME = re.compile(r"(?:LABEL|CLASS|label|class)[ _-]?\d+|n\d{8}")
+_NO_NAME = re.compile(r"(?i:label|class)[ _-]?\d+|n\d{8}")
 # What `timm.create_model` takes and a network's own folder must not say: other files, other outputs.
 _TIMM_OTHERS = (
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only",
