@@ -48,7 +48,10 @@ class Clip:
         with loading(address, "a CLIP model"):
             model = load_weights(CLIPModel, folder, address)
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        return cls(model, tokenizer, Preprocessing.load(folder), device, name=address)
+        made = cls(model, tokenizer, Preprocessing.load(folder), device, name=address)
+        with loading(address, "a CLIP model of images as its image processor makes them"):
+            made.image_embeds([PIL.Image.new("RGB", (64, 64))])
+        return made
 
     @torch.no_grad()
     def text_embeds(self, prompts: Sequence[str]) -> Tensor:
