@@ -16,6 +16,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from engine.errors import EXIT_USER
 from engine.messages import (
     Abort,
     Action,
@@ -206,7 +207,7 @@ def step(state: State, event: Event) -> Step:
     if isinstance(event, Drain):
         return _settle(_drain(state), [])
     if isinstance(event, UserFault):
-        return state._replace(is_over=True), [Abort(event.message, user_fault=True, exit_code=event.exit_code)]
+        return _abort(state, event.message, user_fault=True, exit_code=event.exit_code)
     worker = state.workers.get(event.worker)
     if worker is None:
         return state, []
@@ -415,7 +416,7 @@ def _note_start_fault(state: State, message: str, actions: list[Action]) -> Stat
     wait = min(2.0 ** (num_faults - 2), state.rules.max_backoff_seconds) if num_faults > 1 else 0.0
     state = state._replace(start_faults_in_a_row=num_faults, start_after=state.now + wait)
     if num_faults >= MAX_START_FAULTS and not any(one.is_ready for one in state.workers.values()):
-        state, last = _give_up(state, f"workers do not start; the last one: {message}")
+        state, last = _abort(state, f"workers do not start; the last one: {message}", user_fault=False)
         actions += last
     return state
 
@@ -431,7 +432,7 @@ def _blame(state: State, shards: tuple[int, ...], message: str, actions: list[Ac
     state = state._replace(faults_in_a_row=state.faults_in_a_row + 1)
     if state.faults_in_a_row > FAULT_ALLOWANCE + FAULT_ALLOWANCE_PER_WORKER * state.max_workers:
         text = f"{state.faults_in_a_row} faults in a row and no shard finished; the last one: {message}"
-        state, last = _give_up(state, text)
+        state, last = _abort(state, text, user_fault=False)
         actions += last
     return state
 
@@ -580,8 +581,8 @@ def _held(stocks: Mapping[int, Stock], before: int, after: int) -> Mapping[int, 
     return {**stocks, **held}
 
 
-def _give_up(state: State, message: str) -> Step:
-    return state._replace(is_over=True), [Abort(message, user_fault=False)]
+def _abort(state: State, message: str, *, user_fault: bool, exit_code: int = EXIT_USER) -> Step:
+    return state._replace(is_over=True), [Abort(message, user_fault, exit_code)]
 
 
 def _with(ordered: tuple[int, ...], one: int) -> tuple[int, ...]:

@@ -9,18 +9,29 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
 import os
 import random
+import re
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from engine.dataset.commits import COMMITS
+from engine import cli
+from engine.dataset.commits import COMMITS, compact_commits
+from engine.dataset.schema import arrow_schema
 from engine.dataset.state import EVALUATION, MANIFEST, METADATA
+from engine.dataset.store import open_store
+from engine.errors import EXIT_DAMAGED, EXIT_OK
 from engine.executors.local import LocalExecutor
+from tests.conftest import REPOSITORY
 from tests.sleepy import run_sleepy
 
 CODES = {0, 1, 2, 3, 4}
@@ -29,7 +40,7 @@ MAX_CHARS = 3000
 MAX_SECONDS = 20
 RESCORED = "rescored/other"
 
-Bend = Callable[[Path], None]
+Bend = Callable[[Path], object]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +74,39 @@ def run(sound: Path, tmp_path: Path) -> Path:
 
 
 # What is called ------------------------------------------------------------------------------------------------------
+
+
+def call(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str, str]:
+    """Run the command line in this process, for some seconds; gives exit code, stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["riskforge", *arguments])
+    before = signal.signal(signal.SIGALRM, stuck)
+    signal.alarm(MAX_SECONDS)
+    try:
+        cli.main()
+    except SystemExit as end:
+        return (int(end.code or 0), *capsys.readouterr())
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    raise AssertionError("the command line ends by SystemExit")
+
+
+def stuck(*_: Any) -> None:
+    """What the alarm does."""
+    raise AssertionError(f"nothing came of it in {MAX_SECONDS} s")
+
+
+def check(name: str, path: Path, code: int, out: str, err: str, *, is_named: bool = True) -> None:
+    """A command ended as it may where a file is bent."""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code in CODES and "Traceback" not in err, (code, err)
+    assert all(len(line) < MAX_CHARS for line in [*lines, *out.splitlines()] if name != "status"), err[:2000]
+    if code and name != "verify":
+        assert lines, (out, err)
+        wanted = (path.name, str(path.parent), "other plan", "another plan", "there is no run")
+        assert not is_named or any(text in err for text in wanted), err
 
 
 def commands(run: Path) -> dict[str, list[str]]:
@@ -126,16 +170,18 @@ def replaced(make: Callable[[Path], None]) -> Bend:
 
 def rewritten(change: Callable[[bytes], bytes]) -> Bend:
     """Other bytes."""
-    return lambda path: path.write_bytes(change(path.read_bytes())) and None
+    return lambda path: path.write_bytes(change(path.read_bytes()))
 
 
 def flipped(at: float) -> Bend:
     """Another bit, at a share of the length."""
-    return rewritten(
-        lambda data: bytes(
-            [*data[: int(at * len(data))], data[int(at * len(data))] ^ 4, *data[int(at * len(data)) + 1 :]]
-        )
-    )
+
+    def flip(data: bytes) -> bytes:
+        bent = bytearray(data)
+        bent[int(at * len(bent))] ^= 4
+        return bytes(bent)
+
+    return lambda path: path.stat().st_size and rewritten(flip)(path)
 
 
 def sparse(path: Path) -> None:
@@ -198,3 +244,199 @@ def with_value(document: Any, place: tuple[Any, ...], value: Any) -> bytes:
     *parents, last = place
     functools.reduce(lambda inner, key: inner[key], parents, bent)[last] = value
     return json.dumps(bent).encode()
+
+
+# Rows ----------------------------------------------------------------------------------------------------------------
+
+ODD: dict[str, list[Any]] = {
+    "float": [math.nan, math.inf, -math.inf, 1e308, -1.0, None],
+    "int": [-1, 2**31 - 1, -(2**31), None],
+    "int64": [-1, 2**62, -(2**62), None],
+    "string": ["", "no-hyphens-at-the-end-", "nohyphens", "../../x", "a" * 5000, "\x1b[31m\n", None],
+    "bool": [True, False, None],
+    "list": [[], None, [-1] * 50],
+}
+
+
+def kind_of(column: pa.DataType) -> str:
+    """The entry of `ODD` for a type of columns."""
+    if pa.types.is_integer(column):
+        return "int64" if column.bit_width == 64 else "int"
+    kinds = {"float": pa.types.is_floating, "string": pa.types.is_string, "bool": pa.types.is_boolean}
+    return next((kind for kind, is_kind in kinds.items() if is_kind(column)), "list")
+
+
+def with_column(path: Path, name: str, value: Any, *, every: bool) -> None:
+    """Put a value into a column of a parquet file, in its first row or in every one."""
+    table = pq.read_table(path, partitioning=None)
+    place, kind = table.schema.get_field_index(name), table.schema.field(name).type
+    values = table.column(name).to_pylist()
+    values[: len(values) if every else 1] = [value] * (len(values) if every else 1)
+    pq.write_table(table.set_column(place, pa.field(name, kind), pa.array(values, kind)), path)
+
+
+def without_column(path: Path, name: str) -> None:
+    """Take a column out of a parquet file."""
+    pq.write_table(pq.read_table(path, partitioning=None).drop_columns([name]), path)
+
+
+def as_text(path: Path, name: str) -> None:
+    """Make texts of a column's values."""
+    table = pq.read_table(path, partitioning=None)
+    values = pa.array([str(one) for one in table.column(name).to_pylist()])
+    pq.write_table(table.set_column(table.schema.get_field_index(name), name, values), path)
+
+
+# Tests ---------------------------------------------------------------------------------------------------------------
+
+
+def draw(cases: list[Any], num: int, seed: int) -> list[Any]:
+    """So many cases, the same every time; all with `RISKFORGE_FUZZ`."""
+    return cases if "RISKFORGE_FUZZ" in os.environ else random.Random(seed).sample(cases, num)
+
+
+READING = [
+    "status",
+    "status-text",
+    "verify",
+    "inspect",
+    "inspect-key",
+    "inspect-scores",
+    "compare-scores",
+    "export-parquet",
+]
+WRITING = ["report", "repair", "merge", "compare"]
+# These alone load torch; nothing comes of them, as what they are to score with is not there.
+SCORING = ["evaluate", "rescore"]
+BENT_FILES = [(role, bend) for role in FILES for bend in BENDS]
+HANGING = [(role, bend) for role in FILES for bend in ("pipe", "device", "sparse", "folder", "loop", "deep")]
+
+
+@pytest.mark.parametrize(("role", "bend"), sorted({*draw(BENT_FILES, 40, 0), *HANGING}))
+def test_a_bent_file_is_named(
+    run: Path, role: str, bend: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By some commands that read runs, each time others."""
+    path = place_of(run, role)
+    BENDS[bend](path)
+    names = [*random.Random(f"{role}{bend}").sample(READING, 3), random.Random(bend + role).choice(WRITING + SCORING)]
+    for name in names:
+        code, out, err = call(commands(run)[name], capsys, monkeypatch)
+        # A folder without its plan is none of a run, and some files are no concern of a command.
+        check(name, path, code, out, err, is_named=bend != "missing" and name not in SCORING)
+
+
+def documents() -> list[tuple[str, int, int]]:
+    """Roles of documents with numbers of a place, which are taken modulo how many there are, and of a value."""
+    return [(role, place, value) for role in DOCUMENTS for place in range(60) for value in range(len(VALUES))]
+
+
+@pytest.mark.parametrize(("role", "place", "value"), draw(documents(), 50, 1))
+def test_a_bent_field_is_named(
+    run: Path, role: str, place: int, value: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values of other kinds, names that lead out of the run, and what steers terminals."""
+    path = place_of(run, role)
+    document = json.loads(path.read_text(encoding="utf-8"))
+    found = list(places(document))
+    path.write_bytes(with_value(document, found[place * 7 % len(found)], VALUES[value]))
+    draws = random.Random(f"{role}{place}{value}")
+    for name in [*draws.sample(READING, 2), draws.choice(WRITING)]:
+        code, out, err = call(commands(run)[name], capsys, monkeypatch)
+        check(name, path, code, out, err)
+        assert "\x1b" not in out + err
+
+
+@functools.cache
+def columns() -> list[tuple[str, str, Any]]:
+    """Roles of tables, with a column and what becomes of it."""
+    schema = arrow_schema(surplus=True)
+    found: list[tuple[str, str, Any]] = []
+    for role in ("metadata", "parquet", "scores-metadata"):
+        for field in schema:
+            if role != "parquet" or field.name != "surplus":
+                odd = ODD[kind_of(field.type)]
+                found += [(role, field.name, (value, every)) for value in odd for every in (False, True)]
+                found += [(role, field.name, "dropped"), (role, field.name, "text")]
+    return found
+
+
+@pytest.mark.parametrize("number", draw(list(range(len(columns()))), 50, 2))
+def test_bent_rows_are_named(
+    run: Path, number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values that are not finite, keys without hyphens, nulls, columns that lack or are of another type."""
+    role, column, change = columns()[number]
+    path = place_of(run, role)
+    if change == "dropped":
+        without_column(path, column)
+    elif change == "text":
+        as_text(path, column)
+    else:
+        with_column(path, column, change[0], every=change[1])
+    draws = random.Random(number)
+    for name in [*draws.sample(READING, 2), draws.choice(WRITING)]:
+        code, out, err = call(commands(run)[name], capsys, monkeypatch)
+        # Commands look at rows by the run, and `--key` at those that there are.
+        check(name, path, code, out, err, is_named=False)
+
+
+def test_a_manifest_whose_name_leads_elsewhere_is_named(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the metadata, of which nothing is wrong."""
+    manifest = json.loads((run / MANIFEST).read_text())
+    (run / MANIFEST).write_text(json.dumps(manifest | {"name": "../../x"}))
+    code, _, err = call(["report", str(run)], capsys, monkeypatch)
+    assert code == 2 and f"{MANIFEST}: cannot be read as a manifest (name '../../x' is not that of a job)" in err
+    assert METADATA not in err
+
+
+def test_verify_goes_on_past_damaged_records(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records of every kind of damage, and each is reported; `repair` takes them all out."""
+    [first] = (run / COMMITS).glob("000000.*")
+    [second] = (run / COMMITS).glob("000001.*")
+    [third] = (run / COMMITS).glob("000002.*")
+    first.write_bytes(b"[" * 200_000)
+    second.write_text(second.read_text().replace("sleepy-000001", "../../../../etc/passwd"))
+    third.unlink()
+    os.mkfifo(third)
+    code, out, _ = call(["verify", str(run)], capsys, monkeypatch)
+    assert code == EXIT_DAMAGED
+    assert "000000.ok=4.rejected=0.failed=0.accepted=4" in out and "it is nested too deeply" in out
+    assert "name '../../../../etc/passwd' is not that of a shard" in out and "is a pipe, not a file" in out
+    assert out.count("damage: ") == 3
+    assert call(["repair", str(run)], capsys, monkeypatch)[0] == EXIT_OK
+    assert not list((run / COMMITS).iterdir()), "so that the next run makes the shards again"
+
+
+@pytest.mark.parametrize("bend", ["empty", "half", "random", "flip", "pipe", "device", "folder"])
+def test_a_bent_pack_of_records_is_named(
+    run: Path, bend: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records of old shards lie in one file."""
+    compact_commits(open_store(str(run)), max_loose=0)
+    [path] = (run / "_state/packs").iterdir()
+    BENDS[bend](path)
+    for name in ("status", "verify", "inspect", "report"):
+        code, out, err = call(commands(run)[name], capsys, monkeypatch)
+        check(name, path, code, out, err)
+        # A byte may be of no consequence.
+        assert code or name != "verify" or bend == "flip"
+
+
+# Files of the package, of this process and of the system, and images, which have a limit of their own.
+READ_OTHERWISE = {
+    "dataset/card_loading.py", "dataset/lease.py", "dataset/object_store.py", "executors/activity.py",
+    "executors/ray.py", "images/folders.py", "models/methods.py", "report/render.py",
+}  # fmt: skip
+
+
+def test_files_of_others_are_read_by_one_function() -> None:
+    """Whatever is read whole anywhere else is in one of few modules."""
+    whole = re.compile(r"\.read_(?:text|bytes)\(|json\.load\(")
+    modules = sorted((REPOSITORY / "engine").rglob("*.py"))
+    found = {path for path in modules if whole.search(path.read_text(encoding="utf-8"))}
+    assert {path.relative_to(REPOSITORY / "engine").as_posix() for path in found} <= READ_OTHERWISE

@@ -6,15 +6,19 @@
 
 from __future__ import annotations
 
+import http.server
 import itertools
+import json
 import logging
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 
@@ -26,6 +30,7 @@ from engine.errors import EXIT_DRAINED, EXIT_OK, EXIT_USER, OutputError, Riskfor
 from engine.executors.local import LocalExecutor
 from tests.s3_proxy import Fault, Proxy, Request, error_body, proxy_of
 from tests.sleepy import run_sleepy, tars
+from tests.test_object_store import FewWordsOfGcs
 
 BUCKET = "bucket"
 # In the place of 100 MiB: the sizes from which s3fs uploads in parts, of which S3 wants 5 MiB at least.
@@ -205,6 +210,53 @@ def test_a_store_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         done = [pool.submit(one.publish, "x", path) for one, path in zip(stores, paths, strict=True)]
     assert sorted(one.result() for one in done) == [False, True]
     stores[0].remove_tree("")
+
+
+class ResumableGcs(FewWordsOfGcs):
+    """With the uploads of large objects, whose condition it may forget."""
+
+    objects: ClassVar[dict[str, tuple[int, bytes]]] = {}
+    honours: ClassVar[bool] = True
+    begun: ClassVar[list[str]] = []
+
+    def do_POST(self) -> None:
+        query = parse_qs(urlsplit(self.path).query)
+        name = query.get("name", [""])[0]
+        if query.get("uploadType") != ["resumable"] and "part" not in query:
+            super().do_POST()
+            return
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        if query.get("ifGenerationMatch") == ["0"] and name in self.objects and self.honours:
+            self.answer(412, b"{}")
+        elif "part" in query:
+            self.objects[name] = time.time_ns(), data
+            self.answer(200, json.dumps(self.about(name)).encode())
+        else:
+            self.begun.append(name)
+            self.send_response(200)
+            self.send_header("Location", f"http://{self.headers['Host']}/upload/storage/v1?part=1&name={quote(name)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+
+@pytest.mark.parametrize("honours", [True, False])
+def test_a_large_object_is_created_once_on_gcs(
+    large: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, honours: bool
+) -> None:
+    """By a resumable upload, or in one request where such uploads overwrite."""
+    ResumableGcs.objects.clear()
+    ResumableGcs.begun.clear()
+    monkeypatch.setattr(ResumableGcs, "honours", honours)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), ResumableGcs) as gcs:
+        threading.Thread(target=gcs.serve_forever, daemon=True).start()
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{gcs.server_port}")
+        monkeypatch.setenv("NO_GCE_CHECK", "true")
+        store, late = (open_store(f"gs://{BUCKET}/x") for _ in range(2))
+        assert store.publish("y", large[0]) and store.publish("y", large[0])
+        assert not late.publish("y", large[1]) and store.read("y") == large[0].read_bytes()
+        assert set(ResumableGcs.objects) == {"x/y"}, "no probe is left"
+        assert ("x/y" in ResumableGcs.begun) == honours
+        gcs.shutdown()
 
 
 # What may pass --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from engine.dataset.filters import FLAG, NUMBER, TEXT, Vocabulary, compile_filter, compile_number
 from engine.dataset.outcomes import scored_rows
-from engine.dataset.schema import arrow_schema
+from engine.dataset.schema import arrow_schema, check_rows
 from engine.dataset.source import RunSource, open_source, readable
 from engine.errors import JobError
 from engine.records import RUN_FIELDS, fields_of
@@ -196,6 +196,7 @@ class Corpus:
         wanted = None if columns is None else {name: self._column(name) for name in columns}
         with readable(self.runs[number].uri):
             table = self._datasets[number].to_table(columns=wanted, filter=self._expression)
+        check_rows(table, self.runs[number].uri, is_foreign=True)
         return table if columns is not None else _with_scored(table)
 
     def numbers(self, expression: str, option: str) -> Callable[[int], Any]:

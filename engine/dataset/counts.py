@@ -51,8 +51,9 @@ class ShardCounts:
 
 
 def class_code(key: str) -> str:
-    """The class part of a sample's key."""
-    return key.rsplit("-", 2)[1]
+    """The class part of a sample's key; empty for a key that no run has made."""
+    parts = key.rsplit("-", 2)
+    return parts[1] if len(parts) == 3 else ""
 
 
 def is_joint(key: str) -> bool:

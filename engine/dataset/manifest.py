@@ -15,7 +15,7 @@ from engine.conditioning.tally import ScreeningTally
 from engine.dataset.card import dataset_card
 from engine.dataset.commits import CommitRecord, CommitSummary, compact_commits, list_commits, read_commits
 from engine.dataset.counts import ShardCounts
-from engine.dataset.schema import arrow_schema
+from engine.dataset.schema import arrow_schema, check_rows
 from engine.dataset.shards import SHARDS, shard_name
 from engine.dataset.state import CARD, MANIFEST, METADATA, SUCCESS, SURPLUS_LIST, TIMM_INFO, WIDS_INDEX
 from engine.dataset.store import Store, explained, shown
@@ -197,6 +197,7 @@ def _shard_tables(
     for number, path in zip(numbers, paths, strict=True):
         try:
             table = pq.read_table(path, partitioning=None)
+            check_rows(table, shown(path))
             surplus = pa.array(beyond.mark(table), pa.bool_())
             table = table.append_column("surplus", surplus).cast(schema)
         except FileNotFoundError:

@@ -53,6 +53,7 @@ _THROTTLES = {
 # only where they are used), codes in the answers of S3, and states of HTTP.
 _UNREACHED = {
     "ConnectionError", "HTTPClientError", "TimeoutError", "ClientConnectionError", "FSTimeoutError", "gaierror",
+    "Timeout",
 }  # fmt: skip
 _BROKEN_OFF = {
     "ClientPayloadError", "IncompleteRead", "IncompleteReadError", "ResponseStreamingError", "ResponseParserError",

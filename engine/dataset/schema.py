@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from engine.errors import CorruptShardError
 from engine.plan import SCHEMA_VERSION
 from engine.records import ENTRY_FIELDS, RUN_FIELDS, fields_of
 
@@ -59,6 +60,9 @@ DESCRIPTIONS: dict[str, str] = {
 }
 
 _YAML_TYPES = {"int": "int64", "float": "float64", "bool": "bool", "str": "string"}
+# Without these a row cannot be brought together with its image and label.
+REQUIRED = ("key", "status", "class_name", "class_index", "accepted", "sha256")
+
 _RUN_TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
 
 
@@ -72,6 +76,41 @@ def arrow_schema(*, surplus: bool = False, version: int = SCHEMA_VERSION) -> pa.
         for name, kind in kinds.items()
     ]
     return pa.schema(fields, metadata={VERSION_KEY: str(version)})
+
+
+def check_rows(table: pa.Table, where: object, *, is_foreign: bool = False) -> None:
+    """Check that rows are such as runs write them: of our types, without nulls, with finite numbers.
+
+    Args:
+        where: the file or the run, for the message.
+        is_foreign: whether rows may be those of an export, which has columns of others and lacks some of ours.
+
+    Raises:
+        CorruptShardError: some are not.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kinds = {field.name: field.type for field in arrow_schema(surplus=True)}
+    for name in REQUIRED if is_foreign else DESCRIPTIONS:
+        if name not in table.column_names:
+            continue
+        column = table.column(name)
+        is_plain = not pa.types.is_nested(column.type) and not pa.types.is_dictionary(column.type)
+        if is_plain and column.type != kinds[name]:
+            _refuse_rows(where, f"column {name} is of type {column.type}")
+        if column.null_count:
+            _refuse_rows(where, f"column {name} lacks values")
+        # Of lists the inner values.
+        inner = pc.list_flatten(column) if pa.types.is_list(column.type) else column
+        if inner.null_count:
+            _refuse_rows(where, f"column {name} lacks values")
+        if pa.types.is_floating(inner.type) and pc.all(pc.is_finite(inner)).as_py() is False:
+            _refuse_rows(where, f"column {name} has values that are not finite")
+
+
+def _refuse_rows(where: object, what: str) -> NoReturn:
+    raise CorruptShardError(f"{where}: {what}, which no run writes; `riskforge verify` tells what is damaged")
 
 
 def tar_features(image_format: str, version: int = SCHEMA_VERSION) -> list[dict[str, Any]]:

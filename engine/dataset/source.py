@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.dataset.commits import list_commits
+from engine.dataset.schema import REQUIRED
 from engine.dataset.shards import SHARDS, file_digest, shard_name
 from engine.dataset.state import (
     MANIFEST,
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SOURCES = "sources"
-# Without these a row cannot be brought together with its image and label.
-REQUIRED = ("key", "status", "class_name", "class_index", "accepted", "sha256")
 _MAX_RESCORED = 10
 
 
@@ -261,7 +260,12 @@ def _labels(manifest: dict[str, Any], stored: StoredRun | None) -> tuple[str, ..
 
 def _models(about: Any) -> dict[str, Any]:
     models = about.get("models") if isinstance(about, dict) else None
-    return models if isinstance(models, dict) else {}
+    kept = models.items() if isinstance(models, dict) else ()
+    return {role: one for role, one in kept if isinstance(one, dict) or _are_models(one)}
+
+
+def _are_models(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, dict) for one in value)
 
 
 def _of_sources(manifest: dict[str, Any], role: str, field: str) -> frozenset[str]:

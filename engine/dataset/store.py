@@ -12,20 +12,28 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
+import random
 import re
 import secrets
 import shutil
+import stat
+import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
+from typing import ParamSpec, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from engine.errors import OutputError, StoreLostError
 from engine.files import MAX_DOCUMENT_BYTES, MAX_RECORD_BYTES, check_regular, read_whole
+
+Parameters = ParamSpec("Parameters")
+Answer = TypeVar("Answer")
 
 STATE = "_state"
 STAGING = "_state/staging"
@@ -64,6 +72,9 @@ _LOST = {
 }  # fmt: skip
 
 
+# Pauses between the tries of what such a file system does not do.
+LOST_WAITS = (0.2, 1.0, 3.0, 8.0)
+
 # Folders of this process with copies of objects, each with the address that its files are copies of.
 COPIES: dict[Path, str] = {}
 
@@ -92,6 +103,24 @@ def remedy_of(error: OSError) -> str:
     if error.errno in _LOST:
         return f"the file system does not answer ({error.strerror}); see to its mount ({_KEPT})"
     return _REMEDIES.get(error.errno or 0) or error.strerror or str(error)
+
+
+def patient(method: Callable[Parameters, Answer]) -> Callable[Parameters, Answer]:
+    """A method of a store that is tried again where the file system is away for a while.
+
+    Each leaves things as they were or as they should be, so that another try does no harm.
+    """
+
+    @functools.wraps(method)
+    def again(*arguments: Parameters.args, **options: Parameters.kwargs) -> Answer:
+        for wait in LOST_WAITS:
+            try:
+                return method(*arguments, **options)
+            except StoreLostError:
+                time.sleep(wait * (0.75 + random.random() / 2))
+        return method(*arguments, **options)
+
+    return again
 
 
 def open_store(uri: str) -> Store:
@@ -405,16 +434,27 @@ class FolderStore(Store):
 
     def is_there(self) -> bool:
         """Whether there is the folder."""
-        return self.root.is_dir()
+        return self.is_folder("")
 
+    @patient
     def exists(self, name: str) -> bool:
         """Whether something has this name."""
-        return os.path.lexists(self.path(name))
+        with explained(self.path(name)):
+            return _is_there(self.path(name))
 
+    @patient
     def is_folder(self, name: str) -> bool:
         """Whether a folder has this name."""
-        return self.path(name).is_dir()
+        with explained(self.path(name)):
+            try:
+                return stat.S_ISDIR(self.path(name).stat().st_mode)
+            except OSError as error:
+                # A link to nothing, or to itself.
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    raise
+                return False
 
+    @patient
     def read(self, name: str, max_bytes: int = MAX_DOCUMENT_BYTES) -> bytes:
         """The bytes of a file."""
         with explained(self.path(name)):
@@ -436,6 +476,7 @@ class FolderStore(Store):
                 data = error
             yield name, data
 
+    @patient
     def tail(self, name: str, max_bytes: int) -> bytes:
         """The end of a file."""
         with explained(self.path(name)):
@@ -444,6 +485,7 @@ class FolderStore(Store):
                 file.seek(max(0, file.seek(0, os.SEEK_END) - max_bytes))
                 return file.read(max_bytes)
 
+    @patient
     def fetch(self, name: str, *, keep: bool = False) -> Path:
         """The file itself; what is neither a file nor a folder is refused, as reading it may never end."""
         path = self.path(name)
@@ -466,6 +508,7 @@ class FolderStore(Store):
         places = os.walk(self.root, followlinks=False)
         return sum((Path(folder) / name).lstat().st_size for folder, _, names in places for name in names)
 
+    @patient
     def list(self, folder: str = "") -> list[str]:
         """Names in a folder, sorted, from one listing; none where there is no such folder."""
         prefix = f"{folder}/" if folder else ""
@@ -490,6 +533,7 @@ class FolderStore(Store):
                 return {}
         return found
 
+    @patient
     def publish(self, name: str, data: bytes | Path) -> bool:
         """Make a file visible under its name if the name is free.
 
@@ -509,6 +553,7 @@ class FolderStore(Store):
             _sync(target.parent)
         return True
 
+    @patient
     def replace(self, name: str, data: bytes | Path) -> None:
         """Put a file in the place of whatever has its name, atomically. For the files that are made anew each time."""
         target = self.path(name)
@@ -516,6 +561,7 @@ class FolderStore(Store):
             _with_parent(target, lambda: source.replace(target))
             _sync(target.parent)
 
+    @patient
     def append(self, name: str, text: str) -> None:
         """Add to the end of a file; it is seen at once."""
         path = self.path(name)
@@ -534,11 +580,13 @@ class FolderStore(Store):
         for name in names:
             self.remove(name)
 
+    @patient
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
         with explained(self.path(name)):
             self.path(name).unlink(missing_ok=True)
 
+    @patient
     def remove_tree(self, name: str) -> None:
         """Remove a folder and all in it, or a file, if it is there; of a link only the link."""
         path = self.path(name)
@@ -550,6 +598,7 @@ class FolderStore(Store):
             else:
                 path.unlink(missing_ok=True)
 
+    @patient
     def set_aside(self, name: str) -> None:
         """Move a file that is not whole out of the way, under `_state/torn`, if it is there."""
         source = self.path(name)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from engine.files import check_regular
 from engine.images.decode import UnusableImageError, brief
 from engine.images.labelling import Labelling, is_enumeration
 from engine.images.tables import LABEL, LabelColumn, class_names_of
@@ -92,6 +93,7 @@ def _rows(path: Path) -> list[tuple[str, Any]]:
         UnusableImageError: it cannot be read, or has other columns.
     """
     try:
+        check_regular(path)
         if path.suffix != ".parquet" and path.stat().st_size > MAX_TEXT_BYTES:
             raise UnusableImageError(f"is larger than {MAX_TEXT_BYTES // 2**20} MB")
         read = {".parquet": _parquet_rows, ".jsonl": _json_rows, ".csv": _csv_rows}[path.suffix]

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from engine.files import read_whole
 from engine.images.tables import names_in
 
 CARD = "README.md"
@@ -92,9 +93,8 @@ def _label_features(folder: Path) -> Iterator[Any]:
 def _older_infos(folder: Path) -> Iterator[Any]:
     for name in ("dataset_infos.json", "dataset_info.json"):
         try:
-            if (folder / name).stat().st_size <= _MAX_CARD_BYTES:
-                found = json.loads((folder / name).read_text(encoding="utf-8"))
-                yield from found.values() if isinstance(found, dict) and name == "dataset_infos.json" else [found]
+            found = json.loads(read_whole(folder / name, _MAX_CARD_BYTES))
+            yield from found.values() if isinstance(found, dict) and name == "dataset_infos.json" else [found]
         except (OSError, ValueError, RecursionError):
             continue
 
@@ -131,9 +131,7 @@ def _header(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        if path.stat().st_size > _MAX_CARD_BYTES:
-            return {}
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_whole(path, _MAX_CARD_BYTES).decode("utf-8-sig")
         match = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(\n|$)", text.replace("\r\n", "\n"), re.DOTALL)
         header = yaml.safe_load(match[1]) if match else None
     except (OSError, ValueError, RecursionError, yaml.YAMLError):

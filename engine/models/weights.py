@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import JobError
+from engine.files import MAX_DOCUMENT_BYTES, check_regular, read_whole
 from engine.models.folders import is_left_out, weights_variant
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def _listed(folder: Path, paths: list[Path]) -> list[Path]:
     names: set[str] = set()
     for index in folder.glob("*.safetensors.index*.json"):
         try:
-            names |= {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+            names |= {str(name) for name in json.loads(read_whole(index, MAX_DOCUMENT_BYTES))["weight_map"].values()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
     return [path for path in paths if path.name in names] or paths
@@ -82,6 +83,7 @@ def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
         JobError: it is none of safetensors, or shorter than its header says.
     """
     try:
+        check_regular(path)
         total = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

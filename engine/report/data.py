@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.dataset.outcomes import errors, joint_rows, oracle_agreement, scored_rows
+from engine.dataset.schema import check_rows
+from engine.dataset.store import shown
 from engine.dataset.summary import LATER_COLUMNS
 from engine.records import NO_CLASS, STATUS_FAILED
 from engine.report.text import joined
@@ -93,7 +95,9 @@ def read_table(path: Path) -> pa.Table:
     import pyarrow.parquet as pq
 
     later = [name for name in LATER_COLUMNS if name in open_metadata(path).schema.names]
-    return pq.read_table(path, columns=[*_TEXTS, *_NUMBERS, *SCORES, *_OTHERS, *later], read_dictionary=_TEXTS)
+    table = pq.read_table(path, columns=[*_TEXTS, *_NUMBERS, *SCORES, *_OTHERS, *later], read_dictionary=_TEXTS)
+    check_rows(table, shown(path))
+    return table
 
 
 def make_rows(table: pa.Table) -> Rows:

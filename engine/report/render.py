@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,6 +77,8 @@ CHARTS = (
     Score(name="entropy", title="Entropy", unit="nats", log=False, meaning="of the target's output"),
 )
 _HERE = Path(__file__).parent
+# Of a job, as `engine.spec` has it: shards are called by it.
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 _REMEDY = "remove _SUCCESS, and the run's command writes it anew"
 # What the page takes from the manifest without asking whether it is there.
 _NEEDED: dict[str, type] = {
@@ -139,6 +142,8 @@ def _read_manifest(store: Store) -> dict[str, Any]:
                 value = value[key]
             if not isinstance(value, kind):
                 raise TypeError(f"{place} is not as it should be")
+        if not _NAME.fullmatch(manifest["name"]):
+            raise TypeError(f"name {manifest['name']!r} is not that of a job")
     except (TypeError, KeyError) as error:
         raise manifest_error(store, error) from error
     return manifest
@@ -177,28 +182,17 @@ def render(
     names = distinct_names(class_names(rows, labels))
     context = {
         "title": title,
-        "lead": _lead(manifest, rows),
-        "figures": _figures(manifest, rows),
+        **_of_manifest(store, manifest, rows, names),
         "table": summary_table(summarise_table(table), request_totals(table)),
         "classes": class_table(table),
         **_distributions(rows),
-        "partners": partner_table(rows, manifest["job"].get("requests", [])),
         "confusion": _confusion(rows, names),
         "pairs": error_pairs(rows, names),
         "failures": [(clip(message, MAX_MESSAGE_CHARS), count) for message, count in failures(metadata)],
-        "screening": _screening(manifest["counts"].get("screening", {}), names),
-        "num_screening_left_out": sum(
-            max(0, len(classes) - MAX_SCREENED_CLASSES) for classes in manifest["counts"].get("screening", {}).values()
-        ),
-        "dials": _dials(manifest.get("dials", {})),
-        "acceptance": acceptance_table(rows, manifest["counts"].get("quotas", {})),
         "gradients": gradient_table(rows),
         "throughput": throughput_table(rows),
-        "throughput_note": _throughput_note(manifest),
         "evaluation": evaluation_context(evaluation, len(rows)),
         "evaluation_problem": problem,
-        "models": _models(manifest["models"]),
-        "facts": _facts(manifest),
         "style": Markup((_HERE / "report.css").read_text(encoding="utf-8")),
         **_script(),
     }
@@ -222,6 +216,30 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _of_manifest(store: Store, manifest: dict[str, Any], rows: Rows, names: dict[int, str]) -> dict[str, Any]:
+    """What the template needs of the manifest.
+
+    Raises:
+        CorruptShardError: some of it is of another kind than a run writes.
+    """
+    try:
+        screening = manifest["counts"].get("screening", {})
+        return {
+            "lead": _lead(manifest, rows),
+            "figures": _figures(manifest, rows),
+            "partners": partner_table(rows, manifest["job"].get("requests", [])),
+            "screening": _screening(screening, names),
+            "num_screening_left_out": sum(max(0, len(one) - MAX_SCREENED_CLASSES) for one in screening.values()),
+            "dials": _dials(manifest.get("dials", {})),
+            "acceptance": acceptance_table(rows, manifest["counts"].get("quotas", {})),
+            "throughput_note": _throughput_note(manifest),
+            "models": _models(manifest["models"]),
+            "facts": _facts(manifest),
+        }
+    except (TypeError, KeyError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
+        raise manifest_error(store, f"{type(error).__name__}: {error}") from error
 
 
 def _labels(manifest: dict[str, Any]) -> list[str]:

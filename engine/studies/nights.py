@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from engine.class_names import distinct_names
 from engine.dataset.outcomes import ASKED, ERRS, errors, joint_rows, oracle_agreement, scored_rows
+from engine.dataset.schema import check_rows
 from engine.dataset.state import MANIFEST, METADATA, SUCCESS, read_manifest
 from engine.dataset.store import explained, open_store
 from engine.dataset.summary import class_texts
@@ -178,6 +179,7 @@ def read_night(address: str) -> Night:
         target = manifest["models"]["target"]
         with explained(path):
             table = pq.read_table(path, columns=_COLUMNS, partitioning=None).combine_chunks()
+        check_rows(table, store.address(METADATA))
         return _night(store.uri, str(manifest["name"]), target, table)
     except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
