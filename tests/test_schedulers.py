@@ -291,7 +291,7 @@ def test_guidance_leaves_latents_without_signal_alone_whoever_steps():
         ({"_class_name": "PNDMScheduler"}, {"scheduler": "model", "rescale_betas_zero_snr": True}, "PNDMScheduler"),
         ({"use_beta_sigmas": True}, {"use_karras_sigmas": True}, "only one can be"),
         ({"rescale_betas_zero_snr": True}, {"scheduler": "euler"}, "eps-prediction has no signal"),
-        ({"timestep_spacing": "other"}, {}, "timestep_spacing: 'other'"),
+        ({"timestep_spacing": "other"}, {}, 'timestep_spacing: "other"'),
         ({"interpolation_type": "cubic"}, {"scheduler": "euler"}, "interpolation_type"),
         ({"final_sigmas_type": "one"}, {"scheduler": "dpmsolver++"}, "final_sigmas_type"),
         ({"solver_order": 4}, {"scheduler": "dpmsolver++"}, "solver_order"),

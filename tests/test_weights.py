@@ -273,7 +273,7 @@ def test_of_the_hub_a_pipeline_that_does_not_run_is_refused_before_its_weights(p
     repository = Path(shutil.copytree(plain, tmp_path / "repository"))
     edit(repository / "unet" / "config.json", addition_embed_type="text_time")
     made = hub(repository)
-    with pytest.raises(JobError, match="addition_embed_type: 'text_time'"):
+    with pytest.raises(JobError, match='addition_embed_type: "text_time"'):
         resolve("somebody/pipeline")
     assert not [name for name in fetched(made) if name.endswith(".safetensors")]
 
