@@ -151,22 +151,17 @@ def training_problems(scheduler: ModelScheduler) -> list[str]:
     """Why a model is of another training than what runs here, or its configuration cannot be read; a line each."""
     config, name = scheduler.config, scheduler.name
     if name not in FAMILY:
-        return [
-            f"its scheduler is a {name}, whose models are trained otherwise; what runs: models of {_shown_family()}"
-        ]
+        others = ", ".join(one.removesuffix("Scheduler") for one in FAMILY)
+        return [f"its scheduler is a {name}, whose models are trained otherwise; what runs: models of {others}"]
     if (written := config.get("_class_name", name)) != name:
         return [f"model_index.json names a {name}, scheduler_config.json a {shown(written)}; make both the same"]
     problems = [
-        f"scheduler_config.json has {option}: {shown(config[option])} ({meaning}); what runs: models of these schedulers"
-        " that predict epsilon or v, told timesteps, as docs/diffusion-models.md lists them"
+        f"scheduler_config.json has {option}: {shown(config[option])} ({meaning}); what runs: models of these"
+        " schedulers that predict epsilon or v, told timesteps, as docs/diffusion-models.md lists them"
         for option, known, meaning in _TRAINING
         if option in config and config[option] not in known
     ]
     return problems or _number_problems(config)
-
-
-def _shown_family() -> str:
-    return ", ".join(one.removesuffix("Scheduler") for one in FAMILY)
 
 
 def _number_problems(config: dict[str, Any]) -> list[str]:
@@ -174,13 +169,13 @@ def _number_problems(config: dict[str, Any]) -> list[str]:
     where, problems = "scheduler_config.json", list[str]()
     total = config.get("num_train_timesteps", 1000)
     if not _is_whole(total) or not 1 <= total <= MAX_TIMESTEPS:
-        return [f"{where} has num_train_timesteps: {shown(total)} is not a number of timesteps"]
+        return [f"{where} has num_train_timesteps: {shown(total)}, not a number of timesteps"]
     if not _is_whole(config.get("steps_offset", 0)) or config.get("steps_offset", 0) < 0:
-        problems.append(f"{where} has steps_offset: {shown(config['steps_offset'])} is not a number of timesteps")
+        problems.append(f"{where} has steps_offset: {shown(config['steps_offset'])}, not a number of timesteps")
     for option in ("beta_start", "beta_end"):
         value = config.get(option, 0.01)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-            problems.append(f"{where} has {option}: {shown(value)} is not a number between 0 and 1")
+            problems.append(f"{where} has {option}: {shown(value)}, not a number between 0 and 1")
     betas = config.get("trained_betas")
     if betas is not None and (
         not isinstance(betas, list)
