@@ -209,6 +209,20 @@ def loading(address: str, kind: str) -> Iterator[None]:
         raise JobError(f"'{address}' cannot be loaded as {kind} ({reason})") from error
 
 
+def whole(loaded: tuple[Any, dict[str, Any]]) -> Any:
+    """The model of `from_pretrained(..., output_loading_info=True)`, if the files have all of its weights.
+
+    diffusers and transformers fill gaps with random numbers.
+
+    Raises:
+        ValueError: they have not; `loading` names the model.
+    """
+    model, info = loaded
+    if missing := sorted(map(str, info["missing_keys"])):
+        raise ValueError(f"its files lack {len(missing)} of the weights of a {type(model).__name__}, as {missing[0]}")
+    return model
+
+
 def frozen(module: Any, device: str) -> Any:
     """A module on its device, in evaluation mode, its parameters without gradients."""
     module.requires_grad_(False)

@@ -12,7 +12,7 @@ import torch
 
 from engine.models.folders import part_classes, weights_variant
 from engine.models.pipelines import SAFETY_CHECKER
-from engine.models.runtime import Hardware, frozen
+from engine.models.runtime import Hardware, frozen, whole
 
 FEATURES = "feature_extractor"
 
@@ -36,9 +36,9 @@ class SafetyChecker:
         from transformers.models.clip.image_processing_clip import CLIPImageProcessor
 
         where = folder / SAFETY_CHECKER
-        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
         options |= {"variant": weights_variant(where), "dtype": getattr(torch, hardware.dtype)}
-        model = StableDiffusionSafetyChecker.from_pretrained(where, **options)
+        model = whole(StableDiffusionSafetyChecker.from_pretrained(where, **options))
         return cls(model, CLIPImageProcessor.from_pretrained(folder / FEATURES, local_files_only=True), hardware)
 
     @torch.no_grad()
