@@ -18,6 +18,7 @@ import engine
 from engine.errors import JobError
 from engine.models.folders import (
     PIPELINE_INDEX,
+    TIMM_KEY,
     VARIANTS,
     has_weights,
     is_left_out,
@@ -49,8 +50,6 @@ _CONFIGURATION = ("*.json", "*.txt")
 _WEIGHTS = "*.safetensors"
 # Whole, in parts, and the list of the parts.
 _OF_VARIANT = (".safetensors", "-*.safetensors", ".json")
-# In the config.json of a folder of timm.
-_TIMM_KEY = "pretrained_cfg"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +146,7 @@ def read_labels(address: str) -> list[str] | None:
     if source.folder is None:
         return None
     config = read_config(source.folder / "config.json")
-    if _TIMM_KEY in config:
+    if TIMM_KEY in config:
         return _timm_labels(config, address)
     labels = config.get("id2label")
     if not isinstance(labels, dict) or len(labels) < 2:
@@ -297,7 +296,7 @@ def check_clip(folder: Path, address: str) -> None:
 
 def _check_classifier(folder: Path, address: str) -> None:
     need_file(folder, "config.json", address, "a transformers or timm model folder")
-    if _TIMM_KEY in read_config(folder / "config.json"):
+    if TIMM_KEY in read_config(folder / "config.json"):
         _check_timm(address)
 
 

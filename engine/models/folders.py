@@ -14,6 +14,8 @@ from typing import Any
 from engine.errors import JobError
 
 PIPELINE_INDEX = "model_index.json"
+# In the config.json of a folder of timm.
+TIMM_KEY = "pretrained_cfg"
 # Other precisions and training states of weights; of several without the plain ones the first is loaded.
 VARIANTS = ("fp16", "bf16", "non_ema")
 # Of files beside plain weights, which are neither loaded nor digested.
