@@ -116,7 +116,7 @@ def refusal(folder: Path, **options) -> str:
     return "\n".join(caught.value.problems)
 
 
-def assert_equal_pixels(folder: Path, hardware, *, steps: int = 3, reference=None, prompts=PROMPTS, **sampling) -> None:
+def assert_equal_pixels(folder: Path, hardware, *, steps: int = 2, reference=None, prompts=PROMPTS, **sampling) -> None:
     """Engine and diffusers make the same images of a folder that validates; `scheduler: model` unless said."""
     sampling = {"scheduler": "model"} | sampling
     check_addresses(job_of(folder, sampling=sampling | {"num_inference_steps": steps}))
@@ -131,7 +131,7 @@ def test_unets_that_run_give_the_pixels_of_diffusers(name, tmp_path, hardware):
     """Options that a UNet reads by itself need nothing of us, and stay allowed."""
     unet = ALLOWED_UNETS[name]
     vae = {"latent_channels": unet.get("in_channels", 4)}
-    assert_equal_pixels(save_pipeline(tmp_path / "made", unet=unet, vae=vae), hardware, prompts=PROMPTS[:1])
+    assert_equal_pixels(save_pipeline(tmp_path / "made", unet=unet, vae=vae), hardware, steps=1, prompts=PROMPTS[:1])
 
 
 def test_every_option_of_a_unet_is_sampled_or_refused():
@@ -148,6 +148,7 @@ def test_unets_that_ask_for_more_are_refused(option, value, plain, copy_of):
     folder = copy_of(plain)
     edit(folder / "unet" / "config.json", **{option: value})
     line = refusal(folder)
+    assert value is not None or "sample_size: null" in line
     assert line.startswith("models.diffusion: ") and (option in line or "cross_attention_dim" in line)
     assert "what runs" in line or "write" in line
 
@@ -224,7 +225,7 @@ def test_values_of_a_wrong_kind_are_refused_or_read(part, unclip, copy_of):
     (path,) = (one for one in (folder / part).glob("*.json") if one.name in CONFIGURATIONS)
     config = json.loads(path.read_text())
     for place, key in enumerate(sorted(config)):
-        for value in STRANGE[place % 3 :: 3]:
+        for value in STRANGE[place % 4 :: 4]:
             path.write_text(json.dumps(config | {key: value}))
             try:
                 check_addresses(job_of(folder, sampling={"scheduler": SCHEDULERS[place % len(SCHEDULERS)]}))
@@ -289,7 +290,7 @@ def test_parts_that_are_not_known_are_refused(changes, plain, copy_of):
         ("vae", {"block_out_channels": 3}, "wrong kind"),
         ("unet", {"_class_name": "ControlNetModel"}, "ControlNetModel"),
         ("unet", {"quantization_config": {}}, "quantised"),
-        ("text_encoder", {"model_type": "t5"}, "'t5'"),
+        ("text_encoder", {"model_type": "t5"}, "t5"),
         ("text_encoder", {"hidden_size": 32}, "cross_attention_dim"),
         ("text_encoder", {"quantization_config": {}}, "quantised"),
         ("text_encoder", {"max_position_embeddings": 16}, "model_max_length"),
