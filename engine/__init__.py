@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.dataset.corpus import Corpus
+    from engine.images import LabelledImage, Unusable, open_images
 
 __version__ = "0.1.0"
+__all__ = ["LabelledImage", "Unusable", "open_images", "open_run"]
+
+
+def __getattr__(name: str) -> Any:
+    """What reads images is imported when it is asked for: it needs NumPy, which `--help` does not wait for."""
+    if name in ("LabelledImage", "Unusable", "open_images"):
+        import engine.images
+
+        return getattr(engine.images, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def open_run(uri: str, *more: str) -> Corpus:

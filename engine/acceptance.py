@@ -18,6 +18,8 @@ SCORES = (
 JUDGE_SCORES = {"judge_conformity": "conformity", "judge_conformity_margin": "conformity_margin"}
 FLAGS = ("is_error", "screened")
 ORACLE = ("agrees", "disagrees")
+# The schema version from which on `is_error: true` asks of a joint prompt for a prediction outside its subset.
+ERRORS_OUTSIDE_SINCE = 3
 _COMPARISON = re.compile(r"\s*(<=|>=|<|>)\s*(\S+)\s*")
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
@@ -44,17 +46,27 @@ def rule_problems(rule: Mapping[str, Any]) -> list[tuple[str, str]]:
     return problems
 
 
-def is_accepted(rule: Mapping[str, Any], record: Mapping[str, Any], subset: tuple[int, ...]) -> bool:
+def is_accepted(
+    rule: Mapping[str, Any],
+    record: Mapping[str, Any],
+    subset: tuple[int, ...],
+    schema_version: int = ERRORS_OUTSIDE_SINCE,
+) -> bool:
     """Whether every condition of a checked rule holds for a record.
 
     Args:
         record: complete scores.
-        subset: the classes of the prompt; the oracle agrees when it sees one of them.
+        subset: the classes of the prompt; the target errs, and the oracle disagrees, when it sees none of them.
+        schema_version: of the run. Before 3 a joint sample was an error wherever the target saw another class than
+            the closest one; a run goes on by the rule that it began with.
     """
-    return all(_holds(name, wanted, record, subset) for name, wanted in rule.items())
+    is_joint = len(subset) > 1 and schema_version >= ERRORS_OUTSIDE_SINCE
+    return all(_holds(name, wanted, record, subset, is_joint) for name, wanted in rule.items())
 
 
-def _holds(name: str, wanted: Any, record: Mapping[str, Any], subset: tuple[int, ...]) -> bool:
+def _holds(name: str, wanted: Any, record: Mapping[str, Any], subset: tuple[int, ...], is_joint: bool) -> bool:
+    if name == "is_error" and is_joint:
+        return (record["predicted_class"] not in subset) == wanted
     if name in FLAGS:
         return bool(record[name] == wanted)
     if name == "oracle":

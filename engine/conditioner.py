@@ -15,7 +15,7 @@ from engine.artefact import Conditioning, load_conditioning
 from engine.conditioning.screening import ScreenedDraw, ScreeningOptions, screen, unscreened
 from engine.errors import JobError
 from engine.heartbeat import beat
-from engine.images import LabelledImage, Unusable, image_key, nothing_usable, open_images
+from engine.images import LabelledImage, Unusable, image_key, nothing_usable, open_images, some_of
 from engine.models.addresses import find_artefact, image_encoder_digest, model_digest
 from engine.models.clip import ImageEncoder
 from engine.models.runtime import CPU_ROWS
@@ -59,15 +59,24 @@ class GivenEmbeddings:
 
     Args:
         embeds: [N, d] of every class by its index, N at least 1.
+        encoder: whose they are, for messages.
     """
 
-    def __init__(self, embeds: dict[int, Tensor]) -> None:
+    def __init__(self, embeds: dict[int, Tensor], encoder: str) -> None:
         self._embeds = embeds
+        self._encoder = encoder
 
     def draw(self, spec: SampleSpec) -> ScreenedDraw:
-        """The embedding of image `index` of the sample's class, from the first again after the last."""
+        """The embedding of image `index` of the sample's class, from the first again after the last.
+
+        Raises:
+            ValueError: it is not finite.
+        """
         own = self._embeds[spec.cell.classes[0]]
-        return ScreenedDraw(embedding=own[spec.index % len(own)], screened=False, num_draws=0, confidence=0.0)
+        embedding = own[spec.index % len(own)]
+        if not embedding.isfinite().all():
+            raise ValueError(f"the image encoder of '{self._encoder}' gives an image embedding that is not finite")
+        return ScreenedDraw(embedding=embedding, screened=False, num_draws=0, confidence=0.0)
 
 
 def open_conditioner(
@@ -95,7 +104,7 @@ def open_conditioner(
     embedder = _Embedder(encoder, needed)
     given = read_given(spec.images, labels, _where(request, "images"), embedder.take)
     _check_same(given.digest, digest, spec.images, _where(request, "images"))
-    return GivenEmbeddings(embedder.embeds())
+    return GivenEmbeddings(embedder.embeds(), diffusion)
 
 
 def conditioning_digests(
@@ -252,8 +261,7 @@ def _checked_images(request: RequestPlan, address: str, labels: Sequence[str], p
     if missing := [cell.names[0] for cell in request.cells if cell.classes[0] not in found]:
         raise JobError(f"{where}: '{address}' has no usable image of class '{missing[0]}'; add one")
     if given.unusable:
-        first = given.unusable[0]
-        notice(f"{where}: {len(given.unusable)} of '{address}' cannot be used; the first: {first.name} {first.reason}")
+        notice(f"{where}: {len(given.unusable)} of '{address}' cannot be used: {some_of(given.unusable)}")
     return given.digest
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from engine.models.addresses import locate, read_config
+from engine.models.addresses import locate
+from engine.models.folders import read_config
 from engine.plan import Plan, RequestPlan
 from engine.spec import JobSpec
 

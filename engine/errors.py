@@ -22,6 +22,13 @@ class RiskforgeError(Exception):
         super().__init__(*(redacted(one) if isinstance(one, str) else one for one in arguments))
 
 
+def fault(message: str, exit_code: int) -> RiskforgeError:
+    """An error of a worker, as it came from its process: with its text and its exit code."""
+    error = RiskforgeError(message)
+    error.exit_code = exit_code
+    return error
+
+
 class JobError(RiskforgeError):
     """The job or the command line is wrong.
 
@@ -50,6 +57,18 @@ def _shortened(text: str) -> str:
 
 class OutputError(RiskforgeError):
     """The output cannot be used as asked: not empty, of another plan, not writable."""
+
+
+class StoreLostError(OutputError):
+    """The output's store does not answer, after all retries; what is committed is kept, so the run can be resumed."""
+
+    exit_code = EXIT_DRAINED
+
+
+class ClusterLostError(RiskforgeError):
+    """The cluster that the workers run on is gone; what is committed is kept, so the run can be resumed."""
+
+    exit_code = EXIT_DRAINED
 
 
 class OwnedError(RiskforgeError):

@@ -17,7 +17,7 @@ from engine.conditioner import Conditioner, open_conditioner
 from engine.conditioning.screening import ScreenedDraw
 from engine.errors import EverySampleFailedError, JobError, RiskforgeError
 from engine.guidance.boundary import guide_to_boundary
-from engine.guidance.custom import Criterion, Scene, criterion_problem, guide_by
+from engine.guidance.custom import NO_CHANCE, Criterion, Scene, criterion_problem, guide_by, same_values
 from engine.guidance.guided import ConditionalDenoiser, GuidedDenoiser
 from engine.guidance.risky import guide_to_risk
 from engine.guidance.rules import GradientHealth
@@ -28,9 +28,10 @@ from engine.models.decoder import GuidanceDecoder
 from engine.models.diffusion import Diffusion
 from engine.models.foreign import reason_of
 from engine.models.methods import load_method, method_digest
+from engine.models.randomness import watch_generators
 from engine.models.runtime import choose_hardware, fix_kernels
 from engine.plan import Plan, RequestPlan, SampleSpec, make_prompt
-from engine.records import STATUS_OK, STATUS_REJECTED, SampleResult, check_record, failed_record
+from engine.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, SampleResult, check_record, failed_record
 from engine.sampling.loop import sample
 from engine.sampling.noise import draw_noise
 from engine.scoring import Scorer
@@ -233,8 +234,8 @@ class Generator:
         files, shown = imaging.stored(pixels, output.image_format, provenance=output.provenance)
         records = self._scorer.records(padded, shown)
         return [
-            _failed(spec, faults[row])
-            if faults[row]
+            _failed(spec, faults[row] or record["error_message"])
+            if faults[row] or record["status"] == STATUS_FAILED
             else self._result(
                 request, spec, record | _counts(health, row), files[row], len(padded), draws[row] if draws else None
             )
@@ -246,14 +247,10 @@ class Generator:
         finite = torch.isfinite(images).flatten(1).all(1).tolist()
         checker = self._model(request).safety_checker
         shown = [PIL.Image.fromarray(one) for one in imaging.quantise(images)] if checker else []
-        flagged = checker.flags(shown) if checker else [False] * len(images)
+        unsafe = checker.faults(shown) if checker else [""] * len(images)
         return [
-            "the sampler produced values that are not finite"
-            if not is_finite
-            else "the pipeline's safety checker flagged the image"
-            if is_flagged
-            else ""
-            for is_finite, is_flagged in zip(finite, flagged, strict=True)
+            text if is_finite else "the sampler produced values that are not finite"
+            for is_finite, text in zip(finite, unsafe, strict=True)
         ]
 
     def _draws(self, request: int, specs: Sequence[SampleSpec]) -> list[ScreenedDraw]:
@@ -281,7 +278,8 @@ class Generator:
             check_record(record)
         except ValueError as error:
             return _failed(spec, str(error))
-        accepted = is_accepted(self._job.requests[request].accept, record, spec.cell.classes)
+        rule, version = self._job.requests[request].accept, self._plan.schema_version
+        accepted = is_accepted(rule, record, spec.cell.classes, version)
         stored = accepted or self._job.output.store_rejected
         return SampleResult(
             record=record | {"accepted": accepted, "status": STATUS_OK if accepted else STATUS_REJECTED},
@@ -368,15 +366,19 @@ class Generator:
                 f"{where}: the file of '{address}' on this machine is not the one that the run was planned with; give"
                 " all machines the same file"
             )
-        criterion = load_method(address, self._job.guidance_of(request.spec).custom.parameters)
+        parameters = self._job.guidance_of(request.spec).custom.parameters
+        criteria = [load_method(address, parameters) for _ in range(2)]
         shape, scene = self._model(request.number).image_shape, self._scene([request.cells[0].classes] * 2)
         try:
-            problem = criterion_problem(criterion, scene, shape)
+            with watch_generators() as drawn:
+                problem = criterion_problem(criteria, scene, shape)
         except Exception as error:
             raise JobError(f"{where}: the criterion of '{address}' failed: {reason_of(error)}") from error
+        if drawn:
+            problem = f"draws random numbers ({', '.join(drawn)}); {NO_CHANCE}"
         if problem:
             raise JobError(f"{where}: the criterion of '{address}' {problem}")
-        return criterion
+        return _Watched(criteria[0], f"{where}: the criterion of '{address}'")
 
     def _address(self, request: int) -> str:
         return self._job.requests[request].diffusion or self._job.models.diffusion
@@ -410,6 +412,30 @@ class Generator:
             self._model(request).sampler(self._job.sampling_of(self._job.requests[request]))
         except ValueError as error:
             raise JobError(f"requests.{request}: {error}") from None
+
+
+class _Watched:
+    """A criterion that is watched while samples are made: what it did not do when it was tried it may do later.
+
+    Its first call is made twice; that it draws from no global generator is seen at every call.
+
+    Raises:
+        JobError: its distances are not decided by the images.
+    """
+
+    def __init__(self, criterion: Criterion, name: str) -> None:
+        self._criterion, self._name, self._is_first = criterion, name, True
+
+    def __call__(self, images: Tensor, scene: Scene) -> Tensor:
+        with watch_generators() as drawn:
+            distances = self._criterion(images, scene)
+            is_same = not self._is_first or same_values(distances, self._criterion(images, scene))
+        self._is_first = False
+        if drawn:
+            raise JobError(f"{self._name} draws random numbers ({', '.join(drawn)}); {NO_CHANCE}")
+        if not is_same:
+            raise JobError(f"{self._name} gives other distances for equal images when it is asked again; {NO_CHANCE}")
+        return distances
 
 
 def memory_within_reach() -> int:
@@ -453,7 +479,7 @@ def may_pass(error: BaseException) -> bool:
 
 def _without_frames(outcome: list[SampleResult] | Exception) -> list[SampleResult] | Exception:
     """An exception of one of many samples lets its tensors go."""
-    error = outcome if isinstance(outcome, BaseException) else None
+    error: BaseException | None = outcome if isinstance(outcome, Exception) else None
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__

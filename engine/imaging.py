@@ -12,6 +12,8 @@ import PIL.PngImagePlugin
 import torch
 from torch import Tensor
 
+from engine.images.decode import decode_rgb
+
 # PNG and WebP are lossless; JPEG at the quality that moves classifier scores least.
 _OPTIONS: dict[str, dict[str, object]] = {
     "png": {"format": "PNG", "compress_level": 6},
@@ -73,9 +75,4 @@ def stored(
         later: list[Callable[[], bytes]] = [partial(encode, one, image_format, provenance=provenance) for one in pixels]
         return later, [PIL.Image.fromarray(one) for one in pixels]
     done = [encode(one, image_format, provenance=provenance) for one in pixels]
-    return [partial(bytes, file) for file in done], [decode(file) for file in done]
-
-
-def decode(data: bytes) -> PIL.Image.Image:
-    """The RGB image in a file, as any reader sees it."""
-    return PIL.Image.open(io.BytesIO(data)).convert("RGB")
+    return [partial(bytes, file) for file in done], [decode_rgb(file) for file in done]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -12,10 +11,9 @@ from typing import Any
 from engine.dataset.corpus import Corpus
 from engine.dataset.source import RunSource
 from engine.dataset.store import Store, explained
-from engine.dataset.summary import GroupSummary, class_texts, plain, summarise_table
+from engine.dataset.summary import LATER_COLUMNS, GroupSummary, class_texts, plain, summarise_table
 from engine.dataset.tar_index import TarReader, index_tars
 from engine.errors import CorruptShardError, JobError, OutputError
-from engine.records import STATUS_FAILED
 from engine.spec_messages import nearest
 
 SCORES = ("risk", "p_label", "conformity", "conformity_margin", "kldb", "entropy")
@@ -23,7 +21,7 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 MAX_NEAREST = 20_000
 _GROUPED = (
     "request", "method", "context", "class_name", "status", "risk", "conformity", "kldb", "entropy", "key",
-    "class_index", "is_error", "accepted", "oracle_class", "kldb_classes", "transfer",
+    "class_index", "predicted_class", "is_error", "accepted", "oracle_class", "kldb_classes", "transfer",
 )  # fmt: skip
 
 
@@ -47,7 +45,7 @@ def inspect(corpus: Corpus) -> Inspection:
         CorruptShardError: rows or the first image cannot be read.
     """
     there = set(corpus.columns)
-    table = corpus.to_table([name for name in (*_GROUPED, "judge") if name in there])
+    table = corpus.to_table([name for name in (*_GROUPED, *LATER_COLUMNS) if name in there])
     groups = summarise_table(table) if there.issuperset(_GROUPED) else []
     document = {
         "runs": [_about(source) for source in corpus.runs],
@@ -73,7 +71,7 @@ def quantiles(corpus: Corpus) -> dict[str, list[float]]:
     import numpy as np
 
     names = [name for name in SCORES if name in corpus.columns]
-    scored = corpus.filter(f"status != '{STATUS_FAILED}'").to_table(names) if names else None
+    scored = corpus.filter("scored").to_table(names) if names else None
     if scored is None or not len(scored):
         return {}
     columns = {name: scored[name].drop_null().to_numpy() for name in names}
@@ -174,7 +172,7 @@ def _class_counts(corpus: Corpus) -> dict[str, int]:
 
 def _first_image(corpus: Corpus) -> dict[str, Any]:
     """Size and format of the first image that is stored."""
-    import PIL.Image
+    from engine.images.decode import UnusableImageError, open_image
 
     stored = corpus.with_images(rejected=True, surplus=True)
     for number, source in enumerate(corpus.runs):
@@ -183,9 +181,9 @@ def _first_image(corpus: Corpus) -> dict[str, Any]:
             continue
         data, extension = read_image(source, rows.slice(0, 1).to_pylist()[0])
         try:
-            with PIL.Image.open(io.BytesIO(data)) as image:
+            with open_image(data) as image:
                 size = {"width": image.width, "height": image.height}
-        except Exception as error:  # Decoders raise anything on foreign bytes.
-            raise CorruptShardError(f"{source.uri}: its first image cannot be decoded ({error})") from None
+        except UnusableImageError as error:
+            raise CorruptShardError(f"{source.uri}: its first image cannot be decoded: it {error}") from None
         return size | {"format": extension, "bytes": len(data)}
     return {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from engine.errors import EXIT_USER
+
 
 class Report(Protocol):
     """Hears from a worker how far a shard is."""
@@ -131,9 +133,14 @@ class WorkerLost:
 
 @dataclass(frozen=True, slots=True)
 class UserFault:
-    """Something that only the user can mend: no other attempt would fare better."""
+    """Something that only the user can mend, or a store that is lost: no other attempt would fare better.
+
+    Attributes:
+        exit_code: of the command that ends with it.
+    """
 
     message: str
+    exit_code: int = EXIT_USER
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,10 +226,11 @@ class Drained:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """Give the run up. `user_fault`: the message is for the user; else something is broken."""
+    """Give the run up. `user_fault`: the message is for the user, as `UserFault`; else something is broken."""
 
     message: str
     user_fault: bool
+    exit_code: int = EXIT_USER
 
 
 OfWorker = (

@@ -21,8 +21,9 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from engine.errors import JobError, RiskforgeError
+from engine.errors import JobError, fault
 from engine.executors.base import Executor, ExecutorEvent, ShardResult
+from engine.finiteness import Faults
 from engine.images import (
     PART_ROWS,
     ImageSource,
@@ -34,9 +35,10 @@ from engine.images import (
     open_images,
 )
 from engine.messages import Report, ShardError, ShardProgress, UserFault, WorkerLost, WorkerReady
-from engine.models.addresses import image_encoder_digest, is_unclip, locate, model_digest, resolve
+from engine.models.addresses import image_encoder_digest, locate, model_digest, resolve
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip, ImageEncoder
+from engine.models.pipelines import is_unclip
 from engine.models.runtime import CPU_ROWS, Hardware, choose_hardware, fix_threads
 from engine.models.targets import add_import_folders
 from engine.plan import ShardSpec
@@ -54,7 +56,13 @@ _INDEX = "model_index.json"
 
 
 class Encoder(Protocol):
-    """What the pass asks of an image encoder."""
+    """What the pass asks of an image encoder.
+
+    Attributes:
+        name: the address it was loaded from.
+    """
+
+    name: str
 
     def image_embeds(self, images: list[PIL.Image.Image]) -> Tensor:
         """Raw embeddings [B, d] of 8-bit images, on the CPU."""
@@ -150,15 +158,17 @@ class Observer:
         padded = [*images, *[images[-1]] * (self._num_rows - len(images))]
         embeds = self._encoder.image_embeds(padded)[: len(images)]
         logits = self._target.score(padded)[: len(images)]
-        finite = torch.isfinite(embeds).all(1) & torch.isfinite(logits).all(1)
-        seen.embeds.append(embeds[finite])
-        seen.logits.append(logits[finite])
-        for (place, one), is_finite in zip(waiting, finite.tolist(), strict=True):
-            if is_finite:
-                seen.keys.append((one.class_index, image_key(one.image)))
+        faults = Faults(len(images))
+        faults.check_logits(logits, "models.target", self._target.name)
+        faults.check_embeds(embeds, "the image encoder", self._encoder.name)
+        usable = torch.tensor([not faults[row] for row in range(len(images))])
+        seen.embeds.append(embeds[usable])
+        seen.logits.append(logits[usable])
+        for row, (place, one) in enumerate(waiting):
+            if faults[row]:
+                seen.unusable.append((place, Unusable(one.name, faults[row])))
             else:
-                reason = "gives embeddings or logits that are not finite"
-                seen.unusable.append((place, Unusable(one.name, reason)))
+                seen.keys.append((one.class_index, image_key(one.image)))
 
 
 def encoder_address(job: JobSpec) -> str:
@@ -328,7 +338,7 @@ class _Division:
     def _take(self, event: ExecutorEvent) -> None:
         """Do what an event asks for."""
         if isinstance(event, UserFault):
-            raise RiskforgeError(event.message)
+            raise fault(event.message, event.exit_code)
         part = self._parts[event.worker]
         if isinstance(event, WorkerReady):
             self._started = self._started or time.monotonic()

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import JobError
+from engine.labels import find_class
 from engine.spec import CLASS_TEMPLATE, JOINT_SEPARATOR, MAX_SEED, JobSpec, RequestSpec
 from engine.spec_messages import nearest
 
 # Of the columns of new runs (`engine.records`).
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # Of what a digest covers: it grows only when pixels or scores of an old plan would come out otherwise.
 IDENTITY_VERSION = 1
 # Stands in a key where the class index would, for a joint prompt.
@@ -312,9 +313,7 @@ def _cells(request: RequestSpec, labels: list[str], where: str, problems: list[s
 
 
 def class_index(wanted: str | int, labels: list[str]) -> int:
-    """Index of a class given by name (any case), or by index.
-
-    ImageNet-style labels with synonyms ("Chihuahua, dog") are found by any of them.
+    """Index of a class given by name, as `engine.labels.find_class` has it, or by index.
 
     Raises:
         JobError: no such class, or several.
@@ -323,11 +322,7 @@ def class_index(wanted: str | int, labels: list[str]) -> int:
         if 0 <= wanted < len(labels):
             return wanted
         raise JobError(f"{wanted} is not a class index of the target; it has 0 to {len(labels) - 1}")
-    word = wanted.lower()
-    found = [index for index, label in enumerate(labels) if label.lower() == word]
-    found = found or [
-        index for index, label in enumerate(labels) if word in [one.strip() for one in label.lower().split(",")]
-    ]
+    found = find_class(wanted, labels)
     if len(found) > 1:
         raise JobError(f"{wanted!r} is the name of classes {', '.join(map(str, found))}; give the index")
     if found:
@@ -397,7 +392,7 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
                 "prompt": plan.spec.prompt or "",
                 "seed_group": plan.spec.seed_group or plan.spec.name,
                 "diffusion": digests["diffusion"][plan.spec.diffusion or job.models.diffusion],
-                "sampling": job.sampling_of(plan.spec).model_dump(mode="json"),
+                "sampling": _sampling(job, plan.spec),
                 "guidance": _active_guidance(job, plan.spec),
                 "accept": plan.spec.accept,
             }
@@ -408,6 +403,13 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
             for plan in requests
         ],
     }
+
+
+def _sampling(job: JobSpec, request: RequestSpec) -> dict[str, Any]:
+    """How a request is sampled; plans from before Karras sigmas could be chosen have no such key."""
+    sampling = job.sampling_of(request)
+    is_chosen = sampling.use_karras_sigmas is not None
+    return sampling.model_dump(mode="json", exclude=set() if is_chosen else {"use_karras_sigmas"})
 
 
 def _active_guidance(job: JobSpec, request: RequestSpec) -> dict[str, Any]:

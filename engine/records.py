@@ -1,8 +1,8 @@
-"""What is recorded of a sample: the fields of `schema_version` 2, their types and their empty values.
+"""What is recorded of a sample: the fields of the present `schema_version`, their types and their empty values.
 
 A record is a plain dict with every deterministic field present, in this order, and no nulls (contract: sample
-metadata). The run-dependent fields are added beside it and never enter the tar. Version 1 is version 2 without `judge`;
-both are read, and a run that began with it goes on in it.
+metadata). The run-dependent fields are added beside it and never enter the tar. Earlier versions lack the fields of
+`SINCE`; all are read, and a run that began with one goes on in it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ STATUS_OK = "ok"
 STATUS_REJECTED = "rejected"
 STATUS_FAILED = "failed"
 NO_CLASS = -1
+# The `method` of real images in a merged data set, which no model has scored.
+REAL = "real"
 
 # Name -> type: "int", "float", "bool", "str", "ints", "floats", or a list of one of `ENTRY_FIELDS`.
 DETERMINISTIC_FIELDS: dict[str, str] = {
@@ -33,6 +35,7 @@ DETERMINISTIC_FIELDS: dict[str, str] = {
     "index": "int",
     "status": "str",
     "error_message": "str",
+    "scored": "bool",
     "risk": "float",
     "is_error": "bool",
     "predicted_class": "int",
@@ -68,7 +71,12 @@ ENTRY_FIELDS: dict[str, dict[str, str]] = {
     "judges": {"model": "str", "conformity": "float", "conformity_margin": "float"},
 }
 # Fields that came with a later version than the first.
-_SINCE = {"judge": 2}
+SINCE = {"judge": 2, "scored": 3}
+# Fields that models measured: of a row that is not scored they have the empty value, which means nothing.
+MEASURED = frozenset(
+    ["risk", "is_error", "predicted_class", "p_label", "conformity", "conformity_margin", "kldb", "kldb_classes",
+     "kldb_balance", "kldb_mass", "entropy", "temperature", "oracle_class", "transfer", "judge"]
+)  # fmt: skip
 
 _EMPTY: dict[str, Any] = {
     "int": 0, "float": 0.0, "bool": False, "str": "", "ints": [], "floats": [], "transfers": [], "judges": [],
@@ -117,7 +125,7 @@ def fields_of(version: int) -> dict[str, str]:
     """
     if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
         raise ValueError(f"schema_version {version!r} is not one of 1 to {SCHEMA_VERSION}")
-    return {name: kind for name, kind in DETERMINISTIC_FIELDS.items() if _SINCE.get(name, 1) <= version}
+    return {name: kind for name, kind in DETERMINISTIC_FIELDS.items() if SINCE.get(name, 1) <= version}
 
 
 def in_version(record: dict[str, Any], version: int) -> dict[str, Any]:
@@ -126,15 +134,26 @@ def in_version(record: dict[str, Any], version: int) -> dict[str, Any]:
 
 
 def upgraded(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of any schema version in the present one; what it lacks is empty."""
+    """A record of any schema version in the present one; what it lacks is empty, and `scored` as `is_scored` says."""
     kept = {
         name: _empty(kind) if record.get(name) is None else record[name] for name, kind in DETERMINISTIC_FIELDS.items()
     }
-    return kept | {"schema_version": SCHEMA_VERSION}
+    return kept | {"schema_version": SCHEMA_VERSION, "scored": is_scored(kept | {"scored": record.get("scored")})}
+
+
+def is_scored(record: Mapping[str, Any]) -> bool:
+    """Whether models have scored the image of a record of any schema version.
+
+    Versions before 3 do not say so: there every row is scored but failed ones and real images.
+    """
+    if record["status"] == STATUS_FAILED:
+        return False
+    known = record.get("scored")
+    return record["method"] != REAL if known is None else bool(known)
 
 
 def new_record(spec: SampleSpec) -> dict[str, Any]:
-    """A record with the identity of a sample and the empty value everywhere else.
+    """A record with the identity of a sample and the empty value everywhere else, to be filled by whoever scores.
 
     A joint prompt has no class before it is scored: `class_name` then holds its classes joined by "and".
     """
@@ -151,13 +170,14 @@ def new_record(spec: SampleSpec) -> dict[str, Any]:
         context=spec.context,
         seed=spec.seed,
         index=spec.index,
+        scored=True,
     )
     return record
 
 
 def failed_record(spec: SampleSpec, message: str) -> dict[str, Any]:
     """The record of a sample of which there is no image."""
-    return new_record(spec) | {"status": STATUS_FAILED, "error_message": message}
+    return new_record(spec) | {"status": STATUS_FAILED, "error_message": message, "scored": False}
 
 
 def check_record(record: dict[str, Any]) -> None:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import io
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import PIL.Image
-
 from engine.dataset.commits import list_commits
-from engine.dataset.shards import SHARDS, read_shard, shard_name
+from engine.dataset.shards import IMAGE_FORMATS, SHARDS, read_shard, shard_name, tar_entries
 from engine.dataset.state import stored_plan
 from engine.dataset.store import Store
 from engine.dataset.verify import Finding
 from engine.errors import JobError
+from engine.images.decode import UnusableImageError, decode_sample
 from engine.models.addresses import model_digests
 from engine.plan import Plan, SampleSpec, difference
+from engine.records import STATUS_FAILED
 from engine.spec import JobSpec
 
 NUM_SAMPLES = 64
@@ -50,18 +50,25 @@ def rescore(
     from engine.worker import quiet_libraries
 
     job, plan = stored_plan(store)
-    chosen = list(_choose(store, job, plan, num_samples))
-    if not chosen:
+    chosen = _choose(store, job, plan, num_samples)
+    if (first := next(chosen, None)) is None:
         return []
     _check_models(job, plan)
     advance("loading the models that score")
     quiet_libraries()
     scorer = load_scorer(job)
     findings = []
-    for place, (spec, image, stored) in enumerate(chosen):
-        advance(f"image {place + 1} of {len(chosen)}")
-        [made] = scorer.records([spec], [PIL.Image.open(io.BytesIO(image)).convert("RGB")])
-        if differences := _differences(stored, made):
+    for place, (spec, image, stored) in enumerate(itertools.chain([first], chosen)):
+        advance(f"image {place + 1} of up to {num_samples}")
+        try:
+            decoded = decode_sample(image)
+        except UnusableImageError as error:
+            findings.append(Finding(kind="damage", text=f"{spec.key}: its image {error}"))
+            continue
+        [made] = scorer.records([spec], [decoded])
+        if made["status"] == STATUS_FAILED:
+            findings.append(Finding(kind="damage", text=f"{spec.key}: scored again, {made['error_message']}"))
+        elif differences := _differences(stored, made):
             findings.append(Finding(kind="damage", text=f"{spec.key}: scored again, {'; '.join(differences)}"))
     return findings
 
@@ -83,11 +90,18 @@ def _choose(store: Store, job: JobSpec, plan: Plan, num_samples: int) -> Iterato
     num_left = num_samples
     for number in numbers:
         path = store.fetch(f"{SHARDS}/{shard_name(job.name, number)}.tar")
-        held = {key: (image, record) for key, image, record, _ in read_shard(path)}
+        held = {
+            key
+            for key, _, extension in (name.partition(".") for name, _, _ in tar_entries(path))
+            if extension in IMAGE_FORMATS
+        }
         specs = [spec for spec in plan.samples(plan.shard(number)) if spec.key in held]
-        for spec in draw.sample(specs, min(each, num_left, len(specs))):
-            yield (spec, *held[spec.key])
-            num_left -= 1
+        drawn = {spec.key: spec for spec in draw.sample(specs, min(each, num_left, len(specs)))}
+        # One at a time: a shard of somebody else's may hold gigabytes.
+        for key, image, record, _ in read_shard(path):
+            if key in drawn:
+                yield drawn[key], image, record
+        num_left -= len(drawn)
         if not num_left:
             return
 

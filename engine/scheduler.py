@@ -206,7 +206,7 @@ def step(state: State, event: Event) -> Step:
     if isinstance(event, Drain):
         return _settle(_drain(state), [])
     if isinstance(event, UserFault):
-        return _abort(state, event.message, user_fault=True)
+        return state._replace(is_over=True), [Abort(event.message, user_fault=True, exit_code=event.exit_code)]
     worker = state.workers.get(event.worker)
     if worker is None:
         return state, []
@@ -386,7 +386,7 @@ def _on_error(state: State, event: ShardError, worker: WorkerState) -> Step:
     if event.shard not in worker.queue:
         return state, []
     if is_fault_of_job(state, event):
-        return _abort(state, event.message, user_fault=True)
+        return state._replace(is_over=True), [Abort(event.message, user_fault=True)]
     actions: list[Action] = [StopWorker(event.worker)]
     state = _blame(_remove_worker(state, event.worker, worker), (event.shard,), event.message, actions)
     return (state, actions) if state.is_over else _settle(state, actions)
@@ -415,7 +415,7 @@ def _note_start_fault(state: State, message: str, actions: list[Action]) -> Stat
     wait = min(2.0 ** (num_faults - 2), state.rules.max_backoff_seconds) if num_faults > 1 else 0.0
     state = state._replace(start_faults_in_a_row=num_faults, start_after=state.now + wait)
     if num_faults >= MAX_START_FAULTS and not any(one.is_ready for one in state.workers.values()):
-        state, last = _abort(state, f"workers do not start; the last one: {message}", user_fault=False)
+        state, last = _give_up(state, f"workers do not start; the last one: {message}")
         actions += last
     return state
 
@@ -431,7 +431,7 @@ def _blame(state: State, shards: tuple[int, ...], message: str, actions: list[Ac
     state = state._replace(faults_in_a_row=state.faults_in_a_row + 1)
     if state.faults_in_a_row > FAULT_ALLOWANCE + FAULT_ALLOWANCE_PER_WORKER * state.max_workers:
         text = f"{state.faults_in_a_row} faults in a row and no shard finished; the last one: {message}"
-        state, last = _abort(state, text, user_fault=False)
+        state, last = _give_up(state, text)
         actions += last
     return state
 
@@ -580,8 +580,8 @@ def _held(stocks: Mapping[int, Stock], before: int, after: int) -> Mapping[int, 
     return {**stocks, **held}
 
 
-def _abort(state: State, message: str, *, user_fault: bool) -> Step:
-    return state._replace(is_over=True), [Abort(message, user_fault)]
+def _give_up(state: State, message: str) -> Step:
+    return state._replace(is_over=True), [Abort(message, user_fault=False)]
 
 
 def _with(ordered: tuple[int, ...], one: int) -> tuple[int, ...]:

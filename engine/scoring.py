@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from engine import scores
+from engine.errors import JobError
+from engine.finiteness import Faults
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
 from engine.plan import Cell, SampleSpec, class_prompt
-from engine.records import STATUS_OK, new_record
+from engine.records import NO_CLASS, STATUS_OK, failed_record, new_record
 
 
 class Scorer:
@@ -27,6 +29,9 @@ class Scorer:
         oracle: an independent classifier, recorded.
         judge: a second CLIP model, independent of the first: conformity as measured by the model that guided a sample
             is circular. Recorded, never guided on.
+
+    Raises:
+        JobError: a CLIP model gives no usable embedding of a class prompt.
     """
 
     def __init__(
@@ -43,28 +48,29 @@ class Scorer:
         self._oracle = oracle
         self._judge = judge
         prompts = [class_prompt(label) for label in target.labels]
-        self._class_embeds = clip.text_embeds(prompts)
-        self._judge_embeds = judge.text_embeds(prompts) if judge else None
+        self._class_embeds = _text_embeds("models.clip", clip, prompts)
+        self._judge_embeds = _text_embeds("models.judge", judge, prompts) if judge else None
 
     def records(self, specs: Sequence[SampleSpec], images: Sequence[PIL.Image.Image]) -> list[dict[str, Any]]:
-        """Complete records of samples, but for gradient counts, from their 8-bit images."""
-        similarities = _similarities(self._clip, self._class_embeds, images)
+        """Complete records of samples, but for gradient counts, from their 8-bit images.
+
+        Where a model gives values that are not finite, the record is that of a failed sample and names the model.
+        """
+        faults = Faults(len(specs))
+        similarities = _similarities(self._clip, self._class_embeds, images, faults, "models.clip")
         cells = [spec.cell for spec in specs]
         labels = conditioned_classes(cells, similarities)
-        of_target = target_fields(self.target, cells, images, labels)
-        columns = {**_conformity_columns(similarities, labels), "oracle_class": self._oracle_classes(images)}
-        transfer = [(model.name, model.score(images)) for model in self._transfer]
-        judged = self._judge_columns(images, labels)
+        of_target = target_fields(self.target, cells, images, labels, faults)
+        oracle = self._oracle_classes(images, faults)
+        columns = {**_conformity_columns(similarities, labels), "oracle_class": oracle}
+        transfer = transfer_entries(self._transfer, images, labels, faults)
+        judge = self._judge_entries(images, labels, faults)
         return [
-            self._record(spec, row, int(labels[row]), columns)
+            failed_record(spec, faults[row])
+            if faults[row]
+            else self._record(spec, row, int(labels[row]), columns)
             | of_target[row]
-            | {
-                "transfer": [transfer_entry(name, other[row], int(labels[row])) for name, other in transfer],
-                "judge": [
-                    {"model": name} | {score: _plain(values[row]) for score, values in some.items()}
-                    for name, some in judged.items()
-                ],
-            }
+            | {"transfer": transfer[row], "judge": judge[row]}
             for row, spec in enumerate(specs)
         ]
 
@@ -93,28 +99,64 @@ class Scorer:
             "soft_label": soft_label(spec.cell, len(self.target.labels)),
         }
 
-    def _judge_columns(self, images: Sequence[PIL.Image.Image], labels: Tensor) -> dict[str, dict[str, Tensor]]:
-        """By judge, its scores of the images; empty without one."""
+    def _judge_entries(
+        self, images: Sequence[PIL.Image.Image], labels: Tensor, faults: Faults
+    ) -> list[list[dict[str, Any]]]:
+        """The column `judge` of the images; empty entries without one."""
         if self._judge is None or self._judge_embeds is None:
-            return {}
-        similarities = _similarities(self._judge, self._judge_embeds, images)
-        return {self._judge.name: _conformity_columns(similarities, labels)}
+            return [[] for _ in images]
+        similarities = _similarities(self._judge, self._judge_embeds, images, faults, "models.judge")
+        columns, name = _conformity_columns(similarities, labels), self._judge.name
+        return [
+            [{"model": name} | {score: _plain(values[row]) for score, values in columns.items()}]
+            for row in range(len(images))
+        ]
 
-    def _oracle_classes(self, images: Sequence[PIL.Image.Image]) -> Tensor:
+    def _oracle_classes(self, images: Sequence[PIL.Image.Image], faults: Faults) -> Tensor:
         if self._oracle is None:
-            return torch.full((len(images),), -1)
-        return self._oracle.score(images).argmax(1)
+            return torch.full((len(images),), NO_CLASS)
+        return oracle_classes(self._oracle, images, faults)
+
+
+def _text_embeds(field: str, clip: Clip, prompts: Sequence[str]) -> Tensor:
+    """Embeddings of class prompts [n, d], with the field of the model in what is raised."""
+    try:
+        return clip.text_embeds(prompts)
+    except JobError as error:
+        raise JobError([f"{field}: {problem}" for problem in error.problems]) from None
+
+
+def oracle_classes(oracle: Classifier, images: Sequence[PIL.Image.Image], faults: Faults) -> Tensor:
+    """The class that an oracle predicts for each image, [B]; without meaning in rows with a fault."""
+    logits = oracle.score(images)
+    faults.check_logits(logits, "models.oracle", oracle.name)
+    return logits.argmax(1)
+
+
+def transfer_entries(
+    models: Sequence[Classifier], images: Sequence[PIL.Image.Image], labels: Tensor, faults: Faults
+) -> list[list[dict[str, Any]]]:
+    """The column `transfer` of the images, whose classes are y [B]; without meaning in rows with a fault."""
+    entries: list[list[dict[str, Any]]] = [[] for _ in images]
+    for model in models:
+        logits = model.score(images)
+        faults.check_logits(logits, "models.transfer", model.name)
+        risk, predicted = scores.risk(logits, labels), logits.argmax(1)
+        for row, entry in enumerate(entries):
+            entry.append({"model": model.name, "predicted_class": int(predicted[row]), "risk": _plain(risk[row])})
+    return entries
 
 
 def target_fields(
-    target: Classifier, cells: Sequence[Cell], images: Sequence[PIL.Image.Image], labels: Tensor
+    target: Classifier, cells: Sequence[Cell], images: Sequence[PIL.Image.Image], labels: Tensor, faults: Faults
 ) -> list[dict[str, Any]]:
-    """The fields of the records that depend on the target alone, image by image.
+    """The fields of the records that depend on the target alone, image by image; without meaning where it has a fault.
 
     Args:
         labels: the class y of every image, [B].
     """
     logits = target.score(images)
+    faults.check_logits(logits, "models.target", target.name)
     columns = _target_columns(logits, labels)
     return [
         {name: _plain(values[row]) for name, values in columns.items()}
@@ -150,9 +192,12 @@ def kldb_classes(cell: Cell, logits: Tensor, label: int) -> list[int]:
     return sorted([label, int(scores.strongest_rival(logits, torch.tensor([label]))[0])])
 
 
-def _similarities(clip: Clip, class_embeds: Tensor, images: Sequence[PIL.Image.Image]) -> Tensor:
-    """Conformity of every image to every class, [B, n]."""
+def _similarities(
+    clip: Clip, class_embeds: Tensor, images: Sequence[PIL.Image.Image], faults: Faults, role: str
+) -> Tensor:
+    """Conformity of every image to every class, [B, n]; without meaning in rows with a fault."""
     embeds = clip.image_embeds(images)
+    faults.check_embeds(embeds, role, clip.name)
     return torch.stack([scores.conformity(embeds, prompt) for prompt in class_embeds], dim=1)
 
 
@@ -179,12 +224,6 @@ def _target_columns(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         "p_label": torch.exp(-risk),
         "entropy": scores.entropy(logits),
     }
-
-
-def transfer_entry(name: str, logits: Tensor, label: int) -> dict[str, Any]:
-    """What a transfer model says of an image: an entry of the column `transfer`, from its logits [n]."""
-    risk = scores.risk(logits[None], torch.tensor([label]))
-    return {"model": name, "predicted_class": int(logits.argmax()), "risk": _plain(risk[0])}
 
 
 def _plain(value: Tensor) -> Any:

@@ -15,7 +15,7 @@ from engine.dataset.journal import Journal
 from engine.dataset.lease import Lease
 from engine.dataset.state import QUARANTINE, publish_rounds, quarantined_shards
 from engine.dataset.store import Store
-from engine.errors import EXIT_INCOMPLETE, RiskforgeError
+from engine.errors import EXIT_INCOMPLETE, RiskforgeError, fault
 from engine.executors.base import Executor, ExecutorEvent, ShardResult, WorkerFactory
 from engine.interrupts import Request, deferred
 from engine.messages import (
@@ -218,7 +218,7 @@ class Shift:
                 self._tell_replaced(action.worker, action.message)
             elif isinstance(action, Abort):
                 self._journal.note("aborted", message=brief(action.message))
-                raise RiskforgeError(action.message) if action.user_fault else self._give_up(action.message)
+                raise fault(action.message, action.exit_code) if action.user_fault else self._give_up(action.message)
             else:
                 if isinstance(action, Drained):
                     self._drained = self._drained or DEADLINE

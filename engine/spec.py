@@ -98,14 +98,21 @@ class ModelsSpec(_Spec):
 class SamplingSpec(_Spec):
     """How the diffusion model samples. All schedulers are deterministic given the first noise."""
 
-    scheduler: Literal["lms", "ddim", "euler", "dpmsolver++"] = Field(
-        default="lms", description="Sampler: k-LMS, DDIM with eta 0, Euler, or DPM-Solver++ (2M)."
+    scheduler: Literal["lms", "ddim", "euler", "dpmsolver++", "model"] = Field(
+        default="lms",
+        description="Sampler: k-LMS, DDIM with eta 0, Euler, DPM-Solver++ (2M), or the model's own, where that draws no"
+        " noise.",
     )
     num_inference_steps: StrictInt = Field(default=40, ge=1, le=1000, description="Number of denoising steps T.")
     guidance_scale: Number = Field(default=7.5, ge=1, le=100, description="Classifier-free guidance scale; 1 is off.")
     guidance_rescale: Number = Field(default=0.0, ge=0, le=1, description="Rescale of classifier-free guidance.")
     timestep_spacing: Literal["leading", "linspace", "trailing"] | None = Field(
         default=None, description="Spacing of the timesteps; the model's own when empty."
+    )
+    use_karras_sigmas: bool | None = Field(
+        default=None,
+        description="Noise levels of Karras et al. (2022), for lms, euler and dpmsolver++; as the model has it when"
+        " empty.",
     )
     rescale_betas_zero_snr: bool = Field(default=False, description="Zero terminal SNR; v-prediction models only.")
     negative_prompt: Context = Field(default="", description="Prompt of the unconditional half.")
@@ -542,10 +549,14 @@ def noise_problem(prediction_type: str, zero_snr: bool) -> str | None:
 
 
 def _sampling_problems(sampling: dict[str, Any], where: Location) -> list[Problem]:
+    problems: list[Problem] = []
     if sampling["rescale_betas_zero_snr"] and sampling["scheduler"] == "lms":
         text = "zero terminal SNR is not defined for lms; use ddim, euler or dpmsolver++"
-        return [((*where, "rescale_betas_zero_snr"), text)]
-    return []
+        problems.append(((*where, "rescale_betas_zero_snr"), text))
+    if sampling["use_karras_sigmas"] and sampling["scheduler"] == "ddim":
+        text = "ddim has no sigmas to choose; leave it out, or use lms, euler or dpmsolver++"
+        problems.append(((*where, "use_karras_sigmas"), text))
+    return problems
 
 
 def _base(spec: type[BaseModel], raw: Any) -> dict[str, Any]:

@@ -89,5 +89,5 @@ def _result(spec: SampleSpec, change: Change, image_format: str) -> SampleResult
 
 def _encoded(image: bytes, image_format: str) -> bytes:
     buffer = io.BytesIO()
-    Image.open(io.BytesIO(image)).save(buffer, image_format)
+    Image.open(io.BytesIO(image)).save(buffer, {"jpg": "jpeg"}.get(image_format, image_format))
     return buffer.getvalue()

@@ -27,8 +27,8 @@ TOLERANCES = {"float32": 5e-5, "float16": 2e-2, "bfloat16": 8e-2}
 
 def setting() -> Setting:
     """The digits zoo with fewer steps."""
-    digits = digits_setting()
-    return dataclasses.replace(digits, boundary_sampling=digits.boundary_sampling | {"num_inference_steps": NUM_STEPS})
+    sampling = {"scheduler": "lms", "num_inference_steps": NUM_STEPS, "guidance_scale": 3.0}
+    return dataclasses.replace(digits_setting(), boundary_sampling=sampling)
 
 
 def arm(gradient: str) -> Arm:
@@ -53,7 +53,7 @@ def engine_latents(device: str, gradient: str, dtype: str, **hardware: str) -> T
 def reference_latents(device: str, gradient: str) -> Tensor:
     """Final latents [B, C, h, w] by the naive loop, everything in float64, on the CPU."""
     address, target = setting().diffusion, Classifier.load(setting().target)
-    pipeline = load_pipeline(address, "boundary", torch.float64).to(device)
+    pipeline = load_pipeline(address, "boundary", torch.float64, setting().boundary_sampling).to(device)
     vae = AutoencoderKL.from_pretrained(resolve(address) / "vae", torch_dtype=torch.float64)
     network = load_network(setting().target).double().requires_grad_(False).eval().to(device)
     preprocessing = Preprocessing.load(resolve(setting().target))

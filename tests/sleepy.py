@@ -1,6 +1,6 @@
 """A worker without models: it sleeps, and stores bytes that depend on the seed alone. It can be told to fail.
 
-Run as a program, a driver of its own: `python -m tests.sleepy OUTPUT COUNT local|ray [FAULTS]`, as JSON.
+Run as a program, a driver of its own: `python -m tests.sleepy OUTPUT COUNT local|ray|HOST:PORT [FAULTS]`, as JSON.
 """
 
 from __future__ import annotations
@@ -281,11 +281,11 @@ def tars(output: Path) -> dict[str, bytes]:
 
 
 def main(output: str, count: int, kind: str, faults: Faults) -> int:
-    """A run on a Ray of its own, or in threads."""
+    """A run in threads, on a Ray of its own, or on the one at an address."""
     from engine.executors.local import LocalExecutor
     from engine.executors.ray import RayExecutor
 
-    ray = RayExecutor(address=None, num_workers=2, device="cpu")
+    ray = RayExecutor(address=kind if ":" in kind else None, num_workers=2, device="cpu")
     try:
         summary = run_job(
             make_job(output, count),

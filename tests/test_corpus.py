@@ -58,7 +58,9 @@ def test_rows_of_both_schema_versions_are_one_dataset(run: Path, old: Path) -> N
     assert dataset.schema.names == arrow_schema(surplus=True).names
     new_rows, old_rows = pq.read_table(run / "metadata.parquet"), pq.read_table(old / "metadata.parquet")
     found = dataset.to_table().to_pylist()
-    assert found == [*new_rows.to_pylist(), *({"judge": None} | row for row in old_rows.to_pylist())]
+    assert found == [*new_rows.to_pylist(), *({"judge": None, "scored": None} | row for row in old_rows.to_pylist())]
+    told = corpus.to_table()
+    assert told["scored"].to_pylist() == [row["status"] != "failed" for row in found], "rows of version 1 do not say so"
     assert len(corpus) == len(found) == len(new_rows) + len(old_rows)
     assert corpus.labels == tuple(LABELS) and [one.state for one in corpus.runs] == ["finished"] * 2
     assert repr(corpus) == f"Corpus({str(run)!r} (finished), {str(old)!r} (finished); no filter)"

@@ -61,7 +61,7 @@ VALUES = {
     " digits, such as 1000000 or 0.001",
     "sampling.guidance_scale=0.5": "sampling.guidance_scale: 0.5 is below 1; give 1 or more",
     "sampling.scheduler=ddpm": "sampling.scheduler: 'ddpm' draws noise at every step; use a deterministic one: 'lms',"
-    " 'ddim', 'euler' or 'dpmsolver++'",
+    " 'ddim', 'euler', 'dpmsolver++' or 'model'",
     "sampling.sheduler=lms": "sampling.sheduler: unknown key; did you mean 'scheduler'?",
     "requests.0.method=bondary": "requests.0.method: 'bondary' is not one of prompt, boundary, risky; did you mean"
     " 'boundary'?",
@@ -268,8 +268,8 @@ def test_folders_without_a_run(call, tmp_path, command):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"schema_version": 99}, "(schema_version 99 is not one of 1 to 2)"),
-        ({"schema_version": 0}, "(schema_version 0 is not one of 1 to 2)"),
+        ({"schema_version": 99}, "(schema_version 99 is not one of 1 to 3)"),
+        ({"schema_version": 0}, "(schema_version 0 is not one of 1 to 3)"),
         ({"plan_version": 99}, "(version 99)"),
         ({"stage": [{"nothing": 1}]}, "cannot be read as the plan of a run"),
         ({"stage": 3}, "cannot be read as the plan of a run"),

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engine
-from engine import cli, digits, imaging
+from engine import cli, digits
 from engine.dataset import export as export_module
 from engine.dataset import shards
 from engine.dataset.deduplicate import near_duplicates
@@ -30,7 +30,8 @@ from engine.dataset.formats import class_folders
 from engine.dataset.selection import SampleReader
 from engine.dataset.shards import inspect_pair, read_shard
 from engine.errors import CorruptShardError, JobError, OutputError, RiskforgeError
-from engine.images import LabelledImage, image_key, open_images
+from engine.images import LabelledImage, decode_rgb, image_key, open_images
+from engine.plan import SCHEMA_VERSION
 from tests.composed import composed_job
 from tests.composed import make_run as make_composed
 from tests.conftest import REPOSITORY
@@ -93,7 +94,8 @@ def test_a_merge_has_the_samples_of_its_runs(first: Path, second: Path, tmp_path
                 wanted[f"r{number + 1}-{key}" if number else key] = (image, record)
     assert {key: image for key, (image, _) in out.items()} == {key: image for key, (image, _) in wanted.items()}
     for key, (_, record) in out.items():
-        assert record == wanted[key][1] | {"key": key, "schema_version": 2, "judge": record["judge"]}
+        added = {"key": key, "schema_version": SCHEMA_VERSION, "judge": record["judge"], "scored": True}
+        assert record == wanted[key][1] | added
         assert bool(record["judge"]) == (not key.startswith("r2-")), "version 1 had no judge"
     for tar in sorted((tmp_path / "out" / "shards").glob("*.tar")):
         assert inspect_pair(tar, tar.with_suffix(".parquet")).counts.ok in (10, len(out) % 10)
@@ -168,7 +170,9 @@ def test_what_a_third_run_shares_with_a_renamed_one_is_taken_once(first: Path, s
 
 def test_classes_that_are_not_known_are_not_made_up(second: Path, tmp_path: Path) -> None:
     """A run without a manifest whose target is not here: folders are called as its rows say, and nothing says more."""
-    options = ExportOptions(output=str(tmp_path / "out"), condition="class_index == 1", format="imagefolder")
+    options = ExportOptions(
+        output=str(tmp_path / "out"), condition="class_index == 1", format="imagefolder", folders="name"
+    )
     assert export((str(second),), options).manifest["labels"] == []
     assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == ["one"]
 
@@ -358,7 +362,7 @@ def test_near_duplicates_go_and_are_listed(composed: Path, tmp_path: Path) -> No
     assert about == {"threshold": 0.95, "clip": "zoo:digits/clip", "dropped": len(gone), "list": "duplicates.csv"}
     rows = engine.open_run(str(composed)).samples.to_table(["key", "class_index"]).to_pylist()
     clip, images = Clip.load("zoo:digits/clip"), images_of(composed)
-    embeds = [clip.image_embeds([imaging.decode(images[row["key"]][0])])[0] for row in rows]
+    embeds = [clip.image_embeds([decode_rgb(images[row["key"]][0])])[0] for row in rows]
     kept: list[int] = []
     for number, row in enumerate(rows):
         unit = embeds[number] / embeds[number].norm()
@@ -446,7 +450,7 @@ def test_inspect_shows_what_is_there(first: Path, second: Path, capsys: pytest.C
     assert riskforge("inspect", first, second, "--json") == 0
     document = json.loads(capsys.readouterr().out)
     rows = engine.open_run(str(first), str(second)).to_table().to_pylist()
-    assert document["rows"] == len(rows) and document["schema_versions"] == {"1": 26, "2": 26}
+    assert document["rows"] == len(rows) and document["schema_versions"] == {"1": 26, str(SCHEMA_VERSION): 26}
     assert document["status"] == dict(sorted(Counter(row["status"] for row in rows).items()))
     assert document["classes"] == dict(sorted(Counter(row["class_name"] for row in rows).items()))
     scored = [row["risk"] for row in rows if row["status"] != "failed"]

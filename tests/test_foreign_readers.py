@@ -129,13 +129,28 @@ def test_parquet_exports_load_with_equal_class_names(tmp_path: Path, cache: str)
     assert loaded["class_index"][:] == loaded["label"][:]
 
 
-def test_torchvision_reads_a_folder_by_class(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folders", ["index", "name"])
+@pytest.mark.parametrize("condition", ["", "class_index in [8, 3]"])
+def test_torchvision_gives_the_labels_of_the_shards(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: str, condition: str
+) -> None:
+    """By the lines of the card, also of some of the classes; of all of them whatever reads folders in their order."""
     import torchvision
 
-    out = export((str(run),), ExportOptions(output=str(tmp_path / "out"), format="imagefolder")).path
-    folder = torchvision.datasets.ImageFolder(out)
-    found = Counter(folder.classes[label] for _, label in folder.samples)
-    assert found == Counter(row["class_name"] for row in rows_of(run))
+    options = ExportOptions(output=str(tmp_path / "out"), format="imagefolder", folders=folders, condition=condition)
+    out = export((str(run),), options).path
+    wanted = {row["key"]: row["class_index"] for row in engine.open_run(str(run)).samples.to_table().to_pylist()}
+    monkeypatch.chdir(out)
+    names: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1], names)
+    data = names["folder"]
+    found = {Path(path).stem: data[number][1] for number, (path, _) in enumerate(data.samples)}
+    assert found == {key: label for key, label in wanted.items() if key in found} and len(found) >= 4
+    labels = json.loads((out / "classes.json").read_text())
+    assert list(labels.values()) == list(range(10)) and (list(labels) == list(NAMES)) == (folders == "name")
+    plain = torchvision.datasets.ImageFolder(out)
+    is_plain = [label for _, label in plain.samples] == [wanted[Path(path).stem] for path, _ in plain.samples]
+    assert is_plain == (folders == "index" and not condition)
 
 
 @pytest.mark.parametrize("which", ["run", "merged"])

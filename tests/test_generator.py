@@ -13,7 +13,8 @@ import torch
 from engine.batching import BatchSize
 from engine.errors import JobError
 from engine.generator import Generator
-from engine.imaging import decode, encode, quantise
+from engine.images import decode_rgb
+from engine.imaging import encode, quantise
 from engine.models.addresses import model_digests, read_labels
 from engine.models.diffusion import Diffusion
 from engine.plan import build_plan
@@ -182,7 +183,7 @@ def test_scores_belong_to_the_stored_file(image_format):
     """Also where compression changes pixels: scoring what a reader decodes gives the stored risk."""
     generator, specs = make_generator(output={"uri": "runs/job", "image_format": image_format})
     result = generator.next_batch(0, specs[:1])[0]
-    image = decode(result.image)
+    image = decode_rgb(result.image)
     log_p = generator._scorer.target.score([image]).log_softmax(1)
     assert result.record["risk"] == pytest.approx(-log_p[0, specs[0].cell.classes[0]].item(), abs=1e-4)
     assert image.format is None and image.size == (32, 32)
@@ -195,7 +196,7 @@ def test_pixels_are_rounded_and_lossless_formats_keep_them():
     assert pixels[0, 0, :, 0].tolist() == [0, 1, 255, 255, 0]
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     for image_format in ("png", "webp"):
-        assert (np.asarray(decode(encode(noise, image_format))) == noise).all()
+        assert (np.asarray(decode_rgb(encode(noise, image_format))) == noise).all()
 
 
 @pytest.mark.parametrize("image_format", ["png", "webp", "jpg"])
@@ -204,7 +205,7 @@ def test_files_say_that_they_are_synthetic_and_pixels_do_not_change(image_format
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     plain, marked = (encode(pixels, image_format, provenance=flag) for flag in (False, True))
     assert encode(pixels, image_format, provenance=True) == marked != plain
-    assert (np.asarray(decode(marked)) == np.asarray(decode(plain))).all()
+    assert (np.asarray(decode_rgb(marked)) == np.asarray(decode_rgb(plain))).all()
     with PIL.Image.open(io.BytesIO(marked)) as image:
         packet = image.info["xmp"] if "xmp" in image.info else image.info["XML:com.adobe.xmp"]
     packet = packet if isinstance(packet, str) else packet.decode()

@@ -18,6 +18,7 @@ from engine.sampling.denoiser import (
     predicted_eps,
     predicted_x0,
 )
+from engine.sampling.families import ModelScheduler
 from engine.sampling.loop import sample
 from engine.sampling.noise import draw_noise
 from engine.sampling.schedulers import Sampler
@@ -33,6 +34,10 @@ CONFIG = {
     "num_train_timesteps": 1000,
     "prediction_type": "epsilon",
 }
+
+
+def sampler_of(spec: SamplingSpec, config: dict) -> Sampler:
+    return Sampler(spec, ModelScheduler(config=config, name="DDIMScheduler"))
 
 
 def step_at(scale: float = 1.0, sigma: float = 2.0, index: int = 5, total: int = 40) -> Step:
@@ -233,8 +238,8 @@ def test_samples_do_not_know_their_neighbours(scheduler, prediction):
     spec = SamplingSpec(scheduler=scheduler, num_inference_steps=10)
     config = CONFIG | {"prediction_type": prediction}
     noise = draw_noise(range(16), (4, 2, 2))[0].double()
-    together = sample(guided(16, prediction, every=2), Sampler(spec, config), noise)
-    alone = sample(guided(1, prediction, every=2), Sampler(spec, config), noise[5:6])
+    together = sample(guided(16, prediction, every=2), sampler_of(spec, config), noise)
+    alone = sample(guided(1, prediction, every=2), sampler_of(spec, config), noise[5:6])
     assert torch.allclose(together[5:6], alone, atol=1e-9)
     assert torch.isfinite(together).all()
 
@@ -245,15 +250,15 @@ def test_alpha_zero_changes_nothing(scheduler, rule):
     """Guidance of size zero is no guidance."""
     spec = SamplingSpec(scheduler=scheduler, num_inference_steps=10)
     noise = draw_noise(range(3), (4, 2, 2))[0].double()
-    plain = sample(toy_denoiser(3), Sampler(spec, CONFIG), noise)
-    assert torch.allclose(sample(guided(3, step=rule, alpha=0.0), Sampler(spec, CONFIG), noise), plain)
+    plain = sample(toy_denoiser(3), sampler_of(spec, CONFIG), noise)
+    assert torch.allclose(sample(guided(3, step=rule, alpha=0.0), sampler_of(spec, CONFIG), noise), plain)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_noise_levels_are_the_schedulers_own(scheduler):
     """A perfect denoiser must bring the schedulers exactly to x0: wrong (scale, sigma) would not."""
     spec = SamplingSpec(scheduler=scheduler, num_inference_steps=12)
-    sampler, clean = Sampler(spec, CONFIG), torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    sampler, clean = sampler_of(spec, CONFIG), torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(0))
 
     class Perfect:
         def __call__(self, latents, step):
@@ -284,7 +289,7 @@ def test_zero_snr_with_eps_prediction_is_refused():
     """Lin et al.: eps-prediction has no signal at zero SNR; it would sample NaN."""
     spec = SamplingSpec(scheduler="ddim", rescale_betas_zero_snr=True)
     with pytest.raises(ValueError, match="v-prediction"):
-        Sampler(spec, CONFIG)
+        sampler_of(spec, CONFIG)
 
 
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
@@ -308,7 +313,7 @@ def risky(**options) -> GuidedDenoiser:
 
 def final_risk(wrapper: GuidedDenoiser, steps: int = 20) -> torch.Tensor:
     spec = SamplingSpec(scheduler="lms", num_inference_steps=steps)
-    latents = sample(wrapper, Sampler(spec, CONFIG), draw_noise(range(8), (4, 2, 2))[0].double())
+    latents = sample(wrapper, sampler_of(spec, CONFIG), draw_noise(range(8), (4, 2, 2))[0].double())
     return risk(toy_logits(toy_decode(latents).clamp(0, 1)), LABELS)
 
 
@@ -360,7 +365,7 @@ def test_the_floor_lifts_conformity():
     def agreement(**options):
         wrapper = risky(target_risk=3.0, cap=0.3, **options)
         spec = SamplingSpec(num_inference_steps=40)
-        latents = sample(wrapper, Sampler(spec, CONFIG), draw_noise(range(8), (4, 2, 2))[0].double())
+        latents = sample(wrapper, sampler_of(spec, CONFIG), draw_noise(range(8), (4, 2, 2))[0].double())
         return toy_conformity(toy_decode(latents).clamp(0, 1))
 
     without, with_floor = agreement(), agreement(conformity_floor=0.5)
@@ -396,4 +401,4 @@ def test_gradient_range_guides_the_last_steps_only():
 def test_the_models_own_configuration_is_checked(config):
     """A model that predicts x0, or was saved with zero SNR, must not be read as something else."""
     with pytest.raises(ValueError, match=r"v.prediction"):
-        Sampler(SamplingSpec(scheduler="ddim"), CONFIG | config)
+        sampler_of(SamplingSpec(scheduler="ddim"), CONFIG | config)

@@ -37,7 +37,7 @@ from engine.dataset.shards import SHARDS, shard_name
 from engine.dataset.state import METADATA, SUCCESS
 from engine.dataset.store import STATE, TORN, open_store
 from engine.dataset.verify import repair, verify
-from engine.errors import EXIT_OK, EXIT_OWNED, CorruptShardError, OutputError
+from engine.errors import EXIT_DRAINED, EXIT_OK, EXIT_OWNED, CorruptShardError, OutputError, StoreLostError
 from engine.executors.local import LocalExecutor
 from engine.messages import Rules
 from engine.status import read_status
@@ -267,12 +267,14 @@ def test_a_network_that_swallows_everything(store: ObjectStore, monkeypatch: pyt
     """Patience ends, and before that of the scheduler: the worker that waits does not hang."""
     import s3fs
 
-    botocore_tries = 5
-    assert botocore_tries * object_store.S3_TRIES * s3fs.S3FileSystem.read_timeout < Rules().min_limit_seconds / 1.5
+    last_try = 5 * object_store.S3_TRIES * s3fs.S3FileSystem.read_timeout  # botocore tries five times.
+    longest = object_store.MAX_RETRY_SECONDS + 1.25 * max(object_store.RETRY_WAITS) + last_try
+    assert longest < Rules().min_limit_seconds / 1.5
     monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", 0.2)
+    monkeypatch.setattr(object_store, "MAX_RETRY_SECONDS", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as hole:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{hole.getsockname()[1]}")
-        with pytest.raises(OutputError, match=r"the endpoint cannot be reached \(Read timeout on endpoint URL"):
+        with pytest.raises(StoreLostError, match=r"the endpoint cannot be reached \(Read timeout on endpoint URL"):
             connected("x").read("y")
         hole.settimeout(0.2)
         for _ in range(object_store.S3_TRIES):
@@ -290,7 +292,8 @@ def test_what_could_not_be_put_in_place_is_put_there_later(store: ObjectStore, m
         patch.setattr(store, "_connection", object_store._connect("s3"))
         store._fs.connect()
         store._fs.s3.meta.events.register("before-send.s3.PutObject", broken)
-        with pytest.raises(OutputError, match="the endpoint cannot be reached"):
+        patch.setattr(object_store, "RETRY_WAITS", (0.01,))
+        with pytest.raises(StoreLostError, match="the endpoint cannot be reached"):
             store.flush()
     assert not store.exists("_state/events/000000.jsonl")
     journal.keep(is_end=True)
@@ -407,12 +410,12 @@ def test_a_missing_extra(uri: str, library: str, extra: str, monkeypatch: pytest
     )
 
 
-def told(*arguments: str) -> str:
+def told(*arguments: str, code: int = 2) -> str:
     """What `riskforge status` says of an address, in a process of its own, within seconds."""
     started = time.monotonic()
     command = [str(Path(sys.executable).with_name("riskforge")), "status", *arguments]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and not done.stdout, done
+    assert done.returncode == code and "Traceback" not in done.stderr and not done.stdout, done
     assert time.monotonic() - started < 40
     return done.stderr.strip()
 
@@ -438,7 +441,7 @@ def test_no_credentials(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_endpoint_that_nobody_listens_on(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    error = told("s3://bucket/x")
+    error = told("s3://bucket/x", code=EXIT_DRAINED)
     assert error.startswith(
         "error: s3://bucket/x/_state/plan: the endpoint cannot be reached (Could not connect to the"
     )
@@ -515,7 +518,7 @@ def test_a_store_that_is_asked_too_much(server: str, monkeypatch: pytest.MonkeyP
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Busy) as busy:
         threading.Thread(target=busy.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{busy.server_port}")
-        error = told("s3://bucket/x")
+        error = told("s3://bucket/x", code=EXIT_DRAINED)
         busy.shutdown()
     assert error.startswith("error: s3://bucket/x/_state/plan: the store asks for fewer requests (SlowDown: Please")
     assert "use fewer workers or a larger samples_per_shard, or set AWS_RETRY_MODE=adaptive" in error

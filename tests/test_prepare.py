@@ -25,13 +25,23 @@ import safetensors.torch
 import torch
 from sklearn.datasets import load_digits
 
-from engine import artefact, cli, digits, images
+from engine import artefact, cli, digits
 from engine.artefact import load_conditioning, save_conditioning
 from engine.conditioning.gaussians import ClassMoments
 from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_USER, JobError, OutputError, RiskforgeError
 from engine.executors.local import LocalExecutor
 from engine.executors.ray import RayExecutor, prepare_environment
-from engine.images import Found, ImageSource, LabelledImage, Unusable, UnusableImageError, decode_rgb, open_images
+from engine.images import (
+    Found,
+    ImageSource,
+    LabelledImage,
+    Unusable,
+    UnusableImageError,
+    decode,
+    decode_rgb,
+    findings,
+    open_images,
+)
 from engine.jobfile import read_job
 from engine.models.addresses import check_addresses, image_encoder_digest
 from engine.models.classifier import Classifier
@@ -246,26 +256,27 @@ def test_names_come_before_indices_and_underscores_are_blanks(tmp_path):
 
 
 def test_what_a_folder_cannot_give_is_named(tmp_path):
-    """Unknown class, no class, a folder too deep, a dead link, a pipe, damage; notes and hidden files are not."""
+    """Unknown class, no class, a dead link, a pipe, damage, notes and hidden files; deep folders are of their class."""
     good = png(plain_image())
-    for name in ("three/a.png", "thre/b.png", "c.png", "three/deep/d.png", "three/.e.png", "three/f.txt", ".g/h.png"):
+    for name in ("three/a.png", "thre/b.png", "c.png", "three/deep/d.png", "three/.e.png", ".g/h.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(good)
     (tmp_path / "three/i.png").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "three/j.png")
     (tmp_path / "three/k.png").write_bytes(good[:-24])
     (tmp_path / "three/l.jpg").write_text("not an image")
+    (tmp_path / "three/f.txt").write_text("notes")
     (tmp_path / "three/m.png").symlink_to("/dev/zero")
     usable, unusable = found_in(tmp_path)
-    assert [one.name for one in usable] == ["three/a.png"]
+    assert [one.name for one in usable] == ["three/a.png", "three/deep/d.png"]
     reasons = {one.name: one.reason for one in unusable}
     assert "did you mean 'three'" in reasons.pop("thre/b.png")
-    assert reasons.pop("c.png") == "has no label"
-    assert "is a folder" in reasons.pop("three/deep")
+    assert "has no label" in reasons.pop("c.png")
+    assert "is hidden" in reasons.pop("three/.e.png") and "is hidden" in reasons.pop(".g/h.png")
     assert reasons.pop("three/i.png") == "there is no such file"
     assert reasons.pop("three/j.png") == reasons.pop("three/m.png") == "is not a file"
     assert "is damaged" in reasons.pop("three/k.png")
-    assert "is not an image" in reasons.pop("three/l.jpg")
+    assert "is not an image" in reasons.pop("three/l.jpg") and "is not an image" in reasons.pop("three/f.txt")
     assert not reasons
 
 
@@ -284,7 +295,7 @@ def test_extensions_do_not_decide_what_a_file_is(tmp_path):
     plain_image().save(tmp_path / "one/a.png", "JPEG")
     assert len(found_in(tmp_path)[0]) == 1
     plain_image().save(tmp_path / "one/a.png", "EPS")
-    assert "is not an image" in reason(tmp_path)
+    assert "is an EPS" in reason(tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"])
@@ -326,7 +337,7 @@ def test_images_of_no_use_are_refused_with_a_reason(tmp_path):
 
 def test_files_that_are_too_big_are_not_read(tmp_path, monkeypatch):
     """In a folder, a tar and a parquet."""
-    monkeypatch.setattr(images, "MAX_FILE_BYTES", 50)
+    monkeypatch.setattr(decode, "MAX_FILE_BYTES", 50)
     data = png(plain_image())
     (tmp_path / "folder/one").mkdir(parents=True)
     (tmp_path / "folder/one/a.png").write_bytes(data)
@@ -351,7 +362,7 @@ def test_members_with_odd_names_are_read_and_never_written(tmp_path, monkeypatch
 
 
 def test_what_a_tar_cannot_give_is_named(tmp_path):
-    """No label, one that is no class, a label alone, a link; nested extensions are not images."""
+    """No label, one that is no class, a label alone, a link, a member without a label, notes."""
     data = png(plain_image())
     path = tmp_path / "t.tar"
     with tarfile.open(path, "w") as tar:
@@ -383,9 +394,13 @@ def test_what_a_tar_cannot_give_is_named(tmp_path):
     usable, unusable = found_in(path)
     assert {one.name: one.class_index for one in usable} == {"t.tar/f.png": 8, "t.tar/m.webp": 2}
     reasons = {one.name.removeprefix("t.tar/"): one.reason for one in unusable}
-    assert list(reasons) == ["b.png", "c.png", "d.png", "e.png", "g.png", "h", "i", "j.webp", "k.webp", "l.webp"]
+    assert sorted(reasons) == [
+        "README",
+        *("b.png", "c.png", "d.png", "e.png", "g.png", "h", "i", "i.png", "j.webp", "k.webp", "l.webp", "n.seg.png"),
+    ]
     assert "12 is not a class index" in reasons["b.png"] and "did you mean 'three'" in reasons["c.png"]
-    assert all("has no label" in reasons[name] for name in ("d.png", "g.png", "j.webp", "k.webp"))
+    assert all("has no label" in reasons[name] for name in ("d.png", "g.png", "j.webp", "k.webp", "n.seg.png"))
+    assert "is a link" in reasons["i.png"] and "has no extension" in reasons["README"]
     assert reasons["h"] == reasons["i"] == "has a label and no image"
 
 
@@ -421,7 +436,7 @@ def test_what_a_parquet_cannot_give_is_named(tmp_path):
     write_parquet(tmp_path / "c.parquet", [({"bytes": None, "path": "x.png"}, 0)])
     assert "holds no bytes" in reason(tmp_path / "c.parquet")
     write_parquet(tmp_path / "d.parquet", [(data, -1)], ["nine"])
-    assert "-1 is not a class index" in reason(tmp_path / "d.parquet")
+    assert "has no label" in reason(tmp_path / "d.parquet")
     write_parquet(tmp_path / "e.parquet", [(data, 0)], ["cat"])
     assert "'cat' is not a class" in reason(tmp_path / "e.parquet")
     pq.write_table(pa.table({"img": [data]}), tmp_path / "f.parquet")
@@ -734,7 +749,7 @@ def test_parts_are_the_whole_and_share_nothing(request, monkeypatch, mixed, tars
         (tmp_path / "05.tar").write_bytes((tmp_path / "05.tar").read_bytes()[:1536])
     path = {"folder": mixed, "tars": tars, "many tars": tmp_path, "table": table}[kind]
     source, decoded = open_images(str(path), LABELS), []
-    monkeypatch.setattr(images, "decode_rgb", lambda data: decoded.append(0) or decode_rgb(data))
+    monkeypatch.setattr(findings, "decode_rgb", lambda data: decoded.append(0) or decode_rgb(data))
     whole = list(source.read())
     num_decoded = len(decoded)
     parts = [list(source.read_part(part, num_parts)) for part in range(num_parts)]

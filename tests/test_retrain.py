@@ -31,7 +31,7 @@ from engine.dataset.folders import fresh_folder
 from engine.dataset.store import open_store
 from engine.errors import EXIT_DRAINED, EXIT_USER, CorruptShardError, JobError, OutputError
 from engine.models.addresses import check_addresses, model_digest, resolve
-from engine.models.classifier import Classifier
+from engine.models.classifier import Classifier, load_network
 from engine.progress import PlainDisplay
 from engine.spec import parse_job
 from engine.studies.comparison import Attempt, compare, compare_errors, findings
@@ -363,6 +363,31 @@ def test_unusable_images_and_overlap_are_told(run, small, home):
     for one in folder.glob("[1-9]"):
         shutil.rmtree(one)
     assert refusal(run, small, home / "not", test=str(folder))[0].startswith(f"--test: '{folder}' has no usable image")
+
+
+def test_images_without_finite_logits_are_left_out_and_the_target_is_named(run, small, home, monkeypatch):
+    """They would count as class 0; where there are no others, the study is refused."""
+    limit, seen = [-9.0], []
+
+    def spoil(module, _args, given, output):
+        seen.append(given["pixel_values"].mean((1, 2, 3)))
+        bright = seen[-1] > limit[0]
+        output.logits = output.logits.masked_fill(bright[:, None] & (not module.training), torch.nan)
+        return output
+
+    def load(address):
+        network = load_network(address)
+        network.register_forward_hook(spoil, with_kwargs=True)
+        return network
+
+    monkeypatch.setattr("engine.studies.retrain.load_network", load)
+    reason = r"models\.target '.*target' gives logits that are not finite"
+    assert re.match(rf"RUN: its {reason}.* for all \d+ samples of the run", refusal(run, small, home / "none")[0])
+    limit[0] = float(torch.cat(seen).median())
+    done, log = logged_study(run, small, home / "some", num_steps=1)
+    for option, told in done.document["data"].items():
+        assert told["num_unusable"] and told["images"] and re.match(reason, told["unusable"][0]["reason"])
+        assert re.search(rf"{told['num_unusable']} of \d+ images of --{option} are left out: {reason}", log)
 
 
 def test_without_rejected_images_there_is_no_unfiltered_arm(home, target, small):

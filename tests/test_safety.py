@@ -8,7 +8,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from engine.imaging import decode
+from engine.images import decode_rgb
 from engine.models.addresses import model_digests, resolve
 from engine.models.runtime import choose_hardware
 from engine.models.safety import SafetyChecker
@@ -42,7 +42,7 @@ def pipeline(tmp_path_factory):
     index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
     (folder / "model_index.json").write_text(json.dumps(index))
     model = make_checker()
-    unwanted = decode(samples()[1].image)
+    unwanted = decode_rgb(samples()[1].image)
     pixels = processor([unwanted], return_tensors="pt").pixel_values
     with torch.no_grad():
         model.concept_embeds.data[3] = model.visual_projection(model.vision_model(pixels)[1])[0]

@@ -3,9 +3,11 @@
     uv run python tools/bench_sampling.py --size digits --output runs/bench
 
 Sizes: the digits zoo; Stable Diffusion 1.x at 512 px (`sd1`) and Stable Diffusion 2.1 unCLIP at 768 px (`sd21-unclip`),
-both real architectures with random weights; `tiny`, which takes seconds. Before anything is timed, the naive loops and
-the engine are compared sample by sample. Arms are timed in turns, after a first round that is not counted. Writes
-SIZE.json and SIZE.md; exits with 1 if a comparison or an arm fails. docs/benchmarks.md explains the columns.
+both real architectures with random weights; `tiny`, which takes seconds. Before anything is timed, the published loops
+and the engine are compared sample by sample. All arms make the same samples, in turns, in this one process, which has
+one thread on a CPU; those of several processes are a table of their own. Writes SIZE.json and SIZE.md, and with
+`--into PAGE` the tables between that page's marks; exits with 1 if a comparison or an arm fails. docs/benchmarks.md
+explains the columns.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,10 +32,10 @@ import torch
 from bench.arms import Arm, arms_of
 from bench.checks import check_arms
 from bench.flops import behind_tiny, count_arithmetic
-from bench.measure import Measured, matmul_rate, profile, repeat, score, timed, unet_rate, warm_up
+from bench.measure import Measured, matmul_rate, profile, repeat, unet_rate, warm_up
 from bench.programs import Batch, Bench
 from bench.sizes import SIZES, Setting, digits_setting, random_setting
-from bench.tables import Results
+from bench.tables import Results, write_into
 from bench.workers import Workers
 
 from engine.dataset.manifest import software_versions
@@ -66,6 +67,7 @@ class Benchmark:
         about = describe(options.size, device) | {
             "num_steps": {family: sampling.get("num_inference_steps", 0) for family, sampling in steps.items()},
             "repeats": options.repeats,
+            "processes": options.processes,
         }
         self.results = Results(about=about, measured=[], checks=[], arithmetic={}, rates={})
 
@@ -88,7 +90,7 @@ class Benchmark:
             except EOFError:
                 reason = "a process that made samples has died"
                 for one in measured:
-                    one.is_broken, one.seconds = True, []
+                    one.is_broken, one.seconds, one.cpu_seconds = True, [], []
             for one in measured:
                 one.reason = one.reason or ("" if one.seconds else reason)
             self.write()
@@ -101,6 +103,8 @@ class Benchmark:
         name = self._options.size
         (folder / f"{name}.json").write_text(json.dumps(self.results.as_json(), indent=1) + "\n")
         (folder / f"{name}.md").write_text(self.results.as_markdown())
+        if self._options.into:
+            write_into(self._options.into, name, self.results.as_markdown())
 
     def _count(self) -> None:
         setting = self._setting
@@ -135,42 +139,42 @@ class Benchmark:
             self._free()
         for one in measured:
             self._first(bench, one, batch)
-        for round_number in range(self._options.repeats):
+        for _ in range(1, self._options.repeats):
             for one in measured:
-                if not one.reason and (round_number == 0 or time.monotonic() < self._deadline):
-                    repeat(bench, one, self._part(one, batch))
-        for one in measured:
-            if one.seconds:
-                tell(f"  {one.arm.name}: {one.seconds_per_image:.3g} s an image")
+                if not one.reason and time.monotonic() < self._deadline:
+                    repeat(bench, one, batch)
+        self._tell(measured)
         if self._device == "cuda" and not arms[0].tiny:
             operations = self.results.arithmetic[bench.family].unet
-            part = batch.part(0, self._batch_size(arms[0]))
+            part = batch.part(0, self._rows)
             self.results.rates[" ".join(arms[0].group)] = unet_rate(bench, part, operations)
 
     def _divided(self, arms: Sequence[Arm], measured: Sequence[Measured]) -> None:
-        """The arms as workers make them, one process a core; each as many samples as the other arms make."""
-        num_processes, num_each = self._options.threads, self._options.num_samples
+        """The arms as workers make them, each process as many samples as the other arms make."""
+        num_processes, num_each = self._options.processes, self._options.num_samples
         with Workers(self._setting, arms, num_processes=num_processes, num_each=num_each) as workers:
-            for round_number in range(1 + self._options.repeats):
+            for _ in range(self._options.repeats):
                 for one in measured:
-                    share = self._options.naive_samples if one.arm.program == "naive" else num_each
-                    one.batch_size, one.num_samples = self._batch_size(one.arm), share * num_processes
-                    seconds = timed(partial(workers.make, one.arm, share, one.batch_size), self._device)
-                    # The first round loads models.
-                    one.seconds += [seconds] if round_number else []
+                    one.batch_size, one.num_samples = self._rows, num_each * num_processes
+                    started = time.perf_counter()
+                    cpu_seconds = workers.make(one.arm, one.batch_size)
+                    one.note(time.perf_counter() - started, cpu_seconds)
+        self._tell(measured)
+
+    def _tell(self, measured: Sequence[Measured]) -> None:
         for one in measured:
-            tell(f"  {one.arm.name}: {one.seconds_per_image:.3g} s an image")
+            if one.seconds:
+                took = f"{one.seconds_per_image:.3g} s an image, {one.cpu_seconds_per_image:.3g} of the processor"
+                tell(f"  {one.arm.name}: {took}")
 
     def _first(self, bench: Bench, one: Measured, batch: Batch) -> None:
-        """The round that is not counted: models are loaded, images scored, a profile taken where wanted."""
-        one.batch_size = self._batch_size(one.arm)
-        part = self._part(one, batch)
-        one.num_samples = len(part)
+        """Load what an arm needs and time it once; take a profile where one is wanted."""
+        one.batch_size, one.num_samples = bench.batch_size(one.arm, self._rows), len(batch)
         try:
-            images = warm_up(bench, one, part)
-            score(bench, one, part, images)
+            warm_up(bench, one, batch)
+            repeat(bench, one, batch)
             if any(fnmatch.fnmatch(one.arm.name, wanted) for wanted in self._options.profile):
-                one.profile = profile(bench, one.arm, part.part(0, one.batch_size))
+                one.profile = profile(bench, one.arm, batch.part(0, one.batch_size))
         except torch.OutOfMemoryError:
             one.reason = f"a batch of {one.batch_size} does not fit the GPU's memory"
         except (RuntimeError, NotImplementedError, ImportError) as error:
@@ -183,16 +187,13 @@ class Benchmark:
         if bench.hardware.dtype != "float32":
             runtime = {"precision": "fp32"}
             bench = Bench(self._setting, bench.arms, device=self._device, num_samples=len(batch), runtime=runtime)
-        for check in check_arms(bench, batch.part(0, self._options.check_samples)):
-            tell(f"  {check.what}: {check.difference:.1e}{'' if check.holds else ', DIFFERENT'}")
+        for check in check_arms(bench, batch.part(0, self._options.check_samples or len(batch))):
+            tell(f"  {check}")
             self.results.checks.append(check)
 
-    def _part(self, one: Measured, batch: Batch) -> Batch:
-        return batch.part(0, self._options.naive_samples if one.arm.program == "naive" else len(batch))
-
-    def _batch_size(self, arm: Arm) -> int:
-        if arm.program == "naive":
-            return 1
+    @property
+    def _rows(self) -> int:
+        """Samples of a batch of the engine and of diffusers."""
         return self._options.batch_size or (GPU_BATCH if self._device == "cuda" else CPU_ROWS)
 
     def _free(self) -> None:
@@ -237,12 +238,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder of the results")
     parser.add_argument("--models", type=Path, help="folder for random weights, kept; default: a temporary one")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
-    parser.add_argument("--num-samples", type=int, default=16, help="images of every arm")
-    parser.add_argument("--naive-samples", type=int, default=4, help="images of the naive arms, which are slow")
-    parser.add_argument("--check-samples", type=int, default=2, help="images that are compared")
+    parser.add_argument("--num-samples", type=int, default=16, help="images of every arm, and of each process")
+    parser.add_argument("--check-samples", type=int, help="images that are compared; default: all")
     parser.add_argument("--batch-size", type=int, help=f"default: {CPU_ROWS} on a CPU, {GPU_BATCH} on a GPU")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=1, help="of a process, on a CPU; the engine's workers have one")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="of the arms that are divided")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="page that takes the tables, between its marks")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="arms; their references come along")
     parser.add_argument("--profile", nargs="+", default=[], metavar="PATTERN", help="arms whose time is taken apart")
     parser.add_argument("--max-seconds", type=float, default=float("inf"), help="after this, no further round")

@@ -15,7 +15,7 @@ import torch
 
 from engine.dataset.counts import is_joint
 from engine.dataset.shards import read_shard
-from engine.imaging import decode
+from engine.images import decode_rgb
 from engine.models.classifier import Classifier
 from engine.scores import kldb
 from engine.worker import quiet_libraries
@@ -27,7 +27,7 @@ def joint_requests(run: Path) -> dict[str, tuple[list[int], list[PIL.Image.Image
     for path in sorted(run.glob("shards/*.tar")):
         for key, data, record, _ in read_shard(path):
             if is_joint(key):
-                requests.setdefault(record["request"], (record["kldb_classes"], []))[1].append(decode(data))
+                requests.setdefault(record["request"], (record["kldb_classes"], []))[1].append(decode_rgb(data))
     return requests
 
 

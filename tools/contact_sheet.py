@@ -13,7 +13,7 @@ from pathlib import Path
 import PIL.Image
 
 from engine.dataset.shards import read_shard
-from engine.imaging import decode
+from engine.images import decode_rgb
 
 MARGIN_PIXELS = 4
 GAP_PIXELS = 24
@@ -25,7 +25,7 @@ def images_of(run: Path, request: str, count: int) -> list[PIL.Image.Image]:
     for path in sorted(run.glob("shards/*.tar")):
         for _, data, record, _ in read_shard(path):
             if record["request"] == request:
-                found.append(decode(data))
+                found.append(decode_rgb(data))
                 if len(found) == count:
                     return found
     return found

@@ -19,7 +19,7 @@ from engine import spec
 from engine.acceptance import FLAGS, JUDGE_SCORES, ORACLE, SCORES
 from engine.dataset.schema import DESCRIPTIONS
 from engine.plan import SCHEMA_VERSION
-from engine.records import DETERMINISTIC_FIELDS, ENTRY_FIELDS, RUN_FIELDS, fields_of
+from engine.records import DETERMINISTIC_FIELDS, ENTRY_FIELDS, MEASURED, RUN_FIELDS, SINCE, fields_of
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTE = "<!-- Made by tools/docs.py from the code; change it there. -->"
@@ -76,6 +76,10 @@ their images too). Requests of one `seed_group` share noise sample by sample: th
 
 Conditions of `accept`, which must all hold:
 
+`is_error: true` asks for an error of the target: a prediction of another class than the conditioned one, and of a
+joint prompt one outside its classes, none of which would be wrong. (In runs that began before schema version 3 it goes
+on asking a joint prompt for another class than the closest one.)
+
 | condition | values |
 |---|---|
 """
@@ -89,9 +93,12 @@ shards. Each field is always there and has one type, so that any reader infers o
 apply it is empty text, an empty list, 0, false, or -1 for a class. There are no nulls and no NaN. Scores are of the
 stored 8-bit image; logarithms are natural.
 
-`schema_version` is now {SCHEMA_VERSION}. Version 1 had no `judge`; all versions from 1 on are read, and a run goes on
-in the version that it began with. DuckDB reads runs of several versions with `read_parquet([...], union_by_name =
-true)`."""
+`scored` is false of failed samples and of real images that were mixed in. What models measure means nothing there,
+whatever the columns hold, and filters on them select neither such a row nor, negated, its opposite: {{measured}}.
+
+`schema_version` is now {SCHEMA_VERSION}. Later than version 1 came {{later}}. All versions from 1 on are read, earlier
+ones with `scored` true of all but failed samples and real images, and a run goes on in the version that it began with.
+DuckDB reads runs of several versions with `read_parquet([...], union_by_name = true)`."""
 
 
 def job_page() -> str:
@@ -207,7 +214,9 @@ def metadata_page() -> str:
         ("In the parquet alone", "They depend on the run.", [(name, kind, "1") for name, kind in RUN_FIELDS.items()]),
         ("In metadata.parquet alone", "", [("surplus", "bool", "1")]),
     ]
-    parts = [METADATA_INTRO]
+    measured = ", ".join(f"`{name}`" for name in DETERMINISTIC_FIELDS if name in MEASURED)
+    later = " and ".join(f"`{name}` (version {version})" for name, version in SINCE.items())
+    parts = [METADATA_INTRO.format(measured=measured, later=later)]
     for heading, text, rows in tables:
         lines = ["| field | type | since | meaning |", "|---|---|---|---|"]
         lines += [f"| `{name}` | {_type(kind)} | {since} | {_cell(DESCRIPTIONS[name])} |" for name, kind, since in rows]

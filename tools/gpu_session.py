@@ -169,7 +169,7 @@ def session_steps(python: str, options: argparse.Namespace) -> list[Step]:
         bench = (python, str(tools / "bench_sampling.py"), "--size", size, "--output", str(output / "bench"))
         # The benchmark stops by itself a little before, with what it has.
         enough = ("--max-seconds", f"{limits[size] * 0.7:g}", "--profile", "prompt", "prompt-unclip", *PROFILED)
-        few = () if size == "digits" else ("--num-samples", "8", "--naive-samples", "2", "--repeats", "2")
+        few = () if size == "digits" else ("--num-samples", "8", "--check-samples", "4", "--repeats", "2")
         steps.append(Step(name=size, command=(*bench, *enough, *few), limit_seconds=limits[size]))
     if options.cifar10_data:
         train = (python, str(tools / "zoo" / "train_cifar10.py"), "--data", str(options.cifar10_data.resolve()))

@@ -115,6 +115,13 @@ def export(
     format_: Annotated[
         Literal["webdataset", "imagefolder", "parquet"], typer.Option("--format", help="How images are stored.")
     ] = "webdataset",
+    folders: Annotated[
+        Literal["index", "name"],
+        typer.Option(
+            help="What imagefolder calls the folders of classes: their index (0003), in whose order torchvision numbers"
+            " them, or their name; classes.json has the label of each."
+        ),
+    ] = "index",
     samples_per_shard: ReshardOption = 1000,
     seed: OrderOption = 0,
     name: NameOption = "corpus",
@@ -133,6 +140,7 @@ def export(
     options = ExportOptions(
         output=output,
         format=format_,
+        folders=folders,
         condition=filter_ or "",
         name=name,
         seed=seed,

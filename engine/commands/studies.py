@@ -183,7 +183,7 @@ def rescore(
             display.notice("stopped; the same command continues")
             raise typer.Exit(EXIT_DRAINED) from None
     _print_rescored(rescored, as_json)
-    raise typer.Exit(0 if rescored.is_complete else EXIT_INCOMPLETE)
+    raise typer.Exit(0 if rescored.is_complete and not rescored.num_failed else EXIT_INCOMPLETE)
 
 
 def compare(
@@ -287,7 +287,10 @@ def _print_rescored(rescored: Rescored, as_json: bool) -> None:
 
     if as_json:
         comparison = None if rescored.comparison is None else summary_document(rescored.comparison)
-        names = ("target", "num_scored", "num_images", "num_rows", "num_accepted", "is_complete", "reason")
+        names = (
+            "target", "num_scored", "num_images", "num_rows", "num_accepted", "num_failed", "failure", "is_complete",
+            "reason",
+        )  # fmt: skip
         fields = {name: getattr(rescored, name) for name in names}
         print_json({"folder": str(rescored.folder), **fields, "comparison": comparison})
         return
@@ -300,6 +303,9 @@ def _print_rescored(rescored: Rescored, as_json: bool) -> None:
         f" them made now; {rescored.num_accepted} meet their request's rule under {rescored.target}"
     )
     print(f"scores: {rescored.folder}")
+    if rescored.num_failed:
+        total = rescored.num_images + rescored.num_failed
+        complain(f"error: {rescored.num_failed} of {total} images have no new score: {rescored.failure}")
     if not rescored.is_complete:
         complain("the run is not complete; the same command scores what is added to it")
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Collection
 from typing import Any
 
 import yaml
 
-from engine.dataset.schema import DESCRIPTIONS, arrow_schema
-from engine.dataset.shards import SHARDS
+from engine.dataset.card_loading import loading_section
+from engine.dataset.schema import DESCRIPTIONS, arrow_schema, tar_features
+from engine.dataset.state import SURPLUS_LIST
 from engine.dataset.summary import GroupSummary, Spread
+from engine.models.licences import UNKNOWN
 from engine.spec import ConditioningSpec, JobSpec, RequestSpec
 
 _METHODS = {
@@ -31,11 +34,10 @@ _SIZES = (
     (10**12, "100B<n<1T"),
 )
 _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
-_TABLE_HEAD = (
-    "request", "context", "images / attempts", "errors", "risk", "KLDB", "entropy", "conformity", "oracle agrees",
-    "valid failures", "transfer",
-)  # fmt: skip
+# Headings that the note above the table speaks of.
+ERRORS, VALID_FAILURES, JUDGE = "errors", "valid failures", "judge's conformity"
 MAX_TABLE_ROWS = 200
+MAX_SHORT = 8
 
 
 def dataset_card(job: JobSpec, manifest: dict[str, Any], groups: list[GroupSummary], data_files: list[str]) -> str:
@@ -50,11 +52,11 @@ def dataset_card(job: JobSpec, manifest: dict[str, Any], groups: list[GroupSumma
         f"# {job.name}",
         _origin(job, manifest),
         _models(manifest["models"]),
-        _requests(job),
+        _requests(job, manifest["counts"]),
         _table(groups),
-        loading_section(job.output.image_format),
+        loading_section(job.output.image_format, manifest["schema_version"]),
         columns_section(manifest["schema_version"]),
-        _limits(manifest),
+        _limits(job, manifest["schema_version"]),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -69,10 +71,16 @@ def _header(job: JobSpec, manifest: dict[str, Any], data_files: list[str]) -> st
         "annotations_creators": ["machine-generated"],
         "source_datasets": ["original"],
         "tags": ["synthetic", "riskforge", "webdataset", "hard-examples", *methods],
-        "size_categories": [size_category(manifest["counts"]["samples"]["ok"])],
+        "size_categories": [size_category(_num_stored(job, manifest["counts"]["samples"]))],
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": data_files}]}],
+        "dataset_info": {"features": tar_features(job.output.image_format, manifest["schema_version"])},
     }
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
+
+
+def _num_stored(job: JobSpec, samples: dict[str, int]) -> int:
+    """Images in the tars: those of rejected samples too, where the job stores them."""
+    return samples["ok"] + (samples["rejected"] if job.output.store_rejected else 0)
 
 
 def size_category(num_images: int) -> str:
@@ -82,20 +90,16 @@ def size_category(num_images: int) -> str:
 
 def _origin(job: JobSpec, manifest: dict[str, Any]) -> str:
     samples, shards = manifest["counts"]["samples"], manifest["counts"]["shards"]
-    state = "" if manifest["complete"] else (
-        f"\n\n**Not complete:** {shards['committed']} of {shards['planned']} shards were there when this was written."
-    )  # fmt: skip
     return (
         "**Every image is synthetic**: sampled from a text-to-image diffusion model by "
         "Riskforge to find where an image classifier, the target, errs or hesitates. No image is a photograph."
         f"{_provenance(job)}\n\n"
         f"{samples['ok']} images in {shards['committed']} shards, of {samples['attempted']} attempts "
         f"({samples['rejected']} rejected, {samples['failed']} failed, {samples['accepted']} accepted). "
-        f"Seed {job.seed}; plan `{manifest['plan_digest']}`.{state}\n\n"
-        f"{_stored_rejected(job, samples)}"
-        "**Licence:** not stated by the engine. It follows from the licences of the models below, above all of the "
-        "diffusion model; set `license` in the header once it is known. Of the models' licences only what their own "
-        "files say is listed."
+        f"Seed {job.seed}; plan `{manifest['plan_digest']}`.{_state(manifest)}\n\n"
+        f"{_not_counted(job, manifest['counts'])}"
+        f"**Licence:** not stated by the engine. It follows from the licences of the models below, above all of the "
+        f"diffusion model; set `license` in the header once it is known. {_licences(manifest['models'])}"
     )
 
 
@@ -108,13 +112,47 @@ def _provenance(job: JobSpec) -> str:
     )
 
 
-def _stored_rejected(job: JobSpec, samples: dict[str, int]) -> str:
-    if not (job.output.store_rejected and samples["rejected"]):
-        return ""
-    return (
-        f"**The {samples['rejected']} rejected images are stored too.** Their label may be wrong: keep the samples "
-        "whose JSON says `accepted: true`, unless you want to study the others.\n\n"
-    )
+def _state(manifest: dict[str, Any]) -> str:
+    """What is missing: shards, rounds of quotas, or accepted samples that no further round would be made for."""
+    shards, missing = manifest["counts"]["shards"], _num_of_quotas(manifest["counts"], "missing")
+    if manifest["complete"]:
+        short = f"{missing} accepted samples that the quotas ask for were not reached within the attempts allowed"
+        return f"\n\n**Short:** {short}." if missing else ""
+    if shards["committed"] < shards["planned"]:
+        there = f"{shards['committed']} of {shards['planned']} shards were there when this was written"
+    else:
+        there = f"the quotas lacked {missing} accepted samples when this was written, and asked for more shards"
+    return f"\n\n**Not complete:** {there}."
+
+
+def _num_of_quotas(counts: dict[str, Any], name: str) -> int:
+    return sum(one[name] for rows in counts.get("quotas", {}).values() for one in rows)
+
+
+def _not_counted(job: JobSpec, counts: dict[str, Any]) -> str:
+    """The images in the tars that are none of those asked for."""
+    rejected = counts["samples"]["rejected"] if job.output.store_rejected else 0
+    surplus = _num_of_quotas(counts, "surplus")
+    text = ""
+    if rejected:
+        text += (
+            f"**The {rejected} rejected images are stored too.** Their label may be wrong: keep the samples whose JSON"
+            " says `accepted: true`, unless you want to study the others.\n\n"
+        )
+    if surplus:
+        text += (
+            f"**The tars hold {surplus} accepted images beyond the quotas.** `{SURPLUS_LIST}` lists their keys, and"
+            " `surplus` in `metadata.parquet` marks them.\n\n"
+        )
+    return text + ("The lines under Loading leave them out.\n\n" if text else "")
+
+
+def _licences(models: dict[str, Any]) -> str:
+    each = [one for about in models.values() for one in (about if isinstance(about, list | tuple) else [about])]
+    stated = [one for one in each if isinstance(one, dict) and one.get("license") not in (None, UNKNOWN)]
+    if not stated:
+        return "The files of the models state none."
+    return "Of the models' licences only what their own files say is listed."
 
 
 def _models(models: dict[str, Any]) -> str:
@@ -140,7 +178,8 @@ def _amount(request: RequestSpec) -> str:
     )
 
 
-def _requests(job: JobSpec) -> str:
+def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
+    """What was asked for, and below each request what came of it."""
     lines = ["## How it was made", ""]
     for request in job.requests:
         wanted = request.boundary if request.boundary is not None else request.classes
@@ -149,12 +188,14 @@ def _requests(job: JobSpec) -> str:
         lines += [
             f"- **{request.name}**: method `{request.method}`, {_METHODS[request.guidance_section]}; {classes}{joint}, "
             f"{_amount(request)}; contexts: {len(request.contexts)}.",
+            f"  - made: {_made(counts['requests'].get(request.name, {}), counts.get('quotas', {}).get(request.name))}",
             f"  - sampling: {_parameters(job.sampling_of(request).model_dump())}",
         ]
         if request.fresh:
             lines.append(f"  - fresh: the seeds are those of {code(str(request.fresh), table=False)} alone")
         if request.conditioning:
-            lines.append(f"  - conditioning: {_conditioning(request.conditioning)}")
+            screening = counts.get("screening", {}).get(request.name, [])
+            lines.append(f"  - conditioning: {_conditioning(request.conditioning, screening)}")
         if request.prompt:
             lines.append(f"  - prompt: {code(request.prompt, table=False)}")
         if request.guidance_section in ("boundary", "custom"):
@@ -162,20 +203,65 @@ def _requests(job: JobSpec) -> str:
             lines.append(f"  - guidance: {_parameters(guidance.model_dump() | {'alpha': guidance.step_size})}")
         elif request.method == "risky":
             lines.append(f"  - guidance: {_parameters(job.guidance_of(request).risky.model_dump())}")
+        if request.guidance_section != "prompt":
+            lines.append(f"  - guided: {_guided(counts.get('guidance', {}).get(request.name))}")
         if request.accept:
             lines.append(f"  - accepted when: {_parameters(request.accept)}")
     return "\n".join(lines)
 
 
-def _conditioning(spec: ConditioningSpec) -> str:
-    """What the embeddings of a request were, with the parameters that had an effect."""
+def _made(made: dict[str, int], quotas: list[dict[str, Any]] | None) -> str:
+    """What came of a request, in numbers."""
+    if not made.get("attempted"):
+        return "nothing so far"
+    text = f"{made['attempted']} attempts: " + ", ".join(
+        f"{made[name]} {name}" for name in ("ok", "rejected", "failed")
+    )
+    short = [f"{one['missing']} of {code(one['class'], table=False)}" for one in quotas or () if one["missing"]]
+    if not short:
+        return text
+    more = f" and {len(short) - MAX_SHORT} more classes" if len(short) > MAX_SHORT else ""
+    return f"{text}; short of its quota by {', '.join(short[:MAX_SHORT])}{more}"
+
+
+def _guided(found: dict[str, int] | None) -> str:
+    """How many images guidance reached."""
+    if found is None:
+        return "no image so far"
+    text = f"{found['guided']} of {found['scored']} scored images"
+    if found["without_effect"]:
+        text += f"; of these {found['without_effect']} as without it: no gradient was finite and other than zero"
+    return text
+
+
+def _conditioning(spec: ConditioningSpec, screening: list[dict[str, Any]]) -> str:
+    """What the embeddings of a request were, with the parameters that had an effect.
+
+    Args:
+        screening: by class, samples and draws, and how many samples had a draw that passed.
+    """
     if spec.images is not None:
         return f"embeddings of given images, {_parameters({'images': spec.images, 'noise_level': spec.noise_level})}"
     kept: dict[str, Any] = {"artefact": spec.artefact, "noise_level": spec.noise_level}
     if not spec.is_screened:
         return f"embeddings drawn from class statistics, not screened, {_parameters(kept)}"
     kept |= {"threshold": spec.threshold, "max_draws": spec.max_draws}
-    return f"embeddings drawn until the target's error predictor expected an error, {_parameters(kept)}"
+    asked = (
+        "embeddings drawn from class statistics, each to be drawn until the target's error predictor expects an error"
+    )
+    return f"{asked}, {_parameters(kept)}; {_screened(screening)}"
+
+
+def _screened(screening: list[dict[str, Any]]) -> str:
+    """What the draws came to."""
+    samples, screened, draws = (sum(one[name] for one in screening) for name in ("samples", "screened", "draws"))
+    if not samples:
+        return "nothing was drawn so far"
+    text = f"{screened} of {samples} samples have an embedding that passed, in {draws} draws"
+    if screened == samples:
+        return text
+    which = "all" if not screened else f"the other {samples - screened}"
+    return f"{text}; {which} were made from the likeliest of their draws and are not screened (`screened: false`)"
 
 
 def _parameters(values: dict[str, Any]) -> str:
@@ -184,41 +270,64 @@ def _parameters(values: dict[str, Any]) -> str:
 
 
 def _table(groups: list[GroupSummary]) -> str:
-    has_judge = any(group.judge_conformity is not None for group in groups)
-    heads = [*_TABLE_HEAD, *(["judge's conformity"] if has_judge else [])]
+    columns = _columns(groups)
     lines = [
         "## Scores",
         "",
-        "Medians per request and context, over all scored samples, rejected ones too; in brackets the middle half. "
-        "Risk, KLDB and entropy are in nats under the target, conformity is the cosine of CLIP embeddings of image and "
-        "class prompt. A valid failure is a sample on which the target errs while the oracle agrees."
-        + (" The judge is a second CLIP model that guided nothing; its conformity is a mean." if has_judge else ""),
+        _table_note(columns),
         "",
-        f"| {' | '.join(heads)} |",
-        "|---" * len(heads) + "|",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
     ]
-    for group in groups[:MAX_TABLE_ROWS]:
-        cells = [
-            group.request,
-            code(group.context) if group.context else "none",
-            f"{group.ok} / {group.attempted}",
-            _percent(group.error_rate),
-            _spread(group.risk),
-            _spread(group.kldb),
-            _spread(group.entropy),
-            _spread(group.conformity),
-            _percent(group.oracle_agreement),
-            _percent(group.valid_failure_rate),
-            "; ".join(
-                f"{code(one.model)} errors {_percent(one.error_rate)}, risk {one.risk_median:.3g}"
-                for one in group.transfer
-            ),
-            *([_number(group.judge_conformity)] if has_judge else []),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"| {' | '.join(cell(group) for cell in columns.values())} |" for group in groups[:MAX_TABLE_ROWS]]
     if len(groups) > MAX_TABLE_ROWS:
         lines += ["", f"{len(groups) - MAX_TABLE_ROWS} more rows are under `summary` in `manifest.json`."]
     return "\n".join(lines)
+
+
+def _columns(groups: list[GroupSummary]) -> dict[str, Callable[[GroupSummary], str]]:
+    """Headings and what stands below them; models that a job does not name have no column."""
+    columns: dict[str, Callable[[GroupSummary], str]] = {
+        "request": lambda group: group.request,
+        "context": lambda group: code(group.context) if group.context else "none",
+        "images / attempts": lambda group: f"{group.ok} / {group.attempted}",
+        ERRORS: lambda group: _percent(group.error_rate),
+        "risk": lambda group: _spread(group.risk),
+        "KLDB": lambda group: _spread(group.kldb),
+        "entropy": lambda group: _spread(group.entropy),
+        "conformity": lambda group: _spread(group.conformity),
+    }
+    if any(group.oracle_agreement is not None for group in groups):
+        columns["oracle agrees"] = lambda group: _percent(group.oracle_agreement)
+        columns[VALID_FAILURES] = lambda group: _percent(group.valid_failure_rate)
+    if any(group.transfer for group in groups):
+        columns["transfer"] = _transfer
+    if any(group.judge_conformity is not None for group in groups):
+        columns[JUDGE] = lambda group: _number(group.judge_conformity)
+    return columns
+
+
+def _table_note(columns: Collection[str]) -> str:
+    text = (
+        "Medians per request and context, over all scored samples, rejected ones too; in brackets the middle half. "
+        "Risk, KLDB and entropy are in nats under the target, conformity is the cosine of CLIP embeddings of image and "
+        "class prompt. Errors: the target predicts another class than the conditioned one, for a joint prompt one "
+        "outside its classes."
+    )
+    if VALID_FAILURES in columns:
+        text += (
+            " The oracle agrees where it predicts a class that was asked for; a valid failure is a sample on which the "
+            "target errs while the oracle agrees."
+        )
+    return text + (
+        " The judge is a second CLIP model that guided nothing; its conformity is a mean." if JUDGE in columns else ""
+    )
+
+
+def _transfer(group: GroupSummary) -> str:
+    return "; ".join(
+        f"{code(one.model)} errors {_percent(one.error_rate)}, risk {one.risk_median:.3g}" for one in group.transfer
+    )
 
 
 def _percent(share: float | None) -> str:
@@ -233,47 +342,6 @@ def _spread(spread: Spread | None) -> str:
     return "" if spread is None else f"{spread.median:.3g} ({spread.q25:.3g} to {spread.q75:.3g})"
 
 
-def loading_section(extension: str, rows: str = "Every attempt, failed ones too,") -> str:
-    """How the shards are read, with code that runs.
-
-    Args:
-        extension: of the images.
-        rows: what the rows of the metadata are.
-    """
-    return f"""## Loading
-
-The shards are plain WebDataset tars: `KEY.{extension}`, `KEY.json` (the columns before `batch_size`), `KEY.cls` (the
-label). Run these lines in the folder of the data set.
-
-```python
-import glob
-import webdataset as wds
-
-files = sorted(glob.glob("{SHARDS}/*.tar"))
-samples = wds.WebDataset(files, shardshuffle=False).decode("pil").to_tuple("{extension}", "cls", "json")
-for image, label, record in samples:
-    print(record["key"], image.size, label, record["risk"])
-```
-
-```python
-import os
-from datasets import load_dataset
-
-samples = load_dataset(os.getcwd(), split="train")
-print(samples[0]["__key__"], samples[0]["cls"], samples[0]["json"]["risk"])
-```
-
-{rows} is a row of `metadata.parquet`:
-
-```python
-import pyarrow.parquet as pq
-
-rows = pq.read_table("metadata.parquet", filters=[("risk", ">", 2.0), ("status", "==", "ok")])
-for row in rows.select(["key", "risk", "conformity", "kldb"]).to_pylist()[:10]:
-    print(row)
-```"""
-
-
 def columns_section(version: int) -> str:
     """What the columns of a schema version mean."""
     names = arrow_schema(surplus=True, version=version).names
@@ -281,16 +349,19 @@ def columns_section(version: int) -> str:
     return "\n".join(lines + [f"| `{name}` | {DESCRIPTIONS[name].replace('|', chr(92) + '|')} |" for name in names])
 
 
-def _limits(manifest: dict[str, Any]) -> str:
+def _limits(job: JobSpec, version: int) -> str:
+    models = job.models
+    oracle = "filter by `conformity` and by what the oracle predicts" if models.oracle else "filter by `conformity`"
+    judge = "the judge is a second opinion" if models.judge else "no second CLIP model judged"
+    has_guided = any(request.guidance_section in ("risky", "custom") for request in job.requests)
+    clip = "may have guided the sample" if has_guided else "guided no sample"
     return f"""## Limits
 
-- Labels are what was asked of the diffusion model, not what a person saw: filter by `conformity`, and by the oracle
-  where there is one.
-- `conformity` comes from one CLIP model, which may have guided the sample, and shares its blind spots (a job's `judge`
-  is a second opinion); `risk`, `kldb` and `entropy` are those of one
-  target.
+- Labels are what was asked of the diffusion model, not what a person saw: {oracle}.
+- `conformity` comes from one CLIP model, which {clip}, and shares its blind spots ({judge}); `risk`, `kldb` and
+  `entropy` are those of one target.
 - Images inherit the biases and gaps of the diffusion model; rates of error here are not rates on real images.
-- Scores are of the stored 8-bit image. Columns are of schema version {manifest["schema_version"]}; `manifest.json`
+- Scores are of the stored 8-bit image. Columns are of schema version {version}; `manifest.json`
   has job, versions and checksums."""
 
 

@@ -11,6 +11,7 @@ import heapq
 import json
 import operator
 import random
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,7 +21,8 @@ from typing import Any, NamedTuple
 from engine.dataset.counts import ShardCounts, parse_record_name, record_name
 from engine.dataset.shards import SHARDS, ShardFiles, discard, file_digest, inspect_pair, read_rows
 from engine.dataset.store import Store, explained, shown
-from engine.errors import CorruptShardError, RiskforgeError
+from engine.errors import CorruptShardError, OutputError, RiskforgeError
+from engine.files import parse_json
 from engine.plan import ShardSpec
 
 COMMITS = "_state/commits"
@@ -35,6 +37,12 @@ _FILES = (
 )
 # Pauses of whoever lost a race for a shard's files, in seconds, at least.
 RACE_WAITS = (0.1, 0.4, 1.5)
+
+
+MAX_REASON_CHARS = 300
+# Of a row of a `ScreeningTally`.
+TALLY_COLUMNS = 4
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*-\d{6,}")
 
 
 class _RacedError(CorruptShardError):
@@ -273,12 +281,12 @@ def recorded_files(store: Store) -> Iterator[tuple[int, str, int] | CorruptShard
     read.
     """
     for name, data in store.read_each(name for name in store.list(COMMITS) if parse_record_name(Path(name).name)):
-        yield from _files_of(store.address(name), data.decode(errors="replace"))
+        yield from _files_of(store.address(name), data)
     for pack in store.list(PACKS):
         yield from _packed_files(store.fetch(pack))
 
 
-def _files_of(where: str, text: str) -> Iterator[tuple[int, str, int] | CorruptShardError]:
+def _files_of(where: str, text: str | bytes | OutputError) -> Iterator[tuple[int, str, int] | CorruptShardError]:
     try:
         record = _parse(where, text)
     except CorruptShardError as error:
@@ -310,17 +318,17 @@ def _packed_files(path: Path) -> Iterator[tuple[int, str, int] | CorruptShardErr
             raise CorruptShardError(f"{shown(path)}: the packed commit records cannot be read ({error})") from error
 
 
-def _record_texts(store: Store) -> Iterator[tuple[int, str, str]]:
-    """Number, name and text of every record, loose ones first."""
+def _record_texts(store: Store) -> Iterator[tuple[int, str, str | bytes | OutputError]]:
+    """Number, name and text of every record, or why it cannot be read; loose ones first."""
     parsed = {name: found for name in store.list(COMMITS) if (found := parse_record_name(Path(name).name))}
     for name, data in store.read_each(parsed):
-        yield parsed[name][0], Path(name).name, data.decode(errors="replace")
+        yield parsed[name][0], Path(name).name, data
     for pack in store.list(PACKS):
         for row in _pack_rows(store.fetch(pack), ["number", "name", "record"]):
             yield row["number"], row["name"], row["record"]
 
 
-def _inspected(where: str, name: str, number: int, text: str) -> CommitRecord | CorruptShardError:
+def _inspected(where: str, name: str, number: int, text: str | bytes | OutputError) -> CommitRecord | CorruptShardError:
     try:
         record = _parse(where, text)
         if record.shard != number or record_name(number, record.counts) != name:
@@ -425,12 +433,12 @@ def _loose(store: Store) -> Iterator[tuple[str, CommitRecord]]:
     numbered = [(one[0], name) for one, name in parsed if one]
     # Those that were packed after they were listed are not there.
     for name, data in store.read_each(name for _, name in sorted(numbered)):
-        yield name, _parse(name, data)
+        yield name, _parse(store.address(name), data)
 
 
 def _read_loose(store: Store, name: str) -> CommitRecord | None:
     """A loose record, or None where it was packed after it was listed."""
-    return next((_parse(name, data) for _, data in store.read_each([name])), None)
+    return next((_parse(store.address(name), data) for _, data in store.read_each([name])), None)
 
 
 def _packed_records(store: Store, pack: str) -> Iterator[CommitRecord]:
@@ -455,14 +463,43 @@ def _pack_rows(path: Path, columns: list[str], number: int | None = None) -> Ite
             raise CorruptShardError(f"{shown(path)}: the packed commit records cannot be read ({error})") from error
 
 
-def _parse(where: str, text: str | bytes) -> CommitRecord:
+def _parse(where: str, text: str | bytes | OutputError) -> CommitRecord:
+    if isinstance(text, OutputError):
+        raise CorruptShardError(f"{text}; or remove it to make the shard again") from text
     try:
-        raw = json.loads(text)
+        raw = parse_json(text)
         if raw.pop("record_version") != RECORD_VERSION:
             raise ValueError("of another version")
         counts = ShardCounts(**raw["counts"])
         # Class codes and counts that have no name are not ours.
         record_name(0, counts)
-        return CommitRecord(**raw | {"counts": counts})
+        record = CommitRecord(**raw | {"counts": counts})
+        _check_fields(record)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CorruptShardError(f"{where}: not a commit record ({error}); remove it to make the shard again") from error
+        reason = str(error)[:MAX_REASON_CHARS]
+        remedy = "remove it to make the shard again"
+        raise CorruptShardError(f"{where}: not a commit record ({reason}); {remedy}") from error
+    return record
+
+
+def _check_fields(record: CommitRecord) -> None:
+    """Refuse a record whose fields are of other types, or whose name is none of a shard's files.
+
+    Raises:
+        ValueError: with the field.
+    """
+    for name in ("shard", "request", "start", "stop", "attempt", "tar_bytes", "parquet_bytes"):
+        if type(value := getattr(record, name)) is not int or value < 0:
+            raise ValueError(f"{name} is not a whole number: {value!r}")
+    for name in ("name", "plan_digest", "worker", "tar_sha256", "tar_md5", "parquet_sha256"):
+        if not isinstance(value := getattr(record, name), str):
+            raise ValueError(f"{name} is not a text: {value!r}")
+    if not _NAME.fullmatch(record.name):
+        raise ValueError(f"name {record.name!r} is not that of a shard")
+    if not isinstance(record.timing, dict) or not all(type(one) in (int, float) for one in record.timing.values()):
+        raise ValueError(f"timing is not seconds by name: {record.timing!r}")
+    rows = record.screening
+    if not isinstance(rows, list) or not all(
+        isinstance(row, list) and len(row) == TALLY_COLUMNS and all(type(one) is int for one in row) for row in rows
+    ):
+        raise ValueError(f"screening is not rows of {TALLY_COLUMNS} counts: {rows!r}")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from engine.dataset.filters import FLAG, NUMBER, TEXT, Vocabulary, compile_filter, compile_number
+from engine.dataset.outcomes import scored_rows
 from engine.dataset.schema import arrow_schema
 from engine.dataset.source import RunSource, open_source, readable
 from engine.errors import JobError
@@ -73,7 +74,10 @@ class Corpus:
 
     @property
     def metadata(self) -> Dataset:
-        """The rows as a lazy `pyarrow.dataset`; columns that a run's schema version did not have are null."""
+        """The rows as a lazy `pyarrow.dataset`; columns that a run's schema version did not have are null.
+
+        So is `scored` there, which filters and tables know of rows of any version.
+        """
         import pyarrow.dataset
 
         whole = pyarrow.dataset.dataset(list(self._datasets))
@@ -191,7 +195,8 @@ class Corpus:
         """The rows of one of the runs, as `to_table`."""
         wanted = None if columns is None else {name: self._column(name) for name in columns}
         with readable(self.runs[number].uri):
-            return self._datasets[number].to_table(columns=wanted, filter=self._expression)
+            table = self._datasets[number].to_table(columns=wanted, filter=self._expression)
+        return table if columns is not None else _with_scored(table)
 
     def numbers(self, expression: str, option: str) -> Callable[[int], Any]:
         """For a run's number the values of an expression of numbers, one a row, as a numpy array.
@@ -207,6 +212,15 @@ class Corpus:
             return table["value"].to_numpy()
 
         return values
+
+    def has_number(self, expression: str, option: str) -> Corpus:
+        """The rows of which an expression of numbers is known, and those that were scored all the same.
+
+        Raises:
+            JobError: the expression cannot be read.
+        """
+        compiled = compile_number(expression, self._vocabulary, option)
+        return self._narrowed(compiled.is_valid() | self._vocabulary.is_scored, ())
 
     def to_webdataset(self, *, decode: str | None = "pil", **options: Any) -> Any:
         """A `webdataset` pipeline over the tars that yields the selected samples alone.
@@ -234,7 +248,8 @@ class Corpus:
         Args:
             transform: from the PIL image; without it an image is a float tensor [3, H, W] in [0, 1].
             labels: `hard` gives the class as an int, `soft` the training target as a float tensor [n].
-            weights: a column or an expression of numbers, such as `"1 + 2 * oracle_agrees"`; without it 1.0.
+            weights: a column or an expression of numbers, such as `"1 + 2 * oracle_agrees"`; without it 1.0. Samples
+                that were not scored and of which it is therefore not known are left out, with a warning.
 
         Raises:
             JobError: no sample is selected, the runs have different classes or the same images, or a weight is negative
@@ -277,7 +292,7 @@ class Corpus:
     def _column(self, name: str) -> Expression:
         import pyarrow.compute as pc
 
-        if name in self._schema.names:
+        if name in self._schema.names and name != "scored":
             return pc.field(name)
         try:
             found = self._vocabulary.term(name)
@@ -285,6 +300,14 @@ class Corpus:
             raise JobError(f"columns: there is no column '{name}'{nearest(name, self.columns)}") from None
         assert found is not None and found.kind in (NUMBER, TEXT, FLAG), "derived names are never lists"
         return found.expression
+
+
+def _with_scored(table: pa.Table) -> pa.Table:
+    """Rows of any schema version with `scored` filled in."""
+    import pyarrow as pa
+
+    place = table.column_names.index("scored")
+    return table.set_column(place, table.schema.field(place), pa.array(scored_rows(table)))
 
 
 def _unified(sources: tuple[RunSource, ...]) -> pa.Schema:

@@ -33,10 +33,12 @@ def embed(images: Iterable[PIL.Image.Image], address: str, advance: Callable[[st
         advance: hears how far it is.
 
     Raises:
-        JobError: the model cannot be loaded.
+        JobError: the model cannot be loaded, or gives an embedding that has no cosine with others.
     """
     import torch
 
+    from engine.errors import JobError
+    from engine.finiteness import Faults
     from engine.models.clip import Clip
 
     clip = Clip.load(address, "cuda" if torch.cuda.is_available() else "cpu")
@@ -44,7 +46,11 @@ def embed(images: Iterable[PIL.Image.Image], address: str, advance: Callable[[st
     left = iter(images)
     while batch := list(islice(left, BATCH)):
         advance(f"embedding image {len(parts) * BATCH}")
-        parts.append(torch.nn.functional.normalize(clip.image_embeds(batch), dim=1).numpy())
+        embeds, faults = clip.image_embeds(batch), Faults(len(batch))
+        faults.check_embeds(embeds, "the CLIP model", address)
+        if fault := next((faults[row] for row in range(len(batch)) if faults[row]), ""):
+            raise JobError(f"--deduplicate: {fault}, so near duplicates cannot be found; give another one with --clip")
+        parts.append(torch.nn.functional.normalize(embeds, dim=1).numpy())
     return np.concatenate(parts)
 
 

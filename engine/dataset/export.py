@@ -19,7 +19,15 @@ from engine.class_names import distinct_names
 from engine.dataset.corpus import Corpus, open_corpus
 from engine.dataset.export_card import export_card
 from engine.dataset.folders import fresh_folder
-from engine.dataset.formats import check_format, write_imagefolder, write_parquet, write_webdataset
+from engine.dataset.formats import (
+    check_folders,
+    check_format,
+    class_folders,
+    numbered_folders,
+    write_imagefolder,
+    write_parquet,
+    write_webdataset,
+)
 from engine.dataset.manifest import software_versions
 from engine.dataset.real_images import RealImages
 from engine.dataset.selection import Chosen, SampleReader, select, shuffled
@@ -28,6 +36,7 @@ from engine.dataset.source import RunSource
 from engine.dataset.state import CARD, EXPORT_KIND, MANIFEST, SUCCESS
 from engine.dataset.store import FolderStore, explained, open_store, refuse_objects
 from engine.errors import CorruptShardError, JobError, OutputError
+from engine.images.findings import some_of
 from engine.plan import SCHEMA_VERSION
 from engine.records import STATUS_OK, STATUS_REJECTED, SampleResult
 
@@ -47,6 +56,7 @@ class ExportOptions:
     Attributes:
         output: folder of the new data set; empty, or not there yet.
         format: `webdataset`, `imagefolder` or `parquet`.
+        folders: what `imagefolder` calls the folders of classes: `index` or `name`.
         condition: filter on the rows; empty for all samples.
         name: prefix of shards, and of the keys of real images.
         seed: of the order, and of the draw of real images.
@@ -61,6 +71,7 @@ class ExportOptions:
 
     output: str
     format: str = "webdataset"
+    folders: str = "index"
     condition: str = ""
     name: str = DEFAULT_NAME
     seed: int = 0
@@ -197,7 +208,8 @@ class _Export:
             plain = (result for result, _ in samples)
             return write_webdataset(self._store, options.name, plain, options.samples_per_shard, image_format)
         if options.format == "imagefolder":
-            return write_imagefolder(root, samples, self._labels)
+            name_folders = class_folders if options.folders == "name" else numbered_folders
+            return write_imagefolder(root, samples, self._labels, name_folders(self._labels))
         return write_parquet(root, samples, self._labels, options.samples_per_shard, total)
 
     def _read(
@@ -289,8 +301,7 @@ class _Export:
             total = len(self._selection.samples)
             yield f"{deduplication['dropped']} of {total} samples were near duplicates; {DUPLICATES} names them"
         if real.unusable:
-            first = real.unusable[0]
-            yield f"{len(real.unusable)} real images could not be used, such as {first.name}: {first.reason}"
+            yield f"{len(real.unusable)} real files could not be used: {some_of(real.unusable)}"
 
 
 def _check_options(options: ExportOptions) -> None:
@@ -317,6 +328,7 @@ def _check_options(options: ExportOptions) -> None:
     if problems:
         raise JobError(problems)
     check_format(options.format)
+    check_folders(options.folders)
 
 
 def _check_output(options: ExportOptions, corpus: Corpus) -> Path:

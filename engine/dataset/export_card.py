@@ -6,21 +6,11 @@ from typing import Any
 
 import yaml
 
-from engine.dataset.card import code, columns_section, loading_section, size_category
+from engine.dataset.card import code, columns_section, size_category
+from engine.dataset.card_loading import FILES_LOADING, FOLDERS_LOADING, merged_loading_section
+from engine.dataset.schema import tar_features
 
 MAX_CLASSES = 200
-# By the header, which names the files. Left to themselves, builders take a class called train for a part of the data.
-LOADING = """## Loading
-
-Run these lines in the folder of the data set.
-
-```python
-import os
-from datasets import load_dataset
-
-samples = load_dataset(os.getcwd(), split="train")
-print(samples[0]["image"].size, samples[0]["label"], samples[0]["risk"])
-```"""
 
 
 def export_card(manifest: dict[str, Any], data_files: list[str], image_format: str) -> str:
@@ -32,40 +22,51 @@ def export_card(manifest: dict[str, Any], data_files: list[str], image_format: s
         image_format: extension of the images of WebDataset shards.
     """
     sections = [
-        _header(manifest, data_files),
+        _header(manifest, data_files, image_format),
         f"# {manifest['name']}",
         _origin(manifest),
         _sources(manifest),
         _classes(manifest),
-        loading_section(image_format, "Every sample") if manifest["format"] == "webdataset" else LOADING,
+        _loading(manifest, image_format),
         columns_section(manifest["schema_version"]),
         _limits(manifest),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _header(manifest: dict[str, Any], data_files: list[str]) -> str:
-    header = {
+def _loading(manifest: dict[str, Any], image_format: str) -> str:
+    if manifest["format"] == "webdataset":
+        return merged_loading_section(image_format, manifest["schema_version"])
+    return FILES_LOADING + (FOLDERS_LOADING if manifest["format"] == "imagefolder" else "")
+
+
+def _header(manifest: dict[str, Any], data_files: list[str], image_format: str) -> str:
+    counts = manifest["counts"]
+    header: dict[str, Any] = {
         "pretty_name": manifest["name"],
         "license": "other",
         "license_name": "unknown",
         "task_categories": ["image-classification"],
         "tags": ["synthetic", "riskforge", "hard-examples", manifest["format"]],
-        "size_categories": [size_category(manifest["counts"]["samples"]["ok"])],
+        "size_categories": [size_category(counts["images"])],
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": data_files}]}],
     }
+    # The files of the other formats have types of their own.
+    if manifest["format"] == "webdataset":
+        header["dataset_info"] = {"features": tar_features(image_format, manifest["schema_version"])}
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
 
 
 def _origin(manifest: dict[str, Any]) -> str:
     counts = manifest["counts"]
-    real = f", and {counts['real']} real ones (`method` is `real`; they have no scores)." if counts["real"] else "."
+    real = f", and {counts['real']} real ones (`method` is `real`, `scored` is false)." if counts["real"] else "."
     lines = [
         f"{counts['images']} images: {counts['generated']} synthetic ones, sampled from text-to-image diffusion models"
         f" by Riskforge to find where an image classifier, the target, errs or hesitates{real}",
         "",
         f"Selected by {code(manifest['filter'] or 'no filter', table=False)}; order by seed {manifest['seed']}; digest"
         f" `{manifest['digest']}`.",
+        *_beyond(manifest),
     ]
     if manifest["deduplication"]:
         about = manifest["deduplication"]
@@ -75,6 +76,21 @@ def _origin(manifest: dict[str, Any]) -> str:
             f" from {about['threshold']:g} on, within a class); `{about['list']}` names them.",
         ]
     return "\n".join(lines)
+
+
+def _beyond(manifest: dict[str, Any]) -> list[str]:
+    """What is in it beside accepted samples within their quota."""
+    rejected = manifest["counts"]["samples"]["rejected"]
+    lines = []
+    if rejected:
+        lines += [
+            "",
+            f"**{rejected} images were rejected by the rule of their request** (`accepted` is false); their label may"
+            " be wrong.",
+        ]
+    if manifest["with_surplus"]:
+        lines += ["", "Accepted samples beyond the quota of their request were taken, too."]
+    return lines
 
 
 def _sources(manifest: dict[str, Any]) -> str:
@@ -99,9 +115,10 @@ def _classes(manifest: dict[str, Any]) -> str:
 
 
 def _limits(manifest: dict[str, Any]) -> str:
+    real = "; those of real images are of their data set" if manifest["counts"]["real"] else ""
     return f"""## Limits
 
-- Labels are what was asked of the diffusion model, not what a person saw: filter by `conformity`, and by the oracle
-  where there is one.
+- Labels of synthetic images are what was asked of the diffusion model, not what a person saw: filter by `conformity`,
+  and by the oracle where there is one{real}.
 - Scores are those of the sources' targets and CLIP models; columns are of schema version {manifest["schema_version"]}.
 - The licence follows from those of the models and of the real images; set `license` in the header once it is known."""

@@ -12,13 +12,20 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from engine.acceptance import JUDGE_SCORES
-from engine.dataset.counts import JOINT_KEY
+from engine.dataset.outcomes import (
+    ASKED,
+    ERRS,
+    element,
+    is_scored_expression,
+    predicts_asked_expression,
+    target_errs_expression,
+)
 from engine.errors import JobError
-from engine.records import NO_CLASS, STATUS_FAILED
+from engine.records import MEASURED, NO_CLASS
 from engine.spec_messages import nearest
 
 if TYPE_CHECKING:
@@ -30,13 +37,18 @@ _EXAMPLES = {NUMBER: "1 + risk", FLAG: "risk > 2 and oracle_agrees"}
 MAX_CHARS = 100_000
 MAX_PARTS = 500
 DERIVED: dict[str, str] = {
-    "oracle_agrees": "whether the oracle reads the conditioned class, for a joint prompt any of its subset",
+    "target_errs": "whether the target predicts another class than the conditioned one, for a joint prompt one outside"
+    " its subset",
+    "oracle_agrees": "whether the oracle predicts the conditioned class, for a joint prompt any of its subset",
     "valid_failure": "the target errs and the oracle agrees",
     **{name: f"{score} under the judge; unknown without one" for name, score in JUDGE_SCORES.items()},
 }
 
-_ORACLE = ("key", "oracle_class", "class_index", "kldb_classes", "status")
-_NEEDS = {"oracle_agrees": _ORACLE, "valid_failure": (*_ORACLE, "is_error")}
+_NEEDS = {
+    "target_errs": (*ASKED, *ERRS),
+    "oracle_agrees": (*ASKED, "oracle_class"),
+    "valid_failure": (*ASKED, *ERRS, "oracle_class"),
+}
 _MAX_SHOWN = 60
 _INT64 = 2**63
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
@@ -70,9 +82,11 @@ class Term:
 class Vocabulary:
     """The names that an expression may use.
 
+    What a model measured is unknown of rows that were not scored, whatever number stands in its place.
+
     Args:
         schema: of the metadata.
-        max_subset: largest number of classes of a joint prompt; asked for where `oracle_agrees` needs it.
+        max_subset: largest number of classes of a joint prompt; asked for where a derived name needs it.
     """
 
     def __init__(self, schema: pa.Schema, max_subset: Callable[[], int]) -> None:
@@ -80,15 +94,31 @@ class Vocabulary:
         self._max_subset = max_subset
         self.names = [*schema.names, *(name for name in DERIVED if _can_derive(name, schema))]
 
-    def term(self, name: str) -> Term | None:
+    def term(self, name: str, *, is_guarded: bool = True) -> Term | None:
         """The term of a column or derived name; None for a column that is a list.
+
+        Args:
+            is_guarded: whether it is unknown where the row was not scored; else it is what stands there.
 
         Raises:
             KeyError: there is no such name.
         """
+        found = self._plain_term(name)
+        if found is None or not is_guarded or (name in self._schema.names and name not in MEASURED):
+            return found
+        return replace(found, expression=_known_where(self.is_scored, found.expression))
+
+    @property
+    def is_scored(self) -> Expression:
+        """Whether models scored a row."""
+        return is_scored_expression(self._schema.names)
+
+    def _plain_term(self, name: str) -> Term | None:
         import pyarrow as pa
         import pyarrow.compute as pc
 
+        if name == "scored" and name in self._schema.names:
+            return Term(self.is_scored, FLAG)
         if name in self._schema.names:
             kind = _kind_of(self._schema.field(name).type)
             is_integer = pa.types.is_integer(self._schema.field(name).type)
@@ -97,8 +127,17 @@ class Vocabulary:
             raise KeyError(name)
         if name in JUDGE_SCORES:
             return Term(_judge_score(self._schema, JUDGE_SCORES[name]), NUMBER)
-        agrees = _oracle_agrees(self._max_subset())
-        return Term(agrees & pc.field("is_error") if name == "valid_failure" else agrees, FLAG)
+        errs = target_errs_expression(self._max_subset())
+        agrees = predicts_asked_expression("oracle_class", self._max_subset()) & (pc.field("oracle_class") != NO_CLASS)
+        return Term({"target_errs": errs, "oracle_agrees": agrees, "valid_failure": errs & agrees}[name], FLAG)
+
+
+def _known_where(condition: Expression, expression: Expression) -> Expression:
+    """An expression that is unknown where a condition does not hold."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    return pc.if_else(condition, expression, pa.scalar(None))
 
 
 def compile_filter(text: str, vocabulary: Vocabulary, option: str = "filter") -> Expression:
@@ -110,8 +149,11 @@ def compile_filter(text: str, vocabulary: Vocabulary, option: str = "filter") ->
     Raises:
         JobError: the text is not of the language, or names what is not there; it tells the place.
     """
-    compiler = _Compiler(text, vocabulary, option, has_arithmetic=False)
-    return compiler.compiled(FLAG).expression
+    exact = _Compiler(text, vocabulary, option, has_arithmetic=False).compiled(FLAG).expression
+    # Whatever passes with unknown parts passes with any value in their place, so the second changes nothing; and
+    # readers of parquet see through it, by the statistics of a column, that no row of a group passes.
+    plain = _Compiler(text, vocabulary, option, has_arithmetic=False, is_guarded=False).compiled(FLAG).expression
+    return exact & plain
 
 
 def compile_number(text: str, vocabulary: Vocabulary, option: str) -> Expression:
@@ -129,8 +171,11 @@ def compile_number(text: str, vocabulary: Vocabulary, option: str) -> Expression
 class _Compiler:
     """Walks the syntax tree of one text; every method gives the term of a node or raises with its place."""
 
-    def __init__(self, text: str, vocabulary: Vocabulary, option: str, *, has_arithmetic: bool) -> None:
+    def __init__(
+        self, text: str, vocabulary: Vocabulary, option: str, *, has_arithmetic: bool, is_guarded: bool = True
+    ) -> None:
         self._text = text
+        self._is_guarded = is_guarded
         self._vocabulary = vocabulary
         self._option = option
         self._has_arithmetic = has_arithmetic
@@ -184,7 +229,7 @@ class _Compiler:
 
     def _name(self, node: ast.Name) -> Term:
         try:
-            found = self._vocabulary.term(node.id)
+            found = self._vocabulary.term(node.id, is_guarded=self._is_guarded)
         except KeyError:
             hint = nearest(node.id, [*self._vocabulary.names, "True", "False"])
             others = hint or f"; the columns are {', '.join(self._vocabulary.names)}"
@@ -277,8 +322,10 @@ class _Compiler:
             member = left.expression.cast(kind).isin(pa.array(values, kind))
         else:
             member = left.expression.isin(pa.array(values, pa.bool_() if left.kind == FLAG else pa.string()))
-        # What is not known is neither in a list nor outside of it.
-        return ~member & left.expression.is_valid() if is_negated else member
+        if self._is_guarded:
+            # What is not known is neither in a list nor outside of it.
+            member = _known_where(left.expression.is_valid(), member)
+        return ~member if is_negated else member
 
     def _choice(self, node: ast.expr, left: Term) -> Term:
         if isinstance(node, ast.Constant):
@@ -311,26 +358,6 @@ def _kind_of(kind: pa.DataType) -> str:
     if pa.types.is_integer(kind) or pa.types.is_floating(kind):
         return NUMBER
     return TEXT if pa.types.is_string(kind) or pa.types.is_large_string(kind) else ""
-
-
-def element(column: Expression, place: int) -> Expression:
-    """An element of a list column; unknown where the list is shorter."""
-    import pyarrow.compute as pc
-
-    return pc.list_element(pc.list_slice(column, place, place + 1, return_fixed_size_list=True), 0)
-
-
-def _oracle_agrees(max_subset: int) -> Expression:
-    """Arrow has no test for an element of a list, so the places of the subset are compared one by one."""
-    import pyarrow.compute as pc
-
-    oracle = pc.field("oracle_class")
-    is_joint = pc.match_substring_regex(pc.field("key"), JOINT_KEY)
-    agrees = ~is_joint & (oracle == pc.field("class_index"))
-    for place in range(max_subset):
-        here = pc.coalesce(element(pc.field("kldb_classes"), place) == oracle, pc.scalar(False))
-        agrees = agrees | (is_joint & here)
-    return agrees & (oracle != NO_CLASS) & (pc.field("status") != STATUS_FAILED)
 
 
 def _can_derive(name: str, schema: pa.Schema) -> bool:

@@ -14,7 +14,7 @@ from engine.dataset.commits import CommitSummary
 from engine.dataset.manifest import IndexEntry, write_index_files, write_metadata
 from engine.dataset.schema import arrow_schema
 from engine.dataset.shards import SHARDS, discard, shard_name, stage_shard
-from engine.dataset.state import METADATA
+from engine.dataset.state import CLASSES, METADATA
 from engine.dataset.store import STATE, Store, explained
 from engine.errors import JobError
 from engine.records import DETERMINISTIC_FIELDS, SampleResult
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMATS = ("webdataset", "imagefolder", "parquet")
+# What an export calls the folders of classes: indices, which are in the order of labels for every reader, or names.
+FOLDERS = ("index", "name")
 ROWS_PER_GROUP = 256
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _()+=,@&-]{0,79}")
@@ -57,8 +59,12 @@ def write_webdataset(
     return [f"{SHARDS}/*.tar"]
 
 
-def write_imagefolder(root: Path, samples: Iterator[tuple[SampleResult, str]], labels: Sequence[str]) -> list[str]:
+def write_imagefolder(
+    root: Path, samples: Iterator[tuple[SampleResult, str]], labels: Sequence[str], folders: Sequence[str]
+) -> list[str]:
     """Write `CLASS/KEY.png` and `metadata.parquet`, as torchvision, timm and Hugging Face read a folder by class.
+
+    `classes.json` has the label of every folder: torchvision and timm number those that they find.
 
     A `metadata.csv` would do for Hugging Face too, but an empty text in it is read as a missing number.
 
@@ -71,7 +77,9 @@ def write_imagefolder(root: Path, samples: Iterator[tuple[SampleResult, str]], l
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    folders = class_folders(labels)
+    text = json.dumps({name: label for label, name in enumerate(folders)}, ensure_ascii=False, indent=1)
+    with explained(root):
+        (root / CLASSES).write_text(text + "\n", encoding="utf-8")
     schema = _schema([pa.field("file_name", pa.string())], {}, labels)
     with explained(root), pq.ParquetWriter(root / METADATA, schema, compression="zstd") as writer:
         while batch := list(islice(samples, ROWS_PER_GROUP)):
@@ -92,13 +100,19 @@ def class_folders(labels: Sequence[str]) -> list[str]:
     `riskforge prepare` and `retrain` find the class by either.
     """
     lower = Counter(label.lower() for label in labels)
-    digits = 4
+    return [
+        label if _is_safe(label) and lower[label.lower()] == 1 else number
+        for label, number in zip(labels, numbered_folders(labels), strict=True)
+    ]
+
+
+def numbered_folders(labels: Sequence[str]) -> list[str]:
+    """The index of each class in four digits or more, which is the name of no class: their order is that of labels."""
+    lower = {label.lower() for label in labels}
+    digits = max(4, len(str(len(labels) - 1)))
     while any(f"{index:0{digits}d}" in lower for index in range(len(labels))):
         digits += 1
-    return [
-        label if _is_safe(label) and lower[label.lower()] == 1 else f"{index:0{digits}d}"
-        for index, label in enumerate(labels)
-    ]
+    return [f"{index:0{digits}d}" for index in range(len(labels))]
 
 
 def _is_safe(label: str) -> bool:
@@ -183,3 +197,13 @@ def check_format(name: str) -> None:
     """
     if name not in FORMATS:
         raise JobError(f"--format: '{name}' is not one of {', '.join(FORMATS)}")
+
+
+def check_folders(name: str) -> None:
+    """Check what folders are to be called.
+
+    Raises:
+        JobError: there is no such way.
+    """
+    if name not in FOLDERS:
+        raise JobError(f"--folders: '{name}' is not one of {', '.join(FOLDERS)}")

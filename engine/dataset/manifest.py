@@ -17,10 +17,18 @@ from engine.dataset.commits import CommitRecord, CommitSummary, compact_commits,
 from engine.dataset.counts import ShardCounts
 from engine.dataset.schema import arrow_schema
 from engine.dataset.shards import SHARDS, shard_name
-from engine.dataset.state import CARD, MANIFEST, METADATA, SUCCESS, TIMM_INFO, WIDS_INDEX
+from engine.dataset.state import CARD, MANIFEST, METADATA, SUCCESS, SURPLUS_LIST, TIMM_INFO, WIDS_INDEX
 from engine.dataset.store import Store, explained, shown
-from engine.dataset.summary import GroupSummary, count_classes, count_requests, plain, read_dials, summarise
-from engine.dataset.surplus import Surplus, quotas_of
+from engine.dataset.summary import (
+    GroupSummary,
+    count_classes,
+    count_guidance,
+    count_requests,
+    plain,
+    read_dials,
+    summarise,
+)
+from engine.dataset.surplus import Surplus, quotas_of, surplus_lines
 from engine.errors import CorruptShardError, OutputError
 from engine.plan import SCHEMA_VERSION, Plan
 from engine.quotas import Quotas, replay
@@ -65,7 +73,7 @@ def finalise(
     hardware: dict[str, Any],
     rows_per_file: int = MAX_ROWS_PER_FILE,
 ) -> FinishedRun:
-    """Write metadata, indexes, manifest and card over the shards that are committed, whether or not that is all.
+    """Write metadata, list of surplus, indexes, manifest and card over the committed shards, whether or not all are.
 
     The caller writes its report and then calls `mark_success`.
 
@@ -84,6 +92,7 @@ def finalise(
     compact_commits(store)
     commits = list_commits(store)
     write_metadata(store, job.name, commits, rows_per_file, schema_version=plan.schema_version, quotas=quotas_of(plan))
+    write_surplus(store)
     write_indexes(store, job)
     groups = summarise(store.fetch(METADATA))
     manifest = build_manifest(
@@ -222,6 +231,14 @@ def _row_groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(held).combine_chunks()
 
 
+def write_surplus(store: Store) -> None:
+    """Write the list of keys beyond their quota next to the shards; it is empty where there are none."""
+    staged = store.staging() / "surplus.txt"
+    with explained(staged), staged.open("wb") as file:
+        file.writelines(surplus_lines(store.fetch(METADATA)))
+    store.replace(SURPLUS_LIST, staged)
+
+
 def num_stored(job: JobSpec, counts: ShardCounts) -> int:
     """Images in a shard's tar: those of rejected samples too, where the job stores them."""
     return counts.ok + (counts.rejected if job.output.store_rejected else 0)
@@ -311,6 +328,7 @@ def build_manifest(
             "classes": count_classes(store.fetch(METADATA)),
             "quotas": quota_rows(plan, quotas),
             "screening": screening_by_request(read_commits(store), job),
+            "guidance": count_guidance(store.fetch(METADATA)),
         },
         "summary": [plain(group) for group in groups],
         "dials": read_dials(store.fetch(METADATA), job),

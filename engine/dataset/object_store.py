@@ -17,6 +17,7 @@ import importlib.util
 import itertools
 import logging
 import os
+import random
 import re
 import secrets
 import shutil
@@ -26,15 +27,28 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
-from engine.dataset.object_errors import NO_BUCKET, is_foreign, is_taken, remedy, status_of
+from engine.dataset.object_errors import (
+    NO_BUCKET,
+    is_empty_range,
+    is_foreign,
+    is_taken,
+    is_too_large,
+    is_unknown_condition,
+    max_size_of,
+    may_pass,
+    remedy,
+    status_of,
+)
 from engine.dataset.store import (
     COPIES,
+    STATE,
     TORN,
     Store,
     claim_folder,
@@ -42,7 +56,10 @@ from engine.dataset.store import (
     release_folder,
     remove_if_dead,
 )
-from engine.errors import OutputError
+from engine.errors import OutputError, StoreLostError
+from engine.files import MAX_DOCUMENT_BYTES, MAX_RECORD_BYTES, too_large
+
+Answer = TypeVar("Answer")
 
 # Copies beyond so many bytes are removed, the longest unused first, but never the latest ones.
 MAX_COPIED_BYTES = 4 * 2**30
@@ -55,10 +72,17 @@ DELETE_TOGETHER = 1000
 APPEND_SECONDS = 5.0
 # Whether the store honours the condition is tried out with a file of at most this size.
 MAX_TRIED_BYTES = 2**16
-CONFLICT_WAITS = (0.2, 1.0, 3.0)
+# What may pass is tried again after these pauses, on top of the libraries' own; no more once so much time is gone, so
+# that a network that swallows everything is seen before the worker that waits for it is taken for one that hangs.
+RETRY_WAITS = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
+MAX_RETRY_SECONDS = 30.0
+# From this size on gcsfs uploads files resumably.
+RESUMABLE_BYTES = 5 * 2**20
+# What a store takes in one request, as those of Amazon and Google do.
+MAX_REQUEST_BYTES = 5 * 2**30
+PROBES = f"{STATE}/probes"
 CONNECT_SECONDS = 5
-# On top of those of botocore, which are five: a network that swallows everything is to be told before the worker that
-# waits for it is taken for one that hangs.
+# On top of those of botocore, which are five.
 S3_TRIES = 2
 
 _ADDRESS = re.compile(r"(?P<scheme>s3|gs|gcs)://(?P<bucket>[A-Za-z0-9._-]+)(?P<prefix>(?:/[^/]+)*)/*", re.IGNORECASE)
@@ -136,6 +160,7 @@ class ObjectStore(Store):
         self._appended: dict[str, _Appended] = {}
         self._flushing = threading.Lock()
         self._is_conditional = False
+        self._are_parts_conditional: bool | None = None
         _STORES.add(self)
 
     # Names ---------------------------------------------------------------------------------------------------------
@@ -175,17 +200,31 @@ class ObjectStore(Store):
         """In a forked process: connections and locks are those of the parent; its local folder can be shared."""
         self._lock, self._flushing, self._connection = threading.RLock(), threading.Lock(), None
 
-    @contextlib.contextmanager
-    def _told(self, name: str = "") -> Iterator[None]:
-        """Turn what the libraries raise into an `OutputError` with address and remedy."""
-        try:
-            yield
-        except OutputError:
-            raise
-        except Exception as error:
-            if not isinstance(error, OSError) and not is_foreign(error):
+    def _ask(self, name: str, action: Callable[[], Answer]) -> Answer:
+        """What an action on the store gives, which is done again, after a pause, where what fails may pass.
+
+        Raises:
+            StoreLostError: it does not pass.
+            OutputError: the store refuses; with address and remedy.
+        """
+        started = time.monotonic()
+        for wait in (*RETRY_WAITS, None):
+            try:
+                return action()
+            except OutputError:
                 raise
-            raise OutputError(f"{self.address(name)}: {remedy(error, self._scheme)}") from error
+            except Exception as error:
+                if wait is None or not may_pass(error) or time.monotonic() - started > MAX_RETRY_SECONDS:
+                    if isinstance(error, OSError) or may_pass(error) or is_foreign(error):
+                        raise self._error(name, error) from error
+                    raise
+            time.sleep(wait * (0.75 + random.random() / 2))
+        raise AssertionError("the last try gives or raises")
+
+    def _error(self, name: str, error: Exception) -> OutputError:
+        """What to raise where the libraries raise this."""
+        kind = StoreLostError if may_pass(error) else OutputError
+        return kind(f"{self.address(name)}: {remedy(error, self._scheme)}")
 
     def _info(self, name: str) -> dict[str, Any] | None:
         """What the store says of a name; None where there is nothing."""
@@ -214,50 +253,67 @@ class ObjectStore(Store):
 
     def exists(self, name: str) -> bool:
         """Whether an object has this name, or any lies below it."""
-        with self._told(name):
-            return self._info(name) is not None
+        return self._ask(name, lambda: self._info(name)) is not None
 
     def is_folder(self, name: str) -> bool:
         """Whether objects lie below this name."""
-        with self._told(name):
-            found = self._info(name)
+        found = self._ask(name, lambda: self._info(name))
         return found is not None and found["type"] == "directory"
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, max_bytes: int = MAX_DOCUMENT_BYTES) -> bytes:
         """The bytes of an object."""
-        with self._told(name):
-            data: bytes = self._fs.cat_file(self._key(name))
+        return self._ask(name, lambda: self._read(name, max_bytes))
+
+    def _read(self, name: str, max_bytes: int) -> bytes:
+        try:
+            data: bytes = self._fs.cat_file(self._key(name), start=0, end=max_bytes + 1)
+        except Exception as error:
+            if not is_empty_range(error):
+                raise
+            return b""
+        if len(data) > max_bytes:
+            raise OutputError(f"{self.address(name)}: {too_large(len(data), max_bytes)}")
         return data
 
-    def read_each(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    def read_each(
+        self, names: Iterable[str], max_bytes: int = MAX_RECORD_BYTES
+    ) -> Iterator[tuple[str, bytes | OutputError]]:
         """Names and bytes of the objects that are there, many at a time."""
         rest = iter(names)
         while some := list(itertools.islice(rest, READ_TOGETHER)):
-            with self._told():
-                found = self._fs.cat([self._key(name) for name in some], on_error="return")
-            for name in some:
-                data = found[self._key(name)]
-                if isinstance(data, FileNotFoundError):
-                    continue
-                with self._told(name):
-                    if isinstance(data, Exception):
-                        raise data
-                yield name, data
+            keys, ends = [self._key(name) for name in some], [max_bytes + 1] * len(some)
+            ask = partial(self._fs.cat_ranges, keys, [0] * len(some), ends, on_error="return")
+            for name, data in zip(some, self._ask("", ask), strict=True):
+                # Alone, with the patience and the messages of `read`, where it did not come in one piece.
+                is_whole = isinstance(data, bytes) and len(data) <= max_bytes
+                read = data if is_whole else self._read_or_error(name, max_bytes)
+                if read is not None:
+                    yield name, read
+
+    def _read_or_error(self, name: str, max_bytes: int) -> bytes | OutputError | None:
+        """An object's bytes, or why they cannot be had, or None where there is no such object."""
+        try:
+            return self.read(name, max_bytes)
+        except StoreLostError:
+            raise
+        except OutputError as error:
+            return None if isinstance(error.__cause__, FileNotFoundError) else error
 
     def tail(self, name: str, max_bytes: int) -> bytes:
         """The end of an object."""
-        with self._told(name):
-            size = int(self._fs.info(self._key(name))["size"])
-            if not size:
-                return b""
-            data: bytes = self._fs.cat_file(self._key(name), start=max(0, size - max_bytes), end=size)
+        return self._ask(name, lambda: self._tail(name, max_bytes))
+
+    def _tail(self, name: str, max_bytes: int) -> bytes:
+        size = int(self._fs.info(self._key(name))["size"])
+        if not size:
+            return b""
+        data: bytes = self._fs.cat_file(self._key(name), start=max(0, size - max_bytes), end=size)
         return data
 
     def fetch(self, name: str, *, keep: bool = False) -> Path:
         """A local copy, made once for each version of the object."""
         path = self._copy_of(name)
-        with self._told(name):
-            found = self._info(name)
+        found = self._ask(name, lambda: self._info(name))
         if found is None:
             _remove(path)
             with self._lock:
@@ -292,8 +348,7 @@ class ObjectStore(Store):
     def _download(self, name: str, path: Path) -> None:
         part = self.staging() / f"{secrets.token_hex(8)}.part"
         try:
-            with self._told(name):
-                self._fs.get_file(self._key(name), str(part))
+            self._ask(name, lambda: self._fs.get_file(self._key(name), str(part)))
             with explained(part):
                 if path.is_dir():
                     _remove(path)
@@ -340,12 +395,14 @@ class ObjectStore(Store):
         return {one["name"].removeprefix(f"{self._root}/"): int(one["size"]) for one in found}
 
     def _listed(self, folder: str) -> Sequence[dict[str, Any]]:
-        with self._told(folder):
-            try:
-                found: Sequence[dict[str, Any]] = self._fs.ls(self._key(folder), detail=True)
-            except FileNotFoundError as error:
-                self._check_bucket(error)
-                return []
+        return self._ask(folder, lambda: self._list(folder))
+
+    def _list(self, folder: str) -> Sequence[dict[str, Any]]:
+        try:
+            found: Sequence[dict[str, Any]] = self._fs.ls(self._key(folder), detail=True)
+        except FileNotFoundError as error:
+            self._check_bucket(error)
+            return []
         return found
 
     def size_of(self, names: Iterable[str]) -> int:
@@ -358,30 +415,36 @@ class ObjectStore(Store):
         return sum(self._sizes().values())
 
     def _sizes(self) -> dict[str, int]:
-        with self._told():
-            return {key: int(one["size"]) for key, one in self._fs.find(self._root, detail=True).items()}
+        found = self._ask("", lambda: self._fs.find(self._root, detail=True))
+        return {key: int(one["size"]) for key, one in found.items()}
 
     # Writing -------------------------------------------------------------------------------------------------------
 
     def publish(self, name: str, data: bytes | Path) -> bool:
         """Create an object if the name is free."""
-        with self._told(name):
-            for wait in (*CONFLICT_WAITS, None):
-                try:
-                    self._put(name, data, mode="create")
-                except Exception as error:
-                    if wait is not None and status_of(error) == 409:
-                        time.sleep(wait)
-                        continue
-                    # The answer to an earlier try may have been lost; an upload in parts is then not found any more.
-                    if not is_taken(error) and not isinstance(error, FileNotFoundError):
-                        raise
-                    is_own = self._holds(name, data)
-                    if not is_own and not is_taken(error):
-                        raise
-                    return is_own
-                break
-            self._try_condition(name, data)
+        if not self._ask(name, lambda: self._create(name, data)):
+            return False
+        self._ask(name, lambda: self._try_condition(name, data))
+        return True
+
+    def _create(self, name: str, data: bytes | Path) -> bool:
+        """As `publish`, once."""
+        is_in_parts = _size(data) >= _parts_from(self._scheme, _size(data))
+        try:
+            if not is_in_parts or self._refuses_parts():
+                self._put(name, data, mode="create")
+            else:
+                self._create_at_once(name, data)
+        except Exception as error:
+            if is_unknown_condition(error) and not is_in_parts:
+                raise OutputError(f"{self.uri}: {_NOT_CONDITIONAL}") from error
+            # The answer to an earlier try may have been lost; an upload in parts is then not found any more.
+            if not is_taken(error) and not isinstance(error, FileNotFoundError):
+                raise
+            is_own = self._holds(name, data)
+            if not is_own and not is_taken(error):
+                raise
+            return is_own
         return True
 
     def _put(self, name: str, data: bytes | Path, *, mode: str) -> None:
@@ -390,35 +453,82 @@ class ObjectStore(Store):
         else:
             self._fs.pipe_file(self._key(name), data, mode=mode)
 
+    def _create_at_once(self, name: str, data: bytes | Path) -> None:
+        """Create a large object with one request, the only kind whose condition the store honours.
+
+        Raises:
+            OutputError: the object is larger than the store takes in one request.
+        """
+        size = _size(data)
+        if size > MAX_REQUEST_BYTES:
+            raise OutputError(_too_large(self.address(name), size, MAX_REQUEST_BYTES))
+        try:
+            if self._scheme == "s3":
+                with _opened(data) as body:
+                    about = {"Bucket": self._bucket, "Key": self._key(name).partition("/")[2]}
+                    self._fs.call_s3("put_object", Body=body, IfNoneMatch="*", **about)
+            else:
+                whole = data.read_bytes() if isinstance(data, Path) else data
+                self._fs.pipe_file(self._key(name), whole, mode="create", chunksize=size + 1)
+        except Exception as error:
+            if not is_too_large(error):
+                raise
+            raise OutputError(_too_large(self.address(name), size, max_size_of(error))) from error
+
     def _try_condition(self, name: str, data: bytes | Path) -> None:
         """Once, see that a name is refused that is taken: a store that does not know the condition passes over it.
 
         The same bytes are offered again, so that nothing is lost where they are taken.
         """
-        if self._is_conditional or (data.stat().st_size if isinstance(data, Path) else len(data)) > MAX_TRIED_BYTES:
+        if self._is_conditional or _size(data) > MAX_TRIED_BYTES:
             return
+        if not _is_refused(lambda: self._put(name, data, mode="create")):
+            raise OutputError(f"{self.uri}: {_NOT_CONDITIONAL}")
+        self._is_conditional = True
+
+    def _refuses_parts(self) -> bool:
+        """Whether a name that is taken is refused to an upload in parts, too; tried out once.
+
+        Some stores look at the condition of a single request alone (Ceph's RADOS Gateway), and would overwrite.
+        """
+        with self._lock:
+            if self._are_parts_conditional is None:
+                probe = f"{PROBES}/{secrets.token_hex(8)}"
+                self._put(probe, b"taken", mode="overwrite")
+                self._are_parts_conditional = _is_refused(lambda: self._create_in_parts(probe, b"other"))
+                self._fs.rm_file(self._key(probe))
+            return self._are_parts_conditional
+
+    def _create_in_parts(self, name: str, data: bytes) -> None:
+        """Create a small object by an upload in parts, which the libraries use for large ones."""
+        if self._scheme != "s3":
+            self._fs.pipe_file(self._key(name), data, mode="create", chunksize=len(data))
+            return
+        about = {"Bucket": self._bucket, "Key": self._key(name).partition("/")[2]}
+        upload = self._fs.call_s3("create_multipart_upload", **about)["UploadId"]
         try:
-            self._put(name, data, mode="create")
-        except Exception as error:
-            if not is_taken(error):
-                raise
-            self._is_conditional = True
-            return
-        raise OutputError(f"{self.uri}: {_NOT_CONDITIONAL}")
+            part = self._fs.call_s3("upload_part", PartNumber=1, UploadId=upload, Body=data, **about)
+            parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
+            self._fs.call_s3(
+                "complete_multipart_upload", UploadId=upload, MultipartUpload=parts, IfNoneMatch="*", **about
+            )
+        except Exception:
+            with contextlib.suppress(Exception):
+                self._fs.call_s3("abort_multipart_upload", UploadId=upload, **about)
+            raise
 
     def _holds(self, name: str, data: bytes | Path) -> bool:
         """Whether an object has these very bytes."""
         found = self._info(name)
-        if found is None or found["size"] != (data.stat().st_size if isinstance(data, Path) else len(data)):
+        if found is None or found["size"] != _size(data):
             return False
         if isinstance(data, bytes):
-            return self.read(name) == data
+            return self.read(name, len(data)) == data
         return filecmp.cmp(self.fetch(name), data, shallow=False)
 
     def replace(self, name: str, data: bytes | Path) -> None:
         """Put an object in the place of whatever has its name."""
-        with self._told(name):
-            self._put(name, data, mode="overwrite")
+        self._ask(name, lambda: self._put(name, data, mode="overwrite"))
 
     def append(self, name: str, text: str) -> None:
         """Add to a local file, which becomes the object now and then."""
@@ -457,17 +567,22 @@ class ObjectStore(Store):
 
     def remove(self, name: str) -> None:
         """Remove an object, if it is there."""
-        with self._told(name), contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(self._key(name))
+        self._ask(name, lambda: self._remove([self._key(name)]))
 
     def remove_all(self, names: Iterable[str]) -> None:
         """Remove objects, many with one request."""
         keys = [self._key(name) for name in names]
         if keys and self._scheme != "s3":
-            with self._told(), contextlib.suppress(FileNotFoundError):
-                self._fs.rm(keys)
+            self._ask("", lambda: self._remove(keys))
         elif keys:
             self._delete_objects(keys)
+
+    def _remove(self, keys: Sequence[str]) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if len(keys) == 1:
+                self._fs.rm_file(keys[0])
+            else:
+                self._fs.rm(keys)
 
     def _delete_objects(self, keys: Sequence[str]) -> None:
         """Remove objects of S3, of which the library passes over those that S3 refuses to remove in a good answer."""
@@ -477,16 +592,17 @@ class ObjectStore(Store):
         for first in range(0, len(keys), DELETE_TOGETHER):
             some = [{"Key": key.partition("/")[2]} for key in keys[first : first + DELETE_TOGETHER]]
             wanted = {"Objects": some, "Quiet": True}
-            with self._told():
-                answer = self._fs.call_s3("delete_objects", Bucket=self._bucket, Delete=wanted)
-            for refused in answer.get("Errors", ()):
-                with self._told(refused["Key"].removeprefix(f"{self._root.partition('/')[2]}/")):
-                    raise translate_boto_error(ClientError({"Error": refused}, "DeleteObjects"))
+            ask = partial(self._fs.call_s3, "delete_objects", Bucket=self._bucket, Delete=wanted)
+            for refused in self._ask("", ask).get("Errors", ()):
+                name = refused["Key"].removeprefix(f"{self._root.partition('/')[2]}/")
+                error = translate_boto_error(ClientError({"Error": refused}, "DeleteObjects"))
+                if not may_pass(error):
+                    raise self._error(name, error) from error
+                self.remove(name)
 
     def remove_tree(self, name: str) -> None:
         """Remove all objects below a name, and the one that has it."""
-        with self._told(name):
-            found = self._fs.find(self._key(name))
+        found = self._ask(name, lambda: self._fs.find(self._key(name)))
         below = [key.removeprefix(f"{self._root}/") for key in found if key.startswith(f"{self._key(name)}/")]
         self.remove_all(below)
         self.remove(name)
@@ -497,12 +613,14 @@ class ObjectStore(Store):
         Without locks, another process may have put a whole file there in the meantime.
         """
         target = f"{TORN}/{PurePosixPath(name).name}.{secrets.token_hex(4)}"
-        with self._told(name):
-            found, looked_at = self._info(name), self._copies.get(name)
-            if found is None or (looked_at is not None and looked_at.version != _version(found)):
-                return
-            self._fs.cp_file(self._key(name), self._key(target))
-            self._fs.rm_file(self._key(name))
+        self._ask(name, lambda: self._move(name, target))
+
+    def _move(self, name: str, target: str) -> None:
+        found, looked_at = self._info(name), self._copies.get(name)
+        if found is None or (looked_at is not None and looked_at.version != _version(found)):
+            return
+        self._fs.cp_file(self._key(name), self._key(target))
+        self._remove([self._key(name)])
 
     # Processes -----------------------------------------------------------------------------------------------------
 
@@ -557,6 +675,44 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def _is_refused(create: Callable[[], object]) -> bool:
+    """Whether a request to create an object whose name is taken is refused for that; not where it is done all the same,
+    or where the store does not know the condition.
+    """
+    try:
+        create()
+    except Exception as error:
+        if not is_taken(error) and not is_unknown_condition(error):
+            raise
+        return is_taken(error)
+    return False
+
+
+def _size(data: bytes | Path) -> int:
+    return data.stat().st_size if isinstance(data, Path) else len(data)
+
+
+def _parts_from(scheme: str, size: int) -> int:
+    """From how many bytes on the library would upload an object of this size in parts, or resumably."""
+    if scheme != "s3":
+        return RESUMABLE_BYTES
+    from s3fs import core
+
+    return min(MAX_REQUEST_BYTES, 2 * int(core.calculate_chunksize(size)))
+
+
+def _opened(data: bytes | Path) -> contextlib.AbstractContextManager[Any]:
+    return data.open("rb") if isinstance(data, Path) else contextlib.nullcontext(data)
+
+
+def _too_large(where: str, size: int, max_bytes: int | None) -> str:
+    limit = "" if max_bytes is None else f" of {max_bytes / 2**20:,.0f} MiB"
+    return (
+        f"{where}: has {size / 2**20:,.0f} MiB, more than the one request{limit} in which this store creates an object"
+        " if absent (it overwrites by uploads in parts); use a smaller output.samples_per_shard"
+    )
 
 
 def _connect(scheme: str) -> Any:

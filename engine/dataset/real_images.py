@@ -13,9 +13,8 @@ import numpy as np
 from engine.dataset.store import explained
 from engine.errors import JobError
 from engine.images import ImageSource, LabelledImage, Unusable, image_key, nothing_usable, open_images
-from engine.records import DETERMINISTIC_FIELDS, NO_CLASS, STATUS_OK, SampleResult, upgraded
+from engine.records import DETERMINISTIC_FIELDS, NO_CLASS, REAL, STATUS_OK, SampleResult, upgraded
 
-REAL = "real"
 OPTION = "--mix-real"
 
 

@@ -27,9 +27,11 @@ DESCRIPTIONS: dict[str, str] = {
     "index": "index of the sample in its request and class",
     "status": "ok: image stored; rejected: sampled, not accepted; failed: no image",
     "error_message": "why the sample failed, empty otherwise",
+    "scored": "whether models scored the image; false of failed samples and of real images, whose scores mean nothing",
     "risk": "-log p of the conditioned class under the target, in nats",
-    "is_error": "whether the target predicts another class than the conditioned one",
-    "predicted_class": "class that the target predicts; -1 where there is no image",
+    "is_error": "whether the target predicts another class than class_name; of a joint prompt errors are counted as"
+    " predictions outside its classes (kldb_classes), which is the derived name target_errs",
+    "predicted_class": "class that the target predicts; -1 where it did not see the image",
     "p_label": "the target's probability of the conditioned class",
     "conformity": "cosine of the CLIP embeddings of image and class prompt",
     "conformity_margin": "conformity minus the best conformity to any other class",
@@ -56,6 +58,7 @@ DESCRIPTIONS: dict[str, str] = {
     "surplus": "accepted, but beyond the quota of its request",
 }
 
+_YAML_TYPES = {"int": "int64", "float": "float64", "bool": "bool", "str": "string"}
 _RUN_TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
 
 
@@ -69,6 +72,29 @@ def arrow_schema(*, surplus: bool = False, version: int = SCHEMA_VERSION) -> pa.
         for name, kind in kinds.items()
     ]
     return pa.schema(fields, metadata={VERSION_KEY: str(version)})
+
+
+def tar_features(image_format: str, version: int = SCHEMA_VERSION) -> list[dict[str, Any]]:
+    """Types of a tar's members for the header of a card, as `datasets` writes them.
+
+    Left to itself it takes those of the first five samples, and a list that is empty in all of them for one of nulls.
+    """
+    record = [{"name": name, **_yaml_type(kind)} for name, kind in fields_of(version).items()]
+    return [
+        {"name": image_format, "dtype": "image"},
+        {"name": "json", "struct": record},
+        {"name": "cls", "dtype": "int64"},
+        {"name": "__key__", "dtype": "string"},
+        {"name": "__url__", "dtype": "string"},
+    ]
+
+
+def _yaml_type(kind: str) -> dict[str, Any]:
+    if kind in _YAML_TYPES:
+        return {"dtype": _YAML_TYPES[kind]}
+    if parts := ENTRY_FIELDS.get(kind):
+        return {"list": [{"name": name, "dtype": _YAML_TYPES[part]} for name, part in parts.items()]}
+    return {"sequence": _YAML_TYPES[kind.removesuffix("s")]}
 
 
 def check_run_fields(run: dict[str, Any]) -> None:

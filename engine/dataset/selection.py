@@ -155,11 +155,11 @@ class SampleReader:
         Raises:
             CorruptShardError: one cannot be decoded.
         """
-        from engine.images import UnusableImageError, decode_rgb
+        from engine.images import UnusableImageError, decode_sample
 
         for one in samples:
             try:
-                yield decode_rgb(self._readers[one.run].read(self._place(one).image))
+                yield decode_sample(self._readers[one.run].read(self._place(one).image))
             except UnusableImageError as error:
                 self._damaged(one, f"the image of {self._keys[one.run][one.row]} {error}")
 

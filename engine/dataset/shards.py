@@ -25,10 +25,12 @@ from engine.errors import CorruptShardError
 from engine.plan import SCHEMA_VERSION
 from engine.records import STATUS_FAILED, STATUS_OK, SampleResult, check_record, fields_of, in_version
 from engine.spec import OutputSpec
+from engine.tars import BLOCK_BYTES, DamagedTarError, Member, read_member, walk_tar
 
 SHARDS = "shards"
-BLOCK_BYTES = 512
 RECORD_BYTES = 10240
+# Of an image or a record: a side of 4096 pixels without compression fits.
+MAX_SAMPLE_BYTES = 64 * 2**20
 ROWS_PER_GROUP = 1024
 IMAGE_FORMATS: tuple[str, ...] = get_args(OutputSpec.model_fields["image_format"].annotation)
 
@@ -219,51 +221,42 @@ def read_tar(path: Path) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the members of a tar of plain files, strictly.
 
     Raises:
-        CorruptShardError: anything but plain files and a proper end.
+        CorruptShardError: anything but plain files of at most `MAX_SAMPLE_BYTES` and a proper end.
     """
     with explained(path), path.open("rb") as file:
-        for name, _, size in _walk(path, file):
-            yield name, file.read(size)
+        for member in _walk(path, file):
+            try:
+                yield member.name, read_member(file, member)
+            except DamagedTarError as error:
+                _corrupt(path, str(error))
 
 
 def tar_entries(path: Path) -> Iterator[tuple[str, int, int]]:
     """Names of the members of a tar, and where their contents begin and how long they are; contents are not read.
 
     Raises:
-        CorruptShardError: anything but plain files and a proper end.
+        CorruptShardError: anything but plain files of at most `MAX_SAMPLE_BYTES` and a proper end.
     """
     with explained(path), path.open("rb") as file:
-        yield from _walk(path, file)
+        for member in _walk(path, file):
+            yield member.name, member.offset, member.size
 
 
-def _walk(path: Path, file: BinaryIO) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of each member; the file stands at its contents, which need not be read."""
-    left = os.fstat(file.fileno()).st_size
-    place = 0
-    while header := file.read(BLOCK_BYTES):
-        if not any(header):
-            break
-        size, name = _read_header(path, header)
-        place += BLOCK_BYTES
-        left -= BLOCK_BYTES + size + -size % BLOCK_BYTES
-        if left < 0:
-            _corrupt(path, f"cut short inside {name!r}")
-        yield name, place, size
-        place += size + -size % BLOCK_BYTES
-        file.seek(place)
-    end = file.read()
-    if not header or len(end) < BLOCK_BYTES or any(end):
-        _corrupt(path, "cut short: the end of the archive is missing")
-
-
-def _read_header(path: Path, header: bytes) -> tuple[int, str]:
+def _walk(path: Path, file: BinaryIO) -> Iterator[Member]:
+    """The members of a shard's tar, which are plain files under short names."""
+    end = 0
     try:
-        info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
-    except (tarfile.HeaderError, ValueError) as error:
-        raise CorruptShardError(f"{shown(path)}: a member's header is damaged ({error})") from error
-    if info.type != tarfile.REGTYPE or info.size < 0:
-        _corrupt(path, f"member {info.name!r} is not a plain file")
-    return info.size, info.name
+        for member in walk_tar(file, "strict"):
+            if not member.is_file or member.is_extended:
+                _corrupt(path, f"member {member.name!r} is not a plain file")
+            if member.size > MAX_SAMPLE_BYTES:
+                _corrupt(path, f"member {member.name!r} has {member.size} bytes; up to {MAX_SAMPLE_BYTES} are read")
+            yield member
+            end = member.offset + member.size + -member.size % BLOCK_BYTES
+    except DamagedTarError as error:
+        raise CorruptShardError(f"{shown(path)}: {error}") from None
+    if os.fstat(file.fileno()).st_size - end < 2 * BLOCK_BYTES:
+        _corrupt(path, "cut short: the end of the archive is missing")
 
 
 def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:

@@ -32,6 +32,10 @@ REPORT = "report.html"
 EVALUATION = "evaluation.json"
 WIDS_INDEX = "shards/wids.json"
 TIMM_INFO = "shards/_info.json"
+# Keys of accepted samples beyond their quota, a line each: what readers of the tars leave out.
+SURPLUS_LIST = "shards/surplus.txt"
+# Of an export to a folder by class: the label of each of its folders.
+CLASSES = "classes.json"
 # Folders of `riskforge rescore`, one for each target, and what marks one.
 RESCORED = "rescored"
 RESCORING = "_state/rescoring.json"
@@ -39,7 +43,7 @@ RESCORING = "_state/rescoring.json"
 RESCORED_FROM = "rescored_from"
 EXPORT_KIND = "export"
 
-RUN_FILES = (SUCCESS, METADATA, MANIFEST, CARD, REPORT, EVALUATION, WIDS_INDEX, TIMM_INFO)
+RUN_FILES = (SUCCESS, METADATA, MANIFEST, CARD, REPORT, EVALUATION, WIDS_INDEX, TIMM_INFO, SURPLUS_LIST)
 MAX_SHOWN = 8
 MAX_REASON_CHARS = 300
 # Samples of a request over all of its classes, at most: more is no plan of ours.

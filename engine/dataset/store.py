@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from engine.errors import OutputError
+from engine.errors import OutputError, StoreLostError
+from engine.files import MAX_DOCUMENT_BYTES, MAX_RECORD_BYTES, check_regular, read_whole
 
 STATE = "_state"
 STAGING = "_state/staging"
@@ -53,7 +54,14 @@ _REMEDIES: dict[int, str] = {
     errno.EISDIR: "a folder is in the place of a file; move it away or choose another --output",
     errno.ENAMETOOLONG: "the path is too long; choose a shorter --output",
     errno.ENOENT: "there is no such file or folder",
+    errno.ELOOP: "a link leads to itself; remove it or choose another --output",
 }
+# A shared file system that is away for a while, which another try may find again.
+_LOST = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+    errno.ENETRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN,
+    errno.EREMOTEIO,
+}  # fmt: skip
 
 
 # Folders of this process with copies of objects, each with the address that its files are copies of.
@@ -75,11 +83,14 @@ def explained(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(f"{shown(path)}: {remedy_of(error)}") from error
+        kind = StoreLostError if error.errno in _LOST else OutputError
+        raise kind(f"{shown(path)}: {remedy_of(error)}") from error
 
 
 def remedy_of(error: OSError) -> str:
     """What to do about an error of the operating system."""
+    if error.errno in _LOST:
+        return f"the file system does not answer ({error.strerror}); see to its mount ({_KEPT})"
     return _REMEDIES.get(error.errno or 0) or error.strerror or str(error)
 
 
@@ -206,12 +217,21 @@ class Store(ABC):
         """Whether a folder has this name."""
 
     @abstractmethod
-    def read(self, name: str) -> bytes:
-        """The bytes of a file; an `OutputError` caused by a `FileNotFoundError` where there is none."""
+    def read(self, name: str, max_bytes: int = MAX_DOCUMENT_BYTES) -> bytes:
+        """The bytes of a file; an `OutputError` caused by a `FileNotFoundError` where there is none.
+
+        Args:
+            max_bytes: a larger file is refused.
+        """
 
     @abstractmethod
-    def read_each(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        """Names and bytes of many small files in their order; those that are not there any more are left out."""
+    def read_each(
+        self, names: Iterable[str], max_bytes: int = MAX_RECORD_BYTES
+    ) -> Iterator[tuple[str, bytes | OutputError]]:
+        """Names and bytes of many small files in their order; those that are not there any more are left out.
+
+        Of a file that cannot be read as one, such as a larger one, the error comes in the place of its bytes.
+        """
 
     @abstractmethod
     def tail(self, name: str, max_bytes: int) -> bytes:
@@ -395,36 +415,47 @@ class FolderStore(Store):
         """Whether a folder has this name."""
         return self.path(name).is_dir()
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, max_bytes: int = MAX_DOCUMENT_BYTES) -> bytes:
         """The bytes of a file."""
         with explained(self.path(name)):
-            return self.path(name).read_bytes()
+            return read_whole(self.path(name), max_bytes)
 
-    def read_each(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    def read_each(
+        self, names: Iterable[str], max_bytes: int = MAX_RECORD_BYTES
+    ) -> Iterator[tuple[str, bytes | OutputError]]:
         """Names and bytes of the files that are there, one at a time."""
         for name in names:
+            data: bytes | OutputError
             try:
-                with explained(self.path(name)):
-                    data = self.path(name).read_bytes()
+                data = self.read(name, max_bytes)
+            except StoreLostError:
+                raise
             except OutputError as error:
-                if not isinstance(error.__cause__, FileNotFoundError):
-                    raise
-            else:
-                yield name, data
+                if isinstance(error.__cause__, FileNotFoundError):
+                    continue
+                data = error
+            yield name, data
 
     def tail(self, name: str, max_bytes: int) -> bytes:
         """The end of a file."""
-        with explained(self.path(name)), self.path(name).open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - max_bytes))
-            return file.read()
+        with explained(self.path(name)):
+            check_regular(self.path(name))
+            with self.path(name).open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - max_bytes))
+                return file.read(max_bytes)
 
     def fetch(self, name: str, *, keep: bool = False) -> Path:
-        """The file itself."""
-        return self.path(name)
+        """The file itself; what is neither a file nor a folder is refused, as reading it may never end."""
+        path = self.path(name)
+        with explained(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for one in path.iterdir() if path.is_dir() else [path]:
+                if not one.is_dir():
+                    check_regular(one)
+        return path
 
     def fetch_each(self, names: Iterable[str], *, keep: bool = False) -> Iterator[Path]:
         """The files themselves."""
-        return map(self.path, names)
+        return map(self.fetch, names)
 
     def size_of(self, names: Iterable[str]) -> int:
         """Bytes of files; of links those of what they lead to."""
@@ -490,6 +521,8 @@ class FolderStore(Store):
         path = self.path(name)
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                check_regular(path)
             with path.open("a", encoding="utf-8") as file:
                 file.write(text)
 
@@ -581,7 +614,7 @@ class FolderStore(Store):
             descriptor, is_free = _open_lock(path)
         try:
             if not is_free:
-                yield os.read(descriptor, MAX_HOLDER_BYTES).decode(errors="replace") or "another process"
+                yield _holder(descriptor) or "another process"
                 return
             with explained(path):
                 os.ftruncate(descriptor, 0)
@@ -689,7 +722,7 @@ def _remove(path: Path) -> None:
 def _open_lock(path: Path) -> tuple[int, bool]:
     """The descriptor of a lock's file, and whether the lock is ours (or nobody's, where there are none)."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
         try:
             _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, or_raise=True)
         except BlockingIOError:
@@ -697,6 +730,13 @@ def _open_lock(path: Path) -> tuple[int, bool]:
         if os.fstat(descriptor).st_nlink:
             return descriptor, True
         os.close(descriptor)  # Its last holder removed it after it was opened here.
+
+
+def _holder(descriptor: int) -> str:
+    """What the holder of a lock wrote into its file."""
+    with contextlib.suppress(OSError):
+        return os.read(descriptor, MAX_HOLDER_BYTES).decode(errors="replace")
+    return ""
 
 
 def _lock_of(folder: Path) -> Path:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.class_names import distinct_pairs
-from engine.dataset.counts import JOINT_KEY
-from engine.records import NO_CLASS, STATUS_FAILED, STATUS_OK, STATUS_REJECTED
+from engine.dataset.outcomes import ASKED, ERRS, errors, oracle_agreement, predicts_asked, scored_rows
+from engine.records import NO_CLASS, SINCE, STATUS_FAILED, STATUS_OK, STATUS_REJECTED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 _TEXTS = ["request", "method", "context", "class_name", "status"]
 _SCORES = ["risk", "conformity", "kldb", "entropy"]
-_COLUMNS = [*_TEXTS, *_SCORES, "key", "class_index", "is_error", "accepted", "oracle_class", "kldb_classes", "transfer"]
+_COLUMNS = [*_TEXTS, *_SCORES, *ASKED, *ERRS, "accepted", "oracle_class", "transfer"]
 # Runs of an earlier schema version do not have them.
-LATER_COLUMNS = ("judge",)
+LATER_COLUMNS = tuple(SINCE)
 _QUARTILES = (0.25, 0.5, 0.75)
 
 
@@ -53,7 +53,8 @@ class GroupSummary:
     the rule of acceptance, not of the method.
 
     Attributes:
-        error_rate: share that the target reads as another class; None without a scored sample, as all scores.
+        error_rate: share on which the target predicts another class than the conditioned one, for a joint prompt one
+            outside its subset; None without a scored sample, as all scores.
         oracle_agreement: share whose oracle class is the conditioned one, for a joint prompt any of its subset; None
             without an oracle.
         valid_failure_rate: share on which the target errs while the oracle agrees; None without an oracle.
@@ -121,6 +122,29 @@ def class_texts(table: pa.Table, labels: Sequence[str] = ()) -> pa.Array:
     return pa.array([texts[pair] for pair in pairs], pa.string()).take(pa.array(places))
 
 
+def count_guidance(metadata: Path) -> dict[str, dict[str, int]]:
+    """By request with guided samples: its scored ones, those that were guided, and those that no gradient moved.
+
+    Of the latter the gradient was zero, or not finite and dropped, at every guided step.
+    """
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    columns = ["request", "status", "guided_steps", "zero_gradients", "nonfinite_gradients"]
+    table = pq.read_table(metadata, columns=columns, partitioning=None)
+    table = table.filter(scored_rows(table))
+    steps, zero, dropped = (_numbers(table, name) for name in columns[2:])
+    requests = np.array(table["request"].to_pylist(), dtype=object)
+    counts = {}
+    for name in dict.fromkeys(requests.tolist()):
+        here = requests == name
+        guided = here & (steps > 0)
+        if guided.any():
+            idle = int((guided & (zero + dropped >= steps)).sum())
+            counts[name] = {"scored": int(here.sum()), "guided": int(guided.sum()), "without_effect": idle}
+    return counts
+
+
 def read_dials(metadata: Path, job: JobSpec) -> dict[str, dict[str, float]]:
     """How near the risk of scored samples is to the dial, for each request that was guided to one.
 
@@ -137,7 +161,7 @@ def read_dials(metadata: Path, job: JobSpec) -> dict[str, dict[str, float]]:
     if not wanted:
         return {}
     table = pq.read_table(metadata, columns=["request", "status", "risk"], partitioning=None)
-    table = table.filter(pc.not_equal(table["status"], STATUS_FAILED))
+    table = table.filter(scored_rows(table))
     dials = {}
     for name, spec in wanted.items():
         risk = table.filter(pc.equal(table["request"], name))["risk"].to_numpy()
@@ -160,9 +184,9 @@ def summarise_table(table: pa.Table) -> list[GroupSummary]:
     if not table.num_rows:
         return []
     codes = _group_codes(table)
-    columns = {name: _numbers(table, name) for name in [*_SCORES, "is_error", "accepted"]}
+    columns = {name: _numbers(table, name) for name in [*_SCORES, "accepted"]}
     columns |= {status: _equals(table, "status", status) for status in (STATUS_OK, STATUS_REJECTED, STATUS_FAILED)}
-    columns["oracle"] = oracle_reading(table)
+    columns |= {"scored": scored_rows(table), "error": errors(table), "oracle": oracle_agreement(table)}
     columns["judge"] = _judge_reading(table)
     transfers = _transfer_readings(table)
     order = np.argsort(codes, kind="stable")
@@ -186,7 +210,7 @@ def _read_slim(metadata: Path) -> pa.Table:
 def _group(names: dict[str, Any], rows: dict[str, np.ndarray], transfer: tuple[TransferSummary, ...]) -> GroupSummary:
     import numpy as np
 
-    scored = ~rows[STATUS_FAILED]
+    scored = rows["scored"]
     heard = scored & (rows["oracle"] >= 0)
     return GroupSummary(
         **names,
@@ -195,9 +219,9 @@ def _group(names: dict[str, Any], rows: dict[str, np.ndarray], transfer: tuple[T
         rejected=int(rows[STATUS_REJECTED].sum()),
         failed=int(rows[STATUS_FAILED].sum()),
         accepted=int(rows["accepted"].sum()),
-        error_rate=_mean(rows["is_error"][scored]),
+        error_rate=_mean(rows["error"][scored]),
         oracle_agreement=_mean(rows["oracle"][heard]),
-        valid_failure_rate=_mean((rows["oracle"] * rows["is_error"])[heard]),
+        valid_failure_rate=_mean((rows["oracle"] * rows["error"])[heard]),
         transfer=transfer,
         judge_conformity=_mean(rows["judge"][~np.isnan(rows["judge"])]),
         risk=_spread(rows["risk"][scored]),
@@ -232,21 +256,6 @@ def _equals(table: pa.Table, name: str, value: str) -> np.ndarray:
     return pc.equal(table[name], value).to_numpy()
 
 
-def oracle_reading(table: pa.Table) -> np.ndarray:
-    """1.0 where the oracle sees what was asked for, 0.0 where not, -1.0 without an oracle."""
-    import numpy as np
-    import pyarrow.compute as pc
-
-    oracle = _numbers(table, "oracle_class")
-    agrees = oracle == _numbers(table, "class_index")
-    parents = pc.list_parent_indices(table["kldb_classes"]).to_numpy()
-    members = pc.list_flatten(table["kldb_classes"]).to_numpy()
-    in_subset = np.zeros(table.num_rows, dtype=bool)
-    in_subset[parents[oracle[parents] == members]] = True
-    is_joint = pc.match_substring_regex(table["key"], JOINT_KEY).to_numpy()
-    return np.where(oracle == NO_CLASS, -1.0, np.where(is_joint, in_subset, agrees))
-
-
 def _judge_reading(table: pa.Table) -> np.ndarray:
     """Conformity under the judge; NaN where there was none or no image."""
     import numpy as np
@@ -266,14 +275,14 @@ def _transfer_readings(table: pa.Table) -> dict[str, tuple[np.ndarray, np.ndarra
 
     entries = pc.list_flatten(table["transfer"]).combine_chunks()
     parents = pc.list_parent_indices(table["transfer"]).to_numpy()
-    labels = _numbers(table, "class_index")
     readings: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for model in pc.unique(entries.field("model")).to_pylist():
         chosen = pc.equal(entries.field("model"), model).to_numpy(zero_copy_only=False)
         rows = parents[chosen]
-        risk, error = np.full(table.num_rows, np.nan), np.full(table.num_rows, np.nan)
+        risk, predicted = np.full(table.num_rows, np.nan), np.full(table.num_rows, NO_CLASS)
         risk[rows] = entries.field("risk").to_numpy()[chosen]
-        error[rows] = entries.field("predicted_class").to_numpy()[chosen] != labels[rows]
+        predicted[rows] = entries.field("predicted_class").to_numpy()[chosen]
+        error = np.where(np.isnan(risk), np.nan, ~predicts_asked(table, predicted))
         readings[model] = (risk, error)
     return readings
 
@@ -282,8 +291,8 @@ def _of_rows(readings: dict[str, tuple[np.ndarray, np.ndarray]], rows: np.ndarra
     import numpy as np
 
     summaries = []
-    for model, (risks, errors) in readings.items():
-        risk, error = risks[rows], errors[rows]
+    for model, (risks, wrong) in readings.items():
+        risk, error = risks[rows], wrong[rows]
         seen = ~np.isnan(risk)
         if seen.any():
             summaries.append(

@@ -1,9 +1,14 @@
-"""Accepted samples beyond the quota of their request: the first so many of a class count, in the order of indices."""
+"""Accepted samples beyond the quota of their request: the first so many of a class count, in the order of indices.
+
+Which they are is known when a run is closed. `metadata.parquet` then has a column `surplus`, and their keys are listed
+next to the tars, for readers of tars alone.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.dataset.counts import class_code
@@ -65,3 +70,17 @@ class Surplus:
         place = (row["request"], class_code(row["key"]))
         self._accepted[place] += 1
         return self._accepted[place] > quota
+
+
+def surplus_lines(metadata: Path) -> Iterator[bytes]:
+    """The lines of the list of keys beyond their quota, in the order of the rows.
+
+    Args:
+        metadata: a parquet file, or a folder of them, with the column `surplus`.
+    """
+    import pyarrow.compute as pc
+    import pyarrow.dataset
+
+    rows = pyarrow.dataset.dataset(metadata, format="parquet", partitioning=None)
+    for batch in rows.to_batches(columns=["key"], filter=pc.field("surplus")):
+        yield from (f"{key}\n".encode() for key in batch["key"].to_pylist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 from engine.dataset.store import StoredFile
 from engine.dataset.tar_index import Place, TarReader, index_tars
 from engine.errors import CorruptShardError, JobError
-from engine.images import UnusableImageError, decode_rgb
+from engine.images import UnusableImageError, decode_sample
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,7 +56,7 @@ class TorchSamples(Dataset[Sample]):
     def __getitem__(self, number: int) -> Sample:
         data = self._reader.read(Place(*self._places[number].tolist()))
         try:
-            image = decode_rgb(data)
+            image = decode_sample(data)
         except UnusableImageError as error:
             raise CorruptShardError(f"the image of {self.keys[number]!r} {error}") from None
         label = int(self.targets[number]) if self._soft_labels is None else torch.from_numpy(self._soft_labels[number])
@@ -76,6 +77,8 @@ def make_samples(
     places: list[tuple[int, int, int]] = []
     keys: list[str] = []
     targets, soft, values = [], [], []
+    if weights is not None:
+        corpus = _weighable(corpus, weights)
     weigh = None if weights is None else corpus.numbers(weights, "weights")
     for number, source in enumerate(corpus.runs):
         columns = ["key", "class_index", *(["soft_label"] if labels == "soft" else [])]
@@ -100,6 +103,19 @@ def make_samples(
         corpus.labels,
         transform,
     )
+
+
+def _weighable(corpus: Corpus, weights: str) -> Corpus:
+    """The samples that have a weight; what was not scored has none where the expression asks for a score."""
+    known = corpus.has_number(weights, "weights")
+    num_unknown = len(corpus) - len(known)
+    about = f"weights {weights!r}: {num_unknown} of {len(corpus)} samples were not scored, such as real images"
+    remedy = "write such as '1 + 3 * (scored and target_errs)' to keep them"
+    if not len(known):
+        raise JobError(f"{about}; {remedy}")
+    if num_unknown:
+        warnings.warn(f"{about}, and are left out; {remedy}", stacklevel=4)
+    return known
 
 
 def _checked(weights: np.ndarray, text: str | None, keys: list[str]) -> np.ndarray:

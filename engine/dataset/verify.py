@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,17 @@ from typing import Literal
 
 from engine.dataset.commits import CommitRecord, forget_commit, inspect_records
 from engine.dataset.counts import ShardCounts
-from engine.dataset.shards import SHARDS, inspect_pair, read_rows, shard_name
-from engine.dataset.state import METADATA, SUCCESS, quarantined_shards, stored_plan
+from engine.dataset.shards import SHARDS, file_digest, inspect_pair, read_rows, shard_name
+from engine.dataset.state import METADATA, SUCCESS, SURPLUS_LIST, quarantined_shards, stored_plan
 from engine.dataset.store import TORN, Store, shown
+from engine.dataset.surplus import surplus_lines
 from engine.errors import CorruptShardError, OutputError, RiskforgeError
 from engine.plan import Plan
 from engine.quotas import replay
 from engine.spec import JobSpec
+
+# The schema version from which on every closed run has its list of surplus.
+SURPLUS_LIST_SINCE = 3
 
 Kind = Literal["damage", "unfinished"]
 
@@ -187,6 +192,22 @@ def _left_over(
         yield Finding(kind="damage", text=f"{METADATA}: is missing or cannot be read")
     elif found != wanted:
         yield Finding(kind="damage", text=f"{METADATA}: has {found} rows, the shards have {wanted}")
+    else:
+        yield from _check_surplus(store, plan)
+
+
+def _check_surplus(store: Store, plan: Plan) -> Iterator[Finding]:
+    """Whether the list of surplus next to the tars is what the metadata says."""
+    if not store.exists(SURPLUS_LIST):
+        # Runs of earlier versions were closed without one.
+        if plan.schema_version >= SURPLUS_LIST_SINCE:
+            yield Finding(kind="damage", text=f"{SURPLUS_LIST}: is missing")
+        return
+    wanted = hashlib.sha256()
+    for line in surplus_lines(store.fetch(METADATA)):
+        wanted.update(line)
+    if file_digest(store.fetch(SURPLUS_LIST), "sha256") != wanted.hexdigest():
+        yield Finding(kind="damage", text=f"{SURPLUS_LIST}: lists other keys than those that {METADATA} marks")
 
 
 def _count_metadata(store: Store) -> int | None:

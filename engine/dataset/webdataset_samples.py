@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine.dataset.shards import record_json
-from engine.dataset.store import FolderStore, StoredFile
+from engine.dataset.store import StoredFile
 from engine.dataset.tar_index import RECORD
 from engine.records import fields_of
 
@@ -42,54 +42,52 @@ def make_pipeline(corpus: Corpus, decode: str | None, options: dict[str, Any]) -
     import webdataset
 
     keys: dict[str, frozenset[str]] = {}
-    elsewhere: dict[str, StoredFile] = {}
+    files: dict[str, StoredFile] = {}
     records: dict[str, dict[str, bytes]] = {}
     for number, source in enumerate(corpus.runs):
         chosen = frozenset(corpus.run_table(number, ["key"])["key"].to_pylist())
         if not chosen:
             continue
         keys.update(dict.fromkeys(map(str, source.tars), chosen))
-        elsewhere |= {str(tar): tar for tar in source.tars if not isinstance(tar.store, FolderStore)}
+        files |= {str(tar): tar for tar in source.tars}
         if source.is_rescored:
             records.update(dict.fromkeys(map(str, source.tars), _records(corpus, number)))
     selection = Selection(keys, records)
     options = {"shardshuffle": False, "empty_check": False} | options
     dataset = webdataset.WebDataset(list(keys), **options)
-    if elsewhere:
-        dataset.pipeline = [_fetching(stage, elsewhere) for stage in dataset.pipeline]
+    dataset.pipeline = [_opening(stage, files) for stage in dataset.pipeline]
     pipeline = dataset.select(selection.wants).map(selection.renew)
     return pipeline if decode is None else pipeline.decode(decode)
 
 
 @dataclass(frozen=True, slots=True)
 class Opener:
-    """The stage of a pipeline that opens tars, for those that are fetched first.
+    """The stage of a pipeline that opens tars, which are fetched first where they lie on an object store.
+
+    That of webdataset takes a path for a URL: it stops at a `#` or `?`, runs what follows `pipe:`, asks servers.
 
     Attributes:
-        files: by address, those on object stores.
-        inner: the stage in whose place this is, for all others and for errors.
+        files: by address.
+        handler: is asked whether to go on after an error.
     """
 
     files: dict[str, StoredFile]
-    inner: Any
+    handler: Callable[[Exception], bool]
 
     def __call__(self, urls: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for one in urls:
-            if one["url"] not in self.files:
-                yield from self.inner([one])
-                continue
             try:
                 path = self.files[one["url"]].fetch()
                 yield {"url": one["url"], "stream": path.open("rb"), "local_path": str(path)}
             except Exception as error:
-                if not self.inner.handler(error):
+                if not self.handler(error):
                     return
 
 
-def _fetching(stage: Any, files: dict[str, StoredFile]) -> Any:
+def _opening(stage: Any, files: dict[str, StoredFile]) -> Any:
     from webdataset.cache import FileCache, StreamingOpen
 
-    return Opener(files, stage) if isinstance(stage, (StreamingOpen, FileCache)) else stage
+    return Opener(files, stage.handler) if isinstance(stage, (StreamingOpen, FileCache)) else stage
 
 
 def _records(corpus: Corpus, number: int) -> dict[str, bytes]:

@@ -163,7 +163,7 @@ class Host:
             with self._activity.heard():
                 self._worker = factory()
         except RiskforgeError as error:
-            return UserFault(str(error))
+            return UserFault(str(error), error.exit_code)
         except Exception:
             return WorkerLost(self._number, node_lost=False, message=redacted(traceback.format_exc().strip()))
         return WorkerReady(self._number)
@@ -192,7 +192,7 @@ class Host:
         if isinstance(error, EverySampleFailedError):
             return ShardError(self._number, shard.number, str(error), every_sample=True)
         if isinstance(error, RiskforgeError):
-            return UserFault(str(error))
+            return UserFault(str(error), error.exit_code)
         message = redacted("".join(traceback.format_exception(error)).strip())
         return ShardError(self._number, shard.number, message)
 

@@ -6,6 +6,7 @@ our own is started and ended with the run, touches no file outside a temporary f
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import math
@@ -14,6 +15,7 @@ import queue
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -23,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine.errors import JobError, RiskforgeError
+from engine.errors import EXIT_DRAINED, ClusterLostError, JobError, RiskforgeError
 from engine.executors.base import ExecutorEvent, Host, WorkerFactory, drain
 from engine.messages import ShardProgress, ShardSampled, WorkerActive, WorkerLost, WorkerPlaced, WorkerReady
 from engine.plan import ShardSpec
@@ -39,7 +41,19 @@ MAX_ASKS_PER_SECOND = 200
 OBJECT_STORE_BYTES = 100 * 2**20
 CLOSE_SECONDS = 15.0
 CONNECT_SECONDS = 10.0
+ACCEPT_SECONDS = 2.0
+LOOPBACK = "127.0.0.1"
 DEATH_REASON_MILLISECONDS = 10_000
+# Ray ends the process, with a text of its own, when its head has not answered for 60 s or its own part of the driver's
+# machine is gone for about 10 s. The run has to end in good order before that.
+WATCH_SECONDS = 1.0
+HEAD_LOST_SECONDS = 30.0
+NODE_LOST_SECONDS = 4.0
+# After that the driver has so long to leave the call of Ray that it may be waiting in.
+LEAVE_SECONDS = 15.0
+# Bytes of a socket's path that Linux takes, and those that Ray appends to its folder (session, time, process, socket).
+MAX_SOCKET_BYTES = 107
+RAY_SOCKET_BYTES = 66
 
 Progress = tuple[int, int, float, int]
 
@@ -149,6 +163,8 @@ class RayExecutor:
         self._is_up = threading.Event()
         self._is_closed = threading.Event()
         self._failure: BaseException | None = None
+        self._watch: _Watch | None = None
+        self._is_lost = threading.Event()
 
     @property
     def opening(self) -> str:
@@ -168,7 +184,7 @@ class RayExecutor:
             raise self._failure
         import ray
 
-        self._nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self._nodes = [node["Resources"] for node in self._list_nodes() if node["Alive"]]
         if not self._address:
             # Here Ray was told of slots for workers, not of cores.
             self._nodes[0]["CPU"] = usable_cores()
@@ -198,6 +214,7 @@ class RayExecutor:
 
     def start_worker(self, worker: int) -> None:
         """Create an actor and let it load its models."""
+        self._await_head()
         options = self._actor_class.options(max_restarts=0, max_task_retries=0, **self._layout.resources)
         actor = options.remote(worker, self._layout.threads)
         self._handles[worker] = Handle(actor)
@@ -219,7 +236,12 @@ class RayExecutor:
             ray.kill(handle.actor, no_restart=True)
 
     def poll(self, timeout_seconds: float) -> list[ExecutorEvent]:
-        """What happened since the last call."""
+        """What happened since the last call.
+
+        Raises:
+            ClusterLostError: the cluster does not answer any more.
+        """
+        self._check_lost()
         self._ask_progress()
         events: list[ExecutorEvent] = []
         for worker, kind, future in drain(self._answers, timeout_seconds):
@@ -252,10 +274,61 @@ class RayExecutor:
             return
         finally:
             self._is_up.set()
-        self._is_closed.wait()
         import ray
 
-        ray.shutdown()
+        if self._watch_cluster():
+            ray.shutdown()
+            return
+        # Ray would wait for its head, and then end the process by itself.
+        atexit.unregister(ray.shutdown)
+        if not self._is_closed.wait(LEAVE_SECONDS):
+            self._end_process()
+
+    def _watch_cluster(self) -> bool:
+        """Look after the cluster until the run is closed; False once it is lost."""
+        assert self._watch is not None
+        while not self._is_closed.wait(WATCH_SECONDS):
+            if self._watch.find_lost(time.monotonic()):
+                self._is_lost.set()
+                return False
+        return self._watch.answers()
+
+    def _end_process(self) -> None:
+        """End the process where the driver does not come back from a call of Ray."""
+        print(f"error: {self._lost_error()}", file=sys.stderr, flush=True)
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        os._exit(EXIT_DRAINED)
+
+    def _lost_error(self) -> ClusterLostError:
+        assert self._watch is not None
+        where = f"the Ray cluster at '{self._address}'" if self._address else "Ray on this machine"
+        once = " once there is a cluster again" if self._address else ""
+        return ClusterLostError(
+            f"{where} was lost ({self._watch.lost}); what is committed is kept, and the same command continues{once}"
+        )
+
+    def _check_lost(self) -> None:
+        if self._is_lost.is_set():
+            raise self._lost_error()
+
+    def _await_head(self) -> None:
+        """Wait for the cluster's head before a call that would hang without it.
+
+        Raises:
+            ClusterLostError: it does not come back.
+        """
+        assert self._watch is not None
+        while not self._watch.answers():
+            self._is_lost.wait(WATCH_SECONDS)
+            self._check_lost()
+
+    def _list_nodes(self) -> list[dict[str, Any]]:
+        import ray
+
+        self._await_head()
+        nodes: list[dict[str, Any]] = ray.nodes()
+        return nodes
 
     def _connect(self) -> bool:
         """Load Ray, start or join a cluster; False if the run was closed meanwhile."""
@@ -277,6 +350,7 @@ class RayExecutor:
             if self._address:
                 raise JobError(f"--address: no Ray cluster at '{self._address}' ({reason})") from error
             raise RiskforgeError(f"Ray does not start on this machine ({reason}); try --executor local") from error
+        self._watch = _Watch(_addresses_to_watch())
         return True
 
     def _start(self, quiet: dict[str, Any]) -> None:
@@ -284,13 +358,20 @@ class RayExecutor:
         import ray
 
         self._folder = tempfile.mkdtemp(prefix="rf-", dir=short_folder())
+        # Ray opens its own folder to everybody, so it lies in one that is closed to others.
+        inner = f"{self._folder}/r"
+        if len(os.fsencode(inner)) + RAY_SOCKET_BYTES > MAX_SOCKET_BYTES:
+            raise RiskforgeError(
+                f"the path of {tempfile.gettempdir()} is too long for Ray's sockets; set a shorter TMPDIR"
+            )
         ray.init(
             address="local",
+            _node_ip_address=LOOPBACK,
             # Ray starts an idle process for each.
             num_cpus=self._num_workers or min(usable_cores(), MAX_CPU_WORKERS_PER_NODE),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=self._folder,
+            _temp_dir=inner,
             **quiet,
         )
 
@@ -329,9 +410,7 @@ class RayExecutor:
     def _kind_of(self, node: str) -> str:
         """What a node is, for the memory of batches: its accelerators, and how much memory it has in GB."""
         if node not in self._node_kinds:
-            import ray
-
-            for one in ray.nodes():
+            for one in self._list_nodes():
                 resources = one["Resources"]
                 names = sorted(name for name in resources if name.startswith("accelerator_type:"))
                 memory = round(resources.get("memory", 0) / 2**30)
@@ -344,11 +423,10 @@ class RayExecutor:
         One that merely cannot be reached is killed and counts as lost with its node: nothing says that its shard did
         it harm.
         """
-        import ray
         import ray.exceptions
 
         node = self._handles[worker].node
-        is_alive = {one["NodeID"]: one["Alive"] for one in ray.nodes()}
+        is_alive = {one["NodeID"]: one["Alive"] for one in self._list_nodes()}
         is_unreachable = isinstance(error, ray.exceptions.ActorUnavailableError)
         node_lost = is_unreachable or (node != "" and not is_alive.get(node, False))
         self.stop_worker(worker)
@@ -364,6 +442,57 @@ class RayExecutor:
             if (handle.num_queued or (handle.node and not handle.is_ready)) and not handle.is_asked:
                 handle.is_asked = True
                 self._expect(worker, "progress", handle.actor.progress.options(concurrency_group="side").remote())
+
+
+class _Watch:
+    """Sees whether a cluster's head and its part of this machine still accept connections.
+
+    Args:
+        limits: by address, `HOST:PORT`, what is there in words and how long it may be away in seconds. The first is the
+            head's.
+
+    Attributes:
+        lost: what is lost, in words; empty while nothing is.
+    """
+
+    def __init__(self, limits: dict[str, tuple[str, float]]) -> None:
+        self._limits = limits
+        self._seen = dict.fromkeys(limits, time.monotonic())
+        self.lost = ""
+
+    def answers(self) -> bool:
+        """Whether the head accepts a connection now."""
+        return _accepts(next(iter(self._limits)))
+
+    def find_lost(self, now: float) -> str:
+        """Look once; what is lost, in words."""
+        for address, (what, seconds) in self._limits.items():
+            if _accepts(address):
+                self._seen[address] = now
+            elif now - self._seen[address] >= seconds:
+                self.lost = self.lost or f"{what} at {address} does not answer"
+        return self.lost
+
+
+def _addresses_to_watch() -> dict[str, tuple[str, float]]:
+    """Of the cluster that this process has joined, see `_Watch`."""
+    import ray
+
+    context = ray.get_runtime_context()
+    limits = {context.gcs_address: ("its head", HEAD_LOST_SECONDS)}
+    for node in ray.nodes():
+        if node["NodeID"] == context.get_node_id():
+            address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+            limits[address] = ("its raylet on this machine", NODE_LOST_SECONDS)
+    return limits
+
+
+def _accepts(address: str) -> bool:
+    try:
+        check_reachable(address, ACCEPT_SECONDS)
+    except OSError:
+        return False
+    return True
 
 
 def prepare_environment(is_own: bool) -> None:
@@ -384,9 +513,12 @@ def prepare_environment(is_own: bool) -> None:
     if is_own:
         # Without one, Ray writes a token into the home folder.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # Ray then takes the loopback address for that of the machine (as it does on Windows and macOS), and all of its
+        # processes listen there alone. Any other way it would replace that address by one that others can reach.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
-def check_reachable(address: str) -> None:
+def check_reachable(address: str, timeout_seconds: float = CONNECT_SECONDS) -> None:
     """Try the address of a cluster's head: Ray itself would knock for minutes.
 
     Raises:
@@ -394,7 +526,7 @@ def check_reachable(address: str) -> None:
     """
     host, _, port = address.rpartition(":")
     if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_seconds).close()
 
 
 def short_folder() -> str:

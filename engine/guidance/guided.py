@@ -67,7 +67,7 @@ class GuidedDenoiser:
 
     def __call__(self, latents: Tensor, step: Step) -> Prediction:
         """Predict for latents [B, C, H, W], moved where the step is guided."""
-        if not self._is_guided(step) or step.scale < MIN_SIGNAL:
+        if not self._is_guided(step) or step.signal < MIN_SIGNAL:
             return self._denoiser(latents, step)
         prediction = self.predict(latents, step)
         losses, gradients = self.gradients(prediction, step)

@@ -7,18 +7,38 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import engine
 from engine.errors import JobError
+from engine.models.folders import (
+    PIPELINE_INDEX,
+    VARIANTS,
+    has_weights,
+    is_left_out,
+    need_file,
+    part_classes,
+    read_config,
+    weighted_parts,
+    weights_variant,
+)
 from engine.models.methods import method_problems
+from engine.models.pipelines import (
+    check_decoder,
+    check_decoder_weights,
+    check_pipeline,
+    check_pipeline_weights,
+    decoder_problem,
+    has_configurations,
+    request_problems,
+)
 from engine.models.targets import check_foreign, foreign_digest, foreign_labels, is_foreign
-from engine.spec import JobSpec, RequestSpec, noise_problem
+from engine.spec import JobSpec, RequestSpec
 from engine.spec_messages import nearest
 
 ZOO = Path(engine.__file__).parent / "zoo"
@@ -27,10 +47,10 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 ARTEFACT_DOCUMENT = "conditioning.json"
 _CONFIGURATION = ("*.json", "*.txt")
 _WEIGHTS = "*.safetensors"
+# Whole, in parts, and the list of the parts.
+_OF_VARIANT = (".safetensors", "-*.safetensors", ".json")
 # In the config.json of a folder of timm.
 _TIMM_KEY = "pretrained_cfg"
-# Other precisions and training states of weights that are there already.
-_VARIANTS = (".fp16.", ".bf16.", "non_ema")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,26 +92,46 @@ def locate(address: str) -> Source:
 def resolve(address: str) -> Path:
     """The local folder of a model; what is missing of a hub id is downloaded (safetensors and configurations only).
 
+    Of weights that are there in several precisions the plain ones are; another (`fp16`) only where there are no others.
+
     Raises:
-        JobError: as `locate`, or the hub cannot be reached.
+        JobError: as `locate`, the hub cannot be reached, or it has a pipeline that does not run here.
     """
     source = locate(address)
     if source.folder is not None and not source.is_hub:
         return source.folder
-    import huggingface_hub
-
-    def download(patterns: list[str]) -> Path:
-        ignored = [f"*{variant}*" for variant in _VARIANTS]
-        return Path(huggingface_hub.snapshot_download(address, allow_patterns=patterns, ignore_patterns=ignored))
-
     try:
-        folder = download(list(_CONFIGURATION))
-        # Beside a pipeline's parts there may be other weights of many gigabytes.
-        parts = _pipeline_parts(folder)
-        return download([f"{part}/{_WEIGHTS}" for part in parts] if parts else [_WEIGHTS])
+        return _download(address)
+    except JobError:
+        raise
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise JobError(f"'{address}' is not a folder here and could not be had from the model hub ({reason})") from None
+
+
+def _download(address: str) -> Path:
+    import huggingface_hub
+
+    def download(patterns: list[str], ignored: list[str]) -> Path:
+        return Path(huggingface_hub.snapshot_download(address, allow_patterns=patterns, ignore_patterns=ignored))
+
+    # With the dots of a variant in a name; `non_ema` may stand anywhere.
+    others = [f"*.{one}.*" for one in VARIANTS if one != "non_ema"] + ["*non_ema*"]
+    folder = download(list(_CONFIGURATION), others)
+    is_pipeline = (folder / PIPELINE_INDEX).is_file()
+    if is_pipeline:
+        # Before gigabytes are fetched for nothing; a job's own wishes are checked later.
+        check_pipeline(folder, address, checks_safety=False)
+    # Beside a pipeline's parts there may be other weights of many gigabytes.
+    where = {part: "" if part == "." else f"{part}/" for part in weighted_parts(folder)}
+    folder = download([f"{prefix}{_WEIGHTS}" for prefix in where.values()], others)
+    for variant in VARIANTS:
+        lacking = [prefix for part, prefix in where.items() if not has_weights(folder / part)]
+        if lacking:
+            folder = download([f"{prefix}*.{variant}{ending}" for prefix in lacking for ending in _OF_VARIANT], [])
+    if is_pipeline:
+        check_pipeline_weights(folder, address, checks_safety=False)
+    return folder
 
 
 def read_labels(address: str) -> list[str] | None:
@@ -135,23 +175,6 @@ def _timm_labels(config: dict[str, Any], address: str) -> list[str]:
 def _check_timm(address: str) -> None:
     if importlib.util.find_spec("timm") is None:
         raise JobError(f"'{address}' is a model of timm, which is not installed; install riskforge[timm]")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A JSON configuration.
-
-    Raises:
-        JobError: the file is missing or not a JSON object.
-    """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise JobError(f"'{path.parent}' has no {path.name}; is it a model folder?") from None
-    except (OSError, ValueError) as error:
-        raise JobError(f"'{path}' cannot be read as JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise JobError(f"'{path}' is not a JSON object")
-    return config
 
 
 def model_digest(address: str) -> str:
@@ -239,11 +262,8 @@ def check_addresses(job: JobSpec, *, with_artefacts: bool = True) -> None:
         except JobError as error:
             problems += [f"{field}: {problem}" for problem in error.problems]
     if not problems:
-        problems += _label_problems(job) or [
-            *_noise_problems(job),
-            *_conditioning_problems(job),
-            *_decoder_problems(job),
-        ]
+        problems += _label_problems(job) or [*_request_problems(job), *_decoder_problems(job)]
+    problems = problems or _weights_problems(job)
     if not problems and with_artefacts:
         problems += method_problems(job)
         labels = read_labels(job.models.target)
@@ -251,29 +271,6 @@ def check_addresses(job: JobSpec, *, with_artefacts: bool = True) -> None:
             problems += _artefact_problems(number, request, labels)
     if problems:
         raise JobError(problems)
-
-
-def check_pipeline(folder: Path, address: str) -> None:
-    """Check by its configurations that a folder is a Stable Diffusion or a Stable unCLIP pipeline.
-
-    Raises:
-        JobError: saying what it is instead.
-    """
-    _need(folder, "model_index.json", address, "a diffusers pipeline folder")
-    kind = read_config(folder / "model_index.json").get("_class_name", "unknown")
-    parts = _part_classes(folder)
-    if parts.get("unet") != "UNet2DConditionModel" or parts.get("text_encoder") != "CLIPTextModel":
-        raise JobError(f"'{address}' is a {kind}; a Stable Diffusion pipeline (UNet and CLIP text encoder) is needed")
-    if is_unclip(folder) and parts.get("image_encoder") != "CLIPVisionModelWithProjection":
-        raise JobError(
-            f"'{address}' is a {kind} without an image encoder; of Stable unCLIP the pipeline for images is needed"
-            " (StableUnCLIPImg2ImgPipeline)"
-        )
-
-
-def is_unclip(folder: Path) -> bool:
-    """Whether a pipeline's UNet is conditioned on image embeddings beside the text."""
-    return "image_normalizer" in _part_classes(folder)
 
 
 def image_encoder_digest(address: str) -> str:
@@ -286,53 +283,55 @@ def image_encoder_digest(address: str) -> str:
     return _folder_digest(folder, [one for one in _loaded_files(folder) if one.relative_to(folder).parts[0] in parts])
 
 
-def _part_classes(folder: Path) -> dict[str, str]:
-    """Class name of every part of a pipeline."""
-    index = read_config(folder / "model_index.json")
-    return {
-        name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2 and all(value)
-    }
-
-
-def check_decoder(folder: Path, address: str) -> None:
-    """Check by its configuration that a folder is an `AutoencoderTiny`.
-
-    Raises:
-        JobError: saying what it is instead.
-    """
-    _need(folder, "config.json", address, "a diffusers model folder")
-    kind = read_config(folder / "config.json").get("_class_name", "transformers model")
-    if kind != "AutoencoderTiny":
-        raise JobError(f"'{address}' is of class {kind}; an AutoencoderTiny is needed")
-
-
 def check_clip(folder: Path, address: str) -> None:
     """Check that a folder holds a CLIP model: transformers would fill another model's gaps with random weights.
 
     Raises:
         JobError: saying what it is instead.
     """
-    _need(folder, "config.json", address, "a transformers model folder")
+    need_file(folder, "config.json", address, "a transformers model folder")
     kind = read_config(folder / "config.json").get("model_type")
     if kind != "clip":
         raise JobError(f"'{address}' is a model of type {kind!r}; a CLIP model is needed")
 
 
 def _check_classifier(folder: Path, address: str) -> None:
-    _need(folder, "config.json", address, "a transformers or timm model folder")
+    need_file(folder, "config.json", address, "a transformers or timm model folder")
     if _TIMM_KEY in read_config(folder / "config.json"):
         _check_timm(address)
 
 
-def _need(folder: Path, name: str, address: str, kind: str) -> None:
-    if not (folder / name).is_file():
-        raise JobError(f"'{address}' has no {name}; {kind} is expected here")
+def _check_diffusion(folder: Path, address: str, *, checks_safety: bool) -> None:
+    # Of the hub it may be here in part: `resolve` checks what it downloads.
+    if has_configurations(folder) or not locate(address).is_hub:
+        check_pipeline(folder, address, checks_safety=checks_safety)
+
+
+def _weights_problems(job: JobSpec) -> list[str]:
+    """Pipelines and decoders without weights that can be loaded; of the hub they are not here yet."""
+    checks_safety = job.models.safety_checker != "off"
+    check_weights = partial(check_pipeline_weights, checks_safety=checks_safety)
+    roles: list[tuple[str, str | None, Callable[[Path, str], None]]] = [
+        ("models.diffusion", job.models.diffusion, check_weights),
+        ("models.guidance_decoder", job.models.guidance_decoder, check_decoder_weights),
+        *((f"requests.{place}.diffusion", one.diffusion, check_weights) for place, one in enumerate(job.requests)),
+    ]
+    problems = []
+    for field, address, check in roles:
+        source = locate(address) if address else None
+        try:
+            if source is not None and source.folder is not None and not source.is_hub:
+                check(source.folder, source.address)
+        except JobError as error:
+            problems += [f"{field}: {problem}" for problem in error.problems]
+    return problems
 
 
 def _roles(job: JobSpec) -> list[tuple[str, str, Callable[[Path, str], None]]]:
     models = job.models
+    check_diffusion = partial(_check_diffusion, checks_safety=models.safety_checker != "off")
     roles: list[tuple[str, str, Callable[[Path, str], None]]] = [
-        ("models.diffusion", models.diffusion, check_pipeline),
+        ("models.diffusion", models.diffusion, check_diffusion),
         ("models.clip", models.clip, check_clip),
         ("models.target", models.target, _check_classifier),
     ]
@@ -345,21 +344,26 @@ def _roles(job: JobSpec) -> list[tuple[str, str, Callable[[Path, str], None]]]:
         roles.append(("models.guidance_decoder", models.guidance_decoder, check_decoder))
     for number, request in enumerate(job.requests):
         if request.diffusion:
-            roles.append((f"requests.{number}.diffusion", request.diffusion, check_pipeline))
+            roles.append((f"requests.{number}.diffusion", request.diffusion, check_diffusion))
     return roles
 
 
-def _noise_problems(job: JobSpec) -> list[str]:
-    """Combinations of a request's sampling with its diffusion model that have no result."""
+def _pipeline_folder(address: str) -> Path | None:
+    """The folder of a pipeline, if all of its configurations are here."""
+    source = locate(address)
+    if source.folder is None or (source.is_hub and not has_configurations(source.folder)):
+        return None
+    return source.folder
+
+
+def _request_problems(job: JobSpec) -> list[str]:
+    """Requests that do not go with their diffusion model."""
     problems = []
     for number, request in enumerate(job.requests):
-        folder = locate(request.diffusion or job.models.diffusion).folder
-        if folder is None or not (folder / "scheduler" / "scheduler_config.json").is_file():
-            continue
-        config = read_config(folder / "scheduler" / "scheduler_config.json")
-        wants_zero_snr = job.sampling_of(request).rescale_betas_zero_snr
-        if problem := noise_problem(config.get("prediction_type", "epsilon"), wants_zero_snr):
-            problems.append(f"requests.{number}.sampling: {problem}")
+        address = request.diffusion or job.models.diffusion
+        if folder := _pipeline_folder(address):
+            found = request_problems(job, request, folder, address)
+            problems += [f"requests.{number}.{problem}" for problem in found]
     return problems
 
 
@@ -430,57 +434,19 @@ def _artefact_problems(number: int, request: RequestSpec, labels: list[str] | No
     return []
 
 
-def _conditioning_problems(job: JobSpec) -> list[str]:
-    """Requests whose diffusion model and conditioning do not belong together."""
-    problems = []
-    for number, request in enumerate(job.requests):
-        address = request.diffusion or job.models.diffusion
-        folder = locate(address).folder
-        if folder is None or not (folder / "model_index.json").is_file():
-            continue
-        if is_unclip(folder) and request.conditioning is None:
-            problems.append(
-                f"requests.{number}.conditioning: missing; '{address}' is a Stable unCLIP pipeline, whose every sample"
-                " is conditioned on an image embedding: give an artefact of `riskforge prepare`, or images to vary"
-            )
-        if not is_unclip(folder) and request.conditioning is not None:
-            problems.append(
-                f"requests.{number}.conditioning: '{address}' has no image embeddings to condition on; name a Stable"
-                " unCLIP pipeline in `diffusion`, or leave conditioning out"
-            )
-    return problems
-
-
 def _decoder_problems(job: JobSpec) -> list[str]:
     """Guided pipelines whose latents or images the guidance decoder does not have."""
     address = job.models.guidance_decoder
     decoder = locate(address).folder if address else None
     if decoder is None:
         return []
-    found = _tiny_shape(read_config(decoder / "config.json"))
     guided = {one.diffusion or job.models.diffusion for one in job.requests if one.method != "prompt"}
     problems = []
     for pipeline in sorted(guided):
-        folder = locate(pipeline).folder
-        if folder is None or not (folder / "vae" / "config.json").is_file():
-            continue
-        if (wanted := _vae_shape(read_config(folder / "vae" / "config.json"))) != found:
-            problems.append(
-                f"models.guidance_decoder: '{address}' makes images {found[1]} times the size of latents of {found[0]}"
-                f" channels; those of '{pipeline}' have {wanted[0]} channels, and {wanted[1]} times"
-            )
+        folder = _pipeline_folder(pipeline)
+        if folder and (problem := decoder_problem(address or "", decoder, folder, pipeline)):
+            problems.append(f"models.guidance_decoder: {problem}")
     return problems
-
-
-def _vae_shape(config: dict[str, Any]) -> tuple[int, int]:
-    """Channels of an AutoencoderKL's latents, and pixels of a side for each latent."""
-    return int(config.get("latent_channels", 4)), 2 ** (len(config.get("block_out_channels", [64])) - 1)
-
-
-def _tiny_shape(config: dict[str, Any]) -> tuple[int, int]:
-    """The same of an AutoencoderTiny."""
-    stages, factor = config.get("num_decoder_blocks", [3, 3, 3, 1]), config.get("upsampling_scaling_factor", 2)
-    return int(config.get("latent_channels", 4)), int(factor) ** (len(stages) - 1)
 
 
 def _label_problems(job: JobSpec) -> list[str]:
@@ -530,22 +496,18 @@ def _cached_snapshot(address: str) -> Path | None:
     return None
 
 
-def _pipeline_parts(folder: Path) -> list[str]:
-    """Sub-folders of a pipeline; empty for a single model."""
-    return list(_part_classes(folder)) if (folder / "model_index.json").is_file() else []
-
-
 def _loaded_files(folder: Path) -> list[Path]:
     """The files that are loaded and therefore decide the result: no pickles, no pictures, no notes, no variants."""
-    parts = _pipeline_parts(folder)
+    parts = list(part_classes(folder)) if (folder / PIPELINE_INDEX).is_file() else []
     roots = [folder / part for part in parts] or [folder]
     found = {path for root in roots for pattern in (*_CONFIGURATION, _WEIGHTS) for path in root.rglob(pattern)}
-    found |= {folder / "model_index.json"} if parts else set()
+    found |= {folder / PIPELINE_INDEX} if parts else set()
+    variants = {where: weights_variant(where) for where in {path.parent for path in found}}
     return [
         path
         for path in found
         if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and not any(variant in path.name for variant in _VARIANTS)
+        and not is_left_out(path, variants[path.parent])
     ]
 
 

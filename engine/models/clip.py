@@ -9,6 +9,8 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from engine.errors import JobError
+from engine.finiteness import usable_embeds
 from engine.models.addresses import check_clip, resolve
 from engine.models.preprocess import Preprocessing
 from engine.models.runtime import frozen, loading
@@ -49,9 +51,20 @@ class Clip:
 
     @torch.no_grad()
     def text_embeds(self, prompts: Sequence[str]) -> Tensor:
-        """Projected text embeddings [len(prompts), d] on the CPU, not normalised."""
+        """Projected text embeddings [len(prompts), d] on the CPU, not normalised.
+
+        Raises:
+            JobError: an embedding is not finite or has no direction; no cosine with it has a meaning.
+        """
         chunks = [prompts[start : start + TEXT_BATCH] for start in range(0, len(prompts), TEXT_BATCH)]
-        return torch.cat([self._text_embeds(chunk) for chunk in chunks])
+        embeds = torch.cat([self._text_embeds(chunk) for chunk in chunks])
+        if not (usable := usable_embeds(embeds)).all():
+            prompt = prompts[usable.tolist().index(False)]
+            raise JobError(
+                f"'{self.name}' gives a text embedding that is not finite or has no direction for '{prompt}'; replace"
+                " its weights"
+            )
+        return embeds
 
     def _text_embeds(self, prompts: Sequence[str]) -> Tensor:
         tokens = self._tokenizer(
@@ -79,9 +92,13 @@ class ImageEncoder:
     """The image encoder of a Stable unCLIP pipeline with its preprocessing, in float32.
 
     Its embeddings are what the pipeline's UNet is conditioned on; class statistics are of this space.
+
+    Attributes:
+        name: the address of the pipeline.
     """
 
-    def __init__(self, model: Any, preprocessing: Preprocessing, device: str) -> None:
+    def __init__(self, model: Any, preprocessing: Preprocessing, device: str, *, name: str) -> None:
+        self.name = name
         self._model = frozen(model, device)
         self._preprocessing = preprocessing
         self._device = device
@@ -100,7 +117,7 @@ class ImageEncoder:
             model = CLIPVisionModelWithProjection.from_pretrained(
                 folder / "image_encoder", use_safetensors=True, local_files_only=True, dtype=torch.float32
             )
-        return cls(model, Preprocessing.load(folder / "feature_extractor"), device)
+        return cls(model, Preprocessing.load(folder / "feature_extractor"), device, name=address)
 
     @torch.no_grad()
     def image_embeds(self, images: Sequence[PIL.Image.Image]) -> Tensor:

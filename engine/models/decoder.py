@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.models.addresses import check_decoder, resolve
+from engine.models.addresses import resolve
+from engine.models.folders import weights_variant
+from engine.models.pipelines import check_decoder
 from engine.models.runtime import Hardware, frozen, loading
 
 
@@ -15,7 +17,7 @@ class GuidanceDecoder:
     """The decoder of an `AutoencoderTiny`, in float32: what guidance differentiates in place of the pipeline's own.
 
     It takes latents as the UNet has them (TAESD's convention: its own `scaling_factor` is 1), not divided by the
-    pipeline's `scaling_factor`.
+    pipeline's `scaling_factor`, unless its own is that of the pipeline.
     """
 
     def __init__(self, model: Any, hardware: Hardware) -> None:
@@ -33,11 +35,11 @@ class GuidanceDecoder:
 
         folder = resolve(address)
         check_decoder(folder, address)
-        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "torch_dtype": torch.float32}
         with loading(address, "an AutoencoderTiny"):
-            return cls(AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.float32, **options), hardware)
+            model = AutoencoderTiny.from_pretrained(folder, variant=weights_variant(folder), **options)
+        return cls(model, hardware)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W], nominally in [0, 1] and not clamped, of latents [B, C, h, w]; differentiable."""
-        config = self._model.config
-        return self._model.decode(latents / config.scaling_factor + config.shift_factor).sample / 2 + 0.5
+        return self._model.decode(latents / self._model.config.scaling_factor).sample / 2 + 0.5

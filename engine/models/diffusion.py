@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,16 @@ import torch
 from torch import Tensor
 
 from engine.errors import JobError
-from engine.models.addresses import check_pipeline, is_unclip, read_config, resolve
+from engine.models.addresses import resolve
+from engine.models.folders import weights_variant
+from engine.models.pipelines import (
+    OLD_SAMPLE_SIZE,
+    check_pipeline,
+    check_pipeline_weights,
+    is_old_size,
+    is_unclip,
+    read_scheduler,
+)
 from engine.models.runtime import (
     CHECKPOINTING_PIXELS,
     CPU_LATENT_PIXELS,
@@ -24,6 +34,7 @@ from engine.models.runtime import (
 from engine.models.safety import SafetyChecker
 from engine.models.unclip import EmbeddingNoiser
 from engine.sampling.denoiser import ClassifierFreeDenoiser, Condition
+from engine.sampling.families import ModelScheduler
 from engine.sampling.schedulers import Sampler
 from engine.spec import SamplingSpec
 
@@ -48,7 +59,7 @@ class Diffusion:
         vae: Any,
         text_encoder: Any,
         tokenizer: Any,
-        scheduler: dict[str, Any],
+        scheduler: ModelScheduler,
         hardware: Hardware,
         noiser: EmbeddingNoiser | None = None,
         safety_checker: SafetyChecker | None = None,
@@ -63,7 +74,7 @@ class Diffusion:
         self.safety_checker = safety_checker
         self.hardware = hardware
         self._layout = torch.channels_last if hardware.channels_last else torch.contiguous_format
-        size = unet.config.sample_size
+        size = OLD_SAMPLE_SIZE if noiser is None and is_old_size(unet.config) else unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         self.latent_shape = (int(unet.config.in_channels), int(height), int(width))
         self._configure()
@@ -76,7 +87,7 @@ class Diffusion:
             checks_safety: load the pipeline's safety checker, too, where it has one.
 
         Raises:
-            JobError: it cannot be loaded, or is neither a Stable Diffusion nor a Stable unCLIP pipeline.
+            JobError: it cannot be loaded, or is none that `engine.models.pipelines` lets through.
         """
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -84,17 +95,22 @@ class Diffusion:
         from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
         folder = resolve(address)
-        check_pipeline(folder, address)
+        check_pipeline(folder, address, checks_safety=checks_safety)
+        check_pipeline_weights(folder, address, checks_safety=checks_safety)
         options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
         dtype = getattr(torch, hardware.dtype)
+
+        def part(kind: Any, name: str, **more: Any) -> Any:
+            return kind.from_pretrained(folder / name, variant=weights_variant(folder / name), **options, **more)
+
         with loading(address, "a diffusion pipeline"):
             return cls(
-                unet=UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, **options),
+                unet=part(UNet2DConditionModel, "unet", torch_dtype=dtype),
                 # The decoder stays in float32: in half precision some overflow, and gradients below 1e-7 vanish.
-                vae=AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, **options),
-                text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, **options),
+                vae=part(AutoencoderKL, "vae", torch_dtype=torch.float32),
+                text_encoder=part(CLIPTextModel, "text_encoder", dtype=dtype),
                 tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-                scheduler=read_config(folder / "scheduler" / "scheduler_config.json"),
+                scheduler=read_scheduler(folder),
                 hardware=hardware,
                 noiser=EmbeddingNoiser.load(folder, hardware.device) if is_unclip(folder) else None,
                 safety_checker=SafetyChecker.load(folder, hardware) if checks_safety else None,
@@ -153,7 +169,7 @@ class Diffusion:
         """
         limit = self._tokenizer.model_max_length
         for prompt in prompts:
-            if (length := len(self._tokenizer(prompt).input_ids)) > limit:
+            if (length := len(self._tokenizer(self._expanded(prompt)).input_ids)) > limit:
                 raise JobError(
                     f"prompt '{prompt[:80]}' has {length} tokens, the text encoder reads {limit}; shorten it"
                 )
@@ -170,22 +186,36 @@ class Diffusion:
             if prompt not in self._embeddings:
                 self.check_prompts([prompt])
                 tokens = self._tokenizer(
-                    [prompt],
+                    [self._expanded(prompt)],
                     padding="max_length",
                     truncation=True,
                     max_length=self._tokenizer.model_max_length,
                     return_tensors="pt",
                 )
-                self._embeddings[prompt] = self._text_encoder(tokens.input_ids.to(self.hardware.device))[0]
+                is_masked = getattr(self._text_encoder.config, "use_attention_mask", False)
+                mask = tokens.attention_mask.to(self.hardware.device) if is_masked else None
+                ids = tokens.input_ids.to(self.hardware.device)
+                self._embeddings[prompt] = self._text_encoder(ids, attention_mask=mask)[0]
         embeddings = torch.cat([self._embeddings[prompt] for prompt in prompts])
         while len(self._embeddings) > MAX_EMBEDDINGS:
             del self._embeddings[next(iter(self._embeddings))]
         return embeddings
 
+    def _expanded(self, prompt: str) -> str:
+        """A prompt with every vector of its textual inversions, as diffusers' `maybe_convert_prompt` has it.
+
+        A token `<cat>` with further vectors `<cat>_1`, `<cat>_2` stands for all of them.
+        """
+        known = self._tokenizer.added_tokens_encoder
+        for token in dict.fromkeys(self._tokenizer.tokenize(prompt)):
+            if token in known:
+                more = itertools.takewhile(known.__contains__, (f"{token}_{place}" for place in itertools.count(1)))
+                prompt = prompt.replace(token, " ".join([token, *more]))
+        return prompt
+
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W], nominally in [0, 1] and not clamped, of latents [B, C, h, w]; differentiable."""
-        shift = getattr(self._vae.config, "shift_factor", None) or 0.0
-        return self._vae.decode(latents / self._vae.config.scaling_factor + shift).sample / 2 + 0.5
+        return self._vae.decode(latents / self._vae.config.scaling_factor).sample / 2 + 0.5
 
     def _predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         dtype = self._unet.dtype

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import JobError
+from engine.guidance.custom import same_values
+from engine.models.randomness import watch_generators
 from engine.models.targets import (
     EXAMPLE,
     TargetSettings,
@@ -179,10 +181,10 @@ def _module_digest(address: str, module: torch.nn.Module, settings: TargetSettin
 
 @torch.no_grad()
 def _try(network: Network, settings: TargetSettings, address: str, device: str) -> None:
-    """Show black images to a network.
+    """Show images to a network: black ones, then some that tell logits from probabilities and chance from sense.
 
     Raises:
-        JobError: it fails, or its output is not [B, n] finite logits.
+        JobError: it fails, its output is not [B, n] finite logits, or an image's logits are not decided by the image.
     """
     num_classes, (height, width) = len(settings.labels), settings.shape
     for rows in PROBE_ROWS:
@@ -197,13 +199,57 @@ def _try(network: Network, settings: TargetSettings, address: str, device: str) 
         if not isinstance(output, Tensor) or output.shape != (rows, num_classes):
             what = list(output.shape) if isinstance(output, Tensor) else _type_of(output)
             raise JobError(
-                f"'{address}' gives {what} for {rows} images where [{rows}, {num_classes}] is expected; return logits"
-                f" alone, a column for each of the {num_classes} names in labels"
+                f"'{address}' gives {what} for {rows} images where [{rows}, {num_classes}] is expected;"
+                f" {_shape_remedy(output, rows, num_classes)}"
             )
         if not output.isfinite().all():
-            raise JobError(f"'{address}' gives values that are not finite for black images; mend the model")
-        if (output >= 0).all() and torch.allclose(output.float().sum(1), torch.ones(rows, device=device), atol=1e-4):
-            raise JobError(f"'{address}' gives probabilities; return logits, as they are before the softmax")
+            raise JobError(f"'{address}' gives values that are not finite for black images; replace its weights")
+    try:
+        problem = _chance_problem(network, _probes(height, width, device))
+    except Exception as error:
+        raise JobError(f"'{address}' fails on images of chance: {reason_of(error)}; it must take any image") from error
+    if problem:
+        raise JobError(f"'{address}' {problem}")
+
+
+def _shape_remedy(output: Any, rows: int, num_classes: int) -> str:
+    """What to return where the shape of an output is another."""
+    if isinstance(output, Tensor) and output.shape in ((rows,), (rows, 1)) and num_classes == 2:
+        return "a single logit z of two classes is the pair of logits [0, z]: return torch.stack([0 * z, z], 1)"
+    return f"return logits alone, a column for each of the {num_classes} names in labels"
+
+
+def _probes(height: int, width: int, device: str) -> Tensor:
+    """Images of chance [8, 3, h, w], always the same; half of them beyond all contrast, where logits grow."""
+    noise = torch.randn(8, 3, height, width, generator=torch.Generator().manual_seed(0))
+    return (noise * torch.tensor([1.0, 100.0]).repeat(4).reshape(8, 1, 1, 1)).to(device)
+
+
+def _chance_problem(network: Network, images: Tensor) -> str | None:
+    """Why the outputs of a network are no logits that the images decide, or None."""
+    with watch_generators() as drawn:
+        output = network(images)
+        is_same = same_values(output, network(images))
+    if drawn or not is_same:
+        what = f"draws random numbers ({', '.join(drawn)})" if drawn else "gives other values for equal images"
+        return (
+            f"{what}; logits must be decided by the image alone: switch dropout off (export in evaluation mode), draw"
+            " nothing, and keep nothing between calls"
+        )
+    values = output[output.isfinite().all(1)]
+    if len(values) and (values >= 0).all() and (values <= 1).all():
+        sums_to_one = torch.allclose(values.float().sum(1), torch.ones(len(values), device=values.device), atol=1e-3)
+        kind, layer = ("", "softmax") if sums_to_one else (" of independent classes", "sigmoid")
+        return f"gives probabilities{kind}; return logits, as they are before the {layer}"
+    # Those beyond all contrast round too much to be compared.
+    alone, together = torch.cat([network(image[None]) for image in images[::2]]), output[::2]
+    largest = float(together.nan_to_num(0, 0, 0).abs().max())
+    if not torch.allclose(alone, together, rtol=1e-2, atol=1e-2 * largest, equal_nan=True):
+        return (
+            "gives an image other logits in another batch; each must be computed by itself: export in evaluation mode"
+            " (a batch normalisation in training mode takes its statistics from the batch)"
+        )
+    return None
 
 
 def _type_of(value: Any) -> str:

@@ -10,10 +10,16 @@ import numpy as np
 import PIL.Image
 import torch
 
-from engine.models.addresses import read_config
+from engine.errors import JobError
+from engine.finiteness import EMBEDS_FAULT, usable_embeds
+from engine.models.folders import part_classes, weights_variant
+from engine.models.pipelines import SAFETY_CHECKER
 from engine.models.runtime import Hardware, frozen
 
-CHECKER, FEATURES = "safety_checker", "feature_extractor"
+FEATURES = "feature_extractor"
+FLAGGED = "the pipeline's safety checker flagged the image"
+# What cosines are compared with.
+_CONCEPTS = ("concept_embeds", "special_care_embeds", "concept_embeds_weights", "special_care_embeds_weights")
 
 
 class SafetyChecker:
@@ -28,23 +34,43 @@ class SafetyChecker:
 
     @classmethod
     def load(cls, folder: Path, hardware: Hardware) -> SafetyChecker | None:
-        """The checker of a pipeline's folder; None where the pipeline names none."""
-        _, kind = read_config(folder / "model_index.json").get(CHECKER) or (None, None)
-        if kind is None:
+        """The checker of a pipeline's folder; None where the pipeline names none.
+
+        Raises:
+            JobError: what it compares images with is not finite.
+        """
+        if SAFETY_CHECKER not in part_classes(folder):
             return None
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
         from transformers.models.clip.image_processing_clip import CLIPImageProcessor
 
+        where = folder / SAFETY_CHECKER
         options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
-        dtype = getattr(torch, hardware.dtype)
-        model = StableDiffusionSafetyChecker.from_pretrained(folder / CHECKER, dtype=dtype, **options)
+        options |= {"variant": weights_variant(where), "dtype": getattr(torch, hardware.dtype)}
+        model = StableDiffusionSafetyChecker.from_pretrained(where, **options)
+        if unusable := [name for name in _CONCEPTS if not getattr(model, name).isfinite().all()]:
+            raise JobError(
+                f"'{folder}': {unusable[0]} of its safety checker is not finite, so it would flag nothing; replace its"
+                " weights, or set models.safety_checker: off"
+            )
         return cls(model, CLIPImageProcessor.from_pretrained(folder / FEATURES, local_files_only=True), hardware)
 
     @torch.no_grad()
-    def flags(self, images: Sequence[PIL.Image.Image]) -> list[bool]:
-        """Whether each image is flagged, [B]."""
+    def faults(self, images: Sequence[PIL.Image.Image]) -> list[str]:
+        """Why each image must not be stored, [B]; empty for what is let through.
+
+        Values that are not finite would pass for "not flagged".
+        """
         pixels = self._processor(list(images), return_tensors="pt").pixel_values
         # The model blackens the array that it is given: it gets one of no worth.
         spare = np.zeros((len(images), 1, 1, 3))
-        _, flagged = self._model(clip_input=pixels.to(self._model.device, self._model.dtype), images=spare)
-        return [bool(one) for one in flagged]
+        embeds: list[torch.Tensor] = []
+        hook = self._model.visual_projection.register_forward_hook(lambda _model, _given, made: embeds.append(made))
+        try:
+            _, flagged = self._model(clip_input=pixels.to(self._model.device, self._model.dtype), images=spare)
+        finally:
+            hook.remove()
+        return [
+            f"the pipeline's safety checker gives {EMBEDS_FAULT}" if not is_usable else FLAGGED if is_flagged else ""
+            for is_usable, is_flagged in zip(usable_embeds(embeds[0]).tolist(), flagged, strict=True)
+        ]

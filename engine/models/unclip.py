@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.errors import JobError
-from engine.models.addresses import read_config
+from engine.models.folders import read_config, weights_variant
 
 
 class EmbeddingNoiser:
@@ -27,20 +26,14 @@ class EmbeddingNoiser:
 
     @classmethod
     def load(cls, folder: Path, device: str) -> EmbeddingNoiser:
-        """The normaliser and the noise schedule of a pipeline's folder.
-
-        Raises:
-            JobError: the noise schedule is of an unknown kind.
-        """
+        """The normaliser and the noise schedule of a pipeline's folder, which `check_pipeline` lets through."""
         from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
         config = read_config(folder / "image_noising_scheduler" / "scheduler_config.json")
-        if config.get("_class_name") != "DDPMScheduler":
-            raise JobError(f"'{folder}': its image_noising_scheduler is not a DDPMScheduler")
-        normalizer = StableUnCLIPImageNormalizer.from_pretrained(
-            folder / "image_normalizer", use_safetensors=True, local_files_only=True
-        )
+        where = folder / "image_normalizer"
+        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+        normalizer = StableUnCLIPImageNormalizer.from_pretrained(where, variant=weights_variant(where), **options)
         mean, std = (one.detach().to(device) for one in (normalizer.mean, normalizer.std))
         return cls(mean, std, DDPMScheduler.from_config(config))
 

@@ -5,21 +5,20 @@ The metadata is read by columns; whole rows are read only for the samples that a
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.dataset.counts import is_joint
+from engine.dataset.outcomes import errors, joint_rows, oracle_agreement, scored_rows
 from engine.dataset.summary import LATER_COLUMNS
-from engine.records import NO_CLASS, STATUS_FAILED, STATUS_OK
+from engine.records import NO_CLASS, STATUS_FAILED
 from engine.report.text import joined
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from pyarrow.dataset import Dataset
+    from pyarrow.dataset import Dataset, Expression
 
 SCORES = ("risk", "kldb", "conformity", "entropy")
 _TEXTS = ["request", "method", "context", "class_name", "status", "worker"]
@@ -53,6 +52,9 @@ class Rows:
 
     Attributes:
         numbers: the columns of numbers by name.
+        scored: whether models scored a row.
+        target_errs: whether the target predicts a class that was not asked for.
+        oracle_agrees: whether the oracle predicts one that was.
         subsets: for each request the classes of its joint prompt; empty where it has one class a sample.
     """
 
@@ -62,24 +64,13 @@ class Rows:
     context: Categories
     worker: Categories
     numbers: dict[str, np.ndarray]
+    scored: np.ndarray
+    target_errs: np.ndarray
+    oracle_agrees: np.ndarray
     subsets: list[tuple[int, ...]]
 
     def __len__(self) -> int:
         return len(self.request.codes)
-
-    @functools.cached_property
-    def scored(self) -> np.ndarray:
-        """Whether each row was scored: all but the failed ones, as in the summary."""
-        return ~self.status.is_one_of(np.arange(len(self)), STATUS_FAILED)
-
-    def reads_conditioned(self, reading: str) -> np.ndarray:
-        """Whether a classifier (`predicted_class` or `oracle_class`) reads a class that the row was conditioned on."""
-        reads = self.numbers[reading] == self.numbers["class_index"]
-        for code, subset in enumerate(self.subsets):
-            if subset:
-                here = self.request.codes == code
-                reads[here] = np.isin(self.numbers[reading][here], subset)
-        return reads
 
     def main_score(self, request: int) -> np.ndarray:
         """The score that a request is about: KLDB between classes, risk otherwise."""
@@ -109,7 +100,15 @@ def make_rows(table: pa.Table) -> Rows:
     """The rows of a table that `read_table` gave."""
     texts = {name: _categories(table.column(name)) for name in ("request", "class_name", "status", "context", "worker")}
     numbers = {name: table.column(name).to_numpy() for name in (*_NUMBERS, *SCORES)}
-    return Rows(**texts, numbers=numbers, subsets=_subsets(table, texts["request"], texts["status"]))
+    scored = scored_rows(table)
+    return Rows(
+        **texts,
+        numbers=numbers,
+        scored=scored,
+        target_errs=errors(table),
+        oracle_agrees=oracle_agreement(table) > 0,
+        subsets=_subsets(table, texts["request"], scored & joint_rows(table)),
+    )
 
 
 def _categories(column: pa.ChunkedArray) -> Categories:
@@ -120,14 +119,16 @@ def _categories(column: pa.ChunkedArray) -> Categories:
     return Categories(np.argsort(order)[codes], [names[used[place]] for place in order])
 
 
-def _subsets(table: pa.Table, request: Categories, status: Categories) -> list[tuple[int, ...]]:
-    """The classes of each request with a joint prompt, from its first image; a request has one subset."""
+def _subsets(table: pa.Table, request: Categories, joint: np.ndarray) -> list[tuple[int, ...]]:
+    """The classes of each request with a joint prompt, from its first scored sample; a request has one subset.
+
+    Args:
+        joint: whether a row is a scored one of a joint prompt.
+    """
     subsets: list[tuple[int, ...]] = []
     for code in range(len(request.names)):
-        rows = np.flatnonzero(request.codes == code)
-        with_image = rows[status.is_one_of(rows, STATUS_OK)][:1]
-        joint = [one for one in table.take(with_image).to_pylist() if is_joint(one["key"])]
-        subsets.append(tuple(joint[0]["kldb_classes"]) if joint else ())
+        first = np.flatnonzero((request.codes == code) & joint)[:1]
+        subsets += [tuple(one) for one in table["kldb_classes"].take(first).to_pylist()] or [()]
     return subsets
 
 
@@ -193,19 +194,37 @@ def confusion(rows: Rows, names: dict[int, str]) -> Confusion | None:
 
 
 def error_pairs(rows: Rows, names: dict[int, str]) -> list[tuple[str, str, int]]:
-    """The most frequent errors: conditioned class, predicted class, count; for targets with many classes."""
-    wrong = rows.scored & rows.numbers["is_error"]
-    pairs = np.stack([rows.numbers["class_index"][wrong], rows.numbers["predicted_class"][wrong]], axis=1)
+    """The most frequent errors: what was asked for, predicted class, count; for targets with many classes."""
+    wrong = rows.scored & rows.target_errs
+    subsets = list(dict.fromkeys(subset for subset in rows.subsets if subset))
+    # Subsets are numbered below zero, so that they differ from classes.
+    numbers = np.array([-1 - subsets.index(subset) if subset else 0 for subset in rows.subsets], dtype=np.int64)
+    of_subset = numbers[rows.request.codes]
+    asked = np.where(of_subset < 0, of_subset, rows.numbers["class_index"])
+    pairs = np.stack([asked[wrong], rows.numbers["predicted_class"][wrong]], axis=1)
     found, counts = np.unique(pairs, axis=0, return_counts=True)
     order = np.lexsort((found[:, 1], found[:, 0], -counts))[:MAX_PAIRS]
-    return [(name_of(int(found[one, 0]), names), name_of(int(found[one, 1]), names), int(counts[one])) for one in order]
+    return [
+        (
+            subset_name(subsets[-1 - asked_class], names) if asked_class < 0 else name_of(asked_class, names),
+            name_of(predicted, names),
+            int(counts[place]),
+        )
+        for place in order
+        for asked_class, predicted in [map(int, found[place])]
+    ]
 
 
-def failures(metadata: Dataset) -> list[tuple[str, int]]:
-    """The most frequent messages of failed samples, with counts."""
+def failures(metadata: Dataset, among: Expression | None = None) -> list[tuple[str, int]]:
+    """The most frequent messages of failed samples, with counts.
+
+    Args:
+        among: which samples; all where not given.
+    """
     import pyarrow.compute as pc
 
-    table = metadata.to_table(columns=["error_message"], filter=pc.field("status") == STATUS_FAILED)
+    is_failed = pc.field("status") == STATUS_FAILED
+    table = metadata.to_table(columns=["error_message"], filter=is_failed if among is None else is_failed & among)
     counted = sorted(
         ((one["values"], one["counts"]) for one in pc.value_counts(table.column("error_message")).to_pylist()),
         key=lambda pair: (-pair[1], pair[0]),

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.report.evaluation import Evaluation, Extremes, Interval, Memorisation, Qualities, Shown, Slice, TextScores
+from engine.report.evaluation import (
+    Evaluation,
+    Extremes,
+    Interval,
+    Memorisation,
+    Qualities,
+    Shown,
+    Slice,
+    Source,
+    TextScores,
+)
 from engine.report.headline import Column, Line, Table
 from engine.report.text import ABSENT, clip, number, percent
+
+MAX_UNUSABLE_SHOWN = 3
 
 
 def evaluation_context(found: Evaluation | None, num_attempts: int) -> dict[str, Any] | None:
@@ -38,8 +50,20 @@ def _lead(found: Evaluation) -> str:
     text = f"{total:,} stored images were read, at most {found.limit:,} of each request"
     if found.real:
         text += f", and {found.real.num_images:,} real ones of {clip(found.real.address, 120)} ({found.real.kind})"
-        text += f", {found.real.num_unusable:,} others could not be used" if found.real.num_unusable else ""
-    return text + "."
+    left_out = "".join(f" Left out: {clip(line, 400)}." for line in found.left_out)
+    return text + "." + _unusable_text(found.real) + left_out
+
+
+def _unusable_text(source: Source | None) -> str:
+    """How many files of a source could not be used, and the first of them."""
+    if source is None or not source.num_unusable:
+        return ""
+    shown = source.unusable[:MAX_UNUSABLE_SHOWN]
+    left = source.num_unusable - len(shown)
+    more = f"; and {left:,} more" if left else ""
+    return (
+        f" {source.num_unusable:,} other files could not be used: {'; '.join(clip(one, 200) for one in shown)}{more}."
+    )
 
 
 def _quality_note(side: Qualities) -> str:
@@ -137,8 +161,7 @@ def _memorisation_note(found: Memorisation) -> str:
         f" in the space of {clip(found.model, 120)}: distance is one minus the cosine, and that of pixels the root mean"
         " square at 32 x 32 in [0, 1]."
     )
-    if found.train.num_unusable:
-        text += f" {found.train.num_unusable:,} training images could not be used."
+    text += _unusable_text(found.train)
     limits = found.thresholds
     if limits is None:
         return text + " Without enough held-out real images (--real) nothing tells how near is near."

@@ -211,6 +211,7 @@ class Evaluation(_Part):
 
     Attributes:
         num_attempts: rows of the metadata that it was made of; another number means that the run went on since.
+        left_out: samples that a model gives values for that are not finite: how many, and which model.
         images: data URIs by place.
     """
 
@@ -222,6 +223,7 @@ class Evaluation(_Part):
     seed: int
     real: Source | None
     samples: dict[str, int]
+    left_out: tuple[str, ...] = ()
     quality: tuple[Qualities, ...]
     text_scores: TextScores | None
     memorisation: Memorisation | None

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from engine.dataset.counts import is_joint
-from engine.records import NO_CLASS, STATUS_FAILED, STATUS_OK
+from engine.dataset.outcomes import asked_classes, target_errs
+from engine.images.decode import MAX_SAMPLE_PIXELS, UnusableImageError, decode_sample, open_image
+from engine.records import NO_CLASS, STATUS_OK, is_scored
 from engine.report.data import Rows, name_of, subset_name
 from engine.report.text import clip, joined, number
 
@@ -46,7 +48,7 @@ JUDGE_SCORES = {"judge_conformity": "Conformity, judge", "judge_conformity_margi
 OUTCOMES = {
     "error": "Target errs",
     "valid": "Target errs, oracle agrees",
-    "right": "Target reads the label",
+    "right": "Target predicts what was asked for",
 }
 _CLASS_FIELDS = ("class_index", "predicted_class", "oracle_class")
 
@@ -82,17 +84,17 @@ def _spread(numbers: np.ndarray, scores: np.ndarray, quota: int) -> list[int]:
 def thumbnail(image: bytes, budget_bytes: int) -> tuple[str, bool]:
     """Data URI of an image, and whether it is tiny (to be enlarged with its pixels visible).
 
-    A tiny image is embedded as it is stored; a larger one as a JPEG that fits the budget. A file that is no image
-    gives an empty text.
+    A tiny image is embedded as it is stored; a larger one as a JPEG that fits the budget. A file that is no image, or
+    larger than a sample can be, gives an empty text.
     """
     try:
-        with Image.open(io.BytesIO(image)) as opened:
+        with open_image(image, max_pixels=MAX_SAMPLE_PIXELS) as opened:
             tiny = max(opened.size) <= TINY_PIXELS
             kind = (opened.format or "").lower()
-            if tiny and len(image) <= budget_bytes and kind in ("png", "jpeg", "webp"):
-                return data_uri(image, kind), True
-            return data_uri(_fit(opened.convert("RGB"), budget_bytes), "jpeg"), tiny
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
+        if tiny and len(image) <= budget_bytes and kind in ("png", "jpeg", "webp"):
+            return data_uri(image, kind), True
+        return data_uri(_fit(decode_sample(image), budget_bytes), "jpeg"), tiny
+    except UnusableImageError:
         return "", False
 
 
@@ -175,7 +177,7 @@ def make_tile(record: dict[str, Any], image: bytes, names: dict[int, str], budge
     uri, is_tiny = thumbnail(image, budget_bytes) if image else ("", False)
     predicted = name_of(record["predicted_class"], names)
     conditioned = _conditioned(record, names)
-    scored = record["status"] != STATUS_FAILED
+    scored = is_scored(record)
     return Tile(
         image=uri,
         is_tiny=is_tiny,
@@ -199,10 +201,9 @@ def _conditioned(record: dict[str, Any], names: dict[int, str]) -> str:
 
 def _outcomes(record: dict[str, Any]) -> list[str]:
     """Which outcomes hold, as in the tables: of a joint prompt the oracle may read any class of the subset."""
-    if not record["is_error"]:
+    if not target_errs(record):
         return ["right"]
-    wanted = record["kldb_classes"] if is_joint(record["key"]) else [record["class_index"]]
-    return ["error", "valid"] if record["oracle_class"] in wanted else ["error"]
+    return ["error", "valid"] if record["oracle_class"] in asked_classes(record) else ["error"]
 
 
 def gallery_json(tiles: list[Tile], names: dict[int, str]) -> Markup:

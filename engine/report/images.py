@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import tarfile
 from collections import defaultdict
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 from engine.dataset.commits import list_commits
-from engine.dataset.shards import SHARDS, shard_name
-from engine.dataset.store import Store
+from engine.dataset.shards import IMAGE_FORMATS, SHARDS, shard_name, tar_entries
+from engine.dataset.store import Store, StoredFile
+from engine.dataset.tar_index import Place, TarReader
+from engine.errors import CorruptShardError, OutputError
 
 
-def read_images(store: Store, job_name: str, keys: dict[int, str]) -> dict[str, bytes]:
+class StoredImages(Mapping[str, bytes]):
+    """Image files by the keys of their samples; each is read when it is asked for, so one is held at a time."""
+
+    def __init__(self, reader: TarReader, places: dict[str, Place]) -> None:
+        self._reader, self._places = reader, places
+
+    def __getitem__(self, key: str) -> bytes:
+        return self._reader.read(self._places[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._places
+
+
+def find_images(store: Store, job_name: str, keys: dict[int, str]) -> StoredImages:
     """Image files by key; a sample whose image is not found is left out.
 
     Args:
@@ -26,23 +46,23 @@ def read_images(store: Store, job_name: str, keys: dict[int, str]) -> dict[str, 
     for row, key in keys.items():
         if (place := bisect.bisect_right(ends, row)) < len(numbers):
             wanted[numbers[place]].add(key)
-    images: dict[str, bytes] = {}
-    for number, some in sorted(wanted.items()):
-        images |= _members(store.fetch(f"{SHARDS}/{shard_name(job_name, number)}.tar"), some)
-    return images
+    tars = [StoredFile(store, f"{SHARDS}/{shard_name(job_name, number)}.tar") for number in sorted(wanted)]
+    places: dict[str, Place] = {}
+    for number, (tar, (_, some)) in enumerate(zip(tars, sorted(wanted.items()), strict=True)):
+        places |= _places(tar, number, some)
+    return StoredImages(TarReader(tars), places)
 
 
-def _members(path: Path, keys: set[str]) -> dict[str, bytes]:
-    """The images of some keys; other members are skipped over, and a tar that cannot be read ends early."""
-    found: dict[str, bytes] = {}
+def _places(tar: StoredFile, number: int, keys: set[str]) -> dict[str, Place]:
+    """Where the images of some keys lie; a tar that cannot be read ends early."""
+    found: dict[str, Place] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                if key in keys and extension not in ("json", "cls") and (file := tar.extractfile(member)):
-                    found[key] = file.read()
-                if len(found) == len(keys):
-                    break
-    except (OSError, tarfile.TarError):
+        for name, offset, size in tar_entries(tar.fetch()):
+            key, _, extension = name.partition(".")
+            if key in keys and extension in IMAGE_FORMATS:
+                found[key] = Place(number, offset, size)
+            if len(found) == len(keys):
+                break
+    except (OSError, OutputError, CorruptShardError):
         return found
     return found

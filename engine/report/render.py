@@ -54,7 +54,7 @@ from engine.report.gallery import (
     select,
 )
 from engine.report.headline import request_totals, summary_table
-from engine.report.images import read_images
+from engine.report.images import find_images
 from engine.report.partners import partner_table
 from engine.report.scatter import SHAPES, num_drawn, scatter
 from engine.report.text import ABSENT, clip, number, percent
@@ -268,14 +268,13 @@ def _many(count: int, noun: str) -> str:
 def _figures(manifest: dict[str, Any], rows: Rows) -> list[dict[str, str]]:
     samples = manifest["counts"]["samples"]
     heard = rows.scored & (rows.numbers["oracle_class"] != NO_CLASS)
-    agrees = rows.reads_conditioned("oracle_class")
-    valid = agrees & rows.numbers["is_error"].astype(bool)
+    valid = rows.oracle_agrees & rows.target_errs
     cells = [
         ("Images", f"{samples['ok']:,}", f"of {_many(samples['attempted'], 'attempt')}{_kept(samples)}"),
         ("Failed", f"{samples['failed']:,}", "attempts without an image"),
-        ("Target errors", _share(rows.numbers["is_error"], rows.scored), "reads another class than the label"),
-        ("Oracle agrees", _share(agrees, heard), "reads a conditioned class"),
-        ("Valid failures", _share(valid, heard), "the target errs, the oracle reads a conditioned class"),
+        ("Target errors", _share(rows.target_errs, rows.scored), "predicts no class that was asked for"),
+        ("Oracle agrees", _share(rows.oracle_agrees, heard), "predicts a class that was asked for"),
+        ("Valid failures", _share(valid, heard), "the target errs, the oracle agrees"),
     ]
     return [{"name": name, "value": value, "note": note} for name, value, note in cells]
 
@@ -373,7 +372,7 @@ def _gallery(
     chosen = select(rows, limit) if limit and len(rows) else []
     records = read_samples(metadata, chosen)
     keys = {row: record["key"] for row, record in zip(chosen, records, strict=True)}
-    images = read_images(store, job_name, keys)
+    images = find_images(store, job_name, keys)
     budget = IMAGE_BUDGET_BYTES // max(len(chosen), 1)
     tiles = [make_tile(record, images.get(record["key"], b""), names, budget) for record in records]
     return {

@@ -46,6 +46,11 @@ class Step:
         """Whether nothing is denoised after this step."""
         return self.index == self.total
 
+    @property
+    def signal(self) -> float:
+        """Share of x0 in the latents, 0 to 1: `sqrt(abar)`, whoever steps."""
+        return self.scale / math.hypot(self.scale, self.sigma)
+
     def unet_input(self, latents: Tensor) -> Tensor:
         """The latents as the UNet expects them."""
         return latents / math.hypot(self.scale, self.sigma) if self.normalise_input else latents

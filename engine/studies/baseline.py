@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engine.dataset.counts import JOINT_KEY
 from engine.dataset.store import explained
 from engine.errors import JobError
 from engine.studies.folders import check_replaces
 from engine.studies.nights import Night, Texts, read_night, texts_of
 
 BASELINE_VERSION = 1
+# In a baseline whose errors of joint prompts are predictions outside their classes.
+ERRORS_OUTSIDE = "errors_are_outside_subsets"
 BASELINE_BEGINNING = '{"baseline_version": '
 _TEXT_COLUMNS = ("keys", "requests", "classes", "contexts", "prompts")
 _NUMBER_COLUMNS = ("risk", "conformity", "kldb")
@@ -37,6 +41,7 @@ def pin_night(night: Night, path: Path) -> None:
         **{name: _packed(getattr(night, name)) for name in _TEXT_COLUMNS},
         "seeds": night.seeds.tolist(),
         "is_error": night.is_error.astype(int).tolist(),
+        ERRORS_OUTSIDE: True,
         "valid": [None if np.isnan(one) else int(one) for one in night.valid],
         **{name: getattr(night, name).tolist() for name in _NUMBER_COLUMNS},
     }
@@ -92,8 +97,17 @@ def _unpinned(document: dict[str, Any]) -> Night:
         target={key: str(document["target"][key]) for key in ("address", "digest")},
         labels=tuple(map(str, document["labels"])),
         methods={str(name): str(method) for name, method in document["methods"].items()},
+        unknown=_unknown(document, columns),
         **columns,
     )
+
+
+def _unknown(document: dict[str, Any], columns: dict[str, Any]) -> frozenset[str]:
+    """The requests with a joint prompt of a baseline that counted their errors otherwise."""
+    if document.get(ERRORS_OUTSIDE):
+        return frozenset()
+    pairs = zip(columns["keys"], columns["requests"], strict=True)
+    return frozenset(request for key, request in pairs if re.search(JOINT_KEY, key))
 
 
 def open_nights(addresses: Sequence[str], baseline: Path | None) -> tuple[Night, Night]:

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from engine.class_names import distinct_names
 from engine.dataset.lease import hold
+from engine.dataset.outcomes import asked_classes, target_errs
 from engine.dataset.state import EVALUATION, MANIFEST, METADATA, REPORT, read_manifest
 from engine.dataset.store import STATE, Store, open_store, refuse_objects
 from engine.errors import CorruptShardError, JobError, OutputError
-from engine.images import LabelledImage, Unusable, UnusableImageError, decode_rgb, nothing_usable, open_images
+from engine.images import LabelledImage, Unusable, UnusableImageError, decode_sample, nothing_usable, open_images
 from engine.models.addresses import model_digest
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
@@ -49,10 +50,10 @@ from engine.report.evaluation import (
     TextScores,
     Thresholds,
 )
-from engine.report.images import read_images
+from engine.report.images import find_images
 from engine.report.render import write_report
 from engine.report.text import clip as clipped
-from engine.spec import JobSpec, RuntimeSpec
+from engine.spec import JOINT_SEPARATOR, JobSpec, RuntimeSpec
 from engine.studies.distances import Features, frechet_interval, kernel_distance, precision_recall
 from engine.studies.extremes import Scored, boundary_extremes, risk_extremes
 from engine.studies.features import choose_extractor
@@ -153,6 +154,11 @@ class Samples:
         """A yes-or-no field of all."""
         return np.array([one[name] for one in self.records], dtype=bool)
 
+    @property
+    def target_errs(self) -> NDArray[np.bool_]:
+        """Whether the target predicts a class that was not asked for, of all."""
+        return np.array([target_errs(one) for one in self.records], dtype=bool)
+
 
 @dataclass(slots=True)
 class Album:
@@ -171,13 +177,17 @@ class Album:
     def sample(self, samples: Samples, row: int, text: str = "") -> Shown:
         """A sample of the run."""
         record = samples.records[row]
-        about = f"{self.name_of(record['class_index'])} → {self.name_of(record['predicted_class'])}"
+        about = f"{self.name_asked(record)} → {self.name_of(record['predicted_class'])}"
         text = f"{about}, {text}" if text else about
         return self.show("sample", record["key"], samples.pictures.thumbnails[row], text)
 
     def name_of(self, index: int) -> str:
         """A class for a reader."""
         return self.names.get(index, f"class {index}")
+
+    def name_asked(self, record: Mapping[str, Any]) -> str:
+        """What a sample was conditioned on, for a reader: a class, or those of a joint prompt."""
+        return JOINT_SEPARATOR.join(map(self.name_of, asked_classes(record)))
 
 
 def evaluate(run_uri: str, options: EvaluateOptions, *, display: Display, folder: str | None = None) -> Evaluated:
@@ -235,7 +245,7 @@ def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> Ev
     names = [one.name for one in job.requests]
     real, real_source = None, None
     if options.real is not None:
-        looker = Eyes(eyes.clip, eyes.extractor, target)
+        looker = Eyes(eyes.clip, eyes.extractor, target, clip_role=eyes.clip_role)
         real, real_source = _read_real(options, labels, looker, display)
     display.phase("measuring distances")
     quality = _qualities(samples, real, names, eyes.extractor.name, options)
@@ -248,6 +258,7 @@ def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> Ev
         seed=options.seed,
         real=real_source,
         samples={name: len(samples.rows(name)) for name in names},
+        left_out=left_out_lines(samples.pictures),
         quality=quality,
         text_scores=_text_scores(samples, job, eyes),
         memorisation=memorisation,
@@ -273,21 +284,21 @@ def _load(job: JobSpec, run: StudiedRun, options: EvaluateOptions) -> tuple[Eyes
         JobError: one cannot be loaded, or the target is another than that of the run.
     """
     device = choose_hardware(RuntimeSpec()).device
+    role = "--clip" if options.clip else "models.clip"
     try:
         clip = Clip.load(options.clip or job.models.clip, device)
     except JobError as error:
-        field = "--clip" if options.clip else "models.clip"
-        raise JobError([f"{field}: {problem}" for problem in error.problems]) from None
+        raise JobError([f"{role}: {problem}" for problem in error.problems]) from None
     judge = Clip.load(job.models.judge, device) if job.models.judge else None
     extractor = choose_extractor(options.features, clip, options.inception, device)
     if options.real is None:
-        return Eyes(clip, extractor, judge=judge), None
+        return Eyes(clip, extractor, judge=judge, clip_role=role), None
     if (digest := model_digest(job.models.target)) != run.target_digest:
         raise JobError(
             f"--real: the target '{job.models.target}' that would score the images has changed since the run (digest"
             f" {run.target_digest} in the manifest, {digest} now); restore that model, or leave --real out"
         )
-    return Eyes(clip, extractor, judge=judge), Classifier.load(job.models.target, device)
+    return Eyes(clip, extractor, judge=judge, clip_role=role), Classifier.load(job.models.target, device)
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -313,7 +324,7 @@ def _read_samples(run: StudiedRun, eyes: Eyes, options: EvaluateOptions, display
     def images() -> Iterator[tuple[str, int, PIL.Image.Image]]:
         for start in range(0, len(chosen), _CHUNK):
             part = dict(zip(chosen[start : start + _CHUNK], rows[start : start + _CHUNK], strict=True))
-            found = read_images(run.store, run.job.name, {row: one["key"] for row, one in part.items()})
+            found = find_images(run.store, run.job.name, {row: one["key"] for row, one in part.items()})
             display.advance(f"looking at samples: {start}/{len(chosen)}")
             for record in part.values():
                 if record["key"] in found:
@@ -326,7 +337,20 @@ def _read_samples(run: StudiedRun, eyes: Eyes, options: EvaluateOptions, display
         raise CorruptShardError(
             f"{run.store.uri}: {missing} of {len(chosen)} images are not in their shards; `riskforge verify` says more"
         )
-    return Samples(pictures, tuple(kept)), table.num_rows
+    if lines := left_out_lines(pictures):
+        if not len(pictures):
+            raise JobError([f"RUN: no image of '{run.store.uri}' can be looked at: {line}" for line in lines])
+        for line in lines:
+            display.notice(f"left out of the evaluation: {line}")
+    gone = {key for key, _ in pictures.left_out}
+    return Samples(pictures, tuple(record for record in kept if record["key"] not in gone)), table.num_rows
+
+
+def left_out_lines(pictures: Pictures) -> tuple[str, ...]:
+    """How many images a model gives unusable values for, a line for each reason."""
+    counts = Counter(reason for _, reason in pictures.left_out)
+    total = len(pictures) + len(pictures.left_out)
+    return tuple(f"{count} of {total} images: {reason}" for reason, count in counts.most_common())
 
 
 def _choose(table: pa.Table, options: EvaluateOptions) -> list[int]:
@@ -352,7 +376,7 @@ def _choose(table: pa.Table, options: EvaluateOptions) -> list[int]:
 
 def _decoded(store: Store, key: str, data: bytes) -> PIL.Image.Image:
     try:
-        return decode_rgb(data)
+        return decode_sample(data)
     except UnusableImageError as error:
         raise CorruptShardError(f"{store.uri}: the image of sample {key} {error}") from None
 
@@ -379,6 +403,7 @@ def _read_source(
                 unusable.append(found)
 
     pictures = eyes.look(images())
+    unusable += [Unusable(name, reason) for name, reason in pictures.left_out]
     if not len(pictures):
         raise JobError(nothing_usable(source, option, address, unusable))
     return pictures, _source(address, source.kind, len(pictures), unusable)
@@ -497,8 +522,13 @@ def _memorisation(
             else:
                 unusable.append(found)
 
+    def leave_out(name: str, reason: str) -> None:
+        nonlocal num_images
+        num_images -= 1
+        unusable.append(Unusable(name, reason))
+
     sets = [samples.pictures] if real is None else [samples.pictures, real]
-    found = find_nearest(sets, training(), eyes)
+    found = find_nearest(sets, training(), eyes, leave_out)
     if not num_images:
         raise JobError(nothing_usable(source, "--train", options.train, unusable))
     thresholds = None if real is None else thresholds_of(found[1])
@@ -546,15 +576,15 @@ def _pairs(samples: Samples, found: Found, thresholds: Thresholds | None, album:
 
 
 def _slices(samples: Samples, labels: Sequence[str], clip: Clip, options: EvaluateOptions, album: Album) -> Slices:
-    is_error, points = samples.flags("is_error"), samples.pictures.clip
-    counted = is_error if options.failures == "all" else is_error & samples.flags("accepted")
+    target_errs, points = samples.target_errs, samples.pictures.clip
+    counted = target_errs if options.failures == "all" else target_errs & samples.flags("accepted")
     failures = np.flatnonzero(counted)
     about: dict[str, Any] = {
         "which": options.failures,
         "model": clip.name,
         "num_failures": len(failures),
         "num_samples": len(points),
-        "error_rate": float(is_error.mean()),
+        "error_rate": float(target_errs.mean()),
     }
     if len(failures) > MAX_CLUSTERED_FAILURES:
         rng = np.random.default_rng(options.seed)
@@ -588,13 +618,13 @@ def _slice(
 ) -> Slice:
     points, centre = samples.pictures.clip, clusters.centres[number]
     own = failures[clusters.labels == number]
-    rate, num_neighbours = neighbourhood(centre, points[own], points, samples.flags("is_error"))
+    rate, num_neighbours = neighbourhood(centre, points[own], points, samples.target_errs)
     named = [
         one for (names, embeds), most in zip(texts, (1, 2), strict=True)
         for one in nearest_texts(points[own], points, names, embeds, most)
     ]  # fmt: skip
     records = [samples.records[row] for row in own]
-    pairs = Counter((album.name_of(one["class_index"]), album.name_of(one["predicted_class"])) for one in records)
+    pairs = Counter((album.name_asked(one), album.name_of(one["predicted_class"])) for one in records)
     chosen = own[prototypes(centre, points[own])]
     return Slice(
         texts=tuple((clipped(text, 200), value) for text, value in named),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.report.evaluation import Evaluation, Interval, Memorisation, Quality, Slices
+from engine.report.evaluation import Evaluation, Interval, Memorisation, Quality, Slices, Source
 from engine.report.text import number
 from engine.studies.memorisation import MIN_HELD_OUT
 from engine.terminal import printable
@@ -10,7 +10,9 @@ from engine.terminal import printable
 
 def summary_lines(found: Evaluation) -> list[str]:
     """What was found, a line each."""
-    lines: list[str] = []
+    lines = _unusable_lines("--real", found.real)
+    lines += _unusable_lines("--train", found.memorisation.train if found.memorisation else None)
+    lines += [f"left out: {printable(line)}" for line in found.left_out]
     for side in found.quality:
         lines.append(f"against {printable(side.against)}, in features of {printable(side.features)}:")
         lines += [f"  {_quality_text(one)}" for one in side.requests]
@@ -21,6 +23,16 @@ def summary_lines(found: Evaluation) -> list[str]:
     if found.memorisation:
         lines += _memorisation_lines(found.memorisation, has_real=found.real is not None)
     return lines + _slice_lines(found.slices)
+
+
+def _unusable_lines(option: str, source: Source | None) -> list[str]:
+    """How many files of a source could not be used, and the first of them with their reasons."""
+    if source is None or not source.num_unusable:
+        return []
+    lines = [f"{option}: {source.num_unusable} files of {printable(source.address)} could not be used:"]
+    lines += [f"  {printable(one)}" for one in source.unusable]
+    left = source.num_unusable - len(source.unusable)
+    return [*lines, f"  and {left} more"] if left else lines
 
 
 def _quality_text(one: Quality) -> str:

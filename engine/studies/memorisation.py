@@ -8,13 +8,14 @@ neighbours of an image; Somepalli et al., "Diffusion art or digital forgery?" (C
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
+from engine.finiteness import Faults
 from engine.report.evaluation import Thresholds
 from engine.report.gallery import image_uri
 from engine.studies.pictures import THUMBNAIL_BYTES, Eyes, Pictures, batched, pixel_distances, small_pixels
@@ -84,13 +85,29 @@ class Found:
         return near & (self.pixel_distance <= thresholds.pixel_distance)
 
 
-def find_nearest(sets: Sequence[Pictures], training: Iterable[tuple[str, PIL.Image.Image]], eyes: Eyes) -> list[Found]:
-    """The nearest training images of several sets, in one pass over the training images and in constant memory."""
+def find_nearest(
+    sets: Sequence[Pictures],
+    training: Iterable[tuple[str, PIL.Image.Image]],
+    eyes: Eyes,
+    leave_out: Callable[[str, str], None],
+) -> list[Found]:
+    """The nearest training images of several sets, in one pass over the training images and in constant memory.
+
+    Args:
+        leave_out: called with the name of a training image that has no embedding, and the reason.
+    """
     queries = np.concatenate([one.clip for one in sets])
     pixels = np.concatenate([one.pixels for one in sets])
     nearest = Nearest.of(len(queries), pixels)
     for batch in batched(training):
-        nearest.update(queries, eyes.embeds([image for _, image in batch]), batch)
+        faults = Faults(len(batch))
+        embeds = eyes.embeds([image for _, image in batch], faults)
+        usable = [row for row in range(len(batch)) if not faults[row]]
+        if usable:
+            nearest.update(queries, embeds[usable], [batch[row] for row in usable])
+        for row, (name, _) in enumerate(batch):
+            if faults[row]:
+                leave_out(name, faults[row])
     clip_distance = np.maximum(0.0, 1.0 - nearest.cosine.astype(np.float64))
     pixel_distance = pixel_distances(pixels, nearest.pixels)
     ends = np.cumsum([0, *map(len, sets)]).tolist()

@@ -15,12 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.class_names import distinct_names
-from engine.dataset.counts import JOINT_KEY
+from engine.dataset.outcomes import ASKED, ERRS, errors, joint_rows, oracle_agreement, scored_rows
 from engine.dataset.state import MANIFEST, METADATA, SUCCESS, read_manifest
 from engine.dataset.store import explained, open_store
-from engine.dataset.summary import class_texts, oracle_reading
+from engine.dataset.summary import class_texts
 from engine.errors import JobError, OutputError
-from engine.records import STATUS_FAILED
 from engine.spec import JOINT_SEPARATOR
 from engine.studies.differences import Difference, holm, median_difference, share_difference
 from engine.studies.intervals import LEVEL
@@ -43,8 +42,8 @@ MAX_IMBALANCE = 1.1
 MAX_LISTED = 20
 
 _COLUMNS = [
-    "key", "request", "method", "class_name", "class_index", "prompt", "context", "seed", "status", "is_error", "risk",
-    "conformity", "kldb", "kldb_classes", "oracle_class",
+    *ASKED, *ERRS, "request", "method", "class_name", "prompt", "context", "seed", "status", "risk", "conformity",
+    "kldb", "oracle_class",
 ]  # fmt: skip
 
 Texts = NDArray[np.object_]
@@ -59,7 +58,9 @@ class Night:
         target: `address` and `digest` of the classifier that scored.
         methods: of each request, by name.
         classes: what was asked for: a class, or the classes of a joint prompt.
+        is_error: whether the target predicts a class that was not asked for.
         valid: 1 where the target errs and the oracle agrees, 0 where not, NaN without an oracle.
+        unknown: requests of which neither of the two is known; of earlier baselines those with a joint prompt.
     """
 
     address: str
@@ -78,9 +79,12 @@ class Night:
     risk: NDArray[np.float64]
     conformity: NDArray[np.float64]
     kldb: NDArray[np.float64]
+    unknown: frozenset[str] = frozenset()
 
     def metric(self, name: str, rows: Rows) -> Any:
         """A metric's column at some rows; None where it is not known of any of them."""
+        if name in SHARES and not self.unknown.isdisjoint(self.requests[rows]):
+            return None
         if name == "error_rate":
             return self.is_error[rows]
         if name == "valid_failures":
@@ -181,12 +185,10 @@ def read_night(address: str) -> Night:
 
 
 def _night(address: str, name: str, target: dict[str, Any], table: pa.Table) -> Night:
-    import pyarrow.compute as pc
-
-    table = table.filter(pc.not_equal(table["status"], STATUS_FAILED)).combine_chunks()
+    table = table.filter(scored_rows(table)).combine_chunks()
     labels = tuple(map(str, target["labels"]))
-    oracle = oracle_reading(table)
-    is_error = np.asarray(table["is_error"].to_numpy(), dtype=bool)
+    oracle = oracle_agreement(table)
+    is_error = errors(table)
     numbers = {one: np.asarray(table[one].to_numpy(), dtype=float) for one in MEDIANS}
     requests, methods = (_shared(table[one]) for one in ("request", "method"))
     return Night(
@@ -203,16 +205,16 @@ def _night(address: str, name: str, target: dict[str, Any], table: pa.Table) -> 
         seeds=np.asarray(table["seed"].to_numpy(), dtype=np.int64),
         is_error=is_error,
         valid=np.where(oracle < 0, np.nan, (oracle > 0) & is_error),
-        **numbers,
+        risk=numbers["risk"],
+        conformity=numbers["conformity"],
+        kldb=numbers["kldb"],
     )
 
 
 def _class_names(table: pa.Table, labels: Sequence[str]) -> Texts:
     """What was asked for, row by row; rows of one class share one text."""
-    import pyarrow.compute as pc
-
     texts = _shared(class_texts(table, labels))
-    joint = np.flatnonzero(pc.match_substring_regex(table["key"], JOINT_KEY).to_numpy())
+    joint = np.flatnonzero(joint_rows(table))
     names = distinct_names(dict(enumerate(labels)))
     shared: dict[tuple[int, ...], str] = {}
     for row, members in zip(joint, table["kldb_classes"].take(joint).to_pylist(), strict=True):
@@ -269,7 +271,7 @@ def compare_nights(
         if sides is None:
             continue
         rows += _compare_request(old, new, request, sides, is_paired, confidence, levels)
-        if is_paired:
+        if is_paired and request not in old.unknown | new.unknown:
             for is_new in changes:
                 changes[is_new] += _changes(old, new, sides, is_new)
     if not rows:
@@ -321,6 +323,12 @@ def _differing(old: Night, new: Night) -> Iterator[str]:
     for first, second in ((old, new), (new, old)):
         if missing := [name for name in first.methods if name not in second.methods]:
             yield f"only in {first.address}: {_listed(missing)}"
+    for one in (old, new):
+        if one.unknown:
+            yield (
+                f"{one.address}: is a baseline from before errors of joint prompts were counted outside their classes,"
+                f" so those of {_listed(sorted(one.unknown))} are not compared; pin it again"
+            )
     for name in old.methods:
         if old.methods[name] != new.methods.get(name, old.methods[name]):
             yield f"request {name!r}: method {old.methods[name]} -> {new.methods[name]}"
@@ -425,7 +433,8 @@ def _compare_rows(
         if first is not None and second is not None:
             measure = share_difference if metric in SHARES else median_difference
             differences[metric] = measure(first, second, is_paired=is_paired, level=confidence)
-    arisen, mended = (new.is_error[b] & ~old.is_error[a], old.is_error[a] & ~new.is_error[b]) if is_paired else ((), ())
+    is_known = is_paired and "error_rate" in differences
+    arisen, mended = (new.is_error[b] & ~old.is_error[a], old.is_error[a] & ~new.is_error[b]) if is_known else ((), ())
     return Compared(
         request=name[0],
         level=name[1],

@@ -9,13 +9,15 @@ from typing import TypeVar
 
 import numpy as np
 import PIL.Image
+import torch
 from numpy.typing import NDArray
 
+from engine.finiteness import Faults
 from engine.images import Found, ImageSource
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
 from engine.report.gallery import image_uri
-from engine.studies.features import Extractor
+from engine.studies.features import ClipFeatures, Extractor
 
 BATCH = 64
 # Pixels are compared at this size: enough to tell a copy, and blind to noise and to a new encoding.
@@ -40,6 +42,7 @@ class Pictures:
         thumbnails: data URIs.
         logits: [N, n] of the target, or [N, 0] where they were not asked for.
         judged: [N, e] embeddings by a second CLIP model of length one, or [N, 0] without one.
+        left_out: name of every image that a model gives unusable values for, and the reason, which names the model.
     """
 
     names: tuple[str, ...]
@@ -50,6 +53,7 @@ class Pictures:
     thumbnails: tuple[str, ...]
     logits: NDArray[np.float32]
     judged: NDArray[np.float32]
+    left_out: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -57,16 +61,21 @@ class Pictures:
 
 @dataclass(frozen=True, slots=True)
 class Eyes:
-    """The models that look at images; target and judge where they are to, too."""
+    """The models that look at images; target and judge where they are to, too.
+
+    Attributes:
+        clip_role: the field or option that names the CLIP model, for messages.
+    """
 
     clip: Clip
     extractor: Extractor
     target: Classifier | None = None
     judge: Clip | None = None
+    clip_role: str = "models.clip"
 
-    def embeds(self, images: Sequence[PIL.Image.Image]) -> NDArray[np.float32]:
-        """CLIP embeddings [B, d] of length one; an embedding of length zero stays so."""
-        return unit(self.clip.image_embeds(images).numpy())
+    def embeds(self, images: Sequence[PIL.Image.Image], faults: Faults) -> NDArray[np.float32]:
+        """CLIP embeddings [B, d] of length one; without meaning in rows with a fault."""
+        return _checked_unit(self.clip, self.clip_role, images, faults)
 
     def look(self, images: Iterable[tuple[str, int, PIL.Image.Image]]) -> Pictures:
         """Everything that is kept of images, given with name and class; a batch of them is held at a time."""
@@ -74,6 +83,7 @@ class Eyes:
         if not parts:
             return _nothing()
         return Pictures(
+            left_out=tuple(one for part in parts for one in part.left_out),
             names=tuple(name for part in parts for name in part.names),
             thumbnails=tuple(uri for part in parts for uri in part.thumbnails),
             classes=np.concatenate([part.classes for part in parts]),
@@ -85,19 +95,29 @@ class Eyes:
         )
 
     def _part(self, batch: Sequence[tuple[str, int, PIL.Image.Image]]) -> Pictures:
-        images = [image for _, _, image in batch]
-        clip = self.embeds(images)
+        images, faults = [image for _, _, image in batch], Faults(len(batch))
+        clip = self.embeds(images, faults)
+        features = self.extractor.features(images, clip)
+        if not isinstance(self.extractor, ClipFeatures):
+            faults.check_embeds(torch.from_numpy(features), "the network of features", self.extractor.name)
+        logits = judged = np.empty((len(images), 0), np.float32)
+        if self.target:
+            scored = self.target.score(images)
+            faults.check_logits(scored, "models.target", self.target.name)
+            logits = scored.numpy()
+        if self.judge:
+            judged = _checked_unit(self.judge, "models.judge", images, faults)
+        usable = [row for row in range(len(batch)) if not faults[row]]
         return Pictures(
-            names=tuple(name for name, _, _ in batch),
-            classes=np.array([index for _, index, _ in batch], dtype=np.int64),
-            clip=clip,
-            features=self.extractor.features(images, clip),
-            pixels=small_pixels(images),
-            thumbnails=tuple(image_uri(image, THUMBNAIL_BYTES) for image in images),
-            logits=self.target.score(images).numpy() if self.target else np.empty((len(images), 0), np.float32),
-            judged=(
-                unit(self.judge.image_embeds(images).numpy()) if self.judge else np.empty((len(images), 0), np.float32)
-            ),
+            names=tuple(batch[row][0] for row in usable),
+            classes=np.array([batch[row][1] for row in usable], dtype=np.int64),
+            clip=clip[usable],
+            features=features[usable],
+            pixels=small_pixels(images)[usable],
+            thumbnails=tuple(image_uri(images[row], THUMBNAIL_BYTES) for row in usable),
+            logits=logits[usable],
+            judged=judged[usable],
+            left_out=tuple((batch[row][0], faults[row]) for row in range(len(batch)) if faults[row]),
         )
 
 
@@ -119,6 +139,13 @@ def _nothing() -> Pictures:
         logits=np.empty((0, 0), np.float32),
         judged=np.empty((0, 0), np.float32),
     )
+
+
+def _checked_unit(clip: Clip, role: str, images: Sequence[PIL.Image.Image], faults: Faults) -> NDArray[np.float32]:
+    """Embeddings [B, d] of length one; rows that have no direction are noted."""
+    embeds = clip.image_embeds(images)
+    faults.check_embeds(embeds, role, clip.name)
+    return unit(embeds.numpy())
 
 
 def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -4,7 +4,8 @@ A folder of a rescoring holds `shards/NAME-000000.parquet` for every committed s
 so that the same command continues after a kill or after the run has grown; then `metadata.parquet`, `manifest.json`
 with `rescored_from`, and `_SUCCESS` last. It holds no images: those are the run's. Rows are the run's, in its order.
 What depends on the target is scored anew, `accepted`, `status` and `surplus` by the run's own rules; everything else is
-kept. A row whose image is not stored is `failed` with `NOT_STORED` as its message.
+kept. A row whose image is not stored is `failed` with `NOT_STORED` as its message; one of which a classifier gives
+values that are not finite with a message that names the classifier.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ class Rescored:
         folder: where it lies.
         num_scored: images scored by this call; those of an earlier one are not counted.
         num_images: images with a new score, of `num_rows` rows.
+        num_failed: images without one, because a classifier gives values that are not finite.
+        failure: the most frequent reason, which names the classifier.
         is_complete: whether the run is, so that no shard is to come.
         comparison: before and after; None where nothing could be compared, for this `reason`.
     """
@@ -78,6 +81,8 @@ class Rescored:
     num_images: int
     num_rows: int
     num_accepted: int
+    num_failed: int
+    failure: str
     is_complete: bool
     comparison: NightComparison | None
     reason: str
@@ -117,26 +122,37 @@ class _Scoring:
         return self._loaded
 
     def records(self, samples: Sequence[Sample]) -> list[Row]:
-        """The stored rows of samples with an image, with everything new that the classifiers decide."""
+        """The stored rows of samples with an image, with everything new that the classifiers decide.
+
+        A sample of which one gives values that are not finite is `failed`, and its message names the classifier.
+        """
         import torch
 
-        from engine.imaging import decode
-        from engine.scoring import target_fields, transfer_entry
+        from engine.finiteness import Faults
+        from engine.images.decode import UnusableImageError, decode_sample
+        from engine.scoring import oracle_classes, target_fields, transfer_entries
 
         target, transfer, oracle = self._load()
-        images = [decode(image) for _, image, _ in samples]
+        images, faults = [], Faults(len(samples))
+        for spec, data, _ in samples:
+            try:
+                images.append(decode_sample(data))
+            except UnusableImageError as error:
+                raise CorruptShardError(f"{spec.key}: its image {error}; `riskforge verify` says more") from None
         labels = torch.tensor([row["class_index"] for _, _, row in samples])
-        fields = target_fields(target, [spec.cell for spec, _, _ in samples], images, labels)
+        fields = target_fields(target, [spec.cell for spec, _, _ in samples], images, labels, faults)
         rows = [row | new for (_, _, row), new in zip(samples, fields, strict=True)]
         if transfer:
-            scored = [(model.name, model.score(images)) for model in transfer]
-            for place, row in enumerate(rows):
-                row["transfer"] = [transfer_entry(name, logits[place], int(labels[place])) for name, logits in scored]
+            for row, entries in zip(rows, transfer_entries(transfer, images, labels, faults), strict=True):
+                row["transfer"] = entries
         if oracle:
-            for row, seen in zip(rows, oracle.score(images).argmax(1).tolist(), strict=True):
+            for row, seen in zip(rows, oracle_classes(oracle, images, faults).tolist(), strict=True):
                 row["oracle_class"] = seen
         self.num_scored += len(images)
-        return rows
+        return [
+            _failed(spec, old, faults[place]) if faults[place] else row
+            for place, ((spec, _, old), row) in enumerate(zip(samples, rows, strict=True))
+        ]
 
 
 def rescore_run(
@@ -197,6 +213,7 @@ def rescore_run(
         if is_complete:
             folder.replace(SUCCESS, f"{plan.digest}\n".encode())
     samples = manifest["counts"]["samples"]
+    num_failed, failure = _failures(folder.fetch(METADATA))
     return Rescored(
         folder=folder.uri,
         target=target,
@@ -204,6 +221,8 @@ def rescore_run(
         num_images=samples[STATUS_OK] + samples[STATUS_REJECTED],
         num_rows=samples["attempted"],
         num_accepted=samples["accepted"],
+        num_failed=num_failed,
+        failure=failure,
         is_complete=is_complete,
         comparison=comparison,
         reason=reason,
@@ -348,12 +367,20 @@ def _scored(waiting: list[Sample], job: JobSpec, plan: Plan, number: int, scorin
     for spec, image, row in waiting:
         if image:
             record = next(made)
-            accepted = is_accepted(rule, record, spec.cell.classes)
+            if record["status"] == STATUS_FAILED:
+                yield record
+                continue
+            accepted = is_accepted(rule, record, spec.cell.classes, plan.schema_version)
             yield record | {"accepted": accepted, "status": STATUS_OK if accepted else STATUS_REJECTED}
         elif row["status"] == STATUS_FAILED:
             yield row
         else:
-            yield in_version(failed_record(spec, NOT_STORED), plan.schema_version) | _kept(row)
+            yield _failed(spec, row, NOT_STORED)
+
+
+def _failed(spec: SampleSpec, row: Row, message: str) -> Row:
+    """The row of a sample without new scores."""
+    return in_version(failed_record(spec, message), row["schema_version"]) | _kept(row)
 
 
 def _kept(row: Row) -> Row:
@@ -442,6 +469,18 @@ def _described(store: Store, job: JobSpec, plan: Plan, models: _Models, labels: 
     if models.oracle:
         described["oracle"] = {"address": models.oracle, "digest": models.digests["oracle"]}
     return described
+
+
+def _failures(metadata: Path) -> tuple[int, str]:
+    """How many stored images have no new score, and the most frequent reason."""
+    import pyarrow.compute as pc
+
+    from engine.report.data import failures, open_metadata
+
+    dataset, is_stored = open_metadata(metadata), pc.field("sha256") != ""
+    counted = failures(dataset, is_stored)
+    num_failed = dataset.count_rows(filter=is_stored & (pc.field("status") == STATUS_FAILED))
+    return num_failed, counted[0][0] if counted else ""
 
 
 def _compare(store: Store, folder: Store, advance: Callable[[str], None]) -> tuple[NightComparison | None, str]:

@@ -25,8 +25,10 @@ from torch import Tensor
 
 from engine.dataset.folders import fresh_folder
 from engine.dataset.manifest import software_versions
+from engine.dataset.outcomes import ASKED, ERRS, asked_classes, target_errs
 from engine.dataset.store import FolderStore, Store, refuse_objects
 from engine.errors import JobError, OutputError
+from engine.finiteness import LOGITS_FAULT, usable_logits
 from engine.images import ImageSource, open_images
 from engine.models.addresses import model_digest, read_config, read_labels, resolve
 from engine.models.classifier import Classifier, load_network
@@ -316,17 +318,20 @@ def _load(
     display.phase("loading the target")
     quiet_libraries()
     run, options, num_classes = study.run, study.options, len(study.labels)
-    network, preprocessing = load_network(run.job.models.target), Preprocessing.load(study.target)
+    network = load_network(run.job.models.target).to(training_device(run.job.runtime.device == "cpu")).eval()
+    preprocessing = Preprocessing.load(study.target)
+    scorable = _Scorable(network, run.job.models.target, display)
     display.phase("reading samples and images")
     names, soft = list(dict.fromkeys([*study.plain, *study.risky])), options.labels == "soft"
     generated = read_generated(run, names, preprocessing, num_classes=num_classes, soft=soft, display=display)
+    generated = generated.without(scorable.rows(generated.samples.pixels, "samples of the run"))
     arms = make_arms(run, generated, study.plain, study.risky)
     material = _Material(
-        real=read_images(real, "--real", options.real, preprocessing, display),
-        test=read_images(test, "--test", options.test, preprocessing, display),
+        real=scorable.of(read_images(real, "--real", options.real, preprocessing, display), "--real"),
+        test=scorable.of(read_images(test, "--test", options.test, preprocessing, display), "--test"),
         calibration=None
         if spare is None or options.calibrate is None
-        else read_images(spare, "--calibrate", options.calibrate, preprocessing, display),
+        else scorable.of(read_images(spare, "--calibrate", options.calibrate, preprocessing, display), "--calibrate"),
         generated=generated,
         arms=arms,
         num_classes=num_classes,
@@ -350,6 +355,34 @@ def _load(
     return material, network
 
 
+class _Scorable:
+    """Leaves out, with a notice, what the target gives values for that are not finite: it would count as an error."""
+
+    def __init__(self, network: Any, address: str, display: Display) -> None:
+        self._network, self._display = network, display
+        self._reason = f"models.target '{address}' gives {LOGITS_FAULT}"
+
+    def rows(self, pixels: Tensor, what: str) -> Tensor:
+        """Which of preprocessed images [N, 3, h, w] have scores, [N] booleans.
+
+        Raises:
+            JobError: none has.
+        """
+        if not len(pixels):
+            return torch.ones(0, dtype=torch.bool)
+        usable = usable_logits(predict(self._network, pixels))
+        if not usable.any():
+            raise JobError(f"RUN: its {self._reason} for all {len(pixels)} {what}; replace its weights")
+        if num := int((~usable).sum()):
+            self._display.notice(f"{num} of {len(pixels)} {what} are left out: {self._reason}")
+        return usable
+
+    def of(self, images: ImageSet, option: str) -> ImageSet:
+        """The images of an option that have scores."""
+        usable = self.rows(images.pixels, f"images of {option}")
+        return images if usable.all() else images.without(usable, self._reason)
+
+
 def _check_sizes(material: _Material, options: RetrainOptions) -> None:
     """Without a resize, images must have the size of the generated ones."""
     wanted = material.generated.samples.pixels.shape[1:]
@@ -370,12 +403,11 @@ def _train(
 ) -> tuple[dict[str, list[NDArray[np.bool_]]], Any]:
     """Whether each arm and seed is right on each test image, and the network of the first seed's accepted arm."""
     options, on_cpu = study.options, study.run.job.runtime.device == "cpu"
-    network = network.to(training_device(on_cpu))
     training, progress = (
         material.real.samples(material.num_classes),
         _progress(options, 1 + len(material.arms.pools), display),
     )
-    right: dict[str, list[NDArray[np.bool_]]] = {BEFORE: [_right(network.eval(), material.test)]}
+    right: dict[str, list[NDArray[np.bool_]]] = {BEFORE: [_right(network, material.test, BEFORE)]}
     kept = None
     for seed in range(options.num_seeds):
         for arm in (NONE, *material.arms.pools):
@@ -388,7 +420,7 @@ def _train(
                 on_cpu=on_cpu,
                 advance=progress(arm, seed),
             )
-            right.setdefault(arm, []).append(_right(trained, material.test))
+            right.setdefault(arm, []).append(_right(trained, material.test, f"{arm}, seed {seed + 1}"))
             kept = trained if (arm, seed) == (ACCEPTED, 0) else kept
     return right, kept
 
@@ -401,8 +433,23 @@ def _drawn(material: _Material, arm: str, seed: int) -> Samples | None:
     return material.generated.samples.take(pool[choose_rows(len(pool), material.arms.num_samples, seed)])
 
 
-def _right(network: Any, images: ImageSet) -> NDArray[np.bool_]:
-    return (predict(network, images.pixels).argmax(1) == images.classes).numpy()
+def _right(network: Any, images: ImageSet, arm: str) -> NDArray[np.bool_]:
+    """Whether a network is right on each image.
+
+    Raises:
+        JobError: it gives values that are not finite.
+    """
+    return (_finite_logits(network, images, f"--test (arm {arm})").argmax(1) == images.classes).numpy()
+
+
+def _finite_logits(network: Any, images: ImageSet, what: str) -> Tensor:
+    logits = predict(network, images.pixels)
+    if num := int((~usable_logits(logits)).sum()):
+        raise JobError(
+            f"--learning-rate: after training the network gives {LOGITS_FAULT} for {num} of {len(images)} images of"
+            f" {what}; use a smaller one"
+        )
+    return logits
 
 
 def _progress(options: RetrainOptions, num_arms: int, display: Display) -> Progress:
@@ -496,11 +543,11 @@ def _unguided(study: _Study) -> list[str]:
 
 def _attempts(run: StudiedRun, requests: list[str]) -> Iterator[Attempt]:
     """What the target made of every sample, stored or not; where an oracle disagrees, the sample is not valid."""
-    columns, has_oracle = ["context", "status", "is_error", "class_index", "oracle_class"], bool(run.job.models.oracle)
+    columns, has_oracle = ["context", "status", "oracle_class", *ASKED, *ERRS], bool(run.job.models.oracle)
     for row in read_attempts(run, requests, columns):
         if row["status"] != STATUS_FAILED:
-            is_valid = not has_oracle or row["oracle_class"] == row["class_index"]
-            yield Attempt(row["context"], is_valid, row["is_error"])
+            is_valid = not has_oracle or row["oracle_class"] in asked_classes(row)
+            yield Attempt(row["context"], is_valid, target_errs(row))
 
 
 def _describe_images(address: str, images: ImageSet) -> dict[str, Any]:
@@ -540,7 +587,7 @@ def _temperature(study: _Study, material: _Material, network: Any) -> tuple[floa
     current = float(read_config(study.target / "config.json").get("temperature", 1.0))
     if material.calibration is None:
         return current, None
-    logits = predict(network, material.calibration.pixels)
+    logits = _finite_logits(network, material.calibration, "--calibrate")
     fit = fit_temperature(logits, material.calibration.classes, current)
     return (fit.current if fit.bound else fit.fitted), fit
 

@@ -5,6 +5,7 @@ A float32 image of 224 x 224 pixels is 0.6 MB, one of 32 x 32 pixels 12 kB.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from engine.errors import CorruptShardError, JobError
-from engine.images import ImageSource, Unusable, UnusableImageError, decode_rgb, image_key, nothing_usable
+from engine.images import ImageSource, Unusable, UnusableImageError, decode_sample, image_key, nothing_usable
 from engine.models.preprocess import Preprocessing
 from engine.progress import Display
 from engine.studies.finetune import Samples
@@ -53,6 +54,19 @@ class ImageSet:
         rows = sorted(zip(self.classes.tolist(), self.keys, strict=True))
         return hashlib.sha256(b"".join(f"{index}:".encode() + key for index, key in rows)).hexdigest()[:32]
 
+    def without(self, usable: Tensor, reason: str) -> ImageSet:
+        """The images where `usable` [N] is true; the others are unusable for this reason."""
+        rows = usable.nonzero()[:, 0].tolist()
+        gone = (~usable).nonzero()[:, 0].tolist()
+        return dataclasses.replace(
+            self,
+            pixels=self.pixels[rows],
+            classes=self.classes[rows],
+            contexts=tuple(self.contexts[row] for row in rows),
+            keys=tuple(self.keys[row] for row in rows),
+            unusable=(*self.unusable, *(Unusable(f"image {row + 1} of the readable ones", reason) for row in gone)),
+        )
+
     def samples(self, num_classes: int) -> Samples:
         """The images with one-hot targets."""
         return Samples(self.pixels, one_hot(self.classes, num_classes).float())
@@ -74,6 +88,12 @@ class GeneratedSet:
     def rows_of(self, names: Sequence[str]) -> Tensor:
         """The rows of some requests."""
         return torch.tensor([row for row, name in enumerate(self.requests) if name in names], dtype=torch.int64)
+
+    def without(self, usable: Tensor) -> GeneratedSet:
+        """The samples where `usable` [N] is true."""
+        rows = usable.nonzero()[:, 0]
+        requests = tuple(self.requests[row] for row in rows.tolist())
+        return GeneratedSet(samples=self.samples.take(rows), requests=requests, accepted=self.accepted[rows])
 
 
 def read_images(
@@ -135,7 +155,7 @@ def read_generated(
     )
     for data, record in read_samples(run, requests):
         try:
-            stack.add(decode_rgb(data))
+            stack.add(decode_sample(data))
         except UnusableImageError as error:
             raise CorruptShardError(f"{run.store.uri}: the image of sample {record['key']} {error}") from None
         hard = one_hot(torch.tensor(record["class_index"]), num_classes).float()

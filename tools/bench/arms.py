@@ -9,18 +9,17 @@ from typing import Any, Literal
 from bench.sizes import Setting
 
 Family = Literal["boundary", "risky"]
-Program = Literal["plain", "naive", "engine", "parts"]
+Program = Literal["plain", "published", "engine", "parts"]
 
-# Of the published code: alpha of the later and of the workshop version, s and lambda of RiskyDiff; the last step is
-# guided too.
-ALPHA = {"norm": 0.05, "paper": 0.1}
-RISKY_SCALE, RISKY_WEIGHT = 10.0, 1e-4
+# Guidance as the authors' public code has it (docs/methods.md has these as jobs): KLDB by the later rule and by that of
+# the workshop version, RiskyDiff. The gradient goes through the UNet where theirs does, and the last step is guided.
+KLDB = {"step": "norm", "alpha": 0.05, "every": 5, "gradient": "unet", "skip_last": False}
+KLDB_WORKSHOP = KLDB | {"step": "paper", "alpha": 0.1}
+RISKY = {"step": "paper", "scale": 10.0, "conformity_weight": 1e-4, "conformity": "raw", "skip_last": False}
 PROMPT = {"boundary": "prompt", "risky": "prompt-unclip"}
 DIVIDED = "workers"
-AS_WORKERS = (
-    *("prompt", "naive-kldb-norm", "naive-kldb-paper-unet", "kldb-polyak", "kldb-norm", "kldb-paper-unet"),
-    *("prompt-unclip", "naive-risky", "risky-paper", "risky-polyak"),
-)
+# The engine alone: what is published is one process, and is compared with one.
+AS_WORKERS = ("prompt", "kldb-norm-unet", "kldb-polyak", "prompt-unclip", "risky-paper", "risky-polyak")
 PLAIN = {"boundary": "plain-diffusers", "risky": "plain-diffusers-unclip"}
 
 
@@ -29,12 +28,14 @@ class Arm:
     """One way to make the samples of a family.
 
     Attributes:
-        program: diffusers' pipeline, the naive loop, the engine's generator, or the engine's parts put together here.
+        program: diffusers' pipeline, the published loop, the engine's generator, or the engine's parts put together
+            here.
         guidance: parameters of the family's method; None for the prompt alone.
         runtime: of the job, where it is not the machine's default.
         tiny: whether guidance looks through the tiny autoencoder.
-        twin: the engine's arm with the same step rule, for a naive one.
-        is_divided: whether every core makes a part of the samples, in a process of its own with one thread.
+        twin: the engine's arm that makes the same samples, for a published loop.
+        is_divided: whether several processes of one thread make a part of the samples each, as the engine's workers
+            on a CPU do.
     """
 
     name: str
@@ -63,6 +64,11 @@ class Arm:
         """Whether the gradient passes through the UNet."""
         return (self.guidance or {}).get("gradient") == "unet"
 
+    @property
+    def every(self) -> int:
+        """A step is guided where its number, counted from 1, is a multiple of this."""
+        return int((self.guidance or {}).get("every", 1 if self.family == "risky" else 5))
+
 
 def arms_of(setting: Setting) -> list[Arm]:
     """All arms of a size, group by group, those of the machine's default runtime first."""
@@ -74,15 +80,11 @@ def arms_of(setting: Setting) -> list[Arm]:
 
 def divided(arm: Arm) -> Arm:
     """The arm as workers on a CPU make it."""
-    twin = f"{arm.twin}@{DIVIDED}" if arm.twin else ""
-    return dataclasses.replace(arm, name=f"{arm.name}@{DIVIDED}", twin=twin, is_divided=True)
+    return dataclasses.replace(arm, name=f"{arm.name}@{DIVIDED}", is_divided=True)
 
 
 def _boundary_arms() -> list[Arm]:
-    published, default = {"every": 5, "skip_last": False}, {"step": "polyak", "every": 5}
-    norm = published | {"step": "norm", "alpha": ALPHA["norm"]}
-    paper = published | {"step": "paper", "alpha": ALPHA["paper"]}
-    through = {"gradient": "unet"}
+    default, through = {"step": "polyak", "every": 5}, {"gradient": "unet"}
 
     def arm(name: str, guidance: dict[str, Any] | None = None, program: Program = "engine", twin: str = "") -> Arm:
         return Arm(name=name, family="boundary", guidance=guidance, program=program, twin=twin)
@@ -90,40 +92,32 @@ def _boundary_arms() -> list[Arm]:
     return [
         arm("plain-diffusers", program="plain"),
         arm("prompt"),
-        arm("naive-kldb-norm", norm, "naive", "kldb-norm"),
-        arm("naive-kldb-paper-unet", paper | through, "naive", "kldb-paper-unet"),
+        arm("published-kldb", KLDB, "published", "kldb-norm-unet"),
+        arm("kldb-norm-unet", KLDB),
+        arm("published-kldb-workshop", KLDB_WORKSHOP, "published", "kldb-paper-unet"),
+        arm("kldb-paper-unet", KLDB_WORKSHOP),
         arm("kldb-polyak", default),
-        arm("kldb-norm", norm),
-        arm("kldb-paper", paper),
         arm("kldb-polyak-combined", default, "parts"),
         arm("kldb-polyak-unet", default | through),
-        arm("kldb-paper-unet", paper | through),
         arm("kldb-polyak-every-step", default | {"every": 1}),
+        arm("kldb-norm", {"step": "norm", "alpha": KLDB["alpha"], "every": 5}),
         *_variants("boundary", "kldb-polyak", default),
         *_variants("boundary", "kldb-polyak-unet", default | through, only=("xformers", "checkpointing")),
     ]
 
 
 def _risky_arms() -> list[Arm]:
-    paper = {
-        "step": "paper",
-        "scale": RISKY_SCALE,
-        "conformity_weight": RISKY_WEIGHT,
-        "conformity": "raw",
-        "skip_last": False,
-    }
-
     def arm(name: str, guidance: dict[str, Any] | None = None, program: Program = "engine", twin: str = "") -> Arm:
         return Arm(name=name, family="risky", guidance=guidance, program=program, twin=twin)
 
     return [
         arm("plain-diffusers-unclip", program="plain"),
         arm("prompt-unclip"),
-        arm("naive-risky", paper, "naive", "risky-paper"),
-        arm("risky-paper", paper),
+        arm("published-risky", RISKY, "published", "risky-paper"),
+        arm("risky-paper", RISKY),
         arm("risky-polyak", {"step": "polyak"}),
         arm("risky-polyak-floor", {"step": "polyak", "conformity_floor": 0.3}),
-        *_variants("risky", "risky-paper", paper),
+        *_variants("risky", "risky-paper", RISKY),
     ]
 
 

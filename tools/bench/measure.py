@@ -7,7 +7,7 @@ import dataclasses
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from bench.arms import Arm
 from bench.programs import Batch, Bench
 from engine.imaging import quantise
+from engine.models.classifier import Classifier
 from engine.scores import kldb, risk
 
 RATE_REPEATS = 10
@@ -41,10 +42,11 @@ class Measured:
     """What became of an arm.
 
     Attributes:
-        seconds: of every repetition, over `num_samples`.
+        seconds: wall clock of every repetition, over `num_samples`.
+        cpu_seconds: the same of the processor, all threads and processes together.
         peak_bytes: of the GPU's memory, above what other loaded models hold; 0 on a CPU.
-        kldb: median over the samples on the target; None for RiskyDiff.
-        risk: the same for RiskyDiff.
+        score: median of KLDB, or of the risk for RiskyDiff, over the samples, on the target.
+        transfer: the same on a classifier that guided nothing.
         reason: why it was not measured.
         is_broken: whether that is an error, not something that the machine lacks.
         profile: share of the time by kind of operator, and the costliest operators.
@@ -54,9 +56,10 @@ class Measured:
     num_samples: int = 0
     batch_size: int = 0
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
-    kldb: float | None = None
-    risk: float | None = None
+    score: float | None = None
+    transfer: float | None = None
     reason: str = ""
     is_broken: bool = False
     profile: dict[str, Any] = field(default_factory=dict)
@@ -67,9 +70,14 @@ class Measured:
         return min(self.seconds) / self.num_samples
 
     @property
-    def median_seconds_per_image(self) -> float:
-        """Of the median repetition."""
-        return statistics.median(self.seconds) / self.num_samples
+    def cpu_seconds_per_image(self) -> float:
+        """Of the repetition that cost the processor least."""
+        return min(self.cpu_seconds) / self.num_samples
+
+    def note(self, seconds: float, cpu_seconds: float) -> None:
+        """Take down a repetition."""
+        self.seconds.append(seconds)
+        self.cpu_seconds.append(cpu_seconds)
 
     def as_json(self) -> dict[str, Any]:
         """For the file of results."""
@@ -79,7 +87,7 @@ class Measured:
         }
         if self.seconds:
             found |= {"seconds_per_image": self.seconds_per_image, "images_per_second": 1 / self.seconds_per_image}
-            found |= {"median_seconds_per_image": self.median_seconds_per_image}
+            found |= {"cpu_seconds_per_image": self.cpu_seconds_per_image}
         return found
 
 
@@ -90,13 +98,13 @@ def make(bench: Bench, arm: Arm, batch: Batch, batch_size: int) -> Tensor:
     return torch.cat([images.detach().float().cpu() for images in made])
 
 
-def timed(call: Callable[[], Any], device: str) -> float:
-    """Seconds of a call, to the end of what it started on the device."""
+def timed(call: Callable[[], Any], device: str) -> tuple[float, float]:
+    """Seconds of a call to the end of what it started on the device, by the clock and of this process's processor."""
     synchronise(device)
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     call()
     synchronise(device)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - cpu_started
 
 
 def synchronise(device: str) -> None:
@@ -105,26 +113,31 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def warm_up(bench: Bench, measured: Measured, batch: Batch) -> Tensor:
-    """Load the models of an arm and make its images once; notes what the models take of a GPU's memory."""
+def warm_up(bench: Bench, measured: Measured, batch: Batch) -> None:
+    """Load the models of an arm, and make its images once on a GPU, which compiles; notes the memory of the models."""
     before = _allocated(bench.device)
-    images = make(bench, measured.arm, batch, measured.batch_size)
+    bench.load(measured.arm)
+    if bench.device == "cuda":
+        make(bench, measured.arm, batch, measured.batch_size)
     loaded = _allocated(bench.device) - before
-    # The naive loop uses the network that diffusers' pipeline has loaded.
-    shared = bench.weights.get("plain", 0) if measured.arm.program == "naive" else 0
+    # The published loops use the network that diffusers' pipeline has loaded.
+    shared = bench.weights.get("plain", 0) if measured.arm.program == "published" else 0
     bench.weights.setdefault(measured.arm.program, loaded + shared)
-    return images
 
 
 def repeat(bench: Bench, measured: Measured, batch: Batch) -> None:
-    """Time one more repetition of an arm, and its peak memory."""
+    """Time one more repetition of an arm, and its peak memory; the images of the first one are scored."""
     base = _allocated(bench.device)
     if bench.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    measured.seconds.append(timed(lambda: make(bench, measured.arm, batch, measured.batch_size), bench.device))
+    made: list[Tensor] = []
+    taken = timed(lambda: made.append(make(bench, measured.arm, batch, measured.batch_size)), bench.device)
     if bench.device == "cuda":
         own = torch.cuda.max_memory_allocated() - base + bench.weights[measured.arm.program]
         measured.peak_bytes = max(measured.peak_bytes, own)
+    if not measured.seconds:
+        score(bench, measured, batch, made[0])
+    measured.note(*taken)
 
 
 def _allocated(device: str) -> int:
@@ -132,19 +145,28 @@ def _allocated(device: str) -> int:
 
 
 def score(bench: Bench, measured: Measured, batch: Batch, images: Tensor) -> None:
-    """Medians over the 8-bit images on the target."""
-    logits = bench.target.score([PIL.Image.fromarray(pixels) for pixels in quantise(images)])
+    """Medians over the 8-bit images, on the target and on a classifier that guided nothing."""
+    shown = [PIL.Image.fromarray(pixels) for pixels in quantise(images)]
+    measured.score = statistics.median(scores_of(bench, bench.target, batch, shown))
+    if bench.transfer is not None:
+        measured.transfer = statistics.median(scores_of(bench, bench.transfer, batch, shown))
+
+
+def scores_of(bench: Bench, classifier: Classifier, batch: Batch, images: Sequence[PIL.Image.Image]) -> list[float]:
+    """KLDB of every image, or its risk for RiskyDiff."""
+    logits = classifier.score(images)
     if bench.family == "boundary":
-        measured.kldb = float(kldb(logits, batch.specs[0].cell.classes).median())
+        found = kldb(logits, batch.specs[0].cell.classes)
     else:
-        measured.risk = float(risk(logits, torch.tensor([spec.cell.classes[0] for spec in batch.specs])).median())
+        found = risk(logits, torch.tensor([spec.cell.classes[0] for spec in batch.specs]))
+    return [float(one) for one in found]
 
 
 def matmul_rate(device: str, dtype: torch.dtype, side: int = 8192) -> float:
     """Operations a second of a product of two random square matrices: the best of some."""
     first, second = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     first @ second
-    best = min(timed(lambda: first @ second, device) for _ in range(RATE_REPEATS))
+    best = min(timed(lambda: first @ second, device)[0] for _ in range(RATE_REPEATS))
     return 2 * side**3 / best
 
 
@@ -161,7 +183,7 @@ def unet_rate(bench: Bench, batch: Batch, unet_operations: int) -> float:
     step = next(iter(sampler.steps()))
     for _ in range(3):
         denoiser(latents, step)
-    best = min(timed(lambda: denoiser(latents, step), bench.device) for _ in range(RATE_REPEATS))
+    best = min(timed(lambda: denoiser(latents, step), bench.device)[0] for _ in range(RATE_REPEATS))
     return 2 * len(batch) * unet_operations / best
 
 

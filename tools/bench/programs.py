@@ -1,4 +1,4 @@
-"""The programs behind the arms: diffusers' pipeline, the naive loop, the engine's generator and the engine's parts."""
+"""The programs behind the arms: diffusers' pipeline, the published loops, the engine's generator and its parts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffusers import (
 from torch import Tensor
 
 from bench.arms import Arm, Family
-from bench.naive import PAPER_ELEMENTS, Naive, sample_boundary, sample_risky
+from bench.naive import PAPER_ELEMENTS, RISKY_COLUMNS, Naive, sample_boundary, sample_risky
 from bench.sizes import Setting
 from engine.conditioner import conditioning_digests, open_conditioner
 from engine.conditioning.screening import ScreenedDraw
@@ -34,11 +34,15 @@ from engine.models.clip import Clip
 from engine.models.diffusion import Diffusion
 from engine.models.runtime import choose_hardware
 from engine.plan import Plan, RequestPlan, SampleSpec, build_plan, class_prompt
+from engine.sampling.denoiser import Denoiser, Prediction, Step
 from engine.sampling.loop import sample
 from engine.sampling.noise import draw_noise
 from engine.scores import kldb
 from engine.scoring import Scorer
 from engine.spec import parse_job
+
+# What a job says of its scheduler's timesteps, by diffusers' names.
+SPACING = ("timestep_spacing", "use_karras_sigmas")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +79,7 @@ class Bench:
         device: `cpu` or `cuda`.
         num_samples: samples that an arm makes.
         runtime: in place of that of the arms.
+        raw: a job of these models whose requests stand for the first arms, in place of one made for them.
 
     Raises:
         JobError: the machine lacks what the runtime asks for.
@@ -88,13 +93,14 @@ class Bench:
         device: str,
         num_samples: int,
         runtime: dict[str, Any] | None = None,
+        raw: dict[str, Any] | None = None,
     ) -> None:
         self.setting, self.arms, self.device = setting, list(arms), device
         self.family: Family = arms[0].family
         self.address = setting.diffusion if self.family == "boundary" else setting.unclip
-        raw = raw_job(setting, self.arms, num_samples)
-        raw["runtime"] = {"device": device} | (arms[0].runtime if runtime is None else runtime)
-        self.job = parse_job(raw)
+        raw = raw or raw_job(setting, self.arms, num_samples)
+        self._sampling: dict[str, Any] = raw["sampling"]
+        self.job = parse_job(raw | {"runtime": {"device": device} | (arms[0].runtime if runtime is None else runtime)})
         self.hardware = choose_hardware(self.job.runtime)
         self.labels = read_labels(setting.target) or []
         # Bytes of a GPU's memory by program, noted when its models are loaded.
@@ -127,6 +133,11 @@ class Bench:
         return Classifier.load(self.setting.target, self.device)
 
     @cached_property
+    def transfer(self) -> Classifier | None:
+        """A classifier that guides nothing."""
+        return Classifier.load(self.setting.transfer, self.device) if self.setting.transfer else None
+
+    @cached_property
     def clip(self) -> Clip:
         """CLIP by itself."""
         return Clip.load(self.setting.clip, self.device)
@@ -134,13 +145,30 @@ class Bench:
     @cached_property
     def plain(self) -> Any:
         """diffusers' pipeline, as its users load it."""
-        return load_pipeline(self.address, self.family, getattr(torch, self.hardware.dtype)).to(self.device)
+        dtype = getattr(torch, self.hardware.dtype)
+        return load_pipeline(self.address, self.family, dtype, self._sampling).to(self.device)
 
     @cached_property
     def naive(self) -> Naive:
         """A pipeline with its decoder in float32, as gradients need it."""
         vae = AutoencoderKL.from_pretrained(resolve(self.address) / "vae", torch_dtype=torch.float32)
         return Naive(pipeline=self.plain, vae=vae.requires_grad_(False).to(self.device), device=self.device)
+
+    def load(self, arm: Arm) -> None:
+        """Load the models of an arm, which the first use would do."""
+        needed = {
+            "engine": ("generator",),
+            "plain": ("plain",),
+            "published": ("naive", "target", "clip"),
+            "parts": ("diffusion", "target", "clip"),
+        }
+        for name in needed[arm.program]:
+            getattr(self, name)
+
+    def batch_size(self, arm: Arm, rows: int) -> int:
+        """Samples of a call: those of the published loop, or `rows`."""
+        published = 1 if self.family == "boundary" else RISKY_COLUMNS
+        return published if arm.program == "published" else rows
 
     def request_of(self, arm: Arm) -> RequestPlan:
         """The request of the job that stands for an arm."""
@@ -165,11 +193,14 @@ class Bench:
         with torch.no_grad():
             if arm.program == "parts":
                 return self.diffusion.decode(self.latents(arm, batch))
-            rows = range(len(batch))
-            return torch.cat([self.naive.decode(self.naive_latents(arm, batch.part(row, row + 1))) for row in rows])
+            return self.naive.decode(self.published(arm, batch))
 
     def latents(self, arm: Arm, batch: Batch) -> Tensor:
-        """Clean latents [B, C, h, w] of an arm by the engine's parts: the loop, guidance around the denoiser."""
+        """Clean latents [B, C, h, w] of an arm by the engine's parts."""
+        return self.trajectory(arm, batch)[-1]
+
+    def trajectory(self, arm: Arm, batch: Batch) -> list[Tensor]:
+        """Latents [B, C, h, w] after every step of an arm, by the engine's loop and guidance around its denoiser."""
         model, sampler, labels = self.diffusion, self.diffusion.sampler(self.job.sampling), None
         if batch.draws and model.noiser is not None:
             shapes = (model.noiser.dim,), model.latent_shape
@@ -178,42 +209,46 @@ class Bench:
         else:
             noise = draw_noise(batch.seeds, model.latent_shape, device=self.device)[0]
         denoiser = model.denoiser([spec.prompt for spec in batch.specs], self.job.sampling, sampler, labels)
-        return sample(denoiser if arm.guidance is None else self._guided(denoiser, arm, batch), sampler, noise)
+        entered: list[Tensor] = []
+        guided = denoiser if arm.guidance is None else self._guided(denoiser, arm, batch)
+        clean = sample(_recording(guided, entered), sampler, noise)
+        return [*entered[1:], clean]
 
-    def naive_latents(self, arm: Arm, batch: Batch, size: float | None = None) -> Tensor:
-        """Clean latents [1, C, h, w] of a batch of one by the naive loop.
+    def published(self, arm: Arm, batch: Batch, trace: list[Tensor] | None = None) -> Tensor:
+        """Clean latents [B, C, h, w] of the samples of one call of a published loop.
 
         Args:
-            size: of the step, where it is not to be the arm's.
+            trace: takes the latents after every step.
         """
-        (spec,), guidance, sampling = batch.specs, arm.guidance or {}, self.job.sampling
-        given: dict[str, Any] = {
-            "prompt": spec.prompt,
-            "seed": spec.seed,
-            "num_steps": sampling.num_inference_steps,
-            "guidance_scale": sampling.guidance_scale,
-        }
+        guidance, sampling = arm.guidance or {}, self.job.sampling
+        given = {"num_steps": sampling.num_inference_steps, "guidance_scale": sampling.guidance_scale, "trace": trace}
         if self.family == "boundary":
+            (spec,) = batch.specs
             return sample_boundary(
                 self.naive,
                 self.target.logits,
+                prompt=spec.prompt,
+                seed=spec.seed,
                 classes=spec.cell.classes,
+                guidance_rescale=sampling.guidance_rescale,
                 step=guidance["step"],
-                alpha=guidance["alpha"] if size is None else size,
+                alpha=guidance["alpha"],
                 every=guidance["every"],
                 through_unet=arm.is_through_unet,
                 **given,
             )
-        text = self.clip.text_embeds([class_prompt(spec.cell.names[0])]).to(self.device)
+        text = self.clip.text_embeds([class_prompt(spec.cell.names[0]) for spec in batch.specs]).to(self.device)
         # The engine's scale means the same at any size of the latents; the published one is for 4 x 64 x 64.
         rescaled = math.sqrt(math.prod(self.naive.latent_shape) / PAPER_ELEMENTS)
         return sample_risky(
             self.naive,
             self.target.logits,
-            lambda images: (self.clip.embeds_of_tensor(images) * text).sum(-1),
-            label=spec.cell.classes[0],
-            embedding=batch.draws[0].embedding,
-            s=(guidance["scale"] if size is None else size) * rescaled,
+            lambda image, row: (self.clip.embeds_of_tensor(image) * text[row]).sum(-1),
+            prompts=[spec.prompt for spec in batch.specs],
+            seeds=batch.seeds,
+            labels=[spec.cell.classes[0] for spec in batch.specs],
+            embeddings=[draw.embedding for draw in batch.draws],
+            s=guidance["scale"] * rescaled,
             weight=guidance["conformity_weight"],
             **given,
         )
@@ -229,6 +264,7 @@ class Bench:
         # In half precision diffusers would draw other noise, so that of the latents is given.
         if not batch.draws:
             latents = draw_noise(batch.seeds, shape, device=self.device)[0].to(unet.dtype)
+            options |= {"guidance_rescale": self.job.sampling.guidance_rescale}
             return self.plain(prompts, latents=latents, **options).images
         embeds = self._embeds(batch)
         latents = draw_noise(batch.seeds, (embeds.shape[1],), shape, device=self.device)[1].to(unet.dtype)
@@ -291,8 +327,12 @@ def raw_job(setting: Setting, arms: Sequence[Arm], num_samples: int) -> dict[str
     }
 
 
-def load_pipeline(address: str, family: Family, dtype: torch.dtype) -> Any:
-    """diffusers' pipeline of a family, with the scheduler that the papers use with it."""
+def load_pipeline(address: str, family: Family, dtype: torch.dtype, sampling: dict[str, Any]) -> Any:
+    """diffusers' pipeline of a family, with the scheduler that the papers use with it.
+
+    Args:
+        sampling: of the job; how it spaces the timesteps is the scheduler's.
+    """
     kinds = {
         "boundary": (StableDiffusionPipeline, LMSDiscreteScheduler),
         "risky": (StableUnCLIPImg2ImgPipeline, DDIMScheduler),
@@ -300,12 +340,23 @@ def load_pipeline(address: str, family: Family, dtype: torch.dtype) -> Any:
     kind, scheduler = kinds[family]
     options: dict[str, Any] = {"safety_checker": None} if family == "boundary" else {}
     pipeline = kind.from_pretrained(resolve(address), torch_dtype=dtype, use_safetensors=True, **options)
-    extra = {"clip_sample": False} if family == "risky" else {}
+    extra = {name: sampling[name] for name in SPACING if name in sampling}
+    extra |= {"clip_sample": False} if family == "risky" else {}
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, steps_offset=1, **extra)
     pipeline.set_progress_bar_config(disable=True)
     for part in ("unet", "vae", "text_encoder"):
         getattr(pipeline, part).requires_grad_(False)
     return pipeline
+
+
+def _recording(denoiser: Denoiser, entered: list[Tensor]) -> Denoiser:
+    """A denoiser that notes the latents that every step begins with."""
+
+    def denoise(latents: Tensor, step: Step) -> Prediction:
+        entered.append(latents.detach())
+        return denoiser(latents, step)
+
+    return denoise
 
 
 def _ignore(*told: object) -> None:

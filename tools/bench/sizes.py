@@ -54,6 +54,7 @@ class Setting:
         unclip: address of a Stable unCLIP pipeline, for RiskyDiff; empty where the size has none.
         clip: address of the CLIP model.
         target: address of the classifier.
+        transfer: address of a classifier that guides nothing; empty where there is none.
         tiny: address of a tiny autoencoder for guidance gradients; empty where there is none.
         boundary: the subset C.
         classes: classes of the RiskyDiff samples.
@@ -66,6 +67,7 @@ class Setting:
     unclip: str = ""
     clip: str
     target: str
+    transfer: str = ""
     tiny: str = ""
     boundary: tuple[str, ...]
     classes: tuple[str, ...]
@@ -181,23 +183,26 @@ ARCHITECTURES = {
     ),
 }
 SIZES = ("digits", *ARCHITECTURES)
+# Sampling of the authors' experiments: KLDB with beta 3, 6 or 9, RiskyDiff by the defaults of its script.
+KLDB_SAMPLING = {"scheduler": "lms", "timestep_spacing": "trailing", "guidance_rescale": 0.7}
+RISKY_SAMPLING = {"scheduler": "ddim", "guidance_scale": 10.0}
 
 
 def digits_setting() -> Setting:
     """The embedded zoo."""
     tiny = "zoo:digits/tiny-autoencoder" if (ZOO / "digits" / "tiny-autoencoder").is_dir() else ""
-    sampling = {"guidance_scale": 3.0}
     return Setting(
         diffusion="zoo:digits/stable-diffusion",
         unclip="zoo:digits/stable-unclip",
         clip="zoo:digits/clip",
         target="zoo:digits/classifier",
+        transfer="zoo:digits/classifier-b",
         tiny=tiny,
         boundary=("three", "eight"),
         classes=("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
         conditioning={"artefact": "zoo:digits/conditioning", "screening": False},
-        boundary_sampling=sampling | {"scheduler": "lms", "num_inference_steps": 40},
-        risky_sampling=sampling | {"scheduler": "ddim", "num_inference_steps": 20},
+        boundary_sampling=KLDB_SAMPLING | {"guidance_scale": 3.0, "num_inference_steps": 40},
+        risky_sampling=RISKY_SAMPLING | {"num_inference_steps": 20},
     )
 
 
@@ -223,12 +228,8 @@ def random_setting(size: str, folder: Path, device: str) -> Setting:
         boundary=labels,
         classes=labels,
         conditioning={"images": str(folder / "pictures")},
-        boundary_sampling={
-            "scheduler": "lms",
-            "num_inference_steps": made.boundary_steps,
-            "guidance_scale": 6.0,
-        },
-        risky_sampling={"scheduler": "ddim", "num_inference_steps": made.risky_steps, "guidance_scale": 10.0},
+        boundary_sampling=KLDB_SAMPLING | {"guidance_scale": 6.0, "num_inference_steps": made.boundary_steps},
+        risky_sampling=RISKY_SAMPLING | {"num_inference_steps": made.risky_steps},
     )
 
 

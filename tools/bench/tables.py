@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bench.arms import DIVIDED, PLAIN, PROMPT
@@ -61,10 +64,19 @@ class Results:
         """A measured arm by its name."""
         return next((one for one in self.measured if one.arm.name == name and one.seconds), None)
 
+    def cost(self, one: Measured) -> float:
+        """Seconds an image: of the processor on a CPU, which others' work disturbs less than the clock."""
+        return one.cpu_seconds_per_image if self.about["device"] == "cpu" else one.seconds_per_image
+
     def ratio(self, one: Measured) -> float | None:
-        """Seconds an image, in those of the prompt alone on the same runtime."""
+        """What an image costs, in what one of the prompt alone costs on the same runtime."""
         reference = self.find(one.arm.reference)
-        return one.seconds_per_image / reference.seconds_per_image if reference else None
+        return self.cost(one) / self.cost(reference) if reference else None
+
+    def twins(self) -> list[tuple[Measured, Measured]]:
+        """The published loops, each with the engine's arm for the same samples in as many processes."""
+        pairs = [(one, self.find(one.arm.twin)) for one in self.measured if one.seconds and one.arm.twin]
+        return [(published, twin) for published, twin in pairs if twin]
 
     def floor(self, one: Measured) -> float:
         """The least that the ratio could be if time went into arithmetic alone."""
@@ -73,7 +85,7 @@ class Results:
         if guidance is None:
             return 1.0
         is_risky = one.arm.family == "risky"
-        every = guidance.get("every", 1 if is_risky else 5)
+        every = one.arm.every
         num_guided = num_steps // every - (guidance.get("skip_last", True) and num_steps % every == 0)
         needs_two = guidance.get("conformity_floor") is not None
         work = counted.guided(
@@ -94,17 +106,14 @@ class Results:
         for family in PROMPT:
             plain, prompt = self.find(PLAIN[family]), self.find(PROMPT[family])
             if plain and prompt:
-                faster = plain.seconds_per_image / prompt.seconds_per_image
+                faster = self.cost(plain) / self.cost(prompt)
                 found.append(
                     Goal(what=f"{prompt.arm.name} against {plain.arm.name}, times", value=faster, threshold=1.0)
                 )
-        for one in self.measured:
-            # The published loop is one process; the engine has its workers where it has cores.
-            twin = None if one.arm.is_divided else self.find(f"{one.arm.twin}@{DIVIDED}") or self.find(one.arm.twin)
-            if one.seconds and twin:
-                faster = one.seconds_per_image / twin.seconds_per_image
-                what = f"{twin.arm.name} against {one.arm.name}, times"
-                found.append(Goal(what=what, value=faster, threshold=NAIVE_GOAL[device]))
+        for published, twin in self.twins():
+            faster = self.cost(published) / self.cost(twin)
+            what = f"{twin.arm.name} against {published.arm.name}, times"
+            found.append(Goal(what=what, value=faster, threshold=NAIVE_GOAL[device]))
         for one in self.measured:
             ratio = self.ratio(one) if one.seconds and one.arm.name.removesuffix(f"@{DIVIDED}") in JUDGED else None
             if ratio is not None and device == "cpu" and "risky-paper" not in one.arm.name:
@@ -134,7 +143,7 @@ class Results:
             {"what": goal.what, "value": goal.value, "goal": goal.threshold, "met": goal.is_met}
             for goal in self.goals()
         ]
-        checks = [{"what": one.what, "difference": one.difference, "holds": one.holds} for one in self.checks]
+        checks = [dataclasses.asdict(check) | {"holds": check.holds} for check in self.checks]
         counted = {
             name: {field: getattr(one, field) for field in one.__slots__} for name, one in self.arithmetic.items()
         }
@@ -147,20 +156,22 @@ class Results:
         }
 
     def as_markdown(self) -> str:
-        """A table of the arms, with goals, checks and what was skipped."""
+        """Tables of the arms, with goals, checks and what was skipped."""
         about = self.about
-        heads: tuple[str, ...] = ("arm", "images", "batch", "images/s", "s/image, least (median)", "peak GiB")
-        heads = (*heads, "KLDB", "risk", "of prompt-only", "floor", "of the floor")
-        lines = [f"## {about['size']}: {about['hardware']}, {about['date']}", "", f"`{about['command']}`", ""]
-        lines += [
-            f"{about['threads']} threads; {', '.join(f'{name} {one}' for name, one in about['versions'].items())}.",
-            "",
-        ]
-        lines += [_row(heads), _row(["---"] * len(heads))]
-        lines += [_row(self._cells(one)) for one in self.measured if one.seconds]
+        versions = ", ".join(f"{name} {one}" for name, one in about["versions"].items())
+        lines = [f"{about['date']}, {about['hardware']}, {about['cores']} cores; {versions}.", ""]
+        lines += ["```bash", about["command"], "```"]
+        timed = [one for one in self.measured if one.seconds]
+        alone, divided = ([one for one in timed if one.arm.is_divided == flag] for flag in (False, True))
+        threads = f" of {about['threads']} thread{'s' * (about['threads'] != 1)}" if about["device"] == "cpu" else ""
+        alone_title = f"One process{threads}"
+        divided_title = f"The engine in {about['processes']} processes of one thread: not comparable with one process"
+        lines += _table("Published loops and the engine, one process each", self._factors())
+        lines += _table(alone_title, [self._cells(one) for one in alone])
+        lines += _table(divided_title, [self._cells(one) for one in divided])
         blocks = {
             "Goals": [str(goal) for goal in self.goals()],
-            "The same samples": [f"{one.what}: {one.difference:.1e}, {_verdict(one)}" for one in self.checks],
+            "The same samples": [str(one) for one in self.checks],
             "Operations of a sample": [_counted(name, one) for name, one in self.arithmetic.items()],
             "Rates": [
                 f"{name}: {rate / 1e12:.1f} TFLOP/s ({self.share(rate):.0%})" for name, rate in self.rates.items()
@@ -172,37 +183,73 @@ class Results:
             lines += ["", f"**{title}**", "", *(f"- {entry}" for entry in entries)] if entries else []
         return "\n".join(lines) + "\n"
 
+    def _factors(self) -> list[dict[str, str]]:
+        """What a published loop costs, in what the engine costs for the same samples."""
+        return [
+            {
+                "published loop": f"`{published.arm.name}`",
+                "its s/image": f"{self.cost(published):.3g}",
+                "the engine, same samples": f"`{twin.arm.name}`",
+                "its own s/image": f"{self.cost(twin):.3g}",
+                "times faster": f"{self.cost(published) / self.cost(twin):.2f}",
+                "by the clock": f"{published.seconds_per_image / twin.seconds_per_image:.2f}",
+            }
+            for published, twin in self.twins()
+        ]
+
     def _skipped(self) -> list[str]:
-        """A line for each reason, with the arms that it holds for."""
-        by_reason: dict[str, list[str]] = {}
+        """A line for each reason, with the arms, or the runtimes, that it holds for."""
+        by_reason: dict[str, dict[str, None]] = {}
         for one in self.measured:
             if one.reason:
-                by_reason.setdefault(one.reason, []).append(one.arm.name)
+                name, mark, variant = one.arm.name.partition("@")
+                by_reason.setdefault(one.reason, {})[mark + variant if one.arm.runtime else name + mark + variant] = (
+                    None
+                )
         return [f"{reason}: {', '.join(names)}" for reason, names in by_reason.items()]
 
-    def _cells(self, one: Measured) -> list[str]:
-        ratio, floor = self.ratio(one), self.floor(one)
-        return [
-            one.arm.name,
-            str(one.num_samples),
-            str(one.batch_size),
-            f"{1 / one.seconds_per_image:.3g}",
-            f"{one.seconds_per_image:.3g} ({one.median_seconds_per_image:.3g})",
-            f"{one.peak_bytes / GIB:.2f}" if one.peak_bytes else "",
-            "" if one.kldb is None else f"{one.kldb:.3g}",
-            "" if one.risk is None else f"{one.risk:.3g}",
-            "" if ratio is None else f"{ratio:.2f}",
-            f"{floor:.2f}",
-            "" if ratio is None else f"{floor / ratio:.0%}",
-        ]
+    def _cells(self, one: Measured) -> dict[str, str]:
+        ratio, floor, on_cpu = self.ratio(one), self.floor(one), self.about["device"] == "cpu"
+        return {
+            "arm": f"`{one.arm.name}`",
+            "images": str(one.num_samples),
+            "a call": str(one.batch_size),
+            "CPU s/image": f"{one.cpu_seconds_per_image:.3g}" if on_cpu else "",
+            "s/image": f"{one.seconds_per_image:.3g}",
+            "peak GiB": f"{one.peak_bytes / GIB:.2f}" if one.peak_bytes else "",
+            "of prompt-only": "" if ratio is None else f"{ratio:.2f}",
+            "floor": f"{floor:.2f}",
+            "of the floor": "" if ratio is None else f"{floor / ratio:.0%}",
+            "KLDB or risk": "" if one.score is None else f"{one.score:.3g}",
+            "on a classifier that guided nothing": "" if one.transfer is None else f"{one.transfer:.3g}",
+        }
+
+
+def _table(title: str, rows: Sequence[dict[str, str]]) -> list[str]:
+    """Lines of a table, without the columns that have nothing to say; none without rows."""
+    if not rows:
+        return []
+    heads = [head for head in rows[0] if any(row[head] for row in rows)]
+    lines = ["", f"**{title}**", "", _row(heads), _row(["---"] * len(heads))]
+    return [*lines, *(_row([row[head] for head in heads]) for row in rows)]
 
 
 def _row(cells: Any) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _verdict(check: Check) -> str:
-    return "equal up to rounding" if check.holds else "DIFFERENT"
+def write_into(page: Path, size: str, tables: str) -> None:
+    """Put tables into a page, between `<!-- measured: SIZE -->` and `<!-- end of SIZE -->`.
+
+    Raises:
+        ValueError: the page does not have the two marks.
+    """
+    begin, end = f"<!-- measured: {size} -->\n", f"<!-- end of {size} -->"
+    before, mark, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, end_mark, after = rest.partition(end)
+    if not mark or not end_mark:
+        raise ValueError(f"{page} has no place for tables: `{begin.strip()}` and then `{end}`")
+    page.write_text(before + begin + "\n" + tables + "\n" + end + after, encoding="utf-8")
 
 
 def _counted(name: str, counted: Arithmetic) -> str:

@@ -1,8 +1,9 @@
-"""The engine as it runs on a CPU: a process for every core, of one thread each, like its workers."""
+"""The engine as it runs on a CPU: several processes of one thread each, like its workers."""
 
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -17,13 +18,16 @@ from engine.worker import quiet_libraries
 
 
 class Workers:
-    """Processes that make the samples of a group of arms, each its part. A context manager.
+    """Processes that make the samples of a group of arms, each its part, with models loaded. A context manager.
 
     Args:
         setting: the models and the samples.
         arms: of one group.
         num_processes: how many.
         num_each: samples of each.
+
+    Raises:
+        EOFError: a process has died; its traceback is on the terminal.
     """
 
     def __init__(self, setting: Setting, arms: Sequence[Arm], *, num_processes: int, num_each: int) -> None:
@@ -39,6 +43,8 @@ class Workers:
             theirs.close()
             self._lines.append(ours)
             self._processes.append(process)
+        for line in self._lines:
+            line.recv()
 
     def __enter__(self) -> Workers:
         return self
@@ -49,29 +55,32 @@ class Workers:
         for process in self._processes:
             process.join()
 
-    def make(self, arm: Arm, num_samples: int, batch_size: int) -> None:
-        """Let every process make its first samples of an arm; returns when all have.
+    def make(self, arm: Arm, batch_size: int) -> float:
+        """Let every process make its samples of an arm; the processors' seconds of all, when all have.
 
         Raises:
             EOFError: a process has died; its traceback is on the terminal.
         """
         for line in self._lines:
-            line.send((arm.name, num_samples, batch_size))
-        for line in self._lines:
-            line.recv()
+            line.send((arm.name, batch_size))
+        return sum(line.recv() for line in self._lines)
 
 
 def _serve(line: Connection, setting: Setting, arms: list[Arm], num_each: int, start: int, total: int) -> None:
-    """A process: hold the models, make what is asked for until nobody asks."""
+    """A process: load the models, report so, make what is asked for until nobody asks."""
     torch.set_num_threads(1)
     quiet_libraries()
     bench = Bench(setting, arms, device="cpu", num_samples=total)
     batch = bench.batch(total).part(start, start + num_each)
     by_name = {arm.name: arm for arm in arms}
+    for arm in arms:
+        bench.load(arm)
+    line.send(True)
     while True:
         try:
-            name, num_samples, batch_size = line.recv()
+            name, batch_size = line.recv()
         except EOFError:
             return
-        make(bench, by_name[name], batch.part(0, num_samples), batch_size)
-        line.send(True)
+        started = time.process_time()
+        make(bench, by_name[name], batch, batch_size)
+        line.send(time.process_time() - started)

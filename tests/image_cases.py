@@ -1,0 +1,71 @@
+"""Small sets of labelled images in every layout; an image is of one level, so that it is known again."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from engine.images import Found, LabelledImage, Unusable, open_images
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def grey(level: int) -> bytes:
+    """A PNG of 8 x 8 pixels of one level."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (level, level, level)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def level_of(found: LabelledImage) -> int:
+    """The level of an image of `grey`."""
+    return int(found.image.getpixel((0, 0))[0])
+
+
+def write_files(root: Path, files: dict[str, bytes]) -> Path:
+    """Files by their path in a folder."""
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]], form: int = tarfile.PAX_FORMAT) -> Path:
+    """A tar of plain files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_table(path: Path, images: Sequence[bytes], labels: pa.Array, names: Any = None) -> Path:
+    """A parquet file, with class names as Hugging Face stores them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"image": pa.array(images, pa.binary()), "label": labels})
+    if names is not None:
+        features = {"label": {"names": names, "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, path)
+    return path
+
+
+def read(path: Path, labels: Sequence[str]) -> list[Found]:
+    """Everything that is found."""
+    return list(open_images(str(path), tuple(labels)).read())
+
+
+def split(found: list[Found]) -> tuple[dict[str, int], dict[str, str]]:
+    """Classes of the used images by name, and reasons of the others."""
+    used = {one.name: one.class_index for one in found if isinstance(one, LabelledImage)}
+    return used, {one.name: one.reason for one in found if isinstance(one, Unusable)}

@@ -1,0 +1,286 @@
+"""Every file under a path is used, or counted and named: extensions, layouts, splits, systems' files, tars, links."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+from pathlib import Path
+
+import PIL.Image
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.errors import JobError
+from engine.images import LabelledImage, open_images
+from engine.images.decode import EXTENSIONS, FORMATS
+from engine.images.splits import KEYWORDS
+from tests.image_cases import DIGITS, grey, level_of, read, split, write_files, write_table, write_tar
+
+REGISTERED = sorted(PIL.Image.registered_extensions())
+
+
+def saved(extension: str) -> bytes:
+    """A file of the format that Pillow has for an extension, or a PNG where it writes none."""
+    form = PIL.Image.registered_extensions()[extension]
+    buffer = io.BytesIO()
+    try:
+        PIL.Image.new("L", (32, 32), 60).convert("RGB").save(buffer, form)
+    except (KeyError, OSError, ValueError):
+        return grey(60)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_files_of_all_extensions_are_used_or_named(tmp_path, kind):
+    """Those of Pillow, in both cases, with what they stand for in them: the formats of the allow-list are all used."""
+    files = {f"{number}{write(extension)}": saved(extension) for number, (extension, write) in
+             enumerate(itertools.product(REGISTERED, (str.lower, str.upper)))}  # fmt: skip
+    if kind == "folder":
+        found = read(write_files(tmp_path, {f"three/{name}": data for name, data in files.items()}), DIGITS)
+        assert len(found) == len(files)
+    else:
+        pairs = [[(name, data), (f"{name.partition('.')[0]}.cls", b"3")] for name, data in files.items()]
+        found = read(write_tar(tmp_path / "a.tar", itertools.chain(*pairs)), DIGITS)
+        assert len(found) == len(files)
+    used = {name.rpartition(".")[2].lower() for name in split(found)[0]}
+    readable = {one[1:] for one in REGISTERED if PIL.Image.registered_extensions()[one] in (*FORMATS, "MPO")}
+    # PFM holds floats, whose range is not known; a file with a name alone is read in a folder alone.
+    assert used >= readable - {"pfm"} and {one[1:] for one in REGISTERED} >= EXTENSIONS
+
+
+OTHERS = {
+    "three/noextension": grey(1), "three/a.image": grey(2), "three/deep/er/b.png": grey(3), "c.png": grey(4),
+    "three/x.txt": b"words", "three/x.json": b"{}", "three/x.svg": b"<svg xmlns='x'/>", "notes.md": b"# notes",
+    "three/x.heic": b"\0\0\0\x18ftypheic" + bytes(40), "three/x.avif": b"\0\0\0\x18ftypavif" + bytes(40),
+    "three/x.jp2": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(40), "three/x.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n",
+    "three/empty.png": b"",
+    "three/x.zip": b"PK\x03\x04" + bytes(40), "three/lfs.png": b"version https://git-lfs.github.com/spec/v1\n",
+    ".DS_Store": b"\0", "three/.DS_Store": b"\0", "three/Thumbs.db": b"\0", "Desktop.ini": b"", ".git/config": b"",
+    "__MACOSX/three/._a.png": grey(5), "three/._a.png": b"\0", "three/.hidden.png": grey(6),
+    ".ipynb_checkpoints/a.png": grey(7), "labels.csv": b"a,b\n", "three/a.png": grey(8), "cat/d.png": grey(9),
+}  # fmt: skip
+
+
+def test_every_file_of_a_folder_is_found_once(tmp_path):
+    """Used are images of whatever name in class folders; all others are named, each by itself, with a reason."""
+    found = read(write_files(tmp_path, OTHERS), DIGITS)
+    assert sorted(one.name for one in found) == sorted(OTHERS)
+    used, reasons = split(found)
+    assert set(used) == {"three/noextension", "three/a.image", "three/deep/er/b.png", "three/a.png"}
+    for name, text in (("x.heic", "HEIF"), ("x.avif", "AVIF"), ("x.jp2", "JPEG 2000"), ("x.eps", "EPS"),
+                       ("x.svg", "SVG"), ("lfs.png", "git lfs pull"), ("x.zip", "archive")):  # fmt: skip
+        assert text in reasons[f"three/{name}"]
+    assert "operating system" in reasons["three/Thumbs.db"] and "operating system" in reasons["__MACOSX/three/._a.png"]
+
+
+def test_links_end_and_what_cannot_be_listed_is_named(tmp_path):
+    """A loop, a link to another class, a broken link, a pipe; a class may lie elsewhere."""
+    write_files(tmp_path / "elsewhere", {"a.png": grey(1)})
+    root = write_files(tmp_path / "data", {"three/a.png": grey(0), "eight/deep/b.png": grey(2)})
+    (root / "eight/loop").symlink_to(root)
+    (root / "eight/deep/up").symlink_to(root / "eight")
+    (root / "four").symlink_to(tmp_path / "elsewhere")
+    (root / "five").symlink_to(root / "three")
+    (root / "six").symlink_to(tmp_path / "nowhere")
+    (root / "seven").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(root / "three/pipe")
+    used, reasons = split(read(root, DIGITS))
+    assert set(used) == {"three/a.png", "eight/deep/b.png", "four/a.png"}
+    assert set(reasons) == {"eight/loop", "eight/deep/up", "five", "six", "seven", "three/pipe"}
+    assert all("read already" in reasons[name] for name in ("eight/loop", "eight/deep/up", "five", "seven"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_what_may_not_be_read_is_named(tmp_path):
+    """A file and a folder without permission."""
+    write_files(tmp_path, {"three/a.png": grey(0), "three/b.png": grey(1), "four/c.png": grey(2)})
+    (tmp_path / "three/b.png").chmod(0)
+    (tmp_path / "four").chmod(0)
+    assert set(split(read(tmp_path, DIGITS))[1]) == {"three/b.png", "four"}
+    (tmp_path / "four").chmod(0o700)
+
+
+def test_two_kinds_in_one_folder_are_not_mixed_without_a_word(tmp_path):
+    """Tars, parquet and class folders: the first is read, all else is named."""
+    write_files(tmp_path, {"three/a.png": grey(0), "README.md": b"words"})
+    write_table(tmp_path / "a.parquet", [grey(1)], pa.array([3]))
+    used, reasons = split(read(tmp_path, DIGITS))
+    assert list(used) == ["a.parquet row 0"] and set(reasons) == {"three/a.png", "README.md"}
+    write_tar(tmp_path / "in/a.tar", [("b.png", grey(2)), ("b.cls", b"3")])
+    used, reasons = split(read(tmp_path, DIGITS))
+    assert list(used) == ["in/a.tar/b.png"] and set(reasons) == {"three/a.png", "README.md", "a.parquet"}
+    assert all("lies beside tars" in reason for reason in reasons.values())
+
+
+def test_a_table_without_images_does_not_hide_class_folders(tmp_path):
+    write_files(tmp_path, {"three/a.png": grey(0)})
+    pa.parquet.write_table(pa.table({"x": [1]}), tmp_path / "notes.parquet")
+    used, reasons = split(read(tmp_path, DIGITS))
+    assert used == {"three/a.png": 3} and set(reasons) == {"notes.parquet"}
+
+
+def test_the_files_of_a_run_are_no_news_and_others_in_it_are(tmp_path):
+    """Its rows, its card and its state are the engine's own; images that somebody put there are named."""
+    write_tar(tmp_path / "shards/a-000000.tar", [("b.png", grey(2)), ("b.cls", b"3")])
+    own = ("manifest.json", "README.md", "_SUCCESS", "report.html", "_state/plan/0.json", "shards/wids.json",
+           "shards/new-file.txt", "rescored/x/manifest.json")  # fmt: skip
+    write_files(tmp_path, dict.fromkeys(own, b"{}") | {"three/a.png": grey(0)})
+    write_table(tmp_path / "metadata.parquet", [b""], pa.array([0]))
+    write_table(tmp_path / "shards/a-000000.parquet", [b""], pa.array([0]))
+    for path in (tmp_path, tmp_path / "shards"):
+        used, reasons = split(read(path, DIGITS))
+        assert list(used) == ["a-000000.tar/b.png"]
+        assert set(reasons) == ({"three/a.png"} if path == tmp_path else {"new-file.txt"})
+
+
+# Splits --------------------------------------------------------------------------------------------------------------
+
+
+def container(path: Path, level: int) -> Path:
+    """A tar or a parquet file with one image."""
+    if path.suffix == ".tar":
+        return write_tar(path, [("a.png", grey(level)), ("a.cls", b"3")])
+    return write_table(path, [grey(level)], pa.array([3]))
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".parquet"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["{}-00000-of-00001", "data/{}-00000-of-00001", "{}", "{}/part-0", "set-{}-000000", "data/{}/0001", "a_{}", "{}.1"],
+)
+@pytest.mark.parametrize("pair", [("train", "test"), ("training", "val"), ("Train", "dev"), ("valid", "evaluation")])
+def test_tars_and_tables_of_two_splits_are_not_read_together(tmp_path, pair, pattern, suffix):
+    """The message lists what to give, and giving it reads that split alone."""
+    for level, name in enumerate(pair):
+        container(tmp_path / (pattern.format(name) + suffix), level)
+    with pytest.raises(JobError) as error:
+        open_images(str(tmp_path), DIGITS)
+    for level, name in enumerate(pair):
+        assert f"'{tmp_path}/{name}'" in str(error.value)
+        [found] = read(tmp_path / name, DIGITS)
+        assert isinstance(found, LabelledImage) and level_of(found) == level
+
+
+def test_files_of_a_split_and_of_none_are_not_read_together(tmp_path):
+    container(tmp_path / "more.tar", 0)
+    container(tmp_path / "test.tar", 1)
+    with pytest.raises(JobError, match=r"split test, and files of none, such as 'more.tar'"):
+        open_images(str(tmp_path), DIGITS)
+    assert len(read(tmp_path / "more.tar", DIGITS)) == 1
+    with pytest.raises(JobError, match="there is no"):
+        open_images(str(tmp_path / "train"), DIGITS)
+
+
+@pytest.mark.parametrize("prefix", ["", "data/", "archive/images/"])
+@pytest.mark.parametrize("first", sorted(KEYWORDS))
+def test_folders_of_two_splits_are_not_read_together(tmp_path, first, prefix):
+    """Whatever is above them; one split alone is read, as its classes lie in it."""
+    write_files(tmp_path, {f"{prefix}{first}/three/a.png": grey(0)})
+    assert split(read(tmp_path, DIGITS))[0] == {f"{prefix}{first}/three/a.png": 3}
+    second = "test" if KEYWORDS[first] != "test" else "train"
+    write_files(tmp_path, {f"{prefix}{second}/three/a.png": grey(0)})
+    with pytest.raises(JobError) as error:
+        open_images(str(tmp_path), DIGITS)
+    assert f"'{tmp_path}/{prefix}{first}'" in str(error.value)
+    assert split(read(tmp_path / prefix / second, DIGITS))[0] == {"three/a.png": 3}
+
+
+def test_splits_inside_class_folders_are_not_read_together(tmp_path):
+    write_files(tmp_path, {"three/train/a.png": grey(0), "eight/test/a.png": grey(0)})
+    with pytest.raises(JobError, match="splits test, train inside its class folders"):
+        open_images(str(tmp_path), DIGITS)
+
+
+def test_a_class_that_is_called_train_is_a_class(tmp_path):
+    """Of trains, or a test; a folder that is both is ambiguous, and named."""
+    labels = ("train", "test", "bus")
+    write_files(tmp_path, {f"{name}/a.png": grey(0) for name in labels} | {"train/bus/b.png": grey(0)})
+    used, reasons = split(read(tmp_path, labels))
+    assert used == {"train/a.png": 0, "test/a.png": 1, "bus/a.png": 2}
+    assert "two classes" in reasons["train/bus/b.png"]
+
+
+CARDS = {
+    "lists": "configs:\n- config_name: default\n  data_files:\n  - split: one\n    path: a/*.parquet\n"
+             "  - split: two\n    path: [b/*.parquet, 'c/**/*.parquet']\n",
+    "mapping": "configs:\n- config_name: default\n  data_files:\n    one: a/*\n    two: ['b/*', 'c/**']\n",
+    "data_dir": "configs:\n- config_name: x\n  data_dir: a\n  data_files: '*'\n"
+                "- config_name: y\n  data_files: ['b/*', 'c/**']\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", CARDS)
+def test_the_splits_of_a_card_are_kept_apart(tmp_path, form):
+    """Where the names of files say nothing; files of none are named."""
+    for level, name in enumerate(("a/0", "b/0", "c/deep/0")):
+        container(tmp_path / f"{name}.parquet", level)
+    (tmp_path / "README.md").write_text(f"---\n{CARDS[form]}---\n# words\n")
+    splits = ("x/train", "y/train") if form == "data_dir" else ("one", "two")
+    with pytest.raises(JobError) as error:
+        open_images(str(tmp_path), DIGITS)
+    assert all(f"'{tmp_path}/{name}'" in str(error.value) for name in splits)
+    assert [[level_of(one) for one in read(tmp_path / name, DIGITS)] for name in splits] == [[0], [1, 2]]
+
+
+# Tars ----------------------------------------------------------------------------------------------------------------
+
+# Parts of names that a key or an extension may have; an extension of images in a key, too.
+words = st.sampled_from(["a", "b", "rgb", "2024", "01", "v2", "png", "x y", "é"])
+keys = st.lists(words, min_size=1, max_size=4).map(".".join)
+folders = st.sampled_from(["", "in/", "./", "2.0/", "../"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(folders, keys), min_size=1, max_size=5, unique=True), st.data())
+def test_samples_with_any_key_keep_their_label_or_are_named(tmp_path_factory, places, data):
+    """Dots in keys, in folders, in dates: no image takes the label of its neighbour, and none is left out."""
+    members: list[tuple[str, bytes]] = []
+    for level, (folder, key) in enumerate(places):
+        pair = [(f"{folder}{key}.{data.draw(st.sampled_from(['png', 'PNG', 'jpg']))}", grey(level)),
+                (f"{folder}{key}.cls", str(level).encode())]  # fmt: skip
+        members += pair if data.draw(st.booleans()) else pair[::-1]
+    found = read(write_tar(tmp_path_factory.mktemp("tar") / "a.tar", members), DIGITS)
+    used = [one for one in found if isinstance(one, LabelledImage)]
+    assert all(one.class_index == level_of(one) for one in used)
+    text = " ".join(f"{one.name} {getattr(one, 'reason', '')}" for one in found)
+    names = [name.rpartition("/")[2] for name, _ in members if not name.endswith(".cls")]
+    assert all(name in text for name in names)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from(["", "rgb.", "seg.", "label.", "meta."]), min_size=1, max_size=5, unique=True), st.data()
+)
+def test_composed_extensions_are_one_sample_or_named(tmp_path_factory, middles, data):
+    """`a.rgb.png` beside `a.label.cls`; an image of its own label is a sample, what is ambiguous is not guessed."""
+    endings = {
+        middle: data.draw(st.sampled_from([("png",), ("cls",), ("png", "cls"), ("json",)])) for middle in middles
+    }
+    members = [
+        (f"a.{middle}{end}", grey(row) if end == "png" else str(row).encode() if end == "cls" else b"{}")
+        for row, middle in enumerate(middles) for end in endings[middle]
+    ]  # fmt: skip
+    found = read(write_tar(tmp_path_factory.mktemp("tar") / "a.tar", members), DIGITS)
+    used = [one for one in found if isinstance(one, LabelledImage)]
+    images = [row for row, middle in enumerate(middles) if "png" in endings[middle]]
+    labels = [row for row, middle in enumerate(middles) if "cls" in endings[middle]]
+    for one in used:
+        own = level_of(one)
+        assert one.class_index == own or (own not in labels and (len(labels) == 1 or middles[one.class_index] == ""))
+    assert found and (not images or len(images) == len(used) or len(found) > len(used))
+
+
+def test_members_that_are_not_read_are_counted(tmp_path):
+    """Captions, other images of a sample, doubles, notes."""
+    pairs = [[(f"{row}.png", grey(0)), (f"{row}.txt", b"x"), (f"{row}.seg.png", grey(1)), (f"{row}.cls", b"3")]
+             for row in range(5)]  # fmt: skip
+    members = [*itertools.chain(*pairs), ("9.png", grey(0)), ("9.PNG", grey(1)), ("9.cls", b"3"), ("LICENSE", b""),
+               (".hidden", b""), ("__MACOSX/._0.png", b""), ("a.avif", b""), ("a.cls", b"3")]  # fmt: skip
+    used, reasons = split(read(write_tar(tmp_path / "a.tar", members), DIGITS))
+    assert len(used) == 6
+    assert reasons["a.tar/*.txt"].startswith("5 members") and reasons["a.tar/*.png"].startswith("5 members")
+    assert "twice" in reasons["a.tar/9.PNG"] and ".avif" in reasons["a.tar/a"]
+    assert {"a.tar/LICENSE", "a.tar/.hidden", "a.tar/__MACOSX/._0.png"} <= set(reasons)

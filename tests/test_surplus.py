@@ -1,0 +1,184 @@
+"""The list of surplus keys next to the tars, and the documentation's own lines: exactly what was wanted is read."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+import engine
+from engine import digits
+from engine.dataset.shards import read_shard
+from engine.dataset.state import open_run
+from engine.dataset.store import open_store
+from engine.dataset.surplus import surplus_lines
+from engine.dataset.verify import repair, verify
+from engine.models.addresses import model_digests
+from engine.plan import build_plan
+from engine.spec import JobSpec
+from tests.composed import composed_job, make_run
+from tests.conftest import REPOSITORY
+from tests.corpus_cases import make_run as make_case
+
+LIST = "shards/surplus.txt"
+WANTED = 24
+
+
+def quota_job(folder: Path, count: int = 4, *, store_rejected: bool) -> JobSpec:
+    """24 accepted samples of three classes, whatever their context, named as the documentation's run."""
+    requests = [
+        {"name": "read", "method": "prompt", "classes": ["three", "five", "eight"], "count": count,
+         "contexts": ["", "small, bottom left"], "accept": {"is_error": True}, "max_attempts": 400}
+    ]  # fmt: skip
+    return composed_job(
+        folder, count=1, name="quickstart", requests=requests, output={
+            "uri": str(folder), "samples_per_shard": 16, "store_rejected": store_rejected
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "store_rejected"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("surplus") / "runs" / "quickstart"
+    return make_run(quota_job(folder, store_rejected=request.param))
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    return pq.read_table(run / "metadata.parquet").to_pylist()
+
+
+def wanted_keys(run: Path) -> set[str]:
+    return {row["key"] for row in rows_of(run) if row["accepted"] and not row["surplus"]}
+
+
+def stores_rejected(run: Path) -> bool:
+    return bool(json.loads((run / "manifest.json").read_text())["job"]["output"]["store_rejected"])
+
+
+def python_blocks(text: str, word: str) -> list[str]:
+    return [one for one in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if word in one]
+
+
+def test_the_list_holds_the_surplus_of_the_tars(run: Path) -> None:
+    """Every key is in a tar, is accepted, and is one that the metadata marks; without them the quota is filled."""
+    listed = (run / LIST).read_text().splitlines()
+    assert listed == [row["key"] for row in rows_of(run) if row["surplus"]] and listed
+    stored = {key: record for tar in (run / "shards").glob("*.tar") for key, _, record, _ in read_shard(tar)}
+    assert all(stored[key]["accepted"] for key in listed)
+    kept = Counter(record["class_name"] for key, record in stored.items() if record["accepted"] and key not in listed)
+    assert kept == {"three": 8, "five": 8, "eight": 8}
+    assert verify(open_store(str(run))).findings == ()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/reading.md"])
+def test_the_lines_of_the_documentation_read_what_was_wanted(
+    run: Path, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first shard's name is in them, and so is the last; a run of this test has others."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(run.parent.parent)
+    last = len(list((run / "shards").glob("*.tar"))) - 1
+    text = (REPOSITORY / page).read_text().replace("{000000..000003}", f"{{000000..{last:06d}}}")
+    [code] = python_blocks(text, "import webdataset")
+    names: dict[str, Any] = {"seen": []}
+    loop, body = code.rstrip().rsplit("\n", 1)
+    exec(f"{loop}\n    seen.append(sample['__key__'])\n{body}", names)
+    assert len(names["seen"]) == WANTED and set(names["seen"]) == wanted_keys(run)
+    for code in python_blocks(text, "import load_dataset"):
+        exec(code, names)
+        assert set(names["run"]["__key__"]) == wanted_keys(run) and len(names["run"]) == WANTED
+
+
+def test_the_lines_of_the_card_read_what_was_wanted(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the card says how many images in the tars are none of them."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(run)
+    card = (run / "README.md").read_text()
+    found: list[dict[str, Any]] = []
+    for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        found.append({})
+        exec(code, found[-1])
+    assert {one["__key__"] for one in found[0]["samples"]} == wanted_keys(run)
+    assert set(found[1]["samples"]["__key__"]) == wanted_keys(run) and len(found[1]["samples"]) == WANTED
+    assert set(found[2]["rows"]["key"].to_pylist()) <= wanted_keys(run)
+    num_surplus = sum(row["surplus"] for row in rows_of(run))
+    assert f"**The tars hold {num_surplus} accepted images beyond the quotas.**" in card
+    num_stored = sum(row["status"] == "rejected" and bool(row["sha256"]) for row in rows_of(run))
+    assert (f"**The {num_stored} rejected images are stored too.**" in card) == bool(num_stored)
+
+
+def test_every_other_reader_gives_what_was_wanted(run: Path, tmp_path: Path) -> None:
+    """By this package, and a merge for readers of whole tars."""
+    from engine.dataset.export import ExportOptions, export
+
+    corpus = engine.open_run(str(run))
+    assert {one["__key__"] for one in corpus.to_webdataset(decode=None)} == wanted_keys(run)
+    assert set(corpus.to_torch().keys) == wanted_keys(run)
+    out = export((str(run),), ExportOptions(output=str(tmp_path / "out"))).path
+    assert json.loads((out / "shards" / "_info.json").read_text())["splits"]["train"]["num_samples"] == WANTED
+
+
+@pytest.mark.parametrize("change", ["missing", "shorter", "other", "longer", "empty"])
+def test_a_list_that_is_wrong_is_damage_and_is_repaired(run: Path, tmp_path: Path, change: str) -> None:
+    """`repair` takes the marker away, so that the same command closes the run once more."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    path, lines = copy / LIST, (copy / LIST).read_text().splitlines()
+    if change == "missing":
+        path.unlink()
+    else:
+        others = {"shorter": lines[1:], "other": ["none", *lines[1:]], "longer": [*lines, "none"], "empty": []}[change]
+        path.write_text("".join(f"{one}\n" for one in others))
+    store = open_store(str(copy))
+    [finding] = verify(store).damage
+    assert LIST in finding.text and finding.shard is None
+    assert repair(store).to_make == () and not (copy / "_SUCCESS").exists()
+    make_run(quota_job(copy, store_rejected=stores_rejected(run)))
+    assert path.read_text().splitlines() == lines and verify(store).findings == ()
+
+
+def test_a_grown_count_writes_the_list_anew(run: Path, tmp_path: Path) -> None:
+    """What was surplus counts now."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    before = (copy / LIST).read_text().splitlines()
+    make_run(quota_job(copy, 6, store_rejected=stores_rejected(run)))
+    after = (copy / LIST).read_text().splitlines()
+    assert after == [row["key"] for row in rows_of(copy) if row["surplus"]] and after != before
+    assert len(wanted_keys(copy)) == 36 and verify(open_store(str(copy))).findings == ()
+
+
+def test_the_list_belongs_to_the_run(run: Path, tmp_path: Path) -> None:
+    """`--resume overwrite` removes it with the rest, and does not take it for somebody else's file."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    job = quota_job(copy, 2, store_rejected=False)
+    plan = build_plan(job, list(digits.CLASS_NAMES), model_digests(job))
+    open_run(open_store(str(copy)), plan, job, "overwrite", confirmed=True)
+    assert not (copy / LIST).exists()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_runs_closed_by_earlier_versions_have_no_list(tmp_path: Path, version: int) -> None:
+    """Which is no damage; one that was closed since is checked as any."""
+    run = make_case(tmp_path / "run", version=version, count=4)
+    assert (run / LIST).read_bytes() == b"" and verify(open_store(str(run))).findings == ()
+    (run / LIST).unlink()
+    assert verify(open_store(str(run))).findings == ()
+    (run / LIST).write_text("none\n")
+    assert [one.kind for one in verify(open_store(str(run))).findings] == ["damage"]
+
+
+def test_a_folder_of_parts_is_read_in_order(run: Path, tmp_path: Path) -> None:
+    table = pq.read_table(run / "metadata.parquet")
+    for number, start in enumerate(range(0, len(table), 20)):
+        (tmp_path / "parts").mkdir(exist_ok=True)
+        pq.write_table(table.slice(start, 20), tmp_path / "parts" / f"part-{number:06d}.parquet")
+    assert b"".join(surplus_lines(tmp_path / "parts")) == (run / LIST).read_bytes()

@@ -1,0 +1,298 @@
+"""Which files hold a model's weights: another precision where it is the only one, parts of a file, no pickles."""
+
+import fnmatch
+import itertools
+import shlex
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+
+from engine.errors import JobError
+from engine.models.addresses import check_addresses, model_digest, resolve
+from engine.models.classifier import Classifier
+from engine.models.decoder import GuidanceDecoder
+from engine.models.diffusion import Diffusion
+from engine.models.folders import VARIANTS, weights_variant
+from tests.test_safety import make_checker
+from tests.tiny_pipelines import by_diffusers, by_engine, edit, job_of, load_reference, save_pipeline
+
+TINY = "zoo:digits/tiny-autoencoder"
+PARTS = ("unet", "vae", "text_encoder")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return save_pipeline(tmp_path_factory.mktemp("weights") / "plain")
+
+
+@pytest.fixture(scope="module")
+def images(plain, hardware):
+    """Of the plain weights."""
+    return by_engine(Diffusion.load(str(plain), hardware), 2, scheduler="ddim")
+
+
+def save_as(plain: Path, folder: Path, **options) -> Path:
+    """A pipeline saved by diffusers with other options; some of its weights by transformers."""
+    load_reference(plain).save_pretrained(folder, **options)
+    return folder
+
+
+def rename_weights(folder: Path, variant: str) -> None:
+    """The weights of a pipeline under the names of a variant, byte by byte the same."""
+    for path in [*folder.rglob("*.safetensors")]:
+        path.rename(path.with_name(path.name.replace(".safetensors", f".{variant}.safetensors")))
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "ema"])
+@pytest.mark.parametrize("parts", [PARTS, ("unet",), ("vae", "text_encoder")])
+def test_a_variant_is_loaded_where_it_is_the_only_one(variant, parts, plain, images, tmp_path, hardware):
+    """Whichever parts have it, as diffusers has it with `variant`; the digest is of what is loaded."""
+    folder = Path(shutil.copytree(plain, tmp_path / "copy"))
+    for part in parts:
+        rename_weights(folder / part, variant)
+        assert weights_variant(folder / part) == variant
+    check_addresses(job_of(folder))
+    assert torch.equal(by_engine(Diffusion.load(str(folder), hardware), 2, scheduler="ddim"), images)
+    before = model_digest(str(folder))
+    path = next((folder / parts[0]).glob("*.safetensors"))
+    path.write_bytes(path.read_bytes() + b" ")
+    assert model_digest(str(folder)) != before
+
+
+def test_half_precision_as_diffusers_saves_and_loads_it(plain, tmp_path, hardware):
+    """`*.fp16.safetensors` of half weights, read into single precision."""
+    reference = load_reference(plain, torch_dtype=torch.float16)
+    reference.save_pretrained(tmp_path / "half", variant="fp16")
+    folder = tmp_path / "half"
+    assert not [one for one in folder.rglob("*.safetensors") if ".fp16." not in one.name]
+    check_addresses(job_of(folder))
+    expected = by_diffusers(load_reference(folder, variant="fp16", torch_dtype=torch.float32), 2)
+    made = by_engine(Diffusion.load(str(folder), hardware), 2, scheduler="ddim")
+    assert (made - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("variant", [None, "fp16", "non_ema"])
+def test_weights_in_parts_are_loaded_and_a_missing_part_is_named(variant, plain, images, tmp_path, hardware):
+    """An index and its parts, plain or of a variant, as `save_pretrained` cuts them."""
+    folder = save_as(plain, tmp_path / "parts", variant=variant, max_shard_size="20KB")
+    indices = list(folder.rglob("*.safetensors.index*.json"))
+    assert indices and not (folder / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    check_addresses(job_of(folder))
+    assert torch.equal(by_engine(Diffusion.load(str(folder), hardware), 2, scheduler="ddim"), images)
+    part = min((folder / "unet").glob("*-of-*.safetensors"))
+    before = model_digest(str(folder))
+    part.rename(tmp_path / "gone")
+    assert model_digest(str(folder)) != before
+    with pytest.raises(JobError, match=rf"models\.diffusion: .* names {part.name}, which is not there"):
+        check_addresses(job_of(folder))
+
+
+def test_what_lies_beside_plain_weights_is_neither_loaded_nor_digested(plain, tmp_path):
+    """Other precisions in the same folder, whole or in parts with an index."""
+    folder = Path(shutil.copytree(plain, tmp_path / "copy"))
+    before = model_digest(str(folder))
+    for variant in VARIANTS:
+        (folder / "unet" / f"diffusion_pytorch_model.{variant}.safetensors").write_bytes(b"x")
+        (folder / "text_encoder" / f"model.{variant}.safetensors").write_bytes(b"x")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text("{}")
+    assert all(weights_variant(folder / part) is None for part in PARTS)
+    assert model_digest(str(folder)) == before == model_digest(str(plain))
+
+
+def test_of_several_variants_one_is_loaded_whatever_the_order(tmp_path):
+    """Half precision of the final weights before weights that training did not average."""
+    for names in itertools.permutations(("fp16", "bf16", "non_ema", "a")):
+        folder = tmp_path / "-".join(names)
+        folder.mkdir()
+        for name in names:
+            (folder / f"model.{name}.safetensors").touch()
+        assert weights_variant(folder) == "fp16"
+
+
+@pytest.mark.parametrize("parts", [("unet",), PARTS])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_pickles_are_refused_with_the_line_that_converts_them(parts, variant, plain, images, tmp_path, hardware, monkeypatch):  # fmt: skip
+    """The line is run as it stands, and what it makes gives the same images."""
+    monkeypatch.chdir(tmp_path)
+    pickled = save_as(plain, tmp_path / "pickled", safe_serialization=False, variant=variant)
+    folder = Path(shutil.copytree(plain, tmp_path / "it's mine"))
+    # transformers writes no pickles any more: it reads them.
+    state = load_reference(plain).text_encoder.state_dict()
+    torch.save(state, pickled / "text_encoder" / f"pytorch_model.{variant}.bin".replace(".None", ""))
+    for part in parts:
+        for path in (folder / part).glob("*.safetensors"):
+            path.unlink()
+        for path in (pickled / part).glob("*.bin"):
+            shutil.copy(path, folder / part)
+    if variant:
+        rename_weights(folder, variant)
+    with pytest.raises(JobError) as caught:
+        check_addresses(job_of(folder))
+    assert len(caught.value.problems) == len(parts)
+    line = caught.value.problems[0]
+    assert line.startswith("models.diffusion: ") and f"the weights in {parts[0]} are pickled (.bin)" in line
+    program, option, code = shlex.split(line[line.index("python -c") :])
+    assert (program, option) == ("python", "-c")
+    exec(code, {})
+    made = tmp_path / "it's mine-safetensors"
+    check_addresses(job_of(made))
+    assert torch.equal(by_engine(Diffusion.load(str(made), hardware), 2, scheduler="ddim"), images)
+
+
+@pytest.mark.parametrize("names", [(), ("model.ckpt",), ("flax_model.msgpack",), ("model.onnx",), ("tf_model.h5",)])
+def test_a_part_without_weights_is_named(names, plain, tmp_path):
+    """Other formats than safetensors are none."""
+    folder = Path(shutil.copytree(plain, tmp_path / "copy"))
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    for name in names:
+        (folder / "vae" / name).touch()
+    with pytest.raises(JobError, match="has no safetensors in vae"):
+        check_addresses(job_of(folder))
+
+
+def test_a_checker_without_weights_may_be_left_out(plain, tmp_path, hardware):
+    """`models.safety_checker: off` needs neither its weights nor its preprocessing."""
+    folder = Path(shutil.copytree(plain, tmp_path / "copy"))
+    make_checker().save_pretrained(folder / "safety_checker")
+    (folder / "safety_checker" / "model.safetensors").rename(folder / "safety_checker" / "pytorch_model.bin")
+    (folder / "feature_extractor").mkdir()
+    (folder / "feature_extractor" / "preprocessor_config.json").write_text("{}")
+    edit(
+        folder / "model_index.json",
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+    )
+    with pytest.raises(JobError, match="the weights in safety_checker are pickled"):
+        check_addresses(job_of(folder))
+    check_addresses(job_of(folder, safety_checker="off"))
+    assert Diffusion.load(str(folder), hardware, checks_safety=False).safety_checker is None
+    shutil.rmtree(folder / "safety_checker")
+    check_addresses(job_of(folder, safety_checker="off"))
+
+
+def test_a_decoder_of_another_precision_is_loaded(tmp_path, hardware):
+    """As the parts of a pipeline; a pickled one is refused with its line."""
+    folder = Path(shutil.copytree(resolve(TINY), tmp_path / "tiny"))
+    rename_weights(folder, "fp16")
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    found, expected = (GuidanceDecoder.load(str(one), hardware).decode(latents) for one in (folder, TINY))
+    assert torch.equal(found, expected)
+    job = job_of(resolve("zoo:digits/stable-diffusion"), method="boundary", guidance_decoder=str(folder))
+    check_addresses(job)
+    next(folder.glob("*.safetensors")).rename(folder / "diffusion_pytorch_model.bin")
+    with pytest.raises(JobError, match=r"models\.guidance_decoder: .* pickled .*diffusers\.AutoencoderTiny\.from_pre"):
+        check_addresses(job)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"latent_channels": 16}, "of 16 channels"),
+        ({"num_decoder_blocks": [1, 1, 1, 1]}, "images 8 times"),
+        ({"upsampling_scaling_factor": 4}, "images 16 times"),
+        ({"upsampling_scaling_factor": "x"}, "wrong kind"),
+        ({"out_channels": 1}, "images of 1 channels"),
+        ({"scaling_factor": 0.18215}, "latents of another scale"),
+        ({"shift_factor": 0.1}, "latents of another scale"),
+        ({"_class_name": "AutoencoderKL"}, "an AutoencoderTiny is needed"),
+        ({"scaling_factor": 0.48315}, ""),
+        ({}, ""),
+    ],
+    ids=str,
+)
+def test_a_decoder_that_does_not_fit_is_refused(changes, words, tmp_path):
+    """Channels, size and scale, against those of the pipeline; its own scale may be that of the pipeline's VAE."""
+    folder = Path(shutil.copytree(resolve(TINY), tmp_path / "tiny"))
+    edit(folder / "config.json", **changes)
+    job = job_of(resolve("zoo:digits/stable-diffusion"), method="boundary", guidance_decoder=str(folder))
+    if not words:
+        check_addresses(job)
+        return
+    with pytest.raises(JobError, match=f"models.guidance_decoder: .*{words}"):
+        check_addresses(job)
+
+
+class Hub:
+    """A model hub in a folder: what `snapshot_download` of patterns leaves of it on this machine."""
+
+    def __init__(self, repository: Path, cache: Path) -> None:
+        self.repository, self.cache = repository, cache
+
+    def snapshot_download(self, address: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        """By the rules of the hub's own library."""
+        names = [one.relative_to(self.repository).as_posix() for one in self.repository.rglob("*") if one.is_file()]
+        for name in huggingface_hub.utils.filter_repo_objects(
+            names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            target = self.cache / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.repository / name, target)
+        return str(self.cache)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    def make(repository: Path) -> Hub:
+        made = Hub(repository, tmp_path / "cache")
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", made.snapshot_download)
+        return made
+
+    return make
+
+
+def fetched(hub: Hub) -> set[str]:
+    return {one.relative_to(hub.cache).as_posix() for one in hub.cache.rglob("*") if one.is_file()}
+
+
+@pytest.mark.parametrize("parts", [(), ("unet",), PARTS])
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+def test_of_the_hub_a_variant_is_fetched_where_there_is_nothing_else(parts, size, plain, images, hub, tmp_path, hardware):  # fmt: skip
+    """Of a part with plain weights these alone; what is fetched loads, and its digest is that of the whole folder."""
+    both = save_as(plain, tmp_path / "repository", variant="fp16", max_shard_size=size)
+    for part in set(PARTS) - set(parts):
+        for path in (plain / part).glob("*.safetensors"):
+            shutil.copy(path, both / part)
+    made = hub(both)
+    folder = resolve("somebody/pipeline")
+    weights = {name for name in fetched(made) if name.endswith(".safetensors")}
+    assert {name.partition("/")[0] for name in weights if ".fp16" in name} == set(parts)
+    assert {name.partition("/")[0] for name in weights if ".fp16" not in name} == set(PARTS) - set(parts)
+    assert torch.equal(by_engine(Diffusion.load(str(folder), hardware), 2, scheduler="ddim"), images)
+
+
+def test_of_the_hub_a_pipeline_that_does_not_run_is_refused_before_its_weights(plain, hub, tmp_path):
+    """SDXL has seven gigabytes of them."""
+    repository = Path(shutil.copytree(plain, tmp_path / "repository"))
+    edit(repository / "unet" / "config.json", addition_embed_type="text_time")
+    made = hub(repository)
+    with pytest.raises(JobError, match="addition_embed_type: 'text_time'"):
+        resolve("somebody/pipeline")
+    assert not [name for name in fetched(made) if name.endswith(".safetensors")]
+
+
+def test_of_the_hub_pickles_are_refused(plain, hub, tmp_path):
+    """They are not even fetched."""
+    repository = save_as(plain, tmp_path / "repository", safe_serialization=False)
+    made = hub(repository)
+    for path in repository.rglob("unet/*.safetensors"):
+        path.unlink()
+    with pytest.raises(JobError, match=r"has no safetensors in unet.*from_pretrained\(\"somebody/pipeline\"\)"):
+        resolve("somebody/pipeline")
+    assert not [name for name in fetched(made) if fnmatch.fnmatch(name, "*.bin")]
+
+
+def test_of_the_hub_a_classifier_in_half_precision_is_fetched(hub, tmp_path):
+    """Not only pipelines have variants."""
+    repository = Path(shutil.copytree(resolve("zoo:digits/classifier"), tmp_path / "repository"))
+    plain_digest = model_digest(str(repository))
+    (repository / "model.fp16.safetensors").write_bytes(b"x")
+    made = hub(repository)
+    assert model_digest("somebody/classifier") == plain_digest and "model.fp16.safetensors" not in fetched(made)
+    Classifier.load("somebody/classifier")
+    (repository / "model.safetensors").unlink()
+    shutil.rmtree(made.cache)
+    assert weights_variant(resolve("somebody/classifier")) == "fp16"
+    assert model_digest("somebody/classifier") == model_digest(str(repository))

@@ -1,0 +1,165 @@
+"""Tiny pipelines with random weights, as diffusers saves them, and what the two programs make of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from engine.models.addresses import resolve
+from engine.models.diffusion import Diffusion
+from engine.sampling.loop import sample
+from engine.sampling.noise import draw_noise
+from engine.spec import SamplingSpec, parse_job
+
+PROMPTS = ["three and eight", "a photo of a two"]
+SEEDS = [5, 6]
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+WIDTH = 16
+UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (16, 16),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": WIDTH,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}
+VAE: dict[str, Any] = {
+    "block_out_channels": (8, 8, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "sample_size": 32,
+}
+ENCODER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def save_pipeline(
+    folder: Path,
+    *,
+    unet: dict[str, Any] | None = None,
+    vae: dict[str, Any] | None = None,
+    scheduler: Any = None,
+    is_unclip: bool = False,
+) -> Path:
+    """Save a pipeline; `unet` and `vae` are changes of their options."""
+    torch.manual_seed(0)
+    quiet()
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(resolve("zoo:digits/stable-diffusion") / "tokenizer")
+    text = transformers.CLIPTextConfig(
+        **ENCODER, vocab_size=len(tokenizer), max_position_embeddings=32, bos_token_id=651, eos_token_id=652
+    )
+    embedding = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 16} if is_unclip else {}
+    parts: dict[str, Any] = {
+        "unet": diffusers.UNet2DConditionModel(**UNET | embedding | (unet or {})),
+        "vae": diffusers.AutoencoderKL(**VAE | (vae or {})),
+        "text_encoder": transformers.CLIPTextModel(text),
+        "tokenizer": tokenizer,
+        "scheduler": scheduler or diffusers.DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1),
+    }
+    if is_unclip:
+        vision = transformers.CLIPVisionConfig(**ENCODER, image_size=16, patch_size=8, projection_dim=8)
+        parts |= {
+            "image_encoder": transformers.CLIPVisionModelWithProjection(vision),
+            "feature_extractor": transformers.CLIPImageProcessor(),
+            "image_normalizer": diffusers.pipelines.stable_diffusion.StableUnCLIPImageNormalizer(embedding_dim=8),
+            "image_noising_scheduler": diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        }
+        diffusers.StableUnCLIPImg2ImgPipeline(**parts).save_pretrained(folder)
+        return folder
+    parts |= {"safety_checker": None, "feature_extractor": None}
+    diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+def quiet() -> None:
+    """No progress bars and no advice."""
+    from engine.worker import quiet_libraries
+
+    quiet_libraries()
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; a key that gets `...` is taken out."""
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+def load_reference(folder: Path, **options: Any) -> Any:
+    """The pipeline of a folder as diffusers loads it."""
+    quiet()
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def with_scheduler(pipeline: Any, name: str, **options: Any) -> Any:
+    """The same pipeline with another scheduler, made from its own as diffusers' documentation has it.
+
+    `options` are put into the configuration as if they stood in the folder's.
+    """
+    config = dict(pipeline.scheduler.config) | options
+    made = getattr(diffusers, name).from_config(config)
+    changed = type(pipeline)(**pipeline.components | {"scheduler": made})
+    changed.set_progress_bar_config(disable=True)
+    return changed
+
+
+def by_diffusers(pipeline: Any, steps: int, *, prompts: list[str] = PROMPTS, **options: Any) -> torch.Tensor:
+    """Images [B, 3, H, W] of the pipeline in diffusers."""
+    if "image_noising_scheduler" in pipeline.components:
+        options |= {"image_embeds": embeds(8), "noise_level": 100}
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS[: len(prompts)]]
+    return pipeline(
+        prompt=prompts,
+        generator=generators,
+        output_type="pt",
+        num_inference_steps=steps,
+        guidance_scale=3.0,
+        **options,
+    ).images
+
+
+def by_engine(model: Diffusion, steps: int, *, prompts: list[str] = PROMPTS, **options: Any) -> torch.Tensor:
+    """The same of the engine; `options` are of `sampling`."""
+    spec = SamplingSpec(num_inference_steps=steps, guidance_scale=3.0, **options)
+    sampler, seeds, labels = model.sampler(spec), SEEDS[: len(prompts)], None
+    if model.noiser is None:
+        (noise,) = draw_noise(seeds, model.latent_shape)
+    else:
+        embed_noise, noise = draw_noise(seeds, (model.noiser.dim,), model.latent_shape)
+        labels = model.noiser.class_labels(embeds(model.noiser.dim), embed_noise, 100)
+    with torch.no_grad():
+        latents = sample(model.denoiser(prompts, spec, sampler, labels), sampler, noise)
+        return model.decode(latents).clamp(0, 1)
+
+
+def embeds(dim: int) -> torch.Tensor:
+    """Image embeddings of two samples, [2, d]."""
+    return torch.randn(2, dim, generator=torch.Generator().manual_seed(0))
+
+
+def job_of(folder: Path, *, method: str = "prompt", sampling: dict[str, Any] | None = None, **models: Any) -> Any:
+    """A job with the pipeline of a folder."""
+    is_unclip = (folder / "image_normalizer").is_dir()
+    request: dict[str, Any] = {"name": "a", "method": method, "classes": "all", "count": 1}
+    if method == "boundary":
+        request |= {"boundary": ["three", "eight"]}
+        del request["classes"]
+    if is_unclip:
+        request |= {"conditioning": {"images": "zoo:digits"}}
+    raw = {
+        "name": "job",
+        "models": {"diffusion": str(folder), "clip": "zoo:digits/clip", "target": "zoo:digits/classifier"} | models,
+        "requests": [request],
+        "sampling": sampling or {},
+        "output": {"uri": "runs/x"},
+    }
+    return parse_job(raw)
