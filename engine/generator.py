@@ -477,7 +477,7 @@ def may_pass(error: BaseException) -> bool:
 
 def _without_frames(outcome: list[SampleResult] | Exception) -> list[SampleResult] | Exception:
     """An exception of one of many samples lets its tensors go."""
-    error = outcome if isinstance(outcome, BaseException) else None
+    error: BaseException | None = outcome if isinstance(outcome, Exception) else None
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
