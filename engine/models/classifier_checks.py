@@ -299,7 +299,7 @@ def check_clip(folder: Path, address: str, *, is_whole: bool = True) -> None:
     config = read_config(folder / "config.json")
     kinds = config.get("architectures") or ["CLIPModel"]
     if config.get("model_type") != "clip" or "CLIPModel" not in kinds:
-        kind = config.get("model_type") if "CLIPModel" in kinds else kinds[0]
+        kind = config.get("model_type") if config.get("model_type") != "clip" else kinds[0]
         raise JobError(f"'{address}' is a model of type {kind!r}; a CLIP model is needed")
     vision = config.get("vision_config")
     if isinstance(vision, dict) and vision.get("num_channels", 3) != 3:
