@@ -225,7 +225,9 @@ def test_a_finished_run_without_screening_passes_every_command(unscreened, call,
     assert code == 0, error
     # What `retrain` and `evaluate` open a run with.
     assert [one.name for one in open_study(str(unscreened)).job.requests] == ["drawn", "given"]
-    for command in (("inspect",), ("report",), ("repair",), ("retry", "--executor", "local")):
+    for command in (("inspect",), ("report",), ("repair",), ("retry", "--executor", "local", "--workers", 2)):
         assert call(command[0], unscreened, *command[1:])[0] == 0, command
+    code, _, error = call("retry", unscreened, "--workers", 0)
+    assert code == 2 and "runtime.workers: 0 is below 1" in error
     assert call("export", unscreened, "--output", tmp_path / "export")[0] == 0
     assert pyarrow.parquet.read_metadata(unscreened / "metadata.parquet").num_rows == 4
