@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from engine.errors import JobError
-from engine.models.addresses import check_addresses
+from engine.models.addresses import check_addresses, resolve
 from engine.models.diffusion import Diffusion
 from engine.models.pipelines import check_pipeline
 from engine.sampling.families import FAMILY
@@ -310,6 +310,22 @@ def test_a_tokenizer_that_reads_too_much_is_refused(limit, plain, copy_of):
     folder = copy_of(plain)
     edit(folder / "tokenizer" / "tokenizer_config.json", model_max_length=limit)
     assert "write 32 there" in refusal(folder)
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(plain, copy_of, hardware):
+    """transformers would make an empty one, and every prompt the same; both forms of a whole one run."""
+    folder = copy_of(plain)
+    whole = resolve("zoo:digits/stable-diffusion") / "tokenizer"
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    for name in ("vocab.json", "merges.txt"):
+        assert "its tokenizer has no vocabulary" in refusal(folder)
+        shutil.copy(whole / name, folder / "tokenizer")
+    assert_equal_pixels(folder, hardware, reference=load_reference(plain), prompts=PROMPTS[:1])
+    (folder / "tokenizer" / "added_tokens.json").write_text('{"<cat>": 653}')
+    assert "tokens up to number 653, its text encoder embeddings of 653" in refusal(folder)
+    (folder / "tokenizer" / "added_tokens.json").unlink()
+    edit(folder / "text_encoder" / "config.json", vocab_size=652)
+    assert "tokens up to number 652" in refusal(folder)
 
 
 @pytest.mark.parametrize(
