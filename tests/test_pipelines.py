@@ -6,6 +6,8 @@ The variants are made from diffusers' own lists: of its pipelines, its scheduler
 import inspect
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -19,6 +21,7 @@ from engine.models.addresses import check_addresses, resolve
 from engine.models.diffusion import Diffusion
 from engine.models.pipelines import check_pipeline
 from engine.sampling.families import FAMILY
+from tests.conftest import REPOSITORY
 from tests.tiny_pipelines import (
     ENCODER,
     PROMPTS,
@@ -454,3 +457,15 @@ def test_noise_levels_of_embeddings_end_with_the_schedule(unclip, copy_of):
     request = job.requests[0].model_copy(update={"conditioning": high})
     with pytest.raises(JobError, match=r"requests\.0\.conditioning\.noise_level: 100 is not below the 100"):
         check_addresses(job.model_copy(update={"requests": (request,)}))
+
+
+def test_checks_need_no_torch():
+    """Validation reads configurations: torch, diffusers and transformers take seconds to load."""
+    code = (
+        "import sys; from pathlib import Path; from engine.jobfile import read_job\n"
+        "from engine.models.addresses import check_addresses\n"
+        "check_addresses(read_job(Path('jobs/riskydiff-digits.yaml'), []))\n"
+        "print({'torch', 'diffusers', 'transformers', 'numpy'} & sys.modules.keys())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "set()", done.stderr
