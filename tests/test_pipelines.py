@@ -6,6 +6,8 @@ The variants are made from diffusers' own lists: of its pipelines, its scheduler
 import inspect
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -15,10 +17,11 @@ import torch
 import transformers
 
 from engine.errors import JobError
-from engine.models.addresses import check_addresses
+from engine.models.addresses import check_addresses, resolve
 from engine.models.diffusion import Diffusion
 from engine.models.pipelines import check_pipeline
 from engine.sampling.families import FAMILY
+from tests.conftest import REPOSITORY
 from tests.tiny_pipelines import (
     ENCODER,
     PROMPTS,
@@ -312,6 +315,22 @@ def test_a_tokenizer_that_reads_too_much_is_refused(limit, plain, copy_of):
     assert "write 32 there" in refusal(folder)
 
 
+def test_a_tokenizer_without_its_vocabulary_is_refused(plain, copy_of, hardware):
+    """transformers would make an empty one, and every prompt the same; both forms of a whole one run."""
+    folder = copy_of(plain)
+    whole = resolve("zoo:digits/stable-diffusion") / "tokenizer"
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    for name in ("vocab.json", "merges.txt"):
+        assert "its tokenizer has no vocabulary" in refusal(folder)
+        shutil.copy(whole / name, folder / "tokenizer")
+    assert_equal_pixels(folder, hardware, reference=load_reference(plain), prompts=PROMPTS[:1])
+    (folder / "tokenizer" / "added_tokens.json").write_text('{"<cat>": 653}')
+    assert "tokens up to number 653, its text encoder embeddings of 653" in refusal(folder)
+    (folder / "tokenizer" / "added_tokens.json").unlink()
+    edit(folder / "text_encoder" / "config.json", vocab_size=652)
+    assert "tokens up to number 652" in refusal(folder)
+
+
 @pytest.mark.parametrize(
     "name", ["pytorch_lora_weights.safetensors", "unet/pytorch_lora_weights.bin", "text_encoder/adapter_config.json"]
 )
@@ -438,3 +457,15 @@ def test_noise_levels_of_embeddings_end_with_the_schedule(unclip, copy_of):
     request = job.requests[0].model_copy(update={"conditioning": high})
     with pytest.raises(JobError, match=r"requests\.0\.conditioning\.noise_level: 100 is not below the 100"):
         check_addresses(job.model_copy(update={"requests": (request,)}))
+
+
+def test_checks_need_no_torch():
+    """Validation reads configurations: torch, diffusers and transformers take seconds to load."""
+    code = (
+        "import sys; from pathlib import Path; from engine.jobfile import read_job\n"
+        "from engine.models.addresses import check_addresses\n"
+        "check_addresses(read_job(Path('jobs/riskydiff-digits.yaml'), []))\n"
+        "print({'torch', 'diffusers', 'transformers', 'numpy'} & sys.modules.keys())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "set()", done.stderr

@@ -59,6 +59,7 @@ _CONFIGURATIONS = {
     "image_noising_scheduler": "scheduler_config.json",
     "feature_extractor": "preprocessor_config.json",
 }
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 # Weights beside a pipeline's own, which diffusers applies on request, and this engine never.
 _ADAPTERS = re.compile(r"(pytorch_lora_weights.*|pytorch_custom_diffusion_weights.*|adapter_(config|model)\..*)")
 # Options of a UNet that ask its pipeline for something: values that ask for nothing, what others ask for.
@@ -107,8 +108,8 @@ def has_configurations(folder: Path) -> bool:
     """Whether a folder has the configurations of all parts of a pipeline: one of the hub may be here in part."""
     if not (folder / PIPELINE_INDEX).is_file():
         return False
-    parts = part_classes(folder)
-    return all((folder / name / _CONFIGURATIONS.get(name, "config.json")).is_file() for name in parts)
+    files = (folder / name / _CONFIGURATIONS.get(name, "config.json") for name in part_classes(folder))
+    return all(file.is_file() for file in files) and _has_vocabulary(folder / "tokenizer")
 
 
 def check_pipeline_weights(folder: Path, address: str, *, checks_safety: bool = True) -> None:
@@ -329,6 +330,30 @@ def _text_problems(folder: Path, unet: dict[str, Any], encoder: dict[str, Any]) 
         yield (
             f"tokenizer/tokenizer_config.json has model_max_length: {shown(limit)}; write {read} there, the tokens that"
             " the text encoder reads"
+        )
+    yield from _vocabulary_problems(folder / "tokenizer", encoder.get("vocab_size", 49408))
+
+
+def _has_vocabulary(tokenizer: Path) -> bool:
+    return any(all((tokenizer / name).is_file() for name in names) for names in _VOCABULARIES)
+
+
+def _vocabulary_problems(tokenizer: Path, num_embeddings: int) -> Iterator[str]:
+    """A vocabulary that is missing, where transformers would make an empty one, or that the text encoder has not."""
+    if not _has_vocabulary(tokenizer):
+        yield "its tokenizer has no vocabulary: neither tokenizer.json nor vocab.json with merges.txt"
+        return
+    if (tokenizer / "tokenizer.json").is_file():
+        content = read_config(tokenizer / "tokenizer.json")
+        ids = [*content["model"]["vocab"].values(), *(one["id"] for one in content.get("added_tokens") or [])]
+    else:
+        ids = [*read_config(tokenizer / "vocab.json").values()]
+        if (tokenizer / "added_tokens.json").is_file():
+            ids += read_config(tokenizer / "added_tokens.json").values()
+    if max(ids) >= num_embeddings:
+        yield (
+            f"its tokenizer has tokens up to number {max(ids)}, its text encoder embeddings of {num_embeddings}"
+            " (vocab_size); they are not of one model"
         )
 
 
