@@ -31,7 +31,7 @@ class Inspection:
 
     Attributes:
         document: everything as plain data.
-        groups: medians per request and context; empty where the rows lack their columns.
+        groups: medians per request and context; empty where rows lack their columns.
     """
 
     document: dict[str, Any]
@@ -46,7 +46,8 @@ def inspect(corpus: Corpus) -> Inspection:
     """
     there = set(corpus.columns)
     table = corpus.to_table([name for name in (*_GROUPED, *LATER_COLUMNS) if name in there])
-    groups = summarise_table(table) if there.issuperset(_GROUPED) else []
+    is_whole = there.issuperset(_GROUPED) and not any(table[name].null_count for name in _GROUPED)
+    groups = summarise_table(table) if is_whole else []
     document = {
         "runs": [_about(source) for source in corpus.runs],
         "filter": " and ".join(f"({one})" for one in corpus.conditions),

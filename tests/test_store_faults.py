@@ -156,6 +156,26 @@ def test_a_store_whose_single_uploads_ignore_the_condition_is_refused(proxy: Pro
     assert caught.value.exit_code == EXIT_USER
 
 
+@pytest.mark.parametrize("fault", IGNORED, ids=lambda one: str(one.status))
+def test_a_store_that_ignores_every_condition_is_refused_before_a_large_object_is_there(
+    proxy: Proxy, large: tuple[Path, Path], fault: Fault
+) -> None:
+    """Also where a process publishes nothing small before."""
+    store = connected()
+    store.replace("x", b"of another writer")
+
+    def choose(request: Request) -> Fault | None:
+        is_probe = "/_state/probes/" in request.path
+        return fault if request.operation in (PUT, PARTS) and (fault.kind == "unconditional" or not is_probe) else None
+
+    proxy.choose = choose
+    with pytest.raises(OutputError):
+        store.publish("x", large[0])
+    proxy.choose = lambda request: None
+    assert store.read("x") == b"of another writer"
+    check_nothing_left(store)
+
+
 def test_an_answer_of_200_can_be_a_refusal(proxy: Proxy, large: tuple[Path, Path]) -> None:
     """S3 may begin to answer before an upload is put together, and say in the body that the name was taken."""
     store = connected()

@@ -478,7 +478,11 @@ class ObjectStore(Store):
     def _try_condition(self, name: str, data: bytes | Path) -> None:
         """Once, see that a name is refused that is taken: a store that does not know the condition passes over it.
 
-        The same bytes are offered again, so that nothing is lost where they are taken.
+        Args:
+            data: what has the name, so that nothing is lost where it is taken once more.
+
+        Raises:
+            OutputError: it is not refused.
         """
         if self._is_conditional or _size(data) > MAX_TRIED_BYTES:
             return
@@ -495,8 +499,13 @@ class ObjectStore(Store):
             if self._are_parts_conditional is None:
                 probe = f"{PROBES}/{secrets.token_hex(8)}"
                 self._put(probe, b"taken", mode="overwrite")
-                self._are_parts_conditional = _is_refused(lambda: self._create_in_parts(probe, b"other"))
-                self._fs.rm_file(self._key(probe))
+                try:
+                    are_refused = _is_refused(lambda: self._create_in_parts(probe, b"other"))
+                    if not are_refused:
+                        self._try_condition(probe, b"another")
+                finally:
+                    self._remove([self._key(probe)])
+                self._are_parts_conditional = are_refused
             return self._are_parts_conditional
 
     def _create_in_parts(self, name: str, data: bytes) -> None:

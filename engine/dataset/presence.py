@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from engine.dataset.commits import recorded_files
 from engine.dataset.shards import SHARDS
 from engine.dataset.state import CARD, MANIFEST, METADATA, REPORT, SUCCESS, TIMM_INFO, WIDS_INDEX, read_manifest
-from engine.dataset.store import Store
+from engine.dataset.store import Store, is_no_file
 from engine.errors import CorruptShardError, OutputError, RiskforgeError
 
 # What each file ends with that closes a run, but for white space.
@@ -92,4 +92,4 @@ def _is_absence(error: RiskforgeError) -> bool:
     if isinstance(error, CorruptShardError):
         return True
     kinds = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-    return isinstance(error, OutputError) and isinstance(error.__cause__, kinds)
+    return isinstance(error, OutputError) and (isinstance(error.__cause__, kinds) or is_no_file(error))

@@ -28,7 +28,7 @@ from engine.dataset.state import (
 )
 from engine.dataset.store import Store, StoredFile, open_store
 from engine.dataset.surplus import MARKED, Surplus, quotas_of
-from engine.errors import CorruptShardError, JobError, OutputError
+from engine.errors import CorruptShardError, JobError, OutputError, StoreLostError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -235,7 +235,7 @@ def _origin(store: Store, manifest: dict[str, Any], depth: int) -> RunSource | N
         # One without a scheme is relative to this folder, so that both can be moved together, or else to where one is.
         return _open(store.beside(address), depth + 1)
     except (JobError, OutputError) as error:
-        if depth:
+        if depth or isinstance(error, StoreLostError):
             raise
         raise JobError(f"RUN: '{store.uri}' was scored from '{address}', which cannot be opened: {error}") from None
 

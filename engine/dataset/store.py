@@ -30,7 +30,7 @@ from typing import ParamSpec, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from engine.errors import OutputError, StoreLostError
-from engine.files import MAX_DOCUMENT_BYTES, MAX_RECORD_BYTES, check_regular, read_whole
+from engine.files import MAX_DOCUMENT_BYTES, MAX_RECORD_BYTES, UnsuitableFileError, check_regular, read_whole
 
 Parameters = ParamSpec("Parameters")
 Answer = TypeVar("Answer")
@@ -96,6 +96,12 @@ def explained(path: Path | str) -> Iterator[None]:
     except OSError as error:
         kind = StoreLostError if error.errno in _LOST else OutputError
         raise kind(f"{shown(path)}: {remedy_of(error)}") from error
+
+
+def is_no_file(error: OutputError) -> bool:
+    """Whether an error is that something else stands in the place of a file: a pipe, a device, a link to itself."""
+    cause = error.__cause__
+    return isinstance(cause, UnsuitableFileError) or (isinstance(cause, OSError) and cause.errno == errno.ELOOP)
 
 
 def remedy_of(error: OSError) -> str:

@@ -12,9 +12,9 @@ from engine.dataset.commits import CommitRecord, forget_commit, inspect_records
 from engine.dataset.counts import ShardCounts
 from engine.dataset.shards import SHARDS, file_digest, inspect_pair, read_rows, shard_name
 from engine.dataset.state import METADATA, SUCCESS, SURPLUS_LIST, quarantined_shards, stored_plan
-from engine.dataset.store import TORN, Store, shown
+from engine.dataset.store import TORN, Store, is_no_file, shown
 from engine.dataset.surplus import surplus_lines
-from engine.errors import CorruptShardError, OutputError, RiskforgeError
+from engine.errors import CorruptShardError, OutputError, RiskforgeError, StoreLostError
 from engine.plan import Plan
 from engine.quotas import replay
 from engine.spec import JobSpec
@@ -83,7 +83,11 @@ def verify(store: Store, advance: Callable[[str], None] = lambda text: None) -> 
         advance(f"shard {number} of {plan.num_shards}")
         pair = _pair(store, record)  # Not in the `try`: a store that cannot be read now is no damage.
         try:
+            if isinstance(pair, CorruptShardError):
+                raise pair
             counts[number] = check_shard(plan, record, pair)
+        except StoreLostError:
+            raise
         except RiskforgeError as error:
             findings.append(Finding(kind="damage", shard=number, text=str(error)))
     num_committed = len(counts) + len(findings)
@@ -95,11 +99,19 @@ def verify(store: Store, advance: Callable[[str], None] = lambda text: None) -> 
     )
 
 
-def _pair(store: Store, record: CommitRecord | CorruptShardError) -> list[Path]:
-    """Where the tar and the parquet of a shard can be read; nothing where its record cannot."""
+def _pair(store: Store, record: CommitRecord | CorruptShardError) -> list[Path] | CorruptShardError:
+    """Where the tar and the parquet of a shard can be read; nothing where its record cannot.
+
+    Where something stands in the place of one that is no file, that is what is wrong with the shard.
+    """
     if isinstance(record, CorruptShardError):
         return []
-    return list(store.fetch_each(f"{SHARDS}/{record.name}.{kind}" for kind in ("tar", "parquet")))
+    try:
+        return list(store.fetch_each(f"{SHARDS}/{record.name}.{kind}" for kind in ("tar", "parquet")))
+    except OutputError as error:
+        if not is_no_file(error):
+            raise
+        return CorruptShardError(str(error))
 
 
 def check_shard(plan: Plan, record: CommitRecord | CorruptShardError, pair: list[Path]) -> ShardCounts:
@@ -222,7 +234,12 @@ def _count_metadata(store: Store) -> int | None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = store.fetch(METADATA)
+    try:
+        path = store.fetch(METADATA)
+    except OutputError as error:
+        if is_no_file(error):
+            return None
+        raise
     try:
         paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         return sum(pq.read_metadata(one).num_rows for one in paths)
@@ -273,12 +290,15 @@ def _set_aside(store: Store, job: JobSpec, number: int) -> Iterator[str]:
 
 def _is_whole(store: Store, job: JobSpec, plan: Plan, number: int) -> bool:
     """Whether files without a record could be adopted, or belong to a shard in quarantine that has none."""
-    tar, parquet = (store.fetch(f"{SHARDS}/{shard_name(job.name, number)}.{kind}") for kind in ("tar", "parquet"))
-    if not tar.exists() and not parquet.exists():
+    names = [f"{SHARDS}/{shard_name(job.name, number)}.{kind}" for kind in ("tar", "parquet")]
+    if not any(map(store.exists, names)):
         return True
     try:
+        tar, parquet = store.fetch_each(names)
         inspect_pair(tar, parquet)
         _check_samples(plan, number, parquet)
+    except StoreLostError:
+        raise
     except (CorruptShardError, OutputError, IndexError):
         return False
     return True

@@ -11,7 +11,7 @@ from engine.dataset.commits import list_commits
 from engine.dataset.shards import IMAGE_FORMATS, SHARDS, shard_name, tar_entries
 from engine.dataset.store import Store, StoredFile
 from engine.dataset.tar_index import Place, TarReader
-from engine.errors import CorruptShardError, OutputError
+from engine.errors import CorruptShardError, OutputError, StoreLostError
 
 
 class StoredImages(Mapping[str, bytes]):
@@ -63,6 +63,8 @@ def _places(tar: StoredFile, number: int, keys: set[str]) -> dict[str, Place]:
                 found[key] = Place(number, offset, size)
             if len(found) == len(keys):
                 break
+    except StoreLostError:
+        raise
     except (OSError, OutputError, CorruptShardError):
         return found
     return found
