@@ -235,7 +235,11 @@ def _statistics_of(fields: dict[str, Any], tensors: dict[str, Tensor]) -> ClassM
 
 
 def _predictor_of(tensors: dict[str, Tensor]) -> ErrorPredictor:
-    return ErrorPredictor.from_state({"kind": "error_predictor", **_part(tensors, "predictor")})
+    state = _part(tensors, "predictor")
+    if not all(one.isfinite().all() for one in state.values() if one.is_floating_point()):
+        # Its confidence would be no number, and the first draw of all would pass for the likeliest.
+        raise ValueError("the weights of its error predictor are not finite")
+    return ErrorPredictor.from_state({"kind": "error_predictor", **state})
 
 
 def _part(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:

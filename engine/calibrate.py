@@ -6,8 +6,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from engine.errors import JobError
 from engine.models.runtime import choose_hardware, fix_threads
 from engine.plan import Plan, RequestPlan
+from engine.records import STATUS_FAILED
 from engine.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def measure(job: JobSpec, plan: Plan) -> Measurement:
     """Load the models of a job and time a batch of every request, after one batch to warm up.
 
     Raises:
-        JobError: a model cannot be loaded or the hardware lacks what `runtime` asks for.
+        JobError: a model cannot be loaded, the hardware lacks what `runtime` asks for, or all samples of a batch fail.
     """
     from engine.generator import Generator
     from engine.worker import quiet_libraries
@@ -84,5 +86,10 @@ def _measure_request(generator: Generator, request: RequestPlan) -> _Timing:
     results = generator.next_batch(request.number, specs)
     seconds = time.monotonic() - started
     num = len(results)
+    if all(result.record["status"] == STATUS_FAILED for result in results):
+        raise JobError(
+            f"requests.{request.number}: all {num} samples of the measured batch failed, so a run would make none:"
+            f" {results[0].record['error_message']}"
+        )
     num_accepted = sum(bool(result.record["accepted"]) for result in results)
     return _Timing(seconds / num, sum(len(result.image) for result in results) / num, num_accepted, num)

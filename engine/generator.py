@@ -28,7 +28,7 @@ from engine.models.decoder import GuidanceDecoder
 from engine.models.diffusion import Diffusion
 from engine.models.foreign import reason_of
 from engine.models.methods import load_method, method_digest
-from engine.models.randomness import watch_generators
+from engine.models.randomness import watched
 from engine.models.runtime import choose_hardware, fix_kernels
 from engine.plan import Plan, RequestPlan, SampleSpec, make_prompt
 from engine.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, SampleResult, check_record, failed_record
@@ -370,8 +370,7 @@ class Generator:
         criteria = [load_method(address, parameters) for _ in range(2)]
         shape, scene = self._model(request.number).image_shape, self._scene([request.cells[0].classes] * 2)
         try:
-            with watch_generators() as drawn:
-                problem = criterion_problem(criteria, scene, shape)
+            problem, drawn = watched(lambda: criterion_problem(criteria, scene, shape))
         except Exception as error:
             raise JobError(f"{where}: the criterion of '{address}' failed: {reason_of(error)}") from error
         if drawn:
@@ -427,9 +426,8 @@ class _Watched:
         self._criterion, self._name, self._is_first = criterion, name, True
 
     def __call__(self, images: Tensor, scene: Scene) -> Tensor:
-        with watch_generators() as drawn:
-            distances = self._criterion(images, scene)
-            is_same = not self._is_first or same_values(distances, self._criterion(images, scene))
+        distances, drawn = watched(lambda: self._criterion(images, scene))
+        is_same = not self._is_first or same_values(distances, self._criterion(images, scene))
         self._is_first = False
         if drawn:
             raise JobError(f"{self._name} draws random numbers ({', '.join(drawn)}); {NO_CHANCE}")
@@ -479,7 +477,7 @@ def may_pass(error: BaseException) -> bool:
 
 def _without_frames(outcome: list[SampleResult] | Exception) -> list[SampleResult] | Exception:
     """An exception of one of many samples lets its tensors go."""
-    error = outcome if isinstance(outcome, BaseException) else None
+    error: BaseException | None = outcome if isinstance(outcome, Exception) else None
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__

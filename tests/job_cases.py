@@ -174,6 +174,7 @@ def _conditionings() -> st.SearchStrategy[Any]:
     artefact = both.map(lambda one: one and {**one, "artefact": "zoo:digits/conditioning", "images": None})
     images = both.map(lambda one: one and {**one, "artefact": None, "images": "digits:test"})
     screened = artefact.map(lambda one: one and {**one, "screening": True})
+    screened = screened.filter(lambda one: one is not None)
     return st.one_of(st.just("zoo:digits/conditioning"), artefact, screened, images)
 
 

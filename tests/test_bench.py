@@ -186,8 +186,8 @@ def test_the_comparison_notices_another_algorithm(name):
     twin = next(arm for arm in arms_of(setting) if arm.name == published.twin)
     allowed, backwards = OTHERWISE[name][:-1], OTHERWISE[name][-1]
     others = [dataclasses.replace(twin, name=str(one), guidance=twin.guidance | one) for one in allowed]
-    bench = Bench(setting, [twin, *others], device="cpu", num_samples=4)
-    batch = bench.batch(4)
+    bench = Bench(setting, [twin, *others], device="cpu", num_samples=5)
+    batch = bench.batch(5)
     with torch.no_grad():
         assert check_published(bench, published, twin, batch).holds
         for other in others:
@@ -198,8 +198,8 @@ def test_the_comparison_notices_another_algorithm(name):
 
 
 def test_a_few_samples_may_go_astray_by_rounding():
-    """One in eight that ends 0.27 away is no other algorithm; three are, and so is what is not a number."""
-    for num_astray, holds in ((0, True), (1, True), (2, True), (3, False), (8, False)):
+    """One in eight that ends 0.27 away is no other algorithm; half of them are, and so is what is not a number."""
+    for num_astray, holds in ((0, True), (1, True), (3, True), (4, False), (8, False)):
         distances = (0.27,) * num_astray + (2e-6,) * (8 - num_astray)
         agreement = Agreement(what="latents", distances=distances, tolerance=2e-5, unit="")
         assert agreement.holds is holds and agreement.num_within == 8 - num_astray

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from engine.dataset.card import dataset_card
 from engine.dataset.export import ExportOptions, export
 from engine.dataset.summary import GroupSummary, Spread
+from engine.errors import JobError
 from engine.imaging import encode
 from engine.spec import JobSpec, parse_job
 from tests.corpus_cases import make_run
@@ -104,7 +105,7 @@ def runs(draw: st.DrawFn) -> tuple[JobSpec, dict[str, Any], list[GroupSummary]]:
     return job, manifest, groups
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(runs())
 def test_every_claim_follows_from_the_counts(run: tuple[JobSpec, dict[str, Any], list[GroupSummary]]) -> None:
     """Screening that nothing passed, quotas that are short, models that nobody named, licences that nobody states."""
@@ -202,20 +203,26 @@ def test_the_counts_of_a_run_are_those_of_its_rows(tmp_path: Path) -> None:
     assert "guided: 5 of 6 scored images; of these 2 as without it" in (run / "README.md").read_text()
 
 
+def make_real_images(folder: Path, count: int) -> str:
+    """Noise by class, in the place of photographs."""
+    for number in range(count):
+        place = folder / ("one", "two")[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        place.write_bytes(encode(noise, "png"))
+    return str(folder)
+
+
 @pytest.mark.parametrize("kind", ["webdataset", "imagefolder", "parquet"])
 @pytest.mark.parametrize("with_real", [False, True])
 @pytest.mark.parametrize("with_rejected", [False, True])
 def test_the_card_of_an_export(tmp_path: Path, kind: str, with_real: bool, with_rejected: bool) -> None:
     """Real images and rejected ones are spoken of where there are some; its lines run and give every image."""
     run = make_run(tmp_path / "run", count=6)
-    for number in range(6):
-        place = tmp_path / "real" / ("one", "two")[number % 2] / f"{number}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        noise = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        place.write_bytes(encode(noise, "png"))
+    real = make_real_images(tmp_path / "real", 6)
     options = ExportOptions(
         output=str(tmp_path / "out"), format=kind, with_rejected=with_rejected,
-        real=str(tmp_path / "real") if with_real else None, real_ratio=0.3,
+        real=real if with_real else None, real_ratio=0.3,
     )  # fmt: skip
     done = export((str(run),), options)
     card, counts = (done.path / "README.md").read_text(), done.manifest["counts"]
@@ -224,3 +231,19 @@ def test_the_card_of_an_export(tmp_path: Path, kind: str, with_real: bool, with_
     assert (f"**{counts['samples']['rejected']} images were rejected by the rule" in card) == with_rejected
     assert ("classes.json" in card) == (kind == "imagefolder")
     assert ("dataset_info" in yaml.safe_load(card.split("---\n")[1])) == (kind == "webdataset")
+
+
+def test_real_images_of_an_earlier_export_are_no_synthetic_ones(tmp_path: Path) -> None:
+    """A merge of a mixed data set counts them as real, in words and numbers, and tops their share up, not twice."""
+    run = make_run(tmp_path / "run", count=20)
+    real = make_real_images(tmp_path / "real", 40)
+    mixed = export((str(run),), ExportOptions(output=str(tmp_path / "mixed"), real=real, real_ratio=0.2))
+    counts = mixed.manifest["counts"]
+    again = export((str(mixed.path),), ExportOptions(output=str(tmp_path / "again"), name="again"))
+    assert again.manifest["counts"] == counts and counts["real"] == round(counts["generated"] / 4) > 0
+    assert f"{counts['generated']} synthetic ones" in (again.path / "README.md").read_text()
+    more = ExportOptions(output=str(tmp_path / "more"), name="more", real=real, real_ratio=0.5)
+    counts = export((str(mixed.path),), more).manifest["counts"]
+    assert counts["real"] == counts["generated"]
+    with pytest.raises(JobError, match=r"--real-ratio: .* are real images of an earlier export"):
+        export((str(mixed.path),), ExportOptions(output=str(tmp_path / "never"), name="x", real=real, real_ratio=0.1))

@@ -170,7 +170,7 @@ _CONDITIONS = st.recursive(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(condition=_CONDITIONS)
 def test_what_was_not_scored_is_selected_by_no_score(mixed: Corpus, condition: str) -> None:
     """Failed samples and real images, of any version, whatever stands in their columns and however it is negated."""

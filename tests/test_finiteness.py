@@ -19,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import engine.generator
+from engine.dataset.deduplicate import embed
 from engine.dataset.store import open_store
-from engine.errors import EXIT_INCOMPLETE, JobError
+from engine.errors import EXIT_INCOMPLETE, EXIT_USER, JobError
 from engine.finiteness import usable_embeds, usable_logits
 from engine.images import open_images
 from engine.models.classifier import Classifier
@@ -33,6 +34,7 @@ from engine.rescore import rescore
 from engine.scores import conformity, entropy, kldb, kldb_parts, risk
 from engine.scoring import Scorer
 from engine.studies.evaluate import EvaluateOptions, evaluate
+from engine.studies.evaluation_lines import summary_lines
 from engine.studies.features import ClipFeatures
 from engine.studies.memorisation import find_nearest
 from engine.studies.pictures import Eyes
@@ -158,6 +160,34 @@ def test_rescoring_counts_and_names(option: str, run: Path, tmp_path: Path, call
     assert told["num_images"] + told["num_failed"] == len(rows)
 
 
+def test_rescoring_by_a_broken_classifier_ends_with_its_name(run: Path, tmp_path: Path, call: Any) -> None:
+    """No image has a new score, and there is nothing to compare."""
+    bad = poisoned(TARGET, tmp_path / "bad", CLASSIFIER_POISONS["nan in all classes"])
+    code, out, err = call("rescore", str(run), "--target", bad, "--output", str(tmp_path / "new"))
+    assert code == EXIT_INCOMPLETE and "0 of 20 samples have an image and a new score" in out
+    assert f"error: 20 of 20 images have no new score: models.target '{bad}' gives logits" in err
+    assert "Traceback" not in err
+
+
+def test_an_evaluation_goes_on_without_some_images(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted and named in its document and on the terminal; rows and records stay together."""
+    embeds = Clip.image_embeds
+
+    def spoiled(self: Clip, images: Any) -> torch.Tensor:
+        made = embeds(self, images)
+        return made.index_fill(0, torch.tensor([1, 2]), torch.nan) if len(made) > 2 else made
+
+    monkeypatch.setattr(Clip, "image_embeds", spoiled)
+    log = io.StringIO()
+    done = evaluate(
+        str(run), EvaluateOptions(features="clip"), display=PlainDisplay(log), folder=str(tmp_path / "out")
+    ).evaluation
+    [line] = done.left_out
+    assert line.startswith(f"2 of 20 images: models.clip '{CLIP}' gives an image embedding") and line in log.getvalue()
+    assert sum(done.samples.values()) == 18 and summary_lines(done)[0] == f"left out: {line}"
+    assert line.split("'")[0] in (tmp_path / "out/report.html").read_text()
+
+
 def test_a_deep_check_names_the_model(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that computes nonsense is told from scores that are others."""
     bad = Classifier.load(poisoned(TARGET, tmp_path / "bad", CLASSIFIER_POISONS["+inf"]))
@@ -171,6 +201,22 @@ def test_a_deep_check_names_the_model(run: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(engine.generator, "load_scorer", load)
     findings = rescore(open_store(str(run)), num_samples=3)
     assert len(findings) == 3 and all(f"models.oracle '{bad.name}' gives" in one.text for one in findings)
+
+
+def test_a_price_is_not_asked_of_samples_that_fail(tmp_path: Path, call: Any) -> None:
+    """The batch that is measured says what a run would end with."""
+    bad = poisoned(
+        "zoo:digits/oracle", tmp_path / "bad", lambda weights: [one.fill_(torch.nan) for one in weights.values()]
+    )
+    models = {"diffusion": "zoo:digits/stable-diffusion", "clip": CLIP, "target": TARGET, "oracle": bad}
+    request = {"name": "a", "method": "prompt", "classes": ["three"], "count": 1}
+    job = {"name": "job", "models": models, "requests": [request], "sampling": {"num_inference_steps": 2}}
+    (tmp_path / "job.yaml").write_text(json.dumps(job | {"output": {"uri": str(tmp_path / "run")}}))
+    code, _, err = call("plan", str(tmp_path / "job.yaml"), "--calibrate")
+    assert (
+        code == EXIT_USER
+        and f"all 1 samples of the measured batch failed, so a run would make none: models.oracle '{bad}'" in err
+    )
 
 
 def hooked(clip: Clip, rows: list[int]) -> Any:
@@ -209,6 +255,13 @@ def test_an_evaluation_by_a_broken_clip_is_refused(poison: Poison, message: str,
         options = EvaluateOptions(clip=bad, features="clip")
         evaluate(str(run), options, display=PlainDisplay(io.StringIO()), folder=str(tmp_path / "out"))
     assert not (tmp_path / "out/evaluation.json").exists()
+
+
+def test_near_duplicates_are_not_sought_with_broken_embeddings(tmp_path: Path) -> None:
+    """NaN is near to nothing: every duplicate would stay."""
+    bad = poisoned(CLIP, tmp_path / "bad", CLIP_POISONS["nan"])
+    with pytest.raises(JobError, match=r"--deduplicate: the CLIP model '.*bad' gives an image embedding"):
+        embed(IMAGES, bad, lambda text: None)
 
 
 @pytest.mark.parametrize("role", ["target", "encoder"])

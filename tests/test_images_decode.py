@@ -138,6 +138,20 @@ def test_what_a_tiff_says_of_its_range_is_used():
         decode_rgb(tiff(ramp(32767), 16, signed=2))
 
 
+@pytest.mark.parametrize("packing", [None, "tiff_lzw", "tiff_adobe_deflate"])
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_sixteen_bits_of_every_tiff_are_seen(mode, packing):
+    """In either order of bytes, packed or not; they leave Pillow in modes of their own."""
+    for peak in (4095, 65535):
+        pixels = ramp(peak).astype(">u2" if mode == "I;16B" else "<u2").tobytes()
+        data = saved(PIL.Image.frombytes(mode, (8, 8), pixels), "TIFF", compression=packing)
+        if peak == 65535:
+            assert np.asarray(decode_rgb(data)).max() == 255
+        else:
+            with pytest.raises(UnusableImageError, match="14 bits or fewer"):
+                decode_rgb(data)
+
+
 @pytest.mark.parametrize("peak", [1, 100, 255, 256, 1023, 4095, 65535])
 def test_a_pgm_says_its_range_itself(peak):
     """Its header has the greatest value."""

@@ -55,7 +55,7 @@ def test_a_run_is_read_from_a_folder_of_any_name(
     assert [one.name for one in tmp_path.iterdir()] == [name], "nothing is run, fetched or made"
 
 
-@pytest.mark.parametrize("name", NAMES[::3])
+@pytest.mark.parametrize("name", NAMES[::6])
 def test_a_data_set_is_written_to_a_folder_of_any_name(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -73,7 +73,7 @@ def test_a_data_set_is_written_to_a_folder_of_any_name(
     assert {one.name for one in tmp_path.iterdir()} == made
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.text(alphabet="ab#?%{}[]*:|. ,;&=+@!~^$'\"\\é", min_size=1, max_size=12))
 def test_names_of_such_letters_are_read(run: Path, tmp_path: Path, name: str) -> None:
     folder = tmp_path / f"x{name}"

@@ -105,6 +105,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "channels turned": {"size": {"shortest_edge": 28}, "do_flip_channel_order": True},
     "channels not turned": {"size": {"shortest_edge": 28}, "do_flip_channel_order": False},
     "divided once": {"size": {"height": 28, "width": 28}, "include_top": False},
+    "null": dict.fromkeys(("do_rescale", "do_center_crop", "crop_size", "do_pad", "resample", "crop_pct", "size")),
     "factor in float32": {"size": {"shortest_edge": 28}, "rescale_factor": 0.003921568859368563},
 }
 
@@ -152,7 +153,7 @@ MORE_WRONG: list[tuple[str, dict[str, Any]]] = [
     )),
     *(("image_mean", {"image_mean": one}) for one in (0.5, [0.5, 0.5], ["a", "b", "c"], [0.5, 0.5, None])),
     *(("rescale_factor", {"rescale_factor": one}) for one in (1, 0, 1 / 256, "1/255")),
-    ("do_rescale", {"do_rescale": None}),
+    ("do_rescale", {"do_rescale": 0}),
 ]  # fmt: skip
 
 

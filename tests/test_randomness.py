@@ -20,7 +20,7 @@ from engine.models import targets
 from engine.models.addresses import model_digests, read_labels
 from engine.models.classifier import Classifier
 from engine.models.methods import method_digest, method_digests
-from engine.models.randomness import watch_generators
+from engine.models.randomness import watched
 from engine.plan import build_plan
 from engine.spec import parse_job
 from tests.test_custom_method import job_of
@@ -174,12 +174,15 @@ def test_every_global_generator_is_watched() -> None:
     import numpy as np
 
     for name, draw in {"torch": lambda: torch.rand(1), "random": random.random, "numpy.random": np.random.rand}.items():
-        with watch_generators() as drawn:
-            draw()
-        assert drawn == [name]
-    with watch_generators() as drawn, watch_generators() as inner:
-        torch.rand(1, generator=KEPT)
-    assert drawn == inner == []
+        assert watched(draw)[1] == [name]
+    assert watched(lambda: torch.rand(1, generator=KEPT))[1] == []
+
+
+def test_another_threads_draw_is_not_laid_to_the_code() -> None:
+    """A worker's other threads may draw at any moment; what draws by itself does so each time."""
+    others = iter([True, False])
+    result, drawn = watched(lambda: torch.rand(1) if next(others) else 7)
+    assert (result, drawn) == (7, [])
 
 
 # Targets -------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from tests.conftest import REPOSITORY
 
 ENGINE = REPOSITORY / "engine"
 CORE = (
-    "spec.py", "plan.py", "records.py", "scores.py", "scheduler.py", "temperature.py", "batching.py", "guidance",
+    "spec.py", "plan.py", "records.py", "scores.py", "finiteness.py", "scheduler.py", "temperature.py", "batching.py",
+    "guidance",
     "sampling", "conditioning", "quotas.py", "messages.py", "tables.py", "class_names.py", "spec_messages.py",
     "labels.py", "heartbeat.py",
 )  # fmt: skip

@@ -172,7 +172,8 @@ def test_wishes_of_a_job_replace_what_the_models_own_scheduler_says(own, plain):
 def test_the_schedulers_of_one_training_are_exchangeable(own, plain):
     """Whatever scheduler a folder was saved with; its own where that draws no noise, refused by name where it does."""
     for scheduler in (*CLASSES, "model"):
-        spec = SamplingSpec(scheduler=scheduler, num_inference_steps=4)
+        # PNDM begins with steps that need four.
+        spec = SamplingSpec(scheduler=scheduler, num_inference_steps=4 if own == "PNDMScheduler" else 2)
         problems = plain.problems(own, {}, spec)
         if scheduler == "model" and own not in KINDS:
             assert f"'model' is a {own}, which draws noise" in problems[0] and "use one of lms, ddim" in problems[0]
@@ -291,7 +292,7 @@ def test_guidance_leaves_latents_without_signal_alone_whoever_steps():
         ({"_class_name": "PNDMScheduler"}, {"scheduler": "model", "rescale_betas_zero_snr": True}, "PNDMScheduler"),
         ({"use_beta_sigmas": True}, {"use_karras_sigmas": True}, "only one can be"),
         ({"rescale_betas_zero_snr": True}, {"scheduler": "euler"}, "eps-prediction has no signal"),
-        ({"timestep_spacing": "other"}, {}, "timestep_spacing: 'other'"),
+        ({"timestep_spacing": "other"}, {}, 'timestep_spacing: "other"'),
         ({"interpolation_type": "cubic"}, {"scheduler": "euler"}, "interpolation_type"),
         ({"final_sigmas_type": "one"}, {"scheduler": "dpmsolver++"}, "final_sigmas_type"),
         ({"solver_order": 4}, {"scheduler": "dpmsolver++"}, "solver_order"),

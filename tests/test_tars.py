@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine import open_run
 from engine.dataset.shards import MAX_SAMPLE_BYTES, read_tar, tar_entries
 from engine.dataset.store import open_store
 from engine.errors import CorruptShardError
@@ -217,6 +218,18 @@ def test_a_hostile_run_gives_a_report_and_named_damage(tmp_path, commands):
         assert code == 0 if name == "report" else code in (0, 1, 2), (name, code, text)
         if name in ("verify", "export"):
             assert code in (1, 2) and "h-0" in text, (name, text)
+
+
+@pytest.mark.parametrize("data", [EPS, bomb(), b"words"], ids=["EPS", "bomb", "words"])
+def test_readers_name_a_hostile_image(tmp_path, data):
+    """In Python too: `to_torch`, and `to_webdataset`, whose library would open anything."""
+    run = make_run(tmp_path / "run", count=2, name="h")
+    bend(run, file_member(data))
+    corpus = open_run(str(run))
+    samples = corpus.to_torch()
+    for read_all in (lambda: [samples[number] for number in range(len(samples))], lambda: list(corpus.to_webdataset())):
+        with pytest.raises(CorruptShardError, match="h-000"):
+            read_all()
 
 
 def test_the_report_of_a_sound_run_has_its_images(tmp_path):

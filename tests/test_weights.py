@@ -8,6 +8,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
 
 from engine.errors import JobError
@@ -219,6 +220,35 @@ def test_a_decoder_that_does_not_fit_is_refused(changes, words, tmp_path):
         check_addresses(job)
 
 
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("rename", [None, "{}.base_layer", "module.{}"])
+def test_weights_that_are_missing_are_not_made_up(part, rename, plain, tmp_path, hardware):
+    """The libraries fill gaps with random numbers: weights under other names, as adapters leave them, or none."""
+    folder = Path(shutil.copytree(plain, tmp_path / "copy"))
+    (path,) = (folder / part).glob("*.safetensors")
+    weights = safetensors.torch.load_file(path)
+    name = next(one for one in weights if "norm" in one)
+    found = weights.pop(name)
+    safetensors.torch.save_file(weights | ({rename.format(name): found} if rename else {}), path)
+    with pytest.raises(JobError, match=r"cannot be loaded as a diffusion pipeline .its files lack 1 of the weights"):
+        Diffusion.load(str(folder), hardware)
+
+
+def test_the_old_names_of_attention_weights_are_read(plain, images, tmp_path, hardware):
+    """A VAE from before diffusers 0.18, as that of Stable Diffusion 1, lacks nothing."""
+    folder = Path(shutil.copytree(plain, tmp_path / "copy"))
+    (path,) = (folder / "vae").glob("*.safetensors")
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = safetensors.torch.load_file(path)
+    renamed = {}
+    for name, tensor in weights.items():
+        place = next((new for new in old if f".{new}." in name and ".attentions." in name), None)
+        renamed[name.replace(place, old[place]) if place else name] = tensor
+    assert renamed.keys() != weights.keys()
+    safetensors.torch.save_file(renamed, path)
+    assert torch.equal(by_engine(Diffusion.load(str(folder), hardware), 2, scheduler="ddim"), images)
+
+
 class Hub:
     """A model hub in a folder: what `snapshot_download` of patterns leaves of it on this machine."""
 
@@ -273,7 +303,7 @@ def test_of_the_hub_a_pipeline_that_does_not_run_is_refused_before_its_weights(p
     repository = Path(shutil.copytree(plain, tmp_path / "repository"))
     edit(repository / "unet" / "config.json", addition_embed_type="text_time")
     made = hub(repository)
-    with pytest.raises(JobError, match="addition_embed_type: 'text_time'"):
+    with pytest.raises(JobError, match='addition_embed_type: "text_time"'):
         resolve("somebody/pipeline")
     assert not [name for name in fetched(made) if name.endswith(".safetensors")]
 

@@ -76,13 +76,14 @@ def retry(
     from engine.dataset.state import stored_plan
     from engine.dataset.store import open_store
     from engine.jobfile import let_import
+    from engine.spec import apply_overrides, parse_job
 
     rules = _rules(grace, deadline, max_duration)
     _check_address(address, executor)
     spec, _ = stored_plan(open_store(run))
     let_import(spec, Path.cwd())
     if workers is not None:
-        spec = spec.model_copy(update={"runtime": spec.runtime.model_copy(update={"workers": workers})})
+        spec = parse_job(apply_overrides(spec.model_dump(mode="json"), [("runtime.workers", workers)]))
     _run(spec, executor, address, resume="auto", confirmed=False, rules=rules, retry=True)
 
 

@@ -148,7 +148,7 @@ class _Export:
         with contextlib.closing(self._reader):
             image_format = self._image_format()
             kept, deduplication = self._deduplicated()
-            with contextlib.closing(self._mixed(len(kept), image_format)) as real:
+            with contextlib.closing(self._mixed(kept, image_format)) as real:
                 data_files = self._write_samples(kept, real, image_format)
                 manifest = self._manifest(kept, real, deduplication)
         store = self._store
@@ -186,15 +186,21 @@ class _Export:
         about = {"threshold": threshold, "clip": address, "dropped": len(gone), "list": DUPLICATES}
         return [one for number, one in enumerate(samples) if number not in gone], about
 
-    def _mixed(self, num_generated: int, image_format: str) -> RealImages:
-        """The real images that go with so many generated ones."""
+    def _mixed(self, kept: list[Chosen], image_format: str) -> RealImages:
+        """The real images that go with some samples, among which there may be real ones already."""
         options = self._options
         real = RealImages(self._store.path(_SPOOL), options.name, image_format)
         if options.real is None:
             return real
         if not self._corpus.labels:
             raise JobError("--mix-real: the runs do not tell their classes, so labels of real images cannot be matched")
-        count = max(1, round(num_generated * options.real_ratio / (1 - options.real_ratio)))
+        num_there = sum(one.is_real for one in kept)
+        count = max(1, round((len(kept) - num_there) * options.real_ratio / (1 - options.real_ratio))) - num_there
+        if count < 1:
+            raise JobError(
+                f"--real-ratio: {num_there} of the {len(kept)} samples are real images of an earlier export, a share of"
+                f" {options.real_ratio:g} or more; leave them out (--filter \"method != 'real'\"), or drop --mix-real"
+            )
         real.draw(options.real, self._corpus.labels, count, options.seed, self._advance)
         if taken := {one.key for one in self._selection.samples} & set(real.keys):
             raise JobError(f"--name: the key '{min(taken)}' is taken by a sample of the runs; choose another --name")
@@ -240,16 +246,17 @@ class _Export:
             yield result, extension
 
     def _manifest(self, kept: list[Chosen], real: RealImages, deduplication: dict[str, Any]) -> dict[str, Any]:
-        options, num_real = self._options, len(real.keys)
+        options, num_drawn = self._options, len(real.keys)
+        num_images, num_real = len(kept) + num_drawn, num_drawn + sum(one.is_real for one in kept)
         classes = self._counts["classes"]
         statuses = {name: sum(one[name] for one in classes.values()) for name in (STATUS_OK, STATUS_REJECTED)}
-        shards = -(-(len(kept) + num_real) // options.samples_per_shard)
+        shards = -(-num_images // options.samples_per_shard)
         about_real = {
             "address": options.real,
             "ratio": options.real_ratio,
             "num_usable": real.num_usable,
             "num_unusable": len(real.unusable),
-            "num_taken": num_real,
+            "num_taken": num_drawn,
         }
         return {
             "schema_version": SCHEMA_VERSION,
@@ -271,11 +278,11 @@ class _Export:
             "real": about_real if options.real is not None else {},
             "versions": software_versions(),
             "counts": {
-                "images": len(kept) + num_real,
-                "generated": len(kept),
+                "images": num_images,
+                "generated": num_images - num_real,
                 "real": num_real,
                 "shards": {"committed": shards} if options.format != "imagefolder" else {},
-                "samples": {"attempted": len(kept) + num_real, "failed": 0, **statuses},
+                "samples": {"attempted": num_images, "failed": 0, **statuses},
                 "requests": dict(sorted(self._counts["requests"].items())),
                 "classes": dict(sorted(classes.items())),
             },

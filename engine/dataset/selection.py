@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from engine.dataset.shards import is_key
 from engine.dataset.tar_index import SamplePlace, SamplePlaces, TarReader, index_tars
 from engine.errors import CorruptShardError, JobError
-from engine.records import RUN_FIELDS, SampleResult, check_record, upgraded
+from engine.records import REAL, RUN_FIELDS, SampleResult, check_record, upgraded
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -29,12 +29,14 @@ class Chosen(NamedTuple):
     Attributes:
         key: its name in the export; another than in its run where that was taken.
         run, row: the number of its run, and of its row among the selected rows of that run.
+        is_real: whether it is a real image, which an earlier export mixed in.
     """
 
     key: str
     run: int
     row: int
     class_index: int
+    is_real: bool = False
 
 
 @dataclass(slots=True)
@@ -64,6 +66,7 @@ def select(corpus: Corpus) -> Selection:
     last = len(corpus.runs) - 1
     for number, source in enumerate(corpus.runs):
         columns = corpus.run_table(number, ["key", "sha256", "class_index"]).to_pydict()
+        methods = corpus.run_table(number, ["method"])["method"].to_pylist() if "method" in corpus.columns else []
         is_taken = any(
             taken.get(key, sha) != sha and (key, sha) not in seen
             for key, sha in zip(columns["key"], columns["sha256"], strict=True)
@@ -79,7 +82,8 @@ def select(corpus: Corpus) -> Selection:
             name = prefix + key
             _check_key(name, source.uri, is_taken=name in taken or name in own)
             own[name] = sha256
-            chosen.samples.append(Chosen(name, number, row, class_index))
+            is_real = bool(methods) and methods[row] == REAL
+            chosen.samples.append(Chosen(name, number, row, class_index, is_real))
         # Of the last run nothing need be remembered, and there may be millions of rows.
         if number < last:
             taken |= own

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engine.dataset.shards import record_json
+from engine.dataset.shards import IMAGE_FORMATS, record_json
 from engine.dataset.store import StoredFile
 from engine.dataset.tar_index import RECORD
+from engine.errors import CorruptShardError
+from engine.images.decode import MAX_SAMPLE_PIXELS, UnusableImageError, open_image
 from engine.records import fields_of
 
 if TYPE_CHECKING:
@@ -57,7 +59,23 @@ def make_pipeline(corpus: Corpus, decode: str | None, options: dict[str, Any]) -
     dataset = webdataset.WebDataset(list(keys), **options)
     dataset.pipeline = [_opening(stage, files) for stage in dataset.pipeline]
     pipeline = dataset.select(selection.wants).map(selection.renew)
-    return pipeline if decode is None else pipeline.decode(decode)
+    return pipeline if decode is None else pipeline.map(check_image).decode(decode)
+
+
+def check_image(sample: dict[str, Any]) -> dict[str, Any]:
+    """A sample of the pipeline, checked before `webdataset` opens its image with any decoder that Pillow has.
+
+    Raises:
+        CorruptShardError: the image is of another format, or too large.
+    """
+    for extension in IMAGE_FORMATS:
+        if extension in sample:
+            try:
+                with open_image(sample[extension], max_pixels=MAX_SAMPLE_PIXELS):
+                    pass
+            except UnusableImageError as error:
+                raise CorruptShardError(f"{sample['__url__']}: the image of {sample['__key__']!r} {error}") from None
+    return sample
 
 
 @dataclass(frozen=True, slots=True)

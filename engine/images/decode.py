@@ -173,8 +173,8 @@ def _rgb(image: PIL.Image.Image, is_deep: bool) -> PIL.Image.Image:
         raise UnusableImageError("has LAB pixels; store it as RGB")
     rgb = image.convert("RGB")
     if is_deep and image.format != "PPM":
-        # The upper 8 bits are what is left.
-        _check_peak(256 * int(np.asarray(rgb).max()) + 255)
+        # The upper 8 bits are what is left; an alpha channel has a range of its own.
+        _check_peak(256 * int(np.asarray(image if image.mode == "CMYK" else rgb).max()) + 255)
     return rgb
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -22,6 +23,8 @@ from engine.tars import DamagedTarError, Member, read_member, walk_tar
 KIND = "WebDataset tars"
 LABELS = ("cls", "json")
 MAX_LABEL_BYTES = 4096
+# Members among which the first label is sought: a set without any must not be walked through twice.
+MAX_LOOKED_AT = 10_000
 MAX_RECORD_BYTES = 16 * 2**20
 
 # What stands before the last dot of a composed extension; numbers and blanks are of names.
@@ -80,10 +83,12 @@ class _Tars:
                     yield partial(_read_sample, file, name, sample, self._labelling)
 
     def _written(self) -> Iterator[str]:
-        """What the `.cls` of the set hold, tar by tar."""
+        """What the first `.cls` of the set hold, tar by tar."""
+        left = MAX_LOOKED_AT
         for path in self._paths:
             with contextlib.suppress(DamagedTarError, OSError), path.open("rb") as file:
-                for member in walk_tar(file):
+                for member in itertools.islice(walk_tar(file), left):
+                    left -= 1
                     if member.is_file and member.name.lower().endswith(".cls"):
                         with contextlib.suppress(UnusableImageError):
                             yield _text(file, member)

@@ -129,7 +129,7 @@ def load_network(address: str) -> Any:
     config = read_config(folder / "config.json")
     with loading(address, "a classifier"):
         more = {"config": _timm_config(config)} if TIMM_KEY in config else {}
-        return load_weights(AutoModelForImageClassification, folder, address, **more)
+        return load_weights(AutoModelForImageClassification, folder, **more)
 
 
 def _timm_config(config: dict[str, Any]) -> Any:

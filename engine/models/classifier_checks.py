@@ -24,7 +24,7 @@ from engine.models.processors import check_processor, check_timm_transform
 from engine.models.weights import StoredTensor, stored_tensors
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
-_NO_NAME = re.compile(r"(?:LABEL|CLASS|label|class)[ _-]?\d+|n\d{8}")
+_NO_NAME = re.compile(r"(?i:label|class)[ _-]?\d+|n\d{8}")
 # What `timm.create_model` takes and a network's own folder must not say: other files, other outputs.
 _TIMM_OTHERS = (
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only",
@@ -299,7 +299,7 @@ def check_clip(folder: Path, address: str, *, is_whole: bool = True) -> None:
     config = read_config(folder / "config.json")
     kinds = config.get("architectures") or ["CLIPModel"]
     if config.get("model_type") != "clip" or "CLIPModel" not in kinds:
-        kind = config.get("model_type") if "CLIPModel" in kinds else kinds[0]
+        kind = config.get("model_type") if config.get("model_type") != "clip" else kinds[0]
         raise JobError(f"'{address}' is a model of type {kind!r}; a CLIP model is needed")
     vision = config.get("vision_config")
     if isinstance(vision, dict) and vision.get("num_channels", 3) != 3:
@@ -334,6 +334,6 @@ def _tensors(folder: Path, address: str, kind: str) -> dict[str, StoredTensor]:
         raise JobError(f"'{address}' cannot be loaded as {kind} ({error})") from None
 
 
-def _raise(problems: Sequence[str]) -> None:
+def _raise(problems: list[str]) -> None:
     if problems:
         raise JobError(problems)

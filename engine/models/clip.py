@@ -46,9 +46,12 @@ class Clip:
         folder = resolve(address)
         check_clip(folder, address)
         with loading(address, "a CLIP model"):
-            model = load_weights(CLIPModel, folder, address)
+            model = load_weights(CLIPModel, folder)
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        return cls(model, tokenizer, Preprocessing.load(folder), device, name=address)
+        made = cls(model, tokenizer, Preprocessing.load(folder), device, name=address)
+        with loading(address, "a CLIP model of images as its image processor makes them"):
+            made.image_embeds([PIL.Image.new("RGB", (64, 64))])
+        return made
 
     @torch.no_grad()
     def text_embeds(self, prompts: Sequence[str]) -> Tensor:
@@ -111,7 +114,7 @@ class ImageEncoder:
 
         folder = resolve(address)
         with loading(address, "an image encoder"):
-            model = load_weights(CLIPVisionModelWithProjection, folder / "image_encoder", address)
+            model = load_weights(CLIPVisionModelWithProjection, folder / "image_encoder")
         return cls(model, Preprocessing.load(folder / "feature_extractor"), device)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.models.addresses import resolve
 from engine.models.folders import weights_variant
 from engine.models.pipelines import check_decoder
-from engine.models.runtime import Hardware, frozen, loading
+from engine.models.runtime import Hardware, frozen, loading, whole
 
 
 class GuidanceDecoder:
@@ -35,10 +35,10 @@ class GuidanceDecoder:
 
         folder = resolve(address)
         check_decoder(folder, address)
-        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "torch_dtype": torch.float32}
+        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+        options |= {"variant": weights_variant(folder), "torch_dtype": torch.float32}
         with loading(address, "an AutoencoderTiny"):
-            model = AutoencoderTiny.from_pretrained(folder, variant=weights_variant(folder), **options)
-        return cls(model, hardware)
+            return cls(whole(AutoencoderTiny.from_pretrained(folder, **options)), hardware)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W], nominally in [0, 1] and not clamped, of latents [B, C, h, w]; differentiable."""

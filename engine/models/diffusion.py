@@ -29,6 +29,7 @@ from engine.models.runtime import (
     frozen,
     head_sizes,
     loading,
+    whole,
     xformers_problem,
 )
 from engine.models.safety import SafetyChecker
@@ -97,11 +98,12 @@ class Diffusion:
         folder = resolve(address)
         check_pipeline(folder, address, checks_safety=checks_safety)
         check_pipeline_weights(folder, address, checks_safety=checks_safety)
-        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
         dtype = getattr(torch, hardware.dtype)
 
         def part(kind: Any, name: str, **more: Any) -> Any:
-            return kind.from_pretrained(folder / name, variant=weights_variant(folder / name), **options, **more)
+            where = folder / name
+            return whole(kind.from_pretrained(where, variant=weights_variant(where), **options, **more))
 
         with loading(address, "a diffusion pipeline"):
             return cls(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from engine.errors import JobError
 from engine.guidance.custom import same_values
-from engine.models.randomness import watch_generators
+from engine.models.randomness import watched
 from engine.models.targets import (
     EXAMPLE,
     TargetSettings,
@@ -227,10 +227,8 @@ def _probes(height: int, width: int, device: str) -> Tensor:
 
 def _chance_problem(network: Network, images: Tensor) -> str | None:
     """Why the outputs of a network are no logits that the images decide, or None."""
-    with watch_generators() as drawn:
-        output = network(images)
-        is_same = same_values(output, network(images))
-    if drawn or not is_same:
+    output, drawn = watched(lambda: network(images))
+    if drawn or not same_values(output, network(images)):
         what = f"draws random numbers ({', '.join(drawn)})" if drawn else "gives other values for equal images"
         return (
             f"{what}; logits must be decided by the image alone: switch dropout off (export in evaluation mode), draw"

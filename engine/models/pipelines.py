@@ -23,7 +23,7 @@ from engine.models.folders import (
     weighted_parts,
     weights_problem,
 )
-from engine.sampling.families import ModelScheduler, sampling_problems, training_problems
+from engine.sampling.families import ModelScheduler, sampling_problems, shown, training_problems
 from engine.spec import JobSpec, RequestSpec
 
 STABLE_DIFFUSION, UNCLIP = "StableDiffusionPipeline", "StableUnCLIPImg2ImgPipeline"
@@ -59,6 +59,7 @@ _CONFIGURATIONS = {
     "image_noising_scheduler": "scheduler_config.json",
     "feature_extractor": "preprocessor_config.json",
 }
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 # Weights beside a pipeline's own, which diffusers applies on request, and this engine never.
 _ADAPTERS = re.compile(r"(pytorch_lora_weights.*|pytorch_custom_diffusion_weights.*|adapter_(config|model)\..*)")
 # Options of a UNet that ask its pipeline for something: values that ask for nothing, what others ask for.
@@ -107,8 +108,8 @@ def has_configurations(folder: Path) -> bool:
     """Whether a folder has the configurations of all parts of a pipeline: one of the hub may be here in part."""
     if not (folder / PIPELINE_INDEX).is_file():
         return False
-    parts = part_classes(folder)
-    return all((folder / name / _CONFIGURATIONS.get(name, "config.json")).is_file() for name in parts)
+    files = (folder / name / _CONFIGURATIONS.get(name, "config.json") for name in part_classes(folder))
+    return all(file.is_file() for file in files) and _has_vocabulary(folder / "tokenizer")
 
 
 def check_pipeline_weights(folder: Path, address: str, *, checks_safety: bool = True) -> None:
@@ -204,9 +205,16 @@ def _part_problem(folder: Path, checks_safety: bool) -> str:
         if not str(index[name][0]).startswith(_LIBRARIES):
             return f"is a {kind} whose {name} is code of its own ({index[name][0]})"
         if found not in known[name]:
-            hint = "; models.safety_checker: off leaves it out" if name == SAFETY_CHECKER else ""
-            return f"is a {kind} whose {name} is of class {found}, not {known[name][0]}{hint}"
+            return f"is a {kind} whose {name} is of class {found}, not {known[name][0]}{_hint(name, found)}"
     return _file_problem(folder, parts, checks_safety)
+
+
+def _hint(name: str, found: str) -> str:
+    if name == SAFETY_CHECKER:
+        return "; models.safety_checker: off leaves it out"
+    if found == "AutoencoderTiny":
+        return "; keep the pipeline's own, and name the tiny one in models.guidance_decoder"
+    return ""
 
 
 def _file_problem(folder: Path, parts: dict[str, str], checks_safety: bool) -> str:
@@ -251,7 +259,7 @@ def _option_problems(folder: Path) -> Iterator[str]:
         yield f"{problem}; {_REMEDY}"
     yield from _size_problems(unet, vae)
     yield from _text_problems(folder, unet, configs["text_encoder"])
-    yield from (f"{problem}; {_REMEDY}" for problem in training_problems(read_scheduler(folder)))
+    yield from training_problems(read_scheduler(folder))
     if has_labels:
         yield from _embedding_problems(folder, unet)
 
@@ -259,12 +267,12 @@ def _option_problems(folder: Path) -> Iterator[str]:
 def _unet_problems(unet: dict[str, Any], has_labels: bool) -> Iterator[str]:
     for option, known, meaning in _UNET:
         if option in unet and unet[option] not in known:
-            yield f"unet/config.json has {option}: {unet[option]!r} ({meaning})"
+            yield f"unet/config.json has {option}: {shown(unet[option])} ({meaning})"
     embedding = unet.get("class_embed_type")
     if has_labels and embedding != "projection":
-        yield f"unet/config.json has class_embed_type: {embedding!r}, not the 'projection' of Stable unCLIP"
+        yield f'unet/config.json has class_embed_type: {shown(embedding)}, not the "projection" of Stable unCLIP'
     if not has_labels and embedding is not None:
-        yield f"unet/config.json has class_embed_type: {embedding!r} (it is told a class, a level or an image)"
+        yield f"unet/config.json has class_embed_type: {shown(embedding)} (it is told a class, a level or an image)"
     if not has_labels and unet.get("class_embeddings_concat"):
         yield "unet/config.json has class_embeddings_concat: True (it is told a class, a level or an image)"
 
@@ -274,20 +282,21 @@ def _channel_problems(unet: dict[str, Any], vae: dict[str, Any]) -> Iterator[str
     kinds = {9: "inpainting", 8: "instruct-pix2pix", 7: "an upscaler", 5: "depth2img"}
     if read != latents:
         kind = f" (as {kinds[read]} does)" if read in kinds and latents == 4 else ""
-        yield f"unet/config.json has in_channels: {read!r}, the latents of the VAE have {latents!r}{kind}"
+        yield f"unet/config.json has in_channels: {shown(read)}, the latents of the VAE have {shown(latents)}{kind}"
     elif written != read:
-        yield f"unet/config.json has out_channels: {written!r}, the latents have {read!r}; it predicts more than noise"
+        more = f"the latents have {shown(read)}, so it predicts more than noise"
+        yield f"unet/config.json has out_channels: {shown(written)}, {more}"
 
 
 def _vae_problems(vae: dict[str, Any]) -> Iterator[str]:
     factor = vae.get("scaling_factor", 0.18215)
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < float("inf"):
-        yield f"vae/config.json has scaling_factor: {factor!r}, not a positive number"
+        yield f"vae/config.json has scaling_factor: {shown(factor)}, not a positive number"
     for option in ("shift_factor", "latents_mean", "latents_std"):
         if vae.get(option):
-            yield f"vae/config.json has {option}: {vae[option]!r}, which the pipelines of Stable Diffusion leave out"
+            yield f"vae/config.json has {option}: {shown(vae[option])}, which Stable Diffusion's pipelines leave out"
     if vae.get("out_channels", 3) != 3:
-        yield f"vae/config.json has out_channels: {vae['out_channels']!r}; images have 3"
+        yield f"vae/config.json has out_channels: {shown(vae['out_channels'])}; images have 3"
 
 
 def _size_problems(unet: dict[str, Any], vae: dict[str, Any]) -> Iterator[str]:
@@ -296,16 +305,15 @@ def _size_problems(unet: dict[str, Any], vae: dict[str, Any]) -> Iterator[str]:
     if len(sides) == 2 and all(_is_whole(side) and side > 0 for side in sides):
         return
     yield (
-        f"unet/config.json has sample_size: {size!r}, so the size of an image is not known; write the side of an image"
-        f" in pixels divided by {scale} there, or [height, width]"
-        f" (such as {512 // scale} for images of 512 pixels)"
+        f"unet/config.json has sample_size: {shown(size)}, so the size of an image is not known; write the side of an"
+        f" image in pixels divided by {scale} there, or [height, width] ({512 // scale} for images of 512 pixels)"
     )
 
 
 def _text_problems(folder: Path, unet: dict[str, Any], encoder: dict[str, Any]) -> Iterator[str]:
     kind = encoder.get("model_type", "clip_text_model")
     if kind not in ("clip_text_model", "clip"):
-        yield f"text_encoder/config.json is of type {kind!r}, not of CLIP; {_REMEDY}"
+        yield f"text_encoder/config.json is of type {shown(kind)}, not of CLIP; {_REMEDY}"
         return
     encoder = encoder["text_config"] if isinstance(encoder.get("text_config"), dict) else encoder
     width, asked = encoder.get("hidden_size", 512), unet.get("cross_attention_dim", 1280)
@@ -313,15 +321,39 @@ def _text_problems(folder: Path, unet: dict[str, Any], encoder: dict[str, Any]) 
         asked = unet["encoder_hid_dim"]
     if any(one != width for one in (asked if isinstance(asked, list) else [asked])):
         yield (
-            f"unet/config.json has cross_attention_dim: {asked!r}, the embeddings of the text encoder have {width!r}"
-            f" entries; {_REMEDY}"
+            f"unet/config.json has cross_attention_dim: {shown(asked)}, the embeddings of the text encoder have"
+            f" {shown(width)} entries; {_REMEDY}"
         )
     read = encoder.get("max_position_embeddings", 77)
     limit = read_config(folder / "tokenizer" / "tokenizer_config.json").get("model_max_length")
     if not isinstance(limit, int | float) or not 2 < limit <= read:
         yield (
-            f"tokenizer/tokenizer_config.json has model_max_length: {limit!r}; write {read} there, the tokens that the"
-            " text encoder reads"
+            f"tokenizer/tokenizer_config.json has model_max_length: {shown(limit)}; write {read} there, the tokens that"
+            " the text encoder reads"
+        )
+    yield from _vocabulary_problems(folder / "tokenizer", encoder.get("vocab_size", 49408))
+
+
+def _has_vocabulary(tokenizer: Path) -> bool:
+    return any(all((tokenizer / name).is_file() for name in names) for names in _VOCABULARIES)
+
+
+def _vocabulary_problems(tokenizer: Path, num_embeddings: int) -> Iterator[str]:
+    """A vocabulary that is missing, where transformers would make an empty one, or that the text encoder has not."""
+    if not _has_vocabulary(tokenizer):
+        yield "its tokenizer has no vocabulary: neither tokenizer.json nor vocab.json with merges.txt"
+        return
+    if (tokenizer / "tokenizer.json").is_file():
+        content = read_config(tokenizer / "tokenizer.json")
+        ids = [*content["model"]["vocab"].values(), *(one["id"] for one in content.get("added_tokens") or [])]
+    else:
+        ids = [*read_config(tokenizer / "vocab.json").values()]
+        if (tokenizer / "added_tokens.json").is_file():
+            ids += read_config(tokenizer / "added_tokens.json").values()
+    if max(ids) >= num_embeddings:
+        yield (
+            f"its tokenizer has tokens up to number {max(ids)}, its text encoder embeddings of {num_embeddings}"
+            " (vocab_size); they are not of one model"
         )
 
 
@@ -332,8 +364,8 @@ def _embedding_problems(folder: Path, unet: dict[str, Any]) -> Iterator[str]:
     read = unet.get("projection_class_embeddings_input_dim")
     if encoded != width or not _is_whole(width) or read != 2 * width:
         yield (
-            f"its image embeddings have {encoded!r} entries, image_normalizer takes {width!r} and the UNet {read!r},"
-            " not twice as many; its parts are not of one model"
+            f"its image embeddings have {shown(encoded)} entries, image_normalizer takes {shown(width)} and the UNet"
+            f" {shown(read)}, not twice as many; its parts are not of one model"
         )
     noising = folder / "image_noising_scheduler" / "scheduler_config.json"
     config = read_config(noising)
@@ -341,7 +373,7 @@ def _embedding_problems(folder: Path, unet: dict[str, Any]) -> Iterator[str]:
     if config.get("_class_name", "DDPMScheduler") != "DDPMScheduler":
         yield f"its image_noising_scheduler is a {config['_class_name']}, not a DDPMScheduler; {_REMEDY}"
     elif config.get("beta_schedule", "linear") not in schedules:
-        yield f"its image_noising_scheduler has beta_schedule: {config['beta_schedule']!r}, not one of {schedules}"
+        yield f"its image_noising_scheduler has beta_schedule: {shown(config['beta_schedule'])}, not one of {schedules}"
 
 
 def check_decoder(folder: Path, address: str) -> None:
@@ -358,7 +390,7 @@ def check_decoder(folder: Path, address: str) -> None:
     with _readable(address):
         _tiny_shape(config)
     if config.get("out_channels", 3) != 3:
-        raise JobError(f"'{address}' makes images of {config['out_channels']!r} channels; three are needed")
+        raise JobError(f"'{address}' makes images of {shown(config['out_channels'])} channels; three are needed")
 
 
 def check_decoder_weights(folder: Path, address: str) -> None:
@@ -390,8 +422,8 @@ def decoder_problem(address: str, decoder: Path, pipeline: Path, of: str) -> str
     factor, shift = tiny.get("scaling_factor", 1.0), tiny.get("shift_factor", 0.0)
     if factor not in (1, vae.get("scaling_factor", 0.18215)) or shift:
         return (
-            f"'{address}' has scaling_factor {factor!r} and shift_factor {shift!r}, so it decodes latents of another"
-            f" scale than those of '{of}'; 1 and 0 are those of a decoder for Stable Diffusion"
+            f"'{address}' has scaling_factor {shown(factor)} and shift_factor {shown(shift)}, so it decodes latents of"
+            f" another scale than those of '{of}'; 1 and 0 are those of a decoder for Stable Diffusion"
         )
     return None
 

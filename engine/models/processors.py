@@ -118,13 +118,18 @@ def _read(folder: Path, address: str) -> tuple[str, dict[str, Any]]:
         if (folder / name).is_file():
             settings = read_config(folder / name)
             if name == _FILES[1]:
-                return name, settings
+                return name, _said(settings)
             if isinstance(nested := settings.get("image_processor"), dict):
-                return f"{name}: image_processor", nested
+                return f"{name}: image_processor", _said(nested)
     raise JobError(
         f"'{address}' has no {_FILES[1]}, so how images become its input is not known; save the image processor that it"
         " was trained with into the folder (AutoImageProcessor.from_pretrained(...).save_pretrained(FOLDER))"
     )
+
+
+def _said(settings: dict[str, Any]) -> dict[str, Any]:
+    """The options of a file without those that are null: the class decides on them."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _kind(settings: dict[str, Any], model: dict[str, Any]) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+
+# Other threads of a worker may draw at the same moment; code that draws does so every time.
+_TRIES = 3
+
+Result = TypeVar("Result")
 
 
 def _states() -> dict[str, Any]:
@@ -22,9 +26,12 @@ def _states() -> dict[str, Any]:
     return states
 
 
-@contextlib.contextmanager
-def watch_generators() -> Iterator[list[str]]:
-    """Gives a list that holds afterwards what was drawn from meanwhile: torch, numpy.random, random."""
-    before, drawn = _states(), list[str]()
-    yield drawn
-    drawn += [name for name, state in _states().items() if before.get(name, state) != state]
+def watched(call: Callable[[], Result]) -> tuple[Result, list[str]]:
+    """What a call gives, and the global generators that it draws from: torch, numpy.random, random."""
+    for _ in range(_TRIES):
+        before = _states()
+        result = call()
+        drawn = [name for name, state in _states().items() if before.get(name, state) != state]
+        if not drawn:
+            break
+    return result, drawn

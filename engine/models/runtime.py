@@ -213,7 +213,7 @@ def loading(address: str, kind: str) -> Iterator[None]:
         raise JobError(f"'{address}' cannot be loaded as {kind} ({reason})") from error
 
 
-def load_weights(kind: Any, folder: Path, address: str, **more: Any) -> Any:
+def load_weights(kind: Any, folder: Path, **more: Any) -> Any:
     """A model of transformers in float32 with all of its weights, from safetensors alone and without code of theirs.
 
     Args:
@@ -221,23 +221,36 @@ def load_weights(kind: Any, folder: Path, address: str, **more: Any) -> Any:
         more: further arguments of `from_pretrained`.
 
     Raises:
-        JobError: weights are missing, which transformers would draw by chance.
+        ValueError: as `whole`.
     """
     import torch
 
-    model, about = kind.from_pretrained(
-        folder,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-        dtype=torch.float32,
-        variant=weights_variant(folder),
-        output_loading_info=True,
-        **more,
+    return whole(
+        kind.from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            variant=weights_variant(folder),
+            output_loading_info=True,
+            **more,
+        )
     )
-    if lacking := sorted(about["missing_keys"]) or sorted(str(one) for one in about["mismatched_keys"]):
-        raise JobError(
-            f"'{address}' lacks {len(lacking)} tensors that {type(model).__name__} needs ({lacking[0]}), which would be"
+
+
+def whole(loaded: tuple[Any, dict[str, Any]]) -> Any:
+    """The model of `from_pretrained(..., output_loading_info=True)`, if the files have all of its weights.
+
+    diffusers and transformers fill gaps with random numbers.
+
+    Raises:
+        ValueError: they have not; `loading` names the model.
+    """
+    model, info = loaded
+    if missing := sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", ())])):
+        raise ValueError(
+            f"its files lack {len(missing)} of the weights of a {type(model).__name__}, as {missing[0]}, which would be"
             " drawn by chance; save the whole model"
         )
     return model

@@ -14,7 +14,7 @@ from engine.errors import JobError
 from engine.finiteness import EMBEDS_FAULT, usable_embeds
 from engine.models.folders import part_classes, weights_variant
 from engine.models.pipelines import SAFETY_CHECKER
-from engine.models.runtime import Hardware, frozen
+from engine.models.runtime import Hardware, frozen, whole
 
 FEATURES = "feature_extractor"
 FLAGGED = "the pipeline's safety checker flagged the image"
@@ -45,9 +45,9 @@ class SafetyChecker:
         from transformers.models.clip.image_processing_clip import CLIPImageProcessor
 
         where = folder / SAFETY_CHECKER
-        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
         options |= {"variant": weights_variant(where), "dtype": getattr(torch, hardware.dtype)}
-        model = StableDiffusionSafetyChecker.from_pretrained(where, **options)
+        model = whole(StableDiffusionSafetyChecker.from_pretrained(where, **options))
         if unusable := [name for name in _CONCEPTS if not getattr(model, name).isfinite().all()]:
             raise JobError(
                 f"'{folder}': {unusable[0]} of its safety checker is not finite, so it would flag nothing; replace its"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.models.folders import read_config, weights_variant
+from engine.models.runtime import whole
 
 
 class EmbeddingNoiser:
@@ -32,8 +33,9 @@ class EmbeddingNoiser:
 
         config = read_config(folder / "image_noising_scheduler" / "scheduler_config.json")
         where = folder / "image_normalizer"
-        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
-        normalizer = StableUnCLIPImageNormalizer.from_pretrained(where, variant=weights_variant(where), **options)
+        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+        loaded = StableUnCLIPImageNormalizer.from_pretrained(where, variant=weights_variant(where), **options)
+        normalizer = whole(loaded)
         mean, std = (one.detach().to(device) for one in (normalizer.mean, normalizer.std))
         return cls(mean, std, DDPMScheduler.from_config(config))
 

@@ -7,6 +7,7 @@ sampled: the schedulers of `KINDS` draw no noise, and `engine.sampling` knows th
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -67,6 +68,7 @@ FAMILY = (
 )
 # No model is trained with more; their noise levels are computed one by one.
 MAX_TIMESTEPS = 100_000
+MAX_SHOWN = 60
 _SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 _MULTISTEP = ("DPMSolverMultistepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler")
 _SOLVER_TYPES = ("midpoint", "heun", "logrho", "bh1", "bh2")
@@ -149,19 +151,17 @@ def training_problems(scheduler: ModelScheduler) -> list[str]:
     """Why a model is of another training than what runs here, or its configuration cannot be read; a line each."""
     config, name = scheduler.config, scheduler.name
     if name not in FAMILY:
-        return [f"its scheduler is a {name}, whose models are trained otherwise; what runs: those of {_shown_family()}"]
+        others = ", ".join(one.removesuffix("Scheduler") for one in FAMILY)
+        return [f"its scheduler is a {name}, whose models are trained otherwise; what runs: models of {others}"]
     if (written := config.get("_class_name", name)) != name:
-        return [f"model_index.json names a {name}, scheduler_config.json a {written!r}; make both the same"]
+        return [f"model_index.json names a {name}, scheduler_config.json a {shown(written)}; make both the same"]
     problems = [
-        f"scheduler_config.json: {option}: {config[option]!r} ({meaning})"
+        f"scheduler_config.json has {option}: {shown(config[option])} ({meaning}); what runs: models of these"
+        " schedulers that predict epsilon or v, told timesteps, as docs/diffusion-models.md lists them"
         for option, known, meaning in _TRAINING
         if option in config and config[option] not in known
     ]
     return problems or _number_problems(config)
-
-
-def _shown_family() -> str:
-    return ", ".join(one.removesuffix("Scheduler") for one in FAMILY)
 
 
 def _number_problems(config: dict[str, Any]) -> list[str]:
@@ -169,21 +169,27 @@ def _number_problems(config: dict[str, Any]) -> list[str]:
     where, problems = "scheduler_config.json", list[str]()
     total = config.get("num_train_timesteps", 1000)
     if not _is_whole(total) or not 1 <= total <= MAX_TIMESTEPS:
-        return [f"{where}: num_train_timesteps: {total!r} is not a number of timesteps"]
+        return [f"{where} has num_train_timesteps: {shown(total)}, not a number of timesteps"]
     if not _is_whole(config.get("steps_offset", 0)) or config.get("steps_offset", 0) < 0:
-        problems.append(f"{where}: steps_offset: {config['steps_offset']!r} is not a number of timesteps")
+        problems.append(f"{where} has steps_offset: {shown(config['steps_offset'])}, not a number of timesteps")
     for option in ("beta_start", "beta_end"):
         value = config.get(option, 0.01)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-            problems.append(f"{where}: {option}: {value!r} is not a number between 0 and 1")
+            problems.append(f"{where} has {option}: {shown(value)}, not a number between 0 and 1")
     betas = config.get("trained_betas")
     if betas is not None and (
         not isinstance(betas, list)
         or len(betas) != total
         or not all(isinstance(one, float) and 0 < one < 1 for one in betas)
     ):
-        problems.append(f"{where}: trained_betas: not a list of {total} numbers between 0 and 1")
+        problems.append(f"{where} has trained_betas that are not a list of {total} numbers between 0 and 1")
     return problems
+
+
+def shown(value: Any) -> str:
+    """A value of a configuration as it stands there, cut where it is long."""
+    text = json.dumps(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _is_whole(value: Any) -> bool:
@@ -229,14 +235,14 @@ def _option_problems(name: str, config: dict[str, Any]) -> list[str]:
     """Options that the chosen scheduler reads and that have a value that it, or this engine, does not know."""
     asked = {option: known for option, (readers, known) in _CHOICES.items() if name in readers}
     found = [
-        f"scheduler_config.json has {option}: {config[option]!r}; {name} is known to be right with"
+        f"scheduler_config.json has {option}: {shown(config[option])}; {name} is known to be right with"
         f" {', '.join(map(str, known))}"
         for option, known in (asked | (_UNIPC if name == "UniPCMultistepScheduler" else {})).items()
         if option in config and config[option] not in known
     ]
     algorithm = config.get("algorithm_type")
     if algorithm is not None and name in _ALGORITHMS and algorithm not in _ALGORITHMS[name]:
-        found.append(f"scheduler_config.json has algorithm_type: {algorithm!r}, which is not supported")
+        found.append(f"scheduler_config.json has algorithm_type: {shown(algorithm)}, which is not supported")
     is_old = name == "DPMSolverMultistepScheduler" and algorithm == "dpmsolver"
     if is_old and config.get("final_sigmas_type", "zero") == "zero":
         found.append("scheduler_config.json has algorithm_type: 'dpmsolver', which needs final_sigmas_type: sigma_min")

@@ -2,8 +2,8 @@
 
 Rounding differs between a batch and a single sample. Guidance that normalises its gradient stretches the rounding error
 of a gradient near zero to the full step, and later steps feed it back: a few samples in a hundred end visibly
-elsewhere, with nothing wrong. So most samples have to agree, not all: in their latents after the first guided step and
-at the end, and in their images. A program that does something else moves them all.
+elsewhere, and some more measurably, with nothing wrong. So most samples have to agree, not all: in their latents after
+the first guided step and at the end, and in their images. A program that does something else moves them all.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from bench.programs import Batch, Bench
 from engine.imaging import quantise
 
 # Relative distance of a sample's latents, in float32, after the first guided step and at the end. Rounding on a CPU
-# makes 1e-6 of it, seldom more than 6e-6. A step that is a fiftieth longer makes 1e-3 of the first; RiskyDiff's last
-# step, the weakest of all, is 3e-5 of the second.
+# makes 1e-6 of it, and more than 1e-5 in one sample of eight. A step that is a fiftieth longer makes 1e-3 of the first;
+# RiskyDiff's last step, the weakest of all, is 3e-5 of the second.
 FIRST_TOLERANCE, LAST_TOLERANCE = 1e-4, 2e-5
 GREY_LEVELS = 1.0
 # Share of the samples that has to agree.
-MOST = 0.75
+MOST = 0.6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,7 +64,7 @@ class Naive:
     def unet(self, latents: Tensor, timestep: Tensor, text: Tensor, labels: Tensor | None = None) -> Tensor:
         """The network's output, in the precision of the latents."""
         unet = self.pipeline.unet
-        # `unet.dtype` walks through all modules: a twentieth of the loop at digits size, which the authors do not spend.
+        # `unet.dtype` walks through all modules, a twentieth of the loop at digits size: the authors never ask for it.
         dtype = unet.conv_in.weight.dtype
         labels = None if labels is None else labels.to(dtype)
         output = unet(latents.to(dtype), timestep, encoder_hidden_states=text.to(dtype), class_labels=labels)

@@ -221,7 +221,11 @@ class Bench:
             trace: takes the latents after every step.
         """
         guidance, sampling = arm.guidance or {}, self.job.sampling
-        given = {"num_steps": sampling.num_inference_steps, "guidance_scale": sampling.guidance_scale, "trace": trace}
+        given: dict[str, Any] = {
+            "num_steps": sampling.num_inference_steps,
+            "guidance_scale": sampling.guidance_scale,
+            "trace": trace,
+        }
         if self.family == "boundary":
             (spec,) = batch.specs
             return sample_boundary(

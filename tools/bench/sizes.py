@@ -43,6 +43,8 @@ VOCABULARY = 49408
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 # RiskyDiff at a glance: so many pictures a class to vary, as the embeddings of a random encoder mean nothing.
 NUM_PICTURES = 4
+# Two of the classes of a classifier with random weights.
+KINDS = ("kind 1", "kind 2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +186,12 @@ ARCHITECTURES = {
 }
 SIZES = ("digits", *ARCHITECTURES)
 # Sampling of the authors' experiments: KLDB with beta 3, 6 or 9, RiskyDiff by the defaults of its script.
-KLDB_SAMPLING = {"scheduler": "lms", "timestep_spacing": "trailing", "guidance_rescale": 0.7}
+KLDB_SAMPLING = {
+    "scheduler": "lms",
+    "timestep_spacing": "trailing",
+    "use_karras_sigmas": True,
+    "guidance_rescale": 0.7,
+}
 RISKY_SAMPLING = {"scheduler": "ddim", "guidance_scale": 10.0}
 
 
@@ -218,15 +225,14 @@ def random_setting(size: str, folder: Path, device: str) -> Setting:
         _build(made, folder, device)
         marker.touch()
     paths = {name: str(folder / name) for name in ("stable-diffusion", "stable-unclip", "clip", "classifier", "tiny")}
-    labels = ("class 1", "class 2")
     return Setting(
         diffusion=paths["stable-diffusion"] if made.unet else "",
         unclip=paths["stable-unclip"] if made.unclip_unet else "",
         clip=paths["clip"],
         target=paths["classifier"],
         tiny=paths["tiny"],
-        boundary=labels,
-        classes=labels,
+        boundary=KINDS,
+        classes=KINDS,
         conditioning={"images": str(folder / "pictures")},
         boundary_sampling=KLDB_SAMPLING | {"guidance_scale": 6.0, "num_inference_steps": made.boundary_steps},
         risky_sampling=RISKY_SAMPLING | {"num_inference_steps": made.risky_steps},
@@ -265,7 +271,7 @@ def _build(made: Architecture, folder: Path, device: str) -> None:
     side = made.clip_vision.get("image_size", 224)
     _write_processor(folder / "clip", "CLIPImageProcessor", side)
     classifier = ResNetConfig(**made.classifier)
-    classifier.id2label = {index: f"class {index}" for index in range(classifier.num_labels)}
+    classifier.id2label = {index: f"kind {index}" for index in range(classifier.num_labels)}
     drawn(lambda: ResNetForImageClassification(classifier)).save_pretrained(folder / "classifier")
     _write_processor(folder / "classifier", "ViTImageProcessor", made.classifier_pixels)
     drawn(lambda: AutoencoderTiny(**made.tiny)).save_pretrained(folder / "tiny")
@@ -297,7 +303,7 @@ def _build_unclip(
     ).save_pretrained(folder / "stable-unclip")
     _write_processor(folder / "stable-unclip" / "feature_extractor", "CLIPImageProcessor", 32)
     rng = np.random.default_rng(0)
-    for label in ("class 1", "class 2"):
+    for label in KINDS:
         pictures = folder / "pictures" / label
         pictures.mkdir(parents=True)
         for number in range(NUM_PICTURES):

@@ -213,7 +213,7 @@ class Results:
         return {
             "arm": f"`{one.arm.name}`",
             "images": str(one.num_samples),
-            "a call": str(one.batch_size),
+            "samples a call": str(one.batch_size),
             "CPU s/image": f"{one.cpu_seconds_per_image:.3g}" if on_cpu else "",
             "s/image": f"{one.seconds_per_image:.3g}",
             "peak GiB": f"{one.peak_bytes / GIB:.2f}" if one.peak_bytes else "",
@@ -253,8 +253,8 @@ def write_into(page: Path, size: str, tables: str) -> None:
 
 
 def _counted(name: str, counted: Arithmetic) -> str:
-    parts = [f"{field.replace('_', ' ')} {getattr(counted, field) / 1e12:.4g}" for field in counted.__slots__]
-    return f"{name}, TFLOP: {', '.join(parts)}"
+    parts = [f"{field.replace('_', ' ')} {getattr(counted, field) / 1e9:.4g}" for field in counted.__slots__]
+    return f"{name}, GFLOP: {', '.join(parts)}"
 
 
 def _profile(one: Measured) -> list[str]:
