@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import JobError
-from engine.files import MAX_RECORD_BYTES, read_whole
+from engine.files import MAX_DOCUMENT_BYTES, read_whole
 
 PIPELINE_INDEX = "model_index.json"
 # In the config.json of a folder of timm.
@@ -41,7 +41,7 @@ def read_config(path: Path) -> dict[str, Any]:
         JobError: the file is missing or not a JSON object.
     """
     try:
-        config = json.loads(read_whole(path, MAX_RECORD_BYTES))
+        config = json.loads(read_whole(path, MAX_DOCUMENT_BYTES))
     except FileNotFoundError:
         raise JobError(f"'{path.parent}' has no {path.name}; is it a model folder?") from None
     except (OSError, ValueError, RecursionError) as error:
