@@ -28,7 +28,7 @@ from engine.conditioning.gaussians import ClassGaussians, ClassMoments
 from engine.conditioning.mixtures import ClassMixtures
 from engine.conditioning.predictor import ErrorPredictor, PredictorFit
 from engine.dataset.store import explained
-from engine.errors import JobError, OutputError
+from engine.errors import MAX_REASON_CHARS, JobError, OutputError
 from engine.files import MAX_DOCUMENT_BYTES, parse_json, read_whole
 from engine.images import Unusable
 from engine.models.addresses import ARTEFACT_DOCUMENT as DOCUMENT
@@ -144,7 +144,7 @@ def load_conditioning(folder: Path | str) -> Conditioning:
         reason = error.strerror or f"a file {error}"
         raise JobError(f"'{folder}' is not a conditioning artefact ({reason}); {_REMEDY}") from None
     except ValueError as error:
-        raise JobError(f"'{folder}': {DOCUMENT} is not JSON ({str(error)[:300]}); {_REMEDY}") from None
+        raise JobError(f"'{folder}': {DOCUMENT} is not JSON ({str(error)[:MAX_REASON_CHARS]}); {_REMEDY}") from None
     try:
         _check_document(folder, fields)
         if hashlib.sha256(statistics).hexdigest() != fields["statistics_sha256"]:

@@ -11,6 +11,8 @@ EXIT_DRAINED = 75
 
 # A value that somebody else wrote may be as long as they liked.
 MAX_PROBLEM_CHARS = 2000
+# Of the reason of a library, inside a message.
+MAX_REASON_CHARS = 300
 
 
 class RiskforgeError(Exception):

@@ -140,26 +140,26 @@ class StrictLoader(yaml.SafeLoader):
     Lists and mappings are counted while they are read: what is too long is not read to its end.
     """
 
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        # The keys that the nodes being read stand below; None for an entry of a list.
+        self._below: list[str | None] = []
+
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """The next node, if there is room for it in its list or mapping."""
         if isinstance(parent, yaml.CollectionNode) and len(parent.value) >= self._limit(parent):
             kind = "entries" if isinstance(parent, yaml.SequenceNode) else "keys"
-            text = f"'{self._name(parent)}' has more than {self._limit(parent)} {kind}; give fewer"
+            text = f"'{self._nearest_key()}' has more than {self._limit(parent)} {kind}; give fewer"
             raise yaml.constructor.ConstructorError(None, None, text, parent.start_mark)
         self._below.append(getattr(index, "value", None) if isinstance(index, yaml.ScalarNode) else None)
         node = super().compose_node(parent, index)
         self._below.pop()
         return node
 
-    def __init__(self, stream: Any) -> None:
-        super().__init__(stream)
-        # The keys that the nodes being read stand below; None for an entry of a list.
-        self._below: list[str | None] = []
-
     def _limit(self, parent: yaml.CollectionNode) -> int:
         return list_limit(self._below[-1]) if isinstance(parent, yaml.SequenceNode) else MAX_KEYS
 
-    def _name(self, parent: yaml.CollectionNode) -> str:
+    def _nearest_key(self) -> str:
         return next((key for key in reversed(self._below) if key), "the job")
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:

@@ -15,7 +15,7 @@ from engine.dataset.journal import Journal
 from engine.dataset.lease import Lease
 from engine.dataset.state import QUARANTINE, publish_rounds, quarantined_shards
 from engine.dataset.store import Store
-from engine.errors import EXIT_INCOMPLETE, RiskforgeError, fault
+from engine.errors import EXIT_INCOMPLETE, MAX_REASON_CHARS, RiskforgeError, fault
 from engine.executors.base import Executor, ExecutorEvent, ShardResult, WorkerFactory
 from engine.interrupts import Request, deferred
 from engine.messages import (
@@ -44,7 +44,6 @@ from engine.spec import JobSpec
 
 POLL_SECONDS = 0.25
 DEADLINE = "deadline"
-MAX_REASON_CHARS = 300
 # From when on the user hears that workers wait for room.
 UNPLACED_SECONDS = 60.0
 FAULTS = f"{QUARANTINE}/workers.txt"

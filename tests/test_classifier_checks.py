@@ -269,7 +269,7 @@ def test_a_network_without_all_of_its_weights_is_not_filled_by_chance(tmp_path: 
     """A layer that is missing, but for the head: only loading tells."""
     folder = Path(shutil.copytree(resolve(ZOO["target"]), tmp_path / "net"))
     without("encoder.stages.1")(folder)
-    with pytest.raises(JobError, match=r"lack \d+ of the weights of a ResNetForImageClass.* drawn by chance"):
+    with pytest.raises(JobError, match=r"lack \d+ of the weights of a ResNetForImageClass.* drawn at random"):
         Classifier.load(str(folder))
 
 

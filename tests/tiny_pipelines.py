@@ -100,18 +100,6 @@ def load_reference(folder: Path, **options: Any) -> Any:
     return pipeline
 
 
-def with_scheduler(pipeline: Any, name: str, **options: Any) -> Any:
-    """The same pipeline with another scheduler, made from its own as diffusers' documentation has it.
-
-    `options` are put into the configuration as if they stood in the folder's.
-    """
-    config = dict(pipeline.scheduler.config) | options
-    made = getattr(diffusers, name).from_config(config)
-    changed = type(pipeline)(**pipeline.components | {"scheduler": made})
-    changed.set_progress_bar_config(disable=True)
-    return changed
-
-
 def by_diffusers(pipeline: Any, steps: int, *, prompts: list[str] = PROMPTS, **options: Any) -> torch.Tensor:
     """Images [B, 3, H, W] of the pipeline in diffusers."""
     if "image_noising_scheduler" in pipeline.components:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from engine.dataset.counts import ShardCounts, parse_record_name, record_name
 from engine.dataset.shards import SHARDS, ShardFiles, discard, file_digest, inspect_pair, read_rows
 from engine.dataset.store import Store, explained, shown
-from engine.errors import CorruptShardError, OutputError, RiskforgeError
+from engine.errors import MAX_REASON_CHARS, CorruptShardError, OutputError, RiskforgeError
 from engine.files import parse_json
 from engine.plan import ShardSpec
 
@@ -37,9 +37,6 @@ _FILES = (
 )
 # Pauses of whoever lost a race for a shard's files, in seconds, at least.
 RACE_WAITS = (0.1, 0.4, 1.5)
-
-
-MAX_REASON_CHARS = 300
 # Of a row of a `ScreeningTally`.
 TALLY_COLUMNS = 4
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*-\d{6,}")

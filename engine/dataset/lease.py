@@ -20,13 +20,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from engine.dataset.store import DRIVER_LOCK, LEASES, Store
-from engine.errors import OutputError, OwnedError, RiskforgeError
+from engine.errors import MAX_REASON_CHARS, OutputError, OwnedError, RiskforgeError
 from engine.files import MAX_RECORD_BYTES, parse_json
 
 LEASE_SECONDS = 60.0
 # So many times within its length a lease is renewed.
 RENEWALS = 4
-MAX_REASON_CHARS = 300
 # Seconds since 1970 that a lease may tell of: those of some centuries.
 MAX_MOMENT = 2e10
 # So long its release is waited for, where the network is broken.

@@ -17,7 +17,6 @@ import importlib.util
 import itertools
 import logging
 import os
-import random
 import re
 import secrets
 import shutil
@@ -53,6 +52,7 @@ from engine.dataset.store import (
     Store,
     claim_folder,
     explained,
+    pause,
     release_folder,
     remove_if_dead,
 )
@@ -218,7 +218,7 @@ class ObjectStore(Store):
                     if isinstance(error, OSError) or may_pass(error) or is_foreign(error):
                         raise self._error(name, error) from error
                     raise
-            time.sleep(wait * (0.75 + random.random() / 2))
+            pause(wait)
         raise AssertionError("the last try gives or raises")
 
     def _error(self, name: str, error: Exception) -> OutputError:

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 # Columns that the functions below read of a table or record: what was asked for, and whether the target errs.
 ASKED = ("key", "class_index", "kldb_classes")
 ERRS = ("predicted_class", "is_error")
-# Columns that `scored_rows` reads where they are there.
-SCORED = ("status", "method", "scored")
 
 
 def asked_classes(record: Mapping[str, Any]) -> tuple[int, ...]:

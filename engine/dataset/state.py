@@ -16,7 +16,7 @@ from typing import Any
 
 from engine.dataset.shards import SHARDS
 from engine.dataset.store import DRIVER_LOCK, LEASES, LOCKS, STATE, Store
-from engine.errors import CorruptShardError, JobError, OutputError, OwnedError
+from engine.errors import MAX_REASON_CHARS, CorruptShardError, JobError, OutputError, OwnedError
 from engine.files import parse_json
 from engine.plan import EVERY_CELL, Cell, Extent, Plan, RequestPlan, difference, next_stage
 from engine.records import fields_of
@@ -46,7 +46,6 @@ EXPORT_KIND = "export"
 
 RUN_FILES = (SUCCESS, METADATA, MANIFEST, CARD, REPORT, EVALUATION, WIDS_INDEX, TIMM_INFO, SURPLUS_LIST)
 MAX_SHOWN = 8
-MAX_REASON_CHARS = 300
 # Samples of a request over all of its classes, at most: more is no plan of ours.
 MAX_POSITIONS = 10**15
 MAX_DIFFERENCES = 20

@@ -111,6 +111,11 @@ def remedy_of(error: OSError) -> str:
     return _REMEDIES.get(error.errno or 0) or error.strerror or str(error)
 
 
+def pause(seconds: float) -> None:
+    """Wait for about so long, so that processes that failed together do not try again together."""
+    time.sleep(seconds * (0.75 + random.random() / 2))
+
+
 def patient(method: Callable[Parameters, Answer]) -> Callable[Parameters, Answer]:
     """A method of a store that is tried again where the file system is away for a while.
 
@@ -123,7 +128,7 @@ def patient(method: Callable[Parameters, Answer]) -> Callable[Parameters, Answer
             try:
                 return method(*arguments, **options)
             except StoreLostError:
-                time.sleep(wait * (0.75 + random.random() / 2))
+                pause(wait)
         return method(*arguments, **options)
 
     return again

@@ -25,7 +25,7 @@ LABELS = ("cls", "json")
 MAX_LABEL_BYTES = 4096
 # Members among which the first label is sought: a set without any must not be walked through twice.
 MAX_LOOKED_AT = 10_000
-MAX_RECORD_BYTES = 16 * 2**20
+MAX_JSON_BYTES = 16 * 2**20
 
 # What stands before the last dot of a composed extension; numbers and blanks are of names.
 _COMPOSED = re.compile(r"[A-Za-z_-]+")
@@ -276,7 +276,7 @@ def _class_of_record(record: dict[str, Any], labelling: Labelling) -> int | None
 
 def _record(file: BinaryIO, member: Member | None) -> dict[str, Any]:
     """A sample's .json, or nothing."""
-    if member is None or member.size > MAX_RECORD_BYTES:
+    if member is None or member.size > MAX_JSON_BYTES:
         return {}
     try:
         record = json.loads(_contents(file, member))

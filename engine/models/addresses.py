@@ -485,7 +485,7 @@ def _zoo_folder(part: str) -> Path:
 
 
 def _is_model(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("config.json", "model_index.json", ARTEFACT_DOCUMENT))
+    return any((folder / name).is_file() for name in ("config.json", PIPELINE_INDEX, ARTEFACT_DOCUMENT))
 
 
 def _cached_snapshot(address: str) -> Path | None:
@@ -494,7 +494,7 @@ def _cached_snapshot(address: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        for name in ("model_index.json", "config.json"):
+        for name in (PIPELINE_INDEX, "config.json"):
             found = try_to_load_from_cache(address, name)
             if isinstance(found, str):
                 return Path(found).parent

@@ -22,6 +22,7 @@ from engine.models.folders import (
 )
 from engine.models.processors import check_processor, check_timm_transform
 from engine.models.weights import StoredTensor, stored_tensors
+from engine.sampling.families import is_number
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 _NO_NAME = re.compile(r"(?i:label|class)[ _-]?\d+|n\d{8}")
@@ -162,8 +163,7 @@ def read_temperature(config: dict[str, Any], address: str) -> float:
         JobError: it is none by which logits can be divided.
     """
     value = config.get("temperature", 1.0)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not MIN_TEMPERATURE <= value < MAX_TEMPERATURE:
+    if not is_number(value) or not MIN_TEMPERATURE <= value < MAX_TEMPERATURE:
         raise JobError(
             f"'{address}': temperature {value!r} in config.json is not a number from {MIN_TEMPERATURE:g} to"
             f" {MAX_TEMPERATURE:g}; `riskforge prepare` fits it"
@@ -274,7 +274,7 @@ def _check_weights(folder: Path, address: str, loader: str, *, is_timm: bool = F
 
 
 def _check_head(folder: Path, address: str, num_classes: int) -> None:
-    """Check that some tensor has a row for every class: transformers would fill a missing head by chance."""
+    """Check that some tensor has a row for every class: transformers would fill a missing head at random."""
     shapes = [tensor.shape for tensor in _tensors(folder, address, "a classifier").values()]
     if not any(shape and shape[0] == num_classes for shape in shapes):
         raise JobError(

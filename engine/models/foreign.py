@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.errors import JobError
+from engine.errors import MAX_REASON_CHARS, JobError
 from engine.guidance.custom import same_values
 from engine.models.randomness import watched
 from engine.models.targets import (
@@ -181,7 +181,7 @@ def _module_digest(address: str, module: torch.nn.Module, settings: TargetSettin
 
 @torch.no_grad()
 def _try(network: Network, settings: TargetSettings, address: str, device: str) -> None:
-    """Show images to a network: black ones, then some that tell logits from probabilities and chance from sense.
+    """Show images to a network: black ones, then random ones: are they logits, and decided by the image?
 
     Raises:
         JobError: it fails, its output is not [B, n] finite logits, or an image's logits are not decided by the image.
@@ -207,7 +207,7 @@ def _try(network: Network, settings: TargetSettings, address: str, device: str) 
     try:
         problem = _chance_problem(network, _probes(height, width, device))
     except Exception as error:
-        raise JobError(f"'{address}' fails on images of chance: {reason_of(error)}; it must take any image") from error
+        raise JobError(f"'{address}' fails on random images: {reason_of(error)}; it must take any image") from error
     if problem:
         raise JobError(f"'{address}' {problem}")
 
@@ -220,7 +220,7 @@ def _shape_remedy(output: Any, rows: int, num_classes: int) -> str:
 
 
 def _probes(height: int, width: int, device: str) -> Tensor:
-    """Images of chance [8, 3, h, w], always the same; half of them beyond all contrast, where logits grow."""
+    """Random images [8, 3, h, w], always the same; half of them beyond all contrast, where logits grow."""
     noise = torch.randn(8, 3, height, width, generator=torch.Generator().manual_seed(0))
     return (noise * torch.tensor([1.0, 100.0]).repeat(4).reshape(8, 1, 1, 1)).to(device)
 
@@ -256,7 +256,7 @@ def _type_of(value: Any) -> str:
 
 def reason_of(error: BaseException) -> str:
     """An error in a line, with the place in the user's code that it came from."""
-    text = redacted((str(error).strip().splitlines() or [""])[0])[:300]
+    text = redacted((str(error).strip().splitlines() or [""])[0])[:MAX_REASON_CHARS]
     frames = [one for one in traceback.extract_tb(error.__traceback__) if _is_users(one.filename)]
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {text}{place}" if text else f"{type(error).__name__}{place}"

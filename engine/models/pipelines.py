@@ -11,7 +11,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from engine.errors import JobError
 from engine.models.folders import (
@@ -23,7 +23,7 @@ from engine.models.folders import (
     weighted_parts,
     weights_problem,
 )
-from engine.sampling.families import ModelScheduler, sampling_problems, shown, training_problems
+from engine.sampling.families import ModelScheduler, is_number, is_whole, sampling_problems, shown, training_problems
 from engine.spec import JobSpec, RequestSpec
 
 STABLE_DIFFUSION, UNCLIP = "StableDiffusionPipeline", "StableUnCLIPImg2ImgPipeline"
@@ -167,7 +167,7 @@ def _conditioning_problems(request: RequestSpec, folder: Path, address: str) -> 
         ]
     config = read_config(folder / "image_noising_scheduler" / "scheduler_config.json")
     levels = config.get("num_train_timesteps", 1000)
-    if _is_whole(levels) and request.conditioning.noise_level >= levels:
+    if is_whole(levels) and request.conditioning.noise_level >= levels:
         return [
             f"conditioning.noise_level: {request.conditioning.noise_level} is not below the {levels} of '{address}'"
         ]
@@ -178,7 +178,7 @@ def is_old_size(config: dict[str, Any]) -> bool:
     """Whether diffusers' Stable Diffusion pipeline takes a UNet's `sample_size` for a mistake, and 64 in its place."""
     release = re.match(r"\D*0\.(\d+)", str(config.get("_diffusers_version", "")))
     size = config.get("sample_size")
-    return release is not None and int(release[1]) < 9 and _is_whole(size) and size < OLD_SAMPLE_SIZE
+    return release is not None and int(release[1]) < 9 and is_whole(size) and size < OLD_SAMPLE_SIZE
 
 
 def _class_problem(folder: Path) -> str:
@@ -290,7 +290,7 @@ def _channel_problems(unet: dict[str, Any], vae: dict[str, Any]) -> Iterator[str
 
 def _vae_problems(vae: dict[str, Any]) -> Iterator[str]:
     factor = vae.get("scaling_factor", 0.18215)
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < float("inf"):
+    if not is_number(factor) or factor <= 0:
         yield f"vae/config.json has scaling_factor: {shown(factor)}, not a positive number"
     for option in ("shift_factor", "latents_mean", "latents_std"):
         if vae.get(option):
@@ -302,7 +302,7 @@ def _vae_problems(vae: dict[str, Any]) -> Iterator[str]:
 def _size_problems(unet: dict[str, Any], vae: dict[str, Any]) -> Iterator[str]:
     size, scale = unet.get("sample_size"), 2 ** (len(vae.get("block_out_channels", [64])) - 1)
     sides = size if isinstance(size, list) else [size, size]
-    if len(sides) == 2 and all(_is_whole(side) and side > 0 for side in sides):
+    if len(sides) == 2 and all(is_whole(side) and side > 0 for side in sides):
         return
     yield (
         f"unet/config.json has sample_size: {shown(size)}, so the size of an image is not known; write the side of an"
@@ -362,7 +362,7 @@ def _embedding_problems(folder: Path, unet: dict[str, Any]) -> Iterator[str]:
     width = read_config(folder / "image_normalizer" / "config.json").get("embedding_dim", 768)
     encoded = read_config(folder / "image_encoder" / "config.json").get("projection_dim", 512)
     read = unet.get("projection_class_embeddings_input_dim")
-    if encoded != width or not _is_whole(width) or read != 2 * width:
+    if encoded != width or not is_whole(width) or read != 2 * width:
         yield (
             f"its image embeddings have {shown(encoded)} entries, image_normalizer takes {shown(width)} and the UNet"
             f" {shown(read)}, not twice as many; its parts are not of one model"
@@ -437,7 +437,3 @@ def _tiny_shape(config: dict[str, Any]) -> tuple[int, int]:
     """The same of an AutoencoderTiny."""
     stages, factor = config.get("num_decoder_blocks", [3, 3, 3, 1]), config.get("upsampling_scaling_factor", 2)
     return int(config.get("latent_channels", 4)), int(factor) ** (len(stages) - 1)
-
-
-def _is_whole(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)

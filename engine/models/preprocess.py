@@ -175,7 +175,7 @@ def _timm_steps(processor: Any, folder: Path) -> Steps:
     """What timm's transform for evaluation does: its `data_config` says it.
 
     Raises:
-        JobError: it resizes by chance, or pads to a border.
+        JobError: it crops at random, or pads to a border.
     """
     config = processor.data_config
     check_timm_transform(config, str(folder))

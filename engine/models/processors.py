@@ -14,6 +14,7 @@ from typing import Any
 
 from engine.errors import JobError
 from engine.models.folders import read_config
+from engine.sampling.families import is_number, is_whole
 
 _BILINEAR, _BICUBIC = 2, 3
 _FILTERS = {0: "nearest", 1: "lanczos", 4: "box", 5: "hamming"}
@@ -150,7 +151,7 @@ def _problems(settings: dict[str, Any], kind: str) -> list[str]:
     if settings.get("do_rescale", True) is not True:
         wrong("do_rescale", f"leaves pixels in 0 to 255, which 8-bit scaling here does not follow; set it true, {_OWN}")
     factor = settings.get("rescale_factor")
-    if factor is not None and not (_is_number(factor) and math.isclose(factor, 1 / 255, rel_tol=1e-4)):
+    if factor is not None and not (is_number(factor) and math.isclose(factor, 1 / 255, rel_tol=1e-4)):
         wrong("rescale_factor", f"is not 1/255; fold the difference into image_mean and image_std, {_OWN}")
     if settings.get("do_pad"):
         wrong("do_pad", f"pads images, which is not followed; set it false, {_OWN}")
@@ -187,7 +188,7 @@ def _resize_problems(settings: dict[str, Any], kind: str) -> list[str]:
         wanted = " or ".join("{" + ", ".join(sorted(one)) + "}" for one in keys)
         problems.append(f"size: {size!r} is not {wanted} in pixels; other sizes are not followed here: set it, {_OWN}")
     share = settings.get("crop_pct")
-    if known.crop_pct and share is not None and not (_is_number(share) and 0 < share <= 1):
+    if known.crop_pct and share is not None and not (is_number(share) and 0 < share <= 1):
         problems.append(f"crop_pct: {share!r} is not a share of the edge between 0 and 1")
     return problems
 
@@ -224,7 +225,7 @@ def _output_shape(settings: dict[str, Any], kind: str) -> tuple[int, int] | None
 
 def _edges(size: Any, *, square: bool) -> dict[str, int]:
     """A size as transformers reads it; empty where it is none of positive whole numbers."""
-    if isinstance(size, int) and not isinstance(size, bool):
+    if is_whole(size):
         size = {"height": size, "width": size} if square else {"shortest_edge": size}
     elif isinstance(size, list) and len(size) == 2:
         size = {"height": size[0], "width": size[1]}
@@ -234,12 +235,8 @@ def _edges(size: Any, *, square: bool) -> dict[str, int]:
     return held if all(type(value) is int and value > 0 for value in held.values()) else {}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_colour(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(_is_number(one) for one in value)
+    return isinstance(value, list) and len(value) == 3 and all(is_number(one) for one in value)
 
 
 def check_timm_transform(config: dict[str, Any], address: str) -> None:
@@ -270,7 +267,7 @@ def check_timm_transform(config: dict[str, Any], address: str) -> None:
             " input is square"
         )
     share = config.get("crop_pct")
-    if share is not None and not (_is_number(share) and share > 0):
+    if share is not None and not (is_number(share) and share > 0):
         raise JobError(f"'{address}': crop_pct: {share!r} is not a share of the edge above 0")
     for field in ("mean", "std"):
         value = list(config.get(field) or (1, 1, 1))

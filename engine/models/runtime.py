@@ -251,7 +251,7 @@ def whole(loaded: tuple[Any, dict[str, Any]]) -> Any:
     if missing := sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", ())])):
         raise ValueError(
             f"its files lack {len(missing)} of the weights of a {type(model).__name__}, as {missing[0]}, which would be"
-            " drawn by chance; save the whole model"
+            " drawn at random; save the whole model"
         )
     return model
 

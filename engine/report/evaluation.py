@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engine.dataset.state import EVALUATION
 from engine.dataset.store import Store
-from engine.errors import CorruptShardError
+from engine.errors import MAX_REASON_CHARS, CorruptShardError
 from engine.files import parse_json
 
 _IMAGE = r"^data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/=]*$"
@@ -251,6 +251,6 @@ def read_evaluation(store: Store) -> Evaluation | None:
     except ValueError as error:
         reason = str(error)
     raise CorruptShardError(
-        f"{store.address(EVALUATION)}: cannot be read as an evaluation ({reason[:300]}); remove it, or run `riskforge"
-        f" evaluate {store.uri}` again"
+        f"{store.address(EVALUATION)}: cannot be read as an evaluation ({reason[:MAX_REASON_CHARS]}); remove it, or run"
+        f" `riskforge evaluate {store.uri}` again"
     )

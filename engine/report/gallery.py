@@ -200,7 +200,7 @@ def _conditioned(record: dict[str, Any], names: dict[int, str]) -> str:
 
 
 def _outcomes(record: dict[str, Any]) -> list[str]:
-    """Which outcomes hold, as in the tables: of a joint prompt the oracle may read any class of the subset."""
+    """Which outcomes hold, as in the tables: of a joint prompt the oracle may predict any class of the subset."""
     if not target_errs(record):
         return ["right"]
     return ["error", "valid"] if record["oracle_class"] in asked_classes(record) else ["error"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from engine.spec import SamplingSpec, noise_problem
 
@@ -168,13 +168,13 @@ def _number_problems(config: dict[str, Any]) -> list[str]:
     """Numbers that are none."""
     where, problems = "scheduler_config.json", list[str]()
     total = config.get("num_train_timesteps", 1000)
-    if not _is_whole(total) or not 1 <= total <= MAX_TIMESTEPS:
+    if not is_whole(total) or not 1 <= total <= MAX_TIMESTEPS:
         return [f"{where} has num_train_timesteps: {shown(total)}, not a number of timesteps"]
-    if not _is_whole(config.get("steps_offset", 0)) or config.get("steps_offset", 0) < 0:
+    if not is_whole(config.get("steps_offset", 0)) or config.get("steps_offset", 0) < 0:
         problems.append(f"{where} has steps_offset: {shown(config['steps_offset'])}, not a number of timesteps")
     for option in ("beta_start", "beta_end"):
         value = config.get(option, 0.01)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        if not is_number(value) or not 0 < value < 1:
             problems.append(f"{where} has {option}: {shown(value)}, not a number between 0 and 1")
     betas = config.get("trained_betas")
     if betas is not None and (
@@ -192,8 +192,14 @@ def shown(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> TypeGuard[int]:
+    """Whether a value of a configuration is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value of a configuration is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def sampling_problems(scheduler: ModelScheduler, spec: SamplingSpec, *, is_guided: bool) -> list[str]:
