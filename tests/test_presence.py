@@ -23,7 +23,8 @@ from tests.sleepy import run_sleepy, tars
 
 COUNT = 1
 CLOSING = (
-    "metadata.parquet", "manifest.json", "README.md", "report.html", "shards/wids.json", "shards/_info.json", SUCCESS,
+    "metadata.parquet", "manifest.json", "README.md", "report.html", "shards/wids.json", "shards/_info.json",
+    "shards/surplus.txt", SUCCESS,
 )  # fmt: skip
 
 

@@ -6,7 +6,18 @@ from collections.abc import Sequence
 
 from engine.dataset.commits import recorded_files
 from engine.dataset.shards import SHARDS
-from engine.dataset.state import CARD, MANIFEST, METADATA, REPORT, SUCCESS, TIMM_INFO, WIDS_INDEX, read_manifest
+from engine.dataset.state import (
+    CARD,
+    MANIFEST,
+    METADATA,
+    REPORT,
+    SUCCESS,
+    SURPLUS_LIST,
+    SURPLUS_LIST_SINCE,
+    TIMM_INFO,
+    WIDS_INDEX,
+    read_manifest,
+)
 from engine.dataset.store import Store, is_no_file
 from engine.errors import CorruptShardError, OutputError, RiskforgeError
 
@@ -73,13 +84,23 @@ def is_closed(store: Store, plan_digest: str) -> bool:
             return False
         if not all(_ends_with(store, name, end) for name, end in _ENDS.items()):
             return False
-        read_manifest(store)
+        if not _has_surplus_list(store):
+            return False
         parts = store.list(METADATA) if store.is_folder(METADATA) else [METADATA]
         return bool(parts) and all(_ends_with(store, name, _PARQUET_END) for name in parts)
     except RiskforgeError as error:
         if _is_absence(error):
             return False
         raise
+
+
+def _has_surplus_list(store: Store) -> bool:
+    """Whether the list of surplus is there to its end; runs of earlier versions were closed without one."""
+    version = read_manifest(store).get("schema_version")
+    if not isinstance(version, int) or version < SURPLUS_LIST_SINCE:
+        return True
+    tail = store.tail(SURPLUS_LIST, _TAIL_BYTES)
+    return not tail or tail.endswith(b"\n")
 
 
 def _ends_with(store: Store, name: str, end: bytes) -> bool:

@@ -35,6 +35,8 @@ WIDS_INDEX = "shards/wids.json"
 TIMM_INFO = "shards/_info.json"
 # Keys of accepted samples beyond their quota, a line each: what readers of the tars leave out.
 SURPLUS_LIST = "shards/surplus.txt"
+# The schema version from which on every closed run has its list of surplus.
+SURPLUS_LIST_SINCE = 3
 # Of an export to a folder by class: the label of each of its folders.
 CLASSES = "classes.json"
 # Folders of `riskforge rescore`, one for each target, and what marks one.

@@ -11,16 +11,13 @@ from typing import Literal
 from engine.dataset.commits import CommitRecord, forget_commit, inspect_records
 from engine.dataset.counts import ShardCounts
 from engine.dataset.shards import SHARDS, file_digest, inspect_pair, read_rows, shard_name
-from engine.dataset.state import METADATA, SUCCESS, SURPLUS_LIST, quarantined_shards, stored_plan
+from engine.dataset.state import METADATA, SUCCESS, SURPLUS_LIST, SURPLUS_LIST_SINCE, quarantined_shards, stored_plan
 from engine.dataset.store import TORN, Store, is_no_file, shown
 from engine.dataset.surplus import surplus_lines
 from engine.errors import CorruptShardError, OutputError, RiskforgeError, StoreLostError
 from engine.plan import Plan
 from engine.quotas import replay
 from engine.spec import JobSpec
-
-# The schema version from which on every closed run has its list of surplus.
-SURPLUS_LIST_SINCE = 3
 
 Kind = Literal["damage", "unfinished"]
 
@@ -225,21 +222,27 @@ def _check_surplus(store: Store, plan: Plan) -> Iterator[Finding]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         yield Finding(kind="damage", text=f"{METADATA}: its rows cannot be read ({reason})")
         return
-    listed = store.fetch(SURPLUS_LIST)
-    if not listed.is_file() or file_digest(listed, "sha256") != wanted.hexdigest():
+    listed = _fetch_file(store, SURPLUS_LIST)
+    if listed is None or not listed.is_file() or file_digest(listed, "sha256") != wanted.hexdigest():
         yield Finding(kind="damage", text=f"{SURPLUS_LIST}: lists other keys than those that {METADATA} marks")
+
+
+def _fetch_file(store: Store, name: str) -> Path | None:
+    """Where a file can be read; None where something stands in its place that is no file."""
+    try:
+        return store.fetch(name)
+    except OutputError as error:
+        if is_no_file(error):
+            return None
+        raise
 
 
 def _count_metadata(store: Store) -> int | None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        path = store.fetch(METADATA)
-    except OutputError as error:
-        if is_no_file(error):
-            return None
-        raise
+    if (path := _fetch_file(store, METADATA)) is None:
+        return None
     try:
         paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         return sum(pq.read_metadata(one).num_rows for one in paths)
