@@ -45,8 +45,8 @@ def test_a_recipe_makes_the_samples_of_the_authors_loop(recipe):
     family, name = ARMS[recipe["name"]]
     arms = {arm.name: arm for arm in arms_of(digits_setting())}
     published, twin = arms[name], dataclasses.replace(arms[arms[name].twin], guidance=recipe["guidance"][family])
-    bench = Bench(digits_setting(), [twin], device="cpu", num_samples=5, raw=recipe)
+    bench = Bench(digits_setting(), [twin], device="cpu", num_samples=3, raw=recipe)
     assert bench.job.name == recipe["name"] and len(bench.plan.requests) == 1
     with torch.no_grad():
-        check = check_published(bench, published, twin, bench.batch(5))
+        check = check_published(bench, published, twin, bench.batch(3))
     assert check.holds, str(check)
