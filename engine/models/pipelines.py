@@ -64,12 +64,12 @@ _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _ADAPTERS = re.compile(r"(pytorch_lora_weights.*|pytorch_custom_diffusion_weights.*|adapter_(config|model)\..*)")
 # Options of a UNet that ask its pipeline for something: values that ask for nothing, what others ask for.
 _UNET: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("addition_embed_type", (None, "text"), "it is told more than timestep and prompt, as Stable Diffusion XL"),
-    ("encoder_hid_dim_type", (None, "text_proj"), "it looks at an image beside the prompt, as with an IP-adapter"),
-    ("time_cond_proj_dim", (None,), "it is told the guidance scale, as a latent consistency model"),
-    ("num_class_embeds", (None,), "it is told a class or a noise level, as an upscaler"),
-    ("attention_type", ("default", None), "it is told where things are, as GLIGEN"),
-    ("dual_cross_attention", (False, None), "it looks at two kinds of prompts"),
+    ("addition_embed_type", (None, "text"), "it takes more than timestep and prompt, as Stable Diffusion XL does"),
+    ("encoder_hid_dim_type", (None, "text_proj"), "it takes an image next to the prompt, as with an IP-adapter"),
+    ("time_cond_proj_dim", (None,), "it takes the guidance scale, as a latent consistency model does"),
+    ("num_class_embeds", (None,), "it takes a class or a noise level, as an upscaler does"),
+    ("attention_type", ("default", None), "it takes the places of objects, as GLIGEN does"),
+    ("dual_cross_attention", (False, None), "it takes two kinds of prompts"),
     ("num_attention_heads", (None,), "no UNet of diffusers has it"),
 )
 
@@ -272,9 +272,9 @@ def _unet_problems(unet: dict[str, Any], has_labels: bool) -> Iterator[str]:
     if has_labels and embedding != "projection":
         yield f'unet/config.json has class_embed_type: {shown(embedding)}, not the "projection" of Stable unCLIP'
     if not has_labels and embedding is not None:
-        yield f"unet/config.json has class_embed_type: {shown(embedding)} (it is told a class, a level or an image)"
+        yield f"unet/config.json has class_embed_type: {shown(embedding)} (it takes a class, a noise level or an image)"
     if not has_labels and unet.get("class_embeddings_concat"):
-        yield "unet/config.json has class_embeddings_concat: True (it is told a class, a level or an image)"
+        yield "unet/config.json has class_embeddings_concat: True (it takes a class, a noise level or an image)"
 
 
 def _channel_problems(unet: dict[str, Any], vae: dict[str, Any]) -> Iterator[str]:

@@ -99,7 +99,7 @@ _ALGORITHMS = {
 _TRAINING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("prediction_type", ("epsilon", "v_prediction"), "only epsilon and v_prediction are supported"),
     ("beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2"), "not a schedule of betas of every scheduler"),
-    ("timestep_type", ("discrete", None), "the model is told noise levels in place of timesteps"),
+    ("timestep_type", ("discrete", None), "the model takes noise levels in place of timesteps"),
     ("use_flow_sigmas", (False, None), "the noise is that of flow matching"),
     ("use_dynamic_shifting", (False, None), "the noise is that of flow matching"),
     ("variance_type", (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"), "a part of the"
@@ -157,7 +157,7 @@ def training_problems(scheduler: ModelScheduler) -> list[str]:
         return [f"model_index.json names a {name}, scheduler_config.json a {shown(written)}; make both the same"]
     problems = [
         f"scheduler_config.json has {option}: {shown(config[option])} ({meaning}); what runs: models of these"
-        " schedulers that predict epsilon or v, told timesteps, as docs/diffusion-models.md lists them"
+        " schedulers that predict epsilon or v from timesteps, as docs/diffusion-models.md lists them"
         for option, known, meaning in _TRAINING
         if option in config and config[option] not in known
     ]
