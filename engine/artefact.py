@@ -29,10 +29,11 @@ from engine.conditioning.mixtures import ClassMixtures
 from engine.conditioning.predictor import ErrorPredictor, PredictorFit
 from engine.dataset.store import explained
 from engine.errors import MAX_REASON_CHARS, JobError, OutputError
-from engine.files import MAX_DOCUMENT_BYTES, parse_json, read_whole
+from engine.files import MAX_DOCUMENT_BYTES, read_whole
 from engine.images import Unusable
 from engine.models.addresses import ARTEFACT_DOCUMENT as DOCUMENT
 from engine.plan import digest_of
+from engine.strict_json import parse_json
 from engine.temperature import TemperatureFit
 
 SCHEMA_VERSION = 1

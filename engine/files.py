@@ -1,21 +1,15 @@
-"""Files of others that are read whole: regular ones alone, up to a limit each. And JSON that can be relied on."""
+"""Files of others that are read whole: regular ones alone, up to a limit each."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import stat
 from pathlib import Path
-from typing import Any, NoReturn
 
 # Manifests, plans, evaluations, statistics of a conditioning artefact: what grows with classes and shards.
 MAX_DOCUMENT_BYTES = 64 * 2**20
 # Commit records, leases, notes of the quarantine, settings of a model.
 MAX_RECORD_BYTES = 4 * 2**20
-MAX_INTEGER = 2**63
-# An object nests no deeper in any file of a run; far below where Python's own parser gives up.
-MAX_DEPTH = 60
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -72,60 +66,3 @@ def _check_mode(mode: int) -> None:
     for is_kind, name in _KINDS:
         if is_kind(mode):
             raise UnsuitableFileError(f"is {name}, not a file; move it away or restore the file")
-
-
-def parse_json(data: bytes | str) -> Any:
-    """A document in JSON as every reader understands it: finite numbers, whole ones of 64 bits, valid Unicode.
-
-    Raises:
-        ValueError: it is none, with the reason.
-    """
-    text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    _check_tree(value, MAX_DEPTH)
-    return value
-
-
-def _check_tree(value: Any, depth: int) -> None:
-    if depth < 0:
-        raise ValueError("it is nested too deeply")
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _check_text(key)
-            _check_tree(inner, depth - 1)
-    elif isinstance(value, list):
-        for inner in value:
-            _check_tree(inner, depth - 1)
-    elif isinstance(value, str):
-        _check_text(value)
-
-
-def _check_text(text: str) -> None:
-    """Refuse halves of characters, which JSON can hold and no file or terminal takes.
-
-    Raises:
-        UnicodeEncodeError: there is one; it is a `ValueError`.
-    """
-    if not text.isascii():
-        text.encode()
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"it holds {name}")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"it holds the number {text[:40]}, which is too large")
-    return value
-
-
-def _whole(text: str) -> int:
-    # Of the text: Python refuses to convert some thousand digits.
-    if len(text) > 20 or not -MAX_INTEGER <= (value := int(text)) < MAX_INTEGER:
-        raise ValueError(f"it holds the whole number {text[:40]}, which is too large")
-    return value

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from engine.acceptance import JUDGE_SCORES, rule_problems
 from engine.errors import JobError
 from engine.spec_messages import Location, explain, location_of
+from engine.strict_json import parse_json
 
 MAX_SEED = 2**53
 MAX_REQUESTS = 1000
@@ -35,6 +36,9 @@ CLASS_TEMPLATE = "a photo of a {class}"
 # Attempts for each sample that is wanted, where a request says nothing.
 DEFAULT_FACTOR = "10x"
 
+# Of a value of the user's own; in a stored plan it stands some levels down.
+MAX_VALUE_DEPTH = 40
+
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=64)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=MAX_SEED)]
 Context = Annotated[str, Field(max_length=400)]
@@ -49,9 +53,9 @@ Factor = Annotated[str, Field(pattern=r"^[0-9]{1,6}(\.[0-9]{1,3})?x$")]
 
 
 def _storable(value: Any) -> Any:
-    """A plain value, if JSON in UTF-8 holds it: a job is stored as such."""
+    """A plain value, if JSON in UTF-8 holds it as every reader understands it: a job is stored as such."""
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        parse_json(json.dumps(value, ensure_ascii=False).encode(), MAX_VALUE_DEPTH)
     except UnicodeEncodeError:
         raise ValueError("it holds half a character, which no text in UTF-8 has") from None
     return value

@@ -94,6 +94,12 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
+    def wait_for(self, condition: str) -> None:
+        """Wait until an expression of the page is true."""
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not self.evaluate(condition):
+            assert time.monotonic() < deadline, f"it does not come to {condition}"
+
     def press(self, key: str) -> None:
         """Press a key, as a user does."""
         for kind in ("keyDown", "keyUp"):

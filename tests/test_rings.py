@@ -14,7 +14,7 @@ CORE = (
     "spec.py", "plan.py", "records.py", "scores.py", "finiteness.py", "scheduler.py", "temperature.py", "batching.py",
     "guidance",
     "sampling", "conditioning", "quotas.py", "messages.py", "tables.py", "class_names.py", "spec_messages.py",
-    "labels.py", "heartbeat.py",
+    "labels.py", "heartbeat.py", "strict_json.py",
 )  # fmt: skip
 CORE_FORBIDS = {
     "ray", "fsspec", "requests", "http", "socket", "subprocess", "typer", "rich", "webdataset", "pyarrow", "pathlib",

@@ -190,7 +190,8 @@ def test_a_run_tells_of_its_screening_and_resumes(tmp_path, capsys):
     digest = zoo_artefact().digest
     assert manifest["models"]["conditioning"] == [{"address": ARTEFACT, "digest": digest}]
     card = (output / "README.md").read_text()
-    assert "the target's error predictor expected an error" in card and "not screened" in card
+    assert "until the target's error predictor expects an error" in card and "not screened" in card
+    assert f"{sum(one['screened'] for one in found['screened'])} of 8 samples have an embedding that passed" in card
     errors = sum(row["is_error"] for row in rows) / len(rows)
     assert any(row["status"] == "rejected" for row in rows)
     assert f"<dd>{errors:.1%}".replace("%", " %") in (output / "report.html").read_text().replace("\u202f", " ")

@@ -22,8 +22,8 @@ from engine.dataset.counts import ShardCounts, parse_record_name, record_name
 from engine.dataset.shards import SHARDS, ShardFiles, discard, file_digest, inspect_pair, read_rows
 from engine.dataset.store import Store, explained, shown
 from engine.errors import MAX_REASON_CHARS, CorruptShardError, OutputError, RiskforgeError
-from engine.files import parse_json
 from engine.plan import ShardSpec
+from engine.strict_json import parse_json
 
 COMMITS = "_state/commits"
 PACKS = "_state/packs"

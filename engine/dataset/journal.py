@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.dataset.store import EVENTS, Store
 from engine.errors import OutputError
-from engine.files import parse_json
+from engine.strict_json import parse_json
 
 MAX_TAIL_BYTES = 1_000_000
 END_SECONDS = 20.0

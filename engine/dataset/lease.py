@@ -21,7 +21,8 @@ from pathlib import Path
 
 from engine.dataset.store import DRIVER_LOCK, LEASES, Store
 from engine.errors import MAX_REASON_CHARS, OutputError, OwnedError, RiskforgeError
-from engine.files import MAX_RECORD_BYTES, parse_json
+from engine.files import MAX_RECORD_BYTES
+from engine.strict_json import parse_json
 
 LEASE_SECONDS = 60.0
 # So many times within its length a lease is renewed.

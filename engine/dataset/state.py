@@ -17,10 +17,10 @@ from typing import Any
 from engine.dataset.shards import SHARDS
 from engine.dataset.store import DRIVER_LOCK, LEASES, LOCKS, STATE, Store
 from engine.errors import MAX_REASON_CHARS, CorruptShardError, JobError, OutputError, OwnedError
-from engine.files import parse_json
 from engine.plan import EVERY_CELL, Cell, Extent, Plan, RequestPlan, difference, next_stage
 from engine.records import fields_of
 from engine.spec import JobSpec, parse_job
+from engine.strict_json import parse_json
 
 PLANS = "_state/plan"
 QUARANTINE = "_state/quarantine"

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from engine.dataset.state import EVALUATION
 from engine.dataset.store import Store
 from engine.errors import MAX_REASON_CHARS, CorruptShardError
-from engine.files import parse_json
+from engine.strict_json import parse_json
 
 _IMAGE = r"^data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/=]*$"
 

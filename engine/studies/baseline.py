@@ -13,7 +13,8 @@ import numpy as np
 from engine.dataset.counts import JOINT_KEY
 from engine.dataset.store import explained
 from engine.errors import JobError
-from engine.files import parse_json, read_whole
+from engine.files import read_whole
+from engine.strict_json import parse_json
 from engine.studies.folders import check_replaces
 from engine.studies.nights import Night, Texts, read_night, texts_of
 

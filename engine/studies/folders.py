@@ -8,7 +8,8 @@ from pathlib import Path
 
 from engine.dataset.store import explained
 from engine.errors import OutputError
-from engine.files import MAX_DOCUMENT_BYTES, parse_json, read_whole
+from engine.files import MAX_DOCUMENT_BYTES, read_whole
+from engine.strict_json import parse_json
 
 MAX_SHOWN = 5
 

@@ -41,12 +41,12 @@ from engine.dataset.store import Store, explained, open_store
 from engine.dataset.summary import count_classes, count_requests, plain, summarise
 from engine.dataset.surplus import quotas_of
 from engine.errors import CorruptShardError, JobError, OutputError
-from engine.files import parse_json
 from engine.models.addresses import model_digest, read_labels, resolve
 from engine.models.targets import is_foreign
 from engine.plan import Plan, SampleSpec, digest_of
 from engine.records import RUN_FIELDS, STATUS_FAILED, STATUS_OK, STATUS_REJECTED, failed_record, in_version
 from engine.spec import JobSpec
+from engine.strict_json import parse_json
 from engine.studies.night_tables import summary_document
 from engine.studies.nights import NightComparison, compare_nights, label_differences, read_night
 
