@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from engine.errors import JobError
 from engine.images.decode import EXTENSIONS, UnusableImageError, check_bytes, open_image
-from engine.images.findings import Found, ImageSource, Item, Unusable, make_finding, unusable
+from engine.images.findings import Found, ImageSource, Unusable, make_finding, unusable
 from engine.images.ignored import why_ignored
 from engine.images.labelling import Labelling
 from engine.images.listings import NAMES, Listings, key_of
@@ -165,7 +165,7 @@ class _Folder:
         labelling.settle(listings.texts() if listings.listed else folders)
         reader = _ClassReader(self._root, home, labelling, listings)
         items = [partial(reader.read, one) for one in files]
-        source = ImageSource(KIND, len(items), (partial(_each, items),))
+        source = ImageSource(KIND, len(items), (partial(iter, items),))
         there = {key_of(one.place) for one in files}
         missing = [
             unusable(place, f"is listed in {listing}, and is not there")
@@ -263,10 +263,6 @@ class _ClassReader:
     def _check_same(self, found: int, folder: str, reason: str) -> None:
         if self.labelling.is_class(folder) and found not in self.labelling.classes_of(folder):
             raise UnusableImageError(reason)
-
-
-def _each(items: Iterable[Item]) -> Iterator[Item]:
-    return iter(items)
 
 
 def _is_own(entries: Sequence[Entry]) -> bool:
