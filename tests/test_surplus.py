@@ -20,6 +20,7 @@ from engine.dataset.state import open_run
 from engine.dataset.store import open_store
 from engine.dataset.surplus import surplus_lines
 from engine.dataset.verify import repair, verify
+from engine.images import LabelledImage, Unusable, open_images
 from engine.models.addresses import model_digests
 from engine.plan import build_plan
 from engine.spec import JobSpec
@@ -199,3 +200,25 @@ def test_a_folder_of_parts_is_read_in_order(run: Path, tmp_path: Path) -> None:
         (tmp_path / "parts").mkdir(exist_ok=True)
         pq.write_table(table.slice(start, 20), tmp_path / "parts" / f"part-{number:06d}.parquet")
     assert b"".join(surplus_lines(tmp_path / "parts")) == (run / LIST).read_bytes()
+
+
+@pytest.mark.parametrize("given", [".", "shards", "in a folder"])
+@pytest.mark.parametrize("is_listed", [True, False], ids=["list", "rows"])
+def test_images_are_read_without_the_surplus(run: Path, tmp_path: Path, given: str, is_listed: bool) -> None:
+    """Wherever images are read from a run, also one that was closed without a list: what is left out is named."""
+    copy = tmp_path / "set" / "quickstart"
+    shutil.copytree(run, copy)
+    if not is_listed:
+        (copy / LIST).unlink()
+    found = list(open_images(str(copy.parent if given == "in a folder" else copy / given), digits.CLASS_NAMES).read())
+    used = [Path(one.name).stem for one in found if isinstance(one, LabelledImage)]
+    assert len(used) == WANTED and set(used) == wanted_keys(run)
+    named = [one for one in found if isinstance(one, Unusable) and "is beyond the quota" in one.reason]
+    assert {Path(one.name).stem for one in named} == {row["key"] for row in rows_of(run) if row["surplus"]}
+
+
+def test_images_of_one_tar_are_read_without_its_surplus(run: Path) -> None:
+    """The list lies beside it."""
+    keys = [Path(one.name).stem for tar in (run / "shards").glob("*.tar")
+            for one in open_images(str(tar), digits.CLASS_NAMES).read() if isinstance(one, LabelledImage)]  # fmt: skip
+    assert len(keys) == WANTED and set(keys) == wanted_keys(run)

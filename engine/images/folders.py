@@ -23,20 +23,18 @@ from engine.images.splits import (
     split_of,
 )
 from engine.images.tables import has_images, parquet
-from engine.images.tars import webdataset
+from engine.images.tars import ROWS, SHARDS, SURPLUS, webdataset
 from engine.images.tree import Entry, list_files
 
 KIND = "a folder by class"
-SHARDS = "shards"
-# At the top of a folder that the engine finished; and the rows of its samples.
+# At the top of a folder that the engine finished.
 _MARKS = ("manifest.json", "_SUCCESS")
 _STATE = "_state"
-_ROWS = "metadata.parquet"
 # Folders of a run with other scores of its images, and answers of people about them.
 _INTERNAL = (_STATE, "rescored", "_review")
 _DATA = EXTENSIONS | {"tar", "parquet"}
 # Written beside tars by the engine or by the tools that read them.
-_INDEXES = frozenset({"wids.json", "_info.json"})
+_INDEXES = frozenset({"wids.json", "_info.json", SURPLUS})
 
 
 def open_folder(root: Path, labels: tuple[str, ...], option: str, address: str, split: str = "") -> ImageSource:
@@ -273,7 +271,7 @@ def _is_own(entries: Sequence[Entry]) -> bool:
     """Whether the engine wrote a folder: a run, finished or not, or an export."""
     has_shards = any(one.parts[0] == SHARDS and one.extension == "tar" for one in entries)
     there = {one.parts[0] for one in entries}
-    return _STATE in there or there.issuperset(_MARKS) or (_ROWS in there and has_shards)
+    return _STATE in there or there.issuperset(_MARKS) or (ROWS in there and has_shards)
 
 
 def _beside(entries: Iterable[Entry], what: str) -> list[Unusable]:
