@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from engine.conditioner import _checked_images
 from engine.dataset.export import ExportOptions, export
 from engine.errors import JobError
-from engine.images import LabelledImage, Unusable, open_images
+from engine.images import LabelledImage, Unusable, open_images, some_of
 from engine.images.decode import EXTENSIONS, FORMATS
 from engine.images.splits import KEYWORDS
 from engine.report.evaluated import _unusable_text
@@ -307,7 +307,58 @@ def test_members_that_are_not_read_are_counted(tmp_path):
     assert {"a.tar/LICENSE", "a.tar/.hidden", "a.tar/__MACOSX/._0.png"} <= set(reasons)
 
 
+# Of the hub ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["folders", "tar", "parquet", "listing"])
+def test_a_repository_in_the_hubs_cache_is_read_by_its_snapshot(tmp_path, layout):
+    """Files are there by content, too, and again in every snapshot: nothing of it is read twice or without its name."""
+    write_files(tmp_path / "set/three", {"a.png": grey(0)})
+    if layout == "tar":
+        write_tar(tmp_path / "set/a.tar", [("b.png", grey(2)), ("b.cls", b"3")])
+    elif layout == "parquet":
+        write_table(tmp_path / "set/a.parquet", [grey(1)], pa.array([3]))
+    elif layout == "listing":
+        write_files(tmp_path / "set", {"metadata.csv": b"file_name,label\nthree/a.png,3\n"})
+    home = tmp_path / "datasets--a--b"
+    files = [one for one in (tmp_path / "set").rglob("*") if one.is_file()]
+    for number, path in enumerate(files):
+        write_files(home, {f"blobs/{number:040x}": path.read_bytes(), "refs/main": b"v1"})
+        for snapshot in ("v1", "v2"):
+            link = home / "snapshots" / snapshot / path.relative_to(tmp_path / "set")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(home / f"blobs/{number:040x}", link.parent))
+    with pytest.raises(JobError, match=r"give '.*/snapshots/v1' or '.*/snapshots/v2'"):
+        read(home, DIGITS)
+    used, _ = split(read(home / "snapshots/v2", DIGITS))
+    assert list(used.values()) == [3]
+
+
+def test_the_images_of_cifar_are_found_in_their_column(tmp_path):
+    """`img`, where no column is called `image`; other names are asked for."""
+    for number, names in enumerate((["img", "label"], ["image", "label", "img"], ["picture", "label"], ["img", "y"])):
+        values = {"label": [3], "y": [3], "image": [grey(1)], "img": [grey(2)], "picture": [grey(3)]}
+        pa.parquet.write_table(pa.table({name: values[name] for name in names}), tmp_path / f"{number}.parquet")
+    levels = [level_of(one) for number in range(2) for one in read(tmp_path / f"{number}.parquet", DIGITS)]
+    assert levels == [2, 1]
+    assert "no column image; it has picture, label" in split(read(tmp_path / "2.parquet", DIGITS))[1]["2.parquet"]
+    assert "no column label; it has img, y" in split(read(tmp_path / "3.parquet", DIGITS))[1]["3.parquet"]
+
+
 # What users see ------------------------------------------------------------------------------------------------------
+
+
+def test_every_reason_is_among_the_first(tmp_path):
+    """Junk by the thousand hides no reason, and the message stays short."""
+    junk = [Unusable(f"{number}.xml", "is not an image") for number in range(5000)]
+    text = some_of([*junk, Unusable("n01440764/a.png", "'n01440764' is not a class of the target")])
+    assert text == (
+        "0.xml: is not an image; n01440764/a.png: 'n01440764' is not a class of the target; 1.xml: is not an image;"
+        " and 4998 more"
+    )
+    assert some_of(junk[:2]) == "0.xml: is not an image; 1.xml: is not an image"
+    [found] = read(write_files(tmp_path, {"n01440764/a.png": grey(0)}), ("tench, Tinca tinca", "goldfish"))
+    assert isinstance(found, Unusable) and "WordNet id; use class names or indices" in found.reason
 
 
 def test_every_command_counts_and_names_what_it_cannot_use(tmp_path):

@@ -133,8 +133,11 @@ def image_key(image: PIL.Image.Image) -> bytes:
 
 
 def some_of(unusable: Sequence[Unusable]) -> str:
-    """The first of what cannot be used with their reasons, and how many more there are."""
-    reasons = "; ".join(f"{one.name}: {one.reason}" for one in unusable[:_MAX_SHOWN])
+    """The first of what cannot be used, those with different reasons before others, and how many more there are."""
+    first = {one.reason: number for number, one in reversed(list(enumerate(unusable)))}
+    numbers = sorted(first.values())[:_MAX_SHOWN]
+    numbers += [number for number in range(min(len(unusable), 2 * _MAX_SHOWN)) if number not in numbers]
+    reasons = "; ".join(f"{unusable[one].name}: {unusable[one].reason}" for one in numbers[:_MAX_SHOWN])
     return reasons + (f"; and {len(unusable) - _MAX_SHOWN} more" if len(unusable) > _MAX_SHOWN else "")
 
 

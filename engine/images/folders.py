@@ -32,6 +32,9 @@ _MARKS = ("manifest.json", "_SUCCESS")
 _STATE = "_state"
 # Folders of a run with other scores of its images, and answers of people about them.
 _INTERNAL = (_STATE, "rescored", "_review")
+# Of a repository in the cache of `huggingface_hub`.
+BLOBS, SNAPSHOTS = "blobs", "snapshots"
+_MAX_SNAPSHOTS = 3
 _DATA = EXTENSIONS | {"tar", "parquet"}
 # Written beside tars by the engine or by the tools that read them.
 _INDEXES = frozenset({"wids.json", "_info.json", SURPLUS})
@@ -61,6 +64,7 @@ class _Folder:
         self._root, self._labels, self._split = root, labels, split
         self._option, self._address = option, address.rstrip("/") or address
         entries = list_files(root)
+        self._check_cache(entries)
         self._is_own = _is_own(entries)
         self._unread: list[Unusable] = []
         self._entries = [one for one in entries if self._is_data(one)]
@@ -80,6 +84,17 @@ class _Folder:
         if self._split:
             raise JobError(f"{self._option}: there is no '{self._address}'")
         return self._of_classes()
+
+    def _check_cache(self, entries: Sequence[Entry]) -> None:
+        """Refuse a repository as the hub's cache has it: every file is in it by its content, and again by its name.
+
+        Raises:
+            JobError: it is one.
+        """
+        snapshots = sorted({one.parts[1] for one in entries if one.parts[0] == SNAPSHOTS and len(one.parts) > 2})
+        if snapshots and any(one.parts[0] == BLOBS for one in entries):
+            given = " or ".join(f"'{self._address}/{SNAPSHOTS}/{one}'" for one in snapshots[:_MAX_SNAPSHOTS])
+            raise JobError(f"{self._option}: '{self._address}' is a repository in the hub's cache; give {given}")
 
     def _is_data(self, entry: Entry) -> bool:
         """Whether a file is to be read; it is noted where it is not, unless it is the engine's own."""

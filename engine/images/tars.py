@@ -262,9 +262,7 @@ def _surplus(folder: Path) -> frozenset[str]:
     return frozenset(line.decode().strip() for line in surplus_lines(rows)) if has_surplus(rows) else frozenset()
 
 
-def _read_sample(
-    file: BinaryIO, name: str, sample: _Sample, labelling: Labelling, surplus: frozenset[str]
-) -> Found:
+def _read_sample(file: BinaryIO, name: str, sample: _Sample, labelling: Labelling, surplus: frozenset[str]) -> Found:
     assert sample.image is not None, "a sample without a problem has an image"
     record = _record(file, sample.record)
     if record.get("accepted") is False:
