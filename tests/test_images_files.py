@@ -157,7 +157,17 @@ def container(path: Path, level: int) -> Path:
 @pytest.mark.parametrize("suffix", [".tar", ".parquet"])
 @pytest.mark.parametrize(
     "pattern",
-    ["{}-00000-of-00001", "data/{}-00000-of-00001", "{}", "{}/part-0", "set-{}-000000", "data/{}/0001", "a_{}", "{}.1"],
+    [
+        "{}-00000-of-00001",
+        "data/{}-00000-of-00001",
+        "{}",
+        "{}/part-0",
+        "set-{}-0",
+        "split={}/0",
+        "data/{}/1",
+        "a_{}",
+        "{}.1",
+    ],
 )
 @pytest.mark.parametrize("pair", [("train", "test"), ("training", "val"), ("Train", "dev"), ("valid", "evaluation")])
 def test_tars_and_tables_of_two_splits_are_not_read_together(tmp_path, pair, pattern, suffix):
@@ -170,6 +180,22 @@ def test_tars_and_tables_of_two_splits_are_not_read_together(tmp_path, pair, pat
         assert f"'{tmp_path}/{name}'" in str(error.value)
         [found] = read(tmp_path / name, DIGITS)
         assert isinstance(found, LabelledImage) and level_of(found) == level
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".parquet"])
+@pytest.mark.parametrize("pattern", ["{}/train-00000-of-00001", "{}/train/0000", "data/{}/train", "{}/split=train/0"])
+def test_configurations_are_not_read_together(tmp_path, pattern, suffix):
+    """Without a card the same names in two folders tell; parts of one split in two folders have names of their own."""
+    for level, name in enumerate(("small", "large")):
+        container(tmp_path / "two" / (pattern.format(name) + suffix), level)
+        container(tmp_path / "parts" / name / f"train-0000{level}-of-00002{suffix}", level)
+    home = tmp_path / "two" / ("data" if pattern.startswith("data") else "")
+    with pytest.raises(JobError, match="the same files of one split in 2 folders") as error:
+        open_images(str(tmp_path / "two"), DIGITS)
+    for level, name in enumerate(("small", "large")):
+        assert f"'{home / name}'" in str(error.value)
+        assert level_of(read(home / name, DIGITS)[0]) == level
+    assert sorted(map(level_of, read(tmp_path / "parts", DIGITS))) == [0, 1]
 
 
 def test_files_of_a_split_and_of_none_are_not_read_together(tmp_path):

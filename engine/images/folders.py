@@ -15,6 +15,7 @@ from engine.images.labelling import Labelling
 from engine.images.listings import NAMES, Listings, key_of
 from engine.images.splits import (
     card_class_names,
+    configurations_of,
     group_by_split,
     is_same_split,
     is_several,
@@ -34,7 +35,7 @@ _STATE = "_state"
 _INTERNAL = (_STATE, "rescored", "_review")
 # Of a repository in the cache of `huggingface_hub`.
 BLOBS, SNAPSHOTS = "blobs", "snapshots"
-_MAX_SNAPSHOTS = 3
+_MAX_GIVEN = 3
 _DATA = EXTENSIONS | {"tar", "parquet"}
 # Written beside tars by the engine or by the tools that read them.
 _INDEXES = frozenset({"wids.json", "_info.json", SURPLUS})
@@ -93,7 +94,7 @@ class _Folder:
         """
         snapshots = sorted({one.parts[1] for one in entries if one.parts[0] == SNAPSHOTS and len(one.parts) > 2})
         if snapshots and any(one.parts[0] == BLOBS for one in entries):
-            given = " or ".join(f"'{self._address}/{SNAPSHOTS}/{one}'" for one in snapshots[:_MAX_SNAPSHOTS])
+            given = " or ".join(f"'{self._address}/{SNAPSHOTS}/{one}'" for one in snapshots[:_MAX_GIVEN])
             raise JobError(f"{self._option}: '{self._address}' is a repository in the hub's cache; give {given}")
 
     def _is_data(self, entry: Entry) -> bool:
@@ -142,7 +143,8 @@ class _Folder:
             JobError: there are several, or not that one.
         """
         places = [one.place for one in files]
-        groups = read_splits(self._root, places) or group_by_split({one: split_of(one) for one in places})
+        listed = read_splits(self._root, places)
+        groups = listed or group_by_split({one: split_of(one) for one in places})
         if self._split:
             chosen = [own for split, own in groups.items() if is_same_split(split, self._split)]
             if not chosen:
@@ -150,7 +152,9 @@ class _Folder:
             groups = {self._split: chosen[0]}
         if len(groups) > 1:
             self._refuse_splits(sorted(filter(None, groups)), groups.get("", [])[:1])
-        chosen_places = set(next(iter(groups.values())))
+        split, chosen_places = next(iter(groups.items()))
+        if split and not listed and (homes := configurations_of(chosen_places)):
+            self._refuse_configurations(homes)
         return [one for one in files if one.place in chosen_places]
 
     def _refuse_splits(self, splits: Sequence[str], others: Sequence[str] = ()) -> None:
@@ -159,6 +163,14 @@ class _Folder:
         raise JobError(
             f"{self._option}: '{self._address}' holds the split{'s' if len(splits) > 1 else ''}"
             f" {', '.join(splits)}{beside}: they are read one at a time; give {given}"
+        )
+
+    def _refuse_configurations(self, homes: Sequence[str]) -> None:
+        base = self._root.as_posix() if self._split else self._address
+        given = " or ".join(f"'{base}/{one}'" if one else f"the files of '{base}' itself" for one in homes[:_MAX_GIVEN])
+        raise JobError(
+            f"{self._option}: '{self._address}' has the same files of one split in {len(homes)} folders, as"
+            f" configurations of a data set have them: give {given}; or a folder with links to all of them"
         )
 
     def _open_tars(self, files: Sequence[Entry]) -> ImageSource:

@@ -56,7 +56,8 @@ class Listings:
             # A name that leads out of the folder is the name of no file in it.
             listed = key_of(posixpath.join(folder, name))
             if listed in self.listed and self.listed[listed][0] != label:
-                label = UnusableImageError(f"has two labels in {place} and {self.listed[listed][1]}")
+                lists = " and ".join(dict.fromkeys((self.listed[listed][1], place)))
+                label = UnusableImageError(f"has two labels in {lists}")
             self.listed[listed] = (label, place)
 
     def texts(self) -> Iterator[str]:
