@@ -38,7 +38,7 @@ class Labelling:
 
     def settle_by_first(self, texts: Iterable[str]) -> None:
         """Settle it by the first label that is a class, where a look at all would be a pass over the set."""
-        for text in texts:
+        for text in map(str.strip, texts):
             if is_index(text) and int(text) < len(self.labels):
                 return
             if self._find(text):
