@@ -15,6 +15,7 @@ import pytest
 
 import engine
 from engine import digits
+from engine.dataset.export import ExportOptions, export
 from engine.dataset.shards import read_shard
 from engine.dataset.state import open_run
 from engine.dataset.store import open_store
@@ -121,8 +122,6 @@ def test_the_lines_of_the_card_read_what_was_wanted(run: Path, tmp_path: Path, m
 
 def test_every_other_reader_gives_what_was_wanted(run: Path, tmp_path: Path) -> None:
     """By this package, and a merge for readers of whole tars."""
-    from engine.dataset.export import ExportOptions, export
-
     corpus = engine.open_run(str(run))
     assert {one["__key__"] for one in corpus.to_webdataset(decode=None)} == wanted_keys(run)
     assert set(corpus.to_torch().keys) == wanted_keys(run)
@@ -222,3 +221,15 @@ def test_images_of_one_tar_are_read_without_its_surplus(run: Path) -> None:
     keys = [Path(one.name).stem for tar in (run / "shards").glob("*.tar")
             for one in open_images(str(tar), digits.CLASS_NAMES).read() if isinstance(one, LabelledImage)]  # fmt: skip
     assert len(keys) == WANTED and set(keys) == wanted_keys(run)
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "imagefolder", "parquet"])
+def test_images_of_an_export_are_read_without_the_rejected_ones(run: Path, tmp_path: Path, kind: str) -> None:
+    """In every format alike."""
+    options = ExportOptions(output=str(tmp_path / "out"), format=kind, with_rejected=True)
+    out = export((str(run),), options).path
+    found = list(open_images(str(out), digits.CLASS_NAMES).read())
+    assert sum(isinstance(one, LabelledImage) for one in found) == WANTED
+    reasons = [one.reason for one in found if isinstance(one, Unusable)]
+    num_stored = sum(row["status"] == "rejected" and bool(row["sha256"]) for row in rows_of(run))
+    assert reasons == ["was rejected by the rule of its run"] * num_stored

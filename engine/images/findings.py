@@ -18,6 +18,8 @@ SOUGHT = (
     " .cls), a run, parquet files (columns image and label), or a named set such as digits:validation"
 )
 PART_ROWS = 64
+# Of a sample that a run rejected and stored all the same: its label may well be wrong.
+REJECTED = "was rejected by the rule of its run"
 # So many files, or more, in each part of a source make the parts equal enough.
 FILES_PER_PART = 4
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.images.decode import UnusableImageError, brief, check_bytes
-from engine.images.findings import Found, ImageSource, Item, in_context, make_finding, unusable
+from engine.images.findings import REJECTED, Found, ImageSource, Item, in_context, make_finding, unusable
 from engine.images.labelling import Labelling, are_same_classes, check_label, is_enumeration
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ KIND = "parquet"
 # Columns of images: the first that is there; CIFAR has the second.
 IMAGES = ("image", "img")
 LABEL, CONTEXT = "label", "context"
+# Whether a run accepted a row, in tables of the engine alone, which have the second column too.
+ACCEPTED = ("accepted", "schema_version")
 ROWS = 64
 # Of HF's missing labels.
 _MISSING = -1
@@ -117,7 +119,7 @@ class _Tables:
                 yield partial(unusable, name, reason)
                 return
             column, number = self._label_column(path), 0
-            wanted = [one for one in (image, LABEL, CONTEXT) if one in there]
+            wanted = [one for one in (image, LABEL, CONTEXT) if one in there] + accepted_column(there)
             for batch in file.iter_batches(batch_size=ROWS, columns=wanted):
                 for row in batch.to_pylist():
                     yield partial(_read_row, f"{name} row {number}", row, image, column.class_of)
@@ -210,7 +212,14 @@ def _num_rows(path: Path) -> int:
         return 0
 
 
+def accepted_column(names: Sequence[str]) -> list[str]:
+    """The column that tells which rows a run accepted, or none."""
+    return [ACCEPTED[0]] if set(ACCEPTED) <= set(names) else []
+
+
 def _read_row(name: str, row: dict[str, Any], image: str, class_of: Callable[[Any], int]) -> Found:
+    if row.get(ACCEPTED[0]) is False:
+        return unusable(name, REJECTED)
     found = make_finding(name, partial(class_of, row[LABEL]), partial(_cell_bytes, row[image], image))
     return in_context(found, row.get(CONTEXT))
 

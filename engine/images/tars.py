@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from engine.files import read_whole
 from engine.images.decode import EXTENSIONS, UnusableImageError, brief, check_bytes
-from engine.images.findings import Found, ImageSource, Item, in_context, make_finding, unusable
+from engine.images.findings import REJECTED, Found, ImageSource, Item, in_context, make_finding, unusable
 from engine.images.ignored import why_ignored
 from engine.images.labelling import Labelling
 from engine.labels import is_index
@@ -266,8 +266,7 @@ def _read_sample(file: BinaryIO, name: str, sample: _Sample, labelling: Labellin
     assert sample.image is not None, "a sample without a problem has an image"
     record = _record(file, sample.record)
     if record.get("accepted") is False:
-        # Of a run that stores them: the label of a rejected sample may well be wrong.
-        return unusable(name, "was rejected by the rule of its run")
+        return unusable(name, REJECTED)
     if record.get("accepted") is True and str(record.get("key")) in surplus:
         return unusable(name, f"is beyond the quota of its run ({SURPLUS})")
     found = make_finding(
