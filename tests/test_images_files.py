@@ -101,6 +101,36 @@ def test_links_end_and_what_cannot_be_listed_is_named(tmp_path):
     assert all("read already" in reasons[name] for name in ("eight/loop", "eight/deep/up", "five", "seven"))
 
 
+@pytest.mark.parametrize(
+    "name", ["a.tar", "a.parquet", "metadata.csv", "three/a.png", "README.md", "dataset_infos.json"]
+)
+@pytest.mark.parametrize("kind", ["pipe", "device", "link"])
+def test_what_is_no_file_is_not_opened(tmp_path, name, kind):
+    """Reading a pipe or a device may never end."""
+    root = write_files(tmp_path / "data", {"three/b.png": grey(0)})
+    ends = {"device": "/dev/zero", "link": "nowhere"}
+    os.mkfifo(root / name) if kind == "pipe" else (root / name).symlink_to(ends[kind])
+    used, reasons = split(read(root, DIGITS))
+    assert used == {"three/b.png": 3}
+    assert reasons == {name: "there is no such file" if kind == "link" else "is not a file"}
+    with pytest.raises(JobError, match="there is no" if kind == "link" else "is neither a file nor a folder"):
+        read(root / name, DIGITS)
+
+
+@pytest.mark.parametrize("name", ["shards/surplus.txt", "metadata.parquet"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "text"])
+def test_a_run_whose_surplus_is_not_known_is_refused(tmp_path, name, kind):
+    write_tar(tmp_path / "shards/a-000000.tar", [("b.png", grey(2)), ("b.cls", b"3")])
+    path = tmp_path / name
+    {"pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero"),
+     "text": lambda: path.write_text("words")}[kind]()  # fmt: skip
+    if (name, kind) == ("shards/surplus.txt", "text"):
+        assert len(read(tmp_path, DIGITS)) == 1
+    else:
+        with pytest.raises(JobError, match=f"cannot be read \\(its {path.name}: "):
+            read(tmp_path, DIGITS)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_what_may_not_be_read_is_named(tmp_path):
     """A file and a folder without permission."""

@@ -322,7 +322,5 @@ def _why_no_image(data: Callable[[], bytes]) -> str:
 
 
 def _file_bytes(file: Path) -> bytes:
-    if not file.is_file():
-        raise UnusableImageError("is not a file" if file.exists() else "there is no such file")
     check_bytes(file.stat().st_size)
     return file.read_bytes()

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from engine.files import read_whole
+from engine.files import UnsuitableFileError, check_regular, read_whole
 from engine.images.decode import EXTENSIONS, UnusableImageError, brief, check_bytes
 from engine.images.findings import REJECTED, Found, ImageSource, Item, in_context, make_finding, unusable
 from engine.images.ignored import why_ignored
@@ -47,7 +47,7 @@ def webdataset(paths: Sequence[Path], labels: tuple[str, ...], root: Path | None
         root: what the names of the tars are relative to; their own folders where not given.
 
     Raises:
-        OSError, ValueError: what a run does not count cannot be read.
+        UnsuitableFileError: what a run does not count cannot be read.
     """
     surplus = frozenset[str]().union(*(_surplus(folder) for folder in {path.parent for path in paths}))
     tars = _Tars(tuple(paths), Labelling(labels), root, surplus)
@@ -249,17 +249,29 @@ def _surplus(folder: Path) -> frozenset[str]:
     Runs that were closed before schema version 3 have no list, and a column in their rows.
 
     Raises:
-        OSError, ValueError: list or rows cannot be read.
+        UnsuitableFileError: list or rows cannot be read.
     """
     try:
         return frozenset(read_whole(folder / SURPLUS, MAX_SURPLUS_BYTES).decode("utf-8", "replace").split())
     except FileNotFoundError:
         rows = folder.resolve().parent / ROWS
+    except OSError as error:
+        raise UnsuitableFileError(f"its {SURPLUS}: {brief(error)}") from None
     if not rows.exists() or folder.resolve().name != SHARDS:
         return frozenset()
+    try:
+        return frozenset(_surplus_rows(rows))
+    except (OSError, ValueError) as error:
+        raise UnsuitableFileError(f"its {ROWS}: {brief(error)}") from None
+
+
+def _surplus_rows(rows: Path) -> Iterator[str]:
     from engine.dataset.surplus import has_surplus, surplus_lines
 
-    return frozenset(line.decode().strip() for line in surplus_lines(rows)) if has_surplus(rows) else frozenset()
+    for one in rows.iterdir() if rows.is_dir() else [rows]:
+        check_regular(one)
+    if has_surplus(rows):
+        yield from (line.decode().strip() for line in surplus_lines(rows))
 
 
 def _read_sample(file: BinaryIO, name: str, sample: _Sample, labelling: Labelling, surplus: frozenset[str]) -> Found:
