@@ -64,7 +64,7 @@ OTHERS = {
     "three/x.txt": b"words", "three/x.json": b"{}", "three/x.svg": b"<svg xmlns='x'/>", "notes.md": b"# notes",
     "three/x.heic": b"\0\0\0\x18ftypheic" + bytes(40), "three/x.avif": b"\0\0\0\x18ftypavif" + bytes(40),
     "three/x.jp2": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(40), "three/x.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n",
-    "three/empty.png": b"",
+    "three/empty.png": b"", "three/x.arrow": b"\xff\xff\xff\xff\x40\x02\x00\x00" + bytes(40),
     "three/x.zip": b"PK\x03\x04" + bytes(40), "three/lfs.png": b"version https://git-lfs.github.com/spec/v1\n",
     ".DS_Store": b"\0", "three/.DS_Store": b"\0", "three/Thumbs.db": b"\0", "Desktop.ini": b"", ".git/config": b"",
     "__MACOSX/three/._a.png": grey(5), "three/._a.png": b"\0", "three/.hidden.png": grey(6),
@@ -79,7 +79,8 @@ def test_every_file_of_a_folder_is_found_once(tmp_path):
     used, reasons = split(found)
     assert set(used) == {"three/noextension", "three/a.image", "three/deep/er/b.png", "three/a.png"}
     for name, text in (("x.heic", "HEIF"), ("x.avif", "AVIF"), ("x.jp2", "JPEG 2000"), ("x.eps", "EPS"),
-                       ("x.svg", "SVG"), ("lfs.png", "git lfs pull"), ("x.zip", "archive")):  # fmt: skip
+                       ("x.svg", "SVG"), ("lfs.png", "git lfs pull"), ("x.zip", "archive"),
+                       ("x.arrow", "store it as parquet")):  # fmt: skip
         assert text in reasons[f"three/{name}"]
     assert "operating system" in reasons["three/Thumbs.db"] and "operating system" in reasons["__MACOSX/three/._a.png"]
 
