@@ -116,6 +116,24 @@ def test_a_class_called_train_hides_no_other(
     assert set(names["samples"]["label"][:]) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("kind", ["run", "webdataset", "imagefolder", "parquet"])
+def test_what_takes_the_place_of_other_data_is_read_anew(tmp_path: Path, cache: str, kind: str) -> None:
+    """`datasets` caches by path and version, not by what the files hold."""
+    import datasets
+
+    folder = tmp_path / "data"
+    for count in (4, 6):
+        if kind == "run":
+            made = make_case(folder, count=count)
+            num_stored = sum(bool(row["sha256"]) for row in pq.read_table(made / "metadata.parquet").to_pylist())
+        else:
+            run = make_case(tmp_path / f"run-{count}", count=count)
+            done = export((str(run),), ExportOptions(output=str(folder), format=kind))
+            num_stored = done.manifest["counts"]["images"]
+        assert len(datasets.load_dataset(str(folder), split="train")) == num_stored
+        shutil.rmtree(folder)
+
+
 def test_parquet_exports_load_with_equal_class_names(tmp_path: Path, cache: str) -> None:
     """ImageNet has two classes called crane; `datasets` refuses names that are equal."""
     import datasets

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from engine.conditioner import _checked_images
 from engine.dataset.export import ExportOptions, export
 from engine.errors import JobError
-from engine.images import LabelledImage, Unusable, open_images
+from engine.images import LabelledImage, Unusable, open_images, some_of
 from engine.images.decode import EXTENSIONS, FORMATS
 from engine.images.splits import KEYWORDS
 from engine.report.evaluated import _unusable_text
@@ -64,7 +64,7 @@ OTHERS = {
     "three/x.txt": b"words", "three/x.json": b"{}", "three/x.svg": b"<svg xmlns='x'/>", "notes.md": b"# notes",
     "three/x.heic": b"\0\0\0\x18ftypheic" + bytes(40), "three/x.avif": b"\0\0\0\x18ftypavif" + bytes(40),
     "three/x.jp2": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(40), "three/x.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n",
-    "three/empty.png": b"",
+    "three/empty.png": b"", "three/x.arrow": b"\xff\xff\xff\xff\x40\x02\x00\x00" + bytes(40),
     "three/x.zip": b"PK\x03\x04" + bytes(40), "three/lfs.png": b"version https://git-lfs.github.com/spec/v1\n",
     ".DS_Store": b"\0", "three/.DS_Store": b"\0", "three/Thumbs.db": b"\0", "Desktop.ini": b"", ".git/config": b"",
     "__MACOSX/three/._a.png": grey(5), "three/._a.png": b"\0", "three/.hidden.png": grey(6),
@@ -79,7 +79,8 @@ def test_every_file_of_a_folder_is_found_once(tmp_path):
     used, reasons = split(found)
     assert set(used) == {"three/noextension", "three/a.image", "three/deep/er/b.png", "three/a.png"}
     for name, text in (("x.heic", "HEIF"), ("x.avif", "AVIF"), ("x.jp2", "JPEG 2000"), ("x.eps", "EPS"),
-                       ("x.svg", "SVG"), ("lfs.png", "git lfs pull"), ("x.zip", "archive")):  # fmt: skip
+                       ("x.svg", "SVG"), ("lfs.png", "git lfs pull"), ("x.zip", "archive"),
+                       ("x.arrow", "store it as parquet")):  # fmt: skip
         assert text in reasons[f"three/{name}"]
     assert "operating system" in reasons["three/Thumbs.db"] and "operating system" in reasons["__MACOSX/three/._a.png"]
 
@@ -99,6 +100,36 @@ def test_links_end_and_what_cannot_be_listed_is_named(tmp_path):
     assert set(used) == {"three/a.png", "eight/deep/b.png", "four/a.png"}
     assert set(reasons) == {"eight/loop", "eight/deep/up", "five", "six", "seven", "three/pipe"}
     assert all("read already" in reasons[name] for name in ("eight/loop", "eight/deep/up", "five", "seven"))
+
+
+@pytest.mark.parametrize(
+    "name", ["a.tar", "a.parquet", "metadata.csv", "three/a.png", "README.md", "dataset_infos.json"]
+)
+@pytest.mark.parametrize("kind", ["pipe", "device", "link"])
+def test_what_is_no_file_is_not_opened(tmp_path, name, kind):
+    """Reading a pipe or a device may never end."""
+    root = write_files(tmp_path / "data", {"three/b.png": grey(0)})
+    ends = {"device": "/dev/zero", "link": "nowhere"}
+    os.mkfifo(root / name) if kind == "pipe" else (root / name).symlink_to(ends[kind])
+    used, reasons = split(read(root, DIGITS))
+    assert used == {"three/b.png": 3}
+    assert reasons == {name: "there is no such file" if kind == "link" else "is not a file"}
+    with pytest.raises(JobError, match="there is no" if kind == "link" else "is neither a file nor a folder"):
+        read(root / name, DIGITS)
+
+
+@pytest.mark.parametrize("name", ["shards/surplus.txt", "metadata.parquet"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "text"])
+def test_a_run_whose_surplus_is_not_known_is_refused(tmp_path, name, kind):
+    write_tar(tmp_path / "shards/a-000000.tar", [("b.png", grey(2)), ("b.cls", b"3")])
+    path = tmp_path / name
+    {"pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero"),
+     "text": lambda: path.write_text("words")}[kind]()  # fmt: skip
+    if (name, kind) == ("shards/surplus.txt", "text"):
+        assert len(read(tmp_path, DIGITS)) == 1
+    else:
+        with pytest.raises(JobError, match=f"cannot be read \\(its {path.name}: "):
+            read(tmp_path, DIGITS)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -157,7 +188,17 @@ def container(path: Path, level: int) -> Path:
 @pytest.mark.parametrize("suffix", [".tar", ".parquet"])
 @pytest.mark.parametrize(
     "pattern",
-    ["{}-00000-of-00001", "data/{}-00000-of-00001", "{}", "{}/part-0", "set-{}-000000", "data/{}/0001", "a_{}", "{}.1"],
+    [
+        "{}-00000-of-00001",
+        "data/{}-00000-of-00001",
+        "{}",
+        "{}/part-0",
+        "set-{}-0",
+        "split={}/0",
+        "data/{}/1",
+        "a_{}",
+        "{}.1",
+    ],
 )
 @pytest.mark.parametrize("pair", [("train", "test"), ("training", "val"), ("Train", "dev"), ("valid", "evaluation")])
 def test_tars_and_tables_of_two_splits_are_not_read_together(tmp_path, pair, pattern, suffix):
@@ -170,6 +211,22 @@ def test_tars_and_tables_of_two_splits_are_not_read_together(tmp_path, pair, pat
         assert f"'{tmp_path}/{name}'" in str(error.value)
         [found] = read(tmp_path / name, DIGITS)
         assert isinstance(found, LabelledImage) and level_of(found) == level
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".parquet"])
+@pytest.mark.parametrize("pattern", ["{}/train-00000-of-00001", "{}/train/0000", "data/{}/train", "{}/split=train/0"])
+def test_configurations_are_not_read_together(tmp_path, pattern, suffix):
+    """Without a card the same names in two folders tell; parts of one split in two folders have names of their own."""
+    for level, name in enumerate(("small", "large")):
+        container(tmp_path / "two" / (pattern.format(name) + suffix), level)
+        container(tmp_path / "parts" / name / f"train-0000{level}-of-00002{suffix}", level)
+    home = tmp_path / "two" / ("data" if pattern.startswith("data") else "")
+    with pytest.raises(JobError, match="the same files of one split in 2 folders") as error:
+        open_images(str(tmp_path / "two"), DIGITS)
+    for level, name in enumerate(("small", "large")):
+        assert f"'{home / name}'" in str(error.value)
+        assert level_of(read(home / name, DIGITS)[0]) == level
+    assert sorted(map(level_of, read(tmp_path / "parts", DIGITS))) == [0, 1]
 
 
 def test_files_of_a_split_and_of_none_are_not_read_together(tmp_path):
@@ -307,7 +364,58 @@ def test_members_that_are_not_read_are_counted(tmp_path):
     assert {"a.tar/LICENSE", "a.tar/.hidden", "a.tar/__MACOSX/._0.png"} <= set(reasons)
 
 
+# Of the hub ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["folders", "tar", "parquet", "listing"])
+def test_a_repository_in_the_hubs_cache_is_read_by_its_snapshot(tmp_path, layout):
+    """Files are there by content, too, and again in every snapshot: nothing of it is read twice or without its name."""
+    write_files(tmp_path / "set/three", {"a.png": grey(0)})
+    if layout == "tar":
+        write_tar(tmp_path / "set/a.tar", [("b.png", grey(2)), ("b.cls", b"3")])
+    elif layout == "parquet":
+        write_table(tmp_path / "set/a.parquet", [grey(1)], pa.array([3]))
+    elif layout == "listing":
+        write_files(tmp_path / "set", {"metadata.csv": b"file_name,label\nthree/a.png,3\n"})
+    home = tmp_path / "datasets--a--b"
+    files = [one for one in (tmp_path / "set").rglob("*") if one.is_file()]
+    for number, path in enumerate(files):
+        write_files(home, {f"blobs/{number:040x}": path.read_bytes(), "refs/main": b"v1"})
+        for snapshot in ("v1", "v2"):
+            link = home / "snapshots" / snapshot / path.relative_to(tmp_path / "set")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(home / f"blobs/{number:040x}", link.parent))
+    with pytest.raises(JobError, match=r"give '.*/snapshots/v1' or '.*/snapshots/v2'"):
+        read(home, DIGITS)
+    used, _ = split(read(home / "snapshots/v2", DIGITS))
+    assert list(used.values()) == [3]
+
+
+def test_the_images_of_cifar_are_found_in_their_column(tmp_path):
+    """`img`, where no column is called `image`; other names are asked for."""
+    for number, names in enumerate((["img", "label"], ["image", "label", "img"], ["picture", "label"], ["img", "y"])):
+        values = {"label": [3], "y": [3], "image": [grey(1)], "img": [grey(2)], "picture": [grey(3)]}
+        pa.parquet.write_table(pa.table({name: values[name] for name in names}), tmp_path / f"{number}.parquet")
+    levels = [level_of(one) for number in range(2) for one in read(tmp_path / f"{number}.parquet", DIGITS)]
+    assert levels == [2, 1]
+    assert "no column image; it has picture, label" in split(read(tmp_path / "2.parquet", DIGITS))[1]["2.parquet"]
+    assert "no column label; it has img, y" in split(read(tmp_path / "3.parquet", DIGITS))[1]["3.parquet"]
+
+
 # What users see ------------------------------------------------------------------------------------------------------
+
+
+def test_every_reason_is_among_the_first(tmp_path):
+    """Junk by the thousand hides no reason, and the message stays short."""
+    junk = [Unusable(f"{number}.xml", "is not an image") for number in range(5000)]
+    text = some_of([*junk, Unusable("n01440764/a.png", "'n01440764' is not a class of the target")])
+    assert text == (
+        "0.xml: is not an image; n01440764/a.png: 'n01440764' is not a class of the target; 1.xml: is not an image;"
+        " and 4998 more"
+    )
+    assert some_of(junk[:2]) == "0.xml: is not an image; 1.xml: is not an image"
+    [found] = read(write_files(tmp_path, {"n01440764/a.png": grey(0)}), ("tench, Tinca tinca", "goldfish"))
+    assert isinstance(found, Unusable) and "WordNet id; use class names or indices" in found.reason
 
 
 def test_every_command_counts_and_names_what_it_cannot_use(tmp_path):

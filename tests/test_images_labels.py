@@ -167,6 +167,12 @@ def test_names_and_indices_in_one_set_are_not_mixed(tmp_path, source):
     assert sorted(only.values()) == [3, 4] and not none
 
 
+def test_the_first_label_decides_whatever_is_around_it(tmp_path):
+    """Files of labels often end with a line break."""
+    texts = ["3\n", "eight\n", " 4 "]
+    assert sorted(split(read(as_cls(tmp_path, texts), DIGITS))[0].values()) == [3, 4, 8]
+
+
 @pytest.mark.parametrize("name", ["7", "07", "-1", "1.0", "1e3", "0.5", "\uff13", "\u0663", "one, 1", "1_0", "10-20"])
 def test_numbers_of_any_kind_are_names(tmp_path, name):
     """A target with one such class has no indices in texts."""

@@ -440,7 +440,7 @@ def test_what_a_parquet_cannot_give_is_named(tmp_path):
     write_parquet(tmp_path / "e.parquet", [(data, 0)], ["cat"])
     assert "'cat' is not a class" in reason(tmp_path / "e.parquet")
     pq.write_table(pa.table({"img": [data]}), tmp_path / "f.parquet")
-    assert reason(tmp_path / "f.parquet") == "has no column image and label; it has img"
+    assert reason(tmp_path / "f.parquet") == "has no column label; it has img: rename what holds them"
     broken = pa.table({"image": [data], "label": pa.array([b"\xff"], pa.binary()).view(pa.string())})
     pq.write_table(broken, tmp_path / "h.parquet")
     assert "cannot be read as parquet" in reason(tmp_path / "h.parquet")

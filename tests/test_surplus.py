@@ -15,11 +15,13 @@ import pytest
 
 import engine
 from engine import digits
+from engine.dataset.export import ExportOptions, export
 from engine.dataset.shards import read_shard
 from engine.dataset.state import open_run
 from engine.dataset.store import open_store
 from engine.dataset.surplus import surplus_lines
 from engine.dataset.verify import repair, verify
+from engine.images import LabelledImage, Unusable, open_images
 from engine.models.addresses import model_digests
 from engine.plan import build_plan
 from engine.spec import JobSpec
@@ -120,8 +122,6 @@ def test_the_lines_of_the_card_read_what_was_wanted(run: Path, tmp_path: Path, m
 
 def test_every_other_reader_gives_what_was_wanted(run: Path, tmp_path: Path) -> None:
     """By this package, and a merge for readers of whole tars."""
-    from engine.dataset.export import ExportOptions, export
-
     corpus = engine.open_run(str(run))
     assert {one["__key__"] for one in corpus.to_webdataset(decode=None)} == wanted_keys(run)
     assert set(corpus.to_torch().keys) == wanted_keys(run)
@@ -199,3 +199,37 @@ def test_a_folder_of_parts_is_read_in_order(run: Path, tmp_path: Path) -> None:
         (tmp_path / "parts").mkdir(exist_ok=True)
         pq.write_table(table.slice(start, 20), tmp_path / "parts" / f"part-{number:06d}.parquet")
     assert b"".join(surplus_lines(tmp_path / "parts")) == (run / LIST).read_bytes()
+
+
+@pytest.mark.parametrize("given", [".", "shards", "in a folder"])
+@pytest.mark.parametrize("is_listed", [True, False], ids=["list", "rows"])
+def test_images_are_read_without_the_surplus(run: Path, tmp_path: Path, given: str, is_listed: bool) -> None:
+    """Wherever images are read from a run, also one that was closed without a list: what is left out is named."""
+    copy = tmp_path / "set" / "quickstart"
+    shutil.copytree(run, copy)
+    if not is_listed:
+        (copy / LIST).unlink()
+    found = list(open_images(str(copy.parent if given == "in a folder" else copy / given), digits.CLASS_NAMES).read())
+    used = [Path(one.name).stem for one in found if isinstance(one, LabelledImage)]
+    assert len(used) == WANTED and set(used) == wanted_keys(run)
+    named = [one for one in found if isinstance(one, Unusable) and "is beyond the quota" in one.reason]
+    assert {Path(one.name).stem for one in named} == {row["key"] for row in rows_of(run) if row["surplus"]}
+
+
+def test_images_of_one_tar_are_read_without_its_surplus(run: Path) -> None:
+    """The list lies beside it."""
+    keys = [Path(one.name).stem for tar in (run / "shards").glob("*.tar")
+            for one in open_images(str(tar), digits.CLASS_NAMES).read() if isinstance(one, LabelledImage)]  # fmt: skip
+    assert len(keys) == WANTED and set(keys) == wanted_keys(run)
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "imagefolder", "parquet"])
+def test_images_of_an_export_are_read_without_the_rejected_ones(run: Path, tmp_path: Path, kind: str) -> None:
+    """In every format alike."""
+    options = ExportOptions(output=str(tmp_path / "out"), format=kind, with_rejected=True)
+    out = export((str(run),), options).path
+    found = list(open_images(str(out), digits.CLASS_NAMES).read())
+    assert sum(isinstance(one, LabelledImage) for one in found) == WANTED
+    reasons = [one.reason for one in found if isinstance(one, Unusable)]
+    num_stored = sum(row["status"] == "rejected" and bool(row["sha256"]) for row in rows_of(run))
+    assert reasons == ["was rejected by the rule of its run"] * num_stored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Collection
 from typing import Any
@@ -72,10 +73,23 @@ def _header(job: JobSpec, manifest: dict[str, Any], data_files: list[str]) -> st
         "source_datasets": ["original"],
         "tags": ["synthetic", "riskforge", "webdataset", "hard-examples", *methods],
         "size_categories": [size_category(_num_stored(job, manifest["counts"]["samples"]))],
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": data_files}]}],
+        "configs": [card_config(data_files, f"{manifest['plan_digest']} {manifest['counts']['samples']}")],
         "dataset_info": {"features": tar_features(job.output.image_format, manifest["schema_version"])},
     }
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
+
+
+def card_config(data_files: list[str], content: str) -> dict[str, Any]:
+    """The only configuration of a data set: one split.
+
+    `datasets` keeps what it has read of a path by the version, and would give it again after the files have changed.
+
+    Args:
+        content: differs where the data differ.
+    """
+    version = int(hashlib.sha256(content.encode()).hexdigest()[:8], 16)
+    files = [{"split": "train", "path": data_files}]
+    return {"config_name": "default", "version": f"0.0.{version}", "data_files": files}
 
 
 def _num_stored(job: JobSpec, samples: dict[str, int]) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from engine.dataset.card import code, columns_section, size_category
+from engine.dataset.card import card_config, code, columns_section, size_category
 from engine.dataset.card_loading import FILES_LOADING, FOLDERS_LOADING, merged_loading_section
 from engine.dataset.schema import tar_features
 
@@ -49,7 +49,7 @@ def _header(manifest: dict[str, Any], data_files: list[str], image_format: str) 
         "task_categories": ["image-classification"],
         "tags": ["synthetic", "riskforge", "hard-examples", manifest["format"]],
         "size_categories": [size_category(counts["images"])],
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": data_files}]}],
+        "configs": [card_config(data_files, f"{manifest['digest']} {manifest['seed']} {counts}")],
     }
     # The files of the other formats have types of their own.
     if manifest["format"] == "webdataset":

@@ -72,6 +72,17 @@ class Surplus:
         return self._accepted[place] > quota
 
 
+def has_surplus(metadata: Path) -> bool:
+    """Whether the rows of a folder of shards tell which are beyond their quota.
+
+    Args:
+        metadata: a parquet file, or a folder of them.
+    """
+    import pyarrow.dataset
+
+    return "surplus" in pyarrow.dataset.dataset(metadata, format="parquet", partitioning=None).schema.names
+
+
 def surplus_lines(metadata: Path) -> Iterator[bytes]:
     """The lines of the list of keys beyond their quota, in the order of the rows.
 

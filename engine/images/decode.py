@@ -52,7 +52,7 @@ _OTHER_FORMATS = (
     (re.compile(rb"8BPS"), "is a Photoshop file"),
     (re.compile(rb"%PDF"), "is a PDF file"),
     (re.compile(rb"PK\x03\x04|\x1f\x8b|BZh|\xfd7zXZ\0|\x28\xb5\x2f\xfd|7z\xbc\xaf"), "is an archive; unpack it"),
-    (re.compile(rb"ARROW1|\x89HDF"), "is a table; store it as parquet"),
+    (re.compile(rb"ARROW1|\xff{4}.{3}\0|\x89HDF", re.DOTALL), "is a table; store it as parquet"),
     (re.compile(rb"%!PS|\xc5\xd0\xd3\xc6"), "is an EPS or PostScript file"),
     (re.compile(rb"\s*(<\?xml.{0,500}|<!--.{0,500})?<svg", re.DOTALL), "is an SVG file"),
 )

@@ -18,6 +18,8 @@ SOUGHT = (
     " .cls), a run, parquet files (columns image and label), or a named set such as digits:validation"
 )
 PART_ROWS = 64
+# Of a sample that a run rejected and stored all the same: its label may well be wrong.
+REJECTED = "was rejected by the rule of its run"
 # So many files, or more, in each part of a source make the parts equal enough.
 FILES_PER_PART = 4
 
@@ -133,8 +135,11 @@ def image_key(image: PIL.Image.Image) -> bytes:
 
 
 def some_of(unusable: Sequence[Unusable]) -> str:
-    """The first of what cannot be used with their reasons, and how many more there are."""
-    reasons = "; ".join(f"{one.name}: {one.reason}" for one in unusable[:_MAX_SHOWN])
+    """The first of what cannot be used, those with different reasons before others, and how many more there are."""
+    first = {one.reason: number for number, one in reversed(list(enumerate(unusable)))}
+    numbers = sorted(first.values())[:_MAX_SHOWN]
+    numbers += [number for number in range(min(len(unusable), 2 * _MAX_SHOWN)) if number not in numbers]
+    reasons = "; ".join(f"{unusable[one].name}: {unusable[one].reason}" for one in numbers[:_MAX_SHOWN])
     return reasons + (f"; and {len(unusable) - _MAX_SHOWN} more" if len(unusable) > _MAX_SHOWN else "")
 
 

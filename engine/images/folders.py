@@ -15,6 +15,7 @@ from engine.images.labelling import Labelling
 from engine.images.listings import NAMES, Listings, key_of
 from engine.images.splits import (
     card_class_names,
+    configurations_of,
     group_by_split,
     is_same_split,
     is_several,
@@ -23,20 +24,21 @@ from engine.images.splits import (
     split_of,
 )
 from engine.images.tables import has_images, parquet
-from engine.images.tars import webdataset
+from engine.images.tars import ROWS, SHARDS, SURPLUS, webdataset
 from engine.images.tree import Entry, list_files
 
 KIND = "a folder by class"
-SHARDS = "shards"
-# At the top of a folder that the engine finished; and the rows of its samples.
+# At the top of a folder that the engine finished.
 _MARKS = ("manifest.json", "_SUCCESS")
 _STATE = "_state"
-_ROWS = "metadata.parquet"
 # Folders of a run with other scores of its images, and answers of people about them.
 _INTERNAL = (_STATE, "rescored", "_review")
+# Of a repository in the cache of `huggingface_hub`.
+BLOBS, SNAPSHOTS = "blobs", "snapshots"
+_MAX_GIVEN = 3
 _DATA = EXTENSIONS | {"tar", "parquet"}
 # Written beside tars by the engine or by the tools that read them.
-_INDEXES = frozenset({"wids.json", "_info.json"})
+_INDEXES = frozenset({"wids.json", "_info.json", SURPLUS})
 
 
 def open_folder(root: Path, labels: tuple[str, ...], option: str, address: str, split: str = "") -> ImageSource:
@@ -63,6 +65,7 @@ class _Folder:
         self._root, self._labels, self._split = root, labels, split
         self._option, self._address = option, address.rstrip("/") or address
         entries = list_files(root)
+        self._check_cache(entries)
         self._is_own = _is_own(entries)
         self._unread: list[Unusable] = []
         self._entries = [one for one in entries if self._is_data(one)]
@@ -82,6 +85,17 @@ class _Folder:
         if self._split:
             raise JobError(f"{self._option}: there is no '{self._address}'")
         return self._of_classes()
+
+    def _check_cache(self, entries: Sequence[Entry]) -> None:
+        """Refuse a repository as the hub's cache has it: every file is in it by its content, and again by its name.
+
+        Raises:
+            JobError: it is one.
+        """
+        snapshots = sorted({one.parts[1] for one in entries if one.parts[0] == SNAPSHOTS and len(one.parts) > 2})
+        if snapshots and any(one.parts[0] == BLOBS for one in entries):
+            given = " or ".join(f"'{self._address}/{SNAPSHOTS}/{one}'" for one in snapshots[:_MAX_GIVEN])
+            raise JobError(f"{self._option}: '{self._address}' is a repository in the hub's cache; give {given}")
 
     def _is_data(self, entry: Entry) -> bool:
         """Whether a file is to be read; it is noted where it is not, unless it is the engine's own."""
@@ -129,7 +143,8 @@ class _Folder:
             JobError: there are several, or not that one.
         """
         places = [one.place for one in files]
-        groups = read_splits(self._root, places) or group_by_split({one: split_of(one) for one in places})
+        listed = read_splits(self._root, places)
+        groups = listed or group_by_split({one: split_of(one) for one in places})
         if self._split:
             chosen = [own for split, own in groups.items() if is_same_split(split, self._split)]
             if not chosen:
@@ -137,7 +152,9 @@ class _Folder:
             groups = {self._split: chosen[0]}
         if len(groups) > 1:
             self._refuse_splits(sorted(filter(None, groups)), groups.get("", [])[:1])
-        chosen_places = set(next(iter(groups.values())))
+        split, chosen_places = next(iter(groups.items()))
+        if split and not listed and (homes := configurations_of(chosen_places)):
+            self._refuse_configurations(homes)
         return [one for one in files if one.place in chosen_places]
 
     def _refuse_splits(self, splits: Sequence[str], others: Sequence[str] = ()) -> None:
@@ -146,6 +163,14 @@ class _Folder:
         raise JobError(
             f"{self._option}: '{self._address}' holds the split{'s' if len(splits) > 1 else ''}"
             f" {', '.join(splits)}{beside}: they are read one at a time; give {given}"
+        )
+
+    def _refuse_configurations(self, homes: Sequence[str]) -> None:
+        base = self._root.as_posix() if self._split else self._address
+        given = " or ".join(f"'{base}/{one}'" if one else f"the files of '{base}' itself" for one in homes[:_MAX_GIVEN])
+        raise JobError(
+            f"{self._option}: '{self._address}' has the same files of one split in {len(homes)} folders, as"
+            f" configurations of a data set have them: give {given}; or a folder with links to all of them"
         )
 
     def _open_tars(self, files: Sequence[Entry]) -> ImageSource:
@@ -269,7 +294,7 @@ def _is_own(entries: Sequence[Entry]) -> bool:
     """Whether the engine wrote a folder: a run, finished or not, or an export."""
     has_shards = any(one.parts[0] == SHARDS and one.extension == "tar" for one in entries)
     there = {one.parts[0] for one in entries}
-    return _STATE in there or there.issuperset(_MARKS) or (_ROWS in there and has_shards)
+    return _STATE in there or there.issuperset(_MARKS) or (ROWS in there and has_shards)
 
 
 def _beside(entries: Iterable[Entry], what: str) -> list[Unusable]:
@@ -293,7 +318,5 @@ def _why_no_image(data: Callable[[], bytes]) -> str:
 
 
 def _file_bytes(file: Path) -> bytes:
-    if not file.is_file():
-        raise UnusableImageError("is not a file" if file.exists() else "there is no such file")
     check_bytes(file.stat().st_size)
     return file.read_bytes()

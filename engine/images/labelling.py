@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,9 @@ from engine.images.decode import UnusableImageError
 from engine.labels import find_class, has_numeric_names, is_index
 from engine.spec_messages import nearest
 
+# ImageNet's folders and labels.
+_WORDNET = re.compile(r"n[0-9]{8}")
+_WORDNET_REMEDY = ", which names none by its WordNet id; use class names or indices"
 _NUMERIC = "the target's classes are called by numbers"
 _REMEDY = "give names, such as `class_name` in .json, a column of texts, or a column with class names"
 
@@ -25,6 +29,8 @@ class Labelling:
         self._is_numeric = has_numeric_names(labels)
         self._has_names = self._is_numeric
         self._found: dict[str, list[int]] = {}
+        # A set may have one unknown label for thousands of images.
+        self._remedies: dict[str, str] = {}
 
     def settle(self, texts: Iterable[str]) -> None:
         """Settle whether numbers are indices, by all labels of a set: not where one of them is a class name."""
@@ -32,7 +38,7 @@ class Labelling:
 
     def settle_by_first(self, texts: Iterable[str]) -> None:
         """Settle it by the first label that is a class, where a look at all would be a pass over the set."""
-        for text in texts:
+        for text in map(str.strip, texts):
             if is_index(text) and int(text) < len(self.labels):
                 return
             if self._find(text):
@@ -79,7 +85,7 @@ class Labelling:
         if len(found) > 1:
             raise UnusableImageError(f"{name!r} is the name of classes {', '.join(map(str, found))}; give the index")
         if not found:
-            raise UnusableImageError(f"{name!r} is not a class of the target" + nearest(name, list(self.labels)))
+            raise UnusableImageError(f"{name!r} is not a class of the target" + self._remedy(name))
         return found[0]
 
     def of_named_index(self, name: str, index: int) -> int:
@@ -133,6 +139,13 @@ class Labelling:
         except UnusableImageError:
             return self.is_class(text)
         return True
+
+    def _remedy(self, name: str) -> str:
+        """What to do about a name of no class, or nothing."""
+        if name not in self._remedies:
+            is_wordnet = _WORDNET.fullmatch(name) is not None
+            self._remedies[name] = _WORDNET_REMEDY if is_wordnet else nearest(name, list(self.labels))
+        return self._remedies[name]
 
     def _find(self, name: str) -> list[int]:
         if name not in self._found:

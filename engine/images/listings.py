@@ -15,8 +15,9 @@ from typing import Any
 
 from engine.files import check_regular
 from engine.images.decode import UnusableImageError, brief
+from engine.images.findings import REJECTED
 from engine.images.labelling import Labelling, is_enumeration
-from engine.images.tables import LABEL, LabelColumn, class_names_of
+from engine.images.tables import ACCEPTED, LABEL, LabelColumn, accepted_column, class_names_of
 
 NAMES = ("metadata.parquet", "metadata.jsonl", "metadata.csv")
 FILE_NAME = "file_name"
@@ -56,7 +57,8 @@ class Listings:
             # A name that leads out of the folder is the name of no file in it.
             listed = key_of(posixpath.join(folder, name))
             if listed in self.listed and self.listed[listed][0] != label:
-                label = UnusableImageError(f"has two labels in {place} and {self.listed[listed][1]}")
+                lists = " and ".join(dict.fromkeys((self.listed[listed][1], place)))
+                label = UnusableImageError(f"has two labels in {lists}")
             self.listed[listed] = (label, place)
 
     def texts(self) -> Iterator[str]:
@@ -128,5 +130,9 @@ def _parquet_rows(path: Path) -> list[tuple[str, Any]]:
 
     with pq.ParquetFile(path) as file:
         _check_columns(file.schema_arrow.names)
-        table = file.read(columns=[FILE_NAME, LABEL])
-        return list(zip(map(str, table[FILE_NAME].to_pylist()), table[LABEL].to_pylist(), strict=True))
+        accepted = accepted_column(file.schema_arrow.names)
+        rows = file.read(columns=[FILE_NAME, LABEL, *accepted]).to_pylist()
+    return [
+        (str(row[FILE_NAME]), UnusableImageError(REJECTED) if row.get(ACCEPTED[0]) is False else row[LABEL])
+        for row in rows
+    ]

@@ -61,6 +61,8 @@ def open_images(address: str, labels: tuple[str, ...], option: str = "--data") -
         raise JobError(f"{option}: '{address}' cannot be read ({error.strerror or error})") from None
     except (RuntimeError, ValueError) as error:
         raise JobError(f"{option}: '{address}' cannot be looked at ({error})") from None
+    if path.exists():
+        raise JobError(f"{option}: '{address}' is neither a file nor a folder; give {SOUGHT}")
     raise JobError(f"{option}: there is no '{address}'{nearest(address, list(NAMED))}; give {SOUGHT}")
 
 

@@ -18,7 +18,7 @@ KEYWORDS = {
     "validation": "validation", "valid": "validation", "dev": "validation", "val": "validation",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
-_SEPARATORS = re.compile(r"[-._ 0-9]+")
+_SEPARATORS = re.compile(r"[-._ 0-9=]+")
 _SHARDED = re.compile(r"(?P<split>.+)-[0-9]{5}-of-[0-9]{5}.*")
 _MAX_CARD_BYTES = 2**22
 
@@ -29,6 +29,27 @@ def split_of(place: str) -> str:
     if match := _SHARDED.fullmatch(name):
         return match["split"]
     return keyword_in(name) or next(filter(None, map(keyword_in, reversed(folders))), "")
+
+
+def configurations_of(places: Sequence[str]) -> list[str]:
+    """The folders that each have a split of their own: below both lies the same file of the split, twice.
+
+    Args:
+        places: files of one split, as `split_of` has it.
+
+    Returns:
+        Nothing where the files are of one configuration.
+    """
+    below: dict[str, set[str]] = {}
+    for place in places:
+        *folders, name = PurePosixPath(place).parts
+        is_in_name = bool(_SHARDED.fullmatch(name) or keyword_in(name))
+        depth = (
+            len(folders) if is_in_name else max((row for row, one in enumerate(folders) if keyword_in(one)), default=0)
+        )
+        below.setdefault("/".join([*folders, name][depth:]), set()).add("/".join(folders[:depth]))
+    is_one = all(len(homes) == 1 for homes in below.values())
+    return [] if is_one else sorted(set[str]().union(*below.values()))
 
 
 def keyword_in(name: str) -> str:

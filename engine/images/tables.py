@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.images.decode import UnusableImageError, brief, check_bytes
-from engine.images.findings import Found, ImageSource, Item, in_context, make_finding, unusable
+from engine.images.findings import REJECTED, Found, ImageSource, Item, in_context, make_finding, unusable
 from engine.images.labelling import Labelling, are_same_classes, check_label, is_enumeration
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 KIND = "parquet"
-IMAGE, LABEL, CONTEXT = "image", "label", "context"
+# Columns of images: the first that is there; CIFAR has the second.
+IMAGES = ("image", "img")
+LABEL, CONTEXT = "label", "context"
+# Whether a run accepted a row, in tables of the engine alone, which have the second column too.
+ACCEPTED = ("accepted", "schema_version")
 ROWS = 64
 # Of HF's missing labels.
 _MISSING = -1
@@ -71,8 +75,9 @@ def parquet(
 ) -> ImageSource:
     """Rows of parquet files as Hugging Face has them.
 
-    Column `image` holds the bytes of a file, or a struct with `bytes`; column `label` a class name or an index. Where
-    the file names its classes, an index is one of those, and its name decides. A text column `context` is taken along.
+    Column `image`, or `img`, holds the bytes of a file, or a struct with `bytes`; column `label` a class name or an
+    index. Where the file names its classes, an index is one of those, and its name decides. A text column `context` is
+    taken along.
 
     Args:
         class_names: those of the files that name none of their own, as a data set's card has them; None where it has
@@ -108,14 +113,16 @@ class _Tables:
 
         with pq.ParquetFile(path) as file:
             there = file.schema_arrow.names
-            if missing := [column for column in (IMAGE, LABEL) if column not in there]:
-                yield partial(unusable, name, f"has no column {' and '.join(missing)}; it has {', '.join(there)}")
+            image = _image_column(there)
+            if missing := [one for one in (image or IMAGES[0], LABEL) if one not in there]:
+                reason = f"has no column {' and '.join(missing)}; it has {', '.join(there)}: rename what holds them"
+                yield partial(unusable, name, reason)
                 return
             column, number = self._label_column(path), 0
-            wanted = [one for one in (IMAGE, LABEL, CONTEXT) if one in there]
+            wanted = [one for one in (image, LABEL, CONTEXT) if one in there] + accepted_column(there)
             for batch in file.iter_batches(batch_size=ROWS, columns=wanted):
                 for row in batch.to_pylist():
-                    yield partial(_read_row, f"{name} row {number}", row, column.class_of)
+                    yield partial(_read_row, f"{name} row {number}", row, image, column.class_of)
                     number += 1
 
     def _label_column(self, path: Path) -> LabelColumn:
@@ -185,9 +192,14 @@ def has_images(path: Path) -> bool:
     import pyarrow.parquet as pq
 
     try:
-        return IMAGE in pq.read_schema(path).names
+        return bool(_image_column(pq.read_schema(path).names))
     except (pa.ArrowException, OSError):
         return True
+
+
+def _image_column(names: Sequence[str]) -> str:
+    """The column of images among the columns of a file; empty where there is none."""
+    return next((one for one in IMAGES if one in names), "")
 
 
 def _num_rows(path: Path) -> int:
@@ -200,15 +212,22 @@ def _num_rows(path: Path) -> int:
         return 0
 
 
-def _read_row(name: str, row: dict[str, Any], class_of: Callable[[Any], int]) -> Found:
-    found = make_finding(name, partial(class_of, row[LABEL]), partial(_cell_bytes, row[IMAGE]))
+def accepted_column(names: Sequence[str]) -> list[str]:
+    """The column that tells which rows a run accepted, or none."""
+    return [ACCEPTED[0]] if set(ACCEPTED) <= set(names) else []
+
+
+def _read_row(name: str, row: dict[str, Any], image: str, class_of: Callable[[Any], int]) -> Found:
+    if row.get(ACCEPTED[0]) is False:
+        return unusable(name, REJECTED)
+    found = make_finding(name, partial(class_of, row[LABEL]), partial(_cell_bytes, row[image], image))
     return in_context(found, row.get(CONTEXT))
 
 
-def _cell_bytes(value: Any) -> bytes:
+def _cell_bytes(value: Any, column: str) -> bytes:
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
-        raise UnusableImageError("holds no bytes of an image file in column image")
+        raise UnusableImageError(f"holds no bytes of an image file in column {column}")
     check_bytes(len(data))
     return data
 

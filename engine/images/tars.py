@@ -13,14 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from engine.files import UnsuitableFileError, check_regular, read_whole
 from engine.images.decode import EXTENSIONS, UnusableImageError, brief, check_bytes
-from engine.images.findings import Found, ImageSource, Item, in_context, make_finding, unusable
+from engine.images.findings import REJECTED, Found, ImageSource, Item, in_context, make_finding, unusable
 from engine.images.ignored import why_ignored
 from engine.images.labelling import Labelling
 from engine.labels import is_index
 from engine.tars import DamagedTarError, Member, read_member, walk_tar
 
 KIND = "WebDataset tars"
+# The folder of a run's tars; beside it the rows of all samples, and in it the keys of those beyond their quota.
+SHARDS, ROWS, SURPLUS = "shards", "metadata.parquet", "surplus.txt"
+MAX_SURPLUS_BYTES = 2**30
 LABELS = ("cls", "json")
 MAX_LABEL_BYTES = 4096
 # Members among which the first label is sought: a set without any must not be walked through twice.
@@ -37,12 +41,16 @@ def webdataset(paths: Sequence[Path], labels: tuple[str, ...], root: Path | None
 
     The image is the member with an extension of `EXTENSIONS`; the class stands in `.cls` (an index or a name), and as
     `class_index` and `class_name` in `.json`, which must agree. What is no part of a sample is named; members beside an
-    image that is read are counted by extension.
+    image that is read are counted by extension. Of a run, what it rejected or does not count is named.
 
     Args:
         root: what the names of the tars are relative to; their own folders where not given.
+
+    Raises:
+        UnsuitableFileError: what a run does not count cannot be read.
     """
-    tars = _Tars(tuple(paths), Labelling(labels), root)
+    surplus = frozenset[str]().union(*(_surplus(folder) for folder in {path.parent for path in paths}))
+    tars = _Tars(tuple(paths), Labelling(labels), root, surplus)
     num_bytes = sum(path.stat().st_size for path in paths)
     return ImageSource(KIND, None, tuple(partial(tars.items, path) for path in paths), num_bytes)
 
@@ -50,8 +58,11 @@ def webdataset(paths: Sequence[Path], labels: tuple[str, ...], root: Path | None
 class _Tars:
     """A set of tars, whose labels are read in one way."""
 
-    def __init__(self, paths: tuple[Path, ...], labelling: Labelling, root: Path | None) -> None:
+    def __init__(
+        self, paths: tuple[Path, ...], labelling: Labelling, root: Path | None, surplus: frozenset[str]
+    ) -> None:
         self._paths, self._labelling, self._root, self._is_settled = paths, labelling, root, False
+        self._surplus = surplus
 
     def items(self, path: Path) -> Iterator[Item]:
         """What is in a tar, in order."""
@@ -80,7 +91,7 @@ class _Tars:
                 if sample.problem:
                     yield partial(unusable, name, sample.problem)
                 else:
-                    yield partial(_read_sample, file, name, sample, self._labelling)
+                    yield partial(_read_sample, file, name, sample, self._labelling, self._surplus)
 
     def _written(self) -> Iterator[str]:
         """What the first `.cls` of the set hold, tar by tar."""
@@ -232,12 +243,44 @@ def _is_label(member: Member) -> bool:
     return member.name.rpartition(".")[2].lower() in LABELS
 
 
-def _read_sample(file: BinaryIO, name: str, sample: _Sample, labelling: Labelling) -> Found:
+def _surplus(folder: Path) -> frozenset[str]:
+    """Keys of the samples in a folder of shards that are beyond the quota of their request.
+
+    Runs that were closed before schema version 3 have no list, and a column in their rows.
+
+    Raises:
+        UnsuitableFileError: list or rows cannot be read.
+    """
+    try:
+        return frozenset(read_whole(folder / SURPLUS, MAX_SURPLUS_BYTES).decode("utf-8", "replace").split())
+    except FileNotFoundError:
+        rows = folder.resolve().parent / ROWS
+    except OSError as error:
+        raise UnsuitableFileError(f"its {SURPLUS}: {brief(error)}") from None
+    if not rows.exists() or folder.resolve().name != SHARDS:
+        return frozenset()
+    try:
+        return frozenset(_surplus_rows(rows))
+    except (OSError, ValueError) as error:
+        raise UnsuitableFileError(f"its {ROWS}: {brief(error)}") from None
+
+
+def _surplus_rows(rows: Path) -> Iterator[str]:
+    from engine.dataset.surplus import has_surplus, surplus_lines
+
+    for one in rows.iterdir() if rows.is_dir() else [rows]:
+        check_regular(one)
+    if has_surplus(rows):
+        yield from (line.decode().strip() for line in surplus_lines(rows))
+
+
+def _read_sample(file: BinaryIO, name: str, sample: _Sample, labelling: Labelling, surplus: frozenset[str]) -> Found:
     assert sample.image is not None, "a sample without a problem has an image"
     record = _record(file, sample.record)
     if record.get("accepted") is False:
-        # Of a run that stores them: the label of a rejected sample may well be wrong.
-        return unusable(name, "was rejected by the rule of its run")
+        return unusable(name, REJECTED)
+    if record.get("accepted") is True and str(record.get("key")) in surplus:
+        return unusable(name, f"is beyond the quota of its run ({SURPLUS})")
     found = make_finding(
         name, partial(_class_of, file, sample, record, labelling), partial(_contents, file, sample.image)
     )

@@ -12,11 +12,11 @@ from engine.images.decode import brief
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file, or a folder that is not listed.
+    """A file, or what cannot be read as one: a folder that is not listed, a pipe, a broken link.
 
     Attributes:
         place: path in the folder, with slashes.
-        problem: why a folder is not listed; empty for files.
+        problem: why it cannot be read; empty for files.
     """
 
     place: str
@@ -82,7 +82,7 @@ class _Walk:
             for one in found:
                 place = f"{folder}/{one.name}" if folder else one.name
                 if not _is_folder(one):
-                    yield Entry(place)
+                    yield Entry(place, _why_no_file(one))
                 elif one.is_symlink():
                     links.append(place)
                 else:
@@ -106,3 +106,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:
         return False
+
+
+def _why_no_file(entry: os.DirEntry[str]) -> str:
+    """Why something that is no folder is no file either: opening a pipe may never end."""
+    try:
+        if entry.is_file():
+            return ""
+        return "is not a file" if Path(entry).exists() else "there is no such file"
+    except OSError as error:
+        return f"cannot be read ({brief(error)})"
