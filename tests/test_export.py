@@ -350,6 +350,27 @@ def test_real_images_are_mixed_in_at_the_ratio(composed: Path, tmp_path: Path) -
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.parametrize(("shape", "marks"), [("webdataset", True), ("webdataset", False), ("imagefolder", True)])
+def test_generated_images_are_not_mixed_in_as_real(composed: Path, tmp_path: Path, shape: str, marks: bool) -> None:
+    """By the mark in their files, or by the record beside them; the real ones of a mixed data set are taken."""
+    made = make_composed(
+        composed_job(tmp_path / "run", count=2, output={"uri": str(tmp_path / "run"), "provenance": marks})
+    )
+    export((str(made),), ExportOptions(output=str(tmp_path / "generated"), name="generated", format=shape))
+    with pytest.raises(JobError, match="not real; give runs as RUN"):
+        export(
+            (str(composed),),
+            ExportOptions(output=str(tmp_path / "never"), real=str(tmp_path / "generated"), real_ratio=0.1),
+        )
+    mixed = ExportOptions(
+        output=str(tmp_path / "mixed"), name="mixed", format=shape, real="digits:test", real_ratio=0.2
+    )
+    num_real = export((str(made),), mixed).manifest["counts"]["real"]
+    again = ExportOptions(output=str(tmp_path / "again"), name="again", real=str(tmp_path / "mixed"), real_ratio=0.01)
+    done = export((str(composed),), again)
+    assert 0 < done.manifest["counts"]["real"] <= num_real
+
+
 def test_near_duplicates_go_and_are_listed(composed: Path, tmp_path: Path) -> None:
     """Nothing that stays is as near as the threshold to an earlier one of its class, by plain loops over all pairs."""
     from engine.models.clip import Clip

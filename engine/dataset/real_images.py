@@ -16,6 +16,7 @@ from engine.images import ImageSource, LabelledImage, Unusable, image_key, nothi
 from engine.records import DETERMINISTIC_FIELDS, NO_CLASS, REAL, STATUS_OK, SampleResult, upgraded
 
 OPTION = "--mix-real"
+SYNTHETIC = "says that a trained model made it, so it is not real; give runs as RUN"
 
 
 class RealImages:
@@ -66,6 +67,8 @@ class RealImages:
         seen: set[bytes] = set()
         for number, found in enumerate(source.read()):
             advance(f"real image {number}")
+            if isinstance(found, LabelledImage) and found.is_synthetic:
+                found = Unusable(found.name, SYNTHETIC)
             if isinstance(found, Unusable):
                 self.unusable.append(found)
                 continue

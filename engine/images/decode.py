@@ -38,6 +38,9 @@ EXTENSIONS = frozenset(
     )
 )  # fmt: skip
 
+# What IPTC and C2PA have files say that a trained model made, in plain text of their XMP.
+SYNTHETIC_MARK = b"digitalsourcetype/trainedAlgorithmicMedia"
+
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_MAXIMUM = 258, 262, 341
 _MIN_IS_WHITE = 0
 _MAX_NAME_CHARS = 300

@@ -11,7 +11,7 @@ from typing import Any
 
 import PIL.Image
 
-from engine.images.decode import UnusableImageError, brief, decode_rgb, plain
+from engine.images.decode import SYNTHETIC_MARK, UnusableImageError, brief, decode_rgb, plain
 
 SOUGHT = (
     "class folders with images (CLASS/*.png, CLASS being a name or an index), WebDataset tars (*.tar with .png and"
@@ -32,12 +32,14 @@ class LabelledImage:
 
     Attributes:
         contexts: in which contexts it stands, for tables by context; empty where nothing is said of them.
+        is_synthetic: whether its file says that a trained model made it (IPTC), or a run's record beside it does.
     """
 
     name: str
     image: PIL.Image.Image
     class_index: int
     contexts: tuple[str, ...] = ()
+    is_synthetic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +116,8 @@ def make_finding(name: str, class_of: Callable[[], int], data: Callable[[], byte
         class_of, data: raise `UnusableImageError` where there is none.
     """
     try:
-        index = class_of()
-        return LabelledImage(plain(name), decode_rgb(data()), index)
+        index, content = class_of(), data()
+        return LabelledImage(plain(name), decode_rgb(content), index, is_synthetic=SYNTHETIC_MARK in content)
     except UnusableImageError as error:
         return unusable(name, str(error))
     except OSError as error:

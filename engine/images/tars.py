@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import re
@@ -15,10 +16,11 @@ from typing import Any, BinaryIO
 
 from engine.files import UnsuitableFileError, check_regular, read_whole
 from engine.images.decode import EXTENSIONS, UnusableImageError, brief, check_bytes
-from engine.images.findings import REJECTED, Found, ImageSource, Item, in_context, make_finding, unusable
+from engine.images.findings import REJECTED, Found, ImageSource, Item, LabelledImage, in_context, make_finding, unusable
 from engine.images.ignored import why_ignored
 from engine.images.labelling import Labelling
 from engine.labels import is_index
+from engine.records import REAL
 from engine.tars import DamagedTarError, Member, read_member, walk_tar
 
 KIND = "WebDataset tars"
@@ -284,6 +286,9 @@ def _read_sample(file: BinaryIO, name: str, sample: _Sample, labelling: Labellin
     found = make_finding(
         name, partial(_class_of, file, sample, record, labelling), partial(_contents, file, sample.image)
     )
+    if isinstance(found, LabelledImage) and "schema_version" in record and record.get("method") != REAL:
+        # Of a run, whose files need not say what they are.
+        found = dataclasses.replace(found, is_synthetic=True)
     return in_context(found, record.get("context"))
 
 
