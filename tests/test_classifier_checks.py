@@ -111,7 +111,7 @@ def test_a_classifier_that_would_be_scored_wrongly_is_refused(kind: str, tmp_pat
 @pytest.mark.parametrize("changes", [
     {"label2id": {"LABEL_0": 0, "LABEL_1": 1}}, {"label2id": {name: str(index) for index, name in enumerate(NAMES)}},
     {"problem_type": "single_label_classification"}, {"num_labels": 10}, {"architectures": None}, {"temperature": 2},
-    labels([*NAMES[:8], "crane", "crane"]),
+    labels([*NAMES[:8], "crane", "crane"]), labels([*NAMES[:8], "crane", "crane"]) | {"label2id": {"crane": 8}},
 ], ids=str)  # fmt: skip
 def test_what_says_nothing_else_is_taken(changes: dict[str, Any], tmp_path: Path) -> None:
     """transformers' default beside names, numbers as text, ImageNet's two cranes."""

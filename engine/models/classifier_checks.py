@@ -209,11 +209,14 @@ def _inverse_problems(config: dict[str, Any]) -> list[str]:
     labels, inverse = config.get("id2label"), config.get("label2id")
     if not isinstance(labels, dict) or not isinstance(inverse, dict):
         return []
-    by_name = {name: index for index, name in labels.items() if isinstance(name, str)}
+    # Of classes with one name, as ImageNet's two cranes, the inverse can have but one.
+    by_name: dict[str, list[str]] = {}
+    for index, name in labels.items():
+        by_name.setdefault(str(name), []).append(str(index))
     for name, index in inverse.items():
-        if name in by_name and str(index) != str(by_name[name]):
+        if name in by_name and str(index) not in by_name[name]:
             return [
-                f"label2id: {name!r} is class {index!r}, and class {by_name[name]} in id2label; correct one of them"
+                f"label2id: {name!r} is class {index!r}, and class {by_name[name][0]} in id2label; correct one of them"
             ]
     return []
 
