@@ -18,6 +18,8 @@ from engine.models.folders import read_config
 _BILINEAR, _BICUBIC = 2, 3
 _FILTERS = {0: "nearest", 1: "lanczos", 4: "box", 5: "hamming"}
 _FILES = ("processor_config.json", "preprocessor_config.json")
+# Whole numbers of JSON may be larger than any float.
+_MAX_NUMBER = 1e300
 _SUFFIXES = ("Pil", "Fast")
 # ConvNext's processors resize images to edges below this one with a margin, and crop it.
 UNCROPPED = 384
@@ -219,8 +221,10 @@ def _size_problems(settings: dict[str, Any], kind: str, model: dict[str, Any]) -
     shape = _output_shape(settings, kind)
     if model.get("model_type") not in FIXED_SIZES or own is None or shape is None:
         return []
-    wanted = (own, own) if isinstance(own, int) else tuple(own)
-    if shape == wanted:
+    wanted = [own, own] if isinstance(own, int) else own
+    if not isinstance(wanted, list) or len(wanted) != 2:
+        return [f"makes images of {shape[0]} x {shape[1]} pixels, and config.json has image_size: {own!r}"]
+    if list(shape) == wanted:
         return []
     field = "crop_size" if _crops(settings, kind) else "size"
     return [
@@ -254,7 +258,7 @@ def _edges(size: Any, *, square: bool) -> dict[str, int]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _MAX_NUMBER
 
 
 def _is_colour(value: Any) -> bool:
@@ -292,6 +296,7 @@ def check_timm_transform(config: dict[str, Any], address: str) -> None:
     if share is not None and not (_is_number(share) and share > 0):
         raise JobError(f"'{address}': crop_pct: {share!r} is not a share of the edge above 0")
     for field in ("mean", "std"):
-        value = list(config.get(field) or (1, 1, 1))
+        value = config.get(field) or [1, 1, 1]
+        value = list(value) if isinstance(value, tuple) else value
         if not _is_colour(value) or (field == "std" and min(value) <= 0):
             raise JobError(f"'{address}': {field}: {value!r} is not three numbers, one for each of red, green and blue")
