@@ -426,10 +426,15 @@ def test_other_weights_are_others(kind: str, tmp_path: Path) -> None:
     assert len(stored_tensors(net)) == len(stored_tensors(resolve(ZOO["target"])))
 
 
-def test_a_judge_that_shares_the_image_tower_is_no_other_model(tmp_path: Path) -> None:
-    """Only its texts are others: what guided the images measures them."""
+@pytest.mark.parametrize("change", [
+    lambda name, one: (name, one + 1 if name.startswith("text_") else one),
+    lambda name, one: (f"clip.{name}", one),
+], ids=["other texts", "longer names"])  # fmt: skip
+def test_a_judge_that_shares_the_image_tower_is_no_other_model(change: Any, tmp_path: Path) -> None:
+    """Whatever else is another's: what guided the images measures them."""
     clip = Path(shutil.copytree(resolve(ZOO["clip"]), tmp_path / "clip"))
-    resaved(lambda weights: {name: one + 1 if name.startswith("text_") else one for name, one in weights.items()})(clip)
+    resaved(lambda weights: dict(change(name, one) for name, one in weights.items()))(clip)
+    Clip.load(str(clip))
     with pytest.raises(JobError, match=r"models\.judge: .* has the weights of models\.clip"):
         check_independent(ModelsSpec.model_validate(ZOO | {"transfer": [], "judge": str(clip)}))
 
