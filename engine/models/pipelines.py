@@ -23,6 +23,7 @@ from engine.models.folders import (
     weighted_parts,
     weights_problem,
 )
+from engine.models.processors import check_processor
 from engine.sampling.families import ModelScheduler, sampling_problems, shown, training_problems
 from engine.spec import JobSpec, RequestSpec
 
@@ -89,6 +90,8 @@ def check_pipeline(folder: Path, address: str, *, checks_safety: bool = True) ->
             raise JobError(f"'{address}' {problem}; {_REMEDY}")
         if problems := list(_option_problems(folder)):
             raise JobError([f"'{address}': {problem}" for problem in problems])
+        if is_unclip(folder):
+            check_processor(folder / "feature_extractor", address)
 
 
 def has_configurations(folder: Path) -> bool:
