@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -111,13 +112,52 @@ def test_a_classifier_that_would_be_scored_wrongly_is_refused(kind: str, tmp_pat
 @pytest.mark.parametrize("changes", [
     {"label2id": {"LABEL_0": 0, "LABEL_1": 1}}, {"label2id": {name: str(index) for index, name in enumerate(NAMES)}},
     {"problem_type": "single_label_classification"}, {"num_labels": 10}, {"architectures": None}, {"temperature": 2},
-    labels([*NAMES[:8], "crane", "crane"]),
+    labels([*NAMES[:8], "crane", "crane"]), labels([*NAMES[:8], "crane", "crane"]) | {"label2id": {"crane": 8}},
 ], ids=str)  # fmt: skip
 def test_what_says_nothing_else_is_taken(changes: dict[str, Any], tmp_path: Path) -> None:
     """transformers' default beside names, numbers as text, ImageNet's two cranes."""
     folder = copied(ZOO["target"], tmp_path / "net", **changes)
     check_classifier(folder, "x")
     assert Classifier.load(str(folder)).labels == read_labels(str(folder))
+
+
+STRANGE = (None, "x", -1, 0, 1.5, 10**400, [], [None], {}, {"x": 1}, True)
+# What a file may have beside the keys of the zoo's.
+MORE_KEYS = {
+    "config.json": ("image_size", "num_channels", "num_labels", "vision_config", "auto_map", "temperature"),
+    "preprocessor_config.json": ("size", "crop_size", "do_center_crop", "crop_pct", "rescale_factor", "image_std"),
+    "tokenizer_config.json": (),
+}
+
+
+@pytest.mark.parametrize(("role", "file"), [
+    ("target", "config.json"), ("target", "preprocessor_config.json"), ("clip", "config.json"),
+    ("clip", "preprocessor_config.json"), ("clip", "tokenizer_config.json"),
+])  # fmt: skip
+def test_values_of_a_wrong_kind_are_refused_or_read(role: str, file: str, tmp_path: Path) -> None:
+    """Every key with values that nobody writes: never a traceback."""
+    folder = Path(shutil.copytree(resolve(ZOO[role]), tmp_path / "net"))
+    config, check = json.loads((folder / file).read_text()), check_clip if role == "clip" else check_classifier
+    places = [(key,) for key in (*config, *MORE_KEYS[file])]
+    places += [(key, inner) for key, value in config.items() if isinstance(value, dict) for inner in value]
+    for place in places:
+        for value in STRANGE:
+            changed = config | {place[0]: config[place[0]] | {place[1]: value} if place[1:] else value}
+            (folder / file).write_text(json.dumps(changed))
+            with contextlib.suppress(JobError):
+                check(folder, "x")
+
+
+@pytest.mark.parametrize("changes", [
+    {"hidden_sizes": "x"}, {"depths": 3}, {"hidden_act": 3}, {"num_channels": 3, "embedding_size": "16"},
+    {"layer_type": None}, {"hidden_act": "none"},
+], ids=str)  # fmt: skip
+def test_what_a_library_cannot_read_is_told_in_a_line(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Values that transformers alone knows to be wrong: of this model and field, at the latest when it is loaded."""
+    folder = copied(ZOO["target"], tmp_path / "net", **{"layer_type": "basic"} | changes)
+    with pytest.raises(JobError, match=r"net' cannot be loaded as a classifier \(") as caught:
+        Classifier.load(str(folder))
+    assert "\n" not in str(caught.value)
 
 
 @given(
@@ -386,10 +426,15 @@ def test_other_weights_are_others(kind: str, tmp_path: Path) -> None:
     assert len(stored_tensors(net)) == len(stored_tensors(resolve(ZOO["target"])))
 
 
-def test_a_judge_that_shares_the_image_tower_is_no_other_model(tmp_path: Path) -> None:
-    """Only its texts are others: what guided the images measures them."""
+@pytest.mark.parametrize("change", [
+    lambda name, one: (name, one + 1 if name.startswith("text_") else one),
+    lambda name, one: (f"clip.{name}", one),
+], ids=["other texts", "longer names"])  # fmt: skip
+def test_a_judge_that_shares_the_image_tower_is_no_other_model(change: Any, tmp_path: Path) -> None:
+    """Whatever else is another's: what guided the images measures them."""
     clip = Path(shutil.copytree(resolve(ZOO["clip"]), tmp_path / "clip"))
-    resaved(lambda weights: {name: one + 1 if name.startswith("text_") else one for name, one in weights.items()})(clip)
+    resaved(lambda weights: dict(change(name, one) for name, one in weights.items()))(clip)
+    Clip.load(str(clip))
     with pytest.raises(JobError, match=r"models\.judge: .* has the weights of models\.clip"):
         check_independent(ModelsSpec.model_validate(ZOO | {"transfer": [], "judge": str(clip)}))
 

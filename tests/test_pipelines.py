@@ -370,6 +370,16 @@ def test_parts_of_unclip_that_do_not_fit_are_refused(part, changes, words, uncli
     assert words in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("resample", 1), ("do_rescale", False), ("image_processor_type", "DPTImageProcessor")]
+)
+def test_images_that_unclip_would_encode_otherwise_are_refused(field, value, unclip, copy_of):
+    folder = copy_of(unclip)
+    (path,) = (folder / "feature_extractor").glob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    assert f"models.diffusion: '{folder}': {path.name}: {field}: {value!r}" in refusal(folder)
+
+
 @pytest.mark.parametrize("name", sorted(one for one in dir(diffusers.schedulers) if one.endswith("Scheduler")))
 def test_schedulers_of_another_training_are_refused(name, plain, copy_of):
     """LCM, TCD, EDM, flow matching and whatever else: `from_config` would turn them into one of four."""

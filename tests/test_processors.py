@@ -132,6 +132,47 @@ def test_both_paths_give_what_transformers_gives_or_the_file_is_refused(kind: st
     assert num_followed >= 10, "a check that refuses everything tests nothing"
 
 
+OLD_NAMES = [
+    ("image_processor_type", "ViTFeatureExtractor"),
+    ("image_processor_type", "ViTImageProcessorFast"),
+    ("image_processor_type", "ViTImageProcessorPil"),
+    ("feature_extractor_type", "ViTFeatureExtractor"),
+    ("feature_extractor_type", "ViTImageProcessor"),
+]
+
+
+@pytest.mark.parametrize(("field", "name"), OLD_NAMES)
+@pytest.mark.parametrize("kind", KNOWN)
+def test_a_class_is_found_by_every_name_it_had(kind: str, field: str, name: str, tmp_path: Path) -> None:
+    """transformers 4 wrote `image_processor_type: ViTFeatureExtractor` too, which `AutoImageProcessor` of 5 refuses."""
+    [image] = photographs((40, 48))
+    plain = write(tmp_path / "plain", {"image_processor_type": kind, "size": 28})
+    old = write(tmp_path / "old", {field: name.replace("ViT", kind.removesuffix("ImageProcessor")), "size": 28})
+    expected = AutoImageProcessor.from_pretrained(plain, backend="pil")(images=[image], return_tensors="pt")
+    assert torch.equal(Preprocessing.load(old).of_images([image]), expected["pixel_values"])
+
+
+NULLS = (
+    "do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_pad", "do_convert_rgb", "do_flip_channel_order",
+    "rescale_factor", "resample", "size", "crop_size", "image_mean", "image_std", "crop_pct", "include_top",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_null_is_followed_or_refused_by_its_name(kind: str, tmp_path: Path) -> None:
+    """It is not what the class has: transformers takes null as it stands."""
+    [image] = photographs((40, 48))
+    for field in NULLS:
+        folder = write(tmp_path / field, {"image_processor_type": kind, "size": 28, field: None})
+        try:
+            check_processor(folder, "x")
+        except JobError as error:
+            assert f"preprocessor_config.json: {field}: None" in str(error)
+            continue
+        expected = AutoImageProcessor.from_pretrained(folder, backend="pil")(images=[image], return_tensors="pt")
+        assert torch.equal(Preprocessing.load(folder).of_images([image]), expected["pixel_values"]), field
+
+
 WRONG: dict[str, dict[str, Any]] = {
     "resample": {"resample": 1},
     "rescale_factor": {"rescale_factor": 1 / 127.5},
@@ -154,6 +195,8 @@ MORE_WRONG: list[tuple[str, dict[str, Any]]] = [
     *(("image_mean", {"image_mean": one}) for one in (0.5, [0.5, 0.5], ["a", "b", "c"], [0.5, 0.5, None])),
     *(("rescale_factor", {"rescale_factor": one}) for one in (1, 0, 1 / 256, "1/255")),
     ("do_rescale", {"do_rescale": 0}),
+    ("crop_size", {"do_center_crop": True}),
+    ("size", {"size": {"height": 24, "width": 24, "longest_edge": None}}),
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -146,3 +147,24 @@ def test_images_of_any_shape_are_cut_as_timm_cuts_them(tmp_path: Path) -> None:
         exact = classifier._preprocessing.of_images([image])
         assert torch.equal(exact[0], transform(image)) and isinstance(image, PIL.Image.Image)
         assert np.abs((classifier._preprocessing.of_tensor(as_tensor(image)) - exact).numpy()).mean() < 0.02
+
+
+def test_values_of_a_wrong_kind_are_refused_or_read(tmp_path: Path) -> None:
+    """Every key with values that nobody writes, with names of classes and without: never a traceback."""
+    saved(tmp_path / "net", "test_resnet")
+    path = tmp_path / "net" / "config.json"
+    named = json.loads(path.read_text())
+    for config in (named, {key: value for key, value in named.items() if key != "label_names"}):
+        places = [(key,) for key in config] + [("pretrained_cfg", inner) for inner in config["pretrained_cfg"]]
+        for place in places:
+            for value in (None, "x", -1, 1.5, 10**400, [], [None], {}, True):
+                inner = config["pretrained_cfg"] | {place[-1]: value} if place[1:] else value
+                path.write_text(json.dumps(config | {place[0]: inner}))
+                with contextlib.suppress(JobError):
+                    check_classifier(tmp_path / "net", "x")
+
+
+def test_a_single_logit_without_names_is_refused_with_its_remedy(tmp_path: Path) -> None:
+    saved(tmp_path / "net", "test_resnet", {"num_classes": 1}, model_config={})
+    with pytest.raises(JobError, match=r"num_classes: .*save the network with two logits"):
+        check_classifier(tmp_path / "net", "x")

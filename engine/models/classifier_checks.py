@@ -18,6 +18,7 @@ from engine.models.folders import (
     has_weights,
     need_file,
     read_config,
+    readable,
     weights_problem,
 )
 from engine.models.processors import check_processor, check_timm_transform
@@ -49,10 +50,13 @@ def class_names(folder: Path, address: str) -> list[str]:
     """
     config = read_config(folder / "config.json")
     if TIMM_KEY in config:
-        return check_names(_timm_names(config, address), f"'{address}': label_names in config.json")
+        with readable(address):
+            return check_names(_timm_names(config, address), f"'{address}': label_names in config.json")
     where, labels = f"'{address}': id2label in config.json", config.get("id2label")
     if isinstance(labels, dict) and len(labels) == 1:
         raise JobError(f"{where} has one class: {_SINGLE}")
+    if labels is None and config.get("num_labels") == 1:
+        raise JobError(f"'{address}': num_labels: {_SINGLE}")
     if not isinstance(labels, dict) or len(labels) < 2:
         raise JobError(f"'{address}': config.json has no `id2label` with two classes or more; is it a classifier?")
     return check_names(_in_order(labels, where), where)
@@ -96,10 +100,15 @@ def _timm_names(config: dict[str, Any], address: str) -> list[Any]:
     """Class names of a folder of timm: in its configuration, else those of the part of ImageNet that it is for."""
     names = config.get("label_names", config.get("labels"))
     if names is None:
+        _raise([f"'{address}': {problem}" for problem in _timm_problems(config)])
         check_timm(address)
+        from huggingface_hub.errors import StrictDataclassError
         from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 
-        known = TimmWrapperConfig.from_dict(config).id2label or {}
+        try:
+            known = TimmWrapperConfig.from_dict(config).id2label or {}
+        except StrictDataclassError as error:
+            raise ValueError(" ".join(str(error).split())) from error
         names = [] if known.get(0) == "LABEL_0" else [known[index] for index in sorted(known)]
     if isinstance(names, dict) and len(names) > 1:
         names = _in_order(names, f"'{address}': label_names in config.json")
@@ -133,27 +142,28 @@ def check_classifier(folder: Path, address: str, *, is_whole: bool = True) -> No
         JobError: all problems, a line each, with field and remedy.
     """
     need_file(folder, "config.json", address, "a transformers or timm model folder")
-    config = read_config(folder / "config.json")
-    is_timm, num_classes = TIMM_KEY in config, len(class_names(folder, address))
-    kinds = config.get("architectures") or []
-    if kinds and not is_timm and not any("ForImageClassification" in str(kind) for kind in kinds):
-        raise JobError(f"'{address}' is a {kinds[0]}; a network for image classification is needed")
-    _raise([f"'{address}': {one}" for one in (_timm_problems(config) if is_timm else _head_problems(config))])
-    read_temperature(config, address)
-    if is_timm:
-        check_timm(address)
-        check_timm_transform(config[TIMM_KEY], address)
-    elif is_whole:
-        check_processor(folder, address, config)
-    if (folder / "adapter_config.json").is_file():
-        raise JobError(
-            f"'{address}' is an adapter (adapter_config.json) of another model; merge it (merge_and_unload) and save"
-            " the whole network"
-        )
-    if is_whole:
-        _check_weights(folder, address, "AutoModelForImageClassification", is_timm=is_timm)
-    if has_weights(folder):
-        _check_head(folder, address, num_classes)
+    with readable(address):
+        config = read_config(folder / "config.json")
+        is_timm, num_classes = TIMM_KEY in config, len(class_names(folder, address))
+        kinds = config.get("architectures") or []
+        if kinds and not is_timm and not any("ForImageClassification" in str(kind) for kind in kinds):
+            raise JobError(f"'{address}' is a {kinds[0]}; a network for image classification is needed")
+        _raise([f"'{address}': {one}" for one in (_timm_problems(config) if is_timm else _head_problems(config))])
+        read_temperature(config, address)
+        if is_timm:
+            check_timm(address)
+            check_timm_transform(config[TIMM_KEY], address)
+        elif is_whole:
+            check_processor(folder, address, config)
+        if (folder / "adapter_config.json").is_file():
+            raise JobError(
+                f"'{address}' is an adapter (adapter_config.json) of another model; merge it (merge_and_unload) and"
+                " save the whole network"
+            )
+        if is_whole:
+            _check_weights(folder, address, "AutoModelForImageClassification", is_timm=is_timm)
+        if has_weights(folder):
+            _check_head(folder, address, num_classes)
 
 
 def read_temperature(config: dict[str, Any], address: str) -> float:
@@ -209,11 +219,14 @@ def _inverse_problems(config: dict[str, Any]) -> list[str]:
     labels, inverse = config.get("id2label"), config.get("label2id")
     if not isinstance(labels, dict) or not isinstance(inverse, dict):
         return []
-    by_name = {name: index for index, name in labels.items() if isinstance(name, str)}
+    # Of classes with one name, as ImageNet's two cranes, the inverse can have but one.
+    by_name: dict[str, list[str]] = {}
+    for index, name in labels.items():
+        by_name.setdefault(str(name), []).append(str(index))
     for name, index in inverse.items():
-        if name in by_name and str(index) != str(by_name[name]):
+        if name in by_name and str(index) not in by_name[name]:
             return [
-                f"label2id: {name!r} is class {index!r}, and class {by_name[name]} in id2label; correct one of them"
+                f"label2id: {name!r} is class {index!r}, and class {by_name[name][0]} in id2label; correct one of them"
             ]
     return []
 
@@ -224,8 +237,9 @@ def _timm_problems(config: dict[str, Any]) -> list[str]:
     if not isinstance(pretrained, dict) or not isinstance(arguments, dict):
         return ["pretrained_cfg and model_args in config.json are objects; is it saved by timm?"]
     problems = []
-    if not re.fullmatch(r"[\w.-]+", str(config.get("architecture", ""))):
-        problems.append(f"architecture: {config.get('architecture')!r} is no name of timm's")
+    name = config.get("architecture")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        problems.append(f"architecture: {name!r} is no name of timm's")
     if others := [name for name in _TIMM_OTHERS if name in arguments]:
         problems.append(f"model_args.{others[0]}: has no place in a network's own folder; leave it out")
     counts = {
@@ -296,23 +310,26 @@ def check_clip(folder: Path, address: str, *, is_whole: bool = True) -> None:
         JobError: saying what it is instead, or what is missing.
     """
     need_file(folder, "config.json", address, "a transformers model folder")
-    config = read_config(folder / "config.json")
-    kinds = config.get("architectures") or ["CLIPModel"]
-    if config.get("model_type") != "clip" or "CLIPModel" not in kinds:
-        kind = config.get("model_type") if config.get("model_type") != "clip" else kinds[0]
-        raise JobError(f"'{address}' is a model of type {kind!r}; a CLIP model is needed")
-    vision = config.get("vision_config")
-    if isinstance(vision, dict) and vision.get("num_channels", 3) != 3:
-        raise JobError(f"'{address}': vision_config.num_channels: {vision['num_channels']!r}; images here have three")
-    if is_whole:
-        check_processor(folder, address, config)
-        _check_tokenizer(folder, address)
-        _check_weights(folder, address, "CLIPModel")
-    if has_weights(folder):
-        names = _tensors(folder, address, "a CLIP model")
-        for name in ("text_projection.weight", "visual_projection.weight"):
-            if not any(one.endswith(name) for one in names):
-                raise JobError(f"'{address}' has no {name} in its weights; save the whole CLIP model")
+    with readable(address):
+        config = read_config(folder / "config.json")
+        kinds = config.get("architectures") or ["CLIPModel"]
+        if config.get("model_type") != "clip" or "CLIPModel" not in kinds:
+            kind = config.get("model_type") if config.get("model_type") != "clip" else kinds[0]
+            raise JobError(f"'{address}' is a model of type {kind!r}; a CLIP model is needed")
+        vision = config.get("vision_config")
+        if isinstance(vision, dict) and vision.get("num_channels", 3) != 3:
+            raise JobError(
+                f"'{address}': vision_config.num_channels: {vision['num_channels']!r}; images here have three"
+            )
+        if is_whole:
+            check_processor(folder, address, config)
+            _check_tokenizer(folder, address)
+            _check_weights(folder, address, "CLIPModel")
+        if has_weights(folder):
+            names = _tensors(folder, address, "a CLIP model")
+            for name in ("text_projection.weight", "visual_projection.weight"):
+                if not any(one.endswith(name) for one in names):
+                    raise JobError(f"'{address}' has no {name} in its weights; save the whole CLIP model")
 
 
 def _check_tokenizer(folder: Path, address: str) -> None:

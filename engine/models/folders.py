@@ -5,9 +5,11 @@ Only safetensors are loaded: plain ones, or of another precision (`fp16`) where 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,19 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise JobError(f"'{path}' is not a JSON object")
     return config
+
+
+@contextlib.contextmanager
+def readable(address: str) -> Iterator[None]:
+    """Turn what a value of a wrong kind in a configuration raises into a message that names the model.
+
+    Raises:
+        JobError: in place of those errors.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
+        raise JobError(f"'{address}': a configuration of it has a value of a wrong kind ({error})") from None
 
 
 def need_file(folder: Path, name: str, address: str, kind: str) -> None:

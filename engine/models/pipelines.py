@@ -7,7 +7,6 @@ those are let through that its own forward pass reads, and those are not that it
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +19,11 @@ from engine.models.folders import (
     need_file,
     part_classes,
     read_config,
+    readable,
     weighted_parts,
     weights_problem,
 )
+from engine.models.processors import check_processor
 from engine.sampling.families import ModelScheduler, is_number, is_whole, sampling_problems, shown, training_problems
 from engine.spec import JobSpec, RequestSpec
 
@@ -84,24 +85,13 @@ def check_pipeline(folder: Path, address: str, *, checks_safety: bool = True) ->
         JobError: saying what it is instead, and what runs.
     """
     need_file(folder, PIPELINE_INDEX, address, "a diffusers pipeline folder")
-    with _readable(address):
+    with readable(address):
         if problem := _class_problem(folder) or _part_problem(folder, checks_safety) or _adapter_problem(folder):
             raise JobError(f"'{address}' {problem}; {_REMEDY}")
         if problems := list(_option_problems(folder)):
             raise JobError([f"'{address}': {problem}" for problem in problems])
-
-
-@contextlib.contextmanager
-def _readable(address: str) -> Iterator[None]:
-    """Turn what a value of a wrong kind in a configuration raises into a message that names the model.
-
-    Raises:
-        JobError: in place of those errors.
-    """
-    try:
-        yield
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
-        raise JobError(f"'{address}': a configuration of it has a value of a wrong kind ({error})") from None
+        if is_unclip(folder):
+            check_processor(folder / "feature_extractor", address)
 
 
 def has_configurations(folder: Path) -> bool:
@@ -145,7 +135,7 @@ def request_problems(job: JobSpec, request: RequestSpec, folder: Path, address: 
     """
     sampling, is_guided = job.sampling_of(request), request.method != "prompt"
     try:
-        with _readable(address):
+        with readable(address):
             found = sampling_problems(read_scheduler(folder), sampling, is_guided=is_guided)
     except JobError as error:
         return [f"diffusion: {error}"]
@@ -387,7 +377,7 @@ def check_decoder(folder: Path, address: str) -> None:
     kind = config.get("_class_name", "transformers model")
     if kind != "AutoencoderTiny":
         raise JobError(f"'{address}' is of class {kind}; an AutoencoderTiny is needed")
-    with _readable(address):
+    with readable(address):
         _tiny_shape(config)
     if config.get("out_channels", 3) != 3:
         raise JobError(f"'{address}' makes images of {shown(config['out_channels'])} channels; three are needed")

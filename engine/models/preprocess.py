@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.errors import JobError
 from engine.models.folders import TIMM_KEY, read_config
-from engine.models.processors import check_processor, check_timm_transform, plain_name
+from engine.models.processors import UNCROPPED, check_processor, check_timm_transform
 from engine.models.runtime import loading
 
 # PIL resizes and rounds to 8 bits, the tensor path does not; beyond this mean difference the paths disagree.
@@ -80,13 +80,18 @@ class Preprocessing:
             JobError: the folder has none, or one that the differentiable path cannot follow.
         """
         model = read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
-        if TIMM_KEY not in model:
-            check_processor(folder, str(folder), model)
-        from transformers.models.auto.image_processing_auto import AutoImageProcessor
+        kind = None if TIMM_KEY in model else check_processor(folder, str(folder), model)
+        import transformers
 
+        options: dict[str, Any] = {"local_files_only": True}
         with loading(str(folder), "an image processor"):
-            processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-            steps = _timm_steps(processor, folder) if TIMM_KEY in model else _steps(processor)
+            if kind is None:
+                processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
+                steps = _timm_steps(processor, folder)
+            else:
+                # `AutoImageProcessor` of transformers 5 does not know the names that 4 wrote (`ViTFeatureExtractor`).
+                processor = getattr(transformers, f"{kind}Pil").from_pretrained(folder, **options)
+                steps = _steps(processor, kind)
             return cls(str(folder), steps, lambda images: processor(images=images, return_tensors="pt")["pixel_values"])
 
     @classmethod
@@ -158,9 +163,8 @@ def _cropped_pixels(image: PIL.Image.Image, steps: Steps) -> Tensor:
     return pixels if steps.crop is None else _centre_crop(pixels, *steps.crop, rounds=steps.rounds)
 
 
-def _steps(processor: Any) -> Steps:
-    """What an image processor of transformers does, of the classes that are followed."""
-    kind = plain_name(type(processor).__name__)
+def _steps(processor: Any, kind: str) -> Steps:
+    """What an image processor of transformers does, of a class that is followed."""
     resize, crop = _sizes(processor, kind)
     resample = PIL.Image.Resampling(int(processor.resample)) if resize else PIL.Image.Resampling.BILINEAR
     mean, std = _normalisation(processor, "image_mean", 0.0), _normalisation(processor, "image_std", 1.0)
@@ -204,7 +208,7 @@ def _sizes(processor: Any, kind: str) -> tuple[dict[str, int] | None, tuple[int,
         scaled = [int(one / processor.crop_pct) for one in resize.values()]
         is_edge = len(set(scaled)) == 1
         resize = {"shortest_edge": scaled[0]} if is_edge else {"height": scaled[0], "width": scaled[1]}
-    elif kind == "ConvNextImageProcessor" and 0 < edge < 384:
+    elif kind == "ConvNextImageProcessor" and 0 < edge < UNCROPPED:
         # Resized to size / crop_pct, then cropped to size.
         resize, crop = {"shortest_edge": int(edge / processor.crop_pct)}, {"height": edge, "width": edge}
     elif kind == "ConvNextImageProcessor" and edge:

@@ -19,7 +19,11 @@ from engine.sampling.families import is_number, is_whole
 _BILINEAR, _BICUBIC = 2, 3
 _FILTERS = {0: "nearest", 1: "lanczos", 4: "box", 5: "hamming"}
 _FILES = ("processor_config.json", "preprocessor_config.json")
+# Whole numbers of JSON may be larger than any float.
+_MAX_NUMBER = 1e300
 _SUFFIXES = ("Pil", "Fast")
+# ConvNext's processors resize images to edges below this one with a margin, and crop it.
+UNCROPPED = 384
 _OWN = "or name the model as a factory (package.module:factory) that does it itself"
 
 
@@ -88,11 +92,14 @@ def plain_name(kind: str) -> str:
     return kind.removesuffix("FeatureExtractor") + "ImageProcessor" if kind.endswith("FeatureExtractor") else kind
 
 
-def check_processor(folder: Path, address: str, model: dict[str, Any] | None = None) -> None:
+def check_processor(folder: Path, address: str, model: dict[str, Any] | None = None) -> str:
     """Check that the image processor of a folder is known to be followed.
 
     Args:
         model: the model's own configuration, where there is one: it may name the class, and has the size of its input.
+
+    Returns:
+        Its class, one of `KNOWN`.
 
     Raises:
         JobError: all problems, a line each, with file, field and remedy.
@@ -111,6 +118,7 @@ def check_processor(folder: Path, address: str, model: dict[str, Any] | None = N
         problems = [f"{where}: {problem}" for problem in _size_problems(settings, kind, model or {})]
     if problems:
         raise JobError(problems)
+    return kind
 
 
 def _read(folder: Path, address: str) -> tuple[str, dict[str, Any]]:
@@ -119,18 +127,13 @@ def _read(folder: Path, address: str) -> tuple[str, dict[str, Any]]:
         if (folder / name).is_file():
             settings = read_config(folder / name)
             if name == _FILES[1]:
-                return name, _said(settings)
+                return name, settings
             if isinstance(nested := settings.get("image_processor"), dict):
-                return f"{name}: image_processor", _said(nested)
+                return f"{name}: image_processor", nested
     raise JobError(
         f"'{address}' has no {_FILES[1]}, so how images become its input is not known; save the image processor that it"
         " was trained with into the folder (AutoImageProcessor.from_pretrained(...).save_pretrained(FOLDER))"
     )
-
-
-def _said(settings: dict[str, Any]) -> dict[str, Any]:
-    """The options of a file without those that are null: the class decides on them."""
-    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _kind(settings: dict[str, Any], model: dict[str, Any]) -> str:
@@ -140,7 +143,10 @@ def _kind(settings: dict[str, Any], model: dict[str, Any]) -> str:
 
 
 def _problems(settings: dict[str, Any], kind: str) -> list[str]:
-    """Options with which the steps are others than those that are followed."""
+    """Options with which the steps are others than those that are followed.
+
+    What a file is silent on the class decides; null it takes as it stands: no for a switch, and nothing for a value.
+    """
     known, problems = KNOWN[kind], list[str]()
 
     def wrong(field: str, reason: str) -> None:
@@ -150,47 +156,63 @@ def _problems(settings: dict[str, Any], kind: str) -> list[str]:
         wrong("auto_map", f"names code of the folder's own, which is not run; leave it out, {_OWN}")
     if settings.get("do_rescale", True) is not True:
         wrong("do_rescale", f"leaves pixels in 0 to 255, which 8-bit scaling here does not follow; set it true, {_OWN}")
-    factor = settings.get("rescale_factor")
-    if factor is not None and not (is_number(factor) and math.isclose(factor, 1 / 255, rel_tol=1e-4)):
+    factor = settings.get("rescale_factor", 1 / 255)
+    if not (_is_small(factor) and math.isclose(factor, 1 / 255, rel_tol=1e-4)):
         wrong("rescale_factor", f"is not 1/255; fold the difference into image_mean and image_std, {_OWN}")
     if settings.get("do_pad"):
         wrong("do_pad", f"pads images, which is not followed; set it false, {_OWN}")
     if settings.get("rescale_offset"):
         wrong("rescale_offset", f"shifts pixels, which is not followed; set it false and shift image_mean, {_OWN}")
-    if settings.get("do_normalize", known.normalizes):
-        for field in ("image_mean", "image_std"):
-            if (value := settings.get(field)) is not None and not _is_colour(value):
-                wrong(field, "is not a list of three numbers, one for each of red, green and blue")
-            elif field == "image_std" and value is not None and min(value) <= 0:
-                wrong(field, "divides by what is not positive")
-    if settings.get("do_resize", True):
-        problems += _resize_problems(settings, kind)
-    if kind != "ConvNextImageProcessor" and settings.get("do_center_crop", known.crops):
-        crop = settings.get("crop_size")
-        if crop is not None and _edges(crop, square=True).keys() != {"height", "width"}:
+    if settings.get("do_normalize") and not known.normalizes:
+        wrong("do_normalize", f"is not what this class does; set it false, {_OWN}")
+    for field in _colours(settings, kind):
+        if field in settings and not _is_colour(settings[field]):
+            wrong(field, "is not a list of three numbers, one for each of red, green and blue")
+        elif field == "image_std" and field in settings and min(settings[field]) <= 0:
+            wrong(field, "divides by what is not positive")
+    problems += _resize_problems(settings, kind, is_resized=bool(settings.get("do_resize", True)))
+    if _crops(settings, kind):
+        crop = settings.get("crop_size", known.crop_size)
+        if _edges(crop, square=True).keys() != {"height", "width"}:
             wrong("crop_size", "is not {height, width} in pixels, or one number for both")
     return problems
 
 
-def _resize_problems(settings: dict[str, Any], kind: str) -> list[str]:
+def _colours(settings: dict[str, Any], kind: str) -> list[str]:
+    """The options of three numbers that a processor reads; EfficientNet's divides once more by the second."""
+    if settings.get("do_normalize", KNOWN[kind].normalizes):
+        return ["image_mean", "image_std"]
+    return ["image_std"] if kind == "EfficientNetImageProcessor" and settings.get("include_top", True) else []
+
+
+def _resize_problems(settings: dict[str, Any], kind: str, *, is_resized: bool) -> list[str]:
     known, problems = KNOWN[kind], list[str]()
-    resample = settings.get("resample")
-    if resample is not None and resample not in (_BILINEAR, _BICUBIC):
+    resample = settings.get("resample", known.resample)
+    if is_resized and resample not in (_BILINEAR, _BICUBIC):
         name = _FILTERS.get(resample, "unknown") if isinstance(resample, int) else "unknown"
         problems.append(
             f"resample: {resample!r} ({name}): only bilinear and bicubic resizing can be differentiated here; set 2 or"
             f" 3, and see that the accuracy is what it was, {_OWN}"
         )
-    size, keys = settings.get("size"), [{"height", "width"}, {"shortest_edge"}]
-    if kind == "ConvNextImageProcessor":
+    size, keys = settings.get("size", known.size), [{"height", "width"}, {"shortest_edge"}]
+    if kind == "ConvNextImageProcessor" and is_resized:
         keys = keys[1:]
-    if size is not None and set(_edges(size, square=known.square)) not in keys:
+    # Its form is read in any case.
+    edges = _edges(size, square=known.square)
+    if set(edges) not in keys and (is_resized or size is not None):
         wanted = " or ".join("{" + ", ".join(sorted(one)) + "}" for one in keys)
         problems.append(f"size: {size!r} is not {wanted} in pixels; other sizes are not followed here: set it, {_OWN}")
-    share = settings.get("crop_pct")
-    if known.crop_pct and share is not None and not (is_number(share) and 0 < share <= 1):
+    share: Any = settings.get("crop_pct", known.crop_pct)
+    # ConvNext's is read below this edge alone, and may be null above.
+    is_read = kind == "ConvNextImageProcessor" and is_resized and edges.get("shortest_edge", UNCROPPED) < UNCROPPED
+    if known.crop_pct and (is_read or share is not None) and not (_is_small(share) and 0 < share <= 1):
         problems.append(f"crop_pct: {share!r} is not a share of the edge between 0 and 1")
     return problems
+
+
+def _crops(settings: dict[str, Any], kind: str) -> bool:
+    """Whether a processor crops to `crop_size`; ConvNext's has a share of the edge instead."""
+    return kind != "ConvNextImageProcessor" and bool(settings.get("do_center_crop", KNOWN[kind].crops))
 
 
 def _size_problems(settings: dict[str, Any], kind: str, model: dict[str, Any]) -> list[str]:
@@ -200,10 +222,12 @@ def _size_problems(settings: dict[str, Any], kind: str, model: dict[str, Any]) -
     shape = _output_shape(settings, kind)
     if model.get("model_type") not in FIXED_SIZES or own is None or shape is None:
         return []
-    wanted = (own, own) if isinstance(own, int) else tuple(own)
-    if shape == wanted:
+    wanted = [own, own] if isinstance(own, int) else own
+    if not isinstance(wanted, list) or len(wanted) != 2:
+        return [f"makes images of {shape[0]} x {shape[1]} pixels, and config.json has image_size: {own!r}"]
+    if list(shape) == wanted:
         return []
-    field = "crop_size" if settings.get("do_center_crop", KNOWN[kind].crops) else "size"
+    field = "crop_size" if _crops(settings, kind) else "size"
     return [
         f"{field}: makes images of {shape[0]} x {shape[1]} pixels, and the network takes {wanted[0]} x {wanted[1]}"
         " (image_size in config.json); set the size that it was trained with"
@@ -213,12 +237,12 @@ def _size_problems(settings: dict[str, Any], kind: str, model: dict[str, Any]) -
 def _output_shape(settings: dict[str, Any], kind: str) -> tuple[int, int] | None:
     """Height and width of what a square image becomes; None where that is the image's own size."""
     known = KNOWN[kind]
-    if settings.get("do_center_crop", known.crops):
-        crop = _edges(settings.get("crop_size") or known.crop_size or 0, square=True)
+    if _crops(settings, kind):
+        crop = _edges(settings.get("crop_size", known.crop_size), square=True)
         return crop["height"], crop["width"]
     if not settings.get("do_resize", True):
         return None
-    size = _edges(settings.get("size") or known.size, square=known.square)
+    size = _edges(settings.get("size", known.size), square=known.square)
     edge = size.get("shortest_edge", 0)
     return (size["height"], size["width"]) if "height" in size else (edge, edge)
 
@@ -231,12 +255,15 @@ def _edges(size: Any, *, square: bool) -> dict[str, int]:
         size = {"height": size[0], "width": size[1]}
     if not isinstance(size, dict):
         return {}
-    held = {str(name): value for name, value in size.items() if value is not None}
-    return held if all(type(value) is int and value > 0 for value in held.values()) else {}
+    return size if all(type(value) is int and value > 0 for value in size.values()) else {}
+
+
+def _is_small(value: Any) -> bool:
+    return is_number(value) and abs(value) < _MAX_NUMBER
 
 
 def _is_colour(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(is_number(one) for one in value)
+    return isinstance(value, list) and len(value) == 3 and all(_is_small(one) for one in value)
 
 
 def check_timm_transform(config: dict[str, Any], address: str) -> None:
@@ -267,9 +294,10 @@ def check_timm_transform(config: dict[str, Any], address: str) -> None:
             " input is square"
         )
     share = config.get("crop_pct")
-    if share is not None and not (is_number(share) and share > 0):
+    if share is not None and not (_is_small(share) and share > 0):
         raise JobError(f"'{address}': crop_pct: {share!r} is not a share of the edge above 0")
     for field in ("mean", "std"):
-        value = list(config.get(field) or (1, 1, 1))
+        value = config.get(field) or [1, 1, 1]
+        value = list(value) if isinstance(value, tuple) else value
         if not _is_colour(value) or (field == "std" and min(value) <= 0):
             raise JobError(f"'{address}': {field}: {value!r} is not three numbers, one for each of red, green and blue")

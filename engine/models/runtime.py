@@ -26,6 +26,10 @@ CHECKPOINTING_PIXELS = 256
 CUBLAS_WORKSPACE = ":4096:8"
 
 _LOADING = threading.RLock()
+# What the libraries raise on files that are not what they take them for, and on values that they did not think of.
+_MISREAD = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +205,7 @@ def loading(address: str, kind: str) -> Iterator[None]:
         JobError: in place of those errors.
     """
     import safetensors
+    from huggingface_hub.errors import StrictDataclassError
 
     try:
         with _LOADING:
@@ -208,7 +213,10 @@ def loading(address: str, kind: str) -> Iterator[None]:
         beat()
     except JobError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+    except StrictDataclassError as error:
+        # A value of a wrong type in a configuration: the field is in the first line, the value in the second.
+        raise JobError(f"'{address}' cannot be loaded as {kind} ({' '.join(str(error).split())})") from error
+    except (*_MISREAD, safetensors.SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise JobError(f"'{address}' cannot be loaded as {kind} ({reason})") from error
 

@@ -108,7 +108,8 @@ def have_same_weights(first: Path, second: Path, part: tuple[str, ...] = ("",)) 
 
     Args:
         first, second: folders, or archives of TorchScript or torch.export.
-        part: beginnings of names, of which one must fit; only such tensors are compared.
+        part: names of modules with a dot, such as `vision_model.`: only their tensors are compared, wherever these
+            names stand in theirs.
 
     Raises:
         JobError: a file is not whole.
@@ -155,7 +156,8 @@ def _weights(place: Path, part: tuple[str, ...]) -> list[_Values]:
         if tensor.dtype in _SIZES
         and math.prod(tensor.shape) > 1
         and not name.endswith(_COUNTERS)
-        and name.startswith(part)
+        # transformers loads `clip.vision_model.` as well.
+        and any(f".{one}" in f".{name}" for one in part)
     ]
 
 
