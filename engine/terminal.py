@@ -18,11 +18,18 @@ ELLIPSIS = "…"
 
 # What stands before the `@` of an address; a password may hold slashes, though it should not, and paths have lost one.
 _CREDENTIALS = re.compile(r"(:/+)(?:[^\s\"/:@]*:[^\s\"]*|[^\s\"/]*)@")
+_WORD = re.compile(r"[^\s\"]+")
 
 
 def redacted(text: str) -> str:
     """A text without the user names and passwords of the addresses in it: `https://***@host/model`."""
-    return _CREDENTIALS.sub(r"\1***@", text) if "@" in text and ":/" in text else text
+    return _WORD.sub(_redacted_word, text) if "@" in text and ":/" in text else text
+
+
+def _redacted_word(found: re.Match[str]) -> str:
+    # Where no `@` follows, each `:/` would be looked at to the end of the word: hours in a long one.
+    before, at, after = found[0].rpartition("@")
+    return _CREDENTIALS.sub(r"\1***@", before + at) + after
 
 
 def printable(text: str, *, keep: str = "") -> str:

@@ -57,7 +57,7 @@ def check_committed(store: Store) -> None:
 def loss_lines(uri: str, lost: Sequence[str]) -> list[str]:
     """What is lost, for people, and what to do about it."""
     return [
-        f"{len(lost)} files of committed shards are not there as they were committed:",
+        f"of the files of committed shards {len(lost)} {'is' if len(lost) == 1 else 'are'} not there as committed:",
         *(f"  {line}" for line in lost[:MAX_LISTED]),
         *([f"  and {len(lost) - MAX_LISTED} more"] if len(lost) > MAX_LISTED else []),
         f"put them back; or let `riskforge repair {uri}` take these shards out, and `riskforge run` with the same job"
