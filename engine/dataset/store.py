@@ -532,9 +532,13 @@ class FolderStore(Store):
             try:
                 with os.scandir(self.path(folder)) as entries:
                     for entry in entries:
-                        with contextlib.suppress(FileNotFoundError):
+                        try:
                             if entry.is_file():
                                 found[f"{folder}/{entry.name}"] = entry.stat().st_size
+                        except OSError as error:
+                            # It went meanwhile, or is a link that leads nowhere or to itself.
+                            if error.errno not in (errno.ENOENT, errno.ELOOP):
+                                raise
             except FileNotFoundError:
                 return {}
         return found
