@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import errno
 import os
 import signal
 import sys
@@ -14,9 +16,12 @@ import typer
 import engine
 from engine.commands import datasets, jobs, runs, studies
 from engine.commands.output import complain
-from engine.errors import EXIT_DRAINED, JobError, RiskforgeError
-from engine.terminal import printable, redacted
+from engine.errors import EXIT_DRAINED, EXIT_USER, JobError, RiskforgeError
+from engine.terminal import open_closed_streams, printable, redacted
 from engine.terminal import show as print
+
+# What writing fails with where there is no room.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 app = typer.Typer(
     name="riskforge",
@@ -34,6 +39,8 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line: exit codes and messages as the contract has them."""
     code: Any = 0
+    unwritable: OSError | None = None
+    open_closed_streams()
     try:
         _check_arguments(sys.argv[1:])
         app()
@@ -45,11 +52,21 @@ def main() -> None:
     except KeyboardInterrupt:
         # While the commands are still being built; later ones answer it themselves.
         code = 128 + signal.SIGINT
+    except OSError as error:
+        # Of files, commands tell themselves; standard output and error have no name.
+        if error.errno not in FULL or error.filename is not None:
+            raise
+        unwritable = error
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read has left; the interpreter's own flush at exit must not complain.
+    except OSError as error:
+        # Whoever read has left, or there is no room; the interpreter's own flush at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        unwritable = None if isinstance(error, BrokenPipeError) else error
+    if unwritable is not None:
+        code = code or EXIT_USER
+        with contextlib.suppress(OSError):
+            complain(f"error: standard output or error cannot be written to ({unwritable.strerror}); free some space")
     sys.exit(code)
 
 

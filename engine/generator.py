@@ -201,6 +201,9 @@ class Generator:
         """Results of a batch, or what it raised where that may be a sample's fault."""
         try:
             results = self._results(request, specs)
+        except SystemExit as error:
+            # Of code that the job names: it would end the worker, not the run, again and again.
+            return RuntimeError(f"SystemExit: {error.code}").with_traceback(error.__traceback__)
         except Exception as error:
             if _NOT_DETERMINISTIC in str(error):
                 operator = str(error).split(_NOT_DETERMINISTIC)[0].strip()

@@ -39,8 +39,8 @@ from engine.dataset.state import (
     quarantined_shards,
     read_manifest,
 )
-from engine.dataset.store import Store, open_store
-from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK, CorruptShardError, JobError
+from engine.dataset.store import Store, is_no_file, open_store
+from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK, CorruptShardError, JobError, OutputError
 from engine.executors.base import Executor, WorkerLike
 from engine.messages import Rules
 from engine.models.addresses import check_addresses, missing_artefacts, model_digests, read_labels, resolve
@@ -135,7 +135,7 @@ def run_job(
         store, job, planned, models = prepare(job, executor, display)
         if resume == "auto" and store.exists(SUCCESS) and (plan := find_plan(store, planned, job)):
             committed = list_commits(store)
-            if len(committed) == plan.num_shards and is_closed(store, plan.digest) and not lost_files(store):
+            if len(committed) == plan.num_shards and is_closed(store, plan) and not lost_files(store):
                 return _summary(store, job, plan, committed, started, was_complete=True)
         check_unused(store)
         with (
@@ -210,8 +210,13 @@ def _close(
 def _known_hardware(store: Store) -> dict[str, Any]:
     """This machine, and what the manifest says of those that have worked so far."""
     earlier: dict[str, Any] = {}
-    with contextlib.suppress(CorruptShardError, AttributeError, TypeError):
-        earlier = dict(read_manifest(store).get("hardware") or {}) if store.exists(MANIFEST) else {}
+    try:
+        with contextlib.suppress(CorruptShardError, AttributeError, TypeError):
+            earlier = dict(read_manifest(store).get("hardware") or {}) if store.exists(MANIFEST) else {}
+    except OutputError as error:
+        # The manifest is written anew, whatever stands in its place.
+        if not is_no_file(error):
+            raise
     return earlier | {"machine": platform.machine()}
 
 

@@ -76,7 +76,7 @@ def read_status(store: Store) -> Status:
     is_running = holder is not None and is_alive(holder)
     lost = () if is_running else tuple(lost_files(store))
     is_marked = store.exists(SUCCESS)
-    is_torn = is_marked and not is_closed(store, plan.digest)
+    is_torn = is_marked and not is_closed(store, plan)
     events = list(read_events(store))
     rate = _rate(events) if is_running else None
     planned = sum(extent.stop - extent.start for extent in plan.extents)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -18,11 +20,31 @@ ELLIPSIS = "…"
 
 # What stands before the `@` of an address; a password may hold slashes, though it should not, and paths have lost one.
 _CREDENTIALS = re.compile(r"(:/+)(?:[^\s\"/:@]*:[^\s\"]*|[^\s\"/]*)@")
+_WORD = re.compile(r"[^\s\"]+")
 
 
 def redacted(text: str) -> str:
     """A text without the user names and passwords of the addresses in it: `https://***@host/model`."""
-    return _CREDENTIALS.sub(r"\1***@", text) if "@" in text and ":/" in text else text
+    return _WORD.sub(_redacted_word, text) if "@" in text and ":/" in text else text
+
+
+def _redacted_word(found: re.Match[str]) -> str:
+    # Where no `@` follows, each `:/` would be looked at to the end of the word: hours in a long one.
+    before, at, after = found[0].rpartition("@")
+    return _CREDENTIALS.sub(r"\1***@", before + at) + after
+
+
+def open_closed_streams() -> None:
+    """Let standard input, output and error lead nowhere where they are closed, as in some cron jobs.
+
+    The next file that is opened would otherwise have their number, and get what libraries print.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # It gets the lowest number that is free, which is that of the stream, as those before it are open.
+            stream = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
 
 
 def printable(text: str, *, keep: str = "") -> str:

@@ -63,6 +63,23 @@ def cpu_seconds(command: list[str]) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def test_closed_streams_are_opened():
+    """What a command opens must not get the numbers of standard streams, which libraries print to."""
+    code = "import os, sys; from engine.cli import main; sys.argv = ['riskforge', 'schema']\n"
+    code += "try: main()\nfinally: assert [os.fstat(one) for one in range(3)] and open(os.devnull).fileno() > 2"
+    for closed in ("<&-", ">&-", "<&- >&-", "<&- >&- 2>&-"):
+        assert os.system(f'{sys.executable} -c "{code}" {closed}') == 0, closed
+
+
+def test_a_full_disk_under_the_output_of_a_command():
+    """One sentence and exit code 2, not a traceback and that of damage."""
+    for arguments in (["--version"], ["schema"], ["plan", QUICKSTART]):
+        with Path("/dev/full").open("w") as full:
+            ended = subprocess.run([RISKFORGE, *arguments], stdout=full, stderr=subprocess.PIPE, text=True)
+        assert ended.returncode == EXIT_USER
+        assert re.fullmatch("error: standard output .*No space left on device.*; free some space\n", ended.stderr)
+
+
 def test_version_and_schema(call):
     """`--version` names the version, `schema` is JSON of the whole job."""
     assert call("--version")[1].startswith("riskforge ")

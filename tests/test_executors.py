@@ -25,10 +25,10 @@ from engine.dataset.commits import list_commits, read_commit
 from engine.dataset.store import open_store
 from engine.dataset.verify import verify
 from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK, JobError, OutputError, RiskforgeError
-from engine.executors.base import ShardResult
+from engine.executors.base import Host, ShardResult
 from engine.executors.local import LocalExecutor
 from engine.executors.ray import Layout, RayExecutor, RayHost, divide, prepare_environment, usable_cores
-from engine.messages import Rules, ShardProgress, WorkerReady
+from engine.messages import Rules, ShardError, ShardProgress, WorkerLost, WorkerReady
 from engine.plan import ShardSpec
 from engine.run import plan_job
 from engine.scheduler import MAX_MARKS
@@ -82,6 +82,23 @@ class Untouchable(LocalExecutor):
         raise AssertionError("nothing should be started")
 
     open = start_worker = begin
+
+
+def test_code_that_ends_its_process_is_heard_of():
+    """`sys.exit` in what a job names: an event as of any exception, not a thread that is gone without a word."""
+
+    def leave(*_: object) -> None:
+        sys.exit(3)
+
+    shard = ShardSpec(number=0, request=0, start=0, stop=1)
+    for worker in (SimpleNamespace(sample_shard=leave), SimpleNamespace(sample_shard=lambda *_: leave)):
+        host = Host(0)
+        assert isinstance(host.load(lambda one=worker: one), WorkerReady)
+        event = host.sample_shard(shard, 1, lambda *_: None)()
+        assert isinstance(event, ShardError) and "SystemExit: 3" in event.message and host.has_failed
+        host.close()
+    lost = Host(0).load(leave)
+    assert isinstance(lost, WorkerLost) and "SystemExit: 3" in lost.message
 
 
 def test_a_run_is_complete_and_a_second_one_starts_nothing(tmp_path):

@@ -36,6 +36,7 @@ JOBS_FAULT = [
     ValueError("x"), KeyError("x"), TypeError("x"), ZeroDivisionError(), AssertionError(), IndexError("x"),
     AttributeError("x"), NotImplementedError(), RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
     FileNotFoundError(2, "x"), PermissionError(13, "x"), RecursionError(), Exception("x"), StopIteration(),
+    SystemExit(3),
 ]  # fmt: skip
 MAY_PASS = [
     OSError(5, "I/O"), OSError(116, "stale"), OSError(28, "no space"), TimeoutError(), ConnectionResetError(),

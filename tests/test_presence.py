@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -77,7 +78,17 @@ def lead_nowhere(path: Path) -> None:
     path.symlink_to("nowhere")
 
 
-DAMAGES = (unlink, empty, halve, lengthen, make_folder, lead_nowhere)
+def lead_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def make_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGES = (unlink, empty, halve, lengthen, make_folder, lead_nowhere, lead_to_itself, make_pipe)
 CASES = [
     *itertools.product(("tar", "parquet"), ("finished", "unfinished"), DAMAGES[:2]),
     *itertools.product(("tar",), ("finished",), DAMAGES[2:]),
@@ -112,6 +123,7 @@ REWRITTEN = [
     *itertools.product(CLOSING, [unlink]),
     *itertools.product(("README.md", SUCCESS), [empty]),
     *itertools.product(("metadata.parquet", "manifest.json", "report.html", "shards/wids.json"), [halve]),
+    *itertools.product(("manifest.json", "shards/surplus.txt"), [make_pipe, lead_to_itself]),
 ]
 
 
@@ -119,10 +131,13 @@ REWRITTEN = [
 def test_a_file_over_all_shards_is_written_again(finished, tmp_path, call, name, damage):
     """What is made from the shards needs no remedy but the same command."""
     output = copy(finished, tmp_path / "run", "finished")
-    before = json.loads((output / "manifest.json").read_text())
+    before = json.loads((finished / "manifest.json").read_text())
     damage(output / name)
     state = json.loads(call("status", output, "--json")[1])["state"]
     assert state == "stopped" and "riskforge run" in call("status", output)[1]
+    is_data = name not in ("README.md", "report.html") and (name, damage) != (SUCCESS, unlink)
+    code, out, _ = call("verify", output)
+    assert code == is_data and (f"damage: {name}: is missing" in out) == is_data
     summary = run(output)
     assert summary.exit_code == EXIT_OK and not summary.was_complete
     assert (output / name).stat().st_size == pytest.approx((finished / name).stat().st_size, rel=0.2)

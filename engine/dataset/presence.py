@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 from engine.dataset.commits import recorded_files
 from engine.dataset.shards import SHARDS
@@ -20,9 +21,10 @@ from engine.dataset.state import (
 )
 from engine.dataset.store import Store, is_no_file
 from engine.errors import CorruptShardError, OutputError, RiskforgeError
+from engine.plan import Plan
 
 # What each file ends with that closes a run, but for white space.
-_ENDS = {CARD: b"", REPORT: b"</html>", WIDS_INDEX: b"]}", TIMM_INFO: b"}", MANIFEST: b"}"}
+_ENDS = {CARD: b"", REPORT: b"</html>", WIDS_INDEX: b"]}", TIMM_INFO: b"}"}
 _PARQUET_END = b"PAR1"
 _TAIL_BYTES = 64
 MAX_LISTED = 8
@@ -68,7 +70,7 @@ def check_committed(store: Store) -> None:
 def loss_lines(uri: str, lost: Sequence[str]) -> list[str]:
     """What is lost, for people, and what to do about it."""
     return [
-        f"{len(lost)} files of committed shards are not there as they were committed:",
+        f"of the files of committed shards {len(lost)} {'is' if len(lost) == 1 else 'are'} not there as committed:",
         *(f"  {line}" for line in lost[:MAX_LISTED]),
         *([f"  and {len(lost) - MAX_LISTED} more"] if len(lost) > MAX_LISTED else []),
         f"put them back; or let `riskforge repair {uri}` take these shards out, and `riskforge run` with the same job"
@@ -76,31 +78,36 @@ def loss_lines(uri: str, lost: Sequence[str]) -> list[str]:
     ]
 
 
-def is_closed(store: Store, plan_digest: str) -> bool:
+def is_closed(store: Store, plan: Plan) -> bool:
     """Whether the files over all shards are there, each with its end: a finished run has them."""
-    try:
-        # The marker is looked at by its content, too: an empty one says nothing.
-        if store.read(SUCCESS).decode(errors="replace").strip() != plan_digest:
-            return False
-        if not all(_ends_with(store, name, end) for name, end in _ENDS.items()):
-            return False
-        if not _has_surplus_list(store):
-            return False
-        parts = store.list(METADATA) if store.is_folder(METADATA) else [METADATA]
-        return bool(parts) and all(_ends_with(store, name, _PARQUET_END) for name in parts)
-    except RiskforgeError as error:
-        if _is_absence(error):
-            return False
-        raise
+    return not any(torn_files(store, plan))
 
 
-def _has_surplus_list(store: Store) -> bool:
-    """Whether the list of surplus is there to its end; runs of earlier versions were closed without one."""
-    version = read_manifest(store).get("schema_version")
-    if not isinstance(version, int) or version < SURPLUS_LIST_SINCE:
-        return True
-    tail = store.tail(SURPLUS_LIST, _TAIL_BYTES)
-    return not tail or tail.endswith(b"\n")
+def torn_files(store: Store, plan: Plan) -> Iterator[str]:
+    """Names of the files that close a run and are not there, or not whole as far as their ends tell."""
+    # The marker is looked at by its content, too: an empty one says nothing.
+    checks = {SUCCESS: lambda: store.read(SUCCESS).decode(errors="replace").strip() == plan.digest}
+    checks |= {name: partial(_ends_with, store, name, end) for name, end in _ENDS.items()}
+    checks |= {
+        MANIFEST: lambda: store.exists(MANIFEST) and bool(read_manifest(store)),
+        METADATA: partial(_has_ends, store),
+    }
+    # Runs of earlier versions were closed without a list of surplus; in most it is empty.
+    if plan.schema_version >= SURPLUS_LIST_SINCE:
+        checks[SURPLUS_LIST] = lambda: store.tail(SURPLUS_LIST, 1) in (b"", b"\n")
+    for name, is_whole in checks.items():
+        try:
+            if is_whole():
+                continue
+        except RiskforgeError as error:
+            if not _is_absence(error):
+                raise
+        yield name
+
+
+def _has_ends(store: Store) -> bool:
+    parts = store.list(METADATA) if store.is_folder(METADATA) else [METADATA]
+    return bool(parts) and all(_ends_with(store, name, _PARQUET_END) for name in parts)
 
 
 def _ends_with(store: Store, name: str, end: bytes) -> bool:

@@ -51,7 +51,7 @@ _REMEDIES: dict[int, str] = {
     errno.EDQUOT: f"the disk quota is used up; free some space and run again ({_KEPT})",
     errno.EFBIG: "the file is larger than this file system or the limit of the process allows; use fewer "
     "samples_per_shard",
-    errno.EROFS: "the file system is read-only; choose another --output",
+    errno.EROFS: "the file system is read-only; make it writable or choose another --output",
     errno.EACCES: "no permission; change the permissions or choose another --output",
     errno.EPERM: "not permitted; the folder must be writable and its file system must have hard links, "
     "otherwise choose another --output",
@@ -537,9 +537,13 @@ class FolderStore(Store):
             try:
                 with os.scandir(self.path(folder)) as entries:
                     for entry in entries:
-                        with contextlib.suppress(FileNotFoundError):
+                        try:
                             if entry.is_file():
                                 found[f"{folder}/{entry.name}"] = entry.stat().st_size
+                        except OSError as error:
+                            # It went meanwhile, or is a link that leads nowhere or to itself.
+                            if error.errno not in (errno.ENOENT, errno.ELOOP):
+                                raise
             except FileNotFoundError:
                 return {}
         return found

@@ -164,7 +164,7 @@ class Host:
                 self._worker = factory()
         except RiskforgeError as error:
             return UserFault(str(error), error.exit_code)
-        except Exception:
+        except (Exception, SystemExit):
             return WorkerLost(self._number, node_lost=False, message=redacted(traceback.format_exc().strip()))
         return WorkerReady(self._number)
 
@@ -175,7 +175,7 @@ class Host:
         try:
             with self._activity.heard():
                 finish = self._worker.sample_shard(shard, attempt, report, batch_limit)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self.has_failed = True
             failure = self._failure(shard, error)
             return lambda: failure
@@ -184,11 +184,11 @@ class Host:
     def _finish(self, shard: ShardSpec, finish: Callable[[], ShardOutcome]) -> ShardResult | ShardError | UserFault:
         try:
             return ShardResult(self._number, shard.number, finish())
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self.has_failed = True
             return self._failure(shard, error)
 
-    def _failure(self, shard: ShardSpec, error: Exception) -> ShardError | UserFault:
+    def _failure(self, shard: ShardSpec, error: BaseException) -> ShardError | UserFault:
         if isinstance(error, EverySampleFailedError):
             return ShardError(self._number, shard.number, str(error), every_sample=True)
         if isinstance(error, RiskforgeError):
