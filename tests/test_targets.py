@@ -240,6 +240,22 @@ def test_a_file_without_settings_is_told_what_they_hold(home: Path, tmp_path: Pa
     assert fields == {"labels", "image_size", "std", "output", "colour"}
 
 
+@pytest.mark.parametrize("shape", [(3, 9), (3, 11), (2, 10), (4, 10), (3,), (3, 10, 1), (30,)])
+def test_logits_of_another_shape_are_refused_whenever_they_come(shape: tuple[int, ...]) -> None:
+    """What is tried at loading are black images; a network may answer others otherwise."""
+    steps = Steps(resize=None, crop=None, resample=PIL.Image.Resampling.BILINEAR, mean=[0.0] * 3, std=[1.0] * 3)
+    of_shape = Classifier(
+        lambda pixels: torch.zeros(shape),
+        Preprocessing.plain("net", steps),
+        name="net",
+        labels=DIGITS,
+        temperature=1.0,
+        device="cpu",
+    )
+    with pytest.raises(JobError, match=r"'net' gives \[[0-9, ]+\] for 3 images where \[3, 10\] is expected"):
+        of_shape.score(images(3))
+
+
 def test_a_network_that_does_not_fit_its_settings_is_refused(network: nn.Module, tmp_path: Path) -> None:
     """Seen on black images before anything is sampled: columns, a fixed batch, probabilities."""
 

@@ -100,7 +100,18 @@ class Classifier:
         return self._forward(self._preprocessing.of_images(images).to(self._device)).cpu()
 
     def _forward(self, pixel_values: Tensor) -> Tensor:
-        return self._network(pixel_values).float() / self.temperature
+        """Scaled logits [B, n].
+
+        Raises:
+            JobError: the network gives something of another shape; what is tried at loading need not show it.
+        """
+        logits, wanted = self._network(pixel_values), (len(pixel_values), len(self.labels))
+        if tuple(logits.shape) != wanted:
+            raise JobError(
+                f"'{self.name}' gives {list(logits.shape)} for {len(pixel_values)} images where {list(wanted)} is"
+                " expected: a row for each image, a column for each class"
+            )
+        return logits.float() / self.temperature
 
 
 def _steps(settings: TargetSettings) -> Steps:
