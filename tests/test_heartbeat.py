@@ -149,25 +149,25 @@ def test_a_process_that_waits_is_silent_and_one_that_moves_bytes_is_not(monkeypa
 class SlowToLoad(SleepyWorker):
     """Takes longer to load than the limit; by parts, by bytes, or without a sign."""
 
-    def __init__(self, job: JobSpec, plan: Plan, kind: str, folder: Path) -> None:
-        for part in range(40):
+    def __init__(self, job: JobSpec, plan: Plan, kind: str, folder: Path, seconds: float) -> None:
+        for part in range(round(10 * seconds)):
             time.sleep(0.1)
             if kind == "parts":
                 beat()
             elif kind == "bytes":
-                (folder / "part").write_bytes(bytes([part]) * 2**21)
+                (folder / "part").write_bytes(bytes([part % 256]) * 2**21)
         super().__init__(job, plan, Faults())
 
 
-def make_slow(job: JobSpec, plan: Plan, *, kind: str, folder: Path, **places) -> SlowToLoad:
-    return SlowToLoad(job, plan, kind, folder)
+def make_slow(job: JobSpec, plan: Plan, *, kind: str, folder: Path, seconds: float, **places) -> SlowToLoad:
+    return SlowToLoad(job, plan, kind, folder, seconds)
 
 
 def run_slow(output: Path, kind: str, executor, limit: float) -> Recorder:
-    """A run of workers that load for four seconds; the limit is shorter."""
+    """A run of workers that load for longer than the limit."""
     display = Recorder()
     rules = Rules(first_limit_seconds=limit, min_limit_seconds=60, start_limit_seconds=limit, check_seconds=0.1)
-    make = partial(make_slow, kind=kind, folder=output.parent)
+    make = partial(make_slow, kind=kind, folder=output.parent, seconds=1.5 * limit)
     options = {"resume": "auto", "confirmed": False, "display": display, "rules": rules, "make_worker": make}
     assert run_job(make_job(output, 1), executor=executor, **options).exit_code == EXIT_OK
     return display
@@ -183,9 +183,9 @@ def test_a_worker_that_loads_for_long_is_waited_for(kind, tmp_path, monkeypatch)
 
 
 def test_an_actor_that_loads_for_long_is_waited_for(tmp_path):
-    """Its process says so when it is asked, beside its loading."""
+    """Its process says so when it is asked, beside its loading; while it starts it is silent."""
     ray = RayExecutor(address=None, num_workers=1, device="cpu")
-    display = run_slow(tmp_path / "run", "parts", ray, limit=3.0)
+    display = run_slow(tmp_path / "run", "parts", ray, limit=12.0)
     assert not any("hangs" in notice for notice in display.notices)
 
 

@@ -125,7 +125,9 @@ def test_an_upload_in_parts_does_not_overwrite(
     assert store.publish("large", large), "the same bytes"
     large.write_bytes(b"1" * 11 * 2**20)
     assert not store.publish("large", large) and store.read("large") == bytes(11 * 2**20)
-    assert not store._fs.call_s3("list_multipart_uploads", Bucket=BUCKET).get("Uploads")
+    # Of this store alone: others use the server too, some with faults.
+    left = store._fs.call_s3("list_multipart_uploads", Bucket=BUCKET).get("Uploads", [])
+    assert not [one for one in left if one["Key"].startswith(store._key("").removeprefix(f"{BUCKET}/"))]
 
 
 def test_two_who_publish_at_once(server: str, request: pytest.FixtureRequest) -> None:
@@ -709,6 +711,7 @@ class FewWordsOfGcs(http.server.BaseHTTPRequestHandler):
 
 def test_gcs_is_asked_to_create_if_absent(local: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """The requests of gcsfs: everything that is published goes out with the condition, and a refusal is understood."""
+    FewWordsOfGcs.asked.clear()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), FewWordsOfGcs) as gcs:
         threading.Thread(target=gcs.serve_forever, daemon=True).start()
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{gcs.server_port}")
