@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.dataset.corpus import Corpus
-    from engine.images import LabelledImage, Unusable, open_images
+    from engine.data.images import LabelledImage, Unusable, open_images
+    from engine.data.reading.corpus import Corpus
 
 __version__ = "0.1.0"
 __all__ = ["LabelledImage", "Unusable", "open_images", "open_run"]
@@ -15,9 +15,9 @@ __all__ = ["LabelledImage", "Unusable", "open_images", "open_run"]
 def __getattr__(name: str) -> Any:
     """What reads images is imported when it is asked for: it needs NumPy, which `--help` does not wait for."""
     if name in ("LabelledImage", "Unusable", "open_images"):
-        import engine.images
+        import engine.data.images
 
-        return getattr(engine.images, name)
+        return getattr(engine.data.images, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -30,6 +30,6 @@ def open_run(uri: str, *more: str) -> Corpus:
     Raises:
         RiskforgeError: one of them is not there, or cannot be read.
     """
-    from engine.dataset.corpus import open_corpus
+    from engine.data.reading.corpus import open_corpus
 
     return open_corpus(uri, *more)

@@ -14,16 +14,19 @@ import numpy as np
 import PIL.Image
 import torch
 
-from engine import digits, imaging
-from engine.acceptance import is_accepted
-from engine.executors.local import LocalExecutor
+from engine.data.images import digits
+from engine.data.images import encoding as imaging
+from engine.driver.executors.local import LocalExecutor
+from engine.driver.progress import PlainDisplay
+from engine.driver.run import run_job
+from engine.generation.worker import Worker
+from engine.job.acceptance import is_accepted
+from engine.job.parsing import parse_job
+from engine.job.plan import Plan, SampleSpec
+from engine.job.records import STATUS_OK, STATUS_REJECTED, SampleResult, new_record
+from engine.job.spec import JobSpec
 from engine.models.classifier import Classifier
-from engine.plan import Plan, SampleSpec
-from engine.progress import PlainDisplay
-from engine.records import STATUS_OK, STATUS_REJECTED, SampleResult, new_record
-from engine.run import run_job
-from engine.spec import JobSpec, parse_job
-from engine.worker import Worker, quiet_libraries
+from engine.models.libraries import quiet_libraries
 
 TARGET = "zoo:digits/classifier"
 # Holes of the target, and what it knows well.
@@ -45,7 +48,7 @@ def compose_specs(specs: Sequence[SampleSpec], split: str = "train") -> list[PIL
 
 
 class ComposedGenerator:
-    """In the place of `engine.generator.Generator`."""
+    """In the place of `engine.generation.generator.Generator`."""
 
     def __init__(self, job: JobSpec) -> None:
         self._job = job

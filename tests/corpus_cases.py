@@ -10,13 +10,14 @@ from typing import Any
 
 from PIL import Image
 
-from engine.dataset.commits import commit_shard
-from engine.dataset.manifest import finalise, mark_success
-from engine.dataset.shards import shard_name, stage_shard
-from engine.dataset.state import open_run
-from engine.dataset.store import Store, open_store
-from engine.plan import Plan, SampleSpec, ShardSpec, build_plan
-from engine.records import SCHEMA_VERSION, SampleResult
+from engine.data.run.commits import commit_shard
+from engine.data.run.manifest import finalise, mark_success
+from engine.data.run.shards import shard_name, stage_shard
+from engine.data.run.state import open_run
+from engine.data.stores.base import Store
+from engine.data.stores.opening import open_store
+from engine.job.plan import Plan, SampleSpec, ShardSpec, build_plan
+from engine.job.records import SCHEMA_VERSION, SampleResult
 from tests.dataset_cases import DIGESTS, LABELS, make_job, make_result
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]

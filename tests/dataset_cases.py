@@ -17,13 +17,15 @@ from typing import Any
 
 from PIL import Image
 
-from engine.dataset.commits import CommitRecord, commit_shard, list_commits
-from engine.dataset.shards import shard_name, stage_shard
-from engine.dataset.state import open_run
-from engine.dataset.store import Store, open_store
-from engine.plan import Plan, SampleSpec, ShardSpec, build_plan
-from engine.records import SampleResult, failed_record, new_record
-from engine.spec import JobSpec, parse_job
+from engine.data.run.commits import CommitRecord, commit_shard, list_commits
+from engine.data.run.shards import shard_name, stage_shard
+from engine.data.run.state import open_run
+from engine.data.stores.base import Store
+from engine.data.stores.opening import open_store
+from engine.job.parsing import parse_job
+from engine.job.plan import Plan, SampleSpec, ShardSpec, build_plan
+from engine.job.records import SampleResult, failed_record, new_record
+from engine.job.spec import JobSpec
 
 LABELS = ["zero", "one", "two"]
 DIGESTS = {

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from engine.images import Found, LabelledImage, Unusable, open_images
+from engine.data.images import Found, LabelledImage, Unusable, open_images
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 

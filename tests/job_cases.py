@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from engine.acceptance import FLAGS, JUDGE_SCORES, ORACLE, SCORES
 from engine.errors import JobError
-from engine.spec import CustomGuidanceSpec, GuidanceSpec, JobSpec, RequestSpec, SamplingSpec, parse_job
+from engine.job.acceptance import FLAGS, JUDGE_SCORES, ORACLE, SCORES
+from engine.job.parsing import parse_job
+from engine.job.spec import GuidanceSpec, JobSpec, RequestSpec
+from engine.methods.custom.spec import CustomGuidanceSpec
+from engine.methods.sampling.spec import SamplingSpec
 
 LABELS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 MAX_REPAIRS = 12

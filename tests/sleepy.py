@@ -20,16 +20,17 @@ from typing import Any
 
 import PIL.Image
 
-from engine.conditioning.tally import ScreeningTally
+from engine.driver.executors.base import Executor
+from engine.driver.progress import PlainDisplay, Tally
+from engine.driver.run import RunSummary, run_job
 from engine.errors import EXIT_DRAINED, JobError, OutputError, RiskforgeError
-from engine.executors.base import Executor
-from engine.messages import Report
-from engine.plan import Plan, SampleSpec, ShardSpec
-from engine.progress import PlainDisplay, Tally
-from engine.records import SampleResult, failed_record, new_record
-from engine.run import RunSummary, run_job
-from engine.spec import JobSpec, parse_job
-from engine.worker import ShardOutcome, Worker, _Making
+from engine.generation.messages import Report
+from engine.generation.worker import ShardOutcome, Worker, _Making
+from engine.job.parsing import parse_job
+from engine.job.plan import Plan, SampleSpec, ShardSpec
+from engine.job.records import SampleResult, failed_record, new_record
+from engine.job.spec import JobSpec
+from engine.methods.conditioning.tally import ScreeningTally
 
 SAMPLES_PER_SHARD = 4
 # Only a guard: a gate that nobody opens is a fault of the test.
@@ -203,7 +204,7 @@ def run_fields(attempt: int) -> dict[str, Any]:
 
 
 def make_sleepy(job: JobSpec, plan: Plan, *, faults: Faults, **places: Any) -> SleepyWorker:
-    """For `run_job`, with `partial`; also in the place of `engine.run.default_worker`, whose folders it ignores."""
+    """For `run_job`, with `partial`; or in place of `engine.driver.run.default_worker`, whose folders it ignores."""
     return SleepyWorker(job, plan, faults)
 
 
@@ -282,8 +283,8 @@ def tars(output: Path) -> dict[str, bytes]:
 
 def main(output: str, count: int, kind: str, faults: Faults) -> int:
     """A run in threads, on a Ray of its own, or on the one at an address."""
-    from engine.executors.local import LocalExecutor
-    from engine.executors.ray import RayExecutor
+    from engine.driver.executors.local import LocalExecutor
+    from engine.driver.executors.ray import RayExecutor
 
     ray = RayExecutor(address=kind if ":" in kind else None, num_workers=2, device="cpu")
     try:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.acceptance import is_accepted, rule_problems
+from engine.job.acceptance import is_accepted, rule_problems
 
 RECORD = {
     "is_error": True,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.batching import MAX_BATCH, MEMORY_SHARE, MULTIPLE, BatchSize, Peak, fitting_size
+from engine.generation.batching import MAX_BATCH, MEMORY_SHARE, MULTIPLE, BatchSize, Peak, fitting_size
 
 GIB = 2**30
 

@@ -14,12 +14,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.dataset.card import dataset_card
-from engine.dataset.export import ExportOptions, export
-from engine.dataset.summary import GroupSummary, Spread
+from engine.data.images.encoding import encode
+from engine.data.reading.export import ExportOptions, export
+from engine.data.run.card import dataset_card
+from engine.data.run.summary import GroupSummary, Spread
 from engine.errors import JobError
-from engine.imaging import encode
-from engine.spec import JobSpec, parse_job
+from engine.job.parsing import parse_job
+from engine.job.spec import JobSpec
 from tests.corpus_cases import make_run
 
 RULE, ARTEFACT = {"is_error": True}, {"artefact": "a"}

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from engine.class_names import distinct_names, distinct_pairs
-from engine.dataset.corpus import open_corpus
-from engine.dataset.export import ExportOptions, export
-from engine.dataset.store import open_store
-from engine.inspection import inspect
+from engine.data.reading.corpus import open_corpus
+from engine.data.reading.export import ExportOptions, export
+from engine.data.reading.inspection import inspect
+from engine.data.stores.opening import open_store
+from engine.job.class_names import distinct_names, distinct_pairs
 from engine.report.render import write_report
-from engine.studies.nights import compare_nights, read_night
+from engine.studies.nights.nights import compare_nights, read_night
 from tests.corpus_cases import make_run
 
 CRANES = ["crane", "ox", "crane"]

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from engine.errors import EXIT_USER, JobError
+from engine.job.parsing import parse_job
+from engine.job.spec import ModelsSpec
 from engine.models.addresses import check_addresses, check_independent, model_digest, read_labels, resolve
 from engine.models.classifier import Classifier
 from engine.models.classifier_checks import check_classifier, check_clip, check_names
@@ -24,7 +26,6 @@ from engine.models.clip import Clip
 from engine.models.foreign import open_foreign
 from engine.models.targets import parse_settings
 from engine.models.weights import have_same_weights, stored_tensors
-from engine.spec import ModelsSpec, parse_job
 from tests.test_targets import SETTINGS
 
 ZOO = {role: f"zoo:digits/{part}" for role, part in {

@@ -19,14 +19,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from engine.dataset.counts import ShardCounts
-from engine.dataset.lease import hold
-from engine.dataset.store import open_store
-from engine.dataset.summary import GroupSummary, TransferSummary
+from engine.data.run.counts import ShardCounts
+from engine.data.run.summary import GroupSummary, TransferSummary
+from engine.data.stores.lease import hold
+from engine.data.stores.opening import open_store
+from engine.driver.executors.local import LocalExecutor
+from engine.driver.progress import MAX_GROUP_ROWS, LiveDisplay, PlainDisplay, Tally, byte_size, duration, medians_table
+from engine.driver.run import plan_job
 from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OWNED, EXIT_USER
-from engine.executors.local import LocalExecutor
-from engine.progress import MAX_GROUP_ROWS, LiveDisplay, PlainDisplay, Tally, byte_size, duration, medians_table
-from engine.run import plan_job
 from engine.terminal import safe_console
 from tests.conftest import REPOSITORY
 from tests.sleepy import Faults, make_job, make_sleepy, run_sleepy
@@ -237,7 +237,7 @@ def sleepy_job(tmp_path):
 def test_failed_samples_are_told(call, monkeypatch, sleepy_job):
     """With the most frequent message, and exit code 3; also by the run that finds nothing to do."""
     faults = Faults(bad_samples=3, bad_message="no [/b] gradient")
-    monkeypatch.setattr("engine.run.default_worker", partial(make_sleepy, faults=faults))
+    monkeypatch.setattr("engine.driver.run.default_worker", partial(make_sleepy, faults=faults))
     for _ in range(2):
         code, _, err = call("run", sleepy_job, "--executor", "local")
         assert code == EXIT_INCOMPLETE and "error: 3 of 10 samples failed: no [/b] gradient" in err
@@ -247,13 +247,13 @@ def test_failed_samples_are_told(call, monkeypatch, sleepy_job):
 
 def test_workers_that_do_not_start_are_told_in_a_line(call, monkeypatch, sleepy_job):
     """Exit code 3; the traceback is on file, and the next run takes it away."""
-    monkeypatch.setattr("engine.run.default_worker", partial(make_sleepy, faults=Faults(no_start="defect")))
+    monkeypatch.setattr("engine.driver.run.default_worker", partial(make_sleepy, faults=Faults(no_start="defect")))
     code, _, err = call("run", sleepy_job, "--executor", "local")
     assert code == EXIT_INCOMPLETE and "Traceback" not in err
     assert "the last one: ZeroDivisionError: no such kernel\n" in err
     path = sleepy_job.parent / "out/_state/quarantine/workers.txt"
     assert str(path) in err and "Traceback" in path.read_text()
-    monkeypatch.setattr("engine.run.default_worker", partial(make_sleepy, faults=Faults()))
+    monkeypatch.setattr("engine.driver.run.default_worker", partial(make_sleepy, faults=Faults()))
     assert call("run", sleepy_job, "--executor", "local")[0] == 0 and not path.exists()
 
 

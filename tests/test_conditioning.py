@@ -12,24 +12,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.conditioning.evaluation import Evaluation, auc_interval, evaluate
-from engine.conditioning.gaussians import ClassGaussians, ClassMoments
-from engine.conditioning.mixtures import ClassMixtures, MixtureOptions, fit_mixtures
-from engine.conditioning.predictor import (
+from engine.methods.conditioning.evaluation import Evaluation, auc_interval, evaluate
+from engine.methods.conditioning.gaussians import ClassGaussians, ClassMoments
+from engine.methods.conditioning.mixtures import ClassMixtures, MixtureOptions, fit_mixtures
+from engine.methods.conditioning.predictor import (
     ErrorPredictor,
     PredictorOptions,
     fit_predictor,
     outcome_weights,
     train_predictor,
 )
-from engine.conditioning.screening import (
+from engine.methods.conditioning.screening import (
     ScreeningOptions,
     embedding_generator,
     screen,
     unscreened,
 )
-from engine.conditioning.tally import ScreeningTally
-from engine.sampling.noise import draw_noise
+from engine.methods.conditioning.tally import ScreeningTally
+from engine.methods.sampling.noise import draw_noise
 from tests.conftest import REPOSITORY
 
 LABELS = ("ant", "bee", "cat")

@@ -21,13 +21,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import engine
-from engine.dataset.schema import arrow_schema
-from engine.dataset.shards import read_shard
-from engine.dataset.source import open_source
-from engine.dataset.store import open_store
+from engine.data.reading.source import open_source
+from engine.data.run.schema import arrow_schema
+from engine.data.run.shards import read_shard
+from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, JobError, OutputError, RiskforgeError
 from engine.report.render import write_report
-from engine.studies.nights import read_night
+from engine.studies.nights.nights import read_night
 from engine.studies.samples import open_study
 from tests.conftest import REPOSITORY
 from tests.corpus_cases import make_run

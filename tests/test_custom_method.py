@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 import yaml
 
-from engine.dataset.shards import read_shard
-from engine.dataset.state import stored_plan
-from engine.dataset.store import open_store
+from engine.commands.jobfile import read_job
+from engine.data.run.shards import read_shard
+from engine.data.run.state import stored_plan
+from engine.data.stores.opening import open_store
 from engine.errors import JobError
-from engine.generator import Generator
-from engine.jobfile import read_job
+from engine.generation.generator import Generator
+from engine.job.parsing import parse_job
+from engine.job.plan import build_plan
 from engine.models import targets
 from engine.models.addresses import check_addresses, model_digests, read_labels
-from engine.models.methods import method_digest, method_digests
-from engine.plan import build_plan
-from engine.spec import parse_job
+from engine.models.custom_methods import method_digest, method_digests
 from tests.conftest import REPOSITORY
 from tests.test_targets import FACTORY, riskforge
 

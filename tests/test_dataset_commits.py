@@ -13,13 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.dataset.commits import COMMITS, PACKS, compact_commits, list_commits, read_commit, read_commits
-from engine.dataset.counts import MAX_NAME_CHARS, ShardCounts, count_rows, parse_record_name, record_name
-from engine.dataset.shards import inspect_pair
-from engine.dataset.state import open_run
-from engine.dataset.store import STAGING, TORN, Store, open_store
+from engine.data.run.commits import COMMITS, PACKS, compact_commits, list_commits, read_commit, read_commits
+from engine.data.run.counts import MAX_NAME_CHARS, ShardCounts, count_rows, parse_record_name, record_name
+from engine.data.run.shards import inspect_pair
+from engine.data.run.state import open_run
+from engine.data.stores.base import STAGING, TORN, Store
+from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError
-from engine.plan import Plan
+from engine.job.plan import Plan
 from tests.dataset_cases import commit_one, commit_rest, open_case, run_processes, tar_bytes
 
 CODES = st.one_of(st.integers(0, 12000).map(lambda number: f"{number:03d}"), st.just("mix"))
@@ -263,7 +264,7 @@ def test_packs_hold_what_was_loose(tmp_path: Path) -> None:
 
 def test_counts_that_do_not_fit_are_read_from_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, plan, _ = open_case(tmp_path / "out")
-    monkeypatch.setattr("engine.dataset.counts.MAX_NAME_CHARS", 60)
+    monkeypatch.setattr("engine.data.run.counts.MAX_NAME_CHARS", 60)
     record = commit_one(store, plan, 2)
     assert store.list(COMMITS) == [f"{COMMITS}/000002.ok=4.rejected=0.failed=0.accepted=4.many.json"]
     assert list_commits(store)[2].counts == record.counts

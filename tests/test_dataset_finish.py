@@ -15,20 +15,20 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from engine import digits
-from engine.dataset import manifest as manifest_module
-from engine.dataset.card import code
-from engine.dataset.commits import list_commits
-from engine.dataset.manifest import FinishedRun, finalise, mark_success, software_versions, write_metadata
-from engine.dataset.schema import arrow_schema
-from engine.dataset.shards import read_shard
-from engine.dataset.state import SUCCESS
-from engine.dataset.store import Store, open_store
-from engine.dataset.summary import count_classes, summarise, summarise_table
+from engine.data.images import LabelledImage, digits, open_images
+from engine.data.run import manifest as manifest_module
+from engine.data.run.card import code
+from engine.data.run.commits import list_commits
+from engine.data.run.manifest import FinishedRun, finalise, mark_success, software_versions, write_metadata
+from engine.data.run.schema import arrow_schema
+from engine.data.run.shards import read_shard
+from engine.data.run.state import SUCCESS
+from engine.data.run.summary import count_classes, summarise, summarise_table
+from engine.data.stores.base import Store
+from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, OutputError
-from engine.images import LabelledImage, open_images
-from engine.plan import Plan, ShardSpec
-from engine.records import SampleResult, failed_record
+from engine.job.plan import Plan, ShardSpec
+from engine.job.records import SampleResult, failed_record
 from tests.composed import composed_job, make_run
 from tests.dataset_cases import commit_one, commit_rest, make_job, make_plan, make_result, open_case
 

@@ -14,9 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.cost import BYTES_PER_PIXEL
-from engine.dataset.schema import DESCRIPTIONS, arrow_schema
-from engine.dataset.shards import (
+from engine.data.run.schema import DESCRIPTIONS, arrow_schema
+from engine.data.run.shards import (
     IMAGE_FORMATS,
     ShardFiles,
     inspect_pair,
@@ -25,9 +24,10 @@ from engine.dataset.shards import (
     read_tar,
     stage_shard,
 )
+from engine.driver.cost import BYTES_PER_PIXEL
 from engine.errors import CorruptShardError, OutputError
-from engine.plan import SCHEMA_VERSION
-from engine.records import DETERMINISTIC_FIELDS, RUN_FIELDS, SampleResult
+from engine.job.plan import SCHEMA_VERSION
+from engine.job.records import DETERMINISTIC_FIELDS, RUN_FIELDS, SampleResult
 from tests.dataset_cases import make_job, make_plan, make_result, make_results
 
 RUN = {"batch_size": 1, "duration_seconds": 0.25, "attempt": 1, "worker": "w"}
@@ -201,7 +201,7 @@ def test_a_pair_that_is_not_of_one_piece_is_noticed(staged: ShardFiles, tmp_path
 
 def test_every_image_format_is_known_everywhere() -> None:
     """The job's formats, the encoder's and the estimate's."""
-    from engine.imaging import _OPTIONS
+    from engine.data.images.encoding import _OPTIONS
 
     assert set(IMAGE_FORMATS) == set(BYTES_PER_PIXEL) == set(_OPTIONS)
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from engine.dataset.commits import list_commits
-from engine.dataset.state import PLANS, SUCCESS, open_run, read_run
-from engine.dataset.store import DRIVER_LOCK, LOCKS, STAGING, FolderStore, Store, open_store
+from engine.data.run.commits import list_commits
+from engine.data.run.state import PLANS, SUCCESS, open_run, read_run
+from engine.data.stores.base import DRIVER_LOCK, LOCKS, STAGING, Store
+from engine.data.stores.folder import FolderStore
+from engine.data.stores.opening import open_store
 from engine.errors import JobError, OutputError
-from engine.plan import Plan
+from engine.job.plan import Plan
 from tests.conftest import REPOSITORY
 from tests.dataset_cases import commit_rest, make_job, make_plan, make_result, open_case, tar_bytes
 
@@ -257,7 +259,7 @@ def test_an_address_below_a_closed_folder(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_a_lock_is_held_by_one_and_dies_with_its_process(tmp_path: Path) -> None:
     """Who holds it is told; after SIGKILL it is free, whatever its file says; a regular end leaves no file."""
     program = (
-        "import sys, time; from engine.dataset.store import open_store\n"
+        "import sys, time; from engine.data.stores.opening import open_store\n"
         "with open_store(sys.argv[1]).try_lock('driver', 'the first') as holder:\n"
         "    print(repr(holder), flush=True); time.sleep(3600)"
     )
@@ -322,7 +324,7 @@ def test_a_file_size_limit_is_explained(tmp_path: Path) -> None:
     """A real refusal by the kernel in the middle of a tar, not a patched call."""
     program = (
         "import resource, signal, sys; from pathlib import Path\n"
-        "from engine.dataset.shards import stage_shard\n"
+        "from engine.data.run.shards import stage_shard\n"
         "from tests.dataset_cases import *\n"
         "plan = make_plan(make_job(Path(sys.argv[1])))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
@@ -380,6 +382,6 @@ def test_dead_staging_is_cleaned_when_a_run_is_opened(tmp_path: Path) -> None:
 
 def test_a_sample_of_the_cases_is_as_the_schema_wants() -> None:
     """The made-up samples of these tests are valid, so that they prove something."""
-    from engine.records import check_record
+    from engine.job.records import check_record
 
     check_record(make_result(make_plan(make_job(Path("x"))).requests[0].sample(0)).record)

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from engine.digits import compose_split
+from engine.data.images.digits import compose_split
+from engine.driver.run import describe_models
 from engine.errors import JobError
-from engine.generator import Generator
+from engine.generation.generator import Generator
+from engine.job.parsing import parse_job
+from engine.job.plan import build_plan
 from engine.models.addresses import check_addresses, model_digest, model_digests, read_labels
 from engine.models.decoder import GuidanceDecoder
-from engine.plan import build_plan
-from engine.run import describe_models
-from engine.spec import parse_job
 
 ZOO = "zoo:digits/"
 TINY = f"{ZOO}tiny-autoencoder"

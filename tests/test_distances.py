@@ -7,8 +7,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from engine.studies import distances
-from engine.studies.distances import (
+from engine.studies.evaluate import distances
+from engine.studies.evaluate.distances import (
     frechet_distance,
     frechet_interval,
     kernel_distance,

@@ -17,7 +17,8 @@ import yaml
 
 from engine.cli import app
 from engine.errors import JobError
-from engine.spec import JobSpec, RequestSpec, parse_job
+from engine.job.parsing import parse_job
+from engine.job.spec import JobSpec, RequestSpec
 from tests.conftest import REPOSITORY
 from tools import docs
 

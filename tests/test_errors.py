@@ -18,9 +18,9 @@ import PIL.Image
 import pytest
 import yaml
 
-from engine.dataset.state import PLANS
+from engine.data.run.state import PLANS
+from engine.driver.executors.local import LocalExecutor
 from engine.errors import EXIT_DAMAGED, EXIT_INCOMPLETE, EXIT_USER
-from engine.executors.local import LocalExecutor
 from tests.conftest import REPOSITORY
 from tests.sleepy import run_sleepy
 
@@ -202,7 +202,7 @@ def test_paths_that_are_no_job(call, tmp_path, monkeypatch):
 )
 def test_hardware_that_is_not_there(call, tmp_path, monkeypatch, changes, message):
     """Told before anything is started."""
-    monkeypatch.setattr("engine.run.GPU_DEVICES", ("no-such-device",))
+    monkeypatch.setattr("engine.driver.run.GPU_DEVICES", ("no-such-device",))
     sets = [part for change in changes for part in ("--set", change)]
     output = tmp_path / "out"
     assert refused(call, "run", QUICKSTART, "--executor", "local", "--output", output, *sets) == [message]

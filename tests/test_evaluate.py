@@ -20,33 +20,35 @@ import PIL.Image
 import pytest
 import torch
 
-from engine import cli, digits
-from engine.dataset.commits import commit_shard
-from engine.dataset.lease import hold
-from engine.dataset.manifest import finalise
-from engine.dataset.shards import shard_name, stage_shard
-from engine.dataset.state import EVALUATION, open_run
-from engine.dataset.store import Store, open_store
+from engine import cli
+from engine.data.images import ImageSource, LabelledImage, digits
+from engine.data.images.encoding import encode
+from engine.data.run.commits import commit_shard
+from engine.data.run.manifest import finalise
+from engine.data.run.shards import shard_name, stage_shard
+from engine.data.run.state import EVALUATION, open_run
+from engine.data.stores.base import Store
+from engine.data.stores.lease import hold
+from engine.data.stores.opening import open_store
+from engine.driver.progress import PlainDisplay
 from engine.errors import EXIT_OWNED, EXIT_USER, CorruptShardError, JobError, OutputError
-from engine.generator import load_scorer
-from engine.images import ImageSource, LabelledImage
-from engine.imaging import encode
+from engine.generation.generator import load_scorer
+from engine.job.parsing import parse_job
+from engine.job.plan import Plan, build_plan
+from engine.job.records import SampleResult
+from engine.job.spec import JobSpec
 from engine.models.addresses import model_digest
-from engine.plan import Plan, build_plan
-from engine.progress import PlainDisplay
-from engine.records import SampleResult
+from engine.models.libraries import quiet_libraries
 from engine.report.data import open_metadata
 from engine.report.evaluation import Evaluation, read_evaluation
 from engine.report.render import write_report
-from engine.spec import JobSpec, parse_job
-from engine.studies import pictures
-from engine.studies.evaluate import Album, EvaluateOptions, evaluate, match_classes
-from engine.studies.evaluation_lines import summary_lines
-from engine.studies.features import Inception, find_inception
-from engine.studies.folders import check_folder
-from engine.studies.pictures import draw_images, pixel_distances, small_pixels
-from engine.studies.slices import cluster, nearest_texts, neighbourhood
-from engine.worker import quiet_libraries
+from engine.studies.evaluate import image_features as pictures
+from engine.studies.evaluate.evaluate import Album, EvaluateOptions, evaluate, match_classes
+from engine.studies.evaluate.features import Inception, find_inception
+from engine.studies.evaluate.image_features import draw_images, pixel_distances, small_pixels
+from engine.studies.evaluate.slices import cluster, nearest_texts, neighbourhood
+from engine.studies.evaluate.terminal_lines import summary_lines
+from engine.studies.output_folders import check_folder
 
 RUN = {"batch_size": 4, "duration_seconds": 0.1, "attempt": 1, "worker": "w0"}
 HOSTILE = "\x1b[31m<script>alert(1)</script>\u202e"

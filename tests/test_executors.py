@@ -20,19 +20,19 @@ from typing import Any
 
 import pytest
 
-import engine.run
-from engine.dataset.commits import list_commits, read_commit
-from engine.dataset.store import open_store
-from engine.dataset.verify import verify
+import engine.driver.run
+from engine.data.run.commits import list_commits, read_commit
+from engine.data.run.verify import verify
+from engine.data.stores.opening import open_store
+from engine.driver.executors.base import Host, ShardResult
+from engine.driver.executors.local import LocalExecutor
+from engine.driver.executors.ray import Layout, RayExecutor, RayHost, divide, prepare_environment, usable_cores
+from engine.driver.run import plan_job
+from engine.driver.run_loop import WorkersFailingError, _Watch
+from engine.driver.scheduler import MAX_MARKS
 from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK, JobError, OutputError, RiskforgeError
-from engine.executors.base import Host, ShardResult
-from engine.executors.local import LocalExecutor
-from engine.executors.ray import Layout, RayExecutor, RayHost, divide, prepare_environment, usable_cores
-from engine.messages import Rules, ShardError, ShardProgress, WorkerLost, WorkerReady
-from engine.plan import ShardSpec
-from engine.run import plan_job
-from engine.scheduler import MAX_MARKS
-from engine.shift import WorkersFailingError, _Watch
+from engine.generation.messages import Rules, ShardError, ShardProgress, WorkerLost, WorkerReady
+from engine.job.plan import ShardSpec
 from tests.conftest import REPOSITORY
 from tests.sleepy import GATE_SECONDS, Faults, Gates, Recorder, make_job, run_sleepy, tars, wait_until
 
@@ -123,7 +123,7 @@ def test_what_is_there_is_listed_once_and_models_are_checked_twice(monkeypatch, 
     """Records may be many; and models of the hub are here only when their digests are known."""
     calls = []
     for name in ("list_commits", "check_addresses", "model_digests"):
-        monkeypatch.setattr(engine.run, name, noting(name, getattr(engine.run, name), calls))
+        monkeypatch.setattr(engine.driver.run, name, noting(name, getattr(engine.driver.run, name), calls))
     monkeypatch.setattr(LocalExecutor, "opening", property(lambda self: calls.append("opening") or "opening"))
     run_sleepy(tmp_path, 1, LocalExecutor(1))
     assert calls[: calls.index("opening")] == ["check_addresses", "model_digests", "check_addresses", "list_commits"]
@@ -142,10 +142,10 @@ def noting(name, inner, calls):
 def test_relative_addresses_start_where_the_driver_is(monkeypatch, tmp_path):
     """Also in actors elsewhere; a machine without that folder says itself what it lacks."""
     monkeypatch.chdir("/")
-    monkeypatch.setattr("engine.worker.Worker", lambda *_, name: Path.cwd())
+    monkeypatch.setattr("engine.generation.worker.Worker", lambda *_, name: Path.cwd())
     job = make_job(tmp_path, 1)
-    assert engine.run.default_worker(job, plan_job(job), folder=str(tmp_path)) == tmp_path
-    assert engine.run.default_worker(job, plan_job(job), folder=str(tmp_path / "none")) == tmp_path
+    assert engine.driver.run.default_worker(job, plan_job(job), folder=str(tmp_path)) == tmp_path
+    assert engine.driver.run.default_worker(job, plan_job(job), folder=str(tmp_path / "none")) == tmp_path
 
 
 class Opener(Recorder):
@@ -264,7 +264,7 @@ def test_timing_is_of_all_sessions(tmp_path):
 
 def test_workers_that_wait_for_room_are_told_once(monkeypatch, tmp_path):
     """And nothing is said where all have a place."""
-    monkeypatch.setattr("engine.shift.UNPLACED_SECONDS", 0.0)
+    monkeypatch.setattr("engine.driver.run_loop.UNPLACED_SECONDS", 0.0)
     display = Recorder()
     run_sleepy(tmp_path / "placed", 1, LocalExecutor(1), display=display)
     assert not display.notices
@@ -563,7 +563,7 @@ def test_a_run_ends_by_its_deadline(monkeypatch, tmp_path):
         """An hour later once a shard is there."""
         return time.monotonic() + (3600 if tars(tmp_path) else 0)
 
-    monkeypatch.setattr("engine.shift.time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr("engine.driver.run_loop.time", SimpleNamespace(monotonic=clock))
     patient = {"min_limit_seconds": 1e6, "first_limit_seconds": 1e6}
     rules = Rules(deadline=time.monotonic() + 3000, grace_seconds=10, **patient)
     summary = run_sleepy(tmp_path, 9, LocalExecutor(1), rules=rules)

@@ -21,17 +21,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engine
-from engine import cli, digits
-from engine.dataset import export as export_module
-from engine.dataset import shards
-from engine.dataset.deduplicate import near_duplicates
-from engine.dataset.export import ExportOptions, export
-from engine.dataset.formats import class_folders
-from engine.dataset.selection import SampleReader
-from engine.dataset.shards import inspect_pair, read_shard
+from engine import cli
+from engine.data.images import LabelledImage, decode_rgb, digits, image_key, open_images
+from engine.data.reading import export as export_module
+from engine.data.reading.deduplicate import near_duplicates
+from engine.data.reading.export import ExportOptions, export
+from engine.data.reading.formats import class_folders
+from engine.data.reading.selection import SampleReader
+from engine.data.run import shards
+from engine.data.run.shards import inspect_pair, read_shard
 from engine.errors import CorruptShardError, JobError, OutputError, RiskforgeError
-from engine.images import LabelledImage, decode_rgb, image_key, open_images
-from engine.plan import SCHEMA_VERSION
+from engine.job.plan import SCHEMA_VERSION
 from tests.composed import composed_job
 from tests.composed import make_run as make_composed
 from tests.conftest import REPOSITORY
@@ -408,8 +408,8 @@ def test_blocks_of_products_find_what_one_product_finds(monkeypatch: pytest.Monk
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
     classes = list(rng.integers(0, 3, size=60))
     whole = near_duplicates(embeddings, classes, 0.8)
-    monkeypatch.setattr("engine.dataset.deduplicate.ROWS", 5)
-    monkeypatch.setattr("engine.dataset.deduplicate.COLUMNS", 3)
+    monkeypatch.setattr("engine.data.reading.deduplicate.ROWS", 5)
+    monkeypatch.setattr("engine.data.reading.deduplicate.COLUMNS", 3)
     cut = near_duplicates(embeddings, classes, 0.8)
     assert [one[:2] for one in whole] == [one[:2] for one in cut] and 0 < len(whole) < 60
     assert [one.similarity for one in whole] == pytest.approx([one.similarity for one in cut], abs=1e-6)

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engine
-from engine.dataset.corpus import Corpus
-from engine.dataset.counts import is_joint
-from engine.dataset.export import ExportOptions, export
+from engine.data.images.encoding import encode
+from engine.data.reading.corpus import Corpus
+from engine.data.reading.export import ExportOptions, export
+from engine.data.run.counts import is_joint
 from engine.errors import JobError
-from engine.imaging import encode
-from engine.records import MEASURED
+from engine.job.records import MEASURED
 from tests.corpus_cases import make_run
 
 
@@ -309,7 +309,7 @@ def test_numbers_for_weights(corpus: Corpus) -> None:
 
 def test_not_a_number_is_no_weight_and_no_quantile(tmp_path: Path) -> None:
     """The engine writes none; another program may."""
-    from engine.inspection import quantiles
+    from engine.data.reading.inspection import quantiles
 
     path = make_run(tmp_path / "run", count=4) / "metadata.parquet"
     table = pq.read_table(path)

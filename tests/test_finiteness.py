@@ -18,26 +18,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import engine.generator
-from engine.dataset.deduplicate import embed
-from engine.dataset.store import open_store
+import engine.generation.generator
+from engine.data.images import open_images
+from engine.data.reading.deduplicate import embed
+from engine.data.stores.opening import open_store
+from engine.driver.progress import PlainDisplay
 from engine.errors import EXIT_INCOMPLETE, EXIT_USER, JobError
-from engine.finiteness import usable_embeds, usable_logits
-from engine.images import open_images
+from engine.generation.rescorer import rescore
+from engine.generation.scorer import Scorer
+from engine.job.plan import Cell, SampleSpec
+from engine.methods.finiteness import usable_embeds, usable_logits
+from engine.methods.scores import conformity, entropy, kldb, kldb_parts, risk
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
 from engine.models.safety import FLAGGED, SafetyChecker
-from engine.observation import Observer, observe
-from engine.plan import Cell, SampleSpec
-from engine.progress import PlainDisplay
-from engine.rescore import rescore
-from engine.scores import conformity, entropy, kldb, kldb_parts, risk
-from engine.scoring import Scorer
-from engine.studies.evaluate import EvaluateOptions, evaluate
-from engine.studies.evaluation_lines import summary_lines
-from engine.studies.features import ClipFeatures
-from engine.studies.memorisation import find_nearest
-from engine.studies.pictures import Eyes
+from engine.studies.evaluate.evaluate import EvaluateOptions, evaluate
+from engine.studies.evaluate.features import ClipFeatures
+from engine.studies.evaluate.image_features import Eyes
+from engine.studies.evaluate.memorisation import find_nearest
+from engine.studies.evaluate.terminal_lines import summary_lines
+from engine.studies.prepare.observation import Observer, observe
 from tests.composed import TARGET, composed_job, make_run
 from tests.poisoned import CLASSIFIER_POISONS, CLIP_POISONS, TEXT_POISONS, Poison, overflowing_when_bright, poisoned
 from tests.test_safety import make_checker
@@ -191,14 +191,14 @@ def test_an_evaluation_goes_on_without_some_images(run: Path, tmp_path: Path, mo
 def test_a_deep_check_names_the_model(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that computes nonsense is told from scores that are others."""
     bad = Classifier.load(poisoned(TARGET, tmp_path / "bad", CLASSIFIER_POISONS["+inf"]))
-    loaded = engine.generator.load_scorer
+    loaded = engine.generation.generator.load_scorer
 
     def load(job: Any) -> Scorer:
         models = loaded(job)
         models._oracle = bad
         return models
 
-    monkeypatch.setattr(engine.generator, "load_scorer", load)
+    monkeypatch.setattr(engine.generation.generator, "load_scorer", load)
     findings = rescore(open_store(str(run)), num_samples=3)
     assert len(findings) == 3 and all(f"models.oracle '{bad.name}' gives" in one.text for one in findings)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
-from engine import scheduler
+from engine.driver import scheduler
 from engine.errors import EverySampleFailedError, OutputError
-from engine.messages import (
+from engine.generation.messages import (
     Abort,
     Lot,
     Replaced,

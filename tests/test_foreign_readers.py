@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import engine
-from engine import digits
-from engine.dataset.export import ExportOptions, export
+from engine.data.images import digits
+from engine.data.reading.export import ExportOptions, export
 from tests.composed import composed_job, make_run
 from tests.conftest import REPOSITORY
 from tests.corpus_cases import make_run as make_case

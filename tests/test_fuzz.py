@@ -22,17 +22,17 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from engine.dataset.commits import COMMITS
-from engine.dataset.shards import inspect_pair, read_shard, read_tar
-from engine.dataset.store import open_store
-from engine.dataset.verify import verify
+from engine.commands.jobfile import parse_override, read_job
+from engine.data.images import LabelledImage, Unusable, webdataset
+from engine.data.run.commits import COMMITS
+from engine.data.run.shards import inspect_pair, read_shard, read_tar
+from engine.data.run.verify import verify
+from engine.data.stores.opening import open_store
+from engine.driver.executors.local import LocalExecutor
 from engine.errors import CorruptShardError, JobError, RiskforgeError
-from engine.executors.local import LocalExecutor
-from engine.images import LabelledImage, Unusable, webdataset
-from engine.jobfile import parse_override, read_job
+from engine.job.plan import resolve_requests
+from engine.job.spec import JobSpec, RequestSpec
 from engine.models.addresses import check_addresses, read_labels
-from engine.plan import resolve_requests
-from engine.spec import JobSpec, RequestSpec
 from tests.conftest import REPOSITORY
 from tests.sleepy import run_sleepy
 
@@ -297,7 +297,7 @@ def run_tars() -> list[bytes]:
 
 
 def written(results: list[Any]) -> bytes:
-    from engine.dataset.shards import sample_members, tar_member
+    from engine.data.run.shards import sample_members, tar_member
 
     stored = [one for one in results if one.image]
     members = [tar_member(*member) for one in stored for member in sample_members(one.record, one.image, "png")]

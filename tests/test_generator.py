@@ -10,15 +10,15 @@ import PIL.Image
 import pytest
 import torch
 
-from engine.batching import BatchSize
+from engine.data.images import decode_rgb
+from engine.data.images.encoding import encode, quantise
 from engine.errors import JobError
-from engine.generator import Generator
-from engine.images import decode_rgb
-from engine.imaging import encode, quantise
+from engine.generation.batching import BatchSize
+from engine.generation.generator import Generator
+from engine.job.parsing import parse_job
+from engine.job.plan import build_plan
 from engine.models.addresses import model_digests, read_labels
 from engine.models.diffusion import Diffusion
-from engine.plan import build_plan
-from engine.spec import parse_job
 
 ZOO = "zoo:digits/"
 
@@ -241,7 +241,7 @@ def test_risk_guidance_and_acceptance_on_real_models():
 
 def test_the_card_knows_every_method():
     """A method without a description would end a finished run with an error."""
-    from engine.dataset.card import _METHODS
-    from engine.spec import GuidanceSpec
+    from engine.data.run.card import _METHODS
+    from engine.job.spec import GuidanceSpec
 
     assert set(_METHODS) == {"prompt", *GuidanceSpec.model_fields}

@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 
-from engine.guidance.boundary import guide_to_boundary, is_guided_step
-from engine.guidance.guided import GuidedDenoiser
-from engine.guidance.risky import capped, dial, guide_to_risk, without_conflict
-from engine.guidance.rules import GradientHealth, norms, polyak, rule_of, shifting
-from engine.sampling.denoiser import (
+from engine.methods.boundary.guide import guide_to_boundary, is_guided_step, rule_of
+from engine.methods.boundary.spec import BoundaryGuidanceSpec
+from engine.methods.guidance.guided import GuidedDenoiser
+from engine.methods.guidance.rules import GradientHealth, norms, polyak, shifting
+from engine.methods.risky.guide import capped, dial, guide_to_risk, without_conflict
+from engine.methods.risky.spec import RiskyGuidanceSpec
+from engine.methods.sampling.denoiser import (
     ClassifierFreeDenoiser,
     Condition,
     Prediction,
@@ -18,12 +20,12 @@ from engine.sampling.denoiser import (
     predicted_eps,
     predicted_x0,
 )
-from engine.sampling.families import ModelScheduler
-from engine.sampling.loop import sample
-from engine.sampling.noise import draw_noise
-from engine.sampling.schedulers import Sampler
-from engine.scores import kldb, risk
-from engine.spec import BoundaryGuidanceSpec, RiskyGuidanceSpec, SamplingSpec
+from engine.methods.sampling.families import ModelScheduler
+from engine.methods.sampling.loop import sample
+from engine.methods.sampling.noise import draw_noise
+from engine.methods.sampling.schedulers import Sampler
+from engine.methods.sampling.spec import SamplingSpec
+from engine.methods.scores import kldb, risk
 
 SCHEDULERS = ("lms", "ddim", "euler", "dpmsolver++")
 PREDICTIONS = ("epsilon", "v_prediction")

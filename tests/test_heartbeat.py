@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import scheduler
+from engine.driver import scheduler
+from engine.driver.executors import activity
+from engine.driver.executors.activity import Activity, bytes_moved
+from engine.driver.executors.local import LocalExecutor
+from engine.driver.executors.ray import RayExecutor
+from engine.driver.run import run_job
 from engine.errors import EXIT_OK
-from engine.executors import activity
-from engine.executors.activity import Activity, bytes_moved
-from engine.executors.local import LocalExecutor
-from engine.executors.ray import RayExecutor
-from engine.heartbeat import beat, listening
-from engine.messages import (
+from engine.generation.messages import (
     Replaced,
     Rules,
     ShardProgress,
@@ -28,9 +28,9 @@ from engine.messages import (
     WorkerPlaced,
     WorkerReady,
 )
-from engine.plan import Plan
-from engine.run import run_job
-from engine.spec import JobSpec
+from engine.job.plan import Plan
+from engine.job.spec import JobSpec
+from engine.methods.heartbeat import beat, listening
 from tests.sleepy import Faults, Recorder, SleepyWorker, make_job, run_sleepy
 
 LIMIT = Rules().first_limit_seconds

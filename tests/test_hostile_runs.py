@@ -25,17 +25,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from engine import cli
-from engine.artefact import load_conditioning
-from engine.dataset.commits import COMMITS, compact_commits
-from engine.dataset.schema import arrow_schema
-from engine.dataset.state import EVALUATION, MANIFEST, METADATA
-from engine.dataset.store import open_store
+from engine.data.run.commits import COMMITS, compact_commits
+from engine.data.run.schema import arrow_schema
+from engine.data.run.state import EVALUATION, MANIFEST, METADATA
+from engine.data.stores.opening import open_store
+from engine.driver.executors.local import LocalExecutor
 from engine.errors import EXIT_DAMAGED, EXIT_OK, JobError
-from engine.executors.local import LocalExecutor
+from engine.generation.artefact import load_conditioning
 from engine.models.addresses import ARTEFACT_DOCUMENT
 from engine.models.folders import read_config
 from engine.models.targets import side_settings
-from engine.studies.baseline import read_baseline
+from engine.studies.nights.baseline import read_baseline
 from tests.conftest import REPOSITORY
 from tests.sleepy import run_sleepy
 
@@ -497,8 +497,8 @@ def test_documents_of_others_are_refused(tmp_path: Path, kind: str, bend: str) -
 
 # Files of the package, of this process and of the system, and images, which have a limit of their own.
 READ_OTHERWISE = {
-    "dataset/card_loading.py", "dataset/lease.py", "dataset/object_store.py", "executors/activity.py",
-    "executors/ray.py", "images/folders.py", "models/methods.py", "report/render.py",
+    "data/run/card_loading.py", "data/stores/lease.py", "data/stores/object_store.py", "driver/executors/activity.py",
+    "driver/executors/ray.py", "data/images/folders.py", "models/custom_methods.py", "report/render.py",
 }  # fmt: skip
 
 

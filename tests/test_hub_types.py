@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.dataset.export import ExportOptions, export
-from engine.dataset.shards import IMAGE_FORMATS, read_shard
-from engine.imaging import encode
-from engine.records import ENTRY_FIELDS, fields_of
+from engine.data.images.encoding import encode
+from engine.data.reading.export import ExportOptions, export
+from engine.data.run.shards import IMAGE_FORMATS, read_shard
+from engine.job.records import ENTRY_FIELDS, fields_of
 from tests.corpus_cases import make_run
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]

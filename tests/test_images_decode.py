@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.images import UnusableImageError, decode_rgb, decode_sample
-from engine.images.decode import FORMATS, MAX_SAMPLE_PIXELS
+from engine.data.images import UnusableImageError, decode_rgb, decode_sample
+from engine.data.images.decode import FORMATS, MAX_SAMPLE_PIXELS
 
 # Two corners of colour on black: every turn of it is another image.
 CORNERS = np.zeros((16, 24, 3), np.uint8)

@@ -15,15 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.conditioner import _checked_images
-from engine.dataset.export import ExportOptions, export
+from engine.data.images import LabelledImage, Unusable, open_images, some_of
+from engine.data.images.decode import EXTENSIONS, FORMATS
+from engine.data.images.splits import KEYWORDS
+from engine.data.reading.export import ExportOptions, export
 from engine.errors import JobError
-from engine.images import LabelledImage, Unusable, open_images, some_of
-from engine.images.decode import EXTENSIONS, FORMATS
-from engine.images.splits import KEYWORDS
+from engine.generation.conditioner import _checked_images
 from engine.report.evaluated import _unusable_text
-from engine.studies.evaluate import _source
-from engine.studies.evaluation_lines import _unusable_lines
+from engine.studies.evaluate.evaluate import _source
+from engine.studies.evaluate.terminal_lines import _unusable_lines
 from tests.corpus_cases import make_run
 from tests.image_cases import DIGITS, grey, level_of, read, split, write_files, write_table, write_tar
 

@@ -18,8 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.images import LabelledImage
-from engine.labels import find_class, folded, is_index
+from engine.data.images import LabelledImage
+from engine.job.class_lookup import find_class, folded, is_index
 from tests.image_cases import DIGITS, grey, level_of, read, split, write_files, write_table, write_tar
 
 FORMS = ("NFC", "NFD", "NFKC", "NFKD")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from engine.commands.jobfile import read_job
 from engine.errors import JobError
-from engine.jobfile import read_job
-from engine.spec import LIST_LIMITS, MAX_ENTRIES, MAX_KEYS, MAX_PROBLEMS, parse_job
+from engine.job.parsing import LIST_LIMITS, MAX_ENTRIES, MAX_KEYS, MAX_PROBLEMS, parse_job
 
 JOB: dict[str, Any] = {
     "name": "a",
@@ -50,7 +50,7 @@ def test_every_list_of_the_schema_has_a_limit():
 
     from pydantic import BaseModel
 
-    from engine.spec import JobSpec
+    from engine.job.spec import JobSpec
 
     waiting: list[Any] = [JobSpec]
     lists = set()

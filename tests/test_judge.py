@@ -13,22 +13,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.dataset.commits import list_commits
-from engine.dataset.manifest import finalise, mark_success
-from engine.dataset.shards import read_rows, read_shard, shard_name, stage_shard
-from engine.dataset.state import open_run, publish_rounds, stored_plan
-from engine.dataset.store import Store, open_store
-from engine.dataset.verify import verify
+from engine.data.run.commits import list_commits
+from engine.data.run.manifest import finalise, mark_success
+from engine.data.run.shards import read_rows, read_shard, shard_name, stage_shard
+from engine.data.run.state import open_run, publish_rounds, stored_plan
+from engine.data.run.verify import verify
+from engine.data.stores.base import Store
+from engine.data.stores.opening import open_store
+from engine.driver.executors.local import LocalExecutor
+from engine.driver.progress import PlainDisplay, medians_table
+from engine.driver.run import run_job
 from engine.errors import JobError
-from engine.executors.local import LocalExecutor
+from engine.generation.rescorer import rescore
+from engine.job.parsing import parse_job
+from engine.job.plan import SCHEMA_VERSION, Extent, Plan, build_plan, class_prompt
+from engine.job.records import DETERMINISTIC_FIELDS, SampleResult, check_record, fields_of
+from engine.job.spec import JobSpec
 from engine.models.addresses import check_addresses, model_digests, resolve
-from engine.plan import SCHEMA_VERSION, Extent, Plan, build_plan, class_prompt
-from engine.progress import PlainDisplay, medians_table
-from engine.records import DETERMINISTIC_FIELDS, SampleResult, check_record, fields_of
 from engine.report.render import write_report
-from engine.rescore import rescore
-from engine.run import run_job
-from engine.spec import JobSpec, parse_job
 from tests import dataset_cases as cases
 from tests import sleepy
 
@@ -110,7 +112,7 @@ def test_manifest_card_report_and_table_tell_of_the_judge(finished: tuple[Store,
     card, report = store.read("README.md").decode(), store.read("report.html").decode()
     assert "judge's conformity |" in card and f"| {mean:.3g} |" in card
     assert "judge, mean" in report and judge in report
-    from engine.dataset.summary import summarise
+    from engine.data.run.summary import summarise
 
     groups = summarise(store.path("metadata.parquet"))
     assert [column.header.plain for column in medians_table(groups).columns][-1] == "judge's conformity"

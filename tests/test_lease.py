@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.dataset import journal as journals
-from engine.dataset import lease as leases
-from engine.dataset.lease import Holder, hold, is_alive, read_holder
-from engine.dataset.store import LEASES, open_store
+from engine.data.stores import journal as journals
+from engine.data.stores import lease as leases
+from engine.data.stores.base import LEASES
+from engine.data.stores.lease import Holder, hold, is_alive, read_holder
+from engine.data.stores.opening import open_store
 from engine.errors import EXIT_OWNED, OwnedError
 from tests.conftest import REPOSITORY
 from tests.sleepy import GATE_SECONDS, wait_until
@@ -137,7 +138,8 @@ def test_two_that_want_a_free_place_do_not_both_get_it(monkeypatch, tmp_path):
 def test_a_driver_of_this_machine_that_was_killed_is_known_to_be_dead(tmp_path):
     """Its place is taken at once, though its lease stands; while it lives, frozen or not, it is not."""
     program = (
-        "import sys, time; from engine.dataset.store import open_store; from engine.dataset.lease import hold\n"
+        "import sys, time; from engine.data.stores.opening import open_store\n"
+        "from engine.data.stores.lease import hold\n"
         "with hold(open_store(sys.argv[1])) as lease:\n    print(lease.number, flush=True); time.sleep(3600)"
     )
     process = subprocess.Popen(

@@ -20,9 +20,10 @@ import urllib3.exceptions
 from fsspec.exceptions import FSTimeoutError
 from gcsfs.retry import ChecksumError, HttpError
 
-from engine.dataset import store as store_module
-from engine.dataset.object_errors import may_pass, remedy
-from engine.dataset.store import FolderStore, open_store
+from engine.data.stores import store as store_module
+from engine.data.stores.folder import FolderStore
+from engine.data.stores.object_errors import may_pass, remedy
+from engine.data.stores.opening import open_store
 from engine.errors import EXIT_DRAINED, EXIT_USER, OutputError, StoreLostError
 
 # By name, as the system has them: a shared file system that is away. All others are somebody's to mend.

@@ -11,16 +11,17 @@ import PIL.Image
 import pytest
 import torch
 
-import engine.calibrate
-import engine.generator
-import engine.observation
-import engine.worker
+import engine.generation.calibrate
+import engine.generation.generator
+import engine.generation.worker
+import engine.studies.prepare.observation
 from engine.errors import JobError
+from engine.job.parsing import parse_job
+from engine.job.spec import RuntimeSpec
 from engine.models.addresses import check_addresses, locate, model_digest, read_labels, resolve
 from engine.models.classifier import Classifier
 from engine.models.preprocess import Preprocessing
 from engine.models.runtime import compiled, hardware_problems, head_sizes, xformers_problem
-from engine.spec import RuntimeSpec, parse_job
 from tests.sleepy import make_job
 
 PROCESSORS = {
@@ -211,9 +212,13 @@ def test_what_determinism_forbids_is_refused_on_a_gpu_alone():
 @pytest.mark.parametrize(
     ("module", "inner", "call"),
     [
-        ("engine.generator", "Generator", lambda job: engine.worker.load_generator(job, None)),
-        ("engine.generator", "Generator", lambda job: engine.calibrate.measure(job, None)),
-        ("engine.observation", "Classifier", lambda job: engine.observation.load_observer(job, None, "")),
+        ("engine.generation.generator", "Generator", lambda job: engine.generation.worker.load_generator(job, None)),
+        ("engine.generation.generator", "Generator", lambda job: engine.generation.calibrate.measure(job, None)),
+        (
+            "engine.studies.prepare.observation",
+            "Classifier",
+            lambda job: engine.studies.prepare.observation.load_observer(job, None, ""),
+        ),
     ],
 )
 def test_whoever_decides_bytes_on_a_cpu_computes_with_one_thread(monkeypatch, tmp_path, module, inner, call):

@@ -4,8 +4,8 @@ from datetime import datetime
 
 import pytest
 
+from engine.driver.durations import parse_duration, seconds_until
 from engine.errors import JobError
-from engine.moments import parse_duration, seconds_until
 
 NOW = datetime(2026, 11, 21, 22, 30)
 

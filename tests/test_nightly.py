@@ -11,15 +11,16 @@ import PIL.Image
 import pytest
 import yaml
 
-from engine.dataset.shards import read_shard
-from engine.dataset.state import as_begun, open_run, read_run, stored_plan
-from engine.dataset.store import open_store
+from engine.commands.jobfile import dated, read_job
+from engine.data.images.encoding import DIGITAL_SOURCE_TYPE
+from engine.data.run.shards import read_shard
+from engine.data.run.state import as_begun, open_run, read_run, stored_plan
+from engine.data.stores.opening import open_store
 from engine.errors import JobError, OutputError
-from engine.imaging import DIGITAL_SOURCE_TYPE
-from engine.jobfile import dated, read_job
+from engine.job.parsing import parse_job
+from engine.job.plan import build_plan
+from engine.job.spec import JobSpec
 from engine.models.licences import licence_of
-from engine.plan import build_plan
-from engine.spec import JobSpec, parse_job
 from tests.composed import composed_job, make_run
 from tests.conftest import REPOSITORY
 from tests.dataset_cases import DIGESTS, LABELS, make_job, make_plan

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 from engine.errors import JobError, OutputError
-from engine.studies import differences
-from engine.studies.baseline import pin_night, read_baseline
-from engine.studies.differences import holm, median_difference, share_difference
-from engine.studies.folders import check_replaces
-from engine.studies.night_tables import PAGE_BEGINNING, night_document, night_markdown
-from engine.studies.nights import Limits, Night, breaches, check_limits, compare_nights
+from engine.studies.nights.baseline import pin_night, read_baseline
+from engine.studies.nights.differences import holm, median_difference, share_difference
+from engine.studies.nights.night_tables import PAGE_BEGINNING, night_document, night_markdown
+from engine.studies.nights.nights import Limits, Night, breaches, check_limits, compare_nights, differences
+from engine.studies.output_folders import check_replaces
 
 LABELS = ("cat", "dog", "owl")
 CONTEXTS = ("", "red | <b>`ink`</b>")

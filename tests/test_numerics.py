@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from engine.guidance import precision
-from engine.guidance.boundary import guide_to_boundary
-from engine.guidance.precision import pulled_back
+from engine.methods.boundary.guide import guide_to_boundary
+from engine.methods.boundary.spec import BoundaryGuidanceSpec
+from engine.methods.guidance import precision
+from engine.methods.guidance.precision import pulled_back
+from engine.methods.sampling.loop import sample
+from engine.methods.sampling.noise import draw_noise
+from engine.methods.sampling.spec import SamplingSpec
 from engine.models.diffusion import Diffusion
-from engine.sampling.loop import sample
-from engine.sampling.noise import draw_noise
-from engine.spec import BoundaryGuidanceSpec, SamplingSpec
 
 PIPELINE = "zoo:digits/stable-diffusion"
 PROMPT = "three and eight"

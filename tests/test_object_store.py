@@ -29,18 +29,19 @@ import pytest
 from botocore.exceptions import EndpointConnectionError
 
 import engine
-from engine.dataset import object_store
-from engine.dataset.commits import COMMITS, list_commits, read_commits
-from engine.dataset.journal import Journal, read_events
-from engine.dataset.object_store import ObjectStore
-from engine.dataset.shards import SHARDS, shard_name
-from engine.dataset.state import METADATA, SUCCESS
-from engine.dataset.store import STATE, TORN, open_store
-from engine.dataset.verify import repair, verify
+from engine.data.run.commits import COMMITS, list_commits, read_commits
+from engine.data.run.shards import SHARDS, shard_name
+from engine.data.run.state import METADATA, SUCCESS
+from engine.data.run.verify import repair, verify
+from engine.data.stores import object_store
+from engine.data.stores.base import STATE, TORN
+from engine.data.stores.journal import Journal, read_events
+from engine.data.stores.object_store import ObjectStore
+from engine.data.stores.opening import open_store
+from engine.driver.executors.local import LocalExecutor
+from engine.driver.status import read_status
 from engine.errors import EXIT_DRAINED, EXIT_OK, EXIT_OWNED, CorruptShardError, OutputError, StoreLostError
-from engine.executors.local import LocalExecutor
-from engine.messages import Rules
-from engine.status import read_status
+from engine.generation.messages import Rules
 from tests.conftest import REPOSITORY
 from tests.dataset_cases import commit_one, open_case
 from tests.sleepy import run_sleepy, tars, wait_until
@@ -367,7 +368,7 @@ def test_what_dead_processes_left_is_removed(store: ObjectStore, tmp_path: Path,
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     own = store.staging()
     program = (
-        "import os, signal, sys, tempfile; from engine.dataset.store import open_store\n"
+        "import os, signal, sys, tempfile; from engine.data.stores.opening import open_store\n"
         "tempfile.tempdir = sys.argv[1]\n"
         "(open_store('s3://bucket/x').staging() / 'left').touch(); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -482,7 +483,7 @@ def test_a_file_of_credentials_that_cannot_be_read(tmp_path: Path, monkeypatch: 
 
 def test_what_gcsfs_logs_is_not_printed() -> None:
     """It logs every fault with its traceback, and tells it to us as well."""
-    program = "import logging; from engine.dataset.store import open_store; open_store('gs://b/x')._fs;"
+    program = "import logging; from engine.data.stores.opening import open_store; open_store('gs://b/x')._fs;"
     program += "logging.getLogger('gcsfs').error('out of retries')"
     emulated = os.environ | {"STORAGE_EMULATOR_HOST": "http://127.0.0.1:9"}
     done = subprocess.run(

@@ -18,30 +18,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engine
-from engine import digits
-from engine.acceptance import is_accepted
-from engine.dataset.counts import is_joint
-from engine.dataset.outcomes import asked_classes, errors, oracle_agreement, target_errs
-from engine.dataset.state import open_run
-from engine.dataset.store import open_store
-from engine.dataset.summary import summarise
-from engine.dataset.verify import verify
-from engine.executors.local import LocalExecutor
-from engine.inspection import inspect
+from engine.data.images import digits
+from engine.data.reading.inspection import inspect
+from engine.data.run.counts import is_joint
+from engine.data.run.outcomes import asked_classes, errors, oracle_agreement, target_errs
+from engine.data.run.state import open_run
+from engine.data.run.summary import summarise
+from engine.data.run.verify import verify
+from engine.data.stores.opening import open_store
+from engine.driver.executors.local import LocalExecutor
+from engine.driver.progress import PlainDisplay, medians_table
+from engine.driver.run import run_job
+from engine.job.acceptance import is_accepted
+from engine.job.parsing import parse_job
+from engine.job.plan import Plan, build_plan
 from engine.models.addresses import model_digests
-from engine.plan import Plan, build_plan
-from engine.progress import PlainDisplay, medians_table
+from engine.models.libraries import quiet_libraries
 from engine.report.data import error_pairs, make_rows, read_table
 from engine.report.gallery import make_tile
 from engine.report.headline import request_totals, summary_table
 from engine.report.render import write_report
 from engine.report.work import class_table
-from engine.run import run_job
-from engine.spec import parse_job
-from engine.studies.baseline import ERRORS_OUTSIDE, pin_night, read_baseline
-from engine.studies.evaluate import Album, Samples
-from engine.studies.nights import compare_nights, read_night
-from engine.worker import quiet_libraries
+from engine.studies.evaluate.evaluate import Album, Samples
+from engine.studies.nights.baseline import ERRORS_OUTSIDE, pin_night, read_baseline
+from engine.studies.nights.nights import compare_nights, read_night
 from tests.corpus_cases import make_run
 from tests.dataset_cases import LABELS
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.dataset import output_folder
-from engine.dataset.output_folder import _PARENTS, _SYSTEM_TREES, check_output
-from engine.dataset.store import open_store
+from engine.data.run import output_folder
+from engine.data.run.output_folder import _PARENTS, _SYSTEM_TREES, check_output
+from engine.data.stores.opening import open_store
 from engine.errors import OutputError
 from tests.dataset_cases import commit_one, open_case
 

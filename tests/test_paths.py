@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import engine
-from engine.dataset.export import ExportOptions, export
-from engine.dataset.store import open_store
-from engine.dataset.verify import verify
-from engine.inspection import inspect
+from engine.data.reading.export import ExportOptions, export
+from engine.data.reading.inspection import inspect
+from engine.data.run.verify import verify
+from engine.data.stores.opening import open_store
 from engine.report.render import write_report
-from engine.studies.nights import read_night
+from engine.studies.nights.nights import read_night
 from tests.corpus_cases import make_run
 from tests.dataset_cases import LABELS
 

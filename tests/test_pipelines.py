@@ -17,10 +17,10 @@ import torch
 import transformers
 
 from engine.errors import JobError
+from engine.methods.sampling.families import FAMILY
 from engine.models.addresses import check_addresses, resolve
 from engine.models.diffusion import Diffusion
 from engine.models.pipelines import check_pipeline
-from engine.sampling.families import FAMILY
 from tests.conftest import REPOSITORY
 from tests.tiny_pipelines import (
     ENCODER,
@@ -472,7 +472,7 @@ def test_noise_levels_of_embeddings_end_with_the_schedule(unclip, copy_of):
 def test_checks_need_no_torch():
     """Validation reads configurations: torch, diffusers and transformers take seconds to load."""
     code = (
-        "import sys; from pathlib import Path; from engine.jobfile import read_job\n"
+        "import sys; from pathlib import Path; from engine.commands.jobfile import read_job\n"
         "from engine.models.addresses import check_addresses\n"
         "check_addresses(read_job(Path('jobs/riskydiff-digits.yaml'), []))\n"
         "print({'torch', 'diffusers', 'transformers', 'numpy'} & sys.modules.keys())\n"

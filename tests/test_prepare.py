@@ -25,13 +25,9 @@ import safetensors.torch
 import torch
 from sklearn.datasets import load_digits
 
-from engine import artefact, cli, digits
-from engine.artefact import load_conditioning, save_conditioning
-from engine.conditioning.gaussians import ClassMoments
-from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_USER, JobError, OutputError, RiskforgeError
-from engine.executors.local import LocalExecutor
-from engine.executors.ray import RayExecutor, prepare_environment
-from engine.images import (
+from engine import cli
+from engine.commands.jobfile import read_job
+from engine.data.images import (
     Found,
     ImageSource,
     LabelledImage,
@@ -39,18 +35,32 @@ from engine.images import (
     UnusableImageError,
     decode,
     decode_rgb,
+    digits,
     findings,
     open_images,
 )
-from engine.jobfile import read_job
+from engine.driver.executors.local import LocalExecutor
+from engine.driver.executors.ray import RayExecutor, prepare_environment
+from engine.driver.progress import PlainDisplay
+from engine.driver.run_loop import WorkersFailingError
+from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_USER, JobError, OutputError, RiskforgeError
+from engine.generation import artefact
+from engine.generation.artefact import load_conditioning, save_conditioning
+from engine.methods.conditioning.gaussians import ClassMoments
+from engine.methods.temperature import HIGHEST, LOWEST, fit_temperature
 from engine.models.addresses import check_addresses, image_encoder_digest
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
-from engine.observation import GPU_ROWS, Observations, Observer, encoder_address, load_part_observer, observe, signature
-from engine.prepare import artefact_folder, fit_conditioning, prepare_conditioning
-from engine.progress import PlainDisplay
-from engine.shift import WorkersFailingError
-from engine.temperature import HIGHEST, LOWEST, fit_temperature
+from engine.studies.prepare.observation import (
+    GPU_ROWS,
+    Observations,
+    Observer,
+    encoder_address,
+    load_part_observer,
+    observe,
+    signature,
+)
+from engine.studies.prepare.prepare import artefact_folder, fit_conditioning, prepare_conditioning
 from tests.conftest import REPOSITORY
 from tests.sleepy import wait_until
 
@@ -817,7 +827,7 @@ def test_large_sets_are_divided_and_the_choice_is_told(monkeypatch, mixed, undiv
     """By their number of images, tars by their size; the artefact does not show which."""
     for data, limit, sizes in ((mixed, "LARGE_SET", (269, 270)), (tars, "LARGE_BYTES", (1, 10**9))):
         for size in sizes:
-            monkeypatch.setattr("engine.prepare." + limit, size)
+            monkeypatch.setattr("engine.studies.prepare.prepare." + limit, size)
             stream = io.StringIO()
             made = prepare(data, tmp_path, executor=LocalExecutor(2), only_large=True, stream=stream)
             assert data == tars or same_bytes(made.path, undivided.path)
@@ -968,7 +978,7 @@ def test_an_interrupt_stores_nothing_and_says_so(monkeypatch, capsys, tmp_path):
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("engine.prepare.prepare_conditioning", interrupted)
+    monkeypatch.setattr("engine.studies.prepare.prepare.prepare_conditioning", interrupted)
     monkeypatch.setattr(sys, "argv", ["riskforge", "prepare", str(QUICKSTART), "--data", str(tmp_path)])
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:

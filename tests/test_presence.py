@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from engine.dataset import commits
-from engine.dataset.commits import CommitRecord, compact_commits, recorded_files
-from engine.dataset.counts import ShardCounts, record_name
-from engine.dataset.presence import lost_files
-from engine.dataset.state import SUCCESS
-from engine.dataset.store import open_store
+from engine.data.run import commits
+from engine.data.run.commits import CommitRecord, compact_commits, recorded_files
+from engine.data.run.counts import ShardCounts, record_name
+from engine.data.run.presence import lost_files
+from engine.data.run.state import SUCCESS
+from engine.data.stores.opening import open_store
+from engine.driver.executors.local import LocalExecutor
 from engine.errors import EXIT_OK, CorruptShardError
-from engine.executors.local import LocalExecutor
 from tests.sleepy import run_sleepy, tars
 
 COUNT = 1
@@ -180,7 +180,7 @@ def test_a_file_that_goes_while_the_run_is_at_work_leaves_no_marker(tmp_path, mo
             (output / "shards/sleepy-000000.tar").unlink()
         return record
 
-    monkeypatch.setattr("engine.worker.commit_shard", losing)
+    monkeypatch.setattr("engine.generation.worker.commit_shard", losing)
     with pytest.raises(CorruptShardError, match=r"sleepy-000000\.tar: is missing"):
         run(output)
     assert not (output / SUCCESS).exists()

@@ -7,15 +7,15 @@ import random
 import pyarrow.parquet as pq
 import pytest
 
-from engine.dataset.commits import list_commits
-from engine.dataset.state import open_run, publish_rounds, read_run
-from engine.dataset.store import open_store
+from engine.data.run.commits import list_commits
+from engine.data.run.state import open_run, publish_rounds, read_run
+from engine.data.stores.opening import open_store
+from engine.driver.executors.local import LocalExecutor
+from engine.driver.run import run_job
 from engine.errors import EXIT_INCOMPLETE, EXIT_OK, JobError, OutputError, OwnedError, RiskforgeError
-from engine.executors.local import LocalExecutor
-from engine.plan import MIN_ROUND, Extent, build_plan
-from engine.quotas import MAX_GROWTH, Quotas, replay, round_size
-from engine.run import run_job
-from engine.spec import parse_job
+from engine.job.parsing import parse_job
+from engine.job.plan import MIN_ROUND, Extent, build_plan
+from engine.job.quotas import MAX_GROWTH, Quotas, replay, round_size
 from tests.sleepy import Faults, Recorder, make_job, run_sleepy, tars
 
 RULE = {"accept": {"is_error": True}}

@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from engine.errors import JobError
-from engine.generator import Generator, _Watched
-from engine.guidance.custom import criterion_problem
+from engine.generation.generator import Generator, _Watched
+from engine.job.parsing import parse_job
+from engine.job.plan import build_plan
+from engine.methods.custom.guide import criterion_problem
 from engine.models import targets
 from engine.models.addresses import model_digests, read_labels
 from engine.models.classifier import Classifier
-from engine.models.methods import method_digest, method_digests
+from engine.models.custom_methods import method_digest, method_digests
 from engine.models.randomness import watched
-from engine.plan import build_plan
-from engine.spec import parse_job
 from tests.test_custom_method import job_of
 from tests.test_targets import SETTINGS
 

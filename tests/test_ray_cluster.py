@@ -15,17 +15,17 @@ from pathlib import Path
 import psutil
 import pytest
 
+from engine.driver.executors import ray as ray_module
+from engine.driver.executors.local import LocalExecutor
+from engine.driver.executors.ray import RayExecutor, _Watch
 from engine.errors import EXIT_DRAINED, EXIT_OK, ClusterLostError
-from engine.executors import ray as ray_module
-from engine.executors.local import LocalExecutor
-from engine.executors.ray import RayExecutor, _Watch
 from tests.conftest import REPOSITORY
 from tests.sleepy import run_sleepy, wait_until
 
 # Ray tolerates a head that is away for a while; a test need not.
 PROGRAM = """
 import os, sys
-from engine.executors import ray
+from engine.driver.executors import ray
 from tests import sleepy
 ray.HEAD_LOST_SECONDS = 3.0
 code = sleepy.main(sys.argv[1], 60, "ray", sleepy.Faults(seconds=0.25))
@@ -142,7 +142,7 @@ def test_calls_that_would_hang_without_the_head_end_with_it(monkeypatch: pytest.
 def test_a_driver_that_does_not_come_back_from_ray_is_ended() -> None:
     """The call that hangs is in Ray, where no exception reaches it."""
     program = (
-        "import time; from engine.executors import ray; from tests.test_ray_cluster import lost_executor\n"
+        "import time; from engine.driver.executors import ray; from tests.test_ray_cluster import lost_executor\n"
         "ray.WATCH_SECONDS = ray.LEAVE_SECONDS = 0.1; executor = lost_executor(); executor._connect = lambda: True\n"
         "executor.begin(); time.sleep(60)\n"
     )

@@ -10,7 +10,7 @@ from bench.checks import check_published
 from bench.programs import Bench
 from bench.sizes import digits_setting
 
-from engine.spec import parse_job
+from engine.job.parsing import parse_job
 from tests.conftest import REPOSITORY
 from tests.test_docs import blocks
 

@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from engine import cli
-from engine.dataset.store import open_store
+from engine.commands.jobfile import parse_override, read_job
+from engine.data.images import open_images
+from engine.data.stores.opening import open_store
 from engine.errors import JobError, OutputError, RiskforgeError
-from engine.images import open_images
-from engine.jobfile import parse_override, read_job
+from engine.job.parsing import parse_job
+from engine.job.spec import JobSpec
 from engine.models.addresses import check_addresses
-from engine.spec import JobSpec, parse_job
 from engine.terminal import json_text, redacted
 
 SECRET = "Sekret"
@@ -173,7 +174,7 @@ def test_an_address_of_ray_shows_no_password(call, tmp_path):
 
 def test_what_is_printed_or_kept_has_none(capsys):
     """The last door: whatever a library said."""
-    from engine.executors.base import Host
+    from engine.driver.executors.base import Host
     from engine.terminal import show
 
     show(f"a https://u:{SECRET}@h b")

@@ -22,14 +22,17 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from engine.dataset.commits import commit_shard, list_commits
-from engine.dataset.manifest import finalise, write_metadata
-from engine.dataset.shards import shard_name, stage_shard
-from engine.dataset.state import METADATA
-from engine.dataset.store import Store, open_store
+from engine.data.run.commits import commit_shard, list_commits
+from engine.data.run.manifest import finalise, write_metadata
+from engine.data.run.shards import shard_name, stage_shard
+from engine.data.run.state import METADATA
+from engine.data.stores.base import Store
+from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, OutputError
-from engine.plan import Plan, SampleSpec, build_plan
-from engine.records import SampleResult, failed_record, new_record
+from engine.job.parsing import parse_job
+from engine.job.plan import Plan, SampleSpec, build_plan
+from engine.job.records import SampleResult, failed_record, new_record
+from engine.job.spec import JobSpec
 from engine.report.charts import NUM_BINS, make_axis
 from engine.report.data import make_rows, read_table
 from engine.report.gallery import IMAGE_BUDGET_BYTES, MAX_SAMPLES, select, thumbnail
@@ -39,7 +42,6 @@ from engine.report.render import CHARTS, render, write_report
 from engine.report.scatter import MAX_POINTS
 from engine.report.text import clip, joined, number, percent, signed
 from engine.report.work import acceptance_table, gradient_table, throughput_table
-from engine.spec import JobSpec, parse_job
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "</script><!--<script>", "{{ 7 * 7 }}"]
@@ -484,7 +486,7 @@ def test_a_hundred_thousand_samples_give_a_small_page(run: Store, tmp_path: Path
 
 def test_the_summary_table_is_bounded(tmp_path: Path) -> None:
     """Beyond the bound the contexts with the highest error rates are kept, in their order."""
-    from engine.dataset.summary import summarise
+    from engine.data.run.summary import summarise
 
     contexts = {"contexts": [f"context {place}" for place in range(8)]}
     store = make_run(tmp_path / "run", [EVERYTHING | contexts])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine.dataset.store import Store
+from engine.data.stores.base import Store
 from tests.browser import CHROMIUM, Browser
 from tests.test_report import BETWEEN, DIGITS, EVERYTHING, HOSTILE, PLAIN, failing, make_run, page_of, read_metadata
 

@@ -13,18 +13,18 @@ import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 
-from engine.dataset.lease import hold
-from engine.dataset.shards import read_shard
-from engine.dataset.state import open_run
-from engine.dataset.store import open_store
-from engine.dataset.verify import repair, verify
+from engine.data.run.shards import read_shard
+from engine.data.run.state import open_run
+from engine.data.run.verify import repair, verify
+from engine.data.stores.lease import hold
+from engine.data.stores.opening import open_store
+from engine.driver.status import read_status
 from engine.errors import EXIT_DAMAGED, EXIT_OK, EXIT_OWNED, EXIT_USER, CorruptShardError, JobError, OutputError
+from engine.generation.rescorer import rescore
+from engine.job.plan import build_plan
 from engine.models.addresses import model_digest
 from engine.models.classifier import Classifier
-from engine.plan import build_plan
-from engine.rescore import rescore
-from engine.status import read_status
-from engine.studies.rescoring import NOT_STORED, rescore_run
+from engine.studies.rescore import NOT_STORED, rescore_run
 from tests.composed import composed_job, make_run
 from tests.image_cases import EPS, bend, bomb, file_member
 

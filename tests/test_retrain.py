@@ -26,18 +26,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, ttest_1samp
 
-from engine import cli, digits
-from engine.dataset.folders import fresh_folder
-from engine.dataset.store import open_store
+from engine import cli
+from engine.data.images import digits
+from engine.data.stores.fresh_folder import fresh_folder
+from engine.data.stores.opening import open_store
+from engine.driver.progress import PlainDisplay
 from engine.errors import EXIT_DRAINED, EXIT_USER, CorruptShardError, JobError, OutputError
+from engine.job.parsing import parse_job
 from engine.models.addresses import check_addresses, model_digest, resolve
 from engine.models.classifier import Classifier, load_network
-from engine.progress import PlainDisplay
-from engine.spec import parse_job
-from engine.studies.comparison import Attempt, compare, compare_errors, findings
-from engine.studies.finetune import Recipe, Samples, _batches, choose_rows
 from engine.studies.intervals import mean_interval, wilson_interval
-from engine.studies.retrain import Retrained, RetrainOptions, choose_arms, retrain
+from engine.studies.retrain.comparison import Attempt, compare, compare_errors, findings
+from engine.studies.retrain.finetune import Recipe, Samples, _batches, choose_rows
+from engine.studies.retrain.retrain import Retrained, RetrainOptions, choose_arms, retrain
 from engine.studies.samples import StudiedRun, is_plain
 from tests.composed import HOLES, KNOWN, TARGET, composed_job, make_run
 from tests.conftest import REPOSITORY
@@ -380,7 +381,7 @@ def test_images_without_finite_logits_are_left_out_and_the_target_is_named(run, 
         network.register_forward_hook(spoil, with_kwargs=True)
         return network
 
-    monkeypatch.setattr("engine.studies.retrain.load_network", load)
+    monkeypatch.setattr("engine.studies.retrain.retrain.load_network", load)
     reason = r"models\.target '.*target' gives logits that are not finite"
     assert re.match(rf"RUN: its {reason}.* for all \d+ samples of the run", refusal(run, small, home / "none")[0])
     limit[0] = float(torch.cat(seen).median())

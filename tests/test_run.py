@@ -14,11 +14,11 @@ import pytest
 import torch
 import yaml
 
-from engine.dataset.shards import read_shard
-from engine.imaging import DIGITAL_SOURCE_TYPE
+from engine.data.images.encoding import DIGITAL_SOURCE_TYPE
+from engine.data.run.shards import read_shard
+from engine.job.plan import class_prompt
+from engine.job.records import check_record
 from engine.models.addresses import resolve
-from engine.plan import class_prompt
-from engine.records import check_record
 from tests.conftest import REPOSITORY
 from tests.strike import struck
 

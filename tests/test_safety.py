@@ -8,11 +8,12 @@ import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from engine.images import decode_rgb
+from engine.data.images import decode_rgb
+from engine.job.parsing import parse_job
+from engine.job.spec import RuntimeSpec
 from engine.models.addresses import model_digests, resolve
 from engine.models.runtime import choose_hardware
 from engine.models.safety import SafetyChecker
-from engine.spec import RuntimeSpec, parse_job
 from tests.test_generator import make_generator
 
 FLAGGED = "the pipeline's safety checker flagged the image"

@@ -6,12 +6,13 @@ import shutil
 import pytest
 import torch
 
-from engine.guidance.boundary import guide_to_boundary
+from engine.methods.boundary.guide import guide_to_boundary
+from engine.methods.boundary.spec import BoundaryGuidanceSpec
+from engine.methods.sampling.loop import sample
+from engine.methods.sampling.noise import draw_noise
+from engine.methods.sampling.spec import SamplingSpec
 from engine.models.addresses import resolve
 from engine.models.diffusion import Diffusion
-from engine.sampling.loop import sample
-from engine.sampling.noise import draw_noise
-from engine.spec import BoundaryGuidanceSpec, SamplingSpec
 
 SCHEDULERS = {
     "lms": "LMSDiscreteScheduler",

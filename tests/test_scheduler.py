@@ -9,7 +9,8 @@ import tracemalloc
 
 import pytest
 
-from engine.messages import (
+from engine.driver.scheduler import FAULT_ALLOWANCE, MAX_MARKS, start, step
+from engine.generation.messages import (
     Abort,
     Assign,
     Drain,
@@ -32,7 +33,6 @@ from engine.messages import (
     WorkerPlaced,
     WorkerReady,
 )
-from engine.scheduler import FAULT_ALLOWANCE, MAX_MARKS, start, step
 
 
 def play(committed: bytes, max_workers: int, *events):

@@ -15,14 +15,22 @@ import torch
 import yaml
 
 from engine.errors import JobError
-from engine.guidance.guided import MIN_SIGNAL
+from engine.job.parsing import parse_job
+from engine.job.plan import build_plan
+from engine.methods.guidance.guided import MIN_SIGNAL
+from engine.methods.sampling.denoiser import predicted_x0
+from engine.methods.sampling.families import (
+    CLASSES,
+    FAMILY,
+    KINDS,
+    ModelScheduler,
+    sampling_problems,
+    training_problems,
+)
+from engine.methods.sampling.schedulers import Sampler
+from engine.methods.sampling.spec import SamplingSpec
 from engine.models.addresses import check_addresses
 from engine.models.diffusion import Diffusion
-from engine.plan import build_plan
-from engine.sampling.denoiser import predicted_x0
-from engine.sampling.families import CLASSES, FAMILY, KINDS, ModelScheduler, sampling_problems, training_problems
-from engine.sampling.schedulers import Sampler
-from engine.spec import SamplingSpec, parse_job
 from tests.conftest import REPOSITORY
 from tests.tiny_pipelines import BETAS, PROMPTS, by_diffusers, by_engine, edit, job_of, load_reference, save_pipeline
 

@@ -10,16 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 
 import engine
-from engine.dataset.export import ExportOptions, export
-from engine.dataset.schema import arrow_schema
-from engine.dataset.shards import read_shard, read_tar
-from engine.dataset.store import open_store
-from engine.dataset.verify import verify
-from engine.inspection import inspect
-from engine.plan import SCHEMA_VERSION
-from engine.records import DETERMINISTIC_FIELDS, SINCE, check_record, failed_record, fields_of, in_version, upgraded
+from engine.data.reading.export import ExportOptions, export
+from engine.data.reading.inspection import inspect
+from engine.data.run.schema import arrow_schema
+from engine.data.run.shards import read_shard, read_tar
+from engine.data.run.verify import verify
+from engine.data.stores.opening import open_store
+from engine.job.plan import SCHEMA_VERSION
+from engine.job.records import DETERMINISTIC_FIELDS, SINCE, check_record, failed_record, fields_of, in_version, upgraded
 from engine.report.render import write_report
-from engine.studies.nights import compare_nights, read_night
+from engine.studies.nights.nights import compare_nights, read_night
 from tests.corpus_cases import make_run
 from tests.dataset_cases import LABELS, make_job, make_plan, make_result
 

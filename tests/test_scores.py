@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import scores
+from engine.methods import scores
 
 finite = st.floats(-1e4, 1e4, allow_nan=False, width=32)
 logit_rows = st.lists(finite, min_size=3, max_size=12)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import JobError
-from engine.spec import apply_overrides, job_schema, parse_job
+from engine.job.parsing import apply_overrides, job_schema, parse_job
 from tests.conftest import REPOSITORY
 
 JOB = {

@@ -22,12 +22,12 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 
-from engine.dataset import object_store
-from engine.dataset.object_store import ObjectStore
-from engine.dataset.store import open_store
-from engine.dataset.verify import verify
+from engine.data.run.verify import verify
+from engine.data.stores import object_store
+from engine.data.stores.object_store import ObjectStore
+from engine.data.stores.opening import open_store
+from engine.driver.executors.local import LocalExecutor
 from engine.errors import EXIT_DRAINED, EXIT_OK, EXIT_USER, OutputError, RiskforgeError, StoreLostError
-from engine.executors.local import LocalExecutor
 from tests.s3_proxy import Fault, Proxy, Request, error_body, proxy_of
 from tests.sleepy import run_sleepy, tars
 from tests.test_object_store import FewWordsOfGcs
@@ -427,7 +427,7 @@ def test_a_run_over_a_network_that_breaks_is_complete(proxy: Proxy, tmp_path: Pa
 def test_a_run_whose_store_is_lost_is_continued(proxy: Proxy, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For good, from some request on: of the driver, of a worker that publishes, of what closes the run."""
     # The next driver would be another process.
-    monkeypatch.setattr("engine.dataset.lease._is_dead_here", lambda holder: True)
+    monkeypatch.setattr("engine.data.stores.lease._is_dead_here", lambda holder: True)
     store = connected()
     begun = threading.Event()
 

@@ -16,12 +16,13 @@ import yaml
 from hypothesis import given, seed, settings
 from pydantic import BaseModel
 
-from engine.dataset.state import MANIFEST, open_run, read_run, stored_plan
-from engine.dataset.store import open_store
+from engine.commands.jobfile import dated
+from engine.data.run.state import MANIFEST, open_run, read_run, stored_plan
+from engine.data.stores.opening import open_store
 from engine.errors import JobError
-from engine.jobfile import dated
-from engine.plan import build_plan
-from engine.spec import JobSpec, parse_job
+from engine.job.parsing import parse_job
+from engine.job.plan import build_plan
+from engine.job.spec import JobSpec
 from engine.studies.samples import _identity, open_study
 from tests.conftest import REPOSITORY
 from tests.job_cases import LABELS, raw_jobs
@@ -192,8 +193,8 @@ def test_a_job_that_was_stored_with_its_defaults_written_out_is_read(tmp_path):
 @pytest.fixture(scope="module")
 def unscreened(tmp_path_factory):
     """A run of two requests without screening: one draws from an artefact, the other varies given images."""
-    from engine.executors.local import LocalExecutor
-    from engine.run import run_job
+    from engine.driver.executors.local import LocalExecutor
+    from engine.driver.run import run_job
     from tests.sleepy import Recorder
 
     job = {

@@ -14,17 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 
 import engine
-from engine import digits
-from engine.dataset.export import ExportOptions, export
-from engine.dataset.shards import read_shard
-from engine.dataset.state import open_run
-from engine.dataset.store import open_store
-from engine.dataset.surplus import surplus_lines
-from engine.dataset.verify import repair, verify
-from engine.images import LabelledImage, Unusable, open_images
+from engine.data.images import LabelledImage, Unusable, digits, open_images
+from engine.data.reading.export import ExportOptions, export
+from engine.data.run.shards import read_shard
+from engine.data.run.state import open_run
+from engine.data.run.surplus import surplus_lines
+from engine.data.run.verify import repair, verify
+from engine.data.stores.opening import open_store
+from engine.job.plan import build_plan
+from engine.job.spec import JobSpec
 from engine.models.addresses import model_digests
-from engine.plan import build_plan
-from engine.spec import JobSpec
 from tests.composed import composed_job, make_run
 from tests.conftest import REPOSITORY
 from tests.corpus_cases import make_run as make_case

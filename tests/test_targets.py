@@ -21,13 +21,13 @@ import torch
 import yaml
 from torch import nn
 
+from engine.commands.jobfile import read_job
+from engine.driver.run import plan_job
 from engine.errors import JobError
-from engine.jobfile import read_job
 from engine.models import targets
 from engine.models.addresses import check_addresses, model_digest, read_labels
 from engine.models.classifier import Classifier
 from engine.models.preprocess import Preprocessing, Steps
-from engine.run import plan_job
 from engine.studies.samples import StudiedRun, check_target
 from tests.conftest import REPOSITORY
 

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import open_run
-from engine.dataset.shards import MAX_SAMPLE_BYTES, read_tar, tar_entries
-from engine.dataset.store import open_store
+from engine.data.images.decode import MAX_FILE_BYTES
+from engine.data.run.shards import MAX_SAMPLE_BYTES, read_tar, tar_entries
+from engine.data.stores.opening import open_store
+from engine.data.tars import MAX_HEADER_BYTES, DamagedTarError, read_member, walk_tar
 from engine.errors import CorruptShardError
-from engine.images.decode import MAX_FILE_BYTES
 from engine.report.render import write_report
-from engine.tars import MAX_HEADER_BYTES, DamagedTarError, read_member, walk_tar
 from tests.conftest import REPOSITORY
 from tests.corpus_cases import make_run
 from tests.image_cases import DIGITS, EPS, bend, bomb, file_member, grey, header, padded, read, split, write_tar
@@ -181,7 +181,8 @@ def commands(tmp_path_factory) -> Path:
     path.write_text(
         "import contextlib, io, json, resource, subprocess, sys\n"
         "from engine import cli\n"
-        "import engine.report.render, engine.dataset.verify, engine.inspection, engine.dataset.export\n"
+        "import engine.report.render, engine.data.run.verify\n"
+        "import engine.data.reading.inspection, engine.data.reading.export\n"
         "def refuse(*a, **k): raise AssertionError('a program was started')\n"
         "subprocess.Popen = refuse\n"
         "now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
@@ -239,12 +240,12 @@ def test_the_report_of_a_sound_run_has_its_images(tmp_path):
     assert (run / "report.html").read_text().count("data:image/png;base64") > 5
 
 
-ALLOWED = {"engine/images/decode.py": {"PIL.Image.open"}}
+ALLOWED = {"engine/data/images/decode.py": {"PIL.Image.open"}}
 FORBIDDEN = ("PIL.Image.open", "Image.open", "tarfile.open", "TarFile.open", "tarfile.TarFile")
 
 
 def test_no_module_opens_images_or_tars_in_a_way_of_its_own():
-    """`engine.images.decode` and `engine.tars` alone have the limits."""
+    """`engine.data.images.decode` and `engine.data.tars` alone have the limits."""
     for path in sorted((REPOSITORY / "engine").rglob("*.py")):
         place = path.relative_to(REPOSITORY).as_posix()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -13,18 +13,19 @@ import pytest
 import torch
 
 from engine import cli
-from engine.artefact import load_conditioning, save_conditioning
-from engine.conditioner import DrawnEmbeddings, GivenEmbeddings, conditioning_digests, open_conditioner
-from engine.digits import CLASS_NAMES, compose_split
+from engine.data.images.digits import CLASS_NAMES, compose_split
 from engine.errors import JobError
-from engine.generator import Generator
+from engine.generation.artefact import load_conditioning, save_conditioning
+from engine.generation.conditioner import DrawnEmbeddings, GivenEmbeddings, conditioning_digests, open_conditioner
+from engine.generation.generator import Generator
+from engine.job.parsing import parse_job
+from engine.job.plan import build_plan, resolve_requests
+from engine.methods.sampling.loop import sample
+from engine.methods.sampling.noise import draw_noise
+from engine.methods.sampling.spec import SamplingSpec
 from engine.models.addresses import check_addresses, image_encoder_digest, model_digests, read_labels, resolve
 from engine.models.clip import Clip, ImageEncoder
 from engine.models.diffusion import Diffusion
-from engine.plan import build_plan, resolve_requests
-from engine.sampling.loop import sample
-from engine.sampling.noise import draw_noise
-from engine.spec import SamplingSpec, parse_job
 
 ZOO = "zoo:digits/"
 UNCLIP = f"{ZOO}stable-unclip"

@@ -8,13 +8,14 @@ import sys
 
 import pytest
 
-from engine.dataset.commits import COMMITS, compact_commits, list_commits
-from engine.dataset.lease import hold
-from engine.dataset.store import TORN, open_store
-from engine.dataset.verify import repair, verify
+from engine.data.run.commits import COMMITS, compact_commits, list_commits
+from engine.data.run.verify import repair, verify
+from engine.data.stores.base import TORN
+from engine.data.stores.lease import hold
+from engine.data.stores.opening import open_store
+from engine.driver.executors.local import LocalExecutor
+from engine.driver.status import read_status, status_lines
 from engine.errors import EXIT_DAMAGED, EXIT_OK, OutputError, RiskforgeError
-from engine.executors.local import LocalExecutor
-from engine.status import read_status, status_lines
 from tests.sleepy import Faults, run_sleepy, tars
 
 

@@ -10,12 +10,12 @@ import time
 
 import pytest
 
-import engine.worker
-from engine.dataset.commits import list_commits
-from engine.dataset.store import open_store
+import engine.generation.worker
+from engine.data.run.commits import list_commits
+from engine.data.stores.opening import open_store
+from engine.driver.run import plan_job
 from engine.errors import OutputError
-from engine.run import plan_job
-from engine.worker import MAX_WAITING_BATCHES, Worker
+from engine.generation.worker import MAX_WAITING_BATCHES, Worker
 from tests.sleepy import GATE_SECONDS, make_job, make_result, wait_until
 
 
@@ -63,13 +63,13 @@ class Sampling(Worker):
 def test_the_next_shard_is_sampled_while_the_last_one_is_written(monkeypatch, tmp_path):
     """Two commits are held up: both shards are sampled all the same, and the outcomes come when they are through."""
     worker, go = Sampling(tmp_path, 4), threading.Event()
-    commit = engine.worker.commit_shard
+    commit = engine.generation.worker.commit_shard
 
     def slow(*arguments, **named):
         assert go.wait(GATE_SECONDS)
         return commit(*arguments, **named)
 
-    monkeypatch.setattr(engine.worker, "commit_shard", slow)
+    monkeypatch.setattr(engine.generation.worker, "commit_shard", slow)
     finish = [worker.begin(0), worker.begin(1)]
     assert worker.sampler.num_made == 8 and not list_commits(worker._store)
     go.set()
@@ -79,13 +79,13 @@ def test_the_next_shard_is_sampled_while_the_last_one_is_written(monkeypatch, tm
 def test_sampling_waits_where_writing_is_behind(monkeypatch, tmp_path):
     """Images wait in memory only so far."""
     worker, go = Sampling(tmp_path, 50), threading.Event()
-    stage = engine.worker.stage_shard
+    stage = engine.generation.worker.stage_shard
 
     def slow(*arguments):
         assert go.wait(GATE_SECONDS)
         return stage(*arguments)
 
-    monkeypatch.setattr(engine.worker, "stage_shard", slow)
+    monkeypatch.setattr(engine.generation.worker, "stage_shard", slow)
     begun = threading.Thread(target=lambda: made.append(worker.begin(0)()))
     made: list = []
     begun.start()
@@ -105,7 +105,7 @@ def test_a_disk_that_fails_ends_the_sampling(monkeypatch, tmp_path):
     def full(*_):
         raise OutputError("the disk is full")
 
-    monkeypatch.setattr(engine.worker, "stage_shard", full)
+    monkeypatch.setattr(engine.generation.worker, "stage_shard", full)
     with pytest.raises(OutputError, match="the disk is full"):
         worker.begin(0)()
     assert worker.sampler.num_made < 50

@@ -18,7 +18,7 @@ from diffusers import StableDiffusionPipeline, StableUnCLIPImg2ImgPipeline
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, CLIPModel, CLIPTokenizer
 
-from engine import digits
+from engine.data.images import digits
 
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT / "engine" / "zoo" / "digits"

@@ -10,11 +10,12 @@ import diffusers
 import torch
 import transformers
 
+from engine.job.parsing import parse_job
+from engine.methods.sampling.loop import sample
+from engine.methods.sampling.noise import draw_noise
+from engine.methods.sampling.spec import SamplingSpec
 from engine.models.addresses import resolve
 from engine.models.diffusion import Diffusion
-from engine.sampling.loop import sample
-from engine.sampling.noise import draw_noise
-from engine.spec import SamplingSpec, parse_job
 
 PROMPTS = ["three and eight", "a photo of a two"]
 SEEDS = [5, 6]
@@ -81,7 +82,7 @@ def save_pipeline(
 
 def quiet() -> None:
     """No progress bars and no advice."""
-    from engine.worker import quiet_libraries
+    from engine.models.libraries import quiet_libraries
 
     quiet_libraries()
 

@@ -38,12 +38,12 @@ from bench.sizes import SIZES, Setting, digits_setting, random_setting
 from bench.tables import Results, write_into
 from bench.workers import Workers
 
-from engine.dataset.manifest import software_versions
+from engine.data.run.manifest import software_versions
 from engine.errors import JobError
+from engine.job.spec import RuntimeSpec
 from engine.models.addresses import resolve
+from engine.models.libraries import quiet_libraries
 from engine.models.runtime import CPU_ROWS, choose_hardware
-from engine.spec import RuntimeSpec
-from engine.worker import quiet_libraries
 
 GPU_BATCH = 8
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import PIL.Image
 import torch
 
-from engine.dataset.counts import is_joint
-from engine.dataset.shards import read_shard
-from engine.images import decode_rgb
+from engine.data.images import decode_rgb
+from engine.data.run.counts import is_joint
+from engine.data.run.shards import read_shard
+from engine.methods.scores import kldb
 from engine.models.classifier import Classifier
-from engine.scores import kldb
-from engine.worker import quiet_libraries
+from engine.models.libraries import quiet_libraries
 
 
 def joint_requests(run: Path) -> dict[str, tuple[list[int], list[PIL.Image.Image]]]:

@@ -27,16 +27,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine.dataset.commits import list_commits
-from engine.dataset.lease import hold, read_holder
-from engine.dataset.store import LEASES, open_store
-from engine.dataset.verify import verify
+from engine.data.run.commits import list_commits
+from engine.data.run.verify import verify
+from engine.data.stores.base import LEASES
+from engine.data.stores.lease import hold, read_holder
+from engine.data.stores.opening import open_store
+from engine.driver.executors.base import Executor
+from engine.driver.progress import PlainDisplay
+from engine.driver.run import run_job
 from engine.errors import EXIT_DRAINED, EXIT_OK, EXIT_OWNED, EXIT_USER, RiskforgeError
-from engine.executors.base import Executor
-from engine.progress import PlainDisplay
-from engine.records import RUN_FIELDS
-from engine.rescore import rescore
-from engine.run import run_job
+from engine.generation.rescorer import rescore
+from engine.job.records import RUN_FIELDS
 from tests.sleepy import Faults, make_job, make_sleepy
 
 VICTIMS = ("actor", "raylet", "gcs", "driver")
@@ -56,8 +57,8 @@ QUICKSTART = Path(__file__).parents[1] / "jobs/quickstart.yaml"
 
 def drive(output: Path, kind: str, seconds: float, *, retry: bool, hang_at: int) -> int:
     """A driver: what `riskforge run` does, with workers that sleep; at one of the shards for an hour."""
-    from engine.executors.local import LocalExecutor
-    from engine.executors.ray import RayExecutor
+    from engine.driver.executors.local import LocalExecutor
+    from engine.driver.executors.ray import RayExecutor
 
     executor: Executor = LocalExecutor(2) if kind == "local" else RayExecutor(address=None, num_workers=2, device="cpu")
     try:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import PIL.Image
 
-from engine.dataset.shards import read_shard
-from engine.images import decode_rgb
+from engine.data.images import decode_rgb
+from engine.data.run.shards import read_shard
 
 MARGIN_PIXELS = 4
 GAP_PIXELS = 24

@@ -15,11 +15,11 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
 
-from engine import spec
-from engine.acceptance import FLAGS, JUDGE_SCORES, ORACLE, SCORES
-from engine.dataset.schema import DESCRIPTIONS
-from engine.plan import SCHEMA_VERSION
-from engine.records import DETERMINISTIC_FIELDS, ENTRY_FIELDS, MEASURED, RUN_FIELDS, SINCE, fields_of
+from engine.data.run.schema import DESCRIPTIONS
+from engine.job import spec
+from engine.job.acceptance import FLAGS, JUDGE_SCORES, ORACLE, SCORES
+from engine.job.plan import SCHEMA_VERSION
+from engine.job.records import DETERMINISTIC_FIELDS, ENTRY_FIELDS, MEASURED, RUN_FIELDS, SINCE, fields_of
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTE = "<!-- Made by tools/docs.py from the code; change it there. -->"

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine.executors.ray import RayExecutor
-from engine.progress import PlainDisplay
-from engine.run import run_job
+from engine.driver.executors.ray import RayExecutor
+from engine.driver.progress import PlainDisplay
+from engine.driver.run import run_job
 from tests.sleepy import SAMPLES_PER_SHARD, Faults, make_job, make_sleepy
 
 NUM_CLASSES = 10

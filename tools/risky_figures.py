@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from engine.records import STATUS_FAILED
-from engine.spec import JobSpec
+from engine.job.records import STATUS_FAILED
+from engine.job.spec import JobSpec
 from engine.studies.intervals import wilson_interval
 
 COLUMNS = (

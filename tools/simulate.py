@@ -1,8 +1,9 @@
 """The real scheduler in a simulated world: `python -m tools.simulate schedules 10000`, or `... scale`.
 
-Discrete events, drawn from a seed, drive `engine.scheduler` and `engine.quotas`, as `engine.shift` does with real
-workers and files. In this world processes crash before and after they commit, hang, run out of memory, answer late,
-twice or not at all, nodes vanish, and the driver is killed and started again while the dead one's workers still commit.
+Discrete events, drawn from a seed, drive `engine.driver.scheduler` and `engine.job.quotas`, as `engine.driver.run_loop`
+does with real workers and files. In this world processes crash before and after they commit, hang, run out of memory,
+answer late, twice or not at all, nodes vanish, and the driver is killed and started again while the dead one's workers
+still commit.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from engine import scheduler
-from engine.messages import (
+from engine.driver import scheduler
+from engine.generation.messages import (
     Abort,
     Action,
     Assign,
@@ -41,9 +42,9 @@ from engine.messages import (
     WorkerPlaced,
     WorkerReady,
 )
-from engine.plan import Extent, Plan, build_plan
-from engine.quotas import Quotas, replay
-from engine.spec import parse_job
+from engine.job.parsing import parse_job
+from engine.job.plan import Extent, Plan, build_plan
+from engine.job.quotas import Quotas, replay
 
 RULES = Rules(
     min_limit_seconds=40.0, first_limit_seconds=80.0, start_limit_seconds=60.0, check_seconds=5.0, grace_seconds=15.0
@@ -212,7 +213,7 @@ class World:
 
 
 class Driver:
-    """A driver's life: what `engine.shift.Shift` does, with processes of this world."""
+    """A driver's life: what `engine.driver.run_loop.Shift` does, with processes of this world."""
 
     def __init__(self, world: World) -> None:
         self.world = world

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from engine.executors.base import Executor
-    from engine.spec import JobSpec
+    from engine.driver.executors.base import Executor
+    from engine.job.spec import JobSpec
 
 JobArgument = Annotated[Path, typer.Argument(metavar="JOB", help="Job file in YAML.", show_default=False)]
 SetOption = Annotated[
@@ -41,7 +41,7 @@ def load_job(
     Raises:
         JobError: the file cannot be read, or is not valid.
     """
-    from engine.jobfile import parse_override, read_job
+    from engine.commands.jobfile import parse_override, read_job
 
     overrides = [parse_override(text) for text in sets or ()]
     overrides += [("output.uri", output)] if output is not None else []
@@ -55,15 +55,15 @@ def make_executor(kind: str, job: JobSpec, address: str | None) -> Executor:
     Raises:
         JobError: the device of the job is not.
     """
-    from engine.run import check_hardware
+    from engine.driver.run import check_hardware
 
     workers = None if job.runtime.workers == "auto" else job.runtime.workers
     if kind == "local":
         check_hardware(job, is_here=True)
-        from engine.executors.local import LocalExecutor
+        from engine.driver.executors.local import LocalExecutor
 
         return LocalExecutor(workers or 1)
     check_hardware(job, is_here=address is None)
-    from engine.executors.ray import RayExecutor
+    from engine.driver.executors.ray import RayExecutor
 
     return RayExecutor(address=address, num_workers=workers, device=job.runtime.device)

@@ -16,8 +16,8 @@ from engine.terminal import printable
 from engine.terminal import show as print
 
 if TYPE_CHECKING:
-    from engine.dataset.export import ExportOptions
-    from engine.inspection import Inspection
+    from engine.data.reading.export import ExportOptions
+    from engine.data.reading.inspection import Inspection
 
 RunsArgument = Annotated[
     list[str], typer.Argument(metavar="RUN", help="Folders of runs or merged data sets.", show_default=False)
@@ -59,7 +59,7 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show what is in runs, finished or not."""
-    from engine import inspection
+    from engine.data.reading import inspection
 
     if save is not None and key is None:
         raise JobError("--save: writes the image of one sample; name it by --key")
@@ -135,7 +135,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write the samples of runs that pass a filter as a data set of their own."""
-    from engine.dataset.export import ExportOptions
+    from engine.data.reading.export import ExportOptions
 
     options = ExportOptions(
         output=output,
@@ -157,7 +157,7 @@ def export(
 
 
 def _real_ratio(given: float | None, mix_real: str | None) -> float:
-    from engine.dataset.export import DEFAULT_REAL_RATIO
+    from engine.data.reading.export import DEFAULT_REAL_RATIO
 
     if given is not None and mix_real is None:
         raise JobError("--real-ratio: is for --mix-real; give both, or leave it out")
@@ -167,7 +167,7 @@ def _real_ratio(given: float | None, mix_real: str | None) -> float:
 def _export(runs: list[str], options: ExportOptions, as_json: bool) -> None:
     import contextlib
 
-    from engine.dataset.export import export as export_runs
+    from engine.data.reading.export import export as export_runs
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -191,8 +191,8 @@ def _print_inspection(found: Inspection) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from engine.inspection import QUANTILES
-    from engine.progress import byte_size, medians_table
+    from engine.data.reading.inspection import QUANTILES
+    from engine.driver.progress import byte_size, medians_table
 
     document, console = found.document, make_console()
     for run in document["runs"]:

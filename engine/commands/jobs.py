@@ -22,12 +22,12 @@ from engine.errors import EXIT_DRAINED, JobError
 from engine.terminal import show as print
 
 if TYPE_CHECKING:
-    from engine.artefact import Conditioning
-    from engine.conditioning.evaluation import Quality
-    from engine.cost import Cost, RequestCost
-    from engine.plan import Plan
-    from engine.prepare import Prepared
-    from engine.spec import JobSpec
+    from engine.driver.cost import Cost, RequestCost
+    from engine.generation.artefact import Conditioning
+    from engine.job.plan import Plan
+    from engine.job.spec import JobSpec
+    from engine.methods.conditioning.evaluation import Quality
+    from engine.studies.prepare.prepare import Prepared
 
 
 def plan(
@@ -49,8 +49,8 @@ def plan(
     if validate:
         _validate(job, spec, as_json)
         return
-    from engine.cost import job_cost
-    from engine.run import plan_job
+    from engine.driver.cost import job_cost
+    from engine.driver.run import plan_job
 
     try:
         planned = plan_job(spec, make_display()) if calibrate else plan_job(spec)
@@ -99,10 +99,10 @@ def prepare(
     if is_divided and executor == "local":
         raise JobError("--address and --workers: are for --executor ray; leave them or `--executor local` out")
     spec = load_job(job, set_, workers=workers)
-    from engine.run import check_hardware
+    from engine.driver.run import check_hardware
 
     check_hardware(spec, is_here=address is None)
-    from engine.prepare import prepare_conditioning
+    from engine.studies.prepare.prepare import prepare_conditioning
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -123,18 +123,18 @@ def prepare(
 
 def schema() -> None:
     """Print the JSON Schema of a job file."""
-    from engine.spec import job_schema
+    from engine.job.parsing import job_schema
 
     print_json(job_schema())
 
 
 def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     """Check all that can be checked without a model being loaded or fetched."""
-    from engine.dataset.output_folder import check_output
-    from engine.dataset.store import open_store
+    from engine.data.run.output_folder import check_output
+    from engine.data.stores.opening import open_store
+    from engine.driver.run import check_hardware
+    from engine.job.plan import resolve_requests
     from engine.models.addresses import check_addresses, missing_artefacts, read_labels
-    from engine.plan import resolve_requests
-    from engine.run import check_hardware
 
     check_addresses(job)
     check_hardware(job, is_here=False)
@@ -154,7 +154,7 @@ def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
 
 
 def _measure(job: JobSpec, planned: Plan) -> Any:
-    from engine.calibrate import measure
+    from engine.generation.calibrate import measure
 
     complain("measuring a batch of every request")
     return measure(job, planned)
@@ -185,7 +185,7 @@ def _print_cost(job: JobSpec, cost: Cost, price_per_hour: float | None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from engine.progress import byte_size, duration
+    from engine.driver.progress import byte_size, duration
 
     table = Table(box=box.SIMPLE_HEAD, show_footer=len(cost.requests) > 1)
     hours = cost.device_hours
@@ -221,7 +221,7 @@ def _print_yield(request: RequestCost) -> None:
 
 def _print_prepared(prepared: Prepared) -> None:
     """What the images say, class by class and over all, and where it is stored."""
-    from engine.progress import duration
+    from engine.driver.progress import duration
 
     found = prepared.conditioning
     num_images, num_errors, fit = sum(found.counts), sum(found.num_errors), found.temperature
@@ -256,7 +256,7 @@ def _print_classes(found: Conditioning) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from engine.progress import ABSENT
+    from engine.driver.progress import ABSENT
 
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("class", "images", "errors", "error rate", "AUC of the predictor, held out"):
@@ -272,7 +272,7 @@ def _print_classes(found: Conditioning) -> None:
 
 
 def _auc_text(quality: Quality | None) -> str:
-    from engine.progress import ABSENT
+    from engine.driver.progress import ABSENT
 
     if quality is None:
         return ABSENT

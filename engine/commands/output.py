@@ -11,14 +11,14 @@ from engine.terminal import show as print
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from engine.progress import Display
+    from engine.driver.progress import Display
 
 MAX_LISTED = 20
 
 
 def make_display() -> Display:
     """Progress on stderr: live on a terminal, lines otherwise."""
-    from engine.progress import LiveDisplay, PlainDisplay
+    from engine.driver.progress import LiveDisplay, PlainDisplay
 
     if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         return LiveDisplay(make_console(stderr=True))
@@ -27,7 +27,7 @@ def make_display() -> Display:
 
 def make_console(*, stderr: bool = False) -> Console:
     """A console; without a terminal, lines are as long as tables need."""
-    from engine.progress import TABLE_WIDTH
+    from engine.driver.progress import TABLE_WIDTH
     from engine.terminal import safe_console
 
     stream = sys.stderr if stderr else sys.stdout

@@ -25,9 +25,9 @@ from engine.errors import EXIT_DAMAGED, EXIT_DRAINED, JobError
 from engine.terminal import show as print
 
 if TYPE_CHECKING:
-    from engine.messages import Rules
-    from engine.run import RunSummary
-    from engine.spec import JobSpec
+    from engine.driver.run import RunSummary
+    from engine.generation.messages import Rules
+    from engine.job.spec import JobSpec
 
 DEFAULT_GRACE = "60s"
 WATCH_SECONDS = 2.0
@@ -73,10 +73,10 @@ def retry(
     max_duration: DurationOption = None,
 ) -> None:
     """Give the shards in quarantine a fresh start, and make what else is missing."""
-    from engine.dataset.state import stored_plan
-    from engine.dataset.store import open_store
-    from engine.jobfile import let_import
-    from engine.spec import apply_overrides, parse_job
+    from engine.commands.jobfile import let_import
+    from engine.data.run.state import stored_plan
+    from engine.data.stores.opening import open_store
+    from engine.job.parsing import apply_overrides, parse_job
 
     rules = _rules(grace, deadline, max_duration)
     _check_address(address, executor)
@@ -95,8 +95,8 @@ def status(
     """Tell how far a run is, from its folder alone."""
     import time
 
-    from engine.dataset.store import open_store
-    from engine.status import read_status, status_fields, status_lines
+    from engine.data.stores.opening import open_store
+    from engine.driver.status import read_status, status_fields, status_lines
 
     store = open_store(run)
     try:
@@ -122,16 +122,16 @@ def verify(
     import contextlib
     import dataclasses
 
-    from engine.dataset.store import open_store
-    from engine.dataset.verify import verify as verify_run
+    from engine.data.run.verify import verify as verify_run
+    from engine.data.stores.opening import open_store
 
     store = open_store(run)
     with contextlib.closing(make_display()) as display:
         verdict = verify_run(store, display.advance)
         if deep and not verdict.damage:
-            from engine.dataset.state import stored_plan
-            from engine.jobfile import let_import
-            from engine.rescore import rescore
+            from engine.commands.jobfile import let_import
+            from engine.data.run.state import stored_plan
+            from engine.generation.rescorer import rescore
 
             let_import(stored_plan(store)[0], Path.cwd())
             verdict = dataclasses.replace(
@@ -152,10 +152,10 @@ def repair(run: RunArgument, as_json: JsonOption = False) -> None:
     import contextlib
     import dataclasses
 
-    from engine.dataset.lease import hold
-    from engine.dataset.state import stored_plan
-    from engine.dataset.store import open_store
-    from engine.dataset.verify import repair as repair_run
+    from engine.data.run.state import stored_plan
+    from engine.data.run.verify import repair as repair_run
+    from engine.data.stores.lease import hold
+    from engine.data.stores.opening import open_store
 
     store = open_store(run)
     # Before the lease, whose file would make a folder where there is none.
@@ -173,8 +173,8 @@ def repair(run: RunArgument, as_json: JsonOption = False) -> None:
 
 def report(run: RunArgument) -> None:
     """Write the report of a run anew."""
-    from engine.dataset.state import REPORT
-    from engine.dataset.store import open_store
+    from engine.data.run.state import REPORT
+    from engine.data.stores.opening import open_store
     from engine.report.render import write_report
 
     store = open_store(run)
@@ -193,7 +193,7 @@ def _run(
     retry: bool = False,
 ) -> None:
     """Run a job and end the command with its exit code."""
-    from engine.run import run_job
+    from engine.driver.run import run_job
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -218,8 +218,8 @@ def _rules(grace: str, deadline: str | None, max_duration: str | None) -> Rules:
     import time
     from datetime import datetime
 
-    from engine.messages import Rules
-    from engine.moments import parse_duration, seconds_until
+    from engine.driver.durations import parse_duration, seconds_until
+    from engine.generation.messages import Rules
 
     ends = [] if deadline is None else [seconds_until(deadline, "--deadline", datetime.now())]
     ends += [] if max_duration is None else [parse_duration(max_duration, "--max-duration")]
@@ -234,7 +234,7 @@ def _check_address(address: str | None, executor: str) -> None:
 
 
 def _print_summary(summary: RunSummary) -> None:
-    from engine.progress import duration, medians_table
+    from engine.driver.progress import duration, medians_table
 
     if summary.was_complete:
         print(f"{summary.uri} is complete: all {summary.num_shards} shards are there, nothing to do")

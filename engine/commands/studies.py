@@ -14,9 +14,9 @@ from engine.errors import EXIT_DAMAGED, EXIT_DRAINED, EXIT_INCOMPLETE, JobError
 from engine.terminal import show as print
 
 if TYPE_CHECKING:
-    from engine.studies.nights import Limits, NightComparison
-    from engine.studies.rescoring import Rescored
-    from engine.studies.retrain import Retrained
+    from engine.studies.nights.nights import Limits, NightComparison
+    from engine.studies.rescore import Rescored
+    from engine.studies.retrain.retrain import Retrained
 
 
 def retrain(
@@ -56,8 +56,8 @@ def retrain(
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a run's target on its samples, and compare with what it was and with plain samples."""
-    from engine.studies.retrain import RetrainOptions
-    from engine.studies.retrain import retrain as retrain_target
+    from engine.studies.retrain.retrain import RetrainOptions
+    from engine.studies.retrain.retrain import retrain as retrain_target
 
     options = RetrainOptions(
         real=real,
@@ -121,10 +121,10 @@ def evaluate(
     """Hold a run's images against real ones, the training set and their texts; show where they fail in the report."""
     import contextlib
 
-    from engine.jobfile import let_import
-    from engine.studies.evaluate import EvaluateOptions
-    from engine.studies.evaluate import evaluate as evaluate_run
-    from engine.studies.evaluation_lines import summary_lines
+    from engine.commands.jobfile import let_import
+    from engine.studies.evaluate.evaluate import EvaluateOptions
+    from engine.studies.evaluate.evaluate import evaluate as evaluate_run
+    from engine.studies.evaluate.terminal_lines import summary_lines
     from engine.studies.samples import open_study
 
     options = EvaluateOptions(
@@ -163,8 +163,8 @@ def rescore(
     """Score the images of a run by another target: new metadata beside the old, nothing is sampled again."""
     import contextlib
 
-    from engine.jobfile import import_factories
-    from engine.studies.rescoring import rescore_run
+    from engine.commands.jobfile import import_factories
+    from engine.studies.rescore import rescore_run
 
     import_factories([target, *(transfer or ()), oracle], Path.cwd())
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -226,10 +226,18 @@ def compare(
     """What a target fails on now and did not before: two runs, or a run and a pinned baseline."""
     import contextlib
 
-    from engine.studies.baseline import open_nights, pin_night
-    from engine.studies.folders import check_replaces
-    from engine.studies.night_tables import PAGE_BEGINNING
-    from engine.studies.nights import LEVELS, Limits, breaches, check_limits, compare_nights, read_night, unfinished
+    from engine.studies.nights.baseline import open_nights, pin_night
+    from engine.studies.nights.night_tables import PAGE_BEGINNING
+    from engine.studies.nights.nights import (
+        LEVELS,
+        Limits,
+        breaches,
+        check_limits,
+        compare_nights,
+        read_night,
+        unfinished,
+    )
+    from engine.studies.output_folders import check_replaces
 
     increases = {
         "error_rate": max_error_increase, "valid_failures": max_valid_failure_increase, "risk": max_risk_increase,
@@ -258,8 +266,8 @@ def compare(
 
 def _print_retrained(retrained: Retrained) -> None:
     """Tables by context, findings, what was trained on, and where it is stored."""
-    from engine.studies.retrain import DOCUMENT, MODEL
-    from engine.studies.tables import comparison_table, found_table
+    from engine.studies.retrain.comparison_tables import comparison_table, found_table
+    from engine.studies.retrain.retrain import DOCUMENT, MODEL
 
     document, console = retrained.document, make_console()
     console.print(comparison_table(retrained.comparison))
@@ -283,7 +291,7 @@ def _print_retrained(retrained: Retrained) -> None:
 
 def _print_rescored(rescored: Rescored, as_json: bool) -> None:
     """Before and after, and where the new scores are."""
-    from engine.studies.night_tables import night_table, summary_document
+    from engine.studies.nights.night_tables import night_table, summary_document
 
     if as_json:
         comparison = None if rescored.comparison is None else summary_document(rescored.comparison)
@@ -314,8 +322,8 @@ def _print_nights(
     comparison: NightComparison, limits: Limits, crossed: list[str], markdown: Path | None, as_json: bool
 ) -> None:
     """A comparison of two runs, in every form that was asked for."""
-    from engine.dataset.store import explained
-    from engine.studies.night_tables import night_document, night_markdown, night_table
+    from engine.data.stores.file_errors import explained
+    from engine.studies.nights.night_tables import night_document, night_markdown, night_table
 
     if markdown is not None:
         with explained(markdown):

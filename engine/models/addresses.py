@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import engine
 from engine.errors import JobError
+from engine.job.spec import JobSpec, ModelsSpec, RequestSpec
+from engine.job.spec_messages import nearest
 from engine.models.classifier_checks import check_classifier, check_clip, class_names
+from engine.models.custom_methods import method_problems
 from engine.models.folders import (
     PIPELINE_INDEX,
     VARIANTS,
@@ -26,7 +28,7 @@ from engine.models.folders import (
     weighted_parts,
     weights_variant,
 )
-from engine.models.methods import method_problems
+from engine.models.foreign_description import check_foreign, foreign_digest, foreign_labels
 from engine.models.pipelines import (
     check_decoder,
     check_decoder_weights,
@@ -36,12 +38,10 @@ from engine.models.pipelines import (
     has_configurations,
     request_problems,
 )
-from engine.models.targets import as_file, check_foreign, foreign_digest, foreign_labels, is_foreign
+from engine.models.targets import as_file, is_foreign
 from engine.models.weights import have_same_weights
-from engine.spec import JobSpec, ModelsSpec, RequestSpec
-from engine.spec_messages import nearest
 
-ZOO = Path(engine.__file__).parent / "zoo"
+ZOO = Path(__file__).parents[1] / "zoo"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 # In the folder of a conditioning artefact, which is no model and yet part of a zoo.
 ARTEFACT_DOCUMENT = "conditioning.json"
@@ -138,7 +138,7 @@ def read_labels(address: str) -> list[str] | None:
 
     Raises:
         JobError: the folder has no usable `config.json` with `id2label`, or with timm's `label_names`; or as
-            `engine.models.targets.foreign_labels`.
+            `engine.models.foreign_description.foreign_labels`.
     """
     if is_foreign(address):
         return foreign_labels(address)
@@ -151,7 +151,7 @@ def read_labels(address: str) -> list[str] | None:
 def model_digest(address: str) -> str:
     """Digest of everything that is loaded from a model's folder: names and contents, not the folder's place.
 
-    Of files and factories: `engine.models.targets.foreign_digest`.
+    Of files and factories: `engine.models.foreign_description.foreign_digest`.
     """
     if is_foreign(address):
         return foreign_digest(address)
@@ -168,7 +168,7 @@ def _folder_digest(folder: Path, files: list[Path]) -> str:
 
 
 def model_digests(job: JobSpec, *, is_made: bool = False) -> dict[str, Any]:
-    """Digest of every model of a job by role, as `engine.plan.plan_identity` takes them.
+    """Digest of every model of a job by role, as `engine.job.plan.plan_identity` takes them.
 
     Args:
         is_made: whether this is the job of a run that is there: it is read whatever its models are to each other.
@@ -521,3 +521,16 @@ def _loaded_files(folder: Path) -> list[Path]:
 def _file_digest(path: Path) -> bytes:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
+
+
+def target_labels(job: JobSpec) -> list[str]:
+    """The class names of a job's target; a model of the hub is fetched for them."""
+    labels = read_labels(job.models.target)
+    if labels is None:
+        try:
+            resolve(job.models.target)
+        except JobError as error:
+            raise JobError([f"models.target: {problem}" for problem in error.problems]) from None
+        labels = read_labels(job.models.target)
+    assert labels is not None, "a resolved model has labels"
+    return labels

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import JobError
+from engine.methods.sampling.families import is_number
 from engine.models.folders import (
     TIMM_KEY,
     conversion_line,
@@ -23,7 +24,6 @@ from engine.models.folders import (
 )
 from engine.models.processors import check_processor, check_timm_transform
 from engine.models.weights import StoredTensor, stored_tensors
-from engine.sampling.families import is_number
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 _NO_NAME = re.compile(r"(?i:label|class)[ _-]?\d+|n\d{8}")

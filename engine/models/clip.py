@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import JobError
-from engine.finiteness import usable_embeds
+from engine.methods.finiteness import usable_embeds
 from engine.models.addresses import resolve
 from engine.models.classifier_checks import check_clip
 from engine.models.preprocess import Preprocessing

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from engine.errors import JobError
+from engine.methods.sampling.denoiser import ClassifierFreeDenoiser, Condition
+from engine.methods.sampling.families import ModelScheduler
+from engine.methods.sampling.schedulers import Sampler
+from engine.methods.sampling.spec import SamplingSpec
 from engine.models.addresses import resolve
 from engine.models.folders import weights_variant
 from engine.models.pipelines import (
@@ -34,10 +38,6 @@ from engine.models.runtime import (
 )
 from engine.models.safety import SafetyChecker
 from engine.models.unclip import EmbeddingNoiser
-from engine.sampling.denoiser import ClassifierFreeDenoiser, Condition
-from engine.sampling.families import ModelScheduler
-from engine.sampling.schedulers import Sampler
-from engine.spec import SamplingSpec
 
 # Prompts whose embeddings are kept on the device: 120 kB each for Stable Diffusion 1.x in half precision.
 MAX_EMBEDDINGS = 1024

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import MAX_REASON_CHARS, JobError
-from engine.guidance.custom import same_values
+from engine.job.spec_messages import nearest
+from engine.methods.custom.guide import same_values
 from engine.models.randomness import watched
 from engine.models.targets import (
     EXAMPLE,
@@ -35,7 +36,6 @@ from engine.models.targets import (
     parse_settings,
     side_settings,
 )
-from engine.spec_messages import nearest
 from engine.terminal import redacted
 
 # One row alone, and a number that nobody exports for.

@@ -13,6 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import JobError
+from engine.job.spec import JobSpec, RequestSpec
+from engine.methods.sampling.families import (
+    ModelScheduler,
+    is_number,
+    is_whole,
+    sampling_problems,
+    shown,
+    training_problems,
+)
 from engine.models.folders import (
     PIPELINE_INDEX,
     conversion_line,
@@ -24,8 +33,6 @@ from engine.models.folders import (
     weights_problem,
 )
 from engine.models.processors import check_processor
-from engine.sampling.families import ModelScheduler, is_number, is_whole, sampling_problems, shown, training_problems
-from engine.spec import JobSpec, RequestSpec
 
 STABLE_DIFFUSION, UNCLIP = "StableDiffusionPipeline", "StableUnCLIPImg2ImgPipeline"
 SAFETY_CHECKER = "safety_checker"

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import JobError
-from engine.heartbeat import beat
+from engine.job.spec import RuntimeSpec
+from engine.methods.heartbeat import beat
 from engine.models.folders import weights_variant
-from engine.spec import RuntimeSpec
 
 # On a CPU a fixed number of rows in every model call makes a sample's bytes independent of its neighbours: kernels
 # choose their order of summation by the shape. Big models are computed one by one there.

@@ -11,7 +11,7 @@ import PIL.Image
 import torch
 
 from engine.errors import JobError
-from engine.finiteness import EMBEDS_FAULT, usable_embeds
+from engine.methods.finiteness import EMBEDS_FAULT, usable_embeds
 from engine.models.folders import part_classes, weights_variant
 from engine.models.pipelines import SAFETY_CHECKER
 from engine.models.runtime import Hardware, frozen, whole

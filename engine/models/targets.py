@@ -6,7 +6,6 @@ its module. Nothing here imports torch but what asks a factory: its labels and i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import sys
@@ -19,8 +18,8 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from engine.errors import JobError
-from engine.files import MAX_RECORD_BYTES, read_whole
 from engine.models.classifier_checks import MAX_TEMPERATURE, MIN_TEMPERATURE, check_names
+from engine.models.files import MAX_RECORD_BYTES, read_whole
 
 _FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 # What a settings file holds, for messages.
@@ -89,47 +88,6 @@ def as_file(address: str) -> Path | None:
         return path if path.is_file() else None
     except (OSError, RuntimeError, ValueError):
         return None
-
-
-def check_foreign(address: str) -> None:
-    """Check a file by its table of contents and its side file; of a factory, everything.
-
-    Raises:
-        JobError: it is not a model, or not such as can be opened without unpickling; or the factory does not do what it
-            should.
-    """
-    if path := as_file(address):
-        archive_kind(path, address)
-        side_settings(path, address)
-    else:
-        _described(address)
-
-
-def foreign_labels(address: str) -> list[str]:
-    """Class names of a file or factory in index order.
-
-    Raises:
-        JobError: as `check_foreign`.
-    """
-    path = as_file(address)
-    return list(side_settings(path, address).labels) if path else list(_described(address)[0])
-
-
-def foreign_digest(address: str) -> str:
-    """Digest of a file and its side file; of a factory, of its address, settings and tensors.
-
-    Raises:
-        JobError: as `check_foreign`.
-    """
-    path = as_file(address)
-    if path is None:
-        return _described(address)[1]
-    side_settings(path, address)
-    digest = hashlib.sha256()
-    for one in (path, side_file(path)):
-        with one.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:32]
 
 
 def side_file(path: Path) -> Path:
@@ -241,18 +199,6 @@ def module_of(address: str) -> tuple[str, str]:
     """Module and name of a factory."""
     module, _, name = address.partition(":")
     return module, name
-
-
-def _described(address: str) -> tuple[tuple[str, ...], str]:
-    """Labels and digest of what a factory gives; it is asked once in a process, as its modules are imported once."""
-    if address not in _KNOWN:
-        from engine.models.foreign import describe_factory
-
-        _KNOWN[address] = describe_factory(address)
-    return _KNOWN[address]
-
-
-_KNOWN: dict[str, tuple[tuple[str, ...], str]] = {}
 
 
 def factories(addresses: Iterable[str | None]) -> Iterator[str]:

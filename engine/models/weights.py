@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import JobError
-from engine.files import MAX_DOCUMENT_BYTES, check_regular, read_whole
+from engine.models.files import MAX_DOCUMENT_BYTES, check_regular, read_whole
 from engine.models.folders import is_left_out, weights_variant
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.dataset.outcomes import errors, joint_rows, oracle_agreement, scored_rows
-from engine.dataset.schema import check_rows
-from engine.dataset.store import shown
-from engine.dataset.summary import LATER_COLUMNS
-from engine.records import NO_CLASS, STATUS_FAILED
+from engine.data.run.outcomes import errors, joint_rows, oracle_agreement, scored_rows
+from engine.data.run.schema import check_rows
+from engine.data.run.summary import LATER_COLUMNS
+from engine.data.stores.file_errors import shown
+from engine.job.records import NO_CLASS, STATUS_FAILED
 from engine.report.text import joined
 
 if TYPE_CHECKING:

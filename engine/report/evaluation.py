@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from engine.dataset.state import EVALUATION
-from engine.dataset.store import Store
+from engine.data.run.state import EVALUATION
+from engine.data.stores.base import Store
 from engine.errors import MAX_REASON_CHARS, CorruptShardError
-from engine.strict_json import parse_json
+from engine.methods.strict_json import parse_json
 
 _IMAGE = r"^data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/=]*$"
 

@@ -16,10 +16,10 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from engine.dataset.counts import is_joint
-from engine.dataset.outcomes import asked_classes, target_errs
-from engine.images.decode import MAX_SAMPLE_PIXELS, UnusableImageError, decode_sample, open_image
-from engine.records import NO_CLASS, STATUS_OK, is_scored
+from engine.data.images.decode import MAX_SAMPLE_PIXELS, UnusableImageError, decode_sample, open_image
+from engine.data.run.counts import is_joint
+from engine.data.run.outcomes import asked_classes, target_errs
+from engine.job.records import NO_CLASS, STATUS_OK, is_scored
 from engine.report.data import Rows, name_of, subset_name
 from engine.report.text import clip, joined, number
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from engine.dataset.summary import GroupSummary, Spread, TransferSummary, summarise_table
+from engine.data.run.summary import GroupSummary, Spread, TransferSummary, summarise_table
 from engine.report.text import ABSENT, clip, number, percent
 
 if TYPE_CHECKING:

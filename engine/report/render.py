@@ -19,14 +19,14 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from engine.class_names import distinct_names
-from engine.dataset.state import METADATA, REPORT, check_kind, manifest_error, read_manifest
-from engine.dataset.store import Store
-from engine.dataset.summary import summarise_table
+from engine.data.run.state import METADATA, REPORT, check_kind, manifest_error, read_manifest
+from engine.data.run.summary import summarise_table
+from engine.data.stores.base import Store
 from engine.errors import CorruptShardError, JobError, OutputError
+from engine.job.class_names import distinct_names
+from engine.job.records import NO_CLASS
 from engine.models.addresses import read_labels
 from engine.models.targets import is_factory
-from engine.records import NO_CLASS
 from engine.report.charts import Score, histogram
 from engine.report.data import (
     Rows,
@@ -55,9 +55,9 @@ from engine.report.gallery import (
     select,
 )
 from engine.report.headline import request_totals, summary_table
-from engine.report.images import find_images
 from engine.report.partners import partner_table
 from engine.report.scatter import SHAPES, num_drawn, scatter
+from engine.report.stored_images import find_images
 from engine.report.text import ABSENT, clip, number, percent
 from engine.report.work import acceptance_table, class_table, gradient_table, throughput_table
 
@@ -77,7 +77,7 @@ CHARTS = (
     Score(name="entropy", title="Entropy", unit="nats", log=False, meaning="of the target's output"),
 )
 _HERE = Path(__file__).parent
-# Of a job, as `engine.spec` has it: shards are called by it.
+# Of a job, as `engine.job.spec` has it: shards are called by it.
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 _REMEDY = "remove _SUCCESS, and the run's command writes it anew"
 # What the page takes from the manifest without asking whether it is there.

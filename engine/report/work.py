@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.dataset.counts import JOINT_KEY
-from engine.dataset.summary import class_texts, summarise_table
-from engine.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED
+from engine.data.run.counts import JOINT_KEY
+from engine.data.run.summary import class_texts, summarise_table
+from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED
 from engine.report.data import Rows
 from engine.report.headline import Column, Line, Table, summary_cells, summary_columns
 from engine.report.text import ABSENT, clip, number, percent

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.dataset.commits import CommitRecord, read_commits
-from engine.dataset.shards import SHARDS, read_rows, read_shard
-from engine.dataset.state import MANIFEST, check_kind, read_manifest, read_run
-from engine.dataset.store import Store, open_store
+from engine.data.run.commits import CommitRecord, read_commits
+from engine.data.run.shards import SHARDS, read_rows, read_shard
+from engine.data.run.state import MANIFEST, check_kind, read_manifest, read_run
+from engine.data.stores.base import Store
+from engine.data.stores.opening import open_store
 from engine.errors import JobError
+from engine.job.parsing import parse_job
+from engine.job.spec import JobSpec, RequestSpec
+from engine.job.spec_messages import nearest
 from engine.models.addresses import model_digest
 from engine.models.targets import is_foreign
-from engine.spec import JobSpec, RequestSpec, parse_job
-from engine.spec_messages import nearest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

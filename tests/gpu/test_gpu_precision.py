@@ -7,10 +7,10 @@ import torch
 from bench.checks import relative_difference
 from bench.measure import full_float32
 
-from engine.generator import Generator
+from engine.generation.generator import Generator
+from engine.job.parsing import parse_job
+from engine.job.plan import build_plan
 from engine.models.addresses import model_digests, read_labels
-from engine.plan import build_plan
-from engine.spec import parse_job
 from tests.ladder import TOLERANCES, engine_latents, error_of, open_bench
 
 GRADIENTS = ("detached", "unet")

@@ -19,7 +19,7 @@ from torch import Tensor
 from bench.arms import PLAIN, PROMPT, Arm
 from bench.measure import full_float32, scores_of
 from bench.programs import Batch, Bench
-from engine.imaging import quantise
+from engine.data.images.encoding import quantise
 
 # Relative distance of a sample's latents, in float32, after the first guided step and at the end. Rounding on a CPU
 # makes 1e-6 of it, and more than 1e-5 in one sample of eight. A step that is a fiftieth longer makes 1e-3 of the first;

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from bench.arms import Arm
 from bench.programs import Batch, Bench
-from engine.imaging import quantise
+from engine.data.images.encoding import quantise
+from engine.methods.scores import kldb, risk
 from engine.models.classifier import Classifier
-from engine.scores import kldb, risk
 
 RATE_REPEATS = 10
 # Parts of the names of operators and kernels, the first that is found decides.

@@ -21,25 +21,25 @@ from torch import Tensor
 from bench.arms import Arm, Family
 from bench.naive import PAPER_ELEMENTS, RISKY_COLUMNS, Naive, sample_boundary, sample_risky
 from bench.sizes import Setting
-from engine.conditioner import conditioning_digests, open_conditioner
-from engine.conditioning.screening import ScreenedDraw
-from engine.generator import Generator
-from engine.guidance.boundary import guide_to_boundary, is_guided_step
-from engine.guidance.guided import ConditionalDenoiser, GuidedDenoiser
-from engine.guidance.risky import guide_to_risk
-from engine.guidance.rules import rule_of, shifting
+from engine.generation.conditioner import conditioning_digests, open_conditioner
+from engine.generation.generator import Generator
+from engine.generation.scorer import Scorer
+from engine.job.parsing import parse_job
+from engine.job.plan import Plan, RequestPlan, SampleSpec, build_plan, class_prompt
+from engine.methods.boundary.guide import guide_to_boundary, is_guided_step, rule_of
+from engine.methods.conditioning.screening import ScreenedDraw
+from engine.methods.guidance.guided import ConditionalDenoiser, GuidedDenoiser
+from engine.methods.guidance.rules import shifting
+from engine.methods.risky.guide import guide_to_risk
+from engine.methods.sampling.denoiser import Denoiser, Prediction, Step
+from engine.methods.sampling.loop import sample
+from engine.methods.sampling.noise import draw_noise
+from engine.methods.scores import kldb
 from engine.models.addresses import read_labels, resolve
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
 from engine.models.diffusion import Diffusion
 from engine.models.runtime import choose_hardware
-from engine.plan import Plan, RequestPlan, SampleSpec, build_plan, class_prompt
-from engine.sampling.denoiser import Denoiser, Prediction, Step
-from engine.sampling.loop import sample
-from engine.sampling.noise import draw_noise
-from engine.scores import kldb
-from engine.scoring import Scorer
-from engine.spec import parse_job
 
 # What a job says of its scheduler's timesteps, by diffusers' names.
 SPACING = ("timestep_spacing", "use_karras_sigmas")

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from training import Recipe, batches, edit_json, export, fit, pixels
 
-from engine.digits import BACKGROUNDS, CLASS_NAMES, INKS, compose_split, training_batch
+from engine.data.images.digits import BACKGROUNDS, CLASS_NAMES, INKS, compose_split, training_batch
 
 BATCH_SIZE = 64
 RECIPE = Recipe(num_steps=800, learning_rate=2e-3, weight_decay=0.0, ema_decay=0.995)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from training import Recipe, fit
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from engine.digits import (
+from engine.data.images.digits import (
     BACKGROUNDS,
     CLASS_NAMES,
     INKS,

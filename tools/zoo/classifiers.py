@@ -28,7 +28,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from engine.digits import (
+from engine.data.images.digits import (
     CLASS_NAMES,
     INKS,
     POSITIONS,

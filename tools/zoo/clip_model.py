@@ -19,7 +19,7 @@ from torch import Tensor
 from training import Recipe, batches, export, fit, pixels, write_image_processor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
-from engine.digits import (
+from engine.data.images.digits import (
     BASE_TEMPLATES,
     CLASS_NAMES,
     ZERO_SHOT_TEMPLATE,

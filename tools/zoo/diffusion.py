@@ -25,7 +25,7 @@ from torch import Tensor
 from training import Recipe, edit_json, export, fit
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from engine.digits import IMAGE_SIZE, SIZES, Contexts, captions, digit_centres, training_batch
+from engine.data.images.digits import IMAGE_SIZE, SIZES, Contexts, captions, digit_centres, training_batch
 
 BATCH_SIZE = 48  # of each replica
 RECIPE = Recipe(

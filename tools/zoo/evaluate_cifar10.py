@@ -37,7 +37,7 @@ from residual_networks import ResidualNetwork
 from torch import Tensor
 from transformers import AutoModelForImageClassification, CLIPModel, CLIPTokenizer, PreTrainedModel
 
-from engine.studies.distances import kernel_distance
+from engine.studies.evaluate.distances import kernel_distance
 
 SCALES = (5.0,)
 UNCLIP_SCALES = (3.0,)

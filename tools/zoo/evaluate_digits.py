@@ -36,7 +36,7 @@ from training import Recipe, batches, pixels
 from transformers import AutoModelForImageClassification, CLIPModel, CLIPTokenizer, PreTrainedModel
 from unclip import embed_images
 
-from engine.digits import (
+from engine.data.images.digits import (
     BACKGROUNDS,
     CLASS_NAMES,
     INKS,

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 from training import Recipe, export, fit, pixels
 
-from engine.digits import training_batch
+from engine.data.images.digits import training_batch
 
 BATCH_SIZE = 32
 NUM_IMAGES = 6000

@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
-from engine.digits import BACKGROUNDS, CLASS_NAMES, INKS, POSITIONS, SIZES, TEXTURES
+from engine.data.images.digits import BACKGROUNDS, CLASS_NAMES, INKS, POSITIONS, SIZES, TEXTURES
 
 MAX_LENGTH = 32
 END = "<|endoftext|>"

@@ -42,10 +42,11 @@ from train_digits import write_checksums
 from training import Recipe
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 
+from engine.driver.progress import PlainDisplay
+from engine.job.parsing import parse_job
+from engine.job.spec import JobSpec
 from engine.models.addresses import ZOO
-from engine.prepare import prepare_conditioning
-from engine.progress import PlainDisplay
-from engine.spec import JobSpec, parse_job
+from engine.studies.prepare.prepare import prepare_conditioning
 
 DEFAULT_BUILD_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "riskforge" / "zoo-cifar10"
 PARTS = ("classifier", "oracle", "clip", "judge", "stable-diffusion", "stable-unclip")

@@ -30,10 +30,10 @@ from tiny_autoencoder import train_tiny_autoencoder
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 from unclip import train_unclip
 
+from engine.driver.progress import PlainDisplay
+from engine.job.parsing import parse_job
 from engine.models.addresses import ZOO
-from engine.prepare import prepare_conditioning
-from engine.progress import PlainDisplay
-from engine.spec import parse_job
+from engine.studies.prepare.prepare import prepare_conditioning
 
 DEFAULT_BUILD_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "riskforge" / "zoo-digits"
 CONDITIONED = {"diffusion": "stable-unclip", "clip": "clip", "target": "classifier"}

@@ -1,0 +1,255 @@
+"""Job files: YAML to a checked job, with messages that say where the file is wrong."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.data.run.state import read_run
+from engine.data.stores.opening import open_store
+from engine.errors import JobError
+from engine.job.parsing import MAX_KEYS, apply_overrides, list_limit, parse_job
+from engine.job.spec import JobSpec
+from engine.models.custom_methods import custom_methods
+from engine.models.targets import add_import_folders, factories
+from engine.terminal import redacted
+
+MAX_JOB_BYTES = 16 * 2**20
+# Values of a job with its aliases written out, and digits of a number: more is no job that anybody wrote.
+MAX_JOB_VALUES = 10**6
+MAX_DIGITS = 300
+MAX_SHOWN = 100
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+
+
+def read_job(path: Path, overrides: list[tuple[str, Any]], *, continues: bool = True) -> JobSpec:
+    """Read and check a job file. Today's date is filled in where the job asks for it (`dated`).
+
+    Args:
+        overrides: dotted paths and values that replace what the file has.
+        continues: whether a run that the output holds goes on, with the dates that it began with.
+
+    Raises:
+        JobError: the file cannot be read or is not YAML (with line and column), or the job is wrong.
+
+    Side effects: where a model or a method is a factory, it can be imported from the working folder and the folder of
+        the file.
+    """
+    raw = _parse(path, _text(path))
+    if raw is None:
+        raise JobError(f"{path}: is empty; `riskforge schema` shows what a job has")
+    if isinstance(raw, dict):
+        raw = apply_overrides(raw, overrides)
+    if problems := _credential_problems(raw, ""):
+        raise JobError(problems)
+    job = dated(parse_job(raw), datetime.date.today(), continues=continues)
+    let_import(job, Path.cwd(), path.parent)
+    return job
+
+
+def _credential_problems(value: Any, where: str) -> list[str]:
+    """Addresses with a password, in any place of a job: it would be stored with the run and stand in its card."""
+    if isinstance(value, dict):
+        return [one for key, inner in value.items() for one in _credential_problems(inner, f"{where}.{key}".strip("."))]
+    if isinstance(value, list):
+        return [one for key, inner in enumerate(value) for one in _credential_problems(inner, f"{where}.{key}")]
+    if not isinstance(value, str) or redacted(value) == value:
+        return []
+    return [
+        f"{where}: '{redacted(value)}' holds a user name or password, and a job is stored with its run; leave it out,"
+        " and give credentials by the environment (docs/operations.md)"
+    ]
+
+
+def dated(job: JobSpec, today: datetime.date, *, continues: bool = True) -> JobSpec:
+    """A job with `{date}` and `{job}` of its `output.uri` filled in, and with a date where a request is `fresh: true`.
+
+    Args:
+        today: in local time.
+        continues: whether a run that the output holds keeps its dates, so that it goes on after midnight as it began.
+
+    Raises:
+        JobError: another placeholder in `output.uri`.
+        OutputError: the output cannot be looked into.
+    """
+    known = {"date": today.isoformat(), "job": job.name}
+    if unknown := [name for name in _PLACEHOLDER.findall(job.output.uri) if name not in known]:
+        raise JobError(
+            f"output.uri: '{job.output.uri}' has the unknown placeholder {{{unknown[0]}}}; there are {{date}} and"
+            " {job}"
+        )
+    uri = _PLACEHOLDER.sub(lambda found: known[found[1]], job.output.uri)
+    job = job.model_copy(update={"output": job.output.model_copy(update={"uri": uri})})
+    if not any(request.fresh is True for request in job.requests):
+        return job
+    held = read_run(open_store(uri)) if continues else None
+    begun = {} if held is None else {one["name"]: one.get("fresh") for one in held.identity["requests"]}
+    requests = tuple(
+        request.model_copy(update={"fresh": begun.get(request.name) or today.isoformat()})
+        if request.fresh is True
+        else request
+        for request in job.requests
+    )
+    return job.model_copy(update={"requests": requests})
+
+
+def let_import(job: JobSpec, *folders: Path) -> None:
+    """Where a model or a method of a job is a factory, let it be imported from some folders.
+
+    Side effects: adds them to `sys.path`.
+    """
+    import_factories([job.models.target, *job.models.transfer, job.models.oracle, *custom_methods(job)], *folders)
+
+
+def import_factories(addresses: Iterable[str | None], *folders: Path) -> None:
+    """Where one of the addresses is a factory, let it be imported from some folders.
+
+    Side effects: adds them to `sys.path`.
+    """
+    if any(factories(addresses)):
+        add_import_folders(str(folder.resolve()) for folder in folders)
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `K=V` of the command line; the value is read as YAML.
+
+    Raises:
+        JobError: no `=`, no key, or a value that is not YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise JobError(f"--set {_shortened(text)}: write it as KEY=VALUE, such as requests.0.count=6")
+    try:
+        return key, _bounded(yaml.load(value, Loader=StrictLoader))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise JobError(f"--set {key}: {_shortened(value)} is not a YAML value ({_problem(error)})") from None
+
+
+def _shortened(text: str) -> str:
+    text = redacted(text)
+    return repr(text) if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]!r}..."
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML without silent surprises: a key that stands twice is an error; so is a value that its tag cannot mean.
+
+    Lists and mappings are counted while they are read: what is too long is not read to its end.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        # The keys that the nodes being read stand below; None for an entry of a list.
+        self._below: list[str | None] = []
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node, if there is room for it in its list or mapping."""
+        if isinstance(parent, yaml.CollectionNode) and len(parent.value) >= self._limit(parent):
+            kind = "entries" if isinstance(parent, yaml.SequenceNode) else "keys"
+            text = f"'{self._nearest_key()}' has more than {self._limit(parent)} {kind}; give fewer"
+            raise yaml.constructor.ConstructorError(None, None, text, parent.start_mark)
+        self._below.append(getattr(index, "value", None) if isinstance(index, yaml.ScalarNode) else None)
+        node = super().compose_node(parent, index)
+        self._below.pop()
+        return node
+
+    def _limit(self, parent: yaml.CollectionNode) -> int:
+        return list_limit(self._below[-1]) if isinstance(parent, yaml.SequenceNode) else MAX_KEYS
+
+    def _nearest_key(self) -> str:
+        return next((key for key in reversed(self._below) if key), "the job")
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """The value of a node; what PyYAML raises of a value that it cannot read becomes an error with its place."""
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception as error:
+            kind, reason = node.tag.rpartition(":")[2], str(error).partition(";")[0] or type(error).__name__
+            text = f"cannot be read as {kind} ({reason})"
+            raise yaml.constructor.ConstructorError(None, None, text, node.start_mark) from None
+
+
+def _mapping(loader: StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if key.value in seen and isinstance(key, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands here twice", key.start_mark)
+        seen.add(str(key.value))
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _bounded(value: Any) -> Any:
+    """A value from YAML, if it can be written out: aliases make values that hold themselves, or grow by doubling.
+
+    Raises:
+        ValueError: it cannot, or it has a number of more digits than any has that means something.
+    """
+    _num_values(value, {}, set())
+    return value
+
+
+def _num_values(value: Any, known: dict[int, int], inside: set[int]) -> int:
+    """How many values there are in a value with its aliases written out."""
+    if isinstance(value, int) and value.bit_length() > 4 * MAX_DIGITS:
+        raise ValueError(f"a number has more than {MAX_DIGITS} digits")
+    if not isinstance(value, dict | list | tuple | set):
+        return 1
+    if id(value) in inside:
+        raise ValueError("an alias stands inside of what it means")
+    if id(value) not in known:
+        inside.add(id(value))
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_num_values(part, known, inside) for part in parts)
+        inside.discard(id(value))
+    if known[id(value)] > MAX_JOB_VALUES:
+        raise ValueError(f"it has more than {MAX_JOB_VALUES} values with its aliases written out")
+    return known[id(value)]
+
+
+def _text(path: Path) -> str:
+    try:
+        # Devices have no size, and some of them no end.
+        with path.open("rb") as file:
+            data = file.read(MAX_JOB_BYTES + 1)
+        if len(data) > MAX_JOB_BYTES:
+            raise JobError(f"{path}: is larger than {MAX_JOB_BYTES // 2**20} MB; is it a job file?")
+        return data.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise JobError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise JobError(f"{path}: is a folder; give a job file in YAML") from None
+    except UnicodeDecodeError:
+        raise JobError(f"{path}: is not text in UTF-8; give a job file in YAML") from None
+    except OSError as error:
+        raise JobError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _parse(path: Path, text: str) -> Any:
+    try:
+        return _bounded(yaml.load(text, Loader=StrictLoader))
+    except yaml.reader.ReaderError:
+        raise JobError(f"{path}: holds characters that no text has; give a job file in YAML") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise JobError(f"{path}: {where}{_problem(error)}") from None
+    except (RecursionError, ValueError, TypeError) as error:
+        raise JobError(f"{path}: is not usable YAML ({_problem(error)})") from None
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, yaml.MarkedYAMLError):
+        return str(error.problem or error.context)
+    return str(error).splitlines()[0]

@@ -1,0 +1,177 @@
+"""Labels of a set of images: each is read in one way, which is settled for the whole set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from engine.data.images.decode import UnusableImageError
+from engine.job.class_lookup import find_class, has_numeric_names, is_index
+from engine.job.spec_messages import nearest
+
+# ImageNet's folders and labels.
+_WORDNET = re.compile(r"n[0-9]{8}")
+_WORDNET_REMEDY = ", which names none by its WordNet id; use class names or indices"
+_NUMERIC = "the target's classes are called by numbers"
+_REMEDY = "give names, such as `class_name` in .json, a column of texts, or a column with class names"
+
+
+class Labelling:
+    """Classes of a target as the labels of one set of images name them.
+
+    A text is a class name; where it is a number, it is an index, unless classes are called by numbers or other labels
+    of the set are names. So no label is read in two ways, and none by trying one after the other.
+    """
+
+    def __init__(self, labels: tuple[str, ...]) -> None:
+        self.labels = labels
+        self._is_numeric = has_numeric_names(labels)
+        self._has_names = self._is_numeric
+        self._found: dict[str, list[int]] = {}
+        # A set may have one unknown label for thousands of images.
+        self._remedies: dict[str, str] = {}
+
+    def settle(self, texts: Iterable[str]) -> None:
+        """Settle whether numbers are indices, by all labels of a set: not where one of them is a class name."""
+        self._has_names = self._is_numeric or any(self._find(text) for text in set(texts) if not is_index(text))
+
+    def settle_by_first(self, texts: Iterable[str]) -> None:
+        """Settle it by the first label that is a class, where a look at all would be a pass over the set."""
+        for text in map(str.strip, texts):
+            if is_index(text) and int(text) < len(self.labels):
+                return
+            if self._find(text):
+                self._has_names = True
+                return
+
+    def of_text(self, text: str) -> int:
+        """Class of a label that is a text: of a folder, or in a column of texts.
+
+        Raises:
+            UnusableImageError: no such class, or no way to know which.
+        """
+        text = text.strip()
+        if not text:
+            raise UnusableImageError("has no label")
+        if not is_index(text) or self._find(text):
+            return self.of_name(text)
+        if self._is_numeric:
+            raise UnusableImageError(f"has the label {text!r}: {_NUMERIC}, so labels are names, and it is none of them")
+        index = self.of_index(int(text))
+        if self._has_names:
+            raise UnusableImageError(f"has the label {text!r}, a number, where other labels of the set are class names")
+        return index
+
+    def of_written(self, text: str) -> int:
+        """Class of a text that by convention is an index and may be a name, as `.cls` has it.
+
+        Raises:
+            UnusableImageError: no such class, or no way to know which.
+        """
+        text = text.strip()
+        index = int(text) if is_index(text) else len(self.labels)
+        if self._is_numeric and index < len(self.labels) and self._find(text) not in ([], [index]):
+            raise UnusableImageError(f"has the label {text!r}: {_NUMERIC}, so it may be a name or an index; {_REMEDY}")
+        return self.of_text(text)
+
+    def of_name(self, name: str) -> int:
+        """Class of a name, which is never an index.
+
+        Raises:
+            UnusableImageError: no such class, or several.
+        """
+        found = self._find(name)
+        if len(found) > 1:
+            raise UnusableImageError(f"{name!r} is the name of classes {', '.join(map(str, found))}; give the index")
+        if not found:
+            raise UnusableImageError(f"{name!r} is not a class of the target" + self._remedy(name))
+        return found[0]
+
+    def of_named_index(self, name: str, index: int) -> int:
+        """Class of a name that stands beside its index, which tells apart two classes of one name.
+
+        Raises:
+            UnusableImageError: as `of_name`.
+        """
+        return index if index in self._find(name) else self.of_name(name)
+
+    def of_index(self, index: int) -> int:
+        """A class index, checked.
+
+        Raises:
+            UnusableImageError: there is no such class.
+        """
+        if 0 <= index < len(self.labels):
+            return index
+        last = len(self.labels) - 1
+        raise UnusableImageError(
+            f"has the label {index}: {index} is not a class index of the target; it has 0 to {last}"
+        )
+
+    def of_value(self, value: Any) -> int:
+        """Class of a value in a column without class names of its own: a text, or an index.
+
+        Raises:
+            UnusableImageError: no such class, or no way to know which.
+        """
+        if isinstance(value, str):
+            return self.of_text(value)
+        check_label(value)
+        if self._is_numeric and self._find(str(value)) != [value]:
+            raise UnusableImageError(f"has the label {value}: {_NUMERIC}, so it may be a name or an index; {_REMEDY}")
+        if self._has_names and not self._is_numeric:
+            raise UnusableImageError(f"has the label {value}, a number, where other labels of the set are class names")
+        return self.of_index(value)
+
+    def is_class(self, text: str) -> bool:
+        """Whether a text names one class or several."""
+        return bool(self._find(text))
+
+    def classes_of(self, name: str) -> list[int]:
+        """Classes of a name: one, none, or several of one name."""
+        return self._find(name)
+
+    def is_label(self, text: str) -> bool:
+        """Whether a text is read as a label of a class, be it a name or an index."""
+        try:
+            self.of_text(text)
+        except UnusableImageError:
+            return self.is_class(text)
+        return True
+
+    def _remedy(self, name: str) -> str:
+        """What to do about a name of no class, or nothing."""
+        if name not in self._remedies:
+            is_wordnet = _WORDNET.fullmatch(name) is not None
+            self._remedies[name] = _WORDNET_REMEDY if is_wordnet else nearest(name, list(self.labels))
+        return self._remedies[name]
+
+    def _find(self, name: str) -> list[int]:
+        if name not in self._found:
+            self._found[name] = find_class(name, self.labels)
+        return self._found[name]
+
+
+def check_label(value: Any) -> None:
+    """Refuse a label that is neither a text nor a whole number.
+
+    Raises:
+        UnusableImageError: it is missing, or of another type.
+    """
+    if value is None or value == "":
+        raise UnusableImageError("has no label")
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise UnusableImageError(f"has the label {value!r}, which is neither a class name nor an index")
+
+
+def are_same_classes(names: Sequence[str], labels: tuple[str, ...]) -> bool:
+    """Whether class names are those of the target in its order; two of one name may have their index beside them."""
+    return len(names) == len(labels) and all(
+        name in (label, f"{label} ({index})") for index, (name, label) in enumerate(zip(names, labels, strict=True))
+    )
+
+
+def is_enumeration(names: Sequence[str], labels: tuple[str, ...]) -> bool:
+    """Whether the class names of a file are the numbers of the target's classes, and so name nothing."""
+    return len(names) == len(labels) and all(name == str(index) for index, name in enumerate(names))

@@ -1,0 +1,1 @@
+"""Reading runs: rows, filters, samples for training, exports."""

@@ -1,0 +1,383 @@
+"""Runs as data: rows to filter, and the images behind them as tables, WebDataset pipelines and torch data sets.
+
+    import engine
+
+    corpus = engine.open_run("runs/quickstart").filter("risk > 2 and oracle_agrees")
+    corpus.to_table(["key", "risk"]), corpus.to_torch(labels="soft")
+
+Nothing is read before it is asked for, and torch is imported by `to_torch` alone. Of a run on an object store the files
+with its rows are copied when it is opened, and tars when an image in them is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+from engine.data.reading.filters import FLAG, NUMBER, TEXT, Vocabulary, compile_filter, compile_number
+from engine.data.reading.source import RunSource, open_source, readable
+from engine.data.run.outcomes import scored_rows
+from engine.data.run.schema import arrow_schema, check_rows
+from engine.errors import JobError
+from engine.job.records import RUN_FIELDS, fields_of
+from engine.job.spec_messages import nearest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyarrow.compute import Expression
+    from pyarrow.dataset import Dataset
+
+    from engine.data.reading.torch_samples import TorchSamples
+
+
+def open_corpus(uri: str, *more: str) -> Corpus:
+    """The rows and images of one run or of several, finished or not.
+
+    Args:
+        uri: folder of a run, of a merged data set, or of scores made anew for a run.
+
+    Raises:
+        RiskforgeError: one of them is not there, or cannot be read.
+    """
+    sources = tuple(open_source(str(one)) for one in (uri, *more))
+    places = [source.store.place for source in sources]
+    twice = next((source.uri for number, source in enumerate(sources) if places[number] in places[:number]), None)
+    if twice is not None:
+        raise JobError(f"RUN: '{twice}' is given twice; leave one of them out")
+    return Corpus(sources)
+
+
+class Corpus:
+    """The rows of some runs, as far as they pass the filters so far. Filters make new ones; nothing is changed.
+
+    `len(corpus)` counts rows: attempts of any status, unless the corpus is restricted to those with images by
+    `samples`. Rows with `status == 'ok'` have images, and rejected ones of a run with `store_rejected`.
+
+    Attributes:
+        runs: what was opened, each with its `state`.
+        conditions: the filters, as texts.
+    """
+
+    def __init__(self, sources: tuple[RunSource, ...]) -> None:
+        self.runs = sources
+        self.conditions: tuple[str, ...] = ()
+        self._expression: Expression | None = None
+        self._has_images = False
+        self._schema = _unified(sources)
+        self._datasets = tuple(_dataset(source, self._schema) for source in sources)
+
+    # What is in it -------------------------------------------------------------------------------------------------
+
+    @property
+    def metadata(self) -> Dataset:
+        """The rows as a lazy `pyarrow.dataset`; columns that a run's schema version did not have are null.
+
+        So is `scored` there, which filters and tables know of rows of any version.
+        """
+        import pyarrow.dataset
+
+        whole = pyarrow.dataset.dataset(list(self._datasets))
+        return whole if self._expression is None else whole.filter(self._expression)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names in index order; empty where no run tells them.
+
+        Raises:
+            JobError: the runs have different classes.
+        """
+        known = [source for source in self.runs if source.labels]
+        for source in known[1:]:
+            if source.labels != known[0].labels:
+                _refuse_labels(known[0], source)
+        return known[0].labels if known else ()
+
+    @property
+    def columns(self) -> list[str]:
+        """Names that filters and tables know, derived ones last."""
+        return self._vocabulary.names
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __repr__(self) -> str:
+        runs = ", ".join(f"{source.uri!r} ({source.state})" for source in self.runs)
+        return f"Corpus({runs}; {' and '.join(map(repr, self.conditions)) or 'no filter'})"
+
+    @functools.cached_property
+    def _num_rows(self) -> int:
+        with readable(self.runs[0].uri):
+            return sum(one.count_rows(filter=self._expression) for one in self._datasets)
+
+    @functools.cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self._schema, lambda: self._max_subset)
+
+    @functools.cached_property
+    def _max_subset(self) -> int:
+        """The largest number of classes that a joint prompt has."""
+        import pyarrow.compute as pc
+
+        if "kldb_classes" not in self._schema.names:
+            return 0
+        largest = 0
+        length = {"length": pc.list_value_length(pc.field("kldb_classes"))}
+        for dataset in self._datasets:
+            with readable(self.runs[0].uri):
+                for batch in dataset.to_batches(columns=length):
+                    largest = max(largest, pc.max(batch.column("length")).as_py() or 0)
+        return largest
+
+    # Choosing ------------------------------------------------------------------------------------------------------
+
+    def filter(self, condition: str, option: str = "filter") -> Corpus:
+        """The rows for which a condition holds, of those here; see `docs/reading.md` for the language.
+
+        Args:
+            option: what the user gave the text by, for messages.
+
+        Raises:
+            JobError: the condition cannot be read, or names what is not there.
+        """
+        return self._narrowed(compile_filter(condition, self._vocabulary, option), (condition,))
+
+    @property
+    def samples(self) -> Corpus:
+        """The rows that have an image, are accepted, and are not beyond their quota."""
+        return self.with_images()
+
+    def with_images(self, *, rejected: bool = False, surplus: bool = False) -> Corpus:
+        """The rows that have an image.
+
+        Args:
+            rejected: those too that their request's rule did not accept; a run has their images with `store_rejected`.
+            surplus: accepted ones beyond their quota, too.
+        """
+        import pyarrow.compute as pc
+
+        wanted = pc.field("sha256") != ""
+        if not rejected:
+            wanted = wanted & pc.field("accepted")
+        if not surplus:
+            wanted = wanted & ~pc.coalesce(pc.field("surplus"), pc.scalar(False))
+        chosen = self._narrowed(wanted, ())
+        chosen._has_images = True
+        return chosen
+
+    def _narrowed(self, expression: Expression, conditions: tuple[str, ...]) -> Corpus:
+        chosen = copy.copy(self)
+        chosen.__dict__.pop("_num_rows", None)
+        chosen._expression = expression if self._expression is None else self._expression & expression
+        chosen.conditions = (*self.conditions, *conditions)
+        return chosen
+
+    # Reading -------------------------------------------------------------------------------------------------------
+
+    def to_table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows in memory, in the order of the runs.
+
+        Args:
+            columns: names, derived ones too; default: all columns of the files.
+
+        Raises:
+            JobError: there is no such column.
+            CorruptShardError: a file of rows is damaged.
+        """
+        import pyarrow as pa
+
+        return pa.concat_tables([self.run_table(number, columns) for number in range(len(self.runs))])
+
+    def run_table(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of one of the runs, as `to_table`."""
+        wanted = None if columns is None else {name: self._column(name) for name in columns}
+        with readable(self.runs[number].uri):
+            table = self._datasets[number].to_table(columns=wanted, filter=self._expression)
+        check_rows(table, self.runs[number].uri, is_foreign=True)
+        return table if columns is not None else _with_scored(table)
+
+    def numbers(self, expression: str, option: str) -> Callable[[int], Any]:
+        """For a run's number the values of an expression of numbers, one a row, as a numpy array.
+
+        Raises:
+            JobError: the expression cannot be read.
+        """
+        compiled = compile_number(expression, self._vocabulary, option)
+
+        def values(number: int) -> Any:
+            with readable(self.runs[number].uri):
+                table = self._datasets[number].to_table(columns={"value": compiled}, filter=self._expression)
+            return table["value"].to_numpy()
+
+        return values
+
+    def has_number(self, expression: str, option: str) -> Corpus:
+        """The rows of which an expression of numbers is known, and those that were scored all the same.
+
+        Raises:
+            JobError: the expression cannot be read.
+        """
+        compiled = compile_number(expression, self._vocabulary, option)
+        return self._narrowed(compiled.is_valid() | self._vocabulary.is_scored, ())
+
+    def to_webdataset(self, *, decode: str | None = "pil", **options: Any) -> Any:
+        """A `webdataset` pipeline over the tars that yields the selected samples alone.
+
+        Args:
+            decode: how images are decoded, as for `WebDataset.decode`; None leaves all members as bytes.
+            options: for `webdataset.WebDataset`, such as `shardshuffle=100`, `nodesplitter` or `handler`.
+
+        Raises:
+            JobError: no sample is selected, or two of the runs have different classes, or the same images, as a run and
+                its scores made anew do.
+        """
+        from engine.data.reading.webdataset_samples import make_pipeline
+
+        return make_pipeline(self._chosen(), decode, options)
+
+    def to_torch(
+        self,
+        transform: Callable[[Any], Any] | None = None,
+        labels: Literal["hard", "soft"] = "hard",
+        weights: str | None = None,
+    ) -> TorchSamples:
+        """A map-style torch data set of `(image, label, weight)` with random access into the tars.
+
+        Args:
+            transform: from the PIL image; without it an image is a float tensor [3, H, W] in [0, 1].
+            labels: `hard` gives the class as an int, `soft` the training target as a float tensor [n].
+            weights: a column or an expression of numbers, such as `"1 + 2 * oracle_agrees"`; without it 1.0. Samples
+                that were not scored and of which it is therefore not known are left out, with a warning.
+
+        Raises:
+            JobError: no sample is selected, the runs have different classes or the same images, or a weight is negative
+                or no number.
+            CorruptShardError: a tar is missing, torn, or lacks an image that the rows tell of.
+        """
+        from engine.data.reading.torch_samples import make_samples
+
+        if labels not in ("hard", "soft"):
+            raise JobError(f"labels: {labels!r} is not one of hard, soft")
+        return make_samples(self._chosen(), transform, labels, weights)
+
+    def _chosen(self) -> Corpus:
+        """The samples, of which there is at least one, of classes that are the same in all runs, each image once."""
+        chosen = self if self._has_images else self.samples
+        _ = self.labels
+        users: dict[str, RunSource] = {}
+        for source in self.runs:
+            for tar in map(str, source.tars):
+                if (other := users.setdefault(tar, source)) is not source:
+                    raise JobError(f"RUN: '{other.uri}' and '{source.uri}' have the same images; open one of them")
+        chosen.check_any()
+        return chosen
+
+    def check_any(self) -> None:
+        """Check that anything is selected.
+
+        Raises:
+            JobError: nothing is; it tells how many rows there were at each step.
+        """
+        if len(self):
+            return
+        whole = Corpus(self.runs)
+        texts = " and ".join(self.conditions) or "no filter"
+        raise JobError(
+            f"filter: no sample is selected: of {len(whole)} rows {len(whole.samples)} are accepted samples with an"
+            f" image, and none of them passes ({texts}); loosen the filter"
+        )
+
+    def _column(self, name: str) -> Expression:
+        import pyarrow.compute as pc
+
+        if name in self._schema.names and name != "scored":
+            return pc.field(name)
+        try:
+            found = self._vocabulary.term(name)
+        except KeyError:
+            raise JobError(f"columns: there is no column '{name}'{nearest(name, self.columns)}") from None
+        assert found is not None and found.kind in (NUMBER, TEXT, FLAG), "derived names are never lists"
+        return found.expression
+
+
+def _with_scored(table: pa.Table) -> pa.Table:
+    """Rows of any schema version with `scored` filled in."""
+    import pyarrow as pa
+
+    place = table.column_names.index("scored")
+    return table.set_column(place, table.schema.field(place), pa.array(scored_rows(table)))
+
+
+def _unified(sources: tuple[RunSource, ...]) -> pa.Schema:
+    """The columns of all runs; nullable, as earlier schema versions lack some.
+
+    Those are there nevertheless, so that a filter means the same for every run; what any run should have is not.
+    """
+    import pyarrow as pa
+
+    found = [source.schema() for source in sources]
+    kept = arrow_schema(surplus=True)
+    there = {name for schema in found for name in schema.names}
+    always = fields_of(1).keys() | RUN_FIELDS.keys()
+    fields = [field.with_nullable(True) for field in kept if field.name in there or field.name not in always]
+    names = {field.name for field in fields}
+    for schema in found:
+        for one in schema:
+            if one.name not in names:
+                fields.append(one.with_nullable(True))
+                names.add(one.name)
+    return pa.schema(fields)
+
+
+def _dataset(source: RunSource, schema: pa.Schema) -> Dataset:
+    import pyarrow.dataset
+
+    with readable(source.uri):
+        files = source.rows_files()
+        if source.surplus is not None:
+            flags = [source.surplus.get(str(row)) for row in source.rows]
+            return _marked(list(zip(files, flags, strict=True)), schema)
+        return pyarrow.dataset.dataset([str(path) for path in files], schema=schema, format="parquet")
+
+
+def _marked(rows: Sequence[tuple[Path, Sequence[bool] | None]], schema: pa.Schema) -> Dataset:
+    """Rows of shards, which have no column `surplus`, with it.
+
+    It is a constant of the files that have no surplus; the few others are held in memory.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.dataset
+    import pyarrow.fs
+    import pyarrow.parquet as pq
+
+    form, files = pyarrow.dataset.ParquetFileFormat(), pyarrow.fs.LocalFileSystem()
+    within = pc.field("surplus") == pc.scalar(False)
+    parts: list[Dataset] = []
+    for has_surplus, some in itertools.groupby(rows, key=lambda row: row[1] is not None):
+        if not has_surplus:
+            one = [form.make_fragment(str(path), files, partition_expression=within) for path, _ in some]
+            parts.append(pyarrow.dataset.FileSystemDataset(one, schema, form, files))
+            continue
+        for path, flags in some:
+            table = pq.read_table(path, partitioning=None).append_column("surplus", pa.array(flags))
+            missing = [name for name in schema.names if name not in table.column_names]
+            for name in missing:
+                table = table.append_column(name, pa.nulls(len(table), schema.field(name).type))
+            parts.append(pyarrow.dataset.dataset(table.select(schema.names).cast(schema)))
+    return pyarrow.dataset.dataset(parts)
+
+
+def _refuse_labels(one: RunSource, other: RunSource) -> NoReturn:
+    place = next(
+        (number for number, pair in enumerate(zip(one.labels, other.labels, strict=False)) if pair[0] != pair[1]),
+        min(len(one.labels), len(other.labels)),
+    )
+    texts = [repr(each.labels[place]) if place < len(each.labels) else "none" for each in (one, other)]
+    raise JobError(
+        f"RUN: '{one.uri}' and '{other.uri}' have different classes ({len(one.labels)} and {len(other.labels)}; class"
+        f" {place} is {texts[0]} there and {texts[1]} here); their labels do not go together, open them one by one"
+    )

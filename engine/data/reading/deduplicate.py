@@ -1,0 +1,109 @@
+"""Near duplicates among samples of one class, by the cosine of their CLIP embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+BATCH = 64
+# Rows of the two sides of a product: 1024 x 4096 floats are 16 MB.
+ROWS = 1024
+COLUMNS = 4096
+
+
+class Duplicate(NamedTuple):
+    """A sample that goes, the earlier one that it resembles most, and their cosine."""
+
+    dropped: int
+    kept: int
+    similarity: float
+
+
+def embed(images: Iterable[PIL.Image.Image], address: str, advance: Callable[[str], None]) -> np.ndarray:
+    """Normalised CLIP embeddings [N, d], float32.
+
+    Args:
+        address: of the CLIP model.
+        advance: hears how far it is.
+
+    Raises:
+        JobError: the model cannot be loaded, or gives an embedding that has no cosine with others.
+    """
+    import torch
+
+    from engine.errors import JobError
+    from engine.methods.finiteness import Faults
+    from engine.models.clip import Clip
+
+    clip = Clip.load(address, "cuda" if torch.cuda.is_available() else "cpu")
+    parts: list[np.ndarray] = []
+    left = iter(images)
+    while batch := list(islice(left, BATCH)):
+        advance(f"embedding image {len(parts) * BATCH}")
+        embeds, faults = clip.image_embeds(batch), Faults(len(batch))
+        faults.check_embeds(embeds, "the CLIP model", address)
+        if fault := next((faults[row] for row in range(len(batch)) if faults[row]), ""):
+            raise JobError(f"--deduplicate: {fault}, so near duplicates cannot be found; give another one with --clip")
+        parts.append(torch.nn.functional.normalize(embeds, dim=1).numpy())
+    return np.concatenate(parts)
+
+
+def near_duplicates(embeddings: np.ndarray, classes: Sequence[int], threshold: float) -> list[Duplicate]:
+    """What goes so that no two samples of a class are as near as the threshold: greedy, the first in order stays.
+
+    Args:
+        embeddings: normalised [N, d].
+        classes: of the samples [N].
+        threshold: cosine from which on two samples are duplicates.
+
+    Returns:
+        In the order of what goes.
+    """
+    found: list[Duplicate] = []
+    labels = np.asarray(classes)
+    for one in np.unique(labels):
+        rows = np.flatnonzero(labels == one)
+        found += [
+            Duplicate(int(rows[gone]), int(rows[kept]), similarity)
+            for gone, kept, similarity in _greedy(embeddings[rows], threshold)
+        ]
+    return sorted(found)
+
+
+def _greedy(embeddings: np.ndarray, threshold: float) -> list[Duplicate]:
+    """Block by block, so that memory does not grow with the square of the number of samples."""
+    found: list[Duplicate] = []
+    kept: list[int] = []
+    for start in range(0, len(embeddings), ROWS):
+        block = embeddings[start : start + ROWS]
+        best, nearest = _nearest_of(block, embeddings, np.array(kept, dtype=np.int64))
+        inside, own = block @ block.T, list[int]()
+        for row in range(len(block)):
+            if own and (near := inside[row, own]).max() > best[row]:
+                best[row], nearest[row] = near.max(), start + own[int(near.argmax())]
+            if best[row] >= threshold:
+                found.append(Duplicate(start + row, int(nearest[row]), float(best[row])))
+            else:
+                own.append(row)
+        kept += [start + row for row in own]
+    return found
+
+
+def _nearest_of(block: np.ndarray, embeddings: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each row the largest cosine to a kept sample, and which that is."""
+    best = np.full(len(block), -np.inf, dtype=np.float32)
+    nearest = np.full(len(block), -1)
+    for start in range(0, len(kept), COLUMNS):
+        some = kept[start : start + COLUMNS]
+        products = block @ embeddings[some].T
+        place = products.argmax(1)
+        values = products[np.arange(len(block)), place]
+        better = values > best
+        best[better], nearest[better] = values[better], some[place[better]]
+    return best, nearest

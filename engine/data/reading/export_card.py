@@ -1,0 +1,124 @@
+"""The card of an export: README.md with the YAML header that the Hugging Face Hub and `datasets` read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from engine.data.run.card import card_config, code, columns_section, size_category
+from engine.data.run.card_loading import FILES_LOADING, FOLDERS_LOADING, merged_loading_section
+from engine.data.run.schema import tar_features
+
+MAX_CLASSES = 200
+
+
+def export_card(manifest: dict[str, Any], data_files: list[str], image_format: str) -> str:
+    """The card as text.
+
+    Args:
+        manifest: of the export.
+        data_files: patterns, relative to the data set.
+        image_format: extension of the images of WebDataset shards.
+    """
+    sections = [
+        _header(manifest, data_files, image_format),
+        f"# {manifest['name']}",
+        _origin(manifest),
+        _sources(manifest),
+        _classes(manifest),
+        _loading(manifest, image_format),
+        columns_section(manifest["schema_version"]),
+        _limits(manifest),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _loading(manifest: dict[str, Any], image_format: str) -> str:
+    if manifest["format"] == "webdataset":
+        return merged_loading_section(image_format, manifest["schema_version"])
+    return FILES_LOADING + (FOLDERS_LOADING if manifest["format"] == "imagefolder" else "")
+
+
+def _header(manifest: dict[str, Any], data_files: list[str], image_format: str) -> str:
+    counts = manifest["counts"]
+    header: dict[str, Any] = {
+        "pretty_name": manifest["name"],
+        "license": "other",
+        "license_name": "unknown",
+        "task_categories": ["image-classification"],
+        "tags": ["synthetic", "riskforge", "hard-examples", manifest["format"]],
+        "size_categories": [size_category(counts["images"])],
+        "configs": [card_config(data_files, f"{manifest['digest']} {manifest['seed']} {counts}")],
+    }
+    # The files of the other formats have types of their own.
+    if manifest["format"] == "webdataset":
+        header["dataset_info"] = {"features": tar_features(image_format, manifest["schema_version"])}
+    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
+
+
+def _origin(manifest: dict[str, Any]) -> str:
+    counts = manifest["counts"]
+    real = f", and {counts['real']} real ones (`method` is `real`, `scored` is false)." if counts["real"] else "."
+    lines = [
+        f"{counts['images']} images: {counts['generated']} synthetic ones, sampled from text-to-image diffusion models"
+        f" by Riskforge to find where an image classifier, the target, errs or hesitates{real}",
+        "",
+        f"Selected by {code(manifest['filter'] or 'no filter', table=False)}; order by seed {manifest['seed']}; digest"
+        f" `{manifest['digest']}`.",
+        *_beyond(manifest),
+    ]
+    if manifest["deduplication"]:
+        about = manifest["deduplication"]
+        lines += [
+            "",
+            f"{about['dropped']} near duplicates were left out (cosine of {code(about['clip'], table=False)} embeddings"
+            f" from {about['threshold']:g} on, within a class); `{about['list']}` names them.",
+        ]
+    return "\n".join(lines)
+
+
+def _beyond(manifest: dict[str, Any]) -> list[str]:
+    """What is in it beside accepted samples within their quota."""
+    rejected = manifest["counts"]["samples"]["rejected"]
+    lines = []
+    if rejected:
+        lines += [
+            "",
+            f"**{rejected} images were rejected by the rule of their request** (`accepted` is false); their label may"
+            " be wrong.",
+        ]
+    if manifest["with_surplus"]:
+        lines += ["", "Accepted samples beyond the quota of their request were taken, too."]
+    return lines
+
+
+def _sources(manifest: dict[str, Any]) -> str:
+    lines = ["## Sources", "", "| run | name | samples taken | plan | target |", "|---|---|---|---|---|"]
+    for one in manifest["sources"]:
+        target = (one["models"].get("target") or {}).get("address", "")
+        digest = one["plan_digest"]
+        cells = (code(one["uri"]), code(one["name"]), str(one["num_taken"]), code(digest), code(str(target)))
+        lines.append(f"| {' | '.join(cells)} |")
+    if manifest["real"]:
+        lines.append(f"| {code(manifest['real']['address'])} | real images | {manifest['real']['num_taken']} | | |")
+    return "\n".join(lines)
+
+
+def _classes(manifest: dict[str, Any]) -> str:
+    classes = manifest["counts"]["classes"]
+    lines = ["## Classes", "", "| class | images |", "|---|---|"]
+    lines += [f"| {code(name)} | {count['ok'] + count['rejected']} |" for name, count in classes.items()][:MAX_CLASSES]
+    if len(classes) > MAX_CLASSES:
+        lines += ["", f"{len(classes) - MAX_CLASSES} more are in `manifest.json`."]
+    return "\n".join(lines)
+
+
+def _limits(manifest: dict[str, Any]) -> str:
+    real = "; those of real images are of their data set" if manifest["counts"]["real"] else ""
+    return f"""## Limits
+
+- Labels of synthetic images are what was asked of the diffusion model, not what a person saw: filter by `conformity`,
+  and by the oracle where there is one{real}.
+- Scores are those of the sources' targets and CLIP models; columns are of schema version {manifest["schema_version"]}.
+- The licence follows from those of the models and of the real images; set `license` in the header once it is known."""

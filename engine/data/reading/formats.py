@@ -1,0 +1,210 @@
+"""How an export is written: WebDataset shards, a folder by class, or parquet with the images inside."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.data.run.commits import CommitSummary
+from engine.data.run.manifest import IndexEntry, write_index_files, write_metadata
+from engine.data.run.schema import arrow_schema
+from engine.data.run.shards import SHARDS, discard, shard_name, stage_shard
+from engine.data.run.state import CLASSES, METADATA
+from engine.data.stores.base import STATE, Store
+from engine.data.stores.file_errors import explained
+from engine.errors import JobError
+from engine.job.records import DETERMINISTIC_FIELDS, SampleResult
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMATS = ("webdataset", "imagefolder", "parquet")
+# What an export calls the folders of classes: indices, which are in the order of labels for every reader, or names.
+FOLDERS = ("index", "name")
+ROWS_PER_GROUP = 256
+
+_SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _()+=,@&-]{0,79}")
+# Names that Windows keeps for devices, and that readers of folders pass over.
+_RESERVED = frozenset(
+    ["con", "prn", "aux", "nul", *(f"{one}{number}" for one in ("com", "lpt") for number in range(10)), "shards"]
+)
+
+
+def write_webdataset(
+    store: Store, name: str, samples: Iterator[SampleResult], samples_per_shard: int, image_format: str
+) -> list[str]:
+    """Write shards, the rows of all of them, and the indexes of other readers; holds one image at a time.
+
+    Returns:
+        Patterns of the data files, for the card.
+    """
+    commits: dict[int, CommitSummary] = {}
+    entries: list[IndexEntry] = []
+    for first in samples:
+        number, stem = len(commits), shard_name(name, len(commits))
+        own = chain([first], islice(samples, samples_per_shard - 1))
+        staged = stage_shard(store.staging(), stem, own, image_format)
+        store.publish(f"{SHARDS}/{stem}.tar", staged.tar)
+        store.publish(f"{SHARDS}/{stem}.parquet", staged.parquet)
+        commits[number] = CommitSummary(number, staged.counts)
+        entries.append(IndexEntry(f"{stem}.tar", staged.counts.attempted, staged.tar_md5, staged.tar_bytes))
+        discard(staged)
+    write_metadata(store, name, commits)
+    write_index_files(store, entries)
+    store.remove_tree(STATE)
+    return [f"{SHARDS}/*.tar"]
+
+
+def write_imagefolder(
+    root: Path, samples: Iterator[tuple[SampleResult, str]], labels: Sequence[str], folders: Sequence[str]
+) -> list[str]:
+    """Write `CLASS/KEY.png` and `metadata.parquet`, as torchvision, timm and Hugging Face read a folder by class.
+
+    `classes.json` has the label of every folder: torchvision and timm number those that they find.
+
+    A `metadata.csv` would do for Hugging Face too, but an empty text in it is read as a missing number.
+
+    Args:
+        samples: with the extensions of their images.
+
+    Returns:
+        Patterns of the data files, for the card.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text = json.dumps({name: label for label, name in enumerate(folders)}, ensure_ascii=False, indent=1)
+    with explained(root):
+        (root / CLASSES).write_text(text + "\n", encoding="utf-8")
+    schema = _schema([pa.field("file_name", pa.string())], {}, labels)
+    with explained(root), pq.ParquetWriter(root / METADATA, schema, compression="zstd") as writer:
+        while batch := list(islice(samples, ROWS_PER_GROUP)):
+            rows = []
+            for result, extension in batch:
+                record = result.record
+                place = f"{folders[record['class_index']]}/{record['key']}.{extension}"
+                (root / place).parent.mkdir(exist_ok=True)
+                (root / place).write_bytes(result.image)
+                rows.append({"file_name": place, "label": record["class_index"]} | record)
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    return [METADATA, "*/*"]
+
+
+def class_folders(labels: Sequence[str]) -> list[str]:
+    """A folder's name for each class: its own where that is safe on any system, else its index in four digits or more.
+
+    `riskforge prepare` and `retrain` find the class by either.
+    """
+    lower = Counter(label.lower() for label in labels)
+    return [
+        label if _is_safe(label) and lower[label.lower()] == 1 else number
+        for label, number in zip(labels, numbered_folders(labels), strict=True)
+    ]
+
+
+def numbered_folders(labels: Sequence[str]) -> list[str]:
+    """The index of each class in four digits or more, which is the name of no class: their order is that of labels."""
+    lower = {label.lower() for label in labels}
+    digits = max(4, len(str(len(labels) - 1)))
+    while any(f"{index:0{digits}d}" in lower for index in range(len(labels))):
+        digits += 1
+    return [f"{index:0{digits}d}" for index in range(len(labels))]
+
+
+def _is_safe(label: str) -> bool:
+    # An index would be read as one.
+    is_plain = _SAFE.fullmatch(label) is not None and not label.endswith(" ") and not label.isdigit()
+    return is_plain and label.lower() not in _RESERVED
+
+
+def write_parquet(
+    root: Path,
+    samples: Iterator[tuple[SampleResult, str]],
+    labels: Sequence[str],
+    samples_per_file: int,
+    num_samples: int,
+) -> list[str]:
+    """Write files with columns `image` and `label` as Hugging Face `datasets` knows them, and the record's beside.
+
+    Returns:
+        Patterns of the data files, for the card.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = parquet_schema(labels)
+    num_files = -(-num_samples // samples_per_file)
+    for number in range(num_files):
+        path = root / f"train-{number:05d}-of-{num_files:05d}.parquet"
+        with explained(path), pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            own = islice(samples, samples_per_file)
+            while batch := list(islice(own, ROWS_PER_GROUP)):
+                rows = [_parquet_row(result, extension) for result, extension in batch]
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    return ["train-*.parquet"]
+
+
+def parquet_schema(labels: Sequence[str]) -> pa.Schema:
+    """Columns of an export to parquet; the metadata says which one is an image, and the names of the classes."""
+    import pyarrow as pa
+
+    image = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
+    return _schema([pa.field("image", image)], {"image": {"_type": "Image"}}, labels)
+
+
+def _schema(own: list[pa.Field], features: dict[str, Any], labels: Sequence[str]) -> pa.Schema:
+    """Own columns, the label, and the record's; `datasets` finds features and class names in the metadata."""
+    import pyarrow as pa
+
+    others = [pa.field(one.name, _nullable(one.type)) for one in arrow_schema() if one.name in DETERMINISTIC_FIELDS]
+    known = features | {"label": {"names": _unique(labels), "_type": "ClassLabel"}}
+    about = {"huggingface": json.dumps({"info": {"features": known}})}
+    return pa.schema([*own, pa.field("label", pa.int64()), *others], metadata=about)
+
+
+def _nullable(kind: pa.DataType) -> pa.DataType:
+    """The same type with parts that may be null, as `datasets` has them."""
+    import pyarrow as pa
+
+    if pa.types.is_list(kind):
+        return pa.list_(_nullable(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([pa.field(one.name, _nullable(one.type)) for one in kind])
+    return kind
+
+
+def _unique(labels: Sequence[str]) -> list[str]:
+    """`datasets` wants names that differ; ImageNet has two classes called crane."""
+    counts = Counter(labels)
+    return [label if counts[label] == 1 else f"{label} ({index})" for index, label in enumerate(labels)]
+
+
+def _parquet_row(result: SampleResult, extension: str) -> dict[str, Any]:
+    record = result.record
+    image = {"bytes": result.image, "path": f"{record['key']}.{extension}"}
+    return {"image": image, "label": record["class_index"]} | record
+
+
+def check_format(name: str) -> None:
+    """Check the name of a format.
+
+    Raises:
+        JobError: there is none of this name.
+    """
+    if name not in FORMATS:
+        raise JobError(f"--format: '{name}' is not one of {', '.join(FORMATS)}")
+
+
+def check_folders(name: str) -> None:
+    """Check what folders are to be called.
+
+    Raises:
+        JobError: there is no such way.
+    """
+    if name not in FOLDERS:
+        raise JobError(f"--folders: '{name}' is not one of {', '.join(FOLDERS)}")

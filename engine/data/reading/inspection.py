@@ -1,0 +1,191 @@
+"""What is in a run, at a glance, and one sample of it whole: the text and JSON of `riskforge inspect`."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.data.reading.corpus import Corpus
+from engine.data.reading.source import RunSource
+from engine.data.run.summary import LATER_COLUMNS, GroupSummary, class_texts, plain, summarise_table
+from engine.data.run.tar_index import TarReader, index_tars
+from engine.data.stores.base import Store
+from engine.data.stores.file_errors import explained
+from engine.errors import CorruptShardError, JobError, OutputError
+from engine.job.spec_messages import nearest
+
+SCORES = ("risk", "p_label", "conformity", "conformity_margin", "kldb", "entropy")
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+MAX_NEAREST = 20_000
+_GROUPED = (
+    "request", "method", "context", "class_name", "status", "risk", "conformity", "kldb", "entropy", "key",
+    "class_index", "predicted_class", "is_error", "accepted", "oracle_class", "kldb_classes", "transfer",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What is in the rows of a corpus.
+
+    Attributes:
+        document: everything as plain data.
+        groups: medians per request and context; empty where rows lack their columns.
+    """
+
+    document: dict[str, Any]
+    groups: list[GroupSummary]
+
+
+def inspect(corpus: Corpus) -> Inspection:
+    """Counts, classes, contexts, quantiles of scores, sizes and models of the rows that pass the corpus' filters.
+
+    Raises:
+        CorruptShardError: rows or the first image cannot be read.
+    """
+    there = set(corpus.columns)
+    table = corpus.to_table([name for name in (*_GROUPED, *LATER_COLUMNS) if name in there])
+    is_whole = there.issuperset(_GROUPED) and not any(table[name].null_count for name in _GROUPED)
+    groups = summarise_table(table) if is_whole else []
+    document = {
+        "runs": [_about(source) for source in corpus.runs],
+        "filter": " and ".join(f"({one})" for one in corpus.conditions),
+        "rows": len(corpus),
+        "samples": len(corpus.samples),
+        "schema_versions": _counts(corpus, "schema_version"),
+        "status": _counts(corpus, "status"),
+        "accepted": len(corpus.filter("accepted")),
+        "surplus": len(corpus.filter("surplus")),
+        "classes": _class_counts(corpus),
+        "contexts": _counts(corpus, "context"),
+        "methods": _counts(corpus, "method"),
+        "quantiles": quantiles(corpus),
+        "groups": [plain(group) for group in groups],
+        "image": _first_image(corpus),
+    }
+    return Inspection(document=document, groups=groups)
+
+
+def quantiles(corpus: Corpus) -> dict[str, list[float]]:
+    """The `QUANTILES` of each score over the scored rows; nothing where there are none."""
+    import numpy as np
+
+    names = [name for name in SCORES if name in corpus.columns]
+    scored = corpus.filter("scored").to_table(names) if names else None
+    if scored is None or not len(scored):
+        return {}
+    columns = {name: scored[name].drop_null().to_numpy() for name in names}
+    finite = {name: values[np.isfinite(values)] for name, values in columns.items()}
+    return {
+        name: [float(one) for one in np.quantile(values, QUANTILES)] for name, values in finite.items() if len(values)
+    }
+
+
+def find_sample(corpus: Corpus, key: str) -> tuple[RunSource, dict[str, Any]]:
+    """The row of a key, and its run.
+
+    Raises:
+        JobError: no run has it.
+    """
+    for number, source in enumerate(corpus.runs):
+        rows = corpus.filter(f"key == {key!r}", "--key").run_table(number).to_pylist()
+        if rows:
+            return source, {name: value for name, value in rows[0].items() if value is not None}
+    keys = corpus.to_table(["key"])["key"][:MAX_NEAREST].to_pylist()
+    raise JobError(f"--key: no row has the key {key!r}{nearest(key, keys)}")
+
+
+def read_image(source: RunSource, row: dict[str, Any]) -> tuple[bytes, str]:
+    """The image file of a row, and its extension.
+
+    Raises:
+        JobError: none is stored.
+        CorruptShardError: the tar that should have it is damaged.
+    """
+    if not row["sha256"]:
+        raise JobError(f"--save: no image of '{row['key']}' is stored; its status is '{row['status']}'")
+    place = index_tars(source.tars, [row["key"]])[row["key"]]
+    return TarReader(source.tars).read(place.image), place.image_format
+
+
+def save_image(path: Path, data: bytes) -> None:
+    """Write an image file that is not there yet.
+
+    Raises:
+        OutputError: something has its name, or it cannot be written.
+    """
+    if os.path.lexists(path):
+        raise OutputError(f"--save: {path} is there already; choose another name")
+    with explained(f"--save: {path}"), path.open("xb") as file:
+        file.write(data)
+
+
+def _about(source: RunSource) -> dict[str, Any]:
+    models = source.models or source.known_models()
+    files: dict[Store, list[str]] = defaultdict(list)
+    for one in (*source.rows, *source.tars):
+        files[one.store].append(one.name)
+    return {
+        "uri": source.uri,
+        "name": source.name,
+        "state": source.state,
+        "digest": source.digest,
+        "classes": len(source.labels),
+        "shards": len(source.tars),
+        "disk_bytes": sum(store.total_size() for store in _outermost(source.stores)),
+        "data_bytes": sum(store.size_of(names) for store, names in files.items()),
+        "models": {role: _without_labels(about) for role, about in models.items()},
+    }
+
+
+def _without_labels(about: Any) -> Any:
+    return {name: value for name, value in about.items() if name != "labels"} if isinstance(about, dict) else about
+
+
+def _outermost(stores: tuple[Store, ...]) -> list[Store]:
+    """Those that lie in none of the others, as scores made anew do in their run."""
+    places = [store.place for store in stores]
+    return [
+        store
+        for store, place in zip(stores, places, strict=True)
+        if not any(place != one and place.is_relative_to(one) for one in places)
+    ]
+
+
+def _counts(corpus: Corpus, column: str) -> dict[str, int]:
+    """Rows by the values of a column, in the order of the values."""
+    if column not in corpus.columns:
+        return {}
+    found = Counter[Any]()
+    for pair in corpus.to_table([column])[column].value_counts().to_pylist():
+        found[pair["values"]] += pair["counts"]
+    known = {value: count for value, count in found.items() if value is not None}
+    return {str(value): known[value] for value in sorted(known)}
+
+
+def _class_counts(corpus: Corpus) -> dict[str, int]:
+    """Rows by class, in the order of the names."""
+    texts = class_texts(corpus.to_table(["class_name", "class_index"]))
+    found = {str(pair["values"]): int(pair["counts"]) for pair in texts.value_counts().to_pylist()}
+    return dict(sorted(found.items()))
+
+
+def _first_image(corpus: Corpus) -> dict[str, Any]:
+    """Size and format of the first image that is stored."""
+    from engine.data.images.decode import UnusableImageError, open_image
+
+    stored = corpus.with_images(rejected=True, surplus=True)
+    for number, source in enumerate(corpus.runs):
+        rows = stored.run_table(number, ["key", "sha256", "status"])
+        if not len(rows) or not source.tars:
+            continue
+        data, extension = read_image(source, rows.slice(0, 1).to_pylist()[0])
+        try:
+            with open_image(data) as image:
+                size = {"width": image.width, "height": image.height}
+        except UnusableImageError as error:
+            raise CorruptShardError(f"{source.uri}: its first image cannot be decoded: it {error}") from None
+        return size | {"format": extension, "bytes": len(data)}
+    return {}

@@ -1,0 +1,196 @@
+"""Which samples an export takes, under which keys, in which order; and reading them one by one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from engine.data.run.shards import is_key
+from engine.data.run.tar_index import SamplePlace, SamplePlaces, TarReader, index_tars
+from engine.errors import CorruptShardError, JobError
+from engine.job.records import REAL, RUN_FIELDS, SampleResult, check_record, upgraded
+
+if TYPE_CHECKING:
+    import PIL.Image
+    import pyarrow as pa
+
+    from engine.data.reading.corpus import Corpus
+
+_EMPTY_RUN: dict[str, Any] = {"int": 0, "float": 0.0, "str": ""}
+
+
+class Chosen(NamedTuple):
+    """A sample that is taken.
+
+    Attributes:
+        key: its name in the export; another than in its run where that was taken.
+        run, row: the number of its run, and of its row among the selected rows of that run.
+        is_real: whether it is a real image, which an earlier export mixed in.
+    """
+
+    key: str
+    run: int
+    row: int
+    class_index: int
+    is_real: bool = False
+
+
+@dataclass(slots=True)
+class Selection:
+    """The samples of an export, in the order of runs and rows.
+
+    Attributes:
+        identical: samples left out because an earlier run has the same image under the same key.
+        prefixes: by the number of a run, what was put before its keys as they were taken already.
+    """
+
+    samples: list[Chosen] = field(default_factory=list)
+    identical: Counter[int] = field(default_factory=Counter)
+    prefixes: dict[int, str] = field(default_factory=dict)
+
+
+def select(corpus: Corpus) -> Selection:
+    """The samples of a corpus under keys that are unique.
+
+    Raises:
+        JobError: a key that cannot be a file's name, or that is taken even with a prefix.
+    """
+    taken: dict[str, str] = {}
+    # Of earlier runs, under the keys that they have there: the third may share what the second had under taken keys.
+    seen: set[tuple[str, str]] = set()
+    chosen = Selection()
+    last = len(corpus.runs) - 1
+    for number, source in enumerate(corpus.runs):
+        columns = corpus.run_table(number, ["key", "sha256", "class_index"]).to_pydict()
+        methods = corpus.run_table(number, ["method"])["method"].to_pylist() if "method" in corpus.columns else []
+        is_taken = any(
+            taken.get(key, sha) != sha and (key, sha) not in seen
+            for key, sha in zip(columns["key"], columns["sha256"], strict=True)
+        )
+        prefix = f"r{number + 1}-" if is_taken else ""
+        if prefix:
+            chosen.prefixes[number] = prefix
+        own: dict[str, str] = {}
+        for row, (key, sha256, class_index) in enumerate(zip(*columns.values(), strict=True)):
+            if (key, sha256) in seen:
+                chosen.identical[number] += 1
+                continue
+            name = prefix + key
+            _check_key(name, source.uri, is_taken=name in taken or name in own)
+            own[name] = sha256
+            is_real = bool(methods) and methods[row] == REAL
+            chosen.samples.append(Chosen(name, number, row, class_index, is_real))
+        # Of the last run nothing need be remembered, and there may be millions of rows.
+        if number < last:
+            taken |= own
+            seen.update(zip(columns["key"], columns["sha256"], strict=True))
+    return chosen
+
+
+def _check_key(key: str, uri: str, *, is_taken: bool) -> None:
+    if not is_key(key):
+        raise JobError(f"RUN: '{uri}' has the key {key[:100]!r}, which is not of a-z, 0-9 and hyphens, at most 90")
+    if is_taken:
+        raise JobError(f"RUN: two samples have the key '{key}', one of them in '{uri}'; take that run alone")
+
+
+def shuffled(keys: Iterable[str], seed: int) -> list[int]:
+    """Numbers of the keys in an order that the seed decides; the place of two to each other depends on no third."""
+    digests = [hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=16).digest() for key in keys]
+    return sorted(range(len(digests)), key=digests.__getitem__)
+
+
+class SampleReader:
+    """Reads the samples of a selection, in any order.
+
+    Raises:
+        CorruptShardError: a tar is missing, torn, or lacks a sample that the rows tell of.
+    """
+
+    def __init__(self, corpus: Corpus, selection: Selection) -> None:
+        self._corpus = corpus
+        self._readers = [TarReader(source.tars) for source in corpus.runs]
+        self._tables = [_rows(corpus, number) for number in range(len(corpus.runs))]
+        self._keys = [table["key"].to_pylist() for table in self._tables]
+        wanted: list[list[str]] = [[] for _ in corpus.runs]
+        for one in selection.samples:
+            wanted[one.run].append(self._keys[one.run][one.row])
+        self._places = [
+            index_tars(source.tars, keys) if keys else SamplePlaces(())
+            for source, keys in zip(corpus.runs, wanted, strict=True)
+        ]
+
+    @property
+    def image_formats(self) -> list[str]:
+        """Extensions of the images, sorted."""
+        return sorted(frozenset[str]().union(*(places.image_formats for places in self._places)))
+
+    def format_of(self, one: Chosen) -> str:
+        """Extension of a sample's image."""
+        return self._place(one).image_format
+
+    def read(self, one: Chosen) -> SampleResult:
+        """A sample with its image and its record in the present schema version, under its new key.
+
+        Raises:
+            CorruptShardError: the image is not the one that the rows tell of, or the record cannot be read.
+        """
+        row = self._tables[one.run].slice(one.row, 1).to_pylist()[0]
+        image = self._readers[one.run].read(self._place(one).image)
+        if hashlib.sha256(image).hexdigest() != row["sha256"]:
+            self._damaged(one, f"the image of {row['key']} is not the one that its row tells of (checksum)")
+        record = upgraded(row if self._corpus.runs[one.run].is_rescored else self._record(one))
+        record["key"] = one.key
+        try:
+            check_record(record)
+        except ValueError as error:
+            self._damaged(one, str(error))
+        known = {name: _EMPTY_RUN[kind] for name, kind in RUN_FIELDS.items() if name != "sha256"}
+        run = {name: empty if row.get(name) is None else row[name] for name, empty in known.items()}
+        return SampleResult(record=record, image=image, run=run)
+
+    def images(self, samples: Iterable[Chosen]) -> Iterator[PIL.Image.Image]:
+        """The images, decoded.
+
+        Raises:
+            CorruptShardError: one cannot be decoded.
+        """
+        from engine.data.images import UnusableImageError, decode_sample
+
+        for one in samples:
+            try:
+                yield decode_sample(self._readers[one.run].read(self._place(one).image))
+            except UnusableImageError as error:
+                self._damaged(one, f"the image of {self._keys[one.run][one.row]} {error}")
+
+    def close(self) -> None:
+        """Close the tars."""
+        for reader in self._readers:
+            reader.close()
+
+    def _place(self, one: Chosen) -> SamplePlace:
+        return self._places[one.run][self._keys[one.run][one.row]]
+
+    def _record(self, one: Chosen) -> dict[str, Any]:
+        try:
+            record = json.loads(self._readers[one.run].read(self._place(one).record))
+        except (ValueError, RecursionError) as error:
+            self._damaged(one, f"the record of {one.key} cannot be read ({error})")
+        if not isinstance(record, dict):
+            self._damaged(one, f"the record of {one.key} is not a JSON object")
+        return record
+
+    def _damaged(self, one: Chosen, what: str) -> NoReturn:
+        remedy = "`riskforge verify` tells what is damaged"
+        raise CorruptShardError(f"{self._corpus.runs[one.run].uri}: {what}; {remedy}") from None
+
+
+def _rows(corpus: Corpus, number: int) -> pa.Table:
+    """What the tars do not hold of the rows; of a run scored anew, everything."""
+    there = set(corpus.columns)
+    columns = None if corpus.runs[number].is_rescored else [name for name in ("key", *RUN_FIELDS) if name in there]
+    return corpus.run_table(number, columns).combine_chunks()

@@ -1,0 +1,393 @@
+"""The data set's card: README.md with the YAML header that the Hugging Face Hub and `datasets` read."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Collection
+from typing import Any
+
+import yaml
+
+from engine.data.run.card_loading import loading_section
+from engine.data.run.schema import DESCRIPTIONS, arrow_schema, tar_features
+from engine.data.run.state import SURPLUS_LIST
+from engine.data.run.summary import GroupSummary, Spread
+from engine.job.spec import ConditioningSpec, JobSpec, RequestSpec
+from engine.models.licences import UNKNOWN
+
+_METHODS = {
+    "prompt": "sampled without guidance",
+    "boundary": "guided by the target's KLDB, towards the decision boundary between the classes of the request",
+    "risky": "guided to risk for the target under conformity to the class",
+    "custom": "guided by a criterion of its own, whose code is not part of this data set",
+}
+_SIZES = (
+    (10**3, "n<1K"),
+    (10**4, "1K<n<10K"),
+    (10**5, "10K<n<100K"),
+    (10**6, "100K<n<1M"),
+    (10**7, "1M<n<10M"),
+    (10**8, "10M<n<100M"),
+    (10**9, "100M<n<1B"),
+    (10**10, "1B<n<10B"),
+    (10**11, "10B<n<100B"),
+    (10**12, "100B<n<1T"),
+)
+_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
+# Headings that the note above the table speaks of.
+ERRORS, VALID_FAILURES, JUDGE = "errors", "valid failures", "judge's conformity"
+MAX_TABLE_ROWS = 200
+MAX_SHORT = 8
+
+
+def dataset_card(job: JobSpec, manifest: dict[str, Any], groups: list[GroupSummary], data_files: list[str]) -> str:
+    """The card as text.
+
+    Args:
+        manifest: as from `build_manifest`.
+        data_files: patterns of the tars, relative to the data set.
+    """
+    sections = [
+        _header(job, manifest, data_files),
+        f"# {job.name}",
+        _origin(job, manifest),
+        _models(manifest["models"]),
+        _requests(job, manifest["counts"]),
+        _table(groups),
+        loading_section(job.output.image_format, manifest["schema_version"]),
+        columns_section(manifest["schema_version"]),
+        _limits(job, manifest["schema_version"]),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _header(job: JobSpec, manifest: dict[str, Any], data_files: list[str]) -> str:
+    methods = sorted({f"guidance-{request.guidance_section}" for request in job.requests})
+    header = {
+        "pretty_name": job.name,
+        "license": "other",
+        "license_name": "unknown",
+        "task_categories": ["image-classification"],
+        "annotations_creators": ["machine-generated"],
+        "source_datasets": ["original"],
+        "tags": ["synthetic", "riskforge", "webdataset", "hard-examples", *methods],
+        "size_categories": [size_category(_num_stored(job, manifest["counts"]["samples"]))],
+        "configs": [card_config(data_files, f"{manifest['plan_digest']} {manifest['counts']['samples']}")],
+        "dataset_info": {"features": tar_features(job.output.image_format, manifest["schema_version"])},
+    }
+    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
+
+
+def card_config(data_files: list[str], content: str) -> dict[str, Any]:
+    """The only configuration of a data set: one split.
+
+    `datasets` keeps what it has read of a path by the version, and would give it again after the files have changed.
+
+    Args:
+        content: differs where the data differ.
+    """
+    version = int(hashlib.sha256(content.encode()).hexdigest()[:8], 16)
+    files = [{"split": "train", "path": data_files}]
+    return {"config_name": "default", "version": f"0.0.{version}", "data_files": files}
+
+
+def _num_stored(job: JobSpec, samples: dict[str, int]) -> int:
+    """Images in the tars: those of rejected samples too, where the job stores them."""
+    return samples["ok"] + (samples["rejected"] if job.output.store_rejected else 0)
+
+
+def size_category(num_images: int) -> str:
+    """How the Hub calls a data set of so many images."""
+    return next((name for limit, name in _SIZES if num_images < limit), "n>1T")
+
+
+def _origin(job: JobSpec, manifest: dict[str, Any]) -> str:
+    samples, shards = manifest["counts"]["samples"], manifest["counts"]["shards"]
+    return (
+        "**Every image is synthetic**: sampled from a text-to-image diffusion model by "
+        "Riskforge to find where an image classifier, the target, errs or hesitates. No image is a photograph."
+        f"{_provenance(job)}\n\n"
+        f"{samples['ok']} images in {shards['committed']} shards, of {samples['attempted']} attempts "
+        f"({samples['rejected']} rejected, {samples['failed']} failed, {samples['accepted']} accepted). "
+        f"Seed {job.seed}; plan `{manifest['plan_digest']}`.{_state(manifest)}\n\n"
+        f"{_not_counted(job, manifest['counts'])}"
+        f"**Licence:** not stated by the engine. It follows from the licences of the models below, above all of the "
+        f"diffusion model; set `license` in the header once it is known. {_licences(manifest['models'])}"
+    )
+
+
+def _provenance(job: JobSpec) -> str:
+    if not job.output.provenance:
+        return ""
+    return (
+        " Every file says so itself: its XMP has IPTC's `DigitalSourceType` "
+        "[`trainedAlgorithmicMedia`](http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia)."
+    )
+
+
+def _state(manifest: dict[str, Any]) -> str:
+    """What is missing: shards, rounds of quotas, or accepted samples that no further round would be made for."""
+    shards, missing = manifest["counts"]["shards"], _num_of_quotas(manifest["counts"], "missing")
+    if manifest["complete"]:
+        short = f"{missing} accepted samples that the quotas ask for were not reached within the attempts allowed"
+        return f"\n\n**Short:** {short}." if missing else ""
+    if shards["committed"] < shards["planned"]:
+        there = f"{shards['committed']} of {shards['planned']} shards were there when this was written"
+    else:
+        there = f"the quotas lacked {missing} accepted samples when this was written, and asked for more shards"
+    return f"\n\n**Not complete:** {there}."
+
+
+def _num_of_quotas(counts: dict[str, Any], name: str) -> int:
+    return sum(one[name] for rows in counts.get("quotas", {}).values() for one in rows)
+
+
+def _not_counted(job: JobSpec, counts: dict[str, Any]) -> str:
+    """The images in the tars that are none of those asked for."""
+    rejected = counts["samples"]["rejected"] if job.output.store_rejected else 0
+    surplus = _num_of_quotas(counts, "surplus")
+    text = ""
+    if rejected:
+        text += (
+            f"**The {rejected} rejected images are stored too.** Their label may be wrong: keep the samples whose JSON"
+            " says `accepted: true`, unless you want to study the others.\n\n"
+        )
+    if surplus:
+        text += (
+            f"**The tars hold {surplus} accepted images beyond the quotas.** `{SURPLUS_LIST}` lists their keys, and"
+            " `surplus` in `metadata.parquet` marks them.\n\n"
+        )
+    return text + ("The lines under Loading leave them out.\n\n" if text else "")
+
+
+def _licences(models: dict[str, Any]) -> str:
+    each = [one for about in models.values() for one in (about if isinstance(about, list | tuple) else [about])]
+    stated = [one for one in each if isinstance(one, dict) and one.get("license") not in (None, UNKNOWN)]
+    if not stated:
+        return "The files of the models state none."
+    return "Of the models' licences only what their own files say is listed."
+
+
+def _models(models: dict[str, Any]) -> str:
+    lines = ["## Models", "", "| role | model |", "|---|---|"]
+    for role, about in models.items():
+        each = about if isinstance(about, list | tuple) else [about]
+        lines += [f"| {role} | {_model_text(one)} |" for one in each]
+    return "\n".join(lines)
+
+
+def _model_text(about: Any) -> str:
+    if not isinstance(about, dict):
+        return code(str(about))
+    return ", ".join(f"{name} {code(str(value))}" for name, value in about.items() if name != "labels")
+
+
+def _amount(request: RequestSpec) -> str:
+    if not request.has_quota:
+        return f"{request.count} for each class or subset and context"
+    return (
+        f"{request.num_wanted} accepted ones for each class or subset, from at most {request.attempts_limit} attempts "
+        "(`surplus` in metadata.parquet marks what is beyond)"
+    )
+
+
+def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
+    """What was asked for, and below each request what came of it."""
+    lines = ["## How it was made", ""]
+    for request in job.requests:
+        wanted = request.boundary if request.boundary is not None else request.classes
+        classes = "all classes" if wanted == "all" else ", ".join(code(str(one), table=False) for one in wanted or ())
+        joint = " jointly" if request.boundary is not None else ""
+        lines += [
+            f"- **{request.name}**: method `{request.method}`, {_METHODS[request.guidance_section]}; {classes}{joint}, "
+            f"{_amount(request)}; contexts: {len(request.contexts)}.",
+            f"  - made: {_made(counts['requests'].get(request.name, {}), counts.get('quotas', {}).get(request.name))}",
+            f"  - sampling: {_parameters(job.sampling_of(request).model_dump())}",
+        ]
+        if request.fresh:
+            lines.append(f"  - fresh: the seeds are those of {code(str(request.fresh), table=False)} alone")
+        if request.conditioning:
+            screening = counts.get("screening", {}).get(request.name, [])
+            lines.append(f"  - conditioning: {_conditioning(request.conditioning, screening)}")
+        if request.prompt:
+            lines.append(f"  - prompt: {code(request.prompt, table=False)}")
+        if request.guidance_section in ("boundary", "custom"):
+            guidance = getattr(job.guidance_of(request), request.guidance_section)
+            lines.append(f"  - guidance: {_parameters(guidance.model_dump() | {'alpha': guidance.step_size})}")
+        elif request.method == "risky":
+            lines.append(f"  - guidance: {_parameters(job.guidance_of(request).risky.model_dump())}")
+        if request.guidance_section != "prompt":
+            lines.append(f"  - guided: {_guided(counts.get('guidance', {}).get(request.name))}")
+        if request.accept:
+            lines.append(f"  - accepted when: {_parameters(request.accept)}")
+    return "\n".join(lines)
+
+
+def _made(made: dict[str, int], quotas: list[dict[str, Any]] | None) -> str:
+    """What came of a request, in numbers."""
+    if not made.get("attempted"):
+        return "nothing so far"
+    text = f"{made['attempted']} attempts: " + ", ".join(
+        f"{made[name]} {name}" for name in ("ok", "rejected", "failed")
+    )
+    short = [f"{one['missing']} of {code(one['class'], table=False)}" for one in quotas or () if one["missing"]]
+    if not short:
+        return text
+    more = f" and {len(short) - MAX_SHORT} more classes" if len(short) > MAX_SHORT else ""
+    return f"{text}; short of its quota by {', '.join(short[:MAX_SHORT])}{more}"
+
+
+def _guided(found: dict[str, int] | None) -> str:
+    """How many images guidance reached."""
+    if found is None:
+        return "no image so far"
+    text = f"{found['guided']} of {found['scored']} scored images"
+    if found["without_effect"]:
+        text += f"; of these {found['without_effect']} as without it: no gradient was finite and other than zero"
+    return text
+
+
+def _conditioning(spec: ConditioningSpec, screening: list[dict[str, Any]]) -> str:
+    """What the embeddings of a request were, with the parameters that had an effect.
+
+    Args:
+        screening: by class, samples and draws, and how many samples had a draw that passed.
+    """
+    if spec.images is not None:
+        return f"embeddings of given images, {_parameters({'images': spec.images, 'noise_level': spec.noise_level})}"
+    kept: dict[str, Any] = {"artefact": spec.artefact, "noise_level": spec.noise_level}
+    if not spec.is_screened:
+        return f"embeddings drawn from class statistics, not screened, {_parameters(kept)}"
+    kept |= {"threshold": spec.threshold, "max_draws": spec.max_draws}
+    asked = (
+        "embeddings drawn from class statistics, each to be drawn until the target's error predictor expects an error"
+    )
+    return f"{asked}, {_parameters(kept)}; {_screened(screening)}"
+
+
+def _screened(screening: list[dict[str, Any]]) -> str:
+    """What the draws came to."""
+    samples, screened, draws = (sum(one[name] for one in screening) for name in ("samples", "screened", "draws"))
+    if not samples:
+        return "nothing was drawn so far"
+    text = f"{screened} of {samples} samples have an embedding that passed, in {draws} draws"
+    if screened == samples:
+        return text
+    which = "all" if not screened else f"the other {samples - screened}"
+    return f"{text}; {which} were made from the likeliest of their draws and are not screened (`screened: false`)"
+
+
+def _parameters(values: dict[str, Any]) -> str:
+    shown = {name: value for name, value in values.items() if value not in (None, "")}
+    return ", ".join(f"{name} {code(str(value), table=False)}" for name, value in shown.items())
+
+
+def _table(groups: list[GroupSummary]) -> str:
+    columns = _columns(groups)
+    lines = [
+        "## Scores",
+        "",
+        _table_note(columns),
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
+    lines += [f"| {' | '.join(cell(group) for cell in columns.values())} |" for group in groups[:MAX_TABLE_ROWS]]
+    if len(groups) > MAX_TABLE_ROWS:
+        lines += ["", f"{len(groups) - MAX_TABLE_ROWS} more rows are under `summary` in `manifest.json`."]
+    return "\n".join(lines)
+
+
+def _columns(groups: list[GroupSummary]) -> dict[str, Callable[[GroupSummary], str]]:
+    """Headings and what stands below them; models that a job does not name have no column."""
+    columns: dict[str, Callable[[GroupSummary], str]] = {
+        "request": lambda group: group.request,
+        "context": lambda group: code(group.context) if group.context else "none",
+        "images / attempts": lambda group: f"{group.ok} / {group.attempted}",
+        ERRORS: lambda group: _percent(group.error_rate),
+        "risk": lambda group: _spread(group.risk),
+        "KLDB": lambda group: _spread(group.kldb),
+        "entropy": lambda group: _spread(group.entropy),
+        "conformity": lambda group: _spread(group.conformity),
+    }
+    if any(group.oracle_agreement is not None for group in groups):
+        columns["oracle agrees"] = lambda group: _percent(group.oracle_agreement)
+        columns[VALID_FAILURES] = lambda group: _percent(group.valid_failure_rate)
+    if any(group.transfer for group in groups):
+        columns["transfer"] = _transfer
+    if any(group.judge_conformity is not None for group in groups):
+        columns[JUDGE] = lambda group: _number(group.judge_conformity)
+    return columns
+
+
+def _table_note(columns: Collection[str]) -> str:
+    text = (
+        "Medians per request and context, over all scored samples, rejected ones too; in brackets the middle half. "
+        "Risk, KLDB and entropy are in nats under the target, conformity is the cosine of CLIP embeddings of image and "
+        "class prompt. Errors: the target predicts another class than the conditioned one, for a joint prompt one "
+        "outside its classes."
+    )
+    if VALID_FAILURES in columns:
+        text += (
+            " The oracle agrees where it predicts a class that was asked for; a valid failure is a sample on which the "
+            "target errs while the oracle agrees."
+        )
+    return text + (
+        " The judge is a second CLIP model that guided nothing; its conformity is a mean." if JUDGE in columns else ""
+    )
+
+
+def _transfer(group: GroupSummary) -> str:
+    return "; ".join(
+        f"{code(one.model)} errors {_percent(one.error_rate)}, risk {one.risk_median:.3g}" for one in group.transfer
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _spread(spread: Spread | None) -> str:
+    return "" if spread is None else f"{spread.median:.3g} ({spread.q25:.3g} to {spread.q75:.3g})"
+
+
+def columns_section(version: int) -> str:
+    """What the columns of a schema version mean."""
+    names = arrow_schema(surplus=True, version=version).names
+    lines = ["## Columns", "", "| column | meaning |", "|---|---|"]
+    return "\n".join(lines + [f"| `{name}` | {DESCRIPTIONS[name].replace('|', chr(92) + '|')} |" for name in names])
+
+
+def _limits(job: JobSpec, version: int) -> str:
+    models = job.models
+    oracle = "filter by `conformity` and by what the oracle predicts" if models.oracle else "filter by `conformity`"
+    judge = "the judge is a second opinion" if models.judge else "no second CLIP model judged"
+    has_guided = any(request.guidance_section in ("risky", "custom") for request in job.requests)
+    clip = "may have guided the sample" if has_guided else "guided no sample"
+    return f"""## Limits
+
+- Labels are what was asked of the diffusion model, not what a person saw: {oracle}.
+- `conformity` comes from one CLIP model, which {clip}, and shares its blind spots ({judge}); `risk`, `kldb` and
+  `entropy` are those of one target.
+- Images inherit the biases and gaps of the diffusion model; rates of error here are not rates on real images.
+- Scores are of the stored 8-bit image. Columns are of schema version {version}; `manifest.json`
+  has job, versions and checksums."""
+
+
+def code(text: str, *, table: bool = True) -> str:
+    """Somebody else's text as an inline code span, in which neither Markdown nor HTML has a meaning.
+
+    Args:
+        table: whether it stands in a table, where a bar must be escaped even in code.
+    """
+    plain = _UNSEEN.sub(" ", text).strip() or " "
+    longest = max((len(run) for run in re.findall(r"`+", plain)), default=0)
+    fence = "`" * (longest + 1)
+    pad = " " if plain[0] == "`" or plain[-1] == "`" else ""
+    inner = plain.replace("|", "\\|") if table else plain
+    return f"{fence}{pad}{inner}{pad}{fence}"

@@ -1,0 +1,124 @@
+"""Are the files of a run still there? By listings, sizes and ends of files; `verify` reads every byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from engine.data.run.commits import recorded_files
+from engine.data.run.shards import SHARDS
+from engine.data.run.state import (
+    CARD,
+    MANIFEST,
+    METADATA,
+    REPORT,
+    SUCCESS,
+    SURPLUS_LIST,
+    SURPLUS_LIST_SINCE,
+    TIMM_INFO,
+    WIDS_INDEX,
+    read_manifest,
+)
+from engine.data.stores.base import Store
+from engine.data.stores.file_errors import is_no_file
+from engine.errors import CorruptShardError, OutputError, RiskforgeError
+from engine.job.plan import Plan
+
+# What each file ends with that closes a run, but for white space.
+_ENDS = {CARD: b"", REPORT: b"</html>", WIDS_INDEX: b"]}", TIMM_INFO: b"}"}
+_PARQUET_END = b"PAR1"
+_TAIL_BYTES = 64
+MAX_LISTED = 8
+
+
+def lost_files(store: Store) -> list[str]:
+    """Files of committed shards that are gone or of another size, a line each, with their shard.
+
+    One listing of the shards, and the records; no shard is opened.
+    """
+    recorded = list(recorded_files(store))
+    # After the records: whatever they tell of was there before them.
+    sizes = store.sizes(SHARDS)
+    lost: list[str] = []
+    for one in recorded:
+        if isinstance(one, CorruptShardError):
+            lost.append(str(one))
+            continue
+        number, name, num_bytes = one
+        if (size := sizes.get(name)) is None:
+            lost.append(f"{name}: is missing, but shard {number} is committed")
+        elif size != num_bytes:
+            lost.append(f"{name}: has {size} bytes, but {num_bytes} were committed as shard {number}")
+    return lost
+
+
+def check_committed(store: Store) -> None:
+    """Refuse to go on where files of committed shards are lost: only the user can know whether they lie elsewhere.
+
+    Raises:
+        CorruptShardError: with the files and the remedy.
+
+    Side effects: removes `_SUCCESS` then.
+    """
+    lost = lost_files(store)
+    if not lost:
+        return
+    store.remove(SUCCESS)
+    first, *lines = loss_lines(store.uri, lost)
+    raise CorruptShardError("\n".join([f"output {store.uri}: {first}", *lines]))
+
+
+def loss_lines(uri: str, lost: Sequence[str]) -> list[str]:
+    """What is lost, for people, and what to do about it."""
+    return [
+        f"of the files of committed shards {len(lost)} {'is' if len(lost) == 1 else 'are'} not there as committed:",
+        *(f"  {line}" for line in lost[:MAX_LISTED]),
+        *([f"  and {len(lost) - MAX_LISTED} more"] if len(lost) > MAX_LISTED else []),
+        f"put them back; or let `riskforge repair {uri}` take these shards out, and `riskforge run` with the same job"
+        " makes them again",
+    ]
+
+
+def is_closed(store: Store, plan: Plan) -> bool:
+    """Whether the files over all shards are there, each with its end: a finished run has them."""
+    return not any(torn_files(store, plan))
+
+
+def torn_files(store: Store, plan: Plan) -> Iterator[str]:
+    """Names of the files that close a run and are not there, or not whole as far as their ends tell."""
+    # The marker is looked at by its content, too: an empty one says nothing.
+    checks = {SUCCESS: lambda: store.read(SUCCESS).decode(errors="replace").strip() == plan.digest}
+    checks |= {name: partial(_ends_with, store, name, end) for name, end in _ENDS.items()}
+    checks |= {
+        MANIFEST: lambda: store.exists(MANIFEST) and bool(read_manifest(store)),
+        METADATA: partial(_has_ends, store),
+    }
+    # Runs of earlier versions were closed without a list of surplus; in most it is empty.
+    if plan.schema_version >= SURPLUS_LIST_SINCE:
+        checks[SURPLUS_LIST] = lambda: store.tail(SURPLUS_LIST, 1) in (b"", b"\n")
+    for name, is_whole in checks.items():
+        try:
+            if is_whole():
+                continue
+        except RiskforgeError as error:
+            if not _is_absence(error):
+                raise
+        yield name
+
+
+def _has_ends(store: Store) -> bool:
+    parts = store.list(METADATA) if store.is_folder(METADATA) else [METADATA]
+    return bool(parts) and all(_ends_with(store, name, _PARQUET_END) for name in parts)
+
+
+def _ends_with(store: Store, name: str, end: bytes) -> bool:
+    tail = store.tail(name, _TAIL_BYTES).strip()
+    return bool(tail) and tail.endswith(end)
+
+
+def _is_absence(error: RiskforgeError) -> bool:
+    """Whether a file is not there, or not what it should be; anything else is a fault of the store."""
+    if isinstance(error, CorruptShardError):
+        return True
+    kinds = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+    return isinstance(error, OutputError) and (isinstance(error.__cause__, kinds) or is_no_file(error))

@@ -1,0 +1,332 @@
+"""Medians and rates of a data set's scores per request and context: one table for terminal, card and report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.data.run.outcomes import ASKED, ERRS, errors, oracle_agreement, predicts_asked, scored_rows
+from engine.job.class_names import distinct_pairs
+from engine.job.records import NO_CLASS, SINCE, STATUS_FAILED, STATUS_OK, STATUS_REJECTED
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    from engine.job.spec import JobSpec
+
+_TEXTS = ["request", "method", "context", "class_name", "status"]
+_SCORES = ["risk", "conformity", "kldb", "entropy"]
+_COLUMNS = [*_TEXTS, *_SCORES, *ASKED, *ERRS, "accepted", "oracle_class", "transfer"]
+# Runs of an earlier schema version do not have them.
+LATER_COLUMNS = tuple(SINCE)
+_QUARTILES = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """Median and quartiles of a score."""
+
+    q25: float
+    median: float
+    q75: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferSummary:
+    """How a classifier that was never guided on sees the images of a group."""
+
+    model: str
+    error_rate: float
+    risk_median: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSummary:
+    """The samples of one request and context.
+
+    Rates and scores are over all that were scored, `ok` and `rejected`: over the accepted ones alone they would tell of
+    the rule of acceptance, not of the method.
+
+    Attributes:
+        error_rate: share on which the target predicts another class than the conditioned one, for a joint prompt one
+            outside its subset; None without a scored sample, as all scores.
+        oracle_agreement: share whose oracle class is the conditioned one, for a joint prompt any of its subset; None
+            without an oracle.
+        valid_failure_rate: share on which the target errs while the oracle agrees; None without an oracle.
+        judge_conformity: mean of the judge's conformity; None without a judge.
+    """
+
+    request: str
+    method: str
+    context: str
+    attempted: int
+    ok: int
+    rejected: int
+    failed: int
+    accepted: int
+    error_rate: float | None
+    risk: Spread | None
+    conformity: Spread | None
+    kldb: Spread | None
+    entropy: Spread | None
+    oracle_agreement: float | None
+    valid_failure_rate: float | None
+    transfer: tuple[TransferSummary, ...]
+    judge_conformity: float | None = None
+
+
+def summarise(metadata: Path) -> list[GroupSummary]:
+    """The groups of a data set in the order of their first sample.
+
+    Args:
+        metadata: a parquet file, or a folder of them, with the columns of a shard.
+    """
+    return summarise_table(_read_slim(metadata))
+
+
+def count_classes(metadata: Path) -> dict[str, dict[str, int]]:
+    """Samples per class and status, classes in the order of their names; with their indices where a name is double."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(metadata, columns=["class_name", "class_index", "status"], partitioning=None)
+    table = table.append_column("class", class_texts(table))
+    counts: dict[str, dict[str, int]] = {}
+    for row in table.group_by(["class", "status"]).aggregate([([], "count_all")]).to_pylist():
+        empty = dict.fromkeys((STATUS_OK, STATUS_REJECTED, STATUS_FAILED), 0)
+        counts.setdefault(row["class"], empty)[row["status"]] = row["count_all"]
+    return dict(sorted(counts.items()))
+
+
+def class_texts(table: pa.Table, labels: Sequence[str] = ()) -> pa.Array:
+    """For each row the name of its class, with the index where another class has that name.
+
+    Args:
+        labels: class names of the target in index order; without them the classes of the rows are all there are.
+    """
+    import numpy as np
+    import pyarrow as pa
+
+    if not table.num_rows:
+        return pa.array([], pa.string())
+    names = table["class_name"].cast(pa.string()).combine_chunks().dictionary_encode()
+    known = names.dictionary.to_pylist()
+    codes = table["class_index"].to_numpy().astype(np.int64) * len(known) + names.indices.to_numpy()
+    found, places = np.unique(codes, return_inverse=True)
+    pairs = [(int(code) // len(known), known[int(code) % len(known)]) for code in found]
+    texts = distinct_pairs([*enumerate(labels), *pairs])
+    return pa.array([texts[pair] for pair in pairs], pa.string()).take(pa.array(places))
+
+
+def count_guidance(metadata: Path) -> dict[str, dict[str, int]]:
+    """By request with guided samples: its scored ones, those that were guided, and those that no gradient moved.
+
+    Of the latter the gradient was zero, or not finite and dropped, at every guided step.
+    """
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    columns = ["request", "status", "guided_steps", "zero_gradients", "nonfinite_gradients"]
+    table = pq.read_table(metadata, columns=columns, partitioning=None)
+    table = table.filter(scored_rows(table))
+    steps, zero, dropped = (_numbers(table, name) for name in columns[2:])
+    guided = steps > 0
+    flags = {"scored": np.ones(len(steps)), "guided": guided, "without_effect": guided & (zero + dropped >= steps)}
+    requests = table["request"].combine_chunks().dictionary_encode()
+    names, codes = requests.dictionary.to_pylist(), requests.indices.to_numpy()
+    sums = {flag: np.bincount(codes, values, minlength=len(names)).astype(int) for flag, values in flags.items()}
+    return {
+        name: {flag: int(counts[code]) for flag, counts in sums.items()}
+        for code, name in enumerate(names)
+        if sums["guided"][code]
+    }
+
+
+def read_dials(metadata: Path, job: JobSpec) -> dict[str, dict[str, float]]:
+    """How near the risk of scored samples is to the dial, for each request that was guided to one.
+
+    Returns:
+        By request: `target_risk`, `tolerance`, the median of the risk, the share of scored samples within the
+        tolerance, and the distance to the dial within which half of them lie.
+    """
+    import numpy as np
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    wanted = {one.name: job.guidance_of(one).risky for one in job.requests if one.method == "risky"}
+    wanted = {name: spec for name, spec in wanted.items() if spec.step == "polyak"}
+    if not wanted:
+        return {}
+    table = pq.read_table(metadata, columns=["request", "status", "risk"], partitioning=None)
+    table = table.filter(scored_rows(table))
+    dials = {}
+    for name, spec in wanted.items():
+        risk = table.filter(pc.equal(table["request"], name))["risk"].to_numpy()
+        if len(risk):
+            distance = np.abs(risk - spec.target_risk)
+            dials[name] = {
+                "target_risk": float(spec.target_risk),
+                "tolerance": float(spec.tolerance),
+                "risk_median": float(np.median(risk)),
+                "share_within_tolerance": float(np.mean(distance <= spec.tolerance)),
+                "distance_median": float(np.median(distance)),
+            }
+    return dials
+
+
+def summarise_table(table: pa.Table) -> list[GroupSummary]:
+    """The groups of a table that has the columns of a shard, in the order of their first sample."""
+    import numpy as np
+
+    if not table.num_rows:
+        return []
+    codes = _group_codes(table)
+    columns = {name: _numbers(table, name) for name in [*_SCORES, "accepted"]}
+    columns |= {status: _equals(table, "status", status) for status in (STATUS_OK, STATUS_REJECTED, STATUS_FAILED)}
+    columns |= {"scored": scored_rows(table), "error": errors(table), "oracle": oracle_agreement(table)}
+    columns["judge"] = _judge_reading(table)
+    transfers = _transfer_readings(table)
+    order = np.argsort(codes, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
+    first = table.select(["request", "method", "context"]).take([int(rows[0]) for rows in groups]).to_pylist()
+    return [
+        _group(names, {name: column[rows] for name, column in columns.items()}, _of_rows(transfers, rows))
+        for names, rows in zip(first, groups, strict=True)
+    ]
+
+
+def _read_slim(metadata: Path) -> pa.Table:
+    import pyarrow.dataset
+    import pyarrow.parquet as pq
+
+    schema = pyarrow.dataset.dataset(metadata, format="parquet").schema
+    columns = [name for name in (*_COLUMNS, *LATER_COLUMNS) if name in schema.names or name not in LATER_COLUMNS]
+    return pq.read_table(metadata, columns=columns, read_dictionary=_TEXTS, partitioning=None)
+
+
+def _group(names: dict[str, Any], rows: dict[str, np.ndarray], transfer: tuple[TransferSummary, ...]) -> GroupSummary:
+    import numpy as np
+
+    scored = rows["scored"]
+    heard = scored & (rows["oracle"] >= 0)
+    return GroupSummary(
+        **names,
+        attempted=len(scored),
+        ok=int(rows[STATUS_OK].sum()),
+        rejected=int(rows[STATUS_REJECTED].sum()),
+        failed=int(rows[STATUS_FAILED].sum()),
+        accepted=int(rows["accepted"].sum()),
+        error_rate=_mean(rows["error"][scored]),
+        oracle_agreement=_mean(rows["oracle"][heard]),
+        valid_failure_rate=_mean((rows["oracle"] * rows["error"])[heard]),
+        transfer=transfer,
+        judge_conformity=_mean(rows["judge"][~np.isnan(rows["judge"])]),
+        risk=_spread(rows["risk"][scored]),
+        conformity=_spread(rows["conformity"][scored]),
+        kldb=_spread(rows["kldb"][scored]),
+        entropy=_spread(rows["entropy"][scored]),
+    )
+
+
+def _group_codes(table: pa.Table) -> np.ndarray:
+    """One number for each row, equal where request and context are, counted in order of appearance."""
+    import numpy as np
+
+    request, context = (_codes(table, name) for name in ("request", "context"))
+    pairs = request.astype(np.int64) * (int(context.max()) + 1) + context
+    _, first, inverse = np.unique(pairs, return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(first))
+    return rank[inverse]
+
+
+def _codes(table: pa.Table, name: str) -> np.ndarray:
+    return table[name].combine_chunks().dictionary_encode().indices.to_numpy()
+
+
+def _numbers(table: pa.Table, name: str) -> np.ndarray:
+    return table[name].to_numpy()
+
+
+def _equals(table: pa.Table, name: str, value: str) -> np.ndarray:
+    import pyarrow.compute as pc
+
+    return pc.equal(table[name], value).to_numpy()
+
+
+def _judge_reading(table: pa.Table) -> np.ndarray:
+    """Conformity under the judge; NaN where there was none or no image."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    reading = np.full(table.num_rows, np.nan)
+    if "judge" in table.column_names:
+        rows = pc.list_parent_indices(table["judge"]).to_numpy()
+        reading[rows] = pc.list_flatten(table["judge"]).combine_chunks().field("conformity").to_numpy()
+    return reading
+
+
+def _transfer_readings(table: pa.Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Per model and row: risk and whether it errs; NaN where the model did not see the row."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    entries = pc.list_flatten(table["transfer"]).combine_chunks()
+    parents = pc.list_parent_indices(table["transfer"]).to_numpy()
+    readings: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for model in pc.unique(entries.field("model")).to_pylist():
+        chosen = pc.equal(entries.field("model"), model).to_numpy(zero_copy_only=False)
+        rows = parents[chosen]
+        risk, predicted = np.full(table.num_rows, np.nan), np.full(table.num_rows, NO_CLASS)
+        risk[rows] = entries.field("risk").to_numpy()[chosen]
+        predicted[rows] = entries.field("predicted_class").to_numpy()[chosen]
+        error = np.where(np.isnan(risk), np.nan, ~predicts_asked(table, predicted))
+        readings[model] = (risk, error)
+    return readings
+
+
+def _of_rows(readings: dict[str, tuple[np.ndarray, np.ndarray]], rows: np.ndarray) -> tuple[TransferSummary, ...]:
+    import numpy as np
+
+    summaries = []
+    for model, (risks, wrong) in readings.items():
+        risk, error = risks[rows], wrong[rows]
+        seen = ~np.isnan(risk)
+        if seen.any():
+            summaries.append(
+                TransferSummary(
+                    model=model, error_rate=float(error[seen].mean()), risk_median=float(np.median(risk[seen]))
+                )
+            )
+    return tuple(summaries)
+
+
+def _spread(values: np.ndarray) -> Spread | None:
+    import numpy as np
+
+    if not len(values):
+        return None
+    q25, median, q75 = (float(value) for value in np.quantile(values, _QUARTILES))
+    return Spread(q25=q25, median=median, q75=q75)
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def plain(group: GroupSummary) -> dict[str, Any]:
+    """A group as plain data without nulls: what is not known is not there."""
+    known = {name: value for name, value in dataclasses.asdict(group).items() if value is not None}
+    return known | {"transfer": list(known["transfer"])}
+
+
+def count_requests(groups: list[GroupSummary]) -> dict[str, dict[str, int]]:
+    """Samples per request and status, and the accepted ones."""
+    counts: dict[str, dict[str, int]] = defaultdict(dict)
+    for group in groups:
+        for name in ("attempted", STATUS_OK, STATUS_REJECTED, STATUS_FAILED, "accepted"):
+            counts[group.request][name] = counts[group.request].get(name, 0) + getattr(group, name)
+    return dict(counts)

@@ -1,0 +1,44 @@
+"""Folders that are built beside their place and renamed, so that they are whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine.data.stores.file_errors import explained
+
+
+@contextlib.contextmanager
+def fresh_folder(home: Path) -> Iterator[Path]:
+    """An empty folder to build in, which takes the place of `home` at the end of the block, or leaves nothing behind.
+
+    Raises:
+        OutputError: the file system refuses.
+    """
+    built = home.with_name(f".{home.name}-{secrets.token_hex(4)}")
+    with explained(home):
+        try:
+            built.mkdir(parents=True)
+            yield built
+            _swap(built, home)
+        finally:
+            shutil.rmtree(built, ignore_errors=True)
+
+
+def _swap(built: Path, home: Path) -> None:
+    """Put a folder in the place of another; interrupted, the old one is back or the new one there."""
+    if not home.exists():
+        built.rename(home)
+        return
+    aside = built.with_name(f"{built.name}-old")
+    try:
+        home.rename(aside)
+        built.rename(home)
+    except BaseException:
+        if aside.exists() and not home.exists():
+            aside.rename(home)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,283 @@
+"""The lease: one driver at a time works on an output, and a dead one's place is taken.
+
+`_state/lease/000003.json` is the fourth driver's; the file is created if absent, so only one can be the fourth. Its
+holder renews it; who finds that a later number exists has lost it. Expiry is judged by the clock of the wall first and
+then by watching: a lease that changes while it is watched, for longer than its holder takes to renew it, is alive,
+whatever the clocks say. Data do not hang on the lease: shards, records and rounds are created if absent, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from engine.data.stores.base import DRIVER_LOCK, LEASES, Store
+from engine.errors import MAX_REASON_CHARS, OutputError, OwnedError, RiskforgeError
+from engine.methods.strict_json import parse_json
+from engine.models.files import MAX_RECORD_BYTES
+
+LEASE_SECONDS = 60.0
+# So many times within its length a lease is renewed.
+RENEWALS = 4
+# Seconds since 1970 that a lease may tell of: those of some centuries.
+MAX_MOMENT = 2e10
+# So long its release is waited for, where the network is broken.
+RELEASE_SECONDS = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """What a lease says of who holds it.
+
+    Attributes:
+        token: drawn once a driver; tells two of one machine apart.
+        boot: of the machine, empty where it is not known.
+        process, process_start: number of the process, and when it began, as the system counts.
+        since, expires: seconds since 1970 on the holder's clock.
+        length_seconds: time from a renewal to the end.
+        num_renewals: changes with every renewal.
+        is_released: whether the holder has ended in good order.
+    """
+
+    token: str
+    host: str
+    boot: str
+    process: int
+    process_start: str
+    since: float
+    expires: float
+    length_seconds: float
+    num_renewals: int = 0
+    is_released: bool = False
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self.since))
+        return f"process {self.process} on {self.host}, since {since}"
+
+
+class Lease:
+    """A lease that this process holds; made by `hold`.
+
+    Attributes:
+        number: of the driver, counted over all that have worked on the output.
+    """
+
+    def __init__(self, store: Store, number: int, holder: Holder) -> None:
+        self.number = number
+        self._store = store
+        self._holder = holder
+        self._lost = ""
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+
+    def check(self) -> None:
+        """Be sure that the lease still stands.
+
+        Raises:
+            OwnedError: another driver has taken the run over.
+        """
+        if self._lost:
+            raise OwnedError(self._lost)
+
+    def keep(self) -> None:
+        """Renew the lease in the background, until `release`."""
+        self._thread.start()
+
+    def release(self) -> None:
+        """Leave the place to whoever comes next; not worth an error or a long wait, as a lease expires by itself."""
+        self._ended.set()
+        self._thread.join(RELEASE_SECONDS)
+
+    def renew(self) -> None:
+        """Put the end of the lease off, or find that it is lost."""
+        latest = _latest(self._store)
+        if latest is None or latest[0] != self.number or latest[1].token != self._holder.token:
+            who = f" by {latest[1]}" if latest else ""
+            self._lost = f"output {self._store.uri}: this run was taken over{who}; this driver stops"
+            return
+        self._holder = replace(
+            self._holder,
+            num_renewals=self._holder.num_renewals + 1,
+            expires=time.time() + self._holder.length_seconds,
+        )
+        self._write(self._holder)
+
+    def _keep(self) -> None:
+        while not self._lost and not self._ended.wait(self._holder.length_seconds / RENEWALS):
+            # A full disk is told by those who write more; the lease then runs out. No error may end the renewing: a
+            # driver whose lease runs out while it is at work does not hear of it.
+            with contextlib.suppress(Exception):
+                self.renew()
+        if not self._lost:
+            with contextlib.suppress(RiskforgeError):
+                self._write(replace(self._holder, is_released=True))
+
+    def _write(self, holder: Holder) -> None:
+        self._store.replace(_name(self.number), _bytes(holder))
+
+
+@contextlib.contextmanager
+def hold(
+    store: Store,
+    *,
+    length_seconds: float = LEASE_SECONDS,
+    notice: Callable[[str], None] = lambda text: None,
+    wait: Callable[[float], object] = time.sleep,
+) -> Iterator[Lease]:
+    """Be the only driver at work on an output.
+
+    Args:
+        length_seconds: a driver that was not heard of for so long is taken for dead.
+        notice: hears what is waited for.
+        wait: how time passes while an expired lease is watched.
+
+    Raises:
+        OwnedError: another driver is at work, with its machine, process and time of beginning.
+    """
+    own = _new_holder(length_seconds)
+    # Where the file system has locks, a second driver on this machine is seen at once, and so is a dead one.
+    with store.try_lock(DRIVER_LOCK, str(own)) as other:
+        if other:
+            _refuse(store, other)
+        lease = _take(store, own, notice, wait)
+        lease.keep()
+        try:
+            yield lease
+        finally:
+            lease.release()
+
+
+def read_holder(store: Store) -> Holder | None:
+    """Who holds the lease of an output, or held it last; None where nobody has."""
+    latest = _latest(store)
+    return latest[1] if latest else None
+
+
+def is_alive(holder: Holder) -> bool:
+    """Whether a holder is at work, as far as its lease and this machine's clock tell."""
+    return not holder.is_released and time.time() < holder.expires and not _is_dead_here(holder)
+
+
+def _take(store: Store, own: Holder, notice: Callable[[str], None], wait: Callable[[float], object]) -> Lease:
+    """The next number, once the latest holder is gone."""
+    while True:
+        latest = _latest(store)
+        number = latest[0] + 1 if latest else 0
+        if latest and not latest[1].is_released and not _is_dead_here(latest[1]):
+            _outlive(store, latest[1], notice, wait)
+        if store.publish(_name(number), _bytes(own)):
+            store.remove_all(name for name in store.list(LEASES) if name < _name(number))
+            return Lease(store, number, own)
+
+
+def _outlive(store: Store, holder: Holder, notice: Callable[[str], None], wait: Callable[[float], object]) -> None:
+    """Watch a lease that has run out by the clock, for longer than its holder would take to renew it.
+
+    Raises:
+        OwnedError: it has not run out, or was renewed.
+    """
+    left = holder.expires - time.time()
+    # One that ends later than it could was written by another clock, or the clock was turned back.
+    if 0 < left <= holder.length_seconds:
+        _refuse(store, f"{holder}; if it is dead, its place is free in {left:.0f} s")
+    notice(f"waiting to see whether the driver that was here is dead ({holder})")
+    wait(2 * holder.length_seconds / RENEWALS)
+    latest = read_holder(store)
+    if latest is not None and latest != holder and not latest.is_released:
+        _refuse(store, str(latest))
+
+
+def _refuse(store: Store, who: str) -> None:
+    raise OwnedError(
+        f"output {store.uri}: another driver is at work on it ({who}); let it finish or stop it, or choose another"
+        " --output"
+    )
+
+
+def _latest(store: Store) -> tuple[int, Holder] | None:
+    """The lease with the highest number, and its holder."""
+    for name in reversed(store.list(LEASES)):
+        try:
+            return int(Path(name).stem), _holder(store.read(name, MAX_RECORD_BYTES))
+        except OutputError as error:
+            # Removed by a later driver, after it was listed.
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+        except (ValueError, TypeError) as error:
+            reason = str(error)[:MAX_REASON_CHARS]
+            raise OutputError(f"{store.address(name)}: is not the lease of a driver ({reason}); remove it") from None
+    return None
+
+
+def _holder(data: bytes) -> Holder:
+    """A holder from its file.
+
+    Raises:
+        ValueError, TypeError: its fields are others, or of other types.
+    """
+    holder = Holder(**parse_json(data))
+    kinds = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+    for one in fields(Holder):
+        if type(value := getattr(holder, one.name)) not in kinds[str(one.type)]:
+            raise ValueError(f"{one.name} is {value!r}")
+    # Moments that no clock has: they are compared and shown.
+    if not (
+        0 <= holder.since < MAX_MOMENT and 0 <= holder.expires < MAX_MOMENT and 0 < holder.length_seconds < MAX_MOMENT
+    ):
+        raise ValueError("its times are none")
+    return holder
+
+
+def _new_holder(length_seconds: float) -> Holder:
+    now = time.time()
+    return Holder(
+        token=secrets.token_hex(8),
+        host=socket.gethostname(),
+        boot=_read_line("/proc/sys/kernel/random/boot_id"),
+        process=os.getpid(),
+        process_start=_process_start(os.getpid()),
+        since=now,
+        expires=now + length_seconds,
+        length_seconds=length_seconds,
+    )
+
+
+def _is_dead_here(holder: Holder) -> bool:
+    """Whether a holder was a process of this machine, as it runs now, that is no more."""
+    if not holder.boot or (holder.host, holder.boot) != (
+        socket.gethostname(),
+        _read_line("/proc/sys/kernel/random/boot_id"),
+    ):
+        return False
+    return _process_start(holder.process) != holder.process_start
+
+
+def _process_start(process: int) -> str:
+    """When a process began, in the system's ticks; empty where there is none, or the system does not tell."""
+    stat = _read_line(f"/proc/{process}/stat")
+    fields = stat.rpartition(")")[2].split()
+    # One that is dead and not yet buried by its parent counts as dead.
+    return fields[19] if len(fields) > 19 and fields[0] != "Z" else ""
+
+
+def _read_line(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _name(number: int) -> str:
+    return f"{LEASES}/{number:06d}.json"
+
+
+def _bytes(holder: Holder) -> bytes:
+    return (json.dumps(asdict(holder)) + "\n").encode()

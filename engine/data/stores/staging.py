@@ -1,0 +1,77 @@
+"""Folders of unfinished files, each with the lock of the process that it belongs to."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+
+def claim_folder(staging: Path) -> tuple[Path, int]:
+    """A new folder and the descriptor of its lock, which stays open as long as the process lives.
+
+    The lock is taken before the folder is made, and its file is removed after the folder: a folder is dead exactly
+    when its lock is free.
+    """
+    staging.mkdir(parents=True, exist_ok=True)
+    while True:
+        folder = staging / f"{os.getpid()}-{secrets.token_hex(6)}"
+        descriptor = os.open(_lock_of(folder), os.O_RDWR | os.O_CREAT, 0o666)
+        flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            folder.mkdir()
+            return folder, descriptor
+        os.close(descriptor)  # A cleaning process was faster than the lock.
+
+
+def release_folder(folder: Path, descriptor: int, owner: int) -> None:
+    """Leave nothing behind at a regular end; a forked child leaves its parent's folder alone."""
+    if os.getpid() == owner:
+        with contextlib.suppress(OSError):
+            _remove(folder)
+            _lock_of(folder).unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def remove_if_dead(folder: Path) -> None:
+    """Remove a folder of `claim_folder` whose process is no more."""
+    lock = _lock_of(folder)
+    try:
+        descriptor = os.open(lock, os.O_RDWR)
+    except FileNotFoundError:
+        _remove(folder)
+        return
+    try:
+        if flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            _remove(folder)
+            lock.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def flock(descriptor: int, operation: int, *, or_raise: bool = False) -> bool:
+    """Take a lock; False where it is held (or `BlockingIOError`), or where the file system has none."""
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+            raise
+        if or_raise and error.errno == errno.EWOULDBLOCK:
+            raise
+        return False
+    return True

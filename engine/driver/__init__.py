@@ -1,0 +1,1 @@
+"""From many workers to one finished run: scheduler, run loop, executors, progress."""

@@ -1,0 +1,379 @@
+"""Progress of a run: how far each request is, how fast, how long to go.
+
+`Tally` counts. A display shows it: a live table on a terminal, plain lines every few seconds without one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from engine.data.run.counts import ShardCounts
+from engine.job.plan import Plan
+from engine.terminal import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from engine.data.run.summary import GroupSummary
+
+PLAIN_SECONDS = 5.0
+MAX_LIVE_ROWS = 12
+TABLE_WIDTH = 160
+MAX_GROUP_ROWS = 60
+ABSENT = "-"
+
+
+@dataclass(slots=True)
+class RequestTally:
+    """How far a request is.
+
+    Attributes:
+        total: samples in shards that are planned; rounds of a quota add some.
+        committed: samples in committed shards, of any status.
+        in_work: samples done so far of shards in work, by shard.
+        started_at: when its first samples of this run were begun, None before any is done.
+        done_before: samples that were done then.
+    """
+
+    name: str
+    total: int
+    committed: int = 0
+    accepted: int = 0
+    in_work: dict[int, int] = field(default_factory=dict)
+    started_at: float | None = None
+    done_before: int = 0
+
+    @property
+    def num_done(self) -> int:
+        """Samples done, committed or not."""
+        return self.committed + sum(self.in_work.values())
+
+    def rate(self, now: float) -> float:
+        """Samples a second in this run; 0 where nothing is known."""
+        if self.started_at is None or now <= self.started_at:
+            return 0.0
+        return max(0, self.num_done - self.done_before) / (now - self.started_at)
+
+    def eta_seconds(self, now: float) -> float | None:
+        """Time to go at the rate so far."""
+        rate = self.rate(now)
+        return (self.total - self.num_done) / rate if rate else None
+
+
+class Tally:
+    """Samples per request.
+
+    Args:
+        plan: the plan of the run.
+        committed: counts of the shards that are committed already, by number.
+    """
+
+    def __init__(self, plan: Plan, committed: dict[int, ShardCounts]) -> None:
+        self._plan = plan
+        self._is_committed = bytearray(plan.num_shards)
+        planned = _planned(plan)
+        self.requests = [RequestTally(request.spec.name, planned[request.number]) for request in plan.requests]
+        self.total = RequestTally("all", plan.num_samples)
+        self._heard: dict[int, float] = {}
+        for shard, counts in committed.items():
+            self._is_committed[shard] = 1
+            for row in self._rows(shard):
+                row.committed += counts.attempted
+                row.accepted += counts.accepted
+
+    def grow(self, plan: Plan) -> None:
+        """Rounds of quotas were added."""
+        self._plan = plan
+        self._is_committed += bytes(plan.num_shards - len(self._is_committed))
+        planned = _planned(plan)
+        for number, row in enumerate(self.requests):
+            row.total = planned[number]
+        self.total.total = plan.num_samples
+
+    def ready(self, worker: int, now: float) -> None:
+        """A worker begins."""
+        self._heard[worker] = now
+
+    def working(self, worker: int, shard: int, num_done: int, now: float) -> None:
+        """So many samples of a shard in work are done; late news of a committed shard is ignored."""
+        if self._is_committed[shard]:
+            return
+        self._start_clocks(worker, shard, now)
+        for row in self._rows(shard):
+            row.in_work[shard] = num_done
+
+    def commit(self, worker: int, shard: int, counts: ShardCounts, now: float) -> None:
+        """A shard is committed."""
+        self._start_clocks(worker, shard, now)
+        self._is_committed[shard] = 1
+        for row in self._rows(shard):
+            row.in_work.pop(shard, None)
+            row.committed += counts.attempted
+            row.accepted += counts.accepted
+
+    def drop(self, shard: int) -> None:
+        """A shard in work came to nothing."""
+        for row in self._rows(shard):
+            row.in_work.pop(shard, None)
+
+    def _rows(self, shard: int) -> tuple[RequestTally, RequestTally]:
+        return self.requests[self._plan.shard(shard).request], self.total
+
+    def _start_clocks(self, worker: int, shard: int, now: float) -> None:
+        """The clock of a request runs from when its first samples were begun: when the worker was last heard of."""
+        for row in self._rows(shard):
+            if row.started_at is None:
+                row.started_at, row.done_before = self._heard.get(worker, now), row.num_done
+        self._heard[worker] = now
+
+
+def _planned(plan: Plan) -> Counter[int]:
+    """Samples of each request in all shards that are planned."""
+    planned: Counter[int] = Counter()
+    for extent in plan.extents:
+        planned[extent.request] += extent.stop - extent.start
+    return planned
+
+
+class Display(Protocol):
+    """Where progress is shown."""
+
+    def phase(self, text: str) -> None:
+        """What is being waited for; empty where there are samples to wait for."""
+        ...
+
+    def notice(self, text: str) -> None:
+        """Something that the user should know, to stay on the screen."""
+        ...
+
+    def advance(self, text: str) -> None:
+        """How far a phase is. Called often."""
+        ...
+
+    def show(self, tally: Tally) -> None:
+        """How far the run is. Called often."""
+        ...
+
+    def close(self) -> None:
+        """Leave the terminal in order."""
+        ...
+
+
+class PlainDisplay:
+    """Lines for logs: what changed, every few seconds.
+
+    Args:
+        stream: where lines go.
+        every_seconds: time between two lines of one request.
+        clock: seconds, as the tally is told them.
+    """
+
+    def __init__(
+        self, stream: TextIO, every_seconds: float = PLAIN_SECONDS, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._stream = stream
+        self._clock = clock
+        self._every = every_seconds
+        self._next = 0.0
+        self._shown: dict[str, int] = {}
+
+    def phase(self, text: str) -> None:
+        """Print the line."""
+        if text:
+            self.notice(text)
+
+    def notice(self, text: str) -> None:
+        """Print the line."""
+        print(f"{time.strftime('%H:%M:%S')} {printable(text)}", file=self._stream, flush=True)
+
+    def advance(self, text: str) -> None:
+        """Print the line, if it is time."""
+        if self._is_time(self._clock()):
+            self.notice(text)
+
+    def show(self, tally: Tally) -> None:
+        """Print a line for each request that got further, if it is time."""
+        now = self._clock()
+        if not self._is_time(now):
+            return
+        for row in [*tally.requests, tally.total] if len(tally.requests) > 1 else tally.requests:
+            if row.num_done != self._shown.setdefault(row.name, row.committed):
+                self._shown[row.name] = row.num_done
+                self.notice(_line(row, now))
+
+    def close(self) -> None:
+        """Nothing to put in order."""
+
+    def _is_time(self, now: float) -> bool:
+        if now < self._next:
+            return False
+        self._next = now + self._every
+        return True
+
+
+class LiveDisplay:
+    """A table that renews itself, for terminals."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.live import Live
+
+        self._console = console
+        self._phase = ""
+        self._tally: Tally | None = None
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
+        self._live.start()
+
+    def phase(self, text: str) -> None:
+        """Show it with a spinner."""
+        self._phase = text
+
+    def notice(self, text: str) -> None:
+        """Print it above the table."""
+        self._console.print(text, markup=False, highlight=False)
+
+    def advance(self, text: str) -> None:
+        """Show it with the spinner."""
+        self._phase = text
+
+    def show(self, tally: Tally) -> None:
+        """Have the next picture show it."""
+        self._tally = tally
+
+    def close(self) -> None:
+        """Remove the table."""
+        self._live.stop()
+
+    def _render(self) -> Any:
+        from rich.console import Group
+        from rich.spinner import Spinner
+        from rich.text import Text
+
+        parts: list[Any] = [_live_table(self._tally)] if self._tally else []
+        if self._phase:
+            self._spinner = getattr(self, "_spinner", None) or Spinner("dots")
+            self._spinner.update(text=Text(self._phase))
+            parts.append(self._spinner)
+        return Group(*parts)
+
+
+def _live_table(tally: Tally) -> Table:
+    from rich import box
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    now = time.monotonic()
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("request", "", "done", "accepted / attempted", "rate", "ETA"):
+        table.add_column(name, justify="left" if name in ("request", "") else "right", no_wrap=True)
+    for row in [*_live_rows(tally), tally.total] if len(tally.requests) > 1 else tally.requests:
+        rate, eta = row.rate(now), row.eta_seconds(now)
+        table.add_row(
+            Text(row.name),
+            ProgressBar(total=row.total, completed=row.num_done, width=24),
+            f"{row.num_done}/{row.total}",
+            f"{row.accepted} / {row.committed}",
+            f"{rate:.1f}/s" if rate else "",
+            duration(eta) if eta is not None else "",
+        )
+    return table
+
+
+def _live_rows(tally: Tally) -> Iterator[RequestTally]:
+    """The requests that fit on a screen: those in work first to be kept, then the next ones, in order."""
+    kept = {row.name for row in tally.requests if row.in_work}
+    for row in tally.requests:
+        if len(kept) < MAX_LIVE_ROWS and (len(tally.requests) <= MAX_LIVE_ROWS or row.num_done < row.total):
+            kept.add(row.name)
+    return (row for row in tally.requests if row.name in kept)
+
+
+def _line(row: RequestTally, now: float) -> str:
+    parts = [f"{row.name} {row.num_done}/{row.total} samples"]
+    if row.accepted < row.committed:
+        parts.append(f"{row.accepted} of {row.committed} accepted")
+    if rate := row.rate(now):
+        parts.append(f"{rate:.1f}/s")
+    if row.num_done < row.total and (eta := row.eta_seconds(now)) is not None:
+        parts.append(f"ETA {duration(eta)}")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """A length of time as one reads it: 8 s, 3 min, 2 h 05 min, 3 d 4 h."""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def byte_size(num_bytes: int | None) -> str:
+    """A size as one reads it: 820 kB, 1.2 GB."""
+    if num_bytes is None:
+        return "unknown"
+    size = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if size >= 10 or unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def medians_table(groups: list[GroupSummary]) -> Table:
+    """Medians of the scores per request and context, of the first groups where there are many."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    title = "Medians per request and context"
+    if len(groups) > MAX_GROUP_ROWS:
+        title += f" ({MAX_GROUP_ROWS} of {len(groups)} rows; all are in the manifest)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    has_context = any(group.context for group in groups)
+    models = list(dict.fromkeys(one.model for group in groups for one in group.transfer))
+    names = ["request", *(["context"] if has_context else []), "images", "risk", "KLDB", "entropy", "conformity"]
+    names += [
+        "errors",
+        *(f"errors of {model.removeprefix('zoo:')}" for model in models),
+        "oracle agrees",
+        "valid failures",
+    ]
+    has_judge = any(group.judge_conformity is not None for group in groups)
+    names += ["judge's conformity"] if has_judge else []
+    for name in names:
+        table.add_column(Text(name), justify="left" if name in ("request", "context") else "right")
+    for group in groups[:MAX_GROUP_ROWS]:
+        rates = {one.model: one.error_rate for one in group.transfer}
+        scores = (group.risk, group.kldb, group.entropy, group.conformity)
+        table.add_row(
+            Text(group.request),
+            *([Text(group.context)] if has_context else []),
+            f"{group.ok}/{group.attempted}",
+            *(f"{score.median:.3g}" if score else ABSENT for score in scores),
+            *(
+                _percent(rate)
+                for rate in (
+                    group.error_rate,
+                    *map(rates.get, models),
+                    group.oracle_agreement,
+                    group.valid_failure_rate,
+                )
+            ),
+            *([ABSENT if group.judge_conformity is None else f"{group.judge_conformity:.3g}"] if has_judge else []),
+        )
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return ABSENT if share is None else f"{share:.0%}"

@@ -1,0 +1,284 @@
+"""The conditioning artefact: what a validation set says of a target, in a folder that is named by its contents.
+
+`statistics.safetensors` holds the numbers, `conditioning.json` everything else with a digest over both. Equal content
+gives equal bytes and an equal name; a folder is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from engine.data.images import Unusable
+from engine.data.stores.file_errors import explained
+from engine.errors import MAX_REASON_CHARS, JobError, OutputError
+from engine.job.plan import digest_of
+from engine.methods.conditioning.distributions import ClassDistributions
+from engine.methods.conditioning.evaluation import Evaluation
+from engine.methods.conditioning.gaussians import ClassGaussians, ClassMoments
+from engine.methods.conditioning.mixtures import ClassMixtures
+from engine.methods.conditioning.predictor import ErrorPredictor, PredictorFit
+from engine.methods.strict_json import parse_json
+from engine.methods.temperature import TemperatureFit
+from engine.models.addresses import ARTEFACT_DOCUMENT as DOCUMENT
+from engine.models.files import MAX_DOCUMENT_BYTES, read_whole
+
+SCHEMA_VERSION = 1
+STATISTICS = "statistics.safetensors"
+MAX_STATISTICS_BYTES = 8 * 2**30
+_REMEDY = "make it anew with `riskforge prepare`"
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Conditioning:
+    """Class statistics, error predictor and calibration, with what they were made from.
+
+    Attributes:
+        statistics: moments of every class (one Gaussian a class), or mixtures.
+        num_errors: errors of the target, by class index.
+        fit: the error predictor and how good it is, or why there is none.
+        temperature: what the images say of the target's temperature.
+        models: `{"target": {"address", "digest"}, "encoder": {"address", "digest"}}`.
+        options: how statistics and predictor were fitted.
+        images_digest: digest of the images and their classes, whatever their order, their names or their files.
+        unusable: what of the data could not be used.
+    """
+
+    statistics: ClassMoments | ClassMixtures
+    num_errors: tuple[int, ...]
+    fit: PredictorFit
+    temperature: TemperatureFit
+    models: dict[str, dict[str, str]]
+    options: dict[str, Any]
+    images_digest: str
+    unusable: tuple[Unusable, ...]
+
+    @property
+    def kind(self) -> str:
+        """`gaussians` or `mixtures`."""
+        return "mixtures" if isinstance(self.statistics, ClassMixtures) else "gaussians"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names in index order."""
+        return self.statistics.labels
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Images by class index."""
+        return tuple(self.statistics.count.tolist())
+
+    @property
+    def digest(self) -> str:
+        """Digest of the content, hexadecimal; computed anew."""
+        return _content(self)[0]["digest"]
+
+    def distributions(self) -> ClassDistributions:
+        """What embeddings are drawn from; computed anew."""
+        if isinstance(self.statistics, ClassMixtures):
+            return self.statistics
+        return ClassGaussians.of(self.statistics)
+
+    def notes(self) -> list[str]:
+        """What a user should know of the classes, a line each: those without a distribution, or with a poorer one."""
+        distributions = self.distributions()
+        notes = self.statistics.notes() if isinstance(self.statistics, ClassMixtures) else []
+        for index in range(len(self.labels)):
+            try:
+                distributions.check(index)
+            except ValueError as error:
+                notes.append(str(error))
+        return notes
+
+
+def save_conditioning(conditioning: Conditioning, folder: Path) -> tuple[Path, bool]:
+    """Store an artefact as `folder/conditioning-DIGEST12`.
+
+    Returns:
+        Its folder, and whether it was there already, checked and equal.
+
+    Raises:
+        OutputError: it cannot be written, or what has its name is damaged.
+    """
+    fields, statistics = _content(conditioning)
+    target = folder / f"conditioning-{fields['digest'][:12]}"
+    staged = folder / f".{target.name}-{secrets.token_hex(4)}"
+    try:
+        with explained(target):
+            staged.mkdir(parents=True)
+            _write(staged / STATISTICS, statistics)
+            _write(staged / DOCUMENT, _text(fields))
+            _sync(staged)
+            was_there = not _take_name(staged, target)
+            _sync(folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    if was_there:
+        _check_equal(target, fields["digest"])
+    return target, was_there
+
+
+def load_conditioning(folder: Path | str) -> Conditioning:
+    """Read an artefact and check it against its digest.
+
+    Raises:
+        JobError: it is not an artefact, of another version, or not what its digest says.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        fields = parse_json(read_whole(folder / DOCUMENT, MAX_DOCUMENT_BYTES))
+        statistics = read_whole(folder / STATISTICS, MAX_STATISTICS_BYTES)
+    except OSError as error:
+        reason = error.strerror or f"a file {error}"
+        raise JobError(f"'{folder}' is not a conditioning artefact ({reason}); {_REMEDY}") from None
+    except ValueError as error:
+        raise JobError(f"'{folder}': {DOCUMENT} is not JSON ({str(error)[:MAX_REASON_CHARS]}); {_REMEDY}") from None
+    try:
+        _check_document(folder, fields)
+        if hashlib.sha256(statistics).hexdigest() != fields["statistics_sha256"]:
+            raise JobError(f"'{folder}': {STATISTICS} is not what it was (checksum); {_REMEDY}")
+        return _conditioning_of(fields, safetensors.torch.load(statistics))
+    except (KeyError, TypeError, ValueError, AttributeError, safetensors.SafetensorError) as error:
+        raise JobError(f"'{folder}': is not laid out as this version does ({error}); {_REMEDY}") from None
+
+
+def _content(conditioning: Conditioning) -> tuple[dict[str, Any], bytes]:
+    """The fields of the document with their digest, and the bytes of the statistics."""
+    statistics = safetensors.torch.save(_tensors(conditioning))
+    evaluation, temperature = conditioning.fit.evaluation, conditioning.temperature
+    fields = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": conditioning.kind,
+        "classes": list(conditioning.labels),
+        "counts": list(conditioning.counts),
+        "errors": list(conditioning.num_errors),
+        "dim": conditioning.distributions().dim,
+        "images_digest": conditioning.images_digest,
+        "models": conditioning.models,
+        "options": conditioning.options,
+        "predictor": {
+            "trained": conditioning.fit.predictor is not None,
+            "verdict": conditioning.fit.verdict,
+            "evaluation": evaluation.state() if evaluation else None,
+        },
+        "temperature": dataclasses.asdict(temperature),
+        "temperature_verdict": temperature.verdict,
+        "notes": conditioning.notes(),
+        "unusable": [dataclasses.asdict(one) for one in conditioning.unusable],
+        "statistics_sha256": hashlib.sha256(statistics).hexdigest(),
+    }
+    return {"digest": digest_of(fields), **fields}, statistics
+
+
+def _tensors(conditioning: Conditioning) -> dict[str, Tensor]:
+    parts = {"statistics": conditioning.statistics.state()}
+    if conditioning.fit.predictor is not None:
+        parts["predictor"] = conditioning.fit.predictor.state()
+    return {
+        f"{part}.{name}": value.contiguous()
+        for part, state in parts.items()
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _text(fields: dict[str, Any]) -> bytes:
+    return (json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _check_document(folder: Path, fields: Any) -> None:
+    if not isinstance(fields, dict) or "schema_version" not in fields:
+        raise JobError(f"'{folder}': {DOCUMENT} is not of a conditioning artefact; {_REMEDY}")
+    if fields["schema_version"] != SCHEMA_VERSION:
+        found = fields["schema_version"]
+        raise JobError(f"'{folder}': has schema version {found!r}, this version reads {SCHEMA_VERSION}; {_REMEDY}")
+    content = {name: value for name, value in fields.items() if name != "digest"}
+    if "statistics_sha256" not in fields or fields.get("digest") != digest_of(content):
+        raise JobError(f"'{folder}': {DOCUMENT} is not what it was (digest); {_REMEDY}")
+
+
+def _conditioning_of(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Conditioning:
+    evaluation = fields["predictor"]["evaluation"]
+    return Conditioning(
+        statistics=_statistics_of(fields, tensors),
+        num_errors=tuple(fields["errors"]),
+        fit=PredictorFit(
+            predictor=_predictor_of(tensors) if fields["predictor"]["trained"] else None,
+            evaluation=Evaluation.from_state(evaluation) if evaluation else None,
+            verdict=fields["predictor"]["verdict"],
+        ),
+        temperature=TemperatureFit(**fields["temperature"]),
+        models=fields["models"],
+        options=fields["options"],
+        images_digest=fields["images_digest"],
+        unusable=tuple(Unusable(**one) for one in fields["unusable"]),
+    )
+
+
+def _statistics_of(fields: dict[str, Any], tensors: dict[str, Tensor]) -> ClassMoments | ClassMixtures:
+    state = {"labels": fields["classes"], **_part(tensors, "statistics")}
+    if fields["kind"] == "mixtures":
+        return ClassMixtures.from_state({"kind": "mixtures", **state})
+    return ClassMoments.from_state({"kind": "class_moments", **state})
+
+
+def _predictor_of(tensors: dict[str, Tensor]) -> ErrorPredictor:
+    state = _part(tensors, "predictor")
+    if not all(one.isfinite().all() for one in state.values() if one.is_floating_point()):
+        # Its confidence would be no number, and the first draw of all would pass for the likeliest.
+        raise ValueError("the weights of its error predictor are not finite")
+    return ErrorPredictor.from_state({"kind": "error_predictor", **state})
+
+
+def _part(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{part}."): one for name, one in tensors.items() if name.startswith(f"{part}.")}
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where the file system does that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _take_name(staged: Path, target: Path) -> bool:
+    """Give a staged folder its name; False where a folder has the name already."""
+    try:
+        staged.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        return False
+    return True
+
+
+def _check_equal(target: Path, digest: str) -> None:
+    try:
+        found = load_conditioning(target).digest
+    except JobError as error:
+        raise OutputError(f"{target}: is there and damaged; remove it and run again ({error})") from None
+    if found != digest:
+        raise OutputError(f"{target}: is there with other content (digest {found}); move it away and run again")

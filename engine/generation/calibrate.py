@@ -1,0 +1,95 @@
+"""Cost of a job from a measured batch of every request, on the machine at hand."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from engine.errors import JobError
+from engine.job.plan import Plan, RequestPlan
+from engine.job.records import STATUS_FAILED
+from engine.job.spec import JobSpec
+from engine.models.runtime import choose_hardware, fix_threads
+
+if TYPE_CHECKING:
+    from engine.generation.generator import Generator
+
+MAX_BATCH = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What was measured.
+
+    Attributes:
+        seconds_per_sample: of each request, sampling and scoring, by its number.
+        bytes_per_sample: of each request, encoded images that are stored.
+        num_accepted, num_attempted: of each request, samples that its rule accepted, of those that were made.
+        load_seconds: loading all models.
+        device: what it ran on.
+    """
+
+    seconds_per_sample: tuple[float, ...]
+    bytes_per_sample: tuple[float, ...]
+    num_accepted: tuple[int, ...]
+    num_attempted: tuple[int, ...]
+    load_seconds: float
+    device: str
+
+
+def measure(job: JobSpec, plan: Plan) -> Measurement:
+    """Load the models of a job and time a batch of every request, after one batch to warm up.
+
+    Raises:
+        JobError: a model cannot be loaded, the hardware lacks what `runtime` asks for, or all samples of a batch fail.
+    """
+    from engine.generation.generator import Generator
+    from engine.models.libraries import quiet_libraries
+
+    quiet_libraries()
+    fix_threads(choose_hardware(job.runtime))
+    started = time.monotonic()
+    generator = Generator(job, plan)
+    load_seconds = time.monotonic() - started
+    timings: list[_Timing] = []
+    for request in plan.requests:
+        started = time.monotonic()
+        generator.prepare(request.number)
+        load_seconds += time.monotonic() - started
+        if not timings:
+            # The first batch warms up.
+            _measure_request(generator, request)
+        timings.append(_measure_request(generator, request))
+    return Measurement(
+        seconds_per_sample=tuple(one.seconds for one in timings),
+        bytes_per_sample=tuple(one.num_bytes for one in timings),
+        num_accepted=tuple(one.num_accepted for one in timings),
+        num_attempted=tuple(one.num_attempted for one in timings),
+        load_seconds=load_seconds,
+        device=generator.device_name,
+    )
+
+
+class _Timing(NamedTuple):
+    """A batch in numbers; seconds and bytes of one sample."""
+
+    seconds: float
+    num_bytes: float
+    num_accepted: int
+    num_attempted: int
+
+
+def _measure_request(generator: Generator, request: RequestPlan) -> _Timing:
+    specs = [request.sample(position) for position in range(min(request.total, MAX_BATCH))]
+    started = time.monotonic()
+    results = generator.next_batch(request.number, specs)
+    seconds = time.monotonic() - started
+    num = len(results)
+    if all(result.record["status"] == STATUS_FAILED for result in results):
+        raise JobError(
+            f"requests.{request.number}: all {num} samples of the measured batch failed, so a run would make none:"
+            f" {results[0].record['error_message']}"
+        )
+    num_accepted = sum(bool(result.record["accepted"]) for result in results)
+    return _Timing(seconds / num, sum(len(result.image) for result in results) / num, num_accepted, num)

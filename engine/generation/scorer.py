@@ -1,0 +1,233 @@
+"""Scores of stored images: target, transfer models, oracle, CLIP and judge see what a reader of the file will see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+from engine.errors import JobError
+from engine.job.plan import Cell, SampleSpec, class_prompt
+from engine.job.records import NO_CLASS, STATUS_OK, failed_record, new_record
+from engine.methods import scores
+from engine.methods.finiteness import Faults
+from engine.models.classifier import Classifier
+from engine.models.clip import Clip
+
+
+class Scorer:
+    """The models that score and never sample.
+
+    Args:
+        target: the classifier under test.
+        clip: measures conformity to every class prompt.
+        transfer: further classifiers, recorded.
+        oracle: an independent classifier, recorded.
+        judge: a second CLIP model, independent of the first: conformity as measured by the model that guided a sample
+            is circular. Recorded, never guided on.
+
+    Raises:
+        JobError: a CLIP model gives no usable embedding of a class prompt.
+    """
+
+    def __init__(
+        self,
+        target: Classifier,
+        clip: Clip,
+        transfer: Sequence[Classifier] = (),
+        oracle: Classifier | None = None,
+        judge: Clip | None = None,
+    ) -> None:
+        self.target = target
+        self._clip = clip
+        self._transfer = list(transfer)
+        self._oracle = oracle
+        self._judge = judge
+        prompts = [class_prompt(label) for label in target.labels]
+        self._class_embeds = _text_embeds("models.clip", clip, prompts)
+        self._judge_embeds = _text_embeds("models.judge", judge, prompts) if judge else None
+
+    def records(self, specs: Sequence[SampleSpec], images: Sequence[PIL.Image.Image]) -> list[dict[str, Any]]:
+        """Complete records of samples, but for gradient counts, from their 8-bit images.
+
+        Where a model gives values that are not finite, the record is that of a failed sample and names the model.
+        """
+        faults = Faults(len(specs))
+        similarities = _similarities(self._clip, self._class_embeds, images, faults, "models.clip")
+        cells = [spec.cell for spec in specs]
+        labels = conditioned_classes(cells, similarities)
+        of_target = target_fields(self.target, cells, images, labels, faults)
+        oracle = self._oracle_classes(images, faults)
+        columns = {**_conformity_columns(similarities, labels), "oracle_class": oracle}
+        transfer = transfer_entries(self._transfer, images, labels, faults)
+        judge = self._judge_entries(images, labels, faults)
+        return [
+            failed_record(spec, faults[row])
+            if faults[row]
+            else self._record(spec, row, int(labels[row]), columns)
+            | of_target[row]
+            | {"transfer": transfer[row], "judge": judge[row]}
+            for row, spec in enumerate(specs)
+        ]
+
+    def conformity_to(self, labels: Tensor, *, raw: bool) -> Callable[[Tensor], Tensor]:
+        """Conformity of images [B, 3, H, W] in [0, 1] to the prompts of their classes, [B], differentiable.
+
+        Args:
+            labels: [B] class indices y.
+            raw: the inner product of the embeddings instead of their cosine.
+        """
+        texts = self._class_embeds.to(labels.device)[labels]
+
+        def measure(images: Tensor) -> Tensor:
+            embeds = self._clip.embeds_of_tensor(images)
+            return (embeds * texts).sum(-1) if raw else scores.conformity(embeds, texts)
+
+        return measure
+
+    def _record(self, spec: SampleSpec, row: int, label: int, columns: dict[str, Tensor]) -> dict[str, Any]:
+        record = new_record(spec) | {name: _plain(values[row]) for name, values in columns.items()}
+        return record | {
+            "class_name": self.target.labels[label],
+            "class_index": label,
+            "status": STATUS_OK,
+            "accepted": True,
+            "soft_label": soft_label(spec.cell, len(self.target.labels)),
+        }
+
+    def _judge_entries(
+        self, images: Sequence[PIL.Image.Image], labels: Tensor, faults: Faults
+    ) -> list[list[dict[str, Any]]]:
+        """The column `judge` of the images; empty entries without one."""
+        if self._judge is None or self._judge_embeds is None:
+            return [[] for _ in images]
+        similarities = _similarities(self._judge, self._judge_embeds, images, faults, "models.judge")
+        columns, name = _conformity_columns(similarities, labels), self._judge.name
+        return [
+            [{"model": name} | {score: _plain(values[row]) for score, values in columns.items()}]
+            for row in range(len(images))
+        ]
+
+    def _oracle_classes(self, images: Sequence[PIL.Image.Image], faults: Faults) -> Tensor:
+        if self._oracle is None:
+            return torch.full((len(images),), NO_CLASS)
+        return oracle_classes(self._oracle, images, faults)
+
+
+def _text_embeds(field: str, clip: Clip, prompts: Sequence[str]) -> Tensor:
+    """Embeddings of class prompts [n, d], with the field of the model in what is raised."""
+    try:
+        return clip.text_embeds(prompts)
+    except JobError as error:
+        raise JobError([f"{field}: {problem}" for problem in error.problems]) from None
+
+
+def oracle_classes(oracle: Classifier, images: Sequence[PIL.Image.Image], faults: Faults) -> Tensor:
+    """The class that an oracle predicts for each image, [B]; without meaning in rows with a fault."""
+    logits = oracle.score(images)
+    faults.check_logits(logits, "models.oracle", oracle.name)
+    return logits.argmax(1)
+
+
+def transfer_entries(
+    models: Sequence[Classifier], images: Sequence[PIL.Image.Image], labels: Tensor, faults: Faults
+) -> list[list[dict[str, Any]]]:
+    """The column `transfer` of the images, whose classes are y [B]; without meaning in rows with a fault."""
+    entries: list[list[dict[str, Any]]] = [[] for _ in images]
+    for model in models:
+        logits = model.score(images)
+        faults.check_logits(logits, "models.transfer", model.name)
+        risk, predicted = scores.risk(logits, labels), logits.argmax(1)
+        for row, entry in enumerate(entries):
+            entry.append({"model": model.name, "predicted_class": int(predicted[row]), "risk": _plain(risk[row])})
+    return entries
+
+
+def target_fields(
+    target: Classifier, cells: Sequence[Cell], images: Sequence[PIL.Image.Image], labels: Tensor, faults: Faults
+) -> list[dict[str, Any]]:
+    """The fields of the records that depend on the target alone, image by image; without meaning where it has a fault.
+
+    Args:
+        labels: the class y of every image, [B].
+    """
+    logits = target.score(images)
+    faults.check_logits(logits, "models.target", target.name)
+    columns = _target_columns(logits, labels)
+    return [
+        {name: _plain(values[row]) for name, values in columns.items()}
+        | _kldb_fields(cell, logits[row : row + 1], int(labels[row]))
+        | {"temperature": target.temperature}
+        for row, cell in enumerate(cells)
+    ]
+
+
+def _kldb_fields(cell: Cell, logits: Tensor, label: int) -> dict[str, Any]:
+    subset = kldb_classes(cell, logits, label)
+    balance, mass = scores.kldb_parts(logits, subset)
+    return {
+        "kldb": _plain(scores.kldb(logits, subset)[0]),
+        "kldb_classes": subset,
+        "kldb_balance": _plain(balance[0]),
+        "kldb_mass": _plain(mass[0]),
+    }
+
+
+def conditioned_classes(cells: Sequence[Cell], similarities: Tensor) -> Tensor:
+    """The class y of every sample, [B]; for a joint prompt the class of its subset with the highest conformity."""
+    chosen = [
+        cell.classes[int(row[list(cell.classes)].argmax())] for cell, row in zip(cells, similarities, strict=True)
+    ]
+    return torch.tensor(chosen)
+
+
+def kldb_classes(cell: Cell, logits: Tensor, label: int) -> list[int]:
+    """The subset C of a sample: the request's, or the class and its strongest rival (logits [1, n])."""
+    if cell.is_joint:
+        return sorted(cell.classes)
+    return sorted([label, int(scores.strongest_rival(logits, torch.tensor([label]))[0])])
+
+
+def _similarities(
+    clip: Clip, class_embeds: Tensor, images: Sequence[PIL.Image.Image], faults: Faults, role: str
+) -> Tensor:
+    """Conformity of every image to every class, [B, n]; without meaning in rows with a fault."""
+    embeds = clip.image_embeds(images)
+    faults.check_embeds(embeds, role, clip.name)
+    return torch.stack([scores.conformity(embeds, prompt) for prompt in class_embeds], dim=1)
+
+
+def _conformity_columns(similarities: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    return {
+        "conformity": similarities.gather(1, labels[:, None])[:, 0],
+        "conformity_margin": scores.conformity_margin(similarities, labels),
+    }
+
+
+def soft_label(cell: Cell, num_classes: int) -> list[float]:
+    """Uniform over the classes of the prompt, n floats; one-hot for a single class."""
+    share = 1.0 / len(cell.classes)
+    return [share if index in cell.classes else 0.0 for index in range(num_classes)]
+
+
+def _target_columns(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    predicted = logits.argmax(1)
+    risk = scores.risk(logits, labels)
+    return {
+        "risk": risk,
+        "is_error": predicted != labels,
+        "predicted_class": predicted,
+        "p_label": torch.exp(-risk),
+        "entropy": scores.entropy(logits),
+    }
+
+
+def _plain(value: Tensor) -> Any:
+    """A Python number; a float as the shortest decimal that gives the same float32."""
+    if value.is_floating_point():
+        return float(str(np.float32(value.item())))
+    return value.item()

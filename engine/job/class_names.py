@@ -1,0 +1,36 @@
+"""Names of classes for a reader: two classes of one name, such as ImageNet's two cranes, stay apart."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+from engine.job.plan import Plan
+from engine.job.records import NO_CLASS
+
+
+def distinct_pairs(pairs: Iterable[tuple[int, str]]) -> dict[tuple[int, str], str]:
+    """A text for each index and name: the name, and where another index has that name too, the index with it.
+
+    `NO_CLASS` is no class, and its name stays as it is.
+    """
+    pairs = list(pairs)
+    indices: dict[str, set[int]] = defaultdict(set)
+    for index, name in pairs:
+        if index != NO_CLASS:
+            indices[name].add(index)
+    return {
+        (index, name): f"{name} ({index})" if index != NO_CLASS and len(indices[name]) > 1 else name
+        for index, name in pairs
+    }
+
+
+def distinct_names(names: Mapping[int, str]) -> dict[int, str]:
+    """Names by class index with no name twice: `crane (134)` and `crane (517)`."""
+    return {index: text for (index, _), text in distinct_pairs(names.items()).items()}
+
+
+def planned_names(plan: Plan) -> dict[int, str]:
+    """Names by index of the classes that a plan asks for, with no name twice."""
+    cells = (cell for request in plan.requests for cell in request.cells)
+    return distinct_names({index: name for cell in cells for index, name in zip(cell.classes, cell.names, strict=True)})

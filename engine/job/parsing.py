@@ -1,0 +1,333 @@
+"""From a raw job, as read from YAML, to a `JobSpec`: every problem is collected before any model is loaded.
+
+`parse_job` raises all problems of a job together, a line each; `apply_overrides` is the `--set` of the command line.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pydantic
+from pydantic import BaseModel
+
+from engine.errors import JobError
+from engine.job.acceptance import JUDGE_SCORES, rule_problems
+from engine.job.spec import LIST_LIMITS, MAX_INDEX, ConditioningSpec, GuidanceSpec, JobSpec, RequestSpec, merge
+from engine.job.spec_messages import Location, explain, location_of
+from engine.methods.sampling.spec import SamplingSpec
+
+# Entries of a list without a limit of its own, and keys of a mapping: counted before they are looked at.
+MAX_ENTRIES = 100_000
+MAX_KEYS = 10_000
+# Problems of a job that are put into words.
+MAX_PROBLEMS = 100
+
+OVERRIDABLE: dict[str, type[BaseModel]] = {"sampling": SamplingSpec, "guidance": GuidanceSpec}
+
+
+def job_schema() -> dict[str, Any]:
+    """The JSON Schema of a job file."""
+    return JobSpec.model_json_schema()
+
+
+def parse_job(raw: Any) -> JobSpec:
+    """Check a job as read from YAML.
+
+    Raises:
+        JobError: with every problem found, a line each.
+    """
+    if not isinstance(raw, dict):
+        raise JobError(f"job: a mapping of keys is expected, not {type(raw).__name__}; see `riskforge schema`")
+    if oversized := _oversized(raw, ()):
+        raise JobError([f"{_path(where)}: {text}" for where, text in oversized[:MAX_PROBLEMS]])
+    job, problems = _validate(JobSpec, raw, ())
+    known = [where for where, _ in problems]
+    # What is checked between fields is checked without the wrong ones, whose absence says nothing new.
+    problems += [
+        (where, text)
+        for where, text in _between_fields(raw)
+        if not any(where == one or _is_below(one, where) for one in known)
+    ]
+    if problems:
+        raise JobError(_limited([f"{_path(where)}: {text}" for where, text in problems]))
+    return job
+
+
+def _limited(lines: list[str]) -> list[str]:
+    """The first of many lines, and how many more there are."""
+    more = len(lines) - MAX_PROBLEMS
+    return [*lines[:MAX_PROBLEMS], f"job: has {more} more problems like these"] if more > 0 else lines
+
+
+Problem = tuple[Location, str]
+
+
+def list_limit(key: object) -> int:
+    """Entries that a list below a key of a job may have."""
+    return LIST_LIMITS.get(key, MAX_ENTRIES) if isinstance(key, str) else MAX_ENTRIES
+
+
+def _oversized(value: Any, where: Location) -> list[Problem]:
+    """Lists and mappings with more entries than any job has use for; what is in them is not looked at."""
+    if isinstance(value, dict):
+        if len(value) > MAX_KEYS:
+            return [(where, f"has {len(value)} keys; a mapping has {MAX_KEYS} at most")]
+        return [found for key, inner in value.items() for found in _oversized(inner, (*where, _key(key)))]
+    if isinstance(value, (list, tuple)):
+        limit = list_limit(where[-1] if where else None)
+        if len(value) > limit:
+            return [(where, f"has {len(value)} entries; give {limit} or fewer")]
+        nested = ((place, inner) for place, inner in enumerate(value) if isinstance(inner, (dict, list, tuple)))
+        return [found for place, inner in nested for found in _oversized(inner, (*where, place))]
+    return []
+
+
+def _key(key: Any) -> str | int:
+    return key if isinstance(key, (str, int)) else str(key)
+
+
+def _between_fields(raw: dict[str, Any]) -> list[Problem]:
+    """Problems between the fields of each request, found also where another part of the job is wrong."""
+    base = {section: _base(spec, raw.get(section)) for section, spec in OVERRIDABLE.items()}
+    problems = _sampling_problems(base["sampling"], ("sampling",)) + _decoder_problems(raw)
+    names: dict[str, int] = {}
+    requests = raw.get("requests")
+    for number, item in enumerate(requests if isinstance(requests, list) else []):
+        where: Location = ("requests", number)
+        name = item.get("name") if isinstance(item, dict) else None
+        if isinstance(name, str) and names.setdefault(name, number) != number:
+            problems.append(((*where, "name"), f"'{name}' is also the name of request {names[name]}; rename one"))
+        request = _lenient(RequestSpec, item)
+        if request is not None:
+            problems += [((*where, *at), text) for at, text in _request_problems(request)]
+            problems += _absent_models(request, raw.get("models"), where)
+            problems += _override_problems(request, base, where)
+    return problems
+
+
+def _absent_models(request: RequestSpec, models: Any, where: Location) -> list[Problem]:
+    """Conditions of `accept` whose model the job does not name."""
+    named = models if isinstance(models, dict) else {}
+    asked = [(name, "judge" if name in JUDGE_SCORES else name) for name in request.accept]
+    return [
+        ((*where, "accept", name), f"there is no {role}; name one in models.{role}")
+        for name, role in asked
+        if role in ("oracle", "judge") and not named.get(role)
+    ]
+
+
+def _decoder_problems(raw: dict[str, Any]) -> list[Problem]:
+    models, requests = raw.get("models"), raw.get("requests")
+    if not isinstance(models, dict) or not isinstance(models.get("guidance_decoder"), str):
+        return []
+    methods = [one.get("method") for one in requests if isinstance(one, dict)] if isinstance(requests, list) else []
+    if any(method != "prompt" for method in methods):
+        return []
+    text = "no request is guided, so nothing would go through it; leave it out, or guide a request"
+    return [(("models", "guidance_decoder"), text)]
+
+
+def _override_problems(request: RequestSpec, base: dict[str, dict[str, Any]], where: Location) -> list[Problem]:
+    problems: list[Problem] = []
+    for section, spec in OVERRIDABLE.items():
+        merged = merge(base[section], getattr(request, section))
+        found = _validate(spec, merged, (*where, section))[1]
+        if not found and section == "sampling" and request.sampling:
+            found = _sampling_problems(merged, (*where, section))
+        problems += found
+    if not problems and request.method != "prompt":
+        problems += _schedule_problems(request, base, where)
+    return problems
+
+
+def _schedule_problems(request: RequestSpec, base: dict[str, dict[str, Any]], where: Location) -> list[Problem]:
+    sampling = SamplingSpec.model_validate(merge(base["sampling"], request.sampling))
+    guidance = merge(base["guidance"], request.guidance)[request.guidance_section]
+    first = int(sampling.num_inference_steps * (1 - guidance.get("gradient_range", 1.0))) + 1
+    stop = sampling.num_inference_steps + (not guidance["skip_last"])
+    if any(index % guidance["every"] == 0 for index in range(first, stop)):
+        return []
+    widen = ", widen `gradient_range`" if guidance.get("gradient_range", 1.0) < 1 else ""
+    text = f"leaves none of {sampling.num_inference_steps} steps guided; lower `every`{widen} or add steps"
+    return [((*where, "guidance", request.guidance_section), text)]
+
+
+def _sampling_problems(sampling: dict[str, Any], where: Location) -> list[Problem]:
+    problems: list[Problem] = []
+    if sampling["rescale_betas_zero_snr"] and sampling["scheduler"] == "lms":
+        text = "zero terminal SNR is not defined for lms; use ddim, euler or dpmsolver++"
+        problems.append(((*where, "rescale_betas_zero_snr"), text))
+    if sampling["use_karras_sigmas"] and sampling["scheduler"] == "ddim":
+        text = "ddim has no sigmas to choose; leave it out, or use lms, euler or dpmsolver++"
+        problems.append(((*where, "use_karras_sigmas"), text))
+    return problems
+
+
+def _base(spec: type[BaseModel], raw: Any) -> dict[str, Any]:
+    checked = _lenient(spec, raw) if raw is not None else None
+    return (checked or spec()).model_dump()
+
+
+def _lenient(spec: type[BaseModel], raw: Any) -> Any:
+    """The spec without its wrong values, or None where it does not stand without them."""
+    if not isinstance(raw, dict):
+        return None
+    checked, problems = _validate(spec, raw, ())
+    return checked or _validate(spec, _without(raw, [where for where, _ in problems]), ())[0]
+
+
+def _request_problems(request: RequestSpec) -> list[Problem]:
+    problems: list[Problem] = []
+    if request.method == "boundary" and request.boundary is None:
+        problems.append((("boundary",), "method 'boundary' needs the classes between which to sample, two or more"))
+    if request.method == "risky" and request.boundary is not None:
+        problems.append((("boundary",), "method 'risky' makes samples of single classes; give `classes`"))
+    elif request.boundary is not None:
+        if request.classes is not None:
+            problems.append((("classes",), "give either `classes` or `boundary`, not both"))
+        if len(set(request.boundary)) != len(request.boundary):
+            problems.append((("boundary",), f"{list(request.boundary)} names a class twice; name each once"))
+        if len(request.boundary) < 2:
+            problems.append((("boundary",), f"{list(request.boundary)} has fewer than two classes; name two or more"))
+    elif request.method != "boundary" and request.classes is None:
+        joint = " (or `boundary: [A, B]`)" if request.method != "risky" else ""
+        problems.append((("classes",), f"missing; give class names or `all`{joint}"))
+    if isinstance(request.classes, tuple) and len(set(request.classes)) != len(request.classes):
+        problems.append((("classes",), f"{list(request.classes)} names a class twice; name each once"))
+    if request.classes == ():
+        problems.append((("classes",), "empty; give class names or `all`"))
+    if len(set(request.contexts)) != len(request.contexts):
+        problems.append((("contexts",), "a context stands twice; name each once"))
+    if request.count * len(request.contexts) > MAX_INDEX:
+        problems.append(
+            (("count",), f"{request.count} x {len(request.contexts)} contexts is above {MAX_INDEX} a class")
+        )
+    problems += [(("accept", name), text) for name, text in rule_problems(request.accept)]
+    problems += [(("max_attempts",), text) for text in _quota_problems(request)]
+    problems += [(("conditioning", *at), text) for at, text in _conditioning_problems(request)]
+    return problems + _template_problems(request)
+
+
+def _quota_problems(request: RequestSpec) -> list[str]:
+    if request.max_attempts is None:
+        return []
+    if not request.accept:
+        return ["has no effect without `accept`: every sample counts; leave it out"]
+    wanted, limit = request.num_wanted, request.attempts_limit
+    if limit < wanted:
+        return [f"{request.max_attempts!r} is {limit} attempts a class, fewer than the {wanted} samples wanted of it"]
+    if limit > MAX_INDEX:
+        return [f"{request.max_attempts!r} is {limit} attempts a class, above {MAX_INDEX}"]
+    return []
+
+
+def _conditioning_problems(request: RequestSpec) -> list[Problem]:
+    conditioning, problems = request.conditioning, list[Problem]()
+    if request.accept.get("screened") is True and not (conditioning and conditioning.is_screened):
+        problems.append(((), "no sample is screened without an artefact to screen by; `accept` would reject them all"))
+    if conditioning is None:
+        return problems
+    if request.boundary is not None:
+        problems.append(((), "the embeddings are of single classes; give `classes` in place of `boundary`"))
+    if (conditioning.artefact is None) == (conditioning.images is None):
+        problems.append(((), "give either `artefact` (class statistics) or `images` (to vary)"))
+    elif conditioning.images is not None and conditioning.screening:
+        problems.append((("screening",), "given images are not screened; leave it out, or give an artefact"))
+    elif not conditioning.is_screened:
+        problems += [
+            ((name,), "has no effect without screening; leave it out") for name in _changed_screening(conditioning)
+        ]
+    return problems
+
+
+def _changed_screening(conditioning: ConditioningSpec) -> list[str]:
+    """What would steer screening and is not at its default; a stored job has the defaults written out."""
+    fields = ConditioningSpec.model_fields
+    return [name for name in ("threshold", "max_draws") if getattr(conditioning, name) != fields[name].default]
+
+
+def _template_problems(request: RequestSpec) -> list[Problem]:
+    if request.prompt is None:
+        return []
+    fields = set(re.findall(r"\{([^{}]*)\}", request.prompt))
+    if unknown := sorted(fields - {"class", "context"}):
+        return [(("prompt",), f"unknown field {{{unknown[0]}}}; use {{class}} and {{context}}")]
+    if "class" not in fields and request.boundary is None:
+        return [(("prompt",), "has no {class}, so every class would have the same prompt; add {class}")]
+    return []
+
+
+def _validate(spec: type[BaseModel], raw: dict[str, Any], where: Location) -> tuple[Any, list[Problem]]:
+    try:
+        return spec.model_validate(raw), []
+    except pydantic.ValidationError as error:
+        found: dict[Location, str] = {}
+        for item in error.errors(include_url=False)[: 2 * MAX_PROBLEMS]:
+            location = location_of(item)
+            found.setdefault((*where, *location), explain(spec, item, location))
+        # A list that loses its wrong items is called too short, which says nothing new.
+        return None, [(at, text) for at, text in found.items() if not any(_is_below(other, at) for other in found)]
+
+
+def _is_below(location: Location, above: Location) -> bool:
+    return len(location) > len(above) and location[: len(above)] == above
+
+
+def _path(location: Location) -> str:
+    return ".".join(str(part) for part in location) or "job"
+
+
+def _without(raw: Any, locations: list[Location]) -> Any:
+    """A copy of `raw` without the values at `locations`."""
+    heads = {location[0] for location in locations if len(location) == 1}
+    rest: dict[str | int, list[Location]] = {}
+    for location in locations:
+        if len(location) > 1:
+            rest.setdefault(location[0], []).append(location[1:])
+    if isinstance(raw, dict):
+        return {key: _without(value, rest.get(key, [])) for key, value in raw.items() if key not in heads}
+    if isinstance(raw, list):
+        return [_without(value, rest.get(place, [])) for place, value in enumerate(raw) if place not in heads]
+    return raw
+
+
+def apply_overrides(raw: dict[str, Any], overrides: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a copy of a raw job with `--set a.0.b=value` applied.
+
+    Raises:
+        JobError: a path leads through something that is not a mapping or a list, or past the end of a list.
+    """
+    problems: list[str] = []
+    result: Any = _without(raw, [])
+    for path, value in overrides:
+        parts = path.split(".")
+        if not all(parts):
+            problems.append(f"--set {path}: no such place in the job; paths look like requests.0.count")
+            continue
+        current: Any = result
+        try:
+            for part in parts[:-1]:
+                if part == "conditioning" and isinstance(current.get(part), str):
+                    current[part] = {"artefact": current[part]}
+                current = current[_place(part)] if isinstance(current, list) else current.setdefault(part, {})
+            if isinstance(current, list):
+                current[_place(parts[-1])] = value
+            else:
+                current[parts[-1]] = value
+        except (IndexError, ValueError, TypeError, AttributeError):
+            problems.append(f"--set {path}: no such place in the job; paths look like requests.0.count")
+    if problems:
+        raise JobError(problems)
+    return result
+
+
+def _place(part: str) -> int:
+    """Number of an item of a list.
+
+    Raises:
+        ValueError: it is none, such as -1.
+    """
+    if not part.isdecimal():
+        raise ValueError(part)
+    return int(part)

@@ -1,0 +1,456 @@
+"""Requests to shards, lazily: a shard is five numbers, its samples are computed where they are needed.
+
+A request is a sequence of samples, index by index over its classes, so that a grown `count` only appends; or, where it
+has quotas, a sequence for each class. A plan is a list of stages; each stage cuts new parts of these sequences into
+shards, numbered on from the stage before. Planning takes memory for the requests, not for the samples.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import JobError
+from engine.job.class_lookup import find_class
+from engine.job.spec import CLASS_TEMPLATE, JOINT_SEPARATOR, MAX_SEED, JobSpec, RequestSpec
+from engine.job.spec_messages import nearest
+
+# Of the columns of new runs (`engine.job.records`).
+SCHEMA_VERSION = 3
+# Of what a digest covers: it grows only when pixels or scores of an old plan would come out otherwise.
+IDENTITY_VERSION = 1
+# Stands in a key where the class index would, for a joint prompt.
+JOINT_CODE = "mix"
+# A round of a quota with fewer samples would not fill a batch.
+MIN_ROUND = 16
+# Digests that stand in an identity with the requests that they are of.
+_BY_REQUEST = ("diffusion", "conditioning", "methods")
+# In the place of a class's number: all classes of the request, in turns.
+EVERY_CELL = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """What a sample is conditioned on: one class, or a subset of classes with a joint prompt.
+
+    Attributes:
+        classes: indices of the target's classes, one or several.
+        names: their names, in the same order.
+    """
+
+    classes: tuple[int, ...]
+    names: tuple[str, ...]
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the prompt names several classes."""
+        return len(self.classes) > 1
+
+    @property
+    def code(self) -> str:
+        """The class part of a key: three digits or more, or `mix`."""
+        return JOINT_CODE if self.is_joint else f"{self.classes[0]:03d}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSpec:
+    """One sample to make: everything that decides it, before any model is asked."""
+
+    key: str
+    request: str
+    method: str
+    cell: Cell
+    prompt: str
+    context: str
+    seed: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSpec:
+    """One shard to make: positions `start` to `stop` of a request's sequence.
+
+    Attributes:
+        cell: number of the class in its request, whose indices the positions are; `EVERY_CELL` where the sequence goes
+            over all of them.
+    """
+
+    number: int
+    request: int
+    start: int
+    stop: int
+    cell: int = EVERY_CELL
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the shard."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestPlan:
+    """A request with its classes resolved against the target's labels."""
+
+    number: int
+    spec: RequestSpec
+    job_name: str
+    job_seed: int
+    cells: tuple[Cell, ...]
+
+    @property
+    def total(self) -> int:
+        """Samples of the whole request, over all classes and contexts: accepted ones where there are quotas."""
+        return self.spec.num_wanted * len(self.cells)
+
+    @property
+    def limit(self) -> int:
+        """Attempts of the whole request at most."""
+        return self.spec.attempts_limit * len(self.cells)
+
+    def sample(self, position: int, cell: int = EVERY_CELL) -> SampleSpec:
+        """The sample at a position of the request's sequence, or of a class's, `0 <= position`."""
+        if cell == EVERY_CELL:
+            index, which = divmod(position, len(self.cells))
+            return self._sample(self.cells[which], index)
+        return self._sample(self.cells[cell], position)
+
+    def _sample(self, cell: Cell, index: int) -> SampleSpec:
+        context = self.spec.contexts[index % len(self.spec.contexts)]
+        return SampleSpec(
+            key=f"{self.job_name}-{self.number:03d}-{cell.code}-{index:08d}",
+            request=self.spec.name,
+            method=self.spec.method,
+            cell=cell,
+            prompt=make_prompt(self.spec.prompt, cell, context),
+            context=context,
+            seed=sample_seed(self.job_seed, seed_name(self.spec), cell.classes, index),
+            index=index,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """Positions `start` to `stop` of a request's sequence, or of a class's, cut into shards of `samples_per_shard`."""
+
+    request: int
+    start: int
+    stop: int
+    samples_per_shard: int
+    cell: int = EVERY_CELL
+
+    @property
+    def num_shards(self) -> int:
+        """Shards that the extent is cut into."""
+        return -(-(self.stop - self.start) // self.samples_per_shard)
+
+
+class Plan:
+    """The shards of a job.
+
+    Args:
+        requests: the job's requests, resolved.
+        identity: what decides pixels and scores (`plan_identity`).
+        stages: lists of extents, one list for each time that the job was extended or rounds of a quota were added.
+        schema_version: of the columns of its shards; a run keeps that which it began with.
+    """
+
+    def __init__(
+        self,
+        requests: tuple[RequestPlan, ...],
+        identity: dict[str, Any],
+        stages: tuple[tuple[Extent, ...], ...],
+        schema_version: int = SCHEMA_VERSION,
+    ) -> None:
+        self.requests = requests
+        self.identity = identity
+        self.stages = stages
+        self.schema_version = schema_version
+        self.extents = tuple(extent for stage in stages for extent in stage)
+        self._first_shard = list(itertools.accumulate((extent.num_shards for extent in self.extents), initial=0))
+
+    @property
+    def digest(self) -> str:
+        """Digest of everything that decides pixels or scores (contract: resume)."""
+        return digest_of(self.identity)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards over all stages."""
+        return self._first_shard[-1]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples over all stages."""
+        return sum(extent.stop - extent.start for extent in self.extents)
+
+    def shard(self, number: int) -> ShardSpec:
+        """The shard of a number, `0 <= number < num_shards`.
+
+        Raises:
+            IndexError: there is no such shard.
+        """
+        if not 0 <= number < self.num_shards:
+            raise IndexError(f"shard {number} is not in a plan of {self.num_shards}")
+        place = bisect.bisect_right(self._first_shard, number) - 1
+        extent = self.extents[place]
+        start = extent.start + (number - self._first_shard[place]) * extent.samples_per_shard
+        stop = min(start + extent.samples_per_shard, extent.stop)
+        return ShardSpec(number=number, request=extent.request, cell=extent.cell, start=start, stop=stop)
+
+    def shards(self) -> Iterator[ShardSpec]:
+        """All shards in order, lazily."""
+        return map(self.shard, range(self.num_shards))
+
+    def samples(self, shard: ShardSpec) -> Iterator[SampleSpec]:
+        """The samples of a shard in order, lazily."""
+        request = self.requests[shard.request]
+        return (request.sample(position, shard.cell) for position in range(shard.start, shard.stop))
+
+    def grown(self, stage: tuple[Extent, ...]) -> Plan:
+        """The plan with one more stage."""
+        return Plan(self.requests, self.identity, (*self.stages, stage), self.schema_version)
+
+
+def build_plan(job: JobSpec, labels: list[str], digests: dict[str, Any]) -> Plan:
+    """Plan a job as a single stage.
+
+    Args:
+        labels: the target's class names in index order.
+        digests: digest of each model by its role, as in `plan_identity`.
+
+    Raises:
+        JobError: classes that the target does not have, all of them at once.
+    """
+    requests = resolve_requests(job, labels)
+    stage = next_stage(requests, (), job.output.samples_per_shard)
+    return Plan(requests, plan_identity(job, requests, digests), (stage,))
+
+
+def next_stage(
+    requests: tuple[RequestPlan, ...], stages: tuple[tuple[Extent, ...], ...], samples_per_shard: int
+) -> tuple[Extent, ...]:
+    """What the requests ask for beyond the stages that were planned before; of quotas the first round.
+
+    Raises:
+        JobError: a request asks for less than was planned.
+    """
+    planned: Counter[tuple[int, int]] = Counter()
+    for extent in itertools.chain.from_iterable(stages):
+        place = (extent.request, extent.cell)
+        planned[place] = max(planned[place], extent.stop)
+    shrunk = [
+        f"requests.{request.number}.count: {request.spec.count} is below the"
+        f" {planned[request.number, EVERY_CELL] // (request.total // request.spec.count)} already planned in this"
+        " output; counts can only grow (or use another output)"
+        for request in requests
+        if not request.spec.has_quota and request.total < planned[request.number, EVERY_CELL]
+    ]
+    if shrunk:
+        raise JobError(shrunk)
+    wanted = itertools.chain.from_iterable(map(_wanted, requests))
+    return tuple(
+        Extent(request=request, cell=cell, start=start, stop=stop, samples_per_shard=samples_per_shard)
+        for request, cell, stop in wanted
+        if (start := planned[request, cell]) < stop and (cell == EVERY_CELL or not start)
+    )
+
+
+def _wanted(request: RequestPlan) -> Iterator[tuple[int, int, int]]:
+    """Request, cell and end of what is made of a request whatever comes of it."""
+    if not request.spec.has_quota:
+        yield request.number, EVERY_CELL, request.total
+        return
+    for cell in range(len(request.cells)):
+        yield request.number, cell, pilot_size(request.spec)
+
+
+def pilot_size(request: RequestSpec) -> int:
+    """Attempts in the first round of a class with a quota: as many as wanted, for no fewer could fill it."""
+    return min(request.attempts_limit, max(request.num_wanted, MIN_ROUND))
+
+
+def resolve_requests(job: JobSpec, labels: list[str]) -> tuple[RequestPlan, ...]:
+    """Resolve the classes of every request against the target's labels.
+
+    Raises:
+        JobError: unknown classes, with the nearest spelling, a line each.
+    """
+    problems: list[str] = []
+    plans = []
+    for number, request in enumerate(job.requests):
+        cells = _cells(request, labels, f"requests.{number}", problems)
+        if request.fresh is True:
+            problems.append(f"requests.{number}.fresh: true has no date; `engine.commands.jobfile.dated` gives it one")
+        plans.append(RequestPlan(number=number, spec=request, job_name=job.name, job_seed=job.seed, cells=tuple(cells)))
+    if problems:
+        raise JobError(problems)
+    return tuple(plans)
+
+
+def _cells(request: RequestSpec, labels: list[str], where: str, problems: list[str]) -> list[Cell]:
+    field = "classes" if request.boundary is None else "boundary"
+    wanted = getattr(request, field)
+    if wanted == "all":
+        return [Cell(classes=(index,), names=(label,)) for index, label in enumerate(labels)]
+    found: list[int] = []
+    for place, one in enumerate(wanted):
+        try:
+            index = class_index(one, labels)
+            if index in found:
+                problems.append(f"{where}.{field}.{place}: {one!r} is class {index}, named before; name each once")
+            found.append(index)
+        except JobError as error:
+            problems.append(f"{where}.{field}.{place}: {error}")
+    if field == "boundary":
+        return [Cell(classes=tuple(found), names=tuple(labels[index] for index in found))]
+    return [Cell(classes=(index,), names=(labels[index],)) for index in found]
+
+
+def class_index(wanted: str | int, labels: list[str]) -> int:
+    """Index of a class given by name, as `engine.job.class_lookup.find_class` has it, or by index.
+
+    Raises:
+        JobError: no such class, or several.
+    """
+    if isinstance(wanted, int):
+        if 0 <= wanted < len(labels):
+            return wanted
+        raise JobError(f"{wanted} is not a class index of the target; it has 0 to {len(labels) - 1}")
+    found = find_class(wanted, labels)
+    if len(found) > 1:
+        raise JobError(f"{wanted!r} is the name of classes {', '.join(map(str, found))}; give the index")
+    if found:
+        return found[0]
+    raise JobError(f"{wanted!r} is not a class of the target" + nearest(wanted, labels))
+
+
+def make_prompt(template: str | None, cell: Cell, context: str) -> str:
+    """The text that conditions the diffusion model.
+
+    Without a template: `a photo of a {class}` for one class, the class names joined by "and" for several (Gomes et
+    al.); a context is appended after a comma.
+    """
+    names = JOINT_SEPARATOR.join(prompt_name(name) for name in cell.names)
+    pattern = template or ("{class}" if cell.is_joint else CLASS_TEMPLATE)
+    text = pattern.replace("{class}", names)
+    if "{context}" in text:
+        return text.replace("{context}", context)
+    return f"{text}, {context}" if context else text
+
+
+def class_prompt(name: str) -> str:
+    """The prompt of a class for conformity: the class template alone, never the request's context."""
+    return CLASS_TEMPLATE.replace("{class}", prompt_name(name))
+
+
+def prompt_name(label: str) -> str:
+    """A label as it stands in a prompt: its first synonym, underscores as spaces."""
+    return label.split(",")[0].strip().replace("_", " ")
+
+
+def seed_name(request: RequestSpec) -> str:
+    """The seed group of a request; of a fresh one with its date, which no group's name can hold."""
+    group = request.seed_group or request.name
+    return f"{group}@{request.fresh}" if request.fresh else group
+
+
+def sample_seed(job_seed: int, seed_group: str, classes: tuple[int, ...], index: int) -> int:
+    """Seed of a sample: a non-negative integer below 2^53 from job seed, group, class or subset, and index."""
+    text = json.dumps([job_seed, seed_group, sorted(classes), index], separators=(",", ":"))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) % MAX_SEED
+
+
+def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict[str, Any]) -> dict[str, Any]:
+    """What decides pixels, scores or the layout of shards; not counts, not `runtime`, not `output.uri`.
+
+    Args:
+        digests: `{"diffusion": {address: digest}, "clip": digest, "target": digest, "transfer": [digest],
+            "oracle": digest, "conditioning": {address: digest}, "methods": {address: digest}}`, and `"judge"` and
+            `"guidance_decoder"` with a digest where there is one, `"safety_checker": "off"` where it is off.
+    """
+    return {
+        "schema_version": IDENTITY_VERSION,
+        "name": job.name,
+        "seed": job.seed,
+        "models": {key: value for key, value in digests.items() if key not in _BY_REQUEST},
+        # Runs from before images said that they are synthetic have no such key.
+        "output": job.output.model_dump(
+            mode="json", exclude={"uri"} if job.output.provenance else {"uri", "provenance"}
+        ),
+        "requests": [
+            {
+                "name": plan.spec.name,
+                "method": plan.spec.method,
+                "classes": [list(cell.classes) for cell in plan.cells],
+                "contexts": list(plan.spec.contexts),
+                "prompt": plan.spec.prompt or "",
+                "seed_group": plan.spec.seed_group or plan.spec.name,
+                "diffusion": digests["diffusion"][plan.spec.diffusion or job.models.diffusion],
+                "sampling": _sampling(job, plan.spec),
+                "guidance": _active_guidance(job, plan.spec),
+                "accept": plan.spec.accept,
+            }
+            | _conditioning(plan.spec, digests.get("conditioning", {}))
+            | ({"method_digest": digests.get("methods", {}).get(plan.spec.method, "")} if plan.spec.is_custom else {})
+            | ({"quota": True} if plan.spec.has_quota else {})
+            | ({"fresh": plan.spec.fresh} if plan.spec.fresh else {})
+            for plan in requests
+        ],
+    }
+
+
+def _sampling(job: JobSpec, request: RequestSpec) -> dict[str, Any]:
+    """How a request is sampled; plans from before Karras sigmas could be chosen have no such key."""
+    sampling = job.sampling_of(request)
+    is_chosen = sampling.use_karras_sigmas is not None
+    return sampling.model_dump(mode="json", exclude=set() if is_chosen else {"use_karras_sigmas"})
+
+
+def _active_guidance(job: JobSpec, request: RequestSpec) -> dict[str, Any]:
+    """The guidance that the request's method uses; a change to another method's does not change its samples."""
+    guidance = job.guidance_of(request).model_dump(mode="json")
+    return guidance.get(request.guidance_section, {})
+
+
+def _conditioning(request: RequestSpec, digests: dict[str, str]) -> dict[str, Any]:
+    """What decides the embeddings: the content of artefact or images in place of their address; none where none is."""
+    spec = request.conditioning
+    if spec is None:
+        return {}
+    screening = {"threshold": spec.threshold, "max_draws": spec.max_draws} if spec.is_screened else {}
+    source = {"images" if spec.artefact is None else "artefact": digests[spec.artefact or spec.images or ""]}
+    return {"conditioning": source | {"noise_level": spec.noise_level, "screening": screening}}
+
+
+def digest_of(value: Any) -> str:
+    """Hexadecimal digest of a JSON value, independent of the order of keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def difference(old: Any, new: Any, where: str = "") -> list[str]:
+    """Lines `path: old -> new` for every place where two JSON values differ."""
+    if old == new:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [line for key in keys for line in difference(old.get(key), new.get(key), _join(where, key))]
+    if isinstance(old, list) and isinstance(new, list):
+        pairs = itertools.zip_longest(old, new)
+        return [line for place, (a, b) in enumerate(pairs) for line in difference(a, b, _join(where, str(place)))]
+    return [f"{where}: {_brief(old)} -> {_brief(new)}"]
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _brief(value: Any) -> str:
+    text = "absent" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,302 @@
+"""The fields of a job file: what a user may ask for. `engine.job.parsing` checks a file against them."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field, StrictInt
+
+from engine.methods.boundary.spec import BoundaryGuidanceSpec
+from engine.methods.custom.spec import CustomGuidanceSpec
+from engine.methods.fields import Context, Number, Plains, Spec
+from engine.methods.risky.spec import RiskyGuidanceSpec
+from engine.methods.sampling.spec import SamplingSpec
+
+MAX_SEED = 2**53
+MAX_REQUESTS = 1000
+# Entries of lists by the name of their key, of all others, and keys of a mapping: counted before they are looked at.
+LIST_LIMITS = {"requests": MAX_REQUESTS, "contexts": 10_000, "classes": 100_000, "boundary": 1000, "transfer": 100}
+MAX_INDEX = 10**8
+JOINT_SEPARATOR = " and "
+CLASS_TEMPLATE = "a photo of a {class}"
+
+# Attempts for each sample that is wanted, where a request says nothing.
+DEFAULT_FACTOR = "10x"
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=64)]
+Seed = Annotated[StrictInt, Field(ge=0, lt=MAX_SEED)]
+Address = Annotated[str, Field(min_length=1, max_length=1000)]
+# A criterion of the user's own: `package.module:factory`.
+Method = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$", max_length=200)]
+Classes = tuple[str | StrictInt, ...]
+Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+Factor = Annotated[str, Field(pattern=r"^[0-9]{1,6}(\.[0-9]{1,3})?x$")]
+
+
+class ModelsSpec(Spec):
+    """Addresses of the models: `zoo:NAME/PART`, a folder, or a hub id; of classifiers also a file or a factory."""
+
+    diffusion: Address = Field(description="Stable Diffusion pipeline that samples.")
+    clip: Address = Field(description="CLIP model that measures conformity.")
+    target: Address = Field(
+        description="Image classifier that is guided on and scored; this, `transfer` and `oracle` may also be a file of"
+        " TorchScript or torch.export, or `package.module:factory`, which runs that code."
+    )
+    transfer: tuple[Address, ...] = Field(
+        default=(),
+        max_length=LIST_LIMITS["transfer"],
+        description="Classifiers that are scored and never guided on.",
+    )
+    oracle: Address | None = Field(default=None, description="Independent classifier whose reading is recorded.")
+    judge: Address | None = Field(
+        default=None, description="Second, independent CLIP model: its conformity is recorded and never guided on."
+    )
+    guidance_decoder: Address | None = Field(
+        default=None,
+        description="AutoencoderTiny whose decoder guidance differentiates, in place of the pipeline's own; the stored"
+        " image always comes from the pipeline's.",
+    )
+    safety_checker: Literal["auto", "off"] = Field(
+        default="auto",
+        description="auto: a sample that the pipeline's safety checker flags is `failed`; off: it is not asked.",
+    )
+
+
+class ConditioningSpec(Spec):
+    """Image embeddings that condition a Stable unCLIP pipeline: drawn from class statistics, or of given images."""
+
+    artefact: Address | None = Field(
+        default=None,
+        description="Class statistics and error predictor: an artefact of `riskforge prepare`, a folder that holds one,"
+        " or `zoo:NAME/PART`.",
+    )
+    images: Address | None = Field(
+        default=None,
+        description="Images to vary, read as `--data` of `riskforge prepare`; sample i of a class takes its image i,"
+        " and begins again after the last.",
+    )
+    screening: bool | None = Field(
+        default=None, description="Draw until the error predictor expects an error; default: true with an artefact."
+    )
+    threshold: Number = Field(default=0.5, ge=0, lt=1, description="Confidence of an error that a draw must exceed.")
+    max_draws: StrictInt = Field(
+        default=256,
+        ge=1,
+        le=100_000,
+        description="Draws for a sample, at most; one that none of them gets through is"
+        " made from the likeliest and has screened: false.",
+    )
+    noise_level: StrictInt = Field(default=0, ge=0, le=999, description="Noise on the embedding, as in diffusers.")
+
+    @property
+    def is_screened(self) -> bool:
+        """Whether draws are screened."""
+        return self.artefact is not None and self.screening is not False
+
+
+class GuidanceSpec(Spec):
+    """Parameters of the guidance methods."""
+
+    boundary: BoundaryGuidanceSpec = Field(default=BoundaryGuidanceSpec(), description="For method `boundary`.")
+    risky: RiskyGuidanceSpec = Field(default=RiskyGuidanceSpec(), description="For method `risky`.")
+    custom: CustomGuidanceSpec = Field(
+        default=CustomGuidanceSpec(), description="For a method of your own, `package.module:factory`."
+    )
+
+
+class RequestSpec(Spec):
+    """One class-conditional request: what to make, how much of it, by which method."""
+
+    name: Name = Field(description="Unique in the job.")
+    method: Literal["prompt", "boundary", "risky"] | Method = Field(
+        description="Prompt only, KLDB boundary guidance, RiskyDiff guidance, or `package.module:factory`: a criterion"
+        " of your own, which runs that code."
+    )
+    classes: Literal["all"] | Annotated[Classes, Field(max_length=LIST_LIMITS["classes"])] | None = Field(
+        default=None, description="Class names or indices of the target, or `all`."
+    )
+    boundary: Annotated[Classes, Field(max_length=LIST_LIMITS["boundary"])] | None = Field(
+        default=None, description="Subset of at least two classes that share one joint prompt."
+    )
+    count: StrictInt = Field(
+        ge=1,
+        le=MAX_INDEX,
+        description="Samples per class (or subset) and context; with `accept` so many accepted ones, whatever their"
+        " context.",
+    )
+    contexts: tuple[Context, ...] = Field(
+        default=("",),
+        min_length=1,
+        max_length=LIST_LIMITS["contexts"],
+        description="Each is appended to the prompt; '' is no context.",
+    )
+    prompt: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(
+        default=None, description="Prompt template with `{class}` and optionally `{context}`."
+    )
+    accept: Plains = Field(
+        default_factory=dict,
+        description="Conditions for a sample to be kept, such as {is_error: true, oracle: agrees, risk: '>= 1'}.",
+    )
+    max_attempts: Annotated[StrictInt, Field(ge=1)] | Factor | None = Field(
+        default=None,
+        description="With `accept`: attempts per class at most, as a number or a multiple of what is wanted, such as"
+        f" 4x; 1x makes `count` attempts, whatever is accepted. Default: {DEFAULT_FACTOR}.",
+    )
+    seed_group: Name | None = Field(default=None, description="Requests of one group share noise; default: the name.")
+    fresh: bool | Date = Field(
+        default=False,
+        description="Other noise every day: true takes the date on which the output's run begins; or a date, such as"
+        " 2026-11-21.",
+    )
+    diffusion: Address | None = Field(default=None, description="Another diffusion model for this request.")
+    conditioning: ConditioningSpec | None = Field(
+        default=None, description="Image embeddings for a Stable unCLIP pipeline; an artefact's address will do."
+    )
+    sampling: Plains = Field(default_factory=dict, description="Overrides of the job's `sampling`.")
+    guidance: Plains = Field(default_factory=dict, description="Overrides of the job's `guidance`.")
+
+    @pydantic.field_validator("conditioning", mode="before")
+    @classmethod
+    def _bare_address(cls, value: Any) -> Any:
+        return {"artefact": value} if isinstance(value, str) else value
+
+    @pydantic.field_validator("fresh", mode="before")
+    @classmethod
+    def _yaml_date(cls, value: Any) -> Any:
+        """YAML 1.1 reads a bare date as one."""
+        return value.isoformat() if type(value) is datetime.date else value
+
+    @pydantic.field_validator("fresh")
+    @classmethod
+    def _on_the_calendar(cls, value: bool | str) -> bool | str:
+        if isinstance(value, str):
+            try:
+                datetime.date.fromisoformat(value)
+            except ValueError:
+                raise ValueError(f"'{value}' is not on the calendar; give a date such as 2026-11-21") from None
+        return value
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether the method is a criterion of the user's own."""
+        return ":" in self.method
+
+    @property
+    def guidance_section(self) -> str:
+        """The section of `guidance` that the method reads; `prompt` reads none."""
+        return "custom" if self.is_custom else self.method
+
+    @property
+    def num_wanted(self) -> int:
+        """Samples of a class (or subset) over all contexts: accepted ones where there is a quota, else attempts."""
+        return self.count * len(self.contexts)
+
+    @property
+    def attempts_limit(self) -> int:
+        """Attempts of a class at most."""
+        if not self.accept:
+            return self.num_wanted
+        limit = self.max_attempts or DEFAULT_FACTOR
+        return limit if isinstance(limit, int) else math.ceil(Fraction(limit.removesuffix("x")) * self.num_wanted)
+
+    @property
+    def has_quota(self) -> bool:
+        """Whether attempts are made until enough of them are accepted."""
+        return self.attempts_limit > self.num_wanted
+
+
+class OutputSpec(Spec):
+    """Where and how the samples are stored."""
+
+    uri: Annotated[str, Field(min_length=1, max_length=2000)] = Field(
+        description="Folder of the run, or its address on an object store, `s3://BUCKET/NAME` or `gs://BUCKET/NAME`;"
+        " `{date}` stands for today, such as 2026-11-21, and `{job}` for the job's name."
+    )
+    samples_per_shard: StrictInt = Field(default=256, ge=1, le=100_000, description="Attempts in a shard.")
+    image_format: Literal["png", "jpg", "webp"] = Field(
+        default="png", description="png and webp are lossless; jpg has quality 95."
+    )
+    store_rejected: bool = Field(default=False, description="Store the images of rejected samples too.")
+    provenance: bool = Field(
+        default=True,
+        description="Say in every image file that it is synthetic: IPTC's trainedAlgorithmicMedia, as XMP.",
+    )
+
+
+class RuntimeSpec(Spec):
+    """How the work is carried out, not which samples are made; precision and attention still move pixels a little."""
+
+    workers: Annotated[StrictInt, Field(ge=1, le=100_000)] | Literal["auto"] = Field(
+        default="auto",
+        description="Number of actors; auto: one a GPU, or one a CPU core, up to sixteen a machine and one for 2 GB of"
+        " its memory.",
+    )
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda)$")] = Field(default="auto", description="auto, cpu, cuda.")
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        default="auto", description="Of the UNet and text encoder; auto: fp16 on a GPU, fp32 on a CPU."
+    )
+    attention: Literal["auto", "sdpa", "xformers"] = Field(default="auto", description="Attention of the UNet.")
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field(
+        default="auto", description="Recompute activations in guidance; auto: on for images above 256 px."
+    )
+    channels_last: Literal["auto", "on", "off"] = Field(
+        default="auto", description="Memory layout of UNet and VAE; auto: on for a GPU in half precision."
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Compile the UNet for calls without gradient, in batches of a fixed shape; auto: off.",
+    )
+    batch_size: Annotated[StrictInt, Field(ge=1, le=4096)] | Literal["auto"] = Field(
+        default="auto",
+        description="Samples a batch on a GPU; auto: as many as its memory holds, found by measuring; halved on"
+        " out-of-memory. A CPU works in batches of a fixed size.",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="Equal bytes from equal GPUs: deterministic kernels, no TF32, batches of a fixed shape; needs a"
+        " number as batch_size there. On a CPU it changes nothing: every run is deterministic.",
+    )
+
+    @pydantic.field_validator("gradient_checkpointing", "channels_last", "compile", mode="before")
+    @classmethod
+    def _yaml_booleans(cls, value: Any) -> Any:
+        """YAML 1.1 reads bare `on` and `off` as booleans."""
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+class JobSpec(Spec):
+    """A job: models, requests and how to carry them out."""
+
+    name: Name = Field(description="Prefix of shards and keys: lower case letters, digits, hyphens.")
+    seed: Seed = Field(default=0, description="Seed of the job, a non-negative integer below 2^53.")
+    models: ModelsSpec = Field(description="What samples, what is guided on, and what scores.")
+    requests: tuple[RequestSpec, ...] = Field(
+        min_length=1, max_length=LIST_LIMITS["requests"], description="What to make; the order gives each its number."
+    )
+    sampling: SamplingSpec = Field(default=SamplingSpec(), description="How the diffusion model samples.")
+    guidance: GuidanceSpec = Field(default=GuidanceSpec(), description="Parameters of the guidance methods.")
+    output: OutputSpec = Field(description="Where and how the samples are stored.")
+    runtime: RuntimeSpec = Field(default=RuntimeSpec(), description="How the work is carried out.")
+
+    def sampling_of(self, request: RequestSpec) -> SamplingSpec:
+        """The job's sampling with the request's overrides, key by key."""
+        return SamplingSpec.model_validate(merge(self.sampling.model_dump(), request.sampling))
+
+    def guidance_of(self, request: RequestSpec) -> GuidanceSpec:
+        """The job's guidance with the request's overrides, key by key."""
+        return GuidanceSpec.model_validate(merge(self.guidance.model_dump(), request.guidance))
+
+
+def merge(base: dict[str, Any], override: Any) -> dict[str, Any]:
+    """A mapping with the values of another, key by key at every level."""
+    if not isinstance(override, dict):
+        return override
+    merged = dict(base)
+    for key, value in override.items():
+        inner = merged.get(key)
+        merged[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged

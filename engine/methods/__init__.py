@@ -1,0 +1,1 @@
+"""The mathematics: scores, sampling, guidance, class statistics. Pure torch; specifications without torch."""

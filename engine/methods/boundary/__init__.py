@@ -1,0 +1,1 @@
+"""KLDB guidance toward the decision boundary (Gomes et al.)."""

@@ -1,0 +1,38 @@
+"""Parameters of method `boundary`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, StrictInt
+
+from engine.methods.fields import Number, Spec
+
+
+class BoundaryGuidanceSpec(Spec):
+    """KLDB guidance toward the decision boundary of the request's classes."""
+
+    step: Literal["polyak", "norm", "paper"] = Field(
+        default="polyak", description="Step rule: Polyak (no step size), |g|_2-normalised, or the paper's max|g|."
+    )
+    alpha: Number | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="Step size; 0 switches guidance off. Default: 1 for polyak (a factor), 0.05 for norm and paper.",
+    )
+    cap: Number = Field(default=0.1, gt=0, le=10, description="Polyak only: largest step as a fraction of |z|_2.")
+    every: StrictInt = Field(
+        default=5, ge=1, le=1000, description="Guide at steps i with i % every == 0, i counted from 1."
+    )
+    gradient: Literal["detached", "unet"] = Field(
+        default="detached", description="Gradient at the detached x0 prediction, or through the UNet."
+    )
+    skip_last: bool = Field(default=True, description="Do not guide at the last step, which is never denoised again.")
+
+    @property
+    def step_size(self) -> float:
+        """`alpha`, or the default of the step rule."""
+        if self.alpha is not None:
+            return self.alpha
+        return 1.0 if self.step == "polyak" else 0.05

@@ -1,0 +1,1 @@
+"""Guidance by a criterion of the user's own."""

@@ -1,0 +1,116 @@
+"""Step rules: how far a sample's latents move against the gradient of a criterion. Always sample by sample.
+
+Legend: B samples, z latents [B, C, H, W], L criterion [B], g its gradient in z [B, C, H, W].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.methods.sampling.denoiser import Prediction, Step
+
+Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
+Update = Callable[[Tensor, Tensor, Prediction, Step, "GradientHealth"], Prediction]
+
+
+@dataclass(slots=True)
+class GradientHealth:
+    """Counts of a batch, [B] integers each.
+
+    Attributes:
+        guided_steps: steps at which the sample was moved.
+        zero: steps at which its gradient was exactly zero.
+        nonfinite: steps at which its gradient or criterion was not finite.
+    """
+
+    guided_steps: Tensor
+    zero: Tensor
+    nonfinite: Tensor
+
+    @classmethod
+    def of(cls, num_samples: int) -> GradientHealth:
+        """All counts zero."""
+        return cls(*(torch.zeros(num_samples, dtype=torch.long) for _ in range(3)))
+
+
+def polyak(loss: Tensor, gradient: Tensor, latents: Tensor, *, alpha: float, cap: float) -> Tensor:
+    """Shift by the Polyak step `L / |g|^2` against g, at most `cap * |z|_2` long.
+
+    The step that a linear model of L asks for to reach L = 0, the known minimum of a non-negative criterion (Polyak
+    1987, section 5.3). `alpha` relaxes it (1: whole step).
+    """
+    length = (alpha * loss / norms(gradient)).minimum(cap * norms(latents))
+    return -per_sample(length, gradient) * unit(gradient)
+
+
+def scaled_by_latents(loss: Tensor, gradient: Tensor, latents: Tensor, *, alpha: float) -> Tensor:
+    """Shift by `alpha * |z|_2` against g: `g / |g|_2 * |z|_2`, the later code of Gomes et al."""
+    return -alpha * per_sample(norms(latents), gradient) * unit(gradient)
+
+
+def scaled_by_maximum(loss: Tensor, gradient: Tensor, latents: Tensor, *, alpha: float) -> Tensor:
+    """Shift by `alpha * g / max|g|` against g: Gomes et al., workshop version."""
+    return -alpha * gradient / gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
+
+
+def usable_gradients(loss: Tensor, gradient: Tensor, health: GradientHealth) -> tuple[Tensor, Tensor]:
+    """Find the samples that can be moved and count the others.
+
+    Args:
+        loss: [B].
+        gradient: [B, C, H, W].
+
+    Returns:
+        Which samples are usable [B], and the gradient with ones in place of the unusable. A sample whose loss is
+        zero has arrived: it stays, and nothing is wrong with it.
+    """
+    finite = torch.isfinite(loss) & torch.isfinite(gradient).flatten(1).all(1)
+    arrived = finite & (loss == 0)
+    zero = finite & ~arrived & (gradient.flatten(1).abs().amax(1) == 0)
+    usable = finite & ~arrived & ~zero
+    health.nonfinite += (~finite).cpu()
+    health.zero += zero.cpu()
+    health.guided_steps += usable.cpu()
+    return usable, torch.where(per_sample(usable, gradient), gradient, torch.ones_like(gradient))
+
+
+def shifting(rule: Rule) -> Update:
+    """The update that moves the latents by a step rule for a single criterion, with the eps from before."""
+
+    def update(
+        losses: Tensor, gradients: Tensor, prediction: Prediction, step: Step, health: GradientHealth
+    ) -> Prediction:
+        usable, gradient = usable_gradients(losses[0], gradients[0], health)
+        shift = rule(losses[0], gradient, prediction.latents)
+        return prediction.moved(keep(usable, shift), step)
+
+    return update
+
+
+def keep(usable: Tensor, values: Tensor) -> Tensor:
+    """`values` [B, C, H, W] of the usable samples, zero for the others."""
+    return torch.where(per_sample(usable, values), values, torch.zeros_like(values))
+
+
+def norms(values: Tensor) -> Tensor:
+    """Euclidean norm of every sample, [B].
+
+    Scaled by the largest entry first, so that squares neither underflow nor overflow.
+    """
+    flat = values.flatten(1)
+    largest = flat.abs().amax(1).clamp_min(torch.finfo(flat.dtype).tiny)
+    return (flat / largest[:, None]).norm(dim=1) * largest
+
+
+def unit(gradient: Tensor) -> Tensor:
+    """The gradient of every sample at length 1."""
+    return gradient / per_sample(norms(gradient), gradient)
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """[B] as [B, 1, 1, 1], to meet `like`."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,41 @@
+"""How a job samples, whatever the method."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, StrictInt
+
+from engine.methods.fields import Context, Number, Spec
+
+
+class SamplingSpec(Spec):
+    """How the diffusion model samples. All schedulers are deterministic given the first noise."""
+
+    scheduler: Literal["lms", "ddim", "euler", "dpmsolver++", "model"] = Field(
+        default="lms",
+        description="Sampler: k-LMS, DDIM with eta 0, Euler, DPM-Solver++ (2M), or the model's own, where that draws no"
+        " noise.",
+    )
+    num_inference_steps: StrictInt = Field(default=40, ge=1, le=1000, description="Number of denoising steps T.")
+    guidance_scale: Number = Field(default=7.5, ge=1, le=100, description="Classifier-free guidance scale; 1 is off.")
+    guidance_rescale: Number = Field(default=0.0, ge=0, le=1, description="Rescale of classifier-free guidance.")
+    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = Field(
+        default=None, description="Spacing of the timesteps; the model's own when empty."
+    )
+    use_karras_sigmas: bool | None = Field(
+        default=None,
+        description="Noise levels of Karras et al. (2022), for lms, euler and dpmsolver++; as the model has it when"
+        " empty.",
+    )
+    rescale_betas_zero_snr: bool = Field(default=False, description="Zero terminal SNR; v-prediction models only.")
+    negative_prompt: Context = Field(default="", description="Prompt of the unconditional half.")
+
+
+def noise_problem(prediction_type: str, zero_snr: bool) -> str | None:
+    """What is impossible about a model's prediction type, or None."""
+    if prediction_type not in ("epsilon", "v_prediction"):
+        return f"the model predicts '{prediction_type}'; only epsilon and v_prediction are supported"
+    if zero_snr and prediction_type == "epsilon":
+        return "eps-prediction has no signal at zero terminal SNR; switch that off, or use a v-prediction model"
+    return None

@@ -1,0 +1,105 @@
+"""Guidance methods of the user's own: `package.module:factory` in a request's `method`.
+
+The factory is called with `guidance.custom.parameters` and returns a criterion (`engine.methods.custom.guide`). It is
+the user's own code and runs as such, like the factory of a target. Imports torch only where a method is looked at.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import JobError
+from engine.job.spec import JobSpec
+from engine.models.targets import module_of
+
+if TYPE_CHECKING:
+    from engine.methods.custom.guide import Criterion
+
+EXAMPLE = "def criterion(images, scene): ..., a distance [B] of images [B, 3, H, W]"
+
+
+def custom_methods(job: JobSpec) -> list[str]:
+    """The addresses of the methods that are the user's own, each once."""
+    return sorted({request.method for request in job.requests if request.is_custom})
+
+
+def method_problems(job: JobSpec) -> Iterable[str]:
+    """What is wrong with the methods of a job that are the user's own, a line each.
+
+    Side effects: imports their modules, and calls them.
+    """
+    for number, request in enumerate(job.requests):
+        if request.is_custom:
+            try:
+                method_digest(request.method)
+                load_method(request.method, job.guidance_of(request).custom.parameters)
+            except JobError as error:
+                yield from (f"requests.{number}.method: {problem}" for problem in error.problems)
+
+
+def method_digests(job: JobSpec) -> dict[str, dict[str, str]]:
+    """Digest of every method of a job that is the user's own, as `engine.job.plan.plan_identity` takes them.
+
+    Nothing where there is none: plans without them keep the digest that they had before there were any.
+
+    Raises:
+        JobError: as `method_digest`.
+    """
+    methods = custom_methods(job)
+    return {"methods": {one: method_digest(one) for one in methods}} if methods else {}
+
+
+@functools.cache
+def method_digest(address: str) -> str:
+    """Digest of the file of a method's module: read once in a process, as the module is imported once.
+
+    Raises:
+        JobError: there is no such module or function, or it has no file.
+    """
+    from engine.models.foreign import find_factory
+
+    find_factory(address)
+    file = getattr(sys.modules[module_of(address)[0]], "__file__", None)
+    if file is None:
+        raise JobError(f"'{address}': its module has no file, so a change of it could not be noticed; put it into one")
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:32]
+
+
+def load_method(address: str, parameters: dict[str, Any]) -> Criterion:
+    """The criterion that a method's factory makes of its parameters.
+
+    Raises:
+        JobError: no such module or factory, other parameters than it takes, it fails, or it gives something else.
+    """
+    from engine.models.foreign import find_factory, reason_of
+
+    factory = find_factory(address)
+    _check_parameters(address, factory, parameters)
+    try:
+        criterion = factory(**parameters)
+    except (Exception, SystemExit) as error:
+        raise JobError(f"'{address}' failed: {reason_of(error)}") from error
+    if not callable(criterion):
+        raise JobError(f"'{address}' gave a {type(criterion).__name__}; return a function, such as {EXAMPLE}")
+    try:
+        inspect.signature(criterion).bind(None, None)
+    except (TypeError, ValueError) as error:
+        raise JobError(f"'{address}' gave a function that cannot be called so ({error}); return {EXAMPLE}") from None
+    return criterion
+
+
+def _check_parameters(address: str, factory: Any, parameters: dict[str, Any]) -> None:
+    try:
+        inspect.signature(factory).bind(**parameters)
+    except TypeError as error:
+        known = ", ".join(inspect.signature(factory).parameters) or "none"
+        raise JobError(f"'{address}': guidance.custom.parameters: {error}; it takes {known}") from None
+    except ValueError:
+        # Something without a signature says itself what it takes.
+        return

@@ -1,0 +1,70 @@
+"""The image files of chosen samples, taken out of the shards without reading the rest of them."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+from engine.data.run.commits import list_commits
+from engine.data.run.shards import IMAGE_FORMATS, SHARDS, shard_name, tar_entries
+from engine.data.run.tar_index import Place, TarReader
+from engine.data.stores.base import Store, StoredFile
+from engine.errors import CorruptShardError, OutputError, StoreLostError
+
+
+class StoredImages(Mapping[str, bytes]):
+    """Image files by the keys of their samples; each is read when it is asked for, so one is held at a time."""
+
+    def __init__(self, reader: TarReader, places: dict[str, Place]) -> None:
+        self._reader, self._places = reader, places
+
+    def __getitem__(self, key: str) -> bytes:
+        return self._reader.read(self._places[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._places
+
+
+def find_images(store: Store, job_name: str, keys: dict[int, str]) -> StoredImages:
+    """Image files by key; a sample whose image is not found is left out.
+
+    Args:
+        keys: key of each wanted sample by its row number in the metadata, which holds the shards in their order.
+    """
+    commits = list_commits(store)
+    numbers = sorted(commits)
+    ends = list(itertools.accumulate(commits[number].counts.attempted for number in numbers))
+    wanted: dict[int, set[str]] = defaultdict(set)
+    for row, key in keys.items():
+        if (place := bisect.bisect_right(ends, row)) < len(numbers):
+            wanted[numbers[place]].add(key)
+    tars = [StoredFile(store, f"{SHARDS}/{shard_name(job_name, number)}.tar") for number in sorted(wanted)]
+    places: dict[str, Place] = {}
+    for number, (tar, (_, some)) in enumerate(zip(tars, sorted(wanted.items()), strict=True)):
+        places |= _places(tar, number, some)
+    return StoredImages(TarReader(tars), places)
+
+
+def _places(tar: StoredFile, number: int, keys: set[str]) -> dict[str, Place]:
+    """Where the images of some keys lie; a tar that cannot be read ends early."""
+    found: dict[str, Place] = {}
+    try:
+        for name, offset, size in tar_entries(tar.fetch()):
+            key, _, extension = name.partition(".")
+            if key in keys and extension in IMAGE_FORMATS:
+                found[key] = Place(number, offset, size)
+            if len(found) == len(keys):
+                break
+    except StoreLostError:
+        raise
+    except (OSError, OutputError, CorruptShardError):
+        return found
+    return found

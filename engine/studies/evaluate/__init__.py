@@ -1,0 +1,1 @@
+"""`evaluate`: distances, features and slices of a run against real images."""

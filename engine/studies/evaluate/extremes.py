@@ -1,0 +1,103 @@
+"""Real images and samples at both ends of a score: near the boundary and far from it, of high risk and of low."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.data.run.counts import is_joint
+from engine.methods import scores
+from engine.report.evaluation import Extremes, Row, Shown
+from engine.report.text import number
+
+MAX_SUBSETS = 6
+MAX_CLASSES = 6
+PER_ROW = 6
+
+Show = Callable[[int, str], Shown]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Scored:
+    """Real images and samples with what the target says of them.
+
+    Attributes:
+        logits, classes: of the real images, [N, n] and [N].
+        records: of the samples.
+        methods: by request.
+        show_real, show_sample: put a row and a text into the report.
+    """
+
+    logits: NDArray[np.float32]
+    classes: NDArray[np.int64]
+    records: Sequence[dict[str, Any]]
+    methods: Mapping[str, str]
+    labels: Sequence[str]
+    show_real: Show
+    show_sample: Show
+
+
+def boundary_extremes(scored: Scored) -> Iterator[Extremes]:
+    """For each subset of a boundary request, the first ones: images nearest to the boundary and farthest from it."""
+    subsets: dict[tuple[int, ...], list[int]] = {}
+    for row, one in enumerate(scored.records):
+        if scored.methods[one["request"]] == "boundary" and is_joint(one["key"]):
+            subsets.setdefault(tuple(one["kldb_classes"]), []).append(row)
+    for subset, rows in list(subsets.items())[:MAX_SUBSETS]:
+        real = np.flatnonzero(np.isin(scored.classes, subset))
+        values = scores.kldb(torch.from_numpy(scored.logits[real]), list(subset)).numpy()
+        title = " and ".join(scored.labels[index] for index in subset)
+        yield _extremes(scored, title, "kldb", real, values, rows, ("nearest", "farthest"), lowest_first=True)
+
+
+def risk_extremes(scored: Scored) -> Iterator[Extremes]:
+    """For each class of a risky request, the first ones: images of the highest and of the lowest risk."""
+    classes: dict[int, list[int]] = {}
+    for row, one in enumerate(scored.records):
+        if scored.methods[one["request"]] == "risky":
+            classes.setdefault(one["class_index"], []).append(row)
+    for index, rows in sorted(classes.items())[:MAX_CLASSES]:
+        real = np.flatnonzero(scored.classes == index)
+        values = scores.risk(torch.from_numpy(scored.logits[real]), torch.full((len(real),), index)).numpy()
+        ends = ("of the highest risk", "of the lowest risk")
+        yield _extremes(scored, scored.labels[index], "risk", real, values, rows, ends, lowest_first=False)
+
+
+def _extremes(
+    scored: Scored, title: str, score: Literal["kldb", "risk"], real: NDArray[np.int64], values: NDArray[np.float32],
+    rows: Sequence[int], ends: tuple[str, str], *, lowest_first: bool,
+) -> Extremes:  # fmt: skip
+    """A row of images for either end and kind, without one for a kind of which there is none."""
+    made = np.array([scored.records[row][score] for row in rows], dtype=np.float64)
+    label = "KLDB" if score == "kldb" else "risk"
+    lines = []
+    for place, end in enumerate(ends):
+        is_rising = lowest_first == (place == 0)
+        for kind, numbers, found, show in (
+            ("Real", real, values.astype(np.float64), scored.show_real),
+            ("Samples", np.array(rows), made, scored.show_sample),
+        ):
+            chosen = _end(found, is_rising)
+            if len(chosen):
+                images = tuple(show(int(numbers[one]), f"{label} {number(float(found[one]))}") for one in chosen)
+                lines.append(Row(title=f"{kind}, {end}", images=images))
+    return Extremes(
+        title=title,
+        score=score,
+        num_real=len(real),
+        num_samples=len(rows),
+        median_real=float(np.median(values)) if len(values) else None,
+        median_samples=float(np.median(made)) if len(made) else None,
+        rows=tuple(lines),
+    )
+
+
+def _end(values: NDArray[np.float64], is_rising: bool) -> NDArray[np.int64]:
+    """Places of the values at an end, at most half of them, so that both ends differ."""
+    order = np.argsort(values if is_rising else -values, kind="stable")
+    return np.asarray(order[: min(PER_ROW, -(-len(values) // 2))])

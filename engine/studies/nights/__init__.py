@@ -1,0 +1,1 @@
+"""Nights: runs compared with each other and with a baseline."""

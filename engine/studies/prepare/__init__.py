@@ -1,0 +1,1 @@
+"""`prepare`: class statistics and error predictor from labelled images."""

@@ -1,0 +1,1 @@
+"""`retrain`: fine-tuning a target on generated images, and its comparison."""

@@ -1,0 +1,212 @@
+"""Images as a network takes them: read once, preprocessed as the model itself does, and held in memory.
+
+A float32 image of 224 x 224 pixels is 0.6 MB, one of 32 x 32 pixels 12 kB.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import PIL.Image
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from engine.data.images import ImageSource, Unusable, UnusableImageError, decode_sample, image_key, nothing_usable
+from engine.driver.progress import Display
+from engine.errors import CorruptShardError, JobError
+from engine.models.preprocess import Preprocessing
+from engine.studies.retrain.finetune import Samples
+from engine.studies.samples import StudiedRun, read_samples
+
+ROWS = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class ImageSet:
+    """Labelled images of a source.
+
+    Attributes:
+        pixels: [N, 3, h, w], preprocessed.
+        classes: [N] class indices.
+        contexts: of each image, those that it stands in.
+        keys: of each image, a digest of its pixels.
+        unusable: what could not be used, as it was found.
+        kind: what it was read as, in words.
+    """
+
+    pixels: Tensor
+    classes: Tensor
+    contexts: tuple[tuple[str, ...], ...]
+    keys: tuple[bytes, ...]
+    unusable: tuple[Unusable, ...]
+    kind: str
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the images and their classes, whatever their order."""
+        rows = sorted(zip(self.classes.tolist(), self.keys, strict=True))
+        return hashlib.sha256(b"".join(f"{index}:".encode() + key for index, key in rows)).hexdigest()[:32]
+
+    def without(self, usable: Tensor, reason: str) -> ImageSet:
+        """The images where `usable` [N] is true; the others are unusable for this reason."""
+        rows = usable.nonzero()[:, 0].tolist()
+        gone = (~usable).nonzero()[:, 0].tolist()
+        return dataclasses.replace(
+            self,
+            pixels=self.pixels[rows],
+            classes=self.classes[rows],
+            contexts=tuple(self.contexts[row] for row in rows),
+            keys=tuple(self.keys[row] for row in rows),
+            unusable=(*self.unusable, *(Unusable(f"image {row + 1} of the readable ones", reason) for row in gone)),
+        )
+
+    def samples(self, num_classes: int) -> Samples:
+        """The images with one-hot targets."""
+        return Samples(self.pixels, one_hot(self.classes, num_classes).float())
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class GeneratedSet:
+    """Stored samples of a run.
+
+    Attributes:
+        requests: of each sample, the name of its request.
+        accepted: of each sample, whether its request's rule accepted it, [N] booleans.
+    """
+
+    samples: Samples
+    requests: tuple[str, ...]
+    accepted: Tensor
+
+    def rows_of(self, names: Sequence[str]) -> Tensor:
+        """The rows of some requests."""
+        return torch.tensor([row for row, name in enumerate(self.requests) if name in names], dtype=torch.int64)
+
+    def without(self, usable: Tensor) -> GeneratedSet:
+        """The samples where `usable` [N] is true."""
+        rows = usable.nonzero()[:, 0]
+        requests = tuple(self.requests[row] for row in rows.tolist())
+        return GeneratedSet(samples=self.samples.take(rows), requests=requests, accepted=self.accepted[rows])
+
+
+def read_images(
+    source: ImageSource, option: str, address: str, preprocessing: Preprocessing, display: Display
+) -> ImageSet:
+    """All usable images of a source.
+
+    Args:
+        option, address: where the user gave the source, for messages.
+
+    Raises:
+        JobError: there is none, or the preprocessing cannot make one size of them.
+    """
+    stack = _Stack(f"{option}: '{address}'", preprocessing)
+    classes, contexts, keys, unusable = list[int](), list[tuple[str, ...]](), list[bytes](), list[Unusable]()
+    for found in source.read():
+        if isinstance(found, Unusable):
+            unusable.append(found)
+            continue
+        stack.add(found.image)
+        classes.append(found.class_index)
+        contexts.append(found.contexts)
+        keys.append(image_key(found.image))
+        display.advance(f"reading {option}: {len(keys)}{f'/{source.num_images}' if source.num_images else ''} images")
+    if not keys:
+        raise JobError(nothing_usable(source, option, address, unusable))
+    return ImageSet(
+        pixels=stack.pixels(),
+        classes=torch.tensor(classes),
+        contexts=tuple(contexts),
+        keys=tuple(keys),
+        unusable=tuple(unusable),
+        kind=source.kind,
+    )
+
+
+def read_generated(
+    run: StudiedRun,
+    requests: Sequence[str],
+    preprocessing: Preprocessing,
+    *,
+    num_classes: int,
+    soft: bool,
+    display: Display,
+) -> GeneratedSet:
+    """The stored samples of some requests of a run.
+
+    Args:
+        soft: whether the target of a sample is its `soft_label`, else its class.
+
+    Raises:
+        CorruptShardError: a shard or an image in it is not whole.
+    """
+    stack, targets, names, accepted = (
+        _Stack("RUN: its samples", preprocessing),
+        list[Tensor](),
+        list[str](),
+        list[bool](),
+    )
+    for data, record in read_samples(run, requests):
+        try:
+            stack.add(decode_sample(data))
+        except UnusableImageError as error:
+            raise CorruptShardError(f"{run.store.uri}: the image of sample {record['key']} {error}") from None
+        hard = one_hot(torch.tensor(record["class_index"]), num_classes).float()
+        targets.append(torch.tensor(record["soft_label"]) if soft else hard)
+        names.append(record["request"])
+        accepted.append(record["accepted"])
+        display.advance(f"reading the samples of the run: {len(names)}")
+    pixels = stack.pixels()
+    return GeneratedSet(
+        samples=Samples(pixels, torch.stack(targets) if targets else torch.empty(0, num_classes)),
+        requests=tuple(names),
+        accepted=torch.tensor(accepted, dtype=torch.bool),
+    )
+
+
+@dataclass(slots=True, eq=False)
+class _Stack:
+    """Images on their way through a model's preprocessing, a few at a time."""
+
+    what: str
+    preprocessing: Preprocessing
+    waiting: list[PIL.Image.Image] = field(default_factory=list)
+    done: list[Tensor] = field(default_factory=list)
+
+    def add(self, image: PIL.Image.Image) -> None:
+        self.waiting.append(image)
+        if len(self.waiting) == ROWS:
+            self._flush()
+
+    def pixels(self) -> Tensor:
+        """All images, [N, 3, h, w].
+
+        Raises:
+            JobError: they are not of one size.
+        """
+        self._flush()
+        if len({part.shape[1:] for part in self.done}) > 1:
+            self._refuse("sizes differ")
+        return torch.cat(self.done) if self.done else torch.empty(0, 3, 1, 1)
+
+    def _flush(self) -> None:
+        if not self.waiting:
+            return
+        try:
+            self.done.append(self.preprocessing.of_images(self.waiting))
+        except (ValueError, RuntimeError) as error:
+            self._refuse((str(error).strip().splitlines() or [type(error).__name__])[0])
+        self.waiting = []
+
+    def _refuse(self, reason: str) -> None:
+        raise JobError(
+            f"{self.what} cannot go through the target's preprocessing in one batch ({reason}); give images of one"
+            " size, or a target whose preprocessor resizes"
+        ) from None
