@@ -1,4 +1,4 @@
-"""What the report says, gathered from a run's `manifest.json` and `metadata.parquet`.
+"""What the report shows, gathered from a run's `manifest.json` and `metadata.parquet`.
 
 The metadata is read by columns; whole rows are read only for the samples that are shown.
 """
@@ -13,22 +13,22 @@ import numpy as np
 
 from engine.data.run.outcomes import errors, joint_rows, oracle_agreement, scored_rows
 from engine.data.run.schema import check_rows
-from engine.data.run.summary import LATER_COLUMNS
+from engine.data.run.summary import SUMMARY_COLUMNS
 from engine.data.stores.file_errors import shown
-from engine.job.records import NO_CLASS, STATUS_FAILED
+from engine.job.columns import BY_NAME, NO_CLASS, Column, Role, by_rank, columns_with, stored_names
+from engine.job.records import STATUS_FAILED
 from engine.report.text import joined
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from pyarrow.dataset import Dataset, Expression
 
-SCORES = ("risk", "kldb", "conformity", "entropy")
 _TEXTS = ["request", "method", "context", "class_name", "status", "worker"]
 _NUMBERS = (
     "class_index", "predicted_class", "oracle_class", "is_error", "accepted", "surplus", "seed", "guided_steps",
     "zero_gradients", "nonfinite_gradients", "duration_seconds", "batch_size",
+    *(column.name for column in columns_with(Role.DRAWN)),
 )  # fmt: skip
-_OTHERS = ("key", "kldb_classes", "transfer")
 MAX_CONFUSION_CLASSES = 50
 MAX_PAIRS = 25
 MAX_MESSAGES = 10
@@ -53,7 +53,7 @@ class Rows:
     """The columns of every attempt that tables and charts are made of.
 
     Attributes:
-        numbers: the columns of numbers by name.
+        numbers: the columns of numbers by name; of a run of an earlier schema version without later ones.
         scored: whether models scored a row.
         target_errs: whether the target predicts a class that was not asked for.
         oracle_agrees: whether the oracle predicts one that was.
@@ -74,9 +74,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.request.codes)
 
-    def main_score(self, request: int) -> np.ndarray:
-        """The score that a request is about: KLDB between classes, risk otherwise."""
-        return self.numbers["kldb" if self.subsets[request] else "risk"]
+    def main_score(self, request: int) -> Column:
+        """The score that a request aims at: KLDB between classes, risk otherwise."""
+        return BY_NAME["kldb" if self.subsets[request] else "risk"]
+
+    def drawn_scores(self) -> list[Column]:
+        """The scores that charts show, in the order of the page."""
+        return [column for column in by_rank(columns_with(Role.DRAWN)) if column.name in self.numbers]
 
     def scores_of(self, request: int, score: str) -> np.ndarray:
         """A score over the scored samples of a request."""
@@ -94,8 +98,9 @@ def read_table(path: Path) -> pa.Table:
     """The columns of every attempt that tables and charts are made of."""
     import pyarrow.parquet as pq
 
-    later = [name for name in LATER_COLUMNS if name in open_metadata(path).schema.names]
-    table = pq.read_table(path, columns=[*_TEXTS, *_NUMBERS, *SCORES, *_OTHERS, *later], read_dictionary=_TEXTS)
+    names = dict.fromkeys([*_TEXTS, *_NUMBERS, *SUMMARY_COLUMNS])
+    columns = stored_names(names, open_metadata(path).schema.names)
+    table = pq.read_table(path, columns=columns, read_dictionary=_TEXTS)
     check_rows(table, shown(path))
     return table
 
@@ -103,7 +108,7 @@ def read_table(path: Path) -> pa.Table:
 def make_rows(table: pa.Table) -> Rows:
     """The rows of a table that `read_table` gave."""
     texts = {name: _categories(table.column(name)) for name in ("request", "class_name", "status", "context", "worker")}
-    numbers = {name: table.column(name).to_numpy() for name in (*_NUMBERS, *SCORES)}
+    numbers = {name: table.column(name).to_numpy() for name in stored_names(_NUMBERS, table.column_names)}
     scored = scored_rows(table)
     return Rows(
         **texts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.job.columns import BY_NAME
 from engine.report.evaluation import (
     Evaluation,
     Extremes,
@@ -15,7 +16,7 @@ from engine.report.evaluation import (
     Source,
     TextScores,
 )
-from engine.report.headline import Column, Line, Table
+from engine.report.headline import Heading, Line, Table
 from engine.report.text import ABSENT, clip, number, percent
 
 MAX_UNUSABLE_SHOWN = 3
@@ -76,8 +77,8 @@ def _quality_note(side: Qualities) -> str:
 
 
 def _quality_table(side: Qualities) -> Table:
-    columns = [Column("Request"), Column("Images", "each side"), Column("KID", "x 1,000"), Column("Fréchet distance"),
-               Column("Precision"), Column("Recall")]  # fmt: skip
+    headings = ("KID", "x 1,000"), ("Fréchet distance", ""), ("Precision", ""), ("Recall", "")
+    columns = [Heading("Request"), Heading("Images", "each side"), *(Heading(*heading) for heading in headings)]
     lines = []
     for one in side.requests:
         figures = (one.kid, one.frechet, one.precision, one.recall)
@@ -103,7 +104,7 @@ def _text_table(found: TextScores) -> Table:
         Line(clip(one.request, 120), "", False, [(f"{one.num_images:,}", ""), _cell(one.score)])
         for one in found.requests
     ]
-    return Table([Column("Request"), Column("Images"), Column("CLIPScore", "mean, 95 %")], lines, 0)
+    return Table([Heading("Request"), Heading("Images"), Heading("CLIPScore", "mean, 95 %")], lines, 0)
 
 
 def _text_note(found: TextScores) -> str:
@@ -118,13 +119,13 @@ def _text_note(found: TextScores) -> str:
 
 def _memorisation(found: Memorisation, whole: Evaluation) -> dict[str, Any]:
     columns = [
-        Column("Request"),
-        Column("Images"),
-        Column("CLIP distance", "median"),
-        Column("Pixel distance", "median"),
+        Heading("Request"),
+        Heading("Images"),
+        Heading("CLIP distance", "median"),
+        Heading("Pixel distance", "median"),
     ]
     limits = found.thresholds
-    columns += [Column("Suspect", "95 %")] if limits else []
+    columns += [Heading("Suspect", "95 %")] if limits else []
     lines = []
     for one in found.requests:
         cells = [
@@ -202,7 +203,7 @@ def _slice(one: Slice, whole: Evaluation) -> dict[str, Any]:
 
 
 def _extreme(one: Extremes, whole: Evaluation) -> dict[str, Any]:
-    label = "KLDB" if one.score == "kldb" else "Risk"
+    label = BY_NAME[one.score].title
     medians = [ABSENT if value is None else number(value) for value in (one.median_real, one.median_samples)]
     return {
         "title": clip(one.title, 200),

@@ -24,10 +24,10 @@ from engine.data.run.summary import summarise_table
 from engine.data.stores.base import Store
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.job.class_names import distinct_names
-from engine.job.records import NO_CLASS
+from engine.job.columns import NO_CLASS, target_first, units_text
 from engine.models.addresses import read_labels
 from engine.models.targets import is_factory
-from engine.report.charts import Score, histogram
+from engine.report.charts import histogram
 from engine.report.data import (
     Rows,
     class_names,
@@ -43,16 +43,15 @@ from engine.report.evaluated import evaluation_context
 from engine.report.evaluation import Evaluation, read_evaluation
 from engine.report.gallery import (
     IMAGE_BUDGET_BYTES,
-    JUDGE_SCORES,
     MAX_SAMPLES,
     OUTCOMES,
-    RANGE_SCORES,
-    SORT_SCORES,
     Tile,
     gallery_json,
     make_groups,
     make_tile,
+    range_titles,
     select,
+    sort_titles,
 )
 from engine.report.headline import request_totals, summary_table
 from engine.report.partners import partner_table
@@ -70,12 +69,6 @@ MAX_MESSAGE_CHARS = 400
 HEAT_LEVELS = 4
 MAX_SCREENED_CLASSES = 100
 
-CHARTS = (
-    Score(name="risk", title="Risk", unit="nats", log=True, meaning="minus log p of the conditioned class"),
-    Score(name="kldb", title="KLDB", unit="nats", log=True, meaning="distance to the decision boundary; zero on it"),
-    Score(name="conformity", title="Conformity", unit="cosine", log=False, meaning="image against the class's prompt"),
-    Score(name="entropy", title="Entropy", unit="nats", log=False, meaning="of the target's output"),
-)
 _HERE = Path(__file__).parent
 # Of a job, as `engine.job.spec` has it: shards are called by it.
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
@@ -184,6 +177,7 @@ def render(
         "title": title,
         **_of_manifest(store, manifest, rows, names),
         "table": summary_table(summarise_table(table), request_totals(table)),
+        "units": units_text(target_first(rows.drawn_scores()), is_full=False),
         "classes": class_table(table),
         **_distributions(rows),
         "confusion": _confusion(rows, names),
@@ -321,7 +315,7 @@ def _distributions(rows: Rows) -> dict[str, Any]:
     first, series = _series(rows)
     rest = len(series) > len(first)
     charts = []
-    for score in CHARTS:
+    for score in rows.drawn_scores():
         values = [rows.scores_of(code, score.name) for code in first]
         if rest:  # All others as one.
             values.append(rows.numbers[score.name][rows.scored & (rows.request.codes >= len(first))])
@@ -401,7 +395,7 @@ def _gallery(
             "the arrow keys step through."
         ),
         "selects": _selects(tiles),
-        "ranges": [(name, SORT_SCORES[name]) for name in RANGE_SCORES],
+        "ranges": list(range_titles([tile.record for tile in tiles]).items()),
         "shapes": SHAPES,
         "scatter": scatter(rows, _series_of(rows), _series(rows)[1], keys),
         "scatter_note": _scatter_note(rows, keys),
@@ -446,10 +440,9 @@ def _selects(tiles: list[Tile]) -> list[dict[str, Any]]:
     def distinct(texts: list[str]) -> list[tuple[str, str]]:
         return [(text, text) for text in dict.fromkeys(texts)]
 
-    has_judge = any(tile.record.get("judge") for tile in tiles)
     outcomes = {name for tile in tiles for name in tile.outcomes}
     choices = [
-        ("sort", "Sort by", "Request", list((SORT_SCORES | (JUDGE_SCORES if has_judge else {})).items())),
+        ("sort", "Sort by", "Request", list(sort_titles([tile.record for tile in tiles]).items())),
         ("request", "Request", "All", distinct([tile.record["request"] for tile in tiles])),
         ("class", "Class", "All", distinct(sorted(tile.conditioned for tile in tiles))),
         ("status", "Status", "All", distinct([tile.record["status"] for tile in tiles])),

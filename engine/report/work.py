@@ -10,7 +10,7 @@ from engine.data.run.counts import JOINT_KEY
 from engine.data.run.summary import class_texts, summarise_table
 from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED
 from engine.report.data import Rows
-from engine.report.headline import Column, Line, Table, summary_cells, summary_columns
+from engine.report.headline import Heading, Line, Table, summary_cells, summary_figures
 from engine.report.text import ABSENT, clip, number, percent
 
 if TYPE_CHECKING:
@@ -33,15 +33,14 @@ def class_table(table: pa.Table) -> Table | None:
     groups = summarise_table(_with(_with(_with(table, "request", texts), "context", whole), "method", whole))
     if len(groups) < 2:
         return None
-    ordered = sorted(groups, key=lambda one: -(one.error_rate or 0.0))[:MAX_LINES]
-    models = list(dict.fromkeys(one.model for group in groups for one in group.transfer))
-    has_judge = any(group.judge_conformity is not None for group in groups)
+    worst = sorted(groups, key=lambda group: -(group.error_rate or 0.0))[:MAX_LINES]
+    figures = summary_figures(groups)
     lines = [
-        Line(clip(group.request, 120), "", False, summary_cells(group, models, has_judge))
-        for group in sorted(ordered, key=lambda one: groups.index(one))
+        Line(clip(group.request, 120), "", False, summary_cells(group, figures))
+        for group in sorted(worst, key=lambda group: groups.index(group))
     ]
-    columns = [Column("Class"), *summary_columns(models, has_judge)[1:]]
-    return Table(columns, lines, len(groups) - len(lines))
+    headings = [Heading("Class"), *(figure.heading for figure in figures)]
+    return Table(headings, lines, len(groups) - len(lines))
 
 
 def _with(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
@@ -68,7 +67,7 @@ def acceptance_table(rows: Rows, quotas: dict[str, list[dict[str, Any]]]) -> Tab
             cells = _acceptance(rows, own, int(one["wanted"]), int(one["missing"]), True)
             lines.append(Line(clip(str(one["class"]), 120), "", False, cells))
     names = ("Attempted", "Accepted", "Rejected", "Failed", "Surplus", "Wanted", "Missing")
-    return Table([Column("Request", "class"), *map(Column, names)], lines[:MAX_LINES], max(0, len(lines) - MAX_LINES))
+    return Table([Heading("Request", "class"), *map(Heading, names)], lines[:MAX_LINES], max(0, len(lines) - MAX_LINES))
 
 
 def _is_class(rows: Rows, code: str) -> np.ndarray:
@@ -116,8 +115,12 @@ def gradient_table(rows: Rows) -> Table | None:
                 ],
             )
         )
-    names = [Column("Samples"), Column("Guided steps", "mean, range"), Column("Zero gradients", "of the guided steps")]
-    columns = [Column("Request"), *names, Column("Not finite", "dropped")]
+    names = [
+        Heading("Samples"),
+        Heading("Guided steps", "mean, range"),
+        Heading("Zero gradients", "of the guided steps"),
+    ]
+    columns = [Heading("Request"), *names, Heading("Not finite", "dropped")]
     return Table(columns, lines[:MAX_LINES], max(0, len(lines) - MAX_LINES)) if lines else None
 
 
@@ -134,9 +137,9 @@ def throughput_table(rows: Rows) -> Table | None:
         lines.append(Line("all workers", "", True, _speed(rows, np.ones(len(rows), dtype=bool))))
         for place, name in enumerate(workers[:MAX_WORKERS]):
             lines.append(Line(clip(f"worker {name}", 120), "", False, _speed(rows, rows.worker.codes == place)))
-    columns = [Column("Request", "worker"), Column("Attempts"), Column("Batch size", "median"),
-               Column("Sampling", "seconds together"), Column("Per sample", "median, seconds"),
-               Column("Samples a second", "of one worker")]  # fmt: skip
+    columns = [Heading("Request", "worker"), Heading("Attempts"), Heading("Batch size", "median"),
+               Heading("Sampling", "seconds together"), Heading("Per sample", "median, seconds"),
+               Heading("Samples a second", "of one worker")]  # fmt: skip
     return Table(columns, lines, max(0, len(workers) - MAX_WORKERS))
 
 

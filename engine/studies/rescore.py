@@ -43,8 +43,9 @@ from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.job.acceptance import is_accepted
+from engine.job.columns import RUN_COLUMNS, Role, columns_with
 from engine.job.plan import Plan, SampleSpec, digest_of
-from engine.job.records import RUN_FIELDS, STATUS_FAILED, STATUS_OK, STATUS_REJECTED, failed_record, in_version
+from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, failed_record, in_version
 from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json
 from engine.models.addresses import model_digest, read_labels, resolve
@@ -388,8 +389,8 @@ def _failed(spec: SampleSpec, row: Row, message: str) -> Row:
 
 def _kept(row: Row) -> Row:
     """What a row without an image keeps: how it was sampled, and the names of classes, which no stored plan has."""
-    names = ("class_name", "class_index", "prompt", "screened", "guided_steps", "zero_gradients", "nonfinite_gradients")
-    return {name: row[name] for name in (*names, *RUN_FIELDS)}
+    kept = (*columns_with(Role.SAMPLED), *RUN_COLUMNS)
+    return {column.name: row[column.name] for column in kept if column.name in row}
 
 
 # Closing -------------------------------------------------------------------------------------------------------------

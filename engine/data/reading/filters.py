@@ -15,17 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from engine.data.run.outcomes import (
-    ASKED,
-    ERRS,
-    element,
-    is_scored_expression,
-    predicts_asked_expression,
-    target_errs_expression,
-)
+from engine.data.run.outcomes import element, is_scored_expression, predicts_asked_expression, target_errs_expression
 from engine.errors import JobError
-from engine.job.acceptance import JUDGE_SCORES
-from engine.job.records import MEASURED, NO_CLASS
+from engine.job.columns import DERIVED_NAMES, ENTRY_SCORES, MEASURED, NO_CLASS, EntryScore
 from engine.job.spec_messages import nearest
 
 if TYPE_CHECKING:
@@ -36,19 +28,6 @@ NUMBER, TEXT, FLAG = "number", "text", "flag"
 _EXAMPLES = {NUMBER: "1 + risk", FLAG: "risk > 2 and oracle_agrees"}
 MAX_CHARS = 100_000
 MAX_PARTS = 500
-DERIVED: dict[str, str] = {
-    "target_errs": "whether the target predicts another class than the conditioned one, for a joint prompt one outside"
-    " its subset",
-    "oracle_agrees": "whether the oracle predicts the conditioned class, for a joint prompt any of its subset",
-    "valid_failure": "the target errs and the oracle agrees",
-    **{name: f"{score} under the judge; unknown without one" for name, score in JUDGE_SCORES.items()},
-}
-
-_NEEDS = {
-    "target_errs": (*ASKED, *ERRS),
-    "oracle_agrees": (*ASKED, "oracle_class"),
-    "valid_failure": (*ASKED, *ERRS, "oracle_class"),
-}
 _MAX_SHOWN = 60
 _INT64 = 2**63
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
@@ -92,7 +71,7 @@ class Vocabulary:
     def __init__(self, schema: pa.Schema, max_subset: Callable[[], int]) -> None:
         self._schema = schema
         self._max_subset = max_subset
-        self.names = [*schema.names, *(name for name in DERIVED if _can_derive(name, schema))]
+        self.names = [*schema.names, *(name for name in DERIVED_NAMES if _can_derive(name, schema))]
 
     def term(self, name: str, *, is_guarded: bool = True) -> Term | None:
         """The term of a column or derived name; None for a column that is a list.
@@ -125,8 +104,8 @@ class Vocabulary:
             return Term(pc.field(name), kind, is_integer) if kind else None
         if name not in self.names:
             raise KeyError(name)
-        if name in JUDGE_SCORES:
-            return Term(_judge_score(self._schema, JUDGE_SCORES[name]), NUMBER)
+        if name in ENTRY_SCORES:
+            return Term(_entry_score(self._schema, ENTRY_SCORES[name]), NUMBER)
         errs = target_errs_expression(self._max_subset())
         agrees = predicts_asked_expression("oracle_class", self._max_subset()) & (pc.field("oracle_class") != NO_CLASS)
         return Term({"target_errs": errs, "oracle_agrees": agrees, "valid_failure": errs & agrees}[name], FLAG)
@@ -362,14 +341,15 @@ def _kind_of(kind: pa.DataType) -> str:
 
 def _can_derive(name: str, schema: pa.Schema) -> bool:
     """Whether a derived name's columns are there, and none has its name."""
-    return name not in schema.names and set(_NEEDS.get(name, ("judge",))) <= set(schema.names)
+    return name not in schema.names and set(DERIVED_NAMES[name].needs) <= set(schema.names)
 
 
-def _judge_score(schema: pa.Schema, score: str) -> Expression:
+def _entry_score(schema: pa.Schema, entry: EntryScore) -> Expression:
+    """A score of the first entry of a list column."""
     import pyarrow.compute as pc
 
-    place = schema.field("judge").type.value_type.get_field_index(score)
-    return pc.struct_field(element(pc.field("judge"), 0), [place])
+    place = schema.field(entry.column.name).type.value_type.get_field_index(entry.part.name)
+    return pc.struct_field(element(pc.field(entry.column.name), 0), [place])
 
 
 def _as_number(flag: Term) -> Term:

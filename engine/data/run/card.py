@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import yaml
 
 from engine.data.run.card_loading import loading_section
-from engine.data.run.schema import DESCRIPTIONS, arrow_schema, tar_features
+from engine.data.run.schema import arrow_schema, tar_features
 from engine.data.run.state import SURPLUS_LIST
-from engine.data.run.summary import GroupSummary, Spread
+from engine.data.run.summary import GroupSummary, Spread, shown_entry_scores, shown_scores
+from engine.job.columns import BY_NAME, Role, columns_with, enumerated, target_first, units_text
 from engine.job.spec import ConditioningSpec, JobSpec, RequestSpec
 from engine.models.licences import UNKNOWN
 
@@ -35,8 +37,8 @@ _SIZES = (
     (10**12, "100B<n<1T"),
 )
 _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
-# Headings that the note above the table speaks of.
-ERRORS, VALID_FAILURES, JUDGE = "errors", "valid failures", "judge's conformity"
+# Headings that the note above the table explains.
+ERRORS, VALID_FAILURES = "errors", "valid failures"
 MAX_TABLE_ROWS = 200
 MAX_SHORT = 8
 
@@ -288,7 +290,7 @@ def _table(groups: list[GroupSummary]) -> str:
     lines = [
         "## Scores",
         "",
-        _table_note(columns),
+        _table_note(groups),
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
@@ -300,42 +302,52 @@ def _table(groups: list[GroupSummary]) -> str:
 
 
 def _columns(groups: list[GroupSummary]) -> dict[str, Callable[[GroupSummary], str]]:
-    """Headings and what stands below them; models that a job does not name have no column."""
+    """Headings and the cells below them; models that a job does not name have no column."""
     columns: dict[str, Callable[[GroupSummary], str]] = {
         "request": lambda group: group.request,
         "context": lambda group: code(group.context) if group.context else "none",
         "images / attempts": lambda group: f"{group.ok} / {group.attempted}",
         ERRORS: lambda group: _percent(group.error_rate),
-        "risk": lambda group: _spread(group.risk),
-        "KLDB": lambda group: _spread(group.kldb),
-        "entropy": lambda group: _spread(group.entropy),
-        "conformity": lambda group: _spread(group.conformity),
     }
-    if any(group.oracle_agreement is not None for group in groups):
+    for column in target_first(shown_scores(groups)):
+        columns[column.label] = functools.partial(_score_cell, column.name)
+    if _has_oracle(groups):
         columns["oracle agrees"] = lambda group: _percent(group.oracle_agreement)
         columns[VALID_FAILURES] = lambda group: _percent(group.valid_failure_rate)
     if any(group.transfer for group in groups):
         columns["transfer"] = _transfer
-    if any(group.judge_conformity is not None for group in groups):
-        columns[JUDGE] = lambda group: _number(group.judge_conformity)
+    for name, entry in shown_entry_scores(groups).items():
+        columns[entry.heading] = functools.partial(_mean_cell, name)
     return columns
 
 
-def _table_note(columns: Collection[str]) -> str:
+def _score_cell(name: str, group: GroupSummary) -> str:
+    return _spread(group.scores.get(name))
+
+
+def _mean_cell(name: str, group: GroupSummary) -> str:
+    return _number(group.entry_means.get(name))
+
+
+def _has_oracle(groups: list[GroupSummary]) -> bool:
+    return any(group.oracle_agreement is not None for group in groups)
+
+
+def _table_note(groups: list[GroupSummary]) -> str:
+    units = units_text(target_first(shown_scores(groups)), is_full=True)
     text = (
         "Medians per request and context, over all scored samples, rejected ones too; in brackets the middle half. "
-        "Risk, KLDB and entropy are in nats under the target, conformity is the cosine of CLIP embeddings of image and "
-        "class prompt. Errors: the target predicts another class than the conditioned one, for a joint prompt one "
-        "outside its classes."
+        f"{units[:1].upper()}{units[1:]}. Errors: the target predicts another class than the conditioned one, for a "
+        "joint prompt one outside its classes."
     )
-    if VALID_FAILURES in columns:
+    if _has_oracle(groups):
         text += (
             " The oracle agrees where it predicts a class that was asked for; a valid failure is a sample on which the "
             "target errs while the oracle agrees."
         )
-    return text + (
-        " The judge is a second CLIP model that guided nothing; its conformity is a mean." if JUDGE in columns else ""
-    )
+    if shown_entry_scores(groups):
+        text += " The judge is a second CLIP model that guided nothing; its conformity is a mean."
+    return text
 
 
 def _transfer(group: GroupSummary) -> str:
@@ -360,7 +372,9 @@ def columns_section(version: int) -> str:
     """What the columns of a schema version mean."""
     names = arrow_schema(surplus=True, version=version).names
     lines = ["## Columns", "", "| column | meaning |", "|---|---|"]
-    return "\n".join(lines + [f"| `{name}` | {DESCRIPTIONS[name].replace('|', chr(92) + '|')} |" for name in names])
+    return "\n".join(
+        lines + [f"| `{name}` | {BY_NAME[name].description.replace('|', chr(92) + '|')} |" for name in names]
+    )
 
 
 def _limits(job: JobSpec, version: int) -> str:
@@ -369,11 +383,17 @@ def _limits(job: JobSpec, version: int) -> str:
     judge = "the judge is a second opinion" if models.judge else "no second CLIP model judged"
     has_guided = any(request.guidance_section in ("risky", "custom") for request in job.requests)
     clip = "may have guided the sample" if has_guided else "guided no sample"
+    of_target = [
+        f"`{column.name}`"
+        for column in columns_with(Role.SUMMARISED)
+        if column.measured_by == "target" and column.since <= version
+    ]
+    # The line is broken before the last name.
+    one_target = enumerated(of_target).replace(" and ", " and\n  ") + " are those of one target."
     return f"""## Limits
 
 - Labels are what was asked of the diffusion model, not what a person saw: {oracle}.
-- `conformity` comes from one CLIP model, which {clip}, and shares its blind spots ({judge}); `risk`, `kldb` and
-  `entropy` are those of one target.
+- `conformity` comes from one CLIP model, which {clip}, and shares its blind spots ({judge}); {one_target}
 - Images inherit the biases and gaps of the diffusion model; rates of error here are not rates on real images.
 - Scores are of the stored 8-bit image. Columns are of schema version {version}; `manifest.json`
   has job, versions and checksums."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.data.run.outcomes import ASKED, ERRS, errors, joint_rows, oracle_agreement, scored_rows
+from engine.data.run.outcomes import errors, joint_rows, oracle_agreement, scored_rows
 from engine.data.run.schema import check_rows
 from engine.data.run.state import MANIFEST, METADATA, SUCCESS, read_manifest
 from engine.data.run.summary import class_texts
@@ -22,6 +22,7 @@ from engine.data.stores.file_errors import explained
 from engine.data.stores.opening import open_store
 from engine.errors import JobError, OutputError
 from engine.job.class_names import distinct_names
+from engine.job.columns import ASKED, ERRS
 from engine.job.spec import JOINT_SEPARATOR
 from engine.studies.intervals import LEVEL
 from engine.studies.nights.differences import Difference, holm, median_difference, share_difference

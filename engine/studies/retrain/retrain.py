@@ -25,13 +25,14 @@ from torch import Tensor
 
 from engine.data.images import ImageSource, open_images
 from engine.data.run.manifest import software_versions
-from engine.data.run.outcomes import ASKED, ERRS, asked_classes, target_errs
+from engine.data.run.outcomes import asked_classes, target_errs
 from engine.data.stores.base import Store
 from engine.data.stores.folder import FolderStore
 from engine.data.stores.fresh_folder import fresh_folder
 from engine.data.stores.opening import refuse_objects
 from engine.driver.progress import Display, duration
 from engine.errors import JobError, OutputError
+from engine.job.columns import ASKED, ERRS
 from engine.job.records import STATUS_FAILED
 from engine.methods.finiteness import LOGITS_FAULT, usable_logits
 from engine.methods.temperature import TemperatureFit, fit_temperature
