@@ -37,8 +37,8 @@ PASSED, CAUGHT = 0, (1, 2)
 INTRODUCTION = (
     "# Do the tests notice mistakes?",
     "",
-    "Realistic mistakes (a flipped sign, an off-by-one, a swapped argument, a check left out) are made one by one in a copy",
-    "of the code, and the tests near each are run. What passes all of them has survived. Written by",
+    "Realistic mistakes (a flipped sign, an off-by-one, a swapped argument, a check left out) are made one by one in a",
+    "copy of the code, and the tests near each are run. What passes all of them has survived. Written by",
     "`uv run python tools/mutate.py --write`; the mutations are in `tools/mutations/`.",
 )
 
