@@ -137,7 +137,7 @@ def _subsets(table: pa.Table, request: Categories, joint: np.ndarray) -> list[tu
     subsets: list[tuple[int, ...]] = []
     for code in range(len(request.names)):
         first = np.flatnonzero((request.codes == code) & joint)[:1]
-        subsets += [tuple(one) for one in table["kldb_classes"].take(first).to_pylist()] or [()]
+        subsets += [tuple(classes) for classes in table["kldb_classes"].take(first).to_pylist()] or [()]
     return subsets
 
 
@@ -171,28 +171,28 @@ def name_of(index: int, names: dict[int, str]) -> str:
 
 def subset_name(subset: tuple[int, ...], names: dict[int, str]) -> str:
     """The classes of a joint prompt for a reader."""
-    return joined((name_of(one, names) for one in subset), MAX_SUBSET, " and ")
+    return joined((name_of(index, names) for index in subset), MAX_SUBSET, " and ")
 
 
 def conditioned(rows: Rows, names: dict[int, str]) -> list[tuple[str, frozenset[int], np.ndarray]]:
     """What samples were conditioned on: name, classes, and which scored rows; the classes first, then the subsets."""
     joint = np.array([bool(subset) for subset in rows.subsets], dtype=bool)[rows.request.codes]
     single = rows.scored & ~joint
-    found: dict[tuple[int, ...], np.ndarray] = {
+    rows_of: dict[tuple[int, ...], np.ndarray] = {
         (int(index),): single & (rows.numbers["class_index"] == index)
         for index in np.unique(rows.numbers["class_index"][single])
     }
     for code, subset in enumerate(rows.subsets):
         if subset:
             here = rows.scored & (rows.request.codes == code)
-            found[subset] = found.get(subset, np.zeros(len(rows), dtype=bool)) | here
-    return [(subset_name(classes, names), frozenset(classes), here) for classes, here in found.items()]
+            rows_of[subset] = rows_of.get(subset, np.zeros(len(rows), dtype=bool)) | here
+    return [(subset_name(classes, names), frozenset(classes), here) for classes, here in rows_of.items()]
 
 
 def confusion(rows: Rows, names: dict[int, str]) -> Confusion | None:
     """The confusion table, or None with too many classes for one, or with no scored sample."""
     predicted = rows.numbers["predicted_class"]
-    columns = sorted({int(one) for one in np.unique(predicted[rows.scored])} | set(names))
+    columns = sorted({int(index) for index in np.unique(predicted[rows.scored])} | set(names))
     if len(columns) > MAX_CONFUSION_CLASSES or not rows.scored.any():
         return None
     lines = []
@@ -211,8 +211,8 @@ def error_pairs(rows: Rows, names: dict[int, str]) -> list[tuple[str, str, int]]
     of_subset = numbers[rows.request.codes]
     asked = np.where(of_subset < 0, of_subset, rows.numbers["class_index"])
     pairs = np.stack([asked[wrong], rows.numbers["predicted_class"][wrong]], axis=1)
-    found, counts = np.unique(pairs, axis=0, return_counts=True)
-    order = np.lexsort((found[:, 1], found[:, 0], -counts))[:MAX_PAIRS]
+    unique, counts = np.unique(pairs, axis=0, return_counts=True)
+    order = np.lexsort((unique[:, 1], unique[:, 0], -counts))[:MAX_PAIRS]
     return [
         (
             subset_name(subsets[-1 - asked_class], names) if asked_class < 0 else name_of(asked_class, names),
@@ -220,7 +220,7 @@ def error_pairs(rows: Rows, names: dict[int, str]) -> list[tuple[str, str, int]]
             int(counts[place]),
         )
         for place in order
-        for asked_class, predicted in [map(int, found[place])]
+        for asked_class, predicted in [map(int, unique[place])]
     ]
 
 
@@ -235,7 +235,7 @@ def failures(metadata: Dataset, among: Expression | None = None) -> list[tuple[s
     is_failed = pc.field("status") == STATUS_FAILED
     table = metadata.to_table(columns=["error_message"], filter=is_failed if among is None else is_failed & among)
     counted = sorted(
-        ((one["values"], one["counts"]) for one in pc.value_counts(table.column("error_message")).to_pylist()),
+        ((entry["values"], entry["counts"]) for entry in pc.value_counts(table.column("error_message")).to_pylist()),
         key=lambda pair: (-pair[1], pair[0]),
     )
     return counted[:MAX_MESSAGES]
@@ -248,5 +248,5 @@ def read_samples(metadata: Dataset, numbers: list[int]) -> list[dict[str, Any]]:
     if not numbers:
         return []
     order = sorted(numbers)
-    found = dict(zip(order, metadata.take(pa.array(order, pa.int64())).to_pylist(), strict=True))
-    return [found[number] for number in numbers]
+    records = dict(zip(order, metadata.take(pa.array(order, pa.int64())).to_pylist(), strict=True))
+    return [records[number] for number in numbers]

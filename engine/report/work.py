@@ -60,12 +60,12 @@ def acceptance_table(rows: Rows, quotas: dict[str, list[dict[str, Any]]]) -> Tab
     for code, name in enumerate(rows.request.names):
         here = rows.request.codes == code
         classes = quotas.get(name, [])
-        wanted, missing = (sum(int(one[field]) for one in classes) for field in ("wanted", "missing"))
+        wanted, missing = (sum(int(quota[field]) for quota in classes) for field in ("wanted", "missing"))
         lines.append(Line(clip(name, 120), "", True, _acceptance(rows, here, wanted, missing, bool(classes))))
-        for one in classes:
-            own = here & _is_class(rows, str(one["code"]))
-            cells = _acceptance(rows, own, int(one["wanted"]), int(one["missing"]), True)
-            lines.append(Line(clip(str(one["class"]), 120), "", False, cells))
+        for quota in classes:
+            own = here & _is_class(rows, str(quota["code"]))
+            cells = _acceptance(rows, own, int(quota["wanted"]), int(quota["missing"]), True)
+            lines.append(Line(clip(str(quota["class"]), 120), "", False, cells))
     names = ("Attempted", "Accepted", "Rejected", "Failed", "Surplus", "Wanted", "Missing")
     return Table([Heading("Request", "class"), *map(Heading, names)], lines[:MAX_LINES], max(0, len(lines) - MAX_LINES))
 
@@ -97,31 +97,28 @@ def gradient_table(rows: Rows) -> Table | None:
     lines = []
     for code, name in enumerate(rows.request.names):
         here = rows.scored & (rows.request.codes == code)
-        steps, zero, bad = (
-            rows.numbers[field][here] for field in ("guided_steps", "zero_gradients", "nonfinite_gradients")
-        )
-        if not steps.sum():
-            continue
-        lines.append(
-            Line(
-                clip(name, 120),
-                "",
-                False,
-                [
-                    (f"{len(steps):,}", ""),
-                    (number(float(steps.mean())), f"{steps.min()} to {steps.max()}"),
-                    (percent(float(zero.sum() / steps.sum())), f"{int((zero == steps).sum()):,} samples at every step"),
-                    (percent(float(bad.sum() / steps.sum())), f"{int((bad > 0).sum()):,} samples"),
-                ],
-            )
-        )
-    names = [
+        if rows.numbers["guided_steps"][here].sum():
+            lines.append(Line(clip(name, 120), "", False, _gradients(rows, here)))
+    headings = [
+        Heading("Request"),
         Heading("Samples"),
         Heading("Guided steps", "mean, range"),
         Heading("Zero gradients", "of the guided steps"),
+        Heading("Not finite", "dropped"),
     ]
-    columns = [Heading("Request"), *names, Heading("Not finite", "dropped")]
-    return Table(columns, lines[:MAX_LINES], max(0, len(lines) - MAX_LINES)) if lines else None
+    return Table(headings, lines[:MAX_LINES], max(0, len(lines) - MAX_LINES)) if lines else None
+
+
+def _gradients(rows: Rows, here: np.ndarray) -> list[tuple[str, str]]:
+    steps, zero, bad = (
+        rows.numbers[field][here] for field in ("guided_steps", "zero_gradients", "nonfinite_gradients")
+    )
+    return [
+        (f"{len(steps):,}", ""),
+        (number(float(steps.mean())), f"{steps.min()} to {steps.max()}"),
+        (percent(float(zero.sum() / steps.sum())), f"{int((zero == steps).sum()):,} samples at every step"),
+        (percent(float(bad.sum() / steps.sum())), f"{int((bad > 0).sum()):,} samples"),
+    ]
 
 
 def throughput_table(rows: Rows) -> Table | None:

@@ -48,7 +48,7 @@ def inspect(corpus: Corpus) -> Inspection:
     groups = summarise_table(table) if _has_summary(table) else []
     document = {
         "runs": [_about(source) for source in corpus.runs],
-        "filter": " and ".join(f"({one})" for one in corpus.conditions),
+        "filter": " and ".join(f"({condition})" for condition in corpus.conditions),
         "rows": len(corpus),
         "samples": len(corpus.samples),
         "schema_versions": _counts(corpus, "schema_version"),
@@ -130,8 +130,8 @@ def save_image(path: Path, data: bytes) -> None:
 def _about(source: RunSource) -> dict[str, Any]:
     models = source.models or source.known_models()
     files: dict[Store, list[str]] = defaultdict(list)
-    for one in (*source.rows, *source.tars):
-        files[one.store].append(one.name)
+    for file in (*source.rows, *source.tars):
+        files[file.store].append(file.name)
     return {
         "uri": source.uri,
         "name": source.name,
@@ -141,21 +141,23 @@ def _about(source: RunSource) -> dict[str, Any]:
         "shards": len(source.tars),
         "disk_bytes": sum(store.total_size() for store in _outermost(source.stores)),
         "data_bytes": sum(store.size_of(names) for store, names in files.items()),
-        "models": {role: _without_labels(about) for role, about in models.items()},
+        "models": {role: _without_labels(description) for role, description in models.items()},
     }
 
 
-def _without_labels(about: Any) -> Any:
-    return {name: value for name, value in about.items() if name != "labels"} if isinstance(about, dict) else about
+def _without_labels(description: Any) -> Any:
+    if not isinstance(description, dict):
+        return description
+    return {name: value for name, value in description.items() if name != "labels"}
 
 
 def _outermost(stores: tuple[Store, ...]) -> list[Store]:
-    """Those that lie in none of the others, as scores made anew do in their run."""
+    """The stores that are inside none of the others, as rescored rows are inside their run."""
     places = [store.place for store in stores]
     return [
         store
         for store, place in zip(stores, places, strict=True)
-        if not any(place != one and place.is_relative_to(one) for one in places)
+        if not any(place != other and place.is_relative_to(other) for other in places)
     ]
 
 
@@ -163,18 +165,18 @@ def _counts(corpus: Corpus, column: str) -> dict[str, int]:
     """Rows by the values of a column, in the order of the values."""
     if column not in corpus.columns:
         return {}
-    found = Counter[Any]()
+    counts = Counter[Any]()
     for pair in corpus.to_table([column])[column].value_counts().to_pylist():
-        found[pair["values"]] += pair["counts"]
-    known = {value: count for value, count in found.items() if value is not None}
+        counts[pair["values"]] += pair["counts"]
+    known = {value: count for value, count in counts.items() if value is not None}
     return {str(value): known[value] for value in sorted(known)}
 
 
 def _class_counts(corpus: Corpus) -> dict[str, int]:
     """Rows by class, in the order of the names."""
     texts = class_texts(corpus.to_table(["class_name", "class_index"]))
-    found = {str(pair["values"]): int(pair["counts"]) for pair in texts.value_counts().to_pylist()}
-    return dict(sorted(found.items()))
+    counts = {str(pair["values"]): int(pair["counts"]) for pair in texts.value_counts().to_pylist()}
+    return dict(sorted(counts.items()))
 
 
 def _first_image(corpus: Corpus) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def _state(manifest: dict[str, Any]) -> str:
 
 
 def _num_of_quotas(counts: dict[str, Any], name: str) -> int:
-    return sum(one[name] for rows in counts.get("quotas", {}).values() for one in rows)
+    return sum(row[name] for rows in counts.get("quotas", {}).values() for row in rows)
 
 
 def _not_counted(job: JobSpec, counts: dict[str, Any]) -> str:
@@ -164,8 +164,8 @@ def _not_counted(job: JobSpec, counts: dict[str, Any]) -> str:
 
 
 def _licences(models: dict[str, Any]) -> str:
-    each = [one for about in models.values() for one in (about if isinstance(about, list | tuple) else [about])]
-    stated = [one for one in each if isinstance(one, dict) and one.get("license") not in (None, UNKNOWN)]
+    described = [model for value in models.values() for model in _each(value)]
+    stated = [model for model in described if isinstance(model, dict) and model.get("license") not in (None, UNKNOWN)]
     if not stated:
         return "The files of the models state none."
     return "Of the models' licences only what their own files say is listed."
@@ -173,16 +173,20 @@ def _licences(models: dict[str, Any]) -> str:
 
 def _models(models: dict[str, Any]) -> str:
     lines = ["## Models", "", "| role | model |", "|---|---|"]
-    for role, about in models.items():
-        each = about if isinstance(about, list | tuple) else [about]
-        lines += [f"| {role} | {_model_text(one)} |" for one in each]
+    for role, value in models.items():
+        lines += [f"| {role} | {_model_text(model)} |" for model in _each(value)]
     return "\n".join(lines)
 
 
-def _model_text(about: Any) -> str:
-    if not isinstance(about, dict):
-        return code(str(about))
-    return ", ".join(f"{name} {code(str(value))}" for name, value in about.items() if name != "labels")
+def _each(value: Any) -> list[Any] | tuple[Any, ...]:
+    """The models of a role, which has one or several."""
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _model_text(model: Any) -> str:
+    if not isinstance(model, dict):
+        return code(str(model))
+    return ", ".join(f"{name} {code(str(value))}" for name, value in model.items() if name != "labels")
 
 
 def _amount(request: RequestSpec) -> str:
@@ -195,11 +199,11 @@ def _amount(request: RequestSpec) -> str:
 
 
 def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
-    """What was asked for, and below each request what came of it."""
+    """What was asked for, and below each request its outcome."""
     lines = ["## How it was made", ""]
     for request in job.requests:
         wanted = request.boundary if request.boundary is not None else request.classes
-        classes = "all classes" if wanted == "all" else ", ".join(code(str(one), table=False) for one in wanted or ())
+        classes = "all classes" if wanted == "all" else ", ".join(code(str(name), table=False) for name in wanted or ())
         joint = " jointly" if request.boundary is not None else ""
         lines += [
             f"- **{request.name}**: method `{request.method}`, {_METHODS[request.guidance_section]}; {classes}{joint}, "
@@ -227,26 +231,26 @@ def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
 
 
 def _made(made: dict[str, int], quotas: list[dict[str, Any]] | None) -> str:
-    """What came of a request, in numbers."""
+    """The outcome of a request, in numbers."""
     if not made.get("attempted"):
         return "nothing so far"
     text = f"{made['attempted']} attempts: " + ", ".join(
         f"{made[name]} {name}" for name in ("ok", "rejected", "failed")
     )
-    short = [f"{one['missing']} of {code(one['class'], table=False)}" for one in quotas or () if one["missing"]]
+    short = [f"{quota['missing']} of {code(quota['class'], table=False)}" for quota in quotas or () if quota["missing"]]
     if not short:
         return text
     more = f" and {len(short) - MAX_SHORT} more classes" if len(short) > MAX_SHORT else ""
     return f"{text}; short of its quota by {', '.join(short[:MAX_SHORT])}{more}"
 
 
-def _guided(found: dict[str, int] | None) -> str:
+def _guided(counts: dict[str, int] | None) -> str:
     """How many images guidance reached."""
-    if found is None:
+    if counts is None:
         return "no image so far"
-    text = f"{found['guided']} of {found['scored']} scored images"
-    if found["without_effect"]:
-        text += f"; of these {found['without_effect']} as without it: no gradient was finite and other than zero"
+    text = f"{counts['guided']} of {counts['scored']} scored images"
+    if counts["without_effect"]:
+        text += f"; of these {counts['without_effect']} as without it: no gradient was finite and other than zero"
     return text
 
 
@@ -269,8 +273,8 @@ def _conditioning(spec: ConditioningSpec, screening: list[dict[str, Any]]) -> st
 
 
 def _screened(screening: list[dict[str, Any]]) -> str:
-    """What the draws came to."""
-    samples, screened, draws = (sum(one[name] for one in screening) for name in ("samples", "screened", "draws"))
+    """The outcome of the draws."""
+    samples, screened, draws = (sum(counts[name] for counts in screening) for name in ("samples", "screened", "draws"))
     if not samples:
         return "nothing was drawn so far"
     text = f"{screened} of {samples} samples have an embedding that passed, in {draws} draws"
@@ -352,7 +356,8 @@ def _table_note(groups: list[GroupSummary]) -> str:
 
 def _transfer(group: GroupSummary) -> str:
     return "; ".join(
-        f"{code(one.model)} errors {_percent(one.error_rate)}, risk {one.risk_median:.3g}" for one in group.transfer
+        f"{code(summary.model)} errors {_percent(summary.error_rate)}, risk {summary.risk_median:.3g}"
+        for summary in group.transfer
     )
 
 
@@ -400,10 +405,10 @@ def _limits(job: JobSpec, version: int) -> str:
 
 
 def code(text: str, *, table: bool = True) -> str:
-    """Somebody else's text as an inline code span, in which neither Markdown nor HTML has a meaning.
+    """Text of a user as an inline code span, in which neither Markdown nor HTML has a meaning.
 
     Args:
-        table: whether it stands in a table, where a bar must be escaped even in code.
+        table: whether it is in a table, where a bar must be escaped even in code.
     """
     plain = _UNSEEN.sub(" ", text).strip() or " "
     longest = max((len(run) for run in re.findall(r"`+", plain)), default=0)

@@ -110,11 +110,11 @@ def predicts_asked_expression(column: str, max_subset: int) -> Expression:
 
     prediction = pc.field(column)
     joint = pc.match_substring_regex(pc.field("key"), JOINT_KEY)
-    found = ~joint & (prediction == pc.field("class_index"))
+    is_asked = ~joint & (prediction == pc.field("class_index"))
     for place in range(max_subset):
         here = pc.coalesce(element(pc.field("kldb_classes"), place) == prediction, pc.scalar(False))
-        found = found | (joint & here)
-    return found
+        is_asked = is_asked | (joint & here)
+    return is_asked
 
 
 def target_errs_expression(max_subset: int) -> Expression:

@@ -147,8 +147,8 @@ def class_texts(table: pa.Table, labels: Sequence[str] = ()) -> pa.Array:
     names = table["class_name"].cast(pa.string()).combine_chunks().dictionary_encode()
     known = names.dictionary.to_pylist()
     codes = table["class_index"].to_numpy().astype(np.int64) * len(known) + names.indices.to_numpy()
-    found, places = np.unique(codes, return_inverse=True)
-    pairs = [(int(code) // len(known), known[int(code) % len(known)]) for code in found]
+    unique, places = np.unique(codes, return_inverse=True)
+    pairs = [(int(code) // len(known), known[int(code) % len(known)]) for code in unique]
     texts = distinct_pairs([*enumerate(labels), *pairs])
     return pa.array([texts[pair] for pair in pairs], pa.string()).take(pa.array(places))
 
