@@ -310,7 +310,7 @@ def test_late_news_of_a_committed_shard_is_ignored(tally):
     tally.commit(7, 1, ShardCounts(ok=4, accepted=4), 14.0)
     tally.working(7, 1, 4, 15.0)
     tally.working(7, 0, 4, 15.0)
-    assert tally.total.num_done == 8 and not tally.total.in_work
+    assert tally.total.num_done == 8 and not tally.total.in_flight
 
 
 def group_of(context: str) -> GroupSummary:

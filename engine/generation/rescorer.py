@@ -70,7 +70,7 @@ def rescore(
 
 
 def _check_models(job: JobSpec, plan: Plan) -> None:
-    """Refuse models that have changed: what they score tells nothing of the images."""
+    """Refuse models that have changed: their scores prove nothing about the images."""
     before, now = plan.identity["models"], model_digests(job, is_made=True)
     changed = [line for role in SCORING for line in difference(before.get(role), now.get(role), f"models.{role}")]
     if changed:

@@ -1,4 +1,4 @@
-"""Scores of stored images: target, transfer models, oracle, CLIP and judge see what a reader of the file will see."""
+"""Scores of stored images: target, transfer models, oracle, CLIP and judge get the pixels that a reader gets."""
 
 from __future__ import annotations
 

@@ -59,9 +59,9 @@ def is_accepted(
 
     Args:
         record: complete scores.
-        subset: the classes of the prompt; the target errs, and the oracle disagrees, when it sees none of them.
-        schema_version: of the run. Before 3 a joint sample was an error wherever the target saw another class than
-            the closest one; a run goes on by the rule that it began with.
+        subset: the classes of the prompt; the target errs, and the oracle disagrees, where it predicts none of them.
+        schema_version: of the run. Before 3 a joint sample was an error wherever the target predicted another class
+            than the closest one; a run continues by the rule that it began with.
     """
     is_joint = len(subset) > 1 and schema_version >= ERRORS_OUTSIDE_SINCE
     return all(_holds(name, wanted, record, subset, is_joint) for name, wanted in rule.items())

@@ -84,7 +84,7 @@ class Part:
         type: "int", "float" or "str".
         is_class: whether it is a class index.
         alias: name by which conditions, filters and the gallery know it in the first entry; empty where they do not.
-        label: what stands before its value in a line of text.
+        label: what precedes its value in a line of text.
     """
 
     name: str
@@ -134,7 +134,7 @@ class Column:
 
     @property
     def empty(self) -> Any:
-        """What stands where the column does not apply; a list is a new one each time."""
+        """The value where the column does not apply; a list is a new one each time."""
         return NO_CLASS if self.type == "int" and self.is_class else _EMPTY.get(self.type, [])
 
     @property

@@ -92,7 +92,7 @@ def is_scored(record: Mapping[str, Any]) -> bool:
 
 
 def new_record(spec: SampleSpec) -> dict[str, Any]:
-    """A record with the identity of a sample and the empty value everywhere else, to be filled by whoever scores.
+    """A record with the identity of a sample and the empty value everywhere else, which the scorer replaces.
 
     A joint prompt has no class before it is scored: `class_name` then holds its classes joined by "and".
     """

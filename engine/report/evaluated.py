@@ -93,14 +93,16 @@ def _quality_table(side: Qualities) -> Table:
     return Table(columns, lines, 0)
 
 
-def _cell(one: Interval | None, factor: float = 1.0) -> tuple[str, str]:
-    if one is None:
+def _cell(interval: Interval | None, factor: float = 1.0) -> tuple[str, str]:
+    if interval is None:
         return ABSENT, ""
-    return number(one.value * factor), f"{number(one.low * factor)} to {number(one.high * factor)}"
+    return number(interval.value * factor), f"{number(interval.low * factor)} to {number(interval.high * factor)}"
 
 
-def _share(one: Interval | None) -> tuple[str, str]:
-    return (ABSENT, "") if one is None else (percent(one.value), f"{one.low * 100:.0f} to {one.high * 100:.0f} %")
+def _share(interval: Interval | None) -> tuple[str, str]:
+    if interval is None:
+        return ABSENT, ""
+    return percent(interval.value), f"{interval.low * 100:.0f} to {interval.high * 100:.0f} %"
 
 
 def _text_table(scores: TextScores) -> Table:

@@ -119,7 +119,7 @@ class Tile:
 
     Attributes:
         image: data URI of the thumbnail; empty where there is none.
-        blank: what stands in place of a missing image.
+        blank: text in place of a missing image.
         outcomes: which of `OUTCOMES` hold of it.
         record: all its metadata.
     """

@@ -253,7 +253,7 @@ def _distributions(rows: Rows) -> dict[str, Any]:
     charts = []
     for score in rows.drawn_scores():
         values = [rows.scores_of(code, score.name) for code in first]
-        if rest:  # All others as one.
+        if rest:  # All others as one series.
             values.append(rows.numbers[score.name][rows.scored & (rows.request.codes >= len(first))])
         charts.append({"score": score, "svg": histogram(score, list(zip(series, values, strict=True)))})
     return {"series": series, "charts": charts}

@@ -1,4 +1,4 @@
-"""Tables of how the samples came about: by class, acceptance, gradients, and how fast."""
+"""Tables of how the samples were made: by class, acceptance, gradients, and how fast."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_WORKERS = 40
 
 
 def class_table(table: pa.Table) -> Table | None:
-    """The summary of every class over all requests; a joint prompt is a class of its own. None where there is one."""
+    """The summary of every class over all requests; a joint prompt is a class of its own. None of a single class."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -48,7 +48,7 @@ def _with(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
 
 
 def acceptance_table(rows: Rows, quotas: dict[str, list[dict[str, Any]]]) -> Table | None:
-    """What became of the attempts, by request, and by class where a request has a quota; None without any rule.
+    """The outcome of the attempts, by request, and by class where a request has a quota; None without any rule.
 
     Args:
         quotas: of the manifest: by request and class what was wanted and is missing.

@@ -1,8 +1,8 @@
-"""What became of a scored sample: does a classifier predict a class that was asked for?
+"""The outcome of a scored sample: does a classifier predict a class that was asked for?
 
 Asked for is the conditioned class; for a joint prompt any class of its subset, none of which would be wrong. Errors of
 the target, agreement of the oracle and valid failures are counted by this everywhere: in tables, filters and studies.
-The column `is_error` says of a joint sample only that another class than the closest one was predicted. `ASKED` and
+The column `is_error` records of a joint sample only that another class than the closest one was predicted. `ASKED` and
 `ERRS`, which the functions need, are those of `engine.job.columns`.
 """
 

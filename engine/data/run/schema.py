@@ -71,7 +71,7 @@ def _refuse_rows(where: object, what: str) -> NoReturn:
 def tar_features(image_format: str, version: int = SCHEMA_VERSION) -> list[dict[str, Any]]:
     """Types of a tar's members for the header of a card, as `datasets` writes them.
 
-    Left to itself it takes those of the first five samples, and a list that is empty in all of them for one of nulls.
+    Without them it infers types from the first five samples, and takes a list that is empty in all for a list of nulls.
     """
     record = [{"name": column.name, **_yaml_type(column)} for column in columns_of(version).values()]
     return [

@@ -56,7 +56,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferSummary:
-    """How a classifier that was never guided on sees the images of a group."""
+    """The images of a group under a classifier that was never guided on."""
 
     model: str
     error_rate: float
@@ -178,11 +178,11 @@ def count_guidance(metadata: Path) -> dict[str, dict[str, int]]:
 
 
 def read_dials(metadata: Path, job: JobSpec) -> dict[str, dict[str, float]]:
-    """How near the risk of scored samples is to the dial, for each request that was guided to one.
+    """How near the risk of scored samples is to the risk target, for each request that was guided to one.
 
     Returns:
         By request: `target_risk`, `tolerance`, the median of the risk, the share of scored samples within the
-        tolerance, and the distance to the dial within which half of them lie.
+        tolerance, and the distance to the risk target within which half of them lie.
     """
     import numpy as np
     import pyarrow.compute as pc
@@ -312,7 +312,7 @@ def _entry_readings(table: pa.Table, entry: EntryScore) -> np.ndarray:
 
 
 def _transfer_readings(table: pa.Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Per model and row: risk and whether it errs; NaN where the model did not see the row."""
+    """Per model and row: risk and whether it errs; NaN where the model did not score the row."""
     import numpy as np
     import pyarrow.compute as pc
 
