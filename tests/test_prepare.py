@@ -838,7 +838,7 @@ def test_a_part_that_loses_two_processes_ends_the_pass(mixed, tmp_path):
     """One part, two processes: the third would fare no better."""
     executor = Crashing(1)
     executor.num_crashes = 2
-    with pytest.raises(WorkersFailingError, match="2 workers were lost with the same part .*process died; nothing is"):
+    with pytest.raises(WorkersFailingError, match=r"2 workers were lost with the same part .*process died; nothing is"):
         prepare(mixed, tmp_path, executor=executor)
     assert not list(tmp_path.iterdir())
 
@@ -846,9 +846,7 @@ def test_a_part_that_loses_two_processes_ends_the_pass(mixed, tmp_path):
 def test_a_defect_in_the_pass_ends_it_with_one_line(monkeypatch, mixed, tmp_path):
     """An exception that no user can cause is not tried again."""
     monkeypatch.setattr(Observer, "observe", lambda *arguments: 1 / 0)
-    with pytest.raises(
-        WorkersFailingError, match="the pass over the images failed on a worker: ZeroDivisionError: div"
-    ):
+    with pytest.raises(WorkersFailingError, match="the images failed on a worker: ZeroDivisionError: div"):
         prepare(mixed, tmp_path, executor=LocalExecutor(2))
 
 
