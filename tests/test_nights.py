@@ -131,7 +131,7 @@ def test_the_order_of_rows_does_not_matter(seed):
     )
     key = lambda row: (row.request, row.level, row.group)  # noqa: E731
     assert sorted(first.rows, key=key) == sorted(second.rows, key=key)
-    assert sorted(map(str, first.arisen)) == sorted(map(str, second.arisen)) and first.notes == second.notes
+    assert sorted(map(str, first.new_failures)) == sorted(map(str, second.new_failures)) and first.notes == second.notes
 
 
 def test_a_run_against_itself_is_all_zeros():
@@ -141,7 +141,7 @@ def test_a_run_against_itself_is_all_zeros():
     every = [one for row in comparison.rows for one in row.differences.values()]
     assert len(comparison.rows) == 2 * (1 + 3 + 2) and len(every) == 5 * len(comparison.rows)
     assert {one.change.value for one in every} == {0.0} and {one.p_value for one in every} == {1.0}
-    assert not comparison.arisen and not comparison.mended and not comparison.notes
+    assert not comparison.new_failures and not comparison.fixed and not comparison.notes
     assert not crossed_limits(comparison, Limits(increases={"error_rate": 0.0, "risk": 0.0}, fail_on="any-significant"))
 
 
@@ -152,10 +152,10 @@ def test_new_and_mended_failures_are_named():
     is_error = old.is_error.copy()
     is_error[wrong], is_error[right] = True, False
     comparison = compare_runs(old, replace(old, is_error=is_error))
-    assert [one.key for one in comparison.arisen] == [f"sim-{row:06d}" for row in wrong]
-    assert [one.key for one in comparison.mended] == [f"sim-{row:06d}" for row in right]
+    assert [one.key for one in comparison.new_failures] == [f"sim-{row:06d}" for row in wrong]
+    assert [one.key for one in comparison.fixed] == [f"sim-{row:06d}" for row in right]
     row = comparison.rows[0]
-    assert (row.num_arisen, row.num_mended, row.num_pairs) == (2, 1, 60)
+    assert (row.num_new_failures, row.num_fixed, row.num_pairs) == (2, 1, 60)
     assert row.differences["error_rate"].change.value == pytest.approx(1 / 60)
 
 

@@ -266,8 +266,8 @@ def _print_retrained(retrained: Retrained) -> None:
 
     document, console = retrained.document, make_console()
     console.print(accuracy_table(retrained.comparison))
-    if retrained.found.rows:
-        console.print(agreement_table(retrained.found))
+    if retrained.agreement.rows:
+        console.print(agreement_table(retrained.agreement))
     for finding in retrained.findings:
         print(finding)
     print()
@@ -328,7 +328,7 @@ def _print_nights(
         print_json(comparison_document(comparison, limits, crossed))
     else:
         make_console().print(comparison_table(comparison))
-        for title, changes in (("new failures", comparison.arisen), ("mended", comparison.mended)):
+        for title, changes in (("new failures", comparison.new_failures), ("mended", comparison.fixed)):
             if changes:
                 print(f"{title}: {len(changes)}")
                 print_some([one.key for one in changes], "--json")

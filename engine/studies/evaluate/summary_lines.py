@@ -66,7 +66,8 @@ def _slice_lines(result: Slices) -> list[str]:
     lines = [f"{result.num_failures} failures in {len(result.slices)} clusters (silhouette {result.silhouette:.2f}):"]
     for failure_slice in result.slices:
         names = ", ".join(text for text, _ in failure_slice.texts) or "no text is near"
-        rate = f"the target errs on {failure_slice.neighbourhood.value:.0%} of {failure_slice.num_neighbours} samples thereabouts"
+        share, num_samples = failure_slice.neighbourhood.value, failure_slice.num_neighbours
+        rate = f"the target errs on {share:.0%} of {num_samples} samples thereabouts"
         lines.append(f"  {failure_slice.num_failures} failures, {printable(names)}; {rate}")
     return lines
 

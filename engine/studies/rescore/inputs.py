@@ -1,11 +1,11 @@
-"""What a rescoring is asked for: classifiers with the classes of the run, and a folder of its own."""
+"""What a rescoring needs: classifiers with the classes of the run, and a folder for its results."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.data.run.state import (
     MANIFEST,
@@ -22,15 +22,12 @@ from engine.models.addresses import model_digest, read_labels, resolve
 from engine.models.targets import is_foreign
 from engine.studies.compare.program import label_differences
 
-if TYPE_CHECKING:
-    pass
-
 DIGEST_CHARS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Models:
-    """Addresses and digests of the classifiers that score anew; `transfer` and `oracle` only where asked for."""
+    """Addresses and digests of the new classifiers; `transfer` and `oracle` only where they are given."""
 
     target: str
     transfer: tuple[str, ...]
@@ -39,7 +36,11 @@ class Models:
 
 
 def labels_of(store: Store, job: JobSpec) -> list[str]:
-    """Class names of the run's own target; of the manifest, as the model may have changed or gone."""
+    """Class names of the run's own target; from the manifest, as the model may have changed since.
+
+    Raises:
+        JobError: there is no manifest yet, and the target is not on this machine.
+    """
     with suppress(OutputError, CorruptShardError, KeyError, TypeError):
         return [str(label) for label in read_manifest(store)["models"]["target"]["labels"]]
     labels = read_labels(job.models.target)
@@ -52,13 +53,13 @@ def labels_of(store: Store, job: JobSpec) -> list[str]:
 
 
 def check_models(target: str, transfer: Sequence[str], oracle: str | None, labels: list[str]) -> Models:
-    """Find the classifiers.
+    """Check that the classifiers are there and have the classes of the run.
 
     Raises:
         JobError: all that are not there or have other classes than the run, with the differences.
     """
     problems: list[str] = []
-    asked = [("--target", target), *(("--transfer", one) for one in transfer)]
+    asked = [("--target", target), *(("--transfer", address) for address in transfer)]
     for option, address in [*asked, *([("--oracle", oracle)] if oracle else [])]:
         try:
             if not is_foreign(address):
@@ -70,21 +71,21 @@ def check_models(target: str, transfer: Sequence[str], oracle: str | None, label
     if problems:
         raise JobError(problems)
     digests: dict[str, Any] = {"target": model_digest(target)}
-    digests |= {"transfer": [model_digest(one) for one in transfer]} if transfer else {}
+    digests |= {"transfer": [model_digest(address) for address in transfer]} if transfer else {}
     digests |= {"oracle": model_digest(oracle)} if oracle else {}
     return Models(target=target, transfer=tuple(transfer), oracle=oracle, digests=digests)
 
 
 def folder_name(target: str, models: Models) -> str:
-    """Name of a target for people, and a digest of all that scores anew: the target's own where that is all."""
+    """A readable name of the target, and a digest of all new classifiers: the target's own if it is the only one."""
     last = target.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
     name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in last).strip(".-")[:60]
     digest = models.digests["target"] if len(models.digests) == 1 else digest_of(models.digests)
     return f"{name or 'target'}-{digest[:DIGEST_CHARS]}"
 
 
-def check_folder(folder: Store, source: Store, about: dict[str, Any]) -> None:
-    """Refuse a folder that is not empty and not of this very rescoring.
+def check_folder(folder: Store, source: Store, identity: dict[str, Any]) -> None:
+    """Check that a folder is empty or of the same rescoring.
 
     Raises:
         OutputError: it holds something else.
@@ -92,17 +93,17 @@ def check_folder(folder: Store, source: Store, about: dict[str, Any]) -> None:
     if folder.place == source.place or folder.list(PLANS):
         raise OutputError(f"--output {folder.uri}: is a run; give another folder for its new scores")
     if not folder.exists(RESCORING):
-        # A killed beginning leaves nothing but its state.
+        # A rescoring that was killed early leaves only its state.
         if names := [name for name in folder.list() if name != "_state"]:
             raise OutputError(
                 f"--output {folder.uri}: holds files that no rescoring wrote ({names[0]!r}); give another"
             )
         return
     try:
-        held = parse_json(folder.read(RESCORING))
+        stored = parse_json(folder.read(RESCORING))
     except ValueError:
-        held = None
-    if held != about:
+        stored = None
+    if stored != identity:
         raise OutputError(
             f"--output {folder.uri}: holds a rescoring of another plan or by other models; give another folder, or"
             " remove that one"
@@ -110,4 +111,5 @@ def check_folder(folder: Store, source: Store, about: dict[str, Any]) -> None:
 
 
 def is_inside(folder: Store, store: Store) -> bool:
+    """Whether a folder lies inside a run."""
     return folder.place.is_relative_to(store.place)

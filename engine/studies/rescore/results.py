@@ -1,4 +1,4 @@
-"""What closes a rescoring: metadata and manifest over all shards."""
+"""What ends a rescoring: metadata and manifest over all shards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.data.run.commits import CommitSummary
 from engine.data.run.manifest import software_versions, write_metadata
@@ -28,9 +28,6 @@ from engine.job.records import STATUS_FAILED
 from engine.job.spec import JobSpec
 from engine.studies.rescore.inputs import Models, is_inside
 
-if TYPE_CHECKING:
-    pass
-
 
 def finish(
     store: Store,
@@ -47,7 +44,7 @@ def finish(
     write_metadata(folder, job.name, commits, schema_version=plan.schema_version, quotas=quotas_of(plan))
     groups = summarise(folder.fetch(METADATA))
     counts = count_requests(groups)
-    totals = {name: sum(one[name] for one in counts.values()) for name in next(iter(counts.values()))}
+    totals = {name: sum(request[name] for request in counts.values()) for name in next(iter(counts.values()))}
     new_job = job.model_copy(update={"models": job.models.model_copy(update=_new_addresses(models))})
     manifest = {
         "schema_version": plan.schema_version,
@@ -92,7 +89,7 @@ def _new_addresses(models: Models) -> dict[str, Any]:
 
 
 def _described(store: Store, job: JobSpec, plan: Plan, models: Models, labels: list[str]) -> dict[str, Any]:
-    """The models of the manifest: the run's, with those that scored anew in their places."""
+    """The models of the manifest: the run's, replaced by the new classifiers where there are any."""
     digests = plan.identity["models"]
     described: dict[str, Any] = {"clip": {"address": job.models.clip, "digest": digests["clip"]}}
     with suppress(OutputError, CorruptShardError, KeyError, TypeError):
@@ -119,4 +116,5 @@ def failures_of(metadata: Path) -> tuple[int, str]:
 
 
 def json_bytes(value: dict[str, Any]) -> bytes:
+    """A value as the manifest is written."""
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()

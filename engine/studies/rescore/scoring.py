@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 NOT_STORED = "not scored again: no image is stored"
 BATCH = 64
 Row = dict[str, Any]
-# What was asked for, the image's file (empty where none is stored), and the row of the run.
+# Its specification, the image's file (empty where none is stored), and the row of the run.
 Sample = tuple[SampleSpec, bytes, Row]
 
 
 class Scoring:
-    """The classifiers, loaded when the first image is there to be scored."""
+    """The new classifiers, loaded when the first image is scored."""
 
     def __init__(self, job: JobSpec, models: Models, advance: Callable[[str], None]) -> None:
         self._job, self._models, self._advance = job, models, advance
@@ -51,9 +51,9 @@ class Scoring:
         return self._loaded
 
     def records(self, samples: Sequence[Sample]) -> list[Row]:
-        """The stored rows of samples with an image, with everything new that the classifiers decide.
+        """The rows of samples with an image, updated by the outputs of the new classifiers.
 
-        A sample of which one gives values that are not finite is `failed`, and its message names the classifier.
+        A sample for which a classifier gives non-finite values is `failed`, and its message names the classifier.
         """
         import torch
 
@@ -75,8 +75,8 @@ class Scoring:
             for row, entries in zip(rows, transfer_entries(transfer, images, labels, faults), strict=True):
                 row["transfer"] = entries
         if oracle:
-            for row, seen in zip(rows, oracle_classes(oracle, images, faults).tolist(), strict=True):
-                row["oracle_class"] = seen
+            for row, predicted in zip(rows, oracle_classes(oracle, images, faults).tolist(), strict=True):
+                row["oracle_class"] = predicted
         self.num_scored += len(images)
         return [
             _failed(spec, old, faults[place]) if faults[place] else row
@@ -85,7 +85,7 @@ class Scoring:
 
 
 def rescore_shard(store: Store, folder: Store, job: JobSpec, plan: Plan, number: int, scoring: Scoring) -> None:
-    """Publish the new rows of a shard, unless they are there."""
+    """Publish the new rows of a shard, unless they are published already."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -93,19 +93,19 @@ def rescore_shard(store: Store, folder: Store, job: JobSpec, plan: Plan, number:
     if folder.exists(name):
         if _identities(folder.fetch(name)) == _identities(store.fetch(name)):
             return
-        # The run was repaired, and this shard made again.
+        # The run was repaired, and this shard was sampled again.
         folder.remove(name)
     schema = arrow_schema(version=plan.schema_version)
     staged = folder.staging() / f"{shard_name(job.name, number)}.parquet"
     with explained(staged), pq.ParquetWriter(staged, schema, compression="zstd") as writer:
-        held: list[Row] = []
+        group: list[Row] = []
         for row in _new_rows(store, job, plan, number, scoring):
-            held.append(row)
-            if len(held) == ROWS_PER_GROUP:
-                writer.write_table(pa.Table.from_pylist(held, schema=schema))
-                held = []
-        if held:
-            writer.write_table(pa.Table.from_pylist(held, schema=schema))
+            group.append(row)
+            if len(group) == ROWS_PER_GROUP:
+                writer.write_table(pa.Table.from_pylist(group, schema=schema))
+                group = []
+        if group:
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
     folder.publish(name, staged)
     staged.unlink(missing_ok=True)
 
@@ -138,13 +138,13 @@ def _new_rows(store: Store, job: JobSpec, plan: Plan, number: int, scoring: Scor
 
 
 def _scored(waiting: list[Sample], job: JobSpec, plan: Plan, number: int, scoring: Scoring) -> Iterator[Row]:
-    """New rows of some samples: scored by batches, those without an image as they are."""
+    """New rows of some samples: one batch of those with an image is scored, the others are kept."""
     rule = job.requests[plan.shard(number).request].accept
-    with_image = [one for one in waiting if one[1]]
-    made = iter(scoring.records(with_image) if with_image else ())
+    with_image = [sample for sample in waiting if sample[1]]
+    records = iter(scoring.records(with_image) if with_image else ())
     for spec, image, row in waiting:
         if image:
-            record = next(made)
+            record = next(records)
             if record["status"] == STATUS_FAILED:
                 yield record
                 continue
@@ -162,6 +162,6 @@ def _failed(spec: SampleSpec, row: Row, message: str) -> Row:
 
 
 def _kept(row: Row) -> Row:
-    """What a row without an image keeps: how it was sampled, and the names of classes, which no stored plan has."""
+    """The fields that a row without an image keeps: how it was sampled, and class names, which no stored plan has."""
     names = ("class_name", "class_index", "prompt", "screened", "guided_steps", "zero_gradients", "nonfinite_gradients")
     return {name: row[name] for name in (*names, *RUN_FIELDS)}
