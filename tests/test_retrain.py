@@ -24,7 +24,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest, ttest_1samp
 
 from engine import cli
 from engine.data.images import digits
@@ -35,7 +34,6 @@ from engine.errors import EXIT_DRAINED, EXIT_USER, CorruptShardError, JobError, 
 from engine.job.parsing import parse_job
 from engine.models.addresses import check_addresses, model_digest, resolve
 from engine.models.classifier import Classifier, load_network
-from engine.studies.intervals import mean_interval, wilson_interval
 from engine.studies.retrain.accuracy import Attempt, compare, compare_errors
 from engine.studies.retrain.arms import choose_arms
 from engine.studies.retrain.findings import findings
@@ -161,15 +159,15 @@ def test_true_samples_of_missing_contexts_repair_them_and_real_images_alone_do_n
 
 def test_the_weak_contexts_are_found_by_the_generated_samples(studied):
     """Errors on all attempts are counted, not on the stored or the accepted ones, which err by definition."""
-    found = {row.context: row for row in studied.found.rows}
-    assert set(found) == set(CONTEXTS) and studied.found.num_ranked == 5
+    found = {row.context: row for row in studied.agreement.rows}
+    assert set(found) == set(CONTEXTS) and studied.agreement.num_ranked == 5
     for hole in HOLES:
         assert 0.5 < found[hole].generated.value < 1 and found[hole].generated.low < found[hole].test.value
     for known in KNOWN:
         assert found[known].generated.value < 0.1
     # Where the plain samples stand in a context too, they count: nothing guided them.
     assert all(100 < row.num_generated <= 240 and row.num_test == 100 for row in found.values())
-    assert studied.found.spearman > 0.5
+    assert studied.agreement.spearman > 0.5
 
 
 def test_all_arms_get_equal_numbers_of_samples(studied, run):
@@ -205,38 +203,6 @@ def test_the_kept_model_is_the_target_of_the_next_job(studied, home, small, test
 
 
 # Figures -------------------------------------------------------------------------------------------------------------
-
-
-@given(st.integers(0, 400), st.integers(1, 400), st.floats(0.5, 0.999))
-def test_wilson_is_scipys(successes, total, level):
-    """An independent implementation agrees, at the ends too; the share lies inside, and inside [0, 1]."""
-    successes = min(successes, total)
-    ours = wilson_interval(successes, total, level)
-    theirs = binomtest(successes, total).proportion_ci(level, method="wilson")
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
-    assert 0 <= ours.low <= ours.value <= ours.high <= 1
-
-
-@given(st.lists(st.floats(-1, 1), min_size=2, max_size=20), st.floats(0.5, 0.999))
-@settings(deadline=None)
-def test_the_t_interval_is_scipys(values, level):
-    """Of differences it is the paired one; equal values, where scipy has no answer, have no width."""
-    ours = mean_interval(values, level)
-    constant = mean_interval([values[0]] * len(values), level)
-    assert constant.low == constant.value == constant.high == values[0]
-    if np.std(values) < 1e-9:
-        assert ours.high - ours.low < 1e-6
-        return
-    theirs = ttest_1samp(values, 0).confidence_interval(level)
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=1e-6, abs=1e-9)
-
-
-def test_intervals_refuse_what_has_none():
-    """No trial, or a single seed."""
-    with pytest.raises(ValueError, match="0 of 0"):
-        wilson_interval(0, 0)
-    with pytest.raises(ValueError, match="two values"):
-        mean_interval([0.3])
 
 
 def test_differences_are_paired_seed_by_seed():

@@ -8,9 +8,7 @@ from typing import Any, Literal
 
 from engine.data.run.outcomes import asked_classes
 from engine.job.spec import JOINT_SEPARATOR
-from engine.report.evaluation import (
-    Shown,
-)
+from engine.report.evaluation import Shown
 from engine.report.text import clip as clipped
 from engine.studies.evaluate.inputs import RunSamples
 

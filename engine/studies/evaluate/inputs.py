@@ -33,9 +33,7 @@ from engine.driver.progress import Display
 from engine.errors import CorruptShardError, JobError
 from engine.job.records import STATUS_OK, STATUS_REJECTED
 from engine.report.data import open_metadata
-from engine.report.evaluation import (
-    Source,
-)
+from engine.report.evaluation import Source
 from engine.report.stored_images import find_images
 from engine.report.text import clip as clipped
 from engine.studies.evaluate.image_features import ImageFeatures, VisionModels

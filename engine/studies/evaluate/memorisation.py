@@ -10,12 +10,7 @@ import PIL.Image
 from engine.data.images import LabelledImage, Unusable, nothing_usable, open_images
 from engine.driver.progress import Display
 from engine.errors import JobError
-from engine.report.evaluation import (
-    Copies,
-    Memorisation,
-    Pair,
-    Thresholds,
-)
+from engine.report.evaluation import Copies, Memorisation, Pair, Thresholds
 from engine.studies.evaluate.image_features import ImageFeatures, VisionModels
 from engine.studies.evaluate.image_registry import ImageRegistry
 from engine.studies.evaluate.inputs import RunSamples, source_of

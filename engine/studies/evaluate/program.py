@@ -27,11 +27,7 @@ from engine.models.clip import Clip
 from engine.models.libraries import quiet_libraries
 from engine.models.runtime import choose_hardware
 from engine.report.data import class_names, make_rows, read_table
-from engine.report.evaluation import (
-    Evaluation,
-    Extremes,
-    Shown,
-)
+from engine.report.evaluation import Evaluation, Extremes, Shown
 from engine.report.render import write_report
 from engine.studies.evaluate.extractors import choose_extractor
 from engine.studies.evaluate.extremes import ScoredImages, boundary_extremes, risk_extremes

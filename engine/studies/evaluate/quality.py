@@ -8,13 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.job.spec import JobSpec
-from engine.report.evaluation import (
-    Interval,
-    Qualities,
-    Quality,
-    TextScore,
-    TextScores,
-)
+from engine.report.evaluation import Interval, Qualities, Quality, TextScore, TextScores
 from engine.studies.evaluate.distances import Features, frechet_interval, kernel_distance, precision_recall
 from engine.studies.evaluate.image_features import ImageFeatures, VisionModels, unit
 from engine.studies.evaluate.inputs import RunSamples

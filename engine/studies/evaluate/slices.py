@@ -11,10 +11,7 @@ from numpy.typing import NDArray
 
 from engine.job.plan import class_prompt
 from engine.models.clip import Clip
-from engine.report.evaluation import (
-    Slice,
-    Slices,
-)
+from engine.report.evaluation import Slice, Slices
 from engine.report.text import clip as clipped
 from engine.studies.evaluate.clusters import ATTRIBUTES, Clusters, cluster, nearest_texts, neighbourhood, prototypes
 from engine.studies.evaluate.clusters import MAX_CLUSTERED as MAX_CLUSTERED_FAILURES

@@ -7,15 +7,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from engine.data.run.state import (
-    MANIFEST,
-    PLANS,
-    RESCORING,
-    read_manifest,
-)
+from engine.data.run.state import MANIFEST, PLANS, RESCORED, RESCORING, read_manifest, stored_plan
 from engine.data.stores.base import Store
+from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, JobError, OutputError
-from engine.job.plan import digest_of
+from engine.job.plan import Plan, digest_of
 from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json
 from engine.models.addresses import model_digest, read_labels, resolve
@@ -35,7 +31,52 @@ class Models:
     digests: dict[str, Any]
 
 
-def labels_of(store: Store, job: JobSpec) -> list[str]:
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Rescoring:
+    """A run, the classifiers for it, and the folder of the results.
+
+    Attributes:
+        labels: class names of the run's target, in index order.
+    """
+
+    run: Store
+    folder: Store
+    job: JobSpec
+    plan: Plan
+    labels: list[str]
+    models: Models
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """By which the folder of a rescoring is recognised."""
+        return {"plan_digest": self.plan.digest, "models": self.models.digests}
+
+    @property
+    def is_inside_run(self) -> bool:
+        """Whether the folder lies inside the run."""
+        return self.folder.place.is_relative_to(self.run.place)
+
+
+def open_rescoring(
+    address: str, target: str, transfer: Sequence[str], oracle: str | None, output: str | None
+) -> Rescoring:
+    """Open a run and the folder for its new scores, and check the classifiers.
+
+    Raises:
+        JobError: a model is not there or has other classes.
+        OutputError: there is no run, or the folder holds something else.
+    """
+    run = open_store(address)
+    job, plan = stored_plan(run)
+    labels = _labels_of(run, job)
+    models = _check_models(target, transfer, oracle, labels)
+    folder = open_store(output or run.address(f"{RESCORED}/{_folder_name(target, models)}"))
+    rescoring = Rescoring(run=run, folder=folder, job=job, plan=plan, labels=labels, models=models)
+    _check_folder(rescoring)
+    return rescoring
+
+
+def _labels_of(store: Store, job: JobSpec) -> list[str]:
     """Class names of the run's own target; from the manifest, as the model may have changed since.
 
     Raises:
@@ -52,7 +93,7 @@ def labels_of(store: Store, job: JobSpec) -> list[str]:
     return labels
 
 
-def check_models(target: str, transfer: Sequence[str], oracle: str | None, labels: list[str]) -> Models:
+def _check_models(target: str, transfer: Sequence[str], oracle: str | None, labels: list[str]) -> Models:
     """Check that the classifiers are there and have the classes of the run.
 
     Raises:
@@ -76,7 +117,7 @@ def check_models(target: str, transfer: Sequence[str], oracle: str | None, label
     return Models(target=target, transfer=tuple(transfer), oracle=oracle, digests=digests)
 
 
-def folder_name(target: str, models: Models) -> str:
+def _folder_name(target: str, models: Models) -> str:
     """A readable name of the target, and a digest of all new classifiers: the target's own if it is the only one."""
     last = target.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
     name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in last).strip(".-")[:60]
@@ -84,13 +125,14 @@ def folder_name(target: str, models: Models) -> str:
     return f"{name or 'target'}-{digest[:DIGEST_CHARS]}"
 
 
-def check_folder(folder: Store, source: Store, identity: dict[str, Any]) -> None:
-    """Check that a folder is empty or of the same rescoring.
+def _check_folder(rescoring: Rescoring) -> None:
+    """Check that the folder is empty or of the same rescoring.
 
     Raises:
         OutputError: it holds something else.
     """
-    if folder.place == source.place or folder.list(PLANS):
+    folder = rescoring.folder
+    if folder.place == rescoring.run.place or folder.list(PLANS):
         raise OutputError(f"--output {folder.uri}: is a run; give another folder for its new scores")
     if not folder.exists(RESCORING):
         # A rescoring that was killed early leaves only its state.
@@ -103,13 +145,8 @@ def check_folder(folder: Store, source: Store, identity: dict[str, Any]) -> None
         stored = parse_json(folder.read(RESCORING))
     except ValueError:
         stored = None
-    if stored != identity:
+    if stored != rescoring.identity:
         raise OutputError(
             f"--output {folder.uri}: holds a rescoring of another plan or by other models; give another folder, or"
             " remove that one"
         )
-
-
-def is_inside(folder: Store, store: Store) -> bool:
-    """Whether a folder lies inside a run."""
-    return folder.place.is_relative_to(store.place)

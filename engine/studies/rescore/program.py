@@ -17,25 +17,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from engine.data.run.commits import list_commits
-from engine.data.run.state import (
-    MANIFEST,
-    METADATA,
-    RESCORED,
-    RESCORING,
-    SUCCESS,
-    read_manifest,
-    stored_plan,
-)
-from engine.data.stores.base import Store
+from engine.data.run.state import METADATA, RESCORING, SUCCESS, read_manifest
 from engine.data.stores.lease import hold
-from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.job.records import STATUS_OK, STATUS_REJECTED
 from engine.studies.compare.program import RunComparison, compare_runs
 from engine.studies.compare.scored_run import read_scored_run
 from engine.studies.compare.tables import summary_document
-from engine.studies.rescore.inputs import check_folder, check_models, folder_name, is_inside, labels_of
-from engine.studies.rescore.results import failures_of, finish, json_bytes
+from engine.studies.rescore.inputs import Rescoring, open_rescoring
+from engine.studies.rescore.results import failures_of, write_manifest, write_results
 from engine.studies.rescore.scoring import Scoring, rescore_shard
 
 
@@ -93,42 +83,20 @@ def rescore_run(
         CorruptShardError: a shard of the run is damaged.
         OwnedError: another process rescores into this folder, or it lies in the run and a driver is at work there.
     """
-    store = open_store(address)
-    job, plan = stored_plan(store)
-    labels = labels_of(store, job)
-    models = check_models(target, transfer, oracle, labels)
-    folder = open_store(output or store.address(f"{RESCORED}/{folder_name(target, models)}"))
-    identity = {"plan_digest": plan.digest, "models": models.digests}
-    check_folder(folder, store, identity)
-    with ExitStack() as held:
-        if is_inside(folder, store):
-            held.enter_context(hold(store, notice=notice))
-        held.enter_context(hold(folder, notice=notice))
-        folder.clean_staging()
-        folder.replace(RESCORING, (json.dumps(identity, indent=1) + "\n").encode())
-        commits = list_commits(store)
-        if not commits:
-            raise OutputError(f"{store.uri}: no shard is committed yet; there is nothing to score")
-        scoring = Scoring(job, models, advance)
-        started = time.time()
-        for place, number in enumerate(sorted(commits)):
-            advance(f"shard {place + 1} of {len(commits)}, {scoring.num_scored} images scored")
-            rescore_shard(store, folder, job, plan, number, scoring)
-        finish(store, folder, job, plan, commits, models, labels, started)
-        is_complete = store.exists(SUCCESS)
-        manifest = read_manifest(folder)
-        comparison, reason = _compare(store, folder, advance)
-        if comparison is not None:
-            manifest["comparison"] = summary_document(comparison)
-        folder.replace(MANIFEST, json_bytes(manifest))
-        if is_complete:
-            folder.replace(SUCCESS, f"{plan.digest}\n".encode())
-    samples = manifest["counts"]["samples"]
-    num_failed, failure = failures_of(folder.fetch(METADATA))
+    rescoring = open_rescoring(address, target, transfer, oracle, output)
+    with ExitStack() as leases:
+        if rescoring.is_inside_run:
+            leases.enter_context(hold(rescoring.run, notice=notice))
+        leases.enter_context(hold(rescoring.folder, notice=notice))
+        num_scored = _score(rescoring, advance)
+        is_complete = rescoring.run.exists(SUCCESS)
+        comparison, reason = _compare(rescoring, advance)
+        samples = _close(rescoring, comparison, is_complete)
+    num_failed, failure = failures_of(rescoring.folder.fetch(METADATA))
     return Rescored(
-        folder=folder.uri,
+        folder=rescoring.folder.uri,
         target=target,
-        num_scored=scoring.num_scored,
+        num_scored=num_scored,
         num_images=samples[STATUS_OK] + samples[STATUS_REJECTED],
         num_rows=samples["attempted"],
         num_accepted=samples["accepted"],
@@ -140,9 +108,37 @@ def rescore_run(
     )
 
 
-def _compare(store: Store, folder: Store, advance: Callable[[str], None]) -> tuple[RunComparison | None, str]:
+def _score(rescoring: Rescoring, advance: Callable[[str], None]) -> int:
+    """Score the shards that are not scored yet, and write metadata and manifest; returns the number of images."""
+    rescoring.folder.clean_staging()
+    rescoring.folder.replace(RESCORING, (json.dumps(rescoring.identity, indent=1) + "\n").encode())
+    commits = list_commits(rescoring.run)
+    if not commits:
+        raise OutputError(f"{rescoring.run.uri}: no shard is committed yet; there is nothing to score")
+    scoring, started = Scoring(rescoring.job, rescoring.models, advance), time.time()
+    for place, number in enumerate(sorted(commits)):
+        advance(f"shard {place + 1} of {len(commits)}, {scoring.num_scored} images scored")
+        rescore_shard(rescoring, number, scoring)
+    write_results(rescoring, commits, started)
+    return scoring.num_scored
+
+
+def _close(rescoring: Rescoring, comparison: RunComparison | None, is_complete: bool) -> dict[str, int]:
+    """Add the comparison to the manifest, and mark the folder as complete; returns the counts of samples."""
+    manifest = read_manifest(rescoring.folder)
+    if comparison is not None:
+        manifest["comparison"] = summary_document(comparison)
+    write_manifest(rescoring.folder, manifest)
+    if is_complete:
+        rescoring.folder.replace(SUCCESS, f"{rescoring.plan.digest}\n".encode())
+    samples: dict[str, int] = manifest["counts"]["samples"]
+    return samples
+
+
+def _compare(rescoring: Rescoring, advance: Callable[[str], None]) -> tuple[RunComparison | None, str]:
     """Old and new scores compared, or why there is nothing to compare."""
     try:
-        return compare_runs(read_scored_run(store.uri), read_scored_run(folder.uri), advance=advance), ""
+        old, new = (read_scored_run(store.uri) for store in (rescoring.run, rescoring.folder))
+        return compare_runs(old, new, advance=advance), ""
     except (JobError, OutputError, CorruptShardError) as error:
         return None, str(error)

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from engine.data.run.schema import arrow_schema
 from engine.data.run.shards import ROWS_PER_GROUP, SHARDS, read_rows, read_shard, shard_name
-from engine.data.stores.base import Store
 from engine.data.stores.file_errors import explained
 from engine.errors import CorruptShardError
 from engine.job.acceptance import is_accepted
-from engine.job.plan import Plan, SampleSpec
+from engine.job.plan import SampleSpec
 from engine.job.records import RUN_FIELDS, STATUS_FAILED, STATUS_OK, STATUS_REJECTED, failed_record, in_version
 from engine.job.spec import JobSpec
-from engine.studies.rescore.inputs import Models
+from engine.studies.rescore.inputs import Models, Rescoring
 
 if TYPE_CHECKING:
     from engine.models.classifier import Classifier
@@ -84,22 +83,23 @@ class Scoring:
         ]
 
 
-def rescore_shard(store: Store, folder: Store, job: JobSpec, plan: Plan, number: int, scoring: Scoring) -> None:
+def rescore_shard(rescoring: Rescoring, number: int, scoring: Scoring) -> None:
     """Publish the new rows of a shard, unless they are published already."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    name = f"{SHARDS}/{shard_name(job.name, number)}.parquet"
+    folder, stem = rescoring.folder, shard_name(rescoring.job.name, number)
+    name = f"{SHARDS}/{stem}.parquet"
     if folder.exists(name):
-        if _identities(folder.fetch(name)) == _identities(store.fetch(name)):
+        if _identities(folder.fetch(name)) == _identities(rescoring.run.fetch(name)):
             return
         # The run was repaired, and this shard was sampled again.
         folder.remove(name)
-    schema = arrow_schema(version=plan.schema_version)
-    staged = folder.staging() / f"{shard_name(job.name, number)}.parquet"
+    schema = arrow_schema(version=rescoring.plan.schema_version)
+    staged = folder.staging() / f"{stem}.parquet"
     with explained(staged), pq.ParquetWriter(staged, schema, compression="zstd") as writer:
         group: list[Row] = []
-        for row in _new_rows(store, job, plan, number, scoring):
+        for row in _new_rows(rescoring, number, scoring):
             group.append(row)
             if len(group) == ROWS_PER_GROUP:
                 writer.write_table(pa.Table.from_pylist(group, schema=schema))
@@ -114,9 +114,14 @@ def _identities(path: Path) -> list[tuple[str, str]]:
     return [(row["key"], row["sha256"]) for row in read_rows(path, ["key", "sha256"])]
 
 
-def _new_rows(store: Store, job: JobSpec, plan: Plan, number: int, scoring: Scoring) -> Iterator[Row]:
-    """The rows of a shard in their order."""
-    stem = f"{SHARDS}/{shard_name(job.name, number)}"
+def _new_rows(rescoring: Rescoring, number: int, scoring: Scoring) -> Iterator[Row]:
+    """The rows of a shard in their order.
+
+    Raises:
+        CorruptShardError: a row is not in the plan, or an image is missing.
+    """
+    store, plan = rescoring.run, rescoring.plan
+    stem = f"{SHARDS}/{shard_name(rescoring.job.name, number)}"
     images = read_shard(store.fetch(f"{stem}.tar"))
     specs = {spec.key: spec for spec in plan.samples(plan.shard(number))}
     waiting: list[Sample] = []
@@ -132,14 +137,15 @@ def _new_rows(store: Store, job: JobSpec, plan: Plan, number: int, scoring: Scor
                 raise CorruptShardError(f"{where}: lacks the image of {row['key']}; `riskforge repair` takes it out")
         waiting.append((spec, image, row))
         if len(waiting) == BATCH:
-            yield from _scored(waiting, job, plan, number, scoring)
+            yield from _scored(waiting, rescoring, number, scoring)
             waiting = []
-    yield from _scored(waiting, job, plan, number, scoring)
+    yield from _scored(waiting, rescoring, number, scoring)
 
 
-def _scored(waiting: list[Sample], job: JobSpec, plan: Plan, number: int, scoring: Scoring) -> Iterator[Row]:
+def _scored(waiting: list[Sample], rescoring: Rescoring, number: int, scoring: Scoring) -> Iterator[Row]:
     """New rows of some samples: one batch of those with an image is scored, the others are kept."""
-    rule = job.requests[plan.shard(number).request].accept
+    plan = rescoring.plan
+    rule = rescoring.job.requests[plan.shard(number).request].accept
     with_image = [sample for sample in waiting if sample[1]]
     records = iter(scoring.records(with_image) if with_image else ())
     for spec, image, row in waiting:

@@ -7,11 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine.errors import JobError
-from engine.studies.retrain.accuracy import (
-    ACCEPTED,
-    PLAIN,
-    UNFILTERED,
-)
+from engine.studies.retrain.accuracy import ACCEPTED, PLAIN, UNFILTERED
 from engine.studies.retrain.image_tensors import GeneratedSet
 from engine.studies.retrain.options import RetrainOptions
 from engine.studies.samples import StudiedRun, choose_requests, is_plain
@@ -89,5 +85,5 @@ def _why_filtered(run: StudiedRun, risky: list[str]) -> str:
         return f"no sample of {', '.join(risky)} is rejected, so it would be the arm `{ACCEPTED}`"
     return (
         f"the images of the {num_rejected} rejected samples are not stored; set output.store_rejected: true in the job"
-        " and make the run anew"
+        " and make a new run"
     )

@@ -21,14 +21,7 @@ from engine.job.records import STATUS_FAILED
 from engine.methods.temperature import TemperatureFit, fit_temperature
 from engine.models.addresses import model_digest, read_config
 from engine.models.classifier import Classifier
-from engine.studies.retrain.accuracy import (
-    ACCEPTED,
-    Attempt,
-    Comparison,
-    ErrorAgreement,
-    compare,
-    compare_errors,
-)
+from engine.studies.retrain.accuracy import ACCEPTED, Attempt, Comparison, ErrorAgreement, compare, compare_errors
 from engine.studies.retrain.arms import Arms
 from engine.studies.retrain.findings import findings
 from engine.studies.retrain.image_tensors import ImageSet

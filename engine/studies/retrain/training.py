@@ -14,11 +14,7 @@ from torch import Tensor
 from engine.driver.progress import Display, duration
 from engine.errors import JobError
 from engine.methods.finiteness import LOGITS_FAULT, usable_logits
-from engine.studies.retrain.accuracy import (
-    ACCEPTED,
-    BEFORE,
-    NONE,
-)
+from engine.studies.retrain.accuracy import ACCEPTED, BEFORE, NONE
 from engine.studies.retrain.finetune import Samples, choose_rows, fine_tune, predict
 from engine.studies.retrain.image_tensors import ImageSet
 from engine.studies.retrain.inputs import Material, Study
