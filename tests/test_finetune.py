@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from engine.errors import JobError
@@ -102,3 +104,29 @@ def test_generated_samples_are_drawn_apart_from_real_ones():
     [batch] = _batches(ramp, ramp, recipe, 3)
     first, second = batch.pixels[:40, 0], batch.pixels[40:, 0]
     assert sorted(first.tolist()) == sorted(second.tolist()) and not torch.equal(first, second)
+
+
+@given(st.integers(1, 30), st.integers(2, 12), st.data())
+@settings(max_examples=30, deadline=None)
+def test_arms_of_a_seed_share_their_real_batches(num_generated_samples, batch_size, data):
+    """The generated samples take the end of each batch, whatever the arm; none comes twice before all came once."""
+    num_generated = data.draw(st.integers(1, batch_size - 1))
+    recipe = Recipe(num_steps=6, batch_size=batch_size, num_generated=num_generated, learning_rate=1.0)
+    real = Samples(torch.arange(25.0)[:, None], torch.zeros(25, 1))
+    generated = Samples(-1 - torch.arange(float(num_generated_samples))[:, None], torch.ones(num_generated_samples, 1))
+    alone, mixed = (list(_batches(real, other, recipe, 3)) for other in (None, generated))
+    assert [len(batch) for batch in alone + mixed] == [batch_size] * 12
+    cut = batch_size - num_generated
+    for ours, theirs in zip(alone, mixed, strict=True):
+        assert torch.equal(ours.pixels[:cut], theirs.pixels[:cut])
+        assert torch.equal(theirs.targets[:, 0], (theirs.pixels[:, 0] < 0).float())
+    drawn = torch.cat([batch.pixels[cut:, 0] for batch in mixed])
+    counts = torch.bincount((-1 - drawn).long(), minlength=num_generated_samples)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_rows_are_chosen_without_replacement():
+    """Equal seeds choose equally, others otherwise."""
+    chosen = choose_rows(50, 20, 1)
+    assert len(set(chosen.tolist())) == 20 and torch.equal(chosen, choose_rows(50, 20, 1))
+    assert not torch.equal(chosen, choose_rows(50, 20, 2))
