@@ -56,8 +56,6 @@ def test_the_weakest_context_comes_first_and_errors_are_counted():
     rows = {row.context: row for row in agreement.rows}
     assert {name: row.generated.value for name, row in rows.items()} == {"weak": 0.9, "strong": 0.5, "perfect": 0.0}
     assert {name: row.test.value for name, row in rows.items()} == {"weak": 0.7, "strong": 0.1, "perfect": 0.0}
-    assert (
-        rows["perfect"].num_generated == 10 and agreement.num_ranked == 3
+    assert rows["perfect"].num_generated == 10 and agreement.num_ranked == 3
     assert agreement.spearman == pytest.approx(1.0)
-    )
     assert rows["weak"].test.low < 0.7 < rows["weak"].test.high
