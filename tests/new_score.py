@@ -110,6 +110,7 @@ def outcome(home: Path) -> dict[str, Any]:
         "report": store.read("report.html").decode(),
         "terminal": stream.getvalue(),
         "pages": _pages(),
+        "compared": _compared(uri, home / "baseline.json"),
         "bent": _bent(store),
     }
     # A run of the version before has no such column, alone or together with one that has.
@@ -126,6 +127,17 @@ def outcome(home: Path) -> dict[str, Any]:
             "alone": inspect(engine.open_run(earlier)).document,
         }
     }
+
+
+def _compared(uri: str, path: Path) -> list[str]:
+    """The metrics of a comparison of a run with its own baseline."""
+    from engine.studies.compare.baseline import pin_run, read_baseline
+    from engine.studies.compare.program import compare_runs
+    from engine.studies.compare.scored_run import read_scored_run
+
+    run = read_scored_run(uri)
+    pin_run(run, path)
+    return list(compare_runs(read_baseline(path), run).rows[0].differences)
 
 
 def _records(tar: Path) -> list[dict[str, Any]]:

@@ -78,7 +78,8 @@ def make_night(
 
 def permuted(night: ScoredRun, order: np.ndarray) -> ScoredRun:
     columns = {one.name: getattr(night, one.name) for one in fields(ScoredRun)}
-    return replace(night, **{key: value[order] for key, value in columns.items() if isinstance(value, np.ndarray)})
+    columns = {name: value[order] for name, value in columns.items() if isinstance(value, np.ndarray)}
+    return replace(night, scores={name: values[order] for name, values in night.scores.items()}, **columns)
 
 
 def significant(comparison) -> list[tuple[str, str, str]]:
@@ -253,7 +254,12 @@ def test_a_pinned_run_is_the_run(tmp_path):
     read = read_baseline(path)
     for one in fields(ScoredRun):
         a, b = getattr(night, one.name), getattr(read, one.name)
-        assert np.array_equal(a, b, equal_nan=one.name == "valid") if isinstance(a, np.ndarray) else a == b, one.name
+        if isinstance(a, np.ndarray):
+            assert np.array_equal(a, b, equal_nan=one.name == "valid"), one.name
+        elif one.name == "scores":
+            assert list(a) == list(b) and all(np.array_equal(a[name], b[name]) for name in a)
+        else:
+            assert a == b, one.name
     assert not list(tmp_path.glob("deep/.*"))
     document = json.loads(path.read_text())
     changes = (

@@ -96,6 +96,10 @@ def test_the_report_draws_sorts_and_limits_it(made: dict[str, Any]) -> None:
     assert f'"{NAME}":' in page.split('id="gallery-data">')[1]
 
 
+def test_comparisons_and_baselines_have_it(made: dict[str, Any]) -> None:
+    assert made["compared"] == ["error_rate", "risk", "conformity", "kldb", NAME]
+
+
 def test_the_reference_pages_list_it(made: dict[str, Any]) -> None:
     assert f"| `{NAME}` | float | 4 | {MEANING} |" in made["pages"]["metadata.md"]
     assert f"`{NAME}` (version 4)" in made["pages"]["metadata.md"]

@@ -351,7 +351,7 @@ def test_the_choice_is_bounded_spread_and_keeps_the_extremes(tmp_path: Path, req
     chosen = select(rows)
     assert len(chosen) == len(set(chosen)) <= MAX_SAMPLES
     first = [row for row in chosen if rows.request.codes[row] == 0]
-    risk = rows.main_score(0)
+    risk = rows.numbers[rows.main_score(0).name]
     inside = np.flatnonzero(rows.request.codes == 0)
     assert inside[risk[inside].argmax()] in first
     if requests <= 7:

@@ -343,9 +343,8 @@ def medians_table(groups: list[GroupSummary]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     figures = _figures(groups)
     has_context = any(group.context for group in groups)
-    table.add_column("request", justify="left")
-    if has_context:
-        table.add_column("context", justify="left")
+    for name in ("request", "context") if has_context else ("request",):
+        table.add_column(Text(name), justify="left")
     for heading, _ in figures:
         table.add_column(Text(heading), justify="right")
     for group in groups[:MAX_GROUP_ROWS]:
