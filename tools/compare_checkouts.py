@@ -94,7 +94,10 @@ def compare_job(job: Job, before: Path, after: Path, folder: Path) -> list[Compa
     home.mkdir(parents=True, exist_ok=True)
     (home / "job.yaml").write_text(job.text, encoding="utf-8")
     expected = reference_facts(job, before, home)
-    return list(compare_facts(job.name, expected, observe(job, "after", after, home)))
+    rows = list(compare_facts(job.name, expected, observe(job, "after", after, home)))
+    num_different = sum(row.num_different for row in rows)
+    log(job.name, "after", f"{num_different} of {sum(row.num_compared for row in rows)} facts differ")
+    return rows
 
 
 def reference_facts(job: Job, checkout: Path, home: Path) -> Facts:
