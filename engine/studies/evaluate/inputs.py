@@ -98,31 +98,47 @@ def read_samples(
     if not chosen:
         raise JobError(f"RUN: '{run.store.uri}' has no stored image to look at")
     rows = metadata.take(pa.array(chosen, pa.int64()), columns=_COLUMNS).to_pylist()
-    kept: list[dict[str, Any]] = []
-
-    def images() -> Iterator[tuple[str, int, PIL.Image.Image]]:
-        for start in range(0, len(chosen), _CHUNK):
-            part = dict(zip(chosen[start : start + _CHUNK], rows[start : start + _CHUNK], strict=True))
-            files = find_images(run.store, run.job.name, {row: record["key"] for row, record in part.items()})
-            display.advance(f"looking at samples: {start}/{len(chosen)}")
-            for record in part.values():
-                if (key := record["key"]) in files:
-                    kept.append(record)
-                    yield key, record["class_index"], _decoded(run.store, key, files[key])
-
-    features = models.extract(images())
-    if len(kept) < len(chosen):
-        missing = len(chosen) - len(kept)
+    read: list[dict[str, Any]] = []
+    features = models.extract(_stored_images(run, dict(zip(chosen, rows, strict=True)), read, display))
+    if len(read) < len(rows):
+        missing = len(rows) - len(read)
         raise CorruptShardError(
-            f"{run.store.uri}: {missing} of {len(chosen)} images are not in their shards; `riskforge verify` says more"
+            f"{run.store.uri}: {missing} of {len(rows)} images are not in their shards; `riskforge verify` says more"
         )
-    if lines := left_out_lines(features):
-        if not len(features):
-            raise JobError([f"RUN: no image of '{run.store.uri}' can be looked at: {line}" for line in lines])
-        for line in lines:
-            display.notice(f"left out of the evaluation: {line}")
+    _note_left_out(run, features, display)
     gone = {key for key, _ in features.left_out}
-    return RunSamples(features, tuple(record for record in kept if record["key"] not in gone)), table.num_rows
+    return RunSamples(features, tuple(record for record in read if record["key"] not in gone)), table.num_rows
+
+
+def _stored_images(
+    run: StudiedRun, records: dict[int, dict[str, Any]], read: list[dict[str, Any]], display: Display
+) -> Iterator[tuple[str, int, PIL.Image.Image]]:
+    """Key, class and image of stored samples, whose records are given by row number.
+
+    Records of which the image is there are added to `read`.
+    """
+    items = list(records.items())
+    for start in range(0, len(items), _CHUNK):
+        part = items[start : start + _CHUNK]
+        files = find_images(run.store, run.job.name, {row: record["key"] for row, record in part})
+        display.advance(f"looking at samples: {start}/{len(items)}")
+        for _, record in part:
+            if (key := record["key"]) in files:
+                read.append(record)
+                yield key, record["class_index"], _decoded(run.store, key, files[key])
+
+
+def _note_left_out(run: StudiedRun, features: ImageFeatures, display: Display) -> None:
+    """Notify the user of images that are left out.
+
+    Raises:
+        JobError: no image is left.
+    """
+    lines = left_out_lines(features)
+    if lines and not len(features):
+        raise JobError([f"RUN: no image of '{run.store.uri}' can be looked at: {line}" for line in lines])
+    for line in lines:
+        display.notice(f"left out of the evaluation: {line}")
 
 
 def left_out_lines(images: ImageFeatures) -> tuple[str, ...]:

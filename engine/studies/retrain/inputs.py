@@ -32,7 +32,7 @@ DOCUMENT = "retrain.json"
 MODEL = "model"
 MIN_REAL_IMAGES = 20
 MIN_CALIBRATION_IMAGES = 100
-# With fewer generated samples an arm tells little.
+# With fewer generated samples, differences between arms may be chance.
 FEW_SAMPLES = 50
 
 
@@ -98,25 +98,51 @@ def read_material(
     """
     display.phase("loading the target")
     quiet_libraries()
-    run, options, num_classes = study.run, study.options, len(study.labels)
-    network = load_network(run.job.models.target).to(training_device(run.job.runtime.device == "cpu")).eval()
+    address, on_cpu = study.run.job.models.target, study.run.job.runtime.device == "cpu"
+    network = load_network(address).to(training_device(on_cpu)).eval()
     preprocessing = Preprocessing.load(study.target)
-    scorable = _Scorable(network, run.job.models.target, display)
+    scorable = _Scorable(network, address, display)
     display.phase("reading samples and images")
-    names, soft = list(dict.fromkeys([*study.plain, *study.risky])), options.labels == "soft"
-    generated = read_generated(run, names, preprocessing, num_classes=num_classes, soft=soft, display=display)
-    generated = generated.without(scorable.rows(generated.samples.pixels, "samples of the run"))
-    arms = make_arms(run, generated, study.plain, study.risky)
+    generated = _read_generated(study, preprocessing, scorable, display)
+
+    def read(source: ImageSource, option: str, address: str) -> ImageSet:
+        return scorable.of(read_images(source, option, address, preprocessing, display), option)
+
+    options = study.options
     material = Material(
-        real=scorable.of(read_images(real, "--real", options.real, preprocessing, display), "--real"),
-        test=scorable.of(read_images(test, "--test", options.test, preprocessing, display), "--test"),
-        calibration=None
-        if spare is None or options.calibrate is None
-        else scorable.of(read_images(spare, "--calibrate", options.calibrate, preprocessing, display), "--calibrate"),
+        arms=make_arms(study.run, generated, study.plain, study.risky),
         generated=generated,
-        arms=arms,
-        num_classes=num_classes,
+        real=read(real, "--real", options.real),
+        test=read(test, "--test", options.test),
+        calibration=read(spare, "--calibrate", options.calibrate) if spare and options.calibrate else None,
+        num_classes=len(study.labels),
     )
+    _check_numbers(material, options)
+    _check_sizes(material, options)
+    _note_limitations(material, options, display)
+    return material, network
+
+
+def _read_generated(study: Study, preprocessing: Preprocessing, scorable: _Scorable, display: Display) -> GeneratedSet:
+    """The stored samples of the studied requests, without those that the target has no finite scores for."""
+    names = list(dict.fromkeys([*study.plain, *study.risky]))
+    generated = read_generated(
+        study.run,
+        names,
+        preprocessing,
+        num_classes=len(study.labels),
+        soft=study.options.labels == "soft",
+        display=display,
+    )
+    return generated.without(scorable.rows(generated.samples.pixels, "samples of the run"))
+
+
+def _check_numbers(material: Material, options: RetrainOptions) -> None:
+    """Check that there are enough images.
+
+    Raises:
+        JobError: too few to train on, or for fitting the temperature.
+    """
     if len(material.real) < MIN_REAL_IMAGES:
         raise JobError(
             f"--real: '{options.real}' has {len(material.real)} usable images; give {MIN_REAL_IMAGES} or more"
@@ -126,14 +152,17 @@ def read_material(
             f"--calibrate: '{options.calibrate}' has {len(material.calibration)} usable images; give"
             f" {MIN_CALIBRATION_IMAGES} or more"
         )
-    _check_sizes(material, options)
+
+
+def _note_limitations(material: Material, options: RetrainOptions, display: Display) -> None:
+    """Notify the user of arms that are left out, few samples, and soft labels that are hard ones."""
+    arms = material.arms
     for arm, reason in arms.left_out.items():
         display.notice(f"arm {arm} is left out: {reason}")
     if arms.num_samples < FEW_SAMPLES:
         display.notice(f"each arm has only {arms.num_samples} generated samples; differences may be chance")
-    if soft and bool((generated.samples.targets.max(1).values == 1).all()):
+    if options.labels == "soft" and bool((material.generated.samples.targets.max(1).values == 1).all()):
         display.notice("--labels soft: all samples are of single classes, whose soft labels are the hard ones")
-    return material, network
 
 
 class _Scorable:
