@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
@@ -27,8 +28,10 @@ from engine.job.columns import (
     target_first,
     units_text,
 )
+from engine.job.records import check_record
 from engine.report.gallery import range_titles, sort_titles
 from tests.conftest import REPOSITORY
+from tests.dataset_cases import make_job, make_plan, make_result
 
 # The last version whose scores are listed below; later ones may add some.
 LISTED = 3
@@ -128,3 +131,12 @@ def test_texts_that_name_scores() -> None:
 def test_the_page_about_filters_lists_every_derived_name() -> None:
     page = (REPOSITORY / "docs/reading.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in page for name in DERIVED_NAMES)
+
+
+@pytest.mark.parametrize("entries", [[1], ["x"], [{"model": "m"}], [{"model": "m", "conformity": 1, "x": 0.0}], 1])
+def test_a_record_with_other_entries_is_refused(tmp_path: Path, entries: object) -> None:
+    """By the name of the column, whatever the list holds in a record that somebody else wrote."""
+    record = make_result(make_plan(make_job(tmp_path)).requests[0].sample(0)).record
+    check_record(record)
+    with pytest.raises(ValueError, match=r"judge = .* is not a valid judges"):
+        check_record(record | {"judge": entries})
