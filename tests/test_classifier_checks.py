@@ -23,9 +23,9 @@ from engine.models.addresses import check_addresses, check_independent, model_di
 from engine.models.classifier import Classifier
 from engine.models.classifier_checks import check_classifier, check_clip, check_names
 from engine.models.clip import Clip
-from engine.models.foreign import open_foreign
-from engine.models.targets import parse_settings
-from engine.models.weights import have_same_weights, stored_tensors
+from engine.models.program_loading import open_program
+from engine.models.programs import parse_settings
+from engine.models.weight_comparison import have_same_weights, stored_tensors
 from tests.test_targets import SETTINGS
 
 ZOO = {role: f"zoo:digits/{part}" for role, part in {
@@ -193,7 +193,7 @@ def test_a_single_logit_of_a_file_is_refused_with_its_remedy(tmp_path: Path) -> 
         torch.jit.trace(net, torch.zeros(2, 3, 8, 8)).save(str(path))
         Path(f"{path}.json").write_text(json.dumps(SETTINGS | {"labels": ["cat", "dog"], "image_size": 8}))
         with pytest.raises(JobError, match=r"a single logit z of two classes is the pair of logits \[0, z\]"):
-            open_foreign(str(path), "cpu")
+            open_program(str(path), "cpu")
 
 
 # Files of weights ----------------------------------------------------------------------------------------------------

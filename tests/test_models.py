@@ -20,8 +20,8 @@ from engine.job.parsing import parse_job
 from engine.job.spec import RuntimeSpec
 from engine.models.addresses import check_addresses, locate, model_digest, read_labels, resolve
 from engine.models.classifier import Classifier
-from engine.models.preprocess import Preprocessing
-from engine.models.runtime import compiled, hardware_problems, head_sizes, xformers_problem
+from engine.models.hardware import compiled, hardware_problems, head_sizes, xformers_problem
+from engine.models.preprocessing import Preprocessing
 from tests.sleepy import make_job
 
 PROCESSORS = {
@@ -248,7 +248,7 @@ def test_kernels_are_fixed_in_a_process_of_their_own():
     """Torch's global settings after `fix_kernels`, and an operator without a deterministic form still runs on a CPU."""
     code = (
         "import os, torch\n"
-        "from engine.models.runtime import fix_kernels\n"
+        "from engine.models.hardware import fix_kernels\n"
         "torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True\n"
         "fix_kernels()\n"
         "assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic\n"

@@ -24,8 +24,8 @@ from transformers.models.auto.modeling_auto import (
 from engine.errors import JobError
 from engine.models.classifier import Classifier
 from engine.models.classifier_checks import check_classifier
-from engine.models.preprocess import Preprocessing
-from engine.models.processors import BY_MODEL, FIXED_SIZES, KNOWN, check_processor, plain_name
+from engine.models.preprocessing import Preprocessing
+from engine.models.processor_checks import BY_MODEL, FIXED_SIZES, KNOWN, check_processor, plain_name
 
 TYPES = {
     kind: plain_name(IMAGE_PROCESSOR_MAPPING_NAMES[kind]["pil"])

@@ -24,10 +24,10 @@ from torch import nn
 from engine.commands.jobfile import read_job
 from engine.driver.run import plan_job
 from engine.errors import JobError
-from engine.models import targets
+from engine.models import program_description, programs
 from engine.models.addresses import check_addresses, model_digest, read_labels
 from engine.models.classifier import Classifier
-from engine.models.preprocess import Preprocessing, Steps
+from engine.models.preprocessing import Preprocessing, Steps
 from engine.studies.samples import StudiedRun, check_target
 from tests.conftest import REPOSITORY
 
@@ -94,10 +94,10 @@ def home(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def importable(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder, from which factories can be imported; forgotten afterwards."""
-    monkeypatch.setattr(targets, "_KNOWN", {})
-    monkeypatch.setattr(targets, "_FOLDERS", [])
+    monkeypatch.setattr(program_description, "_KNOWN", {})
+    monkeypatch.setattr(programs, "_FOLDERS", [])
     monkeypatch.setattr(sys, "path", [*sys.path])
-    targets.add_import_folders([str(home)])
+    programs.add_import_folders([str(home)])
     return home
 
 
@@ -231,11 +231,11 @@ def test_a_file_without_settings_is_told_what_they_hold(home: Path, tmp_path: Pa
     path = tmp_path / "net.pt"
     path.write_bytes((home / "net.pt").read_bytes())
     with pytest.raises(JobError, match=r"put a file 'net\.pt\.json' beside it, such as .*\"labels\""):
-        targets.check_foreign(str(path))
+        program_description.check_program(str(path))
     wrong = {"labels": ["one"], "image_size": 0, "mean": [0, 0, 0], "output": "probabilities", "colour": 1}
     (tmp_path / "net.pt.json").write_text(json.dumps(wrong))
     with pytest.raises(JobError) as caught:
-        targets.check_foreign(str(path))
+        program_description.check_program(str(path))
     fields = {problem.split(": ")[1] for problem in caught.value.problems}
     assert fields == {"labels", "image_size", "std", "output", "colour"}
 
@@ -296,7 +296,7 @@ def test_a_factory_that_fails_is_explained_in_a_line(
     """Field, value and remedy, with the place in the user's code in place of a traceback."""
     monkeypatch.setattr(sys, "modules", {name: one for name, one in sys.modules.items() if name != "broken"})
     importlib.invalidate_caches()
-    targets.add_import_folders([str(tmp_path)])
+    programs.add_import_folders([str(tmp_path)])
     if code is not None:
         (tmp_path / "broken.py").write_text(code)
     raw = job_of("broken:net", tmp_path)
@@ -328,7 +328,7 @@ def write(raw: dict[str, Any], folder: Path) -> Path:
 @pytest.mark.parametrize("address", ["mine:net", "a.b_1.c:make", "zoo:digits", "C:/x", "a:b:c", ":x", "a.:x", "1a:x"])
 def test_what_is_a_factory(address: str) -> None:
     """A module's path and a name; neither a zoo part nor a path."""
-    assert targets.is_factory(address) == (address in ("mine:net", "a.b_1.c:make"))
+    assert programs.is_factory(address) == (address in ("mine:net", "a.b_1.c:make"))
 
 
 def test_a_model_of_the_job_that_is_no_classifier_is_never_called(importable: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from engine.models.addresses import check_addresses, model_digest, resolve
 from engine.models.classifier import Classifier
 from engine.models.decoder import GuidanceDecoder
 from engine.models.diffusion import Diffusion
-from engine.models.folders import VARIANTS, weights_variant
+from engine.models.weight_files import VARIANTS, weights_variant
 from tests.test_safety import make_checker
 from tests.tiny_pipelines import by_diffusers, by_engine, edit, job_of, load_reference, save_pipeline
 

@@ -42,8 +42,8 @@ from engine.data.run.manifest import software_versions
 from engine.errors import JobError
 from engine.job.spec import RuntimeSpec
 from engine.models.addresses import resolve
-from engine.models.libraries import quiet_libraries
-from engine.models.runtime import CPU_ROWS, choose_hardware
+from engine.models.hardware import CPU_ROWS, choose_hardware
+from engine.models.library_logging import quiet_libraries
 
 GPU_BATCH = 8
 

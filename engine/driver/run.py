@@ -52,9 +52,9 @@ from engine.job.quotas import replay
 from engine.job.spec import JobSpec
 from engine.models.addresses import check_addresses, missing_artefacts, model_digests, target_labels
 from engine.models.custom_methods import method_digests
+from engine.models.hardware import hardware_problems
 from engine.models.licences import licence_of
-from engine.models.runtime import hardware_problems
-from engine.models.targets import add_import_folders, import_folders
+from engine.models.programs import add_import_folders, import_folders
 
 if TYPE_CHECKING:
     from engine.data.run.summary import GroupSummary

@@ -20,7 +20,7 @@ from engine.methods.conditioning.screening import ScreenedDraw, ScreeningOptions
 from engine.methods.heartbeat import beat
 from engine.models.addresses import find_artefact, image_encoder_digest, model_digest
 from engine.models.clip import ImageEncoder
-from engine.models.runtime import CPU_ROWS
+from engine.models.hardware import CPU_ROWS
 
 Tell = Callable[[str], None]
 

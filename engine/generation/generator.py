@@ -33,9 +33,9 @@ from engine.models.clip import Clip
 from engine.models.custom_methods import load_method, method_digest
 from engine.models.decoder import GuidanceDecoder
 from engine.models.diffusion import Diffusion
-from engine.models.foreign import reason_of
+from engine.models.hardware import choose_hardware, fix_kernels
+from engine.models.program_loading import reason_of
 from engine.models.randomness import watched
-from engine.models.runtime import choose_hardware, fix_kernels
 from engine.terminal import redacted
 
 # What torch says of an operator that `deterministic` forbids.

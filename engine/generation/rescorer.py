@@ -47,7 +47,7 @@ def rescore(
         CorruptShardError: a shard cannot be read; `verify` says more.
     """
     from engine.generation.generator import load_scorer
-    from engine.models.libraries import quiet_libraries
+    from engine.models.library_logging import quiet_libraries
 
     job, plan = stored_plan(store)
     chosen = _choose(store, job, plan, num_samples)

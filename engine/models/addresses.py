@@ -1,6 +1,6 @@
 """Where models are: `zoo:NAME/PART`, a folder, or a hub id. Reads configurations without importing torch.
 
-Classifiers may also be files or factories: `engine.models.targets`.
+Classifiers may also be files or factories: `engine.models.programs`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,6 @@ from engine.job.spec import JobSpec, ModelsSpec, RequestSpec
 from engine.job.spec_messages import nearest
 from engine.models.classifier_checks import check_classifier, check_clip, class_names
 from engine.models.custom_methods import method_problems
-from engine.models.folders import (
-    PIPELINE_INDEX,
-    VARIANTS,
-    has_weights,
-    is_left_out,
-    part_classes,
-    read_config,
-    weighted_parts,
-    weights_variant,
-)
-from engine.models.foreign_description import check_foreign, foreign_digest, foreign_labels
 from engine.models.pipelines import (
     check_decoder,
     check_decoder_weights,
@@ -38,8 +27,19 @@ from engine.models.pipelines import (
     has_configurations,
     request_problems,
 )
-from engine.models.targets import as_file, is_foreign
-from engine.models.weights import have_same_weights
+from engine.models.program_description import check_program, program_digest, program_labels
+from engine.models.programs import as_file, is_program
+from engine.models.weight_comparison import have_same_weights
+from engine.models.weight_files import (
+    PIPELINE_INDEX,
+    VARIANTS,
+    has_weights,
+    is_left_out,
+    part_classes,
+    read_config,
+    weighted_parts,
+    weights_variant,
+)
 
 ZOO = Path(__file__).parents[1] / "zoo"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
@@ -138,10 +138,10 @@ def read_labels(address: str) -> list[str] | None:
 
     Raises:
         JobError: the folder has no usable `config.json` with `id2label`, or with timm's `label_names`; or as
-            `engine.models.foreign_description.foreign_labels`.
+            `engine.models.program_description.program_labels`.
     """
-    if is_foreign(address):
-        return foreign_labels(address)
+    if is_program(address):
+        return program_labels(address)
     source = locate(address)
     if source.folder is None:
         return None
@@ -151,10 +151,10 @@ def read_labels(address: str) -> list[str] | None:
 def model_digest(address: str) -> str:
     """Digest of everything that is loaded from a model's folder: names and contents, not the folder's place.
 
-    Of files and factories: `engine.models.foreign_description.foreign_digest`.
+    Of files and factories: `engine.models.program_description.program_digest`.
     """
-    if is_foreign(address):
-        return foreign_digest(address)
+    if is_program(address):
+        return program_digest(address)
     folder = resolve(address)
     return _folder_digest(folder, _loaded_files(folder))
 
@@ -244,7 +244,7 @@ def _independence_problems(job: JobSpec) -> list[str]:
 
 
 def _are_same(address: str, other: str, part: tuple[str, ...] = ("",)) -> bool:
-    places = [as_file(one) or (None if is_foreign(one) else locate(one).folder) for one in (address, other)]
+    places = [as_file(one) or (None if is_program(one) else locate(one).folder) for one in (address, other)]
     if address == other:
         return True
     first, second = places
@@ -266,8 +266,8 @@ def check_addresses(job: JobSpec, *, with_artefacts: bool = True) -> None:
         problems.append(f"models.judge: '{job.models.judge}' is models.clip too; name another CLIP model, or none")
     for field, address, check in _roles(job):
         try:
-            if check is _check_classifier and is_foreign(address):
-                check_foreign(address)
+            if check is _check_classifier and is_program(address):
+                check_program(address)
                 continue
             source = locate(address)
             if source.folder is not None:

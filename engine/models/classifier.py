@@ -12,10 +12,10 @@ from torch import Tensor
 from engine.errors import JobError
 from engine.models.addresses import resolve
 from engine.models.classifier_checks import check_classifier, class_names, read_temperature
-from engine.models.folders import TIMM_KEY, read_config
-from engine.models.preprocess import Preprocessing, Steps
-from engine.models.runtime import frozen, load_weights, loading
-from engine.models.targets import TargetSettings, is_foreign
+from engine.models.hardware import frozen, load_weights, loading
+from engine.models.preprocessing import Preprocessing, Steps
+from engine.models.programs import TargetSettings, is_program
+from engine.models.weight_files import TIMM_KEY, read_config
 
 
 class Classifier:
@@ -51,10 +51,10 @@ class Classifier:
         Raises:
             JobError: it cannot be loaded, or is not known to be scored rightly.
         """
-        if is_foreign(address):
-            from engine.models.foreign import open_foreign
+        if is_program(address):
+            from engine.models.program_loading import open_program
 
-            network, settings = open_foreign(address, device)
+            network, settings = open_program(address, device)
             return cls(
                 network,
                 Preprocessing.plain(address, _steps(settings)),

@@ -13,7 +13,9 @@ from typing import Any
 
 from engine.errors import JobError
 from engine.methods.sampling.families import is_number
-from engine.models.folders import (
+from engine.models.processor_checks import check_processor, check_timm_transform
+from engine.models.weight_comparison import StoredTensor, stored_tensors
+from engine.models.weight_files import (
     TIMM_KEY,
     conversion_line,
     has_weights,
@@ -22,8 +24,6 @@ from engine.models.folders import (
     readable,
     weights_problem,
 )
-from engine.models.processors import check_processor, check_timm_transform
-from engine.models.weights import StoredTensor, stored_tensors
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 _NO_NAME = re.compile(r"(?i:label|class)[ _-]?\d+|n\d{8}")

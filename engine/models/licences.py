@@ -11,7 +11,7 @@ import yaml
 
 from engine.errors import JobError
 from engine.models.addresses import locate
-from engine.models.targets import is_foreign
+from engine.models.programs import is_program
 
 UNKNOWN = "unknown"
 # The embedded models are the project's.
@@ -34,7 +34,7 @@ def licence_of(address: str) -> str:
     """
     if address.startswith("zoo:"):
         return OF_ZOO
-    if is_foreign(address):
+    if is_program(address):
         return UNKNOWN
     with suppress(JobError, OSError):
         folder = locate(address).folder

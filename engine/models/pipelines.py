@@ -22,7 +22,8 @@ from engine.methods.sampling.families import (
     shown,
     training_problems,
 )
-from engine.models.folders import (
+from engine.models.processor_checks import check_processor
+from engine.models.weight_files import (
     PIPELINE_INDEX,
     conversion_line,
     need_file,
@@ -32,7 +33,6 @@ from engine.models.folders import (
     weighted_parts,
     weights_problem,
 )
-from engine.models.processors import check_processor
 
 STABLE_DIFFUSION, UNCLIP = "StableDiffusionPipeline", "StableUnCLIPImg2ImgPipeline"
 SAFETY_CHECKER = "safety_checker"

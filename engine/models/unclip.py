@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.models.folders import read_config, weights_variant
-from engine.models.runtime import whole
+from engine.models.hardware import whole
+from engine.models.weight_files import read_config, weights_variant
 
 
 class EmbeddingNoiser:

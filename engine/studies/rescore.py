@@ -48,7 +48,7 @@ from engine.job.records import RUN_FIELDS, STATUS_FAILED, STATUS_OK, STATUS_REJE
 from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json
 from engine.models.addresses import model_digest, read_labels, resolve
-from engine.models.targets import is_foreign
+from engine.models.programs import is_program
 from engine.studies.nights.night_tables import summary_document
 from engine.studies.nights.nights import NightComparison, compare_nights, label_differences, read_night
 
@@ -114,7 +114,7 @@ class _Scoring:
             import torch
 
             from engine.models.classifier import Classifier
-            from engine.models.libraries import quiet_libraries
+            from engine.models.library_logging import quiet_libraries
 
             self._advance("loading the classifiers")
             quiet_libraries()
@@ -258,7 +258,7 @@ def _check_models(target: str, transfer: Sequence[str], oracle: str | None, labe
     asked = [("--target", target), *(("--transfer", one) for one in transfer)]
     for option, address in [*asked, *([("--oracle", oracle)] if oracle else [])]:
         try:
-            if not is_foreign(address):
+            if not is_program(address):
                 resolve(address)
             if lines := label_differences(labels, read_labels(address) or []):
                 problems += [f"{option}: '{address}' has other classes than the run (there -> here)", *lines]

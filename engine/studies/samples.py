@@ -18,7 +18,7 @@ from engine.job.parsing import parse_job
 from engine.job.spec import JobSpec, RequestSpec
 from engine.job.spec_messages import nearest
 from engine.models.addresses import model_digest
-from engine.models.targets import is_foreign
+from engine.models.programs import is_program
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ def check_target(run: StudiedRun) -> None:
         JobError: it is gone, another one is there now, or it is of a kind that cannot be trained here.
     """
     address = run.job.models.target
-    if is_foreign(address):
+    if is_program(address):
         raise JobError(
             f"RUN: its target '{address}' is a file or a factory, which fine-tuning cannot store as a model again; make"
             " the run with a transformers or timm folder as target"

@@ -39,7 +39,7 @@ from engine.models.addresses import read_labels, resolve
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
 from engine.models.diffusion import Diffusion
-from engine.models.runtime import choose_hardware
+from engine.models.hardware import choose_hardware
 
 # What a job says of its scheduler's timesteps, by diffusers' names.
 SPACING = ("timestep_spacing", "use_karras_sigmas")

@@ -251,11 +251,11 @@ def _labels(manifest: dict[str, Any], stored: StoredRun | None) -> tuple[str, ..
     if stored is None:
         return ()
     from engine.models.addresses import read_labels
-    from engine.models.targets import is_foreign
+    from engine.models.programs import is_program
 
     address = str(stored.job["models"]["target"])
     with contextlib.suppress(JobError, OSError):
-        return () if is_foreign(address) else tuple(read_labels(address) or ())
+        return () if is_program(address) else tuple(read_labels(address) or ())
     return ()
 
 

@@ -33,8 +33,8 @@ from engine.job.spec import JOINT_SEPARATOR, JobSpec, RuntimeSpec
 from engine.models.addresses import model_digest
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
-from engine.models.libraries import quiet_libraries
-from engine.models.runtime import choose_hardware
+from engine.models.hardware import choose_hardware
+from engine.models.library_logging import quiet_libraries
 from engine.report.data import class_names, make_rows, open_metadata, read_table
 from engine.report.evaluation import (
     Copies,

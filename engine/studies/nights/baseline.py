@@ -14,7 +14,7 @@ from engine.data.run.counts import JOINT_KEY
 from engine.data.stores.file_errors import explained
 from engine.errors import JobError
 from engine.methods.strict_json import parse_json
-from engine.models.files import read_whole
+from engine.models.untrusted_files import read_whole
 from engine.studies.nights.nights import Night, Texts, read_night, texts_of
 from engine.studies.output_folders import check_replaces
 

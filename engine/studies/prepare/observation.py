@@ -42,10 +42,10 @@ from engine.methods.finiteness import Faults
 from engine.models.addresses import image_encoder_digest, locate, model_digest, resolve, target_labels
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip, ImageEncoder
-from engine.models.libraries import quiet_libraries
+from engine.models.hardware import CPU_ROWS, Hardware, choose_hardware, fix_threads
+from engine.models.library_logging import quiet_libraries
 from engine.models.pipelines import is_unclip
-from engine.models.runtime import CPU_ROWS, Hardware, choose_hardware, fix_threads
-from engine.models.targets import add_import_folders
+from engine.models.programs import add_import_folders
 
 GPU_ROWS = 64
 # Workers that a part of the pass may lose while their machines live.

@@ -30,7 +30,7 @@ from engine.methods.conditioning.mixtures import ClassMixtures, MixtureOptions, 
 from engine.methods.conditioning.predictor import PredictorOptions, fit_predictor
 from engine.methods.temperature import fit_temperature
 from engine.models.addresses import check_addresses, model_digest, target_labels
-from engine.models.targets import import_folders
+from engine.models.programs import import_folders
 from engine.studies.prepare.observation import (
     Observations,
     encoder_address,

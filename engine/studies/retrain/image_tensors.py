@@ -18,7 +18,7 @@ from torch.nn.functional import one_hot
 from engine.data.images import ImageSource, Unusable, UnusableImageError, decode_sample, image_key, nothing_usable
 from engine.driver.progress import Display
 from engine.errors import CorruptShardError, JobError
-from engine.models.preprocess import Preprocessing
+from engine.models.preprocessing import Preprocessing
 from engine.studies.retrain.finetune import Samples
 from engine.studies.samples import StudiedRun, read_samples
 

@@ -37,8 +37,8 @@ from engine.methods.finiteness import LOGITS_FAULT, usable_logits
 from engine.methods.temperature import TemperatureFit, fit_temperature
 from engine.models.addresses import model_digest, read_config, read_labels, resolve
 from engine.models.classifier import Classifier, load_network
-from engine.models.libraries import quiet_libraries
-from engine.models.preprocess import Preprocessing
+from engine.models.library_logging import quiet_libraries
+from engine.models.preprocessing import Preprocessing
 from engine.studies.output_folders import check_folder
 from engine.studies.retrain.comparison import (
     ACCEPTED,

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engine.errors import JobError
 from engine.models.classifier_checks import MAX_TEMPERATURE, MIN_TEMPERATURE, check_names
-from engine.models.files import MAX_RECORD_BYTES, read_whole
+from engine.models.untrusted_files import MAX_RECORD_BYTES, read_whole
 
 _FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 # What a settings file holds, for messages.
@@ -69,7 +69,7 @@ class TargetSettings(BaseModel):
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
 
-def is_foreign(address: str) -> bool:
+def is_program(address: str) -> bool:
     """Whether an address is that of a file or of a factory."""
     return is_factory(address) or as_file(address) is not None
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import JobError
-from engine.models.files import MAX_DOCUMENT_BYTES, read_whole
+from engine.models.untrusted_files import MAX_DOCUMENT_BYTES, read_whole
 
 PIPELINE_INDEX = "model_index.json"
 # In the config.json of a folder of timm.

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from engine.errors import JobError
-from engine.models.folders import TIMM_KEY, read_config
-from engine.models.processors import UNCROPPED, check_processor, check_timm_transform
-from engine.models.runtime import loading
+from engine.models.hardware import loading
+from engine.models.processor_checks import UNCROPPED, check_processor, check_timm_transform
+from engine.models.weight_files import TIMM_KEY, read_config
 
 # PIL resizes and rounds to 8 bits, the tensor path does not; beyond this mean difference the paths disagree.
 _MAX_MEAN_DIFFERENCE = 2.0 / 255

@@ -25,8 +25,7 @@ from torch import Tensor
 from engine.errors import MAX_REASON_CHARS, JobError
 from engine.job.spec_messages import nearest
 from engine.methods.custom.guide import same_values
-from engine.models.randomness import watched
-from engine.models.targets import (
+from engine.models.programs import (
     EXAMPLE,
     TargetSettings,
     archive_kind,
@@ -36,6 +35,7 @@ from engine.models.targets import (
     parse_settings,
     side_settings,
 )
+from engine.models.randomness import watched
 from engine.terminal import redacted
 
 # One row alone, and a number that nobody exports for.
@@ -45,7 +45,7 @@ _WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 Network = Callable[[Tensor], Tensor]
 
 
-def open_foreign(address: str, device: str) -> tuple[Network, TargetSettings]:
+def open_program(address: str, device: str) -> tuple[Network, TargetSettings]:
     """The network of a file or factory on a device, with frozen parameters, and its settings.
 
     The network takes [B, 3, h, w] and gives logits [B, n]; it was tried on black images.

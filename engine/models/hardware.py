@@ -14,7 +14,7 @@ from typing import Any
 from engine.errors import JobError
 from engine.job.spec import RuntimeSpec
 from engine.methods.heartbeat import beat
-from engine.models.folders import weights_variant
+from engine.models.weight_files import weights_variant
 
 # On a CPU a fixed number of rows in every model call makes a sample's bytes independent of its neighbours: kernels
 # choose their order of summation by the shape. Big models are computed one by one there.

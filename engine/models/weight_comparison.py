@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import JobError
-from engine.models.files import MAX_DOCUMENT_BYTES, check_regular, read_whole
-from engine.models.folders import is_left_out, weights_variant
+from engine.models.untrusted_files import MAX_DOCUMENT_BYTES, check_regular, read_whole
+from engine.models.weight_files import is_left_out, weights_variant
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -14,7 +14,7 @@ from typing import Any
 
 from engine.errors import JobError
 from engine.methods.sampling.families import is_number, is_whole
-from engine.models.folders import read_config
+from engine.models.weight_files import read_config
 
 _BILINEAR, _BICUBIC = 2, 3
 _FILTERS = {0: "nearest", 1: "lanczos", 4: "box", 5: "hamming"}

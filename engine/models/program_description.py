@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 
-from engine.models.targets import archive_kind, as_file, side_file, side_settings
+from engine.models.programs import archive_kind, as_file, side_file, side_settings
 
 
-def check_foreign(address: str) -> None:
+def check_program(address: str) -> None:
     """Check a file by its table of contents and its side file; of a factory, everything.
 
     Raises:
@@ -21,21 +21,21 @@ def check_foreign(address: str) -> None:
         _described(address)
 
 
-def foreign_labels(address: str) -> list[str]:
+def program_labels(address: str) -> list[str]:
     """Class names of a file or factory in index order.
 
     Raises:
-        JobError: as `check_foreign`.
+        JobError: as `check_program`.
     """
     path = as_file(address)
     return list(side_settings(path, address).labels) if path else list(_described(address)[0])
 
 
-def foreign_digest(address: str) -> str:
+def program_digest(address: str) -> str:
     """Digest of a file and its side file; of a factory, of its address, settings and tensors.
 
     Raises:
-        JobError: as `check_foreign`.
+        JobError: as `check_program`.
     """
     path = as_file(address)
     if path is None:
@@ -51,7 +51,7 @@ def foreign_digest(address: str) -> str:
 def _described(address: str) -> tuple[tuple[str, ...], str]:
     """Labels and digest of what a factory gives; it is asked once in a process, as its modules are imported once."""
     if address not in _KNOWN:
-        from engine.models.foreign import describe_factory
+        from engine.models.program_loading import describe_factory
 
         _KNOWN[address] = describe_factory(address)
     return _KNOWN[address]
