@@ -19,13 +19,20 @@ from safetensors.torch import load_file, save_file
 from engine.errors import EXIT_USER, JobError
 from engine.job.parsing import parse_job
 from engine.job.spec import ModelsSpec
-from engine.models.addresses import check_addresses, check_independent, model_digest, read_labels, resolve
+from engine.models.addresses import resolve
+from engine.models.class_name_checks import check_names
 from engine.models.classifier import Classifier
-from engine.models.classifier_checks import check_classifier, check_clip, check_names
+from engine.models.classifier_checks import check_classifier
 from engine.models.clip import Clip
+from engine.models.clip_checks import check_clip
+from engine.models.digests import model_digest
+from engine.models.independence import check_independent
+from engine.models.job_checks import check_addresses
+from engine.models.labels import read_labels
 from engine.models.program_loading import open_program
-from engine.models.programs import parse_settings
-from engine.models.weight_comparison import have_same_weights, stored_tensors
+from engine.models.program_settings import parse_settings
+from engine.models.stored_tensors import stored_tensors
+from engine.models.weight_comparison import have_same_weights
 from tests.test_targets import SETTINGS
 
 ZOO = {role: f"zoo:digits/{part}" for role, part in {

@@ -22,8 +22,10 @@ from engine.generation.generator import Generator
 from engine.job.parsing import parse_job
 from engine.job.plan import build_plan
 from engine.models import programs
-from engine.models.addresses import check_addresses, model_digests, read_labels
 from engine.models.custom_methods import method_digest, method_digests
+from engine.models.digests import model_digests
+from engine.models.job_checks import check_addresses
+from engine.models.labels import read_labels
 from tests.conftest import REPOSITORY
 from tests.test_targets import FACTORY, riskforge
 

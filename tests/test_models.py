@@ -18,9 +18,12 @@ import engine.studies.prepare.observation
 from engine.errors import JobError
 from engine.job.parsing import parse_job
 from engine.job.spec import RuntimeSpec
-from engine.models.addresses import check_addresses, locate, model_digest, read_labels, resolve
+from engine.models.addresses import locate, resolve
 from engine.models.classifier import Classifier
+from engine.models.digests import model_digest
 from engine.models.hardware import compiled, hardware_problems, head_sizes, xformers_problem
+from engine.models.job_checks import check_addresses
+from engine.models.labels import read_labels
 from engine.models.preprocessing import Preprocessing
 from tests.sleepy import make_job
 

@@ -18,8 +18,9 @@ import transformers
 
 from engine.errors import JobError
 from engine.methods.sampling.families import FAMILY
-from engine.models.addresses import check_addresses, resolve
+from engine.models.addresses import resolve
 from engine.models.diffusion import Diffusion
+from engine.models.job_checks import check_addresses
 from engine.models.pipelines import check_pipeline
 from tests.conftest import REPOSITORY
 from tests.tiny_pipelines import (

@@ -25,14 +25,15 @@ from engine.errors import JobError
 from engine.models.classifier import Classifier
 from engine.models.classifier_checks import check_classifier
 from engine.models.preprocessing import Preprocessing
-from engine.models.processor_checks import BY_MODEL, FIXED_SIZES, KNOWN, check_processor, plain_name
+from engine.models.processor_checks import check_processor
+from engine.models.processor_classes import CLASS_OF_MODEL, DEFAULTS, FIXED_SIZE_MODELS, plain_name
 
 TYPES = {
     kind: plain_name(IMAGE_PROCESSOR_MAPPING_NAMES[kind]["pil"])
     for kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
     if "pil" in IMAGE_PROCESSOR_MAPPING_NAMES.get(kind, {}) and kind != "timm_wrapper"
 }
-REFUSED = sorted(set(TYPES.values()) - set(KNOWN))
+REFUSED = sorted(set(TYPES.values()) - set(DEFAULTS))
 OTHERS = [
     "DetrImageProcessor", "Mask2FormerImageProcessor", "VideoMAEImageProcessor", "SamImageProcessor",
     "NoImageProcessor", "LayoutLMv3ImageProcessorFast", "DPTFeatureExtractor",
@@ -58,10 +59,10 @@ def as_tensor(image: PIL.Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 255
 
 
-@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("kind", DEFAULTS)
 def test_what_is_known_of_a_class_is_what_transformers_has(kind: str) -> None:
     """A file may be silent on any option: the class decides then."""
-    found, known = _load_backend_class(kind, "pil", False), KNOWN[kind]
+    found, known = _load_backend_class(kind, "pil", False), DEFAULTS[kind]
     size = {"height": known.size, "width": known.size} if "height" in found.size else {"shortest_edge": known.size}
     assert found.size == size and int(found.resample) == known.resample
     assert bool(getattr(found, "do_center_crop", False)) == known.crops and found.default_to_square == known.square
@@ -74,10 +75,10 @@ def test_what_is_known_of_a_class_is_what_transformers_has(kind: str) -> None:
 
 def test_every_class_of_a_classifier_is_known_or_refused(tmp_path: Path) -> None:
     """All types of models that transformers classifies images with, by the class that it takes for them."""
-    assert {kind: name for kind, name in TYPES.items() if name in KNOWN} == BY_MODEL | {
-        kind: name for kind, name in TYPES.items() if name in KNOWN and kind not in BY_MODEL
+    assert {kind: name for kind, name in TYPES.items() if name in DEFAULTS} == CLASS_OF_MODEL | {
+        kind: name for kind, name in TYPES.items() if name in DEFAULTS and kind not in CLASS_OF_MODEL
     }
-    assert set(BY_MODEL) == {kind for kind, name in TYPES.items() if name in KNOWN}
+    assert set(CLASS_OF_MODEL) == {kind for kind, name in TYPES.items() if name in DEFAULTS}
     for name in [*REFUSED, *OTHERS]:
         with pytest.raises(JobError, match=f"image_processor_type: '{plain_name(name)}' is not one that is followed"):
             check_processor(write(tmp_path / name, {"image_processor_type": name}), "x")
@@ -110,7 +111,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("kind", DEFAULTS)
 def test_both_paths_give_what_transformers_gives_or_the_file_is_refused(kind: str, tmp_path: Path) -> None:
     """Every class with every variant of its options: exact on images, and the same to rounding on tensors."""
     images, num_followed = photographs((40, 40), (33, 50)), 0
@@ -142,7 +143,7 @@ OLD_NAMES = [
 
 
 @pytest.mark.parametrize(("field", "name"), OLD_NAMES)
-@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("kind", DEFAULTS)
 def test_a_class_is_found_by_every_name_it_had(kind: str, field: str, name: str, tmp_path: Path) -> None:
     """transformers 4 wrote `image_processor_type: ViTFeatureExtractor` too, which `AutoImageProcessor` of 5 refuses."""
     [image] = photographs((40, 48))
@@ -158,7 +159,7 @@ NULLS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("kind", DEFAULTS)
 def test_null_is_followed_or_refused_by_its_name(kind: str, tmp_path: Path) -> None:
     """It is not what the class has: transformers takes null as it stands."""
     [image] = photographs((40, 48))
@@ -299,7 +300,7 @@ def test_an_input_that_does_not_fit_is_refused_by_the_files_or_at_the_latest_whe
     """Position embeddings of one size: by the files for the types that have only these."""
     wrong = 96 if kind == "levit" else 48
     folder = tiny(kind, tmp_path / kind, wrong)
-    if kind in FIXED_SIZES:
+    if kind in FIXED_SIZE_MODELS:
         with pytest.raises(JobError, match=r"size: makes images of 48 x 48 pixels, and the network takes 32 x 32"):
             check_classifier(folder, "x")
         return

@@ -19,9 +19,10 @@ from engine.job.parsing import parse_job
 from engine.job.plan import build_plan
 from engine.methods.custom.guide import criterion_problem
 from engine.models import program_description
-from engine.models.addresses import model_digests, read_labels
 from engine.models.classifier import Classifier
 from engine.models.custom_methods import method_digest, method_digests
+from engine.models.digests import model_digests
+from engine.models.labels import read_labels
 from engine.models.randomness import watched
 from tests.test_custom_method import job_of
 from tests.test_targets import SETTINGS

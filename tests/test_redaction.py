@@ -24,7 +24,7 @@ from engine.data.stores.opening import open_store
 from engine.errors import JobError, OutputError, RiskforgeError
 from engine.job.parsing import parse_job
 from engine.job.spec import JobSpec
-from engine.models.addresses import check_addresses
+from engine.models.job_checks import check_addresses
 from engine.terminal import json_text, redacted
 
 SECRET = "Sekret"

@@ -22,8 +22,8 @@ from engine.driver.status import read_status
 from engine.errors import EXIT_DAMAGED, EXIT_OK, EXIT_OWNED, EXIT_USER, CorruptShardError, JobError, OutputError
 from engine.generation.rescorer import rescore
 from engine.job.plan import build_plan
-from engine.models.addresses import model_digest
 from engine.models.classifier import Classifier
+from engine.models.digests import model_digest
 from engine.studies.rescore import NOT_STORED, rescore_run
 from tests.composed import composed_job, make_run
 from tests.image_cases import EPS, bend, bomb, file_member

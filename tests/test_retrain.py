@@ -33,8 +33,10 @@ from engine.data.stores.opening import open_store
 from engine.driver.progress import PlainDisplay
 from engine.errors import EXIT_DRAINED, EXIT_USER, CorruptShardError, JobError, OutputError
 from engine.job.parsing import parse_job
-from engine.models.addresses import check_addresses, model_digest, resolve
+from engine.models.addresses import resolve
 from engine.models.classifier import Classifier, load_network
+from engine.models.digests import model_digest
+from engine.models.job_checks import check_addresses
 from engine.studies.intervals import mean_interval, wilson_interval
 from engine.studies.retrain.comparison import Attempt, compare, compare_errors, findings
 from engine.studies.retrain.finetune import Recipe, Samples, _batches, choose_rows

@@ -25,8 +25,10 @@ from engine.commands.jobfile import read_job
 from engine.driver.run import plan_job
 from engine.errors import JobError
 from engine.models import program_description, programs
-from engine.models.addresses import check_addresses, model_digest, read_labels
 from engine.models.classifier import Classifier
+from engine.models.digests import model_digest
+from engine.models.job_checks import check_addresses
+from engine.models.labels import read_labels
 from engine.models.preprocessing import Preprocessing, Steps
 from engine.studies.samples import StudiedRun, check_target
 from tests.conftest import REPOSITORY

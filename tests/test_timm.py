@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from engine.errors import JobError
-from engine.models.addresses import read_labels
 from engine.models.classifier import Classifier
 from engine.models.classifier_checks import check_classifier
+from engine.models.labels import read_labels
 from tests.test_processors import as_tensor, photographs
 
 timm = pytest.importorskip("timm")

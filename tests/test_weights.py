@@ -12,10 +12,12 @@ import safetensors.torch
 import torch
 
 from engine.errors import JobError
-from engine.models.addresses import check_addresses, model_digest, resolve
+from engine.models.addresses import resolve
 from engine.models.classifier import Classifier
 from engine.models.decoder import GuidanceDecoder
 from engine.models.diffusion import Diffusion
+from engine.models.digests import model_digest
+from engine.models.job_checks import check_addresses
 from engine.models.weight_files import VARIANTS, weights_variant
 from tests.test_safety import make_checker
 from tests.tiny_pipelines import by_diffusers, by_engine, edit, job_of, load_reference, save_pipeline

@@ -16,7 +16,7 @@ from engine.errors import JobError
 from engine.job.parsing import MAX_KEYS, apply_overrides, list_limit, parse_job
 from engine.job.spec import JobSpec
 from engine.models.custom_methods import custom_methods
-from engine.models.programs import add_import_folders, factories
+from engine.models.factories import add_import_folders, factories
 from engine.terminal import redacted
 
 MAX_JOB_BYTES = 16 * 2**20

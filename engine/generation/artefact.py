@@ -33,7 +33,7 @@ from engine.methods.conditioning.mixtures import ClassMixtures
 from engine.methods.conditioning.predictor import ErrorPredictor, PredictorFit
 from engine.methods.strict_json import parse_json
 from engine.methods.temperature import TemperatureFit
-from engine.models.addresses import ARTEFACT_DOCUMENT as DOCUMENT
+from engine.models.configurations import ARTEFACT_DOCUMENT as DOCUMENT
 from engine.models.untrusted_files import MAX_DOCUMENT_BYTES, read_whole
 
 SCHEMA_VERSION = 1

@@ -33,8 +33,8 @@ from engine.models.clip import Clip
 from engine.models.custom_methods import load_method, method_digest
 from engine.models.decoder import GuidanceDecoder
 from engine.models.diffusion import Diffusion
+from engine.models.factories import reason_of
 from engine.models.hardware import choose_hardware, fix_kernels
-from engine.models.program_loading import reason_of
 from engine.models.randomness import watched
 from engine.terminal import redacted
 

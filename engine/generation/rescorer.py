@@ -17,7 +17,7 @@ from engine.errors import JobError
 from engine.job.plan import Plan, SampleSpec, difference
 from engine.job.records import STATUS_FAILED
 from engine.job.spec import JobSpec
-from engine.models.addresses import model_digests
+from engine.models.digests import model_digests
 
 NUM_SAMPLES = 64
 # Of scores in nats and cosines; a GPU and its batches move them a little.

@@ -12,10 +12,11 @@ from torch import Tensor
 from engine.errors import JobError
 from engine.models.addresses import resolve
 from engine.models.classifier_checks import check_classifier, class_names, read_temperature
-from engine.models.hardware import frozen, load_weights, loading
+from engine.models.configurations import TIMM_KEY, read_config
+from engine.models.loading import frozen, load_weights, loading
 from engine.models.preprocessing import Preprocessing, Steps
-from engine.models.programs import TargetSettings, is_program
-from engine.models.weight_files import TIMM_KEY, read_config
+from engine.models.program_settings import TargetSettings
+from engine.models.programs import is_program
 
 
 class Classifier:

@@ -12,8 +12,8 @@ from torch import Tensor
 from engine.errors import JobError
 from engine.methods.finiteness import usable_embeds
 from engine.models.addresses import resolve
-from engine.models.classifier_checks import check_clip
-from engine.models.hardware import frozen, load_weights, loading
+from engine.models.clip_checks import check_clip
+from engine.models.loading import frozen, load_weights, loading
 from engine.models.preprocessing import Preprocessing
 
 TEXT_BATCH = 256

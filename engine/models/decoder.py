@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from engine.models.addresses import resolve
-from engine.models.hardware import Hardware, frozen, loading, whole
+from engine.models.hardware import Hardware
+from engine.models.loading import frozen, loading, whole
 from engine.models.pipelines import check_decoder
 from engine.models.weight_files import weights_variant
 

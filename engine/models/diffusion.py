@@ -21,12 +21,10 @@ from engine.models.hardware import (
     CPU_ROWS,
     Hardware,
     compiled,
-    frozen,
     head_sizes,
-    loading,
-    whole,
     xformers_problem,
 )
+from engine.models.loading import frozen, loading, whole
 from engine.models.pipelines import (
     OLD_SAMPLE_SIZE,
     check_pipeline,

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from engine.errors import JobError
 from engine.job.spec import RuntimeSpec
-from engine.methods.heartbeat import beat
-from engine.models.weight_files import weights_variant
 
 # On a CPU a fixed number of rows in every model call makes a sample's bytes independent of its neighbours: kernels
 # choose their order of summation by the shape. Big models are computed one by one there.
@@ -24,12 +18,6 @@ CPU_LATENT_PIXELS = 1024
 CHECKPOINTING_PIXELS = 256
 # One of the two settings with which cuBLAS is deterministic.
 CUBLAS_WORKSPACE = ":4096:8"
-
-_LOADING = threading.RLock()
-# What the libraries raise on files that are not what they take them for, and on values that they did not think of.
-_MISREAD = (
-    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,78 +181,3 @@ def xformers_problem(sizes: set[int], dtype: str, device: str) -> str:
     except (ImportError, OSError, RuntimeError, NotImplementedError, ValueError) as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ""
-
-
-@contextlib.contextmanager
-def loading(address: str, kind: str) -> Iterator[None]:
-    """Turn what the libraries raise on a missing, torn or foreign file into a message that names the model.
-
-    One at a time: while diffusers loads, modules that other threads make have no memory.
-
-    Raises:
-        JobError: in place of those errors.
-    """
-    import safetensors
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
-        with _LOADING:
-            yield
-        beat()
-    except JobError:
-        raise
-    except StrictDataclassError as error:
-        # A value of a wrong type in a configuration: the field is in the first line, the value in the second.
-        raise JobError(f"'{address}' cannot be loaded as {kind} ({' '.join(str(error).split())})") from error
-    except (*_MISREAD, safetensors.SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise JobError(f"'{address}' cannot be loaded as {kind} ({reason})") from error
-
-
-def load_weights(kind: Any, folder: Path, **more: Any) -> Any:
-    """A model of transformers in float32 with all of its weights, from safetensors alone and without code of theirs.
-
-    Args:
-        kind: its class, or an `Auto` class.
-        more: further arguments of `from_pretrained`.
-
-    Raises:
-        ValueError: as `whole`.
-    """
-    import torch
-
-    return whole(
-        kind.from_pretrained(
-            folder,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            variant=weights_variant(folder),
-            output_loading_info=True,
-            **more,
-        )
-    )
-
-
-def whole(loaded: tuple[Any, dict[str, Any]]) -> Any:
-    """The model of `from_pretrained(..., output_loading_info=True)`, if the files have all of its weights.
-
-    diffusers and transformers fill gaps with random numbers.
-
-    Raises:
-        ValueError: they have not; `loading` names the model.
-    """
-    model, info = loaded
-    if missing := sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", ())])):
-        raise ValueError(
-            f"its files lack {len(missing)} of the weights of a {type(model).__name__}, as {missing[0]}, which would be"
-            " drawn at random; save the whole model"
-        )
-    return model
-
-
-def frozen(module: Any, device: str) -> Any:
-    """A module on its device, in evaluation mode, its parameters without gradients."""
-    module.requires_grad_(False)
-    return module.to(device).eval()

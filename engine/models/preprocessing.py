@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from engine.errors import JobError
-from engine.models.hardware import loading
-from engine.models.processor_checks import UNCROPPED, check_processor, check_timm_transform
-from engine.models.weight_files import TIMM_KEY, read_config
+from engine.models.configurations import TIMM_KEY, read_config
+from engine.models.loading import loading
+from engine.models.processor_checks import check_processor
+from engine.models.processor_classes import UNCROPPED
+from engine.models.timm_checks import check_timm_transform
 
 # PIL resizes and rounds to 8 bits, the tensor path does not; beyond this mean difference the paths disagree.
 _MAX_MEAN_DIFFERENCE = 2.0 / 255

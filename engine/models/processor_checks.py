@@ -8,88 +8,27 @@ transformers. Imports no torch.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.errors import JobError
 from engine.methods.sampling.families import is_number, is_whole
-from engine.models.weight_files import read_config
+from engine.models.configurations import read_config
+from engine.models.processor_classes import (
+    BICUBIC,
+    BILINEAR,
+    CLASS_OF_MODEL,
+    DEFAULTS,
+    FIXED_SIZE_MODELS,
+    UNCROPPED,
+    plain_name,
+)
 
-_BILINEAR, _BICUBIC = 2, 3
 _FILTERS = {0: "nearest", 1: "lanczos", 4: "box", 5: "hamming"}
 _FILES = ("processor_config.json", "preprocessor_config.json")
 # Whole numbers of JSON may be larger than any float.
 _MAX_NUMBER = 1e300
-_SUFFIXES = ("Pil", "Fast")
-# ConvNext's processors resize images to edges below this one with a margin, and crop it.
-UNCROPPED = 384
-_OWN = "or name the model as a factory (package.module:factory) that does it itself"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
-    """What a class of transformers takes where the file is silent.
-
-    Attributes:
-        size, crop_size: as the file may have them.
-        crops: whether it crops at the centre.
-        square: whether one number for the size is both edges, or the shorter one.
-    """
-
-    size: int
-    resample: int = _BICUBIC
-    crop_size: int | None = None
-    crops: bool = False
-    square: bool = False
-    crop_pct: float | None = None
-    normalizes: bool = True
-
-
-KNOWN = {
-    "BeitImageProcessor": Known(size=224, crop_size=224, square=True),
-    "BitImageProcessor": Known(size=224, crop_size=224, crops=True),
-    "CLIPImageProcessor": Known(size=224, crop_size=224, crops=True),
-    "ConvNextImageProcessor": Known(size=384, crop_pct=0.875),
-    "DeiTImageProcessor": Known(size=256, crop_size=224, crops=True, square=True),
-    "EfficientNetImageProcessor": Known(size=346, crop_size=289, square=True),
-    "LevitImageProcessor": Known(size=224, crop_size=224, crops=True),
-    "MobileNetV1ImageProcessor": Known(size=256, crop_size=224, crops=True, resample=_BILINEAR),
-    "MobileNetV2ImageProcessor": Known(size=256, crop_size=224, crops=True, resample=_BILINEAR),
-    "MobileViTImageProcessor": Known(size=224, crop_size=256, crops=True, normalizes=False),
-    "PoolFormerImageProcessor": Known(size=224, crop_size=224, crops=True, crop_pct=0.9),
-    "PvtImageProcessor": Known(size=224, square=True),
-    "SegformerImageProcessor": Known(size=512, square=True, resample=_BILINEAR),
-    "SiglipImageProcessor": Known(size=224),
-    "ViTImageProcessor": Known(size=224, square=True, resample=_BILINEAR),
-}
-# What transformers takes where no file names a class, by the type of the model.
-BY_MODEL = {
-    **dict.fromkeys(("beit", "data2vec-vision"), "BeitImageProcessor"),
-    **dict.fromkeys(("bit", "dinov2", "focalnet", "hiera"), "BitImageProcessor"),
-    **dict.fromkeys(("clip", "metaclip_2"), "CLIPImageProcessor"),
-    **dict.fromkeys(("convnext", "convnextv2", "cvt", "regnet", "resnet"), "ConvNextImageProcessor"),
-    **dict.fromkeys(("dinat", "ijepa", "swiftformer", "swin", "swinv2", "vit", "vit_msn"), "ViTImageProcessor"),
-    **dict.fromkeys(("mobilevit", "mobilevitv2"), "MobileViTImageProcessor"),
-    **dict.fromkeys(("pvt", "pvt_v2"), "PvtImageProcessor"),
-    "deit": "DeiTImageProcessor",
-    "efficientnet": "EfficientNetImageProcessor",
-    "levit": "LevitImageProcessor",
-    "mobilenet_v1": "MobileNetV1ImageProcessor",
-    "mobilenet_v2": "MobileNetV2ImageProcessor",
-    "poolformer": "PoolFormerImageProcessor",
-    "segformer": "SegformerImageProcessor",
-    "siglip": "SiglipImageProcessor",
-}
-# Networks whose position embeddings fit images of one size alone.
-FIXED_SIZES = ("clip", "deit", "ijepa", "metaclip_2", "siglip", "vit", "vit_msn")
-
-
-def plain_name(kind: str) -> str:
-    """The class of a processor without the names of backends: `ViTImageProcessor` of its Fast and its Pil form."""
-    for suffix in _SUFFIXES:
-        kind = kind.removesuffix(suffix)
-    return kind.removesuffix("FeatureExtractor") + "ImageProcessor" if kind.endswith("FeatureExtractor") else kind
+AS_FACTORY = "or name the model as a factory (package.module:factory) that does it itself"
 
 
 def check_processor(folder: Path, address: str, model: dict[str, Any] | None = None) -> str:
@@ -99,7 +38,7 @@ def check_processor(folder: Path, address: str, model: dict[str, Any] | None = N
         model: the model's own configuration, where there is one: it may name the class, and has the size of its input.
 
     Returns:
-        Its class, one of `KNOWN`.
+        Its class, one of `DEFAULTS`.
 
     Raises:
         JobError: all problems, a line each, with file, field and remedy.
@@ -107,11 +46,11 @@ def check_processor(folder: Path, address: str, model: dict[str, Any] | None = N
     name, settings = _read(folder, address)
     where = f"'{address}': {name}"
     kind = _kind(settings, model or {})
-    if kind not in KNOWN:
-        known = ", ".join(sorted(KNOWN))
+    if kind not in DEFAULTS:
+        known = ", ".join(sorted(DEFAULTS))
         raise JobError(
             f"{where}: image_processor_type: {kind or 'missing'!r} is not one that is followed here ({known}); save one"
-            f" of them with the model if it does the same, {_OWN}"
+            f" of them with the model if it does the same, {AS_FACTORY}"
         )
     problems = [f"{where}: {problem}" for problem in _problems(settings, kind)]
     if not problems:
@@ -138,7 +77,7 @@ def _read(folder: Path, address: str) -> tuple[str, dict[str, Any]]:
 
 def _kind(settings: dict[str, Any], model: dict[str, Any]) -> str:
     named = settings.get("image_processor_type") or settings.get("feature_extractor_type")
-    named = named or model.get("image_processor_type") or BY_MODEL.get(str(model.get("model_type")), "")
+    named = named or model.get("image_processor_type") or CLASS_OF_MODEL.get(str(model.get("model_type")), "")
     return plain_name(str(named))
 
 
@@ -147,26 +86,32 @@ def _problems(settings: dict[str, Any], kind: str) -> list[str]:
 
     What a file is silent on the class decides; null it takes as it stands: no for a switch, and nothing for a value.
     """
-    known, problems = KNOWN[kind], list[str]()
+    known, problems = DEFAULTS[kind], list[str]()
 
     def wrong(field: str, reason: str) -> None:
         problems.append(f"{field}: {settings.get(field)!r} {reason}")
 
     if "auto_map" in settings:
-        wrong("auto_map", f"names code of the folder's own, which is not run; leave it out, {_OWN}")
+        wrong("auto_map", f"names code of the folder's own, which is not run; leave it out, {AS_FACTORY}")
     if settings.get("do_rescale", True) is not True:
-        wrong("do_rescale", f"leaves pixels in 0 to 255, which 8-bit scaling here does not follow; set it true, {_OWN}")
+        wrong(
+            "do_rescale",
+            f"leaves pixels in 0 to 255, which 8-bit scaling here does not follow; set it true, {AS_FACTORY}",
+        )
     factor = settings.get("rescale_factor", 1 / 255)
-    if not (_is_small(factor) and math.isclose(factor, 1 / 255, rel_tol=1e-4)):
-        wrong("rescale_factor", f"is not 1/255; fold the difference into image_mean and image_std, {_OWN}")
+    if not (is_finite_number(factor) and math.isclose(factor, 1 / 255, rel_tol=1e-4)):
+        wrong("rescale_factor", f"is not 1/255; fold the difference into image_mean and image_std, {AS_FACTORY}")
     if settings.get("do_pad"):
-        wrong("do_pad", f"pads images, which is not followed; set it false, {_OWN}")
+        wrong("do_pad", f"pads images, which is not followed; set it false, {AS_FACTORY}")
     if settings.get("rescale_offset"):
-        wrong("rescale_offset", f"shifts pixels, which is not followed; set it false and shift image_mean, {_OWN}")
+        wrong(
+            "rescale_offset",
+            f"shifts pixels, which is not followed; set it false and shift image_mean, {AS_FACTORY}",
+        )
     if settings.get("do_normalize") and not known.normalizes:
-        wrong("do_normalize", f"is not what this class does; set it false, {_OWN}")
+        wrong("do_normalize", f"is not what this class does; set it false, {AS_FACTORY}")
     for field in _colours(settings, kind):
-        if field in settings and not _is_colour(settings[field]):
+        if field in settings and not is_colour(settings[field]):
             wrong(field, "is not a list of three numbers, one for each of red, green and blue")
         elif field == "image_std" and field in settings and min(settings[field]) <= 0:
             wrong(field, "divides by what is not positive")
@@ -180,19 +125,19 @@ def _problems(settings: dict[str, Any], kind: str) -> list[str]:
 
 def _colours(settings: dict[str, Any], kind: str) -> list[str]:
     """The options of three numbers that a processor reads; EfficientNet's divides once more by the second."""
-    if settings.get("do_normalize", KNOWN[kind].normalizes):
+    if settings.get("do_normalize", DEFAULTS[kind].normalizes):
         return ["image_mean", "image_std"]
     return ["image_std"] if kind == "EfficientNetImageProcessor" and settings.get("include_top", True) else []
 
 
 def _resize_problems(settings: dict[str, Any], kind: str, *, is_resized: bool) -> list[str]:
-    known, problems = KNOWN[kind], list[str]()
+    known, problems = DEFAULTS[kind], list[str]()
     resample = settings.get("resample", known.resample)
-    if is_resized and resample not in (_BILINEAR, _BICUBIC):
+    if is_resized and resample not in (BILINEAR, BICUBIC):
         name = _FILTERS.get(resample, "unknown") if isinstance(resample, int) else "unknown"
         problems.append(
             f"resample: {resample!r} ({name}): only bilinear and bicubic resizing can be differentiated here; set 2 or"
-            f" 3, and see that the accuracy is what it was, {_OWN}"
+            f" 3, and see that the accuracy is what it was, {AS_FACTORY}"
         )
     size, keys = settings.get("size", known.size), [{"height", "width"}, {"shortest_edge"}]
     if kind == "ConvNextImageProcessor" and is_resized:
@@ -201,18 +146,20 @@ def _resize_problems(settings: dict[str, Any], kind: str, *, is_resized: bool) -
     edges = _edges(size, square=known.square)
     if set(edges) not in keys and (is_resized or size is not None):
         wanted = " or ".join("{" + ", ".join(sorted(one)) + "}" for one in keys)
-        problems.append(f"size: {size!r} is not {wanted} in pixels; other sizes are not followed here: set it, {_OWN}")
+        problems.append(
+            f"size: {size!r} is not {wanted} in pixels; other sizes are not followed here: set it, {AS_FACTORY}"
+        )
     share: Any = settings.get("crop_pct", known.crop_pct)
     # ConvNext's is read below this edge alone, and may be null above.
     is_read = kind == "ConvNextImageProcessor" and is_resized and edges.get("shortest_edge", UNCROPPED) < UNCROPPED
-    if known.crop_pct and (is_read or share is not None) and not (_is_small(share) and 0 < share <= 1):
+    if known.crop_pct and (is_read or share is not None) and not (is_finite_number(share) and 0 < share <= 1):
         problems.append(f"crop_pct: {share!r} is not a share of the edge between 0 and 1")
     return problems
 
 
 def _crops(settings: dict[str, Any], kind: str) -> bool:
     """Whether a processor crops to `crop_size`; ConvNext's has a share of the edge instead."""
-    return kind != "ConvNextImageProcessor" and bool(settings.get("do_center_crop", KNOWN[kind].crops))
+    return kind != "ConvNextImageProcessor" and bool(settings.get("do_center_crop", DEFAULTS[kind].crops))
 
 
 def _size_problems(settings: dict[str, Any], kind: str, model: dict[str, Any]) -> list[str]:
@@ -220,7 +167,7 @@ def _size_problems(settings: dict[str, Any], kind: str, model: dict[str, Any]) -
     vision = model.get("vision_config") if isinstance(model.get("vision_config"), dict) else {}
     own = model.get("image_size") or (vision or {}).get("image_size")
     shape = _output_shape(settings, kind)
-    if model.get("model_type") not in FIXED_SIZES or own is None or shape is None:
+    if model.get("model_type") not in FIXED_SIZE_MODELS or own is None or shape is None:
         return []
     wanted = [own, own] if isinstance(own, int) else own
     if not isinstance(wanted, list) or len(wanted) != 2:
@@ -236,7 +183,7 @@ def _size_problems(settings: dict[str, Any], kind: str, model: dict[str, Any]) -
 
 def _output_shape(settings: dict[str, Any], kind: str) -> tuple[int, int] | None:
     """Height and width of what a square image becomes; None where that is the image's own size."""
-    known = KNOWN[kind]
+    known = DEFAULTS[kind]
     if _crops(settings, kind):
         crop = _edges(settings.get("crop_size", known.crop_size), square=True)
         return crop["height"], crop["width"]
@@ -258,46 +205,9 @@ def _edges(size: Any, *, square: bool) -> dict[str, int]:
     return size if all(type(value) is int and value > 0 for value in size.values()) else {}
 
 
-def _is_small(value: Any) -> bool:
+def is_finite_number(value: Any) -> bool:
     return is_number(value) and abs(value) < _MAX_NUMBER
 
 
-def _is_colour(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(_is_small(one) for one in value)
-
-
-def check_timm_transform(config: dict[str, Any], address: str) -> None:
-    """Check that timm's transform for evaluation is known to be followed.
-
-    Args:
-        config: what timm calls the configuration of the data: `pretrained_cfg`, or what it makes of it.
-
-    Raises:
-        JobError: naming field, value and remedy.
-    """
-    shape, mode = config.get("input_size", [3, 224, 224]), config.get("crop_mode") or "center"
-    interpolation = config.get("interpolation") or "bicubic"
-    if not (
-        isinstance(shape, (list, tuple)) and len(shape) == 3 and all(type(one) is int and one > 0 for one in shape)
-    ):
-        raise JobError(f"'{address}': input_size: {shape!r} is not [3, height, width]")
-    channels, height, width = shape
-    if channels != 3:
-        raise JobError(
-            f"'{address}': input_size: {list(shape)!r} is of {channels} channels; images here have three: train the"
-            f" network on RGB, {_OWN}"
-        )
-    if not (mode == "squash" or (mode == "center" and height == width)) or interpolation not in ("bilinear", "bicubic"):
-        raise JobError(
-            f"'{address}': timm's crop_mode '{mode}' at {height} x {width} pixels with interpolation '{interpolation}'"
-            " has no differentiable equivalent here; bilinear and bicubic have, with squash, or with center where the"
-            " input is square"
-        )
-    share = config.get("crop_pct")
-    if share is not None and not (_is_small(share) and share > 0):
-        raise JobError(f"'{address}': crop_pct: {share!r} is not a share of the edge above 0")
-    for field in ("mean", "std"):
-        value = config.get(field) or [1, 1, 1]
-        value = list(value) if isinstance(value, tuple) else value
-        if not _is_colour(value) or (field == "std" and min(value) <= 0):
-            raise JobError(f"'{address}': {field}: {value!r} is not three numbers, one for each of red, green and blue")
+def is_colour(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(is_finite_number(one) for one in value)

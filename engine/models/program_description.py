@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 
-from engine.models.programs import archive_kind, as_file, side_file, side_settings
+from engine.models.program_settings import side_file, side_settings
+from engine.models.programs import archive_kind, as_file
+
+_KNOWN: dict[str, tuple[tuple[str, ...], str]] = {}
 
 
 def check_program(address: str) -> None:
@@ -55,6 +58,3 @@ def _described(address: str) -> tuple[tuple[str, ...], str]:
 
         _KNOWN[address] = describe_factory(address)
     return _KNOWN[address]
-
-
-_KNOWN: dict[str, tuple[tuple[str, ...], str]] = {}

@@ -1,24 +1,18 @@
-"""What a model's folder says of itself: configurations, parts of a pipeline, and which files hold its weights.
+"""Which files of a folder hold a model's weights.
 
 Only safetensors are loaded: plain ones, or of another precision (`fp16`) where there are no others, whole or in parts.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from engine.errors import JobError
-from engine.models.untrusted_files import MAX_DOCUMENT_BYTES, read_whole
+from engine.models.configurations import PIPELINE_INDEX, part_classes, read_config
 
-PIPELINE_INDEX = "model_index.json"
-# In the config.json of a folder of timm.
-TIMM_KEY = "pretrained_cfg"
 # Other precisions and training states of weights; of several without the plain ones the first is loaded.
 VARIANTS = ("fp16", "bf16", "non_ema")
 # Of files beside plain weights, which are neither loaded nor digested.
@@ -34,56 +28,6 @@ _PICKLES = (
     re.compile(rf"(?:diffusion_)?pytorch_model{_PARTED}\.bin"),
 )
 _WEIGHTLESS = re.compile(r"(Tokenizer|TokenizerFast|Scheduler|Processor|ProcessorFast|ProcessorPil|FeatureExtractor)$")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A JSON configuration.
-
-    Raises:
-        JobError: the file is missing or not a JSON object.
-    """
-    try:
-        config = json.loads(read_whole(path, MAX_DOCUMENT_BYTES))
-    except FileNotFoundError:
-        raise JobError(f"'{path.parent}' has no {path.name}; is it a model folder?") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise JobError(f"'{path}' cannot be read as JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise JobError(f"'{path}' is not a JSON object")
-    return config
-
-
-@contextlib.contextmanager
-def readable(address: str) -> Iterator[None]:
-    """Turn what a value of a wrong kind in a configuration raises into a message that names the model.
-
-    Raises:
-        JobError: in place of those errors.
-    """
-    try:
-        yield
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
-        raise JobError(f"'{address}': a configuration of it has a value of a wrong kind ({error})") from None
-
-
-def need_file(folder: Path, name: str, address: str, kind: str) -> None:
-    """Check that a model's folder has a file.
-
-    Raises:
-        JobError: it has not; `kind` says what is expected of the folder.
-    """
-    if not (folder / name).is_file():
-        raise JobError(f"'{address}' has no {name}; {kind} is expected here")
-
-
-def part_classes(folder: Path) -> dict[str, str]:
-    """Class name of every part of a pipeline's folder; a part that is left out has none."""
-    index = read_config(folder / PIPELINE_INDEX)
-    return {
-        name: str(value[1])
-        for name, value in index.items()
-        if isinstance(value, list) and len(value) == 2 and all(value)
-    }
 
 
 def weighted_parts(folder: Path) -> list[str]:
@@ -127,6 +71,16 @@ def weights_problem(folder: Path, address: str, conversion: str) -> str | None:
     shards = read_config(folder / mine[0]).get("weight_map")
     lacking = sorted(set(map(str, shards.values())) - names) if isinstance(shards, dict) else ["weight_map"]
     return f"'{address}': {folder.name}/{mine[0]} names {lacking[0]}, which is not there" if lacking else None
+
+
+def check_weights(folder: Path, address: str, conversion: str) -> None:
+    """Check that a folder has weights that can be loaded; arguments as those of `weights_problem`.
+
+    Raises:
+        JobError: it has none, with the command that converts what there is.
+    """
+    if problem := weights_problem(folder, address, conversion):
+        raise JobError(problem)
 
 
 def _missing_weights(folder: Path, names: set[str], address: str, conversion: str) -> str:

@@ -25,8 +25,8 @@ from engine.data.stores.base import Store
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.job.class_names import distinct_names
 from engine.job.records import NO_CLASS
-from engine.models.addresses import read_labels
-from engine.models.programs import is_factory
+from engine.models.factories import is_factory
+from engine.models.labels import read_labels
 from engine.report.charts import Score, histogram
 from engine.report.data import (
     Rows,

@@ -47,7 +47,9 @@ from engine.job.plan import Plan, SampleSpec, digest_of
 from engine.job.records import RUN_FIELDS, STATUS_FAILED, STATUS_OK, STATUS_REJECTED, failed_record, in_version
 from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json
-from engine.models.addresses import model_digest, read_labels, resolve
+from engine.models.addresses import resolve
+from engine.models.digests import model_digest
+from engine.models.labels import read_labels
 from engine.models.programs import is_program
 from engine.studies.nights.night_tables import summary_document
 from engine.studies.nights.nights import NightComparison, compare_nights, label_differences, read_night

@@ -17,7 +17,7 @@ from engine.errors import JobError
 from engine.job.parsing import parse_job
 from engine.job.spec import JobSpec, RequestSpec
 from engine.job.spec_messages import nearest
-from engine.models.addresses import model_digest
+from engine.models.digests import model_digest
 from engine.models.programs import is_program
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageClassification, CLIPModel
 
-from engine.models.addresses import read_config
+from engine.models.configurations import read_config
 from engine.models.preprocessing import Preprocessing
 
 META = "meta"

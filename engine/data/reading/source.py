@@ -250,7 +250,7 @@ def _labels(manifest: dict[str, Any], stored: StoredRun | None) -> tuple[str, ..
         return tuple(map(str, labels))
     if stored is None:
         return ()
-    from engine.models.addresses import read_labels
+    from engine.models.labels import read_labels
     from engine.models.programs import is_program
 
     address = str(stored.job["models"]["target"])

@@ -30,9 +30,9 @@ from engine.job.class_names import distinct_names
 from engine.job.plan import class_prompt
 from engine.job.records import STATUS_OK, STATUS_REJECTED
 from engine.job.spec import JOINT_SEPARATOR, JobSpec, RuntimeSpec
-from engine.models.addresses import model_digest
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
+from engine.models.digests import model_digest
 from engine.models.hardware import choose_hardware
 from engine.models.library_logging import quiet_libraries
 from engine.report.data import class_names, make_rows, open_metadata, read_table

@@ -39,13 +39,15 @@ from engine.generation.messages import Report, ShardError, ShardProgress, UserFa
 from engine.job.plan import ShardSpec
 from engine.job.spec import JobSpec
 from engine.methods.finiteness import Faults
-from engine.models.addresses import image_encoder_digest, locate, model_digest, resolve, target_labels
+from engine.models.addresses import locate, resolve
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip, ImageEncoder
+from engine.models.digests import image_encoder_digest, model_digest
+from engine.models.factories import add_import_folders
 from engine.models.hardware import CPU_ROWS, Hardware, choose_hardware, fix_threads
+from engine.models.labels import target_labels
 from engine.models.library_logging import quiet_libraries
 from engine.models.pipelines import is_unclip
-from engine.models.programs import add_import_folders
 
 GPU_ROWS = 64
 # Workers that a part of the pass may lose while their machines live.

@@ -29,8 +29,10 @@ from engine.methods.conditioning.gaussians import ClassMoments
 from engine.methods.conditioning.mixtures import ClassMixtures, MixtureOptions, fit_mixtures
 from engine.methods.conditioning.predictor import PredictorOptions, fit_predictor
 from engine.methods.temperature import fit_temperature
-from engine.models.addresses import check_addresses, model_digest, target_labels
-from engine.models.programs import import_folders
+from engine.models.digests import model_digest
+from engine.models.factories import import_folders
+from engine.models.job_checks import check_addresses
+from engine.models.labels import target_labels
 from engine.studies.prepare.observation import (
     Observations,
     encoder_address,

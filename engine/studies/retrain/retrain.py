@@ -35,8 +35,11 @@ from engine.errors import JobError, OutputError
 from engine.job.records import STATUS_FAILED
 from engine.methods.finiteness import LOGITS_FAULT, usable_logits
 from engine.methods.temperature import TemperatureFit, fit_temperature
-from engine.models.addresses import model_digest, read_config, read_labels, resolve
+from engine.models.addresses import resolve
 from engine.models.classifier import Classifier, load_network
+from engine.models.configurations import read_config
+from engine.models.digests import model_digest
+from engine.models.labels import read_labels
 from engine.models.library_logging import quiet_libraries
 from engine.models.preprocessing import Preprocessing
 from engine.studies.output_folders import check_folder
