@@ -46,6 +46,18 @@ class JobError(RiskforgeError):
         return type(self), (self.problems,)
 
 
+def first_line(error: object, default: str | None = None) -> str:
+    """The first line of an error's text, for messages of one line; not redacted.
+
+    Args:
+        error: an exception, or its text.
+        default: returned where the text is empty; None stands for the name of the exception's class.
+    """
+    if lines := str(error).strip().splitlines():
+        return lines[0]
+    return type(error).__name__ if default is None else default
+
+
 class EverySampleFailedError(JobError):
     """Every sample of a request's first batch raised an exception: the job is wrong, unless others fare better."""
 

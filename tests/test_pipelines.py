@@ -474,7 +474,7 @@ def test_checks_need_no_torch():
     """Validation reads configurations: torch, diffusers and transformers take seconds to load."""
     code = (
         "import sys; from pathlib import Path; from engine.commands.jobfile import read_job\n"
-        "from engine.models.addresses import check_addresses\n"
+        "from engine.models.job_checks import check_addresses\n"
         "check_addresses(read_job(Path('jobs/riskydiff-digits.yaml'), []))\n"
         "print({'torch', 'diffusers', 'transformers', 'numpy'} & sys.modules.keys())\n"
     )

@@ -24,7 +24,7 @@ from torch import nn
 from engine.commands.jobfile import read_job
 from engine.driver.run import plan_job
 from engine.errors import JobError
-from engine.models import program_description, programs
+from engine.models import factories, program_description
 from engine.models.classifier import Classifier
 from engine.models.digests import model_digest
 from engine.models.job_checks import check_addresses
@@ -97,9 +97,9 @@ def home(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def importable(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder, from which factories can be imported; forgotten afterwards."""
     monkeypatch.setattr(program_description, "_KNOWN", {})
-    monkeypatch.setattr(programs, "_FOLDERS", [])
+    monkeypatch.setattr(factories, "_FOLDERS", [])
     monkeypatch.setattr(sys, "path", [*sys.path])
-    programs.add_import_folders([str(home)])
+    factories.add_import_folders([str(home)])
     return home
 
 
@@ -174,7 +174,7 @@ def test_digests_follow_weights_and_settings(home: Path, tmp_path: Path, importa
 
 
 def digest_in_a_new_process(address: str, folder: Path) -> str:
-    code = f"from engine.models.addresses import model_digest; print(model_digest({address!r}))"
+    code = f"from engine.models.digests import model_digest; print(model_digest({address!r}))"
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{folder}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()
@@ -298,7 +298,7 @@ def test_a_factory_that_fails_is_explained_in_a_line(
     """Field, value and remedy, with the place in the user's code in place of a traceback."""
     monkeypatch.setattr(sys, "modules", {name: one for name, one in sys.modules.items() if name != "broken"})
     importlib.invalidate_caches()
-    programs.add_import_folders([str(tmp_path)])
+    factories.add_import_folders([str(tmp_path)])
     if code is not None:
         (tmp_path / "broken.py").write_text(code)
     raw = job_of("broken:net", tmp_path)
@@ -330,7 +330,7 @@ def write(raw: dict[str, Any], folder: Path) -> Path:
 @pytest.mark.parametrize("address", ["mine:net", "a.b_1.c:make", "zoo:digits", "C:/x", "a:b:c", ":x", "a.:x", "1a:x"])
 def test_what_is_a_factory(address: str) -> None:
     """A module's path and a name; neither a zoo part nor a path."""
-    assert programs.is_factory(address) == (address in ("mine:net", "a.b_1.c:make"))
+    assert factories.is_factory(address) == (address in ("mine:net", "a.b_1.c:make"))
 
 
 def test_a_model_of_the_job_that_is_no_classifier_is_never_called(importable: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import JobError
+from engine.errors import JobError, first_line
 from engine.job.spec_messages import nearest
 from engine.models.configurations import ARTEFACT_DOCUMENT, PIPELINE_INDEX
 from engine.models.pipelines import (
@@ -78,7 +78,7 @@ def resolve(address: str) -> Path:
     except JobError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise JobError(f"'{address}' is not a folder here and could not be had from the model hub ({reason})") from None
 
 
@@ -130,5 +130,5 @@ def _cached_snapshot(address: str) -> Path | None:
             if isinstance(found, str):
                 return Path(found).parent
     except (HFValidationError, OSError) as error:
-        raise JobError(f"'{address}' is not a folder, and no hub id either ({str(error).splitlines()[0]})") from None
+        raise JobError(f"'{address}' is not a folder, and no hub id either ({first_line(error)})") from None
     return None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.errors import MAX_REASON_CHARS, JobError
+from engine.errors import MAX_REASON_CHARS, JobError, first_line
 from engine.job.spec_messages import nearest
 from engine.terminal import redacted
 
@@ -87,7 +87,7 @@ def find_factory(address: str) -> Callable[[], Any]:
 
 def reason_of(error: BaseException) -> str:
     """An error in a line, with the place in the user's code that it came from."""
-    text = redacted((str(error).strip().splitlines() or [""])[0])[:MAX_REASON_CHARS]
+    text = redacted(first_line(error, ""))[:MAX_REASON_CHARS]
     frames = [one for one in traceback.extract_tb(error.__traceback__) if _is_users(one.filename)]
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {text}{place}" if text else f"{type(error).__name__}{place}"

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from engine.errors import JobError
+from engine.errors import JobError, first_line
 from engine.job.spec import RuntimeSpec
 
 # On a CPU a fixed number of rows in every model call makes a sample's bytes independent of its neighbours: kernels
@@ -155,7 +155,7 @@ def compiled(module: Any) -> Any:
         try:
             return fast(*inputs, **more)
         except BackendCompilerFailed as error:
-            reason = (str(error.inner_exception).strip().splitlines() or ["no reason given"])[0]
+            reason = first_line(error.inner_exception, "no reason given")
             raise JobError(f"runtime.compile: 'on' cannot be had on this machine ({reason}); use off") from error
 
     return call
@@ -179,5 +179,5 @@ def xformers_problem(sizes: set[int], dtype: str, device: str) -> str:
             probe = torch.ones(1, 8, 1, size, device=device, dtype=getattr(torch, dtype), requires_grad=True)
             xformers.ops.memory_efficient_attention(probe, probe, probe).sum().backward()
     except (ImportError, OSError, RuntimeError, NotImplementedError, ValueError) as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     return ""

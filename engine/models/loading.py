@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.errors import JobError
+from engine.errors import JobError, first_line
 from engine.methods.heartbeat import beat
 from engine.models.weight_files import weights_variant
 
@@ -42,7 +42,7 @@ def loading(address: str, kind: str) -> Iterator[None]:
         # A value of a wrong type in a configuration: the field is in the first line, the value in the second.
         raise JobError(f"'{address}' cannot be loaded as {kind} ({' '.join(str(error).split())})") from error
     except (*_MISREAD, safetensors.SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise JobError(f"'{address}' cannot be loaded as {kind} ({reason})") from error
 
 

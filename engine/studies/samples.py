@@ -13,7 +13,7 @@ from engine.data.run.shards import SHARDS, read_rows, read_shard
 from engine.data.run.state import MANIFEST, check_kind, read_manifest, read_run
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
-from engine.errors import JobError
+from engine.errors import JobError, first_line
 from engine.job.parsing import parse_job
 from engine.job.spec import JobSpec, RequestSpec
 from engine.job.spec_messages import nearest
@@ -143,7 +143,7 @@ def _identity(store: Store) -> tuple[JobSpec, str, str]:
         if (stored := read_run(store)) is not None:
             return JobSpec.model_validate(stored.job), stored.digest, stored.identity["models"]["target"]
     except (JobError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise JobError(
             f"RUN: what '{store.uri}' says of its job cannot be read ({reason}); use the version that made the run"
         ) from None
