@@ -125,10 +125,10 @@ def test_digest_follows_content_not_place(tmp_path):
         ("zoo:../../etc", "not in the zoo"),
         ("/nowhere/at/all", "neither a folder nor a hub id"),
         ("owner/name\n", "neither a folder nor a hub id"),
-        ("a/my--model", "no hub id either"),
-        ("models/sd.git", "no hub id either"),
-        ("~nobody-here/x", "cannot be looked at"),
-        ("x" * 999, "cannot be looked at"),
+        ("a/my--model", "not a hub id either"),
+        ("models/sd.git", "not a hub id either"),
+        ("~nobody-here/x", "cannot be accessed"),
+        ("x" * 999, "cannot be accessed"),
         ("a\0b", "neither a folder nor a hub id"),
         ("tests/test_models.py", "is a file"),
     ],
@@ -174,7 +174,7 @@ def test_hub_id_that_is_not_here():
     """A hub id is located without a network, has no labels yet, and resolving it offline says why."""
     assert locate("nobody/nothing-here").folder is None
     assert read_labels("nobody/nothing-here") is None
-    with pytest.raises(JobError, match="could not be had from the model hub"):
+    with pytest.raises(JobError, match="could not be downloaded from the model hub"):
         resolve("nobody/nothing-here")
 
 

@@ -291,7 +291,7 @@ def test_parts_that_are_not_known_are_refused(changes, plain, copy_of):
         ("vae", {"out_channels": 1}, "out_channels"),
         ("vae", {"_class_name": "AutoencoderTiny"}, "AutoencoderTiny"),
         ("vae", {"quantization_config": {"load_in_8bit": True}}, "quantised"),
-        ("vae", {"block_out_channels": 3}, "wrong kind"),
+        ("vae", {"block_out_channels": 3}, "wrong type"),
         ("unet", {"_class_name": "ControlNetModel"}, "ControlNetModel"),
         ("unet", {"quantization_config": {}}, "quantised"),
         ("text_encoder", {"model_type": "t5"}, "t5"),

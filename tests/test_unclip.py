@@ -292,7 +292,7 @@ def test_given_images_are_varied_in_their_order(tmp_path):
         ({"conditioning": None, "accept": {"screened": True}}, "no sample is screened"),
         ({"conditioning": {"images": "x"}, "accept": {"screened": True}}, "no sample is screened"),
         ({"conditioning": f"{ZOO}clip"}, "is a model, not a conditioning artefact"),
-        ({"conditioning": "~nobody-of-that-name/x"}, "cannot be looked at"),
+        ({"conditioning": "~nobody-of-that-name/x"}, "cannot be accessed"),
     ],
 )
 def test_impossible_conditioning_is_refused_before_a_model_is_loaded(changes, message, tmp_path):

@@ -89,7 +89,7 @@ def test_weights_in_parts_are_loaded_and_a_missing_part_is_named(variant, plain,
     before = model_digest(str(folder))
     part.rename(tmp_path / "gone")
     assert model_digest(str(folder)) != before
-    with pytest.raises(JobError, match=rf"models\.diffusion: .* names {part.name}, which is not there"):
+    with pytest.raises(JobError, match=rf"models\.diffusion: .* names {part.name}, which does not exist"):
         check_addresses(job_of(folder))
 
 
@@ -200,7 +200,7 @@ def test_a_decoder_of_another_precision_is_loaded(tmp_path, hardware):
         ({"latent_channels": 16}, "of 16 channels"),
         ({"num_decoder_blocks": [1, 1, 1, 1]}, "images 8 times"),
         ({"upsampling_scaling_factor": 4}, "images 16 times"),
-        ({"upsampling_scaling_factor": "x"}, "wrong kind"),
+        ({"upsampling_scaling_factor": "x"}, "wrong type"),
         ({"out_channels": 1}, "images of 1 channels"),
         ({"scaling_factor": 0.18215}, "latents of another scale"),
         ({"shift_factor": 0.1}, "latents of another scale"),

@@ -75,7 +75,7 @@ def rescore(
 
 def _check_models(job: JobSpec, plan: Plan) -> None:
     """Refuse models that have changed: what they score tells nothing of the images."""
-    before, now = plan.identity["models"], model_digests(job, is_made=True)
+    before, now = plan.identity["models"], model_digests(job, of_existing_run=True)
     changed = [line for role in SCORING for line in difference(before.get(role), now.get(role), f"models.{role}")]
     if changed:
         raise JobError([f"{line}: not the model that scored this run; --deep needs that one" for line in changed])

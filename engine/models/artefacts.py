@@ -6,7 +6,7 @@ from pathlib import Path
 
 from engine.errors import JobError
 from engine.job.spec import JobSpec, RequestSpec
-from engine.models.addresses import zoo_folder
+from engine.models.addresses import inaccessible, zoo_folder
 from engine.models.configurations import ARTEFACT_DOCUMENT, read_config
 
 
@@ -17,10 +17,10 @@ def find_artefact(address: str) -> Path | None:
         address: the artefact, a folder that holds one as `riskforge prepare` leaves it, or `zoo:NAME/PART`.
 
     Raises:
-        JobError: no such zoo part, a folder with several artefacts, or a path that cannot be looked at.
+        JobError: no such zoo part, a folder with several artefacts, or a path that cannot be accessed.
     """
     if address.startswith("zoo:"):
-        folder = zoo_folder(address.removeprefix("zoo:").rstrip("/"))
+        folder = zoo_folder(address)
         if not (folder / ARTEFACT_DOCUMENT).is_file():
             raise JobError(f"'{address}' is a model, not a conditioning artefact such as zoo:digits/conditioning")
         return folder
@@ -30,16 +30,17 @@ def find_artefact(address: str) -> Path | None:
             raise JobError(f"'{address}' is a file; give the folder of an artefact, or one that holds it")
         if (folder / ARTEFACT_DOCUMENT).is_file():
             return folder
-        found = sorted(one.parent for one in folder.glob(f"conditioning-*/{ARTEFACT_DOCUMENT}"))
+        folders = sorted(document.parent for document in folder.glob(f"conditioning-*/{ARTEFACT_DOCUMENT}"))
     except (OSError, RuntimeError, ValueError) as error:
-        raise JobError(f"'{address}' cannot be looked at ({getattr(error, 'strerror', None) or error})") from None
-    if len(found) > 1:
-        raise JobError(f"'{address}' holds {len(found)} artefacts; name one of {', '.join(one.name for one in found)}")
-    return found[0] if found else None
+        raise inaccessible(address, error) from None
+    if len(folders) > 1:
+        names = ", ".join(folder.name for folder in folders)
+        raise JobError(f"'{address}' holds {len(folders)} artefacts; name one of {names}")
+    return folders[0] if folders else None
 
 
 def missing_artefacts(job: JobSpec) -> list[str]:
-    """What has to be prepared before a job can run, a line each.
+    """What has to be prepared before a job can run, one line each.
 
     Raises:
         JobError: as `find_artefact`.
@@ -57,7 +58,7 @@ def missing_artefacts(job: JobSpec) -> list[str]:
 
 
 def artefact_problems(number: int, request: RequestSpec, labels: list[str] | None) -> list[str]:
-    """What an artefact that is there lacks for a request."""
+    """Why the existing artefact of a request cannot be used for it; labels are those of the target."""
     spec, where = request.conditioning, f"requests.{number}.conditioning.artefact"
     if spec is None or spec.artefact is None:
         return []
@@ -67,7 +68,7 @@ def artefact_problems(number: int, request: RequestSpec, labels: list[str] | Non
     except JobError as error:
         return [f"{where}: {error}"]
     if fields and labels and fields.get("classes") != labels:
-        return [f"{where}: '{spec.artefact}' was prepared for other classes than the target's; prepare it anew"]
+        return [f"{where}: '{spec.artefact}' was prepared for other classes than the target's; prepare it again"]
     predictor = fields.get("predictor")
     if spec.is_screened and isinstance(predictor, dict) and predictor.get("trained") is False:
         return [

@@ -12,9 +12,12 @@ from engine.errors import JobError
 from engine.models.untrusted_files import MAX_DOCUMENT_BYTES, read_whole
 
 PIPELINE_INDEX = "model_index.json"
-
-# In the config.json of a folder of timm.
+# In the folder of a conditioning artefact, which is not a model and yet a part of a zoo.
+ARTEFACT_DOCUMENT = "conditioning.json"
+# In the config.json of a folder that timm saved.
 TIMM_KEY = "pretrained_cfg"
+# Of the files that are downloaded and digested.
+CONFIGURATION_PATTERNS = ("*.json", "*.txt")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -36,7 +39,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def readable(address: str) -> Iterator[None]:
-    """Turn what a value of a wrong kind in a configuration raises into a message that names the model.
+    """Turn what a value of a wrong type in a configuration raises into a message that names the model.
 
     Raises:
         JobError: in place of those errors.
@@ -44,14 +47,14 @@ def readable(address: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
-        raise JobError(f"'{address}': a configuration of it has a value of a wrong kind ({error})") from None
+        raise JobError(f"'{address}': one of its configurations has a value of a wrong type ({error})") from None
 
 
 def need_file(folder: Path, name: str, address: str, kind: str) -> None:
     """Check that a model's folder has a file.
 
     Raises:
-        JobError: it has not; `kind` says what is expected of the folder.
+        JobError: it does not; `kind` says what is expected of the folder.
     """
     if not (folder / name).is_file():
         raise JobError(f"'{address}' has no {name}; {kind} is expected here")
@@ -65,7 +68,3 @@ def part_classes(folder: Path) -> dict[str, str]:
         for name, value in index.items()
         if isinstance(value, list) and len(value) == 2 and all(value)
     }
-
-
-# In the folder of a conditioning artefact, which is no model and yet part of a zoo.
-ARTEFACT_DOCUMENT = "conditioning.json"

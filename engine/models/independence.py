@@ -1,6 +1,8 @@
-"""Models that judge others must not be those others under another name. Imports no torch."""
+"""Models that evaluate others must not be those others under another name. Imports no torch."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from engine.errors import JobError
 from engine.job.spec import ModelsSpec
@@ -12,14 +14,15 @@ _IMAGE_TOWER = ("vision_model.", "visual_projection.")
 
 
 def check_independent(models: ModelsSpec) -> None:
-    """Refuse models that are to judge others and are those others under another name.
+    """Refuse models that are to evaluate others and are those others under another name.
 
-    A judge with the images' half of the model that guided a sample measures what was guided on; an oracle with the
-    weights of the target agrees with it, so that "failures that are still right" are none; a transfer model with these
-    weights would show that every failure transfers. Files are compared, wherever they are here.
+    A judge with the image tower of the model that guided a sample measures what was guided on; an oracle with the
+    weights of the target agrees with it, so that no failure has a correct label; a transfer model with these weights
+    would show that every failure transfers. Compared are the weights in files; a model that is not on this machine, or
+    is given by a factory, is compared by its address alone.
 
     Raises:
-        JobError: all such pairs, a line each.
+        JobError: all such pairs, one line each.
     """
     problems = []
     if models.judge and _are_same(models.judge, models.clip, _IMAGE_TOWER):
@@ -43,8 +46,12 @@ def check_independent(models: ModelsSpec) -> None:
 
 
 def _are_same(address: str, other: str, part: tuple[str, ...] = ("",)) -> bool:
-    places = [as_file(one) or (None if is_program(one) else locate(one).folder) for one in (address, other)]
+    first, second = _path(address), _path(other)
     if address == other:
         return True
-    first, second = places
     return first is not None and second is not None and have_same_weights(first, second, part)
+
+
+def _path(address: str) -> Path | None:
+    """The folder or file of a model that is on this machine; None for factories and for hub ids that are not."""
+    return as_file(address) or (None if is_program(address) else locate(address).folder)
