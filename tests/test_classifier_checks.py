@@ -66,8 +66,8 @@ def indexed(*indices: int | str) -> dict[str, Any]:
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "multi-label": ({"problem_type": "multi_label_classification"}, "problem_type: its head is of independent classes"),
-    "regression": ({"problem_type": "regression"}, "problem_type: 'regression' is no classification"),
-    "unknown head": ({"problem_type": "ranking"}, "problem_type: 'ranking' is no classification"),
+    "regression": ({"problem_type": "regression"}, "problem_type: 'regression' is not a classification"),
+    "unknown head": ({"problem_type": "ranking"}, "problem_type: 'ranking' is not a classification"),
     "single logit": (labels(["digit"]), r"id2label in config\.json has one class: a head with a single logit"),
     "single logit by number": ({"num_labels": 1}, "num_labels: a head with a single logit z has no second class"),
     "default names": (labels([f"LABEL_{one}" for one in range(10)]), "class 0 is called 'LABEL_0', a number"),
@@ -259,7 +259,7 @@ MISSING: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "cut": (
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9]),
-        "shorter than its header says",
+        "shorter than its header requires",
     ),
     "shard gone": (
         lambda folder: (sharded(folder), (folder / "model-00002-of-00002.safetensors").unlink()),

@@ -270,7 +270,9 @@ def test_a_compiler_that_is_not_there_is_told(monkeypatch):
         raise ModuleNotFoundError("No module named 'setuptools'")
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=without_tools))
-    with pytest.raises(JobError, match=r"runtime\.compile: 'on' cannot be had .*No module named 'setuptools'.*use off"):
+    with pytest.raises(
+        JobError, match=r"runtime\.compile: 'on' is not available .*No module named 'setuptools'.*use off"
+    ):
         compiled(torch.nn.Linear(2, 2))(torch.ones(1, 2))
 
 

@@ -80,7 +80,7 @@ def test_every_class_of_a_classifier_is_known_or_refused(tmp_path: Path) -> None
     }
     assert set(CLASS_OF_MODEL) == {kind for kind, name in TYPES.items() if name in DEFAULTS}
     for name in [*REFUSED, *OTHERS]:
-        with pytest.raises(JobError, match=f"image_processor_type: '{plain_name(name)}' is not one that is followed"):
+        with pytest.raises(JobError, match=f"image_processor_type: '{plain_name(name)}' is not supported"):
             check_processor(write(tmp_path / name, {"image_processor_type": name}), "x")
 
 

@@ -29,7 +29,8 @@ from engine.models.classifier import Classifier
 from engine.models.digests import model_digest
 from engine.models.job_checks import check_addresses
 from engine.models.labels import read_labels
-from engine.models.preprocessing import Preprocessing, Steps
+from engine.models.preprocessing import Preprocessing
+from engine.models.preprocessing_steps import Steps
 from engine.studies.samples import StudiedRun, check_target
 from tests.conftest import REPOSITORY
 
@@ -216,7 +217,7 @@ def test_nothing_is_unpickled(home: Path, tmp_path: Path) -> None:
     replaced(home / "net.pt2", tmp_path / "weights.pt2", "model_weights_config.json", json.dumps(config).encode())
     for name, message in {
         "model.pt": "is a pickle",
-        "old.th": "not one of TorchScript or torch.export",
+        "old.th": "not of TorchScript or torch.export",
         "inputs.pt2": "cannot be loaded as an exported program",
         "script.pt": "cannot be loaded as a TorchScript module",
         "weights.pt2": "holds pickled objects",
@@ -232,7 +233,7 @@ def test_a_file_without_settings_is_told_what_they_hold(home: Path, tmp_path: Pa
     """All wrong fields at once, each with an example."""
     path = tmp_path / "net.pt"
     path.write_bytes((home / "net.pt").read_bytes())
-    with pytest.raises(JobError, match=r"put a file 'net\.pt\.json' beside it, such as .*\"labels\""):
+    with pytest.raises(JobError, match=r"put a file 'net\.pt\.json' next to it, such as .*\"labels\""):
         program_description.check_program(str(path))
     wrong = {"labels": ["one"], "image_size": 0, "mean": [0, 0, 0], "output": "probabilities", "colour": 1}
     (tmp_path / "net.pt.json").write_text(json.dumps(wrong))

@@ -97,18 +97,18 @@ WRONG: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 CHANGED: dict[str, tuple[dict[str, Any], str]] = {
     "another checkpoint": (
         {"model_args": {"checkpoint_path": "/tmp/x.pt"}},
-        r"model_args\.checkpoint_path: has no place",
+        r"model_args\.checkpoint_path: must not be set",
     ),
-    "features": ({"model_args": {"features_only": True}}, r"model_args\.features_only: has no place"),
-    "a model of the hub": ({"architecture": "hf-hub:timm/resnet18.a1_in1k"}, "architecture: 'hf-hub:.*' is no name"),
+    "features": ({"model_args": {"features_only": True}}, r"model_args\.features_only: must not be set"),
+    "a model of the hub": ({"architecture": "hf-hub:timm/resnet18.a1_in1k"}, "architecture: 'hf-hub:.*' is not a name"),
     "other classes": ({"model_args": {"num_classes": 4}}, "num_classes: 3, but 4 in model_args"),
     "odd mean": (
         {"pretrained_cfg": {"input_size": [3, 64, 64], "mean": [0.5]}},
         r"mean: \[0\.5\] is not three numbers",
     ),
     "odd shape": ({"pretrained_cfg": {"input_size": [64, 64]}}, r"input_size: \[64, 64\] is not \[3, height, width\]"),
-    "grey shape": ({"pretrained_cfg": {"input_size": [1, 64, 64]}}, r"input_size: \[1, 64, 64\] is of 1 channels"),
-    "no object": ({"pretrained_cfg": []}, "pretrained_cfg and model_args in config.json are objects"),
+    "grey shape": ({"pretrained_cfg": {"input_size": [1, 64, 64]}}, r"input_size: \[1, 64, 64\] has 1 channels"),
+    "no object": ({"pretrained_cfg": []}, "pretrained_cfg and model_args in config.json are not objects"),
 }
 
 

@@ -5,6 +5,7 @@ Checked are class names, the kind of the head, the shape of the input, the image
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def class_names(folder: Path, address: str) -> list[str]:
     """Class names of a classifier's folder in index order.
 
     Raises:
-        JobError: config.json has none that can stand in a prompt, or contradicts itself.
+        JobError: config.json has none that can be used in a prompt, or contradicts itself.
     """
     config = read_config(folder / "config.json")
     if TIMM_KEY in config:
@@ -41,13 +42,13 @@ def class_names(folder: Path, address: str) -> list[str]:
 
 
 def check_classifier(folder: Path, address: str, *, is_whole: bool = True) -> None:
-    """Check by its files that a folder is of a classifier that is scored rightly.
+    """Check by its files that a folder is that of a classifier which is scored with correctly.
 
     Args:
-        is_whole: whether all of its files should be there; a hub id may be here in part.
+        is_whole: whether all of its files must exist; a hub id may be cached in part.
 
     Raises:
-        JobError: all problems, a line each, with field and remedy.
+        JobError: the problems, one line each, with field and remedy.
     """
     need_file(folder, "config.json", address, "a transformers or timm model folder")
     with readable(address):
@@ -64,22 +65,27 @@ def check_classifier(folder: Path, address: str, *, is_whole: bool = True) -> No
             check_timm_transform(config[TIMM_KEY], address)
         elif is_whole:
             check_processor(folder, address, config)
-        if (folder / "adapter_config.json").is_file():
-            raise JobError(
-                f"'{address}' is an adapter (adapter_config.json) of another model; merge it (merge_and_unload) and"
-                " save the whole network"
-            )
-        if is_whole:
-            check_weights(folder, address, _conversion(folder, address, is_timm=is_timm))
-        if has_weights(folder):
-            _check_head(folder, address, num_classes)
+        _check_files(folder, address, num_classes, is_timm=is_timm, is_whole=is_whole)
+
+
+def _check_files(folder: Path, address: str, num_classes: int, *, is_timm: bool, is_whole: bool) -> None:
+    """Check that the folder holds the weights of a whole network, not of an adapter."""
+    if (folder / "adapter_config.json").is_file():
+        raise JobError(
+            f"'{address}' is an adapter (adapter_config.json) of another model; merge it (merge_and_unload) and save"
+            " the whole network"
+        )
+    if is_whole:
+        check_weights(folder, address, _conversion(folder, address, is_timm=is_timm))
+    if has_weights(folder):
+        _check_head(folder, address, num_classes)
 
 
 def read_temperature(config: dict[str, Any], address: str) -> float:
     """The calibration temperature of a configuration, 1 where it has none.
 
     Raises:
-        JobError: it is none by which logits can be divided.
+        JobError: it is not a number by which logits can be divided.
     """
     value = config.get("temperature", 1.0)
     if not is_number(value) or not MIN_TEMPERATURE <= value < MAX_TEMPERATURE:
@@ -91,44 +97,47 @@ def read_temperature(config: dict[str, Any], address: str) -> float:
 
 
 def _head_problems(config: dict[str, Any]) -> list[str]:
-    """What of transformers' configuration is no classifier of one class among several on RGB images."""
-    labels, head, problems = config.get("id2label"), config.get("problem_type"), list[str]()
+    """Why transformers' configuration is not that of a classifier of one class among several on RGB images."""
+    problems = [*_task_problems(config), *_inverse_problems(config), *_channel_problems(config)]
+    if "auto_map" in config:
+        problems.append("auto_map: names code in the folder, which is not run; name it as a factory instead")
+    if config.get("quantization_config"):
+        problems.append("quantization_config: quantised weights are not supported; save them in float32 or float16")
+    return problems
+
+
+def _task_problems(config: dict[str, Any]) -> Iterator[str]:
+    labels, head, count = config.get("id2label"), config.get("problem_type"), config.get("num_labels")
     if head == "multi_label_classification":
-        problems.append(
+        yield (
             "problem_type: its head is of independent classes ('multi_label_classification', sigmoid), and risk and"
             " KLDB are of a softmax over classes of which one is right; train a head for single_label_classification"
         )
     elif head not in (None, "single_label_classification"):
-        problems.append(f"problem_type: {head!r} is no classification into one of several classes")
-    count = config.get("num_labels")
+        yield f"problem_type: {head!r} is not a classification into one of several classes"
     if count == 1:
-        problems.append(f"num_labels: {SINGLE_LOGIT}")
+        yield f"num_labels: {SINGLE_LOGIT}"
     elif count is not None and isinstance(labels, dict) and count != len(labels):
-        problems.append(f"num_labels: {count!r}, but id2label has {len(labels)} classes; set both to what the head has")
-    problems += _inverse_problems(config)
-    vision = config.get("vision_config") if isinstance(config.get("vision_config"), dict) else {}
-    for field, channels in (
-        ("num_channels", config.get("num_channels")),
-        ("vision_config.num_channels", (vision or {}).get("num_channels")),
-    ):
+        yield f"num_labels: {count!r}, but id2label has {len(labels)} classes; set both to the number of logits"
+
+
+def _channel_problems(config: dict[str, Any]) -> Iterator[str]:
+    vision = config.get("vision_config")
+    of_vision = vision.get("num_channels") if isinstance(vision, dict) else None
+    for field, channels in (("num_channels", config.get("num_channels")), ("vision_config.num_channels", of_vision)):
         if channels not in (None, 3):
-            problems.append(
+            yield (
                 f"{field}: {channels!r}; images here have three channels: train the network on RGB (a grey image has"
-                " three equal ones)"
+                " three equal channels)"
             )
-    if "auto_map" in config:
-        problems.append("auto_map: names code of the folder's own, which is not run; name it as a factory instead")
-    if config.get("quantization_config"):
-        problems.append("quantization_config: quantised weights are not scored with; save them in float32 or float16")
-    return problems
 
 
 def _inverse_problems(config: dict[str, Any]) -> list[str]:
-    """Where id2label and label2id give a name to different classes."""
+    """The first name that id2label and label2id give to different classes, as a list of at most one problem."""
     labels, inverse = config.get("id2label"), config.get("label2id")
     if not isinstance(labels, dict) or not isinstance(inverse, dict):
         return []
-    # Of classes with one name, as ImageNet's two cranes, the inverse can have but one.
+    # The inverse has only one index for a name that several classes share, as ImageNet's two cranes do.
     by_name: dict[str, list[str]] = {}
     for index, name in labels.items():
         by_name.setdefault(str(name), []).append(str(index))
@@ -141,7 +150,7 @@ def _inverse_problems(config: dict[str, Any]) -> list[str]:
 
 
 def _conversion(folder: Path, address: str, *, is_timm: bool) -> str:
-    """The command that makes safetensors of a classifier's weights."""
+    """The command that converts a classifier's weights to safetensors."""
     if not is_timm:
         return conversion_line("transformers.AutoModelForImageClassification", address, folder)
     target = f"{Path(address).name}-safetensors"
@@ -152,10 +161,10 @@ def _conversion(folder: Path, address: str, *, is_timm: bool) -> str:
 
 
 def _check_head(folder: Path, address: str, num_classes: int) -> None:
-    """Check that some tensor has a row for every class: transformers would fill a missing head at random."""
+    """Check that some tensor has a row for every class: transformers would fill a missing head with random numbers."""
     shapes = [tensor.shape for tensor in tensors_of(folder, address, "a classifier").values()]
     if not any(shape and shape[0] == num_classes for shape in shapes):
         raise JobError(
             f"'{address}': config.json names {num_classes} classes, and no tensor of its weights has {num_classes}"
-            " rows: it has no head, or one for others; save the whole classifier with its own config.json"
+            " rows: it has no head, or that of another task; save the whole classifier with its own config.json"
         )

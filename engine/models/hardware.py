@@ -1,4 +1,4 @@
-"""Device, precision, attention and kernels: what `runtime` means on the machine at hand."""
+"""Device, precision, attention and kernels: what the job's `runtime` means on this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.errors import JobError, first_line
 from engine.job.spec import RuntimeSpec
 
 # On a CPU a fixed number of rows in every model call makes a sample's bytes independent of its neighbours: kernels
-# choose their order of summation by the shape. Big models are computed one by one there.
+# choose their order of summation by the shape. Large models compute samples one by one there.
 CPU_ROWS = 16
 CPU_LATENT_PIXELS = 1024
 # Above this image size guidance recomputes activations to save memory (`gradient_checkpointing: auto`).
@@ -49,12 +49,12 @@ class Hardware:
 
     @property
     def has_fixed_shape(self) -> bool:
-        """Whether every batch of a GPU is filled up to the same size: kernels, and compiled code, go by the shape."""
+        """Whether every batch of a GPU is padded to the same size: kernels and compiled code depend on the shape."""
         return self.is_cuda and (self.deterministic or self.compile)
 
 
 def hardware_problems(spec: RuntimeSpec, has_gpu: bool) -> list[str]:
-    """What of `runtime` is impossible on a machine with or without a GPU; a line each."""
+    """Which values of `runtime` are impossible on a machine with or without a GPU; one line each."""
     problems: list[str] = []
     if spec.device == "cuda" and not has_gpu:
         problems.append("runtime.device: 'cuda' but no GPU is visible here; use auto or cpu")
@@ -70,21 +70,21 @@ def _determinism_problems(spec: RuntimeSpec, on_gpu: bool) -> list[str]:
     problems: list[str] = []
     if on_gpu and spec.batch_size == "auto":
         problems.append(
-            "runtime.batch_size: 'auto' goes by the memory that is free, and pixels move with the batch by rounding;"
+            "runtime.batch_size: 'auto' depends on free memory, and rounding makes pixels depend on the batch size;"
             " with deterministic give a number, such as 32"
         )
     if spec.compile == "on":
-        problems.append("runtime.compile: 'on' makes other kernels on other machines; with deterministic use off")
+        problems.append("runtime.compile: 'on' generates other kernels on other machines; with deterministic use off")
     if on_gpu and spec.attention == "xformers":
         problems.append("runtime.attention: 'xformers' has no deterministic backward pass; with deterministic use sdpa")
     return problems
 
 
 def choose_hardware(spec: RuntimeSpec) -> Hardware:
-    """Settle `auto` values on this machine.
+    """The hardware that `runtime` asks for, with `auto` resolved on this machine.
 
     Raises:
-        JobError: what is asked for is impossible here.
+        JobError: a value is impossible here.
     """
     import torch
 
@@ -94,8 +94,7 @@ def choose_hardware(spec: RuntimeSpec) -> Hardware:
         problems.append("runtime.attention: 'xformers' is not installed; install riskforge[xformers]")
     if problems:
         raise JobError(problems)
-    on_gpu = has_gpu and spec.device != "cpu"
-    is_half = spec.precision != "fp32"
+    on_gpu, is_half = has_gpu and spec.device != "cpu", spec.precision != "fp32"
     dtypes = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "auto": "float16" if on_gpu else "float32"}
     return Hardware(
         device="cuda" if on_gpu else "cpu",
@@ -110,9 +109,9 @@ def choose_hardware(spec: RuntimeSpec) -> Hardware:
 
 
 def fix_threads(hardware: Hardware) -> None:
-    """Let this process compute with one thread where its models are on a CPU: sums are added in another order by two.
+    """Let this process compute with one thread where its models are on a CPU.
 
-    Workers there are as many as cores, so that none is idle.
+    The order of summation depends on the number of threads. There are as many workers as cores, so no core is idle.
 
     Side effects: torch's global setting.
     """
@@ -125,8 +124,8 @@ def fix_threads(hardware: Hardware) -> None:
 def fix_kernels() -> None:
     """Let this process compute equal bytes from equal inputs on a GPU, or raise where an operator cannot.
 
-    Side effects: torch's global settings, and cuBLAS' workspace in the environment; to be called before the first
-    matrix product on a GPU. A worker's process owns both.
+    Side effects: torch's global settings, and cuBLAS' workspace in the environment; must be called before the first
+    matrix product on a GPU, in the process of a worker.
     """
     import torch
 
@@ -136,15 +135,15 @@ def fix_kernels() -> None:
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
-    # The backward passes of these two attention kernels add in any order.
+    # The backward passes of these two attention kernels have no fixed order of summation.
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def compiled(module: Any) -> Any:
-    """A module's forward pass, compiled for every shape that it meets.
+    """A module's forward pass, compiled for each shape of its inputs.
 
-    The result raises a JobError where there is nothing to compile with.
+    The result raises a JobError where no compiler is installed.
     """
     import torch
     from torch._dynamo.exc import BackendCompilerFailed
@@ -156,20 +155,20 @@ def compiled(module: Any) -> Any:
             return fast(*inputs, **more)
         except BackendCompilerFailed as error:
             reason = first_line(error.inner_exception, "no reason given")
-            raise JobError(f"runtime.compile: 'on' cannot be had on this machine ({reason}); use off") from error
+            raise JobError(f"runtime.compile: 'on' is not available on this machine ({reason}); use off") from error
 
     return call
 
 
 def head_sizes(module: Any) -> set[int]:
-    """Entries of a head in every attention layer of a diffusers model."""
+    """The head dimensions of the attention layers of a diffusers model."""
     from diffusers.models.attention_processor import Attention
 
     return {layer.inner_dim // layer.heads for layer in module.modules() if isinstance(layer, Attention)}
 
 
 def xformers_problem(sizes: set[int], dtype: str, device: str) -> str:
-    """Why xformers' attention cannot run forward and backward at these head sizes here; empty if it can."""
+    """Why xformers' attention cannot run forward and backward with these head dimensions here; empty if it can."""
     import torch
 
     try:

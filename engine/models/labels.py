@@ -19,14 +19,16 @@ def read_labels(address: str) -> list[str] | None:
     """
     if is_program(address):
         return program_labels(address)
-    source = locate(address)
-    if source.folder is None:
-        return None
-    return class_names(source.folder, address)
+    folder = locate(address).folder
+    return None if folder is None else class_names(folder, address)
 
 
 def target_labels(job: JobSpec) -> list[str]:
-    """The class names of a job's target; a model of the hub is fetched for them."""
+    """The class names of a job's target in index order; a model of the hub is downloaded for them.
+
+    Raises:
+        JobError: as `read_labels` and `engine.models.addresses.resolve`; problems of the download name the field.
+    """
     labels = read_labels(job.models.target)
     if labels is None:
         try:

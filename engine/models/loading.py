@@ -13,8 +13,7 @@ from engine.methods.heartbeat import beat
 from engine.models.weight_files import weights_variant
 
 _LOADING = threading.RLock()
-
-# What the libraries raise on files that are not what they take them for, and on values that they did not think of.
+# Raised by the libraries on damaged files, and on values that they do not expect.
 _MISREAD = (
     OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
 )  # fmt: skip
@@ -22,9 +21,9 @@ _MISREAD = (
 
 @contextlib.contextmanager
 def loading(address: str, kind: str) -> Iterator[None]:
-    """Turn what the libraries raise on a missing, torn or foreign file into a message that names the model.
+    """Turn errors of the libraries on missing, damaged or unsuitable files into a message that names the model.
 
-    One at a time: while diffusers loads, modules that other threads make have no memory.
+    One model at a time: while diffusers loads, modules that other threads create are on the meta device.
 
     Raises:
         JobError: in place of those errors.
@@ -39,18 +38,17 @@ def loading(address: str, kind: str) -> Iterator[None]:
     except JobError:
         raise
     except StrictDataclassError as error:
-        # A value of a wrong type in a configuration: the field is in the first line, the value in the second.
+        # A value of a wrong type in a configuration: the first line has the field, the second the value.
         raise JobError(f"'{address}' cannot be loaded as {kind} ({' '.join(str(error).split())})") from error
     except (*_MISREAD, safetensors.SafetensorError) as error:
-        reason = first_line(error)
-        raise JobError(f"'{address}' cannot be loaded as {kind} ({reason})") from error
+        raise JobError(f"'{address}' cannot be loaded as {kind} ({first_line(error)})") from error
 
 
 def load_weights(kind: Any, folder: Path, **more: Any) -> Any:
-    """A model of transformers in float32 with all of its weights, from safetensors alone and without code of theirs.
+    """A model of transformers in float32 with all of its weights, from safetensors alone; no code of the folder runs.
 
     Args:
-        kind: its class, or an `Auto` class.
+        kind: the class of the model, or an `Auto` class.
         more: further arguments of `from_pretrained`.
 
     Raises:
@@ -75,16 +73,16 @@ def load_weights(kind: Any, folder: Path, **more: Any) -> Any:
 def whole(loaded: tuple[Any, dict[str, Any]]) -> Any:
     """The model of `from_pretrained(..., output_loading_info=True)`, if the files have all of its weights.
 
-    diffusers and transformers fill gaps with random numbers.
+    diffusers and transformers would fill gaps with random numbers.
 
     Raises:
-        ValueError: they have not; `loading` names the model.
+        ValueError: weights are missing; within `loading` the error names the model.
     """
     model, info = loaded
     if missing := sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", ())])):
         raise ValueError(
-            f"its files lack {len(missing)} of the weights of a {type(model).__name__}, as {missing[0]}, which would be"
-            " drawn at random; save the whole model"
+            f"its files lack {len(missing)} of the weights of a {type(model).__name__}, such as {missing[0]}, which"
+            " would be drawn at random; save the whole model"
         )
     return model
 

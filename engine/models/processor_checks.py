@@ -1,13 +1,14 @@
-"""Which image processors are followed: scored with exactly, and differentiated through. By their configurations alone.
+"""Which image processors are supported: applied exactly in scoring, and reproduced by a differentiable path.
 
-Known are those classes of transformers whose steps are a resize, a crop at the centre and a normalisation, with those
-values of their options with which a tensor path gives the same: `tests/test_processors.py` compares each with
-transformers. Imports no torch.
+Supported are those classes of transformers whose steps are a resize, a centre crop and a normalisation, with those
+values of their options for which the tensor path gives the same: `tests/test_processor_checks.py` compares each with
+transformers. Only configurations are read. Imports no torch.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,23 @@ from engine.models.processor_classes import (
 
 _FILTERS = {0: "nearest", 1: "lanczos", 4: "box", 5: "hamming"}
 _FILES = ("processor_config.json", "preprocessor_config.json")
-# Whole numbers of JSON may be larger than any float.
+# Integers in JSON may be larger than any float.
 _MAX_NUMBER = 1e300
+# The end of a remedy.
 AS_FACTORY = "or name the model as a factory (package.module:factory) that does it itself"
 
 
 def check_processor(folder: Path, address: str, model: dict[str, Any] | None = None) -> str:
-    """Check that the image processor of a folder is known to be followed.
+    """Check that the image processor of a folder is supported.
 
     Args:
-        model: the model's own configuration, where there is one: it may name the class, and has the size of its input.
+        model: the model's own configuration, where there is one: it may name the class, and has the size of the input.
 
     Returns:
-        Its class, one of `DEFAULTS`.
+        The class of the processor, a key of `DEFAULTS`.
 
     Raises:
-        JobError: all problems, a line each, with file, field and remedy.
+        JobError: all problems, one line each, with file, field and remedy.
     """
     name, settings = _read(folder, address)
     where = f"'{address}': {name}"
@@ -49,19 +51,16 @@ def check_processor(folder: Path, address: str, model: dict[str, Any] | None = N
     if kind not in DEFAULTS:
         known = ", ".join(sorted(DEFAULTS))
         raise JobError(
-            f"{where}: image_processor_type: {kind or 'missing'!r} is not one that is followed here ({known}); save one"
+            f"{where}: image_processor_type: {kind or 'missing'!r} is not supported here ({known} are); save one"
             f" of them with the model if it does the same, {AS_FACTORY}"
         )
-    problems = [f"{where}: {problem}" for problem in _problems(settings, kind)]
-    if not problems:
-        problems = [f"{where}: {problem}" for problem in _size_problems(settings, kind, model or {})]
-    if problems:
-        raise JobError(problems)
+    if problems := _option_problems(settings, kind) or _size_problems(settings, kind, model or {}):
+        raise JobError([f"{where}: {problem}" for problem in problems])
     return kind
 
 
 def _read(folder: Path, address: str) -> tuple[str, dict[str, Any]]:
-    """Name and content of the file that transformers takes the image processor from."""
+    """Name and content of the file from which transformers reads the image processor."""
     for name in _FILES:
         if (folder / name).is_file():
             settings = read_config(folder / name)
@@ -70,8 +69,8 @@ def _read(folder: Path, address: str) -> tuple[str, dict[str, Any]]:
             if isinstance(nested := settings.get("image_processor"), dict):
                 return f"{name}: image_processor", nested
     raise JobError(
-        f"'{address}' has no {_FILES[1]}, so how images become its input is not known; save the image processor that it"
-        " was trained with into the folder (AutoImageProcessor.from_pretrained(...).save_pretrained(FOLDER))"
+        f"'{address}' has no {_FILES[1]}, so the preprocessing of its images is not known; save the image processor"
+        " that it was trained with into the folder (AutoImageProcessor.from_pretrained(...).save_pretrained(FOLDER))"
     )
 
 
@@ -81,89 +80,99 @@ def _kind(settings: dict[str, Any], model: dict[str, Any]) -> str:
     return plain_name(str(named))
 
 
-def _problems(settings: dict[str, Any], kind: str) -> list[str]:
-    """Options with which the steps are others than those that are followed.
+def _option_problems(settings: dict[str, Any], kind: str) -> list[str]:
+    """Options that change the steps to others than those that are supported.
 
-    What a file is silent on the class decides; null it takes as it stands: no for a switch, and nothing for a value.
+    Options that a file lacks have the class's default. null is taken literally, as transformers does: false for a
+    switch, and no value for anything else.
     """
-    known, problems = DEFAULTS[kind], list[str]()
+    return [
+        *_switch_problems(settings, kind),
+        *_normalisation_problems(settings, kind),
+        *_resize_problems(settings, kind),
+        *_crop_problems(settings, kind),
+    ]
 
-    def wrong(field: str, reason: str) -> None:
-        problems.append(f"{field}: {settings.get(field)!r} {reason}")
 
+def _switch_problems(settings: dict[str, Any], kind: str) -> Iterator[str]:
     if "auto_map" in settings:
-        wrong("auto_map", f"names code of the folder's own, which is not run; leave it out, {AS_FACTORY}")
+        yield f"auto_map: {settings['auto_map']!r} names code in the folder, which is not run; remove it, {AS_FACTORY}"
     if settings.get("do_rescale", True) is not True:
-        wrong(
-            "do_rescale",
-            f"leaves pixels in 0 to 255, which 8-bit scaling here does not follow; set it true, {AS_FACTORY}",
+        yield (
+            f"do_rescale: {settings['do_rescale']!r} leaves pixels in 0 to 255, which is not supported; set it true,"
+            f" {AS_FACTORY}"
         )
     factor = settings.get("rescale_factor", 1 / 255)
     if not (is_finite_number(factor) and math.isclose(factor, 1 / 255, rel_tol=1e-4)):
-        wrong("rescale_factor", f"is not 1/255; fold the difference into image_mean and image_std, {AS_FACTORY}")
-    if settings.get("do_pad"):
-        wrong("do_pad", f"pads images, which is not followed; set it false, {AS_FACTORY}")
-    if settings.get("rescale_offset"):
-        wrong(
-            "rescale_offset",
-            f"shifts pixels, which is not followed; set it false and shift image_mean, {AS_FACTORY}",
+        yield (
+            f"rescale_factor: {factor!r} is not 1/255; include the difference in image_mean and image_std, {AS_FACTORY}"
         )
-    if settings.get("do_normalize") and not known.normalizes:
-        wrong("do_normalize", f"is not what this class does; set it false, {AS_FACTORY}")
-    for field in _colours(settings, kind):
-        if field in settings and not is_colour(settings[field]):
-            wrong(field, "is not a list of three numbers, one for each of red, green and blue")
-        elif field == "image_std" and field in settings and min(settings[field]) <= 0:
-            wrong(field, "divides by what is not positive")
-    problems += _resize_problems(settings, kind, is_resized=bool(settings.get("do_resize", True)))
-    if _crops(settings, kind):
-        crop = settings.get("crop_size", known.crop_size)
-        if _edges(crop, square=True).keys() != {"height", "width"}:
-            wrong("crop_size", "is not {height, width} in pixels, or one number for both")
-    return problems
+    if pad := settings.get("do_pad"):
+        yield f"do_pad: {pad!r} pads images, which is not supported; set it false, {AS_FACTORY}"
+    if offset := settings.get("rescale_offset"):
+        yield (
+            f"rescale_offset: {offset!r} shifts pixels, which is not supported; set it false and shift image_mean,"
+            f" {AS_FACTORY}"
+        )
+    if (normalize := settings.get("do_normalize")) and not DEFAULTS[kind].normalizes:
+        yield f"do_normalize: {normalize!r} has no effect in this class; set it false, {AS_FACTORY}"
 
 
-def _colours(settings: dict[str, Any], kind: str) -> list[str]:
-    """The options of three numbers that a processor reads; EfficientNet's divides once more by the second."""
+def _normalisation_problems(settings: dict[str, Any], kind: str) -> Iterator[str]:
+    for field in _channel_fields(settings, kind):
+        if field not in settings:
+            continue
+        if not is_three_numbers(settings[field]):
+            yield f"{field}: {settings[field]!r} is not a list of three numbers, one for each of red, green and blue"
+        elif field == "image_std" and min(settings[field]) <= 0:
+            yield f"{field}: {settings[field]!r} is a divisor and must be positive"
+
+
+def _channel_fields(settings: dict[str, Any], kind: str) -> list[str]:
+    """The options of three numbers that a processor reads; EfficientNet's divides a second time by `image_std`."""
     if settings.get("do_normalize", DEFAULTS[kind].normalizes):
         return ["image_mean", "image_std"]
     return ["image_std"] if kind == "EfficientNetImageProcessor" and settings.get("include_top", True) else []
 
 
-def _resize_problems(settings: dict[str, Any], kind: str, *, is_resized: bool) -> list[str]:
-    known, problems = DEFAULTS[kind], list[str]()
-    resample = settings.get("resample", known.resample)
+def _resize_problems(settings: dict[str, Any], kind: str) -> Iterator[str]:
+    defaults, is_resized = DEFAULTS[kind], bool(settings.get("do_resize", True))
+    resample = settings.get("resample", defaults.resample)
     if is_resized and resample not in (BILINEAR, BICUBIC):
         name = _FILTERS.get(resample, "unknown") if isinstance(resample, int) else "unknown"
-        problems.append(
-            f"resample: {resample!r} ({name}): only bilinear and bicubic resizing can be differentiated here; set 2 or"
-            f" 3, and see that the accuracy is what it was, {AS_FACTORY}"
+        yield (
+            f"resample: {resample!r} ({name}): only bilinear and bicubic resizing are differentiable here; set 2 or 3"
+            f" and compare the accuracy, {AS_FACTORY}"
         )
-    size, keys = settings.get("size", known.size), [{"height", "width"}, {"shortest_edge"}]
+    forms = [{"height", "width"}, {"shortest_edge"}]
     if kind == "ConvNextImageProcessor" and is_resized:
-        keys = keys[1:]
-    # Its form is read in any case.
-    edges = _edges(size, square=known.square)
-    if set(edges) not in keys and (is_resized or size is not None):
-        wanted = " or ".join("{" + ", ".join(sorted(one)) + "}" for one in keys)
-        problems.append(
-            f"size: {size!r} is not {wanted} in pixels; other sizes are not followed here: set it, {AS_FACTORY}"
-        )
-    share: Any = settings.get("crop_pct", known.crop_pct)
-    # ConvNext's is read below this edge alone, and may be null above.
+        forms = forms[1:]
+    size = settings.get("size", defaults.size)
+    edges = _edges(size, square=defaults.square)
+    # transformers checks the form even where it does not resize.
+    if set(edges) not in forms and (is_resized or size is not None):
+        wanted = " or ".join("{" + ", ".join(sorted(form)) + "}" for form in forms)
+        yield f"size: {size!r} is not {wanted} in pixels; other sizes are not supported: set it, {AS_FACTORY}"
+    share: Any = settings.get("crop_pct", defaults.crop_pct)
+    # ConvNext's is read only below this edge, and may be null above.
     is_read = kind == "ConvNextImageProcessor" and is_resized and edges.get("shortest_edge", UNCROPPED) < UNCROPPED
-    if known.crop_pct and (is_read or share is not None) and not (is_finite_number(share) and 0 < share <= 1):
-        problems.append(f"crop_pct: {share!r} is not a share of the edge between 0 and 1")
-    return problems
+    if defaults.crop_pct and (is_read or share is not None) and not (is_finite_number(share) and 0 < share <= 1):
+        yield f"crop_pct: {share!r} is not a fraction of the edge, above 0 and at most 1"
+
+
+def _crop_problems(settings: dict[str, Any], kind: str) -> Iterator[str]:
+    crop = settings.get("crop_size", DEFAULTS[kind].crop_size)
+    if _crops(settings, kind) and _edges(crop, square=True).keys() != {"height", "width"}:
+        yield f"crop_size: {settings.get('crop_size')!r} is not {{height, width}} in pixels, or one number for both"
 
 
 def _crops(settings: dict[str, Any], kind: str) -> bool:
-    """Whether a processor crops to `crop_size`; ConvNext's has a share of the edge instead."""
+    """Whether a processor crops to `crop_size`; ConvNext's crops to a fraction of the edge instead."""
     return kind != "ConvNextImageProcessor" and bool(settings.get("do_center_crop", DEFAULTS[kind].crops))
 
 
 def _size_problems(settings: dict[str, Any], kind: str, model: dict[str, Any]) -> list[str]:
-    """An input of another size than the network has position embeddings for."""
+    """An output of another size than that for which the network has position embeddings."""
     vision = model.get("vision_config") if isinstance(model.get("vision_config"), dict) else {}
     own = model.get("image_size") or (vision or {}).get("image_size")
     shape = _output_shape(settings, kind)
@@ -182,20 +191,20 @@ def _size_problems(settings: dict[str, Any], kind: str, model: dict[str, Any]) -
 
 
 def _output_shape(settings: dict[str, Any], kind: str) -> tuple[int, int] | None:
-    """Height and width of what a square image becomes; None where that is the image's own size."""
-    known = DEFAULTS[kind]
+    """Height and width of the result for a square image; None where the image keeps its size."""
+    defaults = DEFAULTS[kind]
     if _crops(settings, kind):
-        crop = _edges(settings.get("crop_size", known.crop_size), square=True)
+        crop = _edges(settings.get("crop_size", defaults.crop_size), square=True)
         return crop["height"], crop["width"]
     if not settings.get("do_resize", True):
         return None
-    size = _edges(settings.get("size", known.size), square=known.square)
+    size = _edges(settings.get("size", defaults.size), square=defaults.square)
     edge = size.get("shortest_edge", 0)
     return (size["height"], size["width"]) if "height" in size else (edge, edge)
 
 
 def _edges(size: Any, *, square: bool) -> dict[str, int]:
-    """A size as transformers reads it; empty where it is none of positive whole numbers."""
+    """A size as transformers reads it, in pixels; empty where it does not consist of positive integers."""
     if is_whole(size):
         size = {"height": size, "width": size} if square else {"shortest_edge": size}
     elif isinstance(size, list) and len(size) == 2:
@@ -206,8 +215,10 @@ def _edges(size: Any, *, square: bool) -> dict[str, int]:
 
 
 def is_finite_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that a float can hold."""
     return is_number(value) and abs(value) < _MAX_NUMBER
 
 
-def is_colour(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(is_finite_number(one) for one in value)
+def is_three_numbers(value: Any) -> bool:
+    """Whether a value of JSON is a list of three numbers, one for each channel."""
+    return isinstance(value, list) and len(value) == 3 and all(map(is_finite_number, value))

@@ -1,22 +1,27 @@
-"""The image processors of transformers that are followed here, and the values they take where their file has none."""
+"""The image processors of transformers that are supported, and the values they take where their file has none."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+# PIL's numbers of the filters.
 BILINEAR, BICUBIC = 2, 3
-
+# The shortest edge from which on ConvNext's processor does not crop; below it resizes to a larger edge and crops.
+UNCROPPED = 384
 _SUFFIXES = ("Pil", "Fast")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessorDefaults:
-    """What a class of transformers takes where the file is silent.
+    """The values that a class of transformers takes where the file has none.
 
     Attributes:
-        size, crop_size: as the file may have them.
+        size, crop_size: in pixels.
+        resample: PIL's number of the filter.
         crops: whether it crops at the centre.
-        square: whether one number for the size is both edges, or the shorter one.
+        square: whether a single number for the size stands for both edges; else for the shorter one.
+        crop_pct: fraction of the resized edge that the crop leaves; None where the class has no such option.
+        normalizes: whether it subtracts a mean and divides by a standard deviation.
     """
 
     size: int
@@ -46,7 +51,7 @@ DEFAULTS = {
     "ViTImageProcessor": ProcessorDefaults(size=224, square=True, resample=BILINEAR),
 }
 
-# What transformers takes where no file names a class, by the type of the model.
+# The class that transformers takes where no file names one, by the type of the model.
 CLASS_OF_MODEL = {
     **dict.fromkeys(("beit", "data2vec-vision"), "BeitImageProcessor"),
     **dict.fromkeys(("bit", "dinov2", "focalnet", "hiera"), "BitImageProcessor"),
@@ -65,16 +70,12 @@ CLASS_OF_MODEL = {
     "siglip": "SiglipImageProcessor",
 }
 
-# Networks whose position embeddings fit images of one size alone.
+# Types of models whose position embeddings fit images of a single size.
 FIXED_SIZE_MODELS = ("clip", "deit", "ijepa", "metaclip_2", "siglip", "vit", "vit_msn")
 
 
 def plain_name(kind: str) -> str:
-    """The class of a processor without the names of backends: `ViTImageProcessor` of its Fast and its Pil form."""
+    """The class of a processor without suffixes of backends: `ViTImageProcessor` for `ViTImageProcessorFast`."""
     for suffix in _SUFFIXES:
         kind = kind.removesuffix(suffix)
     return kind.removesuffix("FeatureExtractor") + "ImageProcessor" if kind.endswith("FeatureExtractor") else kind
-
-
-# ConvNext's processors resize images to edges below this one with a margin, and crop it.
-UNCROPPED = 384

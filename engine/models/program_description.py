@@ -1,4 +1,7 @@
-"""Labels and digest of a model that is a file or a factory: of a file by reading it, of a factory by calling it."""
+"""Labels and digest of a classifier that is a program: a file is read, a factory is called.
+
+Imports torch only where a factory is called.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,16 @@ import hashlib
 from engine.models.program_settings import side_file, side_settings
 from engine.models.programs import archive_kind, as_file
 
+# Labels and digest of the factories that were called in this process, by address.
 _KNOWN: dict[str, tuple[tuple[str, ...], str]] = {}
 
 
 def check_program(address: str) -> None:
-    """Check a file by its table of contents and its side file; of a factory, everything.
+    """Check a file by its table of contents and its side file; a factory by calling it and trying its network.
 
     Raises:
-        JobError: it is not a model, or not such as can be opened without unpickling; or the factory does not do what it
-            should.
+        JobError: the file is not a model that can be opened without unpickling; or the factory fails, or its network
+            does not give logits.
     """
     if path := as_file(address):
         archive_kind(path, address)
@@ -45,14 +49,14 @@ def program_digest(address: str) -> str:
         return _described(address)[1]
     side_settings(path, address)
     digest = hashlib.sha256()
-    for one in (path, side_file(path)):
-        with one.open("rb") as file:
+    for part in (path, side_file(path)):
+        with part.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:32]
 
 
 def _described(address: str) -> tuple[tuple[str, ...], str]:
-    """Labels and digest of what a factory gives; it is asked once in a process, as its modules are imported once."""
+    """Labels and digest of a factory's network; called once in a process, as modules are imported once."""
     if address not in _KNOWN:
         from engine.models.program_loading import describe_factory
 

@@ -1,8 +1,8 @@
-"""Networks from files of TorchScript and torch.export, and from factories: opened, tried on black images, frozen.
+"""Networks from files of TorchScript and torch.export, and from factories: opened, tried and frozen.
 
 What is trusted: a factory is the user's own code and runs as such. TorchScript and torch.export files are programs
-too. Neither is unpickled by Python: TorchScript has a reader of its own in C++; of an export, tensors are plain bytes
-here, and its example inputs go through torch's restricted reader (`weights_only`), which is forced because torch 2.10
+too. Neither is unpickled by Python: TorchScript has its own reader in C++; in an export, tensors are plain bytes,
+and its example inputs go through torch's restricted reader (`weights_only`), which is forced because torch 2.10
 falls back to the unrestricted one. Symbolic shapes of an export are still evaluated by sympy, and operators of
 TorchScript may write files: open models of people you trust.
 """
@@ -32,10 +32,11 @@ _WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 def open_program(address: str, device: str) -> tuple[Network, TargetSettings]:
     """The network of a file or factory on a device, with frozen parameters, and its settings.
 
-    The network takes [B, 3, h, w] and gives logits [B, n]; it was tried on black images.
+    The network takes images [B, 3, h, w] after preprocessing and gives logits [B, n]; it has been tried
+    (`engine.models.program_trial.check_outputs`).
 
     Raises:
-        JobError: it cannot be opened, or does not do that.
+        JobError: it cannot be opened, or does not give logits.
     """
     path = as_file(address)
     if path is None:
@@ -46,8 +47,8 @@ def open_program(address: str, device: str) -> tuple[Network, TargetSettings]:
 
 
 def _ready(module: Any, settings: TargetSettings, address: str, device: str) -> Network:
-    """A module with frozen parameters that was tried."""
-    # One by one: modules of TorchScript know no more than that.
+    """A module, after its parameters are frozen and its outputs are checked."""
+    # One by one: modules of TorchScript have no `requires_grad_`.
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     check_outputs(module, settings, address, device)
@@ -61,19 +62,19 @@ def _open_file(path: Path, kind: str, address: str, device: str) -> Any:
             return torch.jit.load(path, map_location=device).eval()
         from torch.export.passes import move_to_device_pass
 
-        # torch warns that it reads tensors without a copy.
+        # torch warns that it does not copy tensors.
         with _weights_only(), warnings.catch_warnings(action="ignore"), path.open("rb") as file:
             program = torch.export.load(file)
-        # It has no modes: whether it was in evaluation mode was settled when it was exported.
+        # Not put into evaluation mode: the mode of an exported program is that of its export.
         return (program if device == "cpu" else move_to_device_pass(program, device)).module()
     except Exception as error:
-        # A damaged or hostile archive raises whatever its readers stumble over.
+        # Readers raise errors of many kinds on a damaged or hostile archive.
         raise JobError(f"'{address}' cannot be loaded as {what} ({reason_of(error)})") from error
 
 
 @contextlib.contextmanager
 def _weights_only() -> Iterator[None]:
-    """Let `torch.load` read nothing but tensors and plain data, whatever its caller asks for."""
+    """Let `torch.load` read only tensors and plain data, whatever arguments its caller passes."""
     before = os.environ.get(_WEIGHTS_ONLY)
     os.environ[_WEIGHTS_ONLY] = "1"
     try:
@@ -89,30 +90,30 @@ def call_factory(address: str) -> tuple[torch.nn.Module, TargetSettings]:
     """Module and settings of `package.module:factory`.
 
     Raises:
-        JobError: no such module or factory, it fails, or it gives something else.
+        JobError: no such module or factory, it fails, or it returns something else.
     """
     factory = find_factory(address)
     try:
-        made = factory()
+        pair = factory()
     except (Exception, SystemExit) as error:
         raise JobError(f"'{address}' failed: {reason_of(error)}") from error
-    if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], torch.nn.Module):
+    if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], torch.nn.Module):
         raise JobError(
-            f"'{address}' gave {type_name(made)}; return a pair of a torch.nn.Module and its settings, such as"
+            f"'{address}' gave {type_name(pair)}; return a pair of a torch.nn.Module and its settings, such as"
             f" {EXAMPLE}"
         )
-    module, settings = made
+    module, settings = pair
     return module, parse_settings(settings, f"'{address}'")
 
 
 def describe_factory(address: str) -> tuple[tuple[str, ...], str]:
-    """Labels and digest of what a factory gives, which is tried on black images.
+    """Labels and digest of a factory's network, which is tried.
 
-    The digest is of address, settings, and names, types, shapes and bytes of all parameters and buffers. Code is not
-    part of it: a change of `forward` alone is not noticed.
+    The digest is of the address, the settings, and names, types, shapes and bytes of all parameters and buffers. It
+    does not include code: a change of `forward` alone is not noticed.
 
     Raises:
-        JobError: as `call_factory`; or it gives other weights at every call: no two workers would have one model.
+        JobError: as `call_factory`; or weights differ from call to call: workers would have different models.
     """
     module, settings = call_factory(address)
     digest = _module_digest(address, module, settings)

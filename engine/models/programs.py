@@ -1,7 +1,7 @@
-"""Classifiers that are no model folder: a file of TorchScript or torch.export, or a factory in the user's own code.
+"""Classifiers that are programs instead of a model folder: a file of TorchScript or torch.export, or a factory.
 
-A file has a side file of the same name plus `.json`, as it carries no labels; a factory gives the same settings beside
-its module. Nothing here imports torch but what asks a factory: its labels and its digest are known by calling it.
+A file does not hold its labels, so its settings are in a side file (`engine.models.program_settings`); a factory in the
+user's own code returns a module and the same settings. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def is_program(address: str) -> bool:
 
 
 def as_file(address: str) -> Path | None:
-    """The file of an address, or None."""
+    """The file that an address names, or None if it names none."""
     if address.startswith("zoo:"):
         return None
     try:
@@ -34,36 +34,42 @@ def as_file(address: str) -> Path | None:
 
 
 def archive_kind(path: Path, address: str) -> Literal["torchscript", "export"]:
-    """What kind of model a file is, by its table of contents: suffixes tell little, and nothing is unpickled.
+    """The kind of model in a file, by the archive's table of contents: suffixes are not reliable, nothing is unpickled.
 
     Raises:
-        JobError: it is neither, or only unpickling or compiled code would open it.
+        JobError: it is neither, or could be opened only by unpickling or running compiled code.
     """
+    kind = None
     try:
         with zipfile.ZipFile(path) as archive:
-            # Every member is below a folder that is named after the file.
-            members = {name.partition("/")[2]: name for name in archive.namelist()}
-            if "constants.pkl" in members and any(one.startswith("code/") for one in members):
-                return "torchscript"
-            if "archive_format" in members and any(one.startswith("models/") for one in members):
-                _check_export(archive, members, address)
-                return "export"
-            if "data.pkl" in members:
-                raise JobError(
-                    f"'{address}' is a pickle (weights alone, or a whole object), never opened here; {_CONVERT}"
-                )
+            kind = _kind(archive, address)
     except zipfile.BadZipFile:
         pass
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise JobError(f"'{address}' cannot be read as a model archive ({error})") from None
-    raise JobError(
-        f"'{address}' is a file, but not one of TorchScript or torch.export; {_CONVERT}, or give the folder of a model"
-    )
+    if kind is None:
+        raise JobError(
+            f"'{address}' is a file, but not of TorchScript or torch.export; {_CONVERT}, or give the folder of a model"
+        )
+    return kind
+
+
+def _kind(archive: zipfile.ZipFile, address: str) -> Literal["torchscript", "export"] | None:
+    # Every member is in a folder that is named after the file.
+    members = {name.partition("/")[2]: name for name in archive.namelist()}
+    if "constants.pkl" in members and any(name.startswith("code/") for name in members):
+        return "torchscript"
+    if "archive_format" in members and any(name.startswith("models/") for name in members):
+        _check_export(archive, members, address)
+        return "export"
+    if "data.pkl" in members:
+        raise JobError(f"'{address}' is a pickle (weights alone, or a whole object), never opened here; {_CONVERT}")
+    return None
 
 
 def _check_export(archive: zipfile.ZipFile, members: dict[str, str], address: str) -> None:
     """Refuse parts of an export that are compiled code or pickled objects."""
-    if any(one.startswith("data/aotinductor/") for one in members):
+    if any(name.startswith("data/aotinductor/") for name in members):
         raise JobError(f"'{address}' holds compiled code; save the exported program itself with torch.export.save")
     for name, full in members.items():
         pickled = name.startswith(("data/weights/", "data/constants/")) and name.endswith(".pt")

@@ -16,7 +16,12 @@ _MAX_HEADER = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a file of safetensors: its type by their name for it, its shape, and the place of its bytes."""
+    """A tensor in a file of safetensors.
+
+    Attributes:
+        dtype: its type by the name of safetensors, such as `BF16`.
+        start, stop: of its bytes in the file.
+    """
 
     path: Path
     dtype: str
@@ -32,20 +37,20 @@ class StoredTensor:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors that are loaded from a folder, by name; of a pipeline's part that part's.
+    """The tensors that are loaded from the folder of a model or of a pipeline's part, by name.
 
     Raises:
-        JobError: a file is not whole.
+        JobError: a file is damaged.
     """
     variant = weights_variant(folder)
     paths = [path for path in sorted(folder.glob("*.safetensors")) if not is_left_out(path, variant)]
-    whole = [path for path in paths if path.name in (_whole(variant), _whole(None))]
-    # Other files beside the one that is whole are not loaded.
-    chosen = whole[:1] or _listed(folder, paths)
+    unsharded = [path for path in paths if path.name in (_unsharded(variant), _unsharded(None))]
+    # Files next to an unsharded one are not loaded.
+    chosen = unsharded[:1] or _listed(folder, paths)
     return {name: tensor for path in chosen for name, tensor in _header(path)}
 
 
-def _whole(variant: str | None) -> str:
+def _unsharded(variant: str | None) -> str:
     return f"model.{variant}.safetensors" if variant else "model.safetensors"
 
 
@@ -64,7 +69,7 @@ def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     """The entries of a file's header.
 
     Raises:
-        JobError: it is none of safetensors, or shorter than its header says.
+        JobError: the file is not of safetensors, or shorter than its header requires.
     """
     try:
         check_regular(path)
@@ -72,16 +77,16 @@ def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 0 < length <= min(_MAX_HEADER, total - 8):
-                raise ValueError("its header has no length that fits the file")
+                raise ValueError("the length of its header does not fit the file")
             entries = json.loads(file.read(length))
         entries.pop("__metadata__", None)
         for name, entry in entries.items():
-            start, stop = (8 + length + int(one) for one in entry["data_offsets"])
+            start, stop = (8 + length + int(offset) for offset in entry["data_offsets"])
             if not 8 + length <= start <= stop <= total:
-                raise ValueError("it is shorter than its header says")
+                raise ValueError("it is shorter than its header requires")
             yield name, StoredTensor(path, str(entry["dtype"]), tuple(map(int, entry["shape"])), start, stop)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise JobError(f"{path.name} is not whole: {error}; fetch or save it again") from None
+        raise JobError(f"{path.name} is damaged: {error}; download or save it again") from None
 
 
 def tensors_of(folder: Path, address: str, kind: str) -> dict[str, StoredTensor]:
@@ -91,7 +96,7 @@ def tensors_of(folder: Path, address: str, kind: str) -> dict[str, StoredTensor]
         kind: what is expected of the folder, such as `a CLIP model`.
 
     Raises:
-        JobError: a file is not whole.
+        JobError: a file is damaged.
     """
     try:
         return stored_tensors(folder)
