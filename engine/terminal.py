@@ -28,7 +28,7 @@ def redacted(text: str) -> str:
 
 
 def _redacted_word(match: re.Match[str]) -> str:
-    # Without the part after the last `@`, each `:/` of which would be scanned to its end: quadratic time.
+    # Only up to the last `@`: a `:/` without one after it would be scanned to the end of the word, in quadratic time.
     before, at, after = match[0].rpartition("@")
     return _CREDENTIALS.sub(r"\1***@", before + at) + after
 
