@@ -27,7 +27,7 @@ from engine.models.digests import model_digests
 from engine.models.job_checks import check_addresses
 from engine.models.labels import read_labels
 from tests.conftest import REPOSITORY
-from tests.test_targets import FACTORY, riskforge
+from tests.program_cases import FACTORY, riskforge
 
 PAGE = REPOSITORY / "docs/adding-a-method.md"
 MAX_LINES = 60

@@ -24,8 +24,8 @@ from engine.models.custom_methods import method_digest, method_digests
 from engine.models.digests import model_digests
 from engine.models.labels import read_labels
 from engine.models.randomness import watched
+from tests.program_cases import SETTINGS
 from tests.test_custom_method import job_of
-from tests.test_targets import SETTINGS
 
 HEAD = """
 import itertools, os, random, secrets, time, uuid

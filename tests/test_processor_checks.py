@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import pytest
 import torch
 import transformers
@@ -27,6 +25,7 @@ from engine.models.classifier_checks import check_classifier
 from engine.models.preprocessing import Preprocessing
 from engine.models.processor_checks import check_processor
 from engine.models.processor_classes import CLASS_OF_MODEL, DEFAULTS, FIXED_SIZE_MODELS, plain_name
+from tests.model_cases import as_tensor, photographs
 
 TYPES = {
     kind: plain_name(IMAGE_PROCESSOR_MAPPING_NAMES[kind]["pil"])
@@ -45,18 +44,6 @@ def write(folder: Path, settings: dict[str, Any], name: str = "preprocessor_conf
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(json.dumps(settings))
     return folder
-
-
-def photographs(*sizes: tuple[int, int]) -> list[PIL.Image.Image]:
-    """Smooth images of height and width."""
-    drawn = np.random.default_rng(0)
-    noise = [drawn.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8) for height, width in sizes]
-    pairs = zip(noise, sizes, strict=True)
-    return [PIL.Image.fromarray(one).resize(size[::-1], PIL.Image.Resampling.BICUBIC) for one, size in pairs]
-
-
-def as_tensor(image: PIL.Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 255
 
 
 @pytest.mark.parametrize("kind", DEFAULTS)

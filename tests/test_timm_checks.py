@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,17 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from engine.commands.jobfile import read_job
+from engine.driver.run import plan_job
 from engine.errors import JobError
 from engine.models.classifier import Classifier
 from engine.models.classifier_checks import check_classifier
+from engine.models.job_checks import check_addresses
 from engine.models.labels import read_labels
-from tests.test_processors import as_tensor, photographs
+from tests.model_cases import as_tensor, photographs
+from tests.program_cases import DIGITS, images, job_of, write
 
 timm = pytest.importorskip("timm")
 NAMES = ["cat", "dog", "ship"]
@@ -168,3 +174,36 @@ def test_a_single_logit_without_names_is_refused_with_its_remedy(tmp_path: Path)
     saved(tmp_path / "net", "test_resnet", {"num_classes": 1}, model_config={})
     with pytest.raises(JobError, match=r"num_classes: .*save the network with two logits"):
         check_classifier(tmp_path / "net", "x")
+
+
+def test_a_folder_of_timm_without_timm_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is loaded."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "timm" else found(name, *more))
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "pretrained_cfg": {}}))
+    with pytest.raises(JobError, match=r"install riskforge\[timm\]"):
+        check_addresses(read_job(write(job_of(str(tmp_path), tmp_path), tmp_path), []))
+
+
+@pytest.mark.parametrize("mode", ["center", "squash"])
+def test_a_folder_of_timm_gives_timms_logits(mode: str, tmp_path: Path) -> None:
+    """timm's own transform and network on the same images, and the tensor path beside them."""
+    import timm
+
+    torch.manual_seed(0)
+    network = timm.create_model("resnet10t", num_classes=10).eval()
+    config = {"input_size": [3, 64, 64], "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": mode,
+              "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "num_classes": 10}  # fmt: skip
+    save_file(network.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    about = {"architecture": "resnet10t", "num_classes": 10, "label_names": DIGITS, "pretrained_cfg": config}
+    (tmp_path / "config.json").write_text(json.dumps(about | {"temperature": 2.0}))
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(config))
+    classifier = Classifier.load(str(tmp_path))
+    found = images(3, 101)
+    with torch.no_grad():
+        expected = network(torch.stack([transform(one) for one in found])) / 2.0
+    assert classifier.labels == DIGITS == read_labels(str(tmp_path))
+    assert torch.allclose(classifier.score(found), expected, atol=1e-4)
+    tensors = torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1).float() / 255 for one in found])
+    assert torch.allclose(classifier.logits(tensors), expected, atol=0.02 * float(expected.abs().max()))
+    assert plan_job(read_job(write(job_of(str(tmp_path), tmp_path), tmp_path), [])).num_samples == 2
