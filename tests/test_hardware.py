@@ -1,4 +1,4 @@
-"""Hardware: impossible values of `runtime` are refused, and kernels and threads are fixed where bytes depend on them."""
+"""Hardware: impossible values of `runtime` are refused; threads and kernels are fixed where bytes depend on them."""
 
 import functools
 import subprocess

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from engine.terminal import redacted
+from engine.terminal import json_text, printable, redacted
 
 SECRET = "Sekret"
 
@@ -45,3 +46,26 @@ def test_long_texts_are_looked_through_in_no_time():
         started = time.process_time()
         redacted(text)
         assert time.process_time() - started < 2, text[:20]
+
+
+@pytest.mark.parametrize(
+    ("text", "keep", "shown"),
+    [
+        ("a\x1b[2Jb", "", r"a\x1b[2Jb"),
+        ("a\nb\r", "\n", "a\nb\\r"),
+        ("a\nb", "", r"a\nb"),
+        ("\u202ea", "", r"\u202ea"),
+        ("\ud800", "", r"\ud800"),
+        ("Zürich 東京 🙂", "", "Zürich 東京 🙂"),
+    ],
+)
+def test_nothing_steers_a_terminal(text: str, keep: str, shown: str) -> None:
+    """Control and direction characters and broken Unicode become escapes; other letters stay."""
+    assert printable(text, keep=keep) == shown
+
+
+def test_json_for_a_terminal_is_read_back_unchanged() -> None:
+    """Escapes of JSON, not of Python."""
+    value = {"a\x1b": ["\u202e", "b\n", "é"]}
+    text = json_text(value)
+    assert json.loads(text) == value and text.replace("\n", "").isprintable() and "é" in text
