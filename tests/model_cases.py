@@ -50,7 +50,7 @@ def sharded(folder: Path, variant: str = "", dtype: torch.dtype | None = None) -
     names, index = sorted(weights), {}
     for number, part in enumerate((names[::2], names[1::2])):
         name = f"model{variant}-0000{number + 1}-of-00002.safetensors"
-        chosen = {one: weights[one] if dtype is None else weights[one].to(dtype) for one in part}
+        chosen = {name: weights[name] if dtype is None else weights[name].to(dtype) for name in part}
         save_file(chosen, folder / name, metadata={"format": "pt"})
         index |= dict.fromkeys(part, name)
     document = {"metadata": {}, "weight_map": index}

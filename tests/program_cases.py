@@ -83,4 +83,4 @@ def riskforge(*arguments: Any, folder: Path, code: int = 0, **environment: str) 
 def images(count: int, size: int = 48) -> list[PIL.Image.Image]:
     """Smooth colour images, as photographs are."""
     noise = np.random.default_rng(3).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
-    return [PIL.Image.fromarray(one).resize((size, size), PIL.Image.Resampling.BICUBIC) for one in noise]
+    return [PIL.Image.fromarray(image).resize((size, size), PIL.Image.Resampling.BICUBIC) for image in noise]

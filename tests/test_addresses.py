@@ -23,14 +23,14 @@ from engine.models.labels import read_labels
     ],
 )
 def test_wrong_addresses_name_the_remedy(address, message, monkeypatch, request):
-    """Typing errors are told apart from hub ids that are not here."""
+    """Typing errors are distinguished from hub ids that are not on this machine."""
     monkeypatch.chdir(request.config.rootpath)
     with pytest.raises(JobError, match=message):
         locate(address)
 
 
 def test_hub_id_that_is_not_here():
-    """A hub id is located without a network, has no labels yet, and resolving it offline says why."""
+    """A hub id is located without a network, has no labels yet, and resolving it offline reports the reason."""
     assert locate("nobody/nothing-here").folder is None
     assert read_labels("nobody/nothing-here") is None
     with pytest.raises(JobError, match="could not be downloaded from the model hub"):

@@ -47,7 +47,7 @@ def test_logits_of_another_shape_are_refused_whenever_they_come(shape: tuple[int
 
 
 def test_wrong_kinds_are_refused(tmp_path):
-    """A CLIP folder as classifier, an empty folder, broken weights: each says what is wrong."""
+    """A CLIP folder as classifier, an empty folder, broken weights: the error names the problem."""
     with pytest.raises(JobError, match="id2label"):
         read_labels("zoo:digits/clip")
     with pytest.raises(JobError, match=r"no config\.json"):

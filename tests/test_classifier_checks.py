@@ -70,7 +70,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_classifier_that_would_be_scored_wrongly_is_refused(kind: str, tmp_path: Path) -> None:
-    """By its config.json alone, in every role, before a worker starts; and by whoever loads it."""
+    """By its config.json alone, in every role, before a worker starts; and when it is loaded."""
     changes, message = WRONG[kind]
     folder = copied(ZOO["target"], tmp_path / "net", **changes)
     for role in ("target", "transfer", "oracle"):
@@ -87,14 +87,14 @@ def test_a_classifier_that_would_be_scored_wrongly_is_refused(kind: str, tmp_pat
     labels([*NAMES[:8], "crane", "crane"]), labels([*NAMES[:8], "crane", "crane"]) | {"label2id": {"crane": 8}},
 ], ids=str)  # fmt: skip
 def test_what_says_nothing_else_is_taken(changes: dict[str, Any], tmp_path: Path) -> None:
-    """transformers' default beside names, numbers as text, ImageNet's two cranes."""
+    """transformers' default next to names, numbers as text, ImageNet's two cranes."""
     folder = copied(ZOO["target"], tmp_path / "net", **changes)
     check_classifier(folder, "x")
     assert Classifier.load(str(folder)).labels == read_labels(str(folder))
 
 
 STRANGE = (None, "x", -1, 0, 1.5, 10**400, [], [None], {}, {"x": 1}, True)
-# What a file may have beside the keys of the zoo's.
+# Keys that a file may have in addition to those of the zoo's.
 MORE_KEYS = {
     "config.json": ("image_size", "num_channels", "num_labels", "vision_config", "auto_map", "temperature"),
     "preprocessor_config.json": ("size", "crop_size", "do_center_crop", "crop_pct", "rescale_factor", "image_std"),
@@ -124,7 +124,7 @@ def test_values_of_a_wrong_kind_are_refused_or_read(role: str, file: str, tmp_pa
     {"hidden_sizes": "x"}, {"depths": 3}, {"hidden_act": 3}, {"num_channels": 3, "embedding_size": "16"},
     {"layer_type": None}, {"hidden_act": "none"},
 ], ids=str)  # fmt: skip
-def test_what_a_library_cannot_read_is_told_in_a_line(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_what_a_library_cannot_read_is_reported_in_one_line(changes: dict[str, Any], tmp_path: Path) -> None:
     """Values that transformers alone knows to be wrong: of this model and field, at the latest when it is loaded."""
     folder = copied(ZOO["target"], tmp_path / "net", **{"layer_type": "basic"} | changes)
     with pytest.raises(JobError, match=r"net' cannot be loaded as a classifier \(") as caught:

@@ -1,6 +1,6 @@
-"""Wrong uses, each a command that somebody will type: what it says, how it ends, and that nothing else happens.
+"""Wrong commands that users will type: the message, the exit code, and that nothing else happens.
 
-Messages are held word for word where they are short: a message is read by someone who is stuck.
+Messages are compared word for word where they are short: a message is read by someone who is stuck.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 
 def refused(call, *arguments, code: int = EXIT_USER) -> list[str]:
     """The lines on stderr of a refusal, without what leads each of them, and without those about progress."""
-    found, out, err = call(*arguments)
-    assert found == code, (found, out, err)
+    exit_code, out, err = call(*arguments)
+    assert exit_code == code, (exit_code, out, err)
     assert "Traceback" not in err and not STEERING.search(out + err)
     lines = [line for line in err.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
     assert all(line.startswith("error: ") for line in lines)
@@ -147,7 +147,7 @@ FILES = {
 
 
 @pytest.mark.parametrize(("content", "message"), FILES.items(), ids=[str(one[:20]) for one in FILES])
-def test_a_file_that_is_no_job_is_told_in_a_line(call, tmp_path, monkeypatch, content, message):
+def test_a_file_that_is_not_a_job_is_reported_in_one_line(call, tmp_path, monkeypatch, content, message):
     """With the place, where there is one; also a bomb that would grow to a billion words."""
     monkeypatch.chdir(tmp_path)
     Path("job.yaml").write_bytes(content)
@@ -278,7 +278,7 @@ def test_folders_without_a_run(call, tmp_path, command):
     ],
 )
 def test_runs_of_other_versions(call, whole, tmp_path, changes, reason):
-    """From the future, or damaged: every command says so in a line and touches nothing."""
+    """From the future, or damaged: every command reports it in one line and changes nothing."""
     import shutil
 
     output = shutil.copytree(whole, tmp_path / "run")

@@ -23,7 +23,7 @@ def test_digest_follows_content_not_place(tmp_path):
 
 
 def test_a_pipeline_is_digested_by_its_parts(tmp_path):
-    """A stray checkpoint or another precision beside the parts is not loaded and must not change the digest."""
+    """A stray checkpoint or another precision next to the parts is not loaded and must not change the digest."""
     folder = tmp_path / "pipeline"
     shutil.copytree(resolve("zoo:digits/stable-diffusion"), folder)
     before = model_digest(str(folder))
@@ -34,7 +34,7 @@ def test_a_pipeline_is_digested_by_its_parts(tmp_path):
     assert model_digest(str(folder)) != before
 
 
-def test_another_precision_beside_the_weights_changes_no_digest(tmp_path: Path) -> None:
+def test_another_precision_next_to_the_weights_changes_no_digest(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(resolve(ZOO["target"]), tmp_path / "net"))
     before = model_digest(str(folder))
     shutil.copy(folder / "model.safetensors", folder / "model.fp16.safetensors")

@@ -50,7 +50,7 @@ def test_what_determinism_forbids_is_refused_on_a_gpu_alone():
         ),
     ],
 )
-def test_whoever_decides_bytes_on_a_cpu_computes_with_one_thread(monkeypatch, tmp_path, module, inner, call):
+def test_code_that_affects_output_bytes_uses_one_thread_on_a_cpu(monkeypatch, tmp_path, module, inner, call):
     """Before any model is loaded: worker, calibration of one, and the pass over labelled images."""
 
     class StopHereError(Exception):
@@ -89,7 +89,7 @@ def test_kernels_are_fixed_in_a_process_of_their_own():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_compiler_that_is_not_there_is_told(monkeypatch):
+def test_a_missing_compiler_is_reported(monkeypatch):
     """What torch raises where its backend lacks a tool: the job's fault, in a line, and not a sample's."""
 
     def without_tools(graph, inputs):
@@ -102,7 +102,7 @@ def test_a_compiler_that_is_not_there_is_told(monkeypatch):
         compiled(torch.nn.Linear(2, 2))(torch.ones(1, 2))
 
 
-def test_xformers_that_cannot_run_is_told_with_its_reason(diffusion):
-    """The head sizes of UNet and VAE are found in the models; where there are no kernels the reason comes back."""
+def test_the_reason_why_xformers_cannot_run_is_reported(diffusion):
+    """The head sizes of UNet and VAE are found in the models; without kernels the reason is returned."""
     assert head_sizes(diffusion._unet) == {16, 24} and head_sizes(diffusion._vae) == {64}
     assert xformers_problem({16}, "float16", "cpu")

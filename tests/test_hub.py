@@ -31,7 +31,7 @@ class Hub:
 
     def snapshot_download(self, address: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         """By the rules of the hub's own library."""
-        names = [one.relative_to(self.repository).as_posix() for one in self.repository.rglob("*") if one.is_file()]
+        names = [path.relative_to(self.repository).as_posix() for path in self.repository.rglob("*") if path.is_file()]
         for name in huggingface_hub.utils.filter_repo_objects(
             names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
         ):
@@ -52,7 +52,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def fetched(hub: Hub) -> set[str]:
-    return {one.relative_to(hub.cache).as_posix() for one in hub.cache.rglob("*") if one.is_file()}
+    return {path.relative_to(hub.cache).as_posix() for path in hub.cache.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(("parts", "size"), [((), "1GB"), (("unet",), "1GB"), (PARTS, "1GB"), (PARTS, "20KB")])

@@ -41,7 +41,7 @@ MISSING: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("kind", MISSING)
 @pytest.mark.parametrize("role", ["target", "clip"])
-def test_weights_that_cannot_be_loaded_are_told_before_a_worker_starts(kind: str, role: str, tmp_path: Path) -> None:
+def test_weights_that_cannot_be_loaded_are_refused_before_a_worker_starts(kind: str, role: str, tmp_path: Path) -> None:
     """With the command that converts them, where there is one."""
     folder = Path(shutil.copytree(resolve(ZOO[role]), tmp_path / "net"))
     change, message = MISSING[kind]
@@ -68,7 +68,7 @@ def test_weights_of_every_form_are_loaded(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_network_without_all_of_its_weights_is_not_filled_by_chance(tmp_path: Path) -> None:
-    """A layer that is missing, but for the head: only loading tells."""
+    """A layer that is missing, other than the head: noticed only on loading."""
     folder = Path(shutil.copytree(resolve(ZOO["target"]), tmp_path / "net"))
     without("encoder.stages.1")(folder)
     with pytest.raises(JobError, match=r"lack \d+ of the weights of a ResNetForImageClass.* drawn at random"):

@@ -70,7 +70,7 @@ def test_no_resize_is_exact(classifier):
     """At the classifier's own size both paths agree to float32 rounding."""
     pixels = np.random.default_rng(1).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    scored = classifier.score([PIL.Image.fromarray(one) for one in pixels])
+    scored = classifier.score([PIL.Image.fromarray(image) for image in pixels])
     assert torch.allclose(classifier.logits(tensor), scored, atol=1e-4)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from engine.models.actuales import CLASS_OF_MODEL, DEFAULTS, FIXED_SIZE_MODELS, plain_name
 from transformers.models.auto.image_processing_auto import (
     IMAGE_PROCESSOR_MAPPING_NAMES,
     AutoImageProcessor,
@@ -24,7 +25,6 @@ from engine.models.classifier import Classifier
 from engine.models.classifier_checks import check_classifier
 from engine.models.preprocessing import Preprocessing
 from engine.models.processor_checks import check_processor
-from engine.models.processor_classes import CLASS_OF_MODEL, DEFAULTS, FIXED_SIZE_MODELS, plain_name
 from tests.model_cases import as_tensor, photographs
 
 TYPES = {
@@ -49,15 +49,15 @@ def write(folder: Path, settings: dict[str, Any], name: str = "preprocessor_conf
 @pytest.mark.parametrize("kind", DEFAULTS)
 def test_what_is_known_of_a_class_is_what_transformers_has(kind: str) -> None:
     """A file may be silent on any option: the class decides then."""
-    found, known = _load_backend_class(kind, "pil", False), DEFAULTS[kind]
-    size = {"height": known.size, "width": known.size} if "height" in found.size else {"shortest_edge": known.size}
-    assert found.size == size and int(found.resample) == known.resample
-    assert bool(getattr(found, "do_center_crop", False)) == known.crops and found.default_to_square == known.square
-    assert found.do_resize and found.do_rescale and found.rescale_factor == 1 / 255
-    assert bool(getattr(found, "do_normalize", False)) == known.normalizes and not getattr(found, "do_pad", False)
-    assert getattr(found, "crop_pct", None) == known.crop_pct
+    actual, known = _load_backend_class(kind, "pil", False), DEFAULTS[kind]
+    size = {"height": known.size, "width": known.size} if "height" in actual.size else {"shortest_edge": known.size}
+    assert actual.size == size and int(actual.resample) == known.resample
+    assert bool(getattr(actual, "do_center_crop", False)) == known.crops and actual.default_to_square == known.square
+    assert actual.do_resize and actual.do_rescale and actual.rescale_factor == 1 / 255
+    assert bool(getattr(actual, "do_normalize", False)) == known.normalizes and not getattr(actual, "do_pad", False)
+    assert getattr(actual, "crop_pct", None) == known.crop_pct
     crop = known.crop_size and {"height": known.crop_size, "width": known.crop_size}
-    assert getattr(found, "crop_size", None) == crop and not getattr(found, "rescale_offset", False)
+    assert getattr(actual, "crop_size", None) == crop and not getattr(actual, "rescale_offset", False)
 
 
 def test_every_class_of_a_classifier_is_known_or_refused(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ NULLS = (
 
 @pytest.mark.parametrize("kind", DEFAULTS)
 def test_null_is_followed_or_refused_by_its_name(kind: str, tmp_path: Path) -> None:
-    """It is not what the class has: transformers takes null as it stands."""
+    """Null is not the default of the class: transformers takes it literally."""
     [image] = photographs((40, 48))
     for field in NULLS:
         folder = write(tmp_path / field, {"image_processor_type": kind, "size": 28, field: None})
@@ -175,13 +175,13 @@ WRONG: dict[str, dict[str, Any]] = {
 }
 MORE_WRONG: list[tuple[str, dict[str, Any]]] = [
     *WRONG.items(),
-    *(("resample", {"resample": one}) for one in (0, 4, 5, 7, "lanczos")),
-    *(("size", {"size": one}) for one in (
+    *(("resample", {"resample": value}) for value in (0, 4, 5, 7, "lanczos")),
+    *(("size", {"size": value}) for value in (
         {"max_height": 20, "max_width": 20}, {"shortest_edge": 20, "longest_edge": 30}, {"height": 24}, -1, 0, "24",
         [24], {"height": 24.5, "width": 24}, {"min_pixels": 9, "max_pixels": 99},
     )),
-    *(("image_mean", {"image_mean": one}) for one in (0.5, [0.5, 0.5], ["a", "b", "c"], [0.5, 0.5, None])),
-    *(("rescale_factor", {"rescale_factor": one}) for one in (1, 0, 1 / 256, "1/255")),
+    *(("image_mean", {"image_mean": value}) for value in (0.5, [0.5, 0.5], ["a", "b", "c"], [0.5, 0.5, None])),
+    *(("rescale_factor", {"rescale_factor": value}) for value in (1, 0, 1 / 256, "1/255")),
     ("do_rescale", {"do_rescale": 0}),
     ("crop_size", {"do_center_crop": True}),
     ("size", {"size": {"height": 24, "width": 24, "longest_edge": None}}),
@@ -199,9 +199,9 @@ def test_options_that_are_not_followed_are_refused_by_name(
         "size": {"height": 24, "width": 24},
     } | change
     if file == "processor_config.json":
-        # The nested one is taken, whatever lies beside it.
+        # The nested one is taken, whatever file is next to it.
         write(tmp_path, {"image_processor_type": "ViTImageProcessor"})
-        settings = {"processor_class": "CLIPProcessor", "image_processor": settings}
+        settings = {"actual": "CLIPProcessor", "image_processor": settings}
     with pytest.raises(JobError, match=rf"'x': {file}.*: {field}: "):
         check_processor(write(tmp_path, settings, file), "x")
 
@@ -275,7 +275,7 @@ def test_a_network_gives_plain_transformers_logits(kind: str, tmp_path: Path) ->
     )
     with torch.no_grad():
         expected = model(**processor(images=images, return_tensors="pt")).logits
-        ours = classifier.logits(torch.cat([as_tensor(one) for one in images]))
+        ours = classifier.logits(torch.cat([as_tensor(image) for image in images]))
     assert torch.equal(classifier.score(images), expected) and classifier.labels == list(LABELS.values())
     assert torch.allclose(ours, expected, atol=0.05 * float(expected.std()) + 1e-3)
 

@@ -73,7 +73,7 @@ def test_every_kind_gives_the_networks_logits(kind: str, importable: Path, netwo
     """Labels, size, mean, std and temperature are applied: against the plain network on the plainly made input."""
     address = addresses(importable)[kind]
     classifier = Classifier.load(address)
-    pixels = [np.asarray(one.resize((32, 32), PIL.Image.Resampling.BILINEAR)) / 255.0 for one in images(5)]
+    pixels = [np.asarray(image.resize((32, 32), PIL.Image.Resampling.BILINEAR)) / 255.0 for image in images(5)]
     batch = (torch.tensor(np.stack(pixels)).float() - torch.tensor(SETTINGS["mean"])) / torch.tensor(SETTINGS["std"])
     with torch.no_grad():
         expected = network(batch.permute(0, 3, 1, 2)) / 2.0
@@ -88,7 +88,7 @@ def test_every_kind_is_differentiable_and_frozen(kind: str, importable: Path) ->
     batch = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0)).requires_grad_()
     classifier.logits(batch)[:, 3].sum().backward()
     assert batch.grad is not None and (batch.grad != 0).float().mean() > 0.9
-    assert not any(one.requires_grad for one in classifier._network.parameters())  # type: ignore[attr-defined]
+    assert not any(parameter.requires_grad for parameter in classifier._network.parameters())  # type: ignore[attr-defined]
 
 
 def test_digests_follow_weights_and_settings(home: Path, tmp_path: Path, importable: Path) -> None:
@@ -144,7 +144,7 @@ def test_nothing_is_unpickled(home: Path, tmp_path: Path) -> None:
     replaced(home / "net.pt2", tmp_path / "inputs.pt2", "sample_inputs/model.pt", buffer.getvalue())
     replaced(home / "net.pt", tmp_path / "script.pt", "/data.pkl", pickle.dumps(Bomb(mark)))
     with zipfile.ZipFile(home / "net.pt2") as archive:
-        name = next(one for one in archive.namelist() if one.endswith("model_weights_config.json"))
+        name = next(member for member in archive.namelist() if member.endswith("model_weights_config.json"))
         config = json.loads(archive.read(name))
     next(iter(config["config"].values()))["use_pickle"] = True
     replaced(home / "net.pt2", tmp_path / "weights.pt2", "model_weights_config.json", json.dumps(config).encode())
@@ -162,7 +162,7 @@ def test_nothing_is_unpickled(home: Path, tmp_path: Path) -> None:
     assert mark.exists(), "the trap works"
 
 
-def test_a_file_without_settings_is_told_what_they_hold(home: Path, tmp_path: Path) -> None:
+def test_missing_or_wrong_settings_are_refused_with_an_example(home: Path, tmp_path: Path) -> None:
     """All wrong fields at once, each with an example."""
     path = tmp_path / "net.pt"
     path.write_bytes((home / "net.pt").read_bytes())
@@ -212,7 +212,7 @@ def test_fine_tuning_refuses_what_it_cannot_store(importable: Path, tmp_path: Pa
         check_target(run)
 
 
-def test_a_run_against_a_factory_beside_the_job(home: Path, tmp_path: Path) -> None:
+def test_a_run_with_a_factory_next_to_the_job(home: Path, tmp_path: Path) -> None:
     """The command from elsewhere; the manifest has the labels; changed weights are refused."""
     folder = tmp_path / "jobs"
     folder.mkdir()
@@ -245,11 +245,11 @@ def test_cifar_resnets_are_what_was_published(tmp_path: Path) -> None:
     costs more."""
     from tools.targets import cifar_resnets
 
-    found, _ = cifar_resnets.test_images()
+    photographs, _ = cifar_resnets.test_images()
     for name in cifar_resnets.WEIGHTS:
         script = Classifier.load(str(cifar_resnets.convert(name, tmp_path)))
         factory = Classifier.load(f"tools.targets.cifar_resnets:{name}")
-        assert torch.allclose(script.score(found[:32]), factory.score(found[:32]), atol=1e-4)
+        assert torch.allclose(script.score(photographs[:32]), factory.score(photographs[:32]), atol=1e-4)
     assert cifar_resnets.accuracy_percent("tools.targets.cifar_resnets:resnet20") == pytest.approx(91.73, abs=1.0)
 
 

@@ -33,29 +33,28 @@ JOB = {
     "requests": [{"name": "r", "method": "prompt", "classes": "all", "count": 1}],
     "output": {"uri": "out"},
 }  # fmt: skip
-# Characters that passwords have, escaped or not.
 
 
 def places(spec: type[BaseModel], where: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Paths of all fields of the schema that take text."""
-    found: list[tuple[Any, ...]] = []
+    paths: list[tuple[Any, ...]] = []
     for name, field in spec.model_fields.items():
         waiting, kinds = [field.annotation], []
         while waiting:
-            one = waiting.pop()
-            kinds.append(one)
-            waiting += typing.get_args(one)
-        nested = [one for one in kinds if isinstance(one, type) and issubclass(one, BaseModel)]
-        is_list = any(typing.get_origin(one) is tuple for one in kinds)
+            kind = waiting.pop()
+            kinds.append(kind)
+            waiting += typing.get_args(kind)
+        nested = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        is_list = any(typing.get_origin(kind) is tuple for kind in kinds)
         path = (*where, name, *((0,) if is_list else ()))
-        for one in nested:
-            found += places(one, path)
+        for model in nested:
+            paths += places(model, path)
         if str in kinds or Any in kinds:
-            found.append(path)
-    return found
+            paths.append(path)
+    return paths
 
 
-PLACES = sorted({".".join(map(str, one)) for one in places(JobSpec)})
+PLACES = sorted({".".join(map(str, path)) for path in places(JobSpec)})
 
 
 def with_value(where: str, value: str) -> dict[str, Any]:
@@ -111,13 +110,13 @@ def test_no_reader_of_addresses_shows_a_password(scheme):
 
 def options() -> list[tuple[str, str]]:
     """Commands with their options that take a text, and their arguments."""
-    found = []
+    pairs = []
     root = typer.main.get_command(cli.app)
     assert isinstance(root, click.Group) or hasattr(root, "commands")
     for name, command in sorted(root.commands.items()):
-        params = [one for one in command.params if not getattr(one, "is_flag", False) and one.name != "help"]
-        found += [(name, one.opts[0] if one.param_type_name == "option" else "") for one in params]
-    return found
+        params = [param for param in command.params if not getattr(param, "is_flag", False) and param.name != "help"]
+        pairs += [(name, param.opts[0] if param.param_type_name == "option" else "") for param in params]
+    return pairs
 
 
 @pytest.mark.parametrize(("command", "option"), options(), ids=str)

@@ -52,10 +52,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "test_resnet", {}, {"data_config": {"mean": (0.1, 0.2, 0.3), "std": (0.3, 0.2, 0.1), "crop_pct": 0.8,
                                             "interpolation": "bilinear", "input_size": (3, 48, 48)}},
     ),
-    "beside a pickle": ("test_resnet", {}, {"safe_serialization": "both"}),
+    "next to a pickle": ("test_resnet", {}, {"safe_serialization": "both"}),
     "names by number": ("test_resnet", {}, {"model_config": {"label_names": dict(enumerate(NAMES))}}),
     "with descriptions": (
-        "test_resnet", {}, {"model_config": {"label_names": NAMES, "label_descriptions": {one: one for one in NAMES}}},
+        "test_resnet",
+        {},
+        {"model_config": {"label_names": NAMES, "label_descriptions": dict.fromkeys(NAMES, "described")}},
     ),
     "the old field": ("test_resnet", {}, {"model_config": {"labels": NAMES}}),
     "a temperature": ("test_resnet", {}, {"model_config": {"label_names": NAMES, "temperature": 2.0}}),
@@ -99,7 +101,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "nearest": ("test_resnet", {}, {"data_config": {"interpolation": "nearest"}}, "interpolation 'nearest'"),
     "random": ("test_resnet", {}, {"data_config": {"interpolation": "random"}}, "interpolation 'random'"),
 }  # fmt: skip
-# What no network of timm's says of itself, in config.json.
+# Values of config.json that no network of timm's has.
 CHANGED: dict[str, tuple[dict[str, Any], str]] = {
     "another checkpoint": (
         {"model_args": {"checkpoint_path": "/tmp/x.pt"}},
@@ -120,7 +122,7 @@ CHANGED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_what_timm_can_save_and_is_not_scored_is_refused(kind: str, tmp_path: Path) -> None:
-    """By the files, but for what only the network tells."""
+    """By the files, except where only the network shows it."""
     network, made, more, message = WRONG[kind]
     folder = tmp_path / "net"
     saved(folder, network, made, **more)
@@ -178,8 +180,10 @@ def test_a_single_logit_without_names_is_refused_with_its_remedy(tmp_path: Path)
 
 def test_a_folder_of_timm_without_timm_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is loaded."""
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "timm" else found(name, *more))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "timm" else find_spec(name, *rest)
+    )
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "pretrained_cfg": {}}))
     with pytest.raises(JobError, match=r"install riskforge\[timm\]"):
         check_addresses(read_job(write(job_of(str(tmp_path), tmp_path), tmp_path), []))
@@ -187,7 +191,7 @@ def test_a_folder_of_timm_without_timm_names_the_extra(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("mode", ["center", "squash"])
 def test_a_folder_of_timm_gives_timms_logits(mode: str, tmp_path: Path) -> None:
-    """timm's own transform and network on the same images, and the tensor path beside them."""
+    """timm's own transform and network on the same images, and the tensor path compared with them."""
     import timm
 
     torch.manual_seed(0)
@@ -195,15 +199,15 @@ def test_a_folder_of_timm_gives_timms_logits(mode: str, tmp_path: Path) -> None:
     config = {"input_size": [3, 64, 64], "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": mode,
               "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "num_classes": 10}  # fmt: skip
     save_file(network.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
-    about = {"architecture": "resnet10t", "num_classes": 10, "label_names": DIGITS, "pretrained_cfg": config}
-    (tmp_path / "config.json").write_text(json.dumps(about | {"temperature": 2.0}))
+    saved_config = {"architecture": "resnet10t", "num_classes": 10, "label_names": DIGITS, "pretrained_cfg": config}
+    (tmp_path / "config.json").write_text(json.dumps(saved_config | {"temperature": 2.0}))
     transform = timm.data.create_transform(**timm.data.resolve_data_config(config))
     classifier = Classifier.load(str(tmp_path))
-    found = images(3, 101)
+    inputs = images(3, 101)
     with torch.no_grad():
-        expected = network(torch.stack([transform(one) for one in found])) / 2.0
+        expected = network(torch.stack([transform(image) for image in inputs])) / 2.0
     assert classifier.labels == DIGITS == read_labels(str(tmp_path))
-    assert torch.allclose(classifier.score(found), expected, atol=1e-4)
-    tensors = torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1).float() / 255 for one in found])
+    assert torch.allclose(classifier.score(inputs), expected, atol=1e-4)
+    tensors = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 for image in inputs])
     assert torch.allclose(classifier.logits(tensors), expected, atol=0.02 * float(expected.abs().max()))
     assert plan_job(read_job(write(job_of(str(tmp_path), tmp_path), tmp_path), [])).num_samples == 2

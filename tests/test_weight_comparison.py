@@ -23,12 +23,12 @@ from tests.model_cases import LOADED, ZOO, cast, resaved, sharded
 
 SAME: dict[str, Callable[[Path], Any]] = {
     "copy": lambda folder: None,
-    "another file beside": lambda folder: save_file({"a": torch.ones(3)}, folder / "other.safetensors"),
-    "adapter beside": lambda folder: save_file({"a": torch.ones(3)}, folder / "adapter_model.safetensors"),
+    "another file next to it": lambda folder: save_file({"a": torch.ones(3)}, folder / "other.safetensors"),
+    "adapter next to it": lambda folder: save_file({"a": torch.ones(3)}, folder / "adapter_model.safetensors"),
     "in shards": sharded,
     "in another precision": cast(torch.float32),
     "in bfloat16": cast(torch.bfloat16),
-    "another precision beside": lambda folder: shutil.copy(
+    "another precision next to it": lambda folder: shutil.copy(
         folder / "model.safetensors", folder / "model.fp16.safetensors"
     ),
     "fp16 alone": LOADED["fp16 alone"],
@@ -45,7 +45,7 @@ SAME: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("kind", SAME)
-def test_the_weights_of_the_judged_are_found_in_every_form(kind: str, tmp_path: Path) -> None:
+def test_equal_weights_are_recognised_in_every_form(kind: str, tmp_path: Path) -> None:
     """Judge and guide, oracle and target, transfer and target."""
     net, clip = (Path(shutil.copytree(resolve(ZOO[role]), tmp_path / role)) for role in ("target", "clip"))
     for folder in (net, clip):
@@ -69,7 +69,7 @@ def test_half_precisions_of_one_network_are_the_same(tmp_path: Path) -> None:
         (tmp_path / str(dtype)).mkdir()
         save_file({name: one.to(dtype) for name, one in weights.items()}, tmp_path / str(dtype) / "model.safetensors")
     folders = sorted(tmp_path.iterdir())
-    assert all(have_same_weights(one, other) for one in folders for other in folders)
+    assert all(have_same_weights(folder, other) for folder in folders for other in folders)
 
 
 OTHER: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] = {

@@ -61,7 +61,7 @@ def test_half_precision_as_diffusers_saves_and_loads_it(plain, tmp_path, hardwar
     reference = load_reference(plain, torch_dtype=torch.float16)
     reference.save_pretrained(tmp_path / "half", variant="fp16")
     folder = tmp_path / "half"
-    assert not [one for one in folder.rglob("*.safetensors") if ".fp16." not in one.name]
+    assert not [path for path in folder.rglob("*.safetensors") if ".fp16." not in path.name]
     check_addresses(job_of(folder))
     expected = by_diffusers(load_reference(folder, variant="fp16", torch_dtype=torch.float32), 2)
     made = by_engine(Diffusion.load(str(folder), hardware), 2, scheduler="ddim")
@@ -84,7 +84,7 @@ def test_weights_in_parts_are_loaded_and_a_missing_part_is_named(variant, plain,
         check_addresses(job_of(folder))
 
 
-def test_what_lies_beside_plain_weights_is_neither_loaded_nor_digested(plain, tmp_path):
+def test_what_is_next_to_plain_weights_is_neither_loaded_nor_digested(plain, tmp_path):
     """Other precisions in the same folder, whole or in parts with an index."""
     folder = Path(shutil.copytree(plain, tmp_path / "copy"))
     before = model_digest(str(folder))
@@ -111,7 +111,7 @@ def test_of_several_variants_one_is_loaded_whatever_the_order(tmp_path):
 def test_pickles_are_refused_with_the_line_that_converts_them(
     parts, variant, plain, images, tmp_path, hardware, monkeypatch
 ):
-    """The line is run as it stands, and what it makes gives the same images."""
+    """The command is run unchanged, and its result gives the same images."""
     monkeypatch.chdir(tmp_path)
     pickled = save_as(plain, tmp_path / "pickled", safe_serialization=False, variant=variant)
     folder = Path(shutil.copytree(plain, tmp_path / "it's mine"))
@@ -176,8 +176,8 @@ def test_a_decoder_of_another_precision_is_loaded(tmp_path, hardware):
     folder = Path(shutil.copytree(resolve(TINY), tmp_path / "tiny"))
     rename_weights(folder, "fp16")
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    found, expected = (GuidanceDecoder.load(str(one), hardware).decode(latents) for one in (folder, TINY))
-    assert torch.equal(found, expected)
+    images, expected = (GuidanceDecoder.load(str(address), hardware).decode(latents) for address in (folder, TINY))
+    assert torch.equal(images, expected)
     job = job_of(resolve("zoo:digits/stable-diffusion"), method="boundary", guidance_decoder=str(folder))
     check_addresses(job)
     next(folder.glob("*.safetensors")).rename(folder / "diffusion_pytorch_model.bin")
@@ -220,9 +220,9 @@ def test_weights_that_are_missing_are_not_made_up(part, rename, plain, tmp_path,
     folder = Path(shutil.copytree(plain, tmp_path / "copy"))
     (path,) = (folder / part).glob("*.safetensors")
     weights = safetensors.torch.load_file(path)
-    name = next(one for one in weights if "norm" in one)
-    found = weights.pop(name)
-    safetensors.torch.save_file(weights | ({rename.format(name): found} if rename else {}), path)
+    name = next(key for key in weights if "norm" in key)
+    tensor = weights.pop(name)
+    safetensors.torch.save_file(weights | ({rename.format(name): tensor} if rename else {}), path)
     with pytest.raises(JobError, match=r"cannot be loaded as a diffusion pipeline .its files lack 1 of the weights"):
         Diffusion.load(str(folder), hardware)
 
