@@ -19,7 +19,7 @@ from engine.models.labels import read_labels
         ("~nobody-here/x", "cannot be accessed"),
         ("x" * 999, "cannot be accessed"),
         ("a\0b", "neither a folder nor a hub id"),
-        ("tests/test_models.py", "is a file"),
+        ("tests/test_addresses.py", "is a file"),
     ],
 )
 def test_wrong_addresses_name_the_remedy(address, message, monkeypatch, request):
