@@ -51,6 +51,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "names in a list": ({"id2label": NAMES}, "has no `id2label`"),
     "other number": ({"num_labels": 12}, "num_labels: 12, but id2label has 10 classes"),
     "head of another size": (labels([*NAMES, "ten", "eleven"]), "no tensor of its weights has 12 rows"),
+    "as many classes as channels": (labels(NAMES[:3]), "no tensor of its weights has 3 rows"),
     "contradiction": ({"label2id": {"zero": 1, "one": 0}}, "label2id: 'zero' is class 1, .* class 0 in id2label"),
     "one channel": ({"num_channels": 1}, "num_channels: 1; images here have three channels"),
     "four channels": ({"vision_config": {"num_channels": 4}}, r"vision_config\.num_channels: 4"),
@@ -85,6 +86,7 @@ def test_a_classifier_that_would_be_scored_wrongly_is_refused(kind: str, tmp_pat
     {"label2id": {"LABEL_0": 0, "LABEL_1": 1}}, {"label2id": {name: str(index) for index, name in enumerate(NAMES)}},
     {"problem_type": "single_label_classification"}, {"num_labels": 10}, {"architectures": None}, {"temperature": 2},
     labels([*NAMES[:8], "crane", "crane"]), labels([*NAMES[:8], "crane", "crane"]) | {"label2id": {"crane": 8}},
+    labels([*NAMES[:8], "crane", "crane"]) | {"label2id": {"crane": 9}},
 ], ids=str)  # fmt: skip
 def test_what_says_nothing_else_is_taken(changes: dict[str, Any], tmp_path: Path) -> None:
     """transformers' default next to names, numbers as text, ImageNet's two cranes."""

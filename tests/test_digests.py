@@ -1,5 +1,6 @@
 """Digests of models: of what is loaded, and of nothing else."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -39,3 +40,13 @@ def test_another_precision_next_to_the_weights_changes_no_digest(tmp_path: Path)
     before = model_digest(str(folder))
     shutil.copy(folder / "model.safetensors", folder / "model.fp16.safetensors")
     assert model_digest(str(folder)) == before == model_digest(ZOO["target"])
+
+
+def test_a_configuration_next_to_another_variant_is_digested(tmp_path: Path) -> None:
+    """Of a folder whose only weights are `fp16`: every file that is loaded counts, not only the weights."""
+    folder = Path(shutil.copytree(resolve(ZOO["target"]), tmp_path / "net"))
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    before = model_digest(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"temperature": 3.0}))
+    assert model_digest(str(folder)) != before

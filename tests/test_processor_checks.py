@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from engine.models.actuales import CLASS_OF_MODEL, DEFAULTS, FIXED_SIZE_MODELS, plain_name
 from transformers.models.auto.image_processing_auto import (
     IMAGE_PROCESSOR_MAPPING_NAMES,
     AutoImageProcessor,
@@ -25,6 +24,7 @@ from engine.models.classifier import Classifier
 from engine.models.classifier_checks import check_classifier
 from engine.models.preprocessing import Preprocessing
 from engine.models.processor_checks import check_processor
+from engine.models.processor_classes import CLASS_OF_MODEL, DEFAULTS, FIXED_SIZE_MODELS, plain_name
 from tests.model_cases import as_tensor, photographs
 
 TYPES = {
@@ -201,7 +201,7 @@ def test_options_that_are_not_followed_are_refused_by_name(
     if file == "processor_config.json":
         # The nested one is taken, whatever file is next to it.
         write(tmp_path, {"image_processor_type": "ViTImageProcessor"})
-        settings = {"actual": "CLIPProcessor", "image_processor": settings}
+        settings = {"processor_class": "CLIPProcessor", "image_processor": settings}
     with pytest.raises(JobError, match=rf"'x': {file}.*: {field}: "):
         check_processor(write(tmp_path, settings, file), "x")
 

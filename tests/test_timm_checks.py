@@ -114,6 +114,8 @@ CHANGED: dict[str, tuple[dict[str, Any], str]] = {
         {"pretrained_cfg": {"input_size": [3, 64, 64], "mean": [0.5]}},
         r"mean: \[0\.5\] is not three numbers",
     ),
+    "no crop": ({"pretrained_cfg": {"crop_pct": 0}}, r"crop_pct: 0 is not a fraction of the edge above 0"),
+    "no contrast": ({"pretrained_cfg": {"std": [0.5, 0.5, 0.0]}}, r"std: \[0\.5, 0\.5, 0\.0\] is not three numbers"),
     "odd shape": ({"pretrained_cfg": {"input_size": [64, 64]}}, r"input_size: \[64, 64\] is not \[3, height, width\]"),
     "grey shape": ({"pretrained_cfg": {"input_size": [1, 64, 64]}}, r"input_size: \[1, 64, 64\] has 1 channels"),
     "no object": ({"pretrained_cfg": []}, "pretrained_cfg and model_args in config.json are not objects"),

@@ -62,14 +62,30 @@ def test_equal_weights_are_recognised_in_every_form(kind: str, tmp_path: Path) -
         assert re.match(pattern, problem)
 
 
+def saved(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
 def test_half_precisions_of_one_network_are_the_same(tmp_path: Path) -> None:
     """Neither is a rounding of the other."""
     weights = {"a.weight": torch.randn(40, 50), "a.bias": torch.randn(40)}
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        (tmp_path / str(dtype)).mkdir()
-        save_file({name: one.to(dtype) for name, one in weights.items()}, tmp_path / str(dtype) / "model.safetensors")
-    folders = sorted(tmp_path.iterdir())
+    folders = [
+        saved(tmp_path / str(dtype), {name: tensor.to(dtype) for name, tensor in weights.items()})
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    ]
     assert all(have_same_weights(folder, other) for folder in folders for other in folders)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ties_are_rounded_to_even(dtype: torch.dtype, tmp_path: Path) -> None:
+    """As torch rounds: half of the last place, above an even and above an odd number, of both signs."""
+    step = torch.finfo(dtype).eps
+    ties = torch.tensor([1 + step / 2, 1 + 1.5 * step, -1 - step / 2, -1 - 1.5 * step])
+    first, second = saved(tmp_path / "a", {"a": ties}), saved(tmp_path / "b", {"a": ties.to(dtype)})
+    assert have_same_weights(first, second)
+    assert not have_same_weights(first, saved(tmp_path / "c", {"a": (ties + step).to(dtype)}))
 
 
 OTHER: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] = {
@@ -115,3 +131,17 @@ def test_an_archive_with_the_targets_weights_is_no_oracle(tmp_path: Path) -> Non
         check_independent(
             ModelsSpec.model_validate(ZOO | {"transfer": [], "target": str(paths[0]), "oracle": str(paths[1])})
         )
+
+
+def test_an_archive_has_the_weights_of_a_folder_whatever_its_counters(tmp_path: Path) -> None:
+    """The batches that a normalisation has counted are not weights; its statistics are."""
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+    layers[1].running_mean.normal_()
+    folder = saved(tmp_path / "net", layers.state_dict())
+    counted, trained = tmp_path / "counted.pt", tmp_path / "trained.pt"
+    layers[1].num_batches_tracked += 1
+    torch.jit.trace(layers, torch.zeros(2, 3, 8, 8)).save(str(counted))
+    layers[1].running_mean += 1
+    torch.jit.trace(layers, torch.zeros(2, 3, 8, 8)).save(str(trained))
+    assert have_same_weights(folder, counted) and have_same_weights(counted, folder)
+    assert not have_same_weights(folder, trained) and not have_same_weights(counted, trained)
