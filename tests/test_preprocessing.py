@@ -10,6 +10,7 @@ import torch
 from engine.errors import JobError
 from engine.models.preprocessing import Preprocessing
 from engine.models.preprocessing_steps import Steps
+from engine.models.processor_classes import DEFAULTS
 
 PROCESSORS = {
     "vit": {"image_processor_type": "ViTImageProcessor", "size": {"height": 96, "width": 96}, "resample": 2},
@@ -93,3 +94,32 @@ def test_the_tensor_path_equals_the_pil_path(steps: Steps, size: tuple[int, int]
     tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
     difference = (preprocessing.of_images([image]) - preprocessing.of_tensor(tensor)).abs() * 0.25 * 255
     assert difference.mean() < 0.6 and difference.max() < 3
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_every_supported_class_has_a_tensor_path(kind, tmp_path):
+    """With the class's own options, in their sizes: none is refused, and colours stay where they are."""
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": kind}))
+    preprocessing = Preprocessing.load(tmp_path)
+    pixels = np.zeros((300, 301, 3), np.uint8)
+    pixels[:, :150, 0], pixels[100:, :, 1], pixels[50:250, 50:, 2] = 200, 120, 60
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    exact = preprocessing.of_images([PIL.Image.fromarray(pixels)])
+    assert (preprocessing.of_tensor(tensor) - exact).abs().mean() < 0.02 * (exact.max() - exact.min())
+
+
+@pytest.mark.parametrize(("levels", "is_square", "is_refused"), [(1, True, False), (4, True, True), (4, False, True)])
+def test_a_model_whose_paths_disagree_is_refused(levels, is_square, is_refused):
+    """By more than rounding, at any of the shapes: here images are brighter by some of 255 levels."""
+    steps = Steps(resize=None, crop=None, resample=PIL.Image.Resampling.BILINEAR, mean=(0, 0, 0), std=(0.5, 0.5, 0.5))
+
+    def exact(images):
+        pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]).float()
+        differs = is_square == (pixels.shape[-1] == pixels.shape[-2])
+        return (pixels + levels * differs) / 255 / 0.5
+
+    if is_refused:
+        with pytest.raises(JobError, match=r"'net': .* no differentiable equivalent"):
+            Preprocessing("net", steps, exact)
+    else:
+        Preprocessing("net", steps, exact)
