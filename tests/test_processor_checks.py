@@ -206,6 +206,26 @@ def test_options_that_are_not_followed_are_refused_by_name(
         check_processor(write(tmp_path, settings, file), "x")
 
 
+@pytest.mark.parametrize("kind", ["ConvNextImageProcessor", "PoolFormerImageProcessor"])
+def test_a_crop_is_a_fraction_of_the_edge(kind: str, tmp_path: Path) -> None:
+    """transformers would divide by zero, or enlarge a crop."""
+    settings = {"image_processor_type": kind, "size": {"shortest_edge": 24}}
+    for share in (0, -0.5, 1.01, 10**400, "0.9", [0.9]):
+        with pytest.raises(JobError, match=r"crop_pct: .* is not a fraction of the edge"):
+            check_processor(write(tmp_path, settings | {"crop_pct": share}), "x")
+    for share in (1, 0.9, 0.01):
+        assert check_processor(write(tmp_path, settings | {"crop_pct": share}), "x") == kind
+
+
+def test_the_edge_from_which_nothing_is_cropped_needs_no_crop(tmp_path: Path) -> None:
+    """ConvNext's `crop_pct` is not read there, and may be null."""
+    settings = {"image_processor_type": "ConvNextImageProcessor", "crop_pct": None}
+    for edge in (384, 500):
+        check_processor(write(tmp_path, settings | {"size": {"shortest_edge": edge}}), "x")
+    with pytest.raises(JobError, match="crop_pct: None"):
+        check_processor(write(tmp_path, settings | {"size": {"shortest_edge": 383}}), "x")
+
+
 @pytest.mark.parametrize("content", [None, "", "[]", "{", "null", '{"image_processor_type": 3}'])
 def test_a_missing_or_unreadable_processor_is_refused(content: str | None, tmp_path: Path) -> None:
     if content is not None:
