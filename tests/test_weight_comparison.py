@@ -138,10 +138,12 @@ def test_an_archive_has_the_weights_of_a_folder_whatever_its_counters(tmp_path: 
     layers = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
     layers[1].running_mean.normal_()
     folder = saved(tmp_path / "net", layers.state_dict())
-    counted, trained = tmp_path / "counted.pt", tmp_path / "trained.pt"
+    plain, counted, trained = (tmp_path / f"{name}.pt" for name in ("plain", "counted", "trained"))
+    torch.jit.trace(layers, torch.zeros(2, 3, 8, 8)).save(str(plain))
     layers[1].num_batches_tracked += 1
     torch.jit.trace(layers, torch.zeros(2, 3, 8, 8)).save(str(counted))
     layers[1].running_mean += 1
     torch.jit.trace(layers, torch.zeros(2, 3, 8, 8)).save(str(trained))
     assert have_same_weights(folder, counted) and have_same_weights(counted, folder)
+    assert have_same_weights(plain, counted)
     assert not have_same_weights(folder, trained) and not have_same_weights(counted, trained)
