@@ -273,5 +273,5 @@ def test_a_compiler_that_is_not_there_is_told(monkeypatch):
 
 def test_xformers_that_cannot_run_is_told_with_its_reason(diffusion):
     """The head sizes of UNet and VAE are found in the models; where there are no kernels the reason comes back."""
-    assert head_sizes(diffusion._unet) == {16, 24} and head_sizes(diffusion._vae) == {64}
+    assert head_sizes(diffusion._network) == {16, 24} and head_sizes(diffusion._vae) == {64}
     assert xformers_problem({16}, "float16", "cpu")

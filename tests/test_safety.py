@@ -12,8 +12,8 @@ from engine.data.images import decode_rgb
 from engine.job.parsing import parse_job
 from engine.job.spec import RuntimeSpec
 from engine.models.addresses import model_digests, resolve
+from engine.models.pipelines.safety import SafetyChecker
 from engine.models.runtime import choose_hardware
-from engine.models.safety import SafetyChecker
 from tests.test_generator import make_generator
 
 FLAGGED = "the pipeline's safety checker flagged the image"

@@ -15,7 +15,7 @@ from engine.errors import JobError
 from engine.models.addresses import check_addresses, model_digest, resolve
 from engine.models.classifier import Classifier
 from engine.models.decoder import GuidanceDecoder
-from engine.models.diffusion import Diffusion
+from engine.models.diffusion import load_pipeline
 from engine.models.folders import VARIANTS, weights_variant
 from tests.test_safety import make_checker
 from tests.tiny_pipelines import by_diffusers, by_engine, edit, job_of, load_reference, save_pipeline
@@ -32,7 +32,7 @@ def plain(tmp_path_factory):
 @pytest.fixture(scope="module")
 def images(plain, hardware):
     """Of the plain weights."""
-    return by_engine(Diffusion.load(str(plain), hardware), 2, scheduler="ddim")
+    return by_engine(load_pipeline(str(plain), hardware), 2, scheduler="ddim")
 
 
 def save_as(plain: Path, folder: Path, **options) -> Path:
@@ -56,7 +56,7 @@ def test_a_variant_is_loaded_where_it_is_the_only_one(variant, parts, plain, ima
         rename_weights(folder / part, variant)
         assert weights_variant(folder / part) == variant
     check_addresses(job_of(folder))
-    assert torch.equal(by_engine(Diffusion.load(str(folder), hardware), 2, scheduler="ddim"), images)
+    assert torch.equal(by_engine(load_pipeline(str(folder), hardware), 2, scheduler="ddim"), images)
     before = model_digest(str(folder))
     path = next((folder / parts[0]).glob("*.safetensors"))
     path.write_bytes(path.read_bytes() + b" ")
@@ -71,7 +71,7 @@ def test_half_precision_as_diffusers_saves_and_loads_it(plain, tmp_path, hardwar
     assert not [one for one in folder.rglob("*.safetensors") if ".fp16." not in one.name]
     check_addresses(job_of(folder))
     expected = by_diffusers(load_reference(folder, variant="fp16", torch_dtype=torch.float32), 2)
-    made = by_engine(Diffusion.load(str(folder), hardware), 2, scheduler="ddim")
+    made = by_engine(load_pipeline(str(folder), hardware), 2, scheduler="ddim")
     assert (made - expected).abs().max() < 1e-4
 
 
@@ -82,7 +82,7 @@ def test_weights_in_parts_are_loaded_and_a_missing_part_is_named(variant, plain,
     indices = list(folder.rglob("*.safetensors.index*.json"))
     assert indices and not (folder / "unet" / "diffusion_pytorch_model.safetensors").exists()
     check_addresses(job_of(folder))
-    assert torch.equal(by_engine(Diffusion.load(str(folder), hardware), 2, scheduler="ddim"), images)
+    assert torch.equal(by_engine(load_pipeline(str(folder), hardware), 2, scheduler="ddim"), images)
     part = min((folder / "unet").glob("*-of-*.safetensors"))
     before = model_digest(str(folder))
     part.rename(tmp_path / "gone")
@@ -144,7 +144,7 @@ def test_pickles_are_refused_with_the_line_that_converts_them(
     exec(code, {})
     made = tmp_path / "it's mine-safetensors"
     check_addresses(job_of(made))
-    assert torch.equal(by_engine(Diffusion.load(str(made), hardware), 2, scheduler="ddim"), images)
+    assert torch.equal(by_engine(load_pipeline(str(made), hardware), 2, scheduler="ddim"), images)
 
 
 @pytest.mark.parametrize("names", [(), ("model.ckpt",), ("flax_model.msgpack",), ("model.onnx",), ("tf_model.h5",)])
@@ -173,7 +173,7 @@ def test_a_checker_without_weights_may_be_left_out(plain, tmp_path, hardware):
     with pytest.raises(JobError, match="the weights in safety_checker are pickled"):
         check_addresses(job_of(folder))
     check_addresses(job_of(folder, safety_checker="off"))
-    assert Diffusion.load(str(folder), hardware, checks_safety=False).safety_checker is None
+    assert load_pipeline(str(folder), hardware, checks_safety=False).safety_checker is None
     shutil.rmtree(folder / "safety_checker")
     check_addresses(job_of(folder, safety_checker="off"))
 
@@ -231,7 +231,7 @@ def test_weights_that_are_missing_are_not_made_up(part, rename, plain, tmp_path,
     found = weights.pop(name)
     safetensors.torch.save_file(weights | ({rename.format(name): found} if rename else {}), path)
     with pytest.raises(JobError, match=r"cannot be loaded as a diffusion pipeline .its files lack 1 of the weights"):
-        Diffusion.load(str(folder), hardware)
+        load_pipeline(str(folder), hardware)
 
 
 def test_the_old_names_of_attention_weights_are_read(plain, images, tmp_path, hardware):
@@ -246,7 +246,7 @@ def test_the_old_names_of_attention_weights_are_read(plain, images, tmp_path, ha
         renamed[name.replace(place, old[place]) if place else name] = tensor
     assert renamed.keys() != weights.keys()
     safetensors.torch.save_file(renamed, path)
-    assert torch.equal(by_engine(Diffusion.load(str(folder), hardware), 2, scheduler="ddim"), images)
+    assert torch.equal(by_engine(load_pipeline(str(folder), hardware), 2, scheduler="ddim"), images)
 
 
 class Hub:
@@ -295,7 +295,7 @@ def test_of_the_hub_a_variant_is_fetched_where_there_is_nothing_else(
     weights = {name for name in fetched(made) if name.endswith(".safetensors")}
     assert {name.partition("/")[0] for name in weights if ".fp16" in name} == set(parts)
     assert {name.partition("/")[0] for name in weights if ".fp16" not in name} == set(PARTS) - set(parts)
-    assert torch.equal(by_engine(Diffusion.load(str(folder), hardware), 2, scheduler="ddim"), images)
+    assert torch.equal(by_engine(load_pipeline(str(folder), hardware), 2, scheduler="ddim"), images)
 
 
 def test_of_the_hub_a_pipeline_that_does_not_run_is_refused_before_its_weights(plain, hub, tmp_path):

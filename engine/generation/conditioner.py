@@ -19,7 +19,8 @@ from engine.job.spec import ConditioningSpec, JobSpec
 from engine.methods.conditioning.screening import ScreenedDraw, ScreeningOptions, screen, unscreened
 from engine.methods.heartbeat import beat
 from engine.models.addresses import find_artefact, image_encoder_digest, model_digest
-from engine.models.clip import ImageEncoder
+from engine.models.diffusion import load_image_encoder
+from engine.models.pipelines.image_encoder import ImageEncoder
 from engine.models.runtime import CPU_ROWS
 
 Tell = Callable[[str], None]
@@ -99,7 +100,7 @@ def open_conditioner(
         _check_same(conditioning.digest, digest, spec.artefact, _where(request, "artefact"))
         return DrawnEmbeddings(conditioning, spec)
     assert spec.images is not None
-    encoder = ImageEncoder.load(diffusion, device)
+    encoder = load_image_encoder(diffusion, device)
     needed = {cell.classes[0]: request.total // len(request.cells) for cell in request.cells}
     embedder = _Embedder(encoder, needed)
     given = read_given(spec.images, labels, _where(request, "images"), embedder.take)

@@ -18,6 +18,7 @@ from engine.job.spec import JobSpec, ModelsSpec, RequestSpec
 from engine.job.spec_messages import nearest
 from engine.models.classifier_checks import check_classifier, check_clip, class_names
 from engine.models.custom_methods import method_problems
+from engine.models.decoder_checks import check_decoder, check_decoder_weights, decoder_problem
 from engine.models.folders import (
     PIPELINE_INDEX,
     VARIANTS,
@@ -29,15 +30,8 @@ from engine.models.folders import (
     weights_variant,
 )
 from engine.models.foreign_description import check_foreign, foreign_digest, foreign_labels
-from engine.models.pipelines import (
-    check_decoder,
-    check_decoder_weights,
-    check_pipeline,
-    check_pipeline_weights,
-    decoder_problem,
-    has_configurations,
-    request_problems,
-)
+from engine.models.pipelines.lookup import check_pipeline, check_pipeline_weights, family_of, request_problems
+from engine.models.pipelines.parts import has_configurations
 from engine.models.targets import as_file, is_foreign
 from engine.models.weights import have_same_weights
 
@@ -291,13 +285,14 @@ def check_addresses(job: JobSpec, *, with_artefacts: bool = True) -> None:
 
 
 def image_encoder_digest(address: str) -> str:
-    """Digest of what decides the image embeddings of a Stable unCLIP pipeline: encoder and preprocessing.
+    """Digest of what decides the image embeddings that a pipeline is conditioned on: encoder and preprocessing.
 
     Equal encoders have equal digests, whichever pipeline they are part of.
     """
     folder = resolve(address)
-    parts = ("image_encoder", "feature_extractor")
-    return _folder_digest(folder, [one for one in _loaded_files(folder) if one.relative_to(folder).parts[0] in parts])
+    parts = family_of(folder, address).embedding_parts
+    files = [path for path in _loaded_files(folder) if path.relative_to(folder).parts[0] in parts]
+    return _folder_digest(folder, files)
 
 
 def _check_classifier(folder: Path, address: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import JobError
-from engine.methods.sampling.families import is_number
+from engine.methods.config_values import is_number
 from engine.models.folders import (
     TIMM_KEY,
     conversion_line,

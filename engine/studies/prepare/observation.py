@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import PIL.Image
@@ -41,9 +40,10 @@ from engine.job.spec import JobSpec
 from engine.methods.finiteness import Faults
 from engine.models.addresses import image_encoder_digest, locate, model_digest, resolve, target_labels
 from engine.models.classifier import Classifier
-from engine.models.clip import Clip, ImageEncoder
+from engine.models.clip import Clip
+from engine.models.diffusion import load_image_encoder
 from engine.models.libraries import quiet_libraries
-from engine.models.pipelines import is_unclip
+from engine.models.pipelines.lookup import takes_image_embeddings
 from engine.models.runtime import CPU_ROWS, Hardware, choose_hardware, fix_threads
 from engine.models.targets import add_import_folders
 
@@ -169,13 +169,13 @@ class Observer:
 
 
 def encoder_address(job: JobSpec) -> str:
-    """The image encoder whose embeddings a job is conditioned on: the first Stable unCLIP pipeline, else `models.clip`.
+    """The image encoder whose embeddings a job is conditioned on: the first pipeline that takes any, or `models.clip`.
 
     A pipeline of the hub that is not here yet is known by its request, which has `conditioning`.
     """
     conditioned = {request.diffusion or job.models.diffusion for request in job.requests if request.conditioning}
     for address in (job.models.diffusion, *(request.diffusion for request in job.requests)):
-        if address and (address in conditioned or _is_unclip(locate(address).folder)):
+        if address and (address in conditioned or takes_image_embeddings(locate(address).folder)):
             return address
     return job.models.clip
 
@@ -186,7 +186,7 @@ def load_encoder(address: str, device: str) -> Encoder:
     Raises:
         JobError: it cannot be loaded.
     """
-    return ImageEncoder.load(address, device) if is_pipeline(address) else Clip.load(address, device)
+    return load_image_encoder(address, device) if is_pipeline(address) else Clip.load(address, device)
 
 
 def encoder_digest(address: str) -> str:
@@ -197,10 +197,6 @@ def encoder_digest(address: str) -> str:
 def is_pipeline(address: str) -> bool:
     """Whether an encoder's address is that of a pipeline which it is part of."""
     return (resolve(address) / _INDEX).is_file()
-
-
-def _is_unclip(folder: Path | None) -> bool:
-    return folder is not None and (folder / _INDEX).is_file() and is_unclip(folder)
 
 
 def load_observer(job: JobSpec, source: ImageSource, encoder: str) -> Observer:
