@@ -59,6 +59,8 @@ class StableDiffusion(Pipeline):
     Attributes:
         is_corrected: whether diffusers' pipeline corrects old configurations, of the scheduler (`ModelScheduler`) and
             of the UNet's size.
+        required: parts that must be there, with their classes; optional: parts that may be there.
+        unet_options: options of the UNet that ask for something, with the values that are sampled rightly.
     """
 
     class_name = "StableDiffusionPipeline"
@@ -69,6 +71,7 @@ class StableDiffusion(Pipeline):
         "text_encoder": ("CLIPTextModel",),
         "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     }
+    unet_options: ClassVar[Options] = _UNET
     optional: ClassVar[Classes] = {
         SAFETY_CHECKER: ("StableDiffusionSafetyChecker",),
         FEATURE_EXTRACTOR: IMAGE_PROCESSORS,
@@ -110,12 +113,12 @@ class StableDiffusion(Pipeline):
             yield from quantisation_problems(name, config)
             if name != "text_encoder":
                 yield from _with_remedy(class_problems(name, config, cls.required[name][0]))
-        yield from _with_remedy(option_problems("unet", unet, _UNET))
+        yield from _with_remedy(option_problems("unet", unet, cls.unet_options))
         yield from _with_remedy(cls.class_embedding_problems(unet))
         yield from _with_remedy(_channel_problems(unet, vae))
         yield from _with_remedy(vae_problems(vae))
         yield from size_problems("unet", unet.get("sample_size"), pixels_per_latent(vae))
-        yield from _text_problems(folder, unet, configs["text_encoder"])
+        yield from cls.text_problems(folder, unet)
         yield from training_problems(cls.read_scheduler(folder))
 
     @classmethod
@@ -129,6 +132,23 @@ class StableDiffusion(Pipeline):
             )
         if unet.get("class_embeddings_concat"):
             yield "unet/config.json has class_embeddings_concat: True (it takes a class, a noise level or an image)"
+
+    @classmethod
+    def text_problems(cls, folder: Path, unet: dict[str, Any]) -> Iterator[str]:
+        """Text encoder, tokenizer and UNet that do not fit together."""
+        encoder = text_config(folder / "text_encoder")
+        if (kind := encoder.get("model_type", "clip_text_model")) not in ("clip_text_model", "clip"):
+            yield f"text_encoder/config.json is of type {shown(kind)}, not of CLIP; {what_runs()}"
+            return
+        width, asked = encoder.get("hidden_size", 512), unet.get("cross_attention_dim", 1280)
+        if unet.get("encoder_hid_dim") is not None:
+            asked = unet["encoder_hid_dim"]
+        if any(entries != width for entries in (asked if isinstance(asked, list) else [asked])):
+            yield (
+                f"unet/config.json has cross_attention_dim: {shown(asked)}, the embeddings of the text encoder have"
+                f" {shown(width)} entries; {what_runs()}"
+            )
+        yield from tokenizer_problems(folder, "tokenizer", encoder)
 
     @classmethod
     def sampling_problems(cls, folder: Path, spec: SamplingSpec, *, is_guided: bool) -> list[str]:
@@ -242,6 +262,13 @@ def pixels_per_latent(vae: Mapping[str, Any]) -> int:
     return int(2 ** (len(vae.get("block_out_channels", [64])) - 1))
 
 
+def text_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a CLIP text encoder, which may be in that of a whole CLIP model."""
+    config = read_config(folder / "config.json")
+    kind, nested = config.get("model_type", "clip_text_model"), config.get("text_config")
+    return {**nested, "model_type": kind} if isinstance(nested, dict) else config
+
+
 def _with_remedy(problems: Iterator[str]) -> Iterator[str]:
     return (f"{problem}; {what_runs()}" for problem in problems)
 
@@ -255,20 +282,3 @@ def _channel_problems(unet: dict[str, Any], vae: dict[str, Any]) -> Iterator[str
     elif written != read:
         more = f"the latents have {shown(read)}, so it predicts more than noise"
         yield f"unet/config.json has out_channels: {shown(written)}, {more}"
-
-
-def _text_problems(folder: Path, unet: dict[str, Any], encoder: dict[str, Any]) -> Iterator[str]:
-    kind = encoder.get("model_type", "clip_text_model")
-    if kind not in ("clip_text_model", "clip"):
-        yield f"text_encoder/config.json is of type {shown(kind)}, not of CLIP; {what_runs()}"
-        return
-    encoder = encoder["text_config"] if isinstance(encoder.get("text_config"), dict) else encoder
-    width, asked = encoder.get("hidden_size", 512), unet.get("cross_attention_dim", 1280)
-    if unet.get("encoder_hid_dim") is not None:
-        asked = unet["encoder_hid_dim"]
-    if any(entries != width for entries in (asked if isinstance(asked, list) else [asked])):
-        yield (
-            f"unet/config.json has cross_attention_dim: {shown(asked)}, the embeddings of the text encoder have"
-            f" {shown(width)} entries; {what_runs()}"
-        )
-    yield from tokenizer_problems(folder, "tokenizer", encoder)
