@@ -103,6 +103,7 @@ def members_of(run: Path) -> dict[str, bytes]:
     return members
 
 
+@pytest.mark.slow
 def test_stable_diffusion_xl_is_one_file_and_one_line(package, folder, tmp_path):
     """Checked, planned, sampled with and without guidance, and equal to diffusers' own pipeline of the same seed."""
     job = write_job(tmp_path / "job.json", folder)

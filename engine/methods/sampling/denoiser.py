@@ -1,9 +1,9 @@
-"""Denoisers: a network with classifier-free guidance behind one contract, whatever it predicts and whoever steps.
+"""Denoisers: a network with classifier-free guidance behind one contract, for every prediction type and sampler.
 
 Legend: B samples, C channels, H x W latent size. At a step the latents are `z = scale * x0 + sigma * eps`: scale 1 for
 the variance-exploding schedulers (LMS, Euler), `sqrt(abar)` and `sqrt(1 - abar)` for the variance-preserving ones
 (DDIM, DPM-Solver++), `1 - sigma` for flow matching. The three prediction types follow from these two numbers, so that
-guidance and samplers read x0 and eps off any network, as with the adapters of k-diffusion (`external.py`).
+guidance and samplers get x0 and eps from any network, as with the adapters of k-diffusion (`external.py`).
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What a network is conditioned on beside the timestep, by the names that its pipeline knows.
+    """What a network is conditioned on apart from the timestep, by the names that its pipeline uses.
 
     Attributes:
         tensors: [B, ...] each: text embeddings, and whatever else a family of pipelines needs.
@@ -180,7 +180,7 @@ class Condition:
         return self.tensors[name]
 
     def followed_by(self, other: Condition) -> Condition:
-        """Both batches in one, this one's rows first.
+        """Both batches as a single batch, with the rows of `self` first.
 
         Raises:
             ValueError: they have other names.

@@ -1,9 +1,9 @@
 """Which of diffusers' schedulers are known to be right here; from configurations, without torch.
 
-Two questions are kept apart. What a model was trained for: the schedulers of `FAMILY` are solvers of one training, and
-exchangeable, as diffusers' `from_config` has it; others (flow matching, EDM, consistency) are of another
+Two questions are separate. What a model was trained for: the schedulers of `FAMILY` are solvers of one training
+objective, and exchangeable by diffusers' `from_config`; others (flow matching, EDM, consistency) are of another
 (`training_checks.py`). How it is sampled: the schedulers of `KINDS` draw no noise, and `schedulers.py` knows the noise
-levels of their steps; `sampling_checks.py` says with which options and numbers of steps.
+levels of their steps; `sampling_checks.py` has the options and numbers of steps that are supported.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ class Kind:
 
     Attributes:
         module: of `diffusers.schedulers`.
-        levels: where the noise levels of its steps are: `alphas_cumprod` by timestep, or `sigmas` by place, with
-            latents that keep their variance or (`exploding`) do not.
-        is_guidable: whether a step follows latents that guidance has moved; others step from latents that they keep.
-        has_sigmas: whether it takes Karras (and exponential, beta) sigmas.
-        has_zero_snr: whether it takes `rescale_betas_zero_snr`.
+        levels: which adapter reads the noise levels of its steps: from `alphas_cumprod` by timestep, or from `sigmas`
+            by position, variance-preserving (`sigmas`) or variance-exploding (`exploding`).
+        is_guidable: whether a step starts from the latents that it is given, which guidance may have moved; others
+            start from latents that they store.
+        has_sigmas: whether it supports Karras (and exponential, beta) sigmas.
+        has_zero_snr: whether it supports `rescale_betas_zero_snr`.
     """
 
     module: str
@@ -70,7 +71,7 @@ MULTISTEP = ("DPMSolverMultistepScheduler", "DEISMultistepScheduler", "UniPCMult
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelScheduler:
-    """What a pipeline's folder says of its scheduler.
+    """The scheduler in a pipeline's folder.
 
     Attributes:
         config: its `scheduler_config.json`.
@@ -88,14 +89,14 @@ class ModelScheduler:
         return self.name if spec.scheduler == "model" else CLASSES[spec.scheduler]
 
     def options(self, spec: SamplingSpec) -> dict[str, Any]:
-        """What is set in place of the configuration's values."""
+        """Options that override the configuration's."""
         name = self.chosen(spec)
         options: dict[str, Any] = {"steps_offset": 1} if self.is_corrected else {}
         if self.is_corrected and name in ("DDIMScheduler", "HeunDiscreteScheduler"):
             options["clip_sample"] = False
         if spec.scheduler == "dpmsolver++":
             options["algorithm_type"] = "dpmsolver++"
-            # These two put a type of their own into their configuration, which DPM-Solver++ takes for its default.
+            # These two store a solver type of their own in their configuration, which DPM-Solver++ would take over.
             if self.name in ("DEISMultistepScheduler", "UniPCMultistepScheduler"):
                 options["solver_type"] = "midpoint"
         if spec.timestep_spacing:

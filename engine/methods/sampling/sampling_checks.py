@@ -11,7 +11,7 @@ from engine.methods.sampling.spec import SamplingSpec, noise_problem
 
 _SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 _SOLVER_TYPES = ("midpoint", "heun", "logrho", "bh1", "bh2")
-# Options that a scheduler may have several values of, all known; what another scheduler has is not read.
+# Options with several supported values, and the schedulers that read them; other schedulers ignore them.
 _CHOICES: dict[str, tuple[tuple[str, ...], tuple[Any, ...]]] = {
     "timestep_spacing": (tuple(KINDS), ("leading", "linspace", "trailing")),
     "interpolation_type": (("EulerDiscreteScheduler",), ("linear", "log_linear")),
@@ -22,7 +22,7 @@ _CHOICES: dict[str, tuple[tuple[str, ...], tuple[Any, ...]]] = {
     "solver_type": (("DPMSolverMultistepScheduler", "DEISMultistepScheduler"), _SOLVER_TYPES),
     "solver_order": (MULTISTEP, (1, 2, 3)),
 }
-# What gives NaN at the last step of UniPC, or asks for another scheduler inside it.
+# Other values give NaN at the last step of UniPC, or nest another scheduler.
 _UNIPC: dict[str, tuple[Any, ...]] = {
     "solver_type": ("bh2", "midpoint", "heun", "logrho"),
     "predict_x0": (True,),
@@ -37,7 +37,7 @@ _ALGORITHMS = {
 
 
 def sampling_problems(scheduler: ModelScheduler, spec: SamplingSpec, *, is_guided: bool) -> list[str]:
-    """What is impossible about a job's sampling with a model whose training is right.
+    """What is impossible about a job's sampling with a model whose training is supported.
 
     Args:
         is_guided: whether a method moves the latents.
@@ -67,14 +67,14 @@ def _own_problem(scheduler: ModelScheduler, is_guided: bool) -> str:
         kind = f"{name} with {algorithm}" if name in KINDS else name
         return f"'model' is a {kind}, which draws noise at every step or is not supported as such; {rest}"
     if is_guided and not KINDS[name].is_guidable:
-        return f"'model' is a {name}, which would forget where guidance moves the latents; {rest}"
+        return f"'model' is a {name}, which would ignore how guidance moves the latents; {rest}"
     return ""
 
 
 def _option_problems(name: str, config: dict[str, Any]) -> list[str]:
-    """Options that the chosen scheduler reads and that have a value that it, or this engine, does not know."""
+    """Options that the chosen scheduler reads, with a value that it does not support here."""
     asked = {option: known for option, (readers, known) in _CHOICES.items() if name in readers}
-    found = [
+    problems = [
         f"scheduler_config.json has {option}: {shown(config[option])}; {name} is known to be right with"
         f" {', '.join(map(str, known))}"
         for option, known in (asked | (_UNIPC if name == "UniPCMultistepScheduler" else {})).items()
@@ -82,11 +82,13 @@ def _option_problems(name: str, config: dict[str, Any]) -> list[str]:
     ]
     algorithm = config.get("algorithm_type")
     if algorithm is not None and name in _ALGORITHMS and algorithm not in _ALGORITHMS[name]:
-        found.append(f"scheduler_config.json has algorithm_type: {shown(algorithm)}, which is not supported")
+        problems.append(f"scheduler_config.json has algorithm_type: {shown(algorithm)}, which is not supported")
     is_old = name == "DPMSolverMultistepScheduler" and algorithm == "dpmsolver"
     if is_old and config.get("final_sigmas_type", "zero") == "zero":
-        found.append("scheduler_config.json has algorithm_type: 'dpmsolver', which needs final_sigmas_type: sigma_min")
-    return found
+        problems.append(
+            "scheduler_config.json has algorithm_type: 'dpmsolver', which needs final_sigmas_type: sigma_min"
+        )
+    return problems
 
 
 def _noise_problems(name: str, config: dict[str, Any], spec: SamplingSpec) -> list[str]:
@@ -116,7 +118,7 @@ def _sigma_problems(name: str, config: dict[str, Any], spec: SamplingSpec) -> li
 
 
 def _has_distinct_start(config: dict[str, Any], num_steps: int) -> bool:
-    """Whether the first two sigmas stay two timesteps where these are whole numbers.
+    """Whether the first two sigmas remain two timesteps after rounding to whole numbers.
 
     diffusers takes the second of two equal timesteps for the first, skips a sigma, and runs past the last.
     """
@@ -125,37 +127,28 @@ def _has_distinct_start(config: dict[str, Any], num_steps: int) -> bool:
     sigmas = _training_sigmas(config)
     if len(sigmas) < 2:
         return False
-    low, high, share = sigmas[0], sigmas[-1], 1 / (num_steps - 1)
-    if config.get("use_karras_sigmas"):
-        second = (high ** (1 / 7) + share * (low ** (1 / 7) - high ** (1 / 7))) ** 7
-    elif config.get("use_exponential_sigmas") or config.get("use_lu_lambdas"):
-        second = math.exp(math.log(high) + share * (math.log(low) - math.log(high)))
-    else:
-        # Beta sigmas: dense at both ends; 1.5 is below 1 / 0.6, the power of their distance from the end.
-        second = low + (high - low) * (1 - share**1.5)
-    below = (math.log(high) - math.log(second)) / (math.log(high) - math.log(sigmas[-2]))
+    second = _second_sigma(config, sigmas[0], sigmas[-1], 1 / (num_steps - 1))
+    below = (math.log(sigmas[-1]) - math.log(second)) / (math.log(sigmas[-1]) - math.log(sigmas[-2]))
     is_rounded = config.get("beta_schedule") != "squaredcos_cap_v2" and not (
         config.get("use_exponential_sigmas") or config.get("use_beta_sigmas")
     )
     return below > (0.5 if is_rounded else 1.0)
 
 
+def _second_sigma(config: dict[str, Any], low: float, high: float, share: float) -> float:
+    """The sigma after the highest, a share of the way to the lowest."""
+    if config.get("use_karras_sigmas"):
+        return float((high ** (1 / 7) + share * (low ** (1 / 7) - high ** (1 / 7))) ** 7)
+    if config.get("use_exponential_sigmas") or config.get("use_lu_lambdas"):
+        return math.exp(math.log(high) + share * (math.log(low) - math.log(high)))
+    # Beta sigmas: dense at both ends; 1.5 is below 1 / 0.6, the power of their distance from the end.
+    return float(low + (high - low) * (1 - share**1.5))
+
+
 def _training_sigmas(config: dict[str, Any]) -> list[float]:
-    """Noise levels `sqrt((1 - abar) / abar)` of the timesteps that a model is trained with, as diffusers has them."""
-    total, schedule = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
-    first, last = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
-    places = [place / max(total - 1, 1) for place in range(total)]
-    if config.get("trained_betas") is not None:
-        betas = config["trained_betas"]
-    elif schedule == "linear":
-        betas = [first + place * (last - first) for place in places]
-    elif schedule == "scaled_linear":
-        betas = [(first**0.5 + place * (last**0.5 - first**0.5)) ** 2 for place in places]
-    else:
-        bars = [math.cos((place / total + 0.008) / 1.008 * math.pi / 2) ** 2 for place in range(total + 1)]
-        betas = [min(1 - bars[place + 1] / bars[place], 0.999) for place in range(total)]
+    """Noise levels `sqrt((1 - abar) / abar)` of the training timesteps, as diffusers computes them."""
     roots, product = [], 1.0
-    for beta in betas:
+    for beta in _training_betas(config):
         product *= 1 - beta
         roots.append(math.sqrt(product))
     if config.get("rescale_betas_zero_snr") and len(roots) > 1:
@@ -165,15 +158,29 @@ def _training_sigmas(config: dict[str, Any]) -> list[float]:
     return [math.sqrt(max(1 - root**2, 0)) / root for root in roots]
 
 
+def _training_betas(config: dict[str, Any]) -> list[float]:
+    total, schedule = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    first, last = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+    if config.get("trained_betas") is not None:
+        return list(config["trained_betas"])
+    shares = [place / max(total - 1, 1) for place in range(total)]
+    if schedule == "linear":
+        return [first + share * (last - first) for share in shares]
+    if schedule == "scaled_linear":
+        return [(first**0.5 + share * (last**0.5 - first**0.5)) ** 2 for share in shares]
+    bars = [math.cos((place / total + 0.008) / 1.008 * math.pi / 2) ** 2 for place in range(total + 1)]
+    return [min(1 - bars[place + 1] / bars[place], 0.999) for place in range(total)]
+
+
 def _step_problems(name: str, config: dict[str, Any], num_steps: int) -> list[str]:
-    """Numbers of steps whose timesteps leave the training's: a UNet knows nothing there."""
+    """Numbers of steps whose timesteps leave the range of the training."""
     total = config.get("num_train_timesteps", 1000)
     default = "leading" if name in ("DDIMScheduler", "PNDMScheduler") else "linspace"
     spacing = config.get("timestep_spacing", default)
     least = 4 if name == "PNDMScheduler" and not config.get("skip_prk_steps", False) else 1
     if num_steps < least:
         return [f".num_inference_steps: {num_steps} is too few for {name}; give {least} or more"]
-    # These look at one timestep more, which would round to one that is there already.
+    # These compute one timestep more, which would round to an existing one.
     most = total - 1 if name in MULTISTEP and spacing == "linspace" else total
     if num_steps > most:
         return [f".num_inference_steps: {num_steps} is above the {most} timesteps of the model's training; give fewer"]
@@ -190,7 +197,7 @@ def _step_problems(name: str, config: dict[str, Any], num_steps: int) -> list[st
 
 
 def _limit_problems(name: str, config: dict[str, Any], spec: SamplingSpec) -> list[str]:
-    """The option by which the chosen scheduler limits x0, which guidance does not."""
+    """The option by which the chosen scheduler clips x0, while guidance sees it unclipped."""
     limit = ""
     if name == "DDIMScheduler" and config.get("clip_sample", True):
         limit = "clip_sample"

@@ -1,7 +1,7 @@
-"""Samplers: one interface for whatever steps the latents, and adapters of diffusers' deterministic schedulers.
+"""Samplers: the interface of what steps the latents, and adapters of diffusers' deterministic schedulers.
 
-An adapter names the noise levels of every step as the two factors of `z = scale * x0 + sigma * eps`; everything else
-(predictions, guidance, the loop) follows from these. Another kind of scheduler, as of flow matching, is one adapter.
+An adapter gives the noise levels of every step as the two factors of `z = scale * x0 + sigma * eps`; everything else
+(predictions, guidance, the loop) follows from these. Another kind of scheduler, as for flow matching, is one adapter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Sampler(ABC):
     @property
     @abstractmethod
     def prediction(self) -> PredictionType:
-        """What the network's output is taken for."""
+        """What the network's output is interpreted as."""
 
     @property
     @abstractmethod
@@ -43,13 +43,13 @@ class Sampler(ABC):
 
 
 class SchedulerAdapter(Sampler):
-    """A scheduler of diffusers whose steps are known by their timesteps; a subclass knows their noise levels.
+    """A scheduler of diffusers that is called with timesteps; a subclass gives their noise levels.
 
     Args:
         scheduler: with its timesteps set.
     """
 
-    # Whether the network takes latents of variance one, and the scheduler others.
+    # Whether the network expects latents of variance one, and the scheduler steps others.
     normalise_input: ClassVar[bool] = False
 
     def __init__(self, scheduler: Any) -> None:
@@ -111,8 +111,8 @@ class VarianceExploding(SchedulerAdapter):
     normalise_input = True
 
     def levels(self, place: int, timestep: Tensor) -> tuple[float, float]:
-        """1 and the sigma of the place."""
-        # KDPM2 looks at every second step from the middle between two sigmas.
+        """1 and the sigma of the step."""
+        # KDPM2 evaluates every second step between two sigmas.
         between = getattr(self._scheduler, "sigmas_interpol", None)
         return 1.0, float((self._scheduler.sigmas if between is None or place % 2 == 0 else between)[place])
 

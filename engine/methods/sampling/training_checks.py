@@ -1,4 +1,4 @@
-"""Whether a model's training is one that is sampled here, by the configuration of its scheduler; without torch."""
+"""Whether a model's training objective is supported, by the configuration of its scheduler; without torch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 from engine.methods.config_values import is_number, is_whole, shown
 from engine.methods.sampling.families import FAMILY, ModelScheduler
 
-# No model is trained with more; their noise levels are computed one by one.
+# No model is trained with more; the noise level of each is computed.
 MAX_TIMESTEPS = 100_000
-# Of every model, whatever it is sampled with: option, values that are known, what others mean.
+# Of every model, whichever scheduler samples it: option, supported values, what other values mean.
 _TRAINING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("prediction_type", ("epsilon", "v_prediction"), "only epsilon and v_prediction are supported"),
     ("beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2"), "not a schedule of betas of every scheduler"),
@@ -23,10 +23,10 @@ _TRAINING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 
 
 def training_problems(scheduler: ModelScheduler) -> list[str]:
-    """Why a model is of another training than what runs here, or its configuration cannot be read; a line each."""
+    """Why a model's training is not supported, or its configuration cannot be read; a line each."""
     config, name = scheduler.config, scheduler.name
     if name not in FAMILY:
-        others = ", ".join(one.removesuffix("Scheduler") for one in FAMILY)
+        others = ", ".join(name.removesuffix("Scheduler") for name in FAMILY)
         return [f"its scheduler is a {name}, whose models are trained otherwise; what runs: models of {others}"]
     if (written := config.get("_class_name", name)) != name:
         return [f"model_index.json names a {name}, scheduler_config.json a {shown(written)}; make both the same"]
@@ -40,7 +40,7 @@ def training_problems(scheduler: ModelScheduler) -> list[str]:
 
 
 def _number_problems(config: dict[str, Any]) -> list[str]:
-    """Numbers that are none."""
+    """Values that are not the numbers that they should be."""
     where, problems = "scheduler_config.json", list[str]()
     total = config.get("num_train_timesteps", 1000)
     if not is_whole(total) or not 1 <= total <= MAX_TIMESTEPS:
@@ -55,7 +55,7 @@ def _number_problems(config: dict[str, Any]) -> list[str]:
     if betas is not None and (
         not isinstance(betas, list)
         or len(betas) != total
-        or not all(isinstance(one, float) and 0 < one < 1 for one in betas)
+        or not all(isinstance(beta, float) and 0 < beta < 1 for beta in betas)
     ):
         problems.append(f"{where} has trained_betas that are not a list of {total} numbers between 0 and 1")
     return problems

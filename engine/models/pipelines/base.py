@@ -195,7 +195,7 @@ class Pipeline(ABC):
         """Standard normal noise [B, ...] by name; of each sample a function of its seed alone.
 
         Args:
-            seeds: one a sample, non-negative, below 2^63.
+            seeds: one per sample, non-negative, below 2^63.
         """
         from engine.methods.sampling.noise import draw_noise
 
@@ -220,7 +220,7 @@ class Pipeline(ABC):
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """What the network takes of B prompts.
+        """The inputs of the network that B prompts give.
 
         Raises:
             JobError: a prompt is too long.
@@ -246,7 +246,7 @@ class Pipeline(ABC):
         """A denoiser for a batch of prompts.
 
         Args:
-            sampler: says what the network predicts.
+            sampler: knows what the network predicts.
             images: image embeddings, for a family with `embedding_parts`.
         """
         from engine.methods.sampling.denoiser import ClassifierFreeDenoiser

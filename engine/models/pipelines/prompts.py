@@ -1,4 +1,4 @@
-"""Prompts to text embeddings, each computed once and by itself."""
+"""Text embeddings of prompts, each computed once and independently of its batch."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from engine.methods.sampling.denoiser import Condition
 # Prompts whose embeddings are kept on the device: 120 kB each for Stable Diffusion 1.x in half precision.
 MAX_EMBEDDINGS = 1024
 
-# Token numbers [1, tokens] and attention mask, or None, to what the network takes of a prompt, [1, ...] each.
+# Token ids [1, tokens] and attention mask, or None, to the network's inputs of a prompt by name, [1, ...] each.
 Embed = Callable[[Tensor, Tensor | None], Mapping[str, Tensor]]
 
 
 class PromptEncoder:
-    """A CLIP tokenizer and a text encoder, with a memory of the last prompts.
+    """A CLIP tokenizer and a text encoder, with a cache of the last prompts.
 
     Args:
         tokenizer: of transformers.
-        embed: calls the text encoder.
+        embed: runs the text encoder.
         device: of the text encoder.
         uses_mask: whether padding is masked.
     """
