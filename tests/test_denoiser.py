@@ -18,6 +18,9 @@ from engine.methods.sampling.denoiser import (
     predicted_eps,
     predicted_x0,
 )
+from engine.methods.sampling.families import CLASSES, ModelScheduler
+from engine.methods.sampling.schedulers import make_sampler
+from engine.methods.sampling.spec import SamplingSpec
 
 # Variance-preserving, variance-exploding below and above sigma 1, and flow matching.
 LEVELS = [(0.6, 0.8), (math.sqrt(0.99), 0.1), (1.0, 0.3), (1.0, 14.6), (0.25, 0.75)]
@@ -192,3 +195,12 @@ def test_a_step_knows_its_signal_and_its_input(scale, sigma):
     assert torch.equal(step_at(scale, sigma).network_input(latents), latents)
     assert torch.allclose(step_at(scale, sigma, exploding=True).network_input(latents), latents / norm)
     assert [step_at(scale, sigma, index=index).is_last for index in (1, 8, 9)] == [False, False, True]
+
+
+@pytest.mark.parametrize("scheduler", CLASSES)
+def test_steps_are_counted_from_one(scheduler):
+    """Guidance chooses its steps by their number: the last is the total."""
+    spec = SamplingSpec(scheduler=scheduler, num_inference_steps=5)
+    steps = list(make_sampler(spec, ModelScheduler(config={}, name=CLASSES[scheduler])).steps())
+    assert [step.index for step in steps] == [1, 2, 3, 4, 5] and {step.total for step in steps} == {5}
+    assert [step.is_last for step in steps] == [False] * 4 + [True]
