@@ -1,4 +1,4 @@
-"""Two nights beside one another: simulated runs, so that what is true of them is known."""
+"""Two runs compared: simulated ones, so that the truth about them is known."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 
 from engine.errors import JobError, OutputError
-from engine.studies.nights.baseline import pin_night, read_baseline
-from engine.studies.nights.differences import holm, median_difference, share_difference
-from engine.studies.nights.night_tables import PAGE_BEGINNING, night_document, night_markdown
-from engine.studies.nights.nights import Limits, Night, breaches, check_limits, compare_nights, differences
+from engine.studies.compare import significance
+from engine.studies.compare.baseline import pin_run, read_baseline
+from engine.studies.compare.limits import Limits, check_limits, crossed_limits
+from engine.studies.compare.matching import match_rows
+from engine.studies.compare.program import GroupComparison, RunComparison, compare_runs
+from engine.studies.compare.scored_run import ScoredRun
+from engine.studies.compare.significance import Difference
+from engine.studies.compare.tables import PAGE_BEGINNING, comparison_document, comparison_markdown
+from engine.studies.intervals import Estimate
 from engine.studies.output_folders import check_replaces
 
 LABELS = ("cat", "dog", "owl")
@@ -35,7 +40,7 @@ def make_night(
     shift: float = 0.0,
     noise=None,
     requests=("panel", "fresh"),
-) -> Night:
+) -> ScoredRun:
     """Samples with risks that vary from sample to sample; an error is a risk above one.
 
     Args:
@@ -49,7 +54,7 @@ def make_night(
     base = rng.normal(size=size) if noise is None else noise
     risk = np.exp(base + 0.3 * rng.normal(size=size) + shift)
     is_error = risk > 1.5
-    return Night(
+    return ScoredRun(
         address=f"runs/{seed}",
         name="sim",
         target={"address": "zoo:t", "digest": "0123456789abcdef"},
@@ -63,15 +68,18 @@ def make_night(
         seeds=order + 10**6 * seed,
         is_error=is_error,
         valid=(is_error & (rng.random(size) < 0.8)).astype(float),
-        risk=risk,
-        conformity=rng.normal(0.3, 0.05, size),
-        kldb=rng.exponential(size=size),
+        scores={
+            "risk": risk,
+            "conformity": rng.normal(0.3, 0.05, size),
+            "kldb": rng.exponential(size=size),
+        },
     )
 
 
-def permuted(night: Night, order: np.ndarray) -> Night:
-    columns = {one.name: getattr(night, one.name) for one in fields(Night)}
-    return replace(night, **{key: value[order] for key, value in columns.items() if isinstance(value, np.ndarray)})
+def permuted(night: ScoredRun, order: np.ndarray) -> ScoredRun:
+    columns = {one.name: getattr(night, one.name) for one in fields(ScoredRun)}
+    columns = {name: value[order] for name, value in columns.items() if isinstance(value, np.ndarray)}
+    return replace(night, scores={name: values[order] for name, values in night.scores.items()}, **columns)
 
 
 def significant(comparison) -> list[tuple[str, str, str]]:
@@ -81,12 +89,12 @@ def significant(comparison) -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize("is_paired", [True, False])
 def test_false_alarms_are_as_rare_as_promised(monkeypatch, is_paired):
     """Two runs of one population: over all their tests together, about the level; never far more, and not never."""
-    monkeypatch.setattr(differences, "RESAMPLES", (9, 9))
+    monkeypatch.setattr(significance, "RESAMPLES", (9, 9))
     rng, num_runs, alarms = np.random.default_rng(1), 100, 0
     for _ in range(num_runs):
         noise = rng.normal(size=60) if is_paired else None
         old, new = (make_night(rng, seed=0 if is_paired else seed, noise=noise, requests=("panel",)) for seed in (0, 1))
-        comparison = compare_nights(old, new, levels=("request", "class"))
+        comparison = compare_runs(old, new, levels=("request", "class"))
         assert all(bool(row.num_pairs) == is_paired for row in comparison.rows)
         alarms += bool(significant(comparison))
     assert 1 <= alarms <= num_runs * (0.05 + 3 * (0.05 * 0.95 / num_runs) ** 0.5), alarms
@@ -97,22 +105,22 @@ def test_a_planted_difference_is_found_where_it_is():
     rng = np.random.default_rng(2)
     old, new = make_night(rng, seed=0, num=300), make_night(rng, seed=1, num=300)
     hit = (new.requests == "panel") & (new.classes == "owl")
-    risk = np.where(hit, 4 * new.risk, new.risk)
-    found = significant(compare_nights(old, replace(new, risk=risk, is_error=risk > 1.5)))
+    risk = np.where(hit, 4 * new.scores["risk"], new.scores["risk"])
+    found = significant(compare_runs(old, replace(new, scores={**new.scores, "risk": risk}, is_error=risk > 1.5)))
     assert {("panel", "owl", "risk"), ("panel", "owl", "error_rate"), ("panel", "", "risk")} <= set(found)
     assert {request for request, _, _ in found} == {"panel"} and not {"cat", "dog"} & {group for _, group, _ in found}
 
 
 def test_pairs_find_what_groups_do_not(monkeypatch):
     """The same small shift: noise that both runs share is taken out by pairing."""
-    monkeypatch.setattr(differences, "RESAMPLES", (9, 9))
+    monkeypatch.setattr(significance, "RESAMPLES", (9, 9))
     rng, paired, unpaired = np.random.default_rng(3), 0, 0
     for _ in range(8):
         noise = rng.normal(size=120)
         old, new = make_night(rng, noise=noise), make_night(rng, noise=noise, shift=0.2)
-        paired += len(significant(compare_nights(old, new)))
+        paired += len(significant(compare_runs(old, new)))
         other = replace(new, seeds=new.seeds + 10**7)
-        unpaired += len(significant(compare_nights(old, other)))
+        unpaired += len(significant(compare_runs(old, other)))
     assert paired > 5 * max(1, unpaired), (paired, unpaired)
 
 
@@ -121,25 +129,25 @@ def test_the_order_of_rows_does_not_matter(seed):
     """Not with pairs, not with groups; not for a figure, a sample or a note."""
     rng = np.random.default_rng(4)
     old, new = make_night(rng), make_night(rng, seed=seed)
-    first = compare_nights(old, new)
-    second = compare_nights(
+    first = compare_runs(old, new)
+    second = compare_runs(
         permuted(old, np.random.default_rng(5).permutation(120)),
         permuted(new, np.random.default_rng(6).permutation(120)),
     )
     key = lambda row: (row.request, row.level, row.group)  # noqa: E731
     assert sorted(first.rows, key=key) == sorted(second.rows, key=key)
-    assert sorted(map(str, first.arisen)) == sorted(map(str, second.arisen)) and first.notes == second.notes
+    assert sorted(map(str, first.new_failures)) == sorted(map(str, second.new_failures)) and first.notes == second.notes
 
 
 def test_a_run_against_itself_is_all_zeros():
     """No difference, no test, no failure new or mended, no limit crossed."""
     night = make_night(np.random.default_rng(7))
-    comparison = compare_nights(night, night)
+    comparison = compare_runs(night, night)
     every = [one for row in comparison.rows for one in row.differences.values()]
     assert len(comparison.rows) == 2 * (1 + 3 + 2) and len(every) == 5 * len(comparison.rows)
     assert {one.change.value for one in every} == {0.0} and {one.p_value for one in every} == {1.0}
-    assert not comparison.arisen and not comparison.mended and not comparison.notes
-    assert not breaches(comparison, Limits(increases={"error_rate": 0.0, "risk": 0.0}, fail_on="any-significant"))
+    assert not comparison.new_failures and not comparison.fixed and not comparison.notes
+    assert not crossed_limits(comparison, Limits(increases={"error_rate": 0.0, "risk": 0.0}, fail_on="any-significant"))
 
 
 def test_new_and_mended_failures_are_named():
@@ -148,11 +156,11 @@ def test_new_and_mended_failures_are_named():
     wrong, right = np.flatnonzero(~old.is_error)[:2], np.flatnonzero(old.is_error)[:1]
     is_error = old.is_error.copy()
     is_error[wrong], is_error[right] = True, False
-    comparison = compare_nights(old, replace(old, is_error=is_error))
-    assert [one.key for one in comparison.arisen] == [f"sim-{row:06d}" for row in wrong]
-    assert [one.key for one in comparison.mended] == [f"sim-{row:06d}" for row in right]
+    comparison = compare_runs(old, replace(old, is_error=is_error))
+    assert [one.key for one in comparison.new_failures] == [f"sim-{row:06d}" for row in wrong]
+    assert [one.key for one in comparison.fixed] == [f"sim-{row:06d}" for row in right]
     row = comparison.rows[0]
-    assert (row.num_arisen, row.num_mended, row.num_pairs) == (2, 1, 60)
+    assert (row.num_new_failures, row.num_fixed, row.num_pairs) == (2, 1, 60)
     assert row.differences["error_rate"].change.value == pytest.approx(1 / 60)
 
 
@@ -164,17 +172,17 @@ def test_limits_are_crossed_when_the_whole_interval_lies_beyond():
     limits = Limits(increases={"error_rate": 0.1})
     crossed = []
     for shift in (0.0, 0.2, 0.5, 1.0, 2.0):
-        comparison = compare_nights(old, make_night(rng, noise=noise, shift=shift))
+        comparison = compare_runs(old, make_night(rng, noise=noise, shift=shift))
         lows = [row.differences["error_rate"].change.low for row in comparison.rows if row.level == "request"]
-        lines = breaches(comparison, limits)
+        lines = crossed_limits(comparison, limits)
         assert len(lines) == sum(low > 0.1 for low in lows)
         crossed.append(len(lines))
     assert crossed[0] == 0 and crossed[-1] == 2 and crossed == sorted(crossed)
-    better = compare_nights(make_night(rng, noise=noise, shift=2.0), old)
-    assert not breaches(better, Limits(fail_on="significant-increase"))
-    assert breaches(better, Limits(fail_on="any-significant"))
-    assert breaches(
-        compare_nights(old, make_night(rng, noise=noise, shift=2.0)), Limits(fail_on="significant-increase")
+    better = compare_runs(make_night(rng, noise=noise, shift=2.0), old)
+    assert not crossed_limits(better, Limits(fail_on="significant-increase"))
+    assert crossed_limits(better, Limits(fail_on="any-significant"))
+    assert crossed_limits(
+        compare_runs(old, make_night(rng, noise=noise, shift=2.0)), Limits(fail_on="significant-increase")
     )
 
 
@@ -183,15 +191,15 @@ def test_misuse_is_refused():
     rng = np.random.default_rng(10)
     night = make_night(rng)
     with pytest.raises(JobError, match=r"share no request; the first has 'panel', 'fresh', the second 'other'"):
-        compare_nights(night, make_night(rng, requests=("other",)))
+        compare_runs(night, make_night(rng, requests=("other",)))
     with pytest.raises(JobError, match=r"class 2: 'owl' -> 'cow'"):
-        compare_nights(night, replace(night, labels=("cat", "dog", "cow")))
+        compare_runs(night, replace(night, labels=("cat", "dog", "cow")))
     with pytest.raises(JobError, match="too few to compare"):
-        compare_nights(make_night(rng, num=4), make_night(rng, num=4, seed=1))
+        compare_runs(make_night(rng, num=4), make_night(rng, num=4, seed=1))
     blind = replace(night, valid=np.full(120, np.nan))
-    comparison = compare_nights(blind, blind)
+    comparison = compare_runs(blind, blind)
     with pytest.raises(JobError, match="valid failures: no request has it"):
-        breaches(comparison, Limits(increases={"valid_failures": 0.1}))
+        crossed_limits(comparison, Limits(increases={"valid_failures": 0.1}))
     for limits, level in ((Limits(increases={"risk": -1.0}), 0.95), (Limits(increases={"risk": float("nan")}), 0.95)):
         with pytest.raises(JobError, match="--max-risk-increase"):
             check_limits(limits, level)
@@ -203,9 +211,10 @@ def test_groups_are_compared_over_what_both_runs_have():
     """A context that only one run has would move the request's figures by itself; it is left out, with a note."""
     rng = np.random.default_rng(11)
     old, new = make_night(rng, seed=0, num=300), make_night(rng, seed=1, num=300)
-    risk = np.where(new.contexts == "", new.risk, 50.0)
-    new = replace(new, contexts=text(one and "new" for one in new.contexts), risk=risk)
-    comparison = compare_nights(old, new)
+    risk = np.where(new.contexts == "", new.scores["risk"], 50.0)
+    contexts = text(one and "new" for one in new.contexts)
+    new = replace(new, contexts=contexts, scores={**new.scores, "risk": risk})
+    comparison = compare_runs(old, new)
     assert comparison.rows[0].num_old == comparison.rows[0].num_new == 150
     assert "only the 3 classes and contexts that both runs have" in comparison.notes[0]
     assert abs(comparison.rows[0].differences["risk"].change.value) < 0.5
@@ -216,14 +225,14 @@ def test_another_mixture_of_classes_is_no_difference():
     rng = np.random.default_rng(16)
     rates = {"cat": 0.1, "dog": 0.5, "owl": 0.9}
 
-    def night(seed: int, weights: tuple[float, float, float]) -> Night:
+    def night(seed: int, weights: tuple[float, float, float]) -> ScoredRun:
         classes = text(rng.choice(LABELS, 600, p=weights))
         is_error = rng.random(600) < np.array([rates[one] for one in classes])
         made = make_night(rng, seed=seed, num=600, requests=("quota",))
         return replace(made, classes=classes, contexts=text([""] * 600), is_error=is_error)
 
     old, new = night(0, (0.4, 0.3, 0.3)), night(1, (0.1, 0.2, 0.7))
-    comparison = compare_nights(old, new)
+    comparison = compare_runs(old, new)
     # That much would be seen in all of them as they are.
     assert new.is_error.mean() - old.is_error.mean() > 0.2
     assert not [row for row in comparison.rows if "error_rate" in comparison.significant(row)]
@@ -233,7 +242,7 @@ def test_another_mixture_of_classes_is_no_difference():
     # Four times as many of each class is the same mixture: none is left out.
     even = replace(old, classes=text(LABELS[row % 3] for row in range(600)), seeds=old.seeds + 10**8)
     some = permuted(even, np.arange(600)[np.arange(600) // 3 % 4 == 0])
-    assert len(some.keys) == 150 and not compare_nights(replace(some, seeds=some.seeds + 10**8), even).notes
+    assert len(some.keys) == 150 and not compare_runs(replace(some, seeds=some.seeds + 10**8), even).notes
 
 
 def test_a_pinned_run_is_the_run(tmp_path):
@@ -241,11 +250,16 @@ def test_a_pinned_run_is_the_run(tmp_path):
     night = make_night(np.random.default_rng(12))
     night = replace(night, valid=np.where(night.requests == "panel", night.valid, np.nan))
     path = tmp_path / "deep/baseline.json"
-    pin_night(night, path)
+    pin_run(night, path)
     read = read_baseline(path)
-    for one in fields(Night):
+    for one in fields(ScoredRun):
         a, b = getattr(night, one.name), getattr(read, one.name)
-        assert np.array_equal(a, b, equal_nan=one.name == "valid") if isinstance(a, np.ndarray) else a == b, one.name
+        if isinstance(a, np.ndarray):
+            assert np.array_equal(a, b, equal_nan=one.name == "valid"), one.name
+        elif one.name == "scores":
+            assert list(a) == list(b) and all(np.array_equal(a[name], b[name]) for name in a)
+        else:
+            assert a == b, one.name
     assert not list(tmp_path.glob("deep/.*"))
     document = json.loads(path.read_text())
     changes = (
@@ -269,18 +283,18 @@ def test_a_pinned_run_is_the_run(tmp_path):
 def test_only_what_compare_wrote_is_written_over(tmp_path):
     """A wrong name after --pin or --markdown must not cost a run its metadata, or CI its baseline."""
     night = make_night(np.random.default_rng(3))
-    page = night_markdown(compare_nights(night, night))
+    page = comparison_markdown(compare_runs(night, night))
     baseline, other = tmp_path / "baseline.json", tmp_path / "metadata.parquet"
-    pin_night(night, baseline)
-    pin_night(night, baseline)
+    pin_run(night, baseline)
+    pin_run(night, baseline)
     other.write_bytes(b"PAR1\xff")
     for option, path in (("--pin", other), ("--markdown", other), ("--markdown", baseline)):
         before = path.read_bytes()
         with pytest.raises(OutputError, match=f"{option}: .* was not written by this option"):
-            pin_night(night, path) if option == "--pin" else check_replaces(option, path, PAGE_BEGINNING)
+            pin_run(night, path) if option == "--pin" else check_replaces(option, path, PAGE_BEGINNING)
         assert path.read_bytes() == before
     with pytest.raises(OutputError, match=r"--pin: .* is a folder; name a file"):
-        pin_night(night, Path())
+        pin_run(night, Path())
     for content in ("", page):
         other.write_text(content)
         check_replaces("--markdown", other, PAGE_BEGINNING)
@@ -289,42 +303,83 @@ def test_only_what_compare_wrote_is_written_over(tmp_path):
 def test_markdown_and_json_hold_no_markup_of_others():
     """Contexts are hostile input; JSON is JSON."""
     rng = np.random.default_rng(13)
-    comparison = compare_nights(make_night(rng), make_night(rng, shift=1.0))
-    assert "``context red \\| <b>`ink`</b>``" in night_markdown(comparison, ["<i>"])
-    document = json.loads(json.dumps(night_document(comparison, Limits(), []), allow_nan=False))
+    comparison = compare_runs(make_night(rng), make_night(rng, shift=1.0))
+    assert "``context red \\| <b>`ink`</b>``" in comparison_markdown(comparison, ["<i>"])
+    document = json.loads(json.dumps(comparison_document(comparison, Limits(), []), allow_nan=False))
     assert len(document["rows"]) == 12 and document["correction"] == "Holm"
     assert {one["key"] for one in document["new_failures"]} <= set(comparison.new.keys)
 
 
-@pytest.mark.parametrize("is_paired", [True, False])
-def test_intervals_hold_what_they_promise(is_paired):
-    """Intervals of a difference of shares: at 95 %, near 95 of a hundred hold the truth, also for rare events."""
-    rng, held, num_runs = np.random.default_rng(14), 0, 600
-    for _ in range(num_runs):
-        shared = rng.random(80)
-        old = shared < 0.1
-        new = (shared if is_paired else rng.random(80)) < 0.2
-        new = new ^ (rng.random(80) < 0.05)
-        truth = 0.2 * 0.95 + 0.8 * 0.05 - 0.1
-        found = share_difference(old, new, is_paired=is_paired).change
-        held += found.low <= truth <= found.high
-    assert 0.92 <= held / num_runs <= 0.99
+def row_with(
+    differences: dict[str, Difference], adjusted: dict[str, float], *, level: str = "request"
+) -> GroupComparison:
+    return GroupComparison(
+        request="panel", level=level, group="" if level == "request" else "owl", num_old=60, num_new=60, num_pairs=0,
+        num_new_failures=0, num_fixed=0, differences=differences, adjusted=adjusted,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("is_paired", [True, False])
-def test_intervals_of_medians_hold_what_they_promise(monkeypatch, is_paired):
-    """The bootstrap's, for skewed scores."""
-    monkeypatch.setattr(differences, "RESAMPLES", (299, 299))
-    rng, held, num_runs = np.random.default_rng(15), 0, 200
-    for _ in range(num_runs):
-        old = rng.exponential(size=60)
-        new = (old if is_paired else rng.exponential(size=60)) * 1.5 + rng.normal(0, 0.01, 60)
-        found = median_difference(old, new, is_paired=is_paired).change
-        held += found.low <= 0.5 * np.log(2) <= found.high
-    assert held / num_runs >= 0.89
+def comparison_of(*rows: GroupComparison) -> RunComparison:
+    run = make_night(np.random.default_rng(0))
+    return RunComparison(old=run, new=run, confidence=0.95, rows=rows, new_failures=(), fixed=(), notes=())
 
 
-def test_holm():
-    """By hand: 0.01 times 3, then 0.03 times 2, then no less than that."""
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([]) == [] and holm([0.9, 0.9]) == [1.0, 1.0]
+def difference(value: float, low: float, high: float) -> Difference:
+    return Difference(old=1.0, new=1.0 + value, change=Estimate(value, low, high), p_value=0.01, test="any")
+
+
+def test_a_limit_is_crossed_above_it_and_by_requests_alone():
+    """The low end of the interval decides, not the value; at the limit nothing is crossed; no class crosses it."""
+    limits = Limits(increases={"risk": 0.25})
+    for low, num_crossed in ((0.25, 0), (0.2501, 1), (-0.5, 0)):
+        rows = [row_with({"risk": difference(0.5, low, 1.0)}, {}, level=level) for level in ("request", "class")]
+        assert len(crossed_limits(comparison_of(*rows), limits)) == num_crossed
+    [line] = crossed_limits(comparison_of(row_with({"risk": difference(0.5, 0.3, 1.0)}, {})), limits)
+    assert line == "panel: median risk grew by 0.5 (at least 0.3 at 95%); 0.25 is allowed"
+
+
+@pytest.mark.parametrize(
+    ("metric", "change", "p_value", "increase", "anything"),
+    [
+        ("risk", (0.5, 0.1, 0.9), 0.049, 1, 1),
+        ("risk", (0.5, 0.1, 0.9), 0.051, 0, 0),
+        ("risk", (-0.5, -0.9, -0.1), 0.01, 0, 1),
+        ("risk", (0.0, -0.1, 0.3), 0.01, 1, 1),
+        ("risk", (0.0, -0.3, 0.1), 0.01, 0, 1),
+        ("conformity", (0.5, 0.1, 0.9), 0.01, 0, 1),
+        ("error_rate", (0.5, 0.1, 0.9), 0.01, 1, 1),
+    ],
+)
+def test_significant_changes_fail_by_their_side(metric, change, p_value, increase, anything):
+    """More failures or risk fail either way, less of them and other metrics with `any-significant` alone."""
+    comparison = comparison_of(row_with({metric: difference(*change)}, {metric: p_value}, level="class"))
+    for fail_on, number in (("never", 0), ("significant-increase", increase), ("any-significant", anything)):
+        assert len(crossed_limits(comparison, Limits(fail_on=fail_on))) == number, fail_on
+
+
+@pytest.mark.parametrize(("num_shared", "is_paired"), [(48, True), (47, False)])
+def test_pairs_need_four_fifths_of_the_smaller_side(num_shared, is_paired):
+    """Below that, a request is compared as two groups; a sample that is there twice has no pair."""
+    old, new = (
+        make_night(np.random.default_rng(1), requests=("panel",)),
+        make_night(np.random.default_rng(2), requests=("panel",)),
+    )
+    new = replace(new, seeds=np.where(np.arange(60) < num_shared, new.seeds, new.seeds + 10**6))
+    match = match_rows(old, new, "panel")
+    assert match.is_paired == is_paired and len(match.old) == len(match.new) == (num_shared if is_paired else 60)
+    if is_paired:
+        assert (old.seeds[match.old] == new.seeds[match.new]).all() and "12 and 12 samples" in match.notes[0]
+        twice = replace(new, seeds=np.where(np.arange(60) == 3, new.seeds[0], new.seeds))
+        prompts = twice.prompts.copy()
+        prompts[3] = prompts[0]
+        assert not match_rows(old, replace(twice, prompts=prompts), "panel").is_paired
+
+
+@pytest.mark.parametrize(("num", "is_enough"), [(5, True), (4, False)])
+def test_five_samples_a_side_are_enough(num, is_enough):
+    old, new = (make_night(np.random.default_rng(seed), num=num, seed=seed, requests=("panel",)) for seed in (0, 1))
+    old = replace(old, classes=text(["cat"] * num), contexts=text([""] * num))
+    new = replace(new, classes=old.classes, contexts=old.contexts)
+    match = match_rows(old, new, "panel")
+    assert match.is_enough == is_enough and not match.is_paired
+    assert match.notes == ([] if is_enough else [f"request 'panel': {num} and {num} samples are too few to compare"])

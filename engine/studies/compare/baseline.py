@@ -13,22 +13,22 @@ import numpy as np
 from engine.data.run.counts import JOINT_KEY
 from engine.data.stores.file_errors import explained
 from engine.errors import JobError
+from engine.job.columns import stored_names
 from engine.methods.strict_json import parse_json
 from engine.models.files import read_whole
-from engine.studies.nights.nights import Night, Texts, read_night, texts_of
+from engine.studies.compare.scored_run import MEDIANS, ScoredRun, Texts, read_scored_run, texts_of
 from engine.studies.output_folders import check_replaces
 
 BASELINE_VERSION = 1
-# In a baseline whose errors of joint prompts are predictions outside their classes.
+# Present in baselines whose errors of joint prompts are predictions outside their classes.
 ERRORS_OUTSIDE = "errors_are_outside_subsets"
 # A pinned run has some values of every sample.
 MAX_BASELINE_BYTES = 2**30
 BASELINE_BEGINNING = '{"baseline_version": '
 _TEXT_COLUMNS = ("keys", "requests", "classes", "contexts", "prompts")
-_NUMBER_COLUMNS = ("risk", "conformity", "kldb")
 
 
-def pin_night(night: Night, path: Path) -> None:
+def pin_run(run: ScoredRun, path: Path) -> None:
     """Write what a comparison needs of a run into a file, so that the run need not be kept.
 
     Raises:
@@ -37,17 +37,17 @@ def pin_night(night: Night, path: Path) -> None:
     check_replaces("--pin", path, BASELINE_BEGINNING)
     document = {
         "baseline_version": BASELINE_VERSION,
-        "address": night.address,
-        "name": night.name,
-        "target": night.target,
-        "labels": list(night.labels),
-        "methods": night.methods,
-        **{name: _packed(getattr(night, name)) for name in _TEXT_COLUMNS},
-        "seeds": night.seeds.tolist(),
-        "is_error": night.is_error.astype(int).tolist(),
+        "address": run.address,
+        "name": run.name,
+        "target": run.target,
+        "labels": list(run.labels),
+        "methods": run.methods,
+        **{name: _packed(getattr(run, name)) for name in _TEXT_COLUMNS},
+        "seeds": run.seeds.tolist(),
+        "is_error": run.is_error.astype(int).tolist(),
         ERRORS_OUTSIDE: True,
-        "valid": [None if np.isnan(one) else int(one) for one in night.valid],
-        **{name: getattr(night, name).tolist() for name in _NUMBER_COLUMNS},
+        "valid": [None if np.isnan(value) else int(value) for value in run.valid],
+        **{name: values.tolist() for name, values in run.scores.items()},
     }
     text = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
     part = path.with_name(f".{path.name}.part")
@@ -66,8 +66,8 @@ def _unpacked(packed: dict[str, Any]) -> Texts:
     return texts_of([str(packed["values"][code]) for code in packed["codes"]])
 
 
-def read_baseline(path: Path) -> Night:
-    """A run as `pin_night` wrote it.
+def read_baseline(path: Path) -> ScoredRun:
+    """A run as `pin_run` wrote it.
 
     Raises:
         JobError: the file cannot be read, or is no such file.
@@ -86,35 +86,37 @@ def read_baseline(path: Path) -> Night:
         ) from None
 
 
-def _unpinned(document: dict[str, Any]) -> Night:
+def _unpinned(document: dict[str, Any]) -> ScoredRun:
     columns: dict[str, Any] = {name: _unpacked(document[name]) for name in _TEXT_COLUMNS}
-    columns |= {name: np.array(document[name], dtype=float) for name in (*_NUMBER_COLUMNS, "valid")}
+    columns |= {"valid": np.array(document["valid"], dtype=float)}
     columns |= {"seeds": np.array(document["seeds"], dtype=np.int64)}
     columns |= {"is_error": np.array(document["is_error"], dtype=bool)}
-    if len({column.shape for column in columns.values()}) != 1 or columns["seeds"].ndim != 1:
+    scores = {name: np.array(document[name], dtype=float) for name in stored_names(MEDIANS, document)}
+    if len({column.shape for column in (columns | scores).values()}) != 1 or columns["seeds"].ndim != 1:
         raise ValueError("its columns have different lengths")
-    if any(np.isnan(columns[name]).any() for name in _NUMBER_COLUMNS):
+    if any(np.isnan(values).any() for values in scores.values()):
         raise ValueError("a score is no number")
-    return Night(
+    return ScoredRun(
         address=str(document["address"]),
         name=str(document["name"]),
         target={key: str(document["target"][key]) for key in ("address", "digest")},
         labels=tuple(map(str, document["labels"])),
         methods={str(name): str(method) for name, method in document["methods"].items()},
         unknown=_unknown(document, columns),
+        scores=scores,
         **columns,
     )
 
 
 def _unknown(document: dict[str, Any], columns: dict[str, Any]) -> frozenset[str]:
-    """The requests with a joint prompt of a baseline that counted their errors otherwise."""
+    """The requests with a joint prompt, in a baseline that counted their errors otherwise."""
     if document.get(ERRORS_OUTSIDE):
         return frozenset()
     pairs = zip(columns["keys"], columns["requests"], strict=True)
     return frozenset(request for key, request in pairs if re.search(JOINT_KEY, key))
 
 
-def open_nights(addresses: Sequence[str], baseline: Path | None) -> tuple[Night, Night]:
+def open_pair(addresses: Sequence[str], baseline: Path | None) -> tuple[ScoredRun, ScoredRun]:
     """The older and the newer of two runs, or a baseline and a run.
 
     Raises:
@@ -122,5 +124,5 @@ def open_nights(addresses: Sequence[str], baseline: Path | None) -> tuple[Night,
     """
     if len(addresses) + (baseline is not None) != 2:
         raise JobError("compare: takes two runs, or one run with --baseline FILE, or one with --pin FILE")
-    old = read_night(addresses[0]) if baseline is None else read_baseline(baseline)
-    return old, read_night(addresses[-1])
+    old = read_scored_run(addresses[0]) if baseline is None else read_baseline(baseline)
+    return old, read_scored_run(addresses[-1])

@@ -1,4 +1,4 @@
-"""From right and wrong predictions to figures: arms by context, weak contexts found or not, findings in words."""
+"""From right and wrong predictions to figures: accuracies of the arms by context, and error rates of both kinds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.studies.intervals import LEVEL, Estimate, mean_interval, wilson_interval
+from engine.studies.intervals import Estimate, mean_interval, wilson_interval
 
 # The target as it is; fine-tuned on real samples alone; and with generated ones.
 BEFORE, NONE, PLAIN, UNFILTERED, ACCEPTED = "before", "none", "plain", "unfiltered", "accepted"
@@ -19,13 +19,11 @@ NO_CONTEXT = "no context"
 ALL = "all images"
 MIN_RANKED_SAMPLES = 10
 MIN_RANKED_CONTEXTS = 3
-NUM_WEAKEST = 3
-
 Right = Mapping[str, Sequence[NDArray[np.bool_]]]
 
 
 class Attempt(NamedTuple):
-    """What the target made of a generated sample, and whether the sample shows what was asked for."""
+    """The target's prediction for a generated sample, and whether the sample shows the requested class."""
 
     context: str
     is_valid: bool
@@ -62,11 +60,11 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FoundRow:
-    """One context that both the generated samples and the test images have.
+class ContextErrors:
+    """Error rates in a context that both the generated samples and the test images have.
 
     Attributes:
-        generated: error rate of the target among valid generated samples; None without one.
+        generated: error rate of the target among valid generated samples; None without any.
         test: its error rate among the test images.
     """
 
@@ -83,14 +81,14 @@ class FoundRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """Whether the contexts in which the target errs on generated samples are those in which it errs in truth.
+class ErrorAgreement:
+    """Whether the target errs on generated samples in the same contexts as on test images.
 
     Attributes:
-        spearman: rank correlation over the ranked contexts; None where there is none, for this `reason`.
+        spearman: rank correlation over the ranked contexts; None where it is undefined, for this `reason`.
     """
 
-    rows: tuple[FoundRow, ...]
+    rows: tuple[ContextErrors, ...]
     spearman: float | None
     reason: str
 
@@ -105,7 +103,7 @@ def compare(right: Right, contexts: Sequence[tuple[str, ...]]) -> Comparison:
 
     Args:
         right: by arm and seed, whether the prediction of each test image is right, [N]; of `before` once.
-        contexts: of each test image, those that it stands in; one without any only counts overall.
+        contexts: of each test image; an image without any only counts overall.
     """
     rows_of: dict[str, list[int]] = defaultdict(list)
     for row, tags in enumerate(contexts):
@@ -121,10 +119,10 @@ def compare(right: Right, contexts: Sequence[tuple[str, ...]]) -> Comparison:
 def _row(context: str, right: Right, members: NDArray[np.int64]) -> Row:
     before = right[BEFORE][0][members]
     accuracies = {
-        arm: tuple(float(one[members].mean()) for one in seeds) for arm, seeds in right.items() if arm != BEFORE
+        arm: tuple(float(of_seed[members].mean()) for of_seed in seeds) for arm, seeds in right.items() if arm != BEFORE
     }
     differences = {
-        # Rounded, so that differences of as many images are equal. Over seeds of training, on these very images.
+        # Rounded, so that differences of equally many images are equal. Over seeds of training, with the images fixed.
         arm: mean_interval([round(ours - base, 12) for ours, base in zip(values, accuracies[NONE], strict=True)])
         for arm, values in accuracies.items()
         if arm != NONE
@@ -138,20 +136,20 @@ def _row(context: str, right: Right, members: NDArray[np.int64]) -> Row:
     )
 
 
-def compare_errors(generated: Iterable[Attempt], comparison: Comparison) -> Found:
-    """Errors of the target on valid generated samples beside its errors on the test images, context by context."""
+def compare_errors(generated: Iterable[Attempt], comparison: Comparison) -> ErrorAgreement:
+    """Errors of the target on valid generated samples compared with those on the test images, context by context."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for one in generated:
-        counts[one.context][one.is_error] += one.is_valid
-    rows = tuple(_found_row(row, *counts[row.context]) for row in comparison.contexts if row.context in counts)
+    for attempt in generated:
+        counts[attempt.context][attempt.is_error] += attempt.is_valid
+    rows = tuple(_context_errors(row, *counts[row.context]) for row in comparison.contexts if row.context in counts)
     spearman, reason = _spearman([row for row in rows if row.is_ranked])
-    return Found(rows=rows, spearman=spearman, reason=reason)
+    return ErrorAgreement(rows=rows, spearman=spearman, reason=reason)
 
 
-def _found_row(row: Row, num_right: int, num_errors: int) -> FoundRow:
+def _context_errors(row: Row, num_right: int, num_errors: int) -> ContextErrors:
     wrong = row.num_images - round(row.before.value * row.num_images)
     total = num_right + num_errors
-    return FoundRow(
+    return ContextErrors(
         context=row.context,
         num_generated=total,
         generated=wilson_interval(num_errors, total) if total else None,
@@ -160,8 +158,8 @@ def _found_row(row: Row, num_right: int, num_errors: int) -> FoundRow:
     )
 
 
-def _spearman(rows: list[FoundRow]) -> tuple[float | None, str]:
-    """The rank correlation, or None and why there is none."""
+def _spearman(rows: list[ContextErrors]) -> tuple[float | None, str]:
+    """The rank correlation, or None and why it is undefined."""
     from scipy.stats import spearmanr
 
     if len(rows) < MIN_RANKED_CONTEXTS:
@@ -175,58 +173,14 @@ def _spearman(rows: list[FoundRow]) -> tuple[float | None, str]:
     return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic), ""
 
 
-# In words ------------------------------------------------------------------------------------------------------------
-
-
-def findings(comparison: Comparison, found: Found) -> list[str]:
-    """One sentence for each finding; nothing beyond the figures."""
-    sentences = [f"All test images: {_change(comparison.overall)}."]
-    sentences += [f"Weak: {context_name(row.context)}: {_change(row)}." for row in comparison.contexts[:NUM_WEAKEST]]
-    if comparison.contexts:
-        sentences += _losses(comparison.contexts)
-    if found.spearman is not None:
-        sentences.append(
-            "Rank correlation of the target's error rates on generated samples and on test images:"
-            f" {found.spearman:.2f} (Spearman, {found.num_ranked} contexts)."
-        )
-    else:
-        sentences.append(f"No rank correlation of generated and true errors: {found.reason}.")
-    return sentences
-
-
-def _change(row: Row) -> str:
-    return (
-        f"{row.before.value:.1%} before, {row.mean(NONE):.1%} after real images alone, {row.mean(ACCEPTED):.1%} with"
-        f" accepted samples; in points, accepted less none {points(row.differences[ACCEPTED])}"
-    )
-
-
-def _losses(rows: tuple[Row, ...]) -> list[str]:
-    """Contexts whose interval lies below zero; beside them those where all seeds agree, which gives no interval."""
-    lower = [row for row in rows if row.differences[ACCEPTED].high < 0]
-    lost = [row for row in lower if not row.differences[ACCEPTED].is_degenerate]
-    same = [row for row in lower if row.differences[ACCEPTED].is_degenerate]
-    chance = f"by chance alone, about {len(rows) * (1 - LEVEL) / 2:.1f} of {len(rows)} intervals at {LEVEL:.0%} do"
-    sentences = ["Lost: in no context does the interval of accepted less none lie below zero."]
-    if lost:
-        sentences = [f"Lost, accepted less none, interval below zero: {_listed(lost)} ({chance})."]
-    if same:
-        sentences.append(f"Lower by as much in every seed, which gives no interval: {_listed(same)}.")
-    return sentences
-
-
-def _listed(rows: list[Row]) -> str:
-    return "; ".join(f"{context_name(row.context)} {points(row.differences[ACCEPTED])}" for row in rows)
-
-
 def context_name(context: str) -> str:
-    """A context in words."""
+    """The displayed name of a context."""
     return context or NO_CONTEXT
 
 
 def points(difference: Estimate) -> str:
     """A difference of shares with its interval over the seeds, in percentage points."""
-    value, low, high = (round(100 * one, 1) + 0.0 for one in (difference.value, difference.low, difference.high))
-    # Shares of few images may agree by chance in all seeds, and an interval without a width would look like certainty.
+    value, low, high = (round(100 * share, 1) + 0.0 for share in (difference.value, difference.low, difference.high))
+    # Shares of few images may agree by chance in all seeds; an interval without a width would suggest certainty.
     interval = "in every seed" if difference.is_degenerate else f"{low:+.1f} to {high:+.1f}"
     return f"{value:+.1f} ({interval})"
