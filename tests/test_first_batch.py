@@ -56,7 +56,7 @@ def made():
 @pytest.fixture
 def fresh(made, monkeypatch):
     """A generator that has made no batch yet."""
-    monkeypatch.setattr(made[0], "_proven", set())
+    monkeypatch.setattr(made[0]._isolation, "_proven", set())
     return made
 
 
@@ -90,7 +90,7 @@ def test_a_bad_sample_is_not_the_jobs(fresh, monkeypatch):
     assert statuses == ["failed" if spec.index == specs[0].index else "ok" for spec in specs[:4]]
     assert set(statuses) == {"failed", "ok"}
     monkeypatch.undo()
-    generator._proven.clear()
+    generator._isolation._proven.clear()
     sample = generator.sample
 
     def raising(request, some, draws):

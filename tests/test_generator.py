@@ -17,9 +17,9 @@ from engine.generation.batching import BatchSize
 from engine.generation.generator import Generator
 from engine.job.parsing import parse_job
 from engine.job.plan import build_plan
-from engine.models.diffusion import Diffusion
 from engine.models.digests import model_digests
 from engine.models.labels import read_labels
+from engine.models.pipelines.stable_diffusion import StableDiffusion
 
 ZOO = "zoo:digits/"
 
@@ -46,7 +46,7 @@ def made():
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Batches of any size, as on a GPU."""
-    monkeypatch.setattr(Diffusion, "rows", property(lambda self: None))
+    monkeypatch.setattr(StableDiffusion, "rows", property(lambda self: None))
 
 
 def failing_for(generator, monkeypatch, culprits, error):

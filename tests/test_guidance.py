@@ -23,7 +23,7 @@ from engine.methods.sampling.denoiser import (
 from engine.methods.sampling.families import ModelScheduler
 from engine.methods.sampling.loop import sample
 from engine.methods.sampling.noise import draw_noise
-from engine.methods.sampling.schedulers import Sampler
+from engine.methods.sampling.schedulers import Sampler, make_sampler
 from engine.methods.sampling.spec import SamplingSpec
 from engine.methods.scores import kldb, risk
 
@@ -39,7 +39,7 @@ CONFIG = {
 
 
 def sampler_of(spec: SamplingSpec, config: dict) -> Sampler:
-    return Sampler(spec, ModelScheduler(config=config, name="DDIMScheduler"))
+    return make_sampler(spec, ModelScheduler(config=config, name="DDIMScheduler"))
 
 
 def step_at(scale: float = 1.0, sigma: float = 2.0, index: int = 5, total: int = 40) -> Step:
@@ -137,15 +137,15 @@ class ToyUnet:
         self.weight = torch.randn(16, 16, generator=generator, dtype=torch.float64) / 6
 
     def __call__(self, latents, timestep, condition):
-        flat = latents.flatten(1).double() @ self.weight + condition.text.mean((1, 2))[:, None]
+        flat = latents.flatten(1).double() @ self.weight + condition["text"].mean((1, 2))[:, None]
         return torch.tanh(flat).reshape(latents.shape)
 
 
 def toy_denoiser(num_samples: int, prediction: str = "epsilon", scale: float = 3.0) -> ClassifierFreeDenoiser:
     return ClassifierFreeDenoiser(
         ToyUnet(),
-        conditional=Condition(torch.full((num_samples, 2, 3), 0.2, dtype=torch.float64)),
-        unconditional=Condition(torch.zeros(num_samples, 2, 3, dtype=torch.float64)),
+        conditional=Condition({"text": torch.full((num_samples, 2, 3), 0.2, dtype=torch.float64)}),
+        unconditional=Condition({"text": torch.zeros(num_samples, 2, 3, dtype=torch.float64)}),
         prediction=prediction,
         guidance_scale=scale,
     )

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from engine.job.plan import Plan, RequestPlan
 from engine.job.spec import JobSpec
 from engine.models.addresses import locate
-from engine.models.configurations import read_config
+from engine.models.pipelines.lookup import family_of
+from engine.models.pipelines.parts import has_configurations
 
 if TYPE_CHECKING:
     from engine.generation.calibrate import Measurement
@@ -128,11 +129,9 @@ def _num_shards(plan: Plan, request: RequestPlan, num_samples: int, samples_per_
 
 def image_size(job: JobSpec, request: RequestPlan) -> float | None:
     """Estimated bytes of an image, from the size that the diffusion model makes; None if it is not on this machine."""
-    folder = locate(request.spec.diffusion or job.models.diffusion).folder
-    if folder is None:
+    address = request.spec.diffusion or job.models.diffusion
+    folder = locate(address).folder
+    if folder is None or not has_configurations(folder):
         return None
-    latent = read_config(folder / "unet" / "config.json").get("sample_size")
-    levels = read_config(folder / "vae" / "config.json").get("block_out_channels")
-    if not isinstance(latent, int) or not isinstance(levels, list):
-        return None
-    return (latent * 2 ** (len(levels) - 1)) ** 2 * BYTES_PER_PIXEL[job.output.image_format]
+    height, width = family_of(folder, address).image_size(folder)
+    return height * width * BYTES_PER_PIXEL[job.output.image_format]

@@ -42,7 +42,7 @@ def rescore(
         JobError: a model cannot be loaded, or is another one than the run was made with.
         CorruptShardError: a shard cannot be read; `verify` says more.
     """
-    from engine.generation.generator import load_scorer
+    from engine.generation.loading import load_scorer
     from engine.models.library_logging import quiet_libraries
 
     job, plan = stored_plan(store)

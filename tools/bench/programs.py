@@ -38,9 +38,10 @@ from engine.methods.scores import kldb
 from engine.models.addresses import resolve
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
-from engine.models.diffusion import Diffusion
+from engine.models.diffusion import load_pipeline
 from engine.models.hardware import choose_hardware
 from engine.models.labels import read_labels
+from engine.models.pipelines.base import LATENTS, ImageConditioning, Pipeline
 
 # What a job says of its scheduler's timesteps, by diffusers' names.
 SPACING = ("timestep_spacing", "use_karras_sigmas")
@@ -124,9 +125,9 @@ class Bench:
         return Generator(self.job, self.plan)
 
     @cached_property
-    def diffusion(self) -> Diffusion:
+    def diffusion(self) -> Pipeline:
         """The engine's pipeline by itself."""
-        return Diffusion.load(self.address, self.hardware)
+        return load_pipeline(self.address, self.hardware)
 
     @cached_property
     def target(self) -> Classifier:
@@ -147,7 +148,7 @@ class Bench:
     def plain(self) -> Any:
         """diffusers' pipeline, as its users load it."""
         dtype = getattr(torch, self.hardware.dtype)
-        return load_pipeline(self.address, self.family, dtype, self._sampling).to(self.device)
+        return load_diffusers_pipeline(self.address, self.family, dtype, self._sampling).to(self.device)
 
     @cached_property
     def naive(self) -> Naive:
@@ -202,17 +203,14 @@ class Bench:
 
     def trajectory(self, arm: Arm, batch: Batch) -> list[Tensor]:
         """Latents [B, C, h, w] after every step of an arm, by the engine's loop and guidance around its denoiser."""
-        model, sampler, labels = self.diffusion, self.diffusion.sampler(self.job.sampling), None
-        if batch.draws and model.noiser is not None:
-            shapes = (model.noiser.dim,), model.latent_shape
-            embed_noise, noise = draw_noise(batch.seeds, *shapes, device=self.device)
-            labels = model.noiser.class_labels(self._embeds(batch), embed_noise, 0)
-        else:
-            noise = draw_noise(batch.seeds, model.latent_shape, device=self.device)[0]
-        denoiser = model.denoiser([spec.prompt for spec in batch.specs], self.job.sampling, sampler, labels)
+        model, sampler, images = self.diffusion, self.diffusion.sampler(self.job.sampling), None
+        noise = model.draw_noise(batch.seeds)
+        if batch.draws:
+            images = ImageConditioning(embeds=self._embeds(batch), noise=noise, noise_level=0)
+        denoiser = model.denoiser([spec.prompt for spec in batch.specs], self.job.sampling, sampler, images)
         entered: list[Tensor] = []
         guided = denoiser if arm.guidance is None else self._guided(denoiser, arm, batch)
-        clean = sample(_recording(guided, entered), sampler, noise)
+        clean = sample(_recording(guided, entered), sampler, noise[LATENTS])
         return [*entered[1:], clean]
 
     def published(self, arm: Arm, batch: Batch, trace: list[Tensor] | None = None) -> Tensor:
@@ -332,7 +330,7 @@ def raw_job(setting: Setting, arms: Sequence[Arm], num_samples: int) -> dict[str
     }
 
 
-def load_pipeline(address: str, family: Family, dtype: torch.dtype, sampling: dict[str, Any]) -> Any:
+def load_diffusers_pipeline(address: str, family: Family, dtype: torch.dtype, sampling: dict[str, Any]) -> Any:
     """diffusers' pipeline of a family, with the scheduler that the papers use with it.
 
     Args:
