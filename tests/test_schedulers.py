@@ -324,7 +324,7 @@ def test_guidance_is_refused_where_the_scheduler_forgets_its_shifts(own, folder)
     if KINDS[own].is_guidable:
         check_addresses(job)
     else:
-        with pytest.raises(JobError, match=f"'model' is a {own}, which would ignore where guidance moves"):
+        with pytest.raises(JobError, match=f"'model' is a {own}, which would ignore how guidance moves"):
             check_addresses(job)
     assert (min(kept_share(own, place) for place in range(3)) > 0.99) == KINDS[own].is_guidable
 
