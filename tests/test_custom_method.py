@@ -19,12 +19,14 @@ from engine.data.run.state import stored_plan
 from engine.data.stores.opening import open_store
 from engine.errors import JobError
 from engine.generation.generator import Generator
+from engine.generation.guidance import RequestGuides
 from engine.job.parsing import parse_job
 from engine.job.plan import build_plan
 from engine.models import targets
 from engine.models.addresses import check_addresses, model_digests, read_labels
 from engine.models.custom_methods import method_digest, method_digests
 from tests.conftest import REPOSITORY
+from tests.guidance_scenes import unused
 from tests.test_targets import FACTORY, riskforge
 
 PAGE = REPOSITORY / "docs/adding-a-method.md"
@@ -199,9 +201,9 @@ def test_criteria_are_tried_before_samples_are_made(importable: Path) -> None:
             generator = Generator(job, plan)
             continue
         # The models are those of the first one: only the criterion is another.
-        generator._job, generator._plan = job, plan
+        guides = RequestGuides(job, plan, generator._scorer, "cpu")
         with pytest.raises(JobError, match=message) as caught:
-            generator._criterion(plan.requests[0])
+            guides.prepare(plan.requests[0], (3, 32, 32), unused)
         assert str(caught.value).startswith(f"requests.0.method: the criterion of 'own:{name}'")
 
 

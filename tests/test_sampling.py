@@ -13,6 +13,7 @@ from engine.methods.sampling.noise import draw_noise
 from engine.methods.sampling.spec import SamplingSpec
 from engine.models.addresses import resolve
 from engine.models.diffusion import Diffusion
+from tests.guidance_scenes import scene_of
 
 SCHEDULERS = {
     "lms": "LMSDiscreteScheduler",
@@ -58,10 +59,7 @@ def boundary_guide(classifier, **options):
     return lambda denoiser, model, count: guide_to_boundary(
         denoiser,
         BoundaryGuidanceSpec(**options),
-        logits=classifier.logits,
-        decode=model.decode,
-        classes=(3, 8),
-        num_samples=count,
+        scene_of([(3, 8)] * count, classifier.logits, model.decode),
     )
 
 

@@ -14,27 +14,22 @@ from engine.data.images import encoding as imaging
 from engine.errors import EverySampleFailedError, JobError, RiskforgeError
 from engine.generation.batching import BatchSize, Peak
 from engine.generation.conditioner import Conditioner, open_conditioner
+from engine.generation.guidance import RequestGuides
 from engine.generation.scorer import Scorer
 from engine.job.acceptance import is_accepted
 from engine.job.plan import Plan, RequestPlan, SampleSpec, make_prompt
 from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, SampleResult, check_record, failed_record
 from engine.job.spec import MAX_SEED, JobSpec
-from engine.methods.boundary.guide import guide_to_boundary
 from engine.methods.conditioning.screening import ScreenedDraw
-from engine.methods.custom.guide import NO_CHANCE, Criterion, Scene, criterion_problem, guide_by, same_values
-from engine.methods.guidance.guided import ConditionalDenoiser, GuidedDenoiser
 from engine.methods.guidance.rules import GradientHealth
 from engine.methods.heartbeat import beat
-from engine.methods.risky.guide import guide_to_risk
 from engine.methods.sampling.loop import sample
 from engine.methods.sampling.noise import draw_noise
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
-from engine.models.custom_methods import load_method, method_digest
 from engine.models.decoder import GuidanceDecoder
 from engine.models.diffusion import Diffusion
 from engine.models.foreign import reason_of
-from engine.models.randomness import watched
 from engine.models.runtime import choose_hardware, fix_kernels
 from engine.terminal import redacted
 
@@ -69,7 +64,7 @@ class Generator:
         self._target = self._scorer.target
         self._diffusion: dict[str, Diffusion] = {}
         self._conditioners: dict[int, Conditioner] = {}
-        self._criteria: dict[int, Criterion] = {}
+        self._guides = RequestGuides(job, plan, self._scorer, device)
         decoder = job.models.guidance_decoder
         self._guidance_decoder = GuidanceDecoder.load(decoder, self._hardware) if decoder else None
         wanted = job.runtime.batch_size
@@ -143,8 +138,7 @@ class Generator:
         self._model(request).check_prompts([*longest_prompts(plan), negative])
         if plan.spec.conditioning is not None:
             self._conditioners[request] = self._conditioner(plan)
-        if plan.spec.is_custom:
-            self._criteria[request] = self._criterion(plan)
+        self._guides.prepare(plan, self._model(request).image_shape, self._guidance_decode(request))
         self._prepared.add(request)
 
     def batch_limit(self, request: int) -> int:
@@ -304,11 +298,10 @@ class Generator:
         sampler = model.sampler(sampling)
         noise, class_labels = self._noise(request, specs, draws)
         denoiser = model.denoiser([one.prompt for one in specs], sampling, sampler, class_labels)
-        if spec.method == "prompt":
-            latents, health = sample(denoiser, sampler, noise), GradientHealth.of(len(specs))
-        else:
-            guided = self._guided(denoiser, request, specs)
-            latents, health = sample(guided, sampler, noise), guided.health
+        classes, decode = [one.cell.classes for one in specs], self._guidance_decode(request)
+        guided = self._guides.guided(request, denoiser, classes, decode)
+        latents = sample(guided or denoiser, sampler, noise)
+        health = guided.health if guided else GradientHealth.of(len(specs))
         with torch.no_grad():
             return model.decode(latents), health
 
@@ -325,62 +318,9 @@ class Generator:
         embeds = torch.stack([draw.embedding for draw in draws]).to(device)
         return noise, model.noiser.class_labels(embeds, embed_noise, conditioning.noise_level)
 
-    def _guided(self, denoiser: ConditionalDenoiser, request: int, specs: Sequence[SampleSpec]) -> GuidedDenoiser:
-        spec, decode = self._job.requests[request], (self._guidance_decoder or self._model(request)).decode
-        guidance = self._job.guidance_of(spec)
-        if spec.method == "boundary":
-            return guide_to_boundary(
-                denoiser,
-                guidance.boundary,
-                logits=self._target.logits,
-                decode=decode,
-                classes=specs[0].cell.classes,
-                num_samples=len(specs),
-            )
-        if spec.is_custom:
-            scene = self._scene([one.cell.classes for one in specs])
-            return guide_by(self._criteria[request], denoiser, guidance.custom, scene=scene, decode=decode)
-        labels = torch.tensor([one.cell.classes[0] for one in specs], device=self._hardware.device)
-        return guide_to_risk(
-            denoiser,
-            guidance.risky,
-            logits=self._target.logits,
-            conformity=self._scorer.conformity_to(labels, raw=guidance.risky.conformity == "raw"),
-            decode=decode,
-            labels=labels,
-        )
-
-    def _scene(self, classes: Sequence[tuple[int, ...]]) -> Scene:
-        """What a criterion of the user's own can ask about samples of these classes."""
-        return Scene(
-            logits=self._target.logits,
-            conformity=lambda images, labels: self._scorer.conformity_to(labels, raw=False)(images),
-            labels=torch.tensor([one[0] for one in classes], device=self._hardware.device),
-            classes=tuple(classes),
-        )
-
-    def _criterion(self, request: RequestPlan) -> Criterion:
-        """The criterion of a request's own method, tried on two images."""
-        address, where = request.spec.method, f"requests.{request.number}.method"
-        planned = self._plan.identity["requests"][request.number]["method_digest"]
-        # A plan that only counts shards knows no digests.
-        if planned and method_digest(address) != planned:
-            raise JobError(
-                f"{where}: the file of '{address}' on this machine is not the one that the run was planned with; give"
-                " all machines the same file"
-            )
-        parameters = self._job.guidance_of(request.spec).custom.parameters
-        criteria = [load_method(address, parameters) for _ in range(2)]
-        shape, scene = self._model(request.number).image_shape, self._scene([request.cells[0].classes] * 2)
-        try:
-            problem, drawn = watched(lambda: criterion_problem(criteria, scene, shape))
-        except Exception as error:
-            raise JobError(f"{where}: the criterion of '{address}' failed: {reason_of(error)}") from error
-        if drawn:
-            problem = f"draws random numbers ({', '.join(drawn)}); {NO_CHANCE}"
-        if problem:
-            raise JobError(f"{where}: the criterion of '{address}' {problem}")
-        return _Watched(criteria[0], f"{where}: the criterion of '{address}'")
+    def _guidance_decode(self, request: int) -> Callable[[Tensor], Tensor]:
+        """The decoder that guidance differentiates: latents [B, C, H, W] to images [B, 3, H, W]."""
+        return (self._guidance_decoder or self._model(request)).decode
 
     def _address(self, request: int) -> str:
         return self._job.requests[request].diffusion or self._job.models.diffusion
@@ -414,29 +354,6 @@ class Generator:
             self._model(request).sampler(self._job.sampling_of(self._job.requests[request]))
         except ValueError as error:
             raise JobError(f"requests.{request}: {error}") from None
-
-
-class _Watched:
-    """A criterion that is watched while samples are made: what it did not do when it was tried it may do later.
-
-    Its first call is made twice; that it draws from no global generator is seen at every call.
-
-    Raises:
-        JobError: its distances are not decided by the images.
-    """
-
-    def __init__(self, criterion: Criterion, name: str) -> None:
-        self._criterion, self._name, self._is_first = criterion, name, True
-
-    def __call__(self, images: Tensor, scene: Scene) -> Tensor:
-        distances, drawn = watched(lambda: self._criterion(images, scene))
-        is_same = not self._is_first or same_values(distances, self._criterion(images, scene))
-        self._is_first = False
-        if drawn:
-            raise JobError(f"{self._name} draws random numbers ({', '.join(drawn)}); {NO_CHANCE}")
-        if not is_same:
-            raise JobError(f"{self._name} gives other distances for equal images when it is asked again; {NO_CHANCE}")
-        return distances
 
 
 def memory_within_reach() -> int:

@@ -15,6 +15,7 @@ from engine.errors import JobError
 from engine.job.acceptance import JUDGE_SCORES, rule_problems
 from engine.job.spec import LIST_LIMITS, MAX_INDEX, ConditioningSpec, GuidanceSpec, JobSpec, RequestSpec, merge
 from engine.job.spec_messages import Location, explain, location_of
+from engine.methods.registry import find_method
 from engine.methods.sampling.spec import SamplingSpec
 
 # Entries of a list without a limit of its own, and keys of a mapping: counted before they are looked at.
@@ -121,8 +122,9 @@ def _decoder_problems(raw: dict[str, Any]) -> list[Problem]:
     models, requests = raw.get("models"), raw.get("requests")
     if not isinstance(models, dict) or not isinstance(models.get("guidance_decoder"), str):
         return []
-    methods = [one.get("method") for one in requests if isinstance(one, dict)] if isinstance(requests, list) else []
-    if any(method != "prompt" for method in methods):
+    named = [one.get("method") for one in requests if isinstance(one, dict)] if isinstance(requests, list) else []
+    # A method that is misspelled may have been meant to guide.
+    if any(method is None or method.is_guided for method in map(find_method, named)):
         return []
     text = "no request is guided, so nothing would go through it; leave it out, or guide a request"
     return [(("models", "guidance_decoder"), text)]
@@ -136,21 +138,19 @@ def _override_problems(request: RequestSpec, base: dict[str, dict[str, Any]], wh
         if not found and section == "sampling" and request.sampling:
             found = _sampling_problems(merged, (*where, section))
         problems += found
-    if not problems and request.method != "prompt":
+    if not problems and request.method_record.is_guided:
         problems += _schedule_problems(request, base, where)
     return problems
 
 
 def _schedule_problems(request: RequestSpec, base: dict[str, dict[str, Any]], where: Location) -> list[Problem]:
-    sampling = SamplingSpec.model_validate(merge(base["sampling"], request.sampling))
-    guidance = merge(base["guidance"], request.guidance)[request.guidance_section]
-    first = int(sampling.num_inference_steps * (1 - guidance.get("gradient_range", 1.0))) + 1
-    stop = sampling.num_inference_steps + (not guidance["skip_last"])
-    if any(index % guidance["every"] == 0 for index in range(first, stop)):
+    num_steps = merge(base["sampling"], request.sampling)["num_inference_steps"]
+    guidance = GuidanceSpec.model_validate(merge(base["guidance"], request.guidance))
+    parameters = guidance.of(request.method_record)
+    if any(parameters.is_guided(index, num_steps) for index in range(1, num_steps + 1)):
         return []
-    widen = ", widen `gradient_range`" if guidance.get("gradient_range", 1.0) < 1 else ""
-    text = f"leaves none of {sampling.num_inference_steps} steps guided; lower `every`{widen} or add steps"
-    return [((*where, "guidance", request.guidance_section), text)]
+    text = f"leaves none of {num_steps} steps guided; {parameters.schedule_remedy} or add steps"
+    return [((*where, "guidance", request.method_record.name), text)]
 
 
 def _sampling_problems(sampling: dict[str, Any], where: Location) -> list[Problem]:
@@ -178,21 +178,7 @@ def _lenient(spec: type[BaseModel], raw: Any) -> Any:
 
 
 def _request_problems(request: RequestSpec) -> list[Problem]:
-    problems: list[Problem] = []
-    if request.method == "boundary" and request.boundary is None:
-        problems.append((("boundary",), "method 'boundary' needs the classes between which to sample, two or more"))
-    if request.method == "risky" and request.boundary is not None:
-        problems.append((("boundary",), "method 'risky' makes samples of single classes; give `classes`"))
-    elif request.boundary is not None:
-        if request.classes is not None:
-            problems.append((("classes",), "give either `classes` or `boundary`, not both"))
-        if len(set(request.boundary)) != len(request.boundary):
-            problems.append((("boundary",), f"{list(request.boundary)} names a class twice; name each once"))
-        if len(request.boundary) < 2:
-            problems.append((("boundary",), f"{list(request.boundary)} has fewer than two classes; name two or more"))
-    elif request.method != "boundary" and request.classes is None:
-        joint = " (or `boundary: [A, B]`)" if request.method != "risky" else ""
-        problems.append((("classes",), f"missing; give class names or `all`{joint}"))
+    problems = _class_field_problems(request)
     if isinstance(request.classes, tuple) and len(set(request.classes)) != len(request.classes):
         problems.append((("classes",), f"{list(request.classes)} names a class twice; name each once"))
     if request.classes == ():
@@ -207,6 +193,27 @@ def _request_problems(request: RequestSpec) -> list[Problem]:
     problems += [(("max_attempts",), text) for text in _quota_problems(request)]
     problems += [(("conditioning", *at), text) for at, text in _conditioning_problems(request)]
     return problems + _template_problems(request)
+
+
+def _class_field_problems(request: RequestSpec) -> list[Problem]:
+    """What is wrong with the choice between `classes` and `boundary`, by what the method takes, and with the latter."""
+    taken, name = request.method_record.class_fields, request.method
+    if request.boundary is None:
+        if "classes" not in taken:
+            return [(("boundary",), f"method '{name}' needs the classes between which to sample, two or more")]
+        joint = " (or `boundary: [A, B]`)" if "boundary" in taken else ""
+        missing: list[Problem] = [(("classes",), f"missing; give class names or `all`{joint}")]
+        return missing if request.classes is None else []
+    if "boundary" not in taken:
+        return [(("boundary",), f"method '{name}' makes samples of single classes; give `classes`")]
+    problems: list[Problem] = []
+    if request.classes is not None:
+        problems.append((("classes",), "give either `classes` or `boundary`, not both"))
+    if len(set(request.boundary)) != len(request.boundary):
+        problems.append((("boundary",), f"{list(request.boundary)} names a class twice; name each once"))
+    if len(request.boundary) < 2:
+        problems.append((("boundary",), f"{list(request.boundary)} has fewer than two classes; name two or more"))
+    return problems
 
 
 def _quota_problems(request: RequestSpec) -> list[str]:

@@ -393,11 +393,16 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
                 "seed_group": plan.spec.seed_group or plan.spec.name,
                 "diffusion": digests["diffusion"][plan.spec.diffusion or job.models.diffusion],
                 "sampling": _sampling(job, plan.spec),
-                "guidance": _active_guidance(job, plan.spec),
+                # Of the request's own method alone: a change to another method's does not change its samples.
+                "guidance": job.parameters_of(plan.spec).model_dump(mode="json"),
                 "accept": plan.spec.accept,
             }
             | _conditioning(plan.spec, digests.get("conditioning", {}))
-            | ({"method_digest": digests.get("methods", {}).get(plan.spec.method, "")} if plan.spec.is_custom else {})
+            | (
+                {"method_digest": digests.get("methods", {}).get(plan.spec.method, "")}
+                if plan.spec.method_record.is_user_code
+                else {}
+            )
             | ({"quota": True} if plan.spec.has_quota else {})
             | ({"fresh": plan.spec.fresh} if plan.spec.fresh else {})
             for plan in requests
@@ -405,17 +410,16 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
     }
 
 
+def _method_digest(request: RequestSpec, digests: dict[str, str]) -> dict[str, str]:
+    """The digest of the user's own method; no key for a built-in one."""
+    return {"method_digest": digests.get(request.method, "")} if request.method_record.is_user_code else {}
+
+
 def _sampling(job: JobSpec, request: RequestSpec) -> dict[str, Any]:
     """How a request is sampled; plans from before Karras sigmas could be chosen have no such key."""
     sampling = job.sampling_of(request)
     is_chosen = sampling.use_karras_sigmas is not None
     return sampling.model_dump(mode="json", exclude=set() if is_chosen else {"use_karras_sigmas"})
-
-
-def _active_guidance(job: JobSpec, request: RequestSpec) -> dict[str, Any]:
-    """The guidance that the request's method uses; a change to another method's does not change its samples."""
-    guidance = job.guidance_of(request).model_dump(mode="json")
-    return guidance.get(request.guidance_section, {})
 
 
 def _conditioning(request: RequestSpec, digests: dict[str, str]) -> dict[str, Any]:

@@ -447,7 +447,7 @@ def _decoder_problems(job: JobSpec) -> list[str]:
     decoder = locate(address).folder if address else None
     if decoder is None:
         return []
-    guided = {one.diffusion or job.models.diffusion for one in job.requests if one.method != "prompt"}
+    guided = {one.diffusion or job.models.diffusion for one in job.requests if one.method_record.is_guided}
     problems = []
     for pipeline in sorted(guided):
         folder = _pipeline_folder(pipeline)

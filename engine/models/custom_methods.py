@@ -1,7 +1,7 @@
 """Guidance methods of the user's own: `package.module:factory` in a request's `method`.
 
-The factory is called with `guidance.custom.parameters` and returns a criterion (`engine.methods.custom.guide`). It is
-the user's own code and runs as such, like the factory of a target. Imports torch only where a method is looked at.
+The factory is called with `guidance.custom.parameters` and returns a criterion (`engine.methods.custom.criterion`). It
+is the user's own code and runs as such, like the factory of a target. Torch is imported only where a method is loaded.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import JobError
-from engine.job.spec import JobSpec
+from engine.job.spec import JobSpec, RequestSpec
+from engine.methods.custom.spec import CustomGuidanceSpec
 from engine.models.targets import module_of
 
 if TYPE_CHECKING:
-    from engine.methods.custom.guide import Criterion
+    from engine.methods.custom.criterion import Criterion
 
 EXAMPLE = "def criterion(images, scene): ..., a distance [B] of images [B, 3, H, W]"
 
 
 def custom_methods(job: JobSpec) -> list[str]:
     """The addresses of the methods that are the user's own, each once."""
-    return sorted({request.method for request in job.requests if request.is_custom})
+    return sorted({request.method for request in job.requests if request.method_record.is_user_code})
 
 
 def method_problems(job: JobSpec) -> Iterable[str]:
@@ -35,12 +36,19 @@ def method_problems(job: JobSpec) -> Iterable[str]:
     Side effects: imports their modules, and calls them.
     """
     for number, request in enumerate(job.requests):
-        if request.is_custom:
+        if request.method_record.is_user_code:
             try:
                 method_digest(request.method)
-                load_method(request.method, job.guidance_of(request).custom.parameters)
+                load_method(request.method, factory_arguments(job, request))
             except JobError as error:
                 yield from (f"requests.{number}.method: {problem}" for problem in error.problems)
+
+
+def factory_arguments(job: JobSpec, request: RequestSpec) -> dict[str, Any]:
+    """The arguments of the factory that a request's `method` names: `guidance.custom.parameters`."""
+    parameters = job.parameters_of(request)
+    assert isinstance(parameters, CustomGuidanceSpec)
+    return parameters.parameters
 
 
 def method_digests(job: JobSpec) -> dict[str, dict[str, str]]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from engine.errors import MAX_REASON_CHARS, JobError
 from engine.job.spec_messages import nearest
-from engine.methods.custom.guide import same_values
+from engine.methods.custom.criterion import same_values
 from engine.models.randomness import watched
 from engine.models.targets import (
     EXAMPLE,

@@ -140,7 +140,7 @@ def request_problems(job: JobSpec, request: RequestSpec, folder: Path, address: 
     Args:
         folder: where the pipeline at `address` is; `check_pipeline` lets it through.
     """
-    sampling, is_guided = job.sampling_of(request), request.method != "prompt"
+    sampling, is_guided = job.sampling_of(request), request.method_record.is_guided
     try:
         with readable(address):
             found = sampling_problems(read_scheduler(folder), sampling, is_guided=is_guided)

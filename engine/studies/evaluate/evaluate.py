@@ -646,7 +646,7 @@ def _extremes(
     job: JobSpec, samples: Samples, real: Pictures, labels: Sequence[str], album: Album
 ) -> tuple[Extremes, ...]:
     """Real images and samples, near and far from each boundary that was asked for; and of high and low risk."""
-    methods = {one.name: one.method for one in job.requests}
+    methods = {request.name: request.method_record for request in job.requests}
 
     def show_real(row: int, text: str) -> Shown:
         predicted = album.name_of(int(real.logits[row].argmax()))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from engine.data.run.counts import is_joint
 from engine.methods import scores
+from engine.methods.registry import Method
 from engine.report.evaluation import Extremes, Row, Shown
 from engine.report.text import number
 
@@ -36,7 +37,7 @@ class Scored:
     logits: NDArray[np.float32]
     classes: NDArray[np.int64]
     records: Sequence[dict[str, Any]]
-    methods: Mapping[str, str]
+    methods: Mapping[str, Method]
     labels: Sequence[str]
     show_real: Show
     show_sample: Show
@@ -46,7 +47,7 @@ def boundary_extremes(scored: Scored) -> Iterator[Extremes]:
     """For each subset of a boundary request, the first ones: images nearest to the boundary and farthest from it."""
     subsets: dict[tuple[int, ...], list[int]] = {}
     for row, one in enumerate(scored.records):
-        if scored.methods[one["request"]] == "boundary" and is_joint(one["key"]):
+        if scored.methods[one["request"]].extremes == "kldb" and is_joint(one["key"]):
             subsets.setdefault(tuple(one["kldb_classes"]), []).append(row)
     for subset, rows in list(subsets.items())[:MAX_SUBSETS]:
         real = np.flatnonzero(np.isin(scored.classes, subset))
@@ -59,7 +60,7 @@ def risk_extremes(scored: Scored) -> Iterator[Extremes]:
     """For each class of a risky request, the first ones: images of the highest and of the lowest risk."""
     classes: dict[int, list[int]] = {}
     for row, one in enumerate(scored.records):
-        if scored.methods[one["request"]] == "risky":
+        if scored.methods[one["request"]].extremes == "risk":
             classes.setdefault(one["class_index"], []).append(row)
     for index, rows in sorted(classes.items())[:MAX_CLASSES]:
         real = np.flatnonzero(scored.classes == index)

@@ -539,7 +539,8 @@ def _unguided(study: _Study) -> list[str]:
         one.name
         for one in study.run.job.requests
         if one.name in named
-        and (one.method, one.boundary) == ("prompt", None)
+        and not one.method_record.is_guided
+        and one.boundary is None
         and not (one.conditioning and one.conditioning.is_screened)
     ]
 
