@@ -131,7 +131,7 @@ def load(name: str, generator: Generator, home: Path) -> Any:
 @pytest.mark.parametrize("place", range(len(RANDOM)), ids=list(RANDOM))
 def test_a_criterion_by_chance_is_refused_before_samples_are_made(place: int, generator: Generator, home: Path) -> None:
     """Whatever it draws from, and whether or not it draws the same each time."""
-    with pytest.raises(JobError, match=r"requests\.0\.method: the criterion of 'by_chance:random_.* draw no random numbers"):
+    with pytest.raises(JobError, match=r"requests\.0\.method: the criterion of 'by_chance:random_.* draw no"):
         load(f"random_{place}", generator, home)
 
 

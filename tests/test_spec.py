@@ -94,6 +94,14 @@ def problems(raw) -> list[str]:
         (request(method="prompt", boundary=None, classes=["a"], prompt="x"), "requests.0.prompt: has no {class}"),
         (request(sampling={"scheduler": "x"}), "requests.0.sampling.scheduler: 'x' is not one of lms"),
         (request(sampling={"num_inference_steps": 5}), "requests.0.guidance.boundary: leaves none of 5 steps guided"),
+        (
+            request(method="risky", boundary=None, classes=["a"], guidance={"risky": {"gradient_range": 0.01}}),
+            "requests.0.guidance.risky: leaves none of 40 steps guided; lower `every`, widen `gradient_range` or add",
+        ),
+        (
+            request(sampling={"num_inference_steps": 4}),
+            "requests.0.guidance.boundary: leaves none of 4 steps guided; lower `every` or add steps",
+        ),
         (job(runtime={"compile": "yes"}), "runtime.compile: 'yes' is not one of auto, on, off"),
         (
             job(models=JOB["models"] | {"guidance_decoder": "x"}, requests=[PLAIN]),

@@ -57,9 +57,12 @@ def _criteria_and_update(spec: RiskyGuidanceSpec, scene: GuidanceScene) -> tuple
 
 def papers_objective(spec: RiskyGuidanceSpec, scene: GuidanceScene) -> Criteria:
     """The paper's objective with the sign of a loss, `-(risk + lambda * conformity)`, [1, B]."""
-    return lambda images: (
-        -(risk(scene.logits(images), scene.labels) + spec.conformity_weight * _conformity(spec, scene, images))[None]
-    )
+
+    def objective(images: Tensor) -> Tensor:
+        measured = risk(scene.logits(images), scene.labels)
+        return -(measured + spec.conformity_weight * _conformity(spec, scene, images))[None]
+
+    return objective
 
 
 def _target_and_floor(spec: RiskyGuidanceSpec, lowest: float, scene: GuidanceScene) -> Criteria:
