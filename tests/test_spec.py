@@ -87,7 +87,7 @@ def problems(raw) -> list[str]:
         (request(count=0), "requests.0.count: 0"),
         (request(count=1.5), "requests.0.count: 1.5 is not a whole number"),
         (request(count=10**9), "requests.0.count: 1000000000"),
-        (request(contexts=["", ""]), "requests.0.contexts: a context stands twice"),
+        (request(contexts=["", ""]), "requests.0.contexts: a context is duplicated"),
         (request(contexts=[]), "requests.0.contexts: []"),
         (request(prompt="{classs}"), "requests.0.prompt: unknown field {classs}"),
         (request(method="prompt", boundary=None), "requests.0.classes: missing"),

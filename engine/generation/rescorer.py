@@ -14,7 +14,8 @@ from engine.data.run.state import stored_plan
 from engine.data.run.verify import Finding
 from engine.data.stores.base import Store
 from engine.errors import JobError
-from engine.job.plan import Plan, SampleSpec, difference
+from engine.job.json_values import difference
+from engine.job.plan import Plan, SampleSpec
 from engine.job.records import STATUS_FAILED
 from engine.job.spec import JobSpec
 from engine.models.addresses import model_digests

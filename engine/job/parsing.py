@@ -18,10 +18,10 @@ from engine.job.spec_messages import Location, explain, location_of
 from engine.methods.registry import find_method
 from engine.methods.sampling.spec import SamplingSpec
 
-# Entries of a list without a limit of its own, and keys of a mapping: counted before they are looked at.
+# Entries of a list without a limit of its own, and keys of a mapping: counted before any of them is checked.
 MAX_ENTRIES = 100_000
 MAX_KEYS = 10_000
-# Problems of a job that are put into words.
+# Problems of a job that are listed.
 MAX_PROBLEMS = 100
 
 OVERRIDABLE: dict[str, type[BaseModel]] = {"sampling": SamplingSpec, "guidance": GuidanceSpec}
@@ -44,11 +44,11 @@ def parse_job(raw: Any) -> JobSpec:
         raise JobError([f"{_path(where)}: {text}" for where, text in oversized[:MAX_PROBLEMS]])
     job, problems = _validate(JobSpec, raw, ())
     known = [where for where, _ in problems]
-    # What is checked between fields is checked without the wrong ones, whose absence says nothing new.
+    # Checks between fields run without the wrong ones; that these are absent is no new problem.
     problems += [
         (where, text)
         for where, text in _between_fields(raw)
-        if not any(where == one or _is_below(one, where) for one in known)
+        if not any(where == other or _is_below(other, where) for other in known)
     ]
     if problems:
         raise JobError(_limited([f"{_path(where)}: {text}" for where, text in problems]))
@@ -56,7 +56,7 @@ def parse_job(raw: Any) -> JobSpec:
 
 
 def _limited(lines: list[str]) -> list[str]:
-    """The first of many lines, and how many more there are."""
+    """The first of many lines, and the number of the others."""
     more = len(lines) - MAX_PROBLEMS
     return [*lines[:MAX_PROBLEMS], f"job: has {more} more problems like these"] if more > 0 else lines
 
@@ -70,17 +70,17 @@ def list_limit(key: object) -> int:
 
 
 def _oversized(value: Any, where: Location) -> list[Problem]:
-    """Lists and mappings with more entries than any job has use for; what is in them is not looked at."""
+    """Lists and mappings with more entries than any job has use for; their entries are not checked."""
     if isinstance(value, dict):
         if len(value) > MAX_KEYS:
             return [(where, f"has {len(value)} keys; a mapping has {MAX_KEYS} at most")]
-        return [found for key, inner in value.items() for found in _oversized(inner, (*where, _key(key)))]
+        return [problem for key, inner in value.items() for problem in _oversized(inner, (*where, _key(key)))]
     if isinstance(value, (list, tuple)):
         limit = list_limit(where[-1] if where else None)
         if len(value) > limit:
             return [(where, f"has {len(value)} entries; give {limit} or fewer")]
         nested = ((place, inner) for place, inner in enumerate(value) if isinstance(inner, (dict, list, tuple)))
-        return [found for place, inner in nested for found in _oversized(inner, (*where, place))]
+        return [problem for place, inner in nested for problem in _oversized(inner, (*where, place))]
     return []
 
 
@@ -89,7 +89,7 @@ def _key(key: Any) -> str | int:
 
 
 def _between_fields(raw: dict[str, Any]) -> list[Problem]:
-    """Problems between the fields of each request, found also where another part of the job is wrong."""
+    """Problems between the fields of each request; also of a job that is wrong in other parts."""
     base = {section: _base(spec, raw.get(section)) for section, spec in OVERRIDABLE.items()}
     problems = _sampling_problems(base["sampling"], ("sampling",)) + _decoder_problems(raw)
     names: dict[str, int] = {}
@@ -122,7 +122,8 @@ def _decoder_problems(raw: dict[str, Any]) -> list[Problem]:
     models, requests = raw.get("models"), raw.get("requests")
     if not isinstance(models, dict) or not isinstance(models.get("guidance_decoder"), str):
         return []
-    named = [one.get("method") for one in requests if isinstance(one, dict)] if isinstance(requests, list) else []
+    items = requests if isinstance(requests, list) else []
+    named = [item.get("method") for item in items if isinstance(item, dict)]
     # A method that is misspelled may have been meant to guide.
     if any(method is None or method.is_guided for method in map(find_method, named)):
         return []
@@ -134,10 +135,10 @@ def _override_problems(request: RequestSpec, base: dict[str, dict[str, Any]], wh
     problems: list[Problem] = []
     for section, spec in OVERRIDABLE.items():
         merged = merge(base[section], getattr(request, section))
-        found = _validate(spec, merged, (*where, section))[1]
-        if not found and section == "sampling" and request.sampling:
-            found = _sampling_problems(merged, (*where, section))
-        problems += found
+        own = _validate(spec, merged, (*where, section))[1]
+        if not own and section == "sampling" and request.sampling:
+            own = _sampling_problems(merged, (*where, section))
+        problems += own
     if not problems and request.method_record.is_guided:
         problems += _schedule_problems(request, base, where)
     return problems
@@ -170,7 +171,7 @@ def _base(spec: type[BaseModel], raw: Any) -> dict[str, Any]:
 
 
 def _lenient(spec: type[BaseModel], raw: Any) -> Any:
-    """The spec without its wrong values, or None where it does not stand without them."""
+    """The spec without its wrong values, or None where it is not valid without them."""
     if not isinstance(raw, dict):
         return None
     checked, problems = _validate(spec, raw, ())
@@ -184,7 +185,7 @@ def _request_problems(request: RequestSpec) -> list[Problem]:
     if request.classes == ():
         problems.append((("classes",), "empty; give class names or `all`"))
     if len(set(request.contexts)) != len(request.contexts):
-        problems.append((("contexts",), "a context stands twice; name each once"))
+        problems.append((("contexts",), "a context is duplicated; name each once"))
     if request.count * len(request.contexts) > MAX_INDEX:
         problems.append(
             (("count",), f"{request.count} x {len(request.contexts)} contexts is above {MAX_INDEX} a class")
@@ -249,7 +250,7 @@ def _conditioning_problems(request: RequestSpec) -> list[Problem]:
 
 
 def _changed_screening(conditioning: ConditioningSpec) -> list[str]:
-    """What would steer screening and is not at its default; a stored job has the defaults written out."""
+    """The parameters of screening that are not at their defaults; a stored job has the defaults written out."""
     fields = ConditioningSpec.model_fields
     return [name for name in ("threshold", "max_draws") if getattr(conditioning, name) != fields[name].default]
 
@@ -269,12 +270,12 @@ def _validate(spec: type[BaseModel], raw: dict[str, Any], where: Location) -> tu
     try:
         return spec.model_validate(raw), []
     except pydantic.ValidationError as error:
-        found: dict[Location, str] = {}
+        texts: dict[Location, str] = {}
         for item in error.errors(include_url=False)[: 2 * MAX_PROBLEMS]:
             location = location_of(item)
-            found.setdefault((*where, *location), explain(spec, item, location))
-        # A list that loses its wrong items is called too short, which says nothing new.
-        return None, [(at, text) for at, text in found.items() if not any(_is_below(other, at) for other in found)]
+            texts.setdefault((*where, *location), explain(spec, item, location))
+        # A list without its wrong items may be too short as well, which is no new problem.
+        return None, [(at, text) for at, text in texts.items() if not any(_is_below(other, at) for other in texts)]
 
 
 def _is_below(location: Location, above: Location) -> bool:
@@ -333,7 +334,7 @@ def _place(part: str) -> int:
     """Number of an item of a list.
 
     Raises:
-        ValueError: it is none, such as -1.
+        ValueError: the text is no such number, as -1 is not.
     """
     if not part.isdecimal():
         raise ValueError(part)

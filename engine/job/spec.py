@@ -17,13 +17,13 @@ from engine.methods.sampling.spec import SamplingSpec
 
 MAX_SEED = 2**53
 MAX_REQUESTS = 1000
-# Entries of lists by the name of their key, of all others, and keys of a mapping: counted before they are looked at.
+# Entries of lists by the name of their key, counted before any of them is checked.
 LIST_LIMITS = {"requests": MAX_REQUESTS, "contexts": 10_000, "classes": 100_000, "boundary": 1000, "transfer": 100}
 MAX_INDEX = 10**8
 JOINT_SEPARATOR = " and "
 CLASS_TEMPLATE = "a photo of a {class}"
 
-# Attempts for each sample that is wanted, where a request says nothing.
+# Attempts for each wanted sample, where a request has no `max_attempts`.
 DEFAULT_FACTOR = "10x"
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=64)]

@@ -43,7 +43,8 @@ from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.job.acceptance import is_accepted
-from engine.job.plan import Plan, SampleSpec, digest_of
+from engine.job.json_values import digest_of
+from engine.job.plan import Plan, SampleSpec
 from engine.job.records import RUN_FIELDS, STATUS_FAILED, STATUS_OK, STATUS_REJECTED, failed_record, in_version
 from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json
