@@ -307,27 +307,34 @@ def apply_overrides(raw: dict[str, Any], overrides: list[tuple[str, Any]]) -> di
         JobError: a path leads through something that is not a mapping or a list, or past the end of a list.
     """
     problems: list[str] = []
-    result: Any = _without(raw, [])
+    result: dict[str, Any] = _without(raw, [])
     for path, value in overrides:
-        parts = path.split(".")
-        if not all(parts):
-            problems.append(f"--set {path}: no such place in the job; paths look like requests.0.count")
-            continue
-        current: Any = result
         try:
-            for part in parts[:-1]:
-                if part == "conditioning" and isinstance(current.get(part), str):
-                    current[part] = {"artefact": current[part]}
-                current = current[_place(part)] if isinstance(current, list) else current.setdefault(part, {})
-            if isinstance(current, list):
-                current[_place(parts[-1])] = value
-            else:
-                current[parts[-1]] = value
+            _assign(result, path.split("."), value)
         except (IndexError, ValueError, TypeError, AttributeError):
             problems.append(f"--set {path}: no such place in the job; paths look like requests.0.count")
     if problems:
         raise JobError(problems)
     return result
+
+
+def _assign(raw: dict[str, Any], parts: list[str], value: Any) -> None:
+    """Set the value at a path, with new mappings where they are missing.
+
+    Raises:
+        ValueError, IndexError, TypeError, AttributeError: a part is empty, or leads nowhere.
+    """
+    if not all(parts):
+        raise ValueError(parts)
+    current: Any = raw
+    for part in parts[:-1]:
+        if part == "conditioning" and isinstance(current.get(part), str):
+            current[part] = {"artefact": current[part]}
+        current = current[_place(part)] if isinstance(current, list) else current.setdefault(part, {})
+    if isinstance(current, list):
+        current[_place(parts[-1])] = value
+    else:
+        current[parts[-1]] = value
 
 
 def _place(part: str) -> int:

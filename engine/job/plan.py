@@ -384,31 +384,32 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
         "output": job.output.model_dump(
             mode="json", exclude={"uri"} if job.output.provenance else {"uri", "provenance"}
         ),
-        "requests": [
-            {
-                "name": plan.spec.name,
-                "method": plan.spec.method,
-                "classes": [list(cell.classes) for cell in plan.cells],
-                "contexts": list(plan.spec.contexts),
-                "prompt": plan.spec.prompt or "",
-                "seed_group": plan.spec.seed_group or plan.spec.name,
-                "diffusion": digests["diffusion"][plan.spec.diffusion or job.models.diffusion],
-                "sampling": _sampling(job, plan.spec),
-                # Of the request's own method alone: a change to another method's does not change its samples.
-                "guidance": job.parameters_of(plan.spec).model_dump(mode="json"),
-                "accept": plan.spec.accept,
-            }
-            | _conditioning(plan.spec, digests.get("conditioning", {}))
-            | (
-                {"method_digest": digests.get("methods", {}).get(plan.spec.method, "")}
-                if plan.spec.method_record.is_user_code
-                else {}
-            )
-            | ({"quota": True} if plan.spec.has_quota else {})
-            | ({"fresh": plan.spec.fresh} if plan.spec.fresh else {})
-            for plan in requests
-        ],
+        "requests": [_request_identity(job, plan, digests) for plan in requests],
     }
+
+
+def _request_identity(job: JobSpec, plan: RequestPlan, digests: dict[str, Any]) -> dict[str, Any]:
+    """The part of a request in an identity; keys that came later are left out where they change nothing."""
+    request = plan.spec
+    return (
+        {
+            "name": request.name,
+            "method": request.method,
+            "classes": [list(cell.classes) for cell in plan.cells],
+            "contexts": list(request.contexts),
+            "prompt": request.prompt or "",
+            "seed_group": request.seed_group or request.name,
+            "diffusion": digests["diffusion"][request.diffusion or job.models.diffusion],
+            "sampling": _sampling(job, request),
+            # Of the request's own method alone: a change to another method's does not change its samples.
+            "guidance": job.parameters_of(request).model_dump(mode="json"),
+            "accept": request.accept,
+        }
+        | _conditioning(request, digests.get("conditioning", {}))
+        | _method_digest(request, digests.get("methods", {}))
+        | ({"quota": True} if request.has_quota else {})
+        | ({"fresh": request.fresh} if request.fresh else {})
+    )
 
 
 def _method_digest(request: RequestSpec, digests: dict[str, str]) -> dict[str, str]:

@@ -88,20 +88,28 @@ def screen(
     for start in range(0, options.max_draws, options.chunk_size):
         size = min(options.chunk_size, options.max_draws - start)
         draws = torch.stack([distributions.draw(class_index, generator) for _ in range(size)])
-        confidence = predictor.confidence(draws)
-        passed = (confidence > options.threshold).nonzero()[:, 0].tolist()
-        row = passed[0] if passed else int(confidence.argmax())
-        draw = ScreenedDraw(
-            embedding=draws[row].clone(),
-            screened=bool(passed),
-            num_draws=start + row + 1 if passed else options.max_draws,
-            confidence=float(confidence[row]),
-        )
-        if passed:
+        draw = _best_of(draws, predictor.confidence(draws), start, options)
+        if draw.screened:
             return draw
         best = draw if best is None or draw.confidence > best.confidence else best
     assert best is not None
     return best
+
+
+def _best_of(draws: Tensor, confidence: Tensor, start: int, options: ScreeningOptions) -> ScreenedDraw:
+    """The first of some draws [n, d] that passes, or the one of the highest confidence [n].
+
+    Args:
+        start: draws made before these.
+    """
+    passed = (confidence > options.threshold).nonzero()[:, 0].tolist()
+    row = passed[0] if passed else int(confidence.argmax())
+    return ScreenedDraw(
+        embedding=draws[row].clone(),
+        screened=bool(passed),
+        num_draws=start + row + 1 if passed else options.max_draws,
+        confidence=float(confidence[row]),
+    )
 
 
 def unscreened(distributions: ClassDistributions, class_index: int, seed: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.methods.guidance.rules import per_sample
 from engine.methods.scores import at_least_float32
 
-# float16 holds 6e-8 to 65504. The largest entry of what enters the backward pass is brought to about this power of two.
+# float16 holds 6e-8 to 65504. The largest entry of a cotangent is scaled to about this power of two.
 SCALED_EXPONENT = 6
 # Where a sample overflows nevertheless, its scale is lowered by this power of two, up to so many times.
 LOWERED_EXPONENT = 5
