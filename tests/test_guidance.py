@@ -9,7 +9,14 @@ from engine.methods.boundary.guide import guide_to_boundary, rule_of
 from engine.methods.boundary.spec import BoundaryGuidanceSpec
 from engine.methods.guidance.guided import GuidedDenoiser
 from engine.methods.guidance.rules import GradientHealth, norms, polyak, shifting
-from engine.methods.risky.guide import capped, distance_to_target, guide_to_risk, without_conflict
+from engine.methods.risky.guide import (
+    capped,
+    distance_to_target,
+    guide_to_risk,
+    polyak_to_target,
+    polyak_with_floor,
+    without_conflict,
+)
 from engine.methods.risky.spec import RiskyGuidanceSpec
 from engine.methods.sampling.denoiser import (
     ClassifierFreeDenoiser,
@@ -380,10 +387,11 @@ def test_the_dial_is_reached_from_both_sides(target):
 def test_an_arrived_sample_is_left_alone():
     """Within the tolerance there is no loss, no shift, and no complaint about a zero gradient."""
     assert distance_to_target(torch.tensor([1.45, 1.7]), 1.5, 0.1).tolist() == pytest.approx([0, 0.2])
-    wrapper = risky(target_risk=1.0, tolerance=10.0)
     step, latents = step_at(), latents_of(8)
-    assert torch.equal(wrapper(latents, step).latents, latents)
-    assert wrapper.health.zero.sum() == 0 and wrapper.health.guided_steps.sum() == 0
+    for options in ({}, {"conformity_floor": -1.0}):
+        wrapper = risky(target_risk=1.0, tolerance=10.0, **options)
+        assert torch.equal(wrapper(latents, step).latents, latents)
+        assert wrapper.health.zero.sum() == 0 and wrapper.health.guided_steps.sum() == 0
 
 
 def test_the_floor_lifts_conformity():
@@ -397,6 +405,58 @@ def test_the_floor_lifts_conformity():
 
     without, with_floor = agreement(), agreement(conformity_floor=0.5)
     assert with_floor.median() > without.median() and (with_floor > 0.4).float().mean() > 0.7
+
+
+def slow_shift_with_floor(losses, gradients, latents, cap):
+    """The Polyak steps of one sample, capped together; the target's gradient without its part against the floor's."""
+
+    def dot(first, second):
+        return math.fsum(one * other for one, other in zip(first, second, strict=True))
+
+    (to_target, below), (toward, up) = losses, gradients
+    if below > 0 and (overlap := dot(toward, up)) < 0:
+        toward = [one - overlap / dot(up, up) * other for one, other in zip(toward, up, strict=True)]
+    shift = [0.0] * len(latents)
+    for loss, gradient in ((to_target, toward), (below, up)):
+        if loss > 0:
+            shift = [at - loss / dot(gradient, gradient) * one for at, one in zip(shift, gradient, strict=True)]
+    length = math.sqrt(dot(shift, shift))
+    factor = min(1.0, cap * math.sqrt(dot(latents, latents)) / length) if length else 0.0
+    return [factor * one for one in shift]
+
+
+def test_steps_to_target_and_floor_equal_the_equations():
+    """Gradients that conflict and that agree; above the floor; at the target but below the floor; both reached; a
+    gradient that is not finite; a step that is capped."""
+    torch.manual_seed(2)
+    losses = torch.tensor([[0.4, 0.4, 0.4, 0.0, 0.0, 0.4, 90.0], [0.2, 0.2, 0.0, 0.2, 0.0, 0.2, 0.2]]).double()
+    gradients, latents = torch.randn(2, 7, 4, 2, 2, dtype=torch.float64), torch.randn(7, 4, 2, 2, dtype=torch.float64)
+    along = (gradients[0] * gradients[1]).sum((1, 2, 3))
+    gradients[1] *= torch.tensor([-1.0, 1, 1, 1, 1, 1, 1])[:, None, None, None] * along.sign()[:, None, None, None]
+    gradients[losses == 0] = 0
+    gradients[1, 5, 0, 0, 0] = math.nan
+    health = GradientHealth.of(7)
+    moved = polyak_with_floor(0.3)(losses, gradients, prediction_at(latents), step_at(), health)
+    for row in (0, 1, 2, 3, 6):
+        own = [gradient[row].flatten().tolist() for gradient in gradients]
+        expected = slow_shift_with_floor(losses[:, row].tolist(), own, latents[row].flatten().tolist(), 0.3)
+        assert (moved.latents - latents)[row].flatten().tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert torch.equal(moved.latents[4:6], latents[4:6])
+    assert health.guided_steps.tolist() == [1, 1, 1, 1, 0, 0, 1]
+    assert health.zero.sum() == 0 and health.nonfinite.tolist() == [0, 0, 0, 0, 0, 1, 0]
+
+
+def test_the_step_to_the_target_equals_the_equation():
+    """Short of its cap, capped, and arrived."""
+    torch.manual_seed(3)
+    losses, gradients = torch.tensor([[0.4, 90.0, 0.0]]).double(), torch.randn(1, 3, 4, 2, 2, dtype=torch.float64)
+    latents, health = torch.randn(3, 4, 2, 2, dtype=torch.float64), GradientHealth.of(3)
+    moved = polyak_to_target(0.3)(losses, gradients, prediction_at(latents), step_at(), health)
+    for row in range(3):
+        own = [gradients[0, row].flatten().tolist(), [0.0] * 16]
+        expected = slow_shift_with_floor((losses[0, row].item(), 0.0), own, latents[row].flatten().tolist(), 0.3)
+        assert (moved.latents - latents)[row].flatten().tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert health.guided_steps.tolist() == [1, 1, 0]
 
 
 def test_projection_never_works_against_what_it_protects():
