@@ -225,6 +225,15 @@ def test_guided_step_lowers_its_criterion(rule, gradient):
     assert (after < before).all()
 
 
+def test_latents_without_signal_are_not_guided():
+    """At zero terminal SNR the prediction of x0 divides by zero: such a step is the plain one."""
+    wrapper, latents = guided(2, "v_prediction"), latents_of(2)
+    for signal, is_moved in ((1e-4, False), (0.1, True)):
+        step = step_at(signal, math.sqrt(1 - signal**2))
+        assert torch.equal(wrapper(latents, step).latents, latents) != is_moved
+    assert wrapper.health.guided_steps.tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_shift_keeps_eps(prediction):
     """The update is added with the eps of the unmodified latents, for eps- and v-prediction alike."""
