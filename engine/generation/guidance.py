@@ -19,7 +19,7 @@ from engine.methods.custom.criterion import NOT_REPRODUCIBLE, Criterion, criteri
 from engine.methods.guidance.guided import ConditionalDenoiser, GuidedDenoiser
 from engine.methods.guidance.scene import GuidanceScene, Scene
 from engine.models.custom_methods import factory_arguments, load_method, method_digest
-from engine.models.foreign import reason_of
+from engine.models.factories import reason_of
 from engine.models.randomness import watched
 
 Decode = Callable[[Tensor], Tensor]

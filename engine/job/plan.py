@@ -18,12 +18,11 @@ from typing import Any
 
 from engine.errors import JobError
 from engine.job.class_lookup import find_class
+from engine.job.columns import SCHEMA_VERSION
 from engine.job.json_values import digest_of
 from engine.job.spec import CLASS_TEMPLATE, JOINT_SEPARATOR, MAX_SEED, JobSpec, RequestSpec
 from engine.job.spec_messages import nearest
 
-# Of the columns of new runs (`engine.job.records`).
-SCHEMA_VERSION = 3
 # Version of what a digest covers: raised only when an old plan would give other pixels or scores.
 IDENTITY_VERSION = 1
 # The class part of a key of a joint prompt, in place of a class index.

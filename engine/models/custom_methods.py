@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import JobError
 from engine.job.spec import JobSpec, RequestSpec
 from engine.methods.custom.spec import CustomGuidanceSpec
-from engine.models.targets import module_of
+from engine.models.factories import find_factory, module_of, reason_of
 
 if TYPE_CHECKING:
     from engine.methods.custom.criterion import Criterion
@@ -70,8 +70,6 @@ def method_digest(address: str) -> str:
     Raises:
         JobError: there is no such module or function, or it has no file.
     """
-    from engine.models.foreign import find_factory
-
     find_factory(address)
     file = getattr(sys.modules[module_of(address)[0]], "__file__", None)
     if file is None:
@@ -85,8 +83,6 @@ def load_method(address: str, parameters: dict[str, Any]) -> Criterion:
     Raises:
         JobError: no such module or factory, other parameters than it takes, it fails, or it returns no criterion.
     """
-    from engine.models.foreign import find_factory, reason_of
-
     factory = find_factory(address)
     _check_parameters(address, factory, parameters)
     try:
