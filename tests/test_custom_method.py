@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -141,14 +142,15 @@ def job_of(method: str, home: Path, **parameters: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder that methods are imported from, as if for the first time."""
-    monkeypatch.setattr(sys, "modules", {name: one for name, one in sys.modules.items() if name != "own"})
+    sys.modules.pop("own", None)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(factories, "_FOLDERS", [])
     importlib.invalidate_caches()
     method_digest.cache_clear()
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("own", None)
 
 
 @pytest.mark.parametrize(
