@@ -30,7 +30,7 @@ from engine.job.parsing import parse_job
 from engine.job.plan import Plan, SampleSpec, ShardSpec
 from engine.job.records import SampleResult, failed_record, new_record
 from engine.job.spec import JobSpec
-from engine.methods.conditioning.tally import ScreeningTally
+from engine.methods.conditioning.screening_tally import ScreeningTally
 
 SAMPLES_PER_SHARD = 4
 # Only a guard: a gate that nobody opens is a fault of the test.

@@ -16,6 +16,7 @@ from engine.methods.sampling.noise import draw_noise
 from engine.methods.sampling.spec import SamplingSpec
 from engine.models.diffusion import load_pipeline
 from engine.models.pipelines.base import EMBEDDINGS, LATENTS, ImageConditioning
+from tests.guidance_scenes import scene_of
 
 PIPELINE = "zoo:digits/stable-diffusion"
 PROMPT = "three and eight"
@@ -35,10 +36,7 @@ def guided_by(model, classifier, count, spec, **options):
     guided = guide_to_boundary(
         denoiser,
         BoundaryGuidanceSpec(gradient="unet", **options),
-        logits=classifier.logits,
-        decode=model.decode,
-        classes=(3, 8),
-        num_samples=count,
+        scene_of([(3, 8)] * count, classifier.logits, model.decode),
     )
     return guided, sampler
 

@@ -14,6 +14,7 @@ from engine.methods.sampling.spec import SamplingSpec
 from engine.models.addresses import resolve
 from engine.models.diffusion import load_pipeline
 from engine.models.pipelines.base import Pipeline
+from tests.guidance_scenes import scene_of
 
 SCHEDULERS = {
     "lms": "LMSDiscreteScheduler",
@@ -59,10 +60,7 @@ def boundary_guide(classifier, **options):
     return lambda denoiser, model, count: guide_to_boundary(
         denoiser,
         BoundaryGuidanceSpec(**options),
-        logits=classifier.logits,
-        decode=model.decode,
-        classes=(3, 8),
-        num_samples=count,
+        scene_of([(3, 8)] * count, classifier.logits, model.decode),
     )
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from engine.generation.artefact import Conditioning
     from engine.job.plan import Plan
     from engine.job.spec import JobSpec
-    from engine.methods.conditioning.evaluation import Quality
+    from engine.methods.conditioning.predictor_evaluation import Quality
     from engine.studies.prepare.program import Prepared
 
 

@@ -14,26 +14,20 @@ from engine.data.images import encoding as imaging
 from engine.errors import JobError
 from engine.generation.batching import BatchSize, Peak
 from engine.generation.conditioner import Conditioner, open_conditioner
+from engine.generation.guidance import RequestGuides
 from engine.generation.isolation import Isolation, failed_result, is_fault_of_machine, may_pass
 from engine.generation.loading import PipelinePool, load_scorer, reachable_memory
 from engine.job.acceptance import is_accepted
 from engine.job.plan import Plan, RequestPlan, SampleSpec, make_prompt
 from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, SampleResult, check_record
 from engine.job.spec import JobSpec
-from engine.methods.boundary.guide import guide_to_boundary
 from engine.methods.conditioning.screening import ScreenedDraw
-from engine.methods.custom.guide import NO_CHANCE, Criterion, Scene, criterion_problem, guide_by, same_values
-from engine.methods.guidance.guided import ConditionalDenoiser, GuidedDenoiser
 from engine.methods.guidance.rules import GradientHealth
 from engine.methods.heartbeat import beat
-from engine.methods.risky.guide import guide_to_risk
 from engine.methods.sampling.loop import sample
-from engine.models.custom_methods import load_method, method_digest
 from engine.models.decoder import GuidanceDecoder
-from engine.models.factories import reason_of
 from engine.models.hardware import choose_hardware, fix_kernels
 from engine.models.pipelines.base import LATENTS, ImageConditioning, Pipeline
-from engine.models.randomness import watched
 
 
 class Generator:
@@ -54,7 +48,7 @@ class Generator:
         self._target = self._scorer.target
         self._pipelines = PipelinePool(self._hardware, checks_safety=job.models.safety_checker == "auto")
         self._conditioners: dict[int, Conditioner] = {}
-        self._criteria: dict[int, Criterion] = {}
+        self._guides = RequestGuides(job, plan, self._scorer, device)
         decoder = job.models.guidance_decoder
         self._guidance_decoder = GuidanceDecoder.load(decoder, self._hardware) if decoder else None
         wanted = job.runtime.batch_size
@@ -127,8 +121,7 @@ class Generator:
         self._model(request).check_prompts([*longest_prompts(plan), negative])
         if plan.spec.conditioning is not None:
             self._conditioners[request] = self._conditioner(plan)
-        if plan.spec.is_custom:
-            self._criteria[request] = self._criterion(plan)
+        self._guides.prepare(plan, self._model(request).image_shape, self._guidance_decode(request))
         self._prepared.add(request)
 
     def batch_limit(self, request: int) -> int:
@@ -238,11 +231,10 @@ class Generator:
         drawn = model.draw_noise([sample_spec.seed for sample_spec in specs])
         images, noise = self._image_conditioning(request, draws, drawn), drawn[LATENTS]
         denoiser = model.denoiser([sample_spec.prompt for sample_spec in specs], sampling, sampler, images)
-        if spec.method == "prompt":
-            latents, health = sample(denoiser, sampler, noise), GradientHealth.of(len(specs))
-        else:
-            guided = self._guided(denoiser, request, specs)
-            latents, health = sample(guided, sampler, noise), guided.health
+        classes, decode = [sample_spec.cell.classes for sample_spec in specs], self._guidance_decode(request)
+        guided = self._guides.guided(request, denoiser, classes, decode)
+        latents = sample(guided or denoiser, sampler, noise)
+        health = guided.health if guided else GradientHealth.of(len(specs))
         with torch.no_grad():
             return model.decode(latents), health
 
@@ -255,62 +247,9 @@ class Generator:
         embeds = torch.stack([draw.embedding for draw in draws]).to(self._hardware.device)
         return ImageConditioning(embeds=embeds, noise=noise, noise_level=conditioning.noise_level)
 
-    def _guided(self, denoiser: ConditionalDenoiser, request: int, specs: Sequence[SampleSpec]) -> GuidedDenoiser:
-        spec, decode = self._job.requests[request], (self._guidance_decoder or self._model(request)).decode
-        guidance = self._job.guidance_of(spec)
-        if spec.method == "boundary":
-            return guide_to_boundary(
-                denoiser,
-                guidance.boundary,
-                logits=self._target.logits,
-                decode=decode,
-                classes=specs[0].cell.classes,
-                num_samples=len(specs),
-            )
-        if spec.is_custom:
-            scene = self._scene([one.cell.classes for one in specs])
-            return guide_by(self._criteria[request], denoiser, guidance.custom, scene=scene, decode=decode)
-        labels = torch.tensor([one.cell.classes[0] for one in specs], device=self._hardware.device)
-        return guide_to_risk(
-            denoiser,
-            guidance.risky,
-            logits=self._target.logits,
-            conformity=self._scorer.conformity_to(labels, raw=guidance.risky.conformity == "raw"),
-            decode=decode,
-            labels=labels,
-        )
-
-    def _scene(self, classes: Sequence[tuple[int, ...]]) -> Scene:
-        """What a criterion of the user's own can ask about samples of these classes."""
-        return Scene(
-            logits=self._target.logits,
-            conformity=lambda images, labels: self._scorer.conformity_to(labels, raw=False)(images),
-            labels=torch.tensor([one[0] for one in classes], device=self._hardware.device),
-            classes=tuple(classes),
-        )
-
-    def _criterion(self, request: RequestPlan) -> Criterion:
-        """The criterion of a request's own method, tried on two images."""
-        address, where = request.spec.method, f"requests.{request.number}.method"
-        planned = self._plan.identity["requests"][request.number]["method_digest"]
-        # A plan that only counts shards knows no digests.
-        if planned and method_digest(address) != planned:
-            raise JobError(
-                f"{where}: the file of '{address}' on this machine is not the one that the run was planned with; give"
-                " all machines the same file"
-            )
-        parameters = self._job.guidance_of(request.spec).custom.parameters
-        criteria = [load_method(address, parameters) for _ in range(2)]
-        shape, scene = self._model(request.number).image_shape, self._scene([request.cells[0].classes] * 2)
-        try:
-            problem, drawn = watched(lambda: criterion_problem(criteria, scene, shape))
-        except Exception as error:
-            raise JobError(f"{where}: the criterion of '{address}' failed: {reason_of(error)}") from error
-        if drawn:
-            problem = f"draws random numbers ({', '.join(drawn)}); {NO_CHANCE}"
-        if problem:
-            raise JobError(f"{where}: the criterion of '{address}' {problem}")
-        return _Watched(criteria[0], f"{where}: the criterion of '{address}'")
+    def _guidance_decode(self, request: int) -> Callable[[Tensor], Tensor]:
+        """The decoder that guidance differentiates: latents [B, C, H, W] to images [B, 3, H, W]."""
+        return (self._guidance_decoder or self._model(request)).decode
 
     def _address(self, request: int) -> str:
         return self._job.requests[request].diffusion or self._job.models.diffusion
@@ -340,29 +279,6 @@ class Generator:
         problems = model.conditioning_problems(model.folder, self._address(request), spec.conditioning)
         if problems:
             raise JobError([f"requests.{request}.conditioning{problem}" for problem in problems])
-
-
-class _Watched:
-    """A criterion that is watched while samples are made: what it did not do when it was tried it may do later.
-
-    Its first call is made twice; that it draws from no global generator is seen at every call.
-
-    Raises:
-        JobError: its distances are not decided by the images.
-    """
-
-    def __init__(self, criterion: Criterion, name: str) -> None:
-        self._criterion, self._name, self._is_first = criterion, name, True
-
-    def __call__(self, images: Tensor, scene: Scene) -> Tensor:
-        distances, drawn = watched(lambda: self._criterion(images, scene))
-        is_same = not self._is_first or same_values(distances, self._criterion(images, scene))
-        self._is_first = False
-        if drawn:
-            raise JobError(f"{self._name} draws random numbers ({', '.join(drawn)}); {NO_CHANCE}")
-        if not is_same:
-            raise JobError(f"{self._name} gives other distances for equal images when it is asked again; {NO_CHANCE}")
-        return distances
 
 
 def longest_prompts(request: RequestPlan) -> list[str]:

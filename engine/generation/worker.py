@@ -24,7 +24,7 @@ from engine.generation.messages import Report
 from engine.job.plan import Plan, SampleSpec, ShardSpec
 from engine.job.records import SampleResult
 from engine.job.spec import JobSpec
-from engine.methods.conditioning.tally import ScreeningTally
+from engine.methods.conditioning.screening_tally import ScreeningTally
 from engine.models.hardware import choose_hardware, fix_threads
 from engine.models.library_logging import quiet_libraries
 

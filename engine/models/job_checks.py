@@ -144,7 +144,7 @@ def _decoder_problems(job: JobSpec) -> list[str]:
     decoder = locate(address).folder if address else None
     if decoder is None:
         return []
-    guided = {request.diffusion or job.models.diffusion for request in job.requests if request.method != "prompt"}
+    guided = {request.diffusion or job.models.diffusion for request in job.requests if request.method_record.is_guided}
     problems = []
     for pipeline in sorted(guided):
         folder = _pipeline_folder(pipeline)

@@ -23,14 +23,16 @@ from bench.naive import PAPER_ELEMENTS, RISKY_COLUMNS, Naive, sample_boundary, s
 from bench.sizes import Setting
 from engine.generation.conditioner import conditioning_digests, open_conditioner
 from engine.generation.generator import Generator
+from engine.generation.guidance import RequestGuides
 from engine.generation.scorer import Scorer
 from engine.job.parsing import parse_job
 from engine.job.plan import Plan, RequestPlan, SampleSpec, build_plan, class_prompt
-from engine.methods.boundary.guide import guide_to_boundary, is_guided_step, rule_of
+from engine.methods.boundary.guide import rule_of
+from engine.methods.boundary.spec import BoundaryGuidanceSpec
 from engine.methods.conditioning.screening import ScreenedDraw
 from engine.methods.guidance.guided import ConditionalDenoiser, GuidedDenoiser
 from engine.methods.guidance.rules import shifting
-from engine.methods.risky.guide import guide_to_risk
+from engine.methods.registry import method_of
 from engine.methods.sampling.denoiser import Denoiser, Prediction, Step
 from engine.methods.sampling.loop import sample
 from engine.methods.sampling.noise import draw_noise
@@ -143,6 +145,11 @@ class Bench:
     def clip(self) -> Clip:
         """CLIP by itself."""
         return Clip.load(self.setting.clip, self.device)
+
+    @cached_property
+    def guides(self) -> RequestGuides:
+        """What guidance knows of target and CLIP."""
+        return RequestGuides(self.job, self.plan, Scorer(self.target, self.clip), self.device)
 
     @cached_property
     def plain(self) -> Any:
@@ -278,25 +285,16 @@ class Bench:
         return torch.stack([draw.embedding for draw in batch.draws]).to(self.device)
 
     def _guided(self, denoiser: ConditionalDenoiser, arm: Arm, batch: Batch) -> GuidedDenoiser:
-        spec = self.job.guidance_of(self.request_of(arm).spec)
-        decode, logits = self.diffusion.decode, self.target.logits
-        if self.family == "risky":
-            labels = torch.tensor([one.cell.classes[0] for one in batch.specs], device=self.device)
-            conformity = Scorer(self.target, self.clip).conformity_to(labels, raw=spec.risky.conformity == "raw")
-            return guide_to_risk(
-                denoiser, spec.risky, logits=logits, conformity=conformity, decode=decode, labels=labels
-            )
-        classes = batch.specs[0].cell.classes
-        if arm.program != "parts":
-            return guide_to_boundary(
-                denoiser, spec.boundary, logits=logits, decode=decode, classes=classes, num_samples=len(batch)
-            )
+        spec = self.job.parameters_of(self.request_of(arm).spec)
+        scene = self.guides.scene([one.cell.classes for one in batch.specs], self.diffusion.decode)
+        if not (arm.program == "parts" and isinstance(spec, BoundaryGuidanceSpec)):
+            return method_of(self.family).load_guide()(denoiser, spec, scene)
         return GuidedDenoiser(
             denoiser,
-            criteria=lambda images: kldb(logits(images), classes)[None],
-            decode=decode,
-            update=shifting(rule_of(spec.boundary)),
-            is_guided=lambda step: is_guided_step(step, spec.boundary),
+            criteria=lambda images: kldb(scene.logits(images), scene.classes[0])[None],
+            decode=scene.decode,
+            update=shifting(rule_of(spec)),
+            is_guided=lambda step: spec.is_guided(step.index, step.total),
             source="combined",
             num_samples=len(batch),
         )

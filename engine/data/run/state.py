@@ -17,8 +17,9 @@ from typing import Any
 from engine.data.run.shards import SHARDS
 from engine.data.stores.base import DRIVER_LOCK, LEASES, LOCKS, STATE, Store
 from engine.errors import MAX_REASON_CHARS, CorruptShardError, JobError, OutputError, OwnedError
+from engine.job.json_values import difference
 from engine.job.parsing import parse_job
-from engine.job.plan import EVERY_CELL, Cell, Extent, Plan, RequestPlan, difference, next_stage
+from engine.job.plan import EVERY_CELL, Cell, Extent, Plan, RequestPlan, next_stage
 from engine.job.records import columns_of
 from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json

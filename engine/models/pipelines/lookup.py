@@ -71,7 +71,7 @@ def request_problems(job: JobSpec, request: RequestSpec, folder: Path, address: 
     family, sampling = family_of(folder, address), job.sampling_of(request)
     try:
         with readable(address):
-            problems = family.sampling_problems(folder, sampling, is_guided=request.method != "prompt")
+            problems = family.sampling_problems(folder, sampling, is_guided=request.method_record.is_guided)
     except JobError as error:
         return [f"diffusion: {error}"]
     conditioning = family.conditioning_problems(folder, address, request.conditioning)
