@@ -22,10 +22,10 @@ import PIL.Image
 
 from engine.driver.executors.base import Executor
 from engine.driver.progress import PlainDisplay, Tally
-from engine.driver.run import RunSummary, run_job
+from engine.driver.run import run_job
+from engine.driver.run_summary import RunSummary
 from engine.errors import EXIT_DRAINED, JobError, OutputError, RiskforgeError
-from engine.generation.messages import Report
-from engine.generation.worker import ShardOutcome, Worker, _Making
+from engine.generation.worker import ShardOutcome, ShardProgressCallback, Worker, _Making
 from engine.job.parsing import parse_job
 from engine.job.plan import Plan, SampleSpec, ShardSpec
 from engine.job.records import SampleResult, failed_record, new_record
@@ -123,7 +123,7 @@ class SleepyWorker(Worker):
         super().__init__(job, plan, name="sleepy", load=lambda *_: self._sleeper)
 
     def sample_shard(
-        self, shard: ShardSpec, attempt: int, report: Report, batch_limit: int = 0
+        self, shard: ShardSpec, attempt: int, report: ShardProgressCallback, batch_limit: int = 0
     ) -> Callable[[], ShardOutcome]:
         """As a worker does."""
         self._sleeper.shard, self._sleeper.attempt = shard, attempt
@@ -231,7 +231,7 @@ class Recorder:
 
     phases: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
-    in_work: int = 0
+    in_flight: int = 0
     closed: bool = False
 
     def phase(self, text: str) -> None:
@@ -247,7 +247,7 @@ class Recorder:
 
     def show(self, tally: Tally) -> None:
         """Remember the most samples that were in work and not committed."""
-        self.in_work = max(self.in_work, tally.total.num_done - tally.total.committed)
+        self.in_flight = max(self.in_flight, tally.total.num_done - tally.total.committed)
 
     def close(self) -> None:
         """Remember it."""

@@ -23,9 +23,9 @@ from engine.data.run.counts import ShardCounts
 from engine.data.run.summary import GroupSummary, TransferSummary
 from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store
+from engine.driver.checks import plan_job
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.progress import MAX_GROUP_ROWS, LiveDisplay, PlainDisplay, Tally, byte_size, duration, medians_table
-from engine.driver.run import plan_job
 from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OWNED, EXIT_USER
 from engine.terminal import safe_console
 from tests.conftest import REPOSITORY
@@ -295,11 +295,11 @@ def test_rates_count_this_run_alone(tally):
     row = tally.requests[0]
     assert (row.num_done, row.rate(5.0), row.eta_seconds(5.0)) == (4, 0.0, None)
     tally.ready(7, 10.0)
-    tally.working(7, 1, 2, 12.0)
+    tally.progress(7, 1, 2, 12.0)
     assert (row.num_done, row.rate(12.0), row.eta_seconds(12.0)) == (6, 1.0, 14.0)
     tally.commit(7, 1, ShardCounts(ok=4, accepted=4), 14.0)
     assert (row.num_done, row.accepted, row.rate(14.0)) == (8, 7, 1.0)
-    tally.working(7, 2, 3, 15.0)
+    tally.progress(7, 2, 3, 15.0)
     tally.drop(2)
     assert row.num_done == 8
 
@@ -307,9 +307,9 @@ def test_rates_count_this_run_alone(tally):
 def test_late_news_of_a_committed_shard_is_ignored(tally):
     """Also of one that an earlier run committed."""
     tally.commit(7, 1, ShardCounts(ok=4, accepted=4), 14.0)
-    tally.working(7, 1, 4, 15.0)
-    tally.working(7, 0, 4, 15.0)
-    assert tally.total.num_done == 8 and not tally.total.in_work
+    tally.progress(7, 1, 4, 15.0)
+    tally.progress(7, 0, 4, 15.0)
+    assert tally.total.num_done == 8 and not tally.total.in_flight
 
 
 def group_of(context: str) -> GroupSummary:
@@ -347,7 +347,7 @@ def test_plain_lines_say_what_changed(tally):
     display.phase("")
     tally.ready(0, 10.0)
     display.show(tally)
-    tally.working(0, 1, 2, 12.0)
+    tally.progress(0, 1, 2, 12.0)
     display.show(tally)
     display.show(tally)
     lines = stream.getvalue().splitlines()
@@ -361,7 +361,7 @@ def test_the_live_table_shows_requests(tally):
     display = LiveDisplay(Console(file=stream, force_terminal=True, width=100))
     display.phase("starting Ray")
     tally.ready(0, time.monotonic() - 2)
-    tally.working(0, 1, 2, time.monotonic())
+    tally.progress(0, 1, 2, time.monotonic())
     display.show(tally)
     display.notice("shard 3 [is] late")
     display.close()

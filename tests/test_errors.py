@@ -202,7 +202,7 @@ def test_paths_that_are_no_job(call, tmp_path, monkeypatch):
 )
 def test_hardware_that_is_not_there(call, tmp_path, monkeypatch, changes, message):
     """Told before anything is started."""
-    monkeypatch.setattr("engine.driver.run.GPU_DEVICES", ("no-such-device",))
+    monkeypatch.setattr("engine.driver.checks.GPU_DEVICES", ("no-such-device",))
     sets = [part for change in changes for part in ("--set", change)]
     output = tmp_path / "out"
     assert refused(call, "run", QUICKSTART, "--executor", "local", "--output", output, *sets) == [message]

@@ -24,14 +24,19 @@ import engine.driver.run
 from engine.data.run.commits import list_commits, read_commit
 from engine.data.run.verify import verify
 from engine.data.stores.opening import open_store
-from engine.driver.executors.base import Host, ShardResult
+from engine.driver import checks
+from engine.driver.checks import plan_job
+from engine.driver.executors.base import ShardResult, WorkerHost
 from engine.driver.executors.local import LocalExecutor
-from engine.driver.executors.ray import Layout, RayExecutor, RayHost, divide, prepare_environment, usable_cores
-from engine.driver.run import plan_job
-from engine.driver.run_loop import WorkersFailingError, _Watch
-from engine.driver.scheduler import MAX_MARKS
+from engine.driver.executors.ray import RayExecutor
+from engine.driver.executors.ray_actor import RayHost
+from engine.driver.executors.ray_cluster import prepare_environment
+from engine.driver.executors.ray_layout import Layout, divide, usable_cores
+from engine.driver.run_loop import WorkersFailingError
+from engine.driver.sampling_share import SamplingShare
+from engine.driver.scheduling.faults import MAX_STRIKES
+from engine.driver.scheduling.messages import SchedulerLimits, ShardError, ShardProgress, WorkerLost, WorkerReady
 from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK, JobError, OutputError, RiskforgeError
-from engine.generation.messages import Rules, ShardError, ShardProgress, WorkerLost, WorkerReady
 from engine.job.plan import ShardSpec
 from tests.conftest import REPOSITORY
 from tests.sleepy import GATE_SECONDS, Faults, Gates, Recorder, make_job, run_sleepy, tars, wait_until
@@ -92,12 +97,12 @@ def test_code_that_ends_its_process_is_heard_of():
 
     shard = ShardSpec(number=0, request=0, start=0, stop=1)
     for worker in (SimpleNamespace(sample_shard=leave), SimpleNamespace(sample_shard=lambda *_: leave)):
-        host = Host(0)
+        host = WorkerHost(0)
         assert isinstance(host.load(lambda one=worker: one), WorkerReady)
         event = host.sample_shard(shard, 1, lambda *_: None)()
         assert isinstance(event, ShardError) and "SystemExit: 3" in event.message and host.has_failed
         host.close()
-    lost = Host(0).load(leave)
+    lost = WorkerHost(0).load(leave)
     assert isinstance(lost, WorkerLost) and "SystemExit: 3" in lost.message
 
 
@@ -122,8 +127,8 @@ def test_only_what_is_missing_is_made(tmp_path):
 def test_what_is_there_is_listed_once_and_models_are_checked_twice(monkeypatch, tmp_path):
     """Records may be many; and models of the hub are here only when their digests are known."""
     calls = []
-    for name in ("list_commits", "check_addresses", "model_digests"):
-        monkeypatch.setattr(engine.driver.run, name, noting(name, getattr(engine.driver.run, name), calls))
+    for module, name in ((checks, "check_addresses"), (checks, "model_digests"), (engine.driver.run, "list_commits")):
+        monkeypatch.setattr(module, name, noting(name, getattr(module, name), calls))
     monkeypatch.setattr(LocalExecutor, "opening", property(lambda self: calls.append("opening") or "opening"))
     run_sleepy(tmp_path, 1, LocalExecutor(1))
     assert calls[: calls.index("opening")] == ["check_addresses", "model_digests", "check_addresses", "list_commits"]
@@ -158,7 +163,7 @@ class Opener(Recorder):
     def show(self, tally):
         """See it."""
         super().show(tally)
-        if self.in_work:
+        if self.in_flight:
             self.gates.open(0)
 
 
@@ -167,7 +172,7 @@ def test_progress_is_seen_while_a_shard_is_in_work(tmp_path):
     display = Opener(tmp_path)
     faults = Faults(gated=(0,), gates=str(tmp_path))
     run_sleepy(tmp_path / "run", 1, LocalExecutor(1), faults=faults, display=display)
-    assert display.in_work > 0 and display.closed
+    assert display.in_flight > 0 and display.closed
     assert any("loading models" in phase for phase in display.phases)
 
 
@@ -312,7 +317,7 @@ def test_cores_are_counted_where_affinity_is_unknown(monkeypatch):
 def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
     """With the reason and what else to try."""
     executor = RayExecutor(address=None, num_workers=1, device="cpu")
-    monkeypatch.setattr(executor, "_start", raising(ConnectionError("raylet died\nlots of text")))
+    monkeypatch.setattr(executor._cluster, "_start", raising(ConnectionError("raylet died\nlots of text")))
     with pytest.raises(RiskforgeError, match=r"^Ray does not start .*\(raylet died\); try --executor local$"):
         executor.open(Faults, 1)
     executor.close()
@@ -333,14 +338,14 @@ def test_closing_while_ray_starts_takes_its_folder_away(monkeypatch, tmp_path):
 
     def connect() -> bool:
         time.sleep(0.5)
-        executor._folder = str(tmp_path / "rf")
+        executor._cluster._folder = str(tmp_path / "rf")
         (tmp_path / "rf").mkdir()
         return False
 
-    monkeypatch.setattr(executor, "_connect", connect)
+    monkeypatch.setattr(executor._cluster, "_connect", connect)
     executor.begin()
     executor.close()
-    assert not (tmp_path / "rf").exists() and not executor._thread.is_alive()
+    assert not (tmp_path / "rf").exists() and not executor._cluster._thread.is_alive()
 
 
 def test_a_gpu_that_is_not_there_is_refused():
@@ -377,7 +382,7 @@ def test_ray_makes_the_bytes_that_threads_make(join, clean, tmp_path):
     faults = Faults(gated=(0,), gates=str(tmp_path))
     summary = run_sleepy(output, 2, join(), faults=faults, display=display)
     assert summary.exit_code == EXIT_OK and tars(output) == clean
-    assert display.in_work > 0 and not display.notices
+    assert display.in_flight > 0 and not display.notices
     assert json.loads((output / "manifest.json").read_text())["hardware"]["executor"] == "ray"
 
 
@@ -399,7 +404,7 @@ def test_a_process_killed_while_it_writes_the_shard_before_marks_both(join, clea
     assert (summary.exit_code, summary.quarantined, summary.num_committed) == (EXIT_INCOMPLETE, (1,), 4)
     assert read_commit(open_store(str(tmp_path)), 0).attempt == 2
     reasons = json.loads((tmp_path / "_state/quarantine/000001.json").read_text())["reasons"]
-    assert len(reasons) == MAX_MARKS
+    assert len(reasons) == MAX_STRIKES
     assert {name: data for name, data in clean.items() if "000001" not in name} == tars(tmp_path)
 
 
@@ -519,7 +524,7 @@ def num_noted(output: Path) -> int:
     return sum(path.read_text().count('"committed"') for path in output.glob("_state/events/*.jsonl"))
 
 
-NOTICE = "SIGTERM: what is in work has 60 s to finish"
+NOTICE = "SIGTERM: shards in flight have 60 s to finish"
 
 
 def test_a_signal_drains_and_the_same_command_continues(tmp_path):
@@ -528,12 +533,12 @@ def test_a_signal_drains_and_the_same_command_continues(tmp_path):
     faults = {"gated": list(range(2, 10)), "gates": str(tmp_path)}
     process = sleepy(output, 4, "local", faults, stderr=subprocess.PIPE)
     wait_until(lambda: len(gates.waiting()) == 2 and num_noted(output) == 2, "two are committed and two in work")
-    in_work = gates.waiting()
+    in_flight = gates.waiting()
     process.send_signal(signal.SIGTERM)
     hear(process, NOTICE)
-    gates.open(*in_work)
+    gates.open(*in_flight)
     assert process.wait(GATE_SECONDS) == EXIT_DRAINED
-    assert set(list_commits(open_store(str(output)))) == {0, 1} | in_work and not (output / "_SUCCESS").exists()
+    assert set(list_commits(open_store(str(output)))) == {0, 1} | in_flight and not (output / "_SUCCESS").exists()
     events = [json.loads(line) for line in (output / "_state/events/000000.jsonl").read_text().splitlines()]
     assert [one["reason"] for one in events if one["event"] == "draining"] == ["SIGTERM"]
     assert events[-1]["event"] == "ended" and events[-1]["drained"] == "SIGTERM"
@@ -550,7 +555,7 @@ def test_a_second_signal_ends_at_once_and_loses_nothing(tmp_path):
     process.send_signal(signal.SIGTERM)
     hear(process, NOTICE)
     process.send_signal(signal.SIGTERM)
-    hear(process, "interrupted; what is committed is kept")
+    hear(process, "interrupted; committed shards are kept")
     assert process.wait(GATE_SECONDS) == EXIT_DRAINED
     store = open_store(str(output))
     assert verify(store).damage == () and len(list_commits(store)) < 3
@@ -565,8 +570,8 @@ def test_a_run_ends_by_its_deadline(monkeypatch, tmp_path):
 
     monkeypatch.setattr("engine.driver.run_loop.time", SimpleNamespace(monotonic=clock))
     patient = {"min_limit_seconds": 1e6, "first_limit_seconds": 1e6}
-    rules = Rules(deadline=time.monotonic() + 3000, grace_seconds=10, **patient)
-    summary = run_sleepy(tmp_path, 9, LocalExecutor(1), rules=rules)
+    limits = SchedulerLimits(deadline=time.monotonic() + 3000, grace_seconds=10, **patient)
+    summary = run_sleepy(tmp_path, 9, LocalExecutor(1), limits=limits)
     assert (summary.exit_code, summary.drained) == (EXIT_DRAINED, "deadline")
     assert 0 < summary.num_committed < 23 and Path(summary.report).exists() and not (tmp_path / "_SUCCESS").exists()
 
@@ -574,12 +579,12 @@ def test_a_run_ends_by_its_deadline(monkeypatch, tmp_path):
 def test_a_worker_that_hangs_is_replaced(clean, tmp_path):
     """Its shard is made by another, as the next attempt; the run does not wait for it."""
     # On a machine that stalls, others are taken for hung as well, which costs an attempt and changes nothing.
-    rules = Rules(min_limit_seconds=2, first_limit_seconds=2, check_seconds=0.1)
+    limits = SchedulerLimits(min_limit_seconds=2, first_limit_seconds=2, check_seconds=0.1)
     display = Recorder()
-    summary = run_sleepy(tmp_path, 2, LocalExecutor(2), faults=Faults(hang_once=(1,)), display=display, rules=rules)
+    summary = run_sleepy(tmp_path, 2, LocalExecutor(2), faults=Faults(hang_once=(1,)), display=display, limits=limits)
     assert summary.exit_code == EXIT_OK and read_commit(open_store(str(tmp_path)), 1).attempt >= 2
     assert tars(tmp_path) == clean
-    assert any("hangs: nothing was heard of it for" in notice for notice in display.notices)
+    assert any("hangs: no heartbeat for" in notice for notice in display.notices)
 
 
 def test_the_share_of_sampling_is_told(tmp_path):
@@ -591,14 +596,14 @@ def test_the_share_of_sampling_is_told(tmp_path):
 
 def test_the_share_of_sampling_is_of_the_time_from_ready_to_the_last_commit():
     """Of all workers together; one that has committed nothing does not count."""
-    watch = _Watch()
-    watch.ready(0, 10.0)
-    assert watch.share() is None
-    watch.committed(0, 5.0, 18.0)
-    watch.ready(1, 10.0)
-    watch.committed(1, 1.0, 12.0)
-    assert watch.share() == 0.6
-    watch.ready(2, 12.0)
-    watch.left(2)
-    watch.committed(0, 2.0, 20.0)
-    assert watch.share() == pytest.approx(8 / 12)
+    watch = SamplingShare()
+    watch.add_worker(0, 10.0)
+    assert watch.value() is None
+    watch.add_commit(0, 5.0, 18.0)
+    watch.add_worker(1, 10.0)
+    watch.add_commit(1, 1.0, 12.0)
+    assert watch.value() == 0.6
+    watch.add_worker(2, 12.0)
+    watch.remove_worker(2)
+    watch.add_commit(0, 2.0, 20.0)
+    assert watch.value() == pytest.approx(8 / 12)

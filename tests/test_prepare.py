@@ -40,7 +40,8 @@ from engine.data.images import (
     open_images,
 )
 from engine.driver.executors.local import LocalExecutor
-from engine.driver.executors.ray import RayExecutor, prepare_environment
+from engine.driver.executors.ray import RayExecutor
+from engine.driver.executors.ray_cluster import prepare_environment
 from engine.driver.progress import PlainDisplay
 from engine.driver.run_loop import WorkersFailingError
 from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_USER, JobError, OutputError, RiskforgeError

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.driver import scheduler
+from engine.driver.scheduling import scheduler
 from tools import simulate
 from tools.simulate import BrokenInvariantError, play, scale
 

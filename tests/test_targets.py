@@ -22,7 +22,7 @@ import yaml
 from torch import nn
 
 from engine.commands.jobfile import read_job
-from engine.driver.run import plan_job
+from engine.driver.checks import plan_job
 from engine.errors import JobError
 from engine.models import targets
 from engine.models.addresses import check_addresses, model_digest, read_labels

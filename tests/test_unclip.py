@@ -198,7 +198,7 @@ def test_a_run_tells_of_its_screening_and_resumes(tmp_path, capsys):
     assert f"<dd>{errors:.1%}".replace("%", " %") in (output / "report.html").read_text().replace("\u202f", " ")
     num_draws = sum(one["draws"] for one in found["screened"])
     assert f"<td>{num_draws}</td>" in (output / "report.html").read_text()
-    assert f"{num_draws} draws" in (printed := capsys.readouterr().out) and "for a dial of 1.2" in printed
+    assert f"{num_draws} draws" in (printed := capsys.readouterr().out) and "for a risk target of 1.2" in printed
     capsys.readouterr()
     risk = np.array([row["risk"] for row in rows if row["request"] == "dial"])
     assert manifest["dials"] == {

@@ -13,7 +13,7 @@ import pytest
 import engine.generation.worker
 from engine.data.run.commits import list_commits
 from engine.data.stores.opening import open_store
-from engine.driver.run import plan_job
+from engine.driver.checks import plan_job
 from engine.errors import OutputError
 from engine.generation.worker import MAX_WAITING_BATCHES, Worker
 from tests.sleepy import GATE_SECONDS, make_job, make_result, wait_until

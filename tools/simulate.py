@@ -1,9 +1,9 @@
 """The real scheduler in a simulated world: `python -m tools.simulate schedules 10000`, or `... scale`.
 
-Discrete events, drawn from a seed, drive `engine.driver.scheduler` and `engine.job.quotas`, as `engine.driver.run_loop`
-does with real workers and files. In this world processes crash before and after they commit, hang, run out of memory,
-answer late, twice or not at all, nodes vanish, and the driver is killed and started again while the dead one's workers
-still commit.
+Discrete events, drawn from a seed, drive `engine.driver.scheduling` and `engine.job.quotas`, as
+`engine.driver.run_loop` does with real workers and files. In this world processes crash before and after they commit,
+hang, run out of memory, answer late, twice or not at all, nodes vanish, and the driver is killed and started again
+while workers of the dead driver still commit.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from engine.driver import scheduler
-from engine.generation.messages import (
+from engine.driver.scheduling import scheduler
+from engine.driver.scheduling.dispatch import MAX_QUEUED
+from engine.driver.scheduling.faults import MAX_STRIKES
+from engine.driver.scheduling.messages import (
     Abort,
     Action,
     Assign,
@@ -27,13 +29,13 @@ from engine.generation.messages import (
     Drained,
     Event,
     Finished,
-    Lot,
     PlanGrown,
     Quarantine,
-    Rules,
+    SchedulerLimits,
     ShardDone,
     ShardError,
     ShardProgress,
+    ShardRange,
     ShardSampled,
     StartWorker,
     StopWorker,
@@ -46,7 +48,7 @@ from engine.job.parsing import parse_job
 from engine.job.plan import Extent, Plan, build_plan
 from engine.job.quotas import Quotas, replay
 
-RULES = Rules(
+LIMITS = SchedulerLimits(
     min_limit_seconds=40.0, first_limit_seconds=80.0, start_limit_seconds=60.0, check_seconds=5.0, grace_seconds=15.0
 )
 TICK_SECONDS = 5.0
@@ -196,7 +198,7 @@ class World:
         for number in range(plan.num_shards):
             require((number in disk.shards) != (number in disk.quarantined), f"shard {number} is lost, or there twice")
         for number, reasons in disk.quarantined.items():
-            require(len(reasons) == scheduler.MAX_MARKS, f"shard {number} has {len(reasons)} marks")
+            require(len(reasons) == MAX_STRIKES, f"shard {number} has {len(reasons)} strikes")
             require(not any("node" in reason for reason in reasons), f"shard {number} was blamed for a lost node")
         keys = [one.key for number in disk.shards for one in plan.samples(plan.shard(number))]
         require(len(keys) == len(set(keys)), "a sample is there twice")
@@ -213,7 +215,7 @@ class World:
 
 
 class Driver:
-    """A driver's life: what `engine.driver.run_loop.Shift` does, with processes of this world."""
+    """A driver's life: what `engine.driver.run_loop.RunLoop` does, with processes of this world."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -233,17 +235,17 @@ class Driver:
         self.state, actions = scheduler.start(
             flags,
             self.world.max_workers,
-            lots=map(self.lot, self.plan.extents),
+            ranges=map(self.shard_range, self.plan.extents),
             is_final=self.quotas.is_final,
-            rules=RULES,
+            limits=LIMITS,
             now=self.world.now,
         )
         self.obey(actions)
         self.tick()
 
-    def lot(self, extent: Extent) -> Lot:
+    def shard_range(self, extent: Extent) -> ShardRange:
         """The row of an extent; every second request has the other model."""
-        return Lot(extent.num_shards, kind=extent.request, model=extent.request % len(MODELS))
+        return ShardRange(extent.num_shards, request=extent.request, model=extent.request % len(MODELS))
 
     def add_rounds(self) -> tuple[Extent, ...]:
         """Plan the rounds that are due, on disk first."""
@@ -254,13 +256,13 @@ class Driver:
     def tick(self) -> None:
         """Let the scheduler know the time, again and again."""
         if self.is_alive:
-            self.tell(Tick(self.world.now))
+            self.send(Tick(self.world.now))
             self.world.later(TICK_SECONDS, self.tick)
 
     def drain(self) -> None:
         """A signal."""
         if self.is_alive:
-            self.tell(Drain())
+            self.send(Drain())
 
     def die(self) -> None:
         """The driver is killed; its workers go on with what they have, and their answers reach nobody."""
@@ -268,7 +270,7 @@ class Driver:
         if self.world.driver is self:
             self.world.driver = None
 
-    def tell(self, event: Event) -> None:
+    def send(self, event: Event) -> None:
         """Let the scheduler hear of an event; sometimes it comes twice."""
         if not self.is_alive:
             return
@@ -277,7 +279,8 @@ class Driver:
             before = self.state
             state, actions = scheduler.step(self.state, event)
             require(
-                (state == before and not actions) or isinstance(event, (ShardProgress, WorkerPlaced)), "heard twice"
+                (state == before and not actions) or isinstance(event, (ShardProgress, WorkerPlaced)),
+                "a duplicate event changed the state",
             )
 
     def step(self, event: Event) -> None:
@@ -296,7 +299,7 @@ class Driver:
         if settled and self.is_alive and not self.state.is_final:
             extents = self.add_rounds()
             if extents or self.quotas.is_final:
-                self.step(PlanGrown(tuple(map(self.lot, extents)), self.quotas.is_final))
+                self.step(PlanGrown(tuple(map(self.shard_range, extents)), self.quotas.is_final))
 
     def is_held(self, event: ShardDone) -> bool:
         """Whether a result is of a shard that its worker holds."""
@@ -342,7 +345,7 @@ class Driver:
         require(action.shard not in self.settled, f"shard {action.shard} was given out after it was settled")
         process = self.processes[action.worker]
         process.queue.append((action.shard, action.attempt))
-        require(len(process.queue) <= scheduler.MAX_QUEUED + 1, "too many shards queued")
+        require(len(process.queue) <= MAX_QUEUED + 1, "too many shards queued")
         if not process.is_busy:
             self.work(action.worker, process)
 
@@ -410,7 +413,7 @@ class Driver:
 
     def answer(self, worker: int, event: Event) -> None:
         """Something that a process says reaches the driver, if it lives, however late."""
-        self.tell(event)
+        self.send(event)
 
 
 def make_plan(draw: random.Random) -> Plan:

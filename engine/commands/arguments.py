@@ -55,15 +55,15 @@ def make_executor(kind: str, job: JobSpec, address: str | None) -> Executor:
     Raises:
         JobError: the device of the job is not.
     """
-    from engine.driver.run import check_hardware
+    from engine.driver.checks import check_hardware
 
     workers = None if job.runtime.workers == "auto" else job.runtime.workers
     if kind == "local":
-        check_hardware(job, is_here=True)
+        check_hardware(job, is_local=True)
         from engine.driver.executors.local import LocalExecutor
 
         return LocalExecutor(workers or 1)
-    check_hardware(job, is_here=address is None)
+    check_hardware(job, is_local=address is None)
     from engine.driver.executors.ray import RayExecutor
 
     return RayExecutor(address=address, num_workers=workers, device=job.runtime.device)

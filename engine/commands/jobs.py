@@ -49,8 +49,8 @@ def plan(
     if validate:
         _validate(job, spec, as_json)
         return
+    from engine.driver.checks import plan_job
     from engine.driver.cost import job_cost
-    from engine.driver.run import plan_job
 
     try:
         planned = plan_job(spec, make_display()) if calibrate else plan_job(spec)
@@ -99,9 +99,9 @@ def prepare(
     if is_divided and executor == "local":
         raise JobError("--address and --workers: are for --executor ray; leave them or `--executor local` out")
     spec = load_job(job, set_, workers=workers)
-    from engine.driver.run import check_hardware
+    from engine.driver.checks import check_hardware
 
-    check_hardware(spec, is_here=address is None)
+    check_hardware(spec, is_local=address is None)
     from engine.studies.prepare.prepare import prepare_conditioning
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -132,12 +132,12 @@ def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     """Check all that can be checked without a model being loaded or fetched."""
     from engine.data.run.output_folder import check_output
     from engine.data.stores.opening import open_store
-    from engine.driver.run import check_hardware
+    from engine.driver.checks import check_hardware
     from engine.job.plan import resolve_requests
     from engine.models.addresses import check_addresses, missing_artefacts, read_labels
 
     check_addresses(job)
-    check_hardware(job, is_here=False)
+    check_hardware(job, is_local=False)
     check_output(open_store(job.output.uri))
     labels = read_labels(job.models.target)
     if labels is not None:

@@ -25,8 +25,8 @@ from engine.errors import EXIT_DAMAGED, EXIT_DRAINED, JobError
 from engine.terminal import show as print
 
 if TYPE_CHECKING:
-    from engine.driver.run import RunSummary
-    from engine.generation.messages import Rules
+    from engine.driver.run_summary import RunSummary
+    from engine.driver.scheduling.messages import SchedulerLimits
     from engine.job.spec import JobSpec
 
 DEFAULT_GRACE = "60s"
@@ -57,10 +57,10 @@ def run(
     set_: SetOption = None,
 ) -> None:
     """Make the samples of a job; the same command continues what was interrupted."""
-    rules = _rules(grace, deadline, max_duration)
+    limits = _limits(grace, deadline, max_duration)
     _check_address(address, executor)
     spec = load_job(job, set_, output=output, workers=workers, continues=resume != "overwrite")
-    _run(spec, executor, address, resume=resume, confirmed=yes, rules=rules)
+    _run(spec, executor, address, resume=resume, confirmed=yes, limits=limits)
 
 
 def retry(
@@ -78,13 +78,13 @@ def retry(
     from engine.data.stores.opening import open_store
     from engine.job.parsing import apply_overrides, parse_job
 
-    rules = _rules(grace, deadline, max_duration)
+    limits = _limits(grace, deadline, max_duration)
     _check_address(address, executor)
     spec, _ = stored_plan(open_store(run))
     let_import(spec, Path.cwd())
     if workers is not None:
         spec = parse_job(apply_overrides(spec.model_dump(mode="json"), [("runtime.workers", workers)]))
-    _run(spec, executor, address, resume="auto", confirmed=False, rules=rules, retry=True)
+    _run(spec, executor, address, resume="auto", confirmed=False, limits=limits, retry=True)
 
 
 def status(
@@ -189,7 +189,7 @@ def _run(
     *,
     resume: str,
     confirmed: bool,
-    rules: Rules,
+    limits: SchedulerLimits,
     retry: bool = False,
 ) -> None:
     """Run a job and end the command with its exit code."""
@@ -203,7 +203,7 @@ def _run(
             resume=resume,
             confirmed=confirmed,
             display=make_display(),
-            rules=rules,
+            limits=limits,
             retry=retry,
         )
     except KeyboardInterrupt:
@@ -213,17 +213,17 @@ def _run(
     raise typer.Exit(summary.exit_code)
 
 
-def _rules(grace: str, deadline: str | None, max_duration: str | None) -> Rules:
+def _limits(grace: str, deadline: str | None, max_duration: str | None) -> SchedulerLimits:
     """The options about time, on the clock that is not turned."""
     import time
     from datetime import datetime
 
     from engine.driver.durations import parse_duration, seconds_until
-    from engine.generation.messages import Rules
+    from engine.driver.scheduling.messages import SchedulerLimits
 
     ends = [] if deadline is None else [seconds_until(deadline, "--deadline", datetime.now())]
     ends += [] if max_duration is None else [parse_duration(max_duration, "--max-duration")]
-    return Rules(
+    return SchedulerLimits(
         grace_seconds=parse_duration(grace, "--grace"), deadline=time.monotonic() + min(ends) if ends else None
     )
 

@@ -35,7 +35,7 @@ class RequestTally:
     Attributes:
         total: samples in shards that are planned; rounds of a quota add some.
         committed: samples in committed shards, of any status.
-        in_work: samples done so far of shards in work, by shard.
+        in_flight: samples done so far of shards in work, by shard.
         started_at: when its first samples of this run were begun, None before any is done.
         done_before: samples that were done then.
     """
@@ -44,14 +44,14 @@ class RequestTally:
     total: int
     committed: int = 0
     accepted: int = 0
-    in_work: dict[int, int] = field(default_factory=dict)
+    in_flight: dict[int, int] = field(default_factory=dict)
     started_at: float | None = None
     done_before: int = 0
 
     @property
     def num_done(self) -> int:
         """Samples done, committed or not."""
-        return self.committed + sum(self.in_work.values())
+        return self.committed + sum(self.in_flight.values())
 
     def rate(self, now: float) -> float:
         """Samples a second in this run; 0 where nothing is known."""
@@ -99,27 +99,27 @@ class Tally:
         """A worker begins."""
         self._heard[worker] = now
 
-    def working(self, worker: int, shard: int, num_done: int, now: float) -> None:
+    def progress(self, worker: int, shard: int, num_done: int, now: float) -> None:
         """So many samples of a shard in work are done; late news of a committed shard is ignored."""
         if self._is_committed[shard]:
             return
         self._start_clocks(worker, shard, now)
         for row in self._rows(shard):
-            row.in_work[shard] = num_done
+            row.in_flight[shard] = num_done
 
     def commit(self, worker: int, shard: int, counts: ShardCounts, now: float) -> None:
         """A shard is committed."""
         self._start_clocks(worker, shard, now)
         self._is_committed[shard] = 1
         for row in self._rows(shard):
-            row.in_work.pop(shard, None)
+            row.in_flight.pop(shard, None)
             row.committed += counts.attempted
             row.accepted += counts.accepted
 
     def drop(self, shard: int) -> None:
         """A shard in work came to nothing."""
         for row in self._rows(shard):
-            row.in_work.pop(shard, None)
+            row.in_flight.pop(shard, None)
 
     def _rows(self, shard: int) -> tuple[RequestTally, RequestTally]:
         return self.requests[self._plan.shard(shard).request], self.total
@@ -286,7 +286,7 @@ def _live_table(tally: Tally) -> Table:
 
 def _live_rows(tally: Tally) -> Iterator[RequestTally]:
     """The requests that fit on a screen: those in work first to be kept, then the next ones, in order."""
-    kept = {row.name for row in tally.requests if row.in_work}
+    kept = {row.name for row in tally.requests if row.in_flight}
     for row in tally.requests:
         if len(kept) < MAX_LIVE_ROWS and (len(tally.requests) <= MAX_LIVE_ROWS or row.num_done < row.total):
             kept.add(row.name)

@@ -14,68 +14,73 @@ from engine.data.run.state import QUARANTINE, publish_rounds, quarantined_shards
 from engine.data.stores.base import Store
 from engine.data.stores.journal import Journal
 from engine.data.stores.lease import Lease
-from engine.driver import scheduler
 from engine.driver.executors.base import Executor, ExecutorEvent, ShardResult, WorkerFactory
-from engine.driver.interrupts import Request, deferred
+from engine.driver.interrupts import StopRequest, deferred_signals
 from engine.driver.progress import Display, Tally
-from engine.errors import EXIT_INCOMPLETE, MAX_REASON_CHARS, RiskforgeError, fault
-from engine.generation.messages import (
+from engine.driver.sampling_share import SamplingShare
+from engine.driver.scheduling import scheduler
+from engine.driver.scheduling.faults import is_job_fault
+from engine.driver.scheduling.messages import (
     Abort,
     Action,
     Assign,
     Drain,
     Drained,
-    Lot,
+    Finished,
     PlanGrown,
     Quarantine,
     Replaced,
-    Rules,
+    SchedulerLimits,
     ShardError,
     ShardProgress,
+    ShardRange,
     StartWorker,
     StopWorker,
     Tick,
     WorkerLost,
     WorkerReady,
 )
+from engine.driver.scheduling.state import State, Step
+from engine.errors import EXIT_INCOMPLETE, MAX_REASON_CHARS, RiskforgeError, fault
 from engine.job.plan import Extent, Plan
 from engine.job.quotas import replay
 from engine.job.spec import JobSpec
 
 POLL_SECONDS = 0.25
 DEADLINE = "deadline"
-# From when on the user hears that workers wait for room.
+# The user is notified when workers have been waiting for a machine this long.
 UNPLACED_SECONDS = 60.0
 FAULTS = f"{QUARANTINE}/workers.txt"
 
 
 class WorkersFailingError(RiskforgeError):
-    """Workers fail over and over and nothing gets done: a defect, of this program or of the machines."""
+    """Workers fail repeatedly and no shard is finished: a defect of this program or of the machines."""
 
     exit_code = EXIT_INCOMPLETE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShiftEnd:
-    """How a shift ended.
+class RunLoopResult:
+    """How a run loop ended.
 
     Attributes:
-        drained: why, where shards are left that could be made: the name of a signal, or `deadline`; empty otherwise.
-        sampling_share: share of the workers' time, from ready to the last commit, that went into sampling and scoring;
-            None where nothing was made.
+        plan: the plan with the rounds that quotas added.
+        drained: why it stopped with shards left to do: the name of a signal, or `deadline`; empty otherwise.
+        sampling_share: share of the workers' time, from ready to the last commit, spent sampling and scoring; None if
+            nothing was made.
     """
 
     plan: Plan
-    drained: str
-    sampling_share: float | None
+    drained: str = ""
+    sampling_share: float | None = None
 
 
-class Shift:
+class RunLoop:
     """Makes the missing shards of a run.
 
     Args:
-        committed: the shards that are there.
-        rules: when patience ends; a deadline is on the clock of `time.monotonic`.
+        committed: the committed shards.
+        limits: timeouts; a deadline is on the clock of `time.monotonic`.
     """
 
     def __init__(
@@ -89,7 +94,7 @@ class Shift:
         display: Display,
         lease: Lease,
         journal: Journal,
-        rules: Rules,
+        limits: SchedulerLimits,
     ) -> None:
         self._store = store
         self._job = job
@@ -98,24 +103,24 @@ class Shift:
         self._display = display
         self._lease = lease
         self._journal = journal
-        self._rules = rules
+        self._limits = limits
         counts = {number: commit.counts for number, commit in committed.items()}
         quarantined = set(quarantined_shards(store))
-        # Requests that have images: what fails with every sample from now on is not the job's fault.
-        self._proven = {plan.shard(number).request for number, one in counts.items() if one.ok or one.rejected}
+        # Requests that have images: an exception from every sample is not attributed to the job any more.
+        self._proven = {plan.shard(number).request for number, shard in counts.items() if shard.ok or shard.rejected}
         self._tally = Tally(plan, counts)
         self._quotas = replay(plan, counts, quarantined, job.output.samples_per_shard)
         self._skipped = bytearray(plan.num_shards)
         for number in (*committed, *quarantined):
             self._skipped[number] = 1
-        self._watch = _Watch()
+        self._sampling_share = SamplingShare()
         self._drained = ""
         self._unplaced_since: float | None = None
-        self._has_told_unplaced = False
+        self._is_unplaced_noted = False
 
     def begin_rounds(self) -> bool:
-        """Add the rounds of quotas that are due from the beginning; whether there is anything to make."""
-        self._skipped += bytes(sum(one.num_shards for one in self._add_rounds()))
+        """Add the rounds of quotas that are due at the start; whether there is anything to make."""
+        self._skipped += bytes(sum(extent.num_shards for extent in self._add_rounds()))
         return 0 in self._skipped
 
     @property
@@ -123,13 +128,13 @@ class Shift:
         """The plan as it has grown so far."""
         return self._plan
 
-    def work(self, factory: WorkerFactory) -> ShiftEnd:
-        """Make all missing shards; what cannot be made is put in quarantine.
+    def run(self, factory: WorkerFactory) -> RunLoopResult:
+        """Make all missing shards; a shard that keeps failing is quarantined.
 
         Raises:
-            OwnedError: another driver has taken the run over.
-            WorkersFailingError: workers fail over and over.
-            RiskforgeError: something that the user has to mend.
+            OwnedError: another driver has taken over the run.
+            WorkersFailingError: workers fail repeatedly.
+            RiskforgeError: an error that the user has to fix.
         """
         self._store.remove(FAULTS)
         num_missing = self._skipped.count(0)
@@ -137,43 +142,48 @@ class Shift:
         num_workers = self._executor.open(factory, num_missing)
         self._display.phase(f"loading models ({num_workers} worker{'s' if num_workers > 1 else ''})")
         self._journal.note("started", workers=num_workers, shards=self._plan.num_shards, missing=num_missing)
-        with deferred() as asked:
-            state, actions = scheduler.start(
-                bytes(self._skipped),
-                num_workers,
-                lots=map(self._lot, self._plan.extents),
-                is_final=self._quotas.is_final,
-                proven=self._proven,
-                rules=self._rules,
-                now=time.monotonic(),
-            )
-            while not self._carry_out(actions):
+        with deferred_signals() as stop:
+            state, actions = self._start(num_workers)
+            while not self._execute(actions):
                 self._lease.check()
-                state, actions = self._turn(state, asked)
-        return ShiftEnd(plan=self._plan, drained=self._drained, sampling_share=self._watch.share())
+                state, actions = self._poll(state, stop)
+        return RunLoopResult(plan=self._plan, drained=self._drained, sampling_share=self._sampling_share.value())
 
-    def _turn(self, state: scheduler.State, asked: Request) -> scheduler.Step:
-        """Let the scheduler hear what happened in a moment."""
+    def _start(self, num_workers: int) -> Step:
+        return scheduler.start(
+            bytes(self._skipped),
+            num_workers,
+            ranges=map(self._shard_range, self._plan.extents),
+            is_final=self._quotas.is_final,
+            proven=self._proven,
+            limits=self._limits,
+            now=time.monotonic(),
+        )
+
+    def _poll(self, state: State, stop: StopRequest) -> Step:
+        """Pass the events of one poll to the scheduler."""
         events: list[Any] = [Tick(time.monotonic())]
-        if asked and not self._drained:
-            self._note_drain(asked.signal_name)
+        if stop and not self._drained:
+            self._note_drain(stop.signal_name)
             events.append(Drain())
         actions: list[Action] = []
         for event in [*events, *self._executor.poll(POLL_SECONDS)]:
-            if not isinstance(event, (Tick, Drain)) and not self._take(event, state):
-                continue
-            state, more = scheduler.step(state, event)
-            actions += more
-            if settled := self._settle(event, more):
-                state, more = scheduler.step(state, settled)
-                actions += more
+            if not isinstance(event, (Tick, Drain)):
+                if _is_stale(event, state):
+                    continue
+                self._record(event, state)
+            state, added = scheduler.step(state, event)
+            actions += added
+            if growth := self._update_quotas(event, added):
+                state, added = scheduler.step(state, growth)
+                actions += added
         self._note_unplaced(time.monotonic())
         self._display.show(self._tally)
         self._journal.keep()
         return state, actions
 
-    def _settle(self, event: Any, actions: list[Action]) -> PlanGrown | None:
-        """Tell the quotas what a step has settled; what they add, for the scheduler."""
+    def _update_quotas(self, event: Any, actions: list[Action]) -> PlanGrown | None:
+        """Report finished and quarantined shards to the quotas; what they add to the plan, for the scheduler."""
         if self._quotas.is_final:
             return None
         if isinstance(event, ShardResult):
@@ -185,10 +195,10 @@ class Shift:
         extents = self._add_rounds()
         if not extents and not self._quotas.is_final:
             return None
-        return PlanGrown(tuple(map(self._lot, extents)), self._quotas.is_final)
+        return PlanGrown(tuple(map(self._shard_range, extents)), self._quotas.is_final)
 
     def _add_rounds(self) -> tuple[Extent, ...]:
-        """Plan the rounds that are due, durably, before any of their shards is begun."""
+        """Plan the rounds that are due, durably, before any of their shards is started."""
         extents = self._quotas.advance()
         if extents:
             self._plan = publish_rounds(self._store, self._plan, extents)
@@ -196,17 +206,18 @@ class Shift:
             self._journal.note("rounds", shards=self._plan.num_shards)
         return extents
 
-    def _lot(self, extent: Extent) -> Lot:
+    def _shard_range(self, extent: Extent) -> ShardRange:
         addresses = [request.diffusion or self._job.models.diffusion for request in self._job.requests]
-        return Lot(extent.num_shards, kind=extent.request, model=addresses.index(addresses[extent.request]))
+        model = addresses.index(addresses[extent.request])
+        return ShardRange(extent.num_shards, request=extent.request, model=model)
 
-    def _carry_out(self, actions: Iterable[Action]) -> bool:
-        """Do what the scheduler says; True when it is the end."""
+    def _execute(self, actions: Iterable[Action]) -> bool:
+        """Execute the scheduler's actions; True at the end of the run."""
         for action in actions:
             if isinstance(action, StartWorker):
                 self._executor.start_worker(action.worker)
             elif isinstance(action, StopWorker):
-                self._watch.left(action.worker)
+                self._sampling_share.remove_worker(action.worker)
                 self._executor.stop_worker(action.worker)
             elif isinstance(action, Assign):
                 shard = self._plan.shard(action.shard)
@@ -214,22 +225,26 @@ class Shift:
             elif isinstance(action, Quarantine):
                 self._quarantine(action)
             elif isinstance(action, Replaced):
-                self._tell_replaced(action.worker, action.message)
-            elif isinstance(action, Abort):
-                self._journal.note("aborted", message=brief(action.message))
-                raise fault(action.message, action.exit_code) if action.user_fault else self._give_up(action.message)
+                self._note_replaced(action.worker, action.message)
             else:
-                if isinstance(action, Drained):
-                    self._drained = self._drained or DEADLINE
+                self._end(action)
                 return True
         return False
 
+    def _end(self, action: Finished | Drained | Abort) -> None:
+        """End the loop, by an error if the scheduler gave up the run."""
+        if isinstance(action, Abort):
+            self._journal.note("aborted", message=brief(action.message))
+            raise fault(action.message, action.exit_code) if action.user_fault else self._give_up(action.message)
+        if isinstance(action, Drained):
+            self._drained = self._drained or DEADLINE
+
     def _give_up(self, message: str) -> WorkersFailingError:
-        """Keep the whole message, which may hold tracebacks, and say it in short."""
+        """Store the whole message, which may hold tracebacks, and return an error with a short one."""
         self._store.replace(FAULTS, f"{message}\n".encode())
         head, mark, reason = message.partition("the last one: ")
         return WorkersFailingError(
-            f"{head}{mark}{brief(reason)}\nthe whole message is in {self._store.address(FAULTS)}; mend the cause, and"
+            f"{head}{mark}{brief(reason)}\nthe full message is in {self._store.address(FAULTS)}; fix the cause, and"
             " the same command continues"
         )
 
@@ -237,60 +252,56 @@ class Shift:
         self._drained = signal_name
         self._journal.note("draining", reason=signal_name)
         self._display.notice(
-            f"{signal_name}: what is in work has {self._rules.grace_seconds:g} s to finish; once more ends at once"
+            f"{signal_name}: shards in flight have {self._limits.grace_seconds:g} s to finish;"
+            " a second signal stops at once"
         )
 
     def _note_unplaced(self, now: float) -> None:
-        """Say once when workers wait for a machine for long."""
+        """Notify the user once if workers wait for a machine for long."""
         num = self._executor.num_unplaced
         if not num:
             self._unplaced_since = None
             return
         self._unplaced_since = now if self._unplaced_since is None else self._unplaced_since
-        if now - self._unplaced_since >= UNPLACED_SECONDS and not self._has_told_unplaced:
-            self._has_told_unplaced = True
+        if now - self._unplaced_since >= UNPLACED_SECONDS and not self._is_unplaced_noted:
+            self._is_unplaced_noted = True
             self._display.notice(f"{num} worker(s) still wait for room on the cluster; ask for fewer with --workers")
 
-    def _take(self, event: ExecutorEvent, state: scheduler.State) -> bool:
-        """Take what concerns the user from an event; False for one that is late or came twice."""
+    def _record(self, event: ExecutorEvent, state: State) -> None:
+        """Record an event in progress and journal."""
         now = time.monotonic()
-        if isinstance(event, (ShardResult, ShardError, ShardProgress)):
-            worker = state.workers.get(event.worker)
-            if worker is None or event.shard not in worker.queue:
-                return False
         if isinstance(event, WorkerReady):
             self._display.phase("")
             self._tally.ready(event.worker, now)
-            self._watch.ready(event.worker, now)
+            self._sampling_share.add_worker(event.worker, now)
             self._journal.note("ready", worker=event.worker)
         elif isinstance(event, ShardProgress):
-            self._tally.working(event.worker, event.shard, event.num_done, now)
+            self._tally.progress(event.worker, event.shard, event.num_done, now)
         elif isinstance(event, ShardResult):
             self._note_commit(event, now)
         elif isinstance(event, ShardError):
             self._tally.drop(event.shard)
-            if not scheduler.is_fault_of_job(state, event):
-                self._tell_replaced(event.worker, event.message, event.shard)
+            if not is_job_fault(state, event):
+                self._note_replaced(event.worker, event.message, event.shard)
         elif isinstance(event, WorkerLost):
-            self._watch.left(event.worker)
-            self._tell_replaced(event.worker, event.message)
-        return True
+            self._sampling_share.remove_worker(event.worker)
+            self._note_replaced(event.worker, event.message)
 
     def _note_commit(self, event: ShardResult, now: float) -> None:
         counts: ShardCounts = event.outcome.counts
         self._tally.commit(event.worker, event.shard, counts, now)
-        self._watch.committed(event.worker, event.outcome.sampling_seconds, now)
-        about = {"samples": counts.attempted, "accepted": counts.accepted, "failed": counts.failed}
-        self._journal.note("committed", shard=event.shard, worker=event.worker, **about)
+        self._sampling_share.add_commit(event.worker, event.outcome.sampling_seconds, now)
+        fields = {"samples": counts.attempted, "accepted": counts.accepted, "failed": counts.failed}
+        self._journal.note("committed", shard=event.shard, worker=event.worker, **fields)
 
-    def _tell_replaced(self, worker: int, message: str, shard: int | None = None) -> None:
-        what = "" if shard is None else f"shard {shard} failed, "
-        self._display.notice(f"{what}worker {worker} is replaced: {brief(message)}")
+    def _note_replaced(self, worker: int, message: str, shard: int | None = None) -> None:
+        prefix = "" if shard is None else f"shard {shard} failed, "
+        self._display.notice(f"{prefix}worker {worker} is replaced: {brief(message)}")
         self._journal.note("replaced", worker=worker, message=brief(message))
 
     def _quarantine(self, action: Quarantine) -> None:
         shard = self._plan.shard(action.shard)
-        note = {
+        record = {
             "shard": shard.number,
             "request": self._plan.requests[shard.request].spec.name,
             "first_key": next(self._plan.samples(shard)).key,
@@ -299,40 +310,21 @@ class Shift:
         }
         self._tally.drop(shard.number)
         name = f"{QUARANTINE}/{shard.number:06d}.json"
-        self._store.replace(name, (json.dumps(note, indent=1, ensure_ascii=False) + "\n").encode())
+        self._store.replace(name, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
         self._display.notice(f"shard {shard.number} is in quarantine after {len(action.reasons)} faults: {name}")
         self._journal.note("quarantined", shard=shard.number, reason=brief(action.reasons[-1]))
 
 
-class _Watch:
-    """Which part of their time workers sample, from ready to their last commit."""
-
-    def __init__(self) -> None:
-        self._since: dict[int, float] = {}
-        self._sampling = 0.0
-        self._present = 0.0
-
-    def ready(self, worker: int, now: float) -> None:
-        """A worker begins."""
-        self._since[worker] = now
-
-    def committed(self, worker: int, sampling_seconds: float, now: float) -> None:
-        """A worker has committed a shard."""
-        self._present += now - self._since.get(worker, now)
-        self._since[worker] = now
-        self._sampling += sampling_seconds
-
-    def left(self, worker: int) -> None:
-        """A worker is gone."""
-        self._since.pop(worker, None)
-
-    def share(self) -> float | None:
-        """The share of all workers together; None where nothing was committed."""
-        return min(1.0, self._sampling / self._present) if self._present else None
+def _is_stale(event: ExecutorEvent, state: State) -> bool:
+    """Whether an event is late or a duplicate: its shard is not in the queue of its worker."""
+    if not isinstance(event, (ShardResult, ShardError, ShardProgress)):
+        return False
+    worker = state.workers.get(event.worker)
+    return worker is None or event.shard not in worker.queue
 
 
 def brief(message: str) -> str:
-    """The line that says most: the last of a traceback, the first of anything else."""
+    """The most informative line of a message: the last line of a traceback, the first line of anything else."""
     lines = message.strip().splitlines() or ["no reason given"]
     line = lines[-1] if lines[0].startswith("Traceback") else lines[0]
     return line[:MAX_REASON_CHARS]

@@ -20,7 +20,6 @@ from engine.data.run.shards import shard_name, stage_shard, warm_up
 from engine.data.run.state import read_digest
 from engine.data.stores.opening import open_store
 from engine.errors import JobError
-from engine.generation.messages import Report
 from engine.job.plan import Plan, SampleSpec, ShardSpec
 from engine.job.records import SampleResult
 from engine.job.spec import JobSpec
@@ -45,6 +44,14 @@ class ShardOutcome:
     counts: ShardCounts
     sampling_seconds: float
     total_seconds: float
+
+
+class ShardProgressCallback(Protocol):
+    """Called by a worker to report the progress of a shard."""
+
+    def __call__(self, num_done: int, batch_seconds: float = 0.0, batch_limit: int = 0) -> None:
+        """Report the number of samples done so far; see `ShardProgress`."""
+        ...
 
 
 class Sampler(Protocol):
@@ -93,7 +100,7 @@ class Worker:
         warm_up()
 
     def sample_shard(
-        self, shard: ShardSpec, attempt: int, report: Report, batch_limit: int = 0
+        self, shard: ShardSpec, attempt: int, report: ShardProgressCallback, batch_limit: int = 0
     ) -> Callable[[], ShardOutcome]:
         """Sample a shard; what is returned waits for its commit. `report` hears how far it is.
 
@@ -115,7 +122,7 @@ class Worker:
             raise
         return writing.result
 
-    def _sample(self, making: _Making, report: Report, writing: Future[ShardOutcome]) -> None:
+    def _sample(self, making: _Making, report: ShardProgressCallback, writing: Future[ShardOutcome]) -> None:
         """Make a shard batch by batch, as long as there is somebody who writes it."""
         request, specs = making.shard.request, list(self._plan.samples(making.shard))
         done = 0

@@ -34,8 +34,9 @@ from engine.data.images import (
 from engine.driver.executors.base import Executor, ExecutorEvent, ShardResult
 from engine.driver.progress import Display, duration
 from engine.driver.run_loop import POLL_SECONDS, UNPLACED_SECONDS, WorkersFailingError, brief
+from engine.driver.scheduling.messages import ShardError, ShardProgress, UserFault, WorkerLost, WorkerReady
 from engine.errors import JobError, fault
-from engine.generation.messages import Report, ShardError, ShardProgress, UserFault, WorkerLost, WorkerReady
+from engine.generation.worker import ShardProgressCallback
 from engine.job.plan import ShardSpec
 from engine.job.spec import JobSpec
 from engine.methods.finiteness import Faults
@@ -128,7 +129,9 @@ class Observer:
         self._encoder = encoder
         self._num_rows = num_rows
 
-    def sample_shard(self, shard: ShardSpec, attempt: int, report: Report, batch_limit: int) -> Callable[[], Any]:
+    def sample_shard(
+        self, shard: ShardSpec, attempt: int, report: ShardProgressCallback, batch_limit: int
+    ) -> Callable[[], Any]:
         """A part of the pass, which executors know as a shard: number `start` of `stop`. Gives a `PartSeen`."""
         seen = self.observe(shard.start, shard.stop, report)
         return lambda: seen
