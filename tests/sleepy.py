@@ -25,7 +25,7 @@ from engine.driver.progress import PlainDisplay, Tally
 from engine.driver.run import run_job
 from engine.driver.run_summary import RunSummary
 from engine.errors import EXIT_DRAINED, JobError, OutputError, RiskforgeError
-from engine.generation.worker import ShardOutcome, ShardProgressCallback, Worker, _Making
+from engine.generation.worker import ShardBuffer, ShardOutcome, ShardProgressCallback, Worker
 from engine.job.parsing import parse_job
 from engine.job.plan import Plan, SampleSpec, ShardSpec
 from engine.job.records import SampleResult, failed_record, new_record
@@ -129,13 +129,13 @@ class SleepyWorker(Worker):
         self._sleeper.shard, self._sleeper.attempt = shard, attempt
         return super().sample_shard(shard, attempt, report, batch_limit)
 
-    def _write(self, making: _Making) -> ShardOutcome:
-        if making.shard.number in self._slow_once and making.attempt == 1:
+    def _write(self, buffer: ShardBuffer) -> ShardOutcome:
+        if buffer.shard.number in self._slow_once and buffer.attempt == 1:
             # All samples are taken first: sampling would wait for room otherwise, and the next shard not begin.
-            for _ in making.results(ScreeningTally()):
+            for _ in buffer.results(ScreeningTally()):
                 pass
             time.sleep(3600)
-        return super()._write(making)
+        return super()._write(buffer)
 
 
 class Sleeper:
