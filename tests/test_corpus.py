@@ -27,7 +27,7 @@ from engine.data.run.shards import read_shard
 from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, JobError, OutputError, RiskforgeError
 from engine.report.render import write_report
-from engine.studies.nights.nights import read_night
+from engine.studies.compare.scored_run import read_scored_run
 from engine.studies.samples import open_study
 from tests.conftest import REPOSITORY
 from tests.corpus_cases import make_run
@@ -297,7 +297,7 @@ def test_a_damaged_manifest_is_told_alike_by_all(run: Path, tmp_path: Path, text
     copied = shutil.copytree(run, tmp_path / "run")
     (copied / "manifest.json").write_text(text)
     told = set()
-    for read in (open_source, read_night, open_study, lambda uri: write_report(open_store(uri))):
+    for read in (open_source, read_scored_run, open_study, lambda uri: write_report(open_store(uri))):
         with pytest.raises(CorruptShardError, match=r"^.*/run/manifest\.json: .*; restore the file") as caught:
             read(str(copied))
         told.add(str(caught.value))

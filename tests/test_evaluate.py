@@ -43,11 +43,14 @@ from engine.report.data import open_metadata
 from engine.report.evaluation import Evaluation, read_evaluation
 from engine.report.render import write_report
 from engine.studies.evaluate import image_features as pictures
-from engine.studies.evaluate.evaluate import Album, EvaluateOptions, evaluate, match_classes
-from engine.studies.evaluate.features import Inception, find_inception
+from engine.studies.evaluate.clusters import cluster, nearest_texts, neighbourhood
+from engine.studies.evaluate.extractors import Inception, find_inception
 from engine.studies.evaluate.image_features import draw_images, pixel_distances, small_pixels
-from engine.studies.evaluate.slices import cluster, nearest_texts, neighbourhood
-from engine.studies.evaluate.terminal_lines import summary_lines
+from engine.studies.evaluate.image_registry import ImageRegistry
+from engine.studies.evaluate.options import EvaluateOptions
+from engine.studies.evaluate.program import evaluate
+from engine.studies.evaluate.quality import match_classes
+from engine.studies.evaluate.summary_lines import summary_lines
 from engine.studies.output_folders import check_folder
 
 RUN = {"batch_size": 4, "duration_seconds": 0.1, "attempt": 1, "worker": "w0"}
@@ -282,9 +285,12 @@ def test_an_image_of_an_evaluation_must_be_an_image(evaluated: tuple[Store, Eval
 
 def test_images_of_one_name_stay_apart() -> None:
     """A real image and a training image may lie at the same place in their folders."""
-    album = Album({})
-    shown = [album.show(kind, "zero/0001.png", f"data:image/png;base64,{kind}", "") for kind in ("real", "train")]
-    assert [album.images[one.image] for one in shown] == ["data:image/png;base64,real", "data:image/png;base64,train"]
+    registry = ImageRegistry({})
+    shown = [registry.show(kind, "zero/0001.png", f"data:image/png;base64,{kind}", "") for kind in ("real", "train")]
+    assert [registry.images[one.image] for one in shown] == [
+        "data:image/png;base64,real",
+        "data:image/png;base64,train",
+    ]
 
 
 def test_a_run_with_a_driver_at_work_is_left_alone(finished: Store, call: Any) -> None:

@@ -32,9 +32,8 @@ from engine.driver.executors.ray import RayExecutor
 from engine.driver.executors.ray_actor import RayHost
 from engine.driver.executors.ray_cluster import prepare_environment
 from engine.driver.executors.ray_layout import Layout, divide, usable_cores
-from engine.driver.run_loop import WorkersFailingError
 from engine.driver.sampling_share import SamplingShare
-from engine.driver.scheduling.faults import MAX_STRIKES
+from engine.driver.scheduler_loop import WorkersFailingError
 from engine.driver.scheduling.messages import SchedulerLimits, ShardError, ShardProgress, WorkerLost, WorkerReady
 from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK, JobError, OutputError, RiskforgeError
 from engine.job.plan import ShardSpec
@@ -269,7 +268,7 @@ def test_timing_is_of_all_sessions(tmp_path):
 
 def test_workers_that_wait_for_room_are_told_once(monkeypatch, tmp_path):
     """And nothing is said where all have a place."""
-    monkeypatch.setattr("engine.driver.run_loop.UNPLACED_SECONDS", 0.0)
+    monkeypatch.setattr("engine.driver.scheduler_loop.UNPLACED_SECONDS", 0.0)
     display = Recorder()
     run_sleepy(tmp_path / "placed", 1, LocalExecutor(1), display=display)
     assert not display.notices
@@ -404,7 +403,7 @@ def test_a_process_killed_while_it_writes_the_shard_before_marks_both(join, clea
     assert (summary.exit_code, summary.quarantined, summary.num_committed) == (EXIT_INCOMPLETE, (1,), 4)
     assert read_commit(open_store(str(tmp_path)), 0).attempt == 2
     reasons = json.loads((tmp_path / "_state/quarantine/000001.json").read_text())["reasons"]
-    assert len(reasons) == MAX_STRIKES
+    assert len(reasons) == SchedulerLimits().max_strikes
     assert {name: data for name, data in clean.items() if "000001" not in name} == tars(tmp_path)
 
 
@@ -568,7 +567,7 @@ def test_a_run_ends_by_its_deadline(monkeypatch, tmp_path):
         """An hour later once a shard is there."""
         return time.monotonic() + (3600 if tars(tmp_path) else 0)
 
-    monkeypatch.setattr("engine.driver.run_loop.time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr("engine.driver.scheduler_loop.time", SimpleNamespace(monotonic=clock))
     patient = {"min_limit_seconds": 1e6, "first_limit_seconds": 1e6}
     limits = SchedulerLimits(deadline=time.monotonic() + 3000, grace_seconds=10, **patient)
     summary = run_sleepy(tmp_path, 9, LocalExecutor(1), limits=limits)

@@ -35,7 +35,7 @@ from engine.generation.artefact import load_conditioning
 from engine.models.addresses import ARTEFACT_DOCUMENT
 from engine.models.folders import read_config
 from engine.models.targets import side_settings
-from engine.studies.nights.baseline import read_baseline
+from engine.studies.compare.baseline import read_baseline
 from tests.conftest import REPOSITORY
 from tests.sleepy import run_sleepy
 

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from engine.studies.compare.nights import differences
 
 from engine.errors import JobError, OutputError
-from engine.studies.nights.baseline import pin_night, read_baseline
-from engine.studies.nights.differences import holm, median_difference, share_difference
-from engine.studies.nights.night_tables import PAGE_BEGINNING, night_document, night_markdown
-from engine.studies.nights.nights import Limits, Night, breaches, check_limits, compare_nights, differences
+from engine.studies.compare.baseline import pin_run, read_baseline
+from engine.studies.compare.limits import Limits, check_limits, crossed_limits
+from engine.studies.compare.program import compare_runs
+from engine.studies.compare.scored_run import ScoredRun
+from engine.studies.compare.significance import holm, median_difference, share_difference
+from engine.studies.compare.tables import PAGE_BEGINNING, comparison_document, comparison_markdown
 from engine.studies.output_folders import check_replaces
 
 LABELS = ("cat", "dog", "owl")
@@ -35,7 +38,7 @@ def make_night(
     shift: float = 0.0,
     noise=None,
     requests=("panel", "fresh"),
-) -> Night:
+) -> ScoredRun:
     """Samples with risks that vary from sample to sample; an error is a risk above one.
 
     Args:
@@ -49,7 +52,7 @@ def make_night(
     base = rng.normal(size=size) if noise is None else noise
     risk = np.exp(base + 0.3 * rng.normal(size=size) + shift)
     is_error = risk > 1.5
-    return Night(
+    return ScoredRun(
         address=f"runs/{seed}",
         name="sim",
         target={"address": "zoo:t", "digest": "0123456789abcdef"},
@@ -69,8 +72,8 @@ def make_night(
     )
 
 
-def permuted(night: Night, order: np.ndarray) -> Night:
-    columns = {one.name: getattr(night, one.name) for one in fields(Night)}
+def permuted(night: ScoredRun, order: np.ndarray) -> ScoredRun:
+    columns = {one.name: getattr(night, one.name) for one in fields(ScoredRun)}
     return replace(night, **{key: value[order] for key, value in columns.items() if isinstance(value, np.ndarray)})
 
 
@@ -86,7 +89,7 @@ def test_false_alarms_are_as_rare_as_promised(monkeypatch, is_paired):
     for _ in range(num_runs):
         noise = rng.normal(size=60) if is_paired else None
         old, new = (make_night(rng, seed=0 if is_paired else seed, noise=noise, requests=("panel",)) for seed in (0, 1))
-        comparison = compare_nights(old, new, levels=("request", "class"))
+        comparison = compare_runs(old, new, levels=("request", "class"))
         assert all(bool(row.num_pairs) == is_paired for row in comparison.rows)
         alarms += bool(significant(comparison))
     assert 1 <= alarms <= num_runs * (0.05 + 3 * (0.05 * 0.95 / num_runs) ** 0.5), alarms
@@ -98,7 +101,7 @@ def test_a_planted_difference_is_found_where_it_is():
     old, new = make_night(rng, seed=0, num=300), make_night(rng, seed=1, num=300)
     hit = (new.requests == "panel") & (new.classes == "owl")
     risk = np.where(hit, 4 * new.risk, new.risk)
-    found = significant(compare_nights(old, replace(new, risk=risk, is_error=risk > 1.5)))
+    found = significant(compare_runs(old, replace(new, risk=risk, is_error=risk > 1.5)))
     assert {("panel", "owl", "risk"), ("panel", "owl", "error_rate"), ("panel", "", "risk")} <= set(found)
     assert {request for request, _, _ in found} == {"panel"} and not {"cat", "dog"} & {group for _, group, _ in found}
 
@@ -110,9 +113,9 @@ def test_pairs_find_what_groups_do_not(monkeypatch):
     for _ in range(8):
         noise = rng.normal(size=120)
         old, new = make_night(rng, noise=noise), make_night(rng, noise=noise, shift=0.2)
-        paired += len(significant(compare_nights(old, new)))
+        paired += len(significant(compare_runs(old, new)))
         other = replace(new, seeds=new.seeds + 10**7)
-        unpaired += len(significant(compare_nights(old, other)))
+        unpaired += len(significant(compare_runs(old, other)))
     assert paired > 5 * max(1, unpaired), (paired, unpaired)
 
 
@@ -121,8 +124,8 @@ def test_the_order_of_rows_does_not_matter(seed):
     """Not with pairs, not with groups; not for a figure, a sample or a note."""
     rng = np.random.default_rng(4)
     old, new = make_night(rng), make_night(rng, seed=seed)
-    first = compare_nights(old, new)
-    second = compare_nights(
+    first = compare_runs(old, new)
+    second = compare_runs(
         permuted(old, np.random.default_rng(5).permutation(120)),
         permuted(new, np.random.default_rng(6).permutation(120)),
     )
@@ -134,12 +137,12 @@ def test_the_order_of_rows_does_not_matter(seed):
 def test_a_run_against_itself_is_all_zeros():
     """No difference, no test, no failure new or mended, no limit crossed."""
     night = make_night(np.random.default_rng(7))
-    comparison = compare_nights(night, night)
+    comparison = compare_runs(night, night)
     every = [one for row in comparison.rows for one in row.differences.values()]
     assert len(comparison.rows) == 2 * (1 + 3 + 2) and len(every) == 5 * len(comparison.rows)
     assert {one.change.value for one in every} == {0.0} and {one.p_value for one in every} == {1.0}
     assert not comparison.arisen and not comparison.mended and not comparison.notes
-    assert not breaches(comparison, Limits(increases={"error_rate": 0.0, "risk": 0.0}, fail_on="any-significant"))
+    assert not crossed_limits(comparison, Limits(increases={"error_rate": 0.0, "risk": 0.0}, fail_on="any-significant"))
 
 
 def test_new_and_mended_failures_are_named():
@@ -148,7 +151,7 @@ def test_new_and_mended_failures_are_named():
     wrong, right = np.flatnonzero(~old.is_error)[:2], np.flatnonzero(old.is_error)[:1]
     is_error = old.is_error.copy()
     is_error[wrong], is_error[right] = True, False
-    comparison = compare_nights(old, replace(old, is_error=is_error))
+    comparison = compare_runs(old, replace(old, is_error=is_error))
     assert [one.key for one in comparison.arisen] == [f"sim-{row:06d}" for row in wrong]
     assert [one.key for one in comparison.mended] == [f"sim-{row:06d}" for row in right]
     row = comparison.rows[0]
@@ -164,17 +167,17 @@ def test_limits_are_crossed_when_the_whole_interval_lies_beyond():
     limits = Limits(increases={"error_rate": 0.1})
     crossed = []
     for shift in (0.0, 0.2, 0.5, 1.0, 2.0):
-        comparison = compare_nights(old, make_night(rng, noise=noise, shift=shift))
+        comparison = compare_runs(old, make_night(rng, noise=noise, shift=shift))
         lows = [row.differences["error_rate"].change.low for row in comparison.rows if row.level == "request"]
-        lines = breaches(comparison, limits)
+        lines = crossed_limits(comparison, limits)
         assert len(lines) == sum(low > 0.1 for low in lows)
         crossed.append(len(lines))
     assert crossed[0] == 0 and crossed[-1] == 2 and crossed == sorted(crossed)
-    better = compare_nights(make_night(rng, noise=noise, shift=2.0), old)
-    assert not breaches(better, Limits(fail_on="significant-increase"))
-    assert breaches(better, Limits(fail_on="any-significant"))
-    assert breaches(
-        compare_nights(old, make_night(rng, noise=noise, shift=2.0)), Limits(fail_on="significant-increase")
+    better = compare_runs(make_night(rng, noise=noise, shift=2.0), old)
+    assert not crossed_limits(better, Limits(fail_on="significant-increase"))
+    assert crossed_limits(better, Limits(fail_on="any-significant"))
+    assert crossed_limits(
+        compare_runs(old, make_night(rng, noise=noise, shift=2.0)), Limits(fail_on="significant-increase")
     )
 
 
@@ -183,15 +186,15 @@ def test_misuse_is_refused():
     rng = np.random.default_rng(10)
     night = make_night(rng)
     with pytest.raises(JobError, match=r"share no request; the first has 'panel', 'fresh', the second 'other'"):
-        compare_nights(night, make_night(rng, requests=("other",)))
+        compare_runs(night, make_night(rng, requests=("other",)))
     with pytest.raises(JobError, match=r"class 2: 'owl' -> 'cow'"):
-        compare_nights(night, replace(night, labels=("cat", "dog", "cow")))
+        compare_runs(night, replace(night, labels=("cat", "dog", "cow")))
     with pytest.raises(JobError, match="too few to compare"):
-        compare_nights(make_night(rng, num=4), make_night(rng, num=4, seed=1))
+        compare_runs(make_night(rng, num=4), make_night(rng, num=4, seed=1))
     blind = replace(night, valid=np.full(120, np.nan))
-    comparison = compare_nights(blind, blind)
+    comparison = compare_runs(blind, blind)
     with pytest.raises(JobError, match="valid failures: no request has it"):
-        breaches(comparison, Limits(increases={"valid_failures": 0.1}))
+        crossed_limits(comparison, Limits(increases={"valid_failures": 0.1}))
     for limits, level in ((Limits(increases={"risk": -1.0}), 0.95), (Limits(increases={"risk": float("nan")}), 0.95)):
         with pytest.raises(JobError, match="--max-risk-increase"):
             check_limits(limits, level)
@@ -205,7 +208,7 @@ def test_groups_are_compared_over_what_both_runs_have():
     old, new = make_night(rng, seed=0, num=300), make_night(rng, seed=1, num=300)
     risk = np.where(new.contexts == "", new.risk, 50.0)
     new = replace(new, contexts=text(one and "new" for one in new.contexts), risk=risk)
-    comparison = compare_nights(old, new)
+    comparison = compare_runs(old, new)
     assert comparison.rows[0].num_old == comparison.rows[0].num_new == 150
     assert "only the 3 classes and contexts that both runs have" in comparison.notes[0]
     assert abs(comparison.rows[0].differences["risk"].change.value) < 0.5
@@ -216,14 +219,14 @@ def test_another_mixture_of_classes_is_no_difference():
     rng = np.random.default_rng(16)
     rates = {"cat": 0.1, "dog": 0.5, "owl": 0.9}
 
-    def night(seed: int, weights: tuple[float, float, float]) -> Night:
+    def night(seed: int, weights: tuple[float, float, float]) -> ScoredRun:
         classes = text(rng.choice(LABELS, 600, p=weights))
         is_error = rng.random(600) < np.array([rates[one] for one in classes])
         made = make_night(rng, seed=seed, num=600, requests=("quota",))
         return replace(made, classes=classes, contexts=text([""] * 600), is_error=is_error)
 
     old, new = night(0, (0.4, 0.3, 0.3)), night(1, (0.1, 0.2, 0.7))
-    comparison = compare_nights(old, new)
+    comparison = compare_runs(old, new)
     # That much would be seen in all of them as they are.
     assert new.is_error.mean() - old.is_error.mean() > 0.2
     assert not [row for row in comparison.rows if "error_rate" in comparison.significant(row)]
@@ -233,7 +236,7 @@ def test_another_mixture_of_classes_is_no_difference():
     # Four times as many of each class is the same mixture: none is left out.
     even = replace(old, classes=text(LABELS[row % 3] for row in range(600)), seeds=old.seeds + 10**8)
     some = permuted(even, np.arange(600)[np.arange(600) // 3 % 4 == 0])
-    assert len(some.keys) == 150 and not compare_nights(replace(some, seeds=some.seeds + 10**8), even).notes
+    assert len(some.keys) == 150 and not compare_runs(replace(some, seeds=some.seeds + 10**8), even).notes
 
 
 def test_a_pinned_run_is_the_run(tmp_path):
@@ -241,9 +244,9 @@ def test_a_pinned_run_is_the_run(tmp_path):
     night = make_night(np.random.default_rng(12))
     night = replace(night, valid=np.where(night.requests == "panel", night.valid, np.nan))
     path = tmp_path / "deep/baseline.json"
-    pin_night(night, path)
+    pin_run(night, path)
     read = read_baseline(path)
-    for one in fields(Night):
+    for one in fields(ScoredRun):
         a, b = getattr(night, one.name), getattr(read, one.name)
         assert np.array_equal(a, b, equal_nan=one.name == "valid") if isinstance(a, np.ndarray) else a == b, one.name
     assert not list(tmp_path.glob("deep/.*"))
@@ -269,18 +272,18 @@ def test_a_pinned_run_is_the_run(tmp_path):
 def test_only_what_compare_wrote_is_written_over(tmp_path):
     """A wrong name after --pin or --markdown must not cost a run its metadata, or CI its baseline."""
     night = make_night(np.random.default_rng(3))
-    page = night_markdown(compare_nights(night, night))
+    page = comparison_markdown(compare_runs(night, night))
     baseline, other = tmp_path / "baseline.json", tmp_path / "metadata.parquet"
-    pin_night(night, baseline)
-    pin_night(night, baseline)
+    pin_run(night, baseline)
+    pin_run(night, baseline)
     other.write_bytes(b"PAR1\xff")
     for option, path in (("--pin", other), ("--markdown", other), ("--markdown", baseline)):
         before = path.read_bytes()
         with pytest.raises(OutputError, match=f"{option}: .* was not written by this option"):
-            pin_night(night, path) if option == "--pin" else check_replaces(option, path, PAGE_BEGINNING)
+            pin_run(night, path) if option == "--pin" else check_replaces(option, path, PAGE_BEGINNING)
         assert path.read_bytes() == before
     with pytest.raises(OutputError, match=r"--pin: .* is a folder; name a file"):
-        pin_night(night, Path())
+        pin_run(night, Path())
     for content in ("", page):
         other.write_text(content)
         check_replaces("--markdown", other, PAGE_BEGINNING)
@@ -289,9 +292,9 @@ def test_only_what_compare_wrote_is_written_over(tmp_path):
 def test_markdown_and_json_hold_no_markup_of_others():
     """Contexts are hostile input; JSON is JSON."""
     rng = np.random.default_rng(13)
-    comparison = compare_nights(make_night(rng), make_night(rng, shift=1.0))
-    assert "``context red \\| <b>`ink`</b>``" in night_markdown(comparison, ["<i>"])
-    document = json.loads(json.dumps(night_document(comparison, Limits(), []), allow_nan=False))
+    comparison = compare_runs(make_night(rng), make_night(rng, shift=1.0))
+    assert "``context red \\| <b>`ink`</b>``" in comparison_markdown(comparison, ["<i>"])
+    document = json.loads(json.dumps(comparison_document(comparison, Limits(), []), allow_nan=False))
     assert len(document["rows"]) == 12 and document["correction"] == "Holm"
     assert {one["key"] for one in document["new_failures"]} <= set(comparison.new.keys)
 

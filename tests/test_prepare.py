@@ -43,7 +43,8 @@ from engine.driver.executors.local import LocalExecutor
 from engine.driver.executors.ray import RayExecutor
 from engine.driver.executors.ray_cluster import prepare_environment
 from engine.driver.progress import PlainDisplay
-from engine.driver.run_loop import WorkersFailingError
+from engine.driver.scheduler_loop import WorkersFailingError
+from engine.driver.scheduling.messages import WorkerLost
 from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_USER, JobError, OutputError, RiskforgeError
 from engine.generation import artefact
 from engine.generation.artefact import load_conditioning, save_conditioning
@@ -52,16 +53,10 @@ from engine.methods.temperature import HIGHEST, LOWEST, fit_temperature
 from engine.models.addresses import check_addresses, image_encoder_digest
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
-from engine.studies.prepare.observation import (
-    GPU_ROWS,
-    Observations,
-    Observer,
-    encoder_address,
-    load_part_observer,
-    observe,
-    signature,
-)
-from engine.studies.prepare.prepare import artefact_folder, fit_conditioning, prepare_conditioning
+from engine.studies.prepare.encoders import encoder_address
+from engine.studies.prepare.fitting import fit_conditioning
+from engine.studies.prepare.observation import GPU_ROWS, Observations, Observer, load_part_observer, observe, signature
+from engine.studies.prepare.program import artefact_folder, prepare_conditioning
 from tests.conftest import REPOSITORY
 from tests.sleepy import wait_until
 
@@ -811,15 +806,62 @@ def test_an_error_of_the_user_in_an_actor_is_one_line(cluster, mixed, tmp_path):
     assert "\n" not in str(error.value) and not (tmp_path / "home").exists()
 
 
+class Crashing(LocalExecutor):
+    """Threads that stand for processes which die at their first part.
+
+    Attributes:
+        num_crashes: of how many parts in all.
+        is_node_lost: whether with their machine.
+    """
+
+    num_crashes = 0
+    is_node_lost = False
+
+    def submit(self, worker, shard, attempt, batch_limit=0):
+        """Lose the worker, or process the part."""
+        if self.num_crashes:
+            self.num_crashes -= 1
+            self._events.put((worker, WorkerLost(worker, self.is_node_lost, "the worker's process died")))
+        else:
+            super().submit(worker, shard, attempt, batch_limit)
+
+
+@pytest.mark.parametrize(("num_crashes", "is_node_lost"), [(1, False), (5, True)])
+def test_lost_workers_are_replaced(mixed, undivided, tmp_path, num_crashes, is_node_lost):
+    """A process once for a part, machines as often as they like."""
+    executor, stream = Crashing(1), io.StringIO()
+    executor.num_crashes, executor.is_node_lost = num_crashes, is_node_lost
+    assert same_bytes(prepare(mixed, tmp_path, executor=executor, stream=stream).path, undivided.path)
+    assert stream.getvalue().count("its part of the images begins again: the worker's process died") == num_crashes
+
+
+def test_a_part_that_loses_two_processes_ends_the_pass(mixed, tmp_path):
+    """One part, two processes: the third would fare no better."""
+    executor = Crashing(1)
+    executor.num_crashes = 2
+    with pytest.raises(WorkersFailingError, match=r"2 workers were lost with the same part .*process died; nothing is"):
+        prepare(mixed, tmp_path, executor=executor)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_defect_in_the_pass_ends_it_with_one_line(monkeypatch, mixed, tmp_path):
+    """An exception that no user can cause is not tried again."""
+    monkeypatch.setattr(Observer, "observe", lambda *arguments: 1 / 0)
+    with pytest.raises(WorkersFailingError, match="the images failed on a worker: ZeroDivisionError: div"):
+        prepare(mixed, tmp_path, executor=LocalExecutor(2))
+
+
 @pytest.mark.parametrize("num_failures", [1, 2])
-def test_a_part_is_begun_again_once(mixed, undivided, tmp_path, num_failures):
-    """Then it ends with the last line of the reason and the code of what is unfinished, not in a loop."""
+def test_a_worker_that_does_not_start_is_replaced_once(mixed, undivided, tmp_path, num_failures):
+    """Then the pass ends with the last line of the reason and the code of what is unfinished, not in a loop."""
     executor = Unlucky(1)
     executor.num_failures = num_failures
     if num_failures == 1:
         assert same_bytes(prepare(mixed, tmp_path, executor=executor).path, undivided.path)
         return
-    with pytest.raises(WorkersFailingError, match=r"2 workers were lost .*: ZeroDivisionError: no such kernel;") as end:
+    with pytest.raises(
+        WorkersFailingError, match=r"do not start; .*: ZeroDivisionError: no such kernel; nothing"
+    ) as end:
         prepare(mixed, tmp_path, executor=executor)
     assert end.value.exit_code == EXIT_INCOMPLETE and not list(tmp_path.iterdir())
 
@@ -828,7 +870,7 @@ def test_large_sets_are_divided_and_the_choice_is_told(monkeypatch, mixed, undiv
     """By their number of images, tars by their size; the artefact does not show which."""
     for data, limit, sizes in ((mixed, "LARGE_SET", (269, 270)), (tars, "LARGE_BYTES", (1, 10**9))):
         for size in sizes:
-            monkeypatch.setattr("engine.studies.prepare.prepare." + limit, size)
+            monkeypatch.setattr("engine.studies.prepare.program." + limit, size)
             stream = io.StringIO()
             made = prepare(data, tmp_path, executor=LocalExecutor(2), only_large=True, stream=stream)
             assert data == tars or same_bytes(made.path, undivided.path)
@@ -979,7 +1021,7 @@ def test_an_interrupt_stores_nothing_and_says_so(monkeypatch, capsys, tmp_path):
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("engine.studies.prepare.prepare.prepare_conditioning", interrupted)
+    monkeypatch.setattr("engine.studies.prepare.program.prepare_conditioning", interrupted)
     monkeypatch.setattr(sys, "argv", ["riskforge", "prepare", str(QUICKSTART), "--data", str(tmp_path)])
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:

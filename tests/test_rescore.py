@@ -24,7 +24,8 @@ from engine.generation.rescorer import rescore
 from engine.job.plan import build_plan
 from engine.models.addresses import model_digest
 from engine.models.classifier import Classifier
-from engine.studies.rescore import NOT_STORED, rescore_run
+from engine.studies.rescore.program import rescore_run
+from engine.studies.rescore.scoring import NOT_STORED
 from tests.composed import composed_job, make_run
 from tests.image_cases import EPS, bend, bomb, file_member
 

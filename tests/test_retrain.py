@@ -36,9 +36,13 @@ from engine.job.parsing import parse_job
 from engine.models.addresses import check_addresses, model_digest, resolve
 from engine.models.classifier import Classifier, load_network
 from engine.studies.intervals import mean_interval, wilson_interval
-from engine.studies.retrain.comparison import Attempt, compare, compare_errors, findings
+from engine.studies.retrain.accuracy import Attempt, compare, compare_errors
+from engine.studies.retrain.arms import choose_arms
+from engine.studies.retrain.findings import findings
 from engine.studies.retrain.finetune import Recipe, Samples, _batches, choose_rows
-from engine.studies.retrain.retrain import Retrained, RetrainOptions, choose_arms, retrain
+from engine.studies.retrain.options import RetrainOptions
+from engine.studies.retrain.program import retrain
+from engine.studies.retrain.results import Retrained
 from engine.studies.samples import StudiedRun, is_plain
 from tests.composed import HOLES, KNOWN, TARGET, composed_job, make_run
 from tests.conftest import REPOSITORY
@@ -381,7 +385,7 @@ def test_images_without_finite_logits_are_left_out_and_the_target_is_named(run, 
         network.register_forward_hook(spoil, with_kwargs=True)
         return network
 
-    monkeypatch.setattr("engine.studies.retrain.retrain.load_network", load)
+    monkeypatch.setattr("engine.studies.retrain.inputs.load_network", load)
     reason = r"models\.target '.*target' gives logits that are not finite"
     assert re.match(rf"RUN: its {reason}.* for all \d+ samples of the run", refusal(run, small, home / "none")[0])
     limit[0] = float(torch.cat(seen).median())

@@ -9,7 +9,7 @@ import tracemalloc
 
 import pytest
 
-from engine.driver.scheduling.faults import FAULT_ALLOWANCE, MAX_STRIKES
+from engine.driver.scheduling.faults import FAULT_ALLOWANCE
 from engine.driver.scheduling.messages import (
     Abort,
     Assign,
@@ -265,7 +265,7 @@ def test_every_shard_is_finished_once_or_quarantined_and_it_ends(seed):
     assert world.ended == [Finished()]
     for shard, commits in enumerate(world.commits):
         assert commits + (shard in world.quarantined) == 1
-    assert poison <= set(world.quarantined) and set(world.quarantined.values()) <= {MAX_STRIKES}
+    assert poison <= set(world.quarantined) and set(world.quarantined.values()) <= {SchedulerLimits().max_strikes}
 
 
 def test_decisions_are_quick_and_memory_is_flat():

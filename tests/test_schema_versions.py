@@ -19,7 +19,8 @@ from engine.data.stores.opening import open_store
 from engine.job.plan import SCHEMA_VERSION
 from engine.job.records import DETERMINISTIC_FIELDS, SINCE, check_record, failed_record, fields_of, in_version, upgraded
 from engine.report.render import write_report
-from engine.studies.nights.nights import compare_nights, read_night
+from engine.studies.compare.program import compare_runs
+from engine.studies.compare.scored_run import read_scored_run
 from tests.corpus_cases import make_run
 from tests.dataset_cases import LABELS, make_job, make_plan, make_result
 
@@ -49,8 +50,8 @@ def test_a_run_of_a_version_is_read_by_everything(runs: dict[int, Path], version
     assert inspect(corpus).document["schema_versions"] == {str(version): len(table)}
     num_scored = sum(row["status"] != "failed" for row in table.to_pylist())
     assert len(corpus.filter("scored")) == len(corpus.filter("risk >= 0")) == num_scored < len(table)
-    night = read_night(str(run))
-    assert len(night.keys) == num_scored and compare_nights(night, night).arisen == ()
+    night = read_scored_run(str(run))
+    assert len(night.keys) == num_scored and compare_runs(night, night).arisen == ()
     card = (run / "README.md").read_text()
     for name, since in SINCE.items():
         assert (f"| `{name}` |" in card) == (version >= since) == (name in table.column_names)

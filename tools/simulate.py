@@ -20,7 +20,6 @@ from typing import Any
 
 from engine.driver.scheduling import scheduler
 from engine.driver.scheduling.dispatch import MAX_QUEUED
-from engine.driver.scheduling.faults import MAX_STRIKES
 from engine.driver.scheduling.messages import (
     Abort,
     Action,
@@ -198,7 +197,7 @@ class World:
         for number in range(plan.num_shards):
             require((number in disk.shards) != (number in disk.quarantined), f"shard {number} is lost, or there twice")
         for number, reasons in disk.quarantined.items():
-            require(len(reasons) == MAX_STRIKES, f"shard {number} has {len(reasons)} strikes")
+            require(len(reasons) == SchedulerLimits().max_strikes, f"shard {number} has {len(reasons)} strikes")
             require(not any("node" in reason for reason in reasons), f"shard {number} was blamed for a lost node")
         keys = [one.key for number in disk.shards for one in plan.samples(plan.shard(number))]
         require(len(keys) == len(set(keys)), "a sample is there twice")

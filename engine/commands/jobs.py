@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from engine.job.plan import Plan
     from engine.job.spec import JobSpec
     from engine.methods.conditioning.evaluation import Quality
-    from engine.studies.prepare.prepare import Prepared
+    from engine.studies.prepare.program import Prepared
 
 
 def plan(
@@ -102,7 +102,7 @@ def prepare(
     from engine.driver.checks import check_hardware
 
     check_hardware(spec, is_local=address is None)
-    from engine.studies.prepare.prepare import prepare_conditioning
+    from engine.studies.prepare.program import prepare_conditioning
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -1,12 +1,10 @@
-"""The loop between scheduler and executor, from the first worker to the last shard."""
+"""The run loop: makes the missing shards of a run, from the first worker to the last shard."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from engine.data.run.commits import CommitSummary
 from engine.data.run.counts import ShardCounts
@@ -18,45 +16,33 @@ from engine.driver.executors.base import Executor, ExecutorEvent, ShardResult, W
 from engine.driver.interrupts import StopRequest, deferred_signals
 from engine.driver.progress import Display, Tally
 from engine.driver.sampling_share import SamplingShare
+from engine.driver.scheduler_loop import SchedulerLoop, WorkersFailingError, brief, brief_abort
 from engine.driver.scheduling import scheduler
 from engine.driver.scheduling.faults import is_job_fault
 from engine.driver.scheduling.messages import (
     Abort,
     Action,
-    Assign,
     Drain,
     Drained,
-    Finished,
     PlanGrown,
     Quarantine,
-    Replaced,
     SchedulerLimits,
     ShardError,
     ShardProgress,
     ShardRange,
-    StartWorker,
     StopWorker,
     Tick,
     WorkerLost,
     WorkerReady,
 )
 from engine.driver.scheduling.state import State, Step
-from engine.errors import EXIT_INCOMPLETE, MAX_REASON_CHARS, RiskforgeError, fault
-from engine.job.plan import Extent, Plan
+from engine.errors import RiskforgeError
+from engine.job.plan import Extent, Plan, ShardSpec
 from engine.job.quotas import replay
 from engine.job.spec import JobSpec
 
-POLL_SECONDS = 0.25
 DEADLINE = "deadline"
-# The user is notified when workers have been waiting for a machine this long.
-UNPLACED_SECONDS = 60.0
 FAULTS = f"{QUARANTINE}/workers.txt"
-
-
-class WorkersFailingError(RiskforgeError):
-    """Workers fail repeatedly and no shard is finished: a defect of this program or of the machines."""
-
-    exit_code = EXIT_INCOMPLETE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +61,7 @@ class RunLoopResult:
     sampling_share: float | None = None
 
 
-class RunLoop:
+class RunLoop(SchedulerLoop):
     """Makes the missing shards of a run.
 
     Args:
@@ -96,11 +82,10 @@ class RunLoop:
         journal: Journal,
         limits: SchedulerLimits,
     ) -> None:
+        super().__init__(executor, display)
         self._store = store
         self._job = job
         self._plan = plan
-        self._executor = executor
-        self._display = display
         self._lease = lease
         self._journal = journal
         self._limits = limits
@@ -115,8 +100,7 @@ class RunLoop:
             self._skipped[number] = 1
         self._sampling_share = SamplingShare()
         self._drained = ""
-        self._unplaced_since: float | None = None
-        self._is_unplaced_noted = False
+        self._stop_request: StopRequest | None = None
 
     def begin_rounds(self) -> bool:
         """Add the rounds of quotas that are due at the start; whether there is anything to make."""
@@ -142,11 +126,9 @@ class RunLoop:
         num_workers = self._executor.open(factory, num_missing)
         self._display.phase(f"loading models ({num_workers} worker{'s' if num_workers > 1 else ''})")
         self._journal.note("started", workers=num_workers, shards=self._plan.num_shards, missing=num_missing)
-        with deferred_signals() as stop:
-            state, actions = self._start(num_workers)
-            while not self._execute(actions):
-                self._lease.check()
-                state, actions = self._poll(state, stop)
+        with deferred_signals() as self._stop_request:
+            if isinstance(self._drive(*self._start(num_workers)), Drained):
+                self._drained = self._drained or DEADLINE
         return RunLoopResult(plan=self._plan, drained=self._drained, sampling_share=self._sampling_share.value())
 
     def _start(self, num_workers: int) -> Step:
@@ -160,29 +142,21 @@ class RunLoop:
             now=time.monotonic(),
         )
 
-    def _poll(self, state: State, stop: StopRequest) -> Step:
-        """Pass the events of one poll to the scheduler."""
-        events: list[Any] = [Tick(time.monotonic())]
-        if stop and not self._drained:
-            self._note_drain(stop.signal_name)
-            events.append(Drain())
-        actions: list[Action] = []
-        for event in [*events, *self._executor.poll(POLL_SECONDS)]:
-            if not isinstance(event, (Tick, Drain)):
-                if _is_stale(event, state):
-                    continue
-                self._record(event, state)
-            state, added = scheduler.step(state, event)
-            actions += added
-            if growth := self._update_quotas(event, added):
-                state, added = scheduler.step(state, growth)
-                actions += added
-        self._note_unplaced(time.monotonic())
+    def _shard(self, number: int) -> ShardSpec:
+        return self._plan.shard(number)
+
+    def _requests(self) -> list[Drain]:
+        self._lease.check()
+        if not self._stop_request or self._drained:
+            return []
+        self._note_drain(self._stop_request.signal_name)
+        return [Drain()]
+
+    def _report_progress(self) -> None:
         self._display.show(self._tally)
         self._journal.keep()
-        return state, actions
 
-    def _update_quotas(self, event: Any, actions: list[Action]) -> PlanGrown | None:
+    def _growth(self, event: ExecutorEvent | Tick | Drain, actions: list[Action]) -> PlanGrown | None:
         """Report finished and quarantined shards to the quotas; what they add to the plan, for the scheduler."""
         if self._quotas.is_final:
             return None
@@ -211,41 +185,21 @@ class RunLoop:
         model = addresses.index(addresses[extent.request])
         return ShardRange(extent.num_shards, request=extent.request, model=model)
 
-    def _execute(self, actions: Iterable[Action]) -> bool:
-        """Execute the scheduler's actions; True at the end of the run."""
-        for action in actions:
-            if isinstance(action, StartWorker):
-                self._executor.start_worker(action.worker)
-            elif isinstance(action, StopWorker):
-                self._sampling_share.remove_worker(action.worker)
-                self._executor.stop_worker(action.worker)
-            elif isinstance(action, Assign):
-                shard = self._plan.shard(action.shard)
-                self._executor.submit(action.worker, shard, action.attempt, action.batch_limit)
-            elif isinstance(action, Quarantine):
-                self._quarantine(action)
-            elif isinstance(action, Replaced):
-                self._note_replaced(action.worker, action.message)
-            else:
-                self._end(action)
-                return True
-        return False
+    def _perform(self, action: Action) -> None:
+        if isinstance(action, StopWorker):
+            self._sampling_share.remove_worker(action.worker)
+        super()._perform(action)
 
-    def _end(self, action: Finished | Drained | Abort) -> None:
-        """End the loop, by an error if the scheduler gave up the run."""
-        if isinstance(action, Abort):
-            self._journal.note("aborted", message=brief(action.message))
-            raise fault(action.message, action.exit_code) if action.user_fault else self._give_up(action.message)
-        if isinstance(action, Drained):
-            self._drained = self._drained or DEADLINE
+    def _error(self, action: Abort) -> RiskforgeError:
+        self._journal.note("aborted", message=brief(action.message))
+        return super()._error(action)
 
-    def _give_up(self, message: str) -> WorkersFailingError:
-        """Store the whole message, which may hold tracebacks, and return an error with a short one."""
+    def _workers_failing(self, message: str) -> WorkersFailingError:
+        """Store the whole message, which may hold tracebacks, and shorten it for the user."""
         self._store.replace(FAULTS, f"{message}\n".encode())
-        head, mark, reason = message.partition("the last one: ")
         return WorkersFailingError(
-            f"{head}{mark}{brief(reason)}\nthe full message is in {self._store.address(FAULTS)}; fix the cause, and"
-            " the same command continues"
+            f"{brief_abort(message)}\nthe full message is in {self._store.address(FAULTS)}; fix the cause, and the same"
+            " command continues"
         )
 
     def _note_drain(self, signal_name: str) -> None:
@@ -256,19 +210,7 @@ class RunLoop:
             " a second signal stops at once"
         )
 
-    def _note_unplaced(self, now: float) -> None:
-        """Notify the user once if workers wait for a machine for long."""
-        num = self._executor.num_unplaced
-        if not num:
-            self._unplaced_since = None
-            return
-        self._unplaced_since = now if self._unplaced_since is None else self._unplaced_since
-        if now - self._unplaced_since >= UNPLACED_SECONDS and not self._is_unplaced_noted:
-            self._is_unplaced_noted = True
-            self._display.notice(f"{num} worker(s) still wait for room on the cluster; ask for fewer with --workers")
-
-    def _record(self, event: ExecutorEvent, state: State) -> None:
-        """Record an event in progress and journal."""
+    def _note_event(self, event: ExecutorEvent, state: State) -> None:
         now = time.monotonic()
         if isinstance(event, WorkerReady):
             self._display.phase("")
@@ -313,18 +255,3 @@ class RunLoop:
         self._store.replace(name, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
         self._display.notice(f"shard {shard.number} is in quarantine after {len(action.reasons)} faults: {name}")
         self._journal.note("quarantined", shard=shard.number, reason=brief(action.reasons[-1]))
-
-
-def _is_stale(event: ExecutorEvent, state: State) -> bool:
-    """Whether an event is late or a duplicate: its shard is not in the queue of its worker."""
-    if not isinstance(event, (ShardResult, ShardError, ShardProgress)):
-        return False
-    worker = state.workers.get(event.worker)
-    return worker is None or event.shard not in worker.queue
-
-
-def brief(message: str) -> str:
-    """The most informative line of a message: the last line of a traceback, the first line of anything else."""
-    lines = message.strip().splitlines() or ["no reason given"]
-    line = lines[-1] if lines[0].startswith("Traceback") else lines[0]
-    return line[:MAX_REASON_CHARS]

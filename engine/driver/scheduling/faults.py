@@ -6,12 +6,9 @@ from engine.driver.scheduling.messages import Abort, Action, Quarantine, ShardEr
 from engine.driver.scheduling.state import State, Step, without
 from engine.errors import EXIT_USER
 
-MAX_STRIKES = 3
-# The run is given up when more shards than this fail in a row, or this many workers fail to start while none is ready:
-# then the fault is not in the shards or the workers.
+# The run is given up when more shards than this fail in a row: then the fault is not in the shards.
 FAULT_ALLOWANCE = 6
 FAULT_ALLOWANCE_PER_WORKER = 3
-MAX_START_FAULTS = 3
 
 
 def is_job_fault(state: State, event: ShardError) -> bool:
@@ -25,7 +22,7 @@ def add_strikes(state: State, shards: tuple[int, ...], message: str, actions: li
     for shard in shards:
         reasons = (*state.strikes.get(shard, ()), message)
         state = state._replace(strikes=state.strikes.put(shard, reasons))
-        if len(reasons) >= MAX_STRIKES:
+        if len(reasons) >= state.limits.max_strikes:
             state = _quarantine(state, shard)
             actions.append(Quarantine(shard, reasons))
     state = state._replace(consecutive_faults=state.consecutive_faults + 1)
@@ -53,7 +50,7 @@ def add_start_fault(state: State, message: str, actions: list[Action]) -> State:
     num_faults = state.consecutive_start_faults + 1
     wait = min(2.0 ** (num_faults - 2), state.limits.max_backoff_seconds) if num_faults > 1 else 0.0
     state = state._replace(consecutive_start_faults=num_faults, start_after=state.now + wait)
-    if num_faults >= MAX_START_FAULTS and not any(worker.is_ready for worker in state.workers.values()):
+    if num_faults >= state.limits.max_start_faults and not any(worker.is_ready for worker in state.workers.values()):
         state, last = abort(state, f"workers do not start; the last one: {message}", user_fault=False)
         actions += last
     return state

@@ -23,6 +23,8 @@ class SchedulerLimits:
             starts at once; after that the wait is one second and doubles with every failure.
         deadline: time, on the clock of `Tick`, after which no shard is started; None for no deadline.
         grace_seconds: how long shards in flight may take to finish after the deadline or a request to stop.
+        max_strikes: a shard is quarantined after this many faults.
+        max_start_faults: the run is given up when this many workers in a row fail to start while none is ready.
     """
 
     limit_factor: float = 10.0
@@ -33,6 +35,8 @@ class SchedulerLimits:
     max_backoff_seconds: float = 60.0
     deadline: float | None = None
     grace_seconds: float = 60.0
+    max_strikes: int = 3
+    max_start_faults: int = 3
 
 
 @dataclass(frozen=True, slots=True)

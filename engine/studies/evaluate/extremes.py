@@ -23,7 +23,7 @@ Show = Callable[[int, str], Shown]
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Scored:
+class ScoredImages:
     """Real images and samples with what the target says of them.
 
     Attributes:
@@ -42,7 +42,7 @@ class Scored:
     show_sample: Show
 
 
-def boundary_extremes(scored: Scored) -> Iterator[Extremes]:
+def boundary_extremes(scored: ScoredImages) -> Iterator[Extremes]:
     """For each subset of a boundary request, the first ones: images nearest to the boundary and farthest from it."""
     subsets: dict[tuple[int, ...], list[int]] = {}
     for row, one in enumerate(scored.records):
@@ -55,7 +55,7 @@ def boundary_extremes(scored: Scored) -> Iterator[Extremes]:
         yield _extremes(scored, title, "kldb", real, values, rows, ("nearest", "farthest"), lowest_first=True)
 
 
-def risk_extremes(scored: Scored) -> Iterator[Extremes]:
+def risk_extremes(scored: ScoredImages) -> Iterator[Extremes]:
     """For each class of a risky request, the first ones: images of the highest and of the lowest risk."""
     classes: dict[int, list[int]] = {}
     for row, one in enumerate(scored.records):
@@ -69,7 +69,7 @@ def risk_extremes(scored: Scored) -> Iterator[Extremes]:
 
 
 def _extremes(
-    scored: Scored, title: str, score: Literal["kldb", "risk"], real: NDArray[np.int64], values: NDArray[np.float32],
+    scored: ScoredImages, title: str, score: Literal["kldb", "risk"], real: NDArray[np.int64], values: NDArray[np.float32],
     rows: Sequence[int], ends: tuple[str, str], *, lowest_first: bool,
 ) -> Extremes:  # fmt: skip
     """A row of images for either end and kind, without one for a kind of which there is none."""

@@ -17,7 +17,7 @@ from engine.methods.finiteness import Faults
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
 from engine.report.gallery import image_uri
-from engine.studies.evaluate.features import ClipFeatures, Extractor
+from engine.studies.evaluate.extractors import ClipFeatures, Extractor
 
 BATCH = 64
 # Pixels are compared at this size: enough to tell a copy, and blind to noise and to a new encoding.
@@ -30,7 +30,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Pictures:
+class ImageFeatures:
     """A set of N images.
 
     Attributes:
@@ -60,7 +60,7 @@ class Pictures:
 
 
 @dataclass(frozen=True, slots=True)
-class Eyes:
+class VisionModels:
     """The models that look at images; target and judge where they are to, too.
 
     Attributes:
@@ -77,12 +77,12 @@ class Eyes:
         """CLIP embeddings [B, d] of length one; without meaning in rows with a fault."""
         return _checked_unit(self.clip, self.clip_role, images, faults)
 
-    def look(self, images: Iterable[tuple[str, int, PIL.Image.Image]]) -> Pictures:
+    def extract(self, images: Iterable[tuple[str, int, PIL.Image.Image]]) -> ImageFeatures:
         """Everything that is kept of images, given with name and class; a batch of them is held at a time."""
         parts = [self._part(batch) for batch in batched(images)]
         if not parts:
             return _nothing()
-        return Pictures(
+        return ImageFeatures(
             left_out=tuple(one for part in parts for one in part.left_out),
             names=tuple(name for part in parts for name in part.names),
             thumbnails=tuple(uri for part in parts for uri in part.thumbnails),
@@ -94,7 +94,7 @@ class Eyes:
             judged=np.concatenate([part.judged for part in parts]),
         )
 
-    def _part(self, batch: Sequence[tuple[str, int, PIL.Image.Image]]) -> Pictures:
+    def _part(self, batch: Sequence[tuple[str, int, PIL.Image.Image]]) -> ImageFeatures:
         images, faults = [image for _, _, image in batch], Faults(len(batch))
         clip = self.embeds(images, faults)
         features = self.extractor.features(images, clip)
@@ -108,7 +108,7 @@ class Eyes:
         if self.judge:
             judged = _checked_unit(self.judge, "models.judge", images, faults)
         usable = [row for row in range(len(batch)) if not faults[row]]
-        return Pictures(
+        return ImageFeatures(
             names=tuple(batch[row][0] for row in usable),
             classes=np.array([batch[row][1] for row in usable], dtype=np.int64),
             clip=clip[usable],
@@ -128,8 +128,8 @@ def batched(items: Iterable[Item]) -> Iterator[list[Item]]:
         yield batch
 
 
-def _nothing() -> Pictures:
-    return Pictures(
+def _nothing() -> ImageFeatures:
+    return ImageFeatures(
         names=(),
         classes=np.empty(0, np.int64),
         clip=np.empty((0, 1), np.float32),

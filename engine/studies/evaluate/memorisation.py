@@ -1,163 +1,110 @@
-"""Are samples copies of training images? The nearest training image of each, held against that of held-out images.
-
-A distance alone says nothing: images of one class are all near to each other. Held-out real images, which cannot be
-copies, tell how near is near: Carlini et al., "Extracting training data from diffusion models" (2023), calibrate by the
-neighbours of an image; Somepalli et al., "Diffusion art or digital forgery?" (CVPR 2023), search in feature space.
-"""
+"""Memorisation in an evaluation: the nearest training images, request by request, and the nearest pairs."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
-from numpy.typing import NDArray
 
-from engine.methods.finiteness import Faults
-from engine.report.evaluation import Thresholds
-from engine.report.gallery import image_uri
-from engine.studies.evaluate.image_features import (
-    THUMBNAIL_BYTES,
-    Eyes,
-    Pictures,
-    batched,
-    pixel_distances,
-    small_pixels,
+from engine.data.images import LabelledImage, Unusable, nothing_usable, open_images
+from engine.driver.progress import Display
+from engine.errors import JobError
+from engine.report.evaluation import (
+    Copies,
+    Memorisation,
+    Pair,
+    Source,
+    Thresholds,
 )
+from engine.report.text import clip as clipped
+from engine.studies.evaluate.image_features import ImageFeatures, VisionModels
+from engine.studies.evaluate.image_registry import ImageRegistry
+from engine.studies.evaluate.inputs import RunSamples
+from engine.studies.evaluate.nearest_images import NearestImages, find_nearest, order_by_nearness, thresholds_of
+from engine.studies.evaluate.options import EvaluateOptions
+from engine.studies.evaluate.quality import interval_of
+from engine.studies.intervals import wilson_interval
 
-# So rare a nearness among held-out images makes a sample suspect.
-QUANTILE = 0.01
-MIN_HELD_OUT = 20
-# Below both, an image that was held out is a training image.
-_SAME_CLIP, _SAME_PIXELS = 1e-5, 1e-3
+if TYPE_CHECKING:
+    pass
 
-Batch = Sequence[tuple[str, PIL.Image.Image]]
-
-
-@dataclass(slots=True, eq=False)
-class Nearest:
-    """The nearest training image of each of Q images, by the cosine of CLIP embeddings.
-
-    Attributes:
-        cosine: [Q]; -2 before anything was seen.
-        pixels: [Q, 32, 32, 3] of the nearest ones.
-        names, thumbnails: of the nearest ones.
-    """
-
-    cosine: NDArray[np.float32]
-    pixels: NDArray[np.uint8]
-    names: list[str]
-    thumbnails: list[str]
-
-    @classmethod
-    def of(cls, num_queries: int, like: NDArray[np.uint8]) -> Nearest:
-        """Before anything was seen."""
-        cosine = np.full(num_queries, -2.0, np.float32)
-        return cls(cosine, np.zeros((num_queries, *like.shape[1:]), np.uint8), [""] * num_queries, [""] * num_queries)
-
-    def update(self, queries: NDArray[np.float32], clip: NDArray[np.float32], batch: Batch) -> None:
-        """See more training images, with their embeddings [B, d]; of equally near ones the first stays."""
-        cosines = queries @ clip.T
-        best = cosines.argmax(1)
-        value = cosines[np.arange(len(queries)), best]
-        nearer = np.flatnonzero(value > self.cosine)
-        self.cosine[nearer] = value[nearer]
-        pixels = small_pixels([image for _, image in batch])
-        uris = {place: image_uri(batch[place][1], THUMBNAIL_BYTES) for place in set(best[nearer].tolist())}
-        for query in nearer.tolist():
-            place = int(best[query])
-            self.pixels[query] = pixels[place]
-            self.names[query], self.thumbnails[query] = batch[place][0], uris[place]
+MAX_PAIRS = 12
+MAX_UNUSABLE = 20
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Found:
-    """Of each of N images its nearest training image.
-
-    Attributes:
-        clip_distance: one minus the cosine, [N].
-        pixel_distance: [N], of small images in [0, 1].
-    """
-
-    clip_distance: NDArray[np.float64]
-    pixel_distance: NDArray[np.float64]
-    names: tuple[str, ...]
-    thumbnails: tuple[str, ...]
-
-    def suspects(self, thresholds: Thresholds) -> NDArray[np.bool_]:
-        """Which images are below both thresholds, [N]."""
-        near = self.clip_distance <= thresholds.clip_distance
-        return near & (self.pixel_distance <= thresholds.pixel_distance)
+def source_of(address: str, kind: str, num_images: int, unusable: Sequence[Unusable]) -> Source:
+    shown = tuple(clipped(f"{one.name}: {one.reason}", 400) for one in unusable[:MAX_UNUSABLE])
+    return Source(address=address, kind=kind, num_images=num_images, num_unusable=len(unusable), unusable=shown)
 
 
-def find_nearest(
-    sets: Sequence[Pictures],
-    training: Iterable[tuple[str, PIL.Image.Image]],
-    eyes: Eyes,
-    leave_out: Callable[[str, str], None],
-) -> list[Found]:
-    """The nearest training images of several sets, in one pass over the training images and in constant memory.
-
-    Args:
-        leave_out: called with the name of a training image that has no embedding, and the reason.
-    """
-    queries = np.concatenate([one.clip for one in sets])
-    pixels = np.concatenate([one.pixels for one in sets])
-    nearest = Nearest.of(len(queries), pixels)
-    for batch in batched(training):
-        faults = Faults(len(batch))
-        embeds = eyes.embeds([image for _, image in batch], faults)
-        usable = [row for row in range(len(batch)) if not faults[row]]
-        if usable:
-            nearest.update(queries, embeds[usable], [batch[row] for row in usable])
-        for row, (name, _) in enumerate(batch):
-            if faults[row]:
-                leave_out(name, faults[row])
-    clip_distance = np.maximum(0.0, 1.0 - nearest.cosine.astype(np.float64))
-    pixel_distance = pixel_distances(pixels, nearest.pixels)
-    ends = np.cumsum([0, *map(len, sets)]).tolist()
-    return [
-        Found(
-            clip_distance=clip_distance[start:stop],
-            pixel_distance=pixel_distance[start:stop],
-            names=tuple(nearest.names[start:stop]),
-            thumbnails=tuple(nearest.thumbnails[start:stop]),
-        )
-        for start, stop in itertools.pairwise(ends)
-    ]
-
-
-def thresholds_of(held_out: Found) -> Thresholds | None:
-    """Below which distances an image is suspect, from held-out real images; None where they are too few.
-
-    Held-out images that are training images themselves are left out: they would hide copies.
-    """
-    is_shared = (held_out.clip_distance < _SAME_CLIP) & (held_out.pixel_distance < _SAME_PIXELS)
-    clip, pixel = held_out.clip_distance[~is_shared], held_out.pixel_distance[~is_shared]
-    if len(clip) < MIN_HELD_OUT:
+def memorisation(
+    samples: RunSamples, real: ImageFeatures | None, names: Sequence[str], labels: tuple[str, ...], models: VisionModels,
+    options: EvaluateOptions, registry: ImageRegistry, display: Display,
+) -> Memorisation | None:  # fmt: skip
+    if options.train is None:
         return None
-    limits = [float(np.quantile(one, QUANTILE)) for one in (clip, pixel)]
-    return Thresholds(
-        num_held_out=len(clip),
-        num_shared=int(is_shared.sum()),
-        clip_distance=limits[0],
-        pixel_distance=limits[1],
-        clip_distance_median=float(np.median(clip)),
-        pixel_distance_median=float(np.median(pixel)),
-        num_suspects=int(((clip <= limits[0]) & (pixel <= limits[1])).sum()),
+    source, unusable, num_images = open_images(options.train, labels, "--train"), list[Unusable](), 0
+
+    def training() -> Iterator[tuple[str, PIL.Image.Image]]:
+        nonlocal num_images
+        for found in source.read():
+            if isinstance(found, LabelledImage):
+                num_images += 1
+                of = f"/{source.num_images}" if source.num_images else ""
+                display.advance(f"looking at --train: {num_images}{of}")
+                yield found.name, found.image
+            else:
+                unusable.append(found)
+
+    def leave_out(name: str, reason: str) -> None:
+        nonlocal num_images
+        num_images -= 1
+        unusable.append(Unusable(name, reason))
+
+    sets = [samples.pictures] if real is None else [samples.pictures, real]
+    found = find_nearest(sets, training(), models, leave_out)
+    if not num_images:
+        raise JobError(nothing_usable(source, "--train", options.train, unusable))
+    thresholds = None if real is None else thresholds_of(found[1])
+    return Memorisation(
+        model=models.clip.name,
+        train=source_of(options.train, source.kind, num_images, unusable),
+        thresholds=thresholds,
+        requests=tuple(_copies(samples, name, found[0], thresholds) for name in names if len(samples.rows(name))),
+        pairs=_pairs(samples, found[0], thresholds, registry),
     )
 
 
-def order_by_nearness(found: Found, thresholds: Thresholds | None) -> NDArray[np.int64]:
-    """Rows, the likeliest copies first: by the larger of both distances, each measured by what is usual of it."""
-    units = (
-        (thresholds.clip_distance_median, thresholds.pixel_distance_median)
-        if thresholds
-        else (float(np.median(found.clip_distance)), float(np.median(found.pixel_distance)))
+def _copies(samples: RunSamples, request: str, found: NearestImages, thresholds: Thresholds | None) -> Copies:
+    rows = samples.rows(request)
+    suspects = None if thresholds is None else int(found.suspects(thresholds)[rows].sum())
+    return Copies(
+        request=request,
+        num_images=len(rows),
+        clip_distance_median=float(np.median(found.clip_distance[rows])),
+        pixel_distance_median=float(np.median(found.pixel_distance[rows])),
+        num_suspects=suspects,
+        suspects=None if suspects is None else interval_of(wilson_interval(suspects, len(rows))),
     )
-    parts = [
-        one / max(unit, 1e-12) for one, unit in zip((found.clip_distance, found.pixel_distance), units, strict=True)
-    ]
-    return np.asarray(np.argsort(np.maximum(*parts), kind="stable"))
+
+
+def _pairs(
+    samples: RunSamples, found: NearestImages, thresholds: Thresholds | None, registry: ImageRegistry
+) -> tuple[Pair, ...]:
+    """The samples that are likeliest to be copies, each with its training image."""
+    suspects = found.suspects(thresholds) if thresholds else np.zeros(len(found.names), dtype=bool)
+    pairs = []
+    for row in order_by_nearness(found, thresholds)[:MAX_PAIRS].tolist():
+        training = registry.show("train", found.names[row], found.thumbnails[row], found.names[row])
+        pairs.append(
+            Pair(
+                sample=registry.sample(samples, row),
+                training=training,
+                clip_distance=float(found.clip_distance[row]),
+                pixel_distance=float(found.pixel_distance[row]),
+                is_suspect=bool(suspects[row]),
+            )
+        )
+    return tuple(pairs)

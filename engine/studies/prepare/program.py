@@ -1,21 +1,16 @@
 """From a validation set to a conditioning artefact: one pass over the images, then everything that is fitted on it.
 
 RiskyDiff (Yu et al., AAAI 2026, arXiv 2512.18722), steps 1 to 3: embeddings and errors, class distributions, error
-predictor. What comes out depends on the images and their classes, not on their order, their files or their names.
+predictor. The artefact depends on the images and their classes, not on their order, their files or their names.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import torch
 
 from engine.data.images import ImageSource, open_images
 from engine.data.stores.folder import FolderStore
@@ -25,25 +20,14 @@ from engine.driver.progress import Display, byte_size
 from engine.errors import OutputError
 from engine.generation.artefact import Conditioning, save_conditioning
 from engine.job.spec import JobSpec
-from engine.methods.conditioning.gaussians import ClassMoments
-from engine.methods.conditioning.mixtures import ClassMixtures, MixtureOptions, fit_mixtures
-from engine.methods.conditioning.predictor import PredictorOptions, fit_predictor
-from engine.methods.temperature import fit_temperature
 from engine.models.addresses import check_addresses, model_digest, target_labels
 from engine.models.targets import import_folders
-from engine.studies.prepare.observation import (
-    Observations,
-    encoder_address,
-    encoder_digest,
-    is_pipeline,
-    load_observer,
-    load_part_observer,
-    observe,
-    observe_divided,
-    signature,
-)
+from engine.studies.prepare.distributed_pass import observe_distributed
+from engine.studies.prepare.encoders import encoder_address, encoder_digest, is_pipeline
+from engine.studies.prepare.fitting import fit_conditioning
+from engine.studies.prepare.observation import Observations, load_observer, load_part_observer, observe, signature
 
-# From here on the pass is worth starting workers for. Tars do not tell their number of images.
+# Above these sizes the pass is worth starting workers for. The number of images in tars is not known beforehand.
 LARGE_SET = 20_000
 LARGE_BYTES = 10**9
 
@@ -55,7 +39,7 @@ class Prepared:
     Attributes:
         conditioning: what it holds.
         path: its folder.
-        was_there: whether an equal one was there already.
+        was_there: whether an equal artefact was there already.
         source: where the images came from, in words.
         encoder: whose image embeddings are described, in words.
         seconds: time from the start.
@@ -87,12 +71,13 @@ def prepare_conditioning(
         folder: where the artefact goes; `artefact_folder(job)` where not given.
         components: Gaussians of a class.
         encoder: address of the CLIP model, or of the Stable unCLIP pipeline, whose image embeddings are described;
-            `engine.studies.prepare.observation.encoder_address` where not given.
-        executor: whose workers see the images, in parts; this process alone where not given. It is closed in the end.
-        only_large: whether a set that is not large is seen by this process even so.
+            `engine.studies.prepare.encoders.encoder_address` where not given.
+        executor: its workers process the images in parts; where not given, this process alone does. It is closed in
+            the end.
+        only_large: whether a set that is not large is processed by this process even if there is an executor.
 
     Raises:
-        RiskforgeError: models, data or folder are not as they must be; no image can be used.
+        RiskforgeError: models, data or folder are invalid, or no image can be used.
         WorkersFailingError: workers fail over and over.
     """
     started = time.monotonic()
@@ -113,9 +98,9 @@ def prepare_conditioning(
             "target": {"address": job.models.target, "digest": model_digest(job.models.target)},
             "encoder": {"address": encoder, "digest": encoder_digest(encoder)},
         }
-        seen = _observe(job, source, data, encoder, executor, display)
+        observations = _observe(job, source, data, encoder, executor, display)
         display.phase("fitting class statistics and error predictor")
-        conditioning = fit_conditioning(seen, labels, models, components)
+        conditioning = fit_conditioning(observations, labels, models, components)
         path, was_there = save_conditioning(conditioning, home)
     finally:
         if executor is not None:
@@ -132,7 +117,7 @@ def prepare_conditioning(
 
 
 def _executor_for(source: ImageSource, executor: Executor | None, display: Display) -> Executor | None:
-    """The executor if a set is large, else None; tells which."""
+    """The executor if a set is large, else None; notifies the user which."""
     if source.num_images is None:
         is_large = source.num_bytes > LARGE_BYTES
         size, limit = f"{byte_size(source.num_bytes)} of tars", byte_size(LARGE_BYTES)
@@ -149,17 +134,17 @@ def _executor_for(source: ImageSource, executor: Executor | None, display: Displ
 def _observe(
     job: JobSpec, source: ImageSource, data: str, encoder: str, executor: Executor | None, display: Display
 ) -> Observations:
-    """What the models say of the images, here or on the executor's workers."""
+    """The models' outputs for the images, computed here or on the executor's workers."""
     if executor is None:
         display.phase("loading models")
         return observe(load_observer(job, source, encoder), data, display)
     like, folder = signature(source), str(Path.cwd())
     factory = partial(load_part_observer, job, data, encoder, folder=folder, like=like, imports=import_folders())
-    return observe_divided(source, data, executor, factory, display)
+    return observe_distributed(source, data, executor, factory, display)
 
 
 def artefact_folder(job: JobSpec) -> Path:
-    """Where a job's artefacts go by default: `OUTPUT-conditioning`, beside its output.
+    """Where a job's artefacts go by default: `OUTPUT-conditioning`, next to its output.
 
     Raises:
         OutputError: an output on an object store.
@@ -173,56 +158,13 @@ def artefact_folder(job: JobSpec) -> Path:
     return store.root.with_name(f"{store.root.name}-conditioning")
 
 
-def fit_conditioning(
-    seen: Observations, labels: tuple[str, ...], models: dict[str, dict[str, str]], components: int
-) -> Conditioning:
-    """Everything that is fitted on a pass, with the options that every job has."""
-    options = PredictorOptions()
-    with _one_thread():
-        statistics, how = _fit_statistics(seen, labels, components)
-        fit = fit_predictor(seen.embeds, seen.errors, seen.classes, labels, options)
-    return Conditioning(
-        statistics=statistics,
-        num_errors=tuple(torch.bincount(seen.classes[seen.errors], minlength=len(labels)).tolist()),
-        fit=fit,
-        temperature=fit_temperature(seen.logits.double() * seen.temperature, seen.classes, seen.temperature),
-        models=models,
-        options={"statistics": how, "predictor": dataclasses.asdict(options)},
-        images_digest=seen.images_digest,
-        unusable=seen.unusable,
-    )
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums of one order whatever the machine: an artefact's name must not depend on its number of cores."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
-
-
-def _fit_statistics(
-    seen: Observations, labels: tuple[str, ...], components: int
-) -> tuple[ClassMoments | ClassMixtures, dict[str, object]]:
-    """Class statistics, and the options that they are made with."""
-    if components == 1:
-        moments = ClassMoments.empty(labels, seen.embeds.shape[1])
-        moments.add(seen.embeds, seen.classes)
-        return moments, {"components": 1}
-    options = MixtureOptions(components=components)
-    return fit_mixtures(seen.embeds, seen.classes, labels, options), dataclasses.asdict(options)
-
-
 def _check_writable(folder: Path) -> None:
-    """Find out before the pass what would stop the artefact after it.
+    """Check before the pass that the artefact can be written after it.
 
     Raises:
         OutputError: the folder, or the nearest one above it that exists, is a file or not writable.
     """
-    nearest = next(one for one in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(one))
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not nearest.is_dir():
         raise OutputError(f"--output: {nearest} is a file, not a folder; choose another")
     if not os.access(nearest, os.W_OK | os.X_OK):

@@ -12,17 +12,10 @@ from rich.text import Text
 
 from engine.data.run.card import code
 from engine.driver.progress import ABSENT, MAX_GROUP_ROWS
-from engine.studies.nights.differences import Difference
-from engine.studies.nights.nights import (
-    METRICS,
-    SHARES,
-    Change,
-    Compared,
-    Limits,
-    Night,
-    NightComparison,
-    metric_name,
-)
+from engine.studies.compare.limits import Limits
+from engine.studies.compare.program import Change, Compared, RunComparison
+from engine.studies.compare.scored_run import METRICS, SHARES, ScoredRun, metric_name
+from engine.studies.compare.significance import Difference
 
 MAX_MARKDOWN_ROWS = 200
 MAX_CHANGES = 50
@@ -32,7 +25,7 @@ PAGE_BEGINNING = "# `"
 CORRECTION = "Holm"
 
 
-def night_table(comparison: NightComparison) -> Table:
+def comparison_table(comparison: RunComparison) -> Table:
     """The requests, and under them the classes and contexts that differ most."""
     rows = _chosen(comparison, MAX_GROUP_ROWS)
     title = f"{_heading(comparison)}; old -> new, interval of the difference"
@@ -48,7 +41,7 @@ def night_table(comparison: NightComparison) -> Table:
     return table
 
 
-def night_markdown(comparison: NightComparison, crossed: Iterable[str] = ()) -> str:
+def comparison_markdown(comparison: RunComparison, crossed: Iterable[str] = ()) -> str:
     """All of it as Markdown: notes, table, limits that were crossed, failures that are new."""
     metrics, rows = _metrics(comparison), _chosen(comparison, MAX_MARKDOWN_ROWS)
     heads = ["request", "class or context", "samples", *map(metric_name, metrics), "new", "mended"]
@@ -77,7 +70,7 @@ def night_markdown(comparison: NightComparison, crossed: Iterable[str] = ()) -> 
     return "\n".join(lines) + "\n"
 
 
-def night_document(comparison: NightComparison, limits: Limits, crossed: list[str]) -> dict[str, Any]:
+def comparison_document(comparison: RunComparison, limits: Limits, crossed: list[str]) -> dict[str, Any]:
     """All of it as plain data."""
     return {
         "old": _identity(comparison.old),
@@ -93,7 +86,7 @@ def night_document(comparison: NightComparison, limits: Limits, crossed: list[st
     }
 
 
-def summary_document(comparison: NightComparison) -> dict[str, Any]:
+def summary_document(comparison: RunComparison) -> dict[str, Any]:
     """What fits into a manifest: the rows of the requests, and how many failures are new and mended."""
     return {
         "confidence": comparison.confidence,
@@ -104,7 +97,7 @@ def summary_document(comparison: NightComparison) -> dict[str, Any]:
     }
 
 
-def _row(comparison: NightComparison, row: Compared) -> dict[str, Any]:
+def _row(comparison: RunComparison, row: Compared) -> dict[str, Any]:
     found = {name: getattr(row, name) for name in ("request", "level", "group", "num_old", "num_new", "num_pairs")}
     counts = {"num_new_failures": row.num_arisen, "num_mended": row.num_mended} if row.num_pairs else {}
     return found | counts | {
@@ -125,11 +118,11 @@ def _row(comparison: NightComparison, row: Compared) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _identity(night: Night) -> dict[str, Any]:
+def _identity(night: ScoredRun) -> dict[str, Any]:
     return {"address": night.address, "name": night.name, "target": night.target, "num_samples": len(night.keys)}
 
 
-def _chosen(comparison: NightComparison, limit: int) -> list[Compared]:
+def _chosen(comparison: RunComparison, limit: int) -> list[Compared]:
     """All rows where they fit; else the requests and the rows with the smallest p, in their order."""
     if len(comparison.rows) <= limit:
         return list(comparison.rows)
@@ -138,18 +131,18 @@ def _chosen(comparison: NightComparison, limit: int) -> list[Compared]:
     return [row for row in comparison.rows if id(row) in kept]
 
 
-def _metrics(comparison: NightComparison) -> list[str]:
+def _metrics(comparison: RunComparison) -> list[str]:
     return [name for name in METRICS if any(name in row.differences for row in comparison.rows)]
 
 
-def _heading(comparison: NightComparison) -> str:
+def _heading(comparison: RunComparison) -> str:
     alpha = 1 - comparison.confidence
     return (
         f"{comparison.confidence:.0%} intervals; {STAR} differs at {alpha:.2g} over all tests together ({CORRECTION})"
     )
 
 
-def _about(night: Night) -> str:
+def _about(night: ScoredRun) -> str:
     target = f"{code(night.target['address'], table=False)} `{night.target['digest'][:8]}`"
     return f"{code(night.address, table=False)}, {len(night.keys)} scored samples, target {target}"
 
@@ -166,7 +159,7 @@ def _counts(row: Compared) -> tuple[str, str]:
     return (str(row.num_arisen), str(row.num_mended)) if row.num_pairs else (ABSENT, ABSENT)
 
 
-def _cell(comparison: NightComparison, row: Compared, metric: str) -> str:
+def _cell(comparison: RunComparison, row: Compared, metric: str) -> str:
     found = row.differences.get(metric)
     if found is None:
         return ABSENT

@@ -9,13 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.driver.progress import ABSENT, MAX_GROUP_ROWS
-from engine.studies.retrain.comparison import ACCEPTED, BEFORE, NONE, Comparison, Found, context_name, points
+from engine.studies.retrain.accuracy import ACCEPTED, BEFORE, NONE, Comparison, ErrorAgreement, context_name, points
 
 if TYPE_CHECKING:
     from engine.studies.intervals import Estimate
 
 
-def comparison_table(comparison: Comparison) -> Table:
+def accuracy_table(comparison: Comparison) -> Table:
     """Accuracy by context, arms as columns, the weakest contexts first."""
     arms = list(comparison.overall.accuracies)
     table = _table(
@@ -35,7 +35,7 @@ def comparison_table(comparison: Comparison) -> Table:
     return table
 
 
-def found_table(found: Found) -> Table:
+def agreement_table(found: ErrorAgreement) -> Table:
     """Error rates of the target by context: among valid generated samples, and in truth."""
     table = _table(
         "Errors of the target before retraining, with Wilson's intervals",

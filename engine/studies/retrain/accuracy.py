@@ -1,4 +1,4 @@
-"""From right and wrong predictions to figures: arms by context, weak contexts found or not, findings in words."""
+"""From right and wrong predictions to figures: accuracies of the arms by context, and error rates of both kinds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.studies.intervals import LEVEL, Estimate, mean_interval, wilson_interval
+from engine.studies.intervals import Estimate, mean_interval, wilson_interval
 
 # The target as it is; fine-tuned on real samples alone; and with generated ones.
 BEFORE, NONE, PLAIN, UNFILTERED, ACCEPTED = "before", "none", "plain", "unfiltered", "accepted"
@@ -19,8 +19,6 @@ NO_CONTEXT = "no context"
 ALL = "all images"
 MIN_RANKED_SAMPLES = 10
 MIN_RANKED_CONTEXTS = 3
-NUM_WEAKEST = 3
-
 Right = Mapping[str, Sequence[NDArray[np.bool_]]]
 
 
@@ -62,7 +60,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FoundRow:
+class ContextErrors:
     """One context that both the generated samples and the test images have.
 
     Attributes:
@@ -83,14 +81,14 @@ class FoundRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class ErrorAgreement:
     """Whether the contexts in which the target errs on generated samples are those in which it errs in truth.
 
     Attributes:
         spearman: rank correlation over the ranked contexts; None where there is none, for this `reason`.
     """
 
-    rows: tuple[FoundRow, ...]
+    rows: tuple[ContextErrors, ...]
     spearman: float | None
     reason: str
 
@@ -138,20 +136,20 @@ def _row(context: str, right: Right, members: NDArray[np.int64]) -> Row:
     )
 
 
-def compare_errors(generated: Iterable[Attempt], comparison: Comparison) -> Found:
+def compare_errors(generated: Iterable[Attempt], comparison: Comparison) -> ErrorAgreement:
     """Errors of the target on valid generated samples beside its errors on the test images, context by context."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for one in generated:
         counts[one.context][one.is_error] += one.is_valid
-    rows = tuple(_found_row(row, *counts[row.context]) for row in comparison.contexts if row.context in counts)
+    rows = tuple(_context_errors(row, *counts[row.context]) for row in comparison.contexts if row.context in counts)
     spearman, reason = _spearman([row for row in rows if row.is_ranked])
-    return Found(rows=rows, spearman=spearman, reason=reason)
+    return ErrorAgreement(rows=rows, spearman=spearman, reason=reason)
 
 
-def _found_row(row: Row, num_right: int, num_errors: int) -> FoundRow:
+def _context_errors(row: Row, num_right: int, num_errors: int) -> ContextErrors:
     wrong = row.num_images - round(row.before.value * row.num_images)
     total = num_right + num_errors
-    return FoundRow(
+    return ContextErrors(
         context=row.context,
         num_generated=total,
         generated=wilson_interval(num_errors, total) if total else None,
@@ -160,7 +158,7 @@ def _found_row(row: Row, num_right: int, num_errors: int) -> FoundRow:
     )
 
 
-def _spearman(rows: list[FoundRow]) -> tuple[float | None, str]:
+def _spearman(rows: list[ContextErrors]) -> tuple[float | None, str]:
     """The rank correlation, or None and why there is none."""
     from scipy.stats import spearmanr
 
@@ -173,50 +171,6 @@ def _spearman(rows: list[FoundRow]) -> tuple[float | None, str]:
     if (pairs == pairs[0]).all(0).any():
         return None, "one of the two error rates is the same in all contexts"
     return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic), ""
-
-
-# In words ------------------------------------------------------------------------------------------------------------
-
-
-def findings(comparison: Comparison, found: Found) -> list[str]:
-    """One sentence for each finding; nothing beyond the figures."""
-    sentences = [f"All test images: {_change(comparison.overall)}."]
-    sentences += [f"Weak: {context_name(row.context)}: {_change(row)}." for row in comparison.contexts[:NUM_WEAKEST]]
-    if comparison.contexts:
-        sentences += _losses(comparison.contexts)
-    if found.spearman is not None:
-        sentences.append(
-            "Rank correlation of the target's error rates on generated samples and on test images:"
-            f" {found.spearman:.2f} (Spearman, {found.num_ranked} contexts)."
-        )
-    else:
-        sentences.append(f"No rank correlation of generated and true errors: {found.reason}.")
-    return sentences
-
-
-def _change(row: Row) -> str:
-    return (
-        f"{row.before.value:.1%} before, {row.mean(NONE):.1%} after real images alone, {row.mean(ACCEPTED):.1%} with"
-        f" accepted samples; in points, accepted less none {points(row.differences[ACCEPTED])}"
-    )
-
-
-def _losses(rows: tuple[Row, ...]) -> list[str]:
-    """Contexts whose interval lies below zero; beside them those where all seeds agree, which gives no interval."""
-    lower = [row for row in rows if row.differences[ACCEPTED].high < 0]
-    lost = [row for row in lower if not row.differences[ACCEPTED].is_degenerate]
-    same = [row for row in lower if row.differences[ACCEPTED].is_degenerate]
-    chance = f"by chance alone, about {len(rows) * (1 - LEVEL) / 2:.1f} of {len(rows)} intervals at {LEVEL:.0%} do"
-    sentences = ["Lost: in no context does the interval of accepted less none lie below zero."]
-    if lost:
-        sentences = [f"Lost, accepted less none, interval below zero: {_listed(lost)} ({chance})."]
-    if same:
-        sentences.append(f"Lower by as much in every seed, which gives no interval: {_listed(same)}.")
-    return sentences
-
-
-def _listed(rows: list[Row]) -> str:
-    return "; ".join(f"{context_name(row.context)} {points(row.differences[ACCEPTED])}" for row in rows)
 
 
 def context_name(context: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engine.report.evaluation import Evaluation, Interval, Memorisation, Quality, Slices, Source
 from engine.report.text import number
-from engine.studies.evaluate.memorisation import MIN_HELD_OUT
+from engine.studies.evaluate.nearest_images import MIN_HELD_OUT
 from engine.terminal import printable
 
 

@@ -15,7 +15,7 @@ from engine.data.stores.file_errors import explained
 from engine.errors import JobError
 from engine.methods.strict_json import parse_json
 from engine.models.files import read_whole
-from engine.studies.nights.nights import Night, Texts, read_night, texts_of
+from engine.studies.compare.scored_run import ScoredRun, Texts, read_scored_run, texts_of
 from engine.studies.output_folders import check_replaces
 
 BASELINE_VERSION = 1
@@ -28,7 +28,7 @@ _TEXT_COLUMNS = ("keys", "requests", "classes", "contexts", "prompts")
 _NUMBER_COLUMNS = ("risk", "conformity", "kldb")
 
 
-def pin_night(night: Night, path: Path) -> None:
+def pin_run(night: ScoredRun, path: Path) -> None:
     """Write what a comparison needs of a run into a file, so that the run need not be kept.
 
     Raises:
@@ -66,8 +66,8 @@ def _unpacked(packed: dict[str, Any]) -> Texts:
     return texts_of([str(packed["values"][code]) for code in packed["codes"]])
 
 
-def read_baseline(path: Path) -> Night:
-    """A run as `pin_night` wrote it.
+def read_baseline(path: Path) -> ScoredRun:
+    """A run as `pin_run` wrote it.
 
     Raises:
         JobError: the file cannot be read, or is no such file.
@@ -86,7 +86,7 @@ def read_baseline(path: Path) -> Night:
         ) from None
 
 
-def _unpinned(document: dict[str, Any]) -> Night:
+def _unpinned(document: dict[str, Any]) -> ScoredRun:
     columns: dict[str, Any] = {name: _unpacked(document[name]) for name in _TEXT_COLUMNS}
     columns |= {name: np.array(document[name], dtype=float) for name in (*_NUMBER_COLUMNS, "valid")}
     columns |= {"seeds": np.array(document["seeds"], dtype=np.int64)}
@@ -95,7 +95,7 @@ def _unpinned(document: dict[str, Any]) -> Night:
         raise ValueError("its columns have different lengths")
     if any(np.isnan(columns[name]).any() for name in _NUMBER_COLUMNS):
         raise ValueError("a score is no number")
-    return Night(
+    return ScoredRun(
         address=str(document["address"]),
         name=str(document["name"]),
         target={key: str(document["target"][key]) for key in ("address", "digest")},
@@ -114,7 +114,7 @@ def _unknown(document: dict[str, Any], columns: dict[str, Any]) -> frozenset[str
     return frozenset(request for key, request in pairs if re.search(JOINT_KEY, key))
 
 
-def open_nights(addresses: Sequence[str], baseline: Path | None) -> tuple[Night, Night]:
+def open_pair(addresses: Sequence[str], baseline: Path | None) -> tuple[ScoredRun, ScoredRun]:
     """The older and the newer of two runs, or a baseline and a run.
 
     Raises:
@@ -122,5 +122,5 @@ def open_nights(addresses: Sequence[str], baseline: Path | None) -> tuple[Night,
     """
     if len(addresses) + (baseline is not None) != 2:
         raise JobError("compare: takes two runs, or one run with --baseline FILE, or one with --pin FILE")
-    old = read_night(addresses[0]) if baseline is None else read_baseline(baseline)
-    return old, read_night(addresses[-1])
+    old = read_scored_run(addresses[0]) if baseline is None else read_baseline(baseline)
+    return old, read_scored_run(addresses[-1])

@@ -1,0 +1,167 @@
+"""New rows of the shards of a run: scored by batches, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.data.run.schema import arrow_schema
+from engine.data.run.shards import ROWS_PER_GROUP, SHARDS, read_rows, read_shard, shard_name
+from engine.data.stores.base import Store
+from engine.data.stores.file_errors import explained
+from engine.errors import CorruptShardError
+from engine.job.acceptance import is_accepted
+from engine.job.plan import Plan, SampleSpec
+from engine.job.records import RUN_FIELDS, STATUS_FAILED, STATUS_OK, STATUS_REJECTED, failed_record, in_version
+from engine.job.spec import JobSpec
+from engine.studies.rescore.inputs import Models
+
+if TYPE_CHECKING:
+    from engine.models.classifier import Classifier
+
+NOT_STORED = "not scored again: no image is stored"
+BATCH = 64
+Row = dict[str, Any]
+# What was asked for, the image's file (empty where none is stored), and the row of the run.
+Sample = tuple[SampleSpec, bytes, Row]
+
+
+class Scoring:
+    """The classifiers, loaded when the first image is there to be scored."""
+
+    def __init__(self, job: JobSpec, models: Models, advance: Callable[[str], None]) -> None:
+        self._job, self._models, self._advance = job, models, advance
+        self._loaded: tuple[Classifier, list[Classifier], Classifier | None] | None = None
+        self.num_scored = 0
+
+    def _load(self) -> tuple[Classifier, list[Classifier], Classifier | None]:
+        if self._loaded is None:
+            import torch
+
+            from engine.models.classifier import Classifier
+            from engine.models.libraries import quiet_libraries
+
+            self._advance("loading the classifiers")
+            quiet_libraries()
+            device = "cuda" if torch.cuda.is_available() and self._job.runtime.device != "cpu" else "cpu"
+            transfer = [Classifier.load(address, device) for address in self._models.transfer]
+            oracle = Classifier.load(self._models.oracle, device) if self._models.oracle else None
+            self._loaded = Classifier.load(self._models.target, device), transfer, oracle
+        return self._loaded
+
+    def records(self, samples: Sequence[Sample]) -> list[Row]:
+        """The stored rows of samples with an image, with everything new that the classifiers decide.
+
+        A sample of which one gives values that are not finite is `failed`, and its message names the classifier.
+        """
+        import torch
+
+        from engine.data.images.decode import UnusableImageError, decode_sample
+        from engine.generation.scorer import oracle_classes, target_fields, transfer_entries
+        from engine.methods.finiteness import Faults
+
+        target, transfer, oracle = self._load()
+        images, faults = [], Faults(len(samples))
+        for spec, data, _ in samples:
+            try:
+                images.append(decode_sample(data))
+            except UnusableImageError as error:
+                raise CorruptShardError(f"{spec.key}: its image {error}; `riskforge verify` says more") from None
+        labels = torch.tensor([row["class_index"] for _, _, row in samples])
+        fields = target_fields(target, [spec.cell for spec, _, _ in samples], images, labels, faults)
+        rows = [row | new for (_, _, row), new in zip(samples, fields, strict=True)]
+        if transfer:
+            for row, entries in zip(rows, transfer_entries(transfer, images, labels, faults), strict=True):
+                row["transfer"] = entries
+        if oracle:
+            for row, seen in zip(rows, oracle_classes(oracle, images, faults).tolist(), strict=True):
+                row["oracle_class"] = seen
+        self.num_scored += len(images)
+        return [
+            _failed(spec, old, faults[place]) if faults[place] else row
+            for place, ((spec, _, old), row) in enumerate(zip(samples, rows, strict=True))
+        ]
+
+
+def rescore_shard(store: Store, folder: Store, job: JobSpec, plan: Plan, number: int, scoring: Scoring) -> None:
+    """Publish the new rows of a shard, unless they are there."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    name = f"{SHARDS}/{shard_name(job.name, number)}.parquet"
+    if folder.exists(name):
+        if _identities(folder.fetch(name)) == _identities(store.fetch(name)):
+            return
+        # The run was repaired, and this shard made again.
+        folder.remove(name)
+    schema = arrow_schema(version=plan.schema_version)
+    staged = folder.staging() / f"{shard_name(job.name, number)}.parquet"
+    with explained(staged), pq.ParquetWriter(staged, schema, compression="zstd") as writer:
+        held: list[Row] = []
+        for row in _new_rows(store, job, plan, number, scoring):
+            held.append(row)
+            if len(held) == ROWS_PER_GROUP:
+                writer.write_table(pa.Table.from_pylist(held, schema=schema))
+                held = []
+        if held:
+            writer.write_table(pa.Table.from_pylist(held, schema=schema))
+    folder.publish(name, staged)
+    staged.unlink(missing_ok=True)
+
+
+def _identities(path: Path) -> list[tuple[str, str]]:
+    return [(row["key"], row["sha256"]) for row in read_rows(path, ["key", "sha256"])]
+
+
+def _new_rows(store: Store, job: JobSpec, plan: Plan, number: int, scoring: Scoring) -> Iterator[Row]:
+    """The rows of a shard in their order."""
+    stem = f"{SHARDS}/{shard_name(job.name, number)}"
+    images = read_shard(store.fetch(f"{stem}.tar"))
+    specs = {spec.key: spec for spec in plan.samples(plan.shard(number))}
+    waiting: list[Sample] = []
+    for row in read_rows(store.fetch(f"{stem}.parquet")):
+        spec, image = specs.get(row["key"]), b""
+        if spec is None:
+            where = store.address(f"{stem}.parquet")
+            raise CorruptShardError(f"{where}: {row['key']} is not in the plan; `riskforge verify` says more")
+        if row["sha256"]:
+            key, image, _, _ = next(images, ("", b"", {}, 0))
+            if key != row["key"]:
+                where = store.address(f"{stem}.tar")
+                raise CorruptShardError(f"{where}: lacks the image of {row['key']}; `riskforge repair` takes it out")
+        waiting.append((spec, image, row))
+        if len(waiting) == BATCH:
+            yield from _scored(waiting, job, plan, number, scoring)
+            waiting = []
+    yield from _scored(waiting, job, plan, number, scoring)
+
+
+def _scored(waiting: list[Sample], job: JobSpec, plan: Plan, number: int, scoring: Scoring) -> Iterator[Row]:
+    """New rows of some samples: scored by batches, those without an image as they are."""
+    rule = job.requests[plan.shard(number).request].accept
+    with_image = [one for one in waiting if one[1]]
+    made = iter(scoring.records(with_image) if with_image else ())
+    for spec, image, row in waiting:
+        if image:
+            record = next(made)
+            if record["status"] == STATUS_FAILED:
+                yield record
+                continue
+            accepted = is_accepted(rule, record, spec.cell.classes, plan.schema_version)
+            yield record | {"accepted": accepted, "status": STATUS_OK if accepted else STATUS_REJECTED}
+        elif row["status"] == STATUS_FAILED:
+            yield row
+        else:
+            yield _failed(spec, row, NOT_STORED)
+
+
+def _failed(spec: SampleSpec, row: Row, message: str) -> Row:
+    """The row of a sample without new scores."""
+    return in_version(failed_record(spec, message), row["schema_version"]) | _kept(row)
+
+
+def _kept(row: Row) -> Row:
+    """What a row without an image keeps: how it was sampled, and the names of classes, which no stored plan has."""
+    names = ("class_name", "class_index", "prompt", "screened", "guided_steps", "zero_gradients", "nonfinite_gradients")
+    return {name: row[name] for name in (*names, *RUN_FIELDS)}

@@ -1,0 +1,188 @@
+"""What a retraining reads: the run, the images, the generated samples, and the network of the target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.data.images import ImageSource
+from engine.data.stores.base import Store
+from engine.data.stores.folder import FolderStore
+from engine.data.stores.opening import refuse_objects
+from engine.driver.progress import Display
+from engine.errors import JobError, OutputError
+from engine.methods.finiteness import LOGITS_FAULT, usable_logits
+from engine.models.addresses import read_labels, resolve
+from engine.models.classifier import load_network
+from engine.models.libraries import quiet_libraries
+from engine.models.preprocess import Preprocessing
+from engine.studies.output_folders import check_folder
+from engine.studies.retrain.arms import Arms, choose_arms, make_arms
+from engine.studies.retrain.finetune import predict, training_device
+from engine.studies.retrain.image_tensors import GeneratedSet, ImageSet, read_generated, read_images
+from engine.studies.retrain.options import RetrainOptions
+from engine.studies.samples import StudiedRun, check_target, open_study
+
+STUDY = "retrain"
+DOCUMENT = "retrain.json"
+MODEL = "model"
+MIN_REAL_IMAGES = 20
+MIN_CALIBRATION_IMAGES = 100
+# With fewer generated samples an arm tells little.
+FEW_SAMPLES = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """What is asked, checked as far as that goes without a model.
+
+    Attributes:
+        plain, risky: names of the requests of either kind.
+        labels: class names of the target in index order.
+        home: the folder of the results.
+    """
+
+    run: StudiedRun
+    options: RetrainOptions
+    plain: list[str]
+    risky: list[str]
+    labels: tuple[str, ...]
+    home: Path
+
+    @property
+    def target(self) -> Path:
+        """Folder of the target."""
+        return resolve(self.run.job.models.target)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Material:
+    """Everything that is trained and tested on, read and preprocessed."""
+
+    real: ImageSet
+    test: ImageSet
+    calibration: ImageSet | None
+    generated: GeneratedSet
+    arms: Arms
+    num_classes: int
+
+
+def check_study(uri: str, options: RetrainOptions, folder: str | None) -> Study:
+    """What can be wrong without a model being loaded or an image read."""
+    options.check()
+    run = open_study(uri)
+    home = _home(run.store, folder)
+    check_folder(home, DOCUMENT, (DOCUMENT, MODEL), STUDY)
+    plain, risky = choose_arms(run, options)
+    check_target(run)
+    _check_apart(home, run)
+    labels = tuple(read_labels(run.job.models.target) or ())
+    return Study(run=run, options=options, plain=plain, risky=risky, labels=labels, home=home)
+
+
+def read_material(
+    study: Study, real: ImageSource, test: ImageSource, spare: ImageSource | None, display: Display
+) -> tuple[Material, Any]:
+    """All samples, and the network of the target."""
+    display.phase("loading the target")
+    quiet_libraries()
+    run, options, num_classes = study.run, study.options, len(study.labels)
+    network = load_network(run.job.models.target).to(training_device(run.job.runtime.device == "cpu")).eval()
+    preprocessing = Preprocessing.load(study.target)
+    scorable = _Scorable(network, run.job.models.target, display)
+    display.phase("reading samples and images")
+    names, soft = list(dict.fromkeys([*study.plain, *study.risky])), options.labels == "soft"
+    generated = read_generated(run, names, preprocessing, num_classes=num_classes, soft=soft, display=display)
+    generated = generated.without(scorable.rows(generated.samples.pixels, "samples of the run"))
+    arms = make_arms(run, generated, study.plain, study.risky)
+    material = Material(
+        real=scorable.of(read_images(real, "--real", options.real, preprocessing, display), "--real"),
+        test=scorable.of(read_images(test, "--test", options.test, preprocessing, display), "--test"),
+        calibration=None
+        if spare is None or options.calibrate is None
+        else scorable.of(read_images(spare, "--calibrate", options.calibrate, preprocessing, display), "--calibrate"),
+        generated=generated,
+        arms=arms,
+        num_classes=num_classes,
+    )
+    if len(material.real) < MIN_REAL_IMAGES:
+        raise JobError(
+            f"--real: '{options.real}' has {len(material.real)} usable images; give {MIN_REAL_IMAGES} or more"
+        )
+    if material.calibration is not None and len(material.calibration) < MIN_CALIBRATION_IMAGES:
+        raise JobError(
+            f"--calibrate: '{options.calibrate}' has {len(material.calibration)} usable images; give"
+            f" {MIN_CALIBRATION_IMAGES} or more"
+        )
+    _check_sizes(material, options)
+    for arm, reason in arms.left_out.items():
+        display.notice(f"arm {arm} is left out: {reason}")
+    if arms.num_samples < FEW_SAMPLES:
+        display.notice(f"each arm has only {arms.num_samples} generated samples; differences may be chance")
+    if soft and bool((generated.samples.targets.max(1).values == 1).all()):
+        display.notice("--labels soft: all samples are of single classes, whose soft labels are the hard ones")
+    return material, network
+
+
+class _Scorable:
+    """Leaves out, with a notice, what the target gives values for that are not finite: it would count as an error."""
+
+    def __init__(self, network: Any, address: str, display: Display) -> None:
+        self._network, self._display = network, display
+        self._reason = f"models.target '{address}' gives {LOGITS_FAULT}"
+
+    def rows(self, pixels: Tensor, what: str) -> Tensor:
+        """Which of preprocessed images [N, 3, h, w] have scores, [N] booleans.
+
+        Raises:
+            JobError: none has.
+        """
+        if not len(pixels):
+            return torch.ones(0, dtype=torch.bool)
+        usable = usable_logits(predict(self._network, pixels))
+        if not usable.any():
+            raise JobError(f"RUN: its {self._reason} for all {len(pixels)} {what}; replace its weights")
+        if num := int((~usable).sum()):
+            self._display.notice(f"{num} of {len(pixels)} {what} are left out: {self._reason}")
+        return usable
+
+    def of(self, images: ImageSet, option: str) -> ImageSet:
+        """The images of an option that have scores."""
+        usable = self.rows(images.pixels, f"images of {option}")
+        return images if usable.all() else images.without(usable, self._reason)
+
+
+def _check_sizes(material: Material, options: RetrainOptions) -> None:
+    """Without a resize, images must have the size of the generated ones."""
+    wanted = material.generated.samples.pixels.shape[1:]
+    for option, address, images in (("--real", options.real, material.real), ("--test", options.test, material.test)):
+        if images.pixels.shape[1:] != wanted:
+            sizes = [f"{height} x {width}" for _, height, width in (images.pixels.shape[1:], wanted)]
+            raise JobError(
+                f"{option}: '{address}' has images of {sizes[0]} pixels and the run {sizes[1]}, and the target's"
+                " preprocessor does not resize; give images of one size"
+            )
+
+
+def _home(store: Store, folder: str | None) -> Path:
+    if folder is None:
+        if not isinstance(store, FolderStore):
+            raise OutputError(f"--output: say where the results of {store.uri} go; they are written to folders alone")
+        return store.place.with_name(f"{store.place.name}-retrained")
+    refuse_objects(folder, "--output", "a retraining")
+    try:
+        return Path(folder).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise JobError(f"--output: '{folder}' cannot be looked at ({error}); choose another") from None
+
+
+def _check_apart(home: Path, run: StudiedRun) -> None:
+    """Keep the run and its target, which the results are compared with, from being replaced by them."""
+    target = resolve(run.job.models.target).resolve()
+    for what, place in (("the run", run.store.place), ("the run's target", target)):
+        if home == place or home in place.parents:
+            raise OutputError(f"--output: {home} holds {what}, which would be replaced; choose another")
