@@ -38,7 +38,7 @@ def _hanging_workers(state: State) -> list[tuple[int, str]]:
             if silence > limit:
                 hanging.append((number, f"hangs: no heartbeat for {silence:.0f} s, the limit is {limit:.0f} s"))
         elif worker.is_placed and not worker.is_ready and silence > (limit := state.limits.start_limit_seconds):
-            text = f"hangs while loading models: no heartbeat for {silence:.0f} s, the limit is {limit:.0f} s"
+            text = f"hangs: no heartbeat for {silence:.0f} s while loading models, the limit is {limit:.0f} s"
             hanging.append((number, text))
     return sorted(hanging)
 
