@@ -113,7 +113,7 @@ def test_options_are_spelled_with_hyphens_or_underscores(call):
     """Both reach the same option; values are left alone."""
     for spelling in ("--price-per-hour", "--price_per_hour"):
         assert refused(call, "plan", QUICKSTART, spelling, "2") == [
-            "error: --price-per-hour: needs the hours of a measurement; add --calibrate"
+            "error: --price-per-hour: requires measured hours; add --calibrate"
         ]
     lines = refused(call, "plan", QUICKSTART, "--set", "sampling.num_inference_steps=0")
     assert lines[0].startswith("error: sampling.num_inference_steps: 0")
@@ -135,10 +135,10 @@ def test_all_problems_come_at_once_a_line_each(call):
         (b"# nothing\n", "is empty"),
         (b"name: [a\nseed: 0\n", "line 2, column 5"),
         (b"a: b: c\n", "line 1, column 5: mapping values are not allowed here"),
-        (b"name: a\nname: b\n", "line 2, column 1: 'name' stands here twice"),
+        (b"name: a\nname: b\n", "line 2, column 1: duplicate key 'name'"),
         (b"name: *x\n", "line 1, column 7: found undefined alias"),
         (b"name: !!python/object:os.system a\n", "line 1, column 7: could not determine a constructor"),
-        (b"\x00\x01\x02", "characters that no text has"),
+        (b"\x00\x01\x02", "characters that are not allowed in text"),
         (b"\xff\xfe\xfa" * 50, "is not text in UTF-8"),
         (b"- a\n- b\n", "a mapping of keys is expected"),
         (b"just words\n", "a mapping of keys is expected"),
@@ -156,7 +156,7 @@ def test_files_that_are_no_job(call, tmp_path, content, message):
 
 def test_paths_that_are_no_file(call, tmp_path):
     """Missing, and a folder."""
-    assert "there is no such file" in refused(call, "run", tmp_path / "no.yaml")[0]
+    assert "no such file" in refused(call, "run", tmp_path / "no.yaml")[0]
     assert "is a folder" in refused(call, "run", tmp_path)[0]
 
 
