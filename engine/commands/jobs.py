@@ -200,7 +200,7 @@ def _print_cost(job: JobSpec, cost: Cost, price_per_hour: float | None) -> None:
     print(f"output: {job.output.uri}")
     if hours is not None:
         print(
-            f"measured on {cost.device}: {hours:.2g} device-hours, including {cost.load_seconds:.0f} s to load the models"
+            f"measured on {cost.device}: {hours:.2g} device-hours, {cost.load_seconds:.0f} s of them to load the models"
         )
         for request in cost.requests:
             _print_yield(request)
