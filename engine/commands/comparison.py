@@ -52,55 +52,61 @@ def rescore(
     raise typer.Exit(0 if rescored.is_complete and not rescored.num_failed else EXIT_INCOMPLETE)
 
 
+RunsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RUN_A [RUN_B]", help="The older and the newer run, or a rescoring of one.", show_default=False
+    ),
+]
+BaselineOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Baseline written by --pin, in place of the older run.")
+]
+PinOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write the run as a baseline, without a comparison.")
+]
+MaxErrorIncreaseOption = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Exit with code 1 if a request's error rate grew by more than this."),
+]
+MaxValidFailureIncreaseOption = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Exit with code 1 if a request's share of valid failures grew by more than this."),
+]
+MaxRiskIncreaseOption = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Exit with code 1 if a request's median risk grew by more than this, in nats."),
+]
+FailOnOption = Annotated[
+    Literal["never", "significant-increase", "any-significant"],
+    typer.Option(help="Exit with code 1 if failures or risk grew significantly, or if anything changed significantly."),
+]
+ConfidenceOption = Annotated[
+    float,
+    typer.Option(
+        metavar="P", help="Confidence of the intervals; 1 - P is the family-wise significance level of the tests."
+    ),
+]
+ByOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[request|class|context]",
+        help="Compare at these levels only; repeatable. Fewer tests detect smaller differences.",
+    ),
+]
+MarkdownOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the comparison as Markdown.")]
+
+
 def compare(
-    runs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RUN_A [RUN_B]", help="The older and the newer run, or a rescoring of one.", show_default=False
-        ),
-    ],
-    baseline: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Baseline written by --pin, in place of the older run.")
-    ] = None,
-    pin: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the run as a baseline, without a comparison.")
-    ] = None,
-    max_error_increase: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="Exit with code 1 if a request's error rate grew by more than this."),
-    ] = None,
-    max_valid_failure_increase: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X", help="Exit with code 1 if a request's share of valid failures grew by more than this."
-        ),
-    ] = None,
-    max_risk_increase: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="Exit with code 1 if a request's median risk grew by more than this, in nats."),
-    ] = None,
-    fail_on: Annotated[
-        Literal["never", "significant-increase", "any-significant"],
-        typer.Option(
-            help="Exit with code 1 if failures or risk grew significantly, or if anything changed significantly."
-        ),
-    ] = "never",
-    confidence: Annotated[
-        float,
-        typer.Option(
-            metavar="P", help="Confidence of the intervals; 1 - P is the family-wise significance level of the tests."
-        ),
-    ] = 0.95,
-    by: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[request|class|context]",
-            help="Compare at these levels only; repeatable. Fewer tests detect smaller differences.",
-        ),
-    ] = None,
-    markdown: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the comparison as Markdown.")
-    ] = None,
+    runs: RunsArgument,
+    baseline: BaselineOption = None,
+    pin: PinOption = None,
+    max_error_increase: MaxErrorIncreaseOption = None,
+    max_valid_failure_increase: MaxValidFailureIncreaseOption = None,
+    max_risk_increase: MaxRiskIncreaseOption = None,
+    fail_on: FailOnOption = "never",
+    confidence: ConfidenceOption = 0.95,
+    by: ByOption = None,
+    markdown: MarkdownOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a target newly fails on: compare two runs, or a run with a pinned baseline."""

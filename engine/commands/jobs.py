@@ -66,33 +66,37 @@ def plan(
         _print_cost(spec, cost, price_per_hour)
 
 
+DataOption = Annotated[
+    str,
+    typer.Option(
+        metavar="PATH",
+        help="Labelled images: a folder with one subfolder per class (by name or index), WebDataset tars, a run,"
+        " parquet, or a named data set such as digits:validation.",
+        show_default=False,
+    ),
+]
+OutputOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Folder for the artefact conditioning-DIGEST. Default: OUTPUT-conditioning, next to the job's output.uri.",
+    ),
+]
+ExecutorOption = Annotated[
+    Literal["auto", "ray", "local"],
+    typer.Option(
+        help="Run workers as Ray actors, or this process alone; auto uses Ray for large data sets, and with"
+        " --workers or --address."
+    ),
+]
+
+
 def prepare(
     job: JobArgument,
-    data: Annotated[
-        str,
-        typer.Option(
-            metavar="PATH",
-            help="Labelled images: a folder with one subfolder per class (by name or index), WebDataset tars, a run,"
-            " parquet, or a named data set such as digits:validation.",
-            show_default=False,
-        ),
-    ],
-    output: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Folder for the artefact conditioning-DIGEST. Default: OUTPUT-conditioning, next to the job's"
-            " output.uri.",
-        ),
-    ] = None,
+    data: DataOption,
+    output: OutputOption = None,
     components: Annotated[int, typer.Option(metavar="K", min=1, max=100, help="Gaussian components per class.")] = 1,
-    executor: Annotated[
-        Literal["auto", "ray", "local"],
-        typer.Option(
-            help="Run workers as Ray actors, or this process alone; auto uses Ray for large data sets, and with"
-            " --workers or --address."
-        ),
-    ] = "auto",
+    executor: ExecutorOption = "auto",
     address: AddressOption = None,
     workers: WorkersOption = None,
     set_: SetOption = None,

@@ -17,50 +17,59 @@ if TYPE_CHECKING:
     from engine.studies.retrain.results import Retrained
 
 
+RealOption = Annotated[
+    str,
+    typer.Option(
+        metavar="DATA", help="Labelled images to train on; the same forms as `prepare --data`.", show_default=False
+    ),
+]
+TestOption = Annotated[
+    str, typer.Option(metavar="DATA", help="Labelled images to test on; contexts are compared.", show_default=False)
+]
+PlainOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REQUEST",
+        help="Requests of the plain baseline; repeatable. Default: prompt-only requests without an `accept` rule.",
+    ),
+]
+RiskyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REQUEST",
+        help="Requests whose samples are added; repeatable. Default: requests with an `accept` rule.",
+    ),
+]
+LabelsOption = Annotated[
+    Literal["hard", "soft"], typer.Option(help="Labels of generated samples: their class, or their soft label.")
+]
+CalibrateOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA",
+        help="Labelled images unseen by the target, to fit the temperature. Default: keep the target's.",
+    ),
+]
+OutputOption = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER", help="Folder for figures and model. Default: RUN-retrained, next to the run."),
+]
+
+
 def retrain(
     run: RunArgument,
-    real: Annotated[
-        str,
-        typer.Option(
-            metavar="DATA", help="Labelled images to train on; the same forms as `prepare --data`.", show_default=False
-        ),
-    ],
-    test: Annotated[
-        str, typer.Option(metavar="DATA", help="Labelled images to test on; contexts are compared.", show_default=False)
-    ],
-    plain: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="REQUEST",
-            help="Requests of the plain baseline; repeatable. Default: prompt-only requests without an `accept` rule.",
-        ),
-    ] = None,
-    risky: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="REQUEST",
-            help="Requests whose samples are added; repeatable. Default: requests with an `accept` rule.",
-        ),
-    ] = None,
+    real: RealOption,
+    test: TestOption,
+    plain: PlainOption = None,
+    risky: RiskyOption = None,
     seeds: Annotated[int, typer.Option(metavar="N", help="Training runs per arm.")] = 5,
     steps: Annotated[int, typer.Option(metavar="N", help="Steps of each training run.")] = 200,
     mix: Annotated[float, typer.Option(metavar="X", help="Share of generated images in a batch.")] = 0.2,
-    labels: Annotated[
-        Literal["hard", "soft"], typer.Option(help="Labels of generated samples: their class, or their soft label.")
-    ] = "hard",
+    labels: LabelsOption = "hard",
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images per batch.")] = 64,
     learning_rate: Annotated[float, typer.Option(metavar="X", help="Peak learning rate of AdamW.")] = 3e-4,
-    calibrate: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DATA",
-            help="Labelled images unseen by the target, to fit the temperature. Default: keep the target's.",
-        ),
-    ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="Folder for figures and model. Default: RUN-retrained, next to the run."),
-    ] = None,
+    calibrate: CalibrateOption = None,
+    output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a run's target on its samples; compare with the original and with training on plain samples."""
@@ -88,38 +97,48 @@ def retrain(
         _print_retrained(retrained)
 
 
+EvaluateRealOption = Annotated[
+    str | None,
+    typer.Option(metavar="DATA", help="Real labelled images to compare with; the same forms as `prepare --data`."),
+]
+TrainOption = Annotated[
+    str | None, typer.Option(metavar="DATA", help="Training images of the diffusion model, to search for copies.")
+]
+ReferenceOption = Annotated[
+    str | None, typer.Option(metavar="REQUEST", help="Request to compare the other requests with.")
+]
+ClipOption = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="CLIP model that embeds the images. Default: the job's.")
+]
+FeaturesOption = Annotated[
+    Literal["auto", "clip", "inception"],
+    typer.Option(help="Feature space of distances; auto uses Inception if its weights are on this machine."),
+]
+InceptionOption = Annotated[
+    str | None,
+    typer.Option(metavar="PATH", help="File or folder of inception-2015-12-05.pt. Default: search TORCH_HOME."),
+]
+FailuresOption = Annotated[
+    Literal["accepted", "all"],
+    typer.Option(help="Failures to cluster: accepted ones only, or rejected ones too."),
+]
+EvaluateOutputOption = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER", help="Folder for evaluation.json and the report. Default: the run."),
+]
+
+
 def evaluate(
     run: RunArgument,
-    real: Annotated[
-        str | None,
-        typer.Option(metavar="DATA", help="Real labelled images to compare with; the same forms as `prepare --data`."),
-    ] = None,
-    train: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Training images of the diffusion model, to search for copies.")
-    ] = None,
-    reference: Annotated[
-        str | None, typer.Option(metavar="REQUEST", help="Request to compare the other requests with.")
-    ] = None,
-    clip: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="CLIP model that embeds the images. Default: the job's.")
-    ] = None,
-    features: Annotated[
-        Literal["auto", "clip", "inception"],
-        typer.Option(help="Feature space of distances; auto uses Inception if its weights are on this machine."),
-    ] = "auto",
-    inception: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="File or folder of inception-2015-12-05.pt. Default: search TORCH_HOME."),
-    ] = None,
-    failures: Annotated[
-        Literal["accepted", "all"],
-        typer.Option(help="Failures to cluster: accepted ones only, or rejected ones too."),
-    ] = "accepted",
+    real: EvaluateRealOption = None,
+    train: TrainOption = None,
+    reference: ReferenceOption = None,
+    clip: ClipOption = None,
+    features: FeaturesOption = "auto",
+    inception: InceptionOption = None,
+    failures: FailuresOption = "accepted",
     limit: Annotated[int, typer.Option(metavar="N", help="Most images to read per request.")] = 2000,
-    output: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="Folder for evaluation.json and the report. Default: the run."),
-    ] = None,
+    output: EvaluateOutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare a run's images with real images, training images and prompts; cluster its failures in the report."""
@@ -133,9 +152,10 @@ def evaluate(
         real=real, train=train, reference=reference, clip=clip, features=features, inception=inception,
         failures=failures, limit=limit,
     )  # fmt: skip
-    let_import(open_study(run).job, Path.cwd())
-    with stop_on_signals(NOTHING_STORED), contextlib.closing(make_display()) as display:
-        evaluated = evaluate_run(run, options, display=display, folder=output)
+    with stop_on_signals(NOTHING_STORED):
+        let_import(open_study(run).job, Path.cwd())
+        with contextlib.closing(make_display()) as display:
+            evaluated = evaluate_run(run, options, display=display, folder=output)
     if as_json:
         print_json(evaluated.evaluation.model_dump(mode="json", exclude={"images"}))
         return
