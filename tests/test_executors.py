@@ -31,8 +31,6 @@ from engine.driver.executors.local import LocalExecutor
 from engine.driver.executors.ray import RayExecutor
 from engine.driver.executors.ray_actor import RayHost
 from engine.driver.executors.ray_cluster import prepare_environment
-from engine.driver.executors.ray_layout import Layout, divide, usable_cores
-from engine.driver.sampling_share import SamplingShare
 from engine.driver.scheduler_loop import WorkersFailingError
 from engine.driver.scheduling.messages import SchedulerLimits, ShardError, ShardProgress, WorkerLost, WorkerReady
 from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK, JobError, OutputError, RiskforgeError
@@ -277,42 +275,6 @@ def test_workers_that_wait_for_room_are_told_once(monkeypatch, tmp_path):
     assert display.notices == ["2 worker(s) still wait for room on the cluster; ask for fewer with --workers"]
 
 
-@pytest.mark.parametrize(
-    ("nodes", "device", "workers", "shards", "is_own", "expected"),
-    [
-        ([{"CPU": 16.0}], "auto", None, 99, True, Layout(16, 1, {"num_cpus": 1})),
-        ([{"CPU": 64.0, "memory": 400e9}], "auto", None, 99, True, Layout(16, 1, {"num_cpus": 1})),
-        (
-            [{"CPU": 8.0, "memory": 7e9}, {"CPU": 2.0, "memory": 1e9}],
-            "cpu",
-            None,
-            99,
-            False,
-            Layout(4, 1, {"num_cpus": 1}),
-        ),
-        ([{"CPU": 2.0}], "cpu", 4, 99, True, Layout(4, 1, {"num_cpus": 1})),
-        ([{"CPU": 16.0}], "auto", None, 1, True, Layout(1, 1, {"num_cpus": 1})),
-        ([{"CPU": 8.0}, {"CPU": 8.0}], "auto", None, 99, False, Layout(16, 1, {"num_cpus": 1})),
-        ([{"CPU": 16.0, "GPU": 2.0}], "auto", None, 99, True, Layout(2, 8, {"num_gpus": 1, "num_cpus": 0})),
-        ([{"CPU": 16.0, "GPU": 2.0}], "auto", 3, 99, True, Layout(3, 5, {"num_gpus": 0.5, "num_cpus": 0})),
-        ([{"CPU": 16.0, "GPU": 2.0}], "cpu", None, 99, True, Layout(16, 1, {"num_cpus": 1})),
-        ([{"CPU": 8.0}, {"CPU": 8.0}], "cpu", 1, 99, False, Layout(1, 1, {"num_cpus": 1})),
-        ([{"CPU": 8.0}, {"CPU": 8.0}], "cpu", 3, 99, False, Layout(3, 1, {"num_cpus": 1})),
-        ([{"CPU": 2.0}], "cpu", 3, 99, False, Layout(3, 1, {"num_cpus": 1})),
-        ([{"CPU": 4.0}], "cuda", 8, 99, False, Layout(8, 1, {"num_gpus": 1, "num_cpus": 0})),
-    ],
-)
-def test_resources_are_divided(nodes, device, workers, shards, is_own, expected):
-    """One worker a GPU, or a core as far as memory goes; a growing cluster is asked for GPUs that it lacks."""
-    assert divide(nodes, device, workers, shards, is_own=is_own) == expected
-
-
-def test_cores_are_counted_where_affinity_is_unknown(monkeypatch):
-    """As on macOS."""
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
-
-
 def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
     """With the reason and what else to try."""
     executor = RayExecutor(address=None, num_workers=1, device="cpu")
@@ -345,12 +307,6 @@ def test_closing_while_ray_starts_takes_its_folder_away(monkeypatch, tmp_path):
     executor.begin()
     executor.close()
     assert not (tmp_path / "rf").exists() and not executor._cluster._thread.is_alive()
-
-
-def test_a_gpu_that_is_not_there_is_refused():
-    """On a cluster of our own none will come."""
-    with pytest.raises(JobError, match="no GPU"):
-        divide([{"CPU": 4.0}], "cuda", None, 9, is_own=True)
 
 
 def test_workers_of_one_process_load_one_after_the_other():
@@ -591,18 +547,3 @@ def test_the_share_of_sampling_is_told(tmp_path):
     started = time.monotonic()
     summary = run_sleepy(tmp_path, 1, LocalExecutor(1), faults=Faults(seconds=0.2))
     assert 2.0 / (time.monotonic() - started) < summary.sampling_share <= 1
-
-
-def test_the_share_of_sampling_is_of_the_time_from_ready_to_the_last_commit():
-    """Of all workers together; one that has committed nothing does not count."""
-    watch = SamplingShare()
-    watch.add_worker(0, 10.0)
-    assert watch.value() is None
-    watch.add_commit(0, 5.0, 18.0)
-    watch.add_worker(1, 10.0)
-    watch.add_commit(1, 1.0, 12.0)
-    assert watch.value() == 0.6
-    watch.add_worker(2, 12.0)
-    watch.remove_worker(2)
-    watch.add_commit(0, 2.0, 20.0)
-    assert watch.value() == pytest.approx(8 / 12)

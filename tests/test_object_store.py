@@ -773,7 +773,7 @@ def test_every_command_on_the_quickstart(server: str, call: Any, tmp_path: Path)
         (tmp_path / "folder" / key).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "folder" / key).write_bytes(data)
     _, out, _ = call("run", job, "--output", folder, "--executor", "local", *sets)
-    assert "is complete: all 5 shards are there" in out, "the address is no part of the plan"
+    assert "is complete: all 5 shards exist" in out, "the address is no part of the plan"
 
     assert json.loads(call("status", run, "--json")[1])["state"] == "complete"
     assert call("verify", run, "--deep")[:2] == (0, "5 of 5 shards, 16 samples: no damage\n")

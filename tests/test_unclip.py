@@ -319,7 +319,7 @@ def test_an_artefact_that_is_not_there_yet_is_told_and_not_run(tmp_path, capsys)
     """A job can be checked before its statistics are prepared; it does not run without them."""
     path = write_job(tmp_path, request(conditioning=str(tmp_path / "none")))
     assert run_cli("plan", path, "--validate") == 0
-    assert "to prepare before it runs" in capsys.readouterr().out
+    assert "to prepare before the run" in capsys.readouterr().out
     assert run_cli("run", path, "--executor", "local") == 2
     assert "riskforge prepare" in capsys.readouterr().err
 
