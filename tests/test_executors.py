@@ -264,17 +264,6 @@ def test_timing_is_of_all_sessions(tmp_path):
     assert json.loads((tmp_path / "manifest.json").read_text())["timing"]["sampling_seconds"] > 0.5
 
 
-def test_workers_that_wait_for_room_are_told_once(monkeypatch, tmp_path):
-    """And nothing is said where all have a place."""
-    monkeypatch.setattr("engine.driver.scheduler_loop.UNPLACED_SECONDS", 0.0)
-    display = Recorder()
-    run_sleepy(tmp_path / "placed", 1, LocalExecutor(1), display=display)
-    assert not display.notices
-    monkeypatch.setattr(LocalExecutor, "num_unplaced", 2)
-    run_sleepy(tmp_path / "waiting", 1, LocalExecutor(1), display=display)
-    assert display.notices == ["2 worker(s) still wait for room on the cluster; ask for fewer with --workers"]
-
-
 def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
     """With the reason and what else to try."""
     executor = RayExecutor(address=None, num_workers=1, device="cpu")
@@ -514,36 +503,3 @@ def test_a_second_signal_ends_at_once_and_loses_nothing(tmp_path):
     assert process.wait(GATE_SECONDS) == EXIT_DRAINED
     store = open_store(str(output))
     assert verify(store).damage == () and len(list_commits(store)) < 3
-
-
-def test_a_run_ends_by_its_deadline(monkeypatch, tmp_path):
-    """With exit code 75 and a report of what there is."""
-
-    def clock() -> float:
-        """An hour later once a shard is there."""
-        return time.monotonic() + (3600 if tars(tmp_path) else 0)
-
-    monkeypatch.setattr("engine.driver.scheduler_loop.time", SimpleNamespace(monotonic=clock))
-    patient = {"min_limit_seconds": 1e6, "first_limit_seconds": 1e6}
-    limits = SchedulerLimits(deadline=time.monotonic() + 3000, grace_seconds=10, **patient)
-    summary = run_sleepy(tmp_path, 9, LocalExecutor(1), limits=limits)
-    assert (summary.exit_code, summary.drained) == (EXIT_DRAINED, "deadline")
-    assert 0 < summary.num_committed < 23 and Path(summary.report).exists() and not (tmp_path / "_SUCCESS").exists()
-
-
-def test_a_worker_that_hangs_is_replaced(clean, tmp_path):
-    """Its shard is made by another, as the next attempt; the run does not wait for it."""
-    # On a machine that stalls, others are taken for hung as well, which costs an attempt and changes nothing.
-    limits = SchedulerLimits(min_limit_seconds=2, first_limit_seconds=2, check_seconds=0.1)
-    display = Recorder()
-    summary = run_sleepy(tmp_path, 2, LocalExecutor(2), faults=Faults(hang_once=(1,)), display=display, limits=limits)
-    assert summary.exit_code == EXIT_OK and read_commit(open_store(str(tmp_path)), 1).attempt >= 2
-    assert tars(tmp_path) == clean
-    assert any("hangs: no heartbeat for" in notice for notice in display.notices)
-
-
-def test_the_share_of_sampling_is_told(tmp_path):
-    """Ten samples of a fifth of a second: the share of the time until the last commit, which is in that of the run."""
-    started = time.monotonic()
-    summary = run_sleepy(tmp_path, 1, LocalExecutor(1), faults=Faults(seconds=0.2))
-    assert 2.0 / (time.monotonic() - started) < summary.sampling_share <= 1
