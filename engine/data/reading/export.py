@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.images.findings import some_of
-from engine.data.reading.corpus import Corpus, open_corpus
+from engine.data.reading.corpus import Corpus, open_run
 from engine.data.reading.export_card import export_card
 from engine.data.reading.formats import (
     check_folders,
@@ -118,7 +118,7 @@ def export(
         Nothing is left behind when it raises or is interrupted.
     """
     _check_options(options)
-    corpus = open_corpus(*uris)
+    corpus = open_run(*uris)
     home = _check_output(options, corpus)
     _check_sources(corpus, options)
     if options.condition:
