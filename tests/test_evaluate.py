@@ -42,11 +42,12 @@ from engine.models.libraries import quiet_libraries
 from engine.report.data import open_metadata
 from engine.report.evaluation import Evaluation, read_evaluation
 from engine.report.render import write_report
-from engine.studies.evaluate import image_features as pictures
+from engine.studies.evaluate import image_features
 from engine.studies.evaluate.clusters import cluster, nearest_texts, neighbourhood
 from engine.studies.evaluate.extractors import Inception, find_inception
-from engine.studies.evaluate.image_features import draw_images, pixel_distances, small_pixels
+from engine.studies.evaluate.image_features import pixel_distances, small_pixels
 from engine.studies.evaluate.image_registry import ImageRegistry
+from engine.studies.evaluate.inputs import draw_images
 from engine.studies.evaluate.options import EvaluateOptions
 from engine.studies.evaluate.program import evaluate
 from engine.studies.evaluate.quality import match_classes
@@ -389,7 +390,7 @@ def test_pixels_are_compared_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     """The parts do not show, and as floats there is never more than one of them."""
     first, second = np.random.default_rng(0).integers(0, 256, (2, 600, 32, 32, 3), dtype=np.uint8)
     whole = pixel_distances(first, second)
-    monkeypatch.setattr(pictures, "_ROWS", 7)
+    monkeypatch.setattr(image_features, "_ROWS", 7)
     tracemalloc.start()
     parts = pixel_distances(first, second)
     _, peak = tracemalloc.get_traced_memory()

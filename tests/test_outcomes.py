@@ -155,11 +155,9 @@ def test_two_nights_are_compared_by_it(tmp_path: Path) -> None:
     comparison = compare_runs(*sides)
     row = next(one for one in comparison.rows if one.request == "between" and one.level == "request")
     assert (row.differences["error_rate"].old, row.differences["error_rate"].new) == (0, pytest.approx(share(3)))
-    assert row.differences["valid_failures"].new == pytest.approx(share(3)) and (row.num_arisen, row.num_mended) == (
-        3,
-        0,
-    )
-    assert {one.request for one in comparison.arisen} == {"between"}
+    assert row.differences["valid_failures"].new == pytest.approx(share(3))
+    assert (row.num_new_failures, row.num_fixed) == (3, 0)
+    assert {one.request for one in comparison.new_failures} == {"between"}
 
 
 def test_a_baseline_that_counted_otherwise_says_nothing_of_joint_prompts(tmp_path: Path) -> None:
@@ -175,7 +173,7 @@ def test_a_baseline_that_counted_otherwise_says_nothing_of_joint_prompts(tmp_pat
     rows = {one.request: one for one in comparison.rows if one.level == "request"}
     assert set(rows["between"].differences) == {"risk", "conformity", "kldb"}
     assert any("'between' are not compared; pin it again" in note for note in comparison.notes)
-    assert not [one for one in (*comparison.arisen, *comparison.mended) if one.request == "between"]
+    assert not [one for one in (*comparison.new_failures, *comparison.fixed) if one.request == "between"]
 
 
 @settings(max_examples=60, deadline=None)

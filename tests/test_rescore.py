@@ -172,7 +172,7 @@ def test_the_same_target_changes_nothing(copy, tmp_path):
     assert all(old["predicted_class"] == new["predicted_class"] for old, new in scored)
     assert all(old["risk"] == pytest.approx(new["risk"], abs=1e-4) for old, new in scored)
     assert all((old["accepted"], old["status"]) == (new["accepted"], new["status"]) for old, new in scored)
-    assert not done.comparison.arisen and not done.comparison.mended
+    assert not done.comparison.new_failures and not done.comparison.fixed
     assert json.loads((Path(done.folder) / "manifest.json").read_text())["rescored_from"]["uri"] == str(copy)
 
 

@@ -51,7 +51,7 @@ def test_a_run_of_a_version_is_read_by_everything(runs: dict[int, Path], version
     num_scored = sum(row["status"] != "failed" for row in table.to_pylist())
     assert len(corpus.filter("scored")) == len(corpus.filter("risk >= 0")) == num_scored < len(table)
     night = read_scored_run(str(run))
-    assert len(night.keys) == num_scored and compare_runs(night, night).arisen == ()
+    assert len(night.keys) == num_scored and compare_runs(night, night).new_failures == ()
     card = (run / "README.md").read_text()
     for name, since in SINCE.items():
         assert (f"| `{name}` |" in card) == (version >= since) == (name in table.column_names)

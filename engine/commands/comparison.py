@@ -188,7 +188,7 @@ def _print_comparison(
         print_json(comparison_document(comparison, limits, crossed))
     else:
         make_console().print(comparison_table(comparison))
-        for title, changes in (("new failures", comparison.arisen), ("fixed", comparison.mended)):
+        for title, changes in (("new failures", comparison.new_failures), ("fixed", comparison.fixed)):
             if changes:
                 print(f"{title}: {len(changes)}")
                 print_some([change.key for change in changes], "--json")

@@ -172,8 +172,8 @@ def _print_retrained(retrained: Retrained) -> None:
 
     document, console = retrained.document, make_console()
     console.print(accuracy_table(retrained.comparison))
-    if retrained.found.rows:
-        console.print(agreement_table(retrained.found))
+    if retrained.agreement.rows:
+        console.print(agreement_table(retrained.agreement))
     for finding in retrained.findings:
         print(finding)
     print()

@@ -1,4 +1,4 @@
-"""What a study takes from a run: its job, the digest of its target, and the samples of its committed shards."""
+"""A run as studies read it: its job, the digest of its target, and the samples of its committed shards."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class StudiedRun:
     """A run with committed shards.
 
     Attributes:
-        job: as the run was made.
+        job: with which the run was made.
         plan_digest: digest of its plan.
-        target_digest: digest that its target had.
+        target_digest: digest of its target when the run was made.
         commits: the records of its committed shards, in order.
     """
 
@@ -69,7 +69,7 @@ def check_target(run: StudiedRun) -> None:
     """Check that the run's target is still the one that it was made with.
 
     Raises:
-        JobError: it is gone, another one is there now, or it is of a kind that cannot be trained here.
+        JobError: it is missing, has changed, or is of a kind that cannot be fine-tuned.
     """
     address = run.job.models.target
     if is_foreign(address):
@@ -84,7 +84,7 @@ def check_target(run: StudiedRun) -> None:
     if digest != run.target_digest:
         raise JobError(
             f"RUN: its target '{address}' has changed since (digest {run.target_digest} in the manifest, {digest} now);"
-            " restore that model, or make the run anew with this one"
+            " restore that model, or make a new run with this one"
         )
 
 
@@ -99,13 +99,13 @@ def choose_requests(run: StudiedRun, option: str, names: Sequence[str]) -> list[
     if unknown:
         has = ", ".join(known)
         raise JobError(
-            [f"{option}: the run has no request '{one}'{nearest(one, known)}; it has {has}" for one in unknown]
+            [f"{option}: the run has no request '{name}'{nearest(name, known)}; it has {has}" for name in unknown]
         )
     return list(dict.fromkeys(names))
 
 
 def is_plain(request: RequestSpec) -> bool:
-    """Whether a request samples single classes by prompt alone and keeps what comes."""
+    """Whether a request samples single classes by prompt alone and has no `accept` rule."""
     return request.method == "prompt" and request.boundary is None and not request.accept
 
 

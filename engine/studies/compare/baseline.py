@@ -19,7 +19,7 @@ from engine.studies.compare.scored_run import ScoredRun, Texts, read_scored_run,
 from engine.studies.output_folders import check_replaces
 
 BASELINE_VERSION = 1
-# In a baseline whose errors of joint prompts are predictions outside their classes.
+# Present in baselines whose errors of joint prompts are predictions outside their classes.
 ERRORS_OUTSIDE = "errors_are_outside_subsets"
 # A pinned run has some values of every sample.
 MAX_BASELINE_BYTES = 2**30
@@ -28,7 +28,7 @@ _TEXT_COLUMNS = ("keys", "requests", "classes", "contexts", "prompts")
 _NUMBER_COLUMNS = ("risk", "conformity", "kldb")
 
 
-def pin_run(night: ScoredRun, path: Path) -> None:
+def pin_run(run: ScoredRun, path: Path) -> None:
     """Write what a comparison needs of a run into a file, so that the run need not be kept.
 
     Raises:
@@ -37,17 +37,17 @@ def pin_run(night: ScoredRun, path: Path) -> None:
     check_replaces("--pin", path, BASELINE_BEGINNING)
     document = {
         "baseline_version": BASELINE_VERSION,
-        "address": night.address,
-        "name": night.name,
-        "target": night.target,
-        "labels": list(night.labels),
-        "methods": night.methods,
-        **{name: _packed(getattr(night, name)) for name in _TEXT_COLUMNS},
-        "seeds": night.seeds.tolist(),
-        "is_error": night.is_error.astype(int).tolist(),
+        "address": run.address,
+        "name": run.name,
+        "target": run.target,
+        "labels": list(run.labels),
+        "methods": run.methods,
+        **{name: _packed(getattr(run, name)) for name in _TEXT_COLUMNS},
+        "seeds": run.seeds.tolist(),
+        "is_error": run.is_error.astype(int).tolist(),
         ERRORS_OUTSIDE: True,
-        "valid": [None if np.isnan(one) else int(one) for one in night.valid],
-        **{name: getattr(night, name).tolist() for name in _NUMBER_COLUMNS},
+        "valid": [None if np.isnan(value) else int(value) for value in run.valid],
+        **{name: getattr(run, name).tolist() for name in _NUMBER_COLUMNS},
     }
     text = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
     part = path.with_name(f".{path.name}.part")
@@ -107,7 +107,7 @@ def _unpinned(document: dict[str, Any]) -> ScoredRun:
 
 
 def _unknown(document: dict[str, Any], columns: dict[str, Any]) -> frozenset[str]:
-    """The requests with a joint prompt of a baseline that counted their errors otherwise."""
+    """The requests with a joint prompt, in a baseline that counted their errors otherwise."""
     if document.get(ERRORS_OUTSIDE):
         return frozenset()
     pairs = zip(columns["keys"], columns["requests"], strict=True)

@@ -39,11 +39,11 @@ class ScoredRun:
 
     Attributes:
         target: `address` and `digest` of the classifier that scored.
-        methods: of each request, by name.
+        methods: the method of each request, by its name.
         classes: what was asked for: a class, or the classes of a joint prompt.
         is_error: whether the target predicts a class that was not asked for.
         valid: 1 where the target errs and the oracle agrees, 0 where not, NaN without an oracle.
-        unknown: requests of which neither of the two is known; of earlier baselines those with a joint prompt.
+        unknown: requests whose shares are not known: those with a joint prompt in earlier baselines.
     """
 
     address: str
@@ -65,7 +65,7 @@ class ScoredRun:
     unknown: frozenset[str] = frozenset()
 
     def metric(self, name: str, rows: Rows) -> Any:
-        """A metric's column at some rows; None where it is not known of any of them."""
+        """A metric's column at some rows; None where it is not known for all of them."""
         if name in SHARES and not self.unknown.isdisjoint(self.requests[rows]):
             return None
         if name == "error_rate":
@@ -111,8 +111,8 @@ def _scored_run(address: str, name: str, target: dict[str, Any], table: pa.Table
     labels = tuple(map(str, target["labels"]))
     oracle = oracle_agreement(table)
     is_error = errors(table)
-    numbers = {one: np.asarray(table[one].to_numpy(), dtype=float) for one in MEDIANS}
-    requests, methods = (_shared(table[one]) for one in ("request", "method"))
+    numbers = {name: np.asarray(table[name].to_numpy(), dtype=float) for name in MEDIANS}
+    requests, methods = (_shared(table[name]) for name in ("request", "method"))
     return ScoredRun(
         address=address,
         name=name,
@@ -134,18 +134,18 @@ def _scored_run(address: str, name: str, target: dict[str, Any], table: pa.Table
 
 
 def _class_names(table: pa.Table, labels: Sequence[str]) -> Texts:
-    """What was asked for, row by row; rows of one class share one text."""
+    """The requested class or classes, row by row; rows of one class share one text."""
     texts = _shared(class_texts(table, labels))
     joint = np.flatnonzero(joint_rows(table))
     names = distinct_names(dict(enumerate(labels)))
     shared: dict[tuple[int, ...], str] = {}
     for row, members in zip(joint, table["kldb_classes"].take(joint).to_pylist(), strict=True):
-        texts[row] = shared.setdefault(tuple(members), JOINT_SEPARATOR.join(names[one] for one in members))
+        texts[row] = shared.setdefault(tuple(members), JOINT_SEPARATOR.join(names[index] for index in members))
     return texts
 
 
 def _shared(column: pa.Array | pa.ChunkedArray) -> Texts:
-    """A column of texts with one object for each distinct text, not one for each row."""
+    """A column of texts in which equal texts are one object, which saves memory."""
     import pyarrow as pa
 
     whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
@@ -161,8 +161,8 @@ def texts_of(values: Sequence[str]) -> Texts:
 
 
 def unfinished(addresses: Sequence[str]) -> list[str]:
-    """Of runs and rescorings those without `_SUCCESS`: their figures are of a part, or from before they grew."""
-    return [one for one in addresses if not open_store(one).exists(SUCCESS)]
+    """The runs and rescorings without `_SUCCESS`: their figures are of a part, or from before they grew."""
+    return [address for address in addresses if not open_store(address).exists(SUCCESS)]
 
 
 def metric_name(metric: str) -> str:

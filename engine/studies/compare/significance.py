@@ -1,7 +1,7 @@
-"""How much two groups of samples differ, and whether by more than chance: shares and medians, paired or not.
+"""Differences of two groups of samples with intervals and tests: shares and medians, paired or not.
 
-Paired are samples with one noise in both groups. The tests are scipy's; of the intervals, those of shares are closed
-forms that hold for few samples and at 0 and 1, too.
+Paired samples began with the same noise in both groups. The tests are scipy's; the intervals of shares are closed forms
+that hold for few samples and at 0 and 1, too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy.special import ndtri
 
 from engine.studies.intervals import LEVEL, Estimate, wilson_interval
 
-# Below it in an expected cell, Pearson's chi-squared does not hold and Fisher's exact test stands in.
+# With a smaller expected count in a cell, Pearson's chi-squared does not hold and Fisher's exact test is used.
 MIN_EXPECTED = 5
 # Numbers drawn in a bootstrap, at most; many samples need fewer resamples.
 MAX_DRAWN = 5 * 10**7
@@ -35,7 +35,7 @@ class Difference:
     Attributes:
         old, new: in the two groups.
         change: new less old, with its interval.
-        p_value: of no difference; 1 where the data could not speak against it.
+        p_value: of no difference; 1 where the data cannot reject it.
         test: its name.
         can_reject: whether the test could have rejected at all; pairs that are all equal cannot (Tarone 1990).
     """
@@ -70,17 +70,17 @@ def share_difference(old: Flags, new: Flags, *, is_paired: bool, level: float = 
 
 
 def _paired_shares(old: Flags, new: Flags, level: float) -> Difference:
-    count, arisen, gone = len(old), int((new & ~old).sum()), int((old & ~new).sum())
-    differing = arisen + gone
-    p_value = float(stats.binomtest(arisen, differing).pvalue) if differing else 1.0
-    up, down = (arisen + 1) / (count + 2), (gone + 1) / (count + 2)
+    count, gained, lost = len(old), int((new & ~old).sum()), int((old & ~new).sum())
+    differing = gained + lost
+    p_value = float(stats.binomtest(gained, differing).pvalue) if differing else 1.0
+    up, down = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
     half = float(ndtri(0.5 + level / 2)) * math.sqrt((up + down - (up - down) ** 2) / (count + 2))
-    change = (arisen - gone) / count
+    change = (gained - lost) / count
     low, high = max(-1.0, up - down - half), min(1.0, up - down + half)
     return Difference(
         old=float(old.mean()),
         new=float(new.mean()),
-        # The interval's centre is drawn to zero; the change of all samples may lie a hair outside it.
+        # The interval's centre is shrunk towards zero; the observed change may lie just outside it.
         change=Estimate(change, min(low, change), max(high, change)),
         p_value=p_value,
         test="McNemar, exact",
@@ -89,7 +89,7 @@ def _paired_shares(old: Flags, new: Flags, level: float) -> Difference:
 
 
 def _independence(table: NDArray[np.int64]) -> tuple[float, str]:
-    """p of two shares being one, [2, 2] counts, and the name of the test."""
+    """The p value of equal shares, from counts [2, 2], and the name of the test."""
     if not table.sum(0).all():
         return 1.0, "Fisher, exact"
     if stats.contingency.expected_freq(table).min() < MIN_EXPECTED:
@@ -110,7 +110,7 @@ def median_difference(old: Values, new: Values, *, is_paired: bool, level: float
         can_reject = bool((old != new).any())
         p_value = float(stats.wilcoxon(new, old).pvalue) if can_reject else 1.0
     else:
-        # Sorted, so that what is drawn does not depend on the order of the rows.
+        # Sorted, so that the resamples do not depend on the order of the rows.
         old, new = np.sort(old), np.sort(new)
         can_reject = bool(min(old[0], new[0]) != max(old[-1], new[-1]))
         p_value = float(stats.mannwhitneyu(new, old).pvalue) if can_reject else 1.0
@@ -143,7 +143,7 @@ def _bootstrap(old: Values, new: Values, is_paired: bool, level: float) -> tuple
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted for many comparisons (Holm 1979): below a level are those that a family-wise error of it allows."""
+    """P values adjusted for many comparisons (Holm 1979): rejecting those below a level has that family-wise error."""
     order = sorted(range(len(p_values)), key=lambda place: p_values[place])
     adjusted = [1.0] * len(p_values)
     worst = 0.0

@@ -13,7 +13,7 @@ from rich.text import Text
 from engine.data.run.card import code
 from engine.driver.progress import ABSENT, MAX_GROUP_ROWS
 from engine.studies.compare.limits import Limits
-from engine.studies.compare.program import Change, Compared, RunComparison
+from engine.studies.compare.program import Change, GroupComparison, RunComparison
 from engine.studies.compare.scored_run import METRICS, SHARES, ScoredRun, metric_name
 from engine.studies.compare.significance import Difference
 
@@ -48,7 +48,7 @@ def comparison_markdown(comparison: RunComparison, crossed: Iterable[str] = ()) 
     lines = [
         f"# {code(comparison.new.name, table=False)} against {code(comparison.old.name, table=False)}",
         "",
-        *(f"- {label}: {_about(night)}" for label, night in (("old", comparison.old), ("new", comparison.new))),
+        *(f"- {label}: {_description(run)}" for label, run in (("old", comparison.old), ("new", comparison.new))),
         "",
         f"{_heading(comparison)}.",
         "",
@@ -63,9 +63,9 @@ def comparison_markdown(comparison: RunComparison, crossed: Iterable[str] = ()) 
         lines += ["", f"{len(comparison.rows) - len(rows)} more rows are left out."]
     lines += _section("Past a limit", [code(line, table=False) for line in crossed])
     lines += _section("Not compared", [code(line, table=False) for line in comparison.notes])
-    for title, changes in (("New failures", comparison.arisen), ("Mended", comparison.mended)):
+    for title, changes in (("New failures", comparison.new_failures), ("Mended", comparison.fixed)):
         lines += _section(
-            f"{title}: {len(changes)}" if changes else "", [_change(one) for one in changes[:MAX_CHANGES]]
+            f"{title}: {len(changes)}" if changes else "", [_change(change) for change in changes[:MAX_CHANGES]]
         )
     return "\n".join(lines) + "\n"
 
@@ -78,8 +78,8 @@ def comparison_document(comparison: RunComparison, limits: Limits, crossed: list
         "confidence": comparison.confidence,
         "correction": CORRECTION,
         "rows": [_row(comparison, row) for row in comparison.rows],
-        "new_failures": [asdict(one) for one in comparison.arisen],
-        "mended": [asdict(one) for one in comparison.mended],
+        "new_failures": [asdict(change) for change in comparison.new_failures],
+        "mended": [asdict(change) for change in comparison.fixed],
         "notes": list(comparison.notes),
         "limits": asdict(limits),
         "crossed": crossed,
@@ -87,42 +87,42 @@ def comparison_document(comparison: RunComparison, limits: Limits, crossed: list
 
 
 def summary_document(comparison: RunComparison) -> dict[str, Any]:
-    """What fits into a manifest: the rows of the requests, and how many failures are new and mended."""
+    """What fits into a manifest: the rows of the requests, and how many failures are new and fixed."""
     return {
         "confidence": comparison.confidence,
         "correction": CORRECTION,
         "requests": [_row(comparison, row) for row in comparison.rows if row.level == "request"],
-        "num_new_failures": len(comparison.arisen),
-        "num_mended": len(comparison.mended),
+        "num_new_failures": len(comparison.new_failures),
+        "num_mended": len(comparison.fixed),
     }
 
 
-def _row(comparison: RunComparison, row: Compared) -> dict[str, Any]:
-    found = {name: getattr(row, name) for name in ("request", "level", "group", "num_old", "num_new", "num_pairs")}
-    counts = {"num_new_failures": row.num_arisen, "num_mended": row.num_mended} if row.num_pairs else {}
-    return found | counts | {
+def _row(comparison: RunComparison, row: GroupComparison) -> dict[str, Any]:
+    fields = {name: getattr(row, name) for name in ("request", "level", "group", "num_old", "num_new", "num_pairs")}
+    counts = {"num_new_failures": row.num_new_failures, "num_mended": row.num_fixed} if row.num_pairs else {}
+    return fields | counts | {
         "metrics": {
             metric: {
-                "old": one.old,
-                "new": one.new,
-                "change": one.change.value,
-                "low": one.change.low,
-                "high": one.change.high,
-                "test": one.test,
-                "p": one.p_value,
+                "old": difference.old,
+                "new": difference.new,
+                "change": difference.change.value,
+                "low": difference.change.low,
+                "high": difference.change.high,
+                "test": difference.test,
+                "p": difference.p_value,
                 "p_adjusted": row.adjusted.get(metric, 1.0),
                 "significant": metric in comparison.significant(row),
             }
-            for metric, one in row.differences.items()
+            for metric, difference in row.differences.items()
         }
     }  # fmt: skip
 
 
-def _identity(night: ScoredRun) -> dict[str, Any]:
-    return {"address": night.address, "name": night.name, "target": night.target, "num_samples": len(night.keys)}
+def _identity(run: ScoredRun) -> dict[str, Any]:
+    return {"address": run.address, "name": run.name, "target": run.target, "num_samples": len(run.keys)}
 
 
-def _chosen(comparison: RunComparison, limit: int) -> list[Compared]:
+def _chosen(comparison: RunComparison, limit: int) -> list[GroupComparison]:
     """All rows where they fit; else the requests and the rows with the smallest p, in their order."""
     if len(comparison.rows) <= limit:
         return list(comparison.rows)
@@ -142,46 +142,46 @@ def _heading(comparison: RunComparison) -> str:
     )
 
 
-def _about(night: ScoredRun) -> str:
-    target = f"{code(night.target['address'], table=False)} `{night.target['digest'][:8]}`"
-    return f"{code(night.address, table=False)}, {len(night.keys)} scored samples, target {target}"
+def _description(run: ScoredRun) -> str:
+    target = f"{code(run.target['address'], table=False)} `{run.target['digest'][:8]}`"
+    return f"{code(run.address, table=False)}, {len(run.keys)} scored samples, target {target}"
 
 
-def _group(row: Compared) -> str:
+def _group(row: GroupComparison) -> str:
     return "" if row.level == "request" else f"{row.level} {row.group or 'none'}"
 
 
-def _samples(row: Compared) -> str:
+def _samples(row: GroupComparison) -> str:
     return f"{row.num_pairs} pairs" if row.num_pairs else f"{row.num_old} and {row.num_new}"
 
 
-def _counts(row: Compared) -> tuple[str, str]:
-    return (str(row.num_arisen), str(row.num_mended)) if row.num_pairs else (ABSENT, ABSENT)
+def _counts(row: GroupComparison) -> tuple[str, str]:
+    return (str(row.num_new_failures), str(row.num_fixed)) if row.num_pairs else (ABSENT, ABSENT)
 
 
-def _cell(comparison: RunComparison, row: Compared, metric: str) -> str:
-    found = row.differences.get(metric)
-    if found is None:
+def _cell(comparison: RunComparison, row: GroupComparison, metric: str) -> str:
+    difference = row.differences.get(metric)
+    if difference is None:
         return ABSENT
     star = STAR if metric in comparison.significant(row) else ""
-    return f"{_difference(metric, found)}{star}"
+    return f"{_difference(metric, difference)}{star}"
 
 
-def _difference(metric: str, found: Difference) -> str:
-    change = found.change
+def _difference(metric: str, difference: Difference) -> str:
+    change = difference.change
     if change.is_degenerate:
-        return f"{found.old:.3g} -> {found.new:.3g}"
+        return f"{difference.old:.3g} -> {difference.new:.3g}"
     if metric in SHARES:
-        low, high = (round(100 * one) + 0 for one in (change.low, change.high))
-        return f"{found.old:.1%} -> {found.new:.1%} ({low:+d} to {high:+d})"
-    return f"{found.old:.3g} -> {found.new:.3g} ({change.low:+.2g} to {change.high:+.2g})"
+        low, high = (round(100 * bound) + 0 for bound in (change.low, change.high))
+        return f"{difference.old:.1%} -> {difference.new:.1%} ({low:+d} to {high:+d})"
+    return f"{difference.old:.3g} -> {difference.new:.3g} ({change.low:+.2g} to {change.high:+.2g})"
 
 
 def _section(title: str, lines: list[str]) -> list[str]:
     return ["", f"## {title}", "", *(f"- {line}" for line in lines)] if lines else []
 
 
-def _change(one: Change) -> str:
-    about = [code(one.key, table=False), code(one.class_name, table=False)]
-    about += [code(one.context, table=False)] if one.context else []
-    return f"{', '.join(about)}: risk {one.old_risk:.3g} -> {one.new_risk:.3g}"
+def _change(change: Change) -> str:
+    words = [code(change.key, table=False), code(change.class_name, table=False)]
+    words += [code(change.context, table=False)] if change.context else []
+    return f"{', '.join(words)}: risk {change.old_risk:.3g} -> {change.new_risk:.3g}"

@@ -1,4 +1,4 @@
-"""Failures in clusters: where in CLIP space they lie, which texts are near, and how often the target errs thereabouts.
+"""Clusters of failures: where in CLIP space they lie, which texts are near, and how often the target errs nearby.
 
 After Eyuboglu et al., "Domino: discovering systematic errors with cross-modal embeddings" (ICLR 2022): a slice is
 named by the texts that are nearer to it than to everything else.
@@ -18,12 +18,12 @@ from engine.studies.intervals import wilson_interval
 
 MIN_FAILURES = 20
 MAX_SLICES = 8
-# A slice has at least about so many failures.
+# Roughly the smallest number of failures of a slice.
 MIN_PER_SLICE = 8
 MAX_CLUSTERED = 4000
 NUM_TEXTS = 3
 NUM_PROTOTYPES = 8
-# How far a slice reaches: so many of its failures lie nearer to its centre.
+# The radius of a slice: this share of its failures lies nearer to its centre.
 REACH = 0.9
 ATTRIBUTES = (
     "dark", "bright", "blurry", "sharp", "small", "large", "close-up", "far away", "in the corner", "cropped", "tilted",
@@ -68,17 +68,17 @@ def cluster(points: NDArray[np.float32], *, seed: int = 0) -> Clusters:
             labels = KMeans(count, n_init=4, random_state=seed).fit_predict(points)
             if 2 <= len(np.unique(labels)) < len(points):
                 value = float(silhouette_score(points, labels, sample_size=min(2000, len(points)), random_state=seed))
-                # A hair better is not worth another cluster.
-                best = max(best, (round(value, 3), labels), key=lambda one: one[0])
+                # Rounded, because a marginally better silhouette does not justify another cluster.
+                best = max(best, (round(value, 3), labels), key=lambda candidate: candidate[0])
     return _numbered(points, *best)
 
 
 def _numbered(points: NDArray[np.float32], silhouette: float, labels: NDArray[np.int64]) -> Clusters:
-    found, counts = np.unique(labels, return_counts=True)
-    order = found[np.lexsort((found, -counts))]
-    renamed = np.empty(int(found.max()) + 1, np.int64)
+    distinct, counts = np.unique(labels, return_counts=True)
+    order = distinct[np.lexsort((distinct, -counts))]
+    renamed = np.empty(int(distinct.max()) + 1, np.int64)
     renamed[order] = np.arange(len(order))
-    centres = np.stack([points[labels == one].mean(0) for one in order])
+    centres = np.stack([points[labels == label].mean(0) for label in order])
     lengths = np.linalg.norm(centres, axis=1, keepdims=True)
     return Clusters(renamed[labels], np.asarray(centres / np.maximum(lengths, 1e-12), np.float32), silhouette)
 
@@ -112,9 +112,9 @@ def neighbourhood(
     Returns:
         The rate and the number of those samples.
     """
-    reach = np.quantile(inside @ centre, 1 - REACH)
-    # Rounding must not lose the failure that set the reach.
-    near = everything @ centre >= reach - 1e-6
+    radius = np.quantile(inside @ centre, 1 - REACH)
+    # With a tolerance, so that rounding does not lose the failure that determines the radius.
+    near = everything @ centre >= radius - 1e-6
     rate = wilson_interval(int(is_error[near].sum()), int(near.sum()))
     return Interval(value=rate.value, low=rate.low, high=rate.high), int(near.sum())
 

@@ -25,10 +25,10 @@ _SOUGHT = (
 
 
 class Extractor(Protocol):
-    """Makes features of images.
+    """Computes features of images.
 
     Attributes:
-        name: what it is, as figures are named by it.
+        name: by which figures are named.
     """
 
     name: str
@@ -45,7 +45,7 @@ class ClipFeatures:
         self.name = f"CLIP {address}"
 
     def features(self, images: Sequence[PIL.Image.Image], clip: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The embeddings [B, d], as they are known, in that length."""
+        """The given embeddings [B, d], scaled to that length."""
         return clip * np.float32(np.sqrt(clip.shape[1]))
 
 
@@ -56,7 +56,7 @@ class Inception:
     antialiasing to 299 x 299 in float, then (x - 128) / 128.
 
     Raises:
-        JobError: the file cannot be opened, or is of something else.
+        JobError: the file cannot be opened, or is not this network.
     """
 
     name = INCEPTION_NAME
@@ -91,15 +91,15 @@ def _resized(image: PIL.Image.Image) -> NDArray[np.float32]:
 
 
 def find_inception(place: str | None) -> Path | None:
-    """The file of the Inception network: at the place that was given, else in TORCH_HOME, or None.
+    """The file of the Inception network: the given path, else in TORCH_HOME, or None.
 
     Raises:
-        JobError: a place was given, and it is not there.
+        JobError: a path was given, and there is no such file.
     """
     home = Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser()
     if place is None:
-        found = [folder / INCEPTION_FILE for folder in (home, home / "hub" / "checkpoints", home / "checkpoints")]
-        return next((one for one in found if one.is_file()), None)
+        paths = [folder / INCEPTION_FILE for folder in (home, home / "hub" / "checkpoints", home / "checkpoints")]
+        return next((path for path in paths if path.is_file()), None)
     path = Path(place).expanduser()
     path = path / INCEPTION_FILE if path.is_dir() else path
     if not path.is_file():

@@ -5,9 +5,10 @@ Evenly drawn and bounded in number; equal options draw equal images.
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,16 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-from engine.data.images import LabelledImage, Unusable, UnusableImageError, decode_sample, nothing_usable, open_images
+from engine.data.images import (
+    Found,
+    ImageSource,
+    LabelledImage,
+    Unusable,
+    UnusableImageError,
+    decode_sample,
+    nothing_usable,
+    open_images,
+)
 from engine.data.run.outcomes import target_errs
 from engine.data.run.state import METADATA
 from engine.data.stores.base import Store
@@ -23,12 +33,10 @@ from engine.driver.progress import Display
 from engine.errors import CorruptShardError, JobError
 from engine.job.records import STATUS_OK, STATUS_REJECTED
 from engine.report.data import open_metadata
-from engine.report.evaluation import (
-    Source,
-)
+from engine.report.evaluation import Source
 from engine.report.stored_images import find_images
-from engine.studies.evaluate.image_features import ImageFeatures, VisionModels, draw_images
-from engine.studies.evaluate.memorisation import source_of
+from engine.report.text import clip as clipped
+from engine.studies.evaluate.image_features import ImageFeatures, VisionModels
 from engine.studies.evaluate.options import EvaluateOptions
 from engine.studies.samples import StudiedRun
 
@@ -37,6 +45,7 @@ if TYPE_CHECKING:
 
 # Real images for each sample of a request that may be asked for: classes are matched.
 REAL_FACTOR = 2
+MAX_UNUSABLE = 20
 _CHUNK = 256
 _COLUMNS = [
     "key", "request", "class_index", "class_name", "context", "prompt", "status", "accepted", "is_error",
@@ -46,30 +55,36 @@ _COLUMNS = [
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunSamples:
-    """Stored samples that were read: their pictures and, row by row, their metadata."""
+    """N stored samples that were read.
 
-    pictures: ImageFeatures
+    Attributes:
+        images: their features.
+        records: their metadata, row by row.
+    """
+
+    images: ImageFeatures
     records: tuple[dict[str, Any], ...]
 
     def rows(self, request: str, status: str = STATUS_OK) -> NDArray[np.int64]:
         """The rows of a request with a status."""
-        chosen = [row for row, one in enumerate(self.records) if one["request"] == request and one["status"] == status]
-        return np.array(chosen, dtype=np.int64)
+        wanted = (request, status)
+        rows = [row for row, record in enumerate(self.records) if (record["request"], record["status"]) == wanted]
+        return np.array(rows, dtype=np.int64)
 
     def flags(self, name: str) -> NDArray[np.bool_]:
-        """A yes-or-no field of all."""
-        return np.array([one[name] for one in self.records], dtype=bool)
+        """A boolean column, [N]."""
+        return np.array([record[name] for record in self.records], dtype=bool)
 
     @property
     def target_errs(self) -> NDArray[np.bool_]:
-        """Whether the target predicts a class that was not asked for, of all."""
-        return np.array([target_errs(one) for one in self.records], dtype=bool)
+        """Whether the target predicts a class that was not asked for, [N]."""
+        return np.array([target_errs(record) for record in self.records], dtype=bool)
 
 
 def read_samples(
     run: StudiedRun, models: VisionModels, options: EvaluateOptions, display: Display
 ) -> tuple[RunSamples, int]:
-    """At most so many images of each request and status, evenly drawn, and the number of attempts.
+    """At most `options.limit` images of each request and status, evenly drawn, and the number of attempts.
 
     Raises:
         JobError: the run has no stored image.
@@ -83,42 +98,58 @@ def read_samples(
     if not chosen:
         raise JobError(f"RUN: '{run.store.uri}' has no stored image to look at")
     rows = metadata.take(pa.array(chosen, pa.int64()), columns=_COLUMNS).to_pylist()
-    kept: list[dict[str, Any]] = []
-
-    def images() -> Iterator[tuple[str, int, PIL.Image.Image]]:
-        for start in range(0, len(chosen), _CHUNK):
-            part = dict(zip(chosen[start : start + _CHUNK], rows[start : start + _CHUNK], strict=True))
-            found = find_images(run.store, run.job.name, {row: one["key"] for row, one in part.items()})
-            display.advance(f"looking at samples: {start}/{len(chosen)}")
-            for record in part.values():
-                if record["key"] in found:
-                    kept.append(record)
-                    yield record["key"], record["class_index"], _decoded(run.store, record["key"], found[record["key"]])
-
-    pictures = models.extract(images())
-    if len(kept) < len(chosen):
-        missing = len(chosen) - len(kept)
+    read: list[dict[str, Any]] = []
+    features = models.extract(_stored_images(run, dict(zip(chosen, rows, strict=True)), read, display))
+    if len(read) < len(rows):
+        missing = len(rows) - len(read)
         raise CorruptShardError(
-            f"{run.store.uri}: {missing} of {len(chosen)} images are not in their shards; `riskforge verify` says more"
+            f"{run.store.uri}: {missing} of {len(rows)} images are not in their shards; `riskforge verify` says more"
         )
-    if lines := left_out_lines(pictures):
-        if not len(pictures):
-            raise JobError([f"RUN: no image of '{run.store.uri}' can be looked at: {line}" for line in lines])
-        for line in lines:
-            display.notice(f"left out of the evaluation: {line}")
-    gone = {key for key, _ in pictures.left_out}
-    return RunSamples(pictures, tuple(record for record in kept if record["key"] not in gone)), table.num_rows
+    _note_left_out(run, features, display)
+    gone = {key for key, _ in features.left_out}
+    return RunSamples(features, tuple(record for record in read if record["key"] not in gone)), table.num_rows
 
 
-def left_out_lines(pictures: ImageFeatures) -> tuple[str, ...]:
-    """How many images a model gives unusable values for, a line for each reason."""
-    counts = Counter(reason for _, reason in pictures.left_out)
-    total = len(pictures) + len(pictures.left_out)
+def _stored_images(
+    run: StudiedRun, records: dict[int, dict[str, Any]], read: list[dict[str, Any]], display: Display
+) -> Iterator[tuple[str, int, PIL.Image.Image]]:
+    """Key, class and image of stored samples, whose records are given by row number.
+
+    Records of which the image is there are added to `read`.
+    """
+    items = list(records.items())
+    for start in range(0, len(items), _CHUNK):
+        part = items[start : start + _CHUNK]
+        files = find_images(run.store, run.job.name, {row: record["key"] for row, record in part})
+        display.advance(f"looking at samples: {start}/{len(items)}")
+        for _, record in part:
+            if (key := record["key"]) in files:
+                read.append(record)
+                yield key, record["class_index"], _decoded(run.store, key, files[key])
+
+
+def _note_left_out(run: StudiedRun, features: ImageFeatures, display: Display) -> None:
+    """Notify the user of images that are left out.
+
+    Raises:
+        JobError: no image is left.
+    """
+    lines = left_out_lines(features)
+    if lines and not len(features):
+        raise JobError([f"RUN: no image of '{run.store.uri}' can be looked at: {line}" for line in lines])
+    for line in lines:
+        display.notice(f"left out of the evaluation: {line}")
+
+
+def left_out_lines(images: ImageFeatures) -> tuple[str, ...]:
+    """For how many images a model gives unusable values, a line for each reason."""
+    counts = Counter(reason for _, reason in images.left_out)
+    total = len(images) + len(images.left_out)
     return tuple(f"{count} of {total} images: {reason}" for reason, count in counts.most_common())
 
 
 def _choose(table: pa.Table, options: EvaluateOptions) -> list[int]:
-    """Row numbers of images to read, in order; equal options choose equal rows.
+    """Row numbers of the images to read, in order; equal options choose equal rows.
 
     Args:
         table: requests, statuses and checksums of the images, which are empty where none is stored.
@@ -148,6 +179,11 @@ def _decoded(store: Store, key: str, data: bytes) -> PIL.Image.Image:
 def read_real(
     options: EvaluateOptions, labels: tuple[str, ...], models: VisionModels, display: Display
 ) -> tuple[ImageFeatures, Source]:
+    """Features of real images, at most `REAL_FACTOR` times `options.limit`, and where they came from.
+
+    Raises:
+        JobError: no image can be used.
+    """
     assert options.real is not None
     return _read_source(
         options.real, "--real", labels, models, display, limit=REAL_FACTOR * options.limit, seed=options.seed
@@ -160,14 +196,39 @@ def _read_source(
     source, unusable = open_images(address, labels, option), list[Unusable]()
 
     def images() -> Iterator[tuple[str, int, PIL.Image.Image]]:
-        for found in draw_images(source, limit, seed, lambda text: display.advance(f"looking at {option}: {text}")):
-            if isinstance(found, LabelledImage):
-                yield found.name, found.class_index, found.image
+        for item in draw_images(source, limit, seed, lambda text: display.advance(f"looking at {option}: {text}")):
+            if isinstance(item, LabelledImage):
+                yield item.name, item.class_index, item.image
             else:
-                unusable.append(found)
+                unusable.append(item)
 
-    pictures = models.extract(images())
-    unusable += [Unusable(name, reason) for name, reason in pictures.left_out]
-    if not len(pictures):
+    features = models.extract(images())
+    unusable += [Unusable(name, reason) for name, reason in features.left_out]
+    if not len(features):
         raise JobError(nothing_usable(source, option, address, unusable))
-    return pictures, source_of(address, source.kind, len(pictures), unusable)
+    return features, source_of(address, source.kind, len(features), unusable)
+
+
+def source_of(address: str, kind: str, num_images: int, unusable: Sequence[Unusable]) -> Source:
+    """The record of a source: how many images were used, and the first of those that could not be."""
+    shown = tuple(clipped(f"{item.name}: {item.reason}", 400) for item in unusable[:MAX_UNUSABLE])
+    return Source(address=address, kind=kind, num_images=num_images, num_unusable=len(unusable), unusable=shown)
+
+
+def count_items(source: ImageSource) -> int:
+    """How many items a source has, without decoding them."""
+    if source.num_images is not None:
+        return source.num_images
+    return sum(1 for file in source.files for _ in file())
+
+
+def draw_images(source: ImageSource, limit: int, seed: int, advance: Callable[[str], None]) -> Iterator[Found]:
+    """At most `limit` items of a source, drawn evenly, in order; the others are not decoded."""
+    num = count_items(source)
+    wanted = set(np.random.default_rng(seed).choice(num, limit, replace=False).tolist() if num > limit else range(num))
+    done = 0
+    for number, item in enumerate(itertools.chain.from_iterable(file() for file in source.files)):
+        if number in wanted:
+            done += 1
+            advance(f"{done}/{len(wanted)}")
+            yield item()

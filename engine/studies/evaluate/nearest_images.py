@@ -1,8 +1,9 @@
-"""Are samples copies of training images? The nearest training image of each, held against that of held-out images.
+"""The nearest training image of each image, and how near it is in comparison with those of held-out images.
 
 A distance alone says nothing: images of one class are all near to each other. Held-out real images, which cannot be
-copies, tell how near is near: Carlini et al., "Extracting training data from diffusion models" (2023), calibrate by the
-neighbours of an image; Somepalli et al., "Diffusion art or digital forgery?" (CVPR 2023), search in feature space.
+copies, show which distances are usual. Carlini et al., "Extracting training data from diffusion models" (2023),
+calibrate by the neighbours of an image; Somepalli et al., "Diffusion art or digital forgery?" (CVPR 2023), search in
+feature space.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from engine.studies.evaluate.image_features import (
     small_pixels,
 )
 
-# So rare a nearness among held-out images makes a sample suspect.
+# A sample is suspect if it is nearer than this share of the held-out images.
 QUANTILE = 0.01
 MIN_HELD_OUT = 20
-# Below both, an image that was held out is a training image.
+# Below both distances, a held-out image is a training image itself.
 _SAME_CLIP, _SAME_PIXELS = 1e-5, 1e-3
 
 Batch = Sequence[tuple[str, PIL.Image.Image]]
@@ -41,7 +42,7 @@ class Nearest:
     """The nearest training image of each of Q images, by the cosine of CLIP embeddings.
 
     Attributes:
-        cosine: [Q]; -2 before anything was seen.
+        cosine: [Q]; -2 before any training image was added.
         pixels: [Q, 32, 32, 3] of the nearest ones.
         names, thumbnails: of the nearest ones.
     """
@@ -53,12 +54,12 @@ class Nearest:
 
     @classmethod
     def of(cls, num_queries: int, like: NDArray[np.uint8]) -> Nearest:
-        """Before anything was seen."""
+        """Before any training image was added; `like` are pixels [Q, 32, 32, 3] of the images."""
         cosine = np.full(num_queries, -2.0, np.float32)
         return cls(cosine, np.zeros((num_queries, *like.shape[1:]), np.uint8), [""] * num_queries, [""] * num_queries)
 
     def update(self, queries: NDArray[np.float32], clip: NDArray[np.float32], batch: Batch) -> None:
-        """See more training images, with their embeddings [B, d]; of equally near ones the first stays."""
+        """Add training images with their embeddings [B, d]; of equally near ones the first stays."""
         cosines = queries @ clip.T
         best = cosines.argmax(1)
         value = cosines[np.arange(len(queries)), best]
@@ -74,7 +75,7 @@ class Nearest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NearestImages:
-    """Of each of N images its nearest training image.
+    """The nearest training image of each of N images.
 
     Attributes:
         clip_distance: one minus the cosine, [N].
@@ -103,8 +104,8 @@ def find_nearest(
     Args:
         leave_out: called with the name of a training image that has no embedding, and the reason.
     """
-    queries = np.concatenate([one.clip for one in sets])
-    pixels = np.concatenate([one.pixels for one in sets])
+    queries = np.concatenate([images.clip for images in sets])
+    pixels = np.concatenate([images.pixels for images in sets])
     nearest = Nearest.of(len(queries), pixels)
     for batch in batched(training):
         faults = Faults(len(batch))
@@ -130,15 +131,15 @@ def find_nearest(
 
 
 def thresholds_of(held_out: NearestImages) -> Thresholds | None:
-    """Below which distances an image is suspect, from held-out real images; None where they are too few.
+    """The distances below which an image is suspect, from held-out real images; None where these are too few.
 
-    Held-out images that are training images themselves are left out: they would hide copies.
+    Held-out images that are training images themselves are left out: they would lower the thresholds.
     """
     is_shared = (held_out.clip_distance < _SAME_CLIP) & (held_out.pixel_distance < _SAME_PIXELS)
     clip, pixel = held_out.clip_distance[~is_shared], held_out.pixel_distance[~is_shared]
     if len(clip) < MIN_HELD_OUT:
         return None
-    limits = [float(np.quantile(one, QUANTILE)) for one in (clip, pixel)]
+    limits = [float(np.quantile(distances, QUANTILE)) for distances in (clip, pixel)]
     return Thresholds(
         num_held_out=len(clip),
         num_shared=int(is_shared.sum()),
@@ -150,14 +151,13 @@ def thresholds_of(held_out: NearestImages) -> Thresholds | None:
     )
 
 
-def order_by_nearness(found: NearestImages, thresholds: Thresholds | None) -> NDArray[np.int64]:
-    """Rows, the likeliest copies first: by the larger of both distances, each measured by what is usual of it."""
+def order_by_nearness(nearest: NearestImages, thresholds: Thresholds | None) -> NDArray[np.int64]:
+    """Rows, the likeliest copies first: by the larger of both distances, each in units of its median."""
     units = (
         (thresholds.clip_distance_median, thresholds.pixel_distance_median)
         if thresholds
-        else (float(np.median(found.clip_distance)), float(np.median(found.pixel_distance)))
+        else (float(np.median(nearest.clip_distance)), float(np.median(nearest.pixel_distance)))
     )
-    parts = [
-        one / max(unit, 1e-12) for one, unit in zip((found.clip_distance, found.pixel_distance), units, strict=True)
-    ]
-    return np.asarray(np.argsort(np.maximum(*parts), kind="stable"))
+    clip = nearest.clip_distance / max(units[0], 1e-12)
+    pixel = nearest.pixel_distance / max(units[1], 1e-12)
+    return np.asarray(np.argsort(np.maximum(clip, pixel), kind="stable"))

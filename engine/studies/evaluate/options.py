@@ -1,14 +1,10 @@
-"""What an evaluation is asked for on the command line."""
+"""The options of an evaluation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from engine.errors import JobError
-
-if TYPE_CHECKING:
-    pass
 
 DEFAULT_LIMIT = 2000
 # Thumbnails and pixels of so many images take a few hundred megabytes.
@@ -18,13 +14,13 @@ MIN_IMAGES = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateOptions:
-    """What the command line asks for.
+    """The options of `riskforge evaluate`.
 
     Attributes:
         real, train: labelled images, as `engine.data.images.open_images` takes them: real ones, and those that the
             diffusion model was trained on.
-        reference: name of a request whose samples the others are held against.
-        clip: address of the CLIP model that looks; the job's by default.
+        reference: name of a request with whose samples the others are compared.
+        clip: address of the CLIP model for embeddings; the job's by default.
         features: `auto`, `clip` or `inception`.
         inception: file or folder of the Inception network.
         failures: whether failures that the rule of acceptance rejected are clustered, too: `accepted` or `all`.
@@ -42,7 +38,7 @@ class EvaluateOptions:
     seed: int = 0
 
     def check(self) -> None:
-        """Refuse what cannot be done.
+        """Check the values.
 
         Raises:
             JobError: all problems, a line each.

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.data.images import open_images
 from engine.data.run.state import EVALUATION, MANIFEST, METADATA, REPORT, read_manifest
@@ -27,11 +27,7 @@ from engine.models.clip import Clip
 from engine.models.libraries import quiet_libraries
 from engine.models.runtime import choose_hardware
 from engine.report.data import class_names, make_rows, read_table
-from engine.report.evaluation import (
-    Evaluation,
-    Extremes,
-    Shown,
-)
+from engine.report.evaluation import Evaluation, Extremes, Shown
 from engine.report.render import write_report
 from engine.studies.evaluate.extractors import choose_extractor
 from engine.studies.evaluate.extremes import ScoredImages, boundary_extremes, risk_extremes
@@ -45,15 +41,17 @@ from engine.studies.evaluate.slices import failure_slices
 from engine.studies.output_folders import check_folder
 from engine.studies.samples import StudiedRun, choose_requests, open_study
 
-if TYPE_CHECKING:
-    pass
-
 STUDY = "evaluate"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
-    """What came of an evaluation, and where it is."""
+    """The result of an evaluation.
+
+    Attributes:
+        document: address of `evaluation.json`.
+        report: address of the report.
+    """
 
     evaluation: Evaluation
     document: str
@@ -61,14 +59,14 @@ class Evaluated:
 
 
 def evaluate(run_uri: str, options: EvaluateOptions, *, display: Display, folder: str | None = None) -> Evaluated:
-    """Evaluate a finished run, and write its report anew.
+    """Evaluate a finished run, and write its report again.
 
     Args:
         folder: where `evaluation.json` and `report.html` go; into the run by default.
 
     Raises:
         JobError: an option is wrong, or a model or images cannot be used.
-        OutputError: the run is not finished, or the folder is somebody else's.
+        OutputError: the run is not finished, or the folder holds something else.
         CorruptShardError: an image of the run cannot be read.
         OwnedError: it would go into the run, and a driver is at work there.
     """
@@ -82,7 +80,7 @@ def evaluate(run_uri: str, options: EvaluateOptions, *, display: Display, folder
     if folder is not None:
         refuse_objects(folder, "--output", "an evaluation that does not go into its run")
         check_folder(Path(folder).expanduser(), EVALUATION, (EVALUATION, REPORT, STATE), STUDY)
-    # Whoever writes into a run holds its lease.
+    # Every process that writes into a run holds its lease.
     with hold(run.store, notice=display.notice) if folder is None else contextlib.nullcontext():
         return _write(run, options, display, folder)
 
@@ -105,18 +103,18 @@ def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> Ev
     labels = _labels(run, manifest)
     for option, address in (("--real", options.real), ("--train", options.train)):
         if address is not None:
-            # A wrong path is told before models are loaded; nothing is read yet.
+            # A wrong path is reported before models are loaded; nothing is read yet.
             open_images(address, labels, option)
     display.phase("loading the models that look at images")
     quiet_libraries()
     models, target = _load(job, run, options)
     samples, num_attempts = read_samples(run, models, options, display)
     registry = ImageRegistry(distinct_names(dict(enumerate(labels))))
-    names = [one.name for one in job.requests]
+    names = [request.name for request in job.requests]
     real, real_source = None, None
     if options.real is not None:
-        looker = VisionModels(models.clip, models.extractor, target, clip_role=models.clip_role)
-        real, real_source = read_real(options, labels, looker, display)
+        with_target = VisionModels(models.clip, models.extractor, target, clip_role=models.clip_role)
+        real, real_source = read_real(options, labels, with_target, display)
     display.phase("measuring distances")
     quality = qualities(samples, real, names, models.extractor.name, options)
     nearest = memorisation(samples, real, names, labels, models, options, registry, display)
@@ -128,7 +126,7 @@ def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> Ev
         seed=options.seed,
         real=real_source,
         samples={name: len(samples.rows(name)) for name in names},
-        left_out=left_out_lines(samples.pictures),
+        left_out=left_out_lines(samples.images),
         quality=quality,
         text_scores=text_scores(samples, job, models),
         memorisation=nearest,
@@ -139,16 +137,16 @@ def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> Ev
 
 
 def _labels(run: StudiedRun, manifest: Mapping[str, Any]) -> tuple[str, ...]:
-    """The target's class names as the run noted them; of older runs, those of the classes that were asked for."""
-    noted = manifest.get("models", {}).get("target", {}).get("labels")
-    if isinstance(noted, list) and noted and all(isinstance(one, str) for one in noted):
-        return tuple(noted)
-    found = class_names(make_rows(read_table(run.store.fetch(METADATA))), [])
-    return tuple(found.get(index, f"class {index}") for index in range(max(found, default=-1) + 1))
+    """The target's class names as recorded in the run; of older runs, those of the classes that were asked for."""
+    recorded = manifest.get("models", {}).get("target", {}).get("labels")
+    if isinstance(recorded, list) and recorded and all(isinstance(label, str) for label in recorded):
+        return tuple(recorded)
+    names = class_names(make_rows(read_table(run.store.fetch(METADATA))), [])
+    return tuple(names.get(index, f"class {index}") for index in range(max(names, default=-1) + 1))
 
 
 def _load(job: JobSpec, run: StudiedRun, options: EvaluateOptions) -> tuple[VisionModels, Classifier | None]:
-    """The models that look, and the target where there are real images to score.
+    """The models that compute features, and the target where there are real images to score.
 
     Raises:
         JobError: one cannot be loaded, or the target is another than that of the run.
@@ -174,13 +172,13 @@ def _load(job: JobSpec, run: StudiedRun, options: EvaluateOptions) -> tuple[Visi
 def _extremes(
     job: JobSpec, samples: RunSamples, real: ImageFeatures, labels: Sequence[str], registry: ImageRegistry
 ) -> tuple[Extremes, ...]:
-    """Real images and samples, near and far from each boundary that was asked for; and of high and low risk."""
-    methods = {one.name: one.method for one in job.requests}
+    """Real images and samples, near and far from each requested boundary; and of high and low risk."""
+    methods = {request.name: request.method for request in job.requests}
 
     def show_real(row: int, text: str) -> Shown:
         predicted = registry.name_of(int(real.logits[row].argmax()))
-        about = f"{registry.name_of(int(real.classes[row]))} → {predicted}, {text}"
-        return registry.show("real", real.names[row], real.thumbnails[row], about)
+        caption = f"{registry.name_of(int(real.classes[row]))} → {predicted}, {text}"
+        return registry.show("real", real.names[row], real.thumbnails[row], caption)
 
     def show_sample(row: int, text: str) -> Shown:
         return registry.sample(samples, row, text)

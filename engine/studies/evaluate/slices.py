@@ -1,20 +1,17 @@
-"""Failures in an evaluation: clusters of them, named and shown."""
+"""Slices of failures: clusters of samples on which the target errs, with names, error rates and prototypes."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.job.plan import class_prompt
 from engine.models.clip import Clip
-from engine.report.evaluation import (
-    Slice,
-    Slices,
-)
+from engine.report.evaluation import Slice, Slices
 from engine.report.text import clip as clipped
 from engine.studies.evaluate.clusters import ATTRIBUTES, Clusters, cluster, nearest_texts, neighbourhood, prototypes
 from engine.studies.evaluate.clusters import MAX_CLUSTERED as MAX_CLUSTERED_FAILURES
@@ -23,9 +20,6 @@ from engine.studies.evaluate.image_registry import ImageRegistry
 from engine.studies.evaluate.inputs import RunSamples
 from engine.studies.evaluate.options import EvaluateOptions
 
-if TYPE_CHECKING:
-    pass
-
 MAX_CONTEXTS = 200
 MAX_CONFUSIONS = 3
 
@@ -33,10 +27,16 @@ MAX_CONFUSIONS = 3
 def failure_slices(
     samples: RunSamples, labels: Sequence[str], clip: Clip, options: EvaluateOptions, registry: ImageRegistry
 ) -> Slices:
-    target_errs, points = samples.target_errs, samples.pictures.clip
+    """Cluster the failures of a run, and describe each cluster.
+
+    Args:
+        labels: class names in index order.
+        clip: the model whose embeddings are clustered and name the clusters.
+    """
+    target_errs, points = samples.target_errs, samples.images.clip
     counted = target_errs if options.failures == "all" else target_errs & samples.flags("accepted")
     failures = np.flatnonzero(counted)
-    about: dict[str, Any] = {
+    counts: dict[str, Any] = {
         "which": options.failures,
         "model": clip.name,
         "num_failures": len(failures),
@@ -49,18 +49,19 @@ def failure_slices(
     try:
         clusters = cluster(points[failures], seed=options.seed)
     except ValueError as error:
-        return Slices(**about, skipped=str(error))
+        return Slices(**counts, skipped=str(error))
     texts = _texts(samples, labels, clip)
-    found = [_slice(samples, failures, clusters, number, texts, registry) for number in range(len(clusters.centres))]
-    return Slices(**about, silhouette=clusters.silhouette, slices=tuple(found))
+    numbers = range(len(clusters.centres))
+    slices = tuple(_slice(samples, failures, clusters, number, texts, registry) for number in numbers)
+    return Slices(**counts, silhouette=clusters.silhouette, slices=slices)
 
 
 Texts = list[tuple[list[str], NDArray[np.float32]]]
 
 
 def _texts(samples: RunSamples, labels: Sequence[str], clip: Clip) -> Texts:
-    """What a slice may be named by: class names, and contexts with attributes; each with embeddings."""
-    counts = Counter(one["context"] for one in samples.records if one["context"])
+    """Possible names of a slice with their embeddings: those of classes, and contexts with attributes."""
+    counts = Counter(record["context"] for record in samples.records if record["context"])
     contexts = [context for context, _ in counts.most_common(MAX_CONTEXTS)]
     others = list(dict.fromkeys([*contexts, *ATTRIBUTES]))
     prompts = ([class_prompt(label) for label in labels], others)
@@ -78,15 +79,15 @@ def _slice(
     texts: Texts,
     registry: ImageRegistry,
 ) -> Slice:
-    points, centre = samples.pictures.clip, clusters.centres[number]
+    points, centre = samples.images.clip, clusters.centres[number]
     own = failures[clusters.labels == number]
     rate, num_neighbours = neighbourhood(centre, points[own], points, samples.target_errs)
     named = [
-        one for (names, embeds), most in zip(texts, (1, 2), strict=True)
-        for one in nearest_texts(points[own], points, names, embeds, most)
+        pair for (names, embeds), most in zip(texts, (1, 2), strict=True)
+        for pair in nearest_texts(points[own], points, names, embeds, most)
     ]  # fmt: skip
     records = [samples.records[row] for row in own]
-    pairs = Counter((registry.name_asked(one), registry.name_of(one["predicted_class"])) for one in records)
+    pairs = Counter((registry.name_asked(record), registry.name_of(record["predicted_class"])) for record in records)
     chosen = own[prototypes(centre, points[own])]
     return Slice(
         texts=tuple((clipped(text, 200), value) for text, value in named),
@@ -95,6 +96,6 @@ def _slice(
         neighbourhood=rate,
         num_neighbours=num_neighbours,
         confusions=tuple((*pair, count) for pair, count in pairs.most_common(MAX_CONFUSIONS)),
-        requests=tuple(Counter(one["request"] for one in records).most_common(MAX_CONFUSIONS)),
+        requests=tuple(Counter(record["request"] for record in records).most_common(MAX_CONFUSIONS)),
         prototypes=tuple(registry.sample(samples, int(row)) for row in chosen),
     )

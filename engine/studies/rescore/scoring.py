@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from engine.data.run.schema import arrow_schema
 from engine.data.run.shards import ROWS_PER_GROUP, SHARDS, read_rows, read_shard, shard_name
-from engine.data.stores.base import Store
 from engine.data.stores.file_errors import explained
 from engine.errors import CorruptShardError
 from engine.job.acceptance import is_accepted
-from engine.job.plan import Plan, SampleSpec
+from engine.job.plan import SampleSpec
 from engine.job.records import RUN_FIELDS, STATUS_FAILED, STATUS_OK, STATUS_REJECTED, failed_record, in_version
 from engine.job.spec import JobSpec
-from engine.studies.rescore.inputs import Models
+from engine.studies.rescore.inputs import Models, Rescoring
 
 if TYPE_CHECKING:
     from engine.models.classifier import Classifier
@@ -23,12 +22,12 @@ if TYPE_CHECKING:
 NOT_STORED = "not scored again: no image is stored"
 BATCH = 64
 Row = dict[str, Any]
-# What was asked for, the image's file (empty where none is stored), and the row of the run.
+# Its specification, the image's file (empty where none is stored), and the row of the run.
 Sample = tuple[SampleSpec, bytes, Row]
 
 
 class Scoring:
-    """The classifiers, loaded when the first image is there to be scored."""
+    """The new classifiers, loaded when the first image is scored."""
 
     def __init__(self, job: JobSpec, models: Models, advance: Callable[[str], None]) -> None:
         self._job, self._models, self._advance = job, models, advance
@@ -51,9 +50,9 @@ class Scoring:
         return self._loaded
 
     def records(self, samples: Sequence[Sample]) -> list[Row]:
-        """The stored rows of samples with an image, with everything new that the classifiers decide.
+        """The rows of samples with an image, updated by the outputs of the new classifiers.
 
-        A sample of which one gives values that are not finite is `failed`, and its message names the classifier.
+        A sample for which a classifier gives non-finite values is `failed`, and its message names the classifier.
         """
         import torch
 
@@ -75,8 +74,8 @@ class Scoring:
             for row, entries in zip(rows, transfer_entries(transfer, images, labels, faults), strict=True):
                 row["transfer"] = entries
         if oracle:
-            for row, seen in zip(rows, oracle_classes(oracle, images, faults).tolist(), strict=True):
-                row["oracle_class"] = seen
+            for row, predicted in zip(rows, oracle_classes(oracle, images, faults).tolist(), strict=True):
+                row["oracle_class"] = predicted
         self.num_scored += len(images)
         return [
             _failed(spec, old, faults[place]) if faults[place] else row
@@ -84,28 +83,29 @@ class Scoring:
         ]
 
 
-def rescore_shard(store: Store, folder: Store, job: JobSpec, plan: Plan, number: int, scoring: Scoring) -> None:
-    """Publish the new rows of a shard, unless they are there."""
+def rescore_shard(rescoring: Rescoring, number: int, scoring: Scoring) -> None:
+    """Publish the new rows of a shard, unless they are published already."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    name = f"{SHARDS}/{shard_name(job.name, number)}.parquet"
+    folder, stem = rescoring.folder, shard_name(rescoring.job.name, number)
+    name = f"{SHARDS}/{stem}.parquet"
     if folder.exists(name):
-        if _identities(folder.fetch(name)) == _identities(store.fetch(name)):
+        if _identities(folder.fetch(name)) == _identities(rescoring.run.fetch(name)):
             return
-        # The run was repaired, and this shard made again.
+        # The run was repaired, and this shard was sampled again.
         folder.remove(name)
-    schema = arrow_schema(version=plan.schema_version)
-    staged = folder.staging() / f"{shard_name(job.name, number)}.parquet"
+    schema = arrow_schema(version=rescoring.plan.schema_version)
+    staged = folder.staging() / f"{stem}.parquet"
     with explained(staged), pq.ParquetWriter(staged, schema, compression="zstd") as writer:
-        held: list[Row] = []
-        for row in _new_rows(store, job, plan, number, scoring):
-            held.append(row)
-            if len(held) == ROWS_PER_GROUP:
-                writer.write_table(pa.Table.from_pylist(held, schema=schema))
-                held = []
-        if held:
-            writer.write_table(pa.Table.from_pylist(held, schema=schema))
+        group: list[Row] = []
+        for row in _new_rows(rescoring, number, scoring):
+            group.append(row)
+            if len(group) == ROWS_PER_GROUP:
+                writer.write_table(pa.Table.from_pylist(group, schema=schema))
+                group = []
+        if group:
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
     folder.publish(name, staged)
     staged.unlink(missing_ok=True)
 
@@ -114,9 +114,14 @@ def _identities(path: Path) -> list[tuple[str, str]]:
     return [(row["key"], row["sha256"]) for row in read_rows(path, ["key", "sha256"])]
 
 
-def _new_rows(store: Store, job: JobSpec, plan: Plan, number: int, scoring: Scoring) -> Iterator[Row]:
-    """The rows of a shard in their order."""
-    stem = f"{SHARDS}/{shard_name(job.name, number)}"
+def _new_rows(rescoring: Rescoring, number: int, scoring: Scoring) -> Iterator[Row]:
+    """The rows of a shard in their order.
+
+    Raises:
+        CorruptShardError: a row is not in the plan, or an image is missing.
+    """
+    store, plan = rescoring.run, rescoring.plan
+    stem = f"{SHARDS}/{shard_name(rescoring.job.name, number)}"
     images = read_shard(store.fetch(f"{stem}.tar"))
     specs = {spec.key: spec for spec in plan.samples(plan.shard(number))}
     waiting: list[Sample] = []
@@ -132,19 +137,20 @@ def _new_rows(store: Store, job: JobSpec, plan: Plan, number: int, scoring: Scor
                 raise CorruptShardError(f"{where}: lacks the image of {row['key']}; `riskforge repair` takes it out")
         waiting.append((spec, image, row))
         if len(waiting) == BATCH:
-            yield from _scored(waiting, job, plan, number, scoring)
+            yield from _scored(waiting, rescoring, number, scoring)
             waiting = []
-    yield from _scored(waiting, job, plan, number, scoring)
+    yield from _scored(waiting, rescoring, number, scoring)
 
 
-def _scored(waiting: list[Sample], job: JobSpec, plan: Plan, number: int, scoring: Scoring) -> Iterator[Row]:
-    """New rows of some samples: scored by batches, those without an image as they are."""
-    rule = job.requests[plan.shard(number).request].accept
-    with_image = [one for one in waiting if one[1]]
-    made = iter(scoring.records(with_image) if with_image else ())
+def _scored(waiting: list[Sample], rescoring: Rescoring, number: int, scoring: Scoring) -> Iterator[Row]:
+    """New rows of some samples: one batch of those with an image is scored, the others are kept."""
+    plan = rescoring.plan
+    rule = rescoring.job.requests[plan.shard(number).request].accept
+    with_image = [sample for sample in waiting if sample[1]]
+    records = iter(scoring.records(with_image) if with_image else ())
     for spec, image, row in waiting:
         if image:
-            record = next(made)
+            record = next(records)
             if record["status"] == STATUS_FAILED:
                 yield record
                 continue
@@ -162,6 +168,6 @@ def _failed(spec: SampleSpec, row: Row, message: str) -> Row:
 
 
 def _kept(row: Row) -> Row:
-    """What a row without an image keeps: how it was sampled, and the names of classes, which no stored plan has."""
+    """The fields that a row without an image keeps: how it was sampled, and class names, which no stored plan has."""
     names = ("class_name", "class_index", "prompt", "screened", "guided_steps", "zero_gradients", "nonfinite_gradients")
     return {name: row[name] for name in (*names, *RUN_FIELDS)}

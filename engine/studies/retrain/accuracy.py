@@ -23,7 +23,7 @@ Right = Mapping[str, Sequence[NDArray[np.bool_]]]
 
 
 class Attempt(NamedTuple):
-    """What the target made of a generated sample, and whether the sample shows what was asked for."""
+    """The target's prediction for a generated sample, and whether the sample shows the requested class."""
 
     context: str
     is_valid: bool
@@ -61,10 +61,10 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextErrors:
-    """One context that both the generated samples and the test images have.
+    """Error rates in a context that both the generated samples and the test images have.
 
     Attributes:
-        generated: error rate of the target among valid generated samples; None without one.
+        generated: error rate of the target among valid generated samples; None without any.
         test: its error rate among the test images.
     """
 
@@ -82,10 +82,10 @@ class ContextErrors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorAgreement:
-    """Whether the contexts in which the target errs on generated samples are those in which it errs in truth.
+    """Whether the target errs on generated samples in the same contexts as on test images.
 
     Attributes:
-        spearman: rank correlation over the ranked contexts; None where there is none, for this `reason`.
+        spearman: rank correlation over the ranked contexts; None where it is undefined, for this `reason`.
     """
 
     rows: tuple[ContextErrors, ...]
@@ -103,7 +103,7 @@ def compare(right: Right, contexts: Sequence[tuple[str, ...]]) -> Comparison:
 
     Args:
         right: by arm and seed, whether the prediction of each test image is right, [N]; of `before` once.
-        contexts: of each test image, those that it stands in; one without any only counts overall.
+        contexts: of each test image; an image without any only counts overall.
     """
     rows_of: dict[str, list[int]] = defaultdict(list)
     for row, tags in enumerate(contexts):
@@ -119,10 +119,10 @@ def compare(right: Right, contexts: Sequence[tuple[str, ...]]) -> Comparison:
 def _row(context: str, right: Right, members: NDArray[np.int64]) -> Row:
     before = right[BEFORE][0][members]
     accuracies = {
-        arm: tuple(float(one[members].mean()) for one in seeds) for arm, seeds in right.items() if arm != BEFORE
+        arm: tuple(float(of_seed[members].mean()) for of_seed in seeds) for arm, seeds in right.items() if arm != BEFORE
     }
     differences = {
-        # Rounded, so that differences of as many images are equal. Over seeds of training, on these very images.
+        # Rounded, so that differences of equally many images are equal. Over seeds of training, with the images fixed.
         arm: mean_interval([round(ours - base, 12) for ours, base in zip(values, accuracies[NONE], strict=True)])
         for arm, values in accuracies.items()
         if arm != NONE
@@ -137,10 +137,10 @@ def _row(context: str, right: Right, members: NDArray[np.int64]) -> Row:
 
 
 def compare_errors(generated: Iterable[Attempt], comparison: Comparison) -> ErrorAgreement:
-    """Errors of the target on valid generated samples beside its errors on the test images, context by context."""
+    """Errors of the target on valid generated samples compared with those on the test images, context by context."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for one in generated:
-        counts[one.context][one.is_error] += one.is_valid
+    for attempt in generated:
+        counts[attempt.context][attempt.is_error] += attempt.is_valid
     rows = tuple(_context_errors(row, *counts[row.context]) for row in comparison.contexts if row.context in counts)
     spearman, reason = _spearman([row for row in rows if row.is_ranked])
     return ErrorAgreement(rows=rows, spearman=spearman, reason=reason)
@@ -159,7 +159,7 @@ def _context_errors(row: Row, num_right: int, num_errors: int) -> ContextErrors:
 
 
 def _spearman(rows: list[ContextErrors]) -> tuple[float | None, str]:
-    """The rank correlation, or None and why there is none."""
+    """The rank correlation, or None and why it is undefined."""
     from scipy.stats import spearmanr
 
     if len(rows) < MIN_RANKED_CONTEXTS:
@@ -174,13 +174,13 @@ def _spearman(rows: list[ContextErrors]) -> tuple[float | None, str]:
 
 
 def context_name(context: str) -> str:
-    """A context in words."""
+    """The displayed name of a context."""
     return context or NO_CONTEXT
 
 
 def points(difference: Estimate) -> str:
     """A difference of shares with its interval over the seeds, in percentage points."""
-    value, low, high = (round(100 * one, 1) + 0.0 for one in (difference.value, difference.low, difference.high))
-    # Shares of few images may agree by chance in all seeds, and an interval without a width would look like certainty.
+    value, low, high = (round(100 * share, 1) + 0.0 for share in (difference.value, difference.low, difference.high))
+    # Shares of few images may agree by chance in all seeds; an interval without a width would suggest certainty.
     interval = "in every seed" if difference.is_degenerate else f"{low:+.1f} to {high:+.1f}"
     return f"{value:+.1f} ({interval})"

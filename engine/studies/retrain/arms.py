@@ -7,11 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine.errors import JobError
-from engine.studies.retrain.accuracy import (
-    ACCEPTED,
-    PLAIN,
-    UNFILTERED,
-)
+from engine.studies.retrain.accuracy import ACCEPTED, PLAIN, UNFILTERED
 from engine.studies.retrain.image_tensors import GeneratedSet
 from engine.studies.retrain.options import RetrainOptions
 from engine.studies.samples import StudiedRun, choose_requests, is_plain
@@ -23,7 +19,7 @@ class Arms:
 
     Attributes:
         pools: by arm, the rows of the generated set that it draws from.
-        left_out: by arm that there is not, the reason.
+        left_out: by arm that cannot be compared, the reason.
     """
 
     pools: dict[str, Tensor]
@@ -39,21 +35,22 @@ def choose_arms(run: StudiedRun, options: RetrainOptions) -> tuple[list[str], li
     """Names of the plain and of the risky requests.
 
     Raises:
-        JobError: the run has no request of such a name, or none is risky by nature.
+        JobError: the run has no request of such a name, none has an `accept` rule, or a joint prompt has no hard label.
     """
     plain = choose_requests(run, "--plain", options.plain)
     risky = choose_requests(run, "--risky", options.risky)
     requests = run.job.requests
-    plain = plain or [one.name for one in requests if is_plain(one)]
-    risky = risky or [one.name for one in requests if one.accept]
-    joint = [one.name for one in requests if one.boundary is not None and one.name in {*plain, *risky}]
+    plain = plain or [request.name for request in requests if is_plain(request)]
+    risky = risky or [request.name for request in requests if request.accept]
+    named = {*plain, *risky}
+    joint = [request.name for request in requests if request.boundary is not None and request.name in named]
     if joint and options.labels == "hard":
         raise JobError(
             f"--labels: the samples of {', '.join(joint)} are of a joint prompt and have no single class; use soft, or"
             " name other requests with --plain and --risky"
         )
     if not risky:
-        names = ", ".join(one.name for one in requests)
+        names = ", ".join(request.name for request in requests)
         raise JobError(f"--risky: no request of the run has an `accept` rule; name those whose samples to add: {names}")
     return plain, risky
 
@@ -82,10 +79,11 @@ def make_arms(run: StudiedRun, generated: GeneratedSet, plain: list[str], risky:
 
 
 def _why_filtered(run: StudiedRun, risky: list[str]) -> str:
+    """Why there are no rejected samples beside the accepted ones."""
     num_rejected = sum(record.counts.rejected for record in run.commits_of(risky))
     if not num_rejected:
         return f"no sample of {', '.join(risky)} is rejected, so it would be the arm `{ACCEPTED}`"
     return (
         f"the images of the {num_rejected} rejected samples are not stored; set output.store_rejected: true in the job"
-        " and make the run anew"
+        " and make a new run"
     )

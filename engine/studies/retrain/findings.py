@@ -8,19 +8,19 @@ from engine.studies.retrain.accuracy import ACCEPTED, NONE, Comparison, ErrorAgr
 NUM_WEAKEST = 3
 
 
-def findings(comparison: Comparison, found: ErrorAgreement) -> list[str]:
-    """One sentence for each finding; nothing beyond the figures."""
+def findings(comparison: Comparison, agreement: ErrorAgreement) -> list[str]:
+    """A sentence for each finding; nothing beyond the figures."""
     sentences = [f"All test images: {_change(comparison.overall)}."]
     sentences += [f"Weak: {context_name(row.context)}: {_change(row)}." for row in comparison.contexts[:NUM_WEAKEST]]
     if comparison.contexts:
         sentences += _losses(comparison.contexts)
-    if found.spearman is not None:
+    if agreement.spearman is not None:
         sentences.append(
             "Rank correlation of the target's error rates on generated samples and on test images:"
-            f" {found.spearman:.2f} (Spearman, {found.num_ranked} contexts)."
+            f" {agreement.spearman:.2f} (Spearman, {agreement.num_ranked} contexts)."
         )
     else:
-        sentences.append(f"No rank correlation of generated and true errors: {found.reason}.")
+        sentences.append(f"No rank correlation of generated and true errors: {agreement.reason}.")
     return sentences
 
 
@@ -32,7 +32,7 @@ def _change(row: Row) -> str:
 
 
 def _losses(rows: tuple[Row, ...]) -> list[str]:
-    """Contexts whose interval lies below zero; beside them those where all seeds agree, which gives no interval."""
+    """Contexts whose interval lies below zero; separately those where all seeds agree, which gives no interval."""
     lower = [row for row in rows if row.differences[ACCEPTED].high < 0]
     lost = [row for row in lower if not row.differences[ACCEPTED].is_degenerate]
     same = [row for row in lower if row.differences[ACCEPTED].is_degenerate]

@@ -38,7 +38,7 @@ FEW_SAMPLES = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
-    """What is asked, checked as far as that goes without a model.
+    """A run and options, checked as far as possible without a model.
 
     Attributes:
         plain, risky: names of the requests of either kind.
@@ -61,7 +61,7 @@ class Study:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Material:
-    """Everything that is trained and tested on, read and preprocessed."""
+    """The images for training, test and calibration, read and preprocessed."""
 
     real: ImageSet
     test: ImageSet
@@ -72,7 +72,11 @@ class Material:
 
 
 def check_study(uri: str, options: RetrainOptions, folder: str | None) -> Study:
-    """What can be wrong without a model being loaded or an image read."""
+    """Check everything that can be checked without loading a model or reading an image.
+
+    Raises:
+        RiskforgeError: options, run, target or folder are invalid.
+    """
     options.check()
     run = open_study(uri)
     home = _home(run.store, folder)
@@ -87,28 +91,58 @@ def check_study(uri: str, options: RetrainOptions, folder: str | None) -> Study:
 def read_material(
     study: Study, real: ImageSource, test: ImageSource, spare: ImageSource | None, display: Display
 ) -> tuple[Material, Any]:
-    """All samples, and the network of the target."""
+    """Read all samples and images, and load the network of the target.
+
+    Raises:
+        RiskforgeError: the target or an image source cannot be used, or there are too few images.
+    """
     display.phase("loading the target")
     quiet_libraries()
-    run, options, num_classes = study.run, study.options, len(study.labels)
-    network = load_network(run.job.models.target).to(training_device(run.job.runtime.device == "cpu")).eval()
+    address, on_cpu = study.run.job.models.target, study.run.job.runtime.device == "cpu"
+    network = load_network(address).to(training_device(on_cpu)).eval()
     preprocessing = Preprocessing.load(study.target)
-    scorable = _Scorable(network, run.job.models.target, display)
+    scorable = _Scorable(network, address, display)
     display.phase("reading samples and images")
-    names, soft = list(dict.fromkeys([*study.plain, *study.risky])), options.labels == "soft"
-    generated = read_generated(run, names, preprocessing, num_classes=num_classes, soft=soft, display=display)
-    generated = generated.without(scorable.rows(generated.samples.pixels, "samples of the run"))
-    arms = make_arms(run, generated, study.plain, study.risky)
+    generated = _read_generated(study, preprocessing, scorable, display)
+
+    def read(source: ImageSource, option: str, address: str) -> ImageSet:
+        return scorable.of(read_images(source, option, address, preprocessing, display), option)
+
+    options = study.options
     material = Material(
-        real=scorable.of(read_images(real, "--real", options.real, preprocessing, display), "--real"),
-        test=scorable.of(read_images(test, "--test", options.test, preprocessing, display), "--test"),
-        calibration=None
-        if spare is None or options.calibrate is None
-        else scorable.of(read_images(spare, "--calibrate", options.calibrate, preprocessing, display), "--calibrate"),
+        arms=make_arms(study.run, generated, study.plain, study.risky),
         generated=generated,
-        arms=arms,
-        num_classes=num_classes,
+        real=read(real, "--real", options.real),
+        test=read(test, "--test", options.test),
+        calibration=read(spare, "--calibrate", options.calibrate) if spare and options.calibrate else None,
+        num_classes=len(study.labels),
     )
+    _check_numbers(material, options)
+    _check_sizes(material, options)
+    _note_limitations(material, options, display)
+    return material, network
+
+
+def _read_generated(study: Study, preprocessing: Preprocessing, scorable: _Scorable, display: Display) -> GeneratedSet:
+    """The stored samples of the studied requests, without those that the target has no finite scores for."""
+    names = list(dict.fromkeys([*study.plain, *study.risky]))
+    generated = read_generated(
+        study.run,
+        names,
+        preprocessing,
+        num_classes=len(study.labels),
+        soft=study.options.labels == "soft",
+        display=display,
+    )
+    return generated.without(scorable.rows(generated.samples.pixels, "samples of the run"))
+
+
+def _check_numbers(material: Material, options: RetrainOptions) -> None:
+    """Check that there are enough images.
+
+    Raises:
+        JobError: too few to train on, or for fitting the temperature.
+    """
     if len(material.real) < MIN_REAL_IMAGES:
         raise JobError(
             f"--real: '{options.real}' has {len(material.real)} usable images; give {MIN_REAL_IMAGES} or more"
@@ -118,28 +152,31 @@ def read_material(
             f"--calibrate: '{options.calibrate}' has {len(material.calibration)} usable images; give"
             f" {MIN_CALIBRATION_IMAGES} or more"
         )
-    _check_sizes(material, options)
+
+
+def _note_limitations(material: Material, options: RetrainOptions, display: Display) -> None:
+    """Notify the user of arms that are left out, few samples, and soft labels that are hard ones."""
+    arms = material.arms
     for arm, reason in arms.left_out.items():
         display.notice(f"arm {arm} is left out: {reason}")
     if arms.num_samples < FEW_SAMPLES:
         display.notice(f"each arm has only {arms.num_samples} generated samples; differences may be chance")
-    if soft and bool((generated.samples.targets.max(1).values == 1).all()):
+    if options.labels == "soft" and bool((material.generated.samples.targets.max(1).values == 1).all()):
         display.notice("--labels soft: all samples are of single classes, whose soft labels are the hard ones")
-    return material, network
 
 
 class _Scorable:
-    """Leaves out, with a notice, what the target gives values for that are not finite: it would count as an error."""
+    """Leaves out, with a notice, images for which the target gives non-finite values: they would count as errors."""
 
     def __init__(self, network: Any, address: str, display: Display) -> None:
         self._network, self._display = network, display
         self._reason = f"models.target '{address}' gives {LOGITS_FAULT}"
 
     def rows(self, pixels: Tensor, what: str) -> Tensor:
-        """Which of preprocessed images [N, 3, h, w] have scores, [N] booleans.
+        """Which of preprocessed images [N, 3, h, w] have finite scores, [N] booleans.
 
         Raises:
-            JobError: none has.
+            JobError: no image has.
         """
         if not len(pixels):
             return torch.ones(0, dtype=torch.bool)
@@ -151,13 +188,13 @@ class _Scorable:
         return usable
 
     def of(self, images: ImageSet, option: str) -> ImageSet:
-        """The images of an option that have scores."""
+        """The images of an option that have finite scores."""
         usable = self.rows(images.pixels, f"images of {option}")
         return images if usable.all() else images.without(usable, self._reason)
 
 
 def _check_sizes(material: Material, options: RetrainOptions) -> None:
-    """Without a resize, images must have the size of the generated ones."""
+    """Check that images have the size of the generated ones, which they need if the preprocessing does not resize."""
     wanted = material.generated.samples.pixels.shape[1:]
     for option, address, images in (("--real", options.real, material.real), ("--test", options.test, material.test)):
         if images.pixels.shape[1:] != wanted:
@@ -169,6 +206,11 @@ def _check_sizes(material: Material, options: RetrainOptions) -> None:
 
 
 def _home(store: Store, folder: str | None) -> Path:
+    """The folder of the results, absolute.
+
+    Raises:
+        RiskforgeError: it is on an object store, or cannot be resolved.
+    """
     if folder is None:
         if not isinstance(store, FolderStore):
             raise OutputError(f"--output: say where the results of {store.uri} go; they are written to folders alone")
@@ -181,7 +223,7 @@ def _home(store: Store, folder: str | None) -> Path:
 
 
 def _check_apart(home: Path, run: StudiedRun) -> None:
-    """Keep the run and its target, which the results are compared with, from being replaced by them."""
+    """Check that the results replace neither the run nor its target."""
     target = resolve(run.job.models.target).resolve()
     for what, place in (("the run", run.store.place), ("the run's target", target)):
         if home == place or home in place.parents:

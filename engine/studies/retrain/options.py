@@ -1,4 +1,4 @@
-"""What a retraining is asked for on the command line."""
+"""The options of a retraining."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ MAX_SEEDS, MAX_STEPS = 1000, 1_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetrainOptions:
-    """What the command line asks for.
+    """The options of `riskforge retrain`.
 
     Attributes:
         real, test: images to train and to test on, as `engine.data.images.open_images` takes them.
-        plain, risky: names of requests; empty for those that are so by nature.
+        plain, risky: names of requests; where empty, `choose_arms` chooses them.
         mix: share of each batch that is generated, where something is.
         labels: `hard` for the class of a generated sample, `soft` for its `soft_label`.
-        calibrate: images for the temperature of the model, unknown to it and to the target; without them it keeps the
-            target's.
+        calibrate: images for fitting the model's temperature, which neither it nor the target was trained on; without
+            them the target's temperature is kept.
     """
 
     real: str
@@ -48,7 +48,7 @@ class RetrainOptions:
         )
 
     def check(self) -> None:
-        """Refuse values with which there is nothing to do or to compare.
+        """Check the values.
 
         Raises:
             JobError: all problems, a line each.

@@ -21,14 +21,7 @@ from engine.job.records import STATUS_FAILED
 from engine.methods.temperature import TemperatureFit, fit_temperature
 from engine.models.addresses import model_digest, read_config
 from engine.models.classifier import Classifier
-from engine.studies.retrain.accuracy import (
-    ACCEPTED,
-    Attempt,
-    Comparison,
-    ErrorAgreement,
-    compare,
-    compare_errors,
-)
+from engine.studies.retrain.accuracy import ACCEPTED, Attempt, Comparison, ErrorAgreement, compare, compare_errors
 from engine.studies.retrain.arms import Arms
 from engine.studies.retrain.findings import findings
 from engine.studies.retrain.image_tensors import ImageSet
@@ -43,18 +36,19 @@ _PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retrained:
-    """What came of a study.
+    """The results of a retraining.
 
     Attributes:
         path: its folder.
         document: the content of `retrain.json`.
+        agreement: of errors on generated samples and on test images.
         findings: in words.
     """
 
     path: Path
     document: dict[str, Any]
     comparison: Comparison
-    found: ErrorAgreement
+    agreement: ErrorAgreement
     arms: Arms
     findings: list[str]
 
@@ -62,18 +56,18 @@ class Retrained:
 def write_results(
     study: Study, material: Material, right: dict[str, list[NDArray[np.bool_]]], kept: Any, started: float
 ) -> Retrained:
-    """Figures, findings and the stored folder."""
+    """Compute figures and findings, and publish the folder with document and model."""
     comparison = compare(right, material.test.contexts)
-    found = compare_errors(_attempts(study.run, _unguided(study)), comparison)
+    agreement = compare_errors(_attempts(study.run, _unguided(study)), comparison)
     overlap = len(set(material.test.keys) & set(material.real.keys))
-    said = findings(comparison, found) + _dependences(study, overlap)
+    sentences = findings(comparison, agreement) + _dependences(study, overlap)
     temperature, fit = _temperature(study, material, kept)
     document = _describe_study(study, material) | {
         "images_in_both": overlap,
         "overall": dataclasses.asdict(comparison.overall),
         "contexts": [dataclasses.asdict(row) for row in comparison.contexts],
-        "found": dataclasses.asdict(found) | {"num_ranked": found.num_ranked},
-        "findings": said,
+        "found": dataclasses.asdict(agreement) | {"num_ranked": agreement.num_ranked},
+        "findings": sentences,
         "temperature": {"used": temperature, "fit": dataclasses.asdict(fit) if fit else None},
     }
     with fresh_folder(study.home) as built:
@@ -83,12 +77,17 @@ def write_results(
         text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
         (built / DOCUMENT).write_text(f"{text}\n", encoding="utf-8")
     return Retrained(
-        path=study.home, document=document, comparison=comparison, found=found, arms=material.arms, findings=said
+        path=study.home,
+        document=document,
+        comparison=comparison,
+        agreement=agreement,
+        arms=material.arms,
+        findings=sentences,
     )
 
 
 def _describe_study(study: Study, material: Material) -> dict[str, Any]:
-    """What was studied, with what: all but the outcome."""
+    """What was compared, and with which inputs: all but the results."""
     run, options, arms = study.run, study.options, material.arms
     return {
         "study": STUDY,
@@ -113,19 +112,19 @@ def _describe_study(study: Study, material: Material) -> dict[str, Any]:
 
 
 def _unguided(study: Study) -> list[str]:
-    """The studied requests whose errors tell of a context: guidance and screening make errors wherever they are."""
+    """The studied requests whose errors depend on the context alone: guidance and screening make errors everywhere."""
     named = {*study.plain, *study.risky}
     return [
-        one.name
-        for one in study.run.job.requests
-        if one.name in named
-        and (one.method, one.boundary) == ("prompt", None)
-        and not (one.conditioning and one.conditioning.is_screened)
+        request.name
+        for request in study.run.job.requests
+        if request.name in named
+        and (request.method, request.boundary) == ("prompt", None)
+        and not (request.conditioning and request.conditioning.is_screened)
     ]
 
 
 def _attempts(run: StudiedRun, requests: list[str]) -> Iterator[Attempt]:
-    """What the target made of every sample, stored or not; where an oracle disagrees, the sample is not valid."""
+    """The target's prediction for every sample, stored or not; where an oracle disagrees, the sample is not valid."""
     columns, has_oracle = ["context", "status", "oracle_class", *ASKED, *ERRS], bool(run.job.models.oracle)
     for row in read_attempts(run, requests, columns):
         if row["status"] != STATUS_FAILED:
@@ -144,12 +143,12 @@ def _describe_images(address: str, images: ImageSet) -> dict[str, Any]:
         "images": len(images),
         "digest": images.digest,
         "num_unusable": len(images.unusable),
-        "unusable": [{"name": one.name, "reason": one.reason} for one in images.unusable[:MAX_LISTED]],
+        "unusable": [{"name": item.name, "reason": item.reason} for item in images.unusable[:MAX_LISTED]],
     }
 
 
 def _dependences(study: Study, overlap: int) -> list[str]:
-    """What makes the test images no strangers to the arms, as far as it can be seen."""
+    """Why the test images are not independent of the training data, as far as that can be seen."""
     options, named = study.options, {*study.plain, *study.risky}
     sentences = []
     if overlap:
@@ -161,15 +160,15 @@ def _dependences(study: Study, overlap: int) -> list[str]:
     return sentences
 
 
-def _same_place(one: str, other: str) -> bool:
-    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+def _same_place(first: str, second: str) -> bool:
+    return first == second or Path(first).expanduser().resolve() == Path(second).expanduser().resolve()
 
 
 def _temperature(study: Study, material: Material, network: Any) -> tuple[float, TemperatureFit | None]:
     """The temperature of the kept network: fitted on the images for it, or the target's.
 
-    Not on a part of the real images: they are mostly those that the target itself was trained on, and a network is too
-    sure of images that it knows. Where the likelihood has no maximum, the target's is kept as well.
+    Not on a part of the real images: the target was mostly trained on them, and a network is overconfident on its
+    training images. Where the likelihood has no maximum, the target's is kept as well.
     """
     current = float(read_config(study.target / "config.json").get("temperature", 1.0))
     if material.calibration is None:
@@ -180,7 +179,7 @@ def _temperature(study: Study, material: Material, network: Any) -> tuple[float,
 
 
 def _save_model(network: Any, target: Path, temperature: float, folder: Path) -> str:
-    """Store a model so that it can be the target of a job, see that it loads, and give its digest."""
+    """Store a model so that it can be the target of a job, check that it loads, and return its digest."""
     network.save_pretrained(folder)
     for name in _PREPROCESSORS:
         if (target / name).is_file():

@@ -35,14 +35,14 @@ def accuracy_table(comparison: Comparison) -> Table:
     return table
 
 
-def agreement_table(found: ErrorAgreement) -> Table:
-    """Error rates of the target by context: among valid generated samples, and in truth."""
+def agreement_table(agreement: ErrorAgreement) -> Table:
+    """Error rates of the target by context: among valid generated samples, and on test images."""
     table = _table(
         "Errors of the target before retraining, with Wilson's intervals",
         ["context", "valid samples", "errors among them", "test images", "errors among them"],
-        len(found.rows),
+        len(agreement.rows),
     )
-    for row in found.rows[:MAX_GROUP_ROWS]:
+    for row in agreement.rows[:MAX_GROUP_ROWS]:
         table.add_row(
             Text(context_name(row.context)),
             str(row.num_generated),

@@ -14,11 +14,7 @@ from torch import Tensor
 from engine.driver.progress import Display, duration
 from engine.errors import JobError
 from engine.methods.finiteness import LOGITS_FAULT, usable_logits
-from engine.studies.retrain.accuracy import (
-    ACCEPTED,
-    BEFORE,
-    NONE,
-)
+from engine.studies.retrain.accuracy import ACCEPTED, BEFORE, NONE
 from engine.studies.retrain.finetune import Samples, choose_rows, fine_tune, predict
 from engine.studies.retrain.image_tensors import ImageSet
 from engine.studies.retrain.inputs import Material, Study
@@ -30,7 +26,12 @@ Progress = Callable[[str, int], Callable[[], None]]
 def train_arms(
     study: Study, material: Material, network: Any, display: Display
 ) -> tuple[dict[str, list[NDArray[np.bool_]]], Any]:
-    """Whether each arm and seed is right on each test image, and the network of the first seed's accepted arm."""
+    """Fine-tune in all arms and seeds.
+
+    Returns:
+        By arm, and seed by seed, whether the prediction for each test image is right, [N]; and the network of arm
+        `accepted` and the first seed.
+    """
     options, on_cpu = study.options, study.run.job.runtime.device == "cpu"
     training, progress = (
         material.real.samples(material.num_classes),
@@ -55,7 +56,7 @@ def train_arms(
 
 
 def _drawn(material: Material, arm: str, seed: int) -> Samples | None:
-    """The generated samples of an arm: of a pool larger than the smallest one, as many, drawn with the seed."""
+    """The generated samples of an arm: as many as the smallest pool has, drawn with the seed."""
     if arm == NONE:
         return None
     pool = material.arms.pools[arm]
@@ -72,6 +73,14 @@ def _right(network: Any, images: ImageSet, arm: str) -> NDArray[np.bool_]:
 
 
 def finite_logits(network: Any, images: ImageSet, what: str) -> Tensor:
+    """Logits [N, n] of a trained network.
+
+    Args:
+        what: the images, for messages.
+
+    Raises:
+        JobError: some are not finite.
+    """
     logits = predict(network, images.pixels)
     if num := int((~usable_logits(logits)).sum()):
         raise JobError(
@@ -82,7 +91,7 @@ def finite_logits(network: Any, images: ImageSet, what: str) -> Tensor:
 
 
 def _progress(options: RetrainOptions, num_arms: int, display: Display) -> Progress:
-    """Makes, for an arm and a seed, what is to be called after every step."""
+    """A function that gives, for an arm and a seed, the callback of every step."""
     total, done, started = num_arms * options.num_seeds * options.num_steps, 0, 0.0
 
     def of(arm: str, seed: int) -> Callable[[], None]:
@@ -91,7 +100,7 @@ def _progress(options: RetrainOptions, num_arms: int, display: Display) -> Progr
         def advance() -> None:
             nonlocal done, started
             done += 1
-            # The clock runs from the first step on, which is slow.
+            # Measured from the end of the first step, which is slow.
             started = started or time.monotonic()
             text = f"arm {arm}, seed {seed + 1} of {options.num_seeds}, step {done - first}/{options.num_steps}"
             if done > 1:

@@ -1,4 +1,4 @@
-"""Two nights beside one another: simulated runs, so that what is true of them is known."""
+"""Two runs compared: simulated ones, so that the truth about them is known."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine.studies.compare.nights import differences
 
 from engine.errors import JobError, OutputError
+from engine.studies.compare import significance
 from engine.studies.compare.baseline import pin_run, read_baseline
 from engine.studies.compare.limits import Limits, check_limits, crossed_limits
-from engine.studies.compare.program import compare_runs
+from engine.studies.compare.matching import match_rows
+from engine.studies.compare.program import GroupComparison, RunComparison, compare_runs
 from engine.studies.compare.scored_run import ScoredRun
-from engine.studies.compare.significance import holm, median_difference, share_difference
+from engine.studies.compare.significance import Difference
 from engine.studies.compare.tables import PAGE_BEGINNING, comparison_document, comparison_markdown
+from engine.studies.intervals import Estimate
 from engine.studies.output_folders import check_replaces
 
 LABELS = ("cat", "dog", "owl")
@@ -84,7 +86,7 @@ def significant(comparison) -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize("is_paired", [True, False])
 def test_false_alarms_are_as_rare_as_promised(monkeypatch, is_paired):
     """Two runs of one population: over all their tests together, about the level; never far more, and not never."""
-    monkeypatch.setattr(differences, "RESAMPLES", (9, 9))
+    monkeypatch.setattr(significance, "RESAMPLES", (9, 9))
     rng, num_runs, alarms = np.random.default_rng(1), 100, 0
     for _ in range(num_runs):
         noise = rng.normal(size=60) if is_paired else None
@@ -108,7 +110,7 @@ def test_a_planted_difference_is_found_where_it_is():
 
 def test_pairs_find_what_groups_do_not(monkeypatch):
     """The same small shift: noise that both runs share is taken out by pairing."""
-    monkeypatch.setattr(differences, "RESAMPLES", (9, 9))
+    monkeypatch.setattr(significance, "RESAMPLES", (9, 9))
     rng, paired, unpaired = np.random.default_rng(3), 0, 0
     for _ in range(8):
         noise = rng.normal(size=120)
@@ -131,7 +133,7 @@ def test_the_order_of_rows_does_not_matter(seed):
     )
     key = lambda row: (row.request, row.level, row.group)  # noqa: E731
     assert sorted(first.rows, key=key) == sorted(second.rows, key=key)
-    assert sorted(map(str, first.arisen)) == sorted(map(str, second.arisen)) and first.notes == second.notes
+    assert sorted(map(str, first.new_failures)) == sorted(map(str, second.new_failures)) and first.notes == second.notes
 
 
 def test_a_run_against_itself_is_all_zeros():
@@ -141,7 +143,7 @@ def test_a_run_against_itself_is_all_zeros():
     every = [one for row in comparison.rows for one in row.differences.values()]
     assert len(comparison.rows) == 2 * (1 + 3 + 2) and len(every) == 5 * len(comparison.rows)
     assert {one.change.value for one in every} == {0.0} and {one.p_value for one in every} == {1.0}
-    assert not comparison.arisen and not comparison.mended and not comparison.notes
+    assert not comparison.new_failures and not comparison.fixed and not comparison.notes
     assert not crossed_limits(comparison, Limits(increases={"error_rate": 0.0, "risk": 0.0}, fail_on="any-significant"))
 
 
@@ -152,10 +154,10 @@ def test_new_and_mended_failures_are_named():
     is_error = old.is_error.copy()
     is_error[wrong], is_error[right] = True, False
     comparison = compare_runs(old, replace(old, is_error=is_error))
-    assert [one.key for one in comparison.arisen] == [f"sim-{row:06d}" for row in wrong]
-    assert [one.key for one in comparison.mended] == [f"sim-{row:06d}" for row in right]
+    assert [one.key for one in comparison.new_failures] == [f"sim-{row:06d}" for row in wrong]
+    assert [one.key for one in comparison.fixed] == [f"sim-{row:06d}" for row in right]
     row = comparison.rows[0]
-    assert (row.num_arisen, row.num_mended, row.num_pairs) == (2, 1, 60)
+    assert (row.num_new_failures, row.num_fixed, row.num_pairs) == (2, 1, 60)
     assert row.differences["error_rate"].change.value == pytest.approx(1 / 60)
 
 
@@ -299,35 +301,76 @@ def test_markdown_and_json_hold_no_markup_of_others():
     assert {one["key"] for one in document["new_failures"]} <= set(comparison.new.keys)
 
 
-@pytest.mark.parametrize("is_paired", [True, False])
-def test_intervals_hold_what_they_promise(is_paired):
-    """Intervals of a difference of shares: at 95 %, near 95 of a hundred hold the truth, also for rare events."""
-    rng, held, num_runs = np.random.default_rng(14), 0, 600
-    for _ in range(num_runs):
-        shared = rng.random(80)
-        old = shared < 0.1
-        new = (shared if is_paired else rng.random(80)) < 0.2
-        new = new ^ (rng.random(80) < 0.05)
-        truth = 0.2 * 0.95 + 0.8 * 0.05 - 0.1
-        found = share_difference(old, new, is_paired=is_paired).change
-        held += found.low <= truth <= found.high
-    assert 0.92 <= held / num_runs <= 0.99
+def row_with(
+    differences: dict[str, Difference], adjusted: dict[str, float], *, level: str = "request"
+) -> GroupComparison:
+    return GroupComparison(
+        request="panel", level=level, group="" if level == "request" else "owl", num_old=60, num_new=60, num_pairs=0,
+        num_new_failures=0, num_fixed=0, differences=differences, adjusted=adjusted,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("is_paired", [True, False])
-def test_intervals_of_medians_hold_what_they_promise(monkeypatch, is_paired):
-    """The bootstrap's, for skewed scores."""
-    monkeypatch.setattr(differences, "RESAMPLES", (299, 299))
-    rng, held, num_runs = np.random.default_rng(15), 0, 200
-    for _ in range(num_runs):
-        old = rng.exponential(size=60)
-        new = (old if is_paired else rng.exponential(size=60)) * 1.5 + rng.normal(0, 0.01, 60)
-        found = median_difference(old, new, is_paired=is_paired).change
-        held += found.low <= 0.5 * np.log(2) <= found.high
-    assert held / num_runs >= 0.89
+def comparison_of(*rows: GroupComparison) -> RunComparison:
+    run = make_night(np.random.default_rng(0))
+    return RunComparison(old=run, new=run, confidence=0.95, rows=rows, new_failures=(), fixed=(), notes=())
 
 
-def test_holm():
-    """By hand: 0.01 times 3, then 0.03 times 2, then no less than that."""
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([]) == [] and holm([0.9, 0.9]) == [1.0, 1.0]
+def difference(value: float, low: float, high: float) -> Difference:
+    return Difference(old=1.0, new=1.0 + value, change=Estimate(value, low, high), p_value=0.01, test="any")
+
+
+def test_a_limit_is_crossed_above_it_and_by_requests_alone():
+    """The low end of the interval decides, not the value; at the limit nothing is crossed; no class crosses it."""
+    limits = Limits(increases={"risk": 0.25})
+    for low, num_crossed in ((0.25, 0), (0.2501, 1), (-0.5, 0)):
+        rows = [row_with({"risk": difference(0.5, low, 1.0)}, {}, level=level) for level in ("request", "class")]
+        assert len(crossed_limits(comparison_of(*rows), limits)) == num_crossed
+    [line] = crossed_limits(comparison_of(row_with({"risk": difference(0.5, 0.3, 1.0)}, {})), limits)
+    assert line == "panel: median risk grew by 0.5 (at least 0.3 at 95%); 0.25 is allowed"
+
+
+@pytest.mark.parametrize(
+    ("metric", "change", "p_value", "increase", "anything"),
+    [
+        ("risk", (0.5, 0.1, 0.9), 0.049, 1, 1),
+        ("risk", (0.5, 0.1, 0.9), 0.051, 0, 0),
+        ("risk", (-0.5, -0.9, -0.1), 0.01, 0, 1),
+        ("risk", (0.0, -0.1, 0.3), 0.01, 1, 1),
+        ("risk", (0.0, -0.3, 0.1), 0.01, 0, 1),
+        ("conformity", (0.5, 0.1, 0.9), 0.01, 0, 1),
+        ("error_rate", (0.5, 0.1, 0.9), 0.01, 1, 1),
+    ],
+)
+def test_significant_changes_fail_by_their_side(metric, change, p_value, increase, anything):
+    """More failures or risk fail either way, less of them and other metrics with `any-significant` alone."""
+    comparison = comparison_of(row_with({metric: difference(*change)}, {metric: p_value}, level="class"))
+    for fail_on, number in (("never", 0), ("significant-increase", increase), ("any-significant", anything)):
+        assert len(crossed_limits(comparison, Limits(fail_on=fail_on))) == number, fail_on
+
+
+@pytest.mark.parametrize(("num_shared", "is_paired"), [(48, True), (47, False)])
+def test_pairs_need_four_fifths_of_the_smaller_side(num_shared, is_paired):
+    """Below that, a request is compared as two groups; a sample that is there twice has no pair."""
+    old, new = (
+        make_night(np.random.default_rng(1), requests=("panel",)),
+        make_night(np.random.default_rng(2), requests=("panel",)),
+    )
+    new = replace(new, seeds=np.where(np.arange(60) < num_shared, new.seeds, new.seeds + 10**6))
+    match = match_rows(old, new, "panel")
+    assert match.is_paired == is_paired and len(match.old) == len(match.new) == (num_shared if is_paired else 60)
+    if is_paired:
+        assert (old.seeds[match.old] == new.seeds[match.new]).all() and "12 and 12 samples" in match.notes[0]
+        twice = replace(new, seeds=np.where(np.arange(60) == 3, new.seeds[0], new.seeds))
+        prompts = twice.prompts.copy()
+        prompts[3] = prompts[0]
+        assert not match_rows(old, replace(twice, prompts=prompts), "panel").is_paired
+
+
+@pytest.mark.parametrize(("num", "is_enough"), [(5, True), (4, False)])
+def test_five_samples_a_side_are_enough(num, is_enough):
+    old, new = (make_night(np.random.default_rng(seed), num=num, seed=seed, requests=("panel",)) for seed in (0, 1))
+    old = replace(old, classes=text(["cat"] * num), contexts=text([""] * num))
+    new = replace(new, classes=old.classes, contexts=old.contexts)
+    match = match_rows(old, new, "panel")
+    assert match.is_enough == is_enough and not match.is_paired
+    assert match.notes == ([] if is_enough else [f"request 'panel': {num} and {num} samples are too few to compare"])
