@@ -1,4 +1,4 @@
-"""A worker without models: it sleeps, and stores bytes that depend on the seed alone. It can be told to fail.
+"""A worker without models: it sleeps, and stores bytes that depend on the seed alone. It can be made to fail.
 
 Run as a program, a driver of its own: `python -m tests.sleepy OUTPUT COUNT local|ray|HOST:PORT [FAULTS]`, as JSON.
 """
@@ -246,7 +246,7 @@ class Recorder:
         """Forget it: it comes often."""
 
     def show(self, tally: Tally) -> None:
-        """Remember the most samples that were in work and not committed."""
+        """Remember the most samples that were in flight and not committed."""
         self.in_flight = max(self.in_flight, tally.total.num_done - tally.total.committed)
 
     def close(self) -> None:

@@ -86,7 +86,7 @@ class Untouchable(LocalExecutor):
     open = start_worker = begin
 
 
-def test_code_that_ends_its_process_is_heard_of():
+def test_code_that_ends_its_process_becomes_an_event():
     """`sys.exit` in what a job names: an event as of any exception, not a thread that is gone without a word."""
 
     def leave(*_: object) -> None:
@@ -164,7 +164,7 @@ class Opener(Recorder):
             self.gates.open(0)
 
 
-def test_progress_is_seen_while_a_shard_is_in_work(tmp_path):
+def test_progress_is_seen_while_a_shard_is_in_flight(tmp_path):
     """Not only when it is committed: the shard is not finished before."""
     display = Opener(tmp_path)
     faults = Faults(gated=(0,), gates=str(tmp_path))
@@ -199,7 +199,7 @@ def test_a_fault_of_the_user_ends_the_run_with_its_message(tmp_path):
 
 
 def test_workers_that_cannot_start_end_the_run_with_the_reason(tmp_path):
-    """A defect is told by its last line; it is not looped over."""
+    """A defect is reported by its last line, without a loop of restarts."""
     with pytest.raises(WorkersFailingError, match="the last one: ZeroDivisionError: no such kernel\n") as raised:
         run_sleepy(tmp_path, 2, LocalExecutor(1), faults=Faults(no_start="defect"))
     assert raised.value.exit_code == EXIT_INCOMPLETE
@@ -244,17 +244,17 @@ def test_a_stopped_thread_begins_no_queued_shard():
 
 
 def test_progress_of_a_new_shard_begins_at_none_of_it():
-    """Not with what was last heard of the shard before."""
-    host, heard = RayHost(0, 1), []
+    """Not with the progress of the shard before."""
+    host, seen = RayHost(0, 1), []
 
     def sample(shard, attempt, report, batch_limit):
-        heard.append((host.progress()[0], batch_limit))
+        seen.append((host.progress()[0], batch_limit))
         return lambda: "outcome"
 
     host.load(lambda: SimpleNamespace(sample_shard=sample))
     host._report(7, 4)
     host.run_shard(ShardSpec(number=8, request=0, start=0, stop=1), 1, 16)
-    assert heard == [((8, 0, 0.0, 0), 16)] and host.outcome() == ShardResult(0, 8, "outcome")
+    assert seen == [((8, 0, 0.0, 0), 16)] and host.outcome() == ShardResult(0, 8, "outcome")
 
 
 def test_timing_is_of_all_sessions(tmp_path):
@@ -337,12 +337,12 @@ def test_a_killed_actor_is_replaced_and_its_shard_made_again(join, clean, tmp_pa
     assert summary.exit_code == EXIT_OK and tars(tmp_path) == clean
     assert read_commit(open_store(str(tmp_path)), 2).attempt == 2
     # The shard before it may still be written, and the word that it is sampled die with the process: then that one is
-    # blamed, and the next try of this one is its first to the scheduler and dies as well.
+    # given the strike, and the next try of this one is its first to the scheduler and dies as well.
     assert len(display.notices) in (1, 2) and all("process died" in notice for notice in display.notices)
 
 
-def test_a_process_killed_while_it_writes_the_shard_before_marks_both(join, clean, tmp_path):
-    """Both have begun; each runs alone then, and the innocent one is made although the other never is."""
+def test_a_process_killed_while_it_writes_the_shard_before_gives_both_a_strike(join, clean, tmp_path):
+    """Both get a strike; each runs alone then, and one is made although the other never is."""
     faults = Faults(slow_once=(0,), seconds=0.25, die=(1,))
     summary = run_sleepy(tmp_path, 2, join(1), faults=faults)
     assert (summary.exit_code, summary.quarantined, summary.num_committed) == (EXIT_INCOMPLETE, (1,), 4)
@@ -368,9 +368,9 @@ def test_faults_of_the_user_come_out_of_actors_in_words(join, tmp_path):
         run_sleepy(tmp_path / "b", 1, join(1), faults=Faults(user_fault="no space"))
 
 
-def test_a_lost_node_lays_no_blame(cluster, join, tmp_path):
-    """The raylet of a second node is killed under its worker, in the middle of a shard: no mark, and the run completes
-    on the first."""
+def test_a_lost_node_gives_no_strike(cluster, join, tmp_path):
+    """The raylet of a second node is killed under its worker, in the middle of a shard: no strike, and the run
+    completes on the first."""
     node = cluster.add_node(num_cpus=2)
     cluster.wait_for_nodes()
     display, gates = Recorder(), Gates(tmp_path)
@@ -458,13 +458,13 @@ def test_output_error_keeps_its_kind(tmp_path):
         run_sleepy(tmp_path / "file", 1, Untouchable(1))
 
 
-def hear(process: subprocess.Popen, text: str) -> None:
-    """Read what a driver says until it has said this."""
+def read_until(process: subprocess.Popen, text: str) -> None:
+    """Read the output of a driver until this text."""
     assert any(text in line for line in process.stderr)
 
 
 def num_noted(output: Path) -> int:
-    """Shards whose commits the driver has heard of."""
+    """Shards whose commits are in the journal."""
     return sum(path.read_text().count('"committed"') for path in output.glob("_state/events/*.jsonl"))
 
 
@@ -472,14 +472,14 @@ NOTICE = "SIGTERM: shards in flight have 60 s to finish"
 
 
 def test_a_signal_drains_and_the_same_command_continues(tmp_path):
-    """What is in work is finished and committed, the shard queued behind it is not; exit code 75."""
+    """Shards in flight are finished and committed, those queued behind them are not; exit code 75."""
     output, gates = tmp_path / "run", Gates(tmp_path)
     faults = {"gated": list(range(2, 10)), "gates": str(tmp_path)}
     process = sleepy(output, 4, "local", faults, stderr=subprocess.PIPE)
-    wait_until(lambda: len(gates.waiting()) == 2 and num_noted(output) == 2, "two are committed and two in work")
+    wait_until(lambda: len(gates.waiting()) == 2 and num_noted(output) == 2, "two are committed and two in flight")
     in_flight = gates.waiting()
     process.send_signal(signal.SIGTERM)
-    hear(process, NOTICE)
+    read_until(process, NOTICE)
     gates.open(*in_flight)
     assert process.wait(GATE_SECONDS) == EXIT_DRAINED
     assert set(list_commits(open_store(str(output)))) == {0, 1} | in_flight and not (output / "_SUCCESS").exists()
@@ -492,14 +492,14 @@ def test_a_signal_drains_and_the_same_command_continues(tmp_path):
 
 
 def test_a_second_signal_ends_at_once_and_loses_nothing(tmp_path):
-    """Shards in work are given up, of which one would take an hour; what is committed stays whole."""
+    """Shards in flight are given up, of which one would take an hour; committed ones stay intact."""
     output = tmp_path / "run"
     process = sleepy(output, 1, "local", {"hang_once": [2]}, stderr=subprocess.PIPE)
     wait_for_shards(process, output)
     process.send_signal(signal.SIGTERM)
-    hear(process, NOTICE)
+    read_until(process, NOTICE)
     process.send_signal(signal.SIGTERM)
-    hear(process, "interrupted; committed shards are kept")
+    read_until(process, "interrupted; committed shards are kept")
     assert process.wait(GATE_SECONDS) == EXIT_DRAINED
     store = open_store(str(output))
     assert verify(store).damage == () and len(list_commits(store)) < 3

@@ -57,7 +57,7 @@ def named(driver: subprocess.Popen[str], name: str) -> psutil.Process:
 
 
 def folder_of(driver: subprocess.Popen[str]) -> Path:
-    """The folder that was made for Ray, from what its raylet was told."""
+    """The folder that was made for Ray, from the arguments of its raylet."""
     socket_path = next(one for one in named(driver, "raylet").cmdline() if one.startswith("--raylet_socket_name="))
     return Path(*Path(socket_path.partition("=")[2]).parts[:3])
 

@@ -76,7 +76,7 @@ def test_committed_and_quarantined_shards_are_not_submitted(tmp_path):
 
 
 def test_requests_with_one_diffusion_model_share_its_number(tmp_path):
-    """The scheduler keeps workers with the model that they have loaded: numbers must tell models apart."""
+    """The scheduler keeps workers with the model that they have loaded: numbers must distinguish models."""
     raw = make_job(tmp_path, 1).model_dump(mode="json", exclude_unset=True)
     request, default = raw["requests"][0], raw["models"]["diffusion"]
     models = (None, "zoo:digits/stable-unclip", default)
@@ -135,8 +135,8 @@ def test_the_notice_about_room_starts_again_when_all_have_a_place(monkeypatch, t
     assert len(display.notices) == 1
 
 
-def test_workers_that_wait_for_room_are_told_once(monkeypatch, tmp_path):
-    """And nothing is said where all have a place."""
+def test_workers_that_wait_for_room_are_reported_once(monkeypatch, tmp_path):
+    """And nothing is reported if all have a machine."""
     monkeypatch.setattr("engine.driver.scheduler_loop.UNPLACED_SECONDS", 0.0)
     display = Recorder()
     run_sleepy(tmp_path / "placed", 1, LocalExecutor(1), display=display)
@@ -175,7 +175,7 @@ def test_a_worker_that_hangs_is_replaced(tmp_path):
     assert any("hangs: no heartbeat for" in notice for notice in display.notices)
 
 
-def test_the_share_of_sampling_is_told(tmp_path):
+def test_the_share_of_sampling_is_reported(tmp_path):
     """Ten samples of a fifth of a second: the share of the time until the last commit, which is in that of the run."""
     started = time.monotonic()
     summary = run_sleepy(tmp_path, 1, LocalExecutor(1), faults=Faults(seconds=0.2))

@@ -52,8 +52,8 @@ def test_a_ready_worker_gets_the_lowest_shards_and_one_ahead():
     assert history == [[StartWorker(0)], [Assign(0, 1, 1), Assign(0, 3, 1)], [Assign(0, 4, 1)]]
 
 
-def test_the_last_shards_are_kept_for_whoever_is_free_first():
-    """Fewer shards than workers: nobody hoards one that another could begin at once."""
+def test_the_last_shards_are_kept_for_the_first_idle_worker():
+    """Fewer shards than workers: no worker queues a shard that another could start at once."""
     _, history = play(bytes(2), 2, WorkerReady(0), WorkerReady(1))
     assert history == [[StartWorker(0), StartWorker(1)], [Assign(0, 0, 1)], [Assign(1, 1, 1)]]
 
@@ -70,8 +70,8 @@ def test_nothing_to_do_is_the_end_at_once():
     assert history == [[Finished()]] and state.is_over
 
 
-def test_a_lost_node_is_nobodys_fault():
-    """However often: both shards come back, no mark, and the one in work counts an attempt."""
+def test_a_lost_node_gives_no_strike():
+    """However often: both shards come back without a strike, and the one in flight counts an attempt."""
     events = []
     for worker in range(FAULT_ALLOWANCE + 5):
         events += [WorkerReady(worker), WorkerLost(worker, True, "spot")]
@@ -81,7 +81,7 @@ def test_a_lost_node_is_nobodys_fault():
 
 
 def test_three_lost_processes_put_the_shard_that_had_started_in_quarantine():
-    """The one queued behind it is innocent; the reasons are all kept."""
+    """The one queued behind it gets no strike; all reasons are kept."""
     events = [WorkerReady(0), WorkerLost(0, False, "a"), WorkerReady(1), WorkerLost(1, False, "b")]
     events += [WorkerReady(2), WorkerLost(2, False, "c"), WorkerReady(3), ShardDone(3, 1)]
     _, history = play(bytes(2), 1, *events)
@@ -89,8 +89,8 @@ def test_three_lost_processes_put_the_shard_that_had_started_in_quarantine():
     assert history[7:] == [[Assign(3, 1, 1)], [Finished()]]
 
 
-def test_a_process_lost_while_it_writes_one_shard_and_samples_the_next_marks_both():
-    """Nothing tells which it was: both have begun, each then runs alone, and only the guilty one is left out."""
+def test_a_process_lost_while_it_writes_one_shard_and_samples_the_next_gives_both_a_strike():
+    """The fault may be of either: both get a strike, each then runs alone, and only the failing one is quarantined."""
     events = [WorkerReady(0), ShardSampled(0, 0), WorkerLost(0, False, "a"), WorkerReady(1)]
     state, history = play(bytes(4), 1, *events)
     assert dict(state.strikes) == {0: ("a",), 1: ("a",)}
@@ -102,26 +102,26 @@ def test_a_process_lost_while_it_writes_one_shard_and_samples_the_next_marks_bot
     assert drive(state, WorkerReady(3))[1] == [Assign(3, 2, 1), Assign(3, 3, 1)]
 
 
-def test_one_lost_process_is_one_fault_however_many_shards_it_marks():
-    """The run is given up after faults, not after marks."""
+def test_one_lost_process_is_one_fault_however_many_strikes_it_gives():
+    """The run is given up after faults, not after strikes."""
     state, _ = play(bytes(4), 1, WorkerReady(0), ShardSampled(0, 0), WorkerLost(0, False, "a"))
     assert state.consecutive_faults == 1
 
 
 def test_an_exception_says_itself_which_shard_it_came_from():
-    """The one beside it has begun, too, and is not marked."""
+    """The one that is written at the same time gets no strike."""
     state, _ = play(bytes(4), 1, WorkerReady(0), ShardSampled(0, 0), ShardError(0, 0, "disk"))
     assert dict(state.strikes) == {0: ("disk",)} and dict(state.attempts) == {0: 2, 1: 2}
 
 
-def test_an_exception_marks_the_shard_and_replaces_the_worker():
+def test_an_exception_gives_the_shard_a_strike_and_replaces_the_worker():
     """A device error stays with its process: the worker is not used again."""
     _, history = play(bytes(3), 1, WorkerReady(0), ShardError(0, 0, "boom"), WorkerReady(1))
     assert history[2] == [StopWorker(0), StartWorker(1)]
     assert history[3] == [Assign(1, 0, 2)]
 
 
-def test_a_finished_shard_clears_its_marks():
+def test_a_finished_shard_clears_its_strikes():
     """Memory holds only shards that are in trouble."""
     state, _ = play(bytes(3), 1, WorkerReady(0), WorkerLost(0, False, "x"), WorkerReady(1), ShardDone(1, 0))
     assert not state.strikes and not state.attempts
@@ -202,8 +202,8 @@ class World:
         assert len(held) == len(set(held))
         assert len(self.queues) + len(self.loading) <= self.max_workers
 
-    def tell(self, event) -> None:
-        """Let the scheduler hear of an event, some of them twice, some again much later."""
+    def send(self, event) -> None:
+        """Send an event to the scheduler; some are sent twice, some again much later."""
         self.state, actions = step(self.state, event)
         self.obey(actions)
         if self.random.random() < 0.1:
@@ -220,16 +220,16 @@ class World:
             worker = self.loading.pop(self.random.randrange(len(self.loading)))
             if self.start_faults and self.random.random() < 0.2:
                 self.start_faults -= 1
-                self.tell(WorkerLost(worker, False, "models"))
+                self.send(WorkerLost(worker, False, "models"))
                 return
             self.queues[worker] = []
-            self.tell(WorkerReady(worker))
+            self.send(WorkerReady(worker))
         else:
             busy = [worker for worker, queue in self.queues.items() if queue]
             if busy:
                 self.work(self.random.choice(busy))
 
-        self.tell(Tick(self.state.now + self.random.random()))
+        self.send(Tick(self.state.now + self.random.random()))
 
     def work(self, worker: int) -> None:
         """A worker is done with its shard, or comes to grief."""
@@ -237,18 +237,18 @@ class World:
         if shard in self.poison or (luck < 0.1 and self.accidents > 0):
             self.accidents -= 1
             if luck < 0.05:
-                self.tell(ShardError(worker, shard, "error"))
+                self.send(ShardError(worker, shard, "error"))
             else:
                 del self.queues[worker]
-                self.tell(WorkerLost(worker, False, "crash"))
+                self.send(WorkerLost(worker, False, "crash"))
         elif luck < 0.2 and self.accidents > 0:
             self.accidents -= 1
             del self.queues[worker]
-            self.tell(WorkerLost(worker, True, "spot"))
+            self.send(WorkerLost(worker, True, "spot"))
         else:
             self.queues[worker].pop(0)
             self.commits[shard] += 1
-            self.tell(ShardDone(worker, shard))
+            self.send(ShardDone(worker, shard))
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -316,8 +316,8 @@ LIMITS = SchedulerLimits(
 )
 
 
-def test_a_worker_that_hangs_is_replaced_with_one_mark():
-    """Silence is measured against the slowest batch of the request; before any is known, against a patient limit."""
+def test_a_worker_that_hangs_is_replaced_with_one_strike():
+    """The limit follows from the slowest batch of the request; before any is measured it is longer."""
     state, _ = start(bytes(3), 1, limits=LIMITS)
     state, _ = drive(state, WorkerPlaced(0, "gpu"), WorkerReady(0), Tick(99))
     assert not state.strikes
@@ -329,8 +329,8 @@ def test_a_worker_that_hangs_is_replaced_with_one_mark():
     assert drive(state, WorkerReady(1))[1][0] == Assign(1, 0, 2)
 
 
-def test_a_driver_that_was_away_hears_first_what_came_in_the_meantime():
-    """Frozen, or held up by a store: its workers are not those that hang; who said nothing is, at the next look."""
+def test_a_suspended_driver_processes_pending_events_before_a_liveness_check():
+    """Suspended, or blocked by a store: heartbeats of the meantime count, workers without one hang."""
     state, _ = start(bytes(6), 2, limits=LIMITS)
     ready = [event for worker in range(2) for event in (WorkerPlaced(worker, "gpu"), WorkerReady(worker))]
     state, _ = drive(state, *ready, Tick(0), Tick(1))
@@ -355,7 +355,7 @@ def test_a_worker_that_does_not_load_is_replaced_and_waiting_for_a_place_is_no_f
     assert drive(state, Tick(1052))[1] == [StartWorker(2)]
 
 
-def test_a_drain_finishes_what_is_in_work_and_nothing_else():
+def test_a_drain_finishes_shards_in_flight_and_nothing_else():
     """The shard queued behind is not begun; a worker that is lost meanwhile is not replaced; grace has an end."""
     state, _ = start(bytes(9), 2, limits=LIMITS)
     state, _ = drive(state, WorkerReady(0), WorkerReady(1), Tick(10), Drain())

@@ -198,7 +198,7 @@ class World:
             require((number in disk.shards) != (number in disk.quarantined), f"shard {number} is lost, or there twice")
         for number, reasons in disk.quarantined.items():
             require(len(reasons) == SchedulerLimits().max_strikes, f"shard {number} has {len(reasons)} strikes")
-            require(not any("node" in reason for reason in reasons), f"shard {number} was blamed for a lost node")
+            require(not any("node" in reason for reason in reasons), f"shard {number} got a strike for a lost node")
         keys = [one.key for number in disk.shards for one in plan.samples(plan.shard(number))]
         require(len(keys) == len(set(keys)), "a sample is there twice")
         for one in replay(plan, self.all_counts(), disk.quarantined, SAMPLES_PER_SHARD).standings():
@@ -264,13 +264,13 @@ class Driver:
             self.send(Drain())
 
     def die(self) -> None:
-        """The driver is killed; its workers go on with what they have, and their answers reach nobody."""
+        """The driver is killed; its workers go on with what they have, and their results are lost."""
         self.is_alive = False
         if self.world.driver is self:
             self.world.driver = None
 
     def send(self, event: Event) -> None:
-        """Let the scheduler hear of an event; sometimes it comes twice."""
+        """Send an event to the scheduler; sometimes twice."""
         if not self.is_alive:
             return
         self.step(event)
@@ -341,7 +341,7 @@ class Driver:
 
     def assign(self, action: Assign) -> None:
         """A shard is queued on a process."""
-        require(action.shard not in self.settled, f"shard {action.shard} was given out after it was settled")
+        require(action.shard not in self.settled, f"shard {action.shard} was dispatched after it was settled")
         process = self.processes[action.worker]
         process.queue.append((action.shard, action.attempt))
         require(len(process.queue) <= MAX_QUEUED + 1, "too many shards queued")
@@ -393,7 +393,7 @@ class Driver:
         # One that was stopped or lost has no thread to write any more, or is just before its end.
         if not process.is_alive and self.world.draw.random() < 0.9:
             return
-        # Also of a process whose driver is dead or has given it up: nobody can call it back.
+        # Also of a process whose driver is dead or has given it up: nothing can stop it.
         self.disk.commit(shard, self.world.content(shard))
         if shard in self.disk.quarantined:
             del self.disk.quarantined[shard]
@@ -473,7 +473,7 @@ class Scale:
     """What a large run came to.
 
     Attributes:
-        efficiency: time in sampling of the time of all workers, loading included, until the last shard is given out.
+        efficiency: time in sampling of the time of all workers, loading included, until the last shard is dispatched.
         whole_efficiency: time in sampling that led to a commit, of all workers' time until the last one is made.
         decisions_per_second: events and the decisions on them, on one core of this machine.
     """
@@ -543,8 +543,8 @@ def scale(
         now = free_at
         num_decisions += 1
         if not state.num_pending and not efficiency:
-            in_work = sum(now - since for since, _ in begun.values())
-            efficiency = (useful + in_work) / (num_workers * now)
+            in_flight = sum(now - since for since, _ in begun.values())
+            efficiency = (useful + in_flight) / (num_workers * now)
     return Scale(
         efficiency=efficiency,
         whole_efficiency=useful / (num_workers * now),
