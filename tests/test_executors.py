@@ -483,6 +483,8 @@ def test_a_signal_drains_and_the_same_command_continues(tmp_path):
     gates.open(*in_flight)
     assert process.wait(GATE_SECONDS) == EXIT_DRAINED
     assert set(list_commits(open_store(str(output)))) == {0, 1} | in_flight and not (output / "_SUCCESS").exists()
+    # The sender of a signal may not wait for a report.
+    assert not (output / "manifest.json").exists() and not (output / "report.html").exists()
     events = [json.loads(line) for line in (output / "_state/events/000000.jsonl").read_text().splitlines()]
     assert [one["reason"] for one in events if one["event"] == "draining"] == ["SIGTERM"]
     assert events[-1]["event"] == "ended" and events[-1]["drained"] == "SIGTERM"
