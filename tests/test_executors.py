@@ -32,8 +32,14 @@ from engine.driver.executors.ray import RayExecutor
 from engine.driver.executors.ray_actor import RayHost
 from engine.driver.executors.ray_cluster import prepare_environment
 from engine.driver.scheduler_loop import WorkersFailingError
-from engine.driver.scheduling.messages import SchedulerLimits, ShardError, ShardProgress, WorkerLost, WorkerReady
-from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK, JobError, OutputError, RiskforgeError
+from engine.driver.scheduling.messages import (
+    SchedulerLimits,
+    ShardError,
+    UserFault,
+    WorkerLost,
+    WorkerReady,
+)
+from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK, JobError, OutputError, RiskforgeError, StoreLostError
 from engine.job.plan import ShardSpec
 from tests.conftest import REPOSITORY
 from tests.sleepy import GATE_SECONDS, Faults, Gates, Recorder, make_job, run_sleepy, tars, wait_until
@@ -101,6 +107,20 @@ def test_code_that_ends_its_process_becomes_an_event():
         host.close()
     lost = WorkerHost(0).load(leave)
     assert isinstance(lost, WorkerLost) and "SystemExit: 3" in lost.message
+
+
+def test_errors_of_the_user_keep_their_exit_code():
+    """While a worker is built, while it samples, and while it commits: a lost store may be retried, a full disk not."""
+    shard = ShardSpec(number=0, request=0, start=0, stop=1)
+    for error in (StoreLostError("gone"), OutputError("full")):
+        expected = UserFault(str(error), error.exit_code)
+        fail = raising(error)
+        assert WorkerHost(0).load(fail) == expected
+        for worker in (SimpleNamespace(sample_shard=fail), SimpleNamespace(sample_shard=lambda *_, fail=fail: fail)):
+            host = WorkerHost(0)
+            host.load(lambda worker=worker: worker)
+            assert host.sample_shard(shard, 1, lambda *_: None)() == expected and host.has_failed
+    assert StoreLostError.exit_code != OutputError.exit_code
 
 
 def test_a_run_is_complete_and_a_second_one_starts_nothing(tmp_path):
@@ -205,44 +225,6 @@ def test_workers_that_cannot_start_end_the_run_with_the_reason(tmp_path):
     assert raised.value.exit_code == EXIT_INCOMPLETE
 
 
-def test_a_stopped_thread_begins_no_queued_shard():
-    """Whoever replaces it makes them: not both. One that failed takes nothing more by itself."""
-    begun: list[int] = []
-    go = threading.Event()
-
-    class Slow:
-        """A worker that waits, then fails."""
-
-        def sample_shard(self, shard, attempt, report, batch_limit):
-            """Note the shard."""
-            begun.append(shard.number)
-            report(0)
-            go.wait(GATE_SECONDS)
-            raise ZeroDivisionError
-
-    def submit_two(executor: LocalExecutor, worker: int) -> None:
-        executor.start_worker(worker)
-        for number in (0, 1):
-            executor.submit(worker, ShardSpec(number=number, request=0, start=0, stop=1), 1)
-        while not any(isinstance(event, ShardProgress) for event in executor.poll(10)):
-            pass
-
-    executor = LocalExecutor(1)
-    executor.open(Slow, 2)
-    for worker, is_stopped in enumerate((True, False)):
-        go.clear()
-        begun.clear()
-        submit_two(executor, worker)
-        if is_stopped:
-            executor.stop_worker(worker)
-        go.set()
-        [thread] = [one for one in threading.enumerate() if one.name == f"worker-{worker}"] or [None]
-        if thread:
-            thread.join(GATE_SECONDS)
-            assert not thread.is_alive()
-        assert begun == [0]
-
-
 def test_progress_of_a_new_shard_begins_at_none_of_it():
     """Not with the progress of the shard before."""
     host, seen = RayHost(0, 1), []
@@ -296,28 +278,6 @@ def test_closing_while_ray_starts_takes_its_folder_away(monkeypatch, tmp_path):
     executor.begin()
     executor.close()
     assert not (tmp_path / "rf").exists() and not executor._cluster._thread.is_alive()
-
-
-def test_workers_of_one_process_load_one_after_the_other():
-    """Loading models changes how modules are made in the whole process: beside another, a model came out empty."""
-    loading, found = threading.Lock(), []
-
-    def factory():
-        is_alone = loading.acquire(blocking=False)
-        found.append(is_alone)
-        time.sleep(0.3)
-        if is_alone:
-            loading.release()
-
-    executor = LocalExecutor(3)
-    executor.open(factory, 3)
-    for worker in range(3):
-        executor.start_worker(worker)
-    ready = 0
-    while ready < 3:
-        ready += sum(isinstance(event, WorkerReady) for event in executor.poll(60))
-    executor.close()
-    assert found == [True] * 3
 
 
 def test_ray_makes_the_bytes_that_threads_make(join, clean, tmp_path):
