@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import signal
 import time
@@ -13,6 +14,8 @@ import yaml
 
 from engine.commands.runs import _limits
 from engine.commands.stopping import stop_on_signals
+from engine.data.run.state import stored_plan
+from engine.data.stores.opening import open_store
 from engine.driver.executors.local import LocalExecutor
 from engine.errors import EXIT_DAMAGED, EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK
 from engine.generation.calibrate import Measurement
@@ -115,3 +118,14 @@ def test_the_yield_of_a_rule_is_printed(call, job, measured):
     rule = ("--set", "requests.0.accept={is_error: true}", "--set", "requests.0.max_attempts=10x")
     out = call("plan", job, "--calibrate", *rule)[1]
     assert "all: 1 of 4 accepted in the measured batch: 4 device-hours per accepted sample" in out
+
+
+def test_a_run_that_is_overwritten_gets_a_new_date(call, job, sleepy):
+    """`fresh: true` keeps the date of a run that is continued, not of one that is removed."""
+    output = job.parent / "out"
+    run_sleepy(output, 1, LocalExecutor(1), request={"fresh": "2020-01-01"})
+    arguments = ("run", job, "--executor", "local", "--set", "requests.0.fresh=true")
+    assert "nothing to do" in call(*arguments)[1]
+    assert call(*arguments, "--resume", "overwrite", "--yes")[0] == EXIT_OK
+    spec, _ = stored_plan(open_store(str(output)))
+    assert spec.requests[0].fresh == datetime.date.today().isoformat()
