@@ -17,7 +17,7 @@ from engine.driver.executors.local import LocalExecutor
 from engine.driver.run_loop import RunLoop
 from engine.driver.scheduler_loop import brief, brief_abort
 from engine.driver.scheduling.messages import SchedulerLimits, ShardError, ShardProgress, ShardRange
-from engine.errors import EXIT_DRAINED, EXIT_OK, OwnedError
+from engine.errors import EXIT_DRAINED, EXIT_OK, CorruptShardError, OwnedError
 from engine.job.parsing import parse_job
 from engine.job.plan import Extent
 from tests.sleepy import Faults, Recorder, make_job, run_sleepy, tars
@@ -73,6 +73,16 @@ def test_committed_and_quarantined_shards_are_not_submitted(tmp_path):
     executor = Recording(1)
     run_sleepy(tmp_path, 2, executor)
     assert executor.submitted == [3, 4, 5, *executor.submitted[3:]] and 1 not in executor.submitted
+
+
+def test_a_run_that_lost_a_file_makes_nothing(tmp_path):
+    """Only its user can know where the file is: other missing shards are not made either."""
+    run_sleepy(tmp_path, 2, LocalExecutor(1))
+    next(tmp_path.glob("shards/*000000.tar")).unlink()
+    executor = Recording(1)
+    with pytest.raises(CorruptShardError, match="000000"):
+        run_sleepy(tmp_path, 3, executor)
+    assert executor.submitted == []
 
 
 def test_requests_with_one_diffusion_model_share_its_number(tmp_path):
