@@ -68,15 +68,18 @@ def make_night(
         seeds=order + 10**6 * seed,
         is_error=is_error,
         valid=(is_error & (rng.random(size) < 0.8)).astype(float),
-        risk=risk,
-        conformity=rng.normal(0.3, 0.05, size),
-        kldb=rng.exponential(size=size),
+        scores={
+            "risk": risk,
+            "conformity": rng.normal(0.3, 0.05, size),
+            "kldb": rng.exponential(size=size),
+        },
     )
 
 
 def permuted(night: ScoredRun, order: np.ndarray) -> ScoredRun:
     columns = {one.name: getattr(night, one.name) for one in fields(ScoredRun)}
-    return replace(night, **{key: value[order] for key, value in columns.items() if isinstance(value, np.ndarray)})
+    columns = {name: value[order] for name, value in columns.items() if isinstance(value, np.ndarray)}
+    return replace(night, scores={name: values[order] for name, values in night.scores.items()}, **columns)
 
 
 def significant(comparison) -> list[tuple[str, str, str]]:
@@ -102,8 +105,8 @@ def test_a_planted_difference_is_found_where_it_is():
     rng = np.random.default_rng(2)
     old, new = make_night(rng, seed=0, num=300), make_night(rng, seed=1, num=300)
     hit = (new.requests == "panel") & (new.classes == "owl")
-    risk = np.where(hit, 4 * new.risk, new.risk)
-    found = significant(compare_runs(old, replace(new, risk=risk, is_error=risk > 1.5)))
+    risk = np.where(hit, 4 * new.scores["risk"], new.scores["risk"])
+    found = significant(compare_runs(old, replace(new, scores={**new.scores, "risk": risk}, is_error=risk > 1.5)))
     assert {("panel", "owl", "risk"), ("panel", "owl", "error_rate"), ("panel", "", "risk")} <= set(found)
     assert {request for request, _, _ in found} == {"panel"} and not {"cat", "dog"} & {group for _, group, _ in found}
 
@@ -208,8 +211,9 @@ def test_groups_are_compared_over_what_both_runs_have():
     """A context that only one run has would move the request's figures by itself; it is left out, with a note."""
     rng = np.random.default_rng(11)
     old, new = make_night(rng, seed=0, num=300), make_night(rng, seed=1, num=300)
-    risk = np.where(new.contexts == "", new.risk, 50.0)
-    new = replace(new, contexts=text(one and "new" for one in new.contexts), risk=risk)
+    risk = np.where(new.contexts == "", new.scores["risk"], 50.0)
+    contexts = text(one and "new" for one in new.contexts)
+    new = replace(new, contexts=contexts, scores={**new.scores, "risk": risk})
     comparison = compare_runs(old, new)
     assert comparison.rows[0].num_old == comparison.rows[0].num_new == 150
     assert "only the 3 classes and contexts that both runs have" in comparison.notes[0]
@@ -250,7 +254,12 @@ def test_a_pinned_run_is_the_run(tmp_path):
     read = read_baseline(path)
     for one in fields(ScoredRun):
         a, b = getattr(night, one.name), getattr(read, one.name)
-        assert np.array_equal(a, b, equal_nan=one.name == "valid") if isinstance(a, np.ndarray) else a == b, one.name
+        if isinstance(a, np.ndarray):
+            assert np.array_equal(a, b, equal_nan=one.name == "valid"), one.name
+        elif one.name == "scores":
+            assert list(a) == list(b) and all(np.array_equal(a[name], b[name]) for name in a)
+        else:
+            assert a == b, one.name
     assert not list(tmp_path.glob("deep/.*"))
     document = json.loads(path.read_text())
     changes = (

@@ -26,6 +26,7 @@ from engine.data.run.schema import arrow_schema
 from engine.data.run.shards import read_shard
 from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, JobError, OutputError, RiskforgeError
+from engine.job.columns import COLUMNS
 from engine.report.render import write_report
 from engine.studies.compare.scored_run import read_scored_run
 from engine.studies.samples import open_study
@@ -58,7 +59,8 @@ def test_rows_of_both_schema_versions_are_one_dataset(run: Path, old: Path) -> N
     assert dataset.schema.names == arrow_schema(surplus=True).names
     new_rows, old_rows = pq.read_table(run / "metadata.parquet"), pq.read_table(old / "metadata.parquet")
     found = dataset.to_table().to_pylist()
-    assert found == [*new_rows.to_pylist(), *({"judge": None, "scored": None} | row for row in old_rows.to_pylist())]
+    later = {column.name: None for column in COLUMNS if column.since > 1}
+    assert found == [*new_rows.to_pylist(), *(later | row for row in old_rows.to_pylist())]
     told = corpus.to_table()
     assert told["scored"].to_pylist() == [row["status"] != "failed" for row in found], "rows of version 1 do not say so"
     assert len(corpus) == len(found) == len(new_rows) + len(old_rows)

@@ -22,7 +22,7 @@ from engine.data.reading.corpus import Corpus
 from engine.data.reading.export import ExportOptions, export
 from engine.data.run.counts import is_joint
 from engine.errors import JobError
-from engine.job.records import MEASURED
+from engine.job.columns import MEASURED
 from tests.corpus_cases import make_run
 
 

@@ -20,7 +20,14 @@ PURE_FILES = (
     "generation/batching.py",
     *(path.relative_to(ENGINE).as_posix() for path in sorted((ENGINE / "driver/scheduling").glob("*.py"))),
 )
-START_UP = ("engine", "engine.cli", "engine.job.spec", "engine.job.plan", "engine.models.addresses")
+START_UP = (
+    "engine",
+    "engine.cli",
+    "engine.job.columns",
+    "engine.job.spec",
+    "engine.job.plan",
+    "engine.models.addresses",
+)
 HEAVY = ("torch", "ray", "diffusers", "transformers", "pyarrow", "numpy", "sklearn")
 
 

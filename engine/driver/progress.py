@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -340,39 +341,49 @@ def medians_table(groups: list[GroupSummary]) -> Table:
     if len(groups) > MAX_GROUP_ROWS:
         title += f" ({MAX_GROUP_ROWS} of {len(groups)} rows; all are in the manifest)"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    figures = _figures(groups)
     has_context = any(group.context for group in groups)
-    models = list(dict.fromkeys(one.model for group in groups for one in group.transfer))
-    names = ["request", *(["context"] if has_context else []), "images", "risk", "KLDB", "entropy", "conformity"]
-    names += [
-        "errors",
-        *(f"errors of {model.removeprefix('zoo:')}" for model in models),
-        "oracle agrees",
-        "valid failures",
-    ]
-    has_judge = any(group.judge_conformity is not None for group in groups)
-    names += ["judge's conformity"] if has_judge else []
-    for name in names:
-        table.add_column(Text(name), justify="left" if name in ("request", "context") else "right")
+    for name in ("request", "context") if has_context else ("request",):
+        table.add_column(Text(name), justify="left")
+    for heading, _ in figures:
+        table.add_column(Text(heading), justify="right")
     for group in groups[:MAX_GROUP_ROWS]:
-        rates = {one.model: one.error_rate for one in group.transfer}
-        scores = (group.risk, group.kldb, group.entropy, group.conformity)
-        table.add_row(
-            Text(group.request),
-            *([Text(group.context)] if has_context else []),
-            f"{group.ok}/{group.attempted}",
-            *(f"{score.median:.3g}" if score else ABSENT for score in scores),
-            *(
-                _percent(rate)
-                for rate in (
-                    group.error_rate,
-                    *map(rates.get, models),
-                    group.oracle_agreement,
-                    group.valid_failure_rate,
-                )
-            ),
-            *([ABSENT if group.judge_conformity is None else f"{group.judge_conformity:.3g}"] if has_judge else []),
-        )
+        names = [Text(group.request), *([Text(group.context)] if has_context else [])]
+        table.add_row(*names, *(text_of(group) for _, text_of in figures))
     return table
+
+
+def _figures(groups: list[GroupSummary]) -> list[tuple[str, Callable[[GroupSummary], str]]]:
+    """The headings of the table of medians, each with what gives the text of a group."""
+    from engine.data.run.summary import shown_entry_scores, shown_scores
+    from engine.job.columns import target_first
+
+    scores, entries = target_first(shown_scores(groups)), shown_entry_scores(groups)
+    models = dict.fromkeys(summary.model for group in groups for summary in group.transfer)
+    return [
+        ("images", lambda group: f"{group.ok}/{group.attempted}"),
+        *((column.label, functools.partial(_median, column.name)) for column in scores),
+        ("errors", lambda group: _percent(group.error_rate)),
+        *((f"errors of {model.removeprefix('zoo:')}", functools.partial(_transfer_errors, model)) for model in models),
+        ("oracle agrees", lambda group: _percent(group.oracle_agreement)),
+        ("valid failures", lambda group: _percent(group.valid_failure_rate)),
+        *((entry.heading, functools.partial(_mean, name)) for name, entry in entries.items()),
+    ]
+
+
+def _median(score: str, group: GroupSummary) -> str:
+    spread = group.scores.get(score)
+    return f"{spread.median:.3g}" if spread else ABSENT
+
+
+def _mean(name: str, group: GroupSummary) -> str:
+    mean = group.entry_means.get(name)
+    return ABSENT if mean is None else f"{mean:.3g}"
+
+
+def _transfer_errors(model: str, group: GroupSummary) -> str:
+    rates = {summary.model: summary.error_rate for summary in group.transfer}
+    return _percent(rates.get(model))
 
 
 def _percent(share: float | None) -> str:

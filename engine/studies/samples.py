@@ -145,6 +145,6 @@ def _identity(store: Store) -> tuple[JobSpec, str, str]:
     except (JobError, ValueError, KeyError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise JobError(
-            f"RUN: what '{store.uri}' says of its job cannot be read ({reason}); use the version that made the run"
+            f"RUN: the job recorded in '{store.uri}' cannot be read ({reason}); use the version that made the run"
         ) from None
     raise JobError(f"RUN: '{store.uri}' holds no run; give the output folder of `riskforge run`")

@@ -23,7 +23,7 @@ from engine.data.reading.source import RunSource, open_source, readable
 from engine.data.run.outcomes import scored_rows
 from engine.data.run.schema import arrow_schema, check_rows
 from engine.errors import JobError
-from engine.job.records import RUN_FIELDS, fields_of
+from engine.job.columns import RECORD_COLUMNS, RUN_COLUMNS
 from engine.job.spec_messages import nearest
 
 if TYPE_CHECKING:
@@ -321,7 +321,7 @@ def _unified(sources: tuple[RunSource, ...]) -> pa.Schema:
     found = [source.schema() for source in sources]
     kept = arrow_schema(surplus=True)
     there = {name for schema in found for name in schema.names}
-    always = fields_of(1).keys() | RUN_FIELDS.keys()
+    always = {column.name for column in (*RECORD_COLUMNS, *RUN_COLUMNS) if column.since == 1}
     fields = [field.with_nullable(True) for field in kept if field.name in there or field.name not in always]
     names = {field.name for field in fields}
     for schema in found:

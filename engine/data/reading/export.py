@@ -39,7 +39,7 @@ from engine.data.stores.fresh_folder import fresh_folder
 from engine.data.stores.opening import open_store, refuse_objects
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.job.class_names import distinct_names
-from engine.job.plan import SCHEMA_VERSION
+from engine.job.columns import SCHEMA_VERSION
 from engine.job.records import STATUS_OK, STATUS_REJECTED, SampleResult
 
 DEFAULT_NAME = "corpus"

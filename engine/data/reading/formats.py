@@ -18,7 +18,8 @@ from engine.data.run.state import CLASSES, METADATA
 from engine.data.stores.base import STATE, Store
 from engine.data.stores.file_errors import explained
 from engine.errors import JobError
-from engine.job.records import DETERMINISTIC_FIELDS, SampleResult
+from engine.job.columns import RECORD_COLUMNS
+from engine.job.records import SampleResult
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -161,7 +162,8 @@ def _schema(own: list[pa.Field], features: dict[str, Any], labels: Sequence[str]
     """Own columns, the label, and the record's; `datasets` finds features and class names in the metadata."""
     import pyarrow as pa
 
-    others = [pa.field(one.name, _nullable(one.type)) for one in arrow_schema() if one.name in DETERMINISTIC_FIELDS]
+    schema = arrow_schema()
+    others = [pa.field(column.name, _nullable(schema.field(column.name).type)) for column in RECORD_COLUMNS]
     known = features | {"label": {"names": _unique(labels), "_type": "ClassLabel"}}
     about = {"huggingface": json.dumps({"info": {"features": known}})}
     return pa.schema([*own, pa.field("label", pa.int64()), *others], metadata=about)

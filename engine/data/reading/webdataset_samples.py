@@ -11,7 +11,7 @@ from engine.data.run.shards import IMAGE_FORMATS, record_json
 from engine.data.run.tar_index import RECORD
 from engine.data.stores.base import StoredFile
 from engine.errors import CorruptShardError
-from engine.job.records import fields_of
+from engine.job.records import columns_of
 
 if TYPE_CHECKING:
     from engine.data.reading.corpus import Corpus
@@ -114,4 +114,4 @@ def _records(corpus: Corpus, number: int) -> dict[str, bytes]:
 
 def as_record(row: dict[str, Any]) -> dict[str, Any]:
     """The record of a row of its own schema version; what that version has and the row lacks is left out."""
-    return {name: row[name] for name in fields_of(row["schema_version"]) if row.get(name) is not None}
+    return {name: row[name] for name in columns_of(row["schema_version"]) if row.get(name) is not None}

@@ -30,7 +30,8 @@ from engine.data.stores.base import Store
 from engine.data.stores.file_errors import explained, shown
 from engine.errors import CorruptShardError, OutputError
 from engine.job.class_names import planned_names
-from engine.job.plan import SCHEMA_VERSION, Plan
+from engine.job.columns import SCHEMA_VERSION
+from engine.job.plan import Plan
 from engine.job.quotas import Quotas, replay
 from engine.job.spec import JobSpec
 from engine.methods.conditioning.tally import ScreeningTally

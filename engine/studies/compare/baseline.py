@@ -13,9 +13,10 @@ import numpy as np
 from engine.data.run.counts import JOINT_KEY
 from engine.data.stores.file_errors import explained
 from engine.errors import JobError
+from engine.job.columns import stored_names
 from engine.methods.strict_json import parse_json
 from engine.models.files import read_whole
-from engine.studies.compare.scored_run import ScoredRun, Texts, read_scored_run, texts_of
+from engine.studies.compare.scored_run import MEDIANS, ScoredRun, Texts, read_scored_run, texts_of
 from engine.studies.output_folders import check_replaces
 
 BASELINE_VERSION = 1
@@ -25,7 +26,6 @@ ERRORS_OUTSIDE = "errors_are_outside_subsets"
 MAX_BASELINE_BYTES = 2**30
 BASELINE_BEGINNING = '{"baseline_version": '
 _TEXT_COLUMNS = ("keys", "requests", "classes", "contexts", "prompts")
-_NUMBER_COLUMNS = ("risk", "conformity", "kldb")
 
 
 def pin_run(run: ScoredRun, path: Path) -> None:
@@ -47,7 +47,7 @@ def pin_run(run: ScoredRun, path: Path) -> None:
         "is_error": run.is_error.astype(int).tolist(),
         ERRORS_OUTSIDE: True,
         "valid": [None if np.isnan(value) else int(value) for value in run.valid],
-        **{name: getattr(run, name).tolist() for name in _NUMBER_COLUMNS},
+        **{name: values.tolist() for name, values in run.scores.items()},
     }
     text = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
     part = path.with_name(f".{path.name}.part")
@@ -88,12 +88,13 @@ def read_baseline(path: Path) -> ScoredRun:
 
 def _unpinned(document: dict[str, Any]) -> ScoredRun:
     columns: dict[str, Any] = {name: _unpacked(document[name]) for name in _TEXT_COLUMNS}
-    columns |= {name: np.array(document[name], dtype=float) for name in (*_NUMBER_COLUMNS, "valid")}
+    columns |= {"valid": np.array(document["valid"], dtype=float)}
     columns |= {"seeds": np.array(document["seeds"], dtype=np.int64)}
     columns |= {"is_error": np.array(document["is_error"], dtype=bool)}
-    if len({column.shape for column in columns.values()}) != 1 or columns["seeds"].ndim != 1:
+    scores = {name: np.array(document[name], dtype=float) for name in stored_names(MEDIANS, document)}
+    if len({column.shape for column in (columns | scores).values()}) != 1 or columns["seeds"].ndim != 1:
         raise ValueError("its columns have different lengths")
-    if any(np.isnan(columns[name]).any() for name in _NUMBER_COLUMNS):
+    if any(np.isnan(values).any() for values in scores.values()):
         raise ValueError("a score is no number")
     return ScoredRun(
         address=str(document["address"]),
@@ -102,6 +103,7 @@ def _unpinned(document: dict[str, Any]) -> ScoredRun:
         labels=tuple(map(str, document["labels"])),
         methods={str(name): str(method) for name, method in document["methods"].items()},
         unknown=_unknown(document, columns),
+        scores=scores,
         **columns,
     )
 

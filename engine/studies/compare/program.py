@@ -226,8 +226,8 @@ def _changes(old: ScoredRun, new: ScoredRun, match: Match, is_new: bool) -> Iter
             request=new.requests[b],
             class_name=new.classes[b],
             context=new.contexts[b],
-            old_risk=float(old.risk[a]),
-            new_risk=float(new.risk[b]),
+            old_risk=float(old.scores["risk"][a]),
+            new_risk=float(new.scores["risk"][b]),
         )
 
 

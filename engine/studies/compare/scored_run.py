@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.data.run.outcomes import ASKED, ERRS, errors, joint_rows, oracle_agreement, scored_rows
+from engine.data.run.outcomes import errors, joint_rows, oracle_agreement, scored_rows
 from engine.data.run.schema import check_rows
 from engine.data.run.state import MANIFEST, METADATA, SUCCESS, read_manifest
 from engine.data.run.summary import class_texts
@@ -17,17 +17,17 @@ from engine.data.stores.file_errors import explained
 from engine.data.stores.opening import open_store
 from engine.errors import OutputError
 from engine.job.class_names import distinct_names
+from engine.job.columns import ASKED, BY_NAME, ERRS, Role, columns_with, stored_names
 from engine.job.spec import JOINT_SEPARATOR
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SHARES = ("error_rate", "valid_failures")
-MEDIANS = ("risk", "conformity", "kldb")
+MEDIANS = tuple(column.name for column in columns_with(Role.COMPARED))
 METRICS = (*SHARES, *MEDIANS)
 _COLUMNS = [
-    *ASKED, *ERRS, "request", "method", "class_name", "prompt", "context", "seed", "status", "risk", "conformity",
-    "kldb", "oracle_class",
+    *ASKED, *ERRS, "request", "method", "class_name", "prompt", "context", "seed", "status", "oracle_class", *MEDIANS,
 ]  # fmt: skip
 Texts = NDArray[np.object_]
 Rows = NDArray[np.intp]
@@ -43,6 +43,7 @@ class ScoredRun:
         classes: what was asked for: a class, or the classes of a joint prompt.
         is_error: whether the target predicts a class that was not asked for.
         valid: 1 where the target errs and the oracle agrees, 0 where not, NaN without an oracle.
+        scores: by metric of `MEDIANS`; of runs and baselines of an earlier schema version without later ones.
         unknown: requests whose shares are not known: those with a joint prompt in earlier baselines.
     """
 
@@ -59,9 +60,7 @@ class ScoredRun:
     seeds: NDArray[np.int64]
     is_error: NDArray[np.bool_]
     valid: NDArray[np.float64]
-    risk: NDArray[np.float64]
-    conformity: NDArray[np.float64]
-    kldb: NDArray[np.float64]
+    scores: Mapping[str, NDArray[np.float64]]
     unknown: frozenset[str] = frozenset()
 
     def metric(self, name: str, rows: Rows) -> Any:
@@ -73,7 +72,7 @@ class ScoredRun:
         if name == "valid_failures":
             values = self.valid[rows]
             return None if np.isnan(values).any() else values > 0
-        return getattr(self, name)[rows]
+        return self.scores[name][rows] if name in self.scores else None
 
 
 def read_scored_run(address: str) -> ScoredRun:
@@ -98,7 +97,8 @@ def read_scored_run(address: str) -> ScoredRun:
     try:
         target = manifest["models"]["target"]
         with explained(path):
-            table = pq.read_table(path, columns=_COLUMNS, partitioning=None).combine_chunks()
+            columns = stored_names(_COLUMNS, pyarrow.dataset.dataset(path, format="parquet").schema.names)
+            table = pq.read_table(path, columns=columns, partitioning=None).combine_chunks()
         check_rows(table, store.address(METADATA))
         return _scored_run(store.uri, str(manifest["name"]), target, table)
     except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
@@ -111,7 +111,7 @@ def _scored_run(address: str, name: str, target: dict[str, Any], table: pa.Table
     labels = tuple(map(str, target["labels"]))
     oracle = oracle_agreement(table)
     is_error = errors(table)
-    numbers = {name: np.asarray(table[name].to_numpy(), dtype=float) for name in MEDIANS}
+    scores = stored_names(MEDIANS, table.column_names)
     requests, methods = (_shared(table[name]) for name in ("request", "method"))
     return ScoredRun(
         address=address,
@@ -127,9 +127,7 @@ def _scored_run(address: str, name: str, target: dict[str, Any], table: pa.Table
         seeds=np.asarray(table["seed"].to_numpy(), dtype=np.int64),
         is_error=is_error,
         valid=np.where(oracle < 0, np.nan, (oracle > 0) & is_error),
-        risk=numbers["risk"],
-        conformity=numbers["conformity"],
-        kldb=numbers["kldb"],
+        scores={name: np.asarray(table[name].to_numpy(), dtype=float) for name in scores},
     )
 
 
@@ -167,5 +165,4 @@ def unfinished(addresses: Sequence[str]) -> list[str]:
 
 def metric_name(metric: str) -> str:
     """A metric in words."""
-    names = {"error_rate": "error rate", "valid_failures": "valid failures", "risk": "median risk"}
-    return names.get(metric, {"kldb": "median KLDB"}.get(metric, f"median {metric}"))
+    return metric.replace("_", " ") if metric in SHARES else f"median {BY_NAME[metric].label}"

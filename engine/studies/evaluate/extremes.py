@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.data.run.counts import is_joint
+from engine.job.columns import BY_NAME
 from engine.methods import scores
 from engine.report.evaluation import Extremes, Row, Shown
 from engine.report.text import number
@@ -81,7 +82,7 @@ def _extremes(
         rows: rows of the samples.
     """
     of_samples = np.array([scored.records[row][score] for row in rows], dtype=np.float64)
-    label = "KLDB" if score == "kldb" else "risk"
+    label = BY_NAME[score].label
     lines = []
     for place, end in enumerate(ends):
         is_rising = lowest_first == (place == 0)

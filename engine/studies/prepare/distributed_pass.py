@@ -118,9 +118,9 @@ class _DistributedPass(SchedulerLoop):
 
 
 def _limits(num_parts: int) -> SchedulerLimits:
-    """The limits of a pass, which is short beside a run: fewer faults, and no liveness check.
+    """The limits of a pass, which is short in comparison with a run: fewer faults, and no liveness check.
 
-    A worker may be silent for long: in a part it reports images, and it may have to read past those of all other parts.
+    A worker may be silent for long, because it may have to read past the images of all other parts.
     """
     return SchedulerLimits(
         min_limit_seconds=math.inf,

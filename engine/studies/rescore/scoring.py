@@ -11,8 +11,9 @@ from engine.data.run.shards import ROWS_PER_GROUP, SHARDS, read_rows, read_shard
 from engine.data.stores.file_errors import explained
 from engine.errors import CorruptShardError
 from engine.job.acceptance import is_accepted
+from engine.job.columns import RUN_COLUMNS, Role, columns_with
 from engine.job.plan import SampleSpec
-from engine.job.records import RUN_FIELDS, STATUS_FAILED, STATUS_OK, STATUS_REJECTED, failed_record, in_version
+from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, failed_record, in_version
 from engine.job.spec import JobSpec
 from engine.studies.rescore.inputs import Models, Rescoring
 
@@ -169,5 +170,5 @@ def _failed(spec: SampleSpec, row: Row, message: str) -> Row:
 
 def _kept(row: Row) -> Row:
     """The fields that a row without an image keeps: how it was sampled, and class names, which no stored plan has."""
-    names = ("class_name", "class_index", "prompt", "screened", "guided_steps", "zero_gradients", "nonfinite_gradients")
-    return {name: row[name] for name in (*names, *RUN_FIELDS)}
+    kept = (*columns_with(Role.SAMPLED), *RUN_COLUMNS)
+    return {column.name: row[column.name] for column in kept if column.name in row}

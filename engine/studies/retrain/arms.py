@@ -79,7 +79,7 @@ def make_arms(run: StudiedRun, generated: GeneratedSet, plain: list[str], risky:
 
 
 def _why_filtered(run: StudiedRun, risky: list[str]) -> str:
-    """Why there are no rejected samples beside the accepted ones."""
+    """Why the run has no images of rejected samples."""
     num_rejected = sum(record.counts.rejected for record in run.commits_of(risky))
     if not num_rejected:
         return f"no sample of {', '.join(risky)} is rejected, so it would be the arm `{ACCEPTED}`"

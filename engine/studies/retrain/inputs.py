@@ -32,7 +32,7 @@ DOCUMENT = "retrain.json"
 MODEL = "model"
 MIN_REAL_IMAGES = 20
 MIN_CALIBRATION_IMAGES = 100
-# With fewer generated samples an arm tells little.
+# With fewer generated samples, differences between arms may be chance.
 FEW_SAMPLES = 50
 
 

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.data.run.manifest import software_versions
-from engine.data.run.outcomes import ASKED, ERRS, asked_classes, target_errs
+from engine.data.run.outcomes import asked_classes, target_errs
 from engine.data.stores.fresh_folder import fresh_folder
+from engine.job.columns import ASKED, ERRS
 from engine.job.records import STATUS_FAILED
 from engine.methods.temperature import TemperatureFit, fit_temperature
 from engine.models.addresses import model_digest, read_config
