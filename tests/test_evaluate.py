@@ -37,8 +37,8 @@ from engine.job.parsing import parse_job
 from engine.job.plan import Plan, build_plan
 from engine.job.records import SampleResult
 from engine.job.spec import JobSpec
-from engine.models.addresses import model_digest
-from engine.models.libraries import quiet_libraries
+from engine.models.digests import model_digest
+from engine.models.library_logging import quiet_libraries
 from engine.report.data import open_metadata
 from engine.report.evaluation import Evaluation, read_evaluation
 from engine.report.render import write_report

@@ -12,8 +12,8 @@ import yaml
 from engine.driver.scheduling import scheduler
 from engine.driver.scheduling.messages import Abort, Replaced, ShardError, ShardProgress, ShardRange, WorkerReady
 from engine.errors import EverySampleFailedError, OutputError
+from tests.program_cases import riskforge
 from tests.test_generator import failing_for, make_generator
-from tests.test_targets import riskforge
 
 
 class ConnectTimeout(Exception):

@@ -30,7 +30,9 @@ from engine.job.parsing import parse_job
 from engine.job.plan import Extent, Plan, build_plan, class_prompt
 from engine.job.records import SampleResult, check_record, columns_of
 from engine.job.spec import JobSpec
-from engine.models.addresses import check_addresses, model_digests, resolve
+from engine.models.addresses import resolve
+from engine.models.digests import model_digests
+from engine.models.job_checks import check_addresses
 from engine.report.render import write_report
 from tests import dataset_cases as cases
 from tests import sleepy

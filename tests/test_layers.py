@@ -26,7 +26,7 @@ START_UP = (
     "engine.job.columns",
     "engine.job.spec",
     "engine.job.plan",
-    "engine.models.addresses",
+    "engine.models.job_checks",
 )
 HEAVY = ("torch", "ray", "diffusers", "transformers", "pyarrow", "numpy", "sklearn")
 

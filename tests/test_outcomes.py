@@ -32,8 +32,8 @@ from engine.driver.run import run_job
 from engine.job.acceptance import is_accepted
 from engine.job.parsing import parse_job
 from engine.job.plan import Plan, build_plan
-from engine.models.addresses import model_digests
-from engine.models.libraries import quiet_libraries
+from engine.models.digests import model_digests
+from engine.models.library_logging import quiet_libraries
 from engine.report.data import error_pairs, make_rows, read_table
 from engine.report.gallery import make_tile
 from engine.report.headline import request_totals, summary_table

@@ -43,9 +43,10 @@ from engine.generation import artefact
 from engine.generation.artefact import load_conditioning, save_conditioning
 from engine.methods.conditioning.gaussians import ClassMoments
 from engine.methods.temperature import fit_temperature
-from engine.models.addresses import check_addresses, image_encoder_digest
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
+from engine.models.digests import image_encoder_digest
+from engine.models.job_checks import check_addresses
 from engine.studies.prepare.encoders import encoder_address
 from engine.studies.prepare.fitting import fit_conditioning
 from engine.studies.prepare.observation import GPU_ROWS, Observations, Observer, observe

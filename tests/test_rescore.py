@@ -22,8 +22,8 @@ from engine.driver.status import read_status
 from engine.errors import EXIT_DAMAGED, EXIT_OK, EXIT_OWNED, EXIT_USER, CorruptShardError, JobError, OutputError
 from engine.generation.rescorer import rescore
 from engine.job.plan import build_plan
-from engine.models.addresses import model_digest
 from engine.models.classifier import Classifier
+from engine.models.digests import model_digest
 from engine.studies.rescore.program import rescore_run
 from engine.studies.rescore.scoring import NOT_STORED
 from tests.composed import composed_job, make_run

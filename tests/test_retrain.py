@@ -30,8 +30,10 @@ from engine.data.stores.opening import open_store
 from engine.driver.progress import PlainDisplay
 from engine.errors import EXIT_DRAINED, EXIT_USER, CorruptShardError, JobError, OutputError
 from engine.job.parsing import parse_job
-from engine.models.addresses import check_addresses, model_digest, resolve
+from engine.models.addresses import resolve
 from engine.models.classifier import Classifier, load_network
+from engine.models.digests import model_digest
+from engine.models.job_checks import check_addresses
 from engine.studies.retrain.arms import choose_arms
 from engine.studies.retrain.options import RetrainOptions
 from engine.studies.retrain.program import retrain

@@ -137,7 +137,9 @@ def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     from engine.data.stores.opening import open_store
     from engine.driver.checks import check_hardware
     from engine.job.plan import resolve_requests
-    from engine.models.addresses import check_addresses, missing_artefacts, read_labels
+    from engine.models.artefacts import missing_artefacts
+    from engine.models.job_checks import check_addresses
+    from engine.models.labels import read_labels
 
     check_addresses(job)
     check_hardware(job, is_local=False)

@@ -16,10 +16,13 @@ from engine.driver.progress import Display
 from engine.errors import JobError
 from engine.job.plan import Plan, RequestPlan, build_plan, resolve_requests
 from engine.job.spec import JobSpec
-from engine.models.addresses import check_addresses, missing_artefacts, model_digests, target_labels
+from engine.models.artefacts import missing_artefacts
 from engine.models.custom_methods import method_digests
+from engine.models.digests import model_digests
+from engine.models.hardware import hardware_problems
+from engine.models.job_checks import check_addresses
+from engine.models.labels import target_labels
 from engine.models.licences import licence_of
-from engine.models.runtime import hardware_problems
 
 # Device files of NVIDIA and AMD GPUs, and of GPUs under WSL: visible without loading torch.
 GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")

@@ -31,7 +31,7 @@ from engine.driver.run_summary import RunSummary, summarise
 from engine.driver.scheduling.messages import SchedulerLimits
 from engine.job.plan import Plan
 from engine.job.spec import JobSpec
-from engine.models.targets import add_import_folders, import_folders
+from engine.models.factories import add_import_folders, import_folders
 
 MakeWorker = Callable[[JobSpec, Plan], WorkerLike]
 

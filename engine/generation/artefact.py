@@ -33,8 +33,8 @@ from engine.methods.conditioning.mixtures import ClassMixtures
 from engine.methods.conditioning.predictor import ErrorPredictor, PredictorFit
 from engine.methods.strict_json import parse_json
 from engine.methods.temperature import TemperatureFit
-from engine.models.addresses import ARTEFACT_DOCUMENT as DOCUMENT
-from engine.models.files import MAX_DOCUMENT_BYTES, read_whole
+from engine.models.configurations import ARTEFACT_DOCUMENT as DOCUMENT
+from engine.models.untrusted_files import MAX_DOCUMENT_BYTES, read_whole
 
 SCHEMA_VERSION = 1
 STATISTICS = "statistics.safetensors"

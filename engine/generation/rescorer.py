@@ -18,7 +18,7 @@ from engine.job.columns import BY_NAME, RECORD_COLUMNS, Role, columns_with
 from engine.job.plan import Plan, SampleSpec, difference
 from engine.job.records import STATUS_FAILED
 from engine.job.spec import JobSpec
-from engine.models.addresses import model_digests
+from engine.models.digests import model_digests
 
 NUM_SAMPLES = 64
 # Roles of the models that score, in the order of messages.
@@ -43,7 +43,7 @@ def rescore(
         CorruptShardError: a shard cannot be read; `verify` says more.
     """
     from engine.generation.generator import load_scorer
-    from engine.models.libraries import quiet_libraries
+    from engine.models.library_logging import quiet_libraries
 
     job, plan = stored_plan(store)
     chosen = _choose(store, job, plan, num_samples)
@@ -71,7 +71,7 @@ def rescore(
 
 def _check_models(job: JobSpec, plan: Plan) -> None:
     """Refuse models that have changed: their scores prove nothing about the images."""
-    before, now = plan.identity["models"], model_digests(job, is_made=True)
+    before, now = plan.identity["models"], model_digests(job, of_existing_run=True)
     changed = [line for role in SCORING for line in difference(before.get(role), now.get(role), f"models.{role}")]
     if changed:
         raise JobError([f"{line}: not the model that scored this run; --deep needs that one" for line in changed])

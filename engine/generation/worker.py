@@ -24,8 +24,8 @@ from engine.job.plan import Plan, SampleSpec, ShardSpec
 from engine.job.records import SampleResult
 from engine.job.spec import JobSpec
 from engine.methods.conditioning.tally import ScreeningTally
-from engine.models.libraries import quiet_libraries
-from engine.models.runtime import choose_hardware, fix_threads
+from engine.models.hardware import choose_hardware, fix_threads
+from engine.models.library_logging import quiet_libraries
 
 # Most batches that are buffered for the disk; sampling waits when the buffer is full.
 MAX_WAITING_BATCHES = 4

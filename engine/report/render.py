@@ -21,11 +21,11 @@ from markupsafe import Markup
 from engine.data.run.state import METADATA, REPORT, check_kind, manifest_error, read_manifest
 from engine.data.run.summary import summarise_table
 from engine.data.stores.base import Store
-from engine.errors import CorruptShardError, JobError, OutputError
+from engine.errors import CorruptShardError, JobError, OutputError, first_line
 from engine.job.class_names import distinct_names
 from engine.job.columns import target_first, units_text
-from engine.models.addresses import read_labels
-from engine.models.targets import is_factory
+from engine.models.factories import is_factory
+from engine.models.labels import read_labels
 from engine.report.charts import histogram
 from engine.report.data import (
     Rows,
@@ -150,7 +150,7 @@ def _readable(metadata: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, TypeError, ValueError) as error:
         # Columns of another type fail where they are computed with.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise CorruptShardError(f"{metadata}: cannot be read as the metadata of a run ({reason}); {_REMEDY}") from error
 
 

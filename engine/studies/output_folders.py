@@ -9,7 +9,7 @@ from pathlib import Path
 from engine.data.stores.file_errors import explained
 from engine.errors import OutputError
 from engine.methods.strict_json import parse_json
-from engine.models.files import MAX_DOCUMENT_BYTES, read_whole
+from engine.models.untrusted_files import MAX_DOCUMENT_BYTES, read_whole
 
 MAX_SHOWN = 5
 

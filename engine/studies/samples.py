@@ -13,12 +13,12 @@ from engine.data.run.shards import SHARDS, read_rows, read_shard
 from engine.data.run.state import MANIFEST, check_kind, read_manifest, read_run
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
-from engine.errors import JobError
+from engine.errors import JobError, first_line
 from engine.job.parsing import parse_job
 from engine.job.spec import JobSpec, RequestSpec
 from engine.job.spec_messages import nearest
-from engine.models.addresses import model_digest
-from engine.models.targets import is_foreign
+from engine.models.digests import model_digest
+from engine.models.programs import is_program
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ def check_target(run: StudiedRun) -> None:
         JobError: it is missing, has changed, or is of a kind that cannot be fine-tuned.
     """
     address = run.job.models.target
-    if is_foreign(address):
+    if is_program(address):
         raise JobError(
             f"RUN: its target '{address}' is a file or a factory, which fine-tuning cannot store as a model again; make"
             " the run with a transformers or timm folder as target"
@@ -143,7 +143,7 @@ def _identity(store: Store) -> tuple[JobSpec, str, str]:
         if (stored := read_run(store)) is not None:
             return JobSpec.model_validate(stored.job), stored.digest, stored.identity["models"]["target"]
     except (JobError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise JobError(
             f"RUN: the job recorded in '{store.uri}' cannot be read ({reason}); use the version that made the run"
         ) from None

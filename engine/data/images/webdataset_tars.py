@@ -30,7 +30,7 @@ from engine.data.images.labelling import Labelling
 from engine.data.tars import DamagedTarError, Member, read_member, walk_tar
 from engine.job.class_lookup import is_index
 from engine.job.records import REAL
-from engine.models.files import UnsuitableFileError, check_regular, read_whole
+from engine.models.untrusted_files import UnsuitableFileError, check_regular, read_whole
 
 KIND = "WebDataset tars"
 # The folder of a run's tars; beside it the rows of all samples, and in it the keys of those beyond their quota.

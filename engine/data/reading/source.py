@@ -29,7 +29,7 @@ from engine.data.run.state import (
 from engine.data.run.surplus import MARKED, Surplus, quotas_of
 from engine.data.stores.base import Store, StoredFile
 from engine.data.stores.opening import open_store
-from engine.errors import CorruptShardError, JobError, OutputError, StoreLostError
+from engine.errors import CorruptShardError, JobError, OutputError, StoreLostError, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -156,7 +156,7 @@ def readable(where: Path | str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         remedy = "`riskforge verify` tells what is damaged"
         raise CorruptShardError(f"{where}: the rows cannot be read ({reason}); {remedy}") from None
 
@@ -250,12 +250,12 @@ def _labels(manifest: dict[str, Any], stored: StoredRun | None) -> tuple[str, ..
         return tuple(map(str, labels))
     if stored is None:
         return ()
-    from engine.models.addresses import read_labels
-    from engine.models.targets import is_foreign
+    from engine.models.labels import read_labels
+    from engine.models.programs import is_program
 
     address = str(stored.job["models"]["target"])
     with contextlib.suppress(JobError, OSError):
-        return () if is_foreign(address) else tuple(read_labels(address) or ())
+        return () if is_program(address) else tuple(read_labels(address) or ())
     return ()
 
 

@@ -49,7 +49,7 @@ from engine.data.stores.object_errors import (
 )
 from engine.data.stores.staging import claim_folder, release_folder, remove_if_dead
 from engine.errors import OutputError, StoreLostError
-from engine.models.files import MAX_DOCUMENT_BYTES, MAX_RECORD_BYTES, too_large
+from engine.models.untrusted_files import MAX_DOCUMENT_BYTES, MAX_RECORD_BYTES, too_large
 
 Answer = TypeVar("Answer")
 

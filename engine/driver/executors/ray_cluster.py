@@ -19,7 +19,7 @@ import time
 from typing import Any
 
 from engine.driver.executors.ray_layout import MAX_CPU_WORKERS_PER_NODE, usable_cores
-from engine.errors import EXIT_DRAINED, ClusterLostError, JobError, RiskforgeError
+from engine.errors import EXIT_DRAINED, ClusterLostError, JobError, RiskforgeError, first_line
 
 # Messages between driver and actors pass through Ray's object store; images do not. What `prepare` observes may be
 # larger than this; Ray then spills it to a file in its temporary folder.
@@ -175,7 +175,7 @@ class RayCluster:
             else:
                 self._start(quiet)
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             if self._address:
                 raise JobError(f"--address: no Ray cluster at '{self._address}' ({reason})") from error
             raise RiskforgeError(f"Ray does not start on this machine ({reason}); try --executor local") from error

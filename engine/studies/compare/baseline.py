@@ -15,7 +15,7 @@ from engine.data.stores.file_errors import explained
 from engine.errors import JobError
 from engine.job.columns import stored_names
 from engine.methods.strict_json import parse_json
-from engine.models.files import read_whole
+from engine.models.untrusted_files import read_whole
 from engine.studies.compare.scored_run import MEDIANS, ScoredRun, Texts, read_scored_run, texts_of
 from engine.studies.output_folders import check_replaces
 

@@ -15,7 +15,7 @@ from engine.data.run.state import MANIFEST, METADATA, SUCCESS, read_manifest
 from engine.data.run.summary import class_texts
 from engine.data.stores.file_errors import explained
 from engine.data.stores.opening import open_store
-from engine.errors import OutputError
+from engine.errors import OutputError, first_line
 from engine.job.class_names import distinct_names
 from engine.job.columns import ASKED, BY_NAME, ERRS, Role, columns_with, stored_names
 from engine.job.spec import JOINT_SEPARATOR
@@ -102,7 +102,7 @@ def read_scored_run(address: str) -> ScoredRun:
         check_rows(table, store.address(METADATA))
         return _scored_run(store.uri, str(manifest["name"]), target, table)
     except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise OutputError(f"{address}: cannot be read as a run ({reason}); `riskforge verify` says more") from error
 
 

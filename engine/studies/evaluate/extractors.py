@@ -12,7 +12,7 @@ import PIL.Image
 import torch
 from numpy.typing import NDArray
 
-from engine.errors import JobError
+from engine.errors import JobError, first_line
 from engine.models.clip import Clip
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
@@ -67,7 +67,7 @@ class Inception:
             # TorchScript is a program, not a pickle; it comes from the user's own folder.
             self._layers: Any = torch.jit.load(str(path), map_location=device).eval().layers
         except (RuntimeError, OSError, ValueError, AttributeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            reason = first_line(error)[:200]
             raise JobError(f"--inception: '{path}' is not the Inception of FID ({reason}); {_SOUGHT}") from None
 
     @torch.no_grad()

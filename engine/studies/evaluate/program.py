@@ -21,11 +21,11 @@ from engine.driver.progress import Display
 from engine.errors import JobError, OutputError
 from engine.job.class_names import distinct_names
 from engine.job.spec import JobSpec, RuntimeSpec
-from engine.models.addresses import model_digest
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
-from engine.models.libraries import quiet_libraries
-from engine.models.runtime import choose_hardware
+from engine.models.digests import model_digest
+from engine.models.hardware import choose_hardware
+from engine.models.library_logging import quiet_libraries
 from engine.report.data import class_names, make_rows, read_table
 from engine.report.evaluation import Evaluation, Extremes, Shown
 from engine.report.render import write_report

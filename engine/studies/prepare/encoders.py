@@ -9,9 +9,10 @@ import PIL.Image
 from torch import Tensor
 
 from engine.job.spec import JobSpec
-from engine.models.addresses import image_encoder_digest, locate, model_digest, resolve
+from engine.models.addresses import locate, resolve
 from engine.models.clip import Clip, ImageEncoder
-from engine.models.folders import PIPELINE_INDEX
+from engine.models.configurations import PIPELINE_INDEX
+from engine.models.digests import image_encoder_digest, model_digest
 from engine.models.pipelines import is_unclip
 
 

@@ -25,11 +25,11 @@ from engine.generation.worker import ShardProgressCallback
 from engine.job.plan import ShardSpec
 from engine.job.spec import JobSpec
 from engine.methods.finiteness import Faults
-from engine.models.addresses import target_labels
 from engine.models.classifier import Classifier
-from engine.models.libraries import quiet_libraries
-from engine.models.runtime import CPU_ROWS, Hardware, choose_hardware, fix_threads
-from engine.models.targets import add_import_folders
+from engine.models.factories import add_import_folders
+from engine.models.hardware import CPU_ROWS, Hardware, choose_hardware, fix_threads
+from engine.models.labels import target_labels
+from engine.models.library_logging import quiet_libraries
 from engine.studies.prepare.encoders import Encoder, load_encoder
 
 GPU_ROWS = 64

@@ -20,12 +20,20 @@ from engine.driver.progress import Display, byte_size
 from engine.errors import OutputError
 from engine.generation.artefact import Conditioning, save_conditioning
 from engine.job.spec import JobSpec
-from engine.models.addresses import check_addresses, model_digest, target_labels
-from engine.models.targets import import_folders
+from engine.models.digests import model_digest
+from engine.models.factories import import_folders
+from engine.models.job_checks import check_addresses
+from engine.models.labels import target_labels
 from engine.studies.prepare.distributed_pass import observe_distributed
 from engine.studies.prepare.encoders import encoder_address, encoder_digest, is_pipeline
 from engine.studies.prepare.fitting import fit_conditioning
-from engine.studies.prepare.observation import Observations, load_observer, load_part_observer, observe, signature
+from engine.studies.prepare.observation import (
+    Observations,
+    load_observer,
+    load_part_observer,
+    observe,
+    signature,
+)
 
 # Above these sizes the pass is worth starting workers for. The number of images in tars is not known beforehand.
 LARGE_SET = 20_000

@@ -14,8 +14,10 @@ from engine.errors import CorruptShardError, JobError, OutputError
 from engine.job.plan import Plan, digest_of
 from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json
-from engine.models.addresses import model_digest, read_labels, resolve
-from engine.models.targets import is_foreign
+from engine.models.addresses import resolve
+from engine.models.digests import model_digest
+from engine.models.labels import read_labels
+from engine.models.programs import is_program
 from engine.studies.compare.program import label_differences
 
 DIGEST_CHARS = 8
@@ -103,7 +105,7 @@ def _check_models(target: str, transfer: Sequence[str], oracle: str | None, labe
     asked = [("--target", target), *(("--transfer", address) for address in transfer)]
     for option, address in [*asked, *([("--oracle", oracle)] if oracle else [])]:
         try:
-            if not is_foreign(address):
+            if not is_program(address):
                 resolve(address)
             if lines := label_differences(labels, read_labels(address) or []):
                 problems += [f"{option}: '{address}' has other classes than the run (there -> here)", *lines]

@@ -40,7 +40,7 @@ class Scoring:
             import torch
 
             from engine.models.classifier import Classifier
-            from engine.models.libraries import quiet_libraries
+            from engine.models.library_logging import quiet_libraries
 
             self._advance("loading the classifiers")
             quiet_libraries()

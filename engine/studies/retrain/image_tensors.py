@@ -17,8 +17,8 @@ from torch.nn.functional import one_hot
 
 from engine.data.images import ImageSource, Unusable, UnusableImageError, decode_sample, image_key, nothing_usable
 from engine.driver.progress import Display
-from engine.errors import CorruptShardError, JobError
-from engine.models.preprocess import Preprocessing
+from engine.errors import CorruptShardError, JobError, first_line
+from engine.models.preprocessing import Preprocessing
 from engine.studies.retrain.finetune import Samples
 from engine.studies.samples import StudiedRun, read_samples
 
@@ -202,7 +202,7 @@ class _Stack:
         try:
             self.done.append(self.preprocessing.of_images(self.waiting))
         except (ValueError, RuntimeError) as error:
-            self._refuse((str(error).strip().splitlines() or [type(error).__name__])[0])
+            self._refuse(first_line(error))
         self.waiting = []
 
     def _refuse(self, reason: str) -> None:

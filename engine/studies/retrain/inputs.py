@@ -16,10 +16,11 @@ from engine.data.stores.opening import refuse_objects
 from engine.driver.progress import Display
 from engine.errors import JobError, OutputError
 from engine.methods.finiteness import LOGITS_FAULT, usable_logits
-from engine.models.addresses import read_labels, resolve
+from engine.models.addresses import resolve
 from engine.models.classifier import load_network
-from engine.models.libraries import quiet_libraries
-from engine.models.preprocess import Preprocessing
+from engine.models.labels import read_labels
+from engine.models.library_logging import quiet_libraries
+from engine.models.preprocessing import Preprocessing
 from engine.studies.output_folders import check_folder
 from engine.studies.retrain.arms import Arms, choose_arms, make_arms
 from engine.studies.retrain.finetune import predict, training_device

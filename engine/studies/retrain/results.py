@@ -20,8 +20,9 @@ from engine.data.stores.fresh_folder import fresh_folder
 from engine.job.columns import ASKED, ERRS
 from engine.job.records import STATUS_FAILED
 from engine.methods.temperature import TemperatureFit, fit_temperature
-from engine.models.addresses import model_digest, read_config
 from engine.models.classifier import Classifier
+from engine.models.configurations import read_config
+from engine.models.digests import model_digest
 from engine.studies.retrain.accuracy import ACCEPTED, Attempt, Comparison, ErrorAgreement, compare, compare_errors
 from engine.studies.retrain.arms import Arms
 from engine.studies.retrain.findings import findings

@@ -1,4 +1,4 @@
-"""Files of others that are read whole: regular ones alone, up to a limit each."""
+"""Files from outside that are read in one piece: only regular files, up to a limit of bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-# Manifests, plans, evaluations, statistics of a conditioning artefact: what grows with classes and shards.
+# Manifests, plans, evaluations, statistics of a conditioning artefact: they grow with classes and shards.
 MAX_DOCUMENT_BYTES = 64 * 2**20
 # Commit records, leases, notes of the quarantine, settings of a model.
 MAX_RECORD_BYTES = 4 * 2**20
@@ -21,34 +21,34 @@ _KINDS = (
 
 
 class UnsuitableFileError(OSError):
-    """Something that is no file of bytes, or a file larger than anything in its place may be."""
+    """A path that is not a regular file, or a file that is larger than its limit."""
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what cannot be opened and read to an end: pipes, devices, sockets, and links to them.
+    """Refuse what cannot be opened and read to an end: folders, pipes, devices, sockets, and links to them.
 
     Raises:
-        UnsuitableFileError: it is one.
-        OSError: nothing is there.
+        UnsuitableFileError: it is one of these.
+        OSError: there is no such file.
     """
     _check_mode(path.stat().st_mode)
 
 
 def read_whole(path: Path, max_bytes: int) -> bytes:
-    """The bytes of a regular file, without waiting and without taking more memory than the limit.
+    """The bytes of a regular file, without blocking and without using more memory than the limit.
 
     Raises:
         UnsuitableFileError: it is a pipe, a device or the like, or larger than `max_bytes`.
         OSError: it cannot be read.
     """
-    # Before it is opened, which alone has effects on some devices; and after, as it may have been replaced.
+    # Before the file is opened, since opening alone affects some devices; and after, since it may have been replaced.
     _check_mode(path.stat().st_mode)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
-        about = os.fstat(descriptor)
-        _check_mode(about.st_mode)
-        if about.st_size > max_bytes:
-            raise too_large(about.st_size, max_bytes)
+        status = os.fstat(descriptor)
+        _check_mode(status.st_mode)
+        if status.st_size > max_bytes:
+            raise too_large(status.st_size, max_bytes)
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise too_large(len(data), max_bytes)
@@ -56,7 +56,7 @@ def read_whole(path: Path, max_bytes: int) -> bytes:
 
 
 def too_large(num_bytes: int, max_bytes: int) -> UnsuitableFileError:
-    """What to raise about a file that is larger than its limit."""
+    """The error for a file that is larger than its limit."""
     return UnsuitableFileError(
         f"has {num_bytes:,} bytes, more than the {max_bytes:,} that are read of such a file; move it away or restore it"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,17 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from engine.commands.jobfile import read_job
+from engine.driver.checks import plan_job
 from engine.errors import JobError
-from engine.models.addresses import read_labels
 from engine.models.classifier import Classifier
 from engine.models.classifier_checks import check_classifier
-from tests.test_processors import as_tensor, photographs
+from engine.models.job_checks import check_addresses
+from engine.models.labels import read_labels
+from tests.model_cases import as_tensor, photographs
+from tests.program_cases import DIGITS, images, job_of, write
 
 timm = pytest.importorskip("timm")
 NAMES = ["cat", "dog", "ship"]
@@ -46,10 +52,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "test_resnet", {}, {"data_config": {"mean": (0.1, 0.2, 0.3), "std": (0.3, 0.2, 0.1), "crop_pct": 0.8,
                                             "interpolation": "bilinear", "input_size": (3, 48, 48)}},
     ),
-    "beside a pickle": ("test_resnet", {}, {"safe_serialization": "both"}),
+    "next to a pickle": ("test_resnet", {}, {"safe_serialization": "both"}),
     "names by number": ("test_resnet", {}, {"model_config": {"label_names": dict(enumerate(NAMES))}}),
     "with descriptions": (
-        "test_resnet", {}, {"model_config": {"label_names": NAMES, "label_descriptions": {one: one for one in NAMES}}},
+        "test_resnet",
+        {},
+        {"model_config": {"label_names": NAMES, "label_descriptions": dict.fromkeys(NAMES, "described")}},
     ),
     "the old field": ("test_resnet", {}, {"model_config": {"labels": NAMES}}),
     "a temperature": ("test_resnet", {}, {"model_config": {"label_names": NAMES, "temperature": 2.0}}),
@@ -93,28 +101,30 @@ WRONG: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "nearest": ("test_resnet", {}, {"data_config": {"interpolation": "nearest"}}, "interpolation 'nearest'"),
     "random": ("test_resnet", {}, {"data_config": {"interpolation": "random"}}, "interpolation 'random'"),
 }  # fmt: skip
-# What no network of timm's says of itself, in config.json.
+# Values of config.json that no network of timm's has.
 CHANGED: dict[str, tuple[dict[str, Any], str]] = {
     "another checkpoint": (
         {"model_args": {"checkpoint_path": "/tmp/x.pt"}},
-        r"model_args\.checkpoint_path: has no place",
+        r"model_args\.checkpoint_path: must not be set",
     ),
-    "features": ({"model_args": {"features_only": True}}, r"model_args\.features_only: has no place"),
-    "a model of the hub": ({"architecture": "hf-hub:timm/resnet18.a1_in1k"}, "architecture: 'hf-hub:.*' is no name"),
+    "features": ({"model_args": {"features_only": True}}, r"model_args\.features_only: must not be set"),
+    "a model of the hub": ({"architecture": "hf-hub:timm/resnet18.a1_in1k"}, "architecture: 'hf-hub:.*' is not a name"),
     "other classes": ({"model_args": {"num_classes": 4}}, "num_classes: 3, but 4 in model_args"),
     "odd mean": (
         {"pretrained_cfg": {"input_size": [3, 64, 64], "mean": [0.5]}},
         r"mean: \[0\.5\] is not three numbers",
     ),
+    "no crop": ({"pretrained_cfg": {"crop_pct": 0}}, r"crop_pct: 0 is not a fraction of the edge above 0"),
+    "no contrast": ({"pretrained_cfg": {"std": [0.5, 0.5, 0.0]}}, r"std: \[0\.5, 0\.5, 0\.0\] is not three numbers"),
     "odd shape": ({"pretrained_cfg": {"input_size": [64, 64]}}, r"input_size: \[64, 64\] is not \[3, height, width\]"),
-    "grey shape": ({"pretrained_cfg": {"input_size": [1, 64, 64]}}, r"input_size: \[1, 64, 64\] is of 1 channels"),
-    "no object": ({"pretrained_cfg": []}, "pretrained_cfg and model_args in config.json are objects"),
+    "grey shape": ({"pretrained_cfg": {"input_size": [1, 64, 64]}}, r"input_size: \[1, 64, 64\] has 1 channels"),
+    "no object": ({"pretrained_cfg": []}, "pretrained_cfg and model_args in config.json are not objects"),
 }
 
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_what_timm_can_save_and_is_not_scored_is_refused(kind: str, tmp_path: Path) -> None:
-    """By the files, but for what only the network tells."""
+    """By the files, except where only the network shows it."""
     network, made, more, message = WRONG[kind]
     folder = tmp_path / "net"
     saved(folder, network, made, **more)
@@ -168,3 +178,38 @@ def test_a_single_logit_without_names_is_refused_with_its_remedy(tmp_path: Path)
     saved(tmp_path / "net", "test_resnet", {"num_classes": 1}, model_config={})
     with pytest.raises(JobError, match=r"num_classes: .*save the network with two logits"):
         check_classifier(tmp_path / "net", "x")
+
+
+def test_a_folder_of_timm_without_timm_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is loaded."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "timm" else find_spec(name, *rest)
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "pretrained_cfg": {}}))
+    with pytest.raises(JobError, match=r"install riskforge\[timm\]"):
+        check_addresses(read_job(write(job_of(str(tmp_path), tmp_path), tmp_path), []))
+
+
+@pytest.mark.parametrize("mode", ["center", "squash"])
+def test_a_folder_of_timm_gives_timms_logits(mode: str, tmp_path: Path) -> None:
+    """timm's own transform and network on the same images, and the tensor path compared with them."""
+    import timm
+
+    torch.manual_seed(0)
+    network = timm.create_model("resnet10t", num_classes=10).eval()
+    config = {"input_size": [3, 64, 64], "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": mode,
+              "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "num_classes": 10}  # fmt: skip
+    save_file(network.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    saved_config = {"architecture": "resnet10t", "num_classes": 10, "label_names": DIGITS, "pretrained_cfg": config}
+    (tmp_path / "config.json").write_text(json.dumps(saved_config | {"temperature": 2.0}))
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(config))
+    classifier = Classifier.load(str(tmp_path))
+    inputs = images(3, 101)
+    with torch.no_grad():
+        expected = network(torch.stack([transform(image) for image in inputs])) / 2.0
+    assert classifier.labels == DIGITS == read_labels(str(tmp_path))
+    assert torch.allclose(classifier.score(inputs), expected, atol=1e-4)
+    tensors = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 for image in inputs])
+    assert torch.allclose(classifier.logits(tensors), expected, atol=0.02 * float(expected.abs().max()))
+    assert plan_job(read_job(write(job_of(str(tmp_path), tmp_path), tmp_path), [])).num_samples == 2

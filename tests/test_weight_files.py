@@ -1,27 +1,26 @@
-"""Which files hold a model's weights: another precision where it is the only one, parts of a file, no pickles."""
+"""Which files hold a model's weights: another variant where it is the only one, shards, no pickles."""
 
-import fnmatch
 import itertools
 import shlex
 import shutil
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
 
 from engine.errors import JobError
-from engine.models.addresses import check_addresses, model_digest, resolve
-from engine.models.classifier import Classifier
+from engine.models.addresses import resolve
 from engine.models.decoder import GuidanceDecoder
 from engine.models.diffusion import Diffusion
-from engine.models.folders import VARIANTS, weights_variant
+from engine.models.digests import model_digest
+from engine.models.job_checks import check_addresses
+from engine.models.weight_files import VARIANTS, weights_variant
+from tests.model_cases import PARTS, save_as
 from tests.test_safety import make_checker
 from tests.tiny_pipelines import by_diffusers, by_engine, edit, job_of, load_reference, save_pipeline
 
 TINY = "zoo:digits/tiny-autoencoder"
-PARTS = ("unet", "vae", "text_encoder")
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +32,6 @@ def plain(tmp_path_factory):
 def images(plain, hardware):
     """Of the plain weights."""
     return by_engine(Diffusion.load(str(plain), hardware), 2, scheduler="ddim")
-
-
-def save_as(plain: Path, folder: Path, **options) -> Path:
-    """A pipeline saved by diffusers with other options; some of its weights by transformers."""
-    load_reference(plain).save_pretrained(folder, **options)
-    return folder
 
 
 def rename_weights(folder: Path, variant: str) -> None:
@@ -68,7 +61,7 @@ def test_half_precision_as_diffusers_saves_and_loads_it(plain, tmp_path, hardwar
     reference = load_reference(plain, torch_dtype=torch.float16)
     reference.save_pretrained(tmp_path / "half", variant="fp16")
     folder = tmp_path / "half"
-    assert not [one for one in folder.rglob("*.safetensors") if ".fp16." not in one.name]
+    assert not [path for path in folder.rglob("*.safetensors") if ".fp16." not in path.name]
     check_addresses(job_of(folder))
     expected = by_diffusers(load_reference(folder, variant="fp16", torch_dtype=torch.float32), 2)
     made = by_engine(Diffusion.load(str(folder), hardware), 2, scheduler="ddim")
@@ -87,11 +80,11 @@ def test_weights_in_parts_are_loaded_and_a_missing_part_is_named(variant, plain,
     before = model_digest(str(folder))
     part.rename(tmp_path / "gone")
     assert model_digest(str(folder)) != before
-    with pytest.raises(JobError, match=rf"models\.diffusion: .* names {part.name}, which is not there"):
+    with pytest.raises(JobError, match=rf"models\.diffusion: .* names {part.name}, which does not exist"):
         check_addresses(job_of(folder))
 
 
-def test_what_lies_beside_plain_weights_is_neither_loaded_nor_digested(plain, tmp_path):
+def test_what_is_next_to_plain_weights_is_neither_loaded_nor_digested(plain, tmp_path):
     """Other precisions in the same folder, whole or in parts with an index."""
     folder = Path(shutil.copytree(plain, tmp_path / "copy"))
     before = model_digest(str(folder))
@@ -118,7 +111,7 @@ def test_of_several_variants_one_is_loaded_whatever_the_order(tmp_path):
 def test_pickles_are_refused_with_the_line_that_converts_them(
     parts, variant, plain, images, tmp_path, hardware, monkeypatch
 ):
-    """The line is run as it stands, and what it makes gives the same images."""
+    """The command is run unchanged, and its result gives the same images."""
     monkeypatch.chdir(tmp_path)
     pickled = save_as(plain, tmp_path / "pickled", safe_serialization=False, variant=variant)
     folder = Path(shutil.copytree(plain, tmp_path / "it's mine"))
@@ -183,8 +176,8 @@ def test_a_decoder_of_another_precision_is_loaded(tmp_path, hardware):
     folder = Path(shutil.copytree(resolve(TINY), tmp_path / "tiny"))
     rename_weights(folder, "fp16")
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    found, expected = (GuidanceDecoder.load(str(one), hardware).decode(latents) for one in (folder, TINY))
-    assert torch.equal(found, expected)
+    images, expected = (GuidanceDecoder.load(str(address), hardware).decode(latents) for address in (folder, TINY))
+    assert torch.equal(images, expected)
     job = job_of(resolve("zoo:digits/stable-diffusion"), method="boundary", guidance_decoder=str(folder))
     check_addresses(job)
     next(folder.glob("*.safetensors")).rename(folder / "diffusion_pytorch_model.bin")
@@ -198,7 +191,7 @@ def test_a_decoder_of_another_precision_is_loaded(tmp_path, hardware):
         ({"latent_channels": 16}, "of 16 channels"),
         ({"num_decoder_blocks": [1, 1, 1, 1]}, "images 8 times"),
         ({"upsampling_scaling_factor": 4}, "images 16 times"),
-        ({"upsampling_scaling_factor": "x"}, "wrong kind"),
+        ({"upsampling_scaling_factor": "x"}, "wrong type"),
         ({"out_channels": 1}, "images of 1 channels"),
         ({"scaling_factor": 0.18215}, "latents of another scale"),
         ({"shift_factor": 0.1}, "latents of another scale"),
@@ -227,9 +220,9 @@ def test_weights_that_are_missing_are_not_made_up(part, rename, plain, tmp_path,
     folder = Path(shutil.copytree(plain, tmp_path / "copy"))
     (path,) = (folder / part).glob("*.safetensors")
     weights = safetensors.torch.load_file(path)
-    name = next(one for one in weights if "norm" in one)
-    found = weights.pop(name)
-    safetensors.torch.save_file(weights | ({rename.format(name): found} if rename else {}), path)
+    name = next(key for key in weights if "norm" in key)
+    tensor = weights.pop(name)
+    safetensors.torch.save_file(weights | ({rename.format(name): tensor} if rename else {}), path)
     with pytest.raises(JobError, match=r"cannot be loaded as a diffusion pipeline .its files lack 1 of the weights"):
         Diffusion.load(str(folder), hardware)
 
@@ -247,87 +240,3 @@ def test_the_old_names_of_attention_weights_are_read(plain, images, tmp_path, ha
     assert renamed.keys() != weights.keys()
     safetensors.torch.save_file(renamed, path)
     assert torch.equal(by_engine(Diffusion.load(str(folder), hardware), 2, scheduler="ddim"), images)
-
-
-class Hub:
-    """A model hub in a folder: what `snapshot_download` of patterns leaves of it on this machine."""
-
-    def __init__(self, repository: Path, cache: Path) -> None:
-        self.repository, self.cache = repository, cache
-
-    def snapshot_download(self, address: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        """By the rules of the hub's own library."""
-        names = [one.relative_to(self.repository).as_posix() for one in self.repository.rglob("*") if one.is_file()]
-        for name in huggingface_hub.utils.filter_repo_objects(
-            names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
-        ):
-            target = self.cache / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(self.repository / name, target)
-        return str(self.cache)
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    def make(repository: Path) -> Hub:
-        made = Hub(repository, tmp_path / "cache")
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", made.snapshot_download)
-        return made
-
-    return make
-
-
-def fetched(hub: Hub) -> set[str]:
-    return {one.relative_to(hub.cache).as_posix() for one in hub.cache.rglob("*") if one.is_file()}
-
-
-@pytest.mark.parametrize(("parts", "size"), [((), "1GB"), (("unet",), "1GB"), (PARTS, "1GB"), (PARTS, "20KB")])
-def test_of_the_hub_a_variant_is_fetched_where_there_is_nothing_else(
-    parts, size, plain, images, hub, tmp_path, hardware
-):
-    """Of a part with plain weights these alone; what is fetched loads, and its digest is that of the whole folder."""
-    both = save_as(plain, tmp_path / "repository", variant="fp16", max_shard_size=size)
-    for part in set(PARTS) - set(parts):
-        for path in (plain / part).glob("*.safetensors"):
-            shutil.copy(path, both / part)
-    made = hub(both)
-    folder = resolve("somebody/pipeline")
-    weights = {name for name in fetched(made) if name.endswith(".safetensors")}
-    assert {name.partition("/")[0] for name in weights if ".fp16" in name} == set(parts)
-    assert {name.partition("/")[0] for name in weights if ".fp16" not in name} == set(PARTS) - set(parts)
-    assert torch.equal(by_engine(Diffusion.load(str(folder), hardware), 2, scheduler="ddim"), images)
-
-
-def test_of_the_hub_a_pipeline_that_does_not_run_is_refused_before_its_weights(plain, hub, tmp_path):
-    """SDXL has seven gigabytes of them."""
-    repository = Path(shutil.copytree(plain, tmp_path / "repository"))
-    edit(repository / "unet" / "config.json", addition_embed_type="text_time")
-    made = hub(repository)
-    with pytest.raises(JobError, match='addition_embed_type: "text_time"'):
-        resolve("somebody/pipeline")
-    assert not [name for name in fetched(made) if name.endswith(".safetensors")]
-
-
-def test_of_the_hub_pickles_are_refused(plain, hub, tmp_path):
-    """They are not even fetched."""
-    repository = save_as(plain, tmp_path / "repository", safe_serialization=False)
-    made = hub(repository)
-    for path in repository.rglob("unet/*.safetensors"):
-        path.unlink()
-    with pytest.raises(JobError, match=r"has no safetensors in unet.*from_pretrained\(\"somebody/pipeline\"\)"):
-        resolve("somebody/pipeline")
-    assert not [name for name in fetched(made) if fnmatch.fnmatch(name, "*.bin")]
-
-
-def test_of_the_hub_a_classifier_in_half_precision_is_fetched(hub, tmp_path):
-    """Not only pipelines have variants."""
-    repository = Path(shutil.copytree(resolve("zoo:digits/classifier"), tmp_path / "repository"))
-    plain_digest = model_digest(str(repository))
-    (repository / "model.fp16.safetensors").write_bytes(b"x")
-    made = hub(repository)
-    assert model_digest("somebody/classifier") == plain_digest and "model.fp16.safetensors" not in fetched(made)
-    Classifier.load("somebody/classifier")
-    (repository / "model.safetensors").unlink()
-    shutil.rmtree(made.cache)
-    assert weights_variant(resolve("somebody/classifier")) == "fp16"
-    assert model_digest("somebody/classifier") == model_digest(str(repository))

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import pytest
 import torch
 import transformers
@@ -24,15 +22,17 @@ from transformers.models.auto.modeling_auto import (
 from engine.errors import JobError
 from engine.models.classifier import Classifier
 from engine.models.classifier_checks import check_classifier
-from engine.models.preprocess import Preprocessing
-from engine.models.processors import BY_MODEL, FIXED_SIZES, KNOWN, check_processor, plain_name
+from engine.models.preprocessing import Preprocessing
+from engine.models.processor_checks import check_processor
+from engine.models.processor_classes import CLASS_OF_MODEL, DEFAULTS, FIXED_SIZE_MODELS, plain_name
+from tests.model_cases import as_tensor, photographs
 
 TYPES = {
     kind: plain_name(IMAGE_PROCESSOR_MAPPING_NAMES[kind]["pil"])
     for kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
     if "pil" in IMAGE_PROCESSOR_MAPPING_NAMES.get(kind, {}) and kind != "timm_wrapper"
 }
-REFUSED = sorted(set(TYPES.values()) - set(KNOWN))
+REFUSED = sorted(set(TYPES.values()) - set(DEFAULTS))
 OTHERS = [
     "DetrImageProcessor", "Mask2FormerImageProcessor", "VideoMAEImageProcessor", "SamImageProcessor",
     "NoImageProcessor", "LayoutLMv3ImageProcessorFast", "DPTFeatureExtractor",
@@ -46,40 +46,28 @@ def write(folder: Path, settings: dict[str, Any], name: str = "preprocessor_conf
     return folder
 
 
-def photographs(*sizes: tuple[int, int]) -> list[PIL.Image.Image]:
-    """Smooth images of height and width."""
-    drawn = np.random.default_rng(0)
-    noise = [drawn.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8) for height, width in sizes]
-    pairs = zip(noise, sizes, strict=True)
-    return [PIL.Image.fromarray(one).resize(size[::-1], PIL.Image.Resampling.BICUBIC) for one, size in pairs]
-
-
-def as_tensor(image: PIL.Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 255
-
-
-@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("kind", DEFAULTS)
 def test_what_is_known_of_a_class_is_what_transformers_has(kind: str) -> None:
     """A file may be silent on any option: the class decides then."""
-    found, known = _load_backend_class(kind, "pil", False), KNOWN[kind]
-    size = {"height": known.size, "width": known.size} if "height" in found.size else {"shortest_edge": known.size}
-    assert found.size == size and int(found.resample) == known.resample
-    assert bool(getattr(found, "do_center_crop", False)) == known.crops and found.default_to_square == known.square
-    assert found.do_resize and found.do_rescale and found.rescale_factor == 1 / 255
-    assert bool(getattr(found, "do_normalize", False)) == known.normalizes and not getattr(found, "do_pad", False)
-    assert getattr(found, "crop_pct", None) == known.crop_pct
+    actual, known = _load_backend_class(kind, "pil", False), DEFAULTS[kind]
+    size = {"height": known.size, "width": known.size} if "height" in actual.size else {"shortest_edge": known.size}
+    assert actual.size == size and int(actual.resample) == known.resample
+    assert bool(getattr(actual, "do_center_crop", False)) == known.crops and actual.default_to_square == known.square
+    assert actual.do_resize and actual.do_rescale and actual.rescale_factor == 1 / 255
+    assert bool(getattr(actual, "do_normalize", False)) == known.normalizes and not getattr(actual, "do_pad", False)
+    assert getattr(actual, "crop_pct", None) == known.crop_pct
     crop = known.crop_size and {"height": known.crop_size, "width": known.crop_size}
-    assert getattr(found, "crop_size", None) == crop and not getattr(found, "rescale_offset", False)
+    assert getattr(actual, "crop_size", None) == crop and not getattr(actual, "rescale_offset", False)
 
 
 def test_every_class_of_a_classifier_is_known_or_refused(tmp_path: Path) -> None:
     """All types of models that transformers classifies images with, by the class that it takes for them."""
-    assert {kind: name for kind, name in TYPES.items() if name in KNOWN} == BY_MODEL | {
-        kind: name for kind, name in TYPES.items() if name in KNOWN and kind not in BY_MODEL
+    assert {kind: name for kind, name in TYPES.items() if name in DEFAULTS} == CLASS_OF_MODEL | {
+        kind: name for kind, name in TYPES.items() if name in DEFAULTS and kind not in CLASS_OF_MODEL
     }
-    assert set(BY_MODEL) == {kind for kind, name in TYPES.items() if name in KNOWN}
+    assert set(CLASS_OF_MODEL) == {kind for kind, name in TYPES.items() if name in DEFAULTS}
     for name in [*REFUSED, *OTHERS]:
-        with pytest.raises(JobError, match=f"image_processor_type: '{plain_name(name)}' is not one that is followed"):
+        with pytest.raises(JobError, match=f"image_processor_type: '{plain_name(name)}' is not supported"):
             check_processor(write(tmp_path / name, {"image_processor_type": name}), "x")
 
 
@@ -110,7 +98,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("kind", DEFAULTS)
 def test_both_paths_give_what_transformers_gives_or_the_file_is_refused(kind: str, tmp_path: Path) -> None:
     """Every class with every variant of its options: exact on images, and the same to rounding on tensors."""
     images, num_followed = photographs((40, 40), (33, 50)), 0
@@ -142,7 +130,7 @@ OLD_NAMES = [
 
 
 @pytest.mark.parametrize(("field", "name"), OLD_NAMES)
-@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("kind", DEFAULTS)
 def test_a_class_is_found_by_every_name_it_had(kind: str, field: str, name: str, tmp_path: Path) -> None:
     """transformers 4 wrote `image_processor_type: ViTFeatureExtractor` too, which `AutoImageProcessor` of 5 refuses."""
     [image] = photographs((40, 48))
@@ -158,9 +146,9 @@ NULLS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("kind", DEFAULTS)
 def test_null_is_followed_or_refused_by_its_name(kind: str, tmp_path: Path) -> None:
-    """It is not what the class has: transformers takes null as it stands."""
+    """Null is not the default of the class: transformers takes it literally."""
     [image] = photographs((40, 48))
     for field in NULLS:
         folder = write(tmp_path / field, {"image_processor_type": kind, "size": 28, field: None})
@@ -187,13 +175,13 @@ WRONG: dict[str, dict[str, Any]] = {
 }
 MORE_WRONG: list[tuple[str, dict[str, Any]]] = [
     *WRONG.items(),
-    *(("resample", {"resample": one}) for one in (0, 4, 5, 7, "lanczos")),
-    *(("size", {"size": one}) for one in (
+    *(("resample", {"resample": value}) for value in (0, 4, 5, 7, "lanczos")),
+    *(("size", {"size": value}) for value in (
         {"max_height": 20, "max_width": 20}, {"shortest_edge": 20, "longest_edge": 30}, {"height": 24}, -1, 0, "24",
         [24], {"height": 24.5, "width": 24}, {"min_pixels": 9, "max_pixels": 99},
     )),
-    *(("image_mean", {"image_mean": one}) for one in (0.5, [0.5, 0.5], ["a", "b", "c"], [0.5, 0.5, None])),
-    *(("rescale_factor", {"rescale_factor": one}) for one in (1, 0, 1 / 256, "1/255")),
+    *(("image_mean", {"image_mean": value}) for value in (0.5, [0.5, 0.5], ["a", "b", "c"], [0.5, 0.5, None])),
+    *(("rescale_factor", {"rescale_factor": value}) for value in (1, 0, 1 / 256, "1/255")),
     ("do_rescale", {"do_rescale": 0}),
     ("crop_size", {"do_center_crop": True}),
     ("size", {"size": {"height": 24, "width": 24, "longest_edge": None}}),
@@ -211,11 +199,31 @@ def test_options_that_are_not_followed_are_refused_by_name(
         "size": {"height": 24, "width": 24},
     } | change
     if file == "processor_config.json":
-        # The nested one is taken, whatever lies beside it.
+        # The nested one is taken, whatever file is next to it.
         write(tmp_path, {"image_processor_type": "ViTImageProcessor"})
         settings = {"processor_class": "CLIPProcessor", "image_processor": settings}
     with pytest.raises(JobError, match=rf"'x': {file}.*: {field}: "):
         check_processor(write(tmp_path, settings, file), "x")
+
+
+@pytest.mark.parametrize("kind", ["ConvNextImageProcessor", "PoolFormerImageProcessor"])
+def test_a_crop_is_a_fraction_of_the_edge(kind: str, tmp_path: Path) -> None:
+    """transformers would divide by zero, or enlarge a crop."""
+    settings = {"image_processor_type": kind, "size": {"shortest_edge": 24}}
+    for share in (0, -0.5, 1.01, 10**400, "0.9", [0.9]):
+        with pytest.raises(JobError, match=r"crop_pct: .* is not a fraction of the edge"):
+            check_processor(write(tmp_path, settings | {"crop_pct": share}), "x")
+    for share in (1, 0.9, 0.01):
+        assert check_processor(write(tmp_path, settings | {"crop_pct": share}), "x") == kind
+
+
+def test_the_edge_from_which_nothing_is_cropped_needs_no_crop(tmp_path: Path) -> None:
+    """ConvNext's `crop_pct` is not read there, and may be null."""
+    settings = {"image_processor_type": "ConvNextImageProcessor", "crop_pct": None}
+    for edge in (384, 500):
+        check_processor(write(tmp_path, settings | {"size": {"shortest_edge": edge}}), "x")
+    with pytest.raises(JobError, match="crop_pct: None"):
+        check_processor(write(tmp_path, settings | {"size": {"shortest_edge": 383}}), "x")
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{", "null", '{"image_processor_type": 3}'])
@@ -287,7 +295,7 @@ def test_a_network_gives_plain_transformers_logits(kind: str, tmp_path: Path) ->
     )
     with torch.no_grad():
         expected = model(**processor(images=images, return_tensors="pt")).logits
-        ours = classifier.logits(torch.cat([as_tensor(one) for one in images]))
+        ours = classifier.logits(torch.cat([as_tensor(image) for image in images]))
     assert torch.equal(classifier.score(images), expected) and classifier.labels == list(LABELS.values())
     assert torch.allclose(ours, expected, atol=0.05 * float(expected.std()) + 1e-3)
 
@@ -299,7 +307,7 @@ def test_an_input_that_does_not_fit_is_refused_by_the_files_or_at_the_latest_whe
     """Position embeddings of one size: by the files for the types that have only these."""
     wrong = 96 if kind == "levit" else 48
     folder = tiny(kind, tmp_path / kind, wrong)
-    if kind in FIXED_SIZES:
+    if kind in FIXED_SIZE_MODELS:
         with pytest.raises(JobError, match=r"size: makes images of 48 x 48 pixels, and the network takes 32 x 32"):
             check_classifier(folder, "x")
         return

@@ -1,4 +1,4 @@
-"""The model libraries: what they write to a terminal."""
+"""Log output and progress bars of diffusers and transformers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def quiet_libraries() -> None:
-    """Keep loading bars and advice of the model libraries out of the terminal; errors still show."""
+    """Keep progress bars, advice and warnings of diffusers and transformers out of the terminal; errors still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers

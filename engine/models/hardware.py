@@ -1,35 +1,23 @@
-"""Device, precision, attention and kernels: what `runtime` means on the machine at hand."""
+"""Device, precision, attention and kernels: what the job's `runtime` means on this machine."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from engine.errors import JobError
+from engine.errors import JobError, first_line
 from engine.job.spec import RuntimeSpec
-from engine.methods.heartbeat import beat
-from engine.models.folders import weights_variant
 
 # On a CPU a fixed number of rows in every model call makes a sample's bytes independent of its neighbours: kernels
-# choose their order of summation by the shape. Big models are computed one by one there.
+# choose their order of summation by the shape. Large models compute samples one by one there.
 CPU_ROWS = 16
 CPU_LATENT_PIXELS = 1024
 # Above this image size guidance recomputes activations to save memory (`gradient_checkpointing: auto`).
 CHECKPOINTING_PIXELS = 256
 # One of the two settings with which cuBLAS is deterministic.
 CUBLAS_WORKSPACE = ":4096:8"
-
-_LOADING = threading.RLock()
-# What the libraries raise on files that are not what they take them for, and on values that they did not think of.
-_MISREAD = (
-    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +49,12 @@ class Hardware:
 
     @property
     def has_fixed_shape(self) -> bool:
-        """Whether every batch of a GPU is filled up to the same size: kernels, and compiled code, go by the shape."""
+        """Whether every batch of a GPU is padded to the same size: kernels and compiled code depend on the shape."""
         return self.is_cuda and (self.deterministic or self.compile)
 
 
 def hardware_problems(spec: RuntimeSpec, has_gpu: bool) -> list[str]:
-    """What of `runtime` is impossible on a machine with or without a GPU; a line each."""
+    """Which values of `runtime` are impossible on a machine with or without a GPU; one line each."""
     problems: list[str] = []
     if spec.device == "cuda" and not has_gpu:
         problems.append("runtime.device: 'cuda' but no GPU is visible here; use auto or cpu")
@@ -82,21 +70,21 @@ def _determinism_problems(spec: RuntimeSpec, on_gpu: bool) -> list[str]:
     problems: list[str] = []
     if on_gpu and spec.batch_size == "auto":
         problems.append(
-            "runtime.batch_size: 'auto' goes by the memory that is free, and pixels move with the batch by rounding;"
+            "runtime.batch_size: 'auto' depends on free memory, and rounding makes pixels depend on the batch size;"
             " with deterministic give a number, such as 32"
         )
     if spec.compile == "on":
-        problems.append("runtime.compile: 'on' makes other kernels on other machines; with deterministic use off")
+        problems.append("runtime.compile: 'on' generates other kernels on other machines; with deterministic use off")
     if on_gpu and spec.attention == "xformers":
         problems.append("runtime.attention: 'xformers' has no deterministic backward pass; with deterministic use sdpa")
     return problems
 
 
 def choose_hardware(spec: RuntimeSpec) -> Hardware:
-    """Settle `auto` values on this machine.
+    """The hardware that `runtime` asks for, with `auto` resolved on this machine.
 
     Raises:
-        JobError: what is asked for is impossible here.
+        JobError: a value is impossible here.
     """
     import torch
 
@@ -106,8 +94,7 @@ def choose_hardware(spec: RuntimeSpec) -> Hardware:
         problems.append("runtime.attention: 'xformers' is not installed; install riskforge[xformers]")
     if problems:
         raise JobError(problems)
-    on_gpu = has_gpu and spec.device != "cpu"
-    is_half = spec.precision != "fp32"
+    on_gpu, is_half = has_gpu and spec.device != "cpu", spec.precision != "fp32"
     dtypes = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "auto": "float16" if on_gpu else "float32"}
     return Hardware(
         device="cuda" if on_gpu else "cpu",
@@ -122,9 +109,9 @@ def choose_hardware(spec: RuntimeSpec) -> Hardware:
 
 
 def fix_threads(hardware: Hardware) -> None:
-    """Let this process compute with one thread where its models are on a CPU: sums are added in another order by two.
+    """Let this process compute with one thread where its models are on a CPU.
 
-    Workers there are as many as cores, so that none is idle.
+    The order of summation depends on the number of threads. There are as many workers as cores, so no core is idle.
 
     Side effects: torch's global setting.
     """
@@ -137,8 +124,8 @@ def fix_threads(hardware: Hardware) -> None:
 def fix_kernels() -> None:
     """Let this process compute equal bytes from equal inputs on a GPU, or raise where an operator cannot.
 
-    Side effects: torch's global settings, and cuBLAS' workspace in the environment; to be called before the first
-    matrix product on a GPU. A worker's process owns both.
+    Side effects: torch's global settings, and cuBLAS' workspace in the environment; must be called before the first
+    matrix product on a GPU, in the process of a worker.
     """
     import torch
 
@@ -148,15 +135,15 @@ def fix_kernels() -> None:
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
-    # The backward passes of these two attention kernels add in any order.
+    # The backward passes of these two attention kernels have no fixed order of summation.
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def compiled(module: Any) -> Any:
-    """A module's forward pass, compiled for every shape that it meets.
+    """A module's forward pass, compiled for each shape of its inputs.
 
-    The result raises a JobError where there is nothing to compile with.
+    The result raises a JobError where no compiler is installed.
     """
     import torch
     from torch._dynamo.exc import BackendCompilerFailed
@@ -167,21 +154,21 @@ def compiled(module: Any) -> Any:
         try:
             return fast(*inputs, **more)
         except BackendCompilerFailed as error:
-            reason = (str(error.inner_exception).strip().splitlines() or ["no reason given"])[0]
-            raise JobError(f"runtime.compile: 'on' cannot be had on this machine ({reason}); use off") from error
+            reason = first_line(error.inner_exception, "no reason given")
+            raise JobError(f"runtime.compile: 'on' is not available on this machine ({reason}); use off") from error
 
     return call
 
 
 def head_sizes(module: Any) -> set[int]:
-    """Entries of a head in every attention layer of a diffusers model."""
+    """The head dimensions of the attention layers of a diffusers model."""
     from diffusers.models.attention_processor import Attention
 
     return {layer.inner_dim // layer.heads for layer in module.modules() if isinstance(layer, Attention)}
 
 
 def xformers_problem(sizes: set[int], dtype: str, device: str) -> str:
-    """Why xformers' attention cannot run forward and backward at these head sizes here; empty if it can."""
+    """Why xformers' attention cannot run forward and backward with these head dimensions here; empty if it can."""
     import torch
 
     try:
@@ -191,80 +178,5 @@ def xformers_problem(sizes: set[int], dtype: str, device: str) -> str:
             probe = torch.ones(1, 8, 1, size, device=device, dtype=getattr(torch, dtype), requires_grad=True)
             xformers.ops.memory_efficient_attention(probe, probe, probe).sum().backward()
     except (ImportError, OSError, RuntimeError, NotImplementedError, ValueError) as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     return ""
-
-
-@contextlib.contextmanager
-def loading(address: str, kind: str) -> Iterator[None]:
-    """Turn what the libraries raise on a missing, torn or foreign file into a message that names the model.
-
-    One at a time: while diffusers loads, modules that other threads make have no memory.
-
-    Raises:
-        JobError: in place of those errors.
-    """
-    import safetensors
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
-        with _LOADING:
-            yield
-        beat()
-    except JobError:
-        raise
-    except StrictDataclassError as error:
-        # A value of a wrong type in a configuration: the field is in the first line, the value in the second.
-        raise JobError(f"'{address}' cannot be loaded as {kind} ({' '.join(str(error).split())})") from error
-    except (*_MISREAD, safetensors.SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise JobError(f"'{address}' cannot be loaded as {kind} ({reason})") from error
-
-
-def load_weights(kind: Any, folder: Path, **more: Any) -> Any:
-    """A model of transformers in float32 with all of its weights, from safetensors alone and without code of theirs.
-
-    Args:
-        kind: its class, or an `Auto` class.
-        more: further arguments of `from_pretrained`.
-
-    Raises:
-        ValueError: as `whole`.
-    """
-    import torch
-
-    return whole(
-        kind.from_pretrained(
-            folder,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            variant=weights_variant(folder),
-            output_loading_info=True,
-            **more,
-        )
-    )
-
-
-def whole(loaded: tuple[Any, dict[str, Any]]) -> Any:
-    """The model of `from_pretrained(..., output_loading_info=True)`, if the files have all of its weights.
-
-    diffusers and transformers fill gaps with random numbers.
-
-    Raises:
-        ValueError: they have not; `loading` names the model.
-    """
-    model, info = loaded
-    if missing := sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", ())])):
-        raise ValueError(
-            f"its files lack {len(missing)} of the weights of a {type(model).__name__}, as {missing[0]}, which would be"
-            " drawn at random; save the whole model"
-        )
-    return model
-
-
-def frozen(module: Any, device: str) -> Any:
-    """A module on its device, in evaluation mode, its parameters without gradients."""
-    module.requires_grad_(False)
-    return module.to(device).eval()
