@@ -202,7 +202,7 @@ def test_a_run_tells_of_its_screening_and_resumes(tmp_path, capsys):
     assert f"<dd>{errors:.1%}".replace("%", " %") in (output / "report.html").read_text().replace("\u202f", " ")
     num_draws = sum(one["draws"] for one in found["screened"])
     assert f"<td>{num_draws}</td>" in (output / "report.html").read_text()
-    assert f"{num_draws} draws" in (printed := capsys.readouterr().out) and "for a dial of 1.2" in printed
+    assert f"{num_draws} draws" in (printed := capsys.readouterr().out) and "for a risk target of 1.2" in printed
     capsys.readouterr()
     risk = np.array([row["risk"] for row in rows if row["request"] == "dial"])
     assert manifest["dials"] == {
@@ -323,7 +323,7 @@ def test_an_artefact_that_is_not_there_yet_is_told_and_not_run(tmp_path, capsys)
     """A job can be checked before its statistics are prepared; it does not run without them."""
     path = write_job(tmp_path, request(conditioning=str(tmp_path / "none")))
     assert run_cli("plan", path, "--validate") == 0
-    assert "to prepare before it runs" in capsys.readouterr().out
+    assert "to prepare before the run" in capsys.readouterr().out
     assert run_cli("run", path, "--executor", "local") == 2
     assert "riskforge prepare" in capsys.readouterr().err
 
