@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -234,9 +235,15 @@ class Corpus:
             JobError: no sample is selected, or two of the runs have different classes, or the same images, as a run and
                 its scores made anew do.
         """
-        from engine.data.reading.webdataset_samples import make_pipeline
+        from engine.data.reading.webdataset_samples import RunSelection, make_pipeline
 
-        return make_pipeline(self._chosen(), decode, options)
+        chosen = self._chosen()
+        runs = []
+        for number, source in enumerate(chosen.runs):
+            keys = frozenset(chosen.run_table(number, ["key"])["key"].to_pylist())
+            rows = chosen.run_table(number).to_pylist() if source.is_rescored and keys else None
+            runs.append(RunSelection(source.tars, keys, rows))
+        return make_pipeline(runs, decode, options)
 
     def to_torch(
         self,
@@ -257,11 +264,32 @@ class Corpus:
                 or no number.
             CorruptShardError: a tar is missing, torn, or lacks an image that the rows tell of.
         """
-        from engine.data.reading.torch_samples import make_samples
+        from engine.data.reading.torch_samples import RunSamples, make_samples
 
         if labels not in ("hard", "soft"):
             raise JobError(f"labels: {labels!r} is not one of hard, soft")
-        return make_samples(self._chosen(), transform, labels, weights)
+        chosen, weigh = self._chosen(), None
+        if weights is not None:
+            chosen = chosen._with_weights(weights)
+            weigh = chosen.numbers(weights, "weights")
+        columns = ["key", "class_index", *(["soft_label"] if labels == "soft" else [])]
+        runs = [
+            RunSamples(source.tars, chosen.run_table(number, columns), None if weigh is None else weigh(number))
+            for number, source in enumerate(chosen.runs)
+        ]
+        return make_samples(runs, chosen.labels, transform, weights)
+
+    def _with_weights(self, weights: str) -> Corpus:
+        """The samples that have a weight; unscored ones have none where the expression uses a score."""
+        weighted = self.has_number(weights, "weights")
+        num_unscored = len(self) - len(weighted)
+        summary = f"weights {weights!r}: {num_unscored} of {len(self)} samples were not scored, such as real images"
+        remedy = "write such as '1 + 3 * (scored and target_errs)' to keep them"
+        if not len(weighted):
+            raise JobError(f"{summary}; {remedy}")
+        if num_unscored:
+            warnings.warn(f"{summary}, and are left out; {remedy}", stacklevel=3)
+        return weighted
 
     def _chosen(self) -> Corpus:
         """The samples, of which there is at least one, of classes that are the same in all runs, each image once."""
