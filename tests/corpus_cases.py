@@ -10,10 +10,11 @@ from typing import Any
 
 from PIL import Image
 
-from engine.data.run.commits import commit_shard
-from engine.data.run.manifest import finalise, mark_success
-from engine.data.run.shards import shard_name, stage_shard
-from engine.data.run.state import open_run
+from engine.data.run.commit_shard import commit_shard
+from engine.data.run.finalise import finalise, mark_success
+from engine.data.run.resume import open_run
+from engine.data.run.shard_writing import stage_shard
+from engine.data.run.shards import shard_name
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.job.plan import Plan, SampleSpec, ShardSpec, build_plan

@@ -17,9 +17,12 @@ from typing import Any
 
 from PIL import Image
 
-from engine.data.run.commits import CommitRecord, commit_shard, list_commits
-from engine.data.run.shards import shard_name, stage_shard
-from engine.data.run.state import open_run
+from engine.data.run.commit_record import CommitRecord
+from engine.data.run.commit_shard import commit_shard
+from engine.data.run.commits import list_commits
+from engine.data.run.resume import open_run
+from engine.data.run.shard_writing import stage_shard
+from engine.data.run.shards import shard_name
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.job.parsing import parse_job

@@ -13,10 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.run.commits import COMMITS, PACKS, compact_commits, list_commits, read_commit, read_commits
+from engine.data.run.commit_packs import PACKS
+from engine.data.run.commit_record import COMMITS
+from engine.data.run.commits import compact_commits, list_commits, read_commit, read_commits
 from engine.data.run.counts import MAX_NAME_CHARS, ShardCounts, count_rows, parse_record_name, record_name
+from engine.data.run.resume import open_run
 from engine.data.run.shards import inspect_pair
-from engine.data.run.state import open_run
 from engine.data.stores.base import STAGING, TORN, Store
 from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError

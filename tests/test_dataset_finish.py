@@ -19,10 +19,12 @@ from engine.data.images import LabelledImage, digits, open_images
 from engine.data.run import manifest as manifest_module
 from engine.data.run.card import code
 from engine.data.run.commits import list_commits
-from engine.data.run.manifest import FinishedRun, finalise, mark_success, software_versions, write_metadata
+from engine.data.run.file_names import SUCCESS
+from engine.data.run.finalise import FinishedRun, finalise, mark_success
+from engine.data.run.manifest import software_versions
+from engine.data.run.metadata_table import write_metadata
 from engine.data.run.schema import arrow_schema
 from engine.data.run.shards import read_shard
-from engine.data.run.state import SUCCESS
 from engine.data.run.summary import count_classes, summarise, summarise_table
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store

@@ -15,15 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.data.run.schema import DESCRIPTIONS, arrow_schema
-from engine.data.run.shards import (
-    IMAGE_FORMATS,
-    ShardFiles,
-    inspect_pair,
-    read_rows,
-    read_shard,
-    read_tar,
-    stage_shard,
-)
+from engine.data.run.shard_writing import stage_shard
+from engine.data.run.shards import IMAGE_FORMATS, ShardFiles, inspect_pair, read_rows, read_shard, read_tar
 from engine.driver.cost import BYTES_PER_PIXEL
 from engine.errors import CorruptShardError, OutputError
 from engine.job.plan import SCHEMA_VERSION

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from engine.data.run.commits import list_commits
-from engine.data.run.state import PLANS, SUCCESS, open_run, read_run
+from engine.data.run.file_names import PLANS, SUCCESS
+from engine.data.run.resume import open_run
+from engine.data.run.stored_plan import read_run
 from engine.data.stores.base import DRIVER_LOCK, LOCKS, STAGING, Store
 from engine.data.stores.folder import FolderStore
 from engine.data.stores.opening import open_store

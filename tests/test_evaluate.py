@@ -23,10 +23,12 @@ import torch
 from engine import cli
 from engine.data.images import ImageSource, LabelledImage, digits
 from engine.data.images.encoding import encode
-from engine.data.run.commits import commit_shard
-from engine.data.run.manifest import finalise
-from engine.data.run.shards import shard_name, stage_shard
-from engine.data.run.state import EVALUATION, open_run
+from engine.data.run.commit_shard import commit_shard
+from engine.data.run.file_names import EVALUATION
+from engine.data.run.finalise import finalise
+from engine.data.run.resume import open_run
+from engine.data.run.shard_writing import stage_shard
+from engine.data.run.shards import shard_name
 from engine.data.stores.base import Store
 from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store

@@ -25,7 +25,8 @@ from engine import cli
 from engine.data.images import LabelledImage, decode_rgb, digits, image_key, open_images
 from engine.data.reading import export as export_module
 from engine.data.reading.deduplicate import near_duplicates
-from engine.data.reading.export import ExportOptions, export
+from engine.data.reading.export import export
+from engine.data.reading.export_options import ExportOptions
 from engine.data.reading.formats import class_folders
 from engine.data.reading.selection import SampleReader
 from engine.data.run import shards

@@ -25,9 +25,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from engine import cli
-from engine.data.run.commits import COMMITS, compact_commits
+from engine.data.run.commit_record import COMMITS
+from engine.data.run.commits import compact_commits
+from engine.data.run.file_names import EVALUATION, MANIFEST, METADATA
 from engine.data.run.schema import arrow_schema
-from engine.data.run.state import EVALUATION, MANIFEST, METADATA
 from engine.data.stores.opening import open_store
 from engine.driver.executors.local import LocalExecutor
 from engine.errors import EXIT_DAMAGED, EXIT_OK, JobError

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from engine.data.images import LabelledImage, Unusable, open_images, some_of
 from engine.data.images.decode import EXTENSIONS, FORMATS
 from engine.data.images.splits import KEYWORDS
-from engine.data.reading.export import ExportOptions, export
+from engine.data.reading.export import export
+from engine.data.reading.export_options import ExportOptions
 from engine.errors import JobError
 from engine.generation.conditioner import _checked_images
 from engine.report.evaluated import _unusable_text

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.data.run.commits import list_commits
-from engine.data.run.manifest import finalise, mark_success
-from engine.data.run.shards import read_rows, read_shard, shard_name, stage_shard
-from engine.data.run.state import open_run, publish_rounds, stored_plan
+from engine.data.run.finalise import finalise, mark_success
+from engine.data.run.resume import open_run
+from engine.data.run.shard_writing import stage_shard
+from engine.data.run.shards import read_rows, read_shard, shard_name
+from engine.data.run.stored_plan import publish_rounds, stored_plan
 from engine.data.run.verify import verify
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store

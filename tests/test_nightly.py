@@ -13,8 +13,9 @@ import yaml
 
 from engine.commands.jobfile import dated, read_job
 from engine.data.images.encoding import DIGITAL_SOURCE_TYPE
+from engine.data.run.resume import as_begun, open_run
 from engine.data.run.shards import read_shard
-from engine.data.run.state import as_begun, open_run, read_run, stored_plan
+from engine.data.run.stored_plan import read_run, stored_plan
 from engine.data.stores.opening import open_store
 from engine.errors import JobError, OutputError
 from engine.job.parsing import parse_job

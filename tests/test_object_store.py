@@ -29,10 +29,12 @@ import pytest
 from botocore.exceptions import EndpointConnectionError
 
 import engine
-from engine.data.run.commits import COMMITS, list_commits, read_commits
+from engine.data.run.commit_record import COMMITS
+from engine.data.run.commits import list_commits, read_commits
+from engine.data.run.file_names import METADATA, SUCCESS
+from engine.data.run.repair import repair
 from engine.data.run.shards import SHARDS, shard_name
-from engine.data.run.state import METADATA, SUCCESS
-from engine.data.run.verify import repair, verify
+from engine.data.run.verify import verify
 from engine.data.stores import object_store
 from engine.data.stores.base import STATE, TORN
 from engine.data.stores.journal import Journal, read_events

@@ -22,7 +22,7 @@ from engine.data.images import digits
 from engine.data.reading.inspection import inspect
 from engine.data.run.counts import is_joint
 from engine.data.run.outcomes import asked_classes, errors, oracle_agreement, target_errs
-from engine.data.run.state import open_run
+from engine.data.run.resume import open_run
 from engine.data.run.summary import summarise
 from engine.data.run.verify import verify
 from engine.data.stores.opening import open_store

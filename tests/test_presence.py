@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from engine.data.run import commits
-from engine.data.run.commits import CommitRecord, compact_commits, recorded_files
+from engine.data.run.commit_record import CommitRecord
+from engine.data.run.commits import compact_commits
 from engine.data.run.counts import ShardCounts, record_name
+from engine.data.run.file_names import SUCCESS
 from engine.data.run.presence import lost_files
-from engine.data.run.state import SUCCESS
+from engine.data.run.recorded_files import recorded_files
 from engine.data.stores.opening import open_store
 from engine.driver.executors.local import LocalExecutor
 from engine.errors import EXIT_OK, CorruptShardError

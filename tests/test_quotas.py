@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from engine.data.run.commits import list_commits
-from engine.data.run.state import open_run, publish_rounds, read_run
+from engine.data.run.resume import open_run
+from engine.data.run.stored_plan import publish_rounds, read_run
 from engine.data.stores.opening import open_store
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.run import run_job

@@ -13,9 +13,10 @@ import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 
+from engine.data.run.repair import repair
+from engine.data.run.resume import open_run
 from engine.data.run.shards import read_shard
-from engine.data.run.state import open_run
-from engine.data.run.verify import repair, verify
+from engine.data.run.verify import verify
 from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store
 from engine.driver.status import read_status

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import engine
-from engine.data.reading.export import ExportOptions, export
+from engine.data.reading.export import export
+from engine.data.reading.export_options import ExportOptions
 from engine.data.reading.inspection import inspect
 from engine.data.run.schema import arrow_schema
 from engine.data.run.shards import read_shard, read_tar

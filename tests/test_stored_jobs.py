@@ -17,7 +17,9 @@ from hypothesis import given, seed, settings
 from pydantic import BaseModel
 
 from engine.commands.jobfile import dated
-from engine.data.run.state import MANIFEST, open_run, read_run, stored_plan
+from engine.data.run.file_names import MANIFEST
+from engine.data.run.resume import open_run
+from engine.data.run.stored_plan import read_run, stored_plan
 from engine.data.stores.opening import open_store
 from engine.errors import JobError
 from engine.job.parsing import parse_job

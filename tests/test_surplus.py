@@ -15,11 +15,13 @@ import pytest
 
 import engine
 from engine.data.images import LabelledImage, Unusable, digits, open_images
-from engine.data.reading.export import ExportOptions, export
+from engine.data.reading.export import export
+from engine.data.reading.export_options import ExportOptions
+from engine.data.run.repair import repair
+from engine.data.run.resume import open_run
 from engine.data.run.shards import read_shard
-from engine.data.run.state import open_run
 from engine.data.run.surplus import surplus_lines
-from engine.data.run.verify import repair, verify
+from engine.data.run.verify import verify
 from engine.data.stores.opening import open_store
 from engine.job.plan import build_plan
 from engine.job.spec import JobSpec

@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
-from engine.data.run.commits import COMMITS, compact_commits, list_commits
-from engine.data.run.verify import repair, verify
+from engine.data.run.commit_record import COMMITS
+from engine.data.run.commits import compact_commits, list_commits
+from engine.data.run.repair import repair
+from engine.data.run.verify import verify
 from engine.data.stores.base import TORN
 from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store

@@ -16,7 +16,7 @@ from engine.terminal import printable
 from engine.terminal import show as print
 
 if TYPE_CHECKING:
-    from engine.data.reading.export import ExportOptions
+    from engine.data.reading.export_options import ExportOptions
     from engine.data.reading.inspection import Inspection
 
 RunsArgument = Annotated[
@@ -135,7 +135,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write the samples of runs that pass a filter as a data set of their own."""
-    from engine.data.reading.export import ExportOptions
+    from engine.data.reading.export_options import ExportOptions
 
     options = ExportOptions(
         output=output,
@@ -157,7 +157,7 @@ def export(
 
 
 def _real_ratio(given: float | None, mix_real: str | None) -> float:
-    from engine.data.reading.export import DEFAULT_REAL_RATIO
+    from engine.data.reading.export_options import DEFAULT_REAL_RATIO
 
     if given is not None and mix_real is None:
         raise JobError("--real-ratio: is for --mix-real; give both, or leave it out")

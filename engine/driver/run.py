@@ -20,22 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.data.run.commits import CommitSummary, list_commits, read_commits
-from engine.data.run.manifest import FinishedRun, finalise, mark_success, software_versions
+from engine.data.run.file_names import MANIFEST, METADATA, REPORT, SUCCESS
+from engine.data.run.finalise import FinishedRun, finalise, mark_success
+from engine.data.run.foreign_files import check_unused
+from engine.data.run.manifest import software_versions
+from engine.data.run.manifest_reading import read_manifest
 from engine.data.run.output_folder import check_output
 from engine.data.run.presence import check_committed, is_closed, lost_files
-from engine.data.run.state import (
-    MANIFEST,
-    METADATA,
-    QUARANTINE,
-    REPORT,
-    SUCCESS,
-    as_begun,
-    check_unused,
-    find_plan,
-    open_run,
-    quarantined_shards,
-    read_manifest,
-)
+from engine.data.run.quarantine import QUARANTINE, quarantined_shards
+from engine.data.run.resume import as_begun, find_plan, open_run
 from engine.data.stores.base import Store
 from engine.data.stores.file_errors import is_no_file
 from engine.data.stores.journal import Journal
@@ -116,7 +109,7 @@ def run_job(
 
     Args:
         executor: where workers live; it is closed in the end, whatever happens.
-        resume: `auto`, `never` or `overwrite`, as in `engine.data.run.state.open_run`.
+        resume: `auto`, `never` or `overwrite`, as in `engine.data.run.resume.open_run`.
         confirmed: whether removing an earlier run was agreed to.
         make_worker: builds a worker in its process; `engine.generation.worker.Worker` when not given. Picklable.
         rules: when patience ends; its deadline is on the clock of `time.monotonic`.

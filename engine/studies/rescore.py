@@ -21,20 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.data.run.commits import CommitSummary, list_commits
-from engine.data.run.manifest import software_versions, write_metadata
+from engine.data.run.file_names import MANIFEST, METADATA, PLANS, RESCORED, RESCORED_FROM, RESCORING, SUCCESS
+from engine.data.run.manifest import software_versions
+from engine.data.run.manifest_reading import read_manifest
+from engine.data.run.metadata_table import write_metadata
 from engine.data.run.schema import arrow_schema
 from engine.data.run.shards import ROWS_PER_GROUP, SHARDS, read_rows, read_shard, shard_name
-from engine.data.run.state import (
-    MANIFEST,
-    METADATA,
-    PLANS,
-    RESCORED,
-    RESCORED_FROM,
-    RESCORING,
-    SUCCESS,
-    read_manifest,
-    stored_plan,
-)
+from engine.data.run.stored_plan import stored_plan
 from engine.data.run.summary import count_classes, count_requests, plain, summarise
 from engine.data.run.surplus import quotas_of
 from engine.data.stores.base import Store

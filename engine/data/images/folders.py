@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from engine.data.images.decode import EXTENSIONS, UnusableImageError, check_bytes, open_image
+from engine.data.images.class_folders import ClassReader
+from engine.data.images.decode import EXTENSIONS
 from engine.data.images.file_tree import Entry, list_files
-from engine.data.images.findings import Found, ImageSource, Unusable, make_finding, unusable
+from engine.data.images.findings import ImageSource, Unusable, unusable
 from engine.data.images.ignored import why_ignored
 from engine.data.images.labelling import Labelling
 from engine.data.images.listings import NAMES, Listings, key_of
 from engine.data.images.parquet_files import has_images, parquet
+from engine.data.images.run_surplus import ROWS, SHARDS, SURPLUS
 from engine.data.images.splits import (
     card_class_names,
     configurations_of,
@@ -24,7 +25,7 @@ from engine.data.images.splits import (
     read_splits,
     split_of,
 )
-from engine.data.images.webdataset_tars import ROWS, SHARDS, SURPLUS, webdataset
+from engine.data.images.webdataset_tars import webdataset
 from engine.errors import JobError
 
 KIND = "a folder by class"
@@ -188,7 +189,7 @@ class _Folder:
             one.parts[len(home)] for one in files if one.parts[: len(home)] == home and len(one.parts) > len(home) + 1
         }
         labelling.settle(listings.texts() if listings.listed else folders)
-        reader = _ClassReader(self._root, home, labelling, listings)
+        reader = ClassReader(self._root, home, labelling, listings)
         items = [partial(reader.read, one) for one in files]
         source = ImageSource(KIND, len(items), (partial(iter, items),))
         there = {key_of(one.place) for one in files}
@@ -243,53 +244,6 @@ class _Folder:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class _ClassReader:
-    """Reads the files of class folders.
-
-    Attributes:
-        home: names of the folders that hold the class folders.
-    """
-
-    root: Path
-    home: tuple[str, ...]
-    labelling: Labelling
-    listings: Listings
-
-    def read(self, entry: Entry) -> Found:
-        """A file as an image with its class, or why it is none."""
-        if problem := self.listings.problems.get(entry.place, ""):
-            return unusable(entry.place, problem)
-        data = partial(_file_bytes, self.root / entry.place)
-        if entry.extension not in EXTENSIONS and (problem := _why_no_image(data)):
-            return unusable(entry.place, problem)
-        return make_finding(entry.place, partial(self._class_of, entry), data)
-
-    def _class_of(self, entry: Entry) -> int:
-        folders = entry.parts[len(self.home) : -1] if entry.parts[: len(self.home)] == self.home else ()
-        if self.listings.listed:
-            return self._listed_class(entry, folders)
-        if not folders:
-            raise UnusableImageError("has no label: it lies in no class folder")
-        found = self.labelling.of_text(folders[0])
-        for inner in folders[1:]:
-            self._check_same(found, inner, f"lies in folders of two classes, '{folders[0]}' and '{inner}'")
-        return found
-
-    def _listed_class(self, entry: Entry, folders: Sequence[str]) -> int:
-        """The class that a listing gives; a folder that names another class makes it doubtful."""
-        if key_of(entry.place) not in self.listings.listed:
-            raise UnusableImageError("has no label: it is not in the list of labels beside it (metadata)")
-        found = self.listings.class_of(entry.place, self.labelling)
-        for folder in folders:
-            self._check_same(found, folder, f"has two labels: that of its list, and its folder '{folder}'")
-        return found
-
-    def _check_same(self, found: int, folder: str, reason: str) -> None:
-        if self.labelling.is_class(folder) and found not in self.labelling.classes_of(folder):
-            raise UnusableImageError(reason)
-
-
 def _is_own(entries: Sequence[Entry]) -> bool:
     """Whether the engine wrote a folder: a run, finished or not, or an export."""
     has_shards = any(one.parts[0] == SHARDS and one.extension == "tar" for one in entries)
@@ -304,19 +258,3 @@ def _beside(entries: Iterable[Entry], what: str) -> list[Unusable]:
         unusable(one.place, f"lies beside {what}, which are read{remedy if one.extension in _DATA else ''}")
         for one in entries
     ]
-
-
-def _why_no_image(data: Callable[[], bytes]) -> str:
-    """Why a file of any name is no image; empty where it is one, or where reading it tells."""
-    try:
-        with open_image(data()):
-            return ""
-    except UnusableImageError as error:
-        return str(error)
-    except OSError:
-        return ""
-
-
-def _file_bytes(file: Path) -> bytes:
-    check_bytes(file.stat().st_size)
-    return file.read_bytes()

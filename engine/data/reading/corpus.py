@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from engine.data.reading.filters import FLAG, NUMBER, TEXT, Vocabulary, compile_filter, compile_number
+from engine.data.reading.row_datasets import rows_dataset, unified_schema, with_scored
 from engine.data.reading.source import RunSource, open_source, readable
-from engine.data.run.outcomes import scored_rows
-from engine.data.run.schema import arrow_schema, check_rows
+from engine.data.run.schema import check_rows
 from engine.errors import JobError
-from engine.job.records import RUN_FIELDS, fields_of
 from engine.job.spec_messages import nearest
 
 if TYPE_CHECKING:
@@ -68,8 +65,8 @@ class Corpus:
         self.conditions: tuple[str, ...] = ()
         self._expression: Expression | None = None
         self._has_images = False
-        self._schema = _unified(sources)
-        self._datasets = tuple(_dataset(source, self._schema) for source in sources)
+        self._schema = unified_schema(sources)
+        self._datasets = tuple(rows_dataset(source, self._schema) for source in sources)
 
     # What is in it -------------------------------------------------------------------------------------------------
 
@@ -198,7 +195,7 @@ class Corpus:
         with readable(self.runs[number].uri):
             table = self._datasets[number].to_table(columns=wanted, filter=self._expression)
         check_rows(table, self.runs[number].uri, is_foreign=True)
-        return table if columns is not None else _with_scored(table)
+        return table if columns is not None else with_scored(table)
 
     def numbers(self, expression: str, option: str) -> Callable[[int], Any]:
         """For a run's number the values of an expression of numbers, one a row, as a numpy array.
@@ -329,74 +326,6 @@ class Corpus:
             raise JobError(f"columns: there is no column '{name}'{nearest(name, self.columns)}") from None
         assert found is not None and found.kind in (NUMBER, TEXT, FLAG), "derived names are never lists"
         return found.expression
-
-
-def _with_scored(table: pa.Table) -> pa.Table:
-    """Rows of any schema version with `scored` filled in."""
-    import pyarrow as pa
-
-    place = table.column_names.index("scored")
-    return table.set_column(place, table.schema.field(place), pa.array(scored_rows(table)))
-
-
-def _unified(sources: tuple[RunSource, ...]) -> pa.Schema:
-    """The columns of all runs; nullable, as earlier schema versions lack some.
-
-    Those are there nevertheless, so that a filter means the same for every run; what any run should have is not.
-    """
-    import pyarrow as pa
-
-    found = [source.schema() for source in sources]
-    kept = arrow_schema(surplus=True)
-    there = {name for schema in found for name in schema.names}
-    always = fields_of(1).keys() | RUN_FIELDS.keys()
-    fields = [field.with_nullable(True) for field in kept if field.name in there or field.name not in always]
-    names = {field.name for field in fields}
-    for schema in found:
-        for one in schema:
-            if one.name not in names:
-                fields.append(one.with_nullable(True))
-                names.add(one.name)
-    return pa.schema(fields)
-
-
-def _dataset(source: RunSource, schema: pa.Schema) -> Dataset:
-    import pyarrow.dataset
-
-    with readable(source.uri):
-        files = source.rows_files()
-        if source.surplus is not None:
-            flags = [source.surplus.get(str(row)) for row in source.rows]
-            return _marked(list(zip(files, flags, strict=True)), schema)
-        return pyarrow.dataset.dataset([str(path) for path in files], schema=schema, format="parquet")
-
-
-def _marked(rows: Sequence[tuple[Path, Sequence[bool] | None]], schema: pa.Schema) -> Dataset:
-    """Rows of shards, which have no column `surplus`, with it.
-
-    It is a constant of the files that have no surplus; the few others are held in memory.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.dataset
-    import pyarrow.fs
-    import pyarrow.parquet as pq
-
-    form, files = pyarrow.dataset.ParquetFileFormat(), pyarrow.fs.LocalFileSystem()
-    within = pc.field("surplus") == pc.scalar(False)
-    parts: list[Dataset] = []
-    for has_surplus, some in itertools.groupby(rows, key=lambda row: row[1] is not None):
-        if not has_surplus:
-            one = [form.make_fragment(str(path), files, partition_expression=within) for path, _ in some]
-            parts.append(pyarrow.dataset.FileSystemDataset(one, schema, form, files))
-            continue
-        for path, flags in some:
-            table = pq.read_table(path, partitioning=None).append_column("surplus", pa.array(flags))
-            missing = [name for name in schema.names if name not in table.column_names]
-            for name in missing:
-                table = table.append_column(name, pa.nulls(len(table), schema.field(name).type))
-            parts.append(pyarrow.dataset.dataset(table.select(schema.names).cast(schema)))
-    return pyarrow.dataset.dataset(parts)
 
 
 def _refuse_labels(one: RunSource, other: RunSource) -> NoReturn:

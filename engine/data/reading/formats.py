@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.data.run.commits import CommitSummary
-from engine.data.run.manifest import IndexEntry, write_index_files, write_metadata
+from engine.data.run.file_names import CLASSES, METADATA
+from engine.data.run.metadata_table import write_metadata
+from engine.data.run.reader_indexes import IndexEntry, write_index_files
 from engine.data.run.schema import arrow_schema
-from engine.data.run.shards import SHARDS, discard, shard_name, stage_shard
-from engine.data.run.state import CLASSES, METADATA
+from engine.data.run.shard_writing import discard, stage_shard
+from engine.data.run.shards import SHARDS, shard_name
 from engine.data.stores.base import STATE, Store
 from engine.data.stores.file_errors import explained
 from engine.errors import JobError

@@ -14,18 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.data.run.commits import list_commits
+from engine.data.run.file_names import MANIFEST, METADATA, RESCORED_FROM, SUCCESS
+from engine.data.run.manifest_reading import read_manifest
 from engine.data.run.schema import REQUIRED
 from engine.data.run.shards import SHARDS, file_digest, shard_name
-from engine.data.run.state import (
-    MANIFEST,
-    METADATA,
-    RESCORED_FROM,
-    SUCCESS,
-    StoredRun,
-    read_manifest,
-    read_run,
-    stored_plan,
-)
+from engine.data.run.stored_plan import StoredRun, read_run, stored_plan
 from engine.data.run.surplus import MARKED, Surplus, quotas_of
 from engine.data.stores.base import Store, StoredFile
 from engine.data.stores.opening import open_store

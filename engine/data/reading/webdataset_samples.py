@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from engine.data.images.decode import MAX_SAMPLE_PIXELS, UnusableImageError, open_image
-from engine.data.run.shards import IMAGE_FORMATS, record_json
+from engine.data.run.shard_writing import record_json
+from engine.data.run.shards import IMAGE_FORMATS
 from engine.data.run.tar_index import RECORD
 from engine.data.stores.base import StoredFile
 from engine.errors import CorruptShardError

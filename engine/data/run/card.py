@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from engine.data.run.card_loading import loading_section
+from engine.data.run.file_names import SURPLUS_LIST
 from engine.data.run.schema import DESCRIPTIONS, arrow_schema, tar_features
-from engine.data.run.state import SURPLUS_LIST
 from engine.data.run.summary import GroupSummary, Spread
 from engine.job.spec import ConditioningSpec, JobSpec, RequestSpec
 from engine.models.licences import UNKNOWN

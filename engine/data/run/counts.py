@@ -18,6 +18,7 @@ from typing import Any
 
 from engine.job.plan import JOINT_CODE
 from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED
+from engine.job.spec import JobSpec
 
 MAX_NAME_CHARS = 200
 MANY = "many"
@@ -80,6 +81,11 @@ def count_rows(rows: Iterable[dict[str, Any]]) -> ShardCounts:
         accepted=classes.total(),
         accepted_per_class=dict(sorted(classes.items())),
     )
+
+
+def num_stored(job: JobSpec, counts: ShardCounts) -> int:
+    """Images in a shard's tar: those of rejected samples too, where the job stores them."""
+    return counts.ok + (counts.rejected if job.output.store_rejected else 0)
 
 
 def record_name(number: int, counts: ShardCounts) -> str:

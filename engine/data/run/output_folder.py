@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from engine.data.run.state import PLANS, SUCCESS, check_unused
+from engine.data.run.file_names import PLANS, SUCCESS
+from engine.data.run.foreign_files import check_unused
 from engine.data.stores.base import Store
 from engine.data.stores.folder import FolderStore
 from engine.errors import OutputError

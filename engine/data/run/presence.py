@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from engine.data.run.commits import recorded_files
-from engine.data.run.shards import SHARDS
-from engine.data.run.state import (
+from engine.data.run.file_names import (
     CARD,
     MANIFEST,
     METADATA,
@@ -17,8 +15,10 @@ from engine.data.run.state import (
     SURPLUS_LIST_SINCE,
     TIMM_INFO,
     WIDS_INDEX,
-    read_manifest,
 )
+from engine.data.run.manifest_reading import read_manifest
+from engine.data.run.recorded_files import recorded_files
+from engine.data.run.shards import SHARDS
 from engine.data.stores.base import Store
 from engine.data.stores.file_errors import is_no_file
 from engine.errors import CorruptShardError, OutputError, RiskforgeError

@@ -1,4 +1,4 @@
-"""Is a run whole? Every committed byte is read and held against its record and the plan. And what to do if not."""
+"""Is a run whole? Every committed byte is read and compared with its record and the plan."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engine.data.run.commits import CommitRecord, forget_commit, inspect_records
+from engine.data.run.commit_record import CommitRecord
+from engine.data.run.commits import inspect_records
 from engine.data.run.counts import ShardCounts
+from engine.data.run.file_names import CARD, METADATA, REPORT, SUCCESS, SURPLUS_LIST
 from engine.data.run.presence import torn_files
-from engine.data.run.shards import SHARDS, file_digest, inspect_pair, read_rows, shard_name
-from engine.data.run.state import CARD, METADATA, REPORT, SUCCESS, SURPLUS_LIST, quarantined_shards, stored_plan
+from engine.data.run.quarantine import quarantined_shards
+from engine.data.run.shards import SHARDS, file_digest, inspect_pair, read_rows
+from engine.data.run.stored_plan import stored_plan
 from engine.data.run.surplus import surplus_lines
 from engine.data.stores.base import TORN, Store
 from engine.data.stores.file_errors import is_no_file, shown
@@ -56,14 +59,6 @@ class Verdict:
     def damage(self) -> tuple[Finding, ...]:
         """The findings that are damage."""
         return tuple(one for one in self.findings if one.kind == "damage")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Repaired:
-    """What `repair` did, in words, and the shards that have to be made again."""
-
-    actions: tuple[str, ...]
-    to_make: tuple[int, ...]
 
 
 def verify(store: Store, advance: Callable[[str], None] = lambda text: None) -> Verdict:
@@ -137,7 +132,7 @@ def check_shard(plan: Plan, record: CommitRecord | CorruptShardError, pair: list
             raise CorruptShardError(f"{shown(path)}: is not the file that was committed (checksum or size)")
     if found.counts != record.counts:
         raise CorruptShardError(f"{shown(parquet)}: holds other counts than its record")
-    _check_samples(plan, record.shard, parquet)
+    check_samples(plan, record.shard, parquet)
     return found.counts
 
 
@@ -151,7 +146,7 @@ def _check_planned(plan: Plan, record: CommitRecord) -> None:
         raise CorruptShardError(f"shard {record.shard}: was made by another plan")
 
 
-def _check_samples(plan: Plan, number: int, parquet: Path) -> None:
+def check_samples(plan: Plan, number: int, parquet: Path) -> None:
     """Keys and seeds are those that the plan has, in the run's schema version."""
     rows = list(read_rows(parquet, ["key", "seed", "schema_version"]))
     if [(row["key"], row["seed"]) for row in rows] != [(one.key, one.seed) for one in plan.samples(plan.shard(number))]:
@@ -250,60 +245,3 @@ def _count_metadata(store: Store) -> int | None:
         return sum(pq.read_metadata(one).num_rows for one in paths)
     except (OSError, pa.ArrowException):
         return None
-
-
-def repair(store: Store, advance: Callable[[str], None] = lambda text: None) -> Repaired:
-    """Take out what is damaged, so that the next run makes it again; nothing that is whole is touched.
-
-    Whoever calls this holds the lease.
-
-    Side effects: moves files of damaged shards under `_state/torn`, removes their records, `_SUCCESS` if anything was
-        damaged, and what dead processes left unfinished.
-    """
-    job, plan = stored_plan(store)
-    store.clean_staging()
-    actions: list[str] = []
-    to_make: list[int] = []
-    for finding in verify(store, advance).findings:
-        if finding.kind == "damage" and finding.shard is not None:
-            actions += _take_out(store, job, finding)
-            to_make.append(finding.shard)
-        elif finding.kind == "damage":
-            actions.append(f"to be written anew: {finding.text}")
-        elif finding.shard is not None and not _is_whole(store, job, plan, finding.shard):
-            actions += _set_aside(store, job, finding.shard)
-    if actions:
-        store.remove(SUCCESS)
-    return Repaired(actions=tuple(actions), to_make=tuple(to_make))
-
-
-def _take_out(store: Store, job: JobSpec, finding: Finding) -> Iterator[str]:
-    assert finding.shard is not None
-    yield f"taken out: {finding.text}"
-    yield from _set_aside(store, job, finding.shard)
-    for name in forget_commit(store, finding.shard):
-        yield f"record removed: {name}"
-
-
-def _set_aside(store: Store, job: JobSpec, number: int) -> Iterator[str]:
-    for kind in ("tar", "parquet"):
-        name = f"{SHARDS}/{shard_name(job.name, number)}.{kind}"
-        if store.exists(name):
-            store.set_aside(name)
-            yield f"moved to {TORN}: {name}"
-
-
-def _is_whole(store: Store, job: JobSpec, plan: Plan, number: int) -> bool:
-    """Whether files without a record could be adopted, or belong to a shard in quarantine that has none."""
-    names = [f"{SHARDS}/{shard_name(job.name, number)}.{kind}" for kind in ("tar", "parquet")]
-    if not any(map(store.exists, names)):
-        return True
-    try:
-        tar, parquet = store.fetch_each(names)
-        inspect_pair(tar, parquet)
-        _check_samples(plan, number, parquet)
-    except StoreLostError:
-        raise
-    except (CorruptShardError, OutputError, IndexError):
-        return False
-    return True

@@ -19,8 +19,9 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from engine.data.images import LabelledImage, Unusable, UnusableImageError, decode_sample, nothing_usable, open_images
+from engine.data.run.file_names import EVALUATION, MANIFEST, METADATA, REPORT
+from engine.data.run.manifest_reading import read_manifest
 from engine.data.run.outcomes import asked_classes, target_errs
-from engine.data.run.state import EVALUATION, MANIFEST, METADATA, REPORT, read_manifest
 from engine.data.stores.base import STATE, Store
 from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store, refuse_objects

@@ -1,0 +1,149 @@
+"""Committing a shard: its files are published first, its record last (contract: commit).
+
+Files without a record are checked: a pair that is whole is adopted, whoever made it; anything else is moved aside. The
+record always describes the published files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+from engine.data.run.commit_record import CommitRecord, file_pair, parse_record
+from engine.data.run.commits import read_commit
+from engine.data.run.shard_writing import discard
+from engine.data.run.shards import ShardFiles, file_digest, inspect_pair, read_rows
+from engine.data.stores.base import Store
+from engine.data.stores.file_errors import explained, shown
+from engine.errors import CorruptShardError, RiskforgeError
+from engine.job.plan import ShardSpec
+
+NUM_LOCKS = 64
+
+# Pauses of whoever lost a race for a shard's files, in seconds, at least.
+RACE_WAITS = (0.1, 0.4, 1.5)
+
+
+class RacedError(CorruptShardError):
+    """Another process put a file where this one had just moved one away."""
+
+
+def commit_shard(
+    store: Store,
+    plan_digest: str,
+    shard: ShardSpec,
+    shard_name: str,
+    staged: ShardFiles,
+    attempt: int,
+    worker: str,
+    timing: dict[str, float],
+    screening: list[list[int]] | None = None,
+) -> CommitRecord:
+    """Publish a staged shard and create its commit record, or adopt what is published already.
+
+    Returns:
+        The record as it stands in the store. It tells of the published files, which another try may have made.
+
+    Raises:
+        OutputError: the store refuses.
+        CorruptShardError: the shard was committed before and its files are not what the record says.
+        ValueError: the staged files do not hold the samples of the shard.
+
+    Side effects:
+        Removes the staged files once the record stands.
+    """
+    if staged.counts.attempted != shard.num_samples:
+        raise ValueError(f"shard {shard.number}: {staged.counts.attempted} samples staged of {shard.num_samples}")
+    own = CommitRecord(
+        shard=shard.number,
+        name=shard_name,
+        plan_digest=plan_digest,
+        request=shard.request,
+        start=shard.start,
+        stop=shard.stop,
+        attempt=attempt,
+        worker=worker,
+        timing=timing,
+        screening=screening or [],
+        **_about(staged),
+    )
+    with store.lock(f"shard-{shard.number % NUM_LOCKS:02d}"):
+        record = _settle_in_turn(store, own, staged)
+    discard(staged)
+    return record
+
+
+def _settle_in_turn(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord:
+    """As `_settle`; again where another process, which no lock keeps away, moved or put files in the middle of it."""
+    for wait in RACE_WAITS:
+        try:
+            return _settle(store, own, staged)
+        except RiskforgeError as error:
+            if not isinstance(error, RacedError) and not isinstance(error.__cause__, FileNotFoundError):
+                raise
+        time.sleep(wait * (1 + random.random()))
+    return _settle(store, own, staged)
+
+
+def _settle(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord:
+    """Bring the files and the record of a shard to their final state."""
+    tar, parquet = file_pair(own.name)
+    if (store.exists(tar) or store.exists(parquet)) and (earlier := read_commit(store, own.shard)):
+        _check_committed(store, earlier, own, staged)
+        return earlier
+    # Both are published, whatever the first answers: a free name is filled, a taken one is looked at below.
+    is_own = [store.publish(tar, staged.tar), store.publish(parquet, staged.parquet)]
+    record = own if all(is_own) else _adopt(store, own, staged)
+    if not store.publish(record.file_name, record.to_json().encode()):
+        record = parse_record(record.file_name, store.read(record.file_name))
+        _check_committed(store, record, own, staged)
+    return record
+
+
+def _adopt(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord:
+    """Record what is published if it is whole and of this shard, otherwise put the staged files in its place."""
+    tar, parquet = file_pair(own.name)
+    try:
+        found = inspect_pair(store.fetch(tar), store.fetch(parquet))
+        if _identity(found.parquet) != _identity(staged.parquet):
+            raise CorruptShardError(f"{shown(found.parquet)}: holds other samples than shard {own.shard} of this plan")
+    except CorruptShardError:
+        store.set_aside(tar)
+        store.set_aside(parquet)
+        for name, data in ((tar, staged.tar), (parquet, staged.parquet)):
+            if not store.publish(name, data):
+                raise RacedError(f"{store.address(name)}: written by two processes at once; run again") from None
+        return own
+    if found.parquet_sha256 == own.parquet_sha256:
+        return own
+    first = next(read_rows(found.parquet, ["attempt", "worker"]))
+    return dataclasses.replace(own, **first, timing={}, **_about(found))
+
+
+def _check_committed(store: Store, record: CommitRecord, own: CommitRecord, staged: ShardFiles) -> None:
+    """Check the published files against the record; a lost file that was made again byte for byte is put back."""
+    told = ((record.tar_sha256, own.tar_sha256), (record.parquet_sha256, own.parquet_sha256))
+    for name, data, (wanted, made) in zip(file_pair(record.name), (staged.tar, staged.parquet), told, strict=True):
+        where = store.address(name)
+        if not store.exists(name) and made == wanted:
+            store.publish(name, data)
+        if not store.exists(name):
+            raise CorruptShardError(f"{where}: is missing, but shard {record.shard} is committed; restore the file")
+        with explained(where):
+            digest = file_digest(store.fetch(name), "sha256")
+        if digest != wanted:
+            raise CorruptShardError(f"{where}: is not the file that was committed (checksum {digest[:12]}); restore it")
+
+
+def _about(files: ShardFiles) -> dict[str, Any]:
+    """The part of a record that tells of the files."""
+    names = ("counts", "tar_sha256", "tar_md5", "tar_bytes", "parquet_sha256", "parquet_bytes")
+    return {name: getattr(files, name) for name in names}
+
+
+def _identity(parquet: Path) -> list[dict[str, Any]]:
+    """Which samples a parquet tells of: their keys and seeds."""
+    return list(read_rows(parquet, ["key", "seed"]))

@@ -1,0 +1,210 @@
+"""The plan files of an output: reading, checking and extending the stored plan.
+
+`_state/plan/000000.json` holds the plan's digest, identity, schema version, job and first stage; every time the counts
+grew, the next number holds the job and the stage that was added. Rounds of quotas are stages, too; their files hold no
+job.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from engine.data.run.file_names import PLANS
+from engine.data.run.manifest_reading import check_kind
+from engine.data.stores.base import Store
+from engine.errors import MAX_REASON_CHARS, JobError, OutputError, OwnedError
+from engine.job.parsing import parse_job
+from engine.job.plan import EVERY_CELL, Cell, Extent, Plan, RequestPlan
+from engine.job.records import fields_of
+from engine.job.spec import JobSpec
+from engine.methods.strict_json import parse_json
+
+PLAN_VERSION = 1
+# Samples of a request over all of its classes, at most: more is no plan of ours.
+MAX_POSITIONS = 10**15
+
+OTHER_OUTPUT = "or choose another --output"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRun:
+    """What an output says of itself.
+
+    Attributes:
+        job: the job as it was last extended, as plain data.
+        stages: what was planned, one list of extents for each time that the job was extended.
+        schema_version: of the columns of its shards, those that are still to be made too.
+    """
+
+    digest: str
+    identity: dict[str, Any]
+    job: dict[str, Any]
+    stages: tuple[tuple[Extent, ...], ...]
+    schema_version: int
+
+
+def read_run(store: Store) -> StoredRun | None:
+    """What an output says of itself, or None where no run has begun in it.
+
+    Raises:
+        OutputError: a plan file that cannot be read.
+    """
+    names = store.list(PLANS)
+    if not names:
+        return None
+    files = [_read_plan_file(store, name) for name in names]
+    stages = tuple(tuple(_extent(extent) for extent in file["stage"]) for file in files)
+    first, job = files[0], [file["job"] for file in files if "job" in file][-1:]
+    if "identity" not in first or not job:
+        raise OutputError(f"{store.address(PLANS)}: the first part of the plan is missing; restore it, {OTHER_OUTPUT}")
+    return StoredRun(
+        digest=first["digest"],
+        identity=first["identity"],
+        job=job[0],
+        stages=stages,
+        schema_version=first["schema_version"],
+    )
+
+
+def read_digest(store: Store) -> str | None:
+    """The digest of the plan of an output, or None where no run has begun in it.
+
+    Raises:
+        OutputError: a plan file that cannot be read.
+    """
+    first = f"{PLANS}/{0:06d}.json"
+    return str(_read_plan_file(store, first)["digest"]) if store.exists(first) else None
+
+
+def publish_rounds(store: Store, plan: Plan, extents: tuple[Extent, ...]) -> Plan:
+    """Add rounds of quotas to the plan of an output: they are there before any of their shards is.
+
+    Each is a stage of its own: rounds follow from what is committed, but how many are due at a time depends on who was
+    quicker. One that a driver added that had lost the run and did not know it yet is ours, too.
+
+    Raises:
+        OwnedError: another driver has added another round in the meantime.
+    """
+    for extent in extents:
+        file = {
+            "plan_version": PLAN_VERSION,
+            "schema_version": plan.schema_version,
+            "digest": plan.digest,
+            "stage": [dataclasses.asdict(extent)],
+        }
+        name, data = f"{PLANS}/{len(plan.stages):06d}.json", json.dumps(file, indent=1).encode()
+        if not store.publish(name, data) and store.read(name) != data:
+            raise OwnedError(f"output {store.uri}: another driver has taken this run over")
+        plan = plan.grown((extent,))
+    return plan
+
+
+def stored_plan(store: Store) -> tuple[JobSpec, Plan]:
+    """Job and plan of a run as its output has them; classes are called by their numbers.
+
+    Raises:
+        OutputError: there is no run, or its plan cannot be read.
+    """
+    stored = read_run(store)
+    if stored is None:
+        check_kind(store)
+        raise OutputError(f"{store.uri}: there is no run; give the folder of one")
+    try:
+        job = parse_job(stored.job | {"output": {"provenance": False} | stored.job["output"] | {"uri": store.uri}})
+        requests = tuple(
+            RequestPlan(
+                number=number,
+                spec=spec,
+                job_name=job.name,
+                job_seed=job.seed,
+                cells=tuple(map(_cell, raw["classes"])),
+            )
+            for number, (spec, raw) in enumerate(zip(job.requests, stored.identity["requests"], strict=True))
+        )
+        plan = Plan(requests, stored.identity, stored.stages, stored.schema_version)
+        _check_extents(plan)
+    except UNREADABLE_ERRORS as error:
+        raise unreadable_plan(store.address(PLANS), error) from error
+    return job, plan
+
+
+# What reading a plan raises that no version of this program wrote.
+UNREADABLE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, JobError)
+
+
+def unreadable_plan(where: str, error: Exception) -> OutputError:
+    reason = "; ".join(error.problems) if isinstance(error, JobError) else str(error)
+    return OutputError(
+        f"{where}: cannot be read as the plan of a run ({reason[:MAX_REASON_CHARS]}); use the version that wrote it,"
+        f" {OTHER_OUTPUT}"
+    )
+
+
+def _check_extents(plan: Plan) -> None:
+    """Refuse extents of requests and classes that the plan does not have.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for one in plan.extents:
+        if not 0 <= one.request < len(plan.requests):
+            raise ValueError(f"request {one.request} is not in the job")
+        if not EVERY_CELL <= one.cell < len(plan.requests[one.request].cells):
+            raise ValueError(f"request {one.request} has no class {one.cell}")
+
+
+def _cell(classes: Any) -> Cell:
+    """The classes of a request's cell from a file; they are called by their numbers.
+
+    Raises:
+        ValueError: they are no numbers of classes.
+    """
+    if not isinstance(classes, list) or any(type(one) is not int or one < 0 for one in classes):
+        raise ValueError(f"{classes!r} are not numbers of classes")
+    return Cell(classes=tuple(classes), names=tuple(map(str, classes)))
+
+
+def _extent(raw: dict[str, Any]) -> Extent:
+    """An extent from a file.
+
+    Raises:
+        ValueError: its numbers are none, or mean nothing.
+        TypeError: it has other fields.
+    """
+    extent = Extent(**raw)
+    if any(type(one) is not int for one in dataclasses.astuple(extent)):
+        raise ValueError(f"{raw} has fields that are not whole numbers")
+    if not 0 <= extent.start <= extent.stop <= MAX_POSITIONS or extent.samples_per_shard < 1:
+        raise ValueError(f"{raw} is not a part of a sequence")
+    return extent
+
+
+def _read_plan_file(store: Store, name: str) -> dict[str, Any]:
+    try:
+        file = parse_json(store.read(name))
+        if file["plan_version"] != PLAN_VERSION:
+            raise ValueError(f"version {file['plan_version']}")
+        for extent in file["stage"]:
+            _extent(extent)
+        wanted = ("digest", "stage", *(("identity", "job") if name == f"{PLANS}/{0:06d}.json" or "job" in file else ()))
+        # Plans of version 1 do not say so.
+        fields_of(version := file.get("schema_version", 1))
+        return {key: file[key] for key in wanted} | {"schema_version": version}
+    except UNREADABLE_ERRORS as error:
+        raise unreadable_plan(store.address(name), error) from error
+
+
+def publish_stage(store: Store, plan: Plan, job: JobSpec, number: int, stage: tuple[Extent, ...]) -> bool:
+    file = {
+        "plan_version": PLAN_VERSION,
+        "schema_version": plan.schema_version,
+        "digest": plan.digest,
+        "identity": plan.identity,
+        "job": job.model_dump(mode="json"),
+        "stage": [dataclasses.asdict(extent) for extent in stage],
+    }
+    text = json.dumps(file, indent=1, ensure_ascii=False, allow_nan=False)
+    return store.publish(f"{PLANS}/{number:06d}.json", text.encode())
