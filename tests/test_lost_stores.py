@@ -20,7 +20,7 @@ import urllib3.exceptions
 from fsspec.exceptions import FSTimeoutError
 from gcsfs.retry import ChecksumError, HttpError
 
-from engine.data.stores import store as store_module
+from engine.data.stores import file_errors
 from engine.data.stores.folder import FolderStore
 from engine.data.stores.object_errors import may_pass, remedy
 from engine.data.stores.opening import open_store
@@ -39,7 +39,7 @@ def test_an_error_of_the_system_is_lost_or_to_be_mended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """Every error number, from the call that publishes: its exit code, and one sentence with the path."""
-    monkeypatch.setattr(store_module, "LOST_WAITS", (0.0,))
+    monkeypatch.setattr(file_errors, "LOST_WAITS", (0.0,))
     store = open_store(str(tmp_path / "run"))
     store.publish("there", b"")
     calls = failing(monkeypatch, "link", number, times=10)
@@ -90,7 +90,7 @@ def test_a_file_system_that_is_away_for_a_while_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str
 ) -> None:
     """Each method does what it would, and none takes what it cannot look at for what is not there."""
-    monkeypatch.setattr(store_module, "LOST_WAITS", (0.0,) * 4)
+    monkeypatch.setattr(file_errors, "LOST_WAITS", (0.0,) * 4)
     store = open_store(str(tmp_path))
     assert isinstance(store, FolderStore)
     (tmp_path / "there").write_bytes(b"0")

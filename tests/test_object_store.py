@@ -35,7 +35,7 @@ from engine.data.run.file_names import METADATA, SUCCESS
 from engine.data.run.repair import repair
 from engine.data.run.shards import SHARDS, shard_name
 from engine.data.run.verify import verify
-from engine.data.stores import object_store
+from engine.data.stores import object_appends, object_client, object_copies
 from engine.data.stores.base import STATE, TORN
 from engine.data.stores.journal import Journal, read_events
 from engine.data.stores.object_store import ObjectStore
@@ -70,7 +70,7 @@ def server() -> Iterator[str]:
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
         patch.setenv("AWS_CONFIG_FILE", os.devnull)
-        connected("unused")._fs.call_s3("create_bucket", Bucket=BUCKET)
+        connected("unused").client.fs.call_s3("create_bucket", Bucket=BUCKET)
         yield endpoint
     moto.stop()
 
@@ -89,8 +89,8 @@ def connected(name: str) -> ObjectStore:
 
 def objects(store: ObjectStore, folder: str = "") -> dict[str, bytes]:
     """Everything below a folder by its name, listed and read past the store's own methods."""
-    keys = store._fs.find(f"{BUCKET}/{store.name}/{folder}")
-    return {key.removeprefix(f"{BUCKET}/{store.name}/"): store._fs.cat_file(key) for key in keys}
+    keys = store.client.fs.find(f"{BUCKET}/{store.name}/{folder}")
+    return {key.removeprefix(f"{BUCKET}/{store.name}/"): store.client.fs.cat_file(key) for key in keys}
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +124,13 @@ def test_an_upload_in_parts_does_not_overwrite(
     monkeypatch.setattr("s3fs.core.calculate_chunksize", lambda size, chunksize=None: 5 * 2**20)
     large = tmp_path / "large"
     large.write_bytes(bytes(11 * 2**20))
-    assert store.publish("large", large) and store._info("large")["ETag"].strip('"').endswith("-3")  # type: ignore[index]
+    assert store.publish("large", large) and store.client.info("large")["ETag"].strip('"').endswith("-3")  # type: ignore[index]
     assert store.publish("large", large), "the same bytes"
     large.write_bytes(b"1" * 11 * 2**20)
     assert not store.publish("large", large) and store.read("large") == bytes(11 * 2**20)
     # Of this store alone: others use the server too, some with faults.
-    left = store._fs.call_s3("list_multipart_uploads", Bucket=BUCKET).get("Uploads", [])
-    assert not [one for one in left if one["Key"].startswith(store._key("").removeprefix(f"{BUCKET}/"))]
+    left = store.client.fs.call_s3("list_multipart_uploads", Bucket=BUCKET).get("Uploads", [])
+    assert not [one for one in left if one["Key"].startswith(store.client.key("").removeprefix(f"{BUCKET}/"))]
 
 
 def test_two_who_publish_at_once(server: str, request: pytest.FixtureRequest) -> None:
@@ -149,7 +149,7 @@ def test_a_store_that_ignores_the_condition_is_refused(store: ObjectStore) -> No
         del request.headers["If-None-Match"]
 
     assert not store.is_there()
-    store._fs.s3.meta.events.register("before-send.s3.PutObject", strip)
+    store.client.fs.s3.meta.events.register("before-send.s3.PutObject", strip)
     with pytest.raises(OutputError, match=r"overwrites where it was asked to create if absent \(If-None-Match: \*\)"):
         store.publish("x", b"x")
 
@@ -198,13 +198,13 @@ def test_copies_follow_the_object(store: ObjectStore, monkeypatch: pytest.Monkey
     other.remove("parts/1")
     assert sorted(one.name for one in store.fetch("parts").iterdir()) == ["0", "2"]
     late = connected(store.name)
-    monkeypatch.setattr(late, "list", lambda name: [])
+    monkeypatch.setattr(late.client, "entries", lambda name: [])
     assert not late.fetch("parts").exists(), "removed since it was found to be a folder"
     other.remove_tree("parts")
     other.replace("parts", b"a file now")
     assert store.fetch("parts").read_bytes() == b"a file now"
-    monkeypatch.setattr(object_store, "MAX_COPIED_BYTES", 100)
-    monkeypatch.setattr(object_store, "MIN_COPIES", 2)
+    monkeypatch.setattr(object_copies, "MAX_COPIED_BYTES", 100)
+    monkeypatch.setattr(object_copies, "MIN_COPIES", 2)
     for number in range(6):
         other.replace(f"y/{number}", bytes(50))
     kept = store.fetch("y/0", keep=True)
@@ -238,7 +238,7 @@ def test_what_was_appended_is_seen(store: ObjectStore, monkeypatch: pytest.Monke
     store.append("log", "one\n")
     store.flush(if_due=True)
     assert not store.exists("log")
-    monkeypatch.setattr(object_store, "APPEND_SECONDS", 0.0)
+    monkeypatch.setattr(object_appends, "APPEND_SECONDS", 0.0)
     store.flush(if_due=True)
     store.append("log", "two\n")
     wait_until(lambda: store.exists("log"), "the first line is seen")
@@ -249,15 +249,15 @@ def test_what_was_appended_is_seen(store: ObjectStore, monkeypatch: pytest.Monke
 
 def test_nobody_waits_for_what_is_due(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver goes on while the network holds a line up; one upload at a time, and the end waits for it."""
-    is_open, begun, put = threading.Event(), threading.Event(), store._put
+    is_open, begun, put = threading.Event(), threading.Event(), store.client.put
 
     def wait(name: str, data: Any, *, mode: str) -> None:
         begun.set()
         assert is_open.wait(60)
         put(name, data, mode=mode)
 
-    monkeypatch.setattr(object_store, "APPEND_SECONDS", 0.0)
-    monkeypatch.setattr(store, "_put", wait)
+    monkeypatch.setattr(object_appends, "APPEND_SECONDS", 0.0)
+    monkeypatch.setattr(store.client, "put", wait)
     for line in "abc":
         store.append("log", line)
         store.flush(if_due=True)
@@ -272,17 +272,17 @@ def test_a_network_that_swallows_everything(store: ObjectStore, monkeypatch: pyt
     """Patience ends, and before that of the scheduler: the worker that waits does not hang."""
     import s3fs
 
-    last_try = 5 * object_store.S3_TRIES * s3fs.S3FileSystem.read_timeout  # botocore tries five times.
-    longest = object_store.MAX_RETRY_SECONDS + 1.25 * max(object_store.RETRY_WAITS) + last_try
+    last_try = 5 * object_client.S3_TRIES * s3fs.S3FileSystem.read_timeout  # botocore tries five times.
+    longest = object_client.MAX_RETRY_SECONDS + 1.25 * max(object_client.RETRY_WAITS) + last_try
     assert longest < Rules().min_limit_seconds / 1.5
     monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", 0.2)
-    monkeypatch.setattr(object_store, "MAX_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(object_client, "MAX_RETRY_SECONDS", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as hole:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{hole.getsockname()[1]}")
         with pytest.raises(StoreLostError, match=r"the endpoint cannot be reached \(Read timeout on endpoint URL"):
             connected("x").read("y")
         hole.settimeout(0.2)
-        for _ in range(object_store.S3_TRIES):
+        for _ in range(object_client.S3_TRIES):
             hole.accept()[0].close()
         with pytest.raises(TimeoutError):
             hole.accept()
@@ -290,14 +290,14 @@ def test_a_network_that_swallows_everything(store: ObjectStore, monkeypatch: pyt
 
 def test_what_could_not_be_put_in_place_is_put_there_later(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that breaks for a while costs no line; a local folder that somebody removed costs no run."""
-    monkeypatch.setattr(object_store, "APPEND_SECONDS", 0.0)
+    monkeypatch.setattr(object_appends, "APPEND_SECONDS", 0.0)
     journal = Journal(store, 0)
     journal.note("one")
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_connection", object_store._connect("s3"))
-        store._fs.connect()
-        store._fs.s3.meta.events.register("before-send.s3.PutObject", broken)
-        patch.setattr(object_store, "RETRY_WAITS", (0.01,))
+        patch.setattr(store.client, "_connection", object_client.connect("s3"))
+        store.client.fs.connect()
+        store.client.fs.s3.meta.events.register("before-send.s3.PutObject", broken)
+        patch.setattr(object_client, "RETRY_WAITS", (0.01,))
         with pytest.raises(StoreLostError, match="the endpoint cannot be reached"):
             store.flush()
     assert not store.exists("_state/events/000000.jsonl")
@@ -321,14 +321,14 @@ def test_what_may_not_be_removed_is_told(store: ObjectStore) -> None:
         parsed["Errors"] = [{"Key": f"{store.name}/b", "Code": "AccessDenied", "Message": "Access Denied"}]
 
     store.replace("a", b"")
-    store._fs.s3.meta.events.register("after-call.s3.DeleteObjects", deny)
+    store.client.fs.s3.meta.events.register("after-call.s3.DeleteObjects", deny)
     with pytest.raises(OutputError, match=rf"^{store.uri}/b: access denied \(AccessDenied: Access Denied\); the"):
         store.remove_all(["a", "b"])
 
 
 def test_many_are_removed(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than one request takes."""
-    monkeypatch.setattr(object_store, "DELETE_TOGETHER", 2)
+    monkeypatch.setattr(object_client, "DELETE_TOGETHER", 2)
     for name in "abcde":
         store.replace(name, b"")
     store.remove_all("abcd")
@@ -485,7 +485,7 @@ def test_a_file_of_credentials_that_cannot_be_read(tmp_path: Path, monkeypatch: 
 
 def test_what_gcsfs_logs_is_not_printed() -> None:
     """It logs every fault with its traceback, and tells it to us as well."""
-    program = "import logging; from engine.data.stores.opening import open_store; open_store('gs://b/x')._fs;"
+    program = "import logging; from engine.data.stores.opening import open_store; open_store('gs://b/x').client.fs;"
     program += "logging.getLogger('gcsfs').error('out of retries')"
     emulated = os.environ | {"STORAGE_EMULATOR_HOST": "http://127.0.0.1:9"}
     done = subprocess.run(
@@ -631,7 +631,7 @@ def test_a_store_that_cannot_be_read_is_no_damage(store: ObjectStore, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     reader = connected(store.name)
-    monkeypatch.setattr(reader._fs, "get_file", fail)
+    monkeypatch.setattr(reader.client.fs, "get_file", fail)
     for look in (verify, repair):
         with pytest.raises(OutputError, match=r"shards/sleepy-000000\.tar: the local folder .* the disk is full"):
             look(reader)
@@ -768,7 +768,7 @@ def test_every_command_on_the_quickstart(server: str, call: Any, tmp_path: Path)
     assert code == 0 and "output: s3://bucket/nightly-20" in out, err
     code, out, err = call("run", job, "--output", uri, "--executor", "local", *sets)
     assert code == 0, err
-    [name] = [one for one in connected("x")._fs.ls(BUCKET, detail=False) if "nightly-" in one]
+    [name] = [one for one in connected("x").client.fs.ls(BUCKET, detail=False) if "nightly-" in one]
     run, folder = f"s3://{name}", str(tmp_path / "folder")
     assert f"report: {run}/report.html" in out
     for key, data in objects(connected(Path(name).name)).items():
