@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.data.reading.corpus import open_corpus
+from engine.data.reading.corpus import open_run
 from engine.data.reading.export import export
 from engine.data.reading.export_options import ExportOptions
 from engine.data.reading.inspection import inspect
@@ -69,7 +69,7 @@ def test_a_comparison_has_a_row_for_each(run: Path) -> None:
 
 
 def test_readers_and_exports_count_them_apart(run: Path, tmp_path: Path) -> None:
-    corpus = open_corpus(str(run))
+    corpus = open_run(str(run))
     assert inspect(corpus).document["classes"] == dict.fromkeys(APART, 16)
     export((str(run),), ExportOptions(output=str(tmp_path / "out")))
     assert list(json.loads((tmp_path / "out" / "manifest.json").read_text())["counts"]["classes"]) == APART

@@ -214,11 +214,11 @@ def test_the_check_of_commands_sees_what_is_wrong() -> None:
     assert arguments_of("uv run riskforge schema ") == ["schema"] and arguments_of("ray up cluster.yaml") is None
 
 
-def test_the_readme_has_every_command_and_every_command_help() -> None:
-    """The table of the README names each; each command and option says what it is for."""
-    readme = (REPOSITORY / "README.md").read_text()
+def test_every_command_is_documented_and_has_help() -> None:
+    """The table of `docs/commands.md` names each; each command and option says what it is for."""
+    page = (REPOSITORY / "docs/commands.md").read_text()
     for name, command in COMMANDS.commands.items():
-        assert f"`riskforge {name}" in readme, name
+        assert f"`riskforge {name}" in page, name
         assert command.help, name
         for option in command.params:
             assert getattr(option, "help", None) or option.name == "help", f"{name} {option.name}"
@@ -251,3 +251,18 @@ def test_the_reference_has_every_key() -> None:
     assert {section for _, section in docs.SECTIONS} >= set(missing)
     for _, section in docs.SECTIONS:
         assert all(f"| `{name}` |" in page for name in section.model_fields)
+
+
+# Pages for new readers -----------------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short() -> None:
+    """For somebody who has never heard of KLDB: at most 900 words."""
+    assert len((REPOSITORY / "README.md").read_text().split()) <= 900
+
+
+def test_the_architecture_page_is_short_and_names_every_package() -> None:
+    text = (REPOSITORY / "docs/architecture.md").read_text()
+    assert len(text.splitlines()) <= 120
+    for package in (REPOSITORY / "engine").glob("*/__init__.py"):
+        assert f"`{package.parent.name}/`" in text, package.parent.name

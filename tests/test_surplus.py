@@ -80,7 +80,7 @@ def test_the_list_holds_the_surplus_of_the_tars(run: Path) -> None:
     assert verify(open_store(str(run))).findings == ()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/reading.md"])
+@pytest.mark.parametrize("page", ["docs/output.md", "docs/reading.md"])
 def test_the_lines_of_the_documentation_read_what_was_wanted(
     run: Path, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

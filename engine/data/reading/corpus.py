@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from engine.data.reading.torch_samples import TorchSamples
 
 
-def open_corpus(uri: str, *more: str) -> Corpus:
+def open_run(uri: str, *more: str) -> Corpus:
     """The rows and images of one run or of several, finished or not.
 
     Args:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.images.findings import some_of
-from engine.data.reading.corpus import Corpus, open_corpus
+from engine.data.reading.corpus import Corpus, open_run
 from engine.data.reading.export_card import export_card
 from engine.data.reading.export_options import (
     ExportOptions,
@@ -82,7 +82,7 @@ def export(
         Nothing is left behind when it raises or is interrupted.
     """
     check_options(options)
-    corpus = open_corpus(*uris)
+    corpus = open_run(*uris)
     home = check_output(options, corpus)
     check_sources(corpus, options)
     if options.condition:
