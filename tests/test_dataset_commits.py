@@ -17,7 +17,7 @@ from engine.data.run.commit_packs import PACKS
 from engine.data.run.commit_record import COMMITS
 from engine.data.run.commits import compact_commits, list_commits, read_commit, read_commits
 from engine.data.run.counts import MAX_NAME_CHARS, ShardCounts, count_rows, parse_record_name, record_name
-from engine.data.run.resume import open_run
+from engine.data.run.resume import open_output
 from engine.data.run.shards import inspect_pair
 from engine.data.stores.base import STAGING, TORN, Store
 from engine.data.stores.opening import open_store
@@ -238,7 +238,7 @@ def test_staging_of_the_living_is_kept(tmp_path: Path) -> None:
     dead = store.path(f"{STAGING}/123-dead")
     dead.mkdir()
     (dead / "half.tar").write_bytes(b"half")
-    open_run(open_store(store.uri), plan, job, "auto", confirmed=False)
+    open_output(open_store(store.uri), plan, job, "auto", confirmed=False)
     assert mine.exists() and not dead.exists()
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from engine.data.run.commits import list_commits
 from engine.data.run.file_names import PLANS, SUCCESS
-from engine.data.run.resume import open_run
+from engine.data.run.resume import open_output
 from engine.data.run.stored_plan import read_run
 from engine.data.stores.base import DRIVER_LOCK, LOCKS, STAGING, Store
 from engine.data.stores.folder import FolderStore
@@ -26,7 +26,7 @@ from tests.dataset_cases import commit_rest, make_job, make_plan, make_result, o
 def reopen(uri: Path, resume: str = "auto", confirmed: bool = False, **changes: object) -> Plan:
     """Open an output for a job as the command line would."""
     job = make_job(uri, **changes)  # type: ignore[arg-type]
-    return open_run(open_store(str(uri)), make_plan(job), job, resume, confirmed)
+    return open_output(open_store(str(uri)), make_plan(job), job, resume, confirmed)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

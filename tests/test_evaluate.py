@@ -26,7 +26,7 @@ from engine.data.images.encoding import encode
 from engine.data.run.commit_shard import commit_shard
 from engine.data.run.file_names import EVALUATION
 from engine.data.run.finalise import finalise
-from engine.data.run.resume import open_run
+from engine.data.run.resume import open_output
 from engine.data.run.shard_writing import stage_shard
 from engine.data.run.shards import shard_name
 from engine.data.stores.base import Store
@@ -114,7 +114,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, drawn: Drawn) -> Store:
     digests = {"clip": model_digest(job.models.clip), "target": model_digest(job.models.target)}
     plan = build_plan(job, digits.CLASS_NAMES, {"diffusion": {job.models.diffusion: "d"}, "transfer": []} | digests)
     store = open_store(str(folder))
-    plan = open_run(store, plan, job, "auto", confirmed=False)
+    plan = open_output(store, plan, job, "auto", confirmed=False)
     scorer = load_scorer(job)
     for shard in plan.shards():
         specs = list(plan.samples(shard))
@@ -267,7 +267,7 @@ def test_an_evaluation_goes_with_its_run(evaluated: tuple[Store, Evaluation], tm
     job = make_job(tmp_path / "run")
     digests = {"clip": model_digest(job.models.clip), "target": "another"}
     plan = build_plan(job, digits.CLASS_NAMES, {"diffusion": {job.models.diffusion: "d"}, "transfer": []} | digests)
-    open_run(store, plan, job, "overwrite", confirmed=True)
+    open_output(store, plan, job, "overwrite", confirmed=True)
     assert not store.exists(EVALUATION)
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from engine.data.run.repair import repair
-from engine.data.run.resume import open_run
+from engine.data.run.resume import open_output
 from engine.data.run.shards import read_shard
 from engine.data.run.verify import verify
 from engine.data.stores.lease import hold
@@ -148,9 +148,9 @@ def test_the_run_does_not_mind(copy):
     strange = copy / "rescored/mine"
     strange.mkdir()
     with pytest.raises(OutputError, match="rescored/mine"):
-        open_run(store, planned, job, "overwrite", confirmed=True)
+        open_output(store, planned, job, "overwrite", confirmed=True)
     strange.rmdir()
-    open_run(store, planned, job, "overwrite", confirmed=True)
+    open_output(store, planned, job, "overwrite", confirmed=True)
     assert {path.name for path in copy.iterdir()} == {"_state"}
 
 

@@ -18,7 +18,7 @@ from engine.data.images import LabelledImage, Unusable, digits, open_images
 from engine.data.reading.export import export
 from engine.data.reading.export_options import ExportOptions
 from engine.data.run.repair import repair
-from engine.data.run.resume import open_run
+from engine.data.run.resume import open_output
 from engine.data.run.shards import read_shard
 from engine.data.run.surplus import surplus_lines
 from engine.data.run.verify import verify
@@ -179,7 +179,7 @@ def test_the_list_belongs_to_the_run(run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "run")
     job = quota_job(copy, 2, store_rejected=False)
     plan = build_plan(job, list(digits.CLASS_NAMES), model_digests(job))
-    open_run(open_store(str(copy)), plan, job, "overwrite", confirmed=True)
+    open_output(open_store(str(copy)), plan, job, "overwrite", confirmed=True)
     assert not (copy / LIST).exists()
 
 

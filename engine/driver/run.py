@@ -28,7 +28,7 @@ from engine.data.run.manifest_reading import read_manifest
 from engine.data.run.output_folder import check_output
 from engine.data.run.presence import check_committed, is_closed, lost_files
 from engine.data.run.quarantine import QUARANTINE, quarantined_shards
-from engine.data.run.resume import as_begun, find_plan, open_run
+from engine.data.run.resume import as_begun, find_plan, open_output
 from engine.data.stores.base import Store
 from engine.data.stores.file_errors import is_no_file
 from engine.data.stores.journal import Journal
@@ -109,7 +109,7 @@ def run_job(
 
     Args:
         executor: where workers live; it is closed in the end, whatever happens.
-        resume: `auto`, `never` or `overwrite`, as in `engine.data.run.resume.open_run`.
+        resume: `auto`, `never` or `overwrite`, as in `engine.data.run.resume.open_output`.
         confirmed: whether removing an earlier run was agreed to.
         make_worker: builds a worker in its process; `engine.generation.worker.Worker` when not given. Picklable.
         rules: when patience ends; its deadline is on the clock of `time.monotonic`.
@@ -138,7 +138,7 @@ def run_job(
             contextlib.closing(executor),
             contextlib.ExitStack() as cleanup,
         ):
-            plan = open_run(store, planned, job, resume, confirmed)
+            plan = open_output(store, planned, job, resume, confirmed)
             check_committed(store)
             if retry:
                 store.remove_tree(QUARANTINE)

@@ -16,7 +16,7 @@ from engine.job.spec import JobSpec
 MAX_DIFFERENCES = 20
 
 
-def open_run(store: Store, plan: Plan, job: JobSpec, resume: str, confirmed: bool) -> Plan:
+def open_output(store: Store, plan: Plan, job: JobSpec, resume: str, confirmed: bool) -> Plan:
     """Make an output ready for a job: new, continued, extended or emptied.
 
     Args:
@@ -50,7 +50,7 @@ def open_run(store: Store, plan: Plan, job: JobSpec, resume: str, confirmed: boo
         if publish_stage(store, plan, job, 0, plan.stages[0]):
             return plan
         # Another process was faster: its run is not ours to remove.
-        return open_run(store, plan, job, "never" if resume == "never" else "auto", confirmed=False)
+        return open_output(store, plan, job, "never" if resume == "never" else "auto", confirmed=False)
     _check_same(store, stored, plan)
     return _extend(store, stored, plan, job)
 
@@ -116,7 +116,7 @@ def _extend(store: Store, stored: StoredRun, plan: Plan, job: JobSpec) -> Plan:
         store.remove(SUCCESS)
         plan = Plan(plan.requests, plan.identity, plan.stages, stored.schema_version)
         if not publish_stage(store, plan, job, len(stages), stage):
-            return open_run(store, plan, job, "auto", confirmed=False)  # Another process was faster.
+            return open_output(store, plan, job, "auto", confirmed=False)  # Another process was faster.
         stages = (*stages, stage)
     return Plan(plan.requests, plan.identity, stages, stored.schema_version)
 
