@@ -42,22 +42,22 @@ class ClassReader:
             return self._listed_class(entry, folders)
         if not folders:
             raise UnusableImageError("has no label: it lies in no class folder")
-        found = self.labelling.of_text(folders[0])
-        for inner in folders[1:]:
-            self._check_same(found, inner, f"lies in folders of two classes, '{folders[0]}' and '{inner}'")
-        return found
+        index = self.labelling.of_text(folders[0])
+        for folder in folders[1:]:
+            self._check_same(index, folder, f"lies in folders of two classes, '{folders[0]}' and '{folder}'")
+        return index
 
     def _listed_class(self, entry: Entry, folders: Sequence[str]) -> int:
         """The class that a listing gives; a folder that names another class makes it doubtful."""
         if key_of(entry.place) not in self.listings.listed:
             raise UnusableImageError("has no label: it is not in the list of labels beside it (metadata)")
-        found = self.listings.class_of(entry.place, self.labelling)
+        index = self.listings.class_of(entry.place, self.labelling)
         for folder in folders:
-            self._check_same(found, folder, f"has two labels: that of its list, and its folder '{folder}'")
-        return found
+            self._check_same(index, folder, f"has two labels: that of its list, and its folder '{folder}'")
+        return index
 
-    def _check_same(self, found: int, folder: str, reason: str) -> None:
-        if self.labelling.is_class(folder) and found not in self.labelling.classes_of(folder):
+    def _check_same(self, index: int, folder: str, reason: str) -> None:
+        if self.labelling.is_class(folder) and index not in self.labelling.classes_of(folder):
             raise UnusableImageError(reason)
 
 

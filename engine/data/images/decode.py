@@ -158,8 +158,8 @@ def _check_shape(width: int, height: int) -> None:
 
 def _is_deep(image: PIL.ImageFile.ImageFile) -> bool:
     """Whether a file that is not loaded yet has 16 bits a channel; in colour, Pillow keeps the upper 8."""
-    arguments = [tile.args for tile in image.tile]
-    modes = [one if isinstance(one, str) else one[0] for one in arguments if isinstance(one, str) or one]
+    arguments = [tile.args for tile in image.tile if tile.args or isinstance(tile.args, str)]
+    modes = [argument if isinstance(argument, str) else argument[0] for argument in arguments]
     return any(";16" in str(mode) for mode in modes)
 
 

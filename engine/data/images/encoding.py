@@ -72,7 +72,9 @@ def stored(
     A lossless format gives back its pixels, so that nobody needs to wait for the files; JPEG must be encoded first.
     """
     if image_format in LOSSLESS:
-        later: list[Callable[[], bytes]] = [partial(encode, one, image_format, provenance=provenance) for one in pixels]
-        return later, [PIL.Image.fromarray(one) for one in pixels]
-    done = [encode(one, image_format, provenance=provenance) for one in pixels]
-    return [partial(bytes, file) for file in done], [decode_rgb(file) for file in done]
+        encoders: list[Callable[[], bytes]] = [
+            partial(encode, image, image_format, provenance=provenance) for image in pixels
+        ]
+        return encoders, [PIL.Image.fromarray(image) for image in pixels]
+    files = [encode(image, image_format, provenance=provenance) for image in pixels]
+    return [partial(bytes, file) for file in files], [decode_rgb(file) for file in files]

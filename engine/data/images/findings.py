@@ -75,7 +75,7 @@ class ImageSource:
 
     def read(self) -> Iterator[Found]:
         """All there is; equal files give equal findings in equal order."""
-        return (found for _, found in self.read_part(0, 1))
+        return (item for _, item in self.read_part(0, 1))
 
     def read_part(self, part: int, num_parts: int) -> Iterator[tuple[Place, Found]]:
         """Part `part` of `num_parts`: every so-many-th file where there are many, else batch of `PART_ROWS` items.
@@ -95,7 +95,7 @@ class ImageSource:
         """This source with files that lie in its folder and are not read, after all that is."""
         if not others:
             return self
-        items = [partial(_same, one) for one in others]
+        items = [partial(_same, other) for other in others]
         num_images = None if self.num_images is None else self.num_images + len(items)
         return dataclasses.replace(self, num_images=num_images, files=(*self.files, lambda: iter(items)))
 
@@ -105,8 +105,8 @@ def unusable(name: str, reason: str) -> Unusable:
     return Unusable(plain(name), plain(reason))
 
 
-def _same(found: Unusable) -> Found:
-    return found
+def _same(item: Unusable) -> Found:
+    return item
 
 
 def make_finding(name: str, class_of: Callable[[], int], data: Callable[[], bytes]) -> Found:
@@ -124,11 +124,11 @@ def make_finding(name: str, class_of: Callable[[], int], data: Callable[[], byte
         return unusable(name, f"cannot be read ({brief(error)})")
 
 
-def in_context(found: Found, context: Any) -> Found:
+def in_context(item: Found, context: Any) -> Found:
     """What was found, with the context that stands beside it, where one does."""
-    if isinstance(found, Unusable) or not isinstance(context, str):
-        return found
-    return dataclasses.replace(found, contexts=(plain(context),))
+    if isinstance(item, Unusable) or not isinstance(context, str):
+        return item
+    return dataclasses.replace(item, contexts=(plain(context),))
 
 
 def image_key(image: PIL.Image.Image) -> bytes:
@@ -138,10 +138,10 @@ def image_key(image: PIL.Image.Image) -> bytes:
 
 def some_of(unusable: Sequence[Unusable]) -> str:
     """The first of what cannot be used, those with different reasons before others, and how many more there are."""
-    first = {one.reason: number for number, one in reversed(list(enumerate(unusable)))}
+    first = {item.reason: number for number, item in reversed(list(enumerate(unusable)))}
     numbers = sorted(first.values())[:_MAX_SHOWN]
     numbers += [number for number in range(min(len(unusable), 2 * _MAX_SHOWN)) if number not in numbers]
-    reasons = "; ".join(f"{unusable[one].name}: {unusable[one].reason}" for one in numbers[:_MAX_SHOWN])
+    reasons = "; ".join(f"{unusable[item].name}: {unusable[item].reason}" for item in numbers[:_MAX_SHOWN])
     return reasons + (f"; and {len(unusable) - _MAX_SHOWN} more" if len(unusable) > _MAX_SHOWN else "")
 
 

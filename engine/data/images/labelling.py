@@ -81,12 +81,12 @@ class Labelling:
         Raises:
             UnusableImageError: no such class, or several.
         """
-        found = self._find(name)
-        if len(found) > 1:
-            raise UnusableImageError(f"{name!r} is the name of classes {', '.join(map(str, found))}; give the index")
-        if not found:
+        classes = self._find(name)
+        if len(classes) > 1:
+            raise UnusableImageError(f"{name!r} is the name of classes {', '.join(map(str, classes))}; give the index")
+        if not classes:
             raise UnusableImageError(f"{name!r} is not a class of the target" + self._remedy(name))
-        return found[0]
+        return classes[0]
 
     def of_named_index(self, name: str, index: int) -> int:
         """Class of a name that stands beside its index, which tells apart two classes of one name.

@@ -77,10 +77,9 @@ class Listings:
         if isinstance(label, UnusableImageError):
             raise label
         names = self._class_names[listing]
-        own = () if is_enumeration(names, labelling.labels) else names
-        return LabelColumn(own, not own and (self._is_unknown or any(self._class_names.values())), labelling).class_of(
-            label
-        )
+        own_names = () if is_enumeration(names, labelling.labels) else names
+        is_named_elsewhere = not own_names and (self._is_unknown or any(self._class_names.values()))
+        return LabelColumn(own_names, is_named_elsewhere, labelling).class_of(label)
 
 
 def key_of(place: str) -> str:
@@ -105,7 +104,7 @@ def _rows(path: Path) -> list[tuple[str, Any]]:
 
 
 def _check_columns(names: list[str]) -> None:
-    if missing := [one for one in (FILE_NAME, LABEL) if one not in names]:
+    if missing := [name for name in (FILE_NAME, LABEL) if name not in names]:
         raise UnusableImageError(f"gives no labels, it has no column {' and '.join(missing)}; folders name the classes")
 
 

@@ -106,7 +106,7 @@ def _digits(name: str, labels: tuple[str, ...], option: str) -> ImageSource:
     from engine.data.images import digits
 
     labelling = Labelling(labels)
-    if unknown := [one for one in digits.CLASS_NAMES if not labelling.is_class(one)]:
+    if unknown := [name for name in digits.CLASS_NAMES if not labelling.is_class(name)]:
         raise JobError(f"{option}: '{name}' has digits, and the target has no class '{unknown[0]}'; give {SOUGHT}")
     split = name.removeprefix("digits:")
     is_single = split == "test-single"
@@ -117,13 +117,13 @@ def _digits(name: str, labels: tuple[str, ...], option: str) -> ImageSource:
     else:
         composites = digits.compose_split(split, _NUM_MIXED[split], seed=0)
 
-    def one(row: int) -> Found:
+    def read_row(row: int) -> Found:
         single = (digits.context_text(composites.contexts, row),)
         tags = single if is_single else digits.attribute_texts(composites.contexts, row)
         index = labelling.of_name(digits.CLASS_NAMES[int(composites.labels[row])])
         return LabelledImage(f"{name} {row}", PIL.Image.fromarray(composites.images[row]), index, tags)
 
     def items() -> Iterator[Item]:
-        return (partial(one, row) for row in range(len(composites)))
+        return (partial(read_row, row) for row in range(len(composites)))
 
     return ImageSource(NAMED[name], len(composites), (items,))

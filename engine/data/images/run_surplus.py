@@ -38,7 +38,7 @@ def surplus_keys(folder: Path) -> frozenset[str]:
 def _surplus_rows(rows: Path) -> Iterator[str]:
     from engine.data.run.surplus import has_surplus, surplus_lines
 
-    for one in rows.iterdir() if rows.is_dir() else [rows]:
-        check_regular(one)
+    for path in rows.iterdir() if rows.is_dir() else [rows]:
+        check_regular(path)
     if has_surplus(rows):
         yield from (line.decode().strip() for line in surplus_lines(rows))

@@ -118,25 +118,27 @@ def _images(part: dict[str, Member]) -> list[Member]:
 
 def _make_sample(key: str, parts: _Parts) -> TarSample:
     """The sample of some members: plain extensions come first, composed ones count where they are unique."""
-    images = _images(parts.get("", {}))[:1] or [one for part in parts.values() for one in _images(part)]
+    images = _images(parts.get("", {}))[:1] or [member for part in parts.values() for member in _images(part)]
     labels, records = _of_extension(parts, "cls"), _of_extension(parts, "json")
     members = [member for part in parts.values() for member in part.values()]
     if not images:
-        endings = ", ".join(sorted({"." + one.name.rpartition(".")[2] for one in members if not _is_label(one)}))
+        extensions = {"." + member.name.rpartition(".")[2] for member in members if not _is_label(member)}
+        endings = ", ".join(sorted(extensions))
         beside = f" among its members ({endings})" if endings else ""
         what = "a label and no image" if labels or records else "no image and no label"
         return TarSample(key, problem=f"has {what}{beside}")
     if len(images) > 1 or len(labels) > 1:
         several = images if len(images) > 1 else labels
-        names = ", ".join(one.name.rpartition("/")[2] for one in several[:4])
+        names = ", ".join(member.name.rpartition("/")[2] for member in several[:4])
         what = "images" if len(images) > 1 else "labels"
         return TarSample(key, problem=f"has {len(several)} {what} ({names}), and none of them by a plain extension")
     label, record = next(iter(labels), None), records[0] if len(records) == 1 else None
-    if stranger := next((one for one in (label, record) if one and not _belong_together(key, images[0], one)), None):
-        name = stranger.name.rpartition("/")[2]
+    labelled = [member for member in (label, record) if member]
+    if strangers := [member for member in labelled if not _belong_together(key, images[0], member)]:
+        name = strangers[0].name.rpartition("/")[2]
         return TarSample(images[0].name, problem=f"has no label of its name; {name} may be another sample's")
-    used = [images[0], label, record]
-    others = [one.name.rpartition(".")[2].lower() for one in members if all(one is not other for other in used)]
+    rest = [member for member in members if all(member is not used for used in (images[0], *labelled))]
+    others = [member.name.rpartition(".")[2].lower() for member in rest]
     return TarSample(images[0].name, images[0], label, record, others=others)
 
 
@@ -147,8 +149,8 @@ def _of_extension(parts: _Parts, extension: str) -> list[Member]:
 
 def _belong_together(key: str, image: Member, label: Member) -> bool:
     """Whether an image and a label are of one sample: `rgb.png` and `label.cls` are extensions, `02.png` is a name."""
-    middles = {one.name[len(key) + 1 :].rpartition(".")[0] for one in (image, label)}
-    return len(middles) == 1 or "" in middles or all(_COMPOSED.fullmatch(one) for one in middles)
+    middles = {member.name[len(key) + 1 :].rpartition(".")[0] for member in (image, label)}
+    return len(middles) == 1 or "" in middles or all(_COMPOSED.fullmatch(middle) for middle in middles)
 
 
 def _is_label(member: Member) -> bool:

@@ -116,13 +116,13 @@ def _read_sample(file: BinaryIO, name: str, sample: TarSample, labelling: Labell
         return unusable(name, REJECTED)
     if record.get("accepted") is True and str(record.get("key")) in surplus:
         return unusable(name, f"is beyond the quota of its run ({SURPLUS})")
-    found = make_finding(
+    item = make_finding(
         name, partial(_class_of, file, sample, record, labelling), partial(_contents, file, sample.image)
     )
-    if isinstance(found, LabelledImage) and "schema_version" in record and record.get("method") != REAL:
+    if isinstance(item, LabelledImage) and "schema_version" in record and record.get("method") != REAL:
         # Of a run, whose files need not say what they are.
-        found = dataclasses.replace(found, is_synthetic=True)
-    return in_context(found, record.get("context"))
+        item = dataclasses.replace(item, is_synthetic=True)
+    return in_context(item, record.get("context"))
 
 
 def _class_of(file: BinaryIO, sample: TarSample, record: dict[str, Any], labelling: Labelling) -> int:

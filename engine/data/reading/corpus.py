@@ -41,7 +41,7 @@ def open_run(uri: str, *more: str) -> Corpus:
     Raises:
         RiskforgeError: one of them is not there, or cannot be read.
     """
-    sources = tuple(open_source(str(one)) for one in (uri, *more))
+    sources = tuple(open_source(str(address)) for address in (uri, *more))
     places = [source.store.place for source in sources]
     twice = next((source.uri for number, source in enumerate(sources) if places[number] in places[:number]), None)
     if twice is not None:
@@ -109,7 +109,7 @@ class Corpus:
     @functools.cached_property
     def _num_rows(self) -> int:
         with readable(self.runs[0].uri):
-            return sum(one.count_rows(filter=self._expression) for one in self._datasets)
+            return sum(dataset.count_rows(filter=self._expression) for dataset in self._datasets)
 
     @functools.cached_property
     def _vocabulary(self) -> Vocabulary:
@@ -321,20 +321,21 @@ class Corpus:
         if name in self._schema.names and name != "scored":
             return pc.field(name)
         try:
-            found = self._vocabulary.term(name)
+            term = self._vocabulary.term(name)
         except KeyError:
             raise JobError(f"columns: there is no column '{name}'{nearest(name, self.columns)}") from None
-        assert found is not None and found.kind in (NUMBER, TEXT, FLAG), "derived names are never lists"
-        return found.expression
+        assert term is not None and term.kind in (NUMBER, TEXT, FLAG), "derived names are never lists"
+        return term.expression
 
 
-def _refuse_labels(one: RunSource, other: RunSource) -> NoReturn:
+def _refuse_labels(first: RunSource, other: RunSource) -> NoReturn:
+    sizes = f"{len(first.labels)} and {len(other.labels)}"
     place = next(
-        (number for number, pair in enumerate(zip(one.labels, other.labels, strict=False)) if pair[0] != pair[1]),
-        min(len(one.labels), len(other.labels)),
+        (number for number, pair in enumerate(zip(first.labels, other.labels, strict=False)) if pair[0] != pair[1]),
+        min(len(first.labels), len(other.labels)),
     )
-    texts = [repr(each.labels[place]) if place < len(each.labels) else "none" for each in (one, other)]
+    texts = [repr(source.labels[place]) if place < len(source.labels) else "none" for source in (first, other)]
     raise JobError(
-        f"RUN: '{one.uri}' and '{other.uri}' have different classes ({len(one.labels)} and {len(other.labels)}; class"
+        f"RUN: '{first.uri}' and '{other.uri}' have different classes ({sizes}; class"
         f" {place} is {texts[0]} there and {texts[1]} here); their labels do not go together, open them one by one"
     )

@@ -143,14 +143,14 @@ class _Export:
 
         address = self._options.clip or only_clip(self._corpus)
         embeddings = embed(self._reader.images(samples), address, self._advance)
-        found = near_duplicates(embeddings, [one.class_index for one in samples], threshold)
+        duplicates = near_duplicates(embeddings, [sample.class_index for sample in samples], threshold)
         with explained(self._store.path(DUPLICATES)), self._store.path(DUPLICATES).open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["dropped", "kept", "similarity"])
-            writer.writerows((samples[a].key, samples[b].key, f"{similarity:.6f}") for a, b, similarity in found)
-        gone = {one.dropped for one in found}
-        about = {"threshold": threshold, "clip": address, "dropped": len(gone), "list": DUPLICATES}
-        return [one for number, one in enumerate(samples) if number not in gone], about
+            writer.writerows((samples[a].key, samples[b].key, f"{similarity:.6f}") for a, b, similarity in duplicates)
+        dropped = {duplicate.dropped for duplicate in duplicates}
+        summary = {"threshold": threshold, "clip": address, "dropped": len(dropped), "list": DUPLICATES}
+        return [sample for number, sample in enumerate(samples) if number not in dropped], summary
 
     def _mixed(self, kept: list[Chosen], image_format: str) -> RealImages:
         """The real images that go with some samples, among which there may be real ones already."""
@@ -160,7 +160,7 @@ class _Export:
             return real
         if not self._corpus.labels:
             raise JobError("--mix-real: the runs do not tell their classes, so labels of real images cannot be matched")
-        num_there = sum(one.is_real for one in kept)
+        num_there = sum(sample.is_real for sample in kept)
         count = max(1, round((len(kept) - num_there) * options.real_ratio / (1 - options.real_ratio))) - num_there
         if count < 1:
             raise JobError(
@@ -168,14 +168,14 @@ class _Export:
                 f" {options.real_ratio:g} or more; leave them out (--filter \"method != 'real'\"), or drop --mix-real"
             )
         real.draw(options.real, self._corpus.labels, count, options.seed, self._advance)
-        if taken := {one.key for one in self._selection.samples} & set(real.keys):
+        if taken := {sample.key for sample in self._selection.samples} & set(real.keys):
             raise JobError(f"--name: the key '{min(taken)}' is taken by a sample of the runs; choose another --name")
         return real
 
     def _write_samples(self, kept: list[Chosen], real: RealImages, image_format: str) -> list[str]:
         options, root = self._options, self._store.root
         total = len(kept) + len(real.keys)
-        order = shuffled([*(one.key for one in kept), *real.keys], options.seed)
+        order = shuffled([*(sample.key for sample in kept), *real.keys], options.seed)
         samples = self._counted(self._read(order, kept, real, image_format), total)
         if options.format == "webdataset":
             plain = (result for result, _ in samples)
@@ -213,9 +213,9 @@ class _Export:
 
     def _manifest(self, kept: list[Chosen], real: RealImages, deduplication: dict[str, Any]) -> dict[str, Any]:
         options, num_drawn = self._options, len(real.keys)
-        num_images, num_real = len(kept) + num_drawn, num_drawn + sum(one.is_real for one in kept)
+        num_images, num_real = len(kept) + num_drawn, num_drawn + sum(sample.is_real for sample in kept)
         classes = self._counts["classes"]
-        statuses = {name: sum(one[name] for one in classes.values()) for name in (STATUS_OK, STATUS_REJECTED)}
+        statuses = {name: sum(counts[name] for counts in classes.values()) for name in (STATUS_OK, STATUS_REJECTED)}
         shards = -(-num_images // options.samples_per_shard)
         about_real = {
             "address": options.real,
@@ -263,7 +263,7 @@ class _Export:
             "plan_digest": source.digest,
             "rows_sha256": source.rows_digest(),
             "models": source.models or source.known_models(),
-            "num_taken": sum(one.run == number for one in kept),
+            "num_taken": sum(sample.run == number for sample in kept),
             "num_identical": self._selection.identical[number],
             "key_prefix": self._selection.prefixes.get(number, ""),
         }
@@ -303,4 +303,4 @@ def _labels_of_rows(corpus: Corpus) -> tuple[str, ...]:
 def _common_models(runs: tuple[RunSource, ...]) -> dict[str, Any]:
     """The models that all runs have in common, by role."""
     first = runs[0].models
-    return {role: about for role, about in first.items() if all(run.models.get(role) == about for run in runs)}
+    return {role: model for role, model in first.items() if all(run.models.get(role) == model for run in runs)}

@@ -99,7 +99,7 @@ def check_output(options: ExportOptions, corpus: Corpus) -> Path:
     assert isinstance(store, FolderStore), "there is no other kind"
     resolved = store.place
     for source in corpus.runs:
-        places = [one.place for one in source.stores]
+        places = [store.place for store in source.stores]
         if any(resolved.is_relative_to(place) or place.is_relative_to(resolved) for place in places):
             raise OutputError(
                 f"--output: {store.root} is in the folder of '{source.uri}', or around it; choose one outside"
@@ -124,7 +124,7 @@ def check_sources(corpus: Corpus, options: ExportOptions) -> None:
     targets = frozenset[str]().union(*(source.targets for source in known))
     if len(targets) > 1 and not options.allow_different_targets:
         first = known[0]
-        other = next((one for one in known if one.targets != first.targets), first)
+        other = next((source for source in known if source.targets != first.targets), first)
         shown = ", ".join(map(repr, sorted(targets)))
         raise JobError(
             f"RUN: '{first.uri}' and '{other.uri}' are scored by different targets ({shown}), so"
@@ -138,9 +138,11 @@ def check_classes(samples: list[Chosen], labels: tuple[str, ...]) -> None:
     Raises:
         CorruptShardError: one is not.
     """
-    for one in samples:
-        if not 0 <= one.class_index < len(labels):
-            raise CorruptShardError(f"RUN: the row of {one.key} has class {one.class_index} of {len(labels)} classes")
+    for sample in samples:
+        if not 0 <= sample.class_index < len(labels):
+            raise CorruptShardError(
+                f"RUN: the row of {sample.key} has class {sample.class_index} of {len(labels)} classes"
+            )
 
 
 def only_clip(corpus: Corpus) -> str:

@@ -33,7 +33,7 @@ ROWS_PER_GROUP = 256
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _()+=,@&-]{0,79}")
 # Names that Windows keeps for devices, and that readers of folders pass over.
 _RESERVED = frozenset(
-    ["con", "prn", "aux", "nul", *(f"{one}{number}" for one in ("com", "lpt") for number in range(10)), "shards"]
+    ["con", "prn", "aux", "nul", *(f"{device}{number}" for device in ("com", "lpt") for number in range(10)), "shards"]
 )
 
 
@@ -49,8 +49,8 @@ def write_webdataset(
     entries: list[IndexEntry] = []
     for first in samples:
         number, stem = len(commits), shard_name(name, len(commits))
-        own = chain([first], islice(samples, samples_per_shard - 1))
-        staged = stage_shard(store.staging(), stem, own, image_format)
+        shard_samples = chain([first], islice(samples, samples_per_shard - 1))
+        staged = stage_shard(store.staging(), stem, shard_samples, image_format)
         store.publish(f"{SHARDS}/{stem}.tar", staged.tar)
         store.publish(f"{SHARDS}/{stem}.parquet", staged.parquet)
         commits[number] = CommitSummary(number, staged.counts)
@@ -144,8 +144,8 @@ def write_parquet(
     for number in range(num_files):
         path = root / f"train-{number:05d}-of-{num_files:05d}.parquet"
         with explained(path), pq.ParquetWriter(path, schema, compression="zstd") as writer:
-            own = islice(samples, samples_per_file)
-            while batch := list(islice(own, ROWS_PER_GROUP)):
+            file_samples = islice(samples, samples_per_file)
+            while batch := list(islice(file_samples, ROWS_PER_GROUP)):
                 rows = [_parquet_row(result, extension) for result, extension in batch]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     return ["train-*.parquet"]
@@ -159,14 +159,15 @@ def parquet_schema(labels: Sequence[str]) -> pa.Schema:
     return _schema([pa.field("image", image)], {"image": {"_type": "Image"}}, labels)
 
 
-def _schema(own: list[pa.Field], features: dict[str, Any], labels: Sequence[str]) -> pa.Schema:
+def _schema(first_fields: list[pa.Field], features: dict[str, Any], labels: Sequence[str]) -> pa.Schema:
     """Own columns, the label, and the record's; `datasets` finds features and class names in the metadata."""
     import pyarrow as pa
 
-    others = [pa.field(one.name, _nullable(one.type)) for one in arrow_schema() if one.name in DETERMINISTIC_FIELDS]
+    fields = [field for field in arrow_schema() if field.name in DETERMINISTIC_FIELDS]
+    others = [pa.field(field.name, _nullable(field.type)) for field in fields]
     known = features | {"label": {"names": _unique(labels), "_type": "ClassLabel"}}
-    about = {"huggingface": json.dumps({"info": {"features": known}})}
-    return pa.schema([*own, pa.field("label", pa.int64()), *others], metadata=about)
+    metadata = {"huggingface": json.dumps({"info": {"features": known}})}
+    return pa.schema([*first_fields, pa.field("label", pa.int64()), *others], metadata=metadata)
 
 
 def _nullable(kind: pa.DataType) -> pa.DataType:
@@ -176,7 +177,7 @@ def _nullable(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_list(kind):
         return pa.list_(_nullable(kind.value_type))
     if pa.types.is_struct(kind):
-        return pa.struct([pa.field(one.name, _nullable(one.type)) for one in kind])
+        return pa.struct([pa.field(field.name, _nullable(field.type)) for field in kind])
     return kind
 
 

@@ -32,17 +32,17 @@ def unified_schema(sources: tuple[RunSource, ...]) -> pa.Schema:
     """
     import pyarrow as pa
 
-    found = [source.schema() for source in sources]
+    schemas = [source.schema() for source in sources]
     kept = arrow_schema(surplus=True)
-    there = {name for schema in found for name in schema.names}
+    present = {name for schema in schemas for name in schema.names}
     always = fields_of(1).keys() | RUN_FIELDS.keys()
-    fields = [field.with_nullable(True) for field in kept if field.name in there or field.name not in always]
+    fields = [field.with_nullable(True) for field in kept if field.name in present or field.name not in always]
     names = {field.name for field in fields}
-    for schema in found:
-        for one in schema:
-            if one.name not in names:
-                fields.append(one.with_nullable(True))
-                names.add(one.name)
+    for schema in schemas:
+        for field in schema:
+            if field.name not in names:
+                fields.append(field.with_nullable(True))
+                names.add(field.name)
     return pa.schema(fields)
 
 
@@ -71,12 +71,12 @@ def _marked(rows: Sequence[tuple[Path, Sequence[bool] | None]], schema: pa.Schem
     form, files = pyarrow.dataset.ParquetFileFormat(), pyarrow.fs.LocalFileSystem()
     within = pc.field("surplus") == pc.scalar(False)
     parts: list[Dataset] = []
-    for has_surplus, some in itertools.groupby(rows, key=lambda row: row[1] is not None):
+    for has_surplus, group in itertools.groupby(rows, key=lambda row: row[1] is not None):
         if not has_surplus:
-            one = [form.make_fragment(str(path), files, partition_expression=within) for path, _ in some]
-            parts.append(pyarrow.dataset.FileSystemDataset(one, schema, form, files))
+            fragments = [form.make_fragment(str(path), files, partition_expression=within) for path, _ in group]
+            parts.append(pyarrow.dataset.FileSystemDataset(fragments, schema, form, files))
             continue
-        for path, flags in some:
+        for path, flags in group:
             table = pq.read_table(path, partitioning=None).append_column("surplus", pa.array(flags))
             missing = [name for name in schema.names if name not in table.column_names]
             for name in missing:

@@ -74,19 +74,19 @@ def select(corpus: Corpus) -> Selection:
         prefix = f"r{number + 1}-" if is_taken else ""
         if prefix:
             chosen.prefixes[number] = prefix
-        own: dict[str, str] = {}
+        run_keys: dict[str, str] = {}
         for row, (key, sha256, class_index) in enumerate(zip(*columns.values(), strict=True)):
             if (key, sha256) in seen:
                 chosen.identical[number] += 1
                 continue
             name = prefix + key
-            _check_key(name, source.uri, is_taken=name in taken or name in own)
-            own[name] = sha256
+            _check_key(name, source.uri, is_taken=name in taken or name in run_keys)
+            run_keys[name] = sha256
             is_real = bool(methods) and methods[row] == REAL
             chosen.samples.append(Chosen(name, number, row, class_index, is_real))
         # Of the last run nothing need be remembered, and there may be millions of rows.
         if number < last:
-            taken |= own
+            taken |= run_keys
             seen.update(zip(columns["key"], columns["sha256"], strict=True))
     return chosen
 
@@ -117,8 +117,8 @@ class SampleReader:
         self._tables = [_rows(corpus, number) for number in range(len(corpus.runs))]
         self._keys = [table["key"].to_pylist() for table in self._tables]
         wanted: list[list[str]] = [[] for _ in corpus.runs]
-        for one in selection.samples:
-            wanted[one.run].append(self._keys[one.run][one.row])
+        for sample in selection.samples:
+            wanted[sample.run].append(self._keys[sample.run][sample.row])
         self._places = [
             index_tars(source.tars, keys) if keys else SamplePlaces(())
             for source, keys in zip(corpus.runs, wanted, strict=True)
@@ -129,26 +129,26 @@ class SampleReader:
         """Extensions of the images, sorted."""
         return sorted(frozenset[str]().union(*(places.image_formats for places in self._places)))
 
-    def format_of(self, one: Chosen) -> str:
+    def format_of(self, sample: Chosen) -> str:
         """Extension of a sample's image."""
-        return self._place(one).image_format
+        return self._place(sample).image_format
 
-    def read(self, one: Chosen) -> SampleResult:
+    def read(self, sample: Chosen) -> SampleResult:
         """A sample with its image and its record in the present schema version, under its new key.
 
         Raises:
             CorruptShardError: the image is not the one that the rows tell of, or the record cannot be read.
         """
-        row = self._tables[one.run].slice(one.row, 1).to_pylist()[0]
-        image = self._readers[one.run].read(self._place(one).image)
+        row = self._tables[sample.run].slice(sample.row, 1).to_pylist()[0]
+        image = self._readers[sample.run].read(self._place(sample).image)
         if hashlib.sha256(image).hexdigest() != row["sha256"]:
-            self._damaged(one, f"the image of {row['key']} is not the one that its row tells of (checksum)")
-        record = upgraded(row if self._corpus.runs[one.run].is_rescored else self._record(one))
-        record["key"] = one.key
+            self._damaged(sample, f"the image of {row['key']} is not the one that its row tells of (checksum)")
+        record = upgraded(row if self._corpus.runs[sample.run].is_rescored else self._record(sample))
+        record["key"] = sample.key
         try:
             check_record(record)
         except ValueError as error:
-            self._damaged(one, str(error))
+            self._damaged(sample, str(error))
         known = {name: _EMPTY_RUN[kind] for name, kind in RUN_FIELDS.items() if name != "sha256"}
         run = {name: empty if row.get(name) is None else row[name] for name, empty in known.items()}
         return SampleResult(record=record, image=image, run=run)
@@ -161,36 +161,36 @@ class SampleReader:
         """
         from engine.data.images import UnusableImageError, decode_sample
 
-        for one in samples:
+        for sample in samples:
             try:
-                yield decode_sample(self._readers[one.run].read(self._place(one).image))
+                yield decode_sample(self._readers[sample.run].read(self._place(sample).image))
             except UnusableImageError as error:
-                self._damaged(one, f"the image of {self._keys[one.run][one.row]} {error}")
+                self._damaged(sample, f"the image of {self._keys[sample.run][sample.row]} {error}")
 
     def close(self) -> None:
         """Close the tars."""
         for reader in self._readers:
             reader.close()
 
-    def _place(self, one: Chosen) -> SamplePlace:
-        return self._places[one.run][self._keys[one.run][one.row]]
+    def _place(self, sample: Chosen) -> SamplePlace:
+        return self._places[sample.run][self._keys[sample.run][sample.row]]
 
-    def _record(self, one: Chosen) -> dict[str, Any]:
+    def _record(self, sample: Chosen) -> dict[str, Any]:
         try:
-            record = json.loads(self._readers[one.run].read(self._place(one).record))
+            record = json.loads(self._readers[sample.run].read(self._place(sample).record))
         except (ValueError, RecursionError) as error:
-            self._damaged(one, f"the record of {one.key} cannot be read ({error})")
+            self._damaged(sample, f"the record of {sample.key} cannot be read ({error})")
         if not isinstance(record, dict):
-            self._damaged(one, f"the record of {one.key} is not a JSON object")
+            self._damaged(sample, f"the record of {sample.key} is not a JSON object")
         return record
 
-    def _damaged(self, one: Chosen, what: str) -> NoReturn:
+    def _damaged(self, sample: Chosen, what: str) -> NoReturn:
         remedy = "`riskforge verify` tells what is damaged"
-        raise CorruptShardError(f"{self._corpus.runs[one.run].uri}: {what}; {remedy}") from None
+        raise CorruptShardError(f"{self._corpus.runs[sample.run].uri}: {what}; {remedy}") from None
 
 
 def _rows(corpus: Corpus, number: int) -> pa.Table:
     """What the tars do not hold of the rows; of a run scored anew, everything."""
-    there = set(corpus.columns)
-    columns = None if corpus.runs[number].is_rescored else [name for name in ("key", *RUN_FIELDS) if name in there]
-    return corpus.run_table(number, columns).combine_chunks()
+    present = set(corpus.columns)
+    columns = [name for name in ("key", *RUN_FIELDS) if name in present]
+    return corpus.run_table(number, None if corpus.runs[number].is_rescored else columns).combine_chunks()

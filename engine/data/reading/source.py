@@ -86,7 +86,7 @@ class RunSource:
 
     def rows_files(self) -> list[Path]:
         """Local files with its rows, which are fetched whole where they lie on an object store."""
-        return list(self.store.fetch_each([one.name for one in self.rows], keep=True))
+        return list(self.store.fetch_each([file.name for file in self.rows], keep=True))
 
     def rows_digest(self) -> str:
         """Checksum of the files of its rows, in which the checksums of its images stand."""
@@ -95,8 +95,8 @@ class RunSource:
 
     def known_models(self) -> dict[str, Any]:
         """What is known of the models of a run that has no manifest yet."""
-        found = {"target": ("digest", self.targets), "clip": ("address", self.clips)}
-        return {role: {field: next(iter(one))} for role, (field, one) in found.items() if len(one) == 1}
+        known = {"target": ("digest", self.targets), "clip": ("address", self.clips)}
+        return {role: {field: next(iter(values))} for role, (field, values) in known.items() if len(values) == 1}
 
 
 def open_source(uri: str) -> RunSource:
@@ -174,7 +174,7 @@ def _rows(
             raise CorruptShardError(f"{store.address(METADATA)}: is missing; `riskforge run` writes it anew")
         return metadata, tars, "finished"
     state = f"not finished: {len(commits)} committed shards so far"
-    if metadata and _num_rows(metadata) == sum(one.counts.attempted for one in commits.values()):
+    if metadata and _num_rows(metadata) == sum(commit.counts.attempted for commit in commits.values()):
         return metadata, tars, state
     return tuple(StoredFile(store, f"{name}.parquet") for name in names), tars, state
 
@@ -187,17 +187,17 @@ def _surplus(store: Store, rows: tuple[StoredFile, ...]) -> dict[str, tuple[bool
     import pyarrow.parquet as pq
 
     job, plan = stored_plan(store)
-    beyond, flags, wanted = Surplus(quotas_of(plan)), dict[str, tuple[bool, ...]](), set(rows)
+    surplus, flags, wanted = Surplus(quotas_of(plan)), dict[str, tuple[bool, ...]](), set(rows)
     for number, commit in sorted(list_commits(store).items()):
         file = StoredFile(store, f"{SHARDS}/{shard_name(job.name, number)}.parquet")
         # Others were committed after the rows were listed, or are of no plan, which `verify` tells.
         if file not in wanted or number >= plan.num_shards:
             continue
         request = plan.requests[plan.shard(number).request].spec.name
-        if not beyond.is_within(request, commit.counts.accepted_per_class):
+        if not surplus.is_within(request, commit.counts.accepted_per_class):
             with readable(str(file)):
                 table = pq.read_table(file.fetch(keep=True), columns=list(MARKED), partitioning=None)
-                flags[str(file)] = tuple(beyond.mark(table))
+                flags[str(file)] = tuple(surplus.mark(table))
     return flags
 
 
@@ -212,17 +212,17 @@ def _num_rows(files: tuple[StoredFile, ...]) -> int:
     import pyarrow.parquet as pq
 
     try:
-        return sum(pq.read_metadata(one.fetch()).num_rows for one in files)
+        return sum(pq.read_metadata(file.fetch()).num_rows for file in files)
     except (pa.ArrowException, OSError):
         return -1
 
 
 def _origin(store: Store, manifest: dict[str, Any], depth: int) -> RunSource | None:
     """The run whose images a folder of new scores is about."""
-    about = manifest.get(RESCORED_FROM)
-    if about is None:
+    origin = manifest.get(RESCORED_FROM)
+    if origin is None:
         return None
-    address = about.get("uri") if isinstance(about, dict) else about
+    address = origin.get("uri") if isinstance(origin, dict) else origin
     if not isinstance(address, str) or depth >= _MAX_RESCORED:
         raise JobError(f"RUN: {store.address(MANIFEST)}: {RESCORED_FROM} is not the address of a run ({address!r})")
     try:
@@ -252,25 +252,25 @@ def _labels(manifest: dict[str, Any], stored: StoredRun | None) -> tuple[str, ..
     return ()
 
 
-def _models(about: Any) -> dict[str, Any]:
-    models = about.get("models") if isinstance(about, dict) else None
+def _models(document: Any) -> dict[str, Any]:
+    models = document.get("models") if isinstance(document, dict) else None
     kept = models.items() if isinstance(models, dict) else ()
-    return {role: one for role, one in kept if isinstance(one, dict) or _are_models(one)}
+    return {role: value for role, value in kept if isinstance(value, dict) or _are_models(value)}
 
 
 def _are_models(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, dict) for one in value)
+    return isinstance(value, list) and all(isinstance(model, dict) for model in value)
 
 
 def _of_sources(manifest: dict[str, Any], role: str, field: str) -> frozenset[str]:
     """What the manifest says of a model, over all sources of a merged data set."""
-    found = set()
+    values = set()
     sources = manifest.get(SOURCES)
-    for about in [manifest, *(sources if isinstance(sources, list) else [])]:
-        model = _models(about).get(role)
+    for document in [manifest, *(sources if isinstance(sources, list) else [])]:
+        model = _models(document).get(role)
         if isinstance(model, dict) and isinstance(model.get(field), str):
-            found.add(model[field])
-    return frozenset(found)
+            values.add(model[field])
+    return frozenset(values)
 
 
 def _stored_target(stored: StoredRun | None) -> frozenset[str]:

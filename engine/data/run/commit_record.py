@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from engine.data.run.counts import ShardCounts, record_name
 from engine.data.run.shards import SHARDS
@@ -98,10 +99,13 @@ def _check_fields(record: CommitRecord) -> None:
             raise ValueError(f"{name} is not a text: {value!r}")
     if not _NAME.fullmatch(record.name):
         raise ValueError(f"name {record.name!r} is not that of a shard")
-    if not isinstance(record.timing, dict) or not all(type(one) in (int, float) for one in record.timing.values()):
-        raise ValueError(f"timing is not seconds by name: {record.timing!r}")
+    timing = record.timing
+    if not isinstance(timing, dict) or not all(type(seconds) in (int, float) for seconds in timing.values()):
+        raise ValueError(f"timing is not seconds by name: {timing!r}")
     rows = record.screening
-    if not isinstance(rows, list) or not all(
-        isinstance(row, list) and len(row) == TALLY_COLUMNS and all(type(one) is int for one in row) for row in rows
-    ):
+    if not isinstance(rows, list) or not all(map(_is_tally_row, rows)):
         raise ValueError(f"screening is not rows of {TALLY_COLUMNS} counts: {rows!r}")
+
+
+def _is_tally_row(row: Any) -> bool:
+    return isinstance(row, list) and len(row) == TALLY_COLUMNS and all(type(number) is int for number in row)

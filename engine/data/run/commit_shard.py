@@ -107,9 +107,10 @@ def _adopt(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord:
     """Record what is published if it is whole and of this shard, otherwise put the staged files in its place."""
     tar, parquet = file_pair(own.name)
     try:
-        found = inspect_pair(store.fetch(tar), store.fetch(parquet))
-        if _identity(found.parquet) != _identity(staged.parquet):
-            raise CorruptShardError(f"{shown(found.parquet)}: holds other samples than shard {own.shard} of this plan")
+        published = inspect_pair(store.fetch(tar), store.fetch(parquet))
+        if _identity(published.parquet) != _identity(staged.parquet):
+            where = shown(published.parquet)
+            raise CorruptShardError(f"{where}: holds other samples than shard {own.shard} of this plan")
     except CorruptShardError:
         store.set_aside(tar)
         store.set_aside(parquet)
@@ -117,16 +118,16 @@ def _adopt(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord:
             if not store.publish(name, data):
                 raise RacedError(f"{store.address(name)}: written by two processes at once; run again") from None
         return own
-    if found.parquet_sha256 == own.parquet_sha256:
+    if published.parquet_sha256 == own.parquet_sha256:
         return own
-    first = next(read_rows(found.parquet, ["attempt", "worker"]))
-    return dataclasses.replace(own, **first, timing={}, **_about(found))
+    first = next(read_rows(published.parquet, ["attempt", "worker"]))
+    return dataclasses.replace(own, **first, timing={}, **_about(published))
 
 
 def _check_committed(store: Store, record: CommitRecord, own: CommitRecord, staged: ShardFiles) -> None:
     """Check the published files against the record; a lost file that was made again byte for byte is put back."""
-    told = ((record.tar_sha256, own.tar_sha256), (record.parquet_sha256, own.parquet_sha256))
-    for name, data, (wanted, made) in zip(file_pair(record.name), (staged.tar, staged.parquet), told, strict=True):
+    digests = ((record.tar_sha256, own.tar_sha256), (record.parquet_sha256, own.parquet_sha256))
+    for name, data, (wanted, made) in zip(file_pair(record.name), (staged.tar, staged.parquet), digests, strict=True):
         where = store.address(name)
         if not store.exists(name) and made == wanted:
             store.publish(name, data)

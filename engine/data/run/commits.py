@@ -70,9 +70,9 @@ def inspect_records(store: Store) -> Iterator[tuple[int, CommitRecord | CorruptS
     for name in _all_names(store):
         if parsed := parse_record_name(name):
             names.setdefault(parsed[0], set()).add(name)
-    for number, found in names.items():
-        if len(found) > 1:
-            yield number, CorruptShardError(f"shard {number} has several records: {', '.join(sorted(found))}")
+    for number, record_names in names.items():
+        if len(record_names) > 1:
+            yield number, CorruptShardError(f"shard {number} has several records: {', '.join(sorted(record_names))}")
     for number, name, text in _record_texts(store):
         if len(names.get(number, ())) == 1:
             yield number, _inspected(store.address(f"{COMMITS}/{name}"), name, number, text)
@@ -82,9 +82,10 @@ def inspect_records(store: Store) -> Iterator[tuple[int, CommitRecord | CorruptS
 
 def _record_texts(store: Store) -> Iterator[tuple[int, str, str | bytes | OutputError]]:
     """Number, name and text of every record, or why it cannot be read; loose ones first."""
-    parsed = {name: found for name in store.list(COMMITS) if (found := parse_record_name(Path(name).name))}
-    for name, data in store.read_each(parsed):
-        yield parsed[name][0], Path(name).name, data
+    names = {name: parse_record_name(Path(name).name) for name in store.list(COMMITS)}
+    numbers = {name: parsed[0] for name, parsed in names.items() if parsed}
+    for name, data in store.read_each(numbers):
+        yield numbers[name], Path(name).name, data
     for pack in store.list(PACKS):
         for row in pack_rows(store.fetch(pack), ["number", "name", "record"]):
             yield row["number"], row["name"], row["record"]
@@ -173,7 +174,7 @@ def _loose_records(store: Store) -> Iterator[CommitRecord]:
 def _loose(store: Store) -> Iterator[tuple[str, CommitRecord]]:
     """Names and contents of the loose records in the order of their shards."""
     parsed = ((parse_record_name(Path(name).name), name) for name in store.list(COMMITS))
-    numbered = [(one[0], name) for one, name in parsed if one]
+    numbered = [(parsed_name[0], name) for parsed_name, name in parsed if parsed_name]
     # Those that were packed after they were listed are not there.
     for name, data in store.read_each(name for _, name in sorted(numbered)):
         yield name, parse_record(store.address(name), data)

@@ -55,5 +55,5 @@ def sort_files(store: Store, job_name: str) -> tuple[list[str], list[str]]:
 
 def list_names(names: list[str]) -> str:
     """Some of the names, with control characters escaped."""
-    some = ", ".join(repr(Path(name).as_posix()) for name in names[:MAX_SHOWN])
-    return f"{some} and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else some
+    shown = ", ".join(repr(Path(name).as_posix()) for name in names[:MAX_SHOWN])
+    return f"{shown} and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else shown

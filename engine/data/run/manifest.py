@@ -51,7 +51,7 @@ def build_manifest(
 ) -> dict[str, Any]:
     """The content of manifest.json. The shards are listed one by one up to 10,000 of them."""
     counts = [commit.counts for commit in commits.values()]
-    totals = {name: sum(getattr(one, name) for one in counts) for name in _TOTALS}
+    totals = {name: sum(getattr(shard_counts, name) for shard_counts in counts) for name in _TOTALS}
     quotas = replay(
         plan, {number: commit.counts for number, commit in commits.items()}, (), job.output.samples_per_shard
     )
@@ -84,17 +84,19 @@ def quota_rows(plan: Plan, quotas: Quotas) -> dict[str, list[dict[str, Any]]]:
     """How far the quotas of every request are, class by class."""
     rows: dict[str, list[dict[str, Any]]] = {}
     names = planned_names(plan)
-    for one in quotas.standings():
-        request = plan.requests[one.request]
-        cell = request.cells[one.cell]
-        about = {
+    for standing in quotas.standings():
+        request = plan.requests[standing.request]
+        cell = request.cells[standing.cell]
+        row = {
             "class": " and ".join(names[index] for index in cell.classes),
             "code": cell.code,
-            "wanted": one.wanted,
-            "accepted": one.accepted,
+            "wanted": standing.wanted,
+            "accepted": standing.accepted,
+            "surplus": max(0, standing.accepted - standing.wanted),
+            "attempted": standing.attempted,
+            "missing": standing.missing,
         }
-        counts = {"surplus": max(0, one.accepted - one.wanted), "attempted": one.attempted, "missing": one.missing}
-        rows.setdefault(request.spec.name, []).append(about | counts)
+        rows.setdefault(request.spec.name, []).append(row)
     return rows
 
 
@@ -133,8 +135,8 @@ def _listed(record: CommitRecord, job: JobSpec) -> dict[str, Any]:
 
 def software_versions() -> dict[str, str]:
     """Versions of the packages that decide the samples, as far as they are installed, without importing them."""
-    found = {}
+    versions = {}
     for name in PACKAGES:
         with contextlib.suppress(packages.PackageNotFoundError):
-            found[name] = packages.version(name)
-    return found
+            versions[name] = packages.version(name)
+    return versions

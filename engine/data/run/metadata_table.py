@@ -87,7 +87,7 @@ def _writer(path: Path, schema: pa.Schema) -> Iterator[Any]:
 
 
 def _shard_tables(
-    store: Store, job_name: str, commits: dict[int, CommitSummary], schema: pa.Schema, beyond: Surplus
+    store: Store, job_name: str, commits: dict[int, CommitSummary], schema: pa.Schema, quotas: Surplus
 ) -> Iterator[pa.Table]:
     """The rows of each shard in order, with the column `surplus`."""
     import pyarrow as pa
@@ -99,7 +99,7 @@ def _shard_tables(
         try:
             table = pq.read_table(path, partitioning=None)
             check_rows(table, shown(path))
-            surplus = pa.array(beyond.mark(table), pa.bool_())
+            surplus = pa.array(quotas.mark(table), pa.bool_())
             table = table.append_column("surplus", surplus).cast(schema)
         except FileNotFoundError:
             _damaged(path, "is missing")
@@ -121,16 +121,16 @@ def _row_groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
     """The same rows in tables of about `ROWS_PER_GROUP`: small row groups are slow to read."""
     import pyarrow as pa
 
-    held: list[pa.Table] = []
+    group: list[pa.Table] = []
     num_rows = 0
     for table in tables:
-        held.append(table)
+        group.append(table)
         num_rows += len(table)
         if num_rows >= ROWS_PER_GROUP:
-            yield pa.concat_tables(held).combine_chunks()
-            held, num_rows = [], 0
-    if held:
-        yield pa.concat_tables(held).combine_chunks()
+            yield pa.concat_tables(group).combine_chunks()
+            group, num_rows = [], 0
+    if group:
+        yield pa.concat_tables(group).combine_chunks()
 
 
 def write_surplus(store: Store) -> None:

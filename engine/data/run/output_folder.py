@@ -42,7 +42,7 @@ def check_output(store: Store) -> None:
     if problem := _forbidden(folder):
         raise OutputError(f"output {store.uri}: {problem}; {_REMEDY}")
     check_unused(store)
-    above = next(one for one in (folder, *folder.parents) if one.exists())
+    above = next(path for path in (folder, *folder.parents) if path.exists())
     _check_writable(store, above, "the folder" if above == folder else f"'{above}', in which it would be made,")
 
 
@@ -53,10 +53,11 @@ def _forbidden(folder: Path) -> str:
         return "is the home folder, or holds it"
     if str(folder) in _PARENTS:
         return "is a folder for the folders of others"
-    own = (*_EXEMPT, *([] if home is None or home == Path("/") else [str(home)]))
-    is_exempt = any(folder.is_relative_to(one) for one in own)
-    if not is_exempt and (tree := next((one for one in _SYSTEM_TREES if folder.is_relative_to(one)), "")):
-        return f"is part of the operating system ({tree})"
+    own_trees = (*_EXEMPT, *([] if home is None or home == Path("/") else [str(home)]))
+    is_exempt = any(folder.is_relative_to(tree) for tree in own_trees)
+    trees = [] if is_exempt else [tree for tree in _SYSTEM_TREES if folder.is_relative_to(tree)]
+    if trees:
+        return f"is part of the operating system ({trees[0]})"
     return ""
 
 

@@ -40,11 +40,11 @@ def lost_files(store: Store) -> list[str]:
     # After the records: whatever they tell of was there before them.
     sizes = store.sizes(SHARDS)
     lost: list[str] = []
-    for one in recorded:
-        if isinstance(one, CorruptShardError):
-            lost.append(str(one))
+    for recorded_file in recorded:
+        if isinstance(recorded_file, CorruptShardError):
+            lost.append(str(recorded_file))
             continue
-        number, name, num_bytes = one
+        number, name, num_bytes = recorded_file
         if (size := sizes.get(name)) is None:
             lost.append(f"{name}: is missing, but shard {number} is committed")
         elif size != num_bytes:

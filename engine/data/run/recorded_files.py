@@ -49,8 +49,8 @@ def _packed_files(path: Path) -> Iterator[tuple[int, str, int] | CorruptShardErr
         try:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(columns=["record"]):
-                    found = pc.extract_regex(batch.column(0), _FILES).to_pylist()
-                    for place, fields in enumerate(found):
+                    matches = pc.extract_regex(batch.column(0), _FILES).to_pylist()
+                    for place, fields in enumerate(matches):
                         if fields is None:
                             yield from _files_of(shown(path), batch.column(0)[place].as_py())
                             continue

@@ -37,10 +37,12 @@ def open_output(store: Store, plan: Plan, job: JobSpec, resume: str, confirmed: 
     """
     if resume not in ("auto", "never", "overwrite"):
         raise ValueError(f"resume {resume!r} is not one of auto, never, overwrite")
-    held = [name for name in store.list() if name != STATE or store.list(PLANS)]
-    if resume == "never" and held:
-        raise OutputError(f"output {store.uri}: is not empty ({list_names(held)}); use --resume auto, {OTHER_OUTPUT}")
-    if resume == "overwrite" and held:
+    present = [name for name in store.list() if name != STATE or store.list(PLANS)]
+    if resume == "never" and present:
+        raise OutputError(
+            f"output {store.uri}: is not empty ({list_names(present)}); use --resume auto, or choose another --output"
+        )
+    if resume == "overwrite" and present:
         _clear(store, confirmed)
     stored = read_run(store)
     if stored is None:

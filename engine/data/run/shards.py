@@ -66,9 +66,7 @@ def read_shard(path: Path) -> Iterator[tuple[str, bytes, dict[str, Any], int]]:
         key, _, extension = name.partition(".")
         if extension not in IMAGE_FORMATS:
             _corrupt(path, f"member {name!r} stands where an image should")
-        parts = [
-            data for wanted, (found, data) in zip((".json", ".cls"), members, strict=False) if found == key + wanted
-        ]
+        parts = [data for wanted, (name, data) in zip((".json", ".cls"), members, strict=False) if name == key + wanted]
         if len(parts) != 2:
             _corrupt(path, f"sample {key!r} lacks its .json or .cls beside the image")
         try:
@@ -135,7 +133,7 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str
     with explained(path), path.open("rb") as source:
         try:
             with pq.ParquetFile(source) as file:
-                if not any(file.schema_arrow.equals(arrow_schema(version=one)) for one in _VERSIONS):
+                if not any(file.schema_arrow.equals(arrow_schema(version=version)) for version in _VERSIONS):
                     _corrupt(path, "its columns are not those of this version")
                 for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=columns):
                     yield from batch.to_pylist()

@@ -149,11 +149,11 @@ def _check_extents(plan: Plan) -> None:
     Raises:
         ValueError: there is one.
     """
-    for one in plan.extents:
-        if not 0 <= one.request < len(plan.requests):
-            raise ValueError(f"request {one.request} is not in the job")
-        if not EVERY_CELL <= one.cell < len(plan.requests[one.request].cells):
-            raise ValueError(f"request {one.request} has no class {one.cell}")
+    for extent in plan.extents:
+        if not 0 <= extent.request < len(plan.requests):
+            raise ValueError(f"request {extent.request} is not in the job")
+        if not EVERY_CELL <= extent.cell < len(plan.requests[extent.request].cells):
+            raise ValueError(f"request {extent.request} has no class {extent.cell}")
 
 
 def _cell(classes: Any) -> Cell:
@@ -162,7 +162,7 @@ def _cell(classes: Any) -> Cell:
     Raises:
         ValueError: they are no numbers of classes.
     """
-    if not isinstance(classes, list) or any(type(one) is not int or one < 0 for one in classes):
+    if not isinstance(classes, list) or any(type(index) is not int or index < 0 for index in classes):
         raise ValueError(f"{classes!r} are not numbers of classes")
     return Cell(classes=tuple(classes), names=tuple(map(str, classes)))
 
@@ -175,7 +175,7 @@ def _extent(raw: dict[str, Any]) -> Extent:
         TypeError: it has other fields.
     """
     extent = Extent(**raw)
-    if any(type(one) is not int for one in dataclasses.astuple(extent)):
+    if any(type(value) is not int for value in dataclasses.astuple(extent)):
         raise ValueError(f"{raw} has fields that are not whole numbers")
     if not 0 <= extent.start <= extent.stop <= MAX_POSITIONS or extent.samples_per_shard < 1:
         raise ValueError(f"{raw} is not a part of a sequence")

@@ -83,31 +83,31 @@ def index_tars(tars: Sequence[StoredFile], keys: Iterable[str]) -> SamplePlaces:
     Raises:
         CorruptShardError: a tar is missing or torn, or a sample is in none of them.
     """
-    found = SamplePlaces(keys)
+    places = SamplePlaces(keys)
     for number, tar in enumerate(tars):
-        if not found.num_missing:
+        if not places.num_missing:
             break
         path = tar.fetch()
         if not path.exists():
             raise CorruptShardError(f"{tar}: is missing; `riskforge verify` tells what is damaged")
-        _index_tar(path, number, found)
-    if found.num_missing:
+        _index_tar(path, number, places)
+    if places.num_missing:
         where = str(tars[0]).rpartition("/")[0] if tars else "the run, which has no tars"
         raise CorruptShardError(
-            f"{where}: no tar has the image of {found.first_missing()!r} ({found.num_missing} are missing); `riskforge"
-            " verify` tells what is damaged"
+            f"{where}: no tar has the image of {places.first_missing()!r} ({places.num_missing} are missing);"
+            " `riskforge verify` tells what is damaged"
         )
-    return found
+    return places
 
 
-def _index_tar(path: Path, number: int, found: SamplePlaces) -> None:
+def _index_tar(path: Path, number: int, places: SamplePlaces) -> None:
     image: tuple[str, str, Place] | None = None
     for name, offset, size in tar_entries(path):
         key, _, extension = name.partition(".")
         if extension in IMAGE_FORMATS:
             image = (key, extension, Place(number, offset, size))
         elif extension == RECORD and image and image[0] == key:
-            found.add(key, SamplePlace(image[2], image[1], Place(number, offset, size)))
+            places.add(key, SamplePlace(image[2], image[1], Place(number, offset, size)))
 
 
 @dataclass

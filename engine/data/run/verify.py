@@ -58,7 +58,7 @@ class Verdict:
     @property
     def damage(self) -> tuple[Finding, ...]:
         """The findings that are damage."""
-        return tuple(one for one in self.findings if one.kind == "damage")
+        return tuple(finding for finding in self.findings if finding.kind == "damage")
 
 
 def verify(store: Store, advance: Callable[[str], None] = lambda text: None) -> Verdict:
@@ -85,9 +85,9 @@ def verify(store: Store, advance: Callable[[str], None] = lambda text: None) -> 
         except RiskforgeError as error:
             findings.append(Finding(kind="damage", shard=number, text=str(error)))
     num_committed = len(counts) + len(findings)
-    findings += _strangers(store, job, {*counts, *(one.shard for one in findings if one.shard is not None)})
+    findings += _strangers(store, job, {*counts, *(finding.shard for finding in findings if finding.shard is not None)})
     findings += _left_over(store, job, plan, counts, num_committed)
-    num_samples = sum(one.attempted for one in counts.values())
+    num_samples = sum(shard_counts.attempted for shard_counts in counts.values())
     return Verdict(
         findings=tuple(findings), num_shards=plan.num_shards, num_committed=num_committed, num_samples=num_samples
     )
@@ -125,15 +125,15 @@ def check_shard(plan: Plan, record: CommitRecord | CorruptShardError, pair: list
         if not path.exists():
             raise CorruptShardError(f"{shown(path)}: is missing, but shard {record.shard} is committed")
     _check_planned(plan, record)
-    found = inspect_pair(tar, parquet)
-    about = ((tar, ("tar_sha256", "tar_md5", "tar_bytes")), (parquet, ("parquet_sha256", "parquet_bytes")))
-    for path, fields in about:
-        if any(getattr(found, field) != getattr(record, field) for field in fields):
+    actual = inspect_pair(tar, parquet)
+    files = ((tar, ("tar_sha256", "tar_md5", "tar_bytes")), (parquet, ("parquet_sha256", "parquet_bytes")))
+    for path, fields in files:
+        if any(getattr(actual, field) != getattr(record, field) for field in fields):
             raise CorruptShardError(f"{shown(path)}: is not the file that was committed (checksum or size)")
-    if found.counts != record.counts:
+    if actual.counts != record.counts:
         raise CorruptShardError(f"{shown(parquet)}: holds other counts than its record")
     check_samples(plan, record.shard, parquet)
-    return found.counts
+    return actual.counts
 
 
 def _check_planned(plan: Plan, record: CommitRecord) -> None:
@@ -149,7 +149,8 @@ def _check_planned(plan: Plan, record: CommitRecord) -> None:
 def check_samples(plan: Plan, number: int, parquet: Path) -> None:
     """Keys and seeds are those that the plan has, in the run's schema version."""
     rows = list(read_rows(parquet, ["key", "seed", "schema_version"]))
-    if [(row["key"], row["seed"]) for row in rows] != [(one.key, one.seed) for one in plan.samples(plan.shard(number))]:
+    planned = [(sample.key, sample.seed) for sample in plan.samples(plan.shard(number))]
+    if [(row["key"], row["seed"]) for row in rows] != planned:
         raise CorruptShardError(f"{shown(parquet)}: holds other samples than the plan has in shard {number}")
     if others := {row["schema_version"] for row in rows} - {plan.schema_version}:
         raise CorruptShardError(
@@ -160,7 +161,7 @@ def check_samples(plan: Plan, number: int, parquet: Path) -> None:
 def _strangers(store: Store, job: JobSpec, committed: set[int]) -> Iterator[Finding]:
     """Files of shards without a record, and what else was moved aside."""
     numbers = {_number_of(name, job) for name in store.list(SHARDS)} - {None} - committed
-    for number in sorted(one for one in numbers if one is not None):
+    for number in sorted(number for number in numbers if number is not None):
         text = f"shard {number}: has files and no record; the next run looks at them"
         yield Finding(kind="unfinished", shard=number, text=text)
     if torn := store.list(TORN):
@@ -197,12 +198,12 @@ def _left_over(
     for name in sorted(torn - {METADATA, CARD, REPORT}):
         text = f"{name}: is missing or not whole; `riskforge run` with the same job writes it"
         yield Finding(kind="damage", text=text)
-    wanted = sum(one.attempted for one in counts.values())
-    found = _count_metadata(store)
-    if found is None:
+    wanted = sum(shard_counts.attempted for shard_counts in counts.values())
+    num_rows = _count_metadata(store)
+    if num_rows is None:
         yield Finding(kind="damage", text=f"{METADATA}: is missing or cannot be read")
-    elif found != wanted:
-        yield Finding(kind="damage", text=f"{METADATA}: has {found} rows, the shards have {wanted}")
+    elif num_rows != wanted:
+        yield Finding(kind="damage", text=f"{METADATA}: has {num_rows} rows, the shards have {wanted}")
     elif SURPLUS_LIST not in torn and store.exists(SURPLUS_LIST):
         yield from _check_surplus(store)
 
@@ -242,6 +243,6 @@ def _count_metadata(store: Store) -> int | None:
         return None
     try:
         paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-        return sum(pq.read_metadata(one).num_rows for one in paths)
+        return sum(pq.read_metadata(part).num_rows for part in paths)
     except (OSError, pa.ArrowException):
         return None

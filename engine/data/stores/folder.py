@@ -138,9 +138,9 @@ class FolderStore(Store):
         """The file itself; what is neither a file nor a folder is refused, as reading it may never end."""
         path = self.path(name)
         with explained(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            for one in path.iterdir() if path.is_dir() else [path]:
-                if not one.is_dir():
-                    check_regular(one)
+            for entry in path.iterdir() if path.is_dir() else [path]:
+                if not entry.is_dir():
+                    check_regular(entry)
         return path
 
     def fetch_each(self, names: Iterable[str], *, keep: bool = False) -> Iterator[Path]:
@@ -169,21 +169,21 @@ class FolderStore(Store):
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of the files in a folder by name, of links those of what they lead to."""
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         with explained(self.path(folder)):
             try:
                 with os.scandir(self.path(folder)) as entries:
                     for entry in entries:
                         try:
                             if entry.is_file():
-                                found[f"{folder}/{entry.name}"] = entry.stat().st_size
+                                sizes[f"{folder}/{entry.name}"] = entry.stat().st_size
                         except OSError as error:
                             # It went meanwhile, or is a link that leads nowhere or to itself.
                             if error.errno not in (errno.ENOENT, errno.ELOOP):
                                 raise
             except FileNotFoundError:
                 return {}
-        return found
+        return sizes
 
     @patient
     def publish(self, name: str, data: bytes | Path) -> bool:

@@ -28,9 +28,9 @@ class Journal:
         self._store = store
         self._name = f"{EVENTS}/{number:06d}.jsonl"
 
-    def note(self, event: str, **about: Any) -> None:
+    def note(self, event: str, **details: Any) -> None:
         """Add a line. A disk that is full is told by those who write more."""
-        line = json.dumps({"time": round(time.time(), 3), "event": event} | about, ensure_ascii=False)
+        line = json.dumps({"time": round(time.time(), 3), "event": event} | details, ensure_ascii=False)
         with contextlib.suppress(OutputError):
             self._store.append(self._name, line + "\n")
 

@@ -225,9 +225,9 @@ def _holder(data: bytes) -> Holder:
     """
     holder = Holder(**parse_json(data))
     kinds = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
-    for one in fields(Holder):
-        if type(value := getattr(holder, one.name)) not in kinds[str(one.type)]:
-            raise ValueError(f"{one.name} is {value!r}")
+    for field in fields(Holder):
+        if type(value := getattr(holder, field.name)) not in kinds[str(field.type)]:
+            raise ValueError(f"{field.name} is {value!r}")
     # Moments that no clock has: they are compared and shown.
     if not (
         0 <= holder.since < MAX_MOMENT and 0 <= holder.expires < MAX_MOMENT and 0 < holder.length_seconds < MAX_MOMENT

@@ -66,14 +66,14 @@ class ObjectCopies:
             return self._fetch_folder(name, path)
         version = object_version(info)
         with self._lock:
-            held = self._copies.get(name)
-            if held is not None and held.version == version and path.is_file():
-                held.is_kept |= keep
+            copy = self._copies.get(name)
+            if copy is not None and copy.version == version and path.is_file():
+                copy.is_kept |= keep
                 self._copies.move_to_end(name)
                 return path
         self._download(name, path)
         with self._lock:
-            self._copies[name] = _Copy(version, int(info["size"]), keep or (held is not None and held.is_kept))
+            self._copies[name] = _Copy(version, int(info["size"]), keep or (copy is not None and copy.is_kept))
             self._copies.move_to_end(name)
             self._remove_excess()
         return path

@@ -75,30 +75,30 @@ _UNKNOWN_CODES = {"NotImplemented", "InvalidArgument", "InvalidRequest", "Unsupp
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__ or found.__context__
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or current.__context__
 
 
 def _response(error: BaseException, read: Callable[[Any], Any]) -> Any:
     """Something of the answer of S3 that is behind an error; None where there is none."""
-    for one in _chain(error):
+    for link in _chain(error):
         with contextlib.suppress(AttributeError, KeyError, TypeError):
-            return read(one.response)  # type: ignore[attr-defined]
+            return read(link.response)  # type: ignore[attr-defined]
     return None
 
 
 def status_of(error: BaseException) -> int | None:
     """The HTTP status behind an error, where it is known."""
-    found = _response(error, lambda response: response["ResponseMetadata"]["HTTPStatusCode"])
+    status = _response(error, lambda response: response["ResponseMetadata"]["HTTPStatusCode"])
     code = getattr(error, "code", None)
-    return found if found is not None else code if isinstance(code, int) else None
+    return status if status is not None else code if isinstance(code, int) else None
 
 
 def _code(error: BaseException) -> str:
-    found = _response(error, lambda response: response["Error"]["Code"])
-    return str(found if found is not None else getattr(error, "code", "") or "")
+    code = _response(error, lambda response: response["Error"]["Code"])
+    return str(code if code is not None else getattr(error, "code", "") or "")
 
 
 def is_taken(error: BaseException) -> bool:
@@ -128,7 +128,7 @@ def is_empty_range(error: BaseException) -> bool:
 
 
 def _kinds(error: BaseException) -> set[str]:
-    return {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
+    return {kind.__name__ for link in _chain(error) for kind in type(link).__mro__}
 
 
 def may_pass(error: BaseException) -> bool:

@@ -49,10 +49,10 @@ def open_store(uri: str) -> Store:
     try:
         with explained(f"output {uri}"):
             root = Path(uri).expanduser().absolute()
-            there = next(one for one in (root, *root.parents) if is_there(one))
-            if there != root and not there.is_dir():
+            existing = next(path for path in (root, *root.parents) if is_there(path))
+            if existing != root and not existing.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, "")
-            is_file = there == root and not root.is_dir()
+            is_file = existing == root and not root.is_dir()
     except RuntimeError as error:
         raise OutputError(f"output {uri}: names the home folder of nobody ({error}); choose another --output") from None
     if is_file:
