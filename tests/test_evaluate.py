@@ -293,7 +293,7 @@ def test_a_run_with_a_driver_at_work_is_left_alone(finished: Store, call: Any) -
     """Nothing is written into it, and nothing is measured first."""
     with hold(finished):
         code, _, err = call("evaluate", finished.uri)
-    assert code == EXIT_OWNED and "another driver is at work on it" in err and not finished.exists(EVALUATION)
+    assert code == EXIT_OWNED and "another driver is running on it" in err and not finished.exists(EVALUATION)
 
 
 def test_without_options_it_still_tells_something(finished: Store, tmp_path: Path) -> None:

@@ -267,7 +267,7 @@ def test_a_torn_tar_and_a_changed_image_stop_an_export(tmp_path: Path) -> None:
     place = whole.index(b"IDAT") + 6
     for data, message in (
         (whole[: len(whole) // 3], "cut short"),
-        (whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :], "is not the one that its row tells of"),
+        (whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :], "is not the one of its row"),
     ):
         tar.write_bytes(data)
         with pytest.raises(CorruptShardError, match=message):

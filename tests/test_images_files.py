@@ -152,7 +152,7 @@ def test_two_kinds_in_one_folder_are_not_mixed_without_a_word(tmp_path):
     write_tar(tmp_path / "in/a.tar", [("b.png", grey(2)), ("b.cls", b"3")])
     used, reasons = split(read(tmp_path, DIGITS))
     assert list(used) == ["in/a.tar/b.png"] and set(reasons) == {"three/a.png", "README.md", "a.parquet"}
-    assert all("lies beside tars" in reason for reason in reasons.values())
+    assert all("is next to tars" in reason for reason in reasons.values())
 
 
 def test_a_table_without_images_does_not_hide_class_folders(tmp_path):

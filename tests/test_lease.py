@@ -50,7 +50,7 @@ def test_the_loser_hears_who_is_at_work_and_when_the_place_is_free(tmp_path):
     plant(store, expires=before + left)
     with pytest.raises(OwnedError, match="process 4711 on node-7, since ") as raised:
         hold(store, wait=pytest.fail).__enter__()
-    [seconds] = re.findall(r"its place is free in (\d+) s", str(raised.value))
+    [seconds] = re.findall(r"the output is available in (\d+) s", str(raised.value))
     assert left - (time.time() - before) - 1 <= int(seconds) <= left
     assert raised.value.exit_code == EXIT_OWNED
     assert read_holder(store).token == "other"

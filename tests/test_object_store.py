@@ -575,7 +575,7 @@ def test_a_killed_run_is_continued(store: ObjectStore, local: dict[str, bytes]) 
         time.sleep(0.05)
     second = driver(store.uri, "local")
     _, told = second.communicate(timeout=200)
-    assert second.returncode == EXIT_OWNED and f"error: output {store.uri}: another driver is at work on it" in told
+    assert second.returncode == EXIT_OWNED and f"error: output {store.uri}: another driver is running on it" in told
     assert read_status(store).state == "running"
     first.send_signal(signal.SIGKILL)
     first.wait()

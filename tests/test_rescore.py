@@ -159,7 +159,7 @@ def test_a_run_with_a_driver_at_work_is_left_alone(made, tmp_path, call):
     copy = shutil.copytree(made, tmp_path / "copy", ignore=shutil.ignore_patterns("rescored"))
     with hold(open_store(str(copy))):
         code, _, err = call("rescore", copy, "--target", OTHER)
-        assert code == EXIT_OWNED and "another driver is at work on it" in err and not (copy / "rescored").exists()
+        assert code == EXIT_OWNED and "another driver is running on it" in err and not (copy / "rescored").exists()
         assert call("rescore", copy, "--target", OTHER, "--output", copy / "rescored/mine")[0] == EXIT_OWNED
         assert rescore_run(str(copy), OTHER, output=str(tmp_path / "elsewhere")).num_scored > 0
 

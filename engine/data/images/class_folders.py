@@ -1,4 +1,4 @@
-"""Reading the images of class folders, with labels from the folders or from a list beside the images."""
+"""Reading the images of class folders, with labels from the folders or from a listing next to the images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.data.images.decode import EXTENSIONS, UnusableImageError, check_bytes, open_image
 from engine.data.images.file_tree import Entry
-from engine.data.images.findings import Found, make_finding, unusable
+from engine.data.images.image_source import ReadResult, make_result, unusable
 from engine.data.images.labelling import Labelling
 from engine.data.images.listings import Listings, key_of
 
@@ -27,14 +27,14 @@ class ClassReader:
     labelling: Labelling
     listings: Listings
 
-    def read(self, entry: Entry) -> Found:
+    def read(self, entry: Entry) -> ReadResult:
         """A file as an image with its class, or why it is none."""
         if problem := self.listings.problems.get(entry.place, ""):
             return unusable(entry.place, problem)
         data = partial(_file_bytes, self.root / entry.place)
         if entry.extension not in EXTENSIONS and (problem := _why_no_image(data)):
             return unusable(entry.place, problem)
-        return make_finding(entry.place, partial(self._class_of, entry), data)
+        return make_result(entry.place, partial(self._class_of, entry), data)
 
     def _class_of(self, entry: Entry) -> int:
         folders = entry.parts[len(self.home) : -1] if entry.parts[: len(self.home)] == self.home else ()
@@ -62,7 +62,7 @@ class ClassReader:
 
 
 def _why_no_image(data: Callable[[], bytes]) -> str:
-    """Why a file of any name is no image; empty where it is one, or where reading it tells."""
+    """Why a file of any name is no image; empty where it is one, or where reading it will show why."""
     try:
         with open_image(data()):
             return ""

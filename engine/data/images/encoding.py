@@ -47,7 +47,7 @@ def encode(pixels: np.ndarray, image_format: str, *, provenance: bool = False) -
     """The image file of 8-bit pixels [H, W, 3]; equal pixels give equal bytes.
 
     Args:
-        provenance: say in the file that the image is synthetic.
+        provenance: mark the file as synthetic.
     """
     buffer = io.BytesIO()
     options = _OPTIONS[image_format] | (_provenance(image_format) if provenance else {})
@@ -67,9 +67,9 @@ def _provenance(image_format: str) -> dict[str, object]:
 def stored(
     pixels: np.ndarray, image_format: str, *, provenance: bool = False
 ) -> tuple[list[Callable[[], bytes]], list[PIL.Image.Image]]:
-    """What becomes the files of 8-bit pixels [B, H, W, 3], and the images as a reader of these files will see them.
+    """Encoders of the files of 8-bit pixels [B, H, W, 3], and the images as a reader of these files will see them.
 
-    A lossless format gives back its pixels, so that nobody needs to wait for the files; JPEG must be encoded first.
+    A lossless format preserves its pixels, so that encoding can wait; JPEG must be encoded first.
     """
     if image_format in LOSSLESS:
         encoders: list[Callable[[], bytes]] = [

@@ -9,8 +9,8 @@ from pathlib import Path
 from engine.data.images.class_folders import ClassReader
 from engine.data.images.decode import EXTENSIONS
 from engine.data.images.file_tree import Entry, list_files
-from engine.data.images.findings import ImageSource, Unusable, unusable
 from engine.data.images.ignored import why_ignored
+from engine.data.images.image_source import ImageSource, Unusable, unusable
 from engine.data.images.labelling import Labelling
 from engine.data.images.listings import NAMES, Listings, key_of
 from engine.data.images.parquet_files import has_images, parquet
@@ -32,13 +32,13 @@ KIND = "a folder by class"
 # At the top of a folder that the engine finished.
 _MARKS = ("manifest.json", "_SUCCESS")
 _STATE = "_state"
-# Folders of a run with other scores of its images, and answers of people about them.
+# Folders of a run with other scores of its images, and reviews of them.
 _INTERNAL = (_STATE, "rescored", "_review")
 # Of a repository in the cache of `huggingface_hub`.
 BLOBS, SNAPSHOTS = "blobs", "snapshots"
 _MAX_GIVEN = 3
 _DATA = EXTENSIONS | {"tar", "parquet"}
-# Written beside tars by the engine or by the tools that read them.
+# Written next to tars by the engine or by the tools that read them.
 _INDEXES = frozenset({"wids.json", "_info.json", SURPLUS})
 
 
@@ -53,7 +53,7 @@ def open_folder(root: Path, labels: tuple[str, ...], option: str, address: str, 
         split: of tars or parquet files, the split to read; all where empty.
 
     Raises:
-        JobError: it holds several splits, or not the one that is asked for.
+        JobError: it holds several splits, or not the requested one.
         OSError: it cannot be listed.
     """
     return _Folder(root, labels, option, address, split).source()
@@ -72,7 +72,7 @@ class _Folder:
         self._entries = [entry for entry in entries if self._is_data(entry)]
 
     def source(self) -> ImageSource:
-        """What is read of it, and what is not."""
+        """The source of its images, with what is not read."""
         tars = [entry for entry in self._entries if entry.extension == "tar"]
         if self._is_own and (shards := [entry for entry in tars if entry.parts[:-1] == (SHARDS,)]):
             return self._of_run(shards)
@@ -88,7 +88,7 @@ class _Folder:
         return self._of_classes()
 
     def _check_cache(self, entries: Sequence[Entry]) -> None:
-        """Refuse a repository as the hub's cache has it: every file is in it by its content, and again by its name.
+        """Refuse a repository in the hub's cache, which has every file twice: by content and by name.
 
         Raises:
             JobError: it is one.
@@ -100,7 +100,7 @@ class _Folder:
             raise JobError(f"{self._option}: '{self._address}' is a repository in the hub's cache; give {given}")
 
     def _is_data(self, entry: Entry) -> bool:
-        """Whether a file is to be read; it is noted where it is not, unless it is the engine's own."""
+        """Whether a file is to be read; others are recorded as unread, except for the engine's own."""
         is_engines = self._is_own and (
             entry.parts[0] in _INTERNAL
             or (entry.extension not in _DATA and (len(entry.parts) == 1 or entry.parts[0] == SHARDS))
@@ -111,17 +111,17 @@ class _Folder:
         return not reason and not is_engines
 
     def _of_run(self, shards: Sequence[Entry]) -> ImageSource:
-        """The shards of a run; images beside them are named."""
+        """The shards of a run; other images next to them are reported."""
         known = set(shards)
         others = [entry for entry in self._entries if entry not in known and entry.extension != "parquet"]
         home = self._root / SHARDS
         source = webdataset([self._root / entry.place for entry in shards], self._labels, home)
-        return source.beside([*self._unread, *_beside(others, "the shards of a run")])
+        return source.with_unread([*self._unread, *_left_out(others, "the shards of a run")])
 
     def _of_containers(
         self, files: Sequence[Entry], what: str, read: Callable[[Sequence[Entry]], ImageSource]
     ) -> ImageSource:
-        """Tars or parquet files of one split, with all else named."""
+        """Tars or parquet files of one split, with all other files reported as unread."""
         chosen = self._of_one_split(files)
         source = read(chosen)
         if self._split:
@@ -136,10 +136,10 @@ class _Folder:
         ]
         left_out = sorted(known - set(chosen), key=lambda entry: entry.parts)
         unlisted = [unusable(entry.place, "is in no split that the card (README.md) names") for entry in left_out]
-        return source.beside([*self._unread, *unlisted, *_beside(others, what)])
+        return source.with_unread([*self._unread, *unlisted, *_left_out(others, what)])
 
     def _of_one_split(self, files: Sequence[Entry]) -> list[Entry]:
-        """The files of the split that is asked for, or of the only one.
+        """The files of the requested split, or of the only one.
 
         Raises:
             JobError: there are several, or not that one.
@@ -200,7 +200,7 @@ class _Folder:
             for place, (_, listing) in listings.listed.items()
             if place not in places
         ]
-        return source.beside([*self._unread, *missing])
+        return source.with_unread([*self._unread, *missing])
 
     def _listings(self) -> Listings:
         listings = Listings()
@@ -253,10 +253,10 @@ def _is_own(entries: Sequence[Entry]) -> bool:
     return _STATE in names or names.issuperset(_MARKS) or (ROWS in names and has_shards)
 
 
-def _beside(entries: Iterable[Entry], what: str) -> list[Unusable]:
-    """Files of another kind than those that are read."""
+def _left_out(entries: Iterable[Entry], what: str) -> list[Unusable]:
+    """Files of another kind next to those that are read."""
     remedy = "; give its folder by itself"
     return [
-        unusable(entry.place, f"lies beside {what}, which are read{remedy if entry.extension in _DATA else ''}")
+        unusable(entry.place, f"is next to {what}, which are read{remedy if entry.extension in _DATA else ''}")
         for entry in entries
     ]

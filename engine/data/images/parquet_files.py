@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.data.images.decode import UnusableImageError, brief, check_bytes
-from engine.data.images.findings import REJECTED, Found, ImageSource, Item, in_context, make_finding, unusable
+from engine.data.images.image_source import REJECTED, ImageSource, Item, ReadResult, in_context, make_result, unusable
 from engine.data.images.labelling import Labelling, are_same_classes, check_label, is_enumeration
 
 if TYPE_CHECKING:
@@ -213,14 +213,14 @@ def _num_rows(path: Path) -> int:
 
 
 def accepted_column(names: Sequence[str]) -> list[str]:
-    """The column that tells which rows a run accepted, or none."""
+    """The column that marks accepted rows, or none."""
     return [ACCEPTED[0]] if set(ACCEPTED) <= set(names) else []
 
 
-def _read_row(name: str, row: dict[str, Any], image: str, class_of: Callable[[Any], int]) -> Found:
+def _read_row(name: str, row: dict[str, Any], image: str, class_of: Callable[[Any], int]) -> ReadResult:
     if row.get(ACCEPTED[0]) is False:
         return unusable(name, REJECTED)
-    item = make_finding(name, partial(class_of, row[LABEL]), partial(_cell_bytes, row[image], image))
+    item = make_result(name, partial(class_of, row[LABEL]), partial(_cell_bytes, row[image], image))
     return in_context(item, row.get(CONTEXT))
 
 

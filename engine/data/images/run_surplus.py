@@ -8,7 +8,7 @@ from pathlib import Path
 from engine.data.images.decode import brief
 from engine.models.files import UnsuitableFileError, check_regular, read_whole
 
-# The folder of a run's tars; beside it the rows of all samples, and in it the keys of those beyond their quota.
+# The folder of a run's tars; the rows of all samples next to it; and in it the keys of samples beyond their quota.
 SHARDS, ROWS, SURPLUS = "shards", "metadata.parquet", "surplus.txt"
 MAX_SURPLUS_BYTES = 2**30
 

@@ -24,7 +24,7 @@ _MAX_CARD_BYTES = 2**22
 
 
 def split_of(place: str) -> str:
-    """The split that a file belongs to by its name, or by that of a folder of its own; empty where nothing says."""
+    """The split of a file by its name, or by that of a folder above it; empty where neither names one."""
     *folders, name = PurePosixPath(place).parts
     if match := _SHARDED.fullmatch(name):
         return match["split"]
@@ -32,7 +32,7 @@ def split_of(place: str) -> str:
 
 
 def configurations_of(places: Sequence[str]) -> list[str]:
-    """The folders that each have a split of their own: below both lies the same file of the split, twice.
+    """The folders that each have a split of their own: both contain the same file of the split.
 
     Args:
         places: files of one split, as `split_of` has it.

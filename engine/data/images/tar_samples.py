@@ -13,7 +13,7 @@ from engine.data.tars import DamagedTarError, Member, walk_tar
 
 LABELS = ("cls", "json")
 
-# What stands before the last dot of a composed extension; numbers and blanks are of names.
+# What precedes the last dot of a composed extension; numbers and blanks belong to names.
 _COMPOSED = re.compile(r"[A-Za-z_-]+")
 
 
@@ -43,7 +43,7 @@ class TarSample:
     others: list[str] = field(default_factory=list)
 
 
-# Members by what stands between the first dot of their name and the extension, and by extension in lower case.
+# Members by the text between the first dot of their name and the extension, and by extension in lower case.
 _Parts = dict[str, dict[str, Member]]
 
 

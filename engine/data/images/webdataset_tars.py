@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from engine.data.images.decode import UnusableImageError, brief, check_bytes
-from engine.data.images.findings import (
+from engine.data.images.image_source import (
     REJECTED,
-    Found,
     ImageSource,
     Item,
     LabelledImage,
+    ReadResult,
     in_context,
-    make_finding,
+    make_result,
     unusable,
 )
 from engine.data.images.labelling import Labelling
@@ -33,7 +33,7 @@ from engine.job.records import REAL
 KIND = "WebDataset tars"
 
 MAX_LABEL_BYTES = 4096
-# Members among which the first label is sought: a set without any must not be walked through twice.
+# Members that are searched for the first label: a set without labels must not be traversed twice.
 MAX_LOOKED_AT = 10_000
 MAX_JSON_BYTES = 16 * 2**20
 
@@ -43,9 +43,9 @@ _NO_LABEL = "has no label: neither a .cls nor a `class_index` or `class_name` in
 def webdataset(paths: Sequence[Path], labels: tuple[str, ...], root: Path | None = None) -> ImageSource:
     """Samples of tars: adjacent members that share their name up to the first dot, or the last where that pairs them.
 
-    The image is the member with an extension of `EXTENSIONS`; the class stands in `.cls` (an index or a name), and as
-    `class_index` and `class_name` in `.json`, which must agree. What is no part of a sample is named; members beside an
-    image that is read are counted by extension. Of a run, what it rejected or does not count is named.
+    The image is the member with an extension of `EXTENSIONS`; the class is in `.cls` (an index or a name), and as
+    `class_index` and `class_name` in `.json`, which must agree. Members outside samples are reported; unread members
+    of a sample are counted by extension. Rejected and surplus samples of a run are reported.
 
     Args:
         root: what the names of the tars are relative to; their own folders where not given.
@@ -81,7 +81,7 @@ class _Tars:
         except (DamagedTarError, OSError) as error:
             yield partial(unusable, name, f"cut short or damaged from here on ({brief(error)})")
         for extension, count in sorted(others.items()):
-            reason = f"{count} members with this extension stand beside an image that is read, and are not"
+            reason = f"{count} members with this extension are next to an image that is read, and are not read"
             yield partial(unusable, f"{name}/*.{extension}", reason)
 
     def _samples(self, tar: str, file: BinaryIO, others: Counter[str]) -> Iterator[Item]:
@@ -109,24 +109,26 @@ class _Tars:
                             yield _text(file, member)
 
 
-def _read_sample(file: BinaryIO, name: str, sample: TarSample, labelling: Labelling, surplus: frozenset[str]) -> Found:
+def _read_sample(
+    file: BinaryIO, name: str, sample: TarSample, labelling: Labelling, surplus: frozenset[str]
+) -> ReadResult:
     assert sample.image is not None, "a sample without a problem has an image"
     record = _record(file, sample.record)
     if record.get("accepted") is False:
         return unusable(name, REJECTED)
     if record.get("accepted") is True and str(record.get("key")) in surplus:
         return unusable(name, f"is beyond the quota of its run ({SURPLUS})")
-    item = make_finding(
+    item = make_result(
         name, partial(_class_of, file, sample, record, labelling), partial(_contents, file, sample.image)
     )
     if isinstance(item, LabelledImage) and "schema_version" in record and record.get("method") != REAL:
-        # Of a run, whose files need not say what they are.
+        # Of a run, whose files need not be marked as synthetic.
         item = dataclasses.replace(item, is_synthetic=True)
     return in_context(item, record.get("context"))
 
 
 def _class_of(file: BinaryIO, sample: TarSample, record: dict[str, Any], labelling: Labelling) -> int:
-    """What a sample says of its class, in `.cls` and `.json` alike.
+    """The class of a sample by `.cls` and `.json`, which must agree.
 
     Raises:
         UnusableImageError: nothing, no class of the target, or two classes.

@@ -5,8 +5,8 @@
     corpus = engine.open_run("runs/quickstart").filter("risk > 2 and oracle_agrees")
     corpus.to_table(["key", "risk"]), corpus.to_torch(labels="soft")
 
-Nothing is read before it is asked for, and torch is imported by `to_torch` alone. Of a run on an object store the files
-with its rows are copied when it is opened, and tars when an image in them is asked for.
+Everything is read lazily, and torch is imported by `to_torch` alone. For a run on an object store the files with its
+rows are copied when it is opened, and tars when an image in them is read.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def open_run(uri: str, *more: str) -> Corpus:
 
 
 class Corpus:
-    """The rows of some runs, as far as they pass the filters so far. Filters make new ones; nothing is changed.
+    """The rows of some runs that pass the filters. Immutable: a filter returns a new corpus.
 
     `len(corpus)` counts rows: attempts of any status, unless the corpus is restricted to those with images by
     `samples`. Rows with `status == 'ok'` have images, and rejected ones of a run with `store_rejected`.
 
     Attributes:
-        runs: what was opened, each with its `state`.
+        runs: the opened runs, each with its `state`.
         conditions: the filters, as texts.
     """
 
@@ -83,7 +83,7 @@ class Corpus:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Class names in index order; empty where no run tells them.
+        """Class names in index order; empty where no run states them.
 
         Raises:
             JobError: the runs have different classes.
@@ -96,7 +96,7 @@ class Corpus:
 
     @property
     def columns(self) -> list[str]:
-        """Names that filters and tables know, derived ones last."""
+        """Names of columns that filters and tables accept, derived ones last."""
         return self._vocabulary.names
 
     def __len__(self) -> int:
@@ -136,10 +136,10 @@ class Corpus:
         """The rows for which a condition holds, of those here; see `docs/reading.md` for the language.
 
         Args:
-            option: what the user gave the text by, for messages.
+            option: the option that gave the text, for messages.
 
         Raises:
-            JobError: the condition cannot be read, or names what is not there.
+            JobError: the condition cannot be parsed, or uses an unknown name.
         """
         return self._narrowed(compile_filter(condition, self._vocabulary, option), (condition,))
 
@@ -259,7 +259,7 @@ class Corpus:
         Raises:
             JobError: no sample is selected, the runs have different classes or the same images, or a weight is negative
                 or no number.
-            CorruptShardError: a tar is missing, torn, or lacks an image that the rows tell of.
+            CorruptShardError: a tar is missing, torn, or lacks an image of the rows.
         """
         from engine.data.reading.torch_samples import RunSamples, make_samples
 
@@ -304,7 +304,7 @@ class Corpus:
         """Check that anything is selected.
 
         Raises:
-            JobError: nothing is; it tells how many rows there were at each step.
+            JobError: nothing is; with the number of rows at each step.
         """
         if len(self):
             return
@@ -337,5 +337,5 @@ def _refuse_labels(first: RunSource, other: RunSource) -> NoReturn:
     texts = [repr(source.labels[place]) if place < len(source.labels) else "none" for source in (first, other)]
     raise JobError(
         f"RUN: '{first.uri}' and '{other.uri}' have different classes ({sizes}; class"
-        f" {place} is {texts[0]} there and {texts[1]} here); their labels do not go together, open them one by one"
+        f" {place} is {texts[0]} there and {texts[1]} here); open them one at a time"
     )

@@ -18,7 +18,7 @@ COLUMNS = 4096
 
 
 class Duplicate(NamedTuple):
-    """A sample that goes, the earlier one that it resembles most, and their cosine."""
+    """A dropped sample, the most similar kept one, and their cosine."""
 
     dropped: int
     kept: int
@@ -30,7 +30,7 @@ def embed(images: Iterable[PIL.Image.Image], address: str, advance: Callable[[st
 
     Args:
         address: of the CLIP model.
-        advance: hears how far it is.
+        advance: progress callback.
 
     Raises:
         JobError: the model cannot be loaded, or gives an embedding that has no cosine with others.
@@ -55,7 +55,7 @@ def embed(images: Iterable[PIL.Image.Image], address: str, advance: Callable[[st
 
 
 def near_duplicates(embeddings: np.ndarray, classes: Sequence[int], threshold: float) -> list[Duplicate]:
-    """What goes so that no two samples of a class are as near as the threshold: greedy, the first in order stays.
+    """The samples to drop so that no two of a class are as similar as the threshold; greedy, earlier samples are kept.
 
     Args:
         embeddings: normalised [N, d].
@@ -63,7 +63,7 @@ def near_duplicates(embeddings: np.ndarray, classes: Sequence[int], threshold: f
         threshold: cosine from which on two samples are duplicates.
 
     Returns:
-        In the order of what goes.
+        In the order of the dropped samples.
     """
     duplicates: list[Duplicate] = []
     labels = np.asarray(classes)

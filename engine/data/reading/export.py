@@ -1,6 +1,6 @@
 """Merge and export: the selected samples of some runs as a new data set, without near duplicates, with real images.
 
-The same command gives the same bytes. The data set is built beside its place and renamed once it is whole.
+The same command gives the same bytes. The data set is built under a temporary name and renamed once it is complete.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.data.images.findings import some_of
+from engine.data.images.image_source import some_of
 from engine.data.reading.corpus import Corpus, open_run
 from engine.data.reading.export_card import export_card
 from engine.data.reading.export_options import (
@@ -71,10 +71,10 @@ def export(
     """Write the samples of some runs as a new data set.
 
     Args:
-        advance: hears how far it is.
+        advance: progress callback.
 
     Raises:
-        JobError: an option is wrong, the runs do not go together, or nothing is selected.
+        JobError: an option is wrong, the runs are incompatible, or nothing is selected.
         OutputError: the output cannot be written to.
         CorruptShardError: a run is damaged.
 
@@ -95,7 +95,7 @@ def export(
 
 
 class _Export:
-    """One export: what is chosen, and its files."""
+    """One export: the selected samples, and its files."""
 
     def __init__(self, corpus: Corpus, options: ExportOptions, built: Path, advance: Callable[[str], None]) -> None:
         self._corpus, self._options, self._advance = corpus, options, advance
@@ -135,7 +135,7 @@ class _Export:
         return formats[0] if len(formats) == 1 else "png"
 
     def _deduplicated(self) -> tuple[list[Chosen], dict[str, Any]]:
-        """The samples without near duplicates, and what is told of those."""
+        """The samples without near duplicates, and the manifest's account of those."""
         samples, threshold = self._selection.samples, self._options.deduplicate
         if threshold is None:
             return samples, {}
@@ -153,13 +153,15 @@ class _Export:
         return [sample for number, sample in enumerate(samples) if number not in dropped], summary
 
     def _mixed(self, kept: list[Chosen], image_format: str) -> RealImages:
-        """The real images that go with some samples, among which there may be real ones already."""
+        """The real images to mix in; the samples may include real ones already."""
         options = self._options
         real = RealImages(self._store.path(_SPOOL), options.name, image_format)
         if options.real is None:
             return real
         if not self._corpus.labels:
-            raise JobError("--mix-real: the runs do not tell their classes, so labels of real images cannot be matched")
+            raise JobError(
+                "--mix-real: the runs do not state their classes, so labels of real images cannot be matched"
+            )
         num_there = sum(sample.is_real for sample in kept)
         count = max(1, round((len(kept) - num_there) * options.real_ratio / (1 - options.real_ratio))) - num_there
         if count < 1:
@@ -294,7 +296,7 @@ class _Export:
 
 
 def _labels_of_rows(corpus: Corpus) -> tuple[str, ...]:
-    """Class names as far as rows tell them, where no manifest does; those too that no filter passes."""
+    """Class names from the rows, where no manifest has them; also of rows that the filter rejects."""
     table = Corpus(corpus.runs).to_table(["class_index", "class_name"])
     names = dict(zip(table["class_index"].to_pylist(), table["class_name"].to_pylist(), strict=True))
     return tuple(names.get(index, f"class {index}") for index in range(max(names) + 1))

@@ -1,4 +1,4 @@
-"""What an export is asked for, and whether output and runs allow it."""
+"""The options of an export, and their checks against output and runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_SAMPLES_PER_SHARD = 10**9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """What is exported, and how.
+    """The options of an export.
 
     Attributes:
         output: folder of the new data set; empty, or not there yet.
@@ -42,7 +42,7 @@ class ExportOptions:
         clip: address of the CLIP model for it; None for the runs' own.
         real: labelled images to mix in, as for `engine.data.images.open_images`.
         real_ratio: their share of the images of the new data set.
-        allow_different_targets: whether scores of different targets may stand side by side.
+        allow_different_targets: whether scores of different targets may be mixed.
     """
 
     output: str
@@ -62,7 +62,7 @@ class ExportOptions:
 
 
 def check_options(options: ExportOptions) -> None:
-    """Check what is wrong whatever the runs are.
+    """Check the options that do not depend on the runs.
 
     Raises:
         JobError: a line for each option.
@@ -89,7 +89,7 @@ def check_options(options: ExportOptions) -> None:
 
 
 def check_output(options: ExportOptions, corpus: Corpus) -> Path:
-    """The folder of the output, which is empty or not there, and in no run's way.
+    """The folder of the output, which is empty or absent, and does not overlap with a run.
 
     Raises:
         OutputError: it is not.
@@ -114,7 +114,7 @@ def check_output(options: ExportOptions, corpus: Corpus) -> Path:
 
 
 def check_sources(corpus: Corpus, options: ExportOptions) -> None:
-    """Check that the runs go together.
+    """Check that the runs are compatible.
 
     Raises:
         JobError: they have different classes or targets.
@@ -149,10 +149,12 @@ def only_clip(corpus: Corpus) -> str:
     """The CLIP model of all runs.
 
     Raises:
-        JobError: they have several, or tell none.
+        JobError: they have several, or none is known.
     """
     clips = sorted(frozenset[str]().union(*(source.clips for source in corpus.runs)))
     if len(clips) != 1:
-        has = f"have different CLIP models ({', '.join(map(repr, clips))})" if clips else "do not tell their CLIP model"
-        raise JobError(f"--clip: the runs {has}; say which one finds the near duplicates")
+        has = (
+            f"have different CLIP models ({', '.join(map(repr, clips))})" if clips else "do not state their CLIP model"
+        )
+        raise JobError(f"--clip: the runs {has}; give the one that finds the near duplicates")
     return clips[0]

@@ -1,4 +1,4 @@
-"""How an export is written: WebDataset shards, a folder by class, or parquet with the images inside."""
+"""The formats of an export: WebDataset shards, a folder by class, or parquet with embedded images."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def write_parquet(
     samples_per_file: int,
     num_samples: int,
 ) -> list[str]:
-    """Write files with columns `image` and `label` as Hugging Face `datasets` knows them, and the record's beside.
+    """Write files with columns `image` and `label` as Hugging Face `datasets` has them, and those of the record.
 
     Returns:
         Patterns of the data files, for the card.
@@ -152,7 +152,7 @@ def write_parquet(
 
 
 def parquet_schema(labels: Sequence[str]) -> pa.Schema:
-    """Columns of an export to parquet; the metadata says which one is an image, and the names of the classes."""
+    """Columns of an export to parquet; the schema's metadata marks the column of images, and names the classes."""
     import pyarrow as pa
 
     image = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])

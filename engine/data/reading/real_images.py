@@ -1,4 +1,4 @@
-"""Real labelled images as samples of an export: drawn without regard to their order, each set of pixels once."""
+"""Real labelled images as samples of an export: drawn independently of their order, equal pixels only once."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class RealImages:
     Attributes:
         keys: of the drawn images.
         classes: theirs.
-        num_usable: images of different pixels that there were to draw from.
-        unusable: what could not be used, and why.
+        num_usable: distinct images to draw from.
+        unusable: unusable images with their reasons.
     """
 
     def __init__(self, spool: Path, name: str, image_format: str) -> None:
@@ -41,7 +41,7 @@ class RealImages:
     def draw(
         self, address: str, labels: tuple[str, ...], count: int, seed: int, advance: Callable[[str], None]
     ) -> None:
-        """Draw so many images.
+        """Draw images without replacement.
 
         Args:
             address: as for `engine.data.images.open_images`.

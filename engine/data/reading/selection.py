@@ -1,4 +1,4 @@
-"""Which samples an export takes, under which keys, in which order; and reading them one by one."""
+"""The samples that an export takes, with their keys and order; and reading them one by one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Chosen(NamedTuple):
     """A sample that is taken.
 
     Attributes:
-        key: its name in the export; another than in its run where that was taken.
+        key: its key in the export; differs from that in its run where that was taken.
         run, row: the number of its run, and of its row among the selected rows of that run.
         is_real: whether it is a real image, which an earlier export mixed in.
     """
@@ -60,7 +60,7 @@ def select(corpus: Corpus) -> Selection:
         JobError: a key that cannot be a file's name, or that is taken even with a prefix.
     """
     taken: dict[str, str] = {}
-    # Of earlier runs, under the keys that they have there: the third may share what the second had under taken keys.
+    # Samples of earlier runs by original key: a third run may share samples that the second had under taken keys.
     seen: set[tuple[str, str]] = set()
     chosen = Selection()
     last = len(corpus.runs) - 1
@@ -99,7 +99,7 @@ def _check_key(key: str, uri: str, *, is_taken: bool) -> None:
 
 
 def shuffled(keys: Iterable[str], seed: int) -> list[int]:
-    """Numbers of the keys in an order that the seed decides; the place of two to each other depends on no third."""
+    """Numbers of the keys in an order drawn by the seed; the relative order of two keys depends on no third."""
     digests = [hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=16).digest() for key in keys]
     return sorted(range(len(digests)), key=digests.__getitem__)
 
@@ -108,7 +108,7 @@ class SampleReader:
     """Reads the samples of a selection, in any order.
 
     Raises:
-        CorruptShardError: a tar is missing, torn, or lacks a sample that the rows tell of.
+        CorruptShardError: a tar is missing, torn, or lacks a sample of the rows.
     """
 
     def __init__(self, corpus: Corpus, selection: Selection) -> None:
@@ -137,12 +137,12 @@ class SampleReader:
         """A sample with its image and its record in the present schema version, under its new key.
 
         Raises:
-            CorruptShardError: the image is not the one that the rows tell of, or the record cannot be read.
+            CorruptShardError: the image has another checksum than its row, or the record cannot be read.
         """
         row = self._tables[sample.run].slice(sample.row, 1).to_pylist()[0]
         image = self._readers[sample.run].read(self._place(sample).image)
         if hashlib.sha256(image).hexdigest() != row["sha256"]:
-            self._damaged(sample, f"the image of {row['key']} is not the one that its row tells of (checksum)")
+            self._damaged(sample, f"the image of {row['key']} is not the one of its row (checksum)")
         record = upgraded(row if self._corpus.runs[sample.run].is_rescored else self._record(sample))
         record["key"] = sample.key
         try:
@@ -185,12 +185,12 @@ class SampleReader:
         return record
 
     def _damaged(self, sample: Chosen, what: str) -> NoReturn:
-        remedy = "`riskforge verify` tells what is damaged"
+        remedy = "`riskforge verify` reports what is damaged"
         raise CorruptShardError(f"{self._corpus.runs[sample.run].uri}: {what}; {remedy}") from None
 
 
 def _rows(corpus: Corpus, number: int) -> pa.Table:
-    """What the tars do not hold of the rows; of a run scored anew, everything."""
+    """The columns of the rows that the tars do not hold; all of them for a rescored run."""
     present = set(corpus.columns)
     columns = [name for name in ("key", *RUN_FIELDS) if name in present]
     return corpus.run_table(number, None if corpus.runs[number].is_rescored else columns).combine_chunks()

@@ -1,7 +1,7 @@
-"""One run as its readers see it: where its rows and its images are, and what it says of itself.
+"""One run as a source of rows and images, with its metadata.
 
 A run that has ended is read from `metadata.parquet`. One that has not is read from the parquet files of its committed
-shards. A folder that scores another run's images anew (`rescored_from` in its manifest) has rows and no images.
+shards. A rescored folder (`rescored_from` in its manifest) has rows, and the images of another run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RunSource:
         state: in words: `finished`, or how many shards there are so far.
         is_finished: whether `_SUCCESS` is there.
         rows: the parquet files of its attempts, in order.
-        tars: the tars of its images, in order; those of the source run where this one was scored anew.
+        tars: the tars of its images, in order; those of the original run where this one is rescored.
         surplus: of shards that have samples beyond their quota, the column `surplus` by the file of their rows, as far
             as the run is; None where the files have that column.
         is_rescored: whether the rows are not those that the tars hold.
@@ -89,7 +89,7 @@ class RunSource:
         return list(self.store.fetch_each([file.name for file in self.rows], keep=True))
 
     def rows_digest(self) -> str:
-        """Checksum of the files of its rows, in which the checksums of its images stand."""
+        """Checksum of the files of its rows, which include the checksums of its images."""
         digests = [file_digest(path, "sha256") for path in self.rows_files()]
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
@@ -103,7 +103,7 @@ def open_source(uri: str) -> RunSource:
     """A run by its address.
 
     Raises:
-        RiskforgeError: there is no run, nothing is committed, or what it says of itself cannot be read.
+        RiskforgeError: there is no run, nothing is committed, or its files cannot be read.
     """
     return _open(uri, depth=0)
 
@@ -150,14 +150,14 @@ def readable(where: Path | str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        remedy = "`riskforge verify` tells what is damaged"
+        remedy = "`riskforge verify` reports what is damaged"
         raise CorruptShardError(f"{where}: the rows cannot be read ({reason}); {remedy}") from None
 
 
 def _rows(
     store: Store, stored: StoredRun | None, uri: str
 ) -> tuple[tuple[StoredFile, ...], tuple[StoredFile, ...], str]:
-    """Files of rows, tars, and how far the run is."""
+    """Files of rows, tars, and the state of the run."""
     metadata = _metadata_files(store)
     if stored is None:
         if not metadata:
@@ -171,7 +171,7 @@ def _rows(
     tars = tuple(StoredFile(store, f"{name}.tar") for name in names)
     if store.exists(SUCCESS):
         if not metadata:
-            raise CorruptShardError(f"{store.address(METADATA)}: is missing; `riskforge run` writes it anew")
+            raise CorruptShardError(f"{store.address(METADATA)}: is missing; `riskforge run` writes it again")
         return metadata, tars, "finished"
     state = f"not finished: {len(commits)} committed shards so far"
     if metadata and _num_rows(metadata) == sum(commit.counts.attempted for commit in commits.values()):
@@ -182,7 +182,7 @@ def _rows(
 def _surplus(store: Store, rows: tuple[StoredFile, ...]) -> dict[str, tuple[bool, ...]]:
     """The column `surplus` of those committed shards that have samples beyond their quota, by the file of their rows.
 
-    The counts of the commit records tell which: other shards are not read.
+    By the counts of the commit records: other shards are not read.
     """
     import pyarrow.parquet as pq
 
@@ -190,7 +190,7 @@ def _surplus(store: Store, rows: tuple[StoredFile, ...]) -> dict[str, tuple[bool
     surplus, flags, wanted = Surplus(quotas_of(plan)), dict[str, tuple[bool, ...]](), set(rows)
     for number, commit in sorted(list_commits(store).items()):
         file = StoredFile(store, f"{SHARDS}/{shard_name(job.name, number)}.parquet")
-        # Others were committed after the rows were listed, or are of no plan, which `verify` tells.
+        # Others were committed after the rows were listed, or are not in the plan, which `verify` reports.
         if file not in wanted or number >= plan.num_shards:
             continue
         request = plan.requests[plan.shard(number).request].spec.name
@@ -218,7 +218,7 @@ def _num_rows(files: tuple[StoredFile, ...]) -> int:
 
 
 def _origin(store: Store, manifest: dict[str, Any], depth: int) -> RunSource | None:
-    """The run whose images a folder of new scores is about."""
+    """The run whose images a rescored folder is about."""
     origin = manifest.get(RESCORED_FROM)
     if origin is None:
         return None
@@ -226,7 +226,7 @@ def _origin(store: Store, manifest: dict[str, Any], depth: int) -> RunSource | N
     if not isinstance(address, str) or depth >= _MAX_RESCORED:
         raise JobError(f"RUN: {store.address(MANIFEST)}: {RESCORED_FROM} is not the address of a run ({address!r})")
     try:
-        # One without a scheme is relative to this folder, so that both can be moved together, or else to where one is.
+        # Without a scheme it is relative to this folder, so both can be moved together, or to the working directory.
         return _open(store.beside(address), depth + 1)
     except (JobError, OutputError) as error:
         if depth or isinstance(error, StoreLostError):
@@ -263,7 +263,7 @@ def _are_models(value: Any) -> bool:
 
 
 def _of_sources(manifest: dict[str, Any], role: str, field: str) -> frozenset[str]:
-    """What the manifest says of a model, over all sources of a merged data set."""
+    """An attribute of a model in the manifest, over all sources of a merged data set."""
     values = set()
     sources = manifest.get(SOURCES)
     for document in [manifest, *(sources if isinstance(sources, list) else [])]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from engine.data.images import UnusableImageError, decode_sample
-from engine.data.run.tar_index import Place, TarReader, index_tars
+from engine.data.run.tar_index import MemberPlace, TarReader, index_tars
 from engine.data.stores.base import StoredFile
 from engine.errors import CorruptShardError, JobError
 
@@ -51,7 +51,7 @@ class TorchSamples(Dataset[Sample]):
         return len(self.keys)
 
     def __getitem__(self, number: int) -> Sample:
-        data = self._reader.read(Place(*self._places[number].tolist()))
+        data = self._reader.read(MemberPlace(*self._places[number].tolist()))
         try:
             image = decode_sample(data)
         except UnusableImageError as error:

@@ -24,7 +24,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*-\d{6,}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitRecord:
-    """What a record holds.
+    """A commit record.
 
     Attributes:
         shard: number of the shard.
@@ -86,7 +86,7 @@ def parse_record(where: str, text: str | bytes | OutputError) -> CommitRecord:
 
 
 def _check_fields(record: CommitRecord) -> None:
-    """Refuse a record whose fields are of other types, or whose name is none of a shard's files.
+    """Refuse a record whose fields are of other types, or whose name is not that of a shard's files.
 
     Raises:
         ValueError: with the field.

@@ -16,7 +16,7 @@ from engine.errors import CorruptShardError, OutputError
 
 
 class CommitSummary(NamedTuple):
-    """What a record's name says: the shard and its counts. A tuple, as there may be a million."""
+    """Shard and counts, as in a record's name. A tuple, as there may be a million."""
 
     number: int
     counts: ShardCounts
@@ -76,7 +76,7 @@ def inspect_records(store: Store) -> Iterator[tuple[int, CommitRecord | CorruptS
     for number, name, text in _record_texts(store):
         if len(names.get(number, ())) == 1:
             yield number, _inspected(store.address(f"{COMMITS}/{name}"), name, number, text)
-            # One that is being packed is in two places.
+            # A record that is being packed exists twice.
             names.pop(number)
 
 
@@ -102,10 +102,10 @@ def _inspected(where: str, name: str, number: int, text: str | bytes | OutputErr
 
 
 def forget_commit(store: Store, number: int) -> list[str]:
-    """Remove all records of a shard, so that it is made again. Only for whoever holds the lease.
+    """Remove all records of a shard, so that it is made again. The caller holds the lease.
 
     Returns:
-        Names of what was removed or written anew.
+        Names of the removed or rewritten files.
     """
     loose = [name for name in store.list(COMMITS) if Path(name).name.startswith(f"{number:06d}.")]
     store.remove_all(loose)
@@ -135,7 +135,8 @@ def read_commits(store: Store) -> Iterator[CommitRecord]:
 def compact_commits(store: Store, max_loose: int = MAX_LOOSE) -> int:
     """Move the loose records into one pack when there are more than `max_loose`.
 
-    Safe beside committing workers and at any interruption: a record leaves its own file only once the pack is there.
+    Safe with concurrently committing workers and at any interruption: a loose record is removed only once its pack is
+    published.
 
     Returns:
         Number of records packed.

@@ -1,4 +1,4 @@
-"""What a shard holds, in numbers, and how a commit record's name says it.
+"""The counts of a shard, and their encoding in the name of its commit record.
 
     000012.ok=31.rejected=0.failed=1.accepted=20.003-007=3_mix=5.json
 
@@ -101,7 +101,7 @@ def parse_record_name(name: str) -> tuple[int, ShardCounts | None] | None:
     """Shard number and counts of a record's name; equal counts are one shared object.
 
     Returns:
-        None for the name of something else; no counts where they are inside the record alone.
+        None for the name of something else; no counts where only the record has them.
     """
     number, _, rest = name.partition(".")
     if not (number.isascii() and number.isdigit() and 6 <= len(number) <= 15):

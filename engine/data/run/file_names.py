@@ -11,16 +11,16 @@ REPORT = "report.html"
 EVALUATION = "evaluation.json"
 WIDS_INDEX = "shards/wids.json"
 TIMM_INFO = "shards/_info.json"
-# Keys of accepted samples beyond their quota, a line each: what readers of the tars leave out.
+# Keys of accepted samples beyond their quota, a line each: readers of the tars skip them.
 SURPLUS_LIST = "shards/surplus.txt"
 # The schema version from which on every closed run has its list of surplus.
 SURPLUS_LIST_SINCE = 3
-# Of an export to a folder by class: the label of each of its folders.
+# In an export to a folder by class: the label of each of its folders.
 CLASSES = "classes.json"
-# Folders of `riskforge rescore`, one for each target, and what marks one.
+# Folders of `riskforge rescore`, one for each target, and the file that marks such a folder.
 RESCORED = "rescored"
 RESCORING = "_state/rescoring.json"
-# What the manifests of folders say that are no runs.
+# In manifests of folders that are not runs.
 RESCORED_FROM = "rescored_from"
 EXPORT_KIND = "export"
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedRun:
-    """What `finalise` found and wrote.
+    """The result of `finalise`.
 
     Attributes:
         manifest: the content of manifest.json.
@@ -64,7 +64,7 @@ def finalise(
 
     Raises:
         OutputError: the store refuses.
-        CorruptShardError: a committed shard is missing or has other rows than its record says.
+        CorruptShardError: a committed shard is missing or has other rows than its record.
 
     Side effects:
         Removes `_SUCCESS`; packs the commit records when there are many.
@@ -85,7 +85,7 @@ def finalise(
 
 
 def _data_files(job: JobSpec, commits: dict[int, CommitSummary]) -> list[str]:
-    """Patterns of the tars that hold images: readers that look into the first tar stumble over an empty one."""
+    """Patterns of the tars that hold images: readers that inspect the first tar fail on an empty one."""
     filled = [number for number in sorted(commits) if num_stored(job, commits[number].counts)]
     if len(filled) == len(commits) or len(filled) > MAX_LISTED_SHARDS:
         return [f"{SHARDS}/*.tar"]

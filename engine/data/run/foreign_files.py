@@ -1,4 +1,4 @@
-"""Which files of an output a run has written, and which are somebody else's."""
+"""Which files of an output a run has written, and which are foreign."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ MAX_SHOWN = 8
 
 
 def check_unused(store: Store) -> None:
-    """Refuse a folder with files that no run of ours has put there.
+    """Refuse a folder without a run that holds other files.
 
     Raises:
-        OutputError: some of them.
+        OutputError: it does, with some of them.
     """
     if store.list(PLANS):
         return
@@ -44,7 +44,7 @@ def sort_files(store: Store, job_name: str) -> tuple[list[str], list[str]]:
             foreign += strangers
             own += [] if strangers else [name]
         elif name == RESCORED and store.is_folder(name):
-            # New scores of images that go are of no use to anybody.
+            # Scores of removed images are useless.
             strangers = [inner for inner in store.list(RESCORED) if not store.exists(f"{inner}/{RESCORING}")]
             foreign += strangers
             own += [] if strangers else [name]

@@ -1,4 +1,4 @@
-"""Reading a manifest, and what kind of folder it says this is: a run, a rescoring or an export."""
+"""Reading a manifest, and the kind of folder that it describes: a run, a rescoring or an export."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.methods.strict_json import parse_json
 
 
 def read_manifest(store: Store) -> dict[str, Any]:
-    """What a run, a rescoring or an export says of itself.
+    """The manifest of a run, a rescoring or an export.
 
     Raises:
         OutputError: there is no manifest.
@@ -29,18 +29,18 @@ def read_manifest(store: Store) -> dict[str, Any]:
 
 
 def manifest_error(store: Store, reason: object) -> CorruptShardError:
-    """What to raise where a manifest cannot be read, or lacks what every manifest has."""
+    """The error to raise where a manifest cannot be read, or lacks a required key."""
     return CorruptShardError(
         f"{store.address(MANIFEST)}: cannot be read as a manifest ({str(reason)[:MAX_REASON_CHARS]}); restore the file,"
-        " or remove _SUCCESS, and the run's command writes it anew"
+        " or remove _SUCCESS, and the run's command writes it again"
     )
 
 
 def check_kind(store: Store, *, scores: bool = False) -> None:
-    """Refuse a folder that says of itself that it is no run.
+    """Refuse a folder whose manifest is not that of a run.
 
     Args:
-        scores: whether what `rescore` made is taken, too.
+        scores: whether a rescoring is accepted, too.
 
     Raises:
         OutputError: it is a merged or exported data set, or has the scores that `rescore` made.

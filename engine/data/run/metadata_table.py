@@ -40,7 +40,7 @@ def write_metadata(
         quotas: by request, how many accepted samples of a class count; later ones are marked as surplus.
 
     Raises:
-        CorruptShardError: a shard's parquet is missing, damaged or of another length than its record says.
+        CorruptShardError: a shard's parquet is missing, damaged or of another length than its record states.
     """
     num_rows = sum(commit.counts.attempted for commit in commits.values())
     schema = arrow_schema(surplus=True, version=schema_version)

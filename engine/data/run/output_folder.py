@@ -1,4 +1,4 @@
-"""Whether a folder can be the output of a run: not the system's, not somebody's home, not full of other things."""
+"""Whether a folder can be the output of a run: not of the system, not a home, without foreign files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from engine.data.stores.base import Store
 from engine.data.stores.folder import FolderStore
 from engine.errors import OutputError
 
-# Nothing of a user's is in them, however deep.
+# No files of users are in them, at any depth.
 _SYSTEM_TREES = (
     "/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/lost+found", "/proc", "/run", "/sbin",
     "/sys", "/usr", "/System", "/Library", "/Applications", "/private/etc",
 )  # fmt: skip
-# In these, users have places of their own.
+# In these, users have folders of their own.
 _EXEMPT = ("/dev/shm", "/run/user", "/run/media", "/usr/local", "/usr/src", "/usr/home")
-# Folders that hold those of users or programs, and are none themselves.
+# Folders that hold those of users or programs, and are not outputs themselves.
 _PARENTS = (
     "/", "/home", "/root", "/Users", "/tmp", "/var", "/var/tmp", "/var/lib", "/var/log", "/var/cache", "/var/spool",
     "/opt", "/srv", "/mnt", "/media", "/usr/local", "/usr/src", "/usr/home", "/dev/shm", "/run/user", "/run/media",
@@ -28,9 +28,9 @@ _REMEDY = "choose another --output, such as runs/NAME"
 
 
 def check_output(store: Store) -> None:
-    """Refuse an output in which no run can, or should, be: by what its path and its folder tell, writing nothing.
+    """Refuse an output that cannot, or should not, hold a run, by its path and its folder; writes nothing.
 
-    A run that is there already may stay where it is. Of object stores nothing is asked.
+    An existing run may stay where it is. Object stores are not checked.
 
     Raises:
         OutputError: with the reason and the remedy.
@@ -47,7 +47,7 @@ def check_output(store: Store) -> None:
 
 
 def _forbidden(folder: Path) -> str:
-    """Why a folder, without links in its path, is no place for a run; empty where it is one."""
+    """Why a folder, without links in its path, is unsuitable for a run; empty where it is suitable."""
     home = _home()
     if home is not None and folder in (home, *home.parents):
         return "is the home folder, or holds it"
@@ -69,7 +69,7 @@ def _home() -> Path | None:
 
 
 def _check_writable_run(store: Store) -> None:
-    """A run that goes on is written to; a finished one need not be."""
+    """A run that continues is written to; a finished one is not."""
     if not isinstance(store, FolderStore) or store.exists(SUCCESS):
         return
     _check_writable(store, store.root, "the folder of the run")

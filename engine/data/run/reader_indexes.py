@@ -27,7 +27,7 @@ class IndexEntry(NamedTuple):
 
 
 def write_indexes(store: Store, job: JobSpec) -> None:
-    """Write the index of `wids` and the info of timm beside the shards; shards without an image are left out.
+    """Write the index of `wids` and the info of timm next to the shards; shards without an image are left out.
 
     Raises:
         CorruptShardError: a commit record cannot be read.

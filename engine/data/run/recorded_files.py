@@ -12,7 +12,7 @@ from engine.data.stores.base import Store
 from engine.data.stores.file_errors import explained, shown
 from engine.errors import CorruptShardError, OutputError
 
-# What a record as `CommitRecord.to_json` writes it says of its files.
+# The files of a record as `CommitRecord.to_json` writes it.
 _FILES = (
     r'^\{"record_version": 1, "shard": (?P<shard>\d{1,15}), "name": "(?P<name>[a-z0-9-]+)", .*'
     r'"tar_bytes": (?P<tar>\d{1,18}), .*"parquet_bytes": (?P<parquet>\d{1,18}),'
@@ -20,9 +20,7 @@ _FILES = (
 
 
 def recorded_files(store: Store) -> Iterator[tuple[int, str, int] | CorruptShardError]:
-    """Shard, name and bytes of every file that the records tell of; an error in the place of a record that cannot be
-    read.
-    """
+    """Shard, name and bytes of every file that the records list; an error instead of a record that cannot be read."""
     for name, data in store.read_each(name for name in store.list(COMMITS) if parse_record_name(Path(name).name)):
         yield from _files_of(store.address(name), data)
     for pack in store.list(PACKS):

@@ -18,19 +18,19 @@ from engine.job.spec import JobSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repaired:
-    """What `repair` did, in words, and the shards that have to be made again."""
+    """The actions of `repair` as texts, and the shards that have to be made again."""
 
     actions: tuple[str, ...]
     to_make: tuple[int, ...]
 
 
 def repair(store: Store, advance: Callable[[str], None] = lambda text: None) -> Repaired:
-    """Take out what is damaged, so that the next run makes it again; nothing that is whole is touched.
+    """Remove damaged shards, so that the next run makes them again; undamaged ones are not touched.
 
-    Whoever calls this holds the lease.
+    The caller holds the lease.
 
     Side effects: moves files of damaged shards under `_state/torn`, removes their records, `_SUCCESS` if anything was
-        damaged, and what dead processes left unfinished.
+        damaged, and the unfinished files of dead processes.
     """
     job, plan = stored_plan(store)
     store.clean_staging()
@@ -41,7 +41,7 @@ def repair(store: Store, advance: Callable[[str], None] = lambda text: None) -> 
             actions += _take_out(store, job, finding)
             to_make.append(finding.shard)
         elif finding.kind == "damage":
-            actions.append(f"to be written anew: {finding.text}")
+            actions.append(f"to be written again: {finding.text}")
         elif finding.shard is not None and not _is_whole(store, job, plan, finding.shard):
             actions += _set_aside(store, job, finding.shard)
     if actions:

@@ -23,17 +23,17 @@ def open_output(store: Store, plan: Plan, job: JobSpec, resume: str, confirmed: 
         plan: the job planned as a single stage.
         resume: `auto` continues the same plan and extends it where counts grew; `never` wants an empty output;
             `overwrite` removes what an earlier run wrote.
-        confirmed: whether removing was agreed to (`--yes`).
+        confirmed: whether the user confirmed removing (`--yes`).
 
     Returns:
         The plan with the stages of this output.
 
     Raises:
-        OutputError: the output is another plan's or somebody else's, or may not be written.
+        OutputError: the output holds another plan or foreign files, or cannot be written.
         JobError: a count shrank.
 
     Side effects:
-        Removes the unfinished files of processes that are no more, and `_SUCCESS` when the plan grows.
+        Removes the unfinished files of processes that have ended, and `_SUCCESS` when the plan grows.
     """
     if resume not in ("auto", "never", "overwrite"):
         raise ValueError(f"resume {resume!r} is not one of auto, never, overwrite")
@@ -51,16 +51,16 @@ def open_output(store: Store, plan: Plan, job: JobSpec, resume: str, confirmed: 
     if stored is None:
         if publish_stage(store, plan, job, 0, plan.stages[0]):
             return plan
-        # Another process was faster: its run is not ours to remove.
+        # Another process was faster: its run must not be removed.
         return open_output(store, plan, job, "never" if resume == "never" else "auto", confirmed=False)
     _check_same(store, stored, plan)
     return _extend(store, stored, plan, job)
 
 
 def as_begun(store: Store, job: JobSpec) -> JobSpec:
-    """A job without what is on where nothing is said of it, but was not when the run of its output began.
+    """A job without a default that did not exist when the run of its output began.
 
-    Runs from before images said that they are synthetic go on without it: a data set has files of one kind.
+    Runs that began before images were marked as synthetic continue without the mark: a data set has files of one kind.
 
     Raises:
         OutputError: a plan file that cannot be read.
@@ -114,7 +114,7 @@ def _extend(store: Store, stored: StoredRun, plan: Plan, job: JobSpec) -> Plan:
     stage = next_stage(plan.requests, stored.stages, job.output.samples_per_shard)
     stages = stored.stages
     if stage or _has_other_goals(stored, plan):
-        # The marker goes first: whoever sees it can trust that the run is complete.
+        # The marker is removed first: where it exists, the run is complete.
         store.remove(SUCCESS)
         plan = Plan(plan.requests, plan.identity, plan.stages, stored.schema_version)
         if not publish_stage(store, plan, job, len(stages), stage):
@@ -145,7 +145,7 @@ def _has_other_goals(stored: StoredRun, plan: Plan) -> bool:
 
 
 def _clear(store: Store, confirmed: bool) -> None:
-    """Remove the files of an earlier run, the plan last, so that an interrupted removal can be taken up again."""
+    """Remove the files of an earlier run, the plan last, so that an interrupted removal can be continued."""
     stored = read_run(store)
     if stored is None:
         check_unused(store)
@@ -163,11 +163,11 @@ def _clear(store: Store, confirmed: bool) -> None:
         )
     store.remove(SUCCESS)
     for name in store.list(STATE):
-        # The lease is held by whoever calls this.
+        # The caller holds the lease.
         if name not in (PLANS, LOCKS, LEASES):
             store.remove_tree(name)
     for name in store.list(LOCKS):
-        # The driver's is, too.
+        # And the driver's lock.
         if name != f"{LOCKS}/{DRIVER_LOCK}":
             store.remove(name)
     for name in (METADATA, RESCORED):

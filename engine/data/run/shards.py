@@ -38,7 +38,7 @@ def shard_name(job_name: str, number: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardFiles:
-    """A tar and a parquet that belong together, with what the commit record says of them."""
+    """A tar and a parquet that belong together, with the attributes that the commit record states."""
 
     tar: Path
     parquet: Path

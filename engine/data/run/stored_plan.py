@@ -23,7 +23,7 @@ from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json
 
 PLAN_VERSION = 1
-# Samples of a request over all of its classes, at most: more is no plan of ours.
+# Samples of a request over all of its classes, at most: a larger number is not a valid plan.
 MAX_POSITIONS = 10**15
 
 OTHER_OUTPUT = "or choose another --output"
@@ -31,7 +31,7 @@ OTHER_OUTPUT = "or choose another --output"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredRun:
-    """What an output says of itself.
+    """The run that an output holds, by its plan files.
 
     Attributes:
         job: the job as it was last extended, as plain data.
@@ -47,7 +47,7 @@ class StoredRun:
 
 
 def read_run(store: Store) -> StoredRun | None:
-    """What an output says of itself, or None where no run has begun in it.
+    """The run of an output, or None where no run has begun in it.
 
     Raises:
         OutputError: a plan file that cannot be read.
@@ -82,8 +82,8 @@ def read_digest(store: Store) -> str | None:
 def publish_rounds(store: Store, plan: Plan, extents: tuple[Extent, ...]) -> Plan:
     """Add rounds of quotas to the plan of an output: they are there before any of their shards is.
 
-    Each is a stage of its own: rounds follow from what is committed, but how many are due at a time depends on who was
-    quicker. One that a driver added that had lost the run and did not know it yet is ours, too.
+    Each is a stage of its own: rounds follow from the committed samples, but how many are due at a time depends on
+    timing. An equal round that a driver added after it lost the run is accepted, too.
 
     Raises:
         OwnedError: another driver has added another round in the meantime.
@@ -126,16 +126,17 @@ def stored_plan(store: Store) -> tuple[JobSpec, Plan]:
         )
         plan = Plan(requests, stored.identity, stored.stages, stored.schema_version)
         _check_extents(plan)
-    except UNREADABLE_ERRORS as error:
-        raise unreadable_plan(store.address(PLANS), error) from error
+    except _READ_ERRORS as error:
+        raise _unreadable(store.address(PLANS), error) from error
     return job, plan
 
 
-# What reading a plan raises that no version of this program wrote.
-UNREADABLE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, JobError)
+# Errors of reading a plan that no version of this program wrote.
+_READ_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, JobError)
 
 
-def unreadable_plan(where: str, error: Exception) -> OutputError:
+def _unreadable(where: str, error: Exception) -> OutputError:
+    """The error to raise where plan files cannot be read."""
     reason = "; ".join(error.problems) if isinstance(error, JobError) else str(error)
     return OutputError(
         f"{where}: cannot be read as the plan of a run ({reason[:MAX_REASON_CHARS]}); use the version that wrote it,"
@@ -160,7 +161,7 @@ def _cell(classes: Any) -> Cell:
     """The classes of a request's cell from a file; they are called by their numbers.
 
     Raises:
-        ValueError: they are no numbers of classes.
+        ValueError: they are not numbers of classes.
     """
     if not isinstance(classes, list) or any(type(index) is not int or index < 0 for index in classes):
         raise ValueError(f"{classes!r} are not numbers of classes")
@@ -171,7 +172,7 @@ def _extent(raw: dict[str, Any]) -> Extent:
     """An extent from a file.
 
     Raises:
-        ValueError: its numbers are none, or mean nothing.
+        ValueError: its numbers are not whole, or not a valid range.
         TypeError: it has other fields.
     """
     extent = Extent(**raw)
@@ -190,14 +191,15 @@ def _read_plan_file(store: Store, name: str) -> dict[str, Any]:
         for extent in file["stage"]:
             _extent(extent)
         wanted = ("digest", "stage", *(("identity", "job") if name == f"{PLANS}/{0:06d}.json" or "job" in file else ()))
-        # Plans of version 1 do not say so.
+        # Plans of version 1 do not state it.
         fields_of(version := file.get("schema_version", 1))
         return {key: file[key] for key in wanted} | {"schema_version": version}
-    except UNREADABLE_ERRORS as error:
-        raise unreadable_plan(store.address(name), error) from error
+    except _READ_ERRORS as error:
+        raise _unreadable(store.address(name), error) from error
 
 
 def publish_stage(store: Store, plan: Plan, job: JobSpec, number: int, stage: tuple[Extent, ...]) -> bool:
+    """Add a stage to the plan of an output; False where another process has added one under this number."""
     file = {
         "plan_version": PLAN_VERSION,
         "schema_version": plan.schema_version,

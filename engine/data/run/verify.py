@@ -1,4 +1,4 @@
-"""Is a run whole? Every committed byte is read and compared with its record and the plan."""
+"""Verifying a run: every committed byte is read and compared with its record and the plan."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ Kind = Literal["damage", "unfinished"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """Something that is not as it should be.
+    """A defect of a run.
 
     Attributes:
-        kind: `damage`, or `unfinished` where a run that goes on will see to it.
+        kind: `damage`, or `unfinished` where continuing the run resolves it.
         shard: its number, None where no shard is concerned.
     """
 
@@ -43,7 +43,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
         num_committed: shards with a record, of `num_shards` planned so far.
@@ -62,10 +62,10 @@ class Verdict:
 
 
 def verify(store: Store, advance: Callable[[str], None] = lambda text: None) -> Verdict:
-    """Read a run to the last byte; changes nothing.
+    """Read a run to the last byte, without changing it.
 
     Args:
-        advance: hears how far it is.
+        advance: progress callback.
 
     Raises:
         OutputError: there is no run, or its plan cannot be read, or files cannot be copied out of the store.
@@ -85,8 +85,10 @@ def verify(store: Store, advance: Callable[[str], None] = lambda text: None) -> 
         except RiskforgeError as error:
             findings.append(Finding(kind="damage", shard=number, text=str(error)))
     num_committed = len(counts) + len(findings)
-    findings += _strangers(store, job, {*counts, *(finding.shard for finding in findings if finding.shard is not None)})
-    findings += _left_over(store, job, plan, counts, num_committed)
+    findings += _unrecorded(
+        store, job, {*counts, *(finding.shard for finding in findings if finding.shard is not None)}
+    )
+    findings += _unfinished(store, job, plan, counts, num_committed)
     num_samples = sum(shard_counts.attempted for shard_counts in counts.values())
     return Verdict(
         findings=tuple(findings), num_shards=plan.num_shards, num_committed=num_committed, num_samples=num_samples
@@ -94,9 +96,9 @@ def verify(store: Store, advance: Callable[[str], None] = lambda text: None) -> 
 
 
 def _pair(store: Store, record: CommitRecord | CorruptShardError) -> list[Path] | CorruptShardError:
-    """Where the tar and the parquet of a shard can be read; nothing where its record cannot.
+    """Where the tar and the parquet of a shard can be read; empty where its record cannot.
 
-    Where something stands in the place of one that is no file, that is what is wrong with the shard.
+    A pipe, device or folder under the name of a file is damage of the shard.
     """
     if isinstance(record, CorruptShardError):
         return []
@@ -109,7 +111,7 @@ def _pair(store: Store, record: CommitRecord | CorruptShardError) -> list[Path] 
 
 
 def check_shard(plan: Plan, record: CommitRecord | CorruptShardError, pair: list[Path]) -> ShardCounts:
-    """Hold a committed shard against its record and the plan.
+    """Compare a committed shard with its record and the plan.
 
     Args:
         pair: its tar and its parquet.
@@ -141,7 +143,7 @@ def _check_planned(plan: Plan, record: CommitRecord) -> None:
         raise CorruptShardError(f"shard {record.shard} is committed and not in the plan")
     shard = plan.shard(record.shard)
     if (record.request, record.start, record.stop) != (shard.request, shard.start, shard.stop):
-        raise CorruptShardError(f"shard {record.shard}: its record tells of other samples than the plan")
+        raise CorruptShardError(f"shard {record.shard}: its record has other samples than the plan")
     if record.plan_digest != plan.digest:
         raise CorruptShardError(f"shard {record.shard}: was made by another plan")
 
@@ -158,11 +160,11 @@ def check_samples(plan: Plan, number: int, parquet: Path) -> None:
         )
 
 
-def _strangers(store: Store, job: JobSpec, committed: set[int]) -> Iterator[Finding]:
-    """Files of shards without a record, and what else was moved aside."""
+def _unrecorded(store: Store, job: JobSpec, committed: set[int]) -> Iterator[Finding]:
+    """Files of shards without a record, and files that were moved aside."""
     numbers = {_number_of(name, job) for name in store.list(SHARDS)} - {None} - committed
     for number in sorted(number for number in numbers if number is not None):
-        text = f"shard {number}: has files and no record; the next run looks at them"
+        text = f"shard {number}: has files and no record; the next run checks them"
         yield Finding(kind="unfinished", shard=number, text=text)
     if torn := store.list(TORN):
         yield Finding(kind="unfinished", text=f"{len(torn)} files that were not whole were moved to {TORN}")
@@ -174,10 +176,10 @@ def _number_of(name: str, job: JobSpec) -> int | None:
     return int(digits) if kind in ("tar", "parquet") and digits.isdigit() and digits != stem else None
 
 
-def _left_over(
+def _unfinished(
     store: Store, job: JobSpec, plan: Plan, counts: dict[int, ShardCounts], num_committed: int
 ) -> Iterator[Finding]:
-    """What is missing to a finished run; damage where the run says that it is finished."""
+    """What a finished run lacks; it is damage where the run is marked as finished."""
     is_marked = store.exists(SUCCESS)
     kind: Kind = "damage" if is_marked else "unfinished"
     quarantined = quarantined_shards(store)
@@ -194,7 +196,7 @@ def _left_over(
     if num_committed != len(counts):
         return
     torn = set(torn_files(store, plan))
-    # The metadata are looked into below; what is written for people alone is no part of the data.
+    # The metadata are checked below; what is written for human readers alone is no part of the data.
     for name in sorted(torn - {METADATA, CARD, REPORT}):
         text = f"{name}: is missing or not whole; `riskforge run` with the same job writes it"
         yield Finding(kind="damage", text=text)
@@ -209,7 +211,7 @@ def _left_over(
 
 
 def _check_surplus(store: Store) -> Iterator[Finding]:
-    """Whether the list of surplus next to the tars is what the metadata says."""
+    """Compare the list of surplus keys next to the tars with the metadata."""
     import pyarrow as pa
 
     wanted = hashlib.sha256()
@@ -226,7 +228,7 @@ def _check_surplus(store: Store) -> Iterator[Finding]:
 
 
 def _fetch_file(store: Store, name: str) -> Path | None:
-    """Where a file can be read; None where something stands in its place that is no file."""
+    """Where a file can be read; None where its name belongs to something else, such as a pipe."""
     try:
         return store.fetch(name)
     except OutputError as error:

@@ -22,7 +22,7 @@ def open_store(uri: str) -> Store:
         uri: a folder, its `file://` address, or a folder of an object store: `s3://BUCKET/NAME`, `gs://BUCKET/NAME`.
 
     Raises:
-        OutputError: an address that this version does not store to, or a file in the place of the folder.
+        OutputError: the scheme is not supported, or the path is a file.
     """
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
     if scheme and scheme[1].lower() in OBJECT_SCHEMES:

@@ -29,7 +29,7 @@ def claim_folder(staging: Path) -> tuple[Path, int]:
 
 
 def release_folder(folder: Path, descriptor: int, owner: int) -> None:
-    """Leave nothing behind at a regular end; a forked child leaves its parent's folder alone."""
+    """Remove the folder at a regular exit; a forked child does not touch its parent's folder."""
     if os.getpid() == owner:
         with contextlib.suppress(OSError):
             _remove(folder)
@@ -38,7 +38,7 @@ def release_folder(folder: Path, descriptor: int, owner: int) -> None:
 
 
 def remove_if_dead(folder: Path) -> None:
-    """Remove a folder of `claim_folder` whose process is no more."""
+    """Remove a folder of `claim_folder` whose process has ended."""
     lock = _lock_of(folder)
     try:
         descriptor = os.open(lock, os.O_RDWR)

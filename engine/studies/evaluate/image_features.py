@@ -12,7 +12,7 @@ import PIL.Image
 import torch
 from numpy.typing import NDArray
 
-from engine.data.images import Found, ImageSource
+from engine.data.images import ImageSource, ReadResult
 from engine.methods.finiteness import Faults
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
@@ -178,7 +178,7 @@ def count_items(source: ImageSource) -> int:
     return sum(1 for file in source.files for _ in file())
 
 
-def draw_images(source: ImageSource, limit: int, seed: int, advance: Advance) -> Iterator[Found]:
+def draw_images(source: ImageSource, limit: int, seed: int, advance: Advance) -> Iterator[ReadResult]:
     """At most `limit` items of a source, equally likely each, in order; the others are not decoded."""
     num = count_items(source)
     wanted = set(np.random.default_rng(seed).choice(num, limit, replace=False).tolist() if num > limit else range(num))

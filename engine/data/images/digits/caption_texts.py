@@ -59,7 +59,7 @@ def _colour_parts(contexts: Contexts, row: int, rng: np.random.Generator | None)
 
 
 def _colour_words(contexts: Contexts, row: int, rng: np.random.Generator | None) -> tuple[str, str]:
-    """What has to be said of ink and ground: empty where the default holds (and `rng` does not want it said)."""
+    """Words for ink and ground: empty for the default (unless `rng` decides to mention it)."""
     ink, background = INKS[contexts.ink[row]], BACKGROUNDS[contexts.background[row]]
     texture = TEXTURES[contexts.texture[row]]
     chatty = rng is not None and rng.random() < 0.12
@@ -107,7 +107,7 @@ def captions(
     joint_share: float = 0.0,
     empty_share: float = 0.0,
 ) -> list[str]:
-    """A random caption a sample; a `joint_share` also names one or two wrong classes, an `empty_share` says nothing."""
+    """A random caption a sample; a `joint_share` also names one or two wrong classes, an `empty_share` is empty."""
     texts = []
     for row, label in enumerate(labels):
         names = [CLASS_NAMES[label]]
