@@ -214,18 +214,7 @@ class _Export:
             yield result, extension
 
     def _manifest(self, kept: list[Chosen], real: RealImages, deduplication: dict[str, Any]) -> dict[str, Any]:
-        options, num_drawn = self._options, len(real.keys)
-        num_images, num_real = len(kept) + num_drawn, num_drawn + sum(sample.is_real for sample in kept)
-        classes = self._counts["classes"]
-        statuses = {name: sum(counts[name] for counts in classes.values()) for name in (STATUS_OK, STATUS_REJECTED)}
-        shards = -(-num_images // options.samples_per_shard)
-        about_real = {
-            "address": options.real,
-            "ratio": options.real_ratio,
-            "num_usable": real.num_usable,
-            "num_unusable": len(real.unusable),
-            "num_taken": num_drawn,
-        }
+        options = self._options
         return {
             "schema_version": SCHEMA_VERSION,
             "name": options.name,
@@ -243,17 +232,39 @@ class _Export:
             "models": _common_models(self._corpus.runs),
             "sources": [self._source(number, kept) for number in range(len(self._corpus.runs))],
             "deduplication": deduplication,
-            "real": about_real if options.real is not None else {},
+            "real": self._real(real) if options.real is not None else {},
             "versions": software_versions(),
-            "counts": {
-                "images": num_images,
-                "generated": num_images - num_real,
-                "real": num_real,
-                "shards": {"committed": shards} if options.format != "imagefolder" else {},
-                "samples": {"attempted": num_images, "failed": 0, **statuses},
-                "requests": dict(sorted(self._counts["requests"].items())),
-                "classes": dict(sorted(classes.items())),
-            },
+            "counts": self._all_counts(kept, len(real.keys)),
+        }
+
+    def _real(self, real: RealImages) -> dict[str, Any]:
+        """The manifest's account of the real images."""
+        return {
+            "address": self._options.real,
+            "ratio": self._options.real_ratio,
+            "num_usable": real.num_usable,
+            "num_unusable": len(real.unusable),
+            "num_taken": len(real.keys),
+        }
+
+    def _all_counts(self, kept: list[Chosen], num_drawn: int) -> dict[str, Any]:
+        """The counts of the manifest.
+
+        Args:
+            num_drawn: real images that this export mixed in.
+        """
+        num_images, num_real = len(kept) + num_drawn, num_drawn + sum(sample.is_real for sample in kept)
+        classes = self._counts["classes"]
+        statuses = {name: sum(counts[name] for counts in classes.values()) for name in (STATUS_OK, STATUS_REJECTED)}
+        num_shards = -(-num_images // self._options.samples_per_shard)
+        return {
+            "images": num_images,
+            "generated": num_images - num_real,
+            "real": num_real,
+            "shards": {"committed": num_shards} if self._options.format != "imagefolder" else {},
+            "samples": {"attempted": num_images, "failed": 0, **statuses},
+            "requests": dict(sorted(self._counts["requests"].items())),
+            "classes": dict(sorted(classes.items())),
         }
 
     def _source(self, number: int, kept: list[Chosen]) -> dict[str, Any]:

@@ -161,6 +161,15 @@ def _clear(store: Store, confirmed: bool) -> None:
         raise OutputError(
             f"output {store.uri}: --resume overwrite would remove a run with {num_shards} shards; add --yes to do so"
         )
+    _remove_files(store, own)
+
+
+def _remove_files(store: Store, names: list[str]) -> None:
+    """Remove a run.
+
+    Args:
+        names: its files and folders outside `_state`.
+    """
     store.remove(SUCCESS)
     for name in store.list(STATE):
         # The caller holds the lease.
@@ -171,9 +180,9 @@ def _clear(store: Store, confirmed: bool) -> None:
         if name != f"{LOCKS}/{DRIVER_LOCK}":
             store.remove(name)
     for name in (METADATA, RESCORED):
-        if name in own:
+        if name in names:
             store.remove_tree(name)
-    store.remove_all(name for name in own if name not in (METADATA, RESCORED))
+    store.remove_all(name for name in names if name not in (METADATA, RESCORED))
     store.remove_tree(SHARDS)
     for name in reversed(store.list(PLANS)):
         store.remove(name)

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
 import shutil
 import stat
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 
-from engine.data.stores.base import LOCKS, MAX_HOLDER_BYTES, STAGING, STATE, TORN, Store
+from engine.data.stores import file_locks
+from engine.data.stores.base import LOCKS, STAGING, STATE, TORN, Store
 from engine.data.stores.file_errors import explained, patient
-from engine.data.stores.staging import claim_folder, flock, release_folder, remove_if_dead
+from engine.data.stores.staging import claim_folder, release_folder, remove_if_dead
 from engine.errors import OutputError, StoreLostError
 from engine.models.files import MAX_DOCUMENT_BYTES, MAX_RECORD_BYTES, check_regular, read_whole
 
@@ -283,24 +284,14 @@ class FolderStore(Store):
             for name in {Path(entry).name.removesuffix(".lock") for entry in self.list(STAGING)}:
                 remove_if_dead(folder / name)
 
-    @contextlib.contextmanager
-    def lock(self, name: str) -> Iterator[None]:
+    def lock(self, name: str) -> AbstractContextManager[None]:
         """Hold a lock between processes; it ends with the process that holds it.
 
         Where the file system has no locks the block runs without one.
         """
-        path = self.path(f"{LOCKS}/{name}")
-        with explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+        return file_locks.lock(self.path(f"{LOCKS}/{name}"))
 
-    @contextlib.contextmanager
-    def try_lock(self, name: str, holder: str) -> Iterator[str]:
+    def try_lock(self, name: str, holder: str) -> AbstractContextManager[str]:
         """Hold a lock between processes if it is free; it ends with the process, its file with the block.
 
         Gives an empty text, or the text of the holder where another process holds it. Where the file system has no
@@ -309,24 +300,7 @@ class FolderStore(Store):
         Args:
             holder: who this is, to be written into the lock.
         """
-        path = self.path(f"{LOCKS}/{name}")
-        with explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, is_free = _open_lock(path)
-        try:
-            if not is_free:
-                yield _holder(descriptor) or "another process"
-                return
-            with explained(path):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, holder.encode()[:MAX_HOLDER_BYTES])
-            try:
-                yield ""
-            finally:
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
-        finally:
-            os.close(descriptor)
+        return file_locks.try_lock(self.path(f"{LOCKS}/{name}"), holder)
 
     @contextlib.contextmanager
     def _file_of(self, data: bytes | Path) -> Iterator[Path]:
@@ -369,23 +343,3 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _open_lock(path: Path) -> tuple[int, bool]:
-    """The descriptor of a lock's file, and whether this process holds it (or there are no locks)."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
-        try:
-            flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, or_raise=True)
-        except BlockingIOError:
-            return descriptor, False
-        if os.fstat(descriptor).st_nlink:
-            return descriptor, True
-        os.close(descriptor)  # Its last holder removed it after it was opened here.
-
-
-def _holder(descriptor: int) -> str:
-    """What the holder of a lock wrote into its file."""
-    with contextlib.suppress(OSError):
-        return os.read(descriptor, MAX_HOLDER_BYTES).decode(errors="replace")
-    return ""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import secrets
 import shutil
 from pathlib import Path
+
+from engine.data.stores.file_locks import flock
 
 
 def claim_folder(staging: Path) -> tuple[Path, int]:
@@ -62,16 +63,3 @@ def _remove(path: Path) -> None:
 
 def _lock_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
-
-
-def flock(descriptor: int, operation: int, *, or_raise: bool = False) -> bool:
-    """Take a lock; False where it is held (or `BlockingIOError`), or where the file system has none."""
-    try:
-        fcntl.flock(descriptor, operation)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
-            raise
-        if or_raise and error.errno == errno.EWOULDBLOCK:
-            raise
-        return False
-    return True
