@@ -19,7 +19,7 @@ from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.job.plan import Plan, SampleSpec, ShardSpec, build_plan
 from engine.job.records import SCHEMA_VERSION, SampleResult
-from tests.dataset_cases import DIGESTS, LABELS, make_job, make_result
+from tests.run_cases import DIGESTS, LABELS, make_job, make_result
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 

@@ -31,7 +31,7 @@ from engine.studies.nights.nights import read_night
 from engine.studies.samples import open_study
 from tests.conftest import REPOSITORY
 from tests.corpus_cases import make_run
-from tests.dataset_cases import LABELS
+from tests.run_cases import LABELS
 
 
 @pytest.fixture(scope="module")

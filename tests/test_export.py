@@ -37,7 +37,7 @@ from tests.composed import composed_job
 from tests.composed import make_run as make_composed
 from tests.conftest import REPOSITORY
 from tests.corpus_cases import make_run
-from tests.dataset_cases import LABELS
+from tests.run_cases import LABELS
 from tests.strike import struck
 
 HOSTILE = ["../x", "a/b", "", "con", "two words", "Ok", "ok", "7", "..", "tab\there", "<b>é", "0001", "null\0"]

@@ -290,7 +290,7 @@ def mend(data: bytearray, at: int) -> None:
 @functools.cache
 def run_tars() -> list[bytes]:
     """Tars as a run writes them."""
-    from tests.dataset_cases import make_job, make_plan, make_results
+    from tests.run_cases import make_job, make_plan, make_results
 
     plan = make_plan(make_job(Path("/nowhere")))
     return [written(list(make_results(plan, plan.shard(number)))) for number in range(2)]

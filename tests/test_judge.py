@@ -33,7 +33,7 @@ from engine.job.records import DETERMINISTIC_FIELDS, SampleResult, check_record,
 from engine.job.spec import JobSpec
 from engine.models.addresses import check_addresses, model_digests, resolve
 from engine.report.render import write_report
-from tests import dataset_cases as cases
+from tests import run_cases as cases
 from tests import sleepy
 
 CLIP = "zoo:digits/clip"

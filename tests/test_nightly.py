@@ -24,7 +24,7 @@ from engine.job.spec import JobSpec
 from engine.models.licences import licence_of
 from tests.composed import composed_job, make_run
 from tests.conftest import REPOSITORY
-from tests.dataset_cases import DIGESTS, LABELS, make_job, make_plan
+from tests.run_cases import DIGESTS, LABELS, make_job, make_plan
 
 MONDAY, TUESDAY = datetime.date(2026, 11, 30), datetime.date(2026, 12, 1)
 

@@ -45,7 +45,7 @@ from engine.driver.status import read_status
 from engine.errors import EXIT_DRAINED, EXIT_OK, EXIT_OWNED, CorruptShardError, OutputError, StoreLostError
 from engine.generation.messages import Rules
 from tests.conftest import REPOSITORY
-from tests.dataset_cases import commit_one, open_case
+from tests.run_cases import commit_one, open_case
 from tests.sleepy import run_sleepy, tars, wait_until
 
 BUCKET = "bucket"

@@ -43,7 +43,7 @@ from engine.studies.evaluate.evaluate import Album, Samples
 from engine.studies.nights.baseline import ERRORS_OUTSIDE, pin_night, read_baseline
 from engine.studies.nights.nights import compare_nights, read_night
 from tests.corpus_cases import make_run
-from tests.dataset_cases import LABELS
+from tests.run_cases import LABELS
 
 NUM_SCORED = 17  # Of 20 of a request, every seventh failed.
 NAMES = dict(enumerate(LABELS))

@@ -13,7 +13,7 @@ from engine.data.run import output_folder
 from engine.data.run.output_folder import _PARENTS, _SYSTEM_TREES, check_output
 from engine.data.stores.opening import open_store
 from engine.errors import OutputError
-from tests.dataset_cases import commit_one, open_case
+from tests.run_cases import commit_one, open_case
 
 JOB = {
     "name": "a",

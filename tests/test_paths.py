@@ -18,7 +18,7 @@ from engine.data.stores.opening import open_store
 from engine.report.render import write_report
 from engine.studies.nights.nights import read_night
 from tests.corpus_cases import make_run
-from tests.dataset_cases import LABELS
+from tests.run_cases import LABELS
 
 # What webdataset, fsspec, glob, braceexpand, Arrow, URLs and shells read otherwise than it is written.
 NAMES = (

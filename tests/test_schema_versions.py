@@ -22,7 +22,7 @@ from engine.job.records import DETERMINISTIC_FIELDS, SINCE, check_record, failed
 from engine.report.render import write_report
 from engine.studies.nights.nights import compare_nights, read_night
 from tests.corpus_cases import make_run
-from tests.dataset_cases import LABELS, make_job, make_plan, make_result
+from tests.run_cases import LABELS, make_job, make_plan, make_result
 
 VERSIONS = range(1, SCHEMA_VERSION + 1)
 # Of the records in the first tar of the runs below, noted before there was a column `scored`.

@@ -21,7 +21,7 @@ from engine.driver.cost import BYTES_PER_PIXEL
 from engine.errors import CorruptShardError, OutputError
 from engine.job.plan import SCHEMA_VERSION
 from engine.job.records import DETERMINISTIC_FIELDS, RUN_FIELDS, SampleResult
-from tests.dataset_cases import make_job, make_plan, make_result, make_results
+from tests.run_cases import make_job, make_plan, make_result, make_results
 
 RUN = {"batch_size": 1, "duration_seconds": 0.25, "attempt": 1, "worker": "w"}
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
@@ -239,3 +239,10 @@ def test_staging_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="risk"):
         stage_shard(tmp_path, "demo-000000", [nan], "png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sample_of_the_cases_is_as_the_schema_wants() -> None:
+    """The made-up samples of these tests are valid, so that they prove something."""
+    from engine.job.records import check_record
+
+    check_record(make_result(make_plan(make_job(Path("x"))).requests[0].sample(0)).record)

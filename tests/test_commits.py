@@ -10,34 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from engine.data.run.commit_packs import PACKS
 from engine.data.run.commit_record import COMMITS
 from engine.data.run.commits import compact_commits, list_commits, read_commit, read_commits
-from engine.data.run.counts import MAX_NAME_CHARS, ShardCounts, count_rows, parse_record_name, record_name
+from engine.data.run.counts import ShardCounts, parse_record_name, record_name
 from engine.data.run.resume import open_output
 from engine.data.run.shards import inspect_pair
 from engine.data.stores.base import STAGING, TORN, Store
 from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError
 from engine.job.plan import Plan
-from tests.dataset_cases import commit_one, commit_rest, open_case, run_processes, tar_bytes
-
-CODES = st.one_of(st.integers(0, 12000).map(lambda number: f"{number:03d}"), st.just("mix"))
-COUNTS = st.builds(
-    lambda rejected, failed, classes: ShardCounts(
-        ok=sum(classes.values()),
-        rejected=rejected,
-        failed=failed,
-        accepted=sum(classes.values()),
-        accepted_per_class=classes,
-    ),
-    st.integers(0, 10**6),
-    st.integers(0, 10**6),
-    st.dictionaries(CODES, st.integers(1, 3), max_size=30),
-)
+from tests.run_cases import commit_one, commit_rest, open_case, run_processes, tar_bytes
 
 
 def assert_whole(store: Store, plan: Plan) -> None:
@@ -54,30 +38,6 @@ def assert_whole(store: Store, plan: Plan) -> None:
         )
         assert (files.parquet_sha256, files.parquet_bytes) == (record.parquet_sha256, record.parquet_bytes)
         assert files.counts == record.counts
-
-
-@settings(deadline=None)
-@given(st.integers(0, 10**9), COUNTS)
-def test_a_record_name_says_its_counts(number: int, counts: ShardCounts) -> None:
-    """The names alone carry the counts; where they do not fit, the name says that they are inside."""
-    name = record_name(number, counts)
-    assert len(name) <= MAX_NAME_CHARS
-    parsed = parse_record_name(name)
-    assert parsed is not None and parsed[0] == number
-    assert parsed[1] in (counts, None) and (parsed[1] is None) == (".many." in name)
-
-
-@given(st.text(max_size=60))
-def test_other_names_are_not_records(name: str) -> None:
-    assert parse_record_name(name) is None
-    assert parse_record_name(f"000001.ok=1.rejected=0.failed=0.accepted=1.000-99999999=1{name}.json") is None
-
-
-def test_a_thousand_classes_fit_in_a_name() -> None:
-    """Equal neighbours are joined: a shard that goes through many classes keeps its counts in the name."""
-    classes = {f"{number:03d}": 1 for number in range(256)}
-    name = record_name(7, ShardCounts(ok=256, accepted=256, accepted_per_class=classes))
-    assert name == "000007.ok=256.rejected=0.failed=0.accepted=256.000-255=1.json"
 
 
 def test_commit_and_read_back(tmp_path: Path) -> None:
@@ -296,12 +256,3 @@ def test_a_hundred_thousand_records_are_listed_in_a_second(tmp_path: Path) -> No
             seconds.append(time.process_time() - started)
     assert len(listed) == 100_000 and listed[99_999].counts.ok == 256
     assert min(seconds) < 4, seconds
-
-
-def test_counting() -> None:
-    rows = [
-        {"key": "my-mix-1-job-000-003-00000000", "status": "ok", "accepted": True},
-        {"key": "my-mix-1-job-000-mix-00000000", "status": "ok", "accepted": False},
-        {"key": "my-mix-1-job-000-003-00000001", "status": "rejected", "accepted": False},
-    ]
-    assert count_rows(rows) == ShardCounts(ok=2, rejected=1, accepted=1, accepted_per_class={"003": 1})

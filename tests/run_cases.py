@@ -1,4 +1,4 @@
-"""Small jobs, plans and finished samples for the tests of `engine.dataset`; run as a program, a worker to be killed."""
+"""Small jobs, plans and finished samples for the tests of runs; run as a program, a worker to be killed."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from engine.errors import CorruptShardError, OutputError
 from engine.job.plan import Plan, ShardSpec
 from engine.job.records import SampleResult, failed_record
 from tests.composed import composed_job, make_run
-from tests.dataset_cases import commit_one, commit_rest, make_job, make_plan, make_result, open_case
+from tests.run_cases import commit_one, commit_rest, make_job, make_plan, make_result, open_case
 
 MODELS = {
     "diffusion": [{"address": "zoo:a", "digest": "d0"}],
@@ -256,7 +256,7 @@ def test_shards_without_an_image_are_left_out_of_the_indexes(tmp_path: Path) -> 
 
     store, plan, _ = open_case(tmp_path / "out", count=6)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.dataset_cases.make_results", _all_failed)
+        patch.setattr("tests.run_cases.make_results", _all_failed)
         commit_one(store, plan, 0)
     commit_rest(store, plan)
     close(store, plan)

@@ -1,0 +1,55 @@
+"""The counts of a shard, and their encoding in the name of its commit record."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.data.run.counts import MAX_NAME_CHARS, ShardCounts, count_rows, parse_record_name, record_name
+
+CODES = st.one_of(st.integers(0, 12000).map(lambda number: f"{number:03d}"), st.just("mix"))
+COUNTS = st.builds(
+    lambda rejected, failed, classes: ShardCounts(
+        ok=sum(classes.values()),
+        rejected=rejected,
+        failed=failed,
+        accepted=sum(classes.values()),
+        accepted_per_class=classes,
+    ),
+    st.integers(0, 10**6),
+    st.integers(0, 10**6),
+    st.dictionaries(CODES, st.integers(1, 3), max_size=30),
+)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**9), COUNTS)
+def test_a_record_name_says_its_counts(number: int, counts: ShardCounts) -> None:
+    """The names alone carry the counts; where they do not fit, the name says that they are inside."""
+    name = record_name(number, counts)
+    assert len(name) <= MAX_NAME_CHARS
+    parsed = parse_record_name(name)
+    assert parsed is not None and parsed[0] == number
+    assert parsed[1] in (counts, None) and (parsed[1] is None) == (".many." in name)
+
+
+@given(st.text(max_size=60))
+def test_other_names_are_not_records(name: str) -> None:
+    assert parse_record_name(name) is None
+    assert parse_record_name(f"000001.ok=1.rejected=0.failed=0.accepted=1.000-99999999=1{name}.json") is None
+
+
+def test_a_thousand_classes_fit_in_a_name() -> None:
+    """Equal neighbours are joined: a shard that goes through many classes keeps its counts in the name."""
+    classes = {f"{number:03d}": 1 for number in range(256)}
+    name = record_name(7, ShardCounts(ok=256, accepted=256, accepted_per_class=classes))
+    assert name == "000007.ok=256.rejected=0.failed=0.accepted=256.000-255=1.json"
+
+
+def test_counting() -> None:
+    rows = [
+        {"key": "my-mix-1-job-000-003-00000000", "status": "ok", "accepted": True},
+        {"key": "my-mix-1-job-000-mix-00000000", "status": "ok", "accepted": False},
+        {"key": "my-mix-1-job-000-003-00000001", "status": "rejected", "accepted": False},
+    ]
+    assert count_rows(rows) == ShardCounts(ok=2, rejected=1, accepted=1, accepted_per_class={"003": 1})
