@@ -29,7 +29,7 @@ from engine.data.reading.export import export
 from engine.data.reading.export_options import ExportOptions
 from engine.data.reading.formats import class_folders
 from engine.data.reading.selection import SampleReader
-from engine.data.run import shards
+from engine.data.run import shard_writing
 from engine.data.run.shards import inspect_pair, read_shard
 from engine.errors import CorruptShardError, JobError, OutputError, RiskforgeError
 from engine.job.plan import SCHEMA_VERSION
@@ -181,9 +181,9 @@ def test_classes_that_are_not_known_are_not_made_up(second: Path, tmp_path: Path
 def test_shards_are_written_sample_by_sample(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many samples a shard has, one image is read at a time: after it stands in the tar the next one is."""
     events: list[str] = []
-    read, add = SampleReader.read, shards._ShardWriter.add
+    read, add = SampleReader.read, shard_writing._ShardWriter.add
     monkeypatch.setattr(SampleReader, "read", lambda self, one: events.append("read") or read(self, one))
-    monkeypatch.setattr(shards._ShardWriter, "add", lambda self, one: events.append("add") or add(self, one))
+    monkeypatch.setattr(shard_writing._ShardWriter, "add", lambda self, one: events.append("add") or add(self, one))
     done = export((str(first),), ExportOptions(output=str(tmp_path / "out"), samples_per_shard=7))
     assert events == ["read", "add"] * done.manifest["counts"]["images"]
 

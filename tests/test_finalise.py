@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from engine.data.images import LabelledImage, digits, open_images
-from engine.data.run import manifest as manifest_module
+from engine.data.run import metadata_table
 from engine.data.run.card import code
 from engine.data.run.commits import list_commits
 from engine.data.run.file_names import SUCCESS
@@ -287,7 +287,7 @@ def test_a_committed_shard_that_is_lost_or_changed_is_told(tmp_path: Path) -> No
 
 
 def test_many_rows_become_a_folder_of_parts_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest_module, "ROWS_PER_GROUP", 4)
+    monkeypatch.setattr(metadata_table, "ROWS_PER_GROUP", 4)
     store, plan, _ = open_case(tmp_path, count=20)
     commit_rest(store, plan)
     commits = list_commits(store)

@@ -86,7 +86,7 @@ def test_a_file_size_limit_is_explained(tmp_path: Path) -> None:
     """A real refusal by the kernel in the middle of a tar, not a patched call."""
     program = (
         "import resource, signal, sys; from pathlib import Path\n"
-        "from engine.data.run.shards import stage_shard\n"
+        "from engine.data.run.shard_writing import stage_shard\n"
         "from tests.run_cases import *\n"
         "plan = make_plan(make_job(Path(sys.argv[1])))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.data.run import commits
+from engine.data.run import commit_packs, commit_shard
 from engine.data.run.commit_record import CommitRecord
 from engine.data.run.commits import compact_commits
 from engine.data.run.counts import ShardCounts, record_name
@@ -174,7 +174,7 @@ def test_a_lost_record_is_named_or_its_shard_committed_again(finished, tmp_path,
 
 def test_a_file_that_goes_while_the_run_is_at_work_leaves_no_marker(tmp_path, monkeypatch):
     """Lost between the first look and the end: the marker is the last word, so it looks again."""
-    output, commit = tmp_path / "run", commits.commit_shard
+    output, commit = tmp_path / "run", commit_shard.commit_shard
 
     def losing(store, *arguments, **options):
         record = commit(store, *arguments, **options)
@@ -199,8 +199,8 @@ def test_packed_records_are_looked_through_without_being_parsed(tmp_path):
         for n in range(20_000)
     ]
     staged = store.staging() / "pack.parquet"
-    commits._write_pack(staged, ((record_name(one.shard, counts), one) for one in records))
-    assert store.publish(f"{commits.PACKS}/000000.parquet", staged)
+    commit_packs.write_pack(staged, ((record_name(one.shard, counts), one) for one in records))
+    assert store.publish(f"{commit_packs.PACKS}/000000.parquet", staged)
     started = time.process_time()
     found = list(recorded_files(store))
     assert time.process_time() - started < 5
