@@ -47,6 +47,11 @@ def unified_schema(sources: tuple[RunSource, ...]) -> pa.Schema:
 
 
 def rows_dataset(source: RunSource, schema: pa.Schema) -> Dataset:
+    """The rows of a run as a lazy data set, in a schema of all runs.
+
+    Raises:
+        CorruptShardError: a file of rows is missing or damaged.
+    """
     import pyarrow.dataset
 
     with readable(source.uri):

@@ -227,7 +227,7 @@ def _origin(store: Store, manifest: dict[str, Any], depth: int) -> RunSource | N
         raise JobError(f"RUN: {store.address(MANIFEST)}: {RESCORED_FROM} is not the address of a run ({address!r})")
     try:
         # Without a scheme it is relative to this folder, so both can be moved together, or to the working directory.
-        return _open(store.beside(address), depth + 1)
+        return _open(store.absolute_address(address), depth + 1)
     except (JobError, OutputError) as error:
         if depth or isinstance(error, StoreLostError):
             raise

@@ -35,6 +35,11 @@ def write_pack(path: Path, records: Iterator[tuple[str, CommitRecord]]) -> list[
 
 
 def packed_records(store: Store, pack: str) -> Iterator[CommitRecord]:
+    """The records of a pack, in the order of their shards.
+
+    Raises:
+        CorruptShardError: the pack or a record cannot be read.
+    """
     return (parse_record(pack, row["record"]) for row in pack_rows(store.fetch(pack), ["record"]))
 
 

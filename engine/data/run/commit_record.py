@@ -63,10 +63,16 @@ class CommitRecord:
 
 
 def file_pair(shard_name: str) -> tuple[str, str]:
+    """Names of the tar and the parquet of a shard."""
     return f"{SHARDS}/{shard_name}.tar", f"{SHARDS}/{shard_name}.parquet"
 
 
 def parse_record(where: str, text: str | bytes | OutputError) -> CommitRecord:
+    """A record from its text, or from why the text could not be read.
+
+    Raises:
+        CorruptShardError: it is not a record, or could not be read.
+    """
     if isinstance(text, OutputError):
         raise CorruptShardError(f"{text}; or remove it to make the shard again") from text
     try:

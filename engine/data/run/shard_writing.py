@@ -99,6 +99,7 @@ class _ShardWriter:
             self.parquet = pq.ParquetWriter(parquet_path, self.schema, compression="zstd")
 
     def add(self, result: SampleResult) -> None:
+        """Write a sample; see `stage_shard` for the errors."""
         check_record(result.record)
         record, image = in_version(result.record, self.version), result.image
         check_run_fields(result.run)
@@ -119,6 +120,7 @@ class _ShardWriter:
             self._flush()
 
     def close(self) -> None:
+        """Write the remaining rows and the ends of both files."""
         with explained(self.parquet_path):
             self._flush()
             self.parquet.close()

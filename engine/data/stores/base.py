@@ -53,7 +53,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def beside(self, address: str) -> str:
+    def absolute_address(self, address: str) -> str:
         """An address that may be relative to this store, made absolute where something exists there."""
 
     # Reading -------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class FolderStore(Store):
         """The path of a name."""
         return str(self.path(name))
 
-    def beside(self, address: str) -> str:
+    def absolute_address(self, address: str) -> str:
         """A path that may be relative to the folder, or else to the working directory."""
         path = self.root / address
         return str(path.resolve()) if "://" not in address and path.exists() else address

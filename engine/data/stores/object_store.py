@@ -96,7 +96,7 @@ class ObjectStore(Store):
         """The address of a name."""
         return self.client.address(name)
 
-    def beside(self, address: str) -> str:
+    def absolute_address(self, address: str) -> str:
         """The address itself where it has a scheme or is an absolute path, else relative to this folder."""
         if "://" in address or address.startswith("/"):
             return address

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.data.images.digits.contexts import BACKGROUNDS, COLOURS, INKS, SIZES, TEXTURES, Contexts
-from engine.data.images.digits.scans import CELLS, SUBCELLS, Sources
+from engine.data.images.digits.scans import SCAN_SIZE, Sources
 
 IMAGE_SIZE = 32
 
@@ -51,7 +51,7 @@ def _draw_strokes(
     ranges = np.array([_SIZE_RANGES_PX[name] for name in SIZES])[contexts.size]
     size_px = rng.uniform(ranges[:, 0], ranges[:, 1])
     centre = digit_centres(contexts) + strength * rng.uniform(-1.0, 1.0, size=(count, 2))
-    matrix = _inverse_shapes(count, rng=rng, strength=strength) * (CELLS * SUBCELLS / size_px)[:, None, None]
+    matrix = _inverse_shapes(count, rng=rng, strength=strength) * (SCAN_SIZE / size_px)[:, None, None]
     pixels = np.indices((IMAGE_SIZE, IMAGE_SIZE)).reshape(2, -1).T + 0.5
     points = (pixels[None] - centre[:, None]) @ matrix.transpose(0, 2, 1) + glyphs.shape[1] / 2 - 0.5
     field = _bilinear(glyphs, rows, points.astype(np.float32)).reshape(count, IMAGE_SIZE, IMAGE_SIZE)

@@ -16,8 +16,10 @@ CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 SPLIT_SEED = 20240
 SPLIT_SIZES = {"train": 1150, "validation": 300, "test": 347}
 
-CELLS = 8
-SUBCELLS = 6  # spline samples per cell of the scan
+_CELLS = 8
+_SUBCELLS = 6  # spline samples per cell of the scan
+# Side of a scan without its margin, in spline samples.
+SCAN_SIZE = _CELLS * _SUBCELLS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +40,8 @@ def load_sources(split: str) -> Sources:
         raise ValueError(f"split {split!r} is unknown; choose one of {', '.join(SPLIT_SIZES)}")
     scans, labels = load_digits(return_X_y=True)
     rows = _split_rows(labels)[split]
-    padded = np.pad(scans[rows].reshape(-1, CELLS, CELLS) / 16.0, ((0, 0), (1, 1), (1, 1)))
-    glyphs = zoom(padded, (1, SUBCELLS, SUBCELLS), order=3, grid_mode=True, mode="grid-constant")
+    padded = np.pad(scans[rows].reshape(-1, _CELLS, _CELLS) / 16.0, ((0, 0), (1, 1), (1, 1)))
+    glyphs = zoom(padded, (1, _SUBCELLS, _SUBCELLS), order=3, grid_mode=True, mode="grid-constant")
     return Sources(glyphs=glyphs.clip(0, 1).astype(np.float32), labels=labels[rows].astype(np.int64))
 
 
