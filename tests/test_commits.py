@@ -50,7 +50,7 @@ def test_commit_and_read_back(tmp_path: Path) -> None:
     assert not [path for path in store.staging().iterdir() if path.is_dir()]
 
 
-def test_a_record_of_damaged_bytes_is_named(tmp_path: Path) -> None:
+def test_a_record_of_damaged_bytes_is_reported(tmp_path: Path) -> None:
     """Also where they are no text."""
     store, plan, _ = open_case(tmp_path)
     record = commit_one(store, plan, 0)
@@ -77,7 +77,7 @@ def test_screening_stays_with_its_record_and_old_records_have_none(tmp_path: Pat
 
 
 def test_a_second_commit_of_the_same_shard_changes_nothing(tmp_path: Path) -> None:
-    """A late worker hears of the first one's record, and no published byte moves."""
+    """A late worker gets the first one's record, and no published byte changes."""
     store, plan, _ = open_case(tmp_path / "out")
     first = commit_one(store, plan, 0)
     before = {name: store.read(name) for name in store.list("shards")}
@@ -123,7 +123,7 @@ def test_torn_files_without_a_record_are_moved_aside(tmp_path: Path, end: str, d
     assert torn in [store.read(name) for name in store.list(TORN)]
 
 
-def test_a_committed_file_that_is_damaged_is_told_not_replaced(tmp_path: Path) -> None:
+def test_a_committed_file_that_is_damaged_is_reported_not_replaced(tmp_path: Path) -> None:
     store, plan, _ = open_case(tmp_path / "out")
     commit_one(store, plan, 0)
     path = store.path("shards/demo-000000.tar")
@@ -144,7 +144,7 @@ def test_two_records_for_one_shard_are_refused(tmp_path: Path) -> None:
         list_commits(store)
 
 
-def test_an_unreadable_record_is_told(tmp_path: Path) -> None:
+def test_an_unreadable_record_is_reported(tmp_path: Path) -> None:
     store, plan, _ = open_case(tmp_path / "out")
     record = commit_one(store, plan, 0)
     store.replace(record.file_name, b"{}")

@@ -24,7 +24,7 @@ COUNTS = st.builds(
 
 @settings(deadline=None)
 @given(st.integers(0, 10**9), COUNTS)
-def test_a_record_name_says_its_counts(number: int, counts: ShardCounts) -> None:
+def test_a_record_name_has_its_counts(number: int, counts: ShardCounts) -> None:
     """The names alone carry the counts; where they do not fit, the name says that they are inside."""
     name = record_name(number, counts)
     assert len(name) <= MAX_NAME_CHARS

@@ -184,7 +184,7 @@ def test_indexes_of_wids_and_timm(run: tuple[Store, Plan, FinishedRun]) -> None:
     assert (split["name"], split["num_samples"]) == ("train", sum(split["shard_lengths"]))
 
 
-def test_the_card_loads_the_data_as_it_says(
+def test_the_card_loads_the_data_as_it_states(
     run: tuple[Store, Plan, FinishedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lines are copied out of the card and run in the folder of the data set."""
@@ -270,7 +270,7 @@ def _all_failed(plan: Plan, shard: ShardSpec) -> Iterator[SampleResult]:
         yield SampleResult(record=failed_record(spec, "none"), run=make_result(spec).run)
 
 
-def test_a_committed_shard_that_is_lost_or_changed_is_told(tmp_path: Path) -> None:
+def test_a_committed_shard_that_is_lost_or_changed_is_reported(tmp_path: Path) -> None:
     store, plan, _ = open_case(tmp_path)
     commit_rest(store, plan)
     path = store.path("shards/demo-000001.parquet")

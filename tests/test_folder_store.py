@@ -19,7 +19,7 @@ from tests.run_cases import commit_rest, open_case
 
 
 def test_a_lock_is_held_by_one_and_dies_with_its_process(tmp_path: Path) -> None:
-    """Who holds it is told; after SIGKILL it is free, whatever its file says; a regular end leaves no file."""
+    """The holder is reported; after SIGKILL it is free, whatever its file says; a regular end leaves no file."""
     program = (
         "import sys, time; from engine.data.stores.opening import open_store\n"
         "with open_store(sys.argv[1]).try_lock('driver', 'the first') as holder:\n"

@@ -41,7 +41,7 @@ def saved(extension: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_files_of_all_extensions_are_used_or_named(tmp_path, kind):
+def test_files_of_all_extensions_are_used_or_reported(tmp_path, kind):
     """Those of Pillow, in both cases, with what they stand for in them: the formats of the allow-list are all used."""
     files = {f"{number}{write(extension)}": saved(extension) for number, (extension, write) in
              enumerate(itertools.product(REGISTERED, (str.lower, str.upper)))}  # fmt: skip
@@ -84,7 +84,7 @@ def test_every_file_of_a_folder_is_found_once(tmp_path):
     assert "operating system" in reasons["three/Thumbs.db"] and "operating system" in reasons["__MACOSX/three/._a.png"]
 
 
-def test_links_end_and_what_cannot_be_listed_is_named(tmp_path):
+def test_links_end_and_what_cannot_be_listed_is_reported(tmp_path):
     """A loop, a link to another class, a broken link, a pipe; a class may lie elsewhere."""
     write_files(tmp_path / "elsewhere", {"a.png": grey(1)})
     root = write_files(tmp_path / "data", {"three/a.png": grey(0), "eight/deep/b.png": grey(2)})
@@ -132,7 +132,7 @@ def test_a_run_whose_surplus_is_not_known_is_refused(tmp_path, name, kind):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_what_may_not_be_read_is_named(tmp_path):
+def test_what_may_not_be_read_is_reported(tmp_path):
     """A file and a folder without permission."""
     write_files(tmp_path, {"three/a.png": grey(0), "three/b.png": grey(1), "four/c.png": grey(2)})
     (tmp_path / "three/b.png").chmod(0)
@@ -161,7 +161,7 @@ def test_a_table_without_images_does_not_hide_class_folders(tmp_path):
 
 
 def test_the_files_of_a_run_are_no_news_and_others_in_it_are(tmp_path):
-    """Its rows, its card and its state are the engine's own; images that somebody put there are named."""
+    """Its rows, its card and its state are the engine's own; foreign images there are reported."""
     write_tar(tmp_path / "shards/a-000000.tar", [("b.png", grey(2)), ("b.cls", b"3")])
     own = ("manifest.json", "README.md", "_SUCCESS", "report.html", "_state/plan/0.json", "shards/wids.json",
            "shards/new-file.txt", "rescored/x/manifest.json")  # fmt: skip

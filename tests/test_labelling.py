@@ -191,7 +191,7 @@ def test_whole_numbers_in_columns_are_no_names(tmp_path):
 
 
 @pytest.mark.parametrize("names", [["eight", "three"], {"0": "eight", "1": "three"}])
-def test_an_index_beyond_the_names_of_its_file_is_named(tmp_path, names):
+def test_an_index_beyond_the_names_of_its_file_is_reported(tmp_path, names):
     """It never becomes an index of the target; -1 is a missing label."""
     column = pa.array([1, 0, 2, 5, -1, -2, None, 2**40])
     path = write_table(tmp_path / "a.parquet", [grey(row) for row in range(8)], column, names)
@@ -279,7 +279,7 @@ def test_whole_numbers_and_texts_of_every_width_are_labels(tmp_path, column):
 
 
 @pytest.mark.parametrize("column", NO_LABELS, ids=lambda column: f"{column.type} {column[0]}")
-def test_values_of_other_types_are_named(tmp_path, column):
+def test_values_of_other_types_are_reported(tmp_path, column):
     """With names of the file and without."""
     for names in (None, list(DIGITS)):
         used, reasons = split(read(write_table(tmp_path / "a.parquet", [grey(0)], column, names), DIGITS))

@@ -105,7 +105,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def test_a_name_is_taken_once(store: ObjectStore, tmp_path: Path) -> None:
-    """The first to publish has the name; whoever offers the same bytes, as after a lost answer, is told that it has."""
+    """The first to publish has the name; whoever offers the same bytes, as after a lost response, succeeds."""
     (tmp_path / "other").write_bytes(b"other")
     (tmp_path / "first").write_bytes(b"first")
     assert store.publish("a/x", b"first") and store.publish("a/x", b"first")
@@ -218,7 +218,7 @@ def test_copies_follow_the_object(store: ObjectStore, monkeypatch: pytest.Monkey
     assert not home.exists() and store.fetch("y/1").stat().st_size == 50
 
 
-def test_a_forked_process_connects_anew(store: ObjectStore) -> None:
+def test_a_forked_process_connects_again(store: ObjectStore) -> None:
     """Workers of a data loader are forked: the parent's connections and threads are not theirs."""
     store.replace("x", b"of the parent")
     assert store.read("x") == b"of the parent"
@@ -234,7 +234,7 @@ def test_a_forked_process_connects_anew(store: ObjectStore) -> None:
 
 
 def test_what_was_appended_is_seen(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the end at the latest; when some time has passed, where somebody asks."""
+    """At the end at the latest; after some time, where a flush is due."""
     store.append("log", "one\n")
     store.flush(if_due=True)
     assert not store.exists("log")
@@ -288,8 +288,8 @@ def test_a_network_that_swallows_everything(store: ObjectStore, monkeypatch: pyt
             hole.accept()
 
 
-def test_what_could_not_be_put_in_place_is_put_there_later(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection that breaks for a while costs no line; a local folder that somebody removed costs no run."""
+def test_what_could_not_be_uploaded_is_uploaded_later(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that breaks for a while costs no line; a removed local folder costs no run."""
     monkeypatch.setattr(object_appends, "APPEND_SECONDS", 0.0)
     journal = Journal(store, 0)
     journal.note("one")
@@ -314,7 +314,7 @@ def broken(**_: Any) -> None:
     raise EndpointConnectionError(endpoint_url="http://nowhere")
 
 
-def test_what_may_not_be_removed_is_told(store: ObjectStore) -> None:
+def test_what_may_not_be_removed_is_reported(store: ObjectStore) -> None:
     """S3 answers a request to remove many with 200, and in it which of them it did not."""
 
     def deny(parsed: dict[str, Any], **_: Any) -> None:
@@ -335,7 +335,7 @@ def test_many_are_removed(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -
     assert set(objects(store)) == {"e"}
 
 
-def test_a_file_that_was_mended_is_not_set_aside(store: ObjectStore) -> None:
+def test_a_file_that_was_repaired_is_not_set_aside(store: ObjectStore) -> None:
     """Without locks another worker may be faster; what it put there is not what was looked at."""
     store.replace("shards/x.tar", b"torn")
     store.fetch("shards/x.tar")
@@ -415,7 +415,7 @@ def test_a_missing_extra(uri: str, library: str, extra: str, monkeypatch: pytest
     )
 
 
-def told(*arguments: str, code: int = 2) -> str:
+def error_of(*arguments: str, code: int = 2) -> str:
     """What `riskforge status` says of an address, in a process of its own, within seconds."""
     started = time.monotonic()
     command = [str(Path(sys.executable).with_name("riskforge")), "status", *arguments]
@@ -428,7 +428,7 @@ def told(*arguments: str, code: int = 2) -> str:
 def test_a_bucket_that_is_not_there(server: str) -> None:
     error = "error: s3://nobody/x/_state/plan: there is no such bucket; create it, or correct the address"
     error += " (or that of the endpoint)"
-    assert told("s3://nobody/x") == error
+    assert error_of("s3://nobody/x") == error
     with pytest.raises(OutputError, match=r"^s3://nobody/x/y: there is no such bucket; create it"):
         open_store("s3://nobody/x").publish("y", b"")
     with pytest.raises(OutputError, match=r"^s3://nobody/x/y: there is no such bucket; create it"):
@@ -438,7 +438,7 @@ def test_a_bucket_that_is_not_there(server: str) -> None:
 def test_no_credentials(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    assert told("s3://bucket/x") == (
+    assert error_of("s3://bucket/x") == (
         "error: s3://bucket/x/_state/plan: no credentials are found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,"
         " or AWS_PROFILE, or give the machine a role, here and on every machine with workers"
     )
@@ -446,7 +446,7 @@ def test_no_credentials(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_endpoint_that_nobody_listens_on(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    error = told("s3://bucket/x", code=EXIT_DRAINED)
+    error = error_of("s3://bucket/x", code=EXIT_DRAINED)
     assert error.startswith(
         "error: s3://bucket/x/_state/plan: the endpoint cannot be reached (Could not connect to the"
     )
@@ -464,7 +464,7 @@ def test_an_endpoint_that_nobody_listens_on(server: str, monkeypatch: pytest.Mon
 def test_settings_that_the_library_does_not_understand(
     server: str, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, reason: str
 ) -> None:
-    """Some of them are told by a plain `ValueError`."""
+    """Some of them are raised as a plain `ValueError`."""
     monkeypatch.setenv(variable, value)
     with pytest.raises(OutputError) as caught:
         open_store("s3://bucket/x").list()
@@ -484,7 +484,7 @@ def test_a_file_of_credentials_that_cannot_be_read(tmp_path: Path, monkeypatch: 
 
 
 def test_what_gcsfs_logs_is_not_printed() -> None:
-    """It logs every fault with its traceback, and tells it to us as well."""
+    """It logs every error with its traceback, and raises it as well."""
     program = "import logging; from engine.data.stores.opening import open_store; open_store('gs://b/x').client.fs;"
     program += "logging.getLogger('gcsfs').error('out of retries')"
     emulated = os.environ | {"STORAGE_EMULATOR_HOST": "http://127.0.0.1:9"}
@@ -499,7 +499,7 @@ def test_access_denied(server: str) -> None:
     reset, plain = f"{server}/moto-api/reset-auth", {"Content-Type": "text/plain"}
     urllib.request.urlopen(urllib.request.Request(reset, b"0", plain, method="POST")).close()
     try:
-        error = told("s3://bucket/x")
+        error = error_of("s3://bucket/x")
     finally:
         urllib.request.urlopen(urllib.request.Request(reset, b"inf", plain, method="POST")).close()
     assert error.startswith("error: s3://bucket/x/_state/plan: access denied (InvalidAccessKeyId: ")
@@ -523,7 +523,7 @@ def test_a_store_that_is_asked_too_much(server: str, monkeypatch: pytest.MonkeyP
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Busy) as busy:
         threading.Thread(target=busy.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{busy.server_port}")
-        error = told("s3://bucket/x", code=EXIT_DRAINED)
+        error = error_of("s3://bucket/x", code=EXIT_DRAINED)
         busy.shutdown()
     assert error.startswith("error: s3://bucket/x/_state/plan: the store asks for fewer requests (SlowDown: Please")
     assert "use fewer workers or a larger samples_per_shard, or set AWS_RETRY_MODE=adaptive" in error
@@ -549,8 +549,8 @@ def test_a_run_has_the_bytes_of_a_local_one(store: ObjectStore, local: dict[str,
     }
 
 
-def test_a_lost_object_of_a_finished_run_is_named(store: ObjectStore) -> None:
-    """By the one listing that tells names and sizes; the marker goes, and comes back with the repaired shard."""
+def test_a_lost_object_of_a_finished_run_is_reported(store: ObjectStore) -> None:
+    """By one listing of names and sizes; the marker goes, and comes back with the repaired shard."""
     assert run_sleepy(store.uri, 1, LocalExecutor(1)).exit_code == EXIT_OK
     name = "shards/sleepy-000001.tar"
     for damage in (store.remove, lambda name: store.replace(name, b"")):
@@ -574,8 +574,8 @@ def test_a_killed_run_is_continued(store: ObjectStore, local: dict[str, bytes]) 
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
     second = driver(store.uri, "local")
-    _, told = second.communicate(timeout=200)
-    assert second.returncode == EXIT_OWNED and f"error: output {store.uri}: another driver is running on it" in told
+    _, errors = second.communicate(timeout=200)
+    assert second.returncode == EXIT_OWNED and f"error: output {store.uri}: another driver is running on it" in errors
     assert read_status(store).state == "running"
     first.send_signal(signal.SIGKILL)
     first.wait()
@@ -733,7 +733,7 @@ def test_gcs_is_asked_to_create_if_absent(local: dict[str, bytes], monkeypatch: 
         gcs.shutdown()
 
 
-def test_what_gcs_refuses_is_told_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_gcs_refuses_is_reported_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """gcsfs logs what it raises with its traceback, and raises a bare ValueError for some."""
 
     class Refusing(FewWordsOfGcs):
@@ -745,7 +745,7 @@ def test_what_gcs_refuses_is_told_without_a_traceback(monkeypatch: pytest.Monkey
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{gcs.server_port}")
         monkeypatch.setenv("NO_GCE_CHECK", "true")
         for bucket in ("invalid", "other"):
-            error = told(f"gs://{bucket}/x")
+            error = error_of(f"gs://{bucket}/x")
             assert "\n" not in error and error.startswith(f"error: gs://{bucket}/x/_state/plan: the store refuses ("), (
                 error
             )

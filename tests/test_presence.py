@@ -98,7 +98,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "state", "damage"), CASES)
-def test_a_lost_file_of_a_committed_shard_is_named_and_made_again_after_repair(
+def test_a_lost_file_of_a_committed_shard_is_reported_and_made_again_after_repair(
     finished, tmp_path, call, kind, state, damage: Callable[[Path], None]
 ):
     """`run` ends without the marker, with shard, file and remedy; `status` says the same; the remedy works."""
@@ -120,7 +120,7 @@ def test_a_lost_file_of_a_committed_shard_is_named_and_made_again_after_repair(
     assert call("verify", output)[0] == 0
 
 
-# The card ends with what it says last: half of one is somebody's own text.
+# The card ends with what it says last: half of one could be a text of the user.
 REWRITTEN = [
     *itertools.product(CLOSING, [unlink]),
     *itertools.product(("README.md", SUCCESS), [empty]),
@@ -154,7 +154,7 @@ def test_a_file_over_all_shards_is_written_again(finished, tmp_path, call, name,
 @pytest.mark.parametrize("state", ["finished", "unfinished"])
 @pytest.mark.parametrize("damage", [unlink, halve])
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_a_lost_record_is_named_or_its_shard_committed_again(finished, tmp_path, call, state, damage, is_packed):
+def test_a_lost_record_is_reported_or_its_shard_committed_again(finished, tmp_path, call, state, damage, is_packed):
     """Without its record a shard is not committed: its files are adopted. A record that cannot be read is named."""
     output = copy(finished, tmp_path / "run", state)
     if is_packed:
@@ -172,7 +172,7 @@ def test_a_lost_record_is_named_or_its_shard_committed_again(finished, tmp_path,
         assert run(output).exit_code == EXIT_OK and tars(output) == tars(finished)
 
 
-def test_a_file_that_goes_while_the_run_is_at_work_leaves_no_marker(tmp_path, monkeypatch):
+def test_a_file_that_goes_during_the_run_leaves_no_marker(tmp_path, monkeypatch):
     """Lost between the first look and the end: the marker is the last word, so it looks again."""
     output, commit = tmp_path / "run", commit_shard.commit_shard
 

@@ -43,7 +43,7 @@ def test_a_new_output_is_made_with_its_parents(tmp_path: Path) -> None:
 
 
 def test_the_same_job_continues(tmp_path: Path) -> None:
-    """Nothing is planned anew; what `runtime` says may change; an own folder without a plan yet is taken up."""
+    """Nothing is planned again; what `runtime` says may change; an own folder without a plan yet is taken up."""
     store, plan, _ = open_case(tmp_path)
     commit_rest(store, plan)
     store.publish(SUCCESS, b"")
@@ -211,7 +211,7 @@ def test_two_drivers_that_begin_at_once_agree(tmp_path: Path, monkeypatch: pytes
     assert len(read_run(open_store(str(tmp_path))).stages) == 2  # type: ignore[union-attr]
 
 
-def test_a_damaged_plan_is_told(tmp_path: Path) -> None:
+def test_a_damaged_plan_is_reported(tmp_path: Path) -> None:
     reopen(tmp_path)
     for bad in (b"{", b"[]", b'{"plan_version": 99}'):
         (tmp_path / PLANS / "000000.json").write_bytes(bad)

@@ -164,7 +164,7 @@ def test_what_cannot_be_read_is_damage(tmp_path: Path, kind: str) -> None:
     assert [one.kind for one in verify(open_store(str(run))).findings] == ["damage"]
 
 
-def test_a_grown_count_writes_the_list_anew(run: Path, tmp_path: Path) -> None:
+def test_a_grown_count_writes_the_list_again(run: Path, tmp_path: Path) -> None:
     """What was surplus counts now."""
     copy = shutil.copytree(run, tmp_path / "run")
     before = (copy / LIST).read_text().splitlines()
@@ -175,7 +175,7 @@ def test_a_grown_count_writes_the_list_anew(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_list_belongs_to_the_run(run: Path, tmp_path: Path) -> None:
-    """`--resume overwrite` removes it with the rest, and does not take it for somebody else's file."""
+    """`--resume overwrite` removes it with the rest, and does not treat it as a foreign file."""
     copy = shutil.copytree(run, tmp_path / "run")
     job = quota_job(copy, 2, store_rejected=False)
     plan = build_plan(job, list(digits.CLASS_NAMES), model_digests(job))

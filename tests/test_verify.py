@@ -83,7 +83,7 @@ def damage_record(output):
 
 
 def damage_counts(output):
-    """A record whose name tells of other counts."""
+    """A record whose name has other counts."""
     [path] = (output / COMMITS).glob("000001.*")
     path.rename(path.with_name(path.name.replace("ok=4", "ok=3")))
 
@@ -242,7 +242,7 @@ def test_status_is_read_from_the_store(copy, tmp_path):
         read_status(open_store(str(tmp_path / "nothing")))
 
 
-def test_the_commands_tell_people_and_programs(copy, capsys, monkeypatch):
+def test_the_commands_print_text_and_json(copy, capsys, monkeypatch):
     """Exit codes and JSON."""
     from engine.cli import main
 

@@ -18,7 +18,7 @@ folders = st.sampled_from(["", "in/", "./", "2.0/", "../"])
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(folders, keys), min_size=1, max_size=5, unique=True), st.data())
-def test_samples_with_any_key_keep_their_label_or_are_named(tmp_path_factory, places, data):
+def test_samples_with_any_key_keep_their_label_or_are_reported(tmp_path_factory, places, data):
     """Dots in keys, in folders, in dates: no image takes the label of its neighbour, and none is left out."""
     members: list[tuple[str, bytes]] = []
     for level, (folder, key) in enumerate(places):
@@ -37,7 +37,7 @@ def test_samples_with_any_key_keep_their_label_or_are_named(tmp_path_factory, pl
 @given(
     st.lists(st.sampled_from(["", "rgb.", "seg.", "label.", "meta."]), min_size=1, max_size=5, unique=True), st.data()
 )
-def test_composed_extensions_are_one_sample_or_named(tmp_path_factory, middles, data):
+def test_composed_extensions_are_one_sample_or_reported(tmp_path_factory, middles, data):
     """`a.rgb.png` beside `a.label.cls`; an image of its own label is a sample, what is ambiguous is not guessed."""
     endings = {
         middle: data.draw(st.sampled_from([("png",), ("cls",), ("png", "cls"), ("json",)])) for middle in middles
