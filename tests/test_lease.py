@@ -1,4 +1,4 @@
-"""The lease: who holds it, who may take it over, and what a refused driver reports; jumping clocks and frozen drivers."""
+"""The lease: who holds it, who may take it over, what a refused driver reports; jumping clocks and frozen drivers."""
 
 from __future__ import annotations
 

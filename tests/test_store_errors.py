@@ -26,7 +26,8 @@ from engine.data.stores.object_errors import may_pass, remedy
 from engine.data.stores.opening import open_store
 from engine.errors import EXIT_DRAINED, EXIT_USER, OutputError, StoreLostError
 
-# By name, as the system has them: a shared file system that is temporarily unavailable. All others need a change by the user.
+# By name, as the system has them: a shared file system that is temporarily unavailable. All others need a change by
+# the user.
 AWAY = {
     "EIO", "ESTALE", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENETRESET", "ECONNABORTED",
     "ECONNREFUSED", "ECONNRESET", "ENOTCONN", "ESHUTDOWN", "EREMOTEIO",
