@@ -209,7 +209,7 @@ def test_packs_hold_what_was_loose(tmp_path: Path) -> None:
         commit_one(store, plan, number)
     before, records = list_commits(store), list(read_commits(store))
     loose = {name: store.read(name) for name in store.list(COMMITS)}
-    assert compact_commits(store) == 0
+    assert compact_commits(store) == 0 and compact_commits(store, max_loose=5) == 0
     assert compact_commits(store, max_loose=2) == 5
     assert store.list(COMMITS) == [] and len(store.list(PACKS)) == 1
     assert list_commits(store) == before and list(read_commits(store)) == records

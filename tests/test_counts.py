@@ -33,6 +33,19 @@ def test_a_record_name_has_its_counts(number: int, counts: ShardCounts) -> None:
     assert parsed[1] in (counts, None) and (parsed[1] is None) == (".many." in name)
 
 
+def test_a_name_of_the_longest_length_has_its_counts() -> None:
+    """Of 200 characters; with more, the counts are in the record alone."""
+    lengths = set()
+    for number in range(20, 30):
+        for accepted in (1, 10, 100, 1000, 10_000):
+            classes = {f"{2 * index:03d}": 1 for index in range(number)}
+            counts = ShardCounts(ok=accepted, accepted=number, accepted_per_class=classes)
+            full = len(f"000001.ok={accepted}.rejected=0.failed=0.accepted={number}.") + 6 * number - 1 + len(".json")
+            assert (".many." in record_name(1, counts)) == (full > MAX_NAME_CHARS)
+            lengths.add(full)
+    assert {MAX_NAME_CHARS, MAX_NAME_CHARS + 1} <= lengths
+
+
 @given(st.text(max_size=60))
 def test_other_names_are_not_records(name: str) -> None:
     assert parse_record_name(name) is None

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.data.run.schema import DESCRIPTIONS, arrow_schema
-from engine.data.run.shard_writing import stage_shard
+from engine.data.run.shard_writing import stage_shard, tar_member
 from engine.data.run.shards import IMAGE_FORMATS, ShardFiles, inspect_pair, read_rows, read_shard, read_tar
 from engine.driver.cost import BYTES_PER_PIXEL
 from engine.errors import CorruptShardError, OutputError
@@ -124,6 +124,18 @@ def test_equal_samples_give_equal_tar_bytes(tmp_path: Path) -> None:
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     assert first.tar.read_bytes() == reference.getvalue()
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 513, 1024])
+def test_members_are_padded_to_blocks(size: int) -> None:
+    """As `tarfile` pads them; contents of whole blocks have no padding."""
+    reference = io.BytesIO()
+    with tarfile.open(fileobj=reference, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        info = tarfile.TarInfo("a.png")
+        info.size = size
+        tar.addfile(info, io.BytesIO(bytes(size)))
+    member = tar_member("a.png", bytes(size))
+    assert len(member) == 512 + -(-size // 512) * 512 and reference.getvalue().startswith(member)
 
 
 def test_members_are_plain_and_anonymous(staged: ShardFiles) -> None:

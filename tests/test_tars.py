@@ -148,6 +148,18 @@ def test_sizes_that_a_file_has_are_limited_too(tmp_path):
             list(tar_entries(tmp_path / f"{name}.tar"))
 
 
+def test_what_is_whole_before_a_cut_is_read(tmp_path):
+    """Also where the file ends with the last byte of a member."""
+    path = write_tar(tmp_path / "a.tar", [("a.png", bytes(512)), ("b.png", bytes(1024))])
+    whole = path.read_bytes()
+    for end, names in ((3 * 512 + 1024, ["a.png", "b.png"]), (3 * 512 + 1023, ["a.png"]), (2 * 512, ["a.png"])):
+        path.write_bytes(whole[:end])
+        members: list[str] = []
+        with path.open("rb") as file, pytest.raises(DamagedTarError, match="cut short"):
+            members += (member.name for member in walk_tar(file))
+        assert members == names
+
+
 def test_an_archive_behind_another_is_reported(tmp_path):
     """Readers stop at the end of the first, without a word."""
     path = write_tar(tmp_path / "a.tar", [("a.png", grey(0)), ("a.cls", b"3")])
