@@ -234,6 +234,10 @@ def test_success_comes_last_and_only_when_all_is_there(tmp_path: Path) -> None:
     assert not done.complete and b"Not complete" in store.read("README.md")
     with pytest.raises(OutputError, match="3 of 4 shards are not committed"):
         mark_success(store, plan)
+    for number in (0, 1):
+        commit_one(store, plan, number)
+    with pytest.raises(OutputError, match="1 of 4 shards are not committed"):
+        mark_success(store, plan)
     commit_rest(store, plan)
     assert close(store, plan).complete and not store.exists(SUCCESS)
     mark_success(store, plan)
@@ -273,11 +277,14 @@ def _all_failed(plan: Plan, shard: ShardSpec) -> Iterator[SampleResult]:
 def test_a_committed_shard_that_is_lost_or_changed_is_reported(tmp_path: Path) -> None:
     store, plan, _ = open_case(tmp_path)
     commit_rest(store, plan)
+    close(store, plan)
+    mark_success(store, plan)
     path = store.path("shards/demo-000001.parquet")
     whole = path.read_bytes()
     path.write_bytes(store.read("shards/demo-000000.parquet"))
     with pytest.raises(CorruptShardError, match=r"demo-000001\.parquet: has 4 rows, not the 2 committed"):
         close(store, plan)
+    assert not store.exists(SUCCESS), "the marker does not outlive a closing that fails"
     path.write_bytes(whole[:-1])
     with pytest.raises(CorruptShardError, match=r"demo-000001\.parquet: cannot be read"):
         close(store, plan)
@@ -299,7 +306,8 @@ def test_many_rows_become_a_folder_of_parts_and_back(tmp_path: Path, monkeypatch
     assert pq.read_table(store.path("metadata.parquet")).equals(whole)
     assert summarise(store.path("metadata.parquet")) == summarise_table(whole)
     write_metadata(store, "demo", commits, rows_per_file=16)
-    assert len(store.list("metadata.parquet")) == 2
+    parts = store.list("metadata.parquet")
+    assert [pq.read_metadata(store.path(part)).num_rows for part in parts] == [16, 10]
     write_metadata(store, "demo", commits)
     assert pq.read_table(store.path("metadata.parquet")).equals(whole)
 
