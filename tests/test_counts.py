@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.run.counts import MAX_NAME_CHARS, ShardCounts, count_rows, parse_record_name, record_name
+from engine.data.run.counts import MAX_NAME_CHARS, ShardCounts, count_rows, num_stored, parse_record_name, record_name
+from tests.run_cases import make_job
 
 CODES = st.one_of(st.integers(0, 12000).map(lambda number: f"{number:03d}"), st.just("mix"))
 COUNTS = st.builds(
@@ -66,3 +70,10 @@ def test_counting() -> None:
         {"key": "my-mix-1-job-000-003-00000001", "status": "rejected", "accepted": False},
     ]
     assert count_rows(rows) == ShardCounts(ok=2, rejected=1, accepted=1, accepted_per_class={"003": 1})
+
+
+@pytest.mark.parametrize(("stores_rejected", "num_images"), [(False, 5), (True, 8)])
+def test_images_of_a_tar_are_counted_as_they_are_stored(tmp_path: Path, stores_rejected: bool, num_images: int) -> None:
+    """Rejected ones only where the job stores them, failed ones never."""
+    output = {"uri": str(tmp_path), "store_rejected": stores_rejected}
+    assert num_stored(make_job(tmp_path, output=output), ShardCounts(ok=5, rejected=3, failed=2)) == num_images

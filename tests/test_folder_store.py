@@ -60,6 +60,31 @@ def test_publish_never_overwrites(tmp_path: Path) -> None:
     assert list(store.staging().iterdir()) == []
 
 
+def test_bytes_are_on_the_disk_before_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut a published file is whole: its bytes are synced, then linked, then the folder is synced."""
+    store, calls, sync, link = open_store(str(tmp_path)), list[str](), os.fsync, os.link
+    (tmp_path / "outside").write_bytes(b"data")
+    (store.staging() / "staged").write_bytes(b"data")
+
+    def synced(descriptor: int) -> None:
+        calls.append("folder" if Path(f"/proc/self/fd/{descriptor}").is_dir() else "bytes")
+        sync(descriptor)
+
+    def linked(*paths: Path) -> None:
+        calls.append("name")
+        link(*paths)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "link", linked)
+    (tmp_path / "a").mkdir()
+    for number, data in enumerate((b"data", tmp_path / "outside", store.staging() / "staged")):
+        calls.clear()
+        assert store.publish(f"a/{number}", data) and calls == ["bytes", "name", "folder"]
+    calls.clear()
+    store.replace("a/0", b"other")
+    assert calls == ["bytes", "folder"]
+
+
 @pytest.mark.parametrize(
     ("number", "words"),
     [(errno.ENOSPC, "disk is full"), (errno.EROFS, "read-only"), (errno.EPERM, "hard links"), (errno.EIO, "error")],
