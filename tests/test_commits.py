@@ -135,6 +135,18 @@ def test_a_committed_file_that_is_damaged_is_reported_not_replaced(tmp_path: Pat
     assert_whole(store, Plan(plan.requests, plan.identity, ((dataclasses.replace(plan.stages[0][0], stop=4),),)))
 
 
+def test_committed_files_that_another_attempt_replaced_are_refused(tmp_path: Path) -> None:
+    """Files that are equal to the staged ones are not the committed ones all the same."""
+    other, plan, _ = open_case(tmp_path / "other")
+    commit_one(other, plan, 0, noise=1)
+    store, plan, _ = open_case(tmp_path / "out")
+    commit_one(store, plan, 0)
+    for name in other.list("shards"):
+        store.replace(name, other.read(name))
+    with pytest.raises(CorruptShardError, match=r"demo-000000\.tar: is not the file that was committed"):
+        commit_one(store, plan, 0, attempt=2, noise=1)
+
+
 def test_two_records_for_one_shard_are_refused(tmp_path: Path) -> None:
     store, plan, _ = open_case(tmp_path / "out")
     record = commit_one(store, plan, 0)

@@ -116,7 +116,8 @@ def test_sixteen_bits_that_hold_fewer_are_reported_and_whole_ones_scaled(bits, c
             decode_rgb(png(values))
         return
     seen = np.asarray(decode_rgb(png(values)))[..., 0].astype(float)
-    assert np.abs(seen - ramp(2**bits - 1) / 65535 * 255).max() <= 1
+    # With more than one channel Pillow keeps the upper 8 bits; grey is rounded here.
+    assert np.abs(seen - ramp(2**bits - 1) / 65535 * 255).max() <= (1 if channels else 0.51)
 
 
 def test_black_is_black():
@@ -157,7 +158,8 @@ def test_a_pgm_states_its_range(peak):
     """Its header has the greatest value."""
     values = ramp(peak)
     data = f"P5 8 8 {peak}\n".encode() + values.astype(">u2" if peak > 255 else np.uint8).tobytes()
-    assert np.abs(np.asarray(decode_rgb(data))[..., 0] - values / peak * 255).max() <= 1
+    # Of 8 bits Pillow itself scales the values.
+    assert np.abs(np.asarray(decode_rgb(data))[..., 0] - values / peak * 255).max() <= (0.51 if peak > 255 else 1)
 
 
 @pytest.mark.parametrize(

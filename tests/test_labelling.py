@@ -18,7 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.images import LabelledImage
+from engine.data.images import LabelledImage, UnusableImageError
+from engine.data.images.labelling import Labelling
 from engine.job.class_lookup import find_class, folded, is_index
 from tests.image_cases import DIGITS, grey, level_of, read, split, write_files, write_table, write_tar
 
@@ -135,6 +136,19 @@ def test_exact_names_come_before_similar_ones():
     assert find_class("POLISH", labels) == [0, 1] and find_class("crane", labels) == [6, 8]
     assert find_class("crane (8)", labels) == [8] and find_class("crane (7)", labels) == []
     assert find_class("_", labels) == find_class("", (*labels, "")) == []
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_name_of_several_classes_is_reported_with_their_indices(count):
+    """Two of one name are as many as three: none of them is guessed; an index next to the name decides."""
+    labelling = Labelling(("crane", "ox", *["crane"] * (count - 1)))
+    indices = [0, *range(2, count + 1)]
+    with pytest.raises(
+        UnusableImageError, match=f"is the name of classes {', '.join(map(str, indices))}; give the index"
+    ):
+        labelling.of_name("crane")
+    assert [labelling.of_named_index("crane", index) for index in indices] == indices
+    assert labelling.of_name("ox") == 1 and labelling.is_class("crane") and labelling.classes_of("crane") == indices
 
 
 numbers = st.one_of(
