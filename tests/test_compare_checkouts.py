@@ -11,8 +11,8 @@ import pytest
 import yaml
 from checkouts.facts import UNSTABLE_COLUMNS, compare_facts, folder_facts
 from checkouts.steps import choose_jobs
-from engine.records import RUN_FIELDS
 
+from engine.job.records import RUN_FIELDS
 from tests.conftest import REPOSITORY
 
 TINY = {

@@ -15,7 +15,7 @@ import pytest
 
 from engine.data.images import LabelledImage, Unusable, open_images, some_of
 from engine.data.images.decode import EXTENSIONS, FORMATS
-from engine.data.images.splits import KEYWORDS
+from engine.data.images.splits import KEYWORDS, is_same_split
 from engine.data.reading.export import export
 from engine.data.reading.export_options import ExportOptions
 from engine.errors import JobError
@@ -207,6 +207,15 @@ def test_tars_and_tables_of_two_splits_are_not_read_together(tmp_path, pair, pat
         assert f"'{tmp_path}/{name}'" in str(error.value)
         [found] = read(tmp_path / name, DIGITS)
         assert isinstance(found, LabelledImage) and level_of(found) == level
+
+
+@pytest.mark.parametrize("asked", ["val", "valid", "validation"])
+def test_a_split_is_found_by_any_of_its_names(tmp_path, asked):
+    """Files that are called `validation` and `valid` are one split, by whichever name it is requested."""
+    for level, name in enumerate(("train-0", "validation-0", "valid-1")):
+        container(tmp_path / f"{name}.tar", level)
+    assert [level_of(one) for one in read(tmp_path / asked, DIGITS)] == [2, 1]
+    assert is_same_split(asked, "Dev") and not is_same_split(asked, "train")
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".parquet"])
