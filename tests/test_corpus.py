@@ -93,6 +93,16 @@ def test_surplus_is_left_out_unless_asked_for(run: Path, tmp_path: Path) -> None
     assert len(corpus.with_images(surplus=True).to_torch()) == len(corpus.samples) + num_surplus
 
 
+def test_rows_without_the_column_of_surplus_are_within_their_quota(run: Path, tmp_path: Path) -> None:
+    """As runs have them that were closed before there were quotas."""
+    copy = tmp_path / "old"
+    shutil.copytree(run, copy)
+    path = copy / "metadata.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["surplus"]), path)
+    wanted = engine.open_run(str(run)).samples.to_table(["key"])
+    assert len(wanted) and engine.open_run(str(copy)).samples.to_table(["key"]).equals(wanted)
+
+
 def test_an_unfinished_run_is_read_from_its_committed_shards(tmp_path: Path) -> None:
     """Also where the metadata of an earlier closing is there, and more shards are by now."""
     run = make_run(tmp_path / "run", finish=False, num_shards=1)
