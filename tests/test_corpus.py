@@ -186,6 +186,13 @@ def _shape(image: Image.Image) -> torch.Tensor:
     return torch.tensor(image.size)
 
 
+def test_a_weight_may_be_zero(run: Path) -> None:
+    """A condition alone is a weight of 0 or 1; a negative one is refused elsewhere."""
+    corpus = engine.open_run(str(run))
+    weights = corpus.to_torch(weights="1 * oracle_agrees").weights
+    assert set(weights.tolist()) == {0.0, 1.0} and len(weights) == len(corpus.samples)
+
+
 def test_a_loader_with_workers_gives_the_same(run: Path) -> None:
     """Files are opened by each worker for itself, whether it is forked or spawned."""
     data = engine.open_run(str(run)).to_torch(weights="risk")
