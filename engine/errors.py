@@ -1,4 +1,4 @@
-"""Errors that a user can cause. Each carries the text to print and the exit code of the command line."""
+"""Errors that a user can cause, with the text to print and the exit code of the command line."""
 
 from engine.terminal import redacted
 
@@ -9,23 +9,23 @@ EXIT_INCOMPLETE = 3
 EXIT_OWNED = 4
 EXIT_DRAINED = 75
 
-# A value that somebody else wrote may be as long as they liked.
+# Of a problem: values from outside may be of any length.
 MAX_PROBLEM_CHARS = 2000
-# Of the reason of a library, inside a message.
+# Of a library's reason within a message.
 MAX_REASON_CHARS = 300
 
 
 class RiskforgeError(Exception):
-    """An expected failure: printed without a traceback, ends the command with `exit_code`; holds no password."""
+    """An expected failure: printed without a traceback; the command ends with `exit_code`. Passwords are redacted."""
 
     exit_code = EXIT_USER
 
     def __init__(self, *arguments: object) -> None:
-        super().__init__(*(redacted(one) if isinstance(one, str) else one for one in arguments))
+        super().__init__(*(redacted(argument) if isinstance(argument, str) else argument for argument in arguments))
 
 
 def fault(message: str, exit_code: int) -> RiskforgeError:
-    """An error of a worker, as it came from its process: with its text and its exit code."""
+    """An error that a worker reported from its process, with its text and exit code."""
     error = RiskforgeError(message)
     error.exit_code = exit_code
     return error
@@ -39,11 +39,24 @@ class JobError(RiskforgeError):
     """
 
     def __init__(self, problems: list[str] | str) -> None:
-        self.problems = [_shortened(redacted(one)) for one in ([problems] if isinstance(problems, str) else problems)]
+        lines = [problems] if isinstance(problems, str) else problems
+        self.problems = [_shortened(redacted(line)) for line in lines]
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type, tuple[list[str]]]:
         return type(self), (self.problems,)
+
+
+def first_line(error: object, default: str | None = None) -> str:
+    """The first line of an error's text, for messages of one line; not redacted.
+
+    Args:
+        error: an exception, or its text.
+        default: returned where the text is empty; None stands for the name of the exception's class.
+    """
+    if lines := str(error).strip().splitlines():
+        return lines[0]
+    return type(error).__name__ if default is None else default
 
 
 class EverySampleFailedError(JobError):
@@ -51,7 +64,7 @@ class EverySampleFailedError(JobError):
 
 
 def _shortened(text: str) -> str:
-    """A text without its middle where it is long: the field stands at its beginning, the remedy at its end."""
+    """A text without its middle where it is long: the field is at its beginning, the remedy at its end."""
     if len(text) <= MAX_PROBLEM_CHARS:
         return text
     return f"{text[: MAX_PROBLEM_CHARS // 2]} ... {text[-MAX_PROBLEM_CHARS // 2 :]}"
@@ -62,7 +75,7 @@ class OutputError(RiskforgeError):
 
 
 class StoreLostError(OutputError):
-    """The output's store does not answer, after all retries; what is committed is kept, so the run can be resumed."""
+    """The output's store does not answer after all retries; what is committed is kept, so the run can be resumed."""
 
     exit_code = EXIT_DRAINED
 
@@ -74,10 +87,10 @@ class ClusterLostError(RiskforgeError):
 
 
 class OwnedError(RiskforgeError):
-    """Another driver is at work on the output."""
+    """Another driver owns the output."""
 
     exit_code = EXIT_OWNED
 
 
 class CorruptShardError(RiskforgeError):
-    """A published file is not what its checksum or its commit record says."""
+    """A published file differs from its checksum or its commit record."""

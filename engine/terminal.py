@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ELLIPSIS = "…"
-
-
-# What stands before the `@` of an address; a password may hold slashes, though it should not, and paths have lost one.
+# User name and password before the `@` of an address. Slashes in passwords are matched too, although they should be
+# escaped, and so is a scheme that has lost a slash, as in paths.
 _CREDENTIALS = re.compile(r"(:/+)(?:[^\s\"/:@]*:[^\s\"]*|[^\s\"/]*)@")
 _WORD = re.compile(r"[^\s\"]+")
 
@@ -28,20 +27,20 @@ def redacted(text: str) -> str:
     return _WORD.sub(_redacted_word, text) if "@" in text and ":/" in text else text
 
 
-def _redacted_word(found: re.Match[str]) -> str:
-    # Where no `@` follows, each `:/` would be looked at to the end of the word: hours in a long one.
-    before, at, after = found[0].rpartition("@")
+def _redacted_word(match: re.Match[str]) -> str:
+    # Only up to the last `@`: a `:/` without one after it would be scanned to the end of the word, in quadratic time.
+    before, at, after = match[0].rpartition("@")
     return _CREDENTIALS.sub(r"\1***@", before + at) + after
 
 
 def open_closed_streams() -> None:
-    """Let standard input, output and error lead nowhere where they are closed, as in some cron jobs.
+    """Connect standard input, output and error to the null device where they are closed, as in some cron jobs.
 
-    The next file that is opened would otherwise have their number, and get what libraries print.
+    The next file that is opened would otherwise get their descriptor, and what libraries print.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            # It gets the lowest number that is free, which is that of the stream, as those before it are open.
+            # It gets the lowest free descriptor, which is that of the stream, as those before it are open.
             stream = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115
             os.set_inheritable(stream.fileno(), True)
             setattr(sys, name, stream)
@@ -51,15 +50,15 @@ def printable(text: str, *, keep: str = "") -> str:
     """A text with control, direction and invisible characters, and broken Unicode, as escapes such as `\\x1b`.
 
     Args:
-        keep: such characters that stay as they are.
+        keep: characters that are not escaped.
     """
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() or one in keep else _escaped(one) for one in text)
+    return "".join(char if char.isprintable() or char in keep else _escaped(char) for char in text)
 
 
-def _escaped(one: str) -> str:
-    return one.encode("unicode_escape").decode("ascii")
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
 
 
 def show(text: object = "", *, file: TextIO | None = None, flush: bool = False) -> None:
@@ -68,15 +67,15 @@ def show(text: object = "", *, file: TextIO | None = None, flush: bool = False) 
 
 
 def json_text(value: Any, indent: int | None = 2) -> str:
-    """A value as JSON that is safe for a terminal: what cannot be printed stands as escapes, which JSON has."""
+    """A value as JSON that is safe for a terminal: what cannot be printed becomes escapes of JSON."""
     text = redacted(json.dumps(value, indent=indent, ensure_ascii=False))
-    return "".join(one if one.isprintable() or one == "\n" else json.dumps(one)[1:-1] for one in text)
+    return "".join(char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text)
 
 
 def safe_console(stream: TextIO, width: int | None = None) -> Console:
-    """A console of rich whose texts are safe for a terminal, wherever they come from.
+    """A console of rich whose texts are safe for a terminal.
 
-    A table in which words or figures would be cut stands there row by row, a line for each column.
+    A table in which words or numbers would be cut is printed row by row, one line for each column.
     """
     from rich.console import Console
     from rich.segment import Segment
@@ -95,9 +94,10 @@ def safe_console(stream: TextIO, width: int | None = None) -> Console:
 
 
 def _is_cut(console: Console, table: Table, segments: list[Segment]) -> bool:
-    """Whether a rendered table has more ellipses than its cells: rich puts one where it cuts a word."""
+    """Whether a rendered table has more ellipses than its cells: rich writes an ellipsis where it cuts a word."""
     cells = (cell for column in table.columns for cell in (column.header, *column.cells))
-    return sum(one.text.count(ELLIPSIS) for one in segments) > sum(_line(console, one).count(ELLIPSIS) for one in cells)
+    written = sum(_line(console, cell).count(ELLIPSIS) for cell in cells)
+    return sum(segment.text.count(ELLIPSIS) for segment in segments) > written
 
 
 def _line(console: Console, cell: Any) -> str:
@@ -115,8 +115,8 @@ def _listing(console: Console, table: Table) -> Table:
     listing = Table.grid(Column(overflow="fold"), Column(overflow="fold"), padding=(0, 2))
     listing.title, listing.title_justify = table.title, "left"
     for cells in zip(*(column.cells for column in table.columns), strict=True):
-        for name, cell in zip(names, (_line(console, one) for one in cells), strict=True):
-            if cell:
-                listing.add_row(Text(name), Text(cell))
+        for name, cell in zip(names, cells, strict=True):
+            if text := _line(console, cell):
+                listing.add_row(Text(name), Text(text))
         listing.add_row()
     return listing

@@ -26,7 +26,7 @@ from engine.job.plan import Plan, SampleSpec
 from engine.job.records import STATUS_OK, STATUS_REJECTED, SampleResult, new_record
 from engine.job.spec import JobSpec
 from engine.models.classifier import Classifier
-from engine.models.libraries import quiet_libraries
+from engine.models.library_logging import quiet_libraries
 
 TARGET = "zoo:digits/classifier"
 # Holes of the target, and what it knows well.

@@ -30,7 +30,7 @@ settings.load_profile("suite")
 def hardware():
     """A CPU with default settings."""
     from engine.job.spec import RuntimeSpec
-    from engine.models.runtime import choose_hardware
+    from engine.models.hardware import choose_hardware
 
     return choose_hardware(RuntimeSpec(device="cpu"))
 
@@ -39,7 +39,7 @@ def hardware():
 def diffusion(hardware):
     """The digits Stable Diffusion pipeline, as the engine loads it."""
     from engine.models.diffusion import Diffusion
-    from engine.models.libraries import quiet_libraries
+    from engine.models.library_logging import quiet_libraries
 
     quiet_libraries()
     return Diffusion.load("zoo:digits/stable-diffusion", hardware)

@@ -17,8 +17,9 @@ from engine.data.run.shard_writing import stage_shard
 from engine.data.run.shards import shard_name
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
+from engine.job.columns import SCHEMA_VERSION
 from engine.job.plan import Plan, SampleSpec, ShardSpec, build_plan
-from engine.job.records import SCHEMA_VERSION, SampleResult
+from engine.job.records import SampleResult
 from tests.run_cases import DIGESTS, LABELS, make_job, make_result
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]

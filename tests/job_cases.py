@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from engine.errors import JobError
-from engine.job.acceptance import FLAGS, JUDGE_SCORES, ORACLE, SCORES
+from engine.job.acceptance import FLAGS, ORACLE, ORACLE_CONDITION, SCORES
 from engine.job.parsing import parse_job
 from engine.job.spec import GuidanceSpec, JobSpec, RequestSpec
 from engine.methods.custom.spec import CustomGuidanceSpec
@@ -152,8 +152,8 @@ def _typed(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
 
 def _rules() -> st.SearchStrategy[dict[str, Any]]:
     compared = st.one_of(_COMPARISONS, st.lists(_COMPARISONS, min_size=1, max_size=2))
-    conditions = dict.fromkeys(FLAGS, st.booleans()) | {"oracle": st.sampled_from(ORACLE)}
-    conditions |= dict.fromkeys((*SCORES, *JUDGE_SCORES), compared)
+    conditions = dict.fromkeys(FLAGS, st.booleans()) | {ORACLE_CONDITION: st.sampled_from(ORACLE)}
+    conditions |= dict.fromkeys(SCORES, compared)
     return st.one_of(st.just({}), st.fixed_dictionaries({}, optional=conditions))
 
 

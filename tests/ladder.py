@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.models.addresses import resolve
 from engine.models.classifier import Classifier, load_network
-from engine.models.preprocess import Preprocessing
+from engine.models.preprocessing import Preprocessing
 
 NUM_SAMPLES, NUM_STEPS = 2, 10
 GUIDANCE = {"step": "norm", "alpha": 0.05, "every": 3, "skip_last": False}

@@ -20,6 +20,7 @@ from engine.data.reading.export_options import ExportOptions
 from engine.data.run.card import dataset_card
 from engine.data.run.summary import GroupSummary, Spread
 from engine.errors import JobError
+from engine.job.columns import Role, columns_with
 from engine.job.parsing import parse_job
 from engine.job.spec import JobSpec
 from tests.corpus_cases import make_run
@@ -64,10 +65,11 @@ def runs(draw: st.DrawFn) -> tuple[JobSpec, dict[str, Any], list[GroupSummary]]:
         groups.append(
             GroupSummary(
                 request=request.name, method=request.method, context="", **requests[request.name],
-                error_rate=0.25 if known else None, **dict.fromkeys(("risk", "conformity", "kldb", "entropy"), SPREAD),
+                error_rate=0.25 if known else None,
+                scores={column.name: SPREAD for column in columns_with(Role.SUMMARISED)},
                 oracle_agreement=0.5 if known and flags["oracle"] else None,
                 valid_failure_rate=0.125 if known and flags["oracle"] else None,
-                transfer=(), judge_conformity=0.75 if known and flags["judge"] else None,
+                transfer=(), entry_means={"judge_conformity": 0.75 if known and flags["judge"] else None},
             )
         )  # fmt: skip
     samples = {name: sum(one[name] for one in requests.values()) for name in requests["kept"]}
@@ -163,7 +165,7 @@ def check_models(card: str, job: JobSpec, groups: list[GroupSummary]) -> None:
     has_oracle = any(one.oracle_agreement is not None for one in groups)
     head = next(line for line in card.splitlines() if line.startswith("| request |"))
     assert ("oracle agrees | valid failures" in head) == has_oracle == ("a valid failure is" in card)
-    has_judge = any(one.judge_conformity is not None for one in groups)
+    has_judge = any(group.entry_means["judge_conformity"] is not None for group in groups)
     assert ("judge's conformity" in head) == has_judge == ("The judge is a second CLIP model" in card)
     assert ("transfer" in head) is False
     assert ("by what the oracle predicts" in card) == bool(job.models.oracle)

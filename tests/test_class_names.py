@@ -15,7 +15,8 @@ from engine.data.reading.inspection import inspect
 from engine.data.stores.opening import open_store
 from engine.job.class_names import distinct_names, distinct_pairs
 from engine.report.render import write_report
-from engine.studies.nights.nights import compare_nights, read_night
+from engine.studies.compare.program import compare_runs
+from engine.studies.compare.scored_run import read_scored_run
 from tests.corpus_cases import make_run
 
 CRANES = ["crane", "ox", "crane"]
@@ -60,8 +61,8 @@ def test_the_report_has_a_line_for_each(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_comparison_has_a_row_for_each(run: Path) -> None:
-    night = read_night(str(run))
-    found = compare_nights(night, night)
+    night = read_scored_run(str(run))
+    found = compare_runs(night, night)
     rows = {row.group: row for row in found.rows if row.level == "class"}
     assert sorted(rows) == APART
     rates = {name: row.differences["error_rate"].old for name, row in rows.items()}

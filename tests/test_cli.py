@@ -27,6 +27,7 @@ from engine.driver.executors.local import LocalExecutor
 from engine.driver.progress import MAX_GROUP_ROWS, LiveDisplay, PlainDisplay, Tally, byte_size, duration, medians_table
 from engine.driver.run import plan_job
 from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OWNED, EXIT_USER
+from engine.job.columns import Role, columns_with
 from engine.terminal import safe_console
 from tests.conftest import REPOSITORY
 from tests.sleepy import Faults, make_job, make_sleepy, run_sleepy
@@ -309,16 +310,18 @@ def test_late_news_of_a_committed_shard_is_ignored(tally):
     tally.commit(7, 1, ShardCounts(ok=4, accepted=4), 14.0)
     tally.working(7, 1, 4, 15.0)
     tally.working(7, 0, 4, 15.0)
-    assert tally.total.num_done == 8 and not tally.total.in_work
+    assert tally.total.num_done == 8 and not tally.total.in_flight
 
 
 def group_of(context: str) -> GroupSummary:
     """A group without an image."""
     counts = dict.fromkeys(("attempted", "rejected", "failed", "accepted"), 1) | {"ok": 0}
-    names = ("error_rate", "risk", "conformity", "kldb", "entropy", "oracle_agreement", "valid_failure_rate")
-    scores = dict.fromkeys(names)
+    rates = dict.fromkeys(("error_rate", "oracle_agreement", "valid_failure_rate"))
+    scores = dict.fromkeys(column.name for column in columns_with(Role.SUMMARISED))
     transfer = (TransferSummary(model="[red] model [/b]", error_rate=0.5, risk_median=1.0),)
-    return GroupSummary(request="all", method="prompt", context=context, transfer=transfer, **counts, **scores)
+    return GroupSummary(
+        request="all", method="prompt", context=context, transfer=transfer, scores=scores, **counts, **rates
+    )
 
 
 def test_texts_of_the_job_are_no_markup():

@@ -12,7 +12,7 @@ import yaml
 from checkouts.facts import UNSTABLE_COLUMNS, compare_facts, folder_facts
 from checkouts.steps import choose_jobs
 
-from engine.job.records import RUN_FIELDS
+from engine.job.columns import RUN_COLUMNS
 from tests.conftest import REPOSITORY
 
 TINY = {
@@ -147,7 +147,7 @@ def test_a_missing_file_is_a_difference(tmp_path):
 
 def test_columns_that_are_left_out_are_those_that_depend_on_the_run():
     """Sees a column that became run-dependent or ceased to be; the digest of an image file is compared."""
-    assert set(UNSTABLE_COLUMNS) == set(RUN_FIELDS) - {"sha256"}
+    assert set(UNSTABLE_COLUMNS) == {column.name for column in RUN_COLUMNS} - {"sha256"}
 
 
 def test_jobs_of_this_repository_are_compared_or_left_out_with_a_reason():

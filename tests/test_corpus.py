@@ -26,8 +26,9 @@ from engine.data.run.schema import arrow_schema
 from engine.data.run.shards import read_shard
 from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, JobError, OutputError, RiskforgeError
+from engine.job.columns import COLUMNS
 from engine.report.render import write_report
-from engine.studies.nights.nights import read_night
+from engine.studies.compare.scored_run import read_scored_run
 from engine.studies.samples import open_study
 from tests.conftest import REPOSITORY
 from tests.corpus_cases import make_run
@@ -58,7 +59,8 @@ def test_rows_of_both_schema_versions_are_one_dataset(run: Path, old: Path) -> N
     assert dataset.schema.names == arrow_schema(surplus=True).names
     new_rows, old_rows = pq.read_table(run / "metadata.parquet"), pq.read_table(old / "metadata.parquet")
     found = dataset.to_table().to_pylist()
-    assert found == [*new_rows.to_pylist(), *({"judge": None, "scored": None} | row for row in old_rows.to_pylist())]
+    later = {column.name: None for column in COLUMNS if column.since > 1}
+    assert found == [*new_rows.to_pylist(), *(later | row for row in old_rows.to_pylist())]
     table = corpus.to_table()
     assert table["scored"].to_pylist() == [row["status"] != "failed" for row in found], (
         "rows of version 1 do not have it"
@@ -320,7 +322,7 @@ def test_a_damaged_manifest_is_reported_alike_by_all(run: Path, tmp_path: Path, 
     copied = shutil.copytree(run, tmp_path / "run")
     (copied / "manifest.json").write_text(text)
     messages = set()
-    for read in (open_source, read_night, open_study, lambda uri: write_report(open_store(uri))):
+    for read in (open_source, read_scored_run, open_study, lambda uri: write_report(open_store(uri))):
         with pytest.raises(CorruptShardError, match=r"^.*/run/manifest\.json: .*; restore the file") as caught:
             read(str(copied))
         messages.add(str(caught.value))

@@ -21,11 +21,13 @@ from engine.errors import JobError
 from engine.generation.generator import Generator
 from engine.job.parsing import parse_job
 from engine.job.plan import build_plan
-from engine.models import targets
-from engine.models.addresses import check_addresses, model_digests, read_labels
+from engine.models import factories
 from engine.models.custom_methods import method_digest, method_digests
+from engine.models.digests import model_digests
+from engine.models.job_checks import check_addresses
+from engine.models.labels import read_labels
 from tests.conftest import REPOSITORY
-from tests.test_targets import FACTORY, riskforge
+from tests.program_cases import FACTORY, riskforge
 
 PAGE = REPOSITORY / "docs/adding-a-method.md"
 MAX_LINES = 60
@@ -108,7 +110,7 @@ def test_a_run_is_bound_to_file_and_parameters(finished: Path) -> None:
         file.write_text(text.replace("share * math", "0.5 * share * math"))
         done = riskforge("run", "job.yaml", *SMALL, folder=finished, code=2)
         assert re.search(r"requests\.0\.method_digest: \S+ -> \S+", done.stderr)
-        targets.add_import_folders([str(finished)])
+        factories.add_import_folders([str(finished)])
         job, plan = stored_plan(open_store(str(finished / "runs/doubt")))
         with pytest.raises(JobError, match=r"requests\.0\.method: the file of 'my_methods:entropy' on this machine is"):
             Generator(job, plan)
@@ -141,7 +143,7 @@ def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that methods are imported from, as if for the first time."""
     monkeypatch.setattr(sys, "modules", {name: one for name, one in sys.modules.items() if name != "own"})
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(targets, "_FOLDERS", [])
+    monkeypatch.setattr(factories, "_FOLDERS", [])
     importlib.invalidate_caches()
     method_digest.cache_clear()
     return tmp_path
@@ -187,7 +189,7 @@ def test_criteria_are_tried_before_samples_are_made(importable: Path) -> None:
     """What would fail, or depend on the batch, is told by the worker while it loads; one that is well is taken."""
     lines = [f"def {name}(): return lambda images, scene: {text}" for name, (text, _) in CRITERIA.items()]
     (importable / "own.py").write_text("\n".join(lines))
-    targets.add_import_folders([str(importable)])
+    factories.add_import_folders([str(importable)])
     raw = job_of("own:whole", importable)
     jobs = {name: parse_job(raw | {"requests": [raw["requests"][0] | {"method": f"own:{name}"}]}) for name in CRITERIA}
     labels, generator = read_labels("zoo:digits/classifier"), None

@@ -11,8 +11,10 @@ from engine.errors import JobError
 from engine.generation.generator import Generator
 from engine.job.parsing import parse_job
 from engine.job.plan import build_plan
-from engine.models.addresses import check_addresses, model_digest, model_digests, read_labels
 from engine.models.decoder import GuidanceDecoder
+from engine.models.digests import model_digest, model_digests
+from engine.models.job_checks import check_addresses
+from engine.models.labels import read_labels
 
 ZOO = "zoo:digits/"
 TINY = f"{ZOO}tiny-autoencoder"

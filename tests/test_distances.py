@@ -77,6 +77,62 @@ def test_the_frechet_distance_does_not_change_with_axes_or_order() -> None:
         assert frechet_distance(x, x[::-1]) == pytest.approx(0, abs=1e-9)
 
 
+def test_the_kernel_distance_averages_subsets() -> None:
+    """Against the definition with the same draws: half of the smaller set at most; the range of the middle 95 %."""
+    x, y = normal(30, 4, 0), normal(9, 4, 1, 0.5)
+    rng = np.random.default_rng(7)
+    values = []
+    for _ in range(50):
+        first, second = x[rng.choice(30, 4, replace=False)], y[rng.choice(9, 4, replace=False)]
+        values.append(unbiased_mmd(first, second))
+    estimate = kernel_distance(x, y, seed=7)
+    assert estimate.value == pytest.approx(np.mean(values))
+    assert (estimate.low, estimate.high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
+    assert kernel_distance(x, x + 1, size=5, seed=7) == kernel_distance(x, x + 1, size=5, seed=7)
+    assert kernel_distance(x, x + 1, size=5, seed=7) != kernel_distance(x, x + 1, size=6, seed=7)
+
+
+@pytest.mark.parametrize("counts", [(8, 12), (40, 30)])
+def test_the_frechet_distance_is_that_of_its_definition(counts: tuple[int, int]) -> None:
+    """With a root of the product of numpy's covariances (ddof 1), for fewer and for more images than dimensions."""
+    x, y = normal(counts[0], 10, 0), normal(counts[1], 10, 1, 0.4) * np.linspace(0.5, 2, 10)
+    first, second = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    # The product has the eigenvalues of a positive semi-definite matrix.
+    root = np.sqrt(np.linalg.eigvals(first @ second).real.clip(0)).sum()
+    wanted = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(first) + np.trace(second) - 2 * root
+    assert frechet_distance(x, y) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_frechet_interval_has_the_spread_of_its_bootstrap() -> None:
+    """1.96 standard deviations (ddof 1) of 20 resamples of both sets, around the distance of the sets themselves."""
+    x, y = normal(40, 3, 0), normal(50, 3, 1, 1.0)
+    rng = np.random.default_rng(5)
+    values = [frechet_distance(x[rng.integers(0, 40, 40)], y[rng.integers(0, 50, 50)]) for _ in range(20)]
+    interval = frechet_interval(x, y, seed=5)
+    assert interval.value == frechet_distance(x, y)
+    half = 1.959963984540054 * np.std(values, ddof=1)
+    assert (interval.low, interval.high) == pytest.approx((interval.value - half, interval.value + half))
+    assert frechet_interval(x, x.copy()).low == 0.0
+
+
+def test_precision_and_recall_are_those_of_their_definition() -> None:
+    """Against loops over points and balls; the third neighbour, not counting the point itself."""
+    samples, real = normal(40, 3, 0, 0.7), normal(60, 3, 1)
+
+    def share(points: np.ndarray, manifold: np.ndarray) -> float:
+        radii = [sorted(np.linalg.norm(manifold - centre, axis=1))[3] for centre in manifold]
+        inside = [
+            any(np.linalg.norm(point - centre) <= radius for centre, radius in zip(manifold, radii, strict=True))
+            for point in points
+        ]
+        return float(np.mean(inside))
+
+    manifolds = precision_recall(samples, real)
+    assert manifolds.precision.value == share(samples, real) != share(real, samples) == manifolds.recall.value
+    assert 0 < manifolds.precision.low < manifolds.precision.value < manifolds.precision.high <= 1
+    assert manifolds.recall.high - manifolds.recall.low < manifolds.precision.high - manifolds.precision.low
+
+
 def test_precision_and_recall_of_equal_and_of_distant_sets() -> None:
     x = normal(200, 6, 0)
     equal = precision_recall(x, x.copy())

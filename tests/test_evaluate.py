@@ -39,17 +39,21 @@ from engine.job.parsing import parse_job
 from engine.job.plan import Plan, build_plan
 from engine.job.records import SampleResult
 from engine.job.spec import JobSpec
-from engine.models.addresses import model_digest
-from engine.models.libraries import quiet_libraries
+from engine.models.digests import model_digest
+from engine.models.library_logging import quiet_libraries
 from engine.report.data import open_metadata
 from engine.report.evaluation import Evaluation, read_evaluation
 from engine.report.render import write_report
-from engine.studies.evaluate import image_features as pictures
-from engine.studies.evaluate.evaluate import Album, EvaluateOptions, evaluate, match_classes
-from engine.studies.evaluate.features import Inception, find_inception
-from engine.studies.evaluate.image_features import draw_images, pixel_distances, small_pixels
-from engine.studies.evaluate.slices import cluster, nearest_texts, neighbourhood
-from engine.studies.evaluate.terminal_lines import summary_lines
+from engine.studies.evaluate import image_features
+from engine.studies.evaluate.clusters import cluster, nearest_texts, neighbourhood
+from engine.studies.evaluate.extractors import Inception, find_inception
+from engine.studies.evaluate.image_features import pixel_distances, small_pixels
+from engine.studies.evaluate.image_registry import ImageRegistry
+from engine.studies.evaluate.inputs import draw_images
+from engine.studies.evaluate.options import EvaluateOptions
+from engine.studies.evaluate.program import evaluate
+from engine.studies.evaluate.quality import match_classes
+from engine.studies.evaluate.summary_lines import summary_lines
 from engine.studies.output_folders import check_folder
 
 RUN = {"batch_size": 4, "duration_seconds": 0.1, "attempt": 1, "worker": "w0"}
@@ -284,9 +288,12 @@ def test_an_image_of_an_evaluation_must_be_an_image(evaluated: tuple[Store, Eval
 
 def test_images_of_one_name_stay_apart() -> None:
     """A real image and a training image may lie at the same place in their folders."""
-    album = Album({})
-    shown = [album.show(kind, "zero/0001.png", f"data:image/png;base64,{kind}", "") for kind in ("real", "train")]
-    assert [album.images[one.image] for one in shown] == ["data:image/png;base64,real", "data:image/png;base64,train"]
+    registry = ImageRegistry({})
+    shown = [registry.show(kind, "zero/0001.png", f"data:image/png;base64,{kind}", "") for kind in ("real", "train")]
+    assert [registry.images[one.image] for one in shown] == [
+        "data:image/png;base64,real",
+        "data:image/png;base64,train",
+    ]
 
 
 def test_a_run_with_a_driver_at_work_is_left_alone(finished: Store, call: Any) -> None:
@@ -385,7 +392,7 @@ def test_pixels_are_compared_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     """The parts do not show, and as floats there is never more than one of them."""
     first, second = np.random.default_rng(0).integers(0, 256, (2, 600, 32, 32, 3), dtype=np.uint8)
     whole = pixel_distances(first, second)
-    monkeypatch.setattr(pictures, "_ROWS", 7)
+    monkeypatch.setattr(image_features, "_ROWS", 7)
     tracemalloc.start()
     parts = pixel_distances(first, second)
     _, peak = tracemalloc.get_traced_memory()

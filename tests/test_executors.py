@@ -28,8 +28,8 @@ from engine.driver.executors.base import Host, ShardResult
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.executors.ray import Layout, RayExecutor, RayHost, divide, prepare_environment, usable_cores
 from engine.driver.run import plan_job
-from engine.driver.run_loop import WorkersFailingError, _Watch
-from engine.driver.scheduler import MAX_MARKS
+from engine.driver.run_loop import _Watch
+from engine.driver.scheduler_loop import WorkersFailingError
 from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK, JobError, OutputError, RiskforgeError
 from engine.generation.messages import Rules, ShardError, ShardProgress, WorkerLost, WorkerReady
 from engine.job.plan import ShardSpec
@@ -264,7 +264,7 @@ def test_timing_is_of_all_sessions(tmp_path):
 
 def test_workers_that_wait_for_room_are_told_once(monkeypatch, tmp_path):
     """And nothing is said where all have a place."""
-    monkeypatch.setattr("engine.driver.run_loop.UNPLACED_SECONDS", 0.0)
+    monkeypatch.setattr("engine.driver.scheduler_loop.UNPLACED_SECONDS", 0.0)
     display = Recorder()
     run_sleepy(tmp_path / "placed", 1, LocalExecutor(1), display=display)
     assert not display.notices
@@ -399,7 +399,7 @@ def test_a_process_killed_while_it_writes_the_shard_before_marks_both(join, clea
     assert (summary.exit_code, summary.quarantined, summary.num_committed) == (EXIT_INCOMPLETE, (1,), 4)
     assert read_commit(open_store(str(tmp_path)), 0).attempt == 2
     reasons = json.loads((tmp_path / "_state/quarantine/000001.json").read_text())["reasons"]
-    assert len(reasons) == MAX_MARKS
+    assert len(reasons) == Rules().max_strikes
     assert {name: data for name, data in clean.items() if "000001" not in name} == tars(tmp_path)
 
 
@@ -563,7 +563,7 @@ def test_a_run_ends_by_its_deadline(monkeypatch, tmp_path):
         """An hour later once a shard is there."""
         return time.monotonic() + (3600 if tars(tmp_path) else 0)
 
-    monkeypatch.setattr("engine.driver.run_loop.time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr("engine.driver.scheduler_loop.time", SimpleNamespace(monotonic=clock))
     patient = {"min_limit_seconds": 1e6, "first_limit_seconds": 1e6}
     rules = Rules(deadline=time.monotonic() + 3000, grace_seconds=10, **patient)
     summary = run_sleepy(tmp_path, 9, LocalExecutor(1), rules=rules)

@@ -32,7 +32,8 @@ from engine.data.reading.selection import SampleReader
 from engine.data.run import shard_writing
 from engine.data.run.shards import inspect_pair, read_shard
 from engine.errors import CorruptShardError, JobError, OutputError, RiskforgeError
-from engine.job.plan import SCHEMA_VERSION
+from engine.job.columns import SCHEMA_VERSION
+from engine.job.records import upgraded
 from tests.composed import composed_job
 from tests.composed import make_run as make_composed
 from tests.conftest import REPOSITORY
@@ -95,8 +96,8 @@ def test_a_merge_has_the_samples_of_its_runs(first: Path, second: Path, tmp_path
                 wanted[f"r{number + 1}-{key}" if number else key] = (image, record)
     assert {key: image for key, (image, _) in out.items()} == {key: image for key, (image, _) in wanted.items()}
     for key, (_, record) in out.items():
-        added = {"key": key, "schema_version": SCHEMA_VERSION, "judge": record["judge"], "scored": True}
-        assert record == wanted[key][1] | added
+        added = {"key": key, "judge": record["judge"], "scored": True}
+        assert record == upgraded(wanted[key][1]) | added
         assert bool(record["judge"]) == (not key.startswith("r2-")), "version 1 had no judge"
     for tar in sorted((tmp_path / "out" / "shards").glob("*.tar")):
         assert inspect_pair(tar, tar.with_suffix(".parquet")).counts.ok in (10, len(out) % 10)

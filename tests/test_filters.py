@@ -23,7 +23,7 @@ from engine.data.reading.export import export
 from engine.data.reading.export_options import ExportOptions
 from engine.data.run.counts import is_joint
 from engine.errors import JobError
-from engine.job.records import MEASURED
+from engine.job.columns import MEASURED
 from tests.corpus_cases import make_run
 
 

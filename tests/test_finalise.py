@@ -87,8 +87,9 @@ def test_summary_is_what_a_slow_reading_gives(run: tuple[Store, Plan, FinishedRu
         ok = [one for one in every if one["status"] == "ok"]
         assert (group.attempted, group.ok, group.failed) == (len(every), len(ok), len(every) - len(ok))
         scored = [one for one in every if one["status"] != "failed"]
-        for name in ("risk", "conformity", "kldb", "entropy"):
-            spread = getattr(group, name)
+        assert {"risk", "conformity", "kldb", "entropy"} <= group.scores.keys()
+        for name, spread in group.scores.items():
+            assert spread is not None
             values = [one[name] for one in scored]
             quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(scored) > 1 else values * 3
             assert [spread.q25, spread.median, spread.q75] == pytest.approx(quartiles)
@@ -131,7 +132,7 @@ def test_summary_without_images_oracle_and_transfer(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([row], schema=arrow_schema(surplus=True)), tmp_path / "m.parquet")
     (group,) = summarise(tmp_path / "m.parquet")
     assert (group.attempted, group.ok, group.failed) == (1, 0, 1)
-    assert (group.risk, group.error_rate, group.oracle_agreement, group.transfer) == (None, None, None, ())
+    assert (group.scores["risk"], group.error_rate, group.oracle_agreement, group.transfer) == (None, None, None, ())
     assert group.valid_failure_rate is None
 
 
@@ -216,7 +217,7 @@ def test_the_card_header_and_text(run: tuple[Store, Plan, FinishedRun]) -> None:
     outside = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", text)
     assert "<" not in outside.split("---\n", 2)[2].replace("n<1K", "")
     table = [line for line in text.splitlines() if line.startswith("| between |")]
-    assert f"{done.groups[0].kldb.median:.3g}" in table[0]  # type: ignore[union-attr]
+    assert f"{done.groups[0].scores['kldb'].median:.3g}" in table[0]  # type: ignore[union-attr]
     assert all(f"| `{name}` |" in text for name in arrow_schema(surplus=True).names)
 
 
@@ -316,4 +317,4 @@ def test_a_path_that_looks_like_a_partition_adds_no_column(tmp_path: Path) -> No
     """`key=value` in the output's path is not data."""
     store, plan, _ = open_case(tmp_path / "risk=9" / "out")
     commit_rest(store, plan)
-    assert close(store, plan).groups[0].risk.median <= 4  # type: ignore[union-attr]
+    assert close(store, plan).groups[0].scores["risk"].median <= 4  # type: ignore[union-attr]

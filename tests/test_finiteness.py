@@ -32,11 +32,12 @@ from engine.methods.scores import conformity, entropy, kldb, kldb_parts, risk
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
 from engine.models.safety import FLAGGED, SafetyChecker
-from engine.studies.evaluate.evaluate import EvaluateOptions, evaluate
-from engine.studies.evaluate.features import ClipFeatures
-from engine.studies.evaluate.image_features import Eyes
-from engine.studies.evaluate.memorisation import find_nearest
-from engine.studies.evaluate.terminal_lines import summary_lines
+from engine.studies.evaluate.extractors import ClipFeatures
+from engine.studies.evaluate.image_features import VisionModels
+from engine.studies.evaluate.nearest_images import find_nearest
+from engine.studies.evaluate.options import EvaluateOptions
+from engine.studies.evaluate.program import evaluate
+from engine.studies.evaluate.summary_lines import summary_lines
 from engine.studies.prepare.observation import Observer, observe
 from tests.composed import TARGET, composed_job, make_run
 from tests.poisoned import CLASSIFIER_POISONS, CLIP_POISONS, TEXT_POISONS, Poison, overflowing_when_bright, poisoned
@@ -230,14 +231,14 @@ def hooked(clip: Clip, rows: list[int]) -> Any:
 
 def test_an_evaluation_leaves_out_what_has_no_embedding(clip: Clip) -> None:
     """Of samples, and of training images: one NaN among them would hide all others of its batch."""
-    eyes = Eyes(clip, ClipFeatures(CLIP))
+    models = VisionModels(clip, ClipFeatures(CLIP))
     images = [PIL.Image.new("RGB", (32, 32), (level, 255 - level, 90)) for level in (0, 120, 250)]
-    whole = eyes.look((str(row), row, image) for row, image in enumerate(images))
+    whole = models.extract((str(row), row, image) for row, image in enumerate(images))
     gone: list[tuple[str, str]] = []
     with hooked(clip, [1]):
-        part = eyes.look((str(row), row, image) for row, image in enumerate(images))
+        part = models.extract((str(row), row, image) for row, image in enumerate(images))
         training = ((f"t{row}", image) for row, image in enumerate(images))
-        [found] = find_nearest([whole], training, eyes, lambda *one: gone.append(one))
+        [found] = find_nearest([whole], training, models, lambda *one: gone.append(one))
     assert part.names == ("0", "2") and [name for name, _ in part.left_out] == ["1"]
     assert len(part.clip) == len(part.features) == len(part.pixels) == len(part.thumbnails) == 2
     assert found.names[0] == "t0" and found.names[2] == "t2" and "t1" not in found.names

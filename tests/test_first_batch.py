@@ -19,8 +19,8 @@ from engine.generation.messages import (
     ShardProgress,
     WorkerReady,
 )
+from tests.program_cases import riskforge
 from tests.test_generator import failing_for, make_generator
-from tests.test_targets import riskforge
 
 
 class ConnectTimeout(Exception):

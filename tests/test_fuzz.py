@@ -32,7 +32,8 @@ from engine.driver.executors.local import LocalExecutor
 from engine.errors import CorruptShardError, JobError, RiskforgeError
 from engine.job.plan import resolve_requests
 from engine.job.spec import JobSpec, RequestSpec
-from engine.models.addresses import check_addresses, read_labels
+from engine.models.job_checks import check_addresses
+from engine.models.labels import read_labels
 from tests.conftest import REPOSITORY
 from tests.sleepy import run_sleepy
 

@@ -17,8 +17,9 @@ from engine.generation.batching import BatchSize
 from engine.generation.generator import Generator
 from engine.job.parsing import parse_job
 from engine.job.plan import build_plan
-from engine.models.addresses import model_digests, read_labels
 from engine.models.diffusion import Diffusion
+from engine.models.digests import model_digests
+from engine.models.labels import read_labels
 
 ZOO = "zoo:digits/"
 

@@ -33,10 +33,9 @@ from engine.data.stores.opening import open_store
 from engine.driver.executors.local import LocalExecutor
 from engine.errors import EXIT_DAMAGED, EXIT_OK, JobError
 from engine.generation.artefact import load_conditioning
-from engine.models.addresses import ARTEFACT_DOCUMENT
-from engine.models.folders import read_config
-from engine.models.targets import side_settings
-from engine.studies.nights.baseline import read_baseline
+from engine.models.configurations import ARTEFACT_DOCUMENT, read_config
+from engine.models.program_settings import side_settings
+from engine.studies.compare.baseline import read_baseline
 from tests.conftest import REPOSITORY
 from tests.sleepy import run_sleepy
 

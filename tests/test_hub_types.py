@@ -20,7 +20,8 @@ from engine.data.images.encoding import encode
 from engine.data.reading.export import export
 from engine.data.reading.export_options import ExportOptions
 from engine.data.run.shards import IMAGE_FORMATS, read_shard
-from engine.job.records import ENTRY_FIELDS, fields_of
+from engine.job.columns import RECORD_COLUMNS
+from engine.job.records import columns_of
 from tests.corpus_cases import make_run
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
@@ -62,8 +63,8 @@ def check_shards(folder: Path, *, streaming: bool) -> None:
     assert [row["json"] for row in rows] == list(records.values())
     assert [row["cls"] for row in rows] == [record["class_index"] for record in records.values()]
     version = rows[0]["json"]["schema_version"]
-    assert {name: check_type(loaded.features["json"][name]) for name in fields_of(version)} == {
-        name: kind in ("ints", "floats", *ENTRY_FIELDS) for name, kind in fields_of(version).items()
+    assert {name: check_type(loaded.features["json"][name]) for name in columns_of(version)} == {
+        name: column.is_list for name, column in columns_of(version).items()
     }
 
 
@@ -153,8 +154,8 @@ def test_other_formats_load(tmp_path: Path, real: Path, kind: str, streaming: bo
     assert len(rows) > 20 and {row["scored"] for row in rows} == {True, False}
     assert all(row["label"] == row["class_index"] and row["image"].size == (4, 4) for row in rows)
     assert {row["method"] == "real" for row in rows if not row["scored"]} == {True}
-    for name, kind_of in fields_of(3).items():
-        assert check_type(loaded.features[name]) == (kind_of in ("ints", "floats", *ENTRY_FIELDS)), name
+    for column in RECORD_COLUMNS:
+        assert check_type(loaded.features[column.name]) == column.is_list, column.name
 
 
 def test_pixels_come_as_they_are(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from engine.data.reading.export_options import ExportOptions
 from engine.errors import JobError
 from engine.generation.conditioner import _checked_images
 from engine.report.evaluated import _unusable_text
-from engine.studies.evaluate.evaluate import _source
-from engine.studies.evaluate.terminal_lines import _unusable_lines
+from engine.studies.evaluate.memorisation import source_of as _source
+from engine.studies.evaluate.summary_lines import _unusable_lines
 from tests.corpus_cases import make_run
 from tests.image_cases import DIGITS, grey, level_of, read, split, write_files, write_table, write_tar
 

@@ -27,11 +27,14 @@ from engine.driver.progress import PlainDisplay, medians_table
 from engine.driver.run import run_job
 from engine.errors import JobError
 from engine.generation.rescorer import rescore
+from engine.job.columns import SCHEMA_VERSION
 from engine.job.parsing import parse_job
-from engine.job.plan import SCHEMA_VERSION, Extent, Plan, build_plan, class_prompt
-from engine.job.records import DETERMINISTIC_FIELDS, SampleResult, check_record, fields_of
+from engine.job.plan import Extent, Plan, build_plan, class_prompt
+from engine.job.records import SampleResult, check_record, columns_of
 from engine.job.spec import JobSpec
-from engine.models.addresses import check_addresses, model_digests, resolve
+from engine.models.addresses import resolve
+from engine.models.digests import model_digests
+from engine.models.job_checks import check_addresses
 from engine.report.render import write_report
 from tests import run_cases as cases
 from tests import sleepy
@@ -158,7 +161,7 @@ def test_without_a_judge_the_list_is_empty_and_the_digest_is_old(tmp_path: Path)
     plan = cases.make_plan(cases.make_job(tmp_path, output=output))
     assert plan.digest == "d35004976fc31d7493d6bf266ef00059"
     assert cases.make_result(plan.requests[0].sample(0)).record["judge"] == []
-    assert list(DETERMINISTIC_FIELDS)[-1] == "judge"
+    assert list(columns_of(2))[-1] == "judge" and "judge" not in columns_of(1)
 
 
 def test_the_judges_digest_is_part_of_the_plan(tmp_path: Path, judge: str) -> None:
@@ -219,7 +222,7 @@ def test_a_run_goes_on_in_the_schema_it_began_with(tmp_path: Path) -> None:
     plan = finish(store, grown)
     assert plan.schema_version == 1 and len(plan.stages) == 2 and len(list_commits(store)) == plan.num_shards
     samples = [one for path in sorted(store.path("shards").glob("*.tar")) for one in read_shard(path)]
-    assert samples and all(list(record) == list(fields_of(1)) for _, _, record, _ in samples)
+    assert samples and all(list(record) == list(columns_of(1)) for _, _, record, _ in samples)
     table = pq.read_table(store.path("metadata.parquet"))
     assert "judge" not in table.column_names and set(table["schema_version"].to_pylist()) == {1}
     assert json.loads(store.read("manifest.json"))["schema_version"] == 1

@@ -17,7 +17,14 @@ IMPURE = {
 }  # fmt: skip
 # The messages between scheduler and executors, and the scheduler itself: a simulation drives the real ones.
 PURE_FILES = ("generation/batching.py", "generation/messages.py", "driver/scheduler.py", "driver/persistent_map.py")
-START_UP = ("engine", "engine.cli", "engine.job.spec", "engine.job.plan", "engine.models.addresses")
+START_UP = (
+    "engine",
+    "engine.cli",
+    "engine.job.columns",
+    "engine.job.spec",
+    "engine.job.plan",
+    "engine.models.job_checks",
+)
 HEAVY = ("torch", "ray", "diffusers", "transformers", "pyarrow", "numpy", "sklearn")
 
 

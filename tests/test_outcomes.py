@@ -32,16 +32,18 @@ from engine.driver.run import run_job
 from engine.job.acceptance import is_accepted
 from engine.job.parsing import parse_job
 from engine.job.plan import Plan, build_plan
-from engine.models.addresses import model_digests
-from engine.models.libraries import quiet_libraries
+from engine.models.digests import model_digests
+from engine.models.library_logging import quiet_libraries
 from engine.report.data import error_pairs, make_rows, read_table
 from engine.report.gallery import make_tile
 from engine.report.headline import request_totals, summary_table
 from engine.report.render import write_report
 from engine.report.work import class_table
-from engine.studies.evaluate.evaluate import Album, Samples
-from engine.studies.nights.baseline import ERRORS_OUTSIDE, pin_night, read_baseline
-from engine.studies.nights.nights import compare_nights, read_night
+from engine.studies.compare.baseline import ERRORS_OUTSIDE, pin_run, read_baseline
+from engine.studies.compare.program import compare_runs
+from engine.studies.compare.scored_run import read_scored_run
+from engine.studies.evaluate.image_registry import ImageRegistry
+from engine.studies.evaluate.inputs import RunSamples
 from tests.corpus_cases import make_run
 from tests.run_cases import LABELS
 
@@ -142,38 +144,36 @@ def test_what_evaluate_clusters(case: tuple[Path, int]) -> None:
     run, num_outside = case
     records = tuple(row for row in pq.read_table(run / "metadata.parquet").to_pylist() if row["request"] == "between")
     scored = tuple(row for row in records if row["scored"])
-    samples = Samples(SimpleNamespace(thumbnails=[""] * len(scored)), scored)  # type: ignore[arg-type]
+    samples = RunSamples(SimpleNamespace(thumbnails=[""] * len(scored)), scored)  # type: ignore[arg-type]
     assert samples.target_errs.sum() == num_outside
-    assert Album(NAMES).sample(samples, len(scored) - 1).text.startswith("one and two → ")
+    assert ImageRegistry(NAMES).sample(samples, len(scored) - 1).text.startswith("one and two → ")
 
 
 def test_two_nights_are_compared_by_it(tmp_path: Path) -> None:
     """What changed is three predictions outside; pairs that went from one class of the subset to the other are none."""
-    sides = [read_night(str(make_run(tmp_path / f"n{num}", change=planted(num)))) for num in (0, 3)]
-    comparison = compare_nights(*sides)
+    sides = [read_scored_run(str(make_run(tmp_path / f"n{num}", change=planted(num)))) for num in (0, 3)]
+    comparison = compare_runs(*sides)
     row = next(one for one in comparison.rows if one.request == "between" and one.level == "request")
     assert (row.differences["error_rate"].old, row.differences["error_rate"].new) == (0, pytest.approx(share(3)))
-    assert row.differences["valid_failures"].new == pytest.approx(share(3)) and (row.num_arisen, row.num_mended) == (
-        3,
-        0,
-    )
-    assert {one.request for one in comparison.arisen} == {"between"}
+    assert row.differences["valid_failures"].new == pytest.approx(share(3))
+    assert (row.num_new_failures, row.num_fixed) == (3, 0)
+    assert {one.request for one in comparison.new_failures} == {"between"}
 
 
 def test_a_baseline_that_counted_otherwise_says_nothing_of_joint_prompts(tmp_path: Path) -> None:
     """It has no predictions to count anew: shares of such a request are left out, by name; its medians are compared."""
-    night = read_night(str(make_run(tmp_path / "run", change=planted(3))))
-    pin_night(night, tmp_path / "new.json")
-    assert compare_nights(read_baseline(tmp_path / "new.json"), night).notes == ()
+    night = read_scored_run(str(make_run(tmp_path / "run", change=planted(3))))
+    pin_run(night, tmp_path / "new.json")
+    assert compare_runs(read_baseline(tmp_path / "new.json"), night).notes == ()
     document = json.loads((tmp_path / "new.json").read_text())
     assert document.pop(ERRORS_OUTSIDE) is True
     old = tmp_path / "old.json"
     old.write_text(json.dumps(document | {"is_error": [1] * len(night.keys)}))
-    comparison = compare_nights(read_baseline(old), night)
+    comparison = compare_runs(read_baseline(old), night)
     rows = {one.request: one for one in comparison.rows if one.level == "request"}
     assert set(rows["between"].differences) == {"risk", "conformity", "kldb"}
     assert any("'between' are not compared; pin it again" in note for note in comparison.notes)
-    assert not [one for one in (*comparison.arisen, *comparison.mended) if one.request == "between"]
+    assert not [one for one in (*comparison.new_failures, *comparison.fixed) if one.request == "between"]
 
 
 @settings(max_examples=60, deadline=None)

@@ -16,7 +16,7 @@ from engine.data.reading.inspection import inspect
 from engine.data.run.verify import verify
 from engine.data.stores.opening import open_store
 from engine.report.render import write_report
-from engine.studies.nights.nights import read_night
+from engine.studies.compare.scored_run import read_scored_run
 from tests.corpus_cases import make_run
 from tests.run_cases import LABELS
 
@@ -69,7 +69,7 @@ def test_a_data_set_is_written_to_a_folder_of_any_name(
     store = open_store(name)
     assert verify(store).findings == () and inspect(engine.open_run(name)).document["rows"] > 0
     write_report(store, labels=LABELS)
-    assert read_night(name).keys.tolist() == read_night(str(run)).keys.tolist()
+    assert read_scored_run(name).keys.tolist() == read_scored_run(str(run)).keys.tolist()
     made = {name, "plain", *(f"{name}-{kind}" for kind in ("webdataset", "imagefolder", "parquet"))}
     assert {one.name for one in tmp_path.iterdir()} == made
 

@@ -18,8 +18,9 @@ import transformers
 
 from engine.errors import JobError
 from engine.methods.sampling.families import FAMILY
-from engine.models.addresses import check_addresses, resolve
+from engine.models.addresses import resolve
 from engine.models.diffusion import Diffusion
+from engine.models.job_checks import check_addresses
 from engine.models.pipelines import check_pipeline
 from tests.conftest import REPOSITORY
 from tests.tiny_pipelines import (
@@ -290,7 +291,7 @@ def test_parts_that_are_not_known_are_refused(changes, plain, copy_of):
         ("vae", {"out_channels": 1}, "out_channels"),
         ("vae", {"_class_name": "AutoencoderTiny"}, "AutoencoderTiny"),
         ("vae", {"quantization_config": {"load_in_8bit": True}}, "quantised"),
-        ("vae", {"block_out_channels": 3}, "wrong kind"),
+        ("vae", {"block_out_channels": 3}, "wrong type"),
         ("unet", {"_class_name": "ControlNetModel"}, "ControlNetModel"),
         ("unet", {"quantization_config": {}}, "quantised"),
         ("text_encoder", {"model_type": "t5"}, "t5"),
@@ -473,7 +474,7 @@ def test_checks_need_no_torch():
     """Validation reads configurations: torch, diffusers and transformers take seconds to load."""
     code = (
         "import sys; from pathlib import Path; from engine.commands.jobfile import read_job\n"
-        "from engine.models.addresses import check_addresses\n"
+        "from engine.models.job_checks import check_addresses\n"
         "check_addresses(read_job(Path('jobs/riskydiff-digits.yaml'), []))\n"
         "print({'torch', 'diffusers', 'transformers', 'numpy'} & sys.modules.keys())\n"
     )

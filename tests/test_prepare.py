@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
-from sklearn.datasets import load_digits
 
 from engine import cli
 from engine.commands.jobfile import read_job
@@ -36,94 +35,44 @@ from engine.data.images import (
     decode,
     decode_rgb,
     digits,
-    findings,
     open_images,
 )
-from engine.driver.executors.local import LocalExecutor
-from engine.driver.executors.ray import RayExecutor, prepare_environment
 from engine.driver.progress import PlainDisplay
-from engine.driver.run_loop import WorkersFailingError
-from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_USER, JobError, OutputError, RiskforgeError
+from engine.errors import EXIT_DRAINED, JobError, OutputError
 from engine.generation import artefact
 from engine.generation.artefact import load_conditioning, save_conditioning
 from engine.methods.conditioning.gaussians import ClassMoments
-from engine.methods.temperature import HIGHEST, LOWEST, fit_temperature
-from engine.models.addresses import check_addresses, image_encoder_digest
+from engine.methods.temperature import fit_temperature
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
-from engine.studies.prepare.observation import (
-    GPU_ROWS,
-    Observations,
-    Observer,
-    encoder_address,
-    load_part_observer,
-    observe,
-    signature,
-)
-from engine.studies.prepare.prepare import artefact_folder, fit_conditioning, prepare_conditioning
+from engine.models.digests import image_encoder_digest
+from engine.models.job_checks import check_addresses
+from engine.studies.prepare.encoders import encoder_address
+from engine.studies.prepare.fitting import fit_conditioning
+from engine.studies.prepare.observation import GPU_ROWS, Observations, Observer, observe
+from engine.studies.prepare.program import artefact_folder, prepare_conditioning
 from tests.conftest import REPOSITORY
-from tests.sleepy import wait_until
+from tests.prepare_cases import (
+    LABELS,
+    NUM_IMAGES,
+    QUICKSTART,
+    Sample,
+    drawn_digits,
+    plain_image,
+    png,
+    prepare,
+    same_bytes,
+    write_folder,
+    write_parquet,
+    write_run,
+    write_tables,
+    write_tar,
+)
 
 RISKFORGE = str(Path(sys.executable).with_name("riskforge"))
-QUICKSTART = REPOSITORY / "jobs/quickstart.yaml"
-LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-NUM_IMAGES = 240
-
-Sample = tuple[PIL.Image.Image, int]
 
 
 # Sources -------------------------------------------------------------------------------------------------------------
-
-
-def drawn_digits(number: int) -> list[Sample]:
-    """Digits of 32 x 32, every other one with noise that makes the target err now and then."""
-    scans, classes = load_digits(return_X_y=True)
-    rng = np.random.default_rng(3)
-    samples = []
-    for row in range(number):
-        scan = PIL.Image.fromarray((scans[row].reshape(8, 8) / 16 * 255).astype(np.uint8))
-        pixels = np.asarray(scan.resize((32, 32), PIL.Image.Resampling.BICUBIC).convert("RGB"), dtype=np.float64)
-        if row % 2:
-            pixels = 0.3 * pixels + rng.uniform(0, 180, (32, 32, 3))
-        samples.append((PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), int(classes[row])))
-    return samples
-
-
-def png(image: PIL.Image.Image, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", **options)
-    return buffer.getvalue()
-
-
-def plain_image(mode: str = "RGB", size: tuple[int, int] = (8, 8)) -> PIL.Image.Image:
-    return PIL.Image.new(mode, size)
-
-
-def write_folder(root: Path, samples: list[Sample]) -> Path:
-    for number, (image, index) in enumerate(samples):
-        (root / LABELS[index]).mkdir(parents=True, exist_ok=True)
-        (root / LABELS[index] / f"{number:04d}.png").write_bytes(png(image))
-    return root
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def write_parquet(path: Path, rows: list[tuple[object, object]], names: list[str] | None = None) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.table({"image": [image for image, _ in rows], "label": [label for _, label in rows]})
-    if names:
-        features = {"label": {"names": names, "_type": "ClassLabel"}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    pq.write_table(table, path, row_group_size=50)
-    return path
 
 
 def found_in(path: Path) -> tuple[list[LabelledImage], list[Unusable]]:
@@ -153,50 +102,17 @@ def folder(samples, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tars(samples, tmp_path_factory) -> Path:
-    """As a run has it, in another order, labels as `.cls` here and in `.json` there."""
-    root = tmp_path_factory.mktemp("run")
-    members = [
-        [
-            (f"digits-{number:04d}.png", png(image)),
-            (f"digits-{number:04d}.json", json.dumps({"class_index": index}).encode()),
-            *([(f"digits-{number:04d}.cls", str(index).encode())] if number % 2 else []),
-        ]
-        for number, (image, index) in reversed(list(enumerate(samples)))
-    ]
-    write_tar(root / "shards/a-000000.tar", [one for group in members[:100] for one in group])
-    write_tar(root / "shards/a-000001.tar", [one for group in members[100:] for one in group])
-    write_parquet(root / "metadata.parquet", [(b"", 0)])
-    return root
+    return write_run(tmp_path_factory.mktemp("run"), samples)
 
 
 @pytest.fixture(scope="module")
 def table(samples, tmp_path_factory) -> Path:
-    """Hugging Face style, in another order, with indices into names of its own."""
-    names = list(reversed(LABELS))
-    order = np.random.default_rng(0).permutation(len(samples)).tolist()
-    rows = [({"bytes": png(samples[one][0]), "path": None}, names.index(LABELS[samples[one][1]])) for one in order]
-    root = tmp_path_factory.mktemp("parquet")
-    write_parquet(root / "validation-00000-of-00002.parquet", rows[:90], names)
-    write_parquet(root / "validation-00001-of-00002.parquet", rows[90:], names)
-    return root
+    return write_tables(tmp_path_factory.mktemp("parquet"), samples)
 
 
 def source_of(read: Callable[[], Iterator[ReadResult]]) -> ImageSource:
     """A source of findings that are there already."""
     return ImageSource("test", None, (lambda: (partial(lambda one: one, found) for found in read()),))
-
-
-def prepare(data: Path | str, home: Path, *, stream: io.StringIO | None = None, changes=(), **options: object):
-    job = read_job(QUICKSTART, [("runtime.device", "cpu"), *changes])
-    display = PlainDisplay(stream or io.StringIO(), every_seconds=0.0)
-    return prepare_conditioning(job, str(data), display=display, folder=str(home), **options)
-
-
-def same_bytes(one: Path, other: Path) -> bool:
-    """Whether two artefacts are equal, file by file."""
-    return all(
-        (one / name).read_bytes() == (other / name).read_bytes() for name in (artefact.STATISTICS, artefact.DOCUMENT)
-    )
 
 
 @pytest.fixture(scope="module")
@@ -673,177 +589,6 @@ def test_the_encoder_is_that_of_the_first_pipeline_that_has_one():
         assert encoder_address(read_job(QUICKSTART, [("requests", requests)])) == encoder
 
 
-# The pass, divided ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """A Ray of one node with two cores; starting it takes seconds."""
-    prepare_environment(is_own=True)
-    from ray.cluster_utils import Cluster
-
-    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    yield started
-    started.shutdown()
-
-
-@pytest.fixture(scope="module")
-def mixed(samples, tmp_path_factory) -> Path:
-    """The folder with images that cannot be used, here and there."""
-    root = write_folder(tmp_path_factory.mktemp("mixed"), samples)
-    for number in range(30):
-        (root / LABELS[number % 10] / f"{7 * number:04d}-bad.png").write_bytes(b"bad")
-    return root
-
-
-@pytest.fixture(scope="module")
-def undivided(mixed, tmp_path_factory):
-    """What one process makes of it."""
-    return prepare(mixed, tmp_path_factory.mktemp("undivided"))
-
-
-class Dying:
-    """An observer whose process is killed at its second report, the first time."""
-
-    def __init__(self, factory: Callable[[], Observer], mark: Path) -> None:
-        self._observer, self._mark = factory(), mark
-
-    def sample_shard(self, shard, attempt, report, batch_limit):
-        """Observe, or die."""
-        reports = itertools.count()
-
-        def deadly(num_tried: int) -> None:
-            report(num_tried)
-            if next(reports) == 1 and not self._mark.exists():
-                self._mark.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        return self._observer.sample_shard(shard, attempt, deadly, batch_limit)
-
-
-class Deadly(RayExecutor):
-    """Ray, one of whose actors dies."""
-
-    mark: Path
-
-    def open(self, factory, num_shards):
-        """With observers that die."""
-        return super().open(partial(Dying, factory, self.mark), num_shards)
-
-
-class Unlucky(LocalExecutor):
-    """Threads of which the first ones fail to load their models."""
-
-    num_failures = 0
-
-    def open(self, factory, num_shards):
-        """With a factory that fails."""
-        left = list(range(self.num_failures))
-
-        def fail():
-            if left and left.pop() >= 0:
-                raise ZeroDivisionError("no such kernel")
-            return factory()
-
-        return super().open(fail, num_shards)
-
-
-@pytest.mark.parametrize("num_parts", [1, 2, 3, 7])
-@pytest.mark.parametrize("kind", ["folder", "tars", "many tars", "table"])
-def test_parts_are_the_whole_and_share_nothing(request, monkeypatch, mixed, tars, table, tmp_path, kind, num_parts):
-    """Every finding is in one part, at its place; no part decodes what is another's; damage is told once."""
-    if kind == "many tars":
-        data = png(plain_image())
-        for number in range(12):
-            write_tar(tmp_path / f"{number:02d}.tar", [("a.png", data), ("a.cls", b"1"), ("b.png", data)])
-        (tmp_path / "05.tar").write_bytes((tmp_path / "05.tar").read_bytes()[:1536])
-    path = {"folder": mixed, "tars": tars, "many tars": tmp_path, "table": table}[kind]
-    source, decoded = open_images(str(path), LABELS), []
-    monkeypatch.setattr(findings, "decode_rgb", lambda data: decoded.append(0) or decode_rgb(data))
-    whole = list(source.read())
-    num_decoded = len(decoded)
-    parts = [list(source.read_part(part, num_parts)) for part in range(num_parts)]
-    assert len(decoded) == 2 * num_decoded and [found for _, found in sorted_by_place(parts)] == whole
-    assert num_parts > 3 or all(parts)
-
-
-def sorted_by_place(parts):
-    """What all parts found, in the order of the source."""
-    return sorted((one for part in parts for one in part), key=lambda one: one[0])
-
-
-def test_actors_make_the_artefact_of_one_process(cluster, mixed, undivided, tmp_path):
-    """Byte for byte with the zoo's models, whoever saw which image; what is unusable is listed once, in order.
-
-    Three of them, on two cores: one waits until another has gone. The next test has two.
-    Processes with other batches: what neither threads nor a test of the parts could show.
-    """
-    stream = io.StringIO()
-    executor = RayExecutor(address=cluster.address, num_workers=3, device="cpu")
-    divided = prepare(mixed, tmp_path, executor=executor, stream=stream)
-    assert divided.path.name == undivided.path.name and same_bytes(divided.path, undivided.path)
-    names = [one.name for one in divided.conditioning.unusable]
-    assert names == sorted(names) and len(names) == 30
-    assert "(3 worker" in stream.getvalue() and not executor._handles
-
-
-def test_a_killed_actor_is_replaced_and_its_part_begins_again(cluster, mixed, undivided, tmp_path):
-    """SIGKILL in the middle of a part: the artefact is the same, and a line says what happened."""
-    stream = io.StringIO()
-    executor = Deadly(address=cluster.address, num_workers=2, device="cpu")
-    executor.mark = tmp_path / "died"
-    divided = prepare(mixed, tmp_path / "home", executor=executor, stream=stream)
-    assert executor.mark.exists() and same_bytes(divided.path, undivided.path)
-    assert stream.getvalue().count("its part of the images begins again: the worker's process died") == 1
-
-
-def test_an_error_of_the_user_in_an_actor_is_one_line(cluster, mixed, tmp_path):
-    """A torn model, which only the actors load: the words and the code of one process, nothing of Ray's."""
-    target = Path(shutil.copytree(REPOSITORY / "engine/zoo/digits/classifier", tmp_path / "target"))
-    (target / "model.safetensors").write_bytes((target / "model.safetensors").read_bytes()[:1000])
-    executor = RayExecutor(address=cluster.address, num_workers=1, device="cpu")
-    with pytest.raises(RiskforgeError) as error:
-        prepare(mixed, tmp_path / "home", changes=[("models.target", str(target))], executor=executor)
-    with pytest.raises(JobError, match="cannot be loaded as a classifier") as here:
-        prepare(mixed, tmp_path / "home", changes=[("models.target", str(target))])
-    assert str(error.value) == str(here.value) and error.value.exit_code == EXIT_USER
-    assert "\n" not in str(error.value) and not (tmp_path / "home").exists()
-
-
-@pytest.mark.parametrize("num_failures", [1, 2])
-def test_a_part_is_begun_again_once(mixed, undivided, tmp_path, num_failures):
-    """Then it ends with the last line of the reason and the code of what is unfinished, not in a loop."""
-    executor = Unlucky(1)
-    executor.num_failures = num_failures
-    if num_failures == 1:
-        assert same_bytes(prepare(mixed, tmp_path, executor=executor).path, undivided.path)
-        return
-    with pytest.raises(WorkersFailingError, match=r"2 workers were lost .*: ZeroDivisionError: no such kernel;") as end:
-        prepare(mixed, tmp_path, executor=executor)
-    assert end.value.exit_code == EXIT_INCOMPLETE and not list(tmp_path.iterdir())
-
-
-def test_large_sets_are_divided_and_the_choice_is_told(monkeypatch, mixed, undivided, tars, tmp_path):
-    """By their number of images, tars by their size; the artefact does not show which."""
-    for data, limit, sizes in ((mixed, "LARGE_SET", (269, 270)), (tars, "LARGE_BYTES", (1, 10**9))):
-        for size in sizes:
-            monkeypatch.setattr("engine.studies.prepare.prepare." + limit, size)
-            stream = io.StringIO()
-            made = prepare(data, tmp_path, executor=LocalExecutor(2), only_large=True, stream=stream)
-            assert data == tars or same_bytes(made.path, undivided.path)
-            [line] = [line for line in stream.getvalue().splitlines() if " more than " in line]
-            assert ("divided over Ray workers" in line) == (size == sizes[0]) == ("(2 workers)" in stream.getvalue())
-
-
-def test_a_worker_that_sees_other_images_says_so(mixed, tmp_path):
-    """A path that leads elsewhere on its machine, or nowhere, must not give half an artefact."""
-    job, seen_by_driver = read_job(QUICKSTART, []), signature(open_images(str(mixed), LABELS))
-    write_folder(tmp_path / "other", [(plain_image(), 3)])
-    for data in (tmp_path / "other", tmp_path / "none"):
-        with pytest.raises(JobError, match=f"{data}' as .* sees it is not what the driver sees"):
-            load_part_observer(job, str(data), "zoo:digits/clip", folder=str(Path.cwd()), like=seen_by_driver)
-
-
 @pytest.mark.parametrize("name", [artefact.STATISTICS, artefact.DOCUMENT])
 def test_a_changed_artefact_is_refused(prepared, tmp_path, name):
     """A bit anywhere, in either file, a file that is missing; and it is not taken for the one that is to be stored."""
@@ -895,33 +640,6 @@ def test_artefacts_go_beside_the_output():
     """Not into it: an output holds a run and nothing else."""
     job = read_job(QUICKSTART, [("output.uri", "/data/runs/night")])
     assert artefact_folder(job) == Path("/data/runs/night-conditioning")
-
-
-# Calibration ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("true", [0.05, 1.0, 17.6])
-def test_the_temperature_that_made_the_labels_is_found(true):
-    """Labels drawn from softmax(z / T): the fit finds T, and no temperature beside it is better."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(20_000, 5, generator=generator) * 3 * true
-    labels = torch.multinomial(torch.softmax(logits / true, 1), 1, generator=generator)[:, 0]
-    fit = fit_temperature(logits, labels, 2 * true)
-    assert fit.fitted == pytest.approx(true, rel=0.03) and not fit.bound and fit.fitted_nll < fit.current_nll
-    assert "better at" in fit.verdict
-    for factor in (0.999, 1.001):
-        assert fit_temperature(logits, labels, fit.fitted * factor).current_nll > fit.fitted_nll
-    assert "as good as any" in fit_temperature(logits, labels, fit.fitted * 1.001).verdict
-
-
-def test_a_fit_without_a_minimum_says_so():
-    """No error, and nothing but errors: the bound, in words."""
-    logits = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
-    right, wrong = (fit_temperature(logits, choose(1), 1.0) for choose in (logits.argmax, logits.argmin))
-    assert (right.bound, right.fitted) == ("lower", LOWEST) and "lower bound" in right.verdict
-    assert (wrong.bound, wrong.fitted) == ("upper", HIGHEST) and "no better than chance" in wrong.verdict
-    with pytest.raises(ValueError, match="not finite"):
-        fit_temperature(logits * torch.inf, logits.argmax(1), 1.0)
 
 
 def test_the_fitted_temperature_is_one_that_the_target_can_be_given(folder, prepared, tmp_path):
@@ -978,44 +696,13 @@ def test_an_interrupt_stores_nothing_and_says_so(monkeypatch, capsys, tmp_path):
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("engine.studies.prepare.prepare.prepare_conditioning", interrupted)
+    monkeypatch.setattr("engine.studies.prepare.program.prepare_conditioning", interrupted)
     monkeypatch.setattr(sys, "argv", ["riskforge", "prepare", str(QUICKSTART), "--data", str(tmp_path)])
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
         cli.main()
     signal.signal(signal.SIGTERM, handler)
     assert end.value.code == EXIT_DRAINED and "nothing is stored" in capsys.readouterr().err
-
-
-def test_an_interrupt_ends_the_actors(cluster, mixed, tmp_path):
-    """Ctrl-C while they look at images: the code for later, nothing stored, no process of theirs left."""
-    options = ["--data", "digits:test-single", "--output", str(tmp_path / "home"), "--set", "runtime.device=cpu"]
-    process = subprocess.Popen(
-        [RISKFORGE, "prepare", str(QUICKSTART), *options, "--workers", "2", "--address", cluster.address],
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell starts background commands, and with them this test, with interrupts ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "/7287 images" in line:
-            break
-    wait_until(lambda: num_actors() == 2, "both actors are there, and those of other tests have gone")
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=400)
-    assert process.returncode == EXIT_DRAINED and "nothing is stored" in rest and "Traceback" not in rest
-    wait_until(lambda: not num_actors(), "no actor is left")
-    assert not (tmp_path / "home").exists()
-
-
-def num_actors() -> int:
-    """Actors of the cluster that this process has started."""
-    listing = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(maxsplit=2) for line in listing.splitlines()[1:]]
-    ours = {pid for pid, parent, _ in rows if parent == str(os.getpid())}
-    return sum(parent in ours and "ray::RayHost" in args for _, parent, args in rows)
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,14 @@ from engine.generation.generator import Generator, _Watched
 from engine.job.parsing import parse_job
 from engine.job.plan import build_plan
 from engine.methods.custom.guide import criterion_problem
-from engine.models import targets
-from engine.models.addresses import model_digests, read_labels
+from engine.models import program_description
 from engine.models.classifier import Classifier
 from engine.models.custom_methods import method_digest, method_digests
+from engine.models.digests import model_digests
+from engine.models.labels import read_labels
 from engine.models.randomness import watched
+from tests.program_cases import SETTINGS
 from tests.test_custom_method import job_of
-from tests.test_targets import SETTINGS
 
 HEAD = """
 import itertools, os, random, secrets, time, uuid
@@ -233,7 +234,7 @@ def test_a_target_by_chance_or_without_logits_is_refused(
     if form == "factory":
         (tmp_path / "own_net.py").write_text(code)
         monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-        monkeypatch.setattr(targets, "_KNOWN", {})
+        monkeypatch.setattr(program_description, "_KNOWN", {})
         monkeypatch.delitem(sys.modules, "own_net", raising=False)
         address = "own_net:net"
     else:

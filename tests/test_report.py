@@ -32,6 +32,7 @@ from engine.data.run.shards import shard_name
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, OutputError
+from engine.job.columns import Role, columns_with
 from engine.job.parsing import parse_job
 from engine.job.plan import Plan, SampleSpec, build_plan
 from engine.job.records import SampleResult, failed_record, new_record
@@ -41,7 +42,7 @@ from engine.report.data import make_rows, read_table
 from engine.report.gallery import IMAGE_BUDGET_BYTES, MAX_SAMPLES, select, thumbnail
 from engine.report.headline import summary_table
 from engine.report.partners import partner_table
-from engine.report.render import CHARTS, render, write_report
+from engine.report.render import render, write_report
 from engine.report.scatter import MAX_POINTS
 from engine.report.text import clip, joined, number, percent, signed
 from engine.report.work import acceptance_table, gradient_table, throughput_table
@@ -353,7 +354,7 @@ def test_the_choice_is_bounded_spread_and_keeps_the_extremes(tmp_path: Path, req
     chosen = select(rows)
     assert len(chosen) == len(set(chosen)) <= MAX_SAMPLES
     first = [row for row in chosen if rows.request.codes[row] == 0]
-    risk = rows.main_score(0)
+    risk = rows.numbers[rows.main_score(0).name]
     inside = np.flatnonzero(rows.request.codes == 0)
     assert inside[risk[inside].argmax()] in first
     if requests <= 7:
@@ -511,11 +512,11 @@ def test_thumbnails_fit_their_budget() -> None:
     assert thumbnail(b"no image", budget) == ("", False)
 
 
-@pytest.mark.parametrize("score", CHARTS, ids=lambda score: score.name)
+@pytest.mark.parametrize("score", columns_with(Role.DRAWN), ids=lambda score: score.name)
 def test_every_value_falls_into_a_bin(score: Any) -> None:
     """Zeros on a logarithmic axis and a single value repeated are drawn like any other."""
     for values in (np.zeros(5), np.full(3, 0.25), np.array([0.0, 1e-9, 0.3, 80.0])):
-        axis = make_axis(values, score.log)
+        axis = make_axis(values, score.axis == "log")
         assert np.histogram(axis.place(values), bins=axis.edges)[0].sum() == len(values)
         assert len(axis.edges) == NUM_BINS + 1 and len(axis.ticks()) >= 2
 

@@ -23,9 +23,10 @@ from engine.driver.status import read_status
 from engine.errors import EXIT_DAMAGED, EXIT_OK, EXIT_OWNED, EXIT_USER, CorruptShardError, JobError, OutputError
 from engine.generation.rescorer import rescore
 from engine.job.plan import build_plan
-from engine.models.addresses import model_digest
 from engine.models.classifier import Classifier
-from engine.studies.rescore import NOT_STORED, rescore_run
+from engine.models.digests import model_digest
+from engine.studies.rescore.program import rescore_run
+from engine.studies.rescore.scoring import NOT_STORED
 from tests.composed import composed_job, make_run
 from tests.image_cases import EPS, bend, bomb, file_member
 
@@ -172,7 +173,7 @@ def test_the_same_target_changes_nothing(copy, tmp_path):
     assert all(old["predicted_class"] == new["predicted_class"] for old, new in scored)
     assert all(old["risk"] == pytest.approx(new["risk"], abs=1e-4) for old, new in scored)
     assert all((old["accepted"], old["status"]) == (new["accepted"], new["status"]) for old, new in scored)
-    assert not done.comparison.arisen and not done.comparison.mended
+    assert not done.comparison.new_failures and not done.comparison.fixed
     assert json.loads((Path(done.folder) / "manifest.json").read_text())["rescored_from"]["uri"] == str(copy)
 
 

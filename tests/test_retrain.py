@@ -22,9 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.stats import binomtest, ttest_1samp
 
 from engine import cli
 from engine.data.images import digits
@@ -33,12 +30,14 @@ from engine.data.stores.opening import open_store
 from engine.driver.progress import PlainDisplay
 from engine.errors import EXIT_DRAINED, EXIT_USER, CorruptShardError, JobError, OutputError
 from engine.job.parsing import parse_job
-from engine.models.addresses import check_addresses, model_digest, resolve
+from engine.models.addresses import resolve
 from engine.models.classifier import Classifier, load_network
-from engine.studies.intervals import mean_interval, wilson_interval
-from engine.studies.retrain.comparison import Attempt, compare, compare_errors, findings
-from engine.studies.retrain.finetune import Recipe, Samples, _batches, choose_rows
-from engine.studies.retrain.retrain import Retrained, RetrainOptions, choose_arms, retrain
+from engine.models.digests import model_digest
+from engine.models.job_checks import check_addresses
+from engine.studies.retrain.arms import choose_arms
+from engine.studies.retrain.options import RetrainOptions
+from engine.studies.retrain.program import retrain
+from engine.studies.retrain.results import Retrained
 from engine.studies.samples import StudiedRun, is_plain
 from tests.composed import HOLES, KNOWN, TARGET, composed_job, make_run
 from tests.conftest import REPOSITORY
@@ -157,15 +156,15 @@ def test_true_samples_of_missing_contexts_repair_them_and_real_images_alone_do_n
 
 def test_the_weak_contexts_are_found_by_the_generated_samples(studied):
     """Errors on all attempts are counted, not on the stored or the accepted ones, which err by definition."""
-    found = {row.context: row for row in studied.found.rows}
-    assert set(found) == set(CONTEXTS) and studied.found.num_ranked == 5
+    found = {row.context: row for row in studied.agreement.rows}
+    assert set(found) == set(CONTEXTS) and studied.agreement.num_ranked == 5
     for hole in HOLES:
         assert 0.5 < found[hole].generated.value < 1 and found[hole].generated.low < found[hole].test.value
     for known in KNOWN:
         assert found[known].generated.value < 0.1
     # Where the plain samples stand in a context too, they count: nothing guided them.
     assert all(100 < row.num_generated <= 240 and row.num_test == 100 for row in found.values())
-    assert studied.found.spearman > 0.5
+    assert studied.agreement.spearman > 0.5
 
 
 def test_all_arms_get_equal_numbers_of_samples(studied, run):
@@ -198,96 +197,6 @@ def test_the_kept_model_is_the_target_of_the_next_job(studied, home, small, test
     # Of that run the model is the target, which a second study must not replace.
     with pytest.raises(OutputError, match="holds the run's target"):
         study(home / "next", small, studied.path)
-
-
-# Figures -------------------------------------------------------------------------------------------------------------
-
-
-@given(st.integers(0, 400), st.integers(1, 400), st.floats(0.5, 0.999))
-def test_wilson_is_scipys(successes, total, level):
-    """An independent implementation agrees, at the ends too; the share lies inside, and inside [0, 1]."""
-    successes = min(successes, total)
-    ours = wilson_interval(successes, total, level)
-    theirs = binomtest(successes, total).proportion_ci(level, method="wilson")
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
-    assert 0 <= ours.low <= ours.value <= ours.high <= 1
-
-
-@given(st.lists(st.floats(-1, 1), min_size=2, max_size=20), st.floats(0.5, 0.999))
-@settings(deadline=None)
-def test_the_t_interval_is_scipys(values, level):
-    """Of differences it is the paired one; equal values, where scipy has no answer, have no width."""
-    ours = mean_interval(values, level)
-    constant = mean_interval([values[0]] * len(values), level)
-    assert constant.low == constant.value == constant.high == values[0]
-    if np.std(values) < 1e-9:
-        assert ours.high - ours.low < 1e-6
-        return
-    theirs = ttest_1samp(values, 0).confidence_interval(level)
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=1e-6, abs=1e-9)
-
-
-def test_intervals_refuse_what_has_none():
-    """No trial, or a single seed."""
-    with pytest.raises(ValueError, match="0 of 0"):
-        wilson_interval(0, 0)
-    with pytest.raises(ValueError, match="two values"):
-        mean_interval([0.3])
-
-
-def test_differences_are_paired_seed_by_seed():
-    """Seeds that differ much, arms that differ by the same: an unpaired interval would be wide."""
-    base = [np.array([True] * good + [False] * (10 - good)) for good in (2, 5, 8)]
-    better = [np.array([True] * (good + 1) + [False] * (9 - good)) for good in (2, 5, 8)]
-    right = {"before": [base[0]], "none": base, "accepted": better}
-    compared = compare(right, [("a",)] * 5 + [("b", "b")] * 3 + [()] * 2)
-    difference = compared.overall.differences["accepted"]
-    assert difference.value == pytest.approx(0.1) and difference.high - difference.low < 1e-9
-    assert {row.context: row.num_images for row in compared.contexts} == {"a": 5, "b": 3}
-    assert compared.overall.num_images == 10 and compared.overall.before.value == 0.2
-
-
-def test_losses_and_missing_correlations_are_said():
-    """A context that retraining harms is named with its interval; seeds that agree are no interval; too few contexts
-    have no rank correlation."""
-    good = np.ones(40, bool)
-    harmed = [np.r_[good[:20], np.zeros(10, bool), np.zeros(10 - seed, bool), good[:seed]] for seed in (0, 1)]
-    right = {"before": [good], "none": [good, good], "accepted": harmed}
-    compared = compare(right, [("kept",)] * 20 + [("same",)] * 10 + [("",)] * 10)
-    attempts = [Attempt("kept", True, True)] * 10 + [Attempt("", False, True)] * 30 + [Attempt("far", True, True)]
-    found = compare_errors(attempts, compared)
-    ranked = {row.context: (row.num_generated, row.is_ranked) for row in found.rows}
-    assert ranked == {"": (0, False), "kept": (10, True)}
-    said = "\n".join(findings(compared, found))
-    assert "interval below zero: no context -95.0 (-158.5 to -31.5) (by chance alone, about 0.1 of 3" in said
-    assert "no interval: same -100.0 (in every seed)." in said
-    assert found.spearman is None and "1 contexts have 10 valid" in said
-
-
-@given(st.integers(1, 30), st.integers(2, 12), st.data())
-@settings(max_examples=30, deadline=None)
-def test_arms_of_a_seed_share_their_real_batches(num_generated_samples, batch_size, data):
-    """The generated samples take the end of each batch, whatever the arm; none comes twice before all came once."""
-    num_generated = data.draw(st.integers(1, batch_size - 1))
-    recipe = Recipe(num_steps=6, batch_size=batch_size, num_generated=num_generated, learning_rate=1.0)
-    real = Samples(torch.arange(25.0)[:, None], torch.zeros(25, 1))
-    generated = Samples(-1 - torch.arange(float(num_generated_samples))[:, None], torch.ones(num_generated_samples, 1))
-    alone, mixed = (list(_batches(real, other, recipe, 3)) for other in (None, generated))
-    assert [len(batch) for batch in alone + mixed] == [batch_size] * 12
-    cut = batch_size - num_generated
-    for ours, theirs in zip(alone, mixed, strict=True):
-        assert torch.equal(ours.pixels[:cut], theirs.pixels[:cut])
-        assert torch.equal(theirs.targets[:, 0], (theirs.pixels[:, 0] < 0).float())
-    drawn = torch.cat([batch.pixels[cut:, 0] for batch in mixed])
-    counts = torch.bincount((-1 - drawn).long(), minlength=num_generated_samples)
-    assert counts.max() - counts.min() <= 1
-
-
-def test_rows_are_chosen_without_replacement():
-    """Equal seeds choose equally, others otherwise."""
-    chosen = choose_rows(50, 20, 1)
-    assert len(set(chosen.tolist())) == 20 and torch.equal(chosen, choose_rows(50, 20, 1))
-    assert not torch.equal(chosen, choose_rows(50, 20, 2))
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -381,7 +290,7 @@ def test_images_without_finite_logits_are_left_out_and_the_target_is_named(run, 
         network.register_forward_hook(spoil, with_kwargs=True)
         return network
 
-    monkeypatch.setattr("engine.studies.retrain.retrain.load_network", load)
+    monkeypatch.setattr("engine.studies.retrain.inputs.load_network", load)
     reason = r"models\.target '.*target' gives logits that are not finite"
     assert re.match(rf"RUN: its {reason}.* for all \d+ samples of the run", refusal(run, small, home / "none")[0])
     limit[0] = float(torch.cat(seen).median())

@@ -11,8 +11,9 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from engine.data.images import decode_rgb
 from engine.job.parsing import parse_job
 from engine.job.spec import RuntimeSpec
-from engine.models.addresses import model_digests, resolve
-from engine.models.runtime import choose_hardware
+from engine.models.addresses import resolve
+from engine.models.digests import model_digests
+from engine.models.hardware import choose_hardware
 from engine.models.safety import SafetyChecker
 from tests.test_generator import make_generator
 

@@ -9,7 +9,7 @@ import tracemalloc
 
 import pytest
 
-from engine.driver.scheduler import FAULT_ALLOWANCE, MAX_MARKS, start, step
+from engine.driver.scheduler import FAULT_ALLOWANCE, start, step
 from engine.generation.messages import (
     Abort,
     Assign,
@@ -264,7 +264,7 @@ def test_every_shard_is_finished_once_or_quarantined_and_it_ends(seed):
     assert world.ended == [Finished()]
     for shard, commits in enumerate(world.commits):
         assert commits + (shard in world.quarantined) == 1
-    assert poison <= set(world.quarantined) and set(world.quarantined.values()) <= {MAX_MARKS}
+    assert poison <= set(world.quarantined) and set(world.quarantined.values()) <= {Rules().max_strikes}
 
 
 def test_decisions_are_quick_and_memory_is_flat():

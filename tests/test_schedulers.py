@@ -29,8 +29,8 @@ from engine.methods.sampling.families import (
 )
 from engine.methods.sampling.schedulers import Sampler
 from engine.methods.sampling.spec import SamplingSpec
-from engine.models.addresses import check_addresses
 from engine.models.diffusion import Diffusion
+from engine.models.job_checks import check_addresses
 from tests.conftest import REPOSITORY
 from tests.tiny_pipelines import BETAS, PROMPTS, by_diffusers, by_engine, edit, job_of, load_reference, save_pipeline
 

@@ -17,10 +17,11 @@ from engine.data.run.schema import arrow_schema
 from engine.data.run.shards import read_shard, read_tar
 from engine.data.run.verify import verify
 from engine.data.stores.opening import open_store
-from engine.job.plan import SCHEMA_VERSION
-from engine.job.records import DETERMINISTIC_FIELDS, SINCE, check_record, failed_record, fields_of, in_version, upgraded
+from engine.job.columns import SCHEMA_VERSION
+from engine.job.records import check_record, columns_of, failed_record, in_version, upgraded
 from engine.report.render import write_report
-from engine.studies.nights.nights import compare_nights, read_night
+from engine.studies.compare.program import compare_runs
+from engine.studies.compare.scored_run import read_scored_run
 from tests.corpus_cases import make_run
 from tests.run_cases import LABELS, make_job, make_plan, make_result
 
@@ -45,16 +46,16 @@ def test_a_run_of_a_version_is_read_by_everything(runs: dict[int, Path], version
     table = pq.read_table(run / "metadata.parquet")
     assert table.schema.equals(arrow_schema(surplus=True, version=version), check_metadata=True)
     for tar in (run / "shards").glob("*.tar"):
-        assert all(list(record) == list(fields_of(version)) for _, _, record, _ in read_shard(tar))
+        assert all(list(record) == list(columns_of(version)) for _, _, record, _ in read_shard(tar))
     corpus = engine.open_run(str(run))
     assert inspect(corpus).document["schema_versions"] == {str(version): len(table)}
     num_scored = sum(row["status"] != "failed" for row in table.to_pylist())
     assert len(corpus.filter("scored")) == len(corpus.filter("risk >= 0")) == num_scored < len(table)
-    night = read_night(str(run))
-    assert len(night.keys) == num_scored and compare_nights(night, night).arisen == ()
+    night = read_scored_run(str(run))
+    assert len(night.keys) == num_scored and compare_runs(night, night).new_failures == ()
     card = (run / "README.md").read_text()
-    for name, since in SINCE.items():
-        assert (f"| `{name}` |" in card) == (version >= since) == (name in table.column_names)
+    for name, column in columns_of(SCHEMA_VERSION).items():
+        assert (f"| `{name}` |" in card) == (version >= column.since) == (name in table.column_names)
 
 
 def test_runs_of_all_versions_are_merged(runs: dict[int, Path], tmp_path: Path) -> None:
@@ -77,12 +78,12 @@ def test_records_go_from_version_to_version(tmp_path: Path, version: int) -> Non
     for record in (make_result(spec).record, failed_record(spec, "none")):
         lower = in_version(record, version)
         check_record(lower)
-        assert list(upgraded(lower)) == list(DETERMINISTIC_FIELDS)
-        lost = {name for name, since in SINCE.items() if since > version} - {"scored"}
+        assert list(upgraded(lower)) == list(columns_of(SCHEMA_VERSION))
+        lost = columns_of(SCHEMA_VERSION).keys() - columns_of(version).keys() - {"scored"}
         assert {name: value for name, value in upgraded(lower).items() if name not in lost} == {
             name: value for name, value in record.items() if name not in lost
         }
-    real = dict.fromkeys(fields_of(version)) | {"method": "real", "status": "ok"}
+    real = dict.fromkeys(columns_of(version)) | {"method": "real", "status": "ok"}
     assert upgraded({name: value for name, value in real.items() if name != "scored"})["scored"] is False
 
 

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.data.run.schema import DESCRIPTIONS, arrow_schema
+from engine.data.run.schema import arrow_schema
 from engine.data.run.shard_writing import stage_shard, tar_member
 from engine.data.run.shards import IMAGE_FORMATS, ShardFiles, inspect_pair, read_rows, read_shard, read_tar
 from engine.driver.cost import BYTES_PER_PIXEL
 from engine.errors import CorruptShardError, OutputError
-from engine.job.plan import SCHEMA_VERSION
-from engine.job.records import DETERMINISTIC_FIELDS, RUN_FIELDS, SampleResult
+from engine.job.columns import COLUMNS, RECORD_COLUMNS, RUN_COLUMNS, SCHEMA_VERSION
+from engine.job.records import SampleResult
 from tests.run_cases import make_job, make_plan, make_result, make_results
 
 RUN = {"batch_size": 1, "duration_seconds": 0.25, "attempt": 1, "worker": "w"}
@@ -58,7 +58,7 @@ KEYS = st.from_regex(r"[a-z0-9]{1,9}-[0-9]{3}-([0-9]{3}|mix)-[0-9]{8}", fullmatc
 @st.composite
 def results(draw: st.DrawFn) -> SampleResult:
     """Any sample that the schema allows."""
-    record = {name: draw(BY_KIND[kind]) for name, kind in DETERMINISTIC_FIELDS.items()}
+    record = {column.name: draw(BY_KIND[column.type]) for column in RECORD_COLUMNS}
     record |= {"key": draw(KEYS), "status": draw(st.sampled_from(["ok", "rejected", "failed"]))}
     record["schema_version"] = SCHEMA_VERSION
     image = draw(st.binary(min_size=1, max_size=2000)) if record["status"] == "ok" else b""
@@ -81,7 +81,8 @@ def test_what_is_written_is_read(samples: list[SampleResult]) -> None:
         expected = [(one.record["key"], one.image, one.record, one.record["class_index"]) for one in ok]
         assert list(read_shard(files.tar)) == expected
         rows = list(read_rows(files.parquet))
-        assert [{name: row[name] for name in DETERMINISTIC_FIELDS} for row in rows] == [one.record for one in samples]
+        names = [column.name for column in RECORD_COLUMNS]
+        assert [{name: row[name] for name in names} for row in rows] == [sample.record for sample in samples]
         assert inspect_pair(files.tar, files.parquet) == files
         assert files.counts.attempted == len(samples)
         with tarfile.open(files.tar) as tar:
@@ -153,18 +154,19 @@ def test_json_member_has_every_field_and_nothing_that_json_lacks(staged: ShardFi
     for name, data in read_tar(staged.tar):
         if name.endswith(".json"):
             assert data.endswith(b"}\n")
-            assert list(json.loads(data, parse_constant=lambda text: pytest.fail(text))) == list(DETERMINISTIC_FIELDS)
+            fields = json.loads(data, parse_constant=lambda text: pytest.fail(text))
+            assert list(fields) == [column.name for column in RECORD_COLUMNS]
 
 
 def test_parquet_has_every_attempt_and_no_nullable_column(staged: ShardFiles) -> None:
     """Failed samples are rows too; readers find the same schema in every file."""
     table = pq.read_table(staged.parquet)
     assert table.schema.equals(arrow_schema(), check_metadata=True)
-    assert table.column_names == [*DETERMINISTIC_FIELDS, *RUN_FIELDS]
+    assert table.column_names == [column.name for column in (*RECORD_COLUMNS, *RUN_COLUMNS)]
     assert not any(field.nullable for field in table.schema)
     assert set(table["status"].to_pylist()) == {"ok", "failed"}
     assert [row["sha256"] == "" for row in table.to_pylist()] == [s == "failed" for s in table["status"].to_pylist()]
-    assert DESCRIPTIONS.keys() == set(arrow_schema(surplus=True).names)
+    assert [column.name for column in COLUMNS] == arrow_schema(surplus=True).names
 
 
 def test_foreign_readers_open_the_tar(staged: ShardFiles, tmp_path: Path) -> None:

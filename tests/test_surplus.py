@@ -25,7 +25,7 @@ from engine.data.run.verify import verify
 from engine.data.stores.opening import open_store
 from engine.job.plan import build_plan
 from engine.job.spec import JobSpec
-from engine.models.addresses import model_digests
+from engine.models.digests import model_digests
 from tests.composed import composed_job, make_run
 from tests.conftest import REPOSITORY
 from tests.corpus_cases import make_run as make_case

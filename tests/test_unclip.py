@@ -23,9 +23,12 @@ from engine.job.plan import build_plan, resolve_requests
 from engine.methods.sampling.loop import sample
 from engine.methods.sampling.noise import draw_noise
 from engine.methods.sampling.spec import SamplingSpec
-from engine.models.addresses import check_addresses, image_encoder_digest, model_digests, read_labels, resolve
+from engine.models.addresses import resolve
 from engine.models.clip import Clip, ImageEncoder
 from engine.models.diffusion import Diffusion
+from engine.models.digests import image_encoder_digest, model_digests
+from engine.models.job_checks import check_addresses
+from engine.models.labels import read_labels
 
 ZOO = "zoo:digits/"
 UNCLIP = f"{ZOO}stable-unclip"
@@ -232,7 +235,7 @@ def test_another_artefact_is_another_run(tmp_path, capsys):
 
 
 def resolve_artefact() -> Path:
-    from engine.models.addresses import find_artefact
+    from engine.models.artefacts import find_artefact
 
     folder = find_artefact(ARTEFACT)
     assert folder is not None
@@ -289,7 +292,7 @@ def test_given_images_are_varied_in_their_order(tmp_path):
         ({"conditioning": None, "accept": {"screened": True}}, "no sample is screened"),
         ({"conditioning": {"images": "x"}, "accept": {"screened": True}}, "no sample is screened"),
         ({"conditioning": f"{ZOO}clip"}, "is a model, not a conditioning artefact"),
-        ({"conditioning": "~nobody-of-that-name/x"}, "cannot be looked at"),
+        ({"conditioning": "~nobody-of-that-name/x"}, "cannot be accessed"),
     ],
 )
 def test_impossible_conditioning_is_refused_before_a_model_is_loaded(changes, message, tmp_path):

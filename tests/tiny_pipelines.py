@@ -82,7 +82,7 @@ def save_pipeline(
 
 def quiet() -> None:
     """No progress bars and no advice."""
-    from engine.models.libraries import quiet_libraries
+    from engine.models.library_logging import quiet_libraries
 
     quiet_libraries()
 

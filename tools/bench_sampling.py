@@ -39,11 +39,11 @@ from bench.tables import Results, write_into
 from bench.workers import Workers
 
 from engine.data.run.manifest import software_versions
-from engine.errors import JobError
+from engine.errors import JobError, first_line
 from engine.job.spec import RuntimeSpec
 from engine.models.addresses import resolve
-from engine.models.libraries import quiet_libraries
-from engine.models.runtime import CPU_ROWS, choose_hardware
+from engine.models.hardware import CPU_ROWS, choose_hardware
+from engine.models.library_logging import quiet_libraries
 
 GPU_BATCH = 8
 
@@ -179,7 +179,7 @@ class Benchmark:
             one.reason = f"a batch of {one.batch_size} does not fit the GPU's memory"
         except (RuntimeError, NotImplementedError, ImportError) as error:
             # The others are still worth measuring; the exit code tells.
-            one.reason, one.is_broken = f"{type(error).__name__}: {str(error).splitlines()[0]}", True
+            one.reason, one.is_broken = f"{type(error).__name__}: {first_line(error)}", True
         self._free()
 
     def _check(self, bench: Bench, batch: Batch) -> None:

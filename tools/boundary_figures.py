@@ -18,7 +18,7 @@ from engine.data.run.counts import is_joint
 from engine.data.run.shards import read_shard
 from engine.methods.scores import kldb
 from engine.models.classifier import Classifier
-from engine.models.libraries import quiet_libraries
+from engine.models.library_logging import quiet_libraries
 
 
 def joint_requests(run: Path) -> dict[str, tuple[list[int], list[PIL.Image.Image]]]:

@@ -37,7 +37,7 @@ from engine.driver.progress import PlainDisplay
 from engine.driver.run import run_job
 from engine.errors import EXIT_DRAINED, EXIT_OK, EXIT_OWNED, EXIT_USER, RiskforgeError
 from engine.generation.rescorer import rescore
-from engine.job.records import RUN_FIELDS
+from engine.job.columns import RUN_COLUMNS
 from tests.sleepy import Faults, make_job, make_sleepy
 
 VICTIMS = ("actor", "raylet", "gcs", "driver")
@@ -103,7 +103,11 @@ def content(output: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
     import pyarrow.parquet as pq
 
     tars = {path.name: path.read_bytes() for path in sorted(output.glob("shards/*.tar"))}
-    rows = pq.read_table(output / "metadata.parquet").drop_columns([*RUN_FIELDS.keys() - {"sha256"}]).to_pylist()
+    rows = (
+        pq.read_table(output / "metadata.parquet")
+        .drop_columns([column.name for column in RUN_COLUMNS if column.name != "sha256"])
+        .to_pylist()
+    )
     return tars, rows
 
 

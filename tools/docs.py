@@ -15,11 +15,9 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
 
-from engine.data.run.schema import DESCRIPTIONS
 from engine.job import spec
-from engine.job.acceptance import FLAGS, JUDGE_SCORES, ORACLE, SCORES
-from engine.job.plan import SCHEMA_VERSION
-from engine.job.records import DETERMINISTIC_FIELDS, ENTRY_FIELDS, MEASURED, RUN_FIELDS, SINCE, fields_of
+from engine.job.acceptance import FLAGS, ORACLE, ORACLE_CONDITION, SCORES
+from engine.job.columns import COLUMNS, RECORD_COLUMNS, RUN_COLUMNS, SCHEMA_VERSION, SURPLUS, Column, enumerated
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTE = "<!-- Made by tools/docs.py from the code; change it there. -->"
@@ -118,8 +116,8 @@ def _first_line(model: type[BaseModel]) -> str:
 
 def _conditions() -> Iterator[str]:
     yield f"| {_codes(FLAGS)} | `true`, `false` |"
-    yield f"| `oracle` | {_codes(ORACLE)} |"
-    yield f"| {_codes((*SCORES, *JUDGE_SCORES))} | a comparison such as `'>= 0.2'`, with `<`, `<=`, `>` or `>=` |"
+    yield f"| `{ORACLE_CONDITION}` | {_codes(ORACLE)} |"
+    yield f"| {_codes(SCORES)} | a comparison such as `'>= 0.2'`, with `<`, `<=`, `>` or `>=` |"
 
 
 def _codes(names: tuple[str, ...]) -> str:
@@ -210,32 +208,33 @@ _KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
 def metadata_page() -> str:
     """docs/metadata.md."""
     tables = [
-        ("In the json and in the parquet", "Decided by the plan alone, whatever the worker or the attempt.", _fixed()),
-        ("In the parquet alone", "They depend on the run.", [(name, kind, "1") for name, kind in RUN_FIELDS.items()]),
-        ("In metadata.parquet alone", "", [("surplus", "bool", "1")]),
+        (
+            "In the json and in the parquet",
+            "Decided by the plan alone, whatever the worker or the attempt.",
+            RECORD_COLUMNS,
+        ),
+        ("In the parquet alone", "They depend on the run.", RUN_COLUMNS),
+        ("In metadata.parquet alone", "", (SURPLUS,)),
     ]
-    measured = ", ".join(f"`{name}`" for name in DETERMINISTIC_FIELDS if name in MEASURED)
-    later = " and ".join(f"`{name}` (version {version})" for name, version in SINCE.items())
-    parts = [METADATA_INTRO.format(measured=measured, later=later)]
-    for heading, text, rows in tables:
+    measured = ", ".join(f"`{column.name}`" for column in RECORD_COLUMNS if column.measured_by)
+    later = sorted((column for column in COLUMNS if column.since > 1), key=lambda column: column.since)
+    versions = enumerated(f"`{column.name}` (version {column.since})" for column in later)
+    parts = [METADATA_INTRO.format(measured=measured, later=versions)]
+    for heading, text, columns in tables:
         lines = ["| field | type | since | meaning |", "|---|---|---|---|"]
-        lines += [f"| `{name}` | {_type(kind)} | {since} | {_cell(DESCRIPTIONS[name])} |" for name, kind, since in rows]
+        lines += [
+            f"| `{column.name}` | {_type(column)} | {column.since} | {_cell(column.description)} |"
+            for column in columns
+        ]
         parts += [f"## {heading}", *([text] if text else []), "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 
-def _fixed() -> list[tuple[str, str, str]]:
-    return [(name, kind, _since(name)) for name, kind in DETERMINISTIC_FIELDS.items()]
-
-
-def _since(name: str) -> str:
-    return str(next(one for one in range(1, SCHEMA_VERSION + 1) if name in fields_of(one)))
-
-
-def _type(kind: str) -> str:
-    if parts := ENTRY_FIELDS.get(kind):
-        return "list of {" + ", ".join(f"{name}: {one}" for name, one in parts.items()) + "}"
-    return f"list of {kind[:-1]}" if kind.endswith("s") else kind
+def _type(column: Column) -> str:
+    """The type of a column in words."""
+    if column.parts:
+        return "list of {" + ", ".join(f"{part.name}: {part.type}" for part in column.parts) + "}"
+    return f"list of {column.type[:-1]}" if column.type.endswith("s") else column.type
 
 
 PAGES: dict[str, Callable[[], str]] = {"job-file.md": job_page, "metadata.md": metadata_page}

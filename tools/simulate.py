@@ -196,7 +196,7 @@ class World:
         for number in range(plan.num_shards):
             require((number in disk.shards) != (number in disk.quarantined), f"shard {number} is lost, or there twice")
         for number, reasons in disk.quarantined.items():
-            require(len(reasons) == scheduler.MAX_MARKS, f"shard {number} has {len(reasons)} marks")
+            require(len(reasons) == Rules().max_strikes, f"shard {number} has {len(reasons)} marks")
             require(not any("node" in reason for reason in reasons), f"shard {number} was blamed for a lost node")
         keys = [one.key for number in disk.shards for one in plan.samples(plan.shard(number))]
         require(len(keys) == len(set(keys)), "a sample is there twice")

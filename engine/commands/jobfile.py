@@ -12,11 +12,11 @@ import yaml
 
 from engine.data.run.stored_plan import read_run
 from engine.data.stores.opening import open_store
-from engine.errors import JobError
+from engine.errors import JobError, first_line
 from engine.job.parsing import MAX_KEYS, apply_overrides, list_limit, parse_job
 from engine.job.spec import JobSpec
 from engine.models.custom_methods import custom_methods
-from engine.models.targets import add_import_folders, factories
+from engine.models.factories import add_import_folders, factories
 from engine.terminal import redacted
 
 MAX_JOB_BYTES = 16 * 2**20
@@ -252,4 +252,4 @@ def _problem(error: Exception) -> str:
         return "nested too deeply"
     if isinstance(error, yaml.MarkedYAMLError):
         return str(error.problem or error.context)
-    return str(error).splitlines()[0]
+    return first_line(error)

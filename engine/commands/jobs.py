@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from engine.job.plan import Plan
     from engine.job.spec import JobSpec
     from engine.methods.conditioning.evaluation import Quality
-    from engine.studies.prepare.prepare import Prepared
+    from engine.studies.prepare.program import Prepared
 
 
 def plan(
@@ -102,7 +102,7 @@ def prepare(
     from engine.driver.run import check_hardware
 
     check_hardware(spec, is_here=address is None)
-    from engine.studies.prepare.prepare import prepare_conditioning
+    from engine.studies.prepare.program import prepare_conditioning
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -134,7 +134,9 @@ def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     from engine.data.stores.opening import open_store
     from engine.driver.run import check_hardware
     from engine.job.plan import resolve_requests
-    from engine.models.addresses import check_addresses, missing_artefacts, read_labels
+    from engine.models.artefacts import missing_artefacts
+    from engine.models.job_checks import check_addresses
+    from engine.models.labels import read_labels
 
     check_addresses(job)
     check_hardware(job, is_here=False)

@@ -14,9 +14,10 @@ from engine.errors import EXIT_DAMAGED, EXIT_DRAINED, EXIT_INCOMPLETE, JobError
 from engine.terminal import show as print
 
 if TYPE_CHECKING:
-    from engine.studies.nights.nights import Limits, NightComparison
-    from engine.studies.rescore import Rescored
-    from engine.studies.retrain.retrain import Retrained
+    from engine.studies.compare.limits import Limits
+    from engine.studies.compare.program import RunComparison
+    from engine.studies.rescore.program import Rescored
+    from engine.studies.retrain.results import Retrained
 
 
 def retrain(
@@ -56,8 +57,8 @@ def retrain(
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a run's target on its samples, and compare with what it was and with plain samples."""
-    from engine.studies.retrain.retrain import RetrainOptions
-    from engine.studies.retrain.retrain import retrain as retrain_target
+    from engine.studies.retrain.options import RetrainOptions
+    from engine.studies.retrain.program import retrain as retrain_target
 
     options = RetrainOptions(
         real=real,
@@ -122,9 +123,9 @@ def evaluate(
     import contextlib
 
     from engine.commands.jobfile import let_import
-    from engine.studies.evaluate.evaluate import EvaluateOptions
-    from engine.studies.evaluate.evaluate import evaluate as evaluate_run
-    from engine.studies.evaluate.terminal_lines import summary_lines
+    from engine.studies.evaluate.options import EvaluateOptions
+    from engine.studies.evaluate.program import evaluate as evaluate_run
+    from engine.studies.evaluate.summary_lines import summary_lines
     from engine.studies.samples import open_study
 
     options = EvaluateOptions(
@@ -164,7 +165,7 @@ def rescore(
     import contextlib
 
     from engine.commands.jobfile import import_factories
-    from engine.studies.rescore import rescore_run
+    from engine.studies.rescore.program import rescore_run
 
     import_factories([target, *(transfer or ()), oracle], Path.cwd())
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -226,17 +227,11 @@ def compare(
     """What a target fails on now and did not before: two runs, or a run and a pinned baseline."""
     import contextlib
 
-    from engine.studies.nights.baseline import open_nights, pin_night
-    from engine.studies.nights.night_tables import PAGE_BEGINNING
-    from engine.studies.nights.nights import (
-        LEVELS,
-        Limits,
-        breaches,
-        check_limits,
-        compare_nights,
-        read_night,
-        unfinished,
-    )
+    from engine.studies.compare.baseline import open_pair, pin_run
+    from engine.studies.compare.limits import Limits, check_limits, crossed_limits
+    from engine.studies.compare.program import LEVELS, compare_runs
+    from engine.studies.compare.scored_run import read_scored_run, unfinished
+    from engine.studies.compare.tables import PAGE_BEGINNING
     from engine.studies.output_folders import check_replaces
 
     increases = {
@@ -249,30 +244,30 @@ def compare(
     if pin is not None:
         if len(runs) != 1 or baseline is not None:
             raise JobError("--pin: takes one run and compares nothing; leave the other one out")
-        pin_night(read_night(runs[0]), pin)
+        pin_run(read_scored_run(runs[0]), pin)
         print(f"baseline: {pin}")
         return
     # Limits are held against the requests.
     levels = [one for one in LEVELS if by is None or one in by or (one == "request" and limits.increases)]
     with contextlib.closing(make_display()) as display:
-        old, new = open_nights(runs, baseline)
+        old, new = open_pair(runs, baseline)
         for one in unfinished(runs):
             display.notice(f"{one}: is not complete; its figures are of what was there when it was last closed")
-        comparison = compare_nights(old, new, confidence=confidence, levels=levels, advance=display.advance)
-    crossed = breaches(comparison, limits)
+        comparison = compare_runs(old, new, confidence=confidence, levels=levels, advance=display.advance)
+    crossed = crossed_limits(comparison, limits)
     _print_nights(comparison, limits, crossed, markdown, as_json)
     raise typer.Exit(EXIT_DAMAGED if crossed else 0)
 
 
 def _print_retrained(retrained: Retrained) -> None:
     """Tables by context, findings, what was trained on, and where it is stored."""
-    from engine.studies.retrain.comparison_tables import comparison_table, found_table
-    from engine.studies.retrain.retrain import DOCUMENT, MODEL
+    from engine.studies.retrain.inputs import DOCUMENT, MODEL
+    from engine.studies.retrain.tables import accuracy_table, agreement_table
 
     document, console = retrained.document, make_console()
-    console.print(comparison_table(retrained.comparison))
-    if retrained.found.rows:
-        console.print(found_table(retrained.found))
+    console.print(accuracy_table(retrained.comparison))
+    if retrained.agreement.rows:
+        console.print(agreement_table(retrained.agreement))
     for finding in retrained.findings:
         print(finding)
     print()
@@ -291,7 +286,7 @@ def _print_retrained(retrained: Retrained) -> None:
 
 def _print_rescored(rescored: Rescored, as_json: bool) -> None:
     """Before and after, and where the new scores are."""
-    from engine.studies.nights.night_tables import night_table, summary_document
+    from engine.studies.compare.tables import comparison_table, summary_document
 
     if as_json:
         comparison = None if rescored.comparison is None else summary_document(rescored.comparison)
@@ -303,7 +298,7 @@ def _print_rescored(rescored: Rescored, as_json: bool) -> None:
         print_json({"folder": str(rescored.folder), **fields, "comparison": comparison})
         return
     if rescored.comparison is not None:
-        make_console().print(night_table(rescored.comparison))
+        make_console().print(comparison_table(rescored.comparison))
     else:
         print(f"not compared: {rescored.reason}")
     print(
@@ -319,21 +314,21 @@ def _print_rescored(rescored: Rescored, as_json: bool) -> None:
 
 
 def _print_nights(
-    comparison: NightComparison, limits: Limits, crossed: list[str], markdown: Path | None, as_json: bool
+    comparison: RunComparison, limits: Limits, crossed: list[str], markdown: Path | None, as_json: bool
 ) -> None:
     """A comparison of two runs, in every form that was asked for."""
     from engine.data.stores.file_errors import explained
-    from engine.studies.nights.night_tables import night_document, night_markdown, night_table
+    from engine.studies.compare.tables import comparison_document, comparison_markdown, comparison_table
 
     if markdown is not None:
         with explained(markdown):
             markdown.parent.mkdir(parents=True, exist_ok=True)
-            markdown.write_text(night_markdown(comparison, crossed), encoding="utf-8")
+            markdown.write_text(comparison_markdown(comparison, crossed), encoding="utf-8")
     if as_json:
-        print_json(night_document(comparison, limits, crossed))
+        print_json(comparison_document(comparison, limits, crossed))
     else:
-        make_console().print(night_table(comparison))
-        for title, changes in (("new failures", comparison.arisen), ("mended", comparison.mended)):
+        make_console().print(comparison_table(comparison))
+        for title, changes in (("new failures", comparison.new_failures), ("mended", comparison.fixed)):
             if changes:
                 print(f"{title}: {len(changes)}")
                 print_some([one.key for one in changes], "--json")

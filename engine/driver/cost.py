@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from engine.job.plan import Plan, RequestPlan
 from engine.job.spec import JobSpec
 from engine.models.addresses import locate
-from engine.models.folders import read_config
+from engine.models.configurations import read_config
 
 if TYPE_CHECKING:
     from engine.generation.calibrate import Measurement

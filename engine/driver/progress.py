@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ class RequestTally:
     Attributes:
         total: samples in shards that are planned; rounds of a quota add some.
         committed: samples in committed shards, of any status.
-        in_work: samples done so far of shards in work, by shard.
+        in_flight: samples done so far of shards in flight, by shard.
         started_at: when its first samples of this run were begun, None before any is done.
         done_before: samples that were done then.
     """
@@ -44,14 +45,14 @@ class RequestTally:
     total: int
     committed: int = 0
     accepted: int = 0
-    in_work: dict[int, int] = field(default_factory=dict)
+    in_flight: dict[int, int] = field(default_factory=dict)
     started_at: float | None = None
     done_before: int = 0
 
     @property
     def num_done(self) -> int:
         """Samples done, committed or not."""
-        return self.committed + sum(self.in_work.values())
+        return self.committed + sum(self.in_flight.values())
 
     def rate(self, now: float) -> float:
         """Samples a second in this run; 0 where nothing is known."""
@@ -79,7 +80,7 @@ class Tally:
         planned = _planned(plan)
         self.requests = [RequestTally(request.spec.name, planned[request.number]) for request in plan.requests]
         self.total = RequestTally("all", plan.num_samples)
-        self._heard: dict[int, float] = {}
+        self._last_message: dict[int, float] = {}
         for shard, counts in committed.items():
             self._is_committed[shard] = 1
             for row in self._rows(shard):
@@ -97,39 +98,39 @@ class Tally:
 
     def ready(self, worker: int, now: float) -> None:
         """A worker begins."""
-        self._heard[worker] = now
+        self._last_message[worker] = now
 
     def working(self, worker: int, shard: int, num_done: int, now: float) -> None:
-        """So many samples of a shard in work are done; late news of a committed shard is ignored."""
+        """So many samples of a shard in flight are done; a late message about a committed shard is ignored."""
         if self._is_committed[shard]:
             return
         self._start_clocks(worker, shard, now)
         for row in self._rows(shard):
-            row.in_work[shard] = num_done
+            row.in_flight[shard] = num_done
 
     def commit(self, worker: int, shard: int, counts: ShardCounts, now: float) -> None:
         """A shard is committed."""
         self._start_clocks(worker, shard, now)
         self._is_committed[shard] = 1
         for row in self._rows(shard):
-            row.in_work.pop(shard, None)
+            row.in_flight.pop(shard, None)
             row.committed += counts.attempted
             row.accepted += counts.accepted
 
     def drop(self, shard: int) -> None:
-        """A shard in work came to nothing."""
+        """A shard in flight was abandoned."""
         for row in self._rows(shard):
-            row.in_work.pop(shard, None)
+            row.in_flight.pop(shard, None)
 
     def _rows(self, shard: int) -> tuple[RequestTally, RequestTally]:
         return self.requests[self._plan.shard(shard).request], self.total
 
     def _start_clocks(self, worker: int, shard: int, now: float) -> None:
-        """The clock of a request runs from when its first samples were begun: when the worker was last heard of."""
+        """The clock of a request starts when its first samples were begun: at the worker's message before them."""
         for row in self._rows(shard):
             if row.started_at is None:
-                row.started_at, row.done_before = self._heard.get(worker, now), row.num_done
-        self._heard[worker] = now
+                row.started_at, row.done_before = self._last_message.get(worker, now), row.num_done
+        self._last_message[worker] = now
 
 
 def _planned(plan: Plan) -> Counter[int]:
@@ -144,11 +145,11 @@ class Display(Protocol):
     """Where progress is shown."""
 
     def phase(self, text: str) -> None:
-        """What is being waited for; empty where there are samples to wait for."""
+        """The phase of the run; empty while samples are made."""
         ...
 
     def notice(self, text: str) -> None:
-        """Something that the user should know, to stay on the screen."""
+        """Show a message that stays on the screen."""
         ...
 
     def advance(self, text: str) -> None:
@@ -170,7 +171,7 @@ class PlainDisplay:
     Args:
         stream: where lines go.
         every_seconds: time between two lines of one request.
-        clock: seconds, as the tally is told them.
+        clock: seconds, as the tally gets them.
     """
 
     def __init__(
@@ -217,7 +218,7 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """A table that renews itself, for terminals."""
+    """A table that is updated in place, for terminals."""
 
     def __init__(self, console: Console) -> None:
         from rich.live import Live
@@ -241,7 +242,7 @@ class LiveDisplay:
         self._phase = text
 
     def show(self, tally: Tally) -> None:
-        """Have the next picture show it."""
+        """Show it in the next frame."""
         self._tally = tally
 
     def close(self) -> None:
@@ -285,8 +286,8 @@ def _live_table(tally: Tally) -> Table:
 
 
 def _live_rows(tally: Tally) -> Iterator[RequestTally]:
-    """The requests that fit on a screen: those in work first to be kept, then the next ones, in order."""
-    kept = {row.name for row in tally.requests if row.in_work}
+    """The requests that fit on a screen: those in flight first to be kept, then the next ones, in order."""
+    kept = {row.name for row in tally.requests if row.in_flight}
     for row in tally.requests:
         if len(kept) < MAX_LIVE_ROWS and (len(tally.requests) <= MAX_LIVE_ROWS or row.num_done < row.total):
             kept.add(row.name)
@@ -305,7 +306,7 @@ def _line(row: RequestTally, now: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A length of time as one reads it: 8 s, 3 min, 2 h 05 min, 3 d 4 h."""
+    """A length of time for a reader: 8 s, 3 min, 2 h 05 min, 3 d 4 h."""
     whole = round(seconds)
     if whole < 100:
         return f"{whole} s"
@@ -319,7 +320,7 @@ def duration(seconds: float) -> str:
 
 
 def byte_size(num_bytes: int | None) -> str:
-    """A size as one reads it: 820 kB, 1.2 GB."""
+    """A size for a reader: 820 kB, 1.2 GB."""
     if num_bytes is None:
         return "unknown"
     size = float(num_bytes)
@@ -340,39 +341,49 @@ def medians_table(groups: list[GroupSummary]) -> Table:
     if len(groups) > MAX_GROUP_ROWS:
         title += f" ({MAX_GROUP_ROWS} of {len(groups)} rows; all are in the manifest)"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    figures = _figures(groups)
     has_context = any(group.context for group in groups)
-    models = list(dict.fromkeys(one.model for group in groups for one in group.transfer))
-    names = ["request", *(["context"] if has_context else []), "images", "risk", "KLDB", "entropy", "conformity"]
-    names += [
-        "errors",
-        *(f"errors of {model.removeprefix('zoo:')}" for model in models),
-        "oracle agrees",
-        "valid failures",
-    ]
-    has_judge = any(group.judge_conformity is not None for group in groups)
-    names += ["judge's conformity"] if has_judge else []
-    for name in names:
-        table.add_column(Text(name), justify="left" if name in ("request", "context") else "right")
+    for name in ("request", "context") if has_context else ("request",):
+        table.add_column(Text(name), justify="left")
+    for heading, _ in figures:
+        table.add_column(Text(heading), justify="right")
     for group in groups[:MAX_GROUP_ROWS]:
-        rates = {one.model: one.error_rate for one in group.transfer}
-        scores = (group.risk, group.kldb, group.entropy, group.conformity)
-        table.add_row(
-            Text(group.request),
-            *([Text(group.context)] if has_context else []),
-            f"{group.ok}/{group.attempted}",
-            *(f"{score.median:.3g}" if score else ABSENT for score in scores),
-            *(
-                _percent(rate)
-                for rate in (
-                    group.error_rate,
-                    *map(rates.get, models),
-                    group.oracle_agreement,
-                    group.valid_failure_rate,
-                )
-            ),
-            *([ABSENT if group.judge_conformity is None else f"{group.judge_conformity:.3g}"] if has_judge else []),
-        )
+        names = [Text(group.request), *([Text(group.context)] if has_context else [])]
+        table.add_row(*names, *(text_of(group) for _, text_of in figures))
     return table
+
+
+def _figures(groups: list[GroupSummary]) -> list[tuple[str, Callable[[GroupSummary], str]]]:
+    """The headings of the table of medians, each with what gives the text of a group."""
+    from engine.data.run.summary import shown_entry_scores, shown_scores
+    from engine.job.columns import target_first
+
+    scores, entries = target_first(shown_scores(groups)), shown_entry_scores(groups)
+    models = dict.fromkeys(summary.model for group in groups for summary in group.transfer)
+    return [
+        ("images", lambda group: f"{group.ok}/{group.attempted}"),
+        *((column.label, functools.partial(_median, column.name)) for column in scores),
+        ("errors", lambda group: _percent(group.error_rate)),
+        *((f"errors of {model.removeprefix('zoo:')}", functools.partial(_transfer_errors, model)) for model in models),
+        ("oracle agrees", lambda group: _percent(group.oracle_agreement)),
+        ("valid failures", lambda group: _percent(group.valid_failure_rate)),
+        *((entry.heading, functools.partial(_mean, name)) for name, entry in entries.items()),
+    ]
+
+
+def _median(score: str, group: GroupSummary) -> str:
+    spread = group.scores.get(score)
+    return f"{spread.median:.3g}" if spread else ABSENT
+
+
+def _mean(name: str, group: GroupSummary) -> str:
+    mean = group.entry_means.get(name)
+    return ABSENT if mean is None else f"{mean:.3g}"
+
+
+def _transfer_errors(model: str, group: GroupSummary) -> str:
+    rates = {summary.model: summary.error_rate for summary in group.transfer}
+    return _percent(rates.get(model))
 
 
 def _percent(share: float | None) -> str:

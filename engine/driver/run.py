@@ -43,11 +43,14 @@ from engine.job.class_names import planned_names
 from engine.job.plan import Plan, RequestPlan, build_plan, resolve_requests
 from engine.job.quotas import replay
 from engine.job.spec import JobSpec
-from engine.models.addresses import check_addresses, missing_artefacts, model_digests, target_labels
+from engine.models.artefacts import missing_artefacts
 from engine.models.custom_methods import method_digests
+from engine.models.digests import model_digests
+from engine.models.factories import add_import_folders, import_folders
+from engine.models.hardware import hardware_problems
+from engine.models.job_checks import check_addresses
+from engine.models.labels import target_labels
 from engine.models.licences import licence_of
-from engine.models.runtime import hardware_problems
-from engine.models.targets import add_import_folders, import_folders
 
 if TYPE_CHECKING:
     from engine.data.run.summary import GroupSummary

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from engine.data.run.commits import CommitSummary
 from engine.data.run.counts import ShardCounts
@@ -19,41 +17,30 @@ from engine.driver import scheduler
 from engine.driver.executors.base import Executor, ExecutorEvent, ShardResult, WorkerFactory
 from engine.driver.interrupts import Request, deferred
 from engine.driver.progress import Display, Tally
-from engine.errors import EXIT_INCOMPLETE, MAX_REASON_CHARS, RiskforgeError, fault
+from engine.driver.scheduler_loop import SchedulerLoop, WorkersFailingError, brief, brief_abort
+from engine.errors import RiskforgeError
 from engine.generation.messages import (
     Abort,
     Action,
-    Assign,
     Drain,
     Drained,
     Lot,
     PlanGrown,
     Quarantine,
-    Replaced,
     Rules,
     ShardError,
     ShardProgress,
-    StartWorker,
     StopWorker,
     Tick,
     WorkerLost,
     WorkerReady,
 )
-from engine.job.plan import Extent, Plan
+from engine.job.plan import Extent, Plan, ShardSpec
 from engine.job.quotas import replay
 from engine.job.spec import JobSpec
 
-POLL_SECONDS = 0.25
 DEADLINE = "deadline"
-# From when on the user hears that workers wait for room.
-UNPLACED_SECONDS = 60.0
 FAULTS = f"{QUARANTINE}/workers.txt"
-
-
-class WorkersFailingError(RiskforgeError):
-    """Workers fail over and over and nothing gets done: a defect, of this program or of the machines."""
-
-    exit_code = EXIT_INCOMPLETE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +58,7 @@ class ShiftEnd:
     sampling_share: float | None
 
 
-class Shift:
+class Shift(SchedulerLoop):
     """Makes the missing shards of a run.
 
     Args:
@@ -92,11 +79,10 @@ class Shift:
         journal: Journal,
         rules: Rules,
     ) -> None:
+        super().__init__(executor, display)
         self._store = store
         self._job = job
         self._plan = plan
-        self._executor = executor
-        self._display = display
         self._lease = lease
         self._journal = journal
         self._rules = rules
@@ -111,8 +97,7 @@ class Shift:
             self._skipped[number] = 1
         self._watch = _Watch()
         self._drained = ""
-        self._unplaced_since: float | None = None
-        self._has_told_unplaced = False
+        self._asked: Request | None = None
 
     def begin_rounds(self) -> bool:
         """Add the rounds of quotas that are due from the beginning; whether there is anything to make."""
@@ -138,8 +123,8 @@ class Shift:
         num_workers = self._executor.open(factory, num_missing)
         self._display.phase(f"loading models ({num_workers} worker{'s' if num_workers > 1 else ''})")
         self._journal.note("started", workers=num_workers, shards=self._plan.num_shards, missing=num_missing)
-        with deferred() as asked:
-            state, actions = scheduler.start(
+        with deferred() as self._asked:
+            step = scheduler.start(
                 bytes(self._skipped),
                 num_workers,
                 lots=map(self._lot, self._plan.extents),
@@ -148,32 +133,25 @@ class Shift:
                 rules=self._rules,
                 now=time.monotonic(),
             )
-            while not self._carry_out(actions):
-                self._lease.check()
-                state, actions = self._turn(state, asked)
+            if isinstance(self._drive(*step), Drained):
+                self._drained = self._drained or DEADLINE
         return ShiftEnd(plan=self._plan, drained=self._drained, sampling_share=self._watch.share())
 
-    def _turn(self, state: scheduler.State, asked: Request) -> scheduler.Step:
-        """Let the scheduler hear what happened in a moment."""
-        events: list[Any] = [Tick(time.monotonic())]
-        if asked and not self._drained:
-            self._note_drain(asked.signal_name)
-            events.append(Drain())
-        actions: list[Action] = []
-        for event in [*events, *self._executor.poll(POLL_SECONDS)]:
-            if not isinstance(event, (Tick, Drain)) and not self._take(event, state):
-                continue
-            state, more = scheduler.step(state, event)
-            actions += more
-            if settled := self._settle(event, more):
-                state, more = scheduler.step(state, settled)
-                actions += more
-        self._note_unplaced(time.monotonic())
+    def _shard(self, number: int) -> ShardSpec:
+        return self._plan.shard(number)
+
+    def _requests(self) -> list[Drain]:
+        self._lease.check()
+        if not self._asked or self._drained:
+            return []
+        self._note_drain(self._asked.signal_name)
+        return [Drain()]
+
+    def _report_progress(self) -> None:
         self._display.show(self._tally)
         self._journal.keep()
-        return state, actions
 
-    def _settle(self, event: Any, actions: list[Action]) -> PlanGrown | None:
+    def _growth(self, event: ExecutorEvent | Tick | Drain, actions: list[Action]) -> PlanGrown | None:
         """Tell the quotas what a step has settled; what they add, for the scheduler."""
         if self._quotas.is_final:
             return None
@@ -201,36 +179,20 @@ class Shift:
         addresses = [request.diffusion or self._job.models.diffusion for request in self._job.requests]
         return Lot(extent.num_shards, kind=extent.request, model=addresses.index(addresses[extent.request]))
 
-    def _carry_out(self, actions: Iterable[Action]) -> bool:
-        """Do what the scheduler says; True when it is the end."""
-        for action in actions:
-            if isinstance(action, StartWorker):
-                self._executor.start_worker(action.worker)
-            elif isinstance(action, StopWorker):
-                self._watch.left(action.worker)
-                self._executor.stop_worker(action.worker)
-            elif isinstance(action, Assign):
-                shard = self._plan.shard(action.shard)
-                self._executor.submit(action.worker, shard, action.attempt, action.batch_limit)
-            elif isinstance(action, Quarantine):
-                self._quarantine(action)
-            elif isinstance(action, Replaced):
-                self._tell_replaced(action.worker, action.message)
-            elif isinstance(action, Abort):
-                self._journal.note("aborted", message=brief(action.message))
-                raise fault(action.message, action.exit_code) if action.user_fault else self._give_up(action.message)
-            else:
-                if isinstance(action, Drained):
-                    self._drained = self._drained or DEADLINE
-                return True
-        return False
+    def _perform(self, action: Action) -> None:
+        if isinstance(action, StopWorker):
+            self._watch.left(action.worker)
+        super()._perform(action)
 
-    def _give_up(self, message: str) -> WorkersFailingError:
-        """Keep the whole message, which may hold tracebacks, and say it in short."""
+    def _error(self, action: Abort) -> RiskforgeError:
+        self._journal.note("aborted", message=brief(action.message))
+        return super()._error(action)
+
+    def _workers_failing(self, message: str) -> WorkersFailingError:
+        """Store the whole message, which may hold tracebacks, and shorten it for the user."""
         self._store.replace(FAULTS, f"{message}\n".encode())
-        head, mark, reason = message.partition("the last one: ")
         return WorkersFailingError(
-            f"{head}{mark}{brief(reason)}\nthe whole message is in {self._store.address(FAULTS)}; mend the cause, and"
+            f"{brief_abort(message)}\nthe whole message is in {self._store.address(FAULTS)}; mend the cause, and"
             " the same command continues"
         )
 
@@ -241,24 +203,8 @@ class Shift:
             f"{signal_name}: what is in work has {self._rules.grace_seconds:g} s to finish; once more ends at once"
         )
 
-    def _note_unplaced(self, now: float) -> None:
-        """Say once when workers wait for a machine for long."""
-        num = self._executor.num_unplaced
-        if not num:
-            self._unplaced_since = None
-            return
-        self._unplaced_since = now if self._unplaced_since is None else self._unplaced_since
-        if now - self._unplaced_since >= UNPLACED_SECONDS and not self._has_told_unplaced:
-            self._has_told_unplaced = True
-            self._display.notice(f"{num} worker(s) still wait for room on the cluster; ask for fewer with --workers")
-
-    def _take(self, event: ExecutorEvent, state: scheduler.State) -> bool:
-        """Take what concerns the user from an event; False for one that is late or came twice."""
+    def _note_event(self, event: ExecutorEvent, state: scheduler.State) -> None:
         now = time.monotonic()
-        if isinstance(event, (ShardResult, ShardError, ShardProgress)):
-            worker = state.workers.get(event.worker)
-            if worker is None or event.shard not in worker.queue:
-                return False
         if isinstance(event, WorkerReady):
             self._display.phase("")
             self._tally.ready(event.worker, now)
@@ -271,11 +217,10 @@ class Shift:
         elif isinstance(event, ShardError):
             self._tally.drop(event.shard)
             if not scheduler.is_fault_of_job(state, event):
-                self._tell_replaced(event.worker, event.message, event.shard)
+                self._note_replaced(event.worker, event.message, event.shard)
         elif isinstance(event, WorkerLost):
             self._watch.left(event.worker)
-            self._tell_replaced(event.worker, event.message)
-        return True
+            self._note_replaced(event.worker, event.message)
 
     def _note_commit(self, event: ShardResult, now: float) -> None:
         counts: ShardCounts = event.outcome.counts
@@ -284,7 +229,7 @@ class Shift:
         about = {"samples": counts.attempted, "accepted": counts.accepted, "failed": counts.failed}
         self._journal.note("committed", shard=event.shard, worker=event.worker, **about)
 
-    def _tell_replaced(self, worker: int, message: str, shard: int | None = None) -> None:
+    def _note_replaced(self, worker: int, message: str, shard: int | None = None) -> None:
         what = "" if shard is None else f"shard {shard} failed, "
         self._display.notice(f"{what}worker {worker} is replaced: {brief(message)}")
         self._journal.note("replaced", worker=worker, message=brief(message))
@@ -330,10 +275,3 @@ class _Watch:
     def share(self) -> float | None:
         """The share of all workers together; None where nothing was committed."""
         return min(1.0, self._sampling / self._present) if self._present else None
-
-
-def brief(message: str) -> str:
-    """The line that says most: the last of a traceback, the first of anything else."""
-    lines = message.strip().splitlines() or ["no reason given"]
-    line = lines[-1] if lines[0].startswith("Traceback") else lines[0]
-    return line[:MAX_REASON_CHARS]

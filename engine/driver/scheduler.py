@@ -45,13 +45,10 @@ from engine.generation.messages import (
     WorkerReady,
 )
 
-MAX_MARKS = 3
 MAX_QUEUED = 2
-# The run is given up when more shards than these fail one after the other, or so many workers fail to start while none
-# is ready: then the fault is not theirs.
+# The run is given up when more shards than these fail one after the other: then the fault is not theirs.
 FAULT_ALLOWANCE = 6
 FAULT_ALLOWANCE_PER_WORKER = 3
-MAX_START_FAULTS = 3
 # A driver that misses so many looks for workers that hang was away itself.
 LATE_CHECKS = 2
 NO_MODEL = -1
@@ -415,7 +412,7 @@ def _note_start_fault(state: State, message: str, actions: list[Action]) -> Stat
     num_faults = state.start_faults_in_a_row + 1
     wait = min(2.0 ** (num_faults - 2), state.rules.max_backoff_seconds) if num_faults > 1 else 0.0
     state = state._replace(start_faults_in_a_row=num_faults, start_after=state.now + wait)
-    if num_faults >= MAX_START_FAULTS and not any(one.is_ready for one in state.workers.values()):
+    if num_faults >= state.rules.max_start_faults and not any(one.is_ready for one in state.workers.values()):
         state, last = _abort(state, f"workers do not start; the last one: {message}", user_fault=False)
         actions += last
     return state
@@ -426,7 +423,7 @@ def _blame(state: State, shards: tuple[int, ...], message: str, actions: list[Ac
     for shard in shards:
         reasons = (*state.marks.get(shard, ()), message)
         state = state._replace(marks=state.marks.put(shard, reasons))
-        if len(reasons) >= MAX_MARKS:
+        if len(reasons) >= state.rules.max_strikes:
             state = _quarantine(state, shard)
             actions.append(Quarantine(shard, reasons))
     state = state._replace(faults_in_a_row=state.faults_in_a_row + 1)

@@ -1,7 +1,7 @@
-"""The conditioning artefact: what a validation set says of a target, in a folder that is named by its contents.
+"""The conditioning artefact: class statistics and an error predictor, in a folder that is named by its content.
 
-`statistics.safetensors` holds the numbers, `conditioning.json` everything else with a digest over both. Equal content
-gives equal bytes and an equal name; a folder is there whole or not at all.
+`statistics.safetensors` holds the tensors, `conditioning.json` everything else with a digest over both. Equal content
+gives equal bytes and an equal name; a folder is published atomically.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from engine.methods.conditioning.mixtures import ClassMixtures
 from engine.methods.conditioning.predictor import ErrorPredictor, PredictorFit
 from engine.methods.strict_json import parse_json
 from engine.methods.temperature import TemperatureFit
-from engine.models.addresses import ARTEFACT_DOCUMENT as DOCUMENT
-from engine.models.files import MAX_DOCUMENT_BYTES, read_whole
+from engine.models.configurations import ARTEFACT_DOCUMENT as DOCUMENT
+from engine.models.untrusted_files import MAX_DOCUMENT_BYTES, read_whole
 
 SCHEMA_VERSION = 1
 STATISTICS = "statistics.safetensors"
 MAX_STATISTICS_BYTES = 8 * 2**30
-_REMEDY = "make it anew with `riskforge prepare`"
+_REMEDY = "make it again with `riskforge prepare`"
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -50,11 +50,11 @@ class Conditioning:
         statistics: moments of every class (one Gaussian a class), or mixtures.
         num_errors: errors of the target, by class index.
         fit: the error predictor and how good it is, or why there is none.
-        temperature: what the images say of the target's temperature.
+        temperature: the fit of the target's temperature to the images.
         models: `{"target": {"address", "digest"}, "encoder": {"address", "digest"}}`.
         options: how statistics and predictor were fitted.
-        images_digest: digest of the images and their classes, whatever their order, their names or their files.
-        unusable: what of the data could not be used.
+        images_digest: digest of the images and their classes, independent of their order, names and files.
+        unusable: items of the data that could not be used.
     """
 
     statistics: ClassMoments | ClassMixtures
@@ -83,17 +83,17 @@ class Conditioning:
 
     @property
     def digest(self) -> str:
-        """Digest of the content, hexadecimal; computed anew."""
+        """Digest of the content, hexadecimal; computed at every access."""
         return _content(self)[0]["digest"]
 
     def distributions(self) -> ClassDistributions:
-        """What embeddings are drawn from; computed anew."""
+        """The distributions that embeddings are drawn from; computed at every call."""
         if isinstance(self.statistics, ClassMixtures):
             return self.statistics
         return ClassGaussians.of(self.statistics)
 
     def notes(self) -> list[str]:
-        """What a user should know of the classes, a line each: those without a distribution, or with a poorer one."""
+        """Notes on classes without a distribution or with a less accurate one, a line each."""
         distributions = self.distributions()
         notes = self.statistics.notes() if isinstance(self.statistics, ClassMixtures) else []
         for index in range(len(self.labels)):
@@ -108,10 +108,10 @@ def save_conditioning(conditioning: Conditioning, folder: Path) -> tuple[Path, b
     """Store an artefact as `folder/conditioning-DIGEST12`.
 
     Returns:
-        Its folder, and whether it was there already, checked and equal.
+        Its folder, and whether an equal artefact was there already.
 
     Raises:
-        OutputError: it cannot be written, or what has its name is damaged.
+        OutputError: it cannot be written, or a folder of that name is damaged.
     """
     fields, statistics = _content(conditioning)
     target = folder / f"conditioning-{fields['digest'][:12]}"
@@ -122,7 +122,7 @@ def save_conditioning(conditioning: Conditioning, folder: Path) -> tuple[Path, b
             _write(staged / STATISTICS, statistics)
             _write(staged / DOCUMENT, _text(fields))
             _sync(staged)
-            was_there = not _take_name(staged, target)
+            was_there = not _publish(staged, target)
             _sync(folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -135,7 +135,7 @@ def load_conditioning(folder: Path | str) -> Conditioning:
     """Read an artefact and check it against its digest.
 
     Raises:
-        JobError: it is not an artefact, of another version, or not what its digest says.
+        JobError: it is no artefact, of another version, or does not match its digest.
     """
     folder = Path(folder).expanduser()
     try:
@@ -177,7 +177,7 @@ def _content(conditioning: Conditioning) -> tuple[dict[str, Any], bytes]:
         "temperature": dataclasses.asdict(temperature),
         "temperature_verdict": temperature.verdict,
         "notes": conditioning.notes(),
-        "unusable": [dataclasses.asdict(one) for one in conditioning.unusable],
+        "unusable": [dataclasses.asdict(item) for item in conditioning.unusable],
         "statistics_sha256": hashlib.sha256(statistics).hexdigest(),
     }
     return {"digest": digest_of(fields), **fields}, statistics
@@ -203,8 +203,8 @@ def _check_document(folder: Path, fields: Any) -> None:
     if not isinstance(fields, dict) or "schema_version" not in fields:
         raise JobError(f"'{folder}': {DOCUMENT} is not of a conditioning artefact; {_REMEDY}")
     if fields["schema_version"] != SCHEMA_VERSION:
-        found = fields["schema_version"]
-        raise JobError(f"'{folder}': has schema version {found!r}, this version reads {SCHEMA_VERSION}; {_REMEDY}")
+        version = fields["schema_version"]
+        raise JobError(f"'{folder}': has schema version {version!r}, this version reads {SCHEMA_VERSION}; {_REMEDY}")
     content = {name: value for name, value in fields.items() if name != "digest"}
     if "statistics_sha256" not in fields or fields.get("digest") != digest_of(content):
         raise JobError(f"'{folder}': {DOCUMENT} is not what it was (digest); {_REMEDY}")
@@ -224,7 +224,7 @@ def _conditioning_of(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Cond
         models=fields["models"],
         options=fields["options"],
         images_digest=fields["images_digest"],
-        unusable=tuple(Unusable(**one) for one in fields["unusable"]),
+        unusable=tuple(Unusable(**item) for item in fields["unusable"]),
     )
 
 
@@ -237,14 +237,14 @@ def _statistics_of(fields: dict[str, Any], tensors: dict[str, Tensor]) -> ClassM
 
 def _predictor_of(tensors: dict[str, Tensor]) -> ErrorPredictor:
     state = _part(tensors, "predictor")
-    if not all(one.isfinite().all() for one in state.values() if one.is_floating_point()):
-        # Its confidence would be no number, and the first draw of all would pass for the likeliest.
+    if not all(tensor.isfinite().all() for tensor in state.values() if tensor.is_floating_point()):
+        # Its confidence would be NaN, and the first of all draws would be taken for the likeliest.
         raise ValueError("the weights of its error predictor are not finite")
     return ErrorPredictor.from_state({"kind": "error_predictor", **state})
 
 
 def _part(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{part}."): one for name, one in tensors.items() if name.startswith(f"{part}.")}
+    return {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -255,7 +255,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the file system does that."""
+    """Flush the names in a folder to the disk, where the file system supports that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -264,8 +264,8 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _take_name(staged: Path, target: Path) -> bool:
-    """Give a staged folder its name; False where a folder has the name already."""
+def _publish(staged: Path, target: Path) -> bool:
+    """Rename a staged folder; False where a folder has the name already."""
     try:
         staged.rename(target)
     except OSError as error:
@@ -277,8 +277,8 @@ def _take_name(staged: Path, target: Path) -> bool:
 
 def _check_equal(target: Path, digest: str) -> None:
     try:
-        found = load_conditioning(target).digest
+        present = load_conditioning(target).digest
     except JobError as error:
         raise OutputError(f"{target}: is there and damaged; remove it and run again ({error})") from None
-    if found != digest:
-        raise OutputError(f"{target}: is there with other content (digest {found}); move it away and run again")
+    if present != digest:
+        raise OutputError(f"{target}: is there with other content (digest {present}); move it away and run again")

@@ -10,7 +10,7 @@ from engine.errors import JobError
 from engine.job.plan import Plan, RequestPlan
 from engine.job.records import STATUS_FAILED
 from engine.job.spec import JobSpec
-from engine.models.runtime import choose_hardware, fix_threads
+from engine.models.hardware import choose_hardware, fix_threads
 
 if TYPE_CHECKING:
     from engine.generation.generator import Generator
@@ -45,7 +45,7 @@ def measure(job: JobSpec, plan: Plan) -> Measurement:
         JobError: a model cannot be loaded, the hardware lacks what `runtime` asks for, or all samples of a batch fail.
     """
     from engine.generation.generator import Generator
-    from engine.models.libraries import quiet_libraries
+    from engine.models.library_logging import quiet_libraries
 
     quiet_libraries()
     fix_threads(choose_hardware(job.runtime))

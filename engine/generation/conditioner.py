@@ -18,9 +18,10 @@ from engine.job.plan import RequestPlan, SampleSpec
 from engine.job.spec import ConditioningSpec, JobSpec
 from engine.methods.conditioning.screening import ScreenedDraw, ScreeningOptions, screen, unscreened
 from engine.methods.heartbeat import beat
-from engine.models.addresses import find_artefact, image_encoder_digest, model_digest
+from engine.models.artefacts import find_artefact
 from engine.models.clip import ImageEncoder
-from engine.models.runtime import CPU_ROWS
+from engine.models.digests import image_encoder_digest, model_digest
+from engine.models.hardware import CPU_ROWS
 
 Tell = Callable[[str], None]
 

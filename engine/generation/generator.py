@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.data.images import encoding as imaging
-from engine.errors import EverySampleFailedError, JobError, RiskforgeError
+from engine.errors import EverySampleFailedError, JobError, RiskforgeError, first_line
 from engine.generation.batching import BatchSize, Peak
 from engine.generation.conditioner import Conditioner, open_conditioner
 from engine.generation.scorer import Scorer
@@ -33,9 +33,9 @@ from engine.models.clip import Clip
 from engine.models.custom_methods import load_method, method_digest
 from engine.models.decoder import GuidanceDecoder
 from engine.models.diffusion import Diffusion
-from engine.models.foreign import reason_of
+from engine.models.factories import reason_of
+from engine.models.hardware import choose_hardware, fix_kernels
 from engine.models.randomness import watched
-from engine.models.runtime import choose_hardware, fix_kernels
 from engine.terminal import redacted
 
 # What torch says of an operator that `deterministic` forbids.
@@ -492,7 +492,7 @@ def _with_other_noise(spec: SampleSpec) -> SampleSpec:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {first_line(error, '')}"
 
 
 def _failed(spec: SampleSpec, message: str) -> SampleResult:

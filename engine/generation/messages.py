@@ -31,6 +31,8 @@ class Rules:
             replaced at once, then the wait begins at one second and doubles.
         deadline: moment, on the clock of `Tick`, from when on nothing is begun; None for none.
         grace_seconds: what is in work then, or when the run is asked to end, has so long to finish.
+        max_strikes: a shard goes into quarantine after so many faults.
+        max_start_faults: the run is given up when so many workers in a row fail to start while none is ready.
     """
 
     limit_factor: float = 10.0
@@ -41,6 +43,8 @@ class Rules:
     max_backoff_seconds: float = 60.0
     deadline: float | None = None
     grace_seconds: float = 60.0
+    max_strikes: int = 3
+    max_start_faults: int = 3
 
 
 @dataclass(frozen=True, slots=True)

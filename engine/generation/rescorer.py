@@ -14,19 +14,15 @@ from engine.data.run.stored_plan import stored_plan
 from engine.data.run.verify import Finding
 from engine.data.stores.base import Store
 from engine.errors import JobError
+from engine.job.columns import BY_NAME, RECORD_COLUMNS, Role, columns_with
 from engine.job.plan import Plan, SampleSpec, difference
 from engine.job.records import STATUS_FAILED
 from engine.job.spec import JobSpec
-from engine.models.addresses import model_digests
+from engine.models.digests import model_digests
 
 NUM_SAMPLES = 64
-# Of scores in nats and cosines; a GPU and its batches move them a little.
-TOLERANCE = 1e-3
-SCORES = ("risk", "conformity", "conformity_margin", "kldb", "entropy")
-READINGS = ("predicted_class", "oracle_class")
+# Roles of the models that score, in the order of messages.
 SCORING = ("clip", "target", "transfer", "oracle", "judge")
-# Of the entries of a list, one for each model.
-ENTRY_SCORES = {"transfer": ("risk",), "judge": ("conformity", "conformity_margin")}
 
 Sample = tuple[SampleSpec, bytes, dict[str, Any]]
 
@@ -47,7 +43,7 @@ def rescore(
         CorruptShardError: a shard cannot be read; `verify` says more.
     """
     from engine.generation.generator import load_scorer
-    from engine.models.libraries import quiet_libraries
+    from engine.models.library_logging import quiet_libraries
 
     job, plan = stored_plan(store)
     chosen = _choose(store, job, plan, num_samples)
@@ -74,8 +70,8 @@ def rescore(
 
 
 def _check_models(job: JobSpec, plan: Plan) -> None:
-    """Refuse models that have changed: what they score tells nothing of the images."""
-    before, now = plan.identity["models"], model_digests(job, is_made=True)
+    """Refuse models that have changed: their scores prove nothing about the images."""
+    before, now = plan.identity["models"], model_digests(job, of_existing_run=True)
     changed = [line for role in SCORING for line in difference(before.get(role), now.get(role), f"models.{role}")]
     if changed:
         raise JobError([f"{line}: not the model that scored this run; --deep needs that one" for line in changed])
@@ -107,15 +103,31 @@ def _choose(store: Store, job: JobSpec, plan: Plan, num_samples: int) -> Iterato
 
 
 def _differences(stored: dict[str, Any], made: dict[str, Any]) -> list[str]:
-    """Scores that are not the stored ones."""
-    pairs = [(name, stored[name], made[name]) for name in SCORES if abs(stored[name] - made[name]) > TOLERANCE]
-    pairs += [(name, stored[name], made[name]) for name in READINGS if stored[name] != made[name]]
-    for role, names in ENTRY_SCORES.items():
-        # Version 1 has no judge, and its job names none.
-        for before, after in zip(stored.get(role, []), made[role], strict=True):
-            pairs += [
-                (f"{name} of {before['model']}", before[name], after[name])
-                for name in names
-                if abs(before[name] - after[name]) > TOLERANCE
-            ]
-    return [f"{name} {before:.6g} -> {after:.6g}" for name, before, after in pairs]
+    """The scores that differ from the stored ones, in words."""
+    return [
+        f"{text} {before:.6g} -> {after:.6g}"
+        for name, text, before, after in _verified(stored, made)
+        if _differs(name, before, after)
+    ]
+
+
+def _verified(stored: dict[str, Any], made: dict[str, Any]) -> Iterator[tuple[str, str, float, float]]:
+    """The scores to compare: name, name with the model of an entry, stored and new value.
+
+    A run of an earlier schema version lacks later columns, and so do its rows.
+    """
+    # Scores first, then classes.
+    for column in sorted(columns_with(Role.VERIFIED), key=lambda column: column.type != "float"):
+        if column.name in stored:
+            yield column.name, column.name, stored[column.name], made[column.name]
+    for column in RECORD_COLUMNS:
+        names = [part.name for part in column.parts if Role.VERIFIED in part.roles]
+        for before, after in zip(stored.get(column.name, []), made[column.name], strict=True) if names else ():
+            for name in names:
+                yield name, f"{name} of {before['model']}", before[name], after[name]
+
+
+def _differs(name: str, before: float, after: float) -> bool:
+    """Whether a value is not the stored one: beyond the tolerance of a score; of a class, any other."""
+    column = BY_NAME[name]
+    return abs(before - after) > column.tolerance if column.type == "float" else before != after

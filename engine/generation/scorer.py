@@ -1,4 +1,4 @@
-"""Scores of stored images: target, transfer models, oracle, CLIP and judge see what a reader of the file will see."""
+"""Scores of stored images: target, transfer models, oracle, CLIP and judge get the pixels that a reader gets."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from engine.errors import JobError
+from engine.job.columns import NO_CLASS
 from engine.job.plan import Cell, SampleSpec, class_prompt
-from engine.job.records import NO_CLASS, STATUS_OK, failed_record, new_record
+from engine.job.records import STATUS_OK, failed_record, new_record
 from engine.methods import scores
 from engine.methods.finiteness import Faults
 from engine.models.classifier import Classifier

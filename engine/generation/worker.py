@@ -28,8 +28,8 @@ from engine.job.plan import Plan, SampleSpec, ShardSpec
 from engine.job.records import SampleResult
 from engine.job.spec import JobSpec
 from engine.methods.conditioning.tally import ScreeningTally
-from engine.models.libraries import quiet_libraries
-from engine.models.runtime import choose_hardware, fix_threads
+from engine.models.hardware import choose_hardware, fix_threads
+from engine.models.library_logging import quiet_libraries
 
 # Batches that wait for the disk at most; then sampling waits, too.
 MAX_WAITING_BATCHES = 4

@@ -11,12 +11,15 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from engine.job.columns import BY_NAME, ENTRY_SCORES, Role, columns_with, entry_scores_with
+
+# Conditions by the kind of their values: true or false, one of `ORACLE`, a comparison.
+FLAGS = tuple(column.name for column in columns_with(Role.ACCEPTS) if column.type == "bool")
+ORACLE_CONDITION = BY_NAME["oracle_class"].alias
 SCORES = (
-    "risk", "p_label", "conformity", "conformity_margin", "kldb", "kldb_balance", "kldb_mass", "entropy",
-)  # fmt: skip
-# Of the entry of the judge, the second CLIP model: name of the condition and of the score.
-JUDGE_SCORES = {"judge_conformity": "conformity", "judge_conformity_margin": "conformity_margin"}
-FLAGS = ("is_error", "screened")
+    *(column.name for column in columns_with(Role.ACCEPTS) if column.type == "float"),
+    *entry_scores_with(Role.ACCEPTS),
+)
 ORACLE = ("agrees", "disagrees")
 # The schema version from which on `is_error: true` asks of a joint prompt for a prediction outside its subset.
 ERRORS_OUTSIDE_SINCE = 3
@@ -35,12 +38,12 @@ def rule_problems(rule: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name, wanted in rule.items():
         if name in FLAGS:
             wrong = None if isinstance(wanted, bool) else f"{wanted!r} is not true or false"
-        elif name == "oracle":
+        elif name == ORACLE_CONDITION:
             wrong = None if wanted in ORACLE else f"{wanted!r} is not one of {', '.join(ORACLE)}"
-        elif name in SCORES or name in JUDGE_SCORES:
+        elif name in SCORES:
             wrong = _comparison_problem(wanted)
         else:
-            wrong = f"unknown condition; use {', '.join((*FLAGS, 'oracle', *SCORES, *JUDGE_SCORES))}"
+            wrong = f"unknown condition; use {', '.join((*FLAGS, ORACLE_CONDITION, *SCORES))}"
         if wrong:
             problems.append((name, wrong))
     return problems
@@ -56,9 +59,9 @@ def is_accepted(
 
     Args:
         record: complete scores.
-        subset: the classes of the prompt; the target errs, and the oracle disagrees, when it sees none of them.
-        schema_version: of the run. Before 3 a joint sample was an error wherever the target saw another class than
-            the closest one; a run goes on by the rule that it began with.
+        subset: the classes of the prompt; the target errs, and the oracle disagrees, where it predicts none of them.
+        schema_version: of the run. Before 3 a joint sample was an error wherever the target predicted another class
+            than the closest one; a run continues by the rule that it began with.
     """
     is_joint = len(subset) > 1 and schema_version >= ERRORS_OUTSIDE_SINCE
     return all(_holds(name, wanted, record, subset, is_joint) for name, wanted in rule.items())
@@ -69,20 +72,26 @@ def _holds(name: str, wanted: Any, record: Mapping[str, Any], subset: tuple[int,
         return (record["predicted_class"] not in subset) == wanted
     if name in FLAGS:
         return bool(record[name] == wanted)
-    if name == "oracle":
+    if name == ORACLE_CONDITION:
         return (record["oracle_class"] in subset) == (wanted == "agrees")
-    value = record["judge"][0][JUDGE_SCORES[name]] if name in JUDGE_SCORES else record[name]
-    return all(compare(value, bound) for compare, bound in _comparisons(wanted))
+    return all(compare(_score(name, record), bound) for compare, bound in _comparisons(wanted))
+
+
+def _score(name: str, record: Mapping[str, Any]) -> float:
+    """The score that a condition compares; of entries, that of the first one."""
+    if entry := ENTRY_SCORES.get(name):
+        return float(record[entry.column.name][0][entry.part.name])
+    return float(record[name])
 
 
 def _comparisons(wanted: str | list[str]) -> list[tuple[Callable[[float, float], bool], float]]:
     """The comparisons of a condition: one, or several that must all hold."""
-    found = []
+    comparisons = []
     for text in [wanted] if isinstance(wanted, str) else wanted:
         match = _COMPARISON.fullmatch(text)
         assert match is not None, "rules are checked when the job is read"
-        found.append((_COMPARE[match[1]], float(match[2])))
-    return found
+        comparisons.append((_COMPARE[match[1]], float(match[2])))
+    return comparisons
 
 
 def _comparison_problem(wanted: Any) -> str | None:

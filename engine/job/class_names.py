@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
+from engine.job.columns import NO_CLASS
 from engine.job.plan import Plan
-from engine.job.records import NO_CLASS
 
 
 def distinct_pairs(pairs: Iterable[tuple[int, str]]) -> dict[tuple[int, str], str]:

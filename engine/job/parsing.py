@@ -12,7 +12,8 @@ import pydantic
 from pydantic import BaseModel
 
 from engine.errors import JobError
-from engine.job.acceptance import JUDGE_SCORES, rule_problems
+from engine.job.acceptance import rule_problems
+from engine.job.columns import ENTRY_SCORES
 from engine.job.spec import LIST_LIMITS, MAX_INDEX, ConditioningSpec, GuidanceSpec, JobSpec, RequestSpec, merge
 from engine.job.spec_messages import Location, explain, location_of
 from engine.methods.sampling.spec import SamplingSpec
@@ -109,7 +110,7 @@ def _between_fields(raw: dict[str, Any]) -> list[Problem]:
 def _absent_models(request: RequestSpec, models: Any, where: Location) -> list[Problem]:
     """Conditions of `accept` whose model the job does not name."""
     named = models if isinstance(models, dict) else {}
-    asked = [(name, "judge" if name in JUDGE_SCORES else name) for name in request.accept]
+    asked = [(name, ENTRY_SCORES[name].column.name if name in ENTRY_SCORES else name) for name in request.accept]
     return [
         ((*where, "accept", name), f"there is no {role}; name one in models.{role}")
         for name, role in asked

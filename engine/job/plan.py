@@ -18,11 +18,10 @@ from typing import Any
 
 from engine.errors import JobError
 from engine.job.class_lookup import find_class
+from engine.job.columns import SCHEMA_VERSION
 from engine.job.spec import CLASS_TEMPLATE, JOINT_SEPARATOR, MAX_SEED, JobSpec, RequestSpec
 from engine.job.spec_messages import nearest
 
-# Of the columns of new runs (`engine.job.records`).
-SCHEMA_VERSION = 3
 # Of what a digest covers: it grows only when pixels or scores of an old plan would come out otherwise.
 IDENTITY_VERSION = 1
 # Stands in a key where the class index would, for a joint prompt.

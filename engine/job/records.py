@@ -1,8 +1,8 @@
-"""What is recorded of a sample: the fields of the present `schema_version`, their types and their empty values.
+"""What is recorded of a sample: a value for each of `engine.job.columns.RECORD_COLUMNS`.
 
-A record is a plain dict with every deterministic field present, in this order, and no nulls (contract: sample
-metadata). The run-dependent fields are added beside it and never enter the tar. Earlier versions lack the fields of
-`SINCE`; all are read, and a run that began with one goes on in it.
+A record is a plain dict with every field of its `schema_version` present, in the order of the table, and no nulls
+(contract: sample metadata). The run-dependent fields are stored next to it and never enter the tar. Records of earlier
+versions lack later fields; all are read, and a run that began with one continues in it.
 """
 
 from __future__ import annotations
@@ -11,77 +11,15 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from engine.job.plan import SCHEMA_VERSION, SampleSpec
+from engine.job.columns import NO_CLASS, RECORD_COLUMNS, SCHEMA_VERSION, Column
+from engine.job.plan import SampleSpec
 from engine.job.spec import JOINT_SEPARATOR
 
 STATUS_OK = "ok"
 STATUS_REJECTED = "rejected"
 STATUS_FAILED = "failed"
-NO_CLASS = -1
 # The `method` of real images in a merged data set, which no model has scored.
 REAL = "real"
-
-# Name -> type: "int", "float", "bool", "str", "ints", "floats", or a list of one of `ENTRY_FIELDS`.
-DETERMINISTIC_FIELDS: dict[str, str] = {
-    "schema_version": "int",
-    "key": "str",
-    "request": "str",
-    "method": "str",
-    "class_name": "str",
-    "class_index": "int",
-    "prompt": "str",
-    "context": "str",
-    "seed": "int",
-    "index": "int",
-    "status": "str",
-    "error_message": "str",
-    "scored": "bool",
-    "risk": "float",
-    "is_error": "bool",
-    "predicted_class": "int",
-    "p_label": "float",
-    "conformity": "float",
-    "conformity_margin": "float",
-    "kldb": "float",
-    "kldb_classes": "ints",
-    "kldb_balance": "float",
-    "kldb_mass": "float",
-    "entropy": "float",
-    "soft_label": "floats",
-    "temperature": "float",
-    "screened": "bool",
-    "guided_steps": "int",
-    "zero_gradients": "int",
-    "nonfinite_gradients": "int",
-    "oracle_class": "int",
-    "accepted": "bool",
-    "transfer": "transfers",
-    "judge": "judges",
-}
-RUN_FIELDS: dict[str, str] = {
-    "batch_size": "int",
-    "duration_seconds": "float",
-    "attempt": "int",
-    "worker": "str",
-    "sha256": "str",
-}
-# Entries of a list: a classifier that was scored and never guided on, and a CLIP model that was never guided on.
-ENTRY_FIELDS: dict[str, dict[str, str]] = {
-    "transfers": {"model": "str", "predicted_class": "int", "risk": "float"},
-    "judges": {"model": "str", "conformity": "float", "conformity_margin": "float"},
-}
-# Fields that came with a later version than the first.
-SINCE = {"judge": 2, "scored": 3}
-# Fields that models measured: of a row that is not scored they have the empty value, which means nothing.
-MEASURED = frozenset(
-    ["risk", "is_error", "predicted_class", "p_label", "conformity", "conformity_margin", "kldb", "kldb_classes",
-     "kldb_balance", "kldb_mass", "entropy", "temperature", "oracle_class", "transfer", "judge"]
-)  # fmt: skip
-
-_EMPTY: dict[str, Any] = {
-    "int": 0, "float": 0.0, "bool": False, "str": "", "ints": [], "floats": [], "transfers": [], "judges": [],
-}  # fmt: skip
-_CLASS_FIELDS = ("class_index", "predicted_class", "oracle_class")
 
 
 class SampleResult:
@@ -117,26 +55,27 @@ class SampleResult:
         return self._image
 
 
-def fields_of(version: int) -> dict[str, str]:
-    """Name and type of the deterministic fields of a schema version, in order.
+def columns_of(version: int) -> dict[str, Column]:
+    """The columns of the records of a schema version by name, in order.
 
     Raises:
         ValueError: a version that is not read here.
     """
     if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
         raise ValueError(f"schema_version {version!r} is not one of 1 to {SCHEMA_VERSION}")
-    return {name: kind for name, kind in DETERMINISTIC_FIELDS.items() if SINCE.get(name, 1) <= version}
+    return {column.name: column for column in RECORD_COLUMNS if column.since <= version}
 
 
 def in_version(record: dict[str, Any], version: int) -> dict[str, Any]:
     """A record as a schema version has it: fields of later ones are left out."""
-    return {name: record[name] for name in fields_of(version)} | {"schema_version": version}
+    return {name: record[name] for name in columns_of(version)} | {"schema_version": version}
 
 
 def upgraded(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record of any schema version in the present one; what it lacks is empty, and `scored` as `is_scored` says."""
     kept = {
-        name: _empty(kind) if record.get(name) is None else record[name] for name, kind in DETERMINISTIC_FIELDS.items()
+        column.name: column.empty if record.get(column.name) is None else record[column.name]
+        for column in RECORD_COLUMNS
     }
     return kept | {"schema_version": SCHEMA_VERSION, "scored": is_scored(kept | {"scored": record.get("scored")})}
 
@@ -153,12 +92,11 @@ def is_scored(record: Mapping[str, Any]) -> bool:
 
 
 def new_record(spec: SampleSpec) -> dict[str, Any]:
-    """A record with the identity of a sample and the empty value everywhere else, to be filled by whoever scores.
+    """A record with the identity of a sample and the empty value everywhere else, which the scorer replaces.
 
     A joint prompt has no class before it is scored: `class_name` then holds its classes joined by "and".
     """
-    record = {name: _empty(kind) for name, kind in DETERMINISTIC_FIELDS.items()}
-    record.update(dict.fromkeys(_CLASS_FIELDS, NO_CLASS))
+    record = {column.name: column.empty for column in RECORD_COLUMNS}
     record.update(
         schema_version=SCHEMA_VERSION,
         key=spec.key,
@@ -186,27 +124,33 @@ def check_record(record: dict[str, Any]) -> None:
     Raises:
         ValueError: naming the field and its value.
     """
-    fields = fields_of(record.get("schema_version", SCHEMA_VERSION))
-    if list(record) != list(fields):
-        odd = set(record).symmetric_difference(fields)
+    columns = columns_of(record.get("schema_version", SCHEMA_VERSION))
+    if list(record) != list(columns):
+        odd = set(record).symmetric_difference(columns)
         raise ValueError(f"record {record.get('key')!r}: fields missing, unknown or out of order: {sorted(odd)}")
-    for name, kind in fields.items():
-        if not _fits(record[name], kind):
-            raise ValueError(f"record {record['key']!r}: {name} = {record[name]!r} is not a valid {kind}")
+    for name, column in columns.items():
+        if not _fits(record[name], column):
+            raise ValueError(f"record {record['key']!r}: {name} = {record[name]!r} is not a valid {column.type}")
 
 
-def _empty(kind: str) -> Any:
-    value = _EMPTY[kind]
-    return list(value) if isinstance(value, list) else value
+def _fits(value: Any, column: Column) -> bool:
+    """Whether a value is of a column's type."""
+    if column.parts:
+        return isinstance(value, list) and all(_fits_parts(entry, column) for entry in value)
+    if column.type in ("ints", "floats"):
+        return isinstance(value, list) and all(_is_plain(item, column.type.removesuffix("s")) for item in value)
+    return _is_plain(value, column.type)
 
 
-def _fits(value: Any, kind: str) -> bool:
-    if parts := ENTRY_FIELDS.get(kind):
-        return isinstance(value, list) and all(
-            list(entry) == list(parts) and all(_fits(entry[key], parts[key]) for key in entry) for entry in value
-        )
-    if kind in ("ints", "floats"):
-        return isinstance(value, list) and all(_fits(one, kind[:-1]) for one in value)
+def _fits_parts(entry: Any, column: Column) -> bool:
+    """Whether an entry of a list has the column's parts, in order, each of its type."""
+    if not isinstance(entry, dict) or list(entry) != [part.name for part in column.parts]:
+        return False
+    return all(_is_plain(entry[part.name], part.type) for part in column.parts)
+
+
+def _is_plain(value: Any, kind: str) -> bool:
+    """Whether a value is of a plain type; numbers must be finite."""
     if kind == "float":
         return type(value) is float and math.isfinite(value)
     return type(value) is {"int": int, "bool": bool, "str": str}[kind]

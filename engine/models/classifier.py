@@ -1,4 +1,4 @@
-"""Image classifiers of every kind, with their own preprocessing and calibration temperature."""
+"""Image classifiers from folders, files and factories, with their preprocessing and calibration temperature."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from torch import Tensor
 from engine.errors import JobError
 from engine.models.addresses import resolve
 from engine.models.classifier_checks import check_classifier, class_names, read_temperature
-from engine.models.folders import TIMM_KEY, read_config
-from engine.models.preprocess import Preprocessing, Steps
-from engine.models.runtime import frozen, load_weights, loading
-from engine.models.targets import TargetSettings, is_foreign
+from engine.models.configurations import TIMM_KEY, read_config
+from engine.models.loading import frozen, load_weights, loading
+from engine.models.preprocessing import Preprocessing
+from engine.models.preprocessing_steps import Steps
+from engine.models.program_loading import open_program
+from engine.models.program_settings import TargetSettings
+from engine.models.programs import is_program
 
 
 class Classifier:
     """A classifier f with preprocessing and temperature: `logits = f(x) / T` over n classes.
 
     Attributes:
-        name: the address it was loaded from.
+        name: the address from which it was loaded.
         labels: class names in index order.
-        temperature: T, the field `temperature` of its config.json or settings, else 1.
+        temperature: T, the field `temperature` of its config.json or settings; 1 without it.
     """
 
     def __init__(
@@ -49,22 +52,12 @@ class Classifier:
         """Load from `zoo:`, a folder or a hub id (safetensors only), a file or a factory; always in float32.
 
         Raises:
-            JobError: it cannot be loaded, or is not known to be scored rightly.
+            JobError: it cannot be loaded, or is not known to be scored with correctly.
         """
-        if is_foreign(address):
-            from engine.models.foreign import open_foreign
-
-            network, settings = open_foreign(address, device)
-            return cls(
-                network,
-                Preprocessing.plain(address, _steps(settings)),
-                name=address,
-                labels=settings.labels,
-                temperature=settings.temperature,
-                device=device,
-            )
+        if is_program(address):
+            return cls._load_program(address, device)
         folder, model = resolve(address), frozen(load_network(address), device)
-        made = cls(
+        classifier = cls(
             lambda pixels: model(pixel_values=pixels).logits,
             Preprocessing.load(folder),
             name=address,
@@ -72,17 +65,30 @@ class Classifier:
             temperature=read_temperature(read_config(folder / "config.json"), address),
             device=device,
         )
-        made._try()
-        return made
+        classifier._try()
+        return classifier
+
+    @classmethod
+    def _load_program(cls, address: str, device: str) -> Classifier:
+        network, settings = open_program(address, device)
+        return cls(
+            network,
+            Preprocessing.plain(address, _steps(settings)),
+            name=address,
+            labels=settings.labels,
+            temperature=settings.temperature,
+            device=device,
+        )
 
     def _try(self) -> None:
-        """Show it a black image.
+        """Score a black image.
 
         Raises:
-            JobError: its network does not take what its image processor makes, or has other classes than it says.
+            JobError: the network does not take what its image processor gives, or has another number of classes than
+                its config.json.
         """
         black = PIL.Image.new("RGB", (64, 64))
-        with loading(self.name, "a classifier of images as its image processor makes them"):
+        with loading(self.name, "a classifier of images from its image processor"):
             shape = self.score([black]).shape
         if shape != (1, len(self.labels)):
             raise JobError(
@@ -96,14 +102,14 @@ class Classifier:
 
     @torch.no_grad()
     def score(self, images: Sequence[PIL.Image.Image]) -> Tensor:
-        """Temperature-scaled logits [B, n] of 8-bit images, on the CPU: what plain transformers gives, divided by T."""
+        """Temperature-scaled logits [B, n] of 8-bit images, on the CPU: those of plain transformers, divided by T."""
         return self._forward(self._preprocessing.of_images(images).to(self._device)).cpu()
 
     def _forward(self, pixel_values: Tensor) -> Tensor:
         """Scaled logits [B, n].
 
         Raises:
-            JobError: the network gives something of another shape; what is tried at loading need not show it.
+            JobError: the output has another shape, which the trial at loading may not show.
         """
         logits, wanted = self._network(pixel_values), (len(pixel_values), len(self.labels))
         if tuple(logits.shape) != wanted:
@@ -115,7 +121,7 @@ class Classifier:
 
 
 def _steps(settings: TargetSettings) -> Steps:
-    """The preprocessing that settings describe."""
+    """The preprocessing steps that settings describe."""
     height, width = settings.shape
     return Steps(
         resize={"height": height, "width": width} if settings.resize is None else {"shortest_edge": settings.resize},
@@ -128,7 +134,7 @@ def _steps(settings: TargetSettings) -> Steps:
 
 
 def load_network(address: str) -> Any:
-    """The network of a classifier in float32, without preprocessing and temperature; its parameters have gradients.
+    """The network of a classifier's folder in float32, without preprocessing and temperature, for training.
 
     Raises:
         JobError: it cannot be loaded.
@@ -139,13 +145,15 @@ def load_network(address: str) -> Any:
     check_classifier(folder, address)
     config = read_config(folder / "config.json")
     with loading(address, "a classifier"):
-        more = {"config": _timm_config(config)} if TIMM_KEY in config else {}
-        return load_weights(AutoModelForImageClassification, folder, **more)
+        options = {"config": _timm_config(config)} if TIMM_KEY in config else {}
+        return load_weights(AutoModelForImageClassification, folder, **options)
 
 
 def _timm_config(config: dict[str, Any]) -> Any:
-    """transformers' configuration of a network that timm saved: since 1.0.31 timm writes the classes into the arguments
-    of the network too, where transformers gives them a second time.
+    """transformers' configuration of a network that timm saved.
+
+    Since 1.0.31 timm also writes the number of classes into the arguments of the network, to which transformers adds it
+    a second time.
     """
     from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 

@@ -1,4 +1,4 @@
-"""CLIP models: embeddings of images and of class prompts; image encoders of Stable unCLIP pipelines."""
+"""CLIP models, which embed images and class prompts, and the image encoders of Stable unCLIP pipelines."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from engine.errors import JobError
 from engine.methods.finiteness import usable_embeds
 from engine.models.addresses import resolve
-from engine.models.classifier_checks import check_clip
-from engine.models.preprocess import Preprocessing
-from engine.models.runtime import frozen, load_weights, loading
+from engine.models.clip_checks import check_clip
+from engine.models.loading import frozen, load_weights, loading
+from engine.models.preprocessing import Preprocessing
 
 TEXT_BATCH = 256
 
@@ -23,7 +23,7 @@ class Clip:
     """A CLIP model with its tokenizer and preprocessing, in float32.
 
     Attributes:
-        name: the address it was loaded from.
+        name: the address from which it was loaded.
     """
 
     def __init__(self, model: Any, tokenizer: Any, preprocessing: Preprocessing, device: str, *, name: str) -> None:
@@ -48,17 +48,17 @@ class Clip:
         with loading(address, "a CLIP model"):
             model = load_weights(CLIPModel, folder)
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        made = cls(model, tokenizer, Preprocessing.load(folder), device, name=address)
-        with loading(address, "a CLIP model of images as its image processor makes them"):
-            made.image_embeds([PIL.Image.new("RGB", (64, 64))])
-        return made
+        clip = cls(model, tokenizer, Preprocessing.load(folder), device, name=address)
+        with loading(address, "a CLIP model of images from its image processor"):
+            clip.image_embeds([PIL.Image.new("RGB", (64, 64))])
+        return clip
 
     @torch.no_grad()
     def text_embeds(self, prompts: Sequence[str]) -> Tensor:
         """Projected text embeddings [len(prompts), d] on the CPU, not normalised.
 
         Raises:
-            JobError: an embedding is not finite or has no direction; no cosine with it has a meaning.
+            JobError: an embedding is not finite or zero, so that no cosine with it is defined.
         """
         chunks = [prompts[start : start + TEXT_BATCH] for start in range(0, len(prompts), TEXT_BATCH)]
         embeds = torch.cat([self._text_embeds(chunk) for chunk in chunks])
@@ -95,7 +95,7 @@ class Clip:
 class ImageEncoder:
     """The image encoder of a Stable unCLIP pipeline with its preprocessing, in float32.
 
-    Its embeddings are what the pipeline's UNet is conditioned on; class statistics are of this space.
+    The pipeline's UNet is conditioned on its embeddings; class statistics are in the same space.
     """
 
     def __init__(self, model: Any, preprocessing: Preprocessing, device: str) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import JobError
 from engine.job.spec import JobSpec
-from engine.models.targets import module_of
+from engine.models.factories import find_factory, module_of, reason_of
 
 if TYPE_CHECKING:
     from engine.methods.custom.guide import Criterion
@@ -62,8 +62,6 @@ def method_digest(address: str) -> str:
     Raises:
         JobError: there is no such module or function, or it has no file.
     """
-    from engine.models.foreign import find_factory
-
     find_factory(address)
     file = getattr(sys.modules[module_of(address)[0]], "__file__", None)
     if file is None:
@@ -77,8 +75,6 @@ def load_method(address: str, parameters: dict[str, Any]) -> Criterion:
     Raises:
         JobError: no such module or factory, other parameters than it takes, it fails, or it gives something else.
     """
-    from engine.models.foreign import find_factory, reason_of
-
     factory = find_factory(address)
     _check_parameters(address, factory, parameters)
     try:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from engine.models.addresses import resolve
-from engine.models.folders import weights_variant
+from engine.models.hardware import Hardware
+from engine.models.loading import frozen, loading, whole
 from engine.models.pipelines import check_decoder
-from engine.models.runtime import Hardware, frozen, loading, whole
+from engine.models.weight_files import weights_variant
 
 
 class GuidanceDecoder:

@@ -15,7 +15,16 @@ from engine.methods.sampling.families import ModelScheduler
 from engine.methods.sampling.schedulers import Sampler
 from engine.methods.sampling.spec import SamplingSpec
 from engine.models.addresses import resolve
-from engine.models.folders import weights_variant
+from engine.models.hardware import (
+    CHECKPOINTING_PIXELS,
+    CPU_LATENT_PIXELS,
+    CPU_ROWS,
+    Hardware,
+    compiled,
+    head_sizes,
+    xformers_problem,
+)
+from engine.models.loading import frozen, loading, whole
 from engine.models.pipelines import (
     OLD_SAMPLE_SIZE,
     check_pipeline,
@@ -24,20 +33,9 @@ from engine.models.pipelines import (
     is_unclip,
     read_scheduler,
 )
-from engine.models.runtime import (
-    CHECKPOINTING_PIXELS,
-    CPU_LATENT_PIXELS,
-    CPU_ROWS,
-    Hardware,
-    compiled,
-    frozen,
-    head_sizes,
-    loading,
-    whole,
-    xformers_problem,
-)
 from engine.models.safety import SafetyChecker
 from engine.models.unclip import EmbeddingNoiser
+from engine.models.weight_files import weights_variant
 
 # Prompts whose embeddings are kept on the device: 120 kB each for Stable Diffusion 1.x in half precision.
 MAX_EMBEDDINGS = 1024

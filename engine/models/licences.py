@@ -1,4 +1,4 @@
-"""The licence of a model, as far as its files say. Nothing is guessed: what they do not say is unknown."""
+"""The licence of a model by its files. Nothing is guessed: without a statement it is `unknown`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import yaml
 
 from engine.errors import JobError
 from engine.models.addresses import locate
-from engine.models.targets import is_foreign
+from engine.models.programs import is_program
 
 UNKNOWN = "unknown"
-# The embedded models are the project's.
+# The models of the zoo are the project's own.
 OF_ZOO = "apache-2.0"
 MAX_CHARS = 100
 _MAX_READ = 2**20
@@ -27,14 +27,14 @@ _KNOWN = (
 
 
 def licence_of(address: str) -> str:
-    """The licence's name: `license` of the README.md's header in the model's folder, or what its LICENSE file is.
+    """The licence's name: `license` in the header of the folder's README.md, or the licence in its LICENSE file.
 
     Returns:
-        `unknown` where nothing is said; `in LICENSE` where a file with that name has another text than those known.
+        `unknown` where there is neither; `in LICENSE` where the file of that name has a text that is not recognised.
     """
     if address.startswith("zoo:"):
         return OF_ZOO
-    if is_foreign(address):
+    if is_program(address):
         return UNKNOWN
     with suppress(JobError, OSError):
         folder = locate(address).folder
@@ -44,9 +44,9 @@ def licence_of(address: str) -> str:
 
 
 def _of_header(path: Path) -> str:
-    found = _FRONT_MATTER.match(_read(path))
+    match = _FRONT_MATTER.match(_read(path))
     try:
-        header: Any = yaml.safe_load(found[1]) if found else None
+        header: Any = yaml.safe_load(match[1]) if match else None
     except (yaml.YAMLError, ValueError, RecursionError):
         return ""
     if not isinstance(header, dict):

@@ -22,17 +22,9 @@ from engine.methods.sampling.families import (
     shown,
     training_problems,
 )
-from engine.models.folders import (
-    PIPELINE_INDEX,
-    conversion_line,
-    need_file,
-    part_classes,
-    read_config,
-    readable,
-    weighted_parts,
-    weights_problem,
-)
-from engine.models.processors import check_processor
+from engine.models.configurations import PIPELINE_INDEX, need_file, part_classes, read_config, readable
+from engine.models.processor_checks import check_processor
+from engine.models.weight_files import conversion_line, weighted_parts, weights_problem
 
 STABLE_DIFFUSION, UNCLIP = "StableDiffusionPipeline", "StableUnCLIPImg2ImgPipeline"
 SAFETY_CHECKER = "safety_checker"

@@ -12,9 +12,11 @@ import torch
 
 from engine.errors import JobError
 from engine.methods.finiteness import EMBEDS_FAULT, usable_embeds
-from engine.models.folders import part_classes, weights_variant
+from engine.models.configurations import part_classes
+from engine.models.hardware import Hardware
+from engine.models.loading import frozen, whole
 from engine.models.pipelines import SAFETY_CHECKER
-from engine.models.runtime import Hardware, frozen, whole
+from engine.models.weight_files import weights_variant
 
 FEATURES = "feature_extractor"
 FLAGGED = "the pipeline's safety checker flagged the image"

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.models.folders import read_config, weights_variant
-from engine.models.runtime import whole
+from engine.models.configurations import read_config
+from engine.models.loading import whole
+from engine.models.weight_files import weights_variant
 
 
 class EmbeddingNoiser:

@@ -1,1 +1,1 @@
-"""The report of a run: one HTML file that needs nothing beside itself."""
+"""The report of a run: one HTML file that needs no other file."""

@@ -11,21 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
+from engine.job.columns import Column
+
 NUM_BINS = 36
 WIDTH, HEIGHT = 440, 254
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 12, 48
 LOG_FLOOR = 1e-3  # below this a risk or a KLDB is zero to every reader
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """How a score is drawn: its axis label, unit and whether the axis is logarithmic."""
-
-    name: str
-    title: str
-    unit: str
-    log: bool
-    meaning: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,26 +66,34 @@ def nice_ticks(low: float, high: float, most: int) -> list[float]:
     return [round(number * step, 10) for number in range(first, last + 1)]
 
 
-def histogram(score: Score, series: list[tuple[str, np.ndarray]]) -> Markup:
+def histogram(score: Column, series: list[tuple[str, np.ndarray]]) -> Markup:
     """The chart of a score.
 
     Args:
+        score: its column.
         series: name and values of each; series without values are kept out of the drawing but keep their colour.
     """
     filled = [values for _, values in series if len(values)]
     if not filled:
         return Markup('<p class="note">No scored sample.</p>')
-    axis = make_axis(np.concatenate(filled), score.log)
+    axis = make_axis(np.concatenate(filled), score.axis == "log")
     shares = [_shares(axis, values) for _, values in series]
     top = max(float(share.max()) for share in shares) * 1.05
     lines = [_frame(score, axis, top)]
     for number, ((name, values), share) in enumerate(zip(series, shares, strict=True)):
         if len(values):
-            lines.append(_series(number, name, axis, share, top, float(np.median(values)), score.unit))
+            lines.append(_series(number, name, axis, share, top, float(np.median(values)), score.unit.name))
     label = f"Histogram of {score.title} by request"
     return Markup(
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">' + "".join(lines) + "</svg>"
     )
+
+
+def axis_title(score: Column) -> str:
+    """The title of an axis, with unit and scale."""
+    notes = [score.unit.name, "log scale" if score.axis == "log" else ""]
+    note = ", ".join(filter(None, notes))
+    return f"{score.title} ({note})" if note else score.title
 
 
 def _shares(axis: Axis, values: np.ndarray) -> np.ndarray:
@@ -111,7 +110,7 @@ def _y(share: float, top: float) -> float:
     return HEIGHT - BOTTOM - share / top * (HEIGHT - TOP - BOTTOM)
 
 
-def _frame(score: Score, axis: Axis, top: float) -> str:
+def _frame(score: Column, axis: Axis, top: float) -> str:
     """Grid lines, ticks and axis titles."""
     floor, parts = HEIGHT - BOTTOM, []
     for tick in nice_ticks(0, top, 4):
@@ -123,9 +122,8 @@ def _frame(score: Score, axis: Axis, top: float) -> str:
         parts.append(f'<path class="tick" d="M{x:.1f} {floor}v4"/>')
         parts.append(f'<text x="{x:.1f}" y="{floor + 19}" text-anchor="middle">{text}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {floor}H{WIDTH - RIGHT}"/>')
-    unit = f" ({score.unit}{', log scale' if score.log else ''})" if score.unit else ""
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{escape(score.title + unit)}</text>')
+    parts.append(f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{escape(axis_title(score))}</text>')
     y = (TOP + floor) / 2
     parts.append(f'<text transform="translate(12 {y}) rotate(-90)" text-anchor="middle">samples (%)</text>')
     return "".join(parts)

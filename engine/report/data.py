@@ -1,4 +1,4 @@
-"""What the report says, gathered from a run's `manifest.json` and `metadata.parquet`.
+"""What the report shows, gathered from a run's `manifest.json` and `metadata.parquet`.
 
 The metadata is read by columns; whole rows are read only for the samples that are shown.
 """
@@ -13,22 +13,22 @@ import numpy as np
 
 from engine.data.run.outcomes import errors, joint_rows, oracle_agreement, scored_rows
 from engine.data.run.schema import check_rows
-from engine.data.run.summary import LATER_COLUMNS
+from engine.data.run.summary import SUMMARY_COLUMNS
 from engine.data.stores.file_errors import shown
-from engine.job.records import NO_CLASS, STATUS_FAILED
+from engine.job.columns import BY_NAME, NO_CLASS, Column, Role, by_rank, columns_with, stored_names
+from engine.job.records import STATUS_FAILED
 from engine.report.text import joined
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from pyarrow.dataset import Dataset, Expression
 
-SCORES = ("risk", "kldb", "conformity", "entropy")
 _TEXTS = ["request", "method", "context", "class_name", "status", "worker"]
 _NUMBERS = (
     "class_index", "predicted_class", "oracle_class", "is_error", "accepted", "surplus", "seed", "guided_steps",
     "zero_gradients", "nonfinite_gradients", "duration_seconds", "batch_size",
+    *(column.name for column in columns_with(Role.DRAWN)),
 )  # fmt: skip
-_OTHERS = ("key", "kldb_classes", "transfer")
 MAX_CONFUSION_CLASSES = 50
 MAX_PAIRS = 25
 MAX_MESSAGES = 10
@@ -53,7 +53,7 @@ class Rows:
     """The columns of every attempt that tables and charts are made of.
 
     Attributes:
-        numbers: the columns of numbers by name.
+        numbers: the columns of numbers by name; of a run of an earlier schema version without later ones.
         scored: whether models scored a row.
         target_errs: whether the target predicts a class that was not asked for.
         oracle_agrees: whether the oracle predicts one that was.
@@ -74,9 +74,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.request.codes)
 
-    def main_score(self, request: int) -> np.ndarray:
-        """The score that a request is about: KLDB between classes, risk otherwise."""
-        return self.numbers["kldb" if self.subsets[request] else "risk"]
+    def main_score(self, request: int) -> Column:
+        """The score that a request aims at: KLDB between classes, risk otherwise."""
+        return BY_NAME["kldb" if self.subsets[request] else "risk"]
+
+    def drawn_scores(self) -> list[Column]:
+        """The scores that charts show, in the order of the page."""
+        return [column for column in by_rank(columns_with(Role.DRAWN)) if column.name in self.numbers]
 
     def scores_of(self, request: int, score: str) -> np.ndarray:
         """A score over the scored samples of a request."""
@@ -94,8 +98,9 @@ def read_table(path: Path) -> pa.Table:
     """The columns of every attempt that tables and charts are made of."""
     import pyarrow.parquet as pq
 
-    later = [name for name in LATER_COLUMNS if name in open_metadata(path).schema.names]
-    table = pq.read_table(path, columns=[*_TEXTS, *_NUMBERS, *SCORES, *_OTHERS, *later], read_dictionary=_TEXTS)
+    names = dict.fromkeys([*_TEXTS, *_NUMBERS, *SUMMARY_COLUMNS])
+    columns = stored_names(names, open_metadata(path).schema.names)
+    table = pq.read_table(path, columns=columns, read_dictionary=_TEXTS)
     check_rows(table, shown(path))
     return table
 
@@ -103,7 +108,7 @@ def read_table(path: Path) -> pa.Table:
 def make_rows(table: pa.Table) -> Rows:
     """The rows of a table that `read_table` gave."""
     texts = {name: _categories(table.column(name)) for name in ("request", "class_name", "status", "context", "worker")}
-    numbers = {name: table.column(name).to_numpy() for name in (*_NUMBERS, *SCORES)}
+    numbers = {name: table.column(name).to_numpy() for name in stored_names(_NUMBERS, table.column_names)}
     scored = scored_rows(table)
     return Rows(
         **texts,
@@ -132,7 +137,7 @@ def _subsets(table: pa.Table, request: Categories, joint: np.ndarray) -> list[tu
     subsets: list[tuple[int, ...]] = []
     for code in range(len(request.names)):
         first = np.flatnonzero((request.codes == code) & joint)[:1]
-        subsets += [tuple(one) for one in table["kldb_classes"].take(first).to_pylist()] or [()]
+        subsets += [tuple(classes) for classes in table["kldb_classes"].take(first).to_pylist()] or [()]
     return subsets
 
 
@@ -166,28 +171,28 @@ def name_of(index: int, names: dict[int, str]) -> str:
 
 def subset_name(subset: tuple[int, ...], names: dict[int, str]) -> str:
     """The classes of a joint prompt for a reader."""
-    return joined((name_of(one, names) for one in subset), MAX_SUBSET, " and ")
+    return joined((name_of(index, names) for index in subset), MAX_SUBSET, " and ")
 
 
 def conditioned(rows: Rows, names: dict[int, str]) -> list[tuple[str, frozenset[int], np.ndarray]]:
     """What samples were conditioned on: name, classes, and which scored rows; the classes first, then the subsets."""
     joint = np.array([bool(subset) for subset in rows.subsets], dtype=bool)[rows.request.codes]
     single = rows.scored & ~joint
-    found: dict[tuple[int, ...], np.ndarray] = {
+    rows_of: dict[tuple[int, ...], np.ndarray] = {
         (int(index),): single & (rows.numbers["class_index"] == index)
         for index in np.unique(rows.numbers["class_index"][single])
     }
     for code, subset in enumerate(rows.subsets):
         if subset:
             here = rows.scored & (rows.request.codes == code)
-            found[subset] = found.get(subset, np.zeros(len(rows), dtype=bool)) | here
-    return [(subset_name(classes, names), frozenset(classes), here) for classes, here in found.items()]
+            rows_of[subset] = rows_of.get(subset, np.zeros(len(rows), dtype=bool)) | here
+    return [(subset_name(classes, names), frozenset(classes), here) for classes, here in rows_of.items()]
 
 
 def confusion(rows: Rows, names: dict[int, str]) -> Confusion | None:
     """The confusion table, or None with too many classes for one, or with no scored sample."""
     predicted = rows.numbers["predicted_class"]
-    columns = sorted({int(one) for one in np.unique(predicted[rows.scored])} | set(names))
+    columns = sorted({int(index) for index in np.unique(predicted[rows.scored])} | set(names))
     if len(columns) > MAX_CONFUSION_CLASSES or not rows.scored.any():
         return None
     lines = []
@@ -206,8 +211,8 @@ def error_pairs(rows: Rows, names: dict[int, str]) -> list[tuple[str, str, int]]
     of_subset = numbers[rows.request.codes]
     asked = np.where(of_subset < 0, of_subset, rows.numbers["class_index"])
     pairs = np.stack([asked[wrong], rows.numbers["predicted_class"][wrong]], axis=1)
-    found, counts = np.unique(pairs, axis=0, return_counts=True)
-    order = np.lexsort((found[:, 1], found[:, 0], -counts))[:MAX_PAIRS]
+    unique, counts = np.unique(pairs, axis=0, return_counts=True)
+    order = np.lexsort((unique[:, 1], unique[:, 0], -counts))[:MAX_PAIRS]
     return [
         (
             subset_name(subsets[-1 - asked_class], names) if asked_class < 0 else name_of(asked_class, names),
@@ -215,7 +220,7 @@ def error_pairs(rows: Rows, names: dict[int, str]) -> list[tuple[str, str, int]]
             int(counts[place]),
         )
         for place in order
-        for asked_class, predicted in [map(int, found[place])]
+        for asked_class, predicted in [map(int, unique[place])]
     ]
 
 
@@ -230,7 +235,7 @@ def failures(metadata: Dataset, among: Expression | None = None) -> list[tuple[s
     is_failed = pc.field("status") == STATUS_FAILED
     table = metadata.to_table(columns=["error_message"], filter=is_failed if among is None else is_failed & among)
     counted = sorted(
-        ((one["values"], one["counts"]) for one in pc.value_counts(table.column("error_message")).to_pylist()),
+        ((entry["values"], entry["counts"]) for entry in pc.value_counts(table.column("error_message")).to_pylist()),
         key=lambda pair: (-pair[1], pair[0]),
     )
     return counted[:MAX_MESSAGES]
@@ -243,5 +248,5 @@ def read_samples(metadata: Dataset, numbers: list[int]) -> list[dict[str, Any]]:
     if not numbers:
         return []
     order = sorted(numbers)
-    found = dict(zip(order, metadata.take(pa.array(order, pa.int64())).to_pylist(), strict=True))
-    return [found[number] for number in numbers]
+    records = dict(zip(order, metadata.take(pa.array(order, pa.int64())).to_pylist(), strict=True))
+    return [records[number] for number in numbers]

@@ -1,4 +1,4 @@
-"""What `riskforge evaluate` found, as it is stored in `evaluation.json` and as the report shows it."""
+"""The results of `riskforge evaluate`, as they are stored in `evaluation.json` and as the report shows them."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Quality(_Part):
 
 
 class Qualities(_Part):
-    """The requests against one other set, with the name of the features that tell.
+    """The requests against one other set, with the name of the features.
 
     Attributes:
         against: the set in words.
@@ -151,7 +151,7 @@ class Slice(_Part):
     Attributes:
         texts: texts that its images are nearer to than all samples are, with the difference of the cosines.
         confusions: conditioned class, predicted class, count; the most frequent ones.
-        neighbourhood: error rate of all samples that lie as near to its centre as its own do.
+        neighbourhood: error rate of all samples as near to its centre as its own are.
     """
 
     texts: tuple[tuple[str, float], ...]
@@ -234,7 +234,7 @@ class Evaluation(_Part):
 
 
 def read_evaluation(store: Store) -> Evaluation | None:
-    """What the last evaluation of a run found, or None.
+    """The results of the last evaluation of a run, or None.
 
     Raises:
         CorruptShardError: it cannot be read.

@@ -1,4 +1,4 @@
-"""The gallery: which samples are shown, their thumbnails, and what is said of each.
+"""The gallery: which samples are shown, their thumbnails, and the texts of each.
 
 The number of samples and the bytes of their images are bounded whatever the run's size, and the choice depends on
 the metadata alone, so that equal runs give equal reports.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ from PIL import Image
 from engine.data.images.decode import MAX_SAMPLE_PIXELS, UnusableImageError, decode_sample, open_image
 from engine.data.run.counts import is_joint
 from engine.data.run.outcomes import asked_classes, target_errs
-from engine.job.records import NO_CLASS, STATUS_OK, is_scored
+from engine.job.columns import BY_NAME, NO_CLASS, Column, Role, by_rank, columns_with, entry_scores_with
+from engine.job.records import STATUS_OK, is_scored
 from engine.report.data import Rows, name_of, subset_name
 from engine.report.text import clip, joined, number
 
@@ -30,27 +32,13 @@ TINY_PIXELS = 96  # up to here an image is shown as it is, with its pixels visib
 THUMBNAIL_STEPS = ((256, 85), (192, 80), (160, 70), (128, 60), (96, 40), (64, 30))
 MAX_TEXT = 1500
 MAX_LIST = 20
+NUM_TILE_SCORES = 3
 
-SORT_SCORES = {
-    "risk": "Risk",
-    "kldb": "KLDB",
-    "conformity": "Conformity",
-    "entropy": "Entropy",
-    "p_label": "Probability of the label",
-    "conformity_margin": "Conformity margin",
-    "kldb_balance": "KLDB, balance",
-    "kldb_mass": "KLDB, mass",
-}
-# Those that a range of can be chosen.
-RANGE_SCORES = ("risk", "conformity", "kldb", "entropy", "p_label")
-# Of the judge, where there is one.
-JUDGE_SCORES = {"judge_conformity": "Conformity, judge", "judge_conformity_margin": "Conformity margin, judge"}
 OUTCOMES = {
     "error": "Target errs",
     "valid": "Target errs, oracle agrees",
     "right": "Target predicts what was asked for",
 }
-_CLASS_FIELDS = ("class_index", "predicted_class", "oracle_class")
 
 
 def select(rows: Rows, limit: int = MAX_SAMPLES) -> list[int]:
@@ -65,8 +53,9 @@ def select(rows: Rows, limit: int = MAX_SAMPLES) -> list[int]:
         here = np.flatnonzero(rows.request.codes == code)
         with_image = rows.status.is_one_of(here, STATUS_OK)
         others = here[~with_image][: max(1, quota // 8)]
-        found = _spread(here[with_image], rows.main_score(code)[here[with_image]], max(quota - len(others), 0))
-        chosen += [*found, *others.tolist()][:quota]
+        scores = rows.numbers[rows.main_score(code).name]
+        spread = _spread(here[with_image], scores[here[with_image]], max(quota - len(others), 0))
+        chosen += [*spread, *others.tolist()][:quota]
     return chosen
 
 
@@ -74,7 +63,7 @@ def _spread(numbers: np.ndarray, scores: np.ndarray, quota: int) -> list[int]:
     """Up to `quota` of the row numbers, from the highest score to the lowest."""
     order = numbers[np.lexsort((numbers, -scores))]
     if len(order) <= quota:
-        return [int(one) for one in order]
+        return [int(number) for number in order]
     num_extreme = quota // 8
     even = np.linspace(0, len(order) - 1, max(quota - 2 * num_extreme, 1)).astype(int)
     places = set(even) | set(range(num_extreme)) | set(range(len(order) - num_extreme, len(order)))
@@ -130,7 +119,7 @@ class Tile:
 
     Attributes:
         image: data URI of the thumbnail; empty where there is none.
-        blank: what stands in place of a missing image.
+        blank: text in place of a missing image.
         outcomes: which of `OUTCOMES` hold of it.
         record: all its metadata.
     """
@@ -166,8 +155,7 @@ def make_groups(rows: Rows, chosen: list[int], tiles: list[Tile]) -> list[Group]
     for code in dict.fromkeys(rows.request.codes[chosen].tolist()):
         some = [tile for row, tile in zip(chosen, tiles, strict=True) if rows.request.codes[row] == code]
         total = int(np.count_nonzero(rows.request.codes == code))
-        score = "KLDB" if rows.subsets[code] else "risk"
-        note = f"{len(some):,} of {total:,}, by {score} from high to low"
+        note = f"{len(some):,} of {total:,}, by {rows.main_score(code).label} from high to low"
         groups.append(Group(rows.request.names[code], note, some))
     return groups
 
@@ -187,9 +175,14 @@ def make_tile(record: dict[str, Any], image: bytes, names: dict[int, str], budge
         predicted=clip(predicted, 60),
         oracle="" if record["oracle_class"] == NO_CLASS else clip(name_of(record["oracle_class"], names), 60),
         outcomes=_outcomes(record) if scored else [],
-        scores={SORT_SCORES[name]: number(record[name]) for name in list(SORT_SCORES)[:3]} if scored else {},
+        scores={column.title: number(record[column.name]) for column in _tile_scores()} if scored else {},
         record=record,
     )
+
+
+def _tile_scores() -> tuple[Column, ...]:
+    """The scores below an image; every schema version has them."""
+    return tuple(column for column in by_rank(columns_with(Role.SORTS)) if column.since == 1)[:NUM_TILE_SCORES]
 
 
 def _conditioned(record: dict[str, Any], names: dict[int, str]) -> str:
@@ -229,38 +222,70 @@ def gallery_json(tiles: list[Tile], names: dict[int, str]) -> Markup:
 
 
 def sort_scores(record: dict[str, Any]) -> dict[str, float]:
-    """The scores of a sample that the gallery sorts by; those of the judge where it has any."""
-    found = {name: float(record[name]) for name in SORT_SCORES}
-    for entry in record.get("judge", [])[:1]:
-        found |= {name: float(entry[name.removeprefix("judge_")]) for name in JUDGE_SCORES}
-    return found
+    """The scores of a sample that the gallery sorts by; those of entries, such as the judge's, where it has any."""
+    scores = {name: float(record[name]) for name in sort_titles([record]) if name in record}
+    for name, entry in entry_scores_with(Role.SORTS).items():
+        if entries := record.get(entry.column.name):
+            scores[name] = float(entries[0][entry.part.name])
+    return scores
+
+
+def sort_titles(records: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The scores that records can be sorted by, with their titles: those that any of them has."""
+    columns = [column for column in by_rank(columns_with(Role.SORTS)) if _is_stored(column, records)]
+    entries = {
+        name: entry.title
+        for name, entry in entry_scores_with(Role.SORTS).items()
+        if any(record.get(entry.column.name) for record in records)
+    }
+    return {column.name: column.title for column in columns} | entries
+
+
+def range_titles(records: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The scores that records can be limited by, with their titles: first those of the charts."""
+    columns = sorted(columns_with(Role.RANGES), key=lambda column: column.rank is None)
+    return {column.name: column.title for column in columns if _is_stored(column, records)}
+
+
+def _is_stored(column: Column, records: Sequence[dict[str, Any]]) -> bool:
+    """Whether records have a column; those of an earlier schema version lack later ones."""
+    return column.since == 1 or any(column.name in record for record in records)
 
 
 def _field_text(name: str, value: Any, names: dict[int, str]) -> str:
-    """A field of the metadata for a reader; long lists and texts are cut, and say so."""
-    if name == "transfer":
-        return joined((_transfer_text(one, names) for one in value), MAX_LIST)
-    if name == "judge":
-        return joined((_judge_text(one) for one in value), MAX_LIST)
-    if name == "soft_label":
-        return joined((f"{name_of(index, names)} {share:.4g}" for index, share in enumerate(value) if share), MAX_LIST)
-    if name == "kldb_classes":
-        return joined((_class_text(one, names) for one in value), MAX_LIST)
-    if name in _CLASS_FIELDS:
+    """A field of the metadata for a reader; long lists and texts are cut, and end in an ellipsis."""
+    column = BY_NAME.get(name)
+    if isinstance(value, list):
+        return joined(_item_texts(column, value, names), MAX_LIST)
+    if column is not None and column.is_class:
         return _class_text(value, names)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.6g}" if isinstance(value, float) else clip(str(value), MAX_TEXT)
+    return _plain_text(value)
+
+
+def _item_texts(column: Column | None, values: list[Any], names: dict[int, str]) -> Iterator[str]:
+    """The items of a list for a reader: entries of models, classes, or shares of the classes."""
+    if column is not None and column.parts:
+        return (_entry_text(column, entry, names) for entry in values)
+    if column is not None and column.is_class:
+        return (_class_text(index, names) for index in values)
+    return (f"{name_of(index, names)} {share:.4g}" for index, share in enumerate(values) if share)
 
 
 def _class_text(index: int, names: dict[int, str]) -> str:
     return "none" if index == NO_CLASS else f"{index} ({name_of(index, names)})"
 
 
-def _transfer_text(entry: dict[str, Any], names: dict[int, str]) -> str:
-    return f"{entry['model']}: {_class_text(entry['predicted_class'], names)}, risk {entry['risk']:.6g}"
+def _entry_text(column: Column, entry: dict[str, Any], names: dict[int, str]) -> str:
+    """An entry of a list: the model, then what it measured."""
+    model, *measured = column.parts
+    texts = [
+        _class_text(entry[part.name], names) if part.is_class else f"{part.label} {_plain_text(entry[part.name])}"
+        for part in measured
+    ]
+    return f"{entry[model.name]}: {', '.join(texts)}"
 
 
-def _judge_text(entry: dict[str, Any]) -> str:
-    margin = entry["conformity_margin"]
-    return f"{entry['model']}: conformity {entry['conformity']:.6g}, margin {margin:.6g}"
+def _plain_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.6g}" if isinstance(value, float) else clip(str(value), MAX_TEXT)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from engine.data.run.summary import GroupSummary, Spread, TransferSummary, summarise_table
+from engine.data.run.summary import GroupSummary, shown_entry_scores, shown_scores, summarise_table
+from engine.job.columns import Role, by_rank
 from engine.report.text import ABSENT, clip, number, percent
 
 if TYPE_CHECKING:
@@ -16,8 +19,8 @@ MAX_NAME_CHARS = 400
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
-    """Heading of a column, and a second line in smaller print."""
+class Heading:
+    """Heading of a column of a table, and a second line in smaller print."""
 
     name: str
     note: str = ""
@@ -35,11 +38,19 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The summary table; `num_left_out` lines of contexts are not shown."""
+    """A table of figures; `num_left_out` lines, in the summary those of contexts, are not shown."""
 
-    columns: list[Column]
+    columns: list[Heading]
     lines: list[Line]
     num_left_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A column of a summary: its heading, and what gives the cell of a group."""
+
+    heading: Heading
+    cell: Callable[[GroupSummary], tuple[str, str]]
 
 
 def summary_table(groups: list[GroupSummary], totals: list[GroupSummary], max_lines: int = MAX_LINES) -> Table:
@@ -50,8 +61,7 @@ def summary_table(groups: list[GroupSummary], totals: list[GroupSummary], max_li
         totals: per request (`request_totals`), in order.
         max_lines: beyond this, the contexts with the highest error rates are kept.
     """
-    models = list(dict.fromkeys(one.model for total in totals for one in total.transfer))
-    has_judge = any(total.judge_conformity is not None for total in totals)
+    figures = summary_figures(totals)
     contexts = {total.request: [group for group in groups if group.request == total.request] for total in totals}
     parts = [group for some in contexts.values() if len(some) > 1 for group in some]
     totals_shown = totals[:max_lines]
@@ -62,13 +72,11 @@ def summary_table(groups: list[GroupSummary], totals: list[GroupSummary], max_li
         some = contexts[total.request]
         only = _context(some[0]) if len(some) == 1 and some[0].context else ""
         heading = ", ".join(filter(None, [total.method, only]))
-        lines.append(Line(total.request, heading, True, summary_cells(total, models, has_judge)))
-        lines += [
-            Line(_context(group), "", False, summary_cells(group, models, has_judge))
-            for group in some
-            if id(group) in kept
-        ]
-    return Table(summary_columns(models, has_judge), lines, len(totals) + len(parts) - len(lines))
+        lines.append(Line(total.request, heading, True, summary_cells(total, figures)))
+        shown = [group for group in some if id(group) in kept]
+        lines += [Line(_context(group), "", False, summary_cells(group, figures)) for group in shown]
+    headings = [Heading("Request", "context"), *(figure.heading for figure in figures)]
+    return Table(headings, lines, len(totals) + len(parts) - len(lines))
 
 
 def request_totals(table: pa.Table) -> list[GroupSummary]:
@@ -79,42 +87,37 @@ def request_totals(table: pa.Table) -> list[GroupSummary]:
     return summarise_table(table.set_column(table.schema.get_field_index("context"), "context", whole))
 
 
-def summary_columns(models: list[str], has_judge: bool) -> list[Column]:
-    """Headings of a summary, the first one that of its lines."""
-    fixed = [
-        Column("Request", "context"),
-        Column("Attempted"),
-        Column("Images"),
-        Column("Failed"),
-        Column("Errors", "target"),
-        Column("Risk", "median"),
-        Column("KLDB", "median, quartiles"),
-        Column("Conformity", "median"),
-        *([Column("Conformity", "judge, mean")] if has_judge else []),
-        Column("Entropy", "median"),
-        Column("Oracle", "agrees"),
-        Column("Valid failures", "oracle agrees"),
-    ]
-    return fixed + [Column("Transfer errors", clip(model, 60)) for model in models]
-
-
-def summary_cells(group: GroupSummary, models: list[str], has_judge: bool) -> list[tuple[str, str]]:
-    """The figures of a group, in the order of the columns."""
-    seen = {one.model: one for one in group.transfer}
+def summary_figures(groups: Sequence[GroupSummary]) -> list[Figure]:
+    """The figures of summaries, in their order; models that no group names have none."""
+    models = dict.fromkeys(summary.model for group in groups for summary in group.transfer)
     return [
-        (f"{group.attempted:,}", ""),
-        (f"{group.ok:,}", ""),
-        (f"{group.failed:,}", ""),
-        _rate(group.error_rate),
-        _median(group.risk),
-        _quartiles(group.kldb),
-        _median(group.conformity),
-        *([_mean(group.judge_conformity)] if has_judge else []),
-        _median(group.entropy),
-        _rate(group.oracle_agreement),
-        _rate(group.valid_failure_rate),
-        *(_transfer(seen.get(model)) for model in models),
+        Figure(Heading("Attempted"), lambda group: (f"{group.attempted:,}", "")),
+        Figure(Heading("Images"), lambda group: (f"{group.ok:,}", "")),
+        Figure(Heading("Failed"), lambda group: (f"{group.failed:,}", "")),
+        Figure(Heading("Errors", "target"), lambda group: _rate(group.error_rate)),
+        *_score_figures(groups),
+        Figure(Heading("Oracle", "agrees"), lambda group: _rate(group.oracle_agreement)),
+        Figure(Heading("Valid failures", "oracle agrees"), lambda group: _rate(group.valid_failure_rate)),
+        *(Figure(Heading("Transfer errors", clip(model, 60)), partial(_transfer, model)) for model in models),
     ]
+
+
+def _score_figures(groups: Sequence[GroupSummary]) -> Iterator[Figure]:
+    """The scores in the order of reports, each followed by its means under models that have entries."""
+    entries = shown_entry_scores(groups)
+    for column in by_rank(shown_scores(groups)):
+        if Role.QUARTILES in column.roles:
+            yield Figure(Heading(column.title, "median, quartiles"), partial(_quartiles, column.name))
+        else:
+            yield Figure(Heading(column.title, "median"), partial(_median, column.name))
+        for name, entry in entries.items():
+            if entry.score is column:
+                yield Figure(Heading(column.title, f"{entry.column.name}, mean"), partial(_mean, name))
+
+
+def summary_cells(group: GroupSummary, figures: Sequence[Figure]) -> list[tuple[str, str]]:
+    """The figures of a group, in their order."""
+    return [figure.cell(group) for figure in figures]
 
 
 def _context(group: GroupSummary) -> str:
@@ -125,21 +128,25 @@ def _rate(value: float | None) -> tuple[str, str]:
     return ABSENT if value is None else percent(value), ""
 
 
-def _mean(value: float | None) -> tuple[str, str]:
+def _mean(name: str, group: GroupSummary) -> tuple[str, str]:
+    value = group.entry_means.get(name)
     return ABSENT if value is None else number(value), ""
 
 
-def _median(spread: Spread | None) -> tuple[str, str]:
+def _median(score: str, group: GroupSummary) -> tuple[str, str]:
+    spread = group.scores.get(score)
     return ABSENT if spread is None else number(spread.median), ""
 
 
-def _quartiles(spread: Spread | None) -> tuple[str, str]:
+def _quartiles(score: str, group: GroupSummary) -> tuple[str, str]:
+    spread = group.scores.get(score)
     if spread is None:
         return ABSENT, ""
     return number(spread.median), f"{number(spread.q25)} to {number(spread.q75)}"
 
 
-def _transfer(summary: TransferSummary | None) -> tuple[str, str]:
+def _transfer(model: str, group: GroupSummary) -> tuple[str, str]:
+    summary = next((summary for summary in group.transfer if summary.model == model), None)
     if summary is None:
         return ABSENT, ""
     return percent(summary.error_rate), f"risk {number(summary.risk_median)}"

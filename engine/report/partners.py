@@ -1,4 +1,4 @@
-"""Samples beside their prompt-only partners: the same noise, class and context, without guidance."""
+"""Samples compared with their prompt-only partners: the same noise, class and context, without guidance."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 
 from engine.report.data import Rows
-from engine.report.headline import Column, Line, Table
+from engine.report.headline import Heading, Line, Table
 from engine.report.text import clip, percent, signed
-
-_SCORES = {"risk": "Risk", "kldb": "KLDB", "conformity": "Conformity", "entropy": "Entropy"}
 
 
 def partner_table(rows: Rows, requests: Sequence[dict[str, Any]]) -> Table | None:
@@ -27,18 +25,19 @@ def partner_table(rows: Rows, requests: Sequence[dict[str, Any]]) -> Table | Non
             lines += [line] if line else []
     if not lines:
         return None
-    columns = [Column("Request", "partner"), Column("Pairs")]
-    columns += [Column(title, "above partner; median change") for title in _SCORES.values()]
+    columns = [Heading("Request", "partner"), Heading("Pairs")]
+    columns += [Heading(column.title, "above partner; median change") for column in rows.drawn_scores()]
     return Table(columns, lines, 0)
 
 
 def _partners(requests: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """Each request that is not plain itself, with the first plain one of its seed group."""
     plain: dict[str, str] = {}
-    for one in requests:
-        if _is_plain(one):
-            plain.setdefault(_group(one), one["name"])
-    return [(one["name"], plain[_group(one)]) for one in requests if not _is_plain(one) and _group(one) in plain]
+    for request in requests:
+        if _is_plain(request):
+            plain.setdefault(_group(request), request["name"])
+    others = [request for request in requests if not _is_plain(request) and _group(request) in plain]
+    return [(request["name"], plain[_group(request)]) for request in others]
 
 
 def _group(request: dict[str, Any]) -> str:
@@ -62,7 +61,7 @@ def _line(rows: Rows, guided: str, plain: str) -> Line | None:
     if not len(first):
         return None
     cells = [(f"{len(first):,}", "")]
-    for score in _SCORES:
-        change = rows.numbers[score][first] - rows.numbers[score][second]
+    for column in rows.drawn_scores():
+        change = rows.numbers[column.name][first] - rows.numbers[column.name][second]
         cells.append((percent(float((change > 0).mean())), signed(float(np.median(change)))))
     return Line(clip(guided, 120), clip(plain, 120), False, cells)

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +22,12 @@ from engine.data.run.file_names import METADATA, REPORT
 from engine.data.run.manifest_reading import check_kind, manifest_error, read_manifest
 from engine.data.run.summary import summarise_table
 from engine.data.stores.base import Store
-from engine.errors import CorruptShardError, JobError, OutputError
+from engine.errors import CorruptShardError, JobError, OutputError, first_line
 from engine.job.class_names import distinct_names
-from engine.job.records import NO_CLASS
-from engine.models.addresses import read_labels
-from engine.models.targets import is_factory
-from engine.report.charts import Score, histogram
+from engine.job.columns import target_first, units_text
+from engine.models.factories import is_factory
+from engine.models.labels import read_labels
+from engine.report.charts import histogram
 from engine.report.data import (
     Rows,
     class_names,
@@ -44,43 +43,36 @@ from engine.report.evaluated import evaluation_context
 from engine.report.evaluation import Evaluation, read_evaluation
 from engine.report.gallery import (
     IMAGE_BUDGET_BYTES,
-    JUDGE_SCORES,
     MAX_SAMPLES,
     OUTCOMES,
-    RANGE_SCORES,
-    SORT_SCORES,
     Tile,
     gallery_json,
     make_groups,
     make_tile,
+    range_titles,
     select,
+    sort_titles,
 )
 from engine.report.headline import request_totals, summary_table
-from engine.report.partners import partner_table
+from engine.report.manifest_parts import manifest_context
 from engine.report.scatter import SHAPES, num_drawn, scatter
 from engine.report.stored_images import find_images
-from engine.report.text import ABSENT, clip, number, percent
-from engine.report.work import acceptance_table, class_table, gradient_table, throughput_table
+from engine.report.text import clip, many
+from engine.report.work import class_table, gradient_table, throughput_table
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from pyarrow.dataset import Dataset
 
 MAX_BYTES = 9_500_000
 MAX_SERIES = 6
 MAX_MESSAGE_CHARS = 400
 HEAT_LEVELS = 4
-MAX_SCREENED_CLASSES = 100
 
-CHARTS = (
-    Score(name="risk", title="Risk", unit="nats", log=True, meaning="minus log p of the conditioned class"),
-    Score(name="kldb", title="KLDB", unit="nats", log=True, meaning="distance to the decision boundary; zero on it"),
-    Score(name="conformity", title="Conformity", unit="cosine", log=False, meaning="image against the class's prompt"),
-    Score(name="entropy", title="Entropy", unit="nats", log=False, meaning="of the target's output"),
-)
 _HERE = Path(__file__).parent
-# Of a job, as `engine.job.spec` has it: shards are called by it.
+# Of a job, as `engine.job.spec` has it: shards are named after it.
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
-_REMEDY = "remove _SUCCESS, and the run's command writes it anew"
+_REMEDY = "remove _SUCCESS, and the run's command writes it again"
 # What the page takes from the manifest without asking whether it is there.
 _NEEDED: dict[str, type] = {
     "name": str,
@@ -102,7 +94,7 @@ _NEEDED: dict[str, type] = {
 def write_report(
     store: Store, *, title: str | None = None, labels: list[str] | None = None, into: Store | None = None
 ) -> None:
-    """Write `report.html` of a run whose manifest and metadata are written; what an evaluation found is in it.
+    """Write `report.html` of a run whose manifest and metadata are written, with the results of an evaluation.
 
     Args:
         title: heading of the page; the job's name when not given.
@@ -121,7 +113,7 @@ def write_report(
     try:
         evaluation = read_evaluation(into or store)
     except CorruptShardError as error:
-        # The end of a run must not hang on the figures of an earlier evaluation.
+        # The end of a run must not depend on the figures of an earlier evaluation.
         problem = str(error)
     labels = _labels(manifest) if labels is None else labels
     with _readable(store.address(METADATA)):
@@ -152,14 +144,14 @@ def _read_manifest(store: Store) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _readable(metadata: str) -> Iterator[None]:
-    """Turn what Arrow says of a damaged file into an error that names it."""
+    """Turn Arrow's errors about a damaged file into an error that names it."""
     import pyarrow as pa
 
     try:
         yield
     except (pa.ArrowException, OSError, TypeError, ValueError) as error:
-        # Columns of another type fail where they are reckoned with.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        # Columns of another type fail where they are computed with.
+        reason = first_line(error)
         raise CorruptShardError(f"{metadata}: cannot be read as the metadata of a run ({reason}); {_REMEDY}") from error
 
 
@@ -177,36 +169,40 @@ def render(
         problem: why there is no evaluation, where there should be one.
     """
     path = store.fetch(METADATA, keep=True)
-    table = read_table(path)
-    metadata = open_metadata(path)
+    table, metadata = read_table(path), open_metadata(path)
     rows = make_rows(table)
     names = distinct_names(class_names(rows, labels))
     context = {
         "title": title,
-        **_of_manifest(store, manifest, rows, names),
-        "table": summary_table(summarise_table(table), request_totals(table)),
-        "classes": class_table(table),
+        **manifest_context(store, manifest, rows, names),
+        **_tables(table, metadata, rows, names),
         **_distributions(rows),
-        "confusion": _confusion(rows, names),
-        "pairs": error_pairs(rows, names),
-        "failures": [(clip(message, MAX_MESSAGE_CHARS), count) for message, count in failures(metadata)],
-        "gradients": gradient_table(rows),
-        "throughput": throughput_table(rows),
         "evaluation": evaluation_context(evaluation, len(rows)),
         "evaluation_problem": problem,
         "style": Markup((_HERE / "report.css").read_text(encoding="utf-8")),
         **_script(),
     }
+    template = _environment().get_template("report.html.j2")
     limit = MAX_SAMPLES
     while True:
-        page = (
-            _environment()
-            .get_template("report.html.j2")
-            .render(context | _gallery(store, manifest["name"], metadata, rows, names, limit))
-        )
-        if len(page.encode()) <= MAX_BYTES or not limit:
-            return page.encode()
+        page = template.render(context | _gallery(store, manifest["name"], metadata, rows, names, limit)).encode()
+        if len(page) <= MAX_BYTES or not limit:
+            return page
         limit //= 2
+
+
+def _tables(table: pa.Table, metadata: Dataset, rows: Rows, names: dict[int, str]) -> dict[str, Any]:
+    """The tables that are made of the metadata."""
+    return {
+        "table": summary_table(summarise_table(table), request_totals(table)),
+        "units": units_text(target_first(rows.drawn_scores()), is_full=False),
+        "classes": class_table(table),
+        "confusion": _confusion(rows, names),
+        "pairs": error_pairs(rows, names),
+        "failures": [(clip(message, MAX_MESSAGE_CHARS), count) for message, count in failures(metadata)],
+        "gradients": gradient_table(rows),
+        "throughput": throughput_table(rows),
+    }
 
 
 def _environment() -> Environment:
@@ -219,38 +215,14 @@ def _environment() -> Environment:
     )
 
 
-def _of_manifest(store: Store, manifest: dict[str, Any], rows: Rows, names: dict[int, str]) -> dict[str, Any]:
-    """What the template needs of the manifest.
-
-    Raises:
-        CorruptShardError: some of it is of another kind than a run writes.
-    """
-    try:
-        screening = manifest["counts"].get("screening", {})
-        return {
-            "lead": _lead(manifest, rows),
-            "figures": _figures(manifest, rows),
-            "partners": partner_table(rows, manifest["job"].get("requests", [])),
-            "screening": _screening(screening, names),
-            "num_screening_left_out": sum(max(0, len(one) - MAX_SCREENED_CLASSES) for one in screening.values()),
-            "dials": _dials(manifest.get("dials", {})),
-            "acceptance": acceptance_table(rows, manifest["counts"].get("quotas", {})),
-            "throughput_note": _throughput_note(manifest),
-            "models": _models(manifest["models"]),
-            "facts": _facts(manifest),
-        }
-    except (TypeError, KeyError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
-        raise manifest_error(store, f"{type(error).__name__}: {error}") from error
-
-
 def _labels(manifest: dict[str, Any]) -> list[str]:
     """The target's labels as the run noted them, else those of the model, or none where it is not on this machine.
 
     A factory is not asked: a report must not run code because a manifest names it.
     """
-    about = manifest["models"].get("target")
-    noted = about.get("labels") if isinstance(about, dict) else None
-    if isinstance(noted, list) and all(isinstance(one, str) for one in noted):
+    target = manifest["models"].get("target")
+    noted = target.get("labels") if isinstance(target, dict) else None
+    if isinstance(noted, list) and all(isinstance(label, str) for label in noted):
         return noted
     address = manifest["job"]["models"]["target"]
     try:
@@ -264,48 +236,6 @@ def _script() -> dict[str, str]:
     script = (_HERE / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return {"script": Markup(script), "script_hash": f"sha256-{digest}"}
-
-
-def _lead(manifest: dict[str, Any], rows: Rows) -> str:
-    samples, shards = manifest["counts"]["samples"], manifest["counts"]["shards"]
-    text = (
-        f"{_many(samples['ok'], 'image')} of {_many(samples['attempted'], 'attempt')} in "
-        f"{_many(len(rows.request.names), 'request')} and {_many(shards['committed'], 'shard')}, all synthetic, "
-        f"scored against {manifest['job']['models']['target']}."
-    )
-    if "finished" in manifest["timing"]:
-        text += f" Finished {_moment(manifest['timing']['finished'])}."
-    if manifest["complete"]:
-        return text
-    return f"{text} Not complete: {shards['committed']:,} of {shards['planned']:,} shards were there at the time."
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def _figures(manifest: dict[str, Any], rows: Rows) -> list[dict[str, str]]:
-    samples = manifest["counts"]["samples"]
-    heard = rows.scored & (rows.numbers["oracle_class"] != NO_CLASS)
-    valid = rows.oracle_agrees & rows.target_errs
-    cells = [
-        ("Images", f"{samples['ok']:,}", f"of {_many(samples['attempted'], 'attempt')}{_kept(samples)}"),
-        ("Failed", f"{samples['failed']:,}", "attempts without an image"),
-        ("Target errors", _share(rows.target_errs, rows.scored), "predicts no class that was asked for"),
-        ("Oracle agrees", _share(rows.oracle_agrees, heard), "predicts a class that was asked for"),
-        ("Valid failures", _share(valid, heard), "the target errs, the oracle agrees"),
-    ]
-    return [{"name": name, "value": value, "note": note} for name, value, note in cells]
-
-
-def _kept(samples: dict[str, int]) -> str:
-    """How many attempts the rule of acceptance rejected, where it did."""
-    rejected = samples.get("rejected", 0)
-    return f"; {rejected:,} were rejected" if rejected else ""
-
-
-def _share(flags: np.ndarray, among: np.ndarray) -> str:
-    return percent(float(flags[among].mean())) if among.any() else ABSENT
 
 
 def _series(rows: Rows) -> tuple[list[int], list[str]]:
@@ -322,9 +252,9 @@ def _distributions(rows: Rows) -> dict[str, Any]:
     first, series = _series(rows)
     rest = len(series) > len(first)
     charts = []
-    for score in CHARTS:
+    for score in rows.drawn_scores():
         values = [rows.scores_of(code, score.name) for code in first]
-        if rest:  # All others as one.
+        if rest:  # All others as one series.
             values.append(rows.numbers[score.name][rows.scored & (rows.request.codes >= len(first))])
         charts.append({"score": score, "svg": histogram(score, list(zip(series, values, strict=True)))})
     return {"series": series, "charts": charts}
@@ -339,7 +269,7 @@ def _confusion(rows: Rows, names: dict[int, str]) -> dict[str, Any] | None:
     for name, counts, own in table.rows:
         shares = np.array(counts) / max(sum(counts), 1)
         styles = [_cell_style(float(share), place in own) for place, share in enumerate(shares)]
-        cells = [{"count": f"{one:,}", "style": style} for one, style in zip(counts, styles, strict=True)]
+        cells = [{"count": f"{count:,}", "style": style} for count, style in zip(counts, styles, strict=True)]
         lines.append({"name": clip(name, 120), "cells": cells})
     return {"columns": [clip(name, 60) for name in table.columns], "lines": lines}
 
@@ -347,41 +277,6 @@ def _confusion(rows: Rows, names: dict[int, str]) -> dict[str, Any] | None:
 def _cell_style(share: float, is_own: bool) -> str:
     heat = "zero" if share == 0 else f"h{min(int(share * HEAT_LEVELS) + 1, HEAT_LEVELS)}"
     return f"{heat} own" if is_own else heat
-
-
-def _screening(screening: dict[str, Any], names: dict[int, str]) -> list[dict[str, Any]]:
-    """Lines of the screening table: each request, then its classes."""
-    lines = []
-    for request, classes in screening.items():
-        total = {name: sum(one[name] for one in classes) for name in ("samples", "screened", "draws")}
-        lines.append({"name": clip(request, 120), "is_total": True, "cells": _screening_cells(total)})
-        lines += [
-            {"name": clip(names.get(one["class_index"], str(one["class_index"])), 120), "is_total": False,
-             "cells": _screening_cells(one)}
-            for one in classes[:MAX_SCREENED_CLASSES]
-        ]  # fmt: skip
-    return lines
-
-
-def _dials(dials: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    """Lines of the table of dials."""
-    return [
-        {
-            "name": clip(request, 120),
-            "cells": [
-                number(one["target_risk"]),
-                number(one["risk_median"]),
-                f"{percent(one['share_within_tolerance'])} within {number(one['tolerance'])}",
-                number(one["distance_median"]),
-            ],
-        }
-        for request, one in dials.items()
-    ]
-
-
-def _screening_cells(counts: dict[str, Any]) -> list[str]:
-    rate = percent(counts["screened"] / counts["draws"]) if counts["draws"] else ABSENT
-    return [f"{counts[name]:,}" for name in ("samples", "screened", "draws")] + [rate]
 
 
 def _gallery(
@@ -397,12 +292,12 @@ def _gallery(
     return {
         "groups": make_groups(rows, chosen, tiles),
         "gallery_note": (
-            f"{len(tiles):,} of {_many(len(rows), 'sample')}: of each request some from every part of the range of "
+            f"{len(tiles):,} of {many(len(rows), 'sample')}: of each request some from every part of the range of "
             "its main score (KLDB with a joint prompt, risk otherwise), and its extremes. Open one for its metadata; "
             "the arrow keys step through."
         ),
         "selects": _selects(tiles),
-        "ranges": [(name, SORT_SCORES[name]) for name in RANGE_SCORES],
+        "ranges": list(range_titles([tile.record for tile in tiles]).items()),
         "shapes": SHAPES,
         "scatter": scatter(rows, _series_of(rows), _series(rows)[1], keys),
         "scatter_note": _scatter_note(rows, keys),
@@ -418,81 +313,23 @@ def _series_of(rows: Rows) -> np.ndarray:
 
 def _scatter_note(rows: Rows, shown: dict[int, str]) -> str:
     drawn, total = num_drawn(rows, shown), int(rows.scored.sum())
-    which = (
-        f"All {_many(total, 'scored sample')}" if drawn == total else f"{drawn:,} of {_many(total, 'scored sample')}"
-    )
+    which = f"All {many(total, 'scored sample')}" if drawn == total else f"{drawn:,} of {many(total, 'scored sample')}"
     return (
         f"{which}, a colour and a shape for each request. Wanted failures lie high and to the right: the target errs,"
         " and the image still looks like its class. Strong points are in the gallery below and open on a click."
     )
 
 
-def _throughput_note(manifest: dict[str, Any]) -> str:
-    """How fast the run was as a whole, as far as its manifest tells."""
-    timing, attempted = manifest["timing"], manifest["counts"]["samples"]["attempted"]
-    text = "Per sample: the time of a batch, sampling and decoding, divided by its size."
-    seconds = timing.get("sampling_seconds")
-    if isinstance(seconds, int | float) and seconds > 0:
-        text += (
-            f" With scoring the workers took {_moment(seconds)} for {_many(attempted, 'attempt')}:"
-            f" {attempted / seconds:,.2f} a second and worker."
-        )
-    share = timing.get("sampling_share")
-    if isinstance(share, int | float):
-        text += f" In the last start {percent(float(share))} of the workers' time went into sampling and scoring."
-    return text
-
-
 def _selects(tiles: list[Tile]) -> list[dict[str, Any]]:
     def distinct(texts: list[str]) -> list[tuple[str, str]]:
         return [(text, text) for text in dict.fromkeys(texts)]
 
-    has_judge = any(tile.record.get("judge") for tile in tiles)
     outcomes = {name for tile in tiles for name in tile.outcomes}
     choices = [
-        ("sort", "Sort by", "Request", list((SORT_SCORES | (JUDGE_SCORES if has_judge else {})).items())),
+        ("sort", "Sort by", "Request", list(sort_titles([tile.record for tile in tiles]).items())),
         ("request", "Request", "All", distinct([tile.record["request"] for tile in tiles])),
         ("class", "Class", "All", distinct(sorted(tile.conditioned for tile in tiles))),
         ("status", "Status", "All", distinct([tile.record["status"] for tile in tiles])),
         ("outcome", "Outcome", "All", [(name, text) for name, text in OUTCOMES.items() if name in outcomes]),
     ]
     return [{"name": name, "title": title, "all": every, "options": options} for name, title, every, options in choices]
-
-
-def _models(models: dict[str, Any]) -> list[dict[str, str]]:
-    """A line for each model of the manifest."""
-    lines = []
-    for role, about in models.items():
-        for one in about if isinstance(about, list) else [about]:
-            known = one if isinstance(one, dict) else {"address": str(one)}
-            address, digest = (str(known.get(name, "")) for name in ("address", "digest"))
-            lines.append({"role": role, "address": address, "digest": digest})
-    return lines
-
-
-def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    """What else is known of the run, as names and values."""
-    facts = [("Job", manifest["name"]), ("Seed", str(manifest["job"].get("seed", 0)))]
-    facts.append(("Plan digest", manifest["plan_digest"]))
-    facts += [(_title(name), _moment(value)) for name, value in manifest["timing"].items() if name != "sampling_share"]
-    facts.append(("Hardware", _pairs(manifest["hardware"])))
-    facts.append(("Versions", _pairs(manifest["versions"])))
-    return [(name, clip(value, MAX_MESSAGE_CHARS)) for name, value in facts if value]
-
-
-def _title(name: str) -> str:
-    plain = name.removesuffix("_seconds").replace("_", " ")
-    return plain[:1].upper() + plain[1:]
-
-
-def _moment(value: Any) -> str:
-    """A time of the manifest: a length in seconds, or a moment where it counts them since 1970."""
-    if not isinstance(value, int | float):
-        return str(value)
-    if value > 1e9:
-        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    return f"{value:,.1f} s"
-
-
-def _pairs(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())

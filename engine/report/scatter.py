@@ -11,13 +11,15 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup, escape
 
-from engine.report.charts import Axis, make_axis, nice_ticks
+from engine.job.columns import BY_NAME
+from engine.report.charts import Axis, axis_title, make_axis, nice_ticks
 from engine.report.data import Rows
 from engine.report.text import number
 
 MAX_POINTS = 1500
 WIDTH, HEIGHT = 900, 430
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 48
+ACROSS, UP = BY_NAME["conformity"], BY_NAME["risk"]
 # Drawn about the place of a point: circle, square, triangle, diamond, cross, plus, and a bar for all other requests.
 SHAPES = (
     "m-3.4 0a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0 -6.8 0z", "m-3 -3h6v6h-6z", "m0 -4l3.9 6.8h-7.8z",
@@ -37,9 +39,9 @@ def scatter(rows: Rows, series_of: np.ndarray, names: Sequence[str], shown: dict
     scored = np.flatnonzero(rows.scored)
     if not len(scored):
         return Markup('<p class="note">No scored sample.</p>')
-    axes = [make_axis(rows.numbers[score][scored], log) for score, log in (("conformity", False), ("risk", True))]
-    x = _scale(axes[0], rows.numbers["conformity"], LEFT, WIDTH - RIGHT)
-    y = _scale(axes[1], rows.numbers["risk"], HEIGHT - BOTTOM, TOP)
+    axes = [make_axis(rows.numbers[score.name][scored], score.axis == "log") for score in (ACROSS, UP)]
+    x = _scale(axes[0], rows.numbers[ACROSS.name], LEFT, WIDTH - RIGHT)
+    y = _scale(axes[1], rows.numbers[UP.name], HEIGHT - BOTTOM, TOP)
     series = series_of[rows.request.codes]
     drawn = _choose(rows, series, shown)
     parts = [_frame(axes[0], axes[1])]
@@ -50,7 +52,7 @@ def scatter(rows: Rows, series_of: np.ndarray, names: Sequence[str], shown: dict
         parts.append(
             f'<g class="dots s{place}" data-series="{place}"><path class="quiet" d="{quiet}"/>{"".join(dots)}</g>'
         )
-    label = "Risk against conformity of the samples, by request"
+    label = f"{UP.title} against {ACROSS.label} of the samples, by request"
     return Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>')
 
 
@@ -77,10 +79,10 @@ def _scale(axis: Axis, values: np.ndarray, first: float, last: float) -> np.ndar
 
 
 def _dot(rows: Rows, row: int, x: float, y: float, place: int, name: str, key: str) -> str:
-    risk, conformity = (number(float(rows.numbers[score][row])) for score in ("risk", "conformity"))
+    values = ", ".join(f"{score.label} {number(float(rows.numbers[score.name][row]))}" for score in (UP, ACROSS))
     return (
         f'<path class="dot" data-key="{escape(key)}" d="M{x:.1f} {y:.1f}{SHAPES[place]}">'
-        f"<title>{escape(name)}: risk {risk}, conformity {conformity}</title></path>"
+        f"<title>{escape(name)}: {values}</title></path>"
     )
 
 
@@ -98,7 +100,7 @@ def _frame(across: Axis, up: Axis) -> str:
         parts.append(f'<text x="{x:.1f}" y="{floor + 19}" text-anchor="middle">{tick:g}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {floor}H{WIDTH - RIGHT}"/>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">Conformity (cosine)</text>')
+    parts.append(f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{axis_title(ACROSS)}</text>')
     y = (TOP + floor) / 2
-    parts.append(f'<text transform="translate(13 {y}) rotate(-90)" text-anchor="middle">Risk (nats, log scale)</text>')
+    parts.append(f'<text transform="translate(13 {y}) rotate(-90)" text-anchor="middle">{axis_title(UP)}</text>')
     return "".join(parts)

@@ -55,16 +55,16 @@ def find_images(store: Store, job_name: str, keys: dict[int, str]) -> StoredImag
 
 def _places(tar: StoredFile, number: int, keys: set[str]) -> dict[str, MemberPlace]:
     """Where the images of some keys lie; a tar that cannot be read ends early."""
-    found: dict[str, MemberPlace] = {}
+    places: dict[str, MemberPlace] = {}
     try:
         for name, offset, size in tar_entries(tar.fetch()):
             key, _, extension = name.partition(".")
             if key in keys and extension in IMAGE_FORMATS:
-                found[key] = MemberPlace(number, offset, size)
-            if len(found) == len(keys):
+                places[key] = MemberPlace(number, offset, size)
+            if len(places) == len(keys):
                 break
     except StoreLostError:
         raise
     except (OSError, OutputError, CorruptShardError):
-        return found
-    return found
+        return places
+    return places

@@ -38,3 +38,8 @@ def joined(items: Iterable[str], most: int, separator: str = ", ") -> str:
     """The first `most` items joined, with an ellipsis where there are more."""
     first = list(itertools.islice(items, most + 1))
     return separator.join(first[:most]) + (f"{separator}…" if len(first) > most else "")
+
+
+def many(count: int, noun: str) -> str:
+    """A count with its noun: "1 image", "2 images"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

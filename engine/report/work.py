@@ -1,4 +1,4 @@
-"""Tables of how the samples came about: by class, acceptance, gradients, and how fast."""
+"""Tables of how the samples were made: by class, acceptance, gradients, and how fast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine.data.run.counts import JOINT_KEY
 from engine.data.run.summary import class_texts, summarise_table
 from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED
 from engine.report.data import Rows
-from engine.report.headline import Column, Line, Table, summary_cells, summary_columns
+from engine.report.headline import Heading, Line, Table, summary_cells, summary_figures
 from engine.report.text import ABSENT, clip, number, percent
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ MAX_WORKERS = 40
 
 
 def class_table(table: pa.Table) -> Table | None:
-    """The summary of every class over all requests; a joint prompt is a class of its own. None where there is one."""
+    """The summary of every class over all requests; a joint prompt is a class of its own. None of a single class."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -33,15 +33,14 @@ def class_table(table: pa.Table) -> Table | None:
     groups = summarise_table(_with(_with(_with(table, "request", texts), "context", whole), "method", whole))
     if len(groups) < 2:
         return None
-    ordered = sorted(groups, key=lambda one: -(one.error_rate or 0.0))[:MAX_LINES]
-    models = list(dict.fromkeys(one.model for group in groups for one in group.transfer))
-    has_judge = any(group.judge_conformity is not None for group in groups)
+    worst = sorted(groups, key=lambda group: -(group.error_rate or 0.0))[:MAX_LINES]
+    figures = summary_figures(groups)
     lines = [
-        Line(clip(group.request, 120), "", False, summary_cells(group, models, has_judge))
-        for group in sorted(ordered, key=lambda one: groups.index(one))
+        Line(clip(group.request, 120), "", False, summary_cells(group, figures))
+        for group in sorted(worst, key=lambda group: groups.index(group))
     ]
-    columns = [Column("Class"), *summary_columns(models, has_judge)[1:]]
-    return Table(columns, lines, len(groups) - len(lines))
+    headings = [Heading("Class"), *(figure.heading for figure in figures)]
+    return Table(headings, lines, len(groups) - len(lines))
 
 
 def _with(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
@@ -49,7 +48,7 @@ def _with(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
 
 
 def acceptance_table(rows: Rows, quotas: dict[str, list[dict[str, Any]]]) -> Table | None:
-    """What became of the attempts, by request, and by class where a request has a quota; None without any rule.
+    """The outcome of the attempts, by request, and by class where a request has a quota; None without any rule.
 
     Args:
         quotas: of the manifest: by request and class what was wanted and is missing.
@@ -61,14 +60,14 @@ def acceptance_table(rows: Rows, quotas: dict[str, list[dict[str, Any]]]) -> Tab
     for code, name in enumerate(rows.request.names):
         here = rows.request.codes == code
         classes = quotas.get(name, [])
-        wanted, missing = (sum(int(one[field]) for one in classes) for field in ("wanted", "missing"))
+        wanted, missing = (sum(int(quota[field]) for quota in classes) for field in ("wanted", "missing"))
         lines.append(Line(clip(name, 120), "", True, _acceptance(rows, here, wanted, missing, bool(classes))))
-        for one in classes:
-            own = here & _is_class(rows, str(one["code"]))
-            cells = _acceptance(rows, own, int(one["wanted"]), int(one["missing"]), True)
-            lines.append(Line(clip(str(one["class"]), 120), "", False, cells))
+        for quota in classes:
+            own = here & _is_class(rows, str(quota["code"]))
+            cells = _acceptance(rows, own, int(quota["wanted"]), int(quota["missing"]), True)
+            lines.append(Line(clip(str(quota["class"]), 120), "", False, cells))
     names = ("Attempted", "Accepted", "Rejected", "Failed", "Surplus", "Wanted", "Missing")
-    return Table([Column("Request", "class"), *map(Column, names)], lines[:MAX_LINES], max(0, len(lines) - MAX_LINES))
+    return Table([Heading("Request", "class"), *map(Heading, names)], lines[:MAX_LINES], max(0, len(lines) - MAX_LINES))
 
 
 def _is_class(rows: Rows, code: str) -> np.ndarray:
@@ -98,27 +97,28 @@ def gradient_table(rows: Rows) -> Table | None:
     lines = []
     for code, name in enumerate(rows.request.names):
         here = rows.scored & (rows.request.codes == code)
-        steps, zero, bad = (
-            rows.numbers[field][here] for field in ("guided_steps", "zero_gradients", "nonfinite_gradients")
-        )
-        if not steps.sum():
-            continue
-        lines.append(
-            Line(
-                clip(name, 120),
-                "",
-                False,
-                [
-                    (f"{len(steps):,}", ""),
-                    (number(float(steps.mean())), f"{steps.min()} to {steps.max()}"),
-                    (percent(float(zero.sum() / steps.sum())), f"{int((zero == steps).sum()):,} samples at every step"),
-                    (percent(float(bad.sum() / steps.sum())), f"{int((bad > 0).sum()):,} samples"),
-                ],
-            )
-        )
-    names = [Column("Samples"), Column("Guided steps", "mean, range"), Column("Zero gradients", "of the guided steps")]
-    columns = [Column("Request"), *names, Column("Not finite", "dropped")]
-    return Table(columns, lines[:MAX_LINES], max(0, len(lines) - MAX_LINES)) if lines else None
+        if rows.numbers["guided_steps"][here].sum():
+            lines.append(Line(clip(name, 120), "", False, _gradients(rows, here)))
+    headings = [
+        Heading("Request"),
+        Heading("Samples"),
+        Heading("Guided steps", "mean, range"),
+        Heading("Zero gradients", "of the guided steps"),
+        Heading("Not finite", "dropped"),
+    ]
+    return Table(headings, lines[:MAX_LINES], max(0, len(lines) - MAX_LINES)) if lines else None
+
+
+def _gradients(rows: Rows, here: np.ndarray) -> list[tuple[str, str]]:
+    steps, zero, bad = (
+        rows.numbers[field][here] for field in ("guided_steps", "zero_gradients", "nonfinite_gradients")
+    )
+    return [
+        (f"{len(steps):,}", ""),
+        (number(float(steps.mean())), f"{steps.min()} to {steps.max()}"),
+        (percent(float(zero.sum() / steps.sum())), f"{int((zero == steps).sum()):,} samples at every step"),
+        (percent(float(bad.sum() / steps.sum())), f"{int((bad > 0).sum()):,} samples"),
+    ]
 
 
 def throughput_table(rows: Rows) -> Table | None:
@@ -134,9 +134,9 @@ def throughput_table(rows: Rows) -> Table | None:
         lines.append(Line("all workers", "", True, _speed(rows, np.ones(len(rows), dtype=bool))))
         for place, name in enumerate(workers[:MAX_WORKERS]):
             lines.append(Line(clip(f"worker {name}", 120), "", False, _speed(rows, rows.worker.codes == place)))
-    columns = [Column("Request", "worker"), Column("Attempts"), Column("Batch size", "median"),
-               Column("Sampling", "seconds together"), Column("Per sample", "median, seconds"),
-               Column("Samples a second", "of one worker")]  # fmt: skip
+    columns = [Heading("Request", "worker"), Heading("Attempts"), Heading("Batch size", "median"),
+               Heading("Sampling", "seconds together"), Heading("Per sample", "median, seconds"),
+               Heading("Samples a second", "of one worker")]  # fmt: skip
     return Table(columns, lines, max(0, len(workers) - MAX_WORKERS))
 
 

@@ -1,4 +1,4 @@
-"""The folder or file of a study's results: what may be in its place before it."""
+"""Checks of the folder or file that a study's results replace."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from pathlib import Path
 from engine.data.stores.file_errors import explained
 from engine.errors import OutputError
 from engine.methods.strict_json import parse_json
-from engine.models.files import MAX_DOCUMENT_BYTES, read_whole
+from engine.models.untrusted_files import MAX_DOCUMENT_BYTES, read_whole
 
 MAX_SHOWN = 5
 
 
 def check_folder(home: Path, document: str, parts: tuple[str, ...], study: str) -> None:
-    """Find out before the work what would stop its results after it.
+    """Check before the work that its results can be written after it.
 
     Args:
-        document: name of the JSON file that says by `study` what the folder is.
-        parts: all names that a study leaves.
+        document: name of the JSON file whose field `study` identifies the folder.
+        parts: names of all files and folders that the study writes.
 
     Raises:
-        OutputError: a file is in the place, it is not writable, or holds what no earlier study has left there.
+        OutputError: it is a file, is not writable, or holds files that no earlier run of the study has written.
     """
     if os.path.lexists(home) and not home.is_dir():
         raise OutputError(f"--output: {home} is a file, not a folder; choose another")
-    nearest = next(one for one in (home, *home.parents) if os.path.lexists(one))
+    nearest = next(path for path in (home, *home.parents) if os.path.lexists(path))
     if not nearest.is_dir():
         raise OutputError(f"--output: {nearest} is a file, not a folder; choose another")
     # A folder is replaced by renaming, which its parent has to allow.
-    place = home.parent if nearest == home else nearest
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise OutputError(f"--output: {place} is not writable; change the permissions or choose another")
-    _try_out(place)
+    parent = home.parent if nearest == home else nearest
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"--output: {parent} is not writable; change the permissions or choose another")
+    _check_creatable(parent)
     with explained(home):
-        names = sorted(one.name for one in home.iterdir()) if home.is_dir() else []
+        names = sorted(path.name for path in home.iterdir()) if home.is_dir() else []
     foreign = [name for name in names if name not in parts]
     if foreign or (names and not _is_result(home / document, study)):
         shown = ", ".join(map(repr, (foreign or names)[:MAX_SHOWN]))
@@ -44,14 +44,14 @@ def check_folder(home: Path, document: str, parts: tuple[str, ...], study: str) 
         )
 
 
-def _try_out(place: Path) -> None:
-    """Make a folder and remove it: some file systems say that they are writable and are not."""
-    probe = place / f".riskforge-{secrets.token_hex(4)}"
+def _check_creatable(parent: Path) -> None:
+    """Create a folder and remove it: some file systems report that they are writable and are not."""
+    probe = parent / f".riskforge-{secrets.token_hex(4)}"
     try:
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        raise OutputError(f"--output: nothing can be made in {place} ({error.strerror}); choose another") from None
+        raise OutputError(f"--output: nothing can be created in {parent} ({error.strerror}); choose another") from None
 
 
 def _is_result(document: Path, study: str) -> bool:
@@ -62,16 +62,16 @@ def _is_result(document: Path, study: str) -> bool:
 
 
 def check_replaces(option: str, path: Path, beginning: str) -> None:
-    """Check that a file to write is not there, is empty, or begins as what `compare` writes under this option.
+    """Check that a file to write does not exist, is empty, or begins like the files that this option writes.
 
     Raises:
-        OutputError: it is something else, such as a file of a run, which would be lost.
+        OutputError: it is another file, such as one of a run, which would be lost.
     """
     if path.is_dir():
         raise OutputError(f"{option}: {path} is a folder; name a file")
     if not path.is_file():
         return
     with explained(path), path.open("rb") as file:
-        found = file.read(len(beginning.encode()))
-    if found and found != beginning.encode():
+        first_bytes = file.read(len(beginning.encode()))
+    if first_bytes and first_bytes != beginning.encode():
         raise OutputError(f"{option}: {path} is there already and was not written by this option; choose another name")

@@ -1,4 +1,4 @@
-"""What a study takes from a run: its job, the digest of its target, and the samples of its committed shards."""
+"""A run as studies read it: its job, the digest of its target, and the samples of its committed shards."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from engine.data.run.shards import SHARDS, read_rows, read_shard
 from engine.data.run.stored_plan import read_run
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
-from engine.errors import JobError
+from engine.errors import JobError, first_line
 from engine.job.parsing import parse_job
 from engine.job.spec import JobSpec, RequestSpec
 from engine.job.spec_messages import nearest
-from engine.models.addresses import model_digest
-from engine.models.targets import is_foreign
+from engine.models.digests import model_digest
+from engine.models.programs import is_program
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +29,9 @@ class StudiedRun:
     """A run with committed shards.
 
     Attributes:
-        job: as the run was made.
+        job: with which the run was made.
         plan_digest: digest of its plan.
-        target_digest: digest that its target had.
+        target_digest: digest of its target when the run was made.
         commits: the records of its committed shards, in order.
     """
 
@@ -72,10 +72,10 @@ def check_target(run: StudiedRun) -> None:
     """Check that the run's target is still the one that it was made with.
 
     Raises:
-        JobError: it is gone, another one is there now, or it is of a kind that cannot be trained here.
+        JobError: it is missing, has changed, or is of a kind that cannot be fine-tuned.
     """
     address = run.job.models.target
-    if is_foreign(address):
+    if is_program(address):
         raise JobError(
             f"RUN: its target '{address}' is a file or a factory, which fine-tuning cannot store as a model again; make"
             " the run with a transformers or timm folder as target"
@@ -87,7 +87,7 @@ def check_target(run: StudiedRun) -> None:
     if digest != run.target_digest:
         raise JobError(
             f"RUN: its target '{address}' has changed since (digest {run.target_digest} in the manifest, {digest} now);"
-            " restore that model, or make the run anew with this one"
+            " restore that model, or make a new run with this one"
         )
 
 
@@ -102,13 +102,13 @@ def choose_requests(run: StudiedRun, option: str, names: Sequence[str]) -> list[
     if unknown:
         has = ", ".join(known)
         raise JobError(
-            [f"{option}: the run has no request '{one}'{nearest(one, known)}; it has {has}" for one in unknown]
+            [f"{option}: the run has no request '{name}'{nearest(name, known)}; it has {has}" for name in unknown]
         )
     return list(dict.fromkeys(names))
 
 
 def is_plain(request: RequestSpec) -> bool:
-    """Whether a request samples single classes by prompt alone and keeps what comes."""
+    """Whether a request samples single classes by prompt alone and has no `accept` rule."""
     return request.method == "prompt" and request.boundary is None and not request.accept
 
 
@@ -146,8 +146,8 @@ def _identity(store: Store) -> tuple[JobSpec, str, str]:
         if (stored := read_run(store)) is not None:
             return JobSpec.model_validate(stored.job), stored.digest, stored.identity["models"]["target"]
     except (JobError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise JobError(
-            f"RUN: what '{store.uri}' says of its job cannot be read ({reason}); use the version that made the run"
+            f"RUN: the job recorded in '{store.uri}' cannot be read ({reason}); use the version that made the run"
         ) from None
     raise JobError(f"RUN: '{store.uri}' holds no run; give the output folder of `riskforge run`")

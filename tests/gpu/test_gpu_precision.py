@@ -10,7 +10,8 @@ from bench.measure import full_float32
 from engine.generation.generator import Generator
 from engine.job.parsing import parse_job
 from engine.job.plan import build_plan
-from engine.models.addresses import model_digests, read_labels
+from engine.models.digests import model_digests
+from engine.models.labels import read_labels
 from tests.ladder import TOLERANCES, engine_latents, error_of, open_bench
 
 GRADIENTS = ("detached", "unet")

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageClassification, CLIPModel
 
-from engine.models.addresses import read_config
-from engine.models.preprocess import Preprocessing
+from engine.models.configurations import read_config
+from engine.models.preprocessing import Preprocessing
 
 META = "meta"
 

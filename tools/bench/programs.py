@@ -35,11 +35,12 @@ from engine.methods.sampling.denoiser import Denoiser, Prediction, Step
 from engine.methods.sampling.loop import sample
 from engine.methods.sampling.noise import draw_noise
 from engine.methods.scores import kldb
-from engine.models.addresses import read_labels, resolve
+from engine.models.addresses import resolve
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
 from engine.models.diffusion import Diffusion
-from engine.models.runtime import choose_hardware
+from engine.models.hardware import choose_hardware
+from engine.models.labels import read_labels
 
 # What a job says of its scheduler's timesteps, by diffusers' names.
 SPACING = ("timestep_spacing", "use_karras_sigmas")

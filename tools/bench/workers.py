@@ -14,7 +14,7 @@ from bench.arms import Arm
 from bench.measure import make
 from bench.programs import Bench
 from bench.sizes import Setting
-from engine.models.libraries import quiet_libraries
+from engine.models.library_logging import quiet_libraries
 
 
 class Workers:

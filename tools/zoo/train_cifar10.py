@@ -46,7 +46,7 @@ from engine.driver.progress import PlainDisplay
 from engine.job.parsing import parse_job
 from engine.job.spec import JobSpec
 from engine.models.addresses import ZOO
-from engine.studies.prepare.prepare import prepare_conditioning
+from engine.studies.prepare.program import prepare_conditioning
 
 DEFAULT_BUILD_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "riskforge" / "zoo-cifar10"
 PARTS = ("classifier", "oracle", "clip", "judge", "stable-diffusion", "stable-unclip")

@@ -33,7 +33,7 @@ from unclip import train_unclip
 from engine.driver.progress import PlainDisplay
 from engine.job.parsing import parse_job
 from engine.models.addresses import ZOO
-from engine.studies.prepare.prepare import prepare_conditioning
+from engine.studies.prepare.program import prepare_conditioning
 
 DEFAULT_BUILD_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "riskforge" / "zoo-digits"
 CONDITIONED = {"diffusion": "stable-unclip", "clip": "clip", "target": "classifier"}

@@ -17,6 +17,7 @@ import PIL.Image
 import PIL.ImageFile
 import PIL.ImageOps
 
+from engine.errors import first_line
 from engine.terminal import printable
 
 MAX_FILE_BYTES = 256 * 2**20
@@ -127,7 +128,7 @@ def check_bytes(num_bytes: int) -> None:
 def brief(error: Exception) -> str:
     """The first line of an error; equal for equal bytes, so without addresses of memory."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    line = (text.strip().splitlines() or [type(error).__name__])[0]
+    line = first_line(text, type(error).__name__)
     return plain(re.sub(r"0x[0-9a-f]{6,}", "0x", line))[:_MAX_REASON_CHARS]
 
 

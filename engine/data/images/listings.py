@@ -17,7 +17,7 @@ from engine.data.images.decode import UnusableImageError, brief
 from engine.data.images.image_source import REJECTED
 from engine.data.images.labelling import Labelling, is_enumeration
 from engine.data.images.parquet_files import ACCEPTED, LABEL, LabelColumn, accepted_column, class_names_of
-from engine.models.files import check_regular
+from engine.models.untrusted_files import check_regular
 
 NAMES = ("metadata.parquet", "metadata.jsonl", "metadata.csv")
 FILE_NAME = "file_name"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine.data.images.decode import brief
-from engine.models.files import UnsuitableFileError, check_regular, read_whole
+from engine.models.untrusted_files import UnsuitableFileError, check_regular, read_whole
 
 # The folder of a run's tars; the rows of all samples next to it; and in it the keys of samples beyond their quota.
 SHARDS, ROWS, SURPLUS = "shards", "metadata.parquet", "surplus.txt"

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from engine.data.images.parquet_files import names_in
-from engine.models.files import read_whole
+from engine.models.untrusted_files import read_whole
 
 CARD = "README.md"
 # Names of Hugging Face's default splits (`datasets`, data_files.SPLIT_KEYWORDS).

@@ -43,7 +43,7 @@ from engine.data.stores.folder import FolderStore
 from engine.data.stores.fresh_folder import fresh_folder
 from engine.errors import JobError
 from engine.job.class_names import distinct_names
-from engine.job.plan import SCHEMA_VERSION
+from engine.job.columns import SCHEMA_VERSION
 from engine.job.records import STATUS_OK, STATUS_REJECTED, SampleResult
 
 DUPLICATES = "duplicates.csv"

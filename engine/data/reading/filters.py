@@ -15,17 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from engine.data.run.outcomes import (
-    ASKED,
-    ERRS,
-    element,
-    is_scored_expression,
-    predicts_asked_expression,
-    target_errs_expression,
-)
+from engine.data.run.outcomes import element, is_scored_expression, predicts_asked_expression, target_errs_expression
 from engine.errors import JobError
-from engine.job.acceptance import JUDGE_SCORES
-from engine.job.records import MEASURED, NO_CLASS
+from engine.job.columns import DERIVED_NAMES, ENTRY_SCORES, MEASURED, NO_CLASS, EntryScore
 from engine.job.spec_messages import nearest
 
 if TYPE_CHECKING:
@@ -36,19 +28,6 @@ NUMBER, TEXT, FLAG = "number", "text", "flag"
 _EXAMPLES = {NUMBER: "1 + risk", FLAG: "risk > 2 and oracle_agrees"}
 MAX_CHARS = 100_000
 MAX_PARTS = 500
-DERIVED: dict[str, str] = {
-    "target_errs": "whether the target predicts another class than the conditioned one, for a joint prompt one outside"
-    " its subset",
-    "oracle_agrees": "whether the oracle predicts the conditioned class, for a joint prompt any of its subset",
-    "valid_failure": "the target errs and the oracle agrees",
-    **{name: f"{score} under the judge; unknown without one" for name, score in JUDGE_SCORES.items()},
-}
-
-_NEEDS = {
-    "target_errs": (*ASKED, *ERRS),
-    "oracle_agrees": (*ASKED, "oracle_class"),
-    "valid_failure": (*ASKED, *ERRS, "oracle_class"),
-}
 _MAX_SHOWN = 60
 _INT64 = 2**63
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
@@ -82,7 +61,7 @@ class Term:
 class Vocabulary:
     """The names that an expression may use.
 
-    What a model measured is unknown of rows that were not scored, whatever number stands in its place.
+    What a model measured is unknown of rows that were not scored, whatever number is stored there.
 
     Args:
         schema: of the metadata.
@@ -92,21 +71,21 @@ class Vocabulary:
     def __init__(self, schema: pa.Schema, max_subset: Callable[[], int]) -> None:
         self._schema = schema
         self._max_subset = max_subset
-        self.names = [*schema.names, *(name for name in DERIVED if _can_derive(name, schema))]
+        self.names = [*schema.names, *(name for name in DERIVED_NAMES if _can_derive(name, schema))]
 
     def term(self, name: str, *, is_guarded: bool = True) -> Term | None:
         """The term of a column or derived name; None for a column that is a list.
 
         Args:
-            is_guarded: whether it is unknown where the row was not scored; else it is what stands there.
+            is_guarded: whether it is unknown where the row was not scored; else it is what is stored.
 
         Raises:
             KeyError: there is no such name.
         """
-        found = self._plain_term(name)
-        if found is None or not is_guarded or (name in self._schema.names and name not in MEASURED):
-            return found
-        return replace(found, expression=_known_where(self.is_scored, found.expression))
+        term = self._plain_term(name)
+        if term is None or not is_guarded or (name in self._schema.names and name not in MEASURED):
+            return term
+        return replace(term, expression=_known_where(self.is_scored, term.expression))
 
     @property
     def is_scored(self) -> Expression:
@@ -125,8 +104,8 @@ class Vocabulary:
             return Term(pc.field(name), kind, is_integer) if kind else None
         if name not in self.names:
             raise KeyError(name)
-        if name in JUDGE_SCORES:
-            return Term(_judge_score(self._schema, JUDGE_SCORES[name]), NUMBER)
+        if name in ENTRY_SCORES:
+            return Term(_entry_score(self._schema, ENTRY_SCORES[name]), NUMBER)
         errs = target_errs_expression(self._max_subset())
         agrees = predicts_asked_expression("oracle_class", self._max_subset()) & (pc.field("oracle_class") != NO_CLASS)
         return Term({"target_errs": errs, "oracle_agrees": agrees, "valid_failure": errs & agrees}[name], FLAG)
@@ -147,7 +126,7 @@ def compile_filter(text: str, vocabulary: Vocabulary, option: str = "filter") ->
         option: what the user gave the text by, for messages.
 
     Raises:
-        JobError: the text is not of the language, or names what is not there; it tells the place.
+        JobError: the text is not of the language, or names what is not there; the message gives the place.
     """
     exact = _Compiler(text, vocabulary, option, has_arithmetic=False).compiled(FLAG).expression
     # Whatever passes with unknown parts passes with any value in their place, so the second changes nothing; and
@@ -186,19 +165,19 @@ class _Compiler:
             raise self._refusal(None, f"it has {len(self._text)} characters; up to {MAX_CHARS} are read")
         try:
             root = ast.parse(self._text.strip(), mode="eval").body
-            found = self._term(root)
+            term = self._term(root)
         except SyntaxError as error:
             place = "" if error.offset is None else f"at character {error.offset}: "
             raise self._refusal(None, f"{place}{error.msg}; write such as {_EXAMPLES[wanted]}") from None
         except (ValueError, MemoryError, RecursionError):
             what = "it cannot be read: a character that no text has, a huge number, or nested too deep"
             raise self._refusal(None, what) from None
-        if wanted == NUMBER and found.kind == FLAG:
-            return _as_number(found)
-        if found.kind != wanted:
+        if wanted == NUMBER and term.kind == FLAG:
+            return _as_number(term)
+        if term.kind != wanted:
             hint = "a condition is needed, such as risk > 2" if wanted == FLAG else "a number is needed"
-            raise self._refusal(root, f"is a {found.kind}; {hint}")
-        return found
+            raise self._refusal(root, f"is a {term.kind}; {hint}")
+        return term
 
     def _term(self, node: ast.expr) -> Term:
         self._num_parts += 1
@@ -211,7 +190,7 @@ class _Compiler:
                 return self._name(node)
             case ast.BoolOp():
                 join = operator.and_ if isinstance(node.op, ast.And) else operator.or_
-                parts = [self._flag(one).expression for one in node.values]
+                parts = [self._flag(operand).expression for operand in node.values]
                 return Term(functools.reduce(join, parts), FLAG)
             case ast.UnaryOp(op=ast.Not()):
                 return Term(~self._flag(node.operand).expression, FLAG)
@@ -220,7 +199,7 @@ class _Compiler:
             case ast.Compare():
                 return self._comparison(node)
             case ast.BinOp() if self._has_arithmetic and type(node.op) in _ARITHMETIC:
-                left, right = (_as_double(self._number(one)) for one in (node.left, node.right))
+                left, right = (_as_double(self._number(operand)) for operand in (node.left, node.right))
                 return Term(_ARITHMETIC[type(node.op)](left, right), NUMBER)
         more = ", + - * /" if self._has_arithmetic else ""
         raise self._refusal(
@@ -229,14 +208,14 @@ class _Compiler:
 
     def _name(self, node: ast.Name) -> Term:
         try:
-            found = self._vocabulary.term(node.id, is_guarded=self._is_guarded)
+            term = self._vocabulary.term(node.id, is_guarded=self._is_guarded)
         except KeyError:
             hint = nearest(node.id, [*self._vocabulary.names, "True", "False"])
             others = hint or f"; the columns are {', '.join(self._vocabulary.names)}"
             raise self._refusal(node, f"is not a column{others}") from None
-        if found is None:
+        if term is None:
             raise self._refusal(node, "is a column of lists, which cannot be compared")
-        return found
+        return term
 
     def _literal(self, node: ast.Constant) -> Term:
         import pyarrow.compute as pc
@@ -273,18 +252,18 @@ class _Compiler:
         return Term(pc.negate(inner.expression), NUMBER, inner.is_integer)
 
     def _flag(self, node: ast.expr) -> Term:
-        found = self._term(node)
-        if found.kind != FLAG:
-            raise self._refusal(node, f"is a {found.kind}; compare it, as in risk > 2")
-        return found
+        term = self._term(node)
+        if term.kind != FLAG:
+            raise self._refusal(node, f"is a {term.kind}; compare it, as in risk > 2")
+        return term
 
     def _number(self, node: ast.expr) -> Term:
-        found = self._term(node)
-        if found.kind == FLAG and self._has_arithmetic:
-            return _as_number(found)
-        if found.kind != NUMBER:
-            raise self._refusal(node, f"is a {found.kind}; a number is needed")
-        return found
+        term = self._term(node)
+        if term.kind == FLAG and self._has_arithmetic:
+            return _as_number(term)
+        if term.kind != NUMBER:
+            raise self._refusal(node, f"is a {term.kind}; a number is needed")
+        return term
 
     def _comparison(self, node: ast.Compare) -> Term:
         parts = []
@@ -314,10 +293,10 @@ class _Compiler:
 
         if not isinstance(choices, ast.List | ast.Tuple | ast.Set):
             raise self._refusal(choices, "is not a list; write it as [1, 2]")
-        terms = [self._choice(one, left) for one in choices.elts]
-        values = [one.value for one in terms]
+        terms = [self._choice(choice, left) for choice in choices.elts]
+        values = [term.value for term in terms]
         if left.kind == NUMBER:
-            whole = left.is_integer and all(one.is_integer for one in terms)
+            whole = left.is_integer and all(term.is_integer for term in terms)
             kind = pa.int64() if whole else pa.float64()
             member = left.expression.cast(kind).isin(pa.array(values, kind))
         else:
@@ -329,14 +308,14 @@ class _Compiler:
 
     def _choice(self, node: ast.expr, left: Term) -> Term:
         if isinstance(node, ast.Constant):
-            found = self._literal(node)
+            term = self._literal(node)
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
-            found = self._negative(node)
+            term = self._negative(node)
         else:
             raise self._refusal(node, "is not a number or text; a list holds nothing else")
-        if found.kind != left.kind:
-            raise self._refusal(node, f"is a {found.kind} in a list for a {left.kind}")
-        return found
+        if term.kind != left.kind:
+            raise self._refusal(node, f"is a {term.kind} in a list for a {left.kind}")
+        return term
 
     def _refusal(self, node: ast.expr | None, what: str) -> JobError:
         text = _short(self._text)
@@ -362,14 +341,15 @@ def _kind_of(kind: pa.DataType) -> str:
 
 def _can_derive(name: str, schema: pa.Schema) -> bool:
     """Whether a derived name's columns are there, and none has its name."""
-    return name not in schema.names and set(_NEEDS.get(name, ("judge",))) <= set(schema.names)
+    return name not in schema.names and set(DERIVED_NAMES[name].needs) <= set(schema.names)
 
 
-def _judge_score(schema: pa.Schema, score: str) -> Expression:
+def _entry_score(schema: pa.Schema, entry: EntryScore) -> Expression:
+    """A score of the first entry of a list column."""
     import pyarrow.compute as pc
 
-    place = schema.field("judge").type.value_type.get_field_index(score)
-    return pc.struct_field(element(pc.field("judge"), 0), [place])
+    place = schema.field(entry.column.name).type.value_type.get_field_index(entry.part.name)
+    return pc.struct_field(element(pc.field(entry.column.name), 0), [place])
 
 
 def _as_number(flag: Term) -> Term:

@@ -20,7 +20,8 @@ from engine.data.run.shards import SHARDS, shard_name
 from engine.data.stores.base import STATE, Store
 from engine.data.stores.file_errors import explained
 from engine.errors import JobError
-from engine.job.records import DETERMINISTIC_FIELDS, SampleResult
+from engine.job.columns import RECORD_COLUMNS
+from engine.job.records import SampleResult
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -163,8 +164,8 @@ def _schema(first_fields: list[pa.Field], features: dict[str, Any], labels: Sequ
     """Own columns, the label, and the record's; `datasets` finds features and class names in the metadata."""
     import pyarrow as pa
 
-    fields = [field for field in arrow_schema() if field.name in DETERMINISTIC_FIELDS]
-    others = [pa.field(field.name, _nullable(field.type)) for field in fields]
+    schema = arrow_schema()
+    others = [pa.field(column.name, _nullable(schema.field(column.name).type)) for column in RECORD_COLUMNS]
     known = features | {"label": {"names": _unique(labels), "_type": "ClassLabel"}}
     metadata = {"huggingface": json.dumps({"info": {"features": known}})}
     return pa.schema([*first_fields, pa.field("label", pa.int64()), *others], metadata=metadata)

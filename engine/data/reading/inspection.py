@@ -6,24 +6,23 @@ import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.data.reading.corpus import Corpus
 from engine.data.reading.source import RunSource
-from engine.data.run.summary import LATER_COLUMNS, GroupSummary, class_texts, plain, summarise_table
+from engine.data.run.summary import SUMMARY_COLUMNS, GroupSummary, class_texts, plain, summarise_table
 from engine.data.run.tar_index import TarReader, index_tars
 from engine.data.stores.base import Store
 from engine.data.stores.file_errors import explained
 from engine.errors import CorruptShardError, JobError, OutputError
+from engine.job.columns import Role, columns_with, stored_names
 from engine.job.spec_messages import nearest
 
-SCORES = ("risk", "p_label", "conformity", "conformity_margin", "kldb", "entropy")
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 MAX_NEAREST = 20_000
-_GROUPED = (
-    "request", "method", "context", "class_name", "status", "risk", "conformity", "kldb", "entropy", "key",
-    "class_index", "predicted_class", "is_error", "accepted", "oracle_class", "kldb_classes", "transfer",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +44,11 @@ def inspect(corpus: Corpus) -> Inspection:
     Raises:
         CorruptShardError: rows or the first image cannot be read.
     """
-    there = set(corpus.columns)
-    table = corpus.to_table([name for name in (*_GROUPED, *LATER_COLUMNS) if name in there])
-    is_whole = there.issuperset(_GROUPED) and not any(table[name].null_count for name in _GROUPED)
-    groups = summarise_table(table) if is_whole else []
+    table = corpus.to_table([name for name in SUMMARY_COLUMNS if name in corpus.columns])
+    groups = summarise_table(table) if _has_summary(table) else []
     document = {
         "runs": [_about(source) for source in corpus.runs],
-        "filter": " and ".join(f"({one})" for one in corpus.conditions),
+        "filter": " and ".join(f"({condition})" for condition in corpus.conditions),
         "rows": len(corpus),
         "samples": len(corpus.samples),
         "schema_versions": _counts(corpus, "schema_version"),
@@ -68,18 +65,26 @@ def inspect(corpus: Corpus) -> Inspection:
     return Inspection(document=document, groups=groups)
 
 
+def _has_summary(table: pa.Table) -> bool:
+    """Whether rows have all that a summary needs; what came with later schema versions may be missing."""
+    needed = stored_names(SUMMARY_COLUMNS, ())
+    return set(needed) <= set(table.column_names) and not any(table[name].null_count for name in needed)
+
+
 def quantiles(corpus: Corpus) -> dict[str, list[float]]:
     """The `QUANTILES` of each score over the scored rows; nothing where there are none."""
     import numpy as np
 
-    names = [name for name in SCORES if name in corpus.columns]
+    names = [column.name for column in columns_with(Role.INSPECTED) if column.name in corpus.columns]
     scored = corpus.filter("scored").to_table(names) if names else None
     if scored is None or not len(scored):
         return {}
     columns = {name: scored[name].drop_null().to_numpy() for name in names}
     finite = {name: values[np.isfinite(values)] for name, values in columns.items()}
     return {
-        name: [float(one) for one in np.quantile(values, QUANTILES)] for name, values in finite.items() if len(values)
+        name: [float(value) for value in np.quantile(values, QUANTILES)]
+        for name, values in finite.items()
+        if len(values)
     }
 
 
@@ -125,8 +130,8 @@ def save_image(path: Path, data: bytes) -> None:
 def _about(source: RunSource) -> dict[str, Any]:
     models = source.models or source.known_models()
     files: dict[Store, list[str]] = defaultdict(list)
-    for one in (*source.rows, *source.tars):
-        files[one.store].append(one.name)
+    for file in (*source.rows, *source.tars):
+        files[file.store].append(file.name)
     return {
         "uri": source.uri,
         "name": source.name,
@@ -136,21 +141,23 @@ def _about(source: RunSource) -> dict[str, Any]:
         "shards": len(source.tars),
         "disk_bytes": sum(store.total_size() for store in _outermost(source.stores)),
         "data_bytes": sum(store.size_of(names) for store, names in files.items()),
-        "models": {role: _without_labels(about) for role, about in models.items()},
+        "models": {role: _without_labels(description) for role, description in models.items()},
     }
 
 
-def _without_labels(about: Any) -> Any:
-    return {name: value for name, value in about.items() if name != "labels"} if isinstance(about, dict) else about
+def _without_labels(description: Any) -> Any:
+    if not isinstance(description, dict):
+        return description
+    return {name: value for name, value in description.items() if name != "labels"}
 
 
 def _outermost(stores: tuple[Store, ...]) -> list[Store]:
-    """Those that lie in none of the others, as scores made anew do in their run."""
+    """The stores that are inside none of the others, as rescored rows are inside their run."""
     places = [store.place for store in stores]
     return [
         store
         for store, place in zip(stores, places, strict=True)
-        if not any(place != one and place.is_relative_to(one) for one in places)
+        if not any(place != other and place.is_relative_to(other) for other in places)
     ]
 
 
@@ -158,18 +165,18 @@ def _counts(corpus: Corpus, column: str) -> dict[str, int]:
     """Rows by the values of a column, in the order of the values."""
     if column not in corpus.columns:
         return {}
-    found = Counter[Any]()
+    counts = Counter[Any]()
     for pair in corpus.to_table([column])[column].value_counts().to_pylist():
-        found[pair["values"]] += pair["counts"]
-    known = {value: count for value, count in found.items() if value is not None}
+        counts[pair["values"]] += pair["counts"]
+    known = {value: count for value, count in counts.items() if value is not None}
     return {str(value): known[value] for value in sorted(known)}
 
 
 def _class_counts(corpus: Corpus) -> dict[str, int]:
     """Rows by class, in the order of the names."""
     texts = class_texts(corpus.to_table(["class_name", "class_index"]))
-    found = {str(pair["values"]): int(pair["counts"]) for pair in texts.value_counts().to_pylist()}
-    return dict(sorted(found.items()))
+    counts = {str(pair["values"]): int(pair["counts"]) for pair in texts.value_counts().to_pylist()}
+    return dict(sorted(counts.items()))
 
 
 def _first_image(corpus: Corpus) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import numpy as np
 from engine.data.images import ImageSource, LabelledImage, Unusable, image_key, nothing_usable, open_images
 from engine.data.stores.file_errors import explained
 from engine.errors import JobError
-from engine.job.records import DETERMINISTIC_FIELDS, NO_CLASS, REAL, STATUS_OK, SampleResult, upgraded
+from engine.job.columns import NO_CLASS
+from engine.job.records import REAL, STATUS_OK, SampleResult, upgraded
 
 OPTION = "--mix-real"
 SYNTHETIC = "says that a trained model made it, so it is not real; give runs as RUN"
@@ -119,7 +120,7 @@ class RealImages:
             "soft_label": [float(index == label) for index in range(len(labels))],
             "accepted": True,
         }
-        record = upgraded({name: known.get(name) for name in DETERMINISTIC_FIELDS})
+        record = upgraded(known)
         run = {"batch_size": 0, "duration_seconds": 0.0, "attempt": 0, "worker": ""}
         return SampleResult(record=record, image=image, run=run)
 

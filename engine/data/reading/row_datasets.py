@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from engine.data.reading.source import RunSource, readable
 from engine.data.run.outcomes import scored_rows
 from engine.data.run.schema import arrow_schema
-from engine.job.records import RUN_FIELDS, fields_of
+from engine.job.columns import RECORD_COLUMNS, RUN_COLUMNS
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,7 +35,7 @@ def unified_schema(sources: tuple[RunSource, ...]) -> pa.Schema:
     schemas = [source.schema() for source in sources]
     kept = arrow_schema(surplus=True)
     present = {name for schema in schemas for name in schema.names}
-    always = fields_of(1).keys() | RUN_FIELDS.keys()
+    always = {column.name for column in (*RECORD_COLUMNS, *RUN_COLUMNS) if column.since == 1}
     fields = [field.with_nullable(True) for field in kept if field.name in present or field.name not in always]
     names = {field.name for field in fields}
     for schema in schemas:

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from engine.data.run.shards import is_key
 from engine.data.run.tar_index import SamplePlace, SamplePlaces, TarReader, index_tars
 from engine.errors import CorruptShardError, JobError
-from engine.job.records import REAL, RUN_FIELDS, SampleResult, check_record, upgraded
+from engine.job.columns import RUN_COLUMNS
+from engine.job.records import REAL, SampleResult, check_record, upgraded
 
 if TYPE_CHECKING:
     import PIL.Image
     import pyarrow as pa
 
     from engine.data.reading.corpus import Corpus
-
-_EMPTY_RUN: dict[str, Any] = {"int": 0, "float": 0.0, "str": ""}
 
 
 class Chosen(NamedTuple):
@@ -149,7 +148,7 @@ class SampleReader:
             check_record(record)
         except ValueError as error:
             self._damaged(sample, str(error))
-        known = {name: _EMPTY_RUN[kind] for name, kind in RUN_FIELDS.items() if name != "sha256"}
+        known = {column.name: column.empty for column in RUN_COLUMNS if column.name != "sha256"}
         run = {name: empty if row.get(name) is None else row[name] for name, empty in known.items()}
         return SampleResult(record=record, image=image, run=run)
 
@@ -192,5 +191,5 @@ class SampleReader:
 def _rows(corpus: Corpus, number: int) -> pa.Table:
     """The columns of the rows that the tars do not hold; all of them for a rescored run."""
     present = set(corpus.columns)
-    columns = [name for name in ("key", *RUN_FIELDS) if name in present]
+    columns = [name for name in ("key", *(column.name for column in RUN_COLUMNS)) if name in present]
     return corpus.run_table(number, None if corpus.runs[number].is_rescored else columns).combine_chunks()

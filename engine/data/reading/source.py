@@ -22,7 +22,7 @@ from engine.data.run.stored_plan import StoredRun, read_run, stored_plan
 from engine.data.run.surplus import MARKED, Surplus, quotas_of
 from engine.data.stores.base import Store, StoredFile
 from engine.data.stores.opening import open_store
-from engine.errors import CorruptShardError, JobError, OutputError, StoreLostError
+from engine.errors import CorruptShardError, JobError, OutputError, StoreLostError, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -149,7 +149,7 @@ def readable(where: Path | str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         remedy = "`riskforge verify` reports what is damaged"
         raise CorruptShardError(f"{where}: the rows cannot be read ({reason}); {remedy}") from None
 
@@ -243,12 +243,12 @@ def _labels(manifest: dict[str, Any], stored: StoredRun | None) -> tuple[str, ..
         return tuple(map(str, labels))
     if stored is None:
         return ()
-    from engine.models.addresses import read_labels
-    from engine.models.targets import is_foreign
+    from engine.models.labels import read_labels
+    from engine.models.programs import is_program
 
     address = str(stored.job["models"]["target"])
     with contextlib.suppress(JobError, OSError):
-        return () if is_foreign(address) else tuple(read_labels(address) or ())
+        return () if is_program(address) else tuple(read_labels(address) or ())
     return ()
 
 

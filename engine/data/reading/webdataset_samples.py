@@ -12,7 +12,7 @@ from engine.data.run.shards import IMAGE_FORMATS
 from engine.data.run.tar_index import RECORD
 from engine.data.stores.base import StoredFile
 from engine.errors import CorruptShardError
-from engine.job.records import fields_of
+from engine.job.records import columns_of
 
 
 class RunSelection(NamedTuple):
@@ -123,4 +123,4 @@ def _opening(stage: Any, files: dict[str, StoredFile]) -> Any:
 
 def as_record(row: dict[str, Any]) -> dict[str, Any]:
     """The record of a row of its own schema version; what that version has and the row lacks is left out."""
-    return {name: row[name] for name in fields_of(row["schema_version"]) if row.get(name) is not None}
+    return {name: row[name] for name in columns_of(row["schema_version"]) if row.get(name) is not None}

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import yaml
 
 from engine.data.run.card_loading import loading_section
 from engine.data.run.file_names import SURPLUS_LIST
-from engine.data.run.schema import DESCRIPTIONS, arrow_schema, tar_features
-from engine.data.run.summary import GroupSummary, Spread
+from engine.data.run.schema import arrow_schema, tar_features
+from engine.data.run.summary import GroupSummary, Spread, shown_entry_scores, shown_scores
+from engine.job.columns import BY_NAME, Role, columns_with, enumerated, target_first, units_text
 from engine.job.spec import ConditioningSpec, JobSpec, RequestSpec
 from engine.models.licences import UNKNOWN
 
@@ -35,8 +37,8 @@ _SIZES = (
     (10**12, "100B<n<1T"),
 )
 _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
-# Headings that the note above the table speaks of.
-ERRORS, VALID_FAILURES, JUDGE = "errors", "valid failures", "judge's conformity"
+# Headings that the note above the table explains.
+ERRORS, VALID_FAILURES = "errors", "valid failures"
 MAX_TABLE_ROWS = 200
 MAX_SHORT = 8
 
@@ -140,7 +142,7 @@ def _state(manifest: dict[str, Any]) -> str:
 
 
 def _num_of_quotas(counts: dict[str, Any], name: str) -> int:
-    return sum(one[name] for rows in counts.get("quotas", {}).values() for one in rows)
+    return sum(row[name] for rows in counts.get("quotas", {}).values() for row in rows)
 
 
 def _not_counted(job: JobSpec, counts: dict[str, Any]) -> str:
@@ -162,8 +164,8 @@ def _not_counted(job: JobSpec, counts: dict[str, Any]) -> str:
 
 
 def _licences(models: dict[str, Any]) -> str:
-    each = [one for about in models.values() for one in (about if isinstance(about, list | tuple) else [about])]
-    stated = [one for one in each if isinstance(one, dict) and one.get("license") not in (None, UNKNOWN)]
+    described = [model for value in models.values() for model in _each(value)]
+    stated = [model for model in described if isinstance(model, dict) and model.get("license") not in (None, UNKNOWN)]
     if not stated:
         return "The files of the models state none."
     return "Of the models' licences only what their own files say is listed."
@@ -171,16 +173,20 @@ def _licences(models: dict[str, Any]) -> str:
 
 def _models(models: dict[str, Any]) -> str:
     lines = ["## Models", "", "| role | model |", "|---|---|"]
-    for role, about in models.items():
-        each = about if isinstance(about, list | tuple) else [about]
-        lines += [f"| {role} | {_model_text(one)} |" for one in each]
+    for role, value in models.items():
+        lines += [f"| {role} | {_model_text(model)} |" for model in _each(value)]
     return "\n".join(lines)
 
 
-def _model_text(about: Any) -> str:
-    if not isinstance(about, dict):
-        return code(str(about))
-    return ", ".join(f"{name} {code(str(value))}" for name, value in about.items() if name != "labels")
+def _each(value: Any) -> list[Any] | tuple[Any, ...]:
+    """The models of a role, which has one or several."""
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _model_text(model: Any) -> str:
+    if not isinstance(model, dict):
+        return code(str(model))
+    return ", ".join(f"{name} {code(str(value))}" for name, value in model.items() if name != "labels")
 
 
 def _amount(request: RequestSpec) -> str:
@@ -193,11 +199,11 @@ def _amount(request: RequestSpec) -> str:
 
 
 def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
-    """What was asked for, and below each request what came of it."""
+    """What was asked for, and below each request its outcome."""
     lines = ["## How it was made", ""]
     for request in job.requests:
         wanted = request.boundary if request.boundary is not None else request.classes
-        classes = "all classes" if wanted == "all" else ", ".join(code(str(one), table=False) for one in wanted or ())
+        classes = "all classes" if wanted == "all" else ", ".join(code(str(name), table=False) for name in wanted or ())
         joint = " jointly" if request.boundary is not None else ""
         lines += [
             f"- **{request.name}**: method `{request.method}`, {_METHODS[request.guidance_section]}; {classes}{joint}, "
@@ -225,26 +231,26 @@ def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
 
 
 def _made(made: dict[str, int], quotas: list[dict[str, Any]] | None) -> str:
-    """What came of a request, in numbers."""
+    """The outcome of a request, in numbers."""
     if not made.get("attempted"):
         return "nothing so far"
     text = f"{made['attempted']} attempts: " + ", ".join(
         f"{made[name]} {name}" for name in ("ok", "rejected", "failed")
     )
-    short = [f"{one['missing']} of {code(one['class'], table=False)}" for one in quotas or () if one["missing"]]
+    short = [f"{quota['missing']} of {code(quota['class'], table=False)}" for quota in quotas or () if quota["missing"]]
     if not short:
         return text
     more = f" and {len(short) - MAX_SHORT} more classes" if len(short) > MAX_SHORT else ""
     return f"{text}; short of its quota by {', '.join(short[:MAX_SHORT])}{more}"
 
 
-def _guided(found: dict[str, int] | None) -> str:
+def _guided(counts: dict[str, int] | None) -> str:
     """How many images guidance reached."""
-    if found is None:
+    if counts is None:
         return "no image so far"
-    text = f"{found['guided']} of {found['scored']} scored images"
-    if found["without_effect"]:
-        text += f"; of these {found['without_effect']} as without it: no gradient was finite and other than zero"
+    text = f"{counts['guided']} of {counts['scored']} scored images"
+    if counts["without_effect"]:
+        text += f"; of these {counts['without_effect']} as without it: no gradient was finite and other than zero"
     return text
 
 
@@ -267,8 +273,8 @@ def _conditioning(spec: ConditioningSpec, screening: list[dict[str, Any]]) -> st
 
 
 def _screened(screening: list[dict[str, Any]]) -> str:
-    """What the draws came to."""
-    samples, screened, draws = (sum(one[name] for one in screening) for name in ("samples", "screened", "draws"))
+    """The outcome of the draws."""
+    samples, screened, draws = (sum(counts[name] for counts in screening) for name in ("samples", "screened", "draws"))
     if not samples:
         return "nothing was drawn so far"
     text = f"{screened} of {samples} samples have an embedding that passed, in {draws} draws"
@@ -288,7 +294,7 @@ def _table(groups: list[GroupSummary]) -> str:
     lines = [
         "## Scores",
         "",
-        _table_note(columns),
+        _table_note(groups),
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
@@ -300,47 +306,58 @@ def _table(groups: list[GroupSummary]) -> str:
 
 
 def _columns(groups: list[GroupSummary]) -> dict[str, Callable[[GroupSummary], str]]:
-    """Headings and what stands below them; models that a job does not name have no column."""
+    """Headings and the cells below them; models that a job does not name have no column."""
     columns: dict[str, Callable[[GroupSummary], str]] = {
         "request": lambda group: group.request,
         "context": lambda group: code(group.context) if group.context else "none",
         "images / attempts": lambda group: f"{group.ok} / {group.attempted}",
         ERRORS: lambda group: _percent(group.error_rate),
-        "risk": lambda group: _spread(group.risk),
-        "KLDB": lambda group: _spread(group.kldb),
-        "entropy": lambda group: _spread(group.entropy),
-        "conformity": lambda group: _spread(group.conformity),
     }
-    if any(group.oracle_agreement is not None for group in groups):
+    for column in target_first(shown_scores(groups)):
+        columns[column.label] = functools.partial(_score_cell, column.name)
+    if _has_oracle(groups):
         columns["oracle agrees"] = lambda group: _percent(group.oracle_agreement)
         columns[VALID_FAILURES] = lambda group: _percent(group.valid_failure_rate)
     if any(group.transfer for group in groups):
         columns["transfer"] = _transfer
-    if any(group.judge_conformity is not None for group in groups):
-        columns[JUDGE] = lambda group: _number(group.judge_conformity)
+    for name, entry in shown_entry_scores(groups).items():
+        columns[entry.heading] = functools.partial(_mean_cell, name)
     return columns
 
 
-def _table_note(columns: Collection[str]) -> str:
+def _score_cell(name: str, group: GroupSummary) -> str:
+    return _spread(group.scores.get(name))
+
+
+def _mean_cell(name: str, group: GroupSummary) -> str:
+    return _number(group.entry_means.get(name))
+
+
+def _has_oracle(groups: list[GroupSummary]) -> bool:
+    return any(group.oracle_agreement is not None for group in groups)
+
+
+def _table_note(groups: list[GroupSummary]) -> str:
+    units = units_text(target_first(shown_scores(groups)), is_full=True)
     text = (
         "Medians per request and context, over all scored samples, rejected ones too; in brackets the middle half. "
-        "Risk, KLDB and entropy are in nats under the target, conformity is the cosine of CLIP embeddings of image and "
-        "class prompt. Errors: the target predicts another class than the conditioned one, for a joint prompt one "
-        "outside its classes."
+        f"{units[:1].upper()}{units[1:]}. Errors: the target predicts another class than the conditioned one, for a "
+        "joint prompt one outside its classes."
     )
-    if VALID_FAILURES in columns:
+    if _has_oracle(groups):
         text += (
             " The oracle agrees where it predicts a class that was asked for; a valid failure is a sample on which the "
             "target errs while the oracle agrees."
         )
-    return text + (
-        " The judge is a second CLIP model that guided nothing; its conformity is a mean." if JUDGE in columns else ""
-    )
+    if shown_entry_scores(groups):
+        text += " The judge is a second CLIP model that guided nothing; its conformity is a mean."
+    return text
 
 
 def _transfer(group: GroupSummary) -> str:
     return "; ".join(
-        f"{code(one.model)} errors {_percent(one.error_rate)}, risk {one.risk_median:.3g}" for one in group.transfer
+        f"{code(summary.model)} errors {_percent(summary.error_rate)}, risk {summary.risk_median:.3g}"
+        for summary in group.transfer
     )
 
 
@@ -360,7 +377,9 @@ def columns_section(version: int) -> str:
     """What the columns of a schema version mean."""
     names = arrow_schema(surplus=True, version=version).names
     lines = ["## Columns", "", "| column | meaning |", "|---|---|"]
-    return "\n".join(lines + [f"| `{name}` | {DESCRIPTIONS[name].replace('|', chr(92) + '|')} |" for name in names])
+    return "\n".join(
+        lines + [f"| `{name}` | {BY_NAME[name].description.replace('|', chr(92) + '|')} |" for name in names]
+    )
 
 
 def _limits(job: JobSpec, version: int) -> str:
@@ -369,21 +388,27 @@ def _limits(job: JobSpec, version: int) -> str:
     judge = "the judge is a second opinion" if models.judge else "no second CLIP model judged"
     has_guided = any(request.guidance_section in ("risky", "custom") for request in job.requests)
     clip = "may have guided the sample" if has_guided else "guided no sample"
+    of_target = [
+        f"`{column.name}`"
+        for column in columns_with(Role.SUMMARISED)
+        if column.measured_by == "target" and column.since <= version
+    ]
+    # The line is broken before the last name.
+    one_target = enumerated(of_target).replace(" and ", " and\n  ") + " are those of one target."
     return f"""## Limits
 
 - Labels are what was asked of the diffusion model, not what a person saw: {oracle}.
-- `conformity` comes from one CLIP model, which {clip}, and shares its blind spots ({judge}); `risk`, `kldb` and
-  `entropy` are those of one target.
+- `conformity` comes from one CLIP model, which {clip}, and shares its blind spots ({judge}); {one_target}
 - Images inherit the biases and gaps of the diffusion model; rates of error here are not rates on real images.
 - Scores are of the stored 8-bit image. Columns are of schema version {version}; `manifest.json`
   has job, versions and checksums."""
 
 
 def code(text: str, *, table: bool = True) -> str:
-    """Somebody else's text as an inline code span, in which neither Markdown nor HTML has a meaning.
+    """Text of a user as an inline code span, in which neither Markdown nor HTML has a meaning.
 
     Args:
-        table: whether it stands in a table, where a bar must be escaped even in code.
+        table: whether it is in a table, where a bar must be escaped even in code.
     """
     plain = _UNSEEN.sub(" ", text).strip() or " "
     longest = max((len(run) for run in re.findall(r"`+", plain)), default=0)

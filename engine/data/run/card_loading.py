@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engine.data.run.file_names import CLASSES, SURPLUS_LIST
 from engine.data.run.shards import SHARDS
-from engine.job.records import fields_of
+from engine.job.records import columns_of
 
 # By the header, which names the files. Left to themselves, builders take a class called train for a part of the data.
 FILES_LOADING = """## Loading
@@ -109,7 +109,7 @@ label). Run these lines in the folder of the data set."""
 
 
 def _rows(which: str, version: int, conditions: str) -> str:
-    scored = '("scored", "==", True)' if "scored" in fields_of(version) else '("status", "!=", "failed")'
+    scored = '("scored", "==", True)' if "scored" in columns_of(version) else '("status", "!=", "failed")'
     filters = ", ".join(filter(None, [scored, conditions, '("risk", ">", 2.0)']))
     return f"""{which} is a row of `metadata.parquet`; ask for scores among the scored ones:
 

@@ -15,7 +15,7 @@ from engine.data.run.surplus import Surplus, surplus_lines
 from engine.data.stores.base import Store
 from engine.data.stores.file_errors import explained, shown
 from engine.errors import CorruptShardError
-from engine.job.plan import SCHEMA_VERSION
+from engine.job.columns import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,8 +1,9 @@
-"""What became of a scored sample: does a classifier predict a class that was asked for?
+"""The outcome of a scored sample: does a classifier predict a class that was asked for?
 
 Asked for is the conditioned class; for a joint prompt any class of its subset, none of which would be wrong. Errors of
 the target, agreement of the oracle and valid failures are counted by this everywhere: in tables, filters and studies.
-The column `is_error` says of a joint sample only that another class than the closest one was predicted.
+The column `is_error` records of a joint sample only that another class than the closest one was predicted. `ASKED` and
+`ERRS`, which the functions need, are those of `engine.job.columns`.
 """
 
 from __future__ import annotations
@@ -11,16 +12,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from engine.data.run.counts import JOINT_KEY, is_joint
-from engine.job.records import NO_CLASS, REAL, STATUS_FAILED
+from engine.job.columns import NO_CLASS
+from engine.job.records import REAL, STATUS_FAILED
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
     from pyarrow.compute import Expression
-
-# Columns that the functions below read of a table or record: what was asked for, and whether the target errs.
-ASKED = ("key", "class_index", "kldb_classes")
-ERRS = ("predicted_class", "is_error")
 
 
 def asked_classes(record: Mapping[str, Any]) -> tuple[int, ...]:
@@ -112,11 +110,11 @@ def predicts_asked_expression(column: str, max_subset: int) -> Expression:
 
     prediction = pc.field(column)
     joint = pc.match_substring_regex(pc.field("key"), JOINT_KEY)
-    found = ~joint & (prediction == pc.field("class_index"))
+    is_asked = ~joint & (prediction == pc.field("class_index"))
     for place in range(max_subset):
         here = pc.coalesce(element(pc.field("kldb_classes"), place) == prediction, pc.scalar(False))
-        found = found | (joint & here)
-    return found
+        is_asked = is_asked | (joint & here)
+    return is_asked
 
 
 def target_errs_expression(max_subset: int) -> Expression:

@@ -1,4 +1,4 @@
-"""Columns of the parquet files: the fields of `engine.job.records` as Arrow types, none of them nullable."""
+"""Columns of the parquet files: those of `engine.job.columns` as Arrow types, none of them nullable."""
 
 from __future__ import annotations
 
@@ -6,61 +6,16 @@ import math
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from engine.errors import CorruptShardError
-from engine.job.plan import SCHEMA_VERSION
-from engine.job.records import ENTRY_FIELDS, RUN_FIELDS, fields_of
+from engine.job.columns import COLUMNS, RUN_COLUMNS, SCHEMA_VERSION, SURPLUS, Column
+from engine.job.records import columns_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 VERSION_KEY = "riskforge.schema_version"
 
-# What each column means, for the data set's card and for the `description` of the Arrow fields.
-DESCRIPTIONS: dict[str, str] = {
-    "schema_version": "version of these columns",
-    "key": "name of the sample, unique in the data set; member name in the tar",
-    "request": "request of the job that asked for the sample",
-    "method": "sampling method: prompt only, or the guidance",
-    "class_name": "conditioned class; of a joint prompt the class of the subset with the highest conformity",
-    "class_index": "its index in the target's labels; content of the .cls member; -1 where unknown",
-    "prompt": "text that conditioned the diffusion model",
-    "context": "context appended to the prompt, empty for none",
-    "seed": "seed of the sample's first noise",
-    "index": "index of the sample in its request and class",
-    "status": "ok: image stored; rejected: sampled, not accepted; failed: no image",
-    "error_message": "why the sample failed, empty otherwise",
-    "scored": "whether models scored the image; false of failed samples and of real images, whose scores mean nothing",
-    "risk": "-log p of the conditioned class under the target, in nats",
-    "is_error": "whether the target predicts another class than class_name; of a joint prompt errors are counted as"
-    " predictions outside its classes (kldb_classes), which is the derived name target_errs",
-    "predicted_class": "class that the target predicts; -1 where it did not see the image",
-    "p_label": "the target's probability of the conditioned class",
-    "conformity": "cosine of the CLIP embeddings of image and class prompt",
-    "conformity_margin": "conformity minus the best conformity to any other class",
-    "kldb": "KL divergence from the uniform distribution over kldb_classes to the target's output, in nats",
-    "kldb_classes": "classes of kldb: the request's subset, or the class and its strongest rival",
-    "kldb_balance": "part of kldb: imbalance within the subset",
-    "kldb_mass": "part of kldb: probability outside the subset",
-    "entropy": "entropy of the target's output, in nats",
-    "soft_label": "training target over all classes: uniform over the subset of a joint prompt, one-hot otherwise",
-    "temperature": "calibration temperature of the target's logits",
-    "screened": "whether the conditioning passed the error predictor",
-    "guided_steps": "number of denoising steps that were guided",
-    "zero_gradients": "number of guided steps whose gradient was zero",
-    "nonfinite_gradients": "number of guided steps whose gradient was not finite and was dropped",
-    "oracle_class": "class that the independent oracle predicts; -1 without an oracle",
-    "accepted": "whether the sample meets the request's acceptance rule",
-    "transfer": "predicted class and risk under each classifier that was scored and never guided on",
-    "judge": "conformity and its margin under an independent CLIP model that was never guided on; empty without one",
-    "batch_size": "number of samples sampled together",
-    "duration_seconds": "sampling time of the batch divided by its size",
-    "attempt": "number of the try that made the shard",
-    "worker": "worker that made the shard",
-    "sha256": "checksum of the image file, empty where none is stored",
-    "surplus": "accepted, but beyond the quota of its request",
-}
-
 _YAML_TYPES = {"int": "int64", "float": "float64", "bool": "bool", "str": "string"}
-# Without these a row cannot be brought together with its image and label.
+# Without these a row cannot be joined with its image and label.
 REQUIRED = ("key", "status", "class_name", "class_index", "accepted", "sha256")
 
 _RUN_TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
@@ -70,10 +25,10 @@ def arrow_schema(*, surplus: bool = False, version: int = SCHEMA_VERSION) -> pa.
     """The columns of a shard's parquet, or with `surplus` of the metadata of the whole data set."""
     import pyarrow as pa
 
-    kinds = fields_of(version) | RUN_FIELDS | ({"surplus": "bool"} if surplus else {})
+    columns = [*columns_of(version).values(), *RUN_COLUMNS, *([SURPLUS] if surplus else [])]
     fields = [
-        pa.field(name, _arrow_type(kind), nullable=False, metadata={"description": DESCRIPTIONS[name]})
-        for name, kind in kinds.items()
+        pa.field(column.name, _arrow_type(column), nullable=False, metadata={"description": column.description})
+        for column in columns
     ]
     return pa.schema(fields, metadata={VERSION_KEY: str(version)})
 
@@ -92,7 +47,7 @@ def check_rows(table: pa.Table, where: object, *, is_foreign: bool = False) -> N
     import pyarrow.compute as pc
 
     kinds = {field.name: field.type for field in arrow_schema(surplus=True)}
-    for name in REQUIRED if is_foreign else DESCRIPTIONS:
+    for name in REQUIRED if is_foreign else [column.name for column in COLUMNS]:
         if name not in table.column_names:
             continue
         column = table.column(name)
@@ -116,9 +71,9 @@ def _refuse_rows(where: object, what: str) -> NoReturn:
 def tar_features(image_format: str, version: int = SCHEMA_VERSION) -> list[dict[str, Any]]:
     """Types of a tar's members for the header of a card, as `datasets` writes them.
 
-    Left to itself it takes those of the first five samples, and a list that is empty in all of them for one of nulls.
+    Without them it infers types from the first five samples, and takes a list that is empty in all for a list of nulls.
     """
-    record = [{"name": name, **_yaml_type(kind)} for name, kind in fields_of(version).items()]
+    record = [{"name": column.name, **_yaml_type(column)} for column in columns_of(version).values()]
     return [
         {"name": image_format, "dtype": "image"},
         {"name": "json", "struct": record},
@@ -128,12 +83,12 @@ def tar_features(image_format: str, version: int = SCHEMA_VERSION) -> list[dict[
     ]
 
 
-def _yaml_type(kind: str) -> dict[str, Any]:
-    if kind in _YAML_TYPES:
-        return {"dtype": _YAML_TYPES[kind]}
-    if parts := ENTRY_FIELDS.get(kind):
-        return {"list": [{"name": name, "dtype": _YAML_TYPES[part]} for name, part in parts.items()]}
-    return {"sequence": _YAML_TYPES[kind.removesuffix("s")]}
+def _yaml_type(column: Column) -> dict[str, Any]:
+    if column.parts:
+        return {"list": [{"name": part.name, "dtype": _YAML_TYPES[part.type]} for part in column.parts]}
+    if column.type in _YAML_TYPES:
+        return {"dtype": _YAML_TYPES[column.type]}
+    return {"sequence": _YAML_TYPES[column.type.removesuffix("s")]}
 
 
 def check_run_fields(run: dict[str, Any]) -> None:
@@ -142,7 +97,7 @@ def check_run_fields(run: dict[str, Any]) -> None:
     Raises:
         ValueError: a field is missing, unknown or not of its type.
     """
-    wanted = {name: _RUN_TYPES[kind] for name, kind in RUN_FIELDS.items() if name != "sha256"}
+    wanted = {column.name: _RUN_TYPES[column.type] for column in RUN_COLUMNS if column.name != "sha256"}
     if run.keys() != wanted.keys():
         raise ValueError(f"run fields missing or unknown: {sorted(run.keys() ^ wanted.keys())}")
     for name, kind in wanted.items():
@@ -150,14 +105,14 @@ def check_run_fields(run: dict[str, Any]) -> None:
             raise ValueError(f"run field {name} = {run[name]!r} is not a valid {kind.__name__}")
 
 
-def _arrow_type(kind: str) -> pa.DataType:
+def _arrow_type(column: Column) -> pa.DataType:
     import pyarrow as pa
 
     plain = {"int": pa.int64(), "float": pa.float64(), "bool": pa.bool_(), "str": pa.string()}
-    if kind in plain:
-        return plain[kind]
-    if parts := ENTRY_FIELDS.get(kind):
-        inner = pa.struct([pa.field(name, plain[part], nullable=False) for name, part in parts.items()])
+    if column.type in plain:
+        return plain[column.type]
+    if column.parts:
+        inner = pa.struct([pa.field(part.name, plain[part.type], nullable=False) for part in column.parts])
     else:
-        inner = plain[kind.removesuffix("s")]
+        inner = plain[column.type.removesuffix("s")]
     return pa.list_(pa.field("element", inner, nullable=False))

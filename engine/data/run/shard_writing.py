@@ -20,7 +20,7 @@ from engine.data.run.schema import arrow_schema, check_run_fields
 from engine.data.run.shards import IMAGE_FORMATS, ROWS_PER_GROUP, ShardFiles, describe_files, is_key
 from engine.data.stores.file_errors import explained
 from engine.data.tars import BLOCK_BYTES
-from engine.job.plan import SCHEMA_VERSION
+from engine.job.columns import SCHEMA_VERSION
 from engine.job.records import STATUS_FAILED, STATUS_OK, SampleResult, check_record, in_version
 
 RECORD_BYTES = 10240

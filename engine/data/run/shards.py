@@ -16,8 +16,8 @@ from engine.data.run.schema import arrow_schema
 from engine.data.stores.file_errors import explained, shown
 from engine.data.tars import BLOCK_BYTES, DamagedTarError, Member, read_member, walk_tar
 from engine.errors import CorruptShardError
-from engine.job.plan import SCHEMA_VERSION
-from engine.job.records import STATUS_OK, check_record, fields_of
+from engine.job.columns import SCHEMA_VERSION
+from engine.job.records import STATUS_OK, check_record, columns_of
 from engine.job.spec import OutputSpec
 
 SHARDS = "shards"
@@ -181,7 +181,7 @@ def inspect_pair(tar: Path, parquet: Path) -> ShardFiles:
         key, image, record, _ = next(samples, ("", b"", {}, 0))
         if key != row["key"] or hashlib.sha256(image).hexdigest() != row["sha256"]:
             _corrupt(tar, f"the image of {row['key']} is missing or not the one listed in {parquet.name}")
-        if record != {name: row.get(name) for name in fields_of(record["schema_version"])}:
+        if record != {name: row.get(name) for name in columns_of(record["schema_version"])}:
             _corrupt(tar, f"the record of {row['key']} is not the one listed in {parquet.name}")
     if extra := next(samples, None):
         _corrupt(tar, f"{extra[0]} is not listed in {parquet.name}")

@@ -18,7 +18,7 @@ from engine.data.stores.base import Store
 from engine.errors import MAX_REASON_CHARS, JobError, OutputError, OwnedError
 from engine.job.parsing import parse_job
 from engine.job.plan import EVERY_CELL, Cell, Extent, Plan, RequestPlan
-from engine.job.records import fields_of
+from engine.job.records import columns_of
 from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json
 
@@ -192,7 +192,7 @@ def _read_plan_file(store: Store, name: str) -> dict[str, Any]:
             _extent(extent)
         wanted = ("digest", "stage", *(("identity", "job") if name == f"{PLANS}/{0:06d}.json" or "job" in file else ()))
         # Plans of version 1 do not state it.
-        fields_of(version := file.get("schema_version", 1))
+        columns_of(version := file.get("schema_version", 1))
         return {key: file[key] for key in wanted} | {"schema_version": version}
     except _READ_ERRORS as error:
         raise _unreadable(store.address(name), error) from error

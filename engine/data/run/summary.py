@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.data.run.outcomes import ASKED, ERRS, errors, oracle_agreement, predicts_asked, scored_rows
+from engine.data.run.outcomes import errors, oracle_agreement, predicts_asked, scored_rows
 from engine.job.class_names import distinct_pairs
-from engine.job.records import NO_CLASS, SINCE, STATUS_FAILED, STATUS_OK, STATUS_REJECTED
+from engine.job.columns import (
+    ASKED,
+    ERRS,
+    NO_CLASS,
+    Column,
+    EntryScore,
+    Role,
+    columns_with,
+    entry_scores_with,
+    stored_names,
+)
+from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,10 +31,17 @@ if TYPE_CHECKING:
     from engine.job.spec import JobSpec
 
 _TEXTS = ["request", "method", "context", "class_name", "status"]
-_SCORES = ["risk", "conformity", "kldb", "entropy"]
-_COLUMNS = [*_TEXTS, *_SCORES, *ASKED, *ERRS, "accepted", "oracle_class", "transfer"]
-# Runs of an earlier schema version do not have them.
-LATER_COLUMNS = tuple(SINCE)
+_SCORES = columns_with(Role.SUMMARISED)
+_ENTRY_SCORES = entry_scores_with(Role.SUMMARISED)
+# What a summary reads; of a run of an earlier schema version, those of them that it has.
+SUMMARY_COLUMNS = tuple(
+    dict.fromkeys(
+        [
+            *_TEXTS, *(column.name for column in _SCORES), *ASKED, *ERRS, "accepted", "scored", "oracle_class",
+            "transfer", *(entry.column.name for entry in _ENTRY_SCORES.values()),
+        ]
+    )
+)  # fmt: skip
 _QUARTILES = (0.25, 0.5, 0.75)
 
 
@@ -38,7 +56,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferSummary:
-    """How a classifier that was never guided on sees the images of a group."""
+    """The images of a group under a classifier that was never guided on."""
 
     model: str
     error_rate: float
@@ -49,8 +67,8 @@ class TransferSummary:
 class GroupSummary:
     """The samples of one request and context.
 
-    Rates and scores are over all that were scored, `ok` and `rejected`: over the accepted ones alone they would tell of
-    the rule of acceptance, not of the method.
+    Rates and scores are over all samples that were scored, `ok` and `rejected`: over the accepted ones alone they would
+    describe the rule of acceptance, not the method.
 
     Attributes:
         error_rate: share on which the target predicts another class than the conditioned one, for a joint prompt one
@@ -58,7 +76,9 @@ class GroupSummary:
         oracle_agreement: share whose oracle class is the conditioned one, for a joint prompt any of its subset; None
             without an oracle.
         valid_failure_rate: share on which the target errs while the oracle agrees; None without an oracle.
-        judge_conformity: mean of the judge's conformity; None without a judge.
+        scores: by column, in the order of the table; of a run of an earlier schema version without later ones.
+        entry_means: by name, the mean of a score under a model that has entries (`ENTRY_SCORES`), such as the judge;
+            None without one.
     """
 
     request: str
@@ -70,14 +90,25 @@ class GroupSummary:
     failed: int
     accepted: int
     error_rate: float | None
-    risk: Spread | None
-    conformity: Spread | None
-    kldb: Spread | None
-    entropy: Spread | None
+    scores: Mapping[str, Spread | None]
     oracle_agreement: float | None
     valid_failure_rate: float | None
     transfer: tuple[TransferSummary, ...]
-    judge_conformity: float | None = None
+    entry_means: Mapping[str, float | None] = field(default_factory=dict)
+
+
+def shown_scores(groups: Sequence[GroupSummary]) -> list[Column]:
+    """The summarised scores that a table of groups has columns for: those that any of the runs stored."""
+    return [column for column in _SCORES if not groups or any(column.name in group.scores for group in groups)]
+
+
+def shown_entry_scores(groups: Sequence[GroupSummary]) -> dict[str, EntryScore]:
+    """The summarised scores of entries that a table of groups has columns for: those of models that the job names."""
+    return {
+        name: entry
+        for name, entry in _ENTRY_SCORES.items()
+        if any(group.entry_means.get(name) is not None for group in groups)
+    }
 
 
 def summarise(metadata: Path) -> list[GroupSummary]:
@@ -116,8 +147,8 @@ def class_texts(table: pa.Table, labels: Sequence[str] = ()) -> pa.Array:
     names = table["class_name"].cast(pa.string()).combine_chunks().dictionary_encode()
     known = names.dictionary.to_pylist()
     codes = table["class_index"].to_numpy().astype(np.int64) * len(known) + names.indices.to_numpy()
-    found, places = np.unique(codes, return_inverse=True)
-    pairs = [(int(code) // len(known), known[int(code) % len(known)]) for code in found]
+    unique, places = np.unique(codes, return_inverse=True)
+    pairs = [(int(code) // len(known), known[int(code) % len(known)]) for code in unique]
     texts = distinct_pairs([*enumerate(labels), *pairs])
     return pa.array([texts[pair] for pair in pairs], pa.string()).take(pa.array(places))
 
@@ -147,17 +178,17 @@ def count_guidance(metadata: Path) -> dict[str, dict[str, int]]:
 
 
 def read_dials(metadata: Path, job: JobSpec) -> dict[str, dict[str, float]]:
-    """How near the risk of scored samples is to the dial, for each request that was guided to one.
+    """How near the risk of scored samples is to the risk target, for each request that was guided to one.
 
     Returns:
         By request: `target_risk`, `tolerance`, the median of the risk, the share of scored samples within the
-        tolerance, and the distance to the dial within which half of them lie.
+        tolerance, and the distance to the risk target within which half of them lie.
     """
     import numpy as np
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    wanted = {one.name: job.guidance_of(one).risky for one in job.requests if one.method == "risky"}
+    wanted = {request.name: job.guidance_of(request).risky for request in job.requests if request.method == "risky"}
     wanted = {name: spec for name, spec in wanted.items() if spec.step == "polyak"}
     if not wanted:
         return {}
@@ -185,16 +216,17 @@ def summarise_table(table: pa.Table) -> list[GroupSummary]:
     if not table.num_rows:
         return []
     codes = _group_codes(table)
-    columns = {name: _numbers(table, name) for name in [*_SCORES, "accepted"]}
+    scores = [column.name for column in _SCORES if _is_stored(table, column.name)]
+    columns = {name: _numbers(table, name) for name in [*scores, "accepted"]}
     columns |= {status: _equals(table, "status", status) for status in (STATUS_OK, STATUS_REJECTED, STATUS_FAILED)}
     columns |= {"scored": scored_rows(table), "error": errors(table), "oracle": oracle_agreement(table)}
-    columns["judge"] = _judge_reading(table)
+    columns |= {name: _entry_readings(table, entry) for name, entry in _ENTRY_SCORES.items()}
     transfers = _transfer_readings(table)
     order = np.argsort(codes, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
     first = table.select(["request", "method", "context"]).take([int(rows[0]) for rows in groups]).to_pylist()
     return [
-        _group(names, {name: column[rows] for name, column in columns.items()}, _of_rows(transfers, rows))
+        _group(names, scores, {name: column[rows] for name, column in columns.items()}, _of_rows(transfers, rows))
         for names, rows in zip(first, groups, strict=True)
     ]
 
@@ -203,16 +235,21 @@ def _read_slim(metadata: Path) -> pa.Table:
     import pyarrow.dataset
     import pyarrow.parquet as pq
 
-    schema = pyarrow.dataset.dataset(metadata, format="parquet").schema
-    columns = [name for name in (*_COLUMNS, *LATER_COLUMNS) if name in schema.names or name not in LATER_COLUMNS]
+    stored = pyarrow.dataset.dataset(metadata, format="parquet").schema.names
+    columns = stored_names(SUMMARY_COLUMNS, stored)
     return pq.read_table(metadata, columns=columns, read_dictionary=_TEXTS, partitioning=None)
 
 
-def _group(names: dict[str, Any], rows: dict[str, np.ndarray], transfer: tuple[TransferSummary, ...]) -> GroupSummary:
-    import numpy as np
+def _is_stored(table: pa.Table, name: str) -> bool:
+    """Whether any row has a column: where runs are read together, those of earlier schema versions lack later ones."""
+    return name in table.column_names and (not table.num_rows or table[name].null_count < table.num_rows)
 
+
+def _group(
+    names: dict[str, Any], scores: Sequence[str], rows: dict[str, np.ndarray], transfer: tuple[TransferSummary, ...]
+) -> GroupSummary:
     scored = rows["scored"]
-    heard = scored & (rows["oracle"] >= 0)
+    has_oracle = scored & (rows["oracle"] >= 0)
     return GroupSummary(
         **names,
         attempted=len(scored),
@@ -221,15 +258,19 @@ def _group(names: dict[str, Any], rows: dict[str, np.ndarray], transfer: tuple[T
         failed=int(rows[STATUS_FAILED].sum()),
         accepted=int(rows["accepted"].sum()),
         error_rate=_mean(rows["error"][scored]),
-        oracle_agreement=_mean(rows["oracle"][heard]),
-        valid_failure_rate=_mean((rows["oracle"] * rows["error"])[heard]),
+        oracle_agreement=_mean(rows["oracle"][has_oracle]),
+        valid_failure_rate=_mean((rows["oracle"] * rows["error"])[has_oracle]),
         transfer=transfer,
-        judge_conformity=_mean(rows["judge"][~np.isnan(rows["judge"])]),
-        risk=_spread(rows["risk"][scored]),
-        conformity=_spread(rows["conformity"][scored]),
-        kldb=_spread(rows["kldb"][scored]),
-        entropy=_spread(rows["entropy"][scored]),
+        scores={name: _spread(_known(rows[name][scored])) for name in scores},
+        entry_means={name: _mean(_known(rows[name])) for name in _ENTRY_SCORES},
     )
+
+
+def _known(values: np.ndarray) -> np.ndarray:
+    """The values that are known, without NaN."""
+    import numpy as np
+
+    return values[~np.isnan(values)]
 
 
 def _group_codes(table: pa.Table) -> np.ndarray:
@@ -257,20 +298,21 @@ def _equals(table: pa.Table, name: str, value: str) -> np.ndarray:
     return pc.equal(table[name], value).to_numpy()
 
 
-def _judge_reading(table: pa.Table) -> np.ndarray:
-    """Conformity under the judge; NaN where there was none or no image."""
+def _entry_readings(table: pa.Table, entry: EntryScore) -> np.ndarray:
+    """A score of the entries of each row, [N]; NaN where there is no entry."""
     import numpy as np
     import pyarrow.compute as pc
 
-    reading = np.full(table.num_rows, np.nan)
-    if "judge" in table.column_names:
-        rows = pc.list_parent_indices(table["judge"]).to_numpy()
-        reading[rows] = pc.list_flatten(table["judge"]).combine_chunks().field("conformity").to_numpy()
-    return reading
+    readings = np.full(table.num_rows, np.nan)
+    if entry.column.name in table.column_names:
+        entries = table[entry.column.name]
+        rows = pc.list_parent_indices(entries).to_numpy()
+        readings[rows] = pc.list_flatten(entries).combine_chunks().field(entry.part.name).to_numpy()
+    return readings
 
 
 def _transfer_readings(table: pa.Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Per model and row: risk and whether it errs; NaN where the model did not see the row."""
+    """Per model and row: risk and whether it errs; NaN where the model did not score the row."""
     import numpy as np
     import pyarrow.compute as pc
 
@@ -318,8 +360,11 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def plain(group: GroupSummary) -> dict[str, Any]:
-    """A group as plain data without nulls: what is not known is not there."""
-    known = {name: value for name, value in dataclasses.asdict(group).items() if value is not None}
+    """A group as plain data without nulls: what is not known is left out."""
+    document: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(group).items():
+        document |= value if name in ("scores", "entry_means") else {name: value}
+    known = {name: value for name, value in document.items() if value is not None}
     return known | {"transfer": list(known["transfer"])}
 
 

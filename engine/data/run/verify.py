@@ -19,7 +19,7 @@ from engine.data.run.stored_plan import stored_plan
 from engine.data.run.surplus import surplus_lines
 from engine.data.stores.base import TORN, Store
 from engine.data.stores.file_errors import is_no_file, shown
-from engine.errors import CorruptShardError, OutputError, RiskforgeError, StoreLostError
+from engine.errors import CorruptShardError, OutputError, RiskforgeError, StoreLostError, first_line
 from engine.job.plan import Plan
 from engine.job.quotas import replay
 from engine.job.spec import JobSpec
@@ -219,7 +219,7 @@ def _check_surplus(store: Store) -> Iterator[Finding]:
         for line in surplus_lines(store.fetch(METADATA)):
             wanted.update(line)
     except (OSError, pa.ArrowException) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         yield Finding(kind="damage", text=f"{METADATA}: its rows cannot be read ({reason})")
         return
     listed = _fetch_file(store, SURPLUS_LIST)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from engine.errors import OutputError
-from engine.models.files import MAX_DOCUMENT_BYTES, MAX_RECORD_BYTES
+from engine.models.untrusted_files import MAX_DOCUMENT_BYTES, MAX_RECORD_BYTES
 
 STATE = "_state"
 STAGING = "_state/staging"

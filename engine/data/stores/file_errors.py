@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from engine.errors import OutputError, StoreLostError
-from engine.models.files import UnsuitableFileError
+from engine.models.untrusted_files import UnsuitableFileError
 
 Parameters = ParamSpec("Parameters")
 Answer = TypeVar("Answer")

@@ -23,7 +23,7 @@ from engine.data.stores.base import LOCKS, STAGING, STATE, TORN, Store
 from engine.data.stores.file_errors import explained, patient
 from engine.data.stores.staging import claim_folder, release_folder, remove_if_dead
 from engine.errors import OutputError, StoreLostError
-from engine.models.files import MAX_DOCUMENT_BYTES, MAX_RECORD_BYTES, check_regular, read_whole
+from engine.models.untrusted_files import MAX_DOCUMENT_BYTES, MAX_RECORD_BYTES, check_regular, read_whole
 
 
 def is_there(path: Path) -> bool:

@@ -22,7 +22,7 @@ from pathlib import Path
 from engine.data.stores.base import DRIVER_LOCK, LEASES, Store
 from engine.errors import MAX_REASON_CHARS, OutputError, OwnedError, RiskforgeError
 from engine.methods.strict_json import parse_json
-from engine.models.files import MAX_RECORD_BYTES
+from engine.models.untrusted_files import MAX_RECORD_BYTES
 
 LEASE_SECONDS = 60.0
 # Renewals within the length of a lease.

@@ -11,6 +11,7 @@ from traceback import walk_tb
 from typing import Any
 
 from engine.data.stores.file_errors import remedy_of
+from engine.errors import first_line
 
 _FOREIGN = {"aiobotocore", "botocore", "s3fs", "gcsfs", "google", "aiohttp", "requests", "urllib3", "fsspec"}
 
@@ -152,8 +153,7 @@ def is_foreign(error: BaseException) -> bool:
 def remedy(error: Exception, scheme: str) -> str:
     """The remedy for an error of the libraries."""
     kinds = _kinds(error)
-    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
-    code, text = _code(error), (lines or [type(error).__name__])[0][:300]
+    code, text = _code(error), first_line(getattr(error, "strerror", None) or error, type(error).__name__)[:300]
     reason = f" ({code}: {text})" if code and code not in text else f" ({text})"
     if code == "NoSuchBucket" or text == NO_BUCKET:
         return NO_BUCKET

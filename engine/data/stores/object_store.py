@@ -30,7 +30,7 @@ from engine.data.stores.object_copies import ObjectCopies, object_version
 from engine.data.stores.object_errors import is_empty_range
 from engine.data.stores.process_folder import ProcessFolder, clean_folders
 from engine.errors import OutputError, StoreLostError
-from engine.models.files import MAX_DOCUMENT_BYTES, MAX_RECORD_BYTES, too_large
+from engine.models.untrusted_files import MAX_DOCUMENT_BYTES, MAX_RECORD_BYTES, too_large
 
 READ_TOGETHER = 128
 

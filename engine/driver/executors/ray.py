@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.driver.executors.base import ExecutorEvent, Host, WorkerFactory, drain
-from engine.errors import EXIT_DRAINED, ClusterLostError, JobError, RiskforgeError
+from engine.errors import EXIT_DRAINED, ClusterLostError, JobError, RiskforgeError, first_line
 from engine.generation.messages import ShardProgress, ShardSampled, WorkerActive, WorkerLost, WorkerPlaced, WorkerReady
 from engine.job.plan import ShardSpec
 
@@ -346,7 +346,7 @@ class RayExecutor:
             else:
                 self._start(quiet)
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             if self._address:
                 raise JobError(f"--address: no Ray cluster at '{self._address}' ({reason})") from error
             raise RiskforgeError(f"Ray does not start on this machine ({reason}); try --executor local") from error

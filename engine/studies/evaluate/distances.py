@@ -1,6 +1,6 @@
 """How far two sets of images are apart, by their features: kernel and Frechet distance, precision and recall.
 
-Features are arrays [N, d] of any extractor; which one decides what a distance means, so it is always told beside it.
+Features are arrays [N, d] of any extractor; a distance has a meaning only together with its extractor's name.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ def kernel_distance(
     if size < 2:
         raise ValueError(f"a kernel distance needs four features a side, not {len(first)} and {len(second)}")
     rng = np.random.default_rng(seed)
-    found = [
+    distances = [
         unbiased_mmd(*(side[rng.choice(len(side), size, replace=False)] for side in (first, second)))
         for _ in range(subsets)
     ]
-    low, high = np.quantile(found, [0.025, 0.975])
-    return Estimate(float(np.mean(found)), float(low), float(high))
+    low, high = np.quantile(distances, [0.025, 0.975])
+    return Estimate(float(np.mean(distances)), float(low), float(high))
 
 
 def unbiased_mmd(first: Features, second: Features) -> float:
     """The unbiased estimate of the squared maximum mean discrepancy under the cubic kernel (Gretton et al. 2012)."""
-    within = [_cubic(one, one) for one in (first, second)]
+    within = [_cubic(side, side) for side in (first, second)]
     own = sum(float(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in within)
     return own - 2 * float(_cubic(first, second).mean())
 
@@ -85,8 +85,8 @@ def frechet_distance(first: Features, second: Features) -> float:
     `A1 A2'`, which needs no root of a matrix.
     """
     means = first.mean(0) - second.mean(0)
-    factors = [_factor(one) for one in (first, second)]
-    own = sum(float((one**2).sum()) for one in factors)
+    factors = [_factor(side) for side in (first, second)]
+    own = sum(float((factor**2).sum()) for factor in factors)
     shared = float(np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum())
     return max(0.0, float(means @ means) + own - 2 * shared)
 
@@ -100,7 +100,7 @@ def _factor(features: Features) -> Features:
 def frechet_interval(first: Features, second: Features, *, seed: int = 0) -> Estimate:
     """The Frechet distance, and 1.96 standard deviations of its bootstrap to either side, not below zero.
 
-    A bootstrap repeats images, which widens the bias of few of them; so it is asked for the spread and not the centre.
+    A bootstrap repeats images, which enlarges the bias of few images; only its spread is used, not its centre.
 
     Raises:
         ValueError: fewer than two features on a side.
@@ -116,11 +116,11 @@ def _bootstrap_deviation(
     measure: Callable[[Features, Features], float], first: Features, second: Features, seed: int
 ) -> float:
     rng = np.random.default_rng(seed)
-    found = [
+    values = [
         measure(*(side[rng.integers(0, len(side), len(side))] for side in (first, second)))
         for _ in range(NUM_BOOTSTRAPS)
     ]
-    return float(np.std(found, ddof=1))
+    return float(np.std(values, ddof=1))
 
 
 def precision_recall(samples: Features, real: Features, *, neighbours: int = NEIGHBOURS) -> Manifolds:
@@ -141,7 +141,7 @@ def precision_recall(samples: Features, real: Features, *, neighbours: int = NEI
 
 def _num_inside(points: Features, manifold: Features, neighbours: int) -> int:
     """How many points lie in a ball of the manifold."""
-    # Copies: views would keep their blocks.
+    # Copies, because views would keep their blocks in memory.
     radii = np.concatenate(
         [np.partition(block, neighbours, axis=1)[:, neighbours].copy() for block in _distances(manifold, manifold)]
     )
@@ -149,11 +149,11 @@ def _num_inside(points: Features, manifold: Features, neighbours: int) -> int:
 
 
 def _distances(first: Features, second: Features) -> Iterator[Features]:
-    """Squared distances [N, M], a block of rows at a time; what rounding leaves of an equal pair is zero."""
+    """Squared distances [N, M], a block of rows at a time; rounding errors of equal pairs are set to zero."""
     squares = (second**2).sum(1)
     for start in range(0, len(first), _ROWS):
         rows = first[start : start + _ROWS]
         own = (rows**2).sum(1)[:, None]
-        found = own + squares - 2 * rows @ second.T
-        found[found < 1e-10 * (own + squares)] = 0.0
-        yield found
+        block = own + squares - 2 * rows @ second.T
+        block[block < 1e-10 * (own + squares)] = 0.0
+        yield block

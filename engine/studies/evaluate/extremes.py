@@ -1,4 +1,4 @@
-"""Real images and samples at both ends of a score: near the boundary and far from it, of high risk and of low."""
+"""Real images and samples at both ends of a score: near the boundary and far from it, of high and of low risk."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.data.run.counts import is_joint
+from engine.job.columns import BY_NAME
 from engine.methods import scores
 from engine.report.evaluation import Extremes, Row, Shown
 from engine.report.text import number
@@ -23,14 +24,15 @@ Show = Callable[[int, str], Shown]
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Scored:
-    """Real images and samples with what the target says of them.
+class ScoredImages:
+    """Real images and samples with the outputs of the target.
 
     Attributes:
         logits, classes: of the real images, [N, n] and [N].
         records: of the samples.
         methods: by request.
-        show_real, show_sample: put a row and a text into the report.
+        labels: displayed names of the classes, by index.
+        show_real, show_sample: add an image, given by its row, and its caption to the report.
     """
 
     logits: NDArray[np.float32]
@@ -42,12 +44,12 @@ class Scored:
     show_sample: Show
 
 
-def boundary_extremes(scored: Scored) -> Iterator[Extremes]:
-    """For each subset of a boundary request, the first ones: images nearest to the boundary and farthest from it."""
+def boundary_extremes(scored: ScoredImages) -> Iterator[Extremes]:
+    """Images nearest to the boundary and farthest from it, for the first subsets of boundary requests."""
     subsets: dict[tuple[int, ...], list[int]] = {}
-    for row, one in enumerate(scored.records):
-        if scored.methods[one["request"]] == "boundary" and is_joint(one["key"]):
-            subsets.setdefault(tuple(one["kldb_classes"]), []).append(row)
+    for row, record in enumerate(scored.records):
+        if scored.methods[record["request"]] == "boundary" and is_joint(record["key"]):
+            subsets.setdefault(tuple(record["kldb_classes"]), []).append(row)
     for subset, rows in list(subsets.items())[:MAX_SUBSETS]:
         real = np.flatnonzero(np.isin(scored.classes, subset))
         values = scores.kldb(torch.from_numpy(scored.logits[real]), list(subset)).numpy()
@@ -55,12 +57,12 @@ def boundary_extremes(scored: Scored) -> Iterator[Extremes]:
         yield _extremes(scored, title, "kldb", real, values, rows, ("nearest", "farthest"), lowest_first=True)
 
 
-def risk_extremes(scored: Scored) -> Iterator[Extremes]:
-    """For each class of a risky request, the first ones: images of the highest and of the lowest risk."""
+def risk_extremes(scored: ScoredImages) -> Iterator[Extremes]:
+    """Images of the highest and of the lowest risk, for the first classes of risky requests."""
     classes: dict[int, list[int]] = {}
-    for row, one in enumerate(scored.records):
-        if scored.methods[one["request"]] == "risky":
-            classes.setdefault(one["class_index"], []).append(row)
+    for row, record in enumerate(scored.records):
+        if scored.methods[record["request"]] == "risky":
+            classes.setdefault(record["class_index"], []).append(row)
     for index, rows in sorted(classes.items())[:MAX_CLASSES]:
         real = np.flatnonzero(scored.classes == index)
         values = scores.risk(torch.from_numpy(scored.logits[real]), torch.full((len(real),), index)).numpy()
@@ -69,22 +71,29 @@ def risk_extremes(scored: Scored) -> Iterator[Extremes]:
 
 
 def _extremes(
-    scored: Scored, title: str, score: Literal["kldb", "risk"], real: NDArray[np.int64], values: NDArray[np.float32],
-    rows: Sequence[int], ends: tuple[str, str], *, lowest_first: bool,
+    scored: ScoredImages, title: str, score: Literal["kldb", "risk"], real: NDArray[np.int64],
+    values: NDArray[np.float32], rows: Sequence[int], ends: tuple[str, str], *, lowest_first: bool,
 ) -> Extremes:  # fmt: skip
-    """A row of images for either end and kind, without one for a kind of which there is none."""
-    made = np.array([scored.records[row][score] for row in rows], dtype=np.float64)
-    label = "KLDB" if score == "kldb" else "risk"
+    """A row of images for each end and kind that there are images of.
+
+    Args:
+        real: rows of the real images, [R].
+        values: their scores, [R].
+        rows: rows of the samples.
+    """
+    of_samples = np.array([scored.records[row][score] for row in rows], dtype=np.float64)
+    label = BY_NAME[score].label
     lines = []
     for place, end in enumerate(ends):
         is_rising = lowest_first == (place == 0)
-        for kind, numbers, found, show in (
+        for kind, numbers, scores_of_kind, show in (
             ("Real", real, values.astype(np.float64), scored.show_real),
-            ("Samples", np.array(rows), made, scored.show_sample),
+            ("Samples", np.array(rows), of_samples, scored.show_sample),
         ):
-            chosen = _end(found, is_rising)
+            chosen = _end(scores_of_kind, is_rising)
             if len(chosen):
-                images = tuple(show(int(numbers[one]), f"{label} {number(float(found[one]))}") for one in chosen)
+                captions = [f"{label} {number(float(scores_of_kind[place]))}" for place in chosen]
+                images = tuple(show(int(numbers[at]), text) for at, text in zip(chosen, captions, strict=True))
                 lines.append(Row(title=f"{kind}, {end}", images=images))
     return Extremes(
         title=title,
@@ -92,7 +101,7 @@ def _extremes(
         num_real=len(real),
         num_samples=len(rows),
         median_real=float(np.median(values)) if len(values) else None,
-        median_samples=float(np.median(made)) if len(made) else None,
+        median_samples=float(np.median(of_samples)) if len(of_samples) else None,
         rows=tuple(lines),
     )
 

@@ -1,9 +1,9 @@
-"""Images as an evaluation keeps them: features, a few pixels and a thumbnail, whatever the size of the files."""
+"""Images as an evaluation keeps them: features, small pixels and a thumbnail, whatever the size of the files."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,25 +12,23 @@ import PIL.Image
 import torch
 from numpy.typing import NDArray
 
-from engine.data.images import ImageSource, ReadResult
 from engine.methods.finiteness import Faults
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
 from engine.report.gallery import image_uri
-from engine.studies.evaluate.features import ClipFeatures, Extractor
+from engine.studies.evaluate.extractors import ClipFeatures, Extractor
 
 BATCH = 64
-# Pixels are compared at this size: enough to tell a copy, and blind to noise and to a new encoding.
+# Pixels are compared at this size: enough to recognise a copy, and insensitive to noise and to another encoding.
 COMPARED_SIDE = 32
 THUMBNAIL_BYTES = 6000
 _ROWS = 1024
 
-Advance = Callable[[str], None]
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Pictures:
+class ImageFeatures:
     """A set of N images.
 
     Attributes:
@@ -60,8 +58,8 @@ class Pictures:
 
 
 @dataclass(frozen=True, slots=True)
-class Eyes:
-    """The models that look at images; target and judge where they are to, too.
+class VisionModels:
+    """The models that compute features of images; target and judge only where their outputs are needed.
 
     Attributes:
         clip_role: the field or option that names the CLIP model, for messages.
@@ -74,16 +72,16 @@ class Eyes:
     clip_role: str = "models.clip"
 
     def embeds(self, images: Sequence[PIL.Image.Image], faults: Faults) -> NDArray[np.float32]:
-        """CLIP embeddings [B, d] of length one; without meaning in rows with a fault."""
+        """CLIP embeddings [B, d] of length one; undefined in rows with a fault, which is added to `faults`."""
         return _checked_unit(self.clip, self.clip_role, images, faults)
 
-    def look(self, images: Iterable[tuple[str, int, PIL.Image.Image]]) -> Pictures:
-        """Everything that is kept of images, given with name and class; a batch of them is held at a time."""
+    def extract(self, images: Iterable[tuple[str, int, PIL.Image.Image]]) -> ImageFeatures:
+        """Features of images that are given with name and class; a batch of images is in memory at a time."""
         parts = [self._part(batch) for batch in batched(images)]
         if not parts:
             return _nothing()
-        return Pictures(
-            left_out=tuple(one for part in parts for one in part.left_out),
+        return ImageFeatures(
+            left_out=tuple(pair for part in parts for pair in part.left_out),
             names=tuple(name for part in parts for name in part.names),
             thumbnails=tuple(uri for part in parts for uri in part.thumbnails),
             classes=np.concatenate([part.classes for part in parts]),
@@ -94,7 +92,7 @@ class Eyes:
             judged=np.concatenate([part.judged for part in parts]),
         )
 
-    def _part(self, batch: Sequence[tuple[str, int, PIL.Image.Image]]) -> Pictures:
+    def _part(self, batch: Sequence[tuple[str, int, PIL.Image.Image]]) -> ImageFeatures:
         images, faults = [image for _, _, image in batch], Faults(len(batch))
         clip = self.embeds(images, faults)
         features = self.extractor.features(images, clip)
@@ -108,7 +106,7 @@ class Eyes:
         if self.judge:
             judged = _checked_unit(self.judge, "models.judge", images, faults)
         usable = [row for row in range(len(batch)) if not faults[row]]
-        return Pictures(
+        return ImageFeatures(
             names=tuple(batch[row][0] for row in usable),
             classes=np.array([batch[row][1] for row in usable], dtype=np.int64),
             clip=clip[usable],
@@ -128,8 +126,8 @@ def batched(items: Iterable[Item]) -> Iterator[list[Item]]:
         yield batch
 
 
-def _nothing() -> Pictures:
-    return Pictures(
+def _nothing() -> ImageFeatures:
+    return ImageFeatures(
         names=(),
         classes=np.empty(0, np.int64),
         clip=np.empty((0, 1), np.float32),
@@ -142,7 +140,7 @@ def _nothing() -> Pictures:
 
 
 def _checked_unit(clip: Clip, role: str, images: Sequence[PIL.Image.Image], faults: Faults) -> NDArray[np.float32]:
-    """Embeddings [B, d] of length one; rows that have no direction are noted."""
+    """Embeddings [B, d] of length one; rows without a direction are added to `faults`."""
     embeds = clip.image_embeds(images)
     faults.check_embeds(embeds, role, clip.name)
     return unit(embeds.numpy())
@@ -162,29 +160,10 @@ def small_pixels(images: Sequence[PIL.Image.Image]) -> NDArray[np.uint8]:
 
 def pixel_distances(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Root mean square difference of small images [N, 32, 32, 3], pair by pair, in [0, 1]."""
-    found = np.empty(len(first))
-    # As floats, all of them at once would be eight times what is held.
+    distances = np.empty(len(first))
+    # In blocks: as floats, all of them at once would take eight times the memory of the pixels.
     for start in range(0, len(first), _ROWS):
         part = slice(start, start + _ROWS)
         difference = (first[part].astype(np.float64) - second[part]) / 255
-        found[part] = np.sqrt((difference**2).reshape(len(difference), -1).mean(1))
-    return found
-
-
-def count_items(source: ImageSource) -> int:
-    """How many items a source has, without decoding them."""
-    if source.num_images is not None:
-        return source.num_images
-    return sum(1 for file in source.files for _ in file())
-
-
-def draw_images(source: ImageSource, limit: int, seed: int, advance: Advance) -> Iterator[ReadResult]:
-    """At most `limit` items of a source, equally likely each, in order; the others are not decoded."""
-    num = count_items(source)
-    wanted = set(np.random.default_rng(seed).choice(num, limit, replace=False).tolist() if num > limit else range(num))
-    done = 0
-    for number, item in enumerate(itertools.chain.from_iterable(file() for file in source.files)):
-        if number in wanted:
-            done += 1
-            advance(f"{done}/{len(wanted)}")
-            yield item()
+        distances[part] = np.sqrt((difference**2).reshape(len(difference), -1).mean(1))
+    return distances

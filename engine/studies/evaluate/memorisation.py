@@ -1,163 +1,104 @@
-"""Are samples copies of training images? The nearest training image of each, held against that of held-out images.
-
-A distance alone says nothing: images of one class are all near to each other. Held-out real images, which cannot be
-copies, tell how near is near: Carlini et al., "Extracting training data from diffusion models" (2023), calibrate by the
-neighbours of an image; Somepalli et al., "Diffusion art or digital forgery?" (CVPR 2023), search in feature space.
-"""
+"""Are samples copies of training images? Their distances to the nearest ones, by request, and the nearest pairs."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import PIL.Image
-from numpy.typing import NDArray
 
-from engine.methods.finiteness import Faults
-from engine.report.evaluation import Thresholds
-from engine.report.gallery import image_uri
-from engine.studies.evaluate.image_features import (
-    THUMBNAIL_BYTES,
-    Eyes,
-    Pictures,
-    batched,
-    pixel_distances,
-    small_pixels,
-)
+from engine.data.images import LabelledImage, Unusable, nothing_usable, open_images
+from engine.driver.progress import Display
+from engine.errors import JobError
+from engine.report.evaluation import Copies, Memorisation, Pair, Thresholds
+from engine.studies.evaluate.image_features import ImageFeatures, VisionModels
+from engine.studies.evaluate.image_registry import ImageRegistry
+from engine.studies.evaluate.inputs import RunSamples, source_of
+from engine.studies.evaluate.nearest_images import NearestImages, find_nearest, order_by_nearness, thresholds_of
+from engine.studies.evaluate.options import EvaluateOptions
+from engine.studies.evaluate.quality import interval_of
+from engine.studies.intervals import wilson_interval
 
-# So rare a nearness among held-out images makes a sample suspect.
-QUANTILE = 0.01
-MIN_HELD_OUT = 20
-# Below both, an image that was held out is a training image.
-_SAME_CLIP, _SAME_PIXELS = 1e-5, 1e-3
-
-Batch = Sequence[tuple[str, PIL.Image.Image]]
+MAX_PAIRS = 12
 
 
-@dataclass(slots=True, eq=False)
-class Nearest:
-    """The nearest training image of each of Q images, by the cosine of CLIP embeddings.
-
-    Attributes:
-        cosine: [Q]; -2 before anything was seen.
-        pixels: [Q, 32, 32, 3] of the nearest ones.
-        names, thumbnails: of the nearest ones.
-    """
-
-    cosine: NDArray[np.float32]
-    pixels: NDArray[np.uint8]
-    names: list[str]
-    thumbnails: list[str]
-
-    @classmethod
-    def of(cls, num_queries: int, like: NDArray[np.uint8]) -> Nearest:
-        """Before anything was seen."""
-        cosine = np.full(num_queries, -2.0, np.float32)
-        return cls(cosine, np.zeros((num_queries, *like.shape[1:]), np.uint8), [""] * num_queries, [""] * num_queries)
-
-    def update(self, queries: NDArray[np.float32], clip: NDArray[np.float32], batch: Batch) -> None:
-        """See more training images, with their embeddings [B, d]; of equally near ones the first stays."""
-        cosines = queries @ clip.T
-        best = cosines.argmax(1)
-        value = cosines[np.arange(len(queries)), best]
-        nearer = np.flatnonzero(value > self.cosine)
-        self.cosine[nearer] = value[nearer]
-        pixels = small_pixels([image for _, image in batch])
-        uris = {place: image_uri(batch[place][1], THUMBNAIL_BYTES) for place in set(best[nearer].tolist())}
-        for query in nearer.tolist():
-            place = int(best[query])
-            self.pixels[query] = pixels[place]
-            self.names[query], self.thumbnails[query] = batch[place][0], uris[place]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Found:
-    """Of each of N images its nearest training image.
-
-    Attributes:
-        clip_distance: one minus the cosine, [N].
-        pixel_distance: [N], of small images in [0, 1].
-    """
-
-    clip_distance: NDArray[np.float64]
-    pixel_distance: NDArray[np.float64]
-    names: tuple[str, ...]
-    thumbnails: tuple[str, ...]
-
-    def suspects(self, thresholds: Thresholds) -> NDArray[np.bool_]:
-        """Which images are below both thresholds, [N]."""
-        near = self.clip_distance <= thresholds.clip_distance
-        return near & (self.pixel_distance <= thresholds.pixel_distance)
-
-
-def find_nearest(
-    sets: Sequence[Pictures],
-    training: Iterable[tuple[str, PIL.Image.Image]],
-    eyes: Eyes,
-    leave_out: Callable[[str, str], None],
-) -> list[Found]:
-    """The nearest training images of several sets, in one pass over the training images and in constant memory.
+def memorisation(
+    samples: RunSamples, real: ImageFeatures | None, names: Sequence[str], labels: tuple[str, ...],
+    models: VisionModels, options: EvaluateOptions, registry: ImageRegistry, display: Display,
+) -> Memorisation | None:  # fmt: skip
+    """Distances of all samples to their nearest training images; None without `options.train`.
 
     Args:
-        leave_out: called with the name of a training image that has no embedding, and the reason.
+        real: held-out images, from which the thresholds of suspects are taken.
+        names: of the requests.
+        labels: class names in index order.
+
+    Raises:
+        JobError: no training image can be used.
     """
-    queries = np.concatenate([one.clip for one in sets])
-    pixels = np.concatenate([one.pixels for one in sets])
-    nearest = Nearest.of(len(queries), pixels)
-    for batch in batched(training):
-        faults = Faults(len(batch))
-        embeds = eyes.embeds([image for _, image in batch], faults)
-        usable = [row for row in range(len(batch)) if not faults[row]]
-        if usable:
-            nearest.update(queries, embeds[usable], [batch[row] for row in usable])
-        for row, (name, _) in enumerate(batch):
-            if faults[row]:
-                leave_out(name, faults[row])
-    clip_distance = np.maximum(0.0, 1.0 - nearest.cosine.astype(np.float64))
-    pixel_distance = pixel_distances(pixels, nearest.pixels)
-    ends = np.cumsum([0, *map(len, sets)]).tolist()
-    return [
-        Found(
-            clip_distance=clip_distance[start:stop],
-            pixel_distance=pixel_distance[start:stop],
-            names=tuple(nearest.names[start:stop]),
-            thumbnails=tuple(nearest.thumbnails[start:stop]),
-        )
-        for start, stop in itertools.pairwise(ends)
-    ]
-
-
-def thresholds_of(held_out: Found) -> Thresholds | None:
-    """Below which distances an image is suspect, from held-out real images; None where they are too few.
-
-    Held-out images that are training images themselves are left out: they would hide copies.
-    """
-    is_shared = (held_out.clip_distance < _SAME_CLIP) & (held_out.pixel_distance < _SAME_PIXELS)
-    clip, pixel = held_out.clip_distance[~is_shared], held_out.pixel_distance[~is_shared]
-    if len(clip) < MIN_HELD_OUT:
+    if options.train is None:
         return None
-    limits = [float(np.quantile(one, QUANTILE)) for one in (clip, pixel)]
-    return Thresholds(
-        num_held_out=len(clip),
-        num_shared=int(is_shared.sum()),
-        clip_distance=limits[0],
-        pixel_distance=limits[1],
-        clip_distance_median=float(np.median(clip)),
-        pixel_distance_median=float(np.median(pixel)),
-        num_suspects=int(((clip <= limits[0]) & (pixel <= limits[1])).sum()),
+    source, unusable, num_images = open_images(options.train, labels, "--train"), list[Unusable](), 0
+
+    def training() -> Iterator[tuple[str, PIL.Image.Image]]:
+        nonlocal num_images
+        for item in source.read():
+            if isinstance(item, LabelledImage):
+                num_images += 1
+                of = f"/{source.num_images}" if source.num_images else ""
+                display.advance(f"looking at --train: {num_images}{of}")
+                yield item.name, item.image
+            else:
+                unusable.append(item)
+
+    def leave_out(name: str, reason: str) -> None:
+        nonlocal num_images
+        num_images -= 1
+        unusable.append(Unusable(name, reason))
+
+    sets = [samples.images] if real is None else [samples.images, real]
+    nearest, *nearest_of_real = find_nearest(sets, training(), models, leave_out)
+    if not num_images:
+        raise JobError(nothing_usable(source, "--train", options.train, unusable))
+    thresholds = thresholds_of(nearest_of_real[0]) if nearest_of_real else None
+    return Memorisation(
+        model=models.clip.name,
+        train=source_of(options.train, source.kind, num_images, unusable),
+        thresholds=thresholds,
+        requests=tuple(_copies(samples, name, nearest, thresholds) for name in names if len(samples.rows(name))),
+        pairs=_pairs(samples, nearest, thresholds, registry),
     )
 
 
-def order_by_nearness(found: Found, thresholds: Thresholds | None) -> NDArray[np.int64]:
-    """Rows, the likeliest copies first: by the larger of both distances, each measured by what is usual of it."""
-    units = (
-        (thresholds.clip_distance_median, thresholds.pixel_distance_median)
-        if thresholds
-        else (float(np.median(found.clip_distance)), float(np.median(found.pixel_distance)))
+def _copies(samples: RunSamples, request: str, nearest: NearestImages, thresholds: Thresholds | None) -> Copies:
+    """Median distances of a request, and its number of suspects."""
+    rows = samples.rows(request)
+    suspects = None if thresholds is None else int(nearest.suspects(thresholds)[rows].sum())
+    return Copies(
+        request=request,
+        num_images=len(rows),
+        clip_distance_median=float(np.median(nearest.clip_distance[rows])),
+        pixel_distance_median=float(np.median(nearest.pixel_distance[rows])),
+        num_suspects=suspects,
+        suspects=None if suspects is None else interval_of(wilson_interval(suspects, len(rows))),
     )
-    parts = [
-        one / max(unit, 1e-12) for one, unit in zip((found.clip_distance, found.pixel_distance), units, strict=True)
-    ]
-    return np.asarray(np.argsort(np.maximum(*parts), kind="stable"))
+
+
+def _pairs(
+    samples: RunSamples, nearest: NearestImages, thresholds: Thresholds | None, registry: ImageRegistry
+) -> tuple[Pair, ...]:
+    """The samples that are the likeliest copies, each with its training image."""
+    suspects = nearest.suspects(thresholds) if thresholds else np.zeros(len(nearest.names), dtype=bool)
+    pairs = []
+    for row in order_by_nearness(nearest, thresholds)[:MAX_PAIRS].tolist():
+        training = registry.show("train", nearest.names[row], nearest.thumbnails[row], nearest.names[row])
+        pairs.append(
+            Pair(
+                sample=registry.sample(samples, row),
+                training=training,
+                clip_distance=float(nearest.clip_distance[row]),
+                pixel_distance=float(nearest.pixel_distance[row]),
+                is_suspect=bool(suspects[row]),
+            )
+        )
+    return tuple(pairs)

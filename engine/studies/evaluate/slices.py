@@ -1,126 +1,101 @@
-"""Failures in clusters: where in CLIP space they lie, which texts are near, and how often the target errs thereabouts.
-
-After Eyuboglu et al., "Domino: discovering systematic errors with cross-modal embeddings" (ICLR 2022): a slice is
-named by the texts that are nearer to it than to everything else.
-"""
+"""Slices of failures: clusters of samples on which the target errs, with names, error rates and prototypes."""
 
 from __future__ import annotations
 
-import warnings
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.report.evaluation import Interval
-from engine.studies.intervals import wilson_interval
+from engine.job.plan import class_prompt
+from engine.models.clip import Clip
+from engine.report.evaluation import Slice, Slices
+from engine.report.text import clip as clipped
+from engine.studies.evaluate.clusters import ATTRIBUTES, Clusters, cluster, nearest_texts, neighbourhood, prototypes
+from engine.studies.evaluate.clusters import MAX_CLUSTERED as MAX_CLUSTERED_FAILURES
+from engine.studies.evaluate.image_features import unit
+from engine.studies.evaluate.image_registry import ImageRegistry
+from engine.studies.evaluate.inputs import RunSamples
+from engine.studies.evaluate.options import EvaluateOptions
 
-MIN_FAILURES = 20
-MAX_SLICES = 8
-# A slice has at least about so many failures.
-MIN_PER_SLICE = 8
-MAX_CLUSTERED = 4000
-NUM_TEXTS = 3
-NUM_PROTOTYPES = 8
-# How far a slice reaches: so many of its failures lie nearer to its centre.
-REACH = 0.9
-ATTRIBUTES = (
-    "dark", "bright", "blurry", "sharp", "small", "large", "close-up", "far away", "in the corner", "cropped", "tilted",
-    "thin", "thick", "faded", "noisy", "colourful", "black and white", "red", "green", "blue", "yellow", "purple",
-    "white background", "black background", "plain background", "cluttered background", "a drawing", "several objects",
-)  # fmt: skip
+MAX_CONTEXTS = 200
+MAX_CONFUSIONS = 3
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Clusters:
-    """Points [N, d] in clusters.
-
-    Attributes:
-        labels: [N], clusters numbered from the largest down.
-        centres: [k, d] of length one.
-    """
-
-    labels: NDArray[np.int64]
-    centres: NDArray[np.float32]
-    silhouette: float
-
-
-def cluster(points: NDArray[np.float32], *, seed: int = 0) -> Clusters:
-    """Cluster points of length one by k-means, with the k of the best silhouette (Rousseeuw 1987).
-
-    Raises:
-        ValueError: fewer than `MIN_FAILURES` points, or fewer than two distinct ones.
-    """
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.metrics import silhouette_score
-
-    num_distinct = len(np.unique(points, axis=0))
-    if len(points) < MIN_FAILURES or num_distinct < 2:
-        raise ValueError(f"{len(points)} failures, {num_distinct} of them distinct, are too few for clusters")
-    most = max(2, min(MAX_SLICES, len(points) // MIN_PER_SLICE, num_distinct - 1))
-    best: tuple[float, NDArray[np.int64]] = (-2.0, np.zeros(len(points), np.int64))
-    with warnings.catch_warnings():
-        # Fewer distinct points than clusters: a silhouette of fewer clusters then wins.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        for count in range(2, most + 1):
-            labels = KMeans(count, n_init=4, random_state=seed).fit_predict(points)
-            if 2 <= len(np.unique(labels)) < len(points):
-                value = float(silhouette_score(points, labels, sample_size=min(2000, len(points)), random_state=seed))
-                # A hair better is not worth another cluster.
-                best = max(best, (round(value, 3), labels), key=lambda one: one[0])
-    return _numbered(points, *best)
-
-
-def _numbered(points: NDArray[np.float32], silhouette: float, labels: NDArray[np.int64]) -> Clusters:
-    found, counts = np.unique(labels, return_counts=True)
-    order = found[np.lexsort((found, -counts))]
-    renamed = np.empty(int(found.max()) + 1, np.int64)
-    renamed[order] = np.arange(len(order))
-    centres = np.stack([points[labels == one].mean(0) for one in order])
-    lengths = np.linalg.norm(centres, axis=1, keepdims=True)
-    return Clusters(renamed[labels], np.asarray(centres / np.maximum(lengths, 1e-12), np.float32), silhouette)
-
-
-def nearest_texts(
-    inside: NDArray[np.float32],
-    everything: NDArray[np.float32],
-    texts: Sequence[str],
-    embeds: NDArray[np.float32],
-    most: int = NUM_TEXTS,
-) -> list[tuple[str, float]]:
-    """The texts that points are nearer to than all points are, with the difference of their mean cosines.
+def failure_slices(
+    samples: RunSamples, labels: Sequence[str], clip: Clip, options: EvaluateOptions, registry: ImageRegistry
+) -> Slices:
+    """Cluster the failures of a run, and describe each cluster.
 
     Args:
-        inside, everything: points [N, d], [M, d] of length one.
-        embeds: of the texts, [T, d], of length one.
+        labels: class names in index order.
+        clip: the model whose embeddings are clustered and name the clusters.
     """
-    contrast = embeds @ (inside.mean(0) - everything.mean(0))
-    order = np.argsort(-contrast, kind="stable")[:most]
-    return [(texts[place], float(contrast[place])) for place in order if contrast[place] > 0]
+    target_errs, points = samples.target_errs, samples.images.clip
+    counted = target_errs if options.failures == "all" else target_errs & samples.flags("accepted")
+    failures = np.flatnonzero(counted)
+    counts: dict[str, Any] = {
+        "which": options.failures,
+        "model": clip.name,
+        "num_failures": len(failures),
+        "num_samples": len(points),
+        "error_rate": float(target_errs.mean()),
+    }
+    if len(failures) > MAX_CLUSTERED_FAILURES:
+        rng = np.random.default_rng(options.seed)
+        failures = np.sort(rng.choice(failures, MAX_CLUSTERED_FAILURES, replace=False))
+    try:
+        clusters = cluster(points[failures], seed=options.seed)
+    except ValueError as error:
+        return Slices(**counts, skipped=str(error))
+    texts = _texts(samples, labels, clip)
+    numbers = range(len(clusters.centres))
+    slices = tuple(_slice(samples, failures, clusters, number, texts, registry) for number in numbers)
+    return Slices(**counts, silhouette=clusters.silhouette, slices=slices)
 
 
-def neighbourhood(
-    centre: NDArray[np.float32],
-    inside: NDArray[np.float32],
-    everything: NDArray[np.float32],
-    is_error: NDArray[np.bool_],
-) -> tuple[Interval, int]:
-    """Error rate, with Wilson's interval, of all samples as near to a centre as nine tenths of its failures are.
-
-    Returns:
-        The rate and the number of those samples.
-    """
-    reach = np.quantile(inside @ centre, 1 - REACH)
-    # Rounding must not lose the failure that set the reach.
-    near = everything @ centre >= reach - 1e-6
-    rate = wilson_interval(int(is_error[near].sum()), int(near.sum()))
-    return Interval(value=rate.value, low=rate.low, high=rate.high), int(near.sum())
+Texts = list[tuple[list[str], NDArray[np.float32]]]
 
 
-def prototypes(
-    centre: NDArray[np.float32], points: NDArray[np.float32], most: int = NUM_PROTOTYPES
-) -> NDArray[np.int64]:
-    """Places of the points nearest to a centre, nearest first."""
-    return np.asarray(np.argsort(-(points @ centre), kind="stable")[:most])
+def _texts(samples: RunSamples, labels: Sequence[str], clip: Clip) -> Texts:
+    """Possible names of a slice with their embeddings: those of classes, and contexts with attributes."""
+    counts = Counter(record["context"] for record in samples.records if record["context"])
+    contexts = [context for context, _ in counts.most_common(MAX_CONTEXTS)]
+    others = list(dict.fromkeys([*contexts, *ATTRIBUTES]))
+    prompts = ([class_prompt(label) for label in labels], others)
+    return [
+        (names, unit(clip.text_embeds(some).numpy()))
+        for names, some in zip((list(labels), others), prompts, strict=True)
+    ]
+
+
+def _slice(
+    samples: RunSamples,
+    failures: NDArray[np.int64],
+    clusters: Clusters,
+    number: int,
+    texts: Texts,
+    registry: ImageRegistry,
+) -> Slice:
+    points, centre = samples.images.clip, clusters.centres[number]
+    own = failures[clusters.labels == number]
+    rate, num_neighbours = neighbourhood(centre, points[own], points, samples.target_errs)
+    named = [
+        pair for (names, embeds), most in zip(texts, (1, 2), strict=True)
+        for pair in nearest_texts(points[own], points, names, embeds, most)
+    ]  # fmt: skip
+    records = [samples.records[row] for row in own]
+    pairs = Counter((registry.name_asked(record), registry.name_of(record["predicted_class"])) for record in records)
+    chosen = own[prototypes(centre, points[own])]
+    return Slice(
+        texts=tuple((clipped(text, 200), value) for text, value in named),
+        num_failures=len(own),
+        share=len(own) / len(failures),
+        neighbourhood=rate,
+        num_neighbours=num_neighbours,
+        confusions=tuple((*pair, count) for pair, count in pairs.most_common(MAX_CONFUSIONS)),
+        requests=tuple(Counter(record["request"] for record in records).most_common(MAX_CONFUSIONS)),
+        prototypes=tuple(registry.sample(samples, int(row)) for row in chosen),
+    )

@@ -38,10 +38,10 @@ class Samples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How a network is fine-tuned.
+    """Hyperparameters of a fine-tuning.
 
     Attributes:
-        num_generated: samples of each batch that are generated, where there are some.
+        num_generated: generated samples in each batch, where there are any.
     """
 
     num_steps: int
@@ -63,12 +63,12 @@ def fine_tune(
     """Train a network in place, and return it in evaluation mode.
 
     AdamW, cosine decay after a warm-up, gradients clipped by their norm. Batches of one seed hold the same real
-    samples in the same order, whatever is generated: generated ones take the places at the end of each batch.
+    samples in the same order, whatever is generated: generated ones replace those at the end of each batch.
 
     Args:
         network: an image classifier of transformers, on any device.
         generated: None for real samples alone.
-        on_cpu: whether to leave a GPU alone where there is one.
+        on_cpu: whether to train on the CPU even where there is a GPU.
         advance: called after every step.
 
     Raises:
@@ -83,7 +83,7 @@ def fine_tune(
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
     model, optimizer, schedule = accelerator.prepare(network.train(), optimizer, schedule)
     total_loss = torch.zeros((), device=accelerator.device)
-    # Dropout and its like draw from the global stream; it is the caller's again afterwards.
+    # Dropout and similar layers draw from the global stream, which is restored afterwards.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for batch in _batches(real, generated, recipe, seed):
@@ -98,7 +98,7 @@ def fine_tune(
             advance()
     trained = accelerator.unwrap_model(model).eval()
     if accelerator.device.type != "cpu":
-        # The states of the optimizer, which a collection of garbage frees: too slow to be done where memory is plenty.
+        # Frees the states of the optimizer by a garbage collection, which is too slow where memory is plenty.
         accelerator.free_memory()
     if not math.isfinite(float(total_loss)):
         raise JobError(

@@ -1,4 +1,4 @@
-"""Images as a network takes them: read once, preprocessed as the model itself does, and held in memory.
+"""Images as input of a network: read once, preprocessed as the model itself does, and kept in memory.
 
 A float32 image of 224 x 224 pixels is 0.6 MB, one of 32 x 32 pixels 12 kB.
 """
@@ -17,8 +17,8 @@ from torch.nn.functional import one_hot
 
 from engine.data.images import ImageSource, Unusable, UnusableImageError, decode_sample, image_key, nothing_usable
 from engine.driver.progress import Display
-from engine.errors import CorruptShardError, JobError
-from engine.models.preprocess import Preprocessing
+from engine.errors import CorruptShardError, JobError, first_line
+from engine.models.preprocessing import Preprocessing
 from engine.studies.retrain.finetune import Samples
 from engine.studies.samples import StudiedRun, read_samples
 
@@ -32,10 +32,10 @@ class ImageSet:
     Attributes:
         pixels: [N, 3, h, w], preprocessed.
         classes: [N] class indices.
-        contexts: of each image, those that it stands in.
+        contexts: of each image, those that it belongs to.
         keys: of each image, a digest of its pixels.
-        unusable: what could not be used, as it was found.
-        kind: what it was read as, in words.
+        unusable: what could not be used, in the order of the source.
+        kind: of the source, in words.
     """
 
     pixels: Tensor
@@ -105,18 +105,18 @@ def read_images(
         option, address: where the user gave the source, for messages.
 
     Raises:
-        JobError: there is none, or the preprocessing cannot make one size of them.
+        JobError: there is none, or the preprocessing does not give them one size.
     """
     stack = _Stack(f"{option}: '{address}'", preprocessing)
     classes, contexts, keys, unusable = list[int](), list[tuple[str, ...]](), list[bytes](), list[Unusable]()
-    for found in source.read():
-        if isinstance(found, Unusable):
-            unusable.append(found)
+    for item in source.read():
+        if isinstance(item, Unusable):
+            unusable.append(item)
             continue
-        stack.add(found.image)
-        classes.append(found.class_index)
-        contexts.append(found.contexts)
-        keys.append(image_key(found.image))
+        stack.add(item.image)
+        classes.append(item.class_index)
+        contexts.append(item.contexts)
+        keys.append(image_key(item.image))
         display.advance(f"reading {option}: {len(keys)}{f'/{source.num_images}' if source.num_images else ''} images")
     if not keys:
         raise JobError(nothing_usable(source, option, address, unusable))
@@ -173,7 +173,7 @@ def read_generated(
 
 @dataclass(slots=True, eq=False)
 class _Stack:
-    """Images on their way through a model's preprocessing, a few at a time."""
+    """Preprocesses images in small batches, and stacks them."""
 
     what: str
     preprocessing: Preprocessing
@@ -189,7 +189,7 @@ class _Stack:
         """All images, [N, 3, h, w].
 
         Raises:
-            JobError: they are not of one size.
+            JobError: their sizes differ.
         """
         self._flush()
         if len({part.shape[1:] for part in self.done}) > 1:
@@ -202,7 +202,7 @@ class _Stack:
         try:
             self.done.append(self.preprocessing.of_images(self.waiting))
         except (ValueError, RuntimeError) as error:
-            self._refuse((str(error).strip().splitlines() or [type(error).__name__])[0])
+            self._refuse(first_line(error))
         self.waiting = []
 
     def _refuse(self, reason: str) -> None:

@@ -1,0 +1,78 @@
+"""Conditioning artefacts that a job names: where they are, and whether they fit its requests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.errors import JobError
+from engine.job.spec import JobSpec, RequestSpec
+from engine.models.addresses import inaccessible, zoo_folder
+from engine.models.configurations import ARTEFACT_DOCUMENT, read_config
+
+
+def find_artefact(address: str) -> Path | None:
+    """The folder of a conditioning artefact, or None where there is none yet.
+
+    Args:
+        address: the artefact, a folder that holds one as `riskforge prepare` leaves it, or `zoo:NAME/PART`.
+
+    Raises:
+        JobError: no such zoo part, a folder with several artefacts, or a path that cannot be accessed.
+    """
+    if address.startswith("zoo:"):
+        folder = zoo_folder(address)
+        if not (folder / ARTEFACT_DOCUMENT).is_file():
+            raise JobError(f"'{address}' is a model, not a conditioning artefact such as zoo:digits/conditioning")
+        return folder
+    try:
+        folder = Path(address).expanduser()
+        if folder.is_file():
+            raise JobError(f"'{address}' is a file; give the folder of an artefact, or one that holds it")
+        if (folder / ARTEFACT_DOCUMENT).is_file():
+            return folder
+        folders = sorted(document.parent for document in folder.glob(f"conditioning-*/{ARTEFACT_DOCUMENT}"))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise inaccessible(address, error) from None
+    if len(folders) > 1:
+        names = ", ".join(folder.name for folder in folders)
+        raise JobError(f"'{address}' holds {len(folders)} artefacts; name one of {names}")
+    return folders[0] if folders else None
+
+
+def missing_artefacts(job: JobSpec) -> list[str]:
+    """What has to be prepared before a job can run, one line each.
+
+    Raises:
+        JobError: as `find_artefact`.
+    """
+    missing: dict[str, list[str]] = {}
+    for request in job.requests:
+        spec = request.conditioning
+        if spec and spec.artefact and find_artefact(spec.artefact) is None:
+            missing.setdefault(spec.artefact, []).append(request.name)
+    return [
+        f"conditioning: there is no artefact at '{address}' yet (request {', '.join(names)}); make it with `riskforge"
+        f" prepare JOB --data PATH --output {address}`"
+        for address, names in missing.items()
+    ]
+
+
+def artefact_problems(number: int, request: RequestSpec, labels: list[str] | None) -> list[str]:
+    """Why the existing artefact of a request cannot be used for it; labels are those of the target."""
+    spec, where = request.conditioning, f"requests.{number}.conditioning.artefact"
+    if spec is None or spec.artefact is None:
+        return []
+    try:
+        folder = find_artefact(spec.artefact)
+        fields = read_config(folder / ARTEFACT_DOCUMENT) if folder else {}
+    except JobError as error:
+        return [f"{where}: {error}"]
+    if fields and labels and fields.get("classes") != labels:
+        return [f"{where}: '{spec.artefact}' was prepared for other classes than the target's; prepare it again"]
+    predictor = fields.get("predictor")
+    if spec.is_screened and isinstance(predictor, dict) and predictor.get("trained") is False:
+        return [
+            f"{where}: '{spec.artefact}' has no error predictor ({predictor.get('verdict')}); set screening: false, or"
+            " prepare it from more images"
+        ]
+    return []

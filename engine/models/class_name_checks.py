@@ -1,0 +1,54 @@
+"""Class names that can be used in a prompt: `a photo of a NAME`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from engine.errors import JobError
+
+# What to do about a head with one output.
+SINGLE_LOGIT = (
+    "a head with a single logit z has no second class to be scored against; save the network with two logits, [0, z]"
+    " for the classes [other, named one]: the same probabilities"
+)
+_NO_NAME = re.compile(r"(?i:label|class)[ _-]?\d+|n\d{8}")
+
+
+def check_names(names: Sequence[Any], where: str) -> list[str]:
+    """Class names, if each can be used in a prompt; some may be equal, as ImageNet's two cranes.
+
+    Args:
+        where: the model and the field, for messages.
+
+    Raises:
+        JobError: for the first name that cannot be used.
+    """
+    remedy = "give every class its own name in words, as in 'a photo of a ...'"
+    for index, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise JobError(f"{where}: class {index} has no name ({name!r}); {remedy}")
+        if name != name.strip():
+            raise JobError(f"{where}: the name of class {index}, {name!r}, begins or ends with a space; {remedy}")
+        if _NO_NAME.fullmatch(name):
+            raise JobError(
+                f"{where}: class {index} is called {name!r}, a number instead of a name: the prompt of CLIP and the"
+                f" diffusion model would be 'a photo of a {name}'; {remedy}"
+            )
+    if len(set(names)) < min(2, len(names)):
+        raise JobError(f"{where}: all classes are called {names[0]!r}; {remedy}")
+    return list(names)
+
+
+def in_index_order(labels: dict[str, Any], where: str) -> list[Any]:
+    """The values of a mapping from indices to names, by index.
+
+    Raises:
+        JobError: an index is missing.
+    """
+    by_index = {int(key): value for key, value in labels.items() if re.fullmatch(r"\d+", str(key))}
+    lacking = next((index for index in range(len(labels)) if index not in by_index), None)
+    if lacking is not None:
+        raise JobError(f"{where} has no class {lacking}; number the {len(labels)} classes from 0, without gaps")
+    return [by_index[index] for index in range(len(labels))]

@@ -1,0 +1,191 @@
+"""Checks of all models of a job by their files: the right kinds, which fit each other. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from engine.errors import JobError
+from engine.job.spec import JobSpec
+from engine.models.addresses import locate
+from engine.models.artefacts import artefact_problems
+from engine.models.classifier_checks import check_classifier
+from engine.models.clip_checks import check_clip
+from engine.models.custom_methods import method_problems
+from engine.models.independence import check_independent
+from engine.models.labels import read_labels
+from engine.models.pipelines import (
+    check_decoder,
+    check_decoder_weights,
+    check_pipeline,
+    check_pipeline_weights,
+    decoder_problem,
+    has_configurations,
+    request_problems,
+)
+from engine.models.program_description import check_program
+from engine.models.programs import is_program
+
+# Field of the job, address of the model, and the check of its folder: `check(folder, address)`.
+_Role = tuple[str, str, Callable[[Path, str], None]]
+
+
+def check_addresses(job: JobSpec, *, with_artefacts: bool = True) -> None:
+    """Check that every model of a job exists and is of the right kind, without loading it.
+
+    Args:
+        with_artefacts: whether to check conditioning artefacts and custom methods too; not when artefacts are made.
+
+    Raises:
+        JobError: all problems of the first step that has some, one line each, by field.
+    """
+    # Each step presupposes those before it.
+    steps: list[Callable[[JobSpec], list[str]]] = [_role_problems, _label_problems, _pair_problems, _weights_problems]
+    if with_artefacts:
+        steps.append(_preparation_problems)
+    for step in steps:
+        if problems := step(job):
+            raise JobError(problems)
+
+
+def _role_problems(job: JobSpec) -> list[str]:
+    """Models that do not exist or are of the wrong kind."""
+    problems: list[str] = []
+    if job.models.judge == job.models.clip:
+        problems.append(f"models.judge: '{job.models.judge}' is models.clip too; name another CLIP model, or none")
+    return problems + [problem for field, address, check in _roles(job) for problem in _problems(field, address, check)]
+
+
+def _problems(field: str, address: str, check: Callable[[Path, str], None]) -> list[str]:
+    try:
+        if check is _check_classifier and is_program(address):
+            check_program(address)
+        elif (folder := locate(address).folder) is not None:
+            check(folder, address)
+    except JobError as error:
+        return [f"{field}: {problem}" for problem in error.problems]
+    return []
+
+
+def _roles(job: JobSpec) -> Iterator[_Role]:
+    models = job.models
+    check_diffusion = partial(_check_diffusion, checks_safety=models.safety_checker != "off")
+    yield "models.diffusion", models.diffusion, check_diffusion
+    yield "models.clip", models.clip, _check_clip
+    yield "models.target", models.target, _check_classifier
+    for number, address in enumerate(models.transfer):
+        yield f"models.transfer.{number}", address, _check_classifier
+    if models.oracle:
+        yield "models.oracle", models.oracle, _check_classifier
+    if models.judge:
+        yield "models.judge", models.judge, _check_clip
+    if models.guidance_decoder:
+        yield "models.guidance_decoder", models.guidance_decoder, check_decoder
+    for number, request in enumerate(job.requests):
+        if request.diffusion:
+            yield f"requests.{number}.diffusion", request.diffusion, check_diffusion
+
+
+def _check_classifier(folder: Path, address: str) -> None:
+    check_classifier(folder, address, is_whole=not locate(address).is_hub)
+
+
+def _check_clip(folder: Path, address: str) -> None:
+    check_clip(folder, address, is_whole=not locate(address).is_hub)
+
+
+def _check_diffusion(folder: Path, address: str, *, checks_safety: bool) -> None:
+    # A hub id may be cached in part: `resolve` checks what it downloads.
+    if has_configurations(folder) or not locate(address).is_hub:
+        check_pipeline(folder, address, checks_safety=checks_safety)
+
+
+def _label_problems(job: JobSpec) -> list[str]:
+    """Classifiers that are compared must have the same classes in the same order."""
+    problems: list[str] = []
+    others = [(f"models.transfer.{number}", address) for number, address in enumerate(job.models.transfer)]
+    others += [("models.oracle", job.models.oracle)] if job.models.oracle else []
+    try:
+        wanted = read_labels(job.models.target)
+    except JobError as error:
+        return [f"models.target: {error}"]
+    for field, address in others:
+        try:
+            labels = read_labels(address)
+        except JobError as error:
+            problems.append(f"{field}: {error}")
+            continue
+        if wanted and labels and labels != wanted:
+            problems.append(f"{field}: '{address}' has other classes than the target; names and order must be the same")
+    return problems
+
+
+def _pair_problems(job: JobSpec) -> list[str]:
+    """Models that are not independent, and requests or decoders that do not fit their pipelines."""
+    return [*_independence_problems(job), *_request_problems(job), *_decoder_problems(job)]
+
+
+def _independence_problems(job: JobSpec) -> list[str]:
+    try:
+        check_independent(job.models)
+    except JobError as error:
+        return list(error.problems)
+    return []
+
+
+def _request_problems(job: JobSpec) -> list[str]:
+    """Requests that their diffusion model cannot serve."""
+    problems = []
+    for number, request in enumerate(job.requests):
+        address = request.diffusion or job.models.diffusion
+        if folder := _pipeline_folder(address):
+            problems += [f"requests.{number}.{problem}" for problem in request_problems(job, request, folder, address)]
+    return problems
+
+
+def _decoder_problems(job: JobSpec) -> list[str]:
+    """Guided pipelines whose latents or images do not fit the guidance decoder."""
+    address = job.models.guidance_decoder
+    decoder = locate(address).folder if address else None
+    if decoder is None:
+        return []
+    guided = {request.diffusion or job.models.diffusion for request in job.requests if request.method != "prompt"}
+    problems = []
+    for pipeline in sorted(guided):
+        folder = _pipeline_folder(pipeline)
+        if folder and (problem := decoder_problem(address or "", decoder, folder, pipeline)):
+            problems.append(f"models.guidance_decoder: {problem}")
+    return problems
+
+
+def _pipeline_folder(address: str) -> Path | None:
+    """The folder of a pipeline, if all of its configurations are on this machine."""
+    location = locate(address)
+    if location.folder is None or (location.is_hub and not has_configurations(location.folder)):
+        return None
+    return location.folder
+
+
+def _weights_problems(job: JobSpec) -> list[str]:
+    """Pipelines and decoders without weights that can be loaded; those of the hub are not downloaded yet."""
+    check = partial(check_pipeline_weights, checks_safety=job.models.safety_checker != "off")
+    roles: list[_Role] = [("models.diffusion", job.models.diffusion, check)]
+    if job.models.guidance_decoder:
+        roles.append(("models.guidance_decoder", job.models.guidance_decoder, check_decoder_weights))
+    roles += [
+        (f"requests.{number}.diffusion", request.diffusion, check)
+        for number, request in enumerate(job.requests)
+        if request.diffusion
+    ]
+    local = [role for role in roles if not locate(role[1]).is_hub]
+    return [problem for role in local for problem in _problems(*role)]
+
+
+def _preparation_problems(job: JobSpec) -> list[str]:
+    """Custom methods and conditioning artefacts that cannot be used."""
+    problems = list(method_problems(job))
+    labels = read_labels(job.models.target)
+    for number, request in enumerate(job.requests):
+        problems += artefact_problems(number, request, labels)
+    return problems

@@ -1,0 +1,40 @@
+"""The class names of a classifier by its address."""
+
+from __future__ import annotations
+
+from engine.errors import JobError
+from engine.job.spec import JobSpec
+from engine.models.addresses import locate, resolve
+from engine.models.classifier_checks import class_names
+from engine.models.program_description import program_labels
+from engine.models.programs import is_program
+
+
+def read_labels(address: str) -> list[str] | None:
+    """The class names of a classifier in index order, or None for a hub id that is not on this machine.
+
+    Raises:
+        JobError: the folder has no usable `config.json` with `id2label`, or with timm's `label_names`; or as
+            `engine.models.program_description.program_labels`.
+    """
+    if is_program(address):
+        return program_labels(address)
+    folder = locate(address).folder
+    return None if folder is None else class_names(folder, address)
+
+
+def target_labels(job: JobSpec) -> list[str]:
+    """The class names of a job's target in index order; a model of the hub is downloaded for them.
+
+    Raises:
+        JobError: as `read_labels` and `engine.models.addresses.resolve`; problems of the download name the field.
+    """
+    labels = read_labels(job.models.target)
+    if labels is None:
+        try:
+            resolve(job.models.target)
+        except JobError as error:
+            raise JobError([f"models.target: {problem}" for problem in error.problems]) from None
+        labels = read_labels(job.models.target)
+    assert labels is not None, "a resolved model has labels"
+    return labels

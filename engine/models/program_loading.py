@@ -1,0 +1,135 @@
+"""Networks from files of TorchScript and torch.export, and from factories: opened, tried and frozen.
+
+What is trusted: a factory is the user's own code and runs as such. TorchScript and torch.export files are programs
+too. Neither is unpickled by Python: TorchScript has its own reader in C++; in an export, tensors are plain bytes,
+and its example inputs go through torch's restricted reader (`weights_only`), which is forced because torch 2.10
+falls back to the unrestricted one. Symbolic shapes of an export are still evaluated by sympy, and operators of
+TorchScript may write files: open models of people you trust.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import JobError
+from engine.models.factories import find_factory, reason_of
+from engine.models.program_settings import EXAMPLE, TargetSettings, parse_settings, side_settings
+from engine.models.program_trial import Network, check_outputs, type_name
+from engine.models.programs import archive_kind, as_file
+
+_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+def open_program(address: str, device: str) -> tuple[Network, TargetSettings]:
+    """The network of a file or factory on a device, with frozen parameters, and its settings.
+
+    The network takes images [B, 3, h, w] after preprocessing and gives logits [B, n]; it has been tried
+    (`engine.models.program_trial.check_outputs`).
+
+    Raises:
+        JobError: it cannot be opened, or does not give logits.
+    """
+    path = as_file(address)
+    if path is None:
+        module, settings = call_factory(address)
+        return _ready(module.float().to(device).eval(), settings, address, device), settings
+    kind, settings = archive_kind(path, address), side_settings(path, address)
+    return _ready(_open_file(path, kind, address, device), settings, address, device), settings
+
+
+def _ready(module: Any, settings: TargetSettings, address: str, device: str) -> Network:
+    """A module, after its parameters are frozen and its outputs are checked."""
+    # One by one: modules of TorchScript have no `requires_grad_`.
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    check_outputs(module, settings, address, device)
+    return module
+
+
+def _open_file(path: Path, kind: str, address: str, device: str) -> Any:
+    what = "a TorchScript module" if kind == "torchscript" else "an exported program"
+    try:
+        if kind == "torchscript":
+            return torch.jit.load(path, map_location=device).eval()
+        from torch.export.passes import move_to_device_pass
+
+        # torch warns that it does not copy tensors.
+        with _weights_only(), warnings.catch_warnings(action="ignore"), path.open("rb") as file:
+            program = torch.export.load(file)
+        # Not put into evaluation mode: the mode of an exported program is that of its export.
+        return (program if device == "cpu" else move_to_device_pass(program, device)).module()
+    except Exception as error:
+        # Readers raise errors of many kinds on a damaged or hostile archive.
+        raise JobError(f"'{address}' cannot be loaded as {what} ({reason_of(error)})") from error
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """Let `torch.load` read only tensors and plain data, whatever arguments its caller passes."""
+    before = os.environ.get(_WEIGHTS_ONLY)
+    os.environ[_WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_WEIGHTS_ONLY]
+        else:
+            os.environ[_WEIGHTS_ONLY] = before
+
+
+def call_factory(address: str) -> tuple[torch.nn.Module, TargetSettings]:
+    """Module and settings of `package.module:factory`.
+
+    Raises:
+        JobError: no such module or factory, it fails, or it returns something else.
+    """
+    factory = find_factory(address)
+    try:
+        pair = factory()
+    except (Exception, SystemExit) as error:
+        raise JobError(f"'{address}' failed: {reason_of(error)}") from error
+    if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], torch.nn.Module):
+        raise JobError(
+            f"'{address}' gave {type_name(pair)}; return a pair of a torch.nn.Module and its settings, such as"
+            f" {EXAMPLE}"
+        )
+    module, settings = pair
+    return module, parse_settings(settings, f"'{address}'")
+
+
+def describe_factory(address: str) -> tuple[tuple[str, ...], str]:
+    """Labels and digest of a factory's network, which is tried.
+
+    The digest is of the address, the settings, and names, types, shapes and bytes of all parameters and buffers. It
+    does not include code: a change of `forward` alone is not noticed.
+
+    Raises:
+        JobError: as `call_factory`; or weights differ from call to call: workers would have different models.
+    """
+    module, settings = call_factory(address)
+    digest = _module_digest(address, module, settings)
+    _ready(module.float().eval(), settings, address, "cpu")
+    if digest != _module_digest(address, *call_factory(address)):
+        raise JobError(
+            f"'{address}' gives other weights or settings every time it is called; load trained weights in it"
+        )
+    return settings.labels, digest
+
+
+def _module_digest(address: str, module: torch.nn.Module, settings: TargetSettings) -> str:
+    digest = hashlib.sha256(f"{address}\0{settings.model_dump_json()}\0".encode())
+    state = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    for name, tensor in sorted(state.items()):
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}\0{plain.dtype}\0{tuple(plain.shape)}\0".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,1 @@
+"""`compare`: two runs, or a run and a pinned baseline."""

@@ -1,0 +1,169 @@
+"""The scored samples of a run, as a comparison reads them: a column each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.data.run.file_names import MANIFEST, METADATA, SUCCESS
+from engine.data.run.manifest_reading import read_manifest
+from engine.data.run.outcomes import errors, joint_rows, oracle_agreement, scored_rows
+from engine.data.run.schema import check_rows
+from engine.data.run.summary import class_texts
+from engine.data.stores.file_errors import explained
+from engine.data.stores.opening import open_store
+from engine.errors import OutputError, first_line
+from engine.job.class_names import distinct_names
+from engine.job.columns import ASKED, BY_NAME, ERRS, Role, columns_with, stored_names
+from engine.job.spec import JOINT_SEPARATOR
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SHARES = ("error_rate", "valid_failures")
+MEDIANS = tuple(column.name for column in columns_with(Role.COMPARED))
+METRICS = (*SHARES, *MEDIANS)
+_COLUMNS = [
+    *ASKED, *ERRS, "request", "method", "class_name", "prompt", "context", "seed", "status", "oracle_class", *MEDIANS,
+]  # fmt: skip
+Texts = NDArray[np.object_]
+Rows = NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredRun:
+    """The scored samples of a run, a column each, [N].
+
+    Attributes:
+        target: `address` and `digest` of the classifier that scored.
+        methods: the method of each request, by its name.
+        classes: what was asked for: a class, or the classes of a joint prompt.
+        is_error: whether the target predicts a class that was not asked for.
+        valid: 1 where the target errs and the oracle agrees, 0 where not, NaN without an oracle.
+        scores: by metric of `MEDIANS`; of runs and baselines of an earlier schema version without later ones.
+        unknown: requests whose shares are not known: those with a joint prompt in earlier baselines.
+    """
+
+    address: str
+    name: str
+    target: dict[str, str]
+    labels: tuple[str, ...]
+    methods: dict[str, str]
+    keys: Texts
+    requests: Texts
+    classes: Texts
+    contexts: Texts
+    prompts: Texts
+    seeds: NDArray[np.int64]
+    is_error: NDArray[np.bool_]
+    valid: NDArray[np.float64]
+    scores: Mapping[str, NDArray[np.float64]]
+    unknown: frozenset[str] = frozenset()
+
+    def metric(self, name: str, rows: Rows) -> Any:
+        """A metric's column at some rows; None where it is not known for all of them."""
+        if name in SHARES and not self.unknown.isdisjoint(self.requests[rows]):
+            return None
+        if name == "error_rate":
+            return self.is_error[rows]
+        if name == "valid_failures":
+            values = self.valid[rows]
+            return None if np.isnan(values).any() else values > 0
+        return self.scores[name][rows] if name in self.scores else None
+
+
+def read_scored_run(address: str) -> ScoredRun:
+    """The scored samples of a run, or of a folder of `riskforge rescore`.
+
+    Raises:
+        OutputError: there is no such folder, or nothing that a finished run has.
+        CorruptShardError: its manifest cannot be read.
+    """
+    import pyarrow as pa
+    import pyarrow.dataset
+    import pyarrow.parquet as pq
+
+    store = open_store(address)
+    if not store.exists(METADATA) or not store.exists(MANIFEST):
+        raise OutputError(
+            f"{address}: holds no {MANIFEST} with {METADATA}; give the folder of a run, or of a rescoring, that has"
+            " come to its end"
+        )
+    path = store.fetch(METADATA)
+    manifest = read_manifest(store)
+    try:
+        target = manifest["models"]["target"]
+        with explained(path):
+            columns = stored_names(_COLUMNS, pyarrow.dataset.dataset(path, format="parquet").schema.names)
+            table = pq.read_table(path, columns=columns, partitioning=None).combine_chunks()
+        check_rows(table, store.address(METADATA))
+        return _scored_run(store.uri, str(manifest["name"]), target, table)
+    except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+        reason = first_line(error)
+        raise OutputError(f"{address}: cannot be read as a run ({reason}); `riskforge verify` says more") from error
+
+
+def _scored_run(address: str, name: str, target: dict[str, Any], table: pa.Table) -> ScoredRun:
+    table = table.filter(scored_rows(table)).combine_chunks()
+    labels = tuple(map(str, target["labels"]))
+    oracle = oracle_agreement(table)
+    is_error = errors(table)
+    scores = stored_names(MEDIANS, table.column_names)
+    requests, methods = (_shared(table[name]) for name in ("request", "method"))
+    return ScoredRun(
+        address=address,
+        name=name,
+        target={key: str(target[key]) for key in ("address", "digest")},
+        labels=labels,
+        methods=dict(zip(requests.tolist(), methods.tolist(), strict=True)),
+        keys=texts_of(table["key"].to_pylist()),
+        requests=requests,
+        classes=_class_names(table, labels),
+        contexts=_shared(table["context"]),
+        prompts=_shared(table["prompt"]),
+        seeds=np.asarray(table["seed"].to_numpy(), dtype=np.int64),
+        is_error=is_error,
+        valid=np.where(oracle < 0, np.nan, (oracle > 0) & is_error),
+        scores={name: np.asarray(table[name].to_numpy(), dtype=float) for name in scores},
+    )
+
+
+def _class_names(table: pa.Table, labels: Sequence[str]) -> Texts:
+    """The requested class or classes, row by row; rows of one class share one text."""
+    texts = _shared(class_texts(table, labels))
+    joint = np.flatnonzero(joint_rows(table))
+    names = distinct_names(dict(enumerate(labels)))
+    shared: dict[tuple[int, ...], str] = {}
+    for row, members in zip(joint, table["kldb_classes"].take(joint).to_pylist(), strict=True):
+        texts[row] = shared.setdefault(tuple(members), JOINT_SEPARATOR.join(names[index] for index in members))
+    return texts
+
+
+def _shared(column: pa.Array | pa.ChunkedArray) -> Texts:
+    """A column of texts in which equal texts are one object, which saves memory."""
+    import pyarrow as pa
+
+    whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    encoded = whole.dictionary_encode()
+    return texts_of(encoded.dictionary.to_pylist())[encoded.indices.to_numpy()]
+
+
+def texts_of(values: Sequence[str]) -> Texts:
+    """A column of texts."""
+    column = np.empty(len(values), dtype=object)
+    column[:] = values
+    return column
+
+
+def unfinished(addresses: Sequence[str]) -> list[str]:
+    """The runs and rescorings without `_SUCCESS`: their figures are of a part, or from before they grew."""
+    return [address for address in addresses if not open_store(address).exists(SUCCESS)]
+
+
+def metric_name(metric: str) -> str:
+    """A metric in words."""
+    return metric.replace("_", " ") if metric in SHARES else f"median {BY_NAME[metric].label}"

@@ -1,1 +1,0 @@
-"""Nights: runs compared with each other and with a baseline."""

@@ -1,0 +1,179 @@
+"""From a validation set to a conditioning artefact: one pass over the images, then everything that is fitted on it.
+
+RiskyDiff (Yu et al., AAAI 2026, arXiv 2512.18722), steps 1 to 3: embeddings and errors, class distributions, error
+predictor. The artefact depends on the images and their classes, not on their order, their files or their names.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from engine.data.images import ImageSource, open_images
+from engine.data.stores.folder import FolderStore
+from engine.data.stores.opening import open_store, refuse_objects
+from engine.driver.executors.base import Executor
+from engine.driver.progress import Display, byte_size
+from engine.errors import OutputError
+from engine.generation.artefact import Conditioning, save_conditioning
+from engine.job.spec import JobSpec
+from engine.models.digests import model_digest
+from engine.models.factories import import_folders
+from engine.models.job_checks import check_addresses
+from engine.models.labels import target_labels
+from engine.studies.prepare.distributed_pass import observe_distributed
+from engine.studies.prepare.encoders import encoder_address, encoder_digest, is_pipeline
+from engine.studies.prepare.fitting import fit_conditioning
+from engine.studies.prepare.observation import (
+    Observations,
+    load_observer,
+    load_part_observer,
+    observe,
+    signature,
+)
+
+# Above these sizes the pass is worth starting workers for. The number of images in tars is not known beforehand.
+LARGE_SET = 20_000
+LARGE_BYTES = 10**9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A stored artefact.
+
+    Attributes:
+        conditioning: what it holds.
+        path: its folder.
+        was_there: whether an equal artefact was there already.
+        source: where the images came from, in words.
+        encoder: whose image embeddings are described, in words.
+        seconds: time from the start.
+    """
+
+    conditioning: Conditioning
+    path: Path
+    was_there: bool
+    source: str
+    encoder: str
+    seconds: float
+
+
+def prepare_conditioning(
+    job: JobSpec,
+    data: str,
+    *,
+    display: Display,
+    folder: str | None = None,
+    components: int = 1,
+    encoder: str | None = None,
+    executor: Executor | None = None,
+    only_large: bool = False,
+) -> Prepared:
+    """Make the conditioning artefact of a job's target from labelled images.
+
+    Args:
+        data: a path or a named set, as in `engine.data.images.open_images`.
+        folder: where the artefact goes; `artefact_folder(job)` where not given.
+        components: Gaussians of a class.
+        encoder: address of the CLIP model, or of the Stable unCLIP pipeline, whose image embeddings are described;
+            `engine.studies.prepare.encoders.encoder_address` where not given.
+        executor: its workers process the images in parts; where not given, this process alone does. It is closed in
+            the end.
+        only_large: whether a set that is not large is processed by this process even if there is an executor.
+
+    Raises:
+        RiskforgeError: models, data or folder are invalid, or no image can be used.
+        WorkersFailingError: workers fail over and over.
+    """
+    started = time.monotonic()
+    try:
+        display.phase("checking models and data")
+        check_addresses(job, with_artefacts=False)
+        refuse_objects(folder or "", "--output", "an artefact")
+        home = Path(folder).expanduser() if folder is not None else artefact_folder(job)
+        _check_writable(home)
+        labels = tuple(target_labels(job))
+        source = open_images(data, labels)
+        if only_large:
+            executor = _executor_for(source, executor, display)
+        if executor is not None:
+            executor.begin()
+        encoder = encoder or encoder_address(job)
+        models = {
+            "target": {"address": job.models.target, "digest": model_digest(job.models.target)},
+            "encoder": {"address": encoder, "digest": encoder_digest(encoder)},
+        }
+        observations = _observe(job, source, data, encoder, executor, display)
+        display.phase("fitting class statistics and error predictor")
+        conditioning = fit_conditioning(observations, labels, models, components)
+        path, was_there = save_conditioning(conditioning, home)
+    finally:
+        if executor is not None:
+            executor.close()
+        display.close()
+    return Prepared(
+        conditioning=conditioning,
+        path=path,
+        was_there=was_there,
+        source=source.kind,
+        encoder=f"image encoder of {encoder}" if is_pipeline(encoder) else encoder,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _executor_for(source: ImageSource, executor: Executor | None, display: Display) -> Executor | None:
+    """The executor if a set is large, else None; notifies the user which."""
+    if source.num_images is None:
+        is_large = source.num_bytes > LARGE_BYTES
+        size, limit = f"{byte_size(source.num_bytes)} of tars", byte_size(LARGE_BYTES)
+    else:
+        is_large = source.num_images > LARGE_SET
+        size, limit = f"{source.num_images} images", str(LARGE_SET)
+    if is_large:
+        display.notice(f"{size}, more than {limit}: divided over Ray workers (--executor local would not)")
+        return executor
+    display.notice(f"{size}, no more than {limit}: seen by this process (--executor ray would divide them)")
+    return None
+
+
+def _observe(
+    job: JobSpec, source: ImageSource, data: str, encoder: str, executor: Executor | None, display: Display
+) -> Observations:
+    """The models' outputs for the images, computed here or on the executor's workers."""
+    if executor is None:
+        display.phase("loading models")
+        return observe(load_observer(job, source, encoder), data, display)
+    like, folder = signature(source), str(Path.cwd())
+    factory = partial(load_part_observer, job, data, encoder, folder=folder, like=like, imports=import_folders())
+    return observe_distributed(source, data, executor, factory, display)
+
+
+def artefact_folder(job: JobSpec) -> Path:
+    """Where a job's artefacts go by default: `OUTPUT-conditioning`, next to its output.
+
+    Raises:
+        OutputError: an output on an object store.
+    """
+    store = open_store(job.output.uri)
+    if not isinstance(store, FolderStore):
+        raise OutputError(
+            f"output.uri: {store.uri} is on an object store, and artefacts are written to folders; give the artefact's"
+            " folder with --output, and copy it to every machine with workers"
+        )
+    return store.root.with_name(f"{store.root.name}-conditioning")
+
+
+def _check_writable(folder: Path) -> None:
+    """Check before the pass that the artefact can be written after it.
+
+    Raises:
+        OutputError: the folder, or the nearest one above it that exists, is a file or not writable.
+    """
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise OutputError(f"--output: {nearest} is a file, not a folder; choose another")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"--output: {nearest} is not writable; change the permissions or choose another")

@@ -1,0 +1,1 @@
+"""`rescore`: new scores of a run's images by other classifiers."""

@@ -1,0 +1,156 @@
+"""What a rescoring needs: classifiers with the classes of the run, and a folder for its results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from engine.data.run.file_names import MANIFEST, PLANS, RESCORED, RESCORING
+from engine.data.run.manifest_reading import read_manifest
+from engine.data.run.stored_plan import stored_plan
+from engine.data.stores.base import Store
+from engine.data.stores.opening import open_store
+from engine.errors import CorruptShardError, JobError, OutputError
+from engine.job.plan import Plan, digest_of
+from engine.job.spec import JobSpec
+from engine.methods.strict_json import parse_json
+from engine.models.addresses import resolve
+from engine.models.digests import model_digest
+from engine.models.labels import read_labels
+from engine.models.programs import is_program
+from engine.studies.compare.program import label_differences
+
+DIGEST_CHARS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """Addresses and digests of the new classifiers; `transfer` and `oracle` only where they are given."""
+
+    target: str
+    transfer: tuple[str, ...]
+    oracle: str | None
+    digests: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Rescoring:
+    """A run, the classifiers for it, and the folder of the results.
+
+    Attributes:
+        labels: class names of the run's target, in index order.
+    """
+
+    run: Store
+    folder: Store
+    job: JobSpec
+    plan: Plan
+    labels: list[str]
+    models: Models
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """By which the folder of a rescoring is recognised."""
+        return {"plan_digest": self.plan.digest, "models": self.models.digests}
+
+    @property
+    def is_inside_run(self) -> bool:
+        """Whether the folder lies inside the run."""
+        return self.folder.place.is_relative_to(self.run.place)
+
+
+def open_rescoring(
+    address: str, target: str, transfer: Sequence[str], oracle: str | None, output: str | None
+) -> Rescoring:
+    """Open a run and the folder for its new scores, and check the classifiers.
+
+    Raises:
+        JobError: a model is not there or has other classes.
+        OutputError: there is no run, or the folder holds something else.
+    """
+    run = open_store(address)
+    job, plan = stored_plan(run)
+    labels = _labels_of(run, job)
+    models = _check_models(target, transfer, oracle, labels)
+    folder = open_store(output or run.address(f"{RESCORED}/{_folder_name(target, models)}"))
+    rescoring = Rescoring(run=run, folder=folder, job=job, plan=plan, labels=labels, models=models)
+    _check_folder(rescoring)
+    return rescoring
+
+
+def _labels_of(store: Store, job: JobSpec) -> list[str]:
+    """Class names of the run's own target; from the manifest, as the model may have changed since.
+
+    Raises:
+        JobError: there is no manifest yet, and the target is not on this machine.
+    """
+    with suppress(OutputError, CorruptShardError, KeyError, TypeError):
+        return [str(label) for label in read_manifest(store)["models"]["target"]["labels"]]
+    labels = read_labels(job.models.target)
+    if labels is None:
+        raise JobError(
+            f"{store.uri}: has no {MANIFEST} yet, and its target '{job.models.target}' is not on this machine; finish"
+            " the run first"
+        )
+    return labels
+
+
+def _check_models(target: str, transfer: Sequence[str], oracle: str | None, labels: list[str]) -> Models:
+    """Check that the classifiers are there and have the classes of the run.
+
+    Raises:
+        JobError: all that are not there or have other classes than the run, with the differences.
+    """
+    problems: list[str] = []
+    asked = [("--target", target), *(("--transfer", address) for address in transfer)]
+    for option, address in [*asked, *([("--oracle", oracle)] if oracle else [])]:
+        try:
+            if not is_program(address):
+                resolve(address)
+            if lines := label_differences(labels, read_labels(address) or []):
+                problems += [f"{option}: '{address}' has other classes than the run (there -> here)", *lines]
+        except JobError as error:
+            problems += [f"{option}: {problem}" for problem in error.problems]
+    if problems:
+        raise JobError(problems)
+    digests: dict[str, Any] = {"target": model_digest(target)}
+    digests |= {"transfer": [model_digest(address) for address in transfer]} if transfer else {}
+    digests |= {"oracle": model_digest(oracle)} if oracle else {}
+    return Models(target=target, transfer=tuple(transfer), oracle=oracle, digests=digests)
+
+
+def _folder_name(target: str, models: Models) -> str:
+    """A readable name of the target, and a digest of all new classifiers: the target's own if it is the only one."""
+    last = target.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
+    name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in last).strip(".-")[:60]
+    digest = models.digests["target"] if len(models.digests) == 1 else digest_of(models.digests)
+    return f"{name or 'target'}-{digest[:DIGEST_CHARS]}"
+
+
+def _check_folder(rescoring: Rescoring) -> None:
+    """Check that the folder is empty or of the same rescoring.
+
+    Raises:
+        OutputError: it holds something else.
+    """
+    folder = rescoring.folder
+    if folder.place == rescoring.run.place or folder.list(PLANS):
+        raise OutputError(f"--output {folder.uri}: is a run; give another folder for its new scores")
+    if not folder.exists(RESCORING):
+        # A rescoring that was killed early leaves only its state.
+        if names := [name for name in folder.list() if name != "_state"]:
+            raise OutputError(
+                f"--output {folder.uri}: holds files that no rescoring wrote ({names[0]!r}); give another"
+            )
+        return
+    try:
+        stored = parse_json(folder.read(RESCORING))
+    except ValueError:
+        stored = None
+    if stored != rescoring.identity:
+        raise OutputError(
+            f"--output {folder.uri}: holds a rescoring of another plan or by other models; give another folder, or"
+            " remove that one"
+        )

@@ -1,0 +1,174 @@
+"""New rows of the shards of a run: scored by batches, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.data.run.schema import arrow_schema
+from engine.data.run.shards import ROWS_PER_GROUP, SHARDS, read_rows, read_shard, shard_name
+from engine.data.stores.file_errors import explained
+from engine.errors import CorruptShardError
+from engine.job.acceptance import is_accepted
+from engine.job.columns import RUN_COLUMNS, Role, columns_with
+from engine.job.plan import SampleSpec
+from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, failed_record, in_version
+from engine.job.spec import JobSpec
+from engine.studies.rescore.inputs import Models, Rescoring
+
+if TYPE_CHECKING:
+    from engine.models.classifier import Classifier
+
+NOT_STORED = "not scored again: no image is stored"
+BATCH = 64
+Row = dict[str, Any]
+# Its specification, the image's file (empty where none is stored), and the row of the run.
+Sample = tuple[SampleSpec, bytes, Row]
+
+
+class Scoring:
+    """The new classifiers, loaded when the first image is scored."""
+
+    def __init__(self, job: JobSpec, models: Models, advance: Callable[[str], None]) -> None:
+        self._job, self._models, self._advance = job, models, advance
+        self._loaded: tuple[Classifier, list[Classifier], Classifier | None] | None = None
+        self.num_scored = 0
+
+    def _load(self) -> tuple[Classifier, list[Classifier], Classifier | None]:
+        if self._loaded is None:
+            import torch
+
+            from engine.models.classifier import Classifier
+            from engine.models.library_logging import quiet_libraries
+
+            self._advance("loading the classifiers")
+            quiet_libraries()
+            device = "cuda" if torch.cuda.is_available() and self._job.runtime.device != "cpu" else "cpu"
+            transfer = [Classifier.load(address, device) for address in self._models.transfer]
+            oracle = Classifier.load(self._models.oracle, device) if self._models.oracle else None
+            self._loaded = Classifier.load(self._models.target, device), transfer, oracle
+        return self._loaded
+
+    def records(self, samples: Sequence[Sample]) -> list[Row]:
+        """The rows of samples with an image, updated by the outputs of the new classifiers.
+
+        A sample for which a classifier gives non-finite values is `failed`, and its message names the classifier.
+        """
+        import torch
+
+        from engine.data.images.decode import UnusableImageError, decode_sample
+        from engine.generation.scorer import oracle_classes, target_fields, transfer_entries
+        from engine.methods.finiteness import Faults
+
+        target, transfer, oracle = self._load()
+        images, faults = [], Faults(len(samples))
+        for spec, data, _ in samples:
+            try:
+                images.append(decode_sample(data))
+            except UnusableImageError as error:
+                raise CorruptShardError(f"{spec.key}: its image {error}; `riskforge verify` says more") from None
+        labels = torch.tensor([row["class_index"] for _, _, row in samples])
+        fields = target_fields(target, [spec.cell for spec, _, _ in samples], images, labels, faults)
+        rows = [row | new for (_, _, row), new in zip(samples, fields, strict=True)]
+        if transfer:
+            for row, entries in zip(rows, transfer_entries(transfer, images, labels, faults), strict=True):
+                row["transfer"] = entries
+        if oracle:
+            for row, predicted in zip(rows, oracle_classes(oracle, images, faults).tolist(), strict=True):
+                row["oracle_class"] = predicted
+        self.num_scored += len(images)
+        return [
+            _failed(spec, old, faults[place]) if faults[place] else row
+            for place, ((spec, _, old), row) in enumerate(zip(samples, rows, strict=True))
+        ]
+
+
+def rescore_shard(rescoring: Rescoring, number: int, scoring: Scoring) -> None:
+    """Publish the new rows of a shard, unless they are published already."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder, stem = rescoring.folder, shard_name(rescoring.job.name, number)
+    name = f"{SHARDS}/{stem}.parquet"
+    if folder.exists(name):
+        if _identities(folder.fetch(name)) == _identities(rescoring.run.fetch(name)):
+            return
+        # The run was repaired, and this shard was sampled again.
+        folder.remove(name)
+    schema = arrow_schema(version=rescoring.plan.schema_version)
+    staged = folder.staging() / f"{stem}.parquet"
+    with explained(staged), pq.ParquetWriter(staged, schema, compression="zstd") as writer:
+        group: list[Row] = []
+        for row in _new_rows(rescoring, number, scoring):
+            group.append(row)
+            if len(group) == ROWS_PER_GROUP:
+                writer.write_table(pa.Table.from_pylist(group, schema=schema))
+                group = []
+        if group:
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+    folder.publish(name, staged)
+    staged.unlink(missing_ok=True)
+
+
+def _identities(path: Path) -> list[tuple[str, str]]:
+    return [(row["key"], row["sha256"]) for row in read_rows(path, ["key", "sha256"])]
+
+
+def _new_rows(rescoring: Rescoring, number: int, scoring: Scoring) -> Iterator[Row]:
+    """The rows of a shard in their order.
+
+    Raises:
+        CorruptShardError: a row is not in the plan, or an image is missing.
+    """
+    store, plan = rescoring.run, rescoring.plan
+    stem = f"{SHARDS}/{shard_name(rescoring.job.name, number)}"
+    images = read_shard(store.fetch(f"{stem}.tar"))
+    specs = {spec.key: spec for spec in plan.samples(plan.shard(number))}
+    waiting: list[Sample] = []
+    for row in read_rows(store.fetch(f"{stem}.parquet")):
+        spec, image = specs.get(row["key"]), b""
+        if spec is None:
+            where = store.address(f"{stem}.parquet")
+            raise CorruptShardError(f"{where}: {row['key']} is not in the plan; `riskforge verify` says more")
+        if row["sha256"]:
+            key, image, _, _ = next(images, ("", b"", {}, 0))
+            if key != row["key"]:
+                where = store.address(f"{stem}.tar")
+                raise CorruptShardError(f"{where}: lacks the image of {row['key']}; `riskforge repair` takes it out")
+        waiting.append((spec, image, row))
+        if len(waiting) == BATCH:
+            yield from _scored(waiting, rescoring, number, scoring)
+            waiting = []
+    yield from _scored(waiting, rescoring, number, scoring)
+
+
+def _scored(waiting: list[Sample], rescoring: Rescoring, number: int, scoring: Scoring) -> Iterator[Row]:
+    """New rows of some samples: one batch of those with an image is scored, the others are kept."""
+    plan = rescoring.plan
+    rule = rescoring.job.requests[plan.shard(number).request].accept
+    with_image = [sample for sample in waiting if sample[1]]
+    records = iter(scoring.records(with_image) if with_image else ())
+    for spec, image, row in waiting:
+        if image:
+            record = next(records)
+            if record["status"] == STATUS_FAILED:
+                yield record
+                continue
+            accepted = is_accepted(rule, record, spec.cell.classes, plan.schema_version)
+            yield record | {"accepted": accepted, "status": STATUS_OK if accepted else STATUS_REJECTED}
+        elif row["status"] == STATUS_FAILED:
+            yield row
+        else:
+            yield _failed(spec, row, NOT_STORED)
+
+
+def _failed(spec: SampleSpec, row: Row, message: str) -> Row:
+    """The row of a sample without new scores."""
+    return in_version(failed_record(spec, message), row["schema_version"]) | _kept(row)
+
+
+def _kept(row: Row) -> Row:
+    """The fields that a row without an image keeps: how it was sampled, and class names, which no stored plan has."""
+    kept = (*columns_with(Role.SAMPLED), *RUN_COLUMNS)
+    return {column.name: row[column.name] for column in kept if column.name in row}

@@ -1,0 +1,186 @@
+"""From right and wrong predictions to figures: accuracies of the arms by context, and error rates of both kinds."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.studies.intervals import Estimate, mean_interval, wilson_interval
+
+# The target as it is; fine-tuned on real samples alone; and with generated ones.
+BEFORE, NONE, PLAIN, UNFILTERED, ACCEPTED = "before", "none", "plain", "unfiltered", "accepted"
+NO_CONTEXT = "no context"
+ALL = "all images"
+MIN_RANKED_SAMPLES = 10
+MIN_RANKED_CONTEXTS = 3
+Right = Mapping[str, Sequence[NDArray[np.bool_]]]
+
+
+class Attempt(NamedTuple):
+    """The target's prediction for a generated sample, and whether the sample shows the requested class."""
+
+    context: str
+    is_valid: bool
+    is_error: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """Accuracies on the test images of one context, or on all.
+
+    Attributes:
+        before: of the target as it is, with Wilson's interval over the images.
+        accuracies: by arm, seed by seed.
+        differences: by arm, the mean paired difference to `none` with its t interval over the seeds.
+    """
+
+    context: str
+    num_images: int
+    before: Estimate
+    accuracies: dict[str, tuple[float, ...]]
+    differences: dict[str, Estimate]
+
+    def mean(self, arm: str) -> float:
+        """Mean accuracy of an arm over the seeds."""
+        return math.fsum(self.accuracies[arm]) / len(self.accuracies[arm])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """All arms on the test images: overall, and by context from the weakest to the strongest before."""
+
+    overall: Row
+    contexts: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextErrors:
+    """Error rates in a context that both the generated samples and the test images have.
+
+    Attributes:
+        generated: error rate of the target among valid generated samples; None without any.
+        test: its error rate among the test images.
+    """
+
+    context: str
+    num_generated: int
+    generated: Estimate | None
+    num_test: int
+    test: Estimate
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether both sides have enough samples for the correlation."""
+        return min(self.num_generated, self.num_test) >= MIN_RANKED_SAMPLES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorAgreement:
+    """Whether the target errs on generated samples in the same contexts as on test images.
+
+    Attributes:
+        spearman: rank correlation over the ranked contexts; None where it is undefined, for this `reason`.
+    """
+
+    rows: tuple[ContextErrors, ...]
+    spearman: float | None
+    reason: str
+
+    @property
+    def num_ranked(self) -> int:
+        """Contexts in the correlation."""
+        return sum(row.is_ranked for row in self.rows)
+
+
+def compare(right: Right, contexts: Sequence[tuple[str, ...]]) -> Comparison:
+    """Figures of all arms.
+
+    Args:
+        right: by arm and seed, whether the prediction of each test image is right, [N]; of `before` once.
+        contexts: of each test image; an image without any only counts overall.
+    """
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for row, tags in enumerate(contexts):
+        for tag in dict.fromkeys(tags):
+            rows_of[tag].append(row)
+    rows = [_row(tag, right, np.array(members)) for tag, members in rows_of.items()]
+    return Comparison(
+        overall=_row(ALL, right, np.arange(len(contexts))),
+        contexts=tuple(sorted(rows, key=lambda row: (row.before.value, row.context))),
+    )
+
+
+def _row(context: str, right: Right, members: NDArray[np.int64]) -> Row:
+    before = right[BEFORE][0][members]
+    accuracies = {
+        arm: tuple(float(of_seed[members].mean()) for of_seed in seeds) for arm, seeds in right.items() if arm != BEFORE
+    }
+    differences = {
+        # Rounded, so that differences of equally many images are equal. Over seeds of training, with the images fixed.
+        arm: mean_interval([round(ours - base, 12) for ours, base in zip(values, accuracies[NONE], strict=True)])
+        for arm, values in accuracies.items()
+        if arm != NONE
+    }
+    return Row(
+        context=context,
+        num_images=len(members),
+        before=wilson_interval(int(before.sum()), len(members)),
+        accuracies=accuracies,
+        differences=differences,
+    )
+
+
+def compare_errors(generated: Iterable[Attempt], comparison: Comparison) -> ErrorAgreement:
+    """Errors of the target on valid generated samples compared with those on the test images, context by context."""
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for attempt in generated:
+        counts[attempt.context][attempt.is_error] += attempt.is_valid
+    rows = tuple(_context_errors(row, *counts[row.context]) for row in comparison.contexts if row.context in counts)
+    spearman, reason = _spearman([row for row in rows if row.is_ranked])
+    return ErrorAgreement(rows=rows, spearman=spearman, reason=reason)
+
+
+def _context_errors(row: Row, num_right: int, num_errors: int) -> ContextErrors:
+    wrong = row.num_images - round(row.before.value * row.num_images)
+    total = num_right + num_errors
+    return ContextErrors(
+        context=row.context,
+        num_generated=total,
+        generated=wilson_interval(num_errors, total) if total else None,
+        num_test=row.num_images,
+        test=wilson_interval(wrong, row.num_images),
+    )
+
+
+def _spearman(rows: list[ContextErrors]) -> tuple[float | None, str]:
+    """The rank correlation, or None and why it is undefined."""
+    from scipy.stats import spearmanr
+
+    if len(rows) < MIN_RANKED_CONTEXTS:
+        return None, (
+            f"{len(rows)} contexts have {MIN_RANKED_SAMPLES} valid generated samples and as many test images; a rank"
+            f" correlation needs {MIN_RANKED_CONTEXTS}"
+        )
+    pairs = np.array([[row.generated.value, row.test.value] for row in rows if row.generated])
+    if (pairs == pairs[0]).all(0).any():
+        return None, "one of the two error rates is the same in all contexts"
+    return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic), ""
+
+
+def context_name(context: str) -> str:
+    """The displayed name of a context."""
+    return context or NO_CONTEXT
+
+
+def points(difference: Estimate) -> str:
+    """A difference of shares with its interval over the seeds, in percentage points."""
+    value, low, high = (round(100 * share, 1) + 0.0 for share in (difference.value, difference.low, difference.high))
+    # Shares of few images may agree by chance in all seeds; an interval without a width would suggest certainty.
+    interval = "in every seed" if difference.is_degenerate else f"{low:+.1f} to {high:+.1f}"
+    return f"{value:+.1f} ({interval})"

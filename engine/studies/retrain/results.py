@@ -1,0 +1,193 @@
+"""What a retraining writes: `retrain.json` and the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.data.run.manifest import software_versions
+from engine.data.run.outcomes import asked_classes, target_errs
+from engine.data.stores.fresh_folder import fresh_folder
+from engine.job.columns import ASKED, ERRS
+from engine.job.records import STATUS_FAILED
+from engine.methods.temperature import TemperatureFit, fit_temperature
+from engine.models.classifier import Classifier
+from engine.models.configurations import read_config
+from engine.models.digests import model_digest
+from engine.studies.retrain.accuracy import ACCEPTED, Attempt, Comparison, ErrorAgreement, compare, compare_errors
+from engine.studies.retrain.arms import Arms
+from engine.studies.retrain.findings import findings
+from engine.studies.retrain.image_tensors import ImageSet
+from engine.studies.retrain.inputs import DOCUMENT, MODEL, STUDY, Material, Study
+from engine.studies.retrain.training import finite_logits
+from engine.studies.samples import StudiedRun, read_attempts
+
+DOCUMENT_VERSION = 1
+MAX_LISTED = 1000
+_PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retrained:
+    """The results of a retraining.
+
+    Attributes:
+        path: its folder.
+        document: the content of `retrain.json`.
+        agreement: of errors on generated samples and on test images.
+        findings: in words.
+    """
+
+    path: Path
+    document: dict[str, Any]
+    comparison: Comparison
+    agreement: ErrorAgreement
+    arms: Arms
+    findings: list[str]
+
+
+def write_results(
+    study: Study, material: Material, right: dict[str, list[NDArray[np.bool_]]], kept: Any, started: float
+) -> Retrained:
+    """Compute figures and findings, and publish the folder with document and model."""
+    comparison = compare(right, material.test.contexts)
+    agreement = compare_errors(_attempts(study.run, _unguided(study)), comparison)
+    overlap = len(set(material.test.keys) & set(material.real.keys))
+    sentences = findings(comparison, agreement) + _dependences(study, overlap)
+    temperature, fit = _temperature(study, material, kept)
+    document = _describe_study(study, material) | {
+        "images_in_both": overlap,
+        "overall": dataclasses.asdict(comparison.overall),
+        "contexts": [dataclasses.asdict(row) for row in comparison.contexts],
+        "found": dataclasses.asdict(agreement) | {"num_ranked": agreement.num_ranked},
+        "findings": sentences,
+        "temperature": {"used": temperature, "fit": dataclasses.asdict(fit) if fit else None},
+    }
+    with fresh_folder(study.home) as built:
+        digest = _save_model(kept, study.target, temperature, built / MODEL)
+        document["model"] = {"arm": ACCEPTED, "seed": 0, "digest": digest}
+        document["timing"] = {"seconds": time.monotonic() - started, "finished": time.time()}
+        text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+        (built / DOCUMENT).write_text(f"{text}\n", encoding="utf-8")
+    return Retrained(
+        path=study.home,
+        document=document,
+        comparison=comparison,
+        agreement=agreement,
+        arms=material.arms,
+        findings=sentences,
+    )
+
+
+def _describe_study(study: Study, material: Material) -> dict[str, Any]:
+    """What was compared, and with which inputs: all but the results."""
+    run, options, arms = study.run, study.options, material.arms
+    return {
+        "study": STUDY,
+        "document_version": DOCUMENT_VERSION,
+        "arguments": dataclasses.asdict(options) | {"run": run.store.uri},
+        "run": {"name": run.job.name, "plan_digest": run.plan_digest, "shards_digest": run.shards_digest},
+        "target": {"address": run.job.models.target, "digest": run.target_digest},
+        "requests": {"plain": study.plain, "risky": study.risky},
+        "arms": {
+            "available": {arm: len(rows) for arm, rows in arms.pools.items()},
+            "samples_of_each": arms.num_samples,
+            "left_out": arms.left_out,
+        },
+        "data": {
+            "real": _describe_images(options.real, material.real),
+            "test": _describe_images(options.test, material.test),
+            **_describe_calibration(options.calibrate, material.calibration),
+        },
+        "seeds": list(range(options.num_seeds)),
+        "versions": software_versions(),
+    }
+
+
+def _unguided(study: Study) -> list[str]:
+    """The studied requests whose errors depend on the context alone: guidance and screening make errors everywhere."""
+    named = {*study.plain, *study.risky}
+    return [
+        request.name
+        for request in study.run.job.requests
+        if request.name in named
+        and (request.method, request.boundary) == ("prompt", None)
+        and not (request.conditioning and request.conditioning.is_screened)
+    ]
+
+
+def _attempts(run: StudiedRun, requests: list[str]) -> Iterator[Attempt]:
+    """The target's prediction for every sample, stored or not; where an oracle disagrees, the sample is not valid."""
+    columns, has_oracle = ["context", "status", "oracle_class", *ASKED, *ERRS], bool(run.job.models.oracle)
+    for row in read_attempts(run, requests, columns):
+        if row["status"] != STATUS_FAILED:
+            is_valid = not has_oracle or row["oracle_class"] in asked_classes(row)
+            yield Attempt(row["context"], is_valid, target_errs(row))
+
+
+def _describe_calibration(address: str | None, images: ImageSet | None) -> dict[str, Any]:
+    return {} if address is None or images is None else {"calibrate": _describe_images(address, images)}
+
+
+def _describe_images(address: str, images: ImageSet) -> dict[str, Any]:
+    return {
+        "address": address,
+        "kind": images.kind,
+        "images": len(images),
+        "digest": images.digest,
+        "num_unusable": len(images.unusable),
+        "unusable": [{"name": item.name, "reason": item.reason} for item in images.unusable[:MAX_LISTED]],
+    }
+
+
+def _dependences(study: Study, overlap: int) -> list[str]:
+    """Why the test images are not independent of the training data, as far as that can be seen."""
+    options, named = study.options, {*study.plain, *study.risky}
+    sentences = []
+    if overlap:
+        sentences.append(f"Not independent: {overlap} different images of --test are also in --real.")
+    for request in study.run.job.requests:
+        given = request.conditioning.images if request.conditioning else None
+        if request.name in named and given and _same_place(given, options.test):
+            sentences.append(f"Not independent: the samples of {request.name} are variations of the images of --test.")
+    return sentences
+
+
+def _same_place(first: str, second: str) -> bool:
+    return first == second or Path(first).expanduser().resolve() == Path(second).expanduser().resolve()
+
+
+def _temperature(study: Study, material: Material, network: Any) -> tuple[float, TemperatureFit | None]:
+    """The temperature of the kept network: fitted on the images for it, or the target's.
+
+    Not on a part of the real images: the target was mostly trained on them, and a network is overconfident on its
+    training images. Where the likelihood has no maximum, the target's is kept as well.
+    """
+    current = float(read_config(study.target / "config.json").get("temperature", 1.0))
+    if material.calibration is None:
+        return current, None
+    logits = finite_logits(network, material.calibration, "--calibrate")
+    fit = fit_temperature(logits, material.calibration.classes, current)
+    return (fit.current if fit.bound else fit.fitted), fit
+
+
+def _save_model(network: Any, target: Path, temperature: float, folder: Path) -> str:
+    """Store a model so that it can be the target of a job, check that it loads, and return its digest."""
+    network.save_pretrained(folder)
+    for name in _PREPROCESSORS:
+        if (target / name).is_file():
+            shutil.copyfile(target / name, folder / name)
+    # Written into the file: transformers keeps this field out of its configuration objects.
+    config = read_config(folder / "config.json") | {"temperature": temperature}
+    (folder / "config.json").write_text(f"{json.dumps(config, indent=2)}\n", encoding="utf-8")
+    Classifier.load(str(folder))
+    return model_digest(str(folder))

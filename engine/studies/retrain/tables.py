@@ -1,0 +1,66 @@
+"""The tables of a comparison, for a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from engine.driver.progress import ABSENT, MAX_GROUP_ROWS
+from engine.studies.retrain.accuracy import ACCEPTED, BEFORE, NONE, Comparison, ErrorAgreement, context_name, points
+
+if TYPE_CHECKING:
+    from engine.studies.intervals import Estimate
+
+
+def accuracy_table(comparison: Comparison) -> Table:
+    """Accuracy by context, arms as columns, the weakest contexts first."""
+    arms = list(comparison.overall.accuracies)
+    table = _table(
+        "Accuracy on the test images: before with Wilson's interval, arms as means over the seeds, difference with its"
+        " interval over the seeds",
+        ["context", "images", BEFORE, *arms, f"{ACCEPTED} - {NONE}, points"],
+        len(comparison.contexts),
+    )
+    for row in (comparison.overall, *comparison.contexts[:MAX_GROUP_ROWS]):
+        table.add_row(
+            Text(context_name(row.context)),
+            str(row.num_images),
+            _share(row.before),
+            *(f"{row.mean(arm):.1%}" for arm in arms),
+            points(row.differences[ACCEPTED]),
+        )
+    return table
+
+
+def agreement_table(agreement: ErrorAgreement) -> Table:
+    """Error rates of the target by context: among valid generated samples, and on test images."""
+    table = _table(
+        "Errors of the target before retraining, with Wilson's intervals",
+        ["context", "valid samples", "errors among them", "test images", "errors among them"],
+        len(agreement.rows),
+    )
+    for row in agreement.rows[:MAX_GROUP_ROWS]:
+        table.add_row(
+            Text(context_name(row.context)),
+            str(row.num_generated),
+            _share(row.generated) if row.generated else ABSENT,
+            str(row.num_test),
+            _share(row.test),
+        )
+    return table
+
+
+def _table(title: str, names: list[str], num_rows: int) -> Table:
+    if num_rows > MAX_GROUP_ROWS:
+        title += f" ({MAX_GROUP_ROWS} of {num_rows} contexts; all are in retrain.json)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in names:
+        table.add_column(name, justify="left" if name == "context" else "right")
+    return table
+
+
+def _share(share: Estimate) -> str:
+    return f"{share.value:.1%} ({share.low:.0%} to {share.high:.0%})"
