@@ -17,9 +17,9 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from engine.data.images import (
-    ReadResult,
     ImageSource,
     LabelledImage,
+    ReadResult,
     Unusable,
     UnusableImageError,
     decode_sample,
