@@ -69,11 +69,12 @@ def _origin(manifest: dict[str, Any]) -> str:
         *_beyond(manifest),
     ]
     if manifest["deduplication"]:
-        about = manifest["deduplication"]
+        deduplication = manifest["deduplication"]
+        clip = code(deduplication["clip"], table=False)
         lines += [
             "",
-            f"{about['dropped']} near duplicates were left out (cosine of {code(about['clip'], table=False)} embeddings"
-            f" from {about['threshold']:g} on, within a class); `{about['list']}` names them.",
+            f"{deduplication['dropped']} near duplicates were left out (cosine of {clip} embeddings"
+            f" from {deduplication['threshold']:g} on, within a class); `{deduplication['list']}` names them.",
         ]
     return "\n".join(lines)
 
@@ -95,10 +96,10 @@ def _beyond(manifest: dict[str, Any]) -> list[str]:
 
 def _sources(manifest: dict[str, Any]) -> str:
     lines = ["## Sources", "", "| run | name | samples taken | plan | target |", "|---|---|---|---|---|"]
-    for one in manifest["sources"]:
-        target = (one["models"].get("target") or {}).get("address", "")
-        digest = one["plan_digest"]
-        cells = (code(one["uri"]), code(one["name"]), str(one["num_taken"]), code(digest), code(str(target)))
+    for source in manifest["sources"]:
+        target = (source["models"].get("target") or {}).get("address", "")
+        digest = source["plan_digest"]
+        cells = (code(source["uri"]), code(source["name"]), str(source["num_taken"]), code(digest), code(str(target)))
         lines.append(f"| {' | '.join(cells)} |")
     if manifest["real"]:
         lines.append(f"| {code(manifest['real']['address'])} | real images | {manifest['real']['num_taken']} | | |")

@@ -1,4 +1,4 @@
-"""How an export is written: WebDataset shards, a folder by class, or parquet with the images inside."""
+"""The formats of an export: WebDataset shards, a folder by class, or parquet with embedded images."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.data.run.commits import CommitSummary
-from engine.data.run.manifest import IndexEntry, write_index_files, write_metadata
+from engine.data.run.file_names import CLASSES, METADATA
+from engine.data.run.metadata_table import write_metadata
+from engine.data.run.reader_indexes import IndexEntry, write_index_files
 from engine.data.run.schema import arrow_schema
-from engine.data.run.shards import SHARDS, discard, shard_name, stage_shard
-from engine.data.run.state import CLASSES, METADATA
+from engine.data.run.shard_writing import discard, stage_shard
+from engine.data.run.shards import SHARDS, shard_name
 from engine.data.stores.base import STATE, Store
 from engine.data.stores.file_errors import explained
 from engine.errors import JobError
@@ -32,7 +34,7 @@ ROWS_PER_GROUP = 256
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _()+=,@&-]{0,79}")
 # Names that Windows keeps for devices, and that readers of folders pass over.
 _RESERVED = frozenset(
-    ["con", "prn", "aux", "nul", *(f"{one}{number}" for one in ("com", "lpt") for number in range(10)), "shards"]
+    ["con", "prn", "aux", "nul", *(f"{device}{number}" for device in ("com", "lpt") for number in range(10)), "shards"]
 )
 
 
@@ -48,8 +50,8 @@ def write_webdataset(
     entries: list[IndexEntry] = []
     for first in samples:
         number, stem = len(commits), shard_name(name, len(commits))
-        own = chain([first], islice(samples, samples_per_shard - 1))
-        staged = stage_shard(store.staging(), stem, own, image_format)
+        shard_samples = chain([first], islice(samples, samples_per_shard - 1))
+        staged = stage_shard(store.staging(), stem, shard_samples, image_format)
         store.publish(f"{SHARDS}/{stem}.tar", staged.tar)
         store.publish(f"{SHARDS}/{stem}.parquet", staged.parquet)
         commits[number] = CommitSummary(number, staged.counts)
@@ -130,7 +132,7 @@ def write_parquet(
     samples_per_file: int,
     num_samples: int,
 ) -> list[str]:
-    """Write files with columns `image` and `label` as Hugging Face `datasets` knows them, and the record's beside.
+    """Write files with columns `image` and `label` as Hugging Face `datasets` has them, and those of the record.
 
     Returns:
         Patterns of the data files, for the card.
@@ -143,30 +145,30 @@ def write_parquet(
     for number in range(num_files):
         path = root / f"train-{number:05d}-of-{num_files:05d}.parquet"
         with explained(path), pq.ParquetWriter(path, schema, compression="zstd") as writer:
-            own = islice(samples, samples_per_file)
-            while batch := list(islice(own, ROWS_PER_GROUP)):
+            file_samples = islice(samples, samples_per_file)
+            while batch := list(islice(file_samples, ROWS_PER_GROUP)):
                 rows = [_parquet_row(result, extension) for result, extension in batch]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     return ["train-*.parquet"]
 
 
 def parquet_schema(labels: Sequence[str]) -> pa.Schema:
-    """Columns of an export to parquet; the metadata says which one is an image, and the names of the classes."""
+    """Columns of an export to parquet; the schema's metadata marks the column of images, and names the classes."""
     import pyarrow as pa
 
     image = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
     return _schema([pa.field("image", image)], {"image": {"_type": "Image"}}, labels)
 
 
-def _schema(own: list[pa.Field], features: dict[str, Any], labels: Sequence[str]) -> pa.Schema:
+def _schema(first_fields: list[pa.Field], features: dict[str, Any], labels: Sequence[str]) -> pa.Schema:
     """Own columns, the label, and the record's; `datasets` finds features and class names in the metadata."""
     import pyarrow as pa
 
     schema = arrow_schema()
     others = [pa.field(column.name, _nullable(schema.field(column.name).type)) for column in RECORD_COLUMNS]
     known = features | {"label": {"names": _unique(labels), "_type": "ClassLabel"}}
-    about = {"huggingface": json.dumps({"info": {"features": known}})}
-    return pa.schema([*own, pa.field("label", pa.int64()), *others], metadata=about)
+    metadata = {"huggingface": json.dumps({"info": {"features": known}})}
+    return pa.schema([*first_fields, pa.field("label", pa.int64()), *others], metadata=metadata)
 
 
 def _nullable(kind: pa.DataType) -> pa.DataType:
@@ -176,7 +178,7 @@ def _nullable(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_list(kind):
         return pa.list_(_nullable(kind.value_type))
     if pa.types.is_struct(kind):
-        return pa.struct([pa.field(one.name, _nullable(one.type)) for one in kind])
+        return pa.struct([pa.field(field.name, _nullable(field.type)) for field in kind])
     return kind
 
 
