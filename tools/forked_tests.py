@@ -184,10 +184,12 @@ class _Recorder:
 def _wait(child: int, deadline: float) -> int:
     """Exit code of a child; `TIMED_OUT` beyond the deadline. A child ended by a signal counts as failed."""
     while time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
+        # Of any child: tests that wait until a process is gone would wait for one that nobody reaps.
+        ended, status = os.waitpid(-1, os.WNOHANG)
+        if ended == child:
             return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1
-        time.sleep(0.02)
+        if not ended:
+            time.sleep(0.02)
     return TIMED_OUT
 
 
