@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from engine.data.images import LabelledImage, Unusable, open_images
     from engine.data.reading.corpus import Corpus, open_run
     from engine.errors import RiskforgeError
-    from engine.methods.custom.guide import Criterion, Scene
+    from engine.methods.custom.criterion import Criterion
+    from engine.methods.guidance.scene import Scene
     from engine.methods.scores import conformity, conformity_margin, entropy, kldb, kldb_parts, risk, strongest_rival
 
 __version__ = "0.1.0"
@@ -38,10 +39,10 @@ __all__ = [
 _SCORES = "engine.methods.scores"
 _MODULES = {
     "Corpus": "engine.data.reading.corpus",
-    "Criterion": "engine.methods.custom.guide",
+    "Criterion": "engine.methods.custom.criterion",
     "LabelledImage": "engine.data.images",
     "RiskforgeError": "engine.errors",
-    "Scene": "engine.methods.custom.guide",
+    "Scene": "engine.methods.guidance.scene",
     "Unusable": "engine.data.images",
     "open_images": "engine.data.images",
     "open_run": "engine.data.reading.corpus",

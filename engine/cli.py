@@ -1,4 +1,4 @@
-"""The command line: what `riskforge` is called with, and how it ends. The commands are in `engine.commands`."""
+"""The command line `riskforge`: its arguments, errors and exit codes. The commands are in `engine.commands`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Annotated, Any
 import typer
 
 import engine
-from engine.commands import datasets, jobs, runs, studies
+from engine.commands import comparison, datasets, jobs, runs, studies
 from engine.commands.output import complain
 from engine.errors import EXIT_DRAINED, EXIT_USER, JobError, RiskforgeError
 from engine.terminal import open_closed_streams, printable, redacted
 from engine.terminal import show as print
 
-# What writing fails with where there is no room.
+# Errors of a write without free space.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line: exit codes and messages as the contract has them."""
+    """Run the command line; documented exit codes, and messages without tracebacks."""
     code: Any = 0
     unwritable: OSError | None = None
     open_closed_streams()
@@ -50,17 +50,17 @@ def main() -> None:
         code = error.exit_code
         _print_error(error)
     except KeyboardInterrupt:
-        # While the commands are still being built; later ones answer it themselves.
+        # While the commands are still being imported; afterwards they handle it themselves.
         code = 128 + signal.SIGINT
     except OSError as error:
-        # Of files, commands tell themselves; standard output and error have no name.
+        # Commands report errors of files themselves; standard output and error have no name.
         if error.errno not in FULL or error.filename is not None:
             raise
         unwritable = error
     try:
         sys.stdout.flush()
     except OSError as error:
-        # Whoever read has left, or there is no room; the interpreter's own flush at exit must not complain.
+        # The reader has closed the pipe, or the disk is full; the interpreter's flush at exit must not fail, too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         unwritable = None if isinstance(error, BrokenPipeError) else error
     if unwritable is not None:
@@ -71,11 +71,11 @@ def main() -> None:
 
 
 def console() -> None:
-    """The installed command: `main`, in a process that is ours to end."""
+    """Entry point of the installed command: `main`, in a process that may be ended."""
     try:
         main()
     except SystemExit as end:
-        # Threads that still compute would abort the interpreter's own end.
+        # Threads that are still computing would abort the interpreter's shutdown.
         if end.code == EXIT_DRAINED:
             sys.stderr.flush()
             os._exit(EXIT_DRAINED)
@@ -88,20 +88,20 @@ def console() -> None:
 
 
 def _check_arguments(arguments: list[str]) -> None:
-    """Refuse passwords in addresses: nothing takes them, and other users see a command line.
+    """Refuse passwords in addresses: none is supported, and other users can see a command line.
 
     Raises:
-        JobError: with the place of each.
+        JobError: naming the option of each.
     """
     problems: list[str] = []
-    for before, argument in zip(["", *arguments], arguments, strict=False):
+    for previous, argument in zip(["", *arguments], arguments, strict=False):
         option, equals, value = argument.partition("=")
-        value, place = (value, option) if equals and option.startswith("-") else (argument, before)
-        is_bare = place == "--address" and "@" in value
+        value, option = (value, option) if equals and option.startswith("-") else (argument, previous)
+        is_bare = option == "--address" and "@" in value
         if is_bare or redacted(argument) != argument:
-            place = place if place.startswith("-") else "the command line"
+            name = option if option.startswith("-") else "the command line"
             problems.append(
-                f"{place}: an address holds a user name or password; leave it out, and give credentials by the"
+                f"{name}: an address contains a user name or password; leave it out, and pass credentials by the"
                 " environment (docs/operations.md)"
             )
     if problems:
@@ -129,10 +129,10 @@ def root(
     """Manufacture labelled images on which a classifier fails or hesitates."""
 
 
-# In the order of `--help`.
+# In the order in which `--help` lists them.
 for _command in (
     runs.run, runs.retry, runs.status, runs.verify, runs.repair, jobs.plan, jobs.prepare, studies.retrain,
-    studies.evaluate, studies.rescore, studies.compare, jobs.schema, runs.report, datasets.inspect, datasets.merge,
-    datasets.export,
+    studies.evaluate, comparison.rescore, comparison.compare, jobs.schema, runs.report, datasets.inspect,
+    datasets.merge, datasets.export,
 ):  # fmt: skip
     app.command()(_command)

@@ -38,11 +38,11 @@ def hardware():
 @pytest.fixture(scope="session")
 def diffusion(hardware):
     """The digits Stable Diffusion pipeline, as the engine loads it."""
-    from engine.models.diffusion import Diffusion
+    from engine.models.diffusion import load_pipeline
     from engine.models.library_logging import quiet_libraries
 
     quiet_libraries()
-    return Diffusion.load("zoo:digits/stable-diffusion", hardware)
+    return load_pipeline("zoo:digits/stable-diffusion", hardware)
 
 
 @pytest.fixture(scope="session")

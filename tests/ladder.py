@@ -9,7 +9,7 @@ import torch
 from bench.arms import Arm
 from bench.checks import relative_difference
 from bench.naive import Naive, sample_boundary
-from bench.programs import Bench, load_pipeline
+from bench.programs import Bench, load_diffusers_pipeline
 from bench.sizes import Setting, digits_setting
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -53,7 +53,7 @@ def engine_latents(device: str, gradient: str, dtype: str, **hardware: str) -> T
 def reference_latents(device: str, gradient: str) -> Tensor:
     """Final latents [B, C, h, w] by the naive loop, everything in float64, on the CPU."""
     address, target = setting().diffusion, Classifier.load(setting().target)
-    pipeline = load_pipeline(address, "boundary", torch.float64, setting().boundary_sampling).to(device)
+    pipeline = load_diffusers_pipeline(address, "boundary", torch.float64, setting().boundary_sampling).to(device)
     vae = AutoencoderKL.from_pretrained(resolve(address) / "vae", torch_dtype=torch.float64)
     network = load_network(setting().target).double().requires_grad_(False).eval().to(device)
     preprocessing = Preprocessing.load(resolve(setting().target))

@@ -1,4 +1,4 @@
-"""A worker without models: it sleeps, and stores bytes that depend on the seed alone. It can be told to fail.
+"""A worker without models: it sleeps, and stores bytes that depend on the seed alone. It can be made to fail.
 
 Run as a program, a driver of its own: `python -m tests.sleepy OUTPUT COUNT local|ray|HOST:PORT [FAULTS]`, as JSON.
 """
@@ -22,15 +22,15 @@ import PIL.Image
 
 from engine.driver.executors.base import Executor
 from engine.driver.progress import PlainDisplay, Tally
-from engine.driver.run import RunSummary, run_job
+from engine.driver.run import run_job
+from engine.driver.run_summary import RunSummary
 from engine.errors import EXIT_DRAINED, JobError, OutputError, RiskforgeError
-from engine.generation.messages import Report
-from engine.generation.worker import ShardOutcome, Worker, _Making
+from engine.generation.worker import ShardBuffer, ShardOutcome, ShardProgressCallback, Worker
 from engine.job.parsing import parse_job
 from engine.job.plan import Plan, SampleSpec, ShardSpec
 from engine.job.records import SampleResult, failed_record, new_record
 from engine.job.spec import JobSpec
-from engine.methods.conditioning.tally import ScreeningTally
+from engine.methods.conditioning.screening_tally import ScreeningTally
 
 SAMPLES_PER_SHARD = 4
 # Only a guard: a gate that nobody opens is a fault of the test.
@@ -123,19 +123,19 @@ class SleepyWorker(Worker):
         super().__init__(job, plan, name="sleepy", load=lambda *_: self._sleeper)
 
     def sample_shard(
-        self, shard: ShardSpec, attempt: int, report: Report, batch_limit: int = 0
+        self, shard: ShardSpec, attempt: int, report: ShardProgressCallback, batch_limit: int = 0
     ) -> Callable[[], ShardOutcome]:
         """As a worker does."""
         self._sleeper.shard, self._sleeper.attempt = shard, attempt
         return super().sample_shard(shard, attempt, report, batch_limit)
 
-    def _write(self, making: _Making) -> ShardOutcome:
-        if making.shard.number in self._slow_once and making.attempt == 1:
+    def _write(self, buffer: ShardBuffer) -> ShardOutcome:
+        if buffer.shard.number in self._slow_once and buffer.attempt == 1:
             # All samples are taken first: sampling would wait for room otherwise, and the next shard not begin.
-            for _ in making.results(ScreeningTally()):
+            for _ in buffer.results(ScreeningTally()):
                 pass
             time.sleep(3600)
-        return super()._write(making)
+        return super()._write(buffer)
 
 
 class Sleeper:
@@ -231,7 +231,7 @@ class Recorder:
 
     phases: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
-    in_work: int = 0
+    in_flight: int = 0
     closed: bool = False
 
     def phase(self, text: str) -> None:
@@ -246,8 +246,8 @@ class Recorder:
         """Forget it: it comes often."""
 
     def show(self, tally: Tally) -> None:
-        """Remember the most samples that were in work and not committed."""
-        self.in_work = max(self.in_work, tally.total.num_done - tally.total.committed)
+        """Remember the most samples that were in flight and not committed."""
+        self.in_flight = max(self.in_flight, tally.total.num_done - tally.total.committed)
 
     def close(self) -> None:
         """Remember it."""

@@ -23,9 +23,9 @@ from engine.data.run.counts import ShardCounts
 from engine.data.run.summary import GroupSummary, TransferSummary
 from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store
+from engine.driver.checks import plan_job
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.progress import MAX_GROUP_ROWS, LiveDisplay, PlainDisplay, Tally, byte_size, duration, medians_table
-from engine.driver.run import plan_job
 from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OWNED, EXIT_USER
 from engine.job.columns import Role, columns_with
 from engine.terminal import safe_console
@@ -114,7 +114,7 @@ def test_options_are_spelled_with_hyphens_or_underscores(call):
     """Both reach the same option; values are left alone."""
     for spelling in ("--price-per-hour", "--price_per_hour"):
         assert refused(call, "plan", QUICKSTART, spelling, "2") == [
-            "error: --price-per-hour: needs the hours of a measurement; add --calibrate"
+            "error: --price-per-hour: requires measured hours; add --calibrate"
         ]
     lines = refused(call, "plan", QUICKSTART, "--set", "sampling.num_inference_steps=0")
     assert lines[0].startswith("error: sampling.num_inference_steps: 0")
@@ -136,10 +136,10 @@ def test_all_problems_come_at_once_a_line_each(call):
         (b"# nothing\n", "is empty"),
         (b"name: [a\nseed: 0\n", "line 2, column 5"),
         (b"a: b: c\n", "line 1, column 5: mapping values are not allowed here"),
-        (b"name: a\nname: b\n", "line 2, column 1: 'name' stands here twice"),
+        (b"name: a\nname: b\n", "line 2, column 1: duplicate key 'name'"),
         (b"name: *x\n", "line 1, column 7: found undefined alias"),
         (b"name: !!python/object:os.system a\n", "line 1, column 7: could not determine a constructor"),
-        (b"\x00\x01\x02", "characters that no text has"),
+        (b"\x00\x01\x02", "characters that are not allowed in text"),
         (b"\xff\xfe\xfa" * 50, "is not text in UTF-8"),
         (b"- a\n- b\n", "a mapping of keys is expected"),
         (b"just words\n", "a mapping of keys is expected"),
@@ -157,7 +157,7 @@ def test_files_that_are_no_job(call, tmp_path, content, message):
 
 def test_paths_that_are_no_file(call, tmp_path):
     """Missing, and a folder."""
-    assert "there is no such file" in refused(call, "run", tmp_path / "no.yaml")[0]
+    assert "no such file" in refused(call, "run", tmp_path / "no.yaml")[0]
     assert "is a folder" in refused(call, "run", tmp_path)[0]
 
 
@@ -296,11 +296,11 @@ def test_rates_count_this_run_alone(tally):
     row = tally.requests[0]
     assert (row.num_done, row.rate(5.0), row.eta_seconds(5.0)) == (4, 0.0, None)
     tally.ready(7, 10.0)
-    tally.working(7, 1, 2, 12.0)
+    tally.progress(7, 1, 2, 12.0)
     assert (row.num_done, row.rate(12.0), row.eta_seconds(12.0)) == (6, 1.0, 14.0)
     tally.commit(7, 1, ShardCounts(ok=4, accepted=4), 14.0)
     assert (row.num_done, row.accepted, row.rate(14.0)) == (8, 7, 1.0)
-    tally.working(7, 2, 3, 15.0)
+    tally.progress(7, 2, 3, 15.0)
     tally.drop(2)
     assert row.num_done == 8
 
@@ -308,8 +308,8 @@ def test_rates_count_this_run_alone(tally):
 def test_late_news_of_a_committed_shard_is_ignored(tally):
     """Also of one that an earlier run committed."""
     tally.commit(7, 1, ShardCounts(ok=4, accepted=4), 14.0)
-    tally.working(7, 1, 4, 15.0)
-    tally.working(7, 0, 4, 15.0)
+    tally.progress(7, 1, 4, 15.0)
+    tally.progress(7, 0, 4, 15.0)
     assert tally.total.num_done == 8 and not tally.total.in_flight
 
 
@@ -350,7 +350,7 @@ def test_plain_lines_say_what_changed(tally):
     display.phase("")
     tally.ready(0, 10.0)
     display.show(tally)
-    tally.working(0, 1, 2, 12.0)
+    tally.progress(0, 1, 2, 12.0)
     display.show(tally)
     display.show(tally)
     lines = stream.getvalue().splitlines()
@@ -364,7 +364,7 @@ def test_the_live_table_shows_requests(tally):
     display = LiveDisplay(Console(file=stream, force_terminal=True, width=100))
     display.phase("starting Ray")
     tally.ready(0, time.monotonic() - 2)
-    tally.working(0, 1, 2, time.monotonic())
+    tally.progress(0, 1, 2, time.monotonic())
     display.show(tally)
     display.notice("shard 3 [is] late")
     display.close()

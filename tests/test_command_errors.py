@@ -101,14 +101,14 @@ VALUES = {
     " nor a zoo part (zoo:NAME/PART)",
     'models.clip="x\\u202Ey"': r"models.clip: 'x\u202ey' is neither a folder nor a hub id (owner/name) nor a zoo part"
     " (zoo:NAME/PART)",
-    "count": "--set 'count': write it as KEY=VALUE, such as requests.0.count=6",
-    "=3": "--set '=3': write it as KEY=VALUE, such as requests.0.count=6",
+    "count": "--set 'count': write it as KEY=VALUE, e.g. requests.0.count=6",
+    "=3": "--set '=3': write it as KEY=VALUE, e.g. requests.0.count=6",
     ".=3": "--set .: no such place in the job; paths look like requests.0.count",
     "requests.-1.count=3": "--set requests.-1.count: no such place in the job; paths look like requests.0.count",
     "requests.9.count=3": "--set requests.9.count: no such place in the job; paths look like requests.0.count",
     "name.x=3": "--set name.x: no such place in the job; paths look like requests.0.count",
     "seed=[1": "--set seed: '[1' is not a YAML value (expected ',' or ']', but got '<stream end>')",
-    "seed=&a [*a]": "--set seed: '&a [*a]' is not a YAML value (an alias stands inside of what it means)",
+    "seed=&a [*a]": "--set seed: '&a [*a]' is not a YAML value (an alias is inside the value that it refers to)",
     "seed=!!python/object/apply:os.system [id]": "--set seed: '!!python/object/apply:os.system [id]' is not a YAML"
     " value (could not determine a constructor for the tag 'tag:yaml.org,2002:python/object/apply:os.system')",
 }  # fmt: skip
@@ -130,10 +130,10 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 FILES = {
     b"name: caf\xe9\n": "job.yaml: is not text in UTF-8; give a job file in YAML",
-    b"": "job.yaml: is empty; `riskforge schema` shows what a job has",
-    b"\x00": "job.yaml: holds characters that no text has; give a job file in YAML",
+    b"": "job.yaml: is empty; `riskforge schema` prints the schema of a job",
+    b"\x00": "job.yaml: contains characters that are not allowed in text; give a job file in YAML",
     b"- a\n": "job: a mapping of keys is expected, not list; see `riskforge schema`",
-    b"name: a\nname: b\n": "job.yaml: line 2, column 1: 'name' stands here twice",
+    b"name: a\nname: b\n": "job.yaml: line 2, column 1: duplicate key 'name'",
     b"name: a\n seed: 0\n": "job.yaml: line 2, column 6: mapping values are not allowed here",
     b"name: *x\n": "job.yaml: line 1, column 7: found undefined alias 'x'",
     b"name: &x {y: *x}\n": "job.yaml: line 1, column 7: found unconstructable recursive node",
@@ -141,7 +141,7 @@ FILES = {
     " attribute 'groupdict')",
     b"seed: !!bool x\n": "job.yaml: line 1, column 7: cannot be read as bool ('x')",
     b"seed: 0x" + b"f" * 5000: "job.yaml: is not usable YAML (a number has more than 300 digits)",
-    LAUGHS.encode(): "job.yaml: is not usable YAML (it has more than 1000000 values with its aliases written out)",
+    LAUGHS.encode(): "job.yaml: is not usable YAML (it has more than 1000000 values with its aliases expanded)",
     b"[" * 5000: "job.yaml: is not usable YAML (nested too deeply)",
 }
 
@@ -177,8 +177,8 @@ def test_paths_that_are_no_job(call, tmp_path, monkeypatch):
     """A folder, nothing, a name that steers the terminal, and one that no file system takes."""
     monkeypatch.chdir(tmp_path)
     assert refused(call, "run", ".") == [".: is a folder; give a job file in YAML"]
-    assert refused(call, "run", "no.yaml") == ["no.yaml: there is no such file"]
-    assert refused(call, "run", "\x1b[2Jx\u202e") == [r"\x1b[2Jx\u202e: there is no such file"]
+    assert refused(call, "run", "no.yaml") == ["no.yaml: no such file"]
+    assert refused(call, "run", "\x1b[2Jx\u202e") == [r"\x1b[2Jx\u202e: no such file"]
     assert refused(call, "run", "a" * 10_000)[0].endswith(": cannot be read (File name too long)")
     assert refused(call, "run", "/dev/full") == ["/dev/full: is larger than 16 MB; is it a job file?"]
 
@@ -202,7 +202,7 @@ def test_paths_that_are_no_job(call, tmp_path, monkeypatch):
 )
 def test_hardware_that_is_not_there(call, tmp_path, monkeypatch, changes, message):
     """Told before anything is started."""
-    monkeypatch.setattr("engine.driver.run.GPU_DEVICES", ("no-such-device",))
+    monkeypatch.setattr("engine.driver.checks.GPU_DEVICES", ("no-such-device",))
     sets = [part for change in changes for part in ("--set", change)]
     output = tmp_path / "out"
     assert refused(call, "run", QUICKSTART, "--executor", "local", "--output", output, *sets) == [message]
@@ -238,10 +238,10 @@ def test_options_that_mean_nothing(call, tmp_path):
     assert "--deadline" in refused(call, *run, "--deadline", "25:00")[0]
     assert "--max-duration" in refused(call, *run, "--max-duration", "-3h")[0]
     assert refused(call, *run, "--executor", "local", "--address", "auto") == [
-        "--address: is for --executor ray; leave one of the two out"
+        "--address: applies to --executor ray; use one of them"
     ]
     assert refused(call, "plan", QUICKSTART, "--validate", "--calibrate") == [
-        "--calibrate: makes samples, and --validate only checks; leave one of the two out"
+        "--calibrate: makes samples, and --validate only checks; use one of them"
     ]
     code, _, err = call("run", QUICKSTART, "--resume", "\x1b[31mnever")
     assert code == EXIT_USER and "Traceback" not in err and "\x1b[31mnever" not in err

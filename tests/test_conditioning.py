@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.methods.conditioning.evaluation import Evaluation, auc_interval, evaluate
 from engine.methods.conditioning.gaussians import ClassGaussians, ClassMoments
 from engine.methods.conditioning.mixtures import ClassMixtures, MixtureOptions, fit_mixtures
 from engine.methods.conditioning.predictor import (
@@ -22,13 +21,14 @@ from engine.methods.conditioning.predictor import (
     outcome_weights,
     train_predictor,
 )
+from engine.methods.conditioning.predictor_evaluation import Evaluation, auc_interval, evaluate
 from engine.methods.conditioning.screening import (
     ScreeningOptions,
     embedding_generator,
     screen,
     unscreened,
 )
-from engine.methods.conditioning.tally import ScreeningTally
+from engine.methods.conditioning.screening_tally import ScreeningTally
 from engine.methods.sampling.noise import draw_noise
 from tests.conftest import REPOSITORY
 
@@ -340,7 +340,7 @@ def test_confidence_does_not_depend_on_neighbours():
     together = predictor.confidence(embeds)
     assert torch.equal(together, torch.cat([predictor.confidence(row[None]) for row in embeds]))
     assert torch.equal(together, predictor.confidence(embeds.flip(0)).flip(0))
-    with pytest.raises(ValueError, match=r"reads \[B, 16\]"):
+    with pytest.raises(ValueError, match=r"takes \[B, 16\]"):
         predictor.confidence(embeds[:, :3])
 
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,6 +20,7 @@ from engine.data.run.stored_plan import stored_plan
 from engine.data.stores.opening import open_store
 from engine.errors import JobError
 from engine.generation.generator import Generator
+from engine.generation.guidance import RequestGuides
 from engine.job.parsing import parse_job
 from engine.job.plan import build_plan
 from engine.models import factories
@@ -27,6 +29,7 @@ from engine.models.digests import model_digests
 from engine.models.job_checks import check_addresses
 from engine.models.labels import read_labels
 from tests.conftest import REPOSITORY
+from tests.guidance_scenes import unused
 from tests.program_cases import FACTORY, riskforge
 
 PAGE = REPOSITORY / "docs/adding-a-method.md"
@@ -139,14 +142,15 @@ def job_of(method: str, home: Path, **parameters: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder that methods are imported from, as if for the first time."""
-    monkeypatch.setattr(sys, "modules", {name: one for name, one in sys.modules.items() if name != "own"})
+    sys.modules.pop("own", None)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(factories, "_FOLDERS", [])
     importlib.invalidate_caches()
     method_digest.cache_clear()
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("own", None)
 
 
 @pytest.mark.parametrize(
@@ -201,9 +205,9 @@ def test_criteria_are_tried_before_samples_are_made(importable: Path) -> None:
             generator = Generator(job, plan)
             continue
         # The models are those of the first one: only the criterion is another.
-        generator._job, generator._plan = job, plan
+        guides = RequestGuides(job, plan, generator._scorer, "cpu")
         with pytest.raises(JobError, match=message) as caught:
-            generator._criterion(plan.requests[0])
+            guides.prepare(plan.requests[0], (3, 32, 32), unused)
         assert str(caught.value).startswith(f"requests.0.method: the criterion of 'own:{name}'")
 
 

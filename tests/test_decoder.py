@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.data.images.digits import compose_split
-from engine.driver.run import describe_models
+from engine.driver.checks import describe_models
 from engine.errors import JobError
 from engine.generation.generator import Generator
 from engine.job.parsing import parse_job

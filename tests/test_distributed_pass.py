@@ -22,10 +22,11 @@ from engine.data.images import (
     open_images,
 )
 from engine.driver.executors.local import LocalExecutor
-from engine.driver.executors.ray import RayExecutor, prepare_environment
+from engine.driver.executors.ray import RayExecutor
+from engine.driver.executors.ray_cluster import prepare_environment
 from engine.driver.scheduler_loop import WorkersFailingError
+from engine.driver.scheduling.messages import WorkerLost
 from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_USER, JobError, RiskforgeError
-from engine.generation.messages import WorkerLost
 from engine.studies.prepare.observation import Observer, load_part_observer, signature
 from tests.conftest import REPOSITORY
 from tests.prepare_cases import (

@@ -34,7 +34,7 @@ from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store
 from engine.driver.progress import PlainDisplay
 from engine.errors import EXIT_OWNED, EXIT_USER, CorruptShardError, JobError, OutputError
-from engine.generation.generator import load_scorer
+from engine.generation.loading import load_scorer
 from engine.job.parsing import parse_job
 from engine.job.plan import Plan, build_plan
 from engine.job.records import SampleResult

@@ -445,7 +445,7 @@ def test_the_commands(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == f"{num_images} images in {out}\n"
     assert riskforge(*command) == 2 and "is not empty" in capsys.readouterr().err
     assert riskforge("export", first, "--real-ratio", "0.3", "--output", tmp_path / "none") == 2
-    assert "--real-ratio: is for --mix-real" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    assert "--real-ratio: requires --mix-real" in capsys.readouterr().err and not (tmp_path / "none").exists()
     assert riskforge("merge", first, "--output", tmp_path / "json", "--with-rejected", "--json") == 0
     manifest = json.loads(capsys.readouterr().out)
     assert manifest["counts"]["samples"]["rejected"] > 0

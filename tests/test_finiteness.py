@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import engine.generation.generator
+import engine.generation.loading
 from engine.data.images import open_images
 from engine.data.reading.deduplicate import embed
 from engine.data.stores.opening import open_store
@@ -31,7 +31,7 @@ from engine.methods.finiteness import usable_embeds, usable_logits
 from engine.methods.scores import conformity, entropy, kldb, kldb_parts, risk
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
-from engine.models.safety import FLAGGED, SafetyChecker
+from engine.models.pipelines.safety import FLAGGED, SafetyChecker
 from engine.studies.evaluate.extractors import ClipFeatures
 from engine.studies.evaluate.image_features import VisionModels
 from engine.studies.evaluate.nearest_images import find_nearest
@@ -192,14 +192,14 @@ def test_an_evaluation_goes_on_without_some_images(run: Path, tmp_path: Path, mo
 def test_a_deep_check_names_the_model(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that computes nonsense is told from scores that are others."""
     bad = Classifier.load(poisoned(TARGET, tmp_path / "bad", CLASSIFIER_POISONS["+inf"]))
-    loaded = engine.generation.generator.load_scorer
+    loaded = engine.generation.loading.load_scorer
 
     def load(job: Any) -> Scorer:
         models = loaded(job)
         models._oracle = bad
         return models
 
-    monkeypatch.setattr(engine.generation.generator, "load_scorer", load)
+    monkeypatch.setattr(engine.generation.loading, "load_scorer", load)
     findings = rescore(open_store(str(run)), num_samples=3)
     assert len(findings) == 3 and all(f"models.oracle '{bad.name}' gives" in one.text for one in findings)
 

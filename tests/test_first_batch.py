@@ -9,16 +9,9 @@ import pytest
 import torch
 import yaml
 
-from engine.driver import scheduler
+from engine.driver.scheduling import scheduler
+from engine.driver.scheduling.messages import Abort, Replaced, ShardError, ShardProgress, ShardRange, WorkerReady
 from engine.errors import EverySampleFailedError, OutputError
-from engine.generation.messages import (
-    Abort,
-    Lot,
-    Replaced,
-    ShardError,
-    ShardProgress,
-    WorkerReady,
-)
 from tests.program_cases import riskforge
 from tests.test_generator import failing_for, make_generator
 
@@ -56,7 +49,7 @@ def made():
 @pytest.fixture
 def fresh(made, monkeypatch):
     """A generator that has made no batch yet."""
-    monkeypatch.setattr(made[0], "_proven", set())
+    monkeypatch.setattr(made[0]._isolation, "_proven", set())
     return made
 
 
@@ -90,7 +83,7 @@ def test_a_bad_sample_is_not_the_jobs(fresh, monkeypatch):
     assert statuses == ["failed" if spec.index == specs[0].index else "ok" for spec in specs[:4]]
     assert set(statuses) == {"failed", "ok"}
     monkeypatch.undo()
-    generator._proven.clear()
+    generator._isolation._proven.clear()
     sample = generator.sample
 
     def raising(request, some, draws):
@@ -128,8 +121,8 @@ def test_a_first_batch_without_images_is_not_the_jobs(fresh, monkeypatch, kind, 
 
 def test_the_scheduler_ends_the_run_for_a_request_that_never_worked():
     """The first such message ends it, with as many workers as there are; no worker is replaced."""
-    lots = [Lot(1, kind=0), Lot(4, kind=1)]
-    state, actions = scheduler.start(bytes(5), 2, lots=lots)
+    ranges = [ShardRange(1, request=0), ShardRange(4, request=1)]
+    state, actions = scheduler.start(bytes(5), 2, ranges=ranges)
     for worker in (0, 1):
         state, _ = scheduler.step(state, WorkerReady(worker))
     other = state.workers[1].queue[0]
@@ -139,7 +132,7 @@ def test_the_scheduler_ends_the_run_for_a_request_that_never_worked():
     assert actions == [Abort("cause", user_fault=True)] and ended.is_over
     # Its own was measured elsewhere: the worker is at fault.
     state, actions = scheduler.step(state, ShardError(0, 0, "cause", every_sample=True))
-    assert not any(isinstance(one, Abort) for one in actions) and state.marks.get(0, ()) == ("cause",)
+    assert not any(isinstance(one, Abort) for one in actions) and state.strikes.get(0, ()) == ("cause",)
 
 
 def test_the_scheduler_takes_a_request_with_images_for_sound():
@@ -147,7 +140,7 @@ def test_the_scheduler_takes_a_request_with_images_for_sound():
     state, _ = scheduler.start(bytes(4), 1, proven=[0])
     state, _ = scheduler.step(state, WorkerReady(0))
     state, actions = scheduler.step(state, ShardError(0, 0, "cause", every_sample=True))
-    assert not any(isinstance(one, (Abort, Replaced)) for one in actions) and len(state.marks) == 1
+    assert not any(isinstance(one, (Abort, Replaced)) for one in actions) and len(state.strikes) == 1
 
 
 CODE = """

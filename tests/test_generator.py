@@ -17,9 +17,9 @@ from engine.generation.batching import BatchSize
 from engine.generation.generator import Generator
 from engine.job.parsing import parse_job
 from engine.job.plan import build_plan
-from engine.models.diffusion import Diffusion
 from engine.models.digests import model_digests
 from engine.models.labels import read_labels
+from engine.models.pipelines.stable_diffusion import StableDiffusion
 
 ZOO = "zoo:digits/"
 
@@ -46,7 +46,7 @@ def made():
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Batches of any size, as on a GPU."""
-    monkeypatch.setattr(Diffusion, "rows", property(lambda self: None))
+    monkeypatch.setattr(StableDiffusion, "rows", property(lambda self: None))
 
 
 def failing_for(generator, monkeypatch, culprits, error):
@@ -238,11 +238,3 @@ def test_risk_guidance_and_acceptance_on_real_models():
     assert all(one.record["guided_steps"] > 0 and one.record["nonfinite_gradients"] == 0 for one in dial)
     assert all(high.record["risk"] > low.record["risk"] for high, low in zip(dial, plain, strict=True))
     assert all(one.record["status"] == "rejected" and not one.record["accepted"] and one.image == b"" for one in never)
-
-
-def test_the_card_knows_every_method():
-    """A method without a description would end a finished run with an error."""
-    from engine.data.run.card import _METHODS
-    from engine.job.spec import GuidanceSpec
-
-    assert set(_METHODS) == {"prompt", *GuidanceSpec.model_fields}

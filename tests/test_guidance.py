@@ -5,11 +5,18 @@ import math
 import pytest
 import torch
 
-from engine.methods.boundary.guide import guide_to_boundary, is_guided_step, rule_of
+from engine.methods.boundary.guide import guide_to_boundary, rule_of
 from engine.methods.boundary.spec import BoundaryGuidanceSpec
 from engine.methods.guidance.guided import GuidedDenoiser
 from engine.methods.guidance.rules import GradientHealth, norms, polyak, shifting
-from engine.methods.risky.guide import capped, dial, guide_to_risk, without_conflict
+from engine.methods.risky.guide import (
+    capped,
+    distance_to_target,
+    guide_to_risk,
+    polyak_to_target,
+    polyak_with_floor,
+    without_conflict,
+)
 from engine.methods.risky.spec import RiskyGuidanceSpec
 from engine.methods.sampling.denoiser import (
     ClassifierFreeDenoiser,
@@ -23,9 +30,10 @@ from engine.methods.sampling.denoiser import (
 from engine.methods.sampling.families import ModelScheduler
 from engine.methods.sampling.loop import sample
 from engine.methods.sampling.noise import draw_noise
-from engine.methods.sampling.schedulers import Sampler
+from engine.methods.sampling.schedulers import Sampler, make_sampler
 from engine.methods.sampling.spec import SamplingSpec
 from engine.methods.scores import kldb, risk
+from tests.guidance_scenes import scene_of
 
 SCHEDULERS = ("lms", "ddim", "euler", "dpmsolver++")
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -39,7 +47,7 @@ CONFIG = {
 
 
 def sampler_of(spec: SamplingSpec, config: dict) -> Sampler:
-    return Sampler(spec, ModelScheduler(config=config, name="DDIMScheduler"))
+    return make_sampler(spec, ModelScheduler(config=config, name="DDIMScheduler"))
 
 
 def step_at(scale: float = 1.0, sigma: float = 2.0, index: int = 5, total: int = 40) -> Step:
@@ -137,15 +145,15 @@ class ToyUnet:
         self.weight = torch.randn(16, 16, generator=generator, dtype=torch.float64) / 6
 
     def __call__(self, latents, timestep, condition):
-        flat = latents.flatten(1).double() @ self.weight + condition.text.mean((1, 2))[:, None]
+        flat = latents.flatten(1).double() @ self.weight + condition["text"].mean((1, 2))[:, None]
         return torch.tanh(flat).reshape(latents.shape)
 
 
 def toy_denoiser(num_samples: int, prediction: str = "epsilon", scale: float = 3.0) -> ClassifierFreeDenoiser:
     return ClassifierFreeDenoiser(
         ToyUnet(),
-        conditional=Condition(torch.full((num_samples, 2, 3), 0.2, dtype=torch.float64)),
-        unconditional=Condition(torch.zeros(num_samples, 2, 3, dtype=torch.float64)),
+        conditional=Condition({"text": torch.full((num_samples, 2, 3), 0.2, dtype=torch.float64)}),
+        unconditional=Condition({"text": torch.zeros(num_samples, 2, 3, dtype=torch.float64)}),
         prediction=prediction,
         guidance_scale=scale,
     )
@@ -165,10 +173,7 @@ def guided(num_samples: int, prediction: str = "epsilon", **options) -> GuidedDe
     return guide_to_boundary(
         toy_denoiser(num_samples, prediction),
         BoundaryGuidanceSpec(**options),
-        logits=toy_logits,
-        decode=toy_decode,
-        classes=(1, 3),
-        num_samples=num_samples,
+        scene_of([(1, 3)] * num_samples, toy_logits, toy_decode),
     )
 
 
@@ -218,6 +223,15 @@ def test_guided_step_lowers_its_criterion(rule, gradient):
         clean = predicted_x0(predicted_eps(base.conditional, latents, step, "epsilon"), moved, step, "epsilon")
         after = kldb(toy_logits(toy_decode(clean).clamp(0, 1)), (1, 3))
     assert (after < before).all()
+
+
+def test_latents_without_signal_are_not_guided():
+    """At zero terminal SNR the prediction of x0 divides by zero: such a step is the plain one."""
+    wrapper, latents = guided(2, "v_prediction"), latents_of(2)
+    for signal, is_moved in ((1e-4, False), (0.1, True)):
+        step = step_at(signal, math.sqrt(1 - signal**2))
+        assert torch.equal(wrapper(latents, step).latents, latents) != is_moved
+    assert wrapper.health.guided_steps.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -275,10 +289,8 @@ def test_noise_levels_are_the_schedulers_own(scheduler):
 
 def test_schedule():
     """Steps 5, 10, ..., 40 counted from 1, the last one left to the denoiser by default."""
-    steps = [step_at(index=index) for index in range(1, 41)]
-    guided_at = [step.index for step in steps if is_guided_step(step, BoundaryGuidanceSpec())]
-    assert guided_at == [5, 10, 15, 20, 25, 30, 35]
-    assert is_guided_step(steps[-1], BoundaryGuidanceSpec(skip_last=False))
+    assert [at for at in range(1, 41) if BoundaryGuidanceSpec().is_guided(at, 40)] == [5, 10, 15, 20, 25, 30, 35]
+    assert BoundaryGuidanceSpec(skip_last=False).is_guided(40, 40)
 
 
 def test_noise_belongs_to_the_seed():
@@ -297,19 +309,22 @@ def test_zero_snr_with_eps_prediction_is_refused():
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
 
 
-def toy_conformity(images):
+def toy_conformity(images, labels=LABELS):
     direction = torch.randn(12, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     return torch.tanh(images.flatten(1).double() @ direction * 0.3)
+
+
+def toy_raw_conformity(images, labels):
+    """Of another direction than the cosine, so that a test can tell them apart."""
+    direction = torch.randn(5, 12, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+    return (images.flatten(1).double() * direction[labels]).sum(1)
 
 
 def risky(**options) -> GuidedDenoiser:
     return guide_to_risk(
         toy_denoiser(8, options.pop("prediction", "epsilon")),
         RiskyGuidanceSpec(**options),
-        logits=toy_logits,
-        conformity=toy_conformity,
-        decode=toy_decode,
-        labels=LABELS,
+        scene_of([(label,) for label in LABELS.tolist()], toy_logits, toy_decode, toy_conformity, toy_raw_conformity),
     )
 
 
@@ -319,21 +334,47 @@ def final_risk(wrapper: GuidedDenoiser, steps: int = 20) -> torch.Tensor:
     return risk(toy_logits(toy_decode(latents).clamp(0, 1)), LABELS)
 
 
+LEVELS = [(0.6, 0.8), (1.0, 2.0), (1.0, 0.3)]
+
+
+def papers_objective(moved, row, step, fixed_eps, weight, conformity):
+    """`S = risk + lambda * conformity` of one sample at the x0 of a noise that stays as it is: equations, no engine."""
+    clean = (moved - step.sigma * fixed_eps) / step.scale
+    image = (clean[:, :3] * 0.05 + 0.5).clamp(0, 1)
+    logits = toy_logits(image)[0].tolist()
+    top = max(logits)
+    log_sum = top + math.log(math.fsum(math.exp(one - top) for one in logits))
+    agreement = toy_raw_conformity if conformity == "raw" else toy_conformity
+    return log_sum - logits[LABELS[row]] + weight * agreement(image, LABELS[row : row + 1]).item()
+
+
+def slopes(objective, at):
+    """The gradient of a function of latents [1, C, H, W], by central differences."""
+    places = torch.eye(at.numel(), dtype=torch.float64).reshape(-1, *at.shape)
+    ends = [(objective(at + 1e-5 * one), objective(at - 1e-5 * one)) for one in places]
+    return torch.tensor([(high - low) / 2e-5 for high, low in ends], dtype=torch.float64).reshape(at.shape)
+
+
+@pytest.mark.parametrize("conformity", ["cosine", "raw"])
+@pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_the_papers_step_equals_the_equations(prediction):
-    """eps - s sqrt(1-abar) g and, for v, v - s sqrt(1-abar)/sqrt(abar) g: sample by sample, in Python floats."""
-    step, latents = step_at(0.6, 0.8), latents_of(8)
-    wrapper = risky(step="paper", scale=5.0, conformity_weight=0.3, prediction=prediction)
-    base = wrapper._denoiser(latents, step)
-    _, gradients = wrapper.gradients(base, step)
-    moved = wrapper(latents, step)
-    ascent = -gradients[0]
-    size = 5.0 * math.sqrt(16 / 16384)
+def test_the_papers_step_equals_the_equations(prediction, levels, conformity):
+    """`eps - s sqrt(1 - abar) g / sqrt(|g|^2 + 1e-10)`, g from finite differences of the objective: the test differs
+    where risk or conformity has the wrong sign, and where the share of noise is not that of a variance-exploding
+    scheduler, whose sigma is above 1."""
+    step, latents, weight = step_at(*levels), latents_of(8), 5.0
+    wrapper = risky(step="paper", scale=5.0, conformity_weight=weight, conformity=conformity, prediction=prediction)
+    base, moved = toy_denoiser(8, prediction)(latents, step), wrapper(latents, step)
+    eps = predicted_eps(base.output, latents, step, prediction)
+    noise_share = math.sqrt(1 - levels[0] ** 2 / (levels[0] ** 2 + levels[1] ** 2))
     for row in range(8):
-        length = math.sqrt(math.fsum(one * one for one in ascent[row].flatten().tolist()) + 1e-10)
-        factor = size * 0.8 / (0.6 if prediction == "v_prediction" else 1.0)
-        expected = base.output[row] - factor * ascent[row] / length
-        assert torch.allclose(moved.output[row], expected, atol=1e-9)
+        own = slice(row, row + 1)
+        g = slopes(
+            lambda at, row=row, own=own: papers_objective(at, row, step, eps[own], weight, conformity), latents[own]
+        )
+        expected = eps[own] - 5.0 * math.sqrt(16 / 16384) * noise_share * g / math.sqrt((g * g).sum() + 1e-10)
+        stepped = predicted_eps(moved.output[own], latents[own], step, prediction)
+        assert torch.allclose(stepped, expected, atol=1e-6)
     assert torch.equal(moved.latents, latents)
 
 
@@ -354,11 +395,12 @@ def test_the_dial_is_reached_from_both_sides(target):
 
 def test_an_arrived_sample_is_left_alone():
     """Within the tolerance there is no loss, no shift, and no complaint about a zero gradient."""
-    assert dial(torch.tensor([1.45, 1.7]), 1.5, 0.1).tolist() == pytest.approx([0, 0.2])
-    wrapper = risky(target_risk=1.0, tolerance=10.0)
+    assert distance_to_target(torch.tensor([1.45, 1.7]), 1.5, 0.1).tolist() == pytest.approx([0, 0.2])
     step, latents = step_at(), latents_of(8)
-    assert torch.equal(wrapper(latents, step).latents, latents)
-    assert wrapper.health.zero.sum() == 0 and wrapper.health.guided_steps.sum() == 0
+    for options in ({}, {"conformity_floor": -1.0}):
+        wrapper = risky(target_risk=1.0, tolerance=10.0, **options)
+        assert torch.equal(wrapper(latents, step).latents, latents)
+        assert wrapper.health.zero.sum() == 0 and wrapper.health.guided_steps.sum() == 0
 
 
 def test_the_floor_lifts_conformity():
@@ -372,6 +414,58 @@ def test_the_floor_lifts_conformity():
 
     without, with_floor = agreement(), agreement(conformity_floor=0.5)
     assert with_floor.median() > without.median() and (with_floor > 0.4).float().mean() > 0.7
+
+
+def slow_shift_with_floor(losses, gradients, latents, cap):
+    """The Polyak steps of one sample, capped together; the target's gradient without its part against the floor's."""
+
+    def dot(first, second):
+        return math.fsum(one * other for one, other in zip(first, second, strict=True))
+
+    (to_target, below), (toward, up) = losses, gradients
+    if below > 0 and (overlap := dot(toward, up)) < 0:
+        toward = [one - overlap / dot(up, up) * other for one, other in zip(toward, up, strict=True)]
+    shift = [0.0] * len(latents)
+    for loss, gradient in ((to_target, toward), (below, up)):
+        if loss > 0:
+            shift = [at - loss / dot(gradient, gradient) * one for at, one in zip(shift, gradient, strict=True)]
+    length = math.sqrt(dot(shift, shift))
+    factor = min(1.0, cap * math.sqrt(dot(latents, latents)) / length) if length else 0.0
+    return [factor * one for one in shift]
+
+
+def test_steps_to_target_and_floor_equal_the_equations():
+    """Gradients that conflict and that agree; above the floor; at the target but below the floor; both reached; a
+    gradient that is not finite; a step that is capped."""
+    torch.manual_seed(2)
+    losses = torch.tensor([[0.4, 0.4, 0.4, 0.0, 0.0, 0.4, 90.0], [0.2, 0.2, 0.0, 0.2, 0.0, 0.2, 0.2]]).double()
+    gradients, latents = torch.randn(2, 7, 4, 2, 2, dtype=torch.float64), torch.randn(7, 4, 2, 2, dtype=torch.float64)
+    along = (gradients[0] * gradients[1]).sum((1, 2, 3))
+    gradients[1] *= torch.tensor([-1.0, 1, 1, 1, 1, 1, 1])[:, None, None, None] * along.sign()[:, None, None, None]
+    gradients[losses == 0] = 0
+    gradients[1, 5, 0, 0, 0] = math.nan
+    health = GradientHealth.of(7)
+    moved = polyak_with_floor(0.3)(losses, gradients, prediction_at(latents), step_at(), health)
+    for row in (0, 1, 2, 3, 6):
+        own = [gradient[row].flatten().tolist() for gradient in gradients]
+        expected = slow_shift_with_floor(losses[:, row].tolist(), own, latents[row].flatten().tolist(), 0.3)
+        assert (moved.latents - latents)[row].flatten().tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert torch.equal(moved.latents[4:6], latents[4:6])
+    assert health.guided_steps.tolist() == [1, 1, 1, 1, 0, 0, 1]
+    assert health.zero.sum() == 0 and health.nonfinite.tolist() == [0, 0, 0, 0, 0, 1, 0]
+
+
+def test_the_step_to_the_target_equals_the_equation():
+    """Short of its cap, capped, and arrived."""
+    torch.manual_seed(3)
+    losses, gradients = torch.tensor([[0.4, 90.0, 0.0]]).double(), torch.randn(1, 3, 4, 2, 2, dtype=torch.float64)
+    latents, health = torch.randn(3, 4, 2, 2, dtype=torch.float64), GradientHealth.of(3)
+    moved = polyak_to_target(0.3)(losses, gradients, prediction_at(latents), step_at(), health)
+    for row in range(3):
+        own = [gradients[0, row].flatten().tolist(), [0.0] * 16]
+        expected = slow_shift_with_floor((losses[0, row].item(), 0.0), own, latents[row].flatten().tolist(), 0.3)
+        assert (moved.latents - latents)[row].flatten().tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert health.guided_steps.tolist() == [1, 1, 0]
 
 
 def test_projection_never_works_against_what_it_protects():

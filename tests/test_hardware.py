@@ -104,5 +104,5 @@ def test_a_missing_compiler_is_reported(monkeypatch):
 
 def test_the_reason_why_xformers_cannot_run_is_reported(diffusion):
     """The head sizes of UNet and VAE are found in the models; without kernels the reason is returned."""
-    assert head_sizes(diffusion._unet) == {16, 24} and head_sizes(diffusion._vae) == {64}
+    assert head_sizes(diffusion._network) == {16, 24} and head_sizes(diffusion._vae) == {64}
     assert xformers_problem({16}, "float16", "cpu")

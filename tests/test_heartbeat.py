@@ -11,16 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.driver import scheduler
 from engine.driver.executors import activity
 from engine.driver.executors.activity import Activity, bytes_moved
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.executors.ray import RayExecutor
 from engine.driver.run import run_job
-from engine.errors import EXIT_OK
-from engine.generation.messages import (
+from engine.driver.scheduling import scheduler
+from engine.driver.scheduling.messages import (
     Replaced,
-    Rules,
+    SchedulerLimits,
     ShardProgress,
     StopWorker,
     Tick,
@@ -28,12 +27,13 @@ from engine.generation.messages import (
     WorkerPlaced,
     WorkerReady,
 )
+from engine.errors import EXIT_OK
 from engine.job.plan import Plan
 from engine.job.spec import JobSpec
 from engine.methods.heartbeat import beat, listening
 from tests.sleepy import Faults, Recorder, SleepyWorker, make_job, run_sleepy
 
-LIMIT = Rules().first_limit_seconds
+LIMIT = SchedulerLimits().first_limit_seconds
 
 
 def at(state, *events):
@@ -55,7 +55,7 @@ def looks(first: float, last: float):
 
 def test_the_limit_is_ten_minutes():
     """Before any batch of a request was measured, and while models are loaded."""
-    assert LIMIT == Rules().start_limit_seconds == 600
+    assert LIMIT == SchedulerLimits().start_limit_seconds == 600
 
 
 @pytest.mark.parametrize("is_ready", [False, True], ids=["loading", "first batch"])
@@ -132,7 +132,7 @@ def test_bytes_that_move_are_seen(move, tmp_path):
 
 def test_a_process_that_waits_is_silent_and_one_that_moves_bytes_is_not(monkeypatch, tmp_path):
     """Looked at by a thread beside the one that works."""
-    monkeypatch.setattr(activity, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(activity, "CHECK_SECONDS", 0.05)
     monkeypatch.setattr(activity, "MIN_PAUSE_SECONDS", 0.0)
     heard: list[float] = []
     watch = Activity(lambda: heard.append(time.monotonic()))
@@ -166,9 +166,11 @@ def make_slow(job: JobSpec, plan: Plan, *, kind: str, folder: Path, seconds: flo
 def run_slow(output: Path, kind: str, executor, limit: float) -> Recorder:
     """A run of workers that load for longer than the limit."""
     display = Recorder()
-    rules = Rules(first_limit_seconds=limit, min_limit_seconds=60, start_limit_seconds=limit, check_seconds=0.1)
+    limits = SchedulerLimits(
+        first_limit_seconds=limit, min_limit_seconds=60, start_limit_seconds=limit, check_seconds=0.1
+    )
     make = partial(make_slow, kind=kind, folder=output.parent, seconds=1.5 * limit)
-    options = {"resume": "auto", "confirmed": False, "display": display, "rules": rules, "make_worker": make}
+    options = {"resume": "auto", "confirmed": False, "display": display, "limits": limits, "make_worker": make}
     assert run_job(make_job(output, 1), executor=executor, **options).exit_code == EXIT_OK
     return display
 
@@ -176,7 +178,7 @@ def run_slow(output: Path, kind: str, executor, limit: float) -> Recorder:
 @pytest.mark.parametrize("kind", ["parts", "bytes"])
 def test_a_worker_that_loads_for_long_is_waited_for(kind, tmp_path, monkeypatch):
     """Two of them, in threads, the second after the first: real files, real time, no replacement."""
-    monkeypatch.setattr(activity, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(activity, "CHECK_SECONDS", 0.2)
     monkeypatch.setattr(activity, "MIN_PAUSE_SECONDS", 0.1)
     display = run_slow(tmp_path / "run", kind, LocalExecutor(2), limit=2.5)
     assert not any("hangs" in notice for notice in display.notices)
@@ -191,9 +193,9 @@ def test_an_actor_that_loads_for_long_is_waited_for(tmp_path):
 
 def test_a_worker_that_hangs_in_its_first_batch_is_replaced(tmp_path, monkeypatch):
     """Without a sign; the limit is that of the first batch."""
-    monkeypatch.setattr(activity, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(activity, "CHECK_SECONDS", 0.1)
     display = Recorder()
-    rules = Rules(first_limit_seconds=1.5, min_limit_seconds=1.0, check_seconds=0.1)
-    summary = run_sleepy(tmp_path, 1, LocalExecutor(1), faults=Faults(hang_once=(0,)), display=display, rules=rules)
+    limits = SchedulerLimits(first_limit_seconds=1.5, min_limit_seconds=1.0, check_seconds=0.1)
+    summary = run_sleepy(tmp_path, 1, LocalExecutor(1), faults=Faults(hang_once=(0,)), display=display, limits=limits)
     assert summary.exit_code == EXIT_OK
-    assert any("hangs: nothing was heard of it for" in notice for notice in display.notices)
+    assert any("hangs: no heartbeat for" in notice for notice in display.notices)

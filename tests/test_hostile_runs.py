@@ -498,7 +498,7 @@ def test_documents_of_others_are_refused(tmp_path: Path, kind: str, bend: str) -
 # Files of the package, of this process and of the system, and images, which have a limit of their own.
 READ_OTHERWISE = {
     "data/run/card_loading.py", "data/stores/lease.py", "data/stores/object_appends.py",
-    "data/stores/conditional_put.py", "driver/executors/activity.py", "driver/executors/ray.py",
+    "data/stores/conditional_put.py", "driver/executors/activity.py", "driver/executors/ray_layout.py",
     "data/images/class_folders.py", "models/custom_methods.py", "report/render.py",
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ import torch
 from engine.errors import JobError
 from engine.models.addresses import resolve
 from engine.models.classifier import Classifier
-from engine.models.diffusion import Diffusion
+from engine.models.diffusion import load_pipeline
 from engine.models.digests import model_digest
 from engine.models.weight_files import weights_variant
 from tests.model_cases import PARTS, save_as
@@ -67,8 +67,8 @@ def test_of_the_hub_a_variant_is_fetched_where_there_is_nothing_else(parts, size
     weights = {name for name in fetched(made) if name.endswith(".safetensors")}
     assert {name.partition("/")[0] for name in weights if ".fp16" in name} == set(parts)
     assert {name.partition("/")[0] for name in weights if ".fp16" not in name} == set(PARTS) - set(parts)
-    images = by_engine(Diffusion.load(str(plain), hardware), 2, scheduler="ddim")
-    assert torch.equal(by_engine(Diffusion.load(str(folder), hardware), 2, scheduler="ddim"), images)
+    images = by_engine(load_pipeline(str(plain), hardware), 2, scheduler="ddim")
+    assert torch.equal(by_engine(load_pipeline(str(folder), hardware), 2, scheduler="ddim"), images)
 
 
 def test_of_the_hub_a_pipeline_that_does_not_run_is_refused_before_its_weights(plain, hub, tmp_path):

@@ -47,7 +47,7 @@ def test_the_date_of_an_output_is_filled_in_once():
     """`{date}` and `{job}`, wherever they stand; the plan's output is the resolved one; others are refused."""
     job = dated(night_job("runs/{job}-{date}/{date}"), MONDAY)
     assert job.output.uri == "runs/demo-2026-11-30/2026-11-30" and dated(job, TUESDAY) == job
-    with pytest.raises(JobError, match=r"output\.uri: .* unknown placeholder \{dat\}; there are \{date\} and \{job\}"):
+    with pytest.raises(JobError, match=r"output\.uri: .* unknown placeholder \{dat\}; use \{date\} or \{job\}"):
         dated(night_job("runs/{dat}"), MONDAY)
     with pytest.raises(JobError, match=r"unknown placeholder \{\}"):
         dated(night_job("runs/{}"), MONDAY)

@@ -14,7 +14,9 @@ from engine.methods.guidance.precision import pulled_back
 from engine.methods.sampling.loop import sample
 from engine.methods.sampling.noise import draw_noise
 from engine.methods.sampling.spec import SamplingSpec
-from engine.models.diffusion import Diffusion
+from engine.models.diffusion import load_pipeline
+from engine.models.pipelines.base import EMBEDDINGS, LATENTS, ImageConditioning
+from tests.guidance_scenes import scene_of
 
 PIPELINE = "zoo:digits/stable-diffusion"
 PROMPT = "three and eight"
@@ -24,7 +26,7 @@ PROMPT = "three and eight"
 def halves(hardware):
     """The digits pipeline by the type of its UNet and text encoder."""
     return {
-        dtype: Diffusion.load(PIPELINE, dataclasses.replace(hardware, dtype=dtype)) for dtype in ("float16", "bfloat16")
+        dtype: load_pipeline(PIPELINE, dataclasses.replace(hardware, dtype=dtype)) for dtype in ("float16", "bfloat16")
     }
 
 
@@ -34,10 +36,7 @@ def guided_by(model, classifier, count, spec, **options):
     guided = guide_to_boundary(
         denoiser,
         BoundaryGuidanceSpec(gradient="unet", **options),
-        logits=classifier.logits,
-        decode=model.decode,
-        classes=(3, 8),
-        num_samples=count,
+        scene_of([(3, 8)] * count, classifier.logits, model.decode),
     )
     return guided, sampler
 
@@ -149,24 +148,24 @@ def test_embeddings_condition_a_half_precision_unet(hardware):
     """Stable unCLIP: class labels are made in float32 whatever comes, and a float16 UNet follows them."""
     outputs = []
     for dtype in ("float32", "float16"):
-        model = Diffusion.load("zoo:digits/stable-unclip", dataclasses.replace(hardware, dtype=dtype))
-        embeds = torch.randn(2, model.noiser.dim, generator=torch.Generator().manual_seed(0))
-        noise, first = draw_noise([1, 2], (model.noiser.dim,), model.latent_shape)
-        labels = model.noiser.class_labels(embeds.to(getattr(torch, dtype)), noise, 300)
-        assert labels.dtype == torch.float32
+        model = load_pipeline("zoo:digits/stable-unclip", dataclasses.replace(hardware, dtype=dtype))
+        embeds = torch.randn(2, *model.noise_shapes[EMBEDDINGS], generator=torch.Generator().manual_seed(0))
+        noise = model.draw_noise([1, 2])
+        images = ImageConditioning(embeds=embeds.to(getattr(torch, dtype)), noise=noise, noise_level=300)
+        assert model._noiser.class_labels(images.embeds, noise[EMBEDDINGS], 300).dtype == torch.float32
         spec = SamplingSpec(scheduler="ddim", num_inference_steps=4, guidance_scale=3.0)
         sampler = model.sampler(spec)
-        denoiser = model.denoiser([PROMPT] * 2, spec, sampler, labels)
-        outputs.append(denoiser(first, next(sampler.steps())).output)
+        denoiser = model.denoiser([PROMPT] * 2, spec, sampler, images)
+        outputs.append(denoiser(noise[LATENTS], next(sampler.steps())).output)
     assert (outputs[0] - outputs[1]).abs().max() < 0.05 and outputs[0].std() > 0.3
 
 
 def test_guidance_through_the_unet_costs_no_forward_pass(diffusion, classifier, monkeypatch):
     """A guided step computes as many rows as any other; its prediction equals the plain one's within rounding."""
     rows = []
-    predict = diffusion._predict
+    predict = diffusion.predict
     monkeypatch.setattr(
-        diffusion, "_predict", lambda latents, *rest: rows.append(len(latents)) or predict(latents, *rest)
+        diffusion, "predict", lambda latents, *rest: rows.append(len(latents)) or predict(latents, *rest)
     )
     spec = SamplingSpec(num_inference_steps=4, guidance_scale=3.0, guidance_rescale=0.7)
     guided, sampler = guided_by(diffusion, classifier, 2, spec, every=2)
@@ -189,7 +188,7 @@ def peak_bytes(work) -> int:
 
 def test_checkpointing_takes_effect(hardware, diffusion, classifier):
     """Measured: the gradient through UNet and decoder, equal, in much less memory; the models stay in evaluation."""
-    lean = Diffusion.load(PIPELINE, dataclasses.replace(hardware, gradient_checkpointing="on"))
+    lean = load_pipeline(PIPELINE, dataclasses.replace(hardware, gradient_checkpointing="on"))
     found: dict[str, torch.Tensor] = {}
 
     def measure(name, model):
@@ -198,13 +197,13 @@ def test_checkpointing_takes_effect(hardware, diffusion, classifier):
     plain, checkpointed = measure("plain", diffusion), measure("lean", lean)
     assert checkpointed < 0.6 * plain
     assert torch.equal(found["plain"], found["lean"])
-    assert not any(module.training for part in (lean._unet, lean._vae) for module in part.modules())
+    assert not any(module.training for part in (lean._network, lean._vae) for module in part.modules())
 
 
 def test_channels_last_changes_the_layout_and_not_the_picture(hardware, diffusion):
     """Weights and activations of UNet and VAE in the other layout: equal within rounding."""
-    model = Diffusion.load(PIPELINE, dataclasses.replace(hardware, channels_last=True))
-    assert model._unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    model = load_pipeline(PIPELINE, dataclasses.replace(hardware, channels_last=True))
+    assert model._network.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     spec, noise = SamplingSpec(num_inference_steps=3, guidance_scale=3.0), draw_noise([3], diffusion.latent_shape)[0]
     sampler = diffusion.sampler(spec)
     step = next(sampler.steps())
@@ -222,7 +221,7 @@ def test_only_calls_without_gradient_are_compiled(hardware, classifier, monkeypa
         return lambda latents, *rest, **more: rows.append(len(latents)) or module(latents, *rest, **more)
 
     monkeypatch.setattr(torch, "compile", compiling)
-    model = Diffusion.load(PIPELINE, dataclasses.replace(hardware, compile=True))
+    model = load_pipeline(PIPELINE, dataclasses.replace(hardware, compile=True))
     guided, sampler = guided_by(model, classifier, 2, SamplingSpec(num_inference_steps=3, guidance_scale=3.0), every=2)
     sample(guided, sampler, draw_noise([1, 2], model.latent_shape)[0])
     assert rows == [4, 2, 4]

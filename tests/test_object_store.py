@@ -41,9 +41,9 @@ from engine.data.stores.journal import Journal, read_events
 from engine.data.stores.object_store import ObjectStore
 from engine.data.stores.opening import open_store
 from engine.driver.executors.local import LocalExecutor
+from engine.driver.scheduling.messages import SchedulerLimits
 from engine.driver.status import read_status
 from engine.errors import EXIT_DRAINED, EXIT_OK, EXIT_OWNED, CorruptShardError, OutputError, StoreLostError
-from engine.generation.messages import Rules
 from tests.conftest import REPOSITORY
 from tests.run_cases import commit_one, open_case
 from tests.sleepy import run_sleepy, tars, wait_until
@@ -274,7 +274,7 @@ def test_a_network_that_swallows_everything(store: ObjectStore, monkeypatch: pyt
 
     last_try = 5 * object_client.S3_TRIES * s3fs.S3FileSystem.read_timeout  # botocore tries five times.
     longest = object_client.MAX_RETRY_SECONDS + 1.25 * max(object_client.RETRY_WAITS) + last_try
-    assert longest < Rules().min_limit_seconds / 1.5
+    assert longest < SchedulerLimits().min_limit_seconds / 1.5
     monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", 0.2)
     monkeypatch.setattr(object_client, "MAX_RETRY_SECONDS", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as hole:
@@ -775,7 +775,7 @@ def test_every_command_on_the_quickstart(server: str, call: Any, tmp_path: Path)
         (tmp_path / "folder" / key).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "folder" / key).write_bytes(data)
     _, out, _ = call("run", job, "--output", folder, "--executor", "local", *sets)
-    assert "is complete: all 5 shards are there" in out, "the address is no part of the plan"
+    assert "is complete: all 5 shards exist" in out, "the address is no part of the plan"
 
     assert json.loads(call("status", run, "--json")[1])["state"] == "complete"
     assert call("verify", run, "--deep")[:2] == (0, "5 of 5 shards, 16 samples: no damage\n")

@@ -19,9 +19,9 @@ import transformers
 from engine.errors import JobError
 from engine.methods.sampling.families import FAMILY
 from engine.models.addresses import resolve
-from engine.models.diffusion import Diffusion
+from engine.models.diffusion import load_pipeline
 from engine.models.job_checks import check_addresses
-from engine.models.pipelines import check_pipeline
+from engine.models.pipelines.lookup import check_pipeline
 from tests.conftest import REPOSITORY
 from tests.tiny_pipelines import (
     ENCODER,
@@ -125,7 +125,7 @@ def assert_equal_pixels(folder: Path, hardware, *, steps: int = 2, reference=Non
     sampling = {"scheduler": "model"} | sampling
     check_addresses(job_of(folder, sampling=sampling | {"num_inference_steps": steps}))
     expected = by_diffusers(reference or load_reference(folder), steps, prompts=prompts)
-    images = by_engine(Diffusion.load(str(folder), hardware), steps, prompts=prompts, **sampling)
+    images = by_engine(load_pipeline(str(folder), hardware), steps, prompts=prompts, **sampling)
     assert images.shape == expected.shape and (images - expected).abs().max() < TOLERANCE
     assert expected.std() > 0.01
 
@@ -189,7 +189,7 @@ def test_old_configurations_mean_what_diffusers_takes_them_for(name, plain, copy
     folder = copy_of(plain)
     edit(folder / part / "config.json", **changes)
     assert_equal_pixels(folder, hardware, steps=1, prompts=PROMPTS[:1])
-    size = Diffusion.load(str(folder), hardware).latent_shape[1]
+    size = load_pipeline(str(folder), hardware).latent_shape[1]
     assert size == (64 if name.startswith("before") else 8)
 
 
@@ -441,8 +441,8 @@ def test_vectors_of_a_textual_inversion_are_expanded(plain, copy_of, hardware):
     reference.save_pretrained(folder)
     prompts = ["a <cat> and a <dog>", "a photo of a two"]
     assert_equal_pixels(folder, hardware, reference=reference, prompts=prompts)
-    model = Diffusion.load(str(folder), hardware)
-    assert model._expanded(prompts[0]) == "a <cat> <cat>_1 <cat>_2 and a <dog>"
+    model = load_pipeline(str(folder), hardware)
+    assert model.prompts.expanded(prompts[0]) == "a <cat> <cat>_1 <cat>_2 and a <dog>"
     with pytest.raises(JobError, match=r"has 3. tokens, the text encoder reads 32"):
         model.check_prompts(["<cat>" * 11])
 

@@ -8,8 +8,9 @@ import tracemalloc
 import pytest
 
 from engine.errors import JobError
+from engine.job.json_values import difference, digest_of
 from engine.job.parsing import parse_job
-from engine.job.plan import Plan, build_plan, difference, digest_of, next_stage, sample_seed
+from engine.job.plan import Plan, build_plan, next_stage, sample_seed
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 DIGESTS = {"diffusion": {"d": "1"}, "clip": "2", "target": "3", "transfer": [], "oracle": ""}

@@ -687,7 +687,7 @@ def test_the_command_tells_what_it_found(folder, tmp_path):
     assert "three" in done.stdout and "/265 images" in done.stderr
     assert "265 images, no more than 20000: seen by this process" in done.stderr
     again = riskforge("--data", data, "--output", tmp_path / "home")
-    assert f"artefact       {path} (was there already, equal)" in again.stdout
+    assert f"artefact       {path} (existed already, equal)" in again.stdout
 
 
 def test_an_interrupt_stores_nothing_and_says_so(monkeypatch, capsys, tmp_path):

@@ -14,16 +14,19 @@ import pytest
 import torch
 
 from engine.errors import JobError
-from engine.generation.generator import Generator, _Watched
+from engine.generation.generator import Generator
+from engine.generation.guidance import RequestGuides, WatchedCriterion
 from engine.job.parsing import parse_job
-from engine.job.plan import build_plan
-from engine.methods.custom.guide import criterion_problem
+from engine.job.plan import Plan, build_plan
+from engine.job.spec import JobSpec
+from engine.methods.custom.criterion import criterion_problem
 from engine.models import program_description
 from engine.models.classifier import Classifier
 from engine.models.custom_methods import method_digest, method_digests
 from engine.models.digests import model_digests
 from engine.models.labels import read_labels
 from engine.models.randomness import watched
+from tests.guidance_scenes import unused
 from tests.program_cases import SETTINGS
 from tests.test_custom_method import job_of
 
@@ -109,25 +112,27 @@ def generator(home: Path) -> Any:
     sys.path = before
 
 
-def made(raw: dict[str, Any], known: Generator | None = None) -> Generator:
+def made(raw: dict[str, Any]) -> Generator:
     job = parse_job(raw)
-    plan = build_plan(job, read_labels(job.models.target) or [], model_digests(job) | method_digests(job))
-    if known is None:
-        return Generator(job, plan)
-    known._job, known._plan = job, plan
-    return known
+    return Generator(job, planned(job))
+
+
+def planned(job: JobSpec) -> Plan:
+    return build_plan(job, read_labels(job.models.target) or [], model_digests(job) | method_digests(job))
 
 
 def load(name: str, generator: Generator, home: Path) -> Any:
     """The criterion of a method, as a worker loads it."""
-    known = made(job_of(f"by_chance:{name}", home), generator)
-    return known._criterion(known._plan.requests[0])
+    job = parse_job(job_of(f"by_chance:{name}", home))
+    plan = planned(job)
+    guides = RequestGuides(job, plan, generator._scorer, "cpu")
+    return guides.criterion(plan.requests[0], (3, 32, 32), unused)
 
 
 @pytest.mark.parametrize("place", range(len(RANDOM)), ids=list(RANDOM))
 def test_a_criterion_by_chance_is_refused_before_samples_are_made(place: int, generator: Generator, home: Path) -> None:
     """Whatever it draws from, and whether or not it draws the same each time."""
-    with pytest.raises(JobError, match=r"requests\.0\.method: the criterion of 'by_chance:random_.* draw nothing"):
+    with pytest.raises(JobError, match=r"requests\.0\.method: the criterion of 'by_chance:random_.* draw no"):
         load(f"random_{place}", generator, home)
 
 
@@ -142,7 +147,7 @@ def test_a_factory_by_chance_is_refused(place: int, generator: Generator, home: 
 def test_an_honest_criterion_is_taken(name: str, generator: Generator, home: Path) -> None:
     """Constants that a seed of its own made, too."""
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    criterion, scene = load(name, generator, home), generator._scene([(3,), (3,)])
+    criterion, scene = load(name, generator, home), generator._guides.scene([(3,), (3,)], unused)
     assert torch.equal(criterion(images, scene), criterion(images, scene))
 
 
@@ -150,7 +155,7 @@ def test_an_honest_criterion_is_taken(name: str, generator: Generator, home: Pat
     ("draw", "message"),
     [
         (lambda: torch.rand(()), r"draws random numbers \(torch\)"),
-        (lambda: torch.rand((), generator=KEPT), "gives other distances for equal images"),
+        (lambda: torch.rand((), generator=KEPT), "gives other distances when it is called again"),
     ],
 )
 def test_what_it_draws_later_is_seen_while_samples_are_made(draw: Any, message: str, generator: Generator) -> None:
@@ -159,10 +164,10 @@ def test_what_it_draws_later_is_seen_while_samples_are_made(draw: Any, message: 
     def criterion(images: torch.Tensor, scene: Any) -> torch.Tensor:
         return images.mean((1, 2, 3)) + (draw() if images.std() > 0.2 else 0)
 
-    scene = generator._scene([(3,), (3,)])
+    scene = generator._guides.scene([(3,), (3,)], unused)
     assert criterion_problem([criterion], scene, (3, 32, 32)) is None
     with pytest.raises(JobError, match=f"my method {message}"):
-        _Watched(criterion, "my method")(torch.rand(2, 3, 32, 32, generator=KEPT), scene)
+        WatchedCriterion(criterion, "my method")(torch.rand(2, 3, 32, 32, generator=KEPT), scene)
 
 
 KEPT = torch.Generator().manual_seed(0)

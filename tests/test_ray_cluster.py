@@ -15,9 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from engine.driver.executors import ray as ray_module
+from engine.driver.executors import ray_cluster
 from engine.driver.executors.local import LocalExecutor
-from engine.driver.executors.ray import RayExecutor, _Watch
+from engine.driver.executors.ray import RayExecutor
+from engine.driver.executors.ray_cluster import ClusterMonitor
 from engine.errors import EXIT_DRAINED, EXIT_OK, ClusterLostError
 from tests.conftest import REPOSITORY
 from tests.sleepy import run_sleepy, wait_until
@@ -25,9 +26,9 @@ from tests.sleepy import run_sleepy, wait_until
 # Ray tolerates a head that is away for a while; a test need not.
 PROGRAM = """
 import os, sys
-from engine.driver.executors import ray
+from engine.driver.executors import ray_cluster
 from tests import sleepy
-ray.HEAD_LOST_SECONDS = 3.0
+ray_cluster.HEAD_LOST_SECONDS = 3.0
 code = sleepy.main(sys.argv[1], 60, "ray", sleepy.Faults(seconds=0.25))
 sys.stderr.flush()
 os._exit(code)
@@ -56,7 +57,7 @@ def named(driver: subprocess.Popen[str], name: str) -> psutil.Process:
 
 
 def folder_of(driver: subprocess.Popen[str]) -> Path:
-    """The folder that was made for Ray, from what its raylet was told."""
+    """The folder that was made for Ray, from the arguments of its raylet."""
     socket_path = next(one for one in named(driver, "raylet").cmdline() if one.startswith("--raylet_socket_name="))
     return Path(*Path(socket_path.partition("=")[2]).parts[:3])
 
@@ -105,7 +106,7 @@ def test_what_does_not_accept_connections_for_long_is_lost() -> None:
     """One that comes back in time is not; the head has more time than this machine's part."""
     with socket.create_server(("127.0.0.1", 0)) as head, socket.create_server(("127.0.0.1", 0)) as node:
         addresses = [f"127.0.0.1:{one.getsockname()[1]}" for one in (head, node)]
-        watch = _Watch({addresses[0]: ("its head", 30.0), addresses[1]: ("its raylet", 4.0)})
+        watch = ClusterMonitor({addresses[0]: ("its head", 30.0), addresses[1]: ("its raylet", 4.0)})
         now = time.monotonic()
         assert watch.answers() and not watch.find_lost(now)
     assert not watch.answers()
@@ -114,22 +115,22 @@ def test_what_does_not_accept_connections_for_long_is_lost() -> None:
         assert not watch.find_lost(now + 20.0)
     assert not watch.find_lost(now + 23.9)
     assert watch.find_lost(now + 24.1) == f"its raylet at {addresses[1]} does not answer"
-    assert _Watch({addresses[0]: ("its head", -1.0)}).find_lost(now).startswith("its head at")
+    assert ClusterMonitor({addresses[0]: ("its head", -1.0)}).find_lost(now).startswith("its head at")
 
 
 def lost_executor() -> RayExecutor:
     """One that has joined a cluster which is gone."""
     executor = RayExecutor(address="127.0.0.1:1", num_workers=1, device="cpu")
-    executor._watch = _Watch({"127.0.0.1:1": ("its head", 0.0)})
+    executor._cluster._monitor = ClusterMonitor({"127.0.0.1:1": ("its head", 0.0)})
     return executor
 
 
 def test_calls_that_would_hang_without_the_head_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """While workers are listed, started or waited for: Ray itself would wait for a minute, and end the process."""
-    monkeypatch.setattr(ray_module, "WATCH_SECONDS", 0.05)
-    for call in (lambda one: one.poll(0), lambda one: one.start_worker(0), lambda one: one._list_nodes()):
+    monkeypatch.setattr(ray_cluster, "WATCH_SECONDS", 0.05)
+    for call in (lambda one: one.poll(0), lambda one: one.start_worker(0), lambda one: one._cluster.nodes()):
         executor = lost_executor()
-        watching = threading.Thread(target=executor._watch_cluster)
+        watching = threading.Thread(target=executor._cluster._watch)
         watching.start()
         watching.join()
         with pytest.raises(
@@ -142,8 +143,10 @@ def test_calls_that_would_hang_without_the_head_end_with_it(monkeypatch: pytest.
 def test_a_driver_that_does_not_come_back_from_ray_is_ended() -> None:
     """The call that hangs is in Ray, where no exception reaches it."""
     program = (
-        "import time; from engine.driver.executors import ray; from tests.test_ray_cluster import lost_executor\n"
-        "ray.WATCH_SECONDS = ray.LEAVE_SECONDS = 0.1; executor = lost_executor(); executor._connect = lambda: True\n"
+        "import time; from engine.driver.executors import ray_cluster\n"
+        "from tests.test_ray_cluster import lost_executor\n"
+        "ray_cluster.WATCH_SECONDS = ray_cluster.LEAVE_SECONDS = 0.1\n"
+        "executor = lost_executor(); executor._cluster._connect = lambda: True\n"
         "executor.begin(); time.sleep(60)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)

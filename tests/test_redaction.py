@@ -139,7 +139,7 @@ def test_an_address_of_ray_shows_no_password(call, tmp_path):
 
 def test_what_is_printed_or_kept_has_none(capsys):
     """The last door: whatever a library said."""
-    from engine.driver.executors.base import Host
+    from engine.driver.executors.base import WorkerHost
     from engine.terminal import show
 
     show(f"a https://u:{SECRET}@h b")
@@ -149,5 +149,5 @@ def test_what_is_printed_or_kept_has_none(capsys):
     def factory():
         raise ValueError(f"no https://u:{SECRET}@h")
 
-    assert SECRET not in Host(0).load(factory).message
+    assert SECRET not in WorkerHost(0).load(factory).message
     assert SECRET not in str(OutputError(f"no s3://u:{SECRET}@h"))

@@ -233,7 +233,7 @@ def test_from_the_command_line(call, copy, tmp_path):
     code, out, err = call(
         "compare", copy, "--baseline", pinned, "--fail-on", "any-significant", "--by", "request", "--markdown", table
     )
-    assert code == EXIT_DAMAGED and "past a limit: " in err and "Past a limit" in table.read_text()
+    assert code == EXIT_DAMAGED and "limit exceeded: " in err and "Past a limit" in table.read_text()
     again = json.loads(call("compare", copy, "--baseline", pinned, "--json")[1])
     assert again["rows"] == back["rows"]
     assert call("compare", copy, "--baseline", pinned, "--max-error-increase", "0.5")[0] in (EXIT_OK, EXIT_DAMAGED)

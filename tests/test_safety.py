@@ -14,7 +14,7 @@ from engine.job.spec import RuntimeSpec
 from engine.models.addresses import resolve
 from engine.models.digests import model_digests
 from engine.models.hardware import choose_hardware
-from engine.models.safety import SafetyChecker
+from engine.models.pipelines.safety import SafetyChecker
 from tests.test_generator import make_generator
 
 FLAGGED = "the pipeline's safety checker flagged the image"

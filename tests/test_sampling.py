@@ -12,7 +12,9 @@ from engine.methods.sampling.loop import sample
 from engine.methods.sampling.noise import draw_noise
 from engine.methods.sampling.spec import SamplingSpec
 from engine.models.addresses import resolve
-from engine.models.diffusion import Diffusion
+from engine.models.diffusion import load_pipeline
+from engine.models.pipelines.base import Pipeline
+from tests.guidance_scenes import scene_of
 
 SCHEDULERS = {
     "lms": "LMSDiscreteScheduler",
@@ -44,7 +46,7 @@ def by_diffusers(folder, scheduler: str, seeds: list[int], **options) -> torch.T
     return pipeline(PROMPTS, generator=generators, output_type="pt", **options).images
 
 
-def by_engine(model: Diffusion, spec: SamplingSpec, seeds: list[int], prompts=PROMPTS, guide=None) -> torch.Tensor:
+def by_engine(model: Pipeline, spec: SamplingSpec, seeds: list[int], prompts=PROMPTS, guide=None) -> torch.Tensor:
     sampler = model.sampler(spec)
     denoiser = model.denoiser(prompts, spec, sampler)
     if guide:
@@ -58,10 +60,7 @@ def boundary_guide(classifier, **options):
     return lambda denoiser, model, count: guide_to_boundary(
         denoiser,
         BoundaryGuidanceSpec(**options),
-        logits=classifier.logits,
-        decode=model.decode,
-        classes=(3, 8),
-        num_samples=count,
+        scene_of([(3, 8)] * count, classifier.logits, model.decode),
     )
 
 
@@ -81,7 +80,7 @@ def test_v_prediction_equals_the_plain_diffusers_pipeline(scheduler, v_predictio
     """v-prediction in a variance-exploding and a variance-preserving scheduler."""
     options = {"num_inference_steps": 6, "guidance_scale": 2.0}
     expected = by_diffusers(v_prediction_folder, scheduler, [1, 2], **options)
-    model = Diffusion.load(str(v_prediction_folder), hardware)
+    model = load_pipeline(str(v_prediction_folder), hardware)
     images = by_engine(model, SamplingSpec(scheduler=scheduler, **options), [1, 2])
     assert (images - expected).abs().max() < 1e-4
 

@@ -9,21 +9,21 @@ import tracemalloc
 
 import pytest
 
-from engine.driver.scheduler import FAULT_ALLOWANCE, start, step
-from engine.generation.messages import (
+from engine.driver.scheduling.faults import FAULT_ALLOWANCE
+from engine.driver.scheduling.messages import (
     Abort,
     Assign,
     Drain,
     Drained,
     Finished,
-    Lot,
     PlanGrown,
     Quarantine,
     Replaced,
-    Rules,
+    SchedulerLimits,
     ShardDone,
     ShardError,
     ShardProgress,
+    ShardRange,
     ShardSampled,
     StartWorker,
     StopWorker,
@@ -33,6 +33,7 @@ from engine.generation.messages import (
     WorkerPlaced,
     WorkerReady,
 )
+from engine.driver.scheduling.scheduler import start, step
 
 
 def play(committed: bytes, max_workers: int, *events):
@@ -51,8 +52,8 @@ def test_a_ready_worker_gets_the_lowest_shards_and_one_ahead():
     assert history == [[StartWorker(0)], [Assign(0, 1, 1), Assign(0, 3, 1)], [Assign(0, 4, 1)]]
 
 
-def test_the_last_shards_are_kept_for_whoever_is_free_first():
-    """Fewer shards than workers: nobody hoards one that another could begin at once."""
+def test_the_last_shards_are_kept_for_the_first_idle_worker():
+    """Fewer shards than workers: no worker queues a shard that another could start at once."""
     _, history = play(bytes(2), 2, WorkerReady(0), WorkerReady(1))
     assert history == [[StartWorker(0), StartWorker(1)], [Assign(0, 0, 1)], [Assign(1, 1, 1)]]
 
@@ -69,18 +70,18 @@ def test_nothing_to_do_is_the_end_at_once():
     assert history == [[Finished()]] and state.is_over
 
 
-def test_a_lost_node_is_nobodys_fault():
-    """However often: both shards come back, no mark, and the one in work counts an attempt."""
+def test_a_lost_node_gives_no_strike():
+    """However often: both shards come back without a strike, and the one in flight counts an attempt."""
     events = []
     for worker in range(FAULT_ALLOWANCE + 5):
         events += [WorkerReady(worker), WorkerLost(worker, True, "spot")]
     state, history = play(bytes(3), 1, *events, WorkerReady(FAULT_ALLOWANCE + 5))
-    assert not state.marks
+    assert not state.strikes
     assert history[-1] == [Assign(FAULT_ALLOWANCE + 5, 0, FAULT_ALLOWANCE + 6), Assign(FAULT_ALLOWANCE + 5, 1, 1)]
 
 
 def test_three_lost_processes_put_the_shard_that_had_started_in_quarantine():
-    """The one queued behind it is innocent; the reasons are all kept."""
+    """The one queued behind it gets no strike; all reasons are kept."""
     events = [WorkerReady(0), WorkerLost(0, False, "a"), WorkerReady(1), WorkerLost(1, False, "b")]
     events += [WorkerReady(2), WorkerLost(2, False, "c"), WorkerReady(3), ShardDone(3, 1)]
     _, history = play(bytes(2), 1, *events)
@@ -88,42 +89,42 @@ def test_three_lost_processes_put_the_shard_that_had_started_in_quarantine():
     assert history[7:] == [[Assign(3, 1, 1)], [Finished()]]
 
 
-def test_a_process_lost_while_it_writes_one_shard_and_samples_the_next_marks_both():
-    """Nothing tells which it was: both have begun, each then runs alone, and only the guilty one is left out."""
+def test_a_process_lost_while_it_writes_one_shard_and_samples_the_next_gives_both_a_strike():
+    """The fault may be of either: both get a strike, each then runs alone, and only the failing one is quarantined."""
     events = [WorkerReady(0), ShardSampled(0, 0), WorkerLost(0, False, "a"), WorkerReady(1)]
     state, history = play(bytes(4), 1, *events)
-    assert dict(state.marks) == {0: ("a",), 1: ("a",)}
+    assert dict(state.strikes) == {0: ("a",), 1: ("a",)}
     assert history[-1] == [Assign(1, 0, 2)]
     state, actions = drive(state, ShardSampled(1, 0), ShardDone(1, 0))
-    assert actions == [Assign(1, 1, 2)] and dict(state.marks) == {1: ("a",)}
+    assert actions == [Assign(1, 1, 2)] and dict(state.strikes) == {1: ("a",)}
     state, actions = drive(state, WorkerLost(1, False, "b"), WorkerReady(2), WorkerLost(2, False, "c"))
     assert actions[-2:] == [Quarantine(1, ("a", "b", "c")), StartWorker(3)]
     assert drive(state, WorkerReady(3))[1] == [Assign(3, 2, 1), Assign(3, 3, 1)]
 
 
-def test_one_lost_process_is_one_fault_however_many_shards_it_marks():
-    """The run is given up after faults, not after marks."""
+def test_one_lost_process_is_one_fault_however_many_strikes_it_gives():
+    """The run is given up after faults, not after strikes."""
     state, _ = play(bytes(4), 1, WorkerReady(0), ShardSampled(0, 0), WorkerLost(0, False, "a"))
-    assert state.faults_in_a_row == 1
+    assert state.consecutive_faults == 1
 
 
 def test_an_exception_says_itself_which_shard_it_came_from():
-    """The one beside it has begun, too, and is not marked."""
+    """The one that is written at the same time gets no strike."""
     state, _ = play(bytes(4), 1, WorkerReady(0), ShardSampled(0, 0), ShardError(0, 0, "disk"))
-    assert dict(state.marks) == {0: ("disk",)} and dict(state.attempts) == {0: 2, 1: 2}
+    assert dict(state.strikes) == {0: ("disk",)} and dict(state.attempts) == {0: 2, 1: 2}
 
 
-def test_an_exception_marks_the_shard_and_replaces_the_worker():
+def test_an_exception_gives_the_shard_a_strike_and_replaces_the_worker():
     """A device error stays with its process: the worker is not used again."""
     _, history = play(bytes(3), 1, WorkerReady(0), ShardError(0, 0, "boom"), WorkerReady(1))
     assert history[2] == [StopWorker(0), StartWorker(1)]
     assert history[3] == [Assign(1, 0, 2)]
 
 
-def test_a_finished_shard_clears_its_marks():
+def test_a_finished_shard_clears_its_strikes():
     """Memory holds only shards that are in trouble."""
     state, _ = play(bytes(3), 1, WorkerReady(0), WorkerLost(0, False, "x"), WorkerReady(1), ShardDone(1, 0))
-    assert not state.marks and not state.attempts
+    assert not state.strikes and not state.attempts
 
 
 def test_stale_and_doubled_results_change_nothing():
@@ -201,8 +202,8 @@ class World:
         assert len(held) == len(set(held))
         assert len(self.queues) + len(self.loading) <= self.max_workers
 
-    def tell(self, event) -> None:
-        """Let the scheduler hear of an event, some of them twice, some again much later."""
+    def send(self, event) -> None:
+        """Send an event to the scheduler; some are sent twice, some again much later."""
         self.state, actions = step(self.state, event)
         self.obey(actions)
         if self.random.random() < 0.1:
@@ -219,16 +220,16 @@ class World:
             worker = self.loading.pop(self.random.randrange(len(self.loading)))
             if self.start_faults and self.random.random() < 0.2:
                 self.start_faults -= 1
-                self.tell(WorkerLost(worker, False, "models"))
+                self.send(WorkerLost(worker, False, "models"))
                 return
             self.queues[worker] = []
-            self.tell(WorkerReady(worker))
+            self.send(WorkerReady(worker))
         else:
             busy = [worker for worker, queue in self.queues.items() if queue]
             if busy:
                 self.work(self.random.choice(busy))
 
-        self.tell(Tick(self.state.now + self.random.random()))
+        self.send(Tick(self.state.now + self.random.random()))
 
     def work(self, worker: int) -> None:
         """A worker is done with its shard, or comes to grief."""
@@ -236,18 +237,18 @@ class World:
         if shard in self.poison or (luck < 0.1 and self.accidents > 0):
             self.accidents -= 1
             if luck < 0.05:
-                self.tell(ShardError(worker, shard, "error"))
+                self.send(ShardError(worker, shard, "error"))
             else:
                 del self.queues[worker]
-                self.tell(WorkerLost(worker, False, "crash"))
+                self.send(WorkerLost(worker, False, "crash"))
         elif luck < 0.2 and self.accidents > 0:
             self.accidents -= 1
             del self.queues[worker]
-            self.tell(WorkerLost(worker, True, "spot"))
+            self.send(WorkerLost(worker, True, "spot"))
         else:
             self.queues[worker].pop(0)
             self.commits[shard] += 1
-            self.tell(ShardDone(worker, shard))
+            self.send(ShardDone(worker, shard))
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -264,7 +265,7 @@ def test_every_shard_is_finished_once_or_quarantined_and_it_ends(seed):
     assert world.ended == [Finished()]
     for shard, commits in enumerate(world.commits):
         assert commits + (shard in world.quarantined) == 1
-    assert poison <= set(world.quarantined) and set(world.quarantined.values()) <= {Rules().max_strikes}
+    assert poison <= set(world.quarantined) and set(world.quarantined.values()) <= {SchedulerLimits().max_strikes}
 
 
 def test_decisions_are_quick_and_memory_is_flat():
@@ -310,31 +311,33 @@ def drive(state, *events):
     return state, actions
 
 
-RULES = Rules(min_limit_seconds=10, first_limit_seconds=100, start_limit_seconds=50, check_seconds=1, grace_seconds=5)
+LIMITS = SchedulerLimits(
+    min_limit_seconds=10, first_limit_seconds=100, start_limit_seconds=50, check_seconds=1, grace_seconds=5
+)
 
 
-def test_a_worker_that_hangs_is_replaced_with_one_mark():
-    """Silence is measured against the slowest batch of the request; before any is known, against a patient limit."""
-    state, _ = start(bytes(3), 1, rules=RULES)
+def test_a_worker_that_hangs_is_replaced_with_one_strike():
+    """The limit follows from the slowest batch of the request; before any is measured it is longer."""
+    state, _ = start(bytes(3), 1, limits=LIMITS)
     state, _ = drive(state, WorkerPlaced(0, "gpu"), WorkerReady(0), Tick(99))
-    assert not state.marks
+    assert not state.strikes
     state, _ = drive(state, ShardProgress(0, 0, 1, batch_seconds=3), Tick(128))
-    assert not state.marks and state.now - state.workers[0].heard == 29
+    assert not state.strikes and state.now - state.workers[0].last_heartbeat == 29
     state, actions = drive(state, Tick(130))
-    text = "hangs: nothing was heard of it for 31 s, the limit is 30 s"
-    assert actions == [StopWorker(0), Replaced(0, text), StartWorker(1)] and state.marks[0] == (text,)
+    text = "hangs: no heartbeat for 31 s, the limit is 30 s"
+    assert actions == [StopWorker(0), Replaced(0, text), StartWorker(1)] and state.strikes[0] == (text,)
     assert drive(state, WorkerReady(1))[1][0] == Assign(1, 0, 2)
 
 
-def test_a_driver_that_was_away_hears_first_what_came_in_the_meantime():
-    """Frozen, or held up by a store: its workers are not those that hang; who said nothing is, at the next look."""
-    state, _ = start(bytes(6), 2, rules=RULES)
+def test_a_suspended_driver_processes_pending_events_before_a_liveness_check():
+    """Suspended, or blocked by a store: heartbeats of the meantime count, workers without one hang."""
+    state, _ = start(bytes(6), 2, limits=LIMITS)
     ready = [event for worker in range(2) for event in (WorkerPlaced(worker, "gpu"), WorkerReady(worker))]
     state, _ = drive(state, *ready, Tick(0), Tick(1))
     state, actions = drive(state, Tick(900), ShardProgress(0, 0, 1))
-    assert actions == [] and not state.marks
+    assert actions == [] and not state.strikes
     state, actions = drive(state, Tick(900.25))
-    assert StopWorker(1) in actions and StopWorker(0) not in actions and list(state.marks) == [2]
+    assert StopWorker(1) in actions and StopWorker(0) not in actions and list(state.strikes) == [2]
     # One that is late every time looks every other time.
     state, actions = drive(state, Tick(1100), Tick(1300))
     assert StopWorker(0) in actions
@@ -342,7 +345,7 @@ def test_a_driver_that_was_away_hears_first_what_came_in_the_meantime():
 
 def test_a_worker_that_does_not_load_is_replaced_and_waiting_for_a_place_is_no_fault():
     """A cluster may take hours to give a machine; models take minutes. Starts that fail wait longer and longer."""
-    state, _ = start(bytes(3), 1, rules=RULES)
+    state, _ = start(bytes(3), 1, limits=LIMITS)
     state, actions = drive(state, Tick(1000), WorkerPlaced(0, "gpu"), Tick(1049))
     assert actions == []
     state, actions = drive(state, Tick(1051))
@@ -352,50 +355,50 @@ def test_a_worker_that_does_not_load_is_replaced_and_waiting_for_a_place_is_no_f
     assert drive(state, Tick(1052))[1] == [StartWorker(2)]
 
 
-def test_a_drain_finishes_what_is_in_work_and_nothing_else():
+def test_a_drain_finishes_shards_in_flight_and_nothing_else():
     """The shard queued behind is not begun; a worker that is lost meanwhile is not replaced; grace has an end."""
-    state, _ = start(bytes(9), 2, rules=RULES)
+    state, _ = start(bytes(9), 2, limits=LIMITS)
     state, _ = drive(state, WorkerReady(0), WorkerReady(1), Tick(10), Drain())
     done, actions = drive(state, ShardDone(0, 0), WorkerLost(1, False, "gone"))
     assert actions == [StopWorker(0), Drained()] and done.is_over and done.num_open == 8
     assert drive(state, Tick(14))[1] == [] and drive(state, Tick(15))[1] == [Drained()]
-    assert drive(start(bytes(9), 2, rules=RULES)[0], Drain())[1] == [Drained()]
+    assert drive(start(bytes(9), 2, limits=LIMITS)[0], Drain())[1] == [Drained()]
 
 
 def test_nothing_is_begun_that_the_deadline_would_cut_off():
     """By the slowest shard so far; then the run ends before the deadline. Otherwise it drains when that comes."""
-    rules = Rules(deadline=100, grace_seconds=5)
-    state, _ = start(bytes(9), 1, rules=rules)
+    limits = SchedulerLimits(deadline=100, grace_seconds=5)
+    state, _ = start(bytes(9), 1, limits=limits)
     state, _ = drive(state, WorkerReady(0), Tick(40), ShardDone(0, 0))
     state, actions = drive(state, Tick(66), ShardDone(0, 1))
     assert actions == [] and state.workers[0].queue == (2,)
     state, actions = drive(state, Tick(70), ShardDone(0, 2))
     assert actions == [Drained()]
-    state, actions = drive(start(bytes(9), 1, rules=rules)[0], WorkerReady(0), Tick(100))
+    state, actions = drive(start(bytes(9), 1, limits=limits)[0], WorkerReady(0), Tick(100))
     assert state.drain_until == 105 and drive(state, Tick(104), ShardDone(0, 0))[1] == [StopWorker(0), Drained()]
 
 
 def test_memory_that_ran_out_is_remembered_by_kind_of_node_and_request():
     """The next worker of that kind begins with what fits; other kinds and requests are not held back."""
-    state, _ = start(bytes(8), 2, lots=[Lot(4, kind=0), Lot(4, kind=1)])
+    state, _ = start(bytes(8), 2, ranges=[ShardRange(4, request=0), ShardRange(4, request=1)])
     state, _ = drive(state, WorkerPlaced(0, "small"), WorkerReady(0), WorkerPlaced(1, "large"), WorkerReady(1))
     state, _ = drive(state, ShardProgress(0, 0, 4, 1.0, batch_limit=4), WorkerLost(0, True, "spot"))
     state, actions = drive(state, WorkerPlaced(2, "small"), WorkerReady(2))
-    assert Assign(2, 0, 2, 4) in actions and not state.marks
+    assert Assign(2, 0, 2, 4) in actions and not state.strikes
     _, actions = drive(state, ShardDone(1, 1), WorkerPlaced(3, "large"), WorkerReady(3))
     assert all(action.batch_limit == 0 for action in actions if isinstance(action, Assign))
 
 
 def test_shards_go_to_workers_that_hold_their_model():
     """Each worker stays with one as long as there is work for it, and the models share the workers."""
-    state, _ = start(bytes(12), 2, lots=[Lot(4, 0, 0), Lot(4, 1, 1), Lot(4, 2, 0)])
+    state, _ = start(bytes(12), 2, ranges=[ShardRange(4, 0, 0), ShardRange(4, 1, 1), ShardRange(4, 2, 0)])
     state, actions = drive(state, WorkerReady(0), WorkerReady(1))
     assert [(one.worker, one.shard) for one in actions] == [(0, 0), (0, 1), (1, 4), (1, 5)]
     models = {0: [], 1: []}
     while not state.is_over:
         for worker in (0, 1):
             if queue := state.workers[worker].queue:
-                models[worker].append(state.lot(queue[0]).model)
+                models[worker].append(state.range_of(queue[0]).model)
                 state, _ = step(state, ShardDone(worker, queue[0]))
     switches = sum(a != b for one in models.values() for a, b in itertools.pairwise(one))
     assert switches <= 1 and len(models[0]) + len(models[1]) == 12
@@ -406,6 +409,6 @@ def test_a_plan_that_grows_is_not_over_before_it_is_final():
     state, _ = start(bytes(1), 1, is_final=False)
     state, actions = drive(state, WorkerReady(0), ShardDone(0, 0), Tick(5))
     assert actions == [Assign(0, 0, 1)] and state.idle == (0,)
-    state, actions = drive(state, PlanGrown((Lot(1, kind=7),), False))
-    assert actions == [Assign(0, 1, 1)] and state.lot(1).kind == 7
+    state, actions = drive(state, PlanGrown((ShardRange(1, request=7),), False))
+    assert actions == [Assign(0, 1, 1)] and state.range_of(1).request == 7
     assert drive(state, ShardDone(0, 1), PlanGrown((), True))[1] == [Finished()]

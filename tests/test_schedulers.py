@@ -19,17 +19,12 @@ from engine.job.parsing import parse_job
 from engine.job.plan import build_plan
 from engine.methods.guidance.guided import MIN_SIGNAL
 from engine.methods.sampling.denoiser import predicted_x0
-from engine.methods.sampling.families import (
-    CLASSES,
-    FAMILY,
-    KINDS,
-    ModelScheduler,
-    sampling_problems,
-    training_problems,
-)
-from engine.methods.sampling.schedulers import Sampler
+from engine.methods.sampling.families import CLASSES, FAMILY, KINDS, ModelScheduler
+from engine.methods.sampling.sampling_checks import sampling_problems
+from engine.methods.sampling.schedulers import make_sampler
 from engine.methods.sampling.spec import SamplingSpec
-from engine.models.diffusion import Diffusion
+from engine.methods.sampling.training_checks import training_problems
+from engine.models.diffusion import load_pipeline
 from engine.models.job_checks import check_addresses
 from tests.conftest import REPOSITORY
 from tests.tiny_pipelines import BETAS, PROMPTS, by_diffusers, by_engine, edit, job_of, load_reference, save_pipeline
@@ -90,7 +85,7 @@ class Both:
 
     def __init__(self, folder: Path, hardware, *, is_unclip: bool) -> None:
         self.reference = load_reference(save_pipeline(folder, unet=SMALL, is_unclip=is_unclip))
-        self.model = Diffusion.load(str(folder), hardware)
+        self.model = load_pipeline(str(folder), hardware)
         self.is_unclip = is_unclip
         self.prompts = PROMPTS if is_unclip else PROMPTS[:1]
 
@@ -234,7 +229,7 @@ def test_timesteps_that_would_stand_twice_are_refused(flag, plain):
         if plain.problems(own, noise | {flag: True}, spec):
             num_refused += 1
         else:
-            Sampler(spec, plain.scheduler(own, noise | {flag: True}))
+            make_sampler(spec, plain.scheduler(own, noise | {flag: True}))
     assert num_refused or flag == "use_beta_sigmas"
 
 
@@ -268,7 +263,7 @@ def test_guidance_sees_the_noise_levels_of_every_combination(scheduler):
         if sampling_problems(model, spec, is_guided=True):
             assert (scheduler == "ddim" and karras) or (zero and karras)
             continue
-        sampler = Sampler(spec, model)
+        sampler = make_sampler(spec, model)
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
         for step in sampler.steps():
             latents = step.scale * clean + step.sigma * noise
@@ -286,7 +281,7 @@ def test_guidance_leaves_latents_without_signal_alone_whoever_steps():
     """At zero terminal SNR the first latents are noise: of DDIM by their scale, of Euler by their sigma."""
     for scheduler in ("ddim", "euler", "dpmsolver++"):
         model = ModelScheduler(config=BETAS | V_ZERO, name="DDIMScheduler")
-        first, second, *_ = Sampler(asked_of(scheduler, timestep_spacing="trailing"), model).steps()
+        first, second, *_ = make_sampler(asked_of(scheduler, timestep_spacing="trailing"), model).steps()
         assert first.signal < MIN_SIGNAL < second.signal
 
 
@@ -329,7 +324,7 @@ def test_guidance_is_refused_where_the_scheduler_forgets_its_shifts(own, folder)
     if KINDS[own].is_guidable:
         check_addresses(job)
     else:
-        with pytest.raises(JobError, match=f"'model' is a {own}, which would forget where guidance moves"):
+        with pytest.raises(JobError, match=f"'model' is a {own}, which would ignore how guidance moves"):
             check_addresses(job)
     assert (min(kept_share(own, place) for place in range(3)) > 0.99) == KINDS[own].is_guidable
 
@@ -339,7 +334,7 @@ def kept_share(own: str, place: int) -> float:
 
     def run(shift: float) -> torch.Tensor:
         spec = SamplingSpec(scheduler="model", num_inference_steps=10)
-        sampler = Sampler(spec, ModelScheduler(config=BETAS | {"skip_prk_steps": True}, name=own))
+        sampler = make_sampler(spec, ModelScheduler(config=BETAS | {"skip_prk_steps": True}, name=own))
         latents = torch.ones(1, 1, 2, 2) * sampler.init_noise_sigma
         for step in itertools.islice(sampler.steps(), place + 1):
             latents = latents + (shift if step.index == place + 1 else 0.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.driver import scheduler
+from engine.driver.scheduling import scheduler
 from tools import simulate
 from tools.simulate import BrokenInvariantError, play, scale
 
@@ -20,14 +20,14 @@ def test_runs_under_fire_end_with_the_shards_of_a_calm_one(first):
         play(seed)
 
 
-def test_the_simulation_sees_a_scheduler_that_blames_for_lost_nodes(monkeypatch):
+def test_the_simulation_detects_strikes_for_lost_nodes(monkeypatch):
     """A test that cannot fail would show nothing: with this rule broken, some seed must."""
 
-    def blame(state, event, worker):
+    def attribute(state, event, worker):
         return on_lost(state, simulate.WorkerLost(event.worker, False, event.message), worker)
 
     on_lost = scheduler._on_lost
-    monkeypatch.setattr(scheduler, "_on_lost", blame)
+    monkeypatch.setattr(scheduler, "_on_lost", attribute)
     with pytest.raises(BrokenInvariantError):
         for seed in range(200):
             play(seed)

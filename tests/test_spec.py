@@ -87,13 +87,21 @@ def problems(raw) -> list[str]:
         (request(count=0), "requests.0.count: 0"),
         (request(count=1.5), "requests.0.count: 1.5 is not a whole number"),
         (request(count=10**9), "requests.0.count: 1000000000"),
-        (request(contexts=["", ""]), "requests.0.contexts: a context stands twice"),
+        (request(contexts=["", ""]), "requests.0.contexts: a context is duplicated"),
         (request(contexts=[]), "requests.0.contexts: []"),
         (request(prompt="{classs}"), "requests.0.prompt: unknown field {classs}"),
         (request(method="prompt", boundary=None), "requests.0.classes: missing"),
         (request(method="prompt", boundary=None, classes=["a"], prompt="x"), "requests.0.prompt: has no {class}"),
         (request(sampling={"scheduler": "x"}), "requests.0.sampling.scheduler: 'x' is not one of lms"),
         (request(sampling={"num_inference_steps": 5}), "requests.0.guidance.boundary: leaves none of 5 steps guided"),
+        (
+            request(method="risky", boundary=None, classes=["a"], guidance={"risky": {"gradient_range": 0.01}}),
+            "requests.0.guidance.risky: leaves none of 40 steps guided; lower `every`, widen `gradient_range` or add",
+        ),
+        (
+            request(sampling={"num_inference_steps": 4}),
+            "requests.0.guidance.boundary: leaves none of 4 steps guided; lower `every` or add steps",
+        ),
         (job(runtime={"compile": "yes"}), "runtime.compile: 'yes' is not one of auto, on, off"),
         (
             job(models=JOB["models"] | {"guidance_decoder": "x"}, requests=[PLAIN]),

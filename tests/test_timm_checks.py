@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine.commands.jobfile import read_job
-from engine.driver.run import plan_job
+from engine.driver.checks import plan_job
 from engine.errors import JobError
 from engine.models.classifier import Classifier
 from engine.models.classifier_checks import check_classifier

@@ -21,14 +21,14 @@ from engine.generation.generator import Generator
 from engine.job.parsing import parse_job
 from engine.job.plan import build_plan, resolve_requests
 from engine.methods.sampling.loop import sample
-from engine.methods.sampling.noise import draw_noise
 from engine.methods.sampling.spec import SamplingSpec
 from engine.models.addresses import resolve
-from engine.models.clip import Clip, ImageEncoder
-from engine.models.diffusion import Diffusion
+from engine.models.clip import Clip
+from engine.models.diffusion import load_image_encoder, load_pipeline
 from engine.models.digests import image_encoder_digest, model_digests
 from engine.models.job_checks import check_addresses
 from engine.models.labels import read_labels
+from engine.models.pipelines.base import EMBEDDINGS, LATENTS, ImageConditioning
 
 ZOO = "zoo:digits/"
 UNCLIP = f"{ZOO}stable-unclip"
@@ -98,7 +98,7 @@ def made(raw) -> tuple[Generator, list]:
 
 @pytest.fixture(scope="module")
 def unclip(hardware):
-    return Diffusion.load(UNCLIP, hardware)
+    return load_pipeline(UNCLIP, hardware)
 
 
 @pytest.mark.parametrize("level", [0, 300])
@@ -107,7 +107,7 @@ def test_samples_equal_those_of_the_diffusers_pipeline(level, scale, unclip):
     """Same seeds, embeddings and noise level: the order of draws, the noised embedding, the zeros without a prompt."""
     import diffusers
 
-    embeds = torch.randn(2, unclip.noiser.dim, generator=torch.Generator().manual_seed(0))
+    embeds = torch.randn(2, *unclip.noise_shapes[EMBEDDINGS], generator=torch.Generator().manual_seed(0))
     pipeline = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(resolve(UNCLIP))
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(
@@ -121,10 +121,11 @@ def test_samples_equal_those_of_the_diffusers_pipeline(level, scale, unclip):
     ).images
     spec = SamplingSpec(scheduler="ddim", num_inference_steps=6, guidance_scale=scale)
     sampler = unclip.sampler(spec)
-    embed_noise, noise = draw_noise([5, 6], (unclip.noiser.dim,), unclip.latent_shape)
-    labels = unclip.noiser.class_labels(embeds, embed_noise, level)
+    noise = unclip.draw_noise([5, 6])
+    conditioning = ImageConditioning(embeds=embeds, noise=noise, noise_level=level)
     with torch.no_grad():
-        images = unclip.decode(sample(unclip.denoiser(PROMPTS, spec, sampler, labels), sampler, noise)).clamp(0, 1)
+        denoiser = unclip.denoiser(PROMPTS, spec, sampler, conditioning)
+        images = unclip.decode(sample(denoiser, sampler, noise[LATENTS])).clamp(0, 1)
     assert (images - expected).abs().max() < 1e-4
     assert expected.std() > 0.02
 
@@ -138,7 +139,7 @@ def test_the_image_encoder_is_the_pipelines_own(unclip):
     pixels = pipeline.feature_extractor(images=image, return_tensors="pt").pixel_values
     with torch.no_grad():
         expected = pipeline.image_encoder(pixels).image_embeds
-    assert torch.allclose(ImageEncoder.load(UNCLIP).image_embeds([image]), expected, atol=1e-5)
+    assert torch.allclose(load_image_encoder(UNCLIP).image_embeds([image]), expected, atol=1e-5)
     assert torch.allclose(Clip.load(f"{ZOO}clip").image_embeds([image]), expected, atol=1e-2)
 
 
@@ -201,7 +202,7 @@ def test_a_run_tells_of_its_screening_and_resumes(tmp_path, capsys):
     assert f"<dd>{errors:.1%}".replace("%", " %") in (output / "report.html").read_text().replace("\u202f", " ")
     num_draws = sum(one["draws"] for one in found["screened"])
     assert f"<td>{num_draws}</td>" in (output / "report.html").read_text()
-    assert f"{num_draws} draws" in (printed := capsys.readouterr().out) and "for a dial of 1.2" in printed
+    assert f"{num_draws} draws" in (printed := capsys.readouterr().out) and "for a risk target of 1.2" in printed
     capsys.readouterr()
     risk = np.array([row["risk"] for row in rows if row["request"] == "dial"])
     assert manifest["dials"] == {
@@ -260,7 +261,7 @@ def test_given_images_are_varied_in_their_order(tmp_path):
     assert isinstance(conditioner, GivenEmbeddings)
     specs = [spec for shard in shards for spec in shard]
     draws = [conditioner.draw(spec).embedding for spec in specs]
-    expected = ImageEncoder.load(UNCLIP).image_embeds([PIL.Image.open(path).convert("RGB") for path in three])
+    expected = load_image_encoder(UNCLIP).image_embeds([PIL.Image.open(path).convert("RGB") for path in three])
     assert torch.allclose(torch.stack(draws[: len(three)]), expected, atol=1e-5)
     assert torch.equal(draws[len(three)], draws[0])
     results = generator.next_batch(0, specs[: len(three)])
@@ -322,7 +323,7 @@ def test_an_artefact_that_is_not_there_yet_is_told_and_not_run(tmp_path, capsys)
     """A job can be checked before its statistics are prepared; it does not run without them."""
     path = write_job(tmp_path, request(conditioning=str(tmp_path / "none")))
     assert run_cli("plan", path, "--validate") == 0
-    assert "to prepare before it runs" in capsys.readouterr().out
+    assert "to prepare before the run" in capsys.readouterr().out
     assert run_cli("run", path, "--executor", "local") == 2
     assert "riskforge prepare" in capsys.readouterr().err
 

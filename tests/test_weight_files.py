@@ -12,7 +12,7 @@ import torch
 from engine.errors import JobError
 from engine.models.addresses import resolve
 from engine.models.decoder import GuidanceDecoder
-from engine.models.diffusion import Diffusion
+from engine.models.diffusion import load_pipeline
 from engine.models.digests import model_digest
 from engine.models.job_checks import check_addresses
 from engine.models.weight_files import VARIANTS, weights_variant
@@ -31,7 +31,7 @@ def plain(tmp_path_factory):
 @pytest.fixture(scope="module")
 def images(plain, hardware):
     """Of the plain weights."""
-    return by_engine(Diffusion.load(str(plain), hardware), 2, scheduler="ddim")
+    return by_engine(load_pipeline(str(plain), hardware), 2, scheduler="ddim")
 
 
 def rename_weights(folder: Path, variant: str) -> None:
@@ -49,7 +49,7 @@ def test_a_variant_is_loaded_where_it_is_the_only_one(variant, parts, plain, ima
         rename_weights(folder / part, variant)
         assert weights_variant(folder / part) == variant
     check_addresses(job_of(folder))
-    assert torch.equal(by_engine(Diffusion.load(str(folder), hardware), 2, scheduler="ddim"), images)
+    assert torch.equal(by_engine(load_pipeline(str(folder), hardware), 2, scheduler="ddim"), images)
     before = model_digest(str(folder))
     path = next((folder / parts[0]).glob("*.safetensors"))
     path.write_bytes(path.read_bytes() + b" ")
@@ -64,7 +64,7 @@ def test_half_precision_as_diffusers_saves_and_loads_it(plain, tmp_path, hardwar
     assert not [path for path in folder.rglob("*.safetensors") if ".fp16." not in path.name]
     check_addresses(job_of(folder))
     expected = by_diffusers(load_reference(folder, variant="fp16", torch_dtype=torch.float32), 2)
-    made = by_engine(Diffusion.load(str(folder), hardware), 2, scheduler="ddim")
+    made = by_engine(load_pipeline(str(folder), hardware), 2, scheduler="ddim")
     assert (made - expected).abs().max() < 1e-4
 
 
@@ -75,7 +75,7 @@ def test_weights_in_parts_are_loaded_and_a_missing_part_is_named(variant, plain,
     indices = list(folder.rglob("*.safetensors.index*.json"))
     assert indices and not (folder / "unet" / "diffusion_pytorch_model.safetensors").exists()
     check_addresses(job_of(folder))
-    assert torch.equal(by_engine(Diffusion.load(str(folder), hardware), 2, scheduler="ddim"), images)
+    assert torch.equal(by_engine(load_pipeline(str(folder), hardware), 2, scheduler="ddim"), images)
     part = min((folder / "unet").glob("*-of-*.safetensors"))
     before = model_digest(str(folder))
     part.rename(tmp_path / "gone")
@@ -137,7 +137,7 @@ def test_pickles_are_refused_with_the_line_that_converts_them(
     exec(code, {})
     made = tmp_path / "it's mine-safetensors"
     check_addresses(job_of(made))
-    assert torch.equal(by_engine(Diffusion.load(str(made), hardware), 2, scheduler="ddim"), images)
+    assert torch.equal(by_engine(load_pipeline(str(made), hardware), 2, scheduler="ddim"), images)
 
 
 @pytest.mark.parametrize("names", [(), ("model.ckpt",), ("flax_model.msgpack",), ("model.onnx",), ("tf_model.h5",)])
@@ -166,7 +166,7 @@ def test_a_checker_without_weights_may_be_left_out(plain, tmp_path, hardware):
     with pytest.raises(JobError, match="the weights in safety_checker are pickled"):
         check_addresses(job_of(folder))
     check_addresses(job_of(folder, safety_checker="off"))
-    assert Diffusion.load(str(folder), hardware, checks_safety=False).safety_checker is None
+    assert load_pipeline(str(folder), hardware, checks_safety=False).safety_checker is None
     shutil.rmtree(folder / "safety_checker")
     check_addresses(job_of(folder, safety_checker="off"))
 
@@ -224,7 +224,7 @@ def test_weights_that_are_missing_are_not_made_up(part, rename, plain, tmp_path,
     tensor = weights.pop(name)
     safetensors.torch.save_file(weights | ({rename.format(name): tensor} if rename else {}), path)
     with pytest.raises(JobError, match=r"cannot be loaded as a diffusion pipeline .its files lack 1 of the weights"):
-        Diffusion.load(str(folder), hardware)
+        load_pipeline(str(folder), hardware)
 
 
 def test_the_old_names_of_attention_weights_are_read(plain, images, tmp_path, hardware):
@@ -239,4 +239,4 @@ def test_the_old_names_of_attention_weights_are_read(plain, images, tmp_path, ha
         renamed[name.replace(place, old[place]) if place else name] = tensor
     assert renamed.keys() != weights.keys()
     safetensors.torch.save_file(renamed, path)
-    assert torch.equal(by_engine(Diffusion.load(str(folder), hardware), 2, scheduler="ddim"), images)
+    assert torch.equal(by_engine(load_pipeline(str(folder), hardware), 2, scheduler="ddim"), images)

@@ -12,11 +12,13 @@ import pytest
 
 import engine.generation.worker
 from engine.data.run.commits import list_commits
+from engine.data.run.stored_plan import stored_plan
 from engine.data.stores.opening import open_store
-from engine.driver.run import plan_job
-from engine.errors import OutputError
+from engine.driver.checks import plan_job
+from engine.driver.executors.local import LocalExecutor
+from engine.errors import JobError, OutputError
 from engine.generation.worker import MAX_WAITING_BATCHES, Worker
-from tests.sleepy import GATE_SECONDS, make_job, make_result, wait_until
+from tests.sleepy import GATE_SECONDS, make_job, make_result, run_sleepy, wait_until
 
 
 class Sampler:
@@ -128,3 +130,19 @@ def test_a_shard_whose_answer_was_lost_is_not_made_again(tmp_path):
     assert worker.begin(3, attempt=2)().counts == first.counts and worker.sampler.num_made == 4
     worker.begin(4, attempt=2, batch_limit=7)()
     assert worker.sampler.num_made == 8 and worker.sampler.limits == [(0, 7)]
+
+
+def test_a_worker_refuses_an_output_without_its_run(tmp_path):
+    """On a machine that does not share the driver's folder, it would publish shards that nobody reads."""
+    job = make_job(tmp_path, 1)
+    run_sleepy(tmp_path, 1, LocalExecutor(1))
+    plan = open_plan(tmp_path)
+    Worker(job, plan, name="here", load=lambda *_: Sampler())
+    elsewhere = job.model_copy(update={"output": job.output.model_copy(update={"uri": str(tmp_path / "empty")})})
+    with pytest.raises(JobError, match=r"^output\.uri: .*empty' as worker there sees it does not contain this run"):
+        Worker(elsewhere, plan, name="there", load=lambda *_: Sampler())
+
+
+def open_plan(output):
+    """The plan that a run has stored."""
+    return stored_plan(open_store(str(output)))[1]

@@ -12,10 +12,9 @@ import transformers
 
 from engine.job.parsing import parse_job
 from engine.methods.sampling.loop import sample
-from engine.methods.sampling.noise import draw_noise
 from engine.methods.sampling.spec import SamplingSpec
 from engine.models.addresses import resolve
-from engine.models.diffusion import Diffusion
+from engine.models.pipelines.base import EMBEDDINGS, LATENTS, ImageConditioning, Pipeline
 
 PROMPTS = ["three and eight", "a photo of a two"]
 SEEDS = [5, 6]
@@ -116,17 +115,15 @@ def by_diffusers(pipeline: Any, steps: int, *, prompts: list[str] = PROMPTS, **o
     ).images
 
 
-def by_engine(model: Diffusion, steps: int, *, prompts: list[str] = PROMPTS, **options: Any) -> torch.Tensor:
+def by_engine(model: Pipeline, steps: int, *, prompts: list[str] = PROMPTS, **options: Any) -> torch.Tensor:
     """The same of the engine; `options` are of `sampling`."""
     spec = SamplingSpec(num_inference_steps=steps, guidance_scale=3.0, **options)
-    sampler, seeds, labels = model.sampler(spec), SEEDS[: len(prompts)], None
-    if model.noiser is None:
-        (noise,) = draw_noise(seeds, model.latent_shape)
-    else:
-        embed_noise, noise = draw_noise(seeds, (model.noiser.dim,), model.latent_shape)
-        labels = model.noiser.class_labels(embeds(model.noiser.dim), embed_noise, 100)
+    sampler, noise = model.sampler(spec), model.draw_noise(SEEDS[: len(prompts)])
+    images = None
+    if EMBEDDINGS in noise:
+        images = ImageConditioning(embeds=embeds(noise[EMBEDDINGS].shape[1]), noise=noise, noise_level=100)
     with torch.no_grad():
-        latents = sample(model.denoiser(prompts, spec, sampler, labels), sampler, noise)
+        latents = sample(model.denoiser(prompts, spec, sampler, images), sampler, noise[LATENTS])
         return model.decode(latents).clamp(0, 1)
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, TypeAdapter
 from engine.job import spec
 from engine.job.acceptance import FLAGS, ORACLE, ORACLE_CONDITION, SCORES
 from engine.job.columns import COLUMNS, RECORD_COLUMNS, RUN_COLUMNS, SCHEMA_VERSION, SURPLUS, Column, enumerated
+from engine.methods.registry import METHODS
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTE = "<!-- Made by tools/docs.py from the code; change it there. -->"
@@ -30,16 +31,14 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("conditioning", spec.ConditioningSpec),
     ("sampling", spec.SamplingSpec),
     ("guidance", spec.GuidanceSpec),
-    ("guidance.boundary", spec.BoundaryGuidanceSpec),
-    ("guidance.risky", spec.RiskyGuidanceSpec),
-    ("guidance.custom", spec.CustomGuidanceSpec),
+    *((f"guidance.{method.name}", method.load_spec()) for method in METHODS if method.is_guided),
     ("output", spec.OutputSpec),
     ("runtime", spec.RuntimeSpec),
 )
 # Patterns in words; a new one needs words, too.
 PATTERNS = {
     TypeAdapter(spec.Name).json_schema()["pattern"]: "of a-z, 0-9 and inner hyphens",
-    TypeAdapter(spec.Method).json_schema()["pattern"]: "`package.module:factory`",
+    TypeAdapter(spec.MethodAddress).json_schema()["pattern"]: "`package.module:factory`",
     TypeAdapter(spec.Date).json_schema()["pattern"]: "a date such as `2026-11-21`",
     TypeAdapter(spec.Factor).json_schema()["pattern"]: "a multiple such as `4x`",
     "^(auto|cpu|cuda)$": "`auto`, `cpu`, `cuda`",

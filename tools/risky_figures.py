@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from engine.job.records import STATUS_FAILED
 from engine.job.spec import JobSpec
+from engine.methods.risky.spec import RiskyGuidanceSpec
 from engine.studies.intervals import wilson_interval
 
 COLUMNS = (
@@ -115,8 +116,8 @@ def draw(requests: dict[str, Rows], job: JobSpec, path: Path) -> None:
 
     by_weight: dict[float, list[tuple[float, Rows]]] = {}
     for request in job.requests:
-        spec = job.guidance_of(request).risky
-        if request.method == "risky" and spec.step == "paper" and request.name in requests:
+        spec = job.parameters_of(request)
+        if isinstance(spec, RiskyGuidanceSpec) and spec.step == "paper" and request.name in requests:
             by_weight.setdefault(spec.conformity_weight, []).append((spec.scale, requests[request.name]))
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     unguided = [(scale, rows) for some in by_weight.values() for scale, rows in some if scale == 0]

@@ -1,9 +1,9 @@
 """The real scheduler in a simulated world: `python -m tools.simulate schedules 10000`, or `... scale`.
 
-Discrete events, drawn from a seed, drive `engine.driver.scheduler` and `engine.job.quotas`, as `engine.driver.run_loop`
-does with real workers and files. In this world processes crash before and after they commit, hang, run out of memory,
-answer late, twice or not at all, nodes vanish, and the driver is killed and started again while the dead one's workers
-still commit.
+Discrete events, drawn from a seed, drive `engine.driver.scheduling` and `engine.job.quotas`, as
+`engine.driver.run_loop` does with real workers and files. In this world processes crash before and after they commit,
+hang, run out of memory, answer late, twice or not at all, nodes vanish, and the driver is killed and started again
+while workers of the dead driver still commit.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from engine.driver import scheduler
-from engine.generation.messages import (
+from engine.driver.scheduling import scheduler
+from engine.driver.scheduling.dispatch import MAX_QUEUED
+from engine.driver.scheduling.messages import (
     Abort,
     Action,
     Assign,
@@ -27,13 +28,13 @@ from engine.generation.messages import (
     Drained,
     Event,
     Finished,
-    Lot,
     PlanGrown,
     Quarantine,
-    Rules,
+    SchedulerLimits,
     ShardDone,
     ShardError,
     ShardProgress,
+    ShardRange,
     ShardSampled,
     StartWorker,
     StopWorker,
@@ -46,7 +47,7 @@ from engine.job.parsing import parse_job
 from engine.job.plan import Extent, Plan, build_plan
 from engine.job.quotas import Quotas, replay
 
-RULES = Rules(
+LIMITS = SchedulerLimits(
     min_limit_seconds=40.0, first_limit_seconds=80.0, start_limit_seconds=60.0, check_seconds=5.0, grace_seconds=15.0
 )
 TICK_SECONDS = 5.0
@@ -196,8 +197,8 @@ class World:
         for number in range(plan.num_shards):
             require((number in disk.shards) != (number in disk.quarantined), f"shard {number} is lost, or there twice")
         for number, reasons in disk.quarantined.items():
-            require(len(reasons) == Rules().max_strikes, f"shard {number} has {len(reasons)} marks")
-            require(not any("node" in reason for reason in reasons), f"shard {number} was blamed for a lost node")
+            require(len(reasons) == SchedulerLimits().max_strikes, f"shard {number} has {len(reasons)} strikes")
+            require(not any("node" in reason for reason in reasons), f"shard {number} got a strike for a lost node")
         keys = [one.key for number in disk.shards for one in plan.samples(plan.shard(number))]
         require(len(keys) == len(set(keys)), "a sample is there twice")
         for one in replay(plan, self.all_counts(), disk.quarantined, SAMPLES_PER_SHARD).standings():
@@ -213,7 +214,7 @@ class World:
 
 
 class Driver:
-    """A driver's life: what `engine.driver.run_loop.Shift` does, with processes of this world."""
+    """A driver's life: what `engine.driver.run_loop.RunLoop` does, with processes of this world."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -233,17 +234,17 @@ class Driver:
         self.state, actions = scheduler.start(
             flags,
             self.world.max_workers,
-            lots=map(self.lot, self.plan.extents),
+            ranges=map(self.shard_range, self.plan.extents),
             is_final=self.quotas.is_final,
-            rules=RULES,
+            limits=LIMITS,
             now=self.world.now,
         )
         self.obey(actions)
         self.tick()
 
-    def lot(self, extent: Extent) -> Lot:
+    def shard_range(self, extent: Extent) -> ShardRange:
         """The row of an extent; every second request has the other model."""
-        return Lot(extent.num_shards, kind=extent.request, model=extent.request % len(MODELS))
+        return ShardRange(extent.num_shards, request=extent.request, model=extent.request % len(MODELS))
 
     def add_rounds(self) -> tuple[Extent, ...]:
         """Plan the rounds that are due, on disk first."""
@@ -254,22 +255,22 @@ class Driver:
     def tick(self) -> None:
         """Let the scheduler know the time, again and again."""
         if self.is_alive:
-            self.tell(Tick(self.world.now))
+            self.send(Tick(self.world.now))
             self.world.later(TICK_SECONDS, self.tick)
 
     def drain(self) -> None:
         """A signal."""
         if self.is_alive:
-            self.tell(Drain())
+            self.send(Drain())
 
     def die(self) -> None:
-        """The driver is killed; its workers go on with what they have, and their answers reach nobody."""
+        """The driver is killed; its workers go on with what they have, and their results are lost."""
         self.is_alive = False
         if self.world.driver is self:
             self.world.driver = None
 
-    def tell(self, event: Event) -> None:
-        """Let the scheduler hear of an event; sometimes it comes twice."""
+    def send(self, event: Event) -> None:
+        """Send an event to the scheduler; sometimes twice."""
         if not self.is_alive:
             return
         self.step(event)
@@ -277,7 +278,8 @@ class Driver:
             before = self.state
             state, actions = scheduler.step(self.state, event)
             require(
-                (state == before and not actions) or isinstance(event, (ShardProgress, WorkerPlaced)), "heard twice"
+                (state == before and not actions) or isinstance(event, (ShardProgress, WorkerPlaced)),
+                "a duplicate event changed the state",
             )
 
     def step(self, event: Event) -> None:
@@ -296,7 +298,7 @@ class Driver:
         if settled and self.is_alive and not self.state.is_final:
             extents = self.add_rounds()
             if extents or self.quotas.is_final:
-                self.step(PlanGrown(tuple(map(self.lot, extents)), self.quotas.is_final))
+                self.step(PlanGrown(tuple(map(self.shard_range, extents)), self.quotas.is_final))
 
     def is_held(self, event: ShardDone) -> bool:
         """Whether a result is of a shard that its worker holds."""
@@ -339,10 +341,10 @@ class Driver:
 
     def assign(self, action: Assign) -> None:
         """A shard is queued on a process."""
-        require(action.shard not in self.settled, f"shard {action.shard} was given out after it was settled")
+        require(action.shard not in self.settled, f"shard {action.shard} was dispatched after it was settled")
         process = self.processes[action.worker]
         process.queue.append((action.shard, action.attempt))
-        require(len(process.queue) <= scheduler.MAX_QUEUED + 1, "too many shards queued")
+        require(len(process.queue) <= MAX_QUEUED + 1, "too many shards queued")
         if not process.is_busy:
             self.work(action.worker, process)
 
@@ -391,7 +393,7 @@ class Driver:
         # One that was stopped or lost has no thread to write any more, or is just before its end.
         if not process.is_alive and self.world.draw.random() < 0.9:
             return
-        # Also of a process whose driver is dead or has given it up: nobody can call it back.
+        # Also of a process whose driver is dead or has given it up: nothing can stop it.
         self.disk.commit(shard, self.world.content(shard))
         if shard in self.disk.quarantined:
             del self.disk.quarantined[shard]
@@ -410,7 +412,7 @@ class Driver:
 
     def answer(self, worker: int, event: Event) -> None:
         """Something that a process says reaches the driver, if it lives, however late."""
-        self.tell(event)
+        self.send(event)
 
 
 def make_plan(draw: random.Random) -> Plan:
@@ -471,7 +473,7 @@ class Scale:
     """What a large run came to.
 
     Attributes:
-        efficiency: time in sampling of the time of all workers, loading included, until the last shard is given out.
+        efficiency: time in sampling of the time of all workers, loading included, until the last shard is dispatched.
         whole_efficiency: time in sampling that led to a commit, of all workers' time until the last one is made.
         decisions_per_second: events and the decisions on them, on one core of this machine.
     """
@@ -541,8 +543,8 @@ def scale(
         now = free_at
         num_decisions += 1
         if not state.num_pending and not efficiency:
-            in_work = sum(now - since for since, _ in begun.values())
-            efficiency = (useful + in_work) / (num_workers * now)
+            in_flight = sum(now - since for since, _ in begun.values())
+            efficiency = (useful + in_flight) / (num_workers * now)
     return Scale(
         efficiency=efficiency,
         whole_efficiency=useful / (num_workers * now),

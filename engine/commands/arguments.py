@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have, and what they stand for."""
+"""Arguments and options shared by several commands, and the objects made from them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,25 @@ if TYPE_CHECKING:
     from engine.driver.executors.base import Executor
     from engine.job.spec import JobSpec
 
-JobArgument = Annotated[Path, typer.Argument(metavar="JOB", help="Job file in YAML.", show_default=False)]
+JobArgument = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).", show_default=False)]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="K=V", help="Replace a value of the job, such as requests.0.count=6; repeatable."),
+    typer.Option("--set", metavar="K=V", help="Override a value of the job, e.g. requests.0.count=6; repeatable."),
 ]
 OutputOption = Annotated[
-    str | None, typer.Option(metavar="URI", help="Folder or address of the run; replaces output.uri.")
+    str | None, typer.Option(metavar="URI", help="Folder or address of the run; overrides output.uri.")
 ]
 AddressOption = Annotated[
-    str | None, typer.Option(metavar="A", help="Running Ray cluster: `auto` or HOST:PORT. Default: start one here.")
+    str | None,
+    typer.Option(
+        metavar="A", help="Address of a running Ray cluster: `auto` or HOST:PORT. Default: start Ray on this machine."
+    ),
 ]
-WorkersOption = Annotated[int | None, typer.Option(metavar="N", help="Workers; replaces runtime.workers.")]
+WorkersOption = Annotated[int | None, typer.Option(metavar="N", help="Number of workers; overrides runtime.workers.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder or address of a run.", show_default=False)]
-ExecutorOption = Annotated[Literal["ray", "local"], typer.Option(help="Ray actors, or threads of this process.")]
+ExecutorOption = Annotated[
+    Literal["ray", "local"], typer.Option(help="Run workers as Ray actors, or as threads of this process.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -36,7 +41,10 @@ def load_job(
     workers: int | None = None,
     continues: bool = True,
 ) -> JobSpec:
-    """The job of a file with the overrides of the command line.
+    """Load a job file and apply the overrides of the command line.
+
+    Args:
+        continues: as in `engine.commands.jobfile.read_job`.
 
     Raises:
         JobError: the file cannot be read, or is not valid.
@@ -50,20 +58,20 @@ def load_job(
 
 
 def make_executor(kind: str, job: JobSpec, address: str | None) -> Executor:
-    """The executor `ray` or `local`, on hardware that is there.
+    """The executor `ray` or `local`, after a check of the hardware.
 
     Raises:
-        JobError: the device of the job is not.
+        JobError: the job requests hardware that this machine lacks.
     """
-    from engine.driver.run import check_hardware
+    from engine.driver.checks import check_hardware
 
     workers = None if job.runtime.workers == "auto" else job.runtime.workers
     if kind == "local":
-        check_hardware(job, is_here=True)
+        check_hardware(job, is_local=True)
         from engine.driver.executors.local import LocalExecutor
 
         return LocalExecutor(workers or 1)
-    check_hardware(job, is_here=address is None)
+    check_hardware(job, is_local=address is None)
     from engine.driver.executors.ray import RayExecutor
 
     return RayExecutor(address=address, num_workers=workers, device=job.runtime.device)

@@ -1,8 +1,8 @@
-"""Commands that read runs as data, and make data sets of them."""
+"""Commands that inspect runs as data and export data sets from them."""
 
 from __future__ import annotations
 
-import signal
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,67 +10,83 @@ import typer
 
 import engine
 from engine.commands.arguments import JsonOption
-from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json
-from engine.errors import EXIT_DRAINED, JobError
+from engine.commands.output import MAX_LISTED, make_console, make_display, print_json
+from engine.commands.stopping import NOTHING_STORED, stop_on_signals
+from engine.errors import JobError
 from engine.terminal import printable
 from engine.terminal import show as print
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from engine.data.reading.export_options import ExportOptions
     from engine.data.reading.inspection import Inspection
 
 RunsArgument = Annotated[
-    list[str], typer.Argument(metavar="RUN", help="Folders of runs or merged data sets.", show_default=False)
+    list[str],
+    typer.Argument(metavar="RUN", help="Folders or addresses of runs or merged data sets.", show_default=False),
 ]
 ExportOutput = Annotated[
-    str, typer.Option("--output", metavar="URI", help="Folder of the new data set; must be empty.", show_default=False)
+    str, typer.Option("--output", metavar="URI", help="Folder for the new data set; must be empty.", show_default=False)
 ]
 FilterOption = Annotated[
-    str | None, typer.Option("--filter", metavar="EXPR", help='Such as "risk > 2 and oracle_agrees"; docs/reading.md.')
+    str | None,
+    typer.Option(
+        "--filter", metavar="EXPR", help='Filter samples, e.g. "risk > 2 and oracle_agrees"; see docs/reading.md.'
+    ),
 ]
-NameOption = Annotated[str, typer.Option(metavar="NAME", help="Prefix of shards and of keys of real images.")]
-OrderOption = Annotated[int, typer.Option("--seed", metavar="N", help="Decides the order, and which real images.")]
-ReshardOption = Annotated[int, typer.Option(metavar="N", help="Samples in each tar or parquet file.")]
+NameOption = Annotated[str, typer.Option(metavar="NAME", help="Name prefix of shards and of the keys of real images.")]
+OrderOption = Annotated[
+    int, typer.Option("--seed", metavar="N", help="Seed of the order and of the choice of real images.")
+]
+ReshardOption = Annotated[int, typer.Option(metavar="N", help="Samples per tar or parquet file.")]
 DeduplicateOption = Annotated[
     float | None,
-    typer.Option(metavar="X", help="Leave out samples as near as this cosine to an earlier one of their class."),
+    typer.Option(
+        metavar="X", help="Drop samples whose cosine similarity to an earlier sample of their class is at least this."
+    ),
 ]
 ClipOption = Annotated[
-    str | None, typer.Option("--clip", metavar="A", help="CLIP model for --deduplicate. Default: the runs' own.")
+    str | None, typer.Option("--clip", metavar="A", help="CLIP model for --deduplicate. Default: the runs'.")
 ]
 MixOption = Annotated[
-    str | None, typer.Option(metavar="DATA", help="Labelled images to mix in, as for prepare.", show_default=False)
+    str | None,
+    typer.Option(
+        metavar="DATA", help="Real labelled images to mix in; the same forms as `prepare --data`.", show_default=False
+    ),
 ]
 RatioOption = Annotated[
-    float | None, typer.Option(metavar="X", help="Share of the images that is real, with --mix-real. Default: 0.5.")
+    float | None, typer.Option(metavar="X", help="Share of real images, with --mix-real. Default: 0.5.")
 ]
-RejectedOption = Annotated[bool, typer.Option("--with-rejected", help="Stored images of rejected samples, too.")]
-SurplusOption = Annotated[bool, typer.Option("--with-surplus", help="Accepted samples beyond their quota, too.")]
+RejectedOption = Annotated[bool, typer.Option("--with-rejected", help="Include stored images of rejected samples.")]
+SurplusOption = Annotated[bool, typer.Option("--with-surplus", help="Include accepted samples beyond their quota.")]
 TargetsOption = Annotated[
-    bool, typer.Option("--allow-different-targets", help="Scores of different targets may stand side by side.")
+    bool, typer.Option("--allow-different-targets", help="Allow scores of different targets in one data set.")
 ]
 
 
 def inspect(
     runs: RunsArgument,
     filter_: FilterOption = None,
-    key: Annotated[str | None, typer.Option(metavar="KEY", help="One sample, with its whole record.")] = None,
-    save: Annotated[Path | None, typer.Option(metavar="FILE", help="With --key: write its image.")] = None,
+    key: Annotated[str | None, typer.Option(metavar="KEY", help="Show one sample with its whole record.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the image of the sample; requires --key.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is in runs, finished or not."""
+    """Show the contents of runs, finished or not."""
     from engine.data.reading import inspection
 
     if save is not None and key is None:
-        raise JobError("--save: writes the image of one sample; name it by --key")
+        raise JobError("--save: writes the image of one sample; select it with --key")
     corpus = engine.open_run(*runs)
     corpus = corpus if filter_ is None else corpus.filter(filter_, "--filter")
     if key is None:
-        found = inspection.inspect(corpus)
+        inspected = inspection.inspect(corpus)
         if as_json:
-            print_json(found.document)
+            print_json(inspected.document)
         else:
-            _print_inspection(found)
+            _print_inspection(inspected)
         return
     source, row = inspection.find_sample(corpus, key)
     if save is not None:
@@ -100,7 +116,7 @@ def merge(
     allow_different_targets: TargetsOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make one data set of the accepted samples of runs: `export` to WebDataset without a filter."""
+    """Merge the accepted samples of runs into one data set: `export` to WebDataset without a filter."""
     export(
         runs, output, samples_per_shard=samples_per_shard, seed=seed, name=name, deduplicate=deduplicate, clip=clip,
         mix_real=mix_real, real_ratio=real_ratio, with_rejected=with_rejected, with_surplus=with_surplus,
@@ -113,13 +129,13 @@ def export(
     output: ExportOutput,
     filter_: FilterOption = None,
     format_: Annotated[
-        Literal["webdataset", "imagefolder", "parquet"], typer.Option("--format", help="How images are stored.")
+        Literal["webdataset", "imagefolder", "parquet"], typer.Option("--format", help="Format of the data set.")
     ] = "webdataset",
     folders: Annotated[
         Literal["index", "name"],
         typer.Option(
-            help="What imagefolder calls the folders of classes: their index (0003), in whose order torchvision numbers"
-            " them, or their name; classes.json has the label of each."
+            help="Names of class folders in imagefolder: the class index (0003), in torchvision's class order, or"
+            " the class name; classes.json has the label of each."
         ),
     ] = "index",
     samples_per_shard: ReshardOption = 1000,
@@ -134,7 +150,7 @@ def export(
     allow_different_targets: TargetsOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the samples of runs that pass a filter as a data set of their own."""
+    """Export the samples of runs that pass a filter as a new data set."""
     from engine.data.reading.export_options import ExportOptions
 
     options = ExportOptions(
@@ -160,48 +176,32 @@ def _real_ratio(given: float | None, mix_real: str | None) -> float:
     from engine.data.reading.export_options import DEFAULT_REAL_RATIO
 
     if given is not None and mix_real is None:
-        raise JobError("--real-ratio: is for --mix-real; give both, or leave it out")
+        raise JobError("--real-ratio: requires --mix-real; give both, or omit it")
     return DEFAULT_REAL_RATIO if given is None else given
 
 
 def _export(runs: list[str], options: ExportOptions, as_json: bool) -> None:
-    import contextlib
-
     from engine.data.reading.export import export as export_runs
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with contextlib.closing(make_display()) as display:
-            done = export_runs(tuple(runs), options, display.advance)
-    except KeyboardInterrupt:
-        complain("stopped; nothing is stored, the same command begins again")
-        raise typer.Exit(EXIT_DRAINED) from None
+    with stop_on_signals(NOTHING_STORED), contextlib.closing(make_display()) as display:
+        exported = export_runs(tuple(runs), options, display.advance)
     if as_json:
-        print_json(done.manifest)
+        print_json(exported.manifest)
         return
-    for line in done.remarks:
+    for line in exported.remarks:
         print(line)
-    counts = done.manifest["counts"]
+    counts = exported.manifest["counts"]
     real = f", {counts['real']} of them real" if counts["real"] else ""
-    print(f"{counts['images']} images{real} in {done.path}")
+    print(f"{counts['images']} images{real} in {exported.path}")
 
 
-def _print_inspection(found: Inspection) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    from engine.data.reading.inspection import QUANTILES
+def _print_inspection(inspection: Inspection) -> None:
+    """Print an inspection: runs, counts, medians and quantiles."""
     from engine.driver.progress import byte_size, medians_table
 
-    document, console = found.document, make_console()
+    document, console = inspection.document, make_console()
     for run in document["runs"]:
-        print(printable(f"{run['uri']}: {run['name']}, {run['state']}; {run['shards']} shards with images"))
-        print(f"  disk       {byte_size(run['disk_bytes'])}, of which tars and rows {byte_size(run['data_bytes'])}")
-        print(f"  digest     {printable(run['digest']) or 'unknown'}")
-        for role, about in run["models"].items():
-            for one in about if isinstance(about, list) else [about]:
-                print(f"  {role:<10} {printable(_model_line(one))}")
+        _print_run(run)
     print(f"rows         {document['rows']}, {_listed(document['status'])}; {document['accepted']} accepted")
     print(f"samples      {document['samples']} accepted, with an image, within their quota")
     print(f"surplus      {document['surplus']}")
@@ -211,22 +211,43 @@ def _print_inspection(found: Inspection) -> None:
         print(f"image        {size} ({image['format']}, the first one)")
     print(f"classes      {_listed(document['classes'])}")
     print(f"contexts     {_listed(document['contexts'])}")
-    if found.groups:
-        console.print(medians_table(found.groups))
+    if inspection.groups:
+        console.print(medians_table(inspection.groups))
     if document["quantiles"]:
-        table = Table(title="Quantiles over scored rows", title_justify="left", box=box.SIMPLE_HEAD)
-        for head in ("score", *(f"{share:.0%}" for share in QUANTILES)):
-            table.add_column(head, justify="left" if head == "score" else "right")
-        for score, values in document["quantiles"].items():
-            table.add_row(Text(score), *(f"{value:.3g}" for value in values))
-        console.print(table)
+        console.print(_quantiles_table(document["quantiles"]))
 
 
-def _model_line(about: Any) -> str:
-    return ", ".join(map(str, about.values())) if isinstance(about, dict) else str(about)
+def _print_run(run: dict[str, Any]) -> None:
+    from engine.driver.progress import byte_size
+
+    print(printable(f"{run['uri']}: {run['name']}, {run['state']}; {run['shards']} shards with images"))
+    print(f"  disk       {byte_size(run['disk_bytes'])}, of which tars and rows {byte_size(run['data_bytes'])}")
+    print(f"  digest     {printable(run['digest']) or 'unknown'}")
+    for role, models in run["models"].items():
+        for model in models if isinstance(models, list) else [models]:
+            print(f"  {role:<10} {printable(_model_line(model))}")
+
+
+def _quantiles_table(quantiles: dict[str, list[float]]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from engine.data.reading.inspection import QUANTILES
+
+    table = Table(title="Quantiles over scored rows", title_justify="left", box=box.SIMPLE_HEAD)
+    for head in ("score", *(f"{share:.0%}" for share in QUANTILES)):
+        table.add_column(head, justify="left" if head == "score" else "right")
+    for score, values in quantiles.items():
+        table.add_row(Text(score), *(f"{value:.3g}" for value in values))
+    return table
+
+
+def _model_line(model: Any) -> str:
+    return ", ".join(map(str, model.values())) if isinstance(model, dict) else str(model)
 
 
 def _listed(counts: dict[str, int]) -> str:
-    some = [f"{printable(name) or 'none'} {count}" for name, count in list(counts.items())[:MAX_LISTED]]
-    more = [f"and {len(counts) - MAX_LISTED} more"] if len(counts) > MAX_LISTED else []
-    return ", ".join(some + more) or "none"
+    first = [f"{printable(name) or 'none'} {count}" for name, count in list(counts.items())[:MAX_LISTED]]
+    rest = [f"and {len(counts) - MAX_LISTED} more"] if len(counts) > MAX_LISTED else []
+    return ", ".join(first + rest) or "none"

@@ -1,4 +1,4 @@
-"""Job files: YAML to a checked job, with messages that say where the file is wrong."""
+"""Job files: from YAML to a validated job, with messages that locate the error in the file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from engine.models.factories import add_import_folders, factories
 from engine.terminal import redacted
 
 MAX_JOB_BYTES = 16 * 2**20
-# Values of a job with its aliases written out, and digits of a number: more is no job that anybody wrote.
+# Values of a job with its aliases expanded, and digits of a number; no real job has more.
 MAX_JOB_VALUES = 10**6
 MAX_DIGITS = 300
 MAX_SHOWN = 100
@@ -28,21 +28,21 @@ _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
 def read_job(path: Path, overrides: list[tuple[str, Any]], *, continues: bool = True) -> JobSpec:
-    """Read and check a job file. Today's date is filled in where the job asks for it (`dated`).
+    """Read and validate a job file. Today's date is filled in if the job requests it (`dated`).
 
     Args:
-        overrides: dotted paths and values that replace what the file has.
-        continues: whether a run that the output holds goes on, with the dates that it began with.
+        overrides: dotted paths and the values to set there.
+        continues: whether a run in the output is continued, with the dates that it started with.
 
     Raises:
-        JobError: the file cannot be read or is not YAML (with line and column), or the job is wrong.
+        JobError: the file cannot be read, is not YAML (with line and column), or is no valid job.
 
-    Side effects: where a model or a method is a factory, it can be imported from the working folder and the folder of
-        the file.
+    Side effects: if a model or a method is a factory, adds the working folder and the folder of the file to
+        `sys.path`.
     """
     raw = _parse(path, _text(path))
     if raw is None:
-        raise JobError(f"{path}: is empty; `riskforge schema` shows what a job has")
+        raise JobError(f"{path}: is empty; `riskforge schema` prints the schema of a job")
     if isinstance(raw, dict):
         raw = apply_overrides(raw, overrides)
     if problems := _credential_problems(raw, ""):
@@ -53,44 +53,47 @@ def read_job(path: Path, overrides: list[tuple[str, Any]], *, continues: bool = 
 
 
 def _credential_problems(value: Any, where: str) -> list[str]:
-    """Addresses with a password, in any place of a job: it would be stored with the run and stand in its card."""
+    """Addresses with a password, anywhere in a job: it would be stored with the run and appear in its card."""
     if isinstance(value, dict):
-        return [one for key, inner in value.items() for one in _credential_problems(inner, f"{where}.{key}".strip("."))]
+        return [
+            line for key, inner in value.items() for line in _credential_problems(inner, f"{where}.{key}".strip("."))
+        ]
     if isinstance(value, list):
-        return [one for key, inner in enumerate(value) for one in _credential_problems(inner, f"{where}.{key}")]
+        return [line for key, inner in enumerate(value) for line in _credential_problems(inner, f"{where}.{key}")]
     if not isinstance(value, str) or redacted(value) == value:
         return []
     return [
-        f"{where}: '{redacted(value)}' holds a user name or password, and a job is stored with its run; leave it out,"
-        " and give credentials by the environment (docs/operations.md)"
+        f"{where}: '{redacted(value)}' contains a user name or password, and a job is stored with its run; leave it"
+        " out, and pass credentials by the environment (docs/operations.md)"
     ]
 
 
 def dated(job: JobSpec, today: datetime.date, *, continues: bool = True) -> JobSpec:
-    """A job with `{date}` and `{job}` of its `output.uri` filled in, and with a date where a request is `fresh: true`.
+    """A job with `{date}` and `{job}` in its `output.uri` filled in, and with a date in place of `fresh: true`.
 
     Args:
         today: in local time.
-        continues: whether a run that the output holds keeps its dates, so that it goes on after midnight as it began.
+        continues: whether a run in the output keeps its dates, so that it continues unchanged after midnight.
 
     Raises:
-        JobError: another placeholder in `output.uri`.
-        OutputError: the output cannot be looked into.
+        JobError: an unknown placeholder in `output.uri`.
+        OutputError: the output cannot be read.
     """
     known = {"date": today.isoformat(), "job": job.name}
     if unknown := [name for name in _PLACEHOLDER.findall(job.output.uri) if name not in known]:
         raise JobError(
-            f"output.uri: '{job.output.uri}' has the unknown placeholder {{{unknown[0]}}}; there are {{date}} and"
-            " {job}"
+            f"output.uri: '{job.output.uri}' has the unknown placeholder {{{unknown[0]}}}; use {{date}} or {{job}}"
         )
-    uri = _PLACEHOLDER.sub(lambda found: known[found[1]], job.output.uri)
+    uri = _PLACEHOLDER.sub(lambda match: known[match[1]], job.output.uri)
     job = job.model_copy(update={"output": job.output.model_copy(update={"uri": uri})})
     if not any(request.fresh is True for request in job.requests):
         return job
-    held = read_run(open_store(uri)) if continues else None
-    begun = {} if held is None else {one["name"]: one.get("fresh") for one in held.identity["requests"]}
+    earlier = read_run(open_store(uri)) if continues else None
+    dates = (
+        {} if earlier is None else {request["name"]: request.get("fresh") for request in earlier.identity["requests"]}
+    )
     requests = tuple(
-        request.model_copy(update={"fresh": begun.get(request.name) or today.isoformat()})
+        request.model_copy(update={"fresh": dates.get(request.name) or today.isoformat()})
         if request.fresh is True
         else request
         for request in job.requests
@@ -99,31 +102,31 @@ def dated(job: JobSpec, today: datetime.date, *, continues: bool = True) -> JobS
 
 
 def let_import(job: JobSpec, *folders: Path) -> None:
-    """Where a model or a method of a job is a factory, let it be imported from some folders.
+    """Make the factories among a job's models and methods importable from these folders.
 
-    Side effects: adds them to `sys.path`.
+    Side effects: adds the folders to `sys.path` if there is a factory.
     """
     import_factories([job.models.target, *job.models.transfer, job.models.oracle, *custom_methods(job)], *folders)
 
 
 def import_factories(addresses: Iterable[str | None], *folders: Path) -> None:
-    """Where one of the addresses is a factory, let it be imported from some folders.
+    """Make the factories among these addresses importable from these folders.
 
-    Side effects: adds them to `sys.path`.
+    Side effects: adds the folders to `sys.path` if there is a factory.
     """
     if any(factories(addresses)):
         add_import_folders(str(folder.resolve()) for folder in folders)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Split `K=V` of the command line; the value is read as YAML.
+    """Parse `K=V` of the command line; the value is YAML.
 
     Raises:
         JobError: no `=`, no key, or a value that is not YAML.
     """
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise JobError(f"--set {_shortened(text)}: write it as KEY=VALUE, such as requests.0.count=6")
+        raise JobError(f"--set {_shortened(text)}: write it as KEY=VALUE, e.g. requests.0.count=6")
     try:
         return key, _bounded(yaml.load(value, Loader=StrictLoader))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -136,18 +139,18 @@ def _shortened(text: str) -> str:
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML without silent surprises: a key that stands twice is an error; so is a value that its tag cannot mean.
+    """Strict YAML: a duplicate key is an error, and so is a value that does not fit its tag.
 
-    Lists and mappings are counted while they are read: what is too long is not read to its end.
+    Lists and mappings are counted while they are read, so an oversized one is not read to its end.
     """
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
-        # The keys that the nodes being read stand below; None for an entry of a list.
+        # The keys above the node that is being read; None for an entry of a list.
         self._below: list[str | None] = []
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """The next node, if there is room for it in its list or mapping."""
+        """The next node, if its list or mapping is below its limit."""
         if isinstance(parent, yaml.CollectionNode) and len(parent.value) >= self._limit(parent):
             kind = "entries" if isinstance(parent, yaml.SequenceNode) else "keys"
             text = f"'{self._nearest_key()}' has more than {self._limit(parent)} {kind}; give fewer"
@@ -164,7 +167,7 @@ class StrictLoader(yaml.SafeLoader):
         return next((key for key in reversed(self._below) if key), "the job")
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """The value of a node; what PyYAML raises of a value that it cannot read becomes an error with its place."""
+        """The value of a node; an exception of PyYAML becomes an error with line and column."""
         try:
             return super().construct_object(node, deep)
         except (yaml.YAMLError, RecursionError):
@@ -179,7 +182,7 @@ def _mapping(loader: StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
     for key, _ in node.value:
         if key.value in seen and isinstance(key, yaml.ScalarNode):
-            raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands here twice", key.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key '{key.value}'", key.start_mark)
         seen.add(str(key.value))
     loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
@@ -189,43 +192,43 @@ StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _ma
 
 
 def _bounded(value: Any) -> Any:
-    """A value from YAML, if it can be written out: aliases make values that hold themselves, or grow by doubling.
+    """Check a value from YAML: aliases can make values that contain themselves, or that grow exponentially.
 
     Raises:
-        ValueError: it cannot, or it has a number of more digits than any has that means something.
+        ValueError: it does, or it has a number with too many digits.
     """
     _num_values(value, {}, set())
     return value
 
 
 def _num_values(value: Any, known: dict[int, int], inside: set[int]) -> int:
-    """How many values there are in a value with its aliases written out."""
+    """Number of values in a value with its aliases expanded."""
     if isinstance(value, int) and value.bit_length() > 4 * MAX_DIGITS:
         raise ValueError(f"a number has more than {MAX_DIGITS} digits")
     if not isinstance(value, dict | list | tuple | set):
         return 1
     if id(value) in inside:
-        raise ValueError("an alias stands inside of what it means")
+        raise ValueError("an alias is inside the value that it refers to")
     if id(value) not in known:
         inside.add(id(value))
         parts = [*value, *value.values()] if isinstance(value, dict) else value
         known[id(value)] = 1 + sum(_num_values(part, known, inside) for part in parts)
         inside.discard(id(value))
     if known[id(value)] > MAX_JOB_VALUES:
-        raise ValueError(f"it has more than {MAX_JOB_VALUES} values with its aliases written out")
+        raise ValueError(f"it has more than {MAX_JOB_VALUES} values with its aliases expanded")
     return known[id(value)]
 
 
 def _text(path: Path) -> str:
     try:
-        # Devices have no size, and some of them no end.
+        # Devices report no size, and some have no end.
         with path.open("rb") as file:
             data = file.read(MAX_JOB_BYTES + 1)
         if len(data) > MAX_JOB_BYTES:
             raise JobError(f"{path}: is larger than {MAX_JOB_BYTES // 2**20} MB; is it a job file?")
         return data.decode("utf-8-sig")
     except FileNotFoundError:
-        raise JobError(f"{path}: there is no such file") from None
+        raise JobError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise JobError(f"{path}: is a folder; give a job file in YAML") from None
     except UnicodeDecodeError:
@@ -238,7 +241,7 @@ def _parse(path: Path, text: str) -> Any:
     try:
         return _bounded(yaml.load(text, Loader=StrictLoader))
     except yaml.reader.ReaderError:
-        raise JobError(f"{path}: holds characters that no text has; give a job file in YAML") from None
+        raise JobError(f"{path}: contains characters that are not allowed in text; give a job file in YAML") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

@@ -1,8 +1,7 @@
-"""Commands about a job before it runs: its cost, its conditioning, its schema."""
+"""Commands for a job before it runs: plan and cost, conditioning, schema."""
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,6 +17,7 @@ from engine.commands.arguments import (
     make_executor,
 )
 from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json, print_some
+from engine.commands.stopping import NOTHING_STORED, stop_on_signals
 from engine.errors import EXIT_DRAINED, JobError
 from engine.terminal import show as print
 
@@ -26,31 +26,33 @@ if TYPE_CHECKING:
     from engine.generation.artefact import Conditioning
     from engine.job.plan import Plan
     from engine.job.spec import JobSpec
-    from engine.methods.conditioning.evaluation import Quality
+    from engine.methods.conditioning.predictor_evaluation import Quality
     from engine.studies.prepare.program import Prepared
 
 
 def plan(
     job: JobArgument,
-    validate: Annotated[bool, typer.Option("--validate", help="Only check the job.")] = False,
+    validate: Annotated[bool, typer.Option("--validate", help="Only validate the job.")] = False,
     as_json: JsonOption = False,
-    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure a batch of every request here.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure one batch of every request on this machine.")
+    ] = False,
     price_per_hour: Annotated[
-        float | None, typer.Option(metavar="X", min=0, help="Price of a device for an hour; with --calibrate.")
+        float | None, typer.Option(metavar="X", min=0, help="Price of one device-hour; requires --calibrate.")
     ] = None,
     set_: SetOption = None,
 ) -> None:
-    """Show what a job will make and cost, without making it."""
+    """Show the shards, samples and cost of a job without running it."""
     if validate and calibrate:
-        raise JobError("--calibrate: makes samples, and --validate only checks; leave one of the two out")
+        raise JobError("--calibrate: makes samples, and --validate only checks; use one of them")
     if price_per_hour is not None and not calibrate:
-        raise JobError("--price-per-hour: needs the hours of a measurement; add --calibrate")
+        raise JobError("--price-per-hour: requires measured hours; add --calibrate")
     spec = load_job(job, set_)
     if validate:
         _validate(job, spec, as_json)
         return
+    from engine.driver.checks import plan_job
     from engine.driver.cost import job_cost
-    from engine.driver.run import plan_job
 
     try:
         planned = plan_job(spec, make_display()) if calibrate else plan_job(spec)
@@ -64,48 +66,52 @@ def plan(
         _print_cost(spec, cost, price_per_hour)
 
 
+DataOption = Annotated[
+    str,
+    typer.Option(
+        metavar="PATH",
+        help="Labelled images: a folder with one subfolder per class (by name or index), WebDataset tars, a run,"
+        " parquet, or a named data set such as digits:validation.",
+        show_default=False,
+    ),
+]
+OutputOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Folder for the artefact conditioning-DIGEST. Default: OUTPUT-conditioning, next to the job's output.uri.",
+    ),
+]
+ExecutorOption = Annotated[
+    Literal["auto", "ray", "local"],
+    typer.Option(
+        help="Run workers as Ray actors, or this process alone; auto uses Ray for large data sets, and with"
+        " --workers or --address."
+    ),
+]
+
+
 def prepare(
     job: JobArgument,
-    data: Annotated[
-        str,
-        typer.Option(
-            metavar="PATH",
-            help="Labelled images: a folder with a folder for each class (by name or index), WebDataset tars, a run,"
-            " parquet, or a named set such as digits:validation.",
-            show_default=False,
-        ),
-    ],
-    output: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Where the artefact conditioning-DIGEST goes; by default OUTPUT-conditioning, beside the job's"
-            " output.uri.",
-        ),
-    ] = None,
-    components: Annotated[int, typer.Option(metavar="K", min=1, max=100, help="Gaussians of a class.")] = 1,
-    executor: Annotated[
-        Literal["auto", "ray", "local"],
-        typer.Option(
-            help="Ray actors, or this process alone; auto takes Ray for large sets, and with --workers or --address."
-        ),
-    ] = "auto",
+    data: DataOption,
+    output: OutputOption = None,
+    components: Annotated[int, typer.Option(metavar="K", min=1, max=100, help="Gaussian components per class.")] = 1,
+    executor: ExecutorOption = "auto",
     address: AddressOption = None,
     workers: WorkersOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Make class statistics, error predictor and calibration of the target from labelled images."""
+    """Compute class statistics, an error predictor and the calibration of the target from labelled images."""
     is_divided = address is not None or workers is not None
     if is_divided and executor == "local":
-        raise JobError("--address and --workers: are for --executor ray; leave them or `--executor local` out")
+        raise JobError("--address and --workers: apply to --executor ray; omit them or `--executor local`")
     spec = load_job(job, set_, workers=workers)
-    from engine.driver.run import check_hardware
+    from engine.driver.checks import check_hardware
 
-    check_hardware(spec, is_here=address is None)
+    check_hardware(spec, is_local=address is None)
     from engine.studies.prepare.program import prepare_conditioning
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with stop_on_signals(NOTHING_STORED):
         prepared = prepare_conditioning(
             spec,
             data,
@@ -115,9 +121,6 @@ def prepare(
             executor=None if executor == "local" else make_executor("ray", spec, address),
             only_large=executor == "auto" and not is_divided,
         )
-    except KeyboardInterrupt:
-        complain("stopped; nothing is stored, the same command begins again")
-        raise typer.Exit(EXIT_DRAINED) from None
     _print_prepared(prepared)
 
 
@@ -129,17 +132,17 @@ def schema() -> None:
 
 
 def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
-    """Check all that can be checked without a model being loaded or fetched."""
+    """Check everything that can be checked without loading or downloading a model."""
     from engine.data.run.output_folder import check_output
     from engine.data.stores.opening import open_store
-    from engine.driver.run import check_hardware
+    from engine.driver.checks import check_hardware
     from engine.job.plan import resolve_requests
     from engine.models.artefacts import missing_artefacts
     from engine.models.job_checks import check_addresses
     from engine.models.labels import read_labels
 
     check_addresses(job)
-    check_hardware(job, is_here=False)
+    check_hardware(job, is_local=False)
     check_output(open_store(job.output.uri))
     labels = read_labels(job.models.target)
     if labels is not None:
@@ -150,7 +153,7 @@ def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
         return
     print(f"{path} is valid")
     for line in missing:
-        print(f"to prepare before it runs: {line}")
+        print(f"to prepare before the run: {line}")
     if labels is None:
         print(f"the classes are not checked: {job.models.target} is not on this machine yet")
 
@@ -203,7 +206,7 @@ def _print_cost(job: JobSpec, cost: Cost, price_per_hour: float | None) -> None:
     print(f"output: {job.output.uri}")
     if hours is not None:
         print(
-            f"measured on {cost.device}: {hours:.2g} device-hours, of which {cost.load_seconds:.0f} s load the models"
+            f"measured on {cost.device}: {hours:.2g} device-hours, {cost.load_seconds:.0f} s of them to load the models"
         )
         for request in cost.requests:
             _print_yield(request)
@@ -212,48 +215,50 @@ def _print_cost(job: JobSpec, cost: Cost, price_per_hour: float | None) -> None:
 
 
 def _print_yield(request: RequestCost) -> None:
-    """What an accepted sample costs, where there is a rule; of one batch, so roughly."""
+    """Print the cost of an accepted sample if there is a rule; a rough estimate, from one batch."""
     if request.measured is None:
         return
     accepted, attempted = request.measured
     cost = request.hours_per_accepted
-    text = "none, so what one costs is not known" if cost is None else f"{cost:.2g} device-hours for each"
+    text = (
+        "the cost of an accepted sample is unknown" if cost is None else f"{cost:.2g} device-hours per accepted sample"
+    )
     print(f"{request.name}: {accepted} of {attempted} accepted in the measured batch: {text}")
 
 
 def _print_prepared(prepared: Prepared) -> None:
-    """What the images say, class by class and over all, and where it is stored."""
+    """Print the results by class and over all classes, and the path of the artefact."""
     from engine.driver.progress import duration
 
-    found = prepared.conditioning
-    num_images, num_errors, fit = sum(found.counts), sum(found.num_errors), found.temperature
-    _print_classes(found)
-    with_images = sum(count > 0 for count in found.counts)
-    print(f"images         {num_images} in {with_images} of {len(found.labels)} classes, from {prepared.source}")
-    print(f"statistics     {_statistics_text(found)}")
+    conditioning = prepared.conditioning
+    num_images, num_errors, fit = sum(conditioning.counts), sum(conditioning.num_errors), conditioning.temperature
+    _print_classes(conditioning)
+    with_images = sum(count > 0 for count in conditioning.counts)
+    print(f"images         {num_images} in {with_images} of {len(conditioning.labels)} classes, from {prepared.source}")
+    print(f"statistics     {_statistics_text(conditioning)}")
     print(f"encoder        {prepared.encoder}")
-    print(f"unusable       {len(found.unusable)}")
-    print_some([f"{one.name}: {one.reason}" for one in found.unusable])
+    print(f"unusable       {len(conditioning.unusable)}")
+    print_some([f"{image.name}: {image.reason}" for image in conditioning.unusable])
     print(f"target errors  {num_errors} ({num_errors / num_images:.1%})")
-    print(f"predictor      {found.fit.verdict}")
-    if found.fit.evaluation is not None:
-        pooled, threshold = found.fit.evaluation.pooled, found.fit.evaluation.threshold
+    print(f"predictor      {conditioning.fit.verdict}")
+    if conditioning.fit.evaluation is not None:
+        pooled, threshold = conditioning.fit.evaluation.pooled, conditioning.fit.evaluation.threshold
         precision = "not defined (no alarm)" if pooled.precision is None else f"{pooled.precision:.2f}"
         print(f"               precision {precision}, recall {pooled.recall:.2f} above a confidence of {threshold:g}")
     fitted = f"fitted {fit.fitted:.4g}, NLL {fit.fitted_nll:.4f}"
     print(f"temperature    {fit.current:.4g}, NLL {fit.current_nll:.4f}; {fitted}")
     print(f"               {fit.verdict}")
-    print_some(found.notes())
-    there = "was there already, equal" if prepared.was_there else duration(prepared.seconds)
-    print(f"artefact       {prepared.path} ({there})")
+    print_some(conditioning.notes())
+    origin = "existed already, equal" if prepared.was_there else duration(prepared.seconds)
+    print(f"artefact       {prepared.path} ({origin})")
 
 
-def _statistics_text(found: Conditioning) -> str:
-    components = found.options["statistics"]["components"]
-    return "one Gaussian a class" if components == 1 else f"a mixture of up to {components} Gaussians a class"
+def _statistics_text(conditioning: Conditioning) -> str:
+    components = conditioning.options["statistics"]["components"]
+    return "one Gaussian per class" if components == 1 else f"a mixture of up to {components} Gaussians per class"
 
 
-def _print_classes(found: Conditioning) -> None:
+def _print_classes(conditioning: Conditioning) -> None:
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -263,14 +268,20 @@ def _print_classes(found: Conditioning) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("class", "images", "errors", "error rate", "AUC of the predictor, held out"):
         table.add_column(name, justify="left" if name == "class" else "right")
-    judged = {one.class_index: one for one in found.fit.evaluation.per_class} if found.fit.evaluation else {}
-    for index, (label, count, errors) in enumerate(zip(found.labels, found.counts, found.num_errors, strict=True)):
+    quality = (
+        {entry.class_index: entry for entry in conditioning.fit.evaluation.per_class}
+        if conditioning.fit.evaluation
+        else {}
+    )
+    for index, (label, count, errors) in enumerate(
+        zip(conditioning.labels, conditioning.counts, conditioning.num_errors, strict=True)
+    ):
         rate = f"{errors / count:.1%}" if count else ABSENT
         if index < MAX_LISTED:
-            table.add_row(escape(label), str(count), str(errors), rate, _auc_text(judged.get(index)))
+            table.add_row(escape(label), str(count), str(errors), rate, _auc_text(quality.get(index)))
     make_console().print(table)
-    if len(found.labels) > MAX_LISTED:
-        print(f"and {len(found.labels) - MAX_LISTED} more classes in conditioning.json")
+    if len(conditioning.labels) > MAX_LISTED:
+        print(f"and {len(conditioning.labels) - MAX_LISTED} more classes in conditioning.json")
 
 
 def _auc_text(quality: Quality | None) -> str:

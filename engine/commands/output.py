@@ -1,4 +1,4 @@
-"""What commands print, and where. It is full of names and paths from outside, so all of it is escaped."""
+"""Output of commands. It contains names and paths from outside, so all of it is escaped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_LISTED = 20
 
 
 def make_display() -> Display:
-    """Progress on stderr: live on a terminal, lines otherwise."""
+    """A progress display on stderr: live on a terminal, lines otherwise."""
     from engine.driver.progress import LiveDisplay, PlainDisplay
 
     if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
@@ -26,7 +26,7 @@ def make_display() -> Display:
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """A console; without a terminal, lines are as long as tables need."""
+    """A console; without a terminal, lines are as long as tables require."""
     from engine.driver.progress import TABLE_WIDTH
     from engine.terminal import safe_console
 
@@ -35,7 +35,7 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 def print_some(lines: list[str], where: str = "conditioning.json") -> None:
-    """The first lines of a list that may be long."""
+    """Print the first lines of a list; `where` names the file that has all of them."""
     for line in lines[:MAX_LISTED]:
         print(f"  {line}")
     if len(lines) > MAX_LISTED:
@@ -43,12 +43,12 @@ def print_some(lines: list[str], where: str = "conditioning.json") -> None:
 
 
 def print_json(value: Any, indent: int | None = 2) -> None:
-    """A value as JSON on stdout."""
+    """Print a value as JSON on stdout."""
     from engine.terminal import json_text
 
     print(json_text(value, indent), flush=True)
 
 
 def complain(line: str) -> None:
-    """A line on stderr."""
+    """Print a line on stderr."""
     print(line, file=sys.stderr)

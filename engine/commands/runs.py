@@ -1,8 +1,8 @@
-"""Commands that make a run and look after it."""
+"""Commands that make, continue, monitor, verify and repair a run."""
 
 from __future__ import annotations
 
-import signal
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -21,23 +21,30 @@ from engine.commands.arguments import (
     make_executor,
 )
 from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json, print_some
-from engine.errors import EXIT_DAMAGED, EXIT_DRAINED, JobError
+from engine.commands.stopping import stop_on_signals
+from engine.errors import EXIT_DAMAGED, JobError
 from engine.terminal import show as print
 
 if TYPE_CHECKING:
-    from engine.driver.run import RunSummary
-    from engine.generation.messages import Rules
+    from engine.driver.run_summary import RunSummary
+    from engine.driver.scheduling.messages import SchedulerLimits
     from engine.job.spec import JobSpec
 
 DEFAULT_GRACE = "60s"
 WATCH_SECONDS = 2.0
 GraceOption = Annotated[
-    str, typer.Option(metavar="TIME", help="What is in work at the end, by signal or deadline, has so long to finish.")
+    str,
+    typer.Option(
+        metavar="DURATION", help="How long shards in flight may take to finish after a signal or the deadline."
+    ),
 ]
 DeadlineOption = Annotated[
-    str | None, typer.Option(metavar="MOMENT", help="End in good order then: 06:00, or 2026-11-22T06:00.")
+    str | None,
+    typer.Option(metavar="TIME", help="Stop in an orderly way at this time, e.g. 06:00 or 2026-11-22T06:00."),
 ]
-DurationOption = Annotated[str | None, typer.Option(metavar="TIME", help="End in good order after it, such as 8h.")]
+DurationOption = Annotated[
+    str | None, typer.Option(metavar="DURATION", help="Stop in an orderly way after this long, e.g. 8h.")
+]
 
 
 def run(
@@ -48,19 +55,22 @@ def run(
     workers: WorkersOption = None,
     resume: Annotated[
         Literal["auto", "never", "overwrite"],
-        typer.Option(help="Continue the output's run, refuse an output that is not empty, or remove its run first."),
+        typer.Option(
+            help="auto: continue the run in the output; never: refuse an output that is not empty; overwrite: remove"
+            " the run first."
+        ),
     ] = "auto",
-    yes: Annotated[bool, typer.Option("--yes", help="Agree to the removal by --resume overwrite.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Confirm the removal by --resume overwrite.")] = False,
     grace: GraceOption = DEFAULT_GRACE,
     deadline: DeadlineOption = None,
     max_duration: DurationOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Make the samples of a job; the same command continues what was interrupted."""
-    rules = _rules(grace, deadline, max_duration)
+    """Make the samples of a job; run the same command again to continue after an interruption."""
+    limits = _limits(grace, deadline, max_duration)
     _check_address(address, executor)
     spec = load_job(job, set_, output=output, workers=workers, continues=resume != "overwrite")
-    _run(spec, executor, address, resume=resume, confirmed=yes, rules=rules)
+    _run(spec, executor, address, resume=resume, confirmed=yes, limits=limits)
 
 
 def retry(
@@ -72,27 +82,27 @@ def retry(
     deadline: DeadlineOption = None,
     max_duration: DurationOption = None,
 ) -> None:
-    """Give the shards in quarantine a fresh start, and make what else is missing."""
+    """Retry the shards in quarantine, and make everything else that is missing."""
     from engine.commands.jobfile import let_import
     from engine.data.run.stored_plan import stored_plan
     from engine.data.stores.opening import open_store
     from engine.job.parsing import apply_overrides, parse_job
 
-    rules = _rules(grace, deadline, max_duration)
+    limits = _limits(grace, deadline, max_duration)
     _check_address(address, executor)
     spec, _ = stored_plan(open_store(run))
     let_import(spec, Path.cwd())
     if workers is not None:
         spec = parse_job(apply_overrides(spec.model_dump(mode="json"), [("runtime.workers", workers)]))
-    _run(spec, executor, address, resume="auto", confirmed=False, rules=rules, retry=True)
+    _run(spec, executor, address, resume="auto", confirmed=False, limits=limits, retry=True)
 
 
 def status(
     run: RunArgument,
-    watch: Annotated[bool, typer.Option("--watch", help="Again and again, until the run ends.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Repeat every two seconds until the run ends.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Tell how far a run is, from its folder alone."""
+    """Show the status of a run, from its folder alone."""
     import time
 
     from engine.data.stores.opening import open_store
@@ -101,12 +111,12 @@ def status(
     store = open_store(run)
     try:
         while True:
-            found = read_status(store)
+            current = read_status(store)
             if as_json:
-                print_json(status_fields(found), indent=None if watch else 2)
+                print_json(status_fields(current), indent=None if watch else 2)
             else:
-                print("\n".join(status_lines(found)), flush=True)
-            if not watch or found.state != "running":
+                print("\n".join(status_lines(current)), flush=True)
+            if not watch or current.state != "running":
                 return
             time.sleep(WATCH_SECONDS)
     except KeyboardInterrupt:
@@ -115,11 +125,10 @@ def status(
 
 def verify(
     run: RunArgument,
-    deep: Annotated[bool, typer.Option("--deep", help="Score a sample of the images again, too.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Also score a sample of the images again.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Read a run to the last byte and hold it against its records and plan. Exit code 1 where it is damaged."""
-    import contextlib
+    """Read every byte of a run and verify it against its records and plan; exit code 1 if it is damaged."""
     import dataclasses
 
     from engine.data.run.verify import verify as verify_run
@@ -142,14 +151,13 @@ def verify(
     else:
         for finding in verdict.findings:
             print(f"{finding.kind}: {finding.text}")
-        found = f"{len(verdict.damage)} damaged" if verdict.damage else "no damage"
-        print(f"{verdict.num_committed} of {verdict.num_shards} shards, {verdict.num_samples} samples: {found}")
+        result = f"{len(verdict.damage)} damaged" if verdict.damage else "no damage"
+        print(f"{verdict.num_committed} of {verdict.num_shards} shards, {verdict.num_samples} samples: {result}")
     raise typer.Exit(EXIT_DAMAGED if verdict.damage else 0)
 
 
 def repair(run: RunArgument, as_json: JsonOption = False) -> None:
-    """Take out what is damaged, so that the next run makes it again."""
-    import contextlib
+    """Remove what is damaged, so that the next run makes it again."""
     import dataclasses
 
     from engine.data.run.repair import repair as repair_run
@@ -158,7 +166,7 @@ def repair(run: RunArgument, as_json: JsonOption = False) -> None:
     from engine.data.stores.opening import open_store
 
     store = open_store(run)
-    # Before the lease, whose file would make a folder where there is none.
+    # Before the lease, whose file would create a folder where there is none.
     stored_plan(store)
     with contextlib.closing(make_display()) as display, hold(store, notice=display.notice):
         repaired = repair_run(store, display.advance)
@@ -168,11 +176,11 @@ def repair(run: RunArgument, as_json: JsonOption = False) -> None:
     for line in repaired.actions or ("nothing to repair",):
         print(line)
     if repaired.actions:
-        print(f"{len(repaired.to_make)} shards are to be made again: `riskforge run` with the same job does so")
+        print(f"{len(repaired.to_make)} shards are missing now; `riskforge run` with the same job makes them again")
 
 
 def report(run: RunArgument) -> None:
-    """Write the report of a run anew."""
+    """Write the report of a run again."""
     from engine.data.run.file_names import REPORT
     from engine.data.stores.opening import open_store
     from engine.report.render import write_report
@@ -189,64 +197,66 @@ def _run(
     *,
     resume: str,
     confirmed: bool,
-    rules: Rules,
+    limits: SchedulerLimits,
     retry: bool = False,
 ) -> None:
-    """Run a job and end the command with its exit code."""
+    """Run a job and exit with its exit code."""
     from engine.driver.run import run_job
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with stop_on_signals("stopped; the same command continues"):
         summary = run_job(
             spec,
             executor=make_executor(executor, spec, address),
             resume=resume,
             confirmed=confirmed,
             display=make_display(),
-            rules=rules,
+            limits=limits,
             retry=retry,
         )
-    except KeyboardInterrupt:
-        complain("stopped; the same command continues")
-        raise typer.Exit(EXIT_DRAINED) from None
     _print_summary(summary)
     raise typer.Exit(summary.exit_code)
 
 
-def _rules(grace: str, deadline: str | None, max_duration: str | None) -> Rules:
-    """The options about time, on the clock that is not turned."""
+def _limits(grace: str, deadline: str | None, max_duration: str | None) -> SchedulerLimits:
+    """The limits of a run from its options, with the deadline on the monotonic clock."""
     import time
     from datetime import datetime
 
     from engine.driver.durations import parse_duration, seconds_until
-    from engine.generation.messages import Rules
+    from engine.driver.scheduling.messages import SchedulerLimits
 
     ends = [] if deadline is None else [seconds_until(deadline, "--deadline", datetime.now())]
     ends += [] if max_duration is None else [parse_duration(max_duration, "--max-duration")]
-    return Rules(
+    return SchedulerLimits(
         grace_seconds=parse_duration(grace, "--grace"), deadline=time.monotonic() + min(ends) if ends else None
     )
 
 
 def _check_address(address: str | None, executor: str) -> None:
     if address and executor == "local":
-        raise JobError("--address: is for --executor ray; leave one of the two out")
+        raise JobError("--address: applies to --executor ray; use one of them")
 
 
 def _print_summary(summary: RunSummary) -> None:
+    """Print what was made on stdout, and what is missing on stderr."""
     from engine.driver.progress import duration, medians_table
 
     if summary.was_complete:
-        print(f"{summary.uri} is complete: all {summary.num_shards} shards are there, nothing to do")
+        print(f"{summary.uri} is complete: all {summary.num_shards} shards exist, nothing to do")
     if summary.groups:
         make_console().print(medians_table(summary.groups))
     print_some(summary.remarks, "manifest.json")
     if not summary.was_complete:
         print(f"{summary.num_committed} of {summary.num_shards} shards in {summary.uri} ({duration(summary.seconds)})")
     if summary.sampling_share is not None:
-        print(f"{summary.sampling_share:.0%} of the workers' time went into sampling and scoring")
+        print(f"{summary.sampling_share:.0%} of the workers' time was spent sampling and scoring")
     if summary.report and summary.drained in ("", "deadline"):
         print(f"report: {summary.report}")
+    _complain_summary(summary)
+
+
+def _complain_summary(summary: RunSummary) -> None:
+    """Print on stderr what is missing from a run, and why."""
     if summary.short:
         complain(f"error: {len(summary.short)} quotas are not filled within max_attempts:")
         for line in summary.short[:MAX_LISTED]:
@@ -258,9 +268,7 @@ def _print_summary(summary: RunSummary) -> None:
     if summary.num_failed:
         complain(f"error: {summary.num_failed} of {summary.num_samples} samples failed: {summary.failure}")
     if summary.quarantined:
-        some = ", ".join(str(number) for number in summary.quarantined[:MAX_LISTED])
-        more = len(summary.quarantined) - MAX_LISTED
-        complain(f"error: shards in quarantine: {some}{f' and {more} more' if more > 0 else ''}")
-        complain(
-            f"the reasons are in {summary.uri}/_state/quarantine; `riskforge retry {summary.uri}` tries them again"
-        )
+        listed = ", ".join(str(number) for number in summary.quarantined[:MAX_LISTED])
+        num_more = len(summary.quarantined) - MAX_LISTED
+        complain(f"error: shards in quarantine: {listed}{f' and {num_more} more' if num_more > 0 else ''}")
+        complain(f"the reasons are in {summary.uri}/_state/quarantine; `riskforge retry {summary.uri}` retries them")

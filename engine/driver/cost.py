@@ -1,4 +1,4 @@
-"""What a job will cost: bytes from the models' configurations, time and money from a measured batch."""
+"""Estimated cost of a job: bytes from the models' configurations, time from a measured batch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from engine.job.plan import Plan, RequestPlan
 from engine.job.spec import JobSpec
 from engine.models.addresses import locate
-from engine.models.configurations import read_config
+from engine.models.pipelines.lookup import family_of
+from engine.models.pipelines.parts import has_configurations
 
 if TYPE_CHECKING:
     from engine.generation.calibrate import Measurement
 
-# Bytes a pixel of a photograph-like image, and bytes a sample of tar headers, metadata and parquet.
+# Bytes per pixel of a photographic image; bytes per sample of tar headers, metadata and parquet.
 BYTES_PER_PIXEL = {"png": 1.7, "webp": 1.2, "jpg": 0.4}
 BYTES_PER_RECORD = 4500
 SECONDS_PER_HOUR = 3600.0
@@ -21,15 +22,15 @@ SECONDS_PER_HOUR = 3600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestCost:
-    """A request in numbers.
+    """Estimated cost of a request.
 
     Attributes:
-        num_samples: attempts: with quotas those that the measured yield asks for, up to the limit; without a
-            measurement as many as are wanted, the fewest there can be.
-        num_accepted: accepted samples that come of them, None where the yield is not known.
-        measured: accepted samples and attempts of the measured batch, None without one.
-        num_bytes: of its shards; None where the model's configuration is not on this machine.
-        seconds: of one device; None without a measurement.
+        num_samples: attempts: with quotas, as many as the measured yield requires, up to the limit; without a
+            measurement, the number of samples wanted, which is the minimum.
+        num_accepted: accepted samples among them; None if the yield is unknown.
+        measured: accepted samples and attempts of the measured batch; None without a measurement or an accept rule.
+        num_bytes: size of its shards; None if the model's configuration is not on this machine.
+        seconds: time on one device; None without a measurement.
     """
 
     name: str
@@ -42,7 +43,7 @@ class RequestCost:
 
     @property
     def hours_per_accepted(self) -> float | None:
-        """Hours of one device for each accepted sample, if measured."""
+        """Device-hours per accepted sample; None without a measurement."""
         if self.seconds is None or not self.num_accepted:
             return None
         return self.seconds / self.num_accepted / SECONDS_PER_HOUR
@@ -50,11 +51,11 @@ class RequestCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """A job in numbers.
+    """Estimated cost of a job.
 
     Attributes:
-        load_seconds: to load the models, once for each worker.
-        device: what was measured on; empty without a measurement.
+        load_seconds: duration of loading the models, once for each worker.
+        device: the device that was measured on; empty without a measurement.
     """
 
     requests: tuple[RequestCost, ...]
@@ -73,20 +74,20 @@ class Cost:
 
     @property
     def num_bytes(self) -> int | None:
-        """Bytes of all requests, if known."""
+        """Bytes of all requests; None if unknown for one."""
         sizes = [request.num_bytes for request in self.requests if request.num_bytes is not None]
         return sum(sizes) if len(sizes) == len(self.requests) else None
 
     @property
     def device_hours(self) -> float | None:
-        """Hours of one device, with one loading of the models, if measured."""
+        """Hours on one device, including loading the models once; None without a measurement."""
         if not self.device:
             return None
         return (self.load_seconds + sum(request.seconds or 0.0 for request in self.requests)) / SECONDS_PER_HOUR
 
 
 def job_cost(job: JobSpec, plan: Plan, measurement: Measurement | None = None) -> Cost:
-    """The cost of a plan, with time only where a batch was measured."""
+    """The estimated cost of a plan; times only with a measurement."""
     return Cost(
         requests=tuple(_request_cost(job, plan, request, measurement) for request in plan.requests),
         load_seconds=measurement.load_seconds if measurement else 0.0,
@@ -112,7 +113,7 @@ def _request_cost(job: JobSpec, plan: Plan, request: RequestPlan, measurement: M
 
 
 def _num_attempts(request: RequestPlan, measured: tuple[int, int] | None) -> int:
-    """Attempts that a request takes, as far as is known."""
+    """Expected number of attempts of a request."""
     if not request.spec.has_quota or measured is None:
         return request.total
     accepted, attempted = measured
@@ -120,19 +121,17 @@ def _num_attempts(request: RequestPlan, measured: tuple[int, int] | None) -> int
 
 
 def _num_shards(plan: Plan, request: RequestPlan, num_samples: int, samples_per_shard: int) -> int:
-    """Shards that are planned, and with quotas those that are to be expected."""
+    """Planned shards, and with quotas also the expected ones."""
     planned = [extent for extent in plan.extents if extent.request == request.number]
-    more = num_samples - sum(extent.stop - extent.start for extent in planned)
-    return sum(extent.num_shards for extent in planned) + max(0, -(-more // samples_per_shard))
+    num_unplanned = num_samples - sum(extent.stop - extent.start for extent in planned)
+    return sum(extent.num_shards for extent in planned) + max(0, -(-num_unplanned // samples_per_shard))
 
 
 def image_size(job: JobSpec, request: RequestPlan) -> float | None:
-    """Estimated bytes of an image, from the size that the diffusion model makes; None if it is not on this machine."""
-    folder = locate(request.spec.diffusion or job.models.diffusion).folder
-    if folder is None:
+    """Estimated bytes of an image, from the diffusion model's image size; None if the model is not on this machine."""
+    address = request.spec.diffusion or job.models.diffusion
+    folder = locate(address).folder
+    if folder is None or not has_configurations(folder):
         return None
-    latent = read_config(folder / "unet" / "config.json").get("sample_size")
-    levels = read_config(folder / "vae" / "config.json").get("block_out_channels")
-    if not isinstance(latent, int) or not isinstance(levels, list):
-        return None
-    return (latent * 2 ** (len(levels) - 1)) ** 2 * BYTES_PER_PIXEL[job.output.image_format]
+    height, width = family_of(folder, address).image_size(folder)
+    return height * width * BYTES_PER_PIXEL[job.output.image_format]

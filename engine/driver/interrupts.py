@@ -1,4 +1,4 @@
-"""Signals: the first asks a run to end in good order, the second ends it at once."""
+"""Signals: the first requests an orderly stop, the second stops at once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Request:
-    """Whether the run was asked to end, and by what."""
+class StopRequest:
+    """Whether the run was requested to stop.
+
+    Attributes:
+        signal_name: the signal that requested it; empty while none did.
+    """
 
     def __init__(self) -> None:
         self.signal_name = ""
@@ -22,24 +26,24 @@ class Request:
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[Request]:
-    """Note the first signal to end, instead of ending; the second raises `KeyboardInterrupt`.
+def deferred_signals() -> Iterator[StopRequest]:
+    """Record the first SIGINT or SIGTERM instead of stopping; the second raises `KeyboardInterrupt`.
 
-    Outside the main thread, where no signal arrives, nothing changes.
+    Outside the main thread, which alone receives signals, nothing changes.
     """
-    asked = Request()
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield request
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if asked:
+    def handle(number: int, frame: FrameType | None) -> None:
+        if request:
             raise KeyboardInterrupt
-        asked.signal_name = signal.Signals(number).name
+        request.signal_name = signal.Signals(number).name
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    previous = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
-        yield asked
+        yield request
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

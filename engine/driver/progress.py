@@ -1,4 +1,4 @@
-"""Progress of a run: how far each request is, how fast, how long to go.
+"""Progress of a run: samples done, rate and remaining time of each request.
 
 `Tally` counts. A display shows it: a live table on a terminal, plain lines every few seconds without one.
 """
@@ -31,14 +31,14 @@ ABSENT = "-"
 
 @dataclass(slots=True)
 class RequestTally:
-    """How far a request is.
+    """Progress of a request.
 
     Attributes:
-        total: samples in shards that are planned; rounds of a quota add some.
+        total: samples in planned shards; grows with the rounds of a quota.
         committed: samples in committed shards, of any status.
-        in_flight: samples done so far of shards in flight, by shard.
-        started_at: when its first samples of this run were begun, None before any is done.
-        done_before: samples that were done then.
+        in_flight: samples done so far in shards in flight, by shard.
+        started_at: time when its first samples in this session were started, None before any is done.
+        done_before: samples that were done by then.
     """
 
     name: str
@@ -55,23 +55,23 @@ class RequestTally:
         return self.committed + sum(self.in_flight.values())
 
     def rate(self, now: float) -> float:
-        """Samples a second in this run; 0 where nothing is known."""
+        """Samples per second in this session; 0 if unknown."""
         if self.started_at is None or now <= self.started_at:
             return 0.0
         return max(0, self.num_done - self.done_before) / (now - self.started_at)
 
     def eta_seconds(self, now: float) -> float | None:
-        """Time to go at the rate so far."""
+        """Remaining time at the rate so far; None if unknown."""
         rate = self.rate(now)
         return (self.total - self.num_done) / rate if rate else None
 
 
 class Tally:
-    """Samples per request.
+    """Samples per request, and their rates.
 
     Args:
         plan: the plan of the run.
-        committed: counts of the shards that are committed already, by number.
+        committed: counts of the committed shards, by number.
     """
 
     def __init__(self, plan: Plan, committed: dict[int, ShardCounts]) -> None:
@@ -80,7 +80,7 @@ class Tally:
         planned = _planned(plan)
         self.requests = [RequestTally(request.spec.name, planned[request.number]) for request in plan.requests]
         self.total = RequestTally("all", plan.num_samples)
-        self._last_message: dict[int, float] = {}
+        self._last_seen: dict[int, float] = {}
         for shard, counts in committed.items():
             self._is_committed[shard] = 1
             for row in self._rows(shard):
@@ -88,7 +88,7 @@ class Tally:
                 row.accepted += counts.accepted
 
     def grow(self, plan: Plan) -> None:
-        """Rounds of quotas were added."""
+        """Extend the plan by rounds of quotas."""
         self._plan = plan
         self._is_committed += bytes(plan.num_shards - len(self._is_committed))
         planned = _planned(plan)
@@ -97,11 +97,11 @@ class Tally:
         self.total.total = plan.num_samples
 
     def ready(self, worker: int, now: float) -> None:
-        """A worker begins."""
-        self._last_message[worker] = now
+        """Record that a worker became ready."""
+        self._last_seen[worker] = now
 
-    def working(self, worker: int, shard: int, num_done: int, now: float) -> None:
-        """So many samples of a shard in flight are done; a late message about a committed shard is ignored."""
+    def progress(self, worker: int, shard: int, num_done: int, now: float) -> None:
+        """Record progress of a shard in flight; late progress of a committed shard is ignored."""
         if self._is_committed[shard]:
             return
         self._start_clocks(worker, shard, now)
@@ -109,7 +109,7 @@ class Tally:
             row.in_flight[shard] = num_done
 
     def commit(self, worker: int, shard: int, counts: ShardCounts, now: float) -> None:
-        """A shard is committed."""
+        """Record that a shard was committed."""
         self._start_clocks(worker, shard, now)
         self._is_committed[shard] = 1
         for row in self._rows(shard):
@@ -118,7 +118,7 @@ class Tally:
             row.accepted += counts.accepted
 
     def drop(self, shard: int) -> None:
-        """A shard in flight was abandoned."""
+        """Drop the progress of a shard that failed."""
         for row in self._rows(shard):
             row.in_flight.pop(shard, None)
 
@@ -126,11 +126,11 @@ class Tally:
         return self.requests[self._plan.shard(shard).request], self.total
 
     def _start_clocks(self, worker: int, shard: int, now: float) -> None:
-        """The clock of a request starts when its first samples were begun: at the worker's message before them."""
+        """Start the clock of a request when its first samples were started: at the worker's previous event."""
         for row in self._rows(shard):
             if row.started_at is None:
-                row.started_at, row.done_before = self._last_message.get(worker, now), row.num_done
-        self._last_message[worker] = now
+                row.started_at, row.done_before = self._last_seen.get(worker, now), row.num_done
+        self._last_seen[worker] = now
 
 
 def _planned(plan: Plan) -> Counter[int]:
@@ -142,26 +142,26 @@ def _planned(plan: Plan) -> Counter[int]:
 
 
 class Display(Protocol):
-    """Where progress is shown."""
+    """Shows progress."""
 
     def phase(self, text: str) -> None:
-        """The phase of the run; empty while samples are made."""
+        """Show what the run is waiting for; empty while samples are made."""
         ...
 
     def notice(self, text: str) -> None:
-        """Show a message that stays on the screen."""
+        """Show a permanent message."""
         ...
 
     def advance(self, text: str) -> None:
-        """How far a phase is. Called often."""
+        """Show the progress of a phase. Called often."""
         ...
 
     def show(self, tally: Tally) -> None:
-        """How far the run is. Called often."""
+        """Show the progress of the run. Called often."""
         ...
 
     def close(self) -> None:
-        """Leave the terminal in order."""
+        """Restore the terminal."""
         ...
 
 
@@ -169,9 +169,9 @@ class PlainDisplay:
     """Lines for logs: what changed, every few seconds.
 
     Args:
-        stream: where lines go.
+        stream: the lines are written to it.
         every_seconds: time between two lines of one request.
-        clock: seconds, as the tally gets them.
+        clock: the clock of the tally, in seconds.
     """
 
     def __init__(
@@ -193,12 +193,12 @@ class PlainDisplay:
         print(f"{time.strftime('%H:%M:%S')} {printable(text)}", file=self._stream, flush=True)
 
     def advance(self, text: str) -> None:
-        """Print the line, if it is time."""
+        """Print the line, at most once per interval."""
         if self._is_time(self._clock()):
             self.notice(text)
 
     def show(self, tally: Tally) -> None:
-        """Print a line for each request that got further, if it is time."""
+        """Print a line for each request with progress, at most once per interval."""
         now = self._clock()
         if not self._is_time(now):
             return
@@ -208,7 +208,7 @@ class PlainDisplay:
                 self.notice(_line(row, now))
 
     def close(self) -> None:
-        """Nothing to put in order."""
+        """Nothing to restore."""
 
     def _is_time(self, now: float) -> bool:
         if now < self._next:
@@ -218,7 +218,7 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """A table that is updated in place, for terminals."""
+    """A live table, for terminals."""
 
     def __init__(self, console: Console) -> None:
         from rich.live import Live
@@ -242,7 +242,7 @@ class LiveDisplay:
         self._phase = text
 
     def show(self, tally: Tally) -> None:
-        """Show it in the next frame."""
+        """Show it at the next refresh."""
         self._tally = tally
 
     def close(self) -> None:
@@ -286,7 +286,7 @@ def _live_table(tally: Tally) -> Table:
 
 
 def _live_rows(tally: Tally) -> Iterator[RequestTally]:
-    """The requests that fit on a screen: those in flight first to be kept, then the next ones, in order."""
+    """The requests that fit on a screen: those in flight, then the next ones, in order."""
     kept = {row.name for row in tally.requests if row.in_flight}
     for row in tally.requests:
         if len(kept) < MAX_LIVE_ROWS and (len(tally.requests) <= MAX_LIVE_ROWS or row.num_done < row.total):
@@ -306,7 +306,7 @@ def _line(row: RequestTally, now: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A length of time for a reader: 8 s, 3 min, 2 h 05 min, 3 d 4 h."""
+    """A duration for human readers: 8 s, 3 min, 2 h 05 min, 3 d 4 h."""
     whole = round(seconds)
     if whole < 100:
         return f"{whole} s"
@@ -320,7 +320,7 @@ def duration(seconds: float) -> str:
 
 
 def byte_size(num_bytes: int | None) -> str:
-    """A size for a reader: 820 kB, 1.2 GB."""
+    """A size for human readers: 820 kB, 1.2 GB."""
     if num_bytes is None:
         return "unknown"
     size = float(num_bytes)

@@ -1,4 +1,4 @@
-"""The loop between scheduler and executor, from the first worker to the last shard."""
+"""The run loop: makes the missing shards of a run, from the first worker to the last shard."""
 
 from __future__ import annotations
 
@@ -13,28 +13,31 @@ from engine.data.run.stored_plan import publish_rounds
 from engine.data.stores.base import Store
 from engine.data.stores.journal import Journal
 from engine.data.stores.lease import Lease
-from engine.driver import scheduler
 from engine.driver.executors.base import Executor, ExecutorEvent, ShardResult, WorkerFactory
-from engine.driver.interrupts import Request, deferred
+from engine.driver.interrupts import StopRequest, deferred_signals
 from engine.driver.progress import Display, Tally
+from engine.driver.sampling_share import SamplingShare
 from engine.driver.scheduler_loop import SchedulerLoop, WorkersFailingError, brief, brief_abort
-from engine.errors import RiskforgeError
-from engine.generation.messages import (
+from engine.driver.scheduling import scheduler
+from engine.driver.scheduling.faults import is_job_fault
+from engine.driver.scheduling.messages import (
     Abort,
     Action,
     Drain,
     Drained,
-    Lot,
     PlanGrown,
     Quarantine,
-    Rules,
+    SchedulerLimits,
     ShardError,
     ShardProgress,
+    ShardRange,
     StopWorker,
     Tick,
     WorkerLost,
     WorkerReady,
 )
+from engine.driver.scheduling.state import State, Step
+from engine.errors import RiskforgeError
 from engine.job.plan import Extent, Plan, ShardSpec
 from engine.job.quotas import replay
 from engine.job.spec import JobSpec
@@ -44,26 +47,27 @@ FAULTS = f"{QUARANTINE}/workers.txt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShiftEnd:
-    """How a shift ended.
+class RunLoopResult:
+    """How a run loop ended.
 
     Attributes:
-        drained: why, where shards are left that could be made: the name of a signal, or `deadline`; empty otherwise.
-        sampling_share: share of the workers' time, from ready to the last commit, that went into sampling and scoring;
-            None where nothing was made.
+        plan: the plan with the rounds that quotas added.
+        drained: why it stopped with shards left to do: the name of a signal, or `deadline`; empty otherwise.
+        sampling_share: share of the workers' time, from ready to the last commit, spent sampling and scoring; None if
+            nothing was made.
     """
 
     plan: Plan
-    drained: str
-    sampling_share: float | None
+    drained: str = ""
+    sampling_share: float | None = None
 
 
-class Shift(SchedulerLoop):
+class RunLoop(SchedulerLoop):
     """Makes the missing shards of a run.
 
     Args:
-        committed: the shards that are there.
-        rules: when patience ends; a deadline is on the clock of `time.monotonic`.
+        committed: the committed shards.
+        limits: timeouts; a deadline is on the clock of `time.monotonic`.
     """
 
     def __init__(
@@ -77,7 +81,7 @@ class Shift(SchedulerLoop):
         display: Display,
         lease: Lease,
         journal: Journal,
-        rules: Rules,
+        limits: SchedulerLimits,
     ) -> None:
         super().__init__(executor, display)
         self._store = store
@@ -85,23 +89,23 @@ class Shift(SchedulerLoop):
         self._plan = plan
         self._lease = lease
         self._journal = journal
-        self._rules = rules
+        self._limits = limits
         counts = {number: commit.counts for number, commit in committed.items()}
         quarantined = set(quarantined_shards(store))
-        # Requests that have images: what fails with every sample from now on is not the job's fault.
-        self._proven = {plan.shard(number).request for number, one in counts.items() if one.ok or one.rejected}
+        # Requests that have images: an exception from every sample is not attributed to the job any more.
+        self._proven = {plan.shard(number).request for number, shard in counts.items() if shard.ok or shard.rejected}
         self._tally = Tally(plan, counts)
         self._quotas = replay(plan, counts, quarantined, job.output.samples_per_shard)
         self._skipped = bytearray(plan.num_shards)
         for number in (*committed, *quarantined):
             self._skipped[number] = 1
-        self._watch = _Watch()
+        self._sampling_share = SamplingShare()
         self._drained = ""
-        self._asked: Request | None = None
+        self._stop_request: StopRequest | None = None
 
     def begin_rounds(self) -> bool:
-        """Add the rounds of quotas that are due from the beginning; whether there is anything to make."""
-        self._skipped += bytes(sum(one.num_shards for one in self._add_rounds()))
+        """Add the rounds of quotas that are due at the start; whether there is anything to make."""
+        self._skipped += bytes(sum(extent.num_shards for extent in self._add_rounds()))
         return 0 in self._skipped
 
     @property
@@ -109,13 +113,13 @@ class Shift(SchedulerLoop):
         """The plan as it has grown so far."""
         return self._plan
 
-    def work(self, factory: WorkerFactory) -> ShiftEnd:
-        """Make all missing shards; what cannot be made is put in quarantine.
+    def run(self, factory: WorkerFactory) -> RunLoopResult:
+        """Make all missing shards; a shard that keeps failing is quarantined.
 
         Raises:
-            OwnedError: another driver has taken the run over.
-            WorkersFailingError: workers fail over and over.
-            RiskforgeError: something that the user has to mend.
+            OwnedError: another driver has taken over the run.
+            WorkersFailingError: workers fail repeatedly.
+            RiskforgeError: an error that the user has to fix.
         """
         self._store.remove(FAULTS)
         num_missing = self._skipped.count(0)
@@ -123,28 +127,30 @@ class Shift(SchedulerLoop):
         num_workers = self._executor.open(factory, num_missing)
         self._display.phase(f"loading models ({num_workers} worker{'s' if num_workers > 1 else ''})")
         self._journal.note("started", workers=num_workers, shards=self._plan.num_shards, missing=num_missing)
-        with deferred() as self._asked:
-            step = scheduler.start(
-                bytes(self._skipped),
-                num_workers,
-                lots=map(self._lot, self._plan.extents),
-                is_final=self._quotas.is_final,
-                proven=self._proven,
-                rules=self._rules,
-                now=time.monotonic(),
-            )
-            if isinstance(self._drive(*step), Drained):
+        with deferred_signals() as self._stop_request:
+            if isinstance(self._drive(*self._start(num_workers)), Drained):
                 self._drained = self._drained or DEADLINE
-        return ShiftEnd(plan=self._plan, drained=self._drained, sampling_share=self._watch.share())
+        return RunLoopResult(plan=self._plan, drained=self._drained, sampling_share=self._sampling_share.value())
+
+    def _start(self, num_workers: int) -> Step:
+        return scheduler.start(
+            bytes(self._skipped),
+            num_workers,
+            ranges=map(self._shard_range, self._plan.extents),
+            is_final=self._quotas.is_final,
+            proven=self._proven,
+            limits=self._limits,
+            now=time.monotonic(),
+        )
 
     def _shard(self, number: int) -> ShardSpec:
         return self._plan.shard(number)
 
     def _requests(self) -> list[Drain]:
         self._lease.check()
-        if not self._asked or self._drained:
+        if not self._stop_request or self._drained:
             return []
-        self._note_drain(self._asked.signal_name)
+        self._note_drain(self._stop_request.signal_name)
         return [Drain()]
 
     def _report_progress(self) -> None:
@@ -152,7 +158,7 @@ class Shift(SchedulerLoop):
         self._journal.keep()
 
     def _growth(self, event: ExecutorEvent | Tick | Drain, actions: list[Action]) -> PlanGrown | None:
-        """Tell the quotas what a step has settled; what they add, for the scheduler."""
+        """Report finished and quarantined shards to the quotas; what they add to the plan, for the scheduler."""
         if self._quotas.is_final:
             return None
         if isinstance(event, ShardResult):
@@ -164,10 +170,10 @@ class Shift(SchedulerLoop):
         extents = self._add_rounds()
         if not extents and not self._quotas.is_final:
             return None
-        return PlanGrown(tuple(map(self._lot, extents)), self._quotas.is_final)
+        return PlanGrown(tuple(map(self._shard_range, extents)), self._quotas.is_final)
 
     def _add_rounds(self) -> tuple[Extent, ...]:
-        """Plan the rounds that are due, durably, before any of their shards is begun."""
+        """Plan the rounds that are due, durably, before any of their shards is started."""
         extents = self._quotas.advance()
         if extents:
             self._plan = publish_rounds(self._store, self._plan, extents)
@@ -175,13 +181,14 @@ class Shift(SchedulerLoop):
             self._journal.note("rounds", shards=self._plan.num_shards)
         return extents
 
-    def _lot(self, extent: Extent) -> Lot:
+    def _shard_range(self, extent: Extent) -> ShardRange:
         addresses = [request.diffusion or self._job.models.diffusion for request in self._job.requests]
-        return Lot(extent.num_shards, kind=extent.request, model=addresses.index(addresses[extent.request]))
+        model = addresses.index(addresses[extent.request])
+        return ShardRange(extent.num_shards, request=extent.request, model=model)
 
     def _perform(self, action: Action) -> None:
         if isinstance(action, StopWorker):
-            self._watch.left(action.worker)
+            self._sampling_share.remove_worker(action.worker)
         super()._perform(action)
 
     def _error(self, action: Abort) -> RiskforgeError:
@@ -192,51 +199,52 @@ class Shift(SchedulerLoop):
         """Store the whole message, which may hold tracebacks, and shorten it for the user."""
         self._store.replace(FAULTS, f"{message}\n".encode())
         return WorkersFailingError(
-            f"{brief_abort(message)}\nthe whole message is in {self._store.address(FAULTS)}; mend the cause, and"
-            " the same command continues"
+            f"{brief_abort(message)}\nthe full message is in {self._store.address(FAULTS)}; fix the cause, and the same"
+            " command continues"
         )
 
     def _note_drain(self, signal_name: str) -> None:
         self._drained = signal_name
         self._journal.note("draining", reason=signal_name)
         self._display.notice(
-            f"{signal_name}: what is in work has {self._rules.grace_seconds:g} s to finish; once more ends at once"
+            f"{signal_name}: shards in flight have {self._limits.grace_seconds:g} s to finish;"
+            " a second signal stops at once"
         )
 
-    def _note_event(self, event: ExecutorEvent, state: scheduler.State) -> None:
+    def _note_event(self, event: ExecutorEvent, state: State) -> None:
         now = time.monotonic()
         if isinstance(event, WorkerReady):
             self._display.phase("")
             self._tally.ready(event.worker, now)
-            self._watch.ready(event.worker, now)
+            self._sampling_share.add_worker(event.worker, now)
             self._journal.note("ready", worker=event.worker)
         elif isinstance(event, ShardProgress):
-            self._tally.working(event.worker, event.shard, event.num_done, now)
+            self._tally.progress(event.worker, event.shard, event.num_done, now)
         elif isinstance(event, ShardResult):
             self._note_commit(event, now)
         elif isinstance(event, ShardError):
             self._tally.drop(event.shard)
-            if not scheduler.is_fault_of_job(state, event):
+            if not is_job_fault(state, event):
                 self._note_replaced(event.worker, event.message, event.shard)
         elif isinstance(event, WorkerLost):
-            self._watch.left(event.worker)
+            self._sampling_share.remove_worker(event.worker)
             self._note_replaced(event.worker, event.message)
 
     def _note_commit(self, event: ShardResult, now: float) -> None:
         counts: ShardCounts = event.outcome.counts
         self._tally.commit(event.worker, event.shard, counts, now)
-        self._watch.committed(event.worker, event.outcome.sampling_seconds, now)
-        about = {"samples": counts.attempted, "accepted": counts.accepted, "failed": counts.failed}
-        self._journal.note("committed", shard=event.shard, worker=event.worker, **about)
+        self._sampling_share.add_commit(event.worker, event.outcome.sampling_seconds, now)
+        fields = {"samples": counts.attempted, "accepted": counts.accepted, "failed": counts.failed}
+        self._journal.note("committed", shard=event.shard, worker=event.worker, **fields)
 
     def _note_replaced(self, worker: int, message: str, shard: int | None = None) -> None:
-        what = "" if shard is None else f"shard {shard} failed, "
-        self._display.notice(f"{what}worker {worker} is replaced: {brief(message)}")
+        prefix = "" if shard is None else f"shard {shard} failed, "
+        self._display.notice(f"{prefix}worker {worker} is replaced: {brief(message)}")
         self._journal.note("replaced", worker=worker, message=brief(message))
 
     def _quarantine(self, action: Quarantine) -> None:
         shard = self._plan.shard(action.shard)
-        note = {
+        record = {
             "shard": shard.number,
             "request": self._plan.requests[shard.request].spec.name,
             "first_key": next(self._plan.samples(shard)).key,
@@ -245,33 +253,6 @@ class Shift(SchedulerLoop):
         }
         self._tally.drop(shard.number)
         name = f"{QUARANTINE}/{shard.number:06d}.json"
-        self._store.replace(name, (json.dumps(note, indent=1, ensure_ascii=False) + "\n").encode())
+        self._store.replace(name, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
         self._display.notice(f"shard {shard.number} is in quarantine after {len(action.reasons)} faults: {name}")
         self._journal.note("quarantined", shard=shard.number, reason=brief(action.reasons[-1]))
-
-
-class _Watch:
-    """Which part of their time workers sample, from ready to their last commit."""
-
-    def __init__(self) -> None:
-        self._since: dict[int, float] = {}
-        self._sampling = 0.0
-        self._present = 0.0
-
-    def ready(self, worker: int, now: float) -> None:
-        """A worker begins."""
-        self._since[worker] = now
-
-    def committed(self, worker: int, sampling_seconds: float, now: float) -> None:
-        """A worker has committed a shard."""
-        self._present += now - self._since.get(worker, now)
-        self._since[worker] = now
-        self._sampling += sampling_seconds
-
-    def left(self, worker: int) -> None:
-        """A worker is gone."""
-        self._since.pop(worker, None)
-
-    def share(self) -> float | None:
-        """The share of all workers together; None where nothing was committed."""
-        return min(1.0, self._sampling / self._present) if self._present else None

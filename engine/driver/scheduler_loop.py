@@ -1,4 +1,4 @@
-"""The loop between the scheduler and an executor, whatever the shards are: those of a run, or parts of a pass."""
+"""The loop between the scheduler and an executor; a shard is one of a run, or a part of a pass over images."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
-from engine.driver import scheduler
 from engine.driver.executors.base import Executor, ExecutorEvent, ShardResult
 from engine.driver.progress import Display
-from engine.errors import EXIT_INCOMPLETE, MAX_REASON_CHARS, RiskforgeError, fault
-from engine.generation.messages import (
+from engine.driver.scheduling import scheduler
+from engine.driver.scheduling.messages import (
     Abort,
     Action,
     Assign,
@@ -27,23 +26,25 @@ from engine.generation.messages import (
     StopWorker,
     Tick,
 )
+from engine.driver.scheduling.state import State, Step
+from engine.errors import EXIT_INCOMPLETE, MAX_REASON_CHARS, RiskforgeError, fault
 from engine.job.plan import ShardSpec
 
 POLL_SECONDS = 0.25
-# How long workers wait for a machine before the user is notified.
+# The user is notified when workers have been waiting for a machine this long.
 UNPLACED_SECONDS = 60.0
 
 
 class WorkersFailingError(RiskforgeError):
-    """Workers fail over and over and nothing gets done: a defect, of this program or of the machines."""
+    """Workers fail repeatedly and no shard is finished: a defect of this program or of the machines."""
 
     exit_code = EXIT_INCOMPLETE
 
 
 class SchedulerLoop(ABC):
-    """Carries out the scheduler's actions on an executor and passes its events on, until the scheduler ends.
+    """Executes the scheduler's actions on an executor and passes its events on, until the scheduler ends.
 
-    Subclasses say what a shard is and what to report; all decisions are the scheduler's.
+    Subclasses define what a shard is and what is reported; all decisions are the scheduler's.
     """
 
     def __init__(self, executor: Executor, display: Display) -> None:
@@ -52,75 +53,76 @@ class SchedulerLoop(ABC):
         self._unplaced_since: float | None = None
         self._has_reported_unplaced = False
 
-    def _drive(self, state: scheduler.State, actions: list[Action]) -> Finished | Drained:
-        """Run the loop from the scheduler's first step on.
+    def _drive(self, state: State, actions: list[Action]) -> Finished | Drained:
+        """Run the loop, starting from the scheduler's first step.
 
         Returns:
             The action that ended it.
 
         Raises:
-            RiskforgeError: a fault of the user, or workers that fail over and over.
+            WorkersFailingError: workers fail repeatedly.
+            RiskforgeError: an error that the user has to fix.
         """
-        while (end := self._carry_out(actions)) is None:
+        while (end := self._execute(actions)) is None:
             state, actions = self._turn(state)
         return end
 
     @abstractmethod
     def _shard(self, number: int) -> ShardSpec:
-        """The shard that a number stands for."""
+        """The shard with this number."""
 
     @abstractmethod
     def _quarantine(self, action: Quarantine) -> None:
-        """A shard was at fault too often."""
+        """Handle a shard that reached the limit of strikes."""
 
     @abstractmethod
     def _workers_failing(self, message: str) -> WorkersFailingError:
-        """The error to raise when the scheduler gives up because workers fail over and over."""
+        """The error to raise when the scheduler gives up because workers fail repeatedly."""
 
     @abstractmethod
     def _report_progress(self) -> None:
-        """Show how far the work is, once a turn."""
-
-    def _requests(self) -> list[Drain]:
-        """Events that come from the user, not from a worker."""
-        return []
+        """Report progress; called once a turn."""
 
     @abstractmethod
-    def _note_event(self, event: ExecutorEvent, state: scheduler.State) -> None:
-        """Note what concerns the user in an event that is current; `state` is that before it."""
+    def _note_event(self, event: ExecutorEvent, state: State) -> None:
+        """Record an event that is not stale; `state` is the one before it."""
+
+    @abstractmethod
+    def _note_replaced(self, worker: int, message: str) -> None:
+        """Record that a hanging worker is replaced."""
+
+    def _requests(self) -> list[Drain]:
+        """Events that come from the user in place of a worker."""
+        return []
 
     def _growth(self, event: ExecutorEvent | Tick | Drain, actions: list[Action]) -> PlanGrown | None:
-        """Shards that are added because of what a step has settled."""
+        """Shards to add after a step."""
         return None
 
     def _error(self, action: Abort) -> RiskforgeError:
         """The error to raise when the scheduler gives up."""
         return fault(action.message, action.exit_code) if action.user_fault else self._workers_failing(action.message)
 
-    @abstractmethod
-    def _note_replaced(self, worker: int, message: str) -> None:
-        """A worker does not respond and is replaced."""
-
-    def _turn(self, state: scheduler.State) -> scheduler.Step:
-        """Pass on to the scheduler what happened in a moment."""
+    def _turn(self, state: State) -> Step:
+        """Pass the events of one poll to the scheduler."""
         actions: list[Action] = []
         events: list[Any] = [Tick(time.monotonic()), *self._requests(), *self._executor.poll(POLL_SECONDS)]
         for event in events:
             if not isinstance(event, (Tick, Drain)):
-                if _is_outdated(event, state):
+                if _is_stale(event, state):
                     continue
                 self._note_event(event, state)
-            state, more = scheduler.step(state, event)
-            actions += more
-            if growth := self._growth(event, more):
-                state, more = scheduler.step(state, growth)
-                actions += more
+            state, added = scheduler.step(state, event)
+            actions += added
+            if growth := self._growth(event, added):
+                state, added = scheduler.step(state, growth)
+                actions += added
         self._report_unplaced(time.monotonic())
         self._report_progress()
         return state, actions
 
-    def _carry_out(self, actions: Iterable[Action]) -> Finished | Drained | None:
-        """Do what the scheduler decided; returns its last action when it has ended."""
+    def _execute(self, actions: Iterable[Action]) -> Finished | Drained | None:
+        """Execute the scheduler's actions; returns the last one if it ends the loop."""
         for action in actions:
             if isinstance(action, (Finished, Drained)):
                 return action
@@ -128,7 +130,7 @@ class SchedulerLoop(ABC):
         return None
 
     def _perform(self, action: Action) -> None:
-        """Do what an action asks for."""
+        """Execute one action."""
         if isinstance(action, StartWorker):
             self._executor.start_worker(action.worker)
         elif isinstance(action, StopWorker):
@@ -143,7 +145,7 @@ class SchedulerLoop(ABC):
             raise self._error(action)
 
     def _report_unplaced(self, now: float) -> None:
-        """Notify the user once when workers wait long for a machine."""
+        """Notify the user once if workers wait long for a machine."""
         num = self._executor.num_unplaced
         if not num:
             self._unplaced_since = None
@@ -154,8 +156,8 @@ class SchedulerLoop(ABC):
             self._display.notice(f"{num} worker(s) still wait for room on the cluster; ask for fewer with --workers")
 
 
-def _is_outdated(event: ExecutorEvent, state: scheduler.State) -> bool:
-    """Whether an event about a shard is late or came twice: its worker does not have the shard any more."""
+def _is_stale(event: ExecutorEvent, state: State) -> bool:
+    """Whether an event is late or a duplicate: its shard is not in the queue of its worker."""
     if not isinstance(event, (ShardResult, ShardError, ShardProgress)):
         return False
     worker = state.workers.get(event.worker)
@@ -163,13 +165,13 @@ def _is_outdated(event: ExecutorEvent, state: scheduler.State) -> bool:
 
 
 def brief(message: str) -> str:
-    """The most informative line of a message: the last of a traceback, the first of anything else."""
+    """The most informative line of a message: the last line of a traceback, the first line of anything else."""
     lines = message.strip().splitlines() or ["no reason given"]
     line = lines[-1] if lines[0].startswith("Traceback") else lines[0]
     return line[:MAX_REASON_CHARS]
 
 
 def brief_abort(message: str) -> str:
-    """The message of an `Abort`, whose reason may be a whole traceback, in one line."""
+    """The message of an `Abort`, whose reason may be a traceback, as one line."""
     head, mark, reason = message.partition("the last one: ")
     return f"{head}{mark}{brief(reason)}"

@@ -1,4 +1,4 @@
-"""How far a run is, from its output alone: any machine that sees the folder can tell."""
+"""Status of a run, from its output alone: any machine that can read the folder can show it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from engine.data.run.commits import list_commits
+from engine.data.run.counts import ShardCounts
 from engine.data.run.file_names import SUCCESS
 from engine.data.run.manifest import quota_rows
 from engine.data.run.presence import is_closed, loss_lines, lost_files
@@ -17,15 +18,16 @@ from engine.data.stores.base import Store
 from engine.data.stores.journal import read_events
 from engine.data.stores.lease import is_alive, read_holder
 from engine.driver.progress import duration
+from engine.job.plan import Plan
 from engine.job.quotas import replay
 
-# The rate is that of the latest commits.
+# The rate is measured over this many of the latest commits.
 MAX_COMMITS = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestStatus:
-    """How far a request is; `wanted` and what is accepted of it where it has quotas."""
+    """Status of a request; `wanted` and `missing` are accepted samples, None if it has no quotas."""
 
     name: str
     planned: int
@@ -38,16 +40,16 @@ class RequestStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """How far a run is.
+    """Status of a run.
 
     Attributes:
-        state: `complete`, `running`, `stopped`, or `damaged` where files of committed shards are lost.
-        lost: these files, a line each; not looked for while a driver is at work.
+        state: `complete`, `running`, `stopped`, or `damaged` if files of committed shards are lost.
+        lost: these files, a line each; not checked while a driver is running.
         is_torn: whether a file over all shards of a finished run is missing or torn; it then counts as stopped.
-        driver: who is at work, or was last; empty where nobody has begun.
-        samples_per_second: of the latest commits, None where nobody is at work.
-        eta_seconds: for the shards that are planned, None where the rate is not known.
-        last_event: the latest line of the journal, empty where there is none.
+        driver: the running driver, or the last one; empty if there never was one.
+        samples_per_second: rate of the latest commits; None if no driver is running.
+        eta_seconds: remaining time for the planned shards; None if the rate is unknown.
+        last_event: the latest line of the journal; empty if there is none.
     """
 
     uri: str
@@ -66,7 +68,7 @@ class Status:
 
 
 def read_status(store: Store) -> Status:
-    """How far a run is.
+    """Status of a run.
 
     Raises:
         OutputError: there is no run.
@@ -82,14 +84,7 @@ def read_status(store: Store) -> Status:
     events = list(read_events(store))
     rate = _rate(events) if is_running else None
     planned = sum(extent.stop - extent.start for extent in plan.extents)
-    left = planned - sum(one.attempted for one in counts.values())
-    quotas = quota_rows(plan, replay(plan, counts, (), job.output.samples_per_shard))
-    by_request: dict[int, Counter[str]] = {request.number: Counter() for request in plan.requests}
-    for extent in plan.extents:
-        by_request[extent.request]["planned"] += extent.stop - extent.start
-    for number, one in counts.items():
-        about = {"attempted": one.attempted, "accepted": one.accepted, "failed": one.failed}
-        by_request[plan.shard(number).request].update(about)
+    left = planned - sum(shard.attempted for shard in counts.values())
     return Status(
         uri=store.uri,
         name=job.name,
@@ -100,13 +95,24 @@ def read_status(store: Store) -> Status:
         quarantined=tuple(number for number in quarantined_shards(store) if number not in counts),
         lost=lost,
         is_torn=is_torn,
-        requests=tuple(
-            _request_status(request.spec.name, by_request[request.number], quotas.get(request.spec.name))
-            for request in plan.requests
-        ),
+        requests=_request_statuses(plan, counts, job.output.samples_per_shard),
         samples_per_second=rate,
         eta_seconds=left / rate if rate else None,
         last_event=events[-1] if events else {},
+    )
+
+
+def _request_statuses(plan: Plan, counts: dict[int, ShardCounts], samples_per_shard: int) -> tuple[RequestStatus, ...]:
+    quotas = quota_rows(plan, replay(plan, counts, (), samples_per_shard))
+    sums: dict[int, Counter[str]] = {request.number: Counter() for request in plan.requests}
+    for extent in plan.extents:
+        sums[extent.request]["planned"] += extent.stop - extent.start
+    for number, shard in counts.items():
+        fields = {"attempted": shard.attempted, "accepted": shard.accepted, "failed": shard.failed}
+        sums[plan.shard(number).request].update(fields)
+    return tuple(
+        _request_status(request.spec.name, sums[request.number], quotas.get(request.spec.name))
+        for request in plan.requests
     )
 
 
@@ -122,18 +128,18 @@ def _request_status(name: str, counts: Counter[str], quotas: list[dict[str, Any]
         attempted=counts["attempted"],
         accepted=counts["accepted"],
         failed=counts["failed"],
-        wanted=sum(one["wanted"] for one in quotas) if quotas else None,
-        missing=sum(one["missing"] for one in quotas) if quotas else None,
+        wanted=sum(row["wanted"] for row in quotas) if quotas else None,
+        missing=sum(row["missing"] for row in quotas) if quotas else None,
     )
 
 
 def _rate(events: list[dict[str, Any]]) -> float | None:
-    """Samples a second over the latest commits."""
-    commits = [one for one in events if one.get("event") == "committed"][-MAX_COMMITS:]
+    """Samples per second over the latest commits."""
+    commits = [event for event in events if event.get("event") == "committed"][-MAX_COMMITS:]
     if len(commits) < 2:
         return None
     seconds = time.time() - commits[0]["time"]
-    return sum(one["samples"] for one in commits[1:]) / seconds if seconds > 0 else None
+    return sum(commit["samples"] for commit in commits[1:]) / seconds if seconds > 0 else None
 
 
 def status_fields(status: Status) -> dict[str, Any]:
@@ -142,7 +148,7 @@ def status_fields(status: Status) -> dict[str, Any]:
 
 
 def status_lines(status: Status) -> list[str]:
-    """A status for people."""
+    """A status as lines of text."""
     rate, eta = status.samples_per_second, status.eta_seconds
     lines = [f"{status.uri}: {status.state}, {status.num_committed} of {status.num_shards} shards"]
     if status.state == "running":
@@ -151,12 +157,9 @@ def status_lines(status: Status) -> list[str]:
         lines.append(f"last driver: {status.driver}; `riskforge run` with the same job continues")
     if rate:
         lines.append(
-            f"{rate:.2g} samples a second" + (f", {duration(eta)} to go as planned" if eta is not None else "")
+            f"{rate:.2g} samples/s" + (f", {duration(eta)} left for the planned shards" if eta is not None else "")
         )
-    for one in status.requests:
-        text = f"{one.name}: {one.attempted} of {one.planned} samples, {one.accepted} accepted"
-        text += f", {one.failed} failed" if one.failed else ""
-        lines.append(text + (f", {one.missing} of {one.wanted} still missing" if one.missing else ""))
+    lines += map(_request_line, status.requests)
     if status.is_torn:
         lines.append("a file over all shards is missing or torn; `riskforge run` with the same job writes it again")
     if status.lost:
@@ -164,3 +167,9 @@ def status_lines(status: Status) -> list[str]:
     if status.quarantined:
         lines.append(f"{len(status.quarantined)} shards in quarantine; `riskforge retry` gives them a fresh start")
     return lines
+
+
+def _request_line(request: RequestStatus) -> str:
+    text = f"{request.name}: {request.attempted} of {request.planned} samples, {request.accepted} accepted"
+    text += f", {request.failed} failed" if request.failed else ""
+    return text + (f", {request.missing} of {request.wanted} still missing" if request.missing else "")

@@ -25,12 +25,12 @@ from torch import Tensor
 from engine.data.images import Unusable
 from engine.data.stores.file_errors import explained
 from engine.errors import MAX_REASON_CHARS, JobError, OutputError
-from engine.job.plan import digest_of
+from engine.job.json_values import digest_of
 from engine.methods.conditioning.distributions import ClassDistributions
-from engine.methods.conditioning.evaluation import Evaluation
 from engine.methods.conditioning.gaussians import ClassGaussians, ClassMoments
 from engine.methods.conditioning.mixtures import ClassMixtures
 from engine.methods.conditioning.predictor import ErrorPredictor, PredictorFit
+from engine.methods.conditioning.predictor_evaluation import Evaluation
 from engine.methods.strict_json import parse_json
 from engine.methods.temperature import TemperatureFit
 from engine.models.configurations import ARTEFACT_DOCUMENT as DOCUMENT

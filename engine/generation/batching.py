@@ -1,6 +1,6 @@
-"""How many samples a GPU takes at a time: from the peaks of two batches, and less after each out-of-memory.
+"""The batch size that fits a GPU: extrapolated from the peak memory of two batches, halved after each out-of-memory.
 
-Peak memory is close to a line in the batch size: models and workspaces, and so many bytes a sample. Pure Python.
+Peak memory is nearly affine in the batch size: models and workspaces, plus a constant per sample. Pure Python.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ FIRST_BATCH = 8
 MAX_BATCH = 4096
 # Sizes are multiples of this: kernels work in tiles.
 MULTIPLE = 8
-# Of the memory that is free; the rest is for what does not grow along the line, and for fragments.
+# Share of the memory that is used; the rest is for fragments and for deviations from the line.
 MEMORY_SHARE = 0.85
 
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Most bytes that were allocated while a batch was made.
+    """Peak of the allocated memory while a batch was made.
 
     Attributes:
         size: samples of the batch.
@@ -34,8 +34,8 @@ def fitting_size(first: Peak, second: Peak, memory_bytes: int, most: int = MAX_B
     Args:
         first: of a batch.
         second: of a larger batch.
-        memory_bytes: what this process may come to hold, all in all.
-        most: what is asked for.
+        memory_bytes: what this process may hold in total.
+        most: largest batch that is wanted.
 
     Returns:
         A multiple of `MULTIPLE`, unless `most` is below it; never less than the second batch, which did fit.
@@ -45,11 +45,11 @@ def fitting_size(first: Peak, second: Peak, memory_bytes: int, most: int = MAX_B
     """
     if second.size <= first.size:
         raise ValueError(f"second: a batch of {second.size} is not larger than one of {first.size}")
-    a_sample = (second.num_bytes - first.num_bytes) / (second.size - first.size)
-    if a_sample <= 0:
+    per_sample = (second.num_bytes - first.num_bytes) / (second.size - first.size)
+    if per_sample <= 0:
         return _rounded(most)
-    room = MEMORY_SHARE * memory_bytes - second.num_bytes
-    return min(_rounded(most), max(second.size, _rounded(second.size + int(room / a_sample))))
+    available = MEMORY_SHARE * memory_bytes - second.num_bytes
+    return min(_rounded(most), max(second.size, _rounded(second.size + int(available / per_sample))))
 
 
 def _rounded(size: int) -> int:
@@ -58,12 +58,12 @@ def _rounded(size: int) -> int:
 
 @dataclass(slots=True)
 class BatchSize:
-    """The batch size of a request, as it is found out.
+    """The batch size of a request, adapted to the memory.
 
     Attributes:
         size: samples of the next batch.
         grows: whether peaks still raise it.
-        limit: largest batch, since memory has run out here or on a machine of the same kind; 0 where it never has.
+        limit: largest batch, after an out-of-memory here or on a machine of the same kind; 0 without one.
     """
 
     size: int = FIRST_BATCH
@@ -72,7 +72,7 @@ class BatchSize:
     _first: Peak | None = field(default=None, repr=False)
 
     def observe(self, peak: Peak, memory_bytes: int) -> None:
-        """Learn from a batch that fit: a first one doubles the size, a second one settles it."""
+        """Update from a batch that fit: the first doubles the size, the second determines it."""
         if not self.grows or peak.size < self.size:
             return
         most = self.limit or MAX_BATCH
@@ -88,7 +88,7 @@ class BatchSize:
         self.grows = False
 
     def cap(self, limit: int) -> None:
-        """No batch is larger than `limit` from now on; below it the size is still found out."""
+        """No batch is larger than `limit` from now on; below it the size is still adapted."""
         self.limit = min(self.limit or limit, limit)
         if self.size >= self.limit:
             self.size, self.grows = self.limit, False

@@ -1,4 +1,4 @@
-"""Cost of a job from a measured batch of every request, on the machine at hand."""
+"""Measurement of one batch of every request on this machine, from which the cost of a job is estimated."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ MAX_BATCH = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """What was measured.
+    """Measured durations and sizes, one value for each request, by its number.
 
     Attributes:
-        seconds_per_sample: of each request, sampling and scoring, by its number.
-        bytes_per_sample: of each request, encoded images that are stored.
-        num_accepted, num_attempted: of each request, samples that its rule accepted, of those that were made.
-        load_seconds: loading all models.
-        device: what it ran on.
+        seconds_per_sample: sampling and scoring.
+        bytes_per_sample: encoded images that are stored.
+        num_accepted, num_attempted: samples that the request's rule accepted, and all samples that were made.
+        load_seconds: duration of loading all models.
+        device: the device that was measured on.
     """
 
     seconds_per_sample: tuple[float, ...]
@@ -39,7 +39,7 @@ class Measurement:
 
 
 def measure(job: JobSpec, plan: Plan) -> Measurement:
-    """Load the models of a job and time a batch of every request, after one batch to warm up.
+    """Load the models of a job and measure a batch of every request, after one batch of warm-up.
 
     Raises:
         JobError: a model cannot be loaded, the hardware lacks what `runtime` asks for, or all samples of a batch fail.
@@ -58,21 +58,21 @@ def measure(job: JobSpec, plan: Plan) -> Measurement:
         generator.prepare(request.number)
         load_seconds += time.monotonic() - started
         if not timings:
-            # The first batch warms up.
+            # The first batch is the warm-up.
             _measure_request(generator, request)
         timings.append(_measure_request(generator, request))
     return Measurement(
-        seconds_per_sample=tuple(one.seconds for one in timings),
-        bytes_per_sample=tuple(one.num_bytes for one in timings),
-        num_accepted=tuple(one.num_accepted for one in timings),
-        num_attempted=tuple(one.num_attempted for one in timings),
+        seconds_per_sample=tuple(timing.seconds for timing in timings),
+        bytes_per_sample=tuple(timing.num_bytes for timing in timings),
+        num_accepted=tuple(timing.num_accepted for timing in timings),
+        num_attempted=tuple(timing.num_attempted for timing in timings),
         load_seconds=load_seconds,
         device=generator.device_name,
     )
 
 
 class _Timing(NamedTuple):
-    """A batch in numbers; seconds and bytes of one sample."""
+    """A measured batch; seconds and bytes are per sample."""
 
     seconds: float
     num_bytes: float

@@ -19,11 +19,12 @@ from engine.job.spec import ConditioningSpec, JobSpec
 from engine.methods.conditioning.screening import ScreenedDraw, ScreeningOptions, screen, unscreened
 from engine.methods.heartbeat import beat
 from engine.models.artefacts import find_artefact
-from engine.models.clip import ImageEncoder
+from engine.models.diffusion import load_image_encoder
 from engine.models.digests import image_encoder_digest, model_digest
 from engine.models.hardware import CPU_ROWS
+from engine.models.pipelines.image_encoder import ImageEncoder
 
-Tell = Callable[[str], None]
+ProgressCallback = Callable[[str], None]
 
 
 class Conditioner(Protocol):
@@ -47,7 +48,7 @@ class DrawnEmbeddings:
         self._options = ScreeningOptions(threshold=spec.threshold, max_draws=spec.max_draws)
 
     def draw(self, spec: SampleSpec) -> ScreenedDraw:
-        """The first draw that passes the predictor, or the likeliest; without screening the first of all."""
+        """The first draw that passes the predictor, or the likeliest; without screening simply the first."""
         label = spec.cell.classes[0]
         if self._predictor is None:
             first = unscreened(self._distributions, label, spec.seed)
@@ -86,12 +87,12 @@ def open_conditioner(
     """The conditioner of a request that asks for one, in a worker.
 
     Args:
-        diffusion: address of the Stable unCLIP pipeline.
+        diffusion: address of the pipeline whose image encoder is used.
         labels: class names of the target.
         digest: of artefact or images, as the plan has it.
 
     Raises:
-        JobError: what is found here is not what the plan was made with.
+        JobError: artefact or images differ from those that the plan was made with.
     """
     spec = request.spec.conditioning
     assert spec is not None
@@ -100,7 +101,7 @@ def open_conditioner(
         _check_same(conditioning.digest, digest, spec.artefact, _where(request, "artefact"))
         return DrawnEmbeddings(conditioning, spec)
     assert spec.images is not None
-    encoder = ImageEncoder.load(diffusion, device)
+    encoder = load_image_encoder(diffusion, device)
     needed = {cell.classes[0]: request.total // len(request.cells) for cell in request.cells}
     embedder = _Embedder(encoder, needed)
     given = read_given(spec.images, labels, _where(request, "images"), embedder.take)
@@ -109,19 +110,25 @@ def open_conditioner(
 
 
 def conditioning_digests(
-    job: JobSpec, requests: Sequence[RequestPlan], labels: Sequence[str], *, progress: Tell, notice: Tell
+    job: JobSpec,
+    requests: Sequence[RequestPlan],
+    labels: Sequence[str],
+    *,
+    progress: ProgressCallback,
+    notice: ProgressCallback,
 ) -> dict[str, str]:
     """Check the artefacts and the given images of a job, before any model is loaded.
 
     Args:
-        progress: hears how far the reading of images is.
-        notice: hears what the user should know and need not mend.
+        progress: called with the progress of reading images.
+        notice: called with what the user should know, and need not fix.
 
     Returns:
         Digest of the content of each, by address.
 
     Raises:
-        JobError: one is missing, damaged, of another space, or lacks a class that a request asks for.
+        JobError: an artefact or an image source is missing, damaged, of another embedding space, or lacks a class that
+            a request asks for.
     """
     digests: dict[str, str] = {}
     for request in requests:
@@ -148,14 +155,14 @@ def read_given(address: str, labels: Sequence[str], where: str, take: Callable[[
     """
     source = open_images(address, tuple(labels), where)
     digest, num_images, unusable = hashlib.sha256(), 0, list[Unusable]()
-    for found in source.read():
+    for image in source.read():
         beat()
-        if isinstance(found, Unusable):
-            unusable.append(found)
+        if isinstance(image, Unusable):
+            unusable.append(image)
             continue
-        digest.update(f"{found.class_index}:".encode() + image_key(found.image))
+        digest.update(f"{image.class_index}:".encode() + image_key(image.image))
         num_images += 1
-        take(found)
+        take(image)
     if not num_images:
         raise JobError(nothing_usable(source, where, address, unusable))
     return GivenImages(digest=digest.hexdigest()[:32], unusable=tuple(unusable))
@@ -186,11 +193,11 @@ class _Embedder:
         self._waiting: list[tuple[int, PIL.Image.Image]] = []
         self._done: dict[int, list[Tensor]] = {index: [] for index in needed}
 
-    def take(self, one: LabelledImage) -> None:
-        """Take an image in, if its class lacks one."""
-        if self._left.get(one.class_index, 0) > 0:
-            self._left[one.class_index] -= 1
-            self._waiting.append((one.class_index, one.image))
+    def take(self, image: LabelledImage) -> None:
+        """Queue an image, if its class lacks images."""
+        if self._left.get(image.class_index, 0) > 0:
+            self._left[image.class_index] -= 1
+            self._waiting.append((image.class_index, image.image))
         if len(self._waiting) == CPU_ROWS:
             self._flush()
 
@@ -237,40 +244,43 @@ def _checked_artefact(request: RequestPlan, address: str, diffusion: str) -> Con
     return conditioning
 
 
-def _note_other_target(job: JobSpec, address: str, conditioning: Conditioning, notice: Tell) -> None:
+def _note_other_target(job: JobSpec, address: str, conditioning: Conditioning, notice: ProgressCallback) -> None:
     """An error predictor knows the errors of the target that it was prepared with."""
     known = conditioning.models["target"]
     if known["digest"] != model_digest(job.models.target):
         notice(
             f"'{address}' was prepared with another target ('{known['address']}' as it was then) than"
-            f" '{job.models.target}' is now: screening seeks the errors of that one; `riskforge prepare` makes it anew"
+            f" '{job.models.target}' is now: screening seeks the errors of the former; `riskforge prepare` makes"
+            " another artefact"
         )
 
 
-def _checked_images(request: RequestPlan, address: str, labels: Sequence[str], progress: Tell, notice: Tell) -> str:
+def _checked_images(
+    request: RequestPlan, address: str, labels: Sequence[str], progress: ProgressCallback, notice: ProgressCallback
+) -> str:
     """Digest of given images, if every class of the request has one."""
-    found: set[int] = set()
+    seen: set[int] = set()
     where, count = _where(request, "images"), 0
 
-    def take(one: LabelledImage) -> None:
+    def take(image: LabelledImage) -> None:
         nonlocal count
-        found.add(one.class_index)
+        seen.add(image.class_index)
         count += 1
         progress(f"reading {address}: {count} images")
 
     given = read_given(address, labels, where, take)
-    if missing := [cell.names[0] for cell in request.cells if cell.classes[0] not in found]:
+    if missing := [cell.names[0] for cell in request.cells if cell.classes[0] not in seen]:
         raise JobError(f"{where}: '{address}' has no usable image of class '{missing[0]}'; add one")
     if given.unusable:
         notice(f"{where}: {len(given.unusable)} of '{address}' cannot be used: {some_of(given.unusable)}")
     return given.digest
 
 
-def _check_same(found: str, planned: str, address: str, where: str) -> None:
-    if found != planned:
+def _check_same(digest: str, planned: str, address: str, where: str) -> None:
+    if digest != planned:
         raise JobError(
-            f"{where}: '{address}' is not on this machine what it is on the driver's; use a folder that all machines"
-            " share, and leave it alone during the run"
+            f"{where}: '{address}' differs on this machine from the driver's; use a folder that all machines share, and"
+            " do not change it during the run"
         )
 
 

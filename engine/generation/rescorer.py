@@ -15,7 +15,8 @@ from engine.data.run.verify import Finding
 from engine.data.stores.base import Store
 from engine.errors import JobError
 from engine.job.columns import BY_NAME, RECORD_COLUMNS, Role, columns_with
-from engine.job.plan import Plan, SampleSpec, difference
+from engine.job.json_values import difference
+from engine.job.plan import Plan, SampleSpec
 from engine.job.records import STATUS_FAILED
 from engine.job.spec import JobSpec
 from engine.models.digests import model_digests
@@ -42,7 +43,7 @@ def rescore(
         JobError: a model cannot be loaded, or is another one than the run was made with.
         CorruptShardError: a shard cannot be read; `verify` says more.
     """
-    from engine.generation.generator import load_scorer
+    from engine.generation.loading import load_scorer
     from engine.models.library_logging import quiet_libraries
 
     job, plan = stored_plan(store)

@@ -1,7 +1,7 @@
-"""The worker: one shard in, one committed shard out. A plain class; it runs in an actor or in the driver alike.
+"""The worker: makes shards, each from its samples to its commit. A plain class that runs in an actor or in the driver.
 
-Two threads: the caller's samples, and one of the worker's own encodes, hashes, writes and commits what was sampled,
-behind a bounded queue, so that the models need not wait for the disk.
+Two threads: the caller's thread samples; a thread of the worker encodes, hashes, writes and commits what was sampled,
+behind a bounded queue, so that the models do not wait for the disk.
 """
 
 from __future__ import annotations
@@ -23,26 +23,25 @@ from engine.data.run.shards import shard_name
 from engine.data.run.stored_plan import read_digest
 from engine.data.stores.opening import open_store
 from engine.errors import JobError
-from engine.generation.messages import Report
 from engine.job.plan import Plan, SampleSpec, ShardSpec
 from engine.job.records import SampleResult
 from engine.job.spec import JobSpec
-from engine.methods.conditioning.tally import ScreeningTally
+from engine.methods.conditioning.screening_tally import ScreeningTally
 from engine.models.hardware import choose_hardware, fix_threads
 from engine.models.library_logging import quiet_libraries
 
-# Batches that wait for the disk at most; then sampling waits, too.
+# Most batches that are buffered for the disk; sampling waits when the buffer is full.
 MAX_WAITING_BATCHES = 4
 WAIT_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardOutcome:
-    """What a worker says of a finished shard.
+    """The result of a finished shard.
 
     Attributes:
-        sampling_seconds: time in sampling and scoring.
-        total_seconds: time from start to commit.
+        sampling_seconds: duration of sampling and scoring.
+        total_seconds: duration from start to commit.
     """
 
     counts: ShardCounts
@@ -50,19 +49,27 @@ class ShardOutcome:
     total_seconds: float
 
 
+class ShardProgressCallback(Protocol):
+    """Called by a worker to report the progress of a shard."""
+
+    def __call__(self, num_done: int, batch_seconds: float = 0.0, batch_limit: int = 0) -> None:
+        """Report the number of samples done so far; see `ShardProgress`."""
+        ...
+
+
 class Sampler(Protocol):
-    """What makes samples: `engine.generation.generator.Generator`."""
+    """Makes samples; implemented by `engine.generation.generator.Generator`."""
 
     def next_batch(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
-        """Results of the first samples of `specs`, as many as fit a batch."""
+        """Results of the first samples of `specs`, as many as fit into a batch."""
         ...
 
     def batch_limit(self, request: int) -> int:
-        """Largest batch of a request, since memory has run out; 0 where it never has."""
+        """Largest batch size of a request since memory ran out; 0 if it never did."""
         ...
 
     def limit_batches(self, request: int, limit: int) -> None:
-        """Make no batches of a request larger than this."""
+        """Limit the batch size of a request."""
         ...
 
 
@@ -70,10 +77,8 @@ class Worker:
     """Holds all models of a job and makes its shards.
 
     Args:
-        job: the job.
-        plan: its plan.
-        name: who this is, for the record.
-        load: loads the models.
+        name: identifies the worker in the metadata.
+        load: loads the models; `load_generator` if not given.
 
     Raises:
         JobError: a model cannot be loaded, the hardware lacks what `runtime` asks for, or the output is not shared
@@ -89,81 +94,93 @@ class Worker:
         self._store = open_store(job.output.uri)
         if read_digest(self._store) != plan.digest:
             raise JobError(
-                f"output.uri: '{job.output.uri}' as worker {name} sees it does not hold this run; use a folder that"
+                f"output.uri: '{job.output.uri}' as worker {name} sees it does not contain this run; use a folder that"
                 " all machines share"
             )
         self._generator = (load or load_generator)(job, plan)
         warm_up()
 
     def sample_shard(
-        self, shard: ShardSpec, attempt: int, report: Report, batch_limit: int = 0
+        self, shard: ShardSpec, attempt: int, report: ShardProgressCallback, batch_limit: int = 0
     ) -> Callable[[], ShardOutcome]:
-        """Sample a shard; what is returned waits for its commit. `report` hears how far it is.
+        """Sample a shard.
+
+        Args:
+            attempt: counted from 1.
+            report: called after every batch.
+            batch_limit: largest batch size; 0 for no limit.
+
+        Returns:
+            A function that waits for the shard's commit.
 
         Side effects: publishes the shard's files and its commit record in the job's output, from another thread.
         """
         if attempt > 1 and (record := read_commit(self._store, shard.number)):
-            # An earlier attempt got there, and only its answer was lost.
+            # An earlier attempt committed it, and only its result was lost.
             return lambda: _outcome(record, 0.0)
         if batch_limit:
             self._generator.limit_batches(shard.request, batch_limit)
-        making = _Making(shard, attempt)
+        buffer = ShardBuffer(shard, attempt)
         writing: Future[ShardOutcome] = Future()
-        # A thread of a pool would be waited for at the end of the process, also where sampling hangs.
-        threading.Thread(target=self._write_for, args=(making, writing), name="writer", daemon=True).start()
+        # The process would wait for a thread of a pool at its end, even if sampling hangs.
+        threading.Thread(target=self._write_for, args=(buffer, writing), name="writer", daemon=True).start()
         try:
-            self._sample(making, report, writing)
+            self._sample(buffer, report, writing)
         except BaseException as error:
-            making.abandon(error)
+            buffer.abandon(error)
             raise
         return writing.result
 
-    def _sample(self, making: _Making, report: Report, writing: Future[ShardOutcome]) -> None:
-        """Make a shard batch by batch, as long as there is somebody who writes it."""
-        request, specs = making.shard.request, list(self._plan.samples(making.shard))
+    def _sample(self, buffer: ShardBuffer, report: ShardProgressCallback, writing: Future[ShardOutcome]) -> None:
+        """Sample a shard batch by batch, as long as its writer has not failed."""
+        request, specs = buffer.shard.request, list(self._plan.samples(buffer.shard))
         done = 0
         while specs and not writing.done():
             started = time.monotonic()
             results = self._generator.next_batch(request, specs)
             seconds = time.monotonic() - started
-            making.timing["sampling_seconds"] += seconds
+            buffer.timing["sampling_seconds"] += seconds
             specs = specs[len(results) :]
             for result in results:
-                spent = {"duration_seconds": seconds / len(results)}
-                result.run |= {**spent, "attempt": making.attempt, "worker": self._name}
-            making.put(results, writing)
+                duration = seconds / len(results)
+                result.run |= {"duration_seconds": duration, "attempt": buffer.attempt, "worker": self._name}
+            buffer.put(results, writing)
             done += len(results)
             report(done, seconds, self._generator.batch_limit(request))
-        making.put(None, writing)
+        buffer.put(None, writing)
 
-    def _write_for(self, making: _Making, writing: Future[ShardOutcome]) -> None:
+    def _write_for(self, buffer: ShardBuffer, writing: Future[ShardOutcome]) -> None:
         try:
-            writing.set_result(self._write(making))
+            writing.set_result(self._write(buffer))
         except BaseException as error:
             writing.set_exception(error)
 
-    def _write(self, making: _Making) -> ShardOutcome:
-        """Stage and commit what the sampling thread makes; nothing stays where that fails."""
-        name = shard_name(self._job.name, making.shard.number)
+    def _write(self, buffer: ShardBuffer) -> ShardOutcome:
+        """Stage and commit what the sampling thread makes; if that fails, nothing is left behind."""
+        name = shard_name(self._job.name, buffer.shard.number)
         tally = ScreeningTally()
         image_format, version = self._job.output.image_format, self._plan.schema_version
-        staged = stage_shard(self._store.staging(), name, making.results(tally), image_format, version)
+        staged = stage_shard(self._store.staging(), name, buffer.results(tally), image_format, version)
         record = commit_shard(
             self._store,
             self._plan.digest,
-            making.shard,
+            buffer.shard,
             name,
             staged,
-            attempt=making.attempt,
+            attempt=buffer.attempt,
             worker=self._name,
-            timing=making.timing,
+            timing=buffer.timing,
             screening=tally.rows(),
         )
-        return _outcome(record, time.monotonic() - making.started)
+        return _outcome(record, time.monotonic() - buffer.started)
 
 
-class _Making:
-    """A shard between the thread that samples and the one that writes."""
+class ShardBuffer:
+    """A shard between the thread that samples it and the thread that writes it.
+
+    Attributes:
+        timing: durations by name, in seconds, for the commit record.
+    """
 
     def __init__(self, shard: ShardSpec, attempt: int) -> None:
         self.shard = shard
@@ -173,7 +190,7 @@ class _Making:
         self._batches: queue.Queue[list[SampleResult] | BaseException | None] = queue.Queue(MAX_WAITING_BATCHES)
 
     def put(self, batch: list[SampleResult] | None, writing: Future[ShardOutcome]) -> None:
-        """Hand a batch over, None after the last; waits while the writer is behind, not when it has given up."""
+        """Append a batch, None after the last; waits while the buffer is full, unless the writer has ended."""
         while not writing.done():
             try:
                 self._batches.put(batch, timeout=WAIT_SECONDS)
@@ -182,7 +199,7 @@ class _Making:
                 continue
 
     def abandon(self, error: BaseException) -> None:
-        """Let the writer give up, too."""
+        """Make the writer fail with this error."""
         while True:
             try:
                 self._batches.put_nowait(error)
@@ -191,14 +208,14 @@ class _Making:
                 self._batches.get()
 
     def results(self, tally: ScreeningTally) -> Iterator[SampleResult]:
-        """The results of the shard as they come; draws are added to `tally`."""
+        """The results of the shard as they arrive; draws are added to `tally`."""
         while (batch := self._batches.get()) is not None:
             if isinstance(batch, BaseException):
                 raise batch
             for result in batch:
                 if result.num_draws:
-                    about = result.record
-                    tally.add(about["class_index"], screened=about["screened"], num_draws=result.num_draws)
+                    record = result.record
+                    tally.add(record["class_index"], screened=record["screened"], num_draws=result.num_draws)
                 yield result
 
 

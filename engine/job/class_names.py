@@ -1,4 +1,4 @@
-"""Names of classes for a reader: two classes of one name, such as ImageNet's two cranes, stay apart."""
+"""Class names for display: two classes of the same name, such as ImageNet's two cranes, are distinguished."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.job.plan import Plan
 def distinct_pairs(pairs: Iterable[tuple[int, str]]) -> dict[tuple[int, str], str]:
     """A text for each index and name: the name, and where another index has that name too, the index with it.
 
-    `NO_CLASS` is no class, and its name stays as it is.
+    The name of `NO_CLASS`, which is no class, stays unchanged.
     """
     pairs = list(pairs)
     indices: dict[str, set[int]] = defaultdict(set)
@@ -26,11 +26,11 @@ def distinct_pairs(pairs: Iterable[tuple[int, str]]) -> dict[tuple[int, str], st
 
 
 def distinct_names(names: Mapping[int, str]) -> dict[int, str]:
-    """Names by class index with no name twice: `crane (134)` and `crane (517)`."""
+    """Names by class index all different: `crane (134)` and `crane (517)`."""
     return {index: text for (index, _), text in distinct_pairs(names.items()).items()}
 
 
 def planned_names(plan: Plan) -> dict[int, str]:
-    """Names by index of the classes that a plan asks for, with no name twice."""
+    """Names by index of the classes that a plan asks for, all different."""
     cells = (cell for request in plan.requests for cell in request.cells)
     return distinct_names({index: name for cell in cells for index, name in zip(cell.classes, cell.names, strict=True)})

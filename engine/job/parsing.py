@@ -16,12 +16,13 @@ from engine.job.acceptance import rule_problems
 from engine.job.columns import ENTRY_SCORES
 from engine.job.spec import LIST_LIMITS, MAX_INDEX, ConditioningSpec, GuidanceSpec, JobSpec, RequestSpec, merge
 from engine.job.spec_messages import Location, explain, location_of
+from engine.methods.registry import find_method
 from engine.methods.sampling.spec import SamplingSpec
 
-# Entries of a list without a limit of its own, and keys of a mapping: counted before they are looked at.
+# Entries of a list without a limit of its own, and keys of a mapping: counted before any of them is checked.
 MAX_ENTRIES = 100_000
 MAX_KEYS = 10_000
-# Problems of a job that are put into words.
+# Problems of a job that are listed.
 MAX_PROBLEMS = 100
 
 OVERRIDABLE: dict[str, type[BaseModel]] = {"sampling": SamplingSpec, "guidance": GuidanceSpec}
@@ -44,11 +45,11 @@ def parse_job(raw: Any) -> JobSpec:
         raise JobError([f"{_path(where)}: {text}" for where, text in oversized[:MAX_PROBLEMS]])
     job, problems = _validate(JobSpec, raw, ())
     known = [where for where, _ in problems]
-    # What is checked between fields is checked without the wrong ones, whose absence says nothing new.
+    # Checks between fields run without the wrong ones; that these are absent is no new problem.
     problems += [
         (where, text)
         for where, text in _between_fields(raw)
-        if not any(where == one or _is_below(one, where) for one in known)
+        if not any(where == other or _is_below(other, where) for other in known)
     ]
     if problems:
         raise JobError(_limited([f"{_path(where)}: {text}" for where, text in problems]))
@@ -56,7 +57,7 @@ def parse_job(raw: Any) -> JobSpec:
 
 
 def _limited(lines: list[str]) -> list[str]:
-    """The first of many lines, and how many more there are."""
+    """The first of many lines, and the number of the others."""
     more = len(lines) - MAX_PROBLEMS
     return [*lines[:MAX_PROBLEMS], f"job: has {more} more problems like these"] if more > 0 else lines
 
@@ -70,17 +71,17 @@ def list_limit(key: object) -> int:
 
 
 def _oversized(value: Any, where: Location) -> list[Problem]:
-    """Lists and mappings with more entries than any job has use for; what is in them is not looked at."""
+    """Lists and mappings with more entries than any job has use for; their entries are not checked."""
     if isinstance(value, dict):
         if len(value) > MAX_KEYS:
             return [(where, f"has {len(value)} keys; a mapping has {MAX_KEYS} at most")]
-        return [found for key, inner in value.items() for found in _oversized(inner, (*where, _key(key)))]
+        return [problem for key, inner in value.items() for problem in _oversized(inner, (*where, _key(key)))]
     if isinstance(value, (list, tuple)):
         limit = list_limit(where[-1] if where else None)
         if len(value) > limit:
             return [(where, f"has {len(value)} entries; give {limit} or fewer")]
         nested = ((place, inner) for place, inner in enumerate(value) if isinstance(inner, (dict, list, tuple)))
-        return [found for place, inner in nested for found in _oversized(inner, (*where, place))]
+        return [problem for place, inner in nested for problem in _oversized(inner, (*where, place))]
     return []
 
 
@@ -89,7 +90,7 @@ def _key(key: Any) -> str | int:
 
 
 def _between_fields(raw: dict[str, Any]) -> list[Problem]:
-    """Problems between the fields of each request, found also where another part of the job is wrong."""
+    """Problems between the fields of each request; also of a job that is wrong in other parts."""
     base = {section: _base(spec, raw.get(section)) for section, spec in OVERRIDABLE.items()}
     problems = _sampling_problems(base["sampling"], ("sampling",)) + _decoder_problems(raw)
     names: dict[str, int] = {}
@@ -122,8 +123,10 @@ def _decoder_problems(raw: dict[str, Any]) -> list[Problem]:
     models, requests = raw.get("models"), raw.get("requests")
     if not isinstance(models, dict) or not isinstance(models.get("guidance_decoder"), str):
         return []
-    methods = [one.get("method") for one in requests if isinstance(one, dict)] if isinstance(requests, list) else []
-    if any(method != "prompt" for method in methods):
+    items = requests if isinstance(requests, list) else []
+    named = [item.get("method") for item in items if isinstance(item, dict)]
+    # A method that is misspelled may have been meant to guide.
+    if any(method is None or method.is_guided for method in map(find_method, named)):
         return []
     text = "no request is guided, so nothing would go through it; leave it out, or guide a request"
     return [(("models", "guidance_decoder"), text)]
@@ -133,25 +136,23 @@ def _override_problems(request: RequestSpec, base: dict[str, dict[str, Any]], wh
     problems: list[Problem] = []
     for section, spec in OVERRIDABLE.items():
         merged = merge(base[section], getattr(request, section))
-        found = _validate(spec, merged, (*where, section))[1]
-        if not found and section == "sampling" and request.sampling:
-            found = _sampling_problems(merged, (*where, section))
-        problems += found
-    if not problems and request.method != "prompt":
+        own = _validate(spec, merged, (*where, section))[1]
+        if not own and section == "sampling" and request.sampling:
+            own = _sampling_problems(merged, (*where, section))
+        problems += own
+    if not problems and request.method_record.is_guided:
         problems += _schedule_problems(request, base, where)
     return problems
 
 
 def _schedule_problems(request: RequestSpec, base: dict[str, dict[str, Any]], where: Location) -> list[Problem]:
-    sampling = SamplingSpec.model_validate(merge(base["sampling"], request.sampling))
-    guidance = merge(base["guidance"], request.guidance)[request.guidance_section]
-    first = int(sampling.num_inference_steps * (1 - guidance.get("gradient_range", 1.0))) + 1
-    stop = sampling.num_inference_steps + (not guidance["skip_last"])
-    if any(index % guidance["every"] == 0 for index in range(first, stop)):
+    num_steps = merge(base["sampling"], request.sampling)["num_inference_steps"]
+    guidance = GuidanceSpec.model_validate(merge(base["guidance"], request.guidance))
+    parameters = guidance.of(request.method_record)
+    if any(parameters.is_guided(index, num_steps) for index in range(1, num_steps + 1)):
         return []
-    widen = ", widen `gradient_range`" if guidance.get("gradient_range", 1.0) < 1 else ""
-    text = f"leaves none of {sampling.num_inference_steps} steps guided; lower `every`{widen} or add steps"
-    return [((*where, "guidance", request.guidance_section), text)]
+    text = f"leaves none of {num_steps} steps guided; {parameters.schedule_remedy} or add steps"
+    return [((*where, "guidance", request.method_record.name), text)]
 
 
 def _sampling_problems(sampling: dict[str, Any], where: Location) -> list[Problem]:
@@ -171,7 +172,7 @@ def _base(spec: type[BaseModel], raw: Any) -> dict[str, Any]:
 
 
 def _lenient(spec: type[BaseModel], raw: Any) -> Any:
-    """The spec without its wrong values, or None where it does not stand without them."""
+    """The spec without its wrong values, or None where it is not valid without them."""
     if not isinstance(raw, dict):
         return None
     checked, problems = _validate(spec, raw, ())
@@ -179,27 +180,13 @@ def _lenient(spec: type[BaseModel], raw: Any) -> Any:
 
 
 def _request_problems(request: RequestSpec) -> list[Problem]:
-    problems: list[Problem] = []
-    if request.method == "boundary" and request.boundary is None:
-        problems.append((("boundary",), "method 'boundary' needs the classes between which to sample, two or more"))
-    if request.method == "risky" and request.boundary is not None:
-        problems.append((("boundary",), "method 'risky' makes samples of single classes; give `classes`"))
-    elif request.boundary is not None:
-        if request.classes is not None:
-            problems.append((("classes",), "give either `classes` or `boundary`, not both"))
-        if len(set(request.boundary)) != len(request.boundary):
-            problems.append((("boundary",), f"{list(request.boundary)} names a class twice; name each once"))
-        if len(request.boundary) < 2:
-            problems.append((("boundary",), f"{list(request.boundary)} has fewer than two classes; name two or more"))
-    elif request.method != "boundary" and request.classes is None:
-        joint = " (or `boundary: [A, B]`)" if request.method != "risky" else ""
-        problems.append((("classes",), f"missing; give class names or `all`{joint}"))
+    problems = _class_field_problems(request)
     if isinstance(request.classes, tuple) and len(set(request.classes)) != len(request.classes):
         problems.append((("classes",), f"{list(request.classes)} names a class twice; name each once"))
     if request.classes == ():
         problems.append((("classes",), "empty; give class names or `all`"))
     if len(set(request.contexts)) != len(request.contexts):
-        problems.append((("contexts",), "a context stands twice; name each once"))
+        problems.append((("contexts",), "a context is duplicated; name each once"))
     if request.count * len(request.contexts) > MAX_INDEX:
         problems.append(
             (("count",), f"{request.count} x {len(request.contexts)} contexts is above {MAX_INDEX} a class")
@@ -208,6 +195,27 @@ def _request_problems(request: RequestSpec) -> list[Problem]:
     problems += [(("max_attempts",), text) for text in _quota_problems(request)]
     problems += [(("conditioning", *at), text) for at, text in _conditioning_problems(request)]
     return problems + _template_problems(request)
+
+
+def _class_field_problems(request: RequestSpec) -> list[Problem]:
+    """What is wrong with the choice between `classes` and `boundary`, by what the method takes, and with the latter."""
+    taken, name = request.method_record.class_fields, request.method
+    if request.boundary is None:
+        if "classes" not in taken:
+            return [(("boundary",), f"method '{name}' needs the classes between which to sample, two or more")]
+        joint = " (or `boundary: [A, B]`)" if "boundary" in taken else ""
+        missing: list[Problem] = [(("classes",), f"missing; give class names or `all`{joint}")]
+        return missing if request.classes is None else []
+    if "boundary" not in taken:
+        return [(("boundary",), f"method '{name}' makes samples of single classes; give `classes`")]
+    problems: list[Problem] = []
+    if request.classes is not None:
+        problems.append((("classes",), "give either `classes` or `boundary`, not both"))
+    if len(set(request.boundary)) != len(request.boundary):
+        problems.append((("boundary",), f"{list(request.boundary)} names a class twice; name each once"))
+    if len(request.boundary) < 2:
+        problems.append((("boundary",), f"{list(request.boundary)} has fewer than two classes; name two or more"))
+    return problems
 
 
 def _quota_problems(request: RequestSpec) -> list[str]:
@@ -243,7 +251,7 @@ def _conditioning_problems(request: RequestSpec) -> list[Problem]:
 
 
 def _changed_screening(conditioning: ConditioningSpec) -> list[str]:
-    """What would steer screening and is not at its default; a stored job has the defaults written out."""
+    """The parameters of screening that are not at their defaults; a stored job has the defaults written out."""
     fields = ConditioningSpec.model_fields
     return [name for name in ("threshold", "max_draws") if getattr(conditioning, name) != fields[name].default]
 
@@ -263,12 +271,12 @@ def _validate(spec: type[BaseModel], raw: dict[str, Any], where: Location) -> tu
     try:
         return spec.model_validate(raw), []
     except pydantic.ValidationError as error:
-        found: dict[Location, str] = {}
+        texts: dict[Location, str] = {}
         for item in error.errors(include_url=False)[: 2 * MAX_PROBLEMS]:
             location = location_of(item)
-            found.setdefault((*where, *location), explain(spec, item, location))
-        # A list that loses its wrong items is called too short, which says nothing new.
-        return None, [(at, text) for at, text in found.items() if not any(_is_below(other, at) for other in found)]
+            texts.setdefault((*where, *location), explain(spec, item, location))
+        # A list without its wrong items may be too short as well, which is no new problem.
+        return None, [(at, text) for at, text in texts.items() if not any(_is_below(other, at) for other in texts)]
 
 
 def _is_below(location: Location, above: Location) -> bool:
@@ -300,22 +308,10 @@ def apply_overrides(raw: dict[str, Any], overrides: list[tuple[str, Any]]) -> di
         JobError: a path leads through something that is not a mapping or a list, or past the end of a list.
     """
     problems: list[str] = []
-    result: Any = _without(raw, [])
+    result: dict[str, Any] = _without(raw, [])
     for path, value in overrides:
-        parts = path.split(".")
-        if not all(parts):
-            problems.append(f"--set {path}: no such place in the job; paths look like requests.0.count")
-            continue
-        current: Any = result
         try:
-            for part in parts[:-1]:
-                if part == "conditioning" and isinstance(current.get(part), str):
-                    current[part] = {"artefact": current[part]}
-                current = current[_place(part)] if isinstance(current, list) else current.setdefault(part, {})
-            if isinstance(current, list):
-                current[_place(parts[-1])] = value
-            else:
-                current[parts[-1]] = value
+            _assign(result, path.split("."), value)
         except (IndexError, ValueError, TypeError, AttributeError):
             problems.append(f"--set {path}: no such place in the job; paths look like requests.0.count")
     if problems:
@@ -323,11 +319,30 @@ def apply_overrides(raw: dict[str, Any], overrides: list[tuple[str, Any]]) -> di
     return result
 
 
+def _assign(raw: dict[str, Any], parts: list[str], value: Any) -> None:
+    """Set the value at a path, with new mappings where they are missing.
+
+    Raises:
+        ValueError, IndexError, TypeError, AttributeError: a part is empty, or leads nowhere.
+    """
+    if not all(parts):
+        raise ValueError(parts)
+    current: Any = raw
+    for part in parts[:-1]:
+        if part == "conditioning" and isinstance(current.get(part), str):
+            current[part] = {"artefact": current[part]}
+        current = current[_place(part)] if isinstance(current, list) else current.setdefault(part, {})
+    if isinstance(current, list):
+        current[_place(parts[-1])] = value
+    else:
+        current[parts[-1]] = value
+
+
 def _place(part: str) -> int:
     """Number of an item of a list.
 
     Raises:
-        ValueError: it is none, such as -1.
+        ValueError: the text is no such number, as -1 is not.
     """
     if not part.isdecimal():
         raise ValueError(part)

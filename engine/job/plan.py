@@ -1,4 +1,4 @@
-"""Requests to shards, lazily: a shard is five numbers, its samples are computed where they are needed.
+"""From requests to shards, lazily: a shard is five numbers, and its samples are computed where they are needed.
 
 A request is a sequence of samples, index by index over its classes, so that a grown `count` only appends; or, where it
 has quotas, a sequence for each class. A plan is a list of stages; each stage cuts new parts of these sequences into
@@ -19,18 +19,19 @@ from typing import Any
 from engine.errors import JobError
 from engine.job.class_lookup import find_class
 from engine.job.columns import SCHEMA_VERSION
+from engine.job.json_values import digest_of
 from engine.job.spec import CLASS_TEMPLATE, JOINT_SEPARATOR, MAX_SEED, JobSpec, RequestSpec
 from engine.job.spec_messages import nearest
 
-# Of what a digest covers: it grows only when pixels or scores of an old plan would come out otherwise.
+# Version of what a digest covers: raised only when an old plan would give other pixels or scores.
 IDENTITY_VERSION = 1
-# Stands in a key where the class index would, for a joint prompt.
+# The class part of a key of a joint prompt, in place of a class index.
 JOINT_CODE = "mix"
 # A round of a quota with fewer samples would not fill a batch.
 MIN_ROUND = 16
-# Digests that stand in an identity with the requests that they are of.
+# Digests that an identity has in each request, not in `models`.
 _BY_REQUEST = ("diffusion", "conditioning", "methods")
-# In the place of a class's number: all classes of the request, in turns.
+# In place of the number of a class: all classes of the request, in turn.
 EVERY_CELL = -1
 
 
@@ -59,7 +60,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSpec:
-    """One sample to make: everything that decides it, before any model is asked."""
+    """One sample to make: everything that decides it, before any model is loaded."""
 
     key: str
     request: str
@@ -76,8 +77,8 @@ class ShardSpec:
     """One shard to make: positions `start` to `stop` of a request's sequence.
 
     Attributes:
-        cell: number of the class in its request, whose indices the positions are; `EVERY_CELL` where the sequence goes
-            over all of them.
+        cell: number of the class in its request, whose indices the positions are; `EVERY_CELL` for the sequence over
+            all classes.
     """
 
     number: int
@@ -156,7 +157,7 @@ class Plan:
         requests: the job's requests, resolved.
         identity: what decides pixels and scores (`plan_identity`).
         stages: lists of extents, one list for each time that the job was extended or rounds of a quota were added.
-        schema_version: of the columns of its shards; a run keeps that which it began with.
+        schema_version: of the columns of its shards; a run keeps the version that it began with.
     """
 
     def __init__(
@@ -234,7 +235,7 @@ def build_plan(job: JobSpec, labels: list[str], digests: dict[str, Any]) -> Plan
 def next_stage(
     requests: tuple[RequestPlan, ...], stages: tuple[tuple[Extent, ...], ...], samples_per_shard: int
 ) -> tuple[Extent, ...]:
-    """What the requests ask for beyond the stages that were planned before; of quotas the first round.
+    """The samples that requests ask for beyond the stages planned before; of quotas the first round.
 
     Raises:
         JobError: a request asks for less than was planned.
@@ -261,7 +262,7 @@ def next_stage(
 
 
 def _wanted(request: RequestPlan) -> Iterator[tuple[int, int, int]]:
-    """Request, cell and end of what is made of a request whatever comes of it."""
+    """Request, cell and end of the samples that are made whatever their outcome."""
     if not request.spec.has_quota:
         yield request.number, EVERY_CELL, request.total
         return
@@ -270,7 +271,7 @@ def _wanted(request: RequestPlan) -> Iterator[tuple[int, int, int]]:
 
 
 def pilot_size(request: RequestSpec) -> int:
-    """Attempts in the first round of a class with a quota: as many as wanted, for no fewer could fill it."""
+    """Attempts in the first round of a class with a quota: as many as wanted, since fewer could not fill it."""
     return min(request.attempts_limit, max(request.num_wanted, MIN_ROUND))
 
 
@@ -297,22 +298,22 @@ def _cells(request: RequestSpec, labels: list[str], where: str, problems: list[s
     wanted = getattr(request, field)
     if wanted == "all":
         return [Cell(classes=(index,), names=(label,)) for index, label in enumerate(labels)]
-    found: list[int] = []
-    for place, one in enumerate(wanted):
+    indices: list[int] = []
+    for place, name in enumerate(wanted):
         try:
-            index = class_index(one, labels)
-            if index in found:
-                problems.append(f"{where}.{field}.{place}: {one!r} is class {index}, named before; name each once")
-            found.append(index)
+            index = class_index(name, labels)
+            if index in indices:
+                problems.append(f"{where}.{field}.{place}: {name!r} is class {index}, named before; name each once")
+            indices.append(index)
         except JobError as error:
             problems.append(f"{where}.{field}.{place}: {error}")
     if field == "boundary":
-        return [Cell(classes=tuple(found), names=tuple(labels[index] for index in found))]
-    return [Cell(classes=(index,), names=(labels[index],)) for index in found]
+        return [Cell(classes=tuple(indices), names=tuple(labels[index] for index in indices))]
+    return [Cell(classes=(index,), names=(labels[index],)) for index in indices]
 
 
 def class_index(wanted: str | int, labels: list[str]) -> int:
-    """Index of a class given by name, as `engine.job.class_lookup.find_class` has it, or by index.
+    """Index of a class that is given by name (`engine.job.class_lookup.find_class`) or by index.
 
     Raises:
         JobError: no such class, or several.
@@ -321,11 +322,11 @@ def class_index(wanted: str | int, labels: list[str]) -> int:
         if 0 <= wanted < len(labels):
             return wanted
         raise JobError(f"{wanted} is not a class index of the target; it has 0 to {len(labels) - 1}")
-    found = find_class(wanted, labels)
-    if len(found) > 1:
-        raise JobError(f"{wanted!r} is the name of classes {', '.join(map(str, found))}; give the index")
-    if found:
-        return found[0]
+    indices = find_class(wanted, labels)
+    if len(indices) > 1:
+        raise JobError(f"{wanted!r} is the name of classes {', '.join(map(str, indices))}; give the index")
+    if indices:
+        return indices[0]
     raise JobError(f"{wanted!r} is not a class of the target" + nearest(wanted, labels))
 
 
@@ -349,12 +350,12 @@ def class_prompt(name: str) -> str:
 
 
 def prompt_name(label: str) -> str:
-    """A label as it stands in a prompt: its first synonym, underscores as spaces."""
+    """A label as written in prompts: its first synonym, underscores as spaces."""
     return label.split(",")[0].strip().replace("_", " ")
 
 
 def seed_name(request: RequestSpec) -> str:
-    """The seed group of a request; of a fresh one with its date, which no group's name can hold."""
+    """The seed group of a request, with the date if it is fresh; the `@` can be in no group's name."""
     group = request.seed_group or request.name
     return f"{group}@{request.fresh}" if request.fresh else group
 
@@ -366,7 +367,7 @@ def sample_seed(job_seed: int, seed_group: str, classes: tuple[int, ...], index:
 
 
 def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict[str, Any]) -> dict[str, Any]:
-    """What decides pixels, scores or the layout of shards; not counts, not `runtime`, not `output.uri`.
+    """Everything that decides pixels, scores or the layout of shards; not counts, not `runtime`, not `output.uri`.
 
     Args:
         digests: `{"diffusion": {address: digest}, "clip": digest, "target": digest, "transfer": [digest],
@@ -382,26 +383,37 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
         "output": job.output.model_dump(
             mode="json", exclude={"uri"} if job.output.provenance else {"uri", "provenance"}
         ),
-        "requests": [
-            {
-                "name": plan.spec.name,
-                "method": plan.spec.method,
-                "classes": [list(cell.classes) for cell in plan.cells],
-                "contexts": list(plan.spec.contexts),
-                "prompt": plan.spec.prompt or "",
-                "seed_group": plan.spec.seed_group or plan.spec.name,
-                "diffusion": digests["diffusion"][plan.spec.diffusion or job.models.diffusion],
-                "sampling": _sampling(job, plan.spec),
-                "guidance": _active_guidance(job, plan.spec),
-                "accept": plan.spec.accept,
-            }
-            | _conditioning(plan.spec, digests.get("conditioning", {}))
-            | ({"method_digest": digests.get("methods", {}).get(plan.spec.method, "")} if plan.spec.is_custom else {})
-            | ({"quota": True} if plan.spec.has_quota else {})
-            | ({"fresh": plan.spec.fresh} if plan.spec.fresh else {})
-            for plan in requests
-        ],
+        "requests": [_request_identity(job, plan, digests) for plan in requests],
     }
+
+
+def _request_identity(job: JobSpec, plan: RequestPlan, digests: dict[str, Any]) -> dict[str, Any]:
+    """The part of a request in an identity; keys that came later are left out where they change nothing."""
+    request = plan.spec
+    return (
+        {
+            "name": request.name,
+            "method": request.method,
+            "classes": [list(cell.classes) for cell in plan.cells],
+            "contexts": list(request.contexts),
+            "prompt": request.prompt or "",
+            "seed_group": request.seed_group or request.name,
+            "diffusion": digests["diffusion"][request.diffusion or job.models.diffusion],
+            "sampling": _sampling(job, request),
+            # Of the request's own method alone: a change to another method's does not change its samples.
+            "guidance": job.parameters_of(request).model_dump(mode="json"),
+            "accept": request.accept,
+        }
+        | _conditioning(request, digests.get("conditioning", {}))
+        | _method_digest(request, digests.get("methods", {}))
+        | ({"quota": True} if request.has_quota else {})
+        | ({"fresh": request.fresh} if request.fresh else {})
+    )
+
+
+def _method_digest(request: RequestSpec, digests: dict[str, str]) -> dict[str, str]:
+    """The digest of the user's own method; no key for a built-in one."""
+    return {"method_digest": digests.get(request.method, "")} if request.method_record.is_user_code else {}
 
 
 def _sampling(job: JobSpec, request: RequestSpec) -> dict[str, Any]:
@@ -411,45 +423,11 @@ def _sampling(job: JobSpec, request: RequestSpec) -> dict[str, Any]:
     return sampling.model_dump(mode="json", exclude=set() if is_chosen else {"use_karras_sigmas"})
 
 
-def _active_guidance(job: JobSpec, request: RequestSpec) -> dict[str, Any]:
-    """The guidance that the request's method uses; a change to another method's does not change its samples."""
-    guidance = job.guidance_of(request).model_dump(mode="json")
-    return guidance.get(request.guidance_section, {})
-
-
 def _conditioning(request: RequestSpec, digests: dict[str, str]) -> dict[str, Any]:
-    """What decides the embeddings: the content of artefact or images in place of their address; none where none is."""
+    """What decides the embeddings, with digests of artefact or images in place of their addresses."""
     spec = request.conditioning
     if spec is None:
         return {}
     screening = {"threshold": spec.threshold, "max_draws": spec.max_draws} if spec.is_screened else {}
     source = {"images" if spec.artefact is None else "artefact": digests[spec.artefact or spec.images or ""]}
     return {"conditioning": source | {"noise_level": spec.noise_level, "screening": screening}}
-
-
-def digest_of(value: Any) -> str:
-    """Hexadecimal digest of a JSON value, independent of the order of keys."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def difference(old: Any, new: Any, where: str = "") -> list[str]:
-    """Lines `path: old -> new` for every place where two JSON values differ."""
-    if old == new:
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [line for key in keys for line in difference(old.get(key), new.get(key), _join(where, key))]
-    if isinstance(old, list) and isinstance(new, list):
-        pairs = itertools.zip_longest(old, new)
-        return [line for place, (a, b) in enumerate(pairs) for line in difference(a, b, _join(where, str(place)))]
-    return [f"{where}: {_brief(old)} -> {_brief(new)}"]
-
-
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
-
-
-def _brief(value: Any) -> str:
-    text = "absent" if value is None else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,10 +1,10 @@
 """Quotas: how many samples to make of a class until enough of them are accepted.
 
-A request with a rule of acceptance wants so many accepted samples of each class. Its samples are made in rounds, class
-by class: the first, the pilot, is as large as the quota, as no fewer attempts could fill it; what it yields decides the
-next, and so on until the quota is filled or the limit of attempts is reached.
+A request with a rule of acceptance has a quota of accepted samples for each class. Its samples are made in rounds,
+class by class: the first, the pilot, is as large as the quota, as fewer attempts could not fill it; its yield decides
+the size of the next, and so on until the quota is filled or the limit of attempts is reached.
 
-Rounds are decided in an order that does not depend on who was quicker: pass by pass, in the order of requests and
+Rounds are decided in an order that does not depend on the speed of workers: pass by pass, in the order of requests and
 classes. A class is decided when all its shards are settled (committed, or in quarantine) and those before it in the
 pass are decided. So plan and numbers of shards follow from what is committed alone, after a resume or with other
 workers too; meanwhile the workers are busy with the rounds of other classes.
@@ -19,7 +19,7 @@ from typing import Protocol
 
 from engine.job.plan import EVERY_CELL, MIN_ROUND, Extent, Plan, RequestPlan, ShardSpec
 
-# A poor yield is poorly measured: a round has at most so many times the attempts of all rounds before.
+# A low yield is an uncertain estimate: a round has at most this many times the attempts of all rounds before.
 MAX_GROWTH = 4
 
 Place = tuple[int, int]
@@ -41,7 +41,7 @@ class Counts(Protocol):
 
 @dataclass(slots=True)
 class _Cell:
-    """How far a class of a request is; attempts are in shards that are planned, the other numbers in committed ones."""
+    """Progress of a class of a request; `planned` counts attempts in planned shards, the others in committed ones."""
 
     wanted: int
     limit: int
@@ -54,7 +54,7 @@ class _Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """What became of the quota of a class.
+    """The state of the quota of a class.
 
     Attributes:
         request: number of the request.
@@ -75,12 +75,12 @@ class Standing:
 
 
 class Quotas:
-    """The quotas of a plan and how far they are. No clock, no files: what is told here decides all.
+    """The quotas of a plan and their progress. No clock, no files: the shards that are settled decide everything.
 
     Args:
         requests: the plan's requests.
-        extents: what is planned already, in order.
-        samples_per_shard: of the rounds to come.
+        extents: the shards that are already planned, in order.
+        samples_per_shard: of further rounds.
     """
 
     def __init__(self, requests: tuple[RequestPlan, ...], extents: Iterable[Extent], samples_per_shard: int) -> None:
@@ -99,11 +99,11 @@ class Quotas:
 
     @property
     def is_final(self) -> bool:
-        """Whether no round will be added any more."""
+        """Whether no further round will be added."""
         return not self._open
 
     def settle(self, shard: ShardSpec, attempted: int, accepted: int) -> None:
-        """Note what a shard has given, none where it is in quarantine. Once for each shard."""
+        """Count the samples of a shard, zero for a shard in quarantine. Call once for each shard."""
         if shard.cell == EVERY_CELL:
             return
         cell = self._cells[shard.request, shard.cell]
@@ -125,7 +125,7 @@ class Quotas:
         return tuple(added)
 
     def standings(self) -> list[Standing]:
-        """How far each quota is, in order."""
+        """The state of each quota, in order."""
         return [
             Standing(request=request, cell=number, wanted=cell.wanted, accepted=cell.accepted, attempted=cell.attempted)
             for (request, number), cell in self._cells.items()
@@ -157,11 +157,11 @@ def round_size(wanted: int, limit: int, planned: int, attempted: int, accepted: 
 
 
 def replay(plan: Plan, committed: Mapping[int, Counts], quarantined: Iterable[int], samples_per_shard: int) -> Quotas:
-    """The quotas of a plan after what was committed, or put in quarantine, in earlier sessions.
+    """The quotas of a plan after the shards that earlier sessions committed or put in quarantine.
 
     Args:
         committed: counts of shards by number.
-        quarantined: shards that give nothing; those that are committed after all count as such.
+        quarantined: shards without samples; a shard that is committed after all counts as committed.
     """
     quotas = Quotas(plan.requests, plan.extents, samples_per_shard)
     if quotas.is_final:

@@ -5,33 +5,37 @@ from __future__ import annotations
 import datetime
 import math
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field, StrictInt
 
-from engine.methods.boundary.spec import BoundaryGuidanceSpec
-from engine.methods.custom.spec import CustomGuidanceSpec
 from engine.methods.fields import Context, Number, Plains, Spec
-from engine.methods.risky.spec import RiskyGuidanceSpec
+from engine.methods.parameters import MethodParameters
+from engine.methods.registry import BUILT_IN, METHODS, USER_CODE, Method, method_of
 from engine.methods.sampling.spec import SamplingSpec
 
 MAX_SEED = 2**53
 MAX_REQUESTS = 1000
-# Entries of lists by the name of their key, of all others, and keys of a mapping: counted before they are looked at.
+# Entries of lists by the name of their key, counted before any of them is checked.
 LIST_LIMITS = {"requests": MAX_REQUESTS, "contexts": 10_000, "classes": 100_000, "boundary": 1000, "transfer": 100}
 MAX_INDEX = 10**8
 JOINT_SEPARATOR = " and "
 CLASS_TEMPLATE = "a photo of a {class}"
 
-# Attempts for each sample that is wanted, where a request says nothing.
+# Attempts for each wanted sample, where a request has no `max_attempts`.
 DEFAULT_FACTOR = "10x"
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=64)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=MAX_SEED)]
 Address = Annotated[str, Field(min_length=1, max_length=1000)]
+# The names of the registry; a type checker takes no literals that are computed.
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[tuple(BUILT_IN)]
 # A criterion of the user's own: `package.module:factory`.
-Method = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$", max_length=200)]
+MethodAddress = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$", max_length=200)]
 Classes = tuple[str | StrictInt, ...]
 Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
 Factor = Annotated[str, Field(pattern=r"^[0-9]{1,6}(\.[0-9]{1,3})?x$")]
@@ -98,24 +102,40 @@ class ConditioningSpec(Spec):
         return self.artefact is not None and self.screening is not False
 
 
-class GuidanceSpec(Spec):
+def _section(method: Method) -> tuple[Any, Any]:
+    """Type and field of a method's section of `guidance`."""
+    spec = method.load_spec()
+    names = "a method of your own, `package.module:factory`" if method.is_user_code else f"method `{method.name}`"
+    return spec, Field(default=spec(), description=f"For {names}.")
+
+
+if TYPE_CHECKING:
+    _Sections = Spec
+else:
+    _Sections = pydantic.create_model(
+        "_Sections", __base__=Spec, **{method.name: _section(method) for method in METHODS if method.is_guided}
+    )
+
+
+class GuidanceSpec(_Sections):
     """Parameters of the guidance methods."""
 
-    boundary: BoundaryGuidanceSpec = Field(default=BoundaryGuidanceSpec(), description="For method `boundary`.")
-    risky: RiskyGuidanceSpec = Field(default=RiskyGuidanceSpec(), description="For method `risky`.")
-    custom: CustomGuidanceSpec = Field(
-        default=CustomGuidanceSpec(), description="For a method of your own, `package.module:factory`."
-    )
+    def of(self, method: Method) -> MethodParameters:
+        """The parameters of a method; without fields for a method without guidance."""
+        parameters: MethodParameters = getattr(self, method.name, MethodParameters())
+        return parameters
+
+
+def _describe_methods() -> str:
+    titles = ", ".join(method.title for method in BUILT_IN.values())
+    return f"{titles}, or `package.module:factory`: {USER_CODE.title}, which runs that code."
 
 
 class RequestSpec(Spec):
     """One class-conditional request: what to make, how much of it, by which method."""
 
     name: Name = Field(description="Unique in the job.")
-    method: Literal["prompt", "boundary", "risky"] | Method = Field(
-        description="Prompt only, KLDB boundary guidance, RiskyDiff guidance, or `package.module:factory`: a criterion"
-        " of your own, which runs that code."
-    )
+    method: MethodName | MethodAddress = Field(description=_describe_methods())
     classes: Literal["all"] | Annotated[Classes, Field(max_length=LIST_LIMITS["classes"])] | None = Field(
         default=None, description="Class names or indices of the target, or `all`."
     )
@@ -181,14 +201,9 @@ class RequestSpec(Spec):
         return value
 
     @property
-    def is_custom(self) -> bool:
-        """Whether the method is a criterion of the user's own."""
-        return ":" in self.method
-
-    @property
-    def guidance_section(self) -> str:
-        """The section of `guidance` that the method reads; `prompt` reads none."""
-        return "custom" if self.is_custom else self.method
+    def method_record(self) -> Method:
+        """What the engine knows of the method."""
+        return method_of(self.method)
 
     @property
     def num_wanted(self) -> int:
@@ -289,6 +304,10 @@ class JobSpec(Spec):
     def guidance_of(self, request: RequestSpec) -> GuidanceSpec:
         """The job's guidance with the request's overrides, key by key."""
         return GuidanceSpec.model_validate(merge(self.guidance.model_dump(), request.guidance))
+
+    def parameters_of(self, request: RequestSpec) -> MethodParameters:
+        """The parameters of the request's own method, with its overrides."""
+        return self.guidance_of(request).of(request.method_record)
 
 
 def merge(base: dict[str, Any], override: Any) -> dict[str, Any]:

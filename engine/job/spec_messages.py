@@ -1,4 +1,4 @@
-"""What is wrong with a job, in the words of a job file: pydantic's errors, and names that are spelled nearly so."""
+"""Messages for a wrong job in the terms of a job file: from pydantic's errors, with the nearest spelling of names."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _KEYED = ("extra_forbidden", "missing")
 
 
 def location_of(item: Any) -> Location:
-    """Where in the job an error of pydantic's is."""
-    # The key itself may be called like a member of a union.
+    """Location of a pydantic error in the job."""
+    # The key itself may have the name of a member of a union.
     return (*_location(item["loc"][:-1]), item["loc"][-1]) if item["type"] in _KEYED else _location(item["loc"])
 
 
 def _location(loc: Location) -> Location:
-    """The keys of the job file alone: pydantic adds the members of a union to its locations."""
+    """The keys of the job file only: pydantic adds the members of unions to its locations."""
     noise = re.compile(r"^(\[key\]$|literal\[|tuple\[|constrained-|function-|int$|str$|float$|bool$|dict$|list$)")
     return tuple(part for part in loc if isinstance(part, int) or not noise.match(part))
 
 
 def explain(root: type[BaseModel], item: Any, location: Location) -> str:
-    """What is wrong with a key or value, and what to do about it.
+    """What is wrong with a key or value, and the remedy.
 
     Args:
         root: the class that was validated.
@@ -64,7 +64,7 @@ def explain(root: type[BaseModel], item: Any, location: Location) -> str:
 
 
 def _expected(kind: str, key: str, item: Any) -> str:
-    """What is wrong with a value and what is wanted in its place, in the words of a job file."""
+    """What is wrong with a value and which values are accepted, in the terms of a job file."""
     limits, given = item.get("ctx", {}), item.get("input")
     if kind in _LIMITS:
         wrong, wanted, name = _LIMITS[kind]
@@ -82,7 +82,7 @@ def _expected(kind: str, key: str, item: Any) -> str:
     return f"cannot be used: {reason[0].lower()}{reason[1:]}"
 
 
-# Of pydantic's kinds of errors: what is wrong, what is wanted, and where the limit stands.
+# By pydantic's type of error: what is wrong, what is accepted, and the key of the limit in the error's context.
 _LIMITS = {
     "greater_than_equal": ("is below", "give {} or more", "ge"),
     "greater_than": ("is not above", "give more than {}", "gt"),
@@ -123,14 +123,14 @@ def nearest(word: str, choices: list[str]) -> str:
 
 
 def _fields_at(root: type[BaseModel], location: Location) -> dict[str, Any]:
-    """Fields of the spec class that stands at a location."""
+    """Fields of the spec class at a location."""
     current: Any = root
     for part in location:
         if isinstance(part, int):
             continue
         annotation = current.model_fields[part].annotation
-        inner = [annotation, *getattr(annotation, "__args__", ())]
-        current = next((one for one in inner if isinstance(one, type) and issubclass(one, BaseModel)), None)
+        members = [annotation, *getattr(annotation, "__args__", ())]
+        current = next((kind for kind in members if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
         if current is None:
             return {}
     return dict(current.model_fields)
@@ -141,6 +141,6 @@ def _shown(value: Any) -> str:
     try:
         text = redacted(repr(value))
     except ValueError:
-        # Python spells out no number of more than 4300 digits.
+        # Python refuses to print a number of more than 4300 digits.
         return "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."

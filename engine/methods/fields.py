@@ -1,4 +1,4 @@
-"""Base class and field types of what a job file may hold. No torch: jobs are checked before it is imported."""
+"""Base class and field types of job files. No torch: jobs are checked before it is imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engine.methods.strict_json import parse_json
 
-# Of a value of the user's own; in a stored plan it stands some levels down.
+# Depth of a value of the user's own, which a stored plan has some levels down.
 MAX_VALUE_DEPTH = 40
 
 Context = Annotated[str, Field(max_length=400)]
@@ -19,15 +19,15 @@ Identifier = Annotated[str, Field(pattern=r"^[^\W\d]\w*$", max_length=100)]
 
 
 def _storable(value: Any) -> Any:
-    """A plain value, if JSON in UTF-8 holds it as every reader understands it: a job is stored as such."""
+    """A plain value that JSON in UTF-8 can hold and all readers parse alike, as jobs are stored in it."""
     try:
         parse_json(json.dumps(value, ensure_ascii=False).encode(), MAX_VALUE_DEPTH)
     except UnicodeEncodeError:
-        raise ValueError("it holds half a character, which no text in UTF-8 has") from None
+        raise ValueError("it has a lone surrogate, which UTF-8 cannot encode") from None
     return value
 
 
-# Whatever JSON has: what a job is read with must be what it is stored with.
+# Any JSON value: a job must be stored as it was read.
 Plain = Annotated[pydantic.JsonValue, pydantic.AfterValidator(_storable)]
 Plains = dict[Annotated[str, pydantic.AfterValidator(_storable)], Plain]
 

@@ -1,6 +1,6 @@
 """Which rows of a model's output can be scored.
 
-What cannot is never taken for a class: the sample fails, and its message names the model.
+A row that cannot is never read as a class: the sample fails, and its message names the model.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class Faults:
         self._texts: list[list[str]] = [[] for _ in range(num_rows)]
 
     def check_logits(self, logits: Tensor, role: str, address: str) -> None:
-        """Note the rows of logits [B, n] that have no scores."""
+        """Record the rows of logits [B, n] that have no scores."""
         self._note(usable_logits(logits), f"{role} '{address}' gives {LOGITS_FAULT}")
 
     def check_embeds(self, embeds: Tensor, role: str, address: str) -> None:
-        """Note the rows of image embeddings [B, d] that have no cosine."""
+        """Record the rows of image embeddings [B, d] that have no cosine."""
         self._note(usable_embeds(embeds), f"{role} '{address}' gives {EMBEDS_FAULT}")
 
     def __getitem__(self, row: int) -> str:
-        """What is wrong with a row; empty where nothing is."""
+        """The faults of a row; empty without any."""
         return "; ".join(self._texts[row])
 
     def _note(self, usable: Tensor, text: str) -> None:

@@ -1,6 +1,6 @@
-"""Signs of progress from deep inside a long call: a model is loaded, a step is done, an image is read.
+"""Heartbeats from deep inside a long call: a model is loaded, a step is done, an image is read.
 
-Whoever runs such a call listens; without a listener nothing happens.
+The caller may set a listener; without one a heartbeat does nothing.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ _LISTENER: ContextVar[Callable[[], None] | None] = ContextVar("listener", defaul
 
 
 def beat() -> None:
-    """Report that the call of this thread gets further."""
+    """Report progress of the call of this thread."""
     if (listener := _LISTENER.get()) is not None:
         listener()
 
 
 @contextlib.contextmanager
 def listening(listener: Callable[[], None]) -> Iterator[None]:
-    """Hear of every `beat` in the block."""
+    """Call a listener at every `beat` in the block."""
     token = _LISTENER.set(listener)
     try:
         yield

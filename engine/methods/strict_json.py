@@ -1,4 +1,4 @@
-"""JSON that can be relied on: what every reader understands in the same way, and nothing else."""
+"""Strict JSON: only what all readers parse alike."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import math
 from typing import Any, NoReturn
 
 MAX_INTEGER = 2**63
-# An object nests no deeper in any file of a run; far below where Python's own parser gives up.
+# No file of a run nests deeper; far below the limit of Python's own parser.
 MAX_DEPTH = 60
 
 
 def parse_json(data: bytes | str, max_depth: int = MAX_DEPTH) -> Any:
-    """A document in JSON as every reader understands it: finite numbers, whole ones of 64 bits, valid Unicode.
+    """A document in JSON as all readers parse it: finite numbers, whole ones of 64 bits, valid Unicode.
 
     Args:
         max_depth: how deep objects and lists may nest.
 
     Raises:
-        ValueError: it is none, with the reason.
+        ValueError: it is not; the message has the reason.
     """
     text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
     try:
@@ -44,10 +44,10 @@ def _check_tree(value: Any, depth: int) -> None:
 
 
 def _check_text(text: str) -> None:
-    """Refuse halves of characters, which JSON can hold and no file or terminal takes.
+    """Refuse lone surrogates, which JSON can hold but no file or terminal accepts.
 
     Raises:
-        UnicodeEncodeError: there is one; it is a `ValueError`.
+        UnicodeEncodeError: there is one; a subclass of `ValueError`.
     """
     if not text.isascii():
         text.encode()
@@ -65,7 +65,7 @@ def _finite(text: str) -> float:
 
 
 def _whole(text: str) -> int:
-    # Of the text: Python refuses to convert some thousand digits.
+    # The length first: Python refuses to convert thousands of digits.
     if len(text) > 20 or not -MAX_INTEGER <= (value := int(text)) < MAX_INTEGER:
         raise ValueError(f"it holds the whole number {text[:40]}, which is too large")
     return value

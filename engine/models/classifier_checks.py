@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import JobError
-from engine.methods.sampling.families import is_number
+from engine.methods.config_values import is_number
 from engine.models.class_name_checks import SINGLE_LOGIT, check_names, in_index_order
 from engine.models.configurations import TIMM_KEY, need_file, read_config, readable
 from engine.models.processor_checks import check_processor

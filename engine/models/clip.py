@@ -1,4 +1,4 @@
-"""CLIP models, which embed images and class prompts, and the image encoders of Stable unCLIP pipelines."""
+"""CLIP models: embeddings of images and of class prompts."""
 
 from __future__ import annotations
 
@@ -90,38 +90,6 @@ class Clip:
         """Projected image embeddings [B, d] of images [B, 3, H, W] in [0, 1], differentiable."""
         pixels = self._preprocessing.of_tensor(images)
         return _embeds(self._model.get_image_features(pixel_values=pixels)).float()
-
-
-class ImageEncoder:
-    """The image encoder of a Stable unCLIP pipeline with its preprocessing, in float32.
-
-    The pipeline's UNet is conditioned on its embeddings; class statistics are in the same space.
-    """
-
-    def __init__(self, model: Any, preprocessing: Preprocessing, device: str) -> None:
-        self._model = frozen(model, device)
-        self._preprocessing = preprocessing
-        self._device = device
-
-    @classmethod
-    def load(cls, address: str, device: str = "cpu") -> ImageEncoder:
-        """Load from the address of the pipeline; safetensors only.
-
-        Raises:
-            JobError: it cannot be loaded.
-        """
-        from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
-
-        folder = resolve(address)
-        with loading(address, "an image encoder"):
-            model = load_weights(CLIPVisionModelWithProjection, folder / "image_encoder")
-        return cls(model, Preprocessing.load(folder / "feature_extractor"), device)
-
-    @torch.no_grad()
-    def image_embeds(self, images: Sequence[PIL.Image.Image]) -> Tensor:
-        """Projected image embeddings [B, d] of 8-bit images, on the CPU, not normalised."""
-        pixels = self._preprocessing.of_images(images).to(self._device)
-        return self._model(pixel_values=pixels).image_embeds.float().cpu()
 
 
 def _embeds(features: Any) -> Tensor:

@@ -1,7 +1,7 @@
 """Guidance methods of the user's own: `package.module:factory` in a request's `method`.
 
-The factory is called with `guidance.custom.parameters` and returns a criterion (`engine.methods.custom.guide`). It is
-the user's own code and runs as such, like the factory of a target. Imports torch only where a method is looked at.
+The factory is called with `guidance.custom.parameters` and returns a criterion (`engine.methods.custom.criterion`). It
+is the user's own code and runs as such, like the factory of a target. Torch is imported only where a method is loaded.
 """
 
 from __future__ import annotations
@@ -15,49 +15,57 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import JobError
-from engine.job.spec import JobSpec
+from engine.job.spec import JobSpec, RequestSpec
+from engine.methods.custom.spec import CustomGuidanceSpec
 from engine.models.factories import find_factory, module_of, reason_of
 
 if TYPE_CHECKING:
-    from engine.methods.custom.guide import Criterion
+    from engine.methods.custom.criterion import Criterion
 
 EXAMPLE = "def criterion(images, scene): ..., a distance [B] of images [B, 3, H, W]"
 
 
 def custom_methods(job: JobSpec) -> list[str]:
-    """The addresses of the methods that are the user's own, each once."""
-    return sorted({request.method for request in job.requests if request.is_custom})
+    """The addresses of the user's own methods in a job, without duplicates."""
+    return sorted({request.method for request in job.requests if request.method_record.is_user_code})
 
 
 def method_problems(job: JobSpec) -> Iterable[str]:
-    """What is wrong with the methods of a job that are the user's own, a line each.
+    """What is wrong with the user's own methods of a job, a line each.
 
-    Side effects: imports their modules, and calls them.
+    Side effects: imports their modules and calls their factories.
     """
     for number, request in enumerate(job.requests):
-        if request.is_custom:
+        if request.method_record.is_user_code:
             try:
                 method_digest(request.method)
-                load_method(request.method, job.guidance_of(request).custom.parameters)
+                load_method(request.method, factory_arguments(job, request))
             except JobError as error:
                 yield from (f"requests.{number}.method: {problem}" for problem in error.problems)
 
 
-def method_digests(job: JobSpec) -> dict[str, dict[str, str]]:
-    """Digest of every method of a job that is the user's own, as `engine.job.plan.plan_identity` takes them.
+def factory_arguments(job: JobSpec, request: RequestSpec) -> dict[str, Any]:
+    """The arguments of the factory that a request's `method` names: `guidance.custom.parameters`."""
+    parameters = job.parameters_of(request)
+    assert isinstance(parameters, CustomGuidanceSpec)
+    return parameters.parameters
 
-    Nothing where there is none: plans without them keep the digest that they had before there were any.
+
+def method_digests(job: JobSpec) -> dict[str, dict[str, str]]:
+    """Digest of each of the user's own methods of a job, as `engine.job.plan.plan_identity` takes them.
+
+    Empty without any: plans of such jobs keep the digest that they had before methods had digests.
 
     Raises:
         JobError: as `method_digest`.
     """
     methods = custom_methods(job)
-    return {"methods": {one: method_digest(one) for one in methods}} if methods else {}
+    return {"methods": {address: method_digest(address) for address in methods}} if methods else {}
 
 
 @functools.cache
 def method_digest(address: str) -> str:
-    """Digest of the file of a method's module: read once in a process, as the module is imported once.
+    """Digest of the file of a method's module: read once in each process, as the module is imported once.
 
     Raises:
         JobError: there is no such module or function, or it has no file.
@@ -70,10 +78,10 @@ def method_digest(address: str) -> str:
 
 
 def load_method(address: str, parameters: dict[str, Any]) -> Criterion:
-    """The criterion that a method's factory makes of its parameters.
+    """The criterion that a method's factory returns for its parameters.
 
     Raises:
-        JobError: no such module or factory, other parameters than it takes, it fails, or it gives something else.
+        JobError: no such module or factory, other parameters than it takes, it fails, or it returns no criterion.
     """
     factory = find_factory(address)
     _check_parameters(address, factory, parameters)
@@ -97,5 +105,5 @@ def _check_parameters(address: str, factory: Any, parameters: dict[str, Any]) ->
         known = ", ".join(inspect.signature(factory).parameters) or "none"
         raise JobError(f"'{address}': guidance.custom.parameters: {error}; it takes {known}") from None
     except ValueError:
-        # Something without a signature says itself what it takes.
+        # A callable without a signature raises by itself when it is called with wrong arguments.
         return

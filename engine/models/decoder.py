@@ -1,4 +1,4 @@
-"""A tiny decoder for guidance alone: latents to images at a part of the autoencoder's arithmetic, differentiable."""
+"""A tiny decoder for guidance alone: latents to images, differentiable, at a fraction of the autoencoder's cost."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from engine.models.addresses import resolve
+from engine.models.decoder_checks import check_decoder
 from engine.models.hardware import Hardware
-from engine.models.loading import frozen, loading, whole
-from engine.models.pipelines import check_decoder
-from engine.models.weight_files import weights_variant
+from engine.models.loading import frozen, loading
+from engine.models.pipelines.parts import load_part
 
 
 class GuidanceDecoder:
     """The decoder of an `AutoencoderTiny`, in float32: what guidance differentiates in place of the pipeline's own.
 
-    It takes latents as the UNet has them (TAESD's convention: its own `scaling_factor` is 1), not divided by the
+    It takes latents as the network has them (TAESD's convention: its own `scaling_factor` is 1), not divided by the
     pipeline's `scaling_factor`, unless its own is that of the pipeline.
     """
 
@@ -36,11 +36,10 @@ class GuidanceDecoder:
 
         folder = resolve(address)
         check_decoder(folder, address)
-        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-        options |= {"variant": weights_variant(folder), "torch_dtype": torch.float32}
         with loading(address, "an AutoencoderTiny"):
-            return cls(whole(AutoencoderTiny.from_pretrained(folder, **options)), hardware)
+            return cls(load_part(AutoencoderTiny, folder, torch_dtype=torch.float32), hardware)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W], nominally in [0, 1] and not clamped, of latents [B, C, h, w]; differentiable."""
-        return self._model.decode(latents / self._model.config.scaling_factor).sample / 2 + 0.5
+        images: Tensor = self._model.decode(latents / self._model.config.scaling_factor).sample / 2 + 0.5
+        return images

@@ -11,6 +11,7 @@ from engine.job.spec import JobSpec
 from engine.models.addresses import resolve
 from engine.models.configurations import CONFIGURATION_PATTERNS, PIPELINE_INDEX, part_classes
 from engine.models.independence import check_independent
+from engine.models.pipelines.lookup import family_of
 from engine.models.program_description import program_digest
 from engine.models.programs import is_program
 from engine.models.weight_files import WEIGHTS_PATTERN, is_left_out, weights_variant
@@ -31,12 +32,12 @@ def model_digest(address: str) -> str:
 
 
 def image_encoder_digest(address: str) -> str:
-    """Digest of what determines the image embeddings of a Stable unCLIP pipeline: encoder and preprocessing.
+    """Digest of what determines the image embeddings that a pipeline is conditioned on: encoder and preprocessing.
 
     Equal encoders have equal digests, whichever pipeline they are part of.
     """
     folder = resolve(address)
-    parts = ("image_encoder", "feature_extractor")
+    parts = family_of(folder, address).embedding_parts
     files = [path for path in _loaded_files(folder) if path.relative_to(folder).parts[0] in parts]
     return _folder_digest(folder, files)
 

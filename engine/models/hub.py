@@ -6,7 +6,7 @@ from pathlib import Path
 
 from engine.errors import JobError, first_line
 from engine.models.configurations import CONFIGURATION_PATTERNS, PIPELINE_INDEX
-from engine.models.pipelines import check_pipeline, check_pipeline_weights
+from engine.models.pipelines.lookup import check_pipeline, check_pipeline_weights
 from engine.models.weight_files import VARIANTS, WEIGHTS_PATTERN, has_weights, weighted_parts
 
 # A whole file, its shards, and the index of the shards.

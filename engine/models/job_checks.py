@@ -13,17 +13,11 @@ from engine.models.artefacts import artefact_problems
 from engine.models.classifier_checks import check_classifier
 from engine.models.clip_checks import check_clip
 from engine.models.custom_methods import method_problems
+from engine.models.decoder_checks import check_decoder, check_decoder_weights, decoder_problem
 from engine.models.independence import check_independent
 from engine.models.labels import read_labels
-from engine.models.pipelines import (
-    check_decoder,
-    check_decoder_weights,
-    check_pipeline,
-    check_pipeline_weights,
-    decoder_problem,
-    has_configurations,
-    request_problems,
-)
+from engine.models.pipelines.lookup import check_pipeline, check_pipeline_weights, request_problems
+from engine.models.pipelines.parts import has_configurations
 from engine.models.program_description import check_program
 from engine.models.programs import is_program
 
@@ -150,7 +144,7 @@ def _decoder_problems(job: JobSpec) -> list[str]:
     decoder = locate(address).folder if address else None
     if decoder is None:
         return []
-    guided = {request.diffusion or job.models.diffusion for request in job.requests if request.method != "prompt"}
+    guided = {request.diffusion or job.models.diffusion for request in job.requests if request.method_record.is_guided}
     problems = []
     for pipeline in sorted(guided):
         folder = _pipeline_folder(pipeline)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import JobError
-from engine.methods.sampling.families import is_number, is_whole
+from engine.methods.config_values import is_number, is_whole
 from engine.models.configurations import read_config
 from engine.models.processor_classes import (
     BICUBIC,

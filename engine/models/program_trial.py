@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import JobError
-from engine.methods.custom.guide import same_values
+from engine.methods.custom.criterion import same_values
 from engine.models.factories import reason_of
 from engine.models.program_settings import TargetSettings
 from engine.models.randomness import watched

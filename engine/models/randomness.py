@@ -1,4 +1,4 @@
-"""Does code of the user's own draw random numbers? Samples would then not be decided by their seeds."""
+"""Detects user code that draws random numbers: samples would then depend on more than their seeds."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 
 import torch
 
-# Other threads of a worker may draw at the same moment; code that draws does so every time.
+# Other threads of a worker may draw at the same time; code that draws does so in every attempt.
 _TRIES = 3
 
 Result = TypeVar("Result")
 
 
 def _states() -> dict[str, Any]:
-    """The states of all global generators, by what draws from them."""
+    """The states of all global generators, by the library that draws from them."""
     states: dict[str, Any] = {"torch": torch.get_rng_state().numpy().tobytes(), "random": random.getstate()}
     if "numpy.random" in sys.modules:
         kind, keys, *rest = sys.modules["numpy.random"].get_state()
@@ -27,7 +27,7 @@ def _states() -> dict[str, Any]:
 
 
 def watched(call: Callable[[], Result]) -> tuple[Result, list[str]]:
-    """What a call gives, and the global generators that it draws from: torch, numpy.random, random."""
+    """The result of a call, and the global generators that it draws from: torch, numpy.random, random."""
     for _ in range(_TRIES):
         before = _states()
         result = call()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.methods.registry import find_method
 from engine.report.data import Rows
 from engine.report.headline import Heading, Line, Table
 from engine.report.text import clip, percent, signed
@@ -45,7 +46,8 @@ def _group(request: dict[str, Any]) -> str:
 
 
 def _is_plain(request: dict[str, Any]) -> bool:
-    return request.get("method") == "prompt" and not request.get("conditioning")
+    method = find_method(request.get("method"))
+    return method is not None and not method.is_guided and not request.get("conditioning")
 
 
 def _line(rows: Rows, guided: str, plain: str) -> Line | None:

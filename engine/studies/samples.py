@@ -109,7 +109,7 @@ def choose_requests(run: StudiedRun, option: str, names: Sequence[str]) -> list[
 
 def is_plain(request: RequestSpec) -> bool:
     """Whether a request samples single classes by prompt alone and has no `accept` rule."""
-    return request.method == "prompt" and request.boundary is None and not request.accept
+    return not request.method_record.is_guided and request.boundary is None and not request.accept
 
 
 def read_samples(run: StudiedRun, requests: Sequence[str]) -> Iterator[tuple[bytes, dict[str, Any]]]:

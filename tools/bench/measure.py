@@ -20,6 +20,7 @@ from bench.programs import Batch, Bench
 from engine.data.images.encoding import quantise
 from engine.methods.scores import kldb, risk
 from engine.models.classifier import Classifier
+from engine.models.pipelines.base import EMBEDDINGS, ImageConditioning
 
 RATE_REPEATS = 10
 # Parts of the names of operators and kernels, the first that is found decides.
@@ -174,11 +175,11 @@ def matmul_rate(device: str, dtype: torch.dtype, side: int = 8192) -> float:
 def unet_rate(bench: Bench, batch: Batch, unet_operations: int) -> float:
     """Operations a second of the UNet in a step without guidance, both halves of classifier-free guidance."""
     sampler = bench.diffusion.sampler(bench.job.sampling)
-    labels = None
-    if bench.diffusion.noiser is not None:
-        labels = torch.zeros(len(batch), 2 * bench.diffusion.noiser.dim, device=bench.device)
+    images, noise = None, bench.diffusion.draw_noise(batch.seeds)
+    if EMBEDDINGS in noise:
+        images = ImageConditioning(embeds=torch.zeros_like(noise[EMBEDDINGS]), noise=noise, noise_level=0)
     prompts = [spec.prompt for spec in batch.specs]
-    denoiser = bench.diffusion.denoiser(prompts, bench.job.sampling, sampler, labels)
+    denoiser = bench.diffusion.denoiser(prompts, bench.job.sampling, sampler, images)
     latents = torch.randn(len(batch), *bench.diffusion.latent_shape, device=bench.device)
     step = next(iter(sampler.steps()))
     for _ in range(3):

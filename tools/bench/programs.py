@@ -23,14 +23,16 @@ from bench.naive import PAPER_ELEMENTS, RISKY_COLUMNS, Naive, sample_boundary, s
 from bench.sizes import Setting
 from engine.generation.conditioner import conditioning_digests, open_conditioner
 from engine.generation.generator import Generator
+from engine.generation.guidance import RequestGuides
 from engine.generation.scorer import Scorer
 from engine.job.parsing import parse_job
 from engine.job.plan import Plan, RequestPlan, SampleSpec, build_plan, class_prompt
-from engine.methods.boundary.guide import guide_to_boundary, is_guided_step, rule_of
+from engine.methods.boundary.guide import rule_of
+from engine.methods.boundary.spec import BoundaryGuidanceSpec
 from engine.methods.conditioning.screening import ScreenedDraw
 from engine.methods.guidance.guided import ConditionalDenoiser, GuidedDenoiser
 from engine.methods.guidance.rules import shifting
-from engine.methods.risky.guide import guide_to_risk
+from engine.methods.registry import method_of
 from engine.methods.sampling.denoiser import Denoiser, Prediction, Step
 from engine.methods.sampling.loop import sample
 from engine.methods.sampling.noise import draw_noise
@@ -38,9 +40,10 @@ from engine.methods.scores import kldb
 from engine.models.addresses import resolve
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
-from engine.models.diffusion import Diffusion
+from engine.models.diffusion import load_pipeline
 from engine.models.hardware import choose_hardware
 from engine.models.labels import read_labels
+from engine.models.pipelines.base import LATENTS, ImageConditioning, Pipeline
 
 # What a job says of its scheduler's timesteps, by diffusers' names.
 SPACING = ("timestep_spacing", "use_karras_sigmas")
@@ -124,9 +127,9 @@ class Bench:
         return Generator(self.job, self.plan)
 
     @cached_property
-    def diffusion(self) -> Diffusion:
+    def diffusion(self) -> Pipeline:
         """The engine's pipeline by itself."""
-        return Diffusion.load(self.address, self.hardware)
+        return load_pipeline(self.address, self.hardware)
 
     @cached_property
     def target(self) -> Classifier:
@@ -144,10 +147,15 @@ class Bench:
         return Clip.load(self.setting.clip, self.device)
 
     @cached_property
+    def guides(self) -> RequestGuides:
+        """What guidance knows of target and CLIP."""
+        return RequestGuides(self.job, self.plan, Scorer(self.target, self.clip), self.device)
+
+    @cached_property
     def plain(self) -> Any:
         """diffusers' pipeline, as its users load it."""
         dtype = getattr(torch, self.hardware.dtype)
-        return load_pipeline(self.address, self.family, dtype, self._sampling).to(self.device)
+        return load_diffusers_pipeline(self.address, self.family, dtype, self._sampling).to(self.device)
 
     @cached_property
     def naive(self) -> Naive:
@@ -202,17 +210,14 @@ class Bench:
 
     def trajectory(self, arm: Arm, batch: Batch) -> list[Tensor]:
         """Latents [B, C, h, w] after every step of an arm, by the engine's loop and guidance around its denoiser."""
-        model, sampler, labels = self.diffusion, self.diffusion.sampler(self.job.sampling), None
-        if batch.draws and model.noiser is not None:
-            shapes = (model.noiser.dim,), model.latent_shape
-            embed_noise, noise = draw_noise(batch.seeds, *shapes, device=self.device)
-            labels = model.noiser.class_labels(self._embeds(batch), embed_noise, 0)
-        else:
-            noise = draw_noise(batch.seeds, model.latent_shape, device=self.device)[0]
-        denoiser = model.denoiser([spec.prompt for spec in batch.specs], self.job.sampling, sampler, labels)
+        model, sampler, images = self.diffusion, self.diffusion.sampler(self.job.sampling), None
+        noise = model.draw_noise(batch.seeds)
+        if batch.draws:
+            images = ImageConditioning(embeds=self._embeds(batch), noise=noise, noise_level=0)
+        denoiser = model.denoiser([spec.prompt for spec in batch.specs], self.job.sampling, sampler, images)
         entered: list[Tensor] = []
         guided = denoiser if arm.guidance is None else self._guided(denoiser, arm, batch)
-        clean = sample(_recording(guided, entered), sampler, noise)
+        clean = sample(_recording(guided, entered), sampler, noise[LATENTS])
         return [*entered[1:], clean]
 
     def published(self, arm: Arm, batch: Batch, trace: list[Tensor] | None = None) -> Tensor:
@@ -280,25 +285,16 @@ class Bench:
         return torch.stack([draw.embedding for draw in batch.draws]).to(self.device)
 
     def _guided(self, denoiser: ConditionalDenoiser, arm: Arm, batch: Batch) -> GuidedDenoiser:
-        spec = self.job.guidance_of(self.request_of(arm).spec)
-        decode, logits = self.diffusion.decode, self.target.logits
-        if self.family == "risky":
-            labels = torch.tensor([one.cell.classes[0] for one in batch.specs], device=self.device)
-            conformity = Scorer(self.target, self.clip).conformity_to(labels, raw=spec.risky.conformity == "raw")
-            return guide_to_risk(
-                denoiser, spec.risky, logits=logits, conformity=conformity, decode=decode, labels=labels
-            )
-        classes = batch.specs[0].cell.classes
-        if arm.program != "parts":
-            return guide_to_boundary(
-                denoiser, spec.boundary, logits=logits, decode=decode, classes=classes, num_samples=len(batch)
-            )
+        spec = self.job.parameters_of(self.request_of(arm).spec)
+        scene = self.guides.scene([one.cell.classes for one in batch.specs], self.diffusion.decode)
+        if not (arm.program == "parts" and isinstance(spec, BoundaryGuidanceSpec)):
+            return method_of(self.family).load_guide()(denoiser, spec, scene)
         return GuidedDenoiser(
             denoiser,
-            criteria=lambda images: kldb(logits(images), classes)[None],
-            decode=decode,
-            update=shifting(rule_of(spec.boundary)),
-            is_guided=lambda step: is_guided_step(step, spec.boundary),
+            criteria=lambda images: kldb(scene.logits(images), scene.classes[0])[None],
+            decode=scene.decode,
+            update=shifting(rule_of(spec)),
+            is_guided=lambda step: spec.is_guided(step.index, step.total),
             source="combined",
             num_samples=len(batch),
         )
@@ -332,7 +328,7 @@ def raw_job(setting: Setting, arms: Sequence[Arm], num_samples: int) -> dict[str
     }
 
 
-def load_pipeline(address: str, family: Family, dtype: torch.dtype, sampling: dict[str, Any]) -> Any:
+def load_diffusers_pipeline(address: str, family: Family, dtype: torch.dtype, sampling: dict[str, Any]) -> Any:
     """diffusers' pipeline of a family, with the scheduler that the papers use with it.
 
     Args:

@@ -18,12 +18,6 @@ from engine.job.columns import BY_NAME, Role, columns_with, enumerated, target_f
 from engine.job.spec import ConditioningSpec, JobSpec, RequestSpec
 from engine.models.licences import UNKNOWN
 
-_METHODS = {
-    "prompt": "sampled without guidance",
-    "boundary": "guided by the target's KLDB, towards the decision boundary between the classes of the request",
-    "risky": "guided to risk for the target under conformity to the class",
-    "custom": "guided by a criterion of its own, whose code is not part of this data set",
-}
 _SIZES = (
     (10**3, "n<1K"),
     (10**4, "1K<n<10K"),
@@ -65,7 +59,7 @@ def dataset_card(job: JobSpec, manifest: dict[str, Any], groups: list[GroupSumma
 
 
 def _header(job: JobSpec, manifest: dict[str, Any], data_files: list[str]) -> str:
-    methods = sorted({f"guidance-{request.guidance_section}" for request in job.requests})
+    methods = sorted({f"guidance-{request.method_record.name}" for request in job.requests})
     header = {
         "pretty_name": job.name,
         "license": "other",
@@ -206,7 +200,7 @@ def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
         classes = "all classes" if wanted == "all" else ", ".join(code(str(name), table=False) for name in wanted or ())
         joint = " jointly" if request.boundary is not None else ""
         lines += [
-            f"- **{request.name}**: method `{request.method}`, {_METHODS[request.guidance_section]}; {classes}{joint}, "
+            f"- **{request.name}**: method `{request.method}`, {request.method_record.caption}; {classes}{joint}, "
             f"{_amount(request)}; contexts: {len(request.contexts)}.",
             f"  - made: {_made(counts['requests'].get(request.name, {}), counts.get('quotas', {}).get(request.name))}",
             f"  - sampling: {_parameters(job.sampling_of(request).model_dump())}",
@@ -218,13 +212,11 @@ def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
             lines.append(f"  - conditioning: {_conditioning(request.conditioning, screening)}")
         if request.prompt:
             lines.append(f"  - prompt: {code(request.prompt, table=False)}")
-        if request.guidance_section in ("boundary", "custom"):
-            guidance = getattr(job.guidance_of(request), request.guidance_section)
-            lines.append(f"  - guidance: {_parameters(guidance.model_dump() | {'alpha': guidance.step_size})}")
-        elif request.method == "risky":
-            lines.append(f"  - guidance: {_parameters(job.guidance_of(request).risky.model_dump())}")
-        if request.guidance_section != "prompt":
-            lines.append(f"  - guided: {_guided(counts.get('guidance', {}).get(request.name))}")
+        if request.method_record.is_guided:
+            lines += [
+                f"  - guidance: {_parameters(job.parameters_of(request).in_effect())}",
+                f"  - guided: {_guided(counts.get('guidance', {}).get(request.name))}",
+            ]
         if request.accept:
             lines.append(f"  - accepted when: {_parameters(request.accept)}")
     return "\n".join(lines)
@@ -386,7 +378,7 @@ def _limits(job: JobSpec, version: int) -> str:
     models = job.models
     oracle = "filter by `conformity` and by what the oracle predicts" if models.oracle else "filter by `conformity`"
     judge = "the judge is a second opinion" if models.judge else "no second CLIP model judged"
-    has_guided = any(request.guidance_section in ("risky", "custom") for request in job.requests)
+    has_guided = any(request.method_record.measures_conformity for request in job.requests)
     clip = "may have guided the sample" if has_guided else "guided no sample"
     of_target = [
         f"`{column.name}`"

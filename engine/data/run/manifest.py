@@ -24,7 +24,7 @@ from engine.job.class_names import planned_names
 from engine.job.plan import Plan
 from engine.job.quotas import Quotas, replay
 from engine.job.spec import JobSpec
-from engine.methods.conditioning.tally import ScreeningTally
+from engine.methods.conditioning.screening_tally import ScreeningTally
 
 if TYPE_CHECKING:
     pass

@@ -10,7 +10,8 @@ from engine.data.run.shards import SHARDS
 from engine.data.run.stored_plan import OTHER_OUTPUT, StoredRun, publish_stage, read_run
 from engine.data.stores.base import DRIVER_LOCK, LEASES, LOCKS, STATE, Store
 from engine.errors import JobError, OutputError
-from engine.job.plan import Plan, difference, next_stage
+from engine.job.json_values import difference
+from engine.job.plan import Plan, next_stage
 from engine.job.spec import JobSpec
 
 MAX_DIFFERENCES = 20

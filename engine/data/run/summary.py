@@ -188,22 +188,22 @@ def read_dials(metadata: Path, job: JobSpec) -> dict[str, dict[str, float]]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    wanted = {request.name: job.guidance_of(request).risky for request in job.requests if request.method == "risky"}
-    wanted = {name: spec for name, spec in wanted.items() if spec.step == "polyak"}
+    targets = {request.name: job.parameters_of(request).risk_target for request in job.requests}
+    wanted = {name: target for name, target in targets.items() if target is not None}
     if not wanted:
         return {}
     table = pq.read_table(metadata, columns=["request", "status", "risk"], partitioning=None)
     table = table.filter(scored_rows(table))
     dials = {}
-    for name, spec in wanted.items():
+    for name, target in wanted.items():
         risk = table.filter(pc.equal(table["request"], name))["risk"].to_numpy()
         if len(risk):
-            distance = np.abs(risk - spec.target_risk)
+            distance = np.abs(risk - target.risk)
             dials[name] = {
-                "target_risk": float(spec.target_risk),
-                "tolerance": float(spec.tolerance),
+                "target_risk": float(target.risk),
+                "tolerance": float(target.tolerance),
                 "risk_median": float(np.median(risk)),
-                "share_within_tolerance": float(np.mean(distance <= spec.tolerance)),
+                "share_within_tolerance": float(np.mean(distance <= target.tolerance)),
                 "distance_median": float(np.median(distance)),
             }
     return dials

@@ -1,1 +1,1 @@
-"""Where workers live: in this process, or on Ray. One contract, `engine.driver.executors.base`."""
+"""Executors run workers: in this process, or on Ray. `engine.driver.executors.base` is their interface."""

@@ -1,7 +1,7 @@
-"""Whether a worker gets further where no batch is done: its heartbeats, and the bytes that its process moves.
+"""Heartbeats of a worker from work that no batch time measures: `beat` calls, and bytes that its process moves.
 
-Models that are loaded and files that are downloaded make bytes move, whichever library does it; a process that waits
-for a lock or for an answer moves none.
+Loading models and downloading files moves bytes, whichever library does it; a process that waits for a lock or for a
+response moves none.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from pathlib import Path
 
 from engine.methods.heartbeat import listening
 
-LOOK_SECONDS = 5.0
-# So much is moved by a journal or a log only in hours.
+CHECK_SECONDS = 5.0
+# A journal or a log moves this much only in hours.
 MIN_BYTES = 2**20
-# Heartbeats come with every step of a small model.
+# Small models call `beat` with every step.
 MIN_PAUSE_SECONDS = 1.0
-# Unit of `ru_maxrss`.
+# Unit of `ru_maxrss`, in bytes.
 _MEMORY_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 class Activity:
-    """Reports now and then that the process gets further, from `begin` to `end`.
+    """Reports heartbeats of this process, from `begin` to `end`.
 
     Args:
         report: called from the worker's thread, and from one of its own.
@@ -38,16 +38,16 @@ class Activity:
         self._is_over = threading.Event()
 
     def begin(self) -> None:
-        """Look at the bytes that are moved, from now on."""
+        """Start to observe the bytes that are moved."""
         threading.Thread(target=self._watch, name="activity", daemon=True).start()
 
     def end(self) -> None:
-        """Look no longer."""
+        """Stop observing."""
         self._is_over.set()
 
     @contextlib.contextmanager
-    def heard(self) -> Iterator[None]:
-        """Report the heartbeats of the block."""
+    def listen(self) -> Iterator[None]:
+        """Report every `beat` in the block, at most once in `MIN_PAUSE_SECONDS`."""
         with listening(self._beat):
             yield
 
@@ -59,7 +59,7 @@ class Activity:
 
     def _watch(self) -> None:
         before = bytes_moved()
-        while not self._is_over.wait(LOOK_SECONDS):
+        while not self._is_over.wait(CHECK_SECONDS):
             moved = bytes_moved()
             if moved - before >= MIN_BYTES:
                 before = moved
@@ -67,12 +67,12 @@ class Activity:
 
 
 def bytes_moved() -> int:
-    """Bytes that this process has read, written and taken into memory so far, as far as the system counts them."""
+    """Bytes that this process has read, written and allocated so far, as far as the system counts them."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     moved = usage.ru_maxrss * _MEMORY_UNIT
     try:
         counted = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines())
-        # What is mapped into memory is in the second alone.
+        # Memory-mapped files are counted in `read_bytes` only.
         return moved + int(counted["rchar"]) + int(counted["read_bytes"]) + int(counted["wchar"])
     except (OSError, ValueError, KeyError):
         return moved + 512 * (usage.ru_inblock + usage.ru_oublock)

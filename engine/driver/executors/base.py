@@ -1,7 +1,7 @@
-"""The contract of executors: start workers, hand them shards, report what becomes of both.
+"""The interface of executors: start workers, submit shards to them, report events of both.
 
-An executor decides nothing. It carries out the actions of `engine.driver.scheduler` and turns what happens into its
-events.
+An executor decides nothing. It executes the actions of `engine.driver.scheduling.scheduler` and reports what happens
+as its events.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from engine.driver.executors.activity import Activity
-from engine.errors import EverySampleFailedError, RiskforgeError
-from engine.generation.messages import (
-    Report,
+from engine.driver.scheduling.messages import (
     ShardDone,
     ShardError,
     ShardProgress,
@@ -27,31 +25,32 @@ from engine.generation.messages import (
     WorkerPlaced,
     WorkerReady,
 )
+from engine.errors import EverySampleFailedError, RiskforgeError
 from engine.job.plan import ShardSpec
 from engine.terminal import redacted
 
 if TYPE_CHECKING:
-    from engine.generation.worker import ShardOutcome
+    from engine.generation.worker import ShardOutcome, ShardProgressCallback
 
 Item = TypeVar("Item")
 
 
 class WorkerLike(Protocol):
-    """What makes shards. Built once in its process, where it holds models."""
+    """Makes shards. Built once in its process, where it holds the models."""
 
     def sample_shard(
-        self, shard: ShardSpec, attempt: int, report: Report, batch_limit: int
+        self, shard: ShardSpec, attempt: int, report: ShardProgressCallback, batch_limit: int
     ) -> Callable[[], ShardOutcome]:
         """Make the samples of a shard.
 
         Args:
             attempt: counted from 1.
-            report: to be called with the number of samples done so far.
-            batch_limit: largest batch that fits this kind of machine, as far as is known; 0 for no limit.
+            report: called with the number of samples done so far.
+            batch_limit: largest batch size known to fit this type of machine; 0 for no limit.
 
         Returns:
-            What is left to do: it waits until the shard is committed and tells counts and timing. Another thread calls
-            it, while the next shard may be sampled.
+            A function that waits until the shard is committed and returns counts and timing. It is called by another
+            thread, while the next shard may be sampled.
         """
         ...
 
@@ -62,7 +61,7 @@ WorkerFactory = Callable[[], WorkerLike]
 
 @dataclass(frozen=True, slots=True)
 class ShardResult(ShardDone):
-    """A shard is committed, with what the worker says of it."""
+    """A shard is committed, with its counts and timing."""
 
     outcome: ShardOutcome
 
@@ -81,7 +80,7 @@ ExecutorEvent = (
 
 
 class Executor(Protocol):
-    """Where workers live. Numbers of workers are the scheduler's and never used twice."""
+    """Runs workers. Their numbers are assigned by the scheduler and never reused."""
 
     @property
     def opening(self) -> str:
@@ -89,7 +88,7 @@ class Executor(Protocol):
         ...
 
     def begin(self) -> None:
-        """Prepare in the background, where that takes time."""
+        """Prepare in the background, if preparation takes time."""
         ...
 
     def open(self, factory: WorkerFactory, num_shards: int) -> int:
@@ -97,18 +96,18 @@ class Executor(Protocol):
 
         Args:
             factory: builds a worker.
-            num_shards: shards to make; there is no use for more workers than that.
+            num_shards: shards to make; more workers than that are of no use.
 
         Returns:
-            Workers that there is room for at a time.
+            How many workers can run at a time.
 
         Raises:
-            RiskforgeError: the resources that were asked for are not there.
+            RiskforgeError: the requested resources do not exist.
         """
         ...
 
     def describe(self) -> dict[str, Any]:
-        """The hardware, for the record. Only while open."""
+        """The hardware, for the manifest. Only while open."""
         ...
 
     @property
@@ -121,31 +120,31 @@ class Executor(Protocol):
         ...
 
     def submit(self, worker: int, shard: ShardSpec, attempt: int, batch_limit: int = 0) -> None:
-        """Queue a shard on a ready worker, which works them off one by one; nothing happens if it was just lost."""
+        """Queue a shard on a ready worker, which processes them in order; does nothing if it was just lost."""
         ...
 
     def stop_worker(self, worker: int) -> None:
-        """End a worker, if it was not just lost, without waiting for it; no event of it follows."""
+        """Stop a worker, unless it was just lost, without waiting for it; no event of it follows."""
         ...
 
     def poll(self, timeout_seconds: float) -> list[ExecutorEvent]:
-        """What happened since the last call; waits for the first event, but no longer than the timeout."""
+        """Events since the last call; waits for the first one, up to the timeout."""
         ...
 
     def close(self) -> None:
-        """End all workers, give back every resource. Also after a `begin` alone, and twice."""
+        """Stop all workers and release every resource. May be called after `begin` alone, and twice."""
         ...
 
 
-class Host:
-    """A worker in its process. What goes wrong there becomes an event: exceptions do not travel.
+class WorkerHost:
+    """Runs a worker in its process. Errors become events, since exceptions do not cross process boundaries.
 
     Args:
-        number: the scheduler's.
-        report_active: called now and then while the worker gets further.
+        number: the worker's number.
+        report_active: called on heartbeats.
 
     Attributes:
-        has_failed: whether a shard came to grief; the worker is then of no more use.
+        has_failed: whether a shard failed; the worker must not be used any more then.
     """
 
     def __init__(self, number: int, report_active: Callable[[], None] = lambda: None) -> None:
@@ -155,13 +154,13 @@ class Host:
         self.has_failed = False
 
     def close(self) -> None:
-        """Report nothing any more."""
+        """Stop reporting."""
         self._activity.end()
 
     def load(self, factory: WorkerFactory) -> WorkerReady | WorkerLost | UserFault:
         """Build the worker."""
         try:
-            with self._activity.heard():
+            with self._activity.listen():
                 self._worker = factory()
         except RiskforgeError as error:
             return UserFault(str(error), error.exit_code)
@@ -170,11 +169,11 @@ class Host:
         return WorkerReady(self._number)
 
     def sample_shard(
-        self, shard: ShardSpec, attempt: int, report: Report, batch_limit: int = 0
+        self, shard: ShardSpec, attempt: int, report: ShardProgressCallback, batch_limit: int = 0
     ) -> Callable[[], ShardResult | ShardError | UserFault]:
-        """Make the samples of a shard; what is returned waits until it is committed, and tells what came of it."""
+        """Make the samples of a shard; the returned function waits for its commit and returns the event."""
         try:
-            with self._activity.heard():
+            with self._activity.listen():
                 finish = self._worker.sample_shard(shard, attempt, report, batch_limit)
         except (Exception, SystemExit) as error:
             self.has_failed = True
@@ -199,7 +198,7 @@ class Host:
 
 
 def drain(inbox: queue.SimpleQueue[Item], timeout_seconds: float) -> Iterator[Item]:
-    """What is in a queue; waits for the first, but no longer than the timeout."""
+    """All items of a queue; waits for the first one, up to the timeout."""
     try:
         yield inbox.get(timeout=timeout_seconds)
         while True:

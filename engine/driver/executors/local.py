@@ -1,4 +1,4 @@
-"""Workers as threads of this process: no cluster, nothing to start. The oracle in tests of the others."""
+"""Workers as threads of this process: no cluster, nothing to start. The reference that tests compare Ray with."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from engine.driver.executors.base import ExecutorEvent, Host, WorkerFactory, drain
-from engine.generation.messages import ShardProgress, ShardSampled, WorkerActive, WorkerPlaced
+from engine.driver.executors.base import ExecutorEvent, WorkerFactory, WorkerHost, drain
+from engine.driver.scheduling.messages import ShardProgress, ShardSampled, WorkerActive, WorkerPlaced
 from engine.job.plan import ShardSpec
 
 Inbox = queue.SimpleQueue[tuple[ShardSpec, int, int] | None]
@@ -22,8 +22,8 @@ NODE_KIND = "here"
 class LocalExecutor:
     """Runs every worker in a thread of its own.
 
-    A thread cannot be ended from outside: one that was stopped finishes the shard it has in work, unseen, and begins no
-    other. One that failed at a shard ends by itself.
+    A thread cannot be stopped from outside: a stopped worker finishes its shard in flight, whose events are dropped,
+    and starts no other. A worker that failed at a shard ends by itself.
 
     Args:
         num_workers: workers at a time.
@@ -43,7 +43,7 @@ class LocalExecutor:
         """Nothing to prepare."""
 
     def open(self, factory: WorkerFactory, num_shards: int) -> int:
-        """Remember how workers are built."""
+        """Remember how to build workers."""
         self._factory = factory
         return min(self._num_workers, num_shards)
 
@@ -54,14 +54,14 @@ class LocalExecutor:
     def start_worker(self, worker: int) -> None:
         """Start a thread that builds the worker and waits for shards."""
         inbox = self._inboxes[worker] = queue.SimpleQueue()
-        threading.Thread(target=self._live, args=(worker, inbox), name=f"worker-{worker}", daemon=True).start()
+        threading.Thread(target=self._run, args=(worker, inbox), name=f"worker-{worker}", daemon=True).start()
 
     def submit(self, worker: int, shard: ShardSpec, attempt: int, batch_limit: int = 0) -> None:
         """Queue a shard on a worker."""
         self._inboxes[worker].put((shard, attempt, batch_limit))
 
     def stop_worker(self, worker: int) -> None:
-        """Take the queued shards from a thread, which ends after the one it has in work."""
+        """Remove the queued shards of a thread, which ends after its shard in flight."""
         inbox = self._inboxes.pop(worker)
         with contextlib.suppress(queue.Empty):
             while True:
@@ -69,7 +69,7 @@ class LocalExecutor:
         inbox.put(None)
 
     def poll(self, timeout_seconds: float) -> list[ExecutorEvent]:
-        """What happened since the last call."""
+        """Events of running workers since the last call."""
         return [event for worker, event in drain(self._events, timeout_seconds) if worker in self._inboxes]
 
     def close(self) -> None:
@@ -77,12 +77,12 @@ class LocalExecutor:
         for worker in list(self._inboxes):
             self.stop_worker(worker)
 
-    def _live(self, worker: int, inbox: Inbox) -> None:
-        """A worker's life, in its thread; a second one waits for its commits."""
-        host = Host(worker, partial(self._report_active, worker))
+    def _run(self, worker: int, inbox: Inbox) -> None:
+        """A worker's thread; a second thread waits for its commits."""
+        host = WorkerHost(worker, partial(self._report_active, worker))
         self._events.put((worker, WorkerPlaced(worker, NODE_KIND)))
         self._waiting.add(worker)
-        # One at a time: libraries that load models change how every thread makes modules meanwhile.
+        # One at a time: libraries that load models patch the construction of modules for all threads meanwhile.
         with self._loading:
             self._waiting.discard(worker)
             ready = host.load(self._factory)
@@ -97,9 +97,9 @@ class LocalExecutor:
         host.close()
 
     def _report_active(self, worker: int) -> None:
-        """Who waits for its turn to load gets further with the one that loads."""
-        for one in (worker, *tuple(self._waiting)):
-            self._events.put((one, WorkerActive(one)))
+        """Report a heartbeat, also for the workers that wait for this one to load."""
+        for active in (worker, *tuple(self._waiting)):
+            self._events.put((active, WorkerActive(active)))
 
     def _report(self, worker: int, shard: int, num_done: int, batch_seconds: float = 0.0, batch_limit: int = 0) -> None:
         self._events.put((worker, ShardProgress(worker, shard, num_done, batch_seconds, batch_limit)))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, StrictInt
 
-from engine.methods.fields import Number, Spec
+from engine.methods.fields import Number
+from engine.methods.parameters import MethodParameters, on_schedule
 
 
-class BoundaryGuidanceSpec(Spec):
+class BoundaryGuidanceSpec(MethodParameters):
     """KLDB guidance toward the decision boundary of the request's classes."""
 
     step: Literal["polyak", "norm", "paper"] = Field(
@@ -36,3 +37,16 @@ class BoundaryGuidanceSpec(Spec):
         if self.alpha is not None:
             return self.alpha
         return 1.0 if self.step == "polyak" else 0.05
+
+    def is_guided(self, index: int, total: int) -> bool:
+        """Whether `index % every == 0`, and not the last step where `skip_last`."""
+        return on_schedule(index, total, every=self.every, skip_last=self.skip_last)
+
+    @property
+    def schedule_remedy(self) -> str:
+        """Which parameters to change, and how, where no step is guided."""
+        return "lower `every`"
+
+    def in_effect(self) -> dict[str, Any]:
+        """The parameters, with the step size of the rule where none is given."""
+        return self.model_dump() | {"alpha": self.step_size}

@@ -1,4 +1,4 @@
-"""The one contract of class distributions: whoever draws does not ask which estimator it draws from."""
+"""The contract of class distributions, which all estimators share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ class ClassDistributions(Protocol):
         """Entries d of an embedding."""
 
     def check(self, class_index: int) -> None:
-        """Raise a ValueError that names the class where it cannot be drawn from."""
+        """Check that a class can be drawn from.
+
+        Raises:
+            ValueError: it cannot; the message names the class.
+        """
 
     def draw(self, class_index: int, generator: torch.Generator) -> Tensor:
-        """One embedding [d], float32, on the CPU; the same amount of randomness is consumed by every draw."""
+        """One embedding [d], float32, on the CPU; every draw consumes the same amount of randomness."""

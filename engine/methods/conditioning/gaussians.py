@@ -1,6 +1,6 @@
 """One diagonal Gaussian a class over image embeddings (RiskyDiff, Yu et al., AAAI 2026, arXiv 2512.18722).
 
-Embeddings are raw, not normalised: the embedding space is the one that the diffusion model is conditioned on.
+Embeddings are raw, not normalised: the diffusion model is conditioned on raw embeddings.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.methods.conditioning.embeddings import check_embeddings, check_kind, check_spread, class_text
+from engine.methods.conditioning.input_checks import check_embeddings, check_kind, check_spread, class_text
 
 
 @dataclass(slots=True, eq=False)
@@ -41,10 +41,11 @@ class ClassMoments:
         return cls(tuple(labels), torch.zeros(len(labels), dtype=torch.long), mean, squares)
 
     def add(self, embeds: Tensor, classes: Tensor) -> None:
-        """Take in embeddings [N, d] of images of classes [N].
+        """Add embeddings [N, d] of images of classes [N].
 
         Raises:
-            ValueError: shapes or indices are wrong, or an embedding is not finite (naming its class).
+            ValueError: shapes or indices are wrong, or an embedding is not finite; the last message
+                names the class.
         """
         check_embeddings(embeds, classes, self.labels)
         if embeds.shape[1] != self.mean.shape[1]:
@@ -56,7 +57,7 @@ class ClassMoments:
             self._combine(index[None], torch.tensor([len(rows)]), mean, squares)
 
     def merge(self, other: ClassMoments) -> None:
-        """Take in the moments of another shard.
+        """Add the moments of another shard.
 
         Raises:
             ValueError: they are of other classes, or of embeddings of another size.
@@ -91,7 +92,7 @@ class ClassMoments:
         """Moments from their `state`.
 
         Raises:
-            ValueError: it is the state of something else.
+            ValueError: it is a state of another kind.
         """
         check_kind(state, "class_moments")
         # Copies: later additions must not change the state.
@@ -116,7 +117,7 @@ class ClassGaussians:
 
     @classmethod
     def of(cls, moments: ClassMoments) -> ClassGaussians:
-        """The Gaussians of complete moments. A class without a spread is refused when it is checked or drawn from."""
+        """The Gaussians of complete moments. A class without a spread is refused by `check` and `draw`."""
         variance = moments.squares / moments.count.clamp_min(1)[:, None]
         return cls(moments.labels, moments.count.clone(), moments.mean.float(), variance.sqrt().float())
 
@@ -129,7 +130,7 @@ class ClassGaussians:
         """Check that a class can be drawn from.
 
         Raises:
-            ValueError: naming the class: not known, no image, a single one, or all alike.
+            ValueError: it is unknown, or has no image, a single one, or identical ones; the message names it.
         """
         class_text(self.labels, class_index)
         check_spread(

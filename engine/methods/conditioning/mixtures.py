@@ -1,6 +1,6 @@
 """One diagonal Gaussian mixture a class over image embeddings: for classes with several modes.
 
-RiskyDiff (Yu et al., AAAI 2026) has one Gaussian a class and leaves a multi-modal estimator open.
+RiskyDiff (Yu et al., AAAI 2026) has one Gaussian a class, and leaves a multi-modal estimator to future work.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.methods.conditioning.embeddings import check_embeddings, check_kind, check_spread, class_text, derived_seed
+from engine.methods.conditioning.input_checks import check_embeddings, check_kind, check_spread, class_text
+from engine.methods.conditioning.seeds import derived_seed
 
-# A component that holds less than this is one image, and its spread the regulariser alone.
+# A component with fewer images is a single image, and its spread the regulariser alone.
 _MIN_COMPONENT_IMAGES = 2
 
 
@@ -24,7 +25,7 @@ class MixtureOptions:
     """How the mixtures are fitted.
 
     Attributes:
-        components: of a class, where it has images enough.
+        components: of a class with enough images.
         min_images_per_component: a class with fewer images has fewer components.
         reg_covar: added to every variance, as a share of the class's mean variance.
         max_iter: steps of expectation maximisation.
@@ -74,20 +75,20 @@ class ClassMixtures:
         return (self.weights > 0).sum(1)
 
     def notes(self) -> list[str]:
-        """Classes that have fewer components than asked for, in words, a line each."""
+        """Classes that have fewer components than asked for, a line each."""
         wanted = self.weights.shape[1]
         return [
-            f"{class_text(self.labels, index)}: {found} instead of {wanted} components; {int(self.count[index])}"
+            f"{class_text(self.labels, index)}: {number} instead of {wanted} components; {int(self.count[index])}"
             " images do not support more"
-            for index, found in enumerate(self.num_components.tolist())
-            if 0 < found < wanted
+            for index, number in enumerate(self.num_components.tolist())
+            if 0 < number < wanted
         ]
 
     def check(self, class_index: int) -> None:
         """Check that a class can be drawn from.
 
         Raises:
-            ValueError: naming the class: not known, no image, a single one, or all alike.
+            ValueError: it is unknown, or has no image, a single one, or identical ones; the message names it.
         """
         class_text(self.labels, class_index)
         check_spread(
@@ -123,7 +124,7 @@ class ClassMixtures:
         """Mixtures from their `state`.
 
         Raises:
-            ValueError: it is the state of something else.
+            ValueError: it is a state of another kind.
         """
         check_kind(state, "mixtures")
         return cls(tuple(state["labels"]), *(state[name] for name in ("count", "weights", "means", "stds")))
@@ -134,7 +135,7 @@ def fit_mixtures(
 ) -> ClassMixtures:
     """Fit the mixture of every class by expectation maximisation (scikit-learn's GaussianMixture).
 
-    A class without two different images stays empty, and is refused when it is checked or drawn from.
+    A class without two different images has no component, and is refused by `check` and `draw`.
 
     Args:
         embeds: [N, d], raw.
@@ -143,7 +144,8 @@ def fit_mixtures(
         options: `MixtureOptions()` where not given.
 
     Raises:
-        ValueError: shapes or indices are wrong, or an embedding is not finite (naming its class).
+        ValueError: shapes or indices are wrong, or an embedding is not finite; the last message
+            names the class.
     """
     options = options or MixtureOptions()
     check_embeddings(embeds, classes, labels)
@@ -153,10 +155,10 @@ def fit_mixtures(
         rows = embeds[classes == index].double().cpu().numpy()
         model = _fit_class(rows, options, derived_seed(options.seed, f"mixture of class {index}"))
         if model is not None:
-            found = len(model.weights_)
-            weights[index, :found] = torch.from_numpy(model.weights_)
-            means[index, :found] = torch.from_numpy(model.means_).float()
-            stds[index, :found] = torch.from_numpy(np.sqrt(model.covariances_)).float()
+            number = len(model.weights_)
+            weights[index, :number] = torch.from_numpy(model.weights_)
+            means[index, :number] = torch.from_numpy(model.means_).float()
+            stds[index, :number] = torch.from_numpy(np.sqrt(model.covariances_)).float()
     return ClassMixtures(tuple(labels), torch.bincount(classes, minlength=len(labels)), weights, means, stds)
 
 

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear, pad, relu
 
-from engine.methods.conditioning.embeddings import check_embeddings, check_kind, derived_seed
-from engine.methods.conditioning.evaluation import Evaluation, evaluate
+from engine.methods.conditioning.input_checks import check_embeddings, check_kind
+from engine.methods.conditioning.predictor_evaluation import Evaluation, evaluate
+from engine.methods.conditioning.seeds import derived_seed
 
-# Rows of every inference call: kernels choose their order of summation by the shape, and an answer must not depend on
-# how many questions are asked with it.
+# Rows of every inference call: kernels choose their order of summation by the shape, and a prediction must not depend
+# on the number of rows in its batch.
 _ROWS = 16
 _NUM_LAYERS = 3
-# Errors, and images without error, that it takes to train on one and hold out another.
+# Errors, and images without error, needed to train on one of them and hold out another.
 _MIN_EACH = 2
 
 Layers = list[tuple[Tensor, Tensor]]
@@ -29,7 +30,7 @@ Layers = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictorOptions:
-    """How the predictor is trained and judged; the paper's values, but for `standardise`.
+    """How the predictor is trained and evaluated; the paper's values, but for `standardise`.
 
     Attributes:
         epochs: passes over the training images.
@@ -38,7 +39,7 @@ class PredictorOptions:
         standardise: subtract the training images' mean and divide by their deviation, entry by entry, inside the
             model. Embeddings of any scale then train alike.
         holdout: share of the images that is not trained on, above 0 and below 1.
-        min_per_class: errors, and images without error, that a class needs among the held-out ones to be judged alone.
+        min_per_class: held-out errors, and images without error, that a class needs for a figure of its own.
         threshold: confidence above which precision and recall count an alarm.
         seed: of the split, the first weights and the order of batches.
     """
@@ -59,12 +60,12 @@ class PredictorOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictorFit:
-    """What became of training.
+    """The outcome of training.
 
     Attributes:
         predictor: None where it cannot be trained.
         evaluation: on the held-out images; None where it cannot be trained.
-        verdict: in plain words.
+        verdict: for a reader.
     """
 
     predictor: ErrorPredictor | None
@@ -85,7 +86,7 @@ class ErrorPredictor:
         self._layers = [(weight.detach(), bias.detach()) for weight, bias in layers]
         self._mean = mean
         self._std = std
-        # In float64 the order of summation changes nothing that is left after rounding to float32.
+        # In float64 the order of summation changes nothing that survives rounding to float32.
         self._exact = [(weight.double(), bias.double()) for weight, bias in self._layers]
 
     @property
@@ -109,7 +110,7 @@ class ErrorPredictor:
             ValueError: embeddings of another size.
         """
         if embeds.ndim != 2 or embeds.shape[1] != self.dim:
-            raise ValueError(f"embeds {list(embeds.shape)}: this predictor reads [B, {self.dim}]")
+            raise ValueError(f"embeds {list(embeds.shape)}: this predictor takes [B, {self.dim}]")
         inputs = (embeds.double() - self._mean.double()) / self._std.double()
         blocks = [
             _forward(self._exact, pad(block, (0, 0, 0, _ROWS - len(block))))[: len(block)]
@@ -129,7 +130,7 @@ class ErrorPredictor:
         """A predictor from its `state`.
 
         Raises:
-            ValueError: it is the state of something else.
+            ValueError: it is a state of another kind.
         """
         check_kind(state, "error_predictor")
         layers = [(state[f"weight_{number}"], state[f"bias_{number}"]) for number in range(_NUM_LAYERS)]
@@ -149,10 +150,11 @@ def fit_predictor(
         options: `PredictorOptions()` where not given.
 
     Returns:
-        The predictor with its evaluation, or why there is none: a target without errors is a result, not a fault.
+        The predictor with its evaluation, or the reason why there is none: a target without errors is no fault.
 
     Raises:
-        ValueError: shapes or indices are wrong, or an embedding is not finite (naming its class).
+        ValueError: shapes or indices are wrong, or an embedding is not finite; the last message
+            names the class.
     """
     options = options or PredictorOptions()
     check_embeddings(embeds, classes, labels)
@@ -195,7 +197,7 @@ def train_predictor(embeds: Tensor, errors: Tensor, options: PredictorOptions) -
 
 
 def outcome_weights(errors: Tensor) -> Tensor:
-    """Weights [1, n_ok / n_err] of the outcomes "right" and "error", so that both weigh the same in all.
+    """Weights [1, n_ok / n_err] of the outcomes "right" and "error", so that both have equal weight in total.
 
     Args:
         errors: [N] booleans.
@@ -229,7 +231,7 @@ def _check_errors(embeds: Tensor, errors: Tensor) -> None:
 
 
 def _untrainable(errors: Tensor) -> str:
-    """Why there is nothing to learn, or an empty text."""
+    """Why a predictor cannot be trained, or an empty text."""
     total, num_errors = len(errors), int(errors.sum())
     if num_errors == 0:
         return f"the target makes no error on {total} images"

@@ -91,18 +91,18 @@ class GuidedDenoiser:
             kind: PredictionType = prediction.prediction if self._source == "unet" else "epsilon"
             losses = self._criteria(self._decode(predicted_x0(output, latents, step, kind)).clamp(0, 1))
             # Sums keep every sample's gradient its own; a mean would scale it by the batch.
-            found = [
+            gradients = [
                 torch.autograd.grad(loss.sum(), [latents, output], retain_graph=place + 1 < len(losses))
                 for place, loss in enumerate(losses)
             ]
         if self._source != "unet":
-            return losses.detach(), torch.stack([of_latents for of_latents, _ in found])
-        through = [pulled_back(of_output, prediction.conditional, prediction.latents) for _, of_output in found]
-        direct = [of_latents for of_latents, _ in found]
+            return losses.detach(), torch.stack([of_latents for of_latents, _ in gradients])
+        through = [pulled_back(of_output, prediction.conditional, prediction.latents) for _, of_output in gradients]
+        direct = [of_latents for of_latents, _ in gradients]
         return losses.detach(), torch.stack(direct) + torch.stack(through)
 
     def _scored(self, prediction: Prediction, step: Step) -> Tensor:
-        """What the scored x0 is predicted from: the network's output, or a noise that stays as it is."""
+        """What the scored x0 is predicted from: the network's output, or a noise that is held fixed."""
         if self._source == "unet":
             return prediction.conditional
         output = prediction.conditional if self._source == "conditional" else prediction.output

@@ -1,4 +1,4 @@
-"""Gradients through a network in half precision: scaled sample by sample, so that they neither vanish nor overflow.
+"""Gradients through a network in half precision: scaled sample by sample, so that they neither underflow nor overflow.
 
 Legend: B samples, C channels, H x W latent size, J the Jacobian of the network's output in its latents.
 """
@@ -11,9 +11,9 @@ from torch import Tensor
 from engine.methods.guidance.rules import per_sample
 from engine.methods.scores import at_least_float32
 
-# float16 holds 6e-8 to 65504. The largest entry of what enters the backward pass is brought to about this power of two.
+# float16 holds 6e-8 to 65504. The largest entry of a cotangent is scaled to about this power of two.
 SCALED_EXPONENT = 6
-# Where a sample overflows all the same, its scale falls by this power of two, so many times.
+# Where a sample overflows nevertheless, its scale is lowered by this power of two, up to so many times.
 LOWERED_EXPONENT = 5
 MAX_LOWERINGS = 3
 
@@ -23,7 +23,7 @@ def pulled_back(cotangent: Tensor, output: Tensor, latents: Tensor) -> Tensor:
 
     Each sample's g is multiplied by a power of two before the backward pass and the result divided by it in float32:
     the same as scaling its loss, and exact where nothing under- or overflows. A sample whose gradient overflows is
-    tried again with a lower scale; its neighbours keep what they have.
+    tried again with a lower scale; the other samples keep their gradients.
 
     Args:
         cotangent: g, [B, C, H, W], float32.
@@ -38,9 +38,9 @@ def pulled_back(cotangent: Tensor, output: Tensor, latents: Tensor) -> Tensor:
     result = torch.full_like(latents, torch.nan, dtype=cotangent.dtype)
     for _ in range(1 + MAX_LOWERINGS):
         scaled = torch.where(per_sample(pending, cotangent), _shifted(cotangent, exponents), 0.0)
-        (found,) = torch.autograd.grad(output, latents, scaled, retain_graph=True)
-        finite = pending & _finite(found)
-        result = torch.where(per_sample(finite, found), _shifted(at_least_float32(found), -exponents), result)
+        (gradient,) = torch.autograd.grad(output, latents, scaled, retain_graph=True)
+        finite = pending & _finite(gradient)
+        result = torch.where(per_sample(finite, gradient), _shifted(at_least_float32(gradient), -exponents), result)
         pending = pending & ~finite
         if not pending.any():
             break

@@ -58,7 +58,7 @@ def scaled_by_maximum(loss: Tensor, gradient: Tensor, latents: Tensor, *, alpha:
 
 
 def usable_gradients(loss: Tensor, gradient: Tensor, health: GradientHealth) -> tuple[Tensor, Tensor]:
-    """Find the samples that can be moved and count the others.
+    """Which samples can be moved; the others are counted.
 
     Args:
         loss: [B].
@@ -66,7 +66,7 @@ def usable_gradients(loss: Tensor, gradient: Tensor, health: GradientHealth) -> 
 
     Returns:
         Which samples are usable [B], and the gradient with ones in place of the unusable. A sample whose loss is
-        zero has arrived: it stays, and nothing is wrong with it.
+        zero has arrived: it is not moved, and counts as healthy.
     """
     finite = torch.isfinite(loss) & torch.isfinite(gradient).flatten(1).all(1)
     arrived = finite & (loss == 0)
@@ -79,7 +79,7 @@ def usable_gradients(loss: Tensor, gradient: Tensor, health: GradientHealth) -> 
 
 
 def shifting(rule: Rule) -> Update:
-    """The update that moves the latents by a step rule for a single criterion, with the eps from before."""
+    """The update that moves the latents by a step rule for a single criterion, with the eps from before the shift."""
 
     def update(
         losses: Tensor, gradients: Tensor, prediction: Prediction, step: Step, health: GradientHealth

@@ -1,7 +1,7 @@
 """RiskyDiff guidance (Yu et al. 2025): risk for the target under conformity to the class, by two step rules.
 
-`paper` ascends `S = risk + lambda * conformity` by a fixed step on eps. `polyak` needs no step size: risk is a dial,
-held from both sides, conformity a floor; each is a non-negative distance whose zero is known.
+`paper` ascends `S = risk + lambda * conformity` by a fixed step on eps. `polyak` needs no step size: risk has a target,
+approached from both sides, conformity a floor; each is a non-negative distance whose zero is known.
 
 Legend: B samples, z latents [B, C, H, W], g gradients in z of the same shape.
 """
@@ -9,13 +9,13 @@ Legend: B samples, z latents [B, C, H, W], g gradients in z of the same shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from engine.methods.guidance.guided import ConditionalDenoiser, GuidedDenoiser
+from engine.methods.guidance.guided import ConditionalDenoiser, Criteria, GuidedDenoiser
 from engine.methods.guidance.rules import GradientHealth, Update, keep, norms, per_sample, unit, usable_gradients
+from engine.methods.guidance.scene import GuidanceScene
 from engine.methods.risky.spec import RiskyGuidanceSpec
 from engine.methods.sampling.denoiser import Prediction, Step
 from engine.methods.scores import risk
@@ -25,67 +25,71 @@ PAPER_LATENT_ELEMENTS = 16384
 PAPER_EPSILON = 1e-10
 
 
-def guide_to_risk(
-    denoiser: ConditionalDenoiser,
-    spec: RiskyGuidanceSpec,
-    *,
-    logits: Callable[[Tensor], Tensor],
-    conformity: Callable[[Tensor], Tensor],
-    decode: Callable[[Tensor], Tensor],
-    labels: Tensor,
-) -> GuidedDenoiser:
+def guide_to_risk(denoiser: ConditionalDenoiser, spec: RiskyGuidanceSpec, scene: GuidanceScene) -> GuidedDenoiser:
     """Wrap a denoiser in risk guidance at the combined prediction, without gradient through the UNet.
 
     Args:
-        denoiser: what to guide.
-        spec: step rule, dial, constraint and schedule.
-        logits: images [B, 3, H, W] in [0, 1] to temperature-scaled logits [B, n], differentiable.
-        conformity: images to conformity [B] with the prompt of each sample's class, differentiable.
-        decode: latents [B, C, H, W] to images [B, 3, H, W].
-        labels: [B] class indices y.
+        denoiser: the denoiser to guide.
+        spec: step rule, risk target, constraint and schedule.
+        scene: of samples of single classes.
     """
-
-    def objective(images: Tensor) -> Tensor:
-        return -(risk(logits(images), labels) + spec.conformity_weight * conformity(images))[None]
-
-    def distances(images: Tensor) -> Tensor:
-        to_dial = dial(risk(logits(images), labels), spec.target_risk, spec.tolerance)
-        if spec.conformity_floor is None:
-            return to_dial[None]
-        return torch.stack([to_dial, floor(conformity(images), spec.conformity_floor)])
-
-    if spec.step == "paper":
-        criteria, update = objective, fixed_step(spec.scale)
-    else:
-        criteria = distances
-        # A distance that is not asked for is a backward pass saved.
-        update = polyak_to_dial(spec.cap) if spec.conformity_floor is None else polyak_with_floor(spec.cap)
+    criteria, update = _criteria_and_update(spec, scene)
     return GuidedDenoiser(
         denoiser,
         criteria=criteria,
-        decode=decode,
+        decode=scene.decode,
         update=update,
-        is_guided=lambda step: is_guided_step(step, spec),
+        is_guided=lambda step: spec.is_guided(step.index, step.total),
         source="combined",
-        num_samples=len(labels),
+        num_samples=scene.num_samples,
     )
 
 
-def is_guided_step(step: Step, spec: RiskyGuidanceSpec) -> bool:
-    """Whether a step is in the guided range and on the schedule."""
-    in_range = step.index > step.total * (1 - spec.gradient_range)
-    return in_range and step.index % spec.every == 0 and not (spec.skip_last and step.is_last)
+def _criteria_and_update(spec: RiskyGuidanceSpec, scene: GuidanceScene) -> tuple[Criteria, Update]:
+    """What is descended, and how the prediction moves."""
+    if spec.step == "paper":
+        return papers_objective(spec, scene), fixed_step(spec.scale)
+    if spec.conformity_floor is None:
+        # The distance to a floor is a backward pass, which a job without one does not pay for.
+        return lambda images: _to_target(spec, scene, images)[None], polyak_to_target(spec.cap)
+    return _target_and_floor(spec, spec.conformity_floor, scene), polyak_with_floor(spec.cap)
 
 
-def dial(measured: Tensor, target: float, tolerance: float) -> Tensor:
-    """Distance `|risk - target|` of each sample [B]; zero, without gradient, within the tolerance: it has arrived."""
+def papers_objective(spec: RiskyGuidanceSpec, scene: GuidanceScene) -> Criteria:
+    """The paper's objective with the sign of a loss, `-(risk + lambda * conformity)`, [1, B]."""
+
+    def objective(images: Tensor) -> Tensor:
+        measured = risk(scene.logits(images), scene.labels)
+        return -(measured + spec.conformity_weight * _conformity(spec, scene, images))[None]
+
+    return objective
+
+
+def _target_and_floor(spec: RiskyGuidanceSpec, lowest: float, scene: GuidanceScene) -> Criteria:
+    """Distances to the risk target and to the floor of conformity, [2, B]."""
+    return lambda images: torch.stack(
+        [_to_target(spec, scene, images), distance_below(_conformity(spec, scene, images), lowest)]
+    )
+
+
+def _to_target(spec: RiskyGuidanceSpec, scene: GuidanceScene, images: Tensor) -> Tensor:
+    return distance_to_target(risk(scene.logits(images), scene.labels), spec.target_risk, spec.tolerance)
+
+
+def _conformity(spec: RiskyGuidanceSpec, scene: GuidanceScene, images: Tensor) -> Tensor:
+    measure = scene.raw_conformity if spec.conformity == "raw" else scene.conformity
+    return measure(images, scene.labels)
+
+
+def distance_to_target(measured: Tensor, target: float, tolerance: float) -> Tensor:
+    """Distance `|risk - target|` of each sample [B]; zero, without gradient, within the tolerance."""
     distance = (measured - target).abs()
     return torch.where(distance > tolerance, distance, distance * 0)
 
 
-def floor(agreement: Tensor, lowest: float) -> Tensor:
+def distance_below(conformity: Tensor, lowest: float) -> Tensor:
     """Hinge `max(0, lowest - conformity)` of each sample, [B]."""
-    return (lowest - agreement).clamp_min(0)
+    return (lowest - conformity).clamp_min(0)
 
 
 def fixed_step(scale: float) -> Update:
@@ -97,7 +101,7 @@ def fixed_step(scale: float) -> Update:
         usable, gradient = usable_gradients(losses[0], gradients[0], health)
         size = scale * math.sqrt(gradient[0].numel() / PAPER_LATENT_ELEMENTS)
         length = torch.sqrt(norms(gradient) ** 2 + PAPER_EPSILON)
-        # The criterion is -S, descended: its gradient already points the other way.
+        # The criterion is -S, so that its gradient is the `-g` of the equation.
         noise_share = step.sigma / math.hypot(step.scale, step.sigma)
         return prediction.with_eps_moved(
             keep(usable, size * noise_share * gradient / per_sample(length, gradient)), step
@@ -106,8 +110,8 @@ def fixed_step(scale: float) -> Update:
     return update
 
 
-def polyak_to_dial(cap: float) -> Update:
-    """Polyak steps on the dial alone."""
+def polyak_to_target(cap: float) -> Update:
+    """Polyak steps on the distance to the risk target alone."""
 
     def update(
         losses: Tensor, gradients: Tensor, prediction: Prediction, step: Step, health: GradientHealth
@@ -120,19 +124,19 @@ def polyak_to_dial(cap: float) -> Update:
 
 
 def polyak_with_floor(cap: float) -> Update:
-    """Polyak steps on the dial and on the floor; the dial's gradient gives way where the two conflict."""
+    """Polyak steps on both distances; where they conflict, the gradient of the risk target gives way to the floor's."""
 
     def update(
         losses: Tensor, gradients: Tensor, prediction: Prediction, step: Step, health: GradientHealth
     ) -> Prediction:
         below = losses[1] > 0
-        to_dial = torch.where(
+        to_target = torch.where(
             per_sample(below, gradients[0]), without_conflict(gradients[0], gradients[1]), gradients[0]
         )
-        # One verdict a sample: it can be moved if what it has to move by is usable.
-        total = to_dial + keep(below, gradients[1])
+        # A sample is moved as a whole: its health is that of the sum of what moves it.
+        total = to_target + keep(below, gradients[1])
         usable, _ = usable_gradients(losses.sum(0), total, health)
-        shift = _polyak(losses[0], to_dial) + keep(below, _polyak(losses[1], gradients[1]))
+        shift = _polyak(losses[0], to_target) + keep(below, _polyak(losses[1], gradients[1]))
         return prediction.moved(keep(usable, capped(shift, cap * norms(prediction.latents))), step)
 
     return update

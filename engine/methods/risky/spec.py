@@ -6,10 +6,11 @@ from typing import Literal
 
 from pydantic import Field, StrictInt
 
-from engine.methods.fields import Number, Spec
+from engine.methods.fields import Number
+from engine.methods.parameters import MethodParameters, RiskTarget, on_schedule
 
 
-class RiskyGuidanceSpec(Spec):
+class RiskyGuidanceSpec(MethodParameters):
     """RiskyDiff guidance: risk under conformity constraints (Yu et al. 2025)."""
 
     step: Literal["polyak", "paper"] = Field(
@@ -35,3 +36,17 @@ class RiskyGuidanceSpec(Spec):
     )
     gradient_range: Number = Field(default=1.0, gt=0, le=1, description="Guide only in this last fraction of steps.")
     skip_last: bool = Field(default=True, description="Do not guide at the last step, which is never denoised again.")
+
+    def is_guided(self, index: int, total: int) -> bool:
+        """Whether `index % every == 0` in the last `gradient_range` of steps, and not the last where `skip_last`."""
+        return on_schedule(index, total, every=self.every, skip_last=self.skip_last, last_fraction=self.gradient_range)
+
+    @property
+    def schedule_remedy(self) -> str:
+        """Which parameters to change, and how, where no step is guided."""
+        return "lower `every`" + (", widen `gradient_range`" if self.gradient_range < 1 else "")
+
+    @property
+    def risk_target(self) -> RiskTarget | None:
+        """Target and tolerance of step `polyak`; the paper's step has none."""
+        return RiskTarget(self.target_risk, self.tolerance) if self.step == "polyak" else None

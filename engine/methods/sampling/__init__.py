@@ -1,1 +1,1 @@
-"""Sampling: denoiser adapters, the loop around diffusers' schedulers, per-sample noise. Pure torch."""
+"""Sampling: denoisers, samplers and the loop over their steps, per-sample noise, checks of schedulers."""

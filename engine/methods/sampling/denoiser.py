@@ -1,15 +1,16 @@
-"""Denoisers: a UNet with classifier-free guidance behind one contract, whatever it predicts and whoever steps.
+"""Denoisers: a network with classifier-free guidance behind one contract, for every prediction type and sampler.
 
 Legend: B samples, C channels, H x W latent size. At a step the latents are `z = scale * x0 + sigma * eps`: scale 1 for
 the variance-exploding schedulers (LMS, Euler), `sqrt(abar)` and `sqrt(1 - abar)` for the variance-preserving ones
-(DDIM, DPM-Solver++). All of methods' prediction types follow from these two numbers.
+(DDIM, DPM-Solver++), `1 - sigma` for flow matching. The three prediction types follow from these two numbers, so that
+guidance and samplers get x0 and eps from any network, as with the adapters of k-diffusion (`external.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from engine.methods.scores import at_least_float32
 
-PredictionType = Literal["epsilon", "v_prediction"]
+PredictionType = Literal["epsilon", "v_prediction", "flow"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +29,10 @@ class Step:
     Attributes:
         index: counted from 1.
         total: number of steps T.
-        timestep: what the UNet is told.
+        timestep: the network's input for the noise level.
         scale: factor of x0 in the latents.
         sigma: factor of eps in the latents.
-        normalise_input: divide the latents by `sqrt(scale^2 + sigma^2)` before the UNet (variance-exploding).
+        normalise_input: divide the latents by `sqrt(scale^2 + sigma^2)` before the network (variance-exploding).
     """
 
     index: int
@@ -48,44 +49,86 @@ class Step:
 
     @property
     def signal(self) -> float:
-        """Share of x0 in the latents, 0 to 1: `sqrt(abar)`, whoever steps."""
+        """Share of x0 in the latents, 0 to 1: `sqrt(abar)`, whichever scheduler steps."""
         return self.scale / math.hypot(self.scale, self.sigma)
 
-    def unet_input(self, latents: Tensor) -> Tensor:
-        """The latents as the UNet expects them."""
+    def network_input(self, latents: Tensor) -> Tensor:
+        """The latents as the network expects them."""
         return latents / math.hypot(self.scale, self.sigma) if self.normalise_input else latents
 
 
-def predicted_x0(output: Tensor, latents: Tensor, step: Step, prediction: PredictionType) -> Tensor:
-    """Clean latents x0 that a network output stands for, [B, C, H, W] (section 6 of the methods)."""
-    if prediction == "epsilon":
-        return (latents - step.sigma * output) / step.scale
+Conversion = Callable[[Tensor, Tensor, Step], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameterisation:
+    """What a network's output stands for; all tensors [B, C, H, W].
+
+    Attributes:
+        x0: `(output, latents, step)` to the clean latents.
+        eps: `(output, latents, step)` to the noise.
+        output: `(eps, latents, step)` to the network's output, the inverse of `eps`.
+    """
+
+    x0: Conversion
+    eps: Conversion
+    output: Conversion
+
+
+def _x0_of_v(output: Tensor, latents: Tensor, step: Step) -> Tensor:
     norm = math.hypot(step.scale, step.sigma)
     return (step.scale * latents / norm - step.sigma * output) / norm
 
 
-def predicted_eps(output: Tensor, latents: Tensor, step: Step, prediction: PredictionType) -> Tensor:
-    """Noise eps that a network output stands for, [B, C, H, W]."""
-    if prediction == "epsilon":
-        return output
+def _eps_of_v(output: Tensor, latents: Tensor, step: Step) -> Tensor:
     norm = math.hypot(step.scale, step.sigma)
     return (step.scale * output + step.sigma * latents / norm) / norm
 
 
-def output_of_eps(eps: Tensor, latents: Tensor, step: Step, prediction: PredictionType) -> Tensor:
-    """Network output that stands for a noise eps at the latents: the inverse of `predicted_eps`."""
-    if prediction == "epsilon":
-        return eps
+def _v_of_eps(eps: Tensor, latents: Tensor, step: Step) -> Tensor:
     norm = math.hypot(step.scale, step.sigma)
     return (norm * eps - step.sigma * latents / norm) / step.scale
 
 
+PARAMETERISATIONS: Mapping[PredictionType, Parameterisation] = {
+    # The noise itself (Ho et al. 2020).
+    "epsilon": Parameterisation(
+        x0=lambda output, latents, step: (latents - step.sigma * output) / step.scale,
+        eps=lambda output, _latents, _step: output,
+        output=lambda eps, _latents, _step: eps,
+    ),
+    # v = (scale * eps - sigma * x0) / sqrt(scale^2 + sigma^2) (Salimans and Ho 2022).
+    "v_prediction": Parameterisation(x0=_x0_of_v, eps=_eps_of_v, output=_v_of_eps),
+    # The velocity eps - x0 of rectified flow (Liu et al. 2023).
+    "flow": Parameterisation(
+        x0=lambda output, latents, step: (latents - step.sigma * output) / (step.scale + step.sigma),
+        eps=lambda output, latents, step: (latents + step.scale * output) / (step.scale + step.sigma),
+        output=lambda eps, latents, step: ((step.scale + step.sigma) * eps - latents) / step.scale,
+    ),
+}
+
+
+def predicted_x0(output: Tensor, latents: Tensor, step: Step, prediction: PredictionType) -> Tensor:
+    """Clean latents x0 that a network output stands for, [B, C, H, W] (section 6 of the methods)."""
+    return PARAMETERISATIONS[prediction].x0(output, latents, step)
+
+
+def predicted_eps(output: Tensor, latents: Tensor, step: Step, prediction: PredictionType) -> Tensor:
+    """Noise eps that a network output stands for, [B, C, H, W]."""
+    return PARAMETERISATIONS[prediction].eps(output, latents, step)
+
+
+def output_of_eps(eps: Tensor, latents: Tensor, step: Step, prediction: PredictionType) -> Tensor:
+    """Network output that stands for a noise eps at the latents: the inverse of `predicted_eps`."""
+    return PARAMETERISATIONS[prediction].output(eps, latents, step)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What a denoiser says at a step; all tensors [B, C, H, W].
+    """What a denoiser predicts at a step; all tensors [B, C, H, W].
 
     Attributes:
-        output: what the scheduler steps with (eps or v, with classifier-free guidance).
+        output: what the scheduler steps with (eps, v or a velocity, with classifier-free guidance).
         conditional: the conditional half alone, without classifier-free guidance.
         latents: the latents to step from; guidance may have moved them.
         prediction: what `output` is.
@@ -125,39 +168,46 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What a UNet is told of a batch beside the timestep.
+    """What a network is conditioned on apart from the timestep, by the names that its pipeline uses.
 
     Attributes:
-        text: [B, tokens, width] text embeddings.
-        labels: [B, k] class labels (Stable unCLIP: noised image embedding and noise level), or None.
+        tensors: [B, ...] each: text embeddings, and whatever else a family of pipelines needs.
     """
 
-    text: Tensor
-    labels: Tensor | None = None
+    tensors: Mapping[str, Tensor]
 
-    def above(self, other: Condition) -> Condition:
-        """Both batches, this one first."""
-        labels = None
-        if self.labels is not None and other.labels is not None:
-            labels = torch.cat([self.labels, other.labels])
-        return Condition(torch.cat([self.text, other.text]), labels)
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def followed_by(self, other: Condition) -> Condition:
+        """Both batches as a single batch, with the rows of `self` first.
+
+        Raises:
+            ValueError: they have other names.
+        """
+        if self.tensors.keys() != other.tensors.keys():
+            raise ValueError(f"conditions of {sorted(self.tensors)} and {sorted(other.tensors)} are not of one network")
+        return Condition({name: torch.cat([tensor, other[name]]) for name, tensor in self.tensors.items()})
+
+
+Network = Callable[[Tensor, Tensor, Condition], Tensor]
 
 
 class ClassifierFreeDenoiser:
-    """A UNet with classifier-free guidance, as in diffusers' Stable Diffusion and Stable unCLIP pipelines.
+    """A network with classifier-free guidance, as in diffusers' pipelines (Ho and Salimans 2022).
 
     Args:
-        unet: `(latents, timestep, condition) -> output`, all [B, ...].
+        network: `(latents, timestep, condition) -> output`, all [B, ...].
         conditional: of the prompts.
         unconditional: of the negative prompt.
-        prediction: what the UNet predicts.
+        prediction: what the network predicts.
         guidance_scale: 1 uses the conditional half alone.
         guidance_rescale: share of the rescaled prediction (Lin et al. 2024, section 3.4).
     """
 
     def __init__(
         self,
-        unet: Callable[[Tensor, Tensor, Condition], Tensor],
+        network: Network,
         *,
         conditional: Condition,
         unconditional: Condition,
@@ -165,10 +215,10 @@ class ClassifierFreeDenoiser:
         guidance_scale: float,
         guidance_rescale: float = 0.0,
     ) -> None:
-        self._unet = unet
+        self._network = network
         self._conditional = conditional
         self._unconditional = unconditional
-        self._both = unconditional.above(conditional)
+        self._both = unconditional.followed_by(conditional)
         self.prediction: PredictionType = prediction
         self._scale = guidance_scale
         self._rescale = guidance_rescale
@@ -179,9 +229,9 @@ class ClassifierFreeDenoiser:
         if self._scale <= 1:
             output = conditional = self.conditional_output(latents, step)
         else:
-            inputs = step.unet_input(torch.cat([latents, latents]))
-            without, conditional = at_least_float32(self._unet(inputs, step.timestep, self._both)).chunk(2)
-            output = self._combined(without, conditional)
+            inputs = step.network_input(torch.cat([latents, latents]))
+            unconditional, conditional = at_least_float32(self._network(inputs, step.timestep, self._both)).chunk(2)
+            output = self._combined(unconditional, conditional)
         return Prediction(output=output, conditional=conditional, latents=latents, prediction=self.prediction)
 
     def attached(self, latents: Tensor, step: Step) -> Prediction:
@@ -194,18 +244,18 @@ class ClassifierFreeDenoiser:
         with torch.no_grad():
             output = conditional.detach()
             if self._scale > 1:
-                without = self._unet(step.unet_input(latents), step.timestep, self._unconditional)
-                output = self._combined(at_least_float32(without), output)
+                unconditional = self._network(step.network_input(latents), step.timestep, self._unconditional)
+                output = self._combined(at_least_float32(unconditional), output)
         return Prediction(output=output, conditional=conditional, latents=latents, prediction=self.prediction)
 
-    def _combined(self, without: Tensor, conditional: Tensor) -> Tensor:
+    def _combined(self, unconditional: Tensor, conditional: Tensor) -> Tensor:
         """Classifier-free guidance from the unconditional and the conditional half."""
-        output = without + self._scale * (conditional - without)
+        output = unconditional + self._scale * (conditional - unconditional)
         return rescaled(output, conditional, self._rescale) if self._rescale > 0 else output
 
     def conditional_output(self, latents: Tensor, step: Step) -> Tensor:
         """Output of the conditional half alone, differentiable in the latents."""
-        return at_least_float32(self._unet(step.unet_input(latents), step.timestep, self._conditional))
+        return at_least_float32(self._network(step.network_input(latents), step.timestep, self._conditional))
 
 
 def rescaled(output: Tensor, conditional: Tensor, share: float) -> Tensor:

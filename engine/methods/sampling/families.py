@@ -1,18 +1,17 @@
-"""Which of diffusers' schedulers are known to be right here, with which options; from configurations, without torch.
+"""Which of diffusers' schedulers are known to be right here; from configurations, without torch.
 
-Two questions are kept apart. What a model was trained for: the schedulers of `FAMILY` are solvers of one training, and
-exchangeable, as diffusers' `from_config` has it; others (flow matching, EDM, consistency) are of another. How it is
-sampled: the schedulers of `KINDS` draw no noise, and `engine.methods.sampling` knows the noise levels of their steps.
+Two questions are separate. What a model was trained for: the schedulers of `FAMILY` are solvers of one training
+objective, and exchangeable by diffusers' `from_config`; others (flow matching, EDM, consistency) are of another
+(`training_checks.py`). How it is sampled: the schedulers of `KINDS` draw no noise, and `schedulers.py` knows the noise
+levels of their steps; `sampling_checks.py` has the options and numbers of steps that are supported.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
-from engine.methods.sampling.spec import SamplingSpec, noise_problem
+from engine.methods.sampling.spec import SamplingSpec
 
 Levels = Literal["timesteps", "sigmas", "exploding"]
 
@@ -23,11 +22,12 @@ class Kind:
 
     Attributes:
         module: of `diffusers.schedulers`.
-        levels: where the noise levels of its steps are: `alphas_cumprod` by timestep, or `sigmas` by place, with
-            latents that keep their variance or (`exploding`) do not.
-        is_guidable: whether a step follows latents that guidance has moved; others step from latents that they keep.
-        has_sigmas: whether it takes Karras (and exponential, beta) sigmas.
-        has_zero_snr: whether it takes `rescale_betas_zero_snr`.
+        levels: which adapter reads the noise levels of its steps: from `alphas_cumprod` by timestep, or from `sigmas`
+            by position, variance-preserving (`sigmas`) or variance-exploding (`exploding`).
+        is_guidable: whether a step starts from the latents that it is given, which guidance may have moved; others
+            start from latents that they store.
+        has_sigmas: whether it supports Karras (and exponential, beta) sigmas.
+        has_zero_snr: whether it supports `rescale_betas_zero_snr`.
     """
 
     module: str
@@ -66,51 +66,12 @@ FAMILY = (
     "KDPM2AncestralDiscreteScheduler",
     "DPMSolverSinglestepScheduler",
 )
-# No model is trained with more; their noise levels are computed one by one.
-MAX_TIMESTEPS = 100_000
-MAX_SHOWN = 60
-_SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-_MULTISTEP = ("DPMSolverMultistepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler")
-_SOLVER_TYPES = ("midpoint", "heun", "logrho", "bh1", "bh2")
-# Options that a scheduler may have several values of, all known; what another scheduler has is not read.
-_CHOICES: dict[str, tuple[tuple[str, ...], tuple[Any, ...]]] = {
-    "timestep_spacing": (tuple(KINDS), ("leading", "linspace", "trailing")),
-    "interpolation_type": (("EulerDiscreteScheduler",), ("linear", "log_linear")),
-    "final_sigmas_type": (
-        ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"),
-        ("zero", "sigma_min"),
-    ),
-    "solver_type": (("DPMSolverMultistepScheduler", "DEISMultistepScheduler"), _SOLVER_TYPES),
-    "solver_order": (_MULTISTEP, (1, 2, 3)),
-}
-# What gives NaN at the last step of UniPC, or asks for another scheduler inside it.
-_UNIPC: dict[str, tuple[Any, ...]] = {
-    "solver_type": ("bh2", "midpoint", "heun", "logrho"),
-    "predict_x0": (True,),
-    "lower_order_final": (True,),
-    "solver_p": (None,),
-    "shift_terminal": (None,),
-}
-_ALGORITHMS = {
-    "DPMSolverMultistepScheduler": ("dpmsolver++", "dpmsolver", "deis"),
-    "DEISMultistepScheduler": ("deis", "dpmsolver", "dpmsolver++"),
-}
-# Of every model, whatever it is sampled with: option, values that are known, what others mean.
-_TRAINING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("prediction_type", ("epsilon", "v_prediction"), "only epsilon and v_prediction are supported"),
-    ("beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2"), "not a schedule of betas of every scheduler"),
-    ("timestep_type", ("discrete", None), "the model takes noise levels in place of timesteps"),
-    ("use_flow_sigmas", (False, None), "the noise is that of flow matching"),
-    ("use_dynamic_shifting", (False, None), "the noise is that of flow matching"),
-    ("variance_type", (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"), "a part of the"
-     " UNet's output is a variance"),
-    ("predict_epsilon", (True, None), "the model predicts the image"),
-)  # fmt: skip
+MULTISTEP = ("DPMSolverMultistepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelScheduler:
-    """What a pipeline's folder says of its scheduler.
+    """The scheduler in a pipeline's folder.
 
     Attributes:
         config: its `scheduler_config.json`.
@@ -128,14 +89,14 @@ class ModelScheduler:
         return self.name if spec.scheduler == "model" else CLASSES[spec.scheduler]
 
     def options(self, spec: SamplingSpec) -> dict[str, Any]:
-        """What is set in place of the configuration's values."""
+        """Options that override the configuration's."""
         name = self.chosen(spec)
         options: dict[str, Any] = {"steps_offset": 1} if self.is_corrected else {}
         if self.is_corrected and name in ("DDIMScheduler", "HeunDiscreteScheduler"):
             options["clip_sample"] = False
         if spec.scheduler == "dpmsolver++":
             options["algorithm_type"] = "dpmsolver++"
-            # These two put a type of their own into their configuration, which DPM-Solver++ takes for its default.
+            # These two store a solver type of their own in their configuration, which DPM-Solver++ would take over.
             if self.name in ("DEISMultistepScheduler", "UniPCMultistepScheduler"):
                 options["solver_type"] = "midpoint"
         if spec.timestep_spacing:
@@ -145,226 +106,3 @@ class ModelScheduler:
         if spec.use_karras_sigmas is not None and KINDS[name].has_sigmas:
             options["use_karras_sigmas"] = spec.use_karras_sigmas
         return options
-
-
-def training_problems(scheduler: ModelScheduler) -> list[str]:
-    """Why a model is of another training than what runs here, or its configuration cannot be read; a line each."""
-    config, name = scheduler.config, scheduler.name
-    if name not in FAMILY:
-        others = ", ".join(one.removesuffix("Scheduler") for one in FAMILY)
-        return [f"its scheduler is a {name}, whose models are trained otherwise; what runs: models of {others}"]
-    if (written := config.get("_class_name", name)) != name:
-        return [f"model_index.json names a {name}, scheduler_config.json a {shown(written)}; make both the same"]
-    problems = [
-        f"scheduler_config.json has {option}: {shown(config[option])} ({meaning}); what runs: models of these"
-        " schedulers that predict epsilon or v from timesteps, as docs/diffusion-models.md lists them"
-        for option, known, meaning in _TRAINING
-        if option in config and config[option] not in known
-    ]
-    return problems or _number_problems(config)
-
-
-def _number_problems(config: dict[str, Any]) -> list[str]:
-    """Numbers that are none."""
-    where, problems = "scheduler_config.json", list[str]()
-    total = config.get("num_train_timesteps", 1000)
-    if not is_whole(total) or not 1 <= total <= MAX_TIMESTEPS:
-        return [f"{where} has num_train_timesteps: {shown(total)}, not a number of timesteps"]
-    if not is_whole(config.get("steps_offset", 0)) or config.get("steps_offset", 0) < 0:
-        problems.append(f"{where} has steps_offset: {shown(config['steps_offset'])}, not a number of timesteps")
-    for option in ("beta_start", "beta_end"):
-        value = config.get(option, 0.01)
-        if not is_number(value) or not 0 < value < 1:
-            problems.append(f"{where} has {option}: {shown(value)}, not a number between 0 and 1")
-    betas = config.get("trained_betas")
-    if betas is not None and (
-        not isinstance(betas, list)
-        or len(betas) != total
-        or not all(isinstance(one, float) and 0 < one < 1 for one in betas)
-    ):
-        problems.append(f"{where} has trained_betas that are not a list of {total} numbers between 0 and 1")
-    return problems
-
-
-def shown(value: Any) -> str:
-    """A value of a configuration as it stands there, cut where it is long."""
-    text = json.dumps(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
-
-
-def is_whole(value: Any) -> TypeGuard[int]:
-    """Whether a value of a configuration is a whole number."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether a value of a configuration is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
-
-
-def sampling_problems(scheduler: ModelScheduler, spec: SamplingSpec, *, is_guided: bool) -> list[str]:
-    """What is impossible about a job's sampling with a model whose training is right.
-
-    Args:
-        is_guided: whether a method moves the latents.
-
-    Returns:
-        Lines that go on after `sampling`: `.scheduler: ...`, or `: ...` where no field alone is at fault.
-    """
-    if spec.scheduler == "model" and (problem := _own_problem(scheduler, is_guided)):
-        return [f".scheduler: {problem}"]
-    name = scheduler.chosen(spec)
-    config = scheduler.config | scheduler.options(spec)
-    if problems := [f".scheduler: {problem}" for problem in _option_problems(name, config)]:
-        return problems
-    return (
-        _noise_problems(name, config, spec)
-        or _sigma_problems(name, config, spec)
-        or _step_problems(name, config, spec.num_inference_steps)
-        or (_limit_problems(name, config, spec) if is_guided else [])
-    )
-
-
-def _own_problem(scheduler: ModelScheduler, is_guided: bool) -> str:
-    """Why a model's own scheduler does not run; empty if it does."""
-    name, rest = scheduler.name, f"use one of {', '.join(CLASSES)}"
-    algorithm = str(scheduler.config.get("algorithm_type", ""))
-    if name not in KINDS or (name in _MULTISTEP and algorithm.startswith("sde")):
-        kind = f"{name} with {algorithm}" if name in KINDS else name
-        return f"'model' is a {kind}, which draws noise at every step or is not supported as such; {rest}"
-    if is_guided and not KINDS[name].is_guidable:
-        return f"'model' is a {name}, which would forget where guidance moves the latents; {rest}"
-    return ""
-
-
-def _option_problems(name: str, config: dict[str, Any]) -> list[str]:
-    """Options that the chosen scheduler reads and that have a value that it, or this engine, does not know."""
-    asked = {option: known for option, (readers, known) in _CHOICES.items() if name in readers}
-    found = [
-        f"scheduler_config.json has {option}: {shown(config[option])}; {name} is known to be right with"
-        f" {', '.join(map(str, known))}"
-        for option, known in (asked | (_UNIPC if name == "UniPCMultistepScheduler" else {})).items()
-        if option in config and config[option] not in known
-    ]
-    algorithm = config.get("algorithm_type")
-    if algorithm is not None and name in _ALGORITHMS and algorithm not in _ALGORITHMS[name]:
-        found.append(f"scheduler_config.json has algorithm_type: {shown(algorithm)}, which is not supported")
-    is_old = name == "DPMSolverMultistepScheduler" and algorithm == "dpmsolver"
-    if is_old and config.get("final_sigmas_type", "zero") == "zero":
-        found.append("scheduler_config.json has algorithm_type: 'dpmsolver', which needs final_sigmas_type: sigma_min")
-    return found
-
-
-def _noise_problems(name: str, config: dict[str, Any], spec: SamplingSpec) -> list[str]:
-    if spec.rescale_betas_zero_snr and not KINDS[name].has_zero_snr:
-        return [f".rescale_betas_zero_snr: zero terminal SNR is not defined for {name}; use ddim, euler or dpmsolver++"]
-    zero_snr = KINDS[name].has_zero_snr and bool(config.get("rescale_betas_zero_snr"))
-    problem = noise_problem(config.get("prediction_type", "epsilon"), zero_snr)
-    return [f": {problem}"] if problem else []
-
-
-def _sigma_problems(name: str, config: dict[str, Any], spec: SamplingSpec) -> list[str]:
-    if not KINDS[name].has_sigmas:
-        if spec.use_karras_sigmas:
-            return [f".use_karras_sigmas: {name} has no sigmas; use lms, euler or dpmsolver++"]
-        return []
-    asked = [flag for flag in _SIGMA_FLAGS if config.get(flag)]
-    if len(asked) > 1:
-        return [f".use_karras_sigmas: with the model's scheduler_config.json {' and '.join(asked)}; only one can be"]
-    if name not in _MULTISTEP or not (asked or config.get("use_lu_lambdas")):
-        return []
-    if not _has_distinct_start(config, spec.num_inference_steps):
-        return [
-            f".num_inference_steps: {spec.num_inference_steps} have the same timestep twice at the start with"
-            f" {(asked or ['use_lu_lambdas'])[0]}, where {name} skips one; use euler or lms, or fewer steps"
-        ]
-    return []
-
-
-def _has_distinct_start(config: dict[str, Any], num_steps: int) -> bool:
-    """Whether the first two sigmas stay two timesteps where these are whole numbers.
-
-    diffusers takes the second of two equal timesteps for the first, skips a sigma, and runs past the last.
-    """
-    if num_steps < 2:
-        return True
-    sigmas = _training_sigmas(config)
-    if len(sigmas) < 2:
-        return False
-    low, high, share = sigmas[0], sigmas[-1], 1 / (num_steps - 1)
-    if config.get("use_karras_sigmas"):
-        second = (high ** (1 / 7) + share * (low ** (1 / 7) - high ** (1 / 7))) ** 7
-    elif config.get("use_exponential_sigmas") or config.get("use_lu_lambdas"):
-        second = math.exp(math.log(high) + share * (math.log(low) - math.log(high)))
-    else:
-        # Beta sigmas: dense at both ends; 1.5 is below 1 / 0.6, the power of their distance from the end.
-        second = low + (high - low) * (1 - share**1.5)
-    below = (math.log(high) - math.log(second)) / (math.log(high) - math.log(sigmas[-2]))
-    is_rounded = config.get("beta_schedule") != "squaredcos_cap_v2" and not (
-        config.get("use_exponential_sigmas") or config.get("use_beta_sigmas")
-    )
-    return below > (0.5 if is_rounded else 1.0)
-
-
-def _training_sigmas(config: dict[str, Any]) -> list[float]:
-    """Noise levels `sqrt((1 - abar) / abar)` of the timesteps that a model is trained with, as diffusers has them."""
-    total, schedule = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
-    first, last = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
-    places = [place / max(total - 1, 1) for place in range(total)]
-    if config.get("trained_betas") is not None:
-        betas = config["trained_betas"]
-    elif schedule == "linear":
-        betas = [first + place * (last - first) for place in places]
-    elif schedule == "scaled_linear":
-        betas = [(first**0.5 + place * (last**0.5 - first**0.5)) ** 2 for place in places]
-    else:
-        bars = [math.cos((place / total + 0.008) / 1.008 * math.pi / 2) ** 2 for place in range(total + 1)]
-        betas = [min(1 - bars[place + 1] / bars[place], 0.999) for place in range(total)]
-    roots, product = [], 1.0
-    for beta in betas:
-        product *= 1 - beta
-        roots.append(math.sqrt(product))
-    if config.get("rescale_betas_zero_snr") and len(roots) > 1:
-        start, end = roots[0], roots[-1]
-        roots = [(root - end) * start / (start - end) for root in roots]
-        roots[-1] = 2.0**-12
-    return [math.sqrt(max(1 - root**2, 0)) / root for root in roots]
-
-
-def _step_problems(name: str, config: dict[str, Any], num_steps: int) -> list[str]:
-    """Numbers of steps whose timesteps leave the training's: a UNet knows nothing there."""
-    total = config.get("num_train_timesteps", 1000)
-    default = "leading" if name in ("DDIMScheduler", "PNDMScheduler") else "linspace"
-    spacing = config.get("timestep_spacing", default)
-    least = 4 if name == "PNDMScheduler" and not config.get("skip_prk_steps", False) else 1
-    if num_steps < least:
-        return [f".num_inference_steps: {num_steps} is too few for {name}; give {least} or more"]
-    # These look at one timestep more, which would round to one that is there already.
-    most = total - 1 if name in _MULTISTEP and spacing == "linspace" else total
-    if num_steps > most:
-        return [f".num_inference_steps: {num_steps} is above the {most} timesteps of the model's training; give fewer"]
-    if spacing == "trailing" and math.ceil(total / (total / num_steps)) > num_steps:
-        text = f".num_inference_steps: {num_steps} in trailing spacing reach below timestep 0, by rounding"
-        return [f"{text}; take {num_steps - 1}, or another timestep_spacing"]
-    offset = config.get("steps_offset", 0)
-    ratio = total // (num_steps + 1) if name in _MULTISTEP else total // num_steps
-    highest = (num_steps if name in _MULTISTEP else num_steps - 1) * ratio + offset
-    if spacing == "leading" and (ratio < 1 or highest >= total):
-        text = f".num_inference_steps: {num_steps} in leading spacing leave the {total} timesteps of the training"
-        return [f"{text}; give fewer, or another timestep_spacing"]
-    return []
-
-
-def _limit_problems(name: str, config: dict[str, Any], spec: SamplingSpec) -> list[str]:
-    """The option by which the chosen scheduler limits x0, which guidance does not."""
-    limit = ""
-    if name == "DDIMScheduler" and config.get("clip_sample", True):
-        limit = "clip_sample"
-    elif name in ("DDIMScheduler", *_MULTISTEP) and config.get("thresholding"):
-        limit = "thresholding"
-    if not limit:
-        return []
-    return [
-        f".scheduler: '{spec.scheduler}' limits the predicted image ({limit} of the model's scheduler_config.json), and"
-        f" guidance sees one without limits; write {limit}: false there, or use lms or euler"
-    ]

@@ -1,4 +1,4 @@
-"""The sampling loop. It knows a denoiser and a scheduler, and nothing of guidance."""
+"""The sampling loop: a denoiser and a sampler, independent of guidance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Per-sample noise: one seeded CPU generator a sample, so that neighbours, retries and devices change nothing."""
+"""Per-sample noise: a seeded CPU generator for each sample, so that batches, retries and devices change nothing."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ def draw_noise(
     """Standard normal noise [B, *shape] of every shape, float32: what diffusers draws for a list of seeded generators.
 
     Args:
-        seeds: one a sample, non-negative, below 2^63.
-        shapes: of one sample each; a sample's generator draws them one after the other.
+        seeds: one per sample, non-negative, below 2^63.
+        shapes: of a single sample; a sample's generator draws them in this order.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    return tuple(
-        torch.cat([torch.randn((1, *shape), generator=one, dtype=torch.float32) for one in generators]).to(device)
-        for shape in shapes
-    )
+    return tuple(_rows(generators, shape).to(device) for shape in shapes)
+
+
+def _rows(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> Tensor:
+    return torch.cat([torch.randn((1, *shape), generator=each, dtype=torch.float32) for each in generators])

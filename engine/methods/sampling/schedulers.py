@@ -1,60 +1,92 @@
-"""diffusers' deterministic schedulers behind one small contract: steps with their noise levels, and a step in fp32."""
+"""Samplers: the interface of what steps the latents, and adapters of diffusers' deterministic schedulers.
+
+An adapter gives the noise levels of every step as the two factors of `z = scale * x0 + sigma * eps`; everything else
+(predictions, guidance, the loop) follows from these. Another kind of scheduler, as for flow matching, is one adapter.
+"""
 
 from __future__ import annotations
 
 import importlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from engine.methods.sampling.denoiser import Prediction, PredictionType, Step
-from engine.methods.sampling.families import KINDS, ModelScheduler
+from engine.methods.sampling.families import KINDS, Levels, ModelScheduler
 from engine.methods.sampling.spec import SamplingSpec, noise_problem
 
 
-class Sampler:
-    """One run of a scheduler. Multistep schedulers keep state: make a new sampler for every batch.
+class Sampler(ABC):
+    """One run of a scheduler. Multistep schedulers keep state: make a new sampler for every batch."""
+
+    @property
+    @abstractmethod
+    def prediction(self) -> PredictionType:
+        """What the network's output is interpreted as."""
+
+    @property
+    @abstractmethod
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the first latents."""
+
+    @abstractmethod
+    def steps(self) -> Iterator[Step]:
+        """The steps in order."""
+
+    @abstractmethod
+    def advance(self, prediction: Prediction, step: Step) -> Tensor:
+        """Latents [B, C, H, W] of the next step, computed in float32."""
+
+
+class SchedulerAdapter(Sampler):
+    """A scheduler of diffusers that is called with timesteps; a subclass gives their noise levels.
 
     Args:
-        spec: scheduler, number of steps, timestep spacing, sigmas.
-        model: the model's own scheduler.
-
-    Raises:
-        ValueError: zero terminal SNR with eps-prediction, which is 0 / 0 at the first step (Lin et al. 2024), a
-            prediction type other than these two, or steps that diffusers would skip.
+        scheduler: with its timesteps set.
     """
 
-    def __init__(self, spec: SamplingSpec, model: ModelScheduler, device: torch.device | str = "cpu") -> None:
-        kind = KINDS[model.chosen(spec)]
-        self._levels_in = kind.levels
-        self._scheduler = _make(model.chosen(spec), model.config, model.options(spec))
-        self._scheduler.set_timesteps(spec.num_inference_steps, device=device)
-        self.prediction: PredictionType = self._scheduler.config.prediction_type
-        timesteps = self._scheduler.timesteps
-        # Of two equal timesteps at the start diffusers takes the second for the first, and runs past the last.
-        if kind.levels == "sigmas" and len(timesteps) > 1 and timesteps[0] == timesteps[1]:
-            raise ValueError(f"{spec.num_inference_steps} steps have the same timestep twice at the start; give fewer")
+    # Whether the network expects latents of variance one, and the scheduler steps others.
+    normalise_input: ClassVar[bool] = False
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+
+    @property
+    def prediction(self) -> PredictionType:
+        """The prediction type of the scheduler's configuration."""
+        prediction: PredictionType = self._scheduler.config.prediction_type
+        return prediction
 
     @property
     def init_noise_sigma(self) -> float:
         """Standard deviation of the first latents."""
         return float(self._scheduler.init_noise_sigma)
 
+    @abstractmethod
+    def levels(self, place: int, timestep: Tensor) -> tuple[float, float]:
+        """Scale and sigma of a step.
+
+        Args:
+            place: of the step, counted from 0.
+            timestep: of the step.
+        """
+
     def steps(self) -> Iterator[Step]:
         """The steps in order."""
         timesteps = self._scheduler.timesteps
         for place, timestep in enumerate(timesteps):
-            scale, sigma = self._levels(place, timestep)
+            scale, sigma = self.levels(place, timestep)
             yield Step(
                 index=place + 1,
                 total=len(timesteps),
                 timestep=timestep,
                 scale=scale,
                 sigma=sigma,
-                normalise_input=self._levels_in == "exploding",
+                normalise_input=self.normalise_input,
             )
 
     def advance(self, prediction: Prediction, step: Step) -> Tensor:
@@ -63,22 +95,67 @@ class Sampler:
         self._scheduler.is_scale_input_called = True
         return self._scheduler.step(prediction.output, step.timestep, prediction.latents, return_dict=False)[0]
 
-    def _levels(self, place: int, timestep: Tensor) -> tuple[float, float]:
-        if self._levels_in == "timesteps":
-            abar = float(self._scheduler.alphas_cumprod[int(timestep)])
-            return math.sqrt(abar), math.sqrt(1 - abar)
-        # KDPM2 looks at every second step from the middle between two sigmas.
+
+class ByTimestep(SchedulerAdapter):
+    """Variance-preserving schedulers whose noise levels are those of the training's timesteps (DDIM, PNDM)."""
+
+    def levels(self, place: int, timestep: Tensor) -> tuple[float, float]:
+        """`sqrt(abar)` and `sqrt(1 - abar)`."""
+        abar = float(self._scheduler.alphas_cumprod[int(timestep)])
+        return math.sqrt(abar), math.sqrt(1 - abar)
+
+
+class VarianceExploding(SchedulerAdapter):
+    """Schedulers whose latents are `x0 + sigma * eps` (LMS, Euler, Heun, KDPM2)."""
+
+    normalise_input = True
+
+    def levels(self, place: int, timestep: Tensor) -> tuple[float, float]:
+        """1 and the sigma of the step."""
+        # KDPM2 evaluates every second step between two sigmas.
         between = getattr(self._scheduler, "sigmas_interpol", None)
-        sigma = float((self._scheduler.sigmas if between is None or place % 2 == 0 else between)[place])
-        if self._levels_in == "exploding":
-            return 1.0, sigma
+        return 1.0, float((self._scheduler.sigmas if between is None or place % 2 == 0 else between)[place])
+
+
+class VariancePreserving(SchedulerAdapter):
+    """Multistep schedulers with a list of sigmas, whose latents keep their variance (DPM-Solver++, DEIS, UniPC)."""
+
+    def __init__(self, scheduler: Any) -> None:
+        super().__init__(scheduler)
+        timesteps = scheduler.timesteps
+        # Of two equal timesteps at the start diffusers takes the second for the first, and runs past the last.
+        if len(timesteps) > 1 and timesteps[0] == timesteps[1]:
+            raise ValueError(f"{len(timesteps)} steps have the same timestep twice at the start; give fewer")
+
+    def levels(self, place: int, timestep: Tensor) -> tuple[float, float]:
+        """`sqrt(abar)` and `sqrt(1 - abar)`, with `sigma^2 = (1 - abar) / abar`."""
+        sigma = float(self._scheduler.sigmas[place])
         return 1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma)
 
 
-def _make(name: str, config: dict[str, Any], options: dict[str, Any]) -> Any:
-    module = importlib.import_module(f"diffusers.schedulers.{KINDS[name].module}")
-    scheduler = getattr(module, name).from_config(config, **options)
-    zero_snr = scheduler.config.get("rescale_betas_zero_snr", False) and KINDS[name].has_zero_snr
+_ADAPTERS: dict[Levels, type[SchedulerAdapter]] = {
+    "timesteps": ByTimestep,
+    "sigmas": VariancePreserving,
+    "exploding": VarianceExploding,
+}
+
+
+def make_sampler(spec: SamplingSpec, model: ModelScheduler, device: torch.device | str = "cpu") -> SchedulerAdapter:
+    """A sampler with a scheduler of diffusers, for one batch.
+
+    Args:
+        spec: scheduler, number of steps, timestep spacing, sigmas.
+        model: the model's own scheduler.
+
+    Raises:
+        ValueError: zero terminal SNR with eps-prediction, which is 0 / 0 at the first step (Lin et al. 2024), a
+            prediction type other than eps and v, or steps that diffusers would skip.
+    """
+    kind = KINDS[model.chosen(spec)]
+    module = importlib.import_module(f"diffusers.schedulers.{kind.module}")
+    scheduler = getattr(module, model.chosen(spec)).from_config(model.config, **model.options(spec))
+    zero_snr = scheduler.config.get("rescale_betas_zero_snr", False) and kind.has_zero_snr
     if problem := noise_problem(scheduler.config.prediction_type, zero_snr):
         raise ValueError(problem)
-    return scheduler
+    scheduler.set_timesteps(spec.num_inference_steps, device=device)
+    return _ADAPTERS[kind.levels](scheduler)

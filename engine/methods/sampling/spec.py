@@ -33,7 +33,7 @@ class SamplingSpec(Spec):
 
 
 def noise_problem(prediction_type: str, zero_snr: bool) -> str | None:
-    """What is impossible about a model's prediction type, or None."""
+    """Why a model's prediction type is not supported, or None."""
     if prediction_type not in ("epsilon", "v_prediction"):
         return f"the model predicts '{prediction_type}'; only epsilon and v_prediction are supported"
     if zero_snr and prediction_type == "epsilon":

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from engine.data.run.counts import is_joint
 from engine.job.columns import BY_NAME
 from engine.methods import scores
+from engine.methods.registry import Method
 from engine.report.evaluation import Extremes, Row, Shown
 from engine.report.text import number
 
@@ -38,7 +39,7 @@ class ScoredImages:
     logits: NDArray[np.float32]
     classes: NDArray[np.int64]
     records: Sequence[dict[str, Any]]
-    methods: Mapping[str, str]
+    methods: Mapping[str, Method]
     labels: Sequence[str]
     show_real: Show
     show_sample: Show
@@ -48,7 +49,7 @@ def boundary_extremes(scored: ScoredImages) -> Iterator[Extremes]:
     """Images nearest to the boundary and farthest from it, for the first subsets of boundary requests."""
     subsets: dict[tuple[int, ...], list[int]] = {}
     for row, record in enumerate(scored.records):
-        if scored.methods[record["request"]] == "boundary" and is_joint(record["key"]):
+        if scored.methods[record["request"]].extremes == "kldb" and is_joint(record["key"]):
             subsets.setdefault(tuple(record["kldb_classes"]), []).append(row)
     for subset, rows in list(subsets.items())[:MAX_SUBSETS]:
         real = np.flatnonzero(np.isin(scored.classes, subset))
@@ -61,7 +62,7 @@ def risk_extremes(scored: ScoredImages) -> Iterator[Extremes]:
     """Images of the highest and of the lowest risk, for the first classes of risky requests."""
     classes: dict[int, list[int]] = {}
     for row, record in enumerate(scored.records):
-        if scored.methods[record["request"]] == "risky":
+        if scored.methods[record["request"]].extremes == "risk":
             classes.setdefault(record["class_index"], []).append(row)
     for index, rows in sorted(classes.items())[:MAX_CLASSES]:
         real = np.flatnonzero(scored.classes == index)

@@ -174,7 +174,7 @@ def _extremes(
     job: JobSpec, samples: RunSamples, real: ImageFeatures, labels: Sequence[str], registry: ImageRegistry
 ) -> tuple[Extremes, ...]:
     """Real images and samples, near and far from each requested boundary; and of high and low risk."""
-    methods = {request.name: request.method for request in job.requests}
+    methods = {request.name: request.method_record for request in job.requests}
 
     def show_real(row: int, text: str) -> Shown:
         predicted = registry.name_of(int(real.logits[row].argmax()))

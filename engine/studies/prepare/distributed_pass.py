@@ -12,11 +12,19 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.data.images import PART_ROWS, ImageSource
-from engine.driver import scheduler
 from engine.driver.executors.base import Executor, ExecutorEvent, ShardResult
 from engine.driver.progress import Display
 from engine.driver.scheduler_loop import SchedulerLoop, WorkersFailingError, brief, brief_abort
-from engine.generation.messages import Quarantine, Rules, ShardError, ShardProgress, WorkerLost, WorkerReady
+from engine.driver.scheduling import scheduler
+from engine.driver.scheduling.messages import (
+    Quarantine,
+    SchedulerLimits,
+    ShardError,
+    ShardProgress,
+    WorkerLost,
+    WorkerReady,
+)
+from engine.driver.scheduling.state import State
 from engine.job.plan import ShardSpec
 from engine.studies.prepare.observation import (
     Observations,
@@ -68,14 +76,14 @@ class _DistributedPass(SchedulerLoop):
         self._display.phase(self._executor.opening)
         self._num_parts = self._executor.open(factory, _max_parts(self._source))
         self._display.phase(f"loading models ({self._num_parts} worker{'s' if self._num_parts > 1 else ''})")
-        rules = _rules(self._num_parts)
-        self._drive(*scheduler.start(bytes(self._num_parts), self._num_parts, rules=rules, now=time.monotonic()))
+        limits = _limits(self._num_parts)
+        self._drive(*scheduler.start(bytes(self._num_parts), self._num_parts, limits=limits, now=time.monotonic()))
         return [self._observed[part] for part in range(self._num_parts)]
 
     def _shard(self, number: int) -> ShardSpec:
         return ShardSpec(number=number, request=0, start=number, stop=self._num_parts)
 
-    def _note_event(self, event: ExecutorEvent, state: scheduler.State) -> None:
+    def _note_event(self, event: ExecutorEvent, state: State) -> None:
         if isinstance(event, WorkerReady):
             self._started = self._started or time.monotonic()
         elif isinstance(event, ShardProgress):
@@ -109,12 +117,12 @@ class _DistributedPass(SchedulerLoop):
             self._display.advance(progress_text(num_tried, self._source.num_images, seconds))
 
 
-def _rules(num_parts: int) -> Rules:
+def _limits(num_parts: int) -> SchedulerLimits:
     """The limits of a pass, which is short in comparison with a run: fewer faults, and no liveness check.
 
     A worker may be silent for long, because it may have to read past the images of all other parts.
     """
-    return Rules(
+    return SchedulerLimits(
         min_limit_seconds=math.inf,
         first_limit_seconds=math.inf,
         start_limit_seconds=math.inf,

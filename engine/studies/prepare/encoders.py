@@ -1,8 +1,7 @@
-"""Image encoders whose embeddings a conditioning artefact describes: CLIP's, or that of a Stable unCLIP pipeline."""
+"""Image encoders whose embeddings a conditioning artefact describes: CLIP's, or that of a pipeline."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 import PIL.Image
@@ -10,10 +9,11 @@ from torch import Tensor
 
 from engine.job.spec import JobSpec
 from engine.models.addresses import locate, resolve
-from engine.models.clip import Clip, ImageEncoder
+from engine.models.clip import Clip
 from engine.models.configurations import PIPELINE_INDEX
+from engine.models.diffusion import load_image_encoder
 from engine.models.digests import image_encoder_digest, model_digest
-from engine.models.pipelines import is_unclip
+from engine.models.pipelines.lookup import takes_image_embeddings
 
 
 class Encoder(Protocol):
@@ -25,13 +25,13 @@ class Encoder(Protocol):
 
 
 def encoder_address(job: JobSpec) -> str:
-    """The image encoder whose embeddings a job is conditioned on: the first Stable unCLIP pipeline, else `models.clip`.
+    """The image encoder whose embeddings a job is conditioned on: the first pipeline that takes any, or `models.clip`.
 
     A pipeline of the hub that is not on this machine yet is recognised by its request, which has `conditioning`.
     """
     conditioned = {request.diffusion or job.models.diffusion for request in job.requests if request.conditioning}
     for address in (job.models.diffusion, *(request.diffusion for request in job.requests)):
-        if address and (address in conditioned or _is_unclip(locate(address).folder)):
+        if address and (address in conditioned or takes_image_embeddings(locate(address).folder)):
             return address
     return job.models.clip
 
@@ -42,7 +42,7 @@ def load_encoder(address: str, device: str) -> Encoder:
     Raises:
         JobError: it cannot be loaded.
     """
-    return ImageEncoder.load(address, device) if is_pipeline(address) else Clip.load(address, device)
+    return load_image_encoder(address, device) if is_pipeline(address) else Clip.load(address, device)
 
 
 def encoder_digest(address: str) -> str:
@@ -53,7 +53,3 @@ def encoder_digest(address: str) -> str:
 def is_pipeline(address: str) -> bool:
     """Whether an encoder's address is that of a pipeline which it is part of."""
     return (resolve(address) / PIPELINE_INDEX).is_file()
-
-
-def _is_unclip(folder: Path | None) -> bool:
-    return folder is not None and (folder / PIPELINE_INDEX).is_file() and is_unclip(folder)

@@ -21,7 +21,7 @@ from torch import Tensor
 from engine.data.images import ImageSource, LabelledImage, Place, Unusable, image_key, nothing_usable, open_images
 from engine.driver.progress import Display, duration
 from engine.errors import JobError
-from engine.generation.messages import Report
+from engine.generation.worker import ShardProgressCallback
 from engine.job.plan import ShardSpec
 from engine.job.spec import JobSpec
 from engine.methods.finiteness import Faults
@@ -101,7 +101,9 @@ class Observer:
         self._encoder = encoder
         self._num_rows = num_rows
 
-    def sample_shard(self, shard: ShardSpec, attempt: int, report: Report, batch_limit: int) -> Callable[[], Any]:
+    def sample_shard(
+        self, shard: ShardSpec, attempt: int, report: ShardProgressCallback, batch_limit: int
+    ) -> Callable[[], Any]:
         """A part of the pass, which is a shard to executors: number `start` of `stop`. Returns `PartObservations`."""
         observed = self.observe(shard.start, shard.stop, report)
         return lambda: observed

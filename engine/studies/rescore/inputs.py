@@ -13,7 +13,8 @@ from engine.data.run.stored_plan import stored_plan
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, JobError, OutputError
-from engine.job.plan import Plan, digest_of
+from engine.job.json_values import digest_of
+from engine.job.plan import Plan
 from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json
 from engine.models.addresses import resolve

@@ -120,7 +120,8 @@ def _unguided(study: Study) -> list[str]:
         request.name
         for request in study.run.job.requests
         if request.name in named
-        and (request.method, request.boundary) == ("prompt", None)
+        and not request.method_record.is_guided
+        and request.boundary is None
         and not (request.conditioning and request.conditioning.is_screened)
     ]
 

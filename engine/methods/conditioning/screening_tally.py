@@ -1,4 +1,4 @@
-"""Screening in figures: samples, screened ones and draws by class. Imports nothing heavy: the driver adds them up."""
+"""Counts of screening by class: samples, screened ones and draws. Without torch, as the driver adds them up."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScreeningCount:
-    """Screening of a class in figures.
+    """Counts of screening of a class.
 
     Attributes:
         num_samples: samples that were drawn for.
-        num_screened: those of which a draw passed.
+        num_screened: those with a draw that passed.
         num_draws: draws of all of them.
     """
 
@@ -35,7 +35,7 @@ class ScreeningCount:
 
 @dataclass(frozen=True, slots=True)
 class ScreeningTally:
-    """Screening in figures, class by class; tallies of shards add up.
+    """Counts of screening, class by class; tallies of shards add up.
 
     Attributes:
         per_class: count by class index.

@@ -1,4 +1,4 @@
-"""Immutable mappings that are cheap to change: what a state machine with thousands of workers keeps its notes in."""
+"""A persistent (immutable) map whose copies share structure: the scheduler keeps thousands of workers in it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ NUM_BUCKETS = 128
 Value = TypeVar("Value")
 
 
-class Table(Mapping[int, Value], Generic[Value]):
-    """A mapping from numbers. A changed copy shares all buckets but one, so that it costs a part of the whole."""
+class PersistentMap(Mapping[int, Value], Generic[Value]):
+    """An immutable map from numbers. A changed copy shares all buckets but one, so it costs little."""
 
     __slots__ = ("_buckets", "_num")
 
@@ -28,20 +28,20 @@ class Table(Mapping[int, Value], Generic[Value]):
     def __len__(self) -> int:
         return self._num
 
-    def put(self, key: int, value: Value) -> Table[Value]:
+    def put(self, key: int, value: Value) -> PersistentMap[Value]:
         """A copy in which `key` has this value."""
         bucket = self._buckets.get(key % NUM_BUCKETS, {})
         return self._changed(key, {**bucket, key: value}, self._num + (key not in bucket))
 
-    def drop(self, key: int) -> Table[Value]:
-        """A copy without `key`; the same where it is not there."""
+    def drop(self, key: int) -> PersistentMap[Value]:
+        """A copy without `key`; the same map where it is absent."""
         bucket = self._buckets.get(key % NUM_BUCKETS, {})
         if key not in bucket:
             return self
         return self._changed(key, {other: value for other, value in bucket.items() if other != key}, self._num - 1)
 
-    def _changed(self, key: int, bucket: dict[int, Value], num: int) -> Table[Value]:
-        copy: Table[Value] = Table()
+    def _changed(self, key: int, bucket: dict[int, Value], num: int) -> PersistentMap[Value]:
+        copy: PersistentMap[Value] = PersistentMap()
         copy._buckets = {**self._buckets, key % NUM_BUCKETS: bucket}
         copy._num = num
         return copy

@@ -1,4 +1,4 @@
-"""The safety checker that comes with a Stable Diffusion pipeline: which images its publisher does not let through."""
+"""The safety checker of a Stable Diffusion pipeline: flags the images that its publisher wants withheld."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from engine.errors import JobError
 from engine.methods.finiteness import EMBEDS_FAULT, usable_embeds
 from engine.models.configurations import part_classes
 from engine.models.hardware import Hardware
-from engine.models.loading import frozen, whole
-from engine.models.pipelines import SAFETY_CHECKER
-from engine.models.weight_files import weights_variant
+from engine.models.loading import frozen
+from engine.models.pipelines.parts import FEATURE_EXTRACTOR, SAFETY_CHECKER, load_part
 
-FEATURES = "feature_extractor"
 FLAGGED = "the pipeline's safety checker flagged the image"
-# What cosines are compared with.
+# Embeddings that images are compared with, and thresholds.
 _CONCEPTS = ("concept_embeds", "special_care_embeds", "concept_embeds_weights", "special_care_embeds_weights")
 
 
@@ -39,23 +37,22 @@ class SafetyChecker:
         """The checker of a pipeline's folder; None where the pipeline names none.
 
         Raises:
-            JobError: what it compares images with is not finite.
+            JobError: the embeddings that it compares images with are not finite.
         """
         if SAFETY_CHECKER not in part_classes(folder):
             return None
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
         from transformers.models.clip.image_processing_clip import CLIPImageProcessor
 
-        where = folder / SAFETY_CHECKER
-        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-        options |= {"variant": weights_variant(where), "dtype": getattr(torch, hardware.dtype)}
-        model = whole(StableDiffusionSafetyChecker.from_pretrained(where, **options))
+        dtype = getattr(torch, hardware.dtype)
+        model = load_part(StableDiffusionSafetyChecker, folder / SAFETY_CHECKER, dtype=dtype)
         if unusable := [name for name in _CONCEPTS if not getattr(model, name).isfinite().all()]:
             raise JobError(
                 f"'{folder}': {unusable[0]} of its safety checker is not finite, so it would flag nothing; replace its"
                 " weights, or set models.safety_checker: off"
             )
-        return cls(model, CLIPImageProcessor.from_pretrained(folder / FEATURES, local_files_only=True), hardware)
+        processor = CLIPImageProcessor.from_pretrained(folder / FEATURE_EXTRACTOR, local_files_only=True)
+        return cls(model, processor, hardware)
 
     @torch.no_grad()
     def faults(self, images: Sequence[PIL.Image.Image]) -> list[str]:
@@ -64,7 +61,7 @@ class SafetyChecker:
         Values that are not finite would pass for "not flagged".
         """
         pixels = self._processor(list(images), return_tensors="pt").pixel_values
-        # The model blackens the array that it is given: it gets one of no worth.
+        # The model blackens the array that it is given: it gets a dummy.
         spare = np.zeros((len(images), 1, 1, 3))
         embeds: list[torch.Tensor] = []
         hook = self._model.visual_projection.register_forward_hook(lambda _model, _given, made: embeds.append(made))

@@ -1,18 +1,17 @@
-"""What all of conditioning asks of its inputs, and how it derives its seeds.
+"""Checks of the inputs and stored states of conditioning.
 
-Shapes, here and beside: N images, n classes, d embedding entries, K mixture components.
+Shapes, in all of `conditioning`: N images, n classes, d embedding entries, K mixture components.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Below this share of the largest entry of the mean, a spread is rounding: the images are all alike.
+# A spread below this share of the largest entry of the mean is rounding error: the images are identical.
 _ALIKE = 1e-6
 
 
@@ -20,7 +19,8 @@ def check_embeddings(embeds: Tensor, classes: Tensor, labels: Sequence[str]) -> 
     """Check raw image embeddings [N, d] and their class indices [N].
 
     Raises:
-        ValueError: shapes disagree, an index is not a class, or an embedding is not finite (naming its class).
+        ValueError: shapes disagree, an index is not a class, or an embedding is not finite; the last
+            message names the class.
     """
     if embeds.ndim != 2 or classes.shape != embeds.shape[:1]:
         raise ValueError(f"embeds {list(embeds.shape)}, classes {list(classes.shape)}: [N, d] and [N] are expected")
@@ -33,7 +33,7 @@ def check_embeddings(embeds: Tensor, classes: Tensor, labels: Sequence[str]) -> 
 
 
 def class_text(labels: Sequence[str], index: int) -> str:
-    """A class in words: `class 3 ('three')`.
+    """A class for messages: `class 3 ('three')`.
 
     Raises:
         ValueError: there is no such class.
@@ -47,28 +47,21 @@ def check_spread(labels: Sequence[str], index: int, count: int, mean: Tensor, st
     """Check that a class has a distribution to draw from; mean and std [..., d].
 
     Raises:
-        ValueError: naming the class: it has no image, one image, or images that are all alike.
+        ValueError: the class has no image, one image, or identical images; the message names it.
     """
     name = class_text(labels, index)
     if count < 2:
-        found = "one image" if count else "no image"
-        raise ValueError(f"{name} has {found}, and a spread needs two or more; add validation images")
+        images = "one image" if count else "no image"
+        raise ValueError(f"{name} has {images}, and a spread needs two or more; add validation images")
     if std.max() <= _ALIKE * mean.abs().max():
         raise ValueError(f"{name}: its {count} images are all alike and have no spread; add different ones")
 
 
 def check_kind(state: dict[str, Any], kind: str) -> None:
-    """Check what a state is the state of.
+    """Check that a stored state is of the kind that is expected.
 
     Raises:
-        ValueError: it is of something else.
+        ValueError: it is of another kind.
     """
     if state.get("kind") != kind:
         raise ValueError(f"state of a {state.get('kind', 'thing without a kind')!r}, where a {kind!r} is expected")
-
-
-def derived_seed(seed: int, purpose: str) -> int:
-    """A seed below 2^32 for another stream of the same sample or job: equal in every process, unlike by purpose."""
-    # Four bytes: numpy takes no more, and torch's CPU generator ignores what is above them.
-    digest = hashlib.blake2b(f"{purpose}:{seed}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest)

@@ -1,4 +1,4 @@
-"""How well errors are predicted: precision, recall and AUC with an interval, and a verdict in plain words."""
+"""Quality of the error predictor: precision, recall and AUC with an interval, and a verdict."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.methods.conditioning.embeddings import check_kind, class_text
+from engine.methods.conditioning.input_checks import check_kind, class_text
 
 _Z95 = 1.959963984540054
 POOLED = -1
-# Below this many held-out errors an interval that includes 0.5 says nothing of chance.
+# With fewer held-out errors an interval that includes 0.5 does not show that the predictor is near chance.
 FEW_ERRORS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """Quality on a set of held-out images. A figure that is not defined or not judged is None.
+    """Quality on a set of held-out images. A figure that is not defined, or has too few images, is None.
 
     Attributes:
-        name: the class in words, or `all classes`.
+        name: the class for messages, or `all classes`.
         class_index: -1 for all classes.
         num_errors: images on which the target errs.
         num_right: the others.
@@ -33,7 +33,7 @@ class Quality:
         auc: probability that an error has a higher score than an image without error.
         auc_low: lower end of its 95 % interval.
         auc_high: upper end.
-        verdict: in plain words.
+        verdict: for a reader.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Evaluation:
         pooled: over all classes.
         per_class: of every class that has held-out images, in index order; only counts where they are too few.
         threshold: confidence above which an alarm was counted.
-        min_per_class: errors, and images without error, that a class had to have to be judged alone.
+        min_per_class: errors, and images without error, that a class needed for a figure of its own.
     """
 
     pooled: Quality
@@ -73,7 +73,7 @@ class Evaluation:
         """An evaluation from its `state`.
 
         Raises:
-            ValueError: it is the state of something else.
+            ValueError: it is a state of another kind.
         """
         check_kind(state, "evaluation")
         return cls(
@@ -93,7 +93,7 @@ def evaluate(
     threshold: float = 0.5,
     min_per_class: int = 10,
 ) -> Evaluation:
-    """Judge predictions on images that were not trained on.
+    """Evaluate predictions on images that were not trained on.
 
     Args:
         log_odds: [N], predicted log-odds of an error.
@@ -101,7 +101,7 @@ def evaluate(
         classes: [N] class indices.
         labels: n class names in index order.
         threshold: confidence above which an alarm is counted.
-        min_per_class: errors, and images without error, that a class needs to be judged alone.
+        min_per_class: errors, and images without error, that a class needs for a figure of its own.
 
     Raises:
         ValueError: one of the outcomes is missing.
@@ -123,7 +123,7 @@ def auc_interval(auc: float, num_errors: int, num_right: int) -> tuple[float, fl
     """95 % interval of an AUC: every theta with `|auc - theta| <= z * sqrt(V(theta))`.
 
     V is Hanley and McNeil's variance (1982) with equal weight on both samples (Newcombe 2006, method 5). Solving for
-    theta, rather than taking V at the estimate, keeps an AUC of 1 on few images from looking certain; at 0.5, V is
+    theta, rather than taking V at the estimate, gives an AUC of 1 on few images a wide interval; at 0.5, V is
     the null variance of the Mann-Whitney test.
     """
     excess = (num_errors + num_right) / 2 - 1

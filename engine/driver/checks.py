@@ -1,0 +1,155 @@
+"""Checks of a job before any worker starts: addresses, labels, conditioning, hardware; and its plan."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.data.run.file_names import SUCCESS
+from engine.data.run.output_folder import check_output
+from engine.data.stores.base import Store
+from engine.data.stores.opening import open_store
+from engine.driver.progress import Display
+from engine.errors import JobError
+from engine.job.plan import Plan, RequestPlan, build_plan, resolve_requests
+from engine.job.spec import JobSpec
+from engine.models.artefacts import missing_artefacts
+from engine.models.custom_methods import method_digests
+from engine.models.digests import model_digests
+from engine.models.hardware import hardware_problems
+from engine.models.job_checks import check_addresses
+from engine.models.labels import target_labels
+from engine.models.licences import licence_of
+
+# Device files of NVIDIA and AMD GPUs, and of GPUs under WSL: visible without loading torch.
+GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedJob:
+    """A job whose models and output were checked.
+
+    Attributes:
+        job: the job, with the absolute address of its output.
+        plan: its plan as a single stage.
+        models: the description of its models for the manifest, by role.
+    """
+
+    store: Store
+    job: JobSpec
+    plan: Plan
+    models: dict[str, Any]
+
+
+def check_job(job: JobSpec, display: Display, prepare_workers: Callable[[], None]) -> CheckedJob:
+    """Check a job against its models and its output, and plan it.
+
+    Args:
+        prepare_workers: called once the job's classes are known, if the run is not complete; downloads and digests
+            of models then go on while it works in the background.
+
+    Raises:
+        JobError: a model, a class, an artefact or the output is not as it must be.
+    """
+    check_addresses(job)
+    store = open_store(job.output.uri)
+    check_output(store)
+    job = job.model_copy(update={"output": job.output.model_copy(update={"uri": store.uri})})
+    labels = target_labels(job)
+    requests = resolve_requests(job, labels)
+    digests = {"conditioning": _conditioning_digests(job, requests, labels, display)}
+    if not store.exists(SUCCESS):
+        prepare_workers()
+    digests |= model_digests(job) | method_digests(job)
+    # Again, because models of the hub are on this machine only now.
+    check_addresses(job)
+    models = describe_models(job, digests, labels)
+    return CheckedJob(store=store, job=job, plan=build_plan(job, labels, digests), models=models)
+
+
+def _conditioning_digests(
+    job: JobSpec, requests: tuple[RequestPlan, ...], labels: list[str], display: Display
+) -> dict[str, str]:
+    """Digests of artefacts and given images by address; torch is loaded only for a job that has some.
+
+    Raises:
+        JobError: an artefact is missing, a line each.
+    """
+    if missing := missing_artefacts(job):
+        raise JobError(missing)
+    if all(request.conditioning is None for request in job.requests):
+        return {}
+    from engine.generation.conditioner import conditioning_digests
+
+    return conditioning_digests(job, requests, labels, progress=display.advance, notice=display.notice)
+
+
+def plan_job(job: JobSpec, display: Display | None = None) -> Plan:
+    """The shards of a job: models must exist, but are not read.
+
+    Args:
+        display: given if samples are to be made from the plan: then artefacts and given images are read. It is closed
+            at the end.
+
+    Raises:
+        JobError: models or classes do not exist.
+    """
+    check_addresses(job)
+    addresses = {job.models.diffusion, *(request.diffusion for request in job.requests if request.diffusion)}
+    labels = target_labels(job)
+    conditioning = dict.fromkeys(
+        [spec.artefact or spec.images or "" for request in job.requests if (spec := request.conditioning)], ""
+    )
+    if display is not None:
+        with contextlib.closing(display):
+            conditioning = _conditioning_digests(job, resolve_requests(job, labels), labels, display)
+    unknown = {
+        "diffusion": dict.fromkeys(addresses, ""),
+        "conditioning": conditioning,
+        "clip": "",
+        "target": "",
+        "transfer": [],
+        "oracle": "",
+    }
+    return build_plan(job, labels, unknown)
+
+
+def check_hardware(job: JobSpec, *, is_local: bool) -> None:
+    """Refuse settings of `runtime` that the hardware cannot satisfy.
+
+    Args:
+        is_local: whether the workers run on this machine; of other machines nothing is known.
+
+    Raises:
+        JobError: all problems, a line each.
+    """
+    has_gpu = not is_local or any(any(Path("/dev").glob(pattern)) for pattern in GPU_DEVICES)
+    if problems := hardware_problems(job.runtime, has_gpu):
+        raise JobError(problems)
+
+
+def describe_models(job: JobSpec, digests: dict[str, Any], labels: list[str]) -> dict[str, Any]:
+    """Address, digest and licence of every model by role; for the target also its labels, which class indices name."""
+    models = job.models
+    described: dict[str, Any] = {
+        "diffusion": [_describe(address, digest) for address, digest in digests["diffusion"].items()],
+        "clip": _describe(models.clip, digests["clip"]),
+        "target": _describe(models.target, digests["target"]) | {"labels": labels},
+    }
+    if models.transfer:
+        pairs = zip(models.transfer, digests["transfer"], strict=True)
+        described["transfer"] = [_describe(address, digest) for address, digest in pairs]
+    for role in ("oracle", "judge", "guidance_decoder"):
+        if address := getattr(models, role):
+            described[role] = _describe(address, digests[role])
+    for role in ("conditioning", "methods"):
+        if used := digests.get(role):
+            described[role] = [{"address": address, "digest": digest} for address, digest in used.items()]
+    return described
+
+
+def _describe(address: str, digest: str) -> dict[str, Any]:
+    return {"address": address, "digest": digest, "license": licence_of(address)}

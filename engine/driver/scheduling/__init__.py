@@ -1,0 +1,1 @@
+"""Scheduling as a pure state machine: no clock, files or processes, so that a simulation can drive it."""

@@ -1,0 +1,59 @@
+"""The models of a job, loaded for one worker."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.generation.scorer import Scorer
+from engine.job.spec import JobSpec
+from engine.models.classifier import Classifier
+from engine.models.clip import Clip
+from engine.models.diffusion import load_pipeline
+from engine.models.hardware import Hardware
+from engine.models.pipelines.base import Pipeline
+
+
+class PipelinePool:
+    """Diffusion pipelines by address, each loaded when it is first asked for.
+
+    A GPU holds one at a time: shards are dispatched to workers that hold theirs.
+    """
+
+    def __init__(self, hardware: Hardware, *, checks_safety: bool) -> None:
+        self._hardware = hardware
+        self._checks_safety = checks_safety
+        self._pipelines: dict[str, Pipeline] = {}
+
+    def get(self, address: str) -> Pipeline:
+        """The pipeline of an address.
+
+        Raises:
+            JobError: it cannot be loaded.
+        """
+        if address not in self._pipelines:
+            if self._hardware.is_cuda:
+                self._pipelines.clear()
+                torch.cuda.empty_cache()
+            self._pipelines[address] = load_pipeline(address, self._hardware, checks_safety=self._checks_safety)
+        return self._pipelines[address]
+
+
+def load_scorer(job: JobSpec, device: str = "cpu") -> Scorer:
+    """The models of a job that score and never sample.
+
+    Raises:
+        JobError: one cannot be loaded.
+    """
+    return Scorer(
+        Classifier.load(job.models.target, device),
+        Clip.load(job.models.clip, device),
+        [Classifier.load(address, device) for address in job.models.transfer],
+        Classifier.load(job.models.oracle, device) if job.models.oracle else None,
+        Clip.load(job.models.judge, device) if job.models.judge else None,
+    )
+
+
+def reachable_memory() -> int:
+    """Bytes of the GPU that this process holds already or could still get."""
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved()

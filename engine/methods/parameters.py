@@ -1,0 +1,53 @@
+"""What the parameters of every guidance method have in common. No torch: jobs are checked before it is imported."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from engine.methods.fields import Spec
+
+
+class RiskTarget(NamedTuple):
+    """A risk that samples are guided to, and how far from it they may end, both in nats."""
+
+    risk: float
+    tolerance: float
+
+
+class MethodParameters(Spec):
+    """The parameters of a method: fields of its section of `guidance`, and what the engine asks of them.
+
+    The class itself, without fields, is that of a method without guidance.
+    """
+
+    def is_guided(self, index: int, total: int) -> bool:
+        """Whether step `index` of `total`, counted from 1, is guided."""
+        return False
+
+    @property
+    def schedule_remedy(self) -> str:
+        """Which parameters to change, and how, where no step is guided."""
+        return ""
+
+    @property
+    def risk_target(self) -> RiskTarget | None:
+        """The risk that samples are guided to, or None where the method has no such target."""
+        return None
+
+    def in_effect(self) -> dict[str, Any]:
+        """The parameters as the data card lists them, with those written out whose default depends on others."""
+        return self.model_dump()
+
+
+def on_schedule(index: int, total: int, *, every: int, skip_last: bool, last_fraction: float = 1.0) -> bool:
+    """Whether a step is guided: every so many steps, within the last fraction of them, the last one optional.
+
+    Args:
+        index: of the step, counted from 1.
+        total: number of steps.
+        every: guide where `index % every == 0`.
+        skip_last: leave the last step, which is never denoised again, without guidance.
+        last_fraction: share of the steps, at the end, that may be guided.
+    """
+    in_range = index > total * (1 - last_fraction)
+    return in_range and index % every == 0 and not (skip_last and index == total)

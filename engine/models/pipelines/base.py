@@ -1,0 +1,306 @@
+"""The interface of a family of latent diffusion pipelines.
+
+A family is one subclass of `Pipeline` in one file, and one line in `registry.py`. Its class methods read configurations
+alone: they run where a job is checked, so that a family's module imports torch, diffusers and transformers in functions
+only. Its instances hold loaded parts and are what a worker samples with.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from engine.errors import JobError
+from engine.models.hardware import (
+    CHECKPOINTING_PIXELS,
+    CPU_LATENT_PIXELS,
+    CPU_ROWS,
+    Hardware,
+    compiled,
+    head_sizes,
+    xformers_problem,
+)
+from engine.models.loading import frozen
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from engine.job.spec import ConditioningSpec
+    from engine.methods.sampling.denoiser import ClassifierFreeDenoiser, Condition
+    from engine.methods.sampling.schedulers import Sampler
+    from engine.methods.sampling.spec import SamplingSpec
+    from engine.models.pipelines.image_encoder import ImageEncoder
+    from engine.models.pipelines.safety import SafetyChecker
+
+# Names of noise: of the first latents, and on image embeddings.
+LATENTS, EMBEDDINGS = "latents", "embeddings"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentSpace:
+    """The latents of a pipeline, as far as another decoder must know them.
+
+    Attributes:
+        channels: of the latents.
+        pixels_per_latent: pixels of a side for each latent.
+        scaling_factor: by which the autoencoder's latents are multiplied before they are noised.
+    """
+
+    channels: int
+    pixels_per_latent: int
+    scaling_factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageConditioning:
+    """Image embeddings that condition a batch next to its prompts.
+
+    Attributes:
+        embeds: [B, d], of the pipeline's own image encoder, of any precision.
+        noise: of the batch by name, from `Pipeline.draw_noise`.
+        noise_level: of the noise that is added to the embeddings.
+    """
+
+    embeds: Tensor
+    noise: Mapping[str, Tensor]
+    noise_level: int
+
+
+class Pipeline(ABC):
+    """A family of pipelines: its class methods check a folder, its instances sample.
+
+    Args:
+        network: what denoises: a UNet or a transformer of diffusers.
+        vae: autoencoder of diffusers.
+        hardware: where and how they run.
+        folder: of the pipeline.
+        safety_checker: flags images; None where there is none, or it is switched off.
+
+    Attributes:
+        class_name: the pipeline's class in diffusers.
+        embedding_parts: the parts that decide the image embeddings which it is conditioned on; empty if it takes none.
+    """
+
+    class_name: ClassVar[str]
+    embedding_parts: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self, *, network: Any, vae: Any, hardware: Hardware, folder: Path, safety_checker: SafetyChecker | None
+    ) -> None:
+        import torch
+
+        self.hardware = hardware
+        self.folder = folder
+        self.safety_checker = safety_checker
+        self._layout = torch.channels_last if hardware.channels_last else torch.contiguous_format
+        self._network = frozen(network, hardware.device).to(memory_format=self._layout)
+        self._vae = frozen(vae, hardware.device).to(memory_format=self._layout)
+        self._configure()
+
+    # From configurations alone, without torch.
+
+    @classmethod
+    @abstractmethod
+    def check(cls, folder: Path, address: str, *, checks_safety: bool) -> None:
+        """Check that a folder of this class is sampled here as diffusers samples it.
+
+        Args:
+            checks_safety: whether its safety checker is to be loaded, where it has one.
+
+        Raises:
+            JobError: naming part, option and value, with the remedy.
+        """
+
+    @classmethod
+    @abstractmethod
+    def sampling_problems(cls, folder: Path, spec: SamplingSpec, *, is_guided: bool) -> list[str]:
+        """What is impossible about a job's sampling with a folder that `check` lets through.
+
+        Args:
+            is_guided: whether a method moves the latents.
+
+        Returns:
+            Lines that go on after `sampling`: `.scheduler: ...`, or `: ...` where no field alone is at fault.
+        """
+
+    @classmethod
+    def conditioning_problems(cls, folder: Path, address: str, spec: ConditioningSpec | None) -> list[str]:
+        """What is impossible about a request's `conditioning`; lines that go on after that word."""
+        if spec is None:
+            return []
+        return [
+            f": '{address}' has no image embeddings to condition on; name a Stable unCLIP pipeline in `diffusion`, or"
+            " leave conditioning out"
+        ]
+
+    @classmethod
+    @abstractmethod
+    def latent_space(cls, folder: Path) -> LatentSpace:
+        """The latents of a folder that `check` lets through."""
+
+    @classmethod
+    @abstractmethod
+    def image_size(cls, folder: Path) -> tuple[int, int]:
+        """Height and width of the images of a folder that `check` lets through, in pixels."""
+
+    # Loading.
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, hardware: Hardware, *, checks_safety: bool) -> Pipeline:
+        """Load a folder that `check` lets through, from safetensors.
+
+        Raises:
+            ValueError: weights are missing; or what the libraries raise on a broken file.
+        """
+
+    @classmethod
+    def load_image_encoder(cls, folder: Path, device: str) -> ImageEncoder:
+        """Load what makes the image embeddings that the pipeline is conditioned on.
+
+        Raises:
+            JobError: it is conditioned on none.
+        """
+        raise JobError(f"'{folder}' is a {cls.class_name}, which has no image embeddings to condition on")
+
+    # Sampling.
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a sample's latents."""
+
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a decoded image."""
+
+    @property
+    def noise_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The noise of a sample by name, in the order in which its generator draws it."""
+        return {LATENTS: self.latent_shape}
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of every model call on a CPU, whatever the batch; None on a GPU, where the batch decides."""
+        if self.hardware.is_cuda:
+            return None
+        _, height, width = self.latent_shape
+        return max(1, min(CPU_ROWS, CPU_LATENT_PIXELS // (height * width)))
+
+    def draw_noise(self, seeds: Sequence[int]) -> dict[str, Tensor]:
+        """Standard normal noise [B, ...] by name; of each sample a function of its seed alone.
+
+        Args:
+            seeds: one per sample, non-negative, below 2^63.
+        """
+        from engine.methods.sampling.noise import draw_noise
+
+        shapes = self.noise_shapes
+        return dict(zip(shapes, draw_noise(seeds, *shapes.values(), device=self.hardware.device), strict=True))
+
+    @abstractmethod
+    def sampler(self, spec: SamplingSpec) -> Sampler:
+        """A fresh sampler, for one batch.
+
+        Raises:
+            ValueError: the combination is impossible with this model.
+        """
+
+    @abstractmethod
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that a text encoder would cut off without notice.
+
+        Raises:
+            JobError: naming the first prompt that is too long.
+        """
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """The inputs of the network that B prompts give.
+
+        Raises:
+            JobError: a prompt is too long.
+        """
+
+    def conditions(
+        self, prompts: Sequence[str], negative_prompt: str, images: ImageConditioning | None
+    ) -> tuple[Condition, Condition]:
+        """The conditional and the unconditional half of classifier-free guidance for a batch.
+
+        Args:
+            prompts: B of them.
+            negative_prompt: of the unconditional half.
+            images: image embeddings, for a family with `embedding_parts`.
+        """
+        if images is not None:
+            raise ValueError(f"a {self.class_name} is not conditioned on image embeddings")
+        return self.encode(prompts), self.encode([negative_prompt] * len(prompts))
+
+    def denoiser(
+        self, prompts: Sequence[str], spec: SamplingSpec, sampler: Sampler, images: ImageConditioning | None = None
+    ) -> ClassifierFreeDenoiser:
+        """A denoiser for a batch of prompts.
+
+        Args:
+            sampler: knows what the network predicts.
+            images: image embeddings, for a family with `embedding_parts`.
+        """
+        from engine.methods.sampling.denoiser import ClassifierFreeDenoiser
+
+        conditional, unconditional = self.conditions(prompts, spec.negative_prompt, images)
+        return ClassifierFreeDenoiser(
+            self.predict,
+            conditional=conditional,
+            unconditional=unconditional,
+            prediction=sampler.prediction,
+            guidance_scale=spec.guidance_scale,
+            guidance_rescale=spec.guidance_rescale,
+        )
+
+    @abstractmethod
+    def predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """Output [B, C, H, W] of the network, in its precision; differentiable in the latents [B, C, H, W]."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W], nominally in [0, 1] and not clamped, of latents [B, C, h, w]; differentiable."""
+
+    def call_network(self, latents: Tensor, timestep: Tensor, **inputs: Any) -> Tensor:
+        """The network's output for latents [B, C, H, W] in its precision and layout.
+
+        Args:
+            inputs: what else its forward pass takes.
+        """
+        import torch
+
+        # Compiled code with a backward pass has open bugs: what is differentiated stays as it is.
+        network = self._network if torch.is_grad_enabled() else self._fast_network
+        latents = latents.to(dtype=self._network.dtype, memory_format=self._layout)
+        output: Tensor = network(latents, timestep, return_dict=False, **inputs)[0]
+        return output
+
+    def _configure(self) -> None:
+        """Attention kernels, recomputation of activations, compilation: as `runtime` asks for them."""
+        if self.hardware.attention == "xformers":
+            self._use_xformers()
+        wanted = self.hardware.gradient_checkpointing
+        if wanted == "on" or (wanted == "auto" and self.image_shape[1] > CHECKPOINTING_PIXELS):
+            self._network.enable_gradient_checkpointing()
+            self._vae.enable_gradient_checkpointing()
+        self._fast_network = compiled(self._network) if self.hardware.compile else self._network
+
+    def _use_xformers(self) -> None:
+        """xformers' attention in the network, and in the VAE where xformers can differentiate its head size.
+
+        Raises:
+            JobError: not in the network.
+        """
+        if problem := xformers_problem(head_sizes(self._network), self.hardware.dtype, self.hardware.device):
+            raise JobError(f"runtime.attention: 'xformers' cannot run here ({problem}); use auto or sdpa")
+        self._network.enable_xformers_memory_efficient_attention()
+        if not xformers_problem(head_sizes(self._vae), "float32", self.hardware.device):
+            self._vae.enable_xformers_memory_efficient_attention()

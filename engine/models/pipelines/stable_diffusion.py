@@ -1,0 +1,285 @@
+"""Stable Diffusion 1.x and 2.x: one UNet, one CLIP text encoder, eps- or v-prediction."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from engine.errors import JobError
+from engine.methods.config_values import is_whole, shown
+from engine.methods.sampling.families import ModelScheduler
+from engine.methods.sampling.sampling_checks import sampling_problems
+from engine.methods.sampling.training_checks import training_problems
+from engine.models.configurations import part_classes, read_config, readable
+from engine.models.hardware import Hardware
+from engine.models.loading import frozen
+from engine.models.pipelines.base import LatentSpace, Pipeline
+from engine.models.pipelines.checks import (
+    IMAGE_PROCESSORS,
+    Classes,
+    Options,
+    adapter_problem,
+    class_problems,
+    option_problems,
+    part_problem,
+    quantisation_problems,
+    size_problems,
+    tokenizer_problems,
+    vae_problems,
+)
+from engine.models.pipelines.parts import FEATURE_EXTRACTOR, SAFETY_CHECKER, load_part
+from engine.models.pipelines.registry import what_runs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from engine.methods.sampling.denoiser import Condition
+    from engine.methods.sampling.schedulers import Sampler
+    from engine.methods.sampling.spec import SamplingSpec
+
+# Sizes of latents below this in a UNet of diffusers before 0.9 are taken for a mistake by its pipeline.
+OLD_SAMPLE_SIZE = 64
+TEXT = "encoder_hidden_states"
+IMAGE_ENCODERS = ("CLIPVisionModelWithProjection",)
+_UNET: Options = (
+    ("addition_embed_type", (None, "text"), "it takes more than timestep and prompt, as Stable Diffusion XL does"),
+    ("encoder_hid_dim_type", (None, "text_proj"), "it takes an image next to the prompt, as with an IP-adapter"),
+    ("time_cond_proj_dim", (None,), "it takes the guidance scale, as a latent consistency model does"),
+    ("num_class_embeds", (None,), "it takes a class or a noise level, as an upscaler does"),
+    ("attention_type", ("default", None), "it takes the places of objects, as GLIGEN does"),
+    ("dual_cross_attention", (False, None), "it takes two kinds of prompts"),
+    ("num_attention_heads", (None,), "no UNet of diffusers has it"),
+)
+
+
+class StableDiffusion(Pipeline):
+    """Pipelines of diffusers' class `StableDiffusionPipeline`.
+
+    Attributes:
+        is_corrected: whether diffusers' pipeline corrects old configurations, of the scheduler (`ModelScheduler`) and
+            of the UNet's size.
+        required: parts that must be there, with their classes; optional: parts that may be there.
+        unet_options: options of the UNet that ask for something, with the values that are sampled rightly.
+    """
+
+    class_name = "StableDiffusionPipeline"
+    is_corrected: ClassVar[bool] = True
+    required: ClassVar[Classes] = {
+        "unet": ("UNet2DConditionModel",),
+        "vae": ("AutoencoderKL",),
+        "text_encoder": ("CLIPTextModel",),
+        "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    }
+    unet_options: ClassVar[Options] = _UNET
+    optional: ClassVar[Classes] = {
+        SAFETY_CHECKER: ("StableDiffusionSafetyChecker",),
+        FEATURE_EXTRACTOR: IMAGE_PROCESSORS,
+        # Asked by IP-adapters alone, whose UNet is refused.
+        "image_encoder": IMAGE_ENCODERS,
+    }
+
+    def __init__(
+        self, *, text_encoder: Any, tokenizer: Any, scheduler: ModelScheduler, hardware: Hardware, **parts: Any
+    ) -> None:
+        from engine.models.pipelines.prompts import PromptEncoder
+
+        super().__init__(hardware=hardware, **parts)
+        encoder = frozen(text_encoder, hardware.device)
+        self._scheduler = scheduler
+        self.prompts = PromptEncoder(
+            tokenizer,
+            lambda tokens, mask: {TEXT: encoder(tokens, attention_mask=mask)[0]},
+            device=hardware.device,
+            uses_mask=getattr(encoder.config, "use_attention_mask", False),
+        )
+
+    @classmethod
+    def check(cls, folder: Path, address: str, *, checks_safety: bool) -> None:
+        """Check parts, files and options by their configurations; see `Pipeline.check`."""
+        with readable(address):
+            problem = part_problem(folder, cls.required, cls.optional, checks_safety=checks_safety)
+            if problem := problem or adapter_problem(folder):
+                raise JobError(f"'{address}' {problem}; {what_runs()}")
+            if problems := list(cls.configuration_problems(folder)):
+                raise JobError([f"'{address}': {problem}" for problem in problems])
+
+    @classmethod
+    def configuration_problems(cls, folder: Path) -> Iterator[str]:
+        """Options of the parts that nothing here would act on, or that do not fit together; a line each."""
+        configs = {name: read_config(folder / name / "config.json") for name in ("unet", "vae", "text_encoder")}
+        unet, vae = configs["unet"], configs["vae"]
+        for name, config in configs.items():
+            yield from quantisation_problems(name, config)
+            if name != "text_encoder":
+                yield from _with_remedy(class_problems(name, config, cls.required[name][0]))
+        yield from _with_remedy(option_problems("unet", unet, cls.unet_options))
+        yield from _with_remedy(cls.class_embedding_problems(unet))
+        yield from _with_remedy(_channel_problems(unet, vae))
+        yield from _with_remedy(vae_problems(vae))
+        yield from size_problems("unet", unet.get("sample_size"), pixels_per_latent(vae))
+        yield from cls.text_problems(folder, unet)
+        yield from training_problems(cls.read_scheduler(folder))
+
+    @classmethod
+    def class_embedding_problems(cls, unet: dict[str, Any]) -> Iterator[str]:
+        """Class embeddings that the UNet asks for and is not given."""
+        embedding = unet.get("class_embed_type")
+        if embedding is not None:
+            yield (
+                f"unet/config.json has class_embed_type: {shown(embedding)} (it takes a class, a noise level or an"
+                " image)"
+            )
+        if unet.get("class_embeddings_concat"):
+            yield "unet/config.json has class_embeddings_concat: True (it takes a class, a noise level or an image)"
+
+    @classmethod
+    def text_problems(cls, folder: Path, unet: dict[str, Any]) -> Iterator[str]:
+        """Text encoder, tokenizer and UNet that do not fit together."""
+        encoder = text_config(folder / "text_encoder")
+        if (kind := encoder.get("model_type", "clip_text_model")) not in ("clip_text_model", "clip"):
+            yield f"text_encoder/config.json is of type {shown(kind)}, not of CLIP; {what_runs()}"
+            return
+        width, asked = encoder.get("hidden_size", 512), unet.get("cross_attention_dim", 1280)
+        if unet.get("encoder_hid_dim") is not None:
+            asked = unet["encoder_hid_dim"]
+        if any(entries != width for entries in (asked if isinstance(asked, list) else [asked])):
+            yield (
+                f"unet/config.json has cross_attention_dim: {shown(asked)}, the embeddings of the text encoder have"
+                f" {shown(width)} entries; {what_runs()}"
+            )
+        yield from tokenizer_problems(folder, "tokenizer", encoder)
+
+    @classmethod
+    def sampling_problems(cls, folder: Path, spec: SamplingSpec, *, is_guided: bool) -> list[str]:
+        """What is impossible about a job's sampling; see `Pipeline.sampling_problems`."""
+        return sampling_problems(cls.read_scheduler(folder), spec, is_guided=is_guided)
+
+    @classmethod
+    def read_scheduler(cls, folder: Path) -> ModelScheduler:
+        """The scheduler of a pipeline's folder."""
+        config = read_config(folder / "scheduler" / "scheduler_config.json")
+        name = part_classes(folder).get("scheduler", "none")
+        return ModelScheduler(config=config, name=name, is_corrected=cls.is_corrected)
+
+    @classmethod
+    def latent_space(cls, folder: Path) -> LatentSpace:
+        """The latents of its `AutoencoderKL`."""
+        vae = read_config(folder / "vae" / "config.json")
+        return LatentSpace(
+            channels=int(vae.get("latent_channels", 4)),
+            pixels_per_latent=pixels_per_latent(vae),
+            scaling_factor=vae.get("scaling_factor", 0.18215),
+        )
+
+    @classmethod
+    def image_size(cls, folder: Path) -> tuple[int, int]:
+        """Height and width of its images, in pixels."""
+        height, width = cls._latent_size(read_config(folder / "unet" / "config.json"))
+        scale = pixels_per_latent(read_config(folder / "vae" / "config.json"))
+        return height * scale, width * scale
+
+    @classmethod
+    def _latent_size(cls, unet: Mapping[str, Any]) -> tuple[int, int]:
+        size = OLD_SAMPLE_SIZE if cls.is_corrected and is_old_size(unet) else unet["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(height), int(width)
+
+    @classmethod
+    def load(cls, folder: Path, hardware: Hardware, *, checks_safety: bool) -> Self:
+        """Load all parts; see `Pipeline.load`."""
+        return cls(**cls.load_parts(folder, hardware, checks_safety=checks_safety))
+
+    @classmethod
+    def load_parts(cls, folder: Path, hardware: Hardware, *, checks_safety: bool) -> dict[str, Any]:
+        """The arguments of the constructor, from a folder."""
+        import torch
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+        from transformers.models.clip.modeling_clip import CLIPTextModel
+        from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+        from engine.models.pipelines.safety import SafetyChecker
+
+        dtype = getattr(torch, hardware.dtype)
+        return {
+            "network": load_part(UNet2DConditionModel, folder / "unet", torch_dtype=dtype),
+            # The decoder stays in float32: in half precision some overflow, and gradients below 1e-7 vanish.
+            "vae": load_part(AutoencoderKL, folder / "vae", torch_dtype=torch.float32),
+            "text_encoder": load_part(CLIPTextModel, folder / "text_encoder", dtype=dtype),
+            "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+            "scheduler": cls.read_scheduler(folder),
+            "safety_checker": SafetyChecker.load(folder, hardware) if checks_safety else None,
+            "hardware": hardware,
+            "folder": folder,
+        }
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a sample's latents."""
+        return int(self._network.config.in_channels), *self._latent_size(self._network.config)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a decoded image."""
+        _, height, width = self.latent_shape
+        scale = pixels_per_latent(self._vae.config)
+        return 3, height * scale, width * scale
+
+    def sampler(self, spec: SamplingSpec) -> Sampler:
+        """A fresh sampler, for one batch; see `Pipeline.sampler`."""
+        from engine.methods.sampling.schedulers import make_sampler
+
+        return make_sampler(spec, self._scheduler, self.hardware.device)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that are too long; see `Pipeline.check_prompts`."""
+        self.prompts.check(prompts)
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Text embeddings [B, tokens, width]; the last prompts are kept."""
+        return self.prompts.encode(prompts)
+
+    def predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """Output [B, C, H, W] of the UNet, whose inputs a condition's names are."""
+        return self.call_network(latents, timestep, **condition.tensors)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W], nominally in [0, 1] and not clamped, of latents [B, C, h, w]; differentiable."""
+        images: Tensor = self._vae.decode(latents / self._vae.config.scaling_factor).sample / 2 + 0.5
+        return images
+
+
+def is_old_size(unet: Mapping[str, Any]) -> bool:
+    """Whether diffusers' Stable Diffusion pipeline takes a UNet's `sample_size` for a mistake, and 64 in its place."""
+    release = re.match(r"\D*0\.(\d+)", str(unet.get("_diffusers_version", "")))
+    size = unet.get("sample_size")
+    return release is not None and int(release[1]) < 9 and is_whole(size) and size < OLD_SAMPLE_SIZE
+
+
+def pixels_per_latent(vae: Mapping[str, Any]) -> int:
+    """Pixels of a side for each latent of an `AutoencoderKL`, by its configuration."""
+    return int(2 ** (len(vae.get("block_out_channels", [64])) - 1))
+
+
+def text_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a CLIP text encoder, which may be in that of a whole CLIP model."""
+    config = read_config(folder / "config.json")
+    kind, nested = config.get("model_type", "clip_text_model"), config.get("text_config")
+    return {**nested, "model_type": kind} if isinstance(nested, dict) else config
+
+
+def _with_remedy(problems: Iterator[str]) -> Iterator[str]:
+    return (f"{problem}; {what_runs()}" for problem in problems)
+
+
+def _channel_problems(unet: dict[str, Any], vae: dict[str, Any]) -> Iterator[str]:
+    latents, read, written = vae.get("latent_channels", 4), unet.get("in_channels", 4), unet.get("out_channels", 4)
+    kinds = {9: "inpainting", 8: "instruct-pix2pix", 7: "an upscaler", 5: "depth2img"}
+    if read != latents:
+        kind = f" (as {kinds[read]} does)" if read in kinds and latents == 4 else ""
+        yield f"unet/config.json has in_channels: {shown(read)}, the latents of the VAE have {shown(latents)}{kind}"
+    elif written != read:
+        more = f"the latents have {shown(read)}, so it predicts more than noise"
+        yield f"unet/config.json has out_channels: {shown(written)}, {more}"

@@ -1,0 +1,194 @@
+"""A new family of pipelines is one file and one line of the registry: the whole program then samples with it.
+
+Stable Diffusion XL stands for what comes: another condition (`tests/families/stable_diffusion_xl.py`). Flow matching
+is another sampler, one adapter; its noise levels and its predictions are tested here too.
+"""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import transformers
+
+from engine.methods.sampling.denoiser import Prediction, predicted_eps, predicted_x0
+from engine.methods.sampling.loop import sample
+from engine.methods.sampling.noise import draw_noise
+from engine.methods.sampling.schedulers import SchedulerAdapter
+from engine.models.addresses import resolve
+from tests.conftest import REPOSITORY
+from tests.tiny_pipelines import BETAS, ENCODER, UNET, VAE, load_reference, quiet
+
+LINE = '    "StableDiffusionXLPipeline": "engine.models.pipelines.stable_diffusion_xl:StableDiffusionXL",\n'
+COMMAND = "from engine.cli import main; main()"
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory) -> Path:
+    """A copy of the package with the third family: its file, and its line in the registry; nothing else."""
+    root = tmp_path_factory.mktemp("package")
+    shutil.copytree(REPOSITORY / "engine", root / "engine", ignore=shutil.ignore_patterns("zoo", "__pycache__"))
+    (root / "engine/zoo").symlink_to(REPOSITORY / "engine/zoo")
+    family = REPOSITORY / "tests/families/stable_diffusion_xl.py"
+    shutil.copy(family, root / "engine/models/pipelines")
+    registry = root / "engine/models/pipelines/registry.py"
+    before, after = registry.read_text().split("FAMILIES: dict[str, str] = {\n")
+    registry.write_text(f"{before}FAMILIES: dict[str, str] = {{\n{LINE}{after}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny Stable Diffusion XL with random weights, as diffusers saves it."""
+    quiet()
+    torch.manual_seed(0)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(resolve("zoo:digits/stable-diffusion") / "tokenizer")
+    text = ENCODER | {"vocab_size": len(tokenizer), "max_position_embeddings": 32, "num_hidden_layers": 2}
+    text |= {"bos_token_id": 651, "eos_token_id": 652}
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    added |= {"projection_class_embeddings_input_dim": 6 * 8 + 24, "cross_attention_dim": 32}
+    pipeline = diffusers.StableDiffusionXLPipeline(
+        unet=diffusers.UNet2DConditionModel(**UNET | added),
+        vae=diffusers.AutoencoderKL(**VAE),
+        text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(**text)),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**text, projection_dim=24)),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        scheduler=diffusers.EulerDiscreteScheduler(**BETAS),
+    )
+    path = tmp_path_factory.mktemp("pipeline") / "xl"
+    pipeline.save_pretrained(path)
+    return path
+
+
+def program(package: Path, *arguments) -> str:
+    """The command line of the package with the third family."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=package,
+        env=os.environ | {"PYTHONPATH": str(package)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def write_job(path: Path, folder: Path) -> Path:
+    models = {"diffusion": str(folder), "clip": "zoo:digits/clip", "target": "zoo:digits/classifier"}
+    plain = {"name": "plain", "method": "prompt", "classes": ["three"], "count": 1}
+    guided = {"name": "guided", "method": "boundary", "boundary": ["three", "eight"], "count": 1}
+    job = {"name": "job", "models": models, "requests": [plain, guided], "output": {"uri": str(path.parent / "run")}}
+    job["sampling"] = {"scheduler": "euler", "num_inference_steps": 6, "guidance_scale": 3.0}
+    path.write_text(json.dumps(job))
+    return path
+
+
+def members_of(run: Path) -> dict[str, bytes]:
+    """Contents of the members of all tars of a run, by name."""
+    members: dict[str, bytes] = {}
+    for path in sorted(run.rglob("*.tar")):
+        with tarfile.open(path) as tar:
+            members |= {info.name: tar.extractfile(info).read() for info in tar.getmembers()}
+    return members
+
+
+@pytest.mark.slow
+def test_stable_diffusion_xl_is_one_file_and_one_line(package, folder, tmp_path):
+    """Checked, planned, sampled with and without guidance, and equal to diffusers' own pipeline of the same seed."""
+    job = write_job(tmp_path / "job.json", folder)
+    program(package, "-c", COMMAND, "run", job, "--executor", "local", "--set", "runtime.device=cpu")
+    members = members_of(tmp_path / "run")
+    records = [json.loads(content) for name, content in members.items() if name.endswith(".json")]
+    assert {record["status"] for record in records} == {"ok"} and len(records) == 2
+    [record] = [record for record in records if record["request"] == "plain"]
+    [image] = [content for name, content in members.items() if name == f"{record['key']}.png"]
+    expected = load_reference(folder)(
+        prompt=record["prompt"],
+        negative_prompt="",
+        generator=torch.Generator().manual_seed(record["seed"]),
+        num_inference_steps=6,
+        guidance_scale=3.0,
+        output_type="np",
+    ).images[0]
+    made = np.asarray(PIL.Image.open(io.BytesIO(image)).convert("RGB"), dtype=float)
+    assert made.shape == (32, 32, 3) and made.std() > 2
+    assert np.abs(made - expected * 255).max() < 1
+
+
+def test_a_new_family_is_checked_without_torch_and_named_in_refusals(package, folder, tmp_path):
+    """Its options are checked like those of the others, and a refused pipeline is told that it runs."""
+    code = (
+        "import sys, json; from pathlib import Path\n"
+        "from engine.errors import JobError; from engine.models.pipelines.lookup import check_pipeline\n"
+        "folder = Path(sys.argv[1]); check_pipeline(folder, 'x')\n"
+        "assert not {'torch', 'diffusers', 'transformers'} & sys.modules.keys()\n"
+        "unet, index = ('unet/config.json', 'cross_attention_dim', 16), ('model_index.json', '_class_name', 'Y')\n"
+        "for part, key, value in (unet, index):\n"
+        "    path = folder / part; content = path.read_text()\n"
+        "    path.write_text(json.dumps(json.loads(content) | {key: value}))\n"
+        "    try: check_pipeline(folder, 'x')\n"
+        "    except JobError as error: print(error)\n"
+        "    path.write_text(content)\n"
+    )
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    first, second = program(package, "-c", code, copy).splitlines()
+    assert "cross_attention_dim: 16, the embeddings of the text encoders have 32 entries" in first
+    assert second.startswith("'x' is a Y; what runs: a StableDiffusionXLPipeline, a StableDiffusionPipeline or a ")
+
+
+class FlowMatching(SchedulerAdapter):
+    """diffusers' scheduler of flow matching: latents `(1 - sigma) x0 + sigma eps`, the network predicts `eps - x0`."""
+
+    prediction = "flow"
+    init_noise_sigma = 1.0
+
+    def levels(self, place: int, timestep: torch.Tensor) -> tuple[float, float]:
+        sigma = float(self._scheduler.sigmas[place])
+        return 1 - sigma, sigma
+
+
+@pytest.fixture
+def flow():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(8)
+    return FlowMatching(scheduler)
+
+
+def test_a_sampler_of_flow_matching_is_one_adapter(flow):
+    """The velocity of one clean image brings the loop exactly to it, and stands for it and its noise at every step."""
+    clean = torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    [noise] = draw_noise([1, 2], (4, 2, 2))
+    seen = []
+
+    def denoise(latents, step):
+        output = noise - clean
+        seen.append((predicted_x0(output, latents, step, "flow"), predicted_eps(output, latents, step, "flow")))
+        return Prediction(output=output, conditional=output, latents=latents, prediction=flow.prediction)
+
+    assert torch.allclose(sample(denoise, flow, noise), clean, atol=1e-5)
+    assert len(seen) == 8
+    assert all(torch.allclose(x0, clean, atol=1e-5) and torch.allclose(eps, noise, atol=1e-5) for x0, eps in seen)
+
+
+def test_guidance_moves_latents_of_flow_matching(flow):
+    """A shift of the latents keeps their noise, and one of the noise keeps the latents, as with eps and v."""
+    step = list(flow.steps())[3]
+    latents, output = (torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    base = Prediction(output=output, conditional=output, latents=latents, prediction="flow")
+    moved, bent = base.moved(torch.ones_like(latents), step), base.with_eps_moved(torch.ones_like(latents), step)
+    eps = predicted_eps(output, latents, step, "flow")
+    assert torch.allclose(predicted_eps(moved.output, moved.latents, step, "flow"), eps, atol=1e-5)
+    assert torch.equal(moved.latents, latents + 1)
+    assert torch.allclose(predicted_eps(bent.output, latents, step, "flow"), eps + 1, atol=1e-5)
+    assert torch.equal(bent.latents, latents)
