@@ -10,16 +10,17 @@ from typing import Any
 
 from PIL import Image
 
-from engine.data.run.commits import commit_shard
-from engine.data.run.manifest import finalise, mark_success
-from engine.data.run.shards import shard_name, stage_shard
-from engine.data.run.state import open_run
+from engine.data.run.commit_shard import commit_shard
+from engine.data.run.finalise import finalise, mark_success
+from engine.data.run.resume import open_output
+from engine.data.run.shard_writing import stage_shard
+from engine.data.run.shards import shard_name
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.job.columns import SCHEMA_VERSION
 from engine.job.plan import Plan, SampleSpec, ShardSpec, build_plan
 from engine.job.records import SampleResult
-from tests.dataset_cases import DIGESTS, LABELS, make_job, make_result
+from tests.run_cases import DIGESTS, LABELS, make_job, make_result
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -50,7 +51,7 @@ def make_run(
     job = make_job(folder, count=count, name=name, seed=seed, **{"output": output} | changes)
     planned = build_plan(job, labels, DIGESTS | {"target": target})
     store = open_store(str(folder))
-    plan = open_run(store, Plan(planned.requests, planned.identity, planned.stages, version), job, "auto", False)
+    plan = open_output(store, Plan(planned.requests, planned.identity, planned.stages, version), job, "auto", False)
     for shard in list(plan.shards())[:num_shards]:
         stem = shard_name(name, shard.number)
         staged = stage_shard(store.staging(), stem, _results(plan, shard, change, image_format), image_format, version)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from engine.data.images import Found, LabelledImage, Unusable, open_images
+from engine.data.images import LabelledImage, ReadResult, Unusable, open_images
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -60,12 +60,12 @@ def write_table(path: Path, images: Sequence[bytes], labels: pa.Array, names: An
     return path
 
 
-def read(path: Path, labels: Sequence[str]) -> list[Found]:
+def read(path: Path, labels: Sequence[str]) -> list[ReadResult]:
     """Everything that is found."""
     return list(open_images(str(path), tuple(labels)).read())
 
 
-def split(found: list[Found]) -> tuple[dict[str, int], dict[str, str]]:
+def split(found: list[ReadResult]) -> tuple[dict[str, int], dict[str, str]]:
     """Classes of the used images by name, and reasons of the others."""
     used = {one.name: one.class_index for one in found if isinstance(one, LabelledImage)}
     return used, {one.name: one.reason for one in found if isinstance(one, Unusable)}

@@ -158,7 +158,8 @@ def _pages() -> dict[str, str]:
 
 def _bent(store: Any) -> list[str]:
     """What scoring again finds where a stored value of the score is another one."""
-    from engine.data.run.shards import read_shard, stage_shard
+    from engine.data.run.shard_writing import stage_shard
+    from engine.data.run.shards import read_shard
     from engine.generation.rescorer import rescore
     from engine.job.records import SampleResult
 

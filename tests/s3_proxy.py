@@ -1,4 +1,4 @@
-"""A proxy before an S3 server that can be told to break requests, and to forget conditions."""
+"""A proxy before an S3 server that breaks requests and drops conditions on demand."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Fault:
 
 
 def error_body(code: str) -> bytes:
-    """An answer of S3 that tells of an error."""
+    """An error response of S3."""
     return f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>of the test</Message></Error>".encode()
 
 

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data.images.encoding import encode
-from engine.data.reading.export import ExportOptions, export
+from engine.data.reading.export import export
+from engine.data.reading.export_options import ExportOptions
 from engine.data.run.card import dataset_card
 from engine.data.run.summary import GroupSummary, Spread
 from engine.errors import JobError

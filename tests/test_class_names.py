@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from engine.data.reading.corpus import open_run
-from engine.data.reading.export import ExportOptions, export
+from engine.data.reading.export import export
+from engine.data.reading.export_options import ExportOptions
 from engine.data.reading.inspection import inspect
 from engine.data.stores.opening import open_store
 from engine.job.class_names import distinct_names, distinct_pairs

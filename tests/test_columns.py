@@ -31,7 +31,7 @@ from engine.job.columns import (
 from engine.job.records import check_record
 from engine.report.gallery import range_titles, sort_titles
 from tests.conftest import REPOSITORY
-from tests.dataset_cases import make_job, make_plan, make_result
+from tests.run_cases import make_job, make_plan, make_result
 
 # The last version whose scores are listed below; later ones may add some.
 LISTED = 3

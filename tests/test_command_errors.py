@@ -18,7 +18,7 @@ import PIL.Image
 import pytest
 import yaml
 
-from engine.data.run.state import PLANS
+from engine.data.run.file_names import PLANS
 from engine.driver.executors.local import LocalExecutor
 from engine.errors import EXIT_DAMAGED, EXIT_INCOMPLETE, EXIT_USER
 from tests.conftest import REPOSITORY

@@ -14,7 +14,7 @@ import yaml
 
 from engine.commands.runs import _limits
 from engine.commands.stopping import stop_on_signals
-from engine.data.run.state import stored_plan
+from engine.data.run.stored_plan import stored_plan
 from engine.data.stores.opening import open_store
 from engine.driver.executors.local import LocalExecutor
 from engine.errors import EXIT_DAMAGED, EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK

@@ -32,7 +32,7 @@ from engine.studies.compare.scored_run import read_scored_run
 from engine.studies.samples import open_study
 from tests.conftest import REPOSITORY
 from tests.corpus_cases import make_run
-from tests.dataset_cases import LABELS
+from tests.run_cases import LABELS
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,10 @@ def test_rows_of_both_schema_versions_are_one_dataset(run: Path, old: Path) -> N
     found = dataset.to_table().to_pylist()
     later = {column.name: None for column in COLUMNS if column.since > 1}
     assert found == [*new_rows.to_pylist(), *(later | row for row in old_rows.to_pylist())]
-    told = corpus.to_table()
-    assert told["scored"].to_pylist() == [row["status"] != "failed" for row in found], "rows of version 1 do not say so"
+    table = corpus.to_table()
+    assert table["scored"].to_pylist() == [row["status"] != "failed" for row in found], (
+        "rows of version 1 do not have it"
+    )
     assert len(corpus) == len(found) == len(new_rows) + len(old_rows)
     assert corpus.labels == tuple(LABELS) and [one.state for one in corpus.runs] == ["finished"] * 2
     assert repr(corpus) == f"Corpus({str(run)!r} (finished), {str(old)!r} (finished); no filter)"
@@ -91,6 +93,16 @@ def test_surplus_is_left_out_unless_asked_for(run: Path, tmp_path: Path) -> None
     assert len(corpus.with_images(surplus=True)) - len(corpus.samples) == num_surplus > 0
     assert len(corpus.to_torch()) == len(corpus.samples)
     assert len(corpus.with_images(surplus=True).to_torch()) == len(corpus.samples) + num_surplus
+
+
+def test_rows_without_the_column_of_surplus_are_within_their_quota(run: Path, tmp_path: Path) -> None:
+    """As runs have them that were closed before there were quotas."""
+    copy = tmp_path / "old"
+    shutil.copytree(run, copy)
+    path = copy / "metadata.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["surplus"]), path)
+    wanted = engine.open_run(str(run)).samples.to_table(["key"])
+    assert len(wanted) and engine.open_run(str(copy)).samples.to_table(["key"]).equals(wanted)
 
 
 def test_an_unfinished_run_is_read_from_its_committed_shards(tmp_path: Path) -> None:
@@ -176,8 +188,15 @@ def _shape(image: Image.Image) -> torch.Tensor:
     return torch.tensor(image.size)
 
 
+def test_a_weight_may_be_zero(run: Path) -> None:
+    """A condition alone is a weight of 0 or 1; a negative one is refused elsewhere."""
+    corpus = engine.open_run(str(run))
+    weights = corpus.to_torch(weights="1 * oracle_agrees").weights
+    assert set(weights.tolist()) == {0.0, 1.0} and len(weights) == len(corpus.samples)
+
+
 def test_a_loader_with_workers_gives_the_same(run: Path) -> None:
-    """Files are opened by each worker for itself, whether it is forked or started anew."""
+    """Files are opened by each worker for itself, whether it is forked or spawned."""
     data = engine.open_run(str(run)).to_torch(weights="risk")
     expected = [data[number] for number in range(len(data))]
     assert len(pickle.dumps(data)) < 100_000
@@ -205,7 +224,7 @@ def test_webdataset_streams_the_selected_samples_alone(run: Path, old: Path) -> 
     assert sorted(key for (key,) in loader) == sorted(row["key"] for row in rows)
 
 
-def test_scores_made_anew_inside_a_run_find_it_wherever_it_was_moved(
+def test_rescored_scores_inside_a_run_find_it_wherever_it_was_moved(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An address that is relative is so to the folder, not to where the reader stands."""
@@ -222,16 +241,16 @@ def test_scores_made_anew_inside_a_run_find_it_wherever_it_was_moved(
     assert corpus.runs[0].tars[0].fetch().parent == (tmp_path / "moved" / "shards").resolve()
 
 
-def test_scores_made_anew_come_with_the_images_of_their_run(run: Path, tmp_path: Path) -> None:
+def test_rescored_scores_come_with_the_images_of_their_run(run: Path, tmp_path: Path) -> None:
     """Of a folder with `rescored_from`, rows are its own and images the run's, for every way of reading."""
     table = pq.read_table(run / "metadata.parquet")
     risks = pa.array([100 + number for number in range(len(table))], pa.float64())
     table = table.set_column(table.column_names.index("risk"), table.schema.field("risk"), risks)
-    (tmp_path / "anew").mkdir()
-    pq.write_table(table, tmp_path / "anew" / "metadata.parquet")
-    manifest = {"name": "anew", "rescored_from": str(run), "models": {"target": {"digest": "t9", "labels": LABELS}}}
-    (tmp_path / "anew" / "manifest.json").write_text(json.dumps(manifest))
-    corpus = engine.open_run(str(tmp_path / "anew")).filter("risk > 110")
+    (tmp_path / "rescored").mkdir()
+    pq.write_table(table, tmp_path / "rescored" / "metadata.parquet")
+    manifest = {"name": "rescored", "rescored_from": str(run), "models": {"target": {"digest": "t9", "labels": LABELS}}}
+    (tmp_path / "rescored" / "manifest.json").write_text(json.dumps(manifest))
+    corpus = engine.open_run(str(tmp_path / "rescored")).filter("risk > 110")
     keys = corpus.samples.to_table(["key"])["key"].to_pylist()
     assert keys and corpus.runs[0].targets == {"t9"}
     assert [one["json"]["risk"] for one in corpus.to_webdataset()] == corpus.samples.to_table(["risk"])[
@@ -240,21 +259,25 @@ def test_scores_made_anew_come_with_the_images_of_their_run(run: Path, tmp_path:
     data = corpus.to_torch()
     images = stored(run)
     assert data.keys == keys
-    both = engine.open_run(str(run), str(tmp_path / "anew"))
+    both = engine.open_run(str(run), str(tmp_path / "rescored"))
     for reading in (both.to_torch, both.to_webdataset):
         with pytest.raises(JobError, match=r"have the same images; open one of them"):
             reading()
     first = np.asarray(Image.open(io.BytesIO(images[keys[0]][0])).convert("RGB"))
     assert np.array_equal((data[0][0] * 255).round().byte().permute(1, 2, 0).numpy(), first)
-    (tmp_path / "anew" / "manifest.json").write_text(json.dumps(manifest | {"rescored_from": str(tmp_path / "gone")}))
+    (tmp_path / "rescored" / "manifest.json").write_text(
+        json.dumps(manifest | {"rescored_from": str(tmp_path / "gone")})
+    )
     with pytest.raises(JobError, match=r"was scored from .*gone.*which cannot be opened"):
-        engine.open_run(str(tmp_path / "anew"))
-    (tmp_path / "anew" / "manifest.json").write_text(json.dumps(manifest | {"rescored_from": str(tmp_path / "anew")}))
+        engine.open_run(str(tmp_path / "rescored"))
+    (tmp_path / "rescored" / "manifest.json").write_text(
+        json.dumps(manifest | {"rescored_from": str(tmp_path / "rescored")})
+    )
     with pytest.raises(RiskforgeError, match="rescored_from is not the address of a run"):
-        engine.open_run(str(tmp_path / "anew"))
+        engine.open_run(str(tmp_path / "rescored"))
 
 
-def test_what_cannot_be_opened_is_told(run: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_opened_is_reported(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     for uri, message in (
@@ -294,19 +317,19 @@ def test_what_cannot_be_opened_is_told(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
-def test_a_damaged_manifest_is_told_alike_by_all(run: Path, tmp_path: Path, text: str) -> None:
+def test_a_damaged_manifest_is_reported_alike_by_all(run: Path, tmp_path: Path, text: str) -> None:
     """With the path and the remedy, whoever reads it."""
     copied = shutil.copytree(run, tmp_path / "run")
     (copied / "manifest.json").write_text(text)
-    told = set()
+    messages = set()
     for read in (open_source, read_scored_run, open_study, lambda uri: write_report(open_store(uri))):
         with pytest.raises(CorruptShardError, match=r"^.*/run/manifest\.json: .*; restore the file") as caught:
             read(str(copied))
-        told.add(str(caught.value))
-    assert len(told) == 1
+        messages.add(str(caught.value))
+    assert len(messages) == 1
 
 
-def test_wrong_choices_are_told(run: Path, tmp_path: Path) -> None:
+def test_wrong_choices_are_reported(run: Path, tmp_path: Path) -> None:
     corpus = engine.open_run(str(run))
     with pytest.raises(JobError, match=r"no column 'rsik'; did you mean 'risk'\?"):
         corpus.to_table(["rsik"])
@@ -327,7 +350,7 @@ def test_wrong_choices_are_told(run: Path, tmp_path: Path) -> None:
         both.to_torch()
 
 
-def test_torn_and_missing_tars_are_told(run: Path, tmp_path: Path) -> None:
+def test_torn_and_missing_tars_are_reported(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     tar = sorted((tmp_path / "run" / "shards").glob("*.tar"))[0]
     whole = tar.read_bytes()

@@ -16,7 +16,7 @@ import yaml
 
 from engine.commands.jobfile import read_job
 from engine.data.run.shards import read_shard
-from engine.data.run.state import stored_plan
+from engine.data.run.stored_plan import stored_plan
 from engine.data.stores.opening import open_store
 from engine.errors import JobError
 from engine.generation.generator import Generator

@@ -18,7 +18,7 @@ import pytest
 from engine.commands.jobfile import read_job
 from engine.data.images import (
     decode_rgb,
-    findings,
+    image_source,
     open_images,
 )
 from engine.driver.executors.local import LocalExecutor
@@ -147,7 +147,7 @@ def test_parts_are_the_whole_and_share_nothing(request, monkeypatch, mixed, tars
         (tmp_path / "05.tar").write_bytes((tmp_path / "05.tar").read_bytes()[:1536])
     path = {"folder": mixed, "tars": tars, "many tars": tmp_path, "table": table}[kind]
     source, decoded = open_images(str(path), LABELS), []
-    monkeypatch.setattr(findings, "decode_rgb", lambda data: decoded.append(0) or decode_rgb(data))
+    monkeypatch.setattr(image_source, "decode_rgb", lambda data: decoded.append(0) or decode_rgb(data))
     whole = list(source.read())
     num_decoded = len(decoded)
     parts = [list(source.read_part(part, num_parts)) for part in range(num_parts)]

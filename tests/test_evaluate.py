@@ -23,10 +23,12 @@ import torch
 from engine import cli
 from engine.data.images import ImageSource, LabelledImage, digits
 from engine.data.images.encoding import encode
-from engine.data.run.commits import commit_shard
-from engine.data.run.manifest import finalise
-from engine.data.run.shards import shard_name, stage_shard
-from engine.data.run.state import EVALUATION, open_run
+from engine.data.run.commit_shard import commit_shard
+from engine.data.run.file_names import EVALUATION
+from engine.data.run.finalise import finalise
+from engine.data.run.resume import open_output
+from engine.data.run.shard_writing import stage_shard
+from engine.data.run.shards import shard_name
 from engine.data.stores.base import Store
 from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store
@@ -116,7 +118,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, drawn: Drawn) -> Store:
     digests = {"clip": model_digest(job.models.clip), "target": model_digest(job.models.target)}
     plan = build_plan(job, digits.CLASS_NAMES, {"diffusion": {job.models.diffusion: "d"}, "transfer": []} | digests)
     store = open_store(str(folder))
-    plan = open_run(store, plan, job, "auto", confirmed=False)
+    plan = open_output(store, plan, job, "auto", confirmed=False)
     scorer = load_scorer(job)
     for shard in plan.shards():
         specs = list(plan.samples(shard))
@@ -269,7 +271,7 @@ def test_an_evaluation_goes_with_its_run(evaluated: tuple[Store, Evaluation], tm
     job = make_job(tmp_path / "run")
     digests = {"clip": model_digest(job.models.clip), "target": "another"}
     plan = build_plan(job, digits.CLASS_NAMES, {"diffusion": {job.models.diffusion: "d"}, "transfer": []} | digests)
-    open_run(store, plan, job, "overwrite", confirmed=True)
+    open_output(store, plan, job, "overwrite", confirmed=True)
     assert not store.exists(EVALUATION)
 
 
@@ -298,7 +300,7 @@ def test_a_run_with_a_driver_at_work_is_left_alone(finished: Store, call: Any) -
     """Nothing is written into it, and nothing is measured first."""
     with hold(finished):
         code, _, err = call("evaluate", finished.uri)
-    assert code == EXIT_OWNED and "another driver is at work on it" in err and not finished.exists(EVALUATION)
+    assert code == EXIT_OWNED and "another driver is running on it" in err and not finished.exists(EVALUATION)
 
 
 def test_without_options_it_still_tells_something(finished: Store, tmp_path: Path) -> None:

@@ -25,10 +25,11 @@ from engine import cli
 from engine.data.images import LabelledImage, decode_rgb, digits, image_key, open_images
 from engine.data.reading import export as export_module
 from engine.data.reading.deduplicate import near_duplicates
-from engine.data.reading.export import ExportOptions, export
+from engine.data.reading.export import export
+from engine.data.reading.export_options import ExportOptions
 from engine.data.reading.formats import class_folders
 from engine.data.reading.selection import SampleReader
-from engine.data.run import shards
+from engine.data.run import shard_writing
 from engine.data.run.shards import inspect_pair, read_shard
 from engine.errors import CorruptShardError, JobError, OutputError, RiskforgeError
 from engine.job.columns import SCHEMA_VERSION
@@ -37,7 +38,7 @@ from tests.composed import composed_job
 from tests.composed import make_run as make_composed
 from tests.conftest import REPOSITORY
 from tests.corpus_cases import make_run
-from tests.dataset_cases import LABELS
+from tests.run_cases import LABELS
 from tests.strike import struck
 
 HOSTILE = ["../x", "a/b", "", "con", "two words", "Ok", "ok", "7", "..", "tab\there", "<b>é", "0001", "null\0"]
@@ -181,9 +182,9 @@ def test_classes_that_are_not_known_are_not_made_up(second: Path, tmp_path: Path
 def test_shards_are_written_sample_by_sample(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many samples a shard has, one image is read at a time: after it stands in the tar the next one is."""
     events: list[str] = []
-    read, add = SampleReader.read, shards._ShardWriter.add
+    read, add = SampleReader.read, shard_writing._ShardWriter.add
     monkeypatch.setattr(SampleReader, "read", lambda self, one: events.append("read") or read(self, one))
-    monkeypatch.setattr(shards._ShardWriter, "add", lambda self, one: events.append("add") or add(self, one))
+    monkeypatch.setattr(shard_writing._ShardWriter, "add", lambda self, one: events.append("add") or add(self, one))
     done = export((str(first),), ExportOptions(output=str(tmp_path / "out"), samples_per_shard=7))
     assert events == ["read", "add"] * done.manifest["counts"]["images"]
 
@@ -204,7 +205,7 @@ def test_runs_that_do_not_go_together_are_refused(first: Path, tmp_path: Path) -
 
 
 def test_shards_have_images_of_one_format(first: Path, tmp_path: Path) -> None:
-    """Files stay as they are: nothing is encoded anew to make them fit."""
+    """Files stay as they are: nothing is re-encoded to make them fit."""
     webp = make_run(tmp_path / "webp", name="webp", image_format="webp")
     with pytest.raises(JobError, match=r"images of different formats \(png, webp\)"):
         export((str(first), str(webp)), ExportOptions(output=str(tmp_path / "out")))
@@ -245,7 +246,7 @@ def test_shards_have_images_of_one_format(first: Path, tmp_path: Path) -> None:
         ({"output": "s4://x"}, "s4:// is not supported"),
     ],
 )
-def test_what_is_wrong_is_told_and_leaves_nothing(
+def test_what_is_wrong_is_reported_and_leaves_nothing(
     first: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     full = tmp_path / "full"
@@ -267,7 +268,7 @@ def test_a_torn_tar_and_a_changed_image_stop_an_export(tmp_path: Path) -> None:
     place = whole.index(b"IDAT") + 6
     for data, message in (
         (whole[: len(whole) // 3], "cut short"),
-        (whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :], "is not the one that its row tells of"),
+        (whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :], "is not the one of its row"),
     ):
         tar.write_bytes(data)
         with pytest.raises(CorruptShardError, match=message):
@@ -275,22 +276,22 @@ def test_a_torn_tar_and_a_changed_image_stop_an_export(tmp_path: Path) -> None:
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_scores_made_anew_go_into_the_export(first: Path, tmp_path: Path) -> None:
+def test_rescored_scores_go_into_the_export(first: Path, tmp_path: Path) -> None:
     """The images are the run's, the records those of the new rows."""
     import pyarrow as pa
 
     table = pq.read_table(first / "metadata.parquet")
     risks = pa.array([100.0 + number for number in range(len(table))])
-    (tmp_path / "anew").mkdir()
+    (tmp_path / "rescored").mkdir()
     table = table.set_column(table.column_names.index("risk"), table.schema.field("risk"), risks)
-    pq.write_table(table, tmp_path / "anew" / "metadata.parquet")
+    pq.write_table(table, tmp_path / "rescored" / "metadata.parquet")
     about = {"rescored_from": str(first), "models": {"target": {"digest": "t5", "labels": LABELS}}}
-    (tmp_path / "anew" / "manifest.json").write_text(json.dumps(about))
-    export((str(tmp_path / "anew"),), ExportOptions(output=str(tmp_path / "out"), condition="risk > 105"))
+    (tmp_path / "rescored" / "manifest.json").write_text(json.dumps(about))
+    export((str(tmp_path / "rescored"),), ExportOptions(output=str(tmp_path / "out"), condition="risk > 105"))
     old, out = images_of(first), images_of(tmp_path / "out")
     assert out and all(image == old[key][0] and record["risk"] > 105 for key, (image, record) in out.items())
     with pytest.raises(OutputError, match="is in the folder of"):
-        export((str(tmp_path / "anew"),), ExportOptions(output=str(first / "below")))
+        export((str(tmp_path / "rescored"),), ExportOptions(output=str(first / "below")))
 
 
 def test_folders_of_classes_have_safe_names(tmp_path: Path) -> None:
@@ -431,8 +432,8 @@ def test_a_signal_in_a_real_process_leaves_nothing(composed: Path, tmp_path: Pat
     """Sent when the first shard is opened, in the folder that is to become the output."""
     pattern, out = f"{tmp_path}/.out-*.tar", tmp_path / "out"
     process = struck(signal.SIGTERM, "open", pattern, 1, "merge", composed, "--output", out)
-    _, told = process.communicate()
-    assert process.returncode == 75 and "Traceback" not in told
+    _, errors = process.communicate()
+    assert process.returncode == 75 and "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 import engine
 from engine.data.images.encoding import encode
 from engine.data.reading.corpus import Corpus
-from engine.data.reading.export import ExportOptions, export
+from engine.data.reading.export import export
+from engine.data.reading.export_options import ExportOptions
 from engine.data.run.counts import is_joint
 from engine.errors import JobError
 from engine.job.columns import MEASURED

@@ -14,7 +14,8 @@ import pytest
 
 import engine
 from engine.data.images import digits
-from engine.data.reading.export import ExportOptions, export
+from engine.data.reading.export import export
+from engine.data.reading.export_options import ExportOptions
 from tests.composed import composed_job, make_run
 from tests.conftest import REPOSITORY
 from tests.corpus_cases import make_run as make_case

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from engine.commands.jobfile import parse_override, read_job
 from engine.data.images import LabelledImage, Unusable, webdataset
-from engine.data.run.commits import COMMITS
+from engine.data.run.commit_record import COMMITS
 from engine.data.run.shards import inspect_pair, read_shard, read_tar
 from engine.data.run.verify import verify
 from engine.data.stores.opening import open_store
@@ -291,14 +291,14 @@ def mend(data: bytearray, at: int) -> None:
 @functools.cache
 def run_tars() -> list[bytes]:
     """Tars as a run writes them."""
-    from tests.dataset_cases import make_job, make_plan, make_results
+    from tests.run_cases import make_job, make_plan, make_results
 
     plan = make_plan(make_job(Path("/nowhere")))
     return [written(list(make_results(plan, plan.shard(number)))) for number in range(2)]
 
 
 def written(results: list[Any]) -> bytes:
-    from engine.data.run.shards import sample_members, tar_member
+    from engine.data.run.shard_writing import sample_members, tar_member
 
     stored = [one for one in results if one.image]
     members = [tar_member(*member) for one in stored for member in sample_members(one.record, one.image, "png")]

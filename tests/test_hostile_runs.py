@@ -25,9 +25,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from engine import cli
-from engine.data.run.commits import COMMITS, compact_commits
+from engine.data.run.commit_record import COMMITS
+from engine.data.run.commits import compact_commits
+from engine.data.run.file_names import EVALUATION, MANIFEST, METADATA
 from engine.data.run.schema import arrow_schema
-from engine.data.run.state import EVALUATION, MANIFEST, METADATA
 from engine.data.stores.opening import open_store
 from engine.driver.executors.local import LocalExecutor
 from engine.errors import EXIT_DAMAGED, EXIT_OK, JobError
@@ -496,8 +497,9 @@ def test_documents_of_others_are_refused(tmp_path: Path, kind: str, bend: str) -
 
 # Files of the package, of this process and of the system, and images, which have a limit of their own.
 READ_OTHERWISE = {
-    "data/run/card_loading.py", "data/stores/lease.py", "data/stores/object_store.py", "driver/executors/activity.py",
-    "driver/executors/ray_layout.py", "data/images/folders.py", "models/custom_methods.py", "report/render.py",
+    "data/run/card_loading.py", "data/stores/lease.py", "data/stores/object_appends.py",
+    "data/stores/conditional_put.py", "driver/executors/activity.py", "driver/executors/ray_layout.py",
+    "data/images/class_folders.py", "models/custom_methods.py", "report/render.py",
 }  # fmt: skip
 
 

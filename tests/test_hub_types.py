@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from engine.data.images.encoding import encode
-from engine.data.reading.export import ExportOptions, export
+from engine.data.reading.export import export
+from engine.data.reading.export_options import ExportOptions
 from engine.data.run.shards import IMAGE_FORMATS, read_shard
 from engine.job.columns import RECORD_COLUMNS
 from engine.job.records import columns_of

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.data.run.commits import list_commits
-from engine.data.run.manifest import finalise, mark_success
-from engine.data.run.shards import read_rows, read_shard, shard_name, stage_shard
-from engine.data.run.state import open_run, publish_rounds, stored_plan
+from engine.data.run.finalise import finalise, mark_success
+from engine.data.run.resume import open_output
+from engine.data.run.shard_writing import stage_shard
+from engine.data.run.shards import read_rows, read_shard, shard_name
+from engine.data.run.stored_plan import publish_rounds, stored_plan
 from engine.data.run.verify import verify
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
@@ -34,7 +36,7 @@ from engine.models.addresses import resolve
 from engine.models.digests import model_digests
 from engine.models.job_checks import check_addresses
 from engine.report.render import write_report
-from tests import dataset_cases as cases
+from tests import run_cases as cases
 from tests import sleepy
 
 CLIP = "zoo:digits/clip"
@@ -193,7 +195,7 @@ def old_run(home: Path, **changes: object) -> tuple[Store, JobSpec]:
     """An unfinished run as the version before the judge left it: one shard of schema 1, a plan that names no schema."""
     job = cases.make_job(home, **changes)
     store, planned = open_store(str(home)), cases.make_plan(job)
-    plan = open_run(store, Plan(planned.requests, planned.identity, planned.stages, 1), job, "auto", confirmed=False)
+    plan = open_output(store, Plan(planned.requests, planned.identity, planned.stages, 1), job, "auto", confirmed=False)
     path = store.path("_state/plan/000000.json")
     fields = json.loads(path.read_text())
     assert fields.pop("schema_version") == 1
@@ -204,7 +206,7 @@ def old_run(home: Path, **changes: object) -> tuple[Store, JobSpec]:
 
 def finish(store: Store, job: JobSpec) -> Plan:
     """Resume, make the rest and close, as a driver does."""
-    plan = open_run(store, cases.make_plan(job), job, "auto", confirmed=False)
+    plan = open_output(store, cases.make_plan(job), job, "auto", confirmed=False)
     cases.commit_rest(store, plan)
     about = {"target": {"address": "zoo:t", "digest": "t0"}}
     finalise(store, job, plan, models=about, timing={}, versions={}, hardware={})
@@ -233,16 +235,16 @@ def test_rounds_of_an_old_run_have_its_schema(tmp_path: Path) -> None:
     """A round is a stage without a job; the plan that the workers get has the old version, and so has who reads it."""
     quota = {"name": "a", "method": "prompt", "classes": ["one"], "count": 20, "accept": {"is_error": True}}
     store, job = old_run(tmp_path / "old", requests=[quota])
-    plan = open_run(store, cases.make_plan(job), job, "auto", confirmed=False)
+    plan = open_output(store, cases.make_plan(job), job, "auto", confirmed=False)
     grown = publish_rounds(store, plan, (Extent(request=0, cell=0, start=20, stop=24, samples_per_shard=4),))
-    found = [grown, stored_plan(store)[1], open_run(store, cases.make_plan(job), job, "auto", confirmed=False)]
+    found = [grown, stored_plan(store)[1], open_output(store, cases.make_plan(job), job, "auto", confirmed=False)]
     assert [(one.schema_version, len(one.stages)) for one in found] == [(1, 2)] * 3
 
 
 def test_a_shard_of_another_schema_is_damage(tmp_path: Path) -> None:
     """It could be read, but the columns of the whole would be mixed."""
     store, job = old_run(tmp_path / "old")
-    plan = open_run(store, cases.make_plan(job), job, "auto", confirmed=False)
+    plan = open_output(store, cases.make_plan(job), job, "auto", confirmed=False)
     cases.commit_one(store, Plan(plan.requests, plan.identity, plan.stages), 1)
     [found] = verify(store).damage
     assert found.shard == 1 and f"has schema version {SCHEMA_VERSION}, the run has 1" in found.text
@@ -251,7 +253,7 @@ def test_a_shard_of_another_schema_is_damage(tmp_path: Path) -> None:
 def test_a_new_run_has_the_new_schema(tmp_path: Path) -> None:
     """Also in the place of an old one that is removed."""
     store, job = old_run(tmp_path / "old")
-    assert open_run(store, cases.make_plan(job), job, "overwrite", confirmed=True).schema_version == SCHEMA_VERSION
+    assert open_output(store, cases.make_plan(job), job, "overwrite", confirmed=True).schema_version == SCHEMA_VERSION
     plan = finish(store, job)
     assert plan.schema_version == SCHEMA_VERSION
     table = pq.read_table(store.path("metadata.parquet"))
@@ -264,4 +266,4 @@ def test_a_run_of_a_later_schema_is_refused(tmp_path: Path) -> None:
     path = store.path("_state/plan/000000.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": SCHEMA_VERSION + 1}))
     with pytest.raises(Exception, match="use the version that wrote it"):
-        open_run(store, cases.make_plan(job), job, "auto", confirmed=False)
+        open_output(store, cases.make_plan(job), job, "auto", confirmed=False)

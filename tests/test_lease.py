@@ -1,4 +1,4 @@
-"""The lease: who holds it, who may take it, and what the loser hears. Clocks that jump and drivers that are frozen."""
+"""The lease: who holds it, who may take it over, what a refused driver reports; jumping clocks and frozen drivers."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def plant(store, **changes) -> Holder:
     return holder
 
 
-def test_the_loser_hears_who_is_at_work_and_when_the_place_is_free(tmp_path):
+def test_a_refused_driver_reports_the_holder_and_when_the_output_is_available(tmp_path):
     """Exit code 4; nothing is waited for while the lease stands."""
     store = open_store(str(tmp_path))
     before, left = time.time(), 55
     plant(store, expires=before + left)
     with pytest.raises(OwnedError, match="process 4711 on node-7, since ") as raised:
         hold(store, wait=pytest.fail).__enter__()
-    [seconds] = re.findall(r"its place is free in (\d+) s", str(raised.value))
+    [seconds] = re.findall(r"the output is available in (\d+) s", str(raised.value))
     assert left - (time.time() - before) - 1 <= int(seconds) <= left
     assert raised.value.exit_code == EXIT_OWNED
     assert read_holder(store).token == "other"
@@ -58,10 +58,10 @@ def test_the_loser_hears_who_is_at_work_and_when_the_place_is_free(tmp_path):
 
 def test_an_expired_lease_is_watched_and_then_taken(tmp_path):
     """For longer than its holder takes to renew it; the next number is ours, and the old file is gone."""
-    store, waits, told = open_store(str(tmp_path)), [], []
+    store, waits, notices = open_store(str(tmp_path)), [], []
     plant(store, expires=time.time() - 1)
-    with hold(store, wait=waits.append, notice=told.append) as lease:
-        assert lease.number == 4 and waits == [30.0] and "node-7" in told[0]
+    with hold(store, wait=waits.append, notice=notices.append) as lease:
+        assert lease.number == 4 and waits == [30.0] and "node-7" in notices[0]
         assert is_alive(read_holder(store)) and store.list(LEASES) == [f"{LEASES}/000004.json"]
     assert read_holder(store).is_released and not is_alive(read_holder(store))
     with hold(store, wait=pytest.fail) as lease:
@@ -69,22 +69,22 @@ def test_an_expired_lease_is_watched_and_then_taken(tmp_path):
 
 
 def test_the_end_does_not_wait_for_a_broken_network(tmp_path, monkeypatch):
-    """Neither for the lease nor for the journal; where the network comes back, both are told after all."""
-    store, mended = open_store(str(tmp_path)), threading.Event()
+    """Neither for the lease nor for the journal; where the network comes back, both are written after all."""
+    store, recovered = open_store(str(tmp_path)), threading.Event()
     with hold(store, length_seconds=0.2):
         replace = store.replace
-        monkeypatch.setattr(store, "replace", lambda *what: mended.wait(GATE_SECONDS) and replace(*what))
-        monkeypatch.setattr(store, "flush", lambda **_: mended.wait(GATE_SECONDS))
+        monkeypatch.setattr(store, "replace", lambda *what: recovered.wait(GATE_SECONDS) and replace(*what))
+        monkeypatch.setattr(store, "flush", lambda **_: recovered.wait(GATE_SECONDS))
         monkeypatch.setattr(leases, "RELEASE_SECONDS", 0.1)
         monkeypatch.setattr(journals, "END_SECONDS", 0.1)
         journals.Journal(store, 0).keep(is_end=True)
-    assert not mended.is_set() and not read_holder(store).is_released
-    mended.set()
+    assert not recovered.is_set() and not read_holder(store).is_released
+    recovered.set()
     wait_until(lambda: read_holder(store).is_released, "the lease is released")
 
 
 def test_no_error_ends_the_renewing(tmp_path, monkeypatch):
-    """A driver at work that does not renew its lease could be taken for dead."""
+    """A running driver that does not renew its lease could count as dead."""
     store, renew, failed = open_store(str(tmp_path)), leases.Lease.renew, []
 
     def fail_once(lease) -> None:
@@ -123,7 +123,7 @@ def test_who_lost_the_lease_finds_out(tmp_path):
     assert read_holder(store).token == "other"
 
 
-def test_two_that_want_a_free_place_do_not_both_get_it(monkeypatch, tmp_path):
+def test_one_of_two_drivers_gets_an_available_output(monkeypatch, tmp_path):
     """Without locks, as on some network file systems: the file of the number is created by one."""
     store = open_store(str(tmp_path))
     monkeypatch.setattr(leases, "_latest", lambda store: None)

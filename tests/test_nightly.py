@@ -13,8 +13,9 @@ import yaml
 
 from engine.commands.jobfile import dated, read_job
 from engine.data.images.encoding import DIGITAL_SOURCE_TYPE
+from engine.data.run.resume import as_begun, open_output
 from engine.data.run.shards import read_shard
-from engine.data.run.state import as_begun, open_run, read_run, stored_plan
+from engine.data.run.stored_plan import read_run, stored_plan
 from engine.data.stores.opening import open_store
 from engine.errors import JobError, OutputError
 from engine.job.parsing import parse_job
@@ -23,7 +24,7 @@ from engine.job.spec import JobSpec
 from engine.models.licences import licence_of
 from tests.composed import composed_job, make_run
 from tests.conftest import REPOSITORY
-from tests.dataset_cases import DIGESTS, LABELS, make_job, make_plan
+from tests.run_cases import DIGESTS, LABELS, make_job, make_plan
 
 MONDAY, TUESDAY = datetime.date(2026, 11, 30), datetime.date(2026, 12, 1)
 
@@ -100,16 +101,16 @@ def test_after_midnight_a_run_goes_on_with_its_own_date(tmp_path):
     uri = str(tmp_path / "night")
     job = dated(night_job(uri, fresh=True), MONDAY)
     store = open_store(uri)
-    plan = open_run(store, make_plan(job), job, "auto", confirmed=False)
+    plan = open_output(store, make_plan(job), job, "auto", confirmed=False)
     late = dated(night_job(uri, fresh=True), TUESDAY)
     assert late.requests[1].fresh == "2026-11-30" and seeds(late) == seeds(job)
-    assert open_run(store, make_plan(late), late, "auto", confirmed=False).digest == plan.digest
+    assert open_output(store, make_plan(late), late, "auto", confirmed=False).digest == plan.digest
     assert stored_plan(store)[0].requests[1].fresh == "2026-11-30"
     assert dated(night_job(uri, fresh=True), TUESDAY, continues=False).requests[1].fresh == "2026-12-01"
     assert dated(night_job(str(tmp_path / "new"), fresh=True), TUESDAY).requests[1].fresh == "2026-12-01"
     other = night_job(uri, fresh="2026-12-01")
     with pytest.raises(OutputError, match=r'requests\.1\.fresh: "2026-11-30" -> "2026-12-01"'):
-        open_run(store, make_plan(other), other, "auto", confirmed=False)
+        open_output(store, make_plan(other), other, "auto", confirmed=False)
 
 
 def test_the_nightly_job_has_a_panel_and_fresh_samples():

@@ -29,11 +29,13 @@ import pytest
 from botocore.exceptions import EndpointConnectionError
 
 import engine
-from engine.data.run.commits import COMMITS, list_commits, read_commits
+from engine.data.run.commit_record import COMMITS
+from engine.data.run.commits import list_commits, read_commits
+from engine.data.run.file_names import METADATA, SUCCESS
+from engine.data.run.repair import repair
 from engine.data.run.shards import SHARDS, shard_name
-from engine.data.run.state import METADATA, SUCCESS
-from engine.data.run.verify import repair, verify
-from engine.data.stores import object_store
+from engine.data.run.verify import verify
+from engine.data.stores import object_appends, object_client, object_copies
 from engine.data.stores.base import STATE, TORN
 from engine.data.stores.journal import Journal, read_events
 from engine.data.stores.object_store import ObjectStore
@@ -43,7 +45,7 @@ from engine.driver.scheduling.messages import SchedulerLimits
 from engine.driver.status import read_status
 from engine.errors import EXIT_DRAINED, EXIT_OK, EXIT_OWNED, CorruptShardError, OutputError, StoreLostError
 from tests.conftest import REPOSITORY
-from tests.dataset_cases import commit_one, open_case
+from tests.run_cases import commit_one, open_case
 from tests.sleepy import run_sleepy, tars, wait_until
 
 BUCKET = "bucket"
@@ -68,7 +70,7 @@ def server() -> Iterator[str]:
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
         patch.setenv("AWS_CONFIG_FILE", os.devnull)
-        connected("unused")._fs.call_s3("create_bucket", Bucket=BUCKET)
+        connected("unused").client.fs.call_s3("create_bucket", Bucket=BUCKET)
         yield endpoint
     moto.stop()
 
@@ -87,8 +89,8 @@ def connected(name: str) -> ObjectStore:
 
 def objects(store: ObjectStore, folder: str = "") -> dict[str, bytes]:
     """Everything below a folder by its name, listed and read past the store's own methods."""
-    keys = store._fs.find(f"{BUCKET}/{store.name}/{folder}")
-    return {key.removeprefix(f"{BUCKET}/{store.name}/"): store._fs.cat_file(key) for key in keys}
+    keys = store.client.fs.find(f"{BUCKET}/{store.name}/{folder}")
+    return {key.removeprefix(f"{BUCKET}/{store.name}/"): store.client.fs.cat_file(key) for key in keys}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def test_a_name_is_taken_once(store: ObjectStore, tmp_path: Path) -> None:
-    """The first to publish has the name; whoever offers the same bytes, as after a lost answer, is told that it has."""
+    """The first to publish has the name; whoever offers the same bytes, as after a lost response, succeeds."""
     (tmp_path / "other").write_bytes(b"other")
     (tmp_path / "first").write_bytes(b"first")
     assert store.publish("a/x", b"first") and store.publish("a/x", b"first")
@@ -122,13 +124,13 @@ def test_an_upload_in_parts_does_not_overwrite(
     monkeypatch.setattr("s3fs.core.calculate_chunksize", lambda size, chunksize=None: 5 * 2**20)
     large = tmp_path / "large"
     large.write_bytes(bytes(11 * 2**20))
-    assert store.publish("large", large) and store._info("large")["ETag"].strip('"').endswith("-3")  # type: ignore[index]
+    assert store.publish("large", large) and store.client.info("large")["ETag"].strip('"').endswith("-3")  # type: ignore[index]
     assert store.publish("large", large), "the same bytes"
     large.write_bytes(b"1" * 11 * 2**20)
     assert not store.publish("large", large) and store.read("large") == bytes(11 * 2**20)
     # Of this store alone: others use the server too, some with faults.
-    left = store._fs.call_s3("list_multipart_uploads", Bucket=BUCKET).get("Uploads", [])
-    assert not [one for one in left if one["Key"].startswith(store._key("").removeprefix(f"{BUCKET}/"))]
+    left = store.client.fs.call_s3("list_multipart_uploads", Bucket=BUCKET).get("Uploads", [])
+    assert not [one for one in left if one["Key"].startswith(store.client.key("").removeprefix(f"{BUCKET}/"))]
 
 
 def test_two_who_publish_at_once(server: str, request: pytest.FixtureRequest) -> None:
@@ -147,7 +149,7 @@ def test_a_store_that_ignores_the_condition_is_refused(store: ObjectStore) -> No
         del request.headers["If-None-Match"]
 
     assert not store.is_there()
-    store._fs.s3.meta.events.register("before-send.s3.PutObject", strip)
+    store.client.fs.s3.meta.events.register("before-send.s3.PutObject", strip)
     with pytest.raises(OutputError, match=r"overwrites where it was asked to create if absent \(If-None-Match: \*\)"):
         store.publish("x", b"x")
 
@@ -196,13 +198,13 @@ def test_copies_follow_the_object(store: ObjectStore, monkeypatch: pytest.Monkey
     other.remove("parts/1")
     assert sorted(one.name for one in store.fetch("parts").iterdir()) == ["0", "2"]
     late = connected(store.name)
-    monkeypatch.setattr(late, "list", lambda name: [])
+    monkeypatch.setattr(late.client, "entries", lambda name: [])
     assert not late.fetch("parts").exists(), "removed since it was found to be a folder"
     other.remove_tree("parts")
     other.replace("parts", b"a file now")
     assert store.fetch("parts").read_bytes() == b"a file now"
-    monkeypatch.setattr(object_store, "MAX_COPIED_BYTES", 100)
-    monkeypatch.setattr(object_store, "MIN_COPIES", 2)
+    monkeypatch.setattr(object_copies, "MAX_COPIED_BYTES", 100)
+    monkeypatch.setattr(object_copies, "MIN_COPIES", 2)
     for number in range(6):
         other.replace(f"y/{number}", bytes(50))
     kept = store.fetch("y/0", keep=True)
@@ -216,7 +218,7 @@ def test_copies_follow_the_object(store: ObjectStore, monkeypatch: pytest.Monkey
     assert not home.exists() and store.fetch("y/1").stat().st_size == 50
 
 
-def test_a_forked_process_connects_anew(store: ObjectStore) -> None:
+def test_a_forked_process_connects_again(store: ObjectStore) -> None:
     """Workers of a data loader are forked: the parent's connections and threads are not theirs."""
     store.replace("x", b"of the parent")
     assert store.read("x") == b"of the parent"
@@ -232,11 +234,11 @@ def test_a_forked_process_connects_anew(store: ObjectStore) -> None:
 
 
 def test_what_was_appended_is_seen(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the end at the latest; when some time has passed, where somebody asks."""
+    """At the end at the latest; after some time, where a flush is due."""
     store.append("log", "one\n")
     store.flush(if_due=True)
     assert not store.exists("log")
-    monkeypatch.setattr(object_store, "APPEND_SECONDS", 0.0)
+    monkeypatch.setattr(object_appends, "APPEND_SECONDS", 0.0)
     store.flush(if_due=True)
     store.append("log", "two\n")
     wait_until(lambda: store.exists("log"), "the first line is seen")
@@ -247,15 +249,15 @@ def test_what_was_appended_is_seen(store: ObjectStore, monkeypatch: pytest.Monke
 
 def test_nobody_waits_for_what_is_due(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver goes on while the network holds a line up; one upload at a time, and the end waits for it."""
-    is_open, begun, put = threading.Event(), threading.Event(), store._put
+    is_open, begun, put = threading.Event(), threading.Event(), store.client.put
 
     def wait(name: str, data: Any, *, mode: str) -> None:
         begun.set()
         assert is_open.wait(60)
         put(name, data, mode=mode)
 
-    monkeypatch.setattr(object_store, "APPEND_SECONDS", 0.0)
-    monkeypatch.setattr(store, "_put", wait)
+    monkeypatch.setattr(object_appends, "APPEND_SECONDS", 0.0)
+    monkeypatch.setattr(store.client, "put", wait)
     for line in "abc":
         store.append("log", line)
         store.flush(if_due=True)
@@ -270,32 +272,32 @@ def test_a_network_that_swallows_everything(store: ObjectStore, monkeypatch: pyt
     """Patience ends, and before that of the scheduler: the worker that waits does not hang."""
     import s3fs
 
-    last_try = 5 * object_store.S3_TRIES * s3fs.S3FileSystem.read_timeout  # botocore tries five times.
-    longest = object_store.MAX_RETRY_SECONDS + 1.25 * max(object_store.RETRY_WAITS) + last_try
+    last_try = 5 * object_client.S3_TRIES * s3fs.S3FileSystem.read_timeout  # botocore tries five times.
+    longest = object_client.MAX_RETRY_SECONDS + 1.25 * max(object_client.RETRY_WAITS) + last_try
     assert longest < SchedulerLimits().min_limit_seconds / 1.5
     monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", 0.2)
-    monkeypatch.setattr(object_store, "MAX_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(object_client, "MAX_RETRY_SECONDS", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as hole:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{hole.getsockname()[1]}")
         with pytest.raises(StoreLostError, match=r"the endpoint cannot be reached \(Read timeout on endpoint URL"):
             connected("x").read("y")
         hole.settimeout(0.2)
-        for _ in range(object_store.S3_TRIES):
+        for _ in range(object_client.S3_TRIES):
             hole.accept()[0].close()
         with pytest.raises(TimeoutError):
             hole.accept()
 
 
-def test_what_could_not_be_put_in_place_is_put_there_later(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection that breaks for a while costs no line; a local folder that somebody removed costs no run."""
-    monkeypatch.setattr(object_store, "APPEND_SECONDS", 0.0)
+def test_what_could_not_be_uploaded_is_uploaded_later(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that breaks for a while costs no line; a removed local folder costs no run."""
+    monkeypatch.setattr(object_appends, "APPEND_SECONDS", 0.0)
     journal = Journal(store, 0)
     journal.note("one")
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_connection", object_store._connect("s3"))
-        store._fs.connect()
-        store._fs.s3.meta.events.register("before-send.s3.PutObject", broken)
-        patch.setattr(object_store, "RETRY_WAITS", (0.01,))
+        patch.setattr(store.client, "_connection", object_client.connect("s3"))
+        store.client.fs.connect()
+        store.client.fs.s3.meta.events.register("before-send.s3.PutObject", broken)
+        patch.setattr(object_client, "RETRY_WAITS", (0.01,))
         with pytest.raises(StoreLostError, match="the endpoint cannot be reached"):
             store.flush()
     assert not store.exists("_state/events/000000.jsonl")
@@ -312,28 +314,28 @@ def broken(**_: Any) -> None:
     raise EndpointConnectionError(endpoint_url="http://nowhere")
 
 
-def test_what_may_not_be_removed_is_told(store: ObjectStore) -> None:
+def test_what_may_not_be_removed_is_reported(store: ObjectStore) -> None:
     """S3 answers a request to remove many with 200, and in it which of them it did not."""
 
     def deny(parsed: dict[str, Any], **_: Any) -> None:
         parsed["Errors"] = [{"Key": f"{store.name}/b", "Code": "AccessDenied", "Message": "Access Denied"}]
 
     store.replace("a", b"")
-    store._fs.s3.meta.events.register("after-call.s3.DeleteObjects", deny)
+    store.client.fs.s3.meta.events.register("after-call.s3.DeleteObjects", deny)
     with pytest.raises(OutputError, match=rf"^{store.uri}/b: access denied \(AccessDenied: Access Denied\); the"):
         store.remove_all(["a", "b"])
 
 
 def test_many_are_removed(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than one request takes."""
-    monkeypatch.setattr(object_store, "DELETE_TOGETHER", 2)
+    monkeypatch.setattr(object_client, "DELETE_TOGETHER", 2)
     for name in "abcde":
         store.replace(name, b"")
     store.remove_all("abcd")
     assert set(objects(store)) == {"e"}
 
 
-def test_a_file_that_was_mended_is_not_set_aside(store: ObjectStore) -> None:
+def test_a_file_that_was_repaired_is_not_set_aside(store: ObjectStore) -> None:
     """Without locks another worker may be faster; what it put there is not what was looked at."""
     store.replace("shards/x.tar", b"torn")
     store.fetch("shards/x.tar")
@@ -413,7 +415,7 @@ def test_a_missing_extra(uri: str, library: str, extra: str, monkeypatch: pytest
     )
 
 
-def told(*arguments: str, code: int = 2) -> str:
+def error_of(*arguments: str, code: int = 2) -> str:
     """What `riskforge status` says of an address, in a process of its own, within seconds."""
     started = time.monotonic()
     command = [str(Path(sys.executable).with_name("riskforge")), "status", *arguments]
@@ -426,7 +428,7 @@ def told(*arguments: str, code: int = 2) -> str:
 def test_a_bucket_that_is_not_there(server: str) -> None:
     error = "error: s3://nobody/x/_state/plan: there is no such bucket; create it, or correct the address"
     error += " (or that of the endpoint)"
-    assert told("s3://nobody/x") == error
+    assert error_of("s3://nobody/x") == error
     with pytest.raises(OutputError, match=r"^s3://nobody/x/y: there is no such bucket; create it"):
         open_store("s3://nobody/x").publish("y", b"")
     with pytest.raises(OutputError, match=r"^s3://nobody/x/y: there is no such bucket; create it"):
@@ -436,7 +438,7 @@ def test_a_bucket_that_is_not_there(server: str) -> None:
 def test_no_credentials(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    assert told("s3://bucket/x") == (
+    assert error_of("s3://bucket/x") == (
         "error: s3://bucket/x/_state/plan: no credentials are found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,"
         " or AWS_PROFILE, or give the machine a role, here and on every machine with workers"
     )
@@ -444,7 +446,7 @@ def test_no_credentials(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_endpoint_that_nobody_listens_on(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    error = told("s3://bucket/x", code=EXIT_DRAINED)
+    error = error_of("s3://bucket/x", code=EXIT_DRAINED)
     assert error.startswith(
         "error: s3://bucket/x/_state/plan: the endpoint cannot be reached (Could not connect to the"
     )
@@ -462,7 +464,7 @@ def test_an_endpoint_that_nobody_listens_on(server: str, monkeypatch: pytest.Mon
 def test_settings_that_the_library_does_not_understand(
     server: str, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, reason: str
 ) -> None:
-    """Some of them are told by a plain `ValueError`."""
+    """Some of them are raised as a plain `ValueError`."""
     monkeypatch.setenv(variable, value)
     with pytest.raises(OutputError) as caught:
         open_store("s3://bucket/x").list()
@@ -482,8 +484,8 @@ def test_a_file_of_credentials_that_cannot_be_read(tmp_path: Path, monkeypatch: 
 
 
 def test_what_gcsfs_logs_is_not_printed() -> None:
-    """It logs every fault with its traceback, and tells it to us as well."""
-    program = "import logging; from engine.data.stores.opening import open_store; open_store('gs://b/x')._fs;"
+    """It logs every error with its traceback, and raises it as well."""
+    program = "import logging; from engine.data.stores.opening import open_store; open_store('gs://b/x').client.fs;"
     program += "logging.getLogger('gcsfs').error('out of retries')"
     emulated = os.environ | {"STORAGE_EMULATOR_HOST": "http://127.0.0.1:9"}
     done = subprocess.run(
@@ -497,7 +499,7 @@ def test_access_denied(server: str) -> None:
     reset, plain = f"{server}/moto-api/reset-auth", {"Content-Type": "text/plain"}
     urllib.request.urlopen(urllib.request.Request(reset, b"0", plain, method="POST")).close()
     try:
-        error = told("s3://bucket/x")
+        error = error_of("s3://bucket/x")
     finally:
         urllib.request.urlopen(urllib.request.Request(reset, b"inf", plain, method="POST")).close()
     assert error.startswith("error: s3://bucket/x/_state/plan: access denied (InvalidAccessKeyId: ")
@@ -521,7 +523,7 @@ def test_a_store_that_is_asked_too_much(server: str, monkeypatch: pytest.MonkeyP
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Busy) as busy:
         threading.Thread(target=busy.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{busy.server_port}")
-        error = told("s3://bucket/x", code=EXIT_DRAINED)
+        error = error_of("s3://bucket/x", code=EXIT_DRAINED)
         busy.shutdown()
     assert error.startswith("error: s3://bucket/x/_state/plan: the store asks for fewer requests (SlowDown: Please")
     assert "use fewer workers or a larger samples_per_shard, or set AWS_RETRY_MODE=adaptive" in error
@@ -547,8 +549,8 @@ def test_a_run_has_the_bytes_of_a_local_one(store: ObjectStore, local: dict[str,
     }
 
 
-def test_a_lost_object_of_a_finished_run_is_named(store: ObjectStore) -> None:
-    """By the one listing that tells names and sizes; the marker goes, and comes back with the repaired shard."""
+def test_a_lost_object_of_a_finished_run_is_reported(store: ObjectStore) -> None:
+    """By one listing of names and sizes; the marker goes, and comes back with the repaired shard."""
     assert run_sleepy(store.uri, 1, LocalExecutor(1)).exit_code == EXIT_OK
     name = "shards/sleepy-000001.tar"
     for damage in (store.remove, lambda name: store.replace(name, b"")):
@@ -572,8 +574,8 @@ def test_a_killed_run_is_continued(store: ObjectStore, local: dict[str, bytes]) 
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
     second = driver(store.uri, "local")
-    _, told = second.communicate(timeout=200)
-    assert second.returncode == EXIT_OWNED and f"error: output {store.uri}: another driver is at work on it" in told
+    _, errors = second.communicate(timeout=200)
+    assert second.returncode == EXIT_OWNED and f"error: output {store.uri}: another driver is running on it" in errors
     assert read_status(store).state == "running"
     first.send_signal(signal.SIGKILL)
     first.wait()
@@ -629,7 +631,7 @@ def test_a_store_that_cannot_be_read_is_no_damage(store: ObjectStore, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     reader = connected(store.name)
-    monkeypatch.setattr(reader._fs, "get_file", fail)
+    monkeypatch.setattr(reader.client.fs, "get_file", fail)
     for look in (verify, repair):
         with pytest.raises(OutputError, match=r"shards/sleepy-000000\.tar: the local folder .* the disk is full"):
             look(reader)
@@ -731,7 +733,7 @@ def test_gcs_is_asked_to_create_if_absent(local: dict[str, bytes], monkeypatch: 
         gcs.shutdown()
 
 
-def test_what_gcs_refuses_is_told_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_gcs_refuses_is_reported_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """gcsfs logs what it raises with its traceback, and raises a bare ValueError for some."""
 
     class Refusing(FewWordsOfGcs):
@@ -743,7 +745,7 @@ def test_what_gcs_refuses_is_told_without_a_traceback(monkeypatch: pytest.Monkey
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{gcs.server_port}")
         monkeypatch.setenv("NO_GCE_CHECK", "true")
         for bucket in ("invalid", "other"):
-            error = told(f"gs://{bucket}/x")
+            error = error_of(f"gs://{bucket}/x")
             assert "\n" not in error and error.startswith(f"error: gs://{bucket}/x/_state/plan: the store refuses ("), (
                 error
             )
@@ -766,7 +768,7 @@ def test_every_command_on_the_quickstart(server: str, call: Any, tmp_path: Path)
     assert code == 0 and "output: s3://bucket/nightly-20" in out, err
     code, out, err = call("run", job, "--output", uri, "--executor", "local", *sets)
     assert code == 0, err
-    [name] = [one for one in connected("x")._fs.ls(BUCKET, detail=False) if "nightly-" in one]
+    [name] = [one for one in connected("x").client.fs.ls(BUCKET, detail=False) if "nightly-" in one]
     run, folder = f"s3://{name}", str(tmp_path / "folder")
     assert f"report: {run}/report.html" in out
     for key, data in objects(connected(Path(name).name)).items():

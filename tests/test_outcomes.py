@@ -22,7 +22,7 @@ from engine.data.images import digits
 from engine.data.reading.inspection import inspect
 from engine.data.run.counts import is_joint
 from engine.data.run.outcomes import asked_classes, errors, oracle_agreement, target_errs
-from engine.data.run.state import open_run
+from engine.data.run.resume import open_output
 from engine.data.run.summary import summarise
 from engine.data.run.verify import verify
 from engine.data.stores.opening import open_store
@@ -45,7 +45,7 @@ from engine.studies.compare.scored_run import read_scored_run
 from engine.studies.evaluate.image_registry import ImageRegistry
 from engine.studies.evaluate.inputs import RunSamples
 from tests.corpus_cases import make_run
-from tests.dataset_cases import LABELS
+from tests.run_cases import LABELS
 
 NUM_SCORED = 17  # Of 20 of a request, every seventh failed.
 NAMES = dict(enumerate(LABELS))
@@ -246,7 +246,7 @@ def make_real(folder: Path, version: int) -> list[dict[str, Any]]:
     quiet_libraries()
     plan = build_plan(job, list(digits.CLASS_NAMES), model_digests(job))
     begun = Plan(plan.requests, plan.identity, plan.stages, version)
-    open_run(open_store(str(folder)), begun, job, "auto", confirmed=False)
+    open_output(open_store(str(folder)), begun, job, "auto", confirmed=False)
     run_job(job, executor=LocalExecutor(1), resume="auto", confirmed=False, display=PlainDisplay(sys.stderr))
     assert verify(open_store(str(folder))).findings == ()
     return pq.read_table(folder / "metadata.parquet").to_pylist()

@@ -13,7 +13,7 @@ from engine.data.run import output_folder
 from engine.data.run.output_folder import _PARENTS, _SYSTEM_TREES, check_output
 from engine.data.stores.opening import open_store
 from engine.errors import OutputError
-from tests.dataset_cases import commit_one, open_case
+from tests.run_cases import commit_one, open_case
 
 JOB = {
     "name": "a",
@@ -101,7 +101,7 @@ KINDS = (make_file, make_below_a_file, make_full, make_hidden, make_export)
 
 @pytest.mark.parametrize("make", KINDS)
 @pytest.mark.parametrize("command", [("plan", "--validate"), ("run", "--executor", "local")])
-def test_what_is_there_is_told_before_anything_starts(tmp_path, call, make, command):
+def test_what_is_there_is_reported_before_anything_starts(tmp_path, call, make, command):
     """By both commands, with the remedy, code 2; the folder stays as it is."""
     reason = make(tmp_path)
     uri = tmp_path / ("out/x" if make is make_below_a_file else "out")

@@ -10,14 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import engine
-from engine.data.reading.export import ExportOptions, export
+from engine.data.reading.export import export
+from engine.data.reading.export_options import ExportOptions
 from engine.data.reading.inspection import inspect
 from engine.data.run.verify import verify
 from engine.data.stores.opening import open_store
 from engine.report.render import write_report
 from engine.studies.compare.scored_run import read_scored_run
 from tests.corpus_cases import make_run
-from tests.dataset_cases import LABELS
+from tests.run_cases import LABELS
 
 # What webdataset, fsspec, glob, braceexpand, Arrow, URLs and shells read otherwise than it is written.
 NAMES = (

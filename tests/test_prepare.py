@@ -27,9 +27,9 @@ import torch
 from engine import cli
 from engine.commands.jobfile import read_job
 from engine.data.images import (
-    Found,
     ImageSource,
     LabelledImage,
+    ReadResult,
     Unusable,
     UnusableImageError,
     decode,
@@ -110,7 +110,7 @@ def table(samples, tmp_path_factory) -> Path:
     return write_tables(tmp_path_factory.mktemp("parquet"), samples)
 
 
-def source_of(read: Callable[[], Iterator[Found]]) -> ImageSource:
+def source_of(read: Callable[[], Iterator[ReadResult]]) -> ImageSource:
     """A source of findings that are there already."""
     return ImageSource("test", None, (lambda: (partial(lambda one: one, found) for found in read()),))
 

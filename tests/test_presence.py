@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from engine.data.run import commits
-from engine.data.run.commits import CommitRecord, compact_commits, recorded_files
+from engine.data.run import commit_packs, commit_shard
+from engine.data.run.commit_record import CommitRecord
+from engine.data.run.commits import compact_commits
 from engine.data.run.counts import ShardCounts, record_name
+from engine.data.run.file_names import SUCCESS
 from engine.data.run.presence import lost_files
-from engine.data.run.state import SUCCESS
+from engine.data.run.recorded_files import recorded_files
 from engine.data.stores.opening import open_store
 from engine.driver.executors.local import LocalExecutor
 from engine.errors import EXIT_OK, CorruptShardError
@@ -96,7 +98,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "state", "damage"), CASES)
-def test_a_lost_file_of_a_committed_shard_is_named_and_made_again_after_repair(
+def test_a_lost_file_of_a_committed_shard_is_reported_and_made_again_after_repair(
     finished, tmp_path, call, kind, state, damage: Callable[[Path], None]
 ):
     """`run` ends without the marker, with shard, file and remedy; `status` says the same; the remedy works."""
@@ -118,7 +120,7 @@ def test_a_lost_file_of_a_committed_shard_is_named_and_made_again_after_repair(
     assert call("verify", output)[0] == 0
 
 
-# The card ends with what it says last: half of one is somebody's own text.
+# The card ends with what it says last: half of one could be a text of the user.
 REWRITTEN = [
     *itertools.product(CLOSING, [unlink]),
     *itertools.product(("README.md", SUCCESS), [empty]),
@@ -152,7 +154,7 @@ def test_a_file_over_all_shards_is_written_again(finished, tmp_path, call, name,
 @pytest.mark.parametrize("state", ["finished", "unfinished"])
 @pytest.mark.parametrize("damage", [unlink, halve])
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_a_lost_record_is_named_or_its_shard_committed_again(finished, tmp_path, call, state, damage, is_packed):
+def test_a_lost_record_is_reported_or_its_shard_committed_again(finished, tmp_path, call, state, damage, is_packed):
     """Without its record a shard is not committed: its files are adopted. A record that cannot be read is named."""
     output = copy(finished, tmp_path / "run", state)
     if is_packed:
@@ -170,9 +172,9 @@ def test_a_lost_record_is_named_or_its_shard_committed_again(finished, tmp_path,
         assert run(output).exit_code == EXIT_OK and tars(output) == tars(finished)
 
 
-def test_a_file_that_goes_while_the_run_is_at_work_leaves_no_marker(tmp_path, monkeypatch):
+def test_a_file_that_goes_during_the_run_leaves_no_marker(tmp_path, monkeypatch):
     """Lost between the first look and the end: the marker is the last word, so it looks again."""
-    output, commit = tmp_path / "run", commits.commit_shard
+    output, commit = tmp_path / "run", commit_shard.commit_shard
 
     def losing(store, *arguments, **options):
         record = commit(store, *arguments, **options)
@@ -197,8 +199,8 @@ def test_packed_records_are_looked_through_without_being_parsed(tmp_path):
         for n in range(20_000)
     ]
     staged = store.staging() / "pack.parquet"
-    commits._write_pack(staged, ((record_name(one.shard, counts), one) for one in records))
-    assert store.publish(f"{commits.PACKS}/000000.parquet", staged)
+    commit_packs.write_pack(staged, ((record_name(one.shard, counts), one) for one in records))
+    assert store.publish(f"{commit_packs.PACKS}/000000.parquet", staged)
     started = time.process_time()
     found = list(recorded_files(store))
     assert time.process_time() - started < 5

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from engine.data.run.commits import list_commits
-from engine.data.run.state import open_run, publish_rounds, read_run
+from engine.data.run.resume import open_output
+from engine.data.run.stored_plan import publish_rounds, read_run
 from engine.data.stores.opening import open_store
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.run import run_job
@@ -165,7 +166,7 @@ def test_a_round_that_a_driver_added_after_it_had_lost_the_run_is_adopted(tmp_pa
     """
     job = make_job(tmp_path, 6, request=RULE)
     store = open_store(str(tmp_path))
-    plan = open_run(store, build_plan(job, DIGITS, DIGESTS), job, "auto", confirmed=False)
+    plan = open_output(store, build_plan(job, DIGITS, DIGESTS), job, "auto", confirmed=False)
     first, second = (Extent(request=0, cell=cell, start=6, stop=16, samples_per_shard=4) for cell in (0, 1))
     frozen = publish_rounds(store, plan, (first,))
     owner = publish_rounds(store, plan, (first, second))

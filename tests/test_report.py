@@ -22,10 +22,13 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from engine.data.run.commits import commit_shard, list_commits
-from engine.data.run.manifest import finalise, write_metadata
-from engine.data.run.shards import shard_name, stage_shard
-from engine.data.run.state import METADATA
+from engine.data.run.commit_shard import commit_shard
+from engine.data.run.commits import list_commits
+from engine.data.run.file_names import METADATA
+from engine.data.run.finalise import finalise
+from engine.data.run.metadata_table import write_metadata
+from engine.data.run.shard_writing import stage_shard
+from engine.data.run.shards import shard_name
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, OutputError

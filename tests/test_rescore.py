@@ -13,9 +13,10 @@ import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 
+from engine.data.run.repair import repair
+from engine.data.run.resume import open_output
 from engine.data.run.shards import read_shard
-from engine.data.run.state import open_run
-from engine.data.run.verify import repair, verify
+from engine.data.run.verify import verify
 from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store
 from engine.driver.status import read_status
@@ -148,9 +149,9 @@ def test_the_run_does_not_mind(copy):
     strange = copy / "rescored/mine"
     strange.mkdir()
     with pytest.raises(OutputError, match="rescored/mine"):
-        open_run(store, planned, job, "overwrite", confirmed=True)
+        open_output(store, planned, job, "overwrite", confirmed=True)
     strange.rmdir()
-    open_run(store, planned, job, "overwrite", confirmed=True)
+    open_output(store, planned, job, "overwrite", confirmed=True)
     assert {path.name for path in copy.iterdir()} == {"_state"}
 
 
@@ -159,7 +160,7 @@ def test_a_run_with_a_driver_at_work_is_left_alone(made, tmp_path, call):
     copy = shutil.copytree(made, tmp_path / "copy", ignore=shutil.ignore_patterns("rescored"))
     with hold(open_store(str(copy))):
         code, _, err = call("rescore", copy, "--target", OTHER)
-        assert code == EXIT_OWNED and "another driver is at work on it" in err and not (copy / "rescored").exists()
+        assert code == EXIT_OWNED and "another driver is running on it" in err and not (copy / "rescored").exists()
         assert call("rescore", copy, "--target", OTHER, "--output", copy / "rescored/mine")[0] == EXIT_OWNED
         assert rescore_run(str(copy), OTHER, output=str(tmp_path / "elsewhere")).num_scored > 0
 

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import engine
-from engine.data.reading.export import ExportOptions, export
+from engine.data.reading.export import export
+from engine.data.reading.export_options import ExportOptions
 from engine.data.reading.inspection import inspect
 from engine.data.run.schema import arrow_schema
 from engine.data.run.shards import read_shard, read_tar
@@ -22,7 +23,7 @@ from engine.report.render import write_report
 from engine.studies.compare.program import compare_runs
 from engine.studies.compare.scored_run import read_scored_run
 from tests.corpus_cases import make_run
-from tests.dataset_cases import LABELS, make_job, make_plan, make_result
+from tests.run_cases import LABELS, make_job, make_plan, make_result
 
 VERSIONS = range(1, SCHEMA_VERSION + 1)
 # Of the records in the first tar of the runs below, noted before there was a column `scored`.

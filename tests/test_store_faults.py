@@ -23,7 +23,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 import pytest
 
 from engine.data.run.verify import verify
-from engine.data.stores import object_store
+from engine.data.stores import conditional_put, object_client
 from engine.data.stores.object_store import ObjectStore
 from engine.data.stores.opening import open_store
 from engine.driver.executors.local import LocalExecutor
@@ -61,10 +61,10 @@ def proxy() -> Iterator[Proxy]:
             "AWS_CONFIG_FILE": os.devnull,
         }.items():
             patch.setenv(name, value)
-        patch.setattr(object_store, "RETRY_WAITS", (0.01,) * 4)
-        patch.setattr(object_store, "S3_TRIES", 1)
+        patch.setattr(object_client, "RETRY_WAITS", (0.01,) * 4)
+        patch.setattr(object_client, "S3_TRIES", 1)
         patch.setattr("s3fs.core.calculate_chunksize", lambda size, chunksize=None: PART_BYTES)
-        CONNECTIONS.append(connected()._fs)
+        CONNECTIONS.append(connected().client.fs)
         CONNECTIONS[0].call_s3("create_bucket", Bucket=BUCKET)
         yield found
         CONNECTIONS.clear()
@@ -131,7 +131,7 @@ def test_a_large_object_is_created_once(proxy: Proxy, large: tuple[Path, Path], 
     assert store.publish("x", large[0]) and store.publish("x", large[0]), "a lost answer"
     assert not late.publish("x", large[1])
     assert store.read("x") == large[0].read_bytes()
-    assert store._info("x")["ETag"].strip('"').endswith("-2") == (fault is None)  # type: ignore[index]
+    assert store.client.info("x")["ETag"].strip('"').endswith("-2") == (fault is None)  # type: ignore[index]
     writers = [connected("once") for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:
         done = [pool.submit(one.publish, "y", path) for one, path in zip(writers, large, strict=True)]
@@ -143,7 +143,7 @@ def test_a_large_object_is_created_once(proxy: Proxy, large: tuple[Path, Path], 
 def check_nothing_left(store: ObjectStore) -> None:
     """No probe, and no upload that was begun."""
     assert not store.list("_state")
-    uploads = store._fs.call_s3("list_multipart_uploads", Bucket=store._bucket).get("Uploads", [])
+    uploads = store.client.fs.call_s3("list_multipart_uploads", Bucket=store.client.bucket).get("Uploads", [])
     assert not [one for one in uploads if one["Key"].startswith(store.uri.rpartition("/")[2])]
 
 
@@ -179,7 +179,7 @@ def test_a_store_that_ignores_every_condition_is_refused_before_a_large_object_i
 def test_an_answer_of_200_can_be_a_refusal(proxy: Proxy, large: tuple[Path, Path]) -> None:
     """S3 may begin to answer before an upload is put together, and say in the body that the name was taken."""
     store = connected()
-    assert store.publish("x", large[0]) and store._are_parts_conditional
+    assert store.publish("x", large[0]) and store._conditional.are_parts_conditional
     proxy.choose = at(PARTS, fault=Fault(kind="status", status=200, body=error_body("PreconditionFailed")))
     assert not store.publish("x", large[1]) and store.read("x") == large[0].read_bytes()
 
@@ -210,8 +210,8 @@ def test_more_than_any_request_takes_is_refused_before_it_is_sent(
     proxy: Proxy, large: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of S3 and GCS that is 5 GiB; the message has the largest shard."""
-    monkeypatch.setattr(object_store, "MAX_REQUEST_BYTES", LARGE_BYTES - 1)
-    monkeypatch.setattr(object_store, "_parts_from", lambda scheme, size: LARGE_BYTES)
+    monkeypatch.setattr(conditional_put, "MAX_REQUEST_BYTES", LARGE_BYTES - 1)
+    monkeypatch.setattr(conditional_put, "_parts_from", lambda scheme, size: LARGE_BYTES)
     proxy.choose = at(PARTS, fault=IGNORED[0])
     with pytest.raises(OutputError, match="more than the one request of 10 MiB in which this store creates"):
         connected().publish("x", large[0])
@@ -355,7 +355,7 @@ def test_an_upload_in_parts_is_tried_again(proxy: Proxy, large: tuple[Path, Path
     if name == "in-200" and operation != PARTS:
         pytest.skip("S3 answers so only where an answer takes long")
     store = connected()
-    store._are_parts_conditional = True
+    store._conditional.are_parts_conditional = True
     proxy.choose = at(operation, fault=fault, times=2)
     assert store.publish("x", large[0])
     proxy.choose = lambda request: None

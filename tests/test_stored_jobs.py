@@ -17,7 +17,9 @@ from hypothesis import given, seed, settings
 from pydantic import BaseModel
 
 from engine.commands.jobfile import dated
-from engine.data.run.state import MANIFEST, open_run, read_run, stored_plan
+from engine.data.run.file_names import MANIFEST
+from engine.data.run.resume import open_output
+from engine.data.run.stored_plan import read_run, stored_plan
 from engine.data.stores.opening import open_store
 from engine.errors import JobError
 from engine.job.parsing import parse_job
@@ -56,14 +58,14 @@ def check_stored(raw: dict[str, Any], folder: Path) -> JobSpec:
     raw = copy.deepcopy(raw) | {"output": raw["output"] | {"uri": str(folder)}}
     job = dated(parse_job(raw), TODAY)
     store, plan = open_store(str(folder)), plan_of(job)
-    open_run(store, plan, job, "auto", confirmed=False)
+    open_output(store, plan, job, "auto", confirmed=False)
 
     stored = read_run(store)
     again, read_plan = stored_plan(store)
     assert again == job and stored.digest == read_plan.digest == plan.digest
     # `retry` begins with what is stored, `run` with the file: to both it is the same run, which need not grow.
     for one in (again, dated(parse_job(raw), TODAY + datetime.timedelta(days=1))):
-        assert open_run(store, plan_of(one), one, "auto", confirmed=False).stages == plan.stages
+        assert open_output(store, plan_of(one), one, "auto", confirmed=False).stages == plan.stages
     assert len(store.list("_state/plan")) == 1
     # `exclude_none` is how manifests have it.
     for fields in (job.model_dump(mode="json"), job.model_dump(mode="json", exclude_none=True)):
@@ -182,7 +184,7 @@ def test_a_job_that_was_stored_with_its_defaults_written_out_is_read(tmp_path):
     }  # fmt: skip
     store, job = open_store(str(tmp_path / "run")), parse_job(old)
     plan = plan_of(job)
-    open_run(store, plan, job, "auto", confirmed=False)
+    open_output(store, plan, job, "auto", confirmed=False)
     [name] = store.list("_state/plan")
     file = json.loads(store.read(name)) | {"job": old}
     store.replace(name, json.dumps(file).encode())

@@ -15,11 +15,13 @@ import pytest
 
 import engine
 from engine.data.images import LabelledImage, Unusable, digits, open_images
-from engine.data.reading.export import ExportOptions, export
+from engine.data.reading.export import export
+from engine.data.reading.export_options import ExportOptions
+from engine.data.run.repair import repair
+from engine.data.run.resume import open_output
 from engine.data.run.shards import read_shard
-from engine.data.run.state import open_run
 from engine.data.run.surplus import surplus_lines
-from engine.data.run.verify import repair, verify
+from engine.data.run.verify import verify
 from engine.data.stores.opening import open_store
 from engine.job.plan import build_plan
 from engine.job.spec import JobSpec
@@ -162,7 +164,7 @@ def test_what_cannot_be_read_is_damage(tmp_path: Path, kind: str) -> None:
     assert [one.kind for one in verify(open_store(str(run))).findings] == ["damage"]
 
 
-def test_a_grown_count_writes_the_list_anew(run: Path, tmp_path: Path) -> None:
+def test_a_grown_count_writes_the_list_again(run: Path, tmp_path: Path) -> None:
     """What was surplus counts now."""
     copy = shutil.copytree(run, tmp_path / "run")
     before = (copy / LIST).read_text().splitlines()
@@ -173,11 +175,11 @@ def test_a_grown_count_writes_the_list_anew(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_list_belongs_to_the_run(run: Path, tmp_path: Path) -> None:
-    """`--resume overwrite` removes it with the rest, and does not take it for somebody else's file."""
+    """`--resume overwrite` removes it with the rest, and does not treat it as a foreign file."""
     copy = shutil.copytree(run, tmp_path / "run")
     job = quota_job(copy, 2, store_rejected=False)
     plan = build_plan(job, list(digits.CLASS_NAMES), model_digests(job))
-    open_run(open_store(str(copy)), plan, job, "overwrite", confirmed=True)
+    open_output(open_store(str(copy)), plan, job, "overwrite", confirmed=True)
     assert not (copy / LIST).exists()
 
 

@@ -102,7 +102,7 @@ HOSTILE: dict[str, Callable[[str], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_members_are_named_in_others_tars(tmp_path, kind):
+def test_hostile_members_are_reported_in_others_tars(tmp_path, kind):
     """And what stands before them is used; nothing is followed, and nothing read that is not there."""
     path = write_tar(tmp_path / "a.tar", [("a.png", grey(0)), ("a.cls", b"3")])
     whole = path.read_bytes()[: 4 * 512]
@@ -148,7 +148,19 @@ def test_sizes_that_a_file_has_are_limited_too(tmp_path):
             list(tar_entries(tmp_path / f"{name}.tar"))
 
 
-def test_an_archive_behind_another_is_named(tmp_path):
+def test_what_is_whole_before_a_cut_is_read(tmp_path):
+    """Also where the file ends with the last byte of a member."""
+    path = write_tar(tmp_path / "a.tar", [("a.png", bytes(512)), ("b.png", bytes(1024))])
+    whole = path.read_bytes()
+    for end, names in ((3 * 512 + 1024, ["a.png", "b.png"]), (3 * 512 + 1023, ["a.png"]), (2 * 512, ["a.png"])):
+        path.write_bytes(whole[:end])
+        members: list[str] = []
+        with path.open("rb") as file, pytest.raises(DamagedTarError, match="cut short"):
+            members += (member.name for member in walk_tar(file))
+        assert members == names
+
+
+def test_an_archive_behind_another_is_reported(tmp_path):
     """Readers stop at the end of the first, without a word."""
     path = write_tar(tmp_path / "a.tar", [("a.png", grey(0)), ("a.cls", b"3")])
     path.write_bytes(path.read_bytes() * 2)
@@ -157,13 +169,13 @@ def test_an_archive_behind_another_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("packer", ["gz", "bz2", "xz"])
-def test_a_packed_tar_is_named(tmp_path, packer):
+def test_a_packed_tar_is_reported(tmp_path, packer):
     with tarfile.open(tmp_path / "a.tar", f"w:{packer}") as tar:
         tar.addfile(tarfile.TarInfo("a.png"))
     assert "unpack it" in split(read(tmp_path, DIGITS))[1]["a.tar"]
 
 
-# A run of somebody else's --------------------------------------------------------------------------------------------
+# A foreign run --------------------------------------------------------------------------------------------
 
 
 IN_RUNS = HOSTILE | {
@@ -200,7 +212,7 @@ def commands(tmp_path_factory) -> Path:
     return path
 
 
-def test_a_hostile_run_gives_a_report_and_named_damage(tmp_path, commands):
+def test_a_hostile_run_gives_a_report_and_reported_damage(tmp_path, commands):
     """`report`, `inspect`, `verify` and `export`, in bounded memory and without a traceback, for every member."""
     lines: list[list[str]] = []
     for number, make in enumerate(IN_RUNS.values()):

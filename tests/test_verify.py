@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
 
 import pytest
 
-from engine.data.run.commits import COMMITS, compact_commits, list_commits
-from engine.data.run.verify import repair, verify
+from engine.data.run.commit_record import COMMITS
+from engine.data.run.commit_shard import commit_shard
+from engine.data.run.commits import compact_commits, forget_commit, list_commits, read_commit
+from engine.data.run.counts import ShardCounts
+from engine.data.run.repair import repair
+from engine.data.run.shard_writing import stage_shard
+from engine.data.run.shards import shard_name
+from engine.data.run.verify import verify
 from engine.data.stores.base import TORN
 from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.status import read_status, status_lines
 from engine.errors import EXIT_DAMAGED, EXIT_OK, OutputError, RiskforgeError
+from tests.run_cases import commit_rest, make_job, make_plan, make_results, open_case
 from tests.sleepy import Faults, run_sleepy, tars
 
 
@@ -75,7 +83,7 @@ def damage_record(output):
 
 
 def damage_counts(output):
-    """A record whose name tells of other counts."""
+    """A record whose name has other counts."""
     [path] = (output / COMMITS).glob("000001.*")
     path.rename(path.with_name(path.name.replace("ok=4", "ok=3")))
 
@@ -112,6 +120,74 @@ def test_damage_is_found_taken_out_and_made_again(copy, whole, damage, is_packed
         assert run_sleepy(copy, 2, LocalExecutor(1)).exit_code == EXIT_OK
         assert tars(copy) == tars(whole) and not verify(store).damage
     assert before == {path.name: path.read_bytes() for path in copy.glob("shards/sleepy-00000[0234].*")}
+
+
+def commit_changed(uri, **changes):
+    """A run of one stage whose first shard is consistent in itself, with a changed field of its second sample."""
+    store, plan, _ = open_case(uri)
+    shard, name = plan.shard(0), shard_name("demo", 0)
+    results = list(make_results(plan, shard))
+    results[1].record.update(changes)
+    staged = stage_shard(store.staging(), name, results, "png")
+    commit_shard(store, plan.digest, shard, name, staged, 1, "w0", {})
+    commit_rest(store, plan)
+    return store, plan
+
+
+@pytest.mark.parametrize("field", ["seed", "key"])
+def test_a_sample_that_is_not_the_planned_one_is_damage(tmp_path, field):
+    """Tar, parquet and record agree, checksums included: only the plan shows that the seed or the key is another."""
+    plan = make_plan(make_job(tmp_path / "run"))
+    sample = list(plan.samples(plan.shard(0)))[1]
+    other = {"seed": sample.seed + 1, "key": sample.key.replace("demo", "other")}[field]
+    store, _ = commit_changed(tmp_path / "run", **{field: other})
+    [finding] = verify(store).damage
+    assert finding.shard == 0 and "holds other samples than the plan has in shard 0" in finding.text
+    with hold(store):
+        assert repair(store).to_make == (0,)
+    commit_rest(store, plan)
+    assert not verify(store).damage
+
+
+def test_files_of_other_seeds_are_neither_adopted_nor_left(tmp_path):
+    """Without a record: `repair` moves them aside, and so does the worker that makes the shard."""
+    for number, settle in enumerate((lambda store: repair(store), lambda store: None)):
+        store, plan = commit_changed(tmp_path / str(number), seed=1)
+        assert len(forget_commit(store, 0)) == 1
+        with hold(store):
+            settle(store)
+        assert bool(store.list(TORN)) == (number == 0)
+        commit_rest(store, plan)
+        assert len(store.list(TORN)) == 2 and not verify(store).damage
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"plan_digest": "0" * 64}, "was made by another plan"),
+        ({"start": 1}, "its record has other samples than the plan"),
+        ({"stop": 3}, "its record has other samples than the plan"),
+        ({"request": 7}, "its record has other samples than the plan"),
+        ({"tar_md5": "0" * 32}, "is not the file that was committed"),
+        ({"parquet_bytes": 1}, "is not the file that was committed"),
+        (
+            {"counts": ShardCounts(ok=4, accepted=3, accepted_per_class={"mix": 3})},
+            "holds other counts than its record",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_record_that_does_not_fit_its_shard_is_damage(tmp_path, changes, text):
+    """Of any shard, also the last; files and name are what they were, or the name's counts are changed along."""
+    store, plan, _ = open_case(tmp_path, count=4)
+    commit_rest(store, plan)
+    for number in (0, plan.num_shards - 1):
+        record = read_commit(store, number)
+        store.remove(record.file_name)
+        changed = dataclasses.replace(record, **changes)
+        store.replace(changed.file_name, changed.to_json().encode())
+        damage = {finding.shard: finding.text for finding in verify(store).damage}
+        assert number in damage and text in damage[number]
 
 
 def test_a_whole_run_has_no_findings(whole):
@@ -166,7 +242,7 @@ def test_status_is_read_from_the_store(copy, tmp_path):
         read_status(open_store(str(tmp_path / "nothing")))
 
 
-def test_the_commands_tell_people_and_programs(copy, capsys, monkeypatch):
+def test_the_commands_print_text_and_json(copy, capsys, monkeypatch):
     """Exit codes and JSON."""
     from engine.cli import main
 

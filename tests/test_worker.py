@@ -12,7 +12,7 @@ import pytest
 
 import engine.generation.worker
 from engine.data.run.commits import list_commits
-from engine.data.run.state import stored_plan
+from engine.data.run.stored_plan import stored_plan
 from engine.data.stores.opening import open_store
 from engine.driver.checks import plan_job
 from engine.driver.executors.local import LocalExecutor

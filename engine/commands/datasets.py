@@ -19,7 +19,7 @@ from engine.terminal import show as print
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from engine.data.reading.export import ExportOptions
+    from engine.data.reading.export_options import ExportOptions
     from engine.data.reading.inspection import Inspection
 
 RunsArgument = Annotated[
@@ -151,7 +151,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Export the samples of runs that pass a filter as a new data set."""
-    from engine.data.reading.export import ExportOptions
+    from engine.data.reading.export_options import ExportOptions
 
     options = ExportOptions(
         output=output,
@@ -173,7 +173,7 @@ def export(
 
 
 def _real_ratio(given: float | None, mix_real: str | None) -> float:
-    from engine.data.reading.export import DEFAULT_REAL_RATIO
+    from engine.data.reading.export_options import DEFAULT_REAL_RATIO
 
     if given is not None and mix_real is None:
         raise JobError("--real-ratio: requires --mix-real; give both, or omit it")

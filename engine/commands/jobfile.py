@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from engine.data.run.state import read_run
+from engine.data.run.stored_plan import read_run
 from engine.data.stores.opening import open_store
 from engine.errors import JobError, first_line
 from engine.job.parsing import MAX_KEYS, apply_overrides, list_limit, parse_job

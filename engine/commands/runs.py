@@ -86,7 +86,7 @@ def retry(
 ) -> None:
     """Retry the shards in quarantine, and make everything else that is missing."""
     from engine.commands.jobfile import let_import
-    from engine.data.run.state import stored_plan
+    from engine.data.run.stored_plan import stored_plan
     from engine.data.stores.opening import open_store
     from engine.job.parsing import apply_overrides, parse_job
 
@@ -141,7 +141,7 @@ def verify(
         verdict = verify_run(store, display.advance)
         if deep and not verdict.damage:
             from engine.commands.jobfile import let_import
-            from engine.data.run.state import stored_plan
+            from engine.data.run.stored_plan import stored_plan
             from engine.generation.rescorer import rescore
 
             let_import(stored_plan(store)[0], Path.cwd())
@@ -162,8 +162,8 @@ def repair(run: RunArgument, as_json: JsonOption = False) -> None:
     """Remove what is damaged, so that the next run makes it again."""
     import dataclasses
 
-    from engine.data.run.state import stored_plan
-    from engine.data.run.verify import repair as repair_run
+    from engine.data.run.repair import repair as repair_run
+    from engine.data.run.stored_plan import stored_plan
     from engine.data.stores.lease import hold
     from engine.data.stores.opening import open_store
 
@@ -183,7 +183,7 @@ def repair(run: RunArgument, as_json: JsonOption = False) -> None:
 
 def report(run: RunArgument) -> None:
     """Write the report of a run again."""
-    from engine.data.run.state import REPORT
+    from engine.data.run.file_names import REPORT
     from engine.data.stores.opening import open_store
     from engine.report.render import write_report
 

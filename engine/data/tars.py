@@ -1,4 +1,4 @@
-"""The one way to read a tar: its members listed with limits, whatever made it.
+"""The only reader of tars: members listed with limits, whatever program wrote the archive.
 
 Only headers are read until contents are asked for. Sizes are bounded by the file and by a limit; links, devices and
 sparse files, whose contents are elsewhere or of any size, are listed as what they are and cannot be read.
@@ -15,7 +15,7 @@ from typing import BinaryIO
 BLOCK_BYTES = tarfile.BLOCKSIZE
 # Of names and other attributes in headers of their own.
 MAX_HEADER_BYTES = 2**20
-# Zeros after the last member that are looked at; writers fill up records of 10 kB.
+# Zeros after the last member that are checked; writers pad to records of 10 kB.
 MAX_PADDING_BYTES = 2**20
 
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -104,7 +104,7 @@ def read_member(file: BinaryIO, member: Member) -> bytes:
 
 
 class _Extended:
-    """What headers of their own say of the next member."""
+    """What extended headers say about the next member."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -113,7 +113,7 @@ class _Extended:
         self.is_there = False
 
     def read(self, file: BinaryIO, place: int, size: int, info: tarfile.TarInfo) -> None:
-        """Take in a header with names and attributes."""
+        """Read an extended header with names and attributes."""
         if size > MAX_HEADER_BYTES:
             raise DamagedTarError(f"a header of {size} bytes; up to {MAX_HEADER_BYTES} are read")
         data = os.pread(file.fileno(), size, place)
@@ -147,7 +147,7 @@ class _Extended:
             self.is_sparse = True
 
     def member(self, info: tarfile.TarInfo, place: int, size: int) -> Member:
-        """The member, with what was said of it."""
+        """The member, with the attributes of its extended headers."""
         name = info.name if self.name is None else self.name.rstrip("/")
         is_folder = info.type == tarfile.DIRTYPE
         problem = "" if info.type in _PLAIN or is_folder else _KINDS.get(info.type, "of an unknown kind")

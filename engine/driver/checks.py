@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.data.run.file_names import SUCCESS
 from engine.data.run.output_folder import check_output
-from engine.data.run.state import SUCCESS
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.driver.progress import Display

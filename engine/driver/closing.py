@@ -8,9 +8,11 @@ import time
 from typing import Any
 
 from engine.data.run.commits import list_commits, read_commits
-from engine.data.run.manifest import FinishedRun, finalise, mark_success, software_versions
+from engine.data.run.file_names import MANIFEST
+from engine.data.run.finalise import FinishedRun, finalise, mark_success
+from engine.data.run.manifest import software_versions
+from engine.data.run.manifest_reading import read_manifest
 from engine.data.run.presence import check_committed
-from engine.data.run.state import MANIFEST, read_manifest
 from engine.data.stores.base import Store
 from engine.data.stores.file_errors import is_no_file
 from engine.errors import CorruptShardError, OutputError

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.run.commits import list_commits
+from engine.data.run.file_names import SUCCESS
+from engine.data.run.foreign_files import check_unused
 from engine.data.run.presence import check_committed, is_closed, lost_files
-from engine.data.run.state import QUARANTINE, SUCCESS, as_begun, check_unused, find_plan, open_run
+from engine.data.run.quarantine import QUARANTINE
+from engine.data.run.resume import as_begun, find_plan, open_output
 from engine.data.stores.journal import Journal
 from engine.data.stores.lease import Lease, hold
 from engine.data.stores.opening import open_store
@@ -51,7 +54,7 @@ def run_job(
 
     Args:
         executor: runs the workers; closed at the end in any case.
-        resume: `auto`, `never` or `overwrite`, as in `engine.data.run.state.open_run`.
+        resume: `auto`, `never` or `overwrite`, as in `engine.data.run.resume.open_output`.
         confirmed: whether the user agreed to the removal of an earlier run.
         display: closed at the end, too.
         make_worker: builds a worker in its process; `engine.generation.worker.Worker` if not given. Picklable.
@@ -118,7 +121,7 @@ class _Session:
             contextlib.closing(self._executor),
             contextlib.ExitStack() as cleanup,
         ):
-            plan = open_run(store, self._checked.plan, self._checked.job, resume, confirmed)
+            plan = open_output(store, self._checked.plan, self._checked.job, resume, confirmed)
             check_committed(store)
             if retry:
                 store.remove_tree(QUARANTINE)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from engine.data.run.commits import CommitSummary
 from engine.data.run.counts import ShardCounts
-from engine.data.run.state import QUARANTINE, publish_rounds, quarantined_shards
+from engine.data.run.quarantine import QUARANTINE, quarantined_shards
+from engine.data.run.stored_plan import publish_rounds
 from engine.data.stores.base import Store
 from engine.data.stores.journal import Journal
 from engine.data.stores.lease import Lease

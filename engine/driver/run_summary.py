@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from engine.data.run.commits import CommitSummary
-from engine.data.run.manifest import FinishedRun
-from engine.data.run.state import METADATA, REPORT, quarantined_shards
+from engine.data.run.file_names import METADATA, REPORT
+from engine.data.run.finalise import FinishedRun
+from engine.data.run.quarantine import quarantined_shards
 from engine.data.stores.base import Store
 from engine.driver.run_loop import RunLoopResult
 from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK

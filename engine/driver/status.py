@@ -9,9 +9,11 @@ from typing import Any
 
 from engine.data.run.commits import list_commits
 from engine.data.run.counts import ShardCounts
+from engine.data.run.file_names import SUCCESS
 from engine.data.run.manifest import quota_rows
 from engine.data.run.presence import is_closed, loss_lines, lost_files
-from engine.data.run.state import SUCCESS, quarantined_shards, stored_plan
+from engine.data.run.quarantine import quarantined_shards
+from engine.data.run.stored_plan import stored_plan
 from engine.data.stores.base import Store
 from engine.data.stores.journal import read_events
 from engine.data.stores.lease import is_alive, read_holder

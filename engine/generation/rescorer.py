@@ -10,7 +10,7 @@ from typing import Any
 from engine.data.images.decode import UnusableImageError, decode_sample
 from engine.data.run.commits import list_commits
 from engine.data.run.shards import IMAGE_FORMATS, SHARDS, read_shard, shard_name, tar_entries
-from engine.data.run.state import stored_plan
+from engine.data.run.stored_plan import stored_plan
 from engine.data.run.verify import Finding
 from engine.data.stores.base import Store
 from engine.errors import JobError

@@ -14,10 +14,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.data.run.commits import CommitRecord, commit_shard, read_commit
+from engine.data.run.commit_record import CommitRecord
+from engine.data.run.commit_shard import commit_shard
+from engine.data.run.commits import read_commit
 from engine.data.run.counts import ShardCounts
-from engine.data.run.shards import shard_name, stage_shard, warm_up
-from engine.data.run.state import read_digest
+from engine.data.run.shard_writing import stage_shard, warm_up
+from engine.data.run.shards import shard_name
+from engine.data.run.stored_plan import read_digest
 from engine.data.stores.opening import open_store
 from engine.errors import JobError
 from engine.job.plan import Plan, SampleSpec, ShardSpec

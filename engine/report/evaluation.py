@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from engine.data.run.state import EVALUATION
+from engine.data.run.file_names import EVALUATION
 from engine.data.stores.base import Store
 from engine.errors import MAX_REASON_CHARS, CorruptShardError
 from engine.methods.strict_json import parse_json

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.run.state import manifest_error
+from engine.data.run.manifest_reading import manifest_error
 from engine.data.stores.base import Store
 from engine.job.columns import NO_CLASS
 from engine.report.data import Rows

@@ -18,7 +18,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from engine.data.run.state import METADATA, REPORT, check_kind, manifest_error, read_manifest
+from engine.data.run.file_names import METADATA, REPORT
+from engine.data.run.manifest_reading import check_kind, manifest_error, read_manifest
 from engine.data.run.summary import summarise_table
 from engine.data.stores.base import Store
 from engine.errors import CorruptShardError, JobError, OutputError, first_line

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from engine.data.run.commits import list_commits
 from engine.data.run.shards import IMAGE_FORMATS, SHARDS, shard_name, tar_entries
-from engine.data.run.tar_index import Place, TarReader
+from engine.data.run.tar_index import MemberPlace, TarReader
 from engine.data.stores.base import Store, StoredFile
 from engine.errors import CorruptShardError, OutputError, StoreLostError
 
@@ -17,7 +17,7 @@ from engine.errors import CorruptShardError, OutputError, StoreLostError
 class StoredImages(Mapping[str, bytes]):
     """Image files by the keys of their samples; each is read when it is asked for, so one is held at a time."""
 
-    def __init__(self, reader: TarReader, places: dict[str, Place]) -> None:
+    def __init__(self, reader: TarReader, places: dict[str, MemberPlace]) -> None:
         self._reader, self._places = reader, places
 
     def __getitem__(self, key: str) -> bytes:
@@ -47,20 +47,20 @@ def find_images(store: Store, job_name: str, keys: dict[int, str]) -> StoredImag
         if (place := bisect.bisect_right(ends, row)) < len(numbers):
             wanted[numbers[place]].add(key)
     tars = [StoredFile(store, f"{SHARDS}/{shard_name(job_name, number)}.tar") for number in sorted(wanted)]
-    places: dict[str, Place] = {}
+    places: dict[str, MemberPlace] = {}
     for number, (tar, (_, some)) in enumerate(zip(tars, sorted(wanted.items()), strict=True)):
         places |= _places(tar, number, some)
     return StoredImages(TarReader(tars), places)
 
 
-def _places(tar: StoredFile, number: int, keys: set[str]) -> dict[str, Place]:
+def _places(tar: StoredFile, number: int, keys: set[str]) -> dict[str, MemberPlace]:
     """Where the images of some keys lie; a tar that cannot be read ends early."""
-    places: dict[str, Place] = {}
+    places: dict[str, MemberPlace] = {}
     try:
         for name, offset, size in tar_entries(tar.fetch()):
             key, _, extension = name.partition(".")
             if key in keys and extension in IMAGE_FORMATS:
-                places[key] = Place(number, offset, size)
+                places[key] = MemberPlace(number, offset, size)
             if len(places) == len(keys):
                 break
     except StoreLostError:

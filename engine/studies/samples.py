@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.data.run.commits import CommitRecord, read_commits
+from engine.data.run.commit_record import CommitRecord
+from engine.data.run.commits import read_commits
+from engine.data.run.file_names import MANIFEST
+from engine.data.run.manifest_reading import check_kind, read_manifest
 from engine.data.run.shards import SHARDS, read_rows, read_shard
-from engine.data.run.state import MANIFEST, check_kind, read_manifest, read_run
+from engine.data.run.stored_plan import read_run
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.errors import JobError, first_line

@@ -1,4 +1,4 @@
-"""The one way to open an image file: an allow-list of formats, limits on bytes and pixels, errors with their reason.
+"""The only way to open an image file: an allow-list of formats, limits on bytes and pixels, errors with their reason.
 
 Every image is turned upright by its orientation tag (EXIF, or XMP's), loses its alpha channel and colour profile, and
 is the first frame of its file.
@@ -39,7 +39,7 @@ EXTENSIONS = frozenset(
     )
 )  # fmt: skip
 
-# What IPTC and C2PA have files say that a trained model made, in plain text of their XMP.
+# The mark of IPTC and C2PA for images made by a trained model, in plain text of their XMP.
 SYNTHETIC_MARK = b"digitalsourcetype/trainedAlgorithmicMedia"
 
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_MAXIMUM = 258, 262, 341
@@ -159,14 +159,14 @@ def _check_shape(width: int, height: int) -> None:
 
 def _is_deep(image: PIL.ImageFile.ImageFile) -> bool:
     """Whether a file that is not loaded yet has 16 bits a channel; in colour, Pillow keeps the upper 8."""
-    arguments = [tile.args for tile in image.tile]
-    modes = [one if isinstance(one, str) else one[0] for one in arguments if isinstance(one, str) or one]
+    arguments = [tile.args for tile in image.tile if tile.args or isinstance(tile.args, str)]
+    modes = [argument if isinstance(argument, str) else argument[0] for argument in arguments]
     return any(";16" in str(mode) for mode in modes)
 
 
 def _rgb(image: PIL.Image.Image, is_deep: bool) -> PIL.Image.Image:
     if image.mode == "I" and image.format == "PPM":
-        # Pillow has scaled it already by the greatest value, which stands in the file.
+        # Pillow has already scaled it by the maximum that the file states.
         return _scaled(np.asarray(image), 65535)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         values = np.asarray(image)
@@ -188,13 +188,13 @@ def _scaled(values: np.ndarray, white: int) -> PIL.Image.Image:
 
 
 def _white_level(image: PIL.Image.Image, peak: int) -> int:
-    """The value of white in a grey image of up to 16 bits: what a TIFF file says of it, else that of all 16 bits.
+    """The value of white in a grey image of up to 16 bits: what a TIFF file states, else that of all 16 bits.
 
     Args:
         peak: the greatest value.
 
     Raises:
-        UnusableImageError: the file says nothing, and no pixel is as bright as 16 bits let expect.
+        UnusableImageError: the file states nothing, and no pixel is as bright as 16 bits suggest.
     """
     tags = getattr(image, "tag_v2", {})
     if tags.get(_TIFF_PHOTOMETRIC) == _MIN_IS_WHITE:

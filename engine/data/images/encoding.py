@@ -47,7 +47,7 @@ def encode(pixels: np.ndarray, image_format: str, *, provenance: bool = False) -
     """The image file of 8-bit pixels [H, W, 3]; equal pixels give equal bytes.
 
     Args:
-        provenance: say in the file that the image is synthetic.
+        provenance: mark the file as synthetic.
     """
     buffer = io.BytesIO()
     options = _OPTIONS[image_format] | (_provenance(image_format) if provenance else {})
@@ -67,12 +67,14 @@ def _provenance(image_format: str) -> dict[str, object]:
 def stored(
     pixels: np.ndarray, image_format: str, *, provenance: bool = False
 ) -> tuple[list[Callable[[], bytes]], list[PIL.Image.Image]]:
-    """What becomes the files of 8-bit pixels [B, H, W, 3], and the images as a reader of these files will see them.
+    """Encoders of the files of 8-bit pixels [B, H, W, 3], and the images as a reader of these files will see them.
 
-    A lossless format gives back its pixels, so that nobody needs to wait for the files; JPEG must be encoded first.
+    A lossless format preserves its pixels, so that encoding can wait; JPEG must be encoded first.
     """
     if image_format in LOSSLESS:
-        later: list[Callable[[], bytes]] = [partial(encode, one, image_format, provenance=provenance) for one in pixels]
-        return later, [PIL.Image.fromarray(one) for one in pixels]
-    done = [encode(one, image_format, provenance=provenance) for one in pixels]
-    return [partial(bytes, file) for file in done], [decode_rgb(file) for file in done]
+        encoders: list[Callable[[], bytes]] = [
+            partial(encode, image, image_format, provenance=provenance) for image in pixels
+        ]
+        return encoders, [PIL.Image.fromarray(image) for image in pixels]
+    files = [encode(image, image_format, provenance=provenance) for image in pixels]
+    return [partial(bytes, file) for file in files], [decode_rgb(file) for file in files]

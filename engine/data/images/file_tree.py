@@ -44,7 +44,7 @@ def list_files(root: Path) -> list[Entry]:
     Raises:
         OSError: the folder itself cannot be listed.
     """
-    return sorted(_Walk(root).entries(), key=lambda one: one.parts)
+    return sorted(_Walk(root).entries(), key=lambda entry: entry.parts)
 
 
 class _Walk:
@@ -73,17 +73,17 @@ class _Walk:
                 continue
             try:
                 with os.scandir(self._root / folder) as listing:
-                    found = sorted(listing, key=lambda one: one.name)
+                    children = sorted(listing, key=lambda entry: entry.name)
             except OSError as error:
                 if must and not folder:
                     raise
                 yield Entry(folder, f"cannot be listed ({brief(error)})")
                 continue
-            for one in found:
-                place = f"{folder}/{one.name}" if folder else one.name
-                if not _is_folder(one):
-                    yield Entry(place, _why_no_file(one))
-                elif one.is_symlink():
+            for entry in children:
+                place = f"{folder}/{entry.name}" if folder else entry.name
+                if not _is_folder(entry):
+                    yield Entry(place, _why_no_file(entry))
+                elif entry.is_symlink():
                     links.append(place)
                 else:
                     waiting.append(place)

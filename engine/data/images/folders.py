@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from engine.data.images.decode import EXTENSIONS, UnusableImageError, check_bytes, open_image
+from engine.data.images.class_folders import ClassReader
+from engine.data.images.decode import EXTENSIONS
 from engine.data.images.file_tree import Entry, list_files
-from engine.data.images.findings import Found, ImageSource, Unusable, make_finding, unusable
 from engine.data.images.ignored import why_ignored
+from engine.data.images.image_source import ImageSource, Unusable, unusable
 from engine.data.images.labelling import Labelling
 from engine.data.images.listings import NAMES, Listings, key_of
 from engine.data.images.parquet_files import has_images, parquet
+from engine.data.images.run_surplus import ROWS, SHARDS, SURPLUS
 from engine.data.images.splits import (
     card_class_names,
     configurations_of,
@@ -24,20 +25,20 @@ from engine.data.images.splits import (
     read_splits,
     split_of,
 )
-from engine.data.images.webdataset_tars import ROWS, SHARDS, SURPLUS, webdataset
+from engine.data.images.webdataset_tars import webdataset
 from engine.errors import JobError
 
 KIND = "a folder by class"
 # At the top of a folder that the engine finished.
 _MARKS = ("manifest.json", "_SUCCESS")
 _STATE = "_state"
-# Folders of a run with other scores of its images, and answers of people about them.
+# Folders of a run with other scores of its images, and reviews of them.
 _INTERNAL = (_STATE, "rescored", "_review")
 # Of a repository in the cache of `huggingface_hub`.
 BLOBS, SNAPSHOTS = "blobs", "snapshots"
 _MAX_GIVEN = 3
 _DATA = EXTENSIONS | {"tar", "parquet"}
-# Written beside tars by the engine or by the tools that read them.
+# Written next to tars by the engine or by the tools that read them.
 _INDEXES = frozenset({"wids.json", "_info.json", SURPLUS})
 
 
@@ -52,7 +53,7 @@ def open_folder(root: Path, labels: tuple[str, ...], option: str, address: str, 
         split: of tars or parquet files, the split to read; all where empty.
 
     Raises:
-        JobError: it holds several splits, or not the one that is asked for.
+        JobError: it holds several splits, or not the requested one.
         OSError: it cannot be listed.
     """
     return _Folder(root, labels, option, address, split).source()
@@ -68,18 +69,18 @@ class _Folder:
         self._check_cache(entries)
         self._is_own = _is_own(entries)
         self._unread: list[Unusable] = []
-        self._entries = [one for one in entries if self._is_data(one)]
+        self._entries = [entry for entry in entries if self._is_data(entry)]
 
     def source(self) -> ImageSource:
-        """What is read of it, and what is not."""
-        tars = [one for one in self._entries if one.extension == "tar"]
-        if self._is_own and (shards := [one for one in tars if one.parts[:-1] == (SHARDS,)]):
+        """The source of its images, with what is not read."""
+        tars = [entry for entry in self._entries if entry.extension == "tar"]
+        if self._is_own and (shards := [entry for entry in tars if entry.parts[:-1] == (SHARDS,)]):
             return self._of_run(shards)
         if tars:
             return self._of_containers(tars, "tars", self._open_tars)
-        tables = [one for one in self._entries if one.extension == "parquet" and one.name not in NAMES]
-        with_images = [one for one in tables if has_images(self._root / one.place)]
-        is_bare = not any(one.extension in EXTENSIONS for one in self._entries)
+        tables = [entry for entry in self._entries if entry.extension == "parquet" and entry.name not in NAMES]
+        with_images = [entry for entry in tables if has_images(self._root / entry.place)]
+        is_bare = not any(entry.extension in EXTENSIONS for entry in self._entries)
         if with_images or (tables and is_bare):
             return self._of_containers(with_images or tables, "parquet files", self._open_tables)
         if self._split:
@@ -87,18 +88,19 @@ class _Folder:
         return self._of_classes()
 
     def _check_cache(self, entries: Sequence[Entry]) -> None:
-        """Refuse a repository as the hub's cache has it: every file is in it by its content, and again by its name.
+        """Refuse a repository in the hub's cache, which has every file twice: by content and by name.
 
         Raises:
             JobError: it is one.
         """
-        snapshots = sorted({one.parts[1] for one in entries if one.parts[0] == SNAPSHOTS and len(one.parts) > 2})
-        if snapshots and any(one.parts[0] == BLOBS for one in entries):
-            given = " or ".join(f"'{self._address}/{SNAPSHOTS}/{one}'" for one in snapshots[:_MAX_GIVEN])
+        paths = [entry.parts for entry in entries]
+        snapshots = sorted({parts[1] for parts in paths if parts[0] == SNAPSHOTS and len(parts) > 2})
+        if snapshots and any(parts[0] == BLOBS for parts in paths):
+            given = " or ".join(f"'{self._address}/{SNAPSHOTS}/{snapshot}'" for snapshot in snapshots[:_MAX_GIVEN])
             raise JobError(f"{self._option}: '{self._address}' is a repository in the hub's cache; give {given}")
 
     def _is_data(self, entry: Entry) -> bool:
-        """Whether a file is to be read; it is noted where it is not, unless it is the engine's own."""
+        """Whether a file is to be read; others are recorded as unread, except for the engine's own."""
         is_engines = self._is_own and (
             entry.parts[0] in _INTERNAL
             or (entry.extension not in _DATA and (len(entry.parts) == 1 or entry.parts[0] == SHARDS))
@@ -109,44 +111,44 @@ class _Folder:
         return not reason and not is_engines
 
     def _of_run(self, shards: Sequence[Entry]) -> ImageSource:
-        """The shards of a run; images beside them are named."""
+        """The shards of a run; other images next to them are reported."""
         known = set(shards)
-        others = [one for one in self._entries if one not in known and one.extension != "parquet"]
+        others = [entry for entry in self._entries if entry not in known and entry.extension != "parquet"]
         home = self._root / SHARDS
-        source = webdataset([self._root / one.place for one in shards], self._labels, home)
-        return source.beside([*self._unread, *_beside(others, "the shards of a run")])
+        source = webdataset([self._root / entry.place for entry in shards], self._labels, home)
+        return source.with_unread([*self._unread, *_left_out(others, "the shards of a run")])
 
     def _of_containers(
         self, files: Sequence[Entry], what: str, read: Callable[[Sequence[Entry]], ImageSource]
     ) -> ImageSource:
-        """Tars or parquet files of one split, with all else named."""
+        """Tars or parquet files of one split, with all other files reported as unread."""
         chosen = self._of_one_split(files)
         source = read(chosen)
         if self._split:
             return source
-        known, stems = set(files), {one.place.rpartition(".")[0] for one in files}
+        known, stems = set(files), {entry.place.rpartition(".")[0] for entry in files}
         others = [
-            one
-            for one in self._entries
-            if one not in known
-            and one.name not in _INDEXES
-            and not (one.extension == "parquet" and one.place.rpartition(".")[0] in stems)
+            entry
+            for entry in self._entries
+            if entry not in known
+            and entry.name not in _INDEXES
+            and not (entry.extension == "parquet" and entry.place.rpartition(".")[0] in stems)
         ]
-        left_out = sorted(known - set(chosen), key=lambda one: one.parts)
-        unlisted = [unusable(one.place, "is in no split that the card (README.md) names") for one in left_out]
-        return source.beside([*self._unread, *unlisted, *_beside(others, what)])
+        left_out = sorted(known - set(chosen), key=lambda entry: entry.parts)
+        unlisted = [unusable(entry.place, "is in no split that the card (README.md) names") for entry in left_out]
+        return source.with_unread([*self._unread, *unlisted, *_left_out(others, what)])
 
     def _of_one_split(self, files: Sequence[Entry]) -> list[Entry]:
-        """The files of the split that is asked for, or of the only one.
+        """The files of the requested split, or of the only one.
 
         Raises:
             JobError: there are several, or not that one.
         """
-        places = [one.place for one in files]
+        places = [entry.place for entry in files]
         listed = read_splits(self._root, places)
-        groups = listed or group_by_split({one: split_of(one) for one in places})
+        groups = listed or group_by_split({entry: split_of(entry) for entry in places})
         if self._split:
-            chosen = [own for split, own in groups.items() if is_same_split(split, self._split)]
+            chosen = [group for split, group in groups.items() if is_same_split(split, self._split)]
             if not chosen:
                 raise JobError(f"{self._option}: there is no '{self._address}'")
             groups = {self._split: chosen[0]}
@@ -155,10 +157,10 @@ class _Folder:
         split, chosen_places = next(iter(groups.items()))
         if split and not listed and (homes := configurations_of(chosen_places)):
             self._refuse_configurations(homes)
-        return [one for one in files if one.place in chosen_places]
+        return [entry for entry in files if entry.place in chosen_places]
 
     def _refuse_splits(self, splits: Sequence[str], others: Sequence[str] = ()) -> None:
-        given = " or ".join(f"'{self._address}/{one}'" for one in [*splits, *others])
+        given = " or ".join(f"'{self._address}/{split}'" for split in [*splits, *others])
         beside = f", and files of none, such as '{others[0]}'" if others else ""
         raise JobError(
             f"{self._option}: '{self._address}' holds the split{'s' if len(splits) > 1 else ''}"
@@ -167,44 +169,45 @@ class _Folder:
 
     def _refuse_configurations(self, homes: Sequence[str]) -> None:
         base = self._root.as_posix() if self._split else self._address
-        given = " or ".join(f"'{base}/{one}'" if one else f"the files of '{base}' itself" for one in homes[:_MAX_GIVEN])
+        paths = [f"'{base}/{home}'" if home else f"the files of '{base}' itself" for home in homes[:_MAX_GIVEN]]
+        given = " or ".join(paths)
         raise JobError(
             f"{self._option}: '{self._address}' has the same files of one split in {len(homes)} folders, as"
             f" configurations of a data set have them: give {given}; or a folder with links to all of them"
         )
 
     def _open_tars(self, files: Sequence[Entry]) -> ImageSource:
-        return webdataset([self._root / one.place for one in files], self._labels, self._root)
+        return webdataset([self._root / entry.place for entry in files], self._labels, self._root)
 
     def _open_tables(self, files: Sequence[Entry]) -> ImageSource:
-        paths = [self._root / one.place for one in files]
+        paths = [self._root / entry.place for entry in files]
         return parquet(paths, self._labels, card_class_names(self._root), self._root)
 
     def _of_classes(self) -> ImageSource:
         labelling, listings = Labelling(self._labels), self._listings()
-        files = [one for one in self._entries if one.name not in NAMES or one.place in listings.problems]
+        files = [entry for entry in self._entries if entry.name not in NAMES or entry.place in listings.problems]
         home = self._class_home(files, labelling)
-        folders = {
-            one.parts[len(home)] for one in files if one.parts[: len(home)] == home and len(one.parts) > len(home) + 1
-        }
+        depth = len(home)
+        below = [entry.parts[depth:] for entry in files if entry.parts[:depth] == home]
+        folders = {parts[0] for parts in below if len(parts) > 1}
         labelling.settle(listings.texts() if listings.listed else folders)
-        reader = _ClassReader(self._root, home, labelling, listings)
-        items = [partial(reader.read, one) for one in files]
+        reader = ClassReader(self._root, home, labelling, listings)
+        items = [partial(reader.read, entry) for entry in files]
         source = ImageSource(KIND, len(items), (partial(iter, items),))
-        there = {key_of(one.place) for one in files}
+        places = {key_of(entry.place) for entry in files}
         missing = [
             unusable(place, f"is listed in {listing}, and is not there")
             for place, (_, listing) in listings.listed.items()
-            if place not in there
+            if place not in places
         ]
-        return source.beside([*self._unread, *missing])
+        return source.with_unread([*self._unread, *missing])
 
     def _listings(self) -> Listings:
         listings = Listings()
         class_names = card_class_names(self._root)
-        for one in self._entries:
-            if one.name in NAMES:
-                listings.add(self._root, one.place, class_names)
+        for entry in self._entries:
+            if entry.name in NAMES:
+                listings.add(self._root, entry.place, class_names)
         if self._is_own:
             # Without labels it holds the rows of a run.
             listings.problems.clear()
@@ -218,12 +221,12 @@ class _Folder:
         """
         home: tuple[str, ...] = ()
         while True:
-            below = [one.parts[len(home) :] for one in files if one.parts[: len(home)] == home]
-            folders = sorted({one[0] for one in below if len(one) > 1})
+            below = [parts.parts[len(home) :] for parts in files if parts.parts[: len(home)] == home]
+            folders = sorted({parts[0] for parts in below if len(parts) > 1})
             self._check_splits(home, folders, below, labelling)
-            inner = {folder for one in below for folder in one[1:-1]}
+            inner = {folder for parts in below for folder in parts[1:-1]}
             is_home = len(folders) != 1 or labelling.is_label(folders[0])
-            if is_home or not any(labelling.is_label(one) or keyword_in(one) for one in inner):
+            if is_home or not any(labelling.is_label(folder) or keyword_in(folder) for folder in inner):
                 return home
             home = (*home, folders[0])
 
@@ -231,11 +234,11 @@ class _Folder:
         self, home: tuple[str, ...], folders: Sequence[str], below: Sequence[tuple[str, ...]], labelling: Labelling
     ) -> None:
         """Refuse folders of several splits, above the class folders or in them."""
-        splits = [one for one in folders if keyword_in(one) and not labelling.is_class(one)]
+        splits = [folder for folder in folders if keyword_in(folder) and not labelling.is_class(folder)]
         if is_several(splits):
-            self._refuse_splits(["/".join((*home, one)) for one in splits])
-        inner = sorted({one[1] for one in below if len(one) > 2 and labelling.is_label(one[0])})
-        within = [one for one in inner if keyword_in(one) and not labelling.is_class(one)]
+            self._refuse_splits(["/".join((*home, split)) for split in splits])
+        inner = sorted({parts[1] for parts in below if len(parts) > 2 and labelling.is_label(parts[0])})
+        within = [folder for folder in inner if keyword_in(folder) and not labelling.is_class(folder)]
         if is_several(within):
             raise JobError(
                 f"{self._option}: '{self._address}' holds the splits {', '.join(within)} inside its class folders: they"
@@ -243,80 +246,17 @@ class _Folder:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class _ClassReader:
-    """Reads the files of class folders.
-
-    Attributes:
-        home: names of the folders that hold the class folders.
-    """
-
-    root: Path
-    home: tuple[str, ...]
-    labelling: Labelling
-    listings: Listings
-
-    def read(self, entry: Entry) -> Found:
-        """A file as an image with its class, or why it is none."""
-        if problem := self.listings.problems.get(entry.place, ""):
-            return unusable(entry.place, problem)
-        data = partial(_file_bytes, self.root / entry.place)
-        if entry.extension not in EXTENSIONS and (problem := _why_no_image(data)):
-            return unusable(entry.place, problem)
-        return make_finding(entry.place, partial(self._class_of, entry), data)
-
-    def _class_of(self, entry: Entry) -> int:
-        folders = entry.parts[len(self.home) : -1] if entry.parts[: len(self.home)] == self.home else ()
-        if self.listings.listed:
-            return self._listed_class(entry, folders)
-        if not folders:
-            raise UnusableImageError("has no label: it lies in no class folder")
-        found = self.labelling.of_text(folders[0])
-        for inner in folders[1:]:
-            self._check_same(found, inner, f"lies in folders of two classes, '{folders[0]}' and '{inner}'")
-        return found
-
-    def _listed_class(self, entry: Entry, folders: Sequence[str]) -> int:
-        """The class that a listing gives; a folder that names another class makes it doubtful."""
-        if key_of(entry.place) not in self.listings.listed:
-            raise UnusableImageError("has no label: it is not in the list of labels beside it (metadata)")
-        found = self.listings.class_of(entry.place, self.labelling)
-        for folder in folders:
-            self._check_same(found, folder, f"has two labels: that of its list, and its folder '{folder}'")
-        return found
-
-    def _check_same(self, found: int, folder: str, reason: str) -> None:
-        if self.labelling.is_class(folder) and found not in self.labelling.classes_of(folder):
-            raise UnusableImageError(reason)
-
-
 def _is_own(entries: Sequence[Entry]) -> bool:
     """Whether the engine wrote a folder: a run, finished or not, or an export."""
-    has_shards = any(one.parts[0] == SHARDS and one.extension == "tar" for one in entries)
-    there = {one.parts[0] for one in entries}
-    return _STATE in there or there.issuperset(_MARKS) or (ROWS in there and has_shards)
+    has_shards = any(entry.parts[0] == SHARDS and entry.extension == "tar" for entry in entries)
+    names = {entry.parts[0] for entry in entries}
+    return _STATE in names or names.issuperset(_MARKS) or (ROWS in names and has_shards)
 
 
-def _beside(entries: Iterable[Entry], what: str) -> list[Unusable]:
-    """Files of another kind than those that are read."""
+def _left_out(entries: Iterable[Entry], what: str) -> list[Unusable]:
+    """Files of another kind next to those that are read."""
     remedy = "; give its folder by itself"
     return [
-        unusable(one.place, f"lies beside {what}, which are read{remedy if one.extension in _DATA else ''}")
-        for one in entries
+        unusable(entry.place, f"is next to {what}, which are read{remedy if entry.extension in _DATA else ''}")
+        for entry in entries
     ]
-
-
-def _why_no_image(data: Callable[[], bytes]) -> str:
-    """Why a file of any name is no image; empty where it is one, or where reading it tells."""
-    try:
-        with open_image(data()):
-            return ""
-    except UnusableImageError as error:
-        return str(error)
-    except OSError:
-        return ""
-
-
-def _file_bytes(file: Path) -> bytes:
-    check_bytes(file.stat().st_size)
-    return file.read_bytes()

@@ -1,4 +1,4 @@
-"""Files that hold no image and are no mistake: those of operating systems and tools."""
+"""Files that are ignored as they hold no image: those of operating systems and tools, and hidden ones."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _SYSTEM = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__mac
 
 
 def why_ignored(place: str, *, in_hidden: bool = False) -> str:
-    """Why a file is not looked at, by its path in a folder or a tar; empty where it is.
+    """Why a file is ignored, by its path in a folder or a tar; empty where it is not.
 
     Args:
-        in_hidden: whether files are looked at in folders whose names begin with a dot.
+        in_hidden: whether files in folders whose names begin with a dot are read.
     """
     parts = PurePosixPath(place).parts
     for number, part in enumerate(parts):

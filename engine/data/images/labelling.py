@@ -81,15 +81,15 @@ class Labelling:
         Raises:
             UnusableImageError: no such class, or several.
         """
-        found = self._find(name)
-        if len(found) > 1:
-            raise UnusableImageError(f"{name!r} is the name of classes {', '.join(map(str, found))}; give the index")
-        if not found:
+        classes = self._find(name)
+        if len(classes) > 1:
+            raise UnusableImageError(f"{name!r} is the name of classes {', '.join(map(str, classes))}; give the index")
+        if not classes:
             raise UnusableImageError(f"{name!r} is not a class of the target" + self._remedy(name))
-        return found[0]
+        return classes[0]
 
     def of_named_index(self, name: str, index: int) -> int:
-        """Class of a name that stands beside its index, which tells apart two classes of one name.
+        """Class of a name with its index, which distinguishes two classes of one name.
 
         Raises:
             UnusableImageError: as `of_name`.
@@ -166,7 +166,7 @@ def check_label(value: Any) -> None:
 
 
 def are_same_classes(names: Sequence[str], labels: tuple[str, ...]) -> bool:
-    """Whether class names are those of the target in its order; two of one name may have their index beside them."""
+    """Whether class names are those of the target in its order; equal names may be followed by their index."""
     return len(names) == len(labels) and all(
         name in (label, f"{label} ({index})") for index, (name, label) in enumerate(zip(names, labels, strict=True))
     )

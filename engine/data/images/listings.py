@@ -1,6 +1,6 @@
-"""Labels of the images of a folder that stand in a file beside them: `metadata.csv`, `.jsonl` or `.parquet`.
+"""Labels of the images of a folder in a file next to them: `metadata.csv`, `.jsonl` or `.parquet`.
 
-As Hugging Face's `imagefolder` has it: a column `file_name`, relative to the folder of the file, and a column `label`.
+As in Hugging Face's `imagefolder`: a column `file_name`, relative to the folder of the file, and a column `label`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.images.decode import UnusableImageError, brief
-from engine.data.images.findings import REJECTED
+from engine.data.images.image_source import REJECTED
 from engine.data.images.labelling import Labelling, is_enumeration
 from engine.data.images.parquet_files import ACCEPTED, LABEL, LabelColumn, accepted_column, class_names_of
 from engine.models.untrusted_files import check_regular
@@ -39,7 +39,7 @@ class Listings:
         self._is_unknown = False
 
     def add(self, root: Path, place: str, class_names: tuple[str, ...] | None) -> None:
-        """Take a listing in.
+        """Add a listing.
 
         Args:
             place: its path in the folder.
@@ -77,10 +77,9 @@ class Listings:
         if isinstance(label, UnusableImageError):
             raise label
         names = self._class_names[listing]
-        own = () if is_enumeration(names, labelling.labels) else names
-        return LabelColumn(own, not own and (self._is_unknown or any(self._class_names.values())), labelling).class_of(
-            label
-        )
+        own_names = () if is_enumeration(names, labelling.labels) else names
+        is_named_elsewhere = not own_names and (self._is_unknown or any(self._class_names.values()))
+        return LabelColumn(own_names, is_named_elsewhere, labelling).class_of(label)
 
 
 def key_of(place: str) -> str:
@@ -105,7 +104,7 @@ def _rows(path: Path) -> list[tuple[str, Any]]:
 
 
 def _check_columns(names: list[str]) -> None:
-    if missing := [one for one in (FILE_NAME, LABEL) if one not in names]:
+    if missing := [name for name in (FILE_NAME, LABEL) if name not in names]:
         raise UnusableImageError(f"gives no labels, it has no column {' and '.join(missing)}; folders name the classes")
 
 

@@ -1,4 +1,4 @@
-"""Where images are opened: an address, which is a path or the name of a set."""
+"""Opening labelled images by an address: a path or the name of a set."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import PIL.Image
 
-from engine.data.images.findings import SOUGHT, Found, ImageSource, Item, LabelledImage
 from engine.data.images.folders import open_folder
+from engine.data.images.image_source import SOUGHT, ImageSource, Item, LabelledImage, ReadResult
 from engine.data.images.labelling import Labelling
 from engine.data.images.parquet_files import parquet
 from engine.data.images.splits import card_class_names, has_splits
@@ -19,7 +19,7 @@ from engine.data.images.webdataset_tars import webdataset
 from engine.errors import JobError
 from engine.job.spec_messages import nearest
 
-# Image sets by name, beside paths: composed digits, split by scan (`engine.data.images.digits`).
+# Image sets that are given by name instead of by path: composed digits, split by scan (`engine.data.images.digits`).
 NAMED = {
     "digits:train": "train scans in mixed contexts",
     "digits:train-seen": "train scans in the contexts that the zoo's `classifier` was trained on",
@@ -37,7 +37,7 @@ def open_images(address: str, labels: tuple[str, ...], option: str = "--data") -
     Args:
         address: a file, a folder, a split of a folder of tars or parquet files (`FOLDER/train`), or a name of `NAMED`.
         labels: class names of the target in index order.
-        option: what the user gave the address by, for messages.
+        option: the option that gave the address, for messages.
 
     Raises:
         JobError: there is nothing, nothing of a kind that can be read, or several splits.
@@ -77,7 +77,7 @@ def _of_file(path: Path, labels: tuple[str, ...], option: str) -> ImageSource:
 def _folder_of_splits(path: Path) -> Path | None:
     """The folder that a path which is not there may name a split of, or a configuration and a split.
 
-    A wrong path must not start a walk over everything beside it, so the split has to show: in a card, or in names.
+    A wrong path must not start a walk over everything next to it, so the split must appear in a card or in names.
     """
     for folder in (path.parent, path.parent.parent):
         if folder.is_dir():
@@ -106,7 +106,7 @@ def _digits(name: str, labels: tuple[str, ...], option: str) -> ImageSource:
     from engine.data.images import digits
 
     labelling = Labelling(labels)
-    if unknown := [one for one in digits.CLASS_NAMES if not labelling.is_class(one)]:
+    if unknown := [name for name in digits.CLASS_NAMES if not labelling.is_class(name)]:
         raise JobError(f"{option}: '{name}' has digits, and the target has no class '{unknown[0]}'; give {SOUGHT}")
     split = name.removeprefix("digits:")
     is_single = split == "test-single"
@@ -117,13 +117,13 @@ def _digits(name: str, labels: tuple[str, ...], option: str) -> ImageSource:
     else:
         composites = digits.compose_split(split, _NUM_MIXED[split], seed=0)
 
-    def one(row: int) -> Found:
+    def read_row(row: int) -> ReadResult:
         single = (digits.context_text(composites.contexts, row),)
         tags = single if is_single else digits.attribute_texts(composites.contexts, row)
         index = labelling.of_name(digits.CLASS_NAMES[int(composites.labels[row])])
         return LabelledImage(f"{name} {row}", PIL.Image.fromarray(composites.images[row]), index, tags)
 
     def items() -> Iterator[Item]:
-        return (partial(one, row) for row in range(len(composites)))
+        return (partial(read_row, row) for row in range(len(composites)))
 
     return ImageSource(NAMED[name], len(composites), (items,))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.data.images.decode import UnusableImageError, brief, check_bytes
-from engine.data.images.findings import REJECTED, Found, ImageSource, Item, in_context, make_finding, unusable
+from engine.data.images.image_source import REJECTED, ImageSource, Item, ReadResult, in_context, make_result, unusable
 from engine.data.images.labelling import Labelling, are_same_classes, check_label, is_enumeration
 
 if TYPE_CHECKING:
@@ -112,14 +112,14 @@ class _Tables:
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(path) as file:
-            there = file.schema_arrow.names
-            image = _image_column(there)
-            if missing := [one for one in (image or IMAGES[0], LABEL) if one not in there]:
-                reason = f"has no column {' and '.join(missing)}; it has {', '.join(there)}: rename what holds them"
+            columns = file.schema_arrow.names
+            image = _image_column(columns)
+            if missing := [column for column in (image or IMAGES[0], LABEL) if column not in columns]:
+                reason = f"has no column {' and '.join(missing)}; it has {', '.join(columns)}: rename what holds them"
                 yield partial(unusable, name, reason)
                 return
             column, number = self._label_column(path), 0
-            wanted = [one for one in (image, LABEL, CONTEXT) if one in there] + accepted_column(there)
+            wanted = [column for column in (image, LABEL, CONTEXT) if column in columns] + accepted_column(columns)
             for batch in file.iter_batches(batch_size=ROWS, columns=wanted):
                 for row in batch.to_pylist():
                     yield partial(_read_row, f"{name} row {number}", row, image, column.class_of)
@@ -128,11 +128,11 @@ class _Tables:
     def _label_column(self, path: Path) -> LabelColumn:
         """How labels of a file are read; the whole set decides."""
         if self._names is None:
-            self._names = {one: self._class_names(one) for one in self._paths}
-            self._labelling.settle(text for one in self._paths for text in label_texts(one))
-        own = self._names[path]
-        is_named_elsewhere = not own and (self._card_names is None or any(self._names.values()))
-        return LabelColumn(own, is_named_elsewhere, self._labelling)
+            self._names = {file: self._class_names(file) for file in self._paths}
+            self._labelling.settle(text for file in self._paths for text in label_texts(file))
+        own_names = self._names[path]
+        is_named_elsewhere = not own_names and (self._card_names is None or any(self._names.values()))
+        return LabelColumn(own_names, is_named_elsewhere, self._labelling)
 
     def _class_names(self, path: Path) -> tuple[str, ...]:
         names = class_names_of(path) or self._card_names or ()
@@ -165,16 +165,16 @@ def label_texts(path: Path) -> set[str]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    found: set[str] = set()
+    texts: set[str] = set()
     try:
         with pq.ParquetFile(path) as file:
             if LABEL not in file.schema_arrow.names or not is_text(file.schema_arrow.field(LABEL).type):
-                return found
+                return texts
             for batch in file.iter_batches(columns=[LABEL]):
-                found.update(one for one in pc.unique(batch.column(0)).to_pylist() if one is not None)
+                texts.update(text for text in pc.unique(batch.column(0)).to_pylist() if text is not None)
     except (pa.ArrowException, OSError, ValueError):
         pass
-    return found
+    return texts
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -199,7 +199,7 @@ def has_images(path: Path) -> bool:
 
 def _image_column(names: Sequence[str]) -> str:
     """The column of images among the columns of a file; empty where there is none."""
-    return next((one for one in IMAGES if one in names), "")
+    return next((column for column in IMAGES if column in names), "")
 
 
 def _num_rows(path: Path) -> int:
@@ -213,15 +213,15 @@ def _num_rows(path: Path) -> int:
 
 
 def accepted_column(names: Sequence[str]) -> list[str]:
-    """The column that tells which rows a run accepted, or none."""
+    """The column that marks accepted rows, or none."""
     return [ACCEPTED[0]] if set(ACCEPTED) <= set(names) else []
 
 
-def _read_row(name: str, row: dict[str, Any], image: str, class_of: Callable[[Any], int]) -> Found:
+def _read_row(name: str, row: dict[str, Any], image: str, class_of: Callable[[Any], int]) -> ReadResult:
     if row.get(ACCEPTED[0]) is False:
         return unusable(name, REJECTED)
-    found = make_finding(name, partial(class_of, row[LABEL]), partial(_cell_bytes, row[image], image))
-    return in_context(found, row.get(CONTEXT))
+    item = make_result(name, partial(class_of, row[LABEL]), partial(_cell_bytes, row[image], image))
+    return in_context(item, row.get(CONTEXT))
 
 
 def _cell_bytes(value: Any, column: str) -> bytes:

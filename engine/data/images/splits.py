@@ -24,7 +24,7 @@ _MAX_CARD_BYTES = 2**22
 
 
 def split_of(place: str) -> str:
-    """The split that a file belongs to by its name, or by that of a folder of its own; empty where nothing says."""
+    """The split of a file by its name, or by that of a folder above it; empty where neither names one."""
     *folders, name = PurePosixPath(place).parts
     if match := _SHARDED.fullmatch(name):
         return match["split"]
@@ -32,7 +32,7 @@ def split_of(place: str) -> str:
 
 
 def configurations_of(places: Sequence[str]) -> list[str]:
-    """The folders that each have a split of their own: below both lies the same file of the split, twice.
+    """The folders that each have a split of their own: both contain the same file of the split.
 
     Args:
         places: files of one split, as `split_of` has it.
@@ -44,9 +44,8 @@ def configurations_of(places: Sequence[str]) -> list[str]:
     for place in places:
         *folders, name = PurePosixPath(place).parts
         is_in_name = bool(_SHARDED.fullmatch(name) or keyword_in(name))
-        depth = (
-            len(folders) if is_in_name else max((row for row, one in enumerate(folders) if keyword_in(one)), default=0)
-        )
+        depths = [len(folders)] if is_in_name else [row for row, folder in enumerate(folders) if keyword_in(folder)]
+        depth = max(depths, default=0)
         below.setdefault("/".join([*folders, name][depth:]), set()).add("/".join(folders[:depth]))
     is_one = all(len(homes) == 1 for homes in below.values())
     return [] if is_one else sorted(set[str]().union(*below.values()))
@@ -70,7 +69,7 @@ def group_by_split(splits: dict[str, str]) -> dict[str, list[str]]:
     """
     groups: dict[str, list[str]] = {}
     for place, split in splits.items():
-        same = next((one for one in groups if is_same_split(one, split)), split)
+        same = next((group for group in groups if is_same_split(group, split)), split)
         groups.setdefault(same, []).append(place)
     return groups
 
@@ -93,8 +92,8 @@ def card_class_names(folder: Path) -> tuple[str, ...] | None:
         None where there are several lists, of several configurations, so that none is known to be a file's.
     """
     folder = folder.absolute()
-    for one in (folder, *folder.parents[:2]):
-        if lists := {names for feature in _label_features(one) if (names := names_in(feature))}:
+    for parent in (folder, *folder.parents[:2]):
+        if lists := {names for feature in _label_features(parent) if (names := names_in(feature))}:
             return next(iter(lists)) if len(lists) == 1 else None
     return ()
 
@@ -103,7 +102,7 @@ def _label_features(folder: Path) -> Iterator[Any]:
     """The feature `label` in every description of a folder's data."""
     info = _header(folder / CARD).get("dataset_info")
     infos = [*(info if isinstance(info, list) else [info]), *_older_infos(folder)]
-    for features in (one.get("features") for one in infos if isinstance(one, dict)):
+    for features in (info.get("features") for info in infos if isinstance(info, dict)):
         if isinstance(features, dict):
             yield features.get("label")
         for feature in features if isinstance(features, list) else []:
@@ -114,8 +113,8 @@ def _label_features(folder: Path) -> Iterator[Any]:
 def _older_infos(folder: Path) -> Iterator[Any]:
     for name in ("dataset_infos.json", "dataset_info.json"):
         try:
-            found = json.loads(read_whole(folder / name, _MAX_CARD_BYTES))
-            yield from found.values() if isinstance(found, dict) and name == "dataset_infos.json" else [found]
+            document = json.loads(read_whole(folder / name, _MAX_CARD_BYTES))
+            yield from document.values() if isinstance(document, dict) and name == "dataset_infos.json" else [document]
         except (OSError, ValueError, RecursionError):
             continue
 
@@ -131,7 +130,7 @@ def read_splits(root: Path, places: Sequence[str]) -> dict[str, list[str]]:
     for config in named:
         prefix = f"{config.get('config_name', 'default')}/" if len(named) > 1 else ""
         for split, patterns in _patterns(config):
-            matched = [place for place in places if any(_matches(place, one) for one in patterns)]
+            matched = [place for place in places if any(_matches(place, pattern) for pattern in patterns)]
             if matched:
                 splits.setdefault(prefix + split, []).extend(matched)
     return splits
@@ -144,7 +143,7 @@ def has_splits(root: Path) -> bool:
 
 def _configs(root: Path) -> list[dict[str, Any]]:
     configs = _header(root / CARD).get("configs")
-    return [one for one in configs if isinstance(one, dict)] if isinstance(configs, list) else []
+    return [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -167,19 +166,19 @@ def _patterns(config: dict[str, Any]) -> list[tuple[str, list[str]]]:
     if files is None:
         return []
     entries = files if isinstance(files, list) else [files]
-    if all(isinstance(one, str) for one in entries):
-        return [("train", [prefix + one for one in entries])]
+    if all(isinstance(entry, str) for entry in entries):
+        return [("train", [prefix + entry for entry in entries])]
     if isinstance(files, dict) and "path" not in files:
-        return [(str(split), [prefix + one for one in _texts(path)]) for split, path in files.items()]
+        return [(str(split), [prefix + pattern for pattern in _texts(path)]) for split, path in files.items()]
     return [
-        (str(one.get("split", "train")), [prefix + path for path in _texts(one.get("path"))])
-        for one in entries
-        if isinstance(one, dict)
+        (str(entry.get("split", "train")), [prefix + path for path in _texts(entry.get("path"))])
+        for entry in entries
+        if isinstance(entry, dict)
     ]
 
 
 def _texts(value: Any) -> list[str]:
-    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
+    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
 
 
 def _matches(place: str, pattern: str) -> bool:

@@ -5,25 +5,23 @@
     corpus = engine.open_run("runs/quickstart").filter("risk > 2 and oracle_agrees")
     corpus.to_table(["key", "risk"]), corpus.to_torch(labels="soft")
 
-Nothing is read before it is asked for, and torch is imported by `to_torch` alone. Of a run on an object store the files
-with its rows are copied when it is opened, and tars when an image in them is asked for.
+Everything is read lazily, and torch is imported by `to_torch` alone. For a run on an object store the files with its
+rows are copied when it is opened, and tars when an image in them is read.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import itertools
+import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from engine.data.reading.filters import FLAG, NUMBER, TEXT, Vocabulary, compile_filter, compile_number
+from engine.data.reading.row_datasets import rows_dataset, unified_schema, with_scored
 from engine.data.reading.source import RunSource, open_source, readable
-from engine.data.run.outcomes import scored_rows
-from engine.data.run.schema import arrow_schema, check_rows
+from engine.data.run.schema import check_rows
 from engine.errors import JobError
-from engine.job.columns import RECORD_COLUMNS, RUN_COLUMNS
 from engine.job.spec_messages import nearest
 
 if TYPE_CHECKING:
@@ -43,7 +41,7 @@ def open_run(uri: str, *more: str) -> Corpus:
     Raises:
         RiskforgeError: one of them is not there, or cannot be read.
     """
-    sources = tuple(open_source(str(one)) for one in (uri, *more))
+    sources = tuple(open_source(str(address)) for address in (uri, *more))
     places = [source.store.place for source in sources]
     twice = next((source.uri for number, source in enumerate(sources) if places[number] in places[:number]), None)
     if twice is not None:
@@ -52,13 +50,13 @@ def open_run(uri: str, *more: str) -> Corpus:
 
 
 class Corpus:
-    """The rows of some runs, as far as they pass the filters so far. Filters make new ones; nothing is changed.
+    """The rows of some runs that pass the filters. Immutable: a filter returns a new corpus.
 
     `len(corpus)` counts rows: attempts of any status, unless the corpus is restricted to those with images by
     `samples`. Rows with `status == 'ok'` have images, and rejected ones of a run with `store_rejected`.
 
     Attributes:
-        runs: what was opened, each with its `state`.
+        runs: the opened runs, each with its `state`.
         conditions: the filters, as texts.
     """
 
@@ -67,8 +65,8 @@ class Corpus:
         self.conditions: tuple[str, ...] = ()
         self._expression: Expression | None = None
         self._has_images = False
-        self._schema = _unified(sources)
-        self._datasets = tuple(_dataset(source, self._schema) for source in sources)
+        self._schema = unified_schema(sources)
+        self._datasets = tuple(rows_dataset(source, self._schema) for source in sources)
 
     # What is in it -------------------------------------------------------------------------------------------------
 
@@ -85,7 +83,7 @@ class Corpus:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Class names in index order; empty where no run tells them.
+        """Class names in index order; empty where no run states them.
 
         Raises:
             JobError: the runs have different classes.
@@ -98,7 +96,7 @@ class Corpus:
 
     @property
     def columns(self) -> list[str]:
-        """Names that filters and tables know, derived ones last."""
+        """Names of columns that filters and tables accept, derived ones last."""
         return self._vocabulary.names
 
     def __len__(self) -> int:
@@ -111,7 +109,7 @@ class Corpus:
     @functools.cached_property
     def _num_rows(self) -> int:
         with readable(self.runs[0].uri):
-            return sum(one.count_rows(filter=self._expression) for one in self._datasets)
+            return sum(dataset.count_rows(filter=self._expression) for dataset in self._datasets)
 
     @functools.cached_property
     def _vocabulary(self) -> Vocabulary:
@@ -138,10 +136,10 @@ class Corpus:
         """The rows for which a condition holds, of those here; see `docs/reading.md` for the language.
 
         Args:
-            option: what the user gave the text by, for messages.
+            option: the option that gave the text, for messages.
 
         Raises:
-            JobError: the condition cannot be read, or names what is not there.
+            JobError: the condition cannot be parsed, or uses an unknown name.
         """
         return self._narrowed(compile_filter(condition, self._vocabulary, option), (condition,))
 
@@ -197,7 +195,7 @@ class Corpus:
         with readable(self.runs[number].uri):
             table = self._datasets[number].to_table(columns=wanted, filter=self._expression)
         check_rows(table, self.runs[number].uri, is_foreign=True)
-        return table if columns is not None else _with_scored(table)
+        return table if columns is not None else with_scored(table)
 
     def numbers(self, expression: str, option: str) -> Callable[[int], Any]:
         """For a run's number the values of an expression of numbers, one a row, as a numpy array.
@@ -234,9 +232,15 @@ class Corpus:
             JobError: no sample is selected, or two of the runs have different classes, or the same images, as a run and
                 its scores made anew do.
         """
-        from engine.data.reading.webdataset_samples import make_pipeline
+        from engine.data.reading.webdataset_samples import RunSelection, make_pipeline
 
-        return make_pipeline(self._chosen(), decode, options)
+        chosen = self._chosen()
+        runs = []
+        for number, source in enumerate(chosen.runs):
+            keys = frozenset(chosen.run_table(number, ["key"])["key"].to_pylist())
+            rows = chosen.run_table(number).to_pylist() if source.is_rescored and keys else None
+            runs.append(RunSelection(source.tars, keys, rows))
+        return make_pipeline(runs, decode, options)
 
     def to_torch(
         self,
@@ -255,13 +259,34 @@ class Corpus:
         Raises:
             JobError: no sample is selected, the runs have different classes or the same images, or a weight is negative
                 or no number.
-            CorruptShardError: a tar is missing, torn, or lacks an image that the rows tell of.
+            CorruptShardError: a tar is missing, torn, or lacks an image of the rows.
         """
-        from engine.data.reading.torch_samples import make_samples
+        from engine.data.reading.torch_samples import RunSamples, make_samples
 
         if labels not in ("hard", "soft"):
             raise JobError(f"labels: {labels!r} is not one of hard, soft")
-        return make_samples(self._chosen(), transform, labels, weights)
+        chosen, weigh = self._chosen(), None
+        if weights is not None:
+            chosen = chosen._with_weights(weights)
+            weigh = chosen.numbers(weights, "weights")
+        columns = ["key", "class_index", *(["soft_label"] if labels == "soft" else [])]
+        runs = [
+            RunSamples(source.tars, chosen.run_table(number, columns), None if weigh is None else weigh(number))
+            for number, source in enumerate(chosen.runs)
+        ]
+        return make_samples(runs, chosen.labels, transform, weights)
+
+    def _with_weights(self, weights: str) -> Corpus:
+        """The samples that have a weight; unscored ones have none where the expression uses a score."""
+        weighted = self.has_number(weights, "weights")
+        num_unscored = len(self) - len(weighted)
+        summary = f"weights {weights!r}: {num_unscored} of {len(self)} samples were not scored, such as real images"
+        remedy = "write such as '1 + 3 * (scored and target_errs)' to keep them"
+        if not len(weighted):
+            raise JobError(f"{summary}; {remedy}")
+        if num_unscored:
+            warnings.warn(f"{summary}, and are left out; {remedy}", stacklevel=3)
+        return weighted
 
     def _chosen(self) -> Corpus:
         """The samples, of which there is at least one, of classes that are the same in all runs, each image once."""
@@ -279,7 +304,7 @@ class Corpus:
         """Check that anything is selected.
 
         Raises:
-            JobError: nothing is; it tells how many rows there were at each step.
+            JobError: nothing is; with the number of rows at each step.
         """
         if len(self):
             return
@@ -296,88 +321,21 @@ class Corpus:
         if name in self._schema.names and name != "scored":
             return pc.field(name)
         try:
-            found = self._vocabulary.term(name)
+            term = self._vocabulary.term(name)
         except KeyError:
             raise JobError(f"columns: there is no column '{name}'{nearest(name, self.columns)}") from None
-        assert found is not None and found.kind in (NUMBER, TEXT, FLAG), "derived names are never lists"
-        return found.expression
+        assert term is not None and term.kind in (NUMBER, TEXT, FLAG), "derived names are never lists"
+        return term.expression
 
 
-def _with_scored(table: pa.Table) -> pa.Table:
-    """Rows of any schema version with `scored` filled in."""
-    import pyarrow as pa
-
-    place = table.column_names.index("scored")
-    return table.set_column(place, table.schema.field(place), pa.array(scored_rows(table)))
-
-
-def _unified(sources: tuple[RunSource, ...]) -> pa.Schema:
-    """The columns of all runs; nullable, as earlier schema versions lack some.
-
-    Those are there nevertheless, so that a filter means the same for every run; what any run should have is not.
-    """
-    import pyarrow as pa
-
-    found = [source.schema() for source in sources]
-    kept = arrow_schema(surplus=True)
-    there = {name for schema in found for name in schema.names}
-    always = {column.name for column in (*RECORD_COLUMNS, *RUN_COLUMNS) if column.since == 1}
-    fields = [field.with_nullable(True) for field in kept if field.name in there or field.name not in always]
-    names = {field.name for field in fields}
-    for schema in found:
-        for one in schema:
-            if one.name not in names:
-                fields.append(one.with_nullable(True))
-                names.add(one.name)
-    return pa.schema(fields)
-
-
-def _dataset(source: RunSource, schema: pa.Schema) -> Dataset:
-    import pyarrow.dataset
-
-    with readable(source.uri):
-        files = source.rows_files()
-        if source.surplus is not None:
-            flags = [source.surplus.get(str(row)) for row in source.rows]
-            return _marked(list(zip(files, flags, strict=True)), schema)
-        return pyarrow.dataset.dataset([str(path) for path in files], schema=schema, format="parquet")
-
-
-def _marked(rows: Sequence[tuple[Path, Sequence[bool] | None]], schema: pa.Schema) -> Dataset:
-    """Rows of shards, which have no column `surplus`, with it.
-
-    It is a constant of the files that have no surplus; the few others are held in memory.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.dataset
-    import pyarrow.fs
-    import pyarrow.parquet as pq
-
-    form, files = pyarrow.dataset.ParquetFileFormat(), pyarrow.fs.LocalFileSystem()
-    within = pc.field("surplus") == pc.scalar(False)
-    parts: list[Dataset] = []
-    for has_surplus, some in itertools.groupby(rows, key=lambda row: row[1] is not None):
-        if not has_surplus:
-            one = [form.make_fragment(str(path), files, partition_expression=within) for path, _ in some]
-            parts.append(pyarrow.dataset.FileSystemDataset(one, schema, form, files))
-            continue
-        for path, flags in some:
-            table = pq.read_table(path, partitioning=None).append_column("surplus", pa.array(flags))
-            missing = [name for name in schema.names if name not in table.column_names]
-            for name in missing:
-                table = table.append_column(name, pa.nulls(len(table), schema.field(name).type))
-            parts.append(pyarrow.dataset.dataset(table.select(schema.names).cast(schema)))
-    return pyarrow.dataset.dataset(parts)
-
-
-def _refuse_labels(one: RunSource, other: RunSource) -> NoReturn:
+def _refuse_labels(first: RunSource, other: RunSource) -> NoReturn:
+    sizes = f"{len(first.labels)} and {len(other.labels)}"
     place = next(
-        (number for number, pair in enumerate(zip(one.labels, other.labels, strict=False)) if pair[0] != pair[1]),
-        min(len(one.labels), len(other.labels)),
+        (number for number, pair in enumerate(zip(first.labels, other.labels, strict=False)) if pair[0] != pair[1]),
+        min(len(first.labels), len(other.labels)),
     )
-    texts = [repr(each.labels[place]) if place < len(each.labels) else "none" for each in (one, other)]
+    texts = [repr(source.labels[place]) if place < len(source.labels) else "none" for source in (first, other)]
     raise JobError(
-        f"RUN: '{one.uri}' and '{other.uri}' have different classes ({len(one.labels)} and {len(other.labels)}; class"
-        f" {place} is {texts[0]} there and {texts[1]} here); their labels do not go together, open them one by one"
+        f"RUN: '{first.uri}' and '{other.uri}' have different classes ({sizes}; class"
+        f" {place} is {texts[0]} there and {texts[1]} here); open them one at a time"
     )

@@ -18,7 +18,7 @@ COLUMNS = 4096
 
 
 class Duplicate(NamedTuple):
-    """A sample that goes, the earlier one that it resembles most, and their cosine."""
+    """A dropped sample, the most similar kept one, and their cosine."""
 
     dropped: int
     kept: int
@@ -30,7 +30,7 @@ def embed(images: Iterable[PIL.Image.Image], address: str, advance: Callable[[st
 
     Args:
         address: of the CLIP model.
-        advance: hears how far it is.
+        advance: progress callback.
 
     Raises:
         JobError: the model cannot be loaded, or gives an embedding that has no cosine with others.
@@ -55,7 +55,7 @@ def embed(images: Iterable[PIL.Image.Image], address: str, advance: Callable[[st
 
 
 def near_duplicates(embeddings: np.ndarray, classes: Sequence[int], threshold: float) -> list[Duplicate]:
-    """What goes so that no two samples of a class are as near as the threshold: greedy, the first in order stays.
+    """The samples to drop so that no two of a class are as similar as the threshold; greedy, earlier samples are kept.
 
     Args:
         embeddings: normalised [N, d].
@@ -63,36 +63,36 @@ def near_duplicates(embeddings: np.ndarray, classes: Sequence[int], threshold: f
         threshold: cosine from which on two samples are duplicates.
 
     Returns:
-        In the order of what goes.
+        In the order of the dropped samples.
     """
-    found: list[Duplicate] = []
+    duplicates: list[Duplicate] = []
     labels = np.asarray(classes)
-    for one in np.unique(labels):
-        rows = np.flatnonzero(labels == one)
-        found += [
-            Duplicate(int(rows[gone]), int(rows[kept]), similarity)
-            for gone, kept, similarity in _greedy(embeddings[rows], threshold)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        duplicates += [
+            Duplicate(int(rows[dropped]), int(rows[kept]), similarity)
+            for dropped, kept, similarity in _greedy(embeddings[rows], threshold)
         ]
-    return sorted(found)
+    return sorted(duplicates)
 
 
 def _greedy(embeddings: np.ndarray, threshold: float) -> list[Duplicate]:
     """Block by block, so that memory does not grow with the square of the number of samples."""
-    found: list[Duplicate] = []
+    duplicates: list[Duplicate] = []
     kept: list[int] = []
     for start in range(0, len(embeddings), ROWS):
         block = embeddings[start : start + ROWS]
         best, nearest = _nearest_of(block, embeddings, np.array(kept, dtype=np.int64))
-        inside, own = block @ block.T, list[int]()
+        inside, kept_rows = block @ block.T, list[int]()
         for row in range(len(block)):
-            if own and (near := inside[row, own]).max() > best[row]:
-                best[row], nearest[row] = near.max(), start + own[int(near.argmax())]
+            if kept_rows and (near := inside[row, kept_rows]).max() > best[row]:
+                best[row], nearest[row] = near.max(), start + kept_rows[int(near.argmax())]
             if best[row] >= threshold:
-                found.append(Duplicate(start + row, int(nearest[row]), float(best[row])))
+                duplicates.append(Duplicate(start + row, int(nearest[row]), float(best[row])))
             else:
-                own.append(row)
-        kept += [start + row for row in own]
-    return found
+                kept_rows.append(row)
+        kept += [start + row for row in kept_rows]
+    return duplicates
 
 
 def _nearest_of(block: np.ndarray, embeddings: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -100,10 +100,10 @@ def _nearest_of(block: np.ndarray, embeddings: np.ndarray, kept: np.ndarray) -> 
     best = np.full(len(block), -np.inf, dtype=np.float32)
     nearest = np.full(len(block), -1)
     for start in range(0, len(kept), COLUMNS):
-        some = kept[start : start + COLUMNS]
-        products = block @ embeddings[some].T
+        rows = kept[start : start + COLUMNS]
+        products = block @ embeddings[rows].T
         place = products.argmax(1)
         values = products[np.arange(len(block)), place]
         better = values > best
-        best[better], nearest[better] = values[better], some[place[better]]
+        best[better], nearest[better] = values[better], rows[place[better]]
     return best, nearest

@@ -1,6 +1,6 @@
 """Merge and export: the selected samples of some runs as a new data set, without near duplicates, with real images.
 
-The same command gives the same bytes. The data set is built beside its place and renamed once it is whole.
+The same command gives the same bytes. The data set is built under a temporary name and renamed once it is complete.
 """
 
 from __future__ import annotations
@@ -9,82 +9,41 @@ import contextlib
 import csv
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.data.images.findings import some_of
+from engine.data.images.image_source import some_of
 from engine.data.reading.corpus import Corpus, open_run
 from engine.data.reading.export_card import export_card
-from engine.data.reading.formats import (
-    check_folders,
-    check_format,
-    class_folders,
-    numbered_folders,
-    write_imagefolder,
-    write_parquet,
-    write_webdataset,
+from engine.data.reading.export_options import (
+    ExportOptions,
+    check_classes,
+    check_options,
+    check_output,
+    check_sources,
+    only_clip,
 )
+from engine.data.reading.format_registry import FORMATS, ExportData, Written
+from engine.data.reading.formats import class_folders, numbered_folders
 from engine.data.reading.real_images import RealImages
 from engine.data.reading.selection import Chosen, SampleReader, select, shuffled
 from engine.data.reading.source import RunSource
+from engine.data.run.file_names import CARD, CLASSES, EXPORT_KIND, MANIFEST, SUCCESS
 from engine.data.run.manifest import software_versions
-from engine.data.run.shards import is_key, record_json
-from engine.data.run.state import CARD, CLASSES, EXPORT_KIND, MANIFEST, SUCCESS
+from engine.data.run.shard_writing import record_json
 from engine.data.stores.file_errors import explained
 from engine.data.stores.folder import FolderStore
 from engine.data.stores.fresh_folder import fresh_folder
-from engine.data.stores.opening import open_store, refuse_objects
-from engine.errors import CorruptShardError, JobError, OutputError
+from engine.errors import JobError
 from engine.job.class_names import distinct_names
 from engine.job.columns import SCHEMA_VERSION
 from engine.job.records import STATUS_OK, STATUS_REJECTED, SampleResult
 
-DEFAULT_NAME = "corpus"
-DEFAULT_REAL_RATIO = 0.5
 DUPLICATES = "duplicates.csv"
-# Shard, real and class parts of a key come after the name.
-MAX_NAME_CHARS = 60
-MAX_SAMPLES_PER_SHARD = 10**9
+
 _SPOOL = ".real"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportOptions:
-    """What is exported, and how.
-
-    Attributes:
-        output: folder of the new data set; empty, or not there yet.
-        format: `webdataset`, `imagefolder` or `parquet`.
-        folders: what `imagefolder` calls the folders of classes: `index` or `name`.
-        condition: filter on the rows; empty for all samples.
-        name: prefix of shards, and of the keys of real images.
-        seed: of the order, and of the draw of real images.
-        samples_per_shard: in each tar or parquet file.
-        with_rejected, with_surplus: as for `Corpus.with_images`.
-        deduplicate: cosine from which on two samples of a class are duplicates; None keeps all.
-        clip: address of the CLIP model for it; None for the runs' own.
-        real: labelled images to mix in, as for `engine.data.images.open_images`.
-        real_ratio: their share of the images of the new data set.
-        allow_different_targets: whether scores of different targets may stand side by side.
-    """
-
-    output: str
-    format: str = "webdataset"
-    folders: str = "index"
-    condition: str = ""
-    name: str = DEFAULT_NAME
-    seed: int = 0
-    samples_per_shard: int = 1000
-    with_rejected: bool = False
-    with_surplus: bool = False
-    deduplicate: float | None = None
-    clip: str | None = None
-    real: str | None = None
-    real_ratio: float = DEFAULT_REAL_RATIO
-    allow_different_targets: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,20 +66,20 @@ def export(
     """Write the samples of some runs as a new data set.
 
     Args:
-        advance: hears how far it is.
+        advance: progress callback.
 
     Raises:
-        JobError: an option is wrong, the runs do not go together, or nothing is selected.
+        JobError: an option is wrong, the runs are incompatible, or nothing is selected.
         OutputError: the output cannot be written to.
         CorruptShardError: a run is damaged.
 
     Side effects:
         Nothing is left behind when it raises or is interrupted.
     """
-    _check_options(options)
+    check_options(options)
     corpus = open_run(*uris)
-    home = _check_output(options, corpus)
-    _check_sources(corpus, options)
+    home = check_output(options, corpus)
+    check_sources(corpus, options)
     if options.condition:
         corpus = corpus.filter(options.condition, "--filter")
     corpus = corpus.with_images(rejected=options.with_rejected, surplus=options.with_surplus)
@@ -131,16 +90,17 @@ def export(
 
 
 class _Export:
-    """One export: what is chosen, and its files."""
+    """One export: the selected samples, and its files."""
 
     def __init__(self, corpus: Corpus, options: ExportOptions, built: Path, advance: Callable[[str], None]) -> None:
         self._corpus, self._options, self._advance = corpus, options, advance
+        self._format = FORMATS[options.format]
         self._store = FolderStore(built)
         self._selection = select(corpus)
         self._reader = SampleReader(corpus, self._selection)
         self._labels = corpus.labels or _labels_of_rows(corpus)
         self._names = distinct_names(dict(enumerate(self._labels)))
-        _check_classes(self._selection.samples, self._labels)
+        check_classes(self._selection.samples, self._labels)
         self._digest = hashlib.sha256()
         self._counts: dict[str, dict[str, dict[str, int]]] = {"requests": {}, "classes": {}}
         self._present: set[int] = set()
@@ -151,11 +111,11 @@ class _Export:
             image_format = self._image_format()
             kept, deduplication = self._deduplicated()
             with contextlib.closing(self._mixed(kept, image_format)) as real:
-                data_files = self._write_samples(kept, real, image_format)
+                written = self._write_samples(kept, real, image_format)
                 manifest = self._manifest(kept, real, deduplication)
         store = self._store
         store.replace(MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-        store.replace(CARD, export_card(manifest, data_files, image_format).encode())
+        store.replace(CARD, export_card(manifest, written).encode())
         store.replace(SUCCESS, f"{manifest['digest']}\n".encode())
         store.remove_tree("_state")
         return manifest, tuple(self._remarks(deduplication, real))
@@ -163,40 +123,43 @@ class _Export:
     def _image_format(self) -> str:
         """The one format that the images of shards have."""
         formats = self._reader.image_formats
-        if len(formats) > 1 and self._options.format == "webdataset":
+        if len(formats) > 1 and self._format.has_one_image_format:
+            others = " or ".join(f"`{name}`" for name, other in FORMATS.items() if not other.has_one_image_format)
             raise JobError(
                 f"RUN: the runs have images of different formats ({', '.join(formats)}), and shards have one; merge"
-                " runs of one format, or use `riskforge export --format parquet` or `imagefolder`"
+                f" runs of one format, or use `riskforge export --format` with {others}"
             )
         return formats[0] if len(formats) == 1 else "png"
 
     def _deduplicated(self) -> tuple[list[Chosen], dict[str, Any]]:
-        """The samples without near duplicates, and what is told of those."""
+        """The samples without near duplicates, and the manifest's account of those."""
         samples, threshold = self._selection.samples, self._options.deduplicate
         if threshold is None:
             return samples, {}
         from engine.data.reading.deduplicate import embed, near_duplicates
 
-        address = self._options.clip or _only_clip(self._corpus)
+        address = self._options.clip or only_clip(self._corpus)
         embeddings = embed(self._reader.images(samples), address, self._advance)
-        found = near_duplicates(embeddings, [one.class_index for one in samples], threshold)
+        duplicates = near_duplicates(embeddings, [sample.class_index for sample in samples], threshold)
         with explained(self._store.path(DUPLICATES)), self._store.path(DUPLICATES).open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["dropped", "kept", "similarity"])
-            writer.writerows((samples[a].key, samples[b].key, f"{similarity:.6f}") for a, b, similarity in found)
-        gone = {one.dropped for one in found}
-        about = {"threshold": threshold, "clip": address, "dropped": len(gone), "list": DUPLICATES}
-        return [one for number, one in enumerate(samples) if number not in gone], about
+            writer.writerows((samples[a].key, samples[b].key, f"{similarity:.6f}") for a, b, similarity in duplicates)
+        dropped = {duplicate.dropped for duplicate in duplicates}
+        summary = {"threshold": threshold, "clip": address, "dropped": len(dropped), "list": DUPLICATES}
+        return [sample for number, sample in enumerate(samples) if number not in dropped], summary
 
     def _mixed(self, kept: list[Chosen], image_format: str) -> RealImages:
-        """The real images that go with some samples, among which there may be real ones already."""
+        """The real images to mix in; the samples may include real ones already."""
         options = self._options
         real = RealImages(self._store.path(_SPOOL), options.name, image_format)
         if options.real is None:
             return real
         if not self._corpus.labels:
-            raise JobError("--mix-real: the runs do not tell their classes, so labels of real images cannot be matched")
-        num_there = sum(one.is_real for one in kept)
+            raise JobError(
+                "--mix-real: the runs do not state their classes, so labels of real images cannot be matched"
+            )
+        num_there = sum(sample.is_real for sample in kept)
         count = max(1, round((len(kept) - num_there) * options.real_ratio / (1 - options.real_ratio))) - num_there
         if count < 1:
             raise JobError(
@@ -204,21 +167,27 @@ class _Export:
                 f" {options.real_ratio:g} or more; leave them out (--filter \"method != 'real'\"), or drop --mix-real"
             )
         real.draw(options.real, self._corpus.labels, count, options.seed, self._advance)
-        if taken := {one.key for one in self._selection.samples} & set(real.keys):
+        if taken := {sample.key for sample in self._selection.samples} & set(real.keys):
             raise JobError(f"--name: the key '{min(taken)}' is taken by a sample of the runs; choose another --name")
         return real
 
-    def _write_samples(self, kept: list[Chosen], real: RealImages, image_format: str) -> list[str]:
-        options, root = self._options, self._store.root
+    def _write_samples(self, kept: list[Chosen], real: RealImages, image_format: str) -> Written:
+        options = self._options
         total = len(kept) + len(real.keys)
-        order = shuffled([*(one.key for one in kept), *real.keys], options.seed)
+        order = shuffled([*(sample.key for sample in kept), *real.keys], options.seed)
         samples = self._counted(self._read(order, kept, real, image_format), total)
-        if options.format == "webdataset":
-            plain = (result for result, _ in samples)
-            return write_webdataset(self._store, options.name, plain, options.samples_per_shard, image_format)
-        if options.format == "imagefolder":
-            return write_imagefolder(root, samples, self._labels, self._folders)
-        return write_parquet(root, samples, self._labels, options.samples_per_shard, total)
+        return self._format.load_writer()(
+            ExportData(
+                store=self._store,
+                name=options.name,
+                samples=samples,
+                num_samples=total,
+                labels=self._labels,
+                folders=self._folders,
+                samples_per_shard=options.samples_per_shard,
+                image_format=image_format,
+            )
+        )
 
     @property
     def _folders(self) -> list[str]:
@@ -248,18 +217,7 @@ class _Export:
             yield result, extension
 
     def _manifest(self, kept: list[Chosen], real: RealImages, deduplication: dict[str, Any]) -> dict[str, Any]:
-        options, num_drawn = self._options, len(real.keys)
-        num_images, num_real = len(kept) + num_drawn, num_drawn + sum(one.is_real for one in kept)
-        classes = self._counts["classes"]
-        statuses = {name: sum(one[name] for one in classes.values()) for name in (STATUS_OK, STATUS_REJECTED)}
-        shards = -(-num_images // options.samples_per_shard)
-        about_real = {
-            "address": options.real,
-            "ratio": options.real_ratio,
-            "num_usable": real.num_usable,
-            "num_unusable": len(real.unusable),
-            "num_taken": num_drawn,
-        }
+        options = self._options
         return {
             "schema_version": SCHEMA_VERSION,
             "name": options.name,
@@ -277,17 +235,39 @@ class _Export:
             "models": _common_models(self._corpus.runs),
             "sources": [self._source(number, kept) for number in range(len(self._corpus.runs))],
             "deduplication": deduplication,
-            "real": about_real if options.real is not None else {},
+            "real": self._real(real) if options.real is not None else {},
             "versions": software_versions(),
-            "counts": {
-                "images": num_images,
-                "generated": num_images - num_real,
-                "real": num_real,
-                "shards": {"committed": shards} if options.format != "imagefolder" else {},
-                "samples": {"attempted": num_images, "failed": 0, **statuses},
-                "requests": dict(sorted(self._counts["requests"].items())),
-                "classes": dict(sorted(classes.items())),
-            },
+            "counts": self._all_counts(kept, len(real.keys)),
+        }
+
+    def _real(self, real: RealImages) -> dict[str, Any]:
+        """The manifest's account of the real images."""
+        return {
+            "address": self._options.real,
+            "ratio": self._options.real_ratio,
+            "num_usable": real.num_usable,
+            "num_unusable": len(real.unusable),
+            "num_taken": len(real.keys),
+        }
+
+    def _all_counts(self, kept: list[Chosen], num_drawn: int) -> dict[str, Any]:
+        """The counts of the manifest.
+
+        Args:
+            num_drawn: real images that this export mixed in.
+        """
+        num_images, num_real = len(kept) + num_drawn, num_drawn + sum(sample.is_real for sample in kept)
+        classes = self._counts["classes"]
+        statuses = {name: sum(counts[name] for counts in classes.values()) for name in (STATUS_OK, STATUS_REJECTED)}
+        num_shards = -(-num_images // self._options.samples_per_shard)
+        return {
+            "images": num_images,
+            "generated": num_images - num_real,
+            "real": num_real,
+            "shards": {"committed": num_shards} if self._format.is_sharded else {},
+            "samples": {"attempted": num_images, "failed": 0, **statuses},
+            "requests": dict(sorted(self._counts["requests"].items())),
+            "classes": dict(sorted(classes.items())),
         }
 
     def _source(self, number: int, kept: list[Chosen]) -> dict[str, Any]:
@@ -299,7 +279,7 @@ class _Export:
             "plan_digest": source.digest,
             "rows_sha256": source.rows_digest(),
             "models": source.models or source.known_models(),
-            "num_taken": sum(one.run == number for one in kept),
+            "num_taken": sum(sample.run == number for sample in kept),
             "num_identical": self._selection.identical[number],
             "key_prefix": self._selection.prefixes.get(number, ""),
         }
@@ -312,7 +292,7 @@ class _Export:
             yield f"{self._corpus.runs[number].uri}: {count} samples are in an earlier run too, and were taken once"
         for number, prefix in sorted(self._selection.prefixes.items()):
             yield f"{self._corpus.runs[number].uri}: its keys were taken already, and begin with {prefix} now"
-        if self._options.format == "imagefolder" and not self._numbers_agree():
+        if self._format.has_class_folders and not self._numbers_agree():
             yield (
                 "torchvision and timm number the folders that are there in their order, which is not the label; take it"
                 f" from {CLASSES}, as the lines in {CARD} do"
@@ -329,103 +309,8 @@ class _Export:
         return sorted(self._present, key=folders.__getitem__) == list(range(len(self._present)))
 
 
-def _check_options(options: ExportOptions) -> None:
-    """Check what is wrong whatever the runs are.
-
-    Raises:
-        JobError: a line for each option.
-    """
-    problems = []
-    if not is_key(options.name) or len(options.name) > MAX_NAME_CHARS:
-        problems.append(
-            f"--name: {options.name!r} is not of a-z, 0-9 and hyphens with at most {MAX_NAME_CHARS} characters"
-        )
-    if not 1 <= options.samples_per_shard <= MAX_SAMPLES_PER_SHARD:
-        problems.append(
-            f"--samples-per-shard: {options.samples_per_shard} is not between 1 and {MAX_SAMPLES_PER_SHARD:,}"
-        )
-    if options.deduplicate is not None and not 0 < options.deduplicate <= 1:
-        problems.append(f"--deduplicate: {options.deduplicate:g} is not a cosine above 0 and up to 1")
-    if options.clip is not None and options.deduplicate is None:
-        problems.append("--clip: is for --deduplicate; give both, or leave it out")
-    if not (math.isfinite(options.real_ratio) and 0 < options.real_ratio < 1):
-        problems.append(f"--real-ratio: {options.real_ratio:g} is not between 0 and 1")
-    if problems:
-        raise JobError(problems)
-    check_format(options.format)
-    check_folders(options.folders)
-
-
-def _check_output(options: ExportOptions, corpus: Corpus) -> Path:
-    """The folder of the output, which is empty or not there, and in no run's way.
-
-    Raises:
-        OutputError: it is not.
-    """
-    refuse_objects(options.output, "--output", "an export")
-    store = open_store(options.output)
-    assert isinstance(store, FolderStore), "there is no other kind"
-    resolved = store.place
-    for source in corpus.runs:
-        places = [one.place for one in source.stores]
-        if any(resolved.is_relative_to(place) or place.is_relative_to(resolved) for place in places):
-            raise OutputError(
-                f"--output: {store.root} is in the folder of '{source.uri}', or around it; choose one outside"
-            )
-    if options.real is not None and resolved.is_relative_to(Path(options.real).expanduser().resolve()):
-        raise OutputError(f"--output: {store.root} is in the folder of --mix-real; choose one outside")
-    if names := store.list():
-        raise OutputError(f"--output: {store.root} is not empty ({names[0]!r}); choose another, or remove it first")
-    if resolved.parent == resolved:
-        raise OutputError(f"--output: {store.root} is the root of the file system; choose a folder")
-    return store.root
-
-
-def _check_sources(corpus: Corpus, options: ExportOptions) -> None:
-    """Check that the runs go together.
-
-    Raises:
-        JobError: they have different classes or targets.
-    """
-    _ = corpus.labels
-    known = [source for source in corpus.runs if source.targets]
-    targets = frozenset[str]().union(*(source.targets for source in known))
-    if len(targets) > 1 and not options.allow_different_targets:
-        first = known[0]
-        other = next((one for one in known if one.targets != first.targets), first)
-        shown = ", ".join(map(repr, sorted(targets)))
-        raise JobError(
-            f"RUN: '{first.uri}' and '{other.uri}' are scored by different targets ({shown}), so"
-            " their risk and KLDB cannot be compared; --allow-different-targets takes them nevertheless"
-        )
-
-
-def _check_classes(samples: list[Chosen], labels: tuple[str, ...]) -> None:
-    """Check that every sample is of a class that there is.
-
-    Raises:
-        CorruptShardError: one is not.
-    """
-    for one in samples:
-        if not 0 <= one.class_index < len(labels):
-            raise CorruptShardError(f"RUN: the row of {one.key} has class {one.class_index} of {len(labels)} classes")
-
-
-def _only_clip(corpus: Corpus) -> str:
-    """The CLIP model of all runs.
-
-    Raises:
-        JobError: they have several, or tell none.
-    """
-    clips = sorted(frozenset[str]().union(*(source.clips for source in corpus.runs)))
-    if len(clips) != 1:
-        has = f"have different CLIP models ({', '.join(map(repr, clips))})" if clips else "do not tell their CLIP model"
-        raise JobError(f"--clip: the runs {has}; say which one finds the near duplicates")
-    return clips[0]
-
-
 def _labels_of_rows(corpus: Corpus) -> tuple[str, ...]:
-    """Class names as far as rows tell them, where no manifest does; those too that no filter passes."""
+    """Class names from the rows, where no manifest has them; also of rows that the filter rejects."""
     table = Corpus(corpus.runs).to_table(["class_index", "class_name"])
     names = dict(zip(table["class_index"].to_pylist(), table["class_name"].to_pylist(), strict=True))
     return tuple(names.get(index, f"class {index}") for index in range(max(names) + 1))
@@ -434,4 +319,4 @@ def _labels_of_rows(corpus: Corpus) -> tuple[str, ...]:
 def _common_models(runs: tuple[RunSource, ...]) -> dict[str, Any]:
     """The models that all runs have in common, by role."""
     first = runs[0].models
-    return {role: about for role, about in first.items() if all(run.models.get(role) == about for run in runs)}
+    return {role: model for role, model in first.items() if all(run.models.get(role) == model for run in runs)}

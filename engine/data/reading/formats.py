@@ -1,30 +1,32 @@
-"""How an export is written: WebDataset shards, a folder by class, or parquet with the images inside."""
+"""The formats of an export: WebDataset shards, a folder by class, or parquet with embedded images."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain, islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.data.reading.format_registry import ExportData, Written
+from engine.data.run.card_loading import FILES_LOADING, FOLDERS_LOADING, merged_loading_section
 from engine.data.run.commits import CommitSummary
-from engine.data.run.manifest import IndexEntry, write_index_files, write_metadata
-from engine.data.run.schema import arrow_schema
-from engine.data.run.shards import SHARDS, discard, shard_name, stage_shard
-from engine.data.run.state import CLASSES, METADATA
-from engine.data.stores.base import STATE, Store
+from engine.data.run.file_names import CLASSES, METADATA
+from engine.data.run.metadata_table import write_metadata
+from engine.data.run.reader_indexes import IndexEntry, write_index_files
+from engine.data.run.schema import arrow_schema, tar_features
+from engine.data.run.shard_writing import discard, stage_shard
+from engine.data.run.shards import SHARDS, shard_name
+from engine.data.stores.base import STATE
 from engine.data.stores.file_errors import explained
 from engine.errors import JobError
-from engine.job.columns import RECORD_COLUMNS
+from engine.job.columns import RECORD_COLUMNS, SCHEMA_VERSION
 from engine.job.records import SampleResult
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMATS = ("webdataset", "imagefolder", "parquet")
 # What an export calls the folders of classes: indices, which are in the order of labels for every reader, or names.
 FOLDERS = ("index", "name")
 ROWS_PER_GROUP = 256
@@ -32,59 +34,51 @@ ROWS_PER_GROUP = 256
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _()+=,@&-]{0,79}")
 # Names that Windows keeps for devices, and that readers of folders pass over.
 _RESERVED = frozenset(
-    ["con", "prn", "aux", "nul", *(f"{one}{number}" for one in ("com", "lpt") for number in range(10)), "shards"]
+    ["con", "prn", "aux", "nul", *(f"{device}{number}" for device in ("com", "lpt") for number in range(10)), "shards"]
 )
 
 
-def write_webdataset(
-    store: Store, name: str, samples: Iterator[SampleResult], samples_per_shard: int, image_format: str
-) -> list[str]:
-    """Write shards, the rows of all of them, and the indexes of other readers; holds one image at a time.
-
-    Returns:
-        Patterns of the data files, for the card.
-    """
+def write_webdataset(data: ExportData) -> Written:
+    """Write shards, the rows of all of them, and the indexes of other readers; holds one image at a time."""
+    store, samples = data.store, (result for result, _ in data.samples)
     commits: dict[int, CommitSummary] = {}
     entries: list[IndexEntry] = []
     for first in samples:
-        number, stem = len(commits), shard_name(name, len(commits))
-        own = chain([first], islice(samples, samples_per_shard - 1))
-        staged = stage_shard(store.staging(), stem, own, image_format)
+        number, stem = len(commits), shard_name(data.name, len(commits))
+        shard_samples = chain([first], islice(samples, data.samples_per_shard - 1))
+        staged = stage_shard(store.staging(), stem, shard_samples, data.image_format)
         store.publish(f"{SHARDS}/{stem}.tar", staged.tar)
         store.publish(f"{SHARDS}/{stem}.parquet", staged.parquet)
         commits[number] = CommitSummary(number, staged.counts)
         entries.append(IndexEntry(f"{stem}.tar", staged.counts.attempted, staged.tar_md5, staged.tar_bytes))
         discard(staged)
-    write_metadata(store, name, commits)
+    write_metadata(store, data.name, commits)
     write_index_files(store, entries)
     store.remove_tree(STATE)
-    return [f"{SHARDS}/*.tar"]
+    return Written(
+        data_files=[f"{SHARDS}/*.tar"],
+        loading=merged_loading_section(data.image_format, SCHEMA_VERSION),
+        features=tar_features(data.image_format, SCHEMA_VERSION),
+    )
 
 
-def write_imagefolder(
-    root: Path, samples: Iterator[tuple[SampleResult, str]], labels: Sequence[str], folders: Sequence[str]
-) -> list[str]:
+def write_imagefolder(data: ExportData) -> Written:
     """Write `CLASS/KEY.png` and `metadata.parquet`, as torchvision, timm and Hugging Face read a folder by class.
 
     `classes.json` has the label of every folder: torchvision and timm number those that they find.
 
     A `metadata.csv` would do for Hugging Face too, but an empty text in it is read as a missing number.
-
-    Args:
-        samples: with the extensions of their images.
-
-    Returns:
-        Patterns of the data files, for the card.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    root, folders = data.store.root, data.folders
     text = json.dumps({name: label for label, name in enumerate(folders)}, ensure_ascii=False, indent=1)
     with explained(root):
         (root / CLASSES).write_text(text + "\n", encoding="utf-8")
-    schema = _schema([pa.field("file_name", pa.string())], {}, labels)
+    schema = _schema([pa.field("file_name", pa.string())], {}, data.labels)
     with explained(root), pq.ParquetWriter(root / METADATA, schema, compression="zstd") as writer:
-        while batch := list(islice(samples, ROWS_PER_GROUP)):
+        while batch := list(islice(data.samples, ROWS_PER_GROUP)):
             rows = []
             for result, extension in batch:
                 record = result.record
@@ -93,7 +87,7 @@ def write_imagefolder(
                 (root / place).write_bytes(result.image)
                 rows.append({"file_name": place, "label": record["class_index"]} | record)
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-    return [METADATA, "*/*"]
+    return Written(data_files=[METADATA, "*/*"], loading=FILES_LOADING + FOLDERS_LOADING)
 
 
 def class_folders(labels: Sequence[str]) -> list[str]:
@@ -123,50 +117,40 @@ def _is_safe(label: str) -> bool:
     return is_plain and label.lower() not in _RESERVED
 
 
-def write_parquet(
-    root: Path,
-    samples: Iterator[tuple[SampleResult, str]],
-    labels: Sequence[str],
-    samples_per_file: int,
-    num_samples: int,
-) -> list[str]:
-    """Write files with columns `image` and `label` as Hugging Face `datasets` knows them, and the record's beside.
-
-    Returns:
-        Patterns of the data files, for the card.
-    """
+def write_parquet(data: ExportData) -> Written:
+    """Write files with columns `image` and `label` as Hugging Face `datasets` has them, and those of the record."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = parquet_schema(labels)
-    num_files = -(-num_samples // samples_per_file)
+    schema = parquet_schema(data.labels)
+    num_files = -(-data.num_samples // data.samples_per_shard)
     for number in range(num_files):
-        path = root / f"train-{number:05d}-of-{num_files:05d}.parquet"
+        path = data.store.root / f"train-{number:05d}-of-{num_files:05d}.parquet"
         with explained(path), pq.ParquetWriter(path, schema, compression="zstd") as writer:
-            own = islice(samples, samples_per_file)
-            while batch := list(islice(own, ROWS_PER_GROUP)):
+            file_samples = islice(data.samples, data.samples_per_shard)
+            while batch := list(islice(file_samples, ROWS_PER_GROUP)):
                 rows = [_parquet_row(result, extension) for result, extension in batch]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-    return ["train-*.parquet"]
+    return Written(data_files=["train-*.parquet"], loading=FILES_LOADING)
 
 
 def parquet_schema(labels: Sequence[str]) -> pa.Schema:
-    """Columns of an export to parquet; the metadata says which one is an image, and the names of the classes."""
+    """Columns of an export to parquet; the schema's metadata marks the column of images, and names the classes."""
     import pyarrow as pa
 
     image = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
     return _schema([pa.field("image", image)], {"image": {"_type": "Image"}}, labels)
 
 
-def _schema(own: list[pa.Field], features: dict[str, Any], labels: Sequence[str]) -> pa.Schema:
+def _schema(first_fields: list[pa.Field], features: dict[str, Any], labels: Sequence[str]) -> pa.Schema:
     """Own columns, the label, and the record's; `datasets` finds features and class names in the metadata."""
     import pyarrow as pa
 
     schema = arrow_schema()
     others = [pa.field(column.name, _nullable(schema.field(column.name).type)) for column in RECORD_COLUMNS]
     known = features | {"label": {"names": _unique(labels), "_type": "ClassLabel"}}
-    about = {"huggingface": json.dumps({"info": {"features": known}})}
-    return pa.schema([*own, pa.field("label", pa.int64()), *others], metadata=about)
+    metadata = {"huggingface": json.dumps({"info": {"features": known}})}
+    return pa.schema([*first_fields, pa.field("label", pa.int64()), *others], metadata=metadata)
 
 
 def _nullable(kind: pa.DataType) -> pa.DataType:
@@ -176,7 +160,7 @@ def _nullable(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_list(kind):
         return pa.list_(_nullable(kind.value_type))
     if pa.types.is_struct(kind):
-        return pa.struct([pa.field(one.name, _nullable(one.type)) for one in kind])
+        return pa.struct([pa.field(field.name, _nullable(field.type)) for field in kind])
     return kind
 
 
@@ -190,16 +174,6 @@ def _parquet_row(result: SampleResult, extension: str) -> dict[str, Any]:
     record = result.record
     image = {"bytes": result.image, "path": f"{record['key']}.{extension}"}
     return {"image": image, "label": record["class_index"]} | record
-
-
-def check_format(name: str) -> None:
-    """Check the name of a format.
-
-    Raises:
-        JobError: there is none of this name.
-    """
-    if name not in FORMATS:
-        raise JobError(f"--format: '{name}' is not one of {', '.join(FORMATS)}")
 
 
 def check_folders(name: str) -> None:

@@ -1,4 +1,4 @@
-"""Real labelled images as samples of an export: drawn without regard to their order, each set of pixels once."""
+"""Real labelled images as samples of an export: drawn independently of their order, equal pixels only once."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class RealImages:
     Attributes:
         keys: of the drawn images.
         classes: theirs.
-        num_usable: images of different pixels that there were to draw from.
-        unusable: what could not be used, and why.
+        num_usable: distinct images to draw from.
+        unusable: unusable images with their reasons.
     """
 
     def __init__(self, spool: Path, name: str, image_format: str) -> None:
@@ -42,7 +42,7 @@ class RealImages:
     def draw(
         self, address: str, labels: tuple[str, ...], count: int, seed: int, advance: Callable[[str], None]
     ) -> None:
-        """Draw so many images.
+        """Draw images without replacement.
 
         Args:
             address: as for `engine.data.images.open_images`.
@@ -66,14 +66,14 @@ class RealImages:
         """Numbers of the drawn findings: those whose pixels have the smallest digests under the seed."""
         heap: list[tuple[int, int]] = []
         seen: set[bytes] = set()
-        for number, found in enumerate(source.read()):
+        for number, item in enumerate(source.read()):
             advance(f"real image {number}")
-            if isinstance(found, LabelledImage) and found.is_synthetic:
-                found = Unusable(found.name, SYNTHETIC)
-            if isinstance(found, Unusable):
-                self.unusable.append(found)
+            if isinstance(item, LabelledImage) and item.is_synthetic:
+                item = Unusable(item.name, SYNTHETIC)
+            if isinstance(item, Unusable):
+                self.unusable.append(item)
                 continue
-            pixels = image_key(found.image)
+            pixels = image_key(item.image)
             if pixels in seen:
                 continue
             seen.add(pixels)
@@ -88,14 +88,14 @@ class RealImages:
         from engine.data.images.encoding import encode
 
         with explained(self._spool), self._spool.open("wb") as file:
-            for number, found in enumerate(source.read()):
-                if number not in numbers or not isinstance(found, LabelledImage):
+            for number, item in enumerate(source.read()):
+                if number not in numbers or not isinstance(item, LabelledImage):
                     continue
-                data = encode(np.asarray(found.image), self._format)
+                data = encode(np.asarray(item.image), self._format)
                 self._places.append((file.tell(), len(data)))
-                self.keys.append(f"{self._name}-{REAL}-{found.class_index:03d}-{len(self.keys):08d}")
-                self.classes.append(found.class_index)
-                self._contexts.append(found.contexts[0] if len(found.contexts) == 1 else "")
+                self.keys.append(f"{self._name}-{REAL}-{item.class_index:03d}-{len(self.keys):08d}")
+                self.classes.append(item.class_index)
+                self._contexts.append(item.contexts[0] if len(item.contexts) == 1 else "")
                 file.write(data)
                 advance(f"real image {len(self.keys)} of {len(numbers)}")
 
@@ -117,7 +117,7 @@ class RealImages:
             "status": STATUS_OK,
             "predicted_class": NO_CLASS,
             "oracle_class": NO_CLASS,
-            "soft_label": [float(one == label) for one in range(len(labels))],
+            "soft_label": [float(index == label) for index in range(len(labels))],
             "accepted": True,
         }
         record = upgraded(known)

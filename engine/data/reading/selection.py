@@ -1,4 +1,4 @@
-"""Which samples an export takes, under which keys, in which order; and reading them one by one."""
+"""The samples that an export takes, with their keys and order; and reading them one by one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Chosen(NamedTuple):
     """A sample that is taken.
 
     Attributes:
-        key: its name in the export; another than in its run where that was taken.
+        key: its key in the export; differs from that in its run where that was taken.
         run, row: the number of its run, and of its row among the selected rows of that run.
         is_real: whether it is a real image, which an earlier export mixed in.
     """
@@ -59,7 +59,7 @@ def select(corpus: Corpus) -> Selection:
         JobError: a key that cannot be a file's name, or that is taken even with a prefix.
     """
     taken: dict[str, str] = {}
-    # Of earlier runs, under the keys that they have there: the third may share what the second had under taken keys.
+    # Samples of earlier runs by original key: a third run may share samples that the second had under taken keys.
     seen: set[tuple[str, str]] = set()
     chosen = Selection()
     last = len(corpus.runs) - 1
@@ -73,19 +73,19 @@ def select(corpus: Corpus) -> Selection:
         prefix = f"r{number + 1}-" if is_taken else ""
         if prefix:
             chosen.prefixes[number] = prefix
-        own: dict[str, str] = {}
+        run_keys: dict[str, str] = {}
         for row, (key, sha256, class_index) in enumerate(zip(*columns.values(), strict=True)):
             if (key, sha256) in seen:
                 chosen.identical[number] += 1
                 continue
             name = prefix + key
-            _check_key(name, source.uri, is_taken=name in taken or name in own)
-            own[name] = sha256
+            _check_key(name, source.uri, is_taken=name in taken or name in run_keys)
+            run_keys[name] = sha256
             is_real = bool(methods) and methods[row] == REAL
             chosen.samples.append(Chosen(name, number, row, class_index, is_real))
         # Of the last run nothing need be remembered, and there may be millions of rows.
         if number < last:
-            taken |= own
+            taken |= run_keys
             seen.update(zip(columns["key"], columns["sha256"], strict=True))
     return chosen
 
@@ -98,7 +98,7 @@ def _check_key(key: str, uri: str, *, is_taken: bool) -> None:
 
 
 def shuffled(keys: Iterable[str], seed: int) -> list[int]:
-    """Numbers of the keys in an order that the seed decides; the place of two to each other depends on no third."""
+    """Numbers of the keys in an order drawn by the seed; the relative order of two keys depends on no third."""
     digests = [hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=16).digest() for key in keys]
     return sorted(range(len(digests)), key=digests.__getitem__)
 
@@ -107,7 +107,7 @@ class SampleReader:
     """Reads the samples of a selection, in any order.
 
     Raises:
-        CorruptShardError: a tar is missing, torn, or lacks a sample that the rows tell of.
+        CorruptShardError: a tar is missing, torn, or lacks a sample of the rows.
     """
 
     def __init__(self, corpus: Corpus, selection: Selection) -> None:
@@ -116,8 +116,8 @@ class SampleReader:
         self._tables = [_rows(corpus, number) for number in range(len(corpus.runs))]
         self._keys = [table["key"].to_pylist() for table in self._tables]
         wanted: list[list[str]] = [[] for _ in corpus.runs]
-        for one in selection.samples:
-            wanted[one.run].append(self._keys[one.run][one.row])
+        for sample in selection.samples:
+            wanted[sample.run].append(self._keys[sample.run][sample.row])
         self._places = [
             index_tars(source.tars, keys) if keys else SamplePlaces(())
             for source, keys in zip(corpus.runs, wanted, strict=True)
@@ -128,26 +128,26 @@ class SampleReader:
         """Extensions of the images, sorted."""
         return sorted(frozenset[str]().union(*(places.image_formats for places in self._places)))
 
-    def format_of(self, one: Chosen) -> str:
+    def format_of(self, sample: Chosen) -> str:
         """Extension of a sample's image."""
-        return self._place(one).image_format
+        return self._place(sample).image_format
 
-    def read(self, one: Chosen) -> SampleResult:
+    def read(self, sample: Chosen) -> SampleResult:
         """A sample with its image and its record in the present schema version, under its new key.
 
         Raises:
-            CorruptShardError: the image is not the one that the rows tell of, or the record cannot be read.
+            CorruptShardError: the image has another checksum than its row, or the record cannot be read.
         """
-        row = self._tables[one.run].slice(one.row, 1).to_pylist()[0]
-        image = self._readers[one.run].read(self._place(one).image)
+        row = self._tables[sample.run].slice(sample.row, 1).to_pylist()[0]
+        image = self._readers[sample.run].read(self._place(sample).image)
         if hashlib.sha256(image).hexdigest() != row["sha256"]:
-            self._damaged(one, f"the image of {row['key']} is not the one that its row tells of (checksum)")
-        record = upgraded(row if self._corpus.runs[one.run].is_rescored else self._record(one))
-        record["key"] = one.key
+            self._damaged(sample, f"the image of {row['key']} is not the one of its row (checksum)")
+        record = upgraded(row if self._corpus.runs[sample.run].is_rescored else self._record(sample))
+        record["key"] = sample.key
         try:
             check_record(record)
         except ValueError as error:
-            self._damaged(one, str(error))
+            self._damaged(sample, str(error))
         known = {column.name: column.empty for column in RUN_COLUMNS if column.name != "sha256"}
         run = {name: empty if row.get(name) is None else row[name] for name, empty in known.items()}
         return SampleResult(record=record, image=image, run=run)
@@ -160,37 +160,36 @@ class SampleReader:
         """
         from engine.data.images import UnusableImageError, decode_sample
 
-        for one in samples:
+        for sample in samples:
             try:
-                yield decode_sample(self._readers[one.run].read(self._place(one).image))
+                yield decode_sample(self._readers[sample.run].read(self._place(sample).image))
             except UnusableImageError as error:
-                self._damaged(one, f"the image of {self._keys[one.run][one.row]} {error}")
+                self._damaged(sample, f"the image of {self._keys[sample.run][sample.row]} {error}")
 
     def close(self) -> None:
         """Close the tars."""
         for reader in self._readers:
             reader.close()
 
-    def _place(self, one: Chosen) -> SamplePlace:
-        return self._places[one.run][self._keys[one.run][one.row]]
+    def _place(self, sample: Chosen) -> SamplePlace:
+        return self._places[sample.run][self._keys[sample.run][sample.row]]
 
-    def _record(self, one: Chosen) -> dict[str, Any]:
+    def _record(self, sample: Chosen) -> dict[str, Any]:
         try:
-            record = json.loads(self._readers[one.run].read(self._place(one).record))
+            record = json.loads(self._readers[sample.run].read(self._place(sample).record))
         except (ValueError, RecursionError) as error:
-            self._damaged(one, f"the record of {one.key} cannot be read ({error})")
+            self._damaged(sample, f"the record of {sample.key} cannot be read ({error})")
         if not isinstance(record, dict):
-            self._damaged(one, f"the record of {one.key} is not a JSON object")
+            self._damaged(sample, f"the record of {sample.key} is not a JSON object")
         return record
 
-    def _damaged(self, one: Chosen, what: str) -> NoReturn:
-        remedy = "`riskforge verify` tells what is damaged"
-        raise CorruptShardError(f"{self._corpus.runs[one.run].uri}: {what}; {remedy}") from None
+    def _damaged(self, sample: Chosen, what: str) -> NoReturn:
+        remedy = "`riskforge verify` reports what is damaged"
+        raise CorruptShardError(f"{self._corpus.runs[sample.run].uri}: {what}; {remedy}") from None
 
 
 def _rows(corpus: Corpus, number: int) -> pa.Table:
-    """What the tars do not hold of the rows; of a run scored anew, everything."""
-    there = set(corpus.columns)
-    names = ("key", *(column.name for column in RUN_COLUMNS))
-    columns = None if corpus.runs[number].is_rescored else [name for name in names if name in there]
-    return corpus.run_table(number, columns).combine_chunks()
+    """The columns of the rows that the tars do not hold; all of them for a rescored run."""
+    present = set(corpus.columns)
+    columns = [name for name in ("key", *(column.name for column in RUN_COLUMNS)) if name in present]
+    return corpus.run_table(number, None if corpus.runs[number].is_rescored else columns).combine_chunks()

@@ -1,7 +1,7 @@
-"""One run as its readers see it: where its rows and its images are, and what it says of itself.
+"""One run as a source of rows and images, with its metadata.
 
 A run that has ended is read from `metadata.parquet`. One that has not is read from the parquet files of its committed
-shards. A folder that scores another run's images anew (`rescored_from` in its manifest) has rows and no images.
+shards. A rescored folder (`rescored_from` in its manifest) has rows, and the images of another run.
 """
 
 from __future__ import annotations
@@ -14,18 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.data.run.commits import list_commits
+from engine.data.run.file_names import MANIFEST, METADATA, RESCORED_FROM, SUCCESS
+from engine.data.run.manifest_reading import read_manifest
 from engine.data.run.schema import REQUIRED
 from engine.data.run.shards import SHARDS, file_digest, shard_name
-from engine.data.run.state import (
-    MANIFEST,
-    METADATA,
-    RESCORED_FROM,
-    SUCCESS,
-    StoredRun,
-    read_manifest,
-    read_run,
-    stored_plan,
-)
+from engine.data.run.stored_plan import StoredRun, read_run, stored_plan
 from engine.data.run.surplus import MARKED, Surplus, quotas_of
 from engine.data.stores.base import Store, StoredFile
 from engine.data.stores.opening import open_store
@@ -48,7 +41,7 @@ class RunSource:
         state: in words: `finished`, or how many shards there are so far.
         is_finished: whether `_SUCCESS` is there.
         rows: the parquet files of its attempts, in order.
-        tars: the tars of its images, in order; those of the source run where this one was scored anew.
+        tars: the tars of its images, in order; those of the original run where this one is rescored.
         surplus: of shards that have samples beyond their quota, the column `surplus` by the file of their rows, as far
             as the run is; None where the files have that column.
         is_rescored: whether the rows are not those that the tars hold.
@@ -93,24 +86,24 @@ class RunSource:
 
     def rows_files(self) -> list[Path]:
         """Local files with its rows, which are fetched whole where they lie on an object store."""
-        return list(self.store.fetch_each([one.name for one in self.rows], keep=True))
+        return list(self.store.fetch_each([file.name for file in self.rows], keep=True))
 
     def rows_digest(self) -> str:
-        """Checksum of the files of its rows, in which the checksums of its images stand."""
+        """Checksum of the files of its rows, which include the checksums of its images."""
         digests = [file_digest(path, "sha256") for path in self.rows_files()]
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def known_models(self) -> dict[str, Any]:
         """What is known of the models of a run that has no manifest yet."""
-        found = {"target": ("digest", self.targets), "clip": ("address", self.clips)}
-        return {role: {field: next(iter(one))} for role, (field, one) in found.items() if len(one) == 1}
+        known = {"target": ("digest", self.targets), "clip": ("address", self.clips)}
+        return {role: {field: next(iter(values))} for role, (field, values) in known.items() if len(values) == 1}
 
 
 def open_source(uri: str) -> RunSource:
     """A run by its address.
 
     Raises:
-        RiskforgeError: there is no run, nothing is committed, or what it says of itself cannot be read.
+        RiskforgeError: there is no run, nothing is committed, or its files cannot be read.
     """
     return _open(uri, depth=0)
 
@@ -157,14 +150,14 @@ def readable(where: Path | str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError) as error:
         reason = first_line(error)
-        remedy = "`riskforge verify` tells what is damaged"
+        remedy = "`riskforge verify` reports what is damaged"
         raise CorruptShardError(f"{where}: the rows cannot be read ({reason}); {remedy}") from None
 
 
 def _rows(
     store: Store, stored: StoredRun | None, uri: str
 ) -> tuple[tuple[StoredFile, ...], tuple[StoredFile, ...], str]:
-    """Files of rows, tars, and how far the run is."""
+    """Files of rows, tars, and the state of the run."""
     metadata = _metadata_files(store)
     if stored is None:
         if not metadata:
@@ -178,10 +171,10 @@ def _rows(
     tars = tuple(StoredFile(store, f"{name}.tar") for name in names)
     if store.exists(SUCCESS):
         if not metadata:
-            raise CorruptShardError(f"{store.address(METADATA)}: is missing; `riskforge run` writes it anew")
+            raise CorruptShardError(f"{store.address(METADATA)}: is missing; `riskforge run` writes it again")
         return metadata, tars, "finished"
     state = f"not finished: {len(commits)} committed shards so far"
-    if metadata and _num_rows(metadata) == sum(one.counts.attempted for one in commits.values()):
+    if metadata and _num_rows(metadata) == sum(commit.counts.attempted for commit in commits.values()):
         return metadata, tars, state
     return tuple(StoredFile(store, f"{name}.parquet") for name in names), tars, state
 
@@ -189,22 +182,22 @@ def _rows(
 def _surplus(store: Store, rows: tuple[StoredFile, ...]) -> dict[str, tuple[bool, ...]]:
     """The column `surplus` of those committed shards that have samples beyond their quota, by the file of their rows.
 
-    The counts of the commit records tell which: other shards are not read.
+    By the counts of the commit records: other shards are not read.
     """
     import pyarrow.parquet as pq
 
     job, plan = stored_plan(store)
-    beyond, flags, wanted = Surplus(quotas_of(plan)), dict[str, tuple[bool, ...]](), set(rows)
+    surplus, flags, wanted = Surplus(quotas_of(plan)), dict[str, tuple[bool, ...]](), set(rows)
     for number, commit in sorted(list_commits(store).items()):
         file = StoredFile(store, f"{SHARDS}/{shard_name(job.name, number)}.parquet")
-        # Others were committed after the rows were listed, or are of no plan, which `verify` tells.
+        # Others were committed after the rows were listed, or are not in the plan, which `verify` reports.
         if file not in wanted or number >= plan.num_shards:
             continue
         request = plan.requests[plan.shard(number).request].spec.name
-        if not beyond.is_within(request, commit.counts.accepted_per_class):
+        if not surplus.is_within(request, commit.counts.accepted_per_class):
             with readable(str(file)):
                 table = pq.read_table(file.fetch(keep=True), columns=list(MARKED), partitioning=None)
-                flags[str(file)] = tuple(beyond.mark(table))
+                flags[str(file)] = tuple(surplus.mark(table))
     return flags
 
 
@@ -219,22 +212,22 @@ def _num_rows(files: tuple[StoredFile, ...]) -> int:
     import pyarrow.parquet as pq
 
     try:
-        return sum(pq.read_metadata(one.fetch()).num_rows for one in files)
+        return sum(pq.read_metadata(file.fetch()).num_rows for file in files)
     except (pa.ArrowException, OSError):
         return -1
 
 
 def _origin(store: Store, manifest: dict[str, Any], depth: int) -> RunSource | None:
-    """The run whose images a folder of new scores is about."""
-    about = manifest.get(RESCORED_FROM)
-    if about is None:
+    """The run whose images a rescored folder is about."""
+    origin = manifest.get(RESCORED_FROM)
+    if origin is None:
         return None
-    address = about.get("uri") if isinstance(about, dict) else about
+    address = origin.get("uri") if isinstance(origin, dict) else origin
     if not isinstance(address, str) or depth >= _MAX_RESCORED:
         raise JobError(f"RUN: {store.address(MANIFEST)}: {RESCORED_FROM} is not the address of a run ({address!r})")
     try:
-        # One without a scheme is relative to this folder, so that both can be moved together, or else to where one is.
-        return _open(store.beside(address), depth + 1)
+        # Without a scheme it is relative to this folder, so both can be moved together, or to the working directory.
+        return _open(store.absolute_address(address), depth + 1)
     except (JobError, OutputError) as error:
         if depth or isinstance(error, StoreLostError):
             raise
@@ -259,25 +252,25 @@ def _labels(manifest: dict[str, Any], stored: StoredRun | None) -> tuple[str, ..
     return ()
 
 
-def _models(about: Any) -> dict[str, Any]:
-    models = about.get("models") if isinstance(about, dict) else None
+def _models(document: Any) -> dict[str, Any]:
+    models = document.get("models") if isinstance(document, dict) else None
     kept = models.items() if isinstance(models, dict) else ()
-    return {role: one for role, one in kept if isinstance(one, dict) or _are_models(one)}
+    return {role: value for role, value in kept if isinstance(value, dict) or _are_models(value)}
 
 
 def _are_models(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, dict) for one in value)
+    return isinstance(value, list) and all(isinstance(model, dict) for model in value)
 
 
 def _of_sources(manifest: dict[str, Any], role: str, field: str) -> frozenset[str]:
-    """What the manifest says of a model, over all sources of a merged data set."""
-    found = set()
+    """An attribute of a model in the manifest, over all sources of a merged data set."""
+    values = set()
     sources = manifest.get(SOURCES)
-    for about in [manifest, *(sources if isinstance(sources, list) else [])]:
-        model = _models(about).get(role)
+    for document in [manifest, *(sources if isinstance(sources, list) else [])]:
+        model = _models(document).get(role)
         if isinstance(model, dict) and isinstance(model.get(field), str):
-            found.add(model[field])
-    return frozenset(found)
+            values.add(model[field])
+    return frozenset(values)
 
 
 def _stored_target(stored: StoredRun | None) -> frozenset[str]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,14 +11,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from engine.data.images import UnusableImageError, decode_sample
-from engine.data.run.tar_index import Place, TarReader, index_tars
+from engine.data.run.tar_index import MemberPlace, TarReader, index_tars
 from engine.data.stores.base import StoredFile
 from engine.errors import CorruptShardError, JobError
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from engine.data.reading.corpus import Corpus
 
 Sample = tuple[Any, "int | Tensor", float]
 
@@ -54,7 +51,7 @@ class TorchSamples(Dataset[Sample]):
         return len(self.keys)
 
     def __getitem__(self, number: int) -> Sample:
-        data = self._reader.read(Place(*self._places[number].tolist()))
+        data = self._reader.read(MemberPlace(*self._places[number].tolist()))
         try:
             image = decode_sample(data)
         except UnusableImageError as error:
@@ -69,62 +66,65 @@ def as_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
 
+class RunSamples(NamedTuple):
+    """The selected samples of one run.
+
+    Attributes:
+        tars: those of the run, which hold the images.
+        table: a row for each sample, with `key`, `class_index` and, for soft labels, `soft_label`.
+        weights: of the samples, [N] float64; None where each weighs 1.
+    """
+
+    tars: Sequence[StoredFile]
+    table: pa.Table
+    weights: np.ndarray | None
+
+
 def make_samples(
-    corpus: Corpus, transform: Callable[[Any], Any] | None, labels: str, weights: str | None
+    runs: Sequence[RunSamples],
+    class_names: tuple[str, ...],
+    transform: Callable[[Any], Any] | None,
+    weights_text: str | None,
 ) -> TorchSamples:
-    """The data set of a corpus of samples; see `Corpus.to_torch`."""
+    """The data set of the selected samples of some runs; see `Corpus.to_torch`.
+
+    Args:
+        weights_text: the expression of the weights, for messages.
+
+    Raises:
+        JobError: a weight is negative or not finite, or soft labels have different lengths.
+        CorruptShardError: a tar is missing, torn, or lacks an image.
+    """
     tars: list[StoredFile] = []
     places: list[tuple[int, int, int]] = []
     keys: list[str] = []
-    targets, soft, values = [], [], []
-    if weights is not None:
-        corpus = _weighable(corpus, weights)
-    weigh = None if weights is None else corpus.numbers(weights, "weights")
-    for number, source in enumerate(corpus.runs):
-        columns = ["key", "class_index", *(["soft_label"] if labels == "soft" else [])]
-        table = corpus.run_table(number, columns)
-        own = table["key"].to_pylist()
-        found = index_tars(source.tars, own)
-        for tar, offset, size in (found[key].image for key in own):
-            places.append((len(tars) + tar, offset, size))
-        tars += source.tars
-        keys += own
-        targets.append(table["class_index"].to_numpy())
-        values.append(np.ones(len(own)) if weigh is None else weigh(number))
-        if labels == "soft":
-            soft.append(table["soft_label"])
+    for run in runs:
+        run_keys = run.table["key"].to_pylist()
+        index = index_tars(run.tars, run_keys)
+        places += [(len(tars) + tar, offset, size) for tar, offset, size in (index[key].image for key in run_keys)]
+        tars += run.tars
+        keys += run_keys
+    is_soft = "soft_label" in runs[0].table.column_names
+    weights = [np.ones(len(run.table)) if run.weights is None else run.weights for run in runs]
     return TorchSamples(
         TarReader(tars),
         np.array(places, dtype=np.int64),
         keys,
-        np.concatenate(targets),
-        _soft_labels(soft, keys) if labels == "soft" else None,
-        _checked(np.concatenate(values), weights, keys),
-        corpus.labels,
+        np.concatenate([run.table["class_index"].to_numpy() for run in runs]),
+        _soft_labels([run.table["soft_label"] for run in runs], keys) if is_soft else None,
+        _checked(np.concatenate(weights), weights_text, keys),
+        class_names,
         transform,
     )
-
-
-def _weighable(corpus: Corpus, weights: str) -> Corpus:
-    """The samples that have a weight; what was not scored has none where the expression asks for a score."""
-    known = corpus.has_number(weights, "weights")
-    num_unknown = len(corpus) - len(known)
-    about = f"weights {weights!r}: {num_unknown} of {len(corpus)} samples were not scored, such as real images"
-    remedy = "write such as '1 + 3 * (scored and target_errs)' to keep them"
-    if not len(known):
-        raise JobError(f"{about}; {remedy}")
-    if num_unknown:
-        warnings.warn(f"{about}, and are left out; {remedy}", stacklevel=4)
-    return known
 
 
 def _checked(weights: np.ndarray, text: str | None, keys: list[str]) -> np.ndarray:
     wrong = np.flatnonzero(~np.isfinite(weights) | (weights < 0))
     if len(wrong):
-        one = wrong[0]
+        first = wrong[0]
         raise JobError(
-            f"weights {text!r}: is {weights[one]} for {keys[one]!r} ({len(wrong)} such samples); weights are finite and"
-            " not negative"
+            f"weights {text!r}: is {weights[first]} for {keys[first]!r} ({len(wrong)} such samples); weights are finite"
+            " and not negative"
         )
     return weights
 
@@ -134,7 +134,7 @@ def _soft_labels(columns: list[pa.ChunkedArray], keys: list[str]) -> np.ndarray:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    column = pa.chunked_array([chunk for one in columns for chunk in one.chunks], type=columns[0].type)
+    column = pa.chunked_array([chunk for column in columns for chunk in column.chunks], type=columns[0].type)
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
     odd = np.flatnonzero((lengths != lengths[0]) | (lengths == 0))
     if len(odd):

@@ -1,29 +1,41 @@
-"""A `webdataset` pipeline of the selected samples: all tars are streamed, what is not selected is passed over."""
+"""A `webdataset` pipeline of the selected samples: all tars are streamed, other samples are skipped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from engine.data.images.decode import MAX_SAMPLE_PIXELS, UnusableImageError, open_image
-from engine.data.run.shards import IMAGE_FORMATS, record_json
+from engine.data.run.shard_writing import record_json
+from engine.data.run.shards import IMAGE_FORMATS
 from engine.data.run.tar_index import RECORD
 from engine.data.stores.base import StoredFile
 from engine.errors import CorruptShardError
 from engine.job.records import columns_of
 
-if TYPE_CHECKING:
-    from engine.data.reading.corpus import Corpus
+
+class RunSelection(NamedTuple):
+    """The selected samples of one run.
+
+    Attributes:
+        tars: those of the run.
+        keys: of the selected samples.
+        rows: their whole rows where the tars hold older records, as of a run that was rescored; else None.
+    """
+
+    tars: Sequence[StoredFile]
+    keys: frozenset[str]
+    rows: Sequence[dict[str, Any]] | None
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
-    """Which samples of which tar are wanted; goes to the workers of a loader with the pipeline.
+class SampleFilter:
+    """Selects samples of the pipeline and replaces outdated records; is pickled into the workers of a loader.
 
     Attributes:
-        keys: by tar, the keys of its run that are selected.
-        records: by tar, the records to give in the place of those in the tar, by key; of runs scored anew alone.
+        keys: by tar, the selected keys of its run.
+        records: by tar, the records that replace those in the tar, by key; for rescored runs only.
     """
 
     keys: dict[str, frozenset[str]]
@@ -33,32 +45,33 @@ class Selection:
         """Whether a sample of the pipeline is selected."""
         return sample["__key__"] in self.keys[sample["__url__"]]
 
-    def renew(self, sample: dict[str, Any]) -> dict[str, Any]:
+    def update(self, sample: dict[str, Any]) -> dict[str, Any]:
         """A sample with its record as the rows have it."""
-        own = self.records.get(sample["__url__"])
-        return sample if own is None else sample | {RECORD: own[sample["__key__"]]}
+        records = self.records.get(sample["__url__"])
+        return sample if records is None else sample | {RECORD: records[sample["__key__"]]}
 
 
-def make_pipeline(corpus: Corpus, decode: str | None, options: dict[str, Any]) -> Any:
-    """The pipeline over a corpus of samples of runs without a common tar; see `Corpus.to_webdataset`."""
+def make_pipeline(runs: Sequence[RunSelection], decode: str | None, options: dict[str, Any]) -> Any:
+    """The pipeline over the selected samples of runs without a common tar; see `Corpus.to_webdataset`."""
     import webdataset
 
     keys: dict[str, frozenset[str]] = {}
     files: dict[str, StoredFile] = {}
     records: dict[str, dict[str, bytes]] = {}
-    for number, source in enumerate(corpus.runs):
-        chosen = frozenset(corpus.run_table(number, ["key"])["key"].to_pylist())
-        if not chosen:
+    for run in runs:
+        if not run.keys:
             continue
-        keys.update(dict.fromkeys(map(str, source.tars), chosen))
-        files |= {str(tar): tar for tar in source.tars}
-        if source.is_rescored:
-            records.update(dict.fromkeys(map(str, source.tars), _records(corpus, number)))
-    selection = Selection(keys, records)
+        run_files = {str(tar): tar for tar in run.tars}
+        files |= run_files
+        keys |= dict.fromkeys(run_files, run.keys)
+        if run.rows is not None:
+            run_records = {row["key"]: record_json(as_record(row)) for row in run.rows}
+            records |= dict.fromkeys(run_files, run_records)
+    samples = SampleFilter(keys, records)
     options = {"shardshuffle": False, "empty_check": False} | options
     dataset = webdataset.WebDataset(list(keys), **options)
     dataset.pipeline = [_opening(stage, files) for stage in dataset.pipeline]
-    pipeline = dataset.select(selection.wants).map(selection.renew)
+    pipeline = dataset.select(samples.wants).map(samples.update)
     return pipeline if decode is None else pipeline.map(check_image).decode(decode)
 
 
@@ -80,23 +93,23 @@ def check_image(sample: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Opener:
-    """The stage of a pipeline that opens tars, which are fetched first where they lie on an object store.
+    """The stage of a pipeline that opens tars, which are fetched first where they are on an object store.
 
-    That of webdataset takes a path for a URL: it stops at a `#` or `?`, runs what follows `pipe:`, asks servers.
+    That of webdataset treats a path as a URL: it stops at a `#` or `?`, runs what follows `pipe:`, queries servers.
 
     Attributes:
         files: by address.
-        handler: is asked whether to go on after an error.
+        handler: decides whether to continue after an error.
     """
 
     files: dict[str, StoredFile]
     handler: Callable[[Exception], bool]
 
     def __call__(self, urls: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        for one in urls:
+        for source in urls:
             try:
-                path = self.files[one["url"]].fetch()
-                yield {"url": one["url"], "stream": path.open("rb"), "local_path": str(path)}
+                path = self.files[source["url"]].fetch()
+                yield {"url": source["url"], "stream": path.open("rb"), "local_path": str(path)}
             except Exception as error:
                 if not self.handler(error):
                     return
@@ -106,10 +119,6 @@ def _opening(stage: Any, files: dict[str, StoredFile]) -> Any:
     from webdataset.cache import FileCache, StreamingOpen
 
     return Opener(files, stage.handler) if isinstance(stage, (StreamingOpen, FileCache)) else stage
-
-
-def _records(corpus: Corpus, number: int) -> dict[str, bytes]:
-    return {row["key"]: record_json(as_record(row)) for row in corpus.run_table(number).to_pylist()}
 
 
 def as_record(row: dict[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from engine.data.run.card_loading import loading_section
+from engine.data.run.file_names import SURPLUS_LIST
 from engine.data.run.schema import arrow_schema, tar_features
-from engine.data.run.state import SURPLUS_LIST
 from engine.data.run.summary import GroupSummary, Spread, shown_entry_scores, shown_scores
 from engine.job.columns import BY_NAME, Role, columns_with, enumerated, target_first, units_text
 from engine.job.spec import ConditioningSpec, JobSpec, RequestSpec

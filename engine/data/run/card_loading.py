@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from engine.data.run.file_names import CLASSES, SURPLUS_LIST
 from engine.data.run.shards import SHARDS
-from engine.data.run.state import CLASSES, SURPLUS_LIST
 from engine.job.records import columns_of
 
 # By the header, which names the files. Left to themselves, builders take a class called train for a part of the data.

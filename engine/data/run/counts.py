@@ -1,4 +1,4 @@
-"""What a shard holds, in numbers, and how a commit record's name says it.
+"""The counts of a shard, and their encoding in the name of its commit record.
 
     000012.ok=31.rejected=0.failed=1.accepted=20.003-007=3_mix=5.json
 
@@ -18,6 +18,7 @@ from typing import Any
 
 from engine.job.plan import JOINT_CODE
 from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED
+from engine.job.spec import JobSpec
 
 MAX_NAME_CHARS = 200
 MANY = "many"
@@ -82,6 +83,11 @@ def count_rows(rows: Iterable[dict[str, Any]]) -> ShardCounts:
     )
 
 
+def num_stored(job: JobSpec, counts: ShardCounts) -> int:
+    """Images in a shard's tar: those of rejected samples too, where the job stores them."""
+    return counts.ok + (counts.rejected if job.output.store_rejected else 0)
+
+
 def record_name(number: int, counts: ShardCounts) -> str:
     """File name of a shard's commit record, at most 200 characters."""
     head = f"{number:06d}.ok={counts.ok}.rejected={counts.rejected}.failed={counts.failed}.accepted={counts.accepted}."
@@ -95,7 +101,7 @@ def parse_record_name(name: str) -> tuple[int, ShardCounts | None] | None:
     """Shard number and counts of a record's name; equal counts are one shared object.
 
     Returns:
-        None for the name of something else; no counts where they are inside the record alone.
+        None for the name of something else; no counts where only the record has them.
     """
     number, _, rest = name.partition(".")
     if not (number.isascii() and number.isdigit() and 6 <= len(number) <= 15):

@@ -1,13 +1,11 @@
-"""Are the files of a run still there? By listings, sizes and ends of files; `verify` reads every byte."""
+"""Whether the files of a run are still there, by listings, sizes and ends of files; `verify` reads every byte."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from engine.data.run.commits import recorded_files
-from engine.data.run.shards import SHARDS
-from engine.data.run.state import (
+from engine.data.run.file_names import (
     CARD,
     MANIFEST,
     METADATA,
@@ -17,14 +15,16 @@ from engine.data.run.state import (
     SURPLUS_LIST_SINCE,
     TIMM_INFO,
     WIDS_INDEX,
-    read_manifest,
 )
+from engine.data.run.manifest_reading import read_manifest
+from engine.data.run.recorded_files import recorded_files
+from engine.data.run.shards import SHARDS
 from engine.data.stores.base import Store
 from engine.data.stores.file_errors import is_no_file
 from engine.errors import CorruptShardError, OutputError, RiskforgeError
 from engine.job.plan import Plan
 
-# What each file ends with that closes a run, but for white space.
+# The ends of the closing files of a run, without white space.
 _ENDS = {CARD: b"", REPORT: b"</html>", WIDS_INDEX: b"]}", TIMM_INFO: b"}"}
 _PARQUET_END = b"PAR1"
 _TAIL_BYTES = 64
@@ -37,14 +37,14 @@ def lost_files(store: Store) -> list[str]:
     One listing of the shards, and the records; no shard is opened.
     """
     recorded = list(recorded_files(store))
-    # After the records: whatever they tell of was there before them.
+    # After the records: files are published before their record.
     sizes = store.sizes(SHARDS)
     lost: list[str] = []
-    for one in recorded:
-        if isinstance(one, CorruptShardError):
-            lost.append(str(one))
+    for recorded_file in recorded:
+        if isinstance(recorded_file, CorruptShardError):
+            lost.append(str(recorded_file))
             continue
-        number, name, num_bytes = one
+        number, name, num_bytes = recorded_file
         if (size := sizes.get(name)) is None:
             lost.append(f"{name}: is missing, but shard {number} is committed")
         elif size != num_bytes:
@@ -53,7 +53,7 @@ def lost_files(store: Store) -> list[str]:
 
 
 def check_committed(store: Store) -> None:
-    """Refuse to go on where files of committed shards are lost: only the user can know whether they lie elsewhere.
+    """Refuse to continue where files of committed shards are lost: only the user can know whether they are elsewhere.
 
     Raises:
         CorruptShardError: with the files and the remedy.
@@ -69,7 +69,7 @@ def check_committed(store: Store) -> None:
 
 
 def loss_lines(uri: str, lost: Sequence[str]) -> list[str]:
-    """What is lost, for people, and what to do about it."""
+    """Lost files as lines of a message, with the remedy."""
     return [
         f"of the files of committed shards {len(lost)} {'is' if len(lost) == 1 else 'are'} not there as committed:",
         *(f"  {line}" for line in lost[:MAX_LISTED]),
@@ -80,13 +80,13 @@ def loss_lines(uri: str, lost: Sequence[str]) -> list[str]:
 
 
 def is_closed(store: Store, plan: Plan) -> bool:
-    """Whether the files over all shards are there, each with its end: a finished run has them."""
+    """Whether the closing files of a run are there, each with its end."""
     return not any(torn_files(store, plan))
 
 
 def torn_files(store: Store, plan: Plan) -> Iterator[str]:
-    """Names of the files that close a run and are not there, or not whole as far as their ends tell."""
-    # The marker is looked at by its content, too: an empty one says nothing.
+    """Names of the closing files of a run that are missing, or incomplete by their ends."""
+    # The marker counts by its content: an empty one is void.
     checks = {SUCCESS: lambda: store.read(SUCCESS).decode(errors="replace").strip() == plan.digest}
     checks |= {name: partial(_ends_with, store, name, end) for name, end in _ENDS.items()}
     checks |= {
@@ -117,7 +117,7 @@ def _ends_with(store: Store, name: str, end: bytes) -> bool:
 
 
 def _is_absence(error: RiskforgeError) -> bool:
-    """Whether a file is not there, or not what it should be; anything else is a fault of the store."""
+    """Whether a file is missing or malformed; anything else is a fault of the store."""
     if isinstance(error, CorruptShardError):
         return True
     kinds = (FileNotFoundError, IsADirectoryError, NotADirectoryError)

@@ -1,6 +1,6 @@
-"""Accepted samples beyond the quota of their request: the first so many of a class count, in the order of indices.
+"""Accepted samples beyond the quota of their request, which counts samples of a class in the order of indices.
 
-Which they are is known when a run is closed. `metadata.parquet` then has a column `surplus`, and their keys are listed
+They are known when a run is closed. `metadata.parquet` then has a column `surplus`, and their keys are listed
 next to the tars, for readers of tars alone.
 """
 
@@ -27,7 +27,7 @@ def quotas_of(plan: Plan) -> dict[str, int]:
 
 
 class Surplus:
-    """Tells which accepted samples are beyond their quota: those after the first so many, in the order of the indices.
+    """Marks accepted samples beyond their quota, which counts samples of a class in the order of their indices.
 
     Args:
         quotas: by request, how many accepted samples of a class count.
@@ -73,7 +73,7 @@ class Surplus:
 
 
 def has_surplus(metadata: Path) -> bool:
-    """Whether the rows of a folder of shards tell which are beyond their quota.
+    """Whether the rows of a folder of shards have the column `surplus`.
 
     Args:
         metadata: a parquet file, or a folder of them.

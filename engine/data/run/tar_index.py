@@ -1,4 +1,4 @@
-"""Random access to the samples of tars: where each member's contents lie, found once by walking over the headers."""
+"""Random access to the samples of tars: the offsets of all members, collected once by reading the headers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ RECORD = "json"
 MAX_OPEN = 64
 
 
-class Place(NamedTuple):
-    """Where the contents of a member lie: number of the tar, offset and size in bytes."""
+class MemberPlace(NamedTuple):
+    """Where the contents of a member are: number of the tar, offset and size in bytes."""
 
     tar: int
     offset: int
@@ -30,11 +30,11 @@ class Place(NamedTuple):
 
 
 class SamplePlace(NamedTuple):
-    """Where the members of a sample lie, and of what format its image is."""
+    """Where the members of a sample are, and the format of its image."""
 
-    image: Place
+    image: MemberPlace
     image_format: str
-    record: Place
+    record: MemberPlace
 
 
 class SamplePlaces(Mapping[str, SamplePlace]):
@@ -68,7 +68,7 @@ class SamplePlaces(Mapping[str, SamplePlace]):
 
     def __getitem__(self, key: str) -> SamplePlace:
         tar, offset, size, form, *record = self._numbers[self._rows[key]].tolist()
-        return SamplePlace(Place(tar, offset, size), self._formats[form], Place(tar, *record))
+        return SamplePlace(MemberPlace(tar, offset, size), self._formats[form], MemberPlace(tar, *record))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
@@ -78,36 +78,36 @@ class SamplePlaces(Mapping[str, SamplePlace]):
 
 
 def index_tars(tars: Sequence[StoredFile], keys: Iterable[str]) -> SamplePlaces:
-    """Places of the samples with these keys; the walk ends once all are found.
+    """Places of the samples with these keys; ends once all are located.
 
     Raises:
         CorruptShardError: a tar is missing or torn, or a sample is in none of them.
     """
-    found = SamplePlaces(keys)
+    places = SamplePlaces(keys)
     for number, tar in enumerate(tars):
-        if not found.num_missing:
+        if not places.num_missing:
             break
         path = tar.fetch()
         if not path.exists():
-            raise CorruptShardError(f"{tar}: is missing; `riskforge verify` tells what is damaged")
-        _index_tar(path, number, found)
-    if found.num_missing:
+            raise CorruptShardError(f"{tar}: is missing; `riskforge verify` reports what is damaged")
+        _index_tar(path, number, places)
+    if places.num_missing:
         where = str(tars[0]).rpartition("/")[0] if tars else "the run, which has no tars"
         raise CorruptShardError(
-            f"{where}: no tar has the image of {found.first_missing()!r} ({found.num_missing} are missing); `riskforge"
-            " verify` tells what is damaged"
+            f"{where}: no tar has the image of {places.first_missing()!r} ({places.num_missing} are missing);"
+            " `riskforge verify` reports what is damaged"
         )
-    return found
+    return places
 
 
-def _index_tar(path: Path, number: int, found: SamplePlaces) -> None:
-    image: tuple[str, str, Place] | None = None
+def _index_tar(path: Path, number: int, places: SamplePlaces) -> None:
+    image: tuple[str, str, MemberPlace] | None = None
     for name, offset, size in tar_entries(path):
         key, _, extension = name.partition(".")
         if extension in IMAGE_FORMATS:
-            image = (key, extension, Place(number, offset, size))
+            image = (key, extension, MemberPlace(number, offset, size))
         elif extension == RECORD and image and image[0] == key:
-            found.add(key, SamplePlace(image[2], image[1], Place(number, offset, size)))
+            places.add(key, SamplePlace(image[2], image[1], MemberPlace(number, offset, size)))
 
 
 @dataclass
@@ -123,7 +123,7 @@ class TarReader:
     _paths: dict[int, Path] = field(default_factory=dict, repr=False)
     _owner: int = 0
 
-    def read(self, place: Place) -> bytes:
+    def read(self, place: MemberPlace) -> bytes:
         """The contents of a member.
 
         Raises:
@@ -134,7 +134,7 @@ class TarReader:
         with explained(path):
             data = os.pread(self._descriptor(place.tar), place.size, place.offset)
         if len(data) != place.size:
-            raise CorruptShardError(f"{path}: is shorter than when it was opened; `riskforge verify` tells more")
+            raise CorruptShardError(f"{path}: is shorter than when it was opened; `riskforge verify` reports more")
         return data
 
     def close(self) -> None:
@@ -156,7 +156,7 @@ class TarReader:
         return self._open[tar]
 
     def _opened(self, tar: int) -> int:
-        """A descriptor of the local file, which is asked for once, and again where it is gone: tars do not change."""
+        """A descriptor of the local file, which is fetched once, and again where it was removed: tars do not change."""
         with suppress(KeyError, FileNotFoundError):
             return os.open(self._paths[tar], os.O_RDONLY)
         self._paths[tar] = self.tars[tar].fetch()

@@ -1,4 +1,4 @@
-"""Is a run whole? Every committed byte is read and held against its record and the plan. And what to do if not."""
+"""Verifying a run: every committed byte is read and compared with its record and the plan."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engine.data.run.commits import CommitRecord, forget_commit, inspect_records
+from engine.data.run.commit_record import CommitRecord
+from engine.data.run.commits import inspect_records
 from engine.data.run.counts import ShardCounts
+from engine.data.run.file_names import CARD, METADATA, REPORT, SUCCESS, SURPLUS_LIST
 from engine.data.run.presence import torn_files
-from engine.data.run.shards import SHARDS, file_digest, inspect_pair, read_rows, shard_name
-from engine.data.run.state import CARD, METADATA, REPORT, SUCCESS, SURPLUS_LIST, quarantined_shards, stored_plan
+from engine.data.run.quarantine import quarantined_shards
+from engine.data.run.shards import SHARDS, file_digest, inspect_pair, read_rows
+from engine.data.run.stored_plan import stored_plan
 from engine.data.run.surplus import surplus_lines
 from engine.data.stores.base import TORN, Store
 from engine.data.stores.file_errors import is_no_file, shown
@@ -26,10 +29,10 @@ Kind = Literal["damage", "unfinished"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """Something that is not as it should be.
+    """A defect of a run.
 
     Attributes:
-        kind: `damage`, or `unfinished` where a run that goes on will see to it.
+        kind: `damage`, or `unfinished` where continuing the run resolves it.
         shard: its number, None where no shard is concerned.
     """
 
@@ -40,7 +43,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
         num_committed: shards with a record, of `num_shards` planned so far.
@@ -55,22 +58,14 @@ class Verdict:
     @property
     def damage(self) -> tuple[Finding, ...]:
         """The findings that are damage."""
-        return tuple(one for one in self.findings if one.kind == "damage")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Repaired:
-    """What `repair` did, in words, and the shards that have to be made again."""
-
-    actions: tuple[str, ...]
-    to_make: tuple[int, ...]
+        return tuple(finding for finding in self.findings if finding.kind == "damage")
 
 
 def verify(store: Store, advance: Callable[[str], None] = lambda text: None) -> Verdict:
-    """Read a run to the last byte; changes nothing.
+    """Read a run to the last byte, without changing it.
 
     Args:
-        advance: hears how far it is.
+        advance: progress callback.
 
     Raises:
         OutputError: there is no run, or its plan cannot be read, or files cannot be copied out of the store.
@@ -90,18 +85,20 @@ def verify(store: Store, advance: Callable[[str], None] = lambda text: None) -> 
         except RiskforgeError as error:
             findings.append(Finding(kind="damage", shard=number, text=str(error)))
     num_committed = len(counts) + len(findings)
-    findings += _strangers(store, job, {*counts, *(one.shard for one in findings if one.shard is not None)})
-    findings += _left_over(store, job, plan, counts, num_committed)
-    num_samples = sum(one.attempted for one in counts.values())
+    findings += _unrecorded(
+        store, job, {*counts, *(finding.shard for finding in findings if finding.shard is not None)}
+    )
+    findings += _unfinished(store, job, plan, counts, num_committed)
+    num_samples = sum(shard_counts.attempted for shard_counts in counts.values())
     return Verdict(
         findings=tuple(findings), num_shards=plan.num_shards, num_committed=num_committed, num_samples=num_samples
     )
 
 
 def _pair(store: Store, record: CommitRecord | CorruptShardError) -> list[Path] | CorruptShardError:
-    """Where the tar and the parquet of a shard can be read; nothing where its record cannot.
+    """Where the tar and the parquet of a shard can be read; empty where its record cannot.
 
-    Where something stands in the place of one that is no file, that is what is wrong with the shard.
+    A pipe, device or folder under the name of a file is damage of the shard.
     """
     if isinstance(record, CorruptShardError):
         return []
@@ -114,7 +111,7 @@ def _pair(store: Store, record: CommitRecord | CorruptShardError) -> list[Path] 
 
 
 def check_shard(plan: Plan, record: CommitRecord | CorruptShardError, pair: list[Path]) -> ShardCounts:
-    """Hold a committed shard against its record and the plan.
+    """Compare a committed shard with its record and the plan.
 
     Args:
         pair: its tar and its parquet.
@@ -130,15 +127,15 @@ def check_shard(plan: Plan, record: CommitRecord | CorruptShardError, pair: list
         if not path.exists():
             raise CorruptShardError(f"{shown(path)}: is missing, but shard {record.shard} is committed")
     _check_planned(plan, record)
-    found = inspect_pair(tar, parquet)
-    about = ((tar, ("tar_sha256", "tar_md5", "tar_bytes")), (parquet, ("parquet_sha256", "parquet_bytes")))
-    for path, fields in about:
-        if any(getattr(found, field) != getattr(record, field) for field in fields):
+    actual = inspect_pair(tar, parquet)
+    files = ((tar, ("tar_sha256", "tar_md5", "tar_bytes")), (parquet, ("parquet_sha256", "parquet_bytes")))
+    for path, fields in files:
+        if any(getattr(actual, field) != getattr(record, field) for field in fields):
             raise CorruptShardError(f"{shown(path)}: is not the file that was committed (checksum or size)")
-    if found.counts != record.counts:
+    if actual.counts != record.counts:
         raise CorruptShardError(f"{shown(parquet)}: holds other counts than its record")
-    _check_samples(plan, record.shard, parquet)
-    return found.counts
+    check_samples(plan, record.shard, parquet)
+    return actual.counts
 
 
 def _check_planned(plan: Plan, record: CommitRecord) -> None:
@@ -146,15 +143,16 @@ def _check_planned(plan: Plan, record: CommitRecord) -> None:
         raise CorruptShardError(f"shard {record.shard} is committed and not in the plan")
     shard = plan.shard(record.shard)
     if (record.request, record.start, record.stop) != (shard.request, shard.start, shard.stop):
-        raise CorruptShardError(f"shard {record.shard}: its record tells of other samples than the plan")
+        raise CorruptShardError(f"shard {record.shard}: its record has other samples than the plan")
     if record.plan_digest != plan.digest:
         raise CorruptShardError(f"shard {record.shard}: was made by another plan")
 
 
-def _check_samples(plan: Plan, number: int, parquet: Path) -> None:
+def check_samples(plan: Plan, number: int, parquet: Path) -> None:
     """Keys and seeds are those that the plan has, in the run's schema version."""
     rows = list(read_rows(parquet, ["key", "seed", "schema_version"]))
-    if [(row["key"], row["seed"]) for row in rows] != [(one.key, one.seed) for one in plan.samples(plan.shard(number))]:
+    planned = [(sample.key, sample.seed) for sample in plan.samples(plan.shard(number))]
+    if [(row["key"], row["seed"]) for row in rows] != planned:
         raise CorruptShardError(f"{shown(parquet)}: holds other samples than the plan has in shard {number}")
     if others := {row["schema_version"] for row in rows} - {plan.schema_version}:
         raise CorruptShardError(
@@ -162,11 +160,11 @@ def _check_samples(plan: Plan, number: int, parquet: Path) -> None:
         )
 
 
-def _strangers(store: Store, job: JobSpec, committed: set[int]) -> Iterator[Finding]:
-    """Files of shards without a record, and what else was moved aside."""
+def _unrecorded(store: Store, job: JobSpec, committed: set[int]) -> Iterator[Finding]:
+    """Files of shards without a record, and files that were moved aside."""
     numbers = {_number_of(name, job) for name in store.list(SHARDS)} - {None} - committed
-    for number in sorted(one for one in numbers if one is not None):
-        text = f"shard {number}: has files and no record; the next run looks at them"
+    for number in sorted(number for number in numbers if number is not None):
+        text = f"shard {number}: has files and no record; the next run checks them"
         yield Finding(kind="unfinished", shard=number, text=text)
     if torn := store.list(TORN):
         yield Finding(kind="unfinished", text=f"{len(torn)} files that were not whole were moved to {TORN}")
@@ -178,10 +176,10 @@ def _number_of(name: str, job: JobSpec) -> int | None:
     return int(digits) if kind in ("tar", "parquet") and digits.isdigit() and digits != stem else None
 
 
-def _left_over(
+def _unfinished(
     store: Store, job: JobSpec, plan: Plan, counts: dict[int, ShardCounts], num_committed: int
 ) -> Iterator[Finding]:
-    """What is missing to a finished run; damage where the run says that it is finished."""
+    """What a finished run lacks; it is damage where the run is marked as finished."""
     is_marked = store.exists(SUCCESS)
     kind: Kind = "damage" if is_marked else "unfinished"
     quarantined = quarantined_shards(store)
@@ -198,22 +196,22 @@ def _left_over(
     if num_committed != len(counts):
         return
     torn = set(torn_files(store, plan))
-    # The metadata are looked into below; what is written for people alone is no part of the data.
+    # The metadata are checked below; what is written for human readers alone is no part of the data.
     for name in sorted(torn - {METADATA, CARD, REPORT}):
         text = f"{name}: is missing or not whole; `riskforge run` with the same job writes it"
         yield Finding(kind="damage", text=text)
-    wanted = sum(one.attempted for one in counts.values())
-    found = _count_metadata(store)
-    if found is None:
+    wanted = sum(shard_counts.attempted for shard_counts in counts.values())
+    num_rows = _count_metadata(store)
+    if num_rows is None:
         yield Finding(kind="damage", text=f"{METADATA}: is missing or cannot be read")
-    elif found != wanted:
-        yield Finding(kind="damage", text=f"{METADATA}: has {found} rows, the shards have {wanted}")
+    elif num_rows != wanted:
+        yield Finding(kind="damage", text=f"{METADATA}: has {num_rows} rows, the shards have {wanted}")
     elif SURPLUS_LIST not in torn and store.exists(SURPLUS_LIST):
         yield from _check_surplus(store)
 
 
 def _check_surplus(store: Store) -> Iterator[Finding]:
-    """Whether the list of surplus next to the tars is what the metadata says."""
+    """Compare the list of surplus keys next to the tars with the metadata."""
     import pyarrow as pa
 
     wanted = hashlib.sha256()
@@ -230,7 +228,7 @@ def _check_surplus(store: Store) -> Iterator[Finding]:
 
 
 def _fetch_file(store: Store, name: str) -> Path | None:
-    """Where a file can be read; None where something stands in its place that is no file."""
+    """Where a file can be read; None where its name belongs to something else, such as a pipe."""
     try:
         return store.fetch(name)
     except OutputError as error:
@@ -247,63 +245,6 @@ def _count_metadata(store: Store) -> int | None:
         return None
     try:
         paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-        return sum(pq.read_metadata(one).num_rows for one in paths)
+        return sum(pq.read_metadata(part).num_rows for part in paths)
     except (OSError, pa.ArrowException):
         return None
-
-
-def repair(store: Store, advance: Callable[[str], None] = lambda text: None) -> Repaired:
-    """Take out what is damaged, so that the next run makes it again; nothing that is whole is touched.
-
-    Whoever calls this holds the lease.
-
-    Side effects: moves files of damaged shards under `_state/torn`, removes their records, `_SUCCESS` if anything was
-        damaged, and what dead processes left unfinished.
-    """
-    job, plan = stored_plan(store)
-    store.clean_staging()
-    actions: list[str] = []
-    to_make: list[int] = []
-    for finding in verify(store, advance).findings:
-        if finding.kind == "damage" and finding.shard is not None:
-            actions += _take_out(store, job, finding)
-            to_make.append(finding.shard)
-        elif finding.kind == "damage":
-            actions.append(f"to be written anew: {finding.text}")
-        elif finding.shard is not None and not _is_whole(store, job, plan, finding.shard):
-            actions += _set_aside(store, job, finding.shard)
-    if actions:
-        store.remove(SUCCESS)
-    return Repaired(actions=tuple(actions), to_make=tuple(to_make))
-
-
-def _take_out(store: Store, job: JobSpec, finding: Finding) -> Iterator[str]:
-    assert finding.shard is not None
-    yield f"taken out: {finding.text}"
-    yield from _set_aside(store, job, finding.shard)
-    for name in forget_commit(store, finding.shard):
-        yield f"record removed: {name}"
-
-
-def _set_aside(store: Store, job: JobSpec, number: int) -> Iterator[str]:
-    for kind in ("tar", "parquet"):
-        name = f"{SHARDS}/{shard_name(job.name, number)}.{kind}"
-        if store.exists(name):
-            store.set_aside(name)
-            yield f"moved to {TORN}: {name}"
-
-
-def _is_whole(store: Store, job: JobSpec, plan: Plan, number: int) -> bool:
-    """Whether files without a record could be adopted, or belong to a shard in quarantine that has none."""
-    names = [f"{SHARDS}/{shard_name(job.name, number)}.{kind}" for kind in ("tar", "parquet")]
-    if not any(map(store.exists, names)):
-        return True
-    try:
-        tar, parquet = store.fetch_each(names)
-        inspect_pair(tar, parquet)
-        _check_samples(plan, number, parquet)
-    except StoreLostError:
-        raise
-    except (CorruptShardError, OutputError, IndexError):
-        return False
-    return True

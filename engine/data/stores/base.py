@@ -37,7 +37,7 @@ class Store(ABC):
     @property
     @abstractmethod
     def place(self) -> PurePath:
-        """What tells whether two stores are one, or one in the other; for comparing alone."""
+        """Its location as a path, to compare stores: whether they are the same, or nested."""
 
     @property
     def name(self) -> str:
@@ -46,15 +46,15 @@ class Store(ABC):
 
     @abstractmethod
     def address(self, name: str = "") -> str:
-        """Where a name lies, for people and for `open_store`.
+        """The address of a name, for messages and for `open_store`.
 
         Raises:
             ValueError: the name leads out of the store.
         """
 
     @abstractmethod
-    def beside(self, address: str) -> str:
-        """An address that may be relative to this store, made absolute where something is there."""
+    def absolute_address(self, address: str) -> str:
+        """An address that may be relative to this store, made absolute where something exists there."""
 
     # Reading -------------------------------------------------------------------------------------------------------
 
@@ -84,7 +84,7 @@ class Store(ABC):
     ) -> Iterator[tuple[str, bytes | OutputError]]:
         """Names and bytes of many small files in their order; those that are not there any more are left out.
 
-        Of a file that cannot be read as one, such as a larger one, the error comes in the place of its bytes.
+        For a file that cannot be read, such as one that is too large, the error is given instead of its bytes.
         """
 
     @abstractmethod
@@ -98,7 +98,7 @@ class Store(ABC):
         Nothing is at the path where there is no such file.
 
         Args:
-            keep: whether the file may be opened long after; others may be gone once some dozens were fetched.
+            keep: whether the file may be opened much later; others may be removed once some dozens were fetched.
         """
 
     @abstractmethod
@@ -136,7 +136,7 @@ class Store(ABC):
 
     @abstractmethod
     def replace(self, name: str, data: bytes | Path) -> None:
-        """Put a file in the place of whatever has its name, atomically. For the files that are made anew each time."""
+        """Create or overwrite a file atomically. For files that are regenerated each time."""
 
     @abstractmethod
     def append(self, name: str, text: str) -> None:
@@ -144,10 +144,10 @@ class Store(ABC):
 
     @abstractmethod
     def flush(self, *, if_due: bool = False) -> None:
-        """Let everybody see what was appended.
+        """Make appended text visible to other processes.
 
         Args:
-            if_due: whether only what has waited for long, without waiting for it or for its errors.
+            if_due: only text that has waited long enough, in the background and without reporting errors.
         """
 
     @abstractmethod
@@ -164,7 +164,7 @@ class Store(ABC):
 
     @abstractmethod
     def set_aside(self, name: str) -> None:
-        """Move a file that is not whole out of the way, under `_state/torn`, if it is there."""
+        """Move an incomplete file out of the way, under `_state/torn`, if it is there."""
 
     # Processes -----------------------------------------------------------------------------------------------------
 
@@ -174,11 +174,11 @@ class Store(ABC):
 
     @abstractmethod
     def leave(self) -> None:
-        """Remove the empty folders that staging made: in a folder that is no run nothing needs them."""
+        """Remove the empty folders that staging made: a folder without a run does not need them."""
 
     @abstractmethod
     def clean_staging(self) -> None:
-        """Remove the unfinished files of processes that are no more."""
+        """Remove the unfinished files of processes that have ended."""
 
     @abstractmethod
     def lock(self, name: str) -> AbstractContextManager[None]:
@@ -189,10 +189,10 @@ class Store(ABC):
 
     @abstractmethod
     def try_lock(self, name: str, holder: str) -> AbstractContextManager[str]:
-        """Hold a lock between processes if it is free; it ends with the process that holds it, its file with the block.
+        """Hold a lock between processes if it is free; it ends with the process, its file with the block.
 
-        Gives an empty text, or what the holder wrote where that is another. Where there are no locks the block runs
-        without one.
+        Gives an empty text, or the text of the holder where another process holds it. Where there are no locks the
+        block runs without one.
 
         Args:
             holder: who this is, to be written into the lock.

@@ -1,4 +1,4 @@
-"""Errors of file systems: in the words of a user, with the remedy, and retried where another try may help."""
+"""Errors of file systems: explained with the remedy, and retried where a retry may help."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _REMEDIES: dict[int, str] = {
     errno.EOPNOTSUPP: "the file system has no hard links, which publishing needs; choose another --output",
     errno.EXDEV: "lies on another file system than the rest of the output; an output must be on one",
     errno.ENOTDIR: "a part of the path is a file, not a folder; choose another --output",
-    errno.EEXIST: "a file is in the place of a folder; choose another --output",
-    errno.EISDIR: "a folder is in the place of a file; move it away or choose another --output",
+    errno.EEXIST: "a file has the name of a folder; choose another --output",
+    errno.EISDIR: "a folder has the name of a file; move it away or choose another --output",
     errno.ENAMETOOLONG: "the path is too long; choose a shorter --output",
     errno.ENOENT: "there is no such file or folder",
     errno.ELOOP: "a link leads to itself; remove it or choose another --output",
 }
-# A shared file system that is away for a while, which another try may find again.
+# Of a shared file system that is temporarily unavailable, so that a retry may succeed.
 _LOST = {
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
     errno.ENETRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN,
@@ -44,7 +44,7 @@ _LOST = {
 }  # fmt: skip
 
 
-# Pauses between the tries of what such a file system does not do.
+# Pauses between retries on such a file system.
 LOST_WAITS = (0.2, 1.0, 3.0, 8.0)
 
 # Folders of this process with copies of objects, each with the address that its files are copies of.
@@ -71,27 +71,27 @@ def explained(path: Path | str) -> Iterator[None]:
 
 
 def is_no_file(error: OutputError) -> bool:
-    """Whether an error is that something else stands in the place of a file: a pipe, a device, a link to itself."""
+    """Whether an error means that the name of a file belongs to something else: a pipe, a device, a link to itself."""
     cause = error.__cause__
     return isinstance(cause, UnsuitableFileError) or (isinstance(cause, OSError) and cause.errno == errno.ELOOP)
 
 
 def remedy_of(error: OSError) -> str:
-    """What to do about an error of the operating system."""
+    """The remedy for an error of the operating system."""
     if error.errno in _LOST:
         return f"the file system does not answer ({error.strerror}); see to its mount ({_KEPT})"
     return _REMEDIES.get(error.errno or 0) or error.strerror or str(error)
 
 
 def pause(seconds: float) -> None:
-    """Wait for about so long, so that processes that failed together do not try again together."""
+    """Wait for about this time; jitter keeps processes that failed together from retrying together."""
     time.sleep(seconds * (0.75 + random.random() / 2))
 
 
 def patient(method: Callable[Parameters, Answer]) -> Callable[Parameters, Answer]:
-    """A method of a store that is tried again where the file system is away for a while.
+    """Make a method of a store retry while the file system is temporarily unavailable.
 
-    Each leaves things as they were or as they should be, so that another try does no harm.
+    Such a method is idempotent: a failed try leaves the state as it was or as it should be.
     """
 
     @functools.wraps(method)

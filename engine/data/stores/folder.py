@@ -2,31 +2,32 @@
 
 A file becomes visible whole or not at all: it is written and synced under `_state/staging`, on the file system of its
 target, and then linked to its name, which fails where the name exists. Each process stages in a folder of its own and
-holds a lock beside it, so that what a killed process left is told from what a living one is writing.
+holds its lock, which distinguishes the files of a killed process from those of a living one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
 import shutil
 import stat
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 
-from engine.data.stores.base import LOCKS, MAX_HOLDER_BYTES, STAGING, STATE, TORN, Store
+from engine.data.stores import file_locks
+from engine.data.stores.base import LOCKS, STAGING, STATE, TORN, Store
 from engine.data.stores.file_errors import explained, patient
-from engine.data.stores.staging import claim_folder, flock, release_folder, remove_if_dead
+from engine.data.stores.staging import claim_folder, release_folder, remove_if_dead
 from engine.errors import OutputError, StoreLostError
 from engine.models.untrusted_files import MAX_DOCUMENT_BYTES, MAX_RECORD_BYTES, check_regular, read_whole
 
 
 def is_there(path: Path) -> bool:
-    """Whether something has this path; a name that can be nobody's is an error, not an absence."""
+    """Whether something has this path; an impossible name is an error, not an absence."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -64,10 +65,10 @@ class FolderStore(Store):
         """The path of a name."""
         return str(self.path(name))
 
-    def beside(self, address: str) -> str:
-        """A path that may be relative to the folder, or else to where one is."""
-        beside = self.root / address
-        return str(beside.resolve()) if "://" not in address and beside.exists() else address
+    def absolute_address(self, address: str) -> str:
+        """A path that may be relative to the folder, or else to the working directory."""
+        path = self.root / address
+        return str(path.resolve()) if "://" not in address and path.exists() else address
 
     def path(self, name: str) -> Path:
         """Where a name lies.
@@ -135,12 +136,12 @@ class FolderStore(Store):
 
     @patient
     def fetch(self, name: str, *, keep: bool = False) -> Path:
-        """The file itself; what is neither a file nor a folder is refused, as reading it may never end."""
+        """The file itself; a pipe or device is refused, as reading it may never end."""
         path = self.path(name)
         with explained(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            for one in path.iterdir() if path.is_dir() else [path]:
-                if not one.is_dir():
-                    check_regular(one)
+            for entry in path.iterdir() if path.is_dir() else [path]:
+                if not entry.is_dir():
+                    check_regular(entry)
         return path
 
     def fetch_each(self, names: Iterable[str], *, keep: bool = False) -> Iterator[Path]:
@@ -148,11 +149,11 @@ class FolderStore(Store):
         return map(self.fetch, names)
 
     def size_of(self, names: Iterable[str]) -> int:
-        """Bytes of files; of links those of what they lead to."""
+        """Bytes of files; for links those of their target."""
         return sum(path.stat().st_size for path in map(self.path, names) if path.exists())
 
     def total_size(self) -> int:
-        """Bytes of all files; of links those that they take themselves."""
+        """Bytes of all files; for links their own."""
         places = os.walk(self.root, followlinks=False)
         return sum((Path(folder) / name).lstat().st_size for folder, _, names in places for name in names)
 
@@ -168,22 +169,22 @@ class FolderStore(Store):
                 return []
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of the files in a folder by name, of links those of what they lead to."""
-        found: dict[str, int] = {}
+        """Bytes of the files in a folder by name, for links those of their target."""
+        sizes: dict[str, int] = {}
         with explained(self.path(folder)):
             try:
                 with os.scandir(self.path(folder)) as entries:
                     for entry in entries:
                         try:
                             if entry.is_file():
-                                found[f"{folder}/{entry.name}"] = entry.stat().st_size
+                                sizes[f"{folder}/{entry.name}"] = entry.stat().st_size
                         except OSError as error:
-                            # It went meanwhile, or is a link that leads nowhere or to itself.
+                            # It was removed meanwhile, or is a dangling or circular link.
                             if error.errno not in (errno.ENOENT, errno.ELOOP):
                                 raise
             except FileNotFoundError:
                 return {}
-        return found
+        return sizes
 
     @patient
     def publish(self, name: str, data: bytes | Path) -> bool:
@@ -200,14 +201,14 @@ class FolderStore(Store):
             try:
                 _with_parent(target, lambda: os.link(source, target))
             except FileExistsError:
-                # A network file system may report a link that it made, when the answer was lost and asked again.
+                # A network file system may report its own link, when the response was lost and the request repeated.
                 return source.samefile(target)
             _sync(target.parent)
         return True
 
     @patient
     def replace(self, name: str, data: bytes | Path) -> None:
-        """Put a file in the place of whatever has its name, atomically. For the files that are made anew each time."""
+        """Create or overwrite a file atomically. For files that are regenerated each time."""
         target = self.path(name)
         with self._file_of(data) as source, explained(target):
             _with_parent(target, lambda: source.replace(target))
@@ -215,7 +216,7 @@ class FolderStore(Store):
 
     @patient
     def append(self, name: str, text: str) -> None:
-        """Add to the end of a file; it is seen at once."""
+        """Add to the end of a file; visible at once."""
         path = self.path(name)
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +226,7 @@ class FolderStore(Store):
                 file.write(text)
 
     def flush(self, *, if_due: bool = False) -> None:
-        """Everything is seen already."""
+        """Everything is visible already."""
 
     def remove_all(self, names: Iterable[str]) -> None:
         """Remove files, one after the other."""
@@ -252,7 +253,7 @@ class FolderStore(Store):
 
     @patient
     def set_aside(self, name: str) -> None:
-        """Move a file that is not whole out of the way, under `_state/torn`, if it is there."""
+        """Move an incomplete file out of the way, under `_state/torn`, if it is there."""
         source = self.path(name)
         target = self.path(f"{TORN}/{source.name}.{secrets.token_hex(4)}")
         with explained(source):
@@ -269,7 +270,7 @@ class FolderStore(Store):
         return self._staging
 
     def leave(self) -> None:
-        """Remove the empty folders that staging made: in a folder that is no run nothing needs them."""
+        """Remove the empty folders that staging made: a folder without a run does not need them."""
         if self._release is not None:
             self._release()
         for name in (STAGING, STATE):
@@ -277,56 +278,29 @@ class FolderStore(Store):
                 self.path(name).rmdir()
 
     def clean_staging(self) -> None:
-        """Remove the unfinished files of processes that are no more."""
+        """Remove the unfinished files of processes that have ended."""
         folder = self.path(STAGING)
         with explained(folder):
             for name in {Path(entry).name.removesuffix(".lock") for entry in self.list(STAGING)}:
                 remove_if_dead(folder / name)
 
-    @contextlib.contextmanager
-    def lock(self, name: str) -> Iterator[None]:
+    def lock(self, name: str) -> AbstractContextManager[None]:
         """Hold a lock between processes; it ends with the process that holds it.
 
         Where the file system has no locks the block runs without one.
         """
-        path = self.path(f"{LOCKS}/{name}")
-        with explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+        return file_locks.lock(self.path(f"{LOCKS}/{name}"))
 
-    @contextlib.contextmanager
-    def try_lock(self, name: str, holder: str) -> Iterator[str]:
-        """Hold a lock between processes if it is free; it ends with the process that holds it, its file with the block.
+    def try_lock(self, name: str, holder: str) -> AbstractContextManager[str]:
+        """Hold a lock between processes if it is free; it ends with the process, its file with the block.
 
-        Gives an empty text, or what the holder wrote where that is another. Where the file system has no locks the
-        block runs without one.
+        Gives an empty text, or the text of the holder where another process holds it. Where the file system has no
+        locks the block runs without one.
 
         Args:
             holder: who this is, to be written into the lock.
         """
-        path = self.path(f"{LOCKS}/{name}")
-        with explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, is_free = _open_lock(path)
-        try:
-            if not is_free:
-                yield _holder(descriptor) or "another process"
-                return
-            with explained(path):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, holder.encode()[:MAX_HOLDER_BYTES])
-            try:
-                yield ""
-            finally:
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
-        finally:
-            os.close(descriptor)
+        return file_locks.try_lock(self.path(f"{LOCKS}/{name}"), holder)
 
     @contextlib.contextmanager
     def _file_of(self, data: bytes | Path) -> Iterator[Path]:
@@ -350,7 +324,7 @@ class FolderStore(Store):
 
 
 def _with_parent(target: Path, action: Callable[[], object]) -> None:
-    """Do what needs the target's folder, and make the folder only when it turns out to be missing."""
+    """Do what needs the target's folder, and create the folder only where it turns out to be missing."""
     try:
         action()
     except FileNotFoundError:
@@ -359,7 +333,7 @@ def _with_parent(target: Path, action: Callable[[], object]) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Bring a file's bytes, or a folder's names, to the disk."""
+    """Write a file's bytes, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -369,23 +343,3 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _open_lock(path: Path) -> tuple[int, bool]:
-    """The descriptor of a lock's file, and whether the lock is ours (or nobody's, where there are none)."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
-        try:
-            flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, or_raise=True)
-        except BlockingIOError:
-            return descriptor, False
-        if os.fstat(descriptor).st_nlink:
-            return descriptor, True
-        os.close(descriptor)  # Its last holder removed it after it was opened here.
-
-
-def _holder(descriptor: int) -> str:
-    """What the holder of a lock wrote into its file."""
-    with contextlib.suppress(OSError):
-        return os.read(descriptor, MAX_HOLDER_BYTES).decode(errors="replace")
-    return ""

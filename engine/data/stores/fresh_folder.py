@@ -1,4 +1,4 @@
-"""Folders that are built beside their place and renamed, so that they are whole or not there."""
+"""Folders that are built under a temporary name and renamed, so that they are complete or absent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.data.stores.file_errors import explained
 
 @contextlib.contextmanager
 def fresh_folder(home: Path) -> Iterator[Path]:
-    """An empty folder to build in, which takes the place of `home` at the end of the block, or leaves nothing behind.
+    """An empty folder to build in, which replaces `home` at the end of the block, or is removed on an error.
 
     Raises:
         OutputError: the file system refuses.
@@ -29,7 +29,7 @@ def fresh_folder(home: Path) -> Iterator[Path]:
 
 
 def _swap(built: Path, home: Path) -> None:
-    """Put a folder in the place of another; interrupted, the old one is back or the new one there."""
+    """Replace a folder by another; if interrupted, either the old or the new one is in place."""
     if not home.exists():
         built.rename(home)
         return

@@ -1,4 +1,4 @@
-"""The journal: what happened in a run, line by line, for people and `riskforge status`. Nothing is decided by it."""
+"""The journal: events of a run, line by line, for human readers and `riskforge status`; no decision depends on it."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ class Journal:
     """Appends to `_state/events/NUMBER.jsonl`, a file for each driver.
 
     Args:
-        number: of the driver, as its lease has it.
+        number: of the driver, as in its lease.
     """
 
     def __init__(self, store: Store, number: int) -> None:
         self._store = store
         self._name = f"{EVENTS}/{number:06d}.jsonl"
 
-    def note(self, event: str, **about: Any) -> None:
-        """Add a line. A disk that is full is told by those who write more."""
-        line = json.dumps({"time": round(time.time(), 3), "event": event} | about, ensure_ascii=False)
+    def note(self, event: str, **details: Any) -> None:
+        """Add a line. A full disk is reported by other writers."""
+        line = json.dumps({"time": round(time.time(), 3), "event": event} | details, ensure_ascii=False)
         with contextlib.suppress(OutputError):
             self._store.append(self._name, line + "\n")
 
     def keep(self, *, is_end: bool = False) -> None:
-        """Let others see the lines, where the store does not at once; called often, and at the end.
+        """Make the lines visible to others; called often, and at the end.
 
-        The end does not wait for long: with a broken network it would take all its tries.
+        The end does not wait long: with a broken network it would use up all its retries.
         """
         if is_end:
             last = threading.Thread(target=self._flush, name="journal", daemon=True)

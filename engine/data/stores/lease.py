@@ -1,9 +1,9 @@
-"""The lease: one driver at a time works on an output, and a dead one's place is taken.
+"""The lease: one driver at a time works on an output, and a new one takes over from a dead one.
 
 `_state/lease/000003.json` is the fourth driver's; the file is created if absent, so only one can be the fourth. Its
-holder renews it; who finds that a later number exists has lost it. Expiry is judged by the clock of the wall first and
-then by watching: a lease that changes while it is watched, for longer than its holder takes to renew it, is alive,
-whatever the clocks say. Data do not hang on the lease: shards, records and rounds are created if absent, too.
+holder renews it; a holder that finds a later number has lost it. Expiry is judged by the wall clock first and then by
+observation: a lease that changes while it is observed, for longer than its holder takes to renew it, is alive, whatever
+the clocks say. The data do not depend on the lease: shards, records and rounds are created if absent, too.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from engine.methods.strict_json import parse_json
 from engine.models.untrusted_files import MAX_RECORD_BYTES
 
 LEASE_SECONDS = 60.0
-# So many times within its length a lease is renewed.
+# Renewals within the length of a lease.
 RENEWALS = 4
-# Seconds since 1970 that a lease may tell of: those of some centuries.
+# The latest time that a lease may state, in seconds since 1970: some centuries.
 MAX_MOMENT = 2e10
-# So long its release is waited for, where the network is broken.
+# Longest wait for its release, where the network is broken.
 RELEASE_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """What a lease says of who holds it.
+    """The holder of a lease.
 
     Attributes:
-        token: drawn once a driver; tells two of one machine apart.
-        boot: of the machine, empty where it is not known.
-        process, process_start: number of the process, and when it began, as the system counts.
+        token: drawn once per driver; distinguishes two on one machine.
+        boot: boot identifier of the machine, empty where it is not known.
+        process, process_start: identifier of the process, and its start time in ticks of the system.
         since, expires: seconds since 1970 on the holder's clock.
-        length_seconds: time from a renewal to the end.
-        num_renewals: changes with every renewal.
-        is_released: whether the holder has ended in good order.
+        length_seconds: time from a renewal to expiry.
+        num_renewals: how often it was renewed.
+        is_released: whether the holder has given it up.
     """
 
     token: str
@@ -64,10 +64,10 @@ class Holder:
 
 
 class Lease:
-    """A lease that this process holds; made by `hold`.
+    """A lease that this process holds; created by `hold`.
 
     Attributes:
-        number: of the driver, counted over all that have worked on the output.
+        number: of the driver, among all that have worked on the output.
     """
 
     def __init__(self, store: Store, number: int, holder: Holder) -> None:
@@ -79,7 +79,7 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
     def check(self) -> None:
-        """Be sure that the lease still stands.
+        """Check that the lease is still held.
 
         Raises:
             OwnedError: another driver has taken the run over.
@@ -92,12 +92,12 @@ class Lease:
         self._thread.start()
 
     def release(self) -> None:
-        """Leave the place to whoever comes next; not worth an error or a long wait, as a lease expires by itself."""
+        """Give the lease up; not worth an error or a long wait, as a lease expires by itself."""
         self._ended.set()
         self._thread.join(RELEASE_SECONDS)
 
     def renew(self) -> None:
-        """Put the end of the lease off, or find that it is lost."""
+        """Renew the lease, or find that it is lost."""
         latest = _latest(self._store)
         if latest is None or latest[0] != self.number or latest[1].token != self._holder.token:
             who = f" by {latest[1]}" if latest else ""
@@ -112,8 +112,8 @@ class Lease:
 
     def _keep(self) -> None:
         while not self._lost and not self._ended.wait(self._holder.length_seconds / RENEWALS):
-            # A full disk is told by those who write more; the lease then runs out. No error may end the renewing: a
-            # driver whose lease runs out while it is at work does not hear of it.
+            # A full disk is reported by other writers; the lease then expires. No error may end the renewing: a
+            # running driver does not notice that its lease expires.
             with contextlib.suppress(Exception):
                 self.renew()
         if not self._lost:
@@ -132,18 +132,18 @@ def hold(
     notice: Callable[[str], None] = lambda text: None,
     wait: Callable[[float], object] = time.sleep,
 ) -> Iterator[Lease]:
-    """Be the only driver at work on an output.
+    """Be the only driver that works on an output.
 
     Args:
-        length_seconds: a driver that was not heard of for so long is taken for dead.
-        notice: hears what is waited for.
-        wait: how time passes while an expired lease is watched.
+        length_seconds: a driver that has not renewed its lease for so long counts as dead.
+        notice: called with a text before waiting.
+        wait: sleeps while an expired lease is observed.
 
     Raises:
-        OwnedError: another driver is at work, with its machine, process and time of beginning.
+        OwnedError: another driver is running, with its machine, process and start time.
     """
     own = _new_holder(length_seconds)
-    # Where the file system has locks, a second driver on this machine is seen at once, and so is a dead one.
+    # Where the file system has locks, a second driver on this machine is noticed at once, and so is a dead one.
     with store.try_lock(DRIVER_LOCK, str(own)) as other:
         if other:
             _refuse(store, other)
@@ -156,18 +156,18 @@ def hold(
 
 
 def read_holder(store: Store) -> Holder | None:
-    """Who holds the lease of an output, or held it last; None where nobody has."""
+    """The current or last holder of the lease of an output; None where there was none."""
     latest = _latest(store)
     return latest[1] if latest else None
 
 
 def is_alive(holder: Holder) -> bool:
-    """Whether a holder is at work, as far as its lease and this machine's clock tell."""
+    """Whether a holder is running, by its lease and this machine's clock."""
     return not holder.is_released and time.time() < holder.expires and not _is_dead_here(holder)
 
 
 def _take(store: Store, own: Holder, notice: Callable[[str], None], wait: Callable[[float], object]) -> Lease:
-    """The next number, once the latest holder is gone."""
+    """Take the next number, once the latest holder has ended."""
     while True:
         latest = _latest(store)
         number = latest[0] + 1 if latest else 0
@@ -179,16 +179,16 @@ def _take(store: Store, own: Holder, notice: Callable[[str], None], wait: Callab
 
 
 def _outlive(store: Store, holder: Holder, notice: Callable[[str], None], wait: Callable[[float], object]) -> None:
-    """Watch a lease that has run out by the clock, for longer than its holder would take to renew it.
+    """Observe a lease that has expired by the clock, for longer than its holder would take to renew it.
 
     Raises:
-        OwnedError: it has not run out, or was renewed.
+        OwnedError: it has not expired, or was renewed.
     """
     left = holder.expires - time.time()
-    # One that ends later than it could was written by another clock, or the clock was turned back.
+    # One that expires later than it could was written by another clock, or the clock was set back.
     if 0 < left <= holder.length_seconds:
-        _refuse(store, f"{holder}; if it is dead, its place is free in {left:.0f} s")
-    notice(f"waiting to see whether the driver that was here is dead ({holder})")
+        _refuse(store, f"{holder}; if it is dead, the output is available in {left:.0f} s")
+    notice(f"waiting to see whether the previous driver is dead ({holder})")
     wait(2 * holder.length_seconds / RENEWALS)
     latest = read_holder(store)
     if latest is not None and latest != holder and not latest.is_released:
@@ -197,7 +197,7 @@ def _outlive(store: Store, holder: Holder, notice: Callable[[str], None], wait: 
 
 def _refuse(store: Store, who: str) -> None:
     raise OwnedError(
-        f"output {store.uri}: another driver is at work on it ({who}); let it finish or stop it, or choose another"
+        f"output {store.uri}: another driver is running on it ({who}); let it finish or stop it, or choose another"
         " --output"
     )
 
@@ -221,18 +221,18 @@ def _holder(data: bytes) -> Holder:
     """A holder from its file.
 
     Raises:
-        ValueError, TypeError: its fields are others, or of other types.
+        ValueError, TypeError: it has other fields, or fields of other types.
     """
     holder = Holder(**parse_json(data))
     kinds = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
-    for one in fields(Holder):
-        if type(value := getattr(holder, one.name)) not in kinds[str(one.type)]:
-            raise ValueError(f"{one.name} is {value!r}")
-    # Moments that no clock has: they are compared and shown.
+    for field in fields(Holder):
+        if type(value := getattr(holder, field.name)) not in kinds[str(field.type)]:
+            raise ValueError(f"{field.name} is {value!r}")
+    # Times that no clock shows: they are compared and printed.
     if not (
         0 <= holder.since < MAX_MOMENT and 0 <= holder.expires < MAX_MOMENT and 0 < holder.length_seconds < MAX_MOMENT
     ):
-        raise ValueError("its times are none")
+        raise ValueError("its times are out of range")
     return holder
 
 
@@ -251,7 +251,7 @@ def _new_holder(length_seconds: float) -> Holder:
 
 
 def _is_dead_here(holder: Holder) -> bool:
-    """Whether a holder was a process of this machine, as it runs now, that is no more."""
+    """Whether a holder was a process of this boot of this machine that has ended."""
     if not holder.boot or (holder.host, holder.boot) != (
         socket.gethostname(),
         _read_line("/proc/sys/kernel/random/boot_id"),
@@ -261,10 +261,10 @@ def _is_dead_here(holder: Holder) -> bool:
 
 
 def _process_start(process: int) -> str:
-    """When a process began, in the system's ticks; empty where there is none, or the system does not tell."""
+    """Start time of a process in ticks of the system; empty where there is no process, or it is not known."""
     stat = _read_line(f"/proc/{process}/stat")
     fields = stat.rpartition(")")[2].split()
-    # One that is dead and not yet buried by its parent counts as dead.
+    # A zombie counts as dead.
     return fields[19] if len(fields) > 19 and fields[0] != "Z" else ""
 
 

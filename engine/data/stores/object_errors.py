@@ -1,4 +1,4 @@
-"""What the libraries for object stores raise: which of it means that a name is taken, and what to do about the rest."""
+"""Errors of the libraries for object stores: those of a taken name, those that may be transient, and remedies."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ _THROTTLES = {
     "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "ServiceUnavailable",
     "503", "429",
 }  # fmt: skip
-# What may pass, so that it is worth another try: kinds of exceptions by name (as most are of libraries that are loaded
-# only where they are used), codes in the answers of S3, and states of HTTP.
+# Transient errors, which are worth a retry: exceptions by class name (most are of libraries that are loaded only where
+# they are used), error codes of S3, and HTTP status codes.
 _UNREACHED = {
     "ConnectionError", "HTTPClientError", "TimeoutError", "ClientConnectionError", "FSTimeoutError", "gaierror",
     "Timeout",
@@ -71,35 +71,35 @@ _CREDENTIALS = {
     "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "GoogleAuthError", "ProfileNotFound",
     "TokenRetrievalError",
 }  # fmt: skip
-# An answer to the condition from a store that does not know it.
+# Responses of stores that do not know the condition.
 _UNKNOWN_CODES = {"NotImplemented", "InvalidArgument", "InvalidRequest", "UnsupportedHeader", "MethodNotAllowed"}
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__ or found.__context__
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or current.__context__
 
 
 def _response(error: BaseException, read: Callable[[Any], Any]) -> Any:
-    """Something of the answer of S3 that is behind an error; None where there is none."""
-    for one in _chain(error):
+    """Part of the response of S3 behind an error; None where there is none."""
+    for link in _chain(error):
         with contextlib.suppress(AttributeError, KeyError, TypeError):
-            return read(one.response)  # type: ignore[attr-defined]
+            return read(link.response)  # type: ignore[attr-defined]
     return None
 
 
 def status_of(error: BaseException) -> int | None:
     """The HTTP status behind an error, where it is known."""
-    found = _response(error, lambda response: response["ResponseMetadata"]["HTTPStatusCode"])
+    status = _response(error, lambda response: response["ResponseMetadata"]["HTTPStatusCode"])
     code = getattr(error, "code", None)
-    return found if found is not None else code if isinstance(code, int) else None
+    return status if status is not None else code if isinstance(code, int) else None
 
 
 def _code(error: BaseException) -> str:
-    found = _response(error, lambda response: response["Error"]["Code"])
-    return str(found if found is not None else getattr(error, "code", "") or "")
+    code = _response(error, lambda response: response["Error"]["Code"])
+    return str(code if code is not None else getattr(error, "code", "") or "")
 
 
 def is_taken(error: BaseException) -> bool:
@@ -118,22 +118,22 @@ def is_too_large(error: BaseException) -> bool:
 
 
 def max_size_of(error: BaseException) -> int | None:
-    """What a store says that it takes at most, where it does."""
+    """The largest size that a store accepts, where the error states it."""
     text = _response(error, lambda response: response["Error"]["MaxSizeAllowed"])
     return int(text) if str(text).isdigit() else None
 
 
 def is_empty_range(error: BaseException) -> bool:
-    """Whether the beginning of an object was asked for that has no bytes."""
+    """Whether a range of an empty object was requested."""
     return status_of(error) == 416 or _code(error) == "InvalidRange" or "InvalidRange" in str(error)
 
 
 def _kinds(error: BaseException) -> set[str]:
-    return {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
+    return {kind.__name__ for link in _chain(error) for kind in type(link).__mro__}
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether an error of the libraries may not come again: the network, a busy or failing store, a broken body."""
+    """Whether an error of the libraries may be transient: the network, a busy or failing store, a truncated body."""
     kinds = _kinds(error)
     if isinstance(error, (FileNotFoundError, PermissionError)) or kinds & _CREDENTIALS or is_taken(error):
         return False
@@ -151,7 +151,7 @@ def is_foreign(error: BaseException) -> bool:
 
 
 def remedy(error: Exception, scheme: str) -> str:
-    """What to do about an error of the libraries."""
+    """The remedy for an error of the libraries."""
     kinds = _kinds(error)
     code, text = _code(error), first_line(getattr(error, "strerror", None) or error, type(error).__name__)[:300]
     reason = f" ({code}: {text})" if code and code not in text else f" ({text})"

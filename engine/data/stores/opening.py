@@ -22,10 +22,11 @@ def open_store(uri: str) -> Store:
         uri: a folder, its `file://` address, or a folder of an object store: `s3://BUCKET/NAME`, `gs://BUCKET/NAME`.
 
     Raises:
-        OutputError: an address that this version does not store to, or a file in the place of the folder.
+        OutputError: the scheme is not supported, or the path is a file.
     """
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
-    if scheme and scheme[1].lower() in OBJECT_SCHEMES:
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
+    scheme = match[1].lower() if match else ""
+    if scheme in OBJECT_SCHEMES:
         from engine.data.stores.object_store import open_object_store
 
         return open_object_store(uri)
@@ -33,28 +34,46 @@ def open_store(uri: str) -> Store:
         raise OutputError(
             f"output {uri}: would be a folder called {mistyped[0]}; write {mistyped[1].lower()}://BUCKET/NAME"
         )
-    if scheme and scheme[1].lower() != "file":
+    if match and scheme != "file":
         raise OutputError(
-            f"output {uri}: {scheme[1]}:// is not supported; use a folder, s3://BUCKET/NAME or gs://BUCKET/NAME"
+            f"output {uri}: {match[1]}:// is not supported; use a folder, s3://BUCKET/NAME or gs://BUCKET/NAME"
         )
-    if scheme:
-        parts = urlsplit(uri)
-        if parts.netloc not in ("", "localhost"):
-            raise OutputError(
-                f"output {uri}: names the host {parts.netloc.rpartition('@')[2]!r}; write file:///absolute/path"
-            )
-        uri = unquote(parts.path)
-    if "\0" in uri:
-        raise OutputError(f"output {uri!r}: holds a character that no path has; choose another --output")
+    return _open_folder(_path_of(uri) if match else uri)
+
+
+def _path_of(uri: str) -> str:
+    """The path of a `file://` address.
+
+    Raises:
+        OutputError: it is on another host.
+    """
+    parts = urlsplit(uri)
+    if parts.netloc not in ("", "localhost"):
+        raise OutputError(
+            f"output {uri}: names the host {parts.netloc.rpartition('@')[2]!r}; write file:///absolute/path"
+        )
+    return unquote(parts.path)
+
+
+def _open_folder(path: str) -> FolderStore:
+    """The store of a folder.
+
+    Raises:
+        OutputError: the path is impossible, or that of a file.
+    """
+    if "\0" in path:
+        raise OutputError(f"output {path!r}: holds a character that no path has; choose another --output")
     try:
-        with explained(f"output {uri}"):
-            root = Path(uri).expanduser().absolute()
-            there = next(one for one in (root, *root.parents) if is_there(one))
-            if there != root and not there.is_dir():
+        with explained(f"output {path}"):
+            root = Path(path).expanduser().absolute()
+            existing = next(folder for folder in (root, *root.parents) if is_there(folder))
+            if existing != root and not existing.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, "")
-            is_file = there == root and not root.is_dir()
+            is_file = existing == root and not root.is_dir()
     except RuntimeError as error:
-        raise OutputError(f"output {uri}: names the home folder of nobody ({error}); choose another --output") from None
+        raise OutputError(
+            f"output {path}: names the home folder of nobody ({error}); choose another --output"
+        ) from None
     if is_file:
         raise OutputError(f"output {root}: is a file, not a folder; choose another --output")
     return FolderStore(root)

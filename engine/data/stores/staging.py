@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import secrets
 import shutil
 from pathlib import Path
+
+from engine.data.stores.file_locks import flock
 
 
 def claim_folder(staging: Path) -> tuple[Path, int]:
@@ -29,7 +30,7 @@ def claim_folder(staging: Path) -> tuple[Path, int]:
 
 
 def release_folder(folder: Path, descriptor: int, owner: int) -> None:
-    """Leave nothing behind at a regular end; a forked child leaves its parent's folder alone."""
+    """Remove the folder at a regular exit; a forked child does not touch its parent's folder."""
     if os.getpid() == owner:
         with contextlib.suppress(OSError):
             _remove(folder)
@@ -38,7 +39,7 @@ def release_folder(folder: Path, descriptor: int, owner: int) -> None:
 
 
 def remove_if_dead(folder: Path) -> None:
-    """Remove a folder of `claim_folder` whose process is no more."""
+    """Remove a folder of `claim_folder` whose process has ended."""
     lock = _lock_of(folder)
     try:
         descriptor = os.open(lock, os.O_RDWR)
@@ -62,16 +63,3 @@ def _remove(path: Path) -> None:
 
 def _lock_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
-
-
-def flock(descriptor: int, operation: int, *, or_raise: bool = False) -> bool:
-    """Take a lock; False where it is held (or `BlockingIOError`), or where the file system has none."""
-    try:
-        fcntl.flock(descriptor, operation)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
-            raise
-        if or_raise and error.errno == errno.EWOULDBLOCK:
-            raise
-        return False
-    return True

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.data.run.file_names import MANIFEST, METADATA, SUCCESS
+from engine.data.run.manifest_reading import read_manifest
 from engine.data.run.outcomes import errors, joint_rows, oracle_agreement, scored_rows
 from engine.data.run.schema import check_rows
-from engine.data.run.state import MANIFEST, METADATA, SUCCESS, read_manifest
 from engine.data.run.summary import class_texts
 from engine.data.stores.file_errors import explained
 from engine.data.stores.opening import open_store

@@ -17,17 +17,17 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from engine.data.images import (
-    Found,
     ImageSource,
     LabelledImage,
+    ReadResult,
     Unusable,
     UnusableImageError,
     decode_sample,
     nothing_usable,
     open_images,
 )
+from engine.data.run.file_names import METADATA
 from engine.data.run.outcomes import target_errs
-from engine.data.run.state import METADATA
 from engine.data.stores.base import Store
 from engine.driver.progress import Display
 from engine.errors import CorruptShardError, JobError
@@ -222,7 +222,7 @@ def count_items(source: ImageSource) -> int:
     return sum(1 for file in source.files for _ in file())
 
 
-def draw_images(source: ImageSource, limit: int, seed: int, advance: Callable[[str], None]) -> Iterator[Found]:
+def draw_images(source: ImageSource, limit: int, seed: int, advance: Callable[[str], None]) -> Iterator[ReadResult]:
     """At most `limit` items of a source, drawn evenly, in order; the others are not decoded."""
     num = count_items(source)
     wanted = set(np.random.default_rng(seed).choice(num, limit, replace=False).tolist() if num > limit else range(num))

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.images import open_images
-from engine.data.run.state import EVALUATION, MANIFEST, METADATA, REPORT, read_manifest
+from engine.data.run.file_names import EVALUATION, MANIFEST, METADATA, REPORT
+from engine.data.run.manifest_reading import read_manifest
 from engine.data.stores.base import STATE
 from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store, refuse_objects

@@ -7,7 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from engine.data.run.state import MANIFEST, PLANS, RESCORED, RESCORING, read_manifest, stored_plan
+from engine.data.run.file_names import MANIFEST, PLANS, RESCORED, RESCORING
+from engine.data.run.manifest_reading import read_manifest
+from engine.data.run.stored_plan import stored_plan
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, JobError, OutputError

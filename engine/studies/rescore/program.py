@@ -17,7 +17,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from engine.data.run.commits import list_commits
-from engine.data.run.state import METADATA, RESCORING, SUCCESS, read_manifest
+from engine.data.run.file_names import METADATA, RESCORING, SUCCESS
+from engine.data.run.manifest_reading import read_manifest
 from engine.data.stores.lease import hold
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.job.records import STATUS_OK, STATUS_REJECTED

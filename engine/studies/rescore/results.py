@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.run.commits import CommitSummary
-from engine.data.run.manifest import software_versions, write_metadata
-from engine.data.run.state import MANIFEST, METADATA, RESCORED_FROM, SUCCESS, read_manifest
+from engine.data.run.file_names import MANIFEST, METADATA, RESCORED_FROM, SUCCESS
+from engine.data.run.manifest import software_versions
+from engine.data.run.manifest_reading import read_manifest
+from engine.data.run.metadata_table import write_metadata
 from engine.data.run.summary import GroupSummary, count_classes, count_requests, plain, summarise
 from engine.data.run.surplus import quotas_of
 from engine.data.stores.base import Store

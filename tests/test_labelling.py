@@ -18,7 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.images import LabelledImage
+from engine.data.images import LabelledImage, UnusableImageError
+from engine.data.images.labelling import Labelling
 from engine.job.class_lookup import find_class, folded, is_index
 from tests.image_cases import DIGITS, grey, level_of, read, split, write_files, write_table, write_tar
 
@@ -137,6 +138,19 @@ def test_exact_names_come_before_similar_ones():
     assert find_class("_", labels) == find_class("", (*labels, "")) == []
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_name_of_several_classes_is_reported_with_their_indices(count):
+    """Two of one name are as many as three: none of them is guessed; an index next to the name decides."""
+    labelling = Labelling(("crane", "ox", *["crane"] * (count - 1)))
+    indices = [0, *range(2, count + 1)]
+    with pytest.raises(
+        UnusableImageError, match=f"is the name of classes {', '.join(map(str, indices))}; give the index"
+    ):
+        labelling.of_name("crane")
+    assert [labelling.of_named_index("crane", index) for index in indices] == indices
+    assert labelling.of_name("ox") == 1 and labelling.is_class("crane") and labelling.classes_of("crane") == indices
+
+
 numbers = st.one_of(
     st.integers(0, 12).map(str), st.sampled_from(["00", "01", "007", "-1", "90", "180", "٣", "\uff13", "1.0"])
 )
@@ -191,7 +205,7 @@ def test_whole_numbers_in_columns_are_no_names(tmp_path):
 
 
 @pytest.mark.parametrize("names", [["eight", "three"], {"0": "eight", "1": "three"}])
-def test_an_index_beyond_the_names_of_its_file_is_named(tmp_path, names):
+def test_an_index_beyond_the_names_of_its_file_is_reported(tmp_path, names):
     """It never becomes an index of the target; -1 is a missing label."""
     column = pa.array([1, 0, 2, 5, -1, -2, None, 2**40])
     path = write_table(tmp_path / "a.parquet", [grey(row) for row in range(8)], column, names)
@@ -279,7 +293,7 @@ def test_whole_numbers_and_texts_of_every_width_are_labels(tmp_path, column):
 
 
 @pytest.mark.parametrize("column", NO_LABELS, ids=lambda column: f"{column.type} {column[0]}")
-def test_values_of_other_types_are_named(tmp_path, column):
+def test_values_of_other_types_are_reported(tmp_path, column):
     """With names of the file and without."""
     for names in (None, list(DIGITS)):
         used, reasons = split(read(write_table(tmp_path / "a.parquet", [grey(0)], column, names), DIGITS))

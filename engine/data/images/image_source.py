@@ -1,4 +1,4 @@
-"""What is found where images are read: images with their class, and what cannot be used with its reason."""
+"""Sources of labelled images, and their results: an image with its class, or why it cannot be used."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SOUGHT = (
     " .cls), a run, parquet files (columns image and label), or a named set such as digits:validation"
 )
 PART_ROWS = 64
-# Of a sample that a run rejected and stored all the same: its label may well be wrong.
+# Of a sample that a run rejected and stored nevertheless: its label may be wrong.
 REJECTED = "was rejected by the rule of its run"
-# So many files, or more, in each part of a source make the parts equal enough.
+# With at least this many files in each part of a source the parts are equal enough.
 FILES_PER_PART = 4
 
 _MAX_SHOWN = 3
@@ -31,8 +31,8 @@ class LabelledImage:
     """An image that can be used: 8-bit RGB, of a class of the target.
 
     Attributes:
-        contexts: in which contexts it stands, for tables by context; empty where nothing is said of them.
-        is_synthetic: whether its file says that a trained model made it (IPTC), or a run's record beside it does.
+        contexts: its contexts, for tables by context; empty where they are not known.
+        is_synthetic: whether its file is marked as made by a trained model (IPTC), or a run's record is next to it.
     """
 
     name: str
@@ -50,9 +50,9 @@ class Unusable:
     reason: str
 
 
-Found = LabelledImage | Unusable
-# Makes a finding, which is when an image is decoded; to be called before the next item is asked for, or not at all.
-Item = Callable[[], Found]
+ReadResult = LabelledImage | Unusable
+# Gives a result; decodes the image when called. To be called before the next item is requested, or not at all.
+Item = Callable[[], ReadResult]
 # Number of the file and of the item in it.
 Place = tuple[int, int]
 
@@ -63,7 +63,7 @@ class ImageSource:
 
     Attributes:
         kind: in words.
-        num_images: how many there are to try, or None where only reading tells.
+        num_images: number of images to try, or None where only reading shows it.
         files: each starts from its beginning: a tar, a table, the whole of a folder.
         num_bytes: size of the files, where `num_images` is not known.
     """
@@ -73,14 +73,14 @@ class ImageSource:
     files: tuple[Callable[[], Iterator[Item]], ...]
     num_bytes: int = 0
 
-    def read(self) -> Iterator[Found]:
-        """All there is; equal files give equal findings in equal order."""
-        return (found for _, found in self.read_part(0, 1))
+    def read(self) -> Iterator[ReadResult]:
+        """All results; equal files give equal results in equal order."""
+        return (item for _, item in self.read_part(0, 1))
 
-    def read_part(self, part: int, num_parts: int) -> Iterator[tuple[Place, Found]]:
+    def read_part(self, part: int, num_parts: int) -> Iterator[tuple[Place, ReadResult]]:
         """Part `part` of `num_parts`: every so-many-th file where there are many, else batch of `PART_ROWS` items.
 
-        Every finding is in one part alone. Images of the other parts are not decoded; their files are walked through
+        Every result is in exactly one part. Images of the other parts are not decoded; their files are traversed
         where parts share files.
         """
         is_by_file = len(self.files) >= FILES_PER_PART * num_parts
@@ -91,26 +91,26 @@ class ImageSource:
                 if is_by_file or (number + row // PART_ROWS) % num_parts == part:
                     yield (number, row), item()
 
-    def beside(self, others: Sequence[Unusable]) -> ImageSource:
-        """This source with files that lie in its folder and are not read, after all that is."""
+    def with_unread(self, others: Sequence[Unusable]) -> ImageSource:
+        """This source followed by the files of its folder that are not read."""
         if not others:
             return self
-        items = [partial(_same, one) for one in others]
+        items = [partial(_same, other) for other in others]
         num_images = None if self.num_images is None else self.num_images + len(items)
         return dataclasses.replace(self, num_images=num_images, files=(*self.files, lambda: iter(items)))
 
 
 def unusable(name: str, reason: str) -> Unusable:
-    """Something that cannot be used, in texts that can be printed."""
+    """An unusable item, with printable texts."""
     return Unusable(plain(name), plain(reason))
 
 
-def _same(found: Unusable) -> Found:
-    return found
+def _same(item: Unusable) -> ReadResult:
+    return item
 
 
-def make_finding(name: str, class_of: Callable[[], int], data: Callable[[], bytes]) -> Found:
-    """An image with its class; its bytes are only asked for where the class is known.
+def make_result(name: str, class_of: Callable[[], int], data: Callable[[], bytes]) -> ReadResult:
+    """Read an image with its class; its bytes are read only where the class is known.
 
     Args:
         class_of, data: raise `UnusableImageError` where there is none.
@@ -124,11 +124,11 @@ def make_finding(name: str, class_of: Callable[[], int], data: Callable[[], byte
         return unusable(name, f"cannot be read ({brief(error)})")
 
 
-def in_context(found: Found, context: Any) -> Found:
-    """What was found, with the context that stands beside it, where one does."""
-    if isinstance(found, Unusable) or not isinstance(context, str):
-        return found
-    return dataclasses.replace(found, contexts=(plain(context),))
+def in_context(item: ReadResult, context: Any) -> ReadResult:
+    """A result with the context of its image, where one is known."""
+    if isinstance(item, Unusable) or not isinstance(context, str):
+        return item
+    return dataclasses.replace(item, contexts=(plain(context),))
 
 
 def image_key(image: PIL.Image.Image) -> bytes:
@@ -137,11 +137,11 @@ def image_key(image: PIL.Image.Image) -> bytes:
 
 
 def some_of(unusable: Sequence[Unusable]) -> str:
-    """The first of what cannot be used, those with different reasons before others, and how many more there are."""
-    first = {one.reason: number for number, one in reversed(list(enumerate(unusable)))}
+    """Some of the unusable items, those with different reasons first, and how many more there are."""
+    first = {item.reason: number for number, item in reversed(list(enumerate(unusable)))}
     numbers = sorted(first.values())[:_MAX_SHOWN]
     numbers += [number for number in range(min(len(unusable), 2 * _MAX_SHOWN)) if number not in numbers]
-    reasons = "; ".join(f"{unusable[one].name}: {unusable[one].reason}" for one in numbers[:_MAX_SHOWN])
+    reasons = "; ".join(f"{unusable[item].name}: {unusable[item].reason}" for item in numbers[:_MAX_SHOWN])
     return reasons + (f"; and {len(unusable) - _MAX_SHOWN} more" if len(unusable) > _MAX_SHOWN else "")
 
 

@@ -1,30 +1,28 @@
-"""Opening an output: continued, extended, emptied or refused, and never somebody else's files touched."""
+"""Opening an output: continued, extended, emptied or refused; foreign files are never touched."""
 
 from __future__ import annotations
 
-import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from engine.data.run.commits import list_commits
-from engine.data.run.state import PLANS, SUCCESS, open_run, read_run
-from engine.data.stores.base import DRIVER_LOCK, LOCKS, STAGING, Store
+from engine.data.run.file_names import PLANS, SUCCESS
+from engine.data.run.resume import open_output
+from engine.data.run.stored_plan import read_run
+from engine.data.stores.base import DRIVER_LOCK, STAGING, Store
 from engine.data.stores.folder import FolderStore
 from engine.data.stores.opening import open_store
 from engine.errors import JobError, OutputError
 from engine.job.plan import Plan
-from tests.conftest import REPOSITORY
-from tests.dataset_cases import commit_rest, make_job, make_plan, make_result, open_case, tar_bytes
+from tests.run_cases import commit_rest, make_job, make_plan, open_case, tar_bytes
 
 
 def reopen(uri: Path, resume: str = "auto", confirmed: bool = False, **changes: object) -> Plan:
     """Open an output for a job as the command line would."""
     job = make_job(uri, **changes)  # type: ignore[arg-type]
-    return open_run(open_store(str(uri)), make_plan(job), job, resume, confirmed)
+    return open_output(open_store(str(uri)), make_plan(job), job, resume, confirmed)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -45,7 +43,7 @@ def test_a_new_output_is_made_with_its_parents(tmp_path: Path) -> None:
 
 
 def test_the_same_job_continues(tmp_path: Path) -> None:
-    """Nothing is planned anew; what `runtime` says may change; an own folder without a plan yet is taken up."""
+    """Nothing is planned again; what `runtime` says may change; an own folder without a plan yet is taken up."""
     store, plan, _ = open_case(tmp_path)
     commit_rest(store, plan)
     store.publish(SUCCESS, b"")
@@ -213,159 +211,12 @@ def test_two_drivers_that_begin_at_once_agree(tmp_path: Path, monkeypatch: pytes
     assert len(read_run(open_store(str(tmp_path))).stages) == 2  # type: ignore[union-attr]
 
 
-def test_a_damaged_plan_is_told(tmp_path: Path) -> None:
+def test_a_damaged_plan_is_reported(tmp_path: Path) -> None:
     reopen(tmp_path)
     for bad in (b"{", b"[]", b'{"plan_version": 99}'):
         (tmp_path / PLANS / "000000.json").write_bytes(bad)
         with pytest.raises(OutputError, match=r"000000\.json: cannot be read as the plan"):
             reopen(tmp_path)
-
-
-def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative and file:// addresses become absolute; others say what is not there."""
-    monkeypatch.chdir(tmp_path)
-    assert open_store("runs/x").uri == str(tmp_path / "runs" / "x")
-    assert open_store(f"file://{tmp_path}/with%20space").uri == f"{tmp_path}/with space"
-    assert not list(tmp_path.iterdir()), "looking creates nothing"
-    with pytest.raises(OutputError, match=r"hdfs:// is not supported; use a folder, s3://BUCKET/NAME"):
-        open_store("hdfs://server/x")
-    with pytest.raises(OutputError, match="names the host 'server'"):
-        open_store("file://server/x")
-    (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="is a file, not a folder"):
-        open_store("file")
-    with pytest.raises(OutputError, match=r"part of the path is a file.*--output"):
-        reopen(tmp_path / "file" / "below")
-
-
-@pytest.mark.parametrize("uri", ["~nobody-of-this-name/run", "a\0b", "x" * 5000])
-def test_addresses_that_no_file_system_takes(uri: str) -> None:
-    """A home of nobody, a character that no path has, a name that is too long."""
-    with pytest.raises(OutputError, match="output"):
-        open_store(uri)
-
-
-def test_an_address_below_a_closed_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """It cannot even be looked at; raised by hand, as root may look at everything."""
-
-    def refuse(path: Path, **_: object) -> bool:
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "lstat", refuse)
-    with pytest.raises(OutputError, match="no permission"):
-        open_store(str(tmp_path))
-
-
-def test_a_lock_is_held_by_one_and_dies_with_its_process(tmp_path: Path) -> None:
-    """Who holds it is told; after SIGKILL it is free, whatever its file says; a regular end leaves no file."""
-    program = (
-        "import sys, time; from engine.data.stores.opening import open_store\n"
-        "with open_store(sys.argv[1]).try_lock('driver', 'the first') as holder:\n"
-        "    print(repr(holder), flush=True); time.sleep(3600)"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
-    )
-    store = open_store(str(tmp_path))
-    assert process.stdout is not None and process.stdout.readline() == "''\n"
-    with store.try_lock("driver", "the second") as holder:
-        assert holder == "the first"
-    process.kill()
-    process.wait()
-    assert (tmp_path / LOCKS / "driver").exists()
-    with store.try_lock("driver", "the second") as holder:
-        assert holder == ""
-        with store.try_lock("driver", "the third") as other:
-            assert other == "the second"
-    assert not (tmp_path / LOCKS / "driver").exists()
-
-
-@pytest.mark.parametrize("name", ["../x", "/etc/x", "shards/../../x"])
-def test_names_do_not_lead_out_of_the_store(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="inside the store"):
-        open_store(str(tmp_path)).publish(name, b"")
-
-
-def test_publish_never_overwrites(tmp_path: Path) -> None:
-    store = open_store(str(tmp_path / "out"))
-    outside = tmp_path / "outside"
-    outside.write_bytes(b"first")
-    assert store.publish("a/b", outside) and not store.publish("a/b", b"second")
-    assert store.read("a/b") == b"first" and outside.exists()
-    store.replace("a/b", b"third")
-    assert store.read("a/b") == b"third"
-    assert store.list("a") == ["a/b"] and store.list("nowhere") == []
-    assert list(store.staging().iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [(errno.ENOSPC, "disk is full"), (errno.EROFS, "read-only"), (errno.EPERM, "hard links"), (errno.EIO, "error")],
-)
-def test_what_the_disk_refuses_is_explained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
-) -> None:
-    """Path and remedy, and nothing half written is left."""
-    store, plan, _ = open_case(tmp_path)
-
-    def refuse(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "link", refuse)
-        with pytest.raises(OutputError, match=words) as caught:
-            commit_rest(store, plan)
-    assert "demo-000000.tar" in str(caught.value)
-    assert list_commits(store) == {} and store.list("shards") == []
-    assert len(commit_rest(store, plan)) == plan.num_shards
-
-
-def test_a_file_size_limit_is_explained(tmp_path: Path) -> None:
-    """A real refusal by the kernel in the middle of a tar, not a patched call."""
-    program = (
-        "import resource, signal, sys; from pathlib import Path\n"
-        "from engine.data.run.shards import stage_shard\n"
-        "from tests.dataset_cases import *\n"
-        "plan = make_plan(make_job(Path(sys.argv[1])))\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
-        "try: stage_shard(Path(sys.argv[1]), 'demo-000000', make_results(plan, plan.shard(0)), 'png')\n"
-        "except Exception as error: print(type(error).__name__, error)\n"
-    )
-    done = _python(program, tmp_path)
-    assert done.stdout.startswith("OutputError") and "samples_per_shard" in done.stdout, done
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_without_permission_is_explained(tmp_path: Path) -> None:
-    """As an ordinary user, which the tests may not be."""
-    folder = tmp_path / "locked"
-    folder.mkdir(mode=0o555)
-    for parent in (folder, *folder.parents):
-        if parent != Path("/tmp") and parent.is_relative_to("/tmp"):
-            parent.chmod(0o555 if parent == folder else 0o755)
-    program = (
-        "import os, sys; from pathlib import Path\n"
-        "from tests.dataset_cases import *\n"
-        "if os.getuid() == 0: os.setuid(65534)\n"
-        "try: open_case(Path(sys.argv[1]) / 'locked')\n"
-        "except Exception as error: print(type(error).__name__, error)\n"
-    )
-    done = _python(program, tmp_path)
-    assert done.stdout.startswith("OutputError") and "no permission" in done.stdout, done
-    assert str(folder) in done.stdout
-
-
-def _python(program: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=400, check=False)
-
-
-def test_a_regular_end_leaves_nothing_in_staging(tmp_path: Path) -> None:
-    program = "import sys; from tests.dataset_cases import *; commit_one(*open_case(Path(sys.argv[1]))[:2], 0)"
-    done = _python(program, tmp_path)
-    assert done.returncode == 0 and not done.stderr, done
-    assert len(list_commits(open_store(str(tmp_path)))) == 1
-    assert list((tmp_path / STAGING).iterdir()) == []
 
 
 def test_dead_staging_is_cleaned_when_a_run_is_opened(tmp_path: Path) -> None:
@@ -378,10 +229,3 @@ def test_dead_staging_is_cleaned_when_a_run_is_opened(tmp_path: Path) -> None:
     reopen(tmp_path)
     left = {Path(name).name.split("-")[0] for name in store.list(STAGING)}
     assert left <= {str(os.getpid())}
-
-
-def test_a_sample_of_the_cases_is_as_the_schema_wants() -> None:
-    """The made-up samples of these tests are valid, so that they prove something."""
-    from engine.job.records import check_record
-
-    check_record(make_result(make_plan(make_job(Path("x"))).requests[0].sample(0)).record)

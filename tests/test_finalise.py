@@ -16,13 +16,15 @@ import pytest
 import yaml
 
 from engine.data.images import LabelledImage, digits, open_images
-from engine.data.run import manifest as manifest_module
+from engine.data.run import metadata_table
 from engine.data.run.card import code
 from engine.data.run.commits import list_commits
-from engine.data.run.manifest import FinishedRun, finalise, mark_success, software_versions, write_metadata
+from engine.data.run.file_names import SUCCESS
+from engine.data.run.finalise import FinishedRun, finalise, mark_success
+from engine.data.run.manifest import software_versions
+from engine.data.run.metadata_table import write_metadata
 from engine.data.run.schema import arrow_schema
 from engine.data.run.shards import read_shard
-from engine.data.run.state import SUCCESS
 from engine.data.run.summary import count_classes, summarise, summarise_table
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
@@ -30,7 +32,7 @@ from engine.errors import CorruptShardError, OutputError
 from engine.job.plan import Plan, ShardSpec
 from engine.job.records import SampleResult, failed_record
 from tests.composed import composed_job, make_run
-from tests.dataset_cases import commit_one, commit_rest, make_job, make_plan, make_result, open_case
+from tests.run_cases import commit_one, commit_rest, make_job, make_plan, make_result, open_case
 
 MODELS = {
     "diffusion": [{"address": "zoo:a", "digest": "d0"}],
@@ -183,7 +185,7 @@ def test_indexes_of_wids_and_timm(run: tuple[Store, Plan, FinishedRun]) -> None:
     assert (split["name"], split["num_samples"]) == ("train", sum(split["shard_lengths"]))
 
 
-def test_the_card_loads_the_data_as_it_says(
+def test_the_card_loads_the_data_as_it_states(
     run: tuple[Store, Plan, FinishedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lines are copied out of the card and run in the folder of the data set."""
@@ -233,6 +235,10 @@ def test_success_comes_last_and_only_when_all_is_there(tmp_path: Path) -> None:
     assert not done.complete and b"Not complete" in store.read("README.md")
     with pytest.raises(OutputError, match="3 of 4 shards are not committed"):
         mark_success(store, plan)
+    for number in (0, 1):
+        commit_one(store, plan, number)
+    with pytest.raises(OutputError, match="1 of 4 shards are not committed"):
+        mark_success(store, plan)
     commit_rest(store, plan)
     assert close(store, plan).complete and not store.exists(SUCCESS)
     mark_success(store, plan)
@@ -255,7 +261,7 @@ def test_shards_without_an_image_are_left_out_of_the_indexes(tmp_path: Path) -> 
 
     store, plan, _ = open_case(tmp_path / "out", count=6)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.dataset_cases.make_results", _all_failed)
+        patch.setattr("tests.run_cases.make_results", _all_failed)
         commit_one(store, plan, 0)
     commit_rest(store, plan)
     close(store, plan)
@@ -269,14 +275,17 @@ def _all_failed(plan: Plan, shard: ShardSpec) -> Iterator[SampleResult]:
         yield SampleResult(record=failed_record(spec, "none"), run=make_result(spec).run)
 
 
-def test_a_committed_shard_that_is_lost_or_changed_is_told(tmp_path: Path) -> None:
+def test_a_committed_shard_that_is_lost_or_changed_is_reported(tmp_path: Path) -> None:
     store, plan, _ = open_case(tmp_path)
     commit_rest(store, plan)
+    close(store, plan)
+    mark_success(store, plan)
     path = store.path("shards/demo-000001.parquet")
     whole = path.read_bytes()
     path.write_bytes(store.read("shards/demo-000000.parquet"))
     with pytest.raises(CorruptShardError, match=r"demo-000001\.parquet: has 4 rows, not the 2 committed"):
         close(store, plan)
+    assert not store.exists(SUCCESS), "the marker does not outlive a closing that fails"
     path.write_bytes(whole[:-1])
     with pytest.raises(CorruptShardError, match=r"demo-000001\.parquet: cannot be read"):
         close(store, plan)
@@ -286,7 +295,7 @@ def test_a_committed_shard_that_is_lost_or_changed_is_told(tmp_path: Path) -> No
 
 
 def test_many_rows_become_a_folder_of_parts_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest_module, "ROWS_PER_GROUP", 4)
+    monkeypatch.setattr(metadata_table, "ROWS_PER_GROUP", 4)
     store, plan, _ = open_case(tmp_path, count=20)
     commit_rest(store, plan)
     commits = list_commits(store)
@@ -298,7 +307,8 @@ def test_many_rows_become_a_folder_of_parts_and_back(tmp_path: Path, monkeypatch
     assert pq.read_table(store.path("metadata.parquet")).equals(whole)
     assert summarise(store.path("metadata.parquet")) == summarise_table(whole)
     write_metadata(store, "demo", commits, rows_per_file=16)
-    assert len(store.list("metadata.parquet")) == 2
+    parts = store.list("metadata.parquet")
+    assert [pq.read_metadata(store.path(part)).num_rows for part in parts] == [16, 10]
     write_metadata(store, "demo", commits)
     assert pq.read_table(store.path("metadata.parquet")).equals(whole)
 

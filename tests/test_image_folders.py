@@ -12,13 +12,12 @@ from typing import Any
 import PIL.Image
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from engine.data.images import LabelledImage, Unusable, open_images, some_of
 from engine.data.images.decode import EXTENSIONS, FORMATS
-from engine.data.images.splits import KEYWORDS
-from engine.data.reading.export import ExportOptions, export
+from engine.data.images.splits import KEYWORDS, is_same_split
+from engine.data.reading.export import export
+from engine.data.reading.export_options import ExportOptions
 from engine.errors import JobError
 from engine.generation.conditioner import _checked_images
 from engine.report.evaluated import _unusable_text
@@ -42,7 +41,7 @@ def saved(extension: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_files_of_all_extensions_are_used_or_named(tmp_path, kind):
+def test_files_of_all_extensions_are_used_or_reported(tmp_path, kind):
     """Those of Pillow, in both cases, with what they stand for in them: the formats of the allow-list are all used."""
     files = {f"{number}{write(extension)}": saved(extension) for number, (extension, write) in
              enumerate(itertools.product(REGISTERED, (str.lower, str.upper)))}  # fmt: skip
@@ -85,7 +84,7 @@ def test_every_file_of_a_folder_is_found_once(tmp_path):
     assert "operating system" in reasons["three/Thumbs.db"] and "operating system" in reasons["__MACOSX/three/._a.png"]
 
 
-def test_links_end_and_what_cannot_be_listed_is_named(tmp_path):
+def test_links_end_and_what_cannot_be_listed_is_reported(tmp_path):
     """A loop, a link to another class, a broken link, a pipe; a class may lie elsewhere."""
     write_files(tmp_path / "elsewhere", {"a.png": grey(1)})
     root = write_files(tmp_path / "data", {"three/a.png": grey(0), "eight/deep/b.png": grey(2)})
@@ -133,7 +132,7 @@ def test_a_run_whose_surplus_is_not_known_is_refused(tmp_path, name, kind):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_what_may_not_be_read_is_named(tmp_path):
+def test_what_may_not_be_read_is_reported(tmp_path):
     """A file and a folder without permission."""
     write_files(tmp_path, {"three/a.png": grey(0), "three/b.png": grey(1), "four/c.png": grey(2)})
     (tmp_path / "three/b.png").chmod(0)
@@ -151,7 +150,7 @@ def test_two_kinds_in_one_folder_are_not_mixed_without_a_word(tmp_path):
     write_tar(tmp_path / "in/a.tar", [("b.png", grey(2)), ("b.cls", b"3")])
     used, reasons = split(read(tmp_path, DIGITS))
     assert list(used) == ["in/a.tar/b.png"] and set(reasons) == {"three/a.png", "README.md", "a.parquet"}
-    assert all("lies beside tars" in reason for reason in reasons.values())
+    assert all("is next to tars" in reason for reason in reasons.values())
 
 
 def test_a_table_without_images_does_not_hide_class_folders(tmp_path):
@@ -162,7 +161,7 @@ def test_a_table_without_images_does_not_hide_class_folders(tmp_path):
 
 
 def test_the_files_of_a_run_are_no_news_and_others_in_it_are(tmp_path):
-    """Its rows, its card and its state are the engine's own; images that somebody put there are named."""
+    """Its rows, its card and its state are the engine's own; foreign images there are reported."""
     write_tar(tmp_path / "shards/a-000000.tar", [("b.png", grey(2)), ("b.cls", b"3")])
     own = ("manifest.json", "README.md", "_SUCCESS", "report.html", "_state/plan/0.json", "shards/wids.json",
            "shards/new-file.txt", "rescored/x/manifest.json")  # fmt: skip
@@ -173,9 +172,6 @@ def test_the_files_of_a_run_are_no_news_and_others_in_it_are(tmp_path):
         used, reasons = split(read(path, DIGITS))
         assert list(used) == ["a-000000.tar/b.png"]
         assert set(reasons) == ({"three/a.png"} if path == tmp_path else {"new-file.txt"})
-
-
-# Splits --------------------------------------------------------------------------------------------------------------
 
 
 def container(path: Path, level: int) -> Path:
@@ -211,6 +207,15 @@ def test_tars_and_tables_of_two_splits_are_not_read_together(tmp_path, pair, pat
         assert f"'{tmp_path}/{name}'" in str(error.value)
         [found] = read(tmp_path / name, DIGITS)
         assert isinstance(found, LabelledImage) and level_of(found) == level
+
+
+@pytest.mark.parametrize("asked", ["val", "valid", "validation"])
+def test_a_split_is_found_by_any_of_its_names(tmp_path, asked):
+    """Files that are called `validation` and `valid` are one split, by whichever name it is requested."""
+    for level, name in enumerate(("train-0", "validation-0", "valid-1")):
+        container(tmp_path / f"{name}.tar", level)
+    assert [level_of(one) for one in read(tmp_path / asked, DIGITS)] == [2, 1]
+    assert is_same_split(asked, "Dev") and not is_same_split(asked, "train")
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".parquet"])
@@ -290,81 +295,7 @@ def test_the_splits_of_a_card_are_kept_apart(tmp_path, form):
     assert [[level_of(one) for one in read(tmp_path / name, DIGITS)] for name in splits] == [[0], [1, 2]]
 
 
-# Tars ----------------------------------------------------------------------------------------------------------------
-
 # Parts of names that a key or an extension may have; an extension of images in a key, too.
-words = st.sampled_from(["a", "b", "rgb", "2024", "01", "v2", "png", "x y", "é"])
-keys = st.lists(words, min_size=1, max_size=4).map(".".join)
-folders = st.sampled_from(["", "in/", "./", "2.0/", "../"])
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(folders, keys), min_size=1, max_size=5, unique=True), st.data())
-def test_samples_with_any_key_keep_their_label_or_are_named(tmp_path_factory, places, data):
-    """Dots in keys, in folders, in dates: no image takes the label of its neighbour, and none is left out."""
-    members: list[tuple[str, bytes]] = []
-    for level, (folder, key) in enumerate(places):
-        pair = [(f"{folder}{key}.{data.draw(st.sampled_from(['png', 'PNG', 'jpg']))}", grey(level)),
-                (f"{folder}{key}.cls", str(level).encode())]  # fmt: skip
-        members += pair if data.draw(st.booleans()) else pair[::-1]
-    found = read(write_tar(tmp_path_factory.mktemp("tar") / "a.tar", members), DIGITS)
-    used = [one for one in found if isinstance(one, LabelledImage)]
-    assert all(one.class_index == level_of(one) for one in used)
-    text = " ".join(f"{one.name} {getattr(one, 'reason', '')}" for one in found)
-    names = [name.rpartition("/")[2] for name, _ in members if not name.endswith(".cls")]
-    assert all(name in text for name in names)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.sampled_from(["", "rgb.", "seg.", "label.", "meta."]), min_size=1, max_size=5, unique=True), st.data()
-)
-def test_composed_extensions_are_one_sample_or_named(tmp_path_factory, middles, data):
-    """`a.rgb.png` beside `a.label.cls`; an image of its own label is a sample, what is ambiguous is not guessed."""
-    endings = {
-        middle: data.draw(st.sampled_from([("png",), ("cls",), ("png", "cls"), ("json",)])) for middle in middles
-    }
-    members = [
-        (f"a.{middle}{end}", grey(row) if end == "png" else str(row).encode() if end == "cls" else b"{}")
-        for row, middle in enumerate(middles) for end in endings[middle]
-    ]  # fmt: skip
-    found = read(write_tar(tmp_path_factory.mktemp("tar") / "a.tar", members), DIGITS)
-    used = [one for one in found if isinstance(one, LabelledImage)]
-    images = [row for row, middle in enumerate(middles) if "png" in endings[middle]]
-    labels = [row for row, middle in enumerate(middles) if "cls" in endings[middle]]
-    for one in used:
-        own = level_of(one)
-        assert one.class_index == own or (own not in labels and (len(labels) == 1 or middles[one.class_index] == ""))
-    assert found and (not images or len(images) == len(used) or len(found) > len(used))
-
-
-@pytest.mark.parametrize(
-    "names", [("2024.01", "2024.02"), ("scan 2.0 a", "scan 2.0 b"), ("st. a", "st. b"), ("v.1", "v.x")]
-)
-@pytest.mark.parametrize("label", ["cls", "json"])
-def test_an_image_does_not_take_the_label_of_a_name_like_its_own(tmp_path, names, label):
-    """Where the label of one and the image of the other are missing."""
-    content = b"3" if label == "cls" else b'{"class_index": 3}'
-    used, reasons = split(
-        read(write_tar(tmp_path / "a.tar", [(f"{names[0]}.png", grey(0)), (f"{names[1]}.{label}", content)]), DIGITS)
-    )
-    assert not used and f"{names[1]}.{label} may be another sample's" in reasons[f"a.tar/{names[0]}.png"]
-
-
-def test_members_that_are_not_read_are_counted(tmp_path):
-    """Captions, other images of a sample, doubles, notes."""
-    pairs = [[(f"{row}.png", grey(0)), (f"{row}.txt", b"x"), (f"{row}.seg.png", grey(1)), (f"{row}.cls", b"3")]
-             for row in range(5)]  # fmt: skip
-    members = [*itertools.chain(*pairs), ("9.png", grey(0)), ("9.PNG", grey(1)), ("9.cls", b"3"), ("LICENSE", b""),
-               (".hidden", b""), ("__MACOSX/._0.png", b""), ("a.avif", b""), ("a.cls", b"3")]  # fmt: skip
-    used, reasons = split(read(write_tar(tmp_path / "a.tar", members), DIGITS))
-    assert len(used) == 6
-    assert reasons["a.tar/*.txt"].startswith("5 members") and reasons["a.tar/*.png"].startswith("5 members")
-    assert "twice" in reasons["a.tar/9.PNG"] and ".avif" in reasons["a.tar/a"]
-    assert {"a.tar/LICENSE", "a.tar/.hidden", "a.tar/__MACOSX/._0.png"} <= set(reasons)
-
-
-# Of the hub ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["folders", "tar", "parquet", "listing"])
@@ -400,9 +331,6 @@ def test_the_images_of_cifar_are_found_in_their_column(tmp_path):
     assert levels == [2, 1]
     assert "no column image; it has picture, label" in split(read(tmp_path / "2.parquet", DIGITS))[1]["2.parquet"]
     assert "no column label; it has img, y" in split(read(tmp_path / "3.parquet", DIGITS))[1]["3.parquet"]
-
-
-# What users see ------------------------------------------------------------------------------------------------------
 
 
 def test_every_reason_is_among_the_first(tmp_path):

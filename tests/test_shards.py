@@ -15,20 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.data.run.schema import arrow_schema
-from engine.data.run.shards import (
-    IMAGE_FORMATS,
-    ShardFiles,
-    inspect_pair,
-    read_rows,
-    read_shard,
-    read_tar,
-    stage_shard,
-)
+from engine.data.run.shard_writing import stage_shard, tar_member
+from engine.data.run.shards import IMAGE_FORMATS, ShardFiles, inspect_pair, read_rows, read_shard, read_tar
 from engine.driver.cost import BYTES_PER_PIXEL
 from engine.errors import CorruptShardError, OutputError
 from engine.job.columns import COLUMNS, RECORD_COLUMNS, RUN_COLUMNS, SCHEMA_VERSION
 from engine.job.records import SampleResult
-from tests.dataset_cases import make_job, make_plan, make_result, make_results
+from tests.run_cases import make_job, make_plan, make_result, make_results
 
 RUN = {"batch_size": 1, "duration_seconds": 0.25, "attempt": 1, "worker": "w"}
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
@@ -132,6 +125,18 @@ def test_equal_samples_give_equal_tar_bytes(tmp_path: Path) -> None:
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     assert first.tar.read_bytes() == reference.getvalue()
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 513, 1024])
+def test_members_are_padded_to_blocks(size: int) -> None:
+    """As `tarfile` pads them; contents of whole blocks have no padding."""
+    reference = io.BytesIO()
+    with tarfile.open(fileobj=reference, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        info = tarfile.TarInfo("a.png")
+        info.size = size
+        tar.addfile(info, io.BytesIO(bytes(size)))
+    member = tar_member("a.png", bytes(size))
+    assert len(member) == 512 + -(-size // 512) * 512 and reference.getvalue().startswith(member)
 
 
 def test_members_are_plain_and_anonymous(staged: ShardFiles) -> None:
@@ -248,3 +253,10 @@ def test_staging_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="risk"):
         stage_shard(tmp_path, "demo-000000", [nan], "png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sample_of_the_cases_is_as_the_schema_wants() -> None:
+    """The made-up samples of these tests are valid, so that they prove something."""
+    from engine.job.records import check_record
+
+    check_record(make_result(make_plan(make_job(Path("x"))).requests[0].sample(0)).record)

@@ -1,4 +1,4 @@
-"""What is a store that is lost, and what somebody has to change: every error of the system and of the libraries."""
+"""Which errors of the system and of the libraries are transient, and which need a change by the user."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from engine.data.stores.object_errors import may_pass, remedy
 from engine.data.stores.opening import open_store
 from engine.errors import EXIT_DRAINED, EXIT_USER, OutputError, StoreLostError
 
-# By name, as the system has them: a shared file system that is away. All others are somebody's to mend.
+# By name, as the system has them: a shared file system that is temporarily unavailable. All others need a change by
+# the user.
 AWAY = {
     "EIO", "ESTALE", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENETRESET", "ECONNABORTED",
     "ECONNREFUSED", "ECONNRESET", "ENOTCONN", "ESHUTDOWN", "EREMOTEIO",
@@ -35,7 +36,7 @@ NUMBERS = sorted(errno.errorcode)
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda number: errno.errorcode[number])
-def test_an_error_of_the_system_is_lost_or_to_be_mended(
+def test_an_error_of_the_system_is_transient_or_to_be_fixed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """Every error number, from the call that publishes: its exit code, and one sentence with the path."""

@@ -1,4 +1,4 @@
-"""Small jobs, plans and finished samples for the tests of `engine.dataset`; run as a program, a worker to be killed."""
+"""Small jobs, plans and finished samples for the tests of runs; run as a program, a worker to be killed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from typing import Any
 
 from PIL import Image
 
-from engine.data.run.commits import CommitRecord, commit_shard, list_commits
-from engine.data.run.shards import shard_name, stage_shard
-from engine.data.run.state import open_run
+from engine.data.run.commit_record import CommitRecord
+from engine.data.run.commit_shard import commit_shard
+from engine.data.run.commits import list_commits
+from engine.data.run.resume import open_output
+from engine.data.run.shard_writing import stage_shard
+from engine.data.run.shards import shard_name
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.job.parsing import parse_job
@@ -60,7 +63,7 @@ def open_case(uri: Path | str, **changes: Any) -> tuple[Store, Plan, JobSpec]:
     """A store with an opened run."""
     job = make_job(uri, **changes)
     store = open_store(str(uri))
-    return store, open_run(store, make_plan(job), job, "auto", confirmed=False), job
+    return store, open_output(store, make_plan(job), job, "auto", confirmed=False), job
 
 
 def make_result(spec: SampleSpec, *, attempt: int = 1, worker: str = "w0", noise: int = 0) -> SampleResult:

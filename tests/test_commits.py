@@ -10,32 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from engine.data.run.commits import COMMITS, PACKS, compact_commits, list_commits, read_commit, read_commits
-from engine.data.run.counts import MAX_NAME_CHARS, ShardCounts, count_rows, parse_record_name, record_name
+from engine.data.run.commit_packs import PACKS
+from engine.data.run.commit_record import COMMITS
+from engine.data.run.commits import compact_commits, list_commits, read_commit, read_commits
+from engine.data.run.counts import ShardCounts, parse_record_name, record_name
+from engine.data.run.resume import open_output
 from engine.data.run.shards import inspect_pair
-from engine.data.run.state import open_run
 from engine.data.stores.base import STAGING, TORN, Store
 from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError
 from engine.job.plan import Plan
-from tests.dataset_cases import commit_one, commit_rest, open_case, run_processes, tar_bytes
-
-CODES = st.one_of(st.integers(0, 12000).map(lambda number: f"{number:03d}"), st.just("mix"))
-COUNTS = st.builds(
-    lambda rejected, failed, classes: ShardCounts(
-        ok=sum(classes.values()),
-        rejected=rejected,
-        failed=failed,
-        accepted=sum(classes.values()),
-        accepted_per_class=classes,
-    ),
-    st.integers(0, 10**6),
-    st.integers(0, 10**6),
-    st.dictionaries(CODES, st.integers(1, 3), max_size=30),
-)
+from tests.run_cases import commit_one, commit_rest, open_case, run_processes, tar_bytes
 
 
 def assert_whole(store: Store, plan: Plan) -> None:
@@ -54,30 +40,6 @@ def assert_whole(store: Store, plan: Plan) -> None:
         assert files.counts == record.counts
 
 
-@settings(deadline=None)
-@given(st.integers(0, 10**9), COUNTS)
-def test_a_record_name_says_its_counts(number: int, counts: ShardCounts) -> None:
-    """The names alone carry the counts; where they do not fit, the name says that they are inside."""
-    name = record_name(number, counts)
-    assert len(name) <= MAX_NAME_CHARS
-    parsed = parse_record_name(name)
-    assert parsed is not None and parsed[0] == number
-    assert parsed[1] in (counts, None) and (parsed[1] is None) == (".many." in name)
-
-
-@given(st.text(max_size=60))
-def test_other_names_are_not_records(name: str) -> None:
-    assert parse_record_name(name) is None
-    assert parse_record_name(f"000001.ok=1.rejected=0.failed=0.accepted=1.000-99999999=1{name}.json") is None
-
-
-def test_a_thousand_classes_fit_in_a_name() -> None:
-    """Equal neighbours are joined: a shard that goes through many classes keeps its counts in the name."""
-    classes = {f"{number:03d}": 1 for number in range(256)}
-    name = record_name(7, ShardCounts(ok=256, accepted=256, accepted_per_class=classes))
-    assert name == "000007.ok=256.rejected=0.failed=0.accepted=256.000-255=1.json"
-
-
 def test_commit_and_read_back(tmp_path: Path) -> None:
     store, plan, _ = open_case(tmp_path / "out")
     record = commit_one(store, plan, 1, attempt=2, worker="w7")
@@ -88,7 +50,7 @@ def test_commit_and_read_back(tmp_path: Path) -> None:
     assert not [path for path in store.staging().iterdir() if path.is_dir()]
 
 
-def test_a_record_of_damaged_bytes_is_named(tmp_path: Path) -> None:
+def test_a_record_of_damaged_bytes_is_reported(tmp_path: Path) -> None:
     """Also where they are no text."""
     store, plan, _ = open_case(tmp_path)
     record = commit_one(store, plan, 0)
@@ -115,7 +77,7 @@ def test_screening_stays_with_its_record_and_old_records_have_none(tmp_path: Pat
 
 
 def test_a_second_commit_of_the_same_shard_changes_nothing(tmp_path: Path) -> None:
-    """A late worker hears of the first one's record, and no published byte moves."""
+    """A late worker gets the first one's record, and no published byte changes."""
     store, plan, _ = open_case(tmp_path / "out")
     first = commit_one(store, plan, 0)
     before = {name: store.read(name) for name in store.list("shards")}
@@ -161,7 +123,7 @@ def test_torn_files_without_a_record_are_moved_aside(tmp_path: Path, end: str, d
     assert torn in [store.read(name) for name in store.list(TORN)]
 
 
-def test_a_committed_file_that_is_damaged_is_told_not_replaced(tmp_path: Path) -> None:
+def test_a_committed_file_that_is_damaged_is_reported_not_replaced(tmp_path: Path) -> None:
     store, plan, _ = open_case(tmp_path / "out")
     commit_one(store, plan, 0)
     path = store.path("shards/demo-000000.tar")
@@ -173,6 +135,18 @@ def test_a_committed_file_that_is_damaged_is_told_not_replaced(tmp_path: Path) -
     assert_whole(store, Plan(plan.requests, plan.identity, ((dataclasses.replace(plan.stages[0][0], stop=4),),)))
 
 
+def test_committed_files_that_another_attempt_replaced_are_refused(tmp_path: Path) -> None:
+    """Files that are equal to the staged ones are not the committed ones all the same."""
+    other, plan, _ = open_case(tmp_path / "other")
+    commit_one(other, plan, 0, noise=1)
+    store, plan, _ = open_case(tmp_path / "out")
+    commit_one(store, plan, 0)
+    for name in other.list("shards"):
+        store.replace(name, other.read(name))
+    with pytest.raises(CorruptShardError, match=r"demo-000000\.tar: is not the file that was committed"):
+        commit_one(store, plan, 0, attempt=2, noise=1)
+
+
 def test_two_records_for_one_shard_are_refused(tmp_path: Path) -> None:
     store, plan, _ = open_case(tmp_path / "out")
     record = commit_one(store, plan, 0)
@@ -182,7 +156,7 @@ def test_two_records_for_one_shard_are_refused(tmp_path: Path) -> None:
         list_commits(store)
 
 
-def test_an_unreadable_record_is_told(tmp_path: Path) -> None:
+def test_an_unreadable_record_is_reported(tmp_path: Path) -> None:
     store, plan, _ = open_case(tmp_path / "out")
     record = commit_one(store, plan, 0)
     store.replace(record.file_name, b"{}")
@@ -236,7 +210,7 @@ def test_staging_of_the_living_is_kept(tmp_path: Path) -> None:
     dead = store.path(f"{STAGING}/123-dead")
     dead.mkdir()
     (dead / "half.tar").write_bytes(b"half")
-    open_run(open_store(store.uri), plan, job, "auto", confirmed=False)
+    open_output(open_store(store.uri), plan, job, "auto", confirmed=False)
     assert mine.exists() and not dead.exists()
 
 
@@ -247,7 +221,7 @@ def test_packs_hold_what_was_loose(tmp_path: Path) -> None:
         commit_one(store, plan, number)
     before, records = list_commits(store), list(read_commits(store))
     loose = {name: store.read(name) for name in store.list(COMMITS)}
-    assert compact_commits(store) == 0
+    assert compact_commits(store) == 0 and compact_commits(store, max_loose=5) == 0
     assert compact_commits(store, max_loose=2) == 5
     assert store.list(COMMITS) == [] and len(store.list(PACKS)) == 1
     assert list_commits(store) == before and list(read_commits(store)) == records
@@ -294,12 +268,3 @@ def test_a_hundred_thousand_records_are_listed_in_a_second(tmp_path: Path) -> No
             seconds.append(time.process_time() - started)
     assert len(listed) == 100_000 and listed[99_999].counts.ok == 256
     assert min(seconds) < 4, seconds
-
-
-def test_counting() -> None:
-    rows = [
-        {"key": "my-mix-1-job-000-003-00000000", "status": "ok", "accepted": True},
-        {"key": "my-mix-1-job-000-mix-00000000", "status": "ok", "accepted": False},
-        {"key": "my-mix-1-job-000-003-00000001", "status": "rejected", "accepted": False},
-    ]
-    assert count_rows(rows) == ShardCounts(ok=2, rejected=1, accepted=1, accepted_per_class={"003": 1})

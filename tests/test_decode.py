@@ -106,7 +106,7 @@ def ramp(peak: int, channels: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("channels", [0, 2, 3, 4])
 @pytest.mark.parametrize("bits", range(8, 17))
-def test_sixteen_bits_that_hold_fewer_are_named_and_whole_ones_scaled(bits, channels):
+def test_sixteen_bits_that_hold_fewer_are_reported_and_whole_ones_scaled(bits, channels):
     """Of grey and colour, with alpha or without: 15 bits and more are taken for what they are, 14 and fewer are not."""
     values = ramp(2**bits - 1, channels)
     if channels in (2, 4):
@@ -116,14 +116,15 @@ def test_sixteen_bits_that_hold_fewer_are_named_and_whole_ones_scaled(bits, chan
             decode_rgb(png(values))
         return
     seen = np.asarray(decode_rgb(png(values)))[..., 0].astype(float)
-    assert np.abs(seen - ramp(2**bits - 1) / 65535 * 255).max() <= 1
+    # With more than one channel Pillow keeps the upper 8 bits; grey is rounded here.
+    assert np.abs(seen - ramp(2**bits - 1) / 65535 * 255).max() <= (1 if channels else 0.51)
 
 
 def test_black_is_black():
     assert np.asarray(decode_rgb(png(ramp(0)))).max() == 0
 
 
-def test_what_a_tiff_says_of_its_range_is_used():
+def test_what_a_tiff_states_of_its_range_is_used():
     """12 bits that are packed, or whose greatest value is stated (SMaxSampleValue); nothing stated is named."""
     wanted = np.linspace(0, 255, 64).reshape(8, 8)
     for data in (tiff(ramp(4095), 12), tiff(ramp(4095), 16, (341, 4095)), tiff(ramp(65535), 16)):
@@ -153,11 +154,12 @@ def test_sixteen_bits_of_every_tiff_are_seen(mode, packing):
 
 
 @pytest.mark.parametrize("peak", [1, 100, 255, 256, 1023, 4095, 65535])
-def test_a_pgm_says_its_range_itself(peak):
+def test_a_pgm_states_its_range(peak):
     """Its header has the greatest value."""
     values = ramp(peak)
     data = f"P5 8 8 {peak}\n".encode() + values.astype(">u2" if peak > 255 else np.uint8).tobytes()
-    assert np.abs(np.asarray(decode_rgb(data))[..., 0] - values / peak * 255).max() <= 1
+    # Of 8 bits Pillow itself scales the values.
+    assert np.abs(np.asarray(decode_rgb(data))[..., 0] - values / peak * 255).max() <= (0.51 if peak > 255 else 1)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,7 @@ def test_a_pgm_says_its_range_itself(peak):
         "WEBP": "RGB RGBA", "GIF": "1 L P RGB RGBA", "BMP": "1 L P RGB RGBA", "PPM": "1 L RGB RGBA I F",
     }.items() for mode in modes.split()],
 )  # fmt: skip
-def test_every_mode_is_rgb_or_named(mode, form):
+def test_every_mode_is_rgb_or_reported(mode, form):
     """Alpha is dropped and leaves the colours under it; what has no range or no RGB is named."""
     source = PIL.Image.new("RGB", (8, 8), (200, 100, 50))
     image = PIL.Image.new("LAB", (8, 8), (90, 3, 4)) if mode == "LAB" else source.convert(mode)

@@ -1,0 +1,158 @@
+"""The options of an export, and their checks against output and runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.data.reading.corpus import Corpus
+from engine.data.reading.format_registry import DEFAULT_FORMAT, check_format
+from engine.data.reading.formats import check_folders
+from engine.data.reading.selection import Chosen
+from engine.data.run.shards import is_key
+from engine.data.stores.folder import FolderStore
+from engine.data.stores.opening import open_store, refuse_objects
+from engine.errors import CorruptShardError, JobError, OutputError
+
+DEFAULT_NAME = "corpus"
+DEFAULT_REAL_RATIO = 0.5
+
+# Shard, real and class parts of a key come after the name.
+MAX_NAME_CHARS = 60
+MAX_SAMPLES_PER_SHARD = 10**9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """The options of an export.
+
+    Attributes:
+        output: folder of the new data set; empty, or not there yet.
+        format: name of a format, of `engine.data.reading.format_registry`.
+        folders: what `imagefolder` calls the folders of classes: `index` or `name`.
+        condition: filter on the rows; empty for all samples.
+        name: prefix of shards, and of the keys of real images.
+        seed: of the order, and of the draw of real images.
+        samples_per_shard: in each tar or parquet file.
+        with_rejected, with_surplus: as for `Corpus.with_images`.
+        deduplicate: cosine from which on two samples of a class are duplicates; None keeps all.
+        clip: address of the CLIP model for it; None for the runs' own.
+        real: labelled images to mix in, as for `engine.data.images.open_images`.
+        real_ratio: their share of the images of the new data set.
+        allow_different_targets: whether scores of different targets may be mixed.
+    """
+
+    output: str
+    format: str = DEFAULT_FORMAT
+    folders: str = "index"
+    condition: str = ""
+    name: str = DEFAULT_NAME
+    seed: int = 0
+    samples_per_shard: int = 1000
+    with_rejected: bool = False
+    with_surplus: bool = False
+    deduplicate: float | None = None
+    clip: str | None = None
+    real: str | None = None
+    real_ratio: float = DEFAULT_REAL_RATIO
+    allow_different_targets: bool = False
+
+
+def check_options(options: ExportOptions) -> None:
+    """Check the options that do not depend on the runs.
+
+    Raises:
+        JobError: a line for each option.
+    """
+    problems = []
+    if not is_key(options.name) or len(options.name) > MAX_NAME_CHARS:
+        problems.append(
+            f"--name: {options.name!r} is not of a-z, 0-9 and hyphens with at most {MAX_NAME_CHARS} characters"
+        )
+    if not 1 <= options.samples_per_shard <= MAX_SAMPLES_PER_SHARD:
+        problems.append(
+            f"--samples-per-shard: {options.samples_per_shard} is not between 1 and {MAX_SAMPLES_PER_SHARD:,}"
+        )
+    if options.deduplicate is not None and not 0 < options.deduplicate <= 1:
+        problems.append(f"--deduplicate: {options.deduplicate:g} is not a cosine above 0 and up to 1")
+    if options.clip is not None and options.deduplicate is None:
+        problems.append("--clip: is for --deduplicate; give both, or leave it out")
+    if not (math.isfinite(options.real_ratio) and 0 < options.real_ratio < 1):
+        problems.append(f"--real-ratio: {options.real_ratio:g} is not between 0 and 1")
+    if problems:
+        raise JobError(problems)
+    check_format(options.format)
+    check_folders(options.folders)
+
+
+def check_output(options: ExportOptions, corpus: Corpus) -> Path:
+    """The folder of the output, which is empty or absent, and does not overlap with a run.
+
+    Raises:
+        OutputError: it is not.
+    """
+    refuse_objects(options.output, "--output", "an export")
+    store = open_store(options.output)
+    assert isinstance(store, FolderStore), "there is no other kind"
+    resolved = store.place
+    for source in corpus.runs:
+        places = [store.place for store in source.stores]
+        if any(resolved.is_relative_to(place) or place.is_relative_to(resolved) for place in places):
+            raise OutputError(
+                f"--output: {store.root} is in the folder of '{source.uri}', or around it; choose one outside"
+            )
+    if options.real is not None and resolved.is_relative_to(Path(options.real).expanduser().resolve()):
+        raise OutputError(f"--output: {store.root} is in the folder of --mix-real; choose one outside")
+    if names := store.list():
+        raise OutputError(f"--output: {store.root} is not empty ({names[0]!r}); choose another, or remove it first")
+    if resolved.parent == resolved:
+        raise OutputError(f"--output: {store.root} is the root of the file system; choose a folder")
+    return store.root
+
+
+def check_sources(corpus: Corpus, options: ExportOptions) -> None:
+    """Check that the runs are compatible.
+
+    Raises:
+        JobError: they have different classes or targets.
+    """
+    _ = corpus.labels
+    known = [source for source in corpus.runs if source.targets]
+    targets = frozenset[str]().union(*(source.targets for source in known))
+    if len(targets) > 1 and not options.allow_different_targets:
+        first = known[0]
+        other = next((source for source in known if source.targets != first.targets), first)
+        shown = ", ".join(map(repr, sorted(targets)))
+        raise JobError(
+            f"RUN: '{first.uri}' and '{other.uri}' are scored by different targets ({shown}), so"
+            " their risk and KLDB cannot be compared; --allow-different-targets takes them nevertheless"
+        )
+
+
+def check_classes(samples: list[Chosen], labels: tuple[str, ...]) -> None:
+    """Check that every sample is of a class that there is.
+
+    Raises:
+        CorruptShardError: one is not.
+    """
+    for sample in samples:
+        if not 0 <= sample.class_index < len(labels):
+            raise CorruptShardError(
+                f"RUN: the row of {sample.key} has class {sample.class_index} of {len(labels)} classes"
+            )
+
+
+def only_clip(corpus: Corpus) -> str:
+    """The CLIP model of all runs.
+
+    Raises:
+        JobError: they have several, or none is known.
+    """
+    clips = sorted(frozenset[str]().union(*(source.clips for source in corpus.runs)))
+    if len(clips) != 1:
+        has = (
+            f"have different CLIP models ({', '.join(map(repr, clips))})" if clips else "do not state their CLIP model"
+        )
+        raise JobError(f"--clip: the runs {has}; give the one that finds the near duplicates")
+    return clips[0]

@@ -1,0 +1,117 @@
+"""A commit record: the proof that a shard is whole, with the checksums of its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.data.run.counts import ShardCounts, record_name
+from engine.data.run.shards import SHARDS
+from engine.errors import MAX_REASON_CHARS, CorruptShardError, OutputError
+from engine.methods.strict_json import parse_json
+
+COMMITS = "_state/commits"
+
+RECORD_VERSION = 1
+
+# Of a row of a `ScreeningTally`.
+TALLY_COLUMNS = 4
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*-\d{6,}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitRecord:
+    """A commit record.
+
+    Attributes:
+        shard: number of the shard.
+        name: name of its files without extension.
+        request, start, stop: the samples, as in `ShardSpec`.
+        attempt, worker: the try that made the published files.
+        timing: seconds by name, as measured by the worker; empty where the files of another try were adopted.
+        screening: rows of a `ScreeningTally`; empty where nothing was screened.
+    """
+
+    shard: int
+    name: str
+    plan_digest: str
+    request: int
+    start: int
+    stop: int
+    attempt: int
+    worker: str
+    counts: ShardCounts
+    tar_sha256: str
+    tar_md5: str
+    tar_bytes: int
+    parquet_sha256: str
+    parquet_bytes: int
+    timing: dict[str, float]
+    screening: list[list[int]] = field(default_factory=list)
+
+    @property
+    def file_name(self) -> str:
+        """Name of the record in the store."""
+        return f"{COMMITS}/{record_name(self.shard, self.counts)}"
+
+    def to_json(self) -> str:
+        """The record as one line."""
+        return json.dumps({"record_version": RECORD_VERSION} | dataclasses.asdict(self), allow_nan=False)
+
+
+def file_pair(shard_name: str) -> tuple[str, str]:
+    """Names of the tar and the parquet of a shard."""
+    return f"{SHARDS}/{shard_name}.tar", f"{SHARDS}/{shard_name}.parquet"
+
+
+def parse_record(where: str, text: str | bytes | OutputError) -> CommitRecord:
+    """A record from its text, or from why the text could not be read.
+
+    Raises:
+        CorruptShardError: it is not a record, or could not be read.
+    """
+    if isinstance(text, OutputError):
+        raise CorruptShardError(f"{text}; or remove it to make the shard again") from text
+    try:
+        raw = parse_json(text)
+        if raw.pop("record_version") != RECORD_VERSION:
+            raise ValueError("of another version")
+        counts = ShardCounts(**raw["counts"])
+        # Class codes and counts that have no name are not ours.
+        record_name(0, counts)
+        record = CommitRecord(**raw | {"counts": counts})
+        _check_fields(record)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error)[:MAX_REASON_CHARS]
+        remedy = "remove it to make the shard again"
+        raise CorruptShardError(f"{where}: not a commit record ({reason}); {remedy}") from error
+    return record
+
+
+def _check_fields(record: CommitRecord) -> None:
+    """Refuse a record whose fields are of other types, or whose name is not that of a shard's files.
+
+    Raises:
+        ValueError: with the field.
+    """
+    for name in ("shard", "request", "start", "stop", "attempt", "tar_bytes", "parquet_bytes"):
+        if type(value := getattr(record, name)) is not int or value < 0:
+            raise ValueError(f"{name} is not a whole number: {value!r}")
+    for name in ("name", "plan_digest", "worker", "tar_sha256", "tar_md5", "parquet_sha256"):
+        if not isinstance(value := getattr(record, name), str):
+            raise ValueError(f"{name} is not a text: {value!r}")
+    if not _NAME.fullmatch(record.name):
+        raise ValueError(f"name {record.name!r} is not that of a shard")
+    timing = record.timing
+    if not isinstance(timing, dict) or not all(type(seconds) in (int, float) for seconds in timing.values()):
+        raise ValueError(f"timing is not seconds by name: {timing!r}")
+    rows = record.screening
+    if not isinstance(rows, list) or not all(map(_is_tally_row, rows)):
+        raise ValueError(f"screening is not rows of {TALLY_COLUMNS} counts: {rows!r}")
+
+
+def _is_tally_row(row: Any) -> bool:
+    return isinstance(row, list) and len(row) == TALLY_COLUMNS and all(type(number) is int for number in row)

@@ -1,0 +1,150 @@
+"""Committing a shard: its files are published first, its record last (contract: commit).
+
+Files without a record are checked: a pair that is whole is adopted, whoever made it; anything else is moved aside. The
+record always describes the published files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+from engine.data.run.commit_record import CommitRecord, file_pair, parse_record
+from engine.data.run.commits import read_commit
+from engine.data.run.shard_writing import discard
+from engine.data.run.shards import ShardFiles, file_digest, inspect_pair, read_rows
+from engine.data.stores.base import Store
+from engine.data.stores.file_errors import explained, shown
+from engine.errors import CorruptShardError, RiskforgeError
+from engine.job.plan import ShardSpec
+
+NUM_LOCKS = 64
+
+# Minimum pauses after a lost race for a shard's files, in seconds.
+RACE_WAITS = (0.1, 0.4, 1.5)
+
+
+class RacedError(CorruptShardError):
+    """Another process published a file where this one had just moved one aside."""
+
+
+def commit_shard(
+    store: Store,
+    plan_digest: str,
+    shard: ShardSpec,
+    shard_name: str,
+    staged: ShardFiles,
+    attempt: int,
+    worker: str,
+    timing: dict[str, float],
+    screening: list[list[int]] | None = None,
+) -> CommitRecord:
+    """Publish a staged shard and create its commit record, or adopt what is published already.
+
+    Returns:
+        The record in the store. It describes the published files, which another attempt may have made.
+
+    Raises:
+        OutputError: the store refuses.
+        CorruptShardError: the shard was committed before and its files do not match the record.
+        ValueError: the staged files do not hold the samples of the shard.
+
+    Side effects:
+        Removes the staged files once the record is published.
+    """
+    if staged.counts.attempted != shard.num_samples:
+        raise ValueError(f"shard {shard.number}: {staged.counts.attempted} samples staged of {shard.num_samples}")
+    own = CommitRecord(
+        shard=shard.number,
+        name=shard_name,
+        plan_digest=plan_digest,
+        request=shard.request,
+        start=shard.start,
+        stop=shard.stop,
+        attempt=attempt,
+        worker=worker,
+        timing=timing,
+        screening=screening or [],
+        **_about(staged),
+    )
+    with store.lock(f"shard-{shard.number % NUM_LOCKS:02d}"):
+        record = _settle_in_turn(store, own, staged)
+    discard(staged)
+    return record
+
+
+def _settle_in_turn(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord:
+    """As `_settle`, with retries where another process, which no lock excludes, moved or published files meanwhile."""
+    for wait in RACE_WAITS:
+        try:
+            return _settle(store, own, staged)
+        except RiskforgeError as error:
+            if not isinstance(error, RacedError) and not isinstance(error.__cause__, FileNotFoundError):
+                raise
+        time.sleep(wait * (1 + random.random()))
+    return _settle(store, own, staged)
+
+
+def _settle(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord:
+    """Publish or adopt the files of a shard, and its record."""
+    tar, parquet = file_pair(own.name)
+    if (store.exists(tar) or store.exists(parquet)) and (earlier := read_commit(store, own.shard)):
+        _check_committed(store, earlier, own, staged)
+        return earlier
+    # Both are published, whatever the first returns: a free name is filled, a taken one is checked below.
+    is_own = [store.publish(tar, staged.tar), store.publish(parquet, staged.parquet)]
+    record = own if all(is_own) else _adopt(store, own, staged)
+    if not store.publish(record.file_name, record.to_json().encode()):
+        record = parse_record(record.file_name, store.read(record.file_name))
+        _check_committed(store, record, own, staged)
+    return record
+
+
+def _adopt(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord:
+    """Record the published files if they are whole and of this shard, otherwise replace them by the staged ones."""
+    tar, parquet = file_pair(own.name)
+    try:
+        published = inspect_pair(store.fetch(tar), store.fetch(parquet))
+        if _identity(published.parquet) != _identity(staged.parquet):
+            where = shown(published.parquet)
+            raise CorruptShardError(f"{where}: holds other samples than shard {own.shard} of this plan")
+    except CorruptShardError:
+        store.set_aside(tar)
+        store.set_aside(parquet)
+        for name, data in ((tar, staged.tar), (parquet, staged.parquet)):
+            if not store.publish(name, data):
+                raise RacedError(f"{store.address(name)}: written by two processes at once; run again") from None
+        return own
+    if published.parquet_sha256 == own.parquet_sha256:
+        return own
+    first = next(read_rows(published.parquet, ["attempt", "worker"]))
+    return dataclasses.replace(own, **first, timing={}, **_about(published))
+
+
+def _check_committed(store: Store, record: CommitRecord, own: CommitRecord, staged: ShardFiles) -> None:
+    """Check the published files against the record; a lost file that was regenerated byte for byte is restored."""
+    digests = ((record.tar_sha256, own.tar_sha256), (record.parquet_sha256, own.parquet_sha256))
+    for name, data, (wanted, made) in zip(file_pair(record.name), (staged.tar, staged.parquet), digests, strict=True):
+        where = store.address(name)
+        if not store.exists(name) and made == wanted:
+            store.publish(name, data)
+        if not store.exists(name):
+            raise CorruptShardError(f"{where}: is missing, but shard {record.shard} is committed; restore the file")
+        with explained(where):
+            digest = file_digest(store.fetch(name), "sha256")
+        if digest != wanted:
+            raise CorruptShardError(f"{where}: is not the file that was committed (checksum {digest[:12]}); restore it")
+
+
+def _about(files: ShardFiles) -> dict[str, Any]:
+    """The part of a record that describes the files."""
+    names = ("counts", "tar_sha256", "tar_md5", "tar_bytes", "parquet_sha256", "parquet_bytes")
+    return {name: getattr(files, name) for name in names}
+
+
+def _identity(parquet: Path) -> list[dict[str, Any]]:
+    """The samples of a parquet: their keys and seeds."""
+    return list(read_rows(parquet, ["key", "seed"]))

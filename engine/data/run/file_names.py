@@ -1,0 +1,27 @@
+"""Names of the files of a run, of a rescoring and of an export, relative to their folder."""
+
+from __future__ import annotations
+
+PLANS = "_state/plan"
+SUCCESS = "_SUCCESS"
+METADATA = "metadata.parquet"
+MANIFEST = "manifest.json"
+CARD = "README.md"
+REPORT = "report.html"
+EVALUATION = "evaluation.json"
+WIDS_INDEX = "shards/wids.json"
+TIMM_INFO = "shards/_info.json"
+# Keys of accepted samples beyond their quota, a line each: readers of the tars skip them.
+SURPLUS_LIST = "shards/surplus.txt"
+# The schema version from which on every closed run has its list of surplus.
+SURPLUS_LIST_SINCE = 3
+# In an export to a folder by class: the label of each of its folders.
+CLASSES = "classes.json"
+# Folders of `riskforge rescore`, one for each target, and the file that marks such a folder.
+RESCORED = "rescored"
+RESCORING = "_state/rescoring.json"
+# In manifests of folders that are not runs.
+RESCORED_FROM = "rescored_from"
+EXPORT_KIND = "export"
+
+RUN_FILES = (SUCCESS, METADATA, MANIFEST, CARD, REPORT, EVALUATION, WIDS_INDEX, TIMM_INFO, SURPLUS_LIST)

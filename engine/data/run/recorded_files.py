@@ -1,0 +1,59 @@
+"""Names and sizes of the files that the commit records list, without parsing a million records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine.data.run.commit_packs import PACKS
+from engine.data.run.commit_record import COMMITS, file_pair, parse_record
+from engine.data.run.counts import parse_record_name
+from engine.data.stores.base import Store
+from engine.data.stores.file_errors import explained, shown
+from engine.errors import CorruptShardError, OutputError
+
+# The files of a record as `CommitRecord.to_json` writes it.
+_FILES = (
+    r'^\{"record_version": 1, "shard": (?P<shard>\d{1,15}), "name": "(?P<name>[a-z0-9-]+)", .*'
+    r'"tar_bytes": (?P<tar>\d{1,18}), .*"parquet_bytes": (?P<parquet>\d{1,18}),'
+)
+
+
+def recorded_files(store: Store) -> Iterator[tuple[int, str, int] | CorruptShardError]:
+    """Shard, name and bytes of every file that the records list; an error instead of a record that cannot be read."""
+    for name, data in store.read_each(name for name in store.list(COMMITS) if parse_record_name(Path(name).name)):
+        yield from _files_of(store.address(name), data)
+    for pack in store.list(PACKS):
+        yield from _packed_files(store.fetch(pack))
+
+
+def _files_of(where: str, text: str | bytes | OutputError) -> Iterator[tuple[int, str, int] | CorruptShardError]:
+    try:
+        record = parse_record(where, text)
+    except CorruptShardError as error:
+        yield error
+        return
+    for name, num_bytes in zip(file_pair(record.name), (record.tar_bytes, record.parquet_bytes), strict=True):
+        yield record.shard, name, num_bytes
+
+
+def _packed_files(path: Path) -> Iterator[tuple[int, str, int] | CorruptShardError]:
+    """As `recorded_files`, of a pack: there may be a million, so that JSON is only read where a pattern fails."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    with explained(path):
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(columns=["record"]):
+                    matches = pc.extract_regex(batch.column(0), _FILES).to_pylist()
+                    for place, fields in enumerate(matches):
+                        if fields is None:
+                            yield from _files_of(shown(path), batch.column(0)[place].as_py())
+                            continue
+                        tar, parquet = file_pair(fields["name"])
+                        yield int(fields["shard"]), tar, int(fields["tar"])
+                        yield int(fields["shard"]), parquet, int(fields["parquet"])
+        except pa.ArrowException as error:
+            raise CorruptShardError(f"{shown(path)}: the packed commit records cannot be read ({error})") from error
