@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from engine.data.reading.corpus import open_run
 from engine.driver.executors.local import LocalExecutor
 from tests import corpus_cases, new_score, test_method_registry
 from tests.conftest import REPOSITORY
@@ -30,9 +32,10 @@ QUOTED = {
     "A pipeline family": (REPOSITORY / "tests/families/stable_diffusion_xl.py").read_text(encoding="utf-8"),
     "An executor": (EXTENSIONS / "process.py").read_text(encoding="utf-8"),
     "A study": (EXTENSIONS / "confusions.py").read_text(encoding="utf-8"),
+    "An export format": (EXTENSIONS / "table.py").read_text(encoding="utf-8"),
 }
 # File of an example -> its folder in the engine.
-PLACES = {"process.py": "driver/executors", "confusions.py": "studies"}
+PLACES = {"process.py": "driver/executors", "confusions.py": "studies", "table.py": "data/reading"}
 
 
 def section(heading: str) -> str:
@@ -105,8 +108,12 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (engine / "zoo").symlink_to(REPOSITORY / "engine/zoo")
     for name, place in PLACES.items():
         shutil.copy(EXTENSIONS / name, engine / place)
-    record = textwrap.indent(blocks("An executor")[-1].rstrip(), " " * 8) + ",\n"
-    install(engine / "driver/executors/registry.py", "    )\n}\nDEFAULT", record)
+    for heading, name in (
+        ("An executor", "driver/executors/registry"),
+        ("An export format", "data/reading/format_registry"),
+    ):
+        record = textwrap.indent(blocks(heading)[-1].rstrip(), " " * 8) + ",\n"
+        install(engine / f"{name}.py", "    )\n}\nDEFAULT", record)
     [command] = blocks("A command")
     with (engine / "commands/studies.py").open("a", encoding="utf-8") as file:
         file.write("\n\n" + command)
@@ -133,6 +140,19 @@ def test_a_command_prints_what_its_study_counts(copy: Path, tmp_path: Path) -> N
     line = f"{first['count']:>5}  {first['class_name']} -> {first['predicted']}"
     assert riskforge(copy, "confusions", run).splitlines()[0] == line
     assert "List the classes that the target of a run confuses." in riskforge(copy, "--help")
+
+
+def test_an_export_has_every_image_and_score(copy: Path, tmp_path: Path) -> None:
+    """In the order of any other format, with the card of its own lines."""
+    run, folder = corpus_cases.make_run(tmp_path / "run"), tmp_path / "table"
+    exported = json.loads(riskforge(copy, "export", run, "--format", "table", "--output", folder, "--json"))
+    with (folder / "samples.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == exported["counts"]["images"] > 1 and exported["counts"]["shards"] == {}
+    assert all((folder / row["file_name"]).is_file() and row["label"] == row["class_index"] for row in rows)
+    assert {float(row["risk"]) for row in rows} <= {row["risk"] for row in open_run(str(run)).to_table().to_pylist()}
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "`samples.csv` has a line for each image" in card and "- path: samples.csv" not in card.split("---")[2]
 
 
 @pytest.mark.slow

@@ -26,7 +26,9 @@ class RiskyGuidanceSpec(MethodParameters):
     target_risk: Number = Field(
         default=1.5, ge=0, le=50, description="polyak: risk to reach, in nats, from both sides."
     )
-    tolerance: Number = Field(default=0.1, ge=0, le=10, description="polyak: a risk this near the target counts as reached.")
+    tolerance: Number = Field(
+        default=0.1, ge=0, le=10, description="polyak: a risk this near the target is accepted."
+    )
     conformity_floor: Number | None = Field(
         default=None, ge=-1, le=1, description="polyak: lowest conformity; guidance lifts a sample that is below."
     )
