@@ -27,7 +27,7 @@ class RiskyGuidanceSpec(MethodParameters):
         default=1.5, ge=0, le=50, description="polyak: risk to reach, in nats, from both sides."
     )
     tolerance: Number = Field(
-        default=0.1, ge=0, le=10, description="polyak: a risk this near the target is accepted."
+        default=0.1, ge=0, le=10, description="polyak: samples with a risk this near the target are not moved."
     )
     conformity_floor: Number | None = Field(
         default=None, ge=-1, le=1, description="polyak: lowest conformity; guidance lifts a sample that is below."
