@@ -109,7 +109,7 @@ def prepare(
     """Compute class statistics, an error predictor and the calibration of the target from labelled images."""
     is_divided = address is not None or workers is not None
     if is_divided and executor == "local":
-        raise JobError("--address and --workers: apply to --executor ray; omit them or `--executor local`")
+        raise JobError("--address and --workers: apply to --executor ray alone; omit them, or --executor local")
     spec = load_job(job, set_, workers=workers)
     from engine.driver.checks import check_hardware
 
