@@ -13,7 +13,7 @@ import pytest
 
 from engine.data.images.decode import decode_sample
 from engine.job.columns import BY_NAME
-from engine.report import gallery, render, scatter, stored_images
+from engine.report import gallery, headline, render, scatter, stored_images
 from engine.report.charts import (
     BOTTOM,
     HEIGHT,
@@ -28,7 +28,7 @@ from engine.report.charts import (
     nice_ticks,
 )
 from engine.report.data import Categories, Rows, error_pairs
-from engine.report.partners import _partners
+from engine.report.partners import _partners, partner_table
 
 LINEAR = dataclasses.replace(BY_NAME["conformity"])
 POINT = re.compile(r'd="M([\d.]+) ([\d.]+)')
@@ -250,6 +250,23 @@ def test_a_partner_is_the_first_plain_request_of_the_group() -> None:
         {"name": "alone", "method": "risky"},
     ]
     assert _partners(requests) == [("embedded", "first"), ("guided", "first")]
+
+
+def test_partners_are_pairs_of_one_seed() -> None:
+    """Whatever the order and the number of samples on either side."""
+    seeds, risk = [1, 2, 3, 3, 1], [10.0, 20.0, 30.0, 1.0, 2.0]
+    rows = rows_of(["guided", "guided", "guided", "plain", "plain"], seed=seeds, risk=risk)
+    requests = [{"name": "plain", "method": "prompt", "seed_group": "g"},
+                {"name": "guided", "method": "risky", "seed_group": "g"}]  # fmt: skip
+    table = partner_table(rows, requests)
+    assert table is not None
+    assert table.lines[0].cells == [("2", ""), ("100.0 %", "+18.5")]
+
+
+def test_a_cell_has_the_median_and_below_it_the_quartiles() -> None:
+    group: Any = SimpleNamespace(scores={"kldb": SimpleNamespace(q25=1.0, median=2.0, q75=3.0)})
+    assert headline._quartiles("kldb", group) == ("2.000", "1.000 to 3.000")
+    assert headline._median("kldb", group) == ("2.000", "")
 
 
 def test_images_are_looked_for_in_the_shard_of_their_row(monkeypatch: pytest.MonkeyPatch) -> None:
