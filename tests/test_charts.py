@@ -219,6 +219,15 @@ def test_requests_beyond_the_colours_are_one_series() -> None:
     assert drawn and all(counts == [*[1] * render.MAX_SERIES, 3] for counts in drawn)
 
 
+def test_a_factory_is_not_asked_for_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report runs no code because a manifest names it; labels that the run noted come first."""
+    monkeypatch.setattr(render, "read_labels", lambda address: [address])
+    manifest = {"models": {"target": {}}, "job": {"models": {"target": "module:factory"}}}
+    assert render._labels(manifest) == []
+    assert render._labels(manifest | {"job": {"models": {"target": "zoo:t"}}}) == ["zoo:t"]
+    assert render._labels(manifest | {"models": {"target": {"labels": ["a"]}}}) == ["a"]
+
+
 def test_the_policy_admits_the_script_of_the_page_alone() -> None:
     import base64
     import hashlib

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from pathlib import Path
@@ -282,6 +283,26 @@ def test_an_error_ends_with_its_own_exit_code(
     monkeypatch.setattr(cli, "app", fail)
     assert call("schema")[0] == code
     assert StoreLostError.exit_code != EXIT_USER
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(BrokenPipeError(errno.EPIPE, "closed"), 0), (OSError(errno.ENOSPC, "full"), EXIT_USER)]
+)
+def test_only_a_reader_that_left_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, error: OSError, code: int
+) -> None:
+    """Output that is lost otherwise is said, and is not a success."""
+
+    def flush() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", lambda: None)
+    monkeypatch.setattr(cli, "open_closed_streams", lambda: None)
+    with (tmp_path / "out").open("w") as file, pytest.raises(SystemExit) as end:
+        monkeypatch.setattr(sys, "stdout", SimpleNamespace(flush=flush, fileno=file.fileno))
+        cli.main()
+    assert (end.value.code or 0) == code
+    assert ("cannot be written to (full)" in capsys.readouterr().err) == bool(code)
 
 
 def test_every_model_of_a_job_may_be_a_factory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -447,7 +447,7 @@ def test_gradients_and_speed_are_counted(run: Store) -> None:
         run,
         {
             "guided_steps": lambda old: np.where(np.arange(size) < 24, 8, 0),
-            "zero_gradients": lambda old: np.where(np.arange(size) < 6, 8, 0),
+            "zero_gradients": lambda old: np.select([np.arange(size) < 6, np.arange(size) < 16], [8, 1], 0),
             "nonfinite_gradients": lambda old: np.where(np.arange(size) == 7, 2, 0),
             "duration_seconds": lambda old: np.where(np.arange(size) % 2, 0.1, 0.3),
             "worker": lambda old: ["a" if place % 2 else "b" for place in range(size)],
