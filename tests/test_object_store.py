@@ -587,6 +587,7 @@ def test_a_killed_run_is_continued(store: ObjectStore, local: dict[str, bytes]) 
     assert objects(store, "shards/").items() >= local.items() and not verify(store).findings
 
 
+@pytest.mark.slow
 def test_ray_workers_open_the_store_themselves(store: ObjectStore, local: dict[str, bytes]) -> None:
     done = driver(store.uri, "ray")
     _, errors = done.communicate(timeout=200)
@@ -760,6 +761,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_command_on_the_quickstart(server: str, call: Any, tmp_path: Path) -> None:
     """The real models, a date in the address, and everything that reads a run, as it reads a copy in a folder."""
     sets = [part for one in SMALL for part in ("--set", one)]

@@ -140,6 +140,7 @@ def refusal(run: Path | str, options: RetrainOptions, output: Path | None = None
 # What it is for ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_true_samples_of_missing_contexts_repair_them_and_real_images_alone_do_not(studied):
     """The one property that the command exists for; labels or pixels that go astray anywhere on the way lose it."""
     rows = {row.context: row for row in studied.comparison.contexts}
@@ -154,6 +155,7 @@ def test_true_samples_of_missing_contexts_repair_them_and_real_images_alone_do_n
     assert studied.comparison.overall.mean("accepted") > studied.comparison.overall.before.value + 0.1
 
 
+@pytest.mark.slow
 def test_the_weak_contexts_are_found_by_the_generated_samples(studied):
     """Errors on all attempts are counted, not on the stored or the accepted ones, which err by definition."""
     found = {row.context: row for row in studied.agreement.rows}
@@ -167,6 +169,7 @@ def test_the_weak_contexts_are_found_by_the_generated_samples(studied):
     assert studied.agreement.spearman > 0.5
 
 
+@pytest.mark.slow
 def test_all_arms_get_equal_numbers_of_samples(studied, run):
     """The smallest pool decides; the pools themselves are what the run's metadata says."""
     arms = studied.document["arms"]
@@ -177,6 +180,7 @@ def test_all_arms_get_equal_numbers_of_samples(studied, run):
     assert arms["samples_of_each"] == num_accepted < 240 and not arms["left_out"]
 
 
+@pytest.mark.slow
 def test_the_kept_model_is_the_target_of_the_next_job(studied, home, small, test_set):
     """It loads where any target does, has a temperature of its own, scores as it did, and a run is made with it."""
     folder = studied.path / "model"

@@ -22,6 +22,8 @@ from engine.models.addresses import resolve
 from tests.conftest import REPOSITORY
 from tests.strike import struck
 
+pytestmark = pytest.mark.slow
+
 RISKFORGE = [str(Path(sys.executable).with_name("riskforge"))]
 CHANGES = {
     "requests.0.count": 6,

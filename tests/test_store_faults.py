@@ -423,7 +423,7 @@ def test_a_run_over_a_network_that_breaks_is_complete(proxy: Proxy, tmp_path: Pa
     assert {name: store.read(f"shards/{name}") for name in tars(tmp_path / "local")} == tars(tmp_path / "local")
 
 
-@pytest.mark.parametrize("what", ["any", "worker", "closing"])
+@pytest.mark.parametrize("what", ["any", *(pytest.param(one, marks=pytest.mark.slow) for one in ("worker", "closing"))])
 def test_a_run_whose_store_is_lost_is_continued(proxy: Proxy, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For good, from some request on: of the driver, of a worker that publishes, of what closes the run."""
     # The next driver would be another process.
