@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
@@ -68,9 +67,6 @@ from tests.prepare_cases import (
     write_tables,
     write_tar,
 )
-
-RISKFORGE = str(Path(sys.executable).with_name("riskforge"))
-
 
 # Sources -------------------------------------------------------------------------------------------------------------
 
@@ -659,20 +655,16 @@ def test_the_fitted_temperature_is_one_that_the_target_can_be_given(folder, prep
 # The command ---------------------------------------------------------------------------------------------------------
 
 
-def riskforge(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [RISKFORGE, "prepare", str(QUICKSTART), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_the_command_tells_what_it_found(folder, tmp_path):
+def test_the_command_tells_what_it_found(call, folder, tmp_path):
     """A table, what was left out, the verdicts, the path; the second time it is there already."""
     data = shutil.copytree(folder, tmp_path / "data")
     for number in range(25):
         (data / "one" / f"bad-{number:02d}.png").write_bytes(b"bad")
-    done = riskforge("--data", data, "--output", tmp_path / "home")
-    assert done.returncode == 0, done.stderr
+    command = ("prepare", QUICKSTART, "--data", data, "--output", tmp_path / "home")
+    code, out, err = call(*command)
+    assert code == 0, err
     (path,) = (tmp_path / "home").iterdir()
-    assert f"artefact       {path} (" in done.stdout
+    assert f"artefact       {path} (" in out
     for text in (
         "images         240 in 10 of 10 classes",
         "unusable       25",
@@ -682,12 +674,11 @@ def test_the_command_tells_what_it_found(folder, tmp_path):
         "temperature",
         "encoder        zoo:digits/clip",
     ):
-        assert text in done.stdout
-    assert done.stdout.count("bad-") == 20 and "and 5 more in conditioning.json" in done.stdout
-    assert "three" in done.stdout and "/265 images" in done.stderr
-    assert "265 images, no more than 20000: seen by this process" in done.stderr
-    again = riskforge("--data", data, "--output", tmp_path / "home")
-    assert f"artefact       {path} (existed already, equal)" in again.stdout
+        assert text in out
+    assert out.count("bad-") == 20 and "and 5 more in conditioning.json" in out
+    assert "three" in out and "/265 images" in err
+    assert "265 images, no more than 20000: seen by this process" in err
+    assert f"artefact       {path} (existed already, equal)" in call(*command)[1]
 
 
 def test_an_interrupt_stores_nothing_and_says_so(monkeypatch, capsys, tmp_path):
@@ -708,7 +699,10 @@ def test_an_interrupt_stores_nothing_and_says_so(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "/tmp", "--executor", "local", "--workers", "2"], "error: --address and --workers: are for"),
+        (
+            ["--data", "/tmp", "--executor", "local", "--workers", "2"],
+            "error: --address and --workers: apply to --executor ray",
+        ),
         (["--data", "nowhere"], "error: --data: there is no 'nowhere'"),
         (["--data", "/tmp", "--components", "0"], "components"),
         (["--data", "/tmp", "--set", "models.clip=zoo:digits/clipp"], "error: models.clip: 'zoo:digits/clipp'"),
@@ -716,7 +710,7 @@ def test_an_interrupt_stores_nothing_and_says_so(monkeypatch, capsys, tmp_path):
         ([], "--data"),
     ],
 )
-def test_wrong_commands_end_with_one_clear_line(arguments, message):
+def test_wrong_commands_end_with_one_clear_line(call, arguments, message):
     """Exit code 2, and no traceback."""
-    done = riskforge(*arguments)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    code, _, err = call("prepare", QUICKSTART, *arguments)
+    assert code == 2 and message in err and "Traceback" not in err
