@@ -18,6 +18,9 @@ os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
 
 REPOSITORY = Path(__file__).parent.parent
 
+# Fixtures of an S3 in the process.
+pytest_plugins = ["tests.s3_cases"]
+
 # What a property says does not depend on how busy the machine is, nor on the luck of a draw: the same examples every
 # time, however long they take. `--hypothesis-profile default` draws others.
 settings.register_profile(

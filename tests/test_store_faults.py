@@ -28,9 +28,9 @@ from engine.data.stores.object_store import ObjectStore
 from engine.data.stores.opening import open_store
 from engine.driver.executors.local import LocalExecutor
 from engine.errors import EXIT_DRAINED, EXIT_OK, EXIT_USER, OutputError, RiskforgeError, StoreLostError
+from tests.gcs_server import FewWordsOfGcs
 from tests.s3_proxy import Fault, Proxy, Request, error_body, proxy_of
 from tests.sleepy import run_sleepy, tars
-from tests.test_object_store import FewWordsOfGcs
 
 BUCKET = "bucket"
 # In the place of 100 MiB: the sizes from which s3fs uploads in parts, of which S3 wants 5 MiB at least.
