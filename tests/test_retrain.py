@@ -437,6 +437,7 @@ def test_a_failed_build_leaves_what_was_there(tmp_path):
     assert [one.name for one in home.iterdir()] == ["b"] and list(tmp_path.iterdir()) == [home]
 
 
+@pytest.mark.slow
 def test_interrupted_it_ends_with_75_and_leaves_nothing(run, small, home):
     """A real process and a real signal, in the middle of the training."""
     output = home / "interrupted"
