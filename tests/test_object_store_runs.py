@@ -97,6 +97,7 @@ def test_ray_workers_open_the_store_themselves(s3_store: ObjectStore, local_tars
     assert objects(s3_store, "shards/").items() >= local_tars.items() and not verify(s3_store).findings
 
 
+@pytest.mark.slow
 def test_what_is_there_already_is_adopted_or_set_aside(s3_store: ObjectStore, local_tars: dict[str, bytes]) -> None:
     """Other bytes under a shard's name are moved; a whole pair without a record is kept, whoever made it.
 
