@@ -85,7 +85,7 @@ METADATA_INTRO = f"""# The metadata of a sample
 
 {NOTE}
 
-Every sample has a `.json` in its tar and a row in the parquet beside it; `metadata.parquet` has the rows of all
+Every sample has a `.json` in its tar and a row in the parquet next to it; `metadata.parquet` has the rows of all
 shards. Each field is always there and has one type, so that any reader infers one schema: where a field does not
 apply it is empty text, an empty list, 0, false, or -1 for a class. There are no nulls and no NaN. Scores are of the
 stored 8-bit image; logarithms are natural.
