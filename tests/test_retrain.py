@@ -448,6 +448,8 @@ def test_interrupted_it_ends_with_75_and_leaves_nothing(run, small, home):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        # A shell's background job ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stderr is not None
     lines = iter(process.stderr.readline, "")
