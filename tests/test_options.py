@@ -169,6 +169,13 @@ def test_prepare_divides_the_images_where_it_is_told_to(
     assert ((passed["executor"] is not None), passed["only_large"]) == (has_executor, only_large)
 
 
+@pytest.mark.parametrize("options", [(), ("--validate",)])
+@pytest.mark.parametrize("price", [0, 2])
+def test_a_price_needs_measured_hours(call: Any, job: Path, price: int, options: tuple[str, ...]) -> None:
+    code, _, err = call("plan", job, "--price-per-hour", price, *options)
+    assert code == EXIT_USER and "--price-per-hour: requires measured hours; add --calibrate" in err
+
+
 def comparison(monkeypatch: pytest.MonkeyPatch, crossed: tuple[str, ...] = ()) -> dict[str, Any]:
     """Replaces the comparison of runs; gives what it was asked for."""
     asked: dict[str, Any] = {}
