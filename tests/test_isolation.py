@@ -115,6 +115,13 @@ def test_a_bad_sample_that_is_a_batch_by_itself_fails_where_others_went_through(
     assert result.record["error_message"] == "ValueError: x" and len(tried) == 1
 
 
+def test_the_message_of_a_failed_sample_is_short_and_has_no_password():
+    """It is stored with the run."""
+    spec = build_plan(make_job("out", 1), list("0123456789"), DIGESTS).requests[0].sample(0)
+    message = failed_result(spec, "no answer of https://user:secret@host/model " + "x" * 1000).record["error_message"]
+    assert "secret" not in message and "https://***@host/model" in message and len(message) == 500
+
+
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("kind", ["values", "safety"])
 def test_a_first_batch_without_images_is_not_the_jobs(fresh, monkeypatch, kind, size):

@@ -30,7 +30,7 @@ PASSED, NONE_SELECTED, TIMED_OUT = 0, 5, 124
 # What tests and the engine import that is neither of them. Anything else is imported by the child.
 LIBRARIES = (
     "pytest", "hypothesis.strategies", "numpy", "scipy.stats", "scipy.special", "PIL.Image", "yaml",
-    "pydantic", "fsspec", "rich.console", "typer", "pytest_timeout", "_hypothesis_pytestplugin",
+    "pydantic.main", "pandas", "fsspec", "rich.console", "typer", "pytest_timeout", "_hypothesis_pytestplugin",
     "pyarrow.parquet", "pyarrow.compute", "torch", "torch.utils.data", "torchvision.transforms.v2", "safetensors.torch",
     "huggingface_hub", "transformers.models.clip.modeling_clip", "transformers.models.clip.image_processing_clip",
     "transformers.models.clip.tokenization_clip", "transformers.models.auto.modeling_auto",
