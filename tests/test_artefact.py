@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from engine.errors import JobError, OutputError
-from engine.generation.artefact import Conditioning, load_conditioning, save_conditioning
+from engine.generation.artefact import DOCUMENT, Conditioning, load_conditioning, save_conditioning
+from engine.job.json_values import digest_of
 from engine.methods.conditioning.predictor import ErrorPredictor
 from engine.models.artefacts import find_artefact
 
@@ -44,6 +46,19 @@ def test_a_name_with_other_content_is_not_taken_for_it(conditioning: Conditionin
     shutil.copytree(other, path)
     with pytest.raises(OutputError, match="is there with other content"):
         save_conditioning(conditioning, tmp_path / "a")
+
+
+@pytest.mark.parametrize("version", [0, 2, 7])
+def test_an_artefact_of_another_version_is_refused_by_its_number(
+    conditioning: Conditioning, tmp_path: Path, version: int
+) -> None:
+    """Whole as it is: fields of another version may mean something else."""
+    path, _ = save_conditioning(conditioning, tmp_path)
+    fields = json.loads((path / DOCUMENT).read_text()) | {"schema_version": version}
+    fields["digest"] = digest_of({name: value for name, value in fields.items() if name != "digest"})
+    (path / DOCUMENT).write_text(json.dumps(fields))
+    with pytest.raises(JobError, match=f"has schema version {version}, this version reads 1"):
+        load_conditioning(path)
 
 
 @pytest.mark.parametrize("name", ["weight_0", "std"])
