@@ -116,9 +116,10 @@ def run_tests(server: TestServer, tests: Sequence[str]) -> TestsEnd:
     """
     ends = []
     for marker in ("not slow", "slow"):
-        ends.append(server.run(["-x", "-m", marker, *tests]))
-        if ends[-1].code not in (PASSED, NONE_SELECTED):
-            return ends[-1]
+        ends.append(end := server.run(["-x", "-m", marker, *tests]))
+        if end.code not in (PASSED, NONE_SELECTED):
+            # Tests that were stopped name none that failed: any of them may hang by itself.
+            return end._replace(failed=end.failed or list(tests))
     if all(end.code == NONE_SELECTED for end in ends):
         raise ValueError(f"no test is selected by {' '.join(tests)}")
     return TestsEnd(PASSED, [])
@@ -232,34 +233,55 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def main() -> int:
-    """Exit code 1 where a mutation survived without a stated reason, or was caught in spite of one or by accident."""
+def measure(mutations: Sequence[Mutation], num_processes: int) -> tuple[list[Outcome], list[str]]:
+    """Try mutations, with a line on stdout for each.
+
+    Returns:
+        Their outcomes, and the tests that caught something and fail without a mutation, too.
+    """
+    ends: list[TestsEnd] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.closing(Copies(num_processes, Path(folder))) as copies,
+    ):
+        for mutation, end in zip(mutations, copies.map(outcome_of, mutations), strict=True):
+            ends.append(end)
+            place = f"{mutation.file}: {one_line(mutation.old)[:60]} -> {one_line(mutation.new)[:60]}"
+            print(f"{len(ends)}/{len(mutations)} {outcome(end):8} {place} {' '.join(end.failed[:1])}", flush=True)
+        return [outcome(end) for end in ends], failures_without_mutation(copies, ends)
+
+
+def read_arguments() -> argparse.Namespace:
+    """The arguments of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("areas", nargs="*", metavar="AREA")
     parser.add_argument("--processes", type=int, default=2, help="mutations tried at the same time (default: 2)")
     parser.add_argument("--write", action="store_true", help=f"record the outcome in {PAGE.relative_to(REPOSITORY)}")
     parser.add_argument("--note", default="", help="remark on the machine, for the record")
     arguments = parser.parse_args()
+    if arguments.areas and arguments.write:
+        parser.error("--write: records all areas; leave the areas out")
+    return arguments
+
+
+def main() -> int:
+    """Exit code 1 where a mutation survived without a stated reason, or was caught in spite of one or by accident."""
+    arguments, started = read_arguments(), time.monotonic()
     mutations = read_mutations(arguments.areas)
-    started = time.monotonic()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.closing(Copies(arguments.processes, Path(folder))) as copies,
-    ):
-        ends = []
-        for mutation, end in zip(mutations, copies.map(outcome_of, mutations), strict=True):
-            ends.append(end)
-            place = f"{mutation.file}: {one_line(mutation.old)[:60]} -> {one_line(mutation.new)[:60]}"
-            print(f"{len(ends)}/{len(mutations)} {outcome(end):8} {place} {' '.join(end.failed[:1])}", flush=True)
-        failing = failures_without_mutation(copies, ends)
-    results = [(mutation, outcome(end)) for mutation, end in zip(mutations, ends, strict=True)]
-    print(table_row("all", [result for _, result in results]))
+    outcomes, failing = measure(mutations, arguments.processes)
+    print(table_row("all", outcomes))
     if failing:
         print("these fail without a mutation, too:", *failing, sep="\n  ")
         return 1
     if arguments.write:
+        results = list(zip(mutations, outcomes, strict=True))
         PAGE.write_text(page(results, time.monotonic() - started, arguments.note), encoding="utf-8")
-    return int(any((result == "survived") != bool(mutation.survives) for mutation, result in results))
+    unexpected = [
+        mutation
+        for mutation, result in zip(mutations, outcomes, strict=True)
+        if (result == "survived") != bool(mutation.survives)
+    ]
+    return int(bool(unexpected))
 
 
 if __name__ == "__main__":
