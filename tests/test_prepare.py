@@ -685,7 +685,7 @@ def test_the_command_tells_what_it_found(folder, tmp_path):
         assert text in done.stdout
     assert done.stdout.count("bad-") == 20 and "and 5 more in conditioning.json" in done.stdout
     assert "three" in done.stdout and "/265 images" in done.stderr
-    assert "265 images, no more than 20000: seen by this process" in done.stderr
+    assert "265 images, no more than 20000: read by this process" in done.stderr
     again = riskforge("--data", data, "--output", tmp_path / "home")
     assert f"artefact       {path} (existed already, equal)" in again.stdout
 
