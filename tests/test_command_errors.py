@@ -238,7 +238,7 @@ def test_options_that_mean_nothing(call, tmp_path):
     assert "--deadline" in refused(call, *run, "--deadline", "25:00")[0]
     assert "--max-duration" in refused(call, *run, "--max-duration", "-3h")[0]
     assert refused(call, *run, "--executor", "local", "--address", "auto") == [
-        "--address: applies to --executor ray; use one of them"
+        "--address: applies to --executor ray alone; omit it, or --executor local"
     ]
     assert refused(call, "plan", QUICKSTART, "--validate", "--calibrate") == [
         "--calibrate: makes samples, and --validate only checks; use one of them"

@@ -378,7 +378,7 @@ def test_the_command_tells_what_it_found(call, folder, tmp_path):
         assert text in out
     assert out.count("bad-") == 20 and "and 5 more in conditioning.json" in out
     assert "three" in out and "/265 images" in err
-    assert "265 images, no more than 20000: seen by this process" in err
+    assert "265 images, no more than 20000: read by this process" in err
     assert f"artefact       {path} (existed already, equal)" in call(*command)[1]
 
 

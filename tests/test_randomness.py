@@ -139,7 +139,7 @@ def test_a_criterion_by_chance_is_refused_before_samples_are_made(place: int, ge
 @pytest.mark.parametrize("place", range(len(OF_FACTORIES)), ids=list(OF_FACTORIES))
 def test_a_factory_by_chance_is_refused(place: int, generator: Generator, home: Path) -> None:
     """Each worker would guide by another criterion."""
-    with pytest.raises(JobError, match="other distances when its factory is called again"):
+    with pytest.raises(JobError, match="different distances when its factory is called again"):
         load(f"made_{place}", generator, home)
 
 
@@ -155,7 +155,7 @@ def test_an_honest_criterion_is_taken(name: str, generator: Generator, home: Pat
     ("draw", "message"),
     [
         (lambda: torch.rand(()), r"draws random numbers \(torch\)"),
-        (lambda: torch.rand((), generator=KEPT), "gives other distances when it is called again"),
+        (lambda: torch.rand((), generator=KEPT), "gives different distances when it is called again"),
     ],
 )
 def test_what_it_draws_later_is_seen_while_samples_are_made(draw: Any, message: str, generator: Generator) -> None:

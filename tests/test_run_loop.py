@@ -153,7 +153,7 @@ def test_workers_that_wait_for_room_are_reported_once(monkeypatch, tmp_path):
     assert not display.notices
     monkeypatch.setattr(LocalExecutor, "num_unplaced", 2)
     run_sleepy(tmp_path / "waiting", 1, LocalExecutor(1), display=display)
-    assert display.notices == ["2 worker(s) still wait for room on the cluster; ask for fewer with --workers"]
+    assert display.notices == ["2 worker(s) still wait for cluster resources; ask for fewer with --workers"]
 
 
 def test_a_run_ends_by_its_deadline(monkeypatch, tmp_path):

@@ -142,7 +142,7 @@ def test_a_worker_refuses_an_output_without_its_run(tmp_path):
     plan = open_plan(tmp_path)
     Worker(job, plan, name="here", load=lambda *_: Sampler())
     elsewhere = job.model_copy(update={"output": job.output.model_copy(update={"uri": str(tmp_path / "empty")})})
-    with pytest.raises(JobError, match=r"^output\.uri: .*empty' as worker there sees it does not contain this run"):
+    with pytest.raises(JobError, match=r"^output\.uri: .*empty' as seen by worker there does not contain this run"):
         Worker(elsewhere, plan, name="there", load=lambda *_: Sampler())
 
 

@@ -88,4 +88,4 @@ def check_address(address: str | None, kind: str) -> None:
     """
     if address and not EXECUTORS[kind].takes_address:
         names = " or ".join(record.name for record in EXECUTORS.values() if record.takes_address)
-        raise JobError(f"--address: applies to --executor {names}; use one of them")
+        raise JobError(f"--address: applies to --executor {names} alone; omit it, or --executor {kind}")

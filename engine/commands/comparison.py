@@ -78,7 +78,10 @@ MaxRiskIncreaseOption = Annotated[
 ]
 FailOnOption = Annotated[
     Literal["never", "significant-increase", "any-significant"],
-    typer.Option(help="Exit with code 1 if failures or risk grew significantly, or if anything changed significantly."),
+    typer.Option(
+        help="significant-increase: exit with code 1 if failures or risk grew significantly; any-significant: if"
+        " anything changed significantly, for the better too."
+    ),
 ]
 ConfidenceOption = Annotated[
     float,

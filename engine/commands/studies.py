@@ -137,7 +137,7 @@ def evaluate(
     features: FeaturesOption = "auto",
     inception: InceptionOption = None,
     failures: FailuresOption = "accepted",
-    limit: Annotated[int, typer.Option(metavar="N", help="Most images to read per request.")] = 2000,
+    limit: Annotated[int, typer.Option(metavar="N", help="Maximum number of images to read per request.")] = 2000,
     output: EvaluateOutputOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -153,7 +153,7 @@ class SchedulerLoop(ABC):
         self._unplaced_since = now if self._unplaced_since is None else self._unplaced_since
         if now - self._unplaced_since >= UNPLACED_SECONDS and not self._has_reported_unplaced:
             self._has_reported_unplaced = True
-            self._display.notice(f"{num} worker(s) still wait for room on the cluster; ask for fewer with --workers")
+            self._display.notice(f"{num} worker(s) still wait for cluster resources; ask for fewer with --workers")
 
 
 def _is_stale(event: ExecutorEvent, state: State) -> bool:

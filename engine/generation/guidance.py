@@ -150,6 +150,6 @@ class WatchedCriterion:
             raise JobError(f"{self._name} {_drawing(drawn)}")
         if not is_same:
             raise JobError(
-                f"{self._name} gives other distances when it is called again with equal images; {NOT_REPRODUCIBLE}"
+                f"{self._name} gives different distances when it is called again with equal images; {NOT_REPRODUCIBLE}"
             )
         return distances

@@ -94,7 +94,7 @@ class Worker:
         self._store = open_store(job.output.uri)
         if read_digest(self._store) != plan.digest:
             raise JobError(
-                f"output.uri: '{job.output.uri}' as worker {name} sees it does not contain this run; use a folder that"
+                f"output.uri: '{job.output.uri}' as seen by worker {name} does not contain this run; use a folder that"
                 " all machines share"
             )
         self._generator = (load or load_generator)(job, plan)

@@ -32,7 +32,7 @@ def check_independent(models: ModelsSpec) -> None:
         )
     if models.oracle and _are_same(models.oracle, models.target):
         problems.append(
-            f"models.oracle: '{models.oracle}' has the weights of models.target; an oracle is to say whether the target"
+            f"models.oracle: '{models.oracle}' has the weights of models.target; an oracle decides whether the target"
             " errs: give another classifier"
         )
     problems += [

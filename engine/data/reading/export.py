@@ -294,8 +294,8 @@ class _Export:
             yield f"{self._corpus.runs[number].uri}: its keys were taken already, and begin with {prefix} now"
         if self._format.has_class_folders and not self._numbers_agree():
             yield (
-                "torchvision and timm number the folders that are there in their order, which is not the label; take it"
-                f" from {CLASSES}, as the lines in {CARD} do"
+                "torchvision and timm number the class folders that exist in sorted order, which is not the label;"
+                f" take labels from {CLASSES}, as the code in {CARD} does"
             )
         if deduplication:
             total = len(self._selection.samples)

@@ -67,9 +67,9 @@ def _reproducibility_problem(
 ) -> str | None:
     """Evaluates the criterion again, then the others, then the criterion with the rows in reverse order."""
     if not same_values(distance, criteria[0](images, scene)):
-        return f"gives other distances when it is called again with equal images; {NOT_REPRODUCIBLE}"
+        return f"gives different distances when it is called again with equal images; {NOT_REPRODUCIBLE}"
     if not all(same_values(distance, criterion(images, scene)) for criterion in criteria[1:]):
-        return f"gives other distances when its factory is called again, as every worker does; {NOT_REPRODUCIBLE}"
+        return f"gives different distances when its factory is called again, as every worker does; {NOT_REPRODUCIBLE}"
     if not torch.allclose(criteria[0](images.flip(0), scene).flip(0), distance, rtol=1e-3, atol=1e-5):
         return f"gives a sample another distance in another row of its batch; {NOT_REPRODUCIBLE}"
     return None

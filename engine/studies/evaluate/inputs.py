@@ -121,7 +121,7 @@ def _stored_images(
     for start in range(0, len(items), _CHUNK):
         part = items[start : start + _CHUNK]
         files = find_images(run.store, run.job.name, {row: record["key"] for row, record in part})
-        display.advance(f"looking at samples: {start}/{len(items)}")
+        display.advance(f"embedding samples: {start}/{len(items)}")
         for _, record in part:
             if (key := record["key"]) in files:
                 read.append(record)
@@ -196,7 +196,7 @@ def _read_source(
     source, unusable = open_images(address, labels, option), list[Unusable]()
 
     def images() -> Iterator[tuple[str, int, PIL.Image.Image]]:
-        for item in draw_images(source, limit, seed, lambda text: display.advance(f"looking at {option}: {text}")):
+        for item in draw_images(source, limit, seed, lambda text: display.advance(f"embedding {option}: {text}")):
             if isinstance(item, LabelledImage):
                 yield item.name, item.class_index, item.image
             else:

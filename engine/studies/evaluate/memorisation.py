@@ -46,7 +46,7 @@ def memorisation(
             if isinstance(item, LabelledImage):
                 num_images += 1
                 of = f"/{source.num_images}" if source.num_images else ""
-                display.advance(f"looking at --train: {num_images}{of}")
+                display.advance(f"searching --train: {num_images}{of}")
                 yield item.name, item.image
             else:
                 unusable.append(item)

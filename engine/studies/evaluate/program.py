@@ -106,7 +106,7 @@ def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> Ev
         if address is not None:
             # A wrong path is reported before models are loaded; nothing is read yet.
             open_images(address, labels, option)
-    display.phase("loading the models that look at images")
+    display.phase("loading the models that embed images")
     quiet_libraries()
     models, target = _load(job, run, options)
     samples, num_attempts = read_samples(run, models, options, display)

@@ -135,7 +135,7 @@ def _executor_for(source: ImageSource, executor: Executor | None, display: Displ
     if is_large:
         display.notice(f"{size}, more than {limit}: divided over Ray workers (--executor local would not)")
         return executor
-    display.notice(f"{size}, no more than {limit}: seen by this process (--executor ray would divide them)")
+    display.notice(f"{size}, no more than {limit}: read by this process (--executor ray would divide them)")
     return None
 
 
