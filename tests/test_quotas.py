@@ -117,7 +117,7 @@ def test_shards_in_quarantine_use_up_their_positions(tmp_path):
     """The next round of their class begins after them, and their attempts are not samples."""
     plan = plan_of(tmp_path, count=20, max_attempts="8x")
     own = [shard for shard in plan.shards() if shard.cell == 0]
-    quotas = replay(plan, {own[0].number: Settled(4, 2)}, [shard.number for shard in own], 4)
+    quotas = replay(plan, {own[1].number: Settled(4, 2)}, [shard.number for shard in own], 4)
     [extent] = quotas.advance()
     assert (extent.cell, extent.start, quotas.standings()[0].attempted) == (0, 20, 4)
 
