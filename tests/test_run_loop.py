@@ -15,7 +15,7 @@ from engine.driver.checks import plan_job
 from engine.driver.executors.base import ShardResult
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.run_loop import RunLoop
-from engine.driver.scheduler_loop import brief, brief_abort
+from engine.driver.scheduler_loop import brief_abort, main_line
 from engine.driver.scheduling.messages import SchedulerLimits, ShardError, ShardProgress, ShardRange
 from engine.errors import EXIT_DRAINED, EXIT_OK, CorruptShardError, OwnedError
 from engine.job.parsing import parse_job
@@ -124,7 +124,7 @@ def test_a_driver_that_lost_its_lease_stops(monkeypatch, tmp_path):
 )
 def test_a_message_is_cut_to_its_most_informative_line(message, line):
     """Of a traceback that is the last one."""
-    assert brief(message) == line
+    assert main_line(message) == line
     assert (
         brief_abort(f"workers do not start; the last one: {message}") == f"workers do not start; the last one: {line}"
     )
@@ -153,7 +153,7 @@ def test_workers_that_wait_for_room_are_reported_once(monkeypatch, tmp_path):
     assert not display.notices
     monkeypatch.setattr(LocalExecutor, "num_unplaced", 2)
     run_sleepy(tmp_path / "waiting", 1, LocalExecutor(1), display=display)
-    assert display.notices == ["2 worker(s) still wait for room on the cluster; ask for fewer with --workers"]
+    assert display.notices == ["2 worker(s) still wait for resources on the cluster; ask for fewer with --workers"]
 
 
 def test_a_run_ends_by_its_deadline(monkeypatch, tmp_path):
