@@ -85,7 +85,7 @@ METADATA_INTRO = f"""# The metadata of a sample
 
 {NOTE}
 
-Every sample has a `.json` in its tar and a row in the parquet beside it; `metadata.parquet` has the rows of all
+Every sample has a `.json` in its tar and a row in the parquet next to it; `metadata.parquet` has the rows of all
 shards. Each field is always there and has one type, so that any reader infers one schema: where a field does not
 apply it is empty text, an empty list, 0, false, or -1 for a class. There are no nulls and no NaN. Scores are of the
 stored 8-bit image; logarithms are natural.
@@ -242,7 +242,7 @@ PAGES: dict[str, Callable[[], str]] = {"job-file.md": job_page, "metadata.md": m
 def main() -> int:
     """Write the pages, or check them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only tell which pages are not up to date")
+    parser.add_argument("--check", action="store_true", help="only report which pages are not up to date")
     is_check = parser.parse_args().check
     stale = [name for name, make in PAGES.items() if not _is_current(DOCS / name, make())]
     for name in stale:
