@@ -32,14 +32,15 @@ from tests.conftest import REPOSITORY
 from tests.guidance_scenes import unused
 from tests.program_cases import FACTORY, riskforge
 
-PAGE = REPOSITORY / "docs/adding-a-method.md"
+PAGE = REPOSITORY / "docs/extending.md"
 MAX_LINES = 60
 SMALL = ("--executor", "local", "--set", "requests.0.count=4", "--set", "requests.1.count=4")
 
 
 def block(language: str) -> str:
-    """The first block of a language in the page."""
-    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
+    """The first block of a language in the section on guidance methods."""
+    section = PAGE.read_text().split("\n## A guidance method\n")[1]
+    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)[0]
 
 
 @pytest.fixture(scope="module")

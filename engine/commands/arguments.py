@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from engine.driver.executors.registry import EXECUTORS
+from engine.errors import JobError
+
 if TYPE_CHECKING:
     from engine.driver.executors.base import Executor
     from engine.job.spec import JobSpec
+
+    # A type checker takes no literals that are computed.
+    ExecutorName = str
+else:
+    ExecutorName = Literal[tuple(EXECUTORS)]
 
 JobArgument = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).", show_default=False)]
 SetOption = Annotated[
@@ -28,7 +36,8 @@ AddressOption = Annotated[
 WorkersOption = Annotated[int | None, typer.Option(metavar="N", help="Number of workers; overrides runtime.workers.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder or address of a run.", show_default=False)]
 ExecutorOption = Annotated[
-    Literal["ray", "local"], typer.Option(help="Run workers as Ray actors, or as threads of this process.")
+    ExecutorName,
+    typer.Option(help=f"Run workers as {', or as '.join(record.workers for record in EXECUTORS.values())}."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -58,20 +67,25 @@ def load_job(
 
 
 def make_executor(kind: str, job: JobSpec, address: str | None) -> Executor:
-    """The executor `ray` or `local`, after a check of the hardware.
+    """An executor by its name, after a check of the hardware.
 
     Raises:
-        JobError: the job requests hardware that this machine lacks.
+        JobError: the job requests hardware that this machine lacks, or the executor takes no address.
     """
     from engine.driver.checks import check_hardware
 
-    workers = None if job.runtime.workers == "auto" else job.runtime.workers
-    if kind == "local":
-        check_hardware(job, is_local=True)
-        from engine.driver.executors.local import LocalExecutor
-
-        return LocalExecutor(workers or 1)
+    check_address(address, kind)
     check_hardware(job, is_local=address is None)
-    from engine.driver.executors.ray import RayExecutor
+    workers = None if job.runtime.workers == "auto" else job.runtime.workers
+    return EXECUTORS[kind].make(address=address, num_workers=workers, device=job.runtime.device)
 
-    return RayExecutor(address=address, num_workers=workers, device=job.runtime.device)
+
+def check_address(address: str | None, kind: str) -> None:
+    """Refuse an address with an executor that takes none.
+
+    Raises:
+        JobError: with the executors that take one.
+    """
+    if address and not EXECUTORS[kind].takes_address:
+        names = " or ".join(record.name for record in EXECUTORS.values() if record.takes_address)
+        raise JobError(f"--address: applies to --executor {names}; use one of them")

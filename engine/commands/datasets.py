@@ -12,6 +12,7 @@ import engine
 from engine.commands.arguments import JsonOption
 from engine.commands.output import MAX_LISTED, make_console, make_display, print_json
 from engine.commands.stopping import NOTHING_STORED, stop_on_signals
+from engine.data.reading.format_registry import DEFAULT_FORMAT, FORMATS
 from engine.errors import JobError
 from engine.terminal import printable
 from engine.terminal import show as print
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
     from engine.data.reading.export_options import ExportOptions
     from engine.data.reading.inspection import Inspection
+
+    # A type checker takes no literals that are computed.
+    FormatName = str
+else:
+    FormatName = Literal[tuple(FORMATS)]
 
 RunsArgument = Annotated[
     list[str],
@@ -128,9 +134,7 @@ def export(
     runs: RunsArgument,
     output: ExportOutput,
     filter_: FilterOption = None,
-    format_: Annotated[
-        Literal["webdataset", "imagefolder", "parquet"], typer.Option("--format", help="Format of the data set.")
-    ] = "webdataset",
+    format_: Annotated[FormatName, typer.Option("--format", help="Format of the data set.")] = DEFAULT_FORMAT,
     folders: Annotated[
         Literal["index", "name"],
         typer.Option(

@@ -18,6 +18,7 @@ from engine.commands.arguments import (
 )
 from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json, print_some
 from engine.commands.stopping import NOTHING_STORED, stop_on_signals
+from engine.driver.executors.registry import DEFAULT_EXECUTOR, EXECUTORS
 from engine.errors import EXIT_DRAINED, JobError
 from engine.terminal import show as print
 
@@ -82,8 +83,12 @@ OutputOption = Annotated[
         help="Folder for the artefact conditioning-DIGEST. Default: OUTPUT-conditioning, next to the job's output.uri.",
     ),
 ]
+if TYPE_CHECKING:
+    PrepareExecutor = str
+else:
+    PrepareExecutor = Literal["auto", *EXECUTORS]
 ExecutorOption = Annotated[
-    Literal["auto", "ray", "local"],
+    PrepareExecutor,
     typer.Option(
         help="Run workers as Ray actors, or this process alone; auto uses Ray for large data sets, and with"
         " --workers or --address."
@@ -111,6 +116,7 @@ def prepare(
     check_hardware(spec, is_local=address is None)
     from engine.studies.prepare.program import prepare_conditioning
 
+    kind = DEFAULT_EXECUTOR if executor == "auto" else executor
     with stop_on_signals(NOTHING_STORED):
         prepared = prepare_conditioning(
             spec,
@@ -118,7 +124,7 @@ def prepare(
             display=make_display(),
             folder=output,
             components=components,
-            executor=None if executor == "local" else make_executor("ray", spec, address),
+            executor=None if executor == "local" else make_executor(kind, spec, address),
             only_large=executor == "auto" and not is_divided,
         )
     _print_prepared(prepared)

@@ -17,12 +17,14 @@ from engine.commands.arguments import (
     RunArgument,
     SetOption,
     WorkersOption,
+    check_address,
     load_job,
     make_executor,
 )
 from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json, print_some
 from engine.commands.stopping import stop_on_signals
-from engine.errors import EXIT_DAMAGED, JobError
+from engine.driver.executors.registry import DEFAULT_EXECUTOR
+from engine.errors import EXIT_DAMAGED
 from engine.terminal import show as print
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ DurationOption = Annotated[
 def run(
     job: JobArgument,
     output: OutputOption = None,
-    executor: ExecutorOption = "ray",
+    executor: ExecutorOption = DEFAULT_EXECUTOR,
     address: AddressOption = None,
     workers: WorkersOption = None,
     resume: Annotated[
@@ -68,14 +70,14 @@ def run(
 ) -> None:
     """Make the samples of a job; run the same command again to continue after an interruption."""
     limits = _limits(grace, deadline, max_duration)
-    _check_address(address, executor)
+    check_address(address, executor)
     spec = load_job(job, set_, output=output, workers=workers, continues=resume != "overwrite")
     _run(spec, executor, address, resume=resume, confirmed=yes, limits=limits)
 
 
 def retry(
     run: RunArgument,
-    executor: ExecutorOption = "ray",
+    executor: ExecutorOption = DEFAULT_EXECUTOR,
     address: AddressOption = None,
     workers: WorkersOption = None,
     grace: GraceOption = DEFAULT_GRACE,
@@ -89,7 +91,7 @@ def retry(
     from engine.job.parsing import apply_overrides, parse_job
 
     limits = _limits(grace, deadline, max_duration)
-    _check_address(address, executor)
+    check_address(address, executor)
     spec, _ = stored_plan(open_store(run))
     let_import(spec, Path.cwd())
     if workers is not None:
@@ -230,11 +232,6 @@ def _limits(grace: str, deadline: str | None, max_duration: str | None) -> Sched
     return SchedulerLimits(
         grace_seconds=parse_duration(grace, "--grace"), deadline=time.monotonic() + min(ends) if ends else None
     )
-
-
-def _check_address(address: str | None, executor: str) -> None:
-    if address and executor == "local":
-        raise JobError("--address: applies to --executor ray; use one of them")
 
 
 def _print_summary(summary: RunSummary) -> None:

@@ -25,13 +25,8 @@ from engine.data.reading.export_options import (
     check_sources,
     only_clip,
 )
-from engine.data.reading.formats import (
-    class_folders,
-    numbered_folders,
-    write_imagefolder,
-    write_parquet,
-    write_webdataset,
-)
+from engine.data.reading.format_registry import FORMATS, ExportData, Written
+from engine.data.reading.formats import class_folders, numbered_folders
 from engine.data.reading.real_images import RealImages
 from engine.data.reading.selection import Chosen, SampleReader, select, shuffled
 from engine.data.reading.source import RunSource
@@ -99,6 +94,7 @@ class _Export:
 
     def __init__(self, corpus: Corpus, options: ExportOptions, built: Path, advance: Callable[[str], None]) -> None:
         self._corpus, self._options, self._advance = corpus, options, advance
+        self._format = FORMATS[options.format]
         self._store = FolderStore(built)
         self._selection = select(corpus)
         self._reader = SampleReader(corpus, self._selection)
@@ -115,11 +111,11 @@ class _Export:
             image_format = self._image_format()
             kept, deduplication = self._deduplicated()
             with contextlib.closing(self._mixed(kept, image_format)) as real:
-                data_files = self._write_samples(kept, real, image_format)
+                written = self._write_samples(kept, real, image_format)
                 manifest = self._manifest(kept, real, deduplication)
         store = self._store
         store.replace(MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-        store.replace(CARD, export_card(manifest, data_files, image_format).encode())
+        store.replace(CARD, export_card(manifest, written).encode())
         store.replace(SUCCESS, f"{manifest['digest']}\n".encode())
         store.remove_tree("_state")
         return manifest, tuple(self._remarks(deduplication, real))
@@ -127,10 +123,11 @@ class _Export:
     def _image_format(self) -> str:
         """The one format that the images of shards have."""
         formats = self._reader.image_formats
-        if len(formats) > 1 and self._options.format == "webdataset":
+        if len(formats) > 1 and self._format.has_one_image_format:
+            others = " or ".join(f"`{name}`" for name, other in FORMATS.items() if not other.has_one_image_format)
             raise JobError(
                 f"RUN: the runs have images of different formats ({', '.join(formats)}), and shards have one; merge"
-                " runs of one format, or use `riskforge export --format parquet` or `imagefolder`"
+                f" runs of one format, or use `riskforge export --format` with {others}"
             )
         return formats[0] if len(formats) == 1 else "png"
 
@@ -174,17 +171,23 @@ class _Export:
             raise JobError(f"--name: the key '{min(taken)}' is taken by a sample of the runs; choose another --name")
         return real
 
-    def _write_samples(self, kept: list[Chosen], real: RealImages, image_format: str) -> list[str]:
-        options, root = self._options, self._store.root
+    def _write_samples(self, kept: list[Chosen], real: RealImages, image_format: str) -> Written:
+        options = self._options
         total = len(kept) + len(real.keys)
         order = shuffled([*(sample.key for sample in kept), *real.keys], options.seed)
         samples = self._counted(self._read(order, kept, real, image_format), total)
-        if options.format == "webdataset":
-            plain = (result for result, _ in samples)
-            return write_webdataset(self._store, options.name, plain, options.samples_per_shard, image_format)
-        if options.format == "imagefolder":
-            return write_imagefolder(root, samples, self._labels, self._folders)
-        return write_parquet(root, samples, self._labels, options.samples_per_shard, total)
+        return self._format.load_writer()(
+            ExportData(
+                store=self._store,
+                name=options.name,
+                samples=samples,
+                num_samples=total,
+                labels=self._labels,
+                folders=self._folders,
+                samples_per_shard=options.samples_per_shard,
+                image_format=image_format,
+            )
+        )
 
     @property
     def _folders(self) -> list[str]:
@@ -261,7 +264,7 @@ class _Export:
             "images": num_images,
             "generated": num_images - num_real,
             "real": num_real,
-            "shards": {"committed": num_shards} if self._options.format != "imagefolder" else {},
+            "shards": {"committed": num_shards} if self._format.is_sharded else {},
             "samples": {"attempted": num_images, "failed": 0, **statuses},
             "requests": dict(sorted(self._counts["requests"].items())),
             "classes": dict(sorted(classes.items())),
@@ -289,7 +292,7 @@ class _Export:
             yield f"{self._corpus.runs[number].uri}: {count} samples are in an earlier run too, and were taken once"
         for number, prefix in sorted(self._selection.prefixes.items()):
             yield f"{self._corpus.runs[number].uri}: its keys were taken already, and begin with {prefix} now"
-        if self._options.format == "imagefolder" and not self._numbers_agree():
+        if self._format.has_class_folders and not self._numbers_agree():
             yield (
                 "torchvision and timm number the folders that are there in their order, which is not the label; take it"
                 f" from {CLASSES}, as the lines in {CARD} do"

@@ -6,41 +6,28 @@ from typing import Any
 
 import yaml
 
+from engine.data.reading.format_registry import Written
 from engine.data.run.card import card_config, code, columns_section, size_category
-from engine.data.run.card_loading import FILES_LOADING, FOLDERS_LOADING, merged_loading_section
-from engine.data.run.schema import tar_features
 
 MAX_CLASSES = 200
 
 
-def export_card(manifest: dict[str, Any], data_files: list[str], image_format: str) -> str:
-    """The card as text.
-
-    Args:
-        manifest: of the export.
-        data_files: patterns, relative to the data set.
-        image_format: extension of the images of WebDataset shards.
-    """
+def export_card(manifest: dict[str, Any], written: Written) -> str:
+    """The card as text."""
     sections = [
-        _header(manifest, data_files, image_format),
+        _header(manifest, written),
         f"# {manifest['name']}",
         _origin(manifest),
         _sources(manifest),
         _classes(manifest),
-        _loading(manifest, image_format),
+        written.loading,
         columns_section(manifest["schema_version"]),
         _limits(manifest),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _loading(manifest: dict[str, Any], image_format: str) -> str:
-    if manifest["format"] == "webdataset":
-        return merged_loading_section(image_format, manifest["schema_version"])
-    return FILES_LOADING + (FOLDERS_LOADING if manifest["format"] == "imagefolder" else "")
-
-
-def _header(manifest: dict[str, Any], data_files: list[str], image_format: str) -> str:
+def _header(manifest: dict[str, Any], written: Written) -> str:
     counts = manifest["counts"]
     header: dict[str, Any] = {
         "pretty_name": manifest["name"],
@@ -49,11 +36,10 @@ def _header(manifest: dict[str, Any], data_files: list[str], image_format: str) 
         "task_categories": ["image-classification"],
         "tags": ["synthetic", "riskforge", "hard-examples", manifest["format"]],
         "size_categories": [size_category(counts["images"])],
-        "configs": [card_config(data_files, f"{manifest['digest']} {manifest['seed']} {counts}")],
+        "configs": [card_config(written.data_files, f"{manifest['digest']} {manifest['seed']} {counts}")],
     }
-    # The files of the other formats have types of their own.
-    if manifest["format"] == "webdataset":
-        header["dataset_info"] = {"features": tar_features(image_format, manifest["schema_version"])}
+    if written.features is not None:
+        header["dataset_info"] = {"features": written.features}
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
 
 

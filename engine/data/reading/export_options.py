@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.data.reading.corpus import Corpus
-from engine.data.reading.formats import (
-    check_folders,
-    check_format,
-)
+from engine.data.reading.format_registry import DEFAULT_FORMAT, check_format
+from engine.data.reading.formats import check_folders
 from engine.data.reading.selection import Chosen
 from engine.data.run.shards import is_key
 from engine.data.stores.folder import FolderStore
@@ -31,7 +29,7 @@ class ExportOptions:
 
     Attributes:
         output: folder of the new data set; empty, or not there yet.
-        format: `webdataset`, `imagefolder` or `parquet`.
+        format: name of a format, of `engine.data.reading.format_registry`.
         folders: what `imagefolder` calls the folders of classes: `index` or `name`.
         condition: filter on the rows; empty for all samples.
         name: prefix of shards, and of the keys of real images.
@@ -46,7 +44,7 @@ class ExportOptions:
     """
 
     output: str
-    format: str = "webdataset"
+    format: str = DEFAULT_FORMAT
     folders: str = "index"
     condition: str = ""
     name: str = DEFAULT_NAME

@@ -5,28 +5,28 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain, islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.data.reading.format_registry import ExportData, Written
+from engine.data.run.card_loading import FILES_LOADING, FOLDERS_LOADING, merged_loading_section
 from engine.data.run.commits import CommitSummary
 from engine.data.run.file_names import CLASSES, METADATA
 from engine.data.run.metadata_table import write_metadata
 from engine.data.run.reader_indexes import IndexEntry, write_index_files
-from engine.data.run.schema import arrow_schema
+from engine.data.run.schema import arrow_schema, tar_features
 from engine.data.run.shard_writing import discard, stage_shard
 from engine.data.run.shards import SHARDS, shard_name
-from engine.data.stores.base import STATE, Store
+from engine.data.stores.base import STATE
 from engine.data.stores.file_errors import explained
 from engine.errors import JobError
-from engine.job.columns import RECORD_COLUMNS
+from engine.job.columns import RECORD_COLUMNS, SCHEMA_VERSION
 from engine.job.records import SampleResult
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMATS = ("webdataset", "imagefolder", "parquet")
 # What an export calls the folders of classes: indices, which are in the order of labels for every reader, or names.
 FOLDERS = ("index", "name")
 ROWS_PER_GROUP = 256
@@ -38,55 +38,47 @@ _RESERVED = frozenset(
 )
 
 
-def write_webdataset(
-    store: Store, name: str, samples: Iterator[SampleResult], samples_per_shard: int, image_format: str
-) -> list[str]:
-    """Write shards, the rows of all of them, and the indexes of other readers; holds one image at a time.
-
-    Returns:
-        Patterns of the data files, for the card.
-    """
+def write_webdataset(data: ExportData) -> Written:
+    """Write shards, the rows of all of them, and the indexes of other readers; holds one image at a time."""
+    store, samples = data.store, (result for result, _ in data.samples)
     commits: dict[int, CommitSummary] = {}
     entries: list[IndexEntry] = []
     for first in samples:
-        number, stem = len(commits), shard_name(name, len(commits))
-        shard_samples = chain([first], islice(samples, samples_per_shard - 1))
-        staged = stage_shard(store.staging(), stem, shard_samples, image_format)
+        number, stem = len(commits), shard_name(data.name, len(commits))
+        shard_samples = chain([first], islice(samples, data.samples_per_shard - 1))
+        staged = stage_shard(store.staging(), stem, shard_samples, data.image_format)
         store.publish(f"{SHARDS}/{stem}.tar", staged.tar)
         store.publish(f"{SHARDS}/{stem}.parquet", staged.parquet)
         commits[number] = CommitSummary(number, staged.counts)
         entries.append(IndexEntry(f"{stem}.tar", staged.counts.attempted, staged.tar_md5, staged.tar_bytes))
         discard(staged)
-    write_metadata(store, name, commits)
+    write_metadata(store, data.name, commits)
     write_index_files(store, entries)
     store.remove_tree(STATE)
-    return [f"{SHARDS}/*.tar"]
+    return Written(
+        data_files=[f"{SHARDS}/*.tar"],
+        loading=merged_loading_section(data.image_format, SCHEMA_VERSION),
+        features=tar_features(data.image_format, SCHEMA_VERSION),
+    )
 
 
-def write_imagefolder(
-    root: Path, samples: Iterator[tuple[SampleResult, str]], labels: Sequence[str], folders: Sequence[str]
-) -> list[str]:
+def write_imagefolder(data: ExportData) -> Written:
     """Write `CLASS/KEY.png` and `metadata.parquet`, as torchvision, timm and Hugging Face read a folder by class.
 
     `classes.json` has the label of every folder: torchvision and timm number those that they find.
 
     A `metadata.csv` would do for Hugging Face too, but an empty text in it is read as a missing number.
-
-    Args:
-        samples: with the extensions of their images.
-
-    Returns:
-        Patterns of the data files, for the card.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    root, folders = data.store.root, data.folders
     text = json.dumps({name: label for label, name in enumerate(folders)}, ensure_ascii=False, indent=1)
     with explained(root):
         (root / CLASSES).write_text(text + "\n", encoding="utf-8")
-    schema = _schema([pa.field("file_name", pa.string())], {}, labels)
+    schema = _schema([pa.field("file_name", pa.string())], {}, data.labels)
     with explained(root), pq.ParquetWriter(root / METADATA, schema, compression="zstd") as writer:
-        while batch := list(islice(samples, ROWS_PER_GROUP)):
+        while batch := list(islice(data.samples, ROWS_PER_GROUP)):
             rows = []
             for result, extension in batch:
                 record = result.record
@@ -95,7 +87,7 @@ def write_imagefolder(
                 (root / place).write_bytes(result.image)
                 rows.append({"file_name": place, "label": record["class_index"]} | record)
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-    return [METADATA, "*/*"]
+    return Written(data_files=[METADATA, "*/*"], loading=FILES_LOADING + FOLDERS_LOADING)
 
 
 def class_folders(labels: Sequence[str]) -> list[str]:
@@ -125,31 +117,21 @@ def _is_safe(label: str) -> bool:
     return is_plain and label.lower() not in _RESERVED
 
 
-def write_parquet(
-    root: Path,
-    samples: Iterator[tuple[SampleResult, str]],
-    labels: Sequence[str],
-    samples_per_file: int,
-    num_samples: int,
-) -> list[str]:
-    """Write files with columns `image` and `label` as Hugging Face `datasets` has them, and those of the record.
-
-    Returns:
-        Patterns of the data files, for the card.
-    """
+def write_parquet(data: ExportData) -> Written:
+    """Write files with columns `image` and `label` as Hugging Face `datasets` has them, and those of the record."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = parquet_schema(labels)
-    num_files = -(-num_samples // samples_per_file)
+    schema = parquet_schema(data.labels)
+    num_files = -(-data.num_samples // data.samples_per_shard)
     for number in range(num_files):
-        path = root / f"train-{number:05d}-of-{num_files:05d}.parquet"
+        path = data.store.root / f"train-{number:05d}-of-{num_files:05d}.parquet"
         with explained(path), pq.ParquetWriter(path, schema, compression="zstd") as writer:
-            file_samples = islice(samples, samples_per_file)
+            file_samples = islice(data.samples, data.samples_per_shard)
             while batch := list(islice(file_samples, ROWS_PER_GROUP)):
                 rows = [_parquet_row(result, extension) for result, extension in batch]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-    return ["train-*.parquet"]
+    return Written(data_files=["train-*.parquet"], loading=FILES_LOADING)
 
 
 def parquet_schema(labels: Sequence[str]) -> pa.Schema:
@@ -192,16 +174,6 @@ def _parquet_row(result: SampleResult, extension: str) -> dict[str, Any]:
     record = result.record
     image = {"bytes": result.image, "path": f"{record['key']}.{extension}"}
     return {"image": image, "label": record["class_index"]} | record
-
-
-def check_format(name: str) -> None:
-    """Check the name of a format.
-
-    Raises:
-        JobError: there is none of this name.
-    """
-    if name not in FORMATS:
-        raise JobError(f"--format: '{name}' is not one of {', '.join(FORMATS)}")
 
 
 def check_folders(name: str) -> None:

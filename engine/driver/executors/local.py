@@ -19,6 +19,11 @@ Inbox = queue.SimpleQueue[tuple[ShardSpec, int, int] | None]
 NODE_KIND = "here"
 
 
+def make_local_executor(*, address: str | None, num_workers: int | None, device: str) -> LocalExecutor:
+    """An executor with one worker by default; the arguments are those of `ExecutorRecord.make`."""
+    return LocalExecutor(num_workers or 1)
+
+
 class LocalExecutor:
     """Runs every worker in a thread of its own.
 

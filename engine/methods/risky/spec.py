@@ -14,7 +14,7 @@ class RiskyGuidanceSpec(MethodParameters):
     """RiskyDiff guidance: risk under conformity constraints (Yu et al. 2025)."""
 
     step: Literal["polyak", "paper"] = Field(
-        default="polyak", description="Risk as a dial with a conformity floor, or the paper's fixed step on s, lambda."
+        default="polyak", description="A risk target with a conformity floor, or the paper's fixed step on s, lambda."
     )
     scale: Number = Field(
         default=10.0, ge=0, le=1000, description="paper: step size s, at 4 x 64 x 64 latents; rescaled to any size."
@@ -26,7 +26,9 @@ class RiskyGuidanceSpec(MethodParameters):
     target_risk: Number = Field(
         default=1.5, ge=0, le=50, description="polyak: risk to reach, in nats, from both sides."
     )
-    tolerance: Number = Field(default=0.1, ge=0, le=10, description="polyak: a risk this near the dial has arrived.")
+    tolerance: Number = Field(
+        default=0.1, ge=0, le=10, description="polyak: samples with a risk this near the target are not moved."
+    )
     conformity_floor: Number | None = Field(
         default=None, ge=-1, le=1, description="polyak: lowest conformity; guidance lifts a sample that is below."
     )
