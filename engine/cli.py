@@ -136,3 +136,6 @@ for _command in (
     datasets.merge, datasets.export,
 ):  # fmt: skip
     app.command()(_command)
+
+if __name__ == "__main__":
+    console()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,21 @@ os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
 
 REPOSITORY = Path(__file__).parent.parent
 
+# Fixtures of an S3 in the process.
+pytest_plugins = ["tests.s3_cases"]
+
 # What a property says does not depend on how busy the machine is, nor on the luck of a draw: the same examples every
 # time, however long they take. `--hypothesis-profile default` draws others.
 settings.register_profile(
     "suite", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests go first: left for the end, one of them would keep a single process busy."""
+    num_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -num_slow[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -52,6 +52,7 @@ def test_the_arithmetic_of_stable_diffusion_is_the_published_one():
     assert [sum(one.numel() for one in model.parameters()) for model in (unet, vae)] == [859_520_964, 83_653_863]
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_writes_what_it_found(models, tmp_path, capsys):
     """The whole program: comparisons hold, every arm has a figure or a reason, floors and references are there."""
     page = tmp_path / "page.md"
@@ -173,6 +174,7 @@ OTHERWISE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_the_comparison_notices_another_algorithm(name):
     """Another size, sign, schedule or gradient is not rounding; the same algorithm holds, in batches of other sizes."""

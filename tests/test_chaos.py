@@ -37,6 +37,7 @@ def test_a_disk(scenario, clean, tmp_path):
     scenario(tmp_path, clean)
 
 
+@pytest.mark.slow
 def test_kills_at_random(clean, tmp_path):
     """SIGKILL of drivers, sixty times in `tools/chaos.py`; actors and nodes are killed in `test_executors`."""
     assert chaos.kill_at_random(tmp_path, clean, 3, random.Random(1), "local").total() >= 3

@@ -203,7 +203,7 @@ def test_a_reader_that_leaves_is_no_error():
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("moment", ["loading models", " samples"])
+@pytest.mark.parametrize("moment", ["loading models", pytest.param(" samples", marks=pytest.mark.slow)])
 def test_an_interrupt_says_how_to_go_on(tmp_path, moment):
     """Ctrl-C while models are loaded, and while threads sample: the exit code for later, no traceback, no abort."""
     command = [RISKFORGE, "run", QUICKSTART, "--output", str(tmp_path / "out"), "--executor", "local", "--grace", "1s"]

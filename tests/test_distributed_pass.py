@@ -160,6 +160,7 @@ def sorted_by_place(parts):
     return sorted((one for part in parts for one in part), key=lambda one: one[0])
 
 
+@pytest.mark.slow
 def test_actors_make_the_artefact_of_one_process(cluster, mixed, undivided, tmp_path):
     """Byte for byte with the zoo's models, whoever saw which image; what is unusable is listed once, in order.
 
@@ -175,6 +176,7 @@ def test_actors_make_the_artefact_of_one_process(cluster, mixed, undivided, tmp_
     assert "(3 worker" in stream.getvalue() and not executor._handles
 
 
+@pytest.mark.slow
 def test_a_killed_actor_is_replaced_and_its_part_begins_again(cluster, mixed, undivided, tmp_path):
     """SIGKILL in the middle of a part: the artefact is the same, and a line says what happened."""
     stream = io.StringIO()
@@ -185,6 +187,7 @@ def test_a_killed_actor_is_replaced_and_its_part_begins_again(cluster, mixed, un
     assert stream.getvalue().count("its part of the images begins again: the worker's process died") == 1
 
 
+@pytest.mark.slow
 def test_an_error_of_the_user_in_an_actor_is_one_line(cluster, mixed, tmp_path):
     """A torn model, which only the actors load: the words and the code of one process, nothing of Ray's."""
     target = Path(shutil.copytree(REPOSITORY / "engine/zoo/digits/classifier", tmp_path / "target"))
@@ -279,6 +282,7 @@ def test_a_worker_that_sees_other_images_says_so(mixed, tmp_path):
             load_part_observer(job, str(data), "zoo:digits/clip", folder=str(Path.cwd()), like=seen_by_driver)
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_the_actors(cluster, mixed, tmp_path):
     """Ctrl-C while they look at images: the code for later, nothing stored, no process of theirs left."""
     options = ["--data", "digits:test-single", "--output", str(tmp_path / "home"), "--set", "runtime.device=cpu"]

@@ -301,6 +301,7 @@ def test_a_killed_actor_is_replaced_and_its_shard_made_again(join, clean, tmp_pa
     assert len(display.notices) in (1, 2) and all("process died" in notice for notice in display.notices)
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_writes_the_shard_before_gives_both_a_strike(join, clean, tmp_path):
     """Both get a strike; each runs alone then, and one is made although the other never is."""
     faults = Faults(slow_once=(0,), seconds=0.25, die=(1,))
@@ -312,6 +313,7 @@ def test_a_process_killed_while_it_writes_the_shard_before_gives_both_a_strike(j
     assert {name: data for name, data in clean.items() if "000001" not in name} == tars(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_shard_that_kills_its_process_is_quarantined(join, tmp_path):
     """Three processes are enough; the others' shards are made."""
     summary = run_sleepy(tmp_path, 1, join(), faults=Faults(die=(0,)))
@@ -328,6 +330,7 @@ def test_faults_of_the_user_come_out_of_actors_in_words(join, tmp_path):
         run_sleepy(tmp_path / "b", 1, join(1), faults=Faults(user_fault="no space"))
 
 
+@pytest.mark.slow
 def test_a_lost_node_gives_no_strike(cluster, join, tmp_path):
     """The raylet of a second node is killed under its worker, in the middle of a shard: no strike, and the run
     completes on the first."""
@@ -385,6 +388,7 @@ def ray_folders(pid: int) -> list[str]:
     return sorted(set(re.findall(r"/tmp/rf-\w+", "\n".join(lines))))
 
 
+@pytest.mark.slow
 def test_a_killed_driver_leaves_no_process_and_is_continued(tmp_path):
     """SIGKILL of the driver between commits; the same command finishes with the bytes of a clean run.
 

@@ -1,6 +1,6 @@
 """The worked examples of docs/extending.md: quotes are those of the files, and what has no test of its own runs.
 
-`test_new_score`, `test_custom_method`, `test_method_registry` and `test_families` run the other examples of the page.
+`test_new_score`, `test_custom_methods`, `test_method_registry` and `test_families` run the other examples of the page.
 """
 
 from __future__ import annotations

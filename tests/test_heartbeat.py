@@ -184,6 +184,7 @@ def test_a_worker_that_loads_for_long_is_waited_for(kind, tmp_path, monkeypatch)
     assert not any("hangs" in notice for notice in display.notices)
 
 
+@pytest.mark.slow
 def test_an_actor_that_loads_for_long_is_waited_for(tmp_path):
     """Its process says so when it is asked, beside its loading; while it starts it is silent."""
     ray = RayExecutor(address=None, num_workers=1, device="cpu")

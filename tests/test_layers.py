@@ -85,3 +85,10 @@ def test_start_up_imports_nothing_heavy(module):
     code = f"import sys, {module}; sys.exit(', '.join(sorted({set(HEAVY)!r} & set(sys.modules))) or 0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_module_of_the_command_line_runs():
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.cli", "--version"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.startswith("riskforge ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,32 @@ def test_an_address_below_a_closed_folder(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(Path, "lstat", refuse)
     with pytest.raises(OutputError, match="no permission"):
         open_store(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("s3://bucket", "output 's3://bucket': is not of the form SCHEME://BUCKET/NAME; name a folder in a bucket"),
+        ("s3:///x", "output 's3:///x': is not of the form SCHEME://BUCKET/NAME; name a folder in a bucket"),
+        ("s3://b/x/../y", "output 's3://b/x/../y': holds one of * ? [ ] \\ #, a control character, or a part . or .."),
+        ("s3://b/*", "output 's3://b/*': holds one of * ? [ ] \\ #, a control character, or a part . or .."),
+        ("s3:/b/x", "output s3:/b/x: would be a folder called s3:; write s3://BUCKET/NAME"),
+        ("GS:b/x", "output GS:b/x: would be a folder called GS:; write gs://BUCKET/NAME"),
+        ("ftp://b/x", "output ftp://b/x: ftp:// is not supported; use a folder, s3://BUCKET/NAME or gs://BUCKET/NAME"),
+    ],
+)
+def test_addresses_that_cannot_be(uri: str, message: str) -> None:
+    with pytest.raises(OutputError) as caught:
+        open_store(uri)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("uri", "library", "extra"), [("s3://b/x", "s3fs", "s3"), ("gs://b/x", "gcsfs", "gcs")])
+def test_a_missing_extra(uri: str, library: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == library else found(name))
+    with pytest.raises(OutputError) as caught:
+        open_store(uri)
+    assert (
+        str(caught.value) == f"output {uri}: needs {library}, which is not installed; pip install 'riskforge[{extra}]'"
+    )

@@ -212,6 +212,7 @@ def test_fine_tuning_refuses_what_it_cannot_store(importable: Path, tmp_path: Pa
         check_target(run)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_factory_next_to_the_job(home: Path, tmp_path: Path) -> None:
     """The command from elsewhere; the manifest has the labels; changed weights are refused."""
     folder = tmp_path / "jobs"

@@ -28,7 +28,7 @@ from engine.models.labels import read_labels
 from engine.models.randomness import watched
 from tests.guidance_scenes import unused
 from tests.program_cases import SETTINGS
-from tests.test_custom_method import job_of
+from tests.test_custom_methods import job_of
 
 HEAD = """
 import itertools, os, random, secrets, time, uuid

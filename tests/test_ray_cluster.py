@@ -62,6 +62,7 @@ def folder_of(driver: subprocess.Popen[str]) -> Path:
     return Path(*Path(socket_path.partition("=")[2]).parts[:3])
 
 
+@pytest.mark.slow
 def test_a_ray_of_our_own_is_closed_to_others(driver: subprocess.Popen[str], tmp_path: Path) -> None:
     """Nobody else can enter its folder, in which Ray opens everything to everybody, and nothing listens to the network.
 
@@ -86,6 +87,7 @@ def test_a_ray_of_our_own_is_closed_to_others(driver: subprocess.Popen[str], tmp
     assert run_sleepy(tmp_path / "run", 60, LocalExecutor(2)).exit_code == EXIT_OK
 
 
+@pytest.mark.slow
 def test_a_lost_head_ends_the_run_in_one_sentence(driver: subprocess.Popen[str]) -> None:
     """Workers go on without it, Ray waits a minute, and would then end the process with a text of its own."""
     check_lost(driver, "gcs_server", "its head")

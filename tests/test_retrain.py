@@ -140,6 +140,7 @@ def refusal(run: Path | str, options: RetrainOptions, output: Path | None = None
 # What it is for ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_true_samples_of_missing_contexts_repair_them_and_real_images_alone_do_not(studied):
     """The one property that the command exists for; labels or pixels that go astray anywhere on the way lose it."""
     rows = {row.context: row for row in studied.comparison.contexts}
@@ -154,6 +155,7 @@ def test_true_samples_of_missing_contexts_repair_them_and_real_images_alone_do_n
     assert studied.comparison.overall.mean("accepted") > studied.comparison.overall.before.value + 0.1
 
 
+@pytest.mark.slow
 def test_the_weak_contexts_are_found_by_the_generated_samples(studied):
     """Errors on all attempts are counted, not on the stored or the accepted ones, which err by definition."""
     found = {row.context: row for row in studied.agreement.rows}
@@ -167,6 +169,7 @@ def test_the_weak_contexts_are_found_by_the_generated_samples(studied):
     assert studied.agreement.spearman > 0.5
 
 
+@pytest.mark.slow
 def test_all_arms_get_equal_numbers_of_samples(studied, run):
     """The smallest pool decides; the pools themselves are what the run's metadata says."""
     arms = studied.document["arms"]
@@ -177,6 +180,7 @@ def test_all_arms_get_equal_numbers_of_samples(studied, run):
     assert arms["samples_of_each"] == num_accepted < 240 and not arms["left_out"]
 
 
+@pytest.mark.slow
 def test_the_kept_model_is_the_target_of_the_next_job(studied, home, small, test_set):
     """It loads where any target does, has a temperature of its own, scores as it did, and a run is made with it."""
     folder = studied.path / "model"
@@ -433,6 +437,7 @@ def test_a_failed_build_leaves_what_was_there(tmp_path):
     assert [one.name for one in home.iterdir()] == ["b"] and list(tmp_path.iterdir()) == [home]
 
 
+@pytest.mark.slow
 def test_interrupted_it_ends_with_75_and_leaves_nothing(run, small, home):
     """A real process and a real signal, in the middle of the training."""
     output = home / "interrupted"
@@ -443,6 +448,8 @@ def test_interrupted_it_ends_with_75_and_leaves_nothing(run, small, home):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        # A shell's background job ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stderr is not None
     lines = iter(process.stderr.readline, "")

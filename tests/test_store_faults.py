@@ -28,9 +28,9 @@ from engine.data.stores.object_store import ObjectStore
 from engine.data.stores.opening import open_store
 from engine.driver.executors.local import LocalExecutor
 from engine.errors import EXIT_DRAINED, EXIT_OK, EXIT_USER, OutputError, RiskforgeError, StoreLostError
+from tests.gcs_server import FewWordsOfGcs
 from tests.s3_proxy import Fault, Proxy, Request, error_body, proxy_of
 from tests.sleepy import run_sleepy, tars
-from tests.test_object_store import FewWordsOfGcs
 
 BUCKET = "bucket"
 # In the place of 100 MiB: the sizes from which s3fs uploads in parts, of which S3 wants 5 MiB at least.
@@ -423,7 +423,7 @@ def test_a_run_over_a_network_that_breaks_is_complete(proxy: Proxy, tmp_path: Pa
     assert {name: store.read(f"shards/{name}") for name in tars(tmp_path / "local")} == tars(tmp_path / "local")
 
 
-@pytest.mark.parametrize("what", ["any", "worker", "closing"])
+@pytest.mark.parametrize("what", ["any", *(pytest.param(one, marks=pytest.mark.slow) for one in ("worker", "closing"))])
 def test_a_run_whose_store_is_lost_is_continued(proxy: Proxy, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For good, from some request on: of the driver, of a worker that publishes, of what closes the run."""
     # The next driver would be another process.

@@ -105,6 +105,7 @@ def fields_of(spec: type[BaseModel]) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_jobs_of_the_whole_schema_are_read_as_they_were_stored():
     """Every field that a job can have, in every combination that validates; the defaults written out now and then.
 

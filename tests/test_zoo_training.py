@@ -47,6 +47,7 @@ def train(data: Path, *options: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_all_stages_run_once_and_export_what_libraries_load(data: Path) -> None:
     """Two calls share the stages; the second trains what the first left and publishes everything."""
     assert "oracle: done" in train(data, "--only", "oracle")

@@ -188,6 +188,7 @@ def write_job(folder: Path, module: str = "broken_code", **changes: object) -> P
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", [("local", 2), ("ray", 1)], ids=str)
 def test_a_criterion_that_always_raises_ends_the_run_with_its_cause(tmp_path, executor):
     """Through the command line: code 2, file and line of the user's code; nobody is replaced or put in quarantine."""

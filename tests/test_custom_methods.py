@@ -65,6 +65,7 @@ def test_the_example_is_short_and_does_what_it_says(finished: Path) -> None:
     assert all(one["guided_steps"] > 0 and one["nonfinite_gradients"] == 0 for one in doubt)
 
 
+@pytest.mark.slow
 def test_actors_of_ray_run_the_users_code(tmp_path: Path) -> None:
     """Method and target factory lie beside the job alone, and the command is given elsewhere: actors import both, and
     make the bytes that one process makes, which may use more cores: the order of sums must not go by that."""
@@ -124,6 +125,7 @@ def test_a_run_is_bound_to_file_and_parameters(finished: Path) -> None:
     assert "methods" not in plan.identity["models"]
 
 
+@pytest.mark.slow
 def test_a_deep_check_does_not_need_the_method(finished: Path) -> None:
     """It only scores: a run can be verified by whoever lacks the file."""
     file, text = finished / "my_methods.py", block("python")
