@@ -302,7 +302,7 @@ def test_a_foreign_tar_in_a_run(call, whole, tmp_path):
         tar.addfile(info, io.BytesIO(data))
     code, out, err = call("verify", output)
     assert code == EXIT_DAMAGED and "Traceback" not in err
-    assert "damage: " in out and "member '../../escaped.txt' stands where an image should" in out
+    assert "damage: " in out and "member '../../escaped.txt' is where an image should be" in out
     assert not (tmp_path.parent / "escaped.txt").exists()
     (output / "shards/thesis.tar").write_bytes(b"mine")
     lines = refused(

@@ -21,7 +21,7 @@ from engine.methods.conditioning.predictor import (
     outcome_weights,
     train_predictor,
 )
-from engine.methods.conditioning.predictor_evaluation import Evaluation, auc_interval, evaluate
+from engine.methods.conditioning.predictor_evaluation import PredictorEvaluation, auc_interval, evaluate
 from engine.methods.conditioning.screening import (
     ScreeningOptions,
     embedding_generator,
@@ -436,7 +436,7 @@ def test_states_restore_everything():
     fit = fit_predictor(embeds, errors, classes, LABELS, PredictorOptions(epochs=2))
     restored = ErrorPredictor.from_state(through_plain_values(fit.predictor.state()))
     assert torch.equal(restored.confidence(embeds), fit.predictor.confidence(embeds))
-    assert Evaluation.from_state(through_plain_values(fit.evaluation.state())) == fit.evaluation
+    assert PredictorEvaluation.from_state(through_plain_values(fit.evaluation.state())) == fit.evaluation
     found = fit_mixtures(embeds, classes, LABELS)
     again = ClassMixtures.from_state(through_plain_values(found.state()))
     assert again.labels == LABELS and again.dim == DIM

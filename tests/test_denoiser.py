@@ -194,7 +194,6 @@ def test_a_step_knows_its_signal_and_its_input(scale, sigma):
     assert step_at(scale, sigma).signal == pytest.approx(scale / norm)
     assert torch.equal(step_at(scale, sigma).network_input(latents), latents)
     assert torch.allclose(step_at(scale, sigma, exploding=True).network_input(latents), latents / norm)
-    assert [step_at(scale, sigma, index=index).is_last for index in (1, 8, 9)] == [False, False, True]
 
 
 @pytest.mark.parametrize("scheduler", CLASSES)
@@ -203,4 +202,3 @@ def test_steps_are_counted_from_one(scheduler):
     spec = SamplingSpec(scheduler=scheduler, num_inference_steps=5)
     steps = list(make_sampler(spec, ModelScheduler(config={}, name=CLASSES[scheduler])).steps())
     assert [step.index for step in steps] == [1, 2, 3, 4, 5] and {step.total for step in steps} == {5}
-    assert [step.is_last for step in steps] == [False] * 4 + [True]

@@ -54,7 +54,7 @@ from engine.studies.compare.baseline import ERRORS_OUTSIDE, pin_run, read_baseli
 from engine.studies.compare.program import compare_runs
 from engine.studies.compare.scored_run import read_scored_run
 from engine.studies.evaluate.image_registry import ImageRegistry
-from engine.studies.evaluate.inputs import RunSamples
+from engine.studies.evaluate.inputs import StudiedSamples
 from tests.corpus_cases import make_run
 from tests.run_cases import LABELS
 
@@ -155,7 +155,7 @@ def test_what_evaluate_clusters(case: tuple[Path, int]) -> None:
     run, num_outside = case
     records = tuple(row for row in pq.read_table(run / "metadata.parquet").to_pylist() if row["request"] == "between")
     scored = tuple(row for row in records if row["scored"])
-    samples = RunSamples(SimpleNamespace(thumbnails=[""] * len(scored)), scored)  # type: ignore[arg-type]
+    samples = StudiedSamples(SimpleNamespace(thumbnails=[""] * len(scored)), scored)  # type: ignore[arg-type]
     assert samples.target_errs.sum() == num_outside
     assert ImageRegistry(NAMES).sample(samples, len(scored) - 1).text.startswith("one and two → ")
 

@@ -15,7 +15,7 @@ from engine.driver.checks import plan_job
 from engine.driver.executors.base import ShardResult
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.run_loop import RunLoop
-from engine.driver.scheduler_loop import brief, brief_abort
+from engine.driver.scheduler_loop import brief_abort, main_line
 from engine.driver.scheduling.messages import SchedulerLimits, ShardError, ShardProgress, ShardRange
 from engine.errors import EXIT_DRAINED, EXIT_OK, CorruptShardError, OwnedError
 from engine.job.parsing import parse_job
@@ -124,7 +124,7 @@ def test_a_driver_that_lost_its_lease_stops(monkeypatch, tmp_path):
 )
 def test_a_message_is_cut_to_its_most_informative_line(message, line):
     """Of a traceback that is the last one."""
-    assert brief(message) == line
+    assert main_line(message) == line
     assert (
         brief_abort(f"workers do not start; the last one: {message}") == f"workers do not start; the last one: {line}"
     )

@@ -72,13 +72,13 @@ class Benchmark:
         self.results = Results(about=about, measured=[], checks=[], arithmetic={}, rates={})
 
     def run(self) -> None:
-        """Everything; the files are written anew after every group."""
+        """Everything; the files are written again after every group."""
         if self._device == "cuda":
             self.results.rates["bf16 matmul"] = matmul_rate(self._device, torch.bfloat16)
         self._count()
         for key, some in itertools.groupby(self._arms, key=lambda arm: arm.group):
             arms = list(some)
-            tell(f"{', '.join(key)}: {', '.join(arm.name for arm in arms)}")
+            report(f"{', '.join(key)}: {', '.join(arm.name for arm in arms)}")
             measured = [Measured(arm=arm) for arm in arms]
             self.results.measured += measured
             reason = self._reason(arms[0])
@@ -143,7 +143,7 @@ class Benchmark:
             for one in measured:
                 if not one.reason and time.monotonic() < self._deadline:
                     repeat(bench, one, batch)
-        self._tell(measured)
+        self._report(measured)
         if self._device == "cuda" and not arms[0].tiny:
             operations = self.results.arithmetic[bench.family].unet
             part = batch.part(0, self._rows)
@@ -159,13 +159,13 @@ class Benchmark:
                     started = time.perf_counter()
                     cpu_seconds = workers.make(one.arm, one.batch_size)
                     one.note(time.perf_counter() - started, cpu_seconds)
-        self._tell(measured)
+        self._report(measured)
 
-    def _tell(self, measured: Sequence[Measured]) -> None:
+    def _report(self, measured: Sequence[Measured]) -> None:
         for one in measured:
             if one.seconds:
                 took = f"{one.seconds_per_image:.3g} s an image, {one.cpu_seconds_per_image:.3g} of the processor"
-                tell(f"  {one.arm.name}: {took}")
+                report(f"  {one.arm.name}: {took}")
 
     def _first(self, bench: Bench, one: Measured, batch: Batch) -> None:
         """Load what an arm needs and time it once; take a profile where one is wanted."""
@@ -178,7 +178,7 @@ class Benchmark:
         except torch.OutOfMemoryError:
             one.reason = f"a batch of {one.batch_size} does not fit the GPU's memory"
         except (RuntimeError, NotImplementedError, ImportError) as error:
-            # The others are still worth measuring; the exit code tells.
+            # The others are still worth measuring; the exit code reports it.
             one.reason, one.is_broken = f"{type(error).__name__}: {first_line(error)}", True
         self._free()
 
@@ -188,7 +188,7 @@ class Benchmark:
             runtime = {"precision": "fp32"}
             bench = Bench(self._setting, bench.arms, device=self._device, num_samples=len(batch), runtime=runtime)
         for check in check_arms(bench, batch.part(0, self._options.check_samples or len(batch))):
-            tell(f"  {check}")
+            report(f"  {check}")
             self.results.checks.append(check)
 
     @property
@@ -226,7 +226,7 @@ def processor_name() -> str:
     )
 
 
-def tell(line: str) -> None:
+def report(line: str) -> None:
     """Progress."""
     print(line, file=sys.stderr, flush=True)
 
@@ -261,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.size == "digits":
             setting = digits_setting()
         else:
-            tell(f"building models of size {options.size}")
+            report(f"building models of size {options.size}")
             setting = random_setting(options.size, options.models or Path(folder), device)
         benchmark = Benchmark(options, setting, device)
         benchmark.run()

@@ -2,7 +2,7 @@
 
     uv run python tools/boundary_figures.py RUN --classifiers zoo:digits/classifier zoo:digits/classifier-b
 
-Every stored image is decoded and scored anew; prints a Markdown table.
+Every stored image is decoded and scored again; prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def joint_requests(run: Path) -> dict[str, tuple[list[int], list[PIL.Image.Image
 
 
 def quartiles(values: torch.Tensor) -> str:
-    """Median with the quartiles beside it."""
+    """Median with the quartiles next to it."""
     low, median, high = torch.quantile(values, torch.tensor([0.25, 0.5, 0.75])).tolist()
     return f"{median:.3f} ({low:.3f} to {high:.3f})"
 

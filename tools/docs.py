@@ -242,7 +242,7 @@ PAGES: dict[str, Callable[[], str]] = {"job-file.md": job_page, "metadata.md": m
 def main() -> int:
     """Write the pages, or check them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only tell which pages are not up to date")
+    parser.add_argument("--check", action="store_true", help="only report which pages are not up to date")
     is_check = parser.parse_args().check
     stale = [name for name, make in PAGES.items() if not _is_current(DOCS / name, make())]
     for name in stale:

@@ -383,7 +383,7 @@ class Driver:
             return
         process.queue.pop(0)
         self.answer(worker, ShardSampled(worker, shard))
-        # Written in order, beside the sampling of the next; mostly quicker than that, not always.
+        # Written in order, while the next are sampled; mostly quicker than that, not always.
         process.written_at = max(process.written_at, world.now) + draw.choice([0.0, 0.1, 1.0, 12.0]) * draw.random()
         world.later(process.written_at - world.now, partial(self.write, worker, process, shard, fate))
         self.work(worker, process)
@@ -534,7 +534,7 @@ def scale(
             useful += begun.pop(event.worker)[1]
             queues[event.worker].pop(0)
             begin(event.worker, moment)
-        # The driver hears of it when it is done with what came before.
+        # The driver receives it when it is done with what came before.
         begun_at = time.process_time()
         state, actions = scheduler.step(state, event)
         seconds = time.process_time() - begun_at

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from engine.generation.artefact import Conditioning
     from engine.job.plan import Plan
     from engine.job.spec import JobSpec
-    from engine.methods.conditioning.predictor_evaluation import Quality
+    from engine.methods.conditioning.predictor_evaluation import PredictorQuality
     from engine.studies.prepare.program import Prepared
 
 
@@ -290,7 +290,7 @@ def _print_classes(conditioning: Conditioning) -> None:
         print(f"and {len(conditioning.labels) - MAX_LISTED} more classes in conditioning.json")
 
 
-def _auc_text(quality: Quality | None) -> str:
+def _auc_text(quality: PredictorQuality | None) -> str:
     from engine.driver.progress import ABSENT
 
     if quality is None:

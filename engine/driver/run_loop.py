@@ -17,7 +17,7 @@ from engine.driver.executors.base import Executor, ExecutorEvent, ShardResult, W
 from engine.driver.interrupts import StopRequest, deferred_signals
 from engine.driver.progress import Display, Tally
 from engine.driver.sampling_share import SamplingShare
-from engine.driver.scheduler_loop import SchedulerLoop, WorkersFailingError, brief, brief_abort
+from engine.driver.scheduler_loop import SchedulerLoop, WorkersFailingError, brief_abort, main_line
 from engine.driver.scheduling import scheduler
 from engine.driver.scheduling.faults import is_job_fault
 from engine.driver.scheduling.messages import (
@@ -192,7 +192,7 @@ class RunLoop(SchedulerLoop):
         super()._perform(action)
 
     def _error(self, action: Abort) -> RiskforgeError:
-        self._journal.note("aborted", message=brief(action.message))
+        self._journal.note("aborted", message=main_line(action.message))
         return super()._error(action)
 
     def _workers_failing(self, message: str) -> WorkersFailingError:
@@ -239,8 +239,8 @@ class RunLoop(SchedulerLoop):
 
     def _note_replaced(self, worker: int, message: str, shard: int | None = None) -> None:
         prefix = "" if shard is None else f"shard {shard} failed, "
-        self._display.notice(f"{prefix}worker {worker} is replaced: {brief(message)}")
-        self._journal.note("replaced", worker=worker, message=brief(message))
+        self._display.notice(f"{prefix}worker {worker} is replaced: {main_line(message)}")
+        self._journal.note("replaced", worker=worker, message=main_line(message))
 
     def _quarantine(self, action: Quarantine) -> None:
         shard = self._plan.shard(action.shard)
@@ -255,4 +255,4 @@ class RunLoop(SchedulerLoop):
         name = f"{QUARANTINE}/{shard.number:06d}.json"
         self._store.replace(name, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
         self._display.notice(f"shard {shard.number} is in quarantine after {len(action.reasons)} faults: {name}")
-        self._journal.note("quarantined", shard=shard.number, reason=brief(action.reasons[-1]))
+        self._journal.note("quarantined", shard=shard.number, reason=main_line(action.reasons[-1]))

@@ -1,4 +1,4 @@
-"""The summary of a run: its exit code and what the user is told at its end."""
+"""The summary of a run: its exit code and the closing report for the user."""
 
 from __future__ import annotations
 

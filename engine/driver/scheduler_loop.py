@@ -164,7 +164,7 @@ def _is_stale(event: ExecutorEvent, state: State) -> bool:
     return worker is None or event.shard not in worker.queue
 
 
-def brief(message: str) -> str:
+def main_line(message: str) -> str:
     """The most informative line of a message: the last line of a traceback, the first line of anything else."""
     lines = message.strip().splitlines() or ["no reason given"]
     line = lines[-1] if lines[0].startswith("Traceback") else lines[0]
@@ -174,4 +174,4 @@ def brief(message: str) -> str:
 def brief_abort(message: str) -> str:
     """The message of an `Abort`, whose reason may be a traceback, as one line."""
     head, mark, reason = message.partition("the last one: ")
-    return f"{head}{mark}{brief(reason)}"
+    return f"{head}{mark}{main_line(reason)}"

@@ -30,7 +30,7 @@ from engine.methods.conditioning.distributions import ClassDistributions
 from engine.methods.conditioning.gaussians import ClassGaussians, ClassMoments
 from engine.methods.conditioning.mixtures import ClassMixtures
 from engine.methods.conditioning.predictor import ErrorPredictor, PredictorFit
-from engine.methods.conditioning.predictor_evaluation import Evaluation
+from engine.methods.conditioning.predictor_evaluation import PredictorEvaluation
 from engine.methods.strict_json import parse_json
 from engine.methods.temperature import TemperatureFit
 from engine.models.configurations import ARTEFACT_DOCUMENT as DOCUMENT
@@ -217,7 +217,7 @@ def _conditioning_of(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Cond
         num_errors=tuple(fields["errors"]),
         fit=PredictorFit(
             predictor=_predictor_of(tensors) if fields["predictor"]["trained"] else None,
-            evaluation=Evaluation.from_state(evaluation) if evaluation else None,
+            evaluation=PredictorEvaluation.from_state(evaluation) if evaluation else None,
             verdict=fields["predictor"]["verdict"],
         ),
         temperature=TemperatureFit(**fields["temperature"]),

@@ -94,7 +94,7 @@ def _choose(store: Store, job: JobSpec, plan: Plan, num_samples: int) -> Iterato
         }
         specs = [spec for spec in plan.samples(plan.shard(number)) if spec.key in held]
         drawn = {spec.key: spec for spec in draw.sample(specs, min(each, num_left, len(specs)))}
-        # One at a time: a shard of somebody else's may hold gigabytes.
+        # One at a time: a shard may hold gigabytes, and other software may have written it.
         for key, image, record, _ in read_shard(path):
             if key in drawn:
                 yield drawn[key], image, record

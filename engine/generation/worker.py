@@ -57,7 +57,7 @@ class ShardProgressCallback(Protocol):
         ...
 
 
-class Sampler(Protocol):
+class BatchGenerator(Protocol):
     """Makes samples; implemented by `engine.generation.generator.Generator`."""
 
     def next_batch(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
@@ -86,7 +86,7 @@ class Worker:
     """
 
     def __init__(
-        self, job: JobSpec, plan: Plan, *, name: str, load: Callable[[JobSpec, Plan], Sampler] | None = None
+        self, job: JobSpec, plan: Plan, *, name: str, load: Callable[[JobSpec, Plan], BatchGenerator] | None = None
     ) -> None:
         self._job = job
         self._plan = plan
@@ -224,7 +224,7 @@ def _outcome(record: CommitRecord, total_seconds: float) -> ShardOutcome:
     return ShardOutcome(counts=record.counts, sampling_seconds=seconds, total_seconds=max(total_seconds, seconds))
 
 
-def load_generator(job: JobSpec, plan: Plan) -> Sampler:
+def load_generator(job: JobSpec, plan: Plan) -> BatchGenerator:
     """The generator with all models of a job."""
     quiet_libraries()
     from engine.generation.generator import Generator

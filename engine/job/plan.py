@@ -379,7 +379,7 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
         "name": job.name,
         "seed": job.seed,
         "models": {key: value for key, value in digests.items() if key not in _BY_REQUEST},
-        # Runs from before images said that they are synthetic have no such key.
+        # Runs from before images were marked as synthetic have no such key.
         "output": job.output.model_dump(
             mode="json", exclude={"uri"} if job.output.provenance else {"uri", "provenance"}
         ),

@@ -10,12 +10,12 @@ MAX_SHOWN = 60
 
 
 def shown(value: Any) -> str:
-    """A value of a configuration as it stands there, cut where it is long."""
+    """A value of a configuration as JSON, cut where it is long."""
     text = json.dumps(value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
-def is_whole(value: Any) -> TypeGuard[int]:
+def is_integer(value: Any) -> TypeGuard[int]:
     """Whether a value of a configuration is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -12,7 +12,7 @@ from typing import Any
 from engine.errors import JobError
 from engine.methods.config_values import is_number
 from engine.models.class_name_checks import SINGLE_LOGIT, check_names, in_index_order
-from engine.models.configurations import TIMM_KEY, need_file, read_config, readable
+from engine.models.configurations import TIMM_KEY, need_file, read_config, reading_configuration
 from engine.models.processor_checks import check_processor
 from engine.models.stored_tensors import tensors_of
 from engine.models.timm_checks import check_timm_installed, check_timm_transform, timm_names, timm_problems
@@ -29,7 +29,7 @@ def class_names(folder: Path, address: str) -> list[str]:
     """
     config = read_config(folder / "config.json")
     if TIMM_KEY in config:
-        with readable(address):
+        with reading_configuration(address):
             return check_names(timm_names(config, address), f"'{address}': label_names in config.json")
     where, labels = f"'{address}': id2label in config.json", config.get("id2label")
     if isinstance(labels, dict) and len(labels) == 1:
@@ -41,17 +41,17 @@ def class_names(folder: Path, address: str) -> list[str]:
     return check_names(in_index_order(labels, where), where)
 
 
-def check_classifier(folder: Path, address: str, *, is_whole: bool = True) -> None:
+def check_classifier(folder: Path, address: str, *, is_complete: bool = True) -> None:
     """Check by its files that a folder is that of a classifier which is scored with correctly.
 
     Args:
-        is_whole: whether all of its files must exist; a hub id may be cached in part.
+        is_complete: whether all of its files must exist; a hub id may be cached in part.
 
     Raises:
         JobError: the problems, one line each, with field and remedy.
     """
     need_file(folder, "config.json", address, "a transformers or timm model folder")
-    with readable(address):
+    with reading_configuration(address):
         config = read_config(folder / "config.json")
         is_timm, num_classes = TIMM_KEY in config, len(class_names(folder, address))
         kinds = config.get("architectures") or []
@@ -63,19 +63,19 @@ def check_classifier(folder: Path, address: str, *, is_whole: bool = True) -> No
         if is_timm:
             check_timm_installed(address)
             check_timm_transform(config[TIMM_KEY], address)
-        elif is_whole:
+        elif is_complete:
             check_processor(folder, address, config)
-        _check_files(folder, address, num_classes, is_timm=is_timm, is_whole=is_whole)
+        _check_files(folder, address, num_classes, is_timm=is_timm, is_complete=is_complete)
 
 
-def _check_files(folder: Path, address: str, num_classes: int, *, is_timm: bool, is_whole: bool) -> None:
+def _check_files(folder: Path, address: str, num_classes: int, *, is_timm: bool, is_complete: bool) -> None:
     """Check that the folder holds the weights of a whole network, not of an adapter."""
     if (folder / "adapter_config.json").is_file():
         raise JobError(
             f"'{address}' is an adapter (adapter_config.json) of another model; merge it (merge_and_unload) and save"
             " the whole network"
         )
-    if is_whole:
+    if is_complete:
         check_weights(folder, address, _conversion(folder, address, is_timm=is_timm))
     if has_weights(folder):
         _check_head(folder, address, num_classes)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import JobError
-from engine.models.configurations import need_file, read_config, readable
+from engine.models.configurations import need_file, read_config, reading_configuration
 from engine.models.processor_checks import check_processor
 from engine.models.stored_tensors import tensors_of
 from engine.models.weight_files import check_weights, conversion_line, has_weights
@@ -14,20 +14,20 @@ from engine.models.weight_files import check_weights, conversion_line, has_weigh
 _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", None)
 
 
-def check_clip(folder: Path, address: str, *, is_whole: bool = True) -> None:
+def check_clip(folder: Path, address: str, *, is_complete: bool = True) -> None:
     """Check by its files that a folder holds a whole CLIP model.
 
     Args:
-        is_whole: whether all of its files must exist; a hub id may be cached in part.
+        is_complete: whether all of its files must exist; a hub id may be cached in part.
 
     Raises:
         JobError: what the folder holds instead, or what is missing.
     """
     need_file(folder, "config.json", address, "a transformers model folder")
-    with readable(address):
+    with reading_configuration(address):
         config = read_config(folder / "config.json")
         _check_kind(config, address)
-        if is_whole:
+        if is_complete:
             check_processor(folder, address, config)
             _check_tokenizer(folder, address)
             check_weights(folder, address, conversion_line("transformers.CLIPModel", address, folder))

@@ -38,7 +38,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def readable(address: str) -> Iterator[None]:
+def reading_configuration(address: str) -> Iterator[None]:
     """Turn what a value of a wrong type in a configuration raises into a message that names the model.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.errors import JobError
 from engine.methods.config_values import shown
-from engine.models.configurations import need_file, read_config, readable
+from engine.models.configurations import need_file, read_config, reading_configuration
 from engine.models.pipelines.lookup import family_of
 from engine.models.weight_files import conversion_line, weights_problem
 
@@ -23,7 +23,7 @@ def check_decoder(folder: Path, address: str) -> None:
     kind = config.get("_class_name", "transformers model")
     if kind != "AutoencoderTiny":
         raise JobError(f"'{address}' is of class {kind}; an AutoencoderTiny is needed")
-    with readable(address):
+    with reading_configuration(address):
         _shape(config)
     if config.get("out_channels", 3) != 3:
         raise JobError(f"'{address}' makes images of {shown(config['out_channels'])} channels; three are needed")

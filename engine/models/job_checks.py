@@ -82,11 +82,11 @@ def _roles(job: JobSpec) -> Iterator[_Role]:
 
 
 def _check_classifier(folder: Path, address: str) -> None:
-    check_classifier(folder, address, is_whole=not locate(address).is_hub)
+    check_classifier(folder, address, is_complete=not locate(address).is_hub)
 
 
 def _check_clip(folder: Path, address: str) -> None:
-    check_clip(folder, address, is_whole=not locate(address).is_hub)
+    check_clip(folder, address, is_complete=not locate(address).is_hub)
 
 
 def _check_diffusion(folder: Path, address: str, *, checks_safety: bool) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import JobError
-from engine.methods.config_values import is_number, is_whole
+from engine.methods.config_values import is_integer, is_number
 from engine.models.configurations import read_config
 from engine.models.processor_classes import (
     BICUBIC,
@@ -205,7 +205,7 @@ def _output_shape(settings: dict[str, Any], kind: str) -> tuple[int, int] | None
 
 def _edges(size: Any, *, square: bool) -> dict[str, int]:
     """A size as transformers reads it, in pixels; empty where it does not consist of positive integers."""
-    if is_whole(size):
+    if is_integer(size):
         size = {"height": size, "width": size} if square else {"shortest_edge": size}
     elif isinstance(size, list) and len(size) == 2:
         size = {"height": size[0], "width": size[1]}

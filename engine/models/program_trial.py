@@ -14,7 +14,7 @@ from engine.models.factories import reason_of
 from engine.models.program_settings import TargetSettings
 from engine.models.randomness import watched
 
-# Sizes of batches: one, and a size for which nobody exports.
+# Sizes of batches: one, and a size that no export is made for.
 _PROBE_ROWS = (1, 3)
 
 Network = Callable[[Tensor], Tensor]

@@ -14,7 +14,7 @@ import numpy as np
 from engine.data.run.outcomes import errors, joint_rows, oracle_agreement, scored_rows
 from engine.data.run.schema import check_rows
 from engine.data.run.summary import SUMMARY_COLUMNS
-from engine.data.stores.file_errors import shown
+from engine.data.stores.file_errors import shown_path
 from engine.job.columns import BY_NAME, NO_CLASS, Column, Role, by_rank, columns_with, stored_names
 from engine.job.records import STATUS_FAILED
 from engine.report.text import joined
@@ -101,7 +101,7 @@ def read_table(path: Path) -> pa.Table:
     names = dict.fromkeys([*_TEXTS, *_NUMBERS, *SUMMARY_COLUMNS])
     columns = stored_names(names, open_metadata(path).schema.names)
     table = pq.read_table(path, columns=columns, read_dictionary=_TEXTS)
-    check_rows(table, shown(path))
+    check_rows(table, shown_path(path))
     return table
 
 
@@ -154,7 +154,7 @@ class Confusion:
     rows: list[tuple[str, list[int], frozenset[int]]]
 
 
-def class_names(rows: Rows, labels: list[str]) -> dict[int, str]:
+def names_by_index(rows: Rows, labels: list[str]) -> dict[int, str]:
     """Names by class index: the target's labels where known, else the names of the conditioned classes."""
     if labels:
         return dict(enumerate(labels))

@@ -32,7 +32,7 @@ class Shown(_Part):
     Attributes:
         image: its place in `Evaluation.images`; empty where it cannot be shown.
         name: key of a sample, or where a real image came from.
-        text: what is said below it.
+        text: its caption.
         is_sample: whether it is of the run, so that the gallery may have it.
     """
 

@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from engine.data.run.file_names import METADATA, REPORT
-from engine.data.run.manifest_reading import check_kind, manifest_error, read_manifest
+from engine.data.run.manifest_reading import check_is_run, manifest_error, read_manifest
 from engine.data.run.summary import summarise_table
 from engine.data.stores.base import Store
 from engine.errors import CorruptShardError, JobError, OutputError, first_line
@@ -30,11 +30,11 @@ from engine.models.labels import read_labels
 from engine.report.charts import histogram
 from engine.report.data import (
     Rows,
-    class_names,
     confusion,
     error_pairs,
     failures,
     make_rows,
+    names_by_index,
     open_metadata,
     read_samples,
     read_table,
@@ -105,7 +105,7 @@ def write_report(
         OutputError: the run has no manifest or metadata yet, or the store refuses.
         CorruptShardError: one of the two cannot be read.
     """
-    check_kind(store, scores=True)
+    check_is_run(store, scores=True)
     manifest = _read_manifest(store)
     if not store.exists(METADATA):
         raise OutputError(f"output {store.uri}: has no {METADATA}; finish the run first (`riskforge run`)")
@@ -171,7 +171,7 @@ def render(
     path = store.fetch(METADATA, keep=True)
     table, metadata = read_table(path), open_metadata(path)
     rows = make_rows(table)
-    names = distinct_names(class_names(rows, labels))
+    names = distinct_names(names_by_index(rows, labels))
     context = {
         "title": title,
         **manifest_context(store, manifest, rows, names),

@@ -11,7 +11,7 @@ from typing import Any
 from engine.data.run.commit_record import CommitRecord
 from engine.data.run.commits import read_commits
 from engine.data.run.file_names import MANIFEST
-from engine.data.run.manifest_reading import check_kind, read_manifest
+from engine.data.run.manifest_reading import check_is_run, read_manifest
 from engine.data.run.shards import SHARDS, read_rows, read_shard
 from engine.data.run.stored_plan import read_run
 from engine.data.stores.base import Store
@@ -60,7 +60,7 @@ def open_study(uri: str) -> StudiedRun:
     store = open_store(uri)
     if not store.is_there():
         raise JobError(f"RUN: there is no folder '{uri}'; give the output folder of `riskforge run`")
-    check_kind(store)
+    check_is_run(store)
     job, plan_digest, target_digest = _identity(store)
     commits = tuple(read_commits(store))
     if not commits:

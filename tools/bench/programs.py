@@ -360,5 +360,5 @@ def _recording(denoiser: Denoiser, entered: list[Tensor]) -> Denoiser:
     return denoise
 
 
-def _ignore(*told: object) -> None:
-    """What is told of artefacts and images is of no interest here."""
+def _ignore(*messages: object) -> None:
+    """Notices about artefacts and images are of no interest here."""

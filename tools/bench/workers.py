@@ -39,7 +39,7 @@ class Workers:
             place = number * num_each, num_processes * num_each
             process = context.Process(target=_serve, args=(theirs, setting, list(arms), num_each, *place), daemon=True)
             process.start()
-            # Only the process holds its end now: when it dies, we hear of it.
+            # Only the process holds its end now: when it dies, the pipe is closed.
             theirs.close()
             self._lines.append(ours)
             self._processes.append(process)
@@ -67,7 +67,7 @@ class Workers:
 
 
 def _serve(line: Connection, setting: Setting, arms: list[Arm], num_each: int, start: int, total: int) -> None:
-    """A process: load the models, report so, make what is asked for until nobody asks."""
+    """A process: load the models, report so, make what is asked for until the pipe is closed."""
     torch.set_num_threads(1)
     quiet_libraries()
     bench = Bench(setting, arms, device="cpu", num_samples=total)

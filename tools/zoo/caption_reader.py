@@ -1,4 +1,4 @@
-"""First training of the diffusion text encoder: every position after a caption's end must tell what the caption says.
+"""First training of the diffusion text encoder: every position after a caption's end must encode what the caption says.
 
 The UNet attends to all positions, most of which are padding; once these hold class and context, cross-attention finds
 them at once.
@@ -64,7 +64,7 @@ class CaptionReader(nn.Module):
 
 
 Draw = Callable[[np.random.Generator], tuple[list[str], dict[str, Tensor]]]
-"""Random captions, and the value of each attribute that they tell of."""
+"""Random captions, and the value of each attribute that they name."""
 
 
 def train_text_encoder(tokenizer: CLIPTokenizer, *, seed: int, build_folder: Path) -> CLIPTextModel:
@@ -93,7 +93,7 @@ def train_caption_reader(
     build_folder: Path,
     recipe: Recipe = RECIPE,
 ) -> CLIPTextModel:
-    """A text encoder trained to tell the classes and attributes of drawn captions, frozen."""
+    """A text encoder trained to predict the classes and attributes of drawn captions, frozen."""
     torch.manual_seed(seed)
     reader = CaptionReader(CLIPTextModel(text_config(tokenizer)), len(class_names), attributes)
 

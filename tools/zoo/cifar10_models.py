@@ -233,7 +233,7 @@ def train_classifier(
 
 
 def build_clip(num_layers: int, hidden_size: int, num_heads: int) -> CLIPModel:
-    """A vision transformer on 4 x 4 patches beside a small text tower."""
+    """A vision transformer on 4 x 4 patches next to a small text tower."""
     vision = CLIPVisionConfig(
         image_size=32,
         patch_size=4,
@@ -302,7 +302,7 @@ def _taught(model: TaughtClip, teacher: ResidualNetwork, images: Tensor, logits:
 
 
 def train_text_encoder(size: Size, *, seed: int, build_folder: Path) -> CLIPTextModel:
-    """A text encoder that tells which classes a caption names, frozen."""
+    """A text encoder that predicts which classes a caption names, frozen."""
     names = size.names
     indices = np.array([CLASS_NAMES.index(name) for name in names])
 
@@ -384,7 +384,7 @@ def train_diffusion(data: Photographs, size: Size, *, seed: int, build_folder: P
 def train_unclip(
     data: Photographs, pipeline: Path, clip_folder: Path, size: Size, *, seed: int, build_folder: Path, output: Path
 ) -> None:
-    """The same UNet goes on as a v-predicting one that is told the CLIP embedding of the image too."""
+    """The same UNet goes on as a v-predicting one that is conditioned on the CLIP embedding of the image, too."""
     autoencoder = build_autoencoder(fit_components(data))
     text_encoder = CLIPTextModel.from_pretrained(pipeline / "text_encoder").requires_grad_(False)
     clip = CLIPModel.from_pretrained(clip_folder).requires_grad_(False).to(size.device)

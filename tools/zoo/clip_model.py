@@ -50,7 +50,7 @@ def text_config(tokenizer: CLIPTokenizer, *, hidden_size: int = 96, num_layers: 
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """A vision transformer on 4 x 4 patches beside a text tower of two layers."""
+    """A vision transformer on 4 x 4 patches next to a text tower of two layers."""
     vision = CLIPVisionConfig(
         image_size=32,
         patch_size=4,

@@ -110,7 +110,7 @@ class CaptionedLatents:
 
 
 def unsaid(contexts: Contexts, share: float, *, rng: np.random.Generator) -> Contexts:
-    """The contexts as captions tell them, when a `share` of the captions says nothing of them."""
+    """The contexts as captions state them, when a `share` of the captions says nothing of them."""
     silent = rng.random(len(contexts)) < share
     return Contexts(**{name: np.where(silent, 0, getattr(contexts, name)) for name in Contexts.__slots__})
 

@@ -83,7 +83,7 @@ def _merge(spelling: list[str], left: str, right: str) -> list[str]:
 
 
 def save_tokenizer(folder: Path, words: Sequence[str]) -> None:
-    """Write the tokenizer, with `vocab.json` and `merges.txt` beside `tokenizer.json` for readers of either kind."""
+    """Write the tokenizer, with `vocab.json` and `merges.txt` next to `tokenizer.json` for readers of either kind."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary, merges = _vocabulary(words)
     build_tokenizer(words).save_pretrained(folder)

@@ -107,7 +107,7 @@ class _TrainingState:
             torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
 
     def save(self, path: Path, num_steps: int) -> None:
-        """Write the checkpoint beside its target and put it in place."""
+        """Write the checkpoint next to its target and replace that atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "num_steps": num_steps,

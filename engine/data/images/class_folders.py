@@ -50,7 +50,7 @@ class ClassReader:
     def _listed_class(self, entry: Entry, folders: Sequence[str]) -> int:
         """The class that a listing gives; a folder that names another class makes it doubtful."""
         if key_of(entry.place) not in self.listings.listed:
-            raise UnusableImageError("has no label: it is not in the list of labels beside it (metadata)")
+            raise UnusableImageError("has no label: it is not in the list of labels next to it (metadata)")
         index = self.listings.class_of(entry.place, self.labelling)
         for folder in folders:
             self._check_same(index, folder, f"has two labels: that of its list, and its folder '{folder}'")

@@ -161,10 +161,10 @@ class _Folder:
 
     def _refuse_splits(self, splits: Sequence[str], others: Sequence[str] = ()) -> None:
         given = " or ".join(f"'{self._address}/{split}'" for split in [*splits, *others])
-        beside = f", and files of none, such as '{others[0]}'" if others else ""
+        further = f", and files of none, such as '{others[0]}'" if others else ""
         raise JobError(
             f"{self._option}: '{self._address}' holds the split{'s' if len(splits) > 1 else ''}"
-            f" {', '.join(splits)}{beside}: they are read one at a time; give {given}"
+            f" {', '.join(splits)}{further}: they are read one at a time; give {given}"
         )
 
     def _refuse_configurations(self, homes: Sequence[str]) -> None:

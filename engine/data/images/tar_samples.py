@@ -124,9 +124,9 @@ def _make_sample(key: str, parts: _Parts) -> TarSample:
     if not images:
         extensions = {"." + member.name.rpartition(".")[2] for member in members if not _is_label(member)}
         endings = ", ".join(sorted(extensions))
-        beside = f" among its members ({endings})" if endings else ""
+        listed = f" among its members ({endings})" if endings else ""
         what = "a label and no image" if labels or records else "no image and no label"
-        return TarSample(key, problem=f"has {what}{beside}")
+        return TarSample(key, problem=f"has {what}{listed}")
     if len(images) > 1 or len(labels) > 1:
         several = images if len(images) > 1 else labels
         names = ", ".join(member.name.rpartition("/")[2] for member in several[:4])

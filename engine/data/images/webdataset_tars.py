@@ -135,7 +135,7 @@ def _class_of(file: BinaryIO, sample: TarSample, record: dict[str, Any], labelli
     """
     known = _class_of_record(record, labelling)
     if sample.label is None and known is None:
-        raise UnusableImageError(_NO_LABEL if sample.record else "has no label: neither .cls nor .json is beside it")
+        raise UnusableImageError(_NO_LABEL if sample.record else "has no label: neither .cls nor .json is next to it")
     if sample.label is None:
         assert known is not None
         return known

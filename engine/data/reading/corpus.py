@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from engine.data.reading.filters import FLAG, NUMBER, TEXT, Vocabulary, compile_filter, compile_number
 from engine.data.reading.row_datasets import rows_dataset, unified_schema, with_scored
-from engine.data.reading.source import RunSource, open_source, readable
+from engine.data.reading.source import RunSource, open_source, reading_rows
 from engine.data.run.schema import check_rows
 from engine.errors import JobError
 from engine.job.spec_messages import nearest
@@ -36,7 +36,7 @@ def open_run(uri: str, *more: str) -> Corpus:
     """The rows and images of one run or of several, finished or not.
 
     Args:
-        uri: folder of a run, of a merged data set, or of scores made anew for a run.
+        uri: folder of a run, of a merged data set, or of the new scores of a run.
 
     Raises:
         RiskforgeError: one of them is not there, or cannot be read.
@@ -108,7 +108,7 @@ class Corpus:
 
     @functools.cached_property
     def _num_rows(self) -> int:
-        with readable(self.runs[0].uri):
+        with reading_rows(self.runs[0].uri):
             return sum(dataset.count_rows(filter=self._expression) for dataset in self._datasets)
 
     @functools.cached_property
@@ -125,7 +125,7 @@ class Corpus:
         largest = 0
         length = {"length": pc.list_value_length(pc.field("kldb_classes"))}
         for dataset in self._datasets:
-            with readable(self.runs[0].uri):
+            with reading_rows(self.runs[0].uri):
                 for batch in dataset.to_batches(columns=length):
                     largest = max(largest, pc.max(batch.column("length")).as_py() or 0)
         return largest
@@ -192,7 +192,7 @@ class Corpus:
     def run_table(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of one of the runs, as `to_table`."""
         wanted = None if columns is None else {name: self._column(name) for name in columns}
-        with readable(self.runs[number].uri):
+        with reading_rows(self.runs[number].uri):
             table = self._datasets[number].to_table(columns=wanted, filter=self._expression)
         check_rows(table, self.runs[number].uri, is_foreign=True)
         return table if columns is not None else with_scored(table)
@@ -206,7 +206,7 @@ class Corpus:
         compiled = compile_number(expression, self._vocabulary, option)
 
         def values(number: int) -> Any:
-            with readable(self.runs[number].uri):
+            with reading_rows(self.runs[number].uri):
                 table = self._datasets[number].to_table(columns={"value": compiled}, filter=self._expression)
             return table["value"].to_numpy()
 
@@ -230,7 +230,7 @@ class Corpus:
 
         Raises:
             JobError: no sample is selected, or two of the runs have different classes, or the same images, as a run and
-                its scores made anew do.
+                its rescoring do.
         """
         from engine.data.reading.webdataset_samples import RunSelection, make_pipeline
 

@@ -20,8 +20,8 @@ from engine.data.reading.export_card import export_card
 from engine.data.reading.export_options import (
     ExportOptions,
     check_classes,
+    check_export_output,
     check_options,
-    check_output,
     check_sources,
     only_clip,
 )
@@ -78,7 +78,7 @@ def export(
     """
     check_options(options)
     corpus = open_run(*uris)
-    home = check_output(options, corpus)
+    home = check_export_output(options, corpus)
     check_sources(corpus, options)
     if options.condition:
         corpus = corpus.filter(options.condition, "--filter")

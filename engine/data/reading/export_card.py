@@ -66,7 +66,7 @@ def _origin(manifest: dict[str, Any]) -> str:
 
 
 def _beyond(manifest: dict[str, Any]) -> list[str]:
-    """What is in it beside accepted samples within their quota."""
+    """What it has apart from accepted samples within their quota."""
     rejected = manifest["counts"]["samples"]["rejected"]
     lines = []
     if rejected:

@@ -86,7 +86,7 @@ def check_options(options: ExportOptions) -> None:
     check_folders(options.folders)
 
 
-def check_output(options: ExportOptions, corpus: Corpus) -> Path:
+def check_export_output(options: ExportOptions, corpus: Corpus) -> Path:
     """The folder of the output, which is empty or absent, and does not overlap with a run.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.data.reading.corpus import Corpus
 from engine.data.reading.source import RunSource
-from engine.data.run.summary import SUMMARY_COLUMNS, GroupSummary, class_texts, plain, summarise_table
+from engine.data.run.summary import SUMMARY_COLUMNS, GroupSummary, class_texts, group_document, summarise_table
 from engine.data.run.tar_index import TarReader, index_tars
 from engine.data.stores.base import Store
 from engine.data.stores.file_errors import explained
@@ -47,7 +47,7 @@ def inspect(corpus: Corpus) -> Inspection:
     table = corpus.to_table([name for name in SUMMARY_COLUMNS if name in corpus.columns])
     groups = summarise_table(table) if _has_summary(table) else []
     document = {
-        "runs": [_about(source) for source in corpus.runs],
+        "runs": [_description(source) for source in corpus.runs],
         "filter": " and ".join(f"({condition})" for condition in corpus.conditions),
         "rows": len(corpus),
         "samples": len(corpus.samples),
@@ -59,7 +59,7 @@ def inspect(corpus: Corpus) -> Inspection:
         "contexts": _counts(corpus, "context"),
         "methods": _counts(corpus, "method"),
         "quantiles": quantiles(corpus),
-        "groups": [plain(group) for group in groups],
+        "groups": [group_document(group) for group in groups],
         "image": _first_image(corpus),
     }
     return Inspection(document=document, groups=groups)
@@ -127,7 +127,7 @@ def save_image(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def _about(source: RunSource) -> dict[str, Any]:
+def _description(source: RunSource) -> dict[str, Any]:
     models = source.models or source.known_models()
     files: dict[Store, list[str]] = defaultdict(list)
     for file in (*source.rows, *source.tars):

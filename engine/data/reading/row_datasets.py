@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.data.reading.source import RunSource, readable
+from engine.data.reading.source import RunSource, reading_rows
 from engine.data.run.outcomes import scored_rows
 from engine.data.run.schema import arrow_schema
 from engine.job.columns import RECORD_COLUMNS, RUN_COLUMNS
@@ -54,7 +54,7 @@ def rows_dataset(source: RunSource, schema: pa.Schema) -> Dataset:
     """
     import pyarrow.dataset
 
-    with readable(source.uri):
+    with reading_rows(source.uri):
         files = source.rows_files()
         if source.surplus is not None:
             flags = [source.surplus.get(str(row)) for row in source.rows]

@@ -50,7 +50,7 @@ class RunSource:
         targets: digests of the targets that its scores are of.
         clips: addresses of the CLIP models that its conformity is of.
         digest: of the plan, or of the merged content; empty where it is not known.
-        stores: those that it lies in: its own, and that of the run which it was scored from.
+        stores: its own, and that of the run which it was scored from.
     """
 
     uri: str
@@ -78,7 +78,7 @@ class RunSource:
         """
         import pyarrow.parquet as pq
 
-        with readable(str(self.rows[0])):
+        with reading_rows(str(self.rows[0])):
             schema = pq.read_schema(self.rows[0].fetch(keep=True))
         if missing := [name for name in REQUIRED if name not in schema.names]:
             raise JobError(f"RUN: {self.rows[0]} has no column {', '.join(missing)}; give the output folder of a run")
@@ -138,7 +138,7 @@ def _open(uri: str, depth: int) -> RunSource:
 
 
 @contextlib.contextmanager
-def readable(where: Path | str) -> Iterator[None]:
+def reading_rows(where: Path | str) -> Iterator[None]:
     """Turn an error of Arrow into one that names the file or run and the remedy.
 
     Raises:
@@ -195,7 +195,7 @@ def _surplus(store: Store, rows: tuple[StoredFile, ...]) -> dict[str, tuple[bool
             continue
         request = plan.requests[plan.shard(number).request].spec.name
         if not surplus.is_within(request, commit.counts.accepted_per_class):
-            with readable(str(file)):
+            with reading_rows(str(file)):
                 table = pq.read_table(file.fetch(keep=True), columns=list(MARKED), partitioning=None)
                 flags[str(file)] = tuple(surplus.mark(table))
     return flags

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from engine.data.run.commit_record import CommitRecord, parse_record
 from engine.data.stores.base import Store
-from engine.data.stores.file_errors import explained, shown
+from engine.data.stores.file_errors import explained, shown_path
 from engine.errors import CorruptShardError
 
 PACKS = "_state/packs"
@@ -45,17 +46,30 @@ def packed_records(store: Store, pack: str) -> Iterator[CommitRecord]:
 
 def pack_rows(path: Path, columns: list[str], number: int | None = None) -> Iterator[dict[str, Any]]:
     """Rows of a pack in order, or those of one shard."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
+
+    with reading_pack(path):
+        if number is not None:
+            wanted = [("number", "==", number)]
+            yield from pq.read_table(path, columns=columns, filters=wanted, partitioning=None).to_pylist()
+            return
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=columns):
+                yield from batch.to_pylist()
+
+
+@contextlib.contextmanager
+def reading_pack(path: Path) -> Iterator[None]:
+    """Turn errors of the file system and of Arrow into ones that name the pack.
+
+    Raises:
+        CorruptShardError: in the block, the pack cannot be read.
+    """
+    import pyarrow as pa
 
     with explained(path):
         try:
-            if number is not None:
-                wanted = [("number", "==", number)]
-                yield from pq.read_table(path, columns=columns, filters=wanted, partitioning=None).to_pylist()
-                return
-            with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(columns=columns):
-                    yield from batch.to_pylist()
+            yield
         except pa.ArrowException as error:
-            raise CorruptShardError(f"{shown(path)}: the packed commit records cannot be read ({error})") from error
+            reason = f"the packed commit records cannot be read ({error})"
+            raise CorruptShardError(f"{shown_path(path)}: {reason}") from error

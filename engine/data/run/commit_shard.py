@@ -1,7 +1,7 @@
 """Committing a shard: its files are published first, its record last (contract: commit).
 
-Files without a record are checked: a pair that is whole is adopted, whoever made it; anything else is moved aside. The
-record always describes the published files.
+Files without a record are checked: a complete pair is adopted, no matter which process wrote it; anything else is moved
+aside. The record always describes the published files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from engine.data.run.commits import read_commit
 from engine.data.run.shard_writing import discard
 from engine.data.run.shards import ShardFiles, file_digest, inspect_pair, read_rows
 from engine.data.stores.base import Store
-from engine.data.stores.file_errors import explained, shown
+from engine.data.stores.file_errors import explained, shown_path
 from engine.errors import CorruptShardError, RiskforgeError
 from engine.job.plan import ShardSpec
 
@@ -68,7 +68,7 @@ def commit_shard(
         worker=worker,
         timing=timing,
         screening=screening or [],
-        **_about(staged),
+        **_file_facts(staged),
     )
     with store.lock(f"shard-{shard.number % NUM_LOCKS:02d}"):
         record = _settle_in_turn(store, own, staged)
@@ -109,7 +109,7 @@ def _adopt(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord:
     try:
         published = inspect_pair(store.fetch(tar), store.fetch(parquet))
         if _identity(published.parquet) != _identity(staged.parquet):
-            where = shown(published.parquet)
+            where = shown_path(published.parquet)
             raise CorruptShardError(f"{where}: holds other samples than shard {own.shard} of this plan")
     except CorruptShardError:
         store.set_aside(tar)
@@ -121,7 +121,7 @@ def _adopt(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord:
     if published.parquet_sha256 == own.parquet_sha256:
         return own
     first = next(read_rows(published.parquet, ["attempt", "worker"]))
-    return dataclasses.replace(own, **first, timing={}, **_about(published))
+    return dataclasses.replace(own, **first, timing={}, **_file_facts(published))
 
 
 def _check_committed(store: Store, record: CommitRecord, own: CommitRecord, staged: ShardFiles) -> None:
@@ -139,7 +139,7 @@ def _check_committed(store: Store, record: CommitRecord, own: CommitRecord, stag
             raise CorruptShardError(f"{where}: is not the file that was committed (checksum {digest[:12]}); restore it")
 
 
-def _about(files: ShardFiles) -> dict[str, Any]:
+def _file_facts(files: ShardFiles) -> dict[str, Any]:
     """The part of a record that describes the files."""
     names = ("counts", "tar_sha256", "tar_md5", "tar_bytes", "parquet_sha256", "parquet_bytes")
     return {name: getattr(files, name) for name in names}

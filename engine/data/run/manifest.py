@@ -16,7 +16,7 @@ from engine.data.run.summary import (
     count_classes,
     count_guidance,
     count_requests,
-    plain,
+    group_document,
     read_dials,
 )
 from engine.data.stores.base import Store
@@ -74,7 +74,7 @@ def build_manifest(
             "screening": screening_by_request(read_commits(store), job),
             "guidance": count_guidance(store.fetch(METADATA)),
         },
-        "summary": [plain(group) for group in groups],
+        "summary": [group_document(group) for group in groups],
         "dials": read_dials(store.fetch(METADATA), job),
         "shards": [_listed(record, job) for record in read_commits(store)] if len(commits) <= MAX_LISTED_SHARDS else [],
     }

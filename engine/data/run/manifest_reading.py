@@ -36,7 +36,7 @@ def manifest_error(store: Store, reason: object) -> CorruptShardError:
     )
 
 
-def check_kind(store: Store, *, scores: bool = False) -> None:
+def check_is_run(store: Store, *, scores: bool = False) -> None:
     """Refuse a folder whose manifest is not that of a run.
 
     Args:

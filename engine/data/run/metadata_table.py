@@ -13,7 +13,7 @@ from engine.data.run.schema import arrow_schema, check_rows
 from engine.data.run.shards import SHARDS, shard_name
 from engine.data.run.surplus import Surplus, surplus_lines
 from engine.data.stores.base import Store
-from engine.data.stores.file_errors import explained, shown
+from engine.data.stores.file_errors import explained, shown_path
 from engine.errors import CorruptShardError
 from engine.job.columns import SCHEMA_VERSION
 
@@ -98,7 +98,7 @@ def _shard_tables(
     for number, path in zip(numbers, paths, strict=True):
         try:
             table = pq.read_table(path, partitioning=None)
-            check_rows(table, shown(path))
+            check_rows(table, shown_path(path))
             surplus = pa.array(quotas.mark(table), pa.bool_())
             table = table.append_column("surplus", surplus).cast(schema)
         except FileNotFoundError:
@@ -112,8 +112,8 @@ def _shard_tables(
 
 def _damaged(path: Path, what: str) -> NoReturn:
     raise CorruptShardError(
-        f"{shown(path)}: {what}, but the shard is committed; restore the file, or let `riskforge repair` take the shard"
-        " out and run again"
+        f"{shown_path(path)}: {what}, but the shard is committed; restore the file, or let `riskforge repair` take the"
+        " shard out and run again"
     ) from None
 
 

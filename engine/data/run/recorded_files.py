@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.data.run.commit_packs import PACKS
+from engine.data.run.commit_packs import PACKS, reading_pack
 from engine.data.run.commit_record import COMMITS, file_pair, parse_record
 from engine.data.run.counts import parse_record_name
 from engine.data.stores.base import Store
-from engine.data.stores.file_errors import explained, shown
+from engine.data.stores.file_errors import shown_path
 from engine.errors import CorruptShardError, OutputError
 
 # The files of a record as `CommitRecord.to_json` writes it.
@@ -39,21 +39,16 @@ def _files_of(where: str, text: str | bytes | OutputError) -> Iterator[tuple[int
 
 def _packed_files(path: Path) -> Iterator[tuple[int, str, int] | CorruptShardError]:
     """As `recorded_files`, of a pack: there may be a million, so that JSON is only read where a pattern fails."""
-    import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    with explained(path):
-        try:
-            with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(columns=["record"]):
-                    matches = pc.extract_regex(batch.column(0), _FILES).to_pylist()
-                    for place, fields in enumerate(matches):
-                        if fields is None:
-                            yield from _files_of(shown(path), batch.column(0)[place].as_py())
-                            continue
-                        tar, parquet = file_pair(fields["name"])
-                        yield int(fields["shard"]), tar, int(fields["tar"])
-                        yield int(fields["shard"]), parquet, int(fields["parquet"])
-        except pa.ArrowException as error:
-            raise CorruptShardError(f"{shown(path)}: the packed commit records cannot be read ({error})") from error
+    with reading_pack(path), pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=["record"]):
+            matches = pc.extract_regex(batch.column(0), _FILES).to_pylist()
+            for place, fields in enumerate(matches):
+                if fields is None:
+                    yield from _files_of(shown_path(path), batch.column(0)[place].as_py())
+                    continue
+                tar, parquet = file_pair(fields["name"])
+                yield int(fields["shard"]), tar, int(fields["tar"])
+                yield int(fields["shard"]), parquet, int(fields["parquet"])

@@ -65,7 +65,7 @@ def check_rows(table: pa.Table, where: object, *, is_foreign: bool = False) -> N
 
 
 def _refuse_rows(where: object, what: str) -> NoReturn:
-    raise CorruptShardError(f"{where}: {what}, which no run writes; `riskforge verify` tells what is damaged")
+    raise CorruptShardError(f"{where}: {what}, which no run writes; `riskforge verify` reports what is damaged")
 
 
 def tar_features(image_format: str, version: int = SCHEMA_VERSION) -> list[dict[str, Any]]:

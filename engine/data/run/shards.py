@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NoReturn, get_args
 
 from engine.data.run.counts import ShardCounts, count_rows
 from engine.data.run.schema import arrow_schema
-from engine.data.stores.file_errors import explained, shown
+from engine.data.stores.file_errors import explained, shown_path
 from engine.data.tars import BLOCK_BYTES, DamagedTarError, Member, read_member, walk_tar
 from engine.errors import CorruptShardError
 from engine.job.columns import SCHEMA_VERSION
@@ -65,15 +65,15 @@ def read_shard(path: Path) -> Iterator[tuple[str, bytes, dict[str, Any], int]]:
     for name, image in members:
         key, _, extension = name.partition(".")
         if extension not in IMAGE_FORMATS:
-            _corrupt(path, f"member {name!r} stands where an image should")
+            _corrupt(path, f"member {name!r} is where an image should be")
         parts = [data for wanted, (name, data) in zip((".json", ".cls"), members, strict=False) if name == key + wanted]
         if len(parts) != 2:
-            _corrupt(path, f"sample {key!r} lacks its .json or .cls beside the image")
+            _corrupt(path, f"sample {key!r} lacks its .json or .cls next to the image")
         try:
             record, cls = json.loads(parts[0]), int(parts[1].decode("ascii"))
             check_record(record)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise CorruptShardError(f"{shown(path)}: sample {key!r}: {error}") from error
+            raise CorruptShardError(f"{shown_path(path)}: sample {key!r}: {error}") from error
         if record["key"] != key or record["class_index"] != cls:
             _corrupt(path, f"sample {key!r} holds the record of {record['key']!r}, or another class")
         yield key, image, record, cls
@@ -116,7 +116,7 @@ def _walk(path: Path, file: BinaryIO) -> Iterator[Member]:
             yield member
             end = member.offset + member.size + -member.size % BLOCK_BYTES
     except DamagedTarError as error:
-        raise CorruptShardError(f"{shown(path)}: {error}") from None
+        raise CorruptShardError(f"{shown_path(path)}: {error}") from None
     if os.fstat(file.fileno()).st_size - end < 2 * BLOCK_BYTES:
         _corrupt(path, "cut short: the end of the archive is missing")
 
@@ -138,7 +138,7 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str
                 for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=columns):
                     yield from batch.to_pylist()
         except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise CorruptShardError(f"{shown(path)}: not a whole parquet file ({error})") from error
+            raise CorruptShardError(f"{shown_path(path)}: not a whole parquet file ({error})") from error
 
 
 def describe_files(tar: Path, parquet: Path, counts: ShardCounts) -> ShardFiles:
@@ -190,4 +190,4 @@ def inspect_pair(tar: Path, parquet: Path) -> ShardFiles:
 
 
 def _corrupt(path: Path, what: str) -> NoReturn:
-    raise CorruptShardError(f"{shown(path)}: {what}")
+    raise CorruptShardError(f"{shown_path(path)}: {what}")

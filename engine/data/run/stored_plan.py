@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.data.run.file_names import PLANS
-from engine.data.run.manifest_reading import check_kind
+from engine.data.run.manifest_reading import check_is_run
 from engine.data.stores.base import Store
 from engine.errors import MAX_REASON_CHARS, JobError, OutputError, OwnedError
 from engine.job.parsing import parse_job
@@ -110,7 +110,7 @@ def stored_plan(store: Store) -> tuple[JobSpec, Plan]:
     """
     stored = read_run(store)
     if stored is None:
-        check_kind(store)
+        check_is_run(store)
         raise OutputError(f"{store.uri}: there is no run; give the folder of one")
     try:
         job = parse_job(stored.job | {"output": {"provenance": False} | stored.job["output"] | {"uri": store.uri}})

@@ -359,7 +359,7 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def plain(group: GroupSummary) -> dict[str, Any]:
+def group_document(group: GroupSummary) -> dict[str, Any]:
     """A group as plain data without nulls: what is not known is left out."""
     document: dict[str, Any] = {}
     for name, value in dataclasses.asdict(group).items():

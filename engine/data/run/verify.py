@@ -18,7 +18,7 @@ from engine.data.run.shards import SHARDS, file_digest, inspect_pair, read_rows
 from engine.data.run.stored_plan import stored_plan
 from engine.data.run.surplus import surplus_lines
 from engine.data.stores.base import TORN, Store
-from engine.data.stores.file_errors import is_no_file, shown
+from engine.data.stores.file_errors import is_no_file, shown_path
 from engine.errors import CorruptShardError, OutputError, RiskforgeError, StoreLostError, first_line
 from engine.job.plan import Plan
 from engine.job.quotas import replay
@@ -125,15 +125,15 @@ def check_shard(plan: Plan, record: CommitRecord | CorruptShardError, pair: list
     tar, parquet = pair
     for path in pair:
         if not path.exists():
-            raise CorruptShardError(f"{shown(path)}: is missing, but shard {record.shard} is committed")
+            raise CorruptShardError(f"{shown_path(path)}: is missing, but shard {record.shard} is committed")
     _check_planned(plan, record)
     actual = inspect_pair(tar, parquet)
     files = ((tar, ("tar_sha256", "tar_md5", "tar_bytes")), (parquet, ("parquet_sha256", "parquet_bytes")))
     for path, fields in files:
         if any(getattr(actual, field) != getattr(record, field) for field in fields):
-            raise CorruptShardError(f"{shown(path)}: is not the file that was committed (checksum or size)")
+            raise CorruptShardError(f"{shown_path(path)}: is not the file that was committed (checksum or size)")
     if actual.counts != record.counts:
-        raise CorruptShardError(f"{shown(parquet)}: holds other counts than its record")
+        raise CorruptShardError(f"{shown_path(parquet)}: holds other counts than its record")
     check_samples(plan, record.shard, parquet)
     return actual.counts
 
@@ -153,10 +153,10 @@ def check_samples(plan: Plan, number: int, parquet: Path) -> None:
     rows = list(read_rows(parquet, ["key", "seed", "schema_version"]))
     planned = [(sample.key, sample.seed) for sample in plan.samples(plan.shard(number))]
     if [(row["key"], row["seed"]) for row in rows] != planned:
-        raise CorruptShardError(f"{shown(parquet)}: holds other samples than the plan has in shard {number}")
+        raise CorruptShardError(f"{shown_path(parquet)}: holds other samples than the plan has in shard {number}")
     if others := {row["schema_version"] for row in rows} - {plan.schema_version}:
         raise CorruptShardError(
-            f"{shown(parquet)}: has schema version {min(others)}, the run has {plan.schema_version}"
+            f"{shown_path(parquet)}: has schema version {min(others)}, the run has {plan.schema_version}"
         )
 
 

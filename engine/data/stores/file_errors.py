@@ -51,7 +51,7 @@ LOST_WAITS = (0.2, 1.0, 3.0, 8.0)
 COPIES: dict[Path, str] = {}
 
 
-def shown(path: Path | str) -> str:
+def shown_path(path: Path | str) -> str:
     """A path for messages: of a copy, the address of the object."""
     if isinstance(path, Path):
         for folder, uri in list(COPIES.items()):
@@ -67,7 +67,7 @@ def explained(path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         kind = StoreLostError if error.errno in _LOST else OutputError
-        raise kind(f"{shown(path)}: {remedy_of(error)}") from error
+        raise kind(f"{shown_path(path)}: {remedy_of(error)}") from error
 
 
 def is_no_file(error: OutputError) -> bool:

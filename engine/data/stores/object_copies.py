@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import shutil
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 from engine.data.stores.file_errors import explained
 from engine.data.stores.object_client import ObjectClient
 from engine.data.stores.process_folder import COPIES_FOLDER, ProcessFolder
+from engine.data.stores.staging import remove_path
 
 # Copies beyond so many bytes are removed, the least recently used first, but never the latest ones.
 MAX_COPIED_BYTES = 4 * 2**30
@@ -58,7 +58,7 @@ class ObjectCopies:
         path = self._path_of(name)
         info = self._client.request(name, lambda: self._client.info(name))
         if info is None:
-            _remove(path)
+            remove_path(path)
             with self._lock:
                 self._copies[name] = _Copy(_ABSENT, 0, is_kept=False)
             return path
@@ -105,13 +105,13 @@ class ObjectCopies:
 
     def _fetch_folder(self, name: str, path: Path) -> Path:
         if path.is_file():
-            _remove(path)
+            remove_path(path)
         entries = self._client.request(name, lambda: self._client.entries(name))
         keys = {entry["name"].rstrip("/") for entry in entries} - {self._client.key(name)}
         fetched = set(self.fetch_each(sorted(map(self._client.name_of, keys)), keep=True))
         with contextlib.suppress(FileNotFoundError):
             for outdated in set(path.iterdir()) - fetched:
-                _remove(outdated)
+                remove_path(outdated)
         return path
 
     def _download(self, name: str, path: Path) -> None:
@@ -120,7 +120,7 @@ class ObjectCopies:
             self._client.request(name, lambda: self._client.fs.get_file(self._client.key(name), str(part)))
             with explained(part):
                 if path.is_dir():
-                    _remove(path)
+                    remove_path(path)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 part.replace(path)
         finally:
@@ -133,7 +133,7 @@ class ObjectCopies:
         for name, copy in loose[:-MIN_COPIES]:
             if num_bytes <= MAX_COPIED_BYTES:
                 return
-            _remove(self._path_of(name))
+            remove_path(self._path_of(name))
             # A vanished local folder takes all copies with it.
             self._copies.pop(name, None)
             num_bytes -= copy.num_bytes
@@ -142,10 +142,3 @@ class ObjectCopies:
 def object_version(info: dict[str, Any]) -> str:
     """What changes when an object is written: the generation on GCS; on S3 the ETag, or the time for equal bytes."""
     return str(info.get("generation") or (info.get("ETag"), info.get("LastModified"), info.get("size")))
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ COPIES_FOLDER = "copies"
 
 
 class ProcessFolder:
-    """A folder that is made when it is first needed, and again where somebody has removed it. Thread-safe.
+    """A folder that is made when it is first needed, and again after it was removed. Thread-safe.
 
     Attributes:
         generation: how often the folder was made; what refers to files of an earlier one is void.
@@ -68,7 +68,7 @@ def clean_folders() -> None:
 
 
 def _base() -> Path:
-    """The folder of this user's processes, which nobody else can read."""
+    """The folder of this user's processes, which no other user can read."""
     base = Path(tempfile.gettempdir()) / f"riskforge-{os.getuid()}"
     with explained(base):
         base.mkdir(mode=0o700, exist_ok=True)

@@ -33,7 +33,7 @@ def release_folder(folder: Path, descriptor: int, owner: int) -> None:
     """Remove the folder at a regular exit; a forked child does not touch its parent's folder."""
     if os.getpid() == owner:
         with contextlib.suppress(OSError):
-            _remove(folder)
+            remove_path(folder)
             _lock_of(folder).unlink(missing_ok=True)
         os.close(descriptor)
 
@@ -44,17 +44,18 @@ def remove_if_dead(folder: Path) -> None:
     try:
         descriptor = os.open(lock, os.O_RDWR)
     except FileNotFoundError:
-        _remove(folder)
+        remove_path(folder)
         return
     try:
         if flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            _remove(folder)
+            remove_path(folder)
             lock.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
+def remove_path(path: Path) -> None:
+    """Remove a file, a link, or a folder with its content; nothing happens where there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

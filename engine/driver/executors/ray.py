@@ -118,7 +118,7 @@ class RayExecutor:
 
     @property
     def num_unplaced(self) -> int:
-        """Actors that no node has room for yet, or that have just been created."""
+        """Actors that no node has the resources for yet, or that have just been created."""
         return sum(not handle.node for handle in self._handles.values())
 
     def start_worker(self, worker: int) -> None:

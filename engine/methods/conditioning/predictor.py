@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear, pad, relu
 
 from engine.methods.conditioning.input_checks import check_embeddings, check_kind
-from engine.methods.conditioning.predictor_evaluation import Evaluation, evaluate
+from engine.methods.conditioning.predictor_evaluation import PredictorEvaluation, evaluate
 from engine.methods.conditioning.seeds import derived_seed
 
 # Rows of every inference call: kernels choose their order of summation by the shape, and a prediction must not depend
@@ -69,7 +69,7 @@ class PredictorFit:
     """
 
     predictor: ErrorPredictor | None
-    evaluation: Evaluation | None
+    evaluation: PredictorEvaluation | None
     verdict: str
 
 

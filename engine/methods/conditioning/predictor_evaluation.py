@@ -20,7 +20,7 @@ FEW_ERRORS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quality:
+class PredictorQuality:
     """Quality on a set of held-out images. A figure that is not defined, or has too few images, is None.
 
     Attributes:
@@ -49,7 +49,7 @@ class Quality:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
+class PredictorEvaluation:
     """Quality over all held-out images, and class by class.
 
     Attributes:
@@ -59,8 +59,8 @@ class Evaluation:
         min_per_class: errors, and images without error, that a class needed for a figure of its own.
     """
 
-    pooled: Quality
-    per_class: tuple[Quality, ...]
+    pooled: PredictorQuality
+    per_class: tuple[PredictorQuality, ...]
     threshold: float
     min_per_class: int
 
@@ -69,7 +69,7 @@ class Evaluation:
         return {"kind": "evaluation", **dataclasses.asdict(self)}
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Evaluation:
+    def from_state(cls, state: dict[str, Any]) -> PredictorEvaluation:
         """An evaluation from its `state`.
 
         Raises:
@@ -77,8 +77,8 @@ class Evaluation:
         """
         check_kind(state, "evaluation")
         return cls(
-            pooled=Quality(**state["pooled"]),
-            per_class=tuple(Quality(**quality) for quality in state["per_class"]),
+            pooled=PredictorQuality(**state["pooled"]),
+            per_class=tuple(PredictorQuality(**quality) for quality in state["per_class"]),
             threshold=state["threshold"],
             min_per_class=state["min_per_class"],
         )
@@ -92,7 +92,7 @@ def evaluate(
     *,
     threshold: float = 0.5,
     min_per_class: int = 10,
-) -> Evaluation:
+) -> PredictorEvaluation:
     """Evaluate predictions on images that were not trained on.
 
     Args:
@@ -116,7 +116,9 @@ def evaluate(
         rows, name = classes == index, class_text(labels, index)
         quality = _too_few(name, index, errors[rows], min_per_class)
         per_class.append(quality or _quality(name, index, log_odds[rows], alarms[rows], errors[rows]))
-    return Evaluation(pooled=pooled, per_class=tuple(per_class), threshold=threshold, min_per_class=min_per_class)
+    return PredictorEvaluation(
+        pooled=pooled, per_class=tuple(per_class), threshold=threshold, min_per_class=min_per_class
+    )
 
 
 def auc_interval(auc: float, num_errors: int, num_right: int) -> tuple[float, float]:
@@ -143,13 +145,13 @@ def auc_interval(auc: float, num_errors: int, num_right: int) -> tuple[float, fl
     return (boundary(0.0) if auc > 0 else 0.0), (boundary(1.0) if auc < 1 else 1.0)
 
 
-def _quality(name: str, index: int, scores: Tensor, alarms: Tensor, errors: Tensor) -> Quality:
+def _quality(name: str, index: int, scores: Tensor, alarms: Tensor, errors: Tensor) -> PredictorQuality:
     from sklearn.metrics import roc_auc_score
 
     hits, num_alarms, num_errors = int((alarms & errors).sum()), int(alarms.sum()), int(errors.sum())
     auc = float(roc_auc_score(errors.numpy(), scores.numpy()))
     low, high = auc_interval(auc, num_errors, len(errors) - num_errors)
-    return Quality(
+    return PredictorQuality(
         name=name,
         class_index=index,
         num_errors=num_errors,
@@ -173,11 +175,13 @@ def _verdict(auc: float, low: float, high: float, num_errors: int) -> str:
     return f"{doubt}: {figures} includes 0.5; nothing shows that screening selects errors"
 
 
-def _too_few(name: str, index: int, errors: Tensor, needed: int) -> Quality | None:
+def _too_few(name: str, index: int, errors: Tensor, needed: int) -> PredictorQuality | None:
     num_errors = int(errors.sum())
     num_right = len(errors) - num_errors
     counts = ((num_errors, "errors"), (num_right, "images without error"))
     reasons = [f"too few {what} ({number} held out, {needed} needed)" for number, what in counts if number < needed]
     if not reasons:
         return None
-    return Quality(name=name, class_index=index, num_errors=num_errors, num_right=num_right, verdict="; ".join(reasons))
+    return PredictorQuality(
+        name=name, class_index=index, num_errors=num_errors, num_right=num_right, verdict="; ".join(reasons)
+    )

@@ -43,11 +43,6 @@ class Step:
     normalise_input: bool
 
     @property
-    def is_last(self) -> bool:
-        """Whether nothing is denoised after this step."""
-        return self.index == self.total
-
-    @property
     def signal(self) -> float:
         """Share of x0 in the latents, 0 to 1: `sqrt(abar)`, whichever scheduler steps."""
         return self.scale / math.hypot(self.scale, self.sigma)

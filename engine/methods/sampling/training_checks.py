@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.methods.config_values import is_number, is_whole, shown
+from engine.methods.config_values import is_integer, is_number, shown
 from engine.methods.sampling.families import FAMILY, ModelScheduler
 
 # No model is trained with more; the noise level of each is computed.
@@ -43,9 +43,9 @@ def _number_problems(config: dict[str, Any]) -> list[str]:
     """Values that are not the numbers that they should be."""
     where, problems = "scheduler_config.json", list[str]()
     total = config.get("num_train_timesteps", 1000)
-    if not is_whole(total) or not 1 <= total <= MAX_TIMESTEPS:
+    if not is_integer(total) or not 1 <= total <= MAX_TIMESTEPS:
         return [f"{where} has num_train_timesteps: {shown(total)}, not a number of timesteps"]
-    if not is_whole(config.get("steps_offset", 0)) or config.get("steps_offset", 0) < 0:
+    if not is_integer(config.get("steps_offset", 0)) or config.get("steps_offset", 0) < 0:
         problems.append(f"{where} has steps_offset: {shown(config['steps_offset'])}, not a number of timesteps")
     for option in ("beta_start", "beta_end"):
         value = config.get(option, 0.01)

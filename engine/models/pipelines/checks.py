@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.methods.config_values import is_number, is_whole, shown
+from engine.methods.config_values import is_integer, is_number, shown
 from engine.models.configurations import PIPELINE_INDEX, part_classes, read_config
 from engine.models.pipelines.parts import FEATURE_EXTRACTOR, SAFETY_CHECKER, configuration_file, has_vocabulary
 
@@ -130,7 +130,7 @@ def size_problems(network: str, size: Any, pixels_per_latent: int) -> Iterator[s
         pixels_per_latent: pixels of a side for each latent.
     """
     sides = size if isinstance(size, list) else [size, size]
-    if len(sides) == 2 and all(is_whole(side) and side > 0 for side in sides):
+    if len(sides) == 2 and all(is_integer(side) and side > 0 for side in sides):
         return
     yield (
         f"{network}/config.json has sample_size: {shown(size)}, so the size of an image is not known; write the side"

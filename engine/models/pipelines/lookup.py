@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine.errors import JobError
 from engine.job.spec import JobSpec, RequestSpec
-from engine.models.configurations import PIPELINE_INDEX, need_file, read_config, readable
+from engine.models.configurations import PIPELINE_INDEX, need_file, read_config, reading_configuration
 from engine.models.pipelines.base import Pipeline
 from engine.models.pipelines.parts import SAFETY_CHECKER
 from engine.models.pipelines.registry import FAMILIES, class_problem, what_runs
@@ -70,7 +70,7 @@ def request_problems(job: JobSpec, request: RequestSpec, folder: Path, address: 
     """
     family, sampling = family_of(folder, address), job.sampling_of(request)
     try:
-        with readable(address):
+        with reading_configuration(address):
             problems = family.sampling_problems(folder, sampling, is_guided=request.method_record.is_guided)
     except JobError as error:
         return [f"diffusion: {error}"]

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from engine.errors import JobError
-from engine.methods.config_values import is_whole, shown
+from engine.methods.config_values import is_integer, shown
 from engine.methods.sampling.families import ModelScheduler
 from engine.methods.sampling.sampling_checks import sampling_problems
 from engine.methods.sampling.training_checks import training_problems
-from engine.models.configurations import part_classes, read_config, readable
+from engine.models.configurations import part_classes, read_config, reading_configuration
 from engine.models.hardware import Hardware
 from engine.models.loading import frozen
 from engine.models.pipelines.base import LatentSpace, Pipeline
@@ -98,7 +98,7 @@ class StableDiffusion(Pipeline):
     @classmethod
     def check(cls, folder: Path, address: str, *, checks_safety: bool) -> None:
         """Check parts, files and options by their configurations; see `Pipeline.check`."""
-        with readable(address):
+        with reading_configuration(address):
             problem = part_problem(folder, cls.required, cls.optional, checks_safety=checks_safety)
             if problem := problem or adapter_problem(folder):
                 raise JobError(f"'{address}' {problem}; {what_runs()}")
@@ -252,10 +252,10 @@ class StableDiffusion(Pipeline):
 
 
 def is_old_size(unet: Mapping[str, Any]) -> bool:
-    """Whether diffusers' Stable Diffusion pipeline takes a UNet's `sample_size` for a mistake, and 64 in its place."""
+    """Whether diffusers' Stable Diffusion pipeline takes a UNet's `sample_size` for a mistake and uses 64 instead."""
     release = re.match(r"\D*0\.(\d+)", str(unet.get("_diffusers_version", "")))
     size = unet.get("sample_size")
-    return release is not None and int(release[1]) < 9 and is_whole(size) and size < OLD_SAMPLE_SIZE
+    return release is not None and int(release[1]) < 9 and is_integer(size) and size < OLD_SAMPLE_SIZE
 
 
 def pixels_per_latent(vae: Mapping[str, Any]) -> int:

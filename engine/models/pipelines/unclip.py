@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from engine.methods.config_values import is_whole, shown
-from engine.models.configurations import read_config, readable
+from engine.methods.config_values import is_integer, shown
+from engine.models.configurations import read_config, reading_configuration
 from engine.models.hardware import Hardware
 from engine.models.pipelines.base import EMBEDDINGS, LATENTS, ImageConditioning
 from engine.models.pipelines.checks import IMAGE_PROCESSORS, Classes
@@ -51,7 +51,7 @@ class StableUnclip(StableDiffusion):
     def check(cls, folder: Path, address: str, *, checks_safety: bool) -> None:
         """As of Stable Diffusion, and the preprocessing of images; see `Pipeline.check`."""
         super().check(folder, address, checks_safety=checks_safety)
-        with readable(address):
+        with reading_configuration(address):
             check_processor(folder / FEATURE_EXTRACTOR, address)
 
     @classmethod
@@ -75,7 +75,7 @@ class StableUnclip(StableDiffusion):
                 " embedding: give an artefact of `riskforge prepare`, or images to vary"
             ]
         levels = read_config(folder / _NOISING / "scheduler_config.json").get("num_train_timesteps", 1000)
-        if is_whole(levels) and spec.noise_level >= levels:
+        if is_integer(levels) and spec.noise_level >= levels:
             return [f".noise_level: {spec.noise_level} is not below the {levels} of '{address}'"]
         return []
 
@@ -169,7 +169,7 @@ def _embedding_problems(folder: Path, unet: dict[str, Any]) -> Iterator[str]:
     width = read_config(folder / _NORMALIZER / "config.json").get("embedding_dim", 768)
     encoded = read_config(folder / _ENCODER / "config.json").get("projection_dim", 512)
     read = unet.get("projection_class_embeddings_input_dim")
-    if encoded != width or not is_whole(width) or read != 2 * width:
+    if encoded != width or not is_integer(width) or read != 2 * width:
         yield (
             f"its image embeddings have {shown(encoded)} entries, image_normalizer takes {shown(width)} and the UNet"
             f" {shown(read)}, not twice as many; its parts are not of one model"

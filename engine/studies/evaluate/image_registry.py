@@ -10,7 +10,7 @@ from engine.data.run.outcomes import asked_classes
 from engine.job.spec import JOINT_SEPARATOR
 from engine.report.evaluation import Shown
 from engine.report.text import clip as clipped
-from engine.studies.evaluate.inputs import RunSamples
+from engine.studies.evaluate.inputs import StudiedSamples
 
 
 @dataclass(slots=True)
@@ -32,7 +32,7 @@ class ImageRegistry:
             self.images[reference] = uri
         return Shown(image=reference, name=clipped(name, 200), text=clipped(text, 200), is_sample=kind == "sample")
 
-    def sample(self, samples: RunSamples, row: int, text: str = "") -> Shown:
+    def sample(self, samples: StudiedSamples, row: int, text: str = "") -> Shown:
         """Add a sample of the run, with the classes that were asked for and predicted in its caption."""
         record = samples.records[row]
         classes = f"{self.name_asked(record)} → {self.name_of(record['predicted_class'])}"

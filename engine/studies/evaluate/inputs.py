@@ -54,7 +54,7 @@ _COLUMNS = [
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RunSamples:
+class StudiedSamples:
     """N stored samples that were read.
 
     Attributes:
@@ -83,7 +83,7 @@ class RunSamples:
 
 def read_samples(
     run: StudiedRun, models: VisionModels, options: EvaluateOptions, display: Display
-) -> tuple[RunSamples, int]:
+) -> tuple[StudiedSamples, int]:
     """At most `options.limit` images of each request and status, evenly drawn, and the number of attempts.
 
     Raises:
@@ -107,7 +107,7 @@ def read_samples(
         )
     _note_left_out(run, features, display)
     gone = {key for key, _ in features.left_out}
-    return RunSamples(features, tuple(record for record in read if record["key"] not in gone)), table.num_rows
+    return StudiedSamples(features, tuple(record for record in read if record["key"] not in gone)), table.num_rows
 
 
 def _stored_images(

@@ -13,7 +13,7 @@ from engine.errors import JobError
 from engine.report.evaluation import Copies, Memorisation, Pair, Thresholds
 from engine.studies.evaluate.image_features import ImageFeatures, VisionModels
 from engine.studies.evaluate.image_registry import ImageRegistry
-from engine.studies.evaluate.inputs import RunSamples, source_of
+from engine.studies.evaluate.inputs import StudiedSamples, source_of
 from engine.studies.evaluate.nearest_images import NearestImages, find_nearest, order_by_nearness, thresholds_of
 from engine.studies.evaluate.options import EvaluateOptions
 from engine.studies.evaluate.quality import interval_of
@@ -23,7 +23,7 @@ MAX_PAIRS = 12
 
 
 def memorisation(
-    samples: RunSamples, real: ImageFeatures | None, names: Sequence[str], labels: tuple[str, ...],
+    samples: StudiedSamples, real: ImageFeatures | None, names: Sequence[str], labels: tuple[str, ...],
     models: VisionModels, options: EvaluateOptions, registry: ImageRegistry, display: Display,
 ) -> Memorisation | None:  # fmt: skip
     """Distances of all samples to their nearest training images; None without `options.train`.
@@ -70,7 +70,7 @@ def memorisation(
     )
 
 
-def _copies(samples: RunSamples, request: str, nearest: NearestImages, thresholds: Thresholds | None) -> Copies:
+def _copies(samples: StudiedSamples, request: str, nearest: NearestImages, thresholds: Thresholds | None) -> Copies:
     """Median distances of a request, and its number of suspects."""
     rows = samples.rows(request)
     suspects = None if thresholds is None else int(nearest.suspects(thresholds)[rows].sum())
@@ -85,7 +85,7 @@ def _copies(samples: RunSamples, request: str, nearest: NearestImages, threshold
 
 
 def _pairs(
-    samples: RunSamples, nearest: NearestImages, thresholds: Thresholds | None, registry: ImageRegistry
+    samples: StudiedSamples, nearest: NearestImages, thresholds: Thresholds | None, registry: ImageRegistry
 ) -> tuple[Pair, ...]:
     """The samples that are the likeliest copies, each with its training image."""
     suspects = nearest.suspects(thresholds) if thresholds else np.zeros(len(nearest.names), dtype=bool)

@@ -27,14 +27,14 @@ from engine.models.clip import Clip
 from engine.models.digests import model_digest
 from engine.models.hardware import choose_hardware
 from engine.models.library_logging import quiet_libraries
-from engine.report.data import class_names, make_rows, read_table
+from engine.report.data import make_rows, names_by_index, read_table
 from engine.report.evaluation import Evaluation, Extremes, Shown
 from engine.report.render import write_report
 from engine.studies.evaluate.extractors import choose_extractor
 from engine.studies.evaluate.extremes import ScoredImages, boundary_extremes, risk_extremes
 from engine.studies.evaluate.image_features import ImageFeatures, VisionModels
 from engine.studies.evaluate.image_registry import ImageRegistry
-from engine.studies.evaluate.inputs import RunSamples, left_out_lines, read_real, read_samples
+from engine.studies.evaluate.inputs import StudiedSamples, left_out_lines, read_real, read_samples
 from engine.studies.evaluate.memorisation import memorisation
 from engine.studies.evaluate.options import EvaluateOptions
 from engine.studies.evaluate.quality import qualities, text_scores
@@ -142,7 +142,7 @@ def _labels(run: StudiedRun, manifest: Mapping[str, Any]) -> tuple[str, ...]:
     recorded = manifest.get("models", {}).get("target", {}).get("labels")
     if isinstance(recorded, list) and recorded and all(isinstance(label, str) for label in recorded):
         return tuple(recorded)
-    names = class_names(make_rows(read_table(run.store.fetch(METADATA))), [])
+    names = names_by_index(make_rows(read_table(run.store.fetch(METADATA))), [])
     return tuple(names.get(index, f"class {index}") for index in range(max(names, default=-1) + 1))
 
 
@@ -171,7 +171,7 @@ def _load(job: JobSpec, run: StudiedRun, options: EvaluateOptions) -> tuple[Visi
 
 
 def _extremes(
-    job: JobSpec, samples: RunSamples, real: ImageFeatures, labels: Sequence[str], registry: ImageRegistry
+    job: JobSpec, samples: StudiedSamples, real: ImageFeatures, labels: Sequence[str], registry: ImageRegistry
 ) -> tuple[Extremes, ...]:
     """Real images and samples, near and far from each requested boundary; and of high and low risk."""
     methods = {request.name: request.method_record for request in job.requests}

@@ -11,7 +11,7 @@ from engine.job.spec import JobSpec
 from engine.report.evaluation import Interval, Qualities, Quality, TextScore, TextScores
 from engine.studies.evaluate.distances import Features, frechet_interval, kernel_distance, precision_recall
 from engine.studies.evaluate.image_features import ImageFeatures, VisionModels, unit
-from engine.studies.evaluate.inputs import RunSamples
+from engine.studies.evaluate.inputs import StudiedSamples
 from engine.studies.evaluate.options import MIN_IMAGES, EvaluateOptions
 from engine.studies.intervals import Estimate, mean_interval
 
@@ -20,7 +20,7 @@ TEXT_WEIGHT = 2.5
 
 
 def qualities(
-    samples: RunSamples, real: ImageFeatures | None, names: Sequence[str], features: str, options: EvaluateOptions
+    samples: StudiedSamples, real: ImageFeatures | None, names: Sequence[str], features: str, options: EvaluateOptions
 ) -> tuple[Qualities, ...]:
     """Every request compared with the real images, and with the reference request.
 
@@ -50,7 +50,7 @@ def _double(features: NDArray[np.float32]) -> Features:
     return features.astype(np.float64)
 
 
-def _quality(samples: RunSamples, request: str, other: Features, classes: NDArray[np.int64], seed: int) -> Quality:
+def _quality(samples: StudiedSamples, request: str, other: Features, classes: NDArray[np.int64], seed: int) -> Quality:
     rows = samples.rows(request)
     own, theirs = match_classes(samples.images.classes[rows], classes, seed)
     if len(own) < MIN_IMAGES:
@@ -91,7 +91,7 @@ def interval_of(estimate: Estimate) -> Interval:
     return Interval(value=estimate.value, low=estimate.low, high=estimate.high)
 
 
-def text_scores(samples: RunSamples, job: JobSpec, models: VisionModels) -> TextScores:
+def text_scores(samples: StudiedSamples, job: JobSpec, models: VisionModels) -> TextScores:
     """CLIPScore of every request: its mean over images, with Student's interval (Hessel et al. 2021, equation 1)."""
     model, embeds = (models.judge, samples.images.judged) if models.judge else (models.clip, samples.images.clip)
     prompts = list(dict.fromkeys(record["prompt"] for record in samples.records))

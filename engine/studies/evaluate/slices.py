@@ -13,11 +13,18 @@ from engine.job.plan import class_prompt
 from engine.models.clip import Clip
 from engine.report.evaluation import Slice, Slices
 from engine.report.text import clip as clipped
-from engine.studies.evaluate.clusters import ATTRIBUTES, Clusters, cluster, nearest_texts, neighbourhood, prototypes
-from engine.studies.evaluate.clusters import MAX_CLUSTERED as MAX_CLUSTERED_FAILURES
+from engine.studies.evaluate.clusters import (
+    ATTRIBUTES,
+    MAX_CLUSTERED,
+    Clusters,
+    cluster,
+    nearest_texts,
+    neighbourhood,
+    prototypes,
+)
 from engine.studies.evaluate.image_features import unit
 from engine.studies.evaluate.image_registry import ImageRegistry
-from engine.studies.evaluate.inputs import RunSamples
+from engine.studies.evaluate.inputs import StudiedSamples
 from engine.studies.evaluate.options import EvaluateOptions
 
 MAX_CONTEXTS = 200
@@ -25,7 +32,7 @@ MAX_CONFUSIONS = 3
 
 
 def failure_slices(
-    samples: RunSamples, labels: Sequence[str], clip: Clip, options: EvaluateOptions, registry: ImageRegistry
+    samples: StudiedSamples, labels: Sequence[str], clip: Clip, options: EvaluateOptions, registry: ImageRegistry
 ) -> Slices:
     """Cluster the failures of a run, and describe each cluster.
 
@@ -43,9 +50,9 @@ def failure_slices(
         "num_samples": len(points),
         "error_rate": float(target_errs.mean()),
     }
-    if len(failures) > MAX_CLUSTERED_FAILURES:
+    if len(failures) > MAX_CLUSTERED:
         rng = np.random.default_rng(options.seed)
-        failures = np.sort(rng.choice(failures, MAX_CLUSTERED_FAILURES, replace=False))
+        failures = np.sort(rng.choice(failures, MAX_CLUSTERED, replace=False))
     try:
         clusters = cluster(points[failures], seed=options.seed)
     except ValueError as error:
@@ -59,7 +66,7 @@ def failure_slices(
 Texts = list[tuple[list[str], NDArray[np.float32]]]
 
 
-def _texts(samples: RunSamples, labels: Sequence[str], clip: Clip) -> Texts:
+def _texts(samples: StudiedSamples, labels: Sequence[str], clip: Clip) -> Texts:
     """Possible names of a slice with their embeddings: those of classes, and contexts with attributes."""
     counts = Counter(record["context"] for record in samples.records if record["context"])
     contexts = [context for context, _ in counts.most_common(MAX_CONTEXTS)]
@@ -72,7 +79,7 @@ def _texts(samples: RunSamples, labels: Sequence[str], clip: Clip) -> Texts:
 
 
 def _slice(
-    samples: RunSamples,
+    samples: StudiedSamples,
     failures: NDArray[np.int64],
     clusters: Clusters,
     number: int,

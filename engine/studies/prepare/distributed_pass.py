@@ -14,7 +14,7 @@ from typing import Any
 from engine.data.images import PART_ROWS, ImageSource
 from engine.driver.executors.base import Executor, ExecutorEvent, ShardResult
 from engine.driver.progress import Display
-from engine.driver.scheduler_loop import SchedulerLoop, WorkersFailingError, brief, brief_abort
+from engine.driver.scheduler_loop import SchedulerLoop, WorkersFailingError, brief_abort, main_line
 from engine.driver.scheduling import scheduler
 from engine.driver.scheduling.messages import (
     Quarantine,
@@ -96,15 +96,15 @@ class _DistributedPass(SchedulerLoop):
                 self._num_tried[part] = 0
             self._note_replaced(event.worker, event.message)
         elif isinstance(event, ShardError):
-            raise WorkersFailingError(f"the pass over the images failed on a worker: {brief(event.message)}")
+            raise WorkersFailingError(f"the pass over the images failed on a worker: {main_line(event.message)}")
 
     def _note_replaced(self, worker: int, message: str) -> None:
-        self._display.notice(f"worker {worker} is replaced, its part of the images begins again: {brief(message)}")
+        self._display.notice(f"worker {worker} is replaced, its part of the images begins again: {main_line(message)}")
 
     def _quarantine(self, action: Quarantine) -> None:
         raise WorkersFailingError(
             f"{len(action.reasons)} workers were lost with the same part of the images, the last one:"
-            f" {brief(action.reasons[-1])}; {_AGAIN}"
+            f" {main_line(action.reasons[-1])}; {_AGAIN}"
         )
 
     def _workers_failing(self, message: str) -> WorkersFailingError:

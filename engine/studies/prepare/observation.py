@@ -157,7 +157,7 @@ def load_observer(job: JobSpec, source: ImageSource, encoder: str) -> Observer:
     hardware = choose_hardware(job.runtime)
     fix_threads(hardware)
     target = Classifier.load(job.models.target, hardware.device)
-    return Observer(source, target, load_encoder(encoder, hardware.device), _num_rows(job, hardware), encoder)
+    return Observer(source, target, load_encoder(encoder, hardware.device), _batch_size(job, hardware), encoder)
 
 
 def load_part_observer(
@@ -246,7 +246,7 @@ def merge_observations(parts: Sequence[PartObservations], source: ImageSource, d
     )
 
 
-def _num_rows(job: JobSpec, hardware: Hardware) -> int:
+def _batch_size(job: JobSpec, hardware: Hardware) -> int:
     if not hardware.is_cuda:
         return CPU_ROWS
     return GPU_ROWS if job.runtime.batch_size == "auto" else job.runtime.batch_size

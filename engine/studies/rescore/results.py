@@ -15,7 +15,7 @@ from engine.data.run.file_names import MANIFEST, METADATA, RESCORED_FROM, SUCCES
 from engine.data.run.manifest import software_versions
 from engine.data.run.manifest_reading import read_manifest
 from engine.data.run.metadata_table import write_metadata
-from engine.data.run.summary import GroupSummary, count_classes, count_requests, plain, summarise
+from engine.data.run.summary import GroupSummary, count_classes, count_requests, group_document, summarise
 from engine.data.run.surplus import quotas_of
 from engine.data.stores.base import Store
 from engine.errors import CorruptShardError, OutputError
@@ -42,7 +42,7 @@ def write_results(rescoring: Rescoring, commits: dict[int, CommitSummary], start
         "hardware": {"machine": platform.machine()},
         "timing": {"run_seconds": time.time() - started, "finished": time.time()},
         "counts": _counts(rescoring, groups, len(commits)),
-        "summary": [plain(group) for group in groups],
+        "summary": [group_document(group) for group in groups],
         "dials": {},
         "shards": [],
     }

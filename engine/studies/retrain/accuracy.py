@@ -31,7 +31,7 @@ class Attempt(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class AccuracyRow:
     """Accuracies on the test images of one context, or on all.
 
     Attributes:
@@ -55,8 +55,8 @@ class Row:
 class Comparison:
     """All arms on the test images: overall, and by context from the weakest to the strongest before."""
 
-    overall: Row
-    contexts: tuple[Row, ...]
+    overall: AccuracyRow
+    contexts: tuple[AccuracyRow, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,7 @@ def compare(right: Right, contexts: Sequence[tuple[str, ...]]) -> Comparison:
     )
 
 
-def _row(context: str, right: Right, members: NDArray[np.int64]) -> Row:
+def _row(context: str, right: Right, members: NDArray[np.int64]) -> AccuracyRow:
     before = right[BEFORE][0][members]
     accuracies = {
         arm: tuple(float(of_seed[members].mean()) for of_seed in seeds) for arm, seeds in right.items() if arm != BEFORE
@@ -127,7 +127,7 @@ def _row(context: str, right: Right, members: NDArray[np.int64]) -> Row:
         for arm, values in accuracies.items()
         if arm != NONE
     }
-    return Row(
+    return AccuracyRow(
         context=context,
         num_images=len(members),
         before=wilson_interval(int(before.sum()), len(members)),
@@ -146,7 +146,7 @@ def compare_errors(generated: Iterable[Attempt], comparison: Comparison) -> Erro
     return ErrorAgreement(rows=rows, spearman=spearman, reason=reason)
 
 
-def _context_errors(row: Row, num_right: int, num_errors: int) -> ContextErrors:
+def _context_errors(row: AccuracyRow, num_right: int, num_errors: int) -> ContextErrors:
     wrong = row.num_images - round(row.before.value * row.num_images)
     total = num_right + num_errors
     return ContextErrors(

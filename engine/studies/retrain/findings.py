@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from engine.studies.intervals import LEVEL
-from engine.studies.retrain.accuracy import ACCEPTED, NONE, Comparison, ErrorAgreement, Row, context_name, points
+from engine.studies.retrain.accuracy import (
+    ACCEPTED,
+    NONE,
+    AccuracyRow,
+    Comparison,
+    ErrorAgreement,
+    context_name,
+    points,
+)
 
 NUM_WEAKEST = 3
 
@@ -24,14 +32,14 @@ def findings(comparison: Comparison, agreement: ErrorAgreement) -> list[str]:
     return sentences
 
 
-def _change(row: Row) -> str:
+def _change(row: AccuracyRow) -> str:
     return (
         f"{row.before.value:.1%} before, {row.mean(NONE):.1%} after real images alone, {row.mean(ACCEPTED):.1%} with"
         f" accepted samples; in points, accepted less none {points(row.differences[ACCEPTED])}"
     )
 
 
-def _losses(rows: tuple[Row, ...]) -> list[str]:
+def _losses(rows: tuple[AccuracyRow, ...]) -> list[str]:
     """Contexts whose interval lies below zero; separately those where all seeds agree, which gives no interval."""
     lower = [row for row in rows if row.differences[ACCEPTED].high < 0]
     lost = [row for row in lower if not row.differences[ACCEPTED].is_degenerate]
@@ -45,5 +53,5 @@ def _losses(rows: tuple[Row, ...]) -> list[str]:
     return sentences
 
 
-def _listed(rows: list[Row]) -> str:
+def _listed(rows: list[AccuracyRow]) -> str:
     return "; ".join(f"{context_name(row.context)} {points(row.differences[ACCEPTED])}" for row in rows)
