@@ -114,12 +114,13 @@ def test_a_grown_quota_begins_no_round_by_itself(tmp_path):
 
 
 def test_shards_in_quarantine_use_up_their_positions(tmp_path):
-    """The next round of their class begins after them, and their attempts are not samples."""
+    """The next round of their class begins after them, and their attempts are not samples; one that was committed
+    after all counts once."""
     plan = plan_of(tmp_path, count=20, max_attempts="8x")
-    own = [shard for shard in plan.shards() if shard.cell == 0]
-    quotas = replay(plan, {own[1].number: Settled(4, 2)}, [shard.number for shard in own], 4)
-    [extent] = quotas.advance()
-    assert (extent.cell, extent.start, quotas.standings()[0].attempted) == (0, 20, 4)
+    quotas = replay(plan, {7: Settled(4, 2)}, range(plan.num_shards), 4)
+    extents = quotas.advance()
+    assert [(extent.cell, extent.start) for extent in extents] == [(cell, 20) for cell in range(10)]
+    assert [standing.attempted for standing in quotas.standings()] == [0, 4, *[0] * 8]
 
 
 @dataclass(frozen=True)
