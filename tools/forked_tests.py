@@ -151,6 +151,8 @@ def _run_pytest(arguments: list[str], report: str) -> None:
     code = 1
     try:
         os.setsid()
+        # A shell starts background commands with interrupts ignored, which children inherit.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         nothing = os.open(os.devnull, os.O_RDWR)
         for number in range(3):
             os.dup2(nothing, number)
