@@ -43,7 +43,7 @@ def test_all_conditions_must_hold(rule, expected):
 
 def test_the_oracle_agrees_with_any_class_of_a_joint_prompt():
     """Between three and eight, an eight is as right as a three; without an oracle nothing agrees."""
-    assert is_accepted({"oracle": "agrees"}, RECORD, (3, 8))
+    assert is_accepted({"oracle": "agrees"}, RECORD, (3, 8)) and is_accepted({"oracle": "agrees"}, RECORD, (1, 3))
     assert not is_accepted({"oracle": "agrees"}, RECORD, (1, 8))
     assert not is_accepted({"oracle": "agrees"}, RECORD | {"oracle_class": -1}, (3,))
 

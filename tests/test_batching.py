@@ -100,3 +100,10 @@ def test_a_size_that_was_asked_for_is_capped_too():
     assert (sizes.size, sizes.limit) == (32, 64)
     sizes.cap(16)
     assert sizes.size == 16
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_two_batches_of_one_size_are_no_line(size):
+    """Nor is a smaller one after a larger."""
+    with pytest.raises(ValueError, match=f"a batch of {size} is not larger than one of 8"):
+        fitting_size(peak(8, base=0, a_sample=GIB), peak(size, base=0, a_sample=GIB), 80 * GIB)

@@ -98,3 +98,16 @@ def test_a_batch_that_fails_as_a_whole_is_an_error(job, generator):
     generator.options["failing"] = 1
     with pytest.raises(JobError, match=r"^requests\.1: all 8 samples .* a run would make none: no kernel$"):
         measure(job, plan_job(job))
+
+
+def test_some_failed_samples_of_a_batch_are_measured(job, generator, monkeypatch):
+    """They take time, too, and are none of the accepted ones."""
+    batch = Generator.next_batch
+
+    def with_a_failure(self, request, specs):
+        results = batch(self, request, specs)
+        return [SampleResult(failed_record(specs[0], "no kernel"), b"", {}), *results[1:]]
+
+    monkeypatch.setattr(Generator, "next_batch", with_a_failure)
+    measurement = measure(job, plan_job(job))
+    assert (measurement.num_accepted, measurement.num_attempted) == ((7, 7), (8, 8))

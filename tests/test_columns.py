@@ -133,6 +133,16 @@ def test_the_page_about_filters_lists_every_derived_name() -> None:
     assert all(f"`{name}`" in page for name in DERIVED_NAMES)
 
 
+def test_a_record_has_its_fields_in_the_order_of_the_table(tmp_path: Path) -> None:
+    """The bytes of a tar depend on it; numbers are finite, and of their own type."""
+    record = make_result(make_plan(make_job(tmp_path)).requests[0].sample(0)).record
+    with pytest.raises(ValueError, match="fields missing, unknown or out of order"):
+        check_record(dict(reversed(record.items())))
+    for value in (float("nan"), float("inf"), 1):
+        with pytest.raises(ValueError, match=r"risk = .* is not a valid float"):
+            check_record(record | {"risk": value})
+
+
 @pytest.mark.parametrize("entries", [[1], ["x"], [{"model": "m"}], [{"model": "m", "conformity": 1, "x": 0.0}], 1])
 def test_a_record_with_other_entries_is_refused(tmp_path: Path, entries: object) -> None:
     """By the name of the column, whatever the list holds in a record that somebody else wrote."""

@@ -12,8 +12,13 @@ import yaml
 from engine.driver.scheduling import scheduler
 from engine.driver.scheduling.messages import Abort, Replaced, ShardError, ShardProgress, ShardRange, WorkerReady
 from engine.errors import EverySampleFailedError, OutputError
+from engine.generation.isolation import Isolation, failed_result
+from engine.job.plan import build_plan
 from tests.program_cases import riskforge
+from tests.sleepy import make_job
 from tests.test_generator import failing_for, make_generator
+
+DIGESTS = {"diffusion": {"zoo:digits/stable-diffusion": ""}, "clip": "", "target": "", "transfer": [], "oracle": ""}
 
 
 class ConnectTimeout(Exception):
@@ -94,6 +99,27 @@ def test_a_bad_sample_is_not_the_jobs(fresh, monkeypatch):
     monkeypatch.setattr(generator, "sample", raising)
     [result] = generator.next_batch(0, specs[:1])
     assert result.record["status"] == "failed" and result.record["error_message"] == "ValueError: x"
+
+
+def test_a_bad_sample_that_is_a_batch_by_itself_fails_where_others_went_through():
+    """The last batch of a shard may have one sample; nothing else is tried for it."""
+    specs = [build_plan(make_job("out", 1), list("0123456789"), DIGESTS).requests[0].sample(0)]
+    isolation, tried = Isolation(["a"]), []
+    assert isolation.results(0, specs, lambda some: [failed_result(spec, "") for spec in some])
+
+    def fail(some):
+        tried.append(some)
+        raise ValueError("x")
+
+    [result] = isolation.results(0, specs, fail)
+    assert result.record["error_message"] == "ValueError: x" and len(tried) == 1
+
+
+def test_the_message_of_a_failed_sample_is_short_and_has_no_password():
+    """It is stored with the run."""
+    spec = build_plan(make_job("out", 1), list("0123456789"), DIGESTS).requests[0].sample(0)
+    message = failed_result(spec, "no answer of https://user:secret@host/model " + "x" * 1000).record["error_message"]
+    assert "secret" not in message and "https://***@host/model" in message and len(message) == 500
 
 
 @pytest.mark.parametrize("size", [1, 4])

@@ -74,6 +74,8 @@ def test_a_list_above_its_limit_is_refused_by_its_length_alone(name, tmp_path):
     raw = with_value(*WHERE[name], name, value=[None] * (limit + 1))
     text = refused(lambda: parse_job(raw))
     assert text == f"{'.'.join(map(str, (*WHERE[name], name)))}: has {limit + 1} entries; give {limit} or fewer"
+    text = refused(lambda: parse_job(with_value(*WHERE[name], name, value=[None] * limit)), 200)
+    assert "entries; give" not in text
     if limit <= 10_000:
         path = tmp_path / "job.yaml"
         path.write_text(yaml.safe_dump(raw))

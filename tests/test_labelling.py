@@ -135,7 +135,7 @@ def test_exact_names_come_before_similar_ones():
     assert [find_class(label, labels) for label in labels[:6]] == [[0], [1], [2], [3], [4], [5]]
     assert find_class("POLISH", labels) == [0, 1] and find_class("crane", labels) == [6, 8]
     assert find_class("crane (8)", labels) == [8] and find_class("crane (7)", labels) == []
-    assert find_class("_", labels) == find_class("", (*labels, "")) == []
+    assert find_class("_", labels) == find_class("", (*labels, "")) == find_class("_", ("ox, ", "_ ")) == []
 
 
 @pytest.mark.parametrize("count", [2, 3])

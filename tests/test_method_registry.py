@@ -217,3 +217,9 @@ def test_methods_are_looked_up_by_what_a_job_may_hold() -> None:
     assert all(find_method(raw) is None for raw in ("riskyy", "custom", "", None, 3, ["risky"], {}))
     with pytest.raises(KeyError):
         method_of("custom")
+
+
+def test_only_an_address_names_code_of_the_user() -> None:
+    """A dotted name alone is none, nor is anything but a text."""
+    assert find_method("package.module:factory") is find_method("m:f") is USER_CODE
+    assert [find_method(name) for name in ("package.module", "", None, 3, ["m:f"])] == [None] * 5

@@ -1,19 +1,28 @@
 """The list of mutations and its runner."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
-from mutate import REPOSITORY, Mutation, copy_repository, outcome_of, page, read_mutations
+from forked_tests import TestServer
+from mutate import REPOSITORY, Mutation, copy_repository, outcome, outcome_of, page, read_mutations, run_tests
 
 from tests.conftest import REPOSITORY as ROOT
 
 MUTATIONS = read_mutations()
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=[f"{one.area}-{number}" for number, one in enumerate(MUTATIONS)])
+@pytest.mark.parametrize(
+    "mutation", MUTATIONS, ids=[f"{mutation.area}-{number}" for number, mutation in enumerate(MUTATIONS)]
+)
 def test_each_mutation_changes_the_code_and_names_its_tests(mutation: Mutation) -> None:
     """A list that the code has moved away from would catch nothing."""
     assert (REPOSITORY / mutation.file).read_text(encoding="utf-8").count(mutation.old) == 1
     assert mutation.old != mutation.new and mutation.tests
-    assert all((REPOSITORY / name.partition("::")[0]).is_file() for name in mutation.tests)
+    for test in mutation.tests:
+        file, _, name = test.partition("::")
+        assert not name or f"\ndef {name}(" in (REPOSITORY / file).read_text(encoding="utf-8"), test
+        assert (REPOSITORY / file).is_file(), test
 
 
 def test_the_list_covers_every_area() -> None:
@@ -22,16 +31,56 @@ def test_the_list_covers_every_area() -> None:
     assert {one.file.split("/")[1] for one in MUTATIONS} >= packages
 
 
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, TestServer]]:
+    """A copy of the repository with a server."""
+    root = tmp_path_factory.mktemp("copy")
+    copy_repository(root)
+    server = TestServer(root)
+    yield root, server
+    server.close()
+
+
 @pytest.mark.slow
-def test_a_mistake_is_caught_and_a_comment_survives(tmp_path) -> None:
-    """The copy runs its own code, not the installed one, and is whole again afterwards."""
-    copy_repository(tmp_path)
+def test_a_mistake_is_caught_and_a_comment_survives(copy: tuple[Path, TestServer]) -> None:
+    """The copy runs its own code, not the installed one nor that of the mutation before, and is whole afterwards."""
+    root, server = copy
     wrong = Mutation(
         area="scores", file="engine/methods/scores.py", tests=("tests/test_scores.py",),
         old="return 0.0 - _log_softmax", new="return 0.0 + _log_softmax",
     )  # fmt: skip
-    before = (tmp_path / wrong.file).read_text()
+    before = (root / wrong.file).read_text()
     same = Mutation(area="scores", file=wrong.file, old=before[:40], new=before[:40] + " ", tests=wrong.tests)
-    assert [outcome_of(one, tmp_path) for one in (wrong, same)] == ["caught", "survived"]
-    assert (tmp_path / wrong.file).read_text() == before
-    assert "| **all** | 2 | 1 (50%) | 1 |" in page([(wrong, "caught"), (same, "survived")], 60.0)
+    broken = Mutation(area="scores", file=wrong.file, old="import math\n", new="import math(\n", tests=wrong.tests)
+    ends = [outcome_of(mutation, root, server) for mutation in (wrong, same, broken, same)]
+    assert [outcome(end) for end in ends] == ["caught", "survived", "caught", "survived"]
+    assert ends[0].failed[0].startswith("tests/test_scores.py::test_scores_equal_their_definitions")
+    assert (root / wrong.file).read_text() == before
+    with pytest.raises(ValueError, match="no test is selected"):
+        run_tests(server, ["tests/test_scores.py", "--deselect=tests/test_scores.py"])
+
+
+@pytest.mark.slow
+def test_what_hangs_is_ended_with_all_that_it_started(copy: tuple[Path, TestServer]) -> None:
+    """Also a process in a session of its own; the server goes on."""
+    root, server = copy
+    test = root / "tests/test_hanging.py"
+    test.write_text(
+        "import subprocess, time\n"
+        "def test_hangs():\n"
+        f"    started = subprocess.Popen(['sleep', '1000'], start_new_session=True)\n"
+        f"    open({str(root / 'started')!r}, 'w').write(str(started.pid))\n"
+        "    time.sleep(1000)\n"
+    )
+    end = server.run(["tests/test_hanging.py"], seconds=5)
+    assert outcome(end) == "caught" and not Path("/proc", (root / "started").read_text()).exists()
+    assert server.run(["tests/test_scores.py"]) == (0, [])
+
+
+def test_the_record_counts_by_area_and_names_survivors() -> None:
+    first, second = (
+        Mutation(area="a", file="f", old=f"old\n {name}", new="new", tests=("t",), survives="Equal.") for name in "xy"
+    )
+    text = page([(first, "caught"), (second, "survived")], 61.0, "shared")
+    assert "| a | 2 | 1 (50%) | 1 |\n| **all** | 2 | 1 (50%) | 1 |" in text and "1 minutes (shared)" in text
+    assert text.endswith("- `f`: `old y` as `new`. Equal.\n")

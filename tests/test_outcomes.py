@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -21,7 +23,16 @@ import engine
 from engine.data.images import digits
 from engine.data.reading.inspection import inspect
 from engine.data.run.counts import is_joint
-from engine.data.run.outcomes import asked_classes, errors, oracle_agreement, target_errs
+from engine.data.run.outcomes import (
+    asked_classes,
+    errors,
+    is_scored_expression,
+    oracle_agreement,
+    predicts_asked_expression,
+    scored_rows,
+    target_errs,
+    target_errs_expression,
+)
 from engine.data.run.resume import open_output
 from engine.data.run.summary import summarise
 from engine.data.run.verify import verify
@@ -207,6 +218,33 @@ def test_tables_and_records_agree(drawn: list[tuple[bool, int, set[int], int, in
         for row, some in zip(rows, asked, strict=True)
     ]
     assert oracle_agreement(table).tolist() == agrees
+    assert values(table, target_errs_expression(4)) == errors(table).tolist()
+    assert values(table, predicts_asked_expression("oracle_class", 4)) == [value == 1.0 for value in agrees]
+
+
+def values(table: pa.Table, expression: pc.Expression) -> list[bool]:
+    """An expression, row by row."""
+    return pa.dataset.dataset(table).to_table(columns={"value": expression})["value"].to_pylist()
+
+
+@pytest.mark.parametrize("missing", [(), ("scored",), ("method",), ("scored", "method")])
+def test_what_models_scored(missing: tuple[str, ...]) -> None:
+    """The column says it; before there was one, everything but failed samples and real images was."""
+    rows = [
+        {"status": status, "method": method, "scored": scored}
+        for status in ("ok", "rejected", "failed")
+        for method in ("prompt", "real")
+        for scored in (True, False, None)
+    ]
+    table = pa.Table.from_pylist(rows).drop_columns(missing)
+    expected = [
+        row["status"] != "failed"
+        and (("method" in missing or row["method"] != "real") if row["scored"] is None or "scored" in missing
+             else row["scored"])
+        for row in rows
+    ]  # fmt: skip
+    assert scored_rows(table).tolist() == expected
+    assert values(table, is_scored_expression(table.column_names)) == expected
 
 
 # Acceptance ----------------------------------------------------------------------------------------------------------

@@ -480,3 +480,13 @@ def test_checks_need_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_the_unconditional_half_is_that_of_the_negative_prompt(diffusion):
+    """For every sample of the batch; the conditional half is that of the prompts."""
+    prompts = ["a photo of a zero", "a photo of a one"]
+    conditional, unconditional = diffusion.conditions(prompts, "red ink", None)
+    for condition, texts in ((conditional, prompts), (unconditional, ["red ink"] * 2)):
+        expected = diffusion.encode(texts)
+        assert condition.tensors.keys() == expected.tensors.keys()
+        assert all(torch.equal(condition[name], expected[name]) for name in expected.tensors)

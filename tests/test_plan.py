@@ -10,7 +10,7 @@ import pytest
 from engine.errors import JobError
 from engine.job.json_values import difference, digest_of
 from engine.job.parsing import parse_job
-from engine.job.plan import Plan, build_plan, next_stage, sample_seed
+from engine.job.plan import Plan, build_plan, class_index, next_stage, sample_seed
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 DIGESTS = {"diffusion": {"d": "1"}, "clip": "2", "target": "3", "transfer": [], "oracle": ""}
@@ -48,7 +48,7 @@ def test_every_sample_is_planned_once():
     small = [one for one in samples if one.context == "small"]
     assert len(small) == 30 and {one.cell.names[0] for one in small} == set(DIGITS)
     assert samples[0].key == "job-000-mix-00000000" and samples[20].key == "job-001-000-00000000"
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="is not in a plan of"):
         plan.shard(plan.num_shards)
 
 
@@ -79,6 +79,9 @@ def test_unknown_classes_offer_the_nearest():
         "requests.0.boundary.0: 'thre' is not a class of the target; did you mean 'three'?",
         "requests.1.classes.0: 12 is not a class index of the target; it has 0 to 9",
     ]
+    for index in (-1, 10):
+        with pytest.raises(JobError, match=f"{index} is not a class index"):
+            class_index(index, DIGITS)
 
 
 def test_ambiguous_names_are_refused():
@@ -144,6 +147,17 @@ def test_digest_follows_what_decides_pixels(changes, path):
     old, new = (build_plan(make_job(boundary_request(), **one), DIGITS, DIGESTS) for one in ({}, changes))
     assert old.digest != new.digest
     assert path in difference(old.identity, new.identity)
+
+
+def test_every_request_has_the_digest_of_its_own_pipeline():
+    """And the models that all of them share are listed once; its rule of acceptance decides what is kept."""
+    rule = {"is_error": True, "conformity": ">= 0.2"}
+    job = make_job(prompt_request(), prompt_request("own", diffusion="e", accept=rule, max_attempts="1x"))
+    digests = DIGESTS | {"diffusion": {"d": "1", "e": "9"}, "conditioning": {"x": "5"}, "judge": "4"}
+    identity = build_plan(job, DIGITS, digests).identity
+    assert [request["diffusion"] for request in identity["requests"]] == ["1", "9"]
+    assert [request["accept"] for request in identity["requests"]] == [{}, rule]
+    assert identity["models"] == {"clip": "2", "target": "3", "transfer": [], "oracle": "", "judge": "4"}
 
 
 def test_digest_ignores_what_does_not():

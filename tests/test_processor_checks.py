@@ -23,7 +23,7 @@ from engine.errors import JobError
 from engine.models.classifier import Classifier
 from engine.models.classifier_checks import check_classifier
 from engine.models.preprocessing import Preprocessing
-from engine.models.processor_checks import check_processor
+from engine.models.processor_checks import _size_problems, check_processor, is_finite_number
 from engine.models.processor_classes import CLASS_OF_MODEL, DEFAULTS, FIXED_SIZE_MODELS, plain_name
 from tests.model_cases import as_tensor, photographs
 
@@ -320,3 +320,17 @@ def test_an_input_that_does_not_fit_is_refused_by_the_files_or_at_the_latest_whe
             Classifier.load(str(folder))
         return
     Classifier.load(str(folder))
+
+
+@pytest.mark.parametrize(("size", "is_right"), [((8, 8), True), ((8, 4), False), ((4, 8), False)])
+def test_both_edges_are_those_of_the_network(size: tuple[int, int], is_right: bool) -> None:
+    """Position embeddings are as many as both of them ask for."""
+    settings = {"do_resize": True, "do_center_crop": False, "size": {"height": size[0], "width": size[1]}}
+    problems = _size_problems(settings, "ViTImageProcessor", {"model_type": "vit", "image_size": 8})
+    assert (problems == []) == is_right and all(f"{size[0]} x {size[1]} pixels" in text for text in problems)
+
+
+def test_a_number_of_json_may_be_larger_than_any_float() -> None:
+    assert [is_finite_number(value) for value in (10**400, -(10**400), float("inf"), 1.5, 2, True, "1")] == [
+        False, False, False, True, True, False, False,
+    ]  # fmt: skip

@@ -26,6 +26,7 @@ from engine.models.digests import model_digest
 from engine.models.job_checks import check_addresses
 from engine.models.labels import read_labels
 from engine.models.program_loading import open_program
+from engine.models.program_trial import _probability_problem
 from engine.studies.samples import StudiedRun, check_target
 from tests.conftest import REPOSITORY
 from tests.program_cases import DIGITS, FACTORY, SETTINGS, images, job_of, riskforge, write
@@ -277,3 +278,19 @@ def test_a_single_logit_of_a_file_is_refused_with_its_remedy(tmp_path: Path) -> 
         Path(f"{path}.json").write_text(json.dumps(SETTINGS | {"labels": ["cat", "dog"], "image_size": 8}))
         with pytest.raises(JobError, match=r"a single logit z of two classes is the pair of logits \[0, z\]"):
             open_program(str(path), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("output", "kind"),
+    [
+        ([[0.2, 0.8], [0.5, 0.5]], "probabilities; return logits"),
+        ([[0.2, 0.9], [0.9, 0.9]], "probabilities of independent classes"),
+        ([[-0.1, 0.9]], None),
+        ([[0.1, 1.1]], None),
+        ([[float("nan"), 0.5]], None),
+    ],
+)
+def test_probabilities_are_told_from_logits_by_both_bounds(output: list[list[float]], kind: str | None) -> None:
+    """A value below zero or above one is no probability; outputs that are not finite say nothing."""
+    problem = _probability_problem(torch.tensor(output))
+    assert problem is None if kind is None else problem is not None and kind in problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +16,7 @@ from engine.driver.executors.local import LocalExecutor
 from engine.driver.run import run_job
 from engine.errors import EXIT_INCOMPLETE, EXIT_OK, JobError, OutputError, OwnedError, RiskforgeError
 from engine.job.parsing import parse_job
-from engine.job.plan import MIN_ROUND, Extent, build_plan
+from engine.job.plan import MIN_ROUND, Extent, build_plan, next_stage
 from engine.job.quotas import MAX_GROWTH, Quotas, replay, round_size
 from tests.sleepy import Faults, Recorder, make_job, run_sleepy, tars
 
@@ -95,7 +96,38 @@ def test_rounds_are_neither_timid_nor_reckless():
     assert round_size(100, 1000, 100, 100, 99) == MIN_ROUND
     assert round_size(100, 10_000, 100, 100, 0) == MAX_GROWTH * 100
     assert round_size(100, 150, 100, 100, 0) == 50
+    assert round_size(100, 1000, 100, 100, 47) == 113  # 53 missing at (47 + 1) / (100 + 2), rounded up
+    assert round_size(100, 150, 100, 20, 0) == 50, "attempts of a shard in quarantine count"
     assert round_size(100, 100, 100, 100, 0) == round_size(100, 1000, 200, 200, 100) == 0
+
+
+def test_the_pilot_keeps_to_the_limit_of_attempts(tmp_path):
+    """It fills a batch where it may."""
+    assert {extent.stop for extent in plan_of(tmp_path, count=3, max_attempts="2x").extents} == {6}
+    assert {extent.stop for extent in plan_of(tmp_path, count=3, max_attempts="20x").extents} == {MIN_ROUND}
+
+
+def test_a_grown_quota_begins_no_round_by_itself(tmp_path):
+    """Whether another one is needed, and how large, is decided by the yield of those before."""
+    small, grown = (plan_of(tmp_path, count=count, max_attempts="8x") for count in (20, 50))
+    assert next_stage(grown.requests, small.stages, 4) == ()
+
+
+def test_shards_in_quarantine_use_up_their_positions(tmp_path):
+    """The next round of their class begins after them, and their attempts are not samples."""
+    plan = plan_of(tmp_path, count=20, max_attempts="8x")
+    own = [shard for shard in plan.shards() if shard.cell == 0]
+    quotas = replay(plan, {own[1].number: Settled(4, 2)}, [shard.number for shard in own], 4)
+    [extent] = quotas.advance()
+    assert (extent.cell, extent.start, quotas.standings()[0].attempted) == (0, 20, 4)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Counts of a shard."""
+
+    attempted: int
+    accepted: int
 
 
 @pytest.mark.parametrize("max_attempts", ["1x", 3])

@@ -18,7 +18,7 @@ import pytest
 from engine.driver.executors import ray_cluster
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.executors.ray import RayExecutor
-from engine.driver.executors.ray_cluster import ClusterMonitor
+from engine.driver.executors.ray_cluster import ClusterMonitor, prepare_environment
 from engine.errors import EXIT_DRAINED, EXIT_OK, ClusterLostError
 from tests.conftest import REPOSITORY
 from tests.sleepy import run_sleepy, wait_until
@@ -112,12 +112,36 @@ def test_what_does_not_accept_connections_for_long_is_lost() -> None:
         now = time.monotonic()
         assert watch.answers() and not watch.find_lost(now)
     assert not watch.answers()
+    with socket.create_server(("127.0.0.1", int(addresses[0].rpartition(":")[2]))):
+        assert watch.answers(), "whatever this machine's part does"
     assert not watch.find_lost(now + 3.9)
     with socket.create_server(("127.0.0.1", int(addresses[1].rpartition(":")[2]))):
         assert not watch.find_lost(now + 20.0)
     assert not watch.find_lost(now + 23.9)
     assert watch.find_lost(now + 24.1) == f"its raylet at {addresses[1]} does not answer"
     assert ClusterMonitor({addresses[0]: ("its head", -1.0)}).find_lost(now).startswith("its head at")
+
+
+def test_a_cluster_of_our_own_has_a_token_and_the_loopback_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values of the user are kept; that of another cluster is not made up."""
+    names = ("RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name not in names})
+    prepare_environment(is_own=False)
+    assert not set(names) & os.environ.keys()
+    prepare_environment(is_own=True)
+    token = os.environ["RAY_AUTH_TOKEN"]
+    assert len(token) == 64 and os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+    prepare_environment(is_own=True)
+    assert os.environ["RAY_AUTH_TOKEN"] == token
+
+
+def test_a_cluster_that_was_closed_meanwhile_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing Ray takes seconds, in which a run may end."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    cluster = ray_cluster.RayCluster(None, 1)
+    monkeypatch.setattr(cluster, "_start", lambda quiet: pytest.fail("nothing should be started"))
+    cluster.close()
+    assert cluster._connect() is False
 
 
 def lost_executor() -> RayExecutor:

@@ -34,6 +34,8 @@ from engine.errors import JobError
         ([{"CPU": 8.0}, {"CPU": 8.0}], "cpu", 3, 99, False, Layout(3, 1, {"num_cpus": 1})),
         ([{"CPU": 2.0}], "cpu", 3, 99, False, Layout(3, 1, {"num_cpus": 1})),
         ([{"CPU": 4.0}], "cuda", 8, 99, False, Layout(8, 1, {"num_gpus": 1, "num_cpus": 0})),
+        ([{"CPU": 4.0}], "cuda", None, 99, False, Layout(1, 4, {"num_gpus": 1, "num_cpus": 0})),
+        ([{"CPU": 16.0, "GPU": 2.0}], "auto", 5, 99, False, Layout(5, 3, {"num_gpus": 1, "num_cpus": 0})),
     ],
 )
 def test_resources_are_divided(nodes, device, workers, shards, is_own, expected):

@@ -87,6 +87,8 @@ def test_three_lost_processes_put_the_shard_that_had_started_in_quarantine():
     _, history = play(bytes(2), 1, *events)
     assert history[6] == [Quarantine(0, ("a", "b", "c")), StartWorker(3)]
     assert history[7:] == [[Assign(3, 1, 1)], [Finished()]]
+    state, _ = play(bytes(2), 1, *events[:6])
+    assert (state.num_open, state.num_pending) == (1, 1) and not state.strikes and not state.attempts
 
 
 def test_a_process_lost_while_it_writes_one_shard_and_samples_the_next_gives_both_a_strike():
@@ -106,6 +108,12 @@ def test_one_lost_process_is_one_fault_however_many_strikes_it_gives():
     """The run is given up after faults, not after strikes."""
     state, _ = play(bytes(4), 1, WorkerReady(0), ShardSampled(0, 0), WorkerLost(0, False, "a"))
     assert state.consecutive_faults == 1
+
+
+def test_a_shard_that_was_committed_is_not_in_flight_any_more():
+    """Of the queue only the one that is sampled then is."""
+    state, _ = play(bytes(4), 1, WorkerReady(0), ShardSampled(0, 0), ShardDone(0, 0), WorkerLost(0, False, "a"))
+    assert dict(state.strikes) == {1: ("a",)}
 
 
 def test_an_exception_says_itself_which_shard_it_came_from():
@@ -329,6 +337,20 @@ def test_a_worker_that_hangs_is_replaced_with_one_strike():
     assert drive(state, WorkerReady(1))[1][0] == Assign(1, 0, 2)
 
 
+def test_quick_batches_have_a_limit_that_a_busy_machine_can_keep():
+    """Ten times a tenth of a second would be none."""
+    state, _ = start(bytes(3), 1, limits=LIMITS)
+    state, _ = drive(state, WorkerReady(0), ShardProgress(0, 0, 1, batch_seconds=0.1), Tick(10))
+    assert not state.strikes
+    assert drive(state, Tick(11))[0].strikes[0] == ("hangs: no heartbeat for 11 s, the limit is 10 s",)
+
+
+def test_progress_of_another_shard_than_the_one_in_flight_is_late():
+    """It is neither a heartbeat nor a measurement."""
+    state, _ = drive(start(bytes(3), 1)[0], WorkerReady(0), Tick(7))
+    assert step(state, ShardProgress(0, 1, 1, 9.0, 4)) == (state, [])
+
+
 def test_a_suspended_driver_processes_pending_events_before_a_liveness_check():
     """Suspended, or blocked by a store: heartbeats of the meantime count, workers without one hang."""
     state, _ = start(bytes(6), 2, limits=LIMITS)
@@ -370,6 +392,8 @@ def test_nothing_is_begun_that_the_deadline_would_cut_off():
     limits = SchedulerLimits(deadline=100, grace_seconds=5)
     state, _ = start(bytes(9), 1, limits=limits)
     state, _ = drive(state, WorkerReady(0), Tick(40), ShardDone(0, 0))
+    at_the_last_moment, _ = drive(state, Tick(64), ShardDone(0, 1))
+    assert at_the_last_moment.workers[0].queue == (2, 3), "104 s are within the grace period"
     state, actions = drive(state, Tick(66), ShardDone(0, 1))
     assert actions == [] and state.workers[0].queue == (2,)
     state, actions = drive(state, Tick(70), ShardDone(0, 2))
@@ -383,7 +407,10 @@ def test_memory_that_ran_out_is_remembered_by_kind_of_node_and_request():
     state, _ = start(bytes(8), 2, ranges=[ShardRange(4, request=0), ShardRange(4, request=1)])
     state, _ = drive(state, WorkerPlaced(0, "small"), WorkerReady(0), WorkerPlaced(1, "large"), WorkerReady(1))
     state, _ = drive(state, ShardProgress(0, 0, 4, 1.0, batch_limit=4), WorkerLost(0, True, "spot"))
-    state, actions = drive(state, WorkerPlaced(2, "small"), WorkerReady(2))
+    state, _ = drive(state, WorkerPlaced(2, "small"))
+    assert step(state, ShardProgress(1, 1, 4, 1.0))[0].batch_limits == state.batch_limits == {("small", 0): 4}
+    state, actions = drive(state, WorkerReady(2))
+    assert drive(state, ShardProgress(2, 0, 4, 1.0, batch_limit=8))[0].batch_limits == {("small", 0): 4}
     assert Assign(2, 0, 2, 4) in actions and not state.strikes
     _, actions = drive(state, ShardDone(1, 1), WorkerPlaced(3, "large"), WorkerReady(3))
     assert all(action.batch_limit == 0 for action in actions if isinstance(action, Assign))

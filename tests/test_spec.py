@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import yaml
@@ -153,8 +154,24 @@ def test_set_reaches_lists_and_new_sections():
     raw = apply_overrides(JOB, [("requests.0.count", 6), ("sampling.scheduler", "ddim")])
     assert parse_job(raw).requests[0].count == 6 and parse_job(raw).sampling.scheduler == "ddim"
     assert JOB["requests"][0]["count"] == 4
-    with pytest.raises(JobError, match=r"--set requests\.7\.count"):
-        apply_overrides(JOB, [("requests.7.count", 6)])
+    for place in ("7", "-1", "+0", "first"):
+        with pytest.raises(JobError, match=rf"--set requests\.{re.escape(place)}\.count"):
+            apply_overrides(JOB, [(f"requests.{place}.count", 6)])
+
+
+def test_a_schedule_without_a_guided_step_is_refused():
+    """Steps are counted from one: a guided fifth of four is none."""
+    guided = {"guidance": {"boundary": {"every": 5, "skip_last": False}}}
+    assert parse_job(request(sampling={"num_inference_steps": 5}, **guided))
+    [line] = problems(request(sampling={"num_inference_steps": 4}, **guided))
+    assert line == "requests.0.guidance.boundary: leaves none of 4 steps guided; lower `every` or add steps"
+
+
+def test_the_samples_of_a_class_are_counted_over_its_contexts():
+    """An index has eight digits in a key."""
+    assert parse_job(request(count=5 * 10**7, contexts=["", "small"]))
+    [line] = problems(request(count=5 * 10**7 + 1, contexts=["", "small"]))
+    assert line == "requests.0.count: 50000001 x 2 contexts is above 100000000 a class"
 
 
 def test_schema_describes_every_field():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -16,13 +17,13 @@ from engine.data.run.counts import ShardCounts
 from engine.data.run.repair import repair
 from engine.data.run.shard_writing import stage_shard
 from engine.data.run.shards import shard_name
-from engine.data.run.verify import verify
+from engine.data.run.verify import check_samples, check_shard, verify
 from engine.data.stores.base import TORN
 from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.status import read_status, status_lines
-from engine.errors import EXIT_DAMAGED, EXIT_OK, OutputError, RiskforgeError
+from engine.errors import EXIT_DAMAGED, EXIT_OK, CorruptShardError, OutputError, RiskforgeError
 from tests.run_cases import commit_rest, make_job, make_plan, make_results, open_case
 from tests.sleepy import Faults, run_sleepy, tars
 
@@ -188,6 +189,32 @@ def test_a_record_that_does_not_fit_its_shard_is_damage(tmp_path, changes, text)
         store.replace(changed.file_name, changed.to_json().encode())
         damage = {finding.shard: finding.text for finding in verify(store).damage}
         assert number in damage and text in damage[number]
+
+
+@pytest.mark.parametrize("places", [[1, 0, 2, 3], [0, 1, 2]], ids=["order", "missing"])
+def test_the_rows_of_a_shard_are_its_samples_in_order(tmp_path, places):
+    """All of them."""
+    store, plan, _ = open_case(tmp_path, count=4)
+    results = list(make_results(plan, plan.shard(0)))
+    for chosen, is_right in ((range(len(results)), True), (places, False)):
+        staged = stage_shard(store.staging(), "rows", [results[place] for place in chosen], "png")
+        with contextlib.nullcontext() if is_right else pytest.raises(CorruptShardError, match="holds other samples"):
+            check_samples(plan, 0, staged.parquet)
+
+
+def test_a_shard_beyond_the_plan_is_damage(tmp_path):
+    """The first that there is none of."""
+    store, plan, _ = open_case(tmp_path, count=4)
+    commit_rest(store, plan)
+    record = dataclasses.replace(read_commit(store, 0), shard=plan.num_shards)
+    with pytest.raises(CorruptShardError, match="is committed and not in the plan"):
+        check_shard(plan, record, [tmp_path, tmp_path])
+
+
+def test_a_shard_in_quarantine_is_not_missing_as_well(tmp_path):
+    assert run_sleepy(tmp_path, 2, LocalExecutor(1), faults=Faults(error=(1,))).exit_code != EXIT_OK
+    texts = [finding.text for finding in verify(open_store(str(tmp_path))).findings]
+    assert "shard 1 is in quarantine" in texts and not any("are not committed" in text for text in texts)
 
 
 def test_a_whole_run_has_no_findings(whole):

@@ -5,13 +5,16 @@ What runs of whole jobs cannot see: which thread waits for which.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 import engine.generation.worker
-from engine.data.run.commits import list_commits
+from engine.data.run.commits import list_commits, read_commit
+from engine.data.run.shards import read_rows
 from engine.data.run.stored_plan import stored_plan
 from engine.data.stores.opening import open_store
 from engine.driver.checks import plan_job
@@ -146,3 +149,54 @@ def test_a_worker_refuses_an_output_without_its_run(tmp_path):
 def open_plan(output):
     """The plan that a run has stored."""
     return stored_plan(open_store(str(output)))[1]
+
+
+class PairSampler(Sampler):
+    """Two samples a batch, which take two seconds of a clock that stands still otherwise."""
+
+    def __init__(self, clock) -> None:
+        super().__init__()
+        self._clock = clock
+
+    def next_batch(self, request, specs):
+        """Two samples."""
+        self._clock.now += 2.0
+        return [make_result(spec, 1) for spec in specs[:2]]
+
+    def batch_limit(self, request):
+        """Memory ran out in one request."""
+        return 8 if request == 3 else 0
+
+
+def test_batches_of_several_samples_share_their_time(monkeypatch, tmp_path):
+    """Every sample is written once, with its part of the duration, the attempt and the worker; progress adds up."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(engine.generation.worker, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    worker = Sampling(tmp_path, 5)
+    worker._generator = PairSampler(clock)
+    reports: list[tuple] = []
+    outcome = worker.sample_shard(worker._plan.shard(0), 4, lambda *values: reports.append(values))()
+    assert reports == [(2, 2.0, 0), (4, 2.0, 0), (5, 2.0, 0)]
+    assert (outcome.counts.attempted, outcome.sampling_seconds) == (5, 6.0)
+    assert outcome.total_seconds >= outcome.sampling_seconds
+    [path] = worker._store.path("shards").glob("*.parquet")
+    rows = list(read_rows(path, ["duration_seconds", "attempt", "worker"]))
+    assert [row["duration_seconds"] for row in rows] == [1.0, 1.0, 1.0, 1.0, 2.0]
+    assert {(row["attempt"], row["worker"]) for row in rows} == {(4, "one")}
+
+
+def test_a_limit_of_batches_is_that_of_the_shards_request(tmp_path):
+    """Other requests of the job have samples of another size."""
+    worker = Sampling(tmp_path, 4)
+    shard = dataclasses.replace(worker._plan.shard(0), request=3)
+    with pytest.raises(IndexError):
+        worker.sample_shard(shard, 1, lambda *_: None, 7)
+    assert worker.sampler.limits == [(3, 7)]
+
+
+def test_an_outcome_that_was_read_takes_no_less_than_its_sampling(tmp_path):
+    """Of a shard that an earlier attempt committed only the sampling was timed."""
+    worker = Sampling(tmp_path, 4)
+    worker.begin(0)()
+    record = dataclasses.replace(read_commit(worker._store, 0), timing={"sampling_seconds": 3.0})
+    assert engine.generation.worker._outcome(record, 0.0).total_seconds == 3.0

@@ -3,14 +3,16 @@
     python tools/mutate.py [AREA ...] [--processes 2] [--write]
 
 `tools/mutations/AREA.toml` lists the mutations of an area: file, the text that is replaced (once in the file), the
-replacement, and the test files that are to fail. A mutation that passes them has survived; `survives` gives the reason
-where nothing else can be expected, such as an equal result. `--write` records the outcome in
+replacement, and the tests that are to fail (files, or `FILE::TEST`). A mutation that passes them has survived;
+`survives` gives the reason where nothing else can be expected, such as an equal result. In the end the tests that
+caught something run without a mutation: one that fails then, too, proves nothing. `--write` records the outcome in
 `docs/mutations.md`. The repository itself is not touched; every process works in a copy of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import os
 import platform
@@ -20,20 +22,20 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Literal
+from typing import Literal, TypeVar
+
+from forked_tests import NONE_SELECTED, PASSED, TestsEnd, TestServer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MUTATIONS = REPOSITORY / "tools/mutations"
 PAGE = REPOSITORY / "docs/mutations.md"
-# Of the tests of one mutation; a mutation that makes them hang is caught, too.
-TIMEOUT_SECONDS = 600
-# Exit codes of pytest: all passed, some failed, interrupted (as by an import that fails).
-PASSED, CAUGHT = 0, (1, 2)
+# Of the tests of a file without a mutation.
+BASELINE_SECONDS = 900.0
 INTRODUCTION = (
     "# Do the tests notice mistakes?",
     "",
@@ -43,6 +45,8 @@ INTRODUCTION = (
 )
 
 Outcome = Literal["caught", "survived"]
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +58,7 @@ class Mutation:
         file: relative to the repository.
         old: replaced text, once in the file.
         new: replacement.
-        tests: files that are to fail.
+        tests: files or tests (`FILE::TEST`) one of which is to fail.
         survives: why no test can tell; empty where one is expected to.
     """
 
@@ -104,61 +108,95 @@ def copy_repository(target: Path) -> None:
             shutil.copy2(source, target / name)
 
 
-def run_tests(root: Path, tests: Sequence[str]) -> int:
-    """Exit code of pytest over some test files of a copy; of a run beyond the time limit that of a failure."""
-    # Compiled files are compared by whole seconds: a mutation could run as the code before it.
-    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-m", "", "-p", "no:cacheprovider", *tests]
-    try:
-        return subprocess.run(
-            command, cwd=root, env=environment, capture_output=True, check=False, timeout=TIMEOUT_SECONDS
-        ).returncode
-    except subprocess.TimeoutExpired:
-        return CAUGHT[0]
-
-
-def outcome_of(mutation: Mutation, root: Path) -> Outcome:
-    """Apply a mutation to a copy, run its tests, and take it back.
+def run_tests(server: TestServer, tests: Sequence[str]) -> TestsEnd:
+    """Run some tests, the quick ones first, up to the first failure.
 
     Raises:
-        RuntimeError: pytest could not run the tests.
+        ValueError: there are no such tests.
+    """
+    ends = []
+    for marker in ("not slow", "slow"):
+        ends.append(end := server.run(["-x", "-m", marker, *tests]))
+        if end.code not in (PASSED, NONE_SELECTED):
+            # Tests that were stopped name none that failed: any of them may hang by itself.
+            return end._replace(failed=end.failed or list(tests))
+    if all(end.code == NONE_SELECTED for end in ends):
+        raise ValueError(f"no test is selected by {' '.join(tests)}")
+    return TestsEnd(PASSED, [])
+
+
+def outcome_of(mutation: Mutation, root: Path, server: TestServer) -> TestsEnd:
+    """Apply a mutation to a copy, run its tests, and take it back.
+
+    Args:
+        root: the copy.
+        server: works in the copy.
     """
     before = (root / mutation.file).read_bytes()
     mutation.apply(root)
     try:
-        code = run_tests(root, mutation.tests)
+        return run_tests(server, mutation.tests)
     finally:
         (root / mutation.file).write_bytes(before)
-    if code not in (PASSED, *CAUGHT):
-        raise RuntimeError(f"{mutation.area}: pytest ended with {code} for {' '.join(mutation.tests)}")
-    return "survived" if code == PASSED else "caught"
 
 
-def measure(mutations: Sequence[Mutation], num_processes: int, folder: Path) -> Iterator[tuple[Mutation, Outcome]]:
-    """Outcomes in the order of the list.
+class Copies:
+    """Copies of the repository with a server each, in which tasks run at the same time.
 
     Args:
-        num_processes: mutations tried at the same time, each in a copy of the repository.
-        folder: where the copies are made.
+        num: of copies.
+        folder: where they are made.
     """
-    copies: SimpleQueue[Path] = SimpleQueue()
-    for number in range(num_processes):
-        copy_repository(folder / str(number))
-        copies.put(folder / str(number))
 
-    def attempt(mutation: Mutation) -> Outcome:
-        root = copies.get()
-        try:
-            return outcome_of(mutation, root)
-        finally:
-            copies.put(root)
+    def __init__(self, num: int, folder: Path) -> None:
+        self._num = num
+        self._free: SimpleQueue[tuple[Path, TestServer]] = SimpleQueue()
+        for number in range(num):
+            copy_repository(folder / str(number))
+            self._free.put((folder / str(number), TestServer(folder / str(number))))
 
-    with ThreadPoolExecutor(num_processes) as pool:
-        yield from zip(mutations, pool.map(attempt, mutations), strict=True)
+    def map(self, task: Callable[[Task, Path, TestServer], Result], values: Sequence[Task]) -> Iterator[Result]:
+        """Results of a task for every value, in order."""
+
+        def attempt(value: Task) -> Result:
+            copy = self._free.get()
+            try:
+                return task(value, *copy)
+            finally:
+                self._free.put(copy)
+
+        with ThreadPoolExecutor(self._num) as pool:
+            yield from pool.map(attempt, values)
+
+    def close(self) -> None:
+        """End the servers."""
+        for _ in range(self._num):
+            self._free.get()[1].close()
 
 
-def page(results: Sequence[tuple[Mutation, Outcome]], seconds: float) -> str:
-    """The record as Markdown: counts by area, and every survivor."""
+def failures_without_mutation(copies: Copies, ends: Iterable[TestsEnd]) -> list[str]:
+    """The tests that caught a mutation and fail without any, too; they prove nothing."""
+    by_file: dict[str, set[str]] = {}
+    for test in {test.partition("[")[0] for end in ends for test in end.failed}:
+        by_file.setdefault(test.partition("::")[0], set()).add(test)
+
+    def check(tests: set[str], root: Path, server: TestServer) -> list[str]:
+        return server.run(["-m", "", *sorted(tests)], BASELINE_SECONDS).failed
+
+    return [test for failed in copies.map(check, list(by_file.values())) for test in failed]
+
+
+def outcome(end: TestsEnd) -> Outcome:
+    """Tests that fail, cannot be imported or hang have caught a mutation."""
+    return "survived" if end.code == PASSED else "caught"
+
+
+def page(results: Sequence[tuple[Mutation, Outcome]], seconds: float, note: str = "") -> str:
+    """The record as Markdown: counts by area, and every survivor.
+
+    Args:
+        note: on the machine.
+    """
     areas = sorted({mutation.area for mutation, _ in results})
     rows = [table_row(area, [outcome for mutation, outcome in results if mutation.area == area]) for area in areas]
     survivors = [
@@ -169,7 +207,8 @@ def page(results: Sequence[tuple[Mutation, Outcome]], seconds: float) -> str:
     lines = [
         *INTRODUCTION,
         "",
-        f"{datetime.date.today()}, {os.cpu_count()} CPU cores ({platform.machine()}), {seconds / 60:.0f} minutes.",
+        f"{datetime.date.today()}, {os.cpu_count()} CPU cores ({platform.machine()}), {seconds / 60:.0f} minutes"
+        f"{note and f' ({note})'}.",
         "",
         "| area | mutations | caught | survived |",
         "|---|---|---|---|",
@@ -194,24 +233,55 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def main() -> int:
-    """Exit code 1 where a mutation survived without a stated reason, or was caught in spite of one."""
+def measure(mutations: Sequence[Mutation], num_processes: int) -> tuple[list[Outcome], list[str]]:
+    """Try mutations, with a line on stdout for each.
+
+    Returns:
+        Their outcomes, and the tests that caught something and fail without a mutation, too.
+    """
+    ends: list[TestsEnd] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.closing(Copies(num_processes, Path(folder))) as copies,
+    ):
+        for mutation, end in zip(mutations, copies.map(outcome_of, mutations), strict=True):
+            ends.append(end)
+            place = f"{mutation.file}: {one_line(mutation.old)[:60]} -> {one_line(mutation.new)[:60]}"
+            print(f"{len(ends)}/{len(mutations)} {outcome(end):8} {place} {' '.join(end.failed[:1])}", flush=True)
+        return [outcome(end) for end in ends], failures_without_mutation(copies, ends)
+
+
+def read_arguments() -> argparse.Namespace:
+    """The arguments of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("areas", nargs="*", metavar="AREA")
     parser.add_argument("--processes", type=int, default=2, help="mutations tried at the same time (default: 2)")
     parser.add_argument("--write", action="store_true", help=f"record the outcome in {PAGE.relative_to(REPOSITORY)}")
+    parser.add_argument("--note", default="", help="remark on the machine, for the record")
     arguments = parser.parse_args()
+    if arguments.areas and arguments.write:
+        parser.error("--write: records all areas; leave the areas out")
+    return arguments
+
+
+def main() -> int:
+    """Exit code 1 where a mutation survived without a stated reason, or was caught in spite of one or by accident."""
+    arguments, started = read_arguments(), time.monotonic()
     mutations = read_mutations(arguments.areas)
-    started, results = time.monotonic(), []
-    with tempfile.TemporaryDirectory() as folder:
-        for mutation, outcome in measure(mutations, arguments.processes, Path(folder)):
-            results.append((mutation, outcome))
-            place = f"{mutation.file}: {one_line(mutation.old)[:60]} -> {one_line(mutation.new)[:60]}"
-            print(f"{len(results)}/{len(mutations)} {outcome:8} {place}", flush=True)
-    print(table_row("all", [outcome for _, outcome in results]))
+    outcomes, failing = measure(mutations, arguments.processes)
+    print(table_row("all", outcomes))
+    if failing:
+        print("these fail without a mutation, too:", *failing, sep="\n  ")
+        return 1
     if arguments.write:
-        PAGE.write_text(page(results, time.monotonic() - started), encoding="utf-8")
-    return int(any((outcome == "survived") != bool(mutation.survives) for mutation, outcome in results))
+        results = list(zip(mutations, outcomes, strict=True))
+        PAGE.write_text(page(results, time.monotonic() - started, arguments.note), encoding="utf-8")
+    unexpected = [
+        mutation
+        for mutation, result in zip(mutations, outcomes, strict=True)
+        if (result == "survived") != bool(mutation.survives)
+    ]
+    return int(bool(unexpected))
 
 
 if __name__ == "__main__":

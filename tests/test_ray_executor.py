@@ -1,0 +1,154 @@
+"""The Ray executor without a cluster: what becomes of the answers of actors, and what an actor reports."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine.driver.executors import ray as ray_executor
+from engine.driver.executors.ray import ASK_SECONDS, MAX_ASKS_PER_SECOND, Handle, RayExecutor, _progress_event
+from engine.driver.executors.ray_actor import RayHost
+from engine.driver.scheduling.messages import ShardProgress, ShardSampled, WorkerActive, WorkerLost, WorkerReady
+from engine.job.plan import ShardSpec
+
+
+@pytest.fixture
+def executor(monkeypatch: pytest.MonkeyPatch) -> RayExecutor:
+    """Two nodes, `a` alive and `b` lost; killed actors are in `killed`."""
+    made: Any = RayExecutor(address="127.0.0.1:1", num_workers=2, device="cpu")
+    nodes = [{"NodeID": "a", "Alive": True, "Resources": {}}, {"NodeID": "b", "Alive": False, "Resources": {}}]
+    made._cluster = SimpleNamespace(nodes=lambda: nodes, check=lambda: None)
+    made.killed = []
+    monkeypatch.setattr("ray.kill", lambda actor, no_restart: made.killed.append(actor))
+    return made
+
+
+def answered(value: Any = None, error: Exception | None = None) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_exception(error) if error else future.set_result(value)
+    return future
+
+
+def test_answers_become_events(executor: RayExecutor) -> None:
+    """A shard counts as queued until it is committed, not until it is sampled."""
+    handle = executor._handles[0] = Handle("actor", num_queued=1)
+    assert executor.num_unplaced == 1
+    executor._event(0, "where", answered("a"))
+    assert executor.num_unplaced == 0 and not handle.is_ready
+    executor._event(0, "event", answered(WorkerReady(0)))
+    assert handle.is_ready
+    assert executor._event(0, "sampled", answered(7)) == ShardSampled(0, 7) and handle.num_queued == 1
+    executor._event(0, "shard", answered("done"))
+    assert handle.num_queued == 0
+
+
+@pytest.mark.parametrize(
+    ("node", "is_unavailable", "is_lost_with_node"),
+    [("a", False, False), ("b", False, True), ("gone", False, True), ("", False, False), ("a", True, True)],
+)
+def test_an_actor_is_lost_with_its_node_or_alone(
+    executor: RayExecutor, node: str, is_unavailable: bool, is_lost_with_node: bool
+) -> None:
+    """One that was never placed died alone; one that cannot be reached is not at fault. It is killed in any case."""
+    import ray.exceptions
+
+    executor._handles[0] = Handle("actor", node=node)
+    kind = ray.exceptions.ActorUnavailableError if is_unavailable else ray.exceptions.ActorDiedError
+    event = executor._event(0, "shard", answered(error=kind("x", None) if is_unavailable else kind()))
+    assert isinstance(event, WorkerLost) and event.node_lost == is_lost_with_node
+    assert executor.killed == ["actor"] and not executor._handles  # type: ignore[attr-defined]
+
+
+def test_answers_of_workers_that_were_stopped_are_dropped(executor: RayExecutor) -> None:
+    executor._answers.put((3, "sampled", answered(1)))
+    assert executor.poll(0.0) == []
+
+
+def test_only_news_in_a_progress_is_an_event() -> None:
+    """A heartbeat without a batch is one, too; the handle may be asked again after any answer."""
+    handle = Handle("actor", is_asked=True)
+    progress = (4, 8, 0.5, 16)
+    assert _progress_event(0, handle, (progress, 1)) == ShardProgress(0, 4, 8, 0.5, 16)
+    assert not handle.is_asked
+    assert _progress_event(0, handle, (progress, 1)) == WorkerActive(0)
+    assert _progress_event(0, handle, (progress, 1)) is None
+    assert _progress_event(0, handle, (progress, 2)) == WorkerActive(0)
+    assert _progress_event(0, handle, ((4, 9, 0.5, 16), 2)) == ShardProgress(0, 4, 9, 0.5, 16)
+
+
+def asked(executor: RayExecutor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The workers that are asked for their progress now."""
+    workers: list[int] = []
+    monkeypatch.setattr(executor, "_expect", lambda worker, kind, reference: workers.append(worker))
+    executor._next_ask = 0.0
+    executor._ask_progress()
+    return workers
+
+
+def test_workers_that_load_or_sample_are_asked_for_their_progress(
+    executor: RayExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither those that wait for a place or for work, nor those that have not answered yet."""
+    options = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: None))
+    actor = SimpleNamespace(progress=options)
+    executor._handles = {
+        0: Handle(actor),
+        1: Handle(actor, node="a"),
+        2: Handle(actor, node="a", is_ready=True),
+        3: Handle(actor, node="a", is_ready=True, num_queued=1),
+        4: Handle(actor, node="a", is_ready=True, num_queued=1, is_asked=True),
+    }
+    assert asked(executor, monkeypatch) == [1, 3]
+    assert asked(executor, monkeypatch) == []
+
+
+@pytest.mark.parametrize("num_workers", [1, 1000])
+def test_many_workers_are_asked_less_often(
+    executor: RayExecutor, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    monkeypatch.setattr(ray_executor, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    executor._handles = {number: Handle(None) for number in range(num_workers)}
+    asked(executor, monkeypatch)
+    assert executor._next_ask == 100.0 + max(ASK_SECONDS, num_workers / MAX_ASKS_PER_SECOND)
+
+
+def test_an_actor_reports_every_shard_from_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress is that of the shard in flight, heartbeats are counted, threads are those of the layout."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    host: Any = RayHost(0, 5)
+    assert os.environ["OMP_NUM_THREADS"] == "5"
+    seen = []
+
+    def sample(shard: ShardSpec, attempt: int, report: Any, batch_limit: int) -> Any:
+        seen.append(host.progress()[0])
+        report(2, 0.5, 16)
+        return lambda: f"shard {shard.number}, attempt {attempt}, limit {batch_limit}"
+
+    host._host = SimpleNamespace(sample_shard=sample)
+    for number in (4, 5):
+        assert host.run_shard(ShardSpec(number=number, request=0, start=0, stop=4), 2, 7) == number
+        assert host.progress()[0] == (number, 2, 0.5, 16)
+    assert seen == [(4, 0, 0.0, 0), (5, 0, 0.0, 0)]
+    assert [host.outcome(), host.outcome()] == ["shard 4, attempt 2, limit 7", "shard 5, attempt 2, limit 7"]
+    host._note_active()
+    host._note_active()
+    assert host.progress()[1] == 2
+
+
+def test_an_outcome_that_is_asked_for_early_is_waited_for() -> None:
+    """The call runs in a thread of its own, maybe before the shard was sampled."""
+    host: Any = RayHost(0, 1)
+    host._host = SimpleNamespace(sample_shard=lambda *_: lambda: "done")
+    outcomes: list[str] = []
+    waiting = threading.Thread(target=lambda: outcomes.append(host.outcome()), daemon=True)
+    waiting.start()
+    time.sleep(0.1)
+    host.run_shard(ShardSpec(number=0, request=0, start=0, stop=1), 1, 0)
+    waiting.join(10)
+    assert outcomes == ["done"]
