@@ -171,7 +171,7 @@ def test_torchvision_gives_the_labels_of_the_shards(
     plain = torchvision.datasets.ImageFolder(out)
     is_plain = [label for _, label in plain.samples] == [wanted[Path(path).stem] for path, _ in plain.samples]
     assert is_plain == (folders == "index" and not condition)
-    assert any("take it from classes.json" in one for one in done.remarks) == (not is_plain)
+    assert any("classes.json" in remark for remark in done.remarks) == (not is_plain)
 
 
 @pytest.mark.parametrize("which", ["run", "merged"])

@@ -107,6 +107,8 @@ def test_a_stopped_thread_begins_no_queued_shard():
 
     executor = LocalExecutor(1)
     executor.open(Slow, 2)
+    # Threads of other tests may have the same names.
+    others = set(threading.enumerate())
     for worker, is_stopped in enumerate((True, False)):
         go.clear()
         begun.clear()
@@ -114,8 +116,7 @@ def test_a_stopped_thread_begins_no_queued_shard():
         if is_stopped:
             executor.stop_worker(worker)
         go.set()
-        [thread] = [one for one in threading.enumerate() if one.name == f"worker-{worker}"] or [None]
-        if thread:
+        for thread in set(threading.enumerate()) - others:
             thread.join(GATE_SECONDS)
             assert not thread.is_alive()
         assert begun == [0]
