@@ -16,6 +16,7 @@ from engine import cli
 from engine.commands.arguments import load_job, make_executor
 from engine.commands.jobfile import let_import
 from engine.data.run.verify import Finding, Verdict
+from engine.driver.run_summary import RunSummary
 from engine.errors import EXIT_DAMAGED, EXIT_INCOMPLETE, EXIT_OK, EXIT_USER, JobError, StoreLostError
 from tests.sleepy import make_job
 
@@ -167,6 +168,20 @@ def test_prepare_divides_the_images_where_it_is_told_to(
     )
     assert (passed["1"], passed["folder"], passed["components"]) == ("d", "f", components)
     assert ((passed["executor"] is not None), passed["only_large"]) == (has_executor, only_large)
+
+
+@pytest.mark.parametrize(("drained", "is_named"), [("", True), ("deadline", True), ("SIGTERM", False)])
+def test_a_report_is_named_unless_a_signal_ended_the_run(
+    monkeypatch: pytest.MonkeyPatch, call: Any, job: Path, drained: str, is_named: bool
+) -> None:
+    """After a signal nobody waits for it; at a deadline it is what was made in time."""
+    summary = RunSummary(
+        exit_code=9, uri="u", report="r.html", num_shards=2, num_committed=1, num_samples=4, num_failed=0, seconds=1.0,
+        drained=drained,
+    )  # fmt: skip
+    monkeypatch.setattr("engine.driver.run.run_job", lambda *_, **__: summary)
+    code, out, _ = call("run", job, "--executor", "local")
+    assert code == 9 and ("report: r.html" in out) == is_named
 
 
 @pytest.mark.parametrize("options", [(), ("--validate",)])

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # Of the tests of one mutation.
-TIMEOUT_SECONDS = 120.0
+TIMEOUT_SECONDS = 80.0
 # pytest's exit codes where all tests passed, and where none was selected; and that of tests that were stopped.
 PASSED, NONE_SELECTED, TIMED_OUT = 0, 5, 124
 # What tests and the engine import that is neither of them. Anything else is imported by the child.
