@@ -82,5 +82,5 @@ def test_the_record_counts_by_area_and_names_survivors() -> None:
         Mutation(area="a", file="f", old=f"old\n {name}", new="new", tests=("t",), survives="Equal.") for name in "xy"
     )
     text = page([(first, "caught"), (second, "survived")], 61.0, "shared")
-    assert "| a | 2 | 1 (50%) | 1 |\n| **all** | 2 | 1 (50%) | 1 |" in text and "1 minutes (shared)" in text
+    assert "| a | 2 | 1 (50.0%) | 1 |\n| **all** | 2 | 1 (50.0%) | 1 |" in text and "1 minutes (shared)" in text
     assert text.endswith("- `f`: `old y` as `new`. Equal.\n")

@@ -225,7 +225,7 @@ def page(results: Sequence[tuple[Mutation, Outcome]], seconds: float, note: str 
 def table_row(name: str, outcomes: Sequence[Outcome]) -> str:
     """Counts of outcomes as a row of the table."""
     caught = outcomes.count("caught")
-    return f"| {name} | {len(outcomes)} | {caught} ({caught / len(outcomes):.0%}) | {len(outcomes) - caught} |"
+    return f"| {name} | {len(outcomes)} | {caught} ({caught / len(outcomes):.1%}) | {len(outcomes) - caught} |"
 
 
 def one_line(text: str) -> str:
