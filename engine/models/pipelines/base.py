@@ -266,6 +266,10 @@ class Pipeline(ABC):
         """Output [B, C, H, W] of the network, in its precision; differentiable in the latents [B, C, H, W]."""
 
     @abstractmethod
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents [B, C, h, w] of images [B, 3, H, W] in [0, 1], as the network denoises them; nothing is drawn."""
+
+    @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W], nominally in [0, 1] and not clamped, of latents [B, C, h, w]; differentiable."""
 

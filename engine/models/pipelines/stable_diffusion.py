@@ -245,6 +245,11 @@ class StableDiffusion(Pipeline):
         """Output [B, C, H, W] of the UNet, whose inputs a condition's names are."""
         return self.call_network(latents, timestep, **condition.tensors)
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents [B, C, h, w] of images [B, 3, H, W] in [0, 1]: the mode of the autoencoder's posterior, scaled."""
+        latents: Tensor = self._vae.encode(images * 2 - 1).latent_dist.mode() * self._vae.config.scaling_factor
+        return latents
+
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W], nominally in [0, 1] and not clamped, of latents [B, C, h, w]; differentiable."""
         images: Tensor = self._vae.decode(latents / self._vae.config.scaling_factor).sample / 2 + 0.5
