@@ -17,6 +17,7 @@ from engine.generation.conditioner import Conditioner, open_conditioner
 from engine.generation.guidance import RequestGuides
 from engine.generation.isolation import Isolation, failed_result, is_fault_of_machine, may_pass
 from engine.generation.loading import PipelinePool, load_scorer, reachable_memory
+from engine.generation.notices import Notices
 from engine.job.acceptance import is_accepted
 from engine.job.plan import Plan, RequestPlan, SampleSpec, make_prompt
 from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, SampleResult, check_record
@@ -33,6 +34,9 @@ from engine.models.pipelines.base import LATENTS, ImageConditioning, Pipeline
 class Generator:
     """Holds the models of a job and turns sample specs into results.
 
+    Attributes:
+        notices: what the hardware made it do otherwise than the job says.
+
     Raises:
         JobError: a model cannot be loaded or the hardware lacks what `runtime` asks for.
     """
@@ -40,6 +44,7 @@ class Generator:
     def __init__(self, job: JobSpec, plan: Plan) -> None:
         self._job = job
         self._plan = plan
+        self.notices = Notices()
         self._hardware = choose_hardware(job.runtime)
         if self._hardware.is_cuda and self._hardware.deterministic:
             fix_kernels()
