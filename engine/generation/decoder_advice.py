@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +120,7 @@ def _tiny_decoder(pipeline: str, folder: Path) -> tuple[str, dict[str, Any]]:
 
 def read_price() -> dict[str, Any]:
     """Median KLDB with intervals by classifier and decoder, as `tools/decoder_price.py` measured it."""
-    price: dict[str, Any] = json.loads(PRICE_FILE.read_text(encoding="utf-8"))
-    return price
+    return read_config(PRICE_FILE)
 
 
 def advice_lines(advice: DecoderAdvice) -> list[str]:
