@@ -19,6 +19,7 @@ from engine.data.images import encoding as imaging
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.progress import PlainDisplay
 from engine.driver.run import run_job
+from engine.generation.notices import Notices
 from engine.generation.worker import Worker
 from engine.job.acceptance import is_accepted
 from engine.job.parsing import parse_job
@@ -54,6 +55,7 @@ class ComposedGenerator:
         self._job = job
         self._target = Classifier.load(job.models.target)
         self._oracle = Classifier.load(job.models.oracle) if job.models.oracle else None
+        self.notices = Notices()
 
     def batch_limit(self, request: int) -> int:
         """Memory never runs out."""

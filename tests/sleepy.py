@@ -25,6 +25,7 @@ from engine.driver.progress import PlainDisplay, Tally
 from engine.driver.run import run_job
 from engine.driver.run_summary import RunSummary
 from engine.errors import EXIT_DRAINED, JobError, OutputError, RiskforgeError
+from engine.generation.notices import Notices
 from engine.generation.worker import ShardBuffer, ShardOutcome, ShardProgressCallback, Worker
 from engine.job.parsing import parse_job
 from engine.job.plan import Plan, SampleSpec, ShardSpec
@@ -145,6 +146,7 @@ class Sleeper:
         self._plan, self._faults = plan, faults
         self.shard: ShardSpec | None = None
         self.attempt = 0
+        self.notices = Notices()
 
     def batch_limit(self, request: int) -> int:
         """Memory never runs out."""

@@ -10,7 +10,6 @@ import pytest
 import torch
 from bench.arms import DIVIDED, KLDB, RISKY, arms_of
 from bench.checks import Agreement, check_published, grey_levels
-from bench.flops import Arithmetic, count_decoder, count_pipeline, on_meta
 from bench.measure import Measured, kind_of
 from bench.naive import RISKY_COLUMNS
 from bench.programs import Bench
@@ -19,6 +18,7 @@ from bench.tables import Results, write_into
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from gpu_session import Step, parse, run_steps, session_steps
 
+from engine.models.arithmetic import Arithmetic, count_decoder, count_pipeline, on_meta
 from tests.conftest import REPOSITORY
 
 TERA = 1e12

@@ -20,6 +20,7 @@ from engine.data.stores.opening import open_store
 from engine.driver.checks import plan_job
 from engine.driver.executors.local import LocalExecutor
 from engine.errors import JobError, OutputError
+from engine.generation.notices import Notices
 from engine.generation.worker import MAX_WAITING_BATCHES, Worker
 from tests.sleepy import GATE_SECONDS, make_job, make_result, run_sleepy, wait_until
 
@@ -31,6 +32,8 @@ class Sampler:
         self.num_made = 0
         self.fails_at = -1
         self.limits: list[tuple[int, int]] = []
+        self.notices = Notices()
+        self.says: dict[int, str] = {}
 
     def batch_limit(self, request):
         """Memory never runs out."""
@@ -40,6 +43,8 @@ class Sampler:
         """One sample, or the failure that was asked for."""
         if self.num_made == self.fails_at:
             raise ZeroDivisionError("no kernel")
+        if text := self.says.get(self.num_made):
+            self.notices.add(text)
         self.num_made += 1
         result = make_result(specs[0], 1)
         result.run = {"batch_size": 1}

@@ -222,11 +222,14 @@ def _print_inspection(inspection: Inspection) -> None:
 
 
 def _print_run(run: dict[str, Any]) -> None:
+    from engine.data.run.notices import notice_lines
     from engine.driver.progress import byte_size
 
     print(printable(f"{run['uri']}: {run['name']}, {run['state']}; {run['shards']} shards with images"))
     print(f"  disk       {byte_size(run['disk_bytes'])}, of which tars and rows {byte_size(run['data_bytes'])}")
     print(f"  digest     {printable(run['digest']) or 'unknown'}")
+    for line in notice_lines(run["notices"]):
+        print(f"  notice     {line}")
     for role, models in run["models"].items():
         for model in models if isinstance(models, list) else [models]:
             print(f"  {role:<10} {printable(_model_line(model))}")

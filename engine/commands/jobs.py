@@ -58,13 +58,15 @@ def plan(
     try:
         planned = plan_job(spec, make_display()) if calibrate else plan_job(spec)
         cost = job_cost(spec, planned, _measure(spec, planned) if calibrate else None)
+        advice = _advice(spec) if calibrate else None
     except KeyboardInterrupt:
         complain("stopped; nothing is stored")
         raise typer.Exit(EXIT_DRAINED) from None
     if as_json:
-        print_json(_cost_fields(spec, cost, price_per_hour))
+        print_json(_cost_fields(spec, cost, price_per_hour) | ({"guidance_decoder": advice} if advice else {}))
     else:
         _print_cost(spec, cost, price_per_hour)
+        _print_advice(spec, advice, is_counted=calibrate)
 
 
 DataOption = Annotated[
@@ -169,6 +171,28 @@ def _measure(job: JobSpec, planned: Plan) -> Any:
 
     complain("measuring a batch of every request")
     return measure(job, planned)
+
+
+def _advice(job: JobSpec) -> dict[str, Any] | None:
+    """The advice to guide through a tiny decoder, with its text in `lines`; None where there is nothing to advise."""
+    import dataclasses
+
+    from engine.generation.decoder_advice import advice_lines, decoder_advice
+
+    advice = decoder_advice(job)
+    return dataclasses.asdict(advice) | {"lines": advice_lines(advice)} if advice else None
+
+
+def _print_advice(job: JobSpec, advice: dict[str, Any] | None, *, is_counted: bool) -> None:
+    """Print the advice; where nothing was counted, as torch is needed for that, how to get it."""
+    from engine.driver.cost import guides_through_large_decoder
+
+    for line in advice["lines"] if advice else ():
+        print(line)
+    if not is_counted and guides_through_large_decoder(job):
+        print(
+            "guidance differentiates the pipeline's decoder; --calibrate says what models.guidance_decoder would save"
+        )
 
 
 def _cost_fields(job: JobSpec, cost: Cost, price_per_hour: float | None) -> dict[str, Any]:

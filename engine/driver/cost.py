@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.job.plan import Plan, RequestPlan
-from engine.job.spec import JobSpec
+from engine.job.spec import JobSpec, RequestSpec
 from engine.models.addresses import locate
 from engine.models.pipelines.lookup import family_of
 from engine.models.pipelines.parts import has_configurations
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 BYTES_PER_PIXEL = {"png": 1.7, "webp": 1.2, "jpg": 0.4}
 BYTES_PER_RECORD = 4500
 SECONDS_PER_HOUR = 3600.0
+# From here on the gradient of a decoder can cost more than all steps of the network.
+LARGE_IMAGE_PIXELS = 256 * 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,9 +131,23 @@ def _num_shards(plan: Plan, request: RequestPlan, num_samples: int, samples_per_
 
 def image_size(job: JobSpec, request: RequestPlan) -> float | None:
     """Estimated bytes of an image, from the diffusion model's image size; None if the model is not on this machine."""
-    address = request.spec.diffusion or job.models.diffusion
+    num_pixels = _num_pixels(job, request.spec)
+    return None if num_pixels is None else num_pixels * BYTES_PER_PIXEL[job.output.image_format]
+
+
+def _num_pixels(job: JobSpec, request: RequestSpec) -> int | None:
+    """Pixels of an image; None if the model is not on this machine."""
+    address = request.diffusion or job.models.diffusion
     folder = locate(address).folder
     if folder is None or not has_configurations(folder):
         return None
     height, width = family_of(folder, address).image_size(folder)
-    return height * width * BYTES_PER_PIXEL[job.output.image_format]
+    return height * width
+
+
+def guides_through_large_decoder(job: JobSpec) -> bool:
+    """Whether guidance differentiates the own decoder of a pipeline with large images, as far as it is here."""
+    if job.models.guidance_decoder:
+        return False
+    guided = [request for request in job.requests if request.method_record.is_guided]
+    return any((_num_pixels(job, request) or 0) >= LARGE_IMAGE_PIXELS for request in guided)

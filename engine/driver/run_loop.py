@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from engine.data.run.commits import CommitSummary
 from engine.data.run.counts import ShardCounts
+from engine.data.run.notices import MAX_DISTINCT
 from engine.data.run.quarantine import QUARANTINE, quarantined_shards
 from engine.data.run.stored_plan import publish_rounds
 from engine.data.stores.base import Store
-from engine.data.stores.journal import Journal
+from engine.data.stores.journal import NOTICE, Journal
 from engine.data.stores.lease import Lease
 from engine.driver.executors.base import Executor, ExecutorEvent, ShardResult, WorkerFactory
 from engine.driver.interrupts import StopRequest, deferred_signals
@@ -100,6 +101,7 @@ class RunLoop(SchedulerLoop):
         for number in (*committed, *quarantined):
             self._skipped[number] = 1
         self._sampling_share = SamplingShare()
+        self._noticed: set[str] = set()
         self._drained = ""
         self._stop_request: StopRequest | None = None
 
@@ -236,6 +238,15 @@ class RunLoop(SchedulerLoop):
         self._sampling_share.add_commit(event.worker, event.outcome.sampling_seconds, now)
         fields = {"samples": counts.attempted, "accepted": counts.accepted, "failed": counts.failed}
         self._journal.note("committed", shard=event.shard, worker=event.worker, **fields)
+        self._show_notices(event)
+
+    def _show_notices(self, event: ShardResult) -> None:
+        """Show what the hardware forced, each sentence once however many workers it concerns."""
+        for text in event.outcome.notices:
+            if text not in self._noticed and len(self._noticed) < MAX_DISTINCT:
+                self._noticed.add(text)
+                self._display.notice(text)
+                self._journal.note(NOTICE, text=text, shard=event.shard)
 
     def _note_replaced(self, worker: int, message: str, shard: int | None = None) -> None:
         prefix = "" if shard is None else f"shard {shard} failed, "

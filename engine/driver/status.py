@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -9,15 +10,18 @@ from typing import Any
 
 from engine.data.run.commits import list_commits
 from engine.data.run.counts import ShardCounts
-from engine.data.run.file_names import SUCCESS
+from engine.data.run.file_names import MANIFEST, SUCCESS
 from engine.data.run.manifest import quota_rows
+from engine.data.run.manifest_reading import read_manifest
+from engine.data.run.notices import MAX_DISTINCT, MAX_NOTICE_CHARS, known_notices
 from engine.data.run.presence import is_closed, loss_lines, lost_files
 from engine.data.run.quarantine import quarantined_shards
 from engine.data.run.stored_plan import stored_plan
 from engine.data.stores.base import Store
-from engine.data.stores.journal import read_events
+from engine.data.stores.journal import NOTICE, read_events
 from engine.data.stores.lease import is_alive, read_holder
 from engine.driver.progress import duration
+from engine.errors import CorruptShardError
 from engine.job.plan import Plan
 from engine.job.quotas import replay
 
@@ -50,6 +54,8 @@ class Status:
         samples_per_second: rate of the latest commits; None if no driver is running.
         eta_seconds: remaining time for the planned shards; None if the rate is unknown.
         last_event: the latest line of the journal; empty if there is none.
+        notices: what the hardware made workers do otherwise than the job says, as far as the manifest has it, and then
+            since the last start.
     """
 
     uri: str
@@ -65,6 +71,7 @@ class Status:
     samples_per_second: float | None
     eta_seconds: float | None
     last_event: dict[str, Any]
+    notices: tuple[str, ...]
 
 
 def read_status(store: Store) -> Status:
@@ -99,6 +106,7 @@ def read_status(store: Store) -> Status:
         samples_per_second=rate,
         eta_seconds=left / rate if rate else None,
         last_event=events[-1] if events else {},
+        notices=_notices(store, events),
     )
 
 
@@ -114,6 +122,16 @@ def _request_statuses(plan: Plan, counts: dict[int, ShardCounts], samples_per_sh
         _request_status(request.spec.name, sums[request.number], quotas.get(request.spec.name))
         for request in plan.requests
     )
+
+
+def _notices(store: Store, events: list[dict[str, Any]]) -> tuple[str, ...]:
+    """The notices of the manifest, if there is one that can be read, and of the journal."""
+    manifest: dict[str, Any] = {}
+    with contextlib.suppress(CorruptShardError):
+        manifest = read_manifest(store) if store.exists(MANIFEST) else {}
+    texts = [row["text"] for row in known_notices(manifest)]
+    texts += [str(event.get("text"))[:MAX_NOTICE_CHARS] for event in events if event.get("event") == NOTICE]
+    return tuple(dict.fromkeys(texts))[:MAX_DISTINCT]
 
 
 def _state(*, is_damaged: bool, is_complete: bool, is_running: bool) -> str:
@@ -160,6 +178,7 @@ def status_lines(status: Status) -> list[str]:
             f"{rate:.2g} samples/s" + (f", {duration(eta)} left for the planned shards" if eta is not None else "")
         )
     lines += map(_request_line, status.requests)
+    lines += [f"notice: {text}" for text in status.notices]
     if status.is_torn:
         lines.append("a file over all shards is missing or torn; `riskforge run` with the same job writes it again")
     if status.lost:

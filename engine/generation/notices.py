@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 
 
 class Notices:
@@ -19,6 +20,11 @@ class Notices:
             if text not in self._known:
                 self._known.add(text)
                 self._waiting.append(text)
+
+    def give_back(self, texts: Iterable[str]) -> None:
+        """Let sentences that were taken and not stored be taken again."""
+        with self._lock:
+            self._waiting[:0] = texts
 
     def take(self) -> list[str]:
         """The sentences since the last call, in their order."""

@@ -18,11 +18,13 @@ from engine.data.run.commit_record import CommitRecord
 from engine.data.run.commit_shard import commit_shard
 from engine.data.run.commits import read_commit
 from engine.data.run.counts import ShardCounts
+from engine.data.run.notices import unstored
 from engine.data.run.shard_writing import stage_shard, warm_up
 from engine.data.run.shards import shard_name
 from engine.data.run.stored_plan import read_digest
 from engine.data.stores.opening import open_store
 from engine.errors import JobError
+from engine.generation.notices import Notices
 from engine.job.plan import Plan, SampleSpec, ShardSpec
 from engine.job.records import SampleResult
 from engine.job.spec import JobSpec
@@ -42,11 +44,13 @@ class ShardOutcome:
     Attributes:
         sampling_seconds: duration of sampling and scoring.
         total_seconds: duration from start to commit.
+        notices: those of the commit record.
     """
 
     counts: ShardCounts
     sampling_seconds: float
     total_seconds: float
+    notices: tuple[str, ...] = ()
 
 
 class ShardProgressCallback(Protocol):
@@ -58,7 +62,13 @@ class ShardProgressCallback(Protocol):
 
 
 class BatchGenerator(Protocol):
-    """Makes samples; implemented by `engine.generation.generator.Generator`."""
+    """Makes samples; implemented by `engine.generation.generator.Generator`.
+
+    Attributes:
+        notices: what the hardware made it do otherwise than the job says.
+    """
+
+    notices: Notices
 
     def next_batch(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
         """Results of the first samples of `specs`, as many as fit into a batch."""
@@ -120,7 +130,7 @@ class Worker:
             return lambda: _outcome(record, 0.0)
         if batch_limit:
             self._generator.limit_batches(shard.request, batch_limit)
-        buffer = ShardBuffer(shard, attempt)
+        buffer = ShardBuffer(shard, attempt, self._generator.notices)
         writing: Future[ShardOutcome] = Future()
         # The process would wait for a thread of a pool at its end, even if sampling hangs.
         threading.Thread(target=self._write_for, args=(buffer, writing), name="writer", daemon=True).start()
@@ -171,7 +181,9 @@ class Worker:
             worker=self._name,
             timing=buffer.timing,
             screening=tally.rows(),
+            notices=buffer.notices,
         )
+        self._generator.notices.give_back(unstored(buffer.notices, record.notices))
         return _outcome(record, time.monotonic() - buffer.started)
 
 
@@ -180,17 +192,22 @@ class ShardBuffer:
 
     Attributes:
         timing: durations by name, in seconds, for the commit record.
+        notices: those of the generator since its last shard, for the commit record.
     """
 
-    def __init__(self, shard: ShardSpec, attempt: int) -> None:
+    def __init__(self, shard: ShardSpec, attempt: int, notices: Notices) -> None:
         self.shard = shard
         self.attempt = attempt
         self.started = time.monotonic()
         self.timing = {"sampling_seconds": 0.0}
+        self.notices: list[str] = []
+        self._source = notices
         self._batches: queue.Queue[list[SampleResult] | BaseException | None] = queue.Queue(MAX_WAITING_BATCHES)
 
     def put(self, batch: list[SampleResult] | None, writing: Future[ShardOutcome]) -> None:
         """Append a batch, None after the last; waits while the buffer is full, unless the writer has ended."""
+        # By the thread that samples: the one that writes would take those of the next shard.
+        self.notices += self._source.take()
         while not writing.done():
             try:
                 self._batches.put(batch, timeout=WAIT_SECONDS)
@@ -221,7 +238,12 @@ class ShardBuffer:
 
 def _outcome(record: CommitRecord, total_seconds: float) -> ShardOutcome:
     seconds = record.timing.get("sampling_seconds", 0.0)
-    return ShardOutcome(counts=record.counts, sampling_seconds=seconds, total_seconds=max(total_seconds, seconds))
+    return ShardOutcome(
+        counts=record.counts,
+        sampling_seconds=seconds,
+        total_seconds=max(total_seconds, seconds),
+        notices=tuple(record.notices),
+    )
 
 
 def load_generator(job: JobSpec, plan: Plan) -> BatchGenerator:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from engine.data.run.manifest_reading import manifest_error
+from engine.data.run.notices import known_notices
 from engine.data.stores.base import Store
 from engine.job.columns import NO_CLASS
 from engine.report.data import Rows
@@ -38,6 +39,7 @@ def manifest_context(store: Store, manifest: dict[str, Any], rows: Rows, names: 
             "dials": _dials(manifest.get("dials", {})),
             "acceptance": acceptance_table(rows, manifest["counts"].get("quotas", {})),
             "throughput_note": _throughput_note(manifest),
+            "notices": known_notices(manifest),
             "models": _models(manifest["models"]),
             "facts": _facts(manifest),
         }

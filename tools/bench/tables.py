@@ -11,8 +11,8 @@ from typing import Any
 
 from bench.arms import DIVIDED, PLAIN, PROMPT
 from bench.checks import Check
-from bench.flops import Arithmetic
 from bench.measure import Measured
+from engine.models.arithmetic import Arithmetic
 
 # Guidance that is judged: what a job gets where it asks for nothing else, and the paper's step of RiskyDiff.
 JUDGED = ("kldb-polyak", "risky-polyak", "risky-paper")

@@ -32,6 +32,7 @@ UNSTABLE_KEYS = {
     "last_event": "contains a time",
     "versions": "depends on the installed packages",
     "hardware": "depends on the machine",
+    "notices": "says what the hardware forced",
     "parquet_sha256": "covers columns that depend on the run",
     "parquet_bytes": "covers columns that depend on the run",
     "rows_sha256": "covers columns that depend on the run",

@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from engine.data.reading.corpus import Corpus
 from engine.data.reading.source import RunSource
+from engine.data.run.commit_record import CommitRecord
+from engine.data.run.commits import inspect_records
+from engine.data.run.file_names import MANIFEST, SUCCESS
+from engine.data.run.manifest_reading import read_manifest
+from engine.data.run.notices import count_notices, known_notices
 from engine.data.run.summary import SUMMARY_COLUMNS, GroupSummary, class_texts, group_document, summarise_table
 from engine.data.run.tar_index import TarReader, index_tars
 from engine.data.stores.base import Store
@@ -141,8 +146,17 @@ def _description(source: RunSource) -> dict[str, Any]:
         "shards": len(source.tars),
         "disk_bytes": sum(store.total_size() for store in _outermost(source.stores)),
         "data_bytes": sum(store.size_of(names) for store, names in files.items()),
+        "notices": _notices(source.store),
         "models": {role: _without_labels(description) for role, description in models.items()},
     }
+
+
+def _notices(store: Store) -> list[dict[str, Any]]:
+    """The notices of a run: of its manifest where it has ended, else of the commit records that can be read."""
+    if store.exists(SUCCESS):
+        return known_notices(read_manifest(store)) if store.exists(MANIFEST) else []
+    records = (record for _, record in inspect_records(store) if isinstance(record, CommitRecord))
+    return count_notices(record.notices for record in records)
 
 
 def _without_labels(description: Any) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.data.run.counts import ShardCounts, record_name
+from engine.data.run.notices import MAX_NOTICE_CHARS, MAX_NOTICES, are_storable
 from engine.data.run.shards import SHARDS
 from engine.errors import MAX_REASON_CHARS, CorruptShardError, OutputError
 from engine.methods.strict_json import parse_json
@@ -33,6 +34,7 @@ class CommitRecord:
         attempt, worker: the try that made the published files.
         timing: seconds by name, as measured by the worker; empty where the files of another try were adopted.
         screening: rows of a `ScreeningTally`; empty where nothing was screened.
+        notices: what the hardware made the worker do otherwise than the job says, since its last shard.
     """
 
     shard: int
@@ -51,6 +53,7 @@ class CommitRecord:
     parquet_bytes: int
     timing: dict[str, float]
     screening: list[list[int]] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
     @property
     def file_name(self) -> str:
@@ -59,7 +62,11 @@ class CommitRecord:
 
     def to_json(self) -> str:
         """The record as one line."""
-        return json.dumps({"record_version": RECORD_VERSION} | dataclasses.asdict(self), allow_nan=False)
+        fields = {"record_version": RECORD_VERSION} | dataclasses.asdict(self)
+        if not self.notices:
+            # Versions before this field refuse a record that has it: they go on with the runs that do not need it.
+            del fields["notices"]
+        return json.dumps(fields, allow_nan=False)
 
 
 def file_pair(shard_name: str) -> tuple[str, str]:
@@ -111,6 +118,8 @@ def _check_fields(record: CommitRecord) -> None:
     rows = record.screening
     if not isinstance(rows, list) or not all(map(_is_tally_row, rows)):
         raise ValueError(f"screening is not rows of {TALLY_COLUMNS} counts: {rows!r}")
+    if not are_storable(record.notices):
+        raise ValueError(f"notices is not at most {MAX_NOTICES} texts of {MAX_NOTICE_CHARS} characters")
 
 
 def _is_tally_row(row: Any) -> bool:

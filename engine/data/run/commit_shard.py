@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from engine.data.run.commit_record import CommitRecord, file_pair, parse_record
 from engine.data.run.commits import read_commit
+from engine.data.run.notices import storable
 from engine.data.run.shard_writing import discard
 from engine.data.run.shards import ShardFiles, file_digest, inspect_pair, read_rows
 from engine.data.stores.base import Store
@@ -41,8 +43,12 @@ def commit_shard(
     worker: str,
     timing: dict[str, float],
     screening: list[list[int]] | None = None,
+    notices: Iterable[str] = (),
 ) -> CommitRecord:
     """Publish a staged shard and create its commit record, or adopt what is published already.
+
+    Args:
+        notices: texts for the record, of any kind and length.
 
     Returns:
         The record in the store. It describes the published files, which another attempt may have made.
@@ -68,6 +74,7 @@ def commit_shard(
         worker=worker,
         timing=timing,
         screening=screening or [],
+        notices=storable(notices),
         **_file_facts(staged),
     )
     with store.lock(f"shard-{shard.number % NUM_LOCKS:02d}"):

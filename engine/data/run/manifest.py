@@ -11,6 +11,7 @@ from engine.data.run.commit_record import CommitRecord
 from engine.data.run.commits import CommitSummary, read_commits
 from engine.data.run.counts import num_stored
 from engine.data.run.file_names import METADATA
+from engine.data.run.notices import count_notices
 from engine.data.run.summary import (
     GroupSummary,
     count_classes,
@@ -65,6 +66,7 @@ def build_manifest(
         "versions": versions,
         "hardware": hardware,
         "timing": timing,
+        "notices": count_notices(record.notices for record in read_commits(store)),
         "counts": {
             "shards": {"planned": plan.num_shards, "committed": len(commits)},
             "samples": {"planned": plan.num_samples, **totals},

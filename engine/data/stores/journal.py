@@ -14,6 +14,8 @@ from engine.errors import OutputError
 from engine.methods.strict_json import parse_json
 
 MAX_TAIL_BYTES = 1_000_000
+# Event of a sentence for the user, in `text`.
+NOTICE = "notice"
 END_SECONDS = 20.0
 
 

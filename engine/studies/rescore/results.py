@@ -40,6 +40,7 @@ def write_results(rescoring: Rescoring, commits: dict[int, CommitSummary], start
         "models": _described(rescoring),
         "versions": software_versions(),
         "hardware": {"machine": platform.machine()},
+        "notices": [],
         "timing": {"run_seconds": time.time() - started, "finished": time.time()},
         "counts": _counts(rescoring, groups, len(commits)),
         "summary": [group_document(group) for group in groups],

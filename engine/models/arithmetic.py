@@ -1,0 +1,154 @@
+"""The arithmetic of a sample, counted on the models' configurations; no weights, no memory.
+
+A multiplication and an addition are two operations. Counted are matrix products, convolutions and attention; norms and
+activations are not arithmetic worth counting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.models.configurations import read_config
+
+META = "meta"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arithmetic:
+    """Operations of a single sample.
+
+    Attributes:
+        unet: a forward pass.
+        unet_backward: from the output to the latents, after such a pass.
+        decode: a forward pass of the decoder that makes the stored image.
+        guide_decode: a forward pass of the decoder that guidance looks through.
+        guide_decode_backward: from the image to the latents.
+        target: forward and backward of the classifier.
+        clip: forward and backward of CLIP's image half.
+    """
+
+    unet: int
+    unet_backward: int
+    decode: int
+    guide_decode: int
+    guide_decode_backward: int
+    target: int
+    clip: int
+
+    @property
+    def decoder_gradient(self) -> int:
+        """Forward and backward of the decoder that guidance looks through."""
+        return self.guide_decode + self.guide_decode_backward
+
+    def prompt(self, num_steps: int, num_halves: int = 2) -> int:
+        """An image from the prompt alone.
+
+        Args:
+            num_halves: of classifier-free guidance at every step; 1 where it is off.
+        """
+        return num_steps * num_halves * self.unet + self.decode
+
+    def guided(
+        self,
+        num_steps: int,
+        num_guided: int,
+        *,
+        through_unet: bool = False,
+        uses_clip: bool = False,
+        num_criteria: int = 1,
+        num_halves: int = 2,
+    ) -> int:
+        """An image with guidance at so many steps; the conditional half of a step serves its gradient too.
+
+        Args:
+            num_criteria: gradients that the step rule needs separately; each is a backward pass of its own.
+            num_halves: as for `prompt`.
+        """
+        through = self.unet_backward if through_unet else 0
+        backward = num_criteria * (self.guide_decode_backward + through)
+        scores = self.target + (self.clip if uses_clip else 0)
+        return self.prompt(num_steps, num_halves) + num_guided * (self.guide_decode + backward + scores)
+
+
+def count_folder(diffusion: Path) -> Arithmetic:
+    """Count a pipeline in a folder; classifier and CLIP are left at zero."""
+    unet = on_meta(lambda: UNet2DConditionModel.from_config(read_config(diffusion / "unet" / "config.json")))
+    vae = on_meta(lambda: AutoencoderKL.from_config(read_config(diffusion / "vae" / "config.json")))
+    text = read_config(diffusion / "text_encoder" / "config.json")
+    return count_pipeline(unet, vae, tokens=text["max_position_embeddings"], width=text["hidden_size"])
+
+
+def behind_tiny(counted: Arithmetic, diffusion: Path, tiny: dict[str, Any]) -> Arithmetic:
+    """The same where guidance looks through an `AutoencoderTiny`.
+
+    Args:
+        diffusion: folder of the pipeline, which has the size of the latents.
+        tiny: configuration of the decoder.
+    """
+    decoder, unet = on_meta(lambda: AutoencoderTiny.from_config(tiny)), read_config(diffusion / "unet" / "config.json")
+    forward, backward = count_decoder(decoder, unet["in_channels"], unet["sample_size"])
+    return dataclasses.replace(counted, guide_decode=forward, guide_decode_backward=backward)
+
+
+def count_decoder(decoder: Any, channels: int, size: int | Sequence[int]) -> tuple[int, int]:
+    """Operations of decoding latents [1, C, H, W], and of the backward pass to them; one number is of both sides."""
+    return passes(lambda z: decoder.decode(z).sample, _latents(channels, size))
+
+
+def _latents(channels: int, size: int | Sequence[int]) -> Tensor:
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.empty(1, channels, height, width, device=META)
+
+
+def count_pipeline(unet: Any, vae: Any, *, tokens: int, width: int) -> Arithmetic:
+    """Count UNet and decoder on the meta device; classifier and CLIP are left at zero.
+
+    Args:
+        tokens: length of a prompt.
+        width: of a token's embedding.
+    """
+    text, time = torch.empty(1, tokens, width, device=META), torch.zeros(1, device=META)
+    size = unet.config.projection_class_embeddings_input_dim
+    labels = torch.empty(1, size, device=META) if size else None
+    channels, latents_size = unet.config.in_channels, unet.config.sample_size
+    latents = _latents(channels, latents_size)
+    forward, backward = passes(lambda z: unet(z, time, text, class_labels=labels).sample, latents)
+    decode, decode_backward = count_decoder(vae, channels, latents_size)
+    return Arithmetic(
+        unet=forward,
+        unet_backward=backward,
+        decode=decode,
+        guide_decode=decode,
+        guide_decode_backward=decode_backward,
+        target=0,
+        clip=0,
+    )
+
+
+def on_meta(build: Callable[[], Any]) -> Any:
+    """A frozen module without weights."""
+    with torch.device(META):
+        return build().requires_grad_(False).eval()
+
+
+def passes(call: Callable[[Tensor], Tensor], inputs: Tensor) -> tuple[int, int]:
+    """Operations of a forward pass, and of the backward pass to its input."""
+    leaf = inputs.requires_grad_(True)
+    forward, both = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with forward, torch.no_grad():
+        call(leaf)
+    with both:
+        # Times one: the counter cannot follow the gradient of a module's own input.
+        torch.autograd.grad(call(leaf * 1).sum(), leaf)
+    return forward.get_total_flops(), both.get_total_flops() - forward.get_total_flops()
