@@ -114,7 +114,7 @@ class RayExecutor:
             "nodes": len(self._nodes),
             "cpu_cores": int(sum(node.get("CPU", 0) for node in self._nodes)),
             "gpus": int(sum(node.get("GPU", 0) for node in self._nodes)),
-            "accelerators": ", ".join(kinds),
+            "accelerators": ", ".join(sorted(kinds)),
             **shared,
         }
 
