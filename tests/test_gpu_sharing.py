@@ -22,7 +22,7 @@ from engine.driver.executors.local import LocalExecutor
 from engine.driver.executors.ray import RayExecutor
 from engine.driver.executors.ray_actor import RayHost
 from engine.driver.executors.ray_cluster import prepare_environment
-from engine.driver.executors.ray_layout import divide
+from engine.driver.executors.ray_layout import divide, usable_cores
 from engine.driver.scheduling.messages import UserFault, WorkerLost, WorkerReady
 from engine.errors import EXIT_USER, JobError, RiskforgeError
 from engine.generation import loading, worker
@@ -155,7 +155,7 @@ def test_torch_enforces_the_share_of_a_process(
 def test_more_workers_than_a_gpu_has_memory_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the option that asked for them, not by a model that cannot be loaded."""
     Gpu(total=8 * GIB).install(monkeypatch)
-    with pytest.raises(JobError, match=r"^--workers: 8 workers on a GPU of 8 GiB leave none .*; use fewer$"):
+    with pytest.raises(JobError, match=r"^runtime\.workers: 8 on a GPU of 8 GiB leave none .*; use fewer$"):
         loading.limit_memory(1 / 8)
 
 
@@ -223,9 +223,13 @@ def test_actors_on_a_gpu_of_this_machine_have_a_part_each(monkeypatch: pytest.Mo
         assert executor.describe()["workers_per_gpu"] == 2
         half = {"assigned": 0.5, "share": GpuShare(memory=0.5, owns_process=True), "gpus": "0", "threads": "3"}
         assert outcomes(executor, 0, 1) == [half] * 2
+        # As on a cluster that was joined: the actor asks Ray for its node, which has two cores for one GPU.
+        executor._layout = divide(executor._nodes, "cuda", 1, 9, is_own=False)
+        whole = {"assigned": 1.0, "share": GpuShare(owns_process=True), "threads": str(min(2, usable_cores()))}
+        assert outcomes(executor, 2) == [half | whole]
         # A job for CPUs on the same machine.
         executor._layout = divide(executor._nodes, "cpu", 1, 9, is_own=True)
         none = {"assigned": 0.0, "share": GpuShare(owns_process=True), "gpus": "", "threads": "1"}
-        assert outcomes(executor, 2) == [none] and "workers_per_gpu" not in executor.describe()
+        assert outcomes(executor, 3) == [none] and "workers_per_gpu" not in executor.describe()
     finally:
         executor.close()

@@ -77,7 +77,7 @@ def limit_memory(share: float) -> None:
     allowed = allowed_bytes(total, share)
     if not allowed:
         raise JobError(
-            f"--workers: {round(1 / share)} workers on a GPU of {total / 2**30:.0f} GiB leave none of them memory for"
+            f"runtime.workers: {round(1 / share)} on a GPU of {total / 2**30:.0f} GiB leave none of them memory for"
             " its models; use fewer"
         )
     torch.cuda.set_per_process_memory_fraction(allowed / total)
