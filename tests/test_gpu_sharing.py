@@ -108,7 +108,8 @@ def test_two_workers_find_batches_that_fit_together(monkeypatch: pytest.MonkeyPa
 def test_a_generator_makes_batches_for_its_share(monkeypatch: pytest.MonkeyPatch, share: float, expected: int) -> None:
     """Of the same three gibibytes: after two batches it knows what fits, in its share and not in the whole GPU."""
     Gpu().install(monkeypatch)
-    generator, specs = make_generator()
+    with sharing_gpu(GpuShare(memory=share)):
+        generator, specs = make_generator()
     sample, rows = generator.sample, [0]
 
     def sampling(request: int, some: Any, draws: Any) -> Any:
@@ -119,9 +120,8 @@ def test_a_generator_makes_batches_for_its_share(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(StableDiffusion, "rows", property(lambda self: None))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: (4 + 3 * rows[0]) * GIB)
-    shared = dataclasses.replace(hardware.choose_hardware(RuntimeSpec(device="cpu")), device="cuda", memory_share=share)
-    monkeypatch.setattr(generator, "_hardware", shared)
-    sizes = [len(generator.next_batch(0, specs * 2)) for _ in range(3)]
+    monkeypatch.setattr(hardware.Hardware, "is_cuda", property(lambda self: True))
+    sizes = [len(generator.next_batch(0, (specs * 2)[:32])) for _ in range(3)]
     assert sizes == [FIRST_BATCH, 2 * FIRST_BATCH, expected]
 
 
