@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from engine.driver.executors import ray_actor
+from engine.driver.executors.ray_actor import RayHost
 from engine.driver.executors.ray_layout import Layout, divide, usable_cores
 from engine.errors import JobError
 
@@ -27,15 +30,17 @@ from engine.errors import JobError
         ([{"CPU": 2.0}], "cpu", 4, 99, True, Layout(4, 1, {"num_cpus": 1})),
         ([{"CPU": 16.0}], "auto", None, 1, True, Layout(1, 1, {"num_cpus": 1})),
         ([{"CPU": 8.0}, {"CPU": 8.0}], "auto", None, 99, False, Layout(16, 1, {"num_cpus": 1})),
-        ([{"CPU": 16.0, "GPU": 2.0}], "auto", None, 99, True, Layout(2, 8, {"num_gpus": 1, "num_cpus": 0})),
-        ([{"CPU": 16.0, "GPU": 2.0}], "auto", 3, 99, True, Layout(3, 5, {"num_gpus": 0.5, "num_cpus": 0})),
+        ([{"CPU": 16.0, "GPU": 2.0}], "auto", None, 99, True, Layout(2, 8, {"num_gpus": 1, "num_cpus": 0}, 1)),
+        ([{"CPU": 16.0, "GPU": 2.0}], "auto", 3, 99, True, Layout(3, 4, {"num_gpus": 0.5, "num_cpus": 0}, 2)),
         ([{"CPU": 16.0, "GPU": 2.0}], "cpu", None, 99, True, Layout(16, 1, {"num_cpus": 1})),
         ([{"CPU": 8.0}, {"CPU": 8.0}], "cpu", 1, 99, False, Layout(1, 1, {"num_cpus": 1})),
         ([{"CPU": 8.0}, {"CPU": 8.0}], "cpu", 3, 99, False, Layout(3, 1, {"num_cpus": 1})),
         ([{"CPU": 2.0}], "cpu", 3, 99, False, Layout(3, 1, {"num_cpus": 1})),
-        ([{"CPU": 4.0}], "cuda", 8, 99, False, Layout(8, 1, {"num_gpus": 1, "num_cpus": 0})),
-        ([{"CPU": 4.0}], "cuda", None, 99, False, Layout(1, 4, {"num_gpus": 1, "num_cpus": 0})),
-        ([{"CPU": 16.0, "GPU": 2.0}], "auto", 5, 99, False, Layout(5, 3, {"num_gpus": 1, "num_cpus": 0})),
+        ([{"CPU": 4.0}], "cuda", 8, 99, False, Layout(8, 0, {"num_gpus": 1, "num_cpus": 0}, 1)),
+        ([{"CPU": 4.0}], "cuda", None, 99, False, Layout(1, 0, {"num_gpus": 1, "num_cpus": 0}, 1)),
+        ([{"CPU": 16.0, "GPU": 2.0}], "auto", 5, 99, False, Layout(5, 0, {"num_gpus": 1, "num_cpus": 0}, 1)),
+        # No node has room for a worker with a whole GPU.
+        ([{"CPU": 2.0, "GPU": 0.5}, {"CPU": 2.0, "GPU": 0.5}], "auto", None, 9, False, Layout(4, 1, {"num_cpus": 1})),
     ],
 )
 def test_resources_are_divided(nodes, device, workers, shards, is_own, expected):
@@ -61,16 +66,51 @@ def test_a_quota_of_the_container_limits_the_cores(monkeypatch, content, expecte
     ("nodes", "device", "workers", "expected"),
     [
         # Five workers on two GPUs: at most three share one.
-        ([{"CPU": 16.0, "GPU": 2.0}], "cuda", 5, Layout(5, 3, {"num_gpus": 1 / 3, "num_cpus": 0})),
+        ([{"CPU": 16.0, "GPU": 2.0}], "cuda", 5, Layout(5, 2, {"num_gpus": 1 / 3, "num_cpus": 0}, 3)),
         # One worker for two GPUs does not get the threads of both.
-        ([{"CPU": 16.0, "GPU": 2.0}], "cuda", 1, Layout(1, 8, {"num_gpus": 1, "num_cpus": 0})),
-        ([{"CPU": 1.0, "GPU": 4.0}], "auto", None, Layout(4, 1, {"num_gpus": 1, "num_cpus": 0})),
+        ([{"CPU": 16.0, "GPU": 2.0}], "cuda", 1, Layout(1, 8, {"num_gpus": 1, "num_cpus": 0}, 1)),
+        ([{"CPU": 1.0, "GPU": 4.0}], "auto", None, Layout(4, 1, {"num_gpus": 1, "num_cpus": 0}, 1)),
         ([{}], "auto", None, Layout(1, 1, {"num_cpus": 1})),
     ],
 )
 def test_gpus_are_shared_on_this_machine_alone(nodes, device, workers, expected):
-    """Threads are divided by the larger of workers and GPUs; a node without resources still gets a worker."""
+    """Threads are divided as if all GPUs were full; a node without resources still gets a worker."""
     assert divide(nodes, device, workers, 99, is_own=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("resources", "cores", "expected"),
+    [
+        # The other twelve nodes of the cluster, with 16 cores and no GPU each, are of no use to this worker.
+        ({"CPU": 16.0, "GPU": 1.0}, 16, 16),
+        ({"CPU": 208.0, "GPU": 8.0}, 208, 26),
+        # The container has fewer cores than Ray was told, or Ray was told of fewer, or of none.
+        ({"CPU": 208.0, "GPU": 1.0}, 16, 16),
+        ({"CPU": 8.0, "GPU": 1.0}, 64, 8),
+        ({"CPU": 0.0, "GPU": 2.0}, 16, 8),
+        ({"GPU": 4.0}, 2, 1),
+        ({"CPU": 8.0, "GPU": 0.5}, 8, 8),
+    ],
+)
+def test_a_worker_has_the_threads_of_its_node(monkeypatch, resources, cores, expected):
+    """Whichever nodes there were at the start: a cluster may get its first GPU for this worker."""
+    nodes = [{"NodeID": "other", "Resources": {"CPU": 99.0}}, {"NodeID": "here", "Resources": resources}]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
+    monkeypatch.setattr(ray_actor, "usable_cores", lambda: cores)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    RayHost(0, threads=0, workers_per_gpu=1)
+    assert os.environ["OMP_NUM_THREADS"] == str(expected)
+
+
+def test_a_worker_without_a_gpu_sees_none(monkeypatch):
+    """Ray leaves those of the node visible to an actor that has none: as many workers as cores would use them."""
+    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "0")
+    RayHost(0, 1, workers_per_gpu=1)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    RayHost(0, 1, workers_per_gpu=0)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_a_gpu_that_is_not_there_is_refused():

@@ -410,7 +410,6 @@ def test_memory_that_ran_out_is_remembered_by_kind_of_node_and_request():
     state, _ = drive(state, WorkerPlaced(2, "small"))
     assert step(state, ShardProgress(1, 1, 4, 1.0))[0].batch_limits == state.batch_limits == {("small", 0): 4}
     state, actions = drive(state, WorkerReady(2))
-    assert drive(state, ShardProgress(2, 0, 4, 1.0, batch_limit=8))[0].batch_limits == {("small", 0): 4}
     assert Assign(2, 0, 2, 4) in actions and not state.strikes
     _, actions = drive(state, ShardDone(1, 1), WorkerPlaced(3, "large"), WorkerReady(3))
     assert all(action.batch_limit == 0 for action in actions if isinstance(action, Assign))

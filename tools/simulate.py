@@ -13,7 +13,7 @@ import heapq
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -54,6 +54,12 @@ TICK_SECONDS = 5.0
 SAMPLES_PER_SHARD = 4
 MAX_DRIVERS = 200
 MAX_EVENTS = 200_000
+# Samples of a batch that a job wants, that fit each kind of node, and that fit while something else takes the memory.
+WANTED = 64
+MEMORY = {"small": 16, "large": 64}
+DIP = 4
+# After so many batches in a row that fit, a process tries twice as many samples.
+GROW_AFTER = 3
 CLASSES = [str(number) for number in range(10)]
 MODELS = ("zoo:digits/stable-diffusion", "zoo:digits/stable-unclip")
 DIGESTS = {"diffusion": dict.fromkeys(MODELS, ""), "clip": "", "target": "", "transfer": [], "oracle": ""}
@@ -98,10 +104,47 @@ class Disk:
 
 
 @dataclass(slots=True)
+class Batches:
+    """The batches of a process for one request: halved where memory runs out, and grown back.
+
+    Attributes:
+        size: samples of the next batch.
+        limit: what the process reports; 0 for none.
+        proven: the largest size that has fitted since memory ran out.
+        num_good: batches that fitted since the size changed.
+    """
+
+    size: int = WANTED
+    limit: int = 0
+    proven: int = 0
+    num_good: int = 0
+
+    def give(self, limit: int) -> None:
+        """Follow a limit of the driver, unless more than that has fitted here."""
+        if limit > self.proven:
+            self.limit = min(self.limit or limit, limit)
+            self.size = min(self.size, self.limit)
+
+    def make(self, memory: int) -> bool:
+        """Make a batch in a memory for so many samples; whether that has changed the limit."""
+        before = self.limit
+        if self.limit and self.num_good >= GROW_AFTER and 2 * self.size <= memory:
+            self.size, self.num_good = 2 * self.size, 0
+            self.limit = self.size if self.size < WANTED else 0
+        while self.size > memory:
+            self.limit = self.size = self.size // 2
+            self.proven = self.num_good = 0
+        self.num_good += 1
+        self.proven = max(self.proven, self.size)
+        return self.limit != before
+
+
+@dataclass(slots=True)
 class Process:
     """A worker's process: shards to sample, when all it has sampled is written, whether it still does anything."""
 
-    queue: list[tuple[int, int]] = field(default_factory=list)
+    queue: list[tuple[int, int, int]] = field(default_factory=list)
+    batches: dict[int, Batches] = field(default_factory=dict)
     written_at: float = 0.0
     is_alive: bool = True
     node_kind: str = ""
@@ -220,6 +263,9 @@ class Driver:
         self.world = world
         self.disk = world.disk
         self.processes: dict[int, Process] = {}
+        # Limits of batches that its processes found by themselves, by kind of node and request.
+        self.found: dict[tuple[str, int], list[int]] = {}
+        self.num_limits: dict[tuple[str, int], int] = {}
         self.is_alive = True
         self.plan = self.disk.plan
         committed = {number: world.counts(number) for number in self.disk.shards}
@@ -285,7 +331,9 @@ class Driver:
     def step(self, event: Event) -> None:
         """A step of the scheduler, and what the quotas make of it."""
         is_new = not isinstance(event, ShardDone) or self.is_held(event)
+        before = self.state.batch_limits
         self.state, actions = scheduler.step(self.state, event)
+        self.check_limits(before)
         self.obey(actions)
         settled = [(action.shard, Counts(0, 0)) for action in actions if isinstance(action, Quarantine)]
         if isinstance(event, ShardDone) and is_new:
@@ -299,6 +347,16 @@ class Driver:
             extents = self.add_rounds()
             if extents or self.quotas.is_final:
                 self.step(PlanGrown(tuple(map(self.shard_range, extents)), self.quotas.is_final))
+
+    def check_limits(self, before: Mapping[tuple[str, int], int]) -> None:
+        """Limits of batches change for what a process found, and not more often than that."""
+        after = self.state.batch_limits
+        for key in {*before, *after} if after is not before else ():
+            if after.get(key, 0) != before.get(key, 0):
+                self.num_limits[key] = self.num_limits.get(key, 0) + 1
+                found = self.found.get(key, [])
+                require(after.get(key, 0) in found, "a limit of batches that no process found")
+                require(self.num_limits[key] <= len(found), "old reports change a limit of batches")
 
     def is_held(self, event: ShardDone) -> bool:
         """Whether a result is of a shard that its worker holds."""
@@ -343,7 +401,7 @@ class Driver:
         """A shard is queued on a process."""
         require(action.shard not in self.settled, f"shard {action.shard} was dispatched after it was settled")
         process = self.processes[action.worker]
-        process.queue.append((action.shard, action.attempt))
+        process.queue.append((action.shard, action.attempt, action.batch_limit))
         require(len(process.queue) <= MAX_QUEUED + 1, "too many shards queued")
         if not process.is_busy:
             self.work(action.worker, process)
@@ -353,12 +411,16 @@ class Driver:
         process.is_busy = bool(process.queue) and process.is_alive
         if not process.is_busy:
             return
-        shard, _ = process.queue[0]
+        shard, _, limit = process.queue[0]
         seconds = 1 + self.world.draw.random() * 10
-        limit = 0
+        request, memory = self.plan.shard(shard).request, MEMORY[process.node_kind]
         if self.world.accident(0.3):
-            limit, seconds = self.world.draw.choice([1, 2, 4]), seconds * 2
-        progress = ShardProgress(worker, shard, 1, batch_seconds=seconds / 2, batch_limit=limit)
+            memory, seconds = DIP, seconds * 2
+        batches = process.batches.setdefault(request, Batches())
+        batches.give(limit)
+        if batches.make(memory):
+            self.found.setdefault((process.node_kind, request), []).append(batches.limit)
+        progress = ShardProgress(worker, shard, 1, batch_seconds=seconds / 2, batch_limit=batches.limit)
         self.world.later(seconds / 2, partial(self.answer, worker, progress))
         self.world.later(seconds, partial(self.finish, worker, process, shard))
 

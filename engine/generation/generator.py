@@ -146,7 +146,8 @@ class Generator:
         except torch.OutOfMemoryError:
             return None
         if self._hardware.is_cuda:
-            self._batches[request].observe(Peak(len(specs), torch.cuda.max_memory_allocated()), reachable_memory())
+            peak, memory = torch.cuda.max_memory_allocated(), reachable_memory(self._hardware.memory_share)
+            self._batches[request].observe(Peak(len(specs), peak), memory)
         return results
 
     def _rows(self, request: int) -> int | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from engine.errors import JobError
 from engine.generation.scorer import Scorer
 from engine.job.spec import JobSpec
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
 from engine.models.diffusion import load_pipeline
+from engine.models.gpu_sharing import allowed_bytes, reachable_bytes
 from engine.models.hardware import Hardware
 from engine.models.pipelines.base import Pipeline
 
@@ -53,7 +55,29 @@ def load_scorer(job: JobSpec, device: str = "cpu") -> Scorer:
     )
 
 
-def reachable_memory() -> int:
-    """Bytes of the GPU that this process holds already or could still get."""
-    free, _ = torch.cuda.mem_get_info()
-    return free + torch.cuda.memory_reserved()
+def reachable_memory(share: float = 1.0) -> int:
+    """Bytes of the GPU that this process holds already or could still get.
+
+    Args:
+        share: part of the GPU that is this worker's; see `reachable_bytes`.
+    """
+    free, total = torch.cuda.mem_get_info()
+    return reachable_bytes(free, torch.cuda.memory_reserved(), total, share)
+
+
+def limit_memory(share: float) -> None:
+    """Let torch's allocator hold no more of the GPU than a worker's share of it.
+
+    Raises:
+        JobError: nothing would be left for models.
+
+    Side effects: starts CUDA, and sets the allocator's limit for this process.
+    """
+    _, total = torch.cuda.mem_get_info()
+    allowed = allowed_bytes(total, share)
+    if not allowed:
+        raise JobError(
+            f"runtime.workers: {round(1 / share)} on a GPU of {total / 2**30:.0f} GiB leave none of them memory for"
+            " its models; use fewer"
+        )
+    torch.cuda.set_per_process_memory_fraction(allowed / total)

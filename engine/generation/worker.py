@@ -29,6 +29,7 @@ from engine.job.plan import Plan, SampleSpec, ShardSpec
 from engine.job.records import SampleResult
 from engine.job.spec import JobSpec
 from engine.methods.conditioning.screening_tally import ScreeningTally
+from engine.models.gpu_sharing import gpu_share
 from engine.models.hardware import choose_hardware, fix_threads
 from engine.models.library_logging import quiet_libraries
 
@@ -250,6 +251,10 @@ def load_generator(job: JobSpec, plan: Plan) -> BatchGenerator:
     """The generator with all models of a job."""
     quiet_libraries()
     from engine.generation.generator import Generator
+    from engine.generation.loading import limit_memory
 
-    fix_threads(choose_hardware(job.runtime))
+    hardware = choose_hardware(job.runtime)
+    fix_threads(hardware)
+    if hardware.is_cuda and hardware.memory_share < 1 and gpu_share().owns_process:
+        limit_memory(hardware.memory_share)
     return Generator(job, plan)

@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.errors import JobError, first_line
 from engine.job.spec import RuntimeSpec
+from engine.models.gpu_sharing import gpu_share
 
 # On a CPU a fixed number of rows in every model call makes a sample's bytes independent of its neighbours: kernels
 # choose their order of summation by the shape. Large models compute samples one by one there.
@@ -32,6 +33,7 @@ class Hardware:
         channels_last: whether UNet and VAE keep their tensors in that layout.
         compile: whether the UNet is compiled for calls without gradient.
         deterministic: whether equal batches must give equal bytes on a GPU.
+        memory_share: part of the GPU's memory that this worker may use; others share the GPU.
     """
 
     device: str
@@ -41,6 +43,7 @@ class Hardware:
     channels_last: bool = False
     compile: bool = False
     deterministic: bool = False
+    memory_share: float = 1.0
 
     @property
     def is_cuda(self) -> bool:
@@ -105,6 +108,7 @@ def choose_hardware(spec: RuntimeSpec) -> Hardware:
         # `auto` is off: compiled kernels differ from machine to machine, and with them the bytes.
         compile=spec.compile == "on",
         deterministic=spec.deterministic,
+        memory_share=gpu_share().memory,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from engine.driver.executors.base import ExecutorEvent, WorkerFactory, WorkerHost, drain
 from engine.driver.scheduling.messages import ShardProgress, ShardSampled, WorkerActive, WorkerPlaced
 from engine.job.plan import ShardSpec
+from engine.models.gpu_sharing import GpuShare, sharing_gpu
 
 Inbox = queue.SimpleQueue[tuple[ShardSpec, int, int] | None]
 NODE_KIND = "here"
@@ -50,7 +51,10 @@ class LocalExecutor:
     def open(self, factory: WorkerFactory, num_shards: int) -> int:
         """Remember how to build workers."""
         self._factory = factory
-        return min(self._num_workers, num_shards)
+        num_workers = min(self._num_workers, num_shards)
+        # All on the same GPU, if there is one.
+        self._share = GpuShare(memory=1 / num_workers)
+        return num_workers
 
     def describe(self) -> dict[str, Any]:
         """This machine."""
@@ -90,7 +94,8 @@ class LocalExecutor:
         # One at a time: libraries that load models patch the construction of modules for all threads meanwhile.
         with self._loading:
             self._waiting.discard(worker)
-            ready = host.load(self._factory)
+            with sharing_gpu(self._share):
+                ready = host.load(self._factory)
         self._events.put((worker, ready))
         with ThreadPoolExecutor(1, thread_name_prefix=f"commits-{worker}") as commits:
             while not host.has_failed and (item := inbox.get()) is not None:

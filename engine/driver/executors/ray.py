@@ -107,13 +107,15 @@ class RayExecutor:
         kinds = {
             name.partition(":")[2] for node in self._nodes for name in node if name.startswith("accelerator_type:")
         }
+        shared = {"workers_per_gpu": self._layout.workers_per_gpu} if self._layout.workers_per_gpu else {}
         return {
             "executor": "ray",
             "workers": self._layout.num_workers,
             "nodes": len(self._nodes),
             "cpu_cores": int(sum(node.get("CPU", 0) for node in self._nodes)),
             "gpus": int(sum(node.get("GPU", 0) for node in self._nodes)),
-            "accelerators": ", ".join(kinds),
+            "accelerators": ", ".join(sorted(kinds)),
+            **shared,
         }
 
     @property
@@ -125,7 +127,7 @@ class RayExecutor:
         """Create an actor and let it load its models."""
         self._cluster.await_head()
         options = self._actor_class.options(max_restarts=0, max_task_retries=0, **self._layout.resources)
-        actor = options.remote(worker, self._layout.threads)
+        actor = options.remote(worker, self._layout.threads, self._layout.workers_per_gpu)
         self._handles[worker] = Handle(actor)
         self._expect(worker, "where", actor.where.options(concurrency_group="side").remote())
         self._expect(worker, "event", actor.load.remote(self._factory))

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from functools import partial
 
 from engine.driver.executors.base import ExecutorEvent, WorkerFactory, WorkerHost
+from engine.driver.executors.ray_layout import gpu_threads, usable_cores
 from engine.job.plan import ShardSpec
+from engine.models.gpu_sharing import GpuShare, sharing_gpu
 
 # The shard last reported on, its samples done, duration of the last batch in seconds, and limit of batch sizes.
 Progress = tuple[int, int, float, int]
@@ -19,11 +21,20 @@ class RayHost:
 
     A plain class; `ray.remote` is applied by the executor. `progress` and `outcome` run concurrently with `run_shard`,
     in other threads.
+
+    Args:
+        threads: of its numerical libraries; 0 for its part of the cores of the node that it is on.
+        workers_per_gpu: workers that share its GPU; 0 if it has none.
+
+    Side effects: sets environment variables of this process, which libraries read when the factory imports them.
     """
 
-    def __init__(self, number: int, threads: int) -> None:
-        # Read by the numerical libraries when they are imported, which the worker's factory does.
-        os.environ["OMP_NUM_THREADS"] = str(threads)
+    def __init__(self, number: int, threads: int, workers_per_gpu: int = 1) -> None:
+        os.environ["OMP_NUM_THREADS"] = str(threads or _threads_here(workers_per_gpu))
+        if not workers_per_gpu:
+            # Ray does not hide the GPUs of a node from an actor that has asked for none.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        self._share = GpuShare(memory=1 / max(1, workers_per_gpu), owns_process=True)
         self._num_heartbeats = 0
         self._host = WorkerHost(number, self._note_active)
         self._progress: Progress | None = None
@@ -37,7 +48,8 @@ class RayHost:
 
     def load(self, factory: WorkerFactory) -> ExecutorEvent:
         """Build the worker."""
-        return self._host.load(factory)
+        with sharing_gpu(self._share):
+            return self._host.load(factory)
 
     def run_shard(self, shard: ShardSpec, attempt: int, batch_limit: int) -> int:
         """Make the samples of a shard and return its number; `outcome` returns the event."""
@@ -58,3 +70,14 @@ class RayHost:
 
     def _report(self, shard: int, num_done: int, batch_seconds: float = 0.0, batch_limit: int = 0) -> None:
         self._progress = (shard, num_done, batch_seconds, batch_limit)
+
+
+def _threads_here(workers_per_gpu: int) -> int:
+    """Threads of a worker on a GPU of this node, which may be new to the cluster."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    [resources] = [node["Resources"] for node in ray.nodes() if node["NodeID"] == here]
+    # Ray may have been given fewer cores than there are, also none, so that the node only takes work on its GPUs.
+    cores = usable_cores()
+    return gpu_threads(resources | {"CPU": min(cores, int(resources.get("CPU", 0)) or cores)}, workers_per_gpu)

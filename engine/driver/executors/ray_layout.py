@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,11 +17,19 @@ CPU_WORKER_BYTES = 2 * 2**30
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How many workers, and the threads and Ray resources of each."""
+    """How the resources of a cluster are divided.
+
+    Attributes:
+        num_workers: workers at a time.
+        threads: of each worker; 0 for its part of the cores of the node that it will be on.
+        resources: of each worker, as Ray names them.
+        workers_per_gpu: workers that may share a GPU; 0 for workers without one.
+    """
 
     num_workers: int
     threads: int
     resources: dict[str, float] = field(default_factory=dict)
+    workers_per_gpu: int = 0
 
 
 def divide(
@@ -37,18 +46,35 @@ def divide(
     Raises:
         JobError: a GPU is requested and there is none.
     """
-    cores = [int(node.get("CPU", 0)) for node in nodes]
-    num_gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    # A worker of another cluster asks for a whole GPU, which parts on several nodes are not.
+    num_gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     if device == "cuda" and not num_gpus and is_own:
         raise JobError("runtime.device: 'cuda' but no GPU is visible here; use auto or cpu")
     if device == "cuda" or (device == "auto" and num_gpus):
         wanted = min(num_workers or max(num_gpus, 1), num_shards)
-        threads = max(1, sum(cores) // max(num_gpus, wanted))
-        share = 1 / math.ceil(wanted / num_gpus) if is_own else 1
-        return Layout(num_workers=wanted, threads=threads, resources={"num_gpus": share, "num_cpus": 0})
+        if not is_own:
+            return Layout(wanted, threads=0, resources={"num_gpus": 1, "num_cpus": 0}, workers_per_gpu=1)
+        shared_by = math.ceil(wanted / num_gpus)
+        return Layout(
+            wanted,
+            threads=gpu_threads(nodes[0], shared_by),
+            resources={"num_gpus": 1 / shared_by, "num_cpus": 0},
+            workers_per_gpu=shared_by,
+        )
     # One thread each: the bytes of a sample must not depend on a machine's number of cores.
     wanted = min(num_workers or sum(map(_cpu_workers, nodes)) or 1, num_shards)
     return Layout(num_workers=wanted, threads=1, resources={"num_cpus": 1})
+
+
+def gpu_threads(node: Mapping[str, float], workers_per_gpu: int) -> int:
+    """Threads of a worker on a GPU: its part of the cores of its node, at least one.
+
+    The node counts as full: however few workers a cluster of many nodes has, one node may get all that fit.
+
+    Args:
+        node: its Ray resources.
+    """
+    return max(1, int(node.get("CPU", 0)) // (max(1, int(node.get("GPU", 0))) * workers_per_gpu))
 
 
 def _cpu_workers(node: dict[str, float]) -> int:

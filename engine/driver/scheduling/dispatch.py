@@ -84,6 +84,8 @@ def assign(state: State, number: int, actions: list[Action], *, ahead: bool = Fa
     limit = state.batch_limits.get((worker.node_kind, state.range_of(shard).request), 0)
     actions.append(Assign(number, shard, state.attempts.get(shard, 1), limit))
     assigned = worker._replace(queue=(*worker.queue, shard), model=model)
+    if limit:
+        assigned = assigned._replace(given_limits=(*worker.given_limits, (shard, limit)))
     if not worker.queue:
         assigned = assigned._replace(last_heartbeat=state.now, started_at=state.now)
     return state._replace(

@@ -79,7 +79,7 @@ class ShardProgress:
     Attributes:
         num_done: samples done so far.
         batch_seconds: duration of the last batch, 0 before the first one is done.
-        batch_limit: largest batch size that has fitted since memory ran out; 0 if it never ran out.
+        batch_limit: largest batch size that has fitted since memory ran out; 0 for none, or none any more.
     """
 
     worker: int

@@ -7,6 +7,7 @@ hold, are ignored, so late and duplicate results change nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from engine.driver.scheduling.dispatch import assign, settle
@@ -153,11 +154,47 @@ def _on_progress(state: State, event: ShardProgress, worker: WorkerState) -> Sta
     state = state._replace(workers=state.workers.put(event.worker, worker._replace(last_heartbeat=state.now)))
     if event.batch_seconds > state.batch_seconds.get(request, 0.0):
         state = state._replace(batch_seconds={**state.batch_seconds, request: event.batch_seconds})
+    # A shard is reported from its beginning, before a batch shows anything.
+    return _note_limit(state, event, request) if event.batch_seconds else state
+
+
+def _note_limit(state: State, event: ShardProgress, request: int) -> State:
+    """Let the limit of batch sizes of a kind of node follow what its workers find out.
+
+    A report of less than the worker's last one is news unless the worker was given that limit since: then it ran out of
+    memory itself, which lowers the limit of its kind. A report of more is news: then it proved that more fits, which
+    raises the limit. Any other report repeats what may be long out of date; so news counts once, and nothing changes
+    to and fro.
+    """
+    worker, limit = state.workers[event.worker], event.batch_limit
+    begun = [pair for pair in worker.given_limits if _is_begun(state, worker, pair[0], request)]
+    before, given = worker.reported_limits.get(request, 0), [known for _, known in begun]
+    if begun or limit != before:
+        noted = worker._replace(
+            given_limits=tuple(pair for pair in worker.given_limits if pair not in begun),
+            reported_limits={**worker.reported_limits, request: limit},
+        )
+        state = state._replace(workers=state.workers.put(event.worker, noted))
+    if limit == before or (limit in given and _as_size(limit) < _as_size(before)):
+        return state
+    change = min if _as_size(limit) < min(map(_as_size, [before, *given])) else max
     key = (worker.node_kind, request)
-    if event.batch_limit and event.batch_limit != state.batch_limits.get(key):
-        limit = min(event.batch_limit, state.batch_limits.get(key, event.batch_limit))
-        state = state._replace(batch_limits={**state.batch_limits, key: limit})
-    return state
+    return _with_limit(state, key, change(limit, state.batch_limits.get(key, 0), key=_as_size))
+
+
+def _is_begun(state: State, worker: WorkerState, shard: int, request: int) -> bool:
+    """Whether a shard that a worker was given is of this request, and not queued behind the one in flight."""
+    return shard not in worker.queue[1:] and state.range_of(shard).request == request
+
+
+def _as_size(limit: int) -> float:
+    """A limit of batch sizes as a number to compare: 0 is none."""
+    return limit or math.inf
+
+
+def _with_limit(state: State, key: tuple[str, int], limit: int) -> State:
+    others = {other: known for other, known in state.batch_limits.items() if other != key}
+    return state._replace(batch_limits=others | ({key: limit} if limit else {}))
 
 
 def _on_sampled(state: State, event: ShardSampled, worker: WorkerState) -> State:

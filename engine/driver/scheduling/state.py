@@ -25,6 +25,8 @@ class WorkerState(NamedTuple):
         model: the model it used last.
         last_heartbeat: time of its last heartbeat: placed, ready, progress in the shard in flight, or active.
         started_at: time when the shard in flight was started.
+        given_limits: (shard, limit of batch sizes) of what it was assigned with a limit and has not reported on since.
+        reported_limits: the last limit that it reported, by request; 0 for none.
     """
 
     is_ready: bool = False
@@ -35,6 +37,8 @@ class WorkerState(NamedTuple):
     node_kind: str = ""
     last_heartbeat: float = 0.0
     started_at: float = 0.0
+    given_limits: tuple[tuple[int, int], ...] = ()
+    reported_limits: Mapping[int, int] = {}
 
     @property
     def in_flight(self) -> tuple[int, ...]:
@@ -82,7 +86,7 @@ class State(NamedTuple):
         batch_seconds: slowest batch, by request.
         shard_seconds: slowest shard, by request.
         proven: requests of which shards were committed before the run.
-        batch_limits: largest batch size that fits, by type of node and request.
+        batch_limits: largest batch size that fits, by type of node and request, absent without a limit.
         consecutive_faults: faults in shards since one was last finished.
         consecutive_start_faults: workers that failed to start since one was last ready.
         start_after: no worker is started before this time.
