@@ -49,9 +49,10 @@ def _fix_order() -> None:
     """Equal bytes from equal inputs; TF32 does not stand against it."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = CUBLAS_WORKSPACE
     torch.use_deterministic_algorithms(True)
+    deterministic: Any = torch.utils.deterministic
     # Every new tensor would be filled with NaN, which shows reads of memory that nothing wrote, and takes most of the
     # time of a decoder.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic = True
     # The backward passes of these two attention kernels have no fixed order of summation.
     torch.backends.cuda.enable_mem_efficient_sdp(False)
@@ -109,7 +110,8 @@ _FULL = _Counted()
 
 def _operators() -> tuple[Any, ...]:
     """What the newer interface has a precision of float32 for."""
-    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    backends: Any = torch.backends
+    cuda, cudnn, mkldnn = backends.cuda, backends.cudnn, backends.mkldnn
     return cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn
 
 
