@@ -9,13 +9,16 @@ import threading
 import pytest
 import torch
 
+from engine.models import program_loading
 from engine.models.classifier import load_network
 from engine.models.clip import Clip
 from engine.models.diffusion import load_image_encoder
 from engine.models.kernels import full_float32
+from engine.models.program_loading import open_program
+from engine.models.program_settings import TargetSettings
 from engine.studies.evaluate.extractors import Inception
 from engine.studies.retrain.finetune import predict
-from tests.program_cases import images
+from tests.program_cases import DIGITS, images
 
 BACKENDS = torch.backends
 OPERATORS = (
@@ -185,10 +188,30 @@ def test_scores_are_full_float32_whatever_was_set(restored, scoring):
     assert found == [FULL]
 
 
+def test_a_users_network_is_tried_as_it_is_scored(restored, monkeypatch):
+    """Whether an image's logits depend on its neighbours is not asked of kernels that make them depend on them."""
+    by_matmul_precision()
+    network, found = load_network("zoo:digits/classifier"), []
+
+    class OfTransformers(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, pixels):
+            found.append(settings())
+            return self.network(pixel_values=pixels).logits
+
+    described = TargetSettings(labels=DIGITS, image_size=32, mean=[0.5] * 3, std=[0.5] * 3)
+    monkeypatch.setattr(program_loading, "call_factory", lambda address: (OfTransformers(), described))
+    open_program("package.module:function", "cpu")
+    assert len(found) > 3 and all(each == FULL for each in found)
+
+
 def test_guidance_may_use_what_scores_must_not(restored, classifier, clip):
     """The differentiable paths leave the settings as a worker's process has them."""
     by_the_older_interface()
-    pixels = torch.rand(1, 3, 64, 64)
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with recorded(network_of(classifier)) as target, recorded(clip._model.vision_model) as embeds:
         classifier.logits(pixels)
         clip.embeds_of_tensor(pixels)

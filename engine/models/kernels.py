@@ -1,7 +1,7 @@
 """The kernels that torch chooses in this process: TF32, cuDNN's search, determinism, the allocator of a GPU.
 
-TF32 rounds the factors of float32 products and convolutions to 10 bits: several times as fast, and a score moves by up
-to 3e-3. Sampling and guidance may use it, scores never do. torch has two interfaces to it, `allow_tf32` and
+TF32 rounds the factors of float32 products and convolutions to 10 bits: several times as fast, and scores move in the
+third decimal. Sampling and guidance may use it, scores never do. torch has two interfaces to it, `allow_tf32` and
 `fp32_precision`; the older raises when it is read after the newer alone was set. Here both always say the same, for
 whatever reads either: a library, a user's model, the guards of compiled code.
 """
