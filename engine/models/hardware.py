@@ -1,4 +1,4 @@
-"""Device, precision, attention and kernels: what the job's `runtime` means on this machine."""
+"""Device, precision and attention: what the job's `runtime` means on this machine."""
 
 from __future__ import annotations
 
