@@ -9,17 +9,23 @@ import threading
 import pytest
 import torch
 
+from engine.generation.generator import Generator
+from engine.job.parsing import parse_job
+from engine.job.plan import build_plan
 from engine.models import program_loading
 from engine.models.classifier import load_network
 from engine.models.clip import Clip
 from engine.models.diffusion import load_image_encoder
+from engine.models.digests import model_digests
 from engine.models.kernels import full_float32
+from engine.models.labels import read_labels
 from engine.models.program_loading import open_program
 from engine.models.program_settings import TargetSettings
 from engine.studies.evaluate.extractors import Inception
 from engine.studies.retrain.finetune import predict
 from tests.program_cases import DIGITS, images
 
+TARGET = "zoo:digits/classifier"
 BACKENDS = torch.backends
 OPERATORS = (
     BACKENDS.cuda.matmul, BACKENDS.cudnn.conv, BACKENDS.cudnn.rnn, BACKENDS.mkldnn.matmul, BACKENDS.mkldnn.conv,
@@ -169,7 +175,7 @@ def scoring(request, classifier, clip, tmp_path):
         inception._layers = torch.nn.Sequential(inception._layers)
         return inception._layers, lambda: torch.from_numpy(inception.features(shown, None))
     if request.param == "retrain":
-        network = load_network("zoo:digits/classifier").eval()
+        network = load_network(TARGET).eval()
         return network, lambda: predict(network, torch.linspace(0, 1, 6144).reshape(2, 3, 32, 32))
     return {
         "classifier": (network_of(classifier), lambda: classifier.score(shown)),
@@ -191,7 +197,7 @@ def test_scores_are_full_float32_whatever_was_set(restored, scoring):
 def test_a_users_network_is_tried_as_it_is_scored(restored, monkeypatch):
     """Whether an image's logits depend on its neighbours is not asked of kernels that make them depend on them."""
     by_matmul_precision()
-    network, found = load_network("zoo:digits/classifier"), []
+    network, found = load_network(TARGET), []
 
     class OfTransformers(torch.nn.Module):
         def __init__(self):
@@ -216,6 +222,31 @@ def test_guidance_may_use_what_scores_must_not(restored, classifier, clip):
         classifier.logits(pixels)
         clip.embeds_of_tensor(pixels)
     assert target == embeds == [settings()] and settings() != FULL
+
+
+def test_a_run_guides_with_the_workers_settings_and_scores_without_them(restored):
+    """A batch of the real generator: the target is differentiated in TF32, if a GPU has it, and scores are full."""
+    raw = {
+        "name": "job",
+        "models": {"diffusion": "zoo:digits/stable-diffusion", "clip": "zoo:digits/clip", "target": TARGET},
+        "requests": [{"name": "a", "method": "risky", "classes": ["three"], "count": 1}],
+        "sampling": {"num_inference_steps": 3, "guidance_scale": 2.0},
+        "output": {"uri": "runs/job"},
+        "runtime": {"device": "cpu"},
+    }
+    job = parse_job(raw)
+    plan = build_plan(job, read_labels(TARGET), model_digests(job))
+    generator = Generator(job, plan)
+    by_the_older_interface()
+    before = settings()
+    with (
+        recorded(network_of(generator._target)) as target,
+        recorded(generator._scorer._clip._model.vision_model) as embeds,
+    ):
+        generator.next_batch(0, list(plan.samples(plan.shard(0))))
+    # Two of three steps are guided.
+    assert target == [before, before, FULL] and embeds == [FULL]
+    assert settings() == before
 
 
 def program(code, **environment):

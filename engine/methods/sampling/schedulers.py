@@ -46,7 +46,8 @@ class SchedulerAdapter(Sampler):
     """A scheduler of diffusers that is called with timesteps; a subclass gives their noise levels.
 
     The scheduler keeps its timesteps and sigmas on the host: it looks them up at every step, for which a GPU would have
-    to finish all that it was given before. The network gets the timesteps on its device.
+    to finish all that it was given before. The network gets the timesteps on its device. UniPC alone computes its
+    coefficients there, and reads them.
 
     Args:
         scheduler: with its timesteps set, on the host.
