@@ -1,7 +1,6 @@
 """Kernels: what a GPU worker sets, and that scores are full float32 whatever was set; torch's settings need no GPU."""
 
 import contextlib
-import os
 import subprocess
 import sys
 import threading
@@ -230,7 +229,7 @@ def test_a_run_guides_with_the_workers_settings_and_scores_without_them(restored
         "name": "job",
         "models": {"diffusion": "zoo:digits/stable-diffusion", "clip": "zoo:digits/clip", "target": TARGET},
         "requests": [{"name": "a", "method": "risky", "classes": ["three"], "count": 1}],
-        "sampling": {"num_inference_steps": 3, "guidance_scale": 2.0},
+        "sampling": {"num_inference_steps": 2, "guidance_scale": 2.0},
         "output": {"uri": "runs/job"},
         "runtime": {"device": "cpu"},
     }
@@ -244,17 +243,18 @@ def test_a_run_guides_with_the_workers_settings_and_scores_without_them(restored
         recorded(generator._scorer._clip._model.vision_model) as embeds,
     ):
         generator.next_batch(0, list(plan.samples(plan.shard(0))))
-    # Two of three steps are guided.
-    assert target == [before, before, FULL] and embeds == [FULL]
+    # The first of two steps is guided.
+    assert target == [before, FULL] and embeds == [FULL]
     assert settings() == before
 
 
-def program(code, **environment):
+def program(code):
     """Run lines of Python in a process of their own, whose settings of torch nobody needs afterwards."""
     lines = (
         "import os, torch",
         "from engine.models.hardware import Hardware",
-        "from engine.models.kernels import fix_kernels",
+        "from engine.models.kernels import ALLOCATOR_VARIABLES, fix_kernels",
+        "for name in ALLOCATOR_VARIABLES: os.environ.pop(name, None)",
         "asked = []",
         "set_allocator = torch._C._accelerator_setAllocatorSettings",
         "torch._C._accelerator_setAllocatorSettings = lambda text: (asked.append(text), set_allocator(text))",
@@ -268,7 +268,6 @@ def program(code, **environment):
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | environment,
     )
     assert done.returncode == 0, done.stderr
 
@@ -299,16 +298,15 @@ def test_equal_bytes_cost_no_more_than_they_must():
     ])  # fmt: skip
 
 
-def test_a_worker_on_a_cpu_leaves_torch_as_it_is():
-    """Bytes of a CPU do not depend on what a GPU is set to."""
+def test_what_is_not_for_the_worker_to_set_stays():
+    """All of torch where models are on a CPU; the allocator where the user set it, who may have a GPU without a VMM."""
     program([
         "fix_kernels(of('cpu', deterministic=True))",
         "assert not cuda.matmul.allow_tf32 and cudnn.allow_tf32 and not cudnn.benchmark and asked == []",
         "assert not torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory",
+        "for name in ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'):",
+        "    os.environ[name] = 'expandable_segments:False'",
+        "    fix_kernels(of('cuda'))",
+        "    assert asked == [] and cuda.matmul.allow_tf32",
+        "    del os.environ[name]",
     ])  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_the_users_allocator_stays(name):
-    """Who sets it knows their machine: one without virtual memory management of CUDA needs other segments."""
-    program(["fix_kernels(of('cuda'))", "assert asked == []"], **{name: "expandable_segments:False"})
