@@ -1,8 +1,4 @@
-"""Hardware: impossible values of `runtime` are refused; threads and kernels are fixed where bytes depend on them."""
-
-import functools
-import subprocess
-import sys
+"""Hardware: impossible values of `runtime` are refused; threads are fixed where bytes depend on them."""
 
 import pytest
 import torch
@@ -11,9 +7,8 @@ import engine.generation.calibrate
 import engine.generation.generator
 import engine.generation.worker
 import engine.studies.prepare.observation
-from engine.errors import JobError
 from engine.job.spec import RuntimeSpec
-from engine.models.hardware import compiled, hardware_problems, head_sizes, xformers_problem
+from engine.models.hardware import hardware_problems
 from tests.sleepy import make_job
 
 
@@ -71,38 +66,3 @@ def test_code_that_affects_output_bytes_uses_one_thread_on_a_cpu(monkeypatch, tm
             call(job)
     finally:
         torch.set_num_threads(before)
-
-
-def test_kernels_are_fixed_in_a_process_of_their_own():
-    """Torch's global settings after `fix_kernels`, and an operator without a deterministic form still runs on a CPU."""
-    code = (
-        "import os, torch\n"
-        "from engine.models.hardware import fix_kernels\n"
-        "torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True\n"
-        "fix_kernels()\n"
-        "assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic\n"
-        "assert not torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32\n"
-        "assert not torch.backends.cuda.matmul.allow_tf32 and os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'\n"
-        "assert not torch.backends.cuda.mem_efficient_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_missing_compiler_is_reported(monkeypatch):
-    """What torch raises where its backend lacks a tool: the job's fault, in a line, and not a sample's."""
-
-    def without_tools(graph, inputs):
-        raise ModuleNotFoundError("No module named 'setuptools'")
-
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=without_tools))
-    with pytest.raises(
-        JobError, match=r"runtime\.compile: 'on' is not available .*No module named 'setuptools'.*use off"
-    ):
-        compiled(torch.nn.Linear(2, 2))(torch.ones(1, 2))
-
-
-def test_the_reason_why_xformers_cannot_run_is_reported(diffusion):
-    """The head sizes of UNet and VAE are found in the models; without kernels the reason is returned."""
-    assert head_sizes(diffusion._network) == {16, 24} and head_sizes(diffusion._vae) == {64}
-    assert xformers_problem({16}, "float16", "cpu")

@@ -27,7 +27,8 @@ from engine.methods.guidance.rules import GradientHealth
 from engine.methods.heartbeat import beat
 from engine.methods.sampling.loop import sample
 from engine.models.decoder import GuidanceDecoder
-from engine.models.hardware import choose_hardware, fix_kernels
+from engine.models.hardware import choose_hardware
+from engine.models.kernels import fix_kernels
 from engine.models.pipelines.base import LATENTS, ImageConditioning, Pipeline
 
 
@@ -46,8 +47,7 @@ class Generator:
         self._plan = plan
         self.notices = Notices()
         self._hardware = choose_hardware(job.runtime)
-        if self._hardware.is_cuda and self._hardware.deterministic:
-            fix_kernels()
+        fix_kernels(self._hardware)
         device = self._hardware.device
         self._scorer = load_scorer(job, device)
         self._target = self._scorer.target
@@ -240,7 +240,7 @@ class Generator:
         classes, decode = [sample_spec.cell.classes for sample_spec in specs], self._guidance_decode(request)
         guided = self._guides.guided(request, denoiser, classes, decode)
         latents = sample(guided or denoiser, sampler, noise)
-        health = guided.health if guided else GradientHealth.of(len(specs))
+        health = guided.health.on_host() if guided else GradientHealth.of(len(specs))
         with torch.no_grad():
             return model.decode(latents), health
 

@@ -50,6 +50,7 @@ class Scorer:
         self._judge = judge
         prompts = [class_prompt(label) for label in target.labels]
         self._class_embeds = _text_embeds("models.clip", clip, prompts)
+        self._placed_embeds: dict[torch.device, Tensor] = {}
         self._judge_embeds = _text_embeds("models.judge", judge, prompts) if judge else None
 
     def records(self, specs: Sequence[SampleSpec], images: Sequence[PIL.Image.Image]) -> list[dict[str, Any]]:
@@ -82,13 +83,19 @@ class Scorer:
             labels: [B] class indices y.
             raw: the inner product of the embeddings instead of their cosine.
         """
-        texts = self._class_embeds.to(labels.device)[labels]
+        texts = self._class_embeds_on(labels.device)[labels]
 
         def measure(images: Tensor) -> Tensor:
             embeds = self._clip.embeds_of_tensor(images)
             return (embeds * texts).sum(-1) if raw else scores.conformity(embeds, texts)
 
         return measure
+
+    def _class_embeds_on(self, device: torch.device) -> Tensor:
+        """Embeddings of all class prompts [n, d] on a device, copied there once."""
+        if device not in self._placed_embeds:
+            self._placed_embeds[device] = self._class_embeds.to(device)
+        return self._placed_embeds[device]
 
     def _record(self, spec: SampleSpec, row: int, label: int, columns: dict[str, Tensor]) -> dict[str, Any]:
         record = new_record(spec) | {name: _plain(values[row]) for name, values in columns.items()}

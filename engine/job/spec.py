@@ -252,9 +252,15 @@ class RuntimeSpec(Spec):
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda)$")] = Field(default="auto", description="auto, cpu, cuda.")
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
-        default="auto", description="Of the UNet and text encoder; auto: fp16 on a GPU, fp32 on a CPU."
+        default="auto",
+        description="Of the UNet and text encoder; auto: fp16 on a GPU, fp32 on a CPU. With fp32 nothing is computed in"
+        " TF32; scores never are.",
     )
-    attention: Literal["auto", "sdpa", "xformers"] = Field(default="auto", description="Attention of the UNet.")
+    attention: Literal["auto", "sdpa", "xformers"] = Field(
+        default="auto",
+        description="Attention of the UNet; auto: xformers in half precision on a GPU of compute capability 7.5 to 8.9,"
+        " where it is installed and has kernels for the model; else torch's own (sdpa).",
+    )
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
         default="auto", description="Recompute activations in guidance; auto: on for images above 256 px."
     )
@@ -272,8 +278,8 @@ class RuntimeSpec(Spec):
     )
     deterministic: bool = Field(
         default=False,
-        description="Equal bytes from equal GPUs: deterministic kernels, no TF32, batches of a fixed shape; needs a"
-        " number as batch_size there. On a CPU it changes nothing: every run is deterministic.",
+        description="Equal bytes from equal GPUs: deterministic kernels, batches of a fixed shape; needs a number as"
+        " batch_size there. On a CPU it changes nothing: every run is deterministic.",
     )
 
     @pydantic.field_validator("gradient_checkpointing", "channels_last", "compile", mode="before")

@@ -23,7 +23,7 @@ def risk(logits: Tensor, labels: Tensor) -> Tensor:
         labels: [B] class indices y.
 
     Raises:
-        ValueError: a label is not a class.
+        ValueError: a label in the memory of the host is not a class; on a GPU the kernel's own check is all.
     """
     _check_indices(labels, logits.shape[-1], "labels")
     # Subtracted from zero, as the negative of a zero would be stored as -0.0.
@@ -40,7 +40,8 @@ def kldb(logits: Tensor, classes: Classes) -> Tensor:
         classes: the subset C for all samples, or a tensor [B, k] with one subset a sample.
 
     Raises:
-        ValueError: `classes` is empty, repeats a class or names one that is not there.
+        ValueError: `classes` is empty; or it is a sequence or in the memory of the host, and repeats a class or names
+            one that is not there.
     """
     index = _subset_index(logits, classes)
     mean_log_p = _log_softmax(logits).gather(-1, index).mean(-1)
@@ -110,19 +111,27 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 def _subset_index(logits: Tensor, classes: Classes) -> Tensor:
-    """The subsets as [B, k] indices, checked."""
-    index = torch.as_tensor(classes, device=logits.device)
+    """The subsets as [B, k] indices on the logits' device, checked where that waits for no GPU."""
+    index = torch.as_tensor(classes)
     if index.numel() == 0 or index.ndim not in (1, 2):
         raise ValueError(f"classes: {classes!r} is empty or not a list of class indices; name at least one class")
     _check_indices(index, logits.shape[-1], "classes")
-    ordered = index.sort(-1).values
-    if (ordered[..., 1:] == ordered[..., :-1]).any():
-        raise ValueError(f"classes: {index.tolist()} names a class twice; name each once")
-    return index.expand(logits.shape[0], index.shape[-1])
+    if _is_on_host(index):
+        ordered = index.sort(-1).values
+        if (ordered[..., 1:] == ordered[..., :-1]).any():
+            raise ValueError(f"classes: {index.tolist()} names a class twice; name each once")
+    return index.to(logits.device, non_blocking=True).expand(logits.shape[0], index.shape[-1])
+
+
+def _is_on_host(index: Tensor) -> bool:
+    """Whether looking at an index costs nothing: a GPU would have to finish all that it was given before."""
+    return index.device.type == "cpu"
 
 
 def _check_indices(index: Tensor, num_classes: int, name: str) -> None:
     if index.is_floating_point() or index.dtype == torch.bool:
-        raise ValueError(f"{name}: {index.tolist()} are not class indices; give integers")
-    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= num_classes):
+        raise ValueError(f"{name}: {index.dtype} are not class indices; give integers")
+    if not _is_on_host(index) or not index.numel():
+        return
+    if int(index.min()) < 0 or int(index.max()) >= num_classes:
         raise ValueError(f"{name}: {index.tolist()} has an index outside 0 to {num_classes - 1}")

@@ -13,6 +13,7 @@ from engine.errors import JobError
 from engine.models.addresses import resolve
 from engine.models.classifier_checks import check_classifier, class_names, read_temperature
 from engine.models.configurations import TIMM_KEY, read_config
+from engine.models.kernels import full_float32
 from engine.models.loading import frozen, load_weights, loading
 from engine.models.preprocessing import Preprocessing
 from engine.models.preprocessing_steps import Steps
@@ -103,7 +104,9 @@ class Classifier:
     @torch.no_grad()
     def score(self, images: Sequence[PIL.Image.Image]) -> Tensor:
         """Temperature-scaled logits [B, n] of 8-bit images, on the CPU: those of plain transformers, divided by T."""
-        return self._forward(self._preprocessing.of_images(images).to(self._device)).cpu()
+        pixels = self._preprocessing.of_images(images).to(self._device)
+        with full_float32(self._device):
+            return self._forward(pixels).cpu()
 
     def _forward(self, pixel_values: Tensor) -> Tensor:
         """Scaled logits [B, n].

@@ -13,6 +13,7 @@ from engine.errors import JobError
 from engine.methods.finiteness import usable_embeds
 from engine.models.addresses import resolve
 from engine.models.clip_checks import check_clip
+from engine.models.kernels import full_float32
 from engine.models.loading import frozen, load_weights, loading
 from engine.models.preprocessing import Preprocessing
 
@@ -78,13 +79,15 @@ class Clip:
             max_length=self._model.config.text_config.max_position_embeddings,
             return_tensors="pt",
         ).to(self._device)
-        return _embeds(self._model.get_text_features(**tokens)).float().cpu()
+        with full_float32(self._device):
+            return _embeds(self._model.get_text_features(**tokens)).float().cpu()
 
     @torch.no_grad()
     def image_embeds(self, images: Sequence[PIL.Image.Image]) -> Tensor:
         """Projected image embeddings [B, d] of 8-bit images, on the CPU, not normalised."""
         pixels = self._preprocessing.of_images(images).to(self._device)
-        return _embeds(self._model.get_image_features(pixel_values=pixels)).float().cpu()
+        with full_float32(self._device):
+            return _embeds(self._model.get_image_features(pixel_values=pixels)).float().cpu()
 
     def embeds_of_tensor(self, images: Tensor) -> Tensor:
         """Projected image embeddings [B, d] of images [B, 3, H, W] in [0, 1], differentiable."""

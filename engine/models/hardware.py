@@ -1,14 +1,13 @@
-"""Device, precision, attention and kernels: what the job's `runtime` means on this machine."""
+"""Device, precision and attention: what the job's `runtime` means on this machine."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 from dataclasses import dataclass
-from typing import Any
 
-from engine.errors import JobError, first_line
+from engine.errors import JobError
 from engine.job.spec import RuntimeSpec
+from engine.models.attention import automatic_attention
 from engine.models.gpu_sharing import gpu_share
 
 # On a CPU a fixed number of rows in every model call makes a sample's bytes independent of its neighbours: kernels
@@ -17,8 +16,6 @@ CPU_ROWS = 16
 CPU_LATENT_PIXELS = 1024
 # Above this image size guidance recomputes activations to save memory (`gradient_checkpointing: auto`).
 CHECKPOINTING_PIXELS = 256
-# One of the two settings with which cuBLAS is deterministic.
-CUBLAS_WORKSPACE = ":4096:8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +25,7 @@ class Hardware:
     Attributes:
         device: torch device name.
         dtype: name of the torch type of UNet and text encoder.
-        attention: `sdpa` or `xformers`.
+        attention: `sdpa`, `xformers`, or `auto`: xformers where it has kernels for the model.
         gradient_checkpointing: `auto`, `on` or `off`.
         channels_last: whether UNet and VAE keep their tensors in that layout.
         compile: whether the UNet is compiled for calls without gradient.
@@ -93,16 +90,26 @@ def choose_hardware(spec: RuntimeSpec) -> Hardware:
 
     has_gpu = torch.cuda.is_available()
     problems = hardware_problems(spec, has_gpu)
-    if not problems and spec.attention == "xformers" and importlib.util.find_spec("xformers") is None:
+    has_xformers = importlib.util.find_spec("xformers") is not None
+    if not problems and spec.attention == "xformers" and not has_xformers:
         problems.append("runtime.attention: 'xformers' is not installed; install riskforge[xformers]")
     if problems:
         raise JobError(problems)
     on_gpu, is_half = has_gpu and spec.device != "cpu", spec.precision != "fp32"
     dtypes = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "auto": "float16" if on_gpu else "float32"}
+    attention: str = spec.attention
+    if attention == "auto":
+        attention = automatic_attention(
+            torch.cuda.get_device_capability() if on_gpu else None,
+            dtype=dtypes[spec.precision],
+            deterministic=spec.deterministic,
+            compiles=spec.compile == "on",
+            has_xformers=has_xformers,
+        )
     return Hardware(
         device="cuda" if on_gpu else "cpu",
         dtype=dtypes[spec.precision],
-        attention="sdpa" if spec.attention == "auto" else spec.attention,
+        attention=attention,
         gradient_checkpointing=spec.gradient_checkpointing,
         channels_last=spec.channels_last == "on" or (spec.channels_last == "auto" and on_gpu and is_half),
         # `auto` is off: compiled kernels differ from machine to machine, and with them the bytes.
@@ -123,64 +130,3 @@ def fix_threads(hardware: Hardware) -> None:
 
     if not hardware.is_cuda:
         torch.set_num_threads(1)
-
-
-def fix_kernels() -> None:
-    """Let this process compute equal bytes from equal inputs on a GPU, or raise where an operator cannot.
-
-    Side effects: torch's global settings, and cuBLAS' workspace in the environment; must be called before the first
-    matrix product on a GPU, in the process of a worker.
-    """
-    import torch
-
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = CUBLAS_WORKSPACE
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    # The backward passes of these two attention kernels have no fixed order of summation.
-    torch.backends.cuda.enable_mem_efficient_sdp(False)
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def compiled(module: Any) -> Any:
-    """A module's forward pass, compiled for each shape of its inputs.
-
-    The result raises a JobError where no compiler is installed.
-    """
-    import torch
-    from torch._dynamo.exc import BackendCompilerFailed
-
-    fast = torch.compile(module, dynamic=False)
-
-    def call(*inputs: Any, **more: Any) -> Any:
-        try:
-            return fast(*inputs, **more)
-        except BackendCompilerFailed as error:
-            reason = first_line(error.inner_exception, "no reason given")
-            raise JobError(f"runtime.compile: 'on' is not available on this machine ({reason}); use off") from error
-
-    return call
-
-
-def head_sizes(module: Any) -> set[int]:
-    """The head dimensions of the attention layers of a diffusers model."""
-    from diffusers.models.attention_processor import Attention
-
-    return {layer.inner_dim // layer.heads for layer in module.modules() if isinstance(layer, Attention)}
-
-
-def xformers_problem(sizes: set[int], dtype: str, device: str) -> str:
-    """Why xformers' attention cannot run forward and backward with these head dimensions here; empty if it can."""
-    import torch
-
-    try:
-        import xformers.ops
-
-        for size in sorted(sizes):
-            probe = torch.ones(1, 8, 1, size, device=device, dtype=getattr(torch, dtype), requires_grad=True)
-            xformers.ops.memory_efficient_attention(probe, probe, probe).sum().backward()
-    except (ImportError, OSError, RuntimeError, NotImplementedError, ValueError) as error:
-        return first_line(error)
-    return ""

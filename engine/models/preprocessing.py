@@ -41,7 +41,7 @@ class Preprocessing:
     """
 
     def __init__(self, where: str, steps: Steps, exact: Callable[[list[PIL.Image.Image]], Tensor]) -> None:
-        self._matrices: dict[tuple[int, int], Tensor] = {}
+        self._constants: dict[tuple[str | tuple[int, int], torch.device, torch.dtype], Tensor] = {}
         self._steps = steps
         self._exact = exact
         self._mean = torch.tensor(steps.mean).reshape(1, 3, 1, 1)
@@ -94,25 +94,31 @@ class Preprocessing:
         if self._steps.crop is not None:
             images = _centre_crop(images, *self._steps.crop, rounds=self._steps.rounds)
         images = images.flip(1) if self._steps.flips else images
-        return (images - self._mean.to(images)) / self._std.to(images)
+        mean, std = (self._constant(name, images) for name in ("mean", "std"))
+        return (images - mean) / std
 
     def _resized(self, images: Tensor, height: int, width: int) -> Tensor:
         if images.shape[-2:] == (height, width):
             return images
         # Two products with fixed matrices: an antialiased resize whose backward pass is deterministic.
-        rows = self._matrix(images.shape[-2], height).to(images)
-        columns = self._matrix(images.shape[-1], width).to(images)
+        rows = self._constant((images.shape[-2], height), images)
+        columns = self._constant((images.shape[-1], width), images)
         # PIL resizes along the width first, and clips the overshoot of a bicubic filter after each pass.
         return (rows @ (images @ columns.T).clamp(0, 1)).clamp(0, 1)
 
+    def _constant(self, name: str | tuple[int, int], images: Tensor) -> Tensor:
+        """Mean, standard deviation or a matrix, with the device and type of the images, where it is copied once."""
+        key = (name, images.device, images.dtype)
+        if key not in self._constants:
+            made = self._matrix(*name) if isinstance(name, tuple) else {"mean": self._mean, "std": self._std}[name]
+            self._constants[key] = made.to(images)
+        return self._constants[key]
+
     def _matrix(self, old: int, new: int) -> Tensor:
         """The weights [new, old] of the resampling filter along one axis, antialiased as in PIL."""
-        if (old, new) not in self._matrices:
-            mode = _FILTERS[self._steps.resample]
-            unit = torch.eye(old)[None, None]
-            weights = torch.nn.functional.interpolate(unit, size=(new, old), mode=mode, antialias=True)[0, 0]
-            self._matrices[old, new] = weights
-        return self._matrices[old, new]
+        mode = _FILTERS[self._steps.resample]
+        unit = torch.eye(old)[None, None]
+        return torch.nn.functional.interpolate(unit, size=(new, old), mode=mode, antialias=True)[0, 0]
 
     def _check_agreement(self, where: str) -> None:
         if not all(self._agrees(height, width) for height, width in _PROBE_SHAPES):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from engine.errors import JobError
 from engine.models.factories import find_factory, reason_of
+from engine.models.kernels import full_float32
 from engine.models.program_settings import EXAMPLE, TargetSettings, parse_settings, side_settings
 from engine.models.program_trial import Network, check_outputs, type_name
 from engine.models.programs import archive_kind, as_file
@@ -51,7 +52,9 @@ def _ready(module: Any, settings: TargetSettings, address: str, device: str) -> 
     # One by one: modules of TorchScript have no `requires_grad_`.
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    check_outputs(module, settings, address, device)
+    # As it is scored with: kernels of lower precision give an image other logits in another batch.
+    with full_float32(device):
+        check_outputs(module, settings, address, device)
     return module
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from engine.methods.boundary.spec import BoundaryGuidanceSpec
 from engine.methods.guidance.guided import ConditionalDenoiser, GuidedDenoiser
 from engine.methods.guidance.rules import Rule, polyak, scaled_by_latents, scaled_by_maximum, shifting
@@ -19,7 +21,8 @@ def guide_to_boundary(
         spec: step rule, size and schedule.
         scene: of samples of one joint prompt, whose subset is C.
     """
-    subset = scene.classes[0]
+    # Made once: a list would be copied to a GPU at every step.
+    subset = torch.tensor(scene.classes[0], device=scene.labels.device)
     return GuidedDenoiser(
         denoiser,
         criteria=lambda images: kldb(scene.logits(images), subset)[None],

@@ -42,6 +42,7 @@ def pulled_back(cotangent: Tensor, output: Tensor, latents: Tensor) -> Tensor:
         finite = pending & _finite(gradient)
         result = torch.where(per_sample(finite, gradient), _shifted(at_least_float32(gradient), -exponents), result)
         pending = pending & ~finite
+        # The only thing in the sampling loop that waits for a GPU.
         if not pending.any():
             break
         exponents = exponents - LOWERED_EXPONENT

@@ -19,7 +19,7 @@ Update = Callable[[Tensor, Tensor, Prediction, Step, "GradientHealth"], Predicti
 
 @dataclass(slots=True)
 class GradientHealth:
-    """Counts of a batch, [B] integers each.
+    """Counts of a batch, [B] integers each, kept where the gradients are: reading one waits for a GPU.
 
     Attributes:
         guided_steps: steps at which the sample was moved.
@@ -35,6 +35,20 @@ class GradientHealth:
     def of(cls, num_samples: int) -> GradientHealth:
         """All counts zero."""
         return cls(*(torch.zeros(num_samples, dtype=torch.long) for _ in range(3)))
+
+    def on_host(self) -> GradientHealth:
+        """The same counts in the memory of the host."""
+        return GradientHealth(self.guided_steps.cpu(), self.zero.cpu(), self.nonfinite.cpu())
+
+    def add(self, *, guided: Tensor, zero: Tensor, nonfinite: Tensor) -> None:
+        """Count one step, from which samples [B] were moved and which had a gradient of each kind, on one device."""
+        self.guided_steps = _added(self.guided_steps, guided)
+        self.zero = _added(self.zero, zero)
+        self.nonfinite = _added(self.nonfinite, nonfinite)
+
+
+def _added(counts: Tensor, which: Tensor) -> Tensor:
+    return counts.to(which.device, non_blocking=True) + which
 
 
 def polyak(loss: Tensor, gradient: Tensor, latents: Tensor, *, alpha: float, cap: float) -> Tensor:
@@ -72,9 +86,7 @@ def usable_gradients(loss: Tensor, gradient: Tensor, health: GradientHealth) -> 
     arrived = finite & (loss == 0)
     zero = finite & ~arrived & (gradient.flatten(1).abs().amax(1) == 0)
     usable = finite & ~arrived & ~zero
-    health.nonfinite += (~finite).cpu()
-    health.zero += zero.cpu()
-    health.guided_steps += usable.cpu()
+    health.add(guided=usable, zero=zero, nonfinite=~finite)
     return usable, torch.where(per_sample(usable, gradient), gradient, torch.ones_like(gradient))
 
 

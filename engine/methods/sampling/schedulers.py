@@ -45,15 +45,21 @@ class Sampler(ABC):
 class SchedulerAdapter(Sampler):
     """A scheduler of diffusers that is called with timesteps; a subclass gives their noise levels.
 
+    The scheduler keeps its timesteps and sigmas on the host: it looks them up at every step, for which a GPU would have
+    to finish all that it was given before. The network gets the timesteps on its device. UniPC alone computes its
+    coefficients there, and reads them.
+
     Args:
-        scheduler: with its timesteps set.
+        scheduler: with its timesteps set, on the host.
+        device: of the network.
     """
 
     # Whether the network expects latents of variance one, and the scheduler steps others.
     normalise_input: ClassVar[bool] = False
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, device: torch.device | str = "cpu") -> None:
         self._scheduler = scheduler
+        self._timesteps: Tensor = scheduler.timesteps.to(device)
 
     @property
     def prediction(self) -> PredictionType:
@@ -72,18 +78,17 @@ class SchedulerAdapter(Sampler):
 
         Args:
             place: of the step, counted from 0.
-            timestep: of the step.
+            timestep: of the step, on the host.
         """
 
     def steps(self) -> Iterator[Step]:
         """The steps in order."""
-        timesteps = self._scheduler.timesteps
-        for place, timestep in enumerate(timesteps):
+        for place, timestep in enumerate(self._scheduler.timesteps):
             scale, sigma = self.levels(place, timestep)
             yield Step(
                 index=place + 1,
-                total=len(timesteps),
-                timestep=timestep,
+                total=len(self._timesteps),
+                timestep=self._timesteps[place],
                 scale=scale,
                 sigma=sigma,
                 normalise_input=self.normalise_input,
@@ -93,7 +98,8 @@ class SchedulerAdapter(Sampler):
         """Latents [B, C, H, W] of the next step, computed in float32."""
         # LMS and Euler warn where `scale_model_input` was not called; our steps scale the input themselves.
         self._scheduler.is_scale_input_called = True
-        return self._scheduler.step(prediction.output, step.timestep, prediction.latents, return_dict=False)[0]
+        timestep = self._scheduler.timesteps[step.index - 1]
+        return self._scheduler.step(prediction.output, timestep, prediction.latents, return_dict=False)[0]
 
 
 class ByTimestep(SchedulerAdapter):
@@ -120,8 +126,8 @@ class VarianceExploding(SchedulerAdapter):
 class VariancePreserving(SchedulerAdapter):
     """Multistep schedulers with a list of sigmas, whose latents keep their variance (DPM-Solver++, DEIS, UniPC)."""
 
-    def __init__(self, scheduler: Any) -> None:
-        super().__init__(scheduler)
+    def __init__(self, scheduler: Any, device: torch.device | str = "cpu") -> None:
+        super().__init__(scheduler, device)
         timesteps = scheduler.timesteps
         # Of two equal timesteps at the start diffusers takes the second for the first, and runs past the last.
         if len(timesteps) > 1 and timesteps[0] == timesteps[1]:
@@ -146,6 +152,7 @@ def make_sampler(spec: SamplingSpec, model: ModelScheduler, device: torch.device
     Args:
         spec: scheduler, number of steps, timestep spacing, sigmas.
         model: the model's own scheduler.
+        device: of the network.
 
     Raises:
         ValueError: zero terminal SNR with eps-prediction, which is 0 / 0 at the first step (Lin et al. 2024), a
@@ -157,5 +164,5 @@ def make_sampler(spec: SamplingSpec, model: ModelScheduler, device: torch.device
     zero_snr = scheduler.config.get("rescale_betas_zero_snr", False) and kind.has_zero_snr
     if problem := noise_problem(scheduler.config.prediction_type, zero_snr):
         raise ValueError(problem)
-    scheduler.set_timesteps(spec.num_inference_steps, device=device)
-    return _ADAPTERS[kind.levels](scheduler)
+    scheduler.set_timesteps(spec.num_inference_steps, device="cpu")
+    return _ADAPTERS[kind.levels](scheduler, device)

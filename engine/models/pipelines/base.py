@@ -14,15 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine.errors import JobError
-from engine.models.hardware import (
-    CHECKPOINTING_PIXELS,
-    CPU_LATENT_PIXELS,
-    CPU_ROWS,
-    Hardware,
-    compiled,
-    head_sizes,
-    xformers_problem,
-)
+from engine.models.attention import head_sizes, xformers_problem
+from engine.models.compilation import compiled
+from engine.models.hardware import CHECKPOINTING_PIXELS, CPU_LATENT_PIXELS, CPU_ROWS, Hardware
 from engine.models.loading import frozen
 
 if TYPE_CHECKING:
@@ -289,7 +283,7 @@ class Pipeline(ABC):
 
     def _configure(self) -> None:
         """Attention kernels, recomputation of activations, compilation: as `runtime` asks for them."""
-        if self.hardware.attention == "xformers":
+        if self.hardware.attention != "sdpa":
             self._use_xformers()
         wanted = self.hardware.gradient_checkpointing
         if wanted == "on" or (wanted == "auto" and self.image_shape[1] > CHECKPOINTING_PIXELS):
@@ -301,9 +295,11 @@ class Pipeline(ABC):
         """xformers' attention in the network, and in the VAE where xformers can differentiate its head size.
 
         Raises:
-            JobError: not in the network.
+            JobError: not in the network, and the job asks for it.
         """
         if problem := xformers_problem(head_sizes(self._network), self.hardware.dtype, self.hardware.device):
+            if self.hardware.attention == "auto":
+                return
             raise JobError(f"runtime.attention: 'xformers' cannot run here ({problem}); use auto or sdpa")
         self._network.enable_xformers_memory_efficient_attention()
         if not xformers_problem(head_sizes(self._vae), "float32", self.hardware.device):

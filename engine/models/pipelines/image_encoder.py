@@ -10,6 +10,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from engine.models.kernels import full_float32
 from engine.models.loading import frozen, load_weights
 from engine.models.preprocessing import Preprocessing
 
@@ -36,5 +37,6 @@ class ImageEncoder:
     def image_embeds(self, images: Sequence[PIL.Image.Image]) -> Tensor:
         """Projected image embeddings [B, d] of 8-bit images, on the CPU, not normalised."""
         pixels = self._preprocessing.of_images(images).to(self._device)
-        embeds: Tensor = self._model(pixel_values=pixels).image_embeds.float().cpu()
+        with full_float32(self._device):
+            embeds: Tensor = self._model(pixel_values=pixels).image_embeds.float().cpu()
         return embeds

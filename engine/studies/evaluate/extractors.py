@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from engine.errors import JobError, first_line
 from engine.models.clip import Clip
+from engine.models.kernels import full_float32
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
 INCEPTION_SIDE = 299
@@ -74,7 +75,9 @@ class Inception:
     def features(self, images: Sequence[PIL.Image.Image], clip: NDArray[np.float32]) -> NDArray[np.float32]:
         """Features [B, 2048] of 8-bit images."""
         pixels = np.stack([_resized(image) for image in images])
-        layers = self._layers(((torch.from_numpy(pixels) - 128) / 128).to(self._device))
+        inputs = ((torch.from_numpy(pixels) - 128) / 128).to(self._device)
+        with full_float32(self._device):
+            layers = self._layers(inputs)
         return np.asarray(layers.reshape(len(images), -1).float().cpu().numpy())
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from engine.errors import JobError
+from engine.models.kernels import full_float32
 
 WARM_UP_SHARE = 0.1
 MAX_GRAD_NORM = 1.0
@@ -118,9 +119,10 @@ def training_device(on_cpu: bool) -> torch.device:
 def predict(network: Any, pixels: Tensor) -> Tensor:
     """Logits [N, n] of preprocessed images, on the CPU, not divided by any temperature."""
     device = next(network.parameters()).device
-    return torch.cat(
-        [network(pixel_values=part.to(device)).logits.float().cpu() for part in pixels.split(PREDICT_ROWS)]
-    )
+    with full_float32(str(device)):
+        return torch.cat(
+            [network(pixel_values=part.to(device)).logits.float().cpu() for part in pixels.split(PREDICT_ROWS)]
+        )
 
 
 def choose_rows(num_rows: int, count: int, seed: int) -> Tensor:
