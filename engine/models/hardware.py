@@ -47,11 +47,6 @@ class Hardware:
         """Whether the models are on a GPU."""
         return self.device.startswith("cuda")
 
-    @property
-    def has_fixed_shape(self) -> bool:
-        """Whether every batch of a GPU is padded to the same size: kernels and compiled code depend on the shape."""
-        return self.is_cuda and (self.deterministic or self.compile)
-
 
 def hardware_problems(spec: RuntimeSpec, has_gpu: bool) -> list[str]:
     """Which values of `runtime` are impossible on a machine with or without a GPU; one line each."""

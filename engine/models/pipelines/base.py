@@ -7,8 +7,9 @@ only. Its instances hold loaded parts and are what a worker samples with.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -282,10 +283,19 @@ class Pipeline(ABC):
         import torch
 
         # Compiled code with a backward pass has open bugs: what is differentiated stays as it is.
-        network = self._network if torch.is_grad_enabled() else self._fast_network
+        network = self._network if torch.is_grad_enabled() or self._is_plain else self._fast_network
         latents = latents.to(dtype=self._network.dtype, memory_format=self._layout)
         output: Tensor = network(latents, timestep, return_dict=False, **inputs)[0]
         return output
+
+    @contextlib.contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Within it nothing is compiled: a shape that comes once is not worth it."""
+        self._is_plain = True
+        try:
+            yield
+        finally:
+            self._is_plain = False
 
     def _configure(self) -> None:
         """Attention kernels, recomputation of activations, compilation: as `runtime` asks for them."""
@@ -296,6 +306,7 @@ class Pipeline(ABC):
             self._network.enable_gradient_checkpointing()
             self._vae.enable_gradient_checkpointing()
         self._fast_network = compiled(self._network) if self.hardware.compile else self._network
+        self._is_plain = False
 
     def _use_xformers(self) -> None:
         """xformers' attention in the network, and in the VAE where xformers can differentiate its head size.
