@@ -56,18 +56,25 @@ class Generator:
         self._guides = RequestGuides(job, plan, self._scorer, device)
         decoder = job.models.guidance_decoder
         self._guidance_decoder = GuidanceDecoder.load(decoder, self._hardware) if decoder else None
-        self._sizes = BatchSizes(job, plan, self._hardware, self._address)
         self._prepared: set[int] = set()
-        self._isolation = Isolation([request.spec.name for request in plan.requests])
-        self._loop = BatchLoop(
-            self._sizes, self._isolation, self.notices, self._hardware,
-            rows=lambda request: self._model(request).rows,
-            sample=self._sampled,
-            uncompiled=lambda request: self._model(request).uncompiled(),
-        )  # fmt: skip
+        self._begin_batches()
         if len({self._address(request.number) for request in plan.requests}) == 1:
             for request in plan.requests:
                 self.prepare(request.number)
+
+    def _begin_batches(self) -> None:
+        """As before the first batch: sizes are to be found, and nothing is proven."""
+        self._sizes = BatchSizes(self._job, self._plan, self._hardware, self._address)
+        self._isolation = Isolation([request.spec.name for request in self._plan.requests])
+        self._loop = BatchLoop(
+            self._sizes,
+            self._isolation,
+            self.notices,
+            self._hardware,
+            rows=lambda request: self._model(request).rows,
+            sample=self._sampled,
+            uncompiled=lambda request: self._model(request).uncompiled(),
+        )
 
     @property
     def device_name(self) -> str:

@@ -156,7 +156,8 @@ class _Search:
         middle = -(-len(specs) // 2)
         parts = [specs] if failure.size > len(specs) else [specs[:middle], specs[middle:]]
         outcomes = [outcome for part in parts for outcome in self._part(part)]
-        if is_of_size(failure.error) or not any(isinstance(outcome, Exception) for outcome in outcomes):
+        failed = any(isinstance(outcome, Exception) for outcome in outcomes)
+        if is_of_size(failure.error) or not (failed or may_pass(failure.error)):
             self._at_fault.append(failure)
         return outcomes
 
