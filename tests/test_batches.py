@@ -98,6 +98,21 @@ def test_memory_that_ran_out_behind_another_exception_counts_too(made: Made, mon
     assert not isinstance(caught.value, EverySampleFailedError)
 
 
+def test_memory_that_suffices_no_longer_is_of_the_machine(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches went through before: another machine has what this one lacks now, and the job is not wrong."""
+    generator, specs = made
+    Failure(call="decoder", error="cublas", at=range(2, 100)).inject(monkeypatch.setattr)
+    with pytest.raises(RuntimeError, match="CUBLAS_STATUS_ALLOC_FAILED"):
+        make(generator, specs)
+
+
+def test_a_single_sample_is_tried_twice(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is smaller than it, and memory that others held may be free."""
+    generator, specs = made
+    seen = Failure(call="decoder", error="allocator", at=[1, 2]).inject(monkeypatch.setattr)
+    assert statuses(make(generator, specs[:2])) == ["ok"] * 2 and seen == [2, 1, 1, 1]
+
+
 def test_what_a_single_sample_raises_too_is_of_the_machine(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken installation: the exception comes out, for the shard to be tried elsewhere."""
     generator, specs = made

@@ -170,7 +170,7 @@ class BatchLoop:
         try:
             parts = self._isolation.in_parts(request, specs, Failure(size, error), partial(self._made, request))
         except Exception as failure:
-            if is_out_of_memory(failure):
+            if is_out_of_memory(failure) and (on_cpu or not self._isolation.has_worked(request)):
                 raise self._no_memory(on_cpu, 1, failure) from failure
             raise
         if parts.at_fault is not None:

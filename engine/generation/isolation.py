@@ -93,6 +93,10 @@ class Isolation:
         """Note that a batch of a request was made."""
         self._proven.add(request)
 
+    def has_worked(self, request: int) -> bool:
+        """Whether a batch of a request was made."""
+        return request in self._proven
+
     def in_parts(self, request: int, specs: Sequence[SampleSpec], failure: Failure, make: Make) -> Parts:
         """Make a batch that failed in parts, halved as long as they fail; a sample that fails alone is `failed`.
 
@@ -106,7 +110,7 @@ class Isolation:
             Exception: of the machine, also if a single sample raises it; or what a later batch raised with every
                 sample.
         """
-        is_first = request not in self._proven
+        is_first = not self.has_worked(request)
         search = _Search(lambda part: self._made(request, part, make))
         outcomes = search.outcomes(specs, failure)
         failures = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
@@ -163,6 +167,9 @@ class _Search:
 
     def _part(self, specs: Sequence[SampleSpec]) -> Sequence[SampleResult | Exception]:
         made = self._make(specs)
+        if isinstance(made, Exception) and len(specs) == 1 and is_of_size(made):
+            # Nothing is smaller: what others hold of the memory may be free by now.
+            made = self._make(specs)
         if isinstance(made, Exception):
             return self.outcomes(specs, Failure(len(specs), made))
         self._through.append(len(specs))
