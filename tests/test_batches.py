@@ -271,6 +271,15 @@ def test_neighbours_of_a_bad_sample_keep_the_shape_that_decides_their_bytes(
     assert {result.run["batch_size"] for result in results if result.image} == {8}
 
 
+def test_a_bad_sample_that_is_alone_in_such_a_shape(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of a shard may be one sample: it fails, and nothing is left to be made once more."""
+    generator, specs = made
+    as_on_a_gpu(generator, monkeypatch, deterministic=True)
+    assert statuses(make(generator, specs[:1])) == ["ok"]
+    failing_for(generator, monkeypatch, {specs[0].index}, ValueError("x"))
+    assert statuses(make(generator, specs[:1])) == ["failed"]
+
+
 def test_only_whole_batches_are_compiled(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each in the one shape of the model; the parts of one that fails would each be compiled for themselves."""
     generator, specs = made

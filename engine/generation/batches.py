@@ -193,6 +193,8 @@ class BatchLoop:
     def _in_shape(self, request: int, specs: Sequence[SampleSpec], cut: Cut, parts: Parts) -> list[SampleResult]:
         """Results of a batch without the samples that raise, in the shape that decides their bytes."""
         places = [place for place in range(len(specs)) if place not in parts.raised]
+        if not places:
+            return parts.results
         outcome = self._isolation.attempt(partial(self._whole, request, [specs[place] for place in places], cut))
         if isinstance(outcome, Exception):
             self._blame_size(request, Failure(cut.num_rows, outcome), parts.through, on_cpu=False)

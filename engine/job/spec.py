@@ -267,8 +267,8 @@ class RuntimeSpec(Spec):
     )
     batch_size: Annotated[StrictInt, Field(ge=1, le=4096)] | Literal["auto"] = Field(
         default="auto",
-        description="Samples a batch on a GPU; auto: as many as its memory holds, found by measuring; halved on"
-        " out-of-memory. A CPU works in batches of a fixed size.",
+        description="Samples a batch on a GPU, at most; auto: as many as its memory holds and keep it busy, found by"
+        " measuring; fewer for a while after a batch failed. A CPU works in batches of a fixed size.",
     )
     deterministic: bool = Field(
         default=False,
