@@ -196,6 +196,30 @@ def check_parts(num, most, bad, *, is_memory, is_filled_up):
         assert len(model.asked) <= 2 + 2 * (1 + len(bad)) * math.ceil(math.log2(num) + 1)
 
 
+def test_a_batch_that_was_filled_up_is_tried_without_that_first():
+    """Its samples alone may be few enough."""
+    specs, isolation = specs_of(3), Isolation(["a"])
+    isolation.went_through(0)
+    model = Model(specs, most=4)
+    parts = isolation.in_parts(0, specs, Failure(8, RuntimeError("INT_MAX")), model)
+    assert model.asked == [3] and (parts.at_fault.size, parts.through) == (8, 3)
+
+
+def test_a_size_that_failed_once_is_not_what_went_through():
+    """One of two halves had too little memory, as somebody else had it for a moment: a smaller size is safe."""
+    specs, isolation, model = specs_of(16), Isolation(["a"]), Model(specs_of(16))
+    isolation.went_through(0)
+
+    def make(some):
+        if len(model.asked) == 0:
+            model.asked.append(len(some))
+            raise torch.OutOfMemoryError("x")
+        return model(some)
+
+    parts = isolation.in_parts(0, specs, Failure(16, torch.OutOfMemoryError("x")), make)
+    assert model.asked == [8, 4, 4, 8] and (parts.at_fault.size, parts.through) == (16, 4)
+
+
 def test_what_passed_by_itself_is_not_the_size():
     """A network or a disk failed a batch, and then no longer."""
     specs, isolation = specs_of(4), Isolation(["a"])

@@ -128,7 +128,6 @@ class BatchSize:
     _proven: int = field(default=0, repr=False)
     _num_good: int = field(default=0, repr=False)
     _num_failures: int = field(default=0, repr=False)
-    _told: int = field(default=0, repr=False)
 
     @classmethod
     def fixed(cls, size: int) -> BatchSize:
@@ -180,9 +179,6 @@ class BatchSize:
 
     def cap(self, limit: int) -> None:
         """Heed that no more than `limit` fit on another machine of the same kind, unless more did fit here."""
-        if limit == self._told:
-            return
-        self._told = limit
         bound = max(limit, self._proven)
         if bound >= min(self.limit or self.most, self.most):
             return
