@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from engine.generation.worker import ShardOutcome, ShardProgressCallback, Worker
-from engine.job.plan import Plan, ShardSpec
+from engine.generation.worker import Worker, load_generator
+from engine.job.plan import Plan
 from engine.job.spec import JobSpec
 from engine.models.classifier import Classifier
 from engine.models.pipelines.stable_diffusion import StableDiffusion
@@ -112,31 +112,22 @@ class Failure:
             raise
 
 
-class FailingWorker(Worker):
-    """The engine's worker, which writes what the hardware made it do otherwise."""
-
-    def __init__(self, job: JobSpec, plan: Plan, notices: str) -> None:
-        super().__init__(job, plan, name="failing")
-        self._path = Path(notices)
-
-    def sample_shard(
-        self, shard: ShardSpec, attempt: int, report: ShardProgressCallback, batch_limit: int = 0
-    ) -> Callable[[], ShardOutcome]:
-        """As a worker does."""
-        finish = super().sample_shard(shard, attempt, report, batch_limit)
-        with self._path.open("a") as file:
-            file.writelines(f"{text}\n" for text in self._generator.notices.take())  # type: ignore[attr-defined]
-        return finish
-
-
-def make_failing(job: JobSpec, plan: Plan, *, failures: Sequence[Failure], notices: str) -> FailingWorker:
-    """A worker in whose process calls fail, for `run_job` with `partial`.
+def make_failing(job: JobSpec, plan: Plan, *, failures: Sequence[Failure], notices: str) -> Worker:
+    """The engine's worker in a process in which calls fail, for `run_job` with `partial`.
 
     Args:
-        notices: file of its notices.
+        notices: file to which its notices are appended.
     """
-    # The trial of a model at loading is no batch.
-    worker = FailingWorker(job, plan, notices)
+    generator = load_generator(job, plan)
+    add = generator.notices.add  # type: ignore[attr-defined]
+
+    def noted(text: str) -> None:
+        with Path(notices).open("a") as file:
+            file.write(f"{text}\n")
+        add(text)
+
+    generator.notices.add = noted  # type: ignore[attr-defined]
+    # The trials of models at loading are no batches.
     for failure in failures:
         failure.inject()
-    return worker
+    return Worker(job, plan, name="failing", load=lambda *_: generator)
