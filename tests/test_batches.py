@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from engine.errors import EverySampleFailedError, JobError
-from engine.generation import batching
+from engine.generation import batches, batching
 from engine.generation.generator import Generator
 from engine.generation.notices import Notices
 from engine.generation.results import ImageBatch
@@ -288,6 +288,40 @@ def test_a_bad_sample_that_is_alone_in_such_a_shape(made: Made, monkeypatch: pyt
     assert statuses(make(generator, specs[:1])) == ["failed"]
 
 
+def test_a_size_that_is_to_be_found_is_found_by_whole_batches(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is scored before the next one is sampled, as its peak decides; afterwards they overlap."""
+    generator, specs = made
+    job = generator._job
+    runtime = job.runtime.model_copy(update={"batch_size": "auto"})
+    monkeypatch.setattr(generator, "_job", job.model_copy(update={"runtime": runtime}))
+    as_on_a_gpu(generator, monkeypatch)
+    steps: list[str] = []
+    sampled, score, rows = generator._sampled, generator._scorer.score, [0]
+
+    def sampling(request: int, some: list[SampleSpec], num_rows: int) -> ImageBatch:
+        steps.append(f"sample {num_rows}")
+        rows[0] = num_rows
+        return sampled(request, some, num_rows)
+
+    def scoring(some: list[SampleSpec], inputs: Any) -> Any:
+        steps.append(f"score {len(some)}")
+        return score(some, inputs)
+
+    monkeypatch.setattr(generator._loop, "_sample", sampling)
+    monkeypatch.setattr(generator._scorer, "score", scoring)
+    # A gibibyte for the models, and one for each row.
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: steps.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: (1 + rows[0]) * 2**30)
+    monkeypatch.setattr(batches, "reachable_memory", lambda *share: 15 * 2**30)
+    for _ in range(2):
+        make(generator, specs)
+    finding = ["reset", "sample 8", "score 8", "reset", "sample 12", "score 12", "reset", "sample 16", "score 16"]
+    assert steps == [*finding, "sample 4", "score 4"]
+    steps.clear()
+    make(generator, specs)
+    assert steps == ["sample 10", "sample 10", "score 10", "score 10"]
+
+
 def test_only_whole_batches_are_compiled(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each in the one shape of the model; the parts of one that fails would each be compiled for themselves."""
     generator, specs = made
@@ -380,12 +414,12 @@ def test_batches_that_nobody_wants_leave_no_thread(made: Made, is_closed: bool) 
     """Whether the iterator is closed or dropped."""
     generator, specs = made
     before = set(threading.enumerate())
-    batches = generator.batches(0, specs)
-    next(batches)
+    iterator = generator.batches(0, specs)
+    next(iterator)
     assert any(thread.name.startswith("preprocessing") for thread in set(threading.enumerate()) - before)
     if is_closed:
-        batches.close()
-    del batches
+        iterator.close()
+    del iterator
     assert set(threading.enumerate()) <= before
 
 
@@ -409,8 +443,6 @@ def test_an_exception_of_preprocessing_is_of_its_batch(made: Made, monkeypatch: 
 
 def test_a_batch_takes_the_time_of_its_own_steps(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not that of its neighbours: sampling and scoring of each are counted once."""
-    import engine.generation.batches as module
-
     generator, specs = made
     monkeypatch.setattr(StableDiffusion, "rows", property(lambda model: None))
     now = [0.0]
@@ -424,7 +456,7 @@ def test_a_batch_takes_the_time_of_its_own_steps(made: Made, monkeypatch: pytest
         now[0] += 0.25
         return score(*inputs)
 
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(batches.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(generator, "sample", sampling)
     monkeypatch.setattr(generator._scorer, "score", scoring)
     assert [batch.seconds for batch in generator.batches(0, specs)] == [10.25, 10.25, 1.25]
