@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from engine.errors import EverySampleFailedError, JobError
-from engine.generation import batches, batching
+from engine.generation import batches, batching, faults
 from engine.generation.generator import Generator
 from engine.generation.notices import Notices
 from engine.generation.results import ImageBatch
@@ -36,8 +36,10 @@ def loaded() -> Made:
 
 
 @pytest.fixture
-def made(loaded: Made) -> Made:
+def made(loaded: Made, monkeypatch: pytest.MonkeyPatch) -> Made:
     """A generator that has made no batch, with batches of eight, and twenty samples."""
+    # It takes longer than a batch; what is let go of must not wait for it.
+    monkeypatch.setattr(faults.gc, "collect", lambda: 0)
     fresh = Generator.__new__(Generator)
     fresh.__dict__ |= loaded[0].__dict__ | {"notices": Notices()}
     fresh._begin_batches()
