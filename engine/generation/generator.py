@@ -14,6 +14,7 @@ from engine.data.images import encoding as imaging
 from engine.errors import JobError
 from engine.generation.batching import BatchSize, Peak
 from engine.generation.conditioner import Conditioner, open_conditioner
+from engine.generation.decoder_precision import TRIAL_SAMPLES, DecoderPrecisions, Subject
 from engine.generation.guidance import RequestGuides
 from engine.generation.isolation import Isolation, failed_result, is_fault_of_machine, may_pass
 from engine.generation.loading import PipelinePool, load_scorer, reachable_memory
@@ -23,10 +24,16 @@ from engine.job.plan import Plan, RequestPlan, SampleSpec, make_prompt
 from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, SampleResult, check_record
 from engine.job.spec import JobSpec
 from engine.methods.conditioning.screening import ScreenedDraw
+from engine.methods.guidance.comparison import ComparedDenoiser
+from engine.methods.guidance.guided import GuidedDenoiser
 from engine.methods.guidance.rules import GradientHealth
+from engine.methods.guidance.scene import Decoding
 from engine.methods.heartbeat import beat
+from engine.methods.sampling.denoiser import ClassifierFreeDenoiser
 from engine.methods.sampling.loop import sample
+from engine.methods.sampling.schedulers import Sampler
 from engine.models.decoder import GuidanceDecoder
+from engine.models.decoding import Decoder
 from engine.models.hardware import choose_hardware, fix_kernels
 from engine.models.pipelines.base import LATENTS, ImageConditioning, Pipeline
 
@@ -56,6 +63,7 @@ class Generator:
         self._guides = RequestGuides(job, plan, self._scorer, device)
         decoder = job.models.guidance_decoder
         self._guidance_decoder = GuidanceDecoder.load(decoder, self._hardware) if decoder else None
+        self._precisions = DecoderPrecisions(self._hardware, self.notices)
         wanted = job.runtime.batch_size
         # Requests differ in what a sample of theirs takes: each finds its own size.
         self._batches = [BatchSize() if wanted == "auto" else BatchSize(wanted, grows=False) for _ in plan.requests]
@@ -126,7 +134,11 @@ class Generator:
         self._model(request).check_prompts([*longest_prompts(plan), negative])
         if plan.spec.conditioning is not None:
             self._conditioners[request] = self._conditioner(plan)
-        self._guides.prepare(plan, self._model(request).image_shape, self._guidance_decode(request))
+        self._guides.prepare(plan, self._model(request).image_shape, self._decoding(request))
+        if plan.spec.method_record.is_guided:
+            decoder, shape = self._decoder(request), self._model(request).latent_shape
+            trial = partial(self._compared, request)
+            self._precisions.decide(f"requests.{request}", self._subject(request), decoder, shape, trial)
         self._prepared.add(request)
 
     def batch_limit(self, request: int) -> int:
@@ -230,18 +242,40 @@ class Generator:
         Args:
             draws: the image embeddings of a request with `conditioning`, one a sample; empty for others.
         """
-        model, spec = self._model(request), self._job.requests[request]
-        sampling = self._job.sampling_of(spec)
-        sampler = model.sampler(sampling)
-        drawn = model.draw_noise([sample_spec.seed for sample_spec in specs])
-        images, noise = self._image_conditioning(request, draws, drawn), drawn[LATENTS]
-        denoiser = model.denoiser([sample_spec.prompt for sample_spec in specs], sampling, sampler, images)
-        classes, decode = [sample_spec.cell.classes for sample_spec in specs], self._guidance_decode(request)
-        guided = self._guides.guided(request, denoiser, classes, decode)
+        denoiser, sampler, noise = self._denoiser(request, specs, draws)
+        guided = self._guided(request, specs, denoiser)
         latents = sample(guided or denoiser, sampler, noise)
         health = guided.health if guided else GradientHealth.of(len(specs))
         with torch.no_grad():
-            return model.decode(latents), health
+            return self._model(request).decode(latents), health
+
+    def _denoiser(
+        self, request: int, specs: Sequence[SampleSpec], draws: Sequence[ScreenedDraw]
+    ) -> tuple[ClassifierFreeDenoiser, Sampler, Tensor]:
+        """What samples without guidance, and the noise [B, C, h, w] to start from."""
+        model, sampling = self._model(request), self._job.sampling_of(self._job.requests[request])
+        sampler = model.sampler(sampling)
+        drawn = model.draw_noise([spec.seed for spec in specs])
+        images = self._image_conditioning(request, draws, drawn)
+        denoiser = model.denoiser([spec.prompt for spec in specs], sampling, sampler, images)
+        return denoiser, sampler, drawn[LATENTS]
+
+    def _guided(
+        self, request: int, specs: Sequence[SampleSpec], denoiser: ClassifierFreeDenoiser
+    ) -> GuidedDenoiser | None:
+        classes = [spec.cell.classes for spec in specs]
+        return self._guides.guided(request, denoiser, classes, self._decoding(request))
+
+    def _compared(self, request: int, decoding: Decoding) -> Tensor:
+        """Cosines [n] of gradients with another decoding to those of the first samples of a request; see `cosines`."""
+        plan = self._plan.requests[request]
+        specs = [plan.sample(position) for position in range(min(TRIAL_SAMPLES, plan.limit))]
+        denoiser, sampler, noise = self._denoiser(request, specs, self._draws(request, specs))
+        guided = self._guided(request, specs, denoiser)
+        assert guided is not None
+        compared = ComparedDenoiser(guided, decoding)
+        sample(compared, sampler, noise)
+        return compared.cosines()
 
     def _image_conditioning(
         self, request: int, draws: Sequence[ScreenedDraw], noise: Mapping[str, Tensor]
@@ -252,9 +286,17 @@ class Generator:
         embeds = torch.stack([draw.embedding for draw in draws]).to(self._hardware.device)
         return ImageConditioning(embeds=embeds, noise=noise, noise_level=conditioning.noise_level)
 
-    def _guidance_decode(self, request: int) -> Callable[[Tensor], Tensor]:
-        """The decoder that guidance differentiates: latents [B, C, H, W] to images [B, 3, H, W]."""
-        return (self._guidance_decoder or self._model(request)).decode
+    def _decoding(self, request: int) -> Decoding:
+        """How guidance decodes latents [B, C, H, W] to images [B, 3, H, W] that it differentiates."""
+        precision = self._precisions.of(self._subject(request))
+        return self._decoder(request).decoding(self._model(request).latent_shape, precision)
+
+    def _decoder(self, request: int) -> Decoder:
+        return self._guidance_decoder or self._model(request).decoder
+
+    def _subject(self, request: int) -> Subject:
+        spec = self._job.requests[request]
+        return Subject(self._address(request), self._job.models.guidance_decoder or "", spec.method)
 
     def _address(self, request: int) -> str:
         return self._job.requests[request].diffusion or self._job.models.diffusion

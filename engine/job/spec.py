@@ -254,9 +254,17 @@ class RuntimeSpec(Spec):
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         default="auto", description="Of the UNet and text encoder; auto: fp16 on a GPU, fp32 on a CPU."
     )
+    decoder_precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        default="auto",
+        description="Of the decoder that guidance differentiates, never of stored images; auto: on a GPU the half"
+        " precision that the first samples show to keep the gradient's direction, fp32 on a CPU, with precision fp32,"
+        " and with deterministic.",
+    )
     attention: Literal["auto", "sdpa", "xformers"] = Field(default="auto", description="Attention of the UNet.")
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
-        default="auto", description="Recompute activations in guidance; auto: on for images above 256 px."
+        default="auto",
+        description="Recompute activations in guidance; auto: where a GPU's memory does not hold them, and on a CPU"
+        " above 256 px.",
     )
     channels_last: Literal["auto", "on", "off"] = Field(
         default="auto", description="Memory layout of UNet and VAE; auto: on for a GPU in half precision."

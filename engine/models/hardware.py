@@ -14,8 +14,12 @@ from engine.job.spec import RuntimeSpec
 # choose their order of summation by the shape. Large models compute samples one by one there.
 CPU_ROWS = 16
 CPU_LATENT_PIXELS = 1024
-# Above this image size guidance recomputes activations to save memory (`gradient_checkpointing: auto`).
+# Above this image size guidance recomputes activations on a CPU to save memory (`gradient_checkpointing: auto`).
 CHECKPOINTING_PIXELS = 256
+# Samples of a batch that memory is planned for where the job says `batch_size: auto`.
+PLANNED_ROWS = 16
+# Names of torch types.
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # One of the two settings with which cuBLAS is deterministic.
 CUBLAS_WORKSPACE = ":4096:8"
 
@@ -32,6 +36,9 @@ class Hardware:
         channels_last: whether UNet and VAE keep their tensors in that layout.
         compile: whether the UNet is compiled for calls without gradient.
         deterministic: whether equal batches must give equal bytes on a GPU.
+        decoder_precision: of the decoder that guidance differentiates: the name of a torch type, or `auto`.
+        batch_size: samples of a batch that memory is planned for.
+        memory_bytes: that this process may use of the device; 0 asks the device.
     """
 
     device: str
@@ -41,6 +48,14 @@ class Hardware:
     channels_last: bool = False
     compile: bool = False
     deterministic: bool = False
+    decoder_precision: str = "auto"
+    batch_size: int = PLANNED_ROWS
+    memory_bytes: int = 0
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether the models are on a CPU, where the rows of a call decide bytes; `meta` is treated as a GPU."""
+        return self.device == "cpu"
 
     @property
     def is_cuda(self) -> bool:
@@ -63,6 +78,10 @@ def hardware_problems(spec: RuntimeSpec, has_gpu: bool) -> list[str]:
             problems.append("runtime.attention: 'xformers' has no kernels for a CPU; use auto or sdpa")
         if spec.precision in ("fp16", "bf16"):
             problems.append(f"runtime.precision: '{spec.precision}' saves nothing on a CPU; use auto or fp32")
+        if spec.decoder_precision in ("fp16", "bf16"):
+            problems.append(
+                f"runtime.decoder_precision: '{spec.decoder_precision}' saves nothing on a CPU; use auto or fp32"
+            )
     return problems + (_determinism_problems(spec, has_gpu and spec.device != "cpu") if spec.deterministic else [])
 
 
@@ -95,7 +114,7 @@ def choose_hardware(spec: RuntimeSpec) -> Hardware:
     if problems:
         raise JobError(problems)
     on_gpu, is_half = has_gpu and spec.device != "cpu", spec.precision != "fp32"
-    dtypes = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "auto": "float16" if on_gpu else "float32"}
+    dtypes = DTYPES | {"auto": "float16" if on_gpu else "float32"}
     return Hardware(
         device="cuda" if on_gpu else "cpu",
         dtype=dtypes[spec.precision],
@@ -105,6 +124,8 @@ def choose_hardware(spec: RuntimeSpec) -> Hardware:
         # `auto` is off: compiled kernels differ from machine to machine, and with them the bytes.
         compile=spec.compile == "on",
         deterministic=spec.deterministic,
+        decoder_precision=DTYPES.get(spec.decoder_precision, "auto"),
+        batch_size=PLANNED_ROWS if spec.batch_size == "auto" else spec.batch_size,
     )
 
 
