@@ -157,10 +157,9 @@ class LargestTensor(TorchDispatchMode):
 
 
 class AttentionOnMeta(TorchFunctionMode):
-    """Attention on `meta` as a GPU computes it: torch would choose the unfused form there.
+    """Attention of a forward pass on `meta` as a GPU computes it: torch would choose the unfused form there.
 
-    The fused kernels keep queries, keys, values, the result and a number for each query; the one that is taken here
-    has a form for `meta`.
+    The fused kernels keep queries, keys, values, the result and a number for each query.
     """
 
     def __init__(self, *, is_fused: bool) -> None:
@@ -170,11 +169,14 @@ class AttentionOnMeta(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is functional.scaled_dot_product_attention and self._is_fused:
-            return _fused(*args, **kwargs)
+            return fused_attention(*args, **kwargs)
         return function(*args, **kwargs)
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
+) -> Tensor:
+    """As torch's `scaled_dot_product_attention` without dropout, by a kernel that has a form for `meta`."""
     is_causal, scale = options.get("is_causal", False), options.get("scale")
     result: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, attn_mask, True, 0.0, is_causal, scale=scale
