@@ -79,6 +79,12 @@ def known_pipeline(size: str, pixels: int, dtype: str) -> StableDiffusion:
     return meta_pipeline(size, pixels, meta_hardware(dtype))
 
 
+def full_decoder(hardware: Hardware) -> Decoder:
+    """The decoder of Stable Diffusion."""
+    with torch.device(META):
+        return Decoder(frozen(AutoencoderKL(**ARCHITECTURES["sd1"].vae), META), hardware)
+
+
 def tiny_decoder(hardware: Hardware) -> Decoder:
     """A tiny decoder of TAESD's size."""
     with torch.device(META):

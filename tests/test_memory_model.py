@@ -12,15 +12,14 @@ from torch.profiler import ProfilerActivity, profile
 from engine.methods.guidance.slices import even_slices
 from engine.models.decoder import GuidanceDecoder
 from engine.models.decoding import GRAPH_SHARE, SLICE_ELEMENTS, SLICE_PIXELS
-from engine.models.memory_model import decoder_footprint, device_memory, network_footprint, rows_of
+from engine.models.memory_model import META, decoder_footprint, device_memory, network_footprint, rows_of
 from engine.models.pipelines.base import NETWORK_GRAPH_SHARE
 from tests.meta_models import (
     GIB,
     IndexGuard,
     attention_of_a_gpu,
-    channel_means,
+    full_decoder,
     meta_denoiser,
-    meta_guided,
     meta_hardware,
     meta_latents,
     meta_pipeline,
@@ -82,18 +81,16 @@ def test_half_precision_halves_graph_and_weights(diffusion):
 )
 def test_a_slice_has_the_rows_that_fit(pixels, precision, memory_gib, rows):
     """Of Stable Diffusion's decoder: by pixels, elements and memory; and one row always."""
-    model = meta_pipeline("sd1", pixels, meta_hardware(memory_gib=memory_gib))
-    decoding = model.decoder.decoding(model.latent_shape, precision)
-    footprint = decoder_footprint(model._vae, model.latent_shape, getattr(torch, precision))
-    assert decoding.slice_rows == rows
+    decoder, shape = full_decoder(meta_hardware(memory_gib=memory_gib)), (4, pixels // 8, pixels // 8)
+    footprint = decoder_footprint(decoder._autoencoder, shape, getattr(torch, precision))
+    assert decoder.decoding(shape, precision).slice_rows == rows
     assert rows == 1 or rows * footprint.graph_bytes <= GRAPH_SHARE * memory_gib * GIB
     assert rows * pixels**2 <= SLICE_PIXELS and rows * footprint.largest_elements <= SLICE_ELEMENTS
 
 
 def test_small_images_are_not_sliced_into_launches():
     """The pixels of 8 images of 512 px are 2048 of 32 px."""
-    model = meta_pipeline("sd1", 64, meta_hardware())
-    assert model.decoder.decoding(model.latent_shape).slice_rows == 8 * 64
+    assert full_decoder(meta_hardware()).decoding((4, 8, 8)).slice_rows == 8 * 64
 
 
 def test_a_cpu_decodes_all_rows_at_a_time(diffusion, monkeypatch):
@@ -109,25 +106,21 @@ def test_a_cpu_decodes_all_rows_at_a_time(diffusion, monkeypatch):
     assert rows == [5] and diffusion.decoder.decoding(diffusion.latent_shape).slice_rows is None
 
 
-def convolutions(model, precision="float32", gradient="detached") -> int:
-    """Convolutions, recomputed ones among them, of a guided step of one row."""
-    decoding = model.decoder.decoding(model.latent_shape, precision)
-    guided = meta_guided(model, 1, decoding, gradient, channel_means)
+def convolutions(precision, memory_gib, switch) -> int:
+    """Convolutions, recomputed ones among them, of the gradient of one decoded image."""
+    decoder = full_decoder(meta_hardware(memory_gib=memory_gib, gradient_checkpointing=switch))
+    decode = decoder.decoding((4, 64, 64), precision).decode
+    latents = torch.empty(1, 4, 64, 64, device=META, requires_grad=True)
     with attention_of_a_gpu(), IndexGuard() as guard:
-        guided(meta_latents(model, 1), middle_step())
+        torch.autograd.grad(decode(latents).sum(), latents)
     return guard.calls["aten.convolution.default"]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_decoder_recomputes_only_where_no_row_fits(precision):
     """5.6 or 2.8 GiB a row: `auto` recomputes with 6 GiB and not with 24; `off` never."""
-    counts = {
-        (memory, switch): convolutions(
-            meta_pipeline("sd1", 512, meta_hardware(memory_gib=memory, gradient_checkpointing=switch)), precision
-        )
-        for memory, switch in ((6, "auto"), (24, "auto"), (6, "off"))
-    }
-    assert counts[24, "auto"] == counts[6, "off"] < counts[6, "auto"]
+    plain = convolutions(precision, 6, "off")
+    assert convolutions(precision, 24, "auto") == plain < convolutions(precision, 6, "auto")
 
 
 @pytest.mark.parametrize(
