@@ -156,12 +156,20 @@ def test_a_decision_is_made_once_and_reported_with_its_figures():
     assert chosen == "float32" and "computed in float32" in notices[0] and "0.9000" in notices[0]
 
 
-def test_a_trial_that_the_memory_does_not_hold_keeps_float32():
-    def full(decoding):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("no such image")])
+def test_a_trial_that_fails_keeps_float32(error):
+    """The memory did not hold it, or a sample raised, which fails by itself in its batch; a wrong job is refused."""
 
-    chosen, notices = decided(full)
-    assert chosen == "float32" and "memory" in notices[0]
+    def failing(decoding):
+        raise error
+
+    def wrong(decoding):
+        raise JobError("wrong")
+
+    chosen, notices = decided(failing)
+    assert chosen == "float32" and str(error) in notices[0]
+    with pytest.raises(JobError, match="wrong"):
+        decided(wrong)
 
 
 def test_the_job_overrules_without_a_trial():

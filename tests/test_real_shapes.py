@@ -51,13 +51,10 @@ def check(size, pixels, dtype, rows, gradient, kind, precision):
 @pytest.mark.parametrize(
     ("size", "pixels", "dtype", "rows", "gradient", "kind", "precision"),
     [
-        ("sd1", 512, "float16", 32, "detached", "full", "float32"),
+        ("sd1", 512, "float32", 32, "detached", "full", "float32"),
         ("sd1", 512, "float16", 33, "unet", "full", "bfloat16"),
-        ("sd1", 512, "float32", 64, "detached", "full", "float32"),
-        ("sd1", 512, "float16", 64, "unet", "tiny", "float16"),
-        ("sd21", 768, "float16", 8, "unet", "full", "bfloat16"),
-        ("sd21", 768, "float32", 64, "unet", "tiny", "float32"),
-        ("sd21", 768, "float16", 64, "detached", "tiny", "float16"),
+        ("sd21", 768, "float16", 8, "detached", "full", "bfloat16"),
+        ("sd21", 768, "float16", 64, "unet", "tiny", "float16"),
     ],
 )
 def test_a_guided_step_is_within_the_kernels_indices(size, pixels, dtype, rows, gradient, kind, precision):
@@ -85,13 +82,13 @@ def test_the_guard_sees_what_fails_without_slices(rows):
     guided_step(model, 31, whole, "detached")
 
 
-@pytest.mark.parametrize(("pixels", "rows"), [(512, 64), (768, 64)])
-def test_sampling_and_storing_are_within_the_kernels_indices(pixels, rows):
+def test_sampling_and_storing_are_within_the_kernels_indices():
     """Steps without guidance, whose two halves are one call; decoding of what is stored; encoding of images.
 
     At 768 px 128 rows of the network's feed-forward layers have 3.0e9 elements: its calls are split.
     """
-    model = known_pipeline("sd1", pixels, "float16")
+    rows, pixels = 64, 768
+    model = known_pipeline("sd21", pixels, "float16")
     latents = meta_latents(model, rows)
     with torch.no_grad(), attention_of_a_gpu(), IndexGuard() as guard:
         output = meta_denoiser(model, rows)(latents, middle_step()).output

@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.errors import JobError
+from engine.errors import JobError, RiskforgeError
 from engine.generation.notices import Notices
 from engine.methods.guidance.scene import Decoding
 from engine.models.decoder_checks import FLOAT16_OVERFLOWS
 from engine.models.decoding import EXACT, Decoder
+from engine.models.factories import reason_of
 from engine.models.hardware import Hardware
 
 # Samples of a trial, from the noise of the request's first ones.
@@ -90,10 +91,13 @@ class DecoderPrecisions:
             return EXACT
         try:
             cosines = trial(decoder.decoding(shape, precision))
-        except torch.OutOfMemoryError:
+        except (RiskforgeError, torch.AcceleratorError):
+            raise
+        except Exception as error:
+            # Of the memory, or of a sample: it is treated where batches are made.
             self._notices.add(
-                f"{where}: the decoder's gradient is computed in {EXACT}: the memory did not hold the trial of"
-                f" {precision}; runtime.decoder_precision chooses without a trial"
+                f"{where}: the decoder's gradient is computed in {EXACT}: the trial of {precision} failed"
+                f" ({reason_of(error)}); runtime.decoder_precision chooses without a trial"
             )
             return EXACT
         return self._judged(where, precision, cosines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -274,7 +275,10 @@ class Generator:
         guided = self._guided(request, specs, denoiser)
         assert guided is not None
         compared = ComparedDenoiser(guided, decoding)
-        sample(compared, sampler, noise)
+        # Compiling for the rows of a trial would take longer than the trial.
+        eager = torch.compiler.set_stance("force_eager") if self._hardware.compile else contextlib.nullcontext()
+        with eager:
+            sample(compared, sampler, noise)
         return compared.cosines()
 
     def _image_conditioning(
