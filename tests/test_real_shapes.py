@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from engine.methods.guidance.scene import Decoding
-from engine.models.memory_model import MAX_ELEMENTS
+from engine.methods.guidance.slices import even_slices
+from engine.models.decoding import SLICE_ELEMENTS
+from engine.models.memory_model import MAX_ELEMENTS, decoder_footprint
 from tests.meta_models import (
     IndexGuard,
     TooLargeError,
@@ -62,14 +64,21 @@ def test_a_guided_step_is_within_the_kernels_indices(size, pixels, dtype, rows, 
     check(size, pixels, dtype, rows, gradient, kind, precision)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("gradient", ["detached", "unet"])
 @pytest.mark.parametrize(("size", "pixels"), [("sd1", 512), ("sd1", 768), ("sd21", 512), ("sd21", 768)])
-def test_every_guided_step_is_within_the_kernels_indices(size, pixels, gradient):
-    """The whole grid: precisions of network and decoder, full and tiny, batches of 8 to 64."""
-    for dtype, rows in itertools.product(("float16", "float32"), (8, 32, 33, 64)):
-        for kind, precision in (("full", "float32"), ("full", "bfloat16"), ("tiny", "float32"), ("tiny", "float16")):
-            check(size, pixels, dtype, rows, gradient, kind, precision)
+def test_no_batch_passes_the_limits(size, pixels):
+    """Batches of 1 to 128 in every precision, by the footprints that the calls of the engine are sliced by."""
+    model = known_pipeline(size, pixels, "float16")
+    with torch.no_grad():
+        meta_denoiser(model, 1)(meta_latents(model, 1), middle_step())
+    largest = model._footprint.largest_elements
+    for rows in range(1, 129):
+        halves = even_slices(2 * rows, model._footprint.rows_below(MAX_ELEMENTS))
+        assert max(part.stop - part.start for part in halves) * largest <= MAX_ELEMENTS
+    for kind, precision in itertools.product(("full", "tiny"), ("float32", "bfloat16", "float16")):
+        decoder = tiny_decoder(model.hardware) if kind == "tiny" else model.decoder
+        footprint = decoder_footprint(decoder._autoencoder, model.latent_shape, getattr(torch, precision))
+        slice_rows = decoder.decoding(model.latent_shape, precision).slice_rows
+        assert 1 <= slice_rows <= 8 and slice_rows * footprint.largest_elements <= SLICE_ELEMENTS
 
 
 @pytest.mark.parametrize("rows", [32, 33])
