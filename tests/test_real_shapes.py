@@ -14,7 +14,7 @@ import torch
 from engine.methods.guidance.scene import Decoding
 from engine.methods.guidance.slices import even_slices
 from engine.models.decoding import SLICE_ELEMENTS
-from engine.models.memory_model import MAX_ELEMENTS, decoder_footprint
+from engine.models.memory_model import MAX_ELEMENTS, META, decoder_footprint, network_footprint
 from tests.meta_models import (
     IndexGuard,
     TooLargeError,
@@ -64,20 +64,21 @@ def test_a_guided_step_is_within_the_kernels_indices(size, pixels, dtype, rows, 
     check(size, pixels, dtype, rows, gradient, kind, precision)
 
 
-@pytest.mark.parametrize(("size", "pixels"), [("sd1", 512), ("sd1", 768), ("sd21", 512), ("sd21", 768)])
-def test_no_batch_passes_the_limits(size, pixels):
+@pytest.mark.parametrize("pixels", [512, 768])
+def test_no_batch_passes_the_limits(pixels):
     """Batches of 1 to 128 in every precision, by the footprints that the calls of the engine are sliced by."""
-    model = known_pipeline(size, pixels, "float16")
-    with torch.no_grad():
-        meta_denoiser(model, 1)(meta_latents(model, 1), middle_step())
-    largest = model._footprint.largest_elements
-    for rows in range(1, 129):
-        halves = even_slices(2 * rows, model._footprint.rows_below(MAX_ELEMENTS))
-        assert max(part.stop - part.start for part in halves) * largest <= MAX_ELEMENTS
+    side = pixels // 8
+    for model in (known_pipeline("sd1", 512, "float16"), known_pipeline("sd21", 768, "float16")):
+        latents = torch.empty(1, 4, side, side, dtype=torch.float16, device=META)
+        text = meta_denoiser(model, 1)._conditional.tensors
+        network = network_footprint(model._network, latents, torch.tensor(500.0), text)
+        for rows in range(1, 129):
+            halves = even_slices(2 * rows, network.rows_below(MAX_ELEMENTS))
+            assert max(part.stop - part.start for part in halves) * network.largest_elements <= MAX_ELEMENTS
     for kind, precision in itertools.product(("full", "tiny"), ("float32", "bfloat16", "float16")):
         decoder = tiny_decoder(model.hardware) if kind == "tiny" else model.decoder
-        footprint = decoder_footprint(decoder._autoencoder, model.latent_shape, getattr(torch, precision))
-        slice_rows = decoder.decoding(model.latent_shape, precision).slice_rows
+        footprint = decoder_footprint(decoder._autoencoder, (4, side, side), getattr(torch, precision))
+        slice_rows = decoder.decoding((4, side, side), precision).slice_rows
         assert 1 <= slice_rows <= 8 and slice_rows * footprint.largest_elements <= SLICE_ELEMENTS
 
 

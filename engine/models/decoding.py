@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,8 +86,7 @@ class Decoder:
         dtype, decode, model = getattr(torch, precision), self._exact, self._autoencoder
         if precision != EXACT:
             model = _decoder_in(dtype, self._autoencoder)
-            raw = in_half_precision(lambda latents: model.decode(latents).sample, dtype)
-            decode = lambda latents: self._images(raw, latents)  # noqa: E731
+            decode = partial(self._images, in_half_precision(_unscaled(model), dtype))
         if self._hardware.is_cpu:
             return Decoding(decode=decode)
         fitting = self._footprint(dtype, latent_shape).rows_within(GRAPH_SHARE * device_memory(self._hardware))
@@ -95,10 +95,10 @@ class Decoder:
         return Decoding(decode=decode, slice_rows=max(1, min(fitting, self._most_rows(dtype, latent_shape))))
 
     def _exact(self, latents: Tensor) -> Tensor:
-        return self._images(lambda scaled: self._autoencoder.decode(scaled).sample, latents)
+        return self._images(_unscaled(self._autoencoder), latents)
 
-    def _images(self, decode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
-        return decode(latents / self._autoencoder.config.scaling_factor) / 2 + 0.5
+    def _images(self, unscaled: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
+        return unscaled(latents / self._autoencoder.config.scaling_factor) / 2 + 0.5
 
     def _most_rows(self, dtype: torch.dtype, latent_shape: tuple[int, ...]) -> int:
         """Rows of a slice as far as pixels and elements limit them."""
@@ -113,6 +113,11 @@ class Decoder:
                 self._autoencoder, latent_shape, dtype, is_fused=not self._hardware.deterministic
             )
         return self._footprints[known]
+
+
+def _unscaled(model: Any) -> Callable[[Tensor], Tensor]:
+    """Latents as an autoencoder has them to images in [-1, 1]."""
+    return lambda latents: model.decode(latents).sample
 
 
 def _decoder_in(dtype: torch.dtype, autoencoder: Any) -> Any:
