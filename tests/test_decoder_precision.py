@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -217,6 +218,18 @@ def test_a_generator_measures_before_its_first_batch_and_guides_as_it_decided(mo
     assert generator._decoding(0) is generator._model(0).decoder.decoding(generator._model(0).latent_shape, chosen)
     (result,) = generator.next_batch(0, [generator._plan.requests[0].sample(0)])
     assert result.record["guided_steps"] == 2
+
+
+def test_a_trial_compiles_nothing(monkeypatch):
+    """Its few rows would cost a compilation of their own, which here would be refused."""
+
+    def compiling(graph, inputs):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(Decoder, "trial_precision", lambda self: "bfloat16")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiling))
+    generator = generator_of(job_of("boundary", runtime={"compile": "on"}))
+    assert "of 4" in generator.notices.take()[0]
 
 
 def test_a_cpu_neither_measures_nor_copies(monkeypatch):
