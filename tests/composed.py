@@ -28,6 +28,7 @@ from engine.job.records import STATUS_OK, STATUS_REJECTED, SampleResult, new_rec
 from engine.job.spec import JobSpec
 from engine.models.classifier import Classifier
 from engine.models.library_logging import quiet_libraries
+from tests.sleepy import InTurn
 
 TARGET = "zoo:digits/classifier"
 # Holes of the target, and what it knows well.
@@ -48,7 +49,7 @@ def compose_specs(specs: Sequence[SampleSpec], split: str = "train") -> list[PIL
     return [PIL.Image.fromarray(pixels) for pixels in images]
 
 
-class ComposedGenerator:
+class ComposedGenerator(InTurn):
     """In the place of `engine.generation.generator.Generator`."""
 
     def __init__(self, job: JobSpec) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from engine.methods.guidance.scene import GuidanceScene
+from engine.methods.guidance.scene import Decoding, GuidanceScene
 
 
 def unused(*values: Tensor) -> Tensor:
@@ -21,13 +21,14 @@ def scene_of(
     decode: Callable[[Tensor], Tensor] = unused,
     conformity: Callable[[Tensor, Tensor], Tensor] = unused,
     raw_conformity: Callable[[Tensor, Tensor], Tensor] = unused,
+    slice_rows: int | None = None,
 ) -> GuidanceScene:
     """The scene of samples of these classes."""
     return GuidanceScene(
         logits=logits,
         conformity=conformity,
         raw_conformity=raw_conformity,
-        decode=decode,
+        decoding=Decoding(decode=decode, slice_rows=slice_rows),
         labels=torch.tensor([subset[0] for subset in classes]),
         classes=tuple(classes),
     )

@@ -23,10 +23,10 @@ class Noticing(Generator):
         super().__init__(job, plan)
         self.notices.add(HOSTILE)
 
-    def next_batch(self, *arguments: Any) -> Any:
+    def batches(self, *arguments: Any) -> Any:
         """As the generator does."""
         self.notices.add(HALVED)
-        return super().next_batch(*arguments)
+        return super().batches(*arguments)
 
 
 def make_worker(job: JobSpec, plan: Plan, **_: Any) -> Worker:

@@ -25,6 +25,7 @@ from engine.driver.progress import PlainDisplay, Tally
 from engine.driver.run import run_job
 from engine.driver.run_summary import RunSummary
 from engine.errors import EXIT_DRAINED, JobError, OutputError, RiskforgeError
+from engine.generation.batching import Batches, MadeBatch
 from engine.generation.notices import Notices
 from engine.generation.worker import ShardBuffer, ShardOutcome, ShardProgressCallback, Worker
 from engine.job.parsing import parse_job
@@ -139,7 +140,23 @@ class SleepyWorker(Worker):
         return super()._write(buffer)
 
 
-class Sleeper:
+class InTurn:
+    """Makes a shard as `Generator.batches` does, of batches that are scored at once."""
+
+    def batches(self, request: int, specs: Sequence[SampleSpec]) -> Batches:
+        """One after the other."""
+        while specs:
+            started = time.monotonic()
+            results = self.next_batch(request, specs)
+            specs = specs[len(results) :]
+            yield MadeBatch(results, time.monotonic() - started)
+
+    def next_batch(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
+        """Results of the first samples."""
+        raise NotImplementedError
+
+
+class Sleeper(InTurn):
     """Sleeps for each sample; knows what is being made, as faults go by shard and attempt."""
 
     def __init__(self, plan: Plan, faults: Faults) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ import pytest
 
 import engine.driver.run
 from engine.data.run.commits import list_commits, read_commit
+from engine.data.run.shards import read_rows
 from engine.data.run.verify import verify
 from engine.data.stores.opening import open_store
 from engine.driver import checks
@@ -31,6 +33,7 @@ from engine.driver.executors.local import LocalExecutor
 from engine.driver.executors.ray import RayExecutor
 from engine.driver.executors.ray_actor import RayHost
 from engine.driver.executors.ray_cluster import prepare_environment
+from engine.driver.run import run_job
 from engine.driver.scheduler_loop import WorkersFailingError
 from engine.driver.scheduling.messages import (
     SchedulerLimits,
@@ -40,8 +43,10 @@ from engine.driver.scheduling.messages import (
     WorkerReady,
 )
 from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK, JobError, OutputError, RiskforgeError, StoreLostError
+from engine.job.parsing import parse_job
 from engine.job.plan import ShardSpec
 from tests.conftest import REPOSITORY
+from tests.cuda_failures import Failure, make_failing
 from tests.sleepy import GATE_SECONDS, Faults, Gates, Recorder, make_job, run_sleepy, tars, wait_until
 
 
@@ -288,6 +293,34 @@ def test_ray_makes_the_bytes_that_threads_make(join, clean, tmp_path):
     assert summary.exit_code == EXIT_OK and tars(output) == clean
     assert display.in_flight > 0 and not display.notices
     assert json.loads((output / "manifest.json").read_text())["hardware"]["executor"] == "ray"
+
+
+def test_failures_of_cuda_in_an_actor_cost_no_strike(join, tmp_path):
+    """Memory that runs out, and a kernel that counts no further: batches shrink, no shard is made twice.
+
+    A worker with models, of which calls fail as on a GPU.
+    """
+    output, notices, display = tmp_path / "run", tmp_path / "notices", Recorder()
+    raw = make_job(output, 1).model_dump(mode="json", exclude_unset=True)
+    raw["requests"] = [raw["requests"][0] | {"classes": [3], "count": 12}]
+    raw["output"] |= {"samples_per_shard": 6}
+    job = parse_job(raw | {"runtime": {"batch_size": 6}, "sampling": {"num_inference_steps": 1, "guidance_scale": 2.0}})
+    failures = (
+        Failure(call="decoder", error="cublas", above=4),
+        Failure(call="network", error="runtime", at=[4]),
+        Failure(call="classifier", error="int max", above=2),
+    )
+    summary = run_job(
+        job, executor=join(1), resume="auto", confirmed=False, display=display,
+        make_worker=partial(make_failing, failures=failures, notices=str(notices)),
+    )  # fmt: skip
+    assert summary.exit_code == EXIT_OK and not [text for text in display.notices if "replaced" in text]
+    rows = [row for path in sorted(output.glob("shards/*.parquet")) for row in read_rows(path)]
+    assert [row["status"] for row in rows] == ["ok"] * 12 and {row["attempt"] for row in rows} == {1}
+    assert {row["batch_size"] for row in rows} <= {1, 2, 3}
+    first, *more = notices.read_text().splitlines()
+    assert first.startswith("requests.0: a batch of 6 samples failed (RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC")
+    assert "it goes on with batches of" in first and len(more) <= 2
 
 
 def test_a_killed_actor_is_replaced_and_its_shard_made_again(join, clean, tmp_path):

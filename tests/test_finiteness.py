@@ -286,13 +286,16 @@ def test_a_safety_checker_lets_nothing_through_that_it_cannot_judge(hardware: An
     """NaN compares as "not flagged"."""
     from transformers import CLIPImageProcessor
 
+    def flagged(checker: SafetyChecker) -> list[str]:
+        return checker.faults_of(checker.preprocess(IMAGES))
+
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     model = make_checker()
-    assert SafetyChecker(model, processor, hardware).faults(IMAGES) == ["", ""]
+    assert flagged(SafetyChecker(model, processor, hardware)) == ["", ""]
     model.concept_embeds_weights.data.fill_(-2)
-    assert SafetyChecker(model, processor, hardware).faults(IMAGES) == [FLAGGED] * 2
+    assert flagged(SafetyChecker(model, processor, hardware)) == [FLAGGED] * 2
     model.visual_projection.weight.data[0] = torch.nan
-    assert all("safety checker gives" in one for one in SafetyChecker(model, processor, hardware).faults(IMAGES))
+    assert all("safety checker gives" in one for one in flagged(SafetyChecker(model, processor, hardware)))
     processor.save_pretrained(tmp_path / "feature_extractor")
     (tmp_path / "model_index.json").write_text('{"safety_checker": ["stable_diffusion", "X"]}')
     for name in ("concept_embeds", "special_care_embeds_weights"):

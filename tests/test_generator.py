@@ -1,6 +1,5 @@
 """The generator with the real zoo: formats, padding, and what becomes of samples and batches that fail."""
 
-import dataclasses
 import io
 import math
 from xml.etree import ElementTree
@@ -13,13 +12,11 @@ import torch
 from engine.data.images import decode_rgb
 from engine.data.images.encoding import encode, quantise
 from engine.errors import JobError
-from engine.generation.batching import BatchSize
 from engine.generation.generator import Generator
 from engine.job.parsing import parse_job
 from engine.job.plan import build_plan
 from engine.models.digests import model_digests
 from engine.models.labels import read_labels
-from engine.models.pipelines.stable_diffusion import StableDiffusion
 
 ZOO = "zoo:digits/"
 
@@ -41,12 +38,6 @@ def make_generator(**changes):
 @pytest.fixture(scope="module")
 def made():
     return make_generator()
-
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """Batches of any size, as on a GPU."""
-    monkeypatch.setattr(StableDiffusion, "rows", property(lambda self: None))
 
 
 def failing_for(generator, monkeypatch, culprits, error):
@@ -104,50 +95,6 @@ def test_what_fails_with_every_sample_is_raised(made, monkeypatch):
         generator.next_batch(0, specs[:4])
 
 
-def test_out_of_memory_halves_the_batch_and_remembers(made, as_on_a_gpu, monkeypatch):
-    """Eight do not fit, four neither, two do: the next batch starts with two; none at all is told to the user."""
-    generator, specs = made
-    sample = generator.sample
-
-    def limited(most):
-        def sampling(request, some, draws):
-            if len(some) > most:
-                raise torch.OutOfMemoryError("out of memory")
-            return sample(request, some, draws)
-
-        return sampling
-
-    monkeypatch.setattr(generator, "_batches", [BatchSize(8), BatchSize(8)])
-    monkeypatch.setattr(generator, "sample", limited(2))
-    assert len(generator.next_batch(0, specs)) == 2 and generator._batches[0] == BatchSize(2, grows=False, limit=2)
-    # What the driver hears, and tells others: each request has a limit of its own.
-    assert (generator.batch_limit(0), generator.batch_limit(1)) == (2, 0)
-    generator.limit_batches(0, 1)
-    assert len(generator.next_batch(0, specs)) == 1 and generator._batches[1] == BatchSize(8)
-    monkeypatch.setattr(generator, "sample", limited(0))
-    with pytest.raises(JobError, match="does not fit the GPU's memory"):
-        generator.next_batch(0, specs)
-
-
-def test_a_fixed_batch_is_not_halved(made, as_on_a_gpu, monkeypatch):
-    """In deterministic mode on a GPU every batch has the size of the job, and a smaller one would change bytes."""
-    generator, specs = made
-    hardware = dataclasses.replace(generator._hardware, device="cuda", deterministic=True)
-    monkeypatch.setattr(generator, "_batches", [BatchSize(8, grows=False)])
-    sizes = []
-
-    def sampling(request, some, draws):
-        sizes.append(len(some))
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(generator, "sample", sampling)
-    monkeypatch.setattr(generator, "_hardware", hardware)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    with pytest.raises(JobError, match=r"8 samples do not fit .* such as 4"):
-        generator.next_batch(0, specs[:3])
-    assert sizes == [8]
-
-
 def test_an_operator_that_is_not_deterministic_is_named(made, monkeypatch):
     """Torch refuses it with every sample: neither the samples' fault nor the machine's, but the job's."""
     generator, specs = made
@@ -171,10 +118,8 @@ def test_values_that_are_not_finite_fail_their_sample(made, monkeypatch):
     statuses = [one.record["status"] for one in generator.next_batch(0, specs[:3])]
     assert statuses == ["ok", "failed", "ok"]
     monkeypatch.undo()
-    records = generator._scorer.records
-    monkeypatch.setattr(
-        generator._scorer, "records", lambda *args: [one | {"risk": math.nan} for one in records(*args)]
-    )
+    score = generator._scorer.score
+    monkeypatch.setattr(generator._scorer, "score", lambda *args: [one | {"risk": math.nan} for one in score(*args)])
     result = generator.next_batch(0, specs[:1])[0]
     assert result.record["status"] == "failed" and "risk" in result.record["error_message"]
 

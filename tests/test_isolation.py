@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.driver.scheduling import scheduler
 from engine.driver.scheduling.messages import Abort, Replaced, ShardError, ShardProgress, ShardRange, WorkerReady
 from engine.errors import EverySampleFailedError, OutputError
-from engine.generation.isolation import Isolation, failed_result
+from engine.generation import faults
+from engine.generation.isolation import Failure, Isolation, failed_result
 from engine.job.plan import build_plan
 from tests.program_cases import riskforge
 from tests.sleepy import make_job
@@ -42,7 +46,7 @@ MAY_PASS = [
 ]  # fmt: skip
 MACHINES_FAULT = [
     torch.AcceleratorError("x"), RuntimeError("CUDA error: x"), RuntimeError("HIP error: x"), MemoryError(),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError("out of memory"), OutputError("store"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"), OutputError("store"),
 ]  # fmt: skip
 
 
@@ -104,15 +108,124 @@ def test_a_bad_sample_is_not_the_jobs(fresh, monkeypatch):
 def test_a_bad_sample_that_is_a_batch_by_itself_fails_where_others_went_through():
     """The last batch of a shard may have one sample; nothing else is tried for it."""
     specs = [build_plan(make_job("out", 1), list("0123456789"), DIGESTS).requests[0].sample(0)]
-    isolation, tried = Isolation(["a"]), []
-    assert isolation.results(0, specs, lambda some: [failed_result(spec, "") for spec in some])
+    isolation = Isolation(["a"])
+    isolation.went_through(0)
+    parts = isolation.in_parts(0, specs, Failure(1, ValueError("x")), make_none)
+    assert [one.record["error_message"] for one in parts.results] == ["ValueError: x"]
+    assert parts.raised == {0} and parts.at_fault is None
 
-    def fail(some):
-        tried.append(some)
-        raise ValueError("x")
 
-    [result] = isolation.results(0, specs, fail)
-    assert result.record["error_message"] == "ValueError: x" and len(tried) == 1
+def make_none(some):
+    """For what must not be tried."""
+    raise AssertionError(some)
+
+
+@functools.cache
+def all_specs():
+    """Forty samples of a job."""
+    request = build_plan(make_job("out", 4), list("0123456789"), DIGESTS).requests[0]
+    return [request.sample(position) for position in range(40)]
+
+
+def specs_of(count):
+    """The first of them."""
+    return all_specs()[:count]
+
+
+class Model:
+    """Makes batches that raise by their size and by their samples, and notes what it was asked for.
+
+    Args:
+        most: samples that a batch may have.
+        bad: places of samples that raise.
+    """
+
+    def __init__(self, specs, *, most=1000, bad=(), error=None):
+        self._most, self._bad = most, {specs[place].key for place in bad}
+        self._error = error or RuntimeError("INT_MAX")
+        self.asked = []
+
+    def __call__(self, some):
+        self.asked.append(len(some))
+        if len(some) > self._most:
+            raise self._error
+        if self._bad & {spec.key for spec in some}:
+            raise ValueError("bad")
+        return [failed_result(spec, "made") for spec in some]
+
+
+@settings(max_examples=60)
+@given(
+    num=st.integers(2, 40),
+    most=st.integers(1, 40),
+    bad=st.sets(st.integers(0, 39), max_size=3),
+    is_memory=st.booleans(),
+    is_filled_up=st.booleans(),
+)
+def test_samples_and_sizes_are_told_apart(num, most, bad, is_memory, is_filled_up):
+    """Exactly the samples that raise alone fail; what is left of a size goes through; halving takes few attempts."""
+    with pytest.MonkeyPatch.context() as patch:
+        # It takes longer than everything else here.
+        patch.setattr(faults.gc, "collect", lambda: 0)
+        check_parts(num, most, bad, is_memory=is_memory, is_filled_up=is_filled_up)
+
+
+def check_parts(num, most, bad, *, is_memory, is_filled_up):
+    """One batch of so many samples, bad ones among them."""
+    specs, isolation = specs_of(num), Isolation(["a"])
+    isolation.went_through(0)
+    bad = {place for place in bad if place < num} if len(bad) < num else set()
+    error = torch.OutOfMemoryError("x") if is_memory else RuntimeError("INT_MAX")
+    model = Model(specs, most=most, bad=bad, error=error)
+    whole = isolation.attempt(lambda: model(specs))
+    size = num + 7 if is_filled_up else num
+    failure = Failure(size, whole if isinstance(whole, Exception) else error)
+    if len(bad) == num:
+        return
+    parts = isolation.in_parts(0, specs, failure, model)
+    messages = [result.record["error_message"] for result in parts.results]
+    assert messages == ["ValueError: bad" if place in bad else "made" for place in range(num)]
+    assert [result.record["key"] for result in parts.results] == [spec.key for spec in specs]
+    assert parts.raised == bad and 1 <= parts.through <= num
+    assert parts.through <= most or parts.at_fault is None or not bad
+    if is_memory and num > most:
+        assert parts.at_fault is not None and parts.through <= most
+    if parts.at_fault is None:
+        assert bad
+    if num <= most:
+        assert len(model.asked) <= 2 + 2 * (1 + len(bad)) * math.ceil(math.log2(num) + 1)
+
+
+def test_a_batch_that_was_filled_up_is_tried_without_that_first():
+    """Its samples alone may be few enough."""
+    specs, isolation = specs_of(3), Isolation(["a"])
+    isolation.went_through(0)
+    model = Model(specs, most=4)
+    parts = isolation.in_parts(0, specs, Failure(8, RuntimeError("INT_MAX")), model)
+    assert model.asked == [3] and (parts.at_fault.size, parts.through) == (8, 3)
+
+
+def test_a_size_that_failed_once_is_not_what_went_through():
+    """One of two halves had too little memory, as somebody else had it for a moment: a smaller size is safe."""
+    specs, isolation, model = specs_of(16), Isolation(["a"]), Model(specs_of(16))
+    isolation.went_through(0)
+
+    def make(some):
+        if len(model.asked) == 0:
+            model.asked.append(len(some))
+            raise torch.OutOfMemoryError("x")
+        return model(some)
+
+    parts = isolation.in_parts(0, specs, Failure(16, torch.OutOfMemoryError("x")), make)
+    assert model.asked == [8, 4, 4, 8] and (parts.at_fault.size, parts.through) == (16, 4)
+
+
+def test_what_passed_by_itself_is_not_the_size():
+    """A network or a disk failed a batch, and then no longer."""
+    specs, isolation = specs_of(4), Isolation(["a"])
+    isolation.went_through(0)
+    assert isolation.in_parts(0, specs, Failure(4, TimeoutError()), Model(specs)).at_fault is None
+    assert isolation.in_parts(0, specs, Failure(4, KeyError("x")), Model(specs)).at_fault is not None
 
 
 def test_the_message_of_a_failed_sample_is_short_and_has_no_password():
@@ -134,8 +247,11 @@ def test_a_first_batch_without_images_is_not_the_jobs(fresh, monkeypatch, kind, 
         return images * math.nan, health
 
     class Checker:
-        def faults(self, images):
-            return ["flagged"] * len(images)
+        def preprocess(self, images):
+            return torch.zeros(len(images))
+
+        def faults_of(self, pixels):
+            return ["flagged"] * len(pixels)
 
     if kind == "values":
         monkeypatch.setattr(generator, "sample", spoiled)

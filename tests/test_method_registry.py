@@ -60,12 +60,11 @@ from engine.methods.guidance.rules import polyak, shifting
 def guide_to_brightness(denoiser, spec, scene):
     return GuidedDenoiser(
         denoiser,
-        criteria=lambda images: (images.mean((1, 2, 3)) - spec.level).abs()[None],
-        decode=scene.decode,
+        criteria=lambda images, _scene: (images.mean((1, 2, 3)) - spec.level).abs()[None],
+        scene=scene,
         update=shifting(lambda loss, gradient, latents: polyak(loss, gradient, latents, alpha=1.0, cap=0.2)),
         is_guided=lambda step: spec.is_guided(step.index, step.total),
         source="conditional",
-        num_samples=scene.num_samples,
     )
 '''
 RECORD = """

@@ -34,9 +34,13 @@ class Classifier:
     def __init__(self, name: str, logits: Tensor) -> None:
         self.name, self._logits = name, logits
 
-    def score(self, images: Sequence[int]) -> Tensor:
+    def preprocess(self, images: Sequence[int]) -> Tensor:
+        """[B], the numbers."""
+        return torch.tensor(images)
+
+    def score_pixels(self, pixels: Tensor) -> Tensor:
         """[B, n]."""
-        return self._logits[list(images)]
+        return self._logits[pixels]
 
 
 class Clip:
@@ -56,11 +60,17 @@ class Clip:
         assert prompts == [f"a photo of a {label}" for label in LABELS]
         return torch.eye(5)[:4]
 
-    def image_embeds(self, images: Sequence[int]) -> Tensor:
+    def preprocess(self, images: Sequence[int]) -> Tensor:
+        """[B], the numbers."""
+        return torch.tensor(images)
+
+    def embeds_of_pixels(self, pixels: Tensor) -> Tensor:
+        """[B, d]."""
+        return self._images[pixels]
+
+    def embeds_of_tensor(self, images: Sequence[int]) -> Tensor:
         """[B, d]."""
         return self._images[list(images)]
-
-    embeds_of_tensor = image_embeds
 
 
 def spec_of(number: int) -> SampleSpec:

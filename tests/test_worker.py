@@ -20,12 +20,13 @@ from engine.data.stores.opening import open_store
 from engine.driver.checks import plan_job
 from engine.driver.executors.local import LocalExecutor
 from engine.errors import JobError, OutputError
+from engine.generation.batching import MadeBatch
 from engine.generation.notices import Notices
 from engine.generation.worker import MAX_WAITING_BATCHES, Worker
-from tests.sleepy import GATE_SECONDS, make_job, make_result, run_sleepy, wait_until
+from tests.sleepy import GATE_SECONDS, InTurn, make_job, make_result, run_sleepy, wait_until
 
 
-class Sampler:
+class Sampler(InTurn):
     """In the place of the generator: a sample a batch, which it counts."""
 
     def __init__(self) -> None:
@@ -163,10 +164,11 @@ class PairSampler(Sampler):
         super().__init__()
         self._clock = clock
 
-    def next_batch(self, request, specs):
-        """Two samples."""
-        self._clock.now += 2.0
-        return [make_result(spec, 1) for spec in specs[:2]]
+    def batches(self, request, specs):
+        """Two samples a batch."""
+        for start in range(0, len(specs), 2):
+            self._clock.now += 2.0
+            yield MadeBatch([make_result(spec, 1) for spec in specs[start : start + 2]], 2.0)
 
     def batch_limit(self, request):
         """Memory ran out in one request."""

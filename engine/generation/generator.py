@@ -1,32 +1,40 @@
-"""Samples of a request, batch by batch: sampling with guidance, decoding, quantising, scoring, encoding."""
+"""The models of a job, and samples made by them: sampling with guidance, decoding, quantising, scoring, encoding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
-import PIL.Image
 import torch
 from torch import Tensor
 
 from engine.data.images import encoding as imaging
 from engine.errors import JobError
-from engine.generation.batching import BatchSize, Peak
+from engine.generation.batches import BatchLoop
+from engine.generation.batching import Batches, BatchSizes, useful_size
 from engine.generation.conditioner import Conditioner, open_conditioner
+from engine.generation.decoder_precision import TRIAL_SAMPLES, DecoderPrecisions, Subject
+from engine.generation.faults import is_fault_of_machine, is_of_size, may_pass
 from engine.generation.guidance import RequestGuides
-from engine.generation.isolation import Isolation, failed_result, is_fault_of_machine, may_pass
-from engine.generation.loading import PipelinePool, load_scorer, reachable_memory
+from engine.generation.isolation import Isolation
+from engine.generation.loading import PipelinePool, load_scorer
 from engine.generation.notices import Notices
-from engine.job.acceptance import is_accepted
+from engine.generation.results import ImageBatch, SampledImages
 from engine.job.plan import Plan, RequestPlan, SampleSpec, make_prompt
-from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, SampleResult, check_record
+from engine.job.records import SampleResult
 from engine.job.spec import JobSpec
 from engine.methods.conditioning.screening import ScreenedDraw
+from engine.methods.guidance.comparison import ComparedDenoiser
+from engine.methods.guidance.guided import GuidedDenoiser
 from engine.methods.guidance.rules import GradientHealth
+from engine.methods.guidance.scene import Decoding
 from engine.methods.heartbeat import beat
+from engine.methods.sampling.denoiser import ClassifierFreeDenoiser
 from engine.methods.sampling.loop import sample
+from engine.methods.sampling.schedulers import Sampler
 from engine.models.decoder import GuidanceDecoder
+from engine.models.decoding import Decoder
 from engine.models.hardware import choose_hardware
 from engine.models.kernels import fix_kernels
 from engine.models.pipelines.base import LATENTS, ImageConditioning, Pipeline
@@ -56,14 +64,26 @@ class Generator:
         self._guides = RequestGuides(job, plan, self._scorer, device)
         decoder = job.models.guidance_decoder
         self._guidance_decoder = GuidanceDecoder.load(decoder, self._hardware) if decoder else None
-        wanted = job.runtime.batch_size
-        # Requests differ in what a sample of theirs takes: each finds its own size.
-        self._batches = [BatchSize() if wanted == "auto" else BatchSize(wanted, grows=False) for _ in plan.requests]
+        self._precisions = DecoderPrecisions(self._hardware, self.notices)
         self._prepared: set[int] = set()
-        self._isolation = Isolation([request.spec.name for request in plan.requests])
+        self._begin_batches()
         if len({self._address(request.number) for request in plan.requests}) == 1:
             for request in plan.requests:
                 self.prepare(request.number)
+
+    def _begin_batches(self) -> None:
+        """As before the first batch: sizes are to be found, and nothing is proven."""
+        self._sizes = BatchSizes(self._job, self._plan, self._hardware, self._address)
+        self._isolation = Isolation([request.spec.name for request in self._plan.requests])
+        self._loop = BatchLoop(
+            self._sizes,
+            self._isolation,
+            self.notices,
+            self._hardware,
+            rows=lambda request: self._model(request).rows,
+            sample=self._sampled,
+            uncompiled=lambda request: self._model(request).uncompiled(),
+        )
 
     @property
     def device_name(self) -> str:
@@ -72,43 +92,33 @@ class Generator:
             return torch.cuda.get_device_name()
         return f"CPU, {torch.get_num_threads()} thread(s)"
 
-    def next_batch(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
-        """Results of the first samples of `specs`, as many as fit a batch.
+    def batches(self, request: int, specs: Sequence[SampleSpec]) -> Batches:
+        """The batches of samples of a request, in their order; one is scored after the next one was sampled.
 
-        Out of memory halves the batch. An exception of one sample makes that sample `failed`, not its neighbours.
+        A batch that fails is made in parts: memory that runs out, or another fault of its size, makes later batches
+        smaller. An exception of one sample makes that sample `failed`, not its neighbours.
 
         Raises:
             EverySampleFailedError: this is the first batch of the request, and every sample of it raised.
             JobError: what the job asks for is impossible.
         """
         self._prepare_first(request)
-        while True:
-            rows = self._rows(request)
-            batch = specs[: rows or self._batches[request].size]
-            results = self._within_memory(request, batch)
-            if results is not None:
-                return results
-            # Only here the tensors of the failed batch are released.
-            torch.cuda.empty_cache()
-            used = rows or len(batch)
-            if used == 1:
-                raise JobError(
-                    "runtime: a single sample does not fit the GPU's memory; use precision fp16, gradient_checkpointing"
-                    " on, or fewer models"
-                )
-            if self._hardware.deterministic:
-                raise JobError(
-                    f"runtime.batch_size: {used} samples do not fit the GPU's memory, and with deterministic the size"
-                    f" decides bytes; give a smaller one for the whole run, such as {used // 2}"
-                )
-            self._batches[request].halve(used)
+        with contextlib.closing(self._loop.batches(request, specs)) as batches:
+            yield from batches
+
+    def next_batch(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
+        """Results of the first samples of `specs`, as many as fit a batch; see `batches`."""
+        self._prepare_first(request)
+        num_samples = self._loop.cut(request, len(specs)).num_samples
+        [batch] = self.batches(request, specs[:num_samples])
+        return batch.results
 
     def _prepare_first(self, request: int) -> None:
         """As `prepare`; an exception there would be raised by every sample."""
         try:
             self.prepare(request)
         except Exception as error:
-            if is_fault_of_machine(error) or may_pass(error):
+            if is_fault_of_machine(error) or is_of_size(error) or may_pass(error):
                 raise
             raise self._isolation.every_sample_failed(request, error) from error
 
@@ -126,67 +136,42 @@ class Generator:
         self._model(request).check_prompts([*longest_prompts(plan), negative])
         if plan.spec.conditioning is not None:
             self._conditioners[request] = self._conditioner(plan)
-        self._guides.prepare(plan, self._model(request).image_shape, self._guidance_decode(request))
+        _, height, width = self._model(request).latent_shape
+        self._sizes.of(request).bound(useful_size(height * width))
+        self._guides.prepare(plan, self._model(request).image_shape, self._decoding(request))
+        if plan.spec.method_record.is_guided:
+            decoder, shape = self._decoder(request), self._model(request).latent_shape
+            trial = partial(self._compared, request)
+            self._precisions.decide(f"requests.{request}", self._subject(request), decoder, shape, trial)
         self._prepared.add(request)
 
     def batch_limit(self, request: int) -> int:
-        """Largest batch of a request, since memory has run out; 0 where it never has."""
-        return self._batches[request].limit
+        """Largest batch of a request, since one failed here or memory ran out elsewhere; 0 where nothing limits it."""
+        return self._sizes.of(request).limit
 
     def limit_batches(self, request: int, limit: int) -> None:
-        """Make no batches of a request larger than this: memory has run out on a machine of the same kind."""
-        self._batches[request].cap(limit)
+        """Make no batches of a request larger than this for now: memory ran out on a machine of the same kind."""
+        self._sizes.limit(request, limit)
 
-    def _within_memory(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult] | None:
-        """Results of a batch, or None where the GPU's memory does not hold it."""
-        if self._hardware.is_cuda:
-            torch.cuda.reset_peak_memory_stats()
-        try:
-            results = self._isolation.results(request, specs, partial(self._results, request))
-        except torch.OutOfMemoryError:
-            return None
-        if self._hardware.is_cuda:
-            peak, memory = torch.cuda.max_memory_allocated(), reachable_memory(self._hardware.memory_share)
-            self._batches[request].observe(Peak(len(specs), peak), memory)
-        return results
+    def _sampled(self, request: int, specs: Sequence[SampleSpec], num_rows: int) -> ImageBatch:
+        """The images of samples; the last of them fills the batch up to its rows.
 
-    def _rows(self, request: int) -> int | None:
-        """Samples that every batch is filled up to, where its shape is fixed."""
-        fixed = self._batches[request].size if self._hardware.has_fixed_shape else None
-        return self._model(request).rows or fixed
-
-    def _results(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
-        """Sample, decode, score and encode a batch; an exception is of the whole batch."""
-        rows = self._rows(request)
-        # The last sample fills up a batch of fixed shape: on a CPU bytes must not depend on the neighbours.
-        missing = (rows or len(specs)) - len(specs)
+        On a CPU bytes must not depend on the neighbours, and compiled kernels are made for one shape.
+        """
+        missing = num_rows - len(specs)
         padded, draws = [*specs, *[specs[-1]] * missing], self._draws(request, specs)
         draws += draws[-1:] * missing
         images, health = self.sample(request, padded, draws)
-        faults = self._faults(request, images)
-        pixels = imaging.quantise(images)
-        output = self._job.output
-        files, shown = imaging.stored(pixels, output.image_format, provenance=output.provenance)
-        records = self._scorer.records(padded, shown)
-        return [
-            failed_result(spec, faults[row] or record["error_message"])
-            if faults[row] or record["status"] == STATUS_FAILED
-            else self._result(
-                request, spec, record | _counts(health, row), files[row], len(padded), draws[row] if draws else None
-            )
-            for row, (spec, record) in enumerate(zip(specs, records[: len(specs)], strict=True))
-        ]
-
-    def _faults(self, request: int, images: Tensor) -> list[str]:
-        """Why each of the images [B, 3, H, W] must not be stored; empty for the others."""
-        finite = torch.isfinite(images).flatten(1).all(1).tolist()
+        sampled = SampledImages(
+            specs=padded,
+            num_samples=len(specs),
+            pixels=imaging.quantise(images),
+            is_finite=torch.isfinite(images).flatten(1).all(1).tolist(),
+            health=health,
+            draws=draws,
+        )
         checker = self._model(request).safety_checker
-        shown = [PIL.Image.fromarray(pixels) for pixels in imaging.quantise(images)] if checker else []
-        unsafe = checker.faults(shown) if checker else [""] * len(images)
-        return [
-            text if is_finite else "the sampler produced values that are not finite"
-            for is_finite, text in zip(finite, unsafe, strict=True)
-        ]
+        return ImageBatch(sampled, self._job, self._plan, request, self._scorer, checker)
 
     def _draws(self, request: int, specs: Sequence[SampleSpec]) -> list[ScreenedDraw]:
         """The image embedding that conditions each sample; empty where none does."""
@@ -198,31 +183,6 @@ class Generator:
             beat()
         return draws
 
-    def _result(
-        self,
-        request: int,
-        spec: SampleSpec,
-        record: dict[str, Any],
-        image: Callable[[], bytes],
-        batch_size: int,
-        draw: ScreenedDraw | None,
-    ) -> SampleResult:
-        """A scored sample, accepted or rejected by the request's rule."""
-        record["screened"] = draw is not None and draw.screened
-        try:
-            check_record(record)
-        except ValueError as error:
-            return failed_result(spec, str(error))
-        rule, version = self._job.requests[request].accept, self._plan.schema_version
-        accepted = is_accepted(rule, record, spec.cell.classes, version)
-        stored = accepted or self._job.output.store_rejected
-        return SampleResult(
-            record=record | {"accepted": accepted, "status": STATUS_OK if accepted else STATUS_REJECTED},
-            image=image if stored else b"",
-            run={"batch_size": batch_size},
-            num_draws=draw.num_draws if draw else 0,
-        )
-
     def sample(
         self, request: int, specs: Sequence[SampleSpec], draws: Sequence[ScreenedDraw]
     ) -> tuple[Tensor, GradientHealth]:
@@ -231,18 +191,41 @@ class Generator:
         Args:
             draws: the image embeddings of a request with `conditioning`, one a sample; empty for others.
         """
-        model, spec = self._model(request), self._job.requests[request]
-        sampling = self._job.sampling_of(spec)
-        sampler = model.sampler(sampling)
-        drawn = model.draw_noise([sample_spec.seed for sample_spec in specs])
-        images, noise = self._image_conditioning(request, draws, drawn), drawn[LATENTS]
-        denoiser = model.denoiser([sample_spec.prompt for sample_spec in specs], sampling, sampler, images)
-        classes, decode = [sample_spec.cell.classes for sample_spec in specs], self._guidance_decode(request)
-        guided = self._guides.guided(request, denoiser, classes, decode)
+        denoiser, sampler, noise = self._denoiser(request, specs, draws)
+        guided = self._guided(request, specs, denoiser)
         latents = sample(guided or denoiser, sampler, noise)
         health = guided.health.on_host() if guided else GradientHealth.of(len(specs))
         with torch.no_grad():
-            return model.decode(latents), health
+            return self._model(request).decode(latents), health
+
+    def _denoiser(
+        self, request: int, specs: Sequence[SampleSpec], draws: Sequence[ScreenedDraw]
+    ) -> tuple[ClassifierFreeDenoiser, Sampler, Tensor]:
+        """What samples without guidance, and the noise [B, C, h, w] to start from."""
+        model, sampling = self._model(request), self._job.sampling_of(self._job.requests[request])
+        sampler = model.sampler(sampling)
+        drawn = model.draw_noise([spec.seed for spec in specs])
+        images = self._image_conditioning(request, draws, drawn)
+        denoiser = model.denoiser([spec.prompt for spec in specs], sampling, sampler, images)
+        return denoiser, sampler, drawn[LATENTS]
+
+    def _guided(
+        self, request: int, specs: Sequence[SampleSpec], denoiser: ClassifierFreeDenoiser
+    ) -> GuidedDenoiser | None:
+        classes = [spec.cell.classes for spec in specs]
+        return self._guides.guided(request, denoiser, classes, self._decoding(request))
+
+    def _compared(self, request: int, decoding: Decoding) -> Tensor:
+        """Cosines [n] of gradients with another decoding to those of the first samples of a request; see `cosines`."""
+        plan = self._plan.requests[request]
+        specs = [plan.sample(position) for position in range(min(TRIAL_SAMPLES, plan.limit))]
+        denoiser, sampler, noise = self._denoiser(request, specs, self._draws(request, specs))
+        guided = self._guided(request, specs, denoiser)
+        assert guided is not None
+        compared = ComparedDenoiser(guided, decoding)
+        with self._model(request).uncompiled():
+            sample(compared, sampler, noise)
+        return compared.cosines()
 
     def _image_conditioning(
         self, request: int, draws: Sequence[ScreenedDraw], noise: Mapping[str, Tensor]
@@ -253,9 +236,17 @@ class Generator:
         embeds = torch.stack([draw.embedding for draw in draws]).to(self._hardware.device)
         return ImageConditioning(embeds=embeds, noise=noise, noise_level=conditioning.noise_level)
 
-    def _guidance_decode(self, request: int) -> Callable[[Tensor], Tensor]:
-        """The decoder that guidance differentiates: latents [B, C, H, W] to images [B, 3, H, W]."""
-        return (self._guidance_decoder or self._model(request)).decode
+    def _decoding(self, request: int) -> Decoding:
+        """How guidance decodes latents [B, C, H, W] to images [B, 3, H, W] that it differentiates."""
+        precision = self._precisions.of(self._subject(request))
+        return self._decoder(request).decoding(self._model(request).latent_shape, precision)
+
+    def _decoder(self, request: int) -> Decoder:
+        return self._guidance_decoder or self._model(request).decoder
+
+    def _subject(self, request: int) -> Subject:
+        spec = self._job.requests[request]
+        return Subject(self._address(request), self._job.models.guidance_decoder or "", spec.method)
 
     def _address(self, request: int) -> str:
         return self._job.requests[request].diffusion or self._job.models.diffusion
@@ -291,11 +282,3 @@ def longest_prompts(request: RequestPlan) -> list[str]:
     """The prompts of a request with its longest class name, one a context: the likeliest to be too long."""
     cell = max(request.cells, key=lambda cell: len(" ".join(cell.names)))
     return [make_prompt(request.spec.prompt, cell, context) for context in request.spec.contexts]
-
-
-def _counts(health: GradientHealth, row: int) -> dict[str, Any]:
-    return {
-        "guided_steps": int(health.guided_steps[row]),
-        "zero_gradients": int(health.zero[row]),
-        "nonfinite_gradients": int(health.nonfinite[row]),
-    }

@@ -6,7 +6,7 @@ Legend: B samples, C channels, H x W size.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,12 +17,10 @@ from engine.job.plan import Plan, RequestPlan
 from engine.job.spec import JobSpec
 from engine.methods.custom.criterion import NOT_REPRODUCIBLE, Criterion, criterion_problem, same_values
 from engine.methods.guidance.guided import ConditionalDenoiser, GuidedDenoiser
-from engine.methods.guidance.scene import GuidanceScene, Scene
+from engine.methods.guidance.scene import Decoding, GuidanceScene, Scene
 from engine.models.custom_methods import factory_arguments, load_method, method_digest
 from engine.models.factories import reason_of
 from engine.models.randomness import watched
-
-Decode = Callable[[Tensor], Tensor]
 
 
 class RequestGuides:
@@ -42,28 +40,28 @@ class RequestGuides:
         self._device = device
         self._criteria: dict[int, WatchedCriterion] = {}
 
-    def prepare(self, request: RequestPlan, image_shape: tuple[int, int, int], decode: Decode) -> None:
+    def prepare(self, request: RequestPlan, image_shape: tuple[int, int, int], decoding: Decoding) -> None:
         """Load a request's criterion of the user's own and try it on two images; other methods need no preparation.
 
         Args:
             image_shape: channels, height and width of an image.
-            decode: as `guided`.
+            decoding: as `guided`.
 
         Raises:
             JobError: the criterion cannot be loaded, fails the trial, or is not the one of the plan.
         """
         if request.spec.method_record.is_user_code:
-            self._criteria[request.number] = self.criterion(request, image_shape, decode)
+            self._criteria[request.number] = self.criterion(request, image_shape, decoding)
 
     def guided(
-        self, request: int, denoiser: ConditionalDenoiser, classes: Sequence[tuple[int, ...]], decode: Decode
+        self, request: int, denoiser: ConditionalDenoiser, classes: Sequence[tuple[int, ...]], decoding: Decoding
     ) -> GuidedDenoiser | None:
         """The denoiser with the guidance of a request around it; None for a method without guidance.
 
         Args:
             request: number of the request, prepared if its method is the user's own.
             classes: of each sample of the batch, its class or its subset.
-            decode: latents [B, C, H, W] to images [B, 3, H, W], unclamped, nominally in [0, 1], differentiable.
+            decoding: of predicted latents.
         """
         spec = self._job.requests[request]
         method = spec.method_record
@@ -72,15 +70,15 @@ class RequestGuides:
         guide = method.load_guide()
         if method.is_user_code:
             guide = functools.partial(guide, self._criteria[request])
-        return guide(denoiser, self._job.parameters_of(spec), self.scene(classes, decode))
+        return guide(denoiser, self._job.parameters_of(spec), self.scene(classes, decoding))
 
-    def scene(self, classes: Sequence[tuple[int, ...]], decode: Decode) -> GuidanceScene:
+    def scene(self, classes: Sequence[tuple[int, ...]], decoding: Decoding) -> GuidanceScene:
         """What guides and criteria can ask about samples of these classes."""
         return GuidanceScene(
             logits=self._scorer.target.logits,
             conformity=functools.partial(self._conformity, raw=False),
             raw_conformity=functools.partial(self._conformity, raw=True),
-            decode=decode,
+            decoding=decoding,
             labels=torch.tensor([subset[0] for subset in classes], device=self._device),
             classes=tuple(classes),
         )
@@ -88,7 +86,9 @@ class RequestGuides:
     def _conformity(self, images: Tensor, labels: Tensor, *, raw: bool) -> Tensor:
         return self._scorer.conformity_to(labels, raw=raw)(images)
 
-    def criterion(self, request: RequestPlan, image_shape: tuple[int, int, int], decode: Decode) -> WatchedCriterion:
+    def criterion(
+        self, request: RequestPlan, image_shape: tuple[int, int, int], decoding: Decoding
+    ) -> WatchedCriterion:
         """The criterion of a request's own method, tried on two images.
 
         Raises:
@@ -104,7 +104,7 @@ class RequestGuides:
             )
         arguments = factory_arguments(self._job, request.spec)
         criteria = [load_method(address, arguments) for _ in range(2)]
-        name, scene = f"{where}: the criterion of '{address}'", self.scene([request.cells[0].classes] * 2, decode)
+        name, scene = f"{where}: the criterion of '{address}'", self.scene([request.cells[0].classes] * 2, decoding)
         _try_criteria(criteria, scene, image_shape, name)
         return WatchedCriterion(criteria[0], name)
 

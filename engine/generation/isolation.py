@@ -1,13 +1,14 @@
-"""Which of a batch's samples an exception comes from: one of them, all of them (the job), or the machine."""
+"""What becomes of a batch that raised: its samples in ever smaller parts, and whose fault it was."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
-import torch
-
-from engine.errors import EverySampleFailedError, JobError, RiskforgeError, first_line
+from engine.errors import EverySampleFailedError, JobError, first_line
+from engine.generation.faults import is_fault_of_machine, is_of_size, may_pass, release
 from engine.job.plan import SampleSpec
 from engine.job.records import SampleResult, failed_record
 from engine.job.spec import MAX_SEED
@@ -16,21 +17,43 @@ from engine.terminal import redacted
 
 # In torch's message for an operator that `deterministic` forbids.
 _NOT_DETERMINISTIC = "does not have a deterministic implementation"
-# Older device and allocator errors are plain RuntimeErrors.
-_MACHINE_SIGNS = (
-    "CUDA error", "HIP error", "cuDNN error", "CUBLAS_STATUS", "can't allocate memory", "not enough memory",
-    "out of memory",
-)  # fmt: skip
-# Errors of the operating system that persist; others are transient.
-_LASTING = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
-# In the class names of the network errors of libraries.
-_NETWORK_SIGNS = ("Timeout", "Connect", "Network", "Transport", "Protocol")
 
+Made = TypeVar("Made")
 Make = Callable[[Sequence[SampleSpec]], list[SampleResult]]
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A batch that failed.
+
+    Attributes:
+        size: its rows.
+        error: what it raised, without the tensors of its frames.
+    """
+
+    size: int
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What the parts of a failed batch gave.
+
+    Attributes:
+        results: of its samples, in their order.
+        raised: places of the samples that raised by themselves.
+        at_fault: a batch of which no sample raised, or that had too little memory: the largest; None without any.
+        through: samples of the largest part that went through, below every size that is at fault; at least 1.
+    """
+
+    results: list[SampleResult]
+    raised: frozenset[int]
+    at_fault: Failure | None
+    through: int
+
+
 class Isolation:
-    """Makes batches so that an exception of one sample makes that sample `failed`, not its neighbours.
+    """Finds out whether a sample, the size of a batch, the job or the machine is at fault when a batch raises.
 
     Args:
         names: of the requests by number, for messages.
@@ -41,56 +64,65 @@ class Isolation:
         # Requests of which some batch went through, whatever became of its samples.
         self._proven: set[int] = set()
 
-    def results(self, request: int, specs: Sequence[SampleSpec], make: Make) -> list[SampleResult]:
-        """Results of a batch; after an exception one by one, to find the sample that it came from.
+    def attempt(self, make: Callable[[], Made]) -> Made | Exception:
+        """What a step of a batch gives, or what it raised where samples or their number may be the cause.
+
+        Raises:
+            JobError: what the job asks for is impossible.
+            Exception: of the machine.
+        """
+        try:
+            return make()
+        except SystemExit as exit_error:
+            # Of code that the job names: it would end the worker, not the run, again and again.
+            error: Exception = RuntimeError(f"SystemExit: {exit_error.code}").with_traceback(exit_error.__traceback__)
+        except Exception as caught:
+            error = caught
+        release(error)
+        if _NOT_DETERMINISTIC in str(error):
+            operator = str(error).split(_NOT_DETERMINISTIC)[0].strip()
+            raise JobError(
+                f"runtime.deterministic: {operator} of these models has no deterministic form on a GPU; switch"
+                " deterministic off, or use models without it"
+            ) from error
+        if is_fault_of_machine(error):
+            raise error
+        return error
+
+    def went_through(self, request: int) -> None:
+        """Note that a batch of a request was made."""
+        self._proven.add(request)
+
+    def has_worked(self, request: int) -> bool:
+        """Whether a batch of a request was made."""
+        return request in self._proven
+
+    def in_parts(self, request: int, specs: Sequence[SampleSpec], failure: Failure, make: Make) -> Parts:
+        """Make a batch that failed in parts, halved as long as they fail; a sample that fails alone is `failed`.
 
         Args:
+            failure: of the whole batch. Its rows may be more than its samples: then these are a part by themselves.
             make: makes the results of samples of the request.
 
         Raises:
-            EverySampleFailedError: this is the first batch of the request, and every sample of it raised.
+            EverySampleFailedError: no batch of the request went through before, and every sample of it raised.
             JobError: what the job asks for is impossible.
-            Exception: of the machine, or what a later batch raised with every sample.
+            Exception: of the machine, also if a single sample raises it; or what a later batch raised with every
+                sample.
         """
-        outcome = self._outcome(request, specs, make)
-        if not isinstance(outcome, Exception):
-            return outcome
-        is_first = request not in self._proven
-        outcomes: list[list[SampleResult] | Exception] = [outcome]
-        if len(specs) > 1:
-            outcomes = [_without_frames(self._outcome(request, [spec], make)) for spec in specs]
-        elif is_first:
-            # One sample shows nothing of the others: another noise is tried.
-            outcomes.append(self._outcome(request, [_with_other_noise(specs[0])], make))
+        is_first = not self.has_worked(request)
+        search = _Search(lambda part: self._made(request, part, make))
+        outcomes = search.outcomes(specs, failure)
         failures = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
-        if len(failures) == len(outcomes) > 1:
+        if len(specs) == 1 and failures and is_first:
+            # One sample shows nothing of the others: another noise is tried.
+            tried = self._made(request, [_with_other_noise(specs[0])], make)
+            failures += [tried] if isinstance(tried, Exception) else []
+        if len(failures) > 1 and len(failures) >= len(specs):
             if is_first and not any(map(may_pass, failures)):
-                raise self.every_sample_failed(request, outcome) from outcome
-            raise outcome
-        return [
-            failed_result(spec, _first_line(outcome)) if isinstance(outcome, Exception) else outcome[0]
-            for spec, outcome in zip(specs, outcomes[: len(specs)], strict=True)
-        ]
-
-    def _outcome(self, request: int, specs: Sequence[SampleSpec], make: Make) -> list[SampleResult] | Exception:
-        """Results of a batch, or what it raised where that may come from a sample."""
-        try:
-            results = make(specs)
-        except SystemExit as error:
-            # Of code that the job names: it would end the worker, not the run, again and again.
-            return RuntimeError(f"SystemExit: {error.code}").with_traceback(error.__traceback__)
-        except Exception as error:
-            if _NOT_DETERMINISTIC in str(error):
-                operator = str(error).split(_NOT_DETERMINISTIC)[0].strip()
-                raise JobError(
-                    f"runtime.deterministic: {operator} of these models has no deterministic form on a GPU; switch"
-                    " deterministic off, or use models without it"
-                ) from error
-            if is_fault_of_machine(error):
-                raise
-            return error
-        self._proven.add(request)
-        return results
+                raise self.every_sample_failed(request, failure.error) from failure.error
+            raise failure.error
+        return search.parts(specs, outcomes)
 
     def every_sample_failed(self, request: int, error: Exception) -> EverySampleFailedError:
         """The error of a request whose samples all fail in the same way."""
@@ -100,40 +132,72 @@ class Isolation:
             " command goes on"
         )
 
+    def _made(self, request: int, specs: Sequence[SampleSpec], make: Make) -> list[SampleResult] | Exception:
+        outcome = self.attempt(lambda: make(specs))
+        if not isinstance(outcome, Exception):
+            self.went_through(request)
+        return outcome
+
+
+class _Search:
+    """Halves a batch down to the samples that fail.
+
+    Args:
+        make: results of a part, or what it raised.
+    """
+
+    def __init__(self, make: Callable[[Sequence[SampleSpec]], list[SampleResult] | Exception]) -> None:
+        self._make = make
+        self._through: list[int] = []
+        self._at_fault: list[Failure] = []
+
+    def outcomes(self, specs: Sequence[SampleSpec], failure: Failure) -> list[SampleResult | Exception]:
+        """A result, or an exception, for each sample of a batch that failed."""
+        if failure.size == 1:
+            if is_of_size(failure.error):
+                raise failure.error
+            return [failure.error]
+        middle = -(-len(specs) // 2)
+        parts = [specs] if failure.size > len(specs) else [specs[:middle], specs[middle:]]
+        outcomes = [outcome for part in parts for outcome in self._part(part)]
+        failed = any(isinstance(outcome, Exception) for outcome in outcomes)
+        if is_of_size(failure.error) or not (failed or may_pass(failure.error)):
+            self._at_fault.append(failure)
+        return outcomes
+
+    def _part(self, specs: Sequence[SampleSpec]) -> Sequence[SampleResult | Exception]:
+        made = self._make(specs)
+        if isinstance(made, Exception) and len(specs) == 1 and is_of_size(made):
+            # Nothing is smaller: what others hold of the memory may be free by now.
+            made = self._make(specs)
+        if isinstance(made, Exception):
+            return self.outcomes(specs, Failure(len(specs), made))
+        self._through.append(len(specs))
+        return made
+
+    def parts(self, specs: Sequence[SampleSpec], outcomes: Sequence[SampleResult | Exception]) -> Parts:
+        """What was found out."""
+        smallest = min((failure.size for failure in self._at_fault), default=0)
+        return Parts(
+            results=[
+                failed_result(spec, described(outcome)) if isinstance(outcome, Exception) else outcome
+                for spec, outcome in zip(specs, outcomes, strict=True)
+            ],
+            raised=frozenset(place for place, outcome in enumerate(outcomes) if isinstance(outcome, Exception)),
+            at_fault=max(self._at_fault, key=lambda failure: failure.size, default=None),
+            through=max((size for size in self._through if size < smallest), default=1),
+        )
+
 
 def failed_result(spec: SampleSpec, message: str) -> SampleResult:
     """The result of a sample that could not be made."""
     return SampleResult(record=failed_record(spec, redacted(message)[:500]), run={"batch_size": 1})
 
 
-def is_fault_of_machine(error: Exception) -> bool:
-    """Whether an exception comes from the job, the memory or the device, and not from a sample."""
-    kinds = (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError, RiskforgeError)
-    return isinstance(error, kinds) or any(sign in str(error) for sign in _MACHINE_SIGNS)
-
-
-def may_pass(error: BaseException) -> bool:
-    """Whether an exception, or what caused it, is of a transient kind: files and networks."""
-    if isinstance(error, OSError) and not isinstance(error, _LASTING):
-        return True
-    if any(sign in kind.__name__ for kind in type(error).__mro__ for sign in _NETWORK_SIGNS):
-        return True
-    cause = error.__cause__ or error.__context__
-    return cause is not None and may_pass(cause)
-
-
-def _without_frames(outcome: list[SampleResult] | Exception) -> list[SampleResult] | Exception:
-    """An exception of one of many samples, without its frames, which hold tensors."""
-    error: BaseException | None = outcome if isinstance(outcome, Exception) else None
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
-    return outcome
+def described(error: Exception) -> str:
+    """The class of an exception and the first line of its text."""
+    return f"{type(error).__name__}: {first_line(error, '')}"
 
 
 def _with_other_noise(spec: SampleSpec) -> SampleSpec:
     return dataclasses.replace(spec, seed=(spec.seed + 1) % MAX_SEED)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error, '')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,17 @@ from engine.methods import scores
 from engine.methods.finiteness import Faults
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScorerInputs:
+    """What the models of a scorer take for B images: a tensor [B, 3, h, w] on the CPU for each model."""
+
+    clip: Tensor
+    target: Tensor
+    transfer: Sequence[Tensor]
+    oracle: Tensor | None
+    judge: Tensor | None
 
 
 class Scorer:
@@ -53,20 +65,36 @@ class Scorer:
         self._placed_embeds: dict[torch.device, Tensor] = {}
         self._judge_embeds = _text_embeds("models.judge", judge, prompts) if judge else None
 
+    def preprocess(self, images: Sequence[PIL.Image.Image]) -> ScorerInputs:
+        """What the models take for 8-bit images; work for the CPU alone, on any thread."""
+        return ScorerInputs(
+            clip=self._clip.preprocess(images),
+            target=self.target.preprocess(images),
+            transfer=[model.preprocess(images) for model in self._transfer],
+            oracle=self._oracle.preprocess(images) if self._oracle else None,
+            judge=self._judge.preprocess(images) if self._judge else None,
+        )
+
     def records(self, specs: Sequence[SampleSpec], images: Sequence[PIL.Image.Image]) -> list[dict[str, Any]]:
-        """Complete records of samples, but for gradient counts, from their 8-bit images.
+        """As `score`, of 8-bit images."""
+        return self.score(specs, self.preprocess(images))
+
+    def score(self, specs: Sequence[SampleSpec], inputs: ScorerInputs) -> list[dict[str, Any]]:
+        """Complete records of samples, but for gradient counts.
 
         Where a model gives values that are not finite, the record is that of a failed sample and names the model.
         """
         faults = Faults(len(specs))
-        similarities = _similarities(self._clip, self._class_embeds, images, faults, "models.clip")
+        embeds = self._clip.embeds_of_pixels(inputs.clip)
+        similarities = _similarities(self._clip, self._class_embeds, embeds, faults, "models.clip")
         cells = [spec.cell for spec in specs]
         labels = conditioned_classes(cells, similarities)
-        of_target = target_fields(self.target, cells, images, labels, faults)
-        oracle = self._oracle_classes(images, faults)
+        of_target = target_fields(self.target, cells, self.target.score_pixels(inputs.target), labels, faults)
+        oracle = self._oracle_classes(inputs, len(specs), faults)
         columns = {**_conformity_columns(similarities, labels), "oracle_class": oracle}
-        transfer = transfer_entries(self._transfer, images, labels, faults)
-        judge = self._judge_entries(images, labels, faults)
+        logits = [model.score_pixels(pixels) for model, pixels in zip(self._transfer, inputs.transfer, strict=True)]
+        transfer = transfer_entries(self._transfer, logits, labels, faults)
+        judge = self._judge_entries(inputs, labels, faults)
         return [
             failed_record(spec, faults[row])
             if faults[row]
@@ -107,23 +135,22 @@ class Scorer:
             "soft_label": soft_label(spec.cell, len(self.target.labels)),
         }
 
-    def _judge_entries(
-        self, images: Sequence[PIL.Image.Image], labels: Tensor, faults: Faults
-    ) -> list[list[dict[str, Any]]]:
+    def _judge_entries(self, inputs: ScorerInputs, labels: Tensor, faults: Faults) -> list[list[dict[str, Any]]]:
         """The column `judge` of the images; empty entries without one."""
-        if self._judge is None or self._judge_embeds is None:
-            return [[] for _ in images]
-        similarities = _similarities(self._judge, self._judge_embeds, images, faults, "models.judge")
+        if self._judge is None or self._judge_embeds is None or inputs.judge is None:
+            return [[] for _ in labels]
+        embeds = self._judge.embeds_of_pixels(inputs.judge)
+        similarities = _similarities(self._judge, self._judge_embeds, embeds, faults, "models.judge")
         columns, name = _conformity_columns(similarities, labels), self._judge.name
         return [
             [{"model": name} | {score: _plain(values[row]) for score, values in columns.items()}]
-            for row in range(len(images))
+            for row in range(len(labels))
         ]
 
-    def _oracle_classes(self, images: Sequence[PIL.Image.Image], faults: Faults) -> Tensor:
-        if self._oracle is None:
-            return torch.full((len(images),), NO_CLASS)
-        return oracle_classes(self._oracle, images, faults)
+    def _oracle_classes(self, inputs: ScorerInputs, num_images: int, faults: Faults) -> Tensor:
+        if self._oracle is None or inputs.oracle is None:
+            return torch.full((num_images,), NO_CLASS)
+        return oracle_classes(self._oracle, self._oracle.score_pixels(inputs.oracle), faults)
 
 
 def _text_embeds(field: str, clip: Clip, prompts: Sequence[str]) -> Tensor:
@@ -134,20 +161,22 @@ def _text_embeds(field: str, clip: Clip, prompts: Sequence[str]) -> Tensor:
         raise JobError([f"{field}: {problem}" for problem in error.problems]) from None
 
 
-def oracle_classes(oracle: Classifier, images: Sequence[PIL.Image.Image], faults: Faults) -> Tensor:
-    """The class that an oracle predicts for each image, [B]; without meaning in rows with a fault."""
-    logits = oracle.score(images)
+def oracle_classes(oracle: Classifier, logits: Tensor, faults: Faults) -> Tensor:
+    """The class that an oracle predicts for each image, [B], by its logits [B, n]; meaningless in rows with a fault."""
     faults.check_logits(logits, "models.oracle", oracle.name)
     return logits.argmax(1)
 
 
 def transfer_entries(
-    models: Sequence[Classifier], images: Sequence[PIL.Image.Image], labels: Tensor, faults: Faults
+    models: Sequence[Classifier], logits_of_models: Sequence[Tensor], labels: Tensor, faults: Faults
 ) -> list[list[dict[str, Any]]]:
-    """The column `transfer` of the images, whose classes are y [B]; without meaning in rows with a fault."""
-    entries: list[list[dict[str, Any]]] = [[] for _ in images]
-    for model in models:
-        logits = model.score(images)
+    """The column `transfer` of images by the logits [B, n] of each model; without meaning in rows with a fault.
+
+    Args:
+        labels: the class y of every image, [B].
+    """
+    entries: list[list[dict[str, Any]]] = [[] for _ in labels]
+    for model, logits in zip(models, logits_of_models, strict=True):
         faults.check_logits(logits, "models.transfer", model.name)
         risk, predicted = scores.risk(logits, labels), logits.argmax(1)
         for row, entry in enumerate(entries):
@@ -156,14 +185,14 @@ def transfer_entries(
 
 
 def target_fields(
-    target: Classifier, cells: Sequence[Cell], images: Sequence[PIL.Image.Image], labels: Tensor, faults: Faults
+    target: Classifier, cells: Sequence[Cell], logits: Tensor, labels: Tensor, faults: Faults
 ) -> list[dict[str, Any]]:
     """The fields of the records that depend on the target alone, image by image; without meaning where it has a fault.
 
     Args:
+        logits: of the target, [B, n].
         labels: the class y of every image, [B].
     """
-    logits = target.score(images)
     faults.check_logits(logits, "models.target", target.name)
     columns = _target_columns(logits, labels)
     return [
@@ -200,11 +229,8 @@ def kldb_classes(cell: Cell, logits: Tensor, label: int) -> list[int]:
     return sorted([label, int(scores.strongest_rival(logits, torch.tensor([label]))[0])])
 
 
-def _similarities(
-    clip: Clip, class_embeds: Tensor, images: Sequence[PIL.Image.Image], faults: Faults, role: str
-) -> Tensor:
-    """Conformity of every image to every class, [B, n]; without meaning in rows with a fault."""
-    embeds = clip.image_embeds(images)
+def _similarities(clip: Clip, class_embeds: Tensor, embeds: Tensor, faults: Faults, role: str) -> Tensor:
+    """Conformity of every image, by its embedding [B, d], to every class, [B, n]; meaningless in rows with a fault."""
     faults.check_embeds(embeds, role, clip.name)
     return torch.stack([scores.conformity(embeds, prompt) for prompt in class_embeds], dim=1)
 

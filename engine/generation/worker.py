@@ -1,11 +1,12 @@
 """The worker: makes shards, each from its samples to its commit. A plain class that runs in an actor or in the driver.
 
-Two threads: the caller's thread samples; a thread of the worker encodes, hashes, writes and commits what was sampled,
-behind a bounded queue, so that the models do not wait for the disk.
+Two threads: the caller's thread samples and scores; a thread of the worker encodes, hashes, writes and commits what was
+sampled, behind a bounded queue, so that the models do not wait for the disk.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -24,6 +25,7 @@ from engine.data.run.shards import shard_name
 from engine.data.run.stored_plan import read_digest
 from engine.data.stores.opening import open_store
 from engine.errors import JobError
+from engine.generation.batching import Batches
 from engine.generation.notices import Notices
 from engine.job.plan import Plan, SampleSpec, ShardSpec
 from engine.job.records import SampleResult
@@ -71,12 +73,12 @@ class BatchGenerator(Protocol):
 
     notices: Notices
 
-    def next_batch(self, request: int, specs: Sequence[SampleSpec]) -> list[SampleResult]:
-        """Results of the first samples of `specs`, as many as fit into a batch."""
+    def batches(self, request: int, specs: Sequence[SampleSpec]) -> Batches:
+        """The samples of a request, batch by batch, in their order."""
         ...
 
     def batch_limit(self, request: int) -> int:
-        """Largest batch size of a request since memory ran out; 0 if it never did."""
+        """Largest batch size of a request since one failed; 0 if nothing limits it."""
         ...
 
     def limit_batches(self, request: int, limit: int) -> None:
@@ -144,20 +146,18 @@ class Worker:
 
     def _sample(self, buffer: ShardBuffer, report: ShardProgressCallback, writing: Future[ShardOutcome]) -> None:
         """Sample a shard batch by batch, as long as its writer has not failed."""
-        request, specs = buffer.shard.request, list(self._plan.samples(buffer.shard))
-        done = 0
-        while specs and not writing.done():
-            started = time.monotonic()
-            results = self._generator.next_batch(request, specs)
-            seconds = time.monotonic() - started
-            buffer.timing["sampling_seconds"] += seconds
-            specs = specs[len(results) :]
-            for result in results:
-                duration = seconds / len(results)
-                result.run |= {"duration_seconds": duration, "attempt": buffer.attempt, "worker": self._name}
-            buffer.put(results, writing)
-            done += len(results)
-            report(done, seconds, self._generator.batch_limit(request))
+        request, done = buffer.shard.request, 0
+        with contextlib.closing(self._generator.batches(request, list(self._plan.samples(buffer.shard)))) as batches:
+            for results, seconds in batches:
+                buffer.timing["sampling_seconds"] += seconds
+                for result in results:
+                    duration = seconds / len(results)
+                    result.run |= {"duration_seconds": duration, "attempt": buffer.attempt, "worker": self._name}
+                buffer.put(results, writing)
+                done += len(results)
+                report(done, seconds, self._generator.batch_limit(request))
+                if writing.done():
+                    return
         buffer.put(None, writing)
 
     def _write_for(self, buffer: ShardBuffer, writing: Future[ShardOutcome]) -> None:

@@ -261,8 +261,16 @@ class RuntimeSpec(Spec):
         description="Attention of the UNet; auto: xformers in half precision on a GPU of compute capability 7.5 to 8.9,"
         " where it is installed and has kernels for the model; else torch's own (sdpa).",
     )
+    decoder_precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        default="auto",
+        description="Of the decoder that guidance differentiates, never of stored images; auto: on a GPU the half"
+        " precision that the first samples show to keep the gradient's direction, fp32 on a CPU, with precision fp32,"
+        " and with deterministic.",
+    )
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
-        default="auto", description="Recompute activations in guidance; auto: on for images above 256 px."
+        default="auto",
+        description="Recompute activations in guidance; auto: where a GPU's memory does not hold them, and on a CPU"
+        " above 256 px.",
     )
     channels_last: Literal["auto", "on", "off"] = Field(
         default="auto", description="Memory layout of UNet and VAE; auto: on for a GPU in half precision."
@@ -273,8 +281,8 @@ class RuntimeSpec(Spec):
     )
     batch_size: Annotated[StrictInt, Field(ge=1, le=4096)] | Literal["auto"] = Field(
         default="auto",
-        description="Samples a batch on a GPU; auto: as many as its memory holds, found by measuring; halved on"
-        " out-of-memory. A CPU works in batches of a fixed size.",
+        description="Samples a batch on a GPU, at most; auto: as many as its memory holds and keep it busy, found by"
+        " measuring; fewer for a while after a batch failed. A CPU works in batches of a fixed size.",
     )
     deterministic: bool = Field(
         default=False,

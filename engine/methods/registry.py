@@ -60,7 +60,7 @@ class Method:
         return spec
 
     def load_guide(self) -> Callable[..., GuidedDenoiser]:
-        """Import its guide (`engine.methods.guidance.scene.Guide`), and torch; of a guided method."""
+        """Import its guide (`engine.methods.guidance.guided.Guide`), and torch; of a guided method."""
         guide: Callable[..., GuidedDenoiser] = _load(self.guide)
         return guide
 

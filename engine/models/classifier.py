@@ -101,12 +101,19 @@ class Classifier:
         """Temperature-scaled logits [B, n] of images [B, 3, H, W] in [0, 1]; differentiable."""
         return self._forward(self._preprocessing.of_tensor(images))
 
-    @torch.no_grad()
     def score(self, images: Sequence[PIL.Image.Image]) -> Tensor:
         """Temperature-scaled logits [B, n] of 8-bit images, on the CPU: those of plain transformers, divided by T."""
-        pixels = self._preprocessing.of_images(images).to(self._device)
+        return self.score_pixels(self.preprocess(images))
+
+    def preprocess(self, images: Sequence[PIL.Image.Image]) -> Tensor:
+        """The network's input [B, 3, h, w] for 8-bit images, on the CPU; may run on any thread."""
+        return self._preprocessing.of_images(images)
+
+    @torch.no_grad()
+    def score_pixels(self, pixels: Tensor) -> Tensor:
+        """As `score`, of what `preprocess` gave."""
         with full_float32(self._device):
-            return self._forward(pixels).cpu()
+            return self._forward(pixels.to(self._device)).cpu()
 
     def _forward(self, pixel_values: Tensor) -> Tensor:
         """Scaled logits [B, n].

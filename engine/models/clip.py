@@ -82,12 +82,19 @@ class Clip:
         with full_float32(self._device):
             return _embeds(self._model.get_text_features(**tokens)).float().cpu()
 
-    @torch.no_grad()
     def image_embeds(self, images: Sequence[PIL.Image.Image]) -> Tensor:
         """Projected image embeddings [B, d] of 8-bit images, on the CPU, not normalised."""
-        pixels = self._preprocessing.of_images(images).to(self._device)
+        return self.embeds_of_pixels(self.preprocess(images))
+
+    def preprocess(self, images: Sequence[PIL.Image.Image]) -> Tensor:
+        """The model's input [B, 3, h, w] for 8-bit images, on the CPU; may run on any thread."""
+        return self._preprocessing.of_images(images)
+
+    @torch.no_grad()
+    def embeds_of_pixels(self, pixels: Tensor) -> Tensor:
+        """As `image_embeds`, of what `preprocess` gave."""
         with full_float32(self._device):
-            return _embeds(self._model.get_image_features(pixel_values=pixels)).float().cpu()
+            return _embeds(self._model.get_image_features(pixel_values=pixels.to(self._device))).float().cpu()
 
     def embeds_of_tensor(self, images: Tensor) -> Tensor:
         """Projected image embeddings [B, d] of images [B, 3, H, W] in [0, 1], differentiable."""

@@ -11,6 +11,8 @@ from engine.models.configurations import need_file, read_config, reading_configu
 from engine.models.pipelines.lookup import family_of
 from engine.models.weight_files import conversion_line, weights_problem
 
+FLOAT16_OVERFLOWS = "overflows in fp16, as its config.json does not say force_upcast: false; use auto, bf16 or fp32"
+
 
 def check_decoder(folder: Path, address: str) -> None:
     """Check by its configuration that a folder is an `AutoencoderTiny` that makes images of latents.
@@ -62,6 +64,19 @@ def decoder_problem(address: str, decoder: Path, pipeline: Path, of: str) -> str
             f" another scale than those of '{of}'; 1 and 0 are those of a decoder for Stable Diffusion"
         )
     return None
+
+
+def float16_problem(folder: Path) -> str | None:
+    """Why guidance must not differentiate a decoder in float16, by its configuration, or None.
+
+    Args:
+        folder: of an `AutoencoderKL` or `AutoencoderTiny`.
+    """
+    config = read_config(folder / "config.json")
+    # diffusers' defaults: a tiny autoencoder is safe unless it says otherwise, the large one is not.
+    if not config.get("force_upcast", config.get("_class_name") != "AutoencoderTiny"):
+        return None
+    return FLOAT16_OVERFLOWS
 
 
 def _shape(config: dict[str, Any]) -> tuple[int, int]:

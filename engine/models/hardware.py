@@ -14,8 +14,12 @@ from engine.models.gpu_sharing import gpu_share
 # choose their order of summation by the shape. Large models compute samples one by one there.
 CPU_ROWS = 16
 CPU_LATENT_PIXELS = 1024
-# Above this image size guidance recomputes activations to save memory (`gradient_checkpointing: auto`).
+# Above this image size guidance recomputes activations on a CPU to save memory (`gradient_checkpointing: auto`).
 CHECKPOINTING_PIXELS = 256
+# Samples of a batch that memory is planned for where the job says `batch_size: auto`.
+PLANNED_ROWS = 16
+# Names of torch types.
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,9 @@ class Hardware:
         compile: whether the UNet is compiled for calls without gradient.
         deterministic: whether equal batches must give equal bytes on a GPU.
         memory_share: part of the GPU's memory that this worker may use; others share the GPU.
+        decoder_precision: of the decoder that guidance differentiates: the name of a torch type, or `auto`.
+        batch_size: samples of a batch that memory is planned for.
+        memory_bytes: that this process may use of the device; 0 asks the device.
     """
 
     device: str
@@ -41,16 +48,19 @@ class Hardware:
     compile: bool = False
     deterministic: bool = False
     memory_share: float = 1.0
+    decoder_precision: str = "auto"
+    batch_size: int = PLANNED_ROWS
+    memory_bytes: int = 0
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether the models are on a CPU, where the rows of a call decide bytes; `meta` is treated as a GPU."""
+        return self.device == "cpu"
 
     @property
     def is_cuda(self) -> bool:
         """Whether the models are on a GPU."""
         return self.device.startswith("cuda")
-
-    @property
-    def has_fixed_shape(self) -> bool:
-        """Whether every batch of a GPU is padded to the same size: kernels and compiled code depend on the shape."""
-        return self.is_cuda and (self.deterministic or self.compile)
 
 
 def hardware_problems(spec: RuntimeSpec, has_gpu: bool) -> list[str]:
@@ -63,6 +73,10 @@ def hardware_problems(spec: RuntimeSpec, has_gpu: bool) -> list[str]:
             problems.append("runtime.attention: 'xformers' has no kernels for a CPU; use auto or sdpa")
         if spec.precision in ("fp16", "bf16"):
             problems.append(f"runtime.precision: '{spec.precision}' saves nothing on a CPU; use auto or fp32")
+        if spec.decoder_precision in ("fp16", "bf16"):
+            problems.append(
+                f"runtime.decoder_precision: '{spec.decoder_precision}' saves nothing on a CPU; use auto or fp32"
+            )
     return problems + (_determinism_problems(spec, has_gpu and spec.device != "cpu") if spec.deterministic else [])
 
 
@@ -96,7 +110,7 @@ def choose_hardware(spec: RuntimeSpec) -> Hardware:
     if problems:
         raise JobError(problems)
     on_gpu, is_half = has_gpu and spec.device != "cpu", spec.precision != "fp32"
-    dtypes = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "auto": "float16" if on_gpu else "float32"}
+    dtypes = DTYPES | {"auto": "float16" if on_gpu else "float32"}
     attention: str = spec.attention
     if attention == "auto":
         attention = automatic_attention(
@@ -116,6 +130,8 @@ def choose_hardware(spec: RuntimeSpec) -> Hardware:
         compile=spec.compile == "on",
         deterministic=spec.deterministic,
         memory_share=gpu_share().memory,
+        decoder_precision=DTYPES.get(spec.decoder_precision, "auto"),
+        batch_size=PLANNED_ROWS if spec.batch_size == "auto" else spec.batch_size,
     )
 
 

@@ -13,7 +13,7 @@ from engine.models.artefacts import artefact_problems
 from engine.models.classifier_checks import check_classifier
 from engine.models.clip_checks import check_clip
 from engine.models.custom_methods import method_problems
-from engine.models.decoder_checks import check_decoder, check_decoder_weights, decoder_problem
+from engine.models.decoder_checks import check_decoder, check_decoder_weights, decoder_problem, float16_problem
 from engine.models.independence import check_independent
 from engine.models.labels import read_labels
 from engine.models.pipelines.lookup import check_pipeline, check_pipeline_weights, request_problems
@@ -117,7 +117,12 @@ def _label_problems(job: JobSpec) -> list[str]:
 
 def _pair_problems(job: JobSpec) -> list[str]:
     """Models that are not independent, and requests or decoders that do not fit their pipelines."""
-    return [*_independence_problems(job), *_request_problems(job), *_decoder_problems(job)]
+    return [
+        *_independence_problems(job),
+        *_request_problems(job),
+        *_decoder_problems(job),
+        *_decoder_precision_problems(job),
+    ]
 
 
 def _independence_problems(job: JobSpec) -> list[str]:
@@ -144,13 +149,33 @@ def _decoder_problems(job: JobSpec) -> list[str]:
     decoder = locate(address).folder if address else None
     if decoder is None:
         return []
-    guided = {request.diffusion or job.models.diffusion for request in job.requests if request.method_record.is_guided}
     problems = []
-    for pipeline in sorted(guided):
+    for pipeline in _guided_pipelines(job):
         folder = _pipeline_folder(pipeline)
         if folder and (problem := decoder_problem(address or "", decoder, folder, pipeline)):
             problems.append(f"models.guidance_decoder: {problem}")
     return problems
+
+
+def _decoder_precision_problems(job: JobSpec) -> list[str]:
+    """Decoders that guidance would differentiate in float16, where their values overflow."""
+    if job.runtime.decoder_precision != "fp16":
+        return []
+    if address := job.models.guidance_decoder:
+        decoders = {address: locate(address).folder}
+    else:
+        folders = {pipeline: _pipeline_folder(pipeline) for pipeline in _guided_pipelines(job)}
+        decoders = {pipeline: folder and folder / "vae" for pipeline, folder in folders.items()}
+    return [
+        f"runtime.decoder_precision: the decoder of '{address}' {problem}"
+        for address, folder in decoders.items()
+        if folder and (problem := float16_problem(folder))
+    ]
+
+
+def _guided_pipelines(job: JobSpec) -> list[str]:
+    requests = [request for request in job.requests if request.method_record.is_guided]
+    return sorted({request.diffusion or job.models.diffusion for request in requests})
 
 
 def _pipeline_folder(address: str) -> Path | None:

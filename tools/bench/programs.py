@@ -32,6 +32,7 @@ from engine.methods.boundary.spec import BoundaryGuidanceSpec
 from engine.methods.conditioning.screening import ScreenedDraw
 from engine.methods.guidance.guided import ConditionalDenoiser, GuidedDenoiser
 from engine.methods.guidance.rules import shifting
+from engine.methods.guidance.scene import Decoding
 from engine.methods.registry import method_of
 from engine.methods.sampling.denoiser import Denoiser, Prediction, Step
 from engine.methods.sampling.loop import sample
@@ -284,19 +285,21 @@ class Bench:
     def _embeds(self, batch: Batch) -> Tensor:
         return torch.stack([draw.embedding for draw in batch.draws]).to(self.device)
 
+    def _decoding(self) -> Decoding:
+        return self.diffusion.decoder.decoding(self.diffusion.latent_shape)
+
     def _guided(self, denoiser: ConditionalDenoiser, arm: Arm, batch: Batch) -> GuidedDenoiser:
         spec = self.job.parameters_of(self.request_of(arm).spec)
-        scene = self.guides.scene([one.cell.classes for one in batch.specs], self.diffusion.decode)
+        scene = self.guides.scene([one.cell.classes for one in batch.specs], self._decoding())
         if not (arm.program == "parts" and isinstance(spec, BoundaryGuidanceSpec)):
             return method_of(self.family).load_guide()(denoiser, spec, scene)
         return GuidedDenoiser(
             denoiser,
-            criteria=lambda images: kldb(scene.logits(images), scene.classes[0])[None],
-            decode=scene.decode,
+            criteria=lambda images, rows: kldb(rows.logits(images), rows.classes[0])[None],
+            scene=scene,
             update=shifting(rule_of(spec)),
             is_guided=lambda step: spec.is_guided(step.index, step.total),
             source="combined",
-            num_samples=len(batch),
         )
 
 

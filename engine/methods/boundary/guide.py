@@ -25,12 +25,11 @@ def guide_to_boundary(
     subset = torch.tensor(scene.classes[0], device=scene.labels.device)
     return GuidedDenoiser(
         denoiser,
-        criteria=lambda images: kldb(scene.logits(images), subset)[None],
-        decode=scene.decode,
+        criteria=lambda images, rows: kldb(rows.logits(images), subset)[None],
+        scene=scene,
         update=shifting(rule_of(spec)),
         is_guided=lambda step: spec.is_guided(step.index, step.total),
         source="unet" if spec.gradient == "unet" else "conditional",
-        num_samples=scene.num_samples,
     )
 
 

@@ -19,14 +19,13 @@ def guide_by_criterion(
         criterion: images and scene to distances; a guide once it is bound.
         denoiser: the denoiser to guide.
         spec: step rule, size and schedule.
-        scene: the criterion's second argument.
+        scene: of the batch; the criterion gets that of the rows that it is called with.
     """
     return GuidedDenoiser(
         denoiser,
-        criteria=lambda images: criterion(images, scene)[None],
-        decode=scene.decode,
+        criteria=lambda images, rows: criterion(images, rows)[None],
+        scene=scene,
         update=shifting(rule_of(spec)),
         is_guided=lambda step: spec.is_guided(step.index, step.total),
         source="unet" if spec.gradient == "unet" else "conditional",
-        num_samples=scene.num_samples,
     )

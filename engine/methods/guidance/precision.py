@@ -34,13 +34,13 @@ def pulled_back(cotangent: Tensor, output: Tensor, latents: Tensor) -> Tensor:
         [B, C, H, W]; NaN for a sample whose gradient is not finite at any scale.
     """
     pending = _finite(cotangent)
-    exponents = _exponents(cotangent)
+    exponents = cotangent_exponents(cotangent)
     result = torch.full_like(latents, torch.nan, dtype=cotangent.dtype)
     for _ in range(1 + MAX_LOWERINGS):
-        scaled = torch.where(per_sample(pending, cotangent), _shifted(cotangent, exponents), 0.0)
+        scaled = torch.where(per_sample(pending, cotangent), shifted(cotangent, exponents), 0.0)
         (gradient,) = torch.autograd.grad(output, latents, scaled, retain_graph=True)
         finite = pending & _finite(gradient)
-        result = torch.where(per_sample(finite, gradient), _shifted(at_least_float32(gradient), -exponents), result)
+        result = torch.where(per_sample(finite, gradient), shifted(at_least_float32(gradient), -exponents), result)
         pending = pending & ~finite
         # The only thing in the sampling loop that waits for a GPU.
         if not pending.any():
@@ -49,13 +49,13 @@ def pulled_back(cotangent: Tensor, output: Tensor, latents: Tensor) -> Tensor:
     return result
 
 
-def _exponents(cotangent: Tensor) -> Tensor:
+def cotangent_exponents(cotangent: Tensor) -> Tensor:
     """Power of two for each sample, [B], that brings its largest entry just below 2^SCALED_EXPONENT; 0 for zeros."""
     largest = cotangent.flatten(1).abs().amax(1)
     return torch.where(_finite(cotangent), SCALED_EXPONENT - torch.frexp(largest).exponent, 0)
 
 
-def _shifted(values: Tensor, exponents: Tensor) -> Tensor:
+def shifted(values: Tensor, exponents: Tensor) -> Tensor:
     """Every sample times two to its exponent: exact, in two halves, as 2^200 alone is beyond float32."""
     half = exponents // 2
     return torch.ldexp(torch.ldexp(values, per_sample(half, values)), per_sample(exponents - half, values))

@@ -1,17 +1,16 @@
-"""What a guidance method knows of the samples of a batch, and the one signature of all guides.
+"""What a guidance method knows of the samples of a batch.
 
 Legend: B samples, C channels, H x W size, n classes of the target.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Self
 
 from torch import Tensor
-
-from engine.methods.guidance.guided import ConditionalDenoiser, GuidedDenoiser
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +35,24 @@ class Scene:
         """B."""
         return len(self.classes)
 
+    def rows(self, part: slice) -> Self:
+        """The scene of some of the samples, one after another."""
+        return dataclasses.replace(self, labels=self.labels[part], classes=self.classes[part])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """How guidance decodes predicted latents.
+
+    Attributes:
+        decode: latents [B, C, H, W] to images [B, 3, H, W], unclamped, nominally in [0, 1], differentiable.
+        slice_rows: most rows that are decoded and differentiated at a time, as a GPU's memory and kernels have limits;
+            None for all.
+    """
+
+    decode: Callable[[Tensor], Tensor]
+    slice_rows: int | None = None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuidanceScene(Scene):
@@ -43,21 +60,8 @@ class GuidanceScene(Scene):
 
     Attributes:
         raw_conformity: as `conformity`, the inner product of the embeddings in place of their cosine.
-        decode: latents [B, C, H, W] to images [B, 3, H, W], unclamped, nominally in [0, 1], differentiable.
+        decoding: of predicted latents.
     """
 
     raw_conformity: Callable[[Tensor, Tensor], Tensor]
-    decode: Callable[[Tensor], Tensor]
-
-
-class Guide(Protocol):
-    """Wraps a denoiser in the guidance of a method: `guide` of a record of `engine.methods.registry`."""
-
-    def __call__(self, denoiser: ConditionalDenoiser, spec: Any, scene: GuidanceScene) -> GuidedDenoiser:
-        """Wrap a denoiser.
-
-        Args:
-            denoiser: the denoiser to guide.
-            spec: the parameters, of the class that the record names.
-            scene: of the samples of a batch.
-        """
+    decoding: Decoding

@@ -33,41 +33,40 @@ def guide_to_risk(denoiser: ConditionalDenoiser, spec: RiskyGuidanceSpec, scene:
         spec: step rule, risk target, constraint and schedule.
         scene: of samples of single classes.
     """
-    criteria, update = _criteria_and_update(spec, scene)
+    criteria, update = _criteria_and_update(spec)
     return GuidedDenoiser(
         denoiser,
         criteria=criteria,
-        decode=scene.decode,
+        scene=scene,
         update=update,
         is_guided=lambda step: spec.is_guided(step.index, step.total),
         source="combined",
-        num_samples=scene.num_samples,
     )
 
 
-def _criteria_and_update(spec: RiskyGuidanceSpec, scene: GuidanceScene) -> tuple[Criteria, Update]:
+def _criteria_and_update(spec: RiskyGuidanceSpec) -> tuple[Criteria, Update]:
     """What is descended, and how the prediction moves."""
     if spec.step == "paper":
-        return papers_objective(spec, scene), fixed_step(spec.scale)
+        return papers_objective(spec), fixed_step(spec.scale)
     if spec.conformity_floor is None:
         # The distance to a floor is a backward pass, which a job without one does not pay for.
-        return lambda images: _to_target(spec, scene, images)[None], polyak_to_target(spec.cap)
-    return _target_and_floor(spec, spec.conformity_floor, scene), polyak_with_floor(spec.cap)
+        return lambda images, scene: _to_target(spec, scene, images)[None], polyak_to_target(spec.cap)
+    return _target_and_floor(spec, spec.conformity_floor), polyak_with_floor(spec.cap)
 
 
-def papers_objective(spec: RiskyGuidanceSpec, scene: GuidanceScene) -> Criteria:
+def papers_objective(spec: RiskyGuidanceSpec) -> Criteria:
     """The paper's objective with the sign of a loss, `-(risk + lambda * conformity)`, [1, B]."""
 
-    def objective(images: Tensor) -> Tensor:
+    def objective(images: Tensor, scene: GuidanceScene) -> Tensor:
         measured = risk(scene.logits(images), scene.labels)
         return -(measured + spec.conformity_weight * _conformity(spec, scene, images))[None]
 
     return objective
 
 
-def _target_and_floor(spec: RiskyGuidanceSpec, lowest: float, scene: GuidanceScene) -> Criteria:
+def _target_and_floor(spec: RiskyGuidanceSpec, lowest: float) -> Criteria:
     """Distances to the risk target and to the floor of conformity, [2, B]."""
-    return lambda images: torch.stack(
+    return lambda images, scene: torch.stack(
         [_to_target(spec, scene, images), distance_below(_conformity(spec, scene, images), lowest)]
     )
 

@@ -7,8 +7,9 @@ only. Its instances hold loaded parts and are what a worker samples with.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,9 +27,13 @@ if TYPE_CHECKING:
     from engine.methods.sampling.denoiser import ClassifierFreeDenoiser, Condition
     from engine.methods.sampling.schedulers import Sampler
     from engine.methods.sampling.spec import SamplingSpec
+    from engine.models.decoding import Decoder
+    from engine.models.memory_model import Footprint
     from engine.models.pipelines.image_encoder import ImageEncoder
     from engine.models.pipelines.safety import SafetyChecker
 
+# Share of a GPU's memory that the network's graph of a batch may take before activations are recomputed.
+NETWORK_GRAPH_SHARE = 0.5
 # Names of noise: of the first latents, and on image embeddings.
 LATENTS, EMBEDDINGS = "latents", "embeddings"
 
@@ -76,6 +81,7 @@ class Pipeline(ABC):
     Attributes:
         class_name: the pipeline's class in diffusers.
         embedding_parts: the parts that decide the image embeddings which it is conditioned on; empty if it takes none.
+        decoder: of latents to images, for stored images and for guidance.
     """
 
     class_name: ClassVar[str]
@@ -86,12 +92,16 @@ class Pipeline(ABC):
     ) -> None:
         import torch
 
+        from engine.models.decoding import Decoder
+
         self.hardware = hardware
         self.folder = folder
         self.safety_checker = safety_checker
         self._layout = torch.channels_last if hardware.channels_last else torch.contiguous_format
         self._network = frozen(network, hardware.device).to(memory_format=self._layout)
         self._vae = frozen(vae, hardware.device).to(memory_format=self._layout)
+        self.decoder: Decoder = Decoder(self._vae, hardware)
+        self._footprint: Footprint | None = None
         self._configure()
 
     # From configurations alone, without torch.
@@ -180,7 +190,7 @@ class Pipeline(ABC):
     @property
     def rows(self) -> int | None:
         """Rows of every model call on a CPU, whatever the batch; None on a GPU, where the batch decides."""
-        if self.hardware.is_cuda:
+        if not self.hardware.is_cpu:
             return None
         _, height, width = self.latent_shape
         return max(1, min(CPU_ROWS, CPU_LATENT_PIXELS // (height * width)))
@@ -263,33 +273,69 @@ class Pipeline(ABC):
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents [B, C, h, w] of images [B, 3, H, W] in [0, 1], as the network denoises them; nothing is drawn."""
 
-    @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W], nominally in [0, 1] and not clamped, of latents [B, C, h, w]; differentiable."""
+        return self.decoder.decode(latents)
 
     def call_network(self, latents: Tensor, timestep: Tensor, **inputs: Any) -> Tensor:
         """The network's output for latents [B, C, H, W] in its precision and layout.
+
+        Side effects: the first call on a GPU decides whether activations are recomputed, where that is `auto`.
 
         Args:
             inputs: what else its forward pass takes.
         """
         import torch
 
+        from engine.methods.guidance.slices import even_slices
+        from engine.models.memory_model import MAX_ELEMENTS, rows_of
+
         # Compiled code with a backward pass has open bugs: what is differentiated stays as it is.
-        network = self._network if torch.is_grad_enabled() else self._fast_network
+        network = self._network if torch.is_grad_enabled() or self._is_plain else self._fast_network
         latents = latents.to(dtype=self._network.dtype, memory_format=self._layout)
-        output: Tensor = network(latents, timestep, return_dict=False, **inputs)[0]
-        return output
+        if self.hardware.is_cpu:
+            output: Tensor = network(latents, timestep, return_dict=False, **inputs)[0]
+            return output
+        rows, most = len(latents), self._measured(latents, timestep, inputs).rows_below(MAX_ELEMENTS)
+        outputs = [
+            network(latents[part], rows_of(timestep, rows, part), return_dict=False, **rows_of(inputs, rows, part))[0]
+            for part in even_slices(rows, most)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _measured(self, latents: Tensor, timestep: Tensor, inputs: Mapping[str, Any]) -> Footprint:
+        """What the network takes for a row; measured at the first call, whose inputs have the shapes of all."""
+        from engine.models.memory_model import device_memory, network_footprint
+
+        if self._footprint is None:
+            # Only flash attention is deterministic, which has no form in single precision.
+            is_fused = not (self.hardware.deterministic and self.hardware.dtype == "float32")
+            self._footprint = network_footprint(self._network, latents, timestep, inputs, is_fused=is_fused)
+            fitting = self._footprint.rows_within(NETWORK_GRAPH_SHARE * device_memory(self.hardware))
+            if self.hardware.gradient_checkpointing == "auto" and fitting < self.hardware.batch_size:
+                self._network.enable_gradient_checkpointing()
+        return self._footprint
+
+    @contextlib.contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Within it nothing is compiled: a shape that comes once is not worth it."""
+        self._is_plain = True
+        try:
+            yield
+        finally:
+            self._is_plain = False
 
     def _configure(self) -> None:
         """Attention kernels, recomputation of activations, compilation: as `runtime` asks for them."""
         if self.hardware.attention != "sdpa":
             self._use_xformers()
-        wanted = self.hardware.gradient_checkpointing
-        if wanted == "on" or (wanted == "auto" and self.image_shape[1] > CHECKPOINTING_PIXELS):
+        wanted, is_large = self.hardware.gradient_checkpointing, self.image_shape[1] > CHECKPOINTING_PIXELS
+        # On a GPU `auto` goes by what is measured: see `_measured` and `Decoder.decoding`.
+        if wanted == "on" or (wanted == "auto" and self.hardware.is_cpu and is_large):
             self._network.enable_gradient_checkpointing()
             self._vae.enable_gradient_checkpointing()
         self._fast_network = compiled(self._network) if self.hardware.compile else self._network
+        self._is_plain = False
 
     def _use_xformers(self) -> None:
         """xformers' attention in the network, and in the VAE where xformers can differentiate its head size.

@@ -54,15 +54,19 @@ class SafetyChecker:
         processor = CLIPImageProcessor.from_pretrained(folder / FEATURE_EXTRACTOR, local_files_only=True)
         return cls(model, processor, hardware)
 
+    def preprocess(self, images: Sequence[PIL.Image.Image]) -> torch.Tensor:
+        """The model's input [B, 3, h, w] for 8-bit images, on the CPU; may run on any thread."""
+        pixels: torch.Tensor = self._processor(list(images), return_tensors="pt").pixel_values
+        return pixels
+
     @torch.no_grad()
-    def faults(self, images: Sequence[PIL.Image.Image]) -> list[str]:
-        """Why each image must not be stored, [B]; empty for what is let through.
+    def faults_of(self, pixels: torch.Tensor) -> list[str]:
+        """Why each image, as `preprocess` gave it, must not be stored, [B]; empty for what is let through.
 
         Values that are not finite would pass for "not flagged".
         """
-        pixels = self._processor(list(images), return_tensors="pt").pixel_values
         # The model blackens the array that it is given: it gets a dummy.
-        spare = np.zeros((len(images), 1, 1, 3))
+        spare = np.zeros((len(pixels), 1, 1, 3))
         embeds: list[torch.Tensor] = []
         hook = self._model.visual_projection.register_forward_hook(lambda _model, _given, made: embeds.append(made))
         try:

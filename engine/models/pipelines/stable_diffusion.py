@@ -247,13 +247,11 @@ class StableDiffusion(Pipeline):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents [B, C, h, w] of images [B, 3, H, W] in [0, 1]: the mode of the autoencoder's posterior, scaled."""
-        latents: Tensor = self._vae.encode(images * 2 - 1).latent_dist.mode() * self._vae.config.scaling_factor
-        return latents
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W], nominally in [0, 1] and not clamped, of latents [B, C, h, w]; differentiable."""
-        images: Tensor = self._vae.decode(latents / self._vae.config.scaling_factor).sample / 2 + 0.5
-        return images
+        return self.decoder.in_slices(
+            lambda part: self._vae.encode(part * 2 - 1).latent_dist.mode() * self._vae.config.scaling_factor,
+            images,
+            self.latent_shape,
+        )
 
 
 def is_old_size(unet: Mapping[str, Any]) -> bool:

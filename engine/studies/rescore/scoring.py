@@ -69,13 +69,14 @@ class Scoring:
             except UnusableImageError as error:
                 raise CorruptShardError(f"{spec.key}: its image {error}; `riskforge verify` says more") from None
         labels = torch.tensor([row["class_index"] for _, _, row in samples])
-        fields = target_fields(target, [spec.cell for spec, _, _ in samples], images, labels, faults)
+        fields = target_fields(target, [spec.cell for spec, _, _ in samples], target.score(images), labels, faults)
         rows = [row | new for (_, _, row), new in zip(samples, fields, strict=True)]
         if transfer:
-            for row, entries in zip(rows, transfer_entries(transfer, images, labels, faults), strict=True):
+            logits = [model.score(images) for model in transfer]
+            for row, entries in zip(rows, transfer_entries(transfer, logits, labels, faults), strict=True):
                 row["transfer"] = entries
         if oracle:
-            for row, predicted in zip(rows, oracle_classes(oracle, images, faults).tolist(), strict=True):
+            for row, predicted in zip(rows, oracle_classes(oracle, oracle.score(images), faults).tolist(), strict=True):
                 row["oracle_class"] = predicted
         self.num_scored += len(images)
         return [
