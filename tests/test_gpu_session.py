@@ -145,11 +145,12 @@ def test_results_are_packed_in_parts_and_count_elsewhere(tmp_path, monkeypatch):
         assert (folder / "cifar10/model").read_bytes() == (output / "cifar10/model").read_bytes()
         assert not (folder / "models").exists()
         assert [one.state for one in run_steps([step], folder)] == ["done before"]
-        return len(paths), (folder / "cifar10-build").exists()
+        return len(paths) > 1, (folder / "cifar10-build").exists()
 
-    assert unpacked(2**20) == (1, True)
-    assert unpacked(2500) == (4, True)
-    assert unpacked(1500) == (3, False)
+    # Of random bytes nothing is saved: 7000 of them, and 3000 without the checkpoints.
+    assert unpacked(2**20) == (False, True)
+    assert unpacked(3000) == (True, True)
+    assert unpacked(1500) == (True, False)
     monkeypatch.setattr(gpu_session, "PART_BYTES", 100)
     with pytest.raises(ValueError, match="results take"):
         pack(output, tmp_path / "packed" / "none.tar.gz")
@@ -200,11 +201,10 @@ def test_runs_are_made_and_verified(models, tmp_path):
     assert code == 0 and found["summary with 2"]["samples"] == 24
 
 
-def test_compilations_beyond_the_batch_sizes_are_faults():
-    """Two shapes a size are what guidance through the UNet needs; a third, a failure or none at all are reported."""
-    once, sizes = {"failed_because": None}, {"prompt": [8, 16, 64], "unet": [8, 16, 32]}
-    assert compiling.faults([once] * 8, sizes) == []
-    assert "9 compilations" in compiling.faults([once] * 9, sizes)[0]
-    assert "nothing was compiled" in compiling.faults([], sizes)
-    assert "no compiler" in compiling.faults([once, {"failed_because": "no compiler"}], sizes)[0]
-    assert "more than 4 sizes" in compiling.faults([once], {"prompt": [8, 16, 64, 32, 2]})[0]
+def test_compilations_beyond_two_shapes_are_faults():
+    """Two shapes are what guidance through the UNet needs; a third, a failure or none at all are reported."""
+    once, again = ({"failed_because": None, "again_because": reason} for reason in (None, "expected 32, actual 16"))
+    assert compiling.faults([once, again]) == []
+    assert "3 compilations: expected 32, actual 16; expected" in compiling.faults([once, again, again])[0]
+    assert "nothing was compiled" in compiling.faults([])[0]
+    assert "no compiler" in compiling.faults([once, again | {"failed_because": "no compiler"}])[0]

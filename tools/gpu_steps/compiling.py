@@ -19,11 +19,9 @@ from engine import cli
 from gpu_steps.common import Figures, exit_code, parser, summary_of, write_job
 from gpu_steps.sharing import auto_job
 
-# A plain step is one call of the UNet with both halves of classifier-free guidance; where the conditional half is
-# differentiated, the other half is a call of its own.
-SHAPES_A_SIZE = 2
-# The first two batches measure the memory; then there is one size, and perhaps another one at a shard's end.
-MOST_SIZES = 4
+# A model has one size of batches, and two shapes: a plain step is one call of the UNet with both halves of
+# classifier-free guidance; where the conditional half is differentiated, the other half is a call of its own.
+MOST_PROGRAMS = 2
 SHARDS = {"sd1": 100, "tiny": 7}
 
 
@@ -47,26 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if code:
             failures.append(f"with compile: {compiling} the run did not end well")
         else:
-            summary = summary_of(output)
-            figures.note(f"summary with compile {compiling}", summary)
+            figures.note(f"summary with compile {compiling}", summary_of(output))
     compiled = compilations()
     figures.note("compilations", compiled)
     figures.note("counters", {name: dict(found) for name, found in torch._dynamo.utils.counters.items()})
-    return exit_code(failures or faults(compiled, summary["batch_sizes"]))
+    return exit_code(failures or faults(compiled))
 
 
-def faults(compiled: Sequence[dict[str, Any]], batch_sizes: dict[str, list[int]]) -> list[str]:
-    """What is wrong about the compilations of a run.
-
-    Args:
-        batch_sizes: of every request, in the order of its samples.
-    """
-    sizes = {size for found in batch_sizes.values() for size in found}
+def faults(compiled: Sequence[dict[str, Any]]) -> list[str]:
+    """What is wrong about the compilations of a run of one pipeline."""
     found = [f"a compilation failed: {one['failed_because']}" for one in compiled if one["failed_because"]]
     found += ["nothing was compiled"] * (not compiled)
-    found += [f"batches of {sorted(sizes)}: more than {MOST_SIZES} sizes"] * (len(sizes) > MOST_SIZES)
-    most = SHAPES_A_SIZE * len(sizes)
-    return found + [f"{len(compiled)} compilations for batches of {sorted(sizes)}"] * (len(compiled) > most)
+    again = [str(one["again_because"]) for one in compiled if one["again_because"]]
+    return found + [f"{len(compiled)} compilations: {'; '.join(again)}"] * (len(compiled) > MOST_PROGRAMS)
 
 
 def run_here(*arguments: str) -> int:
