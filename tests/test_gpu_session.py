@@ -16,6 +16,7 @@ from gpu_session import LIMIT_SECONDS, NO_TIME, Step, pack, parse, run_steps, se
 from gpu_steps import compiling, decoder, runs, sharing, versions
 from gpu_steps.common import parser
 
+from engine.job.parsing import parse_job
 from tests.conftest import REPOSITORY
 
 PROGRAMS = {"versions": versions, "decoder": decoder, "run": runs, "sharing": sharing, "compile": compiling}
@@ -197,8 +198,18 @@ def test_runs_are_made_and_verified(models, tmp_path):
     """The digits by every guidance, verified deeply; what is damaged, or not `ok`, fails the step."""
     code, found = run_program("run", models, tmp_path, "--executor", "local")
     assert code == 0 and found["summary"]["statuses"] == {"ok": 16} and found["verified"]["exit_code"] == 0
-    code, found = run_program("sharing", models, tmp_path, "--executor", "local", "--workers", "2")
-    assert code == 0 and found["summary with 2"]["samples"] == 24
+    assert set(found["summary"]["batch_sizes"]) and not found["summary"]["nonfinite_gradients"]
+
+
+def test_every_worker_has_a_shard_of_what_auto_is_tried_on(models, tmp_path):
+    """Of each request as many shards as workers; the shard holds the batches that find the size, and one of it."""
+    setting = random_setting("tiny", models, "cpu")
+    for workers in (1, 2):
+        raw = sharing.auto_job(setting, tmp_path, sharing.SHARDS["sd1"], {"device": "cpu", "workers": workers})
+        job = parse_job(raw)
+        counts = [request.count * len(request.classes or ["pair"]) for request in job.requests]
+        assert counts == [workers * job.output.samples_per_shard] * 3 and job.runtime.batch_size == "auto"
+    assert job.output.samples_per_shard == 8 + 16 + 64
 
 
 def test_compilations_beyond_two_shapes_are_faults():
