@@ -61,12 +61,12 @@ PROGRAMS = {
     "sharing": "sharing",
     "compile": "compiling",
 }
-# Of the benchmark: what the goals speak of, by the arms of the full decoder and of the tiny one.
+# Of the benchmark: what the goals speak of, with the full decoder and with the tiny one.
 GOAL_ARMS = (
-    *("prompt", "kldb-polyak-unet-every-2nd", "risk-polyak"),
+    *("prompt", "kldb-polyak-unet-every-2nd@decoder-bf16", "risk-polyak@decoder-bf16"),
     *("kldb-polyak-unet-every-2nd@tiny", "risk-polyak@tiny"),
 )
-OTHER_ARMS = ("prompt@compile-on", "kldb-polyak-unet-every-2nd@decoder-*", "risk-polyak@decoder-*")
+OTHER_ARMS = ("prompt@compile-on", "kldb-polyak-unet-every-2nd", "risk-polyak", "*@decoder-fp32")
 TIMED_OUT = "ran out of time"
 NO_TIME = "not started: the budget is spent"
 # Less is not worth a start.

@@ -18,12 +18,13 @@ from bench.measure import Measured
 JUDGED = ("kldb-polyak", "risky-polyak", "risky-paper")
 NAIVE_GOAL = {"cpu": 10.0, "cuda": 5.0}
 COST_GOAL, FLOOR_GOAL, RATE_GOAL = 1.15, 1.15, 0.35
-# Images a second of a data-centre GPU of the Hopper generation, the median of five batches: Stable Diffusion 1.x.
+# Images a second of a data-centre GPU of the Hopper generation, the median of five batches: Stable Diffusion 1.x. The
+# decoder's gradient in bfloat16 is asked for: random weights may fail the trial that trained ones are meant to pass.
 SPEED_GOALS = (
     ("prompt", 4.7),
     ("prompt@compile-on", 7.1),
-    ("kldb-polyak-unet-every-2nd", 1.5),
-    ("risk-polyak", 1.0),
+    ("kldb-polyak-unet-every-2nd@decoder-bf16", 1.5),
+    ("risk-polyak@decoder-bf16", 1.0),
     ("kldb-polyak-unet-every-2nd@tiny", 3.0),
     ("risk-polyak@tiny", 2.5),
 )
