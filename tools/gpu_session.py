@@ -73,8 +73,8 @@ NO_TIME = "not started: the budget is spent"
 LEAST_SECONDS = 10.0
 # A part of an archive, and how many there may be.
 PART_BYTES, MAX_PARTS = 16 * 2**20, 4
-# What is not packed: installed or random, and what of the rest is left out first where it is too much.
-NOT_PACKED, FIRST_LEFT_OUT = ("environment", "models"), "cifar10-build"
+# What is not packed: installed, random or summed up in figures; and what of the rest is left out where it is too much.
+NOT_PACKED, FIRST_LEFT_OUT = ("environment", "models", "runs"), "cifar10-build"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,7 +287,7 @@ def _training(options: argparse.Namespace) -> tuple[str, ...]:
 def pack(output: Path, archive: Path) -> list[Path]:
     """Pack the results into an archive, in parts where it is large; returns their paths.
 
-    Models and installed packages are left out; checkpoints of a training are, where the rest alone fits the parts.
+    Models, images and installed packages are left out; checkpoints of a training, where they are too much.
 
     Raises:
         ValueError: the results are too large.

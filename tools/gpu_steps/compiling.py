@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = options.parse_args(arguments)
     if given.backend:
         torch.compile = partial(torch.compile, backend=given.backend)
-    figures, folder = Figures(given.output), given.output.parent / "compile"
+    figures, folder = Figures(given.output), given.output.parent / "runs" / "compile"
     setting = random_setting(given.size, given.models, given.device)
     failures = list[str]()
     for compiling in ("off", "on"):

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--executor", choices=("ray", "local"), default="ray")
     given = options.parse_args(arguments)
-    figures, folder = Figures(given.output), given.output.parent / "run"
+    figures, folder = Figures(given.output), given.output.parent / "runs" / "digits"
     shutil.rmtree(folder, ignore_errors=True)
     path = write_job(folder, digits_job(folder / "out", given.device, given.size))
     ran = riskforge("run", path, "--executor", given.executor)

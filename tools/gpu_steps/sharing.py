@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures, failures = Figures(given.output), list[str]()
     setting = random_setting(given.size, given.models, given.device)
     for workers in given.workers:
-        folder = given.output.parent / f"sharing-{workers}"
+        folder = given.output.parent / "runs" / f"sharing-{workers}"
         shutil.rmtree(folder, ignore_errors=True)
         job = auto_job(setting, folder / "out", SHARDS[given.size], {"device": given.device, "workers": workers})
         ran = riskforge("run", write_job(folder, job), "--executor", given.executor)
