@@ -143,8 +143,11 @@ def _outcome(step: Step, output: Path, seconds_left: float) -> Outcome:
 
 def _figures(path: Path) -> dict[str, Any]:
     """What a step has written; empty where it has not."""
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    return dict(found)
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except ValueError as error:
+        # It was ended while it wrote.
+        return {"unreadable": str(error).partition(":")[0]}
 
 
 def run_step(step: Step, output: Path) -> tuple[str, float]:
