@@ -233,8 +233,7 @@ class Bench:
         denoiser = model.denoiser([spec.prompt for spec in batch.specs], self.job.sampling, sampler)
         guided, step = self._guided(denoiser, arm, batch), list(sampler.steps())[place]
         latents = model.draw_noise(batch.seeds)[LATENTS] * math.hypot(step.scale, step.sigma)
-        with torch.no_grad():
-            prediction = guided.predict(latents, step)
+        prediction = guided.predict(latents, step)
         return lambda: guided.gradients(prediction, step)[1]
 
     def published(self, arm: Arm, batch: Batch, trace: list[Tensor] | None = None) -> Tensor:
