@@ -23,13 +23,14 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from bench.arms import Arm, arms_of
+from bench.arms import PROMPT, Arm, arms_of
 from bench.checks import check_arms
 from bench.flops import behind_tiny, count_arithmetic
 from bench.measure import Measured, matmul_rate, profile, repeat, unet_rate, warm_up
@@ -45,7 +46,8 @@ from engine.models.addresses import resolve
 from engine.models.hardware import CPU_ROWS, choose_hardware
 from engine.models.library_logging import quiet_libraries
 
-GPU_BATCH = 8
+# More of them diffusers cannot decode at 512 px: its upsampling counts elements in 32 bits.
+GPU_BATCH = 16
 
 
 class Benchmark:
@@ -63,9 +65,8 @@ class Benchmark:
         arms = arms_of(setting)
         wanted = [arm for arm in arms if any(fnmatch.fnmatch(arm.name, one) for one in options.only)]
         self._arms = [arm for arm in arms if arm in wanted or arm.name in {one.reference for one in wanted}]
-        steps = {"boundary": setting.boundary_sampling, "risky": setting.risky_sampling}
         about = describe(options.size, device) | {
-            "num_steps": {family: sampling.get("num_inference_steps", 0) for family, sampling in steps.items()},
+            "num_steps": {family: setting.sampling_of(family).get("num_inference_steps", 0) for family in PROMPT},
             "repeats": options.repeats,
             "processes": options.processes,
         }
@@ -100,22 +101,22 @@ class Benchmark:
         """Write what is there."""
         folder = self._options.output
         folder.mkdir(parents=True, exist_ok=True)
-        name = self._options.size
+        name = self._options.name or self._options.size
         (folder / f"{name}.json").write_text(json.dumps(self.results.as_json(), indent=1) + "\n")
         (folder / f"{name}.md").write_text(self.results.as_markdown())
         if self._options.into:
-            write_into(self._options.into, name, self.results.as_markdown())
+            write_into(self._options.into, self._options.size, self.results.as_markdown())
 
     def _count(self) -> None:
         setting = self._setting
         target, clip = resolve(setting.target), resolve(setting.clip)
-        for family, address in (("boundary", setting.diffusion), ("risky", setting.unclip)):
-            if address:
-                counted = count_arithmetic(resolve(address), target, clip)
-                self.results.arithmetic[family] = counted
-                if setting.tiny:
-                    behind = behind_tiny(counted, resolve(address), resolve(setting.tiny))
-                    self.results.arithmetic[f"{family}/tiny"] = behind
+        count = cache(partial(count_arithmetic, target=target, clip=clip))
+        for family in {arm.family: None for arm in self._arms}:
+            folder = resolve(setting.pipeline_of(family))
+            self.results.arithmetic[family] = counted = count(folder)
+            if setting.tiny:
+                behind = behind_tiny(counted, folder, resolve(setting.tiny))
+                self.results.arithmetic[f"{family}/tiny"] = behind
 
     def _reason(self, arm: Arm) -> str:
         """Why a group is not tried at all."""
@@ -142,8 +143,12 @@ class Benchmark:
         for _ in range(1, self._options.repeats):
             for one in measured:
                 if not one.reason and time.monotonic() < self._deadline:
-                    repeat(bench, one, batch)
+                    self._guarded(one, partial(repeat, bench, one, batch))
         self._report(measured)
+        if "generator" in vars(bench):
+            self.results.notices += bench.generator.notices.take()
+        if time.monotonic() > self._deadline:
+            return
         if self._device == "cuda" and not arms[0].tiny:
             operations = self.results.arithmetic[bench.family].unet
             part = batch.part(0, self._rows)
@@ -170,11 +175,19 @@ class Benchmark:
     def _first(self, bench: Bench, one: Measured, batch: Batch) -> None:
         """Load what an arm needs and time it once; take a profile where one is wanted."""
         one.batch_size, one.num_samples = bench.batch_size(one.arm, self._rows), len(batch)
-        try:
+
+        def first() -> None:
             warm_up(bench, one, batch)
             repeat(bench, one, batch)
             if any(fnmatch.fnmatch(one.arm.name, wanted) for wanted in self._options.profile):
                 one.profile = profile(bench, one.arm, batch.part(0, one.batch_size))
+
+        self._guarded(one, first)
+
+    def _guarded(self, one: Measured, work: Callable[[], None]) -> None:
+        """Work for an arm, whose failure is noted and ends nothing else."""
+        try:
+            work()
         except torch.OutOfMemoryError:
             one.reason = f"a batch of {one.batch_size} does not fit the GPU's memory"
         except (RuntimeError, NotImplementedError, ImportError) as error:
@@ -210,6 +223,7 @@ def describe(size: str, device: str) -> dict[str, object]:
         "hardware": torch.cuda.get_device_name() if device == "cuda" else processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "convolutions": torch.backends.cudnn.allow_tf32},
         "machine": platform.machine(),
         "versions": {"python": platform.python_version()} | software_versions(),
         "date": time.strftime("%Y-%m-%d"),
@@ -236,6 +250,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder of the results")
+    parser.add_argument("--name", help="of the files of results; default: the size")
     parser.add_argument("--models", type=Path, help="folder for random weights, kept; default: a temporary one")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     parser.add_argument("--num-samples", type=int, default=16, help="images of every arm, and of each process")
@@ -254,9 +269,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
     quiet_libraries()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu":
+        torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(prefix="riskforge-bench-") as folder:
         if options.size == "digits":
             setting = digits_setting()

@@ -1,11 +1,22 @@
-"""Everything that a GPU is needed for, by one command, on a machine that need not reach any network.
+"""Everything that a GPU is needed for, step by step, on a machine that need not reach any network.
 
-    python3 tools/gpu_session.py --wheels wheels --output runs/gpu --cifar10-data DIR
+    python3 tools/gpu_session.py --list
+    python3 tools/gpu_session.py --wheels wheels --output runs/gpu --budget 570 --archive runs/gpu.tar.gz
+    python3 tools/gpu_session.py --only decoder sharing --output runs/gpu
+    python3 tools/gpu_session.py --first cifar10 --cifar10-data DIR --output runs/gpu
 
 Torch, transformers, accelerate and pyarrow are taken from the Python that runs this; what it lacks is installed from a
-folder of wheels into an environment of its own. Then: `tests/gpu`, `tools/bench_sampling.py` at three sizes and, where
-data are given, `tools/zoo/train_cifar10.py`. Every step has a time limit and a log; one that fails does not stop the
-others; one that is done is not done again by the same command. Ends with a table, and with 1 if a step failed.
+folder of wheels into an environment of its own. The steps are in the order of what they decide for a second of the
+GPU: those of the first ten minutes, up to `sharing`, say whether the engine is right there and what it costs; the
+others take longer and say it more exactly. Where a GPU is there to train the zoo's photographs, `--first cifar10` puts
+that before everything else.
+
+Every step has a time limit, a log, a file of figures that is complete after every figure, and a marker when it is done,
+so that the same command goes on where it ended; one that fails does not stop the others. `--budget` ends the session
+in time to pack its results. `summary.json` has states and figures. On another machine an archive that was unpacked into
+`--output` (`cat ARCHIVE* | tar -xz -C OUTPUT`) counts as done there. Ends with a table, and with 1 if a step failed.
+
+`--device cpu --size tiny` runs the same steps in minutes without a GPU, to see that they would run.
 """
 
 from __future__ import annotations
@@ -13,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,14 +32,49 @@ import sys
 import sysconfig
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KILL_SECONDS = 10.0
-LIMIT_SECONDS = {"gpu": 120.0, "tests": 900.0, "digits": 400.0, "sd1": 900.0, "sd21-unclip": 600.0, "cifar10": 1800.0}
-PROFILED = ("kldb-polyak", "kldb-polyak-unet", "risky-paper")
+# In their order; those up to `sharing` take 570 s at most.
+LIMIT_SECONDS = {
+    "versions": 40.0,
+    "decoder": 90.0,
+    "precision": 110.0,
+    "run": 90.0,
+    "benchmark": 150.0,
+    "sharing": 90.0,
+    "compile": 240.0,
+    "tests": 900.0,
+    "goals": 500.0,
+    "digits": 400.0,
+    "sd21-unclip": 600.0,
+    "cifar10": 1800.0,
+}
+# Steps that are programs of their own, with their modules.
+PROGRAMS = {
+    "versions": "versions",
+    "decoder": "decoder",
+    "run": "runs",
+    "sharing": "sharing",
+    "compile": "compiling",
+}
+# Of the benchmark: what the goals speak of, with the full decoder and with the tiny one.
+GOAL_ARMS = (
+    *("prompt", "kldb-polyak-unet-every-2nd@decoder-bf16", "risk-polyak@decoder-bf16"),
+    *("kldb-polyak-unet-every-2nd@tiny", "risk-polyak@tiny"),
+)
+OTHER_ARMS = ("prompt@compile-on", "kldb-polyak-unet-every-2nd", "risk-polyak", "*@decoder-fp32")
 TIMED_OUT = "ran out of time"
+NO_TIME = "not started: the budget is spent"
+# Less is not worth a start.
+LEAST_SECONDS = 10.0
+# A part of an archive, and how many there may be.
+PART_BYTES, MAX_PARTS = 16 * 2**20, 4
+# What is not packed: installed, random or summed up in figures; and what of the rest is left out where it is too much.
+NOT_PACKED, FIRST_LEFT_OUT = ("environment", "models", "runs"), "cifar10-build"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +95,14 @@ class Outcome:
     """What came of a step.
 
     Attributes:
-        state: `done`, `done before`, `failed (exit code N)` or `ran out of time`.
+        state: `done`, `done before`, `failed (exit code N)`, `ran out of time`, or that there was none for it.
+        figures: what it found, also where it did not come to its end.
     """
 
     name: str
     state: str
     seconds: float
+    figures: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_good(self) -> bool:
@@ -61,26 +110,48 @@ class Outcome:
         return self.state.startswith("done")
 
 
-def run_steps(steps: Sequence[Step], output: Path) -> list[Outcome]:
+def run_steps(steps: Sequence[Step], output: Path, budget_seconds: float = float("inf")) -> list[Outcome]:
     """Run steps one after the other, whatever becomes of each.
+
+    Args:
+        budget_seconds: for all of them together.
 
     Side effects: in `output`, NAME.log of every step, NAME.done of those that succeeded, and summary.json after each.
     """
     output.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + budget_seconds
     outcomes: list[Outcome] = []
     for step in steps:
-        if (output / f"{step.name}.done").is_file():
-            outcomes.append(Outcome(name=step.name, state="done before", seconds=0.0))
-        else:
-            print(f"{step.name}: {' '.join(step.command)}", file=sys.stderr, flush=True)
-            outcomes.append(run_step(step, output))
-            print(f"{step.name}: {outcomes[-1].state}, {outcomes[-1].seconds:.0f} s", file=sys.stderr, flush=True)
+        outcomes.append(_outcome(step, output, deadline - time.monotonic()))
+        print(f"{step.name}: {outcomes[-1].state}, {outcomes[-1].seconds:.0f} s", file=sys.stderr, flush=True)
         (output / "summary.json").write_text(json.dumps([asdict(one) for one in outcomes], indent=1) + "\n")
     return outcomes
 
 
-def run_step(step: Step, output: Path) -> Outcome:
-    """Run one step to its end or its limit; its marker is written last."""
+def _outcome(step: Step, output: Path, seconds_left: float) -> Outcome:
+    """Run a step that is not done, as long as there is time."""
+    state, seconds = "done before", 0.0
+    if not (output / f"{step.name}.done").is_file():
+        limit = min(step.limit_seconds, seconds_left - KILL_SECONDS)
+        if limit < min(LEAST_SECONDS, step.limit_seconds):
+            state = NO_TIME
+        else:
+            print(f"{step.name}: {' '.join(step.command)}", file=sys.stderr, flush=True)
+            state, seconds = run_step(replace(step, limit_seconds=limit), output)
+    return Outcome(name=step.name, state=state, seconds=seconds, figures=_figures(output / f"{step.name}.json"))
+
+
+def _figures(path: Path) -> dict[str, Any]:
+    """What a step has written; empty where it has not."""
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except ValueError as error:
+        # It was ended while it wrote.
+        return {"unreadable": str(error).partition(":")[0]}
+
+
+def run_step(step: Step, output: Path) -> tuple[str, float]:
+    """Run one step to its end or its limit; its marker is written last. Returns its state and seconds."""
     started = time.monotonic()
     with (output / f"{step.name}.log").open("ab") as log:
         # A session of its own, so that what it has started ends with it.
@@ -94,10 +165,9 @@ def run_step(step: Step, output: Path) -> Outcome:
             state = TIMED_OUT
         finally:
             _end(process)
-    seconds = time.monotonic() - started
     if state == "done":
         (output / f"{step.name}.done").touch()
-    return Outcome(name=step.name, state=state, seconds=seconds)
+    return state, time.monotonic() - started
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -114,9 +184,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Of every step: the engine from this repository, no model hub."""
+    """Of every step: engine and tools from this repository, no model hub."""
     before = os.environ.get("PYTHONPATH", "")
-    path = os.pathsep.join([str(REPOSITORY), *([before] if before else [])])
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tools"), *([before] if before else [])])
     return os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 
 
@@ -148,34 +218,99 @@ def _packages(python: Path) -> Path:
 
 
 def session_steps(python: str, options: argparse.Namespace) -> list[Step]:
-    """The steps, in the order of their worth."""
-    output, tools = options.output.resolve(), REPOSITORY / "tools"
+    """The steps in their order."""
+    commands = {
+        **{name: _program(module, name, options) for name, module in PROGRAMS.items()},
+        "precision": _tests("precision", options, "tests/gpu/test_gpu_precision.py"),
+        "tests": _tests("tests", options, "tests/gpu", "--ignore=tests/gpu/test_gpu_precision.py"),
+        "benchmark": _benchmark(options, "benchmark", 8, 2, GOAL_ARMS, GOAL_ARMS[:3]),
+        "goals": _benchmark(options, "goals", 32, 5, (*GOAL_ARMS, *OTHER_ARMS)),
+        "digits": _benchmark(options, "digits", 32, 3, ("*",), ("prompt", "kldb-polyak", "risky-paper")),
+        "sd21-unclip": _benchmark(options, "sd21-unclip", 8, 2, ("*",), ("prompt-unclip", "risky-paper")),
+        "cifar10": _training(options),
+    }
+    names = [*options.first, *[name for name in LIMIT_SECONDS if name not in options.first]]
     limits = LIMIT_SECONDS | options.limit
-    # Without a GPU the tests would skip themselves and pass.
-    look = "import torch; print(torch.__version__, torch.cuda.get_device_name())"
-    steps = [
-        Step(name="gpu", command=(python, "-c", look), limit_seconds=limits["gpu"]),
-        Step(
-            name="tests",
-            # In one process: they share the GPU, and measure its memory.
-            command=(
-                *(python, "-m", "pytest", "-o", "addopts=", "-q", "-rs"),
-                *("tests/gpu", f"--junitxml={output / 'tests.xml'}"),
-            ),
-            limit_seconds=limits["tests"],
-        ),
+    return [
+        Step(name=name, command=(python, *commands[name]), limit_seconds=limits[name])
+        for name in names
+        if commands[name] and (not options.only or name in options.only)
     ]
-    for size in ("digits", "sd1", "sd21-unclip"):
-        bench = (python, str(tools / "bench_sampling.py"), "--size", size, "--output", str(output / "bench"))
-        # The benchmark stops by itself a little before, with what it has.
-        enough = ("--max-seconds", f"{limits[size] * 0.7:g}", "--profile", "prompt", "prompt-unclip", *PROFILED)
-        few = () if size == "digits" else ("--num-samples", "8", "--check-samples", "4", "--repeats", "2")
-        steps.append(Step(name=size, command=(*bench, *enough, *few), limit_seconds=limits[size]))
-    if options.cifar10_data:
-        train = (python, str(tools / "zoo" / "train_cifar10.py"), "--data", str(options.cifar10_data.resolve()))
-        places = ("--output", str(output / "cifar10"), "--build-folder", str(output / "cifar10-build"))
-        steps.append(Step(name="cifar10", command=(*train, *places), limit_seconds=limits["cifar10"]))
-    return [step for step in steps if not options.only or step.name in options.only]
+
+
+def _program(module: str, name: str, options: argparse.Namespace) -> tuple[str, ...]:
+    output = options.output.resolve()
+    given = ("--device", options.device, "--size", options.size, "--models", str(output / "models" / options.size))
+    return ("-m", f"gpu_steps.{module}", *given, "--output", str(output / f"{name}.json"))
+
+
+def _tests(name: str, options: argparse.Namespace, *which: str) -> tuple[str, ...]:
+    # In one process: they share the GPU, and measure its memory.
+    results = options.output.resolve() / f"{name}.xml"
+    return ("-m", "pytest", "-o", "addopts=", "-q", "-rs", *which, f"--junitxml={results}")
+
+
+def _benchmark(
+    options: argparse.Namespace,
+    name: str,
+    batch: int,
+    repeats: int,
+    arms: Sequence[str],
+    profiled: Sequence[str] = (),
+) -> tuple[str, ...]:
+    """One batch a repetition.
+
+    Args:
+        batch: its samples.
+        arms: patterns of their names; profiled: of those whose time is taken apart.
+    """
+    output, seconds = options.output.resolve(), (LIMIT_SECONDS | options.limit)[name]
+    size = name if name in ("digits", "sd21-unclip") else options.size
+    if options.size == "tiny":
+        size, batch, repeats = "tiny" if size != "digits" else size, 2, 1
+    place = ("--device", options.device, "--models", str(output / "models" / size), "--output", str(output))
+    # The benchmark stops by itself a little before its limit, with what it has.
+    amount = ("--num-samples", batch, "--batch-size", batch, "--check-samples", 4, "--repeats", repeats)
+    several = ("--processes", 1, "--max-seconds", f"{seconds * 0.7:g}", "--name", name)
+    profile = ("--profile", *profiled) if profiled else ()
+    script = str(REPOSITORY / "tools" / "bench_sampling.py")
+    return (script, "--size", size, *place, *map(str, amount + several), "--only", *arms, *profile)
+
+
+def _training(options: argparse.Namespace) -> tuple[str, ...]:
+    """The training of the photographs' zoo; empty without data."""
+    if not options.cifar10_data:
+        return ()
+    output, data = options.output.resolve(), options.cifar10_data.resolve()
+    few = ("--max-steps", "2") if options.size == "tiny" else ()
+    places = ("--output", str(output / "cifar10"), "--build-folder", str(output / "cifar10-build"))
+    return (str(REPOSITORY / "tools" / "zoo" / "train_cifar10.py"), "--data", str(data), *places, *few)
+
+
+def pack(output: Path, archive: Path) -> list[Path]:
+    """Pack the results into an archive, in parts where it is large; returns their paths.
+
+    Models, images and installed packages are left out; checkpoints of a training, where they are too much.
+
+    Raises:
+        ValueError: the results are too large.
+    """
+    for left_out in (NOT_PACKED, (*NOT_PACKED, FIRST_LEFT_OUT)):
+        excluded = [f"--exclude=./{name}" for name in left_out]
+        packed = subprocess.run(["tar", "-cz", *excluded, "."], cwd=output, check=True, stdout=subprocess.PIPE).stdout
+        if len(packed) <= MAX_PARTS * PART_BYTES:
+            return _write_parts(packed, archive)
+    raise ValueError(f"{output}: the results take {len(packed) / 2**20:.0f} MiB packed; nothing was written")
+
+
+def _write_parts(packed: bytes, archive: Path) -> list[Path]:
+    """One file where it is small enough; else ARCHIVE.0, ARCHIVE.1, ..."""
+    starts = range(0, len(packed), PART_BYTES)
+    paths = [archive] if len(starts) == 1 else [Path(f"{archive}.{number}") for number in range(len(starts))]
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    for path, start in zip(paths, starts, strict=True):
+        path.write_bytes(packed[start : start + PART_BYTES])
+    return paths
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
@@ -192,29 +327,41 @@ def _limit(text: str) -> tuple[str, float]:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of logs, markers and results")
+    steps: dict[str, Any] = {"nargs": "+", "default": [], "choices": tuple(LIMIT_SECONDS), "metavar": "STEP"}
+    parser.add_argument("--list", action="store_true", help="print the steps with their limits, and run none")
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder of logs, markers and results")
+    parser.add_argument("--only", **steps, help="run these steps")
+    parser.add_argument("--first", **steps, help="run these steps before the others")
+    parser.add_argument("--limit", type=_limit, nargs="+", default=[], metavar="STEP=SECONDS")
+    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="of the whole session")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--size", choices=("sd1", "tiny"), default="sd1", help="of the models with random weights")
     parser.add_argument("--wheels", type=Path, help="folder of wheels that this Python lacks")
     parser.add_argument("--environment", type=Path, help="default: OUTPUT/environment")
     parser.add_argument("--cifar10-data", type=Path, help="train the photographs of engine/zoo/cifar10 from these")
-    parser.add_argument("--only", nargs="+", default=[], metavar="STEP")
-    parser.add_argument("--limit", type=_limit, nargs="+", default=[], metavar="STEP=SECONDS")
-    parser.add_argument("--archive", type=Path, help="pack all results, but not the environment, into this .tar.gz")
+    archive = f"pack results into this .tar.gz, in parts of {PART_BYTES >> 20} MiB where it is larger"
+    parser.add_argument("--archive", type=Path, help=archive)
     options = parser.parse_args(arguments)
     options.limit = dict(options.limit)
+    if unknown := set(options.limit) - set(LIMIT_SECONDS):
+        parser.error(f"--limit: no step is called {', '.join(sorted(unknown))}; see --list")
+    if options.only == ["cifar10"] and not options.cifar10_data:
+        parser.error("--only cifar10: name its data in --cifar10-data")
     return options
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    options = parse()
+    started, options = time.monotonic(), parse(arguments)
+    if options.list:
+        for step in session_steps("python", options):
+            print(f"{step.name}: {step.limit_seconds:g} s: {shlex.join(step.command)}")
+        return 0
     python = make_environment(options.environment or options.output / "environment", options.wheels)
-    outcomes = run_steps(session_steps(str(python.absolute()), options), options.output)
+    spent = time.monotonic() - started
+    outcomes = run_steps(session_steps(str(python.absolute()), options), options.output, options.budget - spent)
     if options.archive:
-        subprocess.run(
-            ["tar", "-czf", options.archive.resolve(), "--exclude=./environment", "--exclude=./cifar10-build", "."],
-            cwd=options.output,
-            check=True,
-        )
+        print(f"packed: {', '.join(map(str, pack(options.output, options.archive)))}", file=sys.stderr)
     print(summary(outcomes))
     return 0 if all(one.is_good for one in outcomes) else 1
 

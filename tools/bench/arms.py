@@ -1,14 +1,17 @@
-"""What is measured side by side: arms of two families, each a way to make the same samples."""
+"""What is measured side by side: arms of three families, each a way to make the same samples."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from bench.sizes import Setting
 
-Family = Literal["boundary", "risky"]
+Family = Literal["boundary", "risk", "risky"]
+# What guides a family. `risk` is RiskyDiff's guidance without image embeddings, on the pipeline of `boundary`.
+METHODS: Mapping[Family, str] = {"boundary": "boundary", "risk": "risky", "risky": "risky"}
 Program = Literal["plain", "published", "engine", "parts"]
 
 # Guidance as the authors' public code has it (docs/methods.md has these as jobs): KLDB by the later rule and by that of
@@ -16,11 +19,21 @@ Program = Literal["plain", "published", "engine", "parts"]
 KLDB = {"step": "norm", "alpha": 0.05, "every": 5, "gradient": "unet", "skip_last": False}
 KLDB_WORKSHOP = KLDB | {"step": "paper", "alpha": 0.1}
 RISKY = {"step": "paper", "scale": 10.0, "conformity_weight": 1e-4, "conformity": "raw", "skip_last": False}
-PROMPT = {"boundary": "prompt", "risky": "prompt-unclip"}
+PROMPT: Mapping[Family, str] = {"boundary": "prompt", "risk": "prompt-risk", "risky": "prompt-unclip"}
 DIVIDED = "workers"
 # The engine alone: what is published is one process, and is compared with one.
 AS_WORKERS = ("prompt", "kldb-norm-unet", "kldb-polyak", "prompt-unclip", "risky-paper", "risky-polyak")
-PLAIN = {"boundary": "plain-diffusers", "risky": "plain-diffusers-unclip"}
+PLAIN: Mapping[Family, str] = {"boundary": "plain-diffusers", "risky": "plain-diffusers-unclip"}
+# What a job may set for a GPU, one by one.
+RUNTIMES: Mapping[str, dict[str, Any]] = {
+    **{precision: {"precision": precision} for precision in ("fp32", "fp16", "bf16")},
+    **{attention: {"attention": attention} for attention in ("sdpa", "xformers")},
+    **{f"checkpointing-{value}": {"gradient_checkpointing": value} for value in ("on", "off")},
+    **{f"channels-last-{value}": {"channels_last": value} for value in ("on", "off")},
+    **{f"compile-{value}": {"compile": value} for value in ("on", "off")},
+    **{f"decoder-{precision}": {"decoder_precision": precision} for precision in ("fp32", "bf16")},
+}
+TINY = "tiny"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +80,13 @@ class Arm:
     @property
     def every(self) -> int:
         """A step is guided where its number, counted from 1, is a multiple of this."""
-        return int((self.guidance or {}).get("every", 1 if self.family == "risky" else 5))
+        return int((self.guidance or {}).get("every", 5 if self.family == "boundary" else 1))
 
 
 def arms_of(setting: Setting) -> list[Arm]:
     """All arms of a size, group by group, those of the machine's default runtime first."""
-    arms = [*(_boundary_arms() if setting.diffusion else []), *(_risky_arms() if setting.unclip else [])]
+    arms = [*_boundary_arms(), *_risk_arms()] if setting.diffusion else []
+    arms += _risky_arms() if setting.unclip else []
     arms += [divided(arm) for arm in arms if arm.name in AS_WORKERS]
     groups = list(dict.fromkeys(arm.group for arm in sorted(arms, key=lambda arm: bool(arm.runtime) or arm.tiny)))
     return sorted(arms, key=lambda arm: groups.index(arm.group))
@@ -85,6 +99,7 @@ def divided(arm: Arm) -> Arm:
 
 def _boundary_arms() -> list[Arm]:
     default, through = {"step": "polyak", "every": 5}, {"gradient": "unet"}
+    second = {"step": "polyak", "every": 2, "gradient": "unet"}
 
     def arm(name: str, guidance: dict[str, Any] | None = None, program: Program = "engine", twin: str = "") -> Arm:
         return Arm(name=name, family="boundary", guidance=guidance, program=program, twin=twin)
@@ -99,11 +114,24 @@ def _boundary_arms() -> list[Arm]:
         arm("kldb-polyak", default),
         arm("kldb-polyak-combined", default, "parts"),
         arm("kldb-polyak-unet", default | through),
+        arm("kldb-polyak-unet-every-2nd", second),
         arm("kldb-polyak-every-step", default | {"every": 1}),
         arm("kldb-norm", {"step": "norm", "alpha": KLDB["alpha"], "every": 5}),
-        *_variants("boundary", "kldb-polyak", default),
-        *_variants("boundary", "kldb-polyak-unet", default | through, only=("xformers", "checkpointing")),
+        *_variants("boundary", {"prompt": None, "kldb-polyak": default}, (TINY, *RUNTIMES)),
+        *_variants("boundary", {"kldb-polyak-unet": default | through}, _labels("xformers", "checkpointing")),
+        *_variants("boundary", {"kldb-polyak-unet-every-2nd": second}, _labels(TINY, "compile", "decoder")),
     ]
+
+
+def _risk_arms() -> list[Arm]:
+    target = {"step": "polyak"}
+    methods = {
+        "prompt-risk": None,
+        "risk-polyak": target,
+        "risk-polyak-floor": target | {"conformity_floor": 0.3},
+    }
+    arms = [Arm(name=name, family="risk", guidance=guidance) for name, guidance in methods.items()]
+    return arms + _variants("risk", methods, _labels(TINY, "decoder"))
 
 
 def _risky_arms() -> list[Arm]:
@@ -117,28 +145,30 @@ def _risky_arms() -> list[Arm]:
         arm("risky-paper", RISKY),
         arm("risky-polyak", {"step": "polyak"}),
         arm("risky-polyak-floor", {"step": "polyak", "conformity_floor": 0.3}),
-        *_variants("risky", "risky-paper", RISKY),
+        *_variants("risky", {"prompt-unclip": None, "risky-paper": RISKY}, (TINY, *RUNTIMES)),
     ]
 
 
-def _variants(family: Family, guided: str, guidance: dict[str, Any], only: tuple[str, ...] = ("",)) -> list[Arm]:
-    """A guidance and the prompt alone on every other runtime, and behind the tiny autoencoder.
+def _labels(*beginnings: str) -> list[str]:
+    """The names of variants that begin so."""
+    return [label for label in (TINY, *RUNTIMES) if label.startswith(beginnings)]
+
+
+def _variants(family: Family, methods: Mapping[str, dict[str, Any] | None], labels: Collection[str]) -> list[Arm]:
+    """Some guidances on other runtimes than the default, and behind the tiny autoencoder.
 
     Args:
-        only: beginnings of the names of the variants; the prompt alone is left to the first guidance of the family.
+        methods: parameters by the name of an arm.
+        labels: names of variants.
     """
-    runtimes: dict[str, dict[str, Any]] = {
-        "tiny": {},
-        **{precision: {"precision": precision} for precision in ("fp32", "fp16", "bf16")},
-        **{attention: {"attention": attention} for attention in ("sdpa", "xformers")},
-        **{f"checkpointing-{value}": {"gradient_checkpointing": value} for value in ("on", "off")},
-        **{f"channels-last-{value}": {"channels_last": value} for value in ("on", "off")},
-        **{f"compile-{value}": {"compile": value} for value in ("on", "off")},
-    }
-    methods = {guided: guidance} if only != ("",) else {PROMPT[family]: None, guided: guidance}
     return [
-        Arm(name=f"{name}@{label}", family=family, guidance=parameters, runtime=runtime, tiny=label == "tiny")
-        for label, runtime in runtimes.items()
-        if label.startswith(only)
+        Arm(
+            name=f"{name}@{label}",
+            family=family,
+            guidance=parameters,
+            runtime=RUNTIMES.get(label, {}),
+            tiny=label == TINY,
+        )
+        for label in labels
         for name, parameters in methods.items()
     ]

@@ -71,6 +71,11 @@ class Measured:
         return min(self.seconds) / self.num_samples
 
     @property
+    def median_images_per_second(self) -> float:
+        """Of the median repetition: what a run can count on."""
+        return self.num_samples / statistics.median(self.seconds)
+
+    @property
     def cpu_seconds_per_image(self) -> float:
         """Of the repetition that cost the processor least."""
         return min(self.cpu_seconds) / self.num_samples
@@ -89,6 +94,7 @@ class Measured:
         if self.seconds:
             found |= {"seconds_per_image": self.seconds_per_image, "images_per_second": 1 / self.seconds_per_image}
             found |= {"cpu_seconds_per_image": self.cpu_seconds_per_image}
+            found |= {"median_images_per_second": self.median_images_per_second}
         return found
 
 

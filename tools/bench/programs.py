@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from bench.arms import Arm, Family
+from bench.arms import METHODS, Arm, Family
 from bench.naive import PAPER_ELEMENTS, RISKY_COLUMNS, Naive, sample_boundary, sample_risky
 from bench.sizes import Setting
 from engine.generation.conditioner import conditioning_digests, open_conditioner
@@ -102,7 +102,7 @@ class Bench:
     ) -> None:
         self.setting, self.arms, self.device = setting, list(arms), device
         self.family: Family = arms[0].family
-        self.address = setting.diffusion if self.family == "boundary" else setting.unclip
+        self.address = setting.pipeline_of(self.family)
         raw = raw or raw_job(setting, self.arms, num_samples)
         self._sampling: dict[str, Any] = raw["sampling"]
         self.job = parse_job(raw | {"runtime": {"device": device} | (arms[0].runtime if runtime is None else runtime)})
@@ -221,6 +221,22 @@ class Bench:
         clean = sample(_recording(guided, entered), sampler, noise[LATENTS])
         return [*entered[1:], clean]
 
+    def gradients(self, arm: Arm, batch: Batch, place: int) -> Callable[[], Tensor]:
+        """What computes the gradients [K, B, C, h, w] of an arm's criteria in the latents, at pure noise of a step.
+
+        Args:
+            place: of the step, from 0.
+
+        Returns:
+            A function whose calls cost the gradients alone: the network's prediction is there already.
+        """
+        model, sampler = self.diffusion, self.diffusion.sampler(self.job.sampling)
+        denoiser = model.denoiser([spec.prompt for spec in batch.specs], self.job.sampling, sampler)
+        guided, step = self._guided(denoiser, arm, batch), list(sampler.steps())[place]
+        latents = model.draw_noise(batch.seeds)[LATENTS] * math.hypot(step.scale, step.sigma)
+        prediction = guided.predict(latents, step)
+        return lambda: guided.gradients(prediction, step)[1]
+
     def published(self, arm: Arm, batch: Batch, trace: list[Tensor] | None = None) -> Tensor:
         """Clean latents [B, C, h, w] of the samples of one call of a published loop.
 
@@ -292,7 +308,7 @@ class Bench:
         spec = self.job.parameters_of(self.request_of(arm).spec)
         scene = self.guides.scene([one.cell.classes for one in batch.specs], self._decoding())
         if not (arm.program == "parts" and isinstance(spec, BoundaryGuidanceSpec)):
-            return method_of(self.family).load_guide()(denoiser, spec, scene)
+            return method_of(METHODS[self.family]).load_guide()(denoiser, spec, scene)
         return GuidedDenoiser(
             denoiser,
             criteria=lambda images, rows: kldb(rows.logits(images), rows.classes[0])[None],
@@ -306,27 +322,27 @@ class Bench:
 def raw_job(setting: Setting, arms: Sequence[Arm], num_samples: int) -> dict[str, Any]:
     """The job of a group of arms: a request an arm, all from the same noise."""
     family = arms[0].family
-    boundary = family == "boundary"
-    models = {"diffusion": setting.diffusion if boundary else setting.unclip, "clip": setting.clip}
+    boundary, method = family == "boundary", METHODS[family]
+    models = {"diffusion": setting.pipeline_of(family), "clip": setting.clip}
     models |= {"target": setting.target} | ({"guidance_decoder": setting.tiny} if arms[0].tiny else {})
     what: dict[str, Any] = {"boundary": setting.boundary} if boundary else {"classes": setting.classes}
-    conditioning = {} if boundary else {"conditioning": setting.conditioning}
+    conditioning = {"conditioning": setting.conditioning} if family == "risky" else {}
     return {
         "name": "bench",
         "models": models,
         "requests": [
             {
                 "name": f"arm-{place}",
-                "method": "prompt" if arm.guidance is None else family,
+                "method": "prompt" if arm.guidance is None else method,
                 "count": num_samples if boundary else -(-num_samples // len(setting.classes)),
                 "seed_group": "bench",
-                "guidance": {} if arm.guidance is None else {family: arm.guidance},
+                "guidance": {} if arm.guidance is None else {method: arm.guidance},
                 **what,
                 **conditioning,
             }
             for place, arm in enumerate(arms)
         ],
-        "sampling": setting.boundary_sampling if boundary else setting.risky_sampling,
+        "sampling": setting.sampling_of(family),
         "output": {"uri": "runs/bench"},
     }
 

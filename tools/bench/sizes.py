@@ -77,6 +77,14 @@ class Setting:
     boundary_sampling: dict[str, Any] = field(default_factory=dict)
     risky_sampling: dict[str, Any] = field(default_factory=dict)
 
+    def pipeline_of(self, family: str) -> str:
+        """Address of the pipeline that makes a family's samples; empty where the size has none."""
+        return self.unclip if family == "risky" else self.diffusion
+
+    def sampling_of(self, family: str) -> dict[str, Any]:
+        """`sampling` of a family's requests."""
+        return self.risky_sampling if family == "risky" else self.boundary_sampling
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
@@ -305,7 +313,8 @@ def _build_unclip(
     rng = np.random.default_rng(0)
     for label in KINDS:
         pictures = folder / "pictures" / label
-        pictures.mkdir(parents=True)
+        # It is there where a process was ended while it built the models.
+        pictures.mkdir(parents=True, exist_ok=True)
         for number in range(NUM_PICTURES):
             pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
             PIL.Image.fromarray(pixels).save(pictures / f"{number}.png")
