@@ -187,8 +187,10 @@ def test_the_decoders_gradient_is_measured(models, tmp_path, monkeypatch):
     monkeypatch.setattr(decoder.WholeDecoder, "gradient", gradient)
     code, found = run_program("decoder", models, tmp_path)
     assert code == 0
-    assert [found[f"engine fp32 {rows}"]["finite_samples"] for rows in (2, 4)] == [2, 4]
-    assert found["engine fp32 2"]["median_cosine"] == pytest.approx(1, abs=1e-4)
+    gradients = {dtype: [found[f"engine {dtype} {rows}"] for rows in (2, 4)] for dtype in ("float32", "bfloat16")}
+    assert all([one["finite_samples"] for one in some] == [2, 4] for some in gradients.values())
+    assert gradients["float32"][0]["median_cosine"] == pytest.approx(1, abs=1e-4)
+    assert 0.9 < gradients["bfloat16"][0]["median_cosine"] < 1
     for layout in ("channels_last", "contiguous_format"):
         assert found[f"all rows at once, {layout} 2"]["finite_samples"] == 2
         assert found[f"all rows at once, {layout} 4"].startswith("RuntimeError: upsample_nearest_nhwc")

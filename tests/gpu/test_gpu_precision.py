@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 from bench.checks import relative_difference
-from bench.measure import full_float32
 
 from engine.generation.generator import Generator
 from engine.job.parsing import parse_job
 from engine.job.plan import build_plan
 from engine.models.digests import model_digests
+from engine.models.kernels import full_float32
 from engine.models.labels import read_labels
 from tests.ladder import TOLERANCES, engine_latents, error_of, open_bench
 
@@ -22,7 +22,7 @@ PRECISION = {"cuda": "fp16", "cpu": "fp32"}
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_errors_fall_with_precision(gradient, device):
     """float64, float32, float16, bfloat16: each rung within its tolerance, none better than the one above."""
-    with full_float32():
+    with full_float32(device):
         errors = {dtype: error_of(device, gradient, dtype) for dtype in TOLERANCES}
     assert all(error < TOLERANCES[dtype] for dtype, error in errors.items()), errors
     assert errors["float32"] < errors["float16"] < errors["bfloat16"], errors

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from bench.arms import PLAIN, PROMPT, Arm
-from bench.measure import full_float32, scores_of
+from bench.measure import scores_of
 from bench.programs import Batch, Bench
 from engine.data.images.encoding import quantise
+from engine.models.kernels import full_float32
 
 # Relative distance of a sample's latents, in float32, after the first guided step and at the end. Rounding on a CPU
 # makes 1e-6 of it, and more than 1e-5 in one sample of eight. A step that is a fiftieth longer makes 1e-3 of the first;
@@ -93,7 +94,7 @@ def check_arms(bench: Bench, batch: Batch) -> list[Check]:
     for arm in bench.arms:
         # The engine sets the precision of products for its process when it loads: not within what follows.
         bench.load(arm)
-    with full_float32(), torch.no_grad():
+    with full_float32(bench.device), torch.no_grad():
         checks = [check_published(bench, arm, arms[arm.twin], batch) for arm in bench.arms if arm.twin]
         plain, prompt = arms.get(PLAIN.get(bench.family, "")), arms.get(PROMPT[bench.family])
         if plain and prompt:

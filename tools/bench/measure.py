@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -225,15 +224,3 @@ def kind_of(name: str) -> str:
     """What an operator or kernel is for, by its name."""
     lower = name.lower()
     return next((kind for kind, parts in KINDS if any(part in lower for part in parts)), "other")
-
-
-@contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Products and convolutions of float32 in float32 on a GPU, not in TF32."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before

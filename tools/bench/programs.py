@@ -32,7 +32,6 @@ from engine.methods.boundary.spec import BoundaryGuidanceSpec
 from engine.methods.conditioning.screening import ScreenedDraw
 from engine.methods.guidance.guided import ConditionalDenoiser, GuidedDenoiser
 from engine.methods.guidance.rules import shifting
-from engine.methods.guidance.scene import Decoding
 from engine.methods.registry import method_of
 from engine.methods.sampling.denoiser import Denoiser, Prediction, Step
 from engine.methods.sampling.loop import sample
@@ -41,8 +40,10 @@ from engine.methods.scores import kldb
 from engine.models.addresses import resolve
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
+from engine.models.decoding import EXACT
 from engine.models.diffusion import load_pipeline
 from engine.models.hardware import choose_hardware
+from engine.models.kernels import fix_kernels
 from engine.models.labels import read_labels
 from engine.models.pipelines.base import LATENTS, ImageConditioning, Pipeline
 
@@ -174,6 +175,8 @@ class Bench:
         }
         for name in needed[arm.program]:
             getattr(self, name)
+        # The engine does so for its process when it loads. For all programs alike, and not as another bench left it.
+        fix_kernels(self.hardware)
 
     def batch_size(self, arm: Arm, rows: int) -> int:
         """Samples of a call: those of the published loop, or `rows`."""
@@ -221,18 +224,20 @@ class Bench:
         clean = sample(_recording(guided, entered), sampler, noise[LATENTS])
         return [*entered[1:], clean]
 
-    def gradients(self, arm: Arm, batch: Batch, place: int) -> Callable[[], Tensor]:
+    def gradients(self, arm: Arm, batch: Batch, place: int, precision: str = EXACT) -> Callable[[], Tensor]:
         """What computes the gradients [K, B, C, h, w] of an arm's criteria in the latents, at pure noise of a step.
 
         Args:
             place: of the step, from 0.
+            precision: of the decoder: the name of a torch type.
 
         Returns:
             A function whose calls cost the gradients alone: the network's prediction is there already.
         """
+        fix_kernels(self.hardware)
         model, sampler = self.diffusion, self.diffusion.sampler(self.job.sampling)
         denoiser = model.denoiser([spec.prompt for spec in batch.specs], self.job.sampling, sampler)
-        guided, step = self._guided(denoiser, arm, batch), list(sampler.steps())[place]
+        guided, step = self._guided(denoiser, arm, batch, precision), list(sampler.steps())[place]
         latents = model.draw_noise(batch.seeds)[LATENTS] * math.hypot(step.scale, step.sigma)
         prediction = guided.predict(latents, step)
         return lambda: guided.gradients(prediction, step)[1]
@@ -301,12 +306,10 @@ class Bench:
     def _embeds(self, batch: Batch) -> Tensor:
         return torch.stack([draw.embedding for draw in batch.draws]).to(self.device)
 
-    def _decoding(self) -> Decoding:
-        return self.diffusion.decoder.decoding(self.diffusion.latent_shape)
-
-    def _guided(self, denoiser: ConditionalDenoiser, arm: Arm, batch: Batch) -> GuidedDenoiser:
+    def _guided(self, denoiser: ConditionalDenoiser, arm: Arm, batch: Batch, precision: str = EXACT) -> GuidedDenoiser:
         spec = self.job.parameters_of(self.request_of(arm).spec)
-        scene = self.guides.scene([one.cell.classes for one in batch.specs], self._decoding())
+        decoding = self.diffusion.decoder.decoding(self.diffusion.latent_shape, precision)
+        scene = self.guides.scene([one.cell.classes for one in batch.specs], decoding)
         if not (arm.program == "parts" and isinstance(spec, BoundaryGuidanceSpec)):
             return method_of(METHODS[self.family]).load_guide()(denoiser, spec, scene)
         return GuidedDenoiser(

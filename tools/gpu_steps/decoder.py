@@ -27,7 +27,7 @@ from engine.models.configurations import read_config
 from gpu_steps.common import Figures, PeakMemory, attempt, exit_code, parser, rounded
 
 ARM = Arm(name="kldb", family="boundary", guidance={"step": "polyak", "every": 1})
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("float32", "bfloat16")
 BATCHES = {"sd1": (8, 16, 32, 64), "tiny": (2, 4)}
 # 33 rows are the first whose upsampled activations no 32-bit index reaches.
 WHOLE_BATCHES = {"sd1": (8, 31, 32, 33, 64), "tiny": (2, 4)}
@@ -42,11 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting = random_setting(given.size, given.models, given.device)
     failures = list[str]()
     exact: dict[int, Tensor] = {}
-    for precision in PRECISIONS if given.device == "cuda" else PRECISIONS[:1]:
-        opened = cache(partial(open_bench, setting, precision, given.device, max(BATCHES[given.size])))
+    opened = cache(partial(open_bench, setting, given.device, max(BATCHES[given.size])))
+    for precision in PRECISIONS:
         for rows in BATCHES[given.size]:
             name = f"engine {precision} {rows}"
-            found = attempt(partial(engine_gradient, opened, rows, PLACE[given.size], exact))
+            found = attempt(partial(engine_gradient, opened, rows, PLACE[given.size], precision, exact))
             figures.note(name, found)
             failures += [f"{name}: {found}"] * isinstance(found, str)
             release()
@@ -65,13 +65,14 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
-def open_bench(setting: Setting, precision: str, device: str, most: int) -> Bench:
-    """The engine's parts with a precision of the decoder's gradient."""
-    half = {"precision": "fp16", "decoder_precision": precision} if device == "cuda" else {}
-    return Bench(setting, [ARM], device=device, num_samples=most, runtime=half)
+def open_bench(setting: Setting, device: str, most: int) -> Bench:
+    """The engine's parts, as `auto` has them on this device."""
+    return Bench(setting, [ARM], device=device, num_samples=most)
 
 
-def engine_gradient(opened: Callable[[], Bench], rows: int, place: int, exact: dict[int, Tensor]) -> dict[str, Any]:
+def engine_gradient(
+    opened: Callable[[], Bench], rows: int, place: int, precision: str, exact: dict[int, Tensor]
+) -> dict[str, Any]:
     """Figures of one gradient by the engine.
 
     Args:
@@ -79,7 +80,7 @@ def engine_gradient(opened: Callable[[], Bench], rows: int, place: int, exact: d
         exact: gradients by rows; takes those of the first precision, with which others are compared.
     """
     bench = opened()
-    compute = bench.gradients(ARM, bench.batch(rows), place)
+    compute = bench.gradients(ARM, bench.batch(rows), place, precision)
     found, made = measured(compute, rows, bench.device)
     (gradients,) = made.float().cpu()
     cosines = cosine_similarity(gradients.flatten(1), exact.setdefault(rows, gradients).flatten(1))

@@ -9,13 +9,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from bench.measure import full_float32, matmul_rate, timed
+from bench.measure import matmul_rate, timed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from engine.data.run.manifest import software_versions
 from engine.job.spec import RuntimeSpec
 from engine.models.hardware import choose_hardware
+from engine.models.kernels import full_float32
 from gpu_steps.common import Figures, PeakMemory, attempt, exit_code, parser, rounded
 
 # Head sizes of the UNets of Stable Diffusion 1.x (40, 80, 160) and 2.x (64), and of the autoencoder of both.
@@ -124,7 +125,7 @@ def rates(options: argparse.Namespace) -> dict[str, float]:
     torch.backends.cuda.matmul.allow_tf32 = True
     found["tf32"] = matmul_rate(options.device, torch.float32, side)
     torch.backends.cuda.matmul.allow_tf32 = before
-    with full_float32():
+    with full_float32(options.device):
         found["float32"] = matmul_rate(options.device, torch.float32, side)
     return {name: rounded(rate / 1e12) for name, rate in found.items()}
 
