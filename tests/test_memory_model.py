@@ -11,11 +11,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from engine.methods.guidance.slices import even_slices
 from engine.models.decoder import GuidanceDecoder
-from engine.models.decoding import GRAPH_SHARE, SLICE_ELEMENTS, SLICE_PIXELS
+from engine.models.decoding import FORWARD_SHARE, GRAPH_SHARE, SLICE_ELEMENTS, SLICE_PIXELS
 from engine.models.memory_model import META, decoder_footprint, device_memory, network_footprint, rows_of
 from engine.models.pipelines.base import NETWORK_GRAPH_SHARE
 from tests.meta_models import (
     GIB,
+    AliveBytes,
     IndexGuard,
     attention_of_a_gpu,
     full_decoder,
@@ -86,6 +87,32 @@ def test_a_slice_has_the_rows_that_fit(pixels, precision, memory_gib, rows):
     assert decoder.decoding(shape, precision).slice_rows == rows
     assert rows == 1 or rows * footprint.graph_bytes <= GRAPH_SHARE * memory_gib * GIB
     assert rows * pixels**2 <= SLICE_PIXELS and rows * footprint.largest_elements <= SLICE_ELEMENTS
+
+
+@pytest.mark.parametrize(
+    ("pixels", "memory_gib", "rows"),
+    # 0.8 GiB a row at 512 px, where torch counts what is alive; a gibibyte is planned for, in a fifth of the memory.
+    [(512, 139, 8), (512, 40, 8), (512, 24, 4), (512, 16, 3), (512, 11, 2), (512, 4, 1), (768, 24, 2), (768, 11, 1)],
+)
+def test_stored_images_are_decoded_in_slices_that_fit(pixels, memory_gib, rows):
+    """On a small card, or on a part of one, eight images of 512 px would limit the whole batch."""
+    decoder, slices = full_decoder(meta_hardware(memory_gib=memory_gib)), []
+    side = pixels // 8
+    latents = torch.empty(16, 4, side, side, device=META)
+    decode = decoder._autoencoder.decode
+    decoder._autoencoder.decode = lambda part: slices.append(len(part)) or decode(part)
+    with torch.no_grad(), attention_of_a_gpu():
+        assert decoder.decode(latents).shape == (16, 3, pixels, pixels)
+    assert max(slices) == rows and sum(slices) == 16
+    row_bytes = alive_bytes(lambda: decode(latents[:1]))
+    assert rows == 1 or rows * row_bytes <= FORWARD_SHARE * memory_gib * GIB
+
+
+def alive_bytes(forward) -> int:
+    """Bytes of the tensors that are alive at the peak of a call on `meta` without gradient, above those before."""
+    with torch.no_grad(), attention_of_a_gpu(), AliveBytes() as alive:
+        forward()
+    return alive.peak
 
 
 def test_small_images_are_not_sliced_into_launches():
