@@ -100,6 +100,18 @@ def test_memory_that_ran_out_behind_another_exception_counts_too(made: Made, mon
     assert not isinstance(caught.value, EverySampleFailedError)
 
 
+@pytest.mark.parametrize(("share", "remedy"), [(0.5, "on, fewer workers, or fewer models"), (1.0, "on, or fewer models")])
+def test_a_sample_that_does_not_fit_a_part_of_a_gpu(
+    made: Made, monkeypatch: pytest.MonkeyPatch, share: float, remedy: str
+) -> None:
+    """Whoever shares it can have more of it."""
+    generator, specs = made
+    as_on_a_gpu(generator, monkeypatch, memory_share=share)
+    Failure(call="decoder", error="allocator", above=0).inject(monkeypatch.setattr)
+    with pytest.raises(JobError, match=f"a single sample does not fit .* gradient_checkpointing {remedy}$"):
+        make(generator, specs)
+
+
 def test_memory_that_suffices_no_longer_is_of_the_machine(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches went through before: another machine has what this one lacks now, and the job is not wrong."""
     generator, specs = made

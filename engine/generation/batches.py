@@ -233,9 +233,10 @@ class BatchLoop:
                 " the job names use the CPU, or set device: auto"
             )
         if size == 1:
+            fewer = "fewer workers, or fewer models" if self._hardware.memory_share < 1 else "or fewer models"
             return JobError(
                 "runtime: a single sample does not fit the GPU's memory; use precision fp16, gradient_checkpointing on,"
-                " or fewer models"
+                f" {fewer}"
             )
         return JobError(
             f"runtime.batch_size: {size} samples do not fit the GPU's memory, and with deterministic the size decides"
