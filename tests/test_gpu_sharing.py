@@ -131,7 +131,7 @@ def test_two_workers_find_batches_that_fit_together(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("share", "expected"), [(1.0, 32), (0.5, 16)])
 def test_a_generator_makes_batches_for_its_share(monkeypatch: pytest.MonkeyPatch, share: float, expected: int) -> None:
-    """Of the same three gibibytes: after two batches it knows what fits, in its share and not in the whole GPU."""
+    """Of the same three gibibytes: after two batches of two sizes it knows what fits, in its share and not in the whole GPU."""
     Gpu().install(monkeypatch)
     with sharing_gpu(GpuShare(memory=share)):
         generator, specs = make_generator()
@@ -146,8 +146,8 @@ def test_a_generator_makes_batches_for_its_share(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: (4 + 3 * rows[0]) * GIB)
     monkeypatch.setattr(hardware.Hardware, "is_cuda", property(lambda self: True))
-    sizes = [len(generator.next_batch(0, (specs * 2)[:32])) for _ in range(3)]
-    assert sizes == [FIRST_BATCH, 2 * FIRST_BATCH, expected]
+    sizes = [len(generator.next_batch(0, (specs * 2)[:32])) for _ in range(5)]
+    assert sizes == [FIRST_BATCH] * 2 + [2 * FIRST_BATCH] * 2 + [expected]
 
 
 @pytest.mark.parametrize(
