@@ -133,9 +133,11 @@ def test_a_cpu_decodes_all_rows_at_a_time(diffusion, monkeypatch):
     assert rows == [5] and diffusion.decoder.decoding(diffusion.latent_shape).slice_rows is None
 
 
-def convolutions(precision, memory_gib, switch) -> int:
-    """Convolutions, recomputed ones among them, of the gradient of one decoded image."""
+def convolutions(precision, memory_gib, switch, before=()) -> int:
+    """Convolutions, recomputed ones among them, of the gradient of one decoded image; other precisions came before."""
     decoder = full_decoder(meta_hardware(memory_gib=memory_gib, gradient_checkpointing=switch))
+    for earlier in before:
+        decoder.decoding((4, 64, 64), earlier)
     decode = decoder.decoding((4, 64, 64), precision).decode
     latents = torch.empty(1, 4, 64, 64, device=META, requires_grad=True)
     with attention_of_a_gpu(), IndexGuard() as guard:
@@ -148,6 +150,14 @@ def test_the_decoder_recomputes_only_where_no_row_fits(precision):
     """5.6 or 2.8 GiB a row: `auto` recomputes with 6 GiB and not with 24; `off` never."""
     plain = convolutions(precision, 6, "off")
     assert convolutions(precision, 24, "auto") == plain < convolutions(precision, 6, "auto")
+
+
+def test_half_precision_recomputes_only_where_its_own_graph_does_not_fit():
+    """A trial begins with float32, whose graph of a row takes more than 40 % of 10 GiB; half of it does not."""
+    plain = convolutions("bfloat16", 10, "off")
+    assert convolutions("float32", 10, "auto") > plain
+    assert convolutions("bfloat16", 10, "auto", before=["float32"]) == plain
+    assert convolutions("bfloat16", 6, "auto", before=["float32"]) > plain
 
 
 @pytest.mark.parametrize(

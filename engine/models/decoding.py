@@ -88,6 +88,9 @@ class Decoder:
         dtype, decode, model = getattr(torch, precision), self._exact, self._autoencoder
         if precision != EXACT:
             model = _decoder_in(dtype, self._autoencoder)
+            if self._hardware.gradient_checkpointing == "auto":
+                # Half of the graph may fit where the original's does not.
+                model.disable_gradient_checkpointing()
             decode = partial(self._images, in_half_precision(_unscaled(model), dtype))
         if self._hardware.is_cpu:
             return Decoding(decode=decode)
