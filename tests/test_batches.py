@@ -100,7 +100,9 @@ def test_memory_that_ran_out_behind_another_exception_counts_too(made: Made, mon
     assert not isinstance(caught.value, EverySampleFailedError)
 
 
-@pytest.mark.parametrize(("share", "remedy"), [(0.5, "on, fewer workers, or fewer models"), (1.0, "on, or fewer models")])
+@pytest.mark.parametrize(
+    ("share", "remedy"), [(0.5, "on, fewer workers, or fewer models"), (1.0, "on, or fewer models")]
+)
 def test_a_sample_that_does_not_fit_a_part_of_a_gpu(
     made: Made, monkeypatch: pytest.MonkeyPatch, share: float, remedy: str
 ) -> None:

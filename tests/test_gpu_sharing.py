@@ -131,7 +131,7 @@ def test_two_workers_find_batches_that_fit_together(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("share", "expected"), [(1.0, 32), (0.5, 16)])
 def test_a_generator_makes_batches_for_its_share(monkeypatch: pytest.MonkeyPatch, share: float, expected: int) -> None:
-    """Of the same three gibibytes: after two batches of two sizes it knows what fits, in its share and not in the whole GPU."""
+    """Of the same three gibibytes: after two batches of two sizes it knows what fits its share."""
     Gpu().install(monkeypatch)
     with sharing_gpu(GpuShare(memory=share)):
         generator, specs = make_generator()
