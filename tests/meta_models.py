@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,6 +171,29 @@ class IndexGuard(TorchDispatchMode):
             self.largest = max(self.largest, tensor.numel())
             if tensor.numel() > MAX_ELEMENTS:
                 raise TooLargeError(f"{name}: {list(tensor.shape)} has {tensor.numel()} elements")
+        return results
+
+
+class AliveBytes(TorchDispatchMode):
+    """Counts the bytes of what operators made and nobody has let go of.
+
+    Attributes:
+        peak: the most at any time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = operator(*args, **(kwargs or {}))
+        for tensor in _tensors((results,)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._alive:
+                self._alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._alive.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self._alive.values()))
         return results
 
 

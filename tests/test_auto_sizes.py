@@ -70,13 +70,14 @@ class Card:
     half: Footprint
     latents: tuple[int, ...]
     slice_rows: int
+    stored_rows: int
     memory: int
 
     def peak(self, way: str, rows: int) -> int:
         """Bytes at the peak of a batch."""
         weights = self.network.weight_bytes + self.exact.weight_bytes + self.half.weight_bytes + OTHER_BYTES
         forward = 2 * rows * ALIVE * self.network.largest_elements * 2
-        stored = min(rows, 8) * ALIVE * self.exact.largest_elements * 4
+        stored = min(rows, self.stored_rows) * ALIVE * self.exact.largest_elements * 4
         slices = min(rows, self.slice_rows) * self.half.graph_bytes * (1 + BACKWARD)
         images = rows * self.exact.output_elements * 4
         graph = self.network.graph_bytes * (CHECKPOINTED if self.recomputes else 1)
@@ -122,7 +123,10 @@ def card(name, gib, share):
     # Measured once, not for every card.
     decoder._footprints |= {(torch.float32, shape): exact, (torch.bfloat16, shape): half}
     rows = decoder.decoding(shape, "bfloat16").slice_rows
-    return Card(network=network, exact=exact, half=half, latents=shape, slice_rows=rows, memory=memory)
+    stored = decoder._forward_rows(shape)
+    return Card(
+        network=network, exact=exact, half=half, latents=shape, slice_rows=rows, stored_rows=stored, memory=memory
+    )
 
 
 def batches_of(part, way, num_batches):

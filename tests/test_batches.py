@@ -100,6 +100,20 @@ def test_memory_that_ran_out_behind_another_exception_counts_too(made: Made, mon
     assert not isinstance(caught.value, EverySampleFailedError)
 
 
+@pytest.mark.parametrize(
+    ("share", "remedy"), [(0.5, "on, fewer workers, or fewer models"), (1.0, "on, or fewer models")]
+)
+def test_a_sample_that_does_not_fit_a_part_of_a_gpu(
+    made: Made, monkeypatch: pytest.MonkeyPatch, share: float, remedy: str
+) -> None:
+    """Whoever shares it can have more of it."""
+    generator, specs = made
+    as_on_a_gpu(generator, monkeypatch, memory_share=share)
+    Failure(call="decoder", error="allocator", above=0).inject(monkeypatch.setattr)
+    with pytest.raises(JobError, match=f"a single sample does not fit .* gradient_checkpointing {remedy}$"):
+        make(generator, specs)
+
+
 def test_memory_that_suffices_no_longer_is_of_the_machine(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches went through before: another machine has what this one lacks now, and the job is not wrong."""
     generator, specs = made
@@ -291,7 +305,10 @@ def test_a_bad_sample_that_is_alone_in_such_a_shape(made: Made, monkeypatch: pyt
 
 
 def test_a_size_that_is_to_be_found_is_found_by_whole_batches(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is scored before the next one is sampled, as its peak decides; afterwards they overlap."""
+    """Each is scored before the next one is sampled, as its peak decides; afterwards they overlap.
+
+    The first batch of a shape shows how much the search for its convolutions takes, the second what the batch takes.
+    """
     generator, specs = made
     job = generator._job
     runtime = job.runtime.model_copy(update={"batch_size": "auto"})
@@ -311,17 +328,26 @@ def test_a_size_that_is_to_be_found_is_found_by_whole_batches(made: Made, monkey
 
     monkeypatch.setattr(generator._loop, "_sample", sampling)
     monkeypatch.setattr(generator._scorer, "score", scoring)
-    # A gibibyte for the models, and one for each row.
+    # A gibibyte for the models, one for each row, and a hundred for the search.
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: steps.append("reset"))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: (1 + rows[0]) * 2**30)
-    monkeypatch.setattr(batches, "reachable_memory", lambda *share: 15 * 2**30)
-    for _ in range(2):
+    monkeypatch.setattr(
+        torch.cuda,
+        "max_memory_allocated",
+        lambda: (1 + rows[0] + (100 if steps.count(f"sample {rows[0]}") == 1 else 0)) * 2**30,
+    )
+    monkeypatch.setattr(batches, "reachable_memory", lambda *share: 24 * 2**30)
+    for _ in range(3):
         make(generator, specs)
-    finding = ["reset", "sample 8", "score 8", "reset", "sample 12", "score 12", "reset", "sample 16", "score 16"]
-    assert steps == [*finding, "sample 4", "score 4"]
+    sizes = [8, 8, 4, 16, 4, 16]
+    assert steps == [*(step for size in sizes for step in ("reset", f"sample {size}", f"score {size}")), *whole(4)]
     steps.clear()
     make(generator, specs)
     assert steps == ["sample 10", "sample 10", "score 10", "score 10"]
+
+
+def whole(size: int) -> list[str]:
+    """The steps of a batch that is neither measured nor overlapped."""
+    return [f"sample {size}", f"score {size}"]
 
 
 def test_only_whole_batches_are_compiled(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

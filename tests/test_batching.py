@@ -278,6 +278,17 @@ def test_nothing_is_compiled_while_the_size_is_to_be_found():
     assert sizes.is_found(1) and sizes.next(1, 256, None) == Cut(64, 64)
 
 
+def test_a_size_on_trial_is_compiled_once_it_is_proven():
+    """A compilation takes minutes, and a trial may fail, as the size before did; what is proven stays compiled."""
+    sizes = make_sizes(compile=True)
+    sizes.of(0).shrink(128, through=64)
+    good(sizes.of(0), GOOD_BATCHES)
+    assert sizes.of(0).size == 96
+    assert cuts(sizes, 0, 256) == [Cut(number, 86, is_compiled=False) for number in (86, 85, 85)]
+    sizes.of(0).went_through(86)
+    assert all(cut.is_compiled for cut in cuts(sizes, 0, 256))
+
+
 def test_deterministic_batches_keep_the_size_of_the_job():
     """The shape decides bytes: also what is told by other machines does not change it."""
     sizes = make_sizes(deterministic=True)

@@ -24,6 +24,7 @@ from engine.models.digests import model_digests
 from engine.models.hardware import hardware_problems
 from engine.models.job_checks import check_addresses
 from engine.models.labels import read_labels
+from tests.cuda_failures import BROKEN, OF_SIZE, OUT_OF_MEMORY
 from tests.meta_models import meta_hardware
 
 ZOO = "zoo:digits/"
@@ -157,20 +158,29 @@ def test_a_decision_is_made_once_and_reported_with_its_figures():
     assert chosen == "float32" and "computed in float32" in notices[0] and "0.9000" in notices[0]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("no such image")])
+@pytest.mark.parametrize(
+    "error",
+    [OUT_OF_MEMORY["allocator"](), OUT_OF_MEMORY["runtime"](), OF_SIZE["engine"](), ValueError("no such image")],
+)
 def test_a_trial_that_fails_keeps_float32(error):
-    """The memory did not hold it, or a sample raised, which fails by itself in its batch; a wrong job is refused."""
+    """The memory did not hold it, or a sample raised, which fails by itself in its batch."""
 
     def failing(decoding):
         raise error
 
-    def wrong(decoding):
-        raise JobError("wrong")
-
     chosen, notices = decided(failing)
-    assert chosen == "float32" and str(error) in notices[0]
-    with pytest.raises(JobError, match="wrong"):
-        decided(wrong)
+    assert chosen == "float32" and str(error).splitlines()[0] in notices[0]
+
+
+@pytest.mark.parametrize("error", [JobError("wrong"), *(make() for make in BROKEN.values())])
+def test_a_trial_shows_what_no_precision_would_help(error):
+    """A wrong job is refused; of a broken device another machine is asked."""
+
+    def failing(decoding):
+        raise error
+
+    with pytest.raises(type(error), match=str(error).splitlines()[0]):
+        decided(failing)
 
 
 def test_the_job_overrules_without_a_trial():

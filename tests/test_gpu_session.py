@@ -212,7 +212,7 @@ def test_every_worker_has_a_shard_of_what_auto_is_tried_on(models, tmp_path):
         job = parse_job(raw)
         counts = [request.count * len(request.classes or ["pair"]) for request in job.requests]
         assert counts == [workers * job.output.samples_per_shard] * 3 and job.runtime.batch_size == "auto"
-    assert job.output.samples_per_shard == 8 + 16 + 64
+    assert job.output.samples_per_shard == 8 + 8 + 16 + 16 + 64
 
 
 def test_compilations_beyond_two_shapes_are_faults():

@@ -81,6 +81,31 @@ def test_a_share_is_that_of_the_block_and_of_its_thread() -> None:
 
 
 @pytest.mark.parametrize(
+    ("has_gpu", "share", "is_refused"),
+    [
+        (True, GpuShare(memory=0.5), True),
+        (True, GpuShare(memory=0.5, owns_process=True), False),
+        (True, GpuShare(), False),
+        (False, GpuShare(memory=0.5), False),
+    ],
+)
+def test_threads_on_a_gpu_cannot_give_equal_bytes(
+    monkeypatch: pytest.MonkeyPatch, has_gpu: bool, share: GpuShare, is_refused: bool
+) -> None:
+    """While one of them scores, TF32 is off for all; refused by name, before a model is loaded."""
+    spec = RuntimeSpec(deterministic=True, batch_size=8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with sharing_gpu(share):
+        assert not hardware.choose_hardware(spec.model_copy(update={"deterministic": False})).deterministic
+        if not is_refused:
+            assert hardware.choose_hardware(spec).deterministic
+            return
+        with pytest.raises(JobError, match=r"^runtime\.workers: 2 threads .*; with deterministic use 1, or --executor"):
+            worker.load_generator(SimpleNamespace(runtime=spec), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("share", "others", "expected"),
     [(1.0, 0, TOTAL), (1.0, 60 * GIB, 79 * GIB), (0.5, 0, TOTAL // 2 - GIB), (0.5, 100 * GIB, 39 * GIB)],
 )
@@ -106,7 +131,7 @@ def test_two_workers_find_batches_that_fit_together(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("share", "expected"), [(1.0, 32), (0.5, 16)])
 def test_a_generator_makes_batches_for_its_share(monkeypatch: pytest.MonkeyPatch, share: float, expected: int) -> None:
-    """Of the same three gibibytes: after two batches it knows what fits, in its share and not in the whole GPU."""
+    """Of the same three gibibytes: after two batches of two sizes it knows what fits its share."""
     Gpu().install(monkeypatch)
     with sharing_gpu(GpuShare(memory=share)):
         generator, specs = make_generator()
@@ -121,8 +146,8 @@ def test_a_generator_makes_batches_for_its_share(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: (4 + 3 * rows[0]) * GIB)
     monkeypatch.setattr(hardware.Hardware, "is_cuda", property(lambda self: True))
-    sizes = [len(generator.next_batch(0, (specs * 2)[:32])) for _ in range(3)]
-    assert sizes == [FIRST_BATCH, 2 * FIRST_BATCH, expected]
+    sizes = [len(generator.next_batch(0, (specs * 2)[:32])) for _ in range(5)]
+    assert sizes == [FIRST_BATCH] * 2 + [2 * FIRST_BATCH] * 2 + [expected]
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,21 @@ def test_one_thread_does_not_end_what_another_needs(restored):
     assert settings() == before
 
 
+def test_a_worker_that_loads_leaves_the_scores_of_another_exact():
+    """Threads of a process: the second one's settings, TF32 among them, wait until the first one has scored."""
+    program([
+        "import threading",
+        "from engine.models.kernels import full_float32",
+        "thread = threading.Thread(target=fix_kernels, args=(of('cuda'),))",
+        "with full_float32('cpu'):",
+        "    thread.start()",
+        "    thread.join(1)",
+        "    assert thread.is_alive() and not cuda.matmul.allow_tf32 and not cudnn.allow_tf32 and not cudnn.benchmark",
+        "thread.join(30)",
+        "assert not thread.is_alive() and cuda.matmul.allow_tf32 and cudnn.allow_tf32 and cudnn.benchmark",
+    ])  # fmt: skip
+
+
 @contextlib.contextmanager
 def recorded(module):
     """The settings during each forward pass of a module."""

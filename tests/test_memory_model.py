@@ -11,11 +11,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from engine.methods.guidance.slices import even_slices
 from engine.models.decoder import GuidanceDecoder
-from engine.models.decoding import GRAPH_SHARE, SLICE_ELEMENTS, SLICE_PIXELS
+from engine.models.decoding import FORWARD_SHARE, GRAPH_SHARE, SLICE_ELEMENTS, SLICE_PIXELS
 from engine.models.memory_model import META, decoder_footprint, device_memory, network_footprint, rows_of
 from engine.models.pipelines.base import NETWORK_GRAPH_SHARE
 from tests.meta_models import (
     GIB,
+    AliveBytes,
     IndexGuard,
     attention_of_a_gpu,
     full_decoder,
@@ -88,6 +89,32 @@ def test_a_slice_has_the_rows_that_fit(pixels, precision, memory_gib, rows):
     assert rows * pixels**2 <= SLICE_PIXELS and rows * footprint.largest_elements <= SLICE_ELEMENTS
 
 
+@pytest.mark.parametrize(
+    ("pixels", "memory_gib", "rows"),
+    # 0.8 GiB a row at 512 px, where torch counts what is alive; a gibibyte is planned for, in a fifth of the memory.
+    [(512, 139, 8), (512, 40, 8), (512, 24, 4), (512, 16, 3), (512, 11, 2), (512, 4, 1), (768, 24, 2), (768, 11, 1)],
+)
+def test_stored_images_are_decoded_in_slices_that_fit(pixels, memory_gib, rows):
+    """On a small card, or on a part of one, eight images of 512 px would limit the whole batch."""
+    decoder, slices = full_decoder(meta_hardware(memory_gib=memory_gib)), []
+    side = pixels // 8
+    latents = torch.empty(16, 4, side, side, device=META)
+    decode = decoder._autoencoder.decode
+    decoder._autoencoder.decode = lambda part: slices.append(len(part)) or decode(part)
+    with torch.no_grad(), attention_of_a_gpu():
+        assert decoder.decode(latents).shape == (16, 3, pixels, pixels)
+    assert max(slices) == rows and sum(slices) == 16
+    row_bytes = alive_bytes(lambda: decode(latents[:1]))
+    assert rows == 1 or rows * row_bytes <= FORWARD_SHARE * memory_gib * GIB
+
+
+def alive_bytes(forward) -> int:
+    """Bytes of the tensors that are alive at the peak of a call on `meta` without gradient, above those before."""
+    with torch.no_grad(), attention_of_a_gpu(), AliveBytes() as alive:
+        forward()
+    return alive.peak
+
+
 def test_small_images_are_not_sliced_into_launches():
     """The pixels of 8 images of 512 px are 2048 of 32 px."""
     assert full_decoder(meta_hardware()).decoding((4, 8, 8)).slice_rows == 8 * 64
@@ -106,9 +133,11 @@ def test_a_cpu_decodes_all_rows_at_a_time(diffusion, monkeypatch):
     assert rows == [5] and diffusion.decoder.decoding(diffusion.latent_shape).slice_rows is None
 
 
-def convolutions(precision, memory_gib, switch) -> int:
-    """Convolutions, recomputed ones among them, of the gradient of one decoded image."""
+def convolutions(precision, memory_gib, switch, before=()) -> int:
+    """Convolutions, recomputed ones among them, of the gradient of one decoded image; other precisions came before."""
     decoder = full_decoder(meta_hardware(memory_gib=memory_gib, gradient_checkpointing=switch))
+    for earlier in before:
+        decoder.decoding((4, 64, 64), earlier)
     decode = decoder.decoding((4, 64, 64), precision).decode
     latents = torch.empty(1, 4, 64, 64, device=META, requires_grad=True)
     with attention_of_a_gpu(), IndexGuard() as guard:
@@ -121,6 +150,14 @@ def test_the_decoder_recomputes_only_where_no_row_fits(precision):
     """5.6 or 2.8 GiB a row: `auto` recomputes with 6 GiB and not with 24; `off` never."""
     plain = convolutions(precision, 6, "off")
     assert convolutions(precision, 24, "auto") == plain < convolutions(precision, 6, "auto")
+
+
+def test_half_precision_recomputes_only_where_its_own_graph_does_not_fit():
+    """A trial begins with float32, whose graph of a row takes more than 40 % of 10 GiB; half of it does not."""
+    plain = convolutions("bfloat16", 10, "off")
+    assert convolutions("float32", 10, "auto") > plain
+    assert convolutions("bfloat16", 10, "auto", before=["float32"]) == plain
+    assert convolutions("bfloat16", 6, "auto", before=["float32"]) > plain
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 being captured. Copies from the host do not: they are recorded.
 """
 
+import copy
 import functools
 
 import pytest
@@ -14,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.generation.scorer import Scorer
 from engine.methods.boundary.guide import guide_to_boundary
 from engine.methods.boundary.spec import BoundaryGuidanceSpec
-from engine.methods.guidance.scene import GuidanceScene
+from engine.methods.guidance.half_precision import in_half_precision
+from engine.methods.guidance.scene import Decoding, GuidanceScene
 from engine.methods.risky.guide import guide_to_risk
 from engine.methods.risky.spec import RiskyGuidanceSpec
 from engine.methods.sampling.denoiser import ClassifierFreeDenoiser, Condition
@@ -95,6 +97,8 @@ class OnDevice:
         )
         self.scorer = Scorer(target, clip)
         clip._model.to(META)
+        half = copy.deepcopy(self.pipeline._vae).to(torch.bfloat16)
+        self.decode = in_half_precision(lambda latents: half.decode(latents).sample, torch.bfloat16)
 
     def sampled(self, scheduler, method=None, spec=None):
         """Transfers while a batch is sampled, after one batch of the kind."""
@@ -125,7 +129,8 @@ class OnDevice:
             logits=self.target.logits,
             conformity=conformity,
             raw_conformity=functools.partial(conformity, raw=True),
-            decode=self.pipeline.decode,
+            # Two slices, the second one of them smaller.
+            decoding=Decoding(decode=self.decode, slice_rows=2),
             labels=torch.full((NUM_SAMPLES,), 3, device=META),
             classes=((3, 8),) * NUM_SAMPLES,
         )

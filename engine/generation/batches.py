@@ -91,6 +91,8 @@ class BatchLoop:
         self._rows = rows
         self._sample = sample
         self._uncompiled = uncompiled
+        # Requests and rows of the batches that were made while a size was to be found.
+        self._warm: set[tuple[int, int]] = set()
 
     def cut(self, request: int, num_left: int) -> Cut:
         """The next batch of a shard with so many samples left."""
@@ -157,9 +159,14 @@ class BatchLoop:
         size, is_found = self._sizes.of(request), self._sizes.is_found(request)
         self._isolation.went_through(request)
         size.went_through(len(begun.specs))
-        if not is_found:
+        if is_found:
+            return
+        shape = (request, begun.cut.num_rows)
+        if shape in self._warm:
             peak, memory = torch.cuda.max_memory_allocated(), reachable_memory(self._hardware.memory_share)
             size.observe(Peak(begun.cut.num_rows, peak), memory)
+        # The first batch of a shape also searches for its convolutions: its peak is that of their largest workspace.
+        self._warm.add(shape)
 
     def _in_parts(self, request: int, specs: Sequence[SampleSpec], cut: Cut, error: Exception) -> list[SampleResult]:
         """Results of a batch that failed."""
@@ -233,9 +240,10 @@ class BatchLoop:
                 " the job names use the CPU, or set device: auto"
             )
         if size == 1:
+            fewer = "fewer workers, or fewer models" if self._hardware.memory_share < 1 else "or fewer models"
             return JobError(
                 "runtime: a single sample does not fit the GPU's memory; use precision fp16, gradient_checkpointing on,"
-                " or fewer models"
+                f" {fewer}"
             )
         return JobError(
             f"runtime.batch_size: {size} samples do not fit the GPU's memory, and with deterministic the size decides"

@@ -235,7 +235,8 @@ class BatchSizes:
             return Cut(num, num, is_compiled=False)
         if self._hardware.compile:
             rows = even_size(self._largest_shard.get(self._keys[request], size), size)
-            return Cut(even_size(num_left, rows), rows)
+            # Of a size that is on trial nothing is compiled: it may fail, as it did before.
+            return Cut(even_size(num_left, rows), rows, is_compiled=not 0 < self.of(request).limit < rows)
         num = even_size(num_left, size)
         return Cut(num, num)
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from engine.errors import JobError, RiskforgeError
+from engine.errors import JobError
+from engine.generation.faults import is_fault_of_machine, release
 from engine.generation.notices import Notices
 from engine.methods.guidance.scene import Decoding
 from engine.models.decoder_checks import FLOAT16_OVERFLOWS
@@ -91,9 +91,10 @@ class DecoderPrecisions:
             return EXACT
         try:
             cosines = trial(decoder.decoding(shape, precision))
-        except (RiskforgeError, torch.AcceleratorError):
-            raise
         except Exception as error:
+            if is_fault_of_machine(error):
+                raise
+            release(error)
             # Of the memory, or of a sample: it is treated where batches are made.
             self._notices.add(
                 f"{where}: the decoder's gradient is computed in {EXACT}: the trial of {precision} failed"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 
 from engine.errors import JobError
@@ -35,6 +37,8 @@ class PipelinePool:
         if address not in self._pipelines:
             if self._hardware.is_cuda:
                 self._pipelines.clear()
+                # Decoders, and parts of the libraries, are in cycles: the next pipeline would be loaded next to them.
+                gc.collect()
                 torch.cuda.empty_cache()
             self._pipelines[address] = load_pipeline(address, self._hardware, checks_safety=self._checks_safety)
         return self._pipelines[address]

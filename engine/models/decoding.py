@@ -23,8 +23,10 @@ from engine.models.memory_model import Footprint, decoder_footprint, device_memo
 # tensor: kernels index with 32 bits, those of the layout channels_last up to 2^31 - 1 alone.
 SLICE_PIXELS = 8 * 512 * 512
 SLICE_ELEMENTS = 2**30
-# Share of a GPU's memory that the graph of a slice may take.
-GRAPH_SHARE = 0.4
+# Shares of a GPU's memory that a slice may take: with a graph, and without one.
+GRAPH_SHARE, FORWARD_SHARE = 0.4, 0.2
+# Tensors as large as the largest one that a forward pass without a graph holds: three, and a convolution's workspace.
+ALIVE_TENSORS = 4
 EXACT = "float32"
 
 
@@ -49,8 +51,8 @@ class Decoder:
         return self.in_slices(self._exact, latents, tuple(latents.shape[1:]))
 
     def in_slices(self, call: Callable[[Tensor], Tensor], values: Tensor, latent_shape: tuple[int, ...]) -> Tensor:
-        """Results of a call with all rows of `values`, in slices that do not pass the kernels' limits."""
-        most = None if self._hardware.is_cpu else self._most_rows(torch.float32, latent_shape)
+        """Results of a call with all rows of `values`, in slices that pass no limit of kernels, and fit the memory."""
+        most = None if self._hardware.is_cpu else self._forward_rows(latent_shape)
         results = [call(values[part]) for part in even_slices(len(values), most)]
         return results[0] if len(results) == 1 else torch.cat(results)
 
@@ -86,6 +88,9 @@ class Decoder:
         dtype, decode, model = getattr(torch, precision), self._exact, self._autoencoder
         if precision != EXACT:
             model = _decoder_in(dtype, self._autoencoder)
+            if self._hardware.gradient_checkpointing == "auto":
+                # Half of the graph may fit where the original's does not.
+                model.disable_gradient_checkpointing()
             decode = partial(self._images, in_half_precision(_unscaled(model), dtype))
         if self._hardware.is_cpu:
             return Decoding(decode=decode)
@@ -99,6 +104,12 @@ class Decoder:
 
     def _images(self, unscaled: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
         return unscaled(latents / self._autoencoder.config.scaling_factor) / 2 + 0.5
+
+    def _forward_rows(self, latent_shape: tuple[int, ...]) -> int:
+        """Rows of a slice in float32 that keeps no graph."""
+        largest_bytes = self._footprint(torch.float32, latent_shape).largest_elements * torch.float32.itemsize
+        fitting = int(FORWARD_SHARE * device_memory(self._hardware) // (ALIVE_TENSORS * largest_bytes))
+        return max(1, min(fitting, self._most_rows(torch.float32, latent_shape)))
 
     def _most_rows(self, dtype: torch.dtype, latent_shape: tuple[int, ...]) -> int:
         """Rows of a slice as far as pixels and elements limit them."""

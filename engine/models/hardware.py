@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from engine.errors import JobError
 from engine.job.spec import RuntimeSpec
 from engine.models.attention import automatic_attention
-from engine.models.gpu_sharing import gpu_share
+from engine.models.gpu_sharing import GpuShare, gpu_share
 
 # On a CPU a fixed number of rows in every model call makes a sample's bytes independent of its neighbours: kernels
 # choose their order of summation by the shape. Large models compute samples one by one there.
@@ -94,6 +94,16 @@ def _determinism_problems(spec: RuntimeSpec, on_gpu: bool) -> list[str]:
     return problems
 
 
+def _sharing_problems(spec: RuntimeSpec, share: GpuShare) -> list[str]:
+    """What is impossible where other workers are in this worker's process, on the same GPU."""
+    if spec.deterministic and share.memory < 1 and not share.owns_process:
+        return [
+            f"runtime.workers: {round(1 / share.memory)} threads of one process share the GPU, and torch's settings, so"
+            " that bytes would depend on what the others do; with deterministic use 1, or --executor ray"
+        ]
+    return []
+
+
 def choose_hardware(spec: RuntimeSpec) -> Hardware:
     """The hardware that `runtime` asks for, with `auto` resolved on this machine.
 
@@ -103,13 +113,14 @@ def choose_hardware(spec: RuntimeSpec) -> Hardware:
     import torch
 
     has_gpu = torch.cuda.is_available()
-    problems = hardware_problems(spec, has_gpu)
+    on_gpu, share = has_gpu and spec.device != "cpu", gpu_share()
+    problems = hardware_problems(spec, has_gpu) + (_sharing_problems(spec, share) if on_gpu else [])
     has_xformers = importlib.util.find_spec("xformers") is not None
     if not problems and spec.attention == "xformers" and not has_xformers:
         problems.append("runtime.attention: 'xformers' is not installed; install riskforge[xformers]")
     if problems:
         raise JobError(problems)
-    on_gpu, is_half = has_gpu and spec.device != "cpu", spec.precision != "fp32"
+    is_half = spec.precision != "fp32"
     dtypes = DTYPES | {"auto": "float16" if on_gpu else "float32"}
     attention: str = spec.attention
     if attention == "auto":
@@ -129,7 +140,7 @@ def choose_hardware(spec: RuntimeSpec) -> Hardware:
         # `auto` is off: compiled kernels differ from machine to machine, and with them the bytes.
         compile=spec.compile == "on",
         deterministic=spec.deterministic,
-        memory_share=gpu_share().memory,
+        memory_share=share.memory,
         decoder_precision=DTYPES.get(spec.decoder_precision, "auto"),
         batch_size=PLANNED_ROWS if spec.batch_size == "auto" else spec.batch_size,
     )

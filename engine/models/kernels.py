@@ -37,8 +37,9 @@ def fix_kernels(hardware: Hardware) -> None:
     """
     if not hardware.is_cuda:
         return
-    _allow_tf32(hardware.dtype != "float32")
-    torch.backends.cudnn.benchmark = not hardware.deterministic
+    with _FULL.unused():
+        _allow_tf32(hardware.dtype != "float32")
+        torch.backends.cudnn.benchmark = not hardware.deterministic
     if not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
         torch._C._accelerator_setAllocatorSettings(ALLOCATOR_SETTINGS)
     if hardware.deterministic:
@@ -87,22 +88,30 @@ class _Counted:
     """Threads in `full_float32`: the first one switches, the last one restores what the first one found."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._count = 0
         self._restore: Callable[[], None]
 
+    @contextlib.contextmanager
+    def unused(self) -> Iterator[None]:
+        """Wait until no thread is in it; none enters meanwhile."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._count == 0)
+            yield
+
     def enter(self) -> None:
-        with self._lock:
+        with self._changed:
             if self._count == 0:
                 self._restore = _settings()
                 _set_full_float32()
             self._count += 1
 
     def leave(self) -> None:
-        with self._lock:
+        with self._changed:
             self._count -= 1
             if self._count == 0:
                 self._restore()
+                self._changed.notify_all()
 
 
 _FULL = _Counted()

@@ -31,9 +31,9 @@ from tests.gpu.conftest import IS_REHEARSAL
 from tests.gpu.test_gpu_runs import riskforge
 
 LARGE_BATCHES = (2, 4) if IS_REHEARSAL else (32, 64)
-# Of the first two batches of `auto`.
+# Of the first batches of `auto`.
 FIRST_SIZES = {CPU_ROWS} if IS_REHEARSAL else {8, 16}
-SHARD = 4 if IS_REHEARSAL else 88
+SHARD = 4 if IS_REHEARSAL else 112
 GIB = 2**30
 
 

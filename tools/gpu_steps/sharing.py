@@ -15,8 +15,8 @@ from bench.sizes import Setting, random_setting
 
 from gpu_steps.common import Figures, exit_code, parser, riskforge, summary_of, write_job
 
-# Samples of a shard: the first two batches of `auto`, of 8 and 16, and the largest that it goes on with.
-SHARDS = {"sd1": 88, "tiny": 4}
+# Samples of a shard: the first batches of `auto`, two of 8 and two of 16, and the largest that it goes on with.
+SHARDS = {"sd1": 112, "tiny": 4}
 NUM_STEPS = 4
 GUIDED_EVERY = 2
 
