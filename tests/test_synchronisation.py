@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.generation.scorer import Scorer
 from engine.methods.boundary.guide import guide_to_boundary
 from engine.methods.boundary.spec import BoundaryGuidanceSpec
-from engine.methods.guidance.scene import GuidanceScene
+from engine.methods.guidance.scene import Decoding, GuidanceScene
 from engine.methods.risky.guide import guide_to_risk
 from engine.methods.risky.spec import RiskyGuidanceSpec
 from engine.methods.sampling.denoiser import ClassifierFreeDenoiser, Condition
@@ -125,7 +125,7 @@ class OnDevice:
             logits=self.target.logits,
             conformity=conformity,
             raw_conformity=functools.partial(conformity, raw=True),
-            decode=self.pipeline.decode,
+            decoding=Decoding(decode=self.pipeline.decode),
             labels=torch.full((NUM_SAMPLES,), 3, device=META),
             classes=((3, 8),) * NUM_SAMPLES,
         )
