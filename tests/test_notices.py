@@ -188,7 +188,7 @@ def test_a_run_reports_what_its_generator_noticed(tmp_path: Path, executor: Exec
     rows = [{"text": line, "shards": 1}, {"text": HALVED, "shards": 1}]
     assert json.loads((output / "manifest.json").read_text())["notices"] == rows
     page = (output / "report.html").read_text()
-    assert "What the hardware forced" in page and HALVED in page and "&lt;script&gt;alert(1)" in page
+    assert 'id="notices"' in page and '<a href="#notices">' in page and HALVED in page and "&lt;script&gt;alert(1)" in page
     assert "<script>alert" not in page and "\x1b" not in page
     everything = b"".join(path.read_bytes() for path in output.rglob("*") if path.is_file())
     assert b"hf_secret" not in everything
@@ -205,7 +205,7 @@ def test_an_unfinished_run_shows_its_notices_too(tmp_path: Path) -> None:
     """`status` from the journal, `inspect` from the records that can be read; a run without any says nothing."""
     run_sleepy(tmp_path, 2, LocalExecutor(1))
     assert "notice: " not in CliRunner().invoke(app, ["status", str(tmp_path)]).output
-    assert "What the hardware forced" not in (tmp_path / "report.html").read_text()
+    assert "#notices" not in (tmp_path / "report.html").read_text()
     store = open_store(str(tmp_path))
     record = read_commit(store, 2)
     assert record is not None
