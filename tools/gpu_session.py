@@ -8,8 +8,8 @@
 Torch, transformers, accelerate and pyarrow are taken from the Python that runs this; what it lacks is installed from a
 folder of wheels into an environment of its own. What decides most in the shortest time comes first: the steps of the
 first ten minutes, up to `sharing`, say whether the engine is right there and what it costs; the others take longer and
-say it more exactly. Where a GPU is there to train the zoo's photographs, `--first cifar10` puts
-that before everything else.
+say it more exactly. Where a GPU is there to train the zoo's photographs, `--first cifar10` puts that before everything
+else.
 
 Every step has a time limit, a log, a file of figures that is complete after every figure, and a marker when it is done,
 so that the same command goes on where it ended; one that fails does not stop the others. `--budget` ends the session
