@@ -97,8 +97,8 @@ class OnDevice:
         clip._model.to(META)
 
     def sampled(self, scheduler, method=None, spec=None):
-        """Transfers while a batch is sampled, after one batch of the kind."""
-        for _ in range(2):
+        """Transfers while a batch is sampled; with guidance, after one batch of the kind, which places constants."""
+        for _ in range(2 if method else 1):
             model = ModelScheduler(config=BETAS | {"skip_prk_steps": True}, name=scheduler)
             sampler = make_sampler(SamplingSpec(scheduler="model", num_inference_steps=NUM_STEPS), model, META)
             denoiser = ClassifierFreeDenoiser(
