@@ -4,6 +4,7 @@
 being captured. Copies from the host do not: they are recorded.
 """
 
+import copy
 import functools
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.generation.scorer import Scorer
 from engine.methods.boundary.guide import guide_to_boundary
 from engine.methods.boundary.spec import BoundaryGuidanceSpec
+from engine.methods.guidance.half_precision import in_half_precision
 from engine.methods.guidance.scene import Decoding, GuidanceScene
 from engine.methods.risky.guide import guide_to_risk
 from engine.methods.risky.spec import RiskyGuidanceSpec
@@ -97,6 +99,8 @@ class OnDevice:
         )
         self.scorer = Scorer(target, clip)
         clip._model.to(META)
+        half = copy.deepcopy(self.pipeline._vae).to(torch.bfloat16)
+        self.decode = in_half_precision(lambda latents: half.decode(latents).sample, torch.bfloat16)
 
     def sampled(self, scheduler, method=None, spec=None):
         """Transfers while a batch is sampled; with guidance, after one batch of the kind, which places constants."""
@@ -127,7 +131,8 @@ class OnDevice:
             logits=self.target.logits,
             conformity=conformity,
             raw_conformity=functools.partial(conformity, raw=True),
-            decoding=Decoding(decode=self.pipeline.decode),
+            # Two slices, the second one of them smaller.
+            decoding=Decoding(decode=self.decode, slice_rows=2),
             labels=torch.full((NUM_SAMPLES,), 3, device=META),
             classes=((3, 8),) * NUM_SAMPLES,
         )
