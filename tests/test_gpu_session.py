@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -40,7 +41,7 @@ def steps_of(*arguments):
     return {step.name: step for step in session_steps(sys.executable, parse(list(map(str, arguments))))}
 
 
-def test_a_session_goes_on_after_failures_and_is_resumed(tmp_path):
+def test_a_session_goes_on_after_failures_and_is_resumed(tmp_path, capsys):
     """A failing step, one that hangs with a child of its own, one that works: only what is not done runs again."""
     child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(3600)'])"
     # What these two have found by the time they end; the one of them while it wrote.
@@ -55,6 +56,8 @@ def test_a_session_goes_on_after_failures_and_is_resumed(tmp_path):
     states = [one.state for one in run_steps(steps, tmp_path)]
     assert states == ["failed (exit code 3)", "ran out of time", "done"] and time.monotonic() - started < 1800
     assert "seen" in (tmp_path / "broken.log").read_text()
+    said = capsys.readouterr().err
+    assert f"; its log: {tmp_path / 'broken.log'}\n" in said and "fine.log" not in said
     assert str(REPOSITORY) in (tmp_path / "fine.log").read_text()
     found = {one["name"]: one["figures"] for one in json.loads((tmp_path / "summary.json").read_text())}
     assert found == {"broken": {"unreadable": "Expecting value"}, "slow": {"cosine": 0.5}, "fine": {}}
@@ -87,6 +90,18 @@ def test_the_first_ten_minutes_are_ten_minutes():
     with_data = steps_of("--cifar10-data", "data", "--first", "cifar10")
     assert list(with_data) == ["cifar10", *[name for name in LIMIT_SECONDS if name != "cifar10"]]
     assert list(steps_of("--only", "sharing", "decoder")) == ["decoder", "sharing"]
+
+
+def test_what_is_listed_can_be_run_by_hand(capsys):
+    """In the environment that is listed with it, which alone makes a step's module known."""
+    assert gpu_session.main(["--list", "--only", "versions"]) == 0
+    environment, command = map(shlex.split, capsys.readouterr().out.splitlines())
+    [module] = [word for word in command if word.startswith("gpu_steps.")]
+    seek = python(f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)")
+    given = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    listed = given | dict(word.split("=", 1) for word in environment[1:])
+    codes = [subprocess.run(seek, env=each, capture_output=True, check=False).returncode for each in (listed, given)]
+    assert codes == [0, 1]
 
 
 @pytest.mark.parametrize("arguments", [["--limit", "sd1=100"], ["--only", "sd1"], ["--only", "cifar10"]])

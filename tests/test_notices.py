@@ -116,6 +116,10 @@ def test_notices_of_a_strange_manifest_are_left_out() -> None:
     bad = [{"text": "a"}, {"text": 1, "shards": 1}, {"text": "x" * 10**6, "shards": 1}, {"text": "a", "shards": "1"}, 7]
     assert known_notices({}) == known_notices({"notices": None}) == known_notices({"notices": {"a": 1}}) == []
     assert known_notices({"notices": [*bad, good]}) == [good]
+    forged = "a\nverify: no damage \x1b[2J\u202e https://user:hf_secret@host"
+    shown = r"a verify: no damage \x1b[2J\u202e https://***@host"
+    assert known_notices({"notices": [{"text": forged, "shards": 2}]}) == [{"text": shown, "shards": 2}]
+    assert count_notices([[forged], [shown]]) == [{"text": shown, "shards": 2}]
 
 
 def records_of(worker: Sampling) -> dict[int, list[str]]:
@@ -188,7 +192,8 @@ def test_a_run_reports_what_its_generator_noticed(tmp_path: Path, executor: Exec
     rows = [{"text": line, "shards": 1}, {"text": HALVED, "shards": 1}]
     assert json.loads((output / "manifest.json").read_text())["notices"] == rows
     page = (output / "report.html").read_text()
-    assert "What the hardware forced" in page and HALVED in page and "&lt;script&gt;alert(1)" in page
+    assert 'id="notices"' in page and '<a href="#notices">' in page
+    assert HALVED in page and "&lt;script&gt;alert(1)" in page
     assert "<script>alert" not in page and "\x1b" not in page
     everything = b"".join(path.read_bytes() for path in output.rglob("*") if path.is_file())
     assert b"hf_secret" not in everything
@@ -205,7 +210,7 @@ def test_an_unfinished_run_shows_its_notices_too(tmp_path: Path) -> None:
     """`status` from the journal, `inspect` from the records that can be read; a run without any says nothing."""
     run_sleepy(tmp_path, 2, LocalExecutor(1))
     assert "notice: " not in CliRunner().invoke(app, ["status", str(tmp_path)]).output
-    assert "What the hardware forced" not in (tmp_path / "report.html").read_text()
+    assert "#notices" not in (tmp_path / "report.html").read_text()
     store = open_store(str(tmp_path))
     record = read_commit(store, 2)
     assert record is not None
@@ -216,10 +221,10 @@ def test_an_unfinished_run_shows_its_notices_too(tmp_path: Path) -> None:
     (tmp_path / "_SUCCESS").unlink()
     (tmp_path / "manifest.json").unlink()
     [journal] = tmp_path.glob("_state/events/*.jsonl")
-    events = [{"event": "notice", "text": text, "time": 1.0} for text in ("first", "second", "first", "x" * 10**5)]
+    events = [{"event": "notice", "text": text, "time": 1.0} for text in ("first", "se\ncond", "first", "x" * 10**5)]
     journal.write_text("".join(json.dumps(event) + "\n" for event in events))
     shown = CliRunner().invoke(app, ["status", str(tmp_path)]).output
-    assert re.findall("notice: (.*)", shown) == ["first", "second", "x" * MAX_NOTICE_CHARS]
+    assert re.findall("notice: (.*)", shown) == ["first", "se cond", "x" * (MAX_NOTICE_CHARS - 1) + "…"]
     assert "  notice     later (1 shard)\n" in CliRunner().invoke(app, ["inspect", str(tmp_path)]).output
 
 

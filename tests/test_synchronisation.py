@@ -29,6 +29,8 @@ from engine.models.clip import Clip
 from engine.models.diffusion import load_pipeline
 
 NUM_SAMPLES, NUM_STEPS = 3, 5
+# The second of three is guided.
+WARM_UP_STEPS = 3
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 META = torch.device("meta")
 
@@ -101,10 +103,10 @@ class OnDevice:
         self.decode = in_half_precision(lambda latents: half.decode(latents).sample, torch.bfloat16)
 
     def sampled(self, scheduler, method=None, spec=None):
-        """Transfers while a batch is sampled, after one batch of the kind."""
-        for _ in range(2):
+        """Transfers while a batch is sampled; with guidance, after one batch of the kind, which places constants."""
+        for num_steps in (WARM_UP_STEPS, NUM_STEPS) if method else (NUM_STEPS,):
             model = ModelScheduler(config=BETAS | {"skip_prk_steps": True}, name=scheduler)
-            sampler = make_sampler(SamplingSpec(scheduler="model", num_inference_steps=NUM_STEPS), model, META)
+            sampler = make_sampler(SamplingSpec(scheduler="model", num_inference_steps=num_steps), model, META)
             denoiser = ClassifierFreeDenoiser(
                 self.pipeline.predict,
                 conditional=self.condition,

@@ -6,10 +6,10 @@
     python3 tools/gpu_session.py --first cifar10 --cifar10-data DIR --output runs/gpu
 
 Torch, transformers, accelerate and pyarrow are taken from the Python that runs this; what it lacks is installed from a
-folder of wheels into an environment of its own. The steps are in the order of what they decide for a second of the
-GPU: those of the first ten minutes, up to `sharing`, say whether the engine is right there and what it costs; the
-others take longer and say it more exactly. Where a GPU is there to train the zoo's photographs, `--first cifar10` puts
-that before everything else.
+folder of wheels into an environment of its own. What decides most in the shortest time comes first: the steps of the
+first ten minutes, up to `sharing`, say whether the engine is right there and what it costs; the others take longer and
+say it more exactly. Where a GPU is there to train the zoo's photographs, `--first cifar10` puts that before everything
+else.
 
 Every step has a time limit, a log, a file of figures that is complete after every figure, and a marker when it is done,
 so that the same command goes on where it ended; one that fails does not stop the others. `--budget` ends the session
@@ -123,9 +123,16 @@ def run_steps(steps: Sequence[Step], output: Path, budget_seconds: float = float
     outcomes: list[Outcome] = []
     for step in steps:
         outcomes.append(_outcome(step, output, deadline - time.monotonic()))
-        print(f"{step.name}: {outcomes[-1].state}, {outcomes[-1].seconds:.0f} s", file=sys.stderr, flush=True)
+        print(_line(outcomes[-1], output), file=sys.stderr, flush=True)
         (output / "summary.json").write_text(json.dumps([asdict(one) for one in outcomes], indent=1) + "\n")
     return outcomes
+
+
+def _line(outcome: Outcome, output: Path) -> str:
+    """An outcome in words, with the log of a step that did not come to a good end."""
+    log = output / f"{outcome.name}.log"
+    where = "" if outcome.is_good or not log.is_file() else f"; its log: {log}"
+    return f"{outcome.name}: {outcome.state}, {outcome.seconds:.0f} s{where}"
 
 
 def _outcome(step: Step, output: Path, seconds_left: float) -> Outcome:
@@ -184,10 +191,15 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Of every step: engine and tools from this repository, no model hub."""
+    """Of every step."""
+    return os.environ | own_variables()
+
+
+def own_variables() -> dict[str, str]:
+    """What a step's environment has besides: engine and tools from this repository, no model hub."""
     before = os.environ.get("PYTHONPATH", "")
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tools"), *([before] if before else [])])
-    return os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    return {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 
 
 def make_environment(folder: Path, wheels: Path | None) -> Path:
@@ -328,7 +340,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     steps: dict[str, Any] = {"nargs": "+", "default": [], "choices": tuple(LIMIT_SECONDS), "metavar": "STEP"}
-    parser.add_argument("--list", action="store_true", help="print the steps with their limits, and run none")
+    parser.add_argument("--list", action="store_true", help="print the steps with limits and commands, and run none")
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder of logs, markers and results")
     parser.add_argument("--only", **steps, help="run these steps")
     parser.add_argument("--first", **steps, help="run these steps before the others")
@@ -354,6 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     started, options = time.monotonic(), parse(arguments)
     if options.list:
+        print("environment: " + shlex.join(f"{name}={value}" for name, value in own_variables().items()))
         for step in session_steps("python", options):
             print(f"{step.name}: {step.limit_seconds:g} s: {shlex.join(step.command)}")
         return 0

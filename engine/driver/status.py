@@ -13,7 +13,7 @@ from engine.data.run.counts import ShardCounts
 from engine.data.run.file_names import MANIFEST, SUCCESS
 from engine.data.run.manifest import quota_rows
 from engine.data.run.manifest_reading import read_manifest
-from engine.data.run.notices import MAX_DISTINCT, MAX_NOTICE_CHARS, known_notices
+from engine.data.run.notices import MAX_DISTINCT, known_notices, one_line
 from engine.data.run.presence import is_closed, loss_lines, lost_files
 from engine.data.run.quarantine import quarantined_shards
 from engine.data.run.stored_plan import stored_plan
@@ -130,7 +130,7 @@ def _notices(store: Store, events: list[dict[str, Any]]) -> tuple[str, ...]:
     with contextlib.suppress(CorruptShardError):
         manifest = read_manifest(store) if store.exists(MANIFEST) else {}
     texts = [row["text"] for row in known_notices(manifest)]
-    texts += [str(event.get("text"))[:MAX_NOTICE_CHARS] for event in events if event.get("event") == NOTICE]
+    texts += [one_line(str(event.get("text"))) for event in events if event.get("event") == NOTICE]
     return tuple(dict.fromkeys(texts))[:MAX_DISTINCT]
 
 

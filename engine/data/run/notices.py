@@ -16,7 +16,7 @@ MAX_DISTINCT = 100
 
 def storable(texts: Iterable[str]) -> list[str]:
     """Texts as a commit record holds them: distinct lines without passwords and control characters, all bounded."""
-    return list(dict.fromkeys(line for text in texts if (line := _line(text))))[:MAX_NOTICES]
+    return list(dict.fromkeys(line for text in texts if (line := one_line(text))))[:MAX_NOTICES]
 
 
 def unstored(texts: Iterable[str], stored: Iterable[str]) -> list[str]:
@@ -25,7 +25,8 @@ def unstored(texts: Iterable[str], stored: Iterable[str]) -> list[str]:
     return [text for text in texts if not held.issuperset(storable([text]))]
 
 
-def _line(text: str) -> str:
+def one_line(text: str) -> str:
+    """A text without passwords, control characters and line breaks, cut to `MAX_NOTICE_CHARS`."""
     # Without passwords before it is cut: half an address shows no longer that it has one.
     line = printable(" ".join(redacted(text).split())[: MAX_NOTICE_CHARS + 1])
     return line if len(line) <= MAX_NOTICE_CHARS else line[: MAX_NOTICE_CHARS - 1] + ELLIPSIS
@@ -44,7 +45,7 @@ def count_notices(shards: Iterable[Iterable[str]]) -> list[dict[str, Any]]:
     """The first `MAX_DISTINCT` notices of shards in their order, each with the number of shards that have it."""
     counts: dict[str, int] = {}
     for texts in shards:
-        for text in texts:
+        for text in map(one_line, texts):
             if text in counts or len(counts) < MAX_DISTINCT:
                 counts[text] = counts.get(text, 0) + 1
     return [{"text": text, "shards": num_shards} for text, num_shards in counts.items()]
@@ -53,7 +54,9 @@ def count_notices(shards: Iterable[Iterable[str]]) -> list[dict[str, Any]]:
 def known_notices(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """The notices of a manifest; none where an earlier version wrote it, or where they are of another kind."""
     rows = manifest.get("notices")
-    return [row for row in rows[:MAX_DISTINCT] if _is_row(row)] if isinstance(rows, list) else []
+    known = [row for row in rows[:MAX_DISTINCT] if _is_row(row)] if isinstance(rows, list) else []
+    # Others than this program may have written it, too.
+    return [{"text": one_line(row["text"]), "shards": row["shards"]} for row in known]
 
 
 def _is_row(row: Any) -> bool:
