@@ -21,7 +21,7 @@ from engine.data.stores.base import Store
 from engine.data.stores.journal import NOTICE, read_events
 from engine.data.stores.lease import is_alive, read_holder
 from engine.driver.progress import duration
-from engine.errors import CorruptShardError
+from engine.errors import CorruptShardError, OutputError
 from engine.job.plan import Plan
 from engine.job.quotas import replay
 
@@ -127,7 +127,8 @@ def _request_statuses(plan: Plan, counts: dict[int, ShardCounts], samples_per_sh
 def _notices(store: Store, events: list[dict[str, Any]]) -> tuple[str, ...]:
     """The notices of the manifest, if there is one that can be read, and of the journal."""
     manifest: dict[str, Any] = {}
-    with contextlib.suppress(CorruptShardError):
+    # Whatever is wrong with it, the run's command writes it again.
+    with contextlib.suppress(CorruptShardError, OutputError):
         manifest = read_manifest(store) if store.exists(MANIFEST) else {}
     texts = [row["text"] for row in known_notices(manifest)]
     texts += [one_line(str(event.get("text"))) for event in events if event.get("event") == NOTICE]
