@@ -270,12 +270,15 @@ def test_a_size_that_decides_bytes_is_the_jobs(made: Made, monkeypatch: pytest.M
     assert seen == [8, 6, 3, 3]
 
 
-def test_memory_that_does_not_hold_a_size_that_decides_bytes(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("share", "remedy"), [(0.5, "4, or fewer workers"), (1.0, "4")])
+def test_memory_that_does_not_hold_a_size_that_decides_bytes(
+    made: Made, monkeypatch: pytest.MonkeyPatch, share: float, remedy: str
+) -> None:
     """A smaller batch would have other bytes: nothing is tried."""
     generator, specs = made
-    as_on_a_gpu(generator, monkeypatch, deterministic=True)
+    as_on_a_gpu(generator, monkeypatch, deterministic=True, memory_share=share)
     seen = Failure(call="decoder", error="cudnn", above=4).inject(monkeypatch.setattr)
-    with pytest.raises(JobError, match=r"8 samples do not fit .* such as 4"):
+    with pytest.raises(JobError, match=rf"8 samples do not fit .* such as {remedy}$"):
         make(generator, specs[:3])
     assert seen == [8]
 

@@ -239,15 +239,16 @@ class BatchLoop:
                 f"runtime.device: the models are on a CPU, and a GPU's memory ran out ({text}); let the factories that"
                 " the job names use the CPU, or set device: auto"
             )
+        is_shared = self._hardware.memory_share < 1
         if size == 1:
-            fewer = "fewer workers, or fewer models" if self._hardware.memory_share < 1 else "or fewer models"
+            fewer = "fewer workers, or fewer models" if is_shared else "or fewer models"
             return JobError(
                 "runtime: a single sample does not fit the GPU's memory; use precision fp16, gradient_checkpointing on,"
                 f" {fewer}"
             )
         return JobError(
             f"runtime.batch_size: {size} samples do not fit the GPU's memory, and with deterministic the size decides"
-            f" bytes; give a smaller one for the whole run, such as {size // 2}"
+            f" bytes; give a smaller one for the whole run, such as {size // 2}{', or fewer workers' * is_shared}"
         )
 
 
