@@ -1,0 +1,110 @@
+"""The price of half precision in guidance's decoder: the guided requests of a job, run once in each precision.
+
+    uv run python tools/decoder_precision_price.py JOB RUNS [--samples 128] [--classifiers ADDRESS ...]
+
+A job may ask for half precision on a GPU alone, where it saves something; here the decision is made for it, so that a
+CPU can show what it does to outcomes. Runs have the same samples, so differences are of pairs. Prints a Markdown table
+with 95 % bootstrap intervals; runs that are complete are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from decoder_price import NUM_RESAMPLES, Values, kldb_of
+from risky_figures import read_requests
+
+from engine.commands.jobfile import read_job
+from engine.driver.executors.local import LocalExecutor
+from engine.driver.progress import PlainDisplay
+from engine.driver.run import run_job
+from engine.generation.decoder_precision import DecoderPrecisions
+from engine.job.plan import resolve_requests
+from engine.job.spec import JobSpec
+from engine.methods.risky.spec import RiskyGuidanceSpec
+from engine.models.labels import read_labels
+from engine.models.library_logging import quiet_libraries
+
+EXACT = "float32"
+Statistic = Callable[..., Values]
+# What is reported of a request: its name, the values of both runs in the order of their samples, and their summary.
+Row = tuple[str, Values, Values, Statistic]
+
+
+def guided_job(path: Path, num_samples: int, output: Path) -> JobSpec:
+    """The guided requests of a job file, with at least so many samples each."""
+    job = read_job(path, [("output.uri", str(output))])
+    plans = [
+        plan for plan in resolve_requests(job, read_labels(job.models.target)) if plan.spec.method_record.is_guided
+    ]
+    requests = [
+        plan.spec.model_copy(update={"count": -(-num_samples // len(plan.cells) // len(plan.spec.contexts))})
+        for plan in plans
+    ]
+    return job.model_copy(update={"requests": tuple(requests)})
+
+
+def run(job: JobSpec, precision: str) -> None:
+    """Run a job in this process, with the decoder of guidance in a precision; the name of a torch type."""
+    DecoderPrecisions.of = lambda self, subject: precision  # type: ignore[method-assign]
+    run_job(job, executor=LocalExecutor(1), resume="auto", confirmed=False, display=PlainDisplay(sys.stderr))
+
+
+def rows(job: JobSpec, exact: Path, half: Path, classifiers: list[str]) -> Iterator[tuple[str, Row]]:
+    """Every row of the table, with the name of its request."""
+    risky = [read_requests(run) for run in (exact, half)]
+    for request in job.requests:
+        if request.boundary is not None:
+            for address in classifiers:
+                pair = [kldb_of(run, request.name, address) for run in (exact, half)]
+                yield request.name, (f"KLDB on {address.removeprefix('zoo:')}", *pair, np.median)
+            continue
+        pair = [run[request.name] for run in risky]
+        spec = job.parameters_of(request)
+        if isinstance(spec, RiskyGuidanceSpec) and spec.step == "polyak":
+            distances = [abs(one.risk - spec.target_risk) for one in pair]
+            yield request.name, (f"distance to a risk of {spec.target_risk:g}", *distances, np.median)
+        yield request.name, ("risk", *(one.risk for one in pair), np.median)
+        yield request.name, ("target errs", *(one.error.astype(float) for one in pair), np.mean)
+        yield request.name, ("valid failures", *(one.valid.astype(float) for one in pair), np.mean)
+
+
+def interval(values: Values, statistic: Statistic) -> str:
+    """A statistic with its 95 % percentile bootstrap interval."""
+    picks = np.random.default_rng(0).integers(0, len(values), (NUM_RESAMPLES, len(values)))
+    low, high = np.quantile(statistic(values[picks], axis=1), (0.025, 0.975))
+    return f"{float(statistic(values)):.3f} ({low:.3f} to {high:.3f})"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", type=Path)
+    parser.add_argument("runs", type=Path, help="folder of the runs, one named after each precision")
+    parser.add_argument("--samples", type=int, default=128, help="of each request, at least")
+    parser.add_argument("--precision", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument(
+        "--classifiers",
+        nargs="+",
+        default=["zoo:digits/classifier", "zoo:digits/classifier-b"],
+        help="KLDB is measured on; the first one guides",
+    )
+    arguments = parser.parse_args()
+    quiet_libraries()
+    exact, half = (arguments.runs / precision for precision in (EXACT, arguments.precision))
+    for output in (exact, half):
+        run(job := guided_job(arguments.job, arguments.samples, output), output.name)
+    print(f"| request | samples | of it | {EXACT} | {arguments.precision} | difference of a pair |\n|{'---|' * 6}")
+    for request, (name, before, after, statistic) in rows(job, exact, half, arguments.classifiers):
+        if len(before) != len(after):
+            raise SystemExit(f"{exact} and {half} have {len(before)} and {len(after)} samples of '{request}'")
+        cells = [interval(values, statistic) for values in (before, after, after - before)]
+        print(f"| {request} | {len(before)} | {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
