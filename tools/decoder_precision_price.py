@@ -35,16 +35,16 @@ Statistic = Callable[..., Values]
 Row = tuple[str, Values, Values, Statistic]
 
 
-def guided_job(path: Path, num_samples: int, output: Path) -> JobSpec:
-    """The guided requests of a job file, with at least so many samples each."""
+def guided_job(path: Path, num_samples: int, output: Path, wanted: list[str]) -> JobSpec:
+    """Guided requests of a job file, with at least so many samples each; all, or those that are named."""
     job = read_job(path, [("output.uri", str(output))])
-    plans = [
-        plan for plan in resolve_requests(job, read_labels(job.models.target)) if plan.spec.method_record.is_guided
-    ]
     requests = [
         plan.spec.model_copy(update={"count": -(-num_samples // len(plan.cells) // len(plan.spec.contexts))})
-        for plan in plans
+        for plan in resolve_requests(job, read_labels(job.models.target) or [])
+        if plan.spec.method_record.is_guided and plan.spec.name in (wanted or [plan.spec.name])
     ]
+    if not requests:
+        raise SystemExit(f"{path}: no guided request{' of these names' if wanted else ''}; choose with --requests")
     return job.model_copy(update={"requests": tuple(requests)})
 
 
@@ -54,23 +54,28 @@ def run(job: JobSpec, precision: str) -> None:
     run_job(job, executor=LocalExecutor(1), resume="auto", confirmed=False, display=PlainDisplay(sys.stderr))
 
 
-def rows(job: JobSpec, exact: Path, half: Path, classifiers: list[str]) -> Iterator[tuple[str, Row]]:
-    """Every row of the table, with the name of its request."""
-    risky = [read_requests(run) for run in (exact, half)]
+def rows(job: JobSpec, runs: tuple[Path, Path], classifiers: list[str]) -> Iterator[tuple[str, Row]]:
+    """Every row of the table, with the name of its request.
+
+    Args:
+        runs: with the exact decoder and in half precision.
+        classifiers: addresses.
+    """
+    risky = [read_requests(run) for run in runs]
     for request in job.requests:
         if request.boundary is not None:
             for address in classifiers:
-                pair = [kldb_of(run, request.name, address) for run in (exact, half)]
-                yield request.name, (f"KLDB on {address.removeprefix('zoo:')}", *pair, np.median)
+                exact, half = (kldb_of(run, request.name, address) for run in runs)
+                yield request.name, (f"KLDB on {address.removeprefix('zoo:')}", exact, half, np.median)
             continue
-        pair = [run[request.name] for run in risky]
+        one, other = (run[request.name] for run in risky)
         spec = job.parameters_of(request)
         if isinstance(spec, RiskyGuidanceSpec) and spec.step == "polyak":
-            distances = [abs(one.risk - spec.target_risk) for one in pair]
-            yield request.name, (f"distance to a risk of {spec.target_risk:g}", *distances, np.median)
-        yield request.name, ("risk", *(one.risk for one in pair), np.median)
-        yield request.name, ("target errs", *(one.error.astype(float) for one in pair), np.mean)
-        yield request.name, ("valid failures", *(one.valid.astype(float) for one in pair), np.mean)
+            name, target = f"distance to a risk of {spec.target_risk:g}", spec.target_risk
+            yield request.name, (name, abs(one.risk - target), abs(other.risk - target), np.median)
+        yield request.name, ("risk", one.risk, other.risk, np.median)
+        yield request.name, ("target errs", one.error.astype(float), other.error.astype(float), np.mean)
+        yield request.name, ("valid failures", one.valid.astype(float), other.valid.astype(float), np.mean)
 
 
 def interval(values: Values, statistic: Statistic) -> str:
@@ -86,6 +91,7 @@ def main() -> None:
     parser.add_argument("job", type=Path)
     parser.add_argument("runs", type=Path, help="folder of the runs, one named after each precision")
     parser.add_argument("--samples", type=int, default=128, help="of each request, at least")
+    parser.add_argument("--requests", nargs="+", default=[], metavar="NAME", help="some of them; default: all")
     parser.add_argument("--precision", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument(
         "--classifiers",
@@ -97,9 +103,9 @@ def main() -> None:
     quiet_libraries()
     exact, half = (arguments.runs / precision for precision in (EXACT, arguments.precision))
     for output in (exact, half):
-        run(job := guided_job(arguments.job, arguments.samples, output), output.name)
+        run(job := guided_job(arguments.job, arguments.samples, output, arguments.requests), output.name)
     print(f"| request | samples | of it | {EXACT} | {arguments.precision} | difference of a pair |\n|{'---|' * 6}")
-    for request, (name, before, after, statistic) in rows(job, exact, half, arguments.classifiers):
+    for request, (name, before, after, statistic) in rows(job, (exact, half), arguments.classifiers):
         if len(before) != len(after):
             raise SystemExit(f"{exact} and {half} have {len(before)} and {len(after)} samples of '{request}'")
         cells = [interval(values, statistic) for values in (before, after, after - before)]
