@@ -244,7 +244,7 @@ def test_a_generator_measures_before_its_first_batch_and_guides_as_it_decided(mo
     monkeypatch.setattr(Decoder, "trial_precision", lambda self: "bfloat16")
     generator = generator_of(job_of("boundary", "prompt", "boundary"))
     (notice,) = generator.notices.take()
-    assert "requests.0: the decoder's gradient is computed in" in notice and "of 4 gradients" in notice
+    assert "requests.0: the decoder's gradient is computed in" in notice and "of 6 gradients" in notice
     assert generator._decoding(0) is generator._decoding(2)
     chosen = generator._precisions.of(generator._subject(0))
     assert generator._decoding(0) is generator._model(0).decoder.decoding(generator._model(0).latent_shape, chosen)
@@ -253,11 +253,18 @@ def test_a_generator_measures_before_its_first_batch_and_guides_as_it_decided(mo
 
 
 def test_a_trial_tells_the_decoding_from_8_bits():
-    """Through the real sampling loop: the exact decoding agrees with itself, and rounded images do not quite."""
+    """Real models and loop: the exact decoding agrees with itself, rounded images not quite; 3 bits are refused."""
     generator = generator_of(job_of("boundary"))
-    same, in_8_bits = generator._compared(0, generator._decoding(0))
-    assert len(same) == len(in_8_bits) == 4
+    exact = generator._decoding(0)
+    same, in_8_bits = trial = generator._compared(0, exact)
+    assert trial.shape == (2, 6) and keeps_direction(trial)
     assert (1 - same).abs().max() < 1e-6 and (1 - in_8_bits).min() > 1e-6 and (in_8_bits > 0.9).all()
+
+    def in_3_bits(latents):
+        images = exact.decode(latents).clamp(0, 1)
+        return images + ((images * 7).round() / 7 - images).detach()
+
+    assert not keeps_direction(generator._compared(0, dataclasses.replace(exact, decode=in_3_bits)))
 
 
 def test_a_trial_compiles_nothing(monkeypatch):
@@ -269,7 +276,7 @@ def test_a_trial_compiles_nothing(monkeypatch):
     monkeypatch.setattr(Decoder, "trial_precision", lambda self: "bfloat16")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiling))
     generator = generator_of(job_of("boundary", runtime={"compile": "on"}))
-    assert "of 4 gradients" in generator.notices.take()[0]
+    assert "of 6 gradients" in generator.notices.take()[0]
 
 
 def test_a_cpu_neither_measures_nor_copies(monkeypatch):
