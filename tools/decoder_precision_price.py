@@ -1,10 +1,12 @@
 """The price of half precision in guidance's decoder: the guided requests of a job, run once in each precision.
 
     uv run python tools/decoder_precision_price.py JOB RUNS [--samples 128] [--classifiers ADDRESS ...]
+    uv run python tools/decoder_precision_price.py JOB RUNS --trial
 
 A job may ask for half precision on a GPU alone, where it saves something; here the decision is made for it, so that a
 CPU can show what it does to outcomes. Runs have the same samples, so differences are of pairs. Prints a Markdown table
-with 95 % bootstrap intervals; runs that are complete are not made again.
+with 95 % bootstrap intervals; runs that are complete are not made again. --trial makes no run: it prints what the trial
+finds with 16 samples of each request.
 """
 
 from __future__ import annotations
@@ -22,14 +24,16 @@ from engine.commands.jobfile import read_job
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.progress import PlainDisplay
 from engine.driver.run import run_job
-from engine.generation.decoder_precision import DecoderPrecisions
-from engine.job.plan import resolve_requests
+from engine.generation import decoder_precision, generator
+from engine.job.plan import build_plan, resolve_requests
 from engine.job.spec import JobSpec
 from engine.methods.risky.spec import RiskyGuidanceSpec
+from engine.models.decoding import EXACT, Decoder
+from engine.models.digests import model_digests
 from engine.models.labels import read_labels
 from engine.models.library_logging import quiet_libraries
 
-EXACT = "float32"
+NUM_TRIAL_SAMPLES = 16
 Statistic = Callable[..., Values]
 # What is reported of a request: its name, the values of both runs in the order of their samples, and their summary.
 Row = tuple[str, Values, Values, Statistic]
@@ -49,9 +53,21 @@ def guided_job(path: Path, num_samples: int, output: Path, wanted: list[str]) ->
 
 
 def run(job: JobSpec, precision: str) -> None:
-    """Run a job in this process, with the decoder of guidance in a precision; the name of a torch type."""
-    DecoderPrecisions.of = lambda self, subject: precision  # type: ignore[method-assign]
+    """Run a job in this process, with the decoder of guidance in a precision, the name of a torch type."""
+    Decoder.trial_precision = lambda self: precision  # type: ignore[method-assign]
+    decoder_precision.keeps_direction = lambda cosines: True
     run_job(job, executor=LocalExecutor(1), resume="auto", confirmed=False, display=PlainDisplay(sys.stderr))
+
+
+def print_trials(job: JobSpec, precision: str) -> None:
+    """What the trial of each request says of a precision."""
+    Decoder.trial_precision = lambda self: precision  # type: ignore[method-assign]
+    generator.TRIAL_SAMPLES = NUM_TRIAL_SAMPLES
+    labels = read_labels(job.models.target) or []
+    for request in job.requests:
+        alone = job.model_copy(update={"requests": (request,)})
+        made = generator.Generator(alone, build_plan(alone, labels, model_digests(alone)))
+        print(f"- {request.name}:", *made.notices.take(), flush=True)
 
 
 def rows(job: JobSpec, runs: tuple[Path, Path], classifiers: list[str]) -> Iterator[tuple[str, Row]]:
@@ -85,6 +101,16 @@ def interval(values: Values, statistic: Statistic) -> str:
     return f"{float(statistic(values)):.3f} ({low:.3f} to {high:.3f})"
 
 
+def print_prices(exact: Path, half: Path, job: JobSpec, classifiers: list[str]) -> None:
+    """The table of two runs."""
+    print(f"| request | samples | of it | {exact.name} | {half.name} | difference of a pair |\n|{'---|' * 6}")
+    for request, (name, before, after, statistic) in rows(job, (exact, half), classifiers):
+        if len(before) != len(after):
+            raise SystemExit(f"{exact} and {half} have {len(before)} and {len(after)} samples of '{request}'")
+        cells = [interval(values, statistic) for values in (before, after, after - before)]
+        print(f"| {request} | {len(before)} | {name} | {' | '.join(cells)} |")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -99,17 +125,17 @@ def main() -> None:
         default=["zoo:digits/classifier", "zoo:digits/classifier-b"],
         help="KLDB is measured on; the first one guides",
     )
+    parser.add_argument("--trial", action="store_true")
     arguments = parser.parse_args()
     quiet_libraries()
+    if arguments.trial:
+        job = guided_job(arguments.job, NUM_TRIAL_SAMPLES, arguments.runs, arguments.requests)
+        print_trials(job, arguments.precision)
+        return
     exact, half = (arguments.runs / precision for precision in (EXACT, arguments.precision))
     for output in (exact, half):
         run(job := guided_job(arguments.job, arguments.samples, output, arguments.requests), output.name)
-    print(f"| request | samples | of it | {EXACT} | {arguments.precision} | difference of a pair |\n|{'---|' * 6}")
-    for request, (name, before, after, statistic) in rows(job, (exact, half), arguments.classifiers):
-        if len(before) != len(after):
-            raise SystemExit(f"{exact} and {half} have {len(before)} and {len(after)} samples of '{request}'")
-        cells = [interval(values, statistic) for values in (before, after, after - before)]
-        print(f"| {request} | {len(before)} | {name} | {' | '.join(cells)} |")
+    print_prices(exact, half, job, arguments.classifiers)
 
 
 if __name__ == "__main__":

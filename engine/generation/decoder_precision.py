@@ -29,8 +29,8 @@ LOW_QUANTILE = 0.05
 GOOD_COSINE = 0.99
 # or, up to 26 degrees,
 LOWEST_COSINE = 0.9
-# by more than twice what images in 8 bits are off by. On the zoos bfloat16 is off by 1.0 to 2.0 times that angle and
-# float16 by half of it; both guide as well as float32 (docs/results.md).
+# by more than twice what images in 8 bits are off by. On the zoos float16 is off by half of that angle, and bfloat16,
+# which guides as well as float32 there, by 1.0 to 2.0 times (docs/results.md).
 MOST_TIMES_8_BITS = 2.0
 
 # Gives the cosines [2, n] of a request's gradients to those in float32: with a decoding, and with images in 8 bits.
