@@ -21,15 +21,15 @@ from decoder_price import NUM_RESAMPLES, Values, kldb_of
 from risky_figures import read_requests
 
 from engine.commands.jobfile import read_job
+from engine.driver.checks import check_job
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.progress import PlainDisplay
 from engine.driver.run import run_job
 from engine.generation import decoder_precision, generator
-from engine.job.plan import build_plan, resolve_requests
+from engine.job.plan import resolve_requests
 from engine.job.spec import JobSpec
 from engine.methods.risky.spec import RiskyGuidanceSpec
 from engine.models.decoding import EXACT, Decoder
-from engine.models.digests import model_digests
 from engine.models.labels import read_labels
 from engine.models.library_logging import quiet_libraries
 
@@ -39,9 +39,11 @@ Statistic = Callable[..., Values]
 Row = tuple[str, Values, Values, Statistic]
 
 
-def guided_job(path: Path, num_samples: int, output: Path, wanted: list[str]) -> JobSpec:
+def guided_job(options: argparse.Namespace, num_samples: int, output: Path) -> JobSpec:
     """Guided requests of a job file, with at least so many samples each; all, or those that are named."""
-    job = read_job(path, [("output.uri", str(output))])
+    decoder = [("models.guidance_decoder", options.decoder)] if options.decoder else []
+    path, wanted = options.job, options.requests
+    job = read_job(path, [("output.uri", str(output)), *decoder])
     requests = [
         plan.spec.model_copy(update={"count": -(-num_samples // len(plan.cells) // len(plan.spec.contexts))})
         for plan in resolve_requests(job, read_labels(job.models.target) or [])
@@ -53,21 +55,27 @@ def guided_job(path: Path, num_samples: int, output: Path, wanted: list[str]) ->
 
 
 def run(job: JobSpec, precision: str) -> None:
-    """Run a job in this process, with the decoder of guidance in a precision, the name of a torch type."""
+    """Run a job in this process, with the decoder of guidance in a precision, the name of a torch type.
+
+    Raises:
+        SystemExit: it was stopped; its workers would go on in the precision of the next run.
+    """
     Decoder.trial_precision = lambda self: precision  # type: ignore[method-assign]
     decoder_precision.keeps_direction = lambda cosines: True
-    run_job(job, executor=LocalExecutor(1), resume="auto", confirmed=False, display=PlainDisplay(sys.stderr))
+    display = PlainDisplay(sys.stderr)
+    summary = run_job(job, executor=LocalExecutor(1), resume="auto", confirmed=False, display=display)
+    if summary.num_committed < summary.num_shards:
+        raise SystemExit(f"{summary.uri} is incomplete; the same command continues it")
 
 
 def print_trials(job: JobSpec, precision: str) -> None:
     """What the trial of each request says of a precision."""
     Decoder.trial_precision = lambda self: precision  # type: ignore[method-assign]
     generator.TRIAL_SAMPLES = NUM_TRIAL_SAMPLES
-    labels = read_labels(job.models.target) or []
     for request in job.requests:
         alone = job.model_copy(update={"requests": (request,)})
-        made = generator.Generator(alone, build_plan(alone, labels, model_digests(alone)))
-        print(f"- {request.name}:", *made.notices.take(), flush=True)
+        plan = check_job(alone, PlainDisplay(sys.stderr), lambda: None).plan
+        print(f"- {request.name}:", *generator.Generator(alone, plan).notices.take(), flush=True)
 
 
 def rows(job: JobSpec, runs: tuple[Path, Path], classifiers: list[str]) -> Iterator[tuple[str, Row]]:
@@ -118,6 +126,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, help="folder of the runs, one named after each precision")
     parser.add_argument("--samples", type=int, default=128, help="of each request, at least")
     parser.add_argument("--requests", nargs="+", default=[], metavar="NAME", help="some of them; default: all")
+    parser.add_argument("--decoder", help="guidance looks through; default: the job's")
     parser.add_argument("--precision", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument(
         "--classifiers",
@@ -125,16 +134,16 @@ def main() -> None:
         default=["zoo:digits/classifier", "zoo:digits/classifier-b"],
         help="KLDB is measured on; the first one guides",
     )
-    parser.add_argument("--trial", action="store_true")
+    parser.add_argument("--trial", action="store_true", help=f"with {NUM_TRIAL_SAMPLES} samples of each request")
     arguments = parser.parse_args()
     quiet_libraries()
     if arguments.trial:
-        job = guided_job(arguments.job, NUM_TRIAL_SAMPLES, arguments.runs, arguments.requests)
+        job = guided_job(arguments, NUM_TRIAL_SAMPLES, arguments.runs)
         print_trials(job, arguments.precision)
         return
     exact, half = (arguments.runs / precision for precision in (EXACT, arguments.precision))
     for output in (exact, half):
-        run(job := guided_job(arguments.job, arguments.samples, output, arguments.requests), output.name)
+        run(job := guided_job(arguments, arguments.samples, output), output.name)
     print_prices(exact, half, job, arguments.classifiers)
 
 
