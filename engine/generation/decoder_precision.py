@@ -29,8 +29,8 @@ LOW_QUANTILE = 0.05
 GOOD_COSINE = 0.99
 # or, up to 26 degrees,
 LOWEST_COSINE = 0.9
-# by more than twice what images in 8 bits are off by. Of 16 samples of the zoos, bfloat16's are off by 0.9 to 1.5 times
-# that angle and guide as well as float32's (docs/results.md, with float16's); of a trial's few it is up to 2 times.
+# by more than twice what images in 8 bits are off by. On the zoos bfloat16 is off by 0.9 to 1.5 times that angle, and
+# guides as well as float32 (docs/results.md); twice leaves room for the scatter of a trial's few samples.
 MOST_TIMES_8_BITS = 2.0
 
 # Gives the cosines [2, n] of a request's gradients to those in float32: with a decoding, and with images in 8 bits.
