@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import pytest
 import torch
 
+from engine.data.images.encoding import quantise
 from engine.errors import JobError
 from engine.generation.decoder_precision import DecoderPrecisions, Subject, in_words, keeps_direction
 from engine.generation.generator import Generator
@@ -16,7 +18,7 @@ from engine.job.parsing import parse_job
 from engine.job.plan import build_plan
 from engine.job.spec import RuntimeSpec
 from engine.methods.guidance import precision
-from engine.methods.guidance.comparison import cosines
+from engine.methods.guidance.comparison import cosines, in_8_bits
 from engine.methods.guidance.half_precision import in_half_precision
 from engine.methods.scores import kldb
 from engine.models.decoding import Decoder
@@ -113,17 +115,47 @@ def test_directions_are_compared_where_guidance_can_follow_them():
     assert found[:2].tolist() == pytest.approx([0.5**0.5, 0.96]) and found[2].isnan() and found[3] == 0
 
 
+def trial_of(half, in_8_bits=1.0):
+    """Cosines of a trial: of half precision, and of images in 8 bits; numbers stand for 40 equal ones."""
+    return torch.stack([value if torch.is_tensor(value) else torch.full((40,), value) for value in (half, in_8_bits)])
+
+
 def test_what_may_guide():
     """One gradient in twenty may be off; none may be lost; nothing measured is no proof."""
-    good = torch.full((40,), 0.999)
-    one_off, three_off = good.clone(), good.clone()
-    one_off[0], three_off[:3] = 0.5, 0.5
-    assert keeps_direction(good) and keeps_direction(one_off)
-    assert not keeps_direction(three_off) and not keeps_direction(torch.tensor([0.98] * 40))
-    assert not keeps_direction(torch.cat([good, torch.tensor([torch.nan])])) and not keeps_direction(torch.empty(0))
-    assert "0.9990 (median of 40" in in_words(good, "bfloat16")
-    assert "1 of 41 gradients were not finite" in in_words(torch.cat([good, torch.tensor([torch.nan])]), "float16")
-    assert "no gradient" in in_words(torch.empty(0), "float16")
+    one_off, three_off, lost = torch.full((3, 40), 0.999).unbind()
+    one_off[0], three_off[:3], lost[7] = 0.5, 0.5, torch.nan
+    assert keeps_direction(trial_of(0.999)) and keeps_direction(trial_of(one_off))
+    assert not keeps_direction(trial_of(three_off)) and not keeps_direction(trial_of(0.98))
+    assert not keeps_direction(trial_of(lost)) and not keeps_direction(torch.empty(2, 0))
+    assert not keeps_direction(trial_of(lost, 0.0)) and not keeps_direction(trial_of(0.98, lost))
+    assert "1 of 40 gradients were not finite" in in_words(trial_of(lost), "float16")
+    assert "no gradient" in in_words(torch.empty(2, 0), "float16")
+
+
+@pytest.mark.parametrize(
+    ("half", "in_8_bits", "may_guide"), [(14, 8, True), (20, 8, False), (7, 1, True), (25, 80, True), (27, 80, False)]
+)
+def test_half_precision_may_cost_what_storing_an_image_costs(half, in_8_bits, may_guide):
+    """Angles in degrees: twice that of 8 bits at most, unless it is small anyway; and never a quarter turn."""
+    cosines = trial_of(*(math.cos(math.radians(angle)) for angle in (half, in_8_bits)))
+    assert keeps_direction(cosines) == may_guide
+    assert f"are within {half:.1f} degrees of float32's" in in_words(cosines, "bfloat16")
+    assert f"and within {in_8_bits:.1f} where the image is rounded to the 8 bits" in in_words(cosines, "bfloat16")
+
+
+def test_images_in_8_bits_are_those_that_are_stored(diffusion, classifier, latents):
+    """To the bit; the gradient is that of the exact decoder, taken at such an image."""
+    exact = diffusion.decoder.decoding(diffusion.latent_shape)
+    stored = torch.from_numpy(quantise(exact.decode(latents))).permute(0, 3, 1, 2) / 255
+    leaf = latents.clone().requires_grad_(True)
+    images = in_8_bits(exact).decode(leaf)
+    assert torch.equal(images, stored)
+    (made,) = torch.autograd.grad(kldb(classifier.logits(images), (3, 8)).sum(), leaf)
+    at_stored = stored.clone().requires_grad_(True)
+    (cotangent,) = torch.autograd.grad(kldb(classifier.logits(at_stored), (3, 8)).sum(), at_stored)
+    again = latents.clone().requires_grad_(True)
+    (expected,) = torch.autograd.grad(exact.decode(again).clamp(0, 1), again, cotangent)
+    assert torch.allclose(made, expected, rtol=1e-4, atol=1e-7)
 
 
 class OnGpu:
@@ -150,12 +182,12 @@ def decided(trial, decoder=None, **hardware):
 
 def test_a_decision_is_made_once_and_reported_with_its_figures():
     calls = []
-    chosen, notices = decided(lambda decoding: calls.append(decoding) or torch.full((16,), 0.998))
+    chosen, notices = decided(lambda decoding: calls.append(decoding) or trial_of(0.998))
     assert chosen == "bfloat16" and calls == ["bfloat16"] and len(notices) == 1
     assert notices[0].startswith("requests.0: the decoder's gradient is computed in bfloat16:")
-    assert "0.9980 (median of 16" in notices[0] and "runtime.decoder_precision" in notices[0]
-    chosen, notices = decided(lambda decoding: torch.full((16,), 0.9))
-    assert chosen == "float32" and "computed in float32" in notices[0] and "0.9000" in notices[0]
+    assert "(cosine 0.9980; median 0.9980)" in notices[0] and "runtime.decoder_precision" in notices[0]
+    chosen, notices = decided(lambda decoding: trial_of(0.95))
+    assert chosen == "float32" and "computed in float32" in notices[0] and "0.9500" in notices[0]
 
 
 @pytest.mark.parametrize(
@@ -222,12 +254,27 @@ def test_a_generator_measures_before_its_first_batch_and_guides_as_it_decided(mo
     monkeypatch.setattr(Decoder, "trial_precision", lambda self: "bfloat16")
     generator = generator_of(job_of("boundary", "prompt", "boundary"))
     (notice,) = generator.notices.take()
-    assert "requests.0: the decoder's gradient is computed in" in notice and "of 4" in notice
+    assert "requests.0: the decoder's gradient is computed in" in notice and "of 6 gradients" in notice
     assert generator._decoding(0) is generator._decoding(2)
     chosen = generator._precisions.of(generator._subject(0))
     assert generator._decoding(0) is generator._model(0).decoder.decoding(generator._model(0).latent_shape, chosen)
     (result,) = generator.next_batch(0, [generator._plan.requests[0].sample(0)])
     assert result.record["guided_steps"] == 2
+
+
+def test_a_trial_tells_the_decoding_from_8_bits():
+    """Real models and loop: the exact decoding agrees with itself, rounded images not quite; 3 bits are refused."""
+    generator = generator_of(job_of("boundary"))
+    exact = generator._decoding(0)
+    same, in_8_bits = trial = generator._compared(0, exact)
+    assert trial.shape == (2, 6) and keeps_direction(trial)
+    assert (1 - same).abs().max() < 1e-6 and (1 - in_8_bits).min() > 1e-6 and (in_8_bits > 0.9).all()
+
+    def in_3_bits(latents):
+        images = exact.decode(latents).clamp(0, 1)
+        return images + ((images * 7).round() / 7 - images).detach()
+
+    assert not keeps_direction(generator._compared(0, dataclasses.replace(exact, decode=in_3_bits)))
 
 
 def test_a_trial_compiles_nothing(monkeypatch):
@@ -239,7 +286,7 @@ def test_a_trial_compiles_nothing(monkeypatch):
     monkeypatch.setattr(Decoder, "trial_precision", lambda self: "bfloat16")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiling))
     generator = generator_of(job_of("boundary", runtime={"compile": "on"}))
-    assert "of 4" in generator.notices.take()[0]
+    assert "of 6 gradients" in generator.notices.take()[0]
 
 
 def test_a_cpu_neither_measures_nor_copies(monkeypatch):

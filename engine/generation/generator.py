@@ -25,7 +25,7 @@ from engine.job.plan import Plan, RequestPlan, SampleSpec, make_prompt
 from engine.job.records import SampleResult
 from engine.job.spec import JobSpec
 from engine.methods.conditioning.screening import ScreenedDraw
-from engine.methods.guidance.comparison import ComparedDenoiser
+from engine.methods.guidance.comparison import ComparedDenoiser, in_8_bits
 from engine.methods.guidance.guided import GuidedDenoiser
 from engine.methods.guidance.rules import GradientHealth
 from engine.methods.guidance.scene import Decoding
@@ -216,13 +216,16 @@ class Generator:
         return self._guides.guided(request, denoiser, classes, self._decoding(request))
 
     def _compared(self, request: int, decoding: Decoding) -> Tensor:
-        """Cosines [n] of gradients with another decoding to those of the first samples of a request; see `cosines`."""
+        """Cosines [2, n] of gradients with another decoding, and with images in 8 bits, to those of a request.
+
+        They are of its first samples; see `ComparedDenoiser`.
+        """
         plan = self._plan.requests[request]
         specs = [plan.sample(position) for position in range(min(TRIAL_SAMPLES, plan.limit))]
         denoiser, sampler, noise = self._denoiser(request, specs, self._draws(request, specs))
         guided = self._guided(request, specs, denoiser)
         assert guided is not None
-        compared = ComparedDenoiser(guided, decoding)
+        compared = ComparedDenoiser(guided, [decoding, in_8_bits(self._decoding(request))])
         with self._model(request).uncompiled():
             sample(compared, sampler, noise)
         return compared.cosines()

@@ -1,9 +1,12 @@
-"""Directions of guidance's gradients through two decodings of the same predictions, compared while samples are made.
+"""Directions of guidance's gradients through several decodings of the same predictions, compared as samples are made.
 
-Legend: B samples, K criteria, C channels, H x W latent size.
+Legend: B samples, K criteria, D decodings, C channels, H x W size.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,15 +18,15 @@ from engine.methods.sampling.denoiser import Prediction, Step
 
 
 class ComparedDenoiser:
-    """A guided denoiser that moves as it does, and takes every gradient through another decoding as well.
+    """A guided denoiser that moves as it does, and takes every gradient through other decodings as well.
 
     Args:
         guided: its gradients are followed, and are the reference.
-        decoding: the other one.
+        decodings: the other ones, at least one.
     """
 
-    def __init__(self, guided: GuidedDenoiser, decoding: Decoding) -> None:
-        self._guided, self._other = guided, guided.through(decoding)
+    def __init__(self, guided: GuidedDenoiser, decodings: Sequence[Decoding]) -> None:
+        self._guided, self._others = guided, [guided.through(decoding) for decoding in decodings]
         self._cosines: list[Tensor] = []
 
     def __call__(self, latents: Tensor, step: Step) -> Prediction:
@@ -32,13 +35,15 @@ class ComparedDenoiser:
             return self._guided(latents, step)
         prediction = self._guided.predict(latents, step)
         losses, gradients = self._guided.gradients(prediction, step)
-        _, others = self._other.gradients(prediction, step)
-        self._cosines.append(cosines(gradients.flatten(0, 1), others.flatten(0, 1)))
+        others = [other.gradients(prediction, step)[1] for other in self._others]
+        # In one call, as each waits for the GPU.
+        found = cosines(torch.cat([gradients] * len(others)).flatten(0, 1), torch.cat(others).flatten(0, 1))
+        self._cosines.append(found.reshape(len(others), -1))
         return self._guided.moved(losses, gradients, prediction, step)
 
     def cosines(self) -> Tensor:
-        """Cosine of every sample at every guided step and of every criterion, [n], on the CPU; see `cosines`."""
-        return torch.cat(self._cosines).cpu() if self._cosines else torch.empty(0)
+        """Cosine of every sample at every guided step and of every criterion, [D, n], on the CPU; see `cosines`."""
+        return torch.cat(self._cosines, dim=1).cpu() if self._cosines else torch.empty(len(self._others), 0)
 
 
 def cosines(exact: Tensor, other: Tensor) -> Tensor:
@@ -52,3 +57,13 @@ def cosines(exact: Tensor, other: Tensor) -> Tensor:
     vanished = (other == 0).flatten(1).all(1)
     overlap = (unit(exact) * unit(other)).flatten(1).sum(1)
     return torch.where(vanished, torch.zeros_like(overlap), overlap)
+
+
+def in_8_bits(decoding: Decoding) -> Decoding:
+    """A decoding whose images [B, 3, H, W] are clamped and rounded as stored ones are; gradients pass the rounding."""
+
+    def decode(latents: Tensor) -> Tensor:
+        images = decoding.decode(latents).clamp(0, 1)
+        return images + ((images * 255).round() / 255 - images).detach()
+
+    return dataclasses.replace(decoding, decode=decode)
