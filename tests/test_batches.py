@@ -32,7 +32,7 @@ GATE_SECONDS = 60.0
 
 @pytest.fixture(scope="module")
 def loaded() -> Made:
-    return make_generator(runtime={"batch_size": 8}, sampling={"num_inference_steps": 2, "guidance_scale": 2.0})
+    return make_generator(runtime={"batch_size": 8}, sampling={"num_inference_steps": 1, "guidance_scale": 2.0})
 
 
 @pytest.fixture

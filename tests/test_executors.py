@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 import engine.driver.run
-from engine.data.run.commits import list_commits, read_commit
+from engine.data.run.commits import list_commits, read_commit, read_commits
 from engine.data.run.shards import read_rows
 from engine.data.run.verify import verify
 from engine.data.stores.opening import open_store
@@ -321,6 +321,10 @@ def test_failures_of_cuda_in_an_actor_cost_no_strike(join, tmp_path):
     first, *more = notices.read_text().splitlines()
     assert first.startswith("requests.0: a batch of 6 samples failed (RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC")
     assert "it goes on with batches of" in first and len(more) <= 2
+    # From the actor to the user: as the local executor's threads in tests/test_notices.py.
+    stored = [text for record in read_commits(open_store(str(output))) for text in record.notices]
+    assert stored == [first, *more] and [text for text in display.notices if text in stored] == stored
+    assert [row["text"] for row in json.loads((output / "manifest.json").read_text())["notices"]] == stored
 
 
 def test_a_killed_actor_is_replaced_and_its_shard_made_again(join, clean, tmp_path):

@@ -160,9 +160,9 @@ def test_an_executor_is_chosen_by_its_name(copy: Path, tmp_path: Path) -> None:
     """A run of real models in processes has the tars of one in this process."""
     models = {"diffusion": "zoo:digits/stable-diffusion", "clip": "zoo:digits/clip", "target": "zoo:digits/classifier"}
     job = {
-        "name": "small", "models": models, "sampling": {"num_inference_steps": 3},
-        "requests": [{"name": "plain", "method": "prompt", "classes": ["three", "eight"], "count": 2}],
-        "output": {"uri": "run", "samples_per_shard": 2}, "runtime": {"device": "cpu"},
+        "name": "small", "models": models, "sampling": {"num_inference_steps": 1},
+        "requests": [{"name": "plain", "method": "prompt", "classes": ["three", "eight"], "count": 1}],
+        "output": {"uri": "run", "samples_per_shard": 1}, "runtime": {"device": "cpu"},
     }  # fmt: skip
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     for name in ("process", "local"):

@@ -14,7 +14,7 @@ import pytest
 from bench.arms import arms_of
 from bench.sizes import random_setting
 from gpu_session import LIMIT_SECONDS, NO_TIME, Step, pack, parse, run_steps, session_steps
-from gpu_steps import compiling, decoder, runs, sharing, versions
+from gpu_steps import common, compiling, decoder, runs, sharing, versions
 from gpu_steps.common import parser
 
 from engine.job.parsing import parse_job
@@ -211,9 +211,23 @@ def test_the_decoders_gradient_is_measured(models, tmp_path, monkeypatch):
         assert found[f"all rows at once, {layout} 4"].startswith("RuntimeError: upsample_nearest_nhwc")
 
 
+def test_commands_are_run_and_their_ends_reported():
+    """Of the engine, in processes of their own."""
+    version, unknown = common.riskforge("--version"), common.riskforge("no-command")
+    assert version["exit_code"] == 0 and version["output"][0].startswith("riskforge ")
+    assert unknown["exit_code"] == 2 and "no-command" in " ".join(unknown["output"])
+
+
 @pytest.mark.slow
-def test_runs_are_made_and_verified(models, tmp_path):
+def test_runs_are_made_and_verified(models, tmp_path, call, monkeypatch):
     """The digits by every guidance, verified deeply; what is damaged, or not `ok`, fails the step."""
+
+    def riskforge(*arguments):
+        """In this process, which has imported everything."""
+        code, output, errors = call(*arguments)
+        return {"exit_code": code, "output": (output + errors).splitlines()}
+
+    monkeypatch.setattr(runs, "riskforge", riskforge)
     code, found = run_program("run", models, tmp_path, "--executor", "local")
     assert code == 0 and found["summary"]["statuses"] == {"ok": 16} and found["verified"]["exit_code"] == 0
     assert set(found["summary"]["batch_sizes"]) and not found["summary"]["nonfinite_gradients"]

@@ -1,6 +1,8 @@
 """Kernels: what a GPU worker sets, and that scores are full float32 whatever was set; torch's settings need no GPU."""
 
 import contextlib
+import functools
+import json
 import subprocess
 import sys
 import threading
@@ -134,7 +136,7 @@ def test_one_thread_does_not_end_what_another_needs(restored):
     assert settings() == before
 
 
-def test_a_worker_that_loads_leaves_the_scores_of_another_exact():
+def test_a_worker_that_loads_leaves_the_scores_of_another_exact(program):
     """Threads of a process: the second one's settings, TF32 among them, wait until the first one has scored."""
     program([
         "import threading",
@@ -263,8 +265,47 @@ def test_a_run_guides_with_the_workers_settings_and_scores_without_them(restored
     assert settings() == before
 
 
-def program(code):
-    """Run lines of Python in a process of their own, whose settings of torch nobody needs afterwards."""
+# Imports torch once; each program it is given runs in a fork, before torch has any thread. Answers with its failure.
+FORKS = """
+import json, os, sys, traceback, warnings, torch
+from engine.models.hardware import Hardware
+import engine.models.kernels
+for line in sys.stdin:
+    read, write = os.pipe()
+    if not (child := os.fork()):
+        os.close(read)
+        failure = ""
+        try:
+            warnings.simplefilter("error")
+            exec(json.loads(line), {})
+        except BaseException:
+            failure = traceback.format_exc()
+        os.write(write, failure.encode()[-4000:])
+        os._exit(0 if not failure else 1)
+    os.close(write)
+    with open(read) as pipe:
+        failure = pipe.read()
+    print(json.dumps([os.waitpid(child, 0)[1], failure]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """A process whose forks run programs."""
+    command = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def program(forks):
+    """Runs lines of Python in a process of their own, whose settings of torch nobody needs afterwards."""
+    return functools.partial(run_program, forks)
+
+
+def run_program(forks, code):
+    """In a fork of that process."""
     lines = (
         "import os, torch",
         "from engine.models.hardware import Hardware",
@@ -278,16 +319,12 @@ def program(code):
         "    return Hardware(device, dtype, 'sdpa', 'auto', **more)",
         *code,
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", "\n".join(lines)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    print(json.dumps("\n".join(lines)), file=forks.stdin, flush=True)
+    status, failure = json.loads(forks.stdout.readline())
+    assert status == 0, failure
 
 
-def test_a_worker_on_a_gpu_samples_in_tf32_with_a_search():
+def test_a_worker_on_a_gpu_samples_in_tf32_with_a_search(program):
     """By both interfaces, and with segments that grow; in `precision: fp32` float32 is what it says."""
     program([
         "fix_kernels(of('cuda'))",
@@ -300,7 +337,7 @@ def test_a_worker_on_a_gpu_samples_in_tf32_with_a_search():
     ])  # fmt: skip
 
 
-def test_equal_bytes_cost_no_more_than_they_must():
+def test_equal_bytes_cost_no_more_than_they_must(program):
     """`deterministic`: one order of summation, no search, TF32 all the same, and no new tensor is filled with NaN."""
     program([
         "cudnn.benchmark = True",
@@ -313,7 +350,7 @@ def test_equal_bytes_cost_no_more_than_they_must():
     ])  # fmt: skip
 
 
-def test_what_is_not_for_the_worker_to_set_stays():
+def test_what_is_not_for_the_worker_to_set_stays(program):
     """All of torch where models are on a CPU; the allocator where the user set it, who may have a GPU without a VMM."""
     program([
         "fix_kernels(of('cpu', deterministic=True))",

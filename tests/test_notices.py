@@ -29,9 +29,7 @@ from engine.data.run.notices import (
     unstored,
 )
 from engine.data.stores.opening import open_store
-from engine.driver.executors.base import Executor
 from engine.driver.executors.local import LocalExecutor
-from engine.driver.executors.ray import RayExecutor
 from engine.driver.run import run_job
 from engine.errors import CorruptShardError
 from engine.generation.notices import Notices
@@ -171,20 +169,16 @@ def test_an_adopted_shard_has_the_notices_of_who_adopts_it(tmp_path: Path) -> No
     assert [record.attempt for record in read_commits(worker._store)] == [1, 1]
 
 
-@pytest.mark.parametrize(
-    "executor",
-    [
-        LocalExecutor(1),
-        pytest.param(RayExecutor(address=None, num_workers=1, device="cpu"), marks=pytest.mark.slow),
-    ],
-    ids=["local", "ray"],
-)
-def test_a_run_reports_what_its_generator_noticed(tmp_path: Path, executor: Executor) -> None:
-    """Real models, real files: from the generator to the terminal, record, manifest, report, `status` and `inspect`."""
+def test_a_run_reports_what_its_generator_noticed(tmp_path: Path) -> None:
+    """Real models, real files: from the generator to the terminal, record, manifest, report, `status` and `inspect`.
+
+    From an actor, too: `test_failures_of_cuda_in_an_actor_cost_no_strike` in tests/test_executors.py.
+    """
     output, display = tmp_path / "out", Recorder()
     run_job(
-        make_job(output), executor=executor, resume="auto", confirmed=False, display=display, make_worker=make_worker
-    )
+        make_job(output), executor=LocalExecutor(1), resume="auto", confirmed=False, display=display,
+        make_worker=make_worker,
+    )  # fmt: skip
     [line] = storable([HOSTILE])
     stored = [text for record in read_commits(open_store(str(output))) for text in record.notices]
     assert stored == [line, HALVED]

@@ -16,8 +16,10 @@ from gpu_steps.common import Figures, exit_code, parser, riskforge, summary_of, 
 
 PARTS = {"diffusion": "stable-diffusion", "clip": "clip", "target": "classifier", "oracle": "oracle"}
 COUNTS = {"sd1": 48, "tiny": 4}
-# Samples of a shard; on a CPU a batch costs the same however few samples it has.
+# Samples of a shard.
 SHARDS = {"sd1": 24, "tiny": 4}
+# On a CPU a batch costs the same however few samples it has.
+BATCHES = {"sd1": "auto", "tiny": 4}
 STEPS = {"sd1": 20, "tiny": 6}
 
 
@@ -61,7 +63,7 @@ def digits_job(output: Path, device: str, size: str) -> dict[str, Any]:
         ],
         "sampling": {"scheduler": "lms", "num_inference_steps": STEPS[size], "guidance_scale": 3.0},
         "output": {"uri": str(output), "samples_per_shard": SHARDS[size]},
-        "runtime": {"device": device, "workers": 1},
+        "runtime": {"device": device, "workers": 1, "batch_size": BATCHES[size]},
     }
 
 
