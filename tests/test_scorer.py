@@ -48,17 +48,19 @@ class Clip:
 
     Args:
         cosines: [images, classes].
+        first: entry in which the embedding of the first class is one; two models have no space in common.
     """
 
-    def __init__(self, name: str, cosines: Tensor) -> None:
+    def __init__(self, name: str, cosines: Tensor, *, first: int = 0) -> None:
         self.name = name
+        self._first = first
         rest = (1 - cosines.square().sum(1, keepdim=True)).sqrt()
-        self._images = 2 * torch.cat([cosines, rest], 1)
+        self._images = 2 * torch.cat([cosines, rest], 1).roll(first, 1)
 
     def text_embeds(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors."""
         assert prompts == [f"a photo of a {label}" for label in LABELS]
-        return torch.eye(5)[:4]
+        return torch.eye(5)[:4].roll(self._first, 1)
 
     def preprocess(self, images: Sequence[int]) -> Tensor:
         """[B], the numbers."""
@@ -90,7 +92,7 @@ def records(rows: Sequence[int] = (0, 1, 2), **changes: Tensor) -> list[dict[str
         Clip("clip", models["cosines"]),  # type: ignore[arg-type]
         [Classifier("u", models["transfer"])],  # type: ignore[list-item]
         Classifier("o", models["oracle"]),  # type: ignore[arg-type]
-        Clip("judge", models["judged"]),  # type: ignore[arg-type]
+        Clip("judge", models["judged"], first=1),  # type: ignore[arg-type]
     )
     return scorer.records([spec_of(row) for row in rows], list(rows))  # type: ignore[arg-type]
 
