@@ -67,9 +67,10 @@ class AttackOptions:
         share: kappa, share of the labels that are exchanged.
         objective: what is minimised.
         distance_weight: alpha, weight of the mean squared distance of learned to true rewards on the probes: an
-            attack that stays close is harder to see.
-        num_stages: the budget is spent in so many equal parts; the model is trained and all records are ranked again
-            before each. One stage is the papers' algorithm.
+            attack that stays close is harder to see. Its slope is zero where nothing is exchanged yet, so that it acts
+            from the second stage on.
+        num_stages: the budget is spent in so many equal parts; the model is trained again before each, and the records
+            that are left are ranked again. One stage is the papers' algorithm without its soft labels.
         signed: rank by the signed change; False ranks by its size, as the public code does, for comparison only.
         fit: how the attacker expects the reward model to be trained.
         solver: of the linear system.
@@ -117,11 +118,13 @@ def gradient_flips(
         by_label = hypergradient(
             model, parameters, attacked, objective, l2=options.fit.l2, solver=options.solver
         ).labels
-        # The change is from the users' label to the other one, whether it is exchanged at present or not.
-        predicted = by_label * (1 - 2 * pairs.labels)
-        count = total * stage // options.num_stages
-        # Where fewer exchanges than the budget lower the objective, the rest of the budget is not spent.
-        flips = _lowest(predicted, count) & (predicted < 0) if options.signed else _lowest(-predicted.abs(), count)
+        predicted = (by_label * (1 - 2 * pairs.labels)).masked_fill(flips, torch.inf)
+        count = total * stage // options.num_stages - total * (stage - 1) // options.num_stages
+        if options.signed:
+            # Where fewer exchanges than the budget lower the objective, the rest of the budget is not spent.
+            flips = flips | (_lowest(predicted, count) & (predicted < 0))
+        else:
+            flips = flips | _lowest((-predicted.abs()).masked_fill(flips, torch.inf), count)
     return flips
 
 

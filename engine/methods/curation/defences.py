@@ -1,6 +1,6 @@
 """Defences of a reward model against tampered preference records: removal by influence, trimming by group.
 
-Both need a few trusted preferences, and both return weights of the records, 1 kept and 0 removed.
+Both compare with a few trusted preferences, and return weights of the records, 1 kept and 0 removed.
 """
 
 from __future__ import annotations
@@ -167,7 +167,9 @@ def remove_by_group(
 def split_by_taste(model: RewardModel, pairs: Pairs, raters: Tensor, fit: FitOptions, num_steps: int = 10) -> Tensor:
     """Two groups of raters by what they prefer: a mixture of two logistic models, fitted by hard assignment.
 
-    It starts from the sign along the direction in which the raters' mean chosen differences vary most.
+    It starts from the sign along the direction in which the raters' chosen differences vary most. It is for honest
+    records: of those that a gradient attack has exchanged a tenth of, it finds the groups little better than by chance,
+    so that a declared group of each rater is to be preferred.
 
     Args:
         model: a linear one; P parameters.
