@@ -2,7 +2,7 @@
 
 `a = e^r` is the weight of a choice by the reward r of the users, `b = e^r~` that by the reward r~ which curates a
 share phi of the choices. Of K candidates, curation by b raises the mean of a by the sample covariance of (a, b) over
-the sample mean of b (Wei and Zhang, section 3; for a = b Ferbach et al., lemma 2.2):
+the sample mean of b (the setting of lemmas 3.3 and 3.4 of Wei and Zhang; for a = b of lemma 2.2 of Ferbach et al.):
 
     E_t+1[a] - E_t[a] = (1 - phi) E[S_aa / mean a] + phi E[S_ab / mean b],    E[S_ab] = (K - 1) / K Cov(a, b).
 
