@@ -28,8 +28,11 @@ _STAKES = (0.25, 0.5, 0.75)
 # Initial wealth of the bettors of an audit: one that learns what trusted raters prefer, and two that stake half of
 # what they have on the record, or on the trusted choice, agreeing with the learned reward.
 _BETTORS = (0.8, 0.1, 0.1)
-# Precision of the learning bettor's correction before it has seen a choice.
-_PRIOR = 1.0
+# Variance over the audited pairs of the learning bettor's correction of a margin, before it has seen a choice. As a
+# variance of margins it means the same for any number and scale of features.
+_PRIOR_VARIANCE = 4.0
+# Below it all audited pairs are alike, and there is nothing to correct.
+_LEAST_SQUARE = 1e-12
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,7 +108,9 @@ def continue_audit(state: AuditState, audit: Audit, earlier_margins: Tensor | No
     differs = audit.choices != audit.trusted
     record_side, trusted_side = 2 * audit.choices - 1, 2 * audit.trusted - 1
     agrees = 0.5 * torch.sign(audit.margins) * record_side
-    correction = _Correction.of(state, earlier_margins)
+    correction = _Correction(torch.cat([state.differences, audit.differences], -2))
+    if earlier_margins is not None:
+        correction.learn_all(state, earlier_margins)
     log_wealth, highest = state.log_wealth, state.highest
     for index in range(audit.choices.shape[-1]):
         row = audit.differences[..., index, :]
@@ -128,24 +133,21 @@ class _Correction:
     """A logistic model of trusted choices, the learned margin being an offset, fitted by online Newton steps.
 
     Args:
-        runs: [...].
-        num_features: d.
+        differences: [..., n, d] of all audited pairs, which say nothing of the choices; they set the scale.
     """
 
-    def __init__(self, runs: torch.Size, num_features: int) -> None:
+    def __init__(self, differences: Tensor) -> None:
+        *runs, _, num_features = differences.shape
         self._mean = torch.zeros(*runs, num_features, dtype=torch.float64)
-        eye = torch.eye(num_features, dtype=torch.float64) / _PRIOR
-        self._covariance = eye.expand(*runs, num_features, num_features)
+        square = differences.square().sum(-1).mean(-1).clamp_min(_LEAST_SQUARE)
+        eye = torch.eye(num_features, dtype=torch.float64)
+        self._covariance = _PRIOR_VARIANCE / square[..., None, None] * eye
 
-    @classmethod
-    def of(cls, state: AuditState, margins: Tensor | None) -> _Correction:
-        """After the records that were audited before, at the margins [..., n] of the present reward."""
-        correction = cls(state.trusted.shape[:-1], state.differences.shape[-1])
-        if margins is not None:
-            for index in range(margins.shape[-1]):
-                side = 2 * state.trusted[..., index] - 1
-                correction.learn(state.differences[..., index, :], margins[..., index], side)
-        return correction
+    def learn_all(self, state: AuditState, margins: Tensor) -> None:
+        """Take in the records that were audited before, at the margins [..., n] of the present reward."""
+        for index in range(margins.shape[-1]):
+            side = 2 * state.trusted[..., index] - 1
+            self.learn(state.differences[..., index, :], margins[..., index], side)
 
     def margin(self, row: Tensor) -> Tensor:
         """What is to be added to the learned margin of a pair with differences [..., d]."""
