@@ -93,6 +93,17 @@ def test_little_is_removed_where_nothing_is_wrong():
     assert float((1 - kept).mean(-1).max()) <= 0.4 + 1e-9
 
 
+def test_no_record_is_removed_that_helps():
+    """One stage with room for nearly all records: only those go whose removal is predicted to lower the loss."""
+    pairs, trusted = records((20,), 300, TRUTH, 4), records((20,), 60, TRUTH, 5)
+    poisoned, _ = attacked(pairs, 0.2)
+    options, everyone = RemovalOptions(share=0.9, num_stages=1), torch.ones_like(pairs.labels)
+    removed = remove_by_influence(MODEL, poisoned, trusted, options) == 0
+    fitted = fit_reward(MODEL, poisoned, options.fit).parameters
+    effects = removal_effects(MODEL, fitted, poisoned, trusted, options, everyone)
+    assert int(removed.sum()) > 0 and float(effects[removed].max()) < 0
+
+
 def two_groups(seed: int) -> tuple[Pairs, torch.Tensor]:
     """210 records of one taste and 90 of the opposite one, in 20 runs, and the group of each."""
     parts = records((20,), 210, TRUTH, seed), records((20,), 90, -TRUTH, seed + 1)

@@ -163,6 +163,11 @@ def short(seeds: int) -> None:
         for attack in ("clean", "gradient", "gradient-reward"):
             result = run(StudyOptions(num_seeds=seeds, attack=attack, fit=FitOptions(max_steps=steps)))
             print(f"{steps} | {attack} | {mean(result.rewards[:, -1, 0])}", flush=True)
+    print("steps of expectation-maximisation in a refit | attack 0.2 | final reward")
+    for steps in (1, 2, 20):
+        for attack in ("clean", "gradient", "gradient-reward"):
+            result = run(StudyOptions(num_seeds=seeds, attack=attack, em_steps=steps))
+            print(f"{steps} | {attack} | {mean(result.rewards[:, -1, 0])}", flush=True)
 
 
 def bounds(seeds: int) -> None:

@@ -39,6 +39,9 @@ from engine.methods.curation.selection import draw_preferences
 
 ATTACKS = ("clean", "random", "largest-difference", "highest-reward", "gradient", "gradient-reward")
 DEFENCES = ("none", "influence", "group", "trusted-only")
+LEVEL = 0.05
+FIXED_SIZES = (25, 50, 100, 200, 400)
+FIXED_FLOORS = (0.5, 0.65)
 _MODEL = LinearReward(5)
 _FIT = FitOptions()
 _NUM_PROBES = 500
@@ -80,6 +83,7 @@ class StudyOptions:
         defence: one of `DEFENCES`; it acts from the round on in which the monitor raises its alarm.
         removal: of the defences.
         fit: of the reward model; few steps are an optimisation cut short.
+        em_steps: of a refit of the generator; likewise.
         seed: of everything.
     """
 
@@ -100,6 +104,7 @@ class StudyOptions:
     defence: str = "none"
     removal: RemovalOptions = field(default_factory=RemovalOptions)
     fit: FitOptions = field(default_factory=FitOptions)
+    em_steps: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -132,11 +137,6 @@ class Trajectory:
     fixed_alarms: Tensor
     removed: Tensor
     caught: Tensor
-
-
-FIXED_SIZES = (25, 50, 100, 200, 400)
-LEVEL = 0.05
-FIXED_FLOORS = (0.5, 0.65)
 
 
 def monomials(samples: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class _Study:
     def __init__(self, options: StudyOptions) -> None:
         self._options = options
         self._random = torch.Generator().manual_seed(options.seed)
-        self._real = circle_mixture(options.num_modes).expanded(options.num_seeds)
+        self._real = replace(circle_mixture(options.num_modes), em_steps=options.em_steps).expanded(options.num_seeds)
         self._audits = [start_audit((options.num_seeds,), _MODEL.num_features) for _ in options.tastes]
         self._fixed = self._records(self._real, options.tastes[0], options.num_fixed)
         self._fixed_log_e_values: list[Tensor] = []
