@@ -27,9 +27,6 @@ NUM_FEATURES = 512
 
 def measure(num_parameters: int, num_records: int, num_products: int) -> dict[str, float]:
     """Seconds of a gradient of the loss and of a hypergradient, and peak memory."""
-    if num_parameters > SIZES[0]:
-        # The first derivative of a process loads code; it is not to be measured.
-        measure(SIZES[0], num_records, 1)
     generator = torch.Generator().manual_seed(0)
     features = min(NUM_FEATURES, max(2, num_parameters // 20))
     model = NetworkReward(features, max(1, num_parameters // (features + 2)), torch.float32)
@@ -64,6 +61,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one:
+        # The first derivative of a process loads code, which is not to be measured.
+        measure(SIZES[0], options.records, 1)
         print(json.dumps(measure(options.one, options.records, options.products)))
         return 0
     print(f"{options.records} records, {options.products} products at most; memory beyond the libraries'")
