@@ -1,0 +1,1 @@
+"""The self-consuming loop: a generator's curated samples train the next generator."""
