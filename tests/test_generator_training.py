@@ -31,6 +31,7 @@ from engine.models.diffusion import load_pipeline
 from engine.models.digests import model_digest
 from engine.models.library_logging import quiet_libraries
 from engine.models.pipelines.base import EMBEDDINGS, LATENTS
+from engine.models.pipelines.registry import FAMILIES
 from engine.models.pipelines.stable_diffusion import StableDiffusion
 from engine.studies.loop.finetuning import checkpoints, publishing, training
 from engine.studies.loop.finetuning.batches import TrainingImages, batches, num_curated, real_images
@@ -40,7 +41,7 @@ from engine.studies.loop.finetuning.objective import Batch, Draws, NoiseSchedule
 from engine.studies.loop.finetuning.program import fine_tune_pipeline
 from engine.studies.loop.finetuning.recipe import FineTuneRecipe
 from tests.strike import arm
-from tests.tiny_pipelines import BETAS, edit, save_pipeline
+from tests.tiny_pipelines import BETAS, edit, save_pipeline, save_xl_pipeline
 
 DIGITS = "zoo:digits/stable-diffusion"
 LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -361,6 +362,16 @@ def test_stable_unclip_learns_from_image_embeddings(tmp_path, lora_rank):
     reads_embedding = "class_embedding.linear_1.weight"
     assert torch.equal(before[reads_embedding], after[reads_embedding]) == (lora_rank is not None)
     assert load_pipeline(str(output), cpu()).draw_noise([1])[EMBEDDINGS].shape == (1, 8)
+
+
+def test_a_family_that_somebody_adds_is_trained_too(tmp_path, monkeypatch):
+    """Stable Diffusion XL, with its pooled embeddings and sizes: nothing here knows of it."""
+    address = "tests.families.stable_diffusion_xl:StableDiffusionXL"
+    monkeypatch.setitem(FAMILIES, "StableDiffusionXLPipeline", address)
+    parent = save_xl_pipeline(tmp_path / "parent")
+    fine_tune(parent, tmp_path / "model")
+    reads_pooled = "add_embedding.linear_1.weight"
+    assert not torch.equal(weights_of(parent)[reads_pooled], weights_of(tmp_path / "model")[reads_pooled])
 
 
 def test_a_family_without_trained_part_is_refused_by_name(tiny, tmp_path, monkeypatch):
