@@ -18,7 +18,6 @@ import PIL.Image
 import pytest
 import torch
 import torch.utils.checkpoint
-from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -268,6 +267,8 @@ def test_lora_changes_the_attention_projections_alone(tiny, tmp_path):
             stem = f"unet.{name.removesuffix('.weight')}"
             product = updates[f"{stem}.lora_B.weight"] @ updates[f"{stem}.lora_A.weight"]
             assert torch.allclose(weight, before[name] + product, atol=1e-6)
+    keys, alphas = diffusers.StableDiffusionPipeline.lora_state_dict(output / "adapter")
+    assert keys.keys() == updates.keys() and alphas is None
     load_pipeline(str(output), cpu())
 
 
@@ -494,13 +495,10 @@ def test_activations_are_recomputed_where_the_runtime_asks(tiny, tmp_path, monke
 
 
 def test_half_precision_computes_and_does_not_store(tiny, tmp_path, monkeypatch):
-    """bfloat16 by accelerate's autocast, in a process of its own: accelerate keeps one precision in each."""
-    if not (child := os.fork()):
-        AcceleratorState._reset_state(True)
-        monkeypatch.setattr("engine.studies.loop.finetuning.program._precision", lambda *_: "bfloat16")
+    """bfloat16 by accelerate's autocast, between two trainings of this process in float32."""
+    with monkeypatch.context() as patched:
+        patched.setattr("engine.studies.loop.finetuning.program._precision", lambda *_: "bfloat16")
         fine_tune(tiny, tmp_path / "half")
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
     fine_tune(tiny, tmp_path / "full")
     start, half, full = weights_of(tiny), weights_of(tmp_path / "half"), weights_of(tmp_path / "full")
     change = torch.cat([(full[name] - start[name]).flatten() for name in start])

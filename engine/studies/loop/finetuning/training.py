@@ -110,13 +110,10 @@ class _Loop:
     """
 
     def __init__(self, task: Task, trained: nn.Module) -> None:
-        from accelerate import Accelerator
-
         self._task = task
         self.parameters = dict(trained.named_parameters())
         self.losses = list[float]()
-        on_cpu = task.pipeline.hardware.is_cpu
-        self._accelerator = Accelerator(cpu=on_cpu, mixed_precision=MIXED[task.precision])
+        self._accelerator = _accelerator(task.pipeline.hardware.is_cpu, MIXED[task.precision])
         optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=task.recipe.learning_rate, weight_decay=task.recipe.weight_decay
         )
@@ -181,6 +178,16 @@ class _Loop:
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(found.scaler)
         self.losses = list(found.losses)
+
+
+def _accelerator(on_cpu: bool, mixed_precision: str) -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    # accelerate refuses a second precision in a process; here each training has its own.
+    if AcceleratorState._shared_state.get("_mixed_precision", mixed_precision) != mixed_precision:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=on_cpu, mixed_precision=mixed_precision)
 
 
 @contextlib.contextmanager
