@@ -11,6 +11,7 @@ from engine.data.run.manifest_reading import manifest_error
 from engine.data.run.notices import known_notices
 from engine.data.stores.base import Store
 from engine.job.columns import NO_CLASS
+from engine.report.curation import curation_section
 from engine.report.data import Rows
 from engine.report.partners import partner_table
 from engine.report.text import ABSENT, clip, many, number, percent
@@ -37,6 +38,7 @@ def manifest_context(store: Store, manifest: dict[str, Any], rows: Rows, names: 
                 max(0, len(classes) - MAX_SCREENED_CLASSES) for classes in screening.values()
             ),
             "dials": _dials(manifest.get("dials", {})),
+            "curation": curation_section(manifest),
             "acceptance": acceptance_table(rows, manifest["counts"].get("quotas", {})),
             "throughput_note": _throughput_note(manifest),
             "notices": known_notices(manifest),

@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 from engine.data.run.card_loading import loading_section
+from engine.data.run.curated import curation_of
+from engine.data.run.curation_text import curation_facts
 from engine.data.run.file_names import SURPLUS_LIST
 from engine.data.run.schema import arrow_schema, tar_features
 from engine.data.run.summary import GroupSummary, Spread, shown_entry_scores, shown_scores
@@ -50,6 +52,7 @@ def dataset_card(job: JobSpec, manifest: dict[str, Any], groups: list[GroupSumma
         _origin(job, manifest),
         _models(manifest["models"]),
         _requests(job, manifest["counts"]),
+        *_curation(manifest),
         _table(groups),
         loading_section(job.output.image_format, manifest["schema_version"]),
         columns_section(manifest["schema_version"]),
@@ -220,6 +223,24 @@ def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
         if request.accept:
             lines.append(f"  - accepted when: {_parameters(request.accept)}")
     return "\n".join(lines)
+
+
+def _curation(manifest: dict[str, Any]) -> list[str]:
+    """Of a curated run where it comes from and what selected it; nothing of any other."""
+    curation = curation_of(manifest)
+    if curation is None:
+        return []
+    lines = [
+        "## Curation",
+        "",
+        "**These images were selected from another run**: of each group of candidates one, at random, the likelier the"
+        " higher its reward. The other attempts are in `metadata.parquet` as `rejected`, without image.",
+        "",
+        "| fact | value |",
+        "|---|---|",
+        *(f"| {name} | {code(text)} |" for name, text in curation_facts(curation)),
+    ]
+    return ["\n".join(lines)]
 
 
 def _made(made: dict[str, int], quotas: list[dict[str, Any]] | None) -> str:

@@ -305,6 +305,8 @@ def _monitor(value: Any) -> MonitorRecord:
         raise ValueError(f"monitor.covariance is {covariance!r}")
     parts = {"correlation": _proportion(fields["correlation"], "correlation"), "covariance": covariance}
     _check_plain(fields, MonitorRecord, without=parts)
+    if not 0 < fields["level"] < 1:
+        raise ValueError(f"monitor.level is {fields['level']}")
     return MonitorRecord(**fields | parts)
 
 
