@@ -256,7 +256,12 @@ def _quantiles_table(quantiles: dict[str, list[float]]) -> Table:
 
 
 def _model_line(model: Any) -> str:
-    return ", ".join(map(str, model.values())) if isinstance(model, dict) else str(model)
+    from engine.models.training_lineage import training_text
+
+    if not isinstance(model, dict):
+        return str(model)
+    text = ", ".join(str(value) for name, value in model.items() if name != "trained_on")
+    return f"{text}; {training_text(model['trained_on'])}" if "trained_on" in model else text
 
 
 def _listed(counts: dict[str, int]) -> str:

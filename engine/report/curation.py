@@ -16,8 +16,12 @@ from engine.report.text import clip, percent
 # With more classes the bars would be thinner than their gaps.
 MAX_BARS = 40
 MAX_LINES = 100
-WIDTH, HEIGHT = 900, 250
-LEFT, RIGHT, TOP, BOTTOM = 48, 8, 12, 64
+WIDTH, PLOT_HEIGHT = 900, 174
+LEFT, RIGHT, TOP = 48, 8, 12
+FLOOR = TOP + PLOT_HEIGHT
+# Below the bars, for names across and for turned ones.
+ACROSS, TURNED = 24, 64
+MAX_ACROSS = 12
 # Share of a class's width that its two bars fill.
 _FILLED = 0.76
 SERIES = ("candidates", "selected")
@@ -82,37 +86,38 @@ def _chart(curation: Curation) -> Markup:
     """Two bars for each class: its share of the candidates, and of the selected samples."""
     shares = [_shares(curation, count) for count in curation.classes]
     top = max((max(pair) for pair in shares), default=0.0) * 1.05 or 1.0
-    floor, step = HEIGHT - BOTTOM, (WIDTH - LEFT - RIGHT) / max(len(shares), 1)
+    step = (WIDTH - LEFT - RIGHT) / max(len(shares), 1)
+    height = FLOOR + (ACROSS if len(shares) <= MAX_ACROSS else TURNED)
     parts = [_axis(top)]
     for place, (count, pair) in enumerate(zip(curation.classes, shares, strict=True)):
         left, width = LEFT + step * (place + (1 - _FILLED) / 2), step * _FILLED / 2
         for number, (share, name) in enumerate(zip(pair, SERIES, strict=True)):
-            height = share / top * (floor - TOP)
-            outline = f"M{left + number * width:.1f} {floor}v{-height:.1f}h{width:.1f}v{height:.1f}z"
+            tall = share / top * PLOT_HEIGHT
+            outline = f"M{left + number * width:.1f} {FLOOR}v{-tall:.1f}h{width:.1f}v{tall:.1f}z"
             title = escape(f"{count.name}: {percent(share)} of the {name}")
             parts.append(f'<path class="bar s{number}" d="{outline}"><title>{title}</title></path>')
         parts.append(_label(clip(count.name, 12), left + width, len(shares)))
     return Markup(
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Share of each class among candidates and selected'
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="Share of each class among candidates and selected'
         f' samples">{"".join(parts)}</svg>'
     )
 
 
 def _axis(top: float) -> str:
-    floor, parts = HEIGHT - BOTTOM, []
+    parts = []
     for tick in nice_ticks(0, top, 4):
-        y = floor - tick / top * (floor - TOP)
+        y = FLOOR - tick / top * PLOT_HEIGHT
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick * 100:g}</text>')
-    parts.append(f'<path class="axis" d="M{LEFT} {floor}H{WIDTH - RIGHT}"/>')
-    middle = (TOP + floor) / 2
+    parts.append(f'<path class="axis" d="M{LEFT} {FLOOR}H{WIDTH - RIGHT}"/>')
+    middle = TOP + PLOT_HEIGHT / 2
     parts.append(f'<text transform="translate(12 {middle}) rotate(-90)" text-anchor="middle">share (%)</text>')
     return "".join(parts)
 
 
 def _label(text: str, x: float, num_classes: int) -> str:
     """The name of a class below its bars; turned where many of them share the width."""
-    y = HEIGHT - BOTTOM + 16
-    if num_classes <= 12:
+    y = FLOOR + 16
+    if num_classes <= MAX_ACROSS:
         return f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{escape(text)}</text>'
     return f'<text transform="translate({x + 4:.1f} {y - 6}) rotate(-60)" text-anchor="end">{escape(text)}</text>'

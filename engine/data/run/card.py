@@ -19,6 +19,7 @@ from engine.data.run.summary import GroupSummary, Spread, shown_entry_scores, sh
 from engine.job.columns import BY_NAME, Role, columns_with, enumerated, target_first, units_text
 from engine.job.spec import ConditioningSpec, JobSpec, RequestSpec
 from engine.models.licences import UNKNOWN
+from engine.models.training_lineage import training_text
 
 _SIZES = (
     (10**3, "n<1K"),
@@ -37,6 +38,8 @@ _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\
 ERRORS, VALID_FAILURES = "errors", "valid failures"
 MAX_TABLE_ROWS = 200
 MAX_SHORT = 8
+# Of the description of a model, what is not listed as it is.
+_APART = ("labels", "trained_on")
 
 
 def dataset_card(job: JobSpec, manifest: dict[str, Any], groups: list[GroupSummary], data_files: list[str]) -> str:
@@ -183,7 +186,9 @@ def _each(value: Any) -> list[Any] | tuple[Any, ...]:
 def _model_text(model: Any) -> str:
     if not isinstance(model, dict):
         return code(str(model))
-    return ", ".join(f"{name} {code(str(value))}" for name, value in model.items() if name != "labels")
+    text = ", ".join(f"{name} {code(str(value))}" for name, value in model.items() if name not in _APART)
+    training = training_text(model.get("trained_on"))
+    return f"{text}; {code(training)}" if training else text
 
 
 def _amount(request: RequestSpec) -> str:

@@ -45,10 +45,10 @@ def agreement_facts(monitor: MonitorRecord) -> list[tuple[str, str]]:
     """Covariance and correlation of the learned reward with a trusted one, where they were measured."""
     facts = []
     if monitor.covariance is not None:
-        facts.append(("Covariance with trusted reward", _number(monitor.covariance)))
+        facts.append(("Covariance", f"{_number(monitor.covariance)} with a reward fitted to trusted choices"))
     if (correlation := monitor.correlation) is not None:
         interval = f"{_number(correlation.value)} ({_number(correlation.low)} to {_number(correlation.high)})"
-        facts.append(("Correlation with trusted reward", interval))
+        facts.append(("Correlation", f"{interval} with it"))
     return facts
 
 
