@@ -11,7 +11,7 @@ from typing import Literal
 from engine.data.run.commit_record import CommitRecord
 from engine.data.run.commits import inspect_records
 from engine.data.run.counts import ShardCounts
-from engine.data.run.curated import curation_of, damaged_files, find_curation, is_curated, remake_command
+from engine.data.run.curated import curation_of, damaged_files, describes, find_curation, is_curated, remake_command
 from engine.data.run.file_names import (
     CARD,
     CURATION,
@@ -222,15 +222,17 @@ def _unfinished(
     elif SURPLUS_LIST not in torn and store.exists(SURPLUS_LIST):
         yield from _check_surplus(store)
     if is_curated(plan) and num_rows == wanted:
-        yield from _check_curation(store)
+        yield from _check_curation(store, plan)
 
 
-def _check_curation(store: Store) -> Iterator[Finding]:
+def _check_curation(store: Store, plan: Plan) -> Iterator[Finding]:
     """Compare the files of a curation with each other, with the manifest and with what the shards have as accepted."""
     try:
         curation = find_curation(store)
         if curation is None:
             return  # Reported as a missing file.
+        if not describes(curation, plan):
+            yield Finding(kind="damage", text=f"{CURATION_DOCUMENT}: is of another curation than the plan")
         for name in damaged_files(store, curation):
             yield Finding(kind="damage", text=f"{CURATION}/{name}: is missing or not the file that was written")
         if curation_of(read_manifest(store)) != curation:
