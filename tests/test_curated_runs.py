@@ -390,7 +390,7 @@ def test_a_curation_reads_back_and_anything_else_is_refused(home):
     assert isinstance(curation, Curation) and curation.to_document() == document
     num_refused = 0
     for path in places(document):
-        for value in (None, [], {}, "text", -1, True, math.inf, 2**70):
+        for value in (None, [], {}, "text", -1, True, math.inf):
             if not is_allowed(path, value):
                 with pytest.raises(ValueError):
                     parse_curation(changed(document, path, lambda part, key, value=value: part.__setitem__(key, value)))
