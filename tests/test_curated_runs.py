@@ -34,13 +34,22 @@ from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store
 from engine.driver.status import read_status
 from engine.errors import EXIT_DAMAGED, CorruptShardError, JobError, OutputError, OwnedError
+from engine.models.addresses import locate
 from engine.studies.curate.candidates import open_candidates
 from engine.studies.curate.program import SelectionOptions, SignalRecord, find_curated
 from engine.studies.curate.selection import draw_selection
 from tests import corpus_cases
 from tests.curated_cases import by_class, curated, files_of, killed_at
+from tests.s3_cases import BUCKET
 
 PLAIN = {"method": "prompt"}
+# As the fine-tuning of a generator writes it.
+TRAINING: dict[str, Any] = {
+    "training": "generator",
+    "parent_run": {"uri": "../<i>earlier</i>", "name": "small", "plan_digest": "p0", "shards_digest": "s0"},
+    "parent_model": {"address": "zoo:digits/stable-diffusion", "digest": "m0", "license": "apache-2.0"},
+    "recipe": {"steps": 60},
+}
 JOB: dict[str, Any] = {
     "name": "small",
     "seed": 3,
@@ -73,12 +82,15 @@ SIGNAL = SignalRecord(reward=REWARD, monitor=MONITOR, files={"suspects.jsonl": b
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a real run, stored as jpg, and its curated run."""
+    """A folder with a model that was fine-tuned, a real run by it, stored as jpg, and its curated run."""
     from engine import cli
 
     home = tmp_path_factory.mktemp("curated")
+    shutil.copytree(locate("zoo:digits/stable-diffusion").folder, home / "model")
+    (home / "model/training.json").write_text(json.dumps(TRAINING), encoding="utf-8")
+    models = JOB["models"] | {"diffusion": str(home / "model")}
     output = {"uri": str(home / "run"), "samples_per_shard": 5, "store_rejected": True, "image_format": "jpg"}
-    (home / "job.yaml").write_text(yaml.safe_dump(JOB | {"output": output}), encoding="utf-8")
+    (home / "job.yaml").write_text(yaml.safe_dump(JOB | {"output": output, "models": models}), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr("sys.argv", ["riskforge", "run", str(home / "job.yaml"), "--executor", "local"])
         cli.main()
@@ -395,7 +407,7 @@ def test_a_curation_reads_back_and_anything_else_is_refused(home):
                 with pytest.raises(ValueError):
                     parse_curation(changed(document, path, lambda part, key, value=value: part.__setitem__(key, value)))
                 num_refused += 1
-        if isinstance(path[-1], str):
+        if isinstance(path[-1], str) and path != ("files", "suspects.jsonl"):
             with pytest.raises(ValueError):
                 parse_curation(changed(document, path, lambda part, key: part.pop(key)))
             with pytest.raises(ValueError):
@@ -424,7 +436,7 @@ def is_allowed(path: tuple[Any, ...], value: Any) -> bool:
     if value is None:
         return field in ("monitor", "accuracy", "correlation", "covariance")
     if value == [] or value == {}:
-        return (field == "ancestors" and value == []) or (path == ("files",) and value == {})
+        return field == "ancestors" and value == []
     if isinstance(value, str):
         texts = ("uri", "name", "plan_digest", "shards_digest", "kind", "digest", "model", "defence", "after")
         return field in texts or (path[0] == "files" and len(path) == 2)
@@ -527,3 +539,30 @@ def test_report_and_card_of_a_curated_run(home):
     card = (home / "curated/README.md").read_text(encoding="utf-8")
     assert "selected from another run" in card and "`../run, job small" in card and "``prefs <b>`x`" in card
     assert "## Curation" not in (home / "run/README.md").read_text(encoding="utf-8")
+
+
+def test_a_run_names_what_its_model_was_fine_tuned_on(home, call):
+    """By the folder of the model; its curated run names it too, and every page escapes it."""
+    model = {name: TRAINING["parent_model"][name] for name in ("address", "digest")}
+    stated = {"parent_run": TRAINING["parent_run"], "parent_model": model}
+    for run in ("run", "curated"):
+        [described] = json.loads((home / run / "manifest.json").read_text())["models"]["diffusion"]
+        assert described["trained_on"] == stated
+        page = (home / run / "report.html").read_text(encoding="utf-8")
+        assert "fine-tuned on the run ../&lt;i&gt;earlier" in page and "<i>earlier" not in page
+        assert (
+            "`fine-tuned on the run ../<i>earlier</i>, small, plan p0, from" in (home / run / "README.md").read_text()
+        )
+        assert "fine-tuned on the run ../<i>earlier</i>" in call("inspect", str(home / run))[1]
+
+
+def test_a_curated_run_on_an_object_store(noise, tmp_path, s3_server):
+    """From a folder to S3 and from there to a folder; bytes are those of a local one, addresses are whole."""
+    local, remote = curated(noise, tmp_path / "out"), curated(noise, f"s3://{BUCKET}/curated")
+    tars = [name for name in local.store.list("shards") if name.endswith((".tar", ".parquet"))]
+    assert [remote.store.read(name) for name in tars] == [local.store.read(name) for name in tars]
+    assert read_selection(remote.store) == read_selection(local.store)
+    assert read_curation(remote.store).parent.uri == str(noise)
+    assert not verify(remote.store).findings and curated(noise, remote.store.uri).was_complete
+    twice = curated(remote.store.uri, tmp_path / "twice", num_candidates=2)
+    assert read_curation(twice.store).parent.uri == remote.store.uri and not verify(twice.store).findings
