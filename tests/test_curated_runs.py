@@ -26,6 +26,7 @@ from engine.data.run.curated import (
     read_curation,
 )
 from engine.data.run.repair import repair
+from engine.data.run.resume import open_output
 from engine.data.run.selection_table import LEFT_OVER, parse_selection, read_selection, selection_bytes
 from engine.data.run.shards import read_shard
 from engine.data.run.stored_plan import stored_plan
@@ -216,8 +217,9 @@ def test_the_same_command_does_nothing_and_other_options_are_refused(home, copie
         copied / "run", copied / "curated", lambda candidates: pytest.fail("asked again"), SIGNAL, num_candidates=3
     )
     assert again.was_complete and again.num_selected == 4
-    options = SelectionOptions(num_candidates=3)
-    assert find_curated(open_store(str(copied / "run")), options, str(copied / "curated"), REWARD).was_complete
+    # A file of preferences that was moved is the same one.
+    options, moved = SelectionOptions(num_candidates=3), replace(REWARD, name="moved.jsonl")
+    assert find_curated(open_store(str(copied / "run")), options, str(copied / "curated"), moved).was_complete
     assert {path: path.stat().st_mtime_ns for path in before} == before
     for changed, line in (
         ({"seed": 1}, "curation.seed: 0 -> 1"),
@@ -508,10 +510,14 @@ def test_nothing_is_sampled_into_a_curated_run(copied, call):
     code, _, err = call("run", str(copied / "job.yaml"), *output, "--resume", "overwrite", "--executor", "local")
     assert code and "add --yes" in err
     assert files_of(copied / "curated") == before and not verify(open_store(str(copied / "curated"))).findings
-    from engine.data.run.resume import _clear
-
-    _clear(open_store(str(copied / "curated")), confirmed=True)
-    assert not list((copied / "curated").glob("*/*.json")) and not (copied / "curated/curation").exists()
+    store = open_store(str(copied / "curated"))
+    job, plan = stored_plan(open_store(str(copied / "run")))
+    (copied / "curated/curation/notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"notes\.txt"):
+        open_output(store, plan, job, "overwrite", confirmed=True)
+    (copied / "curated/curation/notes.txt").unlink()
+    open_output(store, plan, job, "overwrite", confirmed=True)
+    assert not (copied / "curated/curation").exists() and not store.list("shards")
 
 
 def test_damage_is_reported_with_the_command_that_mends_it(copied, call):
