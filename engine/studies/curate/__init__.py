@@ -1,1 +1,1 @@
-"""`curate`: selection among the samples of a run by a reward, given or learned from preferences."""
+"""`curate`: K-wise Bradley-Terry selection over a run."""
