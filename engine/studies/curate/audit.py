@@ -168,6 +168,6 @@ def alarm_sentence(monitor: MonitorRecord, *, defence: str, is_selected: bool) -
         f"the monitor has raised its alarm: the preferences disagree with the trusted raters (the choices differ in"
         f" {monitor.num_differing} of {monitor.num_audited} audited records; e-value {monitor.highest:.3g}, where"
         f" honest records ever reach {1 / monitor.level:.3g} in at most {monitor.level:.0%} of all series of runs). A"
-        f" reward that is learned from them may select against your users{outcome}; look at who made the records and when"
-        f"{remedy}"
+        f" reward that is learned from them may select against your users{outcome}; look at who made the records and"
+        f" when{remedy}"
     )
