@@ -11,6 +11,7 @@ import torch
 
 from engine.data.run.curated import MonitorRecord, Proportion, RewardRecord
 from engine.data.run.file_names import AUDIT, CURATION, REWARD, SUSPECTS
+from engine.data.stores.opening import open_store
 from engine.driver.progress import Display
 from engine.errors import JobError
 from engine.job.json_values import digest_of
@@ -254,7 +255,7 @@ class _Learning:
         values = self._features.values
         probes = values[:: max(1, -(-len(values) // MAX_PROBES))]
         agreement = agreement_with_trusted(learned, self._trusted(audit), probes, self._options.learning)
-        return describe_monitor(audit, agreement, self._options.level, self._options.after)
+        return describe_monitor(audit, agreement, self._options.level, _address(self._options.after))
 
     def _record(self, final: LearnedReward, suspects: Suspects | None) -> RewardRecord:
         base = self._inputs.record
@@ -312,6 +313,10 @@ class _Learning:
         if not final.converged:
             notes.append("the fit of the reward has not converged; the reward is that of its last step")
         return tuple(notes)
+
+
+def _address(uri: str | None) -> str | None:
+    return None if uri is None else open_store(uri).uri
 
 
 def _reason(effect: float, group: str, defence: str) -> str:
