@@ -209,6 +209,8 @@ def test_a_kill_does_not_change_what_was_drawn(noise, tmp_path):
     shutil.rmtree(tmp_path / "out/_state/commits")
     (tmp_path / "out/_SUCCESS").unlink()
     resumed = curated(noise, tmp_path / "out", lambda candidates: pytest.fail("asked again"), signal)
+    (tmp_path / "out/curation/curation.json").unlink()
+    resumed = curated(noise, tmp_path / "out", lambda candidates: pytest.fail("asked again"), signal)
     assert read_selection(resumed.store) == read_selection(whole.store)
     assert not verify(resumed.store).damage
 
@@ -349,7 +351,8 @@ def test_outputs_that_hold_something_else_are_refused(home, noise, tmp_path):
         (lambda run: (run / "curation/curation.json").unlink(), "curation/curation.json: is missing or not whole"),
         (lambda run: (run / "curation/selection.parquet").unlink(), "curation.json: is missing or not whole"),
         (lambda run: (run / "curation/suspects.jsonl").write_bytes(b""), "suspects.jsonl: is missing or not the file"),
-        (lambda run: change_document(run, seed=1), "states another curation"),
+        (lambda run: change_document(run, seed=1), "is of another curation than the plan"),
+        (lambda run: change_document(run, mean_reward=0.5), "states another curation"),
         (lambda run: change_document(run, among="nowhere"), "is not that of a curated run"),
         (lambda run: swap_selected(run), "selects other samples"),
     ],
@@ -403,7 +406,7 @@ def test_lost_files_and_shards_are_made_again(noise, tmp_path):
     (out / "curation/suspects.jsonl").write_bytes(b"changed")
     with pytest.raises(CorruptShardError, match="the same options give another one"):
         (out / "_SUCCESS").unlink()
-        curated(noise, out, signal_record=replace(signal, files={}))
+        curated(noise, out, signal_record=replace(signal, files={"suspects.jsonl": b"other"}))
 
 
 def test_a_selection_reads_back_and_anything_else_is_refused(home):
