@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import shutil
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -26,6 +28,7 @@ from engine.data.run.curated import (
     read_curation,
 )
 from engine.data.run.repair import repair
+from engine.data.run.resume import open_output
 from engine.data.run.selection_table import LEFT_OVER, parse_selection, read_selection, selection_bytes
 from engine.data.run.shards import read_shard
 from engine.data.run.stored_plan import stored_plan
@@ -34,13 +37,22 @@ from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store
 from engine.driver.status import read_status
 from engine.errors import EXIT_DAMAGED, CorruptShardError, JobError, OutputError, OwnedError
+from engine.models.addresses import locate
 from engine.studies.curate.candidates import open_candidates
 from engine.studies.curate.program import SelectionOptions, SignalRecord, find_curated
 from engine.studies.curate.selection import draw_selection
 from tests import corpus_cases
 from tests.curated_cases import by_class, curated, files_of, killed_at
+from tests.s3_cases import BUCKET
 
 PLAIN = {"method": "prompt"}
+# As the fine-tuning of a generator writes it.
+TRAINING: dict[str, Any] = {
+    "training": "generator",
+    "parent_run": {"uri": "../<i>earlier</i>", "name": "small", "plan_digest": "p0", "shards_digest": "s0"},
+    "parent_model": {"address": "zoo:digits/stable-diffusion", "digest": "m0", "license": "apache-2.0"},
+    "recipe": {"steps": 60},
+}
 JOB: dict[str, Any] = {
     "name": "small",
     "seed": 3,
@@ -73,12 +85,15 @@ SIGNAL = SignalRecord(reward=REWARD, monitor=MONITOR, files={"suspects.jsonl": b
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a real run, stored as jpg, and its curated run."""
+    """A folder with a model that was fine-tuned, a real run by it, stored as jpg, and its curated run."""
     from engine import cli
 
     home = tmp_path_factory.mktemp("curated")
+    shutil.copytree(locate("zoo:digits/stable-diffusion").folder, home / "model")
+    (home / "model/training.json").write_text(json.dumps(TRAINING), encoding="utf-8")
+    models = JOB["models"] | {"diffusion": str(home / "model")}
     output = {"uri": str(home / "run"), "samples_per_shard": 5, "store_rejected": True, "image_format": "jpg"}
-    (home / "job.yaml").write_text(yaml.safe_dump(JOB | {"output": output}), encoding="utf-8")
+    (home / "job.yaml").write_text(yaml.safe_dump(JOB | {"output": output, "models": models}), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr("sys.argv", ["riskforge", "run", str(home / "job.yaml"), "--executor", "local"])
         cli.main()
@@ -194,6 +209,8 @@ def test_a_kill_does_not_change_what_was_drawn(noise, tmp_path):
     shutil.rmtree(tmp_path / "out/_state/commits")
     (tmp_path / "out/_SUCCESS").unlink()
     resumed = curated(noise, tmp_path / "out", lambda candidates: pytest.fail("asked again"), signal)
+    (tmp_path / "out/curation/curation.json").unlink()
+    resumed = curated(noise, tmp_path / "out", lambda candidates: pytest.fail("asked again"), signal)
     assert read_selection(resumed.store) == read_selection(whole.store)
     assert not verify(resumed.store).damage
 
@@ -204,8 +221,9 @@ def test_the_same_command_does_nothing_and_other_options_are_refused(home, copie
         copied / "run", copied / "curated", lambda candidates: pytest.fail("asked again"), SIGNAL, num_candidates=3
     )
     assert again.was_complete and again.num_selected == 4
-    options = SelectionOptions(num_candidates=3)
-    assert find_curated(open_store(str(copied / "run")), options, str(copied / "curated"), REWARD).was_complete
+    # A file of preferences that was moved is the same one.
+    options, moved = SelectionOptions(num_candidates=3), replace(REWARD, name="moved.jsonl")
+    assert find_curated(open_store(str(copied / "run")), options, str(copied / "curated"), moved).was_complete
     assert {path: path.stat().st_mtime_ns for path in before} == before
     for changed, line in (
         ({"seed": 1}, "curation.seed: 0 -> 1"),
@@ -279,6 +297,13 @@ def test_a_damaged_image_is_not_copied(noise, tmp_path):
         curated(run, tmp_path / "out")
     assert len(list((tmp_path / "out/_state/commits").iterdir())) == 1
     shutil.copy(sorted(noise.glob("shards/*.tar"))[1], tar)
+    rows = tar.with_suffix(".parquet")
+    data = bytearray(rows.read_bytes())
+    data[600] ^= 1
+    rows.write_bytes(data)
+    with pytest.raises(CorruptShardError, match="is not the file that was committed"):
+        curated(run, tmp_path / "out")
+    shutil.copy(noise / "shards" / rows.name, rows)
     assert not verify(curated(run, tmp_path / "out").store).findings
 
 
@@ -326,7 +351,8 @@ def test_outputs_that_hold_something_else_are_refused(home, noise, tmp_path):
         (lambda run: (run / "curation/curation.json").unlink(), "curation/curation.json: is missing or not whole"),
         (lambda run: (run / "curation/selection.parquet").unlink(), "curation.json: is missing or not whole"),
         (lambda run: (run / "curation/suspects.jsonl").write_bytes(b""), "suspects.jsonl: is missing or not the file"),
-        (lambda run: change_document(run, seed=1), "states another curation"),
+        (lambda run: change_document(run, seed=1), "is of another curation than the plan"),
+        (lambda run: change_document(run, mean_reward=0.5), "states another curation"),
         (lambda run: change_document(run, among="nowhere"), "is not that of a curated run"),
         (lambda run: swap_selected(run), "selects other samples"),
     ],
@@ -380,7 +406,34 @@ def test_lost_files_and_shards_are_made_again(noise, tmp_path):
     (out / "curation/suspects.jsonl").write_bytes(b"changed")
     with pytest.raises(CorruptShardError, match="the same options give another one"):
         (out / "_SUCCESS").unlink()
-        curated(noise, out, signal_record=replace(signal, files={}))
+        curated(noise, out, signal_record=replace(signal, files={"suspects.jsonl": b"other"}))
+
+
+def test_a_selection_reads_back_and_anything_else_is_refused(home):
+    data = (home / "curated/curation/selection.parquet").read_bytes()
+    selection = parse_selection(data)
+    assert selection_bytes(selection) == data
+    keys, groups, flags = selection.keys, selection.groups, selection.selected
+    table = pq.read_table(io.BytesIO(data))
+    for other in (table.drop_columns(["group"]), table.append_column("more", table["group"]), table.slice(0, 0).cast(
+        pa.schema([field.with_nullable(True) for field in table.schema])
+    )):  # fmt: skip
+        pq.write_table(other, buffer := io.BytesIO())
+        with pytest.raises(ValueError, match="columns are others"):
+            parse_selection(buffer.getvalue())
+    for changes in (
+        {"keys": (keys[0], keys[0], *keys[2:])},
+        {"keys": ("../key", *keys[1:])},
+        {"groups": tuple(0 for _ in groups)},
+        {"selected": tuple(not flag for flag in flags)},
+        {"selected": tuple(False for _ in flags)},
+        {"rewards": (math.nan, *selection.rewards[1:])},
+    ):
+        with pytest.raises(ValueError):
+            parse_selection(selection_bytes(replace(selection, **changes)))
+    for torn in (b"", data[:-9], b"PAR1" + data[20:]):
+        with pytest.raises(ValueError):
+            parse_selection(torn)
 
 
 def test_a_curation_reads_back_and_anything_else_is_refused(home):
@@ -395,7 +448,7 @@ def test_a_curation_reads_back_and_anything_else_is_refused(home):
                 with pytest.raises(ValueError):
                     parse_curation(changed(document, path, lambda part, key, value=value: part.__setitem__(key, value)))
                 num_refused += 1
-        if isinstance(path[-1], str):
+        if isinstance(path[-1], str) and path != ("files", "suspects.jsonl"):
             with pytest.raises(ValueError):
                 parse_curation(changed(document, path, lambda part, key: part.pop(key)))
             with pytest.raises(ValueError):
@@ -424,7 +477,7 @@ def is_allowed(path: tuple[Any, ...], value: Any) -> bool:
     if value is None:
         return field in ("monitor", "accuracy", "correlation", "covariance")
     if value == [] or value == {}:
-        return (field == "ancestors" and value == []) or (path == ("files",) and value == {})
+        return field == "ancestors" and value == []
     if isinstance(value, str):
         texts = ("uri", "name", "plan_digest", "shards_digest", "kind", "digest", "model", "defence", "after")
         return field in texts or (path[0] == "files" and len(path) == 2)
@@ -496,10 +549,14 @@ def test_nothing_is_sampled_into_a_curated_run(copied, call):
     code, _, err = call("run", str(copied / "job.yaml"), *output, "--resume", "overwrite", "--executor", "local")
     assert code and "add --yes" in err
     assert files_of(copied / "curated") == before and not verify(open_store(str(copied / "curated"))).findings
-    from engine.data.run.resume import _clear
-
-    _clear(open_store(str(copied / "curated")), confirmed=True)
-    assert not list((copied / "curated").glob("*/*.json")) and not (copied / "curated/curation").exists()
+    store = open_store(str(copied / "curated"))
+    job, plan = stored_plan(open_store(str(copied / "run")))
+    (copied / "curated/curation/notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"notes\.txt"):
+        open_output(store, plan, job, "overwrite", confirmed=True)
+    (copied / "curated/curation/notes.txt").unlink()
+    open_output(store, plan, job, "overwrite", confirmed=True)
+    assert not (copied / "curated/curation").exists() and not store.list("shards")
 
 
 def test_damage_is_reported_with_the_command_that_mends_it(copied, call):
@@ -527,3 +584,30 @@ def test_report_and_card_of_a_curated_run(home):
     card = (home / "curated/README.md").read_text(encoding="utf-8")
     assert "selected from another run" in card and "`../run, job small" in card and "``prefs <b>`x`" in card
     assert "## Curation" not in (home / "run/README.md").read_text(encoding="utf-8")
+
+
+def test_a_run_names_what_its_model_was_fine_tuned_on(home, call):
+    """By the folder of the model; its curated run names it too, and every page escapes it."""
+    model = {name: TRAINING["parent_model"][name] for name in ("address", "digest")}
+    stated = {"parent_run": TRAINING["parent_run"], "parent_model": model}
+    for run in ("run", "curated"):
+        [described] = json.loads((home / run / "manifest.json").read_text())["models"]["diffusion"]
+        assert described["trained_on"] == stated
+        page = (home / run / "report.html").read_text(encoding="utf-8")
+        assert "fine-tuned on the run ../&lt;i&gt;earlier" in page and "<i>earlier" not in page
+        assert (
+            "`fine-tuned on the run ../<i>earlier</i>, small, plan p0, from" in (home / run / "README.md").read_text()
+        )
+        assert "fine-tuned on the run ../<i>earlier</i>" in call("inspect", str(home / run))[1]
+
+
+def test_a_curated_run_on_an_object_store(noise, tmp_path, s3_server):
+    """From a folder to S3 and from there to a folder; bytes are those of a local one, addresses are whole."""
+    local, remote = curated(noise, tmp_path / "out"), curated(noise, f"s3://{BUCKET}/curated")
+    tars = [name for name in local.store.list("shards") if name.endswith((".tar", ".parquet"))]
+    assert [remote.store.read(name) for name in tars] == [local.store.read(name) for name in tars]
+    assert read_selection(remote.store) == read_selection(local.store)
+    assert read_curation(remote.store).parent.uri == str(noise)
+    assert not verify(remote.store).findings and curated(noise, remote.store.uri).was_complete
+    twice = curated(remote.store.uri, tmp_path / "twice", num_candidates=2)
+    assert read_curation(twice.store).parent.uri == remote.store.uri and not verify(twice.store).findings

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engine.data.run.file_names import CURATION, CURATION_DOCUMENT, CURATION_FILES
+from engine.data.run.file_names import CURATION, CURATION_DOCUMENT, CURATION_FILES, SELECTION
 from engine.data.run.stored_plan import read_run
 from engine.data.stores.base import Store
 from engine.data.stores.file_errors import is_no_file
@@ -375,7 +375,8 @@ def _list(value: Any, where: str, most: int | None = None) -> list[Any]:
 
 def _checksums(value: Any) -> dict[str, str]:
     known = {name.removeprefix(f"{CURATION}/") for name in CURATION_FILES if name != CURATION_DOCUMENT}
-    if not isinstance(value, dict) or not value.keys() <= known or not all(map(_FITS["str"], value.values())):
+    is_complete = isinstance(value, dict) and SELECTION.removeprefix(f"{CURATION}/") in value
+    if not is_complete or not value.keys() <= known or not all(map(_FITS["str"], value.values())):
         raise ValueError("files is not a checksum for each file of the folder")
     return dict(value)
 
