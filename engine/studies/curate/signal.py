@@ -178,16 +178,17 @@ class _Learning:
         audit = self._audit(learned)
         suspects = self._suspects(learned, audit)
         final = learned if suspects is None else self._learn(suspects.weights)
+        monitor = self._monitor(learned, audit)
         features = self._features
         return LearnedSignal(
             signal=SignalRecord(
                 reward=self._record(final, suspects),
-                monitor=self._monitor(learned, audit),
+                monitor=monitor,
                 files=self._files(final, audit, suspects),
             ),
             rewards=lambda candidates: final(features.of(candidates.keys)).tolist(),
             num_withheld=self._inputs.division.num_withheld,
-            notes=self._notes(final),
+            notes=self._notes(final, monitor),
         )
 
     def _pairs_of(self, records: Sequence[PreferenceRecord]) -> Pairs:
@@ -294,12 +295,17 @@ class _Learning:
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         return "".join(lines).encode()
 
-    def _notes(self, final: LearnedReward) -> tuple[str, ...]:
+    def _notes(self, final: LearnedReward, monitor: MonitorRecord | None) -> tuple[str, ...]:
         notes, labels = [], self._pairs.labels
         if self._options.trusted is not None and not self._inputs.division.audited:
             notes.append(
                 "no pair is in both --preferences and --trusted, so nothing is audited; have trusted raters choose"
                 " again in some of the pairs"
+            )
+        if self._options.defence != "none" and (monitor is None or not monitor.alarm):
+            notes.append(
+                "the monitor has no evidence against the preferences; where they are honest, a defence removes up to a"
+                " third of them wrongly"
             )
         if len(labels) > 1 and bool((labels == labels[0]).all()):
             notes.append(f"every record prefers the {'first' if labels[0] else 'second'} sample; are they choices?")
