@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,22 @@ def test_a_state_that_no_monitor_wrote_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r".+"):
             parse_audit(bad)
     check_refused_folders(tmp_path, data)
+
+
+def test_damaged_states_are_refused_and_never_crash():
+    """300 files with bytes of their own: read as a state, or refused by a `ValueError`."""
+    rounds, draw = Rounds(6), random.Random(0)
+    data = audit_bytes(rounds.audit(new_audit(standardise(rounds.features), DIGEST), 0, 6))
+    num_refused = 0
+    for _ in range(300):
+        damaged = bytearray(data)
+        for _ in range(draw.randint(1, 4)):
+            damaged[draw.randrange(len(data) if draw.random() < 0.3 else 900)] = draw.randrange(256)
+        try:
+            parse_audit(bytes(damaged))
+        except ValueError:
+            num_refused += 1
+    assert num_refused > 150
 
 
 def check_refused_folders(home: Path, data: bytes) -> None:

@@ -40,6 +40,8 @@ from engine.studies.samples import StudiedRun
 
 # Samples over which the agreement with a trusted reward is measured.
 MAX_PROBES = 2000
+# Trusted choices, the latest ones, that the reward which it is measured with is fitted to, again for each resample.
+MAX_FITTED = 500
 _CHANCE = 0.5
 
 
@@ -255,7 +257,9 @@ class _Learning:
             return None
         values = self._features.values
         probes = values[:: max(1, -(-len(values) // MAX_PROBES))]
-        agreement = agreement_with_trusted(learned, self._trusted(audit), probes, self._options.learning)
+        trusted = self._trusted(audit)
+        latest = trusted.take(torch.arange(max(0, len(trusted) - MAX_FITTED), len(trusted)))
+        agreement = agreement_with_trusted(learned, latest, probes, self._options.learning)
         return describe_monitor(audit, agreement, self._options.level, _address(self._options.after))
 
     def _record(self, final: LearnedReward, suspects: Suspects | None) -> RewardRecord:
