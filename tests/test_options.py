@@ -213,7 +213,8 @@ def comparison(monkeypatch: pytest.MonkeyPatch, crossed: tuple[str, ...] = ()) -
 
     def compare_runs(old: Any, new: Any, **options: Any) -> Any:
         asked.update(options, old=old, new=new)
-        return SimpleNamespace(new_failures=(), fixed=(), notes=())
+        plain = SimpleNamespace(curation=None)
+        return SimpleNamespace(new_failures=(), fixed=(), notes=(), old=plain, new=plain)
 
     def crossed_limits(comparison: Any, limits: Any) -> list[str]:
         asked.update(increases=limits.increases, fail_on=limits.fail_on)
@@ -281,8 +282,9 @@ def test_deep_verification_scores_again_where_nothing_is_damaged(
     calls: list[str] = []
     monkeypatch.setattr("engine.data.run.verify.verify", lambda *_: verdict)
     spec = SimpleNamespace(models=models, requests=())
-    monkeypatch.setattr("engine.data.run.stored_plan.stored_plan", lambda store: (spec, None))
+    # First: its module, if it is imported here, is not to keep the other patch for other tests.
     monkeypatch.setattr("engine.generation.rescorer.rescore", lambda *_, **__: calls.append("") or list(scored))
+    monkeypatch.setattr("engine.data.run.stored_plan.stored_plan", lambda store: (spec, None))
     ended, out, _ = call("verify", "run", "--deep")
     assert ended == code and bool(calls) == is_scored
     assert [line for line in out.splitlines() if ": " in line][:-1] == [
