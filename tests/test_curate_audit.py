@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -156,9 +157,14 @@ def test_an_alarm_says_what_it_means_and_what_to_do():
     stored = rounds.audit(new_audit(standardise(rounds.features), DIGEST), 0, 6)
     state = stored.state
     loud = parse_audit(changed(audit_bytes(stored), highest=torch.tensor(2000.0, dtype=torch.float64)))
-    assert state.num_differing == 3 and not describe_monitor(stored, None, 0.05, None).alarm
-    monitor = describe_monitor(loud, None, 0.05, "before")
-    assert monitor.alarm and monitor.highest < 1e305 and (monitor.num_audited, monitor.after) == (6, "before")
+    assert state.num_differing == 3 and not describe_monitor(stored, None, None, 0.05, None).alarm
+    monitor = describe_monitor(loud, None, math.inf, 0.05, "before")
+    assert (
+        monitor.covariance is None
+        and monitor.alarm
+        and monitor.highest < 1e305
+        and (monitor.num_audited, monitor.after) == (6, "before")
+    )
     sentence = alarm_sentence(monitor, defence="none", is_selected=False)
     assert "3 of 6 audited records" in sentence and "nothing was selected" in sentence
     assert "--defence influence --on-alarm continue" in sentence

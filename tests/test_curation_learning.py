@@ -11,6 +11,7 @@ from engine.methods.curation.learning import (
     Groups,
     LearnOptions,
     agreement_with_trusted,
+    covariance_with_trusted,
     find_suspects,
     learn_reward,
     split_pairs,
@@ -19,7 +20,7 @@ from engine.methods.curation.learning import (
 )
 from engine.methods.curation.monitor import trusted_agreement
 from engine.methods.curation.preferences import Pairs
-from engine.methods.curation.reward_models import LinearReward
+from engine.methods.curation.reward_models import LinearReward, fit_reward
 from engine.methods.curation.selection import draw_preferences
 
 SHIFT = torch.tensor([100.0, -5.0, 0.0, 3.0], dtype=torch.float64)
@@ -194,6 +195,12 @@ def test_the_agreement_is_that_of_all_features():
     )  # fmt: skip
     for name in ("correlation", "low", "high"):
         torch.testing.assert_close(getattr(result, name), getattr(whole, name), rtol=1e-6, atol=1e-8)
+    # The covariance has the sign of the correlation, and no constant of a reward changes it.
+    covariance = covariance_with_trusted(learned, trusted, pairs.first, options)
+    fitted = fit_reward(LinearReward(4), scale.pairs(trusted), options.fit_options(1e-2)).parameters
+    own, other = (scale(pairs.first) @ fitted).exp(), (learned(pairs.first) + 7).exp()
+    both = torch.stack([own / own.mean(), other / other.mean()])
+    assert covariance == pytest.approx(float(torch.cov(both, correction=0)[0, 1]), rel=1e-2)
     more, _ = records(200, seed=3)
     network = LearnOptions(model="network", l2=1e-2)
     assert agreement_with_trusted(learn_reward(pairs, numbers, network), more, pairs.first, network).low > 0.5

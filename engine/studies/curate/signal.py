@@ -21,6 +21,7 @@ from engine.methods.curation.learning import (
     NetworkReward,
     Suspects,
     agreement_with_trusted,
+    covariance_with_trusted,
     find_suspects,
     learn_reward,
     standardise,
@@ -260,7 +261,8 @@ class _Learning:
         trusted = self._trusted(audit)
         latest = trusted.take(torch.arange(max(0, len(trusted) - MAX_FITTED), len(trusted)))
         agreement = agreement_with_trusted(learned, latest, probes, self._options.learning)
-        return describe_monitor(audit, agreement, self._options.level, _address(self._options.after))
+        covariance = covariance_with_trusted(learned, latest, probes, self._options.learning)
+        return describe_monitor(audit, agreement, covariance, self._options.level, _address(self._options.after))
 
     def _record(self, final: LearnedReward, suspects: Suspects | None) -> RewardRecord:
         base = self._inputs.record
