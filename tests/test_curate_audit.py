@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,22 @@ def test_a_state_that_no_monitor_wrote_is_refused(tmp_path):
     check_refused_folders(tmp_path, data)
 
 
+def test_damaged_states_are_refused_and_never_crash():
+    """300 files with bytes of their own: read as a state, or refused by a `ValueError`."""
+    rounds, draw = Rounds(6), random.Random(0)
+    data = audit_bytes(rounds.audit(new_audit(standardise(rounds.features), DIGEST), 0, 6))
+    num_refused = 0
+    for _ in range(300):
+        damaged = bytearray(data)
+        for _ in range(draw.randint(1, 4)):
+            damaged[draw.randrange(len(data) if draw.random() < 0.3 else 900)] = draw.randrange(256)
+        try:
+            parse_audit(bytes(damaged))
+        except ValueError:
+            num_refused += 1
+    assert num_refused > 150
+
+
 def check_refused_folders(home: Path, data: bytes) -> None:
     """What `--after` says of a folder without a state, with a damaged one, and with one of another CLIP model."""
     with pytest.raises(JobError, match="--after: there is no folder"):
@@ -139,9 +157,14 @@ def test_an_alarm_says_what_it_means_and_what_to_do():
     stored = rounds.audit(new_audit(standardise(rounds.features), DIGEST), 0, 6)
     state = stored.state
     loud = parse_audit(changed(audit_bytes(stored), highest=torch.tensor(2000.0, dtype=torch.float64)))
-    assert state.num_differing == 3 and not describe_monitor(stored, None, 0.05, None).alarm
-    monitor = describe_monitor(loud, None, 0.05, "before")
-    assert monitor.alarm and monitor.highest < 1e305 and (monitor.num_audited, monitor.after) == (6, "before")
+    assert state.num_differing == 3 and not describe_monitor(stored, None, None, 0.05, None).alarm
+    monitor = describe_monitor(loud, None, math.inf, 0.05, "before")
+    assert (
+        monitor.covariance is None
+        and monitor.alarm
+        and monitor.highest < 1e305
+        and (monitor.num_audited, monitor.after) == (6, "before")
+    )
     sentence = alarm_sentence(monitor, defence="none", is_selected=False)
     assert "3 of 6 audited records" in sentence and "nothing was selected" in sentence
     assert "--defence influence --on-alarm continue" in sentence

@@ -11,6 +11,7 @@ from engine.methods.curation.learning import (
     Groups,
     LearnOptions,
     agreement_with_trusted,
+    covariance_with_trusted,
     find_suspects,
     learn_reward,
     split_pairs,
@@ -19,7 +20,7 @@ from engine.methods.curation.learning import (
 )
 from engine.methods.curation.monitor import trusted_agreement
 from engine.methods.curation.preferences import Pairs
-from engine.methods.curation.reward_models import LinearReward
+from engine.methods.curation.reward_models import LinearReward, fit_reward
 from engine.methods.curation.selection import draw_preferences
 
 SHIFT = torch.tensor([100.0, -5.0, 0.0, 3.0], dtype=torch.float64)
@@ -39,7 +40,7 @@ def records(count: int, seed: int = 0, strength: float = 1.0) -> tuple[Pairs, to
 def test_a_known_reward_is_recovered_from_raw_features(model):
     """Features of scales 0.01 to 30: without standardisation the penalty would erase the first of them."""
     pairs, numbers = records(600)
-    learned = learn_reward(pairs, numbers, LearnOptions(model=model))
+    learned = learn_reward(pairs, numbers, LearnOptions(model=model, max_steps=100))
     fresh, _ = records(2000, seed=1)
     truth = ((fresh.first - fresh.second) / SPREAD) @ TRUTH
     assert float(torch.corrcoef(torch.stack([learned.margins(fresh), truth]))[0, 1]) > 0.95
@@ -145,7 +146,7 @@ def test_tampered_records_are_suspects(model):
     tampered = margin.abs() > margin.abs().quantile(0.8)
     attacked = pairs.flipped(tampered)
     trusted, _ = records(80, seed=2, strength=2.0)
-    options, removal = LearnOptions(model=model), RemovalOptions()
+    options, removal = LearnOptions(model=model, max_steps=100), RemovalOptions(num_stages=5)
     learned = learn_reward(attacked, numbers, options)
     suspects = find_suspects(learned, attacked, trusted, options, removal)
     training = torch.zeros(400, dtype=torch.bool).index_fill(0, learned.split.training, True)
@@ -155,7 +156,7 @@ def test_tampered_records_are_suspects(model):
     assert float(removed[~tampered & training].double().mean()) < 0.15
     assert float(suspects.effects[tampered & training].mean()) < 0 < float(suspects.effects[~tampered].mean())
     again = learn_reward(attacked, numbers, options, weights=suspects.weights)
-    fresh, _ = records(2000, seed=5, strength=2.0)
+    fresh, _ = records(1000, seed=5, strength=2.0)
     clean = learn_reward(pairs, numbers, options).predicts(fresh).value
     assert learned.predicts(fresh).value < clean - 0.05 < again.predicts(fresh).value
 
@@ -194,6 +195,12 @@ def test_the_agreement_is_that_of_all_features():
     )  # fmt: skip
     for name in ("correlation", "low", "high"):
         torch.testing.assert_close(getattr(result, name), getattr(whole, name), rtol=1e-6, atol=1e-8)
+    # The covariance has the sign of the correlation, and no constant of a reward changes it.
+    covariance = covariance_with_trusted(learned, trusted, pairs.first, options)
+    fitted = fit_reward(LinearReward(4), scale.pairs(trusted), options.fit_options(1e-2)).parameters
+    own, other = (scale(pairs.first) @ fitted).exp(), (learned(pairs.first) + 7).exp()
+    both = torch.stack([own / own.mean(), other / other.mean()])
+    assert covariance == pytest.approx(float(torch.cov(both, correction=0)[0, 1]), rel=1e-2)
     more, _ = records(200, seed=3)
     network = LearnOptions(model="network", l2=1e-2)
     assert agreement_with_trusted(learn_reward(pairs, numbers, network), more, pairs.first, network).low > 0.5

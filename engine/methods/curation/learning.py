@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from engine.methods.curation.bounds import sample_covariance
 from engine.methods.curation.defences import RemovalOptions, removal_effects, remove_by_group, remove_by_influence
 from engine.methods.curation.monitor import Agreement, trusted_agreement
 from engine.methods.curation.preferences import Pairs
@@ -360,19 +361,49 @@ def agreement_with_trusted(
         learn_options: with which the reward was learned.
         num_resamples: for the interval.
     """
+    pairs, samples = _in_trusted_span(learned, trusted, probes)
+    num_features = samples.shape[-1]
+    last = torch.zeros(num_features, dtype=torch.float64).index_fill(0, torch.tensor(num_features - 1), 1)
+    return trusted_agreement(
+        LinearReward(num_features),
+        pairs,
+        last,
+        samples,
+        _trusted_fit(learned, learn_options),
+        torch.Generator().manual_seed(learn_options.seed),
+        num_resamples=num_resamples,
+    )
+
+
+def covariance_with_trusted(
+    learned: LearnedReward, trusted: Pairs, probes: Tensor, learn_options: LearnOptions
+) -> float:
+    """The covariance of the papers' condition, `Cov[e^r, e^r~]`, with the reward that is fitted to trusted choices.
+
+    A reward is known up to a constant; both `e^r` are scaled to a mean of 1, so that the covariance is a number.
+
+    Args:
+        learned: of raw features.
+        trusted: m >= 1 records with raw features.
+        probes: [M, d] raw features of the samples, M >= 2.
+        learn_options: with which the reward was learned.
+    """
+    pairs, samples = _in_trusted_span(learned, trusted, probes)
+    model = LinearReward(samples.shape[-1])
+    fitted = fit_reward(model, pairs, _trusted_fit(learned, learn_options)).parameters
+    own, other = (rewards - rewards.logsumexp(-1) for rewards in (model(fitted, samples), samples[:, -1]))
+    return float(sample_covariance(own, other)) * len(samples) ** 2
+
+
+def _trusted_fit(learned: LearnedReward, learn_options: LearnOptions) -> FitOptions:
+    return replace(learn_options, model="linear", tolerance=None).fit_options(learned.l2)
+
+
+def _in_trusted_span(learned: LearnedReward, trusted: Pairs, probes: Tensor) -> tuple[Pairs, Tensor]:
+    """Trusted records and samples in coordinates of the records' span; the last coordinate is the learned reward."""
     scale = learned.standardisation
     differences = scale(trusted.first) - scale(trusted.second)
     basis = torch.linalg.qr(differences.mT).Q
     coordinates = torch.cat([differences @ basis, torch.zeros(len(trusted), 1, dtype=torch.float64)], -1)
-    rewards = learned(probes)
-    samples = torch.cat([scale(probes) @ basis, rewards[:, None]], -1)
-    last = torch.zeros(coordinates.shape[-1], dtype=torch.float64).index_fill(0, torch.tensor(samples.shape[-1] - 1), 1)
-    return trusted_agreement(
-        LinearReward(coordinates.shape[-1]),
-        Pairs(coordinates, torch.zeros_like(coordinates), trusted.labels.double()),
-        last,
-        samples,
-        replace(learn_options, model="linear", tolerance=None).fit_options(learned.l2),
-        torch.Generator().manual_seed(learn_options.seed),
-        num_resamples=num_resamples,
-    )
+    samples = torch.cat([scale(probes) @ basis, learned(probes)[:, None]], -1)
+    return Pairs(coordinates, torch.zeros_like(coordinates), trusted.labels.double()), samples

@@ -126,13 +126,14 @@ def audit_records(
 
 
 def describe_monitor(
-    stored: StoredAudit, agreement: Agreement | None, level: float, after: str | None
+    stored: StoredAudit, agreement: Agreement | None, covariance: float | None, level: float, after: str | None
 ) -> MonitorRecord:
     """What the state says, for people and files.
 
     Args:
         stored: the state after this round.
         agreement: of the learned reward with one that is fitted to trusted choices; None without any.
+        covariance: with it, likewise.
         level: of the alarm.
         after: the run that was continued.
     """
@@ -148,6 +149,7 @@ def describe_monitor(
         level=level,
         num_audited=len(stored.names),
         num_differing=int(state.num_differing),
+        covariance=covariance if covariance is not None and math.isfinite(covariance) else None,
         correlation=correlation,
         after=after or "",
     )

@@ -21,6 +21,7 @@ from engine.methods.curation.learning import (
     NetworkReward,
     Suspects,
     agreement_with_trusted,
+    covariance_with_trusted,
     find_suspects,
     learn_reward,
     standardise,
@@ -40,6 +41,8 @@ from engine.studies.samples import StudiedRun
 
 # Samples over which the agreement with a trusted reward is measured.
 MAX_PROBES = 2000
+# Trusted choices, the latest ones, that the reward which it is measured with is fitted to, again for each resample.
+MAX_FITTED = 500
 _CHANCE = 0.5
 
 
@@ -255,8 +258,11 @@ class _Learning:
             return None
         values = self._features.values
         probes = values[:: max(1, -(-len(values) // MAX_PROBES))]
-        agreement = agreement_with_trusted(learned, self._trusted(audit), probes, self._options.learning)
-        return describe_monitor(audit, agreement, self._options.level, _address(self._options.after))
+        trusted = self._trusted(audit)
+        latest = trusted.take(torch.arange(max(0, len(trusted) - MAX_FITTED), len(trusted)))
+        agreement = agreement_with_trusted(learned, latest, probes, self._options.learning)
+        covariance = covariance_with_trusted(learned, latest, probes, self._options.learning)
+        return describe_monitor(audit, agreement, covariance, self._options.level, _address(self._options.after))
 
     def _record(self, final: LearnedReward, suspects: Suspects | None) -> RewardRecord:
         base = self._inputs.record
@@ -304,8 +310,8 @@ class _Learning:
             )
         if self._options.defence != "none" and (monitor is None or not monitor.alarm):
             notes.append(
-                "the monitor has no evidence against the preferences; where they are honest, a defence removes up to a"
-                " third of them wrongly"
+                "the monitor has no evidence against the preferences; where they are honest, a defence removes"
+                " about a fifth of them wrongly (docs/commands.md)"
             )
         if len(labels) > 1 and bool((labels == labels[0]).all()):
             notes.append(f"every record prefers the {'first' if labels[0] else 'second'} sample; are they choices?")
