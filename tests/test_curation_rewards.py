@@ -6,18 +6,10 @@ import pytest
 import torch
 
 from engine.methods.curation.preferences import Pairs
-from engine.methods.curation.reward_models import (
-    FitOptions,
-    LinearReward,
-    NetworkReward,
-    fit_reward,
-    held_out_accuracy,
-    margins,
-    preference_losses,
-    training_loss,
-)
+from engine.methods.curation.reward_models import LinearReward, NetworkReward, held_out_accuracy, margins
+from engine.methods.curation.reward_training import FitOptions, fit_reward, preference_losses, training_loss
 from engine.methods.curation.selection import draw_preferences
-from engine.studies.intervals import wilson_interval
+from engine.methods.intervals import wilson_interval
 
 
 def records(runs: tuple[int, ...], count: int, truth, num_features: int = 3, seed: int = 0) -> Pairs:
@@ -94,12 +86,15 @@ def test_training_converges_where_plain_newton_steps_diverge():
     assert float(loss) < 0.05
 
 
-def test_accuracy_has_the_interval_of_the_studies():
-    """The score interval, equal to that of `engine.studies`."""
-    pairs = records((), 200, lambda x: x[..., 0])
-    accuracy = held_out_accuracy(LinearReward(3), torch.tensor([1.0, 0, 0], dtype=torch.float64), pairs)
-    reference = wilson_interval(round(accuracy.value * 200), 200)
-    assert (accuracy.low, accuracy.high) == pytest.approx((reference.low, reference.high))
+def test_accuracy_counts_agreement_and_ties():
+    """Of four margins one is right, one wrong, and two ties are half right: Wilson's interval of 2 of 4."""
+    first = torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0, 1.0, 0], [0, 1.0, 0]], dtype=torch.float64)
+    pairs = Pairs(first, torch.zeros_like(first), torch.tensor([1.0, 0, 1, 0], dtype=torch.float64))
+    weights = torch.tensor([1.0, 0, 0], dtype=torch.float64)
+    accuracy, half = held_out_accuracy(LinearReward(3), weights, pairs), wilson_interval(2, 4)
+    assert (accuracy.value, accuracy.low, accuracy.high, accuracy.num_pairs) == (0.5, half.low, half.high, 4)
+    right = held_out_accuracy(LinearReward(3), weights, pairs.take(torch.tensor([0, 2])))
+    assert right.value == 0.75 and right.low < 0.5 < 0.9 < right.high
     with pytest.raises(ValueError, match="no record is held out"):
         held_out_accuracy(LinearReward(3), torch.zeros(3, dtype=torch.float64), pairs.take(torch.arange(0)))
 

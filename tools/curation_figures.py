@@ -29,7 +29,7 @@ from engine.methods.curation.mixture_study import (
     Trajectory,
     simulate,
 )
-from engine.methods.curation.reward_models import FitOptions
+from engine.methods.curation.reward_training import FitOptions
 from engine.methods.curation.selection import curation_weights
 
 CHUNK = 50

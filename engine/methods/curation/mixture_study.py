@@ -34,7 +34,8 @@ from engine.methods.curation.monitor import (
     start_audit,
 )
 from engine.methods.curation.preferences import Pairs
-from engine.methods.curation.reward_models import FitOptions, LinearReward, agreements, fit_reward, margins
+from engine.methods.curation.reward_models import LinearReward, agreements, margins
+from engine.methods.curation.reward_training import FitOptions, fit_reward
 from engine.methods.curation.selection import draw_preferences
 
 ATTACKS = ("clean", "random", "largest-difference", "highest-reward", "gradient", "gradient-reward")
