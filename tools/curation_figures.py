@@ -20,15 +20,8 @@ from torch import Tensor
 
 from engine.methods.curation.bounds import gain_bounds, real_data_divergence_bound, updated_probabilities
 from engine.methods.curation.loop import LoopOptions
-from engine.methods.curation.mixture_study import (
-    ATTACKS,
-    FIXED_FLOORS,
-    FIXED_SIZES,
-    StudyOptions,
-    Taste,
-    Trajectory,
-    simulate,
-)
+from engine.methods.curation.mixture_guard import FIXED_FLOORS, FIXED_SIZES
+from engine.methods.curation.mixture_study import ATTACKS, StudyOptions, Taste, Trajectory, simulate
 from engine.methods.curation.reward_training import FitOptions
 from engine.methods.curation.selection import curation_weights
 
