@@ -24,7 +24,7 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 
 
 def covariance_objective(true: Tensor, learned: Tensor) -> Tensor:
-    """`Cov(e^R, e^R~)`, the objective of Wei and Zhang. It is unbounded: it also rewards a learned reward of a large scale."""
+    """`Cov(e^R, e^R~)`, Wei and Zhang's objective. It is unbounded: a learned reward of a large scale lowers it too."""
     return sample_covariance(true, learned)
 
 

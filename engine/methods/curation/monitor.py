@@ -202,7 +202,8 @@ def combined_e_value(log_e_values: Tensor) -> Tensor:
     """One process of dependent e-values, [..., T] rounds to [..., T].
 
     Round t counts with weight `1 / (t (t + 1))`. The sum over all rounds ever has a mean of at most 1 whatever the
-    dependence (averages of e-values: Vovk and Wang 2021), and no partial sum exceeds it, so that a run of any length raises a false alarm with at most alpha.
+    dependence (Vovk and Wang 2021), and no partial sum exceeds it, so that a run of any length raises a false alarm
+    with at most alpha.
     """
     rounds = torch.arange(1, log_e_values.shape[-1] + 1, dtype=log_e_values.dtype)
     return (log_e_values.exp() / (rounds * (rounds + 1))).cumsum(-1)
