@@ -23,8 +23,7 @@ from engine.methods.curation.hypergradient import (
     margin_derivatives,
 )
 from engine.methods.curation.preferences import Pairs
-from engine.methods.curation.reward_models import LinearReward, NetworkReward
-from engine.methods.curation.reward_training import FitOptions, fit_reward, training_loss
+from engine.methods.curation.reward_models import FitOptions, LinearReward, NetworkReward, fit_reward, training_loss
 from engine.methods.curation.selection import draw_preferences
 
 EXACT = SolverOptions(damping=0.0, tolerance=1e-12)

@@ -19,8 +19,14 @@ from engine.methods.curation.hypergradient import SolverOptions
 from engine.methods.curation.loop import LoopOptions
 from engine.methods.curation.mixture_study import StudyOptions, Taste, simulate
 from engine.methods.curation.preferences import Pairs
-from engine.methods.curation.reward_models import LinearReward, NetworkReward, margins
-from engine.methods.curation.reward_training import FitOptions, fit_reward, preference_losses
+from engine.methods.curation.reward_models import (
+    FitOptions,
+    LinearReward,
+    NetworkReward,
+    fit_reward,
+    margins,
+    preference_losses,
+)
 from engine.methods.curation.selection import draw_preferences
 
 MODEL = LinearReward(4)

@@ -19,8 +19,7 @@ from engine.methods.curation.monitor import (
     trusted_agreement,
 )
 from engine.methods.curation.preferences import Pairs
-from engine.methods.curation.reward_models import LinearReward, margins
-from engine.methods.curation.reward_training import FitOptions, fit_reward
+from engine.methods.curation.reward_models import FitOptions, LinearReward, fit_reward, margins
 from engine.methods.curation.selection import draw_preferences
 
 TRUTH = torch.tensor([1.0, -0.5, 0.0], dtype=torch.float64)

@@ -6,8 +6,16 @@ import pytest
 import torch
 
 from engine.methods.curation.preferences import Pairs
-from engine.methods.curation.reward_models import LinearReward, NetworkReward, held_out_accuracy, margins
-from engine.methods.curation.reward_training import FitOptions, fit_reward, preference_losses, training_loss
+from engine.methods.curation.reward_models import (
+    FitOptions,
+    LinearReward,
+    NetworkReward,
+    fit_reward,
+    held_out_accuracy,
+    margins,
+    preference_losses,
+    training_loss,
+)
 from engine.methods.curation.selection import draw_preferences
 from engine.methods.intervals import wilson_interval
 

@@ -27,7 +27,7 @@ from engine.methods.curation.bounds import gain_bounds, real_data_divergence_bou
 from engine.methods.curation.loop import LoopOptions
 from engine.methods.curation.mixture_guard import FIXED_FLOORS, FIXED_SIZES
 from engine.methods.curation.mixture_study import ATTACKS, StudyOptions, Taste, Trajectory
-from engine.methods.curation.reward_training import FitOptions
+from engine.methods.curation.reward_models import FitOptions
 from engine.methods.curation.selection import curation_weights
 
 FEW = 10

@@ -19,8 +19,7 @@ import torch
 from engine.methods.curation.attacks import curated_reward_objective
 from engine.methods.curation.hypergradient import SolverOptions, hypergradient, objective_gradient
 from engine.methods.curation.preferences import Pairs
-from engine.methods.curation.reward_models import NetworkReward
-from engine.methods.curation.reward_training import training_loss
+from engine.methods.curation.reward_models import NetworkReward, training_loss
 
 SIZES = (10**3, 10**4, 10**5, 10**6, 10**7)
 NUM_FEATURES = 512

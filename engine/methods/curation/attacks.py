@@ -16,8 +16,7 @@ from torch import Tensor
 from engine.methods.curation.bounds import sample_covariance
 from engine.methods.curation.hypergradient import SolverOptions, hypergradient
 from engine.methods.curation.preferences import Pairs
-from engine.methods.curation.reward_models import RewardModel, margins
-from engine.methods.curation.reward_training import FitOptions, fit_reward
+from engine.methods.curation.reward_models import FitOptions, RewardModel, fit_reward, margins
 
 # Objectives take true and learned rewards of probe samples, [..., M] both, and return [...]; attackers minimise.
 Objective = Callable[[Tensor, Tensor], Tensor]

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.methods.curation.preferences import Pairs
-from engine.methods.curation.reward_models import RewardModel, margins
-from engine.methods.curation.reward_training import training_loss
+from engine.methods.curation.reward_models import RewardModel, margins, training_loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,8 +18,7 @@ from engine.methods.curation.monitor import (
     start_audit,
 )
 from engine.methods.curation.preferences import Pairs
-from engine.methods.curation.reward_models import agreements, margins
-from engine.methods.curation.reward_training import FitOptions, fit_reward
+from engine.methods.curation.reward_models import FitOptions, agreements, fit_reward, margins
 
 LEVEL = 0.05
 FIXED_SIZES = (25, 50, 100, 200, 400)

@@ -21,8 +21,7 @@ from engine.methods.curation.attacks import (
 )
 from engine.methods.curation.generators import GaussianMixture
 from engine.methods.curation.preferences import Pairs
-from engine.methods.curation.reward_models import LinearReward
-from engine.methods.curation.reward_training import fit_reward
+from engine.methods.curation.reward_models import LinearReward, fit_reward
 from engine.methods.curation.selection import draw_preferences
 
 # The reward of all raters, on `monomials`.

@@ -19,7 +19,7 @@ from engine.methods.curation.generators import GaussianMixture, circle_mixture
 from engine.methods.curation.loop import Choosers, LoopOptions, RoundMeasures, measure_round, next_generator
 from engine.methods.curation.mixture_guard import Guard, GuardOptions
 from engine.methods.curation.mixture_raters import MODEL, GroupRecords, Raters, monomials, tampered_flips
-from engine.methods.curation.reward_training import FitOptions
+from engine.methods.curation.reward_models import FitOptions
 
 ATTACKS = ("clean", "random", "largest-difference", "highest-reward", "gradient", "gradient-reward")
 DEFENCES = ("none", "influence", "group", "trusted-only")

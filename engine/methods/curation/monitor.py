@@ -23,8 +23,7 @@ from torch.nn.functional import logsigmoid
 
 from engine.methods.curation.bounds import sample_correlation
 from engine.methods.curation.preferences import Pairs
-from engine.methods.curation.reward_models import LinearReward
-from engine.methods.curation.reward_training import FitOptions, fit_reward
+from engine.methods.curation.reward_models import FitOptions, LinearReward, fit_reward
 
 # Shares of the wealth that are staked on one side of a coin, mixed with equal weight.
 _STAKES = (0.25, 0.5, 0.75)

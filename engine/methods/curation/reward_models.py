@@ -1,4 +1,4 @@
-"""Reward models: functions of features with a flat vector of parameters, and how well they predict choices."""
+"""Reward models: functions of features with a flat vector of parameters, trained on preferences by logistic loss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
+from engine.methods.curation.minimisers import Minimum, minimise_lbfgs, minimise_newton
 from engine.methods.curation.preferences import Pairs
 from engine.methods.intervals import LEVEL, Estimate, wilson_interval
 
@@ -86,6 +88,114 @@ class NetworkReward:
 def margins(model: RewardModel, parameters: Tensor, pairs: Pairs) -> Tensor:
     """Reward of the first less that of the second sample, [..., N]."""
     return model(parameters, pairs.first) - model(parameters, pairs.second)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitOptions:
+    """How a reward model is trained.
+
+    Attributes:
+        l2: weight of half the squared parameters in the loss; above 0, as preferences may be separable.
+        tolerance: largest entry of the gradient at which training has converged. L-BFGS compares losses, so that
+            below about 1e-8 in float64 it cannot tell; Newton's method can.
+        max_steps: Newton steps (linear) or L-BFGS iterations (network); fewer cut training short on purpose.
+    """
+
+    l2: float = 1e-2
+    tolerance: float = 1e-8
+    max_steps: int = 100
+
+    def __post_init__(self) -> None:
+        if self.l2 <= 0 or self.tolerance <= 0 or self.max_steps < 1:
+            raise ValueError(f"l2 {self.l2}, tolerance {self.tolerance}, max_steps {self.max_steps}: all are above 0")
+
+
+def preference_losses(margin: Tensor, labels: Tensor) -> Tensor:
+    """Logistic loss of every record, [..., N]; both arguments have that shape.
+
+    Raises:
+        ValueError: the shapes differ. Broadcast, [N, 1] and [N] would give [N, N] and teach the mean label alone.
+    """
+    if margin.shape != labels.shape:
+        raise ValueError(f"margins {list(margin.shape)}, labels {list(labels.shape)}: the shapes must be equal")
+    return softplus(margin) - labels * margin
+
+
+def training_loss(
+    model: RewardModel, parameters: Tensor, pairs: Pairs, l2: float, weights: Tensor | None = None
+) -> Tensor:
+    """Mean logistic loss and `l2 / 2 |parameters|^2`, [...].
+
+    Args:
+        model: P parameters.
+        parameters: [..., P].
+        pairs: N records.
+        l2: weight of the penalty.
+        weights: [..., N] of the records, 1 unless given: 0 leaves a record out. The sum is divided by N either way.
+    """
+    losses = preference_losses(margins(model, parameters, pairs), pairs.labels)
+    weighted = losses if weights is None else losses * weights
+    return weighted.mean(-1) + 0.5 * l2 * parameters.square().sum(-1)
+
+
+def fit_reward(
+    model: RewardModel,
+    pairs: Pairs,
+    options: FitOptions,
+    *,
+    start: Tensor | None = None,
+    weights: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Minimum:
+    """Train a reward model: Newton steps for a linear one (many runs at once), L-BFGS for others.
+
+    Args:
+        model: P parameters.
+        pairs: N records; leading dimensions (linear models only) are independent runs.
+        options: when training ends.
+        start: [..., P]; the model's own start unless given.
+        weights: [..., N], see `training_loss`.
+        generator: of the model's own start.
+
+    Raises:
+        ValueError: a network has neither a start nor a generator, or several runs.
+    """
+    if isinstance(model, LinearReward):
+        return _fit_linear(model, pairs, options, start, weights)
+    if pairs.labels.ndim != 1:
+        raise ValueError(f"labels: {list(pairs.labels.shape)}; a network is trained on one run, [N]")
+    if start is None:
+        if generator is None:
+            raise ValueError("generator: a network that has no start needs one")
+        start = model.initial(generator)
+    return minimise_lbfgs(
+        lambda point: training_loss(model, point, pairs, options.l2, weights), start,
+        tolerance=options.tolerance, max_steps=options.max_steps,
+    )  # fmt: skip
+
+
+def _fit_linear(
+    model: LinearReward, pairs: Pairs, options: FitOptions, start: Tensor | None, weights: Tensor | None
+) -> Minimum:
+    """By derivatives in closed form; the loss is convex, so that every run has one minimum."""
+    differences = pairs.first - pairs.second
+    record_weights = torch.ones_like(pairs.labels) if weights is None else weights
+    eye = torch.eye(model.num_features, dtype=differences.dtype)
+
+    def loss_at(parameters: Tensor) -> Tensor:
+        losses = preference_losses((differences @ parameters[..., None])[..., 0], pairs.labels)
+        return (losses * record_weights).mean(-1) + 0.5 * options.l2 * parameters.square().sum(-1)
+
+    def derivatives_at(parameters: Tensor) -> tuple[Tensor, Tensor]:
+        predicted = torch.sigmoid((differences @ parameters[..., None])[..., 0])
+        residual = (predicted - pairs.labels) * record_weights
+        gradient = (residual[..., None, :] @ differences)[..., 0, :] / len(pairs) + options.l2 * parameters
+        curvature = (predicted * (1 - predicted) * record_weights)[..., None] * differences
+        return gradient, differences.mT @ curvature / len(pairs) + options.l2 * eye
+
+    shape = (*pairs.labels.shape[:-1], model.num_features)
+    first = torch.zeros(shape, dtype=differences.dtype) if start is None else start.expand(shape).clone()
+    return minimise_newton(loss_at, derivatives_at, first, tolerance=options.tolerance, max_steps=options.max_steps)
 
 
 def agreements(margin: Tensor, labels: Tensor) -> Tensor:
