@@ -88,7 +88,10 @@ def test_the_reward_of_the_classes_rises_to_its_maximum():
             assert drift <= real_data_divergence_bound(4, weight)
         assert path == sorted(path)
     assert path[-1] < 6.1 and math.isinf(real_data_divergence_bound(4, 1.0))
-    assert math.isfinite(real_data_divergence_bound(4, 0.2))
+    ratio = 1.0
+    for _ in range(200):
+        ratio = (1 + 0.2 * 4 * ratio) / 1.2
+    assert real_data_divergence_bound(4, 0.2) == pytest.approx(math.log(ratio))
 
 
 def test_choosers_of_whom_some_are_adversarial_mix_their_choices():
@@ -130,7 +133,9 @@ def test_refitting_to_its_own_samples_changes_a_mixture_little():
 
 def test_a_quadratic_reward_tilts_a_mixture_exactly():
     """The tilted density differs from `p e^r` by one constant; the loop's curated samples tend to it with K."""
-    mixture = circle_mixture(5, radius=1.0)
+    circle = circle_mixture(5, radius=1.0)
+    widths = torch.linspace(0.5, 1.5, 5, dtype=torch.float64)[:, None, None]
+    mixture = GaussianMixture(circle.weights, circle.means, widths * circle.covariances)
     linear = torch.tensor([1.0, 0.3], dtype=torch.float64)
     quadratic = torch.tensor([[-0.5, 0.2], [0.2, 1.0]], dtype=torch.float64)
 
@@ -150,7 +155,7 @@ def test_a_quadratic_reward_tilts_a_mixture_exactly():
 
 
 def test_real_data_and_choosers_are_mixed_by_their_shares():
-    """lambda = 1: half of the training samples are real ones, a quarter each chooser's; recognised by their place."""
+    """lambda = 3: a quarter of the training samples are real ones, the rest each chooser's; recognised by their place."""
     current, real = circle_mixture(2, radius=1.0, deviation=0.1), circle_mixture(1, radius=50.0, deviation=0.1)
 
     class Recorder:
@@ -166,10 +171,10 @@ def test_real_data_and_choosers_are_mixed_by_their_shares():
             return self
 
     choosers = [Choosers(0.5, lambda x: 1e3 * x[..., 0]), Choosers(0.5, lambda x: -1e3 * x[..., 0])]
-    options = LoopOptions(num_training=400, num_candidates=16, curated_weight=1.0)
+    options = LoopOptions(num_training=400, num_candidates=16, curated_weight=3.0)
     samples = next_generator(Recorder(), choosers, options, torch.Generator().manual_seed(0), real).samples[:, 0]
     counts = [int(((low < samples) & (samples < high)).sum()) for low, high in ((-2, 0), (0, 2), (40, 60))]
-    assert counts == [100, 100, 200]
+    assert counts == [150, 150, 100]
     with pytest.raises(ValueError, match="no source of real samples"):
         next_generator(Recorder(), choosers, options, torch.Generator())
     with pytest.raises(ValueError, match=r"add up to 0\.5"):

@@ -61,7 +61,7 @@ def test_a_network_recovers_a_reward_that_no_linear_model_can():
 
 def test_the_loss_is_that_of_each_record():
     """Labels [N, 1] beside margins [N] would broadcast to [N, N] and teach the mean label alone: refused."""
-    margin, labels = torch.tensor([2.0, -1.0]), torch.tensor([1.0, 1.0])
+    margin, labels = torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.0])
     expected = torch.nn.functional.binary_cross_entropy_with_logits(margin, labels, reduction="none")
     torch.testing.assert_close(preference_losses(margin, labels), expected)
     with pytest.raises(ValueError, match="shapes must be equal"):
