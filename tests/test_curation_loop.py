@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.methods.curation.attacks import largest_difference_flips
 from engine.methods.curation.bounds import (
     gain_bounds,
     mixed_weights,
@@ -18,8 +19,10 @@ from engine.methods.curation.bounds import (
     updated_probabilities,
 )
 from engine.methods.curation.generators import GaussianMixture, circle_mixture
-from engine.methods.curation.loop import Choosers, LoopOptions, measure_round, next_generator
+from engine.methods.curation.loop import Choosers, LoopOptions, curate, measure_round, next_generator
 from engine.methods.curation.measures import class_balance, mode_occupancy
+from engine.methods.curation.mixture_raters import MODEL, Raters, monomials
+from engine.methods.curation.reward_models import FitOptions, fit_reward
 from engine.methods.curation.selection import curation_weights
 from engine.methods.kernel_distance import unbiased_mmd
 
@@ -42,6 +45,39 @@ def test_the_gain_lies_within_its_bounds(num_candidates, share):
     assert bool((result.gain >= result.lower - slack).all()) and bool((result.gain <= result.upper + slack).all())
     if not share:
         assert bool((result.gain >= result.by_sign - slack).all()) and float(result.gain.min()) > 0
+
+
+def test_the_bounds_hold_in_every_round_of_a_loop_on_a_mixture():
+    """Three rounds in which a learned, attacked reward makes half of the choices: bounds, and what is really selected.
+
+    The support of a round is 300 samples of its mixture; 80,000 choices by `curate` change the mean of e^r as computed.
+    """
+    current, generator = circle_mixture(8).expanded(1), torch.Generator().manual_seed(0)
+    raters = Raters(current.means[0, 0], 0.25)
+    for _ in range(3):
+        records = raters.records(current, 300, generator)
+        honest = fit_reward(MODEL, records, FitOptions()).parameters
+        attacked = records.flipped(largest_difference_flips(MODEL, honest, records, 0.3))
+        learned = fit_reward(MODEL, attacked, FitOptions()).parameters
+        points = current.sample(300, generator)
+        own, other = raters.rewards(points), MODEL(learned, monomials(points))
+        mass = torch.full((1, 300), 1 / 300, dtype=torch.float64)
+        exact = gain_bounds(mass, own, other, share=0.5, num_candidates=4)
+        assert float(exact.lower) <= float(exact.gain) <= float(exact.upper)
+        drawn = torch.randint(300, (160_000,), generator=generator)
+        weights = []
+        for rewards in (own, other):
+            candidates = drawn[torch.randperm(160_000, generator=generator)]
+            _, positions = curate(points[:, candidates], rewards[:, candidates], 4, generator)
+            weights.append(own[0, candidates[positions[0]]].exp())
+        change = torch.cat(weights).mean() - own.exp().mean()
+        assert abs(float(change - exact.gain)) < 4 * float(torch.cat(weights).std()) / math.sqrt(80_000)
+        choosers = [
+            Choosers(0.5, raters.rewards),
+            Choosers(0.5, lambda samples, learned=learned: MODEL(learned, monomials(samples))),
+        ]
+        current = next_generator(current, choosers, LoopOptions(num_training=300), generator)
+    assert float(exact.covariance) < 0 < float(exact.variance)
 
 
 def test_in_the_limit_the_gain_is_the_covariance_over_the_mean():
@@ -155,7 +191,7 @@ def test_a_quadratic_reward_tilts_a_mixture_exactly():
 
 
 def test_real_data_and_choosers_are_mixed_by_their_shares():
-    """lambda = 3: a quarter of the training samples are real ones, the rest each chooser's; recognised by their place."""
+    """lambda = 3: a quarter of the training samples are real ones, the rest the choosers'; known by their place."""
     current, real = circle_mixture(2, radius=1.0, deviation=0.1), circle_mixture(1, radius=50.0, deviation=0.1)
 
     class Recorder:
