@@ -10,13 +10,16 @@ from engine.methods.curation.learning import (
     PENALTIES,
     Groups,
     LearnOptions,
+    agreement_with_trusted,
     find_suspects,
     learn_reward,
     split_pairs,
     standardise,
     unordered_pairs,
 )
+from engine.methods.curation.monitor import trusted_agreement
 from engine.methods.curation.preferences import Pairs
+from engine.methods.curation.reward_models import LinearReward
 from engine.methods.curation.selection import draw_preferences
 
 SHIFT = torch.tensor([100.0, -5.0, 0.0, 3.0], dtype=torch.float64)
@@ -171,3 +174,24 @@ def test_a_minority_keeps_its_records_when_groups_are_given():
     assert float((grouped.weights == 0)[minority & training].double().mean()) < 0.15
     with pytest.raises(ValueError, match="no trusted one"):
         find_suspects(learned, mixed, majority, options, removal, Groups(minority.long(), torch.zeros(60).long()))
+
+
+def test_the_agreement_is_that_of_all_features():
+    """In the span of few trusted records it equals the fit in all features; of a network it has a value too."""
+    pairs, numbers = records(300)
+    trusted, _ = records(3, seed=2)
+    options = LearnOptions(l2=1e-2)
+    learned = learn_reward(pairs, numbers, options)
+    scale = learned.standardisation
+    result = agreement_with_trusted(learned, trusted, pairs.first, options)
+    whole = trusted_agreement(
+        LinearReward(4), scale.pairs(trusted), learned.parameters, scale(pairs.first), options.fit_options(1e-2),
+        torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    for name in ("correlation", "low", "high"):
+        torch.testing.assert_close(getattr(result, name), getattr(whole, name), rtol=1e-6, atol=1e-8)
+    more, _ = records(200, seed=3)
+    network = LearnOptions(model="network", l2=1e-2)
+    assert agreement_with_trusted(learn_reward(pairs, numbers, network), more, pairs.first, network).low > 0.5
+    reverse = learn_reward(pairs.flipped(torch.ones(300, dtype=torch.bool)), numbers, network)
+    assert agreement_with_trusted(reverse, more, pairs.first, network).high < 0

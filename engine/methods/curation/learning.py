@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.methods.curation.defences import RemovalOptions, removal_effects, remove_by_group, remove_by_influence
+from engine.methods.curation.monitor import Agreement, trusted_agreement
 from engine.methods.curation.preferences import Pairs
 from engine.methods.curation.reward_models import (
     Accuracy,
@@ -335,4 +336,38 @@ def find_suspects(
     return Suspects(
         weights=torch.ones(total, dtype=torch.float64).index_copy(0, index, kept),
         effects=torch.zeros(total, dtype=torch.float64).index_copy(0, index, effects.detach()),
+    )
+
+
+def agreement_with_trusted(
+    learned: LearnedReward, trusted: Pairs, probes: Tensor, learn_options: LearnOptions, num_resamples: int = 100
+) -> Agreement:
+    """Does a learned reward vary over samples with a linear reward that is fitted to trusted choices alone?
+
+    The penalised fit lies in the span of the trusted differences, so that it is made in their coordinates: many
+    features cost no more than there are records. The learned reward, of any model, is one more coordinate, on which
+    the trusted records do not depend.
+
+    Args:
+        learned: of raw features.
+        trusted: m >= 1 records with raw features.
+        probes: [M, d] raw features of the samples.
+        learn_options: with which the reward was learned.
+        num_resamples: for the interval.
+    """
+    scale = learned.standardisation
+    differences = scale(trusted.first) - scale(trusted.second)
+    basis = torch.linalg.qr(differences.mT).Q
+    coordinates = torch.cat([differences @ basis, torch.zeros(len(trusted), 1, dtype=torch.float64)], -1)
+    rewards = learned(probes)
+    samples = torch.cat([scale(probes) @ basis, rewards[:, None]], -1)
+    last = torch.zeros(coordinates.shape[-1], dtype=torch.float64).index_fill(0, torch.tensor(samples.shape[-1] - 1), 1)
+    return trusted_agreement(
+        LinearReward(coordinates.shape[-1]),
+        Pairs(coordinates, torch.zeros_like(coordinates), trusted.labels.double()),
+        last,
+        samples,
+        replace(learn_options, model="linear", tolerance=None).fit_options(learned.l2),
+        torch.Generator().manual_seed(learn_options.seed),
+        num_resamples=num_resamples,
     )
