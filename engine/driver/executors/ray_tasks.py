@@ -26,6 +26,8 @@ class RayTasks:
         device: `auto`, `cpu` or `cuda`.
     """
 
+    is_here = False
+
     def __init__(self, *, address: str | None, num_workers: int | None, device: str) -> None:
         if address and "://" in address:
             raise JobError(

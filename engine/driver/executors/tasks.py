@@ -50,7 +50,13 @@ TaskEvent = TaskDone | TaskFailed | TaskLost
 
 
 class TaskPool(Protocol):
-    """Runs tasks."""
+    """Runs tasks.
+
+    Attributes:
+        is_here: whether they run in this process.
+    """
+
+    is_here: bool
 
     @property
     def opening(self) -> str:
@@ -101,6 +107,7 @@ def find_function(address: str) -> Callable[..., Any]:
 class LocalTasks:
     """Runs tasks in this process, one after another."""
 
+    is_here = True
     opening = "starting"
 
     def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -105,14 +106,18 @@ def mixture_rounds(job: LoopSpec, arm: str, block: int) -> list[list[dict[str, A
     unit = Standardisation(torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64))
     memory, lanes = Memory(unit), [list[dict[str, Any]]() for _ in range(BLOCK)]
     for number in range(job.rounds + 1):
-        played = play_round(generator, job, arm, number, memory, generator.seed)
-        memory = played.memory
+        played = play_round(generator, job, arm, number, functools.partial(_given, memory), generator.seed)
+        memory = played.memory or memory
         for lane, measures in zip(lanes, played.measures, strict=True):
             if not (lane and lane[-1]["stopped"]):
                 lane.append(measures)
         if all(lane[-1]["stopped"] for lane in lanes):
             break
     return lanes
+
+
+def _given(memory: Memory, samples: RoundSamples) -> Memory:
+    return memory
 
 
 def blocks_of(seeds: Sequence[int]) -> list[int]:

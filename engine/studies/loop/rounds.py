@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -71,15 +71,20 @@ class PlayedRound:
 
     Attributes:
         measures: of every lane, as `loop.json` has them.
-        memory: what the signal of the next round needs.
+        memory: what the signal of the next round needs; None without a signal.
     """
 
     measures: list[dict[str, Any]]
-    memory: Memory
+    memory: Memory | None
 
 
 def play_round(
-    generator: RoundGenerator, job: LoopSpec, arm: str, number: int, memory: Memory, seed: int
+    generator: RoundGenerator,
+    job: LoopSpec,
+    arm: str,
+    number: int,
+    memory_of: Callable[[RoundSamples], Memory],
+    seed: int,
 ) -> PlayedRound:
     """Play a round.
 
@@ -88,19 +93,19 @@ def play_round(
         job: the loop.
         arm: name of the arm.
         number: of the round, from 0; `job.rounds` for the one after the last training, which is only measured.
-        memory: of the rounds before.
+        memory_of: gives what the rounds before have left, called where a reward is learned.
         seed: of all choices of the round; the same for all arms.
     """
     started = time.monotonic()
     samples = generator.samples()
     seconds = {"generate": time.monotonic() - started}
     is_last = number == job.rounds
-    signal = None
+    signal, memory = None, None
     if not is_last and job.curation.learned is not None:
         started = time.monotonic()
         options = SignalOptions.of(job, arm)
         signal = learn_signal(
-            samples.features, job.curation.scale * samples.rewards, memory, options, derived_seed(seed, "signal")
+            samples.features, job.curation.scale * samples.rewards, memory_of(samples), options, derived_seed(seed, "signal")
         )
         seconds["signal"] = time.monotonic() - started
         memory = signal.memory

@@ -36,6 +36,8 @@ from engine.methods.curation.selection import draw_preferences
 from engine.studies.loop.spec import ArmSpec, LearnedSpec, LoopSpec, MonitorSpec
 
 HELD_OUT = 0.2
+# What JSON can hold.
+MAX_E_VALUE = 1e300
 _ATTACK_STAGES = 5
 _NUM_PROBES = 500
 _WIDTH = 16
@@ -160,7 +162,7 @@ class Signal:
         if not self.is_watched or state is None:
             return None
         return {
-            "e_value": float(state.e_value.reshape(-1)[lane]),
+            "e_value": min(float(state.e_value.reshape(-1)[lane]), MAX_E_VALUE),
             "alarm": bool(self.alarm.reshape(-1)[lane]),
             "audited": state.trusted.shape[-1],
             "differing": int(state.num_differing.reshape(-1)[lane]),
