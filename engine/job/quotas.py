@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.job.plan import EVERY_CELL, MIN_ROUND, Extent, Plan, RequestPlan, ShardSpec
+from engine.job.plan import MIN_ROUND, Extent, Plan, RequestPlan, ShardSpec
 
 # A low yield is an uncertain estimate: a round has at most this many times the attempts of all rounds before.
 MAX_GROWTH = 4
@@ -92,7 +92,8 @@ class Quotas:
             for number in range(len(request.cells))
         }
         for extent in extents:
-            if extent.cell != EVERY_CELL:
+            # A curated run has the rounds of its parent, and no quota.
+            if (extent.request, extent.cell) in self._cells:
                 self._plan(extent)
         order = sorted(self._cells, key=lambda place: (self._cells[place].num_rounds, place))
         self._open = deque(order)
@@ -104,9 +105,9 @@ class Quotas:
 
     def settle(self, shard: ShardSpec, attempted: int, accepted: int) -> None:
         """Count the samples of a shard, zero for a shard in quarantine. Call once for each shard."""
-        if shard.cell == EVERY_CELL:
+        cell = self._cells.get((shard.request, shard.cell))
+        if cell is None:
             return
-        cell = self._cells[shard.request, shard.cell]
         cell.attempted += attempted
         cell.accepted += accepted
         cell.num_unsettled -= 1

@@ -28,7 +28,7 @@ def model_digest(address: str) -> str:
     if is_program(address):
         return program_digest(address)
     folder = resolve(address)
-    return _folder_digest(folder, _loaded_files(folder))
+    return _folder_digest(folder, loaded_files(folder))
 
 
 def image_encoder_digest(address: str) -> str:
@@ -38,7 +38,7 @@ def image_encoder_digest(address: str) -> str:
     """
     folder = resolve(address)
     parts = family_of(folder, address).embedding_parts
-    files = [path for path in _loaded_files(folder) if path.relative_to(folder).parts[0] in parts]
+    files = [path for path in loaded_files(folder) if path.relative_to(folder).parts[0] in parts]
     return _folder_digest(folder, files)
 
 
@@ -79,8 +79,8 @@ def _folder_digest(folder: Path, files: list[Path]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _loaded_files(folder: Path) -> list[Path]:
-    """The files that are loaded and therefore determine the result: no pickles, images, notes or other variants."""
+def loaded_files(folder: Path) -> list[Path]:
+    """The files that are loaded of a model's folder: no pickles, images, notes or other variants."""
     parts = list(part_classes(folder)) if (folder / PIPELINE_INDEX).is_file() else []
     roots = [folder / part for part in parts] or [folder]
     patterns = (*CONFIGURATION_PATTERNS, WEIGHTS_PATTERN)

@@ -20,8 +20,17 @@ CLASSES = "classes.json"
 # Folders of `riskforge rescore`, one for each target, and the file that marks such a folder.
 RESCORED = "rescored"
 RESCORING = "_state/rescoring.json"
+# The folder of `riskforge curate` in a curated run, and its files: options, parent and outcome; what was drawn; and
+# of a reward that was learned the reward, the state of its monitor and the records that a defence removed.
+CURATION = "curation"
+CURATION_DOCUMENT = "curation/curation.json"
+SELECTION = "curation/selection.parquet"
+REWARD = "curation/reward.safetensors"
+AUDIT = "curation/audit.safetensors"
+SUSPECTS = "curation/suspects.jsonl"
 # In manifests of folders that are not runs.
 RESCORED_FROM = "rescored_from"
 EXPORT_KIND = "export"
 
 RUN_FILES = (SUCCESS, METADATA, MANIFEST, CARD, REPORT, EVALUATION, WIDS_INDEX, TIMM_INFO, SURPLUS_LIST)
+CURATION_FILES = (CURATION_DOCUMENT, SELECTION, REWARD, AUDIT, SUSPECTS)

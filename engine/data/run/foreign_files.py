@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from engine.data.run.file_names import METADATA, PLANS, RESCORED, RESCORING, RUN_FILES
+from engine.data.run.file_names import CURATION, CURATION_FILES, METADATA, PLANS, RESCORED, RESCORING, RUN_FILES
 from engine.data.run.shards import SHARDS
 from engine.data.stores.base import STATE, Store
 from engine.errors import OutputError
@@ -46,6 +46,10 @@ def sort_files(store: Store, job_name: str) -> tuple[list[str], list[str]]:
         elif name == RESCORED and store.is_folder(name):
             # Scores of removed images are useless.
             strangers = [inner for inner in store.list(RESCORED) if not store.exists(f"{inner}/{RESCORING}")]
+            foreign += strangers
+            own += [] if strangers else [name]
+        elif name == CURATION and store.is_folder(name):
+            strangers = [inner for inner in store.list(CURATION) if inner not in CURATION_FILES]
             foreign += strangers
             own += [] if strangers else [name]
         elif name != STATE:

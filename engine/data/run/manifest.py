@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from engine.data.run.commit_record import CommitRecord
 from engine.data.run.commits import CommitSummary, read_commits
 from engine.data.run.counts import num_stored
+from engine.data.run.curated import manifest_part
 from engine.data.run.file_names import METADATA
 from engine.data.run.notices import count_notices
 from engine.data.run.summary import (
@@ -79,6 +80,7 @@ def build_manifest(
         "summary": [group_document(group) for group in groups],
         "dials": read_dials(store.fetch(METADATA), job),
         "shards": [_listed(record, job) for record in read_commits(store)] if len(commits) <= MAX_LISTED_SHARDS else [],
+        **manifest_part(store, plan),
     }
 
 

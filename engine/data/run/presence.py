@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+from engine.data.run.curated import REMAKE_RUN, find_curation, is_curated
 from engine.data.run.file_names import (
     CARD,
+    CURATION,
+    CURATION_DOCUMENT,
     MANIFEST,
     METADATA,
     REPORT,
@@ -52,8 +55,11 @@ def lost_files(store: Store) -> list[str]:
     return lost
 
 
-def check_committed(store: Store) -> None:
+def check_committed(store: Store, remake: str = REMAKE_RUN) -> None:
     """Refuse to continue where files of committed shards are lost: only the user can know whether they are elsewhere.
+
+    Args:
+        remake: the command that makes them again (`curated.remake_command`).
 
     Raises:
         CorruptShardError: with the files and the remedy.
@@ -64,18 +70,17 @@ def check_committed(store: Store) -> None:
     if not lost:
         return
     store.remove(SUCCESS)
-    first, *lines = loss_lines(store.uri, lost)
+    first, *lines = loss_lines(store.uri, lost, remake)
     raise CorruptShardError("\n".join([f"output {store.uri}: {first}", *lines]))
 
 
-def loss_lines(uri: str, lost: Sequence[str]) -> list[str]:
+def loss_lines(uri: str, lost: Sequence[str], remake: str = REMAKE_RUN) -> list[str]:
     """Lost files as lines of a message, with the remedy."""
     return [
         f"of the files of committed shards {len(lost)} {'is' if len(lost) == 1 else 'are'} not there as committed:",
         *(f"  {line}" for line in lost[:MAX_LISTED]),
         *([f"  and {len(lost) - MAX_LISTED} more"] if len(lost) > MAX_LISTED else []),
-        f"put them back; or let `riskforge repair {uri}` take these shards out, and `riskforge run` with the same job"
-        " makes them again",
+        f"put them back; or let `riskforge repair {uri}` take these shards out, and {remake} makes them again",
     ]
 
 
@@ -96,6 +101,8 @@ def torn_files(store: Store, plan: Plan) -> Iterator[str]:
     # Runs of earlier versions were closed without a list of surplus; in most it is empty.
     if plan.schema_version >= SURPLUS_LIST_SINCE:
         checks[SURPLUS_LIST] = lambda: store.tail(SURPLUS_LIST, 1) in (b"", b"\n")
+    if is_curated(plan):
+        checks |= {CURATION_DOCUMENT: partial(_is_described, store)}
     for name, is_whole in checks.items():
         try:
             if is_whole():
@@ -104,6 +111,12 @@ def torn_files(store: Store, plan: Plan) -> Iterator[str]:
             if not _is_absence(error):
                 raise
         yield name
+
+
+def _is_described(store: Store) -> bool:
+    """Whether what was selected is described, and the files that the description names are there."""
+    curation = find_curation(store)
+    return curation is not None and set(store.list(CURATION)) >= {f"{CURATION}/{name}" for name in curation.files}
 
 
 def _has_ends(store: Store) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from engine.data.run.file_names import METADATA, PLANS, RESCORED, SUCCESS
+from engine.data.run.file_names import CURATION, METADATA, PLANS, RESCORED, SUCCESS
 from engine.data.run.foreign_files import check_unused, list_names, sort_files
 from engine.data.run.shards import SHARDS
 from engine.data.run.stored_plan import OTHER_OUTPUT, StoredRun, publish_stage, read_run
@@ -15,6 +15,8 @@ from engine.job.plan import Plan, next_stage
 from engine.job.spec import JobSpec
 
 MAX_DIFFERENCES = 20
+# What is removed whole.
+_FOLDERS = (METADATA, RESCORED, CURATION)
 
 
 def open_output(store: Store, plan: Plan, job: JobSpec, resume: str, confirmed: bool) -> Plan:
@@ -180,10 +182,10 @@ def _remove_files(store: Store, names: list[str]) -> None:
         # And the driver's lock.
         if name != f"{LOCKS}/{DRIVER_LOCK}":
             store.remove(name)
-    for name in (METADATA, RESCORED):
+    for name in _FOLDERS:
         if name in names:
             store.remove_tree(name)
-    store.remove_all(name for name in names if name not in (METADATA, RESCORED))
+    store.remove_all(name for name in names if name not in _FOLDERS)
     store.remove_tree(SHARDS)
     for name in reversed(store.list(PLANS)):
         store.remove(name)

@@ -81,11 +81,13 @@ class Pipeline(ABC):
     Attributes:
         class_name: the pipeline's class in diffusers.
         embedding_parts: the parts that decide the image embeddings which it is conditioned on; empty if it takes none.
+        trained_part: the part that holds the network, which fine-tuning replaces; empty where it cannot be fine-tuned.
         decoder: of latents to images, for stored images and for guidance.
     """
 
     class_name: ClassVar[str]
     embedding_parts: ClassVar[tuple[str, ...]] = ()
+    trained_part: ClassVar[str] = ""
 
     def __init__(
         self, *, network: Any, vae: Any, hardware: Hardware, folder: Path, safety_checker: SafetyChecker | None
@@ -150,6 +152,11 @@ class Pipeline(ABC):
     def image_size(cls, folder: Path) -> tuple[int, int]:
         """Height and width of the images of a folder that `check` lets through, in pixels."""
 
+    @classmethod
+    def num_noise_levels(cls, folder: Path) -> int:
+        """Levels of the noise on image embeddings of a folder that `check` lets through; 0 if it takes none."""
+        return 0
+
     # Loading.
 
     @classmethod
@@ -169,6 +176,11 @@ class Pipeline(ABC):
             JobError: it is conditioned on none.
         """
         raise JobError(f"'{folder}' is a {cls.class_name}, which has no image embeddings to condition on")
+
+    @property
+    def network(self) -> Any:
+        """What denoises, for fine-tuning; `predict` calls it."""
+        return self._network
 
     # Sampling.
 

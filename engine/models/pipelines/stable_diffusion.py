@@ -65,6 +65,7 @@ class StableDiffusion(Pipeline):
     """
 
     class_name = "StableDiffusionPipeline"
+    trained_part = "unet"
     is_corrected: ClassVar[bool] = True
     required: ClassVar[Classes] = {
         "unet": ("UNet2DConditionModel",),

@@ -74,10 +74,16 @@ class StableUnclip(StableDiffusion):
                 f": missing; '{address}' is a Stable unCLIP pipeline, whose every sample is conditioned on an image"
                 " embedding: give an artefact of `riskforge prepare`, or images to vary"
             ]
-        levels = read_config(folder / _NOISING / "scheduler_config.json").get("num_train_timesteps", 1000)
+        levels = cls.num_noise_levels(folder)
         if is_integer(levels) and spec.noise_level >= levels:
             return [f".noise_level: {spec.noise_level} is not below the {levels} of '{address}'"]
         return []
+
+    @classmethod
+    def num_noise_levels(cls, folder: Path) -> int:
+        """Levels of the noise on image embeddings; see `Pipeline.num_noise_levels`."""
+        levels: int = read_config(folder / _NOISING / "scheduler_config.json").get("num_train_timesteps", 1000)
+        return levels
 
     @classmethod
     def load_parts(cls, folder: Path, hardware: Hardware, *, checks_safety: bool) -> dict[str, Any]:

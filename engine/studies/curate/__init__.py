@@ -1,0 +1,1 @@
+"""`curate`: K-wise Bradley-Terry selection over a run."""

@@ -1,0 +1,100 @@
+"""CLIP features of the stored samples of a run, which learned rewards are functions of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import PIL.Image
+import torch
+from torch import Tensor
+
+from engine.data.images import UnusableImageError, decode_sample
+from engine.driver.progress import Display
+from engine.errors import CorruptShardError, JobError
+from engine.job.spec import RuntimeSpec
+from engine.methods.finiteness import Faults
+from engine.models.clip import Clip
+from engine.models.digests import model_digest
+from engine.models.hardware import choose_hardware
+from engine.models.library_logging import quiet_libraries
+from engine.studies.evaluate.extractors import ClipFeatures
+from engine.studies.evaluate.image_features import VisionModels, batched
+from engine.studies.samples import StudiedRun, read_attempts, read_samples
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class SampleFeatures:
+    """Features of the stored samples of a run.
+
+    Attributes:
+        rows: row of each sample by key.
+        values: [N, d] CLIP embeddings of length one, float32.
+        clip: address of the CLIP model.
+        clip_digest: digest of its files.
+    """
+
+    rows: Mapping[str, int]
+    values: Tensor
+    clip: str
+    clip_digest: str
+
+    def of(self, keys: Sequence[str]) -> Tensor:
+        """Features [n, d] of samples by key."""
+        return self.values[[self.rows[key] for key in keys]]
+
+
+def image_checksums(run: StudiedRun) -> dict[str, str]:
+    """Checksum of the image file of every sample by key, empty where none is stored.
+
+    Raises:
+        CorruptShardError: a parquet of the run is not whole.
+    """
+    names = [request.name for request in run.job.requests]
+    return {row["key"]: row["sha256"] for row in read_attempts(run, names, ["key", "sha256"])}
+
+
+def embed_samples(run: StudiedRun, display: Display) -> SampleFeatures:
+    """Embed all stored samples by the CLIP model of the run's job.
+
+    Raises:
+        JobError: the model cannot be loaded, or gives no usable embedding of an image.
+        CorruptShardError: a shard is not whole.
+    """
+    address = run.job.models.clip
+    display.phase("loading the CLIP model")
+    quiet_libraries()
+    try:
+        clip, digest = Clip.load(address, choose_hardware(RuntimeSpec()).device), model_digest(address)
+    except JobError as error:
+        raise JobError([f"models.clip: {problem}" for problem in error.problems]) from None
+    models = VisionModels(clip, ClipFeatures(address))
+    total = sum(record.counts.ok for record in run.commits)
+    keys: list[str] = []
+    parts: list[Tensor] = []
+    for batch in batched(_images(run)):
+        display.advance(f"embedding samples: {len(keys)}/{total}")
+        keys += [key for key, _ in batch]
+        parts.append(_embeds(models, batch))
+    return SampleFeatures(
+        rows={key: row for row, key in enumerate(keys)}, values=torch.cat(parts), clip=address, clip_digest=digest
+    )
+
+
+def _images(run: StudiedRun) -> Iterator[tuple[str, PIL.Image.Image]]:
+    for data, record in read_samples(run, [request.name for request in run.job.requests]):
+        try:
+            yield record["key"], decode_sample(data)
+        except UnusableImageError as error:
+            raise CorruptShardError(
+                f"{run.store.uri}: the image of '{record['key']}' {error}; `riskforge verify` says more"
+            ) from None
+
+
+def _embeds(models: VisionModels, batch: Sequence[tuple[str, PIL.Image.Image]]) -> Tensor:
+    faults = Faults(len(batch))
+    embeds = models.embeds([image for _, image in batch], faults)
+    for row, (key, _) in enumerate(batch):
+        if faults[row]:
+            raise JobError(f"RUN: '{key}': {faults[row]}; a reward cannot be learned on it, replace the model's weights")
+    return torch.from_numpy(embeds)

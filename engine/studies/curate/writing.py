@@ -1,0 +1,185 @@
+"""Writing a curated run: its plan, what was drawn, and its shards, copied row by row from those of the parent.
+
+The plan is there first and what was drawn second, so that a run that was interrupted at any moment continues with the
+same selection, whatever a reward gives the second time. A selected sample keeps its row and its image file, byte for
+byte; any other one that has an image becomes `rejected` and loses it; the rest is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.data.run.commit_record import CommitRecord, file_pair
+from engine.data.run.commit_shard import commit_shard
+from engine.data.run.commits import list_commits
+from engine.data.run.curated import KEY
+from engine.data.run.foreign_files import check_unused
+from engine.data.run.shard_writing import stage_shard
+from engine.data.run.shards import file_digest, read_rows, read_shard
+from engine.data.run.stored_plan import publish_stage, read_run
+from engine.data.stores.base import Store
+from engine.data.stores.folder import FolderStore
+from engine.data.stores.lease import Lease
+from engine.driver.progress import Display
+from engine.errors import CorruptShardError, OutputError
+from engine.job.columns import RUN_COLUMNS
+from engine.job.json_values import difference
+from engine.job.plan import Plan
+from engine.job.records import STATUS_OK, STATUS_REJECTED, SampleResult, columns_of
+from engine.job.spec import JobSpec, RequestSpec
+from engine.studies.curate.candidates import Parent
+
+MAX_DIFFERENCES = 20
+_RUN_FIELDS = tuple(column.name for column in RUN_COLUMNS if column.name != "sha256")
+
+
+def curated_job(parent: Parent, output: Store) -> JobSpec:
+    """The job of a curated run: the parent's, for another output, in which quotas mean nothing any more.
+
+    What was rejected has no image, and no further round is made, however few samples are accepted.
+    """
+    job = parent.job
+    update = {"uri": output.uri, "store_rejected": False}
+    return job.model_copy(
+        update={
+            "output": job.output.model_copy(update=update),
+            "requests": tuple(map(_without_quota, job.requests)),
+        }
+    )
+
+
+def _without_quota(request: RequestSpec) -> RequestSpec:
+    return request.model_copy(update={"max_attempts": "1x"}) if request.has_quota else request
+
+
+def curated_plan(parent: Parent, curation: Mapping[str, Any]) -> Plan:
+    """The plan of a curated run: the shards of its parent in one stage, under an identity of its own.
+
+    Args:
+        curation: what decides the selection, as JSON.
+    """
+    plan = parent.plan
+    output = plan.identity["output"] | {"store_rejected": False}
+    identity = plan.identity | {"output": output, KEY: dict(curation)}
+    return Plan(plan.requests, identity, (plan.extents,), plan.schema_version)
+
+
+def open_curated(store: Store, plan: Plan, job: JobSpec) -> None:
+    """Begin a curated run in an output, or continue it.
+
+    Raises:
+        OutputError: the output holds something else, or a curation with other options, with the difference.
+    """
+    check_output_is(store, plan)
+    store.clean_staging()
+    if not publish_stage(store, plan, job, 0, plan.stages[0]):
+        check_output_is(store, plan)
+
+
+def check_output_is(store: Store, plan: Plan) -> bool:
+    """Check that an output is empty or holds this curated run; whether it holds it. Changes nothing.
+
+    Raises:
+        OutputError: it holds something else, with the difference.
+    """
+    stored = read_run(store)
+    if stored is None:
+        check_unused(store)
+        return False
+    if stored.digest == plan.digest:
+        return True
+    remedy = "choose another --output"
+    if KEY not in stored.identity:
+        raise OutputError(f"--output {store.uri}: holds a run that was not curated; {remedy}")
+    lines = difference(stored.identity, plan.identity)
+    if len(lines) > MAX_DIFFERENCES:
+        lines[MAX_DIFFERENCES:] = [f"and {len(lines) - MAX_DIFFERENCES} more differences"]
+    raise OutputError(
+        "\n".join(
+            [
+                f"--output {store.uri}: holds another curated run (there -> asked for now):",
+                *(f"  {line}" for line in lines),
+                f"give the options of that one to continue it, or {remedy}",
+            ]
+        )
+    )
+
+
+def write_shards(
+    parent: Parent, store: Store, plan: Plan, selected: Collection[str], lease: Lease, display: Display
+) -> None:
+    """Copy the shards that are not committed yet.
+
+    Args:
+        selected: keys of the selected samples.
+
+    Raises:
+        CorruptShardError: a shard of the parent is damaged.
+        OwnedError: another process has taken the output over.
+    """
+    committed = list_commits(store)
+    for record in parent.commits:
+        if record.shard in committed:
+            continue
+        lease.check()
+        display.advance(f"shard {record.shard + 1} of {plan.num_shards}")
+        staged = stage_shard(
+            store.staging(),
+            record.name,
+            copied_samples(parent, record, selected),
+            parent.job.output.image_format,
+            plan.schema_version,
+        )
+        # Worker, attempt, screening and notices are those of who made the samples.
+        commit_shard(
+            store, plan.digest, plan.shard(record.shard), record.name, staged, record.attempt, record.worker, {},
+            record.screening, record.notices,
+        )  # fmt: skip
+
+
+def copied_samples(parent: Parent, record: CommitRecord, selected: Collection[str]) -> Iterator[SampleResult]:
+    """The samples of a shard of the parent as its curated run has them.
+
+    Raises:
+        CorruptShardError: rows or images are not those that were committed.
+    """
+    tar_name, rows_name = file_pair(record.name)
+    tar, rows = parent.store.fetch_each([tar_name, rows_name])
+    if not rows.exists() or file_digest(rows, "sha256") != record.parquet_sha256:
+        _damaged(parent, rows_name, "is not the file that was committed")
+    images = read_shard(tar)
+    for row in read_rows(rows):
+        image = b""
+        if row["sha256"]:
+            key, image, _, _ = next(images, ("", b"", {}, 0))
+            if key != row["key"] or hashlib.sha256(image).hexdigest() != row["sha256"]:
+                _damaged(parent, tar_name, f"its image of {row['key']} is not the one that was committed")
+        yield _copied(row, image, row["key"] in selected)
+
+
+def _copied(row: dict[str, Any], image: bytes, is_selected: bool) -> SampleResult:
+    record = {name: row[name] for name in columns_of(row["schema_version"])}
+    run = {name: row[name] for name in _RUN_FIELDS}
+    if is_selected:
+        return SampleResult(record=record, image=image, run=run)
+    if row["status"] == STATUS_OK:
+        record |= {"status": STATUS_REJECTED, "accepted": False}
+    return SampleResult(record=record, run=run)
+
+
+def _damaged(parent: Parent, name: str, what: str) -> None:
+    raise CorruptShardError(
+        f"RUN: {parent.store.address(name)}: {what}; `riskforge verify` says more, and `riskforge repair` takes the"
+        " shard out"
+    )
+
+
+def lineage_address(parent: Store, store: Store) -> str:
+    """The address of a parent for its curated run: of folders a relative one, so that both can be moved together."""
+    if isinstance(parent, FolderStore) and isinstance(store, FolderStore):
+        return Path(os.path.relpath(parent.place, store.place)).as_posix()
+    return parent.uri
