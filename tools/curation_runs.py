@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from engine.driver.executors.tasks import TaskDone, TaskPool
 from engine.methods.curation.mixture_study import StudyOptions, Trajectory, simulate
 from engine.methods.intervals import wilson_interval
 from engine.studies.intervals import mean_interval
@@ -22,25 +23,60 @@ PART = 50
 KeyT = TypeVar("KeyT")
 
 
-@dataclass(frozen=True, slots=True)
-class Processes:
-    """Where studies run."""
+class Executor(Protocol):
+    """Where parts of studies run."""
 
-    pool: ProcessPoolExecutor
+    def run(self, parts: Sequence[StudyOptions]) -> list[Trajectory]:
+        """The trajectory of each part, in their order."""
 
-    def run(self, studies: Mapping[KeyT, StudyOptions]) -> dict[KeyT, Trajectory]:
-        """All studies, by name, part by part."""
-        parts = {key: _parts(options) for key, options in studies.items()}
-        results = iter(list(self.pool.map(simulate, [part for group in parts.values() for part in group])))
-        return {key: _joined([next(results) for _ in group]) for key, group in parts.items()}
+
+def run_studies(executor: Executor, studies: Mapping[KeyT, StudyOptions]) -> dict[KeyT, Trajectory]:
+    """All studies, by name."""
+    parts = {key: _parts(options) for key, options in studies.items()}
+    results = iter(executor.run([part for group in parts.values() for part in group]))
+    return {key: _joined([next(results) for _ in group]) for key, group in parts.items()}
 
 
 @contextmanager
-def processes(count: int) -> Iterator[Processes]:
-    """Processes of one thread each."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, torch.set_num_threads, (1,)) as pool:
-        yield Processes(pool)
+def open_executor(kind: str, num_processes: int) -> Iterator[Executor]:
+    """Processes of this machine with one thread each (`local`), or of a Ray cluster that is started here (`ray`)."""
+    if kind == "local":
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(num_processes, context, torch.set_num_threads, (1,)) as pool:
+            yield _Local(pool)
+        return
+    from engine.driver.executors.ray_tasks import RayTasks
+
+    tasks = RayTasks(address=None, num_workers=num_processes, device="cpu")
+    try:
+        tasks.open(num_processes)
+        yield _OnRay(tasks)
+    finally:
+        tasks.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Local:
+    pool: ProcessPoolExecutor
+
+    def run(self, parts: Sequence[StudyOptions]) -> list[Trajectory]:
+        return list(self.pool.map(simulate, parts))
+
+
+@dataclass(frozen=True, slots=True)
+class _OnRay:
+    tasks: TaskPool
+
+    def run(self, parts: Sequence[StudyOptions]) -> list[Trajectory]:
+        for number, part in enumerate(parts):
+            self.tasks.submit(number, f"{simulate.__module__}:{simulate.__name__}", part)
+        done: dict[int, Trajectory] = {}
+        while len(done) < len(parts):
+            for event in self.tasks.poll(1.0):
+                if not isinstance(event, TaskDone):
+                    raise RuntimeError(f"part {event.number}: {event.message}")
+                done[event.number] = event.value
+        return [done[number] for number in range(len(parts))]
 
 
 def _parts(options: StudyOptions) -> list[StudyOptions]:
