@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from curation_charts import draw_mix, draw_rounds
-from curation_runs import Executor, mean, open_executor, percent, run_studies, share
+from curation_runs import Studies, mean, open_executor, percent, share
 
 from engine.methods.curation.bounds import gain_bounds, real_data_divergence_bound, updated_probabilities
 from engine.methods.curation.loop import LoopOptions
@@ -53,7 +53,7 @@ def end(result: Trajectory) -> torch.Tensor:
     return result.rewards[:, -1, 0]
 
 
-def bounds(seeds: int, executor: Executor, charts: Path | None) -> None:
+def bounds(seeds: int, work: Studies, charts: Path | None) -> None:
     """The bounds of one round on random finite supports, and where the sign of the covariance misleads."""
     generator = torch.Generator().manual_seed(0)
     rows: list[tuple[object, ...]] = []
@@ -83,7 +83,7 @@ def bounds(seeds: int, executor: Executor, charts: Path | None) -> None:
     table(f"real to curated | {header} | KL to the real data | its bound", rows)
 
 
-def rounds(seeds: int, executor: Executor, charts: Path | None) -> None:
+def rounds(seeds: int, work: Studies, charts: Path | None) -> None:
     """Users' reward by round."""
     studies = {("clean", 0.0): StudyOptions(num_seeds=FEW)}
     for kappa in BUDGETS:
@@ -91,7 +91,7 @@ def rounds(seeds: int, executor: Executor, charts: Path | None) -> None:
             studies[attack, kappa] = StudyOptions(num_seeds=FEW, attack=attack, attack_share=kappa)
         for attack in GRADIENT:
             studies[f"{attack}, defended", kappa] = replace(studies[attack, kappa], defence="influence")
-    results = run_studies(executor, studies)
+    results = work.run(studies)
     rows = []
     for (attack, kappa), result in results.items():
         values = [mean(result.rewards[:, index, 0]) for index in SHOWN_ROUNDS]
@@ -102,13 +102,13 @@ def rounds(seeds: int, executor: Executor, charts: Path | None) -> None:
         draw_rounds(paths, BUDGETS, charts / "curation-reward.svg")
 
 
-def attacks(seeds: int, executor: Executor, charts: Path | None) -> None:
+def attacks(seeds: int, work: Studies, charts: Path | None) -> None:
     """The last round by attack and budget, and the order of the attacks."""
     studies = {("clean", 0.0): StudyOptions(num_seeds=seeds)}
     for attack in ATTACKS[1:]:
         for kappa in BUDGETS:
             studies[attack, kappa] = StudyOptions(num_seeds=seeds, attack=attack, attack_share=kappa)
-    results, rows = run_studies(executor, studies), []
+    results, rows = work.run(studies), []
     for key, result in results.items():
         last = result.measures[-1]
         rows.append((*key, mean(end(result)), mean(last.balance), mean(last.real_distance), mean(last.covariance, 3)))
@@ -118,7 +118,7 @@ def attacks(seeds: int, executor: Executor, charts: Path | None) -> None:
         print(f"kappa {kappa}, the most harmful first: {', '.join(order)}\n")
 
 
-def goals(seeds: int, executor: Executor, charts: Path | None) -> None:
+def goals(seeds: int, work: Studies, charts: Path | None) -> None:
     """What monitor and defences are to reach."""
     base = StudyOptions(num_seeds=seeds)
     studies: dict[tuple[str, object], StudyOptions] = {
@@ -131,7 +131,7 @@ def goals(seeds: int, executor: Executor, charts: Path | None) -> None:
         for defence in ("influence", "group"):
             loop = LoopOptions(num_candidates=8)
             studies[attack, f"two tastes, {defence}"] = replace(hit, tastes=TWO_TASTES, loop=loop, defence=defence)
-    results = run_studies(executor, studies)
+    results = work.run(studies)
     usual = base.num_audited
     rows = [("false alarms in ten rounds", "<= 5 %", f"{usual} audited", share(results["clean", usual].alarms[:, -1]))]
     clean = end(results["clean", usual]).mean()
@@ -143,7 +143,7 @@ def goals(seeds: int, executor: Executor, charts: Path | None) -> None:
             rows.append(("smallest audit that does", "", f"{enough[0]} audited", share(noticed[enough[0]])))
         lost = end(results[attack, usual]).mean()
         restored = (end(results[attack, "influence"]) - lost) / (clean - lost)
-        rows.append((f"{attack} 0.2: lost reward restored", ">= 80 %", "influence", percent(restored)))
+        rows.append((f"{attack} 0.2: lost reward restored", ">= 80 %", "influence", percent(restored, 1)))
         for defence in ("influence", "group"):
             removed = results[attack, f"two tastes, {defence}"].removed.mean(1)
             excess = mean(100 * (removed[:, 1] - removed[:, 0]), 1)
@@ -151,7 +151,7 @@ def goals(seeds: int, executor: Executor, charts: Path | None) -> None:
     table("goal | at | with | measured", rows)
 
 
-def monitor(seeds: int, executor: Executor, charts: Path | None) -> None:
+def monitor(seeds: int, work: Studies, charts: Path | None) -> None:
     """Alarms of the audit by its size, and of fixed trusted sets."""
     base = StudyOptions(num_seeds=seeds)
     studies = {
@@ -159,7 +159,7 @@ def monitor(seeds: int, executor: Executor, charts: Path | None) -> None:
         for size in AUDIT_SIZES
         for attack in (ATTACKS if size == base.num_audited else ("clean", *GRADIENT))
     }
-    results = run_studies(executor, studies)
+    results = work.run(studies)
     rows = [(*key, *(share(result.alarms[:, index]) for index in (0, 1, -1))) for key, result in results.items()]
     table("audited a round | attack, kappa 0.2 | in round 1 | within 2 | within 10", rows)
     rows = []
@@ -172,7 +172,7 @@ def monitor(seeds: int, executor: Executor, charts: Path | None) -> None:
     table("fixed set | floor | attack, kappa 0.2 | within 2 rounds | within 10", rows)
 
 
-def defences(seeds: int, executor: Executor, charts: Path | None) -> None:
+def defences(seeds: int, work: Studies, charts: Path | None) -> None:
     """Reward restored by acting on an alarm, and what is removed of tampered and of other records."""
     kinds, attacked = ("none", "influence", "trusted-only"), ("largest-difference", *GRADIENT)
     base = StudyOptions(num_seeds=seeds)
@@ -181,7 +181,7 @@ def defences(seeds: int, executor: Executor, charts: Path | None) -> None:
         for kappa in (0.2, 0.4):
             hit = replace(base, attack=attack, attack_share=kappa)
             studies |= {(attack, kappa, defence): replace(hit, defence=defence) for defence in kinds}
-    results, rows = run_studies(executor, studies), []
+    results, rows = work.run(studies), []
     clean = end(results["clean", 0.0, "none"]).mean()
     for (attack, kappa, defence), result in results.items():
         lost = end(results[attack, kappa, "none"]).mean()
@@ -193,7 +193,7 @@ def defences(seeds: int, executor: Executor, charts: Path | None) -> None:
     table("attack | kappa | defence | users' reward | restored | untampered removed | tampered removed", rows)
 
 
-def tastes(seeds: int, executor: Executor, charts: Path | None) -> None:
+def tastes(seeds: int, work: Studies, charts: Path | None) -> None:
     """Two honest groups of 70 % and 30 % with opposite tastes, K = 8."""
     base = StudyOptions(num_seeds=seeds, tastes=TWO_TASTES, loop=LoopOptions(num_candidates=8))
     studies = {("clean", "one reward for both"): replace(base, pooled=True), ("clean", "none"): base}
@@ -201,7 +201,7 @@ def tastes(seeds: int, executor: Executor, charts: Path | None) -> None:
         for defence in ("none", "influence", "group"):
             studies[attack, defence] = replace(base, attack=attack, defence=defence)
     rows = []
-    for (attack, defence), result in run_studies(executor, studies).items():
+    for (attack, defence), result in work.run(studies).items():
         occupancy, removed = result.measures[-1].occupancy, result.removed.mean(1)
         near = " / ".join(percent(occupancy[:, modes].sum(-1)) for modes in ([7, 0, 1], [3, 4, 5]))
         finals = " / ".join(mean(result.rewards[:, -1, group]) for group in (0, 1))
@@ -212,14 +212,14 @@ def tastes(seeds: int, executor: Executor, charts: Path | None) -> None:
     table("attack 0.2 | defence | reward of each | samples near each | untampered removed of each | points more", rows)
 
 
-def mix(seeds: int, executor: Executor, charts: Path | None) -> None:
+def mix(seeds: int, work: Studies, charts: Path | None) -> None:
     """Real data in the mix: they bound the drift, and restore no preference."""
     studies = {
         (attack, ratio): StudyOptions(num_seeds=FEW, attack=attack, loop=LoopOptions(curated_weight=weight))
         for attack in ("clean", *GRADIENT)
         for weight, ratio in RATIOS
     }
-    results = run_studies(executor, studies)
+    results = work.run(studies)
     rows = []
     for (attack, ratio), result in results.items():
         last = result.measures[-1]
@@ -230,7 +230,7 @@ def mix(seeds: int, executor: Executor, charts: Path | None) -> None:
         draw_mix(drawn, charts / "curation-mix.svg")
 
 
-def short(seeds: int, executor: Executor, charts: Path | None) -> None:
+def short(seeds: int, work: Studies, charts: Path | None) -> None:
     """Training of the reward model, refit of the generator, or search of the attacker cut short."""
     variants = {
         **{f"Newton steps of the reward model: {n}": {"fit": FitOptions(max_steps=n)} for n in (1, 2, 3, 100)},
@@ -243,12 +243,12 @@ def short(seeds: int, executor: Executor, charts: Path | None) -> None:
         for name, change in variants.items()
         for attack in kinds
     }
-    results = run_studies(executor, studies)
+    results = work.run(studies)
     rows = [(name, *(mean(end(results[name, attack])) for attack in kinds)) for name in variants]
     table(f"cut short | {' | '.join(kinds)}", rows)
 
 
-TABLES: dict[str, Callable[[int, Executor, Path | None], None]] = {
+TABLES: dict[str, Callable[[int, Studies, Path | None], None]] = {
     "bounds": bounds, "rounds": rounds, "attacks": attacks, "goals": goals, "monitor": monitor, "defences": defences,
     "tastes": tastes, "mix": mix, "short": short,
 }  # fmt: skip
@@ -264,10 +264,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--charts", type=Path)
     options = parser.parse_args(arguments)
     with open_executor(options.executor, options.processes) as executor:
+        work = Studies(executor)
         for name in options.tables:
             start = time.monotonic()
             print(f"## {name}\n")
-            TABLES[name](options.seeds, executor, options.charts)
+            TABLES[name](options.seeds, work, options.charts)
             print(f"({time.monotonic() - start:.0f} s)\n", flush=True)
     return 0
 

@@ -30,11 +30,24 @@ class Executor(Protocol):
         """The trajectory of each part, in their order."""
 
 
-def run_studies(executor: Executor, studies: Mapping[KeyT, StudyOptions]) -> dict[KeyT, Trajectory]:
-    """All studies, by name."""
-    parts = {key: _parts(options) for key, options in studies.items()}
-    results = iter(executor.run([part for group in parts.values() for part in group]))
-    return {key: _joined([next(results) for _ in group]) for key, group in parts.items()}
+class Studies:
+    """Runs studies, each of them once.
+
+    Args:
+        executor: where.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._results: dict[StudyOptions, Trajectory] = {}
+
+    def run(self, studies: Mapping[KeyT, StudyOptions]) -> dict[KeyT, Trajectory]:
+        """All studies, by name."""
+        parts = {options: _parts(options) for options in studies.values() if options not in self._results}
+        results = iter(self._executor.run([part for group in parts.values() for part in group]))
+        for options, group in parts.items():
+            self._results[options] = _joined([next(results) for _ in group])
+        return {key: self._results[options] for key, options in studies.items()}
 
 
 @contextmanager
