@@ -14,8 +14,9 @@ from engine.methods.curation.generators import GaussianMixture, circle_mixture
 from engine.methods.curation.learning import Standardisation
 from engine.methods.curation.loop import LoopOptions, curate
 from engine.methods.curation.mixture_study import monomials
-from engine.studies.loop.measures import MAX_COMPARED, Real
-from engine.studies.loop.rounds import RoundSamples, derived_seed, play_round, random_of
+from engine.studies.loop.measures import MAX_COMPARED
+from engine.studies.loop.rounds import derived_seed, play_round, random_of
+from engine.studies.loop.samples import Real, RoundSamples
 from engine.studies.loop.signal import Memory, Signal
 from engine.studies.loop.spec import SQUARED_DISTANCE, LoopSpec, MixtureSpec
 

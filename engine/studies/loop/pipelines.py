@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from engine.driver.executors.base import Executor
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.progress import Display, Tally
 from engine.driver.run import run_job
-from engine.errors import CorruptShardError, RiskforgeError
+from engine.errors import CorruptShardError, JobError, OwnedError, RiskforgeError
 from engine.job.plan import Cell, make_prompt
 from engine.job.spec import JobSpec
 from engine.methods.curation.learning import standardise
@@ -31,29 +31,32 @@ from engine.models.labels import target_labels
 from engine.models.library_logging import quiet_libraries
 from engine.studies.curate.candidates import Candidates, open_candidates
 from engine.studies.curate.program import CuratedRun, SelectionOptions, SignalRecord, curate_run
+from engine.studies.curate.rewards import find_reward
 from engine.studies.curate.selection import values_digest
 from engine.studies.evaluate.image_features import batched, unit
 from engine.studies.evaluate.inputs import draw_images
 from engine.studies.loop.finetuning.batches import PromptedImage, TrainingImages
 from engine.studies.loop.finetuning.program import fine_tune_pipeline
 from engine.studies.loop.finetuning.recipe import FineTuneRecipe
-from engine.studies.loop.measures import Real
 from engine.studies.loop.memory import read_memory, write_memory
-from engine.studies.loop.parsing import LoopJob, run_name
+from engine.studies.loop.parsing import LoopJob, renamed, run_name
 from engine.studies.loop.results import ROUND_DOCUMENT, LoopFolder, round_bytes
-from engine.studies.loop.rounds import RoundSamples, derived_seed, play_round
+from engine.studies.loop.rounds import PlayedRound, derived_seed, play_round
+from engine.studies.loop.samples import Real, RoundSamples
 from engine.studies.loop.signal import MAX_E_VALUE, Memory, Signal
 from engine.studies.loop.spec import CLASS_INDEX
 from engine.studies.loop.state import Lane
 from engine.studies.samples import open_study, read_samples
 
 if TYPE_CHECKING:
-    import PIL.Image
+    pass
 
 GENERATED, CURATED, MODEL = "generated", "curated", "model"
 SIGNAL_FILE = "signal.safetensors"
 # Real images that a process keeps to draw from.
 MAX_REAL = 10_000
+# How long processes of a driver that was killed may outlive it.
+ORPHAN_SECONDS = 60.0
 MakeExecutor = Callable[[], Executor]
 
 
@@ -103,9 +106,7 @@ class PipelineGenerator:
         display: of the round.
     """
 
-    def __init__(
-        self, job: LoopJob, lane: Lane, number: int, make_executor: MakeExecutor, display: Display
-    ) -> None:
+    def __init__(self, job: LoopJob, lane: Lane, number: int, make_executor: MakeExecutor, display: Display) -> None:
         assert job.job is not None
         self._loop = job
         self._job: JobSpec = job.job
@@ -186,9 +187,7 @@ class PipelineGenerator:
                 "output": output,
             }
         )
-        summary = run_job(
-            job, executor=self._make_executor(), resume="auto", confirmed=False, display=self._display
-        )
+        summary = run_job(job, executor=self._make_executor(), resume="auto", confirmed=False, display=self._display)
         if summary.drained:
             raise KeyboardInterrupt
         if summary.exit_code:
@@ -196,11 +195,12 @@ class PipelineGenerator:
             self._display.notice(f"its run has fewer samples than asked for ({reason})")
 
     def _rewards(self, candidates: Candidates) -> Tensor:
-        """[N] the users' reward of the candidates: n less the class index, or a column."""
+        """[N] the users' reward of the candidates; n less the class index, which is above 0."""
         name = self._loop.spec.curation.reward
-        if name == CLASS_INDEX:
-            return torch.tensor([float(self.num_classes - index) for index in candidates.class_indices]).double()
-        return torch.tensor(candidates.column(name), dtype=torch.float64)
+        with renamed("--reward", "curation.reward"):
+            values = find_reward(name, self._display).rewards(candidates)
+        offset = self.num_classes if name == CLASS_INDEX else 0
+        return torch.tensor(values, dtype=torch.float64) + offset
 
     def _curate(self, rewards: Tensor, signal: Signal | None) -> CuratedRun:
         spec = self._loop.spec
@@ -276,7 +276,7 @@ def pipeline_round(
     generator = PipelineGenerator(job, lane, number, make_executor or functools.partial(LocalExecutor, 1), shown)
     folder = LoopFolder(Path(job.spec.output.uri))
     memory = _LazyMemory(generator, folder, lane, number)
-    played = play_round(generator, job.spec, lane.arm, number, memory.get, generator.seed)
+    played = _outlive(lambda: play_round(generator, job.spec, lane.arm, number, memory.get, generator.seed))
     [measures] = played.measures
     if played.memory is not None:
         write_memory(generator.home / SIGNAL_FILE, played.memory)
@@ -285,6 +285,22 @@ def pipeline_round(
     if job.spec.keep_models == "last" and number > 0 and measures["trained"]:
         shutil.rmtree(folder.round(lane, number - 1) / MODEL, ignore_errors=True)
     return measures
+
+
+def _outlive(play: Callable[[], PlayedRound]) -> PlayedRound:
+    """Play a round once no process of an earlier driver, which was killed, is at work on it any more.
+
+    Raises:
+        OwnedError: one still is.
+    """
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    while True:
+        try:
+            return play()
+        except OwnedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +341,9 @@ def _reward_record(name: str, digest: str, signal: Signal | None) -> RewardRecor
         num_records=signal.records.sizes[0],
         num_removed=removed.get("tampered", 0) + removed.get("honest", 0),
         defence="influence" if signal.is_defended else "",
-        accuracy=Proportion(value=accuracy["value"], low=accuracy["low"], high=accuracy["high"]),
+        accuracy=Proportion(
+            value=accuracy["value"], low=accuracy["low"], high=accuracy["high"], total=accuracy["records"]
+        ),
     )
 
 
@@ -404,7 +422,9 @@ def _drawn(address: str, labels: tuple[str, ...], limit: int) -> list[LabelledIm
     items = list(draw_images(source, limit, 0, lambda text: None))
     images = [item for item in items if isinstance(item, LabelledImage)]
     if not images:
-        from engine.errors import JobError
-
-        raise JobError(nothing_usable(source, "training.real", address, [item for item in items if not isinstance(item, LabelledImage)]))
+        raise JobError(
+            nothing_usable(
+                source, "training.real", address, [item for item in items if not isinstance(item, LabelledImage)]
+            )
+        )
     return images

@@ -15,33 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.studies.loop.measures import Real, measure
+from engine.studies.loop.measures import measure
+from engine.studies.loop.samples import Real, RoundSamples
 from engine.studies.loop.signal import Memory, Signal, SignalOptions, learn_signal
 from engine.studies.loop.spec import CLASS_INDEX, LoopSpec
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RoundSamples:
-    """The samples of a round.
-
-    Attributes:
-        features: [..., N, d], in float64.
-        rewards: [..., N] of the users, before the scale.
-        classes: [..., N] class or mode indices.
-        keys: of the samples, N; empty for a mixture, whose samples have none.
-        agreement: share of the samples whose class the oracle confirms; None without an oracle.
-    """
-
-    features: Tensor
-    rewards: Tensor
-    classes: Tensor
-    keys: tuple[str, ...] = ()
-    agreement: float | None = None
-
-    @property
-    def runs(self) -> tuple[int, ...]:
-        """The leading dimensions."""
-        return tuple(self.classes.shape[:-1])
 
 
 class RoundGenerator(Protocol):
@@ -105,7 +82,11 @@ def play_round(
         started = time.monotonic()
         options = SignalOptions.of(job, arm)
         signal = learn_signal(
-            samples.features, job.curation.scale * samples.rewards, memory_of(samples), options, derived_seed(seed, "signal")
+            samples.features,
+            job.curation.scale * samples.rewards,
+            memory_of(samples),
+            options,
+            derived_seed(seed, "signal"),
         )
         seconds["signal"] = time.monotonic() - started
         memory = signal.memory
@@ -158,5 +139,3 @@ def derived_seed(seed: int, *parts: object) -> int:
 def random_of(seed: int, *parts: object) -> torch.Generator:
     """A random generator for one purpose."""
     return torch.Generator().manual_seed(derived_seed(seed, *parts))
-
-

@@ -21,8 +21,6 @@ MIXTURE_REWARDS = (SQUARED_DISTANCE, CLASS_INDEX)
 Share = Annotated[Number, Field(ge=0, le=1)]
 Positive = Annotated[Number, Field(gt=0, le=1e6)]
 if TYPE_CHECKING:
-    from engine.job.spec import JobSpec
-
     JobMapping = dict[str, Any]
 else:
     JobMapping = dict[str, pydantic.JsonValue]
