@@ -227,7 +227,11 @@ def test_another_job_on_the_folder_is_refused_with_the_difference(played, call, 
     assert (folder / "loop" / "loop.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"study": "loop"}', b"\xff" * 40, b'{"a":' * 9000])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b'{"study": "loop"}', b"\xff" * 40, b'{"a":' * 9000],
+    ids=["empty", "torn", "list", "bare", "binary", "deep"],
+)
 def test_a_torn_or_foreign_document_is_refused_by_name(content, call, tmp_path):
     (tmp_path / "loop").mkdir()
     (tmp_path / "loop" / "loop.json").write_bytes(content)

@@ -109,12 +109,14 @@ def read_audit(uri: str, clip_digest: str) -> StoredAudit:
     except (ValueError, OSError, OutputError) as error:
         reason = first_line(error)[:MAX_REASON_CHARS]
         raise JobError(
-            f"--after: {AUDIT} of '{uri}' is damaged ({reason}); restore it, or leave --after out to start a new monitor"
+            f"--after: {AUDIT} of '{uri}' is damaged ({reason}); restore it, or leave --after"
+            " out to start a new monitor"
         ) from None
     if audit.clip_digest != clip_digest:
         raise JobError(
             f"--after: the monitor of '{uri}' has features of another CLIP model (digest {audit.clip_digest}) than"
-            f" models.clip of RUN (digest {clip_digest}); use the same model, or leave --after out to start a new monitor"
+            f" models.clip of RUN (digest {clip_digest}); use the same model, or leave --after out to start a new"
+            " monitor"
         )
     return audit
 

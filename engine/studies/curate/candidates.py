@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from engine.data.run.commit_record import CommitRecord, file_pair
 from engine.data.run.commits import read_commits
 from engine.data.run.curated import Curation, ParentRun, is_curated, read_curation, remake_command
-from engine.data.run.file_names import METADATA, SUCCESS
+from engine.data.run.file_names import CARD, METADATA, REPORT, SUCCESS
 from engine.data.run.manifest_reading import check_is_run, read_manifest
 from engine.data.run.presence import loss_lines, lost_files, torn_files
 from engine.data.run.schema import check_rows
@@ -78,7 +78,8 @@ def open_parent(store: Store) -> Parent:
     if lost := lost_files(store):
         first, *lines = loss_lines(store.uri, lost, remake_command(plan))
         raise CorruptShardError("\n".join([f"RUN: {store.uri}: {first}", *lines]))
-    if torn := list(torn_files(store, plan)):
+    # What is written for human readers alone is no part of the data.
+    if torn := [name for name in torn_files(store, plan) if name not in (CARD, REPORT)]:
         raise CorruptShardError(
             f"RUN: {store.address(torn[0])}: is missing or not whole; {remake_command(plan)} writes it again"
         )

@@ -70,8 +70,8 @@ def find_reward(name: str, display: Display) -> RewardSource:
     names = reward_names()
     if name not in names:
         raise JobError(
-            f"--reward: there is no reward '{name}'{nearest(name, names)}; give one of {', '.join(names)}, or a function"
-            " as package.module:function"
+            f"--reward: there is no reward '{name}'{nearest(name, names)}; give one of {', '.join(names)}, or a"
+            " function as package.module:function"
         )
     return RewardSource(
         record=RewardRecord(name=name, kind="column", digest=digest_of({"column": name})),
