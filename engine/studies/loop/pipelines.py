@@ -244,7 +244,12 @@ class PipelineGenerator:
             TrainingImages(curated=_curated_images(curated.store), real=real),
             recipe,
             self.home / MODEL,
-            parent_run={"uri": f"../{CURATED}", "plan_digest": study.plan_digest, "shards_digest": study.shards_digest},
+            parent_run={
+                "uri": f"../{CURATED}",
+                "name": study.job.name,
+                "plan_digest": study.plan_digest,
+                "shards_digest": study.shards_digest,
+            },
             seed=derived_seed(self.seed, MODEL),
             device=self._job.runtime.device,
             display=self._display,
