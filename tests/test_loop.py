@@ -14,6 +14,7 @@ from engine.commands.loops import STOPPED
 from engine.errors import JobError
 from engine.studies.loop.parsing import parse_loop
 from engine.studies.loop.state import MAX_LOSSES, Lane, Schedule, Status, lanes_of
+from tests.conftest import REPOSITORY
 from tests.loop_cases import digits_job, mixture_job, write_job
 
 
@@ -187,7 +188,7 @@ def test_the_same_command_does_nothing_again_and_says_the_alarm_again(played, ca
 
 def test_seeds_and_arms_extend_a_loop_and_continue_takes_up_what_an_alarm_stopped(played, call, tmp_path):
     """Figures of a seed depend on neither the number of seeds nor on what ran before."""
-    folder, path, _ = played
+    folder, _, _ = played
     own = tmp_path / "loop"
     arms = {**mixture_job()["arms"], "defended": {"attack": "gradient", "defence": "influence"}}
     write_job(tmp_path / "job.yaml", mixture_job(output={"uri": str(own)}))
@@ -262,3 +263,10 @@ def test_validate_checks_files_and_starts_nothing(call, tmp_path):
     assert code == 0 and json.loads(stdout) == {"valid": True, "classes_checked": True, "loops": 1}
     assert not (tmp_path / "loop").exists()
     assert "run the same command again" in STOPPED
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "jobs").glob("loop-*.yaml")), ids=lambda path: path.stem)
+def test_every_loop_job_of_the_repository_is_valid_and_is_no_job_of_a_run(call, path):
+    assert call("study", "loop", path, "--validate")[0] == 0
+    code, _, stderr = call("plan", path, "--validate")
+    assert code == 2 and "it is for `riskforge study loop`" in stderr
