@@ -21,7 +21,11 @@ def mixture_job(**changes: Any) -> dict[str, Any]:
         "generator": {"mixture": {"samples": 60}},
         "curation": {"reward": "squared-distance", "scale": 0.25, "learned": {"records": 200}},
         "monitor": {"audited": 60},
-        "arms": {"clean": {}, "gradient": {"attack": "gradient"}},
+        "arms": {
+            "clean": {},
+            "gradient": {"attack": "gradient"},
+            "defended": {"attack": "gradient", "defence": "influence"},
+        },
         "output": {"uri": "loop"},
     }
     return job | copy.deepcopy(changes)

@@ -7,12 +7,19 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.commands.loops import STOPPED
 from engine.errors import JobError
+from engine.methods.curation.learning import Standardisation
+from engine.methods.curation.preferences import Pairs
+from engine.methods.curation.reward_models import LinearReward, fit_reward
 from engine.studies.loop.parsing import parse_loop
+from engine.studies.loop.rounds import play_round
+from engine.studies.loop.samples import RoundSamples
+from engine.studies.loop.signal import Memory, SignalOptions, learn_signal
 from engine.studies.loop.state import MAX_LOSSES, Lane, Schedule, Status, lanes_of
 from tests.conftest import REPOSITORY
 from tests.loop_cases import digits_job, mixture_job, write_job
@@ -131,6 +138,62 @@ def test_more_rounds_begin_with_the_one_that_was_only_measured():
     assert Schedule(2, {lane: rounds}).ready() == [(lane, 1)]
 
 
+class Recording:
+    """A generator of a few given samples that notes what it is retrained on."""
+
+    num_classes = 2
+
+    def __init__(self) -> None:
+        random = torch.Generator().manual_seed(0)
+        self.points = torch.randn(60, 3, generator=random, dtype=torch.float64)
+        self.retrained: list[torch.Tensor] = []
+
+    def samples(self) -> RoundSamples:
+        return RoundSamples(self.points, 16 * self.points[:, 0], (self.points[:, 0] > 0).long())
+
+    def real(self) -> None:
+        return None
+
+    def retrain(self, rewards, signal):
+        self.retrained.append(rewards)
+        return {"selected": 15}
+
+
+def play(generator, arm: str, on_alarm: str = "stop"):
+    job = parse_loop(mixture_job(on_alarm=on_alarm), lambda path: {}).spec
+    unit = Memory(Standardisation(torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)))
+    return play_round(generator, job, arm, 0, lambda samples: unit, seed=1)
+
+
+def test_a_stopped_lane_is_not_retrained():
+    """Any generator: what an alarm stops is not curated; what goes on is, by the learned reward."""
+    stopped, going, clean = Recording(), Recording(), Recording()
+    [measures] = play(stopped, "gradient").measures
+    assert measures["stopped"] and not measures["trained"] and not stopped.retrained
+    [measures] = play(going, "gradient", "continue").measures
+    assert measures["monitor"]["alarm"] and measures["trained"] and measures["selected"] == 15
+    [measures] = play(clean, "clean").measures
+    assert not measures["stopped"] and not measures["monitor"]["alarm"]
+    own = clean.points[:, 0]
+    assert torch.corrcoef(torch.stack([clean.retrained[0], own]))[0, 1] > 0.9
+    assert torch.corrcoef(torch.stack([going.retrained[0], own]))[0, 1] < 0.8
+
+
+def test_audited_records_do_not_train():
+    """The learned reward is the minimum of the loss over exactly the records that train."""
+    job = parse_loop(mixture_job(), lambda path: {}).spec
+    generator, options = Recording(), SignalOptions.of(job, "clean")
+    unit = Memory(Standardisation(torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)))
+    signal = learn_signal(generator.points, 3 * generator.points[:, 0], unit, options, seed=1)
+    pairs = signal.records.pairs
+    assert signal.records.sizes == (160, 40, 60) and len(pairs) == 260
+    own = Pairs(pairs.first[:160], pairs.second[:160], pairs.labels[:160])
+    again = fit_reward(LinearReward(3), own, options.fit).parameters
+    torch.testing.assert_close(signal.parameters, again)
+    assert len(signal.records.trusted) == 60 == len(signal.memory.audit.trusted)
+    assert (signal.records.first != signal.records.second).all()
+
+
 @pytest.fixture(scope="module")
 def played(tmp_path_factory):
     """A folder with a finished loop of mixtures, its job file, and how the command ended."""
@@ -171,6 +234,9 @@ def test_an_alarm_ends_a_loop_with_exit_code_1(played):
         assert clean[2]["reward"]["value"] > clean[0]["reward"]["value"] + 2
         assert clean[0]["correlation"] > 0 > lanes["gradient", seed][0]["correlation"]
         assert clean[0]["gain_low"] <= clean[0]["gain"] <= clean[0]["gain_high"]
+        # A defence answers the alarm.
+        defended = lanes["defended", seed]
+        assert len(defended) == 3 and defended[1]["monitor"]["alarm"] and not defended[1]["stopped"]
         # All arms begin with equal samples.
         assert clean[0]["shares"] == lanes["gradient", seed][0]["shares"]
     page = (folder / "loop" / "report.html").read_text()
@@ -190,7 +256,7 @@ def test_seeds_and_arms_extend_a_loop_and_continue_takes_up_what_an_alarm_stoppe
     """Figures of a seed depend on neither the number of seeds nor on what ran before."""
     folder, _, _ = played
     own = tmp_path / "loop"
-    arms = {**mixture_job()["arms"], "defended": {"attack": "gradient", "defence": "influence"}}
+    arms = {**mixture_job()["arms"], "random": {"attack": "random"}}
     write_job(tmp_path / "job.yaml", mixture_job(output={"uri": str(own)}))
     assert call("study", "loop", tmp_path / "job.yaml", "--executor", "local")[0] == 1
     write_job(tmp_path / "job.yaml", mixture_job(output={"uri": str(own)}, seeds=3, arms=arms))
@@ -199,7 +265,7 @@ def test_seeds_and_arms_extend_a_loop_and_continue_takes_up_what_an_alarm_stoppe
     )
     assert code == 0, stdout
     lanes, earlier = lanes_in(own), lanes_in(folder / "loop")
-    assert {len(rounds) for rounds in lanes.values()} == {3} and len(lanes) == 9
+    assert {len(rounds) for rounds in lanes.values()} == {3} and len(lanes) == 12
     for lane, rounds in without_seconds(earlier).items():
         now = without_seconds(lanes)[lane]
         assert all(a | {"stopped": 0, "trained": 0, "selected": 0} == b | {"stopped": 0, "trained": 0, "selected": 0}
@@ -211,7 +277,7 @@ def test_seeds_and_arms_extend_a_loop_and_continue_takes_up_what_an_alarm_stoppe
 
 def test_another_job_on_the_folder_is_refused_with_the_difference(played, call, tmp_path):
     folder, _, _ = played
-    before = (folder / "loop" / "loop.json").read_bytes()
+    before, arms = (folder / "loop" / "loop.json").read_bytes(), mixture_job()["arms"]
     uri = str(folder / "loop")
     for change, said in (
         (
@@ -219,8 +285,8 @@ def test_another_job_on_the_folder_is_refused_with_the_difference(played, call, 
             "curation.scale: 0.25 -> 0.5",
         ),
         ({"rounds": 1}, "rounds: 2 -> 1; more extend a loop"),
-        ({"arms": {"clean": {}}}, "arms.gradient: is there, and not in this job"),
-        ({"arms": {"clean": {"attack": "random"}, "gradient": {"attack": "gradient"}}}, 'attack: "none" -> "random"'),
+        ({"arms": {"clean": {}, "defended": arms["defended"]}}, "arms.gradient: is there, and not in this job"),
+        ({"arms": arms | {"clean": {"attack": "random"}}}, 'attack: "none" -> "random"'),
     ):
         path = write_job(tmp_path / "job.yaml", mixture_job(output={"uri": uri}, **change))
         code, _, stderr = call("study", "loop", path, "--executor", "local")
