@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import shutil
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -207,6 +209,8 @@ def test_a_kill_does_not_change_what_was_drawn(noise, tmp_path):
     shutil.rmtree(tmp_path / "out/_state/commits")
     (tmp_path / "out/_SUCCESS").unlink()
     resumed = curated(noise, tmp_path / "out", lambda candidates: pytest.fail("asked again"), signal)
+    (tmp_path / "out/curation/curation.json").unlink()
+    resumed = curated(noise, tmp_path / "out", lambda candidates: pytest.fail("asked again"), signal)
     assert read_selection(resumed.store) == read_selection(whole.store)
     assert not verify(resumed.store).damage
 
@@ -293,6 +297,13 @@ def test_a_damaged_image_is_not_copied(noise, tmp_path):
         curated(run, tmp_path / "out")
     assert len(list((tmp_path / "out/_state/commits").iterdir())) == 1
     shutil.copy(sorted(noise.glob("shards/*.tar"))[1], tar)
+    rows = tar.with_suffix(".parquet")
+    data = bytearray(rows.read_bytes())
+    data[600] ^= 1
+    rows.write_bytes(data)
+    with pytest.raises(CorruptShardError, match="is not the file that was committed"):
+        curated(run, tmp_path / "out")
+    shutil.copy(noise / "shards" / rows.name, rows)
     assert not verify(curated(run, tmp_path / "out").store).findings
 
 
@@ -340,7 +351,8 @@ def test_outputs_that_hold_something_else_are_refused(home, noise, tmp_path):
         (lambda run: (run / "curation/curation.json").unlink(), "curation/curation.json: is missing or not whole"),
         (lambda run: (run / "curation/selection.parquet").unlink(), "curation.json: is missing or not whole"),
         (lambda run: (run / "curation/suspects.jsonl").write_bytes(b""), "suspects.jsonl: is missing or not the file"),
-        (lambda run: change_document(run, seed=1), "states another curation"),
+        (lambda run: change_document(run, seed=1), "is of another curation than the plan"),
+        (lambda run: change_document(run, mean_reward=0.5), "states another curation"),
         (lambda run: change_document(run, among="nowhere"), "is not that of a curated run"),
         (lambda run: swap_selected(run), "selects other samples"),
     ],
@@ -394,7 +406,34 @@ def test_lost_files_and_shards_are_made_again(noise, tmp_path):
     (out / "curation/suspects.jsonl").write_bytes(b"changed")
     with pytest.raises(CorruptShardError, match="the same options give another one"):
         (out / "_SUCCESS").unlink()
-        curated(noise, out, signal_record=replace(signal, files={}))
+        curated(noise, out, signal_record=replace(signal, files={"suspects.jsonl": b"other"}))
+
+
+def test_a_selection_reads_back_and_anything_else_is_refused(home):
+    data = (home / "curated/curation/selection.parquet").read_bytes()
+    selection = parse_selection(data)
+    assert selection_bytes(selection) == data
+    keys, groups, flags = selection.keys, selection.groups, selection.selected
+    table = pq.read_table(io.BytesIO(data))
+    for other in (table.drop_columns(["group"]), table.append_column("more", table["group"]), table.slice(0, 0).cast(
+        pa.schema([field.with_nullable(True) for field in table.schema])
+    )):  # fmt: skip
+        pq.write_table(other, buffer := io.BytesIO())
+        with pytest.raises(ValueError, match="columns are others"):
+            parse_selection(buffer.getvalue())
+    for changes in (
+        {"keys": (keys[0], keys[0], *keys[2:])},
+        {"keys": ("../key", *keys[1:])},
+        {"groups": tuple(0 for _ in groups)},
+        {"selected": tuple(not flag for flag in flags)},
+        {"selected": tuple(False for _ in flags)},
+        {"rewards": (math.nan, *selection.rewards[1:])},
+    ):
+        with pytest.raises(ValueError):
+            parse_selection(selection_bytes(replace(selection, **changes)))
+    for torn in (b"", data[:-9], b"PAR1" + data[20:]):
+        with pytest.raises(ValueError):
+            parse_selection(torn)
 
 
 def test_a_curation_reads_back_and_anything_else_is_refused(home):

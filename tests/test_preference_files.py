@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,29 @@ def test_files_that_cannot_be_read_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(preference_files, "MAX_FILE_BYTES", 100)
     with pytest.raises(JobError, match="more than the 100"):
         read_preferences(path, "--preferences")
+
+
+def test_damaged_files_are_refused_and_never_crash(tmp_path):
+    """100 damaged files of each format: read, or refused by a `JobError` of bounded length."""
+    draw, rows = random.Random(0), [GOOD | {"rater": f"r{number}"} for number in range(3)]
+    written(tmp_path, rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "prefs.parquet")
+    lines = [",".join(FIELDS), *(",".join(str(row[name]) for name in FIELDS) for row in rows)]
+    written(tmp_path, ["\n".join(lines)], "prefs.csv")
+    for suffix in ("jsonl", "csv", "parquet"):
+        data = (tmp_path / f"prefs.{suffix}").read_bytes()
+        path, num_refused = tmp_path / f"damaged.{suffix}", 0
+        for _ in range(100):
+            damaged = bytearray(data[: draw.choice([len(data), draw.randrange(len(data))])])
+            for _ in range(draw.randint(1, 4)):
+                damaged[draw.randrange(len(damaged) or 1) : 1] = bytes([draw.randrange(256)])
+            path.write_bytes(damaged)
+            try:
+                read_preferences(str(path), "--preferences")
+            except JobError as error:
+                num_refused += 1
+                assert len(str(error)) < 3000
+        assert num_refused > 30
 
 
 def test_the_last_choice_of_a_rater_about_a_pair_counts(tmp_path):

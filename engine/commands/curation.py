@@ -161,9 +161,16 @@ def _print_curated(curated: Curated) -> None:
 
 
 def _reward_line(reward: RewardRecord) -> str:
+    if reward.name == "class-index":
+        return "minus the class index"
     if reward.kind != "preferences":
         return f"{reward.name} ({reward.kind})"
     return f"learned from {reward.num_records} records of {reward.name} ({reward.model}, on CLIP features)"
+
+
+def _rounded(reward: float) -> str:
+    """A mean reward for human readers; that of a learned reward over all samples is zero up to rounding."""
+    return f"{reward:.4g}" if abs(reward) >= 1e-9 else "0"
 
 
 def _print_selection(curation: Curation) -> None:
@@ -174,7 +181,7 @@ def _print_selection(curation: Curation) -> None:
     left_over = f", {curation.num_left_over} left over" if curation.num_left_over else ""
     print(
         f"selected   {curation.num_selected} of {curation.num_candidates} candidates, one of each {curation.group_size}"
-        f"{left_over}; mean reward {curation.mean_reward:.4g} -> {curation.mean_reward_selected:.4g}"
+        f"{left_over}; mean reward {_rounded(curation.mean_reward)} -> {_rounded(curation.mean_reward_selected)}"
     )
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("class", "candidates", "share", "selected", "share after"):

@@ -53,11 +53,16 @@ def curate(uri: str, options: CurateOptions, output: str | None, display: Displa
     """
     options.check()
     store = open_store(uri)
-    output = output if output is not None else f"{store.uri.rstrip('/')}-curated"
+    output = output if output is not None else default_output(store.uri)
     if options.reward is None:
         return _by_preferences(store, uri, options, output, display)
     source = find_reward(options.reward, display)
     return _select(store, source.rewards, options, output, SignalRecord(reward=source.record), display)
+
+
+def default_output(uri: str) -> str:
+    """The address of the curated run of a run, next to it."""
+    return f"{uri.rstrip('/')}-curated"
 
 
 def _by_preferences(store: Store, uri: str, options: CurateOptions, output: str, display: Display) -> Curated:

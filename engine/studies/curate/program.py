@@ -257,7 +257,8 @@ def _settle(
 ) -> Selection:
     """What an earlier call has drawn, or else a new draw, with all files of the folder `curation`.
 
-    `curation.json` is the last of them, and no shard is written before it: until it is there nothing is decided.
+    `curation.json` is the last of them, and no shard is written before it: until it is there nothing is decided. Where
+    it was lost later, the selection that shards were written by is kept.
     """
     output = work.output
     curation, selection = find_curation(output), read_selection(output)
@@ -269,7 +270,7 @@ def _settle(
     damaged = [] if curation is None else damaged_files(output, curation)
     if curation is not None and selection is not None and not damaged:
         return selection
-    if selection is None:
+    if selection is None or (curation is None and not list_commits(output)):
         display.phase("computing rewards")
         values = _values(rewards, work.candidates)
         selection = draw_selection(work.candidates.keys, work.candidates.class_indices, values, options)

@@ -40,6 +40,8 @@ from engine.studies.samples import StudiedRun
 
 # Samples over which the agreement with a trusted reward is measured.
 MAX_PROBES = 2000
+# Trusted choices, the latest ones, that the reward which it is measured with is fitted to, again for each resample.
+MAX_FITTED = 500
 _CHANCE = 0.5
 
 
@@ -178,16 +180,17 @@ class _Learning:
         audit = self._audit(learned)
         suspects = self._suspects(learned, audit)
         final = learned if suspects is None else self._learn(suspects.weights)
+        monitor = self._monitor(learned, audit)
         features = self._features
         return LearnedSignal(
             signal=SignalRecord(
                 reward=self._record(final, suspects),
-                monitor=self._monitor(learned, audit),
+                monitor=monitor,
                 files=self._files(final, audit, suspects),
             ),
             rewards=lambda candidates: final(features.of(candidates.keys)).tolist(),
             num_withheld=self._inputs.division.num_withheld,
-            notes=self._notes(final),
+            notes=self._notes(final, monitor),
         )
 
     def _pairs_of(self, records: Sequence[PreferenceRecord]) -> Pairs:
@@ -254,7 +257,9 @@ class _Learning:
             return None
         values = self._features.values
         probes = values[:: max(1, -(-len(values) // MAX_PROBES))]
-        agreement = agreement_with_trusted(learned, self._trusted(audit), probes, self._options.learning)
+        trusted = self._trusted(audit)
+        latest = trusted.take(torch.arange(max(0, len(trusted) - MAX_FITTED), len(trusted)))
+        agreement = agreement_with_trusted(learned, latest, probes, self._options.learning)
         return describe_monitor(audit, agreement, self._options.level, _address(self._options.after))
 
     def _record(self, final: LearnedReward, suspects: Suspects | None) -> RewardRecord:
@@ -294,12 +299,17 @@ class _Learning:
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         return "".join(lines).encode()
 
-    def _notes(self, final: LearnedReward) -> tuple[str, ...]:
+    def _notes(self, final: LearnedReward, monitor: MonitorRecord | None) -> tuple[str, ...]:
         notes, labels = [], self._pairs.labels
         if self._options.trusted is not None and not self._inputs.division.audited:
             notes.append(
                 "no pair is in both --preferences and --trusted, so nothing is audited; have trusted raters choose"
                 " again in some of the pairs"
+            )
+        if self._options.defence != "none" and (monitor is None or not monitor.alarm):
+            notes.append(
+                "the monitor has no evidence against the preferences; where they are honest, a defence removes up to a"
+                " third of them wrongly"
             )
         if len(labels) > 1 and bool((labels == labels[0]).all()):
             notes.append(f"every record prefers the {'first' if labels[0] else 'second'} sample; are they choices?")
