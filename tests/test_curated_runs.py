@@ -35,7 +35,7 @@ from engine.data.run.stored_plan import stored_plan
 from engine.data.run.verify import verify
 from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store
-from engine.driver.status import read_status
+from engine.driver.status import read_status, status_lines
 from engine.errors import EXIT_DAMAGED, CorruptShardError, JobError, OutputError, OwnedError
 from engine.models.addresses import locate
 from engine.studies.curate.candidates import open_candidates
@@ -190,7 +190,10 @@ def test_killed_at_every_write_and_resumed_with_equal_bytes(noise, tmp_path):
     number = 1
     while killed_at(noise, tmp_path / "out", number):
         if (tmp_path / "out/_state/plan/000000.json").exists():
-            assert not verify(open_store(str(tmp_path / "out"))).damage
+            store = open_store(str(tmp_path / "out"))
+            assert not verify(store).damage
+            if not store.exists("_SUCCESS"):
+                assert "`riskforge curate` with the same options continues" in "".join(status_lines(read_status(store)))
         number += 1
     assert number > 8, "the process came to its end too early to prove anything"
     whole, resumed = (files_of(tmp_path / name) for name in ("whole", "out"))

@@ -313,10 +313,11 @@ def _check_agrees(work: _Work, selection: Selection) -> None:
             f"{output.address(SELECTION)}: has other candidates than {work.parent.store.uri}; remove it, and"
             " `riskforge curate` with the same options writes it again"
         )
+    selected = selection.selected_keys
     for number in list_commits(output):
         _, name = file_pair(shard_name(job.name, number))
         for row in read_rows(output.fetch(name), ["key", "accepted"]):
-            if row["accepted"] != (row["key"] in selection.selected_keys):
+            if row["accepted"] != (row["key"] in selected):
                 raise CorruptShardError(
                     f"{output.address(name)}: was selected by other rewards than these options give now; restore"
                     f" {SELECTION}, or choose another --output"
