@@ -17,18 +17,21 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from engine.data.images.digits import training_batch
 from engine.errors import JobError, OutputError
+from engine.job.spec import RuntimeSpec
 from engine.methods.sampling.loop import sample
 from engine.methods.sampling.spec import SamplingSpec
 from engine.models.addresses import resolve
 from engine.models.classifier import Classifier
 from engine.models.diffusion import load_pipeline
 from engine.models.digests import model_digest
+from engine.models.hardware import choose_hardware
 from engine.models.library_logging import quiet_libraries
 from engine.models.pipelines.base import EMBEDDINGS, LATENTS
 from engine.models.pipelines.registry import FAMILIES
@@ -264,6 +267,8 @@ def test_lora_changes_the_attention_projections_alone(tiny, tmp_path):
             stem = f"unet.{name.removesuffix('.weight')}"
             product = updates[f"{stem}.lora_B.weight"] @ updates[f"{stem}.lora_A.weight"]
             assert torch.allclose(weight, before[name] + product, atol=1e-6)
+    keys, alphas = diffusers.StableDiffusionPipeline.lora_state_dict(output / "adapter")
+    assert keys.keys() == updates.keys() and alphas is None
     load_pipeline(str(output), cpu())
 
 
@@ -271,9 +276,6 @@ def test_lora_changes_the_attention_projections_alone(tiny, tmp_path):
 
 
 def cpu() -> Any:
-    from engine.job.spec import RuntimeSpec
-    from engine.models.hardware import choose_hardware
-
     return choose_hardware(RuntimeSpec(device="cpu"))
 
 
@@ -472,6 +474,47 @@ def test_a_full_disk_keeps_the_last_checkpoint(tiny, tmp_path, monkeypatch):
     assert fine_tune(tiny, output).steps()[0] == "3/5"
     fine_tune(tiny, good)
     assert bytes_of(output) == bytes_of(good)
+
+
+# Memory and precision.
+
+
+def test_activations_are_recomputed_where_the_runtime_asks(tiny, tmp_path, monkeypatch):
+    """Gradient checkpointing reaches the blocks in training, and changes nothing but the memory."""
+    recomputed, checkpoint = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", lambda *a, **k: recomputed.append(0) or checkpoint(*a, **k)
+    )
+    runtime = RuntimeSpec(gradient_checkpointing="on")
+    fine_tune(tiny, tmp_path / "kept")
+    assert not recomputed
+    fine_tune(tiny, tmp_path / "recomputed", runtime=runtime)
+    assert recomputed
+    kept, others = weights_of(tmp_path / "kept"), weights_of(tmp_path / "recomputed")
+    assert all(torch.allclose(weight, others[name], atol=1e-6) for name, weight in kept.items())
+
+
+def test_half_precision_computes_and_does_not_store(tiny, tmp_path, monkeypatch):
+    """bfloat16 by accelerate's autocast, between two trainings of this process in float32."""
+    with monkeypatch.context() as patched:
+        patched.setattr("engine.studies.loop.finetuning.program._precision", lambda *_: "bfloat16")
+        fine_tune(tiny, tmp_path / "half")
+    fine_tune(tiny, tmp_path / "full")
+    start, half, full = weights_of(tiny), weights_of(tmp_path / "half"), weights_of(tmp_path / "full")
+    change = torch.cat([(full[name] - start[name]).flatten() for name in start])
+    other = torch.cat([(half[name] - start[name]).flatten() for name in start])
+    assert all(weight.dtype == torch.float32 for weight in half.values())
+    assert not torch.equal(change, other) and float(torch.cosine_similarity(change, other, dim=0)) > 0.9
+    assert json.loads((tmp_path / "half" / "training.json").read_text())["precision"] == "bfloat16"
+
+
+def test_a_batch_beyond_the_memory_is_refused(tiny, tmp_path, monkeypatch):
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "denoising_loss", full)
+    with pytest.raises(JobError, match=r"training\.batch_size: 4 samples do not fit"):
+        fine_tune(tiny, tmp_path / "model")
 
 
 # Refusals.
