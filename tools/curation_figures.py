@@ -185,7 +185,7 @@ def defences(seeds: int, work: Studies, charts: Path | None) -> None:
     clean = end(results["clean", 0.0, "none"]).mean()
     for (attack, kappa, defence), result in results.items():
         lost = end(results[attack, kappa, "none"]).mean()
-        restored = percent((end(result) - lost) / (clean - lost)) if attack != "clean" and defence != "none" else ""
+        restored = percent((end(result) - lost) / (clean - lost), 1) if attack != "clean" and defence != "none" else ""
         acted = defence == "influence"
         untampered = percent(result.removed.mean((1, 2)), 1) if acted else ""
         tampered = percent(result.caught.mean((1, 2)), 1) if acted and attack != "clean" else ""

@@ -70,10 +70,9 @@ class AttackOptions:
             attack that stays close is harder to see. Its slope is zero where nothing is exchanged yet, so that it acts
             from the second stage on.
         num_stages: the budget is spent in so many equal parts; the model is trained again before each, and the records
-            that are left are ranked again. One stage is the papers' algorithm without the
-            labels between 0 and 1 of its search.
-        signed: rank by the signed change; False ranks by its size, as the authors' public code does, for
-            comparison only.
+            that are left are ranked again. One stage is the papers' algorithm without the labels between 0 and 1 of
+            its search.
+        signed: rank by the signed change; False ranks by its size, as the authors' public code does: to compare.
         fit: how the attacker expects the reward model to be trained.
         solver: of the linear system.
     """

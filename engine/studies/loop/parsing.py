@@ -108,6 +108,7 @@ def _problems(spec: LoopSpec) -> Iterator[str]:
     generator, curation = spec.generator, spec.curation
     if (generator.mixture is None) == (generator.job is None):
         yield "generator: give either `mixture` (Gaussians) or `job` (a job of the engine)"
+    yield from _file_problems(spec)
     if spec.training.curated_weight is None and spec.training.real is not None and not _mixes(spec):
         yield (
             "training.curated_weight: missing; it says how many curated samples there are for each real one, such as 4"
@@ -119,6 +120,8 @@ def _problems(spec: LoopSpec) -> Iterator[str]:
     if len(name) > MAX_NAME:
         yield f"arms.{longest}: '{name}' would name a run, and has more than {MAX_NAME} characters; shorten the arm"
     for name, arm in spec.arms.items():
+        if curation.preferences is not None:
+            continue
         if curation.learned is None and (arm.attack != "none" or arm.defence != "none"):
             field = "attack" if arm.attack != "none" else "defence"
             yield (
@@ -129,8 +132,28 @@ def _problems(spec: LoopSpec) -> Iterator[str]:
             yield f"arms.{name}.defence: acts from an alarm of the monitor on, and there is none; add `monitor`"
         if arm.curated_weight is not None and generator.job is not None and spec.training.real is None:
             yield f"arms.{name}.curated_weight: there are no real images to mix in; name them in training.real"
-    if curation.learned is None and spec.monitor is not None:
+    if curation.learned is None and curation.preferences is None and spec.monitor is not None:
         yield "monitor: watches a learned reward, and there is none; add curation.learned, or leave it out"
+
+
+def _file_problems(spec: LoopSpec) -> Iterator[str]:
+    """Problems of files of records with the rest of the job."""
+    curation = spec.curation
+    if curation.preferences is None:
+        if curation.trusted is not None:
+            yield "curation.trusted: is compared with preferences, and there are none; add curation.preferences"
+        return
+    if spec.generator.mixture is not None:
+        yield "curation.preferences: people cannot see the samples of a mixture; leave it out, or give `learned`"
+    if curation.learned is not None:
+        yield "curation.learned: its raters are simulated; leave it out where curation.preferences has real ones"
+    if curation.trusted is None and spec.monitor is not None:
+        yield "monitor: needs trusted choices; add curation.trusted, or leave it out"
+    for name, arm in spec.arms.items():
+        if arm.attack != "none":
+            yield f"arms.{name}.attack: records of people are not attacked; leave it out"
+        if arm.defence != "none" and curation.trusted is None:
+            yield f"arms.{name}.defence: needs trusted choices; add curation.trusted"
 
 
 def _mixes(spec: LoopSpec) -> bool:
@@ -218,9 +241,8 @@ def run_name(spec: LoopSpec, arm: str, seed: int, number: int) -> str:
 
 @contextlib.contextmanager
 def renamed(option: str, field: str) -> Iterator[None]:
-    """Name the field of the job in problems that name an option of a command, or nothing."""
+    """Name the field of the job in problems that name an option of a command."""
     try:
         yield
     except JobError as error:
-        lines = [line.removeprefix(f"{option}: ") for line in error.problems]
-        raise JobError([f"{field}: {line}" for line in lines]) from error
+        raise JobError([line.replace(f"{option}: ", f"{field}: ", 1) for line in error.problems]) from error

@@ -40,11 +40,12 @@ from engine.studies.loop.finetuning.program import fine_tune_pipeline
 from engine.studies.loop.finetuning.recipe import FineTuneRecipe
 from engine.studies.loop.memory import read_memory, write_memory
 from engine.studies.loop.parsing import LoopJob, renamed, run_name
+from engine.studies.loop.recorded import RecordedSignal, learn_recorded
 from engine.studies.loop.results import ROUND_DOCUMENT, LoopFolder, round_bytes
-from engine.studies.loop.rounds import PlayedRound, derived_seed, play_round
+from engine.studies.loop.rounds import PlayedRound, RoundSignal, derived_seed, play_round
 from engine.studies.loop.samples import Real, RoundSamples
 from engine.studies.loop.signal import MAX_E_VALUE, Memory, Signal
-from engine.studies.loop.spec import CLASS_INDEX
+from engine.studies.loop.spec import CLASS_INDEX, LoopSpec
 from engine.studies.loop.state import Lane
 from engine.studies.samples import open_study, read_samples
 
@@ -165,7 +166,21 @@ class PipelineGenerator:
         limit = self._loop.spec.measure.images
         return Real(real_features(address, self._labels, clip, self._device, limit), f"CLIP {clip}")
 
-    def retrain(self, rewards: Tensor, signal: Signal | None) -> dict[str, Any]:
+    def recorded(self) -> RoundSignal:
+        """The reward of people's records; they name samples of this round's run."""
+        assert self._candidates is not None
+        earlier = self._folder.round(self._lane, self._number - 1) / CURATED if self._number else None
+        with renamed("--preferences", "curation.preferences"), renamed("--trusted", "curation.trusted"):
+            return learn_recorded(
+                self._loop.spec,
+                self._lane.arm,
+                self._candidates,
+                earlier,
+                derived_seed(self.seed, "split"),
+                self._display,
+            )
+
+    def retrain(self, rewards: Tensor, signal: RoundSignal | None) -> dict[str, Any]:
         """Curate into a run, and fine-tune the pipeline on what was selected."""
         started = time.monotonic()
         curated = self._curate(rewards, signal)
@@ -202,7 +217,7 @@ class PipelineGenerator:
         offset = self.num_classes if name == CLASS_INDEX else 0
         return torch.tensor(values, dtype=torch.float64) + offset
 
-    def _curate(self, rewards: Tensor, signal: Signal | None) -> CuratedRun:
+    def _curate(self, rewards: Tensor, signal: RoundSignal | None) -> CuratedRun:
         spec = self._loop.spec
         values = rewards.tolist()
         assert self._candidates is not None
@@ -217,10 +232,7 @@ class PipelineGenerator:
             lambda candidates: values,
             options,
             str(self.home / CURATED),
-            SignalRecord(
-                reward=_reward_record(spec.curation.reward, digest, signal),
-                monitor=_monitor_record(signal, spec.monitor.level) if spec.monitor else None,
-            ),
+            _signal_record(spec, digest, signal),
             self._display,
         )
 
@@ -331,18 +343,20 @@ def _agreement(candidates: Candidates) -> float | None:
     return sum(own == label for own, label in pairs) / len(pairs) if pairs else None
 
 
-def _reward_record(name: str, digest: str, signal: Signal | None) -> RewardRecord:
-    """How the curated run describes its reward."""
-    if signal is None:
-        return RewardRecord(name=name, kind="values", digest=digest)
+def _signal_record(spec: LoopSpec, digest: str, signal: RoundSignal | None) -> SignalRecord:
+    """How the curated run describes where its rewards come from."""
+    name = spec.curation.reward
+    if isinstance(signal, RecordedSignal):
+        return signal.record
+    if not isinstance(signal, Signal):
+        return SignalRecord(reward=RewardRecord(name=name, kind="values", digest=digest))
     measures = signal.measures(0)
-    accuracy = measures["accuracy"]
-    removed = measures["removed"] or {}
-    return RewardRecord(
+    accuracy, removed = measures["accuracy"], measures["removed"] or {}
+    reward = RewardRecord(
         name=f"simulated raters, {name}",
         kind="values",
         digest=digest,
-        model=type(signal.model).__name__.removesuffix("Reward").lower(),
+        model=spec.curation.learned.model if spec.curation.learned else "",
         num_records=signal.records.sizes[0],
         num_removed=removed.get("tampered", 0) + removed.get("honest", 0),
         defence="influence" if signal.is_defended else "",
@@ -350,11 +364,12 @@ def _reward_record(name: str, digest: str, signal: Signal | None) -> RewardRecor
             value=accuracy["value"], low=accuracy["low"], high=accuracy["high"], total=accuracy["records"]
         ),
     )
+    return SignalRecord(reward=reward, monitor=_monitor_record(signal, spec.monitor.level) if spec.monitor else None)
 
 
-def _monitor_record(signal: Signal | None, level: float) -> MonitorRecord | None:
+def _monitor_record(signal: Signal, level: float) -> MonitorRecord | None:
     """What the curated run says of the monitor."""
-    if signal is None or signal.memory.audit is None:
+    if signal.memory.audit is None:
         return None
     measures, state = signal.measures(0)["monitor"], signal.memory.audit
     return MonitorRecord(

@@ -22,7 +22,7 @@ from engine.job.plan import resolve_requests
 from engine.models.artefacts import missing_artefacts
 from engine.models.job_checks import check_addresses
 from engine.models.labels import read_labels
-from engine.studies.loop.parsing import LoopJob, renamed
+from engine.studies.loop.parsing import LoopJob
 from engine.studies.loop.results import (
     DOCUMENT,
     REPORT,
@@ -105,6 +105,9 @@ def check_loop(job: LoopJob) -> list[str]:
         _check_trainable(job)
     with _collected(problems, ""):
         _check_reward(spec.curation.reward)
+    for field in ("preferences", "trusted"):
+        if (path := getattr(spec.curation, field)) is not None and not Path(path).expanduser().is_file():
+            problems.append(f"curation.{field}: there is no file '{path}'; give one of preference records (JSON lines)")
     if problems:
         raise JobError(problems)
     return labels
@@ -156,8 +159,10 @@ def _check_reward(name: str) -> None:
     from engine.models.factories import find_factory, is_factory
 
     if is_factory(name):
-        with renamed("--reward", "curation.reward"):
+        try:
             find_factory(name)
+        except JobError as error:
+            raise JobError([f"curation.reward: {line}" for line in error.problems]) from None
 
 
 def run_loop(job: LoopJob, pool: TaskPool, display: Display) -> LoopResult:

@@ -17,8 +17,23 @@ from torch import Tensor
 
 from engine.studies.loop.measures import measure
 from engine.studies.loop.samples import Real, RoundSamples
-from engine.studies.loop.signal import Memory, Signal, SignalOptions, learn_signal
+from engine.studies.loop.signal import Memory, SignalOptions, learn_signal
 from engine.studies.loop.spec import CLASS_INDEX, LoopSpec
+
+
+class RoundSignal(Protocol):
+    """What curates a round: a reward that was learned."""
+
+    @property
+    def rewards(self) -> Tensor:
+        """[..., N] of the samples, in nats."""
+
+    @property
+    def alarm(self) -> Tensor:
+        """[...] whether the monitor has raised its alarm by now."""
+
+    def measures(self, lane: int) -> dict[str, Any]:
+        """Accuracy, monitor and removed records of a lane, as `loop.json` has them."""
 
 
 class RoundGenerator(Protocol):
@@ -34,7 +49,10 @@ class RoundGenerator(Protocol):
     def real(self) -> Real | None:
         """Real samples to compare with; None where there are none."""
 
-    def retrain(self, rewards: Tensor, signal: Signal | None) -> dict[str, Any]:
+    def recorded(self) -> RoundSignal:
+        """The signal of the records of people, of a job that names a file of them."""
+
+    def retrain(self, rewards: Tensor, signal: RoundSignal | None) -> dict[str, Any]:
         """Select by rewards [..., N] and train the generator of the next round.
 
         Returns:
@@ -77,11 +95,16 @@ def play_round(
     samples = generator.samples()
     seconds = {"generate": time.monotonic() - started}
     is_last = number == job.rounds
-    signal, memory = None, None
-    if not is_last and job.curation.learned is not None:
+    signal: RoundSignal | None = None
+    memory = None
+    if not is_last and job.curation.preferences is not None:
+        started = time.monotonic()
+        signal = generator.recorded()
+        seconds["signal"] = time.monotonic() - started
+    elif not is_last and job.curation.learned is not None:
         started = time.monotonic()
         options = SignalOptions.of(job, arm)
-        signal = learn_signal(
+        learned = learn_signal(
             samples.features,
             job.curation.scale * samples.rewards,
             memory_of(samples),
@@ -89,7 +112,7 @@ def play_round(
             derived_seed(seed, "signal"),
         )
         seconds["signal"] = time.monotonic() - started
-        memory = signal.memory
+        signal, memory = learned, learned.memory
     scaled = job.curation.scale * samples.rewards
     rewards = scaled if signal is None else signal.rewards
     started = time.monotonic()
@@ -118,14 +141,14 @@ def play_round(
     return PlayedRound(measures, memory)
 
 
-def _stops(job: LoopSpec, arm: str, signal: Signal | None, num_lanes: int) -> list[bool]:
+def _stops(job: LoopSpec, arm: str, signal: RoundSignal | None, num_lanes: int) -> list[bool]:
     """Which lanes an alarm stops: a defence answers it instead."""
     if signal is None or job.on_alarm == "continue" or job.arms[arm].defence != "none":
         return [False] * num_lanes
     return [bool(alarm) for alarm in signal.alarm.reshape(-1)]
 
 
-def _signal_measures(signal: Signal | None, lane: int) -> dict[str, Any]:
+def _signal_measures(signal: RoundSignal | None, lane: int) -> dict[str, Any]:
     """What the signal adds to the measures of a lane."""
     return {"accuracy": None, "monitor": None, "removed": None} if signal is None else signal.measures(lane)
 

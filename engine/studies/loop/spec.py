@@ -81,7 +81,15 @@ class CurationSpec(Spec):
     )
     scale: Positive = Field(default=1.0, description="The reward is multiplied by it: an inverse temperature.")
     learned: LearnedSpec | None = Field(
-        default=None, description="Curate by a reward learned from choices; omit: by the reward itself."
+        default=None, description="Curate by a reward learned from simulated choices; omit: by the reward itself."
+    )
+    preferences: Address | None = Field(
+        default=None,
+        description="File of preference records of people, as `riskforge curate` reads it, to learn the reward from; it"
+        " is read again in every round. `reward` is only measured then.",
+    )
+    trusted: Address | None = Field(
+        default=None, description="File of trusted choices, likewise: for the monitor, and for a defence."
     )
 
 
