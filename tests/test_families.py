@@ -18,15 +18,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-import transformers
 
 from engine.methods.sampling.denoiser import Prediction, predicted_eps, predicted_x0
 from engine.methods.sampling.loop import sample
 from engine.methods.sampling.noise import draw_noise
 from engine.methods.sampling.schedulers import SchedulerAdapter
-from engine.models.addresses import resolve
 from tests.conftest import REPOSITORY
-from tests.tiny_pipelines import BETAS, ENCODER, UNET, VAE, load_reference, quiet
+from tests.tiny_pipelines import load_reference, save_xl_pipeline
 
 LINE = '    "StableDiffusionXLPipeline": "engine.models.pipelines.stable_diffusion_xl:StableDiffusionXL",\n'
 COMMAND = "from engine.cli import main; main()"
@@ -49,25 +47,7 @@ def package(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A tiny Stable Diffusion XL with random weights, as diffusers saves it."""
-    quiet()
-    torch.manual_seed(0)
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(resolve("zoo:digits/stable-diffusion") / "tokenizer")
-    text = ENCODER | {"vocab_size": len(tokenizer), "max_position_embeddings": 32, "num_hidden_layers": 2}
-    text |= {"bos_token_id": 651, "eos_token_id": 652}
-    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
-    added |= {"projection_class_embeddings_input_dim": 6 * 8 + 24, "cross_attention_dim": 32}
-    pipeline = diffusers.StableDiffusionXLPipeline(
-        unet=diffusers.UNet2DConditionModel(**UNET | added),
-        vae=diffusers.AutoencoderKL(**VAE),
-        text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(**text)),
-        text_encoder_2=transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**text, projection_dim=24)),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        scheduler=diffusers.EulerDiscreteScheduler(**BETAS),
-    )
-    path = tmp_path_factory.mktemp("pipeline") / "xl"
-    pipeline.save_pretrained(path)
-    return path
+    return save_xl_pipeline(tmp_path_factory.mktemp("pipeline") / "xl")
 
 
 def program(package: Path, *arguments) -> str:

@@ -79,6 +79,32 @@ def save_pipeline(
     return folder
 
 
+def save_xl_pipeline(folder: Path) -> Path:
+    """Save a Stable Diffusion XL, the third family of `tests/families`."""
+    quiet()
+    torch.manual_seed(0)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(resolve("zoo:digits/stable-diffusion") / "tokenizer")
+    text: dict[str, Any] = ENCODER | {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 32,
+        "num_hidden_layers": 2,
+    }
+    text |= {"bos_token_id": 651, "eos_token_id": 652}
+    added: dict[str, Any] = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    added |= {"projection_class_embeddings_input_dim": 6 * 8 + 24, "cross_attention_dim": 32}
+    pipeline = diffusers.StableDiffusionXLPipeline(
+        unet=diffusers.UNet2DConditionModel(**UNET | added),
+        vae=diffusers.AutoencoderKL(**VAE),
+        text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(**text)),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**text, projection_dim=24)),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        scheduler=diffusers.EulerDiscreteScheduler(**BETAS),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 def quiet() -> None:
     """No progress bars and no advice."""
     from engine.models.library_logging import quiet_libraries

@@ -181,7 +181,12 @@ def _print_comparison(
 ) -> None:
     """Print a comparison of two runs, and write it in every format that was requested."""
     from engine.data.stores.file_errors import explained
-    from engine.studies.compare.tables import comparison_document, comparison_markdown, comparison_table
+    from engine.studies.compare.tables import (
+        comparison_document,
+        comparison_markdown,
+        comparison_table,
+        curation_lines,
+    )
 
     if markdown is not None:
         with explained(markdown):
@@ -195,6 +200,8 @@ def _print_comparison(
             if changes:
                 print(f"{title}: {len(changes)}")
                 print_some([change.key for change in changes], "--json")
+        for line in curation_lines(comparison):
+            print(line)
         print_some(list(comparison.notes), "--json")
     for line in crossed:
         complain(f"limit exceeded: {line}")

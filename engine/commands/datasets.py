@@ -222,6 +222,8 @@ def _print_inspection(inspection: Inspection) -> None:
 
 
 def _print_run(run: dict[str, Any]) -> None:
+    from engine.data.run.curated import KEY, parse_curation
+    from engine.data.run.curation_text import curation_facts
     from engine.data.run.notices import notice_lines
     from engine.driver.progress import byte_size
 
@@ -230,6 +232,9 @@ def _print_run(run: dict[str, Any]) -> None:
     print(f"  digest     {printable(run['digest']) or 'unknown'}")
     for line in notice_lines(run["notices"]):
         print(f"  notice     {line}")
+    if KEY in run:
+        for name, text in curation_facts(parse_curation(run[KEY])):
+            print(printable(f"  {name.lower():<10} {text}"))
     for role, models in run["models"].items():
         for model in models if isinstance(models, list) else [models]:
             print(f"  {role:<10} {printable(_model_line(model))}")
@@ -251,7 +256,12 @@ def _quantiles_table(quantiles: dict[str, list[float]]) -> Table:
 
 
 def _model_line(model: Any) -> str:
-    return ", ".join(map(str, model.values())) if isinstance(model, dict) else str(model)
+    from engine.models.training_lineage import training_text
+
+    if not isinstance(model, dict):
+        return str(model)
+    text = ", ".join(str(value) for name, value in model.items() if name != "trained_on")
+    return f"{text}; {training_text(model['trained_on'])}" if "trained_on" in model else text
 
 
 def _listed(counts: dict[str, int]) -> str:

@@ -32,7 +32,8 @@ LoopOutputOption = Annotated[
     str | None, typer.Option(metavar="FOLDER", help="Folder of the loop; overrides output.uri.")
 ]
 LoopWorkersOption = Annotated[
-    int | None, typer.Option(metavar="N", min=1, max=100_000, help="Loops at a time. Default: one a GPU, or a CPU core.")
+    int | None,
+    typer.Option(metavar="N", min=1, max=100_000, help="Loops at a time. Default: one a GPU, or a CPU core."),
 ]
 AlarmOption = Annotated[
     Literal["stop", "continue"] | None,
@@ -79,7 +80,7 @@ def loop(
 
 
 def _load(path: Path, sets: list[str] | None, output: str | None, on_alarm: str | None) -> LoopJob:
-    from engine.commands.jobfile import let_import, parse_override, read_raw
+    from engine.commands.jobfile import import_factories, let_import, parse_override, read_raw
     from engine.studies.loop.parsing import parse_loop
 
     overrides: list[tuple[str, Any]] = [parse_override(text) for text in sets or ()]
@@ -88,6 +89,7 @@ def _load(path: Path, sets: list[str] | None, output: str | None, on_alarm: str 
     loop_job = parse_loop(read_raw(path, overrides), lambda given: read_raw(_beside(path, given), []))
     if loop_job.job is not None:
         let_import(loop_job.job, Path.cwd(), path.parent)
+        import_factories([loop_job.spec.curation.reward], Path.cwd(), path.parent)
     return loop_job
 
 

@@ -162,6 +162,7 @@ def repair(run: RunArgument, as_json: JsonOption = False) -> None:
     """Remove what is damaged, so that the next run makes it again."""
     import dataclasses
 
+    from engine.data.run.curated import remake_command
     from engine.data.run.repair import repair as repair_run
     from engine.data.run.stored_plan import stored_plan
     from engine.data.stores.lease import hold
@@ -169,7 +170,7 @@ def repair(run: RunArgument, as_json: JsonOption = False) -> None:
 
     store = open_store(run)
     # Before the lease, whose file would create a folder where there is none.
-    stored_plan(store)
+    _, plan = stored_plan(store)
     with contextlib.closing(make_display()) as display, hold(store, notice=display.notice):
         repaired = repair_run(store, display.advance)
     if as_json:
@@ -178,7 +179,7 @@ def repair(run: RunArgument, as_json: JsonOption = False) -> None:
     for line in repaired.actions or ("nothing to repair",):
         print(line)
     if repaired.actions:
-        print(f"{len(repaired.to_make)} shards are missing now; `riskforge run` with the same job makes them again")
+        print(f"{len(repaired.to_make)} shards are missing now; {remake_command(plan)} makes them again")
 
 
 def report(run: RunArgument) -> None:

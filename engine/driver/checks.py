@@ -23,6 +23,7 @@ from engine.models.hardware import hardware_problems
 from engine.models.job_checks import check_addresses
 from engine.models.labels import target_labels
 from engine.models.licences import licence_of
+from engine.models.training_lineage import training_of
 
 # Device files of NVIDIA and AMD GPUs, and of GPUs under WSL: visible without loading torch.
 GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
@@ -135,7 +136,7 @@ def describe_models(job: JobSpec, digests: dict[str, Any], labels: list[str]) ->
     """Address, digest and licence of every model by role; for the target also its labels, which class indices name."""
     models = job.models
     described: dict[str, Any] = {
-        "diffusion": [_describe(address, digest) for address, digest in digests["diffusion"].items()],
+        "diffusion": [_describe_pipeline(address, digest) for address, digest in digests["diffusion"].items()],
         "clip": _describe(models.clip, digests["clip"]),
         "target": _describe(models.target, digests["target"]) | {"labels": labels},
     }
@@ -149,6 +150,12 @@ def describe_models(job: JobSpec, digests: dict[str, Any], labels: list[str]) ->
         if used := digests.get(role):
             described[role] = [{"address": address, "digest": digest} for address, digest in used.items()]
     return described
+
+
+def _describe_pipeline(address: str, digest: str) -> dict[str, Any]:
+    """As `_describe`, with what it was fine-tuned on where its folder says so."""
+    trained_on = training_of(address)
+    return _describe(address, digest) | ({"trained_on": trained_on} if trained_on else {})
 
 
 def _describe(address: str, digest: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.run.commits import list_commits
+from engine.data.run.curated import check_not_curated
 from engine.data.run.file_names import SUCCESS
 from engine.data.run.foreign_files import check_unused
 from engine.data.run.presence import check_committed, is_closed, lost_files
@@ -71,7 +72,9 @@ def run_job(
     try:
         display.phase("checking models and output")
         if resume == "auto":
-            job = as_begun(open_store(job.output.uri), job)
+            store = open_store(job.output.uri)
+            check_not_curated(store)
+            job = as_begun(store, job)
         checked = check_job(job, display, executor.begin)
         if resume == "auto" and (summary := _complete_summary(checked, started)):
             return summary

@@ -10,6 +10,8 @@ from typing import Any
 
 from engine.data.run.commits import list_commits
 from engine.data.run.counts import ShardCounts
+from engine.data.run.curated import KEY, Curation, find_curation, is_curated, remake_command
+from engine.data.run.curation_text import curation_facts
 from engine.data.run.file_names import MANIFEST, SUCCESS
 from engine.data.run.manifest import quota_rows
 from engine.data.run.manifest_reading import read_manifest
@@ -24,6 +26,7 @@ from engine.driver.progress import duration
 from engine.errors import CorruptShardError, OutputError
 from engine.job.plan import Plan
 from engine.job.quotas import replay
+from engine.terminal import printable
 
 # The rate is measured over this many of the latest commits.
 MAX_COMMITS = 50
@@ -56,6 +59,8 @@ class Status:
         last_event: the latest line of the journal; empty if there is none.
         notices: what the hardware made workers do otherwise than the job says, as far as the manifest has it, and then
             since the last start.
+        curation: how a curated run was selected, as far as that is known; None of any other run.
+        remake: the command that makes what is missing, for messages.
     """
 
     uri: str
@@ -72,6 +77,8 @@ class Status:
     eta_seconds: float | None
     last_event: dict[str, Any]
     notices: tuple[str, ...]
+    curation: Curation | None
+    remake: str
 
 
 def read_status(store: Store) -> Status:
@@ -107,7 +114,16 @@ def read_status(store: Store) -> Status:
         eta_seconds=left / rate if rate else None,
         last_event=events[-1] if events else {},
         notices=_notices(store, events),
+        curation=_curation(store) if is_curated(plan) else None,
+        remake=remake_command(plan),
     )
+
+
+def _curation(store: Store) -> Curation | None:
+    """How a run was curated; None where it has just begun, or where `verify` reports damage."""
+    with contextlib.suppress(CorruptShardError):
+        return find_curation(store)
+    return None
 
 
 def _request_statuses(plan: Plan, counts: dict[int, ShardCounts], samples_per_shard: int) -> tuple[RequestStatus, ...]:
@@ -162,8 +178,11 @@ def _rate(events: list[dict[str, Any]]) -> float | None:
 
 
 def status_fields(status: Status) -> dict[str, Any]:
-    """A status as plain data."""
-    return asdict(status)
+    """A status as plain data; only that of a curated run has its curation."""
+    fields = asdict(status)
+    for name in ("curation", "remake"):
+        del fields[name]
+    return fields | ({KEY: status.curation.to_document()} if status.curation else {})
 
 
 def status_lines(status: Status) -> list[str]:
@@ -173,17 +192,19 @@ def status_lines(status: Status) -> list[str]:
     if status.state == "running":
         lines.append(f"driver: {status.driver}")
     elif status.driver and status.state == "stopped":
-        lines.append(f"last driver: {status.driver}; `riskforge run` with the same job continues")
+        lines.append(f"last driver: {status.driver}; {status.remake} continues")
     if rate:
         lines.append(
             f"{rate:.2g} samples/s" + (f", {duration(eta)} left for the planned shards" if eta is not None else "")
         )
     lines += map(_request_line, status.requests)
+    if status.curation:
+        lines += [f"{name.lower()}: {printable(text)}" for name, text in curation_facts(status.curation)]
     lines += [f"notice: {text}" for text in status.notices]
     if status.is_torn:
-        lines.append("a file over all shards is missing or torn; `riskforge run` with the same job writes it again")
+        lines.append(f"a file over all shards is missing or torn; {status.remake} writes it again")
     if status.lost:
-        lines += loss_lines(status.uri, status.lost)
+        lines += loss_lines(status.uri, status.lost, status.remake)
     if status.quarantined:
         lines.append(f"{len(status.quarantined)} shards in quarantine; `riskforge retry` gives them a fresh start")
     return lines

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from engine.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, nice_ticks
+from engine.report.charts import BOTTOM, HEIGHT, RIGHT, TOP, WIDTH, nice_ticks
 
 NUM_COLOURS = 7
+# Room for ticks such as -0.085.
+LEFT = 64
 _ROOM = 0.05
 
 

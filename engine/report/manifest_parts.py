@@ -11,6 +11,8 @@ from engine.data.run.manifest_reading import manifest_error
 from engine.data.run.notices import known_notices
 from engine.data.stores.base import Store
 from engine.job.columns import NO_CLASS
+from engine.models.training_lineage import training_text
+from engine.report.curation import curation_section
 from engine.report.data import Rows
 from engine.report.partners import partner_table
 from engine.report.text import ABSENT, clip, many, number, percent
@@ -37,6 +39,7 @@ def manifest_context(store: Store, manifest: dict[str, Any], rows: Rows, names: 
                 max(0, len(classes) - MAX_SCREENED_CLASSES) for classes in screening.values()
             ),
             "dials": _dials(manifest.get("dials", {})),
+            "curation": curation_section(manifest),
             "acceptance": acceptance_table(rows, manifest["counts"].get("quotas", {})),
             "throughput_note": _throughput_note(manifest),
             "notices": known_notices(manifest),
@@ -143,7 +146,8 @@ def _models(models: dict[str, Any]) -> list[dict[str, str]]:
         for model in value if isinstance(value, list) else [value]:
             known = model if isinstance(model, dict) else {"address": str(model)}
             address, digest = (str(known.get(name, "")) for name in ("address", "digest"))
-            lines.append({"role": role, "address": address, "digest": digest})
+            training = clip(training_text(known.get("trained_on")), MAX_FACT_CHARS)
+            lines.append({"role": role, "address": address, "digest": digest, "training": training})
     return lines
 
 

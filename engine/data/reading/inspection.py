@@ -12,7 +12,8 @@ from engine.data.reading.corpus import Corpus
 from engine.data.reading.source import RunSource
 from engine.data.run.commit_record import CommitRecord
 from engine.data.run.commits import inspect_records
-from engine.data.run.file_names import MANIFEST, SUCCESS
+from engine.data.run.curated import KEY, find_curation
+from engine.data.run.file_names import CURATION_DOCUMENT, MANIFEST, SUCCESS
 from engine.data.run.manifest_reading import read_manifest
 from engine.data.run.notices import count_notices, known_notices
 from engine.data.run.summary import SUMMARY_COLUMNS, GroupSummary, class_texts, group_document, summarise_table
@@ -148,7 +149,14 @@ def _description(source: RunSource) -> dict[str, Any]:
         "data_bytes": sum(store.size_of(names) for store, names in files.items()),
         "notices": _notices(source.store),
         "models": {role: _without_labels(description) for role, description in models.items()},
+        **_curation(source.store),
     }
+
+
+def _curation(store: Store) -> dict[str, Any]:
+    """How a run was curated; nothing where it was not."""
+    curation = find_curation(store) if store.exists(CURATION_DOCUMENT) else None
+    return {KEY: curation.to_document()} if curation else {}
 
 
 def _notices(store: Store) -> list[dict[str, Any]]:

@@ -11,12 +11,15 @@ from typing import Any
 import yaml
 
 from engine.data.run.card_loading import loading_section
+from engine.data.run.curated import curation_of
+from engine.data.run.curation_text import curation_facts
 from engine.data.run.file_names import SURPLUS_LIST
 from engine.data.run.schema import arrow_schema, tar_features
 from engine.data.run.summary import GroupSummary, Spread, shown_entry_scores, shown_scores
 from engine.job.columns import BY_NAME, Role, columns_with, enumerated, target_first, units_text
 from engine.job.spec import ConditioningSpec, JobSpec, RequestSpec
 from engine.models.licences import UNKNOWN
+from engine.models.training_lineage import training_text
 
 _SIZES = (
     (10**3, "n<1K"),
@@ -35,6 +38,8 @@ _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\
 ERRORS, VALID_FAILURES = "errors", "valid failures"
 MAX_TABLE_ROWS = 200
 MAX_SHORT = 8
+# Of the description of a model, what is not listed as it is.
+_APART = ("labels", "trained_on")
 
 
 def dataset_card(job: JobSpec, manifest: dict[str, Any], groups: list[GroupSummary], data_files: list[str]) -> str:
@@ -50,6 +55,7 @@ def dataset_card(job: JobSpec, manifest: dict[str, Any], groups: list[GroupSumma
         _origin(job, manifest),
         _models(manifest["models"]),
         _requests(job, manifest["counts"]),
+        *_curation(manifest),
         _table(groups),
         loading_section(job.output.image_format, manifest["schema_version"]),
         columns_section(manifest["schema_version"]),
@@ -180,7 +186,9 @@ def _each(value: Any) -> list[Any] | tuple[Any, ...]:
 def _model_text(model: Any) -> str:
     if not isinstance(model, dict):
         return code(str(model))
-    return ", ".join(f"{name} {code(str(value))}" for name, value in model.items() if name != "labels")
+    text = ", ".join(f"{name} {code(str(value))}" for name, value in model.items() if name not in _APART)
+    training = training_text(model.get("trained_on"))
+    return f"{text}; {code(training)}" if training else text
 
 
 def _amount(request: RequestSpec) -> str:
@@ -220,6 +228,24 @@ def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
         if request.accept:
             lines.append(f"  - accepted when: {_parameters(request.accept)}")
     return "\n".join(lines)
+
+
+def _curation(manifest: dict[str, Any]) -> list[str]:
+    """Of a curated run where it comes from and what selected it; nothing of any other."""
+    curation = curation_of(manifest)
+    if curation is None:
+        return []
+    lines = [
+        "## Curation",
+        "",
+        "**These images were selected from another run**: of each group of candidates one, at random, the likelier the"
+        " higher its reward. The other attempts are in `metadata.parquet` as `rejected`, without image.",
+        "",
+        "| fact | value |",
+        "|---|---|",
+        *(f"| {name} | {code(text)} |" for name, text in curation_facts(curation)),
+    ]
+    return ["\n".join(lines)]
 
 
 def _made(made: dict[str, int], quotas: list[dict[str, Any]] | None) -> str:

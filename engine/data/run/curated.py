@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engine.data.run.file_names import CURATION, CURATION_DOCUMENT, CURATION_FILES
+from engine.data.run.file_names import CURATION, CURATION_DOCUMENT, CURATION_FILES, SELECTION
 from engine.data.run.stored_plan import read_run
 from engine.data.stores.base import Store
 from engine.data.stores.file_errors import is_no_file
@@ -179,7 +179,8 @@ def parse_curation(document: Any) -> Curation:
         ValueError: a field is missing, unknown or of another type, or its counts contradict each other.
     """
     fields = _fields(document, "curation", Curation, ("curation_version",))
-    if fields.pop("curation_version") != CURATION_VERSION:
+    version = fields.pop("curation_version")
+    if type(version) is not int or version != CURATION_VERSION:
         raise ValueError("it is of another version")
     parts = {
         "parent": _parent(fields["parent"]),
@@ -263,6 +264,23 @@ def find_curation(store: Store) -> Curation | None:
     )
 
 
+def describes(curation: Curation, plan: Plan) -> bool:
+    """Whether a curation is the one that the identity of a plan states."""
+    stated = {
+        "parent": curation.parent.plan_digest,
+        "shards": curation.parent.shards_digest,
+        "candidates": curation.group_size,
+        "among": curation.among,
+        "seed": curation.seed,
+        "scale": curation.scale,
+    }
+    identity = plan.identity[KEY]
+    if not isinstance(identity, dict) or not isinstance(reward := identity.get("reward"), dict):
+        return False
+    is_same_reward = (reward.get("kind"), reward.get("digest")) == (curation.reward.kind, curation.reward.digest)
+    return is_same_reward and all(identity.get(name) == value for name, value in stated.items())
+
+
 def damaged_files(store: Store, curation: Curation) -> list[str]:
     """Names of the other files of the folder that are missing or not those that were written."""
     return [name for name, checksum in curation.files.items() if _checksum_of(store, name) != checksum]
@@ -305,6 +323,8 @@ def _monitor(value: Any) -> MonitorRecord:
         raise ValueError(f"monitor.covariance is {covariance!r}")
     parts = {"correlation": _proportion(fields["correlation"], "correlation"), "covariance": covariance}
     _check_plain(fields, MonitorRecord, without=parts)
+    if not 0 < fields["level"] < 1:
+        raise ValueError(f"monitor.level is {fields['level']}")
     return MonitorRecord(**fields | parts)
 
 
@@ -355,7 +375,8 @@ def _list(value: Any, where: str, most: int | None = None) -> list[Any]:
 
 def _checksums(value: Any) -> dict[str, str]:
     known = {name.removeprefix(f"{CURATION}/") for name in CURATION_FILES if name != CURATION_DOCUMENT}
-    if not isinstance(value, dict) or not value.keys() <= known or not all(map(_FITS["str"], value.values())):
+    is_complete = isinstance(value, dict) and SELECTION.removeprefix(f"{CURATION}/") in value
+    if not is_complete or not value.keys() <= known or not all(map(_FITS["str"], value.values())):
         raise ValueError("files is not a checksum for each file of the folder")
     return dict(value)
 

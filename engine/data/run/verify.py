@@ -11,9 +11,22 @@ from typing import Literal
 from engine.data.run.commit_record import CommitRecord
 from engine.data.run.commits import inspect_records
 from engine.data.run.counts import ShardCounts
-from engine.data.run.file_names import CARD, METADATA, REPORT, SUCCESS, SURPLUS_LIST
+from engine.data.run.curated import curation_of, damaged_files, describes, find_curation, is_curated, remake_command
+from engine.data.run.file_names import (
+    CARD,
+    CURATION,
+    CURATION_DOCUMENT,
+    MANIFEST,
+    METADATA,
+    REPORT,
+    SELECTION,
+    SUCCESS,
+    SURPLUS_LIST,
+)
+from engine.data.run.manifest_reading import read_manifest
 from engine.data.run.presence import torn_files
 from engine.data.run.quarantine import quarantined_shards
+from engine.data.run.selection_table import read_selection
 from engine.data.run.shards import SHARDS, file_digest, inspect_pair, read_rows
 from engine.data.run.stored_plan import stored_plan
 from engine.data.run.surplus import surplus_lines
@@ -198,7 +211,7 @@ def _unfinished(
     torn = set(torn_files(store, plan))
     # The metadata are checked below; what is written for human readers alone is no part of the data.
     for name in sorted(torn - {METADATA, CARD, REPORT}):
-        text = f"{name}: is missing or not whole; `riskforge run` with the same job writes it"
+        text = f"{name}: is missing or not whole; {remake_command(plan)} writes it"
         yield Finding(kind="damage", text=text)
     wanted = sum(shard_counts.attempted for shard_counts in counts.values())
     num_rows = _count_metadata(store)
@@ -208,6 +221,40 @@ def _unfinished(
         yield Finding(kind="damage", text=f"{METADATA}: has {num_rows} rows, the shards have {wanted}")
     elif SURPLUS_LIST not in torn and store.exists(SURPLUS_LIST):
         yield from _check_surplus(store)
+    if is_curated(plan) and num_rows == wanted:
+        yield from _check_curation(store, plan)
+
+
+def _check_curation(store: Store, plan: Plan) -> Iterator[Finding]:
+    """Compare the files of a curation with each other, with the manifest and with what the shards have as accepted."""
+    try:
+        curation = find_curation(store)
+        if curation is None:
+            return  # Reported as a missing file.
+        if not describes(curation, plan):
+            yield Finding(kind="damage", text=f"{CURATION_DOCUMENT}: is of another curation than the plan")
+        for name in damaged_files(store, curation):
+            yield Finding(kind="damage", text=f"{CURATION}/{name}: is missing or not the file that was written")
+        if curation_of(read_manifest(store)) != curation:
+            yield Finding(kind="damage", text=f"{MANIFEST}: states another curation than {CURATION_DOCUMENT}")
+        selection = read_selection(store)
+    except CorruptShardError as error:
+        yield Finding(kind="damage", text=str(error))
+        return
+    except ValueError as error:
+        yield Finding(kind="damage", text=f"{MANIFEST}: its curation cannot be read ({first_line(error)})")
+        return
+    if selection is not None and selection.selected_keys != _accepted_keys(store):
+        yield Finding(kind="damage", text=f"{SELECTION}: selects other samples than the shards have as accepted")
+
+
+def _accepted_keys(store: Store) -> frozenset[str]:
+    """Keys of the accepted samples of a run."""
+    import pyarrow.compute as pc
+    import pyarrow.dataset
+
+    rows = pyarrow.dataset.dataset(store.fetch(METADATA), format="parquet", partitioning=None)
+    return frozenset(rows.to_table(["key"], filter=pc.field("accepted"))["key"].to_pylist())
 
 
 def _check_surplus(store: Store) -> Iterator[Finding]:

@@ -34,6 +34,9 @@ PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 # Of records that are too few for a choice.
 DEFAULT_PENALTY = 1.0
 _NUM_FOLDS = 3
+# Penalty for each feature of the fit by which suspects are found. Cross-validation would take tampered records for
+# noise, and choose a penalty that leaves no reward to find them by (tests/test_curation_learning.py).
+_SUSPECT_PENALTY = 1 / 640
 # A feature that varies by less than this share of the typical feature is constant up to rounding.
 _LEAST_VARIATION = 1e-5
 
@@ -313,7 +316,7 @@ def find_suspects(
         pairs: N records with raw features.
         trusted: m records of trusted raters with raw features, m >= 1.
         learn_options: with which the reward was learned.
-        removal: how many at most; its `fit` is replaced by that of the reward.
+        removal: how many at most; its `fit` is replaced by one with the penalty of `learn_options`, or a moderate one.
         groups: of the raters; each is then compared with its own trusted records alone.
 
     Raises:
@@ -324,14 +327,16 @@ def find_suspects(
     index = learned.split.training
     training = learned.standardisation.pairs(pairs).take(index)
     judges = learned.standardisation.pairs(trusted)
-    removal = replace(removal, fit=learn_options.fit_options(learned.l2))
-    start = None if isinstance(learned.model, LinearReward) else learned.parameters
+    l2 = learn_options.l2 or _SUSPECT_PENALTY * training.first.shape[-1]
+    removal = replace(removal, fit=learn_options.fit_options(l2))
+    start = learned.model.initial(torch.Generator().manual_seed(learn_options.seed))
+    parameters = fit_reward(learned.model, training, removal.fit, start=start).parameters
     if groups is None:
-        kept = remove_by_influence(learned.model, training, judges, removal, start)
+        kept = remove_by_influence(learned.model, training, judges, removal, parameters)
     else:
         kept = remove_by_group(learned.model, training, groups.records[index], judges, groups.trusted, removal, start)
     every = torch.ones_like(training.labels)
-    effects = removal_effects(learned.model, learned.parameters, training, judges, removal, every)
+    effects = removal_effects(learned.model, parameters, training, judges, removal, every)
     total = len(pairs)
     return Suspects(
         weights=torch.ones(total, dtype=torch.float64).index_copy(0, index, kept),

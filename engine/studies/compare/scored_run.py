@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.data.run.curated import Curation, curation_of
 from engine.data.run.file_names import MANIFEST, METADATA, SUCCESS
 from engine.data.run.manifest_reading import read_manifest
 from engine.data.run.outcomes import errors, joint_rows, oracle_agreement, scored_rows
@@ -46,6 +47,7 @@ class ScoredRun:
         valid: 1 where the target errs and the oracle agrees, 0 where not, NaN without an oracle.
         scores: by metric of `MEDIANS`; of runs and baselines of an earlier schema version without later ones.
         unknown: requests whose shares are not known: those with a joint prompt in earlier baselines.
+        curation: of a curated run, in which every attempt of its parent has its scores.
     """
 
     address: str
@@ -63,6 +65,7 @@ class ScoredRun:
     valid: NDArray[np.float64]
     scores: Mapping[str, NDArray[np.float64]]
     unknown: frozenset[str] = frozenset()
+    curation: Curation | None = None
 
     def metric(self, name: str, rows: Rows) -> Any:
         """A metric's column at some rows; None where it is not known for all of them."""
@@ -101,7 +104,8 @@ def read_scored_run(address: str) -> ScoredRun:
             columns = stored_names(_COLUMNS, pyarrow.dataset.dataset(path, format="parquet").schema.names)
             table = pq.read_table(path, columns=columns, partitioning=None).combine_chunks()
         check_rows(table, store.address(METADATA))
-        return _scored_run(store.uri, str(manifest["name"]), target, table)
+        run = _scored_run(store.uri, str(manifest["name"]), target, table)
+        return replace(run, curation=curation_of(manifest))
     except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         reason = first_line(error)
         raise OutputError(f"{address}: cannot be read as a run ({reason}); `riskforge verify` says more") from error

@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.data.run.card import code
+from engine.data.run.curated import KEY
+from engine.data.run.curation_text import curation_facts
 from engine.driver.progress import ABSENT, MAX_GROUP_ROWS
 from engine.studies.compare.limits import Limits
 from engine.studies.compare.program import Change, GroupComparison, RunComparison
@@ -61,6 +63,7 @@ def comparison_markdown(comparison: RunComparison, crossed: Iterable[str] = ()) 
         lines.append(f"| {' | '.join([code(row.request), group, _samples(row), *cells, *_counts(row)])} |")
     if len(rows) < len(comparison.rows):
         lines += ["", f"{len(comparison.rows) - len(rows)} more rows are left out."]
+    lines += _section("Curation", [code(line, table=False) for line in curation_lines(comparison)])
     lines += _section("Past a limit", [code(line, table=False) for line in crossed])
     lines += _section("Not compared", [code(line, table=False) for line in comparison.notes])
     for title, changes in (("New failures", comparison.new_failures), ("Mended", comparison.fixed)):
@@ -118,8 +121,19 @@ def _row(comparison: RunComparison, row: GroupComparison) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def curation_lines(comparison: RunComparison) -> list[str]:
+    """What is known of the curation of the runs, a line each; none where neither was curated."""
+    return [
+        f"{label}: curated, {name.lower()}: {text}"
+        for label, run in (("old", comparison.old), ("new", comparison.new))
+        if run.curation
+        for name, text in curation_facts(run.curation)
+    ]
+
+
 def _identity(run: ScoredRun) -> dict[str, Any]:
-    return {"address": run.address, "name": run.name, "target": run.target, "num_samples": len(run.keys)}
+    identity = {"address": run.address, "name": run.name, "target": run.target, "num_samples": len(run.keys)}
+    return identity | ({KEY: run.curation.to_document()} if run.curation else {})
 
 
 def _chosen(comparison: RunComparison, limit: int) -> list[GroupComparison]:

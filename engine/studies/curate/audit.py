@@ -125,7 +125,9 @@ def audit_records(
     )
 
 
-def describe_monitor(stored: StoredAudit, agreement: Agreement | None, level: float, after: str | None) -> MonitorRecord:
+def describe_monitor(
+    stored: StoredAudit, agreement: Agreement | None, level: float, after: str | None
+) -> MonitorRecord:
     """What the state says, for people and files.
 
     Args:
@@ -151,16 +153,21 @@ def describe_monitor(stored: StoredAudit, agreement: Agreement | None, level: fl
     )
 
 
-def alarm_sentence(monitor: MonitorRecord, defence: str) -> str:
-    """What an alarm means, and what to do."""
-    remedy = (
-        "look at the records in the order in which they came, and at who made them; "
-        + ("" if defence != "none" else "`--defence influence` removes those that pull the reward away, and ")
-        + "`--on-alarm continue` selects all the same"
-    )
+def alarm_sentence(monitor: MonitorRecord, *, defence: str, is_selected: bool) -> str:
+    """What an alarm means, and what to do.
+
+    Args:
+        monitor: what it says.
+        defence: that was asked for.
+        is_selected: whether the run was curated all the same.
+    """
+    removal = "" if defence != "none" else "remove the suspects by `--defence influence --on-alarm continue`, or "
+    outcome = "" if is_selected else ", and nothing was selected"
+    remedy = "" if is_selected else f", {removal}select all the same by `--on-alarm continue`"
     return (
-        f"the monitor has raised its alarm: the preferences disagree with the trusted raters ({monitor.num_differing} of"
-        f" {monitor.num_audited} audited records differ, evidence {monitor.highest:.3g} of {1 / monitor.level:.3g}, which"
-        f" honest records ever reach in at most {monitor.level:.0%} of all series of runs), so the reward that was learned"
-        f" from them may select against your users; {remedy}"
+        f"the monitor has raised its alarm: the preferences disagree with the trusted raters (the choices differ in"
+        f" {monitor.num_differing} of {monitor.num_audited} audited records; e-value {monitor.highest:.3g}, where"
+        f" honest records ever reach {1 / monitor.level:.3g} in at most {monitor.level:.0%} of all series of runs). A"
+        f" reward that is learned from them may select against your users{outcome}; look at who made the records and"
+        f" when{remedy}"
     )

@@ -71,17 +71,14 @@ def new_audit(standardisation: Standardisation, clip_digest: str) -> StoredAudit
 def audit_bytes(audit: StoredAudit) -> bytes:
     """The file of a state; equal states give equal bytes."""
     names = torch.tensor([list(bytes.fromhex(name)) for name in audit.names], dtype=torch.uint8)
+    state, scale = audit.state, audit.standardisation
     tensors = {
-        "log_wealth": audit.state.log_wealth.contiguous(),
-        "highest": audit.state.highest.contiguous(),
-        "num_differing": audit.state.num_differing.contiguous(),
-        "trusted": audit.state.trusted.contiguous(),
-        "first": audit.first.contiguous(),
-        "second": audit.second.contiguous(),
-        "mean": audit.standardisation.mean.contiguous(),
-        "scale": audit.standardisation.scale.contiguous(),
-        "names": names.reshape(-1, _NAME_BYTES),
-    }
+        "log_wealth": state.log_wealth, "highest": state.highest, "num_differing": state.num_differing,
+        "trusted": state.trusted, "first": audit.first, "second": audit.second, "mean": scale.mean,
+        "scale": scale.scale, "names": names.reshape(-1, _NAME_BYTES),
+    }  # fmt: skip
+    # Copies: a new state has one zero for two of them, which safetensors refuses.
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     # A single key: the order of several is not fixed.
     return safetensors.torch.save(tensors, {"audit": f'{{"version": {_VERSION}, "clip": "{audit.clip_digest}"}}'})
 
@@ -109,12 +106,14 @@ def read_audit(uri: str, clip_digest: str) -> StoredAudit:
     except (ValueError, OSError, OutputError) as error:
         reason = first_line(error)[:MAX_REASON_CHARS]
         raise JobError(
-            f"--after: {AUDIT} of '{uri}' is damaged ({reason}); restore it, or leave --after out to start a new monitor"
+            f"--after: {AUDIT} of '{uri}' is damaged ({reason}); restore it, or leave --after"
+            " out to start a new monitor"
         ) from None
     if audit.clip_digest != clip_digest:
         raise JobError(
             f"--after: the monitor of '{uri}' has features of another CLIP model (digest {audit.clip_digest}) than"
-            f" models.clip of RUN (digest {clip_digest}); use the same model, or leave --after out to start a new monitor"
+            f" models.clip of RUN (digest {clip_digest}); use the same model, or leave --after out to start a new"
+            " monitor"
         )
     return audit
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from engine.data.run.commit_record import CommitRecord, file_pair
 from engine.data.run.commits import read_commits
 from engine.data.run.curated import Curation, ParentRun, is_curated, read_curation, remake_command
-from engine.data.run.file_names import METADATA, SUCCESS
+from engine.data.run.file_names import CARD, METADATA, REPORT, SUCCESS
 from engine.data.run.manifest_reading import check_is_run, read_manifest
 from engine.data.run.presence import loss_lines, lost_files, torn_files
 from engine.data.run.schema import check_rows
@@ -25,6 +25,7 @@ from engine.job.spec import JobSpec
 if TYPE_CHECKING:
     import PIL.Image
     import pyarrow as pa
+    from pyarrow.dataset import Dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,8 @@ def open_parent(store: Store) -> Parent:
     if lost := lost_files(store):
         first, *lines = loss_lines(store.uri, lost, remake_command(plan))
         raise CorruptShardError("\n".join([f"RUN: {store.uri}: {first}", *lines]))
-    if torn := list(torn_files(store, plan)):
+    # What is written for human readers alone is no part of the data.
+    if torn := [name for name in torn_files(store, plan) if name not in (CARD, REPORT)]:
         raise CorruptShardError(
             f"RUN: {store.address(torn[0])}: is missing or not whole; {remake_command(plan)} writes it again"
         )
@@ -108,34 +110,34 @@ class Candidates:
     Attributes:
         keys: [N].
         class_indices: [N]; of a sample with a joint prompt the class that it came closest to.
-        rows: [N] their rows in the run's metadata.
+        column_names: of the records.
         parent: the run that has their images.
     """
 
     keys: tuple[str, ...]
     class_indices: tuple[int, ...]
-    rows: pa.Table
+    column_names: tuple[str, ...]
     parent: Parent
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    @property
-    def column_names(self) -> list[str]:
-        """The columns of the records."""
-        names: list[str] = self.rows.column_names
-        return names
-
     def column(self, name: str) -> list[Any]:
-        """A column of the records, [N]; cheaper than `records`."""
-        values: list[Any] = self.rows[name].to_pylist()
+        """A column of the records, [N]; the others are not read."""
+        values: list[Any] = self._rows([name])[name].to_pylist()
         return values
 
     @functools.cached_property
     def records(self) -> list[dict[str, Any]]:
-        """The records, [N], with the columns that depend on the run."""
-        records: list[dict[str, Any]] = self.rows.to_pylist()
+        """The records, [N], with the columns that depend on the run; all in memory."""
+        records: list[dict[str, Any]] = self._rows(list(self.column_names)).to_pylist()
         return records
+
+    def _rows(self, columns: list[str]) -> pa.Table:
+        rows = _candidate_rows(self.parent, columns)
+        if len(rows) != len(self):
+            raise CorruptShardError(f"{self.parent.store.address(METADATA)}: has changed meanwhile; run again")
+        return rows
 
     def images(self) -> Iterator[tuple[str, PIL.Image.Image]]:
         """Key and decoded image of each, in their order, one at a time.
@@ -178,24 +180,41 @@ def candidates_of(parent: Parent) -> Candidates:
         JobError: it has none.
         CorruptShardError: its metadata cannot be read.
     """
+    rows = _candidate_rows(parent, ["key", "class_index"])
+    keys, classes = (tuple(column.to_pylist()) for column in rows.columns)
+    if not keys:
+        raise JobError(f"RUN: '{parent.store.uri}' has no accepted sample with an image, so there is nothing to select")
+    names = tuple(_metadata(parent).schema.names)
+    return Candidates(keys=keys, class_indices=classes, column_names=names, parent=parent)
+
+
+def _candidate_rows(parent: Parent, columns: list[str]) -> pa.Table:
+    """Some columns of the candidates.
+
+    Raises:
+        CorruptShardError: the metadata cannot be read.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.dataset
 
     where = parent.store.address(METADATA)
     try:
-        dataset = pyarrow.dataset.dataset(parent.store.fetch(METADATA, keep=True), format="parquet", partitioning=None)
+        dataset = _metadata(parent)
         wanted = pc.field("accepted") & (pc.field("sha256") != "")
-        # The first schema version was closed without that column where no request had a quota.
+        # Without that column no sample is marked as beyond a quota.
         if "surplus" in dataset.schema.names:
             wanted &= ~pc.field("surplus")
-        rows = dataset.to_table(filter=wanted)
+        rows = dataset.to_table(columns, filter=wanted)
         check_rows(rows, where)
-        keys, classes = (tuple(rows[name].to_pylist()) for name in ("key", "class_index"))
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise CorruptShardError(
             f"{where}: cannot be read as the metadata of a run ({first_line(error)}); `riskforge verify` says more"
         ) from None
-    if not keys:
-        raise JobError(f"RUN: '{parent.store.uri}' has no accepted sample with an image, so there is nothing to select")
-    return Candidates(keys=keys, class_indices=classes, rows=rows, parent=parent)
+    return rows
+
+
+def _metadata(parent: Parent) -> Dataset:
+    import pyarrow.dataset
+
+    path = parent.store.fetch(METADATA, keep=True)
+    return pyarrow.dataset.dataset(path, format="parquet", partitioning=None)

@@ -96,5 +96,5 @@ def _embeds(models: VisionModels, batch: Sequence[tuple[str, PIL.Image.Image]]) 
     embeds = models.embeds([image for _, image in batch], faults)
     for row, (key, _) in enumerate(batch):
         if faults[row]:
-            raise JobError(f"RUN: '{key}': {faults[row]}; a reward cannot be learned on it, replace the model's weights")
+            raise JobError(f"RUN: '{key}': {faults[row]}; no reward can be learned on it, replace the model")
     return torch.from_numpy(embeds)

@@ -64,8 +64,8 @@ class CurateOptions:
             return ["--preferences, --reward: a run is curated by one of them; leave the other out"]
         if self.preferences is None and self.reward is None:
             return [
-                "--preferences: nothing says what to select by; give a file of preference records, or --reward NAME, such"
-                " as `--reward conformity`"
+                "--preferences: nothing says what to select by; give a file of preference records, or --reward NAME,"
+                " such as `--reward conformity`"
             ]
         return []
 
@@ -82,7 +82,8 @@ class CurateOptions:
             problems.append("--after: continues a monitor, which needs trusted choices; give --trusted FILE too")
         if self.trusted is None and self.defence != "none":
             problems.append(
-                f"--defence: {self.defence} compares records with trusted choices; give --trusted FILE too, or leave it out"
+                f"--defence: {self.defence} compares records with trusted choices; give --trusted FILE too, or leave it"
+                " out"
             )
         return problems
 

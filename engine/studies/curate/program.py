@@ -24,6 +24,7 @@ from engine.data.run.curated import (
     MonitorRecord,
     RewardRecord,
     damaged_files,
+    describes,
     file_checksum,
     find_curation,
     read_curation,
@@ -59,6 +60,8 @@ from engine.studies.curate.writing import (
     write_shards,
 )
 
+# Kinds of rewards whose name is what decides them.
+NAMED_KINDS = ("column", "function")
 Rewards = Callable[[Candidates], Sequence[float]]
 __all__ = ["Candidates", "CuratedRun", "SelectionOptions", "SignalRecord", "curate_run", "find_curated"]
 
@@ -68,7 +71,8 @@ class SignalRecord:
     """Where the rewards of a curation come from.
 
     Attributes:
-        reward: its description; `name`, `kind` and `digest` are part of the plan's identity.
+        reward: its description; `kind` and `digest` are part of the plan's identity, and so is the name of a column or
+            a function.
         monitor: what the monitor says of it; None where nothing was audited.
         files: by name within the folder `curation`: `reward.safetensors`, `audit.safetensors`, `suspects.jsonl`.
     """
@@ -136,7 +140,7 @@ def curate_run(
         job = curated_job(work.parent, work.output)
         open_curated(work.output, plan, job)
         check_committed(work.output, REMAKE_CURATED)
-        selection = _settle(work, rewards, options, signal, display)
+        selection = _settle(work, plan, rewards, options, signal, display)
         display.phase("copying what was selected")
         write_shards(work.parent, work.output, plan, selection.selected_keys, lease, display)
         display.phase("writing manifest and report")
@@ -192,10 +196,12 @@ def _check_place(parent: Parent, output: Store) -> None:
 
 def _identity(parent: Parent, options: SelectionOptions, reward: RewardRecord) -> dict[str, Any]:
     """What decides the selection, for the identity of the plan."""
+    # A file of preferences that was moved gives the same reward.
+    name = {"name": reward.name} if reward.kind in NAMED_KINDS else {}
     return {
         "parent": parent.plan.digest,
         "shards": parent.shards_digest,
-        "reward": {"name": reward.name, "kind": reward.kind, "digest": reward.digest},
+        "reward": {"kind": reward.kind, "digest": reward.digest} | name,
         "candidates": options.num_candidates,
         "among": options.among,
         "seed": options.seed,
@@ -247,18 +253,24 @@ def _result(output: Store, *, was_complete: bool) -> CuratedRun:
 
 
 def _settle(
-    work: _Work, rewards: Rewards, options: SelectionOptions, signal: SignalRecord, display: Display
+    work: _Work, plan: Plan, rewards: Rewards, options: SelectionOptions, signal: SignalRecord, display: Display
 ) -> Selection:
     """What an earlier call has drawn, or else a new draw, with all files of the folder `curation`.
 
-    `curation.json` is the last of them, and no shard is written before it: until it is there nothing is decided.
+    `curation.json` is the last of them, and no shard is written before it: until it is there nothing is decided. Where
+    it was lost later, the selection that shards were written by is kept.
     """
     output = work.output
     curation, selection = find_curation(output), read_selection(output)
+    if curation is not None and not describes(curation, plan):
+        raise CorruptShardError(
+            f"{output.address(CURATION_DOCUMENT)}: is of another curation than the plan of this output; remove it, and"
+            f" {REMAKE_CURATED} writes it again"
+        )
     damaged = [] if curation is None else damaged_files(output, curation)
     if curation is not None and selection is not None and not damaged:
         return selection
-    if selection is None:
+    if selection is None or (curation is None and not list_commits(output)):
         display.phase("computing rewards")
         values = _values(rewards, work.candidates)
         selection = draw_selection(work.candidates.keys, work.candidates.class_indices, values, options)
@@ -301,10 +313,11 @@ def _check_agrees(work: _Work, selection: Selection) -> None:
             f"{output.address(SELECTION)}: has other candidates than {work.parent.store.uri}; remove it, and"
             " `riskforge curate` with the same options writes it again"
         )
+    selected = selection.selected_keys
     for number in list_commits(output):
         _, name = file_pair(shard_name(job.name, number))
         for row in read_rows(output.fetch(name), ["key", "accepted"]):
-            if row["accepted"] != (row["key"] in selection.selected_keys):
+            if row["accepted"] != (row["key"] in selected):
                 raise CorruptShardError(
                     f"{output.address(name)}: was selected by other rewards than these options give now; restore"
                     f" {SELECTION}, or choose another --output"

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     import PIL.Image
 
 CLASS_INDEX = "class-index"
-# Numbers of the records that order samples by no property of theirs.
-_NOT_PROPERTIES = ("schema_version", "seed", "index", "batch_size", "duration_seconds", "attempt")
+# Numbers of the records that order samples by no property of theirs, or are equal for all candidates.
+_NOT_PROPERTIES = (
+    "schema_version", "seed", "index", "batch_size", "duration_seconds", "attempt", "scored", "accepted", "surplus",
+)  # fmt: skip
 # Images that a function is given at a time.
 BATCH = 64
 
@@ -70,8 +72,8 @@ def find_reward(name: str, display: Display) -> RewardSource:
     names = reward_names()
     if name not in names:
         raise JobError(
-            f"--reward: there is no reward '{name}'{nearest(name, names)}; give one of {', '.join(names)}, or a function"
-            " as package.module:function"
+            f"--reward: there is no reward '{name}'{nearest(name, names)}; give one of {', '.join(names)}, or a"
+            " function as package.module:function"
         )
     return RewardSource(
         record=RewardRecord(name=name, kind="column", digest=digest_of({"column": name})),

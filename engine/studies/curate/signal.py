@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import safetensors.torch
 import torch
 
-from engine.data.run.curated import Proportion, RewardRecord
+from engine.data.run.curated import MonitorRecord, Proportion, RewardRecord
 from engine.data.run.file_names import AUDIT, CURATION, REWARD, SUSPECTS
+from engine.data.stores.opening import open_store
 from engine.driver.progress import Display
 from engine.errors import JobError
 from engine.job.json_values import digest_of
@@ -39,6 +40,8 @@ from engine.studies.samples import StudiedRun
 
 # Samples over which the agreement with a trusted reward is measured.
 MAX_PROBES = 2000
+# Trusted choices, the latest ones, that the reward which it is measured with is fitted to, again for each resample.
+MAX_FITTED = 500
 _CHANCE = 0.5
 
 
@@ -74,11 +77,13 @@ class LearnedSignal:
     Attributes:
         signal: for the curated run.
         rewards: of candidates, [N].
+        num_withheld: records that trained nothing, as trusted raters judged their pairs.
         notes: what a user should know, a line each.
     """
 
     signal: SignalRecord
     rewards: Callable[[Candidates], Sequence[float]]
+    num_withheld: int
     notes: tuple[str, ...]
 
 
@@ -130,7 +135,8 @@ def _check_groups(
     Raises:
         JobError: one has none.
     """
-    for option, path, part in (("--preferences", options.preferences, records), ("--trusted", options.trusted, trusted)):
+    named = (("--preferences", options.preferences, records), ("--trusted", options.trusted, trusted))
+    for option, path, part in named:
         for record in part:
             if not record.group:
                 raise JobError(
@@ -141,8 +147,8 @@ def _check_groups(
     for record in records:
         if record.group not in judges:
             raise JobError(
-                f"--trusted: {options.trusted}: has no choice of group '{record.group}', which --preferences has in line"
-                f" {record.line}; have a trusted rater of that group choose, or use --defence influence"
+                f"--trusted: {options.trusted}: has no choice of group '{record.group}', which --preferences has in"
+                f" line {record.line}; have a trusted rater of that group choose, or use --defence influence"
             )
 
 
@@ -174,15 +180,17 @@ class _Learning:
         audit = self._audit(learned)
         suspects = self._suspects(learned, audit)
         final = learned if suspects is None else self._learn(suspects.weights)
+        monitor = self._monitor(learned, audit)
         features = self._features
         return LearnedSignal(
             signal=SignalRecord(
                 reward=self._record(final, suspects),
-                monitor=self._monitor(learned, audit),
+                monitor=monitor,
                 files=self._files(final, audit, suspects),
             ),
             rewards=lambda candidates: final(features.of(candidates.keys)).tolist(),
-            notes=self._notes(final),
+            num_withheld=self._inputs.division.num_withheld,
+            notes=self._notes(final, monitor),
         )
 
     def _pairs_of(self, records: Sequence[PreferenceRecord]) -> Pairs:
@@ -194,9 +202,7 @@ class _Learning:
 
     def _learn(self, weights: torch.Tensor | None = None) -> LearnedReward:
         options = self._options.learning
-        return learn_reward(
-            self._pairs, self._numbers, options, standardisation=self._standardisation, weights=weights
-        )
+        return learn_reward(self._pairs, self._numbers, options, standardisation=self._standardisation, weights=weights)
 
     def _audit(self, learned: LearnedReward) -> StoredAudit | None:
         """The state of the monitor after this round; None without trusted choices."""
@@ -207,8 +213,8 @@ class _Learning:
         num_features, earlier = self._features.values.shape[-1], len(stored.standardisation.mean)
         if earlier != num_features:
             raise JobError(
-                f"--after: the monitor of '{self._options.after}' has {earlier} features of an image, models.clip of RUN"
-                f" gives {num_features}; use the same model, or leave --after out to start a new monitor"
+                f"--after: the monitor of '{self._options.after}' has {earlier} features of an image, models.clip of"
+                f" RUN gives {num_features}; use the same model, or leave --after out to start a new monitor"
             )
         audited = unseen(inputs.division.audited, inputs.checksums, set(stored.names))
         return audit_records(stored, learned, audited, self._pairs_of)
@@ -246,13 +252,15 @@ class _Learning:
         ]
         return Groups(records=parts[0], trusted=parts[1])
 
-    def _monitor(self, learned: LearnedReward, audit: StoredAudit | None):  # type: ignore[no-untyped-def]
+    def _monitor(self, learned: LearnedReward, audit: StoredAudit | None) -> MonitorRecord | None:
         if audit is None:
             return None
         values = self._features.values
         probes = values[:: max(1, -(-len(values) // MAX_PROBES))]
-        agreement = agreement_with_trusted(learned, self._trusted(audit), probes, self._options.learning)
-        return describe_monitor(audit, agreement, self._options.level, self._options.after)
+        trusted = self._trusted(audit)
+        latest = trusted.take(torch.arange(max(0, len(trusted) - MAX_FITTED), len(trusted)))
+        agreement = agreement_with_trusted(learned, latest, probes, self._options.learning)
+        return describe_monitor(audit, agreement, self._options.level, _address(self._options.after))
 
     def _record(self, final: LearnedReward, suspects: Suspects | None) -> RewardRecord:
         base = self._inputs.record
@@ -291,12 +299,17 @@ class _Learning:
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         return "".join(lines).encode()
 
-    def _notes(self, final: LearnedReward) -> tuple[str, ...]:
+    def _notes(self, final: LearnedReward, monitor: MonitorRecord | None) -> tuple[str, ...]:
         notes, labels = [], self._pairs.labels
         if self._options.trusted is not None and not self._inputs.division.audited:
             notes.append(
-                "no pair is in both --preferences and --trusted, so nothing is audited; have trusted raters choose again"
-                " in some of the pairs"
+                "no pair is in both --preferences and --trusted, so nothing is audited; have trusted raters choose"
+                " again in some of the pairs"
+            )
+        if self._options.defence != "none" and (monitor is None or not monitor.alarm):
+            notes.append(
+                "the monitor has no evidence against the preferences; where they are honest, a defence removes up to a"
+                " third of them wrongly"
             )
         if len(labels) > 1 and bool((labels == labels[0]).all()):
             notes.append(f"every record prefers the {'first' if labels[0] else 'second'} sample; are they choices?")
@@ -310,6 +323,10 @@ class _Learning:
         if not final.converged:
             notes.append("the fit of the reward has not converged; the reward is that of its last step")
         return tuple(notes)
+
+
+def _address(uri: str | None) -> str | None:
+    return None if uri is None else open_store(uri).uri
 
 
 def _reason(effect: float, group: str, defence: str) -> str:

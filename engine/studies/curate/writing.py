@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def curated_plan(parent: Parent, curation: Mapping[str, Any]) -> Plan:
     plan = parent.plan
     output = plan.identity["output"] | {"store_rejected": False}
     identity = plan.identity | {"output": output, KEY: dict(curation)}
-    return Plan(plan.requests, identity, (plan.extents,), plan.schema_version)
+    requests = tuple(replace(request, spec=_without_quota(request.spec)) for request in plan.requests)
+    return Plan(requests, identity, (plan.extents,), plan.schema_version)
 
 
 def open_curated(store: Store, plan: Plan, job: JobSpec) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,27 +11,12 @@ from torch import Tensor
 from engine.methods.curation.bounds import gain_bounds, sample_correlation
 from engine.methods.curation.measures import class_balance, class_shares
 from engine.studies.intervals import mean_interval
-
-if TYPE_CHECKING:
-    from engine.studies.loop.rounds import RoundSamples
+from engine.studies.loop.samples import Real, RoundSamples
 
 # Samples that bounds over all pairs of them are computed from.
 MAX_BOUND_SAMPLES = 250
 # Samples of a mixture that are compared with real ones.
 MAX_COMPARED = 500
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Real:
-    """Real samples to compare with.
-
-    Attributes:
-        features: [..., M, d], of the space in which distances are measured.
-        space: its name.
-    """
-
-    features: Tensor
-    space: str
 
 
 def measure(
@@ -83,8 +67,8 @@ def _bounds(rewards: Tensor, curating: Tensor | None) -> dict[str, Any]:
     own, other = own[:MAX_BOUND_SAMPLES], other[:MAX_BOUND_SAMPLES]
     uniform = torch.full_like(own, 1 / len(own))
     bounds = gain_bounds(uniform, own, other, share=1.0, num_candidates=None)
-    values = (bounds.covariance, correlation, bounds.gain, bounds.lower, bounds.upper)
-    return dict(zip(names, map(_finite, values), strict=True))
+    values: tuple[Tensor | float, ...] = (bounds.covariance, correlation, bounds.gain, bounds.lower, bounds.upper)
+    return {name: _finite(value) for name, value in zip(names, values, strict=True)}
 
 
 def _distance(features: Tensor, real: Real | None, lane: int) -> dict[str, Any] | None:

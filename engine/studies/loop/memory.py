@@ -69,11 +69,11 @@ def _check(tensors: dict[str, Tensor]) -> None:
     if names not in ({"mean", "scale"}, {"mean", "scale", *_AUDIT}):
         raise ValueError(f"it holds {', '.join(sorted(names))}")
     size = tensors["mean"].numel()
-    shapes = {"mean": (size,), "scale": (size,)}
+    shapes: dict[str, tuple[int, ...]] = {"mean": (size,), "scale": (size,)}
     if "trusted" in tensors:
         count = tensors["trusted"].numel()
-        rows = {"trusted": (count,), "first": (count, size), "second": (count, size)}
-        shapes |= rows | {"log_wealth": (3,), "highest": (), "num_differing": ()}
+        shapes |= {"trusted": (count,), "first": (count, size), "second": (count, size)}
+        shapes |= {"log_wealth": (3,), "highest": (), "num_differing": ()}
     for name, shape in shapes.items():
         tensor = tensors[name]
         if tensor.shape != shape or tensor.dtype != torch.float64 or not bool(tensor.isfinite().all()):

@@ -14,9 +14,10 @@ from engine.methods.curation.generators import GaussianMixture, circle_mixture
 from engine.methods.curation.learning import Standardisation
 from engine.methods.curation.loop import LoopOptions, curate
 from engine.methods.curation.mixture_study import monomials
-from engine.studies.loop.measures import MAX_COMPARED, Real
-from engine.studies.loop.rounds import RoundSamples, derived_seed, play_round, random_of
-from engine.studies.loop.signal import Memory, Signal
+from engine.studies.loop.measures import MAX_COMPARED
+from engine.studies.loop.rounds import RoundSignal, derived_seed, play_round, random_of
+from engine.studies.loop.samples import Real, RoundSamples
+from engine.studies.loop.signal import Memory
 from engine.studies.loop.spec import SQUARED_DISTANCE, LoopSpec, MixtureSpec
 
 # Seeds that are computed together, in every process and for any number of seeds: equal seeds give equal figures.
@@ -77,7 +78,11 @@ class MixtureGenerator:
         points = self._first.sample(MAX_COMPARED, random_of(self.seed, "compared"))
         return Real(monomials(points), _SPACE)
 
-    def retrain(self, rewards: Tensor, signal: Signal | None) -> dict[str, Any]:
+    def recorded(self) -> RoundSignal:
+        """There is none: people cannot see the samples."""
+        raise ValueError("curation.preferences: a mixture has no records of people")
+
+    def retrain(self, rewards: Tensor, signal: RoundSignal | None) -> dict[str, Any]:
         """Select, add samples of the first mixture, and refit."""
         options = self.options
         points, random = self._points(), random_of(self.seed, "selection")

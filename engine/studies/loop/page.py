@@ -99,9 +99,7 @@ def _points(schedule: Schedule, arm: str, value: Value) -> tuple[Point, ...]:
     lanes = _rounds_of(schedule, arm)
     points = []
     for number in sorted({number for rounds in lanes for number in rounds}):
-        values = [
-            found for rounds in lanes if number in rounds and (found := value(rounds[number])) is not None
-        ]
+        values = [found for rounds in lanes if number in rounds and (found := value(rounds[number])) is not None]
         if len(values) > 1:
             estimate = mean_interval(values)
             points.append(Point(number, estimate.value, estimate.low, estimate.high))
@@ -126,7 +124,7 @@ def _charts(job: LoopJob, schedule: Schedule) -> list[dict[str, Any]]:
          lambda measures: measures["kid"] and measures["kid"]["value"], 0.0),
         ("Held-out accuracy", "of the learned reward on records that did not train it", "accuracy",
          lambda measures: measures["accuracy"] and measures["accuracy"]["value"], 0.5),
-        ("Monitor", "evidence that records and trusted choices differ; the alarm is at the line", "log10 of the e-value",
+        ("Monitor", "evidence that records and trusted choices differ; alarm at the line", "log10 of the e-value",
          lambda measures: measures["monitor"] and math.log10(max(measures["monitor"]["e_value"], 1e-300)),
          None if level is None else -math.log10(level)),
         ("Agreement of the oracle", "share of the samples whose class the oracle confirms", "share",
@@ -134,9 +132,7 @@ def _charts(job: LoopJob, schedule: Schedule) -> list[dict[str, Any]]:
     ]  # fmt: skip
     drawn = []
     for title, note, y_title, value, mark in charts:
-        lines = [
-            Line(arm, number, _points(schedule, arm, value)) for number, arm in enumerate(job.spec.arms)
-        ]
+        lines = [Line(arm, number, _points(schedule, arm, value)) for number, arm in enumerate(job.spec.arms)]
         if any(line.points for line in lines):
             figure = line_chart(lines, title=f"{title} by round", x_title="round", y_title=y_title, mark=mark)
             drawn.append({"title": title, "note": note, "figure": figure})
@@ -172,9 +168,7 @@ def _point_text(points: Sequence[Point]) -> dict[str, str]:
 
 
 def _first_alarm(rounds: Rounds) -> int | None:
-    return next(
-        (number for number in sorted(rounds) if (state := rounds[number]["monitor"]) and state["alarm"]), None
-    )
+    return next((number for number in sorted(rounds) if (state := rounds[number]["monitor"]) and state["alarm"]), None)
 
 
 def _alarm_text(firsts: Sequence[int], num_lanes: int) -> str:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pydantic
 
 from engine.errors import JobError
-from engine.job.columns import BY_NAME, COLUMNS
+from engine.job.columns import BY_NAME
 from engine.job.parsing import MAX_PROBLEMS, parse_job
 from engine.job.spec import JobSpec
 from engine.job.spec_messages import Location, explain, location_of, nearest
-from engine.studies.loop.spec import CLASS_INDEX, MIXTURE_REWARDS, LoopSpec
+from engine.models.factories import is_factory
+from engine.studies.loop.spec import MIXTURE_REWARDS, LoopSpec
 
 # Of the fields of an engine job, those that the loop sets itself.
 OWN_FIELDS = ("name", "seed", "output")
@@ -98,7 +98,8 @@ def _engine_job(spec: LoopSpec, read: Callable[[str], Any]) -> JobSpec:
         raise JobError(f"a mapping of keys is expected, not {type(raw).__name__}")
     if not isinstance(given, str) and (named := [key for key in ("name", "seed") if key in raw]):
         raise JobError(f"{named[0]}: the loop gives each round its own; leave it out")
-    output = raw.get("output") if isinstance(raw.get("output"), dict) else {}
+    given_output = raw.get("output")
+    output: dict[str, Any] = given_output if isinstance(given_output, dict) else {}
     return parse_job(raw | {"name": spec.name, "seed": 0, "output": {**output, "uri": PLACEHOLDER_URI}})
 
 
@@ -107,6 +108,7 @@ def _problems(spec: LoopSpec) -> Iterator[str]:
     generator, curation = spec.generator, spec.curation
     if (generator.mixture is None) == (generator.job is None):
         yield "generator: give either `mixture` (Gaussians) or `job` (a job of the engine)"
+    yield from _file_problems(spec)
     if spec.training.curated_weight is None and spec.training.real is not None and not _mixes(spec):
         yield (
             "training.curated_weight: missing; it says how many curated samples there are for each real one, such as 4"
@@ -118,6 +120,8 @@ def _problems(spec: LoopSpec) -> Iterator[str]:
     if len(name) > MAX_NAME:
         yield f"arms.{longest}: '{name}' would name a run, and has more than {MAX_NAME} characters; shorten the arm"
     for name, arm in spec.arms.items():
+        if curation.preferences is not None:
+            continue
         if curation.learned is None and (arm.attack != "none" or arm.defence != "none"):
             field = "attack" if arm.attack != "none" else "defence"
             yield (
@@ -128,8 +132,28 @@ def _problems(spec: LoopSpec) -> Iterator[str]:
             yield f"arms.{name}.defence: acts from an alarm of the monitor on, and there is none; add `monitor`"
         if arm.curated_weight is not None and generator.job is not None and spec.training.real is None:
             yield f"arms.{name}.curated_weight: there are no real images to mix in; name them in training.real"
-    if curation.learned is None and spec.monitor is not None:
+    if curation.learned is None and curation.preferences is None and spec.monitor is not None:
         yield "monitor: watches a learned reward, and there is none; add curation.learned, or leave it out"
+
+
+def _file_problems(spec: LoopSpec) -> Iterator[str]:
+    """Problems of files of records with the rest of the job."""
+    curation = spec.curation
+    if curation.preferences is None:
+        if curation.trusted is not None:
+            yield "curation.trusted: is compared with preferences, and there are none; add curation.preferences"
+        return
+    if spec.generator.mixture is not None:
+        yield "curation.preferences: people cannot see the samples of a mixture; leave it out, or give `learned`"
+    if curation.learned is not None:
+        yield "curation.learned: its raters are simulated; leave it out where curation.preferences has real ones"
+    if curation.trusted is None and spec.monitor is not None:
+        yield "monitor: needs trusted choices; add curation.trusted, or leave it out"
+    for name, arm in spec.arms.items():
+        if arm.attack != "none":
+            yield f"arms.{name}.attack: records of people are not attacked; leave it out"
+        if arm.defence != "none" and curation.trusted is None:
+            yield f"arms.{name}.defence: needs trusted choices; add curation.trusted"
 
 
 def _mixes(spec: LoopSpec) -> bool:
@@ -178,15 +202,25 @@ def _job_problems(spec: LoopSpec, job: JobSpec) -> Iterator[str]:
             f"curation.candidates: {spec.curation.candidates} is above the {total} samples of a round; use fewer, or"
             " raise a request's count"
         )
+    yield from _reward_problems(spec.curation.reward, job)
+
+
+def _reward_problems(reward: str, job: JobSpec) -> Iterator[str]:
+    """Problems of the name of a reward; whether a function can be imported is checked later."""
+    from engine.studies.curate.rewards import reward_names
+
+    if is_factory(reward):
+        return
     names = reward_names()
-    if spec.curation.reward not in names:
-        choices = f"use one of {', '.join(names)}"
-        yield f"curation.reward: '{spec.curation.reward}' is no reward of a run{nearest(spec.curation.reward, names)}; {choices}"
-    elif (role := BY_NAME[spec.curation.reward].measured_by if spec.curation.reward in BY_NAME else None) in (
-        "oracle",
-        "judge",
-    ) and getattr(job.models, role) is None:
-        yield f"curation.reward: '{spec.curation.reward}' is measured by models.{role}, which the job lacks"
+    if reward not in names:
+        yield (
+            f"curation.reward: '{reward}' is no reward of a run{nearest(reward, names)}; give one of"
+            f" {', '.join(names)}, or a function as package.module:function"
+        )
+        return
+    role = BY_NAME[reward].measured_by if reward in BY_NAME else ""
+    if role in ("oracle", "judge") and getattr(job.models, role) is None:
+        yield f"curation.reward: '{reward}' is measured by models.{role}, which the job does not name"
 
 
 def _num_planned(job: JobSpec) -> int | None:
@@ -200,13 +234,15 @@ def _num_planned(job: JobSpec) -> int | None:
     return total
 
 
-def reward_names() -> list[str]:
-    """Rewards of a run: the class index, and numeric columns that models measure."""
-    return [CLASS_INDEX, *(column.name for column in COLUMNS if column.type == "float" and column.measured_by)]
-
-
 def run_name(spec: LoopSpec, arm: str, seed: int, number: int) -> str:
     """The name of a round's run, which its keys begin with: unique over the loop."""
     return f"{spec.name}-{arm}-s{seed}-r{number}"
 
 
+@contextlib.contextmanager
+def renamed(option: str, field: str) -> Iterator[None]:
+    """Name the field of the job in problems that name an option of a command."""
+    try:
+        yield
+    except JobError as error:
+        raise JobError([line.replace(f"{option}: ", f"{field}: ", 1) for line in error.problems]) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from engine.driver.executors.base import Executor
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.progress import Display, Tally
 from engine.driver.run import run_job
-from engine.errors import CorruptShardError, RiskforgeError
+from engine.errors import CorruptShardError, JobError, OwnedError, RiskforgeError
 from engine.job.plan import Cell, make_prompt
 from engine.job.spec import JobSpec
 from engine.methods.curation.learning import standardise
@@ -31,29 +31,33 @@ from engine.models.labels import target_labels
 from engine.models.library_logging import quiet_libraries
 from engine.studies.curate.candidates import Candidates, open_candidates
 from engine.studies.curate.program import CuratedRun, SelectionOptions, SignalRecord, curate_run
+from engine.studies.curate.rewards import find_reward
 from engine.studies.curate.selection import values_digest
 from engine.studies.evaluate.image_features import batched, unit
 from engine.studies.evaluate.inputs import draw_images
 from engine.studies.loop.finetuning.batches import PromptedImage, TrainingImages
 from engine.studies.loop.finetuning.program import fine_tune_pipeline
 from engine.studies.loop.finetuning.recipe import FineTuneRecipe
-from engine.studies.loop.measures import Real
 from engine.studies.loop.memory import read_memory, write_memory
-from engine.studies.loop.parsing import LoopJob, run_name
+from engine.studies.loop.parsing import LoopJob, renamed, run_name
+from engine.studies.loop.recorded import RecordedSignal, learn_recorded
 from engine.studies.loop.results import ROUND_DOCUMENT, LoopFolder, round_bytes
-from engine.studies.loop.rounds import RoundSamples, derived_seed, play_round
+from engine.studies.loop.rounds import PlayedRound, RoundSignal, derived_seed, play_round
+from engine.studies.loop.samples import Real, RoundSamples
 from engine.studies.loop.signal import MAX_E_VALUE, Memory, Signal
-from engine.studies.loop.spec import CLASS_INDEX
+from engine.studies.loop.spec import CLASS_INDEX, LoopSpec
 from engine.studies.loop.state import Lane
 from engine.studies.samples import open_study, read_samples
 
 if TYPE_CHECKING:
-    import PIL.Image
+    pass
 
 GENERATED, CURATED, MODEL = "generated", "curated", "model"
 SIGNAL_FILE = "signal.safetensors"
 # Real images that a process keeps to draw from.
 MAX_REAL = 10_000
+# How long processes of a driver that was killed may outlive it.
+ORPHAN_SECONDS = 60.0
 MakeExecutor = Callable[[], Executor]
 
 
@@ -103,9 +107,7 @@ class PipelineGenerator:
         display: of the round.
     """
 
-    def __init__(
-        self, job: LoopJob, lane: Lane, number: int, make_executor: MakeExecutor, display: Display
-    ) -> None:
+    def __init__(self, job: LoopJob, lane: Lane, number: int, make_executor: MakeExecutor, display: Display) -> None:
         assert job.job is not None
         self._loop = job
         self._job: JobSpec = job.job
@@ -164,7 +166,21 @@ class PipelineGenerator:
         limit = self._loop.spec.measure.images
         return Real(real_features(address, self._labels, clip, self._device, limit), f"CLIP {clip}")
 
-    def retrain(self, rewards: Tensor, signal: Signal | None) -> dict[str, Any]:
+    def recorded(self) -> RoundSignal:
+        """The reward of people's records; they name samples of this round's run."""
+        assert self._candidates is not None
+        earlier = self._folder.round(self._lane, self._number - 1) / CURATED if self._number else None
+        with renamed("--preferences", "curation.preferences"), renamed("--trusted", "curation.trusted"):
+            return learn_recorded(
+                self._loop.spec,
+                self._lane.arm,
+                self._candidates,
+                earlier,
+                derived_seed(self.seed, "split"),
+                self._display,
+            )
+
+    def retrain(self, rewards: Tensor, signal: RoundSignal | None) -> dict[str, Any]:
         """Curate into a run, and fine-tune the pipeline on what was selected."""
         started = time.monotonic()
         curated = self._curate(rewards, signal)
@@ -186,9 +202,7 @@ class PipelineGenerator:
                 "output": output,
             }
         )
-        summary = run_job(
-            job, executor=self._make_executor(), resume="auto", confirmed=False, display=self._display
-        )
+        summary = run_job(job, executor=self._make_executor(), resume="auto", confirmed=False, display=self._display)
         if summary.drained:
             raise KeyboardInterrupt
         if summary.exit_code:
@@ -196,13 +210,14 @@ class PipelineGenerator:
             self._display.notice(f"its run has fewer samples than asked for ({reason})")
 
     def _rewards(self, candidates: Candidates) -> Tensor:
-        """[N] the users' reward of the candidates: n less the class index, or a column."""
+        """[N] the users' reward of the candidates; n less the class index, which is above 0."""
         name = self._loop.spec.curation.reward
-        if name == CLASS_INDEX:
-            return torch.tensor([float(self.num_classes - index) for index in candidates.class_indices]).double()
-        return torch.tensor(candidates.column(name), dtype=torch.float64)
+        with renamed("--reward", "curation.reward"):
+            values = find_reward(name, self._display).rewards(candidates)
+        offset = self.num_classes if name == CLASS_INDEX else 0
+        return torch.tensor(values, dtype=torch.float64) + offset
 
-    def _curate(self, rewards: Tensor, signal: Signal | None) -> CuratedRun:
+    def _curate(self, rewards: Tensor, signal: RoundSignal | None) -> CuratedRun:
         spec = self._loop.spec
         values = rewards.tolist()
         assert self._candidates is not None
@@ -217,10 +232,7 @@ class PipelineGenerator:
             lambda candidates: values,
             options,
             str(self.home / CURATED),
-            SignalRecord(
-                reward=_reward_record(spec.curation.reward, digest, signal),
-                monitor=_monitor_record(signal, spec.monitor.level) if spec.monitor else None,
-            ),
+            _signal_record(spec, digest, signal),
             self._display,
         )
 
@@ -244,7 +256,12 @@ class PipelineGenerator:
             TrainingImages(curated=_curated_images(curated.store), real=real),
             recipe,
             self.home / MODEL,
-            parent_run={"uri": f"../{CURATED}", "plan_digest": study.plan_digest, "shards_digest": study.shards_digest},
+            parent_run={
+                "uri": f"../{CURATED}",
+                "name": study.job.name,
+                "plan_digest": study.plan_digest,
+                "shards_digest": study.shards_digest,
+            },
             seed=derived_seed(self.seed, MODEL),
             device=self._job.runtime.device,
             display=self._display,
@@ -276,7 +293,7 @@ def pipeline_round(
     generator = PipelineGenerator(job, lane, number, make_executor or functools.partial(LocalExecutor, 1), shown)
     folder = LoopFolder(Path(job.spec.output.uri))
     memory = _LazyMemory(generator, folder, lane, number)
-    played = play_round(generator, job.spec, lane.arm, number, memory.get, generator.seed)
+    played = _outlive(lambda: play_round(generator, job.spec, lane.arm, number, memory.get, generator.seed))
     [measures] = played.measures
     if played.memory is not None:
         write_memory(generator.home / SIGNAL_FILE, played.memory)
@@ -285,6 +302,22 @@ def pipeline_round(
     if job.spec.keep_models == "last" and number > 0 and measures["trained"]:
         shutil.rmtree(folder.round(lane, number - 1) / MODEL, ignore_errors=True)
     return measures
+
+
+def _outlive(play: Callable[[], PlayedRound]) -> PlayedRound:
+    """Play a round once no process of an earlier driver, which was killed, is at work on it any more.
+
+    Raises:
+        OwnedError: one still is.
+    """
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    while True:
+        try:
+            return play()
+        except OwnedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,28 +343,33 @@ def _agreement(candidates: Candidates) -> float | None:
     return sum(own == label for own, label in pairs) / len(pairs) if pairs else None
 
 
-def _reward_record(name: str, digest: str, signal: Signal | None) -> RewardRecord:
-    """How the curated run describes its reward."""
-    if signal is None:
-        return RewardRecord(name=name, kind="values", digest=digest)
+def _signal_record(spec: LoopSpec, digest: str, signal: RoundSignal | None) -> SignalRecord:
+    """How the curated run describes where its rewards come from."""
+    name = spec.curation.reward
+    if isinstance(signal, RecordedSignal):
+        return signal.record
+    if not isinstance(signal, Signal):
+        return SignalRecord(reward=RewardRecord(name=name, kind="values", digest=digest))
     measures = signal.measures(0)
-    accuracy = measures["accuracy"]
-    removed = measures["removed"] or {}
-    return RewardRecord(
+    accuracy, removed = measures["accuracy"], measures["removed"] or {}
+    reward = RewardRecord(
         name=f"simulated raters, {name}",
         kind="values",
         digest=digest,
-        model=type(signal.model).__name__.removesuffix("Reward").lower(),
+        model=spec.curation.learned.model if spec.curation.learned else "",
         num_records=signal.records.sizes[0],
         num_removed=removed.get("tampered", 0) + removed.get("honest", 0),
         defence="influence" if signal.is_defended else "",
-        accuracy=Proportion(value=accuracy["value"], low=accuracy["low"], high=accuracy["high"]),
+        accuracy=Proportion(
+            value=accuracy["value"], low=accuracy["low"], high=accuracy["high"], total=accuracy["records"]
+        ),
     )
+    return SignalRecord(reward=reward, monitor=_monitor_record(signal, spec.monitor.level) if spec.monitor else None)
 
 
-def _monitor_record(signal: Signal | None, level: float) -> MonitorRecord | None:
+def _monitor_record(signal: Signal, level: float) -> MonitorRecord | None:
     """What the curated run says of the monitor."""
-    if signal is None or signal.memory.audit is None:
+    if signal.memory.audit is None:
         return None
     measures, state = signal.measures(0)["monitor"], signal.memory.audit
     return MonitorRecord(
@@ -404,7 +442,9 @@ def _drawn(address: str, labels: tuple[str, ...], limit: int) -> list[LabelledIm
     items = list(draw_images(source, limit, 0, lambda text: None))
     images = [item for item in items if isinstance(item, LabelledImage)]
     if not images:
-        from engine.errors import JobError
-
-        raise JobError(nothing_usable(source, "training.real", address, [item for item in items if not isinstance(item, LabelledImage)]))
+        raise JobError(
+            nothing_usable(
+                source, "training.real", address, [item for item in items if not isinstance(item, LabelledImage)]
+            )
+        )
     return images

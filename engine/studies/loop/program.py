@@ -103,6 +103,11 @@ def check_loop(job: LoopJob) -> list[str]:
                     open_images(address, tuple(labels), field)
     with _collected(problems, ""):
         _check_trainable(job)
+    with _collected(problems, ""):
+        _check_reward(spec.curation.reward)
+    for field in ("preferences", "trusted"):
+        if (path := getattr(spec.curation, field)) is not None and not Path(path).expanduser().is_file():
+            problems.append(f"curation.{field}: there is no file '{path}'; give one of preference records (JSON lines)")
     if problems:
         raise JobError(problems)
     return labels
@@ -142,8 +147,22 @@ def _check_trainable(job: LoopJob) -> None:
         check_trainable(location.folder, address, FineTuneRecipe(lora_rank=job.spec.training.lora_rank))
     except JobError as error:
         raise JobError(
-            [line if line.startswith("training.") else f"generator.job.models.diffusion: {line}" for line in error.problems]
+            [
+                line if line.startswith("training.") else f"generator.job.models.diffusion: {line}"
+                for line in error.problems
+            ]
         ) from None
+
+
+def _check_reward(name: str) -> None:
+    """Import the user's function, if the reward is one."""
+    from engine.models.factories import find_factory, is_factory
+
+    if is_factory(name):
+        try:
+            find_factory(name)
+        except JobError as error:
+            raise JobError([f"curation.reward: {line}" for line in error.problems]) from None
 
 
 def run_loop(job: LoopJob, pool: TaskPool, display: Display) -> LoopResult:
@@ -281,8 +300,8 @@ class _Program:
         elif isinstance(event, TaskLost):
             if not task.lose(self._schedule):
                 raise WorkersFailingError(
-                    f"{task.name}: its process was lost again and again, the last time: {main_line(event.message)}; what"
-                    " is finished is kept, and the same command continues"
+                    f"{task.name}: its process was lost again and again, the last time: {main_line(event.message)};"
+                    " what is finished is kept, and the same command continues"
                 )
             self._display.notice(f"{task.name} begins again: {main_line(event.message)}")
         else:

@@ -42,8 +42,18 @@ class EstimateRecord(_Record):
     value: float
     low: float
     high: float
-    records: int | None = None
-    space: str | None = Field(default=None, max_length=1000)
+
+
+class AccuracyRecord(EstimateRecord):
+    """Accuracy on held-out records."""
+
+    records: int
+
+
+class DistanceRecord(EstimateRecord):
+    """A distance, and the space of features that it is measured in."""
+
+    space: str = Field(max_length=1000)
 
 
 class MonitorRecord(_Record):
@@ -81,9 +91,9 @@ class RoundRecord(_Record):
     gain_high: float | None
     shares: list[float] = Field(max_length=100_000)
     balance: float
-    kid: EstimateRecord | None
+    kid: DistanceRecord | None
     agreement: float | None
-    accuracy: EstimateRecord | None
+    accuracy: AccuracyRecord | None
     monitor: MonitorRecord | None
     removed: RemovedRecord | None
     seconds: dict[str, float] = Field(max_length=20)

@@ -15,33 +15,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.studies.loop.measures import Real, measure
-from engine.studies.loop.signal import Memory, Signal, SignalOptions, learn_signal
+from engine.studies.loop.measures import measure
+from engine.studies.loop.samples import Real, RoundSamples
+from engine.studies.loop.signal import Memory, SignalOptions, learn_signal
 from engine.studies.loop.spec import CLASS_INDEX, LoopSpec
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RoundSamples:
-    """The samples of a round.
-
-    Attributes:
-        features: [..., N, d], in float64.
-        rewards: [..., N] of the users, before the scale.
-        classes: [..., N] class or mode indices.
-        keys: of the samples, N; empty for a mixture, whose samples have none.
-        agreement: share of the samples whose class the oracle confirms; None without an oracle.
-    """
-
-    features: Tensor
-    rewards: Tensor
-    classes: Tensor
-    keys: tuple[str, ...] = ()
-    agreement: float | None = None
+class RoundSignal(Protocol):
+    """What curates a round: a reward that was learned."""
 
     @property
-    def runs(self) -> tuple[int, ...]:
-        """The leading dimensions."""
-        return tuple(self.classes.shape[:-1])
+    def rewards(self) -> Tensor:
+        """[..., N] of the samples, in nats."""
+
+    @property
+    def alarm(self) -> Tensor:
+        """[...] whether the monitor has raised its alarm by now."""
+
+    def measures(self, lane: int) -> dict[str, Any]:
+        """Accuracy, monitor and removed records of a lane, as `loop.json` has them."""
 
 
 class RoundGenerator(Protocol):
@@ -57,7 +49,10 @@ class RoundGenerator(Protocol):
     def real(self) -> Real | None:
         """Real samples to compare with; None where there are none."""
 
-    def retrain(self, rewards: Tensor, signal: Signal | None) -> dict[str, Any]:
+    def recorded(self) -> RoundSignal:
+        """The signal of the records of people, of a job that names a file of them."""
+
+    def retrain(self, rewards: Tensor, signal: RoundSignal | None) -> dict[str, Any]:
         """Select by rewards [..., N] and train the generator of the next round.
 
         Returns:
@@ -100,15 +95,24 @@ def play_round(
     samples = generator.samples()
     seconds = {"generate": time.monotonic() - started}
     is_last = number == job.rounds
-    signal, memory = None, None
-    if not is_last and job.curation.learned is not None:
+    signal: RoundSignal | None = None
+    memory = None
+    if not is_last and job.curation.preferences is not None:
+        started = time.monotonic()
+        signal = generator.recorded()
+        seconds["signal"] = time.monotonic() - started
+    elif not is_last and job.curation.learned is not None:
         started = time.monotonic()
         options = SignalOptions.of(job, arm)
-        signal = learn_signal(
-            samples.features, job.curation.scale * samples.rewards, memory_of(samples), options, derived_seed(seed, "signal")
+        learned = learn_signal(
+            samples.features,
+            job.curation.scale * samples.rewards,
+            memory_of(samples),
+            options,
+            derived_seed(seed, "signal"),
         )
         seconds["signal"] = time.monotonic() - started
-        memory = signal.memory
+        signal, memory = learned, learned.memory
     scaled = job.curation.scale * samples.rewards
     rewards = scaled if signal is None else signal.rewards
     started = time.monotonic()
@@ -137,14 +141,14 @@ def play_round(
     return PlayedRound(measures, memory)
 
 
-def _stops(job: LoopSpec, arm: str, signal: Signal | None, num_lanes: int) -> list[bool]:
+def _stops(job: LoopSpec, arm: str, signal: RoundSignal | None, num_lanes: int) -> list[bool]:
     """Which lanes an alarm stops: a defence answers it instead."""
     if signal is None or job.on_alarm == "continue" or job.arms[arm].defence != "none":
         return [False] * num_lanes
     return [bool(alarm) for alarm in signal.alarm.reshape(-1)]
 
 
-def _signal_measures(signal: Signal | None, lane: int) -> dict[str, Any]:
+def _signal_measures(signal: RoundSignal | None, lane: int) -> dict[str, Any]:
     """What the signal adds to the measures of a lane."""
     return {"accuracy": None, "monitor": None, "removed": None} if signal is None else signal.measures(lane)
 
@@ -158,5 +162,3 @@ def derived_seed(seed: int, *parts: object) -> int:
 def random_of(seed: int, *parts: object) -> torch.Generator:
     """A random generator for one purpose."""
     return torch.Generator().manual_seed(derived_seed(seed, *parts))
-
-

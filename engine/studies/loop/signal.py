@@ -151,9 +151,7 @@ class Signal:
 
     def _accuracy(self, lane: int) -> dict[str, Any]:
         pairs = self.records.parts[1]
-        own = Pairs(
-            _flat(pairs.first, 2)[lane], _flat(pairs.second, 2)[lane], _flat(pairs.labels, 1)[lane]
-        )
+        own = Pairs(_flat(pairs.first, 2)[lane], _flat(pairs.second, 2)[lane], _flat(pairs.labels, 1)[lane])
         accuracy = held_out_accuracy(self.model, _flat(self.parameters, 1)[lane], own)
         return {"value": accuracy.value, "low": accuracy.low, "high": accuracy.high, "records": accuracy.num_pairs}
 
@@ -280,9 +278,7 @@ def _watch(
     earlier = None
     if memory.first is not None and memory.second is not None:
         earlier = model(parameters, memory.first) - model(parameters, memory.second)
-    audit = Audit(
-        audited.first - audited.second, audited.labels, trusted, margins(model, parameters, audited).detach()
-    )
+    audit = Audit(audited.first - audited.second, audited.labels, trusted, margins(model, parameters, audited).detach())
     state = continue_audit(state, audit, earlier)
     first = audited.first if memory.first is None else torch.cat([memory.first, audited.first], -2)
     second = audited.second if memory.second is None else torch.cat([memory.second, audited.second], -2)

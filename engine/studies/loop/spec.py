@@ -21,8 +21,6 @@ MIXTURE_REWARDS = (SQUARED_DISTANCE, CLASS_INDEX)
 Share = Annotated[Number, Field(ge=0, le=1)]
 Positive = Annotated[Number, Field(gt=0, le=1e6)]
 if TYPE_CHECKING:
-    from engine.job.spec import JobSpec
-
     JobMapping = dict[str, Any]
 else:
     JobMapping = dict[str, pydantic.JsonValue]
@@ -83,7 +81,15 @@ class CurationSpec(Spec):
     )
     scale: Positive = Field(default=1.0, description="The reward is multiplied by it: an inverse temperature.")
     learned: LearnedSpec | None = Field(
-        default=None, description="Curate by a reward learned from choices; omit: by the reward itself."
+        default=None, description="Curate by a reward learned from simulated choices; omit: by the reward itself."
+    )
+    preferences: Address | None = Field(
+        default=None,
+        description="File of preference records of people, as `riskforge curate` reads it, to learn the reward from; it"
+        " is read again in every round. `reward` is only measured then.",
+    )
+    trusted: Address | None = Field(
+        default=None, description="File of trusted choices, likewise: for the monitor, and for a defence."
     )
 
 

@@ -53,10 +53,10 @@ class Checkpoint:
                 staged.unlink(missing_ok=True)
 
     @classmethod
-    def read(cls, folder: Path, identity: str, device: str) -> Checkpoint | None:
-        """The checkpoint in a folder; None where there is none of this training, or it is damaged."""
+    def read(cls, folder: Path, identity: str) -> Checkpoint | None:
+        """The checkpoint in a folder, on the CPU; None where there is none of this training, or it is damaged."""
         with contextlib.suppress(OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError,
                                  pickle.UnpicklingError, zipfile.BadZipFile):  # fmt: skip
-            state = torch.load(folder / CHECKPOINT, weights_only=True, map_location=device)
+            state = torch.load(folder / CHECKPOINT, weights_only=True, map_location="cpu")
             return cls(**state) if state["identity"] == identity else None
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,11 @@ def fine_tune_pipeline(
     asked = (runtime or RuntimeSpec()).model_copy(update={"device": device})
     hardware = choose_hardware(asked)
     document = _describe(folder, address, samples, recipe, seed, parent_run)
-    if is_published(output, document["identity"]):
-        return
     work = output.with_name(f".{output.name}.training")
+    if is_published(output, document["identity"]):
+        # Left where a process ended right after publishing.
+        shutil.rmtree(work, ignore_errors=True)
+        return
     check_writable(work)
     rows = list(batches(samples, recipe, seed))
     with _one_thread(hardware):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def train(task: Task, display: Display, part: str) -> Trained:
         part: of the pipeline: the network.
 
     Raises:
-        JobError: the loss is not finite.
+        JobError: the loss is not finite, or a GPU's memory does not hold a batch.
         OutputError: a checkpoint cannot be written.
     """
     network, adapter = task.pipeline.network, None
@@ -88,7 +89,7 @@ def train(task: Task, display: Display, part: str) -> Trained:
     loop = _Loop(task, network if adapter is None else adapter)
     network.train()
     # Dropout draws from the global stream, which is restored afterwards.
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _within_memory(task.recipe):
         loop.run(display)
     network.requires_grad_(False).eval()
     if adapter is not None:
@@ -109,13 +110,10 @@ class _Loop:
     """
 
     def __init__(self, task: Task, trained: nn.Module) -> None:
-        from accelerate import Accelerator
-
         self._task = task
         self.parameters = dict(trained.named_parameters())
         self.losses = list[float]()
-        on_cpu = task.pipeline.hardware.is_cpu
-        self._accelerator = Accelerator(cpu=on_cpu, mixed_precision=MIXED[task.precision])
+        self._accelerator = _accelerator(task.pipeline.hardware.is_cpu, MIXED[task.precision])
         optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=task.recipe.learning_rate, weight_decay=task.recipe.weight_decay
         )
@@ -170,7 +168,7 @@ class _Loop:
         )
 
     def _resume(self) -> None:
-        found = Checkpoint.read(self._task.folder, self._task.identity, self._task.pipeline.hardware.device)
+        found = Checkpoint.read(self._task.folder, self._task.identity)
         if found is None:
             return
         with torch.no_grad():
@@ -180,6 +178,27 @@ class _Loop:
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(found.scaler)
         self.losses = list(found.losses)
+
+
+def _accelerator(on_cpu: bool, mixed_precision: str) -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    # accelerate refuses a second precision in a process; here each training has its own.
+    if AcceleratorState._shared_state.get("_mixed_precision", mixed_precision) != mixed_precision:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=on_cpu, mixed_precision=mixed_precision)
+
+
+@contextlib.contextmanager
+def _within_memory(recipe: FineTuneRecipe) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise JobError(
+            f"training.batch_size: {recipe.batch_size} samples do not fit into the GPU's memory; use fewer, train with"
+            " lora_rank, or set runtime.gradient_checkpointing to on"
+        ) from None
 
 
 def not_finite(recipe: FineTuneRecipe, what: str) -> JobError:

@@ -1,0 +1,80 @@
+"""Curated runs for tests: rewards, options and a process that is killed at a chosen write."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engine.data.stores.folder import FolderStore
+from engine.data.stores.opening import open_store
+from engine.driver.progress import PlainDisplay
+from engine.studies.curate.candidates import Candidates
+from engine.studies.curate.program import CuratedRun, SelectionOptions, SignalRecord, curate_run
+
+
+def by_class(candidates: Candidates) -> list[float]:
+    """The reward of the paper's figures, up to a constant."""
+    return [-float(index) for index in candidates.class_indices]
+
+
+def curated(
+    run: Path | str,
+    output: Path | str,
+    rewards: Callable[[Candidates], Any] = by_class,
+    signal_record: SignalRecord | None = None,
+    **options: Any,
+) -> CuratedRun:
+    """A curated run of a run."""
+    choice = SelectionOptions(**options)
+    return curate_run(open_store(str(run)), rewards, choice, str(output), signal_record, PlainDisplay(sys.stderr))
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    """What a curated run's bytes depend on, by name: shards, their rows, plan, records and what was drawn."""
+    folders = ("shards", "_state/plan", "_state/commits", "curation")
+    paths = [path for folder in folders for path in sorted((run / folder).glob("*")) if path.is_file()]
+    return {path.relative_to(run).as_posix(): path.read_bytes() for path in paths}
+
+
+def killed_at(run: Path, output: Path, number: int) -> bool:
+    """Curate in a process of its own that is killed at its n-th write to a store; whether it came that far."""
+    child = os.fork()
+    if not child:
+        try:
+            _die_at(number)
+            curated(run, output)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        assert os.WEXITSTATUS(status) == 0
+        return False
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    return True
+
+
+def _die_at(number: int) -> None:
+    """Kill this process at its n-th write: before the file is visible where n is odd, after it where n is even."""
+    num_writes = 0
+
+    def dying(write: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any) -> Any:
+            nonlocal num_writes
+            num_writes += 1
+            is_due = num_writes == number
+            if is_due and number % 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = write(*arguments)
+            if is_due:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return wrapped
+
+    for name in ("publish", "replace"):
+        setattr(FolderStore, name, dying(getattr(FolderStore, name)))
