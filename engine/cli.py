@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import engine
-from engine.commands import comparison, curation, datasets, jobs, runs, studies
+from engine.commands import comparison, curation, datasets, jobs, loops, runs, studies
 from engine.commands.output import complain
 from engine.errors import EXIT_DRAINED, EXIT_USER, JobError, RiskforgeError
 from engine.terminal import open_closed_streams, printable, redacted
@@ -136,6 +136,7 @@ for _command in (
     datasets.inspect, datasets.merge, datasets.export,
 ):  # fmt: skip
     app.command()(_command)
+app.add_typer(loops.study)
 
 if __name__ == "__main__":
     console()

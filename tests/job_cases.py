@@ -6,6 +6,7 @@ import copy
 import datetime
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 import annotated_types
@@ -20,6 +21,10 @@ from engine.job.spec import GuidanceSpec, JobSpec, RequestSpec
 from engine.methods.custom.spec import CustomGuidanceSpec
 from engine.methods.sampling.spec import SamplingSpec
 
+# Jobs of the repository that make a run; those of studies have a form of their own.
+ENGINE_JOBS = sorted(
+    path for path in (Path(__file__).parent.parent / "jobs").glob("*.yaml") if not path.stem.startswith("loop-")
+)
 LABELS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 MAX_REPAIRS = 12
 MAX_INT = 40

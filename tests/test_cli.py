@@ -30,6 +30,7 @@ from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OWNED, EXIT_USER
 from engine.job.columns import Role, columns_with
 from engine.terminal import safe_console
 from tests.conftest import REPOSITORY
+from tests.job_cases import ENGINE_JOBS
 from tests.sleepy import Faults, make_job, make_sleepy, run_sleepy
 
 RISKFORGE = str(Path(sys.executable).with_name("riskforge"))
@@ -102,7 +103,7 @@ def test_the_quickstart_is_valid(call):
     assert json.loads(call("plan", QUICKSTART, "--validate", "--json")[1])["valid"]
 
 
-@pytest.mark.parametrize("job", sorted((REPOSITORY / "jobs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("job", ENGINE_JOBS, ids=lambda path: path.stem)
 def test_every_job_is_valid_offline(call, job):
     """Also those of real size, whose models are not here: an example with a stale key would greet its first user."""
     code, out, err = call("plan", job, "--validate")

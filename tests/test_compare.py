@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from engine.errors import JobError, OutputError
+from engine.methods.intervals import Estimate
 from engine.studies.compare import significance
 from engine.studies.compare.baseline import pin_run, read_baseline
 from engine.studies.compare.limits import Limits, check_limits, crossed_limits
@@ -18,7 +19,6 @@ from engine.studies.compare.program import GroupComparison, RunComparison, compa
 from engine.studies.compare.scored_run import ScoredRun
 from engine.studies.compare.significance import Difference
 from engine.studies.compare.tables import PAGE_BEGINNING, comparison_document, comparison_markdown
-from engine.studies.intervals import Estimate
 from engine.studies.output_folders import check_replaces
 
 LABELS = ("cat", "dog", "owl")

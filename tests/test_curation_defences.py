@@ -156,7 +156,9 @@ def test_the_loop_is_attacked_noticed_and_defended():
     assert (finals[2] - finals[1]) / (finals[0] - finals[1]) > 0.8
     assert float(clean.rewards[:, 0].mean()) == pytest.approx(-2.04, abs=0.05) and finals[1] < -2
     assert float(clean.alarms[:, -1].double().mean()) < 0.2 < 0.9 < float(hit.alarms[:, 2].double().mean())
-    assert torch.equal(hit.alarms, saved.alarms | hit.alarms) and float(clean.removed.sum()) == 0
+    assert torch.equal(hit.alarms, saved.alarms | hit.alarms) and not saved.alarms.all()
+    for shares in (saved.removed, saved.caught):
+        assert float(shares[~saved.alarms].sum()) == 0 < float(shares[saved.alarms].sum())
     assert torch.equal(simulate(SMALL).rewards, clean.rewards)
 
 

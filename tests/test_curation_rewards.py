@@ -17,7 +17,7 @@ from engine.methods.curation.reward_models import (
     training_loss,
 )
 from engine.methods.curation.selection import draw_preferences
-from engine.studies.intervals import wilson_interval
+from engine.methods.intervals import wilson_interval
 
 
 def records(runs: tuple[int, ...], count: int, truth, num_features: int = 3, seed: int = 0) -> Pairs:
@@ -61,7 +61,7 @@ def test_a_network_recovers_a_reward_that_no_linear_model_can():
 
 def test_the_loss_is_that_of_each_record():
     """Labels [N, 1] beside margins [N] would broadcast to [N, N] and teach the mean label alone: refused."""
-    margin, labels = torch.tensor([2.0, -1.0]), torch.tensor([1.0, 1.0])
+    margin, labels = torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.0])
     expected = torch.nn.functional.binary_cross_entropy_with_logits(margin, labels, reduction="none")
     torch.testing.assert_close(preference_losses(margin, labels), expected)
     with pytest.raises(ValueError, match="shapes must be equal"):
@@ -94,12 +94,15 @@ def test_training_converges_where_plain_newton_steps_diverge():
     assert float(loss) < 0.05
 
 
-def test_accuracy_has_the_interval_of_the_studies():
-    """The score interval, equal to that of `engine.studies`."""
-    pairs = records((), 200, lambda x: x[..., 0])
-    accuracy = held_out_accuracy(LinearReward(3), torch.tensor([1.0, 0, 0], dtype=torch.float64), pairs)
-    reference = wilson_interval(round(accuracy.value * 200), 200)
-    assert (accuracy.low, accuracy.high) == pytest.approx((reference.low, reference.high))
+def test_accuracy_counts_agreement_and_ties():
+    """Of four margins one is right, one wrong, and two ties are half right: Wilson's interval of 2 of 4."""
+    first = torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0, 1.0, 0], [0, 1.0, 0]], dtype=torch.float64)
+    pairs = Pairs(first, torch.zeros_like(first), torch.tensor([1.0, 0, 1, 0], dtype=torch.float64))
+    weights = torch.tensor([1.0, 0, 0], dtype=torch.float64)
+    accuracy, half = held_out_accuracy(LinearReward(3), weights, pairs), wilson_interval(2, 4)
+    assert (accuracy.value, accuracy.low, accuracy.high, accuracy.num_pairs) == (0.5, half.low, half.high, 4)
+    right = held_out_accuracy(LinearReward(3), weights, pairs.take(torch.tensor([0, 2])))
+    assert right.value == 0.75 and right.low < 0.5 < 0.9 < right.high
     with pytest.raises(ValueError, match="no record is held out"):
         held_out_accuracy(LinearReward(3), torch.zeros(3, dtype=torch.float64), pairs.take(torch.arange(0)))
 

@@ -35,6 +35,7 @@ from engine.job.spec import JobSpec, RequestSpec
 from engine.models.job_checks import check_addresses
 from engine.models.labels import read_labels
 from tests.conftest import REPOSITORY
+from tests.job_cases import ENGINE_JOBS
 from tests.sleepy import run_sleepy
 
 MAX_EXAMPLES = int(os.environ.get("RISKFORGE_FUZZ", "0"))
@@ -55,7 +56,7 @@ def fuzz(examples: int) -> Callable[[Any], Any]:
 
 # Job files ------------------------------------------------------------------------------------------------------------
 
-JOBS = [yaml.safe_load(path.read_text()) for path in sorted((REPOSITORY / "jobs").glob("*.yaml"))]
+JOBS = [yaml.safe_load(path.read_text()) for path in ENGINE_JOBS]
 TEXTS = st.one_of(
     st.text(max_size=12),
     st.sampled_from(

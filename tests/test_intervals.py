@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, ttest_1samp
 
-from engine.studies.intervals import mean_interval, wilson_interval
+from engine.methods.intervals import wilson_interval
+from engine.studies.intervals import mean_interval
 
 
 @pytest.mark.parametrize(

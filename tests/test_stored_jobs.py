@@ -27,9 +27,8 @@ from engine.job.plan import build_plan
 from engine.job.spec import JobSpec
 from engine.studies.samples import _identity, open_study
 from tests.conftest import REPOSITORY
-from tests.job_cases import LABELS, raw_jobs
+from tests.job_cases import ENGINE_JOBS, LABELS, raw_jobs
 
-JOBS = sorted((REPOSITORY / "jobs").glob("*.yaml"))
 MAX_ROUNDS = 8
 TODAY = datetime.date(2026, 11, 29)
 
@@ -127,7 +126,7 @@ def test_jobs_of_the_whole_schema_are_read_as_they_were_stored():
 def job_blocks() -> list[Any]:
     """The whole jobs in README and the pages of the documentation, and those of the repository."""
     pages = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-    found = [pytest.param(yaml.safe_load(path.read_text()), id=path.stem) for path in JOBS]
+    found = [pytest.param(yaml.safe_load(path.read_text()), id=path.stem) for path in ENGINE_JOBS]
     for page in pages:
         for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL):
             try:

@@ -1,8 +1,12 @@
-"""Figures of the self-consuming loop on mixtures: `python tools/curation_figures.py [TABLE ...] --seeds 200`.
+"""Figures of the self-consuming loop on Gaussian mixtures, as Markdown tables and charts.
 
-Tables: `attacks` (final reward by attack and budget), `monitor` (false alarms, delays, smallest trusted set),
-`defences` (reward restored, records removed), `tastes` (two honest groups), `mix` (real data), `short` (optimisation
-cut short), `bounds` (the bounds of one round). All of them unless named. Intervals are 95 %, over seeds.
+    uv run python tools/curation_figures.py [TABLE ...] [--seeds 200] [--executor ray] [--processes 2] [--charts docs]
+
+Tables: `bounds` (one round against the papers' bounds), `rounds` (reward by round and attack), `attacks` (the end, by
+budget), `goals`, `monitor` (alarms by size of the audit), `defences` (reward restored, records removed), `tastes` (two
+honest groups), `mix` (real data), `short` (optimisation cut short). All of them unless named. `rounds`, `mix` and
+`short` are over ten seeds, the others over `--seeds`. Intervals are at 95 %, over seeds. With `--charts`, `rounds` and
+`mix` are drawn into that folder too. Seeds are divided among processes, of this machine or of Ray.
 """
 
 from __future__ import annotations
@@ -11,169 +15,48 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from curation_charts import draw_mix, draw_rounds
+from curation_runs import Studies, mean, open_executor, percent, share
 
 from engine.methods.curation.bounds import gain_bounds, real_data_divergence_bound, updated_probabilities
 from engine.methods.curation.loop import LoopOptions
-from engine.methods.curation.mixture_study import (
-    ATTACKS,
-    FIXED_FLOORS,
-    FIXED_SIZES,
-    StudyOptions,
-    Taste,
-    Trajectory,
-    simulate,
-)
+from engine.methods.curation.mixture_guard import FIXED_FLOORS, FIXED_SIZES
+from engine.methods.curation.mixture_study import ATTACKS, StudyOptions, Taste, Trajectory
 from engine.methods.curation.reward_models import FitOptions
 from engine.methods.curation.selection import curation_weights
 
-CHUNK = 50
+FEW = 10
 BUDGETS = (0.1, 0.2, 0.4)
-AUDIT_SIZES = (30, 40, 50, 60, 80)
+GRADIENT = ("gradient", "gradient-reward")
+AUDIT_SIZES = (20, 30, 40, 50, 60, 80)
+# lambda, and real to curated samples in words.
 RATIOS = ((math.inf, "0"), (4.0, "1:4"), (2.0, "1:2"), (1.0, "1:1"), (0.5, "2:1"), (0.25, "4:1"))
 TWO_TASTES = (Taste(share=0.7, mode=0), Taste(share=0.3, mode=4))
+SHOWN_ROUNDS = (0, 1, 2, 3, 5, 10)
 
 
-def run(options: StudyOptions) -> Trajectory:
-    """A study in parts of few seeds, which stay in the processor's cache."""
-    parts = [
-        simulate(replace(options, num_seeds=min(CHUNK, options.num_seeds - start), seed=options.seed + start))
-        for start in range(0, options.num_seeds, CHUNK)
-    ]
-    joined: dict[str, Any] = {
-        name: torch.cat([getattr(part, name) for part in parts], -2 if name == "fixed_alarms" else 0)
-        for name in ("rewards", "alarms", "fixed_alarms", "removed", "caught")
-    }
-    rounds = zip(*(part.measures for part in parts), strict=True)
-    return Trajectory(measures=[_joined(same) for same in rounds], **joined)
+def table(header: str, rows: Iterable[Sequence[object]]) -> None:
+    """Print a Markdown table; the header's cells are divided by bars."""
+    print(f"| {header} |\n|{'---|' * (header.count('|') + 1)}")
+    for row in rows:
+        print(f"| {' | '.join(str(cell) for cell in row)} |")
+    print(flush=True)
 
 
-def _joined(rounds: tuple[Any, ...]) -> Any:
-    names = type(rounds[0]).__slots__
-    return type(rounds[0])(*(torch.cat([getattr(part, name) for part in rounds]) for name in names))
+def end(result: Trajectory) -> torch.Tensor:
+    """Users' reward at the end, [S]."""
+    return result.rewards[:, -1, 0]
 
 
-def mean(values: Tensor) -> str:
-    """A mean over seeds [S] with the half width of its interval."""
-    return f"{float(values.mean()):.3f} ± {1.96 * float(values.std()) / math.sqrt(len(values)):.3f}"
-
-
-def share(flags: Tensor) -> str:
-    """A share of seeds [S] with its score interval."""
-    total, value, z = len(flags), float(flags.double().mean()), 1.96
-    centre = (value + z * z / (2 * total)) / (1 + z * z / total)
-    half = z * math.sqrt(value * (1 - value) / total + (z / (2 * total)) ** 2) / (1 + z * z / total)
-    return f"{value:.1%} [{max(0.0, centre - half):.1%}, {min(1.0, centre + half):.1%}]"
-
-
-def attacks(seeds: int) -> None:
-    """Users' reward after ten rounds, with the last round's measures."""
-    print("attack | kappa | final reward | balance of modes | KID | covariance")
-    for attack in ATTACKS:
-        for kappa in BUDGETS if attack != "clean" else (0.0,):
-            result = run(StudyOptions(num_seeds=seeds, attack=attack, attack_share=kappa))
-            last = result.measures[-1]
-            figures = [mean(values) for values in (last.balance, last.real_distance, last.covariance)]
-            print(f"{attack} | {kappa} | {mean(result.rewards[:, -1, 0])} | {' | '.join(figures)}", flush=True)
-            print("    by round:", " ".join(f"{value:.2f}" for value in result.rewards[..., 0].mean(0).tolist()))
-
-
-def monitor(seeds: int) -> None:
-    """Alarms of the audit by its size, and of fixed trusted sets."""
-    print("audited records a round | attack, kappa 0.2 | in round 1 | within 2 rounds | within 10 rounds")
-    for size in AUDIT_SIZES:
-        for attack in ATTACKS if size == 50 else ("clean", "gradient", "gradient-reward"):
-            alarms = run(StudyOptions(num_seeds=seeds, attack=attack, num_audited=size)).alarms
-            figures = [share(alarms[:, index]) for index in (0, 1, -1)]
-            print(f"{size} | {attack} | {' | '.join(figures)}", flush=True)
-    print("fixed set | floor | attack | within 2 rounds | within 10 rounds")
-    for attack in ("clean", "gradient", "gradient-reward"):
-        fixed = run(StudyOptions(num_seeds=seeds, attack=attack)).fixed_alarms
-        for level, floor in enumerate(FIXED_FLOORS):
-            for index, size in enumerate(FIXED_SIZES):
-                flags = fixed[level, index]
-                print(f"{size} | {floor} | {attack} | {share(flags[:, 1])} | {share(flags[:, -1])}")
-
-
-def defences(seeds: int) -> None:
-    """Reward restored by acting on an alarm."""
-    clean = run(StudyOptions(num_seeds=seeds)).rewards[:, -1, 0]
-    print(f"clean: {mean(clean)}")
-    print("attack | kappa | defence | final reward | restored | untampered removed | tampered removed")
-    for attack in ("largest-difference", "gradient", "gradient-reward"):
-        for kappa in (0.2, 0.4):
-            options = StudyOptions(num_seeds=seeds, attack=attack, attack_share=kappa)
-            attacked = run(options).rewards[:, -1, 0]
-            for defence in ("influence", "trusted-only"):
-                result = run(replace(options, defence=defence))
-                final = result.rewards[:, -1, 0]
-                restored = (final - attacked.mean()) / (clean.mean() - attacked.mean())
-                removed = [mean(shares.mean((1, 2))) for shares in (result.removed, result.caught)]
-                figures = " | ".join([mean(final), mean(restored), *removed])
-                print(f"{attack} | {kappa} | {defence} | {figures}", flush=True)
-    for defence in ("influence", "trusted-only"):
-        result = run(StudyOptions(num_seeds=seeds, defence=defence))
-        print(f"clean | 0 | {defence} | {mean(result.rewards[:, -1, 0])} | removed {mean(result.removed.mean((1, 2)))}")
-
-
-def tastes(seeds: int) -> None:
-    """Two honest groups of 70 % and 30 % with opposite tastes, K = 8."""
-    print("attack 0.2 | defence | reward of each | modes near each | untampered removed of each | difference (points)")
-    base = StudyOptions(num_seeds=seeds, tastes=TWO_TASTES, loop=LoopOptions(num_candidates=8))
-    for attack, defence, pooled in (
-        ("clean", "none", False),
-        ("clean", "none", True),
-        ("gradient-reward", "none", False),
-        ("gradient-reward", "influence", False),
-        ("gradient-reward", "group", False),
-        ("gradient", "none", False),
-        ("gradient", "group", False),
-    ):
-        result = run(replace(base, attack=attack, defence=defence, pooled=pooled))
-        occupancy = result.measures[-1].occupancy
-        near = [mean(occupancy[:, modes].sum(-1)) for modes in ([7, 0, 1], [3, 4, 5])]
-        finals = [mean(result.rewards[:, -1, group]) for group in (0, 1)]
-        removed = result.removed.mean(1)
-        parts = [mean(removed[:, group]) for group in (0, 1)]
-        name = f"{attack} | {defence}{' (one reward)' if pooled else ''}"
-        difference = 100 * (removed[:, 1] - removed[:, 0])
-        print(f"{name} | {', '.join(finals)} | {', '.join(near)} | {', '.join(parts)} | {mean(difference)}", flush=True)
-
-
-def mix(seeds: int) -> None:
-    """Real data in the mix: it bounds the drift, and restores no preference."""
-    print("real to curated | attack 0.2 | final reward | KID | balance")
-    for weight, ratio in RATIOS:
-        for attack in ("clean", "gradient", "gradient-reward"):
-            result = run(StudyOptions(num_seeds=seeds, attack=attack, loop=LoopOptions(curated_weight=weight)))
-            last = result.measures[-1]
-            figures = [mean(values) for values in (result.rewards[:, -1, 0], last.real_distance, last.balance)]
-            print(f"{ratio} | {attack} | {' | '.join(figures)}", flush=True)
-
-
-def short(seeds: int) -> None:
-    """Training of the reward model, or of the generator, cut short."""
-    print("Newton steps of the reward model | attack 0.2 | final reward")
-    for steps in (1, 2, 3, 100):
-        for attack in ("clean", "gradient", "gradient-reward"):
-            result = run(StudyOptions(num_seeds=seeds, attack=attack, fit=FitOptions(max_steps=steps)))
-            print(f"{steps} | {attack} | {mean(result.rewards[:, -1, 0])}", flush=True)
-    print("steps of expectation-maximisation in a refit | attack 0.2 | final reward")
-    for steps in (1, 2, 20):
-        for attack in ("clean", "gradient", "gradient-reward"):
-            result = run(StudyOptions(num_seeds=seeds, attack=attack, em_steps=steps))
-            print(f"{steps} | {attack} | {mean(result.rewards[:, -1, 0])}", flush=True)
-
-
-def bounds(seeds: int) -> None:
+def bounds(seeds: int, work: Studies, charts: Path | None) -> None:
     """The bounds of one round on random finite supports, and where the sign of the covariance misleads."""
     generator = torch.Generator().manual_seed(0)
-    print("K | share phi | gain within bounds | covariance >= 0 and gain < 0, phi = 1")
+    rows: list[tuple[object, ...]] = []
     for candidates in (2, 4, 8, None):
         weights = torch.rand(100 * seeds, 6, generator=generator, dtype=torch.float64)
         mass = weights / weights.sum(-1, keepdim=True)
@@ -183,9 +66,9 @@ def bounds(seeds: int) -> None:
             slack = 1e-9 * result.upper.abs()
             inside = (result.lower <= result.gain + slack) & (result.gain <= result.upper + slack)
             misled = (result.covariance >= 0) & (result.gain < -slack)
-            print(f"{candidates or 'many'} | {phi} | {share(inside)} | {share(misled)}")
-    print("ten classes, reward 10 - index, K = 4: real to curated | reward before each round | KL to real data | bound")
-    real = torch.full((10,), 0.1, dtype=torch.float64)
+            rows.append((candidates or "many", phi, share(inside), share(misled)))
+    table("K | adversarial share phi | gain within its bounds | covariance >= 0 and reward falls", rows)
+    real, rows = torch.full((10,), 0.1, dtype=torch.float64), []
     rewards = 10 - torch.arange(10, dtype=torch.float64)
     for weight, ratio in (*RATIOS, (0.2, "5:1")):
         mass, path = real, []
@@ -193,13 +76,181 @@ def bounds(seeds: int) -> None:
             path.append(float((mass * rewards).sum()))
             mass = updated_probabilities(mass, curation_weights(mass, rewards, 4), real, weight)
         divergence = float(torch.special.xlogy(mass, mass / real).sum())
-        limit = real_data_divergence_bound(4, weight)
-        print(f"{ratio} | {' '.join(f'{value:.2f}' for value in path)} | {divergence:.3f} | {limit:.3f}")
+        shown = [f"{path[index]:.2f}" for index in SHOWN_ROUNDS]
+        rows.append((ratio, *shown, f"{divergence:.3f}", f"{real_data_divergence_bound(4, weight):.3f}"))
+    print("Ten classes, reward 10 - index, K = 4, exact:")
+    header = " | ".join(f"round {index}" for index in SHOWN_ROUNDS)
+    table(f"real to curated | {header} | KL to the real data | its bound", rows)
 
 
-TABLES: dict[str, Callable[[int], None]] = {
-    "bounds": bounds, "attacks": attacks, "monitor": monitor, "defences": defences, "tastes": tastes, "mix": mix,
-    "short": short,
+def rounds(seeds: int, work: Studies, charts: Path | None) -> None:
+    """Users' reward by round."""
+    studies = {("clean", 0.0): StudyOptions(num_seeds=FEW)}
+    for kappa in BUDGETS:
+        for attack in ATTACKS[1:]:
+            studies[attack, kappa] = StudyOptions(num_seeds=FEW, attack=attack, attack_share=kappa)
+        for attack in GRADIENT:
+            studies[f"{attack}, defended", kappa] = replace(studies[attack, kappa], defence="influence")
+    results = work.run(studies)
+    rows = []
+    for (attack, kappa), result in results.items():
+        values = [mean(result.rewards[:, index, 0]) for index in SHOWN_ROUNDS]
+        rows.append((attack, kappa, *values))
+    table(f"attack | kappa | {' | '.join(f'round {index}' for index in SHOWN_ROUNDS)}", rows)
+    if charts:
+        paths = {key: result.rewards[..., 0] for key, result in results.items()}
+        draw_rounds(paths, BUDGETS, charts / "curation-reward.svg")
+
+
+def attacks(seeds: int, work: Studies, charts: Path | None) -> None:
+    """The last round by attack and budget, and the order of the attacks."""
+    studies = {("clean", 0.0): StudyOptions(num_seeds=seeds)}
+    for attack in ATTACKS[1:]:
+        for kappa in BUDGETS:
+            studies[attack, kappa] = StudyOptions(num_seeds=seeds, attack=attack, attack_share=kappa)
+    results, rows = work.run(studies), []
+    for key, result in results.items():
+        last = result.measures[-1]
+        rows.append((*key, mean(end(result)), mean(last.balance), mean(last.real_distance), mean(last.covariance, 3)))
+    table("attack | kappa | users' reward | balance of modes | kernel distance | Cov(e^r, e^r~)", rows)
+    for kappa in BUDGETS:
+        order = sorted(ATTACKS[1:], key=lambda attack: float(end(results[attack, kappa]).mean()))
+        print(f"kappa {kappa}, the most harmful first: {', '.join(order)}\n")
+
+
+def goals(seeds: int, work: Studies, charts: Path | None) -> None:
+    """What monitor and defences are to reach."""
+    base = StudyOptions(num_seeds=seeds)
+    studies: dict[tuple[str, object], StudyOptions] = {
+        ("clean", size): replace(base, num_audited=size) for size in AUDIT_SIZES
+    }
+    for attack in GRADIENT:
+        hit = replace(base, attack=attack)
+        studies |= {(attack, size): replace(hit, num_audited=size) for size in AUDIT_SIZES}
+        studies[attack, "influence"] = replace(hit, defence="influence")
+        for defence in ("influence", "group"):
+            loop = LoopOptions(num_candidates=8)
+            studies[attack, f"two tastes, {defence}"] = replace(hit, tastes=TWO_TASTES, loop=loop, defence=defence)
+    results = work.run(studies)
+    usual = base.num_audited
+    rows = [("false alarms in ten rounds", "<= 5 %", f"{usual} audited", share(results["clean", usual].alarms[:, -1]))]
+    clean = end(results["clean", usual]).mean()
+    for attack in GRADIENT:
+        noticed = {size: results[attack, size].alarms[:, 1] for size in AUDIT_SIZES}
+        rows.append((f"{attack} 0.2 noticed in two rounds", ">= 95 %", f"{usual} audited", share(noticed[usual])))
+        enough = [size for size in AUDIT_SIZES if float(noticed[size].double().mean()) >= 0.95]
+        if enough:
+            rows.append(("smallest audit that does", "", f"{enough[0]} audited", share(noticed[enough[0]])))
+        lost = end(results[attack, usual]).mean()
+        restored = (end(results[attack, "influence"]) - lost) / (clean - lost)
+        rows.append((f"{attack} 0.2: lost reward restored", ">= 80 %", "influence", percent(restored, 1)))
+        for defence in ("influence", "group"):
+            removed = results[attack, f"two tastes, {defence}"].removed.mean(1)
+            excess = mean(100 * (removed[:, 1] - removed[:, 0]), 1)
+            rows.append((f"{attack} 0.2: minority's records removed, less majority's", "<= 5 points", defence, excess))
+    table("goal | at | with | measured", rows)
+
+
+def monitor(seeds: int, work: Studies, charts: Path | None) -> None:
+    """Alarms of the audit by its size, and of fixed trusted sets."""
+    base = StudyOptions(num_seeds=seeds)
+    studies = {
+        (size, attack): replace(base, attack=attack, num_audited=size)
+        for size in AUDIT_SIZES
+        for attack in (ATTACKS if size == base.num_audited else ("clean", *GRADIENT))
+    }
+    results = work.run(studies)
+    rows = [(*key, *(share(result.alarms[:, index]) for index in (0, 1, -1))) for key, result in results.items()]
+    table("audited a round | attack, kappa 0.2 | in round 1 | within 2 | within 10", rows)
+    rows = []
+    for attack in ("clean", *GRADIENT):
+        fixed = results[base.num_audited, attack].fixed_alarms
+        for level, floor in enumerate(FIXED_FLOORS):
+            for index, size in enumerate(FIXED_SIZES):
+                flags = fixed[level, index]
+                rows.append((size, floor, attack, share(flags[:, 1]), share(flags[:, -1])))
+    table("fixed set | floor | attack, kappa 0.2 | within 2 rounds | within 10", rows)
+
+
+def defences(seeds: int, work: Studies, charts: Path | None) -> None:
+    """Reward restored by acting on an alarm, and what is removed of tampered and of other records."""
+    kinds, attacked = ("none", "influence", "trusted-only"), ("largest-difference", *GRADIENT)
+    base = StudyOptions(num_seeds=seeds)
+    studies = {("clean", 0.0, defence): replace(base, defence=defence) for defence in kinds}
+    for attack in attacked:
+        for kappa in (0.2, 0.4):
+            hit = replace(base, attack=attack, attack_share=kappa)
+            studies |= {(attack, kappa, defence): replace(hit, defence=defence) for defence in kinds}
+    results, rows = work.run(studies), []
+    clean = end(results["clean", 0.0, "none"]).mean()
+    for (attack, kappa, defence), result in results.items():
+        lost = end(results[attack, kappa, "none"]).mean()
+        restored = percent((end(result) - lost) / (clean - lost), 1) if attack != "clean" and defence != "none" else ""
+        acted = defence == "influence"
+        untampered = percent(result.removed.mean((1, 2)), 1) if acted else ""
+        tampered = percent(result.caught.mean((1, 2)), 1) if acted and attack != "clean" else ""
+        rows.append((attack, kappa, defence, mean(end(result)), restored, untampered, tampered))
+    table("attack | kappa | defence | users' reward | restored | untampered removed | tampered removed", rows)
+
+
+def tastes(seeds: int, work: Studies, charts: Path | None) -> None:
+    """Two honest groups of 70 % and 30 % with opposite tastes, K = 8."""
+    base = StudyOptions(num_seeds=seeds, tastes=TWO_TASTES, loop=LoopOptions(num_candidates=8))
+    studies = {("clean", "one reward for both"): replace(base, pooled=True), ("clean", "none"): base}
+    for attack in GRADIENT:
+        for defence in ("none", "influence", "group"):
+            studies[attack, defence] = replace(base, attack=attack, defence=defence)
+    rows = []
+    for (attack, defence), result in work.run(studies).items():
+        occupancy, removed = result.measures[-1].occupancy, result.removed.mean(1)
+        near = " / ".join(percent(occupancy[:, modes].sum(-1)) for modes in ([7, 0, 1], [3, 4, 5]))
+        finals = " / ".join(mean(result.rewards[:, -1, group]) for group in (0, 1))
+        parts = " / ".join(percent(removed[:, group], 1) for group in (0, 1))
+        excess = mean(100 * (removed[:, 1] - removed[:, 0]), 1)
+        cells = (parts, excess) if defence in ("influence", "group") else ("", "")
+        rows.append((attack, defence, finals, near, *cells))
+    table("attack 0.2 | defence | reward of each | samples near each | untampered removed of each | points more", rows)
+
+
+def mix(seeds: int, work: Studies, charts: Path | None) -> None:
+    """Real data in the mix: they bound the drift, and restore no preference."""
+    studies = {
+        (attack, ratio): StudyOptions(num_seeds=FEW, attack=attack, loop=LoopOptions(curated_weight=weight))
+        for attack in ("clean", *GRADIENT)
+        for weight, ratio in RATIOS
+    }
+    results = work.run(studies)
+    rows = []
+    for (attack, ratio), result in results.items():
+        last = result.measures[-1]
+        rows.append((ratio, attack, mean(end(result)), mean(last.real_distance), mean(last.balance)))
+    table("real to curated | attack, kappa 0.2 | users' reward | kernel distance to the real data | balance", rows)
+    if charts:
+        drawn = {key: (end(result), result.measures[-1].real_distance) for key, result in results.items()}
+        draw_mix(drawn, charts / "curation-mix.svg")
+
+
+def short(seeds: int, work: Studies, charts: Path | None) -> None:
+    """Training of the reward model, refit of the generator, or search of the attacker cut short."""
+    variants = {
+        **{f"Newton steps of the reward model: {n}": {"fit": FitOptions(max_steps=n)} for n in (1, 2, 3, 100)},
+        **{f"EM steps of a refit: {n}": {"em_steps": n} for n in (1, 2, 5, 20)},
+        **{f"stages of the attack: {n}": {"num_stages": n} for n in (1, 2, 5, 20)},
+    }
+    kinds = ("clean", *GRADIENT)
+    studies = {
+        (name, attack): replace(StudyOptions(num_seeds=FEW, attack=attack), **change)  # type: ignore[arg-type]
+        for name, change in variants.items()
+        for attack in kinds
+    }
+    results = work.run(studies)
+    rows = [(name, *(mean(end(results[name, attack])) for attack in kinds)) for name in variants]
+    table(f"cut short | {' | '.join(kinds)}", rows)
+
+
+TABLES: dict[str, Callable[[int, Studies, Path | None], None]] = {
+    "bounds": bounds, "rounds": rounds, "attacks": attacks, "goals": goals, "monitor": monitor, "defences": defences,
+    "tastes": tastes, "mix": mix, "short": short,
 }  # fmt: skip
 
 
@@ -208,12 +259,17 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", choices=[*TABLES, []], default=list(TABLES))
     parser.add_argument("--seeds", type=int, default=200)
+    parser.add_argument("--executor", choices=["local", "ray"], default="local")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--charts", type=Path)
     options = parser.parse_args(arguments)
-    for name in options.tables:
-        start = time.monotonic()
-        print(f"\n{name}, {options.seeds} seeds")
-        TABLES[name](options.seeds)
-        print(f"{time.monotonic() - start:.0f} s")
+    with open_executor(options.executor, options.processes) as executor:
+        work = Studies(executor)
+        for name in options.tables:
+            start = time.monotonic()
+            print(f"## {name}\n")
+            TABLES[name](options.seeds, work, options.charts)
+            print(f"({time.monotonic() - start:.0f} s)\n", flush=True)
     return 0
 
 

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from engine.job.records import STATUS_FAILED
 from engine.job.spec import JobSpec
+from engine.methods.intervals import wilson_interval
 from engine.methods.risky.spec import RiskyGuidanceSpec
-from engine.studies.intervals import wilson_interval
 
 COLUMNS = (
     "request", "status", "class_name", "class_index", "is_error", "oracle_class", "risk", "conformity", "screened",

@@ -40,6 +40,18 @@ def read_job(path: Path, overrides: list[tuple[str, Any]], *, continues: bool = 
     Side effects: if a model or a method is a factory, adds the working folder and the folder of the file to
         `sys.path`.
     """
+    raw = read_raw(path, overrides)
+    job = dated(parse_job(raw), datetime.date.today(), continues=continues)
+    let_import(job, Path.cwd(), path.parent)
+    return job
+
+
+def read_raw(path: Path, overrides: list[tuple[str, Any]]) -> Any:
+    """The content of a job file with overrides, which is not checked yet.
+
+    Raises:
+        JobError: the file cannot be read, is not YAML (with line and column), is empty, or contains a password.
+    """
     raw = _parse(path, _text(path))
     if raw is None:
         raise JobError(f"{path}: is empty; `riskforge schema` prints the schema of a job")
@@ -47,9 +59,7 @@ def read_job(path: Path, overrides: list[tuple[str, Any]], *, continues: bool = 
         raw = apply_overrides(raw, overrides)
     if problems := _credential_problems(raw, ""):
         raise JobError(problems)
-    job = dated(parse_job(raw), datetime.date.today(), continues=continues)
-    let_import(job, Path.cwd(), path.parent)
-    return job
+    return raw
 
 
 def _credential_problems(value: Any, where: str) -> list[str]:

@@ -41,6 +41,8 @@ def parse_job(raw: Any) -> JobSpec:
     """
     if not isinstance(raw, dict):
         raise JobError(f"job: a mapping of keys is expected, not {type(raw).__name__}; see `riskforge schema`")
+    if "study" in raw:
+        raise JobError(f"study: a job with this key makes no run; it is for `riskforge study {_study(raw['study'])}`")
     if oversized := _oversized(raw, ()):
         raise JobError([f"{_path(where)}: {text}" for where, text in oversized[:MAX_PROBLEMS]])
     job, problems = _validate(JobSpec, raw, ())
@@ -54,6 +56,11 @@ def parse_job(raw: Any) -> JobSpec:
     if problems:
         raise JobError(_limited([f"{_path(where)}: {text}" for where, text in problems]))
     return job
+
+
+def _study(name: Any) -> str:
+    """The name of a study, as a command has it."""
+    return name if isinstance(name, str) and re.fullmatch(r"[a-z-]{1,30}", name) else "STUDY"
 
 
 def _limited(lines: list[str]) -> list[str]:

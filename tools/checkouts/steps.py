@@ -118,7 +118,9 @@ def choose_jobs(
 
 
 def exclusion_reason(raw: dict[str, Any]) -> str:
-    """Why a job cannot run on a CPU without a network; empty where it can."""
+    """Why a job is no run, or cannot run on a CPU without a network; empty where it can."""
+    if "study" in raw:
+        return "is a study"
     if raw.get("runtime", {}).get("device") == "cuda":
         return "needs a GPU"
     models = {**raw["models"], "safety_checker": None, "requests": [one.get("diffusion") for one in raw["requests"]]}

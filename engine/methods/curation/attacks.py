@@ -1,8 +1,8 @@
 """Attacks on preference records: which labels to exchange within a budget. For red-teaming one's own loop.
 
-All of them exchange `budget(kappa, N)` labels. The gradient attack ranks records by the *signed* change of the
-objective that exchanging a label predicts (Wei and Zhang, section 4): the size alone ranks exchanges that help the
-users as high as those that harm them.
+All of them exchange `budget(kappa, N)` labels. The gradient attack of Wei and Zhang ranks records here by the *signed*
+change of the objective that exchanging a label predicts. The size alone, by which the authors' public code ranks, puts
+exchanges that help the users as high as those that harm them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 
 
 def covariance_objective(true: Tensor, learned: Tensor) -> Tensor:
-    """`Cov(e^R, e^R~)`, the papers' objective. It is unbounded: it also rewards a learned reward of a large scale."""
+    """`Cov(e^R, e^R~)`, Wei and Zhang's objective. It is unbounded: a learned reward of a large scale lowers it too."""
     return sample_covariance(true, learned)
 
 
@@ -49,12 +49,12 @@ def random_flips(labels: Tensor, share: float, generator: torch.Generator) -> Te
 
 
 def largest_difference_flips(model: RewardModel, parameters: Tensor, pairs: Pairs, share: float) -> Tensor:
-    """Exchange the labels of pairs with the largest |R(x) - R(z)|; booleans [..., N]."""
+    """Exchange the labels of pairs with the largest |R(x) - R(z)|, a heuristic of Wei and Zhang; booleans [..., N]."""
     return _lowest(-margins(model, parameters, pairs).abs(), budget(share, len(pairs)))
 
 
 def highest_reward_flips(model: RewardModel, parameters: Tensor, pairs: Pairs, share: float) -> Tensor:
-    """Exchange the labels of pairs with the highest reward max(R(x), R(z)); booleans [..., N]."""
+    """Exchange the labels of pairs with the highest max(R(x), R(z)), their other heuristic; booleans [..., N]."""
     highest = torch.maximum(model(parameters, pairs.first), model(parameters, pairs.second))
     return _lowest(-highest, budget(share, len(pairs)))
 
@@ -70,8 +70,9 @@ class AttackOptions:
             attack that stays close is harder to see. Its slope is zero where nothing is exchanged yet, so that it acts
             from the second stage on.
         num_stages: the budget is spent in so many equal parts; the model is trained again before each, and the records
-            that are left are ranked again. One stage is the papers' algorithm without its soft labels.
-        signed: rank by the signed change; False ranks by its size, as the public code does, for comparison only.
+            that are left are ranked again. One stage is the papers' algorithm without the labels between 0 and 1 of
+            its search.
+        signed: rank by the signed change; False ranks by its size, as the authors' public code does: to compare.
         fit: how the attacker expects the reward model to be trained.
         solver: of the linear system.
     """

@@ -2,14 +2,14 @@
 
 `a = e^r` is the weight of a choice by the reward r of the users, `b = e^r~` that by the reward r~ which curates a
 share phi of the choices. Of K candidates, curation by b raises the mean of a by the sample covariance of (a, b) over
-the sample mean of b (the setting of lemmas 3.3 and 3.4 of Wei and Zhang; for a = b of lemma 2.2 of Ferbach et al.):
+the sample mean of b, so that in the setting of Wei and Zhang
 
     E_t+1[a] - E_t[a] = (1 - phi) E[S_aa / mean a] + phi E[S_ab / mean b],    E[S_ab] = (K - 1) / K Cov(a, b).
 
-The variance term is at least (K - 1) / K Var(a) / max a. The covariance term has the sign of Cov(a, b) in the limit of
-many candidates, where it is Cov(a, b) / E[b], and wherever a and b rank all pairs alike or all in reverse. For other
-rewards and finite K it has not: pairs are discounted by b. So its bounds take apart the pairs that a and b rank alike
-and those that they rank in reverse.
+The variance term is at least (K - 1) / K Var(a) / max a, which for phi = 0 is lemma 2.2 of Ferbach et al. The
+covariance term has the sign of Cov(a, b) in the limit of many candidates, where it is Cov(a, b) / E[b], and wherever a
+and b rank all pairs alike or all in reverse. For other rewards and finite K it has not: pairs are discounted by b. So
+its bounds take apart the pairs that a and b rank alike and those that they rank in reverse.
 """
 
 from __future__ import annotations
@@ -103,8 +103,9 @@ def updated_probabilities(
 def real_data_divergence_bound(num_candidates: int, curated_weight: float) -> float:
     """Bound of `KL(p_t || p_data)` for all t where the loop starts at p_data: `-log(1 - lambda (K - 1))`, in nats.
 
-    As H <= K, the largest ratio of p_t to p_data obeys `s' <= (1 + lambda K s) / (1 + lambda)` (Ferbach et al.,
-    section 2.2). It bounds the drift and not the reward: p_data itself may be what the users dislike.
+    As H <= K, the largest ratio of p_t to p_data obeys `s' <= (1 + lambda K s) / (1 + lambda)`, whose fixed point is
+    the bound; Ferbach et al. prove the like for their loop with real data. It bounds the drift and not the reward:
+    p_data itself may be what the users dislike.
 
     Returns:
         infinity where `lambda (K - 1) >= 1`, for which there is no bound.

@@ -18,13 +18,7 @@ from engine.methods.curation.hypergradient import (
     objective_gradient,
 )
 from engine.methods.curation.preferences import Pairs
-from engine.methods.curation.reward_models import (
-    FitOptions,
-    RewardModel,
-    fit_reward,
-    margins,
-    preference_losses,
-)
+from engine.methods.curation.reward_models import FitOptions, RewardModel, fit_reward, margins, preference_losses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -122,7 +122,7 @@ class GaussianMixture:
 
 
 def circle_mixture(num_modes: int, *, radius: float = 2.0, deviation: float = 0.3) -> GaussianMixture:
-    """Equal Gaussians on a circle, the first at angle zero: the papers' eight modes for `num_modes` 8."""
+    """Equal Gaussians on a circle, the first at angle zero: with eight modes the papers' example."""
     angles = torch.arange(num_modes, dtype=torch.float64) * (2 * math.pi / num_modes)
     covariances = (deviation**2 * torch.eye(2, dtype=torch.float64)).expand(num_modes, 2, 2)
     weights = torch.full((num_modes,), 1 / num_modes, dtype=torch.float64)

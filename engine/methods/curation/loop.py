@@ -12,8 +12,9 @@ from torch import Tensor
 
 from engine.methods.curation.bounds import sample_covariance
 from engine.methods.curation.generators import Generator
-from engine.methods.curation.measures import class_balance, class_shares, kernel_distance
+from engine.methods.curation.measures import class_balance, class_shares
 from engine.methods.curation.selection import select
+from engine.methods.kernel_distance import unbiased_mmd
 
 GeneratorT = TypeVar("GeneratorT", bound=Generator)
 
@@ -70,7 +71,7 @@ class RoundMeasures:
         covariance: `Cov(e^r, e^r~)` of true and curating reward.
         occupancy: [..., n] share of each mode or class.
         balance: entropy of the shares in [0, 1].
-        real_distance: KID of the features to those of real samples.
+        real_distance: squared kernel distance of the features to those of real samples, as in KID.
     """
 
     expected_reward: Tensor
@@ -170,5 +171,5 @@ def measure_round(
         covariance=sample_covariance(true_rewards, curating_rewards),
         occupancy=shares,
         balance=class_balance(shares),
-        real_distance=kernel_distance(features, real_features),
+        real_distance=unbiased_mmd(features, real_features),
     )

@@ -1,4 +1,4 @@
-"""What is measured of every round: rewards, modes, classes, distance to the real distribution."""
+"""Shares of modes and classes among the samples of a round, and how even they are."""
 
 from __future__ import annotations
 
@@ -21,22 +21,3 @@ def class_balance(shares: Tensor) -> Tensor:
     """Entropy of class shares [..., n] over that of equal ones, [...] in [0, 1]."""
     entropy = -torch.special.xlogy(shares, shares).sum(-1)
     return entropy / torch.log(torch.tensor(float(shares.shape[-1]), dtype=shares.dtype))
-
-
-def kernel_distance(samples: Tensor, real: Tensor) -> Tensor:
-    """KID of features [..., N, d] and [..., M, d], [...]: unbiased squared MMD, kernel `(x . y / d + 1)^3`.
-
-    Binkowski et al. 2018, on the given features. Unbiased, so that it may fall below zero.
-    """
-    within = _off_diagonal_mean(_cubic(samples, samples)) + _off_diagonal_mean(_cubic(real, real))
-    return within - 2 * _cubic(samples, real).mean((-2, -1))
-
-
-def _cubic(first: Tensor, second: Tensor) -> Tensor:
-    gram = first @ second.mT / first.shape[-1] + 1
-    return gram * gram * gram
-
-
-def _off_diagonal_mean(gram: Tensor) -> Tensor:
-    count = gram.shape[-1]
-    return (gram.sum((-2, -1)) - gram.diagonal(dim1=-2, dim2=-1).sum(-1)) / (count * (count - 1))

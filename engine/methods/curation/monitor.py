@@ -1,7 +1,9 @@
 """The monitor: does the reward that curates still agree with trusted preferences? Valid at any time, by e-values.
 
 An e-value is a non-negative statistic whose mean is at most 1 where nothing is wrong; a process of them exceeds
-`1 / alpha` at any time of a whole run with probability at most alpha (Ville's inequality; Ramdas et al. 2023).
+`1 / alpha` at any time of a whole run with probability at most alpha (Ville's inequality; Ramdas, Grunwald, Vovk
+and Shafer 2023, "Game-theoretic statistics and safe anytime-valid inference"). Bets on bounded increments are those of
+Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by betting".
 
 Two tests. The *audit* draws records of a round, withholds them from training and has trusted raters choose again: where
 nothing is wrong the two choices of a pair are exchangeable, however noisy the raters, small the differences or
@@ -199,7 +201,8 @@ def combined_e_value(log_e_values: Tensor) -> Tensor:
     """One process of dependent e-values, [..., T] rounds to [..., T].
 
     Round t counts with weight `1 / (t (t + 1))`. The sum over all rounds ever has a mean of at most 1 whatever the
-    dependence, and no partial sum exceeds it, so that a run of any length raises a false alarm with at most alpha.
+    dependence (Vovk and Wang 2021), and no partial sum exceeds it, so that a run of any length raises a false alarm
+    with at most alpha.
     """
     rounds = torch.arange(1, log_e_values.shape[-1] + 1, dtype=log_e_values.dtype)
     return (log_e_values.exp() / (rounds * (rounds + 1))).cumsum(-1)

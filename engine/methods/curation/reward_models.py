@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from engine.methods.curation.minimisers import Minimum, minimise_lbfgs, minimise_newton
 from engine.methods.curation.preferences import Pairs
-
-_MAX_HALVINGS = 20
+from engine.methods.intervals import LEVEL, Estimate, wilson_interval
 
 
 class RewardModel(Protocol):
@@ -87,6 +85,11 @@ class NetworkReward:
         return torch.tanh(features @ hidden.view(self.width, self.num_features).T + bias) @ last
 
 
+def margins(model: RewardModel, parameters: Tensor, pairs: Pairs) -> Tensor:
+    """Reward of the first less that of the second sample, [..., N]."""
+    return model(parameters, pairs.first) - model(parameters, pairs.second)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitOptions:
     """How a reward model is trained.
@@ -105,30 +108,6 @@ class FitOptions:
     def __post_init__(self) -> None:
         if self.l2 <= 0 or self.tolerance <= 0 or self.max_steps < 1:
             raise ValueError(f"l2 {self.l2}, tolerance {self.tolerance}, max_steps {self.max_steps}: all are above 0")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RewardFit:
-    """A trained reward model.
-
-    Attributes:
-        parameters: [..., P], detached.
-        loss: [...] at the end, with its L2 term.
-        gradient_norm: [...] largest entry of the gradient.
-        converged: whether it is below the tolerance in every run.
-        num_steps: steps made.
-    """
-
-    parameters: Tensor
-    loss: Tensor
-    gradient_norm: Tensor
-    converged: bool
-    num_steps: int
-
-
-def margins(model: RewardModel, parameters: Tensor, pairs: Pairs) -> Tensor:
-    """Reward of the first less that of the second sample, [..., N]."""
-    return model(parameters, pairs.first) - model(parameters, pairs.second)
 
 
 def preference_losses(margin: Tensor, labels: Tensor) -> Tensor:
@@ -167,7 +146,7 @@ def fit_reward(
     start: Tensor | None = None,
     weights: Tensor | None = None,
     generator: torch.Generator | None = None,
-) -> RewardFit:
+) -> Minimum:
     """Train a reward model: Newton steps for a linear one (many runs at once), L-BFGS for others.
 
     Args:
@@ -189,13 +168,16 @@ def fit_reward(
         if generator is None:
             raise ValueError("generator: a network that has no start needs one")
         start = model.initial(generator)
-    return _fit_by_lbfgs(model, pairs, options, start, weights)
+    return minimise_lbfgs(
+        lambda point: training_loss(model, point, pairs, options.l2, weights), start,
+        tolerance=options.tolerance, max_steps=options.max_steps,
+    )  # fmt: skip
 
 
 def _fit_linear(
     model: LinearReward, pairs: Pairs, options: FitOptions, start: Tensor | None, weights: Tensor | None
-) -> RewardFit:
-    """Newton's method with step halving; the loss is convex, every run has one minimum."""
+) -> Minimum:
+    """By derivatives in closed form; the loss is convex, so that every run has one minimum."""
     differences = pairs.first - pairs.second
     record_weights = torch.ones_like(pairs.labels) if weights is None else weights
     eye = torch.eye(model.num_features, dtype=differences.dtype)
@@ -204,83 +186,35 @@ def _fit_linear(
         losses = preference_losses((differences @ parameters[..., None])[..., 0], pairs.labels)
         return (losses * record_weights).mean(-1) + 0.5 * options.l2 * parameters.square().sum(-1)
 
-    shape = (*pairs.labels.shape[:-1], model.num_features)
-    parameters = torch.zeros(shape, dtype=differences.dtype) if start is None else start.expand(shape).clone()
-    for step in range(options.max_steps + 1):
+    def derivatives_at(parameters: Tensor) -> tuple[Tensor, Tensor]:
         predicted = torch.sigmoid((differences @ parameters[..., None])[..., 0])
         residual = (predicted - pairs.labels) * record_weights
-        gradient = _weighted_mean(residual, differences) + options.l2 * parameters
-        norm = gradient.abs().amax(-1)
-        if step == options.max_steps or bool((norm <= options.tolerance).all()):
-            break
+        gradient = (residual[..., None, :] @ differences)[..., 0, :] / len(pairs) + options.l2 * parameters
         curvature = (predicted * (1 - predicted) * record_weights)[..., None] * differences
-        hessian = differences.mT @ curvature / len(pairs) + options.l2 * eye
-        direction = torch.linalg.solve(hessian, gradient)
-        parameters = _halved_step(loss_at, parameters, direction)
-    converged = bool((norm <= options.tolerance).all())
-    return RewardFit(parameters, loss_at(parameters), norm, converged, step)
+        return gradient, differences.mT @ curvature / len(pairs) + options.l2 * eye
+
+    shape = (*pairs.labels.shape[:-1], model.num_features)
+    first = torch.zeros(shape, dtype=differences.dtype) if start is None else start.expand(shape).clone()
+    return minimise_newton(loss_at, derivatives_at, first, tolerance=options.tolerance, max_steps=options.max_steps)
 
 
-def _weighted_mean(values: Tensor, rows: Tensor) -> Tensor:
-    """Mean over N of `values` [..., N] times `rows` [..., N, d]."""
-    return (values[..., None, :] @ rows)[..., 0, :] / rows.shape[-2]
+def agreements(margin: Tensor, labels: Tensor) -> Tensor:
+    """1 where a reward's margin [..., N] predicts the label, 0 where it does not, one half at a tie."""
+    return 0.5 + 0.5 * torch.sign(margin) * (2 * labels - 1)
 
 
-def _halved_step(loss_at: Callable[[Tensor], Tensor], parameters: Tensor, direction: Tensor) -> Tensor:
-    """The step of each run, halved until its loss does not rise beyond rounding."""
-    before = loss_at(parameters)
-    slack = 1e-12 * (1 + before.abs())
-    size = torch.ones_like(before)
-    for _ in range(_MAX_HALVINGS):
-        moved = parameters - size[..., None] * direction
-        rising = loss_at(moved) > before + slack
-        if not rising.any():
-            break
-        size = torch.where(rising, size / 2, size)
-    return moved
-
-
-def _fit_by_lbfgs(
-    model: RewardModel, pairs: Pairs, options: FitOptions, start: Tensor, weights: Tensor | None
-) -> RewardFit:
-    parameters = start.detach().clone().requires_grad_()
-    optimiser = torch.optim.LBFGS(
-        [parameters], max_iter=options.max_steps, max_eval=2 * options.max_steps, tolerance_grad=options.tolerance,
-        tolerance_change=0.0, history_size=20, line_search_fn="strong_wolfe",
-    )  # fmt: skip
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        loss = training_loss(model, parameters, pairs, options.l2, weights)
-        loss.backward()
-        return loss
-
-    optimiser.step(closure)
-    loss = closure().detach()
-    assert parameters.grad is not None
-    norm = parameters.grad.abs().amax()
-    steps = optimiser.state[parameters]["n_iter"]
-    return RewardFit(parameters.detach(), loss, norm, bool(norm <= options.tolerance), steps)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Accuracy:
-    """Share of held-out preferences that a reward predicts, with its score interval (Wilson 1927).
+@dataclass(frozen=True, slots=True)
+class Accuracy(Estimate):
+    """Share of held-out preferences that a reward predicts, a tie counting as half, with its score interval.
 
     Attributes:
-        value: the share; a tie counts as half.
-        low: lower end.
-        high: upper end.
         num_pairs: records that it is measured on.
     """
 
-    value: float
-    low: float
-    high: float
     num_pairs: int
 
 
-def held_out_accuracy(model: RewardModel, parameters: Tensor, pairs: Pairs, level: float = 0.95) -> Accuracy:
+def held_out_accuracy(model: RewardModel, parameters: Tensor, pairs: Pairs, level: float = LEVEL) -> Accuracy:
     """How often a reward predicts the choices of records it was not trained on.
 
     Args:
@@ -296,14 +230,5 @@ def held_out_accuracy(model: RewardModel, parameters: Tensor, pairs: Pairs, leve
     if not total:
         raise ValueError("pairs: no record is held out; accuracy needs at least one")
     agreement = agreements(margins(model, parameters, pairs), pairs.labels)
-    share, z = float(agreement.mean()), NormalDist().inv_cdf(0.5 + level / 2)
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2) / (1 + z * z / total)
-    return Accuracy(
-        value=share, low=min(share, max(0.0, centre - half)), high=max(share, min(1.0, centre + half)), num_pairs=total
-    )
-
-
-def agreements(margin: Tensor, labels: Tensor) -> Tensor:
-    """1 where a reward's margin [..., N] predicts the label, 0 where it does not, one half at a tie."""
-    return 0.5 + 0.5 * torch.sign(margin) * (2 * labels - 1)
+    share = wilson_interval(float(agreement.sum()), total, level)
+    return Accuracy(share.value, share.low, share.high, total)

@@ -46,14 +46,14 @@ def select(rewards: Tensor, generator: torch.Generator) -> Tensor:
 def curation_weights(probabilities: Tensor, rewards: Tensor, num_candidates: int | None) -> Tensor:
     """Factor by which curation multiplies the probability of each point, exact for a finite support.
 
-    `H(x) = K E[e^r(x) / (e^r(x) + sum of K - 1 others)]` (Ferbach et al., section 2), with
+    `H(x) = K E[e^r(x) / (e^r(x) + sum of K - 1 others)]` (Ferbach et al. 2024), with
     `1 / s = integral of e^(-u s) du` written as an integral over one variable. Its mean over `probabilities` is 1,
     and it lies in [0, K].
 
     Args:
         probabilities: [..., M], sums to 1.
         rewards: [..., M].
-        num_candidates: K; None for the limit of many candidates, `e^r / E[e^r]`.
+        num_candidates: K; None for the limit of many candidates, `e^r / E[e^r]` (their lemma 2.1).
 
     Returns:
         [..., M].

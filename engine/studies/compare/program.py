@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from engine.errors import JobError
+from engine.methods.intervals import LEVEL
 from engine.studies.compare.matching import MIN_SAMPLES, Match, match_rows
 from engine.studies.compare.scored_run import METRICS, SHARES, Rows, ScoredRun
 from engine.studies.compare.significance import Difference, holm, median_difference, share_difference
-from engine.studies.intervals import LEVEL
 
 LEVELS = ("request", "class", "context")
 MAX_LISTED = 20

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.special import ndtri
 
-from engine.studies.intervals import LEVEL, Estimate, wilson_interval
+from engine.methods.intervals import LEVEL, Estimate, wilson_interval
 
 # With a smaller expected count in a cell, Pearson's chi-squared does not hold and Fisher's exact test is used.
 MIN_EXPECTED = 5

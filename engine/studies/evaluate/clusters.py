@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.methods.intervals import wilson_interval
 from engine.report.evaluation import Interval
-from engine.studies.intervals import wilson_interval
 
 MIN_FAILURES = 20
 MAX_SLICES = 8

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from engine.studies.intervals import Estimate, wilson_interval
+from engine.methods.intervals import Estimate, wilson_interval
+from engine.methods.kernel_distance import unbiased_mmd
 
 Features = NDArray[np.float64]
 
@@ -59,22 +61,11 @@ def kernel_distance(
         raise ValueError(f"a kernel distance needs four features a side, not {len(first)} and {len(second)}")
     rng = np.random.default_rng(seed)
     distances = [
-        unbiased_mmd(*(side[rng.choice(len(side), size, replace=False)] for side in (first, second)))
+        unbiased_mmd(*(torch.from_numpy(side[rng.choice(len(side), size, replace=False)]) for side in (first, second)))
         for _ in range(subsets)
     ]
     low, high = np.quantile(distances, [0.025, 0.975])
     return Estimate(float(np.mean(distances)), float(low), float(high))
-
-
-def unbiased_mmd(first: Features, second: Features) -> float:
-    """The unbiased estimate of the squared maximum mean discrepancy under the cubic kernel (Gretton et al. 2012)."""
-    within = [_cubic(side, side) for side in (first, second)]
-    own = sum(float(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in within)
-    return own - 2 * float(_cubic(first, second).mean())
-
-
-def _cubic(first: Features, second: Features) -> Features:
-    return np.asarray((first @ second.T / first.shape[1] + 1) ** 3)
 
 
 def frechet_distance(first: Features, second: Features) -> float:

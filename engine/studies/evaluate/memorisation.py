@@ -10,6 +10,7 @@ import PIL.Image
 from engine.data.images import LabelledImage, Unusable, nothing_usable, open_images
 from engine.driver.progress import Display
 from engine.errors import JobError
+from engine.methods.intervals import wilson_interval
 from engine.report.evaluation import Copies, Memorisation, Pair, Thresholds
 from engine.studies.evaluate.image_features import ImageFeatures, VisionModels
 from engine.studies.evaluate.image_registry import ImageRegistry
@@ -17,7 +18,6 @@ from engine.studies.evaluate.inputs import StudiedSamples, source_of
 from engine.studies.evaluate.nearest_images import NearestImages, find_nearest, order_by_nearness, thresholds_of
 from engine.studies.evaluate.options import EvaluateOptions
 from engine.studies.evaluate.quality import interval_of
-from engine.studies.intervals import wilson_interval
 
 MAX_PAIRS = 12
 

@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.job.spec import JobSpec
+from engine.methods.intervals import Estimate
 from engine.report.evaluation import Interval, Qualities, Quality, TextScore, TextScores
 from engine.studies.evaluate.distances import Features, frechet_interval, kernel_distance, precision_recall
 from engine.studies.evaluate.image_features import ImageFeatures, VisionModels, unit
 from engine.studies.evaluate.inputs import StudiedSamples
 from engine.studies.evaluate.options import MIN_IMAGES, EvaluateOptions
-from engine.studies.intervals import Estimate, mean_interval
+from engine.studies.intervals import mean_interval
 
 # Hessel et al., "CLIPScore" (EMNLP 2021), equation 1.
 TEXT_WEIGHT = 2.5

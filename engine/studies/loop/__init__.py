@@ -1,1 +1,1 @@
-"""The self-consuming loop: a generator's curated samples train the next generator."""
+"""The self-consuming loop: generate, curate, fine-tune the generator on what was selected, and again."""

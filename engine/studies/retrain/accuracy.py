@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.studies.intervals import Estimate, mean_interval, wilson_interval
+from engine.methods.intervals import Estimate, wilson_interval
+from engine.studies.intervals import mean_interval
 
 # The target as it is; fine-tuned on real samples alone; and with generated ones.
 BEFORE, NONE, PLAIN, UNFILTERED, ACCEPTED = "before", "none", "plain", "unfiltered", "accepted"

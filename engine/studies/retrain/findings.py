@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.studies.intervals import LEVEL
+from engine.methods.intervals import LEVEL
 from engine.studies.retrain.accuracy import (
     ACCEPTED,
     NONE,

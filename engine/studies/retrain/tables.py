@@ -12,7 +12,7 @@ from engine.driver.progress import ABSENT, MAX_GROUP_ROWS
 from engine.studies.retrain.accuracy import ACCEPTED, BEFORE, NONE, Comparison, ErrorAgreement, context_name, points
 
 if TYPE_CHECKING:
-    from engine.studies.intervals import Estimate
+    from engine.methods.intervals import Estimate
 
 
 def accuracy_table(comparison: Comparison) -> Table:

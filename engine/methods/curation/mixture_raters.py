@@ -1,0 +1,115 @@
+"""Raters of samples of a Gaussian mixture: what they like, the records they make, and how these are tampered with.
+
+A taste is a mode of the mixture: the reward falls with the squared distance to it, so that a linear reward on
+monomials can be right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.methods.curation.attacks import (
+    AttackOptions,
+    gradient_flips,
+    highest_reward_flips,
+    largest_difference_flips,
+    random_flips,
+)
+from engine.methods.curation.generators import GaussianMixture
+from engine.methods.curation.preferences import Pairs
+from engine.methods.curation.reward_models import LinearReward, fit_reward
+from engine.methods.curation.selection import draw_preferences
+
+# The reward of all raters, on `monomials`.
+MODEL = LinearReward(5)
+
+
+def monomials(samples: Tensor) -> Tensor:
+    """Features [..., N, 5] of samples [..., N, 2]: all monomials of degree one and two, of about unit size."""
+    x, y = samples[..., 0], samples[..., 1]
+    return torch.stack([x, y, x * x / 2, y * y / 2, x * y], -1) / 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Raters:
+    """Honest raters of one taste.
+
+    Attributes:
+        centre: [2], the point they like best.
+        scale: reward lost for each squared unit of distance (nats).
+    """
+
+    centre: Tensor
+    scale: float
+
+    def rewards(self, samples: Tensor) -> Tensor:
+        """True rewards [..., N] of samples [..., N, 2]."""
+        return -self.scale * (samples - self.centre).square().sum(-1)
+
+    def records(self, mixture: GaussianMixture, count: int, generator: torch.Generator) -> Pairs:
+        """Records [..., count] of pairs of new samples."""
+        samples = mixture.sample(2 * count, generator)
+        first, second = samples[:, :count], samples[:, count:]
+        labels = draw_preferences(self.rewards(first), self.rewards(second), generator)
+        return Pairs(monomials(first), monomials(second), labels)
+
+    def choose_again(self, pairs: Pairs, generator: torch.Generator) -> Tensor:
+        """New labels [..., N] for pairs of monomials."""
+        x, y = self.centre.tolist()
+        # -|x - centre|^2 in monomials, up to a constant, which differences do not see.
+        truth = self.scale * torch.tensor([4 * x, 4 * y, -4.0, -4.0, 0.0], dtype=torch.float64)
+        return draw_preferences(MODEL(truth, pairs.first), MODEL(truth, pairs.second), generator)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupRecords:
+    """The records of one taste in a round.
+
+    Attributes:
+        pairs: that train, as attacked.
+        audited: records that do not.
+        trusted: [S, m] labels of the latter by trusted raters.
+        flips: [S, N] which of the former were tampered with.
+    """
+
+    pairs: Pairs
+    audited: Pairs
+    trusted: Tensor
+    flips: Tensor
+
+
+def tampered_flips(
+    attack: str, options: AttackOptions, honest: Pairs, probes: Tensor, generator: torch.Generator
+) -> Tensor:
+    """The labels that an attack exchanges, booleans [S, N].
+
+    Args:
+        attack: `clean`, `random`, `largest-difference`, `highest-reward`, or a gradient attack.
+        options: budget, and of the gradient attacks all else.
+        honest: N records.
+        probes: [S, M, 5] features of samples of the present generator.
+        generator: of random exchanges.
+    """
+    if attack == "clean":
+        return torch.zeros_like(honest.labels, dtype=torch.bool)
+    if attack == "random":
+        return random_flips(honest.labels, options.share, generator)
+    believed = fit_reward(MODEL, honest, options.fit).parameters
+    if attack == "largest-difference":
+        return largest_difference_flips(MODEL, believed, honest, options.share)
+    if attack == "highest-reward":
+        return highest_reward_flips(MODEL, believed, honest, options.share)
+    return gradient_flips(MODEL, believed, honest, probes, options)
+
+
+def joined_pairs(parts: Sequence[Pairs]) -> Pairs:
+    """The records of several groups, one after the other."""
+    return Pairs(
+        torch.cat([part.first for part in parts], -2),
+        torch.cat([part.second for part in parts], -2),
+        torch.cat([part.labels for part in parts], -1),
+    )

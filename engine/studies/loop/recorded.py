@@ -1,0 +1,86 @@
+"""The signal of people's preference records in a round of pipelines: learned, watched and defended as by `curate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.data.run.file_names import AUDIT
+from engine.driver.progress import Display
+from engine.studies.curate.candidates import Candidates
+from engine.studies.curate.options import CurateOptions
+from engine.studies.curate.program import SignalRecord
+from engine.studies.curate.selection import SelectionOptions
+from engine.studies.curate.signal import learn_signal, read_signal
+from engine.studies.loop.spec import LoopSpec, MonitorSpec
+from engine.studies.samples import open_study
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RecordedSignal:
+    """A reward learned from a file of records.
+
+    Attributes:
+        rewards: [N] of the candidates, in nats.
+        record: for the curated run, with the files of reward, monitor and suspects.
+    """
+
+    rewards: Tensor
+    record: SignalRecord
+
+    @property
+    def alarm(self) -> Tensor:
+        """[] whether the monitor has raised its alarm by now."""
+        return torch.tensor(self.record.monitor is not None and self.record.monitor.alarm)
+
+    def measures(self, lane: int) -> dict[str, Any]:
+        """What `loop.json` has of it; which records were tampered with is not known."""
+        accuracy, monitor = self.record.reward.accuracy, self.record.monitor
+        return {
+            "accuracy": accuracy
+            and {"value": accuracy.value, "low": accuracy.low, "high": accuracy.high, "records": accuracy.total},
+            "monitor": monitor
+            and {
+                "e_value": monitor.e_value,
+                "alarm": monitor.alarm,
+                "audited": monitor.num_audited,
+                "differing": monitor.num_differing,
+            },
+            "removed": None,
+        }
+
+
+def learn_recorded(
+    spec: LoopSpec, arm: str, candidates: Candidates, earlier: Path | None, seed: int, display: Display
+) -> RecordedSignal:
+    """Learn the reward of a round from the job's files, read now.
+
+    Args:
+        spec: the loop, with `curation.preferences`.
+        arm: name of the arm, whose defence acts.
+        candidates: of the round.
+        earlier: curated run of the round before, whose monitor is continued; None in the first round.
+        seed: of the split of the records.
+        display: of the round.
+
+    Raises:
+        JobError: a file is not as it must be, or has no record of samples of this round.
+    """
+    continued = earlier is not None and spec.curation.trusted is not None and (earlier / AUDIT).is_file()
+    options = CurateOptions(
+        preferences=spec.curation.preferences,
+        trusted=spec.curation.trusted,
+        after=str(earlier) if continued else None,
+        defence=spec.arms[arm].defence,
+        level=spec.monitor.level if spec.monitor else MonitorSpec().level,
+        selection=SelectionOptions(seed=seed),
+    )
+    inputs = read_signal(open_study(candidates.parent.store.uri), options)
+    learned = learn_signal(inputs, options, display)
+    for note in learned.notes:
+        display.notice(note)
+    return RecordedSignal(torch.tensor(list(learned.rewards(candidates)), dtype=torch.float64), learned.signal)

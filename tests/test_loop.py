@@ -1,0 +1,338 @@
+"""Loops: what a job may say, which round is next, mixtures from job to page, and how a folder is continued."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.commands.loops import STOPPED
+from engine.errors import JobError
+from engine.methods.curation.learning import Standardisation
+from engine.methods.curation.preferences import Pairs
+from engine.methods.curation.reward_models import LinearReward, fit_reward
+from engine.studies.loop.parsing import parse_loop
+from engine.studies.loop.rounds import play_round
+from engine.studies.loop.samples import RoundSamples
+from engine.studies.loop.signal import Memory, SignalOptions, learn_signal
+from engine.studies.loop.state import MAX_LOSSES, Lane, Schedule, Status, lanes_of
+from tests.conftest import REPOSITORY
+from tests.loop_cases import digits_job, mixture_job, write_job
+
+
+def problems_of(job) -> list[str]:
+    with pytest.raises(JobError) as error:
+        parse_loop(job, lambda path: {})
+    return error.value.problems
+
+
+def changed(job, place: str, value):
+    job = copy.deepcopy(job)
+    *parents, last = place.split(".")
+    inner = job
+    for key in parents:
+        inner = inner.setdefault(key, {})
+    inner[last] = value
+    return job
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ("rounds", 0, "rounds: 0 is below 1"),
+        ("rounds", 10**9, "rounds: 1000000000 is above 1000"),
+        ("seeds", -1, "seeds: -1 is below 1"),
+        ("curation.canditates", 4, "curation.canditates: unknown key; did you mean 'candidates'?"),
+        ("curation.scale", float("inf"), "curation.scale: inf is"),
+        ("curation.reward", "class-indx", "did you mean 'class-index'?"),
+        ("curation.reward", "oracle_confidence", "is no reward of a run"),
+        ("curation.candidates", 25, "curation.candidates: 25 is above the 24 samples"),
+        ("training.lora_rank", 0, "training.lora_rank: 0 is below 1"),
+        ("training.learning_rate", "1e-4", "training.learning_rate: '1e-4' is text to YAML, not a number"),
+        ("training.real", "digits:train", "training.curated_weight: missing"),
+        ("arms", {"a": {"attack": "gradient", "share": 1.2}}, "arms.a.share: 1.2 is above 1"),
+        ("arms", {"a": {"attack": "gradeint"}}, "did you mean 'gradient'?"),
+        ("arms", {"A b": {}}, "'A b' may hold only a-z, 0-9 and inner hyphens"),
+        ("arms", {"a" * 60: {}}, "shorten the arm"),
+        ("arms", {"a": {"curated_weight": 2.0}}, "arms.a.curated_weight: there are no real images"),
+        ("arms", {}, "arms: {} has fewer entries than 1"),
+        ("monitor", None, None),
+        ("generator", {}, "generator: give either `mixture`"),
+        ("generator.job.name", "x", "generator.job: name: the loop gives each round its own"),
+        ("generator.job.models.target", None, "generator.job: models.target"),
+        ("study", "evaluate", "study: 'evaluate' is not 'loop'"),
+    ],
+)
+def test_what_is_wrong_with_a_job_is_said_by_field_before_anything_starts(place, value, said):
+    job = changed(digits_job(), place, value)
+    if said is None:
+        parse_loop(job, lambda path: {})
+    else:
+        assert any(said in line for line in problems_of(job)), problems_of(job)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ("training", {"lora_rank": 4}, "training.lora_rank: has no meaning for a mixture"),
+        ("training", {"real": "digits:train", "curated_weight": 1.0}, "training.real: has no meaning for a mixture"),
+        ("curation.reward", "conformity", "'conformity' is not a reward of a mixture"),
+        ("curation.among", "class", "curation.among: a mixture is curated over the whole run"),
+        ("curation.learned", None, "arms.gradient.attack: there are no records without a learned reward"),
+        ("curation.learned.model", "network", "curation.learned.model"),
+        ("arms", {"a": {"defence": "influence"}}, None),
+        ("generator.job", {}, "generator: give either"),
+    ],
+)
+def test_a_mixture_takes_only_what_has_a_meaning_for_it(place, value, said):
+    job = changed(mixture_job(), place, value)
+    if said is None:
+        parse_loop(job, lambda path: {})
+        job["monitor"] = None
+        said = "arms.a.defence: acts from an alarm of the monitor on"
+    assert any(said in line for line in problems_of(job)), problems_of(job)
+
+
+@given(
+    num_rounds=st.integers(1, 4),
+    num_lanes=st.integers(1, 4),
+    num_slots=st.integers(1, 3),
+    fates=st.lists(st.sampled_from(["done", "done", "done", "lost", "stopped"]), max_size=60),
+)
+def test_rounds_of_a_lane_follow_one_another_whatever_is_lost(num_rounds, num_lanes, num_slots, fates):
+    """No lane plays two rounds at once, skips one, or goes on after its alarm; every other lane ends."""
+    schedule = Schedule(num_rounds, {lane: {} for lane in lanes_of(["a"], num_lanes)})
+    running: dict[Lane, int] = {}
+    fates = iter(fates)
+    while True:
+        for lane, number in schedule.ready()[: num_slots - len(running)]:
+            assert lane not in running
+            assert sorted(schedule.rounds[lane]) == list(range(number))
+            schedule.start(lane)
+            running[lane] = number
+        if not running:
+            break
+        lane, number = running.popitem()
+        fate = next(fates, "done")
+        if fate == "lost" and schedule.losses.get(lane, 0) < MAX_LOSSES:
+            assert schedule.lose(lane)
+            continue
+        is_last, stopped = number == num_rounds, fate == "stopped"
+        schedule.finish(lane, {"round": number, "trained": not is_last and not stopped, "stopped": stopped})
+    assert not schedule.lanes(Status.OPEN)
+    for lane in schedule.lanes(Status.DONE):
+        assert sorted(schedule.rounds[lane]) == list(range(num_rounds + 1))
+    for lane in schedule.lanes(Status.STOPPED):
+        assert schedule.rounds[lane][max(schedule.rounds[lane])]["stopped"]
+
+
+def test_more_rounds_begin_with_the_one_that_was_only_measured():
+    rounds = {0: {"round": 0, "trained": True, "stopped": False}, 1: {"round": 1, "trained": False, "stopped": False}}
+    lane = Lane("a", 0)
+    assert Schedule(1, {lane: rounds}).ready() == []
+    assert Schedule(2, {lane: rounds}).ready() == [(lane, 1)]
+
+
+class Recording:
+    """A generator of a few given samples that notes what it is retrained on."""
+
+    num_classes = 2
+
+    def __init__(self) -> None:
+        random = torch.Generator().manual_seed(0)
+        self.points = torch.randn(60, 3, generator=random, dtype=torch.float64)
+        self.retrained: list[torch.Tensor] = []
+
+    def samples(self) -> RoundSamples:
+        return RoundSamples(self.points, 16 * self.points[:, 0], (self.points[:, 0] > 0).long())
+
+    def real(self) -> None:
+        return None
+
+    def retrain(self, rewards, signal):
+        self.retrained.append(rewards)
+        return {"selected": 15}
+
+
+def play(generator, arm: str, on_alarm: str = "stop"):
+    job = parse_loop(mixture_job(on_alarm=on_alarm), lambda path: {}).spec
+    unit = Memory(Standardisation(torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)))
+    return play_round(generator, job, arm, 0, lambda samples: unit, seed=1)
+
+
+def test_a_stopped_lane_is_not_retrained():
+    """Any generator: what an alarm stops is not curated; what goes on is, by the learned reward."""
+    stopped, going, clean = Recording(), Recording(), Recording()
+    [measures] = play(stopped, "gradient").measures
+    assert measures["stopped"] and not measures["trained"] and not stopped.retrained
+    [measures] = play(going, "gradient", "continue").measures
+    assert measures["monitor"]["alarm"] and measures["trained"] and measures["selected"] == 15
+    [measures] = play(clean, "clean").measures
+    assert not measures["stopped"] and not measures["monitor"]["alarm"]
+    own = clean.points[:, 0]
+    assert torch.corrcoef(torch.stack([clean.retrained[0], own]))[0, 1] > 0.9
+    assert torch.corrcoef(torch.stack([going.retrained[0], own]))[0, 1] < 0.8
+
+
+def test_audited_records_do_not_train():
+    """The learned reward is the minimum of the loss over exactly the records that train."""
+    job = parse_loop(mixture_job(), lambda path: {}).spec
+    generator, options = Recording(), SignalOptions.of(job, "clean")
+    unit = Memory(Standardisation(torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)))
+    signal = learn_signal(generator.points, 3 * generator.points[:, 0], unit, options, seed=1)
+    pairs = signal.records.pairs
+    assert signal.records.sizes == (160, 40, 60) and len(pairs) == 260
+    own = Pairs(pairs.first[:160], pairs.second[:160], pairs.labels[:160])
+    again = fit_reward(LinearReward(3), own, options.fit).parameters
+    torch.testing.assert_close(signal.parameters, again)
+    assert len(signal.records.trusted) == 60 == len(signal.memory.audit.trusted)
+    assert (signal.records.first != signal.records.second).all()
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """A folder with a finished loop of mixtures, its job file, and how the command ended."""
+    import sys
+
+    from engine import cli
+
+    folder = tmp_path_factory.mktemp("loop")
+    path = write_job(folder / "job.yaml", mixture_job(output={"uri": str(folder / "loop")}))
+    before = sys.argv
+    sys.argv = ["riskforge", "study", "loop", str(path), "--executor", "local"]
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    finally:
+        sys.argv = before
+    return folder, path, end.value.code
+
+
+def lanes_in(folder: Path) -> dict[tuple[str, int], list[dict]]:
+    document = json.loads((folder / "loop.json").read_text())
+    return {(lane["arm"], lane["seed"]): lane["rounds"] for lane in document["lanes"]}
+
+
+def without_seconds(lanes):
+    return {lane: [{**measures, "seconds": None} for measures in rounds] for lane, rounds in lanes.items()}
+
+
+def test_an_alarm_ends_a_loop_with_exit_code_1(played):
+    folder, _, code = played
+    lanes = lanes_in(folder / "loop")
+    assert code == 1
+    for seed in (0, 1):
+        assert lanes["gradient", seed][-1]["stopped"] and lanes["gradient", seed][-1]["monitor"]["alarm"]
+        assert lanes["gradient", seed][-1]["selected"] is None
+        clean = lanes["clean", seed]
+        assert len(clean) == 3 and not any(measures["stopped"] for measures in clean)
+        assert clean[2]["reward"]["value"] > clean[0]["reward"]["value"] + 2
+        assert clean[0]["correlation"] > 0 > lanes["gradient", seed][0]["correlation"]
+        assert clean[0]["gain_low"] <= clean[0]["gain"] <= clean[0]["gain_high"]
+        # A defence answers the alarm.
+        defended = lanes["defended", seed]
+        assert len(defended) == 3 and defended[1]["monitor"]["alarm"] and not defended[1]["stopped"]
+        # All arms begin with equal samples.
+        assert clean[0]["shares"] == lanes["gradient", seed][0]["shares"]
+    page = (folder / "loop" / "report.html").read_text()
+    assert "The monitor stopped 2 loops: gradient, seed 0; gradient, seed 1" in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_the_same_command_does_nothing_again_and_says_the_alarm_again(played, call):
+    folder, path, _ = played
+    before = (folder / "loop" / "report.html").stat().st_mtime_ns
+    code, stdout, stderr = call("study", "loop", path, "--executor", "local")
+    assert code == 1 and "complete already" in stdout and "alarm: the learned reward no longer follows" in stderr
+    assert (folder / "loop" / "report.html").stat().st_mtime_ns == before
+
+
+def test_seeds_and_arms_extend_a_loop_and_continue_takes_up_what_an_alarm_stopped(played, call, tmp_path):
+    """Figures of a seed depend on neither the number of seeds nor on what ran before."""
+    folder, _, _ = played
+    own = tmp_path / "loop"
+    arms = {**mixture_job()["arms"], "random": {"attack": "random"}}
+    write_job(tmp_path / "job.yaml", mixture_job(output={"uri": str(own)}))
+    assert call("study", "loop", tmp_path / "job.yaml", "--executor", "local")[0] == 1
+    write_job(tmp_path / "job.yaml", mixture_job(output={"uri": str(own)}, seeds=3, arms=arms))
+    code, stdout, _ = call(
+        "study", "loop", tmp_path / "job.yaml", "--executor", "local", "--on-alarm", "continue", "--json"
+    )
+    assert code == 0, stdout
+    lanes, earlier = lanes_in(own), lanes_in(folder / "loop")
+    assert {len(rounds) for rounds in lanes.values()} == {3} and len(lanes) == 12
+    for lane, rounds in without_seconds(earlier).items():
+        now = without_seconds(lanes)[lane]
+        assert all(a | {"stopped": 0, "trained": 0, "selected": 0} == b | {"stopped": 0, "trained": 0, "selected": 0}
+                   for a, b in zip(rounds, now, strict=False))  # fmt: skip
+    figures = json.loads(stdout)["arms"]
+    assert figures["defended"]["reward"][-1]["value"] > figures["gradient"]["reward"][-1]["value"] + 1
+    assert lanes["defended", 0][0]["removed"]["tampered"] > 0
+
+
+def test_another_job_on_the_folder_is_refused_with_the_difference(played, call, tmp_path):
+    folder, _, _ = played
+    before, arms = (folder / "loop" / "loop.json").read_bytes(), mixture_job()["arms"]
+    uri = str(folder / "loop")
+    for change, said in (
+        (
+            {"curation": {"reward": "squared-distance", "scale": 0.5, "learned": {"records": 200}}},
+            "curation.scale: 0.25 -> 0.5",
+        ),
+        ({"rounds": 1}, "rounds: 2 -> 1; more extend a loop"),
+        ({"arms": {"clean": {}, "defended": arms["defended"]}}, "arms.gradient: is there, and not in this job"),
+        ({"arms": arms | {"clean": {"attack": "random"}}}, 'attack: "none" -> "random"'),
+    ):
+        path = write_job(tmp_path / "job.yaml", mixture_job(output={"uri": uri}, **change))
+        code, _, stderr = call("study", "loop", path, "--executor", "local")
+        assert code == 2 and said in stderr, stderr
+    assert (folder / "loop" / "loop.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b'{"study": "loop"}', b"\xff" * 40, b'{"a":' * 9000],
+    ids=["empty", "torn", "list", "bare", "binary", "deep"],
+)
+def test_a_torn_or_foreign_document_is_refused_by_name(content, call, tmp_path):
+    (tmp_path / "loop").mkdir()
+    (tmp_path / "loop" / "loop.json").write_bytes(content)
+    path = write_job(tmp_path / "job.yaml", mixture_job(output={"uri": str(tmp_path / "loop")}))
+    code, _, stderr = call("study", "loop", path, "--executor", "local")
+    assert code == 2 and "loop.json: is not that of a loop, or damaged" in stderr
+    assert (tmp_path / "loop" / "loop.json").read_bytes() == content
+
+
+def test_a_folder_with_other_files_is_left_alone(call, tmp_path):
+    (tmp_path / "loop").mkdir()
+    (tmp_path / "loop" / "notes.txt").write_text("mine")
+    path = write_job(tmp_path / "job.yaml", mixture_job(output={"uri": str(tmp_path / "loop")}))
+    code, _, stderr = call("study", "loop", path, "--executor", "local")
+    assert code == 2 and "holds files that no earlier `riskforge study loop` has left there ('notes.txt')" in stderr
+    assert [file.name for file in (tmp_path / "loop").iterdir()] == ["notes.txt"]
+
+
+def test_validate_checks_files_and_starts_nothing(call, tmp_path):
+    job = digits_job(
+        output={"uri": str(tmp_path / "loop")}, training={"lora_rank": 500}, measure={"real": "digits:trian"}
+    )
+    code, _, stderr = call("study", "loop", write_job(tmp_path / "job.yaml", job), "--validate")
+    assert code == 2 and "training.lora_rank" in stderr and "measure.real: there is no 'digits:trian'" in stderr
+    assert not (tmp_path / "loop").exists()
+    job = digits_job(output={"uri": str(tmp_path / "loop")})
+    code, stdout, _ = call("study", "loop", write_job(tmp_path / "job.yaml", job), "--validate", "--json")
+    assert code == 0 and json.loads(stdout) == {"valid": True, "classes_checked": True, "loops": 1}
+    assert not (tmp_path / "loop").exists()
+    assert "run the same command again" in STOPPED
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "jobs").glob("loop-*.yaml")), ids=lambda path: path.stem)
+def test_every_loop_job_of_the_repository_is_valid_and_is_no_job_of_a_run(call, path):
+    assert call("study", "loop", path, "--validate")[0] == 0
+    code, _, stderr = call("plan", path, "--validate")
+    assert code == 2 and "it is for `riskforge study loop`" in stderr

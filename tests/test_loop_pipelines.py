@@ -1,0 +1,106 @@
+"""A loop over the digits pipeline: on real Ray, killed and resumed, against the same loop in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.data.run.verify import verify
+from engine.data.stores.opening import open_store
+from tests.conftest import REPOSITORY
+from tests.loop_cases import digits_job, write_job
+
+WAIT_SECONDS = 240
+
+
+def start(path: Path, *options: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "engine.cli", "study", "loop", str(path), *options]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"{path} was not made in time"
+        time.sleep(0.02)
+
+
+def measures_in(home: Path) -> list[list[dict]]:
+    lanes = json.loads((home / "loop.json").read_text())["lanes"]
+    return [[{**measures, "seconds": None} for measures in lane["rounds"]] for lane in lanes]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The loop in one process, without an interruption; all models kept."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    job = digits_job(output={"uri": str(folder / "loop")}, keep_models="all")
+    process = start(write_job(folder / "job.yaml", job), "--executor", "local")
+    stderr = process.communicate(timeout=WAIT_SECONDS)[1]
+    assert process.returncode == 0, stderr
+    return folder / "loop"
+
+
+@pytest.mark.slow
+def test_a_killed_loop_on_ray_ends_with_the_figures_of_one_in_a_process(undisturbed, tmp_path):
+    """SIGTERM hits a driver that generates, SIGKILL one on Ray whose task fine-tunes; Ray's processes are real."""
+    home = tmp_path / "loop"
+    path = write_job(tmp_path / "job.yaml", digits_job(output={"uri": str(home)}))
+    first = start(path, "--executor", "local")
+    wait_for(home / "clean/seed-0/round-00/generated/_state/plan", first)
+    first.send_signal(signal.SIGTERM)
+    stderr = first.communicate(timeout=WAIT_SECONDS)[1]
+    assert first.returncode == 75 and "run the same command again" in stderr, stderr
+
+    second = start(path, "--executor", "ray", "--workers", "1")
+    wait_for(home / "clean/seed-0/round-00/curated/_SUCCESS", second)
+    second.send_signal(signal.SIGKILL)
+    second.communicate()
+    assert not (home / "report.html").exists()
+
+    third = start(path, "--executor", "ray", "--workers", "1")
+    stderr = third.communicate(timeout=WAIT_SECONDS)[1]
+    assert third.returncode == 0, stderr
+    assert measures_in(home) == measures_in(undisturbed)
+    for part in (
+        "round-01/curated/curation/selection.parquet",
+        "round-01/model/unet/diffusion_pytorch_model.safetensors",
+    ):
+        own, other = (base / "clean/seed-0" / part for base in (home, undisturbed))
+        assert own.read_bytes() == other.read_bytes(), part
+    # Of the models only the last one is kept.
+    assert not (home / "clean/seed-0/round-00/model").exists()
+    assert (undisturbed / "clean/seed-0/round-00/model").is_dir()
+
+
+@pytest.mark.slow
+def test_rounds_are_runs_that_name_where_they_come_from(undisturbed):
+    rounds = undisturbed / "clean" / "seed-0"
+    [measures] = measures_in(undisturbed)
+    assert [record["round"] for record in measures] == [0, 1, 2]
+    assert [record["trained"] for record in measures] == [True, True, False]
+    for number in (0, 1):
+        generated, curated = rounds / f"round-{number:02d}" / "generated", rounds / f"round-{number:02d}" / "curated"
+        for run in (generated, curated):
+            assert not verify(open_store(str(run))).findings
+        curation = json.loads((curated / "manifest.json").read_text())["curation"]
+        assert curation["parent"]["uri"] == "../generated"
+        training = json.loads((rounds / f"round-{number:02d}" / "model" / "training.json").read_text())
+        assert training["parent_run"]["uri"] == "../curated"
+        assert (
+            training["parent_run"]["plan_digest"] == json.loads((curated / "manifest.json").read_text())["plan_digest"]
+        )
+        following = json.loads((rounds / f"round-{number + 1:02d}" / "generated" / "manifest.json").read_text())
+        [model] = following["models"]["diffusion"]
+        assert model["trained_on"]["parent_run"]["plan_digest"] == training["parent_run"]["plan_digest"]
+    page = (undisturbed / "report.html").read_text()
+    assert page.count('src="data:image/') == 2 * 6
