@@ -113,6 +113,8 @@ def _charts(job: LoopJob, schedule: Schedule) -> list[dict[str, Any]]:
     charts: list[tuple[str, str, str, Value, float | None]] = [
         ("Expected reward", "true reward of the samples, before curation", "reward",
          lambda measures: measures["reward"]["value"], None),
+        ("Expected reward by the oracle", "the same by the classes that the independent oracle predicts", "reward",
+         lambda measures: measures["oracle_reward"], None),
         ("Correlation", "of e^r and e^r~, true and curating reward: the sign of the papers' covariance", "correlation",
          lambda measures: measures["correlation"], 0.0),
         ("Covariance", "Cov(e^r, e^r~), the curating reward shifted to a largest value of 0", "covariance",
