@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.commands.loops import STOPPED
-from engine.errors import JobError
+from engine.errors import JobError, OutputError
 from engine.methods.curation.learning import Standardisation
 from engine.methods.curation.preferences import Pairs
 from engine.methods.curation.reward_models import LinearReward, fit_reward
+from engine.studies.loop.memory import read_memory, write_memory
 from engine.studies.loop.parsing import parse_loop
+from engine.studies.loop.results import LoopFolder, read_rounds
 from engine.studies.loop.rounds import play_round
 from engine.studies.loop.samples import RoundSamples
 from engine.studies.loop.signal import Memory, SignalOptions, learn_signal
@@ -336,3 +338,38 @@ def test_every_loop_job_of_the_repository_is_valid_and_is_no_job_of_a_run(call, 
     assert call("study", "loop", path, "--validate")[0] == 0
     code, _, stderr = call("plan", path, "--validate")
     assert code == 2 and "it is for `riskforge study loop`" in stderr
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"round": 0}', b"\xff" * 9], ids=["empty", "torn", "list", "bare", "binary"]
+)
+def test_a_damaged_round_is_refused_by_name_with_the_remedy(content, tmp_path):
+    folder, lane = LoopFolder(tmp_path), Lane("clean", 0)
+    path = folder.round(lane, 0) / "round.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    with pytest.raises(OutputError, match=r"round\.json: is not that of a finished round .* remove it"):
+        read_rounds(folder, lane, 3)
+    path.unlink()
+    assert read_rounds(folder, lane, 3) == {}
+
+
+def test_the_evidence_of_a_lane_is_stored_and_a_damaged_file_is_refused(tmp_path):
+    """What a round goes on from is exactly what the round before left; equal evidence gives equal bytes."""
+    job = parse_loop(mixture_job(), lambda path: {}).spec
+    unit = Memory(Standardisation(torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)))
+    points, options = Recording().points, SignalOptions.of(job, "clean")
+    memory = learn_signal(points, points[:, 0], unit, options, seed=1).memory
+    path = tmp_path / "signal.safetensors"
+    write_memory(path, memory)
+    data, again = path.read_bytes(), read_memory(path)
+    own = learn_signal(points, points[:, 0], memory, options, seed=2)
+    assert torch.equal(
+        own.memory.audit.log_wealth, learn_signal(points, points[:, 0], again, options, seed=2).memory.audit.log_wealth
+    )
+    write_memory(path, again)
+    assert path.read_bytes() == data
+    for damaged in (b"", data[:-9], data[:40] + b"x" + data[41:], data.replace(b"highest", b"hIghest")):
+        path.write_bytes(damaged)
+        with pytest.raises(OutputError, match="is missing or damaged"):
+            read_memory(path)
