@@ -198,6 +198,13 @@ def _removed_text(lanes: Sequence[Rounds]) -> str:
 def _shares(job: LoopJob, schedule: Schedule, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Mean shares of the classes by arm, a table of classes by rounds."""
     tables = []
+    present = {
+        index
+        for rounds in schedule.rounds.values()
+        for measures in rounds.values()
+        for index, share in enumerate(measures["shares"])
+        if share
+    }
     for arm in job.spec.arms:
         lanes = _rounds_of(schedule, arm)
         numbers = sorted({number for rounds in lanes for number in rounds})
@@ -215,6 +222,7 @@ def _shares(job: LoopJob, schedule: Schedule, classes: Sequence[str]) -> list[di
                 ],
             }
             for index, name in enumerate(names)
+            if index in present
         ]
         tables.append({"arm": arm, "rounds": numbers, "lines": lines})
     return tables
