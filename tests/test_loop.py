@@ -258,7 +258,7 @@ def test_seeds_and_arms_extend_a_loop_and_continue_takes_up_what_an_alarm_stoppe
     """Figures of a seed depend on neither the number of seeds nor on what ran before."""
     folder, _, _ = played
     own = tmp_path / "loop"
-    arms = {**mixture_job()["arms"], "random": {"attack": "random"}}
+    arms = {**mixture_job()["arms"], "real": {"curated_weight": 0.5, "steps": 1}}
     write_job(tmp_path / "job.yaml", mixture_job(output={"uri": str(own)}))
     assert call("study", "loop", tmp_path / "job.yaml", "--executor", "local")[0] == 1
     write_job(tmp_path / "job.yaml", mixture_job(output={"uri": str(own)}, seeds=3, arms=arms))
@@ -275,6 +275,10 @@ def test_seeds_and_arms_extend_a_loop_and_continue_takes_up_what_an_alarm_stoppe
     figures = json.loads(stdout)["arms"]
     assert figures["defended"]["reward"][-1]["value"] > figures["gradient"]["reward"][-1]["value"] + 1
     assert lanes["defended", 0][0]["removed"]["tampered"] > 0
+    # Real data, and an optimisation cut short, hold the loop back.
+    assert figures["real"]["reward"][-1]["value"] < figures["clean"]["reward"][-1]["value"] - 0.5
+    assert lanes["real", 0][0]["shares"] == lanes["clean", 0][0]["shares"]
+    assert lanes["real", 0][0]["selected"] == 20 and lanes["clean", 0][0]["selected"] == 60
 
 
 def test_another_job_on_the_folder_is_refused_with_the_difference(played, call, tmp_path):

@@ -87,7 +87,8 @@ def _arm_text(job: LoopJob, name: str) -> str:
     defence = "" if arm.defence == "none" else f"{arm.defence} after an alarm"
     weight = job.spec.weight_of(name)
     real = "" if weight is None else f"{weight:g} curated for each real sample"
-    return ", ".join(filter(None, (attack, defence, real))) or "no attack"
+    steps = "" if arm.steps is None else f"{arm.steps} steps a round"
+    return ", ".join(filter(None, (attack, defence, real, steps))) or "no attack"
 
 
 def _rounds_of(schedule: Schedule, arm: str) -> list[Rounds]:

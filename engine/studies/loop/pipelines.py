@@ -253,7 +253,7 @@ class PipelineGenerator:
             template = self._job.requests[0].prompt
             real = prompted_real(training.real, self._labels, template)
         recipe = FineTuneRecipe(
-            num_steps=training.steps,
+            num_steps=spec.arms[self._lane.arm].steps or training.steps,
             batch_size=training.batch_size,
             learning_rate=training.learning_rate,
             lora_rank=training.lora_rank,
