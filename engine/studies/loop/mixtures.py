@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -127,8 +126,3 @@ def mixture_rounds(job: LoopSpec, arm: str, block: int) -> list[list[dict[str, A
 
 def _given(memory: Memory, samples: RoundSamples) -> Memory:
     return memory
-
-
-def blocks_of(seeds: Sequence[int]) -> list[int]:
-    """The blocks that hold some seeds."""
-    return sorted({seed // BLOCK for seed in seeds})

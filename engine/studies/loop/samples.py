@@ -28,11 +28,6 @@ class RoundSamples:
     agreement: float | None = None
     oracle_reward: float | None = None
 
-    @property
-    def runs(self) -> tuple[int, ...]:
-        """The leading dimensions."""
-        return tuple(self.classes.shape[:-1])
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Real:
