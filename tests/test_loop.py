@@ -100,6 +100,38 @@ def test_a_mixture_takes_only_what_has_a_meaning_for_it(place, value, said):
     assert any(said in line for line in problems_of(job)), problems_of(job)
 
 
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.builds(list), st.builds(dict),
+    st.sampled_from(["class-index", "gradient", "os:abort", "\x1b[31m", 10**400, -1, "1e-4", ["a"], {"a": {}}]).map(copy.deepcopy),
+)  # fmt: skip
+
+
+def places_in(value, where=()):
+    """All places of a job, those of its parts first."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places_in(inner, (*where, key))
+        yield (*where, key)
+
+
+@given(data=st.data(), is_mixture=st.booleans())
+def test_any_value_anywhere_is_taken_or_refused_by_field(data, is_mixture):
+    """A job from outside: no exception but the refusal, whose lines begin with the place and hold no control codes."""
+    job = mixture_job() if is_mixture else digits_job()
+    for _ in range(data.draw(st.integers(1, 3))):
+        *parents, last = data.draw(st.sampled_from(list(places_in(job))))
+        inner = job
+        for key in parents:
+            inner = inner[key]
+        if data.draw(st.booleans()):
+            inner[last] = data.draw(LEAVES)
+        elif isinstance(inner, dict):
+            inner[data.draw(st.text(max_size=6))] = data.draw(LEAVES)
+    try:
+        parse_loop(job, lambda path: job)
+    except JobError as error:
+        assert all(": " in line for line in error.problems)
+
+
 @given(
     num_rounds=st.integers(1, 4),
     num_lanes=st.integers(1, 4),
