@@ -604,6 +604,24 @@ def test_a_run_names_what_its_model_was_fine_tuned_on(home, call):
         assert "fine-tuned on the run ../<i>earlier</i>" in call("inspect", str(home / run))[1]
 
 
+def test_what_others_wrote_into_a_manifest_is_refused_or_shown(copied, call):
+    """A curation or a training of another kind ends in a sentence, in every command that shows it."""
+    path = copied / "curated/manifest.json"
+    manifest = json.loads(path.read_text())
+    for changes in ({"curation": {"parent": "\x1b[31m"}}, {"curation": 3}):
+        path.write_text(json.dumps(manifest | changes))
+        for command in (("report",), ("compare", str(copied / "run")), ("verify",)):
+            code, out, err = call(*command, str(copied / "curated"))
+            assert code and "Traceback" not in err and "\x1b" not in out + err, (command, err)
+            assert "manifest.json" in out + err or "cannot be read as a run" in err
+    manifest["models"]["diffusion"][0]["trained_on"] = {"parent_run": {"plan_digest": ["\x1b[31m"]}}
+    path.write_text(json.dumps(manifest))
+    code, out, err = call("inspect", str(copied / "curated"))
+    assert not code and "parent_run.plan_digest is not a text" in out and "\x1b" not in out + err
+    code, _, err = call("report", str(copied / "curated"))
+    assert code and "manifest.json" in err and "Traceback" not in err
+
+
 def test_a_curated_run_on_an_object_store(noise, tmp_path, s3_server):
     """From a folder to S3 and from there to a folder; bytes are those of a local one, addresses are whole."""
     local, remote = curated(noise, tmp_path / "out"), curated(noise, f"s3://{BUCKET}/curated")

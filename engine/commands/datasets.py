@@ -261,7 +261,12 @@ def _model_line(model: Any) -> str:
     if not isinstance(model, dict):
         return str(model)
     text = ", ".join(str(value) for name, value in model.items() if name != "trained_on")
-    return f"{text}; {training_text(model['trained_on'])}" if "trained_on" in model else text
+    try:
+        training = training_text(model.get("trained_on"))
+    except ValueError as error:
+        # Anybody may have written the manifest.
+        training = str(error)
+    return f"{text}; {training}" if training else text
 
 
 def _listed(counts: dict[str, int]) -> str:
