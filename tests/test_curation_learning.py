@@ -39,7 +39,7 @@ def records(count: int, seed: int = 0, strength: float = 1.0) -> tuple[Pairs, to
 def test_a_known_reward_is_recovered_from_raw_features(model):
     """Features of scales 0.01 to 30: without standardisation the penalty would erase the first of them."""
     pairs, numbers = records(600)
-    learned = learn_reward(pairs, numbers, LearnOptions(model=model))
+    learned = learn_reward(pairs, numbers, LearnOptions(model=model, max_steps=100))
     fresh, _ = records(2000, seed=1)
     truth = ((fresh.first - fresh.second) / SPREAD) @ TRUTH
     assert float(torch.corrcoef(torch.stack([learned.margins(fresh), truth]))[0, 1]) > 0.95
@@ -145,7 +145,7 @@ def test_tampered_records_are_suspects(model):
     tampered = margin.abs() > margin.abs().quantile(0.8)
     attacked = pairs.flipped(tampered)
     trusted, _ = records(80, seed=2, strength=2.0)
-    options, removal = LearnOptions(model=model), RemovalOptions()
+    options, removal = LearnOptions(model=model, max_steps=100), RemovalOptions(num_stages=5)
     learned = learn_reward(attacked, numbers, options)
     suspects = find_suspects(learned, attacked, trusted, options, removal)
     training = torch.zeros(400, dtype=torch.bool).index_fill(0, learned.split.training, True)
@@ -155,7 +155,7 @@ def test_tampered_records_are_suspects(model):
     assert float(removed[~tampered & training].double().mean()) < 0.15
     assert float(suspects.effects[tampered & training].mean()) < 0 < float(suspects.effects[~tampered].mean())
     again = learn_reward(attacked, numbers, options, weights=suspects.weights)
-    fresh, _ = records(2000, seed=5, strength=2.0)
+    fresh, _ = records(1000, seed=5, strength=2.0)
     clean = learn_reward(pairs, numbers, options).predicts(fresh).value
     assert learned.predicts(fresh).value < clean - 0.05 < again.predicts(fresh).value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import signal
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from engine.commands.jobfile import let_import
 from engine.data.run.verify import Finding, Verdict
 from engine.driver.run_summary import RunSummary
 from engine.errors import EXIT_DAMAGED, EXIT_INCOMPLETE, EXIT_OK, EXIT_USER, JobError, StoreLostError
+from engine.studies.curate.selection import SelectionOptions
 from tests.sleepy import make_job
 
 
@@ -72,6 +74,11 @@ EXPORT = {
 }  # fmt: skip
 MERGE = EXPORT | {"condition": "", "format": "webdataset", "0": ("a", "b")}
 RESCORE = {"0": "run", "1": "t", "transfer": ["a", "b"], "oracle": "o", "output": "f"}
+CURATE = {
+    "0": "run", "2": "f", "preferences": "p", "reward": "r", "model": "network", "trusted": "t", "after": "a",
+    "on_alarm": "continue", "defence": "group",
+    "selection": SelectionOptions(num_candidates=5, among="class", seed=7, scale=0.5),
+}  # fmt: skip
 EXPORTED = ("a", "b", "--output", "f", "--samples-per-shard", 3, "--seed", 4, "--name", "n", "--deduplicate", 0.9)
 MIXED = ("--clip", "c", "--mix-real", "d", "--real-ratio", 0, "--with-rejected", "--allow-different-targets")
 
@@ -103,8 +110,15 @@ MIXED = ("--clip", "c", "--mix-real", "d", "--real-ratio", 0, "--with-rejected",
             ("rescore", "run", "--target", "t", "--transfer", "a", "--transfer", "b", "--oracle", "o", "--output", "f"),
             RESCORE,
         ),
+        (
+            "engine.studies.curate.curation.curate",
+            ("curate", "run", "--preferences", "p", "--reward", "r", "--model", "network", "--trusted", "t", "--after",
+             "a", "--on-alarm", "continue", "--defence", "group", "--candidates", 5, "--among", "class", "--scale", 0.5,
+             "--seed", 7, "--output", "f"),
+            CURATE,
+        ),
     ],
-    ids=["retrain", "evaluate", "merge", "export", "rescore"],
+    ids=["retrain", "evaluate", "merge", "export", "rescore", "curate"],
 )  # fmt: skip
 def test_every_option_reaches_its_program(
     reach: Any, monkeypatch: pytest.MonkeyPatch, place: str, arguments: tuple[Any, ...], expected: dict[str, Any]
@@ -112,6 +126,8 @@ def test_every_option_reaches_its_program(
     """No two options have the same value, so none can take the place of another."""
     models = SimpleNamespace(target="zoo:t", transfer=(), oracle=None)
     study = SimpleNamespace(job=SimpleNamespace(models=models, requests=()))
+    # Before the patch: a module that is imported first while it holds would keep it for other tests.
+    importlib.import_module(place.rpartition(".")[0])
     monkeypatch.setattr("engine.studies.samples.open_study", lambda run: study)
     passed = reach(place, *arguments)
     assert {name: passed[name] for name in expected} == expected
@@ -197,7 +213,8 @@ def comparison(monkeypatch: pytest.MonkeyPatch, crossed: tuple[str, ...] = ()) -
 
     def compare_runs(old: Any, new: Any, **options: Any) -> Any:
         asked.update(options, old=old, new=new)
-        return SimpleNamespace(new_failures=(), fixed=(), notes=())
+        plain = SimpleNamespace(curation=None)
+        return SimpleNamespace(new_failures=(), fixed=(), notes=(), old=plain, new=plain)
 
     def crossed_limits(comparison: Any, limits: Any) -> list[str]:
         asked.update(increases=limits.increases, fail_on=limits.fail_on)
@@ -265,8 +282,9 @@ def test_deep_verification_scores_again_where_nothing_is_damaged(
     calls: list[str] = []
     monkeypatch.setattr("engine.data.run.verify.verify", lambda *_: verdict)
     spec = SimpleNamespace(models=models, requests=())
-    monkeypatch.setattr("engine.data.run.stored_plan.stored_plan", lambda store: (spec, None))
+    # First: its module, if it is imported here, is not to keep the other patch for other tests.
     monkeypatch.setattr("engine.generation.rescorer.rescore", lambda *_, **__: calls.append("") or list(scored))
+    monkeypatch.setattr("engine.data.run.stored_plan.stored_plan", lambda store: (spec, None))
     ended, out, _ = call("verify", "run", "--deep")
     assert ended == code and bool(calls) == is_scored
     assert [line for line in out.splitlines() if ": " in line][:-1] == [

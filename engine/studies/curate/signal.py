@@ -308,8 +308,8 @@ class _Learning:
             )
         if self._options.defence != "none" and (monitor is None or not monitor.alarm):
             notes.append(
-                "the monitor has no evidence against the preferences; where they are honest, a defence removes up to a"
-                " third of them wrongly"
+                "the monitor has no evidence against the preferences; where they are honest, a defence removes"
+                " about a fifth of them wrongly (docs/commands.md)"
             )
         if len(labels) > 1 and bool((labels == labels[0]).all()):
             notes.append(f"every record prefers the {'first' if labels[0] else 'second'} sample; are they choices?")
