@@ -102,7 +102,9 @@ def test_a_mixture_takes_only_what_has_a_meaning_for_it(place, value, said):
 
 LEAVES = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.builds(list), st.builds(dict),
-    st.sampled_from(["class-index", "gradient", "os:abort", "\x1b[31m", 10**400, -1, "1e-4", ["a"], {"a": {}}]).map(copy.deepcopy),
+    st.sampled_from(["class-index", "gradient", "os:abort", "\x1b[31m", 10**400, -1, "1e-4", ["a"], {"a": {}}]).map(
+        copy.deepcopy
+    ),
 )  # fmt: skip
 
 
