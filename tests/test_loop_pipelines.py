@@ -11,13 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 
 from engine.data.run.verify import verify
 from engine.data.stores.opening import open_store
 from tests.conftest import REPOSITORY
-from tests.loop_cases import digits_job, write_job
+from tests.loop_cases import DIGITS, digits_job, write_job
 
 WAIT_SECONDS = 240
 
@@ -116,7 +117,12 @@ def test_records_of_people_curate_once_they_name_samples_of_the_round(call, tmp_
     for path in (records, trusted):
         path.write_text(json.dumps(line) + "\n")
     curation = {"candidates": 4, "preferences": str(records), "trusted": str(trusted)}
-    job = digits_job(output={"uri": str(home)}, rounds=1, curation=curation, monitor={"level": 0.05})
+    for number, name in enumerate(DIGITS):
+        (tmp_path / "real" / name).mkdir(parents=True)
+        PIL.Image.new("RGB", (64, 64), (25 * number, 90, 200)).save(tmp_path / "real" / name / "image.png")
+    training = {"steps": 3, "batch_size": 6, "real": str(tmp_path / "real"), "curated_weight": 2.0}
+    changes = {"rounds": 1, "curation": curation, "monitor": {"level": 0.05}, "training": training}
+    job = digits_job(output={"uri": str(home)}, **changes)
     command = ("study", "loop", write_job(tmp_path / "job.yaml", job), "--executor", "local")
     code, _, stderr = call(*command)
     assert code == 2 and "curation.preferences: " in stderr, stderr
@@ -134,6 +140,9 @@ def test_records_of_people_curate_once_they_name_samples_of_the_round(call, tmp_
     code, _, stderr = call(*command)
     assert code == 0, stderr
     [first, last] = json.loads((home / "loop.json").read_text())["lanes"][0]["rounds"]
+    # Two curated samples for each real one.
+    drawn = json.loads((run / "model" / "training.json").read_text())["drawn"]
+    assert drawn == {"curated": 12, "real": 6} and first["kid"]["value"] > 0
     assert first["trained"] and first["selected"] == 6 and first["correlation"] > 0.5
     assert first["monitor"]["audited"] == len(chosen[::10]) and first["monitor"]["differing"] == 0
     assert last["round"] == 1 and last["monitor"] is None
