@@ -292,7 +292,7 @@ def test_seeds_and_arms_extend_a_loop_and_continue_takes_up_what_an_alarm_stoppe
     """Figures of a seed depend on neither the number of seeds nor on what ran before."""
     folder, _, _ = played
     own = tmp_path / "loop"
-    arms = {**mixture_job()["arms"], "real": {"curated_weight": 0.5, "steps": 1}}
+    arms = {**mixture_job()["arms"], "real": {"curated_weight": 0.5}, "cut": {"steps": 1}}
     write_job(tmp_path / "job.yaml", mixture_job(output={"uri": str(own)}))
     assert call("study", "loop", tmp_path / "job.yaml", "--executor", "local")[0] == 1
     write_job(tmp_path / "job.yaml", mixture_job(output={"uri": str(own)}, seeds=3, arms=arms))
@@ -301,7 +301,7 @@ def test_seeds_and_arms_extend_a_loop_and_continue_takes_up_what_an_alarm_stoppe
     )
     assert code == 0, stdout
     lanes, earlier = lanes_in(own), lanes_in(folder / "loop")
-    assert {len(rounds) for rounds in lanes.values()} == {3} and len(lanes) == 12
+    assert {len(rounds) for rounds in lanes.values()} == {3} and len(lanes) == 15
     for lane, rounds in without_seconds(earlier).items():
         now = without_seconds(lanes)[lane]
         assert all(a | {"stopped": 0, "trained": 0, "selected": 0} == b | {"stopped": 0, "trained": 0, "selected": 0}
@@ -309,7 +309,9 @@ def test_seeds_and_arms_extend_a_loop_and_continue_takes_up_what_an_alarm_stoppe
     figures = json.loads(stdout)["arms"]
     assert figures["defended"]["reward"][-1]["value"] > figures["gradient"]["reward"][-1]["value"] + 1
     assert lanes["defended", 0][0]["removed"]["tampered"] > 0
-    # Real data, and an optimisation cut short, hold the loop back.
+    # Real data hold the loop back; an optimisation cut short ends elsewhere.
+    assert figures["cut"]["reward"][0] == figures["clean"]["reward"][0]
+    assert figures["cut"]["reward"][1] != figures["clean"]["reward"][1]
     assert figures["real"]["reward"][-1]["value"] < figures["clean"]["reward"][-1]["value"] - 0.5
     assert lanes["real", 0][0]["shares"] == lanes["clean", 0][0]["shares"]
     assert lanes["real", 0][0]["selected"] == 20 and lanes["clean", 0][0]["selected"] == 60
