@@ -46,7 +46,13 @@ def digits_job(**changes: Any) -> dict[str, Any]:
                     "oracle": "zoo:digits/oracle",
                 },
                 "requests": [
-                    {"name": "all", "method": "prompt", "boundary": DIGITS, "prompt": "a photo of a digit", "count": 24}
+                    {
+                        "name": "all",
+                        "method": "prompt",
+                        "boundary": list(DIGITS),
+                        "prompt": "a photo of a digit",
+                        "count": 24,
+                    }
                 ],
                 "sampling": {"scheduler": "dpmsolver++", "num_inference_steps": 3, "guidance_scale": 1.0},
                 "output": {"samples_per_shard": 12},

@@ -28,6 +28,7 @@ from engine.report.charts import (
     nice_ticks,
 )
 from engine.report.data import Categories, Rows, error_pairs
+from engine.report.lines import Line, Point, line_chart
 from engine.report.partners import _partners, partner_table
 
 LINEAR = dataclasses.replace(BY_NAME["conformity"])
@@ -296,3 +297,17 @@ def test_only_image_files_of_the_wanted_samples_are_images(monkeypatch: pytest.M
     monkeypatch.setattr(stored_images, "tar_entries", lambda path: iter(entries))
     places = stored_images._places(SimpleNamespace(fetch=lambda: None), 1, {"a", "c"})  # type: ignore[arg-type]
     assert {key: (place.offset, place.size) for key, place in places.items()} == {"a": (2, 3)}
+
+
+def test_lines_have_a_band_each_and_escape_what_others_wrote():
+    """A single round shows as a dot; series without a point are left out and keep the colours of the others."""
+    points = tuple(Point(x, x / 2, x / 2 - 0.1, x / 2 + 0.1) for x in range(3))
+    lines = [Line("a<b", 0, points), Line("none", 1, ()), Line("one", 8, (Point(0, 5.0, 5.0, 5.0),))]
+    svg = str(line_chart(lines, title='"x"', x_title="round", y_title="reward", mark=1.0))
+    assert svg.count('class="band"') == 2 and svg.count("<circle") == 4 and "line s1" in svg
+    assert "a&lt;b" in svg and "a<b" not in svg and "&#34;x&#34;" in svg
+    assert all(0 <= float(y) <= HEIGHT for y in re.findall(r'cy="([-0-9.]+)"', svg))
+    # The higher value is drawn above.
+    heights = [float(y) for y in re.findall(r'cy="([-0-9.]+)"', svg)]
+    assert heights[3] < heights[2] < heights[1] < heights[0]
+    assert "Not measured" in str(line_chart([], title="", x_title="", y_title=""))

@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.commands.loops import STOPPED
-from engine.errors import JobError
+from engine.errors import JobError, OutputError
 from engine.methods.curation.learning import Standardisation
 from engine.methods.curation.preferences import Pairs
 from engine.methods.curation.reward_models import LinearReward, fit_reward
+from engine.studies.loop.memory import read_memory, write_memory
 from engine.studies.loop.parsing import parse_loop
+from engine.studies.loop.results import LoopFolder, read_rounds
 from engine.studies.loop.rounds import play_round
 from engine.studies.loop.samples import RoundSamples
 from engine.studies.loop.signal import Memory, SignalOptions, learn_signal
@@ -96,6 +98,40 @@ def test_a_mixture_takes_only_what_has_a_meaning_for_it(place, value, said):
         job["monitor"] = None
         said = "arms.a.defence: acts from an alarm of the monitor on"
     assert any(said in line for line in problems_of(job)), problems_of(job)
+
+
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.builds(list), st.builds(dict),
+    st.sampled_from(["class-index", "gradient", "os:abort", "\x1b[31m", 10**400, -1, "1e-4", ["a"], {"a": {}}]).map(
+        copy.deepcopy
+    ),
+)  # fmt: skip
+
+
+def places_in(value, where=()):
+    """All places of a job, those of its parts first."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places_in(inner, (*where, key))
+        yield (*where, key)
+
+
+@given(data=st.data(), is_mixture=st.booleans())
+def test_any_value_anywhere_is_taken_or_refused_by_field(data, is_mixture):
+    """A job from outside: no exception but the refusal, whose lines begin with the place and hold no control codes."""
+    job = mixture_job() if is_mixture else digits_job()
+    for _ in range(data.draw(st.integers(1, 3))):
+        *parents, last = data.draw(st.sampled_from(list(places_in(job))))
+        inner = job
+        for key in parents:
+            inner = inner[key]
+        if data.draw(st.booleans()):
+            inner[last] = data.draw(LEAVES)
+        elif isinstance(inner, dict):
+            inner[data.draw(st.text(max_size=6))] = data.draw(LEAVES)
+    try:
+        parse_loop(job, lambda path: job)
+    except JobError as error:
+        assert all(": " in line for line in error.problems)
 
 
 @given(
@@ -256,7 +292,7 @@ def test_seeds_and_arms_extend_a_loop_and_continue_takes_up_what_an_alarm_stoppe
     """Figures of a seed depend on neither the number of seeds nor on what ran before."""
     folder, _, _ = played
     own = tmp_path / "loop"
-    arms = {**mixture_job()["arms"], "random": {"attack": "random"}}
+    arms = {**mixture_job()["arms"], "real": {"curated_weight": 0.5}, "cut": {"steps": 1}}
     write_job(tmp_path / "job.yaml", mixture_job(output={"uri": str(own)}))
     assert call("study", "loop", tmp_path / "job.yaml", "--executor", "local")[0] == 1
     write_job(tmp_path / "job.yaml", mixture_job(output={"uri": str(own)}, seeds=3, arms=arms))
@@ -265,7 +301,7 @@ def test_seeds_and_arms_extend_a_loop_and_continue_takes_up_what_an_alarm_stoppe
     )
     assert code == 0, stdout
     lanes, earlier = lanes_in(own), lanes_in(folder / "loop")
-    assert {len(rounds) for rounds in lanes.values()} == {3} and len(lanes) == 12
+    assert {len(rounds) for rounds in lanes.values()} == {3} and len(lanes) == 15
     for lane, rounds in without_seconds(earlier).items():
         now = without_seconds(lanes)[lane]
         assert all(a | {"stopped": 0, "trained": 0, "selected": 0} == b | {"stopped": 0, "trained": 0, "selected": 0}
@@ -273,6 +309,12 @@ def test_seeds_and_arms_extend_a_loop_and_continue_takes_up_what_an_alarm_stoppe
     figures = json.loads(stdout)["arms"]
     assert figures["defended"]["reward"][-1]["value"] > figures["gradient"]["reward"][-1]["value"] + 1
     assert lanes["defended", 0][0]["removed"]["tampered"] > 0
+    # Real data hold the loop back; an optimisation cut short ends elsewhere.
+    assert figures["cut"]["reward"][0] == figures["clean"]["reward"][0]
+    assert figures["cut"]["reward"][1] != figures["clean"]["reward"][1]
+    assert figures["real"]["reward"][-1]["value"] < figures["clean"]["reward"][-1]["value"] - 0.5
+    assert lanes["real", 0][0]["shares"] == lanes["clean", 0][0]["shares"]
+    assert lanes["real", 0][0]["selected"] == 20 and lanes["clean", 0][0]["selected"] == 60
 
 
 def test_another_job_on_the_folder_is_refused_with_the_difference(played, call, tmp_path):
@@ -336,3 +378,38 @@ def test_every_loop_job_of_the_repository_is_valid_and_is_no_job_of_a_run(call, 
     assert call("study", "loop", path, "--validate")[0] == 0
     code, _, stderr = call("plan", path, "--validate")
     assert code == 2 and "it is for `riskforge study loop`" in stderr
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"round": 0}', b"\xff" * 9], ids=["empty", "torn", "list", "bare", "binary"]
+)
+def test_a_damaged_round_is_refused_by_name_with_the_remedy(content, tmp_path):
+    folder, lane = LoopFolder(tmp_path), Lane("clean", 0)
+    path = folder.round(lane, 0) / "round.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    with pytest.raises(OutputError, match=r"round\.json: is not that of a finished round .* remove it"):
+        read_rounds(folder, lane, 3)
+    path.unlink()
+    assert read_rounds(folder, lane, 3) == {}
+
+
+def test_the_evidence_of_a_lane_is_stored_and_a_damaged_file_is_refused(tmp_path):
+    """What a round goes on from is exactly what the round before left; equal evidence gives equal bytes."""
+    job = parse_loop(mixture_job(), lambda path: {}).spec
+    unit = Memory(Standardisation(torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)))
+    points, options = Recording().points, SignalOptions.of(job, "clean")
+    memory = learn_signal(points, points[:, 0], unit, options, seed=1).memory
+    path = tmp_path / "signal.safetensors"
+    write_memory(path, memory)
+    data, again = path.read_bytes(), read_memory(path)
+    own = learn_signal(points, points[:, 0], memory, options, seed=2)
+    assert torch.equal(
+        own.memory.audit.log_wealth, learn_signal(points, points[:, 0], again, options, seed=2).memory.audit.log_wealth
+    )
+    write_memory(path, again)
+    assert path.read_bytes() == data
+    for damaged in (b"", data[:-9], data[:40] + b"x" + data[41:], data.replace(b"highest", b"hIghest")):
+        path.write_bytes(damaged)
+        with pytest.raises(OutputError, match="is missing or damaged"):
+            read_memory(path)

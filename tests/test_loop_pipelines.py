@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -10,12 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import PIL.Image
+import pyarrow.parquet as pq
 import pytest
 
 from engine.data.run.verify import verify
 from engine.data.stores.opening import open_store
 from tests.conftest import REPOSITORY
-from tests.loop_cases import digits_job, write_job
+from tests.loop_cases import DIGITS, digits_job, write_job
 
 WAIT_SECONDS = 240
 
@@ -104,3 +107,44 @@ def test_rounds_are_runs_that_name_where_they_come_from(undisturbed):
         assert model["trained_on"]["parent_run"]["plan_digest"] == training["parent_run"]["plan_digest"]
     page = (undisturbed / "report.html").read_text()
     assert page.count('src="data:image/') == 2 * 6
+
+
+@pytest.mark.slow
+def test_records_of_people_curate_once_they_name_samples_of_the_round(call, tmp_path):
+    """The loop stops where it needs people, and the same command goes on when they have chosen."""
+    home, records, trusted = tmp_path / "loop", tmp_path / "records.jsonl", tmp_path / "trusted.jsonl"
+    line = {"first": "other-000-mix-00000000", "second": "other-000-mix-00000001", "choice": 0, "rater": "a", "time": 1}
+    for path in (records, trusted):
+        path.write_text(json.dumps(line) + "\n")
+    curation = {"candidates": 4, "preferences": str(records), "trusted": str(trusted)}
+    for number, name in enumerate(DIGITS):
+        (tmp_path / "real" / name).mkdir(parents=True)
+        PIL.Image.new("RGB", (64, 64), (25 * number, 90, 200)).save(tmp_path / "real" / name / "image.png")
+    training = {"steps": 3, "batch_size": 6, "real": str(tmp_path / "real"), "curated_weight": 2.0}
+    changes = {"rounds": 1, "curation": curation, "monitor": {"level": 0.05}, "training": training}
+    job = digits_job(output={"uri": str(home)}, **changes)
+    command = ("study", "loop", write_job(tmp_path / "job.yaml", job), "--executor", "local")
+    code, _, stderr = call(*command)
+    assert code == 2 and "curation.preferences: " in stderr, stderr
+    run = home / "clean" / "seed-0" / "round-00"
+    assert (run / "generated" / "_SUCCESS").exists() and not (run / "curated").exists()
+    # Raters who choose by the class; the trusted ones of some pairs choose likewise.
+    rows = pq.read_table(run / "generated" / "metadata.parquet").select(["key", "class_index"]).to_pylist()
+    chosen = [
+        line | {"first": one["key"], "second": two["key"], "choice": int(two["class_index"] < one["class_index"])}
+        for one, two in itertools.combinations(rows, 2)
+        if one["class_index"] != two["class_index"]
+    ]
+    records.write_text("".join(json.dumps(record) + "\n" for record in chosen))
+    trusted.write_text("".join(json.dumps(record) + "\n" for record in chosen[::10]))
+    code, _, stderr = call(*command)
+    assert code == 0, stderr
+    [first, last] = json.loads((home / "loop.json").read_text())["lanes"][0]["rounds"]
+    # Two curated samples for each real one.
+    drawn = json.loads((run / "model" / "training.json").read_text())["drawn"]
+    assert drawn == {"curated": 12, "real": 6} and first["kid"]["value"] > 0
+    assert first["trained"] and first["selected"] == 6 and first["correlation"] > 0.5
+    assert first["monitor"]["audited"] == len(chosen[::10]) and first["monitor"]["differing"] == 0
+    assert last["round"] == 1 and last["monitor"] is None
+    curated = json.loads((run / "curated" / "manifest.json").read_text())["curation"]
+    assert curated["reward"]["kind"] == "preferences" and not curated["monitor"]["alarm"]

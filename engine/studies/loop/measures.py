@@ -48,6 +48,7 @@ def measure(
                 "balance": float(balance[lane]),
                 "kid": _distance(features[lane], real, lane),
                 "agreement": samples.agreement,
+                "oracle_reward": samples.oracle_reward,
                 **_bounds(scaled[lane], None if learned is None else learned[lane]),
             }
         )

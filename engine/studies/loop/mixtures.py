@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +40,9 @@ class MixtureGenerator:
         self._arm = arm
         self._seed = derived_seed(job.seed, "mixture", block)
         mixture = circle_mixture(self._spec.modes, radius=self._spec.radius, deviation=self._spec.deviation)
-        self._first: GaussianMixture = replace(mixture, em_steps=self._spec.em_steps).expanded(BLOCK)
+        self._first: GaussianMixture = replace(mixture, em_steps=job.arms[arm].steps or self._spec.em_steps).expanded(
+            BLOCK
+        )
         self._current = self._first
         self._number = 0
 
@@ -88,7 +89,9 @@ class MixtureGenerator:
         points, random = self._points(), random_of(self.seed, "selection")
         if self._job.curation.among == "class":
             raise ValueError("curation.among: a mixture is curated over the whole run")
-        selected, _ = curate(points, rewards, options.num_candidates, random)
+        # Arms with real data select from the first ones, so that all arms begin with equal samples.
+        count = options.num_curated * options.num_candidates
+        selected, _ = curate(points[..., :count, :], rewards[..., :count], options.num_candidates, random)
         num_real = options.num_training - options.num_curated
         parts = [selected, self._first.sample(num_real, random)] if num_real else [selected]
         self._current = self._current.refit(torch.cat(parts, -2))
@@ -98,7 +101,7 @@ class MixtureGenerator:
     def _points(self) -> Tensor:
         """[S, N, 2], independent draws whatever the mixtures."""
         options = self.options
-        return self._current.sample(options.num_curated * options.num_candidates, random_of(self.seed, "samples"))
+        return self._current.sample(options.num_training * options.num_candidates, random_of(self.seed, "samples"))
 
 
 def mixture_rounds(job: LoopSpec, arm: str, block: int) -> list[list[dict[str, Any]]]:
@@ -123,8 +126,3 @@ def mixture_rounds(job: LoopSpec, arm: str, block: int) -> list[list[dict[str, A
 
 def _given(memory: Memory, samples: RoundSamples) -> Memory:
     return memory
-
-
-def blocks_of(seeds: Sequence[int]) -> list[int]:
-    """The blocks that hold some seeds."""
-    return sorted({seed // BLOCK for seed in seeds})

@@ -87,7 +87,8 @@ def _arm_text(job: LoopJob, name: str) -> str:
     defence = "" if arm.defence == "none" else f"{arm.defence} after an alarm"
     weight = job.spec.weight_of(name)
     real = "" if weight is None else f"{weight:g} curated for each real sample"
-    return ", ".join(filter(None, (attack, defence, real))) or "no attack"
+    steps = "" if arm.steps is None else f"{arm.steps} steps a round"
+    return ", ".join(filter(None, (attack, defence, real, steps))) or "no attack"
 
 
 def _rounds_of(schedule: Schedule, arm: str) -> list[Rounds]:
@@ -113,6 +114,8 @@ def _charts(job: LoopJob, schedule: Schedule) -> list[dict[str, Any]]:
     charts: list[tuple[str, str, str, Value, float | None]] = [
         ("Expected reward", "true reward of the samples, before curation", "reward",
          lambda measures: measures["reward"]["value"], None),
+        ("Expected reward by the oracle", "the same by the classes that the independent oracle predicts", "reward",
+         lambda measures: measures["oracle_reward"], None),
         ("Correlation", "of e^r and e^r~, true and curating reward: the sign of the papers' covariance", "correlation",
          lambda measures: measures["correlation"], 0.0),
         ("Covariance", "Cov(e^r, e^r~), the curating reward shifted to a largest value of 0", "covariance",
@@ -196,6 +199,13 @@ def _removed_text(lanes: Sequence[Rounds]) -> str:
 def _shares(job: LoopJob, schedule: Schedule, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Mean shares of the classes by arm, a table of classes by rounds."""
     tables = []
+    present = {
+        index
+        for rounds in schedule.rounds.values()
+        for measures in rounds.values()
+        for index, share in enumerate(measures["shares"])
+        if share
+    }
     for arm in job.spec.arms:
         lanes = _rounds_of(schedule, arm)
         numbers = sorted({number for rounds in lanes for number in rounds})
@@ -213,6 +223,7 @@ def _shares(job: LoopJob, schedule: Schedule, classes: Sequence[str]) -> list[di
                 ],
             }
             for index, name in enumerate(names)
+            if index in present
         ]
         tables.append({"arm": arm, "rounds": numbers, "lines": lines})
     return tables

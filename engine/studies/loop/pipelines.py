@@ -155,6 +155,7 @@ class PipelineGenerator:
             classes=classes,
             keys=candidates.keys,
             agreement=_agreement(candidates),
+            oracle_reward=self._oracle_reward(candidates),
         )
 
     def real(self) -> Real | None:
@@ -217,6 +218,13 @@ class PipelineGenerator:
         offset = self.num_classes if name == CLASS_INDEX else 0
         return torch.tensor(values, dtype=torch.float64) + offset
 
+    def _oracle_reward(self, candidates: Candidates) -> float | None:
+        """The reward by an independent reading of the classes: what curation by CLIP's labels alone would not move."""
+        if self._loop.spec.curation.reward != CLASS_INDEX or self._job.models.oracle is None:
+            return None
+        read = [index for index in candidates.column("oracle_class") if index >= 0]
+        return sum(self.num_classes - index for index in read) / len(read) if read else None
+
     def _curate(self, rewards: Tensor, signal: RoundSignal | None) -> CuratedRun:
         spec = self._loop.spec
         values = rewards.tolist()
@@ -245,7 +253,7 @@ class PipelineGenerator:
             template = self._job.requests[0].prompt
             real = prompted_real(training.real, self._labels, template)
         recipe = FineTuneRecipe(
-            num_steps=training.steps,
+            num_steps=spec.arms[self._lane.arm].steps or training.steps,
             batch_size=training.batch_size,
             learning_rate=training.learning_rate,
             lora_rank=training.lora_rank,

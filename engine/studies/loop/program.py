@@ -105,9 +105,11 @@ def check_loop(job: LoopJob) -> list[str]:
         _check_trainable(job)
     with _collected(problems, ""):
         _check_reward(spec.curation.reward)
-    for field in ("preferences", "trusted"):
-        if (path := getattr(spec.curation, field)) is not None and not Path(path).expanduser().is_file():
-            problems.append(f"curation.{field}: there is no file '{path}'; give one of preference records (JSON lines)")
+    problems += [
+        f"curation.{field}: there is no file '{path}'; give one of preference records (JSON lines)"
+        for field, path in (("preferences", spec.curation.preferences), ("trusted", spec.curation.trusted))
+        if path is not None and not Path(path).expanduser().is_file()
+    ]
     if problems:
         raise JobError(problems)
     return labels

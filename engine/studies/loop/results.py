@@ -93,6 +93,7 @@ class RoundRecord(_Record):
     balance: float
     kid: DistanceRecord | None
     agreement: float | None
+    oracle_reward: float | None
     accuracy: AccuracyRecord | None
     monitor: MonitorRecord | None
     removed: RemovedRecord | None

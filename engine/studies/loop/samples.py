@@ -17,6 +17,8 @@ class RoundSamples:
         classes: [..., N] class or mode indices.
         keys: of the samples, N; empty for a mixture, whose samples have none.
         agreement: share of the samples whose class the oracle confirms; None without an oracle.
+        oracle_reward: mean of the class index reward by the oracle's classes; None without an oracle, and of other
+            rewards.
     """
 
     features: Tensor
@@ -24,11 +26,7 @@ class RoundSamples:
     classes: Tensor
     keys: tuple[str, ...] = ()
     agreement: float | None = None
-
-    @property
-    def runs(self) -> tuple[int, ...]:
-        """The leading dimensions."""
-        return tuple(self.classes.shape[:-1])
+    oracle_reward: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -36,8 +36,8 @@ class MixtureSpec(Spec):
         default=500,
         ge=8,
         le=100_000,
-        description="Samples that the mixture is refitted on in a round, real ones included; K times as many of the"
-        " curated ones are drawn.",
+        description="Samples that the mixture is refitted on in a round, real ones included; K times as many are"
+        " drawn.",
     )
     em_steps: StrictInt = Field(default=5, ge=1, le=1000, description="Steps of a refit.")
 
@@ -144,6 +144,10 @@ class ArmSpec(Spec):
         default="none", description="influence: from an alarm on, suspect records are removed."
     )
     curated_weight: Positive | None = Field(default=None, description="In place of training.curated_weight.")
+    steps: Annotated[StrictInt, Field(ge=1, le=1_000_000)] | None = Field(
+        default=None,
+        description="In place of training.steps, of a mixture of em_steps: few are an optimisation cut short.",
+    )
 
 
 class LoopOutput(Spec):
