@@ -20,8 +20,11 @@ COLOURS = {
     "largest-difference": "#56B4E9",
     "gradient": "#D55E00",
     "gradient-reward": "#CC79A7",
+    "defended": "#009E73",
 }
 DEFENDED = ", defended"
+# Line styles of arms that differ from another one by the end of their name.
+STYLES = {"-real": "--", "-short": ":"}
 
 
 def draw_rounds(paths: Mapping[tuple[str, float], Tensor], budgets: Sequence[float], target: Path) -> None:
@@ -45,6 +48,31 @@ def draw_rounds(paths: Mapping[tuple[str, float], Tensor], budgets: Sequence[flo
             bounds = [one.low for one in estimates], [one.high for one in estimates]
             axis.fill_between(rounds, *bounds, color=COLOURS[name], alpha=0.2, linewidth=0)
         axis.set(title=f"kappa {budget}", xlabel="round")
+    axes[0].set_ylabel("users' reward")
+    _save(figure, axes, target)
+
+
+def draw_loops(panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], target: Path) -> None:
+    """Users' reward by round in loops on images, a panel for each job.
+
+    Args:
+        panels: by title and arm, the rewards of each round over the seeds.
+        target: SVG file.
+    """
+    figure, axes = _figure(len(panels))
+    for axis, (title, arms) in zip(axes, panels.items(), strict=True):
+        for arm, rounds in arms.items():
+            ending = next((ending for ending in STYLES if arm.endswith(ending)), "")
+            colour = COLOURS[arm.removesuffix(ending)]
+            estimates = [mean_interval(values) for values in rounds]
+            numbers = range(len(estimates))
+            axis.plot(
+                numbers, [one.value for one in estimates], STYLES.get(ending, "-"),
+                color=colour, label=arm, linewidth=1.4,
+            )  # fmt: skip
+            bounds = [one.low for one in estimates], [one.high for one in estimates]
+            axis.fill_between(numbers, *bounds, color=colour, alpha=0.15, linewidth=0)
+        axis.set(title=title, xlabel="round")
     axes[0].set_ylabel("users' reward")
     _save(figure, axes, target)
 
@@ -87,8 +115,8 @@ def _figure(num_panels: int) -> tuple[Any, Any]:
 def _save(figure: Any, axes: Any, target: Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3, linewidth=0.5)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    named = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.tight_layout(rect=(0, 0.13, 1, 1))
     drawn = StringIO()
     figure.savefig(drawn, format="svg", metadata={"Date": None})
