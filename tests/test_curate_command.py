@@ -186,7 +186,7 @@ def check_evidence(command: Sequence[str], clean: str, home: Path, call: Any) ->
     A complete run that continued another monitor, or none, is not given out as one that continues it.
     """
     kept = (home / "out/_state/audit.safetensors").read_bytes()
-    code, out, _ = call(*command, clean, "--output", str(home / "out"))
+    code, out, _ = call(*command, clean, "--after", str(home / "clean"), "--output", str(home / "out"))
     assert code == EXIT_DAMAGED and "100 audited records differ" in out and "agreement" in out
     assert (home / "out/_state/audit.safetensors").read_bytes() == kept
     assert call(*command, clean, "--after", str(home / "out"), "--output", str(home / "other"))[0] == EXIT_DAMAGED
