@@ -54,7 +54,12 @@ def first_line(error: object, default: str | None = None) -> str:
         error: an exception, or its text.
         default: returned where the text is empty; None stands for the name of the exception's class.
     """
-    if lines := str(error).strip().splitlines():
+    try:
+        text = str(error)
+    except Exception:
+        # The text of an error of the user's own code can be an error itself.
+        text = ""
+    if lines := text.strip().splitlines():
         return lines[0]
     return type(error).__name__ if default is None else default
 

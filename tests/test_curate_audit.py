@@ -11,11 +11,20 @@ import pytest
 import safetensors.torch
 import torch
 
+from engine.data.stores.opening import open_store
 from engine.errors import JobError
 from engine.methods.curation.learning import LearnOptions, learn_reward, standardise
 from engine.methods.curation.preferences import Pairs, Preference
 from engine.studies.curate.audit import AuditedRecord, alarm_sentence, audit_records, describe_monitor, divide, unseen
-from engine.studies.curate.audit_state import StoredAudit, audit_bytes, new_audit, pair_name, parse_audit, read_audit
+from engine.studies.curate.audit_state import (
+    StoredAudit,
+    audit_bytes,
+    new_audit,
+    pair_name,
+    parse_audit,
+    read_audit,
+    read_stopped_audit,
+)
 from engine.studies.curate.preference_files import PreferenceRecord
 
 DIGEST = "c" * 32
@@ -148,6 +157,12 @@ def check_refused_folders(home: Path, data: bytes) -> None:
         read_audit(str(home), DIGEST)
     path.write_bytes(data)
     assert len(read_audit(str(home), DIGEST).names) == 6
+    assert read_stopped_audit(open_store(str(home)), DIGEST) is None
+    (home / "_state").mkdir()
+    path.rename(home / "_state/audit.safetensors")
+    assert len(read_audit(str(home), DIGEST).names) == 6
+    with pytest.raises(JobError, match=r"--output: .*another CLIP model.*or choose another --output"):
+        read_stopped_audit(open_store(str(home)), "d" * 32)
     with pytest.raises(JobError, match="another CLIP model"):
         read_audit(str(home), "d" * 32)
 

@@ -160,8 +160,11 @@ def test_tampered_preferences_raise_the_alarm_and_are_undone(home, taste, raters
     tampered = written(tmp_path / "tampered.jsonl", raters.choose(pairs, 0.3))
     after = (*command, tampered, "--after", str(tmp_path / "clean"), "--output", str(tmp_path / "out"))
     code, out, err = call(*after)
-    assert code == EXIT_DAMAGED and "ALARM" in out and not (tmp_path / "out").exists()
+    assert (
+        code == EXIT_DAMAGED and "ALARM" in out and [path.name for path in (tmp_path / "out").iterdir()] == ["_state"]
+    )
     assert "alarm: the monitor has raised its alarm" in err and "nothing was selected" in err
+    check_evidence(command, clean, tmp_path, call)
     code, out, err = call(*after, "--on-alarm", "continue", "--defence", "influence")
     assert code == 0 and "alarm: the monitor" in err and "nothing was selected" not in err
     undefended = (*after[:-1], str(tmp_path / "undefended"), "--on-alarm", "continue")
@@ -175,6 +178,20 @@ def test_tampered_preferences_raise_the_alarm_and_are_undone(home, taste, raters
     again = (*command, clean, "--after", str(tmp_path / "out"), "--output", str(tmp_path / "next"))
     assert call(*again)[0] == EXIT_DAMAGED
     check_repeated(after, undefended, call)
+
+
+def check_evidence(command: Sequence[str], clean: str, home: Path, call: Any) -> None:
+    """An alarm that stopped a curation outlives it: no other records take it back, there or after it.
+
+    A complete run that continued another monitor, or none, is not given out as one that continues it.
+    """
+    kept = (home / "out/_state/audit.safetensors").read_bytes()
+    code, out, _ = call(*command, clean, "--after", str(home / "clean"), "--output", str(home / "out"))
+    assert code == EXIT_DAMAGED and "100 audited records differ" in out and "agreement" in out
+    assert (home / "out/_state/audit.safetensors").read_bytes() == kept
+    assert call(*command, clean, "--after", str(home / "out"), "--output", str(home / "other"))[0] == EXIT_DAMAGED
+    code, _, err = call(*command, clean, "--after", str(home / "out"), "--output", str(home / "clean"))
+    assert code == EXIT_USER and "or a file of --preferences, --trusted or --after is another" in err
 
 
 def check_suspects(home: Path) -> None:
@@ -299,14 +316,45 @@ def test_a_function_of_the_user_is_a_reward(home, tmp_path, monkeypatch, call):
     assert find_reward("curate_user_rewards:brightness", DISPLAY).record.digest == curation.reward.digest
 
 
+def test_a_function_that_failed_can_be_corrected(home, tmp_path, monkeypatch, call):
+    """It leaves no plan in the output; what it prints is not in the JSON."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    command = ("curate", str(home / "run"), "--output", str(tmp_path / "out"), "--json", "--reward")
+    text = "def rewards(images, records):\n    print('called')\n    return [VALUE] * len(images)\n"
+    for name, value in (("curate_wrong", "None"), ("curate_right", "1.0")):
+        (tmp_path / f"{name}.py").write_text(text.replace("VALUE", value), encoding="utf-8")
+    assert call(*command, "curate_wrong:rewards")[0] == EXIT_USER
+    code, out, err = call(*command, "curate_right:rewards")
+    assert code == 0 and "called" in err and json.loads(out)["curation"]["num_groups"] == 25
+
+
 class Odd:
     """A value that nothing can be made of."""
 
     shape = (3, 1)
 
 
+class Liar(list):
+    """A list that states another length than it has."""
+
+    def __len__(self) -> int:
+        return 64
+
+
+class SilentError(Exception):
+    """An error whose text is one."""
+
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
 def fails(images, records):
     raise KeyError("colour")
+
+
+def fails_silently(images, records):
+    raise SilentError
 
 
 @pytest.mark.parametrize(
@@ -325,6 +373,8 @@ def fails(images, records):
         (lambda images, records: sys.exit(3), "failed on 64 samples from .*: SystemExit"),
         (lambda images, records: images.clear() or records.clear() or [], "returned 0 values"),
         (lambda images: [], "failed on 64 samples .*: TypeError"),
+        (lambda images, records: Liar([1.0]), "returned 1 values"),
+        (fails_silently, "failed on 64 samples .*: SilentError .*test_curate_command.py, line"),
         (fails, "failed on 64 samples .*: KeyError: 'colour' .*test_curate_command.py, line"),
     ],
 )

@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import math
+import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,7 +40,7 @@ from engine.data.stores.opening import open_store
 from engine.driver.status import read_status, status_lines
 from engine.errors import EXIT_DAMAGED, CorruptShardError, JobError, OutputError, OwnedError
 from engine.models.addresses import locate
-from engine.studies.curate.candidates import open_candidates
+from engine.studies.curate.candidates import Parent, open_candidates
 from engine.studies.curate.program import SelectionOptions, SignalRecord, find_curated
 from engine.studies.curate.selection import draw_selection
 from tests import corpus_cases
@@ -218,7 +220,7 @@ def test_a_kill_does_not_change_what_was_drawn(noise, tmp_path):
     assert not verify(resumed.store).damage
 
 
-def test_the_same_command_does_nothing_and_other_options_are_refused(home, copied):
+def test_the_same_command_does_nothing_and_other_options_are_refused(home, copied, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in (copied / "curated").rglob("*") if path.is_file()}
     again = curated(
         copied / "run", copied / "curated", lambda candidates: pytest.fail("asked again"), SIGNAL, num_candidates=3
@@ -240,6 +242,9 @@ def test_the_same_command_does_nothing_and_other_options_are_refused(home, copie
     other = SignalRecord(reward=replace(REWARD, digest="other"))
     with pytest.raises(OutputError, match=r'reward\.digest: "abc" -> "other"'):
         curated(copied / "run", copied / "curated", signal_record=other, num_candidates=3)
+    monkeypatch.setattr(Parent, "shards_digest", "of more samples")
+    with pytest.raises(OutputError, match="RUN has other samples now"):
+        curated(copied / "run", copied / "curated", signal_record=SIGNAL, num_candidates=3)
 
 
 def test_a_curated_run_can_be_curated(home, tmp_path):
@@ -358,11 +363,17 @@ def test_outputs_that_hold_something_else_are_refused(home, noise, tmp_path):
         (lambda run: change_document(run, mean_reward=0.5), "states another curation"),
         (lambda run: change_document(run, among="nowhere"), "is not that of a curated run"),
         (lambda run: swap_selected(run), "selects other samples"),
+        (lambda run: make_pipe(run), r"is not the selection of a curated run \(.*is a pipe"),
     ],
 )
 def test_verify_finds_damage_of_what_was_drawn(damage, match, copied):
     damage(copied / "curated")
-    assert any(match in finding.text for finding in verify(open_store(str(copied / "curated"))).damage)
+    assert any(re.search(match, finding.text) for finding in verify(open_store(str(copied / "curated"))).damage)
+
+
+def make_pipe(run: Path) -> None:
+    (run / "curation/selection.parquet").unlink()
+    os.mkfifo(run / "curation/selection.parquet")
 
 
 def change_document(run: Path, **changes: Any) -> None:
@@ -446,7 +457,7 @@ def test_a_curation_reads_back_and_anything_else_is_refused(home):
     assert isinstance(curation, Curation) and curation.to_document() == document
     num_refused = 0
     for path in places(document):
-        for value in (None, [], {}, "text", -1, True, math.inf):
+        for value in (None, [], {}, "text", "x" * 5000, -1, True, math.inf):
             if not is_allowed(path, value):
                 with pytest.raises(ValueError):
                     parse_curation(changed(document, path, lambda part, key, value=value: part.__setitem__(key, value)))
@@ -483,7 +494,7 @@ def is_allowed(path: tuple[Any, ...], value: Any) -> bool:
         return field == "ancestors" and value == []
     if isinstance(value, str):
         texts = ("uri", "name", "plan_digest", "shards_digest", "kind", "digest", "model", "defence", "after")
-        return field in texts or (path[0] == "files" and len(path) == 2)
+        return len(value) < 5000 and (field in texts or (path[0] == "files" and len(path) == 2))
     if value is True:
         return field == "alarm"
     numbers = (

@@ -87,6 +87,17 @@ def test_the_accuracy_of_noise_is_that_of_chance():
     assert learned.accuracy is not None and learned.accuracy.low < 0.5 < learned.accuracy.high
 
 
+def test_records_of_one_pair_do_not_narrow_the_interval():
+    """Ten raters of each pair: the accuracy of all records, with the interval of the pairs."""
+    pairs, numbers = records(100)
+    often = torch.arange(100).repeat_interleave(10)
+    once, many = (learn_reward(pairs.take(index), numbers[index], LearnOptions(l2=1.0)).accuracy for index in (
+        torch.arange(100), often
+    ))  # fmt: skip
+    assert once is not None and many is not None and (once.num_pairs, many.num_pairs) == (20, 200)
+    assert many.high - many.low > 0.9 * (once.high - once.low)
+
+
 def test_degenerate_records_give_a_finite_reward():
     """All choices alike, constant features, contradicting records, and too few to hold one out."""
     pairs, numbers = records(60)

@@ -37,6 +37,12 @@ def test_the_formats_agree(tmp_path):
     assert preferences[0] == preferences[1] == preferences[2]
     assert [preference.rater for preference in preferences[0]] == ["007", "1e5"]
     assert {record.group for file in files for record in file.records} == {"x"}
+    twice = pa.table([["a"], ["b"], [0], [1]], names=["first", "second", "choice", "choice"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(JobError, match="'choice' twice"):
+        read_preferences(str(tmp_path / "twice.parquet"), "--preferences")
+    empty = written(tmp_path, [GOOD | {"rater": None, "time": None, "group": None}], "null.jsonl")
+    assert read_preferences(empty, "--preferences").records[0].preference.rater == ""
     short = read_preferences(written(tmp_path, ["first,second,choice,time\n", "a,b,0,\n"], "short.csv"), "--trusted")
     assert (short.records[0].preference.time, short.records[0].preference.rater, short.records[0].group) == (0, "", "")
     assert short.records[0].preferred == "a" and files[0].records[0].preferred == "b-001"
@@ -88,6 +94,9 @@ def test_many_bad_lines_are_counted(tmp_path):
         ("prefs.csv", "first,second,choice\na,b,0,9\n", "'a cell without a column' is no field"),
         ("prefs.csv", 'first,second,choice\n"a\nb', "cannot be read as csv"),
         ("prefs.csv", "first,second\na,b\n", "line 2: choice is missing"),
+        ("prefs.csv", "first;second;choice\na;b;0\n", "as csv ('first;second;choice' is no field of a record; it has"),
+        ("prefs.csv", "first,second,choice,choice\na,b,0,1\n", "it has the column 'choice' twice"),
+        ("prefs.jsonl", '{"first": "a", "second": "b", "choice": 0, "choice": 1}', "it holds 'choice' twice"),
     ],
 )
 def test_a_file_that_has_no_records_is_refused(tmp_path, name, content, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -93,9 +94,11 @@ def curate(
         defence=defence,
         selection=SelectionOptions(num_candidates=candidates, among=among, seed=seed, scale=scale),
     )  # fmt: skip
-    import_factories([reward], Path.cwd())
-    with stop_on_signals("stopped; the same command continues"), contextlib.closing(make_display()) as display:
-        curated = curate_by(run, options, output, display)
+    # What the user's own code prints must not mix with --json.
+    with contextlib.redirect_stdout(sys.stderr), stop_on_signals("stopped; the same command continues"):
+        import_factories([reward], Path.cwd())
+        with contextlib.closing(make_display()) as display:
+            curated = curate_by(run, options, output, display)
     if as_json:
         print_json(_document(curated))
     else:

@@ -12,7 +12,8 @@ MAX_DEPTH = 60
 
 
 def parse_json(data: bytes | str, max_depth: int = MAX_DEPTH) -> Any:
-    """A document in JSON as all readers parse it: finite numbers, whole ones of 64 bits, valid Unicode.
+    """A document in JSON as all readers parse it: finite numbers, whole ones of 64 bits, valid Unicode, no name
+    twice in an object.
 
     Args:
         max_depth: how deep objects and lists may nest.
@@ -22,7 +23,13 @@ def parse_json(data: bytes | str, max_depth: int = MAX_DEPTH) -> Any:
     """
     text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole)
+        value = json.loads(
+            text,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_whole,
+            object_pairs_hook=_once,
+        )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     _check_tree(value, max_depth)
@@ -41,6 +48,16 @@ def _check_tree(value: Any, depth: int) -> None:
             _check_tree(inner, depth - 1)
     elif isinstance(value, str):
         _check_text(value)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of a name that it has twice some readers take the first value, and others the last."""
+    value: dict[str, Any] = {}
+    for name, inner in pairs:
+        if name in value:
+            raise ValueError(f"it holds {name[:40]!r} twice")
+        value[name] = inner
+    return value
 
 
 def _check_text(text: str) -> None:

@@ -72,7 +72,7 @@ def find_factory(address: str) -> Callable[..., Any]:
         return factory
     what = "has no" if factory is None else "has something that cannot be called as"
     place = getattr(module, "__file__", None) or "a folder without __init__.py"
-    known = [name for name in vars(module) if not name.startswith("_")]
+    known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
     raise JobError(f"'{address}': module '{name}' ({place}) {what} '{attribute}'{nearest(attribute, known)}")
 
 

@@ -31,6 +31,8 @@ KEY = "curation"
 AMONG = ("run", "class")
 # Ancestors of a curated run of a curated run, the nearest first.
 MAX_ANCESTORS = 1000
+# Of names and addresses; no path is longer.
+MAX_TEXT_CHARS = 4096
 # Commands that make what is missing of a run, for messages.
 REMAKE_RUN = "`riskforge run` with the same job"
 REMAKE_CURATED = "`riskforge curate` with the same options"
@@ -360,7 +362,7 @@ def _is_number(value: Any) -> bool:
 
 
 _FITS = {
-    "str": lambda value: type(value) is str,
+    "str": lambda value: type(value) is str and len(value) <= MAX_TEXT_CHARS,
     "int": lambda value: type(value) is int and value >= 0,
     "float": _is_number,
     "bool": lambda value: type(value) is bool,

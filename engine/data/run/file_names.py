@@ -28,6 +28,8 @@ SELECTION = "curation/selection.parquet"
 REWARD = "curation/reward.safetensors"
 AUDIT = "curation/audit.safetensors"
 SUSPECTS = "curation/suspects.jsonl"
+# The state of a monitor whose alarm stopped a curation, in an output in which nothing is selected yet.
+STOPPED_AUDIT = "_state/audit.safetensors"
 # In manifests of folders that are not runs.
 RESCORED_FROM = "rescored_from"
 EXPORT_KIND = "export"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from engine.data.run.file_names import SELECTION
 from engine.data.run.shards import is_key
 from engine.data.stores.base import Store
+from engine.data.stores.file_errors import is_no_file
 from engine.errors import MAX_REASON_CHARS, CorruptShardError, OutputError
 
 if TYPE_CHECKING:
@@ -119,9 +120,11 @@ def read_selection(store: Store) -> Selection | None:
     except OutputError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return None
-        raise
+        if not is_no_file(error):
+            raise
+        reason = str(error)
     except ValueError as error:
-        reason = str(error)[:MAX_REASON_CHARS]
-        raise CorruptShardError(
-            f"{store.address(SELECTION)}: is not the selection of a curated run ({reason}); {remedy}"
-        ) from None
+        reason = str(error)
+    raise CorruptShardError(
+        f"{store.address(SELECTION)}: is not the selection of a curated run ({reason[:MAX_REASON_CHARS]}); {remedy}"
+    )

@@ -226,12 +226,15 @@ def learn_reward(
         model, start, training, pair_numbers[split.training], training_weights, options, generator
     )
     fit = fit_reward(model, training, options.fit_options(l2), start=start, weights=training_weights)
-    held_out = scaled.take(split.held_out)
+    held_out, held_out_numbers = scaled.take(split.held_out), pair_numbers[split.held_out]
+    accuracy = (
+        held_out_accuracy(model, fit.parameters, held_out, pair_numbers=held_out_numbers) if len(held_out) else None
+    )
     return LearnedReward(
         model=model,
         parameters=fit.parameters,
         standardisation=standardisation,
-        accuracy=held_out_accuracy(model, fit.parameters, held_out) if len(held_out) else None,
+        accuracy=accuracy,
         split=split,
         num_used=int((training_weights > 0).sum()),
         l2=l2,

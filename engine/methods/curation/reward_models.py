@@ -214,7 +214,9 @@ class Accuracy(Estimate):
     num_pairs: int
 
 
-def held_out_accuracy(model: RewardModel, parameters: Tensor, pairs: Pairs, level: float = LEVEL) -> Accuracy:
+def held_out_accuracy(
+    model: RewardModel, parameters: Tensor, pairs: Pairs, level: float = LEVEL, pair_numbers: Tensor | None = None
+) -> Accuracy:
     """How often a reward predicts the choices of records it was not trained on.
 
     Args:
@@ -222,6 +224,8 @@ def held_out_accuracy(model: RewardModel, parameters: Tensor, pairs: Pairs, leve
         parameters: [P].
         pairs: N records of one run, N >= 1.
         level: of the interval.
+        pair_numbers: [N] of the unordered pairs; all records are of different ones unless given. Those of one pair
+            are right or wrong together, so that the interval takes them as one (the effective number of Kish 1965).
 
     Raises:
         ValueError: there is no record.
@@ -230,5 +234,7 @@ def held_out_accuracy(model: RewardModel, parameters: Tensor, pairs: Pairs, leve
     if not total:
         raise ValueError("pairs: no record is held out; accuracy needs at least one")
     agreement = agreements(margins(model, parameters, pairs), pairs.labels)
-    share = wilson_interval(float(agreement.sum()), total, level)
+    counts = torch.ones(total) if pair_numbers is None else pair_numbers.unique(return_counts=True)[1].double()
+    num_independent = max(1, int(counts.sum().square() / counts.square().sum()))
+    share = wilson_interval(float(agreement.mean()) * num_independent, num_independent, level)
     return Accuracy(share.value, share.low, share.high, total)

@@ -164,7 +164,7 @@ def alarm_sentence(monitor: MonitorRecord, *, defence: str, is_selected: bool) -
         is_selected: whether the run was curated all the same.
     """
     removal = "" if defence != "none" else "remove the suspects by `--defence influence --on-alarm continue`, or "
-    outcome = "" if is_selected else ", and nothing was selected"
+    outcome = "" if is_selected else ", and nothing was selected (the alarm is kept in --output, for --after too)"
     remedy = "" if is_selected else f", {removal}select all the same by `--on-alarm continue`"
     return (
         f"the monitor has raised its alarm: the preferences disagree with the trusted raters (the choices differ in"

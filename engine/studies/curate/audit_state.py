@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from engine.data.run.file_names import AUDIT
+from engine.data.run.file_names import AUDIT, STOPPED_AUDIT
+from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.errors import MAX_REASON_CHARS, JobError, OutputError, first_line
 from engine.methods.curation.learning import Standardisation
@@ -84,7 +85,7 @@ def audit_bytes(audit: StoredAudit) -> bytes:
 
 
 def read_audit(uri: str, clip_digest: str) -> StoredAudit:
-    """The state of the monitor in an earlier curated run.
+    """The state of the monitor in an earlier curated run, or in the output of one that its alarm stopped.
 
     Args:
         uri: of that run, `--after`.
@@ -96,24 +97,39 @@ def read_audit(uri: str, clip_digest: str) -> StoredAudit:
     store = open_store(uri)
     if not store.is_there():
         raise JobError(f"--after: there is no folder '{uri}'; give an earlier curated run")
-    if not store.exists(AUDIT):
-        raise JobError(
-            f"--after: '{uri}' has no {AUDIT}, since it was not curated with --trusted; give a run that was, or leave"
-            " --after out to start a new monitor"
-        )
+    for name in (AUDIT, STOPPED_AUDIT):
+        if store.exists(name):
+            return _checked_audit(store, name, clip_digest, "--after", "leave --after out")
+    raise JobError(
+        f"--after: '{uri}' has no {AUDIT}, since it was not curated with --trusted; give a run that was, or leave"
+        " --after out to start a new monitor"
+    )
+
+
+def read_stopped_audit(output: Store, clip_digest: str) -> StoredAudit | None:
+    """The state of a monitor whose alarm stopped an earlier curation into an output; None without one.
+
+    Raises:
+        JobError: it is damaged, or its features are those of another CLIP model.
+    """
+    if not output.exists(STOPPED_AUDIT):
+        return None
+    return _checked_audit(output, STOPPED_AUDIT, clip_digest, "--output", "choose another --output")
+
+
+def _checked_audit(store: Store, name: str, clip_digest: str, option: str, remedy: str) -> StoredAudit:
+    """The state in a file of an output; `remedy` starts a new monitor."""
     try:
-        audit = parse_audit(read_whole(store.fetch(AUDIT), MAX_STATE_BYTES))
+        audit = parse_audit(read_whole(store.fetch(name), MAX_STATE_BYTES))
     except (ValueError, OSError, OutputError) as error:
         reason = first_line(error)[:MAX_REASON_CHARS]
         raise JobError(
-            f"--after: {AUDIT} of '{uri}' is damaged ({reason}); restore it, or leave --after"
-            " out to start a new monitor"
+            f"{option}: {name} of '{store.uri}' is damaged ({reason}); restore it, or {remedy} to start a new monitor"
         ) from None
     if audit.clip_digest != clip_digest:
         raise JobError(
-            f"--after: the monitor of '{uri}' has features of another CLIP model (digest {audit.clip_digest}) than"
-            f" models.clip of RUN (digest {clip_digest}); use the same model, or leave --after out to start a new"
-            " monitor"
+            f"{option}: the monitor of '{store.uri}' has features of another CLIP model (digest {audit.clip_digest})"
+            f" than models.clip of RUN (digest {clip_digest}); use the same model, or {remedy} to start a new monitor"
         )
     return audit
 

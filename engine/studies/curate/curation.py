@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from engine.data.run.curated import Curation, MonitorRecord, RewardRecord, parse_curation
+from engine.data.run.file_names import AUDIT, CURATION, STOPPED_AUDIT
 from engine.data.stores.base import Store
+from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store
 from engine.driver.progress import Display
 from engine.studies.curate.candidates import Candidates, open_candidates
@@ -69,7 +71,7 @@ def _by_preferences(store: Store, uri: str, options: CurateOptions, output: str,
     display.phase("reading run and preferences")
     candidates = open_candidates(store)
     check_enough(candidates.class_indices, options.selection)
-    inputs = read_signal(open_study(uri), options)
+    inputs = read_signal(open_study(uri), options, open_store(output))
     if finished := find_curated(store, options.selection, output, inputs.record):
         return _outcome(finished, left_out=inputs.left_out)
     learned = learn_signal(inputs, options, display)
@@ -77,11 +79,18 @@ def _by_preferences(store: Store, uri: str, options: CurateOptions, output: str,
     left_out = (*inputs.left_out, *(withheld if learned.num_withheld else ()))
     signal = learned.signal
     if signal.monitor is not None and signal.monitor.alarm and options.on_alarm == "stop":
+        _keep_evidence(open_store(output), signal, display)
         return Curated(
             run=None, curation=None, reward=signal.reward, monitor=signal.monitor, left_out=left_out,
             notes=learned.notes,
         )  # fmt: skip
     return _select(store, learned.rewards, options, output, signal, display, left_out, learned.notes)
+
+
+def _keep_evidence(output: Store, signal: SignalRecord, display: Display) -> None:
+    """Store the state of a monitor whose alarm stops the curation: the series goes on from it, whatever is tried."""
+    with hold(output, notice=display.notice):
+        output.replace(STOPPED_AUDIT, signal.files[AUDIT.removeprefix(f"{CURATION}/")])
 
 
 def _select(

@@ -148,11 +148,31 @@ def _json_rows(data: bytes) -> Iterator[tuple[int, Any]]:
 
 def _csv_rows(data: bytes) -> Iterator[tuple[int, Any]]:
     reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+    _check_columns(reader.fieldnames or ())
     for row in reader:
         # Cells beyond the header have the name None, missing cells the value None.
         named = {name or "a cell without a column": cell for name, cell in row.items() if cell is not None}
         values = {name: _number(cell) if name in ("choice", "time") else cell for name, cell in named.items()}
         yield reader.line_num, {name: value for name, value in values.items() if value != ""}
+
+
+def _check_columns(names: Sequence[str]) -> None:
+    """Check the columns of a table: each is known, and there once.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name in names:
+        _check_field(name)
+        if list(names).count(name) > 1:
+            raise ValueError(f"it has the column '{name}' twice")
+
+
+def _check_field(name: str) -> None:
+    if name not in FIELDS:
+        raise ValueError(
+            f"'{_clipped(name)}' is no field of a record{nearest(name, list(FIELDS))}; it has {', '.join(FIELDS)}"
+        )
 
 
 def _number(text: Any) -> Any:
@@ -171,11 +191,12 @@ def _parquet_rows(data: bytes) -> Iterator[tuple[int, Any]]:
 
     try:
         with pq.ParquetFile(io.BytesIO(data)) as file:
+            _check_columns(file.schema_arrow.names)
             number = 0
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, {name: value for name, value in row.items() if value is not None}
+                    yield number, row
     except (pa.ArrowException, OSError, OverflowError) as error:
         raise ValueError(first_line(error)) from None
 
@@ -200,10 +221,9 @@ def _record(line: int, row: Any) -> PreferenceRecord:
     if not isinstance(row, dict):
         raise ValueError(f"{_shown(row)} is not an object; a line is {_EXAMPLE}")
     for name in row:
-        if name not in FIELDS:
-            raise ValueError(
-                f"'{_clipped(name)}' is no field of a record{nearest(name, list(FIELDS))}; it has {', '.join(FIELDS)}"
-            )
+        _check_field(name)
+    # An empty cell, as tables have it, and as others write them to JSON.
+    row = {name: value for name, value in row.items() if value is not None}
     for name in REQUIRED:
         if name not in row:
             raise ValueError(f"{name} is missing; a line is {_EXAMPLE}")

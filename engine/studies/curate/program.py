@@ -138,9 +138,13 @@ def curate_run(
     check_enough(work.candidates.class_indices, options)
     with hold(work.output, notice=display.notice) as lease:
         job = curated_job(work.parent, work.output)
-        open_curated(work.output, plan, job)
+        # Another process may have been at work since.
+        check_output_is(work.output, plan)
         check_committed(work.output, REMAKE_CURATED)
-        selection = _settle(work, plan, rewards, options, signal, display)
+        selection = _drawn(work, plan, rewards, options, display)
+        lease.check()
+        open_curated(work.output, plan, job)
+        _settle(work, selection, options, signal)
         display.phase("copying what was selected")
         write_shards(work.parent, work.output, plan, selection.selected_keys, lease, display)
         display.phase("writing manifest and report")
@@ -221,7 +225,7 @@ def _values(rewards: Rewards, candidates: Candidates) -> list[float]:
     given = list(rewards(candidates))
     try:
         values = [float(value) for value in given]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise JobError(f"--reward: gives something else than numbers ({error}); correct the reward") from None
     check_rewards(candidates.keys, values)
     return values
@@ -252,13 +256,11 @@ def _result(output: Store, *, was_complete: bool) -> CuratedRun:
     )
 
 
-def _settle(
-    work: _Work, plan: Plan, rewards: Rewards, options: SelectionOptions, signal: SignalRecord, display: Display
-) -> Selection:
-    """What an earlier call has drawn, or else a new draw, with all files of the folder `curation`.
+def _drawn(work: _Work, plan: Plan, rewards: Rewards, options: SelectionOptions, display: Display) -> Selection:
+    """What an earlier call has drawn, or else a new draw; writes nothing, so that a reward that fails leaves no plan.
 
-    `curation.json` is the last of them, and no shard is written before it: until it is there nothing is decided. Where
-    it was lost later, the selection that shards were written by is kept.
+    Until `curation.json` is there nothing is decided. Where it was lost later, the selection that shards were written
+    by is kept.
     """
     output = work.output
     curation, selection = find_curation(output), read_selection(output)
@@ -267,23 +269,28 @@ def _settle(
             f"{output.address(CURATION_DOCUMENT)}: is of another curation than the plan of this output; remove it, and"
             f" {REMAKE_CURATED} writes it again"
         )
-    damaged = [] if curation is None else damaged_files(output, curation)
-    if curation is not None and selection is not None and not damaged:
+    if selection is not None and (curation is not None or list_commits(output)):
         return selection
-    if selection is None or (curation is None and not list_commits(output)):
-        display.phase("computing rewards")
-        values = _values(rewards, work.candidates)
-        selection = draw_selection(work.candidates.keys, work.candidates.class_indices, values, options)
+    display.phase("computing rewards")
+    values = _values(rewards, work.candidates)
+    return draw_selection(work.candidates.keys, work.candidates.class_indices, values, options)
+
+
+def _settle(work: _Work, selection: Selection, options: SelectionOptions, signal: SignalRecord) -> None:
+    """Store what was drawn, or restore what is missing of it: all files of the folder `curation`.
+
+    `curation.json` is the last of them, and no shard is written before it.
+    """
+    output = work.output
     files = {**signal.files, _name(SELECTION): selection_bytes(selection)}
-    if curation is not None:
-        _restore(output, curation, damaged, files)
-        return selection
+    if (curation := find_curation(output)) is not None:
+        _restore(output, curation, damaged_files(output, curation), files)
+        return
     _check_agrees(work, selection)
     for name, data in files.items():
         output.replace(f"{CURATION}/{name}", data)
     document = _describe(work, selection, options, signal, files).to_document()
     output.replace(CURATION_DOCUMENT, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
-    return selection
 
 
 def _restore(output: Store, curation: Curation, names: Sequence[str], files: Mapping[str, bytes]) -> None:

@@ -146,6 +146,8 @@ def _numbers(address: str, given: Any, keys: Sequence[str]) -> list[float]:
     values = given.tolist() if hasattr(given, "tolist") else given
     if isinstance(values, str | bytes | dict) or not isinstance(values, Sequence):
         raise JobError(f"--reward: '{address}' returned {_kind(given)}; {wanted}")
+    # As a plain list: a user's own class may state another length than it has.
+    values = list(values)
     if len(values) != len(keys):
         raise JobError(f"--reward: '{address}' returned {len(values)} values; {wanted}")
     return [_number(address, value, key, wanted) for key, value in zip(keys, values, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 
 from engine.data.run.curated import MonitorRecord, Proportion, RewardRecord
 from engine.data.run.file_names import AUDIT, CURATION, REWARD, SUSPECTS
+from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.driver.progress import Display
 from engine.errors import JobError
@@ -31,7 +33,14 @@ from engine.methods.curation.preferences import Pairs
 from engine.methods.curation.reward_models import Accuracy
 from engine.models.digests import model_digest
 from engine.studies.curate.audit import Division, audit_records, describe_monitor, divide, unseen
-from engine.studies.curate.audit_state import StoredAudit, audit_bytes, new_audit, read_audit
+from engine.studies.curate.audit_state import (
+    StoredAudit,
+    audit_bytes,
+    new_audit,
+    pair_name,
+    read_audit,
+    read_stopped_audit,
+)
 from engine.studies.curate.candidates import Candidates
 from engine.studies.curate.features import SampleFeatures, embed_samples, image_checksums
 from engine.studies.curate.options import CurateOptions
@@ -88,8 +97,14 @@ class LearnedSignal:
     notes: tuple[str, ...]
 
 
-def read_signal(run: StudiedRun, options: CurateOptions) -> SignalInputs:
+def read_signal(run: StudiedRun, options: CurateOptions, output: Store | None = None) -> SignalInputs:
     """Read and check the files of preferences, and the state of the monitor.
+
+    Args:
+        run: whose samples the records compare.
+        options: with the files.
+        output: of the curation. Where an alarm stopped an earlier one there, its monitor is continued, or running
+            again with other records would be a way around the alarm.
 
     Raises:
         JobError: a file is not as it must be, or no record is left to learn from.
@@ -113,7 +128,10 @@ def read_signal(run: StudiedRun, options: CurateOptions) -> SignalInputs:
         _check_groups(division.training, trusted_records, options)
     clip = model_digest(run.job.models.clip)
     digests = [preferences.digest, trusted.digest if trusted is not None else ""]
-    digest = digest_of({"files": digests, "clip": clip, **options.identity()})
+    earlier = _earlier_audit(options, output, clip)
+    # Earlier trusted choices are among those that a defence compares records with.
+    series = {} if earlier is None else {"series": hashlib.sha256(audit_bytes(earlier)).hexdigest()[:32]}
+    digest = digest_of({"files": digests, "clip": clip, **options.identity(), **series})
     left_out = [f"--preferences: {line}" for line in usable.left_out]
     left_out += [f"--trusted: {line}" for line in judged.left_out] if judged is not None else []
     return SignalInputs(
@@ -122,10 +140,19 @@ def read_signal(run: StudiedRun, options: CurateOptions) -> SignalInputs:
         trusted=trusted_records,
         division=division,
         checksums=checksums,
-        earlier=read_audit(options.after, clip) if options.after is not None else None,
+        earlier=earlier,
         left_out=tuple(left_out),
         record=RewardRecord(name=preferences.path, kind="preferences", digest=digest),
     )
+
+
+def _earlier_audit(options: CurateOptions, output: Store | None, clip_digest: str) -> StoredAudit | None:
+    if options.trusted is None:
+        return None
+    stopped = read_stopped_audit(output, clip_digest) if output is not None else None
+    if stopped is None and options.after is not None:
+        return read_audit(options.after, clip_digest)
+    return stopped
 
 
 def _check_groups(
@@ -222,10 +249,17 @@ class _Learning:
 
     def _trusted(self, audit: StoredAudit) -> Pairs:
         """All trusted choices: those of this round's file, and those that earlier audits had."""
-        now = self._pairs_of(self._inputs.trusted)
         earlier = self._inputs.earlier
         if earlier is None:
-            return now
+            return self._pairs_of(self._inputs.trusted)
+        # A choice that the series has already counts once.
+        known, checksums = set(earlier.names), self._inputs.checksums
+        new = [
+            record
+            for record in self._inputs.trusted
+            if pair_name(*(checksums[key] for key in record.pair)) not in known
+        ]
+        now = self._pairs_of(new)
         count = len(earlier.names)
         labels = audit.state.trusted[:count]
         return Pairs(

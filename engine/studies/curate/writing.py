@@ -35,6 +35,12 @@ from engine.job.spec import JobSpec, RequestSpec
 from engine.studies.curate.candidates import Parent
 
 MAX_DIFFERENCES = 20
+# What differs where no option of that name does.
+_DIGESTED = {
+    f"{KEY}.shards": "curation.shards: RUN has other samples now, such as more of them",
+    f"{KEY}.reward.digest": "curation.reward.digest: the function, the CLIP model, or a file of --preferences,"
+    " --trusted or --after is another",
+}
 _RUN_FIELDS = tuple(column.name for column in RUN_COLUMNS if column.name != "sha256")
 
 
@@ -76,7 +82,6 @@ def open_curated(store: Store, plan: Plan, job: JobSpec) -> None:
     Raises:
         OutputError: the output holds something else, or a curation with other options, with the difference.
     """
-    check_output_is(store, plan)
     store.clean_staging()
     if not publish_stage(store, plan, job, 0, plan.stages[0]):
         check_output_is(store, plan)
@@ -105,6 +110,7 @@ def check_output_is(store: Store, plan: Plan) -> bool:
             [
                 f"--output {store.uri}: holds another curated run (there -> asked for now):",
                 *(f"  {line}" for line in lines),
+                *(what for name, what in _DIGESTED.items() if any(line.startswith(name) for line in lines)),
                 f"give the options of that one to continue it, or {remedy}",
             ]
         )
