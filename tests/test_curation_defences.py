@@ -8,13 +8,7 @@ import pytest
 import torch
 
 from engine.methods.curation.attacks import AttackOptions, curated_reward_objective, gradient_flips
-from engine.methods.curation.defences import (
-    RemovalOptions,
-    removal_effects,
-    remove_by_group,
-    remove_by_influence,
-    split_by_taste,
-)
+from engine.methods.curation.defences import RemovalOptions, removal_effects, remove_by_group, remove_by_influence
 from engine.methods.curation.hypergradient import SolverOptions
 from engine.methods.curation.loop import LoopOptions
 from engine.methods.curation.mixture_study import StudyOptions, Taste, simulate
@@ -134,16 +128,6 @@ def test_removal_by_group_keeps_an_honest_minority():
     assert found[0] < 0.1 and found[1] > 0.9
     with pytest.raises(ValueError, match="group 1 has records but no trusted one"):
         remove_by_group(MODEL, pairs, groups, trusted.take(torch.arange(50)), judges[:50], RemovalOptions())
-
-
-def test_tastes_are_told_apart_by_what_raters_chose():
-    """30 raters with 10 records each, 9 of them of the other taste; a relabelling of the raters changes nothing."""
-    pairs, _ = two_groups(4)
-    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
-    raters = order.repeat_interleave(10)
-    found = split_by_taste(MODEL, pairs, raters, FitOptions())
-    truth = (torch.arange(30) >= 21).long().expand(20, 30)
-    assert float((found[:, order] == truth).double().mean()) > 0.99
 
 
 def test_the_loop_is_attacked_noticed_and_defended():

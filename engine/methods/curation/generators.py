@@ -1,4 +1,4 @@
-"""Generators of the loop behind one interface, and the Gaussian mixture: exact sampling, refit, curated density."""
+"""Generators of the loop behind one interface, and the Gaussian mixture: exact sampling and refit."""
 
 from __future__ import annotations
 
@@ -74,10 +74,6 @@ class GaussianMixture:
         constant = self.weights.log() - log_volume - 0.5 * samples.shape[-1] * math.log(2 * math.pi)
         return (constant[..., None] - 0.5 * white.square().sum(-2)).mT
 
-    def log_density(self, samples: Tensor) -> Tensor:
-        """Logarithm of the density at samples [..., N, d], [..., N]."""
-        return torch.logsumexp(self.log_joint(samples), -1)
-
     def refit(self, samples: Tensor) -> GaussianMixture:
         """The mixture after `em_steps` steps of expectation-maximisation on samples [..., N, d]."""
         mixture = self
@@ -95,30 +91,6 @@ class GaussianMixture:
         eye = torch.eye(samples.shape[-1], dtype=samples.dtype)
         covariances = (scatter + _PRIOR_SAMPLES * self.covariances) / total[..., None, None] + _COVARIANCE_FLOOR * eye
         return GaussianMixture(total / total.sum(-1, keepdim=True), means, covariances, self.em_steps)
-
-    def tilted(self, linear: Tensor, quadratic: Tensor) -> GaussianMixture:
-        """The density after a round of curation by many candidates, `p e^r / E[e^r]`, exact for quadratic rewards.
-
-        Args:
-            linear: [..., d].
-            quadratic: [..., d, d] symmetric: `r(x) = linear . x + x . quadratic x / 2`.
-
-        Raises:
-            ValueError: `e^r` has no mean, as `quadratic` outgrows a component's precision.
-        """
-        precision = torch.linalg.inv(self.covariances)
-        tilted_precision = precision - quadratic[..., None, :, :]
-        if not bool((torch.linalg.eigvalsh(tilted_precision) > 0).all()):
-            raise ValueError("quadratic: the curated density has no finite integral; take fewer candidates")
-        covariances = torch.linalg.inv(tilted_precision)
-        natural = (precision @ self.means[..., None])[..., 0]
-        moved = natural + linear[..., None, :]
-        means = (covariances @ moved[..., None])[..., 0]
-        log_weights = self.weights.log() + 0.5 * (
-            (means * moved).sum(-1) - (self.means * natural).sum(-1)
-            + torch.logdet(covariances) - torch.logdet(self.covariances)
-        )  # fmt: skip
-        return GaussianMixture(torch.softmax(log_weights, -1), means, covariances, self.em_steps)
 
 
 def circle_mixture(num_modes: int, *, radius: float = 2.0, deviation: float = 0.3) -> GaussianMixture:

@@ -66,16 +66,12 @@ class RoundMeasures:
     """What is measured of the samples of a round; [...] unless stated.
 
     Attributes:
-        expected_reward: mean true reward r.
-        reward_variance: `Var(e^r)` over the samples, of the papers' bounds.
         covariance: `Cov(e^r, e^r~)` of true and curating reward.
         occupancy: [..., n] share of each mode or class.
         balance: entropy of the shares in [0, 1].
         real_distance: squared kernel distance of the features to those of real samples, as in KID.
     """
 
-    expected_reward: Tensor
-    reward_variance: Tensor
     covariance: Tensor
     occupancy: Tensor
     balance: Tensor
@@ -166,8 +162,6 @@ def measure_round(
     """
     shares = class_shares(classes, num_classes)
     return RoundMeasures(
-        expected_reward=true_rewards.mean(-1),
-        reward_variance=sample_covariance(true_rewards, true_rewards),
         covariance=sample_covariance(true_rewards, curating_rewards),
         occupancy=shares,
         balance=class_balance(shares),
