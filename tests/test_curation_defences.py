@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from curation_mixtures.study import StudyOptions, Taste, simulate
 
 from engine.methods.curation.attacks import AttackOptions, curated_reward_objective, gradient_flips
 from engine.methods.curation.defences import RemovalOptions, removal_effects, remove_by_group, remove_by_influence
 from engine.methods.curation.hypergradient import SolverOptions
 from engine.methods.curation.loop import LoopOptions
-from engine.methods.curation.mixture_study import StudyOptions, Taste, simulate
 from engine.methods.curation.preferences import Pairs
 from engine.methods.curation.reward_models import (
     FitOptions,

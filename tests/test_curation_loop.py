@@ -8,6 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from curation_mixtures.raters import MODEL, Raters
+from curation_mixtures.rounds import Choosers, measure_round, next_generator
 
 from engine.methods.curation.attacks import largest_difference_flips
 from engine.methods.curation.bounds import (
@@ -18,10 +20,9 @@ from engine.methods.curation.bounds import (
     sample_covariance,
     updated_probabilities,
 )
-from engine.methods.curation.generators import GaussianMixture, circle_mixture
-from engine.methods.curation.loop import Choosers, LoopOptions, curate, measure_round, next_generator
+from engine.methods.curation.generators import GaussianMixture, circle_mixture, monomials
+from engine.methods.curation.loop import LoopOptions, curate
 from engine.methods.curation.measures import class_balance, class_shares
-from engine.methods.curation.mixture_raters import MODEL, Raters, monomials
 from engine.methods.curation.reward_models import FitOptions, fit_reward
 from engine.methods.curation.selection import curation_weights
 from engine.methods.kernel_distance import unbiased_mmd

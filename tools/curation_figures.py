@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 from curation_charts import draw_mix, draw_rounds
+from curation_mixtures.guard import FIXED_FLOORS, FIXED_SIZES
+from curation_mixtures.study import CLEAN, StudyOptions, Taste, Trajectory
 from curation_runs import Studies, mean, open_executor, percent, share
 
 from engine.methods.curation.attacks import ATTACKS
 from engine.methods.curation.bounds import gain_bounds, real_data_divergence_bound, updated_probabilities
 from engine.methods.curation.loop import LoopOptions
-from engine.methods.curation.mixture_guard import FIXED_FLOORS, FIXED_SIZES
-from engine.methods.curation.mixture_study import CLEAN, StudyOptions, Taste, Trajectory
 from engine.methods.curation.reward_models import FitOptions
 from engine.methods.curation.selection import curation_weights
 

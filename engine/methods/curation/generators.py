@@ -1,10 +1,9 @@
-"""Generators of the loop behind one interface, and the Gaussian mixture: exact sampling and refit."""
+"""The Gaussian mixture as a generator of the loop: exact sampling and refit."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -13,16 +12,6 @@ from torch import Tensor
 # curation has emptied keeps its place.
 _COVARIANCE_FLOOR = 1e-4
 _PRIOR_SAMPLES = 1e-3
-
-
-class Generator(Protocol):
-    """What generates samples and is retrained on a selection of them."""
-
-    def sample(self, num_samples: int, generator: torch.Generator) -> Tensor:
-        """Samples [..., N, d]."""
-
-    def refit(self, samples: Tensor) -> Self:
-        """The generator of the next round, trained on samples [..., N, d]."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,3 +88,9 @@ def circle_mixture(num_modes: int, *, radius: float = 2.0, deviation: float = 0.
     covariances = (deviation**2 * torch.eye(2, dtype=torch.float64)).expand(num_modes, 2, 2)
     weights = torch.full((num_modes,), 1 / num_modes, dtype=torch.float64)
     return GaussianMixture(weights, radius * torch.stack([angles.cos(), angles.sin()], -1), covariances)
+
+
+def monomials(samples: Tensor) -> Tensor:
+    """Features [..., N, 5] of samples [..., N, 2]: all monomials of degree one and two, of about unit size."""
+    x, y = samples[..., 0], samples[..., 1]
+    return torch.stack([x, y, x * x / 2, y * y / 2, x * y], -1) / 2

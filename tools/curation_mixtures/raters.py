@@ -12,19 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.methods.curation.generators import GaussianMixture
+from engine.methods.curation.generators import GaussianMixture, monomials
 from engine.methods.curation.preferences import Pairs
 from engine.methods.curation.reward_models import LinearReward
 from engine.methods.curation.selection import draw_preferences
 
 # The reward of all raters, on `monomials`.
 MODEL = LinearReward(5)
-
-
-def monomials(samples: Tensor) -> Tensor:
-    """Features [..., N, 5] of samples [..., N, 2]: all monomials of degree one and two, of about unit size."""
-    x, y = samples[..., 0], samples[..., 1]
-    return torch.stack([x, y, x * x / 2, y * y / 2, x * y], -1) / 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from curation_mixtures.guard import Guard, GuardOptions
+from curation_mixtures.raters import MODEL, GroupRecords, Raters
+from curation_mixtures.rounds import Choosers, RoundMeasures, measure_round, next_generator
 from engine.methods.curation.attacks import ATTACKS, AttackOptions, flips_by
 from engine.methods.curation.defences import RemovalOptions
-from engine.methods.curation.generators import GaussianMixture, circle_mixture
-from engine.methods.curation.loop import Choosers, LoopOptions, RoundMeasures, measure_round, next_generator
-from engine.methods.curation.mixture_guard import Guard, GuardOptions
-from engine.methods.curation.mixture_raters import MODEL, GroupRecords, Raters, monomials
+from engine.methods.curation.generators import GaussianMixture, circle_mixture, monomials
+from engine.methods.curation.loop import LoopOptions
 from engine.methods.curation.reward_models import FitOptions
 
 CLEAN = "clean"
