@@ -159,7 +159,7 @@ def test_both_honest_groups_survive_defended_by_group():
     """Opposite tastes of 70 % and 30 %, K = 8: the minority's side of the circle outlives the attack only by group."""
     tastes = (Taste(share=0.7, mode=0), Taste(share=0.3, mode=4))
     loop = LoopOptions(num_training=300, num_candidates=8)
-    two = replace(SMALL, tastes=tastes, loop=loop, num_audited=100, num_rounds=6, attack="gradient-reward")
+    two = replace(SMALL, num_seeds=6, tastes=tastes, loop=loop, num_audited=100, num_rounds=6, attack="gradient-reward")
     shares = [
         simulate(replace(two, defence=defence)).measures[-1].occupancy[:, 3:6].sum(-1).mean()
         for defence in ("group", "influence")
