@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -48,6 +48,9 @@ from engine.studies.loop.signal import MAX_E_VALUE, Memory, Signal
 from engine.studies.loop.spec import CLASS_INDEX, LoopSpec
 from engine.studies.loop.state import Lane
 from engine.studies.samples import open_study, read_samples
+
+if TYPE_CHECKING:
+    pass
 
 GENERATED, CURATED, MODEL = "generated", "curated", "model"
 SIGNAL_FILE = "signal.safetensors"
