@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from engine.methods.curation.attacks import (
+    ATTACKS,
     AttackOptions,
     budget,
     covariance_objective,
     curated_reward_objective,
+    flips_by,
     gradient_flips,
     highest_reward_flips,
     largest_difference_flips,
@@ -122,6 +124,25 @@ def test_attacks_exchange_what_they_say():
         budget(1.2, 50)
     with pytest.raises(ValueError, match="num_stages 0"):
         AttackOptions(share=0.1, num_stages=0)
+
+
+def test_attacks_are_known_by_name():
+    """Each name is its function's, by the reward that the honest records teach."""
+    pairs, probes = scene((3,), 50)
+    model, options = LinearReward(4), AttackOptions(share=0.2)
+    believed = fit_reward(model, pairs, options.fit).parameters
+    by_reward = AttackOptions(share=0.2, objective=curated_reward_objective)
+    expected = {
+        "random": random_flips(pairs.labels, 0.2, torch.Generator().manual_seed(0)),
+        "largest-difference": largest_difference_flips(model, believed, pairs, 0.2),
+        "highest-reward": highest_reward_flips(model, believed, pairs, 0.2),
+        "gradient": gradient_flips(model, believed, pairs, probes, options),
+        "gradient-reward": gradient_flips(model, believed, pairs, probes, by_reward),
+    }
+    assert tuple(expected) == ATTACKS and not torch.equal(expected["gradient"], expected["gradient-reward"])
+    for name, flips in expected.items():
+        found = flips_by(name, model, pairs, probes, options, torch.Generator().manual_seed(0))
+        assert torch.equal(found, flips), name
 
 
 def outcome(attack: AttackOptions, scale: float = 1.0) -> torch.Tensor:

@@ -6,18 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from curation_mixtures.study import StudyOptions, Taste, simulate
 
 from engine.methods.curation.attacks import AttackOptions, curated_reward_objective, gradient_flips
-from engine.methods.curation.defences import (
-    RemovalOptions,
-    removal_effects,
-    remove_by_group,
-    remove_by_influence,
-    split_by_taste,
-)
+from engine.methods.curation.defences import RemovalOptions, removal_effects, remove_by_group, remove_by_influence
 from engine.methods.curation.hypergradient import SolverOptions
 from engine.methods.curation.loop import LoopOptions
-from engine.methods.curation.mixture_study import StudyOptions, Taste, simulate
 from engine.methods.curation.preferences import Pairs
 from engine.methods.curation.reward_models import (
     FitOptions,
@@ -136,16 +130,6 @@ def test_removal_by_group_keeps_an_honest_minority():
         remove_by_group(MODEL, pairs, groups, trusted.take(torch.arange(50)), judges[:50], RemovalOptions())
 
 
-def test_tastes_are_told_apart_by_what_raters_chose():
-    """30 raters with 10 records each, 9 of them of the other taste; a relabelling of the raters changes nothing."""
-    pairs, _ = two_groups(4)
-    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
-    raters = order.repeat_interleave(10)
-    found = split_by_taste(MODEL, pairs, raters, FitOptions())
-    truth = (torch.arange(30) >= 21).long().expand(20, 30)
-    assert float((found[:, order] == truth).double().mean()) > 0.99
-
-
 def test_the_loop_is_attacked_noticed_and_defended():
     """Twelve seeds of five rounds: the reward rises, the attack stops it, the alarm comes, the defence restores it."""
     clean = simulate(SMALL)
@@ -175,7 +159,7 @@ def test_both_honest_groups_survive_defended_by_group():
     """Opposite tastes of 70 % and 30 %, K = 8: the minority's side of the circle outlives the attack only by group."""
     tastes = (Taste(share=0.7, mode=0), Taste(share=0.3, mode=4))
     loop = LoopOptions(num_training=300, num_candidates=8)
-    two = replace(SMALL, tastes=tastes, loop=loop, num_audited=100, num_rounds=6, attack="gradient-reward")
+    two = replace(SMALL, num_seeds=6, tastes=tastes, loop=loop, num_audited=100, num_rounds=6, attack="gradient-reward")
     shares = [
         simulate(replace(two, defence=defence)).measures[-1].occupancy[:, 3:6].sum(-1).mean()
         for defence in ("group", "influence")

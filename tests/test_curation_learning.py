@@ -9,6 +9,7 @@ from engine.methods.curation.defences import RemovalOptions
 from engine.methods.curation.learning import (
     PENALTIES,
     Groups,
+    LearnedReward,
     LearnOptions,
     agreement_with_trusted,
     covariance_with_trusted,
@@ -20,7 +21,7 @@ from engine.methods.curation.learning import (
 )
 from engine.methods.curation.monitor import trusted_agreement
 from engine.methods.curation.preferences import Pairs
-from engine.methods.curation.reward_models import LinearReward, fit_reward
+from engine.methods.curation.reward_models import LinearReward, fit_reward, held_out_accuracy
 from engine.methods.curation.selection import draw_preferences
 
 SHIFT = torch.tensor([100.0, -5.0, 0.0, 3.0], dtype=torch.float64)
@@ -36,6 +37,11 @@ def records(count: int, seed: int = 0, strength: float = 1.0) -> tuple[Pairs, to
     return Pairs(first * SPREAD + SHIFT, second * SPREAD + SHIFT, labels), torch.arange(count)
 
 
+def accuracy_on(learned: LearnedReward, pairs: Pairs) -> float:
+    """Share of the choices of other records that a reward predicts."""
+    return held_out_accuracy(learned.model, learned.parameters, learned.standardisation.pairs(pairs)).value
+
+
 @pytest.mark.parametrize("model", ["linear", "network"])
 def test_a_known_reward_is_recovered_from_raw_features(model):
     """Features of scales 0.01 to 30: without standardisation the penalty would erase the first of them."""
@@ -48,7 +54,7 @@ def test_a_known_reward_is_recovered_from_raw_features(model):
     accuracy = learned.accuracy
     assert accuracy is not None and accuracy.num_pairs == 120 and learned.num_used == 480
     # The interval covers the accuracy on fresh records.
-    assert 0.5 < accuracy.low <= learned.predicts(fresh).value <= accuracy.high
+    assert 0.5 < accuracy.low <= accuracy_on(learned, fresh) <= accuracy.high
 
 
 def test_the_penalty_follows_the_evidence():
@@ -83,7 +89,7 @@ def test_the_accuracy_of_noise_is_that_of_chance():
     pairs = Pairs(first, second, (torch.rand(150, generator=generator) < 0.5).double())
     learned = learn_reward(pairs, torch.arange(150), LearnOptions(l2=1e-4))
     training = pairs.take(learned.split.training)
-    assert learned.predicts(training).value == 1
+    assert accuracy_on(learned, training) == 1
     assert learned.accuracy is not None and learned.accuracy.low < 0.5 < learned.accuracy.high
 
 
@@ -168,8 +174,8 @@ def test_tampered_records_are_suspects(model):
     assert float(suspects.effects[tampered & training].mean()) < 0 < float(suspects.effects[~tampered].mean())
     again = learn_reward(attacked, numbers, options, weights=suspects.weights)
     fresh, _ = records(1000, seed=5, strength=2.0)
-    clean = learn_reward(pairs, numbers, options).predicts(fresh).value
-    assert learned.predicts(fresh).value < clean - 0.05 < again.predicts(fresh).value
+    clean = accuracy_on(learn_reward(pairs, numbers, options), fresh)
+    assert accuracy_on(learned, fresh) < clean - 0.05 < accuracy_on(again, fresh)
 
 
 def test_a_minority_keeps_its_records_when_groups_are_given():

@@ -14,7 +14,6 @@ from engine.methods.curation.monitor import (
     accuracy_log_e_value,
     combined_e_value,
     continue_audit,
-    log_wealth,
     start_audit,
     trusted_agreement,
 )
@@ -84,14 +83,6 @@ def test_exchanged_labels_raise_the_alarm_and_it_stays():
     later = continue_audit(alarms, Audit(rows, choices, 1 - choices, rows @ -TRUTH))
     assert float(later.e_value.median()) < 20 < float(alarms.e_value.median())
     assert bool((later.alarm() | ~alarms.alarm()).all())
-
-
-def test_unpaired_increments_are_a_fair_game():
-    """All sequences of three increments of -1, 0, 1 with mean 0: the mean wealth is 1, and a drift makes it grow."""
-    sequences = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=3)), dtype=torch.float64)
-    chance = (0.5 - 0.25 * sequences.abs()).prod(-1)
-    assert (chance @ log_wealth(sequences).exp()).tolist() == pytest.approx([1.0, 1.0, 1.0])
-    assert float(log_wealth(torch.ones(20))[-1]) > math.log(20)
 
 
 @pytest.mark.parametrize("floor", [0.3, 0.5, 0.65])

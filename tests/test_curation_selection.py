@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.methods.curation.loop import curate
-from engine.methods.curation.preferences import Pairs, Preference, to_pairs
+from engine.methods.curation.preferences import Pairs, Preference
 from engine.methods.curation.selection import (
     curation_weights,
     draw_preferences,
@@ -89,23 +89,6 @@ def test_curated_samples_follow_the_exact_law():
     assert torch.equal(positions // 4, torch.arange(100_000))
     counts = torch.bincount(selected[:, 0].long(), minlength=4).double()
     assert chi_square(counts, mass * curation_weights(mass, rewards, 4)) < 16.27
-
-
-def test_records_become_pairs():
-    """Choice 0 is label 1: the first sample is preferred."""
-    features = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}
-    records = [
-        Preference(first="a", second="b", choice=0, rater="r", time=0.0),
-        Preference(first="b", second="a", choice=1, rater="s", time=1.0),
-    ]
-    pairs = to_pairs(records, features)
-    assert pairs.labels.tolist() == [1, 0] and pairs.first.tolist() == [[1, 2], [3, 4]]
-    assert pairs.flipped(torch.tensor([True, False])).labels.tolist() == [0, 0]
-    assert pairs.take(torch.tensor([1])).second.tolist() == [[1, 2]]
-    with pytest.raises(ValueError, match="sample 'b' has no features"):
-        to_pairs(records, {"a": features["a"]})
-    with pytest.raises(ValueError, match="none is given"):
-        to_pairs([], features)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from engine.cli import app
 from engine.errors import JobError
 from engine.job.parsing import parse_job
 from engine.job.spec import JobSpec, RequestSpec
+from engine.studies.loop.parsing import parse_loop
 from tests.conftest import REPOSITORY
 from tools import docs
 
@@ -130,10 +131,17 @@ def test_every_block_of_python_compiles() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_every_block_of_yaml_is_a_job_or_a_part_of_one(page: Path) -> None:
-    """A part is merged into a job that is valid: a section of it, a list of requests, or one request."""
+    """A part is merged into a job that is valid: a section of it, a list of requests, or one request.
+
+    A loop job is whole.
+    """
     for line, text in blocks(page, "yaml"):
+        part = yaml.safe_load(text)
         try:
-            parse_job(whole_job(yaml.safe_load(text)))
+            if "study" in part:
+                parse_loop(part, lambda path: {})
+            else:
+                parse_job(whole_job(part))
         except JobError as error:
             pytest.fail(f"{page.name}:{line}: {error}")
 

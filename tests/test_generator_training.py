@@ -37,12 +37,13 @@ from engine.models.pipelines.base import EMBEDDINGS, LATENTS
 from engine.models.pipelines.registry import FAMILIES
 from engine.models.pipelines.stable_diffusion import StableDiffusion
 from engine.studies.loop.finetuning import checkpoints, publishing, training
-from engine.studies.loop.finetuning.batches import TrainingImages, batches, num_curated, real_images
+from engine.studies.loop.finetuning.batches import TrainingImages, batches, num_curated
 from engine.studies.loop.finetuning.encoding import image_tensors
 from engine.studies.loop.finetuning.lora import Adapter, is_projection
 from engine.studies.loop.finetuning.objective import Batch, Draws, NoiseSchedule, denoising_loss
 from engine.studies.loop.finetuning.program import fine_tune_pipeline
 from engine.studies.loop.finetuning.recipe import FineTuneRecipe
+from engine.studies.loop.pipelines import prompted_real
 from tests.strike import arm
 from tests.tiny_pipelines import BETAS, edit, save_pipeline, save_xl_pipeline
 
@@ -141,15 +142,16 @@ def test_real_images_have_prompts_as_requests_make_them(tmp_path):
     for name in ("three", "eight"):
         (tmp_path / name).mkdir()
         digit_images(None, 1)[0][0].save(tmp_path / name / "a.png")
-    assert sorted(prompt for _, prompt in real_images(str(tmp_path), LABELS)) == [
+    assert sorted(prompt for _, prompt in prompted_real(str(tmp_path), LABELS, None)) == [
         "a photo of a eight",
         "a photo of a three",
     ]
-    assert {prompt for _, prompt in real_images(str(tmp_path), LABELS, PROMPT)} == {PROMPT}
+    assert {prompt for _, prompt in prompted_real(str(tmp_path), LABELS, PROMPT)} == {PROMPT}
     (tmp_path / "three" / "a.png").write_bytes(b"no image")
     (tmp_path / "eight" / "a.png").unlink()
+    prompted_real.cache_clear()
     with pytest.raises(JobError, match=r"training\.real: .* has no usable image"):
-        real_images(str(tmp_path), LABELS)
+        prompted_real(str(tmp_path), LABELS, None)
 
 
 def test_images_of_another_size_are_fitted():
@@ -292,9 +294,9 @@ def validation_loss(pipeline: Any) -> float:
 def generated_threes(pipeline: Any) -> float:
     """Share of threes, as the oracle reads them, among samples of equal seeds."""
     spec = SamplingSpec(scheduler="dpmsolver++", num_inference_steps=6, guidance_scale=1.0)
-    sampler, noise = pipeline.sampler(spec), pipeline.draw_noise(range(48))
+    sampler, noise = pipeline.sampler(spec), pipeline.draw_noise(range(24))
     with torch.no_grad():
-        latents = sample(pipeline.denoiser([PROMPT] * 48, spec, sampler), sampler, noise[LATENTS])
+        latents = sample(pipeline.denoiser([PROMPT] * 24, spec, sampler), sampler, noise[LATENTS])
         logits = Classifier.load("zoo:digits/oracle").logits(pipeline.decode(latents).clamp(0, 1))
     return float((logits.argmax(1) == 3).float().mean())
 

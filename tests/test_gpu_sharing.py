@@ -241,7 +241,7 @@ def test_actors_on_a_gpu_of_this_machine_have_a_part_each(monkeypatch: pytest.Mo
     import ray
 
     monkeypatch.setattr(ray, "init", functools.partial(ray.init, num_gpus=1))
-    monkeypatch.setattr("engine.driver.executors.ray.usable_cores", lambda: 6)
+    monkeypatch.setattr("engine.driver.executors.ray_cluster.usable_cores", lambda: 6)
     executor = RayExecutor(address=None, num_workers=2, device="cuda")
     try:
         assert executor.open(Witness, 9) == 2

@@ -15,10 +15,12 @@ import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 
+from engine import cli
 from engine.data.run.verify import verify
 from engine.data.stores.opening import open_store
 from tests.conftest import REPOSITORY
 from tests.loop_cases import DIGITS, digits_job, write_job
+from tests.strike import arm
 
 WAIT_SECONDS = 240
 
@@ -44,35 +46,34 @@ def measures_in(home: Path) -> list[list[dict]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The loop in one process, without an interruption; all models kept."""
+    """The loop in this process, without an interruption; all models kept."""
     folder = tmp_path_factory.mktemp("undisturbed")
     job = digits_job(output={"uri": str(folder / "loop")}, keep_models="all")
-    process = start(write_job(folder / "job.yaml", job), "--executor", "local")
-    stderr = process.communicate(timeout=WAIT_SECONDS)[1]
-    assert process.returncode == 0, stderr
+    path = write_job(folder / "job.yaml", job)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr("sys.argv", ["riskforge", "study", "loop", str(path), "--executor", "local"])
+        cli.main()
+    assert not end.value.code
     return folder / "loop"
 
 
 @pytest.mark.slow
-def test_a_killed_loop_on_ray_ends_with_the_figures_of_one_in_a_process(undisturbed, tmp_path):
+def test_a_killed_loop_on_ray_ends_with_the_figures_of_one_in_a_process(undisturbed, call, tmp_path):
     """SIGTERM hits a driver that generates, SIGKILL one on Ray whose task fine-tunes; Ray's processes are real."""
     home = tmp_path / "loop"
     path = write_job(tmp_path / "job.yaml", digits_job(output={"uri": str(home)}))
-    first = start(path, "--executor", "local")
-    wait_for(home / "clean/seed-0/round-00/generated/_state/plan", first)
-    first.send_signal(signal.SIGTERM)
-    stderr = first.communicate(timeout=WAIT_SECONDS)[1]
-    assert first.returncode == 75 and "run the same command again" in stderr, stderr
+    arm(signal.SIGTERM, "os.link", f"{home}/*/generated/shards/*.tar", 1)
+    code, _, stderr = call("study", "loop", path, "--executor", "local")
+    assert code == 75 and "run the same command again" in stderr, stderr
 
-    second = start(path, "--executor", "ray", "--workers", "1")
-    wait_for(home / "clean/seed-0/round-00/curated/_SUCCESS", second)
-    second.send_signal(signal.SIGKILL)
-    second.communicate()
+    killed = start(path, "--executor", "ray", "--workers", "1")
+    wait_for(home / "clean/seed-0/round-00/curated/_SUCCESS", killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
     assert not (home / "report.html").exists()
 
-    third = start(path, "--executor", "ray", "--workers", "1")
-    stderr = third.communicate(timeout=WAIT_SECONDS)[1]
-    assert third.returncode == 0, stderr
+    code, _, stderr = call("study", "loop", path, "--executor", "ray", "--workers", "1")
+    assert code == 0, stderr
     assert measures_in(home) == measures_in(undisturbed)
     for part in (
         "round-01/curated/curation/selection.parquet",

@@ -21,12 +21,13 @@ from pathlib import Path
 
 import torch
 from curation_charts import draw_mix, draw_rounds
+from curation_mixtures.guard import FIXED_FLOORS, FIXED_SIZES
+from curation_mixtures.study import CLEAN, StudyOptions, Taste, Trajectory
 from curation_runs import Studies, mean, open_executor, percent, share
 
+from engine.methods.curation.attacks import ATTACKS
 from engine.methods.curation.bounds import gain_bounds, real_data_divergence_bound, updated_probabilities
 from engine.methods.curation.loop import LoopOptions
-from engine.methods.curation.mixture_guard import FIXED_FLOORS, FIXED_SIZES
-from engine.methods.curation.mixture_study import ATTACKS, StudyOptions, Taste, Trajectory
 from engine.methods.curation.reward_models import FitOptions
 from engine.methods.curation.selection import curation_weights
 
@@ -87,7 +88,7 @@ def rounds(seeds: int, work: Studies, charts: Path | None) -> None:
     """Users' reward by round."""
     studies = {("clean", 0.0): StudyOptions(num_seeds=FEW)}
     for kappa in BUDGETS:
-        for attack in ATTACKS[1:]:
+        for attack in ATTACKS:
             studies[attack, kappa] = StudyOptions(num_seeds=FEW, attack=attack, attack_share=kappa)
         for attack in GRADIENT:
             studies[f"{attack}, defended", kappa] = replace(studies[attack, kappa], defence="influence")
@@ -105,7 +106,7 @@ def rounds(seeds: int, work: Studies, charts: Path | None) -> None:
 def attacks(seeds: int, work: Studies, charts: Path | None) -> None:
     """The last round by attack and budget, and the order of the attacks."""
     studies = {("clean", 0.0): StudyOptions(num_seeds=seeds)}
-    for attack in ATTACKS[1:]:
+    for attack in ATTACKS:
         for kappa in BUDGETS:
             studies[attack, kappa] = StudyOptions(num_seeds=seeds, attack=attack, attack_share=kappa)
     results, rows = work.run(studies), []
@@ -114,7 +115,7 @@ def attacks(seeds: int, work: Studies, charts: Path | None) -> None:
         rows.append((*key, mean(end(result)), mean(last.balance), mean(last.real_distance), mean(last.covariance, 3)))
     table("attack | kappa | users' reward | balance of modes | kernel distance | Cov(e^r, e^r~)", rows)
     for kappa in BUDGETS:
-        order = sorted(ATTACKS[1:], key=lambda attack: float(end(results[attack, kappa]).mean()))
+        order = sorted(ATTACKS, key=lambda attack: float(end(results[attack, kappa]).mean()))
         print(f"kappa {kappa}, the most harmful first: {', '.join(order)}\n")
 
 
@@ -157,7 +158,7 @@ def monitor(seeds: int, work: Studies, charts: Path | None) -> None:
     studies = {
         (size, attack): replace(base, attack=attack, num_audited=size)
         for size in AUDIT_SIZES
-        for attack in (ATTACKS if size == base.num_audited else ("clean", *GRADIENT))
+        for attack in (CLEAN, *(ATTACKS if size == base.num_audited else GRADIENT))
     }
     results = work.run(studies)
     rows = [(*key, *(share(result.alarms[:, index]) for index in (0, 1, -1))) for key, result in results.items()]

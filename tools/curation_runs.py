@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
+from curation_mixtures.study import StudyOptions, Trajectory, simulate
 from torch import Tensor
 
 from engine.driver.executors.tasks import TaskDone, TaskPool
-from engine.methods.curation.mixture_study import StudyOptions, Trajectory, simulate
 from engine.methods.intervals import wilson_interval
 from engine.studies.intervals import mean_interval
 

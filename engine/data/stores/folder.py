@@ -203,7 +203,7 @@ class FolderStore(Store):
             except FileExistsError:
                 # A network file system may report its own link, when the response was lost and the request repeated.
                 return source.samefile(target)
-            _sync(target.parent)
+            sync(target.parent)
         return True
 
     @patient
@@ -212,7 +212,7 @@ class FolderStore(Store):
         target = self.path(name)
         with self._file_of(data) as source, explained(target):
             _with_parent(target, lambda: source.replace(target))
-            _sync(target.parent)
+            sync(target.parent)
 
     @patient
     def append(self, name: str, text: str) -> None:
@@ -307,7 +307,7 @@ class FolderStore(Store):
         """A synced file with the data on the store's file system; removed afterwards if it was made here."""
         if isinstance(data, Path) and data.is_relative_to(self.root):
             with explained(data):
-                _sync(data)
+                sync(data)
             yield data
             return
         temporary = self.staging() / f"{secrets.token_hex(8)}.tmp"
@@ -317,7 +317,7 @@ class FolderStore(Store):
                     shutil.copyfile(data, temporary)
                 else:
                     temporary.write_bytes(data)
-                _sync(temporary)
+                sync(temporary)
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
@@ -332,7 +332,7 @@ def _with_parent(target: Path, action: Callable[[], object]) -> None:
         action()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Write a file's bytes, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

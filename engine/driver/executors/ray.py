@@ -15,7 +15,7 @@ from typing import Any
 from engine.driver.executors.base import ExecutorEvent, WorkerFactory, drain
 from engine.driver.executors.ray_actor import Progress, RayHost
 from engine.driver.executors.ray_cluster import RayCluster
-from engine.driver.executors.ray_layout import divide, usable_cores
+from engine.driver.executors.ray_layout import divide
 from engine.driver.scheduling.messages import (
     ShardProgress,
     ShardSampled,
@@ -24,7 +24,6 @@ from engine.driver.scheduling.messages import (
     WorkerPlaced,
     WorkerReady,
 )
-from engine.errors import JobError
 from engine.job.plan import ShardSpec
 
 # Busy workers are asked for their progress twice a second, or less often, so that this many requests are sent a second.
@@ -63,10 +62,6 @@ class RayExecutor:
     """
 
     def __init__(self, *, address: str | None, num_workers: int | None, device: str) -> None:
-        if address and "://" in address:
-            raise JobError(
-                f"--address: '{address}' is not supported; run on a machine of the cluster with `--address auto`"
-            )
         self._address = address
         self._num_workers = num_workers
         self._device = device
@@ -81,7 +76,7 @@ class RayExecutor:
     @property
     def opening(self) -> str:
         """What `open` waits for."""
-        return f"joining Ray at {self._address}" if self._address else "starting Ray"
+        return self._cluster.opening
 
     def begin(self) -> None:
         """Load Ray and start or join the cluster, in the background; once."""
@@ -93,10 +88,7 @@ class RayExecutor:
         self._cluster.wait()
         import ray
 
-        self._nodes = [node["Resources"] for node in self._cluster.nodes() if node["Alive"]]
-        if not self._address:
-            # A cluster of our own was given slots for workers in place of cores.
-            self._nodes[0]["CPU"] = usable_cores()
+        self._nodes = self._cluster.resources()
         self._layout = divide(self._nodes, self._device, self._num_workers, num_shards, is_own=self._address is None)
         self._factory = ray.put(factory)
         self._actor_class = ray.remote(concurrency_groups={"side": 1, "commits": 1})(RayHost)

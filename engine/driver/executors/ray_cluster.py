@@ -47,9 +47,16 @@ class RayCluster:
     Args:
         address: a running cluster (`auto` or `host:port`), or None to start one here.
         num_workers: worker slots of a cluster of our own, or None for one per core.
+
+    Raises:
+        JobError: the address is of another kind.
     """
 
     def __init__(self, address: str | None, num_workers: int | None) -> None:
+        if address and "://" in address:
+            raise JobError(
+                f"--address: '{address}' is not supported; run on a machine of the cluster with `--address auto`"
+            )
         self._address = address
         self._num_workers = num_workers
         self._folder = ""
@@ -59,6 +66,11 @@ class RayCluster:
         self._is_lost = threading.Event()
         self._failure: BaseException | None = None
         self._monitor: ClusterMonitor | None = None
+
+    @property
+    def opening(self) -> str:
+        """What `wait` waits for, in words."""
+        return f"joining Ray at {self._address}" if self._address else "starting Ray"
 
     def begin(self) -> None:
         """Load Ray and start or join the cluster, in the background; once."""
@@ -75,6 +87,14 @@ class RayCluster:
         self._is_up.wait()
         if self._failure is not None:
             raise self._failure
+
+    def resources(self) -> list[dict[str, float]]:
+        """What each node that is alive has, as Ray names it; see `nodes`."""
+        found = [node["Resources"] for node in self.nodes() if node["Alive"]]
+        if not self._address:
+            # A cluster of our own was given slots for workers in place of cores.
+            found[0]["CPU"] = usable_cores()
+        return found
 
     def nodes(self) -> list[dict[str, Any]]:
         """The nodes of the cluster, as Ray lists them.

@@ -13,7 +13,6 @@ from engine.driver.executors.base import drain
 from engine.driver.executors.ray_cluster import RayCluster
 from engine.driver.executors.ray_layout import divide, usable_cores
 from engine.driver.executors.tasks import TaskDone, TaskEvent, TaskFailed, TaskLost, call
-from engine.errors import JobError
 from engine.models.factories import add_import_folders, import_folders
 
 
@@ -29,10 +28,6 @@ class RayTasks:
     is_here = False
 
     def __init__(self, *, address: str | None, num_workers: int | None, device: str) -> None:
-        if address and "://" in address:
-            raise JobError(
-                f"--address: '{address}' is not supported; run on a machine of the cluster with `--address auto`"
-            )
         self._address = address
         self._num_workers = num_workers
         self._device = device
@@ -44,7 +39,7 @@ class RayTasks:
     @property
     def opening(self) -> str:
         """What `open` waits for."""
-        return f"joining Ray at {self._address}" if self._address else "starting Ray"
+        return self._cluster.opening
 
     def open(self, num_tasks: int) -> int:
         """Start or join the cluster, and divide it."""
@@ -52,10 +47,7 @@ class RayTasks:
         self._cluster.wait()
         import ray
 
-        nodes = [node["Resources"] for node in self._cluster.nodes() if node["Alive"]]
-        if not self._address:
-            # A cluster of our own was given slots for workers in place of cores.
-            nodes[0]["CPU"] = usable_cores()
+        nodes = self._cluster.resources()
         num_gpus = sum(int(node.get("GPU", 0)) for node in nodes) if self._device != "cpu" else 0
         # A task trains, so that it has a GPU to itself.
         wanted = min(self._num_workers or num_gpus, num_gpus) if num_gpus else self._num_workers

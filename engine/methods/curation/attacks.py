@@ -8,7 +8,7 @@ exchanges that help the users as high as those that harm them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from engine.methods.curation.hypergradient import SolverOptions, hypergradient
 from engine.methods.curation.preferences import Pairs
 from engine.methods.curation.reward_models import FitOptions, RewardModel, fit_reward, margins
 
+ATTACKS = ("random", "largest-difference", "highest-reward", "gradient", "gradient-reward")
 # Objectives take true and learned rewards of probe samples, [..., M] both, and return [...]; attackers minimise.
 Objective = Callable[[Tensor, Tensor], Tensor]
 
@@ -90,6 +91,40 @@ class AttackOptions:
             raise ValueError(
                 f"num_stages {self.num_stages}: 1 or more; distance_weight {self.distance_weight}: 0 or more"
             )
+
+
+def flips_by(
+    attack: str,
+    model: RewardModel,
+    honest: Pairs,
+    probes: Tensor,
+    options: AttackOptions,
+    generator: torch.Generator,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Exchange labels by an attack whose author knows honest records, and so the reward that they teach.
+
+    Args:
+        attack: one of `ATTACKS`; `gradient-reward` minimises the curated reward instead of the covariance.
+        model: P parameters.
+        honest: N records.
+        probes: [..., M, d] features of samples of the present generator.
+        options: budget; of the gradient attacks all but the objective.
+        generator: of random exchanges.
+        start: [..., P] of the fit of the honest reward; networks need it.
+
+    Returns:
+        Booleans [..., N].
+    """
+    if attack == "random":
+        return random_flips(honest.labels, options.share, generator)
+    believed = fit_reward(model, honest, options.fit, start=start).parameters
+    if attack == "largest-difference":
+        return largest_difference_flips(model, believed, honest, options.share)
+    if attack == "highest-reward":
+        return highest_reward_flips(model, believed, honest, options.share)
+    objective = curated_reward_objective if attack == "gradient-reward" else covariance_objective
+    return gradient_flips(model, believed, honest, probes, replace(options, objective=objective))
 
 
 def gradient_flips(

@@ -1,10 +1,9 @@
-"""Generators of the loop behind one interface, and the Gaussian mixture: exact sampling, refit, curated density."""
+"""The Gaussian mixture as a generator of the loop: exact sampling and refit."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -13,16 +12,6 @@ from torch import Tensor
 # curation has emptied keeps its place.
 _COVARIANCE_FLOOR = 1e-4
 _PRIOR_SAMPLES = 1e-3
-
-
-class Generator(Protocol):
-    """What generates samples and is retrained on a selection of them."""
-
-    def sample(self, num_samples: int, generator: torch.Generator) -> Tensor:
-        """Samples [..., N, d]."""
-
-    def refit(self, samples: Tensor) -> Self:
-        """The generator of the next round, trained on samples [..., N, d]."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,10 +63,6 @@ class GaussianMixture:
         constant = self.weights.log() - log_volume - 0.5 * samples.shape[-1] * math.log(2 * math.pi)
         return (constant[..., None] - 0.5 * white.square().sum(-2)).mT
 
-    def log_density(self, samples: Tensor) -> Tensor:
-        """Logarithm of the density at samples [..., N, d], [..., N]."""
-        return torch.logsumexp(self.log_joint(samples), -1)
-
     def refit(self, samples: Tensor) -> GaussianMixture:
         """The mixture after `em_steps` steps of expectation-maximisation on samples [..., N, d]."""
         mixture = self
@@ -96,30 +81,6 @@ class GaussianMixture:
         covariances = (scatter + _PRIOR_SAMPLES * self.covariances) / total[..., None, None] + _COVARIANCE_FLOOR * eye
         return GaussianMixture(total / total.sum(-1, keepdim=True), means, covariances, self.em_steps)
 
-    def tilted(self, linear: Tensor, quadratic: Tensor) -> GaussianMixture:
-        """The density after a round of curation by many candidates, `p e^r / E[e^r]`, exact for quadratic rewards.
-
-        Args:
-            linear: [..., d].
-            quadratic: [..., d, d] symmetric: `r(x) = linear . x + x . quadratic x / 2`.
-
-        Raises:
-            ValueError: `e^r` has no mean, as `quadratic` outgrows a component's precision.
-        """
-        precision = torch.linalg.inv(self.covariances)
-        tilted_precision = precision - quadratic[..., None, :, :]
-        if not bool((torch.linalg.eigvalsh(tilted_precision) > 0).all()):
-            raise ValueError("quadratic: the curated density has no finite integral; take fewer candidates")
-        covariances = torch.linalg.inv(tilted_precision)
-        natural = (precision @ self.means[..., None])[..., 0]
-        moved = natural + linear[..., None, :]
-        means = (covariances @ moved[..., None])[..., 0]
-        log_weights = self.weights.log() + 0.5 * (
-            (means * moved).sum(-1) - (self.means * natural).sum(-1)
-            + torch.logdet(covariances) - torch.logdet(self.covariances)
-        )  # fmt: skip
-        return GaussianMixture(torch.softmax(log_weights, -1), means, covariances, self.em_steps)
-
 
 def circle_mixture(num_modes: int, *, radius: float = 2.0, deviation: float = 0.3) -> GaussianMixture:
     """Equal Gaussians on a circle, the first at angle zero: with eight modes the papers' example."""
@@ -127,3 +88,9 @@ def circle_mixture(num_modes: int, *, radius: float = 2.0, deviation: float = 0.
     covariances = (deviation**2 * torch.eye(2, dtype=torch.float64)).expand(num_modes, 2, 2)
     weights = torch.full((num_modes,), 1 / num_modes, dtype=torch.float64)
     return GaussianMixture(weights, radius * torch.stack([angles.cos(), angles.sin()], -1), covariances)
+
+
+def monomials(samples: Tensor) -> Tensor:
+    """Features [..., N, 5] of samples [..., N, 2]: all monomials of degree one and two, of about unit size."""
+    x, y = samples[..., 0], samples[..., 1]
+    return torch.stack([x, y, x * x / 2, y * y / 2, x * y], -1) / 2

@@ -52,7 +52,6 @@ class LearnOptions:
         l2: penalty of the parameters; None chooses among `PENALTIES` by cross-validation.
         held_out: share of the unordered pairs that does not train, for the accuracy.
         max_steps: of the fit.
-        tolerance: of the fit; None for 1e-8 (linear) or 1e-4 (network).
         seed: of the split and of a network's start.
     """
 
@@ -61,7 +60,6 @@ class LearnOptions:
     l2: float | None = None
     held_out: float = 0.2
     max_steps: int = 300
-    tolerance: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,9 +69,12 @@ class LearnOptions:
             raise ValueError(f"held_out {self.held_out}: 0 or more, below 1")
 
     def fit_options(self, l2: float) -> FitOptions:
-        """The options of a fit with a penalty."""
-        tolerance = self.tolerance or (1e-8 if self.model == "linear" else 1e-4)
-        return FitOptions(l2=l2, tolerance=tolerance, max_steps=self.max_steps)
+        """The options of a fit with a penalty; the gradient of L-BFGS does not get as small as Newton's."""
+        return FitOptions(l2=l2, tolerance=1e-8 if self.model == "linear" else 1e-4, max_steps=self.max_steps)
+
+    def new_model(self, num_features: int) -> LinearReward | NetworkReward:
+        """A model of standardised features."""
+        return LinearReward(num_features) if self.model == "linear" else NetworkReward(num_features, self.width)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -180,14 +181,6 @@ class LearnedReward:
         """Reward of the first less that of the second sample of pairs with raw features, [..., N]."""
         return margins(self.model, self.parameters, self.standardisation.pairs(pairs))
 
-    def predicts(self, pairs: Pairs, level: float = 0.95) -> Accuracy:
-        """How often it predicts the choices of pairs with raw features that did not train it.
-
-        Raises:
-            ValueError: there is no record.
-        """
-        return held_out_accuracy(self.model, self.parameters, self.standardisation.pairs(pairs), level)
-
 
 def learn_reward(
     pairs: Pairs,
@@ -220,7 +213,7 @@ def learn_reward(
     training = scaled.take(split.training)
     kept = torch.ones_like(scaled.labels) if weights is None else weights.double()
     training_weights = kept[split.training]
-    model = _make_model(options, pairs.first.shape[-1])
+    model = options.new_model(pairs.first.shape[-1])
     start = model.initial(generator)
     l2 = options.l2 or _choose_penalty(
         model, start, training, pair_numbers[split.training], training_weights, options, generator
@@ -240,12 +233,6 @@ def learn_reward(
         l2=l2,
         converged=fit.converged,
     )
-
-
-def _make_model(options: LearnOptions, num_features: int) -> LinearReward | NetworkReward:
-    if options.model == "linear":
-        return LinearReward(num_features)
-    return NetworkReward(num_features, options.width)
 
 
 def _choose_penalty(
@@ -399,7 +386,7 @@ def covariance_with_trusted(
 
 
 def _trusted_fit(learned: LearnedReward, learn_options: LearnOptions) -> FitOptions:
-    return replace(learn_options, model="linear", tolerance=None).fit_options(learned.l2)
+    return replace(learn_options, model="linear").fit_options(learned.l2)
 
 
 def _in_trusted_span(learned: LearnedReward, trusted: Pairs, probes: Tensor) -> tuple[Pairs, Tensor]:

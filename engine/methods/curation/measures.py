@@ -6,12 +6,6 @@ import torch
 from torch import Tensor
 
 
-def mode_occupancy(samples: Tensor, centres: Tensor) -> Tensor:
-    """Share of samples [..., N, d] whose nearest centre is each of `centres` [k, d], [..., k]."""
-    nearest = torch.cdist(samples, centres.expand(*samples.shape[:-2], *centres.shape)).argmin(-1)
-    return class_shares(nearest, len(centres))
-
-
 def class_shares(labels: Tensor, num_classes: int) -> Tensor:
     """Share of each class among labels [..., N], [..., n] in float64."""
     return torch.nn.functional.one_hot(labels, num_classes).double().mean(-2)

@@ -166,21 +166,6 @@ class _Correction:
         self._mean = self._mean + (self._covariance @ row[..., None])[..., 0] * (side * missed)[..., None]
 
 
-def log_wealth(increments: Tensor) -> Tensor:
-    """Logarithm of the wealth after bets on increments of mean 0, for trusted choices of other pairs than the records.
-
-    Args:
-        increments: [..., m] in [-1, 1]: agreement (0 or 1) of the learned reward with a record that did not train it,
-            less its agreement with a trusted choice. The mean is 0 where both are drawn alike.
-
-    Returns:
-        [..., m] after each of them; `exp` of it is a test martingale.
-    """
-    stakes = torch.tensor([side * stake for stake in _STAKES for side in (1, -1)], dtype=increments.dtype)
-    paths = torch.log1p(stakes * increments[..., None]).cumsum(-2)
-    return paths.logsumexp(-1) - math.log(len(stakes))
-
-
 def accuracy_log_e_value(agreement: Tensor, floor: float) -> Tensor:
     """Evidence that a learned reward predicts less than a share of trusted choices, [...].
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,24 +75,3 @@ class Pairs:
     def take(self, index: Tensor) -> Pairs:
         """The records at positions [n], the same in all runs."""
         return Pairs(self.first[..., index, :], self.second[..., index, :], self.labels[..., index])
-
-
-def to_pairs(preferences: Sequence[Preference], features: Mapping[str, Tensor]) -> Pairs:
-    """The tensors of preference records.
-
-    Args:
-        preferences: N records.
-        features: [d] by key of a sample.
-
-    Raises:
-        ValueError: there is no record, or one names a sample without features.
-    """
-    if not preferences:
-        raise ValueError("preferences: none is given; a reward model needs records")
-    for record in preferences:
-        for key in (record.first, record.second):
-            if key not in features:
-                raise ValueError(f"preferences: sample '{key}' has no features; leave its records out")
-    first = torch.stack([features[record.first] for record in preferences])
-    second = torch.stack([features[record.second] for record in preferences])
-    return Pairs(first, second, torch.tensor([1.0 - record.choice for record in preferences], dtype=first.dtype))

@@ -12,7 +12,6 @@ from engine.methods.curation.learning import LearnOptions, ModelKind
 from engine.studies.curate.selection import SelectionOptions, check_options
 
 DEFENCES = ("none", "influence", "group")
-ON_ALARM = ("stop", "continue")
 DEFAULT_MODEL: ModelKind = "linear"
 
 

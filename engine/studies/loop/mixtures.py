@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.methods.curation.generators import GaussianMixture, circle_mixture
+from engine.methods.curation.generators import GaussianMixture, circle_mixture, monomials
 from engine.methods.curation.learning import Standardisation
 from engine.methods.curation.loop import LoopOptions, curate
-from engine.methods.curation.mixture_study import monomials
 from engine.studies.loop.measures import MAX_COMPARED
 from engine.studies.loop.rounds import RoundSignal, derived_seed, play_round, random_of
 from engine.studies.loop.samples import Real, RoundSamples

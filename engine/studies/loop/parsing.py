@@ -17,8 +17,6 @@ from engine.job.spec_messages import Location, explain, location_of, nearest
 from engine.models.factories import is_factory
 from engine.studies.loop.spec import MIXTURE_REWARDS, LoopSpec
 
-# Of the fields of an engine job, those that the loop sets itself.
-OWN_FIELDS = ("name", "seed", "output")
 PLACEHOLDER_URI = "loop"
 # Longest of `NAME-ARM-sSEED-rROUND`, the name of a round's run.
 MAX_NAME = 64

@@ -6,22 +6,15 @@ again. A fifth of the others is held out for the accuracy. An attacker exchanges
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.methods.curation.attacks import (
-    AttackOptions,
-    curated_reward_objective,
-    gradient_flips,
-    highest_reward_flips,
-    largest_difference_flips,
-    random_flips,
-)
+from engine.methods.curation.attacks import AttackOptions, flips_by
 from engine.methods.curation.defences import RemovalOptions, remove_by_influence
-from engine.methods.curation.learning import Standardisation
+from engine.methods.curation.learning import LearnOptions, Standardisation
 from engine.methods.curation.monitor import Audit, AuditState, continue_audit, start_audit
 from engine.methods.curation.preferences import Pairs
 from engine.methods.curation.reward_models import (
@@ -40,9 +33,6 @@ HELD_OUT = 0.2
 MAX_E_VALUE = 1e300
 _ATTACK_STAGES = 5
 _NUM_PROBES = 500
-_WIDTH = 16
-# L-BFGS compares losses, so that its gradient does not get as small as Newton's.
-_NETWORK_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +55,14 @@ class SignalOptions:
         return self.monitor.audited if self.monitor else 0
 
     @property
-    def fit(self) -> FitOptions:
+    def learning(self) -> LearnOptions:
         """Of the reward model."""
-        fit = FitOptions(l2=self.learned.l2, max_steps=self.learned.max_steps)
-        return fit if self.learned.model == "linear" else replace(fit, tolerance=_NETWORK_TOLERANCE)
+        return LearnOptions(model=self.learned.model, max_steps=self.learned.max_steps)
+
+    @property
+    def fit(self) -> FitOptions:
+        """Of the reward model, too."""
+        return self.learning.fit_options(self.learned.l2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -191,8 +185,7 @@ def learn_signal(features: Tensor, rewards: Tensor, memory: Memory, options: Sig
     """
     random = torch.Generator().manual_seed(seed)
     scaled = memory.standardisation(features)
-    dimension = features.shape[-1]
-    model = LinearReward(dimension) if options.learned.model == "linear" else NetworkReward(dimension, _WIDTH)
+    model = options.learning.new_model(features.shape[-1])
     start = None if isinstance(model, LinearReward) else model.initial(random)
     records = _collect(scaled, rewards, model, start, options, random)
     training, _, audited = records.parts
@@ -257,17 +250,8 @@ def _tampered(
     arm = options.arm
     if arm.attack == "none":
         return torch.zeros_like(honest.labels, dtype=torch.bool)
-    if arm.attack == "random":
-        return random_flips(honest.labels, arm.share, random)
-    clean = fit_reward(model, honest, options.fit, start=start).parameters
-    if arm.attack == "largest-difference":
-        return largest_difference_flips(model, clean, honest, arm.share)
-    if arm.attack == "highest-reward":
-        return highest_reward_flips(model, clean, honest, arm.share)
     attack = AttackOptions(share=arm.share, num_stages=_ATTACK_STAGES, fit=options.fit)
-    if arm.attack == "gradient-reward":
-        attack = replace(attack, objective=curated_reward_objective)
-    return gradient_flips(model, clean, honest, probes, attack)
+    return flips_by(arm.attack, model, honest, probes, attack, random, start)
 
 
 def _watch(

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 
-from engine.data.images import Unusable, nothing_usable, open_images
 from engine.errors import JobError
-from engine.job.plan import Cell, make_prompt
 from engine.studies.loop.finetuning.recipe import FineTuneRecipe
 
 # An image with the prompt that it is trained with.
@@ -52,32 +50,6 @@ class Rows:
 
     curated: tuple[int, ...]
     real: tuple[int, ...]
-
-
-def real_images(
-    address: str, labels: tuple[str, ...], template: str | None = None, option: str = "training.real"
-) -> list[PromptedImage]:
-    """All usable images of a set, with prompts as a job's requests make them.
-
-    Args:
-        address: a path or the name of a set, as `open_images` takes it.
-        labels: class names of the target in index order.
-        template: of the prompt; None is the class template of the engine.
-
-    Raises:
-        JobError: no image of it can be used.
-    """
-    source = open_images(address, labels, option)
-    images, unusable = list[PromptedImage](), list[Unusable]()
-    for item in source.read():
-        if isinstance(item, Unusable):
-            unusable.append(item)
-            continue
-        cell = Cell(classes=(item.class_index,), names=(labels[item.class_index],))
-        images.append((item.image, make_prompt(template, cell, "")))
-    if not images:
-        raise JobError(nothing_usable(source, option, address, unusable))
-    return images
 
 
 def num_curated(step: int, share: float, batch_size: int) -> int:

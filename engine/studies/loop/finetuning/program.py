@@ -24,6 +24,7 @@ from engine.models.licences import licence_of
 from engine.models.pipelines.base import Pipeline
 from engine.models.pipelines.lookup import check_pipeline, check_pipeline_weights, family_of
 from engine.models.stored_tensors import tensors_of
+from engine.models.training_lineage import GENERATOR
 from engine.studies.loop.finetuning.batches import Rows, TrainingImages, batches
 from engine.studies.loop.finetuning.encoding import encode_training
 from engine.studies.loop.finetuning.lora import check_rank
@@ -134,7 +135,7 @@ def _describe(
         "samples": counts,
     }
     return {
-        "training": "generator",
+        "training": GENERATOR,
         "document_version": DOCUMENT_VERSION,
         "identity": digest_of(decisive),
         "parent_run": parent_run,

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from engine.data.stores.file_errors import explained
+from engine.data.stores.folder import sync
 from engine.errors import JobError, OutputError
 from engine.methods.strict_json import parse_json
 from engine.models.digests import loaded_files
+from engine.models.training_lineage import TRAINING_DOCUMENT
 from engine.models.untrusted_files import MAX_DOCUMENT_BYTES, read_whole
 from engine.studies.loop.finetuning.lora import ADAPTER_FILE
 from engine.studies.loop.finetuning.training import Trained
 
-TRAINING_DOCUMENT = "training.json"
 ADAPTER_FOLDER = "adapter"
 _WEIGHTS = ".safetensors"
 
@@ -98,7 +99,7 @@ def publish(parent: Path, part: str, trained: Trained, document: dict[str, Any],
             (staged / ADAPTER_FOLDER).mkdir()
             _write_tensors(trained.adapter, staged / ADAPTER_FOLDER / ADAPTER_FILE, staged)
         for path in (*staged.rglob("*"), staged):
-            _sync(path)
+            sync(path)
         _rename(staged, output)
         shutil.rmtree(work, ignore_errors=True)
 
@@ -141,18 +142,6 @@ def _reuse(path: Path, target: Path, *, is_ours: bool) -> None:
         else:
             return
     shutil.copyfile(path, target)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some file systems cannot flush a folder.
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _rename(staged: Path, output: Path) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curation_mixtures.raters import MODEL, GroupRecords, joined_pairs
 from engine.methods.curation.defences import RemovalOptions, remove_by_group, remove_by_influence
-from engine.methods.curation.mixture_raters import MODEL, GroupRecords, joined_pairs
 from engine.methods.curation.monitor import (
     Audit,
     accuracy_log_e_value,

@@ -1,4 +1,4 @@
-"""Raters of samples of a Gaussian mixture: what they like, the records they make, and how these are tampered with.
+"""Raters of samples of a Gaussian mixture: what they like, and the records they make.
 
 A taste is a mode of the mixture: the reward falls with the squared distance to it, so that a linear reward on
 monomials can be right.
@@ -12,26 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.methods.curation.attacks import (
-    AttackOptions,
-    gradient_flips,
-    highest_reward_flips,
-    largest_difference_flips,
-    random_flips,
-)
-from engine.methods.curation.generators import GaussianMixture
+from engine.methods.curation.generators import GaussianMixture, monomials
 from engine.methods.curation.preferences import Pairs
-from engine.methods.curation.reward_models import LinearReward, fit_reward
+from engine.methods.curation.reward_models import LinearReward
 from engine.methods.curation.selection import draw_preferences
 
 # The reward of all raters, on `monomials`.
 MODEL = LinearReward(5)
-
-
-def monomials(samples: Tensor) -> Tensor:
-    """Features [..., N, 5] of samples [..., N, 2]: all monomials of degree one and two, of about unit size."""
-    x, y = samples[..., 0], samples[..., 1]
-    return torch.stack([x, y, x * x / 2, y * y / 2, x * y], -1) / 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,30 +67,6 @@ class GroupRecords:
     audited: Pairs
     trusted: Tensor
     flips: Tensor
-
-
-def tampered_flips(
-    attack: str, options: AttackOptions, honest: Pairs, probes: Tensor, generator: torch.Generator
-) -> Tensor:
-    """The labels that an attack exchanges, booleans [S, N].
-
-    Args:
-        attack: `clean`, `random`, `largest-difference`, `highest-reward`, or a gradient attack.
-        options: budget, and of the gradient attacks all else.
-        honest: N records.
-        probes: [S, M, 5] features of samples of the present generator.
-        generator: of random exchanges.
-    """
-    if attack == "clean":
-        return torch.zeros_like(honest.labels, dtype=torch.bool)
-    if attack == "random":
-        return random_flips(honest.labels, options.share, generator)
-    believed = fit_reward(MODEL, honest, options.fit).parameters
-    if attack == "largest-difference":
-        return largest_difference_flips(MODEL, believed, honest, options.share)
-    if attack == "highest-reward":
-        return highest_reward_flips(MODEL, believed, honest, options.share)
-    return gradient_flips(MODEL, believed, honest, probes, options)
 
 
 def joined_pairs(parts: Sequence[Pairs]) -> Pairs:

@@ -13,15 +13,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from engine.methods.curation.attacks import AttackOptions, covariance_objective, curated_reward_objective
+from curation_mixtures.guard import Guard, GuardOptions
+from curation_mixtures.raters import MODEL, GroupRecords, Raters
+from curation_mixtures.rounds import Choosers, RoundMeasures, measure_round, next_generator
+from engine.methods.curation.attacks import ATTACKS, AttackOptions, flips_by
 from engine.methods.curation.defences import RemovalOptions
-from engine.methods.curation.generators import GaussianMixture, circle_mixture
-from engine.methods.curation.loop import Choosers, LoopOptions, RoundMeasures, measure_round, next_generator
-from engine.methods.curation.mixture_guard import Guard, GuardOptions
-from engine.methods.curation.mixture_raters import MODEL, GroupRecords, Raters, monomials, tampered_flips
+from engine.methods.curation.generators import GaussianMixture, circle_mixture, monomials
+from engine.methods.curation.loop import LoopOptions
 from engine.methods.curation.reward_models import FitOptions
 
-ATTACKS = ("clean", "random", "largest-difference", "highest-reward", "gradient", "gradient-reward")
+CLEAN = "clean"
 DEFENCES = ("none", "influence", "group", "trusted-only")
 _NUM_PROBES = 500
 _NUM_MEASURED = 250
@@ -55,7 +56,7 @@ class StudyOptions:
         num_audited: further records of a round, which trusted raters judge again.
         num_fixed: records of the fixed trusted set, of the first generator's samples.
         loop: curation and retraining.
-        attack: one of `ATTACKS`; `gradient-reward` minimises the curated reward instead of the covariance.
+        attack: `clean`, or one of `attacks.ATTACKS`.
         attack_share: kappa.
         distance_weight: alpha, of the gradient attacks.
         num_stages: of the gradient attacks.
@@ -87,9 +88,9 @@ class StudyOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.attack not in ATTACKS or self.defence not in DEFENCES:
+        if self.attack not in (CLEAN, *ATTACKS) or self.defence not in DEFENCES:
             raise ValueError(
-                f"attack '{self.attack}': one of {', '.join(ATTACKS)}; defence '{self.defence}': one of"
+                f"attack '{self.attack}': one of {', '.join((CLEAN, *ATTACKS))}; defence '{self.defence}': one of"
                 f" {', '.join(DEFENCES)}"
             )
         if not math.isclose(sum(taste.share for taste in self.tastes), 1):
@@ -138,7 +139,6 @@ class _Study:
         self._guard = Guard(len(options.tastes), fixed, guard)
         self._attack = AttackOptions(
             share=options.attack_share,
-            objective=curated_reward_objective if options.attack == "gradient-reward" else covariance_objective,
             distance_weight=options.distance_weight,
             num_stages=options.num_stages,
         )
@@ -176,7 +176,9 @@ class _Study:
         num_training, num_audited = (round(share * count) for count in (options.num_records, options.num_audited))
         honest = raters.records(current, num_training + num_audited, self._random)
         probes = monomials(current.sample(_NUM_PROBES, self._random))
-        flips = tampered_flips(options.attack, self._attack, honest, probes, self._random)
+        flips = torch.zeros_like(honest.labels, dtype=torch.bool)
+        if options.attack != CLEAN:
+            flips = flips_by(options.attack, MODEL, honest, probes, self._attack, self._random)
         attacked = honest.flipped(flips)
         training, audited = torch.arange(num_training), torch.arange(num_training, len(honest))
         trusted = raters.choose_again(honest.take(audited), self._random)
