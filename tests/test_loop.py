@@ -59,6 +59,7 @@ def changed(job, place: str, value):
         ("training.real", "digits:train", "training.curated_weight: missing"),
         ("arms", {"a": {"attack": "gradient", "share": 1.2}}, "arms.a.share: 1.2 is above 1"),
         ("arms", {"a": {"attack": "gradeint"}}, "did you mean 'gradient'?"),
+        ("arms", {"a": {"defence": "group"}}, "arms.a.defence: group compares raters with their group"),
         ("arms", {"A b": {}}, "'A b' may hold only a-z, 0-9 and inner hyphens"),
         ("arms", {"a" * 60: {}}, "shorten the arm"),
         ("arms", {"a": {"curated_weight": 2.0}}, "arms.a.curated_weight: there are no real images"),

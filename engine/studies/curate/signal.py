@@ -30,7 +30,7 @@ from engine.methods.curation.learning import (
 from engine.methods.curation.preferences import Pairs
 from engine.methods.curation.reward_models import Accuracy
 from engine.models.digests import model_digest
-from engine.studies.curate.audit import Division, audit_records, describe_monitor, divide, unseen
+from engine.studies.curate.audit import Division, audit_records, describe_monitor, divide, unknown_pairs, unseen
 from engine.studies.curate.audit_state import StoredAudit, audit_bytes, new_audit, read_audit
 from engine.studies.curate.candidates import Candidates
 from engine.studies.curate.features import SampleFeatures, embed_samples, image_checksums
@@ -52,6 +52,7 @@ class SignalInputs:
 
     Attributes:
         run: whose samples the records compare.
+        before: earlier runs, whose samples they may compare too.
         preferences: as read.
         trusted: records of trusted raters that can be used; empty without a file.
         division: of the usable preferences.
@@ -62,6 +63,7 @@ class SignalInputs:
     """
 
     run: StudiedRun
+    before: tuple[StudiedRun, ...]
     preferences: PreferenceFile
     trusted: tuple[PreferenceRecord, ...]
     division: Division
@@ -88,8 +90,12 @@ class LearnedSignal:
     notes: tuple[str, ...]
 
 
-def read_signal(run: StudiedRun, options: CurateOptions) -> SignalInputs:
+def read_signal(run: StudiedRun, options: CurateOptions, before: Sequence[StudiedRun] = ()) -> SignalInputs:
     """Read and check the files of preferences, and the state of the monitor.
+
+    Args:
+        run: that is curated.
+        before: earlier runs, whose samples the records may name too; no key is in two of them.
 
     Raises:
         JobError: a file is not as it must be, or no record is left to learn from.
@@ -98,7 +104,7 @@ def read_signal(run: StudiedRun, options: CurateOptions) -> SignalInputs:
     assert options.preferences is not None
     preferences = read_preferences(options.preferences, "--preferences")
     trusted = read_preferences(options.trusted, "--trusted") if options.trusted is not None else None
-    checksums = image_checksums(run)
+    checksums = {key: checksum for one in (run, *before) for key, checksum in image_checksums(one).items()}
     is_stored = {key: bool(checksum) for key, checksum in checksums.items()}
     usable = usable_records(preferences, is_stored, "--preferences")
     judged = usable_records(trusted, is_stored, "--trusted") if trusted is not None else None
@@ -118,6 +124,7 @@ def read_signal(run: StudiedRun, options: CurateOptions) -> SignalInputs:
     left_out += [f"--trusted: {line}" for line in judged.left_out] if judged is not None else []
     return SignalInputs(
         run=run,
+        before=tuple(before),
         preferences=preferences,
         trusted=trusted_records,
         division=division,
@@ -160,7 +167,9 @@ def learn_signal(inputs: SignalInputs, options: CurateOptions, display: Display)
         JobError: the CLIP model cannot be used, or the earlier monitor has features of another size.
         CorruptShardError: an image of the run cannot be read.
     """
-    features = embed_samples(inputs.run, display)
+    records = (*inputs.division.records, *inputs.trusted)
+    named = {key for record in records for key in record.pair}
+    features = embed_samples(inputs.run, display, inputs.before, named)
     display.phase("learning the reward")
     return _Learning(inputs, options, features).signal()
 
@@ -222,10 +231,11 @@ class _Learning:
 
     def _trusted(self, audit: StoredAudit) -> Pairs:
         """All trusted choices: those of this round's file, and those that earlier audits had."""
-        now = self._pairs_of(self._inputs.trusted)
         earlier = self._inputs.earlier
         if earlier is None:
-            return now
+            return self._pairs_of(self._inputs.trusted)
+        # A file that grows has the choices of earlier audits as well.
+        now = self._pairs_of(unknown_pairs(self._inputs.trusted, self._inputs.checksums, set(earlier.names)))
         count = len(earlier.names)
         labels = audit.state.trusted[:count]
         return Pairs(
@@ -238,6 +248,8 @@ class _Learning:
         """The records that the chosen defence removes; None without a defence."""
         options = self._options
         if options.defence == "none" or audit is None:
+            return None
+        if options.defends_at_alarm and not bool(audit.state.alarm(options.level)):
             return None
         if options.defence == "influence":
             return find_suspects(learned, self._pairs, self._trusted(audit), options.learning, options.removal)
@@ -256,8 +268,8 @@ class _Learning:
     def _monitor(self, learned: LearnedReward, audit: StoredAudit | None) -> MonitorRecord | None:
         if audit is None:
             return None
-        values = self._features.values
-        probes = values[:: max(1, -(-len(values) // MAX_PROBES))]
+        own = self._features.values[: self._features.num_own]
+        probes = own[:: max(1, -(-len(own) // MAX_PROBES))]
         trusted = self._trusted(audit)
         latest = trusted.take(torch.arange(max(0, len(trusted) - MAX_FITTED), len(trusted)))
         agreement = agreement_with_trusted(learned, latest, probes, self._options.learning)
@@ -308,7 +320,8 @@ class _Learning:
                 "no pair is in both --preferences and --trusted, so nothing is audited; have trusted raters choose"
                 " again in some of the pairs"
             )
-        if self._options.defence != "none" and (monitor is None or not monitor.alarm):
+        waits = self._options.defence == "none" or self._options.defends_at_alarm
+        if not waits and (monitor is None or not monitor.alarm):
             notes.append(
                 "the monitor has no evidence against the preferences; where they are honest, a defence removes"
                 " about a fifth of them wrongly (docs/commands.md)"

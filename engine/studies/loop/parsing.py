@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,13 @@ from engine.studies.loop.spec import MIXTURE_REWARDS, LoopSpec
 # Of the fields of an engine job, those that the loop sets itself.
 OWN_FIELDS = ("name", "seed", "output")
 PLACEHOLDER_URI = "loop"
+# Options of `curate` by fields of a loop.
+OPTIONS = {
+    "--preferences": "curation.preferences",
+    "--trusted": "curation.trusted",
+    "--reward": "curation.reward",
+    "--defence": "defence",
+}
 # Longest of `NAME-ARM-sSEED-rROUND`, the name of a round's run.
 MAX_NAME = 64
 
@@ -128,7 +136,13 @@ def _problems(spec: LoopSpec) -> Iterator[str]:
                 f"arms.{name}.{field}: there are no records without a learned reward; add curation.learned, or leave"
                 " it out"
             )
-        if arm.defence != "none" and spec.monitor is None:
+        if arm.defence == "group":
+            yield (
+                f"arms.{name}.defence: group compares raters with their group, and simulated raters are one group; use"
+                " influence, or curation.preferences whose records name a group. Figures of two groups are in"
+                " docs/curation.md, by `tools/curation_figures.py`"
+            )
+        elif arm.defence != "none" and spec.monitor is None:
             yield f"arms.{name}.defence: acts from an alarm of the monitor on, and there is none; add `monitor`"
         if arm.curated_weight is not None and generator.job is not None and spec.training.real is None:
             yield f"arms.{name}.curated_weight: there are no real images to mix in; name them in training.real"
@@ -240,9 +254,11 @@ def run_name(spec: LoopSpec, arm: str, seed: int, number: int) -> str:
 
 
 @contextlib.contextmanager
-def renamed(option: str, field: str) -> Iterator[None]:
-    """Name the field of the job in problems that name an option of a command."""
+def renamed(fields: Mapping[str, str]) -> Iterator[None]:
+    """Name fields of the job in problems that name options of a command."""
     try:
         yield
     except JobError as error:
-        raise JobError([line.replace(f"{option}: ", f"{field}: ", 1) for line in error.problems]) from error
+        options = re.compile(rf"(?<![\w-])({'|'.join(fields)})(?![\w-])")
+        lines = [options.sub(lambda match: fields[match[1]], line) for line in error.problems]
+        raise type(error)(lines) from error

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,15 +33,16 @@ from engine.studies.curate.candidates import Candidates, open_candidates
 from engine.studies.curate.program import CuratedRun, SelectionOptions, SignalRecord, curate_run
 from engine.studies.curate.rewards import find_reward
 from engine.studies.curate.selection import values_digest
+from engine.studies.curate.writing import OtherCurationError
 from engine.studies.evaluate.image_features import batched, unit
 from engine.studies.evaluate.inputs import draw_images
 from engine.studies.loop.finetuning.batches import PromptedImage, TrainingImages
 from engine.studies.loop.finetuning.program import fine_tune_pipeline
 from engine.studies.loop.finetuning.recipe import FineTuneRecipe
 from engine.studies.loop.memory import read_memory, write_memory
-from engine.studies.loop.parsing import LoopJob, renamed, run_name
-from engine.studies.loop.recorded import RecordedSignal, learn_recorded
-from engine.studies.loop.results import ROUND_DOCUMENT, LoopFolder, round_bytes
+from engine.studies.loop.parsing import OPTIONS, LoopJob, renamed, run_name
+from engine.studies.loop.recorded import NoRecordsError, RecordedSignal, learn_recorded
+from engine.studies.loop.results import CURATED, GENERATED, MODEL, ROUND_DOCUMENT, WAITS, LoopFolder, round_bytes
 from engine.studies.loop.rounds import PlayedRound, RoundSignal, derived_seed, play_round
 from engine.studies.loop.samples import Real, RoundSamples
 from engine.studies.loop.signal import MAX_E_VALUE, Memory, Signal
@@ -49,10 +50,6 @@ from engine.studies.loop.spec import CLASS_INDEX, LoopSpec
 from engine.studies.loop.state import Lane
 from engine.studies.samples import open_study, read_samples
 
-if TYPE_CHECKING:
-    pass
-
-GENERATED, CURATED, MODEL = "generated", "curated", "model"
 SIGNAL_FILE = "signal.safetensors"
 # Real images that a process keeps to draw from.
 MAX_REAL = 10_000
@@ -170,13 +167,13 @@ class PipelineGenerator:
     def recorded(self) -> RoundSignal:
         """The reward of people's records; they name samples of this round's run."""
         assert self._candidates is not None
-        earlier = self._folder.round(self._lane, self._number - 1) / CURATED if self._number else None
-        with renamed("--preferences", "curation.preferences"), renamed("--trusted", "curation.trusted"):
+        before = [self._folder.round(self._lane, number) for number in range(self._number)]
+        with renamed(OPTIONS):
             return learn_recorded(
                 self._loop.spec,
                 self._lane.arm,
                 self._candidates,
-                earlier,
+                before,
                 derived_seed(self.seed, "split"),
                 self._display,
             )
@@ -213,7 +210,7 @@ class PipelineGenerator:
     def _rewards(self, candidates: Candidates) -> Tensor:
         """[N] the users' reward of the candidates; n less the class index, which is above 0."""
         name = self._loop.spec.curation.reward
-        with renamed("--reward", "curation.reward"):
+        with renamed(OPTIONS):
             values = find_reward(name, self._display).rewards(candidates)
         offset = self.num_classes if name == CLASS_INDEX else 0
         return torch.tensor(values, dtype=torch.float64) + offset
@@ -235,7 +232,7 @@ class PipelineGenerator:
             among=spec.curation.among,
             seed=derived_seed(self.seed, "selection"),
         )
-        return curate_run(
+        arguments = (
             open_store(str(self.home / GENERATED)),
             lambda candidates: values,
             options,
@@ -243,6 +240,14 @@ class PipelineGenerator:
             _signal_record(spec, digest, signal),
             self._display,
         )
+        try:
+            return curate_run(*arguments)
+        except OtherCurationError:
+            # Left by an interrupted call: people have added records since, or another machine computes other digits.
+            # Nothing but a model of this round is built on it.
+            for name in (CURATED, MODEL):
+                shutil.rmtree(self.home / name, ignore_errors=True)
+            return curate_run(*arguments)
 
     def _train(self, curated: CuratedRun) -> None:
         spec, training = self._loop.spec, self._loop.spec.training
@@ -292,6 +297,9 @@ def pipeline_round(
     Raises:
         RiskforgeError: a run, a model or a file is not as it must be.
 
+    Returns:
+        The measures; `WAITS` with the address of the run where people have to choose first.
+
     Side effects: writes the round's folder; removes the model of the round before where `keep_models` is `last`.
     """
     assert job.job is not None
@@ -301,7 +309,10 @@ def pipeline_round(
     generator = PipelineGenerator(job, lane, number, make_executor or functools.partial(LocalExecutor, 1), shown)
     folder = LoopFolder(Path(job.spec.output.uri))
     memory = _LazyMemory(generator, folder, lane, number)
-    played = _outlive(lambda: play_round(generator, job.spec, lane.arm, number, memory.get, generator.seed))
+    try:
+        played = _outlive(lambda: play_round(generator, job.spec, lane.arm, number, memory.get, generator.seed))
+    except NoRecordsError as error:
+        return {WAITS: str(error)}
     [measures] = played.measures
     if played.memory is not None:
         write_memory(generator.home / SIGNAL_FILE, played.memory)

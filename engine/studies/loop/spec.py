@@ -86,7 +86,8 @@ class CurationSpec(Spec):
     preferences: Address | None = Field(
         default=None,
         description="File of preference records of people, as `riskforge curate` reads it, to learn the reward from; it"
-        " is read again in every round. `reward` is only measured then.",
+        " is read again in every round, and may name samples of all rounds of a loop so far. `reward` is only measured"
+        " then.",
     )
     trusted: Address | None = Field(
         default=None, description="File of trusted choices, likewise: for the monitor, and for a defence."
@@ -140,8 +141,10 @@ class ArmSpec(Spec):
         " that of the curated reward.",
     )
     share: Share = Field(default=0.2, description="kappa, share of the records that the attack may exchange.")
-    defence: Literal["none", "influence"] = Field(
-        default="none", description="influence: from an alarm on, suspect records are removed."
+    defence: Literal["none", "influence", "group"] = Field(
+        default="none",
+        description="From an alarm on suspect records are removed: by influence, or of people's records by group,"
+        " within each group of raters that they name.",
     )
     curated_weight: Positive | None = Field(default=None, description="In place of training.curated_weight.")
     steps: Annotated[StrictInt, Field(ge=1, le=1_000_000)] | None = Field(
