@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,29 @@ def test_rounds_are_runs_that_name_where_they_come_from(undisturbed):
         assert model["trained_on"]["parent_run"]["plan_digest"] == training["parent_run"]["plan_digest"]
     page = (undisturbed / "report.html").read_text()
     assert page.count('src="data:image/') == 2 * 6
+
+
+@pytest.mark.slow
+def test_a_damaged_model_is_named_and_made_again_with_the_rounds_that_it_needs(undisturbed, call, tmp_path):
+    """As `keep_models: last` leaves it: the model before the damaged one is gone as well."""
+    home = tmp_path / "loop"
+    shutil.copytree(undisturbed, home)
+    rounds = home / "clean" / "seed-0"
+    shutil.rmtree(rounds / "round-02")
+    shutil.rmtree(rounds / "round-00" / "model")
+    weights = rounds / "round-01" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:9000])
+    path = write_job(tmp_path / "job.yaml", digits_job(output={"uri": str(home)}))
+    code, _, stderr = call("study", "loop", path, "--executor", "local")
+    assert code == 2 and f"remove {rounds / 'round-01' / 'model'} where it is damaged" in stderr, stderr
+    # The next run was planned by it.
+    shutil.rmtree(rounds / "round-01" / "model")
+    shutil.rmtree(rounds / "round-02" / "generated")
+    code, _, stderr = call("study", "loop", path, "--executor", "local")
+    assert code == 0 and "made again from round 0 on" in stderr, stderr
+    assert measures_in(home) == measures_in(undisturbed)
+    assert weights.read_bytes() == data
 
 
 def choices_in(run: Path, step: int) -> list[dict]:

@@ -90,7 +90,9 @@ def _validation_lines(error: pydantic.ValidationError) -> list[str]:
 
 def _text(item: Any, location: Location) -> str:
     """The text of a problem; names of arms are keys of a mapping, which have the form of names."""
-    if location and location[0] == "arms" and item["type"] == "string_pattern_mismatch":
+    if item["loc"][:1] == ("arms",) and item["loc"][-1] == "[key]":
+        if not isinstance(item["input"], str):
+            return f"{item['input']!r} is not text; put the name of an arm in quotes"
         return f"{item['input']!r} may hold only a-z, 0-9 and inner hyphens; rename the arm"
     if location and location[0] == "arms" and len(location) > 2:
         from engine.studies.loop.spec import ArmSpec

@@ -21,7 +21,7 @@ from engine.driver.executors.base import Executor
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.progress import Display, Tally
 from engine.driver.run import run_job
-from engine.errors import CorruptShardError, JobError, OwnedError, RiskforgeError
+from engine.errors import CorruptShardError, JobError, OwnedError, RiskforgeError, fault
 from engine.job.plan import Cell, make_prompt
 from engine.job.spec import JobSpec
 from engine.methods.curation.learning import standardise
@@ -157,12 +157,13 @@ class PipelineGenerator:
 
     def real(self) -> Real | None:
         """CLIP embeddings of real images, of length sqrt(d) as in `evaluate`."""
-        address = self._loop.spec.measure.real or self._loop.spec.training.real
+        own, training = self._loop.spec.measure.real, self._loop.spec.training.real
+        address, field = (own, "measure.real") if own else (training, "training.real")
         if address is None:
             return None
         clip = self._job.models.clip
         limit = self._loop.spec.measure.images
-        return Real(real_features(address, self._labels, clip, self._device, limit), f"CLIP {clip}")
+        return Real(real_features(address, self._labels, clip, self._device, limit, field), f"CLIP {clip}")
 
     def recorded(self) -> RoundSignal:
         """The reward of people's records; they name samples of this round's run."""
@@ -313,6 +314,12 @@ def pipeline_round(
         played = _outlive(lambda: play_round(generator, job.spec, lane.arm, number, memory.get, generator.seed))
     except NoRecordsError as error:
         return {WAITS: str(error)}
+    except OwnedError:
+        raise
+    except RiskforgeError as error:
+        parts = [generator.home / name for name in (GENERATED, CURATED, MODEL)]
+        parts += [folder.round(lane, number - 1) / MODEL] if number else []
+        raise _with_remedy(error, parts) from error
     [measures] = played.measures
     if played.memory is not None:
         write_memory(generator.home / SIGNAL_FILE, played.memory)
@@ -321,6 +328,15 @@ def pipeline_round(
     if job.spec.keep_models == "last" and number > 0 and measures["trained"]:
         shutil.rmtree(folder.round(lane, number - 1) / MODEL, ignore_errors=True)
     return measures
+
+
+def _with_remedy(error: RiskforgeError, parts: Sequence[Path]) -> RiskforgeError:
+    """The error of a part of a round, with what to do in a loop where that part is damaged."""
+    named = next((part for part in parts if str(part) in str(error)), None)
+    if named is None:
+        return error
+    remedy = f"remove {named} where it is damaged, or of a model that was: the same loop makes it again"
+    return fault(f"{error}\n{remedy}", error.exit_code)
 
 
 def _outlive(play: Callable[[], PlayedRound]) -> PlayedRound:
@@ -433,13 +449,13 @@ def embed(address: str, device: str, images: Any) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4)
-def real_features(address: str, labels: tuple[str, ...], clip: str, device: str, limit: int) -> Tensor:
+def real_features(address: str, labels: tuple[str, ...], clip: str, device: str, limit: int, field: str) -> Tensor:
     """CLIP embeddings [M, d] of real images, evenly drawn, of length sqrt(d); kept in this process.
 
     Raises:
         JobError: no image can be used.
     """
-    embeds = embed(clip, device, (item.image for item in _drawn(address, labels, limit)))
+    embeds = embed(clip, device, (item.image for item in _drawn(address, labels, limit, field)))
     return embeds * embeds.shape[-1] ** 0.5
 
 
@@ -452,18 +468,16 @@ def prompted_real(address: str, labels: tuple[str, ...], template: str | None) -
     """
     return tuple(
         (item.image, make_prompt(template, Cell(classes=(item.class_index,), names=(labels[item.class_index],)), ""))
-        for item in _drawn(address, labels, MAX_REAL)
+        for item in _drawn(address, labels, MAX_REAL, "training.real")
     )
 
 
-def _drawn(address: str, labels: tuple[str, ...], limit: int) -> list[LabelledImage]:
-    source = open_images(address, labels, "training.real")
+def _drawn(address: str, labels: tuple[str, ...], limit: int, field: str) -> list[LabelledImage]:
+    source = open_images(address, labels, field)
     items = list(draw_images(source, limit, 0, lambda text: None))
     images = [item for item in items if isinstance(item, LabelledImage)]
     if not images:
         raise JobError(
-            nothing_usable(
-                source, "training.real", address, [item for item in items if not isinstance(item, LabelledImage)]
-            )
+            nothing_usable(source, field, address, [item for item in items if not isinstance(item, LabelledImage)])
         )
     return images

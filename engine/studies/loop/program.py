@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.data.images import open_images
+from engine.data.images import LabelledImage, nothing_usable, open_images
 from engine.data.stores.base import STATE, Store
 from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store, refuse_objects
@@ -26,6 +26,7 @@ from engine.studies.loop.parsing import LoopJob
 from engine.studies.loop.results import (
     DOCUMENT,
     REPORT,
+    ROUND_DOCUMENT,
     WAITS,
     LoopFolder,
     check_continues,
@@ -103,7 +104,7 @@ def check_loop(job: LoopJob) -> list[str]:
         for field, address in (("training.real", spec.training.real), ("measure.real", spec.measure.real)):
             if address is not None:
                 with _collected(problems, ""):
-                    open_images(address, tuple(labels), field)
+                    _check_images(address, tuple(labels), field)
     with _collected(problems, ""):
         _check_trainable(job)
     with _collected(problems, ""):
@@ -132,6 +133,17 @@ def _check_samples(job: LoopJob, labels: list[str]) -> None:
     total = sum(request.total for request in resolve_requests(job.job, labels))
     if (wanted := job.spec.curation.candidates) > total:
         raise JobError(f"requests: {total} samples are fewer than the {wanted} of curation.candidates; raise a count")
+
+
+def _check_images(address: str, labels: tuple[str, ...], field: str) -> None:
+    """Check that there is an image that can be used."""
+    source = open_images(address, labels, field)
+    unusable = []
+    for item in (read() for file in source.files for read in file()):
+        if isinstance(item, LabelledImage):
+            return
+        unusable.append(item)
+    raise JobError(nothing_usable(source, field, address, unusable))
 
 
 def _check_trainable(job: LoopJob) -> None:
@@ -209,14 +221,16 @@ def _check_output(store: Store, job: LoopJob) -> None:
     """
     document = read_document(store)
     if document is not None:
-        check_continues(document, job, store.uri)
+        # Where no round is finished, what is there is checked by the plans of its runs.
+        if any(lane.rounds for lane in document.lanes) or any(Path(store.place).glob(f"*/*/*/{ROUND_DOCUMENT}")):
+            check_continues(document, job, store.uri)
         return
     names = sorted(name for name in store.list() if name != STATE) if store.is_there() else []
     if names:
         shown = ", ".join(map(repr, names[:5]))
         raise OutputError(
-            f"output {store.uri}: holds files that no earlier `riskforge study loop` has left there ({shown}); choose"
-            " another --output"
+            f"output {store.uri}: holds files ({shown}) and no {DOCUMENT} of a loop; restore it, or choose another"
+            " --output"
         )
 
 

@@ -183,6 +183,12 @@ class LoopSpec(Spec):
     )
     output: LoopOutput = Field(description="Where the loop is stored.")
 
+    @property
+    def size(self) -> str:
+        """Arms, seeds and retrainings, in words."""
+        counts = {"arm": len(self.arms), "seed": self.seeds, "retraining": self.rounds}
+        return ", ".join(f"{count} {noun}{'s' * (count > 1)}" for noun, count in counts.items())
+
     def weight_of(self, arm: str) -> float | None:
         """lambda of an arm; None without real data."""
         return self.arms[arm].curated_weight or self.training.curated_weight
