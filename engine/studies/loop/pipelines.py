@@ -317,8 +317,10 @@ def pipeline_round(
     except OwnedError:
         raise
     except RiskforgeError as error:
-        parts = [generator.home / name for name in (GENERATED, CURATED, MODEL)]
-        parts += [folder.round(lane, number - 1) / MODEL] if number else []
+        parts = [folder.round(lane, number - 1) / MODEL] if number else []
+        # What is wrong with the job is not wrong with a run.
+        names = (MODEL,) if isinstance(error, JobError) else (MODEL, GENERATED, CURATED)
+        parts += [generator.home / name for name in names]
         raise _with_remedy(error, parts) from error
     [measures] = played.measures
     if played.memory is not None:
