@@ -8,17 +8,28 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.commands.loops import STOPPED
+from engine.data.stores.opening import open_store
 from engine.errors import JobError, OutputError
 from engine.methods.curation.learning import Standardisation
 from engine.methods.curation.preferences import Pairs
 from engine.methods.curation.reward_models import LinearReward, fit_reward
+from engine.studies.loop.measures import measure
 from engine.studies.loop.memory import read_memory, write_memory
+from engine.studies.loop.page import write_page
 from engine.studies.loop.parsing import parse_loop
-from engine.studies.loop.results import LoopFolder, from_a_model, read_rounds
+from engine.studies.loop.results import (
+    LoopFolder,
+    document_bytes,
+    from_a_model,
+    read_document,
+    read_rounds,
+    recorded_rounds,
+)
 from engine.studies.loop.rounds import play_round
 from engine.studies.loop.samples import RoundSamples
 from engine.studies.loop.signal import Memory, SignalOptions, learn_signal
@@ -432,6 +443,30 @@ def test_a_damaged_round_is_refused_by_name_with_the_remedy(content, tmp_path):
         read_rounds(folder, lane, 3)
     path.unlink()
     assert read_rounds(folder, lane, 3) == {}
+
+
+def test_a_page_is_made_of_any_numbers_that_a_document_may_hold(played, tmp_path):
+    """Large rewards and shares of other lengths; what is larger still is neither measured nor read."""
+    folder, path, _ = played
+    job = parse_loop(yaml.safe_load(path.read_text()), lambda path: {})
+    rounds = {lane: list(known) for lane, known in lanes_in(folder / "loop").items()}
+    record = rounds["clean", 0][1]
+    record["reward"] |= {"value": 1e100}
+    record["shares"] = record["shares"][:3]
+    schedule = Schedule(2, {Lane(*lane): dict(enumerate(known)) for lane, known in rounds.items()})
+    store = open_store(str(tmp_path))
+    write_page(store, job, schedule, ["<b>", *"cdefghi"])
+    page = (tmp_path / "report.html").read_text()
+    assert "&lt;b&gt;" in page and "<b>" + "</th>" not in page
+    store.replace("loop.json", document_bytes(job, schedule, []))
+    assert recorded_rounds(read_document(store))[Lane("clean", 0)][1]["reward"]["value"] == 1e100
+    record["reward"]["value"] = 1e200
+    store.replace("loop.json", document_bytes(job, schedule, []))
+    with pytest.raises(OutputError, match="damaged"):
+        read_document(store)
+    points = Recording().points
+    [measures] = measure(RoundSamples(points, points[:, 0], torch.zeros(60).long()), 300 * points[:, 0], None, 1, None)
+    assert measures["variance"] is None
 
 
 def test_the_evidence_of_a_lane_is_stored_and_a_damaged_file_is_refused(tmp_path):

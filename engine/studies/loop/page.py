@@ -229,7 +229,7 @@ def _shares(job: LoopJob, schedule: Schedule, classes: Sequence[str]) -> list[di
         if not numbers:
             continue
         means = [_mean_shares([rounds[number]["shares"] for rounds in lanes if number in rounds]) for number in numbers]
-        shown = min(len(means[0]), MAX_CLASSES)
+        shown = min(MAX_CLASSES, *map(len, means))
         top = max(max(row) for row in means) or 1.0
         names = [classes[index] if index < len(classes) else f"class {index}" for index in range(shown)]
         lines = [
@@ -247,7 +247,7 @@ def _shares(job: LoopJob, schedule: Schedule, classes: Sequence[str]) -> list[di
 
 
 def _mean_shares(shares: Sequence[Sequence[float]]) -> list[float]:
-    return [sum(column) / len(shares) for column in zip(*shares, strict=True)]
+    return [sum(column) / len(shares) for column in zip(*shares, strict=False)]
 
 
 def _strips(job: LoopJob, schedule: Schedule) -> list[dict[str, Any]]:

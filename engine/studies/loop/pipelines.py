@@ -46,7 +46,7 @@ from engine.studies.loop.results import CURATED, GENERATED, MODEL, ROUND_DOCUMEN
 from engine.studies.loop.rounds import PlayedRound, RoundSignal, derived_seed, play_round
 from engine.studies.loop.samples import Real, RoundSamples
 from engine.studies.loop.signal import MAX_E_VALUE, Memory, Signal
-from engine.studies.loop.spec import CLASS_INDEX, LoopSpec
+from engine.studies.loop.spec import CLASS_INDEX, MAX_REWARD, LoopSpec
 from engine.studies.loop.state import Lane
 from engine.studies.samples import open_study, read_samples
 
@@ -213,6 +213,8 @@ class PipelineGenerator:
         name = self._loop.spec.curation.reward
         with renamed(OPTIONS):
             values = find_reward(name, self._display).rewards(candidates)
+            if (largest := max(map(abs, values))) > MAX_REWARD:
+                raise JobError(f"--reward: '{name}' gives {largest:.3g}; give values of {MAX_REWARD:g} at most")
         offset = self.num_classes if name == CLASS_INDEX else 0
         return torch.tensor(values, dtype=torch.float64) + offset
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,7 +19,7 @@ from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json
 from engine.models.untrusted_files import MAX_DOCUMENT_BYTES
 from engine.studies.loop.parsing import LoopJob
-from engine.studies.loop.spec import LoopSpec
+from engine.studies.loop.spec import MAX_REWARD, LoopSpec
 from engine.studies.loop.state import Lane, Schedule, Status, lane_status, next_round
 
 STUDY = "loop"
@@ -36,6 +36,10 @@ MAX_DIFFERENCES = 20
 _FREE = ("rounds", "seeds", "arms", "on_alarm", "keep_models", "output")
 
 
+# Its square can be summed.
+Bounded = Annotated[float, Field(ge=-MAX_REWARD, le=MAX_REWARD)]
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
@@ -43,7 +47,7 @@ class _Record(BaseModel):
 class EstimateRecord(_Record):
     """A value with its interval."""
 
-    value: float
+    value: Bounded
     low: float
     high: float
 
@@ -87,17 +91,17 @@ class RoundRecord(_Record):
     samples: int
     selected: int | None
     reward: EstimateRecord
-    variance: float | None
-    covariance: float | None
-    correlation: float | None
+    variance: Bounded | None
+    covariance: Bounded | None
+    correlation: Bounded | None
     gain: float | None
     gain_low: float | None
     gain_high: float | None
-    shares: list[float] = Field(max_length=100_000)
-    balance: float
+    shares: list[Bounded] = Field(min_length=1, max_length=100_000)
+    balance: Bounded
     kid: DistanceRecord | None
-    agreement: float | None
-    oracle_reward: float | None
+    agreement: Bounded | None
+    oracle_reward: Bounded | None
     accuracy: AccuracyRecord | None
     monitor: MonitorRecord | None
     removed: RemovedRecord | None
