@@ -95,7 +95,8 @@ def learn_recorded(
         level=spec.monitor.level if spec.monitor else MonitorSpec().level,
         selection=SelectionOptions(seed=seed),
     )
-    runs = [open_study(str(path / GENERATED)) for path in before]
+    # Who removes old runs for their space loses their records alone.
+    runs = [open_study(str(path / GENERATED)) for path in before if (path / GENERATED).is_dir()]
     inputs = read_signal(open_study(candidates.parent.store.uri), options, runs)
     learned = learn_signal(inputs, options, display)
     for note in learned.notes:
