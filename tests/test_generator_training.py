@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import resource
 import signal
 from collections import Counter
 from pathlib import Path
@@ -479,6 +480,25 @@ def test_a_full_disk_keeps_the_last_checkpoint(tiny, tmp_path, monkeypatch):
     assert fine_tune(tiny, output).steps()[0] == "3/5"
     fine_tune(tiny, good)
     assert bytes_of(output) == bytes_of(good)
+
+
+def test_a_model_that_the_system_refuses_to_write_is_refused_with_the_remedy(tiny, tmp_path, monkeypatch):
+    """safetensors has an error of its own for it; the limit of the process stands for a full disk."""
+    replaced, limits = publishing._replaced, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*arguments: Any) -> Any:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        return replaced(*arguments)
+
+    monkeypatch.setattr(publishing, "_replaced", limited)
+    try:
+        with pytest.raises(OutputError, match="limit of the process"):
+            fine_tune(tiny, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "model").exists()
+    monkeypatch.setattr(publishing, "_replaced", replaced)
+    fine_tune(tiny, tmp_path / "model")
 
 
 # Memory and precision.

@@ -8,17 +8,28 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.commands.loops import STOPPED
+from engine.data.stores.opening import open_store
 from engine.errors import JobError, OutputError
 from engine.methods.curation.learning import Standardisation
 from engine.methods.curation.preferences import Pairs
 from engine.methods.curation.reward_models import LinearReward, fit_reward
+from engine.studies.loop.measures import measure
 from engine.studies.loop.memory import read_memory, write_memory
+from engine.studies.loop.page import write_page
 from engine.studies.loop.parsing import parse_loop
-from engine.studies.loop.results import LoopFolder, read_rounds
+from engine.studies.loop.results import (
+    LoopFolder,
+    document_bytes,
+    from_a_model,
+    read_document,
+    read_rounds,
+    recorded_rounds,
+)
 from engine.studies.loop.rounds import play_round
 from engine.studies.loop.samples import RoundSamples
 from engine.studies.loop.signal import Memory, SignalOptions, learn_signal
@@ -59,7 +70,10 @@ def changed(job, place: str, value):
         ("training.real", "digits:train", "training.curated_weight: missing"),
         ("arms", {"a": {"attack": "gradient", "share": 1.2}}, "arms.a.share: 1.2 is above 1"),
         ("arms", {"a": {"attack": "gradeint"}}, "did you mean 'gradient'?"),
+        ("arms", {"a": {"defence": "group"}}, "arms.a.defence: group compares raters with their group"),
         ("arms", {"A b": {}}, "'A b' may hold only a-z, 0-9 and inner hyphens"),
+        ("arms", {1: {}}, "arms.1: 1 is not text; put the name of an arm in quotes"),
+        ("arms", {"": {}}, "arms.: '' may hold only"),
         ("arms", {"a" * 60: {}}, "shorten the arm"),
         ("arms", {"a": {"curated_weight": 2.0}}, "arms.a.curated_weight: there are no real images"),
         ("arms", {}, "arms: {} has fewer entries than 1"),
@@ -165,6 +179,21 @@ def test_rounds_of_a_lane_follow_one_another_whatever_is_lost(num_rounds, num_la
         assert sorted(schedule.rounds[lane]) == list(range(num_rounds + 1))
     for lane in schedule.lanes(Status.STOPPED):
         assert schedule.rounds[lane][max(schedule.rounds[lane])]["stopped"]
+
+
+def test_a_lane_goes_on_from_a_round_whose_model_is_there(tmp_path):
+    """Models of older rounds are removed: a round that has to be made again may need rounds before it again."""
+    folder, lane = LoopFolder(tmp_path), Lane("a", 0)
+    rounds = {number: {"round": number, "trained": number < 2, "stopped": False} for number in range(3)}
+    assert from_a_model(folder, lane, rounds, 2) == rounds
+    assert from_a_model(folder, lane, rounds, 3) == {}
+    (folder.round(lane, 0) / "model").mkdir(parents=True)
+    assert from_a_model(folder, lane, rounds, 3) == {0: rounds[0]}
+    (folder.round(lane, 1) / "model").mkdir(parents=True)
+    assert from_a_model(folder, lane, rounds, 3) == rounds
+    stopped = {0: rounds[0], 1: {"round": 1, "trained": False, "stopped": True}}
+    (folder.round(lane, 0) / "model").rmdir()
+    assert from_a_model(folder, lane, stopped, 3) == stopped
 
 
 def test_more_rounds_begin_with_the_one_that_was_only_measured():
@@ -277,6 +306,7 @@ def test_an_alarm_ends_a_loop_with_exit_code_1(played):
         assert clean[0]["shares"] == lanes["gradient", seed][0]["shares"]
     page = (folder / "loop" / "report.html").read_text()
     assert "The monitor stopped 2 loops: gradient, seed 0; gradient, seed 1" in page
+    assert "less that of clean" in page and "2 of 2, first in round 0; 2 stopped" in page
     assert "http" not in page.replace("http-equiv", "")
 
 
@@ -350,12 +380,28 @@ def test_a_torn_or_foreign_document_is_refused_by_name(content, call, tmp_path):
     assert (tmp_path / "loop" / "loop.json").read_bytes() == content
 
 
+def test_a_job_may_change_until_a_round_is_finished(played, call, tmp_path):
+    """Who mistyped a field and stopped at once, or whose first training failed, goes on in the same folder."""
+    folder, _, _ = played
+    (tmp_path / "loop").mkdir()
+    document = json.loads((folder / "loop" / "loop.json").read_text())
+    for lane in document["lanes"]:
+        lane["rounds"] = []
+    (tmp_path / "loop" / "loop.json").write_text(json.dumps(document))
+    job = mixture_job(seed=5, rounds=1, seeds=1, arms={"clean": {}}, output={"uri": str(tmp_path / "loop")})
+    path = write_job(tmp_path / "job.yaml", job)
+    assert call("study", "loop", path, "--executor", "local")[0] == 0
+    write_job(path, job | {"seed": 6})
+    code, _, stderr = call("study", "loop", path, "--executor", "local")
+    assert code == 2 and "seed: 5 -> 6" in stderr
+
+
 def test_a_folder_with_other_files_is_left_alone(call, tmp_path):
     (tmp_path / "loop").mkdir()
     (tmp_path / "loop" / "notes.txt").write_text("mine")
     path = write_job(tmp_path / "job.yaml", mixture_job(output={"uri": str(tmp_path / "loop")}))
     code, _, stderr = call("study", "loop", path, "--executor", "local")
-    assert code == 2 and "holds files that no earlier `riskforge study loop` has left there ('notes.txt')" in stderr
+    assert code == 2 and "holds files ('notes.txt') and no loop.json of a loop" in stderr
     assert [file.name for file in (tmp_path / "loop").iterdir()] == ["notes.txt"]
 
 
@@ -365,6 +411,11 @@ def test_validate_checks_files_and_starts_nothing(call, tmp_path):
     )
     code, _, stderr = call("study", "loop", write_job(tmp_path / "job.yaml", job), "--validate")
     assert code == 2 and "training.lora_rank" in stderr and "measure.real: there is no 'digits:trian'" in stderr
+    (tmp_path / "zero").mkdir()
+    (tmp_path / "zero" / "torn.png").write_bytes(b"x")
+    job = digits_job(output={"uri": str(tmp_path / "loop")}, measure={"real": str(tmp_path)})
+    code, _, stderr = call("study", "loop", write_job(tmp_path / "job.yaml", job), "--validate")
+    assert code == 2 and f"measure.real: '{tmp_path}' has no usable image" in stderr
     assert not (tmp_path / "loop").exists()
     job = digits_job(output={"uri": str(tmp_path / "loop")})
     code, stdout, _ = call("study", "loop", write_job(tmp_path / "job.yaml", job), "--validate", "--json")
@@ -392,6 +443,30 @@ def test_a_damaged_round_is_refused_by_name_with_the_remedy(content, tmp_path):
         read_rounds(folder, lane, 3)
     path.unlink()
     assert read_rounds(folder, lane, 3) == {}
+
+
+def test_a_page_is_made_of_any_numbers_that_a_document_may_hold(played, tmp_path):
+    """Large rewards and shares of other lengths; what is larger still is neither measured nor read."""
+    folder, path, _ = played
+    job = parse_loop(yaml.safe_load(path.read_text()), lambda path: {})
+    rounds = {lane: list(known) for lane, known in lanes_in(folder / "loop").items()}
+    record = rounds["clean", 0][1]
+    record["reward"] |= {"value": 1e100}
+    record["shares"] = record["shares"][:3]
+    schedule = Schedule(2, {Lane(*lane): dict(enumerate(known)) for lane, known in rounds.items()})
+    store = open_store(str(tmp_path))
+    write_page(store, job, schedule, ["<b>", *"cdefghi"])
+    page = (tmp_path / "report.html").read_text()
+    assert "&lt;b&gt;" in page and "<b>" + "</th>" not in page
+    store.replace("loop.json", document_bytes(job, schedule, []))
+    assert recorded_rounds(read_document(store))[Lane("clean", 0)][1]["reward"]["value"] == 1e100
+    record["reward"]["value"] = 1e200
+    store.replace("loop.json", document_bytes(job, schedule, []))
+    with pytest.raises(OutputError, match="damaged"):
+        read_document(store)
+    points = Recording().points
+    [measures] = measure(RoundSamples(points, points[:, 0], torch.zeros(60).long()), 300 * points[:, 0], None, 1, None)
+    assert measures["variance"] is None
 
 
 def test_the_evidence_of_a_lane_is_stored_and_a_damaged_file_is_refused(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,8 +112,42 @@ def test_rounds_are_runs_that_name_where_they_come_from(undisturbed):
 
 
 @pytest.mark.slow
-def test_records_of_people_curate_once_they_name_samples_of_the_round(call, tmp_path):
-    """The loop stops where it needs people, and the same command goes on when they have chosen."""
+def test_a_damaged_model_is_named_and_made_again_with_the_rounds_that_it_needs(undisturbed, call, tmp_path):
+    """As `keep_models: last` leaves it: the model before the damaged one is gone as well."""
+    home = tmp_path / "loop"
+    shutil.copytree(undisturbed, home)
+    rounds = home / "clean" / "seed-0"
+    shutil.rmtree(rounds / "round-02")
+    shutil.rmtree(rounds / "round-00" / "model")
+    weights = rounds / "round-01" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:9000])
+    path = write_job(tmp_path / "job.yaml", digits_job(output={"uri": str(home)}))
+    code, _, stderr = call("study", "loop", path, "--executor", "local")
+    assert code == 2 and f"remove {rounds / 'round-01' / 'model'} where it is damaged" in stderr, stderr
+    # The next run was planned by it.
+    shutil.rmtree(rounds / "round-01" / "model")
+    shutil.rmtree(rounds / "round-02" / "generated")
+    code, _, stderr = call("study", "loop", path, "--executor", "local")
+    assert code == 0 and "made again from round 0 on" in stderr, stderr
+    assert measures_in(home) == measures_in(undisturbed)
+    assert weights.read_bytes() == data
+
+
+def choices_in(run: Path, step: int) -> list[dict]:
+    """Records of every `step`-th pair of a run's samples, by raters who prefer the lower class."""
+    rows = pq.read_table(run / "metadata.parquet").select(["key", "class_index"]).to_pylist()
+    pairs = [(a, b) for a, b in itertools.combinations(rows, 2) if a["class_index"] != b["class_index"]]
+    return [
+        {"first": a["key"], "second": b["key"], "choice": int(b["class_index"] < a["class_index"]), "rater": "a"}
+        | {"time": 1, "group": "all"}
+        for a, b in pairs[::step]
+    ]
+
+
+@pytest.mark.slow
+def test_records_of_people_add_up_and_each_round_waits_for_its_own(call, tmp_path):
+    """Every lane generates before the loop stops for people, and the same command goes on when they have chosen."""
     home, records, trusted = tmp_path / "loop", tmp_path / "records.jsonl", tmp_path / "trusted.jsonl"
     line = {"first": "other-000-mix-00000000", "second": "other-000-mix-00000001", "choice": 0, "rater": "a", "time": 1}
     for path in (records, trusted):
@@ -122,30 +157,51 @@ def test_records_of_people_curate_once_they_name_samples_of_the_round(call, tmp_
         (tmp_path / "real" / name).mkdir(parents=True)
         PIL.Image.new("RGB", (64, 64), (25 * number, 90, 200)).save(tmp_path / "real" / name / "image.png")
     training = {"steps": 3, "batch_size": 6, "real": str(tmp_path / "real"), "curated_weight": 2.0}
-    changes = {"rounds": 1, "curation": curation, "monitor": {"level": 0.05}, "training": training}
-    job = digits_job(output={"uri": str(home)}, **changes)
-    command = ("study", "loop", write_job(tmp_path / "job.yaml", job), "--executor", "local")
-    code, _, stderr = call(*command)
-    assert code == 2 and "curation.preferences: " in stderr, stderr
-    run = home / "clean" / "seed-0" / "round-00"
-    assert (run / "generated" / "_SUCCESS").exists() and not (run / "curated").exists()
-    # Raters who choose by the class; the trusted ones of some pairs choose likewise.
-    rows = pq.read_table(run / "generated" / "metadata.parquet").select(["key", "class_index"]).to_pylist()
-    chosen = [
-        line | {"first": one["key"], "second": two["key"], "choice": int(two["class_index"] < one["class_index"])}
-        for one, two in itertools.combinations(rows, 2)
-        if one["class_index"] != two["class_index"]
-    ]
-    records.write_text("".join(json.dumps(record) + "\n" for record in chosen))
-    trusted.write_text("".join(json.dumps(record) + "\n" for record in chosen[::10]))
-    code, _, stderr = call(*command)
+    arms = {"clean": {}, "defended": {"defence": "group"}}
+    changes = {"rounds": 2, "curation": curation, "monitor": {"level": 0.05}, "training": training, "arms": arms}
+    path = write_job(tmp_path / "job.yaml", digits_job(output={"uri": str(home)}, **changes))
+    lanes = [home / arm / "seed-0" for arm in arms]
+
+    def command() -> tuple[int, str]:
+        code, _, stderr = call("study", "loop", path, "--executor", "local")
+        return code, stderr
+
+    def add(number: int, step: int = 1) -> None:
+        for lane in lanes:
+            chosen = choices_in(lane / f"round-{number:02d}" / "generated", step)
+            for file, part in ((records, chosen), (trusted, chosen[::10])):
+                file.write_text(file.read_text() + "".join(json.dumps(record) + "\n" for record in part))
+
+    for number in (0, 1):
+        code, stderr = command()
+        assert code == 2 and "curation.preferences: " in stderr, stderr
+        for lane in lanes:
+            run = lane / f"round-{number:02d}"
+            assert f"  {run / 'generated'}" in stderr
+            assert (run / "generated" / "_SUCCESS").exists() and not (run / "curated").exists()
+        add(number)
+    code, stderr = command()
     assert code == 0, stderr
-    [first, last] = json.loads((home / "loop.json").read_text())["lanes"][0]["rounds"]
+    [first, second, last] = measures_in(home)[0]
     # Two curated samples for each real one.
-    drawn = json.loads((run / "model" / "training.json").read_text())["drawn"]
+    drawn = json.loads((lanes[0] / "round-01" / "model" / "training.json").read_text())["drawn"]
     assert drawn == {"curated": 12, "real": 6} and first["kid"]["value"] > 0
     assert first["trained"] and first["selected"] == 6 and first["correlation"] > 0.5
-    assert first["monitor"]["audited"] == len(chosen[::10]) and first["monitor"]["differing"] == 0
-    assert last["round"] == 1 and last["monitor"] is None
-    curated = json.loads((run / "curated" / "manifest.json").read_text())["curation"]
-    assert curated["reward"]["kind"] == "preferences" and not curated["monitor"]["alarm"]
+    chosen = [choices_in(lanes[0] / f"round-0{number}" / "generated", 1) for number in (0, 1)]
+    audited = [len(part[::10]) for part in chosen]
+    assert first["monitor"]["audited"] == audited[0] and first["monitor"]["differing"] == 0
+    assert second["monitor"]["audited"] == sum(audited) and last["monitor"] is None
+    rewards = [
+        json.loads((lanes[0] / f"round-0{number}/curated/manifest.json").read_text())["curation"]["reward"]
+        for number in (0, 1)
+    ]
+    assert rewards[0]["kind"] == "preferences"
+    assert rewards[1]["num_records"] - rewards[0]["num_records"] > 0.6 * (len(chosen[1]) - audited[1])
+    # No alarm, no removal; a round that was not finished takes in what was added since.
+    assert not list(home.rglob("suspects.jsonl"))
+    (lanes[0] / "round-01" / "round.json").unlink()
+    add(1, step=7)
+    code, stderr = command()
+    assert code == 0, stderr
+    again = json.loads((lanes[0] / "round-01/curated/manifest.json").read_text())["curation"]["reward"]
+    assert again["digest"] != rewards[1]["digest"]

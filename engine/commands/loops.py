@@ -121,7 +121,7 @@ def _validate(path: Path, job: LoopJob, as_json: bool) -> None:
     if as_json:
         print_json({"valid": True, "classes_checked": bool(classes), "loops": len(spec.arms) * spec.seeds})
         return
-    print(f"{path} is valid: {len(spec.arms)} arms, {spec.seeds} seeds, {spec.rounds} retrainings")
+    print(f"{path} is valid: {spec.size}")
     if not classes and job.job is not None:
         print(f"the classes are not checked: {job.job.models.target} is not on this machine yet")
 

@@ -54,6 +54,11 @@ class Division:
     audited: tuple[AuditedRecord, ...]
     num_withheld: int
 
+    @property
+    def records(self) -> tuple[PreferenceRecord, ...]:
+        """Those that train and those that are audited."""
+        return (*self.training, *(part.record for part in self.audited))
+
 
 def divide(records: Sequence[PreferenceRecord], trusted: Sequence[PreferenceRecord]) -> Division:
     """Withhold every pair that trusted raters judged, and match its records with their choices one to one.
@@ -85,11 +90,19 @@ def unseen(
 
     A coin that was seen is no bet; images are known by their checksums, whatever the run.
     """
-    named = [
-        (pair_name(checksums[part.record.preference.first], checksums[part.record.preference.second]), part)
-        for part in audited
-    ]
+    named = [(_name_of(part.record, checksums), part) for part in audited]
     return [(name, part) for name, part in named if name not in names]
+
+
+def unknown_pairs(
+    records: Sequence[PreferenceRecord], checksums: Mapping[str, str], names: Collection[str]
+) -> list[PreferenceRecord]:
+    """Records of pairs that are not among the names of pairs."""
+    return [record for record in records if _name_of(record, checksums) not in names]
+
+
+def _name_of(record: PreferenceRecord, checksums: Mapping[str, str]) -> str:
+    return pair_name(checksums[record.preference.first], checksums[record.preference.second])
 
 
 def audit_records(

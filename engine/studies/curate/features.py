@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import PIL.Image
@@ -30,12 +30,14 @@ class SampleFeatures:
     Attributes:
         rows: row of each sample by key.
         values: [N, d] CLIP embeddings of length one, float32.
+        num_own: of the run itself, the first rows; later ones are of earlier runs.
         clip: address of the CLIP model.
         clip_digest: digest of its files.
     """
 
     rows: Mapping[str, int]
     values: Tensor
+    num_own: int
     clip: str
     clip_digest: str
 
@@ -54,8 +56,14 @@ def image_checksums(run: StudiedRun) -> dict[str, str]:
     return {row["key"]: row["sha256"] for row in read_attempts(run, names, ["key", "sha256"])}
 
 
-def embed_samples(run: StudiedRun, display: Display) -> SampleFeatures:
+def embed_samples(
+    run: StudiedRun, display: Display, before: Sequence[StudiedRun] = (), named: Collection[str] = ()
+) -> SampleFeatures:
     """Embed all stored samples by the CLIP model of the run's job.
+
+    Args:
+        before: earlier runs.
+        named: keys of the samples of earlier runs that are embedded too.
 
     Raises:
         JobError: the model cannot be loaded, or gives no usable embedding of an image.
@@ -72,12 +80,22 @@ def embed_samples(run: StudiedRun, display: Display) -> SampleFeatures:
     total = sum(record.counts.ok for record in run.commits)
     keys: list[str] = []
     parts: list[Tensor] = []
-    for batch in batched(_images(run)):
-        display.advance(f"embedding samples: {len(keys)}/{total}")
-        keys += [key for key, _ in batch]
-        parts.append(_embeds(models, batch))
+
+    def take(images: Iterable[tuple[str, PIL.Image.Image]]) -> int:
+        for batch in batched(images):
+            display.advance(f"embedding samples: {min(len(keys), total)}/{total}")
+            keys.extend(key for key, _ in batch)
+            parts.append(_embeds(models, batch))
+        return len(keys)
+
+    num_own = take(_images(run))
+    take(image for one in before for image in _images(one) if image[0] in named)
     return SampleFeatures(
-        rows={key: row for row, key in enumerate(keys)}, values=torch.cat(parts), clip=address, clip_digest=digest
+        rows={key: row for row, key in enumerate(keys)},
+        values=torch.cat(parts),
+        num_own=num_own,
+        clip=address,
+        clip_digest=digest,
     )
 
 

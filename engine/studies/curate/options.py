@@ -27,6 +27,7 @@ class CurateOptions:
         after: earlier curated run whose monitor is continued.
         on_alarm: `stop` or `continue`.
         defence: one of `DEFENCES`.
+        defends_at_alarm: whether the defence waits for an alarm of the monitor.
         level: share of honest series of runs in which the monitor may raise an alarm.
         removal: at most how many records a defence removes.
         selection: groups, seed and scale.
@@ -39,6 +40,7 @@ class CurateOptions:
     after: str | None = None
     on_alarm: str = "stop"
     defence: str = "none"
+    defends_at_alarm: bool = False
     level: float = 0.05
     removal: RemovalOptions = field(default_factory=RemovalOptions)
     selection: SelectionOptions = field(default_factory=SelectionOptions)

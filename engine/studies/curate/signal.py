@@ -32,15 +32,8 @@ from engine.methods.curation.learning import (
 from engine.methods.curation.preferences import Pairs
 from engine.methods.curation.reward_models import Accuracy
 from engine.models.digests import model_digest
-from engine.studies.curate.audit import Division, audit_records, describe_monitor, divide, unseen
-from engine.studies.curate.audit_state import (
-    StoredAudit,
-    audit_bytes,
-    new_audit,
-    pair_name,
-    read_audit,
-    read_stopped_audit,
-)
+from engine.studies.curate.audit import Division, audit_records, describe_monitor, divide, unknown_pairs, unseen
+from engine.studies.curate.audit_state import StoredAudit, audit_bytes, new_audit, read_audit, read_stopped_audit
 from engine.studies.curate.candidates import Candidates
 from engine.studies.curate.features import SampleFeatures, embed_samples, image_checksums
 from engine.studies.curate.options import CurateOptions
@@ -61,6 +54,7 @@ class SignalInputs:
 
     Attributes:
         run: whose samples the records compare.
+        before: earlier runs, whose samples they may compare too.
         preferences: as read.
         trusted: records of trusted raters that can be used; empty without a file.
         division: of the usable preferences.
@@ -71,6 +65,7 @@ class SignalInputs:
     """
 
     run: StudiedRun
+    before: tuple[StudiedRun, ...]
     preferences: PreferenceFile
     trusted: tuple[PreferenceRecord, ...]
     division: Division
@@ -97,14 +92,17 @@ class LearnedSignal:
     notes: tuple[str, ...]
 
 
-def read_signal(run: StudiedRun, options: CurateOptions, output: Store | None = None) -> SignalInputs:
+def read_signal(
+    run: StudiedRun, options: CurateOptions, output: Store | None = None, before: Sequence[StudiedRun] = ()
+) -> SignalInputs:
     """Read and check the files of preferences, and the state of the monitor.
 
     Args:
-        run: whose samples the records compare.
+        run: that is curated.
         options: with the files.
         output: of the curation. Where an alarm stopped an earlier one there, its monitor is continued, or running
             again with other records would be a way around the alarm.
+        before: earlier runs, whose samples the records may name too; no key is in two of them.
 
     Raises:
         JobError: a file is not as it must be, or no record is left to learn from.
@@ -113,7 +111,7 @@ def read_signal(run: StudiedRun, options: CurateOptions, output: Store | None = 
     assert options.preferences is not None
     preferences = read_preferences(options.preferences, "--preferences")
     trusted = read_preferences(options.trusted, "--trusted") if options.trusted is not None else None
-    checksums = image_checksums(run)
+    checksums = {key: checksum for one in (run, *before) for key, checksum in image_checksums(one).items()}
     is_stored = {key: bool(checksum) for key, checksum in checksums.items()}
     usable = usable_records(preferences, is_stored, "--preferences")
     judged = usable_records(trusted, is_stored, "--trusted") if trusted is not None else None
@@ -136,6 +134,7 @@ def read_signal(run: StudiedRun, options: CurateOptions, output: Store | None = 
     left_out += [f"--trusted: {line}" for line in judged.left_out] if judged is not None else []
     return SignalInputs(
         run=run,
+        before=tuple(before),
         preferences=preferences,
         trusted=trusted_records,
         division=division,
@@ -187,7 +186,9 @@ def learn_signal(inputs: SignalInputs, options: CurateOptions, display: Display)
         JobError: the CLIP model cannot be used, or the earlier monitor has features of another size.
         CorruptShardError: an image of the run cannot be read.
     """
-    features = embed_samples(inputs.run, display)
+    records = (*inputs.division.records, *inputs.trusted)
+    named = {key for record in records for key in record.pair}
+    features = embed_samples(inputs.run, display, inputs.before, named)
     display.phase("learning the reward")
     return _Learning(inputs, options, features).signal()
 
@@ -253,13 +254,7 @@ class _Learning:
         if earlier is None:
             return self._pairs_of(self._inputs.trusted)
         # A choice that the series has already counts once.
-        known, checksums = set(earlier.names), self._inputs.checksums
-        new = [
-            record
-            for record in self._inputs.trusted
-            if pair_name(*(checksums[key] for key in record.pair)) not in known
-        ]
-        now = self._pairs_of(new)
+        now = self._pairs_of(unknown_pairs(self._inputs.trusted, self._inputs.checksums, set(earlier.names)))
         count = len(earlier.names)
         labels = audit.state.trusted[:count]
         return Pairs(
@@ -272,6 +267,8 @@ class _Learning:
         """The records that the chosen defence removes; None without a defence."""
         options = self._options
         if options.defence == "none" or audit is None:
+            return None
+        if options.defends_at_alarm and not bool(audit.state.alarm(options.level)):
             return None
         if options.defence == "influence":
             return find_suspects(learned, self._pairs, self._trusted(audit), options.learning, options.removal)
@@ -290,8 +287,8 @@ class _Learning:
     def _monitor(self, learned: LearnedReward, audit: StoredAudit | None) -> MonitorRecord | None:
         if audit is None:
             return None
-        values = self._features.values
-        probes = values[:: max(1, -(-len(values) // MAX_PROBES))]
+        own = self._features.values[: self._features.num_own]
+        probes = own[:: max(1, -(-len(own) // MAX_PROBES))]
         trusted = self._trusted(audit)
         latest = trusted.take(torch.arange(max(0, len(trusted) - MAX_FITTED), len(trusted)))
         agreement = agreement_with_trusted(learned, latest, probes, self._options.learning)
@@ -342,7 +339,8 @@ class _Learning:
                 "no pair is in both --preferences and --trusted, so nothing is audited; have trusted raters choose"
                 " again in some of the pairs"
             )
-        if self._options.defence != "none" and (monitor is None or not monitor.alarm):
+        waits = self._options.defence == "none" or self._options.defends_at_alarm
+        if not waits and (monitor is None or not monitor.alarm):
             notes.append(
                 "the monitor has no evidence against the preferences; where they are honest, a defence removes"
                 " about a fifth of them wrongly (docs/commands.md)"

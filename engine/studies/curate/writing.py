@@ -87,11 +87,16 @@ def open_curated(store: Store, plan: Plan, job: JobSpec) -> None:
         check_output_is(store, plan)
 
 
+class OtherCurationError(OutputError):
+    """An output holds a curated run with other options or rewards."""
+
+
 def check_output_is(store: Store, plan: Plan) -> bool:
     """Check that an output is empty or holds this curated run; whether it holds it. Changes nothing.
 
     Raises:
-        OutputError: it holds something else, with the difference.
+        OtherCurationError: it holds another curated run, with the difference.
+        OutputError: it holds something else.
     """
     stored = read_run(store)
     if stored is None:
@@ -105,7 +110,7 @@ def check_output_is(store: Store, plan: Plan) -> bool:
     lines = difference(stored.identity, plan.identity)
     if len(lines) > MAX_DIFFERENCES:
         lines[MAX_DIFFERENCES:] = [f"and {len(lines) - MAX_DIFFERENCES} more differences"]
-    raise OutputError(
+    raise OtherCurationError(
         "\n".join(
             [
                 f"--output {store.uri}: holds another curated run (there -> asked for now):",

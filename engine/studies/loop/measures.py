@@ -12,6 +12,7 @@ from engine.methods.curation.bounds import gain_bounds, sample_correlation
 from engine.methods.curation.measures import class_balance, class_shares
 from engine.studies.intervals import mean_interval
 from engine.studies.loop.samples import Real, RoundSamples
+from engine.studies.loop.spec import MAX_REWARD
 
 # Samples that bounds over all pairs of them are computed from.
 MAX_BOUND_SAMPLES = 250
@@ -88,9 +89,9 @@ def _distance(features: Tensor, real: Real | None, lane: int) -> dict[str, Any] 
 
 
 def _finite(value: Tensor | float) -> float | None:
-    """A number that JSON can hold; None for one that overflowed."""
+    """A number that `loop.json` can hold; None for one that is too large, such as `e^r` of a large reward."""
     number = float(value)
-    return number if math.isfinite(number) else None
+    return number if math.isfinite(number) and abs(number) <= MAX_REWARD else None
 
 
 def _flat(values: Tensor, num_kept: int) -> Tensor:

@@ -64,6 +64,7 @@ def _context(job: LoopJob, schedule: Schedule, classes: Sequence[str]) -> dict[s
         "rows": [_summary_row(job, schedule, arm) for arm in job.spec.arms],
         "charts": _charts(job, schedule),
         "shares": _shares(job, schedule, classes),
+        "baseline": next(iter(job.spec.arms)),
         "has_more_classes": len(classes) > MAX_CLASSES,
         "strips": _strips(job, schedule),
     }
@@ -73,11 +74,9 @@ def _lead(job: LoopJob, schedule: Schedule) -> str:
     spec = job.spec
     reward = f"reward {spec.curation.reward}"
     learned = f", learned from {spec.curation.learned.records} records a round" if spec.curation.learned else ""
-    lanes = f"{len(spec.arms)} arm{'s' * (len(spec.arms) > 1)}, {spec.seeds} seed{'s' * (spec.seeds > 1)}"
     unfinished = len(schedule.lanes(Status.OPEN))
-    return (
-        f"{lanes}, {spec.rounds} retrainings; one of {spec.curation.candidates} candidates is selected by {reward}"
-        f"{learned}" + (f"; {unfinished} loops are not finished" if unfinished else "")
+    return f"{spec.size}; one of {spec.curation.candidates} candidates is selected by {reward}{learned}" + (
+        f"; {unfinished} loops are not finished" if unfinished else ""
     )
 
 
@@ -156,10 +155,27 @@ def _summary_row(job: LoopJob, schedule: Schedule, arm: str) -> dict[str, Any]:
         "last": _point_text(rewards[-1:]),
         "balance": _point_text(balance[-1:]),
         "kid": _point_text(last_kid[-1:]),
-        "alarms": _alarm_text(firsts, len(lanes)) if job.spec.monitor else "",
+        "difference": _point_text(_difference(schedule, arm, next(iter(job.spec.arms)))),
+        "alarms": _alarm_text(firsts, len(lanes), statuses.count(Status.STOPPED)) if job.spec.monitor else "",
         "removed": _removed_text([rounds for _, rounds in lanes]),
-        "stopped": sum(status is Status.STOPPED for status in statuses),
     }
+
+
+def _difference(schedule: Schedule, arm: str, other: str) -> tuple[Point, ...]:
+    """Mean reward after the last retraining less that of another arm, seed by seed; nothing of one seed alone."""
+    own, others = (
+        {
+            lane.seed: rounds[schedule.num_rounds]["reward"]["value"]
+            for lane, rounds in schedule.rounds.items()
+            if lane.arm == name and schedule.num_rounds in rounds
+        }
+        for name in (arm, other)
+    )
+    differences = [own[seed] - others[seed] for seed in own if seed in others]
+    if arm == other or len(differences) < 2:
+        return ()
+    estimate = mean_interval(differences)
+    return (Point(schedule.num_rounds, estimate.value, estimate.low, estimate.high),)
 
 
 def _point_text(points: Sequence[Point]) -> dict[str, str]:
@@ -174,9 +190,10 @@ def _first_alarm(rounds: Rounds) -> int | None:
     return next((number for number in sorted(rounds) if (state := rounds[number]["monitor"]) and state["alarm"]), None)
 
 
-def _alarm_text(firsts: Sequence[int], num_lanes: int) -> str:
+def _alarm_text(firsts: Sequence[int], num_lanes: int, num_stopped: int) -> str:
     text = f"{len(firsts)} of {num_lanes}"
-    return f"{text}, first in round {min(firsts)}" if firsts else text
+    stopped = f"; {num_stopped} stopped" if num_stopped else ""
+    return f"{text}, first in round {min(firsts)}{stopped}" if firsts else text
 
 
 def _removed_text(lanes: Sequence[Rounds]) -> str:
@@ -212,7 +229,7 @@ def _shares(job: LoopJob, schedule: Schedule, classes: Sequence[str]) -> list[di
         if not numbers:
             continue
         means = [_mean_shares([rounds[number]["shares"] for rounds in lanes if number in rounds]) for number in numbers]
-        shown = min(len(means[0]), MAX_CLASSES)
+        shown = min(MAX_CLASSES, *map(len, means))
         top = max(max(row) for row in means) or 1.0
         names = [classes[index] if index < len(classes) else f"class {index}" for index in range(shown)]
         lines = [
@@ -230,7 +247,7 @@ def _shares(job: LoopJob, schedule: Schedule, classes: Sequence[str]) -> list[di
 
 
 def _mean_shares(shares: Sequence[Sequence[float]]) -> list[float]:
-    return [sum(column) / len(shares) for column in zip(*shares, strict=True)]
+    return [sum(column) / len(shares) for column in zip(*shares, strict=False)]
 
 
 def _strips(job: LoopJob, schedule: Schedule) -> list[dict[str, Any]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,13 @@ from engine.models.factories import is_factory
 from engine.studies.loop.spec import MIXTURE_REWARDS, LoopSpec
 
 PLACEHOLDER_URI = "loop"
+# Options of `curate` by fields of a loop.
+OPTIONS = {
+    "--preferences": "curation.preferences",
+    "--trusted": "curation.trusted",
+    "--reward": "curation.reward",
+    "--defence": "defence",
+}
 # Longest of `NAME-ARM-sSEED-rROUND`, the name of a round's run.
 MAX_NAME = 64
 
@@ -80,7 +88,9 @@ def _validation_lines(error: pydantic.ValidationError) -> list[str]:
 
 def _text(item: Any, location: Location) -> str:
     """The text of a problem; names of arms are keys of a mapping, which have the form of names."""
-    if location and location[0] == "arms" and item["type"] == "string_pattern_mismatch":
+    if item["loc"][:1] == ("arms",) and item["loc"][-1] == "[key]":
+        if not isinstance(item["input"], str):
+            return f"{item['input']!r} is not text; put the name of an arm in quotes"
         return f"{item['input']!r} may hold only a-z, 0-9 and inner hyphens; rename the arm"
     if location and location[0] == "arms" and len(location) > 2:
         from engine.studies.loop.spec import ArmSpec
@@ -126,7 +136,13 @@ def _problems(spec: LoopSpec) -> Iterator[str]:
                 f"arms.{name}.{field}: there are no records without a learned reward; add curation.learned, or leave"
                 " it out"
             )
-        if arm.defence != "none" and spec.monitor is None:
+        if arm.defence == "group":
+            yield (
+                f"arms.{name}.defence: group compares raters with their group, and simulated raters are one group; use"
+                " influence, or curation.preferences whose records name a group. Figures of two groups are in"
+                " docs/curation.md, by `tools/curation_figures.py`"
+            )
+        elif arm.defence != "none" and spec.monitor is None:
             yield f"arms.{name}.defence: acts from an alarm of the monitor on, and there is none; add `monitor`"
         if arm.curated_weight is not None and generator.job is not None and spec.training.real is None:
             yield f"arms.{name}.curated_weight: there are no real images to mix in; name them in training.real"
@@ -238,9 +254,11 @@ def run_name(spec: LoopSpec, arm: str, seed: int, number: int) -> str:
 
 
 @contextlib.contextmanager
-def renamed(option: str, field: str) -> Iterator[None]:
-    """Name the field of the job in problems that name an option of a command."""
+def renamed(fields: Mapping[str, str]) -> Iterator[None]:
+    """Name fields of the job in problems that name options of a command."""
     try:
         yield
     except JobError as error:
-        raise JobError([line.replace(f"{option}: ", f"{field}: ", 1) for line in error.problems]) from error
+        options = re.compile(rf"(?<![\w-])({'|'.join(fields)})(?![\w-])")
+        lines = [options.sub(lambda match: fields[match[1]], line) for line in error.problems]
+        raise type(error)(lines) from error

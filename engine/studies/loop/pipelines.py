@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from engine.driver.executors.base import Executor
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.progress import Display, Tally
 from engine.driver.run import run_job
-from engine.errors import CorruptShardError, JobError, OwnedError, RiskforgeError
+from engine.errors import CorruptShardError, JobError, OwnedError, RiskforgeError, fault
 from engine.job.plan import Cell, make_prompt
 from engine.job.spec import JobSpec
 from engine.methods.curation.learning import standardise
@@ -33,26 +33,23 @@ from engine.studies.curate.candidates import Candidates, open_candidates
 from engine.studies.curate.program import CuratedRun, SelectionOptions, SignalRecord, curate_run
 from engine.studies.curate.rewards import find_reward
 from engine.studies.curate.selection import values_digest
+from engine.studies.curate.writing import OtherCurationError
 from engine.studies.evaluate.image_features import batched, unit
 from engine.studies.evaluate.inputs import draw_images
 from engine.studies.loop.finetuning.batches import PromptedImage, TrainingImages
 from engine.studies.loop.finetuning.program import fine_tune_pipeline
 from engine.studies.loop.finetuning.recipe import FineTuneRecipe
 from engine.studies.loop.memory import read_memory, write_memory
-from engine.studies.loop.parsing import LoopJob, renamed, run_name
-from engine.studies.loop.recorded import RecordedSignal, learn_recorded
-from engine.studies.loop.results import ROUND_DOCUMENT, LoopFolder, round_bytes
+from engine.studies.loop.parsing import OPTIONS, LoopJob, renamed, run_name
+from engine.studies.loop.recorded import NoRecordsError, RecordedSignal, learn_recorded
+from engine.studies.loop.results import CURATED, GENERATED, MODEL, ROUND_DOCUMENT, WAITS, LoopFolder, round_bytes
 from engine.studies.loop.rounds import PlayedRound, RoundSignal, derived_seed, play_round
 from engine.studies.loop.samples import Real, RoundSamples
 from engine.studies.loop.signal import MAX_E_VALUE, Memory, Signal
-from engine.studies.loop.spec import CLASS_INDEX, LoopSpec
+from engine.studies.loop.spec import CLASS_INDEX, MAX_REWARD, LoopSpec
 from engine.studies.loop.state import Lane
 from engine.studies.samples import open_study, read_samples
 
-if TYPE_CHECKING:
-    pass
-
-GENERATED, CURATED, MODEL = "generated", "curated", "model"
 SIGNAL_FILE = "signal.safetensors"
 # Real images that a process keeps to draw from.
 MAX_REAL = 10_000
@@ -160,23 +157,24 @@ class PipelineGenerator:
 
     def real(self) -> Real | None:
         """CLIP embeddings of real images, of length sqrt(d) as in `evaluate`."""
-        address = self._loop.spec.measure.real or self._loop.spec.training.real
+        own, training = self._loop.spec.measure.real, self._loop.spec.training.real
+        address, field = (own, "measure.real") if own else (training, "training.real")
         if address is None:
             return None
         clip = self._job.models.clip
         limit = self._loop.spec.measure.images
-        return Real(real_features(address, self._labels, clip, self._device, limit), f"CLIP {clip}")
+        return Real(real_features(address, self._labels, clip, self._device, limit, field), f"CLIP {clip}")
 
     def recorded(self) -> RoundSignal:
         """The reward of people's records; they name samples of this round's run."""
         assert self._candidates is not None
-        earlier = self._folder.round(self._lane, self._number - 1) / CURATED if self._number else None
-        with renamed("--preferences", "curation.preferences"), renamed("--trusted", "curation.trusted"):
+        before = [self._folder.round(self._lane, number) for number in range(self._number)]
+        with renamed(OPTIONS):
             return learn_recorded(
                 self._loop.spec,
                 self._lane.arm,
                 self._candidates,
-                earlier,
+                before,
                 derived_seed(self.seed, "split"),
                 self._display,
             )
@@ -213,8 +211,10 @@ class PipelineGenerator:
     def _rewards(self, candidates: Candidates) -> Tensor:
         """[N] the users' reward of the candidates; n less the class index, which is above 0."""
         name = self._loop.spec.curation.reward
-        with renamed("--reward", "curation.reward"):
+        with renamed(OPTIONS):
             values = find_reward(name, self._display).rewards(candidates)
+            if (largest := max(map(abs, values))) > MAX_REWARD:
+                raise JobError(f"--reward: '{name}' gives {largest:.3g}; give values of {MAX_REWARD:g} at most")
         offset = self.num_classes if name == CLASS_INDEX else 0
         return torch.tensor(values, dtype=torch.float64) + offset
 
@@ -235,7 +235,7 @@ class PipelineGenerator:
             among=spec.curation.among,
             seed=derived_seed(self.seed, "selection"),
         )
-        return curate_run(
+        arguments = (
             open_store(str(self.home / GENERATED)),
             lambda candidates: values,
             options,
@@ -243,6 +243,14 @@ class PipelineGenerator:
             _signal_record(spec, digest, signal),
             self._display,
         )
+        try:
+            return curate_run(*arguments)
+        except OtherCurationError:
+            # Left by an interrupted call: people have added records since, or another machine computes other digits.
+            # Nothing but a model of this round is built on it.
+            for name in (CURATED, MODEL):
+                shutil.rmtree(self.home / name, ignore_errors=True)
+            return curate_run(*arguments)
 
     def _train(self, curated: CuratedRun) -> None:
         spec, training = self._loop.spec, self._loop.spec.training
@@ -292,6 +300,9 @@ def pipeline_round(
     Raises:
         RiskforgeError: a run, a model or a file is not as it must be.
 
+    Returns:
+        The measures; `WAITS` with the address of the run where people have to choose first.
+
     Side effects: writes the round's folder; removes the model of the round before where `keep_models` is `last`.
     """
     assert job.job is not None
@@ -301,7 +312,18 @@ def pipeline_round(
     generator = PipelineGenerator(job, lane, number, make_executor or functools.partial(LocalExecutor, 1), shown)
     folder = LoopFolder(Path(job.spec.output.uri))
     memory = _LazyMemory(generator, folder, lane, number)
-    played = _outlive(lambda: play_round(generator, job.spec, lane.arm, number, memory.get, generator.seed))
+    try:
+        played = _outlive(lambda: play_round(generator, job.spec, lane.arm, number, memory.get, generator.seed))
+    except NoRecordsError as error:
+        return {WAITS: str(error)}
+    except OwnedError:
+        raise
+    except RiskforgeError as error:
+        parts = [folder.round(lane, number - 1) / MODEL] if number else []
+        # What is wrong with the job is not wrong with a run.
+        names = (MODEL,) if isinstance(error, JobError) else (MODEL, GENERATED, CURATED)
+        parts += [generator.home / name for name in names]
+        raise _with_remedy(error, parts) from error
     [measures] = played.measures
     if played.memory is not None:
         write_memory(generator.home / SIGNAL_FILE, played.memory)
@@ -310,6 +332,15 @@ def pipeline_round(
     if job.spec.keep_models == "last" and number > 0 and measures["trained"]:
         shutil.rmtree(folder.round(lane, number - 1) / MODEL, ignore_errors=True)
     return measures
+
+
+def _with_remedy(error: RiskforgeError, parts: Sequence[Path]) -> RiskforgeError:
+    """The error of a part of a round, with what to do in a loop where that part is damaged."""
+    named = next((part for part in parts if str(part) in str(error)), None)
+    if named is None:
+        return error
+    remedy = f"remove {named} where it is damaged, or of a model that was: the same loop makes it again"
+    return fault(f"{error}\n{remedy}", error.exit_code)
 
 
 def _outlive(play: Callable[[], PlayedRound]) -> PlayedRound:
@@ -422,13 +453,13 @@ def embed(address: str, device: str, images: Any) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4)
-def real_features(address: str, labels: tuple[str, ...], clip: str, device: str, limit: int) -> Tensor:
+def real_features(address: str, labels: tuple[str, ...], clip: str, device: str, limit: int, field: str) -> Tensor:
     """CLIP embeddings [M, d] of real images, evenly drawn, of length sqrt(d); kept in this process.
 
     Raises:
         JobError: no image can be used.
     """
-    embeds = embed(clip, device, (item.image for item in _drawn(address, labels, limit)))
+    embeds = embed(clip, device, (item.image for item in _drawn(address, labels, limit, field)))
     return embeds * embeds.shape[-1] ** 0.5
 
 
@@ -441,18 +472,16 @@ def prompted_real(address: str, labels: tuple[str, ...], template: str | None) -
     """
     return tuple(
         (item.image, make_prompt(template, Cell(classes=(item.class_index,), names=(labels[item.class_index],)), ""))
-        for item in _drawn(address, labels, MAX_REAL)
+        for item in _drawn(address, labels, MAX_REAL, "training.real")
     )
 
 
-def _drawn(address: str, labels: tuple[str, ...], limit: int) -> list[LabelledImage]:
-    source = open_images(address, labels, "training.real")
+def _drawn(address: str, labels: tuple[str, ...], limit: int, field: str) -> list[LabelledImage]:
+    source = open_images(address, labels, field)
     items = list(draw_images(source, limit, 0, lambda text: None))
     images = [item for item in items if isinstance(item, LabelledImage)]
     if not images:
         raise JobError(
-            nothing_usable(
-                source, "training.real", address, [item for item in items if not isinstance(item, LabelledImage)]
-            )
+            nothing_usable(source, field, address, [item for item in items if not isinstance(item, LabelledImage)])
         )
     return images

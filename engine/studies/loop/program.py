@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.data.images import open_images
+from engine.data.images import LabelledImage, nothing_usable, open_images
 from engine.data.stores.base import STATE, Store
 from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store, refuse_objects
@@ -26,9 +26,12 @@ from engine.studies.loop.parsing import LoopJob
 from engine.studies.loop.results import (
     DOCUMENT,
     REPORT,
+    ROUND_DOCUMENT,
+    WAITS,
     LoopFolder,
     check_continues,
     document_bytes,
+    from_a_model,
     read_document,
     read_rounds,
     recorded_rounds,
@@ -40,6 +43,7 @@ from engine.studies.loop.state import Lane, Schedule, Status, lanes_of
 POLL_SECONDS = 0.5
 # Between two writes of `loop.json`.
 WRITE_SECONDS = 2.0
+MAX_SHOWN = 20
 _MIXTURE_TASK = "engine.studies.loop.mixtures:mixture_rounds"
 _PIPELINE_TASK = "engine.studies.loop.pipelines:pipeline_round"
 
@@ -100,7 +104,7 @@ def check_loop(job: LoopJob) -> list[str]:
         for field, address in (("training.real", spec.training.real), ("measure.real", spec.measure.real)):
             if address is not None:
                 with _collected(problems, ""):
-                    open_images(address, tuple(labels), field)
+                    _check_images(address, tuple(labels), field)
     with _collected(problems, ""):
         _check_trainable(job)
     with _collected(problems, ""):
@@ -129,6 +133,17 @@ def _check_samples(job: LoopJob, labels: list[str]) -> None:
     total = sum(request.total for request in resolve_requests(job.job, labels))
     if (wanted := job.spec.curation.candidates) > total:
         raise JobError(f"requests: {total} samples are fewer than the {wanted} of curation.candidates; raise a count")
+
+
+def _check_images(address: str, labels: tuple[str, ...], field: str) -> None:
+    """Check that there is an image that can be used."""
+    source = open_images(address, labels, field)
+    unusable = []
+    for item in (read() for file in source.files for read in file()):
+        if isinstance(item, LabelledImage):
+            return
+        unusable.append(item)
+    raise JobError(nothing_usable(source, field, address, unusable))
 
 
 def _check_trainable(job: LoopJob) -> None:
@@ -206,14 +221,16 @@ def _check_output(store: Store, job: LoopJob) -> None:
     """
     document = read_document(store)
     if document is not None:
-        check_continues(document, job, store.uri)
+        # Where no round is finished, what is there is checked by the plans of its runs.
+        if any(lane.rounds for lane in document.lanes) or any(Path(store.place).glob(f"*/*/*/{ROUND_DOCUMENT}")):
+            check_continues(document, job, store.uri)
         return
     names = sorted(name for name in store.list() if name != STATE) if store.is_there() else []
     if names:
         shown = ", ".join(map(repr, names[:5]))
         raise OutputError(
-            f"output {store.uri}: holds files that no earlier `riskforge study loop` has left there ({shown}); choose"
-            " another --output"
+            f"output {store.uri}: holds files ({shown}) and no {DOCUMENT} of a loop; restore it, or choose another"
+            " --output"
         )
 
 
@@ -244,12 +261,28 @@ class _Program:
                 self._work(num_slots)
             finally:
                 self._write()
+        self._check_waiting()
         if not was_complete:
             self._display.phase("writing the report")
             from engine.studies.loop.page import write_page
 
             write_page(self._store, self._job, self._schedule, self._classes)
         return LoopResult(home=self._folder.home, schedule=self._schedule, was_complete=was_complete)
+
+    def _check_waiting(self) -> None:
+        """Refuse to go on where people have to choose first.
+
+        Raises:
+            JobError: with the runs whose samples have no record.
+        """
+        if not (runs := list(self._schedule.waiting.values())):
+            return
+        more = [f"  and {len(runs) - MAX_SHOWN} more"] if len(runs) > MAX_SHOWN else []
+        raise JobError(
+            f"curation.preferences: {self._spec.curation.preferences} has no pair of samples of {len(runs)} runs; let"
+            " people choose between images of each, add their records, and run the same command again\n"
+            + "\n".join([f"  {run}" for run in runs[:MAX_SHOWN]] + more)
+        )
 
     def _known_rounds(self) -> dict[Lane, dict[int, dict[str, Any]]]:
         """Finished rounds of all lanes, those of lanes of other arms or seeds too."""
@@ -260,7 +293,15 @@ class _Program:
             known = {lane: recorded.get(lane, {}) for lane in lanes}
         else:
             known = {lane: read_rounds(self._folder, lane, self._spec.rounds) for lane in lanes}
-        return {lane: without_stops(rounds, self._spec) for lane, rounds in known.items()}
+        known = {lane: without_stops(rounds, self._spec) for lane, rounds in known.items()}
+        return known if self._job.job is None else {lane: self._begun(lane, rounds) for lane, rounds in known.items()}
+
+    def _begun(self, lane: Lane, rounds: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        """The rounds of a lane of pipelines that it can go on from."""
+        kept = from_a_model(self._folder, lane, rounds, self._spec.rounds)
+        if len(kept) < len(rounds):
+            self._display.notice(f"{lane}: its last model is not there any more; made again from round {len(kept)} on")
+        return kept
 
     def _open_lanes(self) -> list[Lane]:
         return self._schedule.lanes(Status.OPEN)
@@ -369,12 +410,17 @@ class _RoundTask(_Task):
         schedule.start(self._lane)
 
     def finish(self, schedule: Schedule, value: Any) -> None:
-        schedule.finish(self._lane, value)
+        if WAITS in value:
+            schedule.wait(self._lane, value[WAITS])
+        else:
+            schedule.finish(self._lane, value)
 
     def lose(self, schedule: Schedule) -> bool:
         return schedule.lose(self._lane)
 
     def text(self, schedule: Schedule) -> str:
+        if self._lane in schedule.waiting:
+            return f"{self.name}: waits for records of its samples"
         measures = schedule.rounds[self._lane][self._number]
         seconds = sum(measures["seconds"].values())
         stopped = ", stopped by the monitor" if measures["stopped"] else ""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,17 +19,25 @@ from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json
 from engine.models.untrusted_files import MAX_DOCUMENT_BYTES
 from engine.studies.loop.parsing import LoopJob
-from engine.studies.loop.spec import LoopSpec
-from engine.studies.loop.state import Lane, Schedule, Status, lane_status
+from engine.studies.loop.spec import MAX_REWARD, LoopSpec
+from engine.studies.loop.state import Lane, Schedule, Status, lane_status, next_round
 
 STUDY = "loop"
 VERSION = 1
 DOCUMENT = "loop.json"
 REPORT = "report.html"
 ROUND_DOCUMENT = "round.json"
+# Key of what a round gives that waits for people: the run whose samples they have to choose between.
+WAITS = "waits"
+# Folders of a round.
+GENERATED, CURATED, MODEL = "generated", "curated", "model"
 MAX_DIFFERENCES = 20
 # Fields that a loop may be continued with another value of.
 _FREE = ("rounds", "seeds", "arms", "on_alarm", "keep_models", "output")
+
+
+# Its square can be summed.
+Bounded = Annotated[float, Field(ge=-MAX_REWARD, le=MAX_REWARD)]
 
 
 class _Record(BaseModel):
@@ -39,7 +47,7 @@ class _Record(BaseModel):
 class EstimateRecord(_Record):
     """A value with its interval."""
 
-    value: float
+    value: Bounded
     low: float
     high: float
 
@@ -83,17 +91,17 @@ class RoundRecord(_Record):
     samples: int
     selected: int | None
     reward: EstimateRecord
-    variance: float | None
-    covariance: float | None
-    correlation: float | None
+    variance: Bounded | None
+    covariance: Bounded | None
+    correlation: Bounded | None
     gain: float | None
     gain_low: float | None
     gain_high: float | None
-    shares: list[float] = Field(max_length=100_000)
-    balance: float
+    shares: list[Bounded] = Field(min_length=1, max_length=100_000)
+    balance: Bounded
     kid: DistanceRecord | None
-    agreement: float | None
-    oracle_reward: float | None
+    agreement: Bounded | None
+    oracle_reward: Bounded | None
     accuracy: AccuracyRecord | None
     monitor: MonitorRecord | None
     removed: RemovedRecord | None
@@ -270,6 +278,22 @@ def read_rounds(folder: LoopFolder, lane: Lane, num_rounds: int) -> dict[int, di
             break
         rounds[number] = _read_round(path, number)
     return rounds
+
+
+def from_a_model(
+    folder: LoopFolder, lane: Lane, rounds: Mapping[int, dict[str, Any]], num_rounds: int
+) -> dict[int, dict[str, Any]]:
+    """The first rounds of a lane, up to one whose model is there, for the next round to sample from.
+
+    Models of older rounds are removed; where a round after them has to be made again, so have they.
+    """
+    number = next_round(rounds, num_rounds)
+    if number is None or lane_status(rounds, num_rounds) is not Status.OPEN:
+        return dict(rounds)
+    first = number
+    while first and not (folder.round(lane, first - 1) / MODEL).exists():
+        first -= 1
+    return {done: measures for done, measures in rounds.items() if first == number or done < first}
 
 
 def _read_round(path: Path, number: int) -> dict[str, Any]:

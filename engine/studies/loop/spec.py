@@ -14,6 +14,8 @@ MAX_ROUNDS = 1000
 MAX_SEEDS = 10_000
 MAX_ARMS = 50
 MAX_RECORDS = 1_000_000
+# Absolute value of a reward.
+MAX_REWARD = 1e100
 CLASS_INDEX = "class-index"
 SQUARED_DISTANCE = "squared-distance"
 MIXTURE_REWARDS = (SQUARED_DISTANCE, CLASS_INDEX)
@@ -86,7 +88,8 @@ class CurationSpec(Spec):
     preferences: Address | None = Field(
         default=None,
         description="File of preference records of people, as `riskforge curate` reads it, to learn the reward from; it"
-        " is read again in every round. `reward` is only measured then.",
+        " is read again in every round, and may name samples of all rounds of a loop so far. `reward` is only measured"
+        " then.",
     )
     trusted: Address | None = Field(
         default=None, description="File of trusted choices, likewise: for the monitor, and for a defence."
@@ -140,8 +143,10 @@ class ArmSpec(Spec):
         " that of the curated reward.",
     )
     share: Share = Field(default=0.2, description="kappa, share of the records that the attack may exchange.")
-    defence: Literal["none", "influence"] = Field(
-        default="none", description="influence: from an alarm on, suspect records are removed."
+    defence: Literal["none", "influence", "group"] = Field(
+        default="none",
+        description="From an alarm on suspect records are removed: by influence, or of people's records by group,"
+        " within each group of raters that they name.",
     )
     curated_weight: Positive | None = Field(default=None, description="In place of training.curated_weight.")
     steps: Annotated[StrictInt, Field(ge=1, le=1_000_000)] | None = Field(
@@ -179,6 +184,12 @@ class LoopSpec(Spec):
         default={"clean": ArmSpec()}, min_length=1, max_length=MAX_ARMS, description="Variants of the loop by name."
     )
     output: LoopOutput = Field(description="Where the loop is stored.")
+
+    @property
+    def size(self) -> str:
+        """Arms, seeds and retrainings, in words."""
+        counts = {"arm": len(self.arms), "seed": self.seeds, "retraining": self.rounds}
+        return ", ".join(f"{count} {noun}{'s' * (count > 1)}" for noun, count in counts.items())
 
     def weight_of(self, arm: str) -> float | None:
         """lambda of an arm; None without real data."""

@@ -67,11 +67,13 @@ class Schedule:
         num_rounds: that the job asks for.
         rounds: measures of finished rounds, by lane and number.
         losses: processes lost with a lane's present round.
+        waiting: runs whose samples people have not chosen between, by lane; nothing is done there.
     """
 
     num_rounds: int
     rounds: dict[Lane, dict[int, dict[str, Any]]]
     losses: dict[Lane, int] = field(default_factory=dict)
+    waiting: dict[Lane, str] = field(default_factory=dict)
     _running: set[Lane] = field(default_factory=set)
 
     def ready(self) -> list[tuple[Lane, int]]:
@@ -79,7 +81,9 @@ class Schedule:
         tasks = [
             (number, position, lane)
             for position, (lane, rounds) in enumerate(self.rounds.items())
-            if lane not in self._running and lane_status(rounds, self.num_rounds) is Status.OPEN
+            if lane not in self._running
+            and lane not in self.waiting
+            and lane_status(rounds, self.num_rounds) is Status.OPEN
             if (number := next_round(rounds, self.num_rounds)) is not None
         ]
         return [(lane, number) for number, _, lane in sorted(tasks, key=lambda task: task[:2])]
@@ -93,6 +97,11 @@ class Schedule:
         self._running.discard(lane)
         self.losses.pop(lane, None)
         self.rounds[lane][measures["round"]] = measures
+
+    def wait(self, lane: Lane, run: str) -> None:
+        """Note that a lane's round waits for people to choose between samples of its run."""
+        self._running.discard(lane)
+        self.waiting[lane] = run
 
     def lose(self, lane: Lane) -> bool:
         """Note that the process of a lane's round was lost; whether the round may be made again."""

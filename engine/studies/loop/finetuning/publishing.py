@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -125,9 +126,16 @@ def _replaced(path: Path, weights: dict[str, Tensor], document: dict[str, Any]) 
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path, staged: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # The library has no other error for what the system refuses.
+        if (refusal := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        raise OSError(int(refusal[1]), os.strerror(int(refusal[1]))) from error
     # safetensors lets nobody else read what it writes.
     shutil.copymode(staged / TRAINING_DOCUMENT, path)
 
