@@ -106,7 +106,8 @@ def _print_guards(arms: dict[str, Lanes], num_rounds: int) -> None:
     )  # fmt: skip
     for arm, lanes in arms.items():
         alarms = [[bool(measures["monitor"] and measures["monitor"]["alarm"]) for measures in lane] for lane in lanes]
-        removed = [measures["removed"] for lane in lanes for measures in lane if measures["removed"]]
+        # Rounds in which the defence acted.
+        removed = [one for lane in lanes for measures in lane if (one := measures["removed"]) and any(_taken(one))]
         _print_row(
             [
                 arm,
@@ -117,6 +118,10 @@ def _print_guards(arms: dict[str, Lanes], num_rounds: int) -> None:
                 *(_removed_share(removed, kind) for kind in ("tampered", "honest")),
             ]
         )
+
+
+def _taken(removed: dict[str, int]) -> tuple[int, int]:
+    return removed["tampered"], removed["honest"]
 
 
 def _removed_share(removed: list[dict[str, int]], kind: str) -> str:
