@@ -156,7 +156,7 @@ def test_tampered_preferences_raise_the_alarm_and_are_undone(home, taste, raters
     clean = written(tmp_path / "clean.jsonl", raters.choose(pairs[:50] + pairs[100:]))
     command = ("curate", run, "--trusted", trusted, "--preferences")
     code, out, _ = call(*command, clean, "--output", str(tmp_path / "clean"))
-    assert code == 0 and "monitor    no alarm" in out and "50 records of audited pairs are withheld" in out
+    assert code == 0 and "monitor     no alarm" in out and "50 records of audited pairs are withheld" in out
     tampered = written(tmp_path / "tampered.jsonl", raters.choose(pairs, 0.3))
     after = (*command, tampered, "--after", str(tmp_path / "clean"), "--output", str(tmp_path / "out"))
     code, out, err = call(*after)
@@ -187,7 +187,7 @@ def check_evidence(command: Sequence[str], clean: str, home: Path, call: Any) ->
     """
     kept = (home / "out/_state/audit.safetensors").read_bytes()
     code, out, _ = call(*command, clean, "--after", str(home / "clean"), "--output", str(home / "out"))
-    assert code == EXIT_DAMAGED and "100 audited records differ" in out and "agreement" in out
+    assert code == EXIT_DAMAGED and "100 audited records differ" in out and "correlation" in out
     assert (home / "out/_state/audit.safetensors").read_bytes() == kept
     assert call(*command, clean, "--after", str(home / "out"), "--output", str(home / "other"))[0] == EXIT_DAMAGED
     code, _, err = call(*command, clean, "--after", str(home / "out"), "--output", str(home / "clean"))
@@ -237,7 +237,7 @@ def test_groups_have_judges_of_their_own(home, raters, tmp_path, call):
     code, _, err = call(*command, "--preferences", written(tmp_path / "none.jsonl", none))
     assert code == EXIT_USER and "line 21: group is missing" in err
     code, out, _ = call(*command, "--preferences", written(tmp_path / "prefs.jsonl", records), "--model", "network")
-    assert code == 0 and "defence    group: " in out and "(network, on CLIP features)" in out
+    assert code == 0 and "defence     group: " in out and "(network, on CLIP features)" in out
 
 
 FEW = [{"first": "a", "second": "b", "choice": 0}]
@@ -310,7 +310,7 @@ def test_a_function_of_the_user_is_a_reward(home, tmp_path, monkeypatch, call):
     command = ("curate", str(home / "run"), "--reward", "curate_user_rewards:brightness", "--scale", "0.1")
     code, out, err = call(*command, "--output", str(tmp_path / "out"))
     assert code == 0, err
-    assert "reward     curate_user_rewards:brightness (function)" in out and "selected   25 of 100" in out
+    assert "reward      curate_user_rewards:brightness (function)" in out and "selected    25 of 100" in out
     curation = read_curation(open_store(str(tmp_path / "out")))
     assert curation.mean_reward_selected > curation.mean_reward > 0
     assert find_reward("curate_user_rewards:brightness", DISPLAY).record.digest == curation.reward.digest

@@ -132,35 +132,28 @@ def _document(curated: Curated) -> dict[str, object]:
 
 def _print_curated(curated: Curated) -> None:
     """Print the reward, the monitor, what was selected, and the balance of classes before and after."""
+    from engine.data.run.curation_text import accuracy_text, agreement_facts, monitor_text
+
     for line in curated.left_out:
-        print(f"left out   {line}")
-    print(f"reward     {_reward_line(curated.reward)}")
+        print(f"left out    {line}")
+    print(f"reward      {_reward_line(curated.reward)}")
     if (accuracy := curated.reward.accuracy) is not None:
-        print(
-            f"accuracy   {accuracy.value:.1%} of {accuracy.total} held-out records (95 %: {accuracy.low:.1%} to"
-            f" {accuracy.high:.1%})"
-        )
+        print(f"accuracy    {accuracy_text(accuracy)}")
     if curated.reward.defence:
         total = curated.reward.num_records + curated.reward.num_removed
         print(
-            f"defence    {curated.reward.defence}: {curated.reward.num_removed} of {total} records removed, listed in"
+            f"defence     {curated.reward.defence}: {curated.reward.num_removed} of {total} records removed, listed in"
             " curation/suspects.jsonl"
         )
     if (monitor := curated.monitor) is not None:
-        print(
-            f"monitor    {'ALARM' if monitor.alarm else 'no alarm'}: e-value {monitor.e_value:.3g}, alarm at"
-            f" {1 / monitor.level:.3g}; {monitor.num_differing} of {monitor.num_audited} audited records differ"
-        )
-        if (agreement := monitor.correlation) is not None:
-            print(
-                f"agreement  {agreement.value:.2f} with the reward of trusted raters (correlation of e^r, 95 %:"
-                f" {agreement.low:.2f} to {agreement.high:.2f})"
-            )
+        print(f"monitor     {monitor_text(monitor)}")
+        for name, text in agreement_facts(monitor):
+            print(f"{name.lower():<12}{text}")
     for note in curated.notes:
-        print(f"note       {note}")
+        print(f"note        {note}")
     if curated.run is not None and curated.curation is not None:
         _print_selection(curated.curation)
-        print(f"run        {curated.run.store.uri}{', complete before' if curated.run.was_complete else ''}")
+        print(f"run         {curated.run.store.uri}{', complete before' if curated.run.was_complete else ''}")
 
 
 def _reward_line(reward: RewardRecord) -> str:
@@ -171,20 +164,17 @@ def _reward_line(reward: RewardRecord) -> str:
     return f"learned from {reward.num_records} records of {reward.name} ({reward.model}, on CLIP features)"
 
 
-def _rounded(reward: float) -> str:
-    """A mean reward for human readers; that of a learned reward over all samples is zero up to rounding."""
-    return f"{reward:.4g}" if abs(reward) >= 1e-9 else "0"
-
-
 def _print_selection(curation: Curation) -> None:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
+    from engine.data.run.curation_text import number_text
+
     left_over = f", {curation.num_left_over} left over" if curation.num_left_over else ""
     print(
-        f"selected   {curation.num_selected} of {curation.num_candidates} candidates, one of each {curation.group_size}"
-        f"{left_over}; mean reward {_rounded(curation.mean_reward)} -> {_rounded(curation.mean_reward_selected)}"
+        f"selected    {curation.num_selected} of {curation.num_candidates} candidates, one of each"
+        f" {curation.group_size}{left_over}; mean reward {number_text(curation.mean_reward)} -> {number_text(curation.mean_reward_selected)}"
     )
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("class", "candidates", "share", "selected", "share after"):

@@ -34,9 +34,9 @@ def monitor_text(monitor: MonitorRecord) -> str:
     """What the monitor says of the learned reward."""
     state = "ALARM" if monitor.alarm else "no alarm"
     text = (
-        f"{state}: e-value {_number(monitor.e_value)}, {_number(monitor.highest)} at its highest; the alarm is raised"
-        f" at {_number(1 / monitor.level)} (level {monitor.level:g}). {monitor.num_differing} of {monitor.num_audited}"
-        " audited records differ from the trusted choice"
+        f"{state}: e-value {number_text(monitor.e_value)}, {number_text(monitor.highest)} at its highest; the alarm is"
+        f" raised at {number_text(1 / monitor.level)} (level {monitor.level:g}). {monitor.num_differing} of"
+        f" {monitor.num_audited} audited records differ from the trusted choice"
     )
     return f"{text}; continued from {monitor.after}" if monitor.after else text
 
@@ -45,9 +45,11 @@ def agreement_facts(monitor: MonitorRecord) -> list[tuple[str, str]]:
     """Covariance and correlation of the learned reward with a trusted one, where they were measured."""
     facts = []
     if monitor.covariance is not None:
-        facts.append(("Covariance", f"{_number(monitor.covariance)} with a reward fitted to trusted choices"))
+        facts.append(("Covariance", f"{number_text(monitor.covariance)} with a reward fitted to trusted choices"))
     if (correlation := monitor.correlation) is not None:
-        interval = f"{_number(correlation.value)} ({_number(correlation.low)} to {_number(correlation.high)})"
+        interval = (
+            f"{number_text(correlation.value)} ({number_text(correlation.low)} to {number_text(correlation.high)})"
+        )
         facts.append(("Correlation", f"{interval} with it"))
     return facts
 
@@ -85,9 +87,10 @@ def _selected_text(curation: Curation) -> str:
 
 
 def _means_text(curation: Curation) -> str:
-    before, after = _number(curation.mean_reward), _number(curation.mean_reward_selected)
+    before, after = number_text(curation.mean_reward), number_text(curation.mean_reward_selected)
     return f"{before} of the candidates, {after} of the selected ones"
 
 
-def _number(value: float) -> str:
-    return f"{value:.4g}"
+def number_text(value: float) -> str:
+    """A number for human readers: the mean of a learned reward over all samples is zero up to rounding."""
+    return f"{value:.4g}" if abs(value) >= 1e-9 else "0"
