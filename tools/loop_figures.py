@@ -34,7 +34,8 @@ def main() -> None:
         print(f"### {name}")
         _print_rewards(arms, num_rounds)
         _print_ends(arms, num_rounds)
-        _print_guards(arms, num_rounds)
+        if all(lanes[0][0]["accuracy"] for lanes in arms.values()):
+            _print_guards(arms, num_rounds)
         panels[name] = {
             arm: [_values(lanes, number, _reward) for number in range(num_rounds)] for arm, lanes in arms.items()
         }

@@ -172,14 +172,17 @@ def _print_selection(curation: Curation) -> None:
     from engine.data.run.curation_text import number_text
 
     left_over = f", {curation.num_left_over} left over" if curation.num_left_over else ""
+    before, after = number_text(curation.mean_reward), number_text(curation.mean_reward_selected)
     print(
         f"selected    {curation.num_selected} of {curation.num_candidates} candidates, one of each"
-        f" {curation.group_size}{left_over}; mean reward {number_text(curation.mean_reward)} -> {number_text(curation.mean_reward_selected)}"
+        f" {curation.group_size}{left_over}; mean reward {before} -> {after}"
     )
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("class", "candidates", "share", "selected", "share after"):
         table.add_column(name, justify="left" if name == "class" else "right")
     for count in curation.classes:
-        before, after = count.candidates / curation.num_candidates, count.selected / max(1, curation.num_selected)
-        table.add_row(Text(count.name), str(count.candidates), f"{before:.1%}", str(count.selected), f"{after:.1%}")
+        shares = count.candidates / curation.num_candidates, count.selected / max(1, curation.num_selected)
+        table.add_row(
+            Text(count.name), str(count.candidates), f"{shares[0]:.1%}", str(count.selected), f"{shares[1]:.1%}"
+        )
     make_console().print(table)
