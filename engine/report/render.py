@@ -179,7 +179,7 @@ def render(
         **_distributions(rows),
         "evaluation": evaluation_context(evaluation, len(rows)),
         "evaluation_problem": problem,
-        "style": Markup((_HERE / "report.css").read_text(encoding="utf-8")),
+        "style": page_style(),
         **_script(),
     }
     template = _environment().get_template("report.html.j2")
@@ -203,6 +203,11 @@ def _tables(table: pa.Table, metadata: Dataset, rows: Rows, names: dict[int, str
         "gradients": gradient_table(rows),
         "throughput": throughput_table(rows),
     }
+
+
+def page_style() -> Markup:
+    """The style sheet of all pages."""
+    return Markup((_HERE / "report.css").read_text(encoding="utf-8"))
 
 
 def _environment() -> Environment:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
-import engine.report
+from engine.data.images.decode import UnusableImageError, decode_sample
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.errors import RiskforgeError
 from engine.report.gallery import image_uri
 from engine.report.lines import NUM_COLOURS, Line, Point, line_chart
+from engine.report.render import page_style
 from engine.studies.intervals import mean_interval
 from engine.studies.loop.parsing import LoopJob
 from engine.studies.loop.results import REPORT, LoopFolder
@@ -49,11 +49,10 @@ def write_page(store: Store, job: LoopJob, schedule: Schedule, classes: Sequence
 
 
 def _context(job: LoopJob, schedule: Schedule, classes: Sequence[str]) -> dict[str, Any]:
-    style = (Path(engine.report.__file__).parent / "report.css").read_text(encoding="utf-8")
     stopped = schedule.lanes(Status.STOPPED)
     return {
         "title": job.spec.name,
-        "style": Markup(style),
+        "style": page_style(),
         "lead": _lead(job, schedule),
         "stopped": [str(lane) for lane in stopped[:10]],
         "num_stopped": len(stopped),
@@ -270,10 +269,6 @@ def _strips(job: LoopJob, schedule: Schedule) -> list[dict[str, Any]]:
 
 def _selected(path: Path, limit: int) -> list[str]:
     """The first selected images of a curated run as data URIs; none where it is not there."""
-    import io
-
-    import PIL.Image
-
     if not path.is_dir():
         return []
     uris: list[str] = []
@@ -282,9 +277,8 @@ def _selected(path: Path, limit: int) -> list[str]:
         for data, _ in read_samples(study, [request.name for request in study.job.requests]):
             if len(uris) == limit:
                 break
-            with PIL.Image.open(io.BytesIO(data)) as image:
-                uris.append(image_uri(image.convert("RGB"), MAX_IMAGE_BYTES))
-    except (RiskforgeError, OSError):
+            uris.append(image_uri(decode_sample(data), MAX_IMAGE_BYTES))
+    except (RiskforgeError, UnusableImageError, OSError):
         # A damaged run is reported by `riskforge verify`; the page shows what there is.
         return uris
     return uris
