@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -367,30 +368,31 @@ class _Program:
         self._written = time.monotonic()
 
 
-class _Task:
+class _Task(ABC):
     """Work of the pool."""
 
     name: str
     function: str
 
+    @abstractmethod
     def arguments(self, pool: TaskPool) -> tuple[Any, ...]:
         """Of the function."""
-        raise NotImplementedError
 
+    @abstractmethod
     def begin(self, schedule: Schedule) -> None:
         """Note that it runs."""
 
+    @abstractmethod
     def finish(self, schedule: Schedule, value: Any) -> None:
         """Take in its value."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lose(self, schedule: Schedule) -> bool:
         """Note that its process was lost; whether it may run again."""
-        raise NotImplementedError
 
+    @abstractmethod
     def text(self, schedule: Schedule) -> str:
         """What came of it."""
-        raise NotImplementedError
 
 
 class _RoundTask(_Task):
@@ -439,6 +441,9 @@ class _BlockTask(_Task):
 
     def arguments(self, pool: TaskPool) -> tuple[Any, ...]:
         return self._spec, self._arm, self._block
+
+    def begin(self, schedule: Schedule) -> None:
+        """Nothing to note: a block is played whole, or again."""
 
     def finish(self, schedule: Schedule, value: Any) -> None:
         for offset, rounds in enumerate(value):
