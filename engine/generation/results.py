@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.data.images import encoding as imaging
 from engine.generation.isolation import failed_result
 from engine.generation.scorer import Scorer, ScorerInputs
+from engine.generation.starts import StartImage
 from engine.job.acceptance import is_accepted
 from engine.job.plan import Plan, SampleSpec
 from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, SampleResult, check_record
@@ -35,6 +36,9 @@ class SampledImages:
         is_finite: of each image, whether all values were, [B].
         health: of the gradients that guided them.
         draws: the image embeddings that conditioned them, [B]; empty without.
+        starts: the real images that they started from, [B]; empty without.
+        twins: pixels [B, H, W, 3] of their unguided twins, 8 bits, on the CPU; None without.
+        is_twin_finite: of each twin, whether all values were, [B]; empty without.
     """
 
     specs: Sequence[SampleSpec]
@@ -43,6 +47,9 @@ class SampledImages:
     is_finite: list[bool]
     health: GradientHealth
     draws: Sequence[ScreenedDraw]
+    starts: Sequence[StartImage] = ()
+    twins: np.ndarray | None = None
+    is_twin_finite: Sequence[bool] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 # The class index of a sample that has none, or that no model saw.
 NO_CLASS = -1
+# The value of a score of two images where there is no second one; filters and medians take it for unknown.
+NO_PAIR = -1.0
 _EMPTY: dict[str, Any] = {"int": 0, "float": 0.0, "bool": False, "str": ""}
 
 
@@ -54,6 +56,8 @@ SCORE = (
 )  # fmt: skip
 # A score that a user can ask for, and that tables leave out.
 DETAIL = Role.ACCEPTS | Role.SORTS
+# A score of two images, which only some requests have.
+PAIRED = Role.ACCEPTS | Role.INSPECTED | Role.SUMMARISED | Role.VERIFIED | Role.SORTS | Role.RANGES
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,7 @@ class Unit:
 
 NO_UNIT = Unit("")
 NATS = Unit("nats", "in nats", "in nats under the target")
+DECIBEL = Unit("decibels", "in dB", "in dB")
 COSINE = Unit("cosine", "a cosine", "the cosine of CLIP embeddings of image and class prompt")
 
 
@@ -105,8 +110,8 @@ class Column:
         since: the schema version that it came with.
         parts: fields of the entries, where the column is a list of entries.
         is_class: whether it holds class indices; its empty value is then `NO_CLASS`.
-        measured_by: role of the model in the job that measured it; empty of what the plan or the sampler knows. Of a
-            row that is not scored it has the empty value, which means nothing.
+        measured_by: role of the model in the job that measured it, or `pixels` where no model is needed; empty of what
+            the plan or the sampler knows. Of a row that is not scored it has the empty value, which means nothing.
         alias: its name as a condition of `accept`, where that is another.
         title: in tables and charts.
         meaning: what follows the title in the caption of its chart; the description where empty.
@@ -114,6 +119,7 @@ class Column:
         rank: place among the scores of the report; those without follow in the order of the table.
         tolerance: how far it may be from its stored value when an image is scored again; a GPU and its batches move
             it a little.
+        without: the value where the column does not apply, if that is not the empty one of its type.
     """
 
     name: str
@@ -122,7 +128,7 @@ class Column:
     since: int = 1
     parts: tuple[Part, ...] = ()
     is_class: bool = False
-    measured_by: Literal["", "target", "clip", "oracle", "transfer", "judge"] = ""
+    measured_by: Literal["", "target", "clip", "oracle", "transfer", "judge", "pixels"] = ""
     alias: str = ""
     title: str = ""
     meaning: str = ""
@@ -130,11 +136,14 @@ class Column:
     axis: Literal["linear", "log"] = "linear"
     rank: int | None = None
     tolerance: float = 1e-3
+    without: float | None = None
     roles: Role = NO_ROLE
 
     @property
     def empty(self) -> Any:
         """The value where the column does not apply; a list is a new one each time."""
+        if self.without is not None:
+            return self.without
         return NO_CLASS if self.type == "int" and self.is_class else _EMPTY.get(self.type, [])
 
     @property
@@ -282,6 +291,46 @@ RECORD_COLUMNS: tuple[Column, ...] = (
                 roles=DETAIL | Role.VERIFIED,
             ),
         ),
+    ),
+    Column(
+        name="start_key", type="str", since=4, roles=Role.SAMPLED,
+        description="name of the labelled image that the sample started from; empty without one",
+    ),
+    Column(
+        name="start_sha256", type="str", since=4, roles=Role.SAMPLED,
+        description="checksum of that image's pixels: SHA-256 of `WIDTHxHEIGHT:` and RGB bytes, before resizing",
+    ),
+    Column(
+        name="strength", type="float", since=4, without=1.0, roles=Role.SAMPLED,
+        description="share of the denoising steps that were taken from the start; 1 without one",
+    ),
+    Column(
+        name="start_distance", type="float", since=4, measured_by="clip", without=NO_PAIR,
+        title="Distance to the start",
+        description="1 minus the cosine of the CLIP embeddings of start and sample; -1 without a start", roles=PAIRED,
+    ),
+    Column(
+        name="twin_key", type="str", since=4, roles=Role.SAMPLED,
+        description="key of the unguided twin: same noise, condition and start; empty without one",
+    ),
+    Column(
+        name="twin_psnr_db", type="float", since=4, measured_by="pixels", without=NO_PAIR, title="PSNR to the twin", unit=DECIBEL,
+        description="peak signal-to-noise ratio of sample and twin as stored, in dB, at most 100; -1 without a twin",
+        roles=PAIRED,
+    ),
+    Column(
+        name="twin_distance", type="float", since=4, measured_by="clip", without=NO_PAIR, title="Distance to the twin",
+        description="1 minus the cosine of the CLIP embeddings of twin and sample; -1 without a twin", roles=PAIRED,
+    ),
+    Column(
+        name="twin_predicted_class", type="int", since=4, is_class=True, measured_by="target", roles=Role.VERIFIED,
+        description="class that the target predicts for the twin; -1 without one",
+    ),
+    Column(
+        name="twin_risk", type="float", since=4, measured_by="target", without=NO_PAIR, title="Risk of the twin",
+        unit=NATS,
+        description="-log p of the conditioned class under the target, of the twin, in nats; -1 without one",
+        roles=DETAIL | Role.INSPECTED | Role.VERIFIED,
     ),
 )  # fmt: skip
 # In the parquet alone: they depend on the run, and never enter the tar.

@@ -30,7 +30,7 @@ JOINT_CODE = "mix"
 # A round of a quota with fewer samples would not fill a batch.
 MIN_ROUND = 16
 # Digests that an identity has in each request, not in `models`.
-_BY_REQUEST = ("diffusion", "conditioning", "methods")
+_BY_REQUEST = ("diffusion", "conditioning", "starts", "methods")
 # In place of the number of a class: all classes of the request, in turn.
 EVERY_CELL = -1
 
@@ -371,8 +371,9 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
 
     Args:
         digests: `{"diffusion": {address: digest}, "clip": digest, "target": digest, "transfer": [digest],
-            "oracle": digest, "conditioning": {address: digest}, "methods": {address: digest}}`, and `"judge"` and
-            `"guidance_decoder"` with a digest where there is one, `"safety_checker": "off"` where it is off.
+            "oracle": digest, "conditioning": {address: digest}, "starts": {address: digest}, "methods": {address:
+            digest}}`, and `"judge"` and `"guidance_decoder"` with a digest where there is one,
+            `"safety_checker": "off"` where it is off.
     """
     return {
         "schema_version": IDENTITY_VERSION,
@@ -405,6 +406,8 @@ def _request_identity(job: JobSpec, plan: RequestPlan, digests: dict[str, Any]) 
             "accept": request.accept,
         }
         | _conditioning(request, digests.get("conditioning", {}))
+        | _start(request, digests.get("starts", {}))
+        | ({"twin": True} if request.twin else {})
         | _method_digest(request, digests.get("methods", {}))
         | ({"quota": True} if request.has_quota else {})
         | ({"fresh": request.fresh} if request.fresh else {})
@@ -431,3 +434,12 @@ def _conditioning(request: RequestSpec, digests: dict[str, str]) -> dict[str, An
     screening = {"threshold": spec.threshold, "max_draws": spec.max_draws} if spec.is_screened else {}
     source = {"images" if spec.artefact is None else "artefact": digests[spec.artefact or spec.images or ""]}
     return {"conditioning": source | {"noise_level": spec.noise_level, "screening": screening}}
+
+
+def _start(request: RequestSpec, digests: dict[str, str]) -> dict[str, Any]:
+    """What samples start from, with the digest of the images in place of their address; at strength 1 of none."""
+    spec = request.start
+    if spec is None:
+        return {}
+    images = {"images": digests[spec.images]} if spec.strength < 1 else {}
+    return {"start": images | {"strength": spec.strength}}

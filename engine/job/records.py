@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.job.columns import NO_CLASS, RECORD_COLUMNS, SCHEMA_VERSION, Column
 from engine.job.plan import SampleSpec
@@ -22,6 +22,22 @@ STATUS_FAILED = "failed"
 REAL = "real"
 
 
+# Tars beside those of the samples, with the same keys: the images that samples started from, and unguided twins.
+STARTS, TWINS = "starts", "twins"
+
+
+class Companion(NamedTuple):
+    """A second image of a sample, stored under its key in a tar of its own.
+
+    Attributes:
+        record: complete; of a start that of a real image.
+        image: the encoded file, or what encodes it.
+    """
+
+    record: dict[str, Any]
+    image: Callable[[], bytes]
+
+
 class SampleResult:
     """A finished sample.
 
@@ -29,13 +45,14 @@ class SampleResult:
         record: the deterministic fields, complete.
         run: the run-dependent fields but `sha256`, which the shard writer adds.
         num_draws: embeddings drawn until one conditioned it; 0 without screening.
+        companions: by `STARTS` and `TWINS`, where it has them; none where its own image is not stored.
 
     Args:
         image: the encoded file, empty where the sample failed; or what encodes it when it is first asked for, which
             is the thread that writes.
     """
 
-    __slots__ = ("_image", "num_draws", "record", "run")
+    __slots__ = ("_image", "companions", "num_draws", "record", "run")
 
     def __init__(
         self,
@@ -43,8 +60,10 @@ class SampleResult:
         image: bytes | Callable[[], bytes] = b"",
         run: dict[str, Any] | None = None,
         num_draws: int = 0,
+        companions: Mapping[str, Companion] | None = None,
     ) -> None:
         self.record, self.run, self.num_draws = record, run or {}, num_draws
+        self.companions = companions or {}
         self._image = image
 
     @property

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field, StrictInt
+from pydantic import Field, StrictBool, StrictInt
 
 from engine.methods.fields import Context, Number, Plains, Spec
 from engine.methods.parameters import MethodParameters
@@ -102,6 +102,21 @@ class ConditioningSpec(Spec):
         return self.artefact is not None and self.screening is not False
 
 
+class StartSpec(Spec):
+    """Real images to start from in place of noise alone (SDEdit, Meng et al. 2022)."""
+
+    images: Address = Field(
+        description="Labelled images, read as `--data` of `riskforge prepare`; sample i of a class starts from its"
+        " image i, and begins again after the last."
+    )
+    strength: Number = Field(
+        ge=0,
+        le=1,
+        description="Share of the denoising steps that are taken: 0 gives the image as the autoencoder has it, 1 leaves"
+        " it out.",
+    )
+
+
 def _section(method: Method) -> tuple[Any, Any]:
     """Type and field of a method's section of `guidance`."""
     spec = method.load_spec()
@@ -175,6 +190,14 @@ class RequestSpec(Spec):
     diffusion: Address | None = Field(default=None, description="Another diffusion model for this request.")
     conditioning: ConditioningSpec | None = Field(
         default=None, description="Image embeddings for a Stable unCLIP pipeline; an artefact's address will do."
+    )
+    start: StartSpec | None = Field(
+        default=None, description="Real images that samples start from, in place of noise alone."
+    )
+    twin: StrictBool = Field(
+        default=False,
+        description="Also make the unguided twin of every sample, from the same noise, condition and start, and store"
+        " it in `twins`.",
     )
     sampling: Plains = Field(default_factory=dict, description="Overrides of the job's `sampling`.")
     guidance: Plains = Field(default_factory=dict, description="Overrides of the job's `guidance`.")
