@@ -314,7 +314,8 @@ RECORD_COLUMNS: tuple[Column, ...] = (
         description="key of the unguided twin: same noise, condition and start; empty without one",
     ),
     Column(
-        name="twin_psnr_db", type="float", since=4, measured_by="pixels", without=NO_PAIR, title="PSNR to the twin", unit=DECIBEL,
+        name="twin_psnr_db", type="float", since=4, measured_by="pixels", without=NO_PAIR,
+        title="PSNR to the twin", unit=DECIBEL,
         description="peak signal-to-noise ratio of sample and twin as stored, in dB, at most 100; -1 without a twin",
         roles=PAIRED,
     ),
