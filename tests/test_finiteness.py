@@ -194,8 +194,8 @@ def test_a_deep_check_names_the_model(run: Path, tmp_path: Path, monkeypatch: py
     bad = Classifier.load(poisoned(TARGET, tmp_path / "bad", CLASSIFIER_POISONS["+inf"]))
     loaded = engine.generation.loading.load_scorer
 
-    def load(job: Any) -> Scorer:
-        models = loaded(job)
+    def load(job: Any, **options: Any) -> Scorer:
+        models = loaded(job, **options)
         models._oracle = bad
         return models
 

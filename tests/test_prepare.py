@@ -21,6 +21,7 @@ import torch
 from engine import cli
 from engine.commands.jobfile import read_job
 from engine.data.images import ImageSource, LabelledImage, ReadResult, open_images
+from engine.data.stores import artefact_folders
 from engine.driver.progress import PlainDisplay
 from engine.errors import EXIT_DRAINED, JobError, OutputError
 from engine.generation import artefact
@@ -298,7 +299,7 @@ def test_a_full_disk_leaves_nothing_behind(prepared, tmp_path, monkeypatch):
         path.write_bytes(data[:10])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(artefact, "_write", full)
+    monkeypatch.setattr(artefact_folders, "_write", full)
     with pytest.raises(OutputError, match="the disk is full"):
         save_conditioning(prepared.conditioning, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -27,6 +27,14 @@ def rescore(
         list[str] | None, typer.Option(metavar="A", help="Transfer model in place of the run's; repeatable.")
     ] = None,
     oracle: Annotated[str | None, typer.Option(metavar="A", help="Oracle in place of the run's.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Artefact of `prepare` whose temperature the target has. Default: its own; of the run's target the"
+            " run's.",
+        ),
+    ] = None,
     output: Annotated[
         str | None,
         typer.Option(metavar="FOLDER", help="Folder for the new scores. Default: RUN/rescored/TARGET-DIGEST."),
@@ -44,6 +52,7 @@ def rescore(
             target,
             transfer=transfer or (),
             oracle=oracle,
+            calibration=calibration,
             output=output,
             advance=display.advance,
             notice=display.notice,
@@ -154,8 +163,8 @@ def _print_rescored(rescored: Rescored, as_json: bool) -> None:
     if as_json:
         comparison = None if rescored.comparison is None else summary_document(rescored.comparison)
         names = (
-            "target", "num_scored", "num_images", "num_rows", "num_accepted", "num_failed", "failure", "is_complete",
-            "reason",
+            "target", "temperature", "num_scored", "num_images", "num_rows", "num_accepted", "num_failed", "failure",
+            "is_complete", "reason",
         )  # fmt: skip
         fields = {name: getattr(rescored, name) for name in names}
         print_json({"folder": str(rescored.folder), **fields, "comparison": comparison})
@@ -168,6 +177,8 @@ def _print_rescored(rescored: Rescored, as_json: bool) -> None:
         f"{rescored.num_images} of {rescored.num_rows} samples have an image and a new score, {rescored.num_scored} of"
         f" them made now; {rescored.num_accepted} satisfy their request's rule under {rescored.target}"
     )
+    if rescored.temperature:
+        print(f"temperature: {rescored.temperature}")
     print(f"scores: {rescored.folder}")
     if rescored.num_failed:
         total = rescored.num_images + rescored.num_failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from engine.job.plan import Plan
     from engine.job.spec import JobSpec
     from engine.methods.conditioning.predictor_evaluation import PredictorQuality
+    from engine.methods.temperature import TemperatureFit
     from engine.studies.prepare.program import Prepared
 
 
@@ -62,10 +64,13 @@ def plan(
     except KeyboardInterrupt:
         complain("stopped; nothing is stored")
         raise typer.Exit(EXIT_DRAINED) from None
+    target = _described_target(spec)
     if as_json:
-        print_json(_cost_fields(spec, cost, price_per_hour) | ({"guidance_decoder": advice} if advice else {}))
+        fields = _cost_fields(spec, cost, price_per_hour) | {"target": target}
+        print_json(fields | ({"guidance_decoder": advice} if advice else {}))
     else:
         _print_cost(spec, cost, price_per_hour)
+        _print_target(spec, target)
         _print_advice(spec, advice, is_counted=calibrate)
 
 
@@ -82,7 +87,8 @@ OutputOption = Annotated[
     str | None,
     typer.Option(
         metavar="FOLDER",
-        help="Folder for the artefact conditioning-DIGEST. Default: OUTPUT-conditioning, next to the job's output.uri.",
+        help="Folder for the artefact, such as conditioning-DIGEST. Default: OUTPUT-conditioning (OUTPUT-calibration),"
+        " next to the job's output.uri.",
     ),
 ]
 if TYPE_CHECKING:
@@ -98,11 +104,21 @@ ExecutorOption = Annotated[
 ]
 
 
+OnlyOption = Annotated[
+    Literal["calibration"] | None,
+    typer.Option(
+        help="Only the temperature of the target, for models.calibration of any job; needs no other model.",
+        show_default=False,
+    ),
+]
+
+
 def prepare(
     job: JobArgument,
     data: DataOption,
     output: OutputOption = None,
     components: Annotated[int, typer.Option(metavar="K", min=1, max=100, help="Gaussian components per class.")] = 1,
+    only: OnlyOption = None,
     executor: ExecutorOption = "auto",
     address: AddressOption = None,
     workers: WorkersOption = None,
@@ -112,24 +128,26 @@ def prepare(
     is_divided = address is not None or workers is not None
     if is_divided and executor == "local":
         raise JobError("--address and --workers: apply to --executor ray alone; omit them, or --executor local")
+    if only and components != 1:
+        raise JobError(f"--components: are of class statistics, which --only {only} leaves out; omit one of them")
     spec = load_job(job, set_, workers=workers)
     from engine.driver.checks import check_hardware
 
     check_hardware(spec, is_local=address is None)
-    from engine.studies.prepare.program import prepare_conditioning
+    from engine.studies.prepare.program import prepare_calibration, prepare_conditioning
 
+    make = prepare_calibration if only else partial(prepare_conditioning, components=components)
     kind = DEFAULT_EXECUTOR if executor == "auto" else executor
     with stop_on_signals(NOTHING_STORED):
-        prepared = prepare_conditioning(
+        prepared = make(
             spec,
             data,
             display=make_display(),
             folder=output,
-            components=components,
             executor=None if executor == "local" else make_executor(kind, spec, address),
             only_large=executor == "auto" and not is_divided,
         )
-    _print_prepared(prepared)
+    _print_prepared(prepared, spec)
 
 
 def schema() -> None:
@@ -155,15 +173,36 @@ def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     labels = read_labels(job.models.target)
     if labels is not None:
         resolve_requests(job, labels)
-    missing = missing_artefacts(job)
+    missing, target = missing_artefacts(job), _described_target(job)
     if as_json:
-        print_json({"valid": True, "classes_checked": labels is not None, "to_prepare": missing})
+        print_json({"valid": True, "classes_checked": labels is not None, "to_prepare": missing, "target": target})
         return
     print(f"{path} is valid")
+    _print_target(job, target)
     for line in missing:
         print(f"to prepare before the run: {line}")
     if labels is None:
         print(f"the classes are not checked: {job.models.target} is not on this machine yet")
+
+
+def _described_target(job: JobSpec) -> dict[str, Any]:
+    """Address and temperature of the target; no temperature where it is not known yet."""
+    from engine.models.calibration import describe_temperature, job_calibration
+
+    calibration, address = job_calibration(job, with_digest=False), job.models.target
+    is_missing = job.models.calibration is not None and calibration is None
+    return {"address": address} | ({} if is_missing else describe_temperature(address, calibration))
+
+
+def _print_target(job: JobSpec, target: dict[str, Any]) -> None:
+    """Print the temperature of the target; where its artefact is missing, that it has to be made."""
+    from engine.models.calibration import temperature_text
+
+    text = temperature_text(target)
+    if not text and job.models.calibration:
+        text = f"that of {job.models.calibration}, which is not there yet (riskforge prepare makes it)"
+    if text:
+        print(f"temperature of the target: {text}")
 
 
 def _measure(job: JobSpec, planned: Plan) -> Any:
@@ -256,31 +295,51 @@ def _print_yield(request: RequestCost) -> None:
     print(f"{request.name}: {accepted} of {attempted} accepted in the measured batch: {text}")
 
 
-def _print_prepared(prepared: Prepared) -> None:
-    """Print the results by class and over all classes, and the path of the artefact."""
+def _print_prepared(prepared: Prepared, job: JobSpec) -> None:
+    """Print the results by class and over all classes, the path of the artefact, and how a job uses it."""
     from engine.driver.progress import duration
 
-    conditioning = prepared.conditioning
-    num_images, num_errors, fit = sum(conditioning.counts), sum(conditioning.num_errors), conditioning.temperature
-    _print_classes(conditioning)
-    with_images = sum(count > 0 for count in conditioning.counts)
-    print(f"images         {num_images} in {with_images} of {len(conditioning.labels)} classes, from {prepared.source}")
-    print(f"statistics     {_statistics_text(conditioning)}")
-    print(f"encoder        {prepared.encoder}")
-    print(f"unusable       {len(conditioning.unusable)}")
-    print_some([f"{image.name}: {image.reason}" for image in conditioning.unusable])
+    content = prepared.content
+    num_images, num_errors = sum(content.counts), sum(content.num_errors)
+    _print_classes(prepared)
+    with_images = sum(count > 0 for count in content.counts)
+    print(f"images         {num_images} in {with_images} of {len(content.labels)} classes, from {prepared.source}")
+    if prepared.encoder:
+        print(f"statistics     {_statistics_text(prepared.conditioning)}")
+        print(f"encoder        {prepared.encoder}")
+    print(f"unusable       {len(content.unusable)}")
+    print_some([f"{image.name}: {image.reason}" for image in content.unusable])
     print(f"target errors  {num_errors} ({num_errors / num_images:.1%})")
+    if prepared.encoder:
+        _print_predictor(prepared.conditioning)
+    _print_temperature(content.temperature)
+    if prepared.encoder:
+        print_some(prepared.conditioning.notes())
+    origin = "existed already, equal" if prepared.was_there else duration(prepared.seconds)
+    print(f"artefact       {prepared.path} ({origin})")
+    _print_use(prepared, job)
+
+
+def _print_predictor(conditioning: Conditioning) -> None:
     print(f"predictor      {conditioning.fit.verdict}")
     if conditioning.fit.evaluation is not None:
         pooled, threshold = conditioning.fit.evaluation.pooled, conditioning.fit.evaluation.threshold
         precision = "not defined (no alarm)" if pooled.precision is None else f"{pooled.precision:.2f}"
         print(f"               precision {precision}, recall {pooled.recall:.2f} above a confidence of {threshold:g}")
+
+
+def _print_temperature(fit: TemperatureFit) -> None:
     fitted = f"fitted {fit.fitted:.4g}, NLL {fit.fitted_nll:.4f}"
     print(f"temperature    {fit.current:.4g}, NLL {fit.current_nll:.4f}; {fitted}")
     print(f"               {fit.verdict}")
-    print_some(conditioning.notes())
-    origin = "existed already, equal" if prepared.was_there else duration(prepared.seconds)
-    print(f"artefact       {prepared.path} ({origin})")
+
+
+def _print_use(prepared: Prepared, job: JobSpec) -> None:
+    """Print what to write into the job for the fitted temperature, where there is one and the job has it not yet."""
+    used = job.models.calibration
+    if prepared.content.temperature.bound or (used and Path(used) in (prepared.path, prepared.path.parent)):
+        return
+    print(f"to use the temperature, write into the job: models: {{calibration: {prepared.path}}}")
 
 
 def _statistics_text(conditioning: Conditioning) -> str:
@@ -288,30 +347,29 @@ def _statistics_text(conditioning: Conditioning) -> str:
     return "one Gaussian per class" if components == 1 else f"a mixture of up to {components} Gaussians per class"
 
 
-def _print_classes(conditioning: Conditioning) -> None:
+def _print_classes(prepared: Prepared) -> None:
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     from engine.driver.progress import ABSENT
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("class", "images", "errors", "error rate", "AUC of the predictor, held out"):
+    content, table = prepared.content, Table(box=box.SIMPLE_HEAD)
+    evaluation = prepared.conditioning.fit.evaluation if prepared.encoder else None
+    names = ("class", "images", "errors", "error rate", "AUC of the predictor, held out")
+    for name in names if prepared.encoder else names[:-1]:
         table.add_column(name, justify="left" if name == "class" else "right")
-    quality = (
-        {entry.class_index: entry for entry in conditioning.fit.evaluation.per_class}
-        if conditioning.fit.evaluation
-        else {}
-    )
+    quality = {entry.class_index: entry for entry in evaluation.per_class} if evaluation else {}
     for index, (label, count, errors) in enumerate(
-        zip(conditioning.labels, conditioning.counts, conditioning.num_errors, strict=True)
+        zip(content.labels, content.counts, content.num_errors, strict=True)
     ):
         rate = f"{errors / count:.1%}" if count else ABSENT
         if index < MAX_LISTED:
-            table.add_row(escape(label), str(count), str(errors), rate, _auc_text(quality.get(index)))
+            row = [escape(label), str(count), str(errors), rate, _auc_text(quality.get(index))]
+            table.add_row(*(row if prepared.encoder else row[:-1]))
     make_console().print(table)
-    if len(conditioning.labels) > MAX_LISTED:
-        print(f"and {len(conditioning.labels) - MAX_LISTED} more classes in conditioning.json")
+    if len(content.labels) > MAX_LISTED:
+        print(f"and {len(content.labels) - MAX_LISTED} more classes in the artefact's document")
 
 
 def _auc_text(quality: PredictorQuality | None) -> str:

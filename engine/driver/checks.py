@@ -17,6 +17,7 @@ from engine.errors import JobError
 from engine.job.plan import Plan, RequestPlan, build_plan, resolve_requests
 from engine.job.spec import JobSpec
 from engine.models.artefacts import missing_artefacts
+from engine.models.calibration import TEMPERATURE, Calibration, describe_temperature, job_calibration
 from engine.models.custom_methods import method_digests
 from engine.models.digests import model_digests
 from engine.models.hardware import hardware_problems
@@ -61,14 +62,21 @@ def check_job(job: JobSpec, display: Display, prepare_workers: Callable[[], None
     job = job.model_copy(update={"output": job.output.model_copy(update={"uri": store.uri})})
     labels = target_labels(job)
     requests = resolve_requests(job, labels)
-    digests = {"conditioning": _conditioning_digests(job, requests, labels, display)}
+    digests: dict[str, Any] = {"conditioning": _conditioning_digests(job, requests, labels, display)}
     if not store.exists(SUCCESS):
         prepare_workers()
     digests |= model_digests(job) | method_digests(job)
     # Again, because models of the hub are on this machine only now.
     check_addresses(job)
-    models = describe_models(job, digests, labels)
+    calibration = job_calibration(job)
+    digests |= _temperature_identity(calibration)
+    models = describe_models(job, digests, labels, calibration)
     return CheckedJob(store=store, job=job, plan=build_plan(job, labels, digests), models=models)
+
+
+def _temperature_identity(calibration: Calibration | None) -> dict[str, float]:
+    """The part of a plan's identity that a calibration decides; none where the target has its own temperature."""
+    return {} if calibration is None else {TEMPERATURE: calibration.temperature}
 
 
 def _conditioning_digests(
@@ -114,6 +122,7 @@ def plan_job(job: JobSpec, display: Display | None = None) -> Plan:
         "target": "",
         "transfer": [],
         "oracle": "",
+        **_temperature_identity(job_calibration(job, with_digest=False)),
     }
     return build_plan(job, labels, unknown)
 
@@ -132,13 +141,22 @@ def check_hardware(job: JobSpec, *, is_local: bool) -> None:
         raise JobError(problems)
 
 
-def describe_models(job: JobSpec, digests: dict[str, Any], labels: list[str]) -> dict[str, Any]:
-    """Address, digest and licence of every model by role; for the target also its labels, which class indices name."""
+def describe_models(
+    job: JobSpec, digests: dict[str, Any], labels: list[str], calibration: Calibration | None = None
+) -> dict[str, Any]:
+    """Address, digest and licence of every model by role; of the target also what its scores depend on.
+
+    Args:
+        labels: the target's, which class indices name.
+        calibration: that the job names; without one the target's own temperature is described.
+    """
     models = job.models
     described: dict[str, Any] = {
         "diffusion": [_describe_pipeline(address, digest) for address, digest in digests["diffusion"].items()],
         "clip": _describe(models.clip, digests["clip"]),
-        "target": _describe(models.target, digests["target"]) | {"labels": labels},
+        "target": _describe(models.target, digests["target"])
+        | describe_temperature(models.target, calibration)
+        | {"labels": labels},
     }
     if models.transfer:
         pairs = zip(models.transfer, digests["transfer"], strict=True)

@@ -6,14 +6,8 @@ gives equal bytes and an equal name; a folder is published atomically.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
-import json
-import os
-import secrets
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,23 +17,28 @@ import safetensors.torch
 from torch import Tensor
 
 from engine.data.images import Unusable
-from engine.data.stores.file_errors import explained
-from engine.errors import MAX_REASON_CHARS, JobError, OutputError
-from engine.job.json_values import digest_of
+from engine.data.stores.artefact_folders import publish_artefact
+from engine.errors import JobError
 from engine.methods.conditioning.distributions import ClassDistributions
 from engine.methods.conditioning.gaussians import ClassGaussians, ClassMoments
 from engine.methods.conditioning.mixtures import ClassMixtures
 from engine.methods.conditioning.predictor import ErrorPredictor, PredictorFit
 from engine.methods.conditioning.predictor_evaluation import PredictorEvaluation
-from engine.methods.strict_json import parse_json
 from engine.methods.temperature import TemperatureFit
+from engine.models.artefact_documents import (
+    REMEDY,
+    document_bytes,
+    kind_of,
+    malformed,
+    read_document,
+    sealed,
+    unreadable,
+)
 from engine.models.configurations import ARTEFACT_DOCUMENT as DOCUMENT
-from engine.models.untrusted_files import MAX_DOCUMENT_BYTES, read_whole
+from engine.models.untrusted_files import read_whole
 
-SCHEMA_VERSION = 1
 STATISTICS = "statistics.safetensors"
 MAX_STATISTICS_BYTES = 8 * 2**30
-_REMEDY = "make it again with `riskforge prepare`"
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -55,6 +54,7 @@ class Conditioning:
         options: how statistics and predictor were fitted.
         images_digest: digest of the images and their classes, independent of their order, names and files.
         unusable: items of the data that could not be used.
+        temperature_verdict: as the document has it, whose digest covers the words; of a new artefact those of the fit.
     """
 
     statistics: ClassMoments | ClassMixtures
@@ -65,6 +65,7 @@ class Conditioning:
     options: dict[str, Any]
     images_digest: str
     unusable: tuple[Unusable, ...]
+    temperature_verdict: str = ""
 
     @property
     def kind(self) -> str:
@@ -114,21 +115,10 @@ def save_conditioning(conditioning: Conditioning, folder: Path) -> tuple[Path, b
         OutputError: it cannot be written, or a folder of that name is damaged.
     """
     fields, statistics = _content(conditioning)
-    target = folder / f"conditioning-{fields['digest'][:12]}"
-    staged = folder / f".{target.name}-{secrets.token_hex(4)}"
-    try:
-        with explained(target):
-            staged.mkdir(parents=True)
-            _write(staged / STATISTICS, statistics)
-            _write(staged / DOCUMENT, _text(fields))
-            _sync(staged)
-            was_there = not _publish(staged, target)
-            _sync(folder)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    if was_there:
-        _check_equal(target, fields["digest"])
-    return target, was_there
+    files = {STATISTICS: statistics, DOCUMENT: document_bytes(fields)}
+    return publish_artefact(
+        folder, kind_of(DOCUMENT), fields["digest"], files, lambda path: load_conditioning(path).digest
+    )
 
 
 def load_conditioning(folder: Path | str) -> Conditioning:
@@ -138,21 +128,16 @@ def load_conditioning(folder: Path | str) -> Conditioning:
         JobError: it is no artefact, of another version, or does not match its digest.
     """
     folder = Path(folder).expanduser()
+    fields = read_document(folder, DOCUMENT)
     try:
-        fields = parse_json(read_whole(folder / DOCUMENT, MAX_DOCUMENT_BYTES))
         statistics = read_whole(folder / STATISTICS, MAX_STATISTICS_BYTES)
-    except OSError as error:
-        reason = error.strerror or f"a file {error}"
-        raise JobError(f"'{folder}' is not a conditioning artefact ({reason}); {_REMEDY}") from None
-    except ValueError as error:
-        raise JobError(f"'{folder}': {DOCUMENT} is not JSON ({str(error)[:MAX_REASON_CHARS]}); {_REMEDY}") from None
-    try:
-        _check_document(folder, fields)
         if hashlib.sha256(statistics).hexdigest() != fields["statistics_sha256"]:
-            raise JobError(f"'{folder}': {STATISTICS} is not what it was (checksum); {_REMEDY}")
+            raise JobError(f"'{folder}': {STATISTICS} is not what it was (checksum); {REMEDY}")
         return _conditioning_of(fields, safetensors.torch.load(statistics))
+    except OSError as error:
+        raise unreadable(folder, DOCUMENT, error) from None
     except (KeyError, TypeError, ValueError, AttributeError, safetensors.SafetensorError) as error:
-        raise JobError(f"'{folder}': is not laid out as this version does ({error}); {_REMEDY}") from None
+        raise malformed(folder, error) from None
 
 
 def _content(conditioning: Conditioning) -> tuple[dict[str, Any], bytes]:
@@ -160,7 +145,6 @@ def _content(conditioning: Conditioning) -> tuple[dict[str, Any], bytes]:
     statistics = safetensors.torch.save(_tensors(conditioning))
     evaluation, temperature = conditioning.fit.evaluation, conditioning.temperature
     fields = {
-        "schema_version": SCHEMA_VERSION,
         "kind": conditioning.kind,
         "classes": list(conditioning.labels),
         "counts": list(conditioning.counts),
@@ -175,12 +159,12 @@ def _content(conditioning: Conditioning) -> tuple[dict[str, Any], bytes]:
             "evaluation": evaluation.state() if evaluation else None,
         },
         "temperature": dataclasses.asdict(temperature),
-        "temperature_verdict": temperature.verdict,
+        "temperature_verdict": conditioning.temperature_verdict or temperature.verdict,
         "notes": conditioning.notes(),
         "unusable": [dataclasses.asdict(item) for item in conditioning.unusable],
         "statistics_sha256": hashlib.sha256(statistics).hexdigest(),
     }
-    return {"digest": digest_of(fields), **fields}, statistics
+    return sealed(fields), statistics
 
 
 def _tensors(conditioning: Conditioning) -> dict[str, Tensor]:
@@ -195,21 +179,6 @@ def _tensors(conditioning: Conditioning) -> dict[str, Tensor]:
     }
 
 
-def _text(fields: dict[str, Any]) -> bytes:
-    return (json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _check_document(folder: Path, fields: Any) -> None:
-    if not isinstance(fields, dict) or "schema_version" not in fields:
-        raise JobError(f"'{folder}': {DOCUMENT} is not of a conditioning artefact; {_REMEDY}")
-    if fields["schema_version"] != SCHEMA_VERSION:
-        version = fields["schema_version"]
-        raise JobError(f"'{folder}': has schema version {version!r}, this version reads {SCHEMA_VERSION}; {_REMEDY}")
-    content = {name: value for name, value in fields.items() if name != "digest"}
-    if "statistics_sha256" not in fields or fields.get("digest") != digest_of(content):
-        raise JobError(f"'{folder}': {DOCUMENT} is not what it was (digest); {_REMEDY}")
-
-
 def _conditioning_of(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Conditioning:
     evaluation = fields["predictor"]["evaluation"]
     return Conditioning(
@@ -221,6 +190,7 @@ def _conditioning_of(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Cond
             verdict=fields["predictor"]["verdict"],
         ),
         temperature=TemperatureFit(**fields["temperature"]),
+        temperature_verdict=fields["temperature_verdict"],
         models=fields["models"],
         options=fields["options"],
         images_digest=fields["images_digest"],
@@ -245,40 +215,3 @@ def _predictor_of(tensors: dict[str, Tensor]) -> ErrorPredictor:
 
 def _part(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Flush the names in a folder to the disk, where the file system supports that."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _publish(staged: Path, target: Path) -> bool:
-    """Rename a staged folder; False where a folder has the name already."""
-    try:
-        staged.rename(target)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-        return False
-    return True
-
-
-def _check_equal(target: Path, digest: str) -> None:
-    try:
-        present = load_conditioning(target).digest
-    except JobError as error:
-        raise OutputError(f"{target}: is there and damaged; remove it and run again ({error})") from None
-    if present != digest:
-        raise OutputError(f"{target}: is there with other content (digest {present}); move it away and run again")

@@ -33,6 +33,7 @@ from engine.methods.heartbeat import beat
 from engine.methods.sampling.denoiser import ClassifierFreeDenoiser
 from engine.methods.sampling.loop import sample
 from engine.methods.sampling.schedulers import Sampler
+from engine.models.calibration import planned_temperature
 from engine.models.decoder import GuidanceDecoder
 from engine.models.decoding import Decoder
 from engine.models.hardware import choose_hardware
@@ -57,7 +58,7 @@ class Generator:
         self._hardware = choose_hardware(job.runtime)
         fix_kernels(self._hardware)
         device = self._hardware.device
-        self._scorer = load_scorer(job, device)
+        self._scorer = load_scorer(job, device, planned_temperature(plan.identity))
         self._target = self._scorer.target
         self._pipelines = PipelinePool(self._hardware, checks_safety=job.models.safety_checker == "auto")
         self._conditioners: dict[int, Conditioner] = {}

@@ -44,14 +44,29 @@ class PipelinePool:
         return self._pipelines[address]
 
 
-def load_scorer(job: JobSpec, device: str = "cpu") -> Scorer:
+def load_target(job: JobSpec, temperature: float | None, device: str = "cpu") -> Classifier:
+    """The target of a job as its run has it.
+
+    Args:
+        temperature: in place of the target's own (`engine.models.calibration`); None for its own.
+
+    Raises:
+        JobError: it cannot be loaded.
+    """
+    return Classifier.load(job.models.target, device, temperature)
+
+
+def load_scorer(job: JobSpec, device: str = "cpu", temperature: float | None = None) -> Scorer:
     """The models of a job that score and never sample.
+
+    Args:
+        temperature: of the target, as in `load_target`.
 
     Raises:
         JobError: one cannot be loaded.
     """
     return Scorer(
-        Classifier.load(job.models.target, device),
+        load_target(job, temperature, device),
         Clip.load(job.models.clip, device),
         [Classifier.load(address, device) for address in job.models.transfer],
         Classifier.load(job.models.oracle, device) if job.models.oracle else None,

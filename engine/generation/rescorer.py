@@ -19,6 +19,7 @@ from engine.job.json_values import difference
 from engine.job.plan import Plan, SampleSpec
 from engine.job.records import STATUS_FAILED
 from engine.job.spec import JobSpec
+from engine.models.calibration import planned_temperature
 from engine.models.digests import model_digests
 
 NUM_SAMPLES = 64
@@ -53,7 +54,7 @@ def rescore(
     _check_models(job, plan)
     advance("loading the models that score")
     quiet_libraries()
-    scorer = load_scorer(job)
+    scorer = load_scorer(job, temperature=planned_temperature(plan.identity))
     findings = []
     for place, (spec, image, stored) in enumerate(itertools.chain([first], chosen)):
         advance(f"image {place + 1} of up to {num_samples}")

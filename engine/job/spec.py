@@ -50,6 +50,11 @@ class ModelsSpec(Spec):
         description="Image classifier that is guided on and scored; this, `transfer` and `oracle` may also be a file of"
         " TorchScript or torch.export, or `package.module:factory`, which runs that code."
     )
+    calibration: Address | None = Field(
+        default=None,
+        description="Temperature of the target in place of its own, wherever the job uses it: an artefact of `riskforge"
+        " prepare`, a folder that holds one, or `zoo:NAME/PART`.",
+    )
     transfer: tuple[Address, ...] = Field(
         default=(),
         max_length=LIST_LIMITS["transfer"],

@@ -51,7 +51,7 @@ class TemperatureFit:
             return f"no minimum: NLL falls up to the upper bound {HIGHEST:g}; the target is no better than chance"
         if self.num_images * (self.current_nll - self.fitted_nll) < _NOISE_GAIN:
             return f"as good as any: on {self.num_images} images nothing shows that another temperature is better"
-        return f"better at {self.fitted:.4g}; to use it, set `temperature` in the config.json of the target"
+        return f"better at {self.fitted:.4g}"
 
 
 def fit_temperature(logits: Tensor, labels: Tensor, current: float) -> TemperatureFit:

@@ -1,36 +1,42 @@
-"""Conditioning artefacts that a job names: where they are, and whether they fit its requests."""
+"""Artefacts that a job names: where they are, and whether they fit its target and its requests."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import JobError
 from engine.job.spec import JobSpec, RequestSpec
 from engine.models.addresses import inaccessible, zoo_folder
-from engine.models.configurations import ARTEFACT_DOCUMENT, read_config
+from engine.models.artefact_documents import kind_of
+from engine.models.configurations import ARTEFACT_DOCUMENT, CALIBRATION_DOCUMENT, read_config
+
+# What holds a calibration: an artefact of its own, and every conditioning artefact.
+WITH_CALIBRATION = (CALIBRATION_DOCUMENT, ARTEFACT_DOCUMENT)
 
 
-def find_artefact(address: str) -> Path | None:
-    """The folder of a conditioning artefact, or None where there is none yet.
+def find_artefact(address: str, documents: Sequence[str] = (ARTEFACT_DOCUMENT,)) -> Path | None:
+    """The folder of an artefact, or None where there is none yet.
 
     Args:
         address: the artefact, a folder that holds one as `riskforge prepare` leaves it, or `zoo:NAME/PART`.
+        documents: names of documents, one of which it has.
 
     Raises:
         JobError: no such zoo part, a folder with several artefacts, or a path that cannot be accessed.
     """
     if address.startswith("zoo:"):
         folder = zoo_folder(address)
-        if not (folder / ARTEFACT_DOCUMENT).is_file():
+        if not _is_artefact(folder, documents):
             raise JobError(f"'{address}' is a model, not a conditioning artefact such as zoo:digits/conditioning")
         return folder
     try:
         folder = Path(address).expanduser()
         if folder.is_file():
             raise JobError(f"'{address}' is a file; give the folder of an artefact, or one that holds it")
-        if (folder / ARTEFACT_DOCUMENT).is_file():
+        if _is_artefact(folder, documents):
             return folder
-        folders = sorted(document.parent for document in folder.glob(f"conditioning-*/{ARTEFACT_DOCUMENT}"))
+        folders = sorted(path.parent for name in documents for path in folder.glob(f"{kind_of(name)}-*/{name}"))
     except (OSError, RuntimeError, ValueError) as error:
         raise inaccessible(address, error) from None
     if len(folders) > 1:
@@ -39,18 +45,29 @@ def find_artefact(address: str) -> Path | None:
     return folders[0] if folders else None
 
 
+def _is_artefact(folder: Path, documents: Sequence[str]) -> bool:
+    return any((folder / name).is_file() for name in documents)
+
+
 def missing_artefacts(job: JobSpec) -> list[str]:
     """What has to be prepared before a job can run, one line each.
 
     Raises:
         JobError: as `find_artefact`.
     """
+    lines = []
+    calibration = job.models.calibration
+    if calibration and find_artefact(calibration, WITH_CALIBRATION) is None:
+        lines.append(
+            f"models.calibration: there is no artefact at '{calibration}' yet; make it with `riskforge prepare JOB"
+            f" --data PATH --only calibration --output {calibration}`"
+        )
     missing: dict[str, list[str]] = {}
     for request in job.requests:
         spec = request.conditioning
         if spec and spec.artefact and find_artefact(spec.artefact) is None:
             missing.setdefault(spec.artefact, []).append(request.name)
-    return [
+    return lines + [
         f"conditioning: there is no artefact at '{address}' yet (request {', '.join(names)}); make it with `riskforge"
         f" prepare JOB --data PATH --output {address}`"
         for address, names in missing.items()

@@ -28,7 +28,7 @@ class Classifier:
     Attributes:
         name: the address from which it was loaded.
         labels: class names in index order.
-        temperature: T, the field `temperature` of its config.json or settings; 1 without it.
+        temperature: T, as given, else the field `temperature` of its config.json or settings; 1 without it.
     """
 
     def __init__(
@@ -49,35 +49,39 @@ class Classifier:
         self.temperature = temperature
 
     @classmethod
-    def load(cls, address: str, device: str = "cpu") -> Classifier:
+    def load(cls, address: str, device: str = "cpu", temperature: float | None = None) -> Classifier:
         """Load from `zoo:`, a folder or a hub id (safetensors only), a file or a factory; always in float32.
+
+        Args:
+            temperature: T in place of its own.
 
         Raises:
             JobError: it cannot be loaded, or is not known to be scored with correctly.
         """
         if is_program(address):
-            return cls._load_program(address, device)
+            return cls._load_program(address, device, temperature)
         folder, model = resolve(address), frozen(load_network(address), device)
+        own = read_temperature(read_config(folder / "config.json"), address)
         classifier = cls(
             lambda pixels: model(pixel_values=pixels).logits,
             Preprocessing.load(folder),
             name=address,
             labels=class_names(folder, address),
-            temperature=read_temperature(read_config(folder / "config.json"), address),
+            temperature=own if temperature is None else temperature,
             device=device,
         )
         classifier._try()
         return classifier
 
     @classmethod
-    def _load_program(cls, address: str, device: str) -> Classifier:
+    def _load_program(cls, address: str, device: str, temperature: float | None) -> Classifier:
         network, settings = open_program(address, device)
         return cls(
             network,
             Preprocessing.plain(address, _steps(settings)),
             name=address,
             labels=settings.labels,
-            temperature=settings.temperature,
+            temperature=settings.temperature if temperature is None else temperature,
             device=device,
         )
 

@@ -14,6 +14,8 @@ from engine.models.untrusted_files import MAX_DOCUMENT_BYTES, read_whole
 PIPELINE_INDEX = "model_index.json"
 # In the folder of a conditioning artefact, which is not a model and yet a part of a zoo.
 ARTEFACT_DOCUMENT = "conditioning.json"
+# In the folder of an artefact that holds a calibration alone.
+CALIBRATION_DOCUMENT = "calibration.json"
 # In the config.json of a folder that timm saved.
 TIMM_KEY = "pretrained_cfg"
 # Of the files that are downloaded and digested.

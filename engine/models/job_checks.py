@@ -10,6 +10,7 @@ from engine.errors import JobError
 from engine.job.spec import JobSpec
 from engine.models.addresses import locate
 from engine.models.artefacts import artefact_problems
+from engine.models.calibration import calibration_problems
 from engine.models.classifier_checks import check_classifier
 from engine.models.clip_checks import check_clip
 from engine.models.custom_methods import method_problems
@@ -29,7 +30,7 @@ def check_addresses(job: JobSpec, *, with_artefacts: bool = True) -> None:
     """Check that every model of a job exists and is of the right kind, without loading it.
 
     Args:
-        with_artefacts: whether to check conditioning artefacts and custom methods too; not when artefacts are made.
+        with_artefacts: whether to check artefacts and custom methods too; not when artefacts are made.
 
     Raises:
         JobError: all problems of the first step that has some, one line each, by field.
@@ -41,6 +42,16 @@ def check_addresses(job: JobSpec, *, with_artefacts: bool = True) -> None:
     for step in steps:
         if problems := step(job):
             raise JobError(problems)
+
+
+def check_target(job: JobSpec) -> None:
+    """As `check_addresses`, of the target alone.
+
+    Raises:
+        JobError: all of its problems.
+    """
+    if problems := _problems("models.target", job.models.target, _check_classifier):
+        raise JobError(problems)
 
 
 def _role_problems(job: JobSpec) -> list[str]:
@@ -202,8 +213,8 @@ def _weights_problems(job: JobSpec) -> list[str]:
 
 
 def _preparation_problems(job: JobSpec) -> list[str]:
-    """Custom methods and conditioning artefacts that cannot be used."""
-    problems = list(method_problems(job))
+    """Custom methods and artefacts that cannot be used."""
+    problems = [*method_problems(job), *calibration_problems(job)]
     labels = read_labels(job.models.target)
     for number, request in enumerate(job.requests):
         problems += artefact_problems(number, request, labels)

@@ -1,4 +1,4 @@
-"""Labels and digest of a classifier that is a program: a file is read, a factory is called.
+"""Settings and digest of a classifier that is a program: a file is read, a factory is called.
 
 Imports torch only where a factory is called.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 
-from engine.models.program_settings import side_file, side_settings
+from engine.models.program_settings import TargetSettings, side_file, side_settings
 from engine.models.programs import archive_kind, as_file
 
-# Labels and digest of the factories that were called in this process, by address.
-_KNOWN: dict[str, tuple[tuple[str, ...], str]] = {}
+# Settings and digest of the factories that were called in this process, by address.
+_KNOWN: dict[str, tuple[TargetSettings, str]] = {}
 
 
 def check_program(address: str) -> None:
@@ -34,8 +34,16 @@ def program_labels(address: str) -> list[str]:
     Raises:
         JobError: as `check_program`.
     """
-    path = as_file(address)
-    return list(side_settings(path, address).labels) if path else list(_described(address)[0])
+    return list(_settings(address).labels)
+
+
+def program_temperature(address: str) -> float:
+    """The temperature in the settings of a file or factory.
+
+    Raises:
+        JobError: as `check_program`.
+    """
+    return _settings(address).temperature
 
 
 def program_digest(address: str) -> str:
@@ -55,8 +63,13 @@ def program_digest(address: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def _described(address: str) -> tuple[tuple[str, ...], str]:
-    """Labels and digest of a factory's network; called once in a process, as modules are imported once."""
+def _settings(address: str) -> TargetSettings:
+    path = as_file(address)
+    return side_settings(path, address) if path else _described(address)[0]
+
+
+def _described(address: str) -> tuple[TargetSettings, str]:
+    """Settings and digest of a factory's network; called once in a process, as modules are imported once."""
     if address not in _KNOWN:
         from engine.models.program_loading import describe_factory
 

@@ -109,8 +109,8 @@ def call_factory(address: str) -> tuple[torch.nn.Module, TargetSettings]:
     return module, parse_settings(settings, f"'{address}'")
 
 
-def describe_factory(address: str) -> tuple[tuple[str, ...], str]:
-    """Labels and digest of a factory's network, which is tried.
+def describe_factory(address: str) -> tuple[TargetSettings, str]:
+    """Settings and digest of a factory's network, which is tried.
 
     The digest is of the address, the settings, and names, types, shapes and bytes of all parameters and buffers. It
     does not include code: a change of `forward` alone is not noticed.
@@ -125,7 +125,7 @@ def describe_factory(address: str) -> tuple[tuple[str, ...], str]:
         raise JobError(
             f"'{address}' gives other weights or settings every time it is called; load trained weights in it"
         )
-    return settings.labels, digest
+    return settings, digest
 
 
 def _module_digest(address: str, module: torch.nn.Module, settings: TargetSettings) -> str:

@@ -20,6 +20,7 @@ from engine.errors import JobError, first_line
 from engine.job.parsing import parse_job
 from engine.job.spec import JobSpec, RequestSpec
 from engine.job.spec_messages import nearest
+from engine.models.calibration import noted_temperature, planned_temperature
 from engine.models.digests import model_digest
 from engine.models.programs import is_program
 
@@ -32,6 +33,7 @@ class StudiedRun:
         job: with which the run was made.
         plan_digest: digest of its plan.
         target_digest: digest of its target when the run was made.
+        temperature: of the target in place of its own; None where it had its own.
         commits: the records of its committed shards, in order.
     """
 
@@ -40,6 +42,7 @@ class StudiedRun:
     plan_digest: str
     target_digest: str
     commits: tuple[CommitRecord, ...]
+    temperature: float | None = None
 
     @property
     def shards_digest(self) -> str:
@@ -61,11 +64,18 @@ def open_study(uri: str) -> StudiedRun:
     if not store.is_there():
         raise JobError(f"RUN: there is no folder '{uri}'; give the output folder of `riskforge run`")
     check_is_run(store)
-    job, plan_digest, target_digest = _identity(store)
+    job, plan_digest, target_digest, temperature = _identity(store)
     commits = tuple(read_commits(store))
     if not commits:
         raise JobError(f"RUN: '{uri}' has no committed shard yet; let `riskforge run` make some first")
-    return StudiedRun(store=store, job=job, plan_digest=plan_digest, target_digest=target_digest, commits=commits)
+    return StudiedRun(
+        store=store,
+        job=job,
+        plan_digest=plan_digest,
+        target_digest=target_digest,
+        commits=commits,
+        temperature=temperature,
+    )
 
 
 def check_target(run: StudiedRun) -> None:
@@ -137,14 +147,16 @@ def _path(run: StudiedRun, record: CommitRecord, extension: str) -> Path:
     return run.store.fetch(f"{SHARDS}/{record.name}.{extension}")
 
 
-def _identity(store: Store) -> tuple[JobSpec, str, str]:
-    """Job, digest of the plan and digest of the target, from the manifest; before there is one, from the plan."""
+def _identity(store: Store) -> tuple[JobSpec, str, str, float | None]:
+    """Job, digests of plan and target, and its calibration, from the manifest; before there is one, from the plan."""
     try:
         if store.exists(MANIFEST):
             manifest = read_manifest(store)
-            return parse_job(manifest["job"]), manifest["plan_digest"], manifest["models"]["target"]["digest"]
+            target = manifest["models"]["target"]
+            return parse_job(manifest["job"]), manifest["plan_digest"], target["digest"], noted_temperature(target)
         if (stored := read_run(store)) is not None:
-            return JobSpec.model_validate(stored.job), stored.digest, stored.identity["models"]["target"]
+            temperature = planned_temperature(stored.identity)
+            return JobSpec.model_validate(stored.job), stored.digest, stored.identity["models"]["target"], temperature
     except (JobError, ValueError, KeyError, TypeError) as error:
         reason = first_line(error)
         raise JobError(

@@ -40,6 +40,7 @@ from engine.errors import JobError
 from engine.job.class_names import distinct_names
 from engine.job.columns import SCHEMA_VERSION
 from engine.job.records import STATUS_OK, STATUS_REJECTED, SampleResult
+from engine.models.calibration import CALIBRATION, TEMPERATURE
 
 DUPLICATES = "duplicates.csv"
 
@@ -319,4 +320,15 @@ def _labels_of_rows(corpus: Corpus) -> tuple[str, ...]:
 def _common_models(runs: tuple[RunSource, ...]) -> dict[str, Any]:
     """The models that all runs have in common, by role."""
     first = runs[0].models
-    return {role: model for role, model in first.items() if all(run.models.get(role) == model for run in runs)}
+    return {
+        role: model
+        for role, model in first.items()
+        if all(_deciding(run.models.get(role)) == _deciding(model) for run in runs)
+    }
+
+
+def _deciding(model: Any) -> Any:
+    """A model's description without its own temperature: its digest covers it, and earlier versions did not note it."""
+    if not isinstance(model, dict) or model.get(CALIBRATION) is not None:
+        return model
+    return {name: value for name, value in model.items() if name != TEMPERATURE}

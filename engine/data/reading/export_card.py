@@ -8,6 +8,7 @@ import yaml
 
 from engine.data.reading.format_registry import Written
 from engine.data.run.card import card_config, code, columns_section, size_category
+from engine.models.calibration import temperature_text
 
 MAX_CLASSES = 200
 
@@ -83,9 +84,10 @@ def _beyond(manifest: dict[str, Any]) -> list[str]:
 def _sources(manifest: dict[str, Any]) -> str:
     lines = ["## Sources", "", "| run | name | samples taken | plan | target |", "|---|---|---|---|---|"]
     for source in manifest["sources"]:
-        target = (source["models"].get("target") or {}).get("address", "")
-        digest = source["plan_digest"]
-        cells = (code(source["uri"]), code(source["name"]), str(source["num_taken"]), code(digest), code(str(target)))
+        target = source["models"].get("target") or {}
+        digest, temperature = source["plan_digest"], temperature_text(target)
+        used = code(str(target.get("address", ""))) + (f", {code(f'temperature {temperature}')}" if temperature else "")
+        cells = (code(source["uri"]), code(source["name"]), str(source["num_taken"]), code(digest), used)
         lines.append(f"| {' | '.join(cells)} |")
     if manifest["real"]:
         lines.append(f"| {code(manifest['real']['address'])} | real images | {manifest['real']['num_taken']} | | |")

@@ -18,6 +18,7 @@ from engine.data.run.schema import arrow_schema, tar_features
 from engine.data.run.summary import GroupSummary, Spread, shown_entry_scores, shown_scores
 from engine.job.columns import BY_NAME, Role, columns_with, enumerated, target_first, units_text
 from engine.job.spec import ConditioningSpec, JobSpec, RequestSpec
+from engine.models.calibration import CALIBRATION, TEMPERATURE, temperature_text
 from engine.models.licences import UNKNOWN
 from engine.models.training_lineage import training_text
 
@@ -39,7 +40,7 @@ ERRORS, VALID_FAILURES = "errors", "valid failures"
 MAX_TABLE_ROWS = 200
 MAX_SHORT = 8
 # Of the description of a model, what is not listed as it is.
-_APART = ("labels", "trained_on")
+_APART = ("labels", "trained_on", TEMPERATURE, CALIBRATION)
 
 
 def dataset_card(job: JobSpec, manifest: dict[str, Any], groups: list[GroupSummary], data_files: list[str]) -> str:
@@ -187,8 +188,9 @@ def _model_text(model: Any) -> str:
     if not isinstance(model, dict):
         return code(str(model))
     text = ", ".join(f"{name} {code(str(value))}" for name, value in model.items() if name not in _APART)
-    training = training_text(model.get("trained_on"))
-    return f"{text}; {code(training)}" if training else text
+    temperature = temperature_text(model)
+    notes = (training_text(model.get("trained_on")), temperature and f"temperature {temperature}")
+    return "; ".join([text, *(code(note) for note in notes if note)])
 
 
 def _amount(request: RequestSpec) -> str:

@@ -21,6 +21,7 @@ from engine.job.plan import EVERY_CELL, Cell, Extent, Plan, RequestPlan
 from engine.job.records import columns_of
 from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json
+from engine.models.calibration import planned_temperature
 
 PLAN_VERSION = 1
 # Samples of a request over all of its classes, at most: a larger number is not a valid plan.
@@ -126,6 +127,7 @@ def stored_plan(store: Store) -> tuple[JobSpec, Plan]:
         )
         plan = Plan(requests, stored.identity, stored.stages, stored.schema_version)
         _check_extents(plan)
+        planned_temperature(plan.identity)
     except _READ_ERRORS as error:
         raise _unreadable(store.address(PLANS), error) from error
     return job, plan

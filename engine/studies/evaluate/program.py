@@ -20,6 +20,7 @@ from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store, refuse_objects
 from engine.driver.progress import Display
 from engine.errors import JobError, OutputError
+from engine.generation.loading import load_target
 from engine.job.class_names import distinct_names
 from engine.job.spec import JobSpec, RuntimeSpec
 from engine.models.classifier import Classifier
@@ -167,7 +168,7 @@ def _load(job: JobSpec, run: StudiedRun, options: EvaluateOptions) -> tuple[Visi
             f"--real: the target '{job.models.target}' that would score the images has changed since the run (digest"
             f" {run.target_digest} in the manifest, {digest} now); restore that model, or leave --real out"
         )
-    return VisionModels(clip, extractor, judge=judge, clip_role=role), Classifier.load(job.models.target, device)
+    return VisionModels(clip, extractor, judge=judge, clip_role=role), load_target(job, run.temperature, device)
 
 
 def _extremes(

@@ -17,6 +17,7 @@ from engine.errors import OutputError, first_line
 from engine.job.json_values import difference
 from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json
+from engine.models.calibration import TEMPERATURE, job_calibration
 from engine.models.untrusted_files import MAX_DOCUMENT_BYTES
 from engine.studies.loop.parsing import LoopJob
 from engine.studies.loop.spec import MAX_REWARD, LoopSpec
@@ -164,6 +165,8 @@ def _engine_identity(job: JobSpec | None) -> dict[str, Any] | None:
     fields["output"].pop("uri")
     for name in ("workers", "batch_size"):
         fields["runtime"].pop(name)
+    if (calibration := job_calibration(job, with_digest=False)) is not None:
+        fields["models"][TEMPERATURE] = calibration.temperature
     return fields
 
 

@@ -12,7 +12,8 @@ from engine.generation.artefact import Conditioning
 from engine.methods.conditioning.gaussians import ClassMoments
 from engine.methods.conditioning.mixtures import ClassMixtures, MixtureOptions, fit_mixtures
 from engine.methods.conditioning.predictor import PredictorOptions, fit_predictor
-from engine.methods.temperature import fit_temperature
+from engine.methods.temperature import TemperatureFit, fit_temperature
+from engine.studies.prepare.calibration import CalibrationFit
 from engine.studies.prepare.observation import Observations
 
 
@@ -28,20 +29,45 @@ def fit_conditioning(
         components: Gaussians of a class.
     """
     options = PredictorOptions()
-    temperature = observations.temperature
     with _one_thread():
         statistics, fit_options = _fit_statistics(observations, labels, components)
         fit = fit_predictor(observations.embeds, observations.errors, observations.classes, labels, options)
     return Conditioning(
         statistics=statistics,
-        num_errors=tuple(torch.bincount(observations.classes[observations.errors], minlength=len(labels)).tolist()),
+        num_errors=observations.num_errors(len(labels)),
         fit=fit,
-        temperature=fit_temperature(observations.logits.double() * temperature, observations.classes, temperature),
+        temperature=_temperature(observations),
         models=models,
         options={"statistics": fit_options, "predictor": dataclasses.asdict(options)},
         images_digest=observations.images_digest,
         unusable=observations.unusable,
     )
+
+
+def fit_calibration(
+    observations: Observations, labels: tuple[str, ...], models: dict[str, dict[str, str]]
+) -> CalibrationFit:
+    """Fit the temperature alone, on one thread.
+
+    Args:
+        models: address and digest of the target, as `Conditioning.models`.
+    """
+    with _one_thread():
+        temperature = _temperature(observations)
+    return CalibrationFit(
+        labels=labels,
+        counts=tuple(torch.bincount(observations.classes, minlength=len(labels)).tolist()),
+        num_errors=observations.num_errors(len(labels)),
+        temperature=temperature,
+        models=models,
+        images_digest=observations.images_digest,
+        unusable=observations.unusable,
+    )
+
+
+def _temperature(observations: Observations) -> TemperatureFit:
+    temperature = observations.temperature
+    return fit_temperature(observations.logits.double() * temperature, observations.classes, temperature)
 
 
 @contextlib.contextmanager

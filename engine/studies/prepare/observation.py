@@ -40,7 +40,7 @@ class Observations:
     """The models' outputs for all images, ordered by class and content.
 
     Attributes:
-        embeds: [N, d], float32, raw.
+        embeds: [N, d], float32, raw; d = 0 without an image encoder.
         logits: [N, n], divided by the target's temperature.
         classes: [N] class indices.
         temperature: the target's.
@@ -59,6 +59,10 @@ class Observations:
     def errors(self) -> Tensor:
         """Whether the target errs, [N] booleans."""
         return self.logits.argmax(1) != self.classes
+
+    def num_errors(self, num_classes: int) -> tuple[int, ...]:
+        """Errors of the target by class index."""
+        return tuple(torch.bincount(self.classes[self.errors], minlength=num_classes).tolist())
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -87,13 +91,14 @@ class Observer:
     """Runs the target and the image encoder on images, in an actor or in the driver alike.
 
     Args:
+        encoder: None where the target's logits are all that is needed.
         num_rows: images of every model call; the last call is filled up, because kernels choose their order of
             summation by the shape.
         address: of the encoder, for messages.
     """
 
     def __init__(
-        self, source: ImageSource, target: Classifier, encoder: Encoder, num_rows: int, address: str = ""
+        self, source: ImageSource, target: Classifier, encoder: Encoder | None, num_rows: int, address: str = ""
     ) -> None:
         self._address = address
         self.source = source
@@ -129,11 +134,12 @@ class Observer:
         """Run the models on a batch, and add their outputs to `observed`."""
         images = [item.image for _, item in batch]
         padded = [*images, *[images[-1]] * (self._num_rows - len(images))]
-        embeds = self._encoder.image_embeds(padded)[: len(images)]
-        logits = self._target.score(padded)[: len(images)]
+        logits, embeds = self._target.score(padded)[: len(images)], torch.empty(len(images), 0)
         faults = Faults(len(images))
         faults.check_logits(logits, "models.target", self._target.name)
-        faults.check_embeds(embeds, "the image encoder", self._address)
+        if self._encoder is not None:
+            embeds = self._encoder.image_embeds(padded)[: len(images)]
+            faults.check_embeds(embeds, "the image encoder", self._address)
         usable = torch.tensor([not faults[row] for row in range(len(images))])
         observed.embeds.append(embeds[usable])
         observed.logits.append(logits[usable])
@@ -144,11 +150,11 @@ class Observer:
                 observed.keys.append((item.class_index, image_key(item.image)))
 
 
-def load_observer(job: JobSpec, source: ImageSource, encoder: str) -> Observer:
+def load_observer(job: JobSpec, source: ImageSource, encoder: str | None) -> Observer:
     """The observer of a job's target, on the hardware of this process.
 
     Args:
-        encoder: address of the image encoder, as in `load_encoder`.
+        encoder: address of the image encoder, as in `load_encoder`; None for none.
 
     Raises:
         JobError: a model cannot be loaded, or `runtime` asks for what is impossible here.
@@ -156,14 +162,16 @@ def load_observer(job: JobSpec, source: ImageSource, encoder: str) -> Observer:
     quiet_libraries()
     hardware = choose_hardware(job.runtime)
     fix_threads(hardware)
+    # With its own temperature, whatever the job names: an artefact depends on the target and the images alone.
     target = Classifier.load(job.models.target, hardware.device)
-    return Observer(source, target, load_encoder(encoder, hardware.device), _batch_size(job, hardware), encoder)
+    loaded = load_encoder(encoder, hardware.device) if encoder else None
+    return Observer(source, target, loaded, _batch_size(job, hardware), encoder or "")
 
 
 def load_part_observer(
     job: JobSpec,
     data: str,
-    encoder: str,
+    encoder: str | None,
     *,
     folder: str,
     like: tuple[str, int | None, int],

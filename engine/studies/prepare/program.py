@@ -1,7 +1,8 @@
-"""From a validation set to a conditioning artefact: one pass over the images, then everything that is fitted on it.
+"""From a validation set to an artefact: one pass over the images, then everything that is fitted on it.
 
 RiskyDiff (Yu et al., AAAI 2026, arXiv 2512.18722), steps 1 to 3: embeddings and errors, class distributions, error
-predictor. The artefact depends on the images and their classes, not on their order, their files or their names.
+predictor; and the temperature of the target, or that alone. The artefact depends on the images and their classes, not
+on their order, their files or their names.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from engine.driver.progress import Display, byte_size
 from engine.errors import OutputError
 from engine.generation.artefact import Conditioning, save_conditioning
 from engine.job.spec import JobSpec
+from engine.models.artefact_documents import kind_of
+from engine.models.configurations import ARTEFACT_DOCUMENT, CALIBRATION_DOCUMENT
 from engine.models.digests import model_digest
 from engine.models.factories import import_folders
-from engine.models.job_checks import check_addresses
+from engine.models.job_checks import check_addresses, check_target
 from engine.models.labels import target_labels
+from engine.studies.prepare.calibration import CalibrationFit, save_calibration
 from engine.studies.prepare.distributed_pass import observe_distributed
 from engine.studies.prepare.encoders import encoder_address, encoder_digest, is_pipeline
-from engine.studies.prepare.fitting import fit_conditioning
+from engine.studies.prepare.fitting import fit_calibration, fit_conditioning
 from engine.studies.prepare.observation import (
     Observations,
     load_observer,
@@ -38,6 +42,7 @@ from engine.studies.prepare.observation import (
 # Above these sizes the pass is worth starting workers for. The number of images in tars is not known beforehand.
 LARGE_SET = 20_000
 LARGE_BYTES = 10**9
+CONDITIONING, CALIBRATION = kind_of(ARTEFACT_DOCUMENT), kind_of(CALIBRATION_DOCUMENT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,20 +50,26 @@ class Prepared:
     """A stored artefact.
 
     Attributes:
-        conditioning: what it holds.
+        content: what it holds.
         path: its folder.
         was_there: whether an equal artefact was there already.
         source: where the images came from, in words.
-        encoder: whose image embeddings are described, in words.
+        encoder: whose image embeddings are described, in words; empty for a calibration.
         seconds: time from the start.
     """
 
-    conditioning: Conditioning
+    content: Conditioning | CalibrationFit
     path: Path
     was_there: bool
     source: str
     encoder: str
     seconds: float
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """The content of a conditioning artefact."""
+        assert isinstance(self.content, Conditioning)
+        return self.content
 
 
 def prepare_conditioning(
@@ -88,12 +99,50 @@ def prepare_conditioning(
         RiskforgeError: models, data or folder are invalid, or no image can be used.
         WorkersFailingError: workers fail over and over.
     """
+    return _prepare(job, data, display, folder, executor, only_large=only_large, encoder=encoder, components=components)
+
+
+def prepare_calibration(
+    job: JobSpec,
+    data: str,
+    *,
+    display: Display,
+    folder: str | None = None,
+    executor: Executor | None = None,
+    only_large: bool = False,
+) -> Prepared:
+    """Make the calibration artefact of a job's target from labelled images: of its models only the target is needed.
+
+    Args:
+        folder: where the artefact goes; `artefact_folder(job, "calibration")` where not given.
+
+    The other arguments and the errors are those of `prepare_conditioning`.
+    """
+    return _prepare(job, data, display, folder, executor, only_large=only_large, only_calibration=True)
+
+
+def _prepare(
+    job: JobSpec,
+    data: str,
+    display: Display,
+    folder: str | None,
+    executor: Executor | None,
+    *,
+    only_large: bool,
+    only_calibration: bool = False,
+    encoder: str | None = None,
+    components: int = 1,
+) -> Prepared:
     started = time.monotonic()
     try:
         display.phase("checking models and data")
-        check_addresses(job, with_artefacts=False)
+        if only_calibration:
+            check_target(job)
+        else:
+            check_addresses(job, with_artefacts=False)
         refuse_objects(folder or "", "--output", "an artefact")
-        home = Path(folder).expanduser() if folder is not None else artefact_folder(job)
+        kind = CALIBRATION if only_calibration else CONDITIONING
+        home = Path(folder).expanduser() if folder is not None else artefact_folder(job, kind)
         _check_writable(home)
         labels = tuple(target_labels(job))
         source = open_images(data, labels)
@@ -101,25 +150,29 @@ def prepare_conditioning(
             executor = _executor_for(source, executor, display)
         if executor is not None:
             executor.begin()
-        encoder = encoder or encoder_address(job)
-        models = {
-            "target": {"address": job.models.target, "digest": model_digest(job.models.target)},
-            "encoder": {"address": encoder, "digest": encoder_digest(encoder)},
-        }
+        models = {"target": {"address": job.models.target, "digest": model_digest(job.models.target)}}
+        if not only_calibration:
+            encoder = encoder or encoder_address(job)
+            models["encoder"] = {"address": encoder, "digest": encoder_digest(encoder)}
         observations = _observe(job, source, data, encoder, executor, display)
-        display.phase("fitting class statistics and error predictor")
-        conditioning = fit_conditioning(observations, labels, models, components)
-        path, was_there = save_conditioning(conditioning, home)
+        content: Conditioning | CalibrationFit
+        if only_calibration:
+            content = fit_calibration(observations, labels, models)
+            path, was_there = save_calibration(content, home)
+        else:
+            display.phase("fitting class statistics and error predictor")
+            content = fit_conditioning(observations, labels, models, components)
+            path, was_there = save_conditioning(content, home)
     finally:
         if executor is not None:
             executor.close()
         display.close()
     return Prepared(
-        conditioning=conditioning,
+        content=content,
         path=path,
         was_there=was_there,
         source=source.kind,
-        encoder=f"image encoder of {encoder}" if is_pipeline(encoder) else encoder,
+        encoder=f"image encoder of {encoder}" if encoder and is_pipeline(encoder) else encoder or "",
         seconds=time.monotonic() - started,
     )
 
@@ -140,7 +193,7 @@ def _executor_for(source: ImageSource, executor: Executor | None, display: Displ
 
 
 def _observe(
-    job: JobSpec, source: ImageSource, data: str, encoder: str, executor: Executor | None, display: Display
+    job: JobSpec, source: ImageSource, data: str, encoder: str | None, executor: Executor | None, display: Display
 ) -> Observations:
     """The models' outputs for the images, computed here or on the executor's workers."""
     if executor is None:
@@ -151,8 +204,8 @@ def _observe(
     return observe_distributed(source, data, executor, factory, display)
 
 
-def artefact_folder(job: JobSpec) -> Path:
-    """Where a job's artefacts go by default: `OUTPUT-conditioning`, next to its output.
+def artefact_folder(job: JobSpec, kind: str = CONDITIONING) -> Path:
+    """Where a job's artefacts of a kind go by default: `OUTPUT-KIND`, next to its output.
 
     Raises:
         OutputError: an output on an object store.
@@ -163,7 +216,7 @@ def artefact_folder(job: JobSpec) -> Path:
             f"output.uri: {store.uri} is on an object store, and artefacts are written to folders; give the artefact's"
             " folder with --output, and copy it to every machine with workers"
         )
-    return store.root.with_name(f"{store.root.name}-conditioning")
+    return store.root.with_name(f"{store.root.name}-{kind}")
 
 
 def _check_writable(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.data.run.file_names import MANIFEST, PLANS, RESCORED, RESCORING
@@ -18,6 +18,13 @@ from engine.job.plan import Plan
 from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json
 from engine.models.addresses import resolve
+from engine.models.calibration import (
+    CALIBRATION,
+    TEMPERATURE,
+    checked_calibration,
+    describe_temperature,
+    planned_temperature,
+)
 from engine.models.digests import model_digest
 from engine.models.labels import read_labels
 from engine.models.programs import is_program
@@ -28,12 +35,25 @@ DIGEST_CHARS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Models:
-    """Addresses and digests of the new classifiers; `transfer` and `oracle` only where they are given."""
+    """Addresses and digests of the new classifiers; `transfer` and `oracle` only where they are given.
+
+    Attributes:
+        calibration: address of the artefact that the target's temperature is of; None for the target's own.
+        described: the temperature, as in the description of a run's target.
+        digests: by role, and the temperature where it is not the target's own.
+    """
 
     target: str
+    calibration: str | None
+    described: dict[str, Any]
     transfer: tuple[str, ...]
     oracle: str | None
     digests: dict[str, Any]
+
+    @property
+    def temperature(self) -> float | None:
+        """Of the target in place of its own; None for its own."""
+        return self.digests.get(TEMPERATURE)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -63,7 +83,12 @@ class Rescoring:
 
 
 def open_rescoring(
-    address: str, target: str, transfer: Sequence[str], oracle: str | None, output: str | None
+    address: str,
+    target: str,
+    transfer: Sequence[str],
+    oracle: str | None,
+    output: str | None,
+    calibration: str | None = None,
 ) -> Rescoring:
     """Open a run and the folder for its new scores, and check the classifiers.
 
@@ -75,6 +100,7 @@ def open_rescoring(
     job, plan = stored_plan(run)
     labels = _labels_of(run, job)
     models = _check_models(target, transfer, oracle, labels)
+    models = _calibrated(models, run, job, plan, calibration)
     folder = open_store(output or run.address(f"{RESCORED}/{_folder_name(target, models)}"))
     rescoring = Rescoring(run=run, folder=folder, job=job, plan=plan, labels=labels, models=models)
     _check_folder(rescoring)
@@ -119,7 +145,41 @@ def _check_models(target: str, transfer: Sequence[str], oracle: str | None, labe
     digests: dict[str, Any] = {"target": model_digest(target)}
     digests |= {"transfer": [model_digest(address) for address in transfer]} if transfer else {}
     digests |= {"oracle": model_digest(oracle)} if oracle else {}
-    return Models(target=target, transfer=tuple(transfer), oracle=oracle, digests=digests)
+    return Models(
+        target=target, calibration=None, described={}, transfer=tuple(transfer), oracle=oracle, digests=digests
+    )
+
+
+def _calibrated(models: Models, run: Store, job: JobSpec, plan: Plan, address: str | None) -> Models:
+    """The classifiers with the temperature of the target: of an artefact, or of the run where the target is the run's.
+
+    Raises:
+        JobError: there is no such artefact, or it is not one of the target.
+    """
+    if address is not None:
+        calibration = checked_calibration(address, models.target, "--calibration")
+        if calibration is None:
+            raise JobError(
+                f"--calibration: there is no artefact at '{address}'; make it with `riskforge prepare JOB --data PATH"
+                f" --only calibration --output {address}`, with a job whose target is '{models.target}'"
+            )
+        described = calibration.described
+    elif (of_run := planned_temperature(plan.identity)) and plan.identity["models"]["target"] == models.digests[
+        "target"
+    ]:
+        address = job.models.calibration
+        described = {TEMPERATURE: of_run, CALIBRATION: _noted(run) or {"address": address}}
+    else:
+        return replace(models, described=describe_temperature(models.target, None))
+    digests = models.digests | {TEMPERATURE: described[TEMPERATURE]}
+    return replace(models, calibration=address, described=described, digests=digests)
+
+
+def _noted(run: Store) -> dict[str, Any]:
+    """The calibration of a run's target as its manifest describes it; empty where it does not."""
+    with suppress(OutputError, CorruptShardError, KeyError, TypeError):
+        return dict(read_manifest(run)["models"]["target"][CALIBRATION])
+    return {}
 
 
 def _folder_name(target: str, models: Models) -> str:

@@ -22,6 +22,7 @@ from engine.data.run.manifest_reading import read_manifest
 from engine.data.stores.lease import hold
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.job.records import STATUS_OK, STATUS_REJECTED
+from engine.models.calibration import temperature_text
 from engine.studies.compare.program import RunComparison, compare_runs
 from engine.studies.compare.scored_run import read_scored_run
 from engine.studies.compare.tables import summary_document
@@ -36,6 +37,7 @@ class Rescored:
 
     Attributes:
         folder: its address.
+        temperature: of the target, and where it is from.
         num_scored: images scored by this call; those of an earlier one are not counted.
         num_images: images with a new score, of `num_rows` rows.
         num_failed: images without one, because a classifier gives non-finite values.
@@ -46,6 +48,7 @@ class Rescored:
 
     folder: str
     target: str
+    temperature: str
     num_scored: int
     num_images: int
     num_rows: int
@@ -63,6 +66,7 @@ def rescore_run(
     *,
     transfer: Sequence[str] = (),
     oracle: str | None = None,
+    calibration: str | None = None,
     output: str | None = None,
     advance: Callable[[str], None] = lambda text: None,
     notice: Callable[[str], None] = lambda text: None,
@@ -74,6 +78,8 @@ def rescore_run(
         target: address of the classifier, with the classes of the run's.
         transfer: classifiers that replace the run's transfer models; without any, those and their scores are kept.
         oracle: the same for the oracle.
+        calibration: an artefact whose temperature the target has; without one it has its own, or that of the run where
+            it is the run's target.
         output: the folder; by default `RUN/rescored/TARGET-DIGEST`.
         advance: progress callback.
         notice: called with messages for the user.
@@ -84,7 +90,7 @@ def rescore_run(
         CorruptShardError: a shard of the run is damaged.
         OwnedError: another process rescores into this folder, or it lies in the run and a driver is at work there.
     """
-    rescoring = open_rescoring(address, target, transfer, oracle, output)
+    rescoring = open_rescoring(address, target, transfer, oracle, output, calibration)
     with ExitStack() as leases:
         if rescoring.is_inside_run:
             leases.enter_context(hold(rescoring.run, notice=notice))
@@ -97,6 +103,7 @@ def rescore_run(
     return Rescored(
         folder=rescoring.folder.uri,
         target=target,
+        temperature=temperature_text(rescoring.models.described),
         num_scored=num_scored,
         num_images=samples[STATUS_OK] + samples[STATUS_REJECTED],
         num_rows=samples["attempted"],

@@ -84,7 +84,7 @@ def _origin(rescoring: Rescoring, num_shards: int) -> dict[str, Any]:
 def _new_job(rescoring: Rescoring) -> JobSpec:
     """The run's job with the addresses of the new classifiers."""
     job, models = rescoring.job, rescoring.models
-    addresses: dict[str, Any] = {"target": models.target}
+    addresses: dict[str, Any] = {"target": models.target, "calibration": models.calibration}
     addresses |= {"transfer": models.transfer} if models.transfer else {}
     addresses |= {"oracle": models.oracle} if models.oracle else {}
     return job.model_copy(update={"models": job.models.model_copy(update=addresses)})
@@ -96,7 +96,8 @@ def _described(rescoring: Rescoring) -> dict[str, Any]:
     described: dict[str, Any] = {"clip": {"address": rescoring.job.models.clip, "digest": clip_digest}}
     with suppress(OutputError, CorruptShardError, KeyError, TypeError):
         described = read_manifest(rescoring.run)["models"]
-    described["target"] = {"address": models.target, "digest": models.digests["target"], "labels": rescoring.labels}
+    target = {"address": models.target, "digest": models.digests["target"]}
+    described["target"] = target | models.described | {"labels": rescoring.labels}
     if models.transfer:
         pairs = zip(models.transfer, models.digests["transfer"], strict=True)
         described["transfer"] = [{"address": address, "digest": digest} for address, digest in pairs]

@@ -47,7 +47,8 @@ class Scoring:
             device = "cuda" if torch.cuda.is_available() and self._job.runtime.device != "cpu" else "cpu"
             transfer = [Classifier.load(address, device) for address in self._models.transfer]
             oracle = Classifier.load(self._models.oracle, device) if self._models.oracle else None
-            self._loaded = Classifier.load(self._models.target, device), transfer, oracle
+            target = Classifier.load(self._models.target, device, self._models.temperature)
+            self._loaded = target, transfer, oracle
         return self._loaded
 
     def records(self, samples: Sequence[Sample]) -> list[Row]:

@@ -168,12 +168,13 @@ def _same_place(first: str, second: str) -> bool:
 
 
 def _temperature(study: Study, material: Material, network: Any) -> tuple[float, TemperatureFit | None]:
-    """The temperature of the kept network: fitted on the images for it, or the target's.
+    """The temperature of the kept network: fitted on the images for it, or the target's in the run.
 
     Not on a part of the real images: the target was mostly trained on them, and a network is overconfident on its
     training images. Where the likelihood has no maximum, the target's is kept as well.
     """
-    current = float(read_config(study.target / "config.json").get("temperature", 1.0))
+    own, calibrated = read_config(study.target / "config.json").get("temperature", 1.0), study.run.temperature
+    current = float(own if calibrated is None else calibrated)
     if material.calibration is None:
         return current, None
     logits = finite_logits(network, material.calibration, "--calibrate")
