@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -335,11 +336,18 @@ def _print_temperature(fit: TemperatureFit) -> None:
 
 
 def _print_use(prepared: Prepared, job: JobSpec) -> None:
-    """Print what to write into the job for the fitted temperature, where there is one and the job has it not yet."""
-    used = job.models.calibration
-    if prepared.content.temperature.bound or (used and Path(used) in (prepared.path, prepared.path.parent)):
+    """Print what to write into a job, where the fitted temperature is better and this job does not name it yet."""
+    from engine.models.artefacts import WITH_CALIBRATION, find_artefact
+
+    path, used = prepared.path.absolute(), job.models.calibration
+    if not prepared.content.temperature.is_better or (used and Path(used).absolute() in (path, path.parent)):
         return
-    print(f"to use the temperature, write into the job: models: {{calibration: {prepared.path}}}")
+    # The folder's own address where this is all that it holds.
+    with contextlib.suppress(JobError):
+        find_artefact(str(path.parent), WITH_CALIBRATION)
+        path = path.parent
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    print(f"               for a job with this target: models: {{calibration: {shown}}}")
 
 
 def _statistics_text(conditioning: Conditioning) -> str:

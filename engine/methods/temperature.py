@@ -40,6 +40,11 @@ class TemperatureFit:
     num_images: int
 
     @property
+    def is_better(self) -> bool:
+        """Whether the images show that the fitted temperature is better than the current one."""
+        return not self.bound and self.num_images * (self.current_nll - self.fitted_nll) >= _NOISE_GAIN
+
+    @property
     def verdict(self) -> str:
         """For a reader: keep the temperature, or change it."""
         if self.bound == "lower":
@@ -49,7 +54,7 @@ class TemperatureFit:
             )
         if self.bound == "upper":
             return f"no minimum: NLL falls up to the upper bound {HIGHEST:g}; the target is no better than chance"
-        if self.num_images * (self.current_nll - self.fitted_nll) < _NOISE_GAIN:
+        if not self.is_better:
             return f"as good as any: on {self.num_images} images nothing shows that another temperature is better"
         return f"better at {self.fitted:.4g}"
 
