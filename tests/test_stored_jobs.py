@@ -72,7 +72,7 @@ def check_stored(raw: dict[str, Any], folder: Path) -> JobSpec:
         assert parse_job(fields) == job and plan_of(parse_job(fields)).digest == plan.digest
         manifest = {"job": fields, "plan_digest": plan.digest, "models": {"target": {"digest": "t"}}}
         store.replace(MANIFEST, json.dumps(manifest).encode())
-        assert _identity(store) == (job, plan.digest, "t")
+        assert _identity(store) == (job, plan.digest, "t", None)
     return job
 
 
