@@ -22,16 +22,16 @@ from engine.driver.checks import check_job, plan_job
 from engine.driver.progress import PlainDisplay
 from engine.errors import JobError, OutputError
 from engine.generation.loading import load_scorer
-from engine.job.plan import build_plan
+from engine.job.plan import build_plan, planned_temperature
 from engine.job.spec import JobSpec
 from engine.methods.temperature import TemperatureFit
 from engine.models import factories, program_description
 from engine.models.addresses import resolve
 from engine.models.artefact_documents import document_bytes, read_document, sealed
+from engine.models.artefacts import missing_artefacts
 from engine.models.calibration import (
     UNCALIBRATED,
     describe_temperature,
-    planned_temperature,
     read_calibration,
     temperature_text,
 )
@@ -40,6 +40,9 @@ from engine.models.configurations import CALIBRATION_DOCUMENT as DOCUMENT
 from engine.models.digests import model_digest
 from engine.models.job_checks import check_addresses
 from engine.models.labels import read_labels
+from engine.studies.compare.baseline import pin_run, read_baseline
+from engine.studies.compare.program import _differing
+from engine.studies.compare.scored_run import read_scored_run
 from engine.studies.evaluate.options import EvaluateOptions
 from engine.studies.evaluate.program import _load
 from engine.studies.loop.results import _engine_identity
@@ -273,7 +276,7 @@ def test_an_artefact_of_something_else_is_refused_by_name(tmp_path: Path) -> Non
 
 
 def test_a_missing_artefact_is_named_with_its_command(tmp_path: Path, call: Any) -> None:
-    """A plan says what has to be made, a run makes nothing; no worker is started for it."""
+    """A plan says what has to be made, a run makes nothing; once where one artefact serves for both."""
     job = job_for(TARGET, tmp_path, "later")
     command = "`riskforge prepare JOB --data PATH --only calibration --output later`"
     code, out, _ = call("plan", tmp_path / "job.yaml", "--validate")
@@ -282,6 +285,9 @@ def test_a_missing_artefact_is_named_with_its_command(tmp_path: Path, call: Any)
     assert call("plan", tmp_path / "job.yaml")[0] == 0
     with pytest.raises(JobError, match=r"^models\.calibration: there is no artefact"):
         check_job(job, PlainDisplay(io.StringIO()), lambda: pytest.fail("workers were prepared"))
+    request = {"name": "a", "method": "prompt", "classes": "all", "count": 1, "conditioning": {"artefact": "later"}}
+    [line] = missing_artefacts(job_for(TARGET, tmp_path, "later", requests=[request]))
+    assert line.startswith("conditioning: ")
 
 
 # Used wherever the run's target is -----------------------------------------------------------------------------------
@@ -388,6 +394,19 @@ def test_a_rescoring_uses_the_temperature_that_it_says(runs: tuple[Path, Path], 
     for named, message in ((tmp_path / "none", "there is no artefact at"), (stored(tmp_path / "t"), "another target")):
         code, _, err = call("rescore", run, "--target", OTHER, "--calibration", named)
         assert code == 2 and err.startswith("error: --calibration: ") and message in err
+
+
+def test_a_comparison_says_that_the_scales_differ(runs: tuple[Path, Path], artefact: Path, tmp_path: Path) -> None:
+    """Two runs of one target with other temperatures, from a baseline too."""
+    plain = Path(shutil.copytree(runs[0], tmp_path / "plain"))
+    manifest = json.loads((plain / "manifest.json").read_text())
+    del manifest["models"]["target"]["calibration"]
+    (plain / "manifest.json").write_text(json.dumps(manifest))
+    named, own = (read_scored_run(str(run)) for run in (runs[0], plain))
+    pin_run(named, tmp_path / "pinned.json")
+    for old in (named, read_baseline(tmp_path / "pinned.json")):
+        assert "temperature of the target: 3.7 -> its own; risk" in next(iter(_differing(old, own)))
+        assert not list(_differing(old, named))
 
 
 def test_a_loop_with_another_temperature_is_another_loop(artefact: Path, tmp_path: Path) -> None:

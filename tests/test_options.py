@@ -254,8 +254,8 @@ def test_a_rescoring_that_lacks_something_says_so(
     monkeypatch: pytest.MonkeyPatch, call: Any, is_complete: bool, num_failed: int, code: int
 ) -> None:
     done = SimpleNamespace(
-        folder="f", target="t", temperature="", num_scored=1, num_images=1, num_rows=1, num_accepted=1, num_failed=num_failed,
-        failure="x", is_complete=is_complete, comparison=None, reason="y",
+        folder="f", target="t", temperature="", num_scored=1, num_images=1, num_rows=1, num_accepted=1,
+        num_failed=num_failed, failure="x", is_complete=is_complete, comparison=None, reason="y",
     )  # fmt: skip
     monkeypatch.setattr("engine.studies.rescore.program.rescore_run", lambda *_, **__: done)
     assert call("rescore", "run", "--target", "t")[0] == code

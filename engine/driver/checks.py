@@ -14,10 +14,10 @@ from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.driver.progress import Display
 from engine.errors import JobError
-from engine.job.plan import Plan, RequestPlan, build_plan, resolve_requests
+from engine.job.plan import TEMPERATURE, Plan, RequestPlan, build_plan, resolve_requests
 from engine.job.spec import JobSpec
 from engine.models.artefacts import missing_artefacts
-from engine.models.calibration import TEMPERATURE, Calibration, describe_temperature, job_calibration
+from engine.models.calibration import Calibration, describe_temperature, job_calibration
 from engine.models.custom_methods import method_digests
 from engine.models.digests import model_digests
 from engine.models.hardware import hardware_problems

@@ -21,7 +21,7 @@ from engine.generation.isolation import Isolation
 from engine.generation.loading import PipelinePool, load_scorer
 from engine.generation.notices import Notices
 from engine.generation.results import ImageBatch, SampledImages
-from engine.job.plan import Plan, RequestPlan, SampleSpec, make_prompt
+from engine.job.plan import Plan, RequestPlan, SampleSpec, make_prompt, planned_temperature
 from engine.job.records import SampleResult
 from engine.job.spec import JobSpec
 from engine.methods.conditioning.screening import ScreenedDraw
@@ -33,7 +33,6 @@ from engine.methods.heartbeat import beat
 from engine.methods.sampling.denoiser import ClassifierFreeDenoiser
 from engine.methods.sampling.loop import sample
 from engine.methods.sampling.schedulers import Sampler
-from engine.models.calibration import planned_temperature
 from engine.models.decoder import GuidanceDecoder
 from engine.models.decoding import Decoder
 from engine.models.hardware import choose_hardware

@@ -16,10 +16,9 @@ from engine.data.stores.base import Store
 from engine.errors import JobError
 from engine.job.columns import BY_NAME, RECORD_COLUMNS, Role, columns_with
 from engine.job.json_values import difference
-from engine.job.plan import Plan, SampleSpec
+from engine.job.plan import Plan, SampleSpec, planned_temperature
 from engine.job.records import STATUS_FAILED
 from engine.job.spec import JobSpec
-from engine.models.calibration import planned_temperature
 from engine.models.digests import model_digests
 
 NUM_SAMPLES = 64

@@ -22,6 +22,7 @@ from engine.job.columns import SCHEMA_VERSION
 from engine.job.json_values import digest_of
 from engine.job.spec import CLASS_TEMPLATE, JOINT_SEPARATOR, MAX_SEED, JobSpec, RequestSpec
 from engine.job.spec_messages import nearest
+from engine.methods.config_values import is_number
 
 # Version of what a digest covers: raised only when an old plan would give other pixels or scores.
 IDENTITY_VERSION = 1
@@ -29,6 +30,10 @@ IDENTITY_VERSION = 1
 JOINT_CODE = "mix"
 # A round of a quota with fewer samples would not fill a batch.
 MIN_ROUND = 16
+# Of a temperature that logits are divided by.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
+# In an identity's `models`: the temperature of the target, where it has not its own.
+TEMPERATURE = "temperature"
 # Digests that an identity has in each request, not in `models`.
 _BY_REQUEST = ("diffusion", "conditioning", "starts", "methods")
 # In place of the number of a class: all classes of the request, in turn.
@@ -386,6 +391,27 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
         ),
         "requests": [_request_identity(job, plan, digests) for plan in requests],
     }
+
+
+def planned_temperature(identity: dict[str, Any]) -> float | None:
+    """The temperature that a plan of an identity gives its target in place of its own; None for its own.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    temperature = identity["models"].get(TEMPERATURE)
+    return None if temperature is None else usable_temperature(temperature)
+
+
+def usable_temperature(temperature: Any) -> float:
+    """A temperature from a file, if logits can be divided by it.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if not is_number(temperature) or not MIN_TEMPERATURE <= temperature < MAX_TEMPERATURE:
+        raise ValueError("the temperature of the target is not a positive number")
+    return float(temperature)
 
 
 def _request_identity(job: JobSpec, plan: RequestPlan, digests: dict[str, Any]) -> dict[str, Any]:

@@ -55,23 +55,23 @@ def missing_artefacts(job: JobSpec) -> list[str]:
     Raises:
         JobError: as `find_artefact`.
     """
-    lines = []
-    calibration = job.models.calibration
-    if calibration and find_artefact(calibration, WITH_CALIBRATION) is None:
-        lines.append(
-            f"models.calibration: there is no artefact at '{calibration}' yet; make it with `riskforge prepare JOB"
-            f" --data PATH --only calibration --output {calibration}`"
-        )
     missing: dict[str, list[str]] = {}
     for request in job.requests:
         spec = request.conditioning
         if spec and spec.artefact and find_artefact(spec.artefact) is None:
             missing.setdefault(spec.artefact, []).append(request.name)
-    return lines + [
+    lines = [
         f"conditioning: there is no artefact at '{address}' yet (request {', '.join(names)}); make it with `riskforge"
         f" prepare JOB --data PATH --output {address}`"
         for address, names in missing.items()
     ]
+    calibration = job.models.calibration
+    if calibration and calibration not in missing and find_artefact(calibration, WITH_CALIBRATION) is None:
+        lines.append(
+            f"models.calibration: there is no artefact at '{calibration}' yet; make it with `riskforge prepare JOB"
+            f" --data PATH --only calibration --output {calibration}`"
+        )
+    return lines
 
 
 def artefact_problems(number: int, request: RequestSpec, labels: list[str] | None) -> list[str]:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import JobError
+from engine.job.plan import TEMPERATURE, usable_temperature
 from engine.job.spec import JobSpec
 from engine.methods.config_values import is_integer, is_number
 from engine.models.addresses import locate
 from engine.models.artefact_documents import malformed, read_document
 from engine.models.artefacts import WITH_CALIBRATION, find_artefact
-from engine.models.classifier_checks import MAX_TEMPERATURE, MIN_TEMPERATURE, read_temperature
+from engine.models.classifier_checks import read_temperature
 from engine.models.configurations import read_config
 from engine.models.digests import model_digest
 from engine.models.labels import read_labels
@@ -22,8 +23,8 @@ from engine.models.program_description import program_temperature
 from engine.models.programs import is_program
 
 FIELD = "models.calibration"
-# Where the description of a target and the identity of a plan have a temperature.
-TEMPERATURE, CALIBRATION = "temperature", "calibration"
+# In the description of a target, beside its temperature: the artefact that this is of.
+CALIBRATION = "calibration"
 UNCALIBRATED = "1, not calibrated (riskforge prepare fits one)"
 _BOUNDS = {
     "lower": "the target is right on every image that it was fitted on; add images on which it errs",
@@ -162,16 +163,6 @@ def describe_temperature(target: str, calibration: Calibration | None) -> dict[s
     return {} if temperature is None else {TEMPERATURE: temperature}
 
 
-def planned_temperature(identity: dict[str, Any]) -> float | None:
-    """The temperature that a plan of this identity gives its target; None for the target's own.
-
-    Raises:
-        ValueError: it is not one.
-    """
-    temperature = identity["models"].get(TEMPERATURE)
-    return None if temperature is None else _usable(temperature)
-
-
 def noted_temperature(described: Any) -> float | None:
     """The temperature of a calibration by a target's description in a manifest; None for the target's own.
 
@@ -180,7 +171,7 @@ def noted_temperature(described: Any) -> float | None:
     """
     if not isinstance(described, dict) or described.get(CALIBRATION) is None:
         return None
-    return _usable(described.get(TEMPERATURE))
+    return usable_temperature(described.get(TEMPERATURE))
 
 
 def temperature_text(described: Any) -> str:
@@ -199,17 +190,6 @@ def temperature_text(described: Any) -> str:
     return f"{temperature:.4g}, fitted{on} ({calibration.get('address')})"
 
 
-def _usable(temperature: Any) -> float:
-    """A temperature, if logits can be divided by it.
-
-    Raises:
-        ValueError: they cannot.
-    """
-    if not is_number(temperature) or not MIN_TEMPERATURE <= temperature < MAX_TEMPERATURE:
-        raise ValueError("the temperature of the target is not a positive number")
-    return float(temperature)
-
-
 def _calibration_of(fields: dict[str, Any], address: str) -> Calibration:
     """The calibration in a document.
 
@@ -225,7 +205,7 @@ def _calibration_of(fields: dict[str, Any], address: str) -> Calibration:
         raise ValueError("its target or its classes are no texts")
     return Calibration(
         address=address,
-        temperature=_usable(fit["fitted"]),
+        temperature=usable_temperature(fit["fitted"]),
         bound=bound,
         num_images=num_images,
         target=target["address"],

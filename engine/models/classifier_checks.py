@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import JobError
+from engine.job.plan import MAX_TEMPERATURE, MIN_TEMPERATURE
 from engine.methods.config_values import is_number
 from engine.models.class_name_checks import SINGLE_LOGIT, check_names, in_index_order
 from engine.models.configurations import TIMM_KEY, need_file, read_config, reading_configuration
@@ -17,8 +18,6 @@ from engine.models.processor_checks import check_processor
 from engine.models.stored_tensors import tensors_of
 from engine.models.timm_checks import check_timm_installed, check_timm_transform, timm_names, timm_problems
 from engine.models.weight_files import check_weights, conversion_line, has_weights
-
-MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 
 
 def class_names(folder: Path, address: str) -> list[str]:

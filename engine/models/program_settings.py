@@ -10,8 +10,8 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from engine.errors import JobError
+from engine.job.plan import MAX_TEMPERATURE, MIN_TEMPERATURE
 from engine.models.class_name_checks import check_names
-from engine.models.classifier_checks import MAX_TEMPERATURE, MIN_TEMPERATURE
 from engine.models.untrusted_files import MAX_RECORD_BYTES, read_whole
 
 # A settings file, for messages.

@@ -18,9 +18,10 @@ from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.errors import JobError, first_line
 from engine.job.parsing import parse_job
+from engine.job.plan import planned_temperature
 from engine.job.spec import JobSpec, RequestSpec
 from engine.job.spec_messages import nearest
-from engine.models.calibration import noted_temperature, planned_temperature
+from engine.models.calibration import noted_temperature
 from engine.models.digests import model_digest
 from engine.models.programs import is_program
 

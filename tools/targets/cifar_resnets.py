@@ -1,7 +1,8 @@
-"""CIFAR-10 ResNets as targets: factories for jobs, a command that converts them, and one that measures them.
+"""CIFAR-10 ResNets as targets: factories for jobs, a command that converts them, and two that measure them.
 
     export RISKFORGE_DATA=FOLDER        # holds classifiers/ and cifar10/
     python -m tools.targets.cifar_resnets check
+    python -m tools.targets.cifar_resnets calibrate
     python -m tools.targets.cifar_resnets convert --output targets
 
 In a job that is run from the root of the repository: `target: tools.targets.cifar_resnets:resnet20`; after `convert`,
@@ -35,6 +36,8 @@ SETTINGS: dict[str, Any] = {
     "std": [0.229, 0.224, 0.225],
 }
 ROWS = 250
+# Test images that temperatures are fitted on; those after them judge the fit.
+NUM_FITTED = 2500
 
 
 class Block(nn.Module):
@@ -120,15 +123,33 @@ def test_images() -> tuple[list[PIL.Image.Image], Tensor]:
         return [PIL.Image.fromarray(one) for one in file["images"]], torch.from_numpy(file["labels"]).long()
 
 
-def accuracy_percent(address: str) -> float:
-    """Accuracy of a target on the test images, as the engine sees it."""
+def scored(address: str) -> tuple[Tensor, Tensor]:
+    """Logits [N, n] of a target on the test images, as the engine sees it, and their classes [N]."""
     from engine.models.classifier import Classifier
 
     classifier = Classifier.load(address)
     images, labels = test_images()
     batches = [images[start : start + ROWS] for start in range(0, len(images), ROWS)]
-    predicted = torch.cat([classifier.score(batch).argmax(1) for batch in batches])
-    return 100 * (predicted == labels).double().mean().item()
+    return torch.cat([classifier.score(batch) for batch in batches]), labels
+
+
+def accuracy_percent(address: str) -> float:
+    """Accuracy of a target on the test images."""
+    logits, labels = scored(address)
+    return 100 * (logits.argmax(1) == labels).double().mean().item()
+
+
+def calibration_row(name: str) -> str:
+    """A network's fitted temperature, and what it does to other images: mean NLL, and the median risk of errors."""
+    from engine.methods.temperature import fit_temperature
+
+    logits, labels = scored(f"tools.targets.cifar_resnets:{name}")
+    fit = fit_temperature(logits[:NUM_FITTED].double(), labels[:NUM_FITTED], 1.0)
+    others, classes = logits[NUM_FITTED:], labels[NUM_FITTED:]
+    errs = others.argmax(1) != classes
+    risks = [functional.cross_entropy(others / divisor, classes, reduction="none") for divisor in (1.0, fit.fitted)]
+    figures = [fit.fitted, *(risk.mean() for risk in risks), *(risk[errs].median() for risk in risks)]
+    return f"| {name} | {' | '.join(f'{float(figure):.3f}' for figure in figures)} |"
 
 
 def _data() -> Path:
@@ -143,9 +164,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("check", help="measure accuracy on the test images at hand")
+    commands.add_parser("calibrate", help="fit temperatures on half of them, and measure on the other half")
     converting = commands.add_parser("convert", help="write TorchScript files with their side files")
     converting.add_argument("--output", type=Path, default=Path("targets"))
     arguments = parser.parse_args()
+    if arguments.command == "calibrate":
+        print("| network | T | NLL at 1 | NLL at T | median risk of errors at 1 | at T |\n|---|---|---|---|---|---|")
+        print("\n".join(map(calibration_row, WEIGHTS)))
+        return
     for name in WEIGHTS:
         if arguments.command == "convert":
             print(convert(name, arguments.output))

@@ -39,8 +39,9 @@ from engine.data.stores.fresh_folder import fresh_folder
 from engine.errors import JobError
 from engine.job.class_names import distinct_names
 from engine.job.columns import SCHEMA_VERSION
+from engine.job.plan import TEMPERATURE
 from engine.job.records import STATUS_OK, STATUS_REJECTED, SampleResult
-from engine.models.calibration import CALIBRATION, TEMPERATURE
+from engine.models.calibration import CALIBRATION
 
 DUPLICATES = "duplicates.csv"
 

@@ -17,8 +17,9 @@ from engine.data.run.file_names import SURPLUS_LIST
 from engine.data.run.schema import arrow_schema, tar_features
 from engine.data.run.summary import GroupSummary, Spread, shown_entry_scores, shown_scores
 from engine.job.columns import BY_NAME, Role, columns_with, enumerated, target_first, units_text
+from engine.job.plan import TEMPERATURE
 from engine.job.spec import ConditioningSpec, JobSpec, RequestSpec
-from engine.models.calibration import CALIBRATION, TEMPERATURE, temperature_text
+from engine.models.calibration import CALIBRATION, temperature_text
 from engine.models.licences import UNKNOWN
 from engine.models.training_lineage import training_text
 

@@ -17,11 +17,10 @@ from engine.data.run.manifest_reading import check_is_run
 from engine.data.stores.base import Store
 from engine.errors import MAX_REASON_CHARS, JobError, OutputError, OwnedError
 from engine.job.parsing import parse_job
-from engine.job.plan import EVERY_CELL, Cell, Extent, Plan, RequestPlan
+from engine.job.plan import EVERY_CELL, Cell, Extent, Plan, RequestPlan, planned_temperature
 from engine.job.records import columns_of
 from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json
-from engine.models.calibration import planned_temperature
 
 PLAN_VERSION = 1
 # Samples of a request over all of its classes, at most: a larger number is not a valid plan.

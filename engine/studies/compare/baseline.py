@@ -14,6 +14,7 @@ from engine.data.run.counts import JOINT_KEY
 from engine.data.stores.file_errors import explained
 from engine.errors import JobError
 from engine.job.columns import stored_names
+from engine.job.plan import TEMPERATURE, usable_temperature
 from engine.methods.strict_json import parse_json
 from engine.models.untrusted_files import read_whole
 from engine.studies.compare.scored_run import MEDIANS, ScoredRun, Texts, read_scored_run, texts_of
@@ -39,7 +40,7 @@ def pin_run(run: ScoredRun, path: Path) -> None:
         "baseline_version": BASELINE_VERSION,
         "address": run.address,
         "name": run.name,
-        "target": run.target,
+        "target": run.target | ({} if run.temperature is None else {TEMPERATURE: run.temperature}),
         "labels": list(run.labels),
         "methods": run.methods,
         **{name: _packed(getattr(run, name)) for name in _TEXT_COLUMNS},
@@ -96,10 +97,12 @@ def _unpinned(document: dict[str, Any]) -> ScoredRun:
         raise ValueError("its columns have different lengths")
     if any(np.isnan(values).any() for values in scores.values()):
         raise ValueError("a score is no number")
+    temperature = document["target"].get(TEMPERATURE)
     return ScoredRun(
         address=str(document["address"]),
         name=str(document["name"]),
         target={key: str(document["target"][key]) for key in ("address", "digest")},
+        temperature=None if temperature is None else usable_temperature(temperature),
         labels=tuple(map(str, document["labels"])),
         methods={str(name): str(method) for name, method in document["methods"].items()},
         unknown=_unknown(document, columns),

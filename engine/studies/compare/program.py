@@ -162,6 +162,9 @@ def _differing(old: ScoredRun, new: ScoredRun) -> Iterator[str]:
                 f"{run.address}: is a baseline from before errors of joint prompts were counted outside their classes,"
                 f" so those of {_listed(sorted(run.unknown))} are not compared; pin it again"
             )
+    if old.target["digest"] == new.target["digest"] and old.temperature != new.temperature:
+        was, now = (f"{run.temperature:.4g}" if run.temperature else "its own" for run in (old, new))
+        yield f"temperature of the target: {was} -> {now}; risk, KLDB and entropy are not of one scale"
     for name in old.methods:
         if old.methods[name] != new.methods.get(name, old.methods[name]):
             yield f"request {name!r}: method {old.methods[name]} -> {new.methods[name]}"

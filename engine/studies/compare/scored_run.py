@@ -21,6 +21,7 @@ from engine.errors import OutputError, first_line
 from engine.job.class_names import distinct_names
 from engine.job.columns import ASKED, BY_NAME, ERRS, Role, columns_with, stored_names
 from engine.job.spec import JOINT_SEPARATOR
+from engine.models.calibration import noted_temperature
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,6 +48,7 @@ class ScoredRun:
         valid: 1 where the target errs and the oracle agrees, 0 where not, NaN without an oracle.
         scores: by metric of `MEDIANS`; of runs and baselines of an earlier schema version without later ones.
         unknown: requests whose shares are not known: those with a joint prompt in earlier baselines.
+        temperature: of the target in place of its own; None for its own.
         curation: of a curated run, in which every attempt of its parent has its scores.
     """
 
@@ -65,6 +67,7 @@ class ScoredRun:
     valid: NDArray[np.float64]
     scores: Mapping[str, NDArray[np.float64]]
     unknown: frozenset[str] = frozenset()
+    temperature: float | None = None
     curation: Curation | None = None
 
     def metric(self, name: str, rows: Rows) -> Any:
@@ -122,6 +125,7 @@ def _scored_run(address: str, name: str, target: dict[str, Any], table: pa.Table
         address=address,
         name=name,
         target={key: str(target[key]) for key in ("address", "digest")},
+        temperature=noted_temperature(target),
         labels=labels,
         methods=dict(zip(requests.tolist(), methods.tolist(), strict=True)),
         keys=texts_of(table["key"].to_pylist()),

@@ -15,9 +15,10 @@ import engine
 from engine.data.stores.base import Store
 from engine.errors import OutputError, first_line
 from engine.job.json_values import difference
+from engine.job.plan import TEMPERATURE
 from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json
-from engine.models.calibration import TEMPERATURE, job_calibration
+from engine.models.calibration import job_calibration
 from engine.models.untrusted_files import MAX_DOCUMENT_BYTES
 from engine.studies.loop.parsing import LoopJob
 from engine.studies.loop.spec import MAX_REWARD, LoopSpec

@@ -14,16 +14,14 @@ from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.job.json_values import digest_of
-from engine.job.plan import Plan
+from engine.job.plan import TEMPERATURE, Plan, planned_temperature
 from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json
 from engine.models.addresses import resolve
 from engine.models.calibration import (
     CALIBRATION,
-    TEMPERATURE,
     checked_calibration,
     describe_temperature,
-    planned_temperature,
 )
 from engine.models.digests import model_digest
 from engine.models.labels import read_labels
