@@ -148,8 +148,8 @@ def calibration_row(name: str) -> str:
     others, classes = logits[NUM_FITTED:], labels[NUM_FITTED:]
     errs = others.argmax(1) != classes
     risks = [functional.cross_entropy(others / divisor, classes, reduction="none") for divisor in (1.0, fit.fitted)]
-    figures = [fit.fitted, *(risk.mean() for risk in risks), *(risk[errs].median() for risk in risks)]
-    return f"| {name} | {' | '.join(f'{float(figure):.3f}' for figure in figures)} |"
+    figures = [fit.fitted, *(float(risk.mean()) for risk in risks), *(float(risk[errs].median()) for risk in risks)]
+    return f"| {name} | {' | '.join(f'{figure:.3f}' for figure in figures)} |"
 
 
 def _data() -> Path:
