@@ -17,6 +17,7 @@ import torch
 
 from engine.commands.jobfile import read_job
 from engine.data.images import open_images
+from engine.data.reading.export import _common_models
 from engine.data.stores.opening import open_store
 from engine.driver.checks import check_job, plan_job
 from engine.driver.progress import PlainDisplay
@@ -394,6 +395,18 @@ def test_a_rescoring_uses_the_temperature_that_it_says(runs: tuple[Path, Path], 
     for named, message in ((tmp_path / "none", "there is no artefact at"), (stored(tmp_path / "t"), "another target")):
         code, _, err = call("rescore", run, "--target", OTHER, "--calibration", named)
         assert code == 2 and err.startswith("error: --calibration: ") and message in err
+
+
+def test_an_export_knows_a_target_that_earlier_runs_noted_no_temperature_of() -> None:
+    """The digest has the target's own temperature; one of an artefact makes the scores another target's."""
+    earlier: dict[str, Any] = {"address": TARGET, "digest": "d"}
+    own, named = earlier | {"temperature": 1.5}, earlier | {"temperature": 1.5, "calibration": {"address": "a"}}
+
+    def common(*targets: dict[str, Any]) -> dict[str, Any]:
+        return _common_models(tuple(SimpleNamespace(models={"target": one}) for one in targets))  # type: ignore[arg-type]
+
+    assert common(earlier, own) == {"target": earlier} and common(named, named) == {"target": named}
+    assert common(own, named) == common(earlier, named) == {}
 
 
 def test_a_comparison_says_that_the_scales_differ(runs: tuple[Path, Path], artefact: Path, tmp_path: Path) -> None:
