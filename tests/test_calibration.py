@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -209,6 +211,21 @@ def test_a_conditioning_artefact_calibrates_as_well(tmp_path: Path) -> None:
     fits = [read_calibration(f"zoo:cifar10/conditioning-resnet{depth}") for depth in (20, 32)]
     assert [round(fit.temperature, 1) for fit in fits if fit] == [2.3, 2.5]
     assert {fit.num_images for fit in fits if fit} == {2500}
+
+
+@pytest.mark.skipif(not Path(os.environ.get("RISKFORGE_DATA", "-"), "classifiers").is_dir(), reason="no RISKFORGE_DATA")
+def test_the_networks_of_others_have_their_calibrations_in_the_zoo(tmp_path: Path) -> None:
+    """By their digests: each is taken for its own network, and refused for the other."""
+    for depth, other, expected in ((20, 32, 2.342), (32, 20, 2.505)):
+        target, models = f"tools.targets.cifar_resnets:resnet{depth}", {"diffusion": "zoo:cifar10/stable-diffusion"}
+        models |= {"clip": "zoo:cifar10/clip", "target": target}
+        request = {"name": "a", "method": "prompt", "classes": ["cat"], "count": 1}
+        for place, artefact in enumerate((depth, other)):
+            named = models | {"calibration": f"zoo:cifar10/conditioning-resnet{artefact}"}
+            raw = job_of(target, tmp_path) | {"models": named, "requests": [request]}
+            job = read_job(write(raw, tmp_path), [])
+            with pytest.raises(JobError, match="is the calibration of another") if place else contextlib.nullcontext():
+                assert planned_temperature(plan_job(job).identity) == pytest.approx(expected, abs=1e-3)
 
 
 # Refused before a worker starts --------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def _print_retrained(retrained: Retrained) -> None:
         print(f"{name:<13}{data['images']} images from {data['kind']}, {data['num_unusable']} unusable")
         print_some([f"{image['name']}: {image['reason']}" for image in data["unusable"]], "retrain.json")
     temperature = document["temperature"]
-    origin = "fitted on --calibrate" if temperature["fit"] else "the target's in the run; --calibrate DATA fits it"
+    origin = "fitted on --calibrate" if temperature["fit"] else "the target's; --calibrate DATA fits it"
     print(f"temperature  {temperature['used']:.4g}, {origin}")
     print(f"model        {retrained.path / MODEL}")
     print(f"figures      {retrained.path / DOCUMENT}")
