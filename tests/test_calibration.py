@@ -342,7 +342,7 @@ def test_a_calibration_is_as_good_as_a_target_that_has_the_temperature(runs: tup
 
 
 def test_the_run_says_which_temperature_it_used(runs: tuple[Path, Path], tmp_path: Path, call: Any) -> None:
-    """Manifest, card, report, the card of an export; of the other run that it is the target's own."""
+    """Manifest, card, report, `inspect`, the card of an export; of the other run that it is the target's own."""
     for run, text in zip(runs, (f"3.7, fitted on 2,500 images ({runs[0].parent.parent / 'artefact'})",
                                 "3.7, of the target's own configuration"), strict=True):  # fmt: skip
         target = json.loads((run / "manifest.json").read_text())["models"]["target"]
@@ -350,6 +350,7 @@ def test_the_run_says_which_temperature_it_used(runs: tuple[Path, Path], tmp_pat
         assert f"temperature {text}" in (run / "README.md").read_text()
         page = (run / "report.html").read_text().replace("&#39;", "'")
         assert f"temperature {text}" in page
+        assert f"; temperature {text}\n" in call("inspect", run)[1]
         code, _, err = call("export", run, "--output", tmp_path / run.parent.name, "--format", "webdataset")
         assert code == 0, err
         assert f"temperature {text}" in (tmp_path / run.parent.name / "README.md").read_text()

@@ -256,11 +256,15 @@ def _quantiles_table(quantiles: dict[str, list[float]]) -> Table:
 
 
 def _model_line(model: Any) -> str:
+    from engine.job.plan import TEMPERATURE
+    from engine.models.calibration import CALIBRATION, temperature_text
     from engine.models.training_lineage import training_text
 
     if not isinstance(model, dict):
         return str(model)
-    text = ", ".join(str(value) for name, value in model.items() if name != "trained_on")
+    apart, temperature = ("trained_on", TEMPERATURE, CALIBRATION), temperature_text(model)
+    text = ", ".join(str(value) for name, value in model.items() if name not in apart)
+    text += f"; temperature {temperature}" if temperature else ""
     try:
         training = training_text(model.get("trained_on"))
     except ValueError as error:
