@@ -170,15 +170,19 @@ class Generator:
         padded, draws = [*specs, *[specs[-1]] * missing], self._draws(request, specs)
         draws += draws[-1:] * missing
         starts = self._start_images(request, padded)
-        images, health = self.sample(request, padded, draws, starts)
+        start = self._start(request, starts)
+        images, health = self.sample(request, padded, draws, start)
+        twins = self.sample_unguided(request, padded, draws, start) if self._job.requests[request].twin else None
         sampled = SampledImages(
             specs=padded,
             num_samples=len(specs),
             pixels=imaging.quantise(images),
-            is_finite=torch.isfinite(images).flatten(1).all(1).tolist(),
+            is_finite=_finite_rows(images),
             health=health,
             draws=draws,
             starts=starts,
+            twins=None if twins is None else imaging.quantise(twins),
+            is_twin_finite=() if twins is None else _finite_rows(twins),
         )
         checker = self._model(request).safety_checker
         return ImageBatch(sampled, self._job, self._plan, request, self._scorer, checker)
@@ -203,20 +207,33 @@ class Generator:
         request: int,
         specs: Sequence[SampleSpec],
         draws: Sequence[ScreenedDraw],
-        starts: Sequence[StartImage] = (),
+        start: Start | None = None,
     ) -> tuple[Tensor, GradientHealth]:
         """Images [B, 3, H, W], nominally in [0, 1], of samples of a request, and the health of their gradients.
 
         Args:
             draws: the image embeddings of a request with `conditioning`, one a sample; empty for others.
-            starts: the real images of a request with `start`, one a sample; empty for others.
+            start: of a request with `start`; None for others.
         """
         denoiser, sampler, noise = self._denoiser(request, specs, draws)
         guided = self._guided(request, specs, denoiser)
-        latents = sample(guided or denoiser, sampler, noise, self._start(request, starts))
+        latents = sample(guided or denoiser, sampler, noise, start)
         health = guided.health.on_host() if guided else GradientHealth.of(len(specs))
         with torch.no_grad():
             return self._model(request).decode(latents), health
+
+    def sample_unguided(
+        self,
+        request: int,
+        specs: Sequence[SampleSpec],
+        draws: Sequence[ScreenedDraw],
+        start: Start | None = None,
+    ) -> Tensor:
+        """As `sample`, without guidance: the same noise, conditions and start, by a sampler without a history."""
+        denoiser, sampler, noise = self._denoiser(request, specs, draws)
+        latents = sample(denoiser, sampler, noise, start)
+        with torch.no_grad():
+            return self._model(request).decode(latents)
 
     def _denoiser(
         self, request: int, specs: Sequence[SampleSpec], draws: Sequence[ScreenedDraw]
@@ -310,6 +327,11 @@ class Generator:
         problems = model.conditioning_problems(model.folder, self._address(request), spec.conditioning)
         if problems:
             raise JobError([f"{where}.conditioning{problem}" for problem in problems])
+
+
+def _finite_rows(images: Tensor) -> list[bool]:
+    """Of each image [B, C, H, W], whether all values are finite."""
+    return torch.isfinite(images).flatten(1).all(1).tolist()
 
 
 def longest_prompts(request: RequestPlan) -> list[str]:
