@@ -246,10 +246,10 @@ def test_what_only_a_batch_raises_on_a_cpu_is_reported(made: Made, monkeypatch: 
     clean = make(generator, specs)
     sample = generator.sample
 
-    def mixed(request: int, some: list[SampleSpec], draws: Any) -> Any:
+    def mixed(request: int, some: list[SampleSpec], *more: Any) -> Any:
         if len({spec.key for spec in some}) > 8:
             raise RuntimeError("too many prompts")
-        return sample(request, some, draws)
+        return sample(request, some, *more)
 
     monkeypatch.setattr(generator, "sample", mixed)
     results = make(generator, specs)
