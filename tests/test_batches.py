@@ -325,9 +325,9 @@ def test_a_size_that_is_to_be_found_is_found_by_whole_batches(made: Made, monkey
         rows[0] = num_rows
         return sampled(request, some, num_rows)
 
-    def scoring(some: list[SampleSpec], inputs: Any) -> Any:
+    def scoring(some: list[SampleSpec], *inputs: Any) -> Any:
         steps.append(f"score {len(some)}")
-        return score(some, inputs)
+        return score(some, *inputs)
 
     monkeypatch.setattr(generator._loop, "_sample", sampling)
     monkeypatch.setattr(generator._scorer, "score", scoring)
