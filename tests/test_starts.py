@@ -21,7 +21,9 @@ import yaml
 from engine.data.images import LabelledImage, image_key, open_images
 from engine.driver.checks import plan_job
 from engine.errors import JobError
+from engine.generation import given_images
 from engine.generation.generator import Generator
+from engine.generation.given_images import read_for
 from engine.generation.starts import Size, StartImages, fitted
 from engine.job.parsing import apply_overrides, parse_job
 from engine.job.plan import Cell, SampleSpec
@@ -198,13 +200,19 @@ def test_the_classes_of_a_joint_prompt_take_turns(made):
                       "three/a.png", "eight/b.jpg"]  # fmt: skip
 
 
-def test_unclip_starts_with_the_noise_of_its_latents(folder):
-    """Whose generator draws the noise of the embedding first; strength 1 and the usual sample are the same."""
+def test_unclip_starts_with_the_noise_of_its_latents(folder, monkeypatch):
+    """Whose generator draws the noise of the embedding first; strength 1 and the usual sample are the same.
+
+    Driver and worker read the images once each, though all requests are conditioned on them and one starts from them.
+    """
+    opened_images = []
+    monkeypatch.setattr(given_images, "open_images", lambda *of: opened_images.append(of) or open_images(*of))
     conditioning = {"images": str(folder), "noise_level": 100}
     requests = [request(name, folder, share, conditioning=conditioning, classes=["three"])
                 for name, share in (("half", 0.5), ("one", 1), ("usual", None))]  # fmt: skip
     made = opened(raw_job(*requests, models={"diffusion": f"{ZOO}stable-unclip"}))
     assert [one.image for one in results_of(made, "one")] == [one.image for one in results_of(made, "usual")]
+    assert len(opened_images) == 2
     generator, plans = made
     specs = [plans["half"].sample(place) for place in range(4)]
     padded = specs + specs[-1:] * 12
@@ -266,12 +274,11 @@ def test_a_full_disk_is_named(made, folder, monkeypatch):
     """Fifty thousand photographs take tens of gigabytes: the message says where, and how to choose another place."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     generator, requests = made
-    generator._start_sets._sets.clear()
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(JobError, match=r"requests\.0\.start\.images: .*cannot be kept in .* set TMPDIR"):
-            generator._start_sets.of(requests["list-s050"], Size(320, 320))
+            generator._start_sets.of(requests["list-s050"], Size(320, 320), lambda reader: read_for([reader], TEN))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
@@ -327,6 +334,20 @@ def test_a_worker_that_sees_other_images_stops(folder, tmp_path):
     (other / "three" / "a.png").rename(other / "three" / "b.png")
     with pytest.raises(JobError, match=r"requests\.0\.start\.images: .* differs on this machine from the driver's"):
         Generator(job, plan)
+
+
+def test_a_folder_that_is_not_there_is_seen_without_reading_images(folder, tmp_path, call):
+    """`plan --validate` names it, and `plan` without measuring reads none."""
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(raw_job(request("a", folder, [0.25, 0.5]), request("b", "nowhere", [0.25, 0.5]))))
+    code, _, error = call("plan", path, "--validate")
+    assert (
+        code == 2
+        and error.startswith("error: requests.1.start.images: there is no 'nowhere'")
+        and error.count("\n") == 1
+    )
+    assert call("plan", path, "--validate", "--set", f"requests.1.start.images={folder}")[0] == 0
+    assert "b-s050" in call("plan", path)[1]
 
 
 def members(output: Path, kind: str) -> dict[str, bytes]:
