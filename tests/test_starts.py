@@ -448,6 +448,9 @@ NAN = float("nan")
         ([{"strength": [0.5, 0.2]}],
          ["0.start.strength.1: 0.2 of 4 steps is none; give 0.25 or more, or 0 for no step"]),
         ([{"strength": 0.2}], ["0.start.strength: 0.2 of 4 steps is none; give 0.25 or more, or 0 for no step"]),
+        ([{"strength": [place / 100 for place in range(25, 100)], "twin": True, "classes": ["a", "a"]}],
+         ["0.classes: ['a', 'a'] names a class twice; name each once",
+          "0.twin: method 'prompt' guides nothing, so that a sample is its own twin; leave it out"]),
         ([{"strength": [0.3, 0.5], "twin": True}], ["0.twin: method 'prompt' guides nothing, so that a sample is *"]),
         ([{"strength": [0.5, 1], "accept": {"start_distance": "< 0.4", "twin_risk": "> 1"}}],
          ["0.accept.twin_risk: no sample would be accepted, as there is no twin; *",
@@ -462,8 +465,7 @@ def test_what_is_wrong_with_a_list_is_told_in_the_files_terms(requests, lines):
     """At the place that the file has, and once for all the requests that are made of it."""
     raw = raw_job(*(request("b", "x", None) | _started(one) for one in requests))
     found = problems_of(raw)
-    assert len(found) >= len(lines)
-    for line, wanted in zip(found, lines, strict=False):
+    for line, wanted in zip(found, lines, strict=True):
         head, _, tail = wanted.partition("*")
         assert line.removeprefix("requests.").removeprefix("requests").startswith(head) and line.endswith(
             tail.partition("*")[2] or tail
