@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from engine.job.spec import JobSpec, RequestSpec
-from engine.methods.sampling.spec import steps_of
 from engine.models.addresses import locate
 from engine.models.arithmetic import Arithmetic, behind_tiny, count_folder
 from engine.models.configurations import read_config
@@ -67,8 +66,8 @@ def _advice(job: JobSpec, request: RequestSpec) -> DecoderAdvice | None:
     """The advice for a request; None where nothing is guided, or the pipeline's configurations are not here."""
     sampling, parameters = job.sampling_of(request), job.parameters_of(request)
     steps, pipeline = sampling.num_inference_steps, request.diffusion or job.models.diffusion
-    taken = steps_of(request.used_start.strength, steps) if request.used_start else steps
-    num_guided = sum(parameters.is_guided(index, steps) for index in range(steps - taken + 1, steps + 1))
+    taken = request.steps_taken(steps)
+    num_guided = sum(parameters.is_guided(index, steps) for index in taken)
     folder = locate(pipeline).folder
     if not num_guided or folder is None or not has_configurations(folder):
         return None
@@ -76,8 +75,8 @@ def _advice(job: JobSpec, request: RequestSpec) -> DecoderAdvice | None:
     halves = 2 if sampling.guidance_scale > 1 else 1
     through_unet = getattr(parameters, "gradient", "") == "unet"
     totals = [
-        one.guided(taken, num_guided, through_unet=through_unet, num_halves=halves)
-        + (one.prompt(taken, halves) if request.twin else 0)
+        one.guided(len(taken), num_guided, through_unet=through_unet, num_halves=halves)
+        + (one.prompt(len(taken), halves) if request.twin else 0)
         for one in counted
     ]
     shares = [num_guided * one.decoder_gradient / total for one, total in zip(counted, totals, strict=True)]
