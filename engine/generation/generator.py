@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,11 +17,13 @@ from engine.generation.batching import Batches, BatchSizes, useful_size
 from engine.generation.conditioner import Conditioner, open_conditioner
 from engine.generation.decoder_precision import TRIAL_SAMPLES, DecoderPrecisions, Subject
 from engine.generation.faults import is_fault_of_machine, is_of_size, may_pass
+from engine.generation.given_images import Reader, read_for
 from engine.generation.guidance import RequestGuides
 from engine.generation.isolation import Isolation
 from engine.generation.loading import PipelinePool, load_scorer
 from engine.generation.notices import Notices
 from engine.generation.results import ImageBatch, SampledImages
+from engine.generation.starts import Size, StartImage, StartImages, StartSets
 from engine.job.plan import Plan, RequestPlan, SampleSpec, make_prompt, planned_temperature
 from engine.job.records import SampleResult
 from engine.job.spec import JobSpec
@@ -31,7 +34,7 @@ from engine.methods.guidance.rules import GradientHealth
 from engine.methods.guidance.scene import Decoding
 from engine.methods.heartbeat import beat
 from engine.methods.sampling.denoiser import ClassifierFreeDenoiser
-from engine.methods.sampling.loop import sample
+from engine.methods.sampling.loop import Start, sample
 from engine.methods.sampling.schedulers import Sampler
 from engine.models.decoder import GuidanceDecoder
 from engine.models.decoding import Decoder
@@ -61,6 +64,8 @@ class Generator:
         self._target = self._scorer.target
         self._pipelines = PipelinePool(self._hardware, checks_safety=job.models.safety_checker == "auto")
         self._conditioners: dict[int, Conditioner] = {}
+        self._start_sets = StartSets(plan)
+        self._starts: dict[int, StartImages] = {}
         self._guides = RequestGuides(job, plan, self._scorer, device)
         decoder = job.models.guidance_decoder
         self._guidance_decoder = GuidanceDecoder.load(decoder, self._hardware) if decoder else None
@@ -74,7 +79,8 @@ class Generator:
     def _begin_batches(self) -> None:
         """As before the first batch: sizes are to be found, and nothing is proven."""
         self._sizes = BatchSizes(self._job, self._plan, self._hardware, self._address)
-        self._isolation = Isolation([request.spec.name for request in self._plan.requests])
+        requests = self._plan.requests
+        self._isolation = Isolation([one.spec.name for one in requests], [one.where for one in requests])
         self._loop = BatchLoop(
             self._sizes,
             self._isolation,
@@ -134,16 +140,26 @@ class Generator:
         self._check_combination(request)
         negative = self._job.sampling_of(plan.spec).negative_prompt
         self._model(request).check_prompts([*longest_prompts(plan), negative])
-        if plan.spec.conditioning is not None:
-            self._conditioners[request] = self._conditioner(plan)
+        self._open_images(plan)
         _, height, width = self._model(request).latent_shape
         self._sizes.of(request).bound(useful_size(height * width))
         self._guides.prepare(plan, self._model(request).image_shape, self._decoding(request))
-        if plan.spec.method_record.is_guided:
+        # At strength 0 there is no step to be guided.
+        if plan.spec.method_record.is_guided and (plan.spec.start is None or plan.spec.start.strength > 0):
             decoder, shape = self._decoder(request), self._model(request).latent_shape
             trial = partial(self._compared, request)
-            self._precisions.decide(f"requests.{request}", self._subject(request), decoder, shape, trial)
+            self._precisions.decide(plan.where, self._subject(request), decoder, shape, trial)
         self._prepared.add(request)
+
+    def _open_images(self, plan: RequestPlan) -> None:
+        """What samples of a request are conditioned on and start from; images that are both are read once."""
+        readers: list[Reader] = []
+        if plan.spec.conditioning is not None:
+            self._conditioners[plan.number] = self._conditioner(plan, readers.append)
+        size = Size(*self._model(plan.number).image_shape[1:])
+        if (starts := self._start_sets.of(plan, size, readers.append)) is not None:
+            self._starts[plan.number] = starts
+        read_for(readers, self._target.labels)
 
     def batch_limit(self, request: int) -> int:
         """Largest batch of a request, since one failed here or memory ran out elsewhere; 0 where nothing limits it."""
@@ -161,17 +177,23 @@ class Generator:
         missing = num_rows - len(specs)
         padded, draws = [*specs, *[specs[-1]] * missing], self._draws(request, specs)
         draws += draws[-1:] * missing
-        images, health = self.sample(request, padded, draws)
+        starts = self._start_images(request, padded)
+        start = self._start(request, starts)
+        images, health = self.sample(request, padded, draws, start)
+        twins = self.sample_unguided(request, padded, draws, start) if self._job.requests[request].twin else None
         sampled = SampledImages(
             specs=padded,
             num_samples=len(specs),
             pixels=imaging.quantise(images),
-            is_finite=torch.isfinite(images).flatten(1).all(1).tolist(),
+            is_finite=_finite_rows(images),
             health=health,
             draws=draws,
+            starts=starts,
+            twins=None if twins is None else imaging.quantise(twins),
+            is_twin_finite=() if twins is None else _finite_rows(twins),
         )
         checker = self._model(request).safety_checker
-        return ImageBatch(sampled, self._job, self._plan, request, self._scorer, checker)
+        return ImageBatch(sampled, self._job, self._plan, request, self._scorer, checker, self.notices)
 
     def _draws(self, request: int, specs: Sequence[SampleSpec]) -> list[ScreenedDraw]:
         """The image embedding that conditions each sample; empty where none does."""
@@ -183,20 +205,43 @@ class Generator:
             beat()
         return draws
 
+    def _start_images(self, request: int, specs: Sequence[SampleSpec]) -> list[StartImage]:
+        """The image that each sample starts from; empty where they start from noise alone."""
+        starts = self._starts.get(request)
+        return [] if starts is None else [starts.of(spec) for spec in specs]
+
     def sample(
-        self, request: int, specs: Sequence[SampleSpec], draws: Sequence[ScreenedDraw]
+        self,
+        request: int,
+        specs: Sequence[SampleSpec],
+        draws: Sequence[ScreenedDraw],
+        start: Start | None = None,
     ) -> tuple[Tensor, GradientHealth]:
         """Images [B, 3, H, W], nominally in [0, 1], of samples of a request, and the health of their gradients.
 
         Args:
             draws: the image embeddings of a request with `conditioning`, one a sample; empty for others.
+            start: of a request with `start`; None for others.
         """
         denoiser, sampler, noise = self._denoiser(request, specs, draws)
         guided = self._guided(request, specs, denoiser)
-        latents = sample(guided or denoiser, sampler, noise)
+        latents = sample(guided or denoiser, sampler, noise, start)
         health = guided.health.on_host() if guided else GradientHealth.of(len(specs))
         with torch.no_grad():
             return self._model(request).decode(latents), health
+
+    def sample_unguided(
+        self,
+        request: int,
+        specs: Sequence[SampleSpec],
+        draws: Sequence[ScreenedDraw],
+        start: Start | None = None,
+    ) -> Tensor:
+        """As `sample`, without guidance: the same noise, conditions and start, by a sampler without a history."""
+        denoiser, sampler, noise = self._denoiser(request, specs, draws)
+        latents = sample(denoiser, sampler, noise, start)
+        with torch.no_grad():
+            return self._model(request).decode(latents)
 
     def _denoiser(
         self, request: int, specs: Sequence[SampleSpec], draws: Sequence[ScreenedDraw]
@@ -208,6 +253,16 @@ class Generator:
         images = self._image_conditioning(request, draws, drawn)
         denoiser = model.denoiser([spec.prompt for spec in specs], sampling, sampler, images)
         return denoiser, sampler, drawn[LATENTS]
+
+    def _start(self, request: int, images: Sequence[StartImage]) -> Start | None:
+        """Where the samples of a request start in place of noise alone; `images` are of the whole batch."""
+        spec = self._job.requests[request].used_start
+        if spec is None:
+            return None
+        pixels = torch.from_numpy(np.stack([image.pixels for image in images])).to(self._hardware.device)
+        with torch.no_grad():
+            latents = self._model(request).encode_images(pixels.permute(0, 3, 1, 2).float() / 255)
+        return Start(latents=latents.float(), strength=spec.strength)
 
     def _guided(
         self, request: int, specs: Sequence[SampleSpec], denoiser: ClassifierFreeDenoiser
@@ -227,7 +282,7 @@ class Generator:
         assert guided is not None
         compared = ComparedDenoiser(guided, [decoding, in_8_bits(self._decoding(request))])
         with self._model(request).uncompiled():
-            sample(compared, sampler, noise)
+            sample(compared, sampler, noise, self._start(request, self._start_images(request, specs)))
         return compared.cosines()
 
     def _image_conditioning(
@@ -257,13 +312,18 @@ class Generator:
     def _model(self, request: int) -> Pipeline:
         return self._pipelines.get(self._address(request))
 
-    def _conditioner(self, request: RequestPlan) -> Conditioner:
+    def _conditioner(self, request: RequestPlan, later: Callable[[Reader], None]) -> Conditioner:
         spec = request.spec.conditioning
         assert spec is not None
+        for number in self._prepared:
+            other = self._plan.requests[number]
+            is_same = (other.spec.conditioning, other.cells, other.total) == (spec, request.cells, request.total)
+            if is_same and self._address(number) == self._address(request.number):
+                return self._conditioners[number]
         planned = self._plan.identity["requests"][request.number]["conditioning"]
         digest = planned["images" if spec.artefact is None else "artefact"]
         address = self._address(request.number)
-        return open_conditioner(request, address, self._target.labels, self._hardware.device, digest)
+        return open_conditioner(request, address, self._target.labels, self._hardware.device, digest, later)
 
     def _check_combination(self, request: int) -> None:
         """Whether pipeline, sampling and conditioning go together; a pipeline of the hub was not there to be checked.
@@ -272,13 +332,19 @@ class Generator:
             JobError: they do not.
         """
         model, spec = self._model(request), self._job.requests[request]
+        where = self._plan.requests[request].where
         try:
             model.sampler(self._job.sampling_of(spec))
         except ValueError as error:
-            raise JobError(f"requests.{request}: {error}") from None
+            raise JobError(f"{where}: {error}") from None
         problems = model.conditioning_problems(model.folder, self._address(request), spec.conditioning)
         if problems:
-            raise JobError([f"requests.{request}.conditioning{problem}" for problem in problems])
+            raise JobError([f"{where}.conditioning{problem}" for problem in problems])
+
+
+def _finite_rows(images: Tensor) -> list[bool]:
+    """Of each image [B, C, H, W], whether all values are finite."""
+    return torch.isfinite(images).flatten(1).all(1).tolist()
 
 
 def longest_prompts(request: RequestPlan) -> list[str]:

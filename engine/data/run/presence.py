@@ -37,11 +37,12 @@ MAX_LISTED = 8
 def lost_files(store: Store) -> list[str]:
     """Files of committed shards that are gone or of another size, a line each, with their shard.
 
-    One listing of the shards, and the records; no shard is opened.
+    One listing of each folder of shards, and the records; no shard is opened.
     """
     recorded = list(recorded_files(store))
     # After the records: files are published before their record.
-    sizes = store.sizes(SHARDS)
+    folders = {SHARDS, *(one[1].partition("/")[0] for one in recorded if not isinstance(one, CorruptShardError))}
+    sizes = {name: size for folder in folders for name, size in store.sizes(folder).items()}
     lost: list[str] = []
     for recorded_file in recorded:
         if isinstance(recorded_file, CorruptShardError):
