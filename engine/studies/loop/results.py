@@ -166,6 +166,10 @@ def _engine_identity(job: JobSpec | None) -> dict[str, Any] | None:
     fields["output"].pop("uri")
     for name in ("workers", "batch_size"):
         fields["runtime"].pop(name)
+    # A loop has no starts and no twins; of a calibration the temperature counts. Loops from before know none of them.
+    for request in fields["requests"]:
+        del request["start"], request["twin"]
+    del fields["models"]["calibration"]
     if (calibration := job_calibration(job, with_digest=False)) is not None:
         fields["models"][TEMPERATURE] = calibration.temperature
     return fields
