@@ -57,7 +57,9 @@ SCORE = (
 # A score that a user can ask for, and that tables leave out.
 DETAIL = Role.ACCEPTS | Role.SORTS
 # A score of two images, which only some requests have.
-PAIRED = Role.ACCEPTS | Role.INSPECTED | Role.SUMMARISED | Role.VERIFIED | Role.SORTS | Role.RANGES
+PAIRED = (
+    Role.ACCEPTS | Role.INSPECTED | Role.SUMMARISED | Role.VERIFIED | Role.COMPARED | Role.SORTS | Role.RANGES
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,11 @@ class Column:
         if self.without is not None:
             return self.without
         return NO_CLASS if self.type == "int" and self.is_class else _EMPTY.get(self.type, [])
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether it is of two images, so that its empty value is no measurement: unknown wherever values are used."""
+        return self.without == NO_PAIR
 
     @property
     def is_list(self) -> bool:
@@ -324,7 +331,8 @@ RECORD_COLUMNS: tuple[Column, ...] = (
         description="1 minus the cosine of the CLIP embeddings of twin and sample; -1 without a twin", roles=PAIRED,
     ),
     Column(
-        name="twin_predicted_class", type="int", since=4, is_class=True, measured_by="target", roles=Role.VERIFIED,
+        name="twin_predicted_class", type="int", since=4, is_class=True, measured_by="target", without=NO_CLASS,
+        roles=Role.VERIFIED,
         description="class that the target predicts for the twin; -1 without one",
     ),
     Column(

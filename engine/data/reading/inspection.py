@@ -16,12 +16,12 @@ from engine.data.run.curated import KEY, find_curation
 from engine.data.run.file_names import CURATION_DOCUMENT, MANIFEST, SUCCESS
 from engine.data.run.manifest_reading import read_manifest
 from engine.data.run.notices import count_notices, known_notices
-from engine.data.run.summary import SUMMARY_COLUMNS, GroupSummary, class_texts, group_document, summarise_table
+from engine.data.run.summary import SUMMARY_COLUMNS, GroupSummary, class_texts, group_document, measured, summarise_table
 from engine.data.run.tar_index import TarReader, index_tars
 from engine.data.stores.base import Store
 from engine.data.stores.file_errors import explained
 from engine.errors import CorruptShardError, JobError, OutputError
-from engine.job.columns import Role, columns_with, stored_names
+from engine.job.columns import BY_NAME, Role, columns_with, stored_names
 from engine.job.spec_messages import nearest
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def quantiles(corpus: Corpus) -> dict[str, list[float]]:
     scored = corpus.filter("scored").to_table(names) if names else None
     if scored is None or not len(scored):
         return {}
-    columns = {name: scored[name].drop_null().to_numpy() for name in names}
+    columns = {name: measured(scored[name], BY_NAME[name]) for name in names}
     finite = {name: values[np.isfinite(values)] for name, values in columns.items()}
     return {
         name: [float(value) for value in np.quantile(values, QUANTILES)]
