@@ -162,13 +162,16 @@ class Generator:
         padded, draws = [*specs, *[specs[-1]] * missing], self._draws(request, specs)
         draws += draws[-1:] * missing
         images, health = self.sample(request, padded, draws)
+        twins = self.sample_unguided(request, padded, draws) if self._job.requests[request].twin else None
         sampled = SampledImages(
             specs=padded,
             num_samples=len(specs),
             pixels=imaging.quantise(images),
-            is_finite=torch.isfinite(images).flatten(1).all(1).tolist(),
+            is_finite=_finite_rows(images),
             health=health,
             draws=draws,
+            twins=None if twins is None else imaging.quantise(twins),
+            is_twin_finite=() if twins is None else _finite_rows(twins),
         )
         checker = self._model(request).safety_checker
         return ImageBatch(sampled, self._job, self._plan, request, self._scorer, checker)
@@ -197,6 +200,13 @@ class Generator:
         health = guided.health.on_host() if guided else GradientHealth.of(len(specs))
         with torch.no_grad():
             return self._model(request).decode(latents), health
+
+    def sample_unguided(self, request: int, specs: Sequence[SampleSpec], draws: Sequence[ScreenedDraw]) -> Tensor:
+        """As `sample`, without guidance: the same noise and conditions, by a sampler without a history."""
+        denoiser, sampler, noise = self._denoiser(request, specs, draws)
+        latents = sample(denoiser, sampler, noise)
+        with torch.no_grad():
+            return self._model(request).decode(latents)
 
     def _denoiser(
         self, request: int, specs: Sequence[SampleSpec], draws: Sequence[ScreenedDraw]
@@ -279,6 +289,11 @@ class Generator:
         problems = model.conditioning_problems(model.folder, self._address(request), spec.conditioning)
         if problems:
             raise JobError([f"requests.{request}.conditioning{problem}" for problem in problems])
+
+
+def _finite_rows(images: Tensor) -> list[bool]:
+    """Of each image [B, C, H, W], whether all values are finite."""
+    return torch.isfinite(images).flatten(1).all(1).tolist()
 
 
 def longest_prompts(request: RequestPlan) -> list[str]:
