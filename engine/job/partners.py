@@ -5,6 +5,7 @@ All work on a job as plain data, as manifests have it, which may be of an earlie
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -23,13 +24,14 @@ def prompt_partners(requests: Sequence[Request]) -> list[tuple[str, str]]:
     Args:
         requests: of a job, as plain data.
     """
-    return _partners(requests, lambda request: _is_unguided(request) and not request.get("conditioning"), lambda _: 0)
+    plain = _partners(requests, lambda request: _is_unguided(request) and not request.get("conditioning"), lambda _: 0)
+    return [(name, partners[0]) for name, partners in plain.items()]
 
 
-def unguided_partners(job: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Each guided request with the first unguided one that differs in guidance alone: its samples are true twins.
+def unguided_partners(job: Mapping[str, Any]) -> dict[str, list[str]]:
+    """For each guided request the unguided ones that differ in guidance alone: their samples are true twins.
 
-    Their diffusion model, conditioning and sampling are equal too. Samples are twins where seed, prompt and start are.
+    Diffusion model, conditioning and sampling are equal, too. Two samples are twins where seed, prompt and start are.
     """
 
     def traits(request: Request) -> Hashable:
@@ -42,18 +44,18 @@ def unguided_partners(job: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _partners(
     requests: Sequence[Request], is_partner: Callable[[Request], bool], traits: Callable[[Request], Hashable]
-) -> list[tuple[str, str]]:
-    """Each request that cannot be a partner, with the first that can and shares noise, start and traits with it."""
+) -> dict[str, list[str]]:
+    """For each request that cannot be a partner those that can, and share noise, start and traits with it."""
 
     def shared(request: Request) -> Hashable:
         return request.get("seed_group") or request["name"], _start(request), traits(request)
 
-    first: dict[Hashable, str] = {}
+    partners = defaultdict[Hashable, list[str]](list)
     for request in requests:
         if is_partner(request):
-            first.setdefault(shared(request), request["name"])
-    others = [request for request in requests if not is_partner(request) and shared(request) in first]
-    return [(request["name"], first[shared(request)]) for request in others]
+            partners[shared(request)].append(request["name"])
+    others = [request for request in requests if not is_partner(request)]
+    return {request["name"]: partners[shared(request)] for request in others if partners[shared(request)]}
 
 
 def _start(request: Request) -> tuple[str, float] | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from engine.data.reading.filters import FLAG, NUMBER, TEXT, Vocabulary, compile_filter, compile_number
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pyarrow.compute import Expression
     from pyarrow.dataset import Dataset
 
+    from engine.data.reading.pairs import Pair
     from engine.data.reading.torch_samples import TorchSamples
 
 
@@ -275,6 +276,17 @@ class Corpus:
             for number, source in enumerate(chosen.runs)
         ]
         return make_samples(runs, chosen.labels, transform, weights)
+
+    def pairs(self) -> Iterator[Pair]:
+        """The selected samples that have a start or an unguided twin, each with these images, one at a time.
+
+        Raises:
+            JobError: no selected sample has one.
+            CorruptShardError: now or on the way, an image is missing or damaged.
+        """
+        from engine.data.reading.pairs import read_pairs
+
+        return read_pairs(self if self._has_images else self.samples)
 
     def _with_weights(self, weights: str) -> Corpus:
         """The samples that have a weight; unscored ones have none where the expression uses a score."""

@@ -16,7 +16,14 @@ from engine.data.run.curated import KEY, find_curation
 from engine.data.run.file_names import CURATION_DOCUMENT, MANIFEST, SUCCESS
 from engine.data.run.manifest_reading import read_manifest
 from engine.data.run.notices import count_notices, known_notices
-from engine.data.run.summary import SUMMARY_COLUMNS, GroupSummary, class_texts, group_document, measured, summarise_table
+from engine.data.run.summary import (
+    SUMMARY_COLUMNS,
+    GroupSummary,
+    class_texts,
+    group_document,
+    measured,
+    summarise_table,
+)
 from engine.data.run.tar_index import TarReader, index_tars
 from engine.data.stores.base import Store
 from engine.data.stores.file_errors import explained

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.data.images import UnusableImageError, decode_sample
+from engine.data.reading.selection import Selection
 from engine.data.reading.source import RunSource
 from engine.data.run.companions import companion_name
 from engine.data.run.shards import SHARDS
 from engine.data.run.tar_index import SamplePlaces, TarReader, index_tars
-from engine.data.run.twins_table import FoundTwins, read_twins, with_twins
+from engine.data.run.twins_table import TWIN_COLUMNS, FoundTwins, read_twins, with_twins
 from engine.data.stores.base import StoredFile
 from engine.errors import CorruptShardError, JobError
 from engine.job.records import STARTS, TWINS
@@ -64,7 +65,8 @@ class PairRows:
         table: the rows, with the twins that an evaluation found.
 
     Args:
-        rows: of the samples of the run, all columns.
+        source: the run.
+        rows: of its samples, with `key` and the columns of starts and twins at least.
 
     Raises:
         CorruptShardError: a tar or `twins.parquet` cannot be read, or an image that a row names is in no tar.
@@ -85,16 +87,21 @@ class PairRows:
         has_any = pc.or_(pc.or_(places[START], places[TWIN]), places[FOUND])
         self.table = merged.filter(has_any)
         self._keys = {place: dict[str, str]() for place in (SAMPLE, *places)}
+        # A row has its own twin under its own key, and one that was found under that of another sample.
         for place, flags in places.items():
             chosen = merged.filter(flags)
             names = chosen["twin_key" if place == FOUND else "key"].to_pylist()
             self._keys[place] = dict(zip(chosen["key"].to_pylist(), names, strict=True))
         keys = self.table["key"].to_pylist()
         self._keys[SAMPLE] = dict(zip(keys, keys, strict=True))
+        self._numbers = {key: number for number, key in enumerate(keys)}
         self._index: dict[str, tuple[SamplePlaces, TarReader]] = {}
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._numbers
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows in order; what a run of an earlier schema version lacks is left out."""
@@ -115,6 +122,11 @@ class PairRows:
     def twin(self, key: str) -> ImageFile | None:
         """The unguided twin of a sample."""
         return self._read(TWIN, key) or self._read(FOUND, key)
+
+    def twin_fields(self, key: str) -> dict[str, Any]:
+        """What a row has of its twin, by column."""
+        number = self._numbers[key]
+        return {name: self.table[name][number].as_py() for name in TWIN_COLUMNS}
 
     def close(self) -> None:
         """Close the tars."""
@@ -141,6 +153,55 @@ class PairRows:
                 )
             self._index[place] = index_tars(tars, self._keys[place].values()), TarReader(tars)
         return self._index[place]
+
+
+# What says which rows have pairs, and of what.
+_PAIR_COLUMNS = ["key", "start_key", "strength", *TWIN_COLUMNS]
+
+
+class SelectedPairs:
+    """The pairs of the samples of an export, by the keys that they have there.
+
+    Raises:
+        JobError: none of the samples has a start or a twin.
+        CorruptShardError: as `PairRows`.
+
+    Side effects:
+        Samples without a pair are taken out of the selection.
+    """
+
+    def __init__(self, corpus: Corpus, selection: Selection) -> None:
+        tables = [corpus.run_table(number, _PAIR_COLUMNS) for number in range(len(corpus.runs))]
+        self._corpus = corpus
+        self._runs = [PairRows(source, table) for source, table in zip(corpus.runs, tables, strict=True)]
+        keys = [table["key"].to_pylist() for table in tables]
+        own = {sample.key: (sample.run, keys[sample.run][sample.row]) for sample in selection.samples}
+        self._places = {key: (run, name) for key, (run, name) in own.items() if name in self._runs[run]}
+        selection.samples = [sample for sample in selection.samples if sample.key in self._places]
+        if not selection.samples:
+            raise JobError(no_pairs(corpus))
+
+    def images(self, key: str) -> tuple[ImageFile | None, ImageFile | None]:
+        """Start and twin of a sample.
+
+        Raises:
+            CorruptShardError: one is no image.
+        """
+        run, name = self._places[key]
+        files = {"start": self._runs[run].start(name), "twin": self._runs[run].twin(name)}
+        for what, file in files.items():
+            _optional(self._corpus.runs[run], name, what, file)
+        return files["start"], files["twin"]
+
+    def twin_fields(self, key: str) -> dict[str, Any]:
+        """What a sample has of its twin, by column."""
+        run, name = self._places[key]
+        return self._runs[run].twin_fields(name)
+
+    def close(self) -> None:
+        """Close the tars."""
+        for pairs in self._runs:
+            pairs.close()
 
 
 def read_pairs(corpus: Corpus) -> Iterator[Pair]:
@@ -183,6 +244,11 @@ def _optional(source: RunSource, key: str, what: str, file: ImageFile | None) ->
 
 
 def _decoded(source: RunSource, key: str, what: str, file: ImageFile) -> PIL.Image.Image:
+    """An image of a sample, decoded.
+
+    Raises:
+        CorruptShardError: it is none.
+    """
     try:
         return decode_sample(file.data)
     except UnusableImageError as error:

@@ -117,9 +117,7 @@ def _write(run: StudiedRun, options: EvaluateOptions, display: Display, folder: 
     )
 
 
-def _evaluate(
-    run: StudiedRun, options: EvaluateOptions, display: Display
-) -> tuple[Evaluation, FoundTwins | None]:
+def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> tuple[Evaluation, FoundTwins | None]:
     job, manifest = run.job, read_manifest(run.store)
     labels = _labels(run, manifest)
     for option, address in (("--real", options.real), ("--train", options.train)):

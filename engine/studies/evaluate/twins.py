@@ -51,16 +51,14 @@ def find_twins(run: StudiedRun, clip: Clip, display: Display) -> FoundTwins | No
     partners = unguided_partners(run.job.model_dump(mode="json", exclude_none=True))
     if not partners:
         return None
-    table, num_attempts = _rows(run, {name for pair in partners for name in pair})
-    pairs = [pair for guided, plain in partners for pair in _pairs(table, guided, plain)]
+    table, num_attempts = _rows(run, {name for guided, plain in partners.items() for name in (guided, *plain)})
+    pairs = [pair for guided, plain in partners.items() for pair in _pairs(table, guided, plain)]
     rows = []
     display.phase("comparing samples with their unguided twins")
     for start in range(0, len(pairs), _BATCH):
         display.advance(f"comparing twins: {start}/{len(pairs)}")
         rows += list(_measured(run, pairs[start : start + _BATCH], clip))
-    return FoundTwins(
-        rows=twins_table(rows), plan_digest=run.plan_digest, num_attempts=num_attempts, clip=clip.name
-    )
+    return FoundTwins(rows=twins_table(rows), plan_digest=run.plan_digest, num_attempts=num_attempts, clip=clip.name)
 
 
 def _rows(run: StudiedRun, requests: set[str]) -> tuple[list[Row], int]:
@@ -85,13 +83,13 @@ def _texts(names: set[str]) -> pa.Array:
     return pa.array(sorted(names), pa.string())
 
 
-def _pairs(rows: list[Row], guided: str, plain: str) -> Iterator[Pair]:
-    """Each sample of a request without a twin of its own, with its twin in another request."""
+def _pairs(rows: list[Row], guided: str, plain: list[str]) -> Iterator[Pair]:
+    """Each sample of a request without a twin of its own, with its twin in other requests."""
 
     def identity(row: Row) -> tuple[int, str, str]:
         return row["seed"], row["prompt"], row["start_sha256"]
 
-    twins = {identity(row): row for row in rows if row["request"] == plain and row["scored"]}
+    twins = {identity(row): row for row in rows if row["request"] in plain and row["scored"]}
     for row in rows:
         if row["request"] == guided and not row["twin_key"] and (twin := twins.get(identity(row))):
             yield row, twin
