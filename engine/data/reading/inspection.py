@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.data.reading.corpus import Corpus
+from engine.data.reading.pairs import found_twins, pair_rows
 from engine.data.reading.source import RunSource
 from engine.data.run.commit_record import CommitRecord
 from engine.data.run.commits import inspect_records
@@ -25,10 +27,12 @@ from engine.data.run.summary import (
     summarise_table,
 )
 from engine.data.run.tar_index import TarReader, index_tars
+from engine.data.run.twins_table import with_twins
 from engine.data.stores.base import Store
 from engine.data.stores.file_errors import explained
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.job.columns import BY_NAME, Role, columns_with, stored_names
+from engine.job.records import STARTS, TWINS
 from engine.job.spec_messages import nearest
 
 if TYPE_CHECKING:
@@ -74,6 +78,7 @@ def inspect(corpus: Corpus) -> Inspection:
         "quantiles": quantiles(corpus),
         "groups": [group_document(group) for group in groups],
         "image": _first_image(corpus),
+        **_pairs(corpus),
     }
     return Inspection(document=document, groups=groups)
 
@@ -101,15 +106,23 @@ def quantiles(corpus: Corpus) -> dict[str, list[float]]:
     }
 
 
+def _pairs(corpus: Corpus) -> dict[str, Any]:
+    """How many samples have a start, and an unguided twin; nothing where none has."""
+    runs = list(pair_rows(corpus.samples))
+    counts = {kind: sum(pairs.count(kind) for pairs in runs) for kind in (STARTS, TWINS)}
+    return {"pairs": counts} if any(counts.values()) else {}
+
+
 def find_sample(corpus: Corpus, key: str) -> tuple[RunSource, dict[str, Any]]:
-    """The row of a key, and its run.
+    """The row of a key, with the twin that an evaluation found for it, and its run.
 
     Raises:
         JobError: no run has it.
     """
     for number, source in enumerate(corpus.runs):
-        rows = corpus.filter(f"key == {key!r}", "--key").run_table(number).to_pylist()
-        if rows:
+        table = corpus.filter(f"key == {key!r}", "--key").run_table(number)
+        if len(table):
+            rows = with_twins(table, found_twins(source)).to_pylist()
             return source, {name: value for name, value in rows[0].items() if value is not None}
     keys = corpus.to_table(["key"])["key"][:MAX_NEAREST].to_pylist()
     raise JobError(f"--key: no row has the key {key!r}{nearest(key, keys)}")
@@ -126,6 +139,23 @@ def read_image(source: RunSource, row: dict[str, Any]) -> tuple[bytes, str]:
         raise JobError(f"--save: no image of '{row['key']}' is stored; its status is '{row['status']}'")
     place = index_tars(source.tars, [row["key"]])[row["key"]]
     return TarReader(source.tars).read(place.image), place.image_format
+
+
+def read_second_image(corpus: Corpus, key: str, which: str) -> bytes:
+    """The image file that a sample started from, or that of its unguided twin.
+
+    Args:
+        which: `start` or `twin`.
+
+    Raises:
+        JobError: the sample has none.
+        CorruptShardError: the tar that should have it is damaged.
+    """
+    for pairs in pair_rows(corpus.filter(f"key == {key!r}", "--key").with_images(rejected=True, surplus=True)):
+        with contextlib.closing(pairs):
+            if (file := pairs.start(key) if which == "start" else pairs.twin(key)) is not None:
+                return file.data
+    raise JobError(f"--image: no {which} of '{key}' is stored")
 
 
 def save_image(path: Path, data: bytes) -> None:

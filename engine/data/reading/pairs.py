@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from engine.data.reading.corpus import Corpus
 
+# What says which rows have a start or a twin.
+_PAIR_COLUMNS = ("key", "start_key", "strength", *TWIN_COLUMNS)
 _ROWS = 256
 # Where the images of a sample lie: its own, its start, its twin in `twins/`, its twin among the samples.
 SAMPLE, START, TWIN, FOUND = "sample", STARTS, TWINS, "found"
@@ -62,6 +64,7 @@ class PairRows:
     """The rows of a run that have a start or a twin, and where their images are.
 
     Attributes:
+        source: the run.
         table: the rows, with the twins that an evaluation found.
 
     Args:
@@ -75,8 +78,8 @@ class PairRows:
     def __init__(self, source: RunSource, rows: pa.Table) -> None:
         import pyarrow.compute as pc
 
-        self._source = source
-        found = _found_twins(source)
+        self.source = source
+        found = found_twins(source)
         merged = with_twins(rows, found)
         own = _filled(rows, "twin_key")
         places = {
@@ -123,6 +126,10 @@ class PairRows:
         """The unguided twin of a sample."""
         return self._read(TWIN, key) or self._read(FOUND, key)
 
+    def count(self, kind: str) -> int:
+        """How many of the samples have a start, or a twin of either kind."""
+        return len(self._keys[START]) if kind == START else len(self._keys[TWIN]) + len(self._keys[FOUND])
+
     def twin_fields(self, key: str) -> dict[str, Any]:
         """What a row has of its twin, by column."""
         number = self._numbers[key]
@@ -144,19 +151,21 @@ class PairRows:
     def _indexed(self, place: str) -> tuple[SamplePlaces, TarReader]:
         """Where the images of a place are, found when the first of them is asked for."""
         if place not in self._index:
-            tars = _companions(self._source, place) if place in (START, TWIN) else list(self._source.tars)
+            tars = _companions(self.source, place) if place in (START, TWIN) else list(self.source.tars)
             if not tars:
                 key = next(iter(self._keys[place]))
                 raise CorruptShardError(
-                    f"{self._source.uri}: has no tar in {place}/, but its rows name images there, such as that of"
+                    f"{self.source.uri}: has no tar in {place}/, but its rows name images there, such as that of"
                     f" {key!r}; `riskforge verify` reports what is damaged"
                 )
             self._index[place] = index_tars(tars, self._keys[place].values()), TarReader(tars)
         return self._index[place]
 
 
-# What says which rows have pairs, and of what.
-_PAIR_COLUMNS = ["key", "start_key", "strength", *TWIN_COLUMNS]
+def pair_rows(corpus: Corpus) -> Iterator[PairRows]:
+    """What rows of each run say of starts and twins, without their other columns."""
+    for number, source in enumerate(corpus.runs):
+        yield PairRows(source, corpus.run_table(number, _PAIR_COLUMNS))
 
 
 class SelectedPairs:
@@ -171,10 +180,9 @@ class SelectedPairs:
     """
 
     def __init__(self, corpus: Corpus, selection: Selection) -> None:
-        tables = [corpus.run_table(number, _PAIR_COLUMNS) for number in range(len(corpus.runs))]
         self._corpus = corpus
-        self._runs = [PairRows(source, table) for source, table in zip(corpus.runs, tables, strict=True)]
-        keys = [table["key"].to_pylist() for table in tables]
+        self._runs = list(pair_rows(corpus))
+        keys = [corpus.run_table(number, ["key"])["key"].to_pylist() for number in range(len(corpus.runs))]
         own = {sample.key: (sample.run, keys[sample.run][sample.row]) for sample in selection.samples}
         self._places = {key: (run, name) for key, (run, name) in own.items() if name in self._runs[run]}
         selection.samples = [sample for sample in selection.samples if sample.key in self._places]
@@ -267,8 +275,12 @@ def _companions(source: RunSource, kind: str) -> list[StoredFile]:
     return files
 
 
-def _found_twins(source: RunSource) -> FoundTwins | None:
-    """The twins that an evaluation found; of a rescored run they are those of the scores before."""
+def found_twins(source: RunSource) -> FoundTwins | None:
+    """The twins that an evaluation found; none of a rescored run, as their scores are those before.
+
+    Raises:
+        CorruptShardError: the file cannot be read.
+    """
     return None if source.is_rescored or not source.digest else read_twins(source.store, source.digest)
 
 
