@@ -88,7 +88,7 @@ def _measure_request(generator: Generator, request: RequestPlan) -> _Timing:
     num = len(results)
     if all(result.record["status"] == STATUS_FAILED for result in results):
         raise JobError(
-            f"requests.{request.number}: all {num} samples of the measured batch failed, so a run would make none:"
+            f"{request.where}: all {num} samples of the measured batch failed, so a run would make none:"
             f" {results[0].record['error_message']}"
         )
     num_accepted = sum(bool(result.record["accepted"]) for result in results)

@@ -130,7 +130,7 @@ def _extend(store: Store, stored: StoredRun, plan: Plan, job: JobSpec) -> Plan:
 def _check_quotas(stored: StoredRun, plan: Plan) -> None:
     """Refuse quotas that shrank: samples beyond them are there already."""
     shrunk = [
-        f"requests.{request.number}.count: {request.spec.count} is below the {raw['count']} asked for in this output;"
+        f"{request.where}.count: {request.spec.count} is below the {raw['count']} asked for in this output;"
         " counts can only grow (or use another output)"
         for request, raw in zip(plan.requests, stored.job["requests"], strict=True)
         if request.spec.has_quota and request.spec.count < raw["count"]
