@@ -17,6 +17,9 @@ from typing import Any, Literal
 NO_CLASS = -1
 # The value of a score of two images where there is no second one; filters and medians take it for unknown.
 NO_PAIR = -1.0
+# A change of an image is adversarial from here on, in dB of PSNR: a root mean square difference of 2.55 of 255 levels, 1 %
+# of the range, which people hardly see side by side. Attacks with a bound of 8 of 255 levels have 30 dB or more.
+ADVERSARIAL_PSNR_DB = 40.0
 _EMPTY: dict[str, Any] = {"int": 0, "float": 0.0, "bool": False, "str": ""}
 
 

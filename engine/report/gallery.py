@@ -164,7 +164,7 @@ def make_tile(record: dict[str, Any], image: bytes, names: dict[int, str], budge
     """A tile of a sample's metadata and image file; `image` is empty where none is stored."""
     uri, is_tiny = thumbnail(image, budget_bytes) if image else ("", False)
     predicted = name_of(record["predicted_class"], names)
-    conditioned = _conditioned(record, names)
+    conditioned = conditioned_name(record, names)
     scored = is_scored(record)
     return Tile(
         image=uri,
@@ -185,7 +185,7 @@ def _tile_scores() -> tuple[Column, ...]:
     return tuple(column for column in by_rank(columns_with(Role.SORTS)) if column.since == 1)[:NUM_TILE_SCORES]
 
 
-def _conditioned(record: dict[str, Any], names: dict[int, str]) -> str:
+def conditioned_name(record: dict[str, Any], names: dict[int, str]) -> str:
     """What a sample was conditioned on; the record of a joint prompt names only the class it came closest to."""
     if is_joint(record["key"]) and record["kldb_classes"]:
         return subset_name(tuple(record["kldb_classes"]), names)
