@@ -28,6 +28,9 @@ MAX_SAMPLE_BYTES = 64 * 2**20
 ROWS_PER_GROUP = 1024
 IMAGE_FORMATS: tuple[str, ...] = get_args(OutputSpec.model_fields["image_format"].annotation)
 
+# A sample of a tar: key, image file, record, class.
+TarSample = tuple[str, bytes, dict[str, Any], int]
+
 _VERSIONS = range(SCHEMA_VERSION, 0, -1)
 _KEY = re.compile(r"[a-z0-9-]{1,90}")
 
@@ -66,8 +69,8 @@ def is_key(text: str) -> bool:
     return _KEY.fullmatch(text) is not None
 
 
-def read_shard(path: Path) -> Iterator[tuple[str, bytes, dict[str, Any], int]]:
-    """The samples of a tar in order: key, image file, record, class.
+def read_shard(path: Path) -> Iterator[TarSample]:
+    """The samples of a tar in order.
 
     Raises:
         CorruptShardError: the tar is cut short, has a foreign or misplaced member, or a record that breaks the schema.
@@ -220,9 +223,7 @@ def inspect_pair(tar: Path, parquet: Path, companions: Mapping[str, Path] | None
         return describe_files(tar, parquet, count_rows(brief), companions)
 
 
-def _check_companion(
-    kind: str, path: Path, images: Iterator[tuple[str, bytes, dict[str, Any], int]], row: dict[str, Any]
-) -> None:
+def _check_companion(kind: str, path: Path, images: Iterator[TarSample], row: dict[str, Any]) -> None:
     """Check the next image of a companion against the row of a stored sample, which may have none."""
     if not has_companion(kind, row):
         return
