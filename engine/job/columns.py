@@ -17,8 +17,8 @@ from typing import Any, Literal
 NO_CLASS = -1
 # The value of a score of two images where there is no second one; filters and medians take it for unknown.
 NO_PAIR = -1.0
-# A change of an image is adversarial from here on, in dB of PSNR: a root mean square difference of 2.55 of 255 levels, 1 %
-# of the range, which people hardly see side by side. Attacks with a bound of 8 of 255 levels have 30 dB or more.
+# From this PSNR on, in dB, a change of an image is adversarial: its root mean square is 2.55 of 255 levels, 1 % of the
+# range, which people hardly see side by side. Attacks with a bound of 8 levels have 30 dB or more.
 ADVERSARIAL_PSNR_DB = 40.0
 _EMPTY: dict[str, Any] = {"int": 0, "float": 0.0, "bool": False, "str": ""}
 
@@ -391,6 +391,8 @@ ENTRY_SCORES: dict[str, EntryScore] = {
     part.alias: EntryScore(column, part) for column in RECORD_COLUMNS for part in column.parts if part.alias
 }
 
+# What a row has of its unguided twin.
+TWIN_COLUMNS = tuple(column.name for column in RECORD_COLUMNS if column.name.startswith("twin_"))
 # Columns that say what was asked for, and whether the target errs.
 ASKED = ("key", "class_index", "kldb_classes")
 ERRS = ("predicted_class", "is_error")

@@ -14,9 +14,8 @@ import numpy as np
 from engine.data.run.outcomes import errors, joint_rows, oracle_agreement, scored_rows
 from engine.data.run.schema import check_rows
 from engine.data.run.summary import SUMMARY_COLUMNS
-from engine.data.run.twins_table import TWIN_COLUMNS
 from engine.data.stores.file_errors import shown_path
-from engine.job.columns import BY_NAME, NO_CLASS, Column, Role, by_rank, columns_with, stored_names
+from engine.job.columns import BY_NAME, NO_CLASS, TWIN_COLUMNS, Column, Role, by_rank, columns_with, stored_names
 from engine.job.records import STATUS_FAILED
 from engine.report.text import joined
 

@@ -17,9 +17,9 @@ from PIL import Image
 
 from engine.data.images.decode import UnusableImageError, decode_sample
 from engine.data.run.outcomes import asked_classes
-from engine.data.run.twins_table import TWIN_COLUMNS, FoundTwins
+from engine.data.run.twins_table import FoundTwins
 from engine.data.stores.base import Store
-from engine.job.columns import ADVERSARIAL_PSNR_DB, BY_NAME, NO_CLASS
+from engine.job.columns import ADVERSARIAL_PSNR_DB, BY_NAME, NO_CLASS, TWIN_COLUMNS
 from engine.job.records import STARTS, TWINS
 from engine.methods.registry import find_method
 from engine.report.data import Rows, name_of
@@ -241,11 +241,11 @@ def _verdict(columns: PairColumns, request: str, here: np.ndarray) -> Verdict:
         return Verdict(request=request, word="", text=f"{many(int(here.sum()), 'sample')} with a start.{apart}")
     median = float(np.median(psnr))
     word = "adversarial" if median >= ADVERSARIAL_PSNR_DB else "perceptible"
-    means = "a person does not tell most of these pairs apart" if word == "adversarial" else "a person can see the change"
+    seen = {"adversarial": "people hardly tell sample and twin apart", "perceptible": "people can see the change"}
     return Verdict(
         request=request,
         word=word,
-        text=f"{many(len(psnr), 'sample')} with a twin, median PSNR {median:.1f} dB: {means}.{apart}",
+        text=f"{many(len(psnr), 'sample')} with a twin, median PSNR {median:.1f} dB: {seen[word]}.{apart}",
     )
 
 

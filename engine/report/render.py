@@ -319,9 +319,7 @@ def _gallery(
     """What the template needs for the gallery, and for the pairs among its samples."""
     rows = pairs.rows
     chosen = select(rows, limit) if limit and len(rows) else []
-    records = [
-        record | pairs.of_twin(row) for row, record in zip(chosen, read_samples(metadata, chosen), strict=True)
-    ]
+    records = [record | pairs.of_twin(row) for row, record in zip(chosen, read_samples(metadata, chosen), strict=True)]
     keys = {row: record["key"] for row, record in zip(chosen, records, strict=True)}
     images = find_images(store, job_name, keys)
     if section is not None:

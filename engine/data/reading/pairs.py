@@ -16,9 +16,10 @@ from engine.data.reading.source import RunSource
 from engine.data.run.companions import companion_name
 from engine.data.run.shards import SHARDS
 from engine.data.run.tar_index import SamplePlaces, TarReader, index_tars
-from engine.data.run.twins_table import TWIN_COLUMNS, FoundTwins, read_twins, with_twins
+from engine.data.run.twins_table import FoundTwins, read_twins, with_twins
 from engine.data.stores.base import StoredFile
 from engine.errors import CorruptShardError, JobError
+from engine.job.columns import TWIN_COLUMNS
 from engine.job.records import STARTS, TWINS
 
 if TYPE_CHECKING:

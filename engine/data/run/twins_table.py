@@ -14,14 +14,12 @@ from engine.data.run.schema import arrow_schema, check_rows
 from engine.data.stores.base import Store
 from engine.data.stores.file_errors import explained
 from engine.errors import CorruptShardError, first_line
-from engine.job.columns import BY_NAME
+from engine.job.columns import BY_NAME, TWIN_COLUMNS
 from engine.methods.strict_json import parse_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# What a row has of its twin.
-TWIN_COLUMNS = ("twin_key", "twin_psnr_db", "twin_distance", "twin_predicted_class", "twin_risk")
 _COLUMNS = ("key", *TWIN_COLUMNS)
 _ABOUT = "riskforge.twins"
 
