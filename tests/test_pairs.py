@@ -355,6 +355,16 @@ def test_pairs_are_exported_for_datasets(evaluated: Path, tmp_path: Path) -> Non
     assert {row["twin"] is None for row in loaded} == {row["start"] is None for row in loaded} == {True, False}
 
 
+def test_a_plain_export_has_no_pairs(evaluated: Path, tmp_path: Path) -> None:
+    """Its rows say what they had, and its readers find no second images, which is no damage."""
+    out = export((str(evaluated),), ExportOptions(output=str(tmp_path / "out"), condition="request == 'own'")).path
+    corpus = engine.open_run(str(out))
+    assert len(corpus.filter("twin_psnr_db > 0 and start_distance >= 0")) == 6
+    assert "pairs" not in inspect(corpus).document
+    with pytest.raises(JobError, match=NO_PAIRS):
+        corpus.pairs()
+
+
 def test_only_pairs_are_exported_as_pairs(evaluated: Path, tmp_path: Path) -> None:
     options = {"output": str(tmp_path / "out"), "format": "pairs"}
     with pytest.raises(JobError, match=NO_PAIRS):

@@ -334,7 +334,8 @@ def test_pairs_fit_the_window(pairs: Browser, width: int, dark: bool) -> None:
     inside = (
         "[...document.querySelectorAll('.duo')].every((card) => { const a = card.getBoundingClientRect();"
         " return [...card.querySelectorAll('img, input, dl, h4')].every((one) => {"
-        " const b = one.getBoundingClientRect(); return b.width > 40 && b.left >= a.left && b.right <= a.right && b.bottom <= a.bottom; }); })"
+        " const b = one.getBoundingClientRect();"
+        " return b.width > 40 && b.left >= a.left && b.right <= a.right && b.bottom <= a.bottom; }); })"
     )
     assert pairs.evaluate(inside) and pairs.complaints == []
     assert pairs.evaluate("[...document.querySelectorAll('.duo img')].every((one) => one.classList.contains('tiny'))")

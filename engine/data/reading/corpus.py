@@ -284,9 +284,11 @@ class Corpus:
             JobError: no selected sample has one.
             CorruptShardError: now or on the way, an image is missing or damaged.
         """
-        from engine.data.reading.pairs import read_pairs
+        from engine.data.reading.pairs import PairRows, read_pairs
 
-        return read_pairs(self if self._has_images else self.samples)
+        chosen = self if self._has_images else self.samples
+        runs = [PairRows(source, chosen.run_table(number)) for number, source in enumerate(chosen.runs)]
+        return read_pairs(runs, len(chosen))
 
     def _with_weights(self, weights: str) -> Corpus:
         """The samples that have a weight; unscored ones have none where the expression uses a score."""

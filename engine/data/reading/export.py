@@ -27,8 +27,8 @@ from engine.data.reading.export_options import (
 )
 from engine.data.reading.format_registry import FORMATS, ExportData, Written
 from engine.data.reading.formats import class_folders, numbered_folders
-from engine.data.reading.pairs import SelectedPairs
 from engine.data.reading.real_images import RealImages
+from engine.data.reading.selected_pairs import SelectedPairs
 from engine.data.reading.selection import Chosen, SampleReader, select, shuffled
 from engine.data.reading.source import RunSource
 from engine.data.run.file_names import CARD, CLASSES, EXPORT_KIND, MANIFEST, SUCCESS

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.data.reading.corpus import Corpus
-from engine.data.reading.pairs import found_twins, pair_rows
+from engine.data.reading.pairs import found_twins
+from engine.data.reading.selected_pairs import pair_rows
 from engine.data.reading.source import RunSource
 from engine.data.run.commit_record import CommitRecord
 from engine.data.run.commits import inspect_records

@@ -6,12 +6,12 @@ run, which `twins.parquet` names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.data.images import UnusableImageError, decode_sample
-from engine.data.reading.selection import Selection
 from engine.data.reading.source import RunSource
 from engine.data.run.companions import companion_name
 from engine.data.run.shards import SHARDS
@@ -26,10 +26,8 @@ if TYPE_CHECKING:
     import PIL.Image
     import pyarrow as pa
 
-    from engine.data.reading.corpus import Corpus
-
 # What says which rows have a start or a twin.
-_PAIR_COLUMNS = ("key", "start_key", "strength", *TWIN_COLUMNS)
+PAIR_COLUMNS = ("key", "start_key", "strength", *TWIN_COLUMNS)
 _ROWS = 256
 # Where the images of a sample lie: its own, its start, its twin in `twins/`, its twin among the samples.
 SAMPLE, START, TWIN, FOUND = "sample", STARTS, TWINS, "found"
@@ -77,15 +75,17 @@ class PairRows:
     """
 
     def __init__(self, source: RunSource, rows: pa.Table) -> None:
+        import pyarrow as pa
         import pyarrow.compute as pc
 
         self.source = source
         found = found_twins(source)
         merged = with_twins(rows, found)
         own = _filled(rows, "twin_key")
+        is_stored = pa.scalar(not source.is_export)
         places = {
-            START: pc.and_(_filled(rows, "start_key"), _is_below_one(rows)),
-            TWIN: own,
+            START: pc.and_(pc.and_(_filled(rows, "start_key"), _is_below_one(rows)), is_stored),
+            TWIN: pc.and_(own, is_stored),
             FOUND: pc.and_not(_filled(merged, "twin_key"), own),
         }
         has_any = pc.or_(pc.or_(places[START], places[TWIN]), places[FOUND])
@@ -163,96 +163,47 @@ class PairRows:
         return self._index[place]
 
 
-def pair_rows(corpus: Corpus) -> Iterator[PairRows]:
-    """What rows of each run say of starts and twins, without their other columns."""
-    for number, source in enumerate(corpus.runs):
-        yield PairRows(source, corpus.run_table(number, _PAIR_COLUMNS))
+def read_pairs(runs: Sequence[PairRows], num_selected: int) -> Iterator[Pair]:
+    """The samples of some runs that have a start or a twin, with their images, in the order of the runs and their rows.
 
-
-class SelectedPairs:
-    """The pairs of the samples of an export, by the keys that they have there.
+    Args:
+        num_selected: samples among which they are.
 
     Raises:
-        JobError: none of the samples has a start or a twin.
-        CorruptShardError: as `PairRows`.
-
-    Side effects:
-        Samples without a pair are taken out of the selection.
-    """
-
-    def __init__(self, corpus: Corpus, selection: Selection) -> None:
-        self._corpus = corpus
-        self._runs = list(pair_rows(corpus))
-        keys = [corpus.run_table(number, ["key"])["key"].to_pylist() for number in range(len(corpus.runs))]
-        own = {sample.key: (sample.run, keys[sample.run][sample.row]) for sample in selection.samples}
-        self._places = {key: (run, name) for key, (run, name) in own.items() if name in self._runs[run]}
-        selection.samples = [sample for sample in selection.samples if sample.key in self._places]
-        if not selection.samples:
-            raise JobError(no_pairs(corpus))
-
-    def images(self, key: str) -> tuple[ImageFile | None, ImageFile | None]:
-        """Start and twin of a sample.
-
-        Raises:
-            CorruptShardError: one is no image.
-        """
-        run, name = self._places[key]
-        files = {"start": self._runs[run].start(name), "twin": self._runs[run].twin(name)}
-        for what, file in files.items():
-            _optional(self._corpus.runs[run], name, what, file)
-        return files["start"], files["twin"]
-
-    def twin_fields(self, key: str) -> dict[str, Any]:
-        """What a sample has of its twin, by column."""
-        run, name = self._places[key]
-        return self._runs[run].twin_fields(name)
-
-    def close(self) -> None:
-        """Close the tars."""
-        for pairs in self._runs:
-            pairs.close()
-
-
-def read_pairs(corpus: Corpus) -> Iterator[Pair]:
-    """The selected samples that have a start or a twin, with their images, in the order of the runs and their rows.
-
-    Raises:
-        JobError: no selected sample has one.
+        JobError: there is none.
         CorruptShardError: an image is missing or damaged.
     """
-    runs = [PairRows(source, corpus.run_table(number)) for number, source in enumerate(corpus.runs)]
+    check_any(runs, num_selected)
+    return (pair for pairs in runs for pair in _read(pairs))
+
+
+def check_any(runs: Iterable[PairRows], num_selected: int) -> None:
+    """Check that some sample has a pair.
+
+    Raises:
+        JobError: none has.
+    """
     if not any(map(len, runs)):
-        raise JobError(no_pairs(corpus))
-    return _read(corpus, runs)
+        raise JobError(
+            f"RUN: none of the {num_selected} selected samples has a start or an unguided twin; make them with `start`"
+            " or `twin: true` in their request, or let `riskforge evaluate` find twins among requests of one seed_group"
+        )
 
 
-def no_pairs(corpus: Corpus) -> str:
-    """Why there is nothing to yield."""
-    return (
-        f"RUN: none of the {len(corpus)} selected samples has a start or an unguided twin; make them with `start` or"
-        " `twin: true` in their request, or let `riskforge evaluate` find twins among requests of one seed_group"
-    )
-
-
-def _read(corpus: Corpus, runs: list[PairRows]) -> Iterator[Pair]:
-    for source, pairs in zip(corpus.runs, runs, strict=True):
+def _read(pairs: PairRows) -> Iterator[Pair]:
+    with contextlib.closing(pairs):
         for row in pairs.rows():
-            key = row["key"]
+            key, start, twin = row["key"], pairs.start(row["key"]), pairs.twin(row["key"])
             yield Pair(
                 key=key,
-                image=_decoded(source, key, "image", pairs.image(key)),
-                twin=_optional(source, key, "twin", pairs.twin(key)),
-                start=_optional(source, key, "start", pairs.start(key)),
+                image=decoded(pairs.source, key, "image", pairs.image(key)),
+                twin=None if twin is None else decoded(pairs.source, key, "twin", twin),
+                start=None if start is None else decoded(pairs.source, key, "start", start),
                 record=row,
             )
-        pairs.close()
 
 
-def _optional(source: RunSource, key: str, what: str, file: ImageFile | None) -> PIL.Image.Image | None:
-    return None if file is None else _decoded(source, key, what, file)
-
-
-def _decoded(source: RunSource, key: str, what: str, file: ImageFile) -> PIL.Image.Image:
+def decoded(source: RunSource, key: str, what: str, file: ImageFile) -> PIL.Image.Image:
     """An image of a sample, decoded.
 
     Raises:
