@@ -181,6 +181,16 @@ def test_found_twins_are_what_a_twin_would_have_recorded(evaluated: Path) -> Non
             assert row["twin_distance"] == pytest.approx(same["twin_distance"], abs=1e-5)
 
 
+def test_found_twins_win_over_none_alone(copy: Path) -> None:
+    """A row that has a twin of its own keeps it, whatever the table says of its key."""
+    rows, path = rows_of(copy), copy / TWINS_TABLE
+    table, own = pq.read_table(path), next(row for row in rows.values() if row["request"] == "own")
+    foreign = table.to_pylist()[0] | {"key": own["key"], "twin_psnr_db": 1.0}
+    pq.write_table(type(table).from_pylist([*table.to_pylist(), foreign], schema=table.schema), path)
+    pairs = {pair.key: pair.record for pair in engine.open_run(str(copy)).pairs()}
+    assert {name: pairs[own["key"]][name] for name in TWIN_COLUMNS} == {name: own[name] for name in TWIN_COLUMNS}
+
+
 def test_the_table_belongs_to_the_run(evaluated: Path, run: Path) -> None:
     store = open_store(str(evaluated))
     own, foreign = sort_files(store, "pairs")
