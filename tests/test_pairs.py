@@ -418,7 +418,7 @@ def test_the_page_says_of_each_request_what_people_see(evaluated: Path, tmp_path
 def test_the_page_stays_bounded(tmp_path: Path) -> None:
     """Of noise, which nothing compresses, and larger than is shown; without loss, as differences are drawn."""
     request = {"name": "own", "method": "risky", "twin": True} | GROUP | {"classes": "all"}
-    store = make_drawn_run(tmp_path / "run", [request], noise(280, levels=2))
+    store = make_drawn_run(tmp_path / "run", [request], noise(140, levels=2))
     section = section_of(store)
     images = [base64.b64decode(data) for data in re.findall(r"data:image/webp;base64,([^\"]+)", section)]
     assert len(images) == 3 * MAX_PAIRS and sum(map(len, images)) <= PAIRS_BUDGET_BYTES

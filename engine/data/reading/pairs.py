@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 # What says which rows have a start or a twin.
 PAIR_COLUMNS = ("key", "start_key", "strength", *TWIN_COLUMNS)
-_ROWS = 256
 # Where the images of a sample lie: its own, its start, its twin in `twins/`, its twin among the samples.
 SAMPLE, START, TWIN, FOUND = "sample", STARTS, TWINS, "found"
 
@@ -64,11 +63,11 @@ class PairRows:
 
     Attributes:
         source: the run.
-        table: the rows, with the twins that an evaluation found.
+        table: `PAIR_COLUMNS` of these rows, with the twins that an evaluation found.
 
     Args:
         source: the run.
-        rows: of its samples, with `key` and the columns of starts and twins at least.
+        rows: `PAIR_COLUMNS` of its samples.
 
     Raises:
         CorruptShardError: a tar or `twins.parquet` cannot be read, or an image that a row names is in no tar.
@@ -106,12 +105,6 @@ class PairRows:
 
     def __contains__(self, key: object) -> bool:
         return key in self._numbers
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows in order; what a run of an earlier schema version lacks is left out."""
-        for batch in self.table.to_batches(max_chunksize=_ROWS):
-            for row in batch.to_pylist():
-                yield {name: value for name, value in row.items() if value is not None}
 
     def image(self, key: str) -> ImageFile:
         """The image of a sample."""
@@ -163,18 +156,19 @@ class PairRows:
         return self._index[place]
 
 
-def read_pairs(runs: Sequence[PairRows], num_selected: int) -> Iterator[Pair]:
+def read_pairs(runs: Sequence[tuple[PairRows, Iterable[pa.Table]]], num_selected: int) -> Iterator[Pair]:
     """The samples of some runs that have a start or a twin, with their images, in the order of the runs and their rows.
 
     Args:
+        runs: each with all of its selected rows, some at a time.
         num_selected: samples among which they are.
 
     Raises:
         JobError: there is none.
         CorruptShardError: an image is missing or damaged.
     """
-    check_any(runs, num_selected)
-    return (pair for pairs in runs for pair in _read(pairs))
+    check_any([pairs for pairs, _ in runs], num_selected)
+    return (pair for pairs, tables in runs for pair in _read(pairs, tables))
 
 
 def check_any(runs: Iterable[PairRows], num_selected: int) -> None:
@@ -190,16 +184,19 @@ def check_any(runs: Iterable[PairRows], num_selected: int) -> None:
         )
 
 
-def _read(pairs: PairRows) -> Iterator[Pair]:
+def _read(pairs: PairRows, tables: Iterable[pa.Table]) -> Iterator[Pair]:
+    rows = (row for table in tables for row in table.to_pylist() if row["key"] in pairs)
     with contextlib.closing(pairs):
-        for row in pairs.rows():
+        for row in rows:
             key, start, twin = row["key"], pairs.start(row["key"]), pairs.twin(row["key"])
+            # What a run of an earlier schema version lacks is left out.
+            record = {name: value for name, value in row.items() if value is not None} | pairs.twin_fields(key)
             yield Pair(
                 key=key,
                 image=decoded(pairs.source, key, "image", pairs.image(key)),
                 twin=None if twin is None else decoded(pairs.source, key, "twin", twin),
                 start=None if start is None else decoded(pairs.source, key, "start", start),
-                record=row,
+                record=record,
             )
 
 
