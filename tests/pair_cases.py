@@ -27,7 +27,7 @@ from engine.job.plan import SampleSpec, build_plan
 from engine.job.records import REAL, STARTS, TWINS, Companion, SampleResult, new_record
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-START = {"images": "digits:test", "strength": 0.5}
+START = {"images": "photographs", "strength": 0.5}
 GROUP: dict[str, Any] = {"classes": [3, 8], "count": 3, "seed_group": "shared", "start": START}
 JOINT: dict[str, Any] = {"boundary": [3, 8], "count": 3, "seed_group": "shared"}
 # With a twin of its own; with one in `plain`; with another start, and so with none.
@@ -43,13 +43,19 @@ RUN = {"batch_size": 4, "duration_seconds": 0.1, "attempt": 1, "worker": "w0"}
 
 
 def make_real_run(output: Path, requests: list[dict[str, Any]] = REQUESTS, **changes: Any) -> Path:
-    """A run of the digits zoo in a few steps."""
+    """A run of the digits zoo in a few steps, from images that lie beside it."""
+    photographs = output.parent / "photographs"
+    for index, name in enumerate(("three", "eight") * 3):
+        (photographs / name).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(index).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).resize((32, 32)).save(photographs / name / f"{index}.png")
+    starts = [{"start": one["start"] | {"images": str(photographs)}} if "start" in one else {} for one in requests]
     models = {"diffusion": "zoo:digits/stable-diffusion", "clip": "zoo:digits/clip", "target": "zoo:digits/classifier"}
     job = parse_job(
         {
             "name": "pairs",
             "models": models,
-            "requests": requests,
+            "requests": [one | start for one, start in zip(requests, starts, strict=True)],
             "sampling": {"num_inference_steps": 4, "scheduler": "ddim"},
             "guidance": {"boundary": {"every": 1}},
             "output": {"uri": str(output), "samples_per_shard": 4},

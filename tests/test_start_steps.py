@@ -190,6 +190,16 @@ def test_steps_keep_their_numbers_and_noise_levels(name):
             assert left == whole[len(whole) - len(left) :]
 
 
+def test_a_step_is_found_by_its_place_where_two_have_the_same_timestep():
+    """Rounded, the last ones of Karras et al. are equal: diffusers would begin with the second and run past the end."""
+    config = {"timestep_spacing": "linspace", "use_karras_sigmas": True}
+    timesteps = sampler_of("DPMSolverMultistepScheduler", 60, **config)._scheduler.timesteps.tolist()
+    [first, *_] = [place for place in range(59) if timesteps[place] == timesteps[place + 1]]
+    strength = round((60 - first) / 60 + 0.001, 4)
+    assert steps_of(strength, 60) == 60 - first
+    assert error_from(sampler_of("DPMSolverMultistepScheduler", 60, **config), strength) < 0.005
+
+
 class FlowSampler(Sampler):
     """Euler's method on a rectified flow: a sampler as another family would bring it, without a start of its own."""
 

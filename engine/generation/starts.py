@@ -67,7 +67,6 @@ class StartImages:
     def __init__(self, needed: dict[int, int], size: Size) -> None:
         self._needed, self._size = needed, size
         self._entries: dict[int, list[_Entry]] = {index: [] for index in needed}
-        self._counts = Counter[int]()
         self._num_kept = 0
         self._file = tempfile.TemporaryFile(prefix="riskforge-starts-")  # noqa: SIM115
         self._pixels: np.ndarray | None = None
@@ -78,7 +77,6 @@ class StartImages:
         Args:
             key: digest of its pixels.
         """
-        self._counts[image.class_index] += 1
         entries = self._entries.get(image.class_index)
         if entries is None or len(entries) == self._needed[image.class_index]:
             return
@@ -97,8 +95,8 @@ class StartImages:
         """
         turn, which = divmod(spec.index, len(spec.cell.classes))
         index = spec.cell.classes[which]
-        # All images of the class count, so that which one it is does not depend on how many are kept.
-        key, sha256, place = self._entries[index][turn % self._counts[index]]
+        # Where the class has more images than are kept, `turn` is below their number.
+        key, sha256, place = self._entries[index][turn % len(self._entries[index])]
         return StartImage(key=key, sha256=sha256, class_index=index, pixels=self._mapped()[place])
 
     def _mapped(self) -> np.ndarray:
@@ -190,6 +188,4 @@ def start_digests(requests: Sequence[RequestPlan], images: CheckedImages) -> dic
 
 def fitted(image: PIL.Image.Image, size: Size) -> PIL.Image.Image:
     """An image at a size: the shorter side resized, the middle of the longer one; untouched where it has the size."""
-    if image.size == (size.width, size.height):
-        return image
     return PIL.ImageOps.fit(image, (size.width, size.height), PIL.Image.Resampling.LANCZOS)

@@ -237,6 +237,8 @@ def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
         if request.conditioning:
             screening = counts.get("screening", {}).get(request.name, [])
             lines.append(f"  - conditioning: {_conditioning(request.conditioning, screening)}")
+        if request.start:
+            lines.append(f"  - start: {_parameters(request.start.model_dump())}")
         if request.prompt:
             lines.append(f"  - prompt: {code(request.prompt, table=False)}")
         if request.method_record.is_guided:

@@ -100,11 +100,13 @@ class GroupSummary:
 
 def shown_scores(groups: Sequence[GroupSummary]) -> list[Column]:
     """The summarised scores that a table of groups has columns for: those that any of the runs has a value of."""
-    return [
-        column
-        for column in _SCORES
-        if any(column.name in group.scores for group in groups) or not (groups or column.is_paired)
-    ]
+
+    def is_shown(column: Column) -> bool:
+        if column.is_paired:
+            return any(group.scores.get(column.name) is not None for group in groups)
+        return not groups or any(column.name in group.scores for group in groups)
+
+    return [column for column in _SCORES if is_shown(column)]
 
 
 def measured(values: pa.ChunkedArray, column: Column) -> np.ndarray:
