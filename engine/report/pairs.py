@@ -322,9 +322,9 @@ def find_others(
     """
     keys = {row: record["key"] for row, record in records.items()}
     twins = find_images(store, job_name, keys, TWINS)
-    # The twin that an evaluation found is another sample.
+    # The twin that an evaluation found is another sample; one of its own has the key of its sample.
     others = {record["key"]: str(record.get("twin_key", "")) for record in records.values()}
-    others = {key: other for key, other in others.items() if other and key not in twins}
+    others = {key: other for key, other in others.items() if other not in ("", key)}
     samples = find_images(store, job_name, columns.rows_of(set(others.values())))
     found = {key: samples[other] for key, other in others.items() if other in samples}
     return {STARTS: find_images(store, job_name, keys, STARTS), TWINS: {key: twins[key] for key in twins} | found}

@@ -323,7 +323,7 @@ def _gallery(
     keys = {row: record["key"] for row, record in zip(chosen, records, strict=True)}
     images = find_images(store, job_name, keys)
     if section is not None:
-        in_pairs = set(choose_pairs(pairs, chosen))
+        in_pairs = set(choose_pairs(pairs, [row for row in chosen if keys[row] in images]))
         shown = {row: record for row, record in zip(chosen, records, strict=True) if row in in_pairs}
         duos = make_pairs(list(shown.values()), images, find_others(store, job_name, pairs, shown), names)
         section = with_tiles(section, duos, len(in_pairs), int(pairs.has_any.sum()))
