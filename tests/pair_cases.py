@@ -30,11 +30,12 @@ DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 START = {"images": "photographs", "strength": 0.5}
 GROUP: dict[str, Any] = {"classes": [3, 8], "count": 3, "seed_group": "shared", "start": START}
 JOINT: dict[str, Any] = {"boundary": [3, 8], "count": 3, "seed_group": "shared"}
-# With a twin of its own; with one in `plain`; with another start, and so with none.
+# With a twin of its own; with one in `plain`; with another start or prompt, and so with none.
 REQUESTS: list[dict[str, Any]] = [
     {"name": "own", "method": "risky", "twin": True} | GROUP,
     {"name": "found", "method": "risky"} | GROUP,
-    {"name": "other", "method": "risky"} | GROUP | {"start": START | {"strength": 0.75}},
+    {"name": "other", "method": "risky"} | GROUP | {"classes": [3], "start": START | {"strength": 0.75}},
+    {"name": "worded", "method": "risky"} | GROUP | {"classes": [3], "prompt": "a drawing of a {class}"},
     {"name": "plain", "method": "prompt"} | GROUP,
     {"name": "between", "method": "boundary"} | JOINT,
     {"name": "between-plain", "method": "prompt"} | JOINT,

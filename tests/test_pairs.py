@@ -27,6 +27,7 @@ from engine.data.run.file_names import METADATA, TWINS_TABLE
 from engine.data.run.foreign_files import sort_files
 from engine.data.run.shards import read_shard
 from engine.data.run.summary import shown_scores
+from engine.data.run.twins_table import FoundTwins, twins_table, write_twins
 from engine.data.run.verify import verify
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
@@ -39,6 +40,7 @@ from engine.studies.compare.program import compare_runs
 from engine.studies.compare.scored_run import read_scored_run
 from engine.studies.evaluate.options import EvaluateOptions
 from engine.studies.evaluate.program import evaluate
+from tests.corpus_cases import make_run
 from tests.pair_cases import GROUP, make_drawn_run, make_real_run, noise
 
 NO_PAIRS = "none of the .* selected samples has a start or an unguided twin"
@@ -197,6 +199,27 @@ def test_found_twins_win_over_none_alone(copy: Path) -> None:
     assert {name: pairs[own["key"]][name] for name in TWIN_COLUMNS} == {name: own[name] for name in TWIN_COLUMNS}
 
 
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_run_of_an_earlier_version_has_found_twins(tmp_path: Path, version: int) -> None:
+    """Its rows lack the columns, which readers and page take from the table."""
+    uri = make_run(tmp_path / "run", version=version)
+    store, rows = open_store(str(uri)), list(rows_of(uri).values())
+    stored = [row for row in rows if row["sha256"] and row["accepted"]]
+    assert "twin_key" not in rows[0]
+    fields = {"twin_psnr_db": 45.0, "twin_distance": 0.25, "twin_predicted_class": 1, "twin_risk": 0.5}
+    found = [{"key": row["key"], "twin_key": stored[-1]["key"]} | fields for row in stored[:5]]
+    digest = json.loads((uri / "manifest.json").read_text())["plan_digest"]
+    write_twins(store, FoundTwins(rows=twins_table(found), plan_digest=digest, num_attempts=len(rows), clip="a"))
+    pairs = list(engine.open_run(str(uri)).pairs())
+    assert [pair.key for pair in pairs] == [row["key"] for row in stored[:5]]
+    for pair in pairs:
+        assert {name: pair.record[name] for name in fields} == fields and pair.start is None
+        assert pair.twin is not None and pixels(pair.twin) == pixels(images_of(uri)[stored[-1]["key"]])
+    section = section_of(store)
+    assert "<b>between:</b> 5 samples with a twin, median PSNR 45.0 dB: people hardly tell" in section
+    assert section.count("data-twin_psnr_db") == 5 and "zoo:c, of twins that an evaluation found a" in section
+
+
 def test_the_table_belongs_to_the_run(evaluated: Path, run: Path) -> None:
     store = open_store(str(evaluated))
     own, foreign = sort_files(store, "pairs")
@@ -272,7 +295,7 @@ def test_pairs_are_the_stored_images(evaluated: Path) -> None:
             assert pair.record["twin_psnr_db"] > 0
         else:
             assert pair.twin is None and pair.record["twin_psnr_db"] == -1
-    assert seen == {"own": 6, "found": 6, "other": 6, "plain": 6, "between": 3}
+    assert seen == {"own": 6, "found": 6, "other": 3, "worded": 3, "plain": 6, "between": 3}
 
 
 def test_pairs_of_a_filter_over_several_runs(evaluated: Path, tmp_path: Path) -> None:
