@@ -29,7 +29,7 @@ from engine.generation import given_images
 from engine.generation.generator import Generator
 from engine.generation.given_images import read_for
 from engine.generation.starts import Size, StartImages, StartSets, fitted
-from engine.job.parsing import apply_overrides, parse_job
+from engine.job.parsing import apply_overrides, job_schema, parse_job
 from engine.job.plan import Cell, SampleSpec
 from engine.methods.sampling.loop import Start, sample
 from engine.models.pipelines.base import LATENTS
@@ -419,6 +419,8 @@ def test_a_list_makes_one_request_of_each_value():
     assert [one.start.strength for one in job.requests] == [0.3, 0.125, 1, 0, 0.05, 0.3] and json.dumps(raw) == kept
     stored = job.model_dump(mode="json")
     assert parse_job(stored).model_dump(mode="json") == stored
+    [single, several] = job_schema()["$defs"]["StartSpec"]["properties"]["strength"]["anyOf"]
+    assert single["type"] == "number" and several["items"] == single and several["maxItems"] == 100
     [*_, group] = parse_job(raw_job(request("a", "x", [0.3]))).requests
     assert (group.name, group.seed_group) == ("a-s030", "all")
     one = parse_job(apply_overrides(raw, [("requests.0.start.strength", 0.5)]))
@@ -439,6 +441,7 @@ NAN = float("nan")
         ([{"strength": [True]}], ["0.start.strength.0: True is not a number; give one from 0 to 1"]),
         ([{"strength": ["0.3", 10**400]}], ["0.start.strength.0: '0.3' is not a number; give one from 0 to 1",
                                             "0.start.strength.1: 1000*... is above 1; give a number from 0 to 1"]),
+        ([{"start": "digits:test"}], ["0.start: 'digits:test' is not a mapping with `images` and `strength`"]),
         ([{"strength": NAN}], ["0.start.strength: nan is not a finite number"]),
         ([{"strength": True}], ["0.start.strength: True is not a number"]),
         ([{"strength": [place / 1000 for place in range(101)]}],
