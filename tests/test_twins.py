@@ -30,6 +30,7 @@ from engine.data.stores.opening import open_store
 from engine.driver.checks import check_job
 from engine.driver.cost import BYTES_PER_RECORD, job_cost
 from engine.driver.progress import PlainDisplay
+from engine.errors import CorruptShardError
 from engine.generation.generator import Generator
 from engine.generation.notices import Notices
 from engine.generation.pairs import no_twin, psnr_db
@@ -45,7 +46,7 @@ from engine.models.clip import Clip
 from engine.models.pipelines.safety import FLAGGED
 from engine.studies.rescore.program import rescore_run
 from tests.composed import TARGET
-from tests.curated_cases import curated
+from tests.curated_cases import curated, files_of, killed_at
 from tests.image_cases import DIGITS
 from tests.poisoned import overflowing_when_bright, poisoned
 
@@ -67,6 +68,7 @@ JOB: dict[str, Any] = {
     "guidance": {"boundary": {"every": 1}},
     "runtime": {"device": "cpu"},
 }  # fmt: skip
+PLAN = "_state/plan/000000.json"
 Stored = dict[str, tuple[bytes, dict[str, Any]]]
 
 
@@ -266,15 +268,24 @@ def test_another_target_sees_the_twins_too(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_curated_run_copies_the_companions_of_what_it_selects(run: Path, tmp_path: Path) -> None:
-    """Byte for byte; `verify` finds nothing, and a damaged tar of the parent is refused."""
+    """Byte for byte, also where it was killed around their publishing; a damaged tar of the parent is refused."""
     copy = shutil.copytree(run, tmp_path / "run")
-    curated(copy, tmp_path / "curated", num_candidates=2)
+    curated(copy, tmp_path / "curated")
     selected = {row["key"] for row in rows_of(tmp_path / "curated") if row["accepted"]}
     for kind in COMPANIONS:
         parent = stored(copy, kind)
         kept = stored(tmp_path / "curated", kind)
         assert kept == {key: sample for key, sample in parent.items() if key in selected} and len(kept) < len(parent)
     assert not verify(open_store(str(tmp_path / "curated"))).findings
+    for number in (7, 10):
+        assert killed_at(copy, tmp_path / f"killed-{number}", number)
+        curated(copy, tmp_path / f"killed-{number}")
+        whole, resumed = (files_of(tmp_path / name) for name in ("curated", f"killed-{number}"))
+        # The plan has the address of the output.
+        assert whole | {PLAN: b""} == resumed | {PLAN: b""}
+    (copy / TWINS / "pairs-000000.tar").unlink()
+    with pytest.raises(CorruptShardError, match=r"twins/pairs-000000\.tar"):
+        curated(copy, tmp_path / "damaged")
 
 
 def make_batch(
