@@ -40,7 +40,8 @@ class JobError(RiskforgeError):
 
     def __init__(self, problems: list[str] | str) -> None:
         lines = [problems] if isinstance(problems, str) else problems
-        self.problems = [_shortened(redacted(line)) for line in lines]
+        # Once, where several requests of a job have the same: they may be of one entry of its file.
+        self.problems = list(dict.fromkeys(_shortened(redacted(line)) for line in lines))
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type, tuple[list[str]]]:

@@ -16,7 +16,8 @@ from engine.data.images import LabelledImage
 from engine.errors import JobError
 from engine.generation import conditioner
 from engine.generation.artefact import Conditioning, load_conditioning, save_conditioning
-from engine.generation.conditioner import DrawnEmbeddings, conditioning_digests, read_given
+from engine.generation.conditioner import DrawnEmbeddings, conditioning_digests
+from engine.generation.given_images import CheckedImages, read_given
 from engine.job.parsing import parse_job
 from engine.job.plan import resolve_requests
 from engine.job.spec import ConditioningSpec
@@ -43,7 +44,7 @@ def notices(conditioning: str, classes: Sequence[str] = ("one", "three")) -> lis
     labels = read_labels(job.models.target)
     assert labels is not None
     lines: list[str] = []
-    conditioning_digests(job, resolve_requests(job, labels), labels, progress=str, notice=lines.append)
+    conditioning_digests(job, resolve_requests(job, labels), CheckedImages(labels, str, lines.append), lines.append)
     return lines
 
 
@@ -78,7 +79,7 @@ def test_the_digest_of_given_images_covers_their_classes(tmp_path: Path) -> None
         folder = tmp_path / name / name
         folder.mkdir(parents=True)
         PIL.Image.new("RGB", (4, 4), (9, 9, 9)).save(folder / "a.png")
-        digests.add(read_given(str(tmp_path / name), ["zero", "one"], "images", lambda image: None).digest)
+        digests.add(read_given(str(tmp_path / name), ["zero", "one"], "images").digest)
     assert len(digests) == 2
 
 

@@ -18,6 +18,7 @@ from engine.errors import JobError
 from engine.generation.artefact import load_conditioning, save_conditioning
 from engine.generation.conditioner import DrawnEmbeddings, GivenEmbeddings, conditioning_digests, open_conditioner
 from engine.generation.generator import Generator
+from engine.generation.given_images import CheckedImages
 from engine.job.parsing import parse_job
 from engine.job.plan import build_plan, resolve_requests
 from engine.methods.sampling.loop import sample
@@ -82,7 +83,7 @@ def checked(job) -> tuple[dict[str, str], list[str]]:
     told: list[str] = []
     labels = read_labels(job.models.target)
     requests = resolve_requests(job, labels)
-    return conditioning_digests(job, requests, labels, progress=str, notice=told.append), told
+    return conditioning_digests(job, requests, CheckedImages(labels, str, told.append), told.append), told
 
 
 def zoo_artefact():

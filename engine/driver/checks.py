@@ -61,7 +61,7 @@ def check_job(job: JobSpec, display: Display, prepare_workers: Callable[[], None
     job = job.model_copy(update={"output": job.output.model_copy(update={"uri": store.uri})})
     labels = target_labels(job)
     requests = resolve_requests(job, labels)
-    digests = {"conditioning": _conditioning_digests(job, requests, labels, display)}
+    digests = _image_digests(job, requests, labels, display)
     if not store.exists(SUCCESS):
         prepare_workers()
     digests |= model_digests(job) | method_digests(job)
@@ -71,21 +71,28 @@ def check_job(job: JobSpec, display: Display, prepare_workers: Callable[[], None
     return CheckedJob(store=store, job=job, plan=build_plan(job, labels, digests), models=models)
 
 
-def _conditioning_digests(
+def _image_digests(
     job: JobSpec, requests: tuple[RequestPlan, ...], labels: list[str], display: Display
-) -> dict[str, str]:
-    """Digests of artefacts and given images by address; torch is loaded only for a job that has some.
+) -> dict[str, dict[str, str]]:
+    """Digests by address of what samples are conditioned on and start from; torch is loaded only where there is some.
 
     Raises:
-        JobError: an artefact is missing, a line each.
+        JobError: an artefact is missing, a line each; or what is there cannot be used.
     """
     if missing := missing_artefacts(job):
         raise JobError(missing)
-    if all(request.conditioning is None for request in job.requests):
-        return {}
-    from engine.generation.conditioner import conditioning_digests
+    digests: dict[str, dict[str, str]] = {"conditioning": {}, "starts": {}}
+    if not any(request.conditioning or request.used_start for request in job.requests):
+        return digests
+    from engine.generation.given_images import CheckedImages
+    from engine.generation.starts import start_digests
 
-    return conditioning_digests(job, requests, labels, progress=display.advance, notice=display.notice)
+    images = CheckedImages(labels, display.advance, display.notice)
+    if any(request.conditioning for request in job.requests):
+        from engine.generation.conditioner import conditioning_digests
+
+        digests["conditioning"] = conditioning_digests(job, requests, images, display.notice)
+    return digests | {"starts": start_digests(requests, images)}
 
 
 def plan_job(job: JobSpec, display: Display | None = None) -> Plan:
@@ -101,15 +108,15 @@ def plan_job(job: JobSpec, display: Display | None = None) -> Plan:
     check_addresses(job)
     addresses = {job.models.diffusion, *(request.diffusion for request in job.requests if request.diffusion)}
     labels = target_labels(job)
-    conditioning = dict.fromkeys(
-        [spec.artefact or spec.images or "" for request in job.requests if (spec := request.conditioning)], ""
-    )
+    images = {
+        "conditioning": {spec.artefact or spec.images or "": "" for one in job.requests if (spec := one.conditioning)},
+        "starts": {start.images: "" for one in job.requests if (start := one.used_start)},
+    }
     if display is not None:
         with contextlib.closing(display):
-            conditioning = _conditioning_digests(job, resolve_requests(job, labels), labels, display)
-    unknown = {
+            images = _image_digests(job, resolve_requests(job, labels), labels, display)
+    unknown = images | {
         "diffusion": dict.fromkeys(addresses, ""),
-        "conditioning": conditioning,
         "clip": "",
         "target": "",
         "transfer": [],
@@ -146,7 +153,7 @@ def describe_models(job: JobSpec, digests: dict[str, Any], labels: list[str]) ->
     for role in ("oracle", "judge", "guidance_decoder"):
         if address := getattr(models, role):
             described[role] = _describe(address, digests[role])
-    for role in ("conditioning", "methods"):
+    for role in ("conditioning", "starts", "methods"):
         if used := digests.get(role):
             described[role] = [{"address": address, "digest": digest} for address, digest in used.items()]
     return described

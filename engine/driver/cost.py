@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from engine.data.run.companions import companions_of
 from engine.job.plan import Plan, RequestPlan
 from engine.job.spec import JobSpec, RequestSpec
 from engine.models.addresses import locate
@@ -98,7 +99,7 @@ def job_cost(job: JobSpec, plan: Plan, measurement: Measurement | None = None) -
 
 
 def _request_cost(job: JobSpec, plan: Plan, request: RequestPlan, measurement: Measurement | None) -> RequestCost:
-    image_bytes = measurement.bytes_per_sample[request.number] if measurement else image_size(job, request)
+    image_bytes = measurement.bytes_per_sample[request.number] if measurement else stored_size(job, request)
     measured = None
     if measurement:
         measured = (measurement.num_accepted[request.number], measurement.num_attempted[request.number])
@@ -133,6 +134,12 @@ def image_size(job: JobSpec, request: RequestPlan) -> float | None:
     """Estimated bytes of an image, from the diffusion model's image size; None if the model is not on this machine."""
     num_pixels = _num_pixels(job, request.spec)
     return None if num_pixels is None else num_pixels * BYTES_PER_PIXEL[job.output.image_format]
+
+
+def stored_size(job: JobSpec, request: RequestPlan) -> float | None:
+    """As `image_size`, of all images that are stored of a sample: its own, the start and the twin."""
+    one = image_size(job, request)
+    return None if one is None else one * (1 + len(companions_of(request.spec)))
 
 
 def _num_pixels(job: JobSpec, request: RequestSpec) -> int | None:

@@ -218,7 +218,8 @@ class BatchLoop:
             JobError: it decides bytes.
         """
         text = redacted(described(failure.error))[:MAX_ERROR_CHARS]
-        what = f"requests.{request}: a batch of {failure.size} samples failed ({text}), smaller parts of it did not"
+        where = self._isolation.where(request)
+        what = f"{where}: a batch of {failure.size} samples failed ({text}), smaller parts of it did not"
         if on_cpu:
             self._notices.add(f"{what}; the size stays, as on a CPU it decides bytes")
             return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from engine.errors import JobError
 from engine.job.plan import Plan, RequestPlan
-from engine.job.records import STATUS_FAILED
+from engine.job.records import STATUS_FAILED, SampleResult
 from engine.job.spec import JobSpec
 from engine.models.hardware import choose_hardware, fix_threads
 
@@ -24,7 +24,7 @@ class Measurement:
 
     Attributes:
         seconds_per_sample: sampling and scoring.
-        bytes_per_sample: encoded images that are stored.
+        bytes_per_sample: encoded images that are stored, those of starts and twins too.
         num_accepted, num_attempted: samples that the request's rule accepted, and all samples that were made.
         load_seconds: duration of loading all models.
         device: the device that was measured on.
@@ -88,8 +88,13 @@ def _measure_request(generator: Generator, request: RequestPlan) -> _Timing:
     num = len(results)
     if all(result.record["status"] == STATUS_FAILED for result in results):
         raise JobError(
-            f"requests.{request.number}: all {num} samples of the measured batch failed, so a run would make none:"
+            f"{request.where}: all {num} samples of the measured batch failed, so a run would make none:"
             f" {results[0].record['error_message']}"
         )
     num_accepted = sum(bool(result.record["accepted"]) for result in results)
-    return _Timing(seconds / num, sum(len(result.image) for result in results) / num, num_accepted, num)
+    return _Timing(seconds / num, sum(map(_num_bytes, results)) / num, num_accepted, num)
+
+
+def _num_bytes(result: SampleResult) -> int:
+    """Bytes of the images that are stored of a sample."""
+    return len(result.image) + sum(len(companion.image()) for companion in result.companions.values())

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
 import PIL.Image
 import torch
 from torch import Tensor
 
-from engine.data.images import LabelledImage, Unusable, image_key, nothing_usable, open_images, some_of
+from engine.data.images import LabelledImage
 from engine.errors import JobError
 from engine.generation.artefact import Conditioning, load_conditioning
+from engine.generation.given_images import CheckedImages, ProgressCallback, check_same, read_given
 from engine.job.plan import RequestPlan, SampleSpec
 from engine.job.spec import ConditioningSpec, JobSpec
 from engine.methods.conditioning.screening import ScreenedDraw, ScreeningOptions, screen, unscreened
-from engine.methods.heartbeat import beat
 from engine.models.artefacts import find_artefact
 from engine.models.diffusion import load_image_encoder
 from engine.models.digests import image_encoder_digest, model_digest
 from engine.models.hardware import CPU_ROWS
 from engine.models.pipelines.image_encoder import ImageEncoder
-
-ProgressCallback = Callable[[str], None]
 
 
 class Conditioner(Protocol):
@@ -98,29 +94,24 @@ def open_conditioner(
     assert spec is not None
     if spec.artefact is not None:
         conditioning = _load_artefact(spec.artefact, _where(request, "artefact"))
-        _check_same(conditioning.digest, digest, spec.artefact, _where(request, "artefact"))
+        check_same(conditioning.digest, digest, spec.artefact, _where(request, "artefact"))
         return DrawnEmbeddings(conditioning, spec)
     assert spec.images is not None
     encoder = load_image_encoder(diffusion, device)
     needed = {cell.classes[0]: request.total // len(request.cells) for cell in request.cells}
     embedder = _Embedder(encoder, needed)
     given = read_given(spec.images, labels, _where(request, "images"), embedder.take)
-    _check_same(given.digest, digest, spec.images, _where(request, "images"))
+    check_same(given.digest, digest, spec.images, _where(request, "images"))
     return GivenEmbeddings(embedder.embeds(), diffusion)
 
 
 def conditioning_digests(
-    job: JobSpec,
-    requests: Sequence[RequestPlan],
-    labels: Sequence[str],
-    *,
-    progress: ProgressCallback,
-    notice: ProgressCallback,
+    job: JobSpec, requests: Sequence[RequestPlan], images: CheckedImages, notice: ProgressCallback
 ) -> dict[str, str]:
     """Check the artefacts and the given images of a job, before any model is loaded.
 
     Args:
-        progress: called with the progress of reading images.
+        images: reads the given ones.
         notice: called with what the user should know, and need not fix.
 
     Returns:
@@ -139,46 +130,8 @@ def conditioning_digests(
                 _note_other_target(job, spec.artefact, conditioning, notice)
             digests[spec.artefact] = conditioning.digest
         elif spec is not None and spec.images is not None:
-            digests[spec.images] = _checked_images(request, spec.images, labels, progress, notice)
+            digests[spec.images] = images.of(request, spec.images, "conditioning.images").digest
     return digests
-
-
-def read_given(address: str, labels: Sequence[str], where: str, take: Callable[[LabelledImage], None]) -> GivenImages:
-    """Walk through given images, in order.
-
-    Args:
-        where: the field that has the address, for messages.
-        take: called with every usable image.
-
-    Raises:
-        JobError: there is nothing that can be read, or no usable image.
-    """
-    source = open_images(address, tuple(labels), where)
-    digest, num_images, unusable = hashlib.sha256(), 0, list[Unusable]()
-    for image in source.read():
-        beat()
-        if isinstance(image, Unusable):
-            unusable.append(image)
-            continue
-        digest.update(f"{image.class_index}:".encode() + image_key(image.image))
-        num_images += 1
-        take(image)
-    if not num_images:
-        raise JobError(nothing_usable(source, where, address, unusable))
-    return GivenImages(digest=digest.hexdigest()[:32], unusable=tuple(unusable))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GivenImages:
-    """What is known of given images.
-
-    Attributes:
-        digest: of the usable ones and their classes, in their order.
-        unusable: what could not be used.
-    """
-
-    digest: str
-    unusable: tuple[Unusable, ...]
 
 
 class _Embedder:
@@ -193,7 +146,7 @@ class _Embedder:
         self._waiting: list[tuple[int, PIL.Image.Image]] = []
         self._done: dict[int, list[Tensor]] = {index: [] for index in needed}
 
-    def take(self, image: LabelledImage) -> None:
+    def take(self, image: LabelledImage, _key: bytes = b"") -> None:
         """Queue an image, if its class lacks images."""
         if self._left.get(image.class_index, 0) > 0:
             self._left[image.class_index] -= 1
@@ -255,34 +208,5 @@ def _note_other_target(job: JobSpec, address: str, conditioning: Conditioning, n
         )
 
 
-def _checked_images(
-    request: RequestPlan, address: str, labels: Sequence[str], progress: ProgressCallback, notice: ProgressCallback
-) -> str:
-    """Digest of given images, if every class of the request has one."""
-    seen: set[int] = set()
-    where, count = _where(request, "images"), 0
-
-    def take(image: LabelledImage) -> None:
-        nonlocal count
-        seen.add(image.class_index)
-        count += 1
-        progress(f"reading {address}: {count} images")
-
-    given = read_given(address, labels, where, take)
-    if missing := [cell.names[0] for cell in request.cells if cell.classes[0] not in seen]:
-        raise JobError(f"{where}: '{address}' has no usable image of class '{missing[0]}'; add one")
-    if given.unusable:
-        notice(f"{where}: {len(given.unusable)} of '{address}' cannot be used: {some_of(given.unusable)}")
-    return given.digest
-
-
-def _check_same(digest: str, planned: str, address: str, where: str) -> None:
-    if digest != planned:
-        raise JobError(
-            f"{where}: '{address}' differs on this machine from the driver's; use a folder that all machines share, and"
-            " do not change it during the run"
-        )
-
-
 def _where(request: RequestPlan, field: str) -> str:
-    return f"requests.{request.number}.conditioning.{field}"
+    return f"{request.where}.conditioning.{field}"

@@ -71,13 +71,11 @@ def _advice(job: JobSpec, request: RequestSpec) -> DecoderAdvice | None:
     if not num_guided or folder is None or not has_configurations(folder):
         return None
     address, *counted = _counted(pipeline, folder)
+    halves = 2 if sampling.guidance_scale > 1 else 1
+    through_unet = getattr(parameters, "gradient", "") == "unet"
     totals = [
-        one.guided(
-            steps,
-            num_guided,
-            through_unet=getattr(parameters, "gradient", "") == "unet",
-            num_halves=2 if sampling.guidance_scale > 1 else 1,
-        )
+        one.guided(steps, num_guided, through_unet=through_unet, num_halves=halves)
+        + (one.prompt(steps, halves) if request.twin else 0)
         for one in counted
     ]
     shares = [num_guided * one.decoder_gradient / total for one, total in zip(counted, totals, strict=True)]

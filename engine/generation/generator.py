@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from engine.generation.isolation import Isolation
 from engine.generation.loading import PipelinePool, load_scorer
 from engine.generation.notices import Notices
 from engine.generation.results import ImageBatch, SampledImages
+from engine.generation.starts import Size, StartImage, StartImages, StartSets
 from engine.job.plan import Plan, RequestPlan, SampleSpec, make_prompt
 from engine.job.records import SampleResult
 from engine.job.spec import JobSpec
@@ -31,7 +33,7 @@ from engine.methods.guidance.rules import GradientHealth
 from engine.methods.guidance.scene import Decoding
 from engine.methods.heartbeat import beat
 from engine.methods.sampling.denoiser import ClassifierFreeDenoiser
-from engine.methods.sampling.loop import sample
+from engine.methods.sampling.loop import Start, sample
 from engine.methods.sampling.schedulers import Sampler
 from engine.models.decoder import GuidanceDecoder
 from engine.models.decoding import Decoder
@@ -61,6 +63,8 @@ class Generator:
         self._target = self._scorer.target
         self._pipelines = PipelinePool(self._hardware, checks_safety=job.models.safety_checker == "auto")
         self._conditioners: dict[int, Conditioner] = {}
+        self._start_sets = StartSets(plan, self._target.labels)
+        self._starts: dict[int, StartImages] = {}
         self._guides = RequestGuides(job, plan, self._scorer, device)
         decoder = job.models.guidance_decoder
         self._guidance_decoder = GuidanceDecoder.load(decoder, self._hardware) if decoder else None
@@ -74,7 +78,8 @@ class Generator:
     def _begin_batches(self) -> None:
         """As before the first batch: sizes are to be found, and nothing is proven."""
         self._sizes = BatchSizes(self._job, self._plan, self._hardware, self._address)
-        self._isolation = Isolation([request.spec.name for request in self._plan.requests])
+        requests = self._plan.requests
+        self._isolation = Isolation([one.spec.name for one in requests], [one.where for one in requests])
         self._loop = BatchLoop(
             self._sizes,
             self._isolation,
@@ -136,13 +141,16 @@ class Generator:
         self._model(request).check_prompts([*longest_prompts(plan), negative])
         if plan.spec.conditioning is not None:
             self._conditioners[request] = self._conditioner(plan)
+        if (starts := self._start_sets.of(plan, Size(*self._model(request).image_shape[1:]))) is not None:
+            self._starts[request] = starts
         _, height, width = self._model(request).latent_shape
         self._sizes.of(request).bound(useful_size(height * width))
         self._guides.prepare(plan, self._model(request).image_shape, self._decoding(request))
-        if plan.spec.method_record.is_guided:
+        # At strength 0 there is no step to be guided.
+        if plan.spec.method_record.is_guided and (plan.spec.start is None or plan.spec.start.strength > 0):
             decoder, shape = self._decoder(request), self._model(request).latent_shape
             trial = partial(self._compared, request)
-            self._precisions.decide(f"requests.{request}", self._subject(request), decoder, shape, trial)
+            self._precisions.decide(plan.where, self._subject(request), decoder, shape, trial)
         self._prepared.add(request)
 
     def batch_limit(self, request: int) -> int:
@@ -161,14 +169,20 @@ class Generator:
         missing = num_rows - len(specs)
         padded, draws = [*specs, *[specs[-1]] * missing], self._draws(request, specs)
         draws += draws[-1:] * missing
-        images, health = self.sample(request, padded, draws)
+        starts = self._start_images(request, padded)
+        start = self._start(request, starts)
+        images, health = self.sample(request, padded, draws, start)
+        twins = self.sample_unguided(request, padded, draws, start) if self._job.requests[request].twin else None
         sampled = SampledImages(
             specs=padded,
             num_samples=len(specs),
             pixels=imaging.quantise(images),
-            is_finite=torch.isfinite(images).flatten(1).all(1).tolist(),
+            is_finite=_finite_rows(images),
             health=health,
             draws=draws,
+            starts=starts,
+            twins=None if twins is None else imaging.quantise(twins),
+            is_twin_finite=() if twins is None else _finite_rows(twins),
         )
         checker = self._model(request).safety_checker
         return ImageBatch(sampled, self._job, self._plan, request, self._scorer, checker)
@@ -183,20 +197,43 @@ class Generator:
             beat()
         return draws
 
+    def _start_images(self, request: int, specs: Sequence[SampleSpec]) -> list[StartImage]:
+        """The image that each sample starts from; empty where they start from noise alone."""
+        starts = self._starts.get(request)
+        return [] if starts is None else [starts.of(spec) for spec in specs]
+
     def sample(
-        self, request: int, specs: Sequence[SampleSpec], draws: Sequence[ScreenedDraw]
+        self,
+        request: int,
+        specs: Sequence[SampleSpec],
+        draws: Sequence[ScreenedDraw],
+        start: Start | None = None,
     ) -> tuple[Tensor, GradientHealth]:
         """Images [B, 3, H, W], nominally in [0, 1], of samples of a request, and the health of their gradients.
 
         Args:
             draws: the image embeddings of a request with `conditioning`, one a sample; empty for others.
+            start: of a request with `start`; None for others.
         """
         denoiser, sampler, noise = self._denoiser(request, specs, draws)
         guided = self._guided(request, specs, denoiser)
-        latents = sample(guided or denoiser, sampler, noise)
+        latents = sample(guided or denoiser, sampler, noise, start)
         health = guided.health.on_host() if guided else GradientHealth.of(len(specs))
         with torch.no_grad():
             return self._model(request).decode(latents), health
+
+    def sample_unguided(
+        self,
+        request: int,
+        specs: Sequence[SampleSpec],
+        draws: Sequence[ScreenedDraw],
+        start: Start | None = None,
+    ) -> Tensor:
+        """As `sample`, without guidance: the same noise, conditions and start, by a sampler without a history."""
+        denoiser, sampler, noise = self._denoiser(request, specs, draws)
+        latents = sample(denoiser, sampler, noise, start)
+        with torch.no_grad():
+            return self._model(request).decode(latents)
 
     def _denoiser(
         self, request: int, specs: Sequence[SampleSpec], draws: Sequence[ScreenedDraw]
@@ -208,6 +245,16 @@ class Generator:
         images = self._image_conditioning(request, draws, drawn)
         denoiser = model.denoiser([spec.prompt for spec in specs], sampling, sampler, images)
         return denoiser, sampler, drawn[LATENTS]
+
+    def _start(self, request: int, images: Sequence[StartImage]) -> Start | None:
+        """Where the samples of a request start in place of noise alone; `images` are of the whole batch."""
+        spec = self._job.requests[request].used_start
+        if spec is None:
+            return None
+        pixels = torch.from_numpy(np.stack([image.pixels for image in images])).to(self._hardware.device)
+        with torch.no_grad():
+            latents = self._model(request).encode_images(pixels.permute(0, 3, 1, 2).float() / 255)
+        return Start(latents=latents.float(), strength=spec.strength)
 
     def _guided(
         self, request: int, specs: Sequence[SampleSpec], denoiser: ClassifierFreeDenoiser
@@ -227,7 +274,7 @@ class Generator:
         assert guided is not None
         compared = ComparedDenoiser(guided, [decoding, in_8_bits(self._decoding(request))])
         with self._model(request).uncompiled():
-            sample(compared, sampler, noise)
+            sample(compared, sampler, noise, self._start(request, self._start_images(request, specs)))
         return compared.cosines()
 
     def _image_conditioning(
@@ -272,13 +319,19 @@ class Generator:
             JobError: they do not.
         """
         model, spec = self._model(request), self._job.requests[request]
+        where = self._plan.requests[request].where
         try:
             model.sampler(self._job.sampling_of(spec))
         except ValueError as error:
-            raise JobError(f"requests.{request}: {error}") from None
+            raise JobError(f"{where}: {error}") from None
         problems = model.conditioning_problems(model.folder, self._address(request), spec.conditioning)
         if problems:
-            raise JobError([f"requests.{request}.conditioning{problem}" for problem in problems])
+            raise JobError([f"{where}.conditioning{problem}" for problem in problems])
+
+
+def _finite_rows(images: Tensor) -> list[bool]:
+    """Of each image [B, C, H, W], whether all values are finite."""
+    return torch.isfinite(images).flatten(1).all(1).tolist()
 
 
 def longest_prompts(request: RequestPlan) -> list[str]:

@@ -94,7 +94,7 @@ class RequestGuides:
         Raises:
             JobError: as `prepare`.
         """
-        address, where = request.spec.method, f"requests.{request.number}.method"
+        address, where = request.spec.method, f"{request.where}.method"
         planned = self._plan.identity["requests"][request.number]["method_digest"]
         # A plan that only counts shards knows no digests.
         if planned and method_digest(address) != planned:

@@ -57,10 +57,11 @@ class Isolation:
 
     Args:
         names: of the requests by number, for messages.
+        places: where they are in the job file; as they are numbered where not given.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = names
+    def __init__(self, names: Sequence[str], places: Sequence[str] = ()) -> None:
+        self._names, self._places = names, places
         # Requests of which some batch went through, whatever became of its samples.
         self._proven: set[int] = set()
 
@@ -124,10 +125,14 @@ class Isolation:
             raise failure.error
         return search.parts(specs, outcomes)
 
+    def where(self, request: int) -> str:
+        """Where a request is in the job file."""
+        return self._places[request] if self._places else f"requests.{request}"
+
     def every_sample_failed(self, request: int, error: Exception) -> EverySampleFailedError:
         """The error of a request whose samples all fail in the same way."""
         return EverySampleFailedError(
-            f"requests.{request}: every sample of the first batch of '{self._names[request]}' failed:"
+            f"{self.where(request)}: every sample of the first batch of '{self._names[request]}' failed:"
             f" {reason_of(error)}; other attempts would fail the same way: fix what the job names here, and the same"
             " command goes on"
         )

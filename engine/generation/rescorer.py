@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.data.images.decode import UnusableImageError, decode_sample
 from engine.data.run.commits import list_commits
+from engine.data.run.companions import companion_name, companions_of
 from engine.data.run.shards import IMAGE_FORMATS, SHARDS, read_shard, shard_name, tar_entries
 from engine.data.run.stored_plan import stored_plan
 from engine.data.run.verify import Finding
@@ -17,15 +18,30 @@ from engine.errors import JobError
 from engine.job.columns import BY_NAME, RECORD_COLUMNS, Role, columns_with
 from engine.job.json_values import difference
 from engine.job.plan import Plan, SampleSpec
-from engine.job.records import STATUS_FAILED
+from engine.job.records import STARTS, STATUS_FAILED, TWINS
 from engine.job.spec import JobSpec
 from engine.models.digests import model_digests
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+    from engine.generation.scorer import Scorer
 
 NUM_SAMPLES = 64
 # Roles of the models that score, in the order of messages.
 SCORING = ("clip", "target", "transfer", "oracle", "judge")
 
-Sample = tuple[SampleSpec, bytes, dict[str, Any]]
+# Of findings.
+_NAMES = {STARTS: "start", TWINS: "twin"}
+
+
+class Sample(NamedTuple):
+    """A stored sample: its image file and record, and those of its companions by their folder."""
+
+    spec: SampleSpec
+    image: bytes
+    record: dict[str, Any]
+    companions: Mapping[str, tuple[bytes, dict[str, Any]]]
 
 
 def rescore(
@@ -55,19 +71,55 @@ def rescore(
     quiet_libraries()
     scorer = load_scorer(job)
     findings = []
-    for place, (spec, image, stored) in enumerate(itertools.chain([first], chosen)):
+    for place, sample in enumerate(itertools.chain([first], chosen)):
         advance(f"image {place + 1} of up to {num_samples}")
-        try:
-            decoded = decode_sample(image)
-        except UnusableImageError as error:
-            findings.append(Finding(kind="damage", text=f"{spec.key}: its image {error}"))
-            continue
-        [made] = scorer.records([spec], [decoded])
-        if made["status"] == STATUS_FAILED:
-            findings.append(Finding(kind="damage", text=f"{spec.key}: scored again, {made['error_message']}"))
-        elif differences := _differences(stored, made):
-            findings.append(Finding(kind="damage", text=f"{spec.key}: scored again, {'; '.join(differences)}"))
+        if text := _finding(scorer, sample):
+            findings.append(Finding(kind="damage", text=f"{sample.spec.key}: {text}"))
     return findings
+
+
+def _finding(scorer: Scorer, sample: Sample) -> str:
+    """What is wrong with the stored scores of a sample or of its twin; empty where nothing is."""
+    images: dict[str, PIL.Image.Image] = {}
+    for kind, data in {"": sample.image, **{kind: data for kind, (data, _) in sample.companions.items()}}.items():
+        try:
+            images[kind] = decode_sample(data)
+        except UnusableImageError as error:
+            return f"its image {error}" if not kind else f"the image of its {_NAMES[kind]} {error}"
+    made, twin = _scored_again(scorer, sample.spec, images)
+    again = [("scored again", sample.record, made)]
+    again += [("its twin scored again", sample.companions[TWINS][1], twin)] if twin else []
+    for what, stored, record in again:
+        if record["status"] == STATUS_FAILED:
+            return f"{what}, {record['error_message']}"
+        if differences := _differences(stored, record):
+            return f"{what}, {'; '.join(differences)}"
+    return ""
+
+
+def _scored_again(
+    scorer: Scorer, spec: SampleSpec, images: Mapping[str, PIL.Image.Image]
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The record of a sample with what is measured of it and its companions, and that of its twin.
+
+    Args:
+        images: its own under the empty name, and those of its companions.
+    """
+    from engine.generation.pairs import distances, twin_fields, twin_spec
+
+    embeds = {kind: scorer.embed(scorer.preprocess_clip([image])) for kind, image in images.items()}
+
+    def scored(kind: str, spec: SampleSpec) -> dict[str, Any]:
+        [record] = scorer.score([spec], scorer.preprocess([images[kind]]), embeds[kind])
+        if STARTS in images:
+            [record["start_distance"]] = distances(embeds[kind], embeds[STARTS])
+        return record
+
+    record, twin = scored("", spec), scored(TWINS, twin_spec(spec)) if TWINS in images else None
+    if twin and twin["status"] != STATUS_FAILED:
+        [distance] = distances(embeds[""], embeds[TWINS])
+        record |= twin_fields(images[""], distance, images[TWINS], twin)
+    return record, twin
 
 
 def _check_models(job: JobSpec, plan: Plan) -> None:
@@ -94,13 +146,27 @@ def _choose(store: Store, job: JobSpec, plan: Plan, num_samples: int) -> Iterato
         }
         specs = [spec for spec in plan.samples(plan.shard(number)) if spec.key in held]
         drawn = {spec.key: spec for spec in draw.sample(specs, min(each, num_left, len(specs)))}
+        others = {kind: _read(store, job, number, kind, drawn) for kind in _kinds(job, plan, number)}
         # One at a time: a shard may hold gigabytes, and other software may have written it.
         for key, image, record, _ in read_shard(path):
             if key in drawn:
-                yield drawn[key], image, record
+                companions = {kind: images[key] for kind, images in others.items() if key in images}
+                yield Sample(drawn[key], image, record, companions)
         num_left -= len(drawn)
         if not num_left:
             return
+
+
+def _kinds(job: JobSpec, plan: Plan, number: int) -> tuple[str, ...]:
+    return companions_of(job.requests[plan.shard(number).request])
+
+
+def _read(
+    store: Store, job: JobSpec, number: int, kind: str, keys: Mapping[str, SampleSpec]
+) -> dict[str, tuple[bytes, dict[str, Any]]]:
+    """Image files and records of some samples of a companion of a shard."""
+    path = store.fetch(companion_name(kind, shard_name(job.name, number)))
+    return {key: (image, record) for key, image, record, _ in read_shard(path) if key in keys}
 
 
 def _differences(stored: dict[str, Any], made: dict[str, Any]) -> list[str]:

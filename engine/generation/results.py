@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,20 @@ from torch import Tensor
 
 from engine.data.images import encoding as imaging
 from engine.generation.isolation import failed_result
+from engine.generation.pairs import distances, no_twin, start_record, twin_fields, twin_spec
 from engine.generation.scorer import Scorer, ScorerInputs
 from engine.generation.starts import StartImage
 from engine.job.acceptance import is_accepted
 from engine.job.plan import Plan, SampleSpec
-from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, SampleResult, check_record
+from engine.job.records import (
+    STARTS,
+    STATUS_OK,
+    STATUS_REJECTED,
+    TWINS,
+    Companion,
+    SampleResult,
+    check_record,
+)
 from engine.job.spec import JobSpec
 from engine.methods.conditioning.screening import ScreenedDraw
 from engine.methods.guidance.rules import GradientHealth
@@ -54,11 +64,40 @@ class SampledImages:
 
 @dataclass(frozen=True, slots=True)
 class _Inputs:
-    """Encoders of the files, and what the models take: those of the scorer, and the safety checker if there is one."""
+    """Encoders of the files, the images as stored, and what the models take: those of the scorer, the safety checker.
+
+    Attributes:
+        checker: None without a safety checker.
+    """
 
     files: list[Callable[[], bytes]]
+    shown: Sequence[PIL.Image.Image]
     scorer: ScorerInputs
     checker: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _StartInputs:
+    """The same of the images that samples started from, of which only embeddings are needed."""
+
+    files: list[Callable[[], bytes]]
+    clip: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """Images of a batch, scored.
+
+    Attributes:
+        embeds: by CLIP, [B, d].
+        faults: why each image must not be stored, [B]; empty for the others.
+        to_start: distance of each image to its start, [B]; empty without.
+    """
+
+    embeds: Tensor
+    records: list[dict[str, Any]]
+    faults: list[str]
+    to_start: list[float]
 
 
 class ImageBatch:
@@ -86,41 +125,74 @@ class ImageBatch:
         self._scorer = scorer
         self._checker = checker
         self._inputs: _Inputs | None = None
+        self._twin_inputs: _Inputs | None = None
+        self._start_inputs: _StartInputs | None = None
 
     def preprocess(self) -> None:
         """Prepare what the models take: all work on the CPU. May run on any thread."""
-        pixels, output = self._images.pixels, self._job.output
+        images = self._images
+        self._inputs = self._preprocessed(images.pixels)
+        self._twin_inputs = None if images.twins is None else self._preprocessed(images.twins)
+        if images.starts:
+            # Photographs are not marked as synthetic.
+            pixels = np.stack([start.pixels for start in images.starts])
+            files, shown = imaging.stored(pixels, self._job.output.image_format)
+            self._start_inputs = _StartInputs(files, self._scorer.preprocess_clip(shown))
+
+    def _preprocessed(self, pixels: np.ndarray) -> _Inputs:
+        output = self._job.output
         files, shown = imaging.stored(pixels, output.image_format, provenance=output.provenance)
         checked = self._checker.preprocess([PIL.Image.fromarray(image) for image in pixels]) if self._checker else None
-        self._inputs = _Inputs(files, self._scorer.preprocess(shown), checked)
+        return _Inputs(files, shown, self._scorer.preprocess(shown), checked)
 
     def score(self) -> list[SampleResult]:
         """Results of the samples, after `preprocess`, on the thread that samples."""
-        images, inputs = self._images, self._inputs
+        images, inputs, twin_inputs = self._images, self._inputs, self._twin_inputs
         assert inputs is not None, "a batch is preprocessed before it is scored"
-        faults = self._faults(inputs)
-        records = self._scorer.score(images.specs, inputs.scorer)
+        starts = self._scorer.embed(self._start_inputs.clip) if self._start_inputs else None
+        scored, twins = self._scored(images.specs, inputs, images.is_finite, starts), None
+        if twin_inputs is not None:
+            twins = self._scored([*map(twin_spec, images.specs)], twin_inputs, images.is_twin_finite, starts)
         return [
-            failed_result(images.specs[row], faults[row] or records[row]["error_message"])
-            if faults[row] or records[row]["status"] == STATUS_FAILED
-            else self._result(row, records[row] | _counts(images.health, row), inputs.files[row])
+            failed_result(images.specs[row], scored.faults[row])
+            if scored.faults[row]
+            else self._result(row, scored, twins)
             for row in range(images.num_samples)
         ]
 
-    def _faults(self, inputs: _Inputs) -> list[str]:
+    def _scored(
+        self, specs: Sequence[SampleSpec], inputs: _Inputs, is_finite: Sequence[bool], starts: Tensor | None
+    ) -> _Scored:
+        """Images of the batch, scored.
+
+        Args:
+            starts: embeddings of the images that they started from.
+        """
+        faults = self._faults(inputs, is_finite)
+        embeds = self._scorer.embed(inputs.scorer.clip)
+        records = self._scorer.score(specs, inputs.scorer, embeds)
+        texts = [text or record["error_message"] for text, record in zip(faults, records, strict=True)]
+        return _Scored(embeds, records, texts, [] if starts is None else distances(embeds, starts))
+
+    def _faults(self, inputs: _Inputs, is_finite: Sequence[bool]) -> list[str]:
         """Why each of the images must not be stored, [B]; empty for the others."""
         unsafe = [""] * len(self._images.specs)
         if self._checker and inputs.checker is not None:
             unsafe = self._checker.faults_of(inputs.checker)
-        return [
-            text if is_finite else NOT_FINITE for is_finite, text in zip(self._images.is_finite, unsafe, strict=True)
-        ]
+        return [text if finite else NOT_FINITE for finite, text in zip(is_finite, unsafe, strict=True)]
 
-    def _result(self, row: int, record: dict[str, Any], image: Callable[[], bytes]) -> SampleResult:
+    def _result(self, row: int, scored: _Scored, twins: _Scored | None) -> SampleResult:
         """A scored sample, accepted or rejected by the request's rule."""
-        spec = self._images.specs[row]
-        draw = self._images.draws[row] if self._images.draws else None
-        record["screened"] = draw is not None and draw.screened
+        images, inputs = self._images, self._inputs
+        assert inputs is not None
+        spec, draw = images.specs[row], images.draws[row] if images.draws else None
+        companions = self._companions(row, twins)
+        twin = no_twin()
+        if twins is not None and self._twin_inputs is not None and TWINS in companions:
+            [distance] = distances(scored.embeds[row : row + 1], twins.embeds[row : row + 1])
+            shown = inputs.shown[row], self._twin_inputs.shown[row]
+            twin = twin_fields(shown[0], distance, shown[1], companions[TWINS].record)
+        record = scored.records[row] | self._own_fields(row, scored) | _counts(images.health, row) | twin
         try:
             check_record(record)
         except ValueError as error:
@@ -130,10 +202,38 @@ class ImageBatch:
         stored = accepted or self._job.output.store_rejected
         return SampleResult(
             record=record | {"accepted": accepted, "status": STATUS_OK if accepted else STATUS_REJECTED},
-            image=image if stored else b"",
-            run={"batch_size": len(self._images.specs)},
+            image=inputs.files[row] if stored else b"",
+            run={"batch_size": len(images.specs)},
             num_draws=draw.num_draws if draw else 0,
+            companions=companions if stored else None,
         )
+
+    def _own_fields(self, row: int, scored: _Scored) -> dict[str, Any]:
+        """What the record of a sample, or of a twin, has of its draw and its start."""
+        images, fields = self._images, {"screened": bool(self._images.draws) and self._images.draws[row].screened}
+        if not images.starts:
+            return fields
+        start, spec = images.starts[row], self._job.requests[self._request].start
+        assert spec is not None
+        return fields | {
+            "start_key": start.key,
+            "start_sha256": start.sha256,
+            "strength": float(spec.strength),
+            "start_distance": scored.to_start[row],
+        }
+
+    def _companions(self, row: int, twins: _Scored | None) -> dict[str, Companion]:
+        """The second images of a sample, without a twin that has a fault."""
+        images, companions = self._images, {}
+        if self._start_inputs is not None:
+            record = start_record(images.specs[row], images.starts[row], self._scorer.target.labels)
+            companions[STARTS] = Companion(record, self._start_inputs.files[row])
+        if twins is not None and self._twin_inputs is not None and not twins.faults[row]:
+            record = twins.records[row] | self._own_fields(row, twins)
+            with contextlib.suppress(ValueError):
+                check_record(record)
+                companions[TWINS] = Companion(record, self._twin_inputs.files[row])
+        return companions
 
 
 def _counts(health: GradientHealth, row: int) -> dict[str, Any]:

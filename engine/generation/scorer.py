@@ -79,13 +79,26 @@ class Scorer:
         """As `score`, of 8-bit images."""
         return self.score(specs, self.preprocess(images))
 
-    def score(self, specs: Sequence[SampleSpec], inputs: ScorerInputs) -> list[dict[str, Any]]:
-        """Complete records of samples, but for gradient counts.
+    def preprocess_clip(self, images: Sequence[PIL.Image.Image]) -> Tensor:
+        """What the CLIP model alone takes for 8-bit images; on any thread."""
+        return self._clip.preprocess(images)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """CLIP embeddings [B, d] of images, of what `preprocess` or `preprocess_clip` gave for that model."""
+        return self._clip.embeds_of_pixels(pixels)
+
+    def score(
+        self, specs: Sequence[SampleSpec], inputs: ScorerInputs, embeds: Tensor | None = None
+    ) -> list[dict[str, Any]]:
+        """Complete records of samples, but for gradient counts and what is measured of two images.
+
+        Args:
+            embeds: as `embed` gives them, where they are needed elsewhere too.
 
         Where a model gives values that are not finite, the record is that of a failed sample and names the model.
         """
         faults = Faults(len(specs))
-        embeds = self._clip.embeds_of_pixels(inputs.clip)
+        embeds = self.embed(inputs.clip) if embeds is None else embeds
         similarities = _similarities(self._clip, self._class_embeds, embeds, faults, "models.clip")
         cells = [spec.cell for spec in specs]
         labels = conditioned_classes(cells, similarities)
@@ -126,7 +139,7 @@ class Scorer:
         return self._placed_embeds[device]
 
     def _record(self, spec: SampleSpec, row: int, label: int, columns: dict[str, Tensor]) -> dict[str, Any]:
-        record = new_record(spec) | {name: _plain(values[row]) for name, values in columns.items()}
+        record = new_record(spec) | {name: plain(values[row]) for name, values in columns.items()}
         return record | {
             "class_name": self.target.labels[label],
             "class_index": label,
@@ -143,7 +156,7 @@ class Scorer:
         similarities = _similarities(self._judge, self._judge_embeds, embeds, faults, "models.judge")
         columns, name = _conformity_columns(similarities, labels), self._judge.name
         return [
-            [{"model": name} | {score: _plain(values[row]) for score, values in columns.items()}]
+            [{"model": name} | {score: plain(values[row]) for score, values in columns.items()}]
             for row in range(len(labels))
         ]
 
@@ -180,7 +193,7 @@ def transfer_entries(
         faults.check_logits(logits, "models.transfer", model.name)
         risk, predicted = scores.risk(logits, labels), logits.argmax(1)
         for row, entry in enumerate(entries):
-            entry.append({"model": model.name, "predicted_class": int(predicted[row]), "risk": _plain(risk[row])})
+            entry.append({"model": model.name, "predicted_class": int(predicted[row]), "risk": plain(risk[row])})
     return entries
 
 
@@ -196,7 +209,7 @@ def target_fields(
     faults.check_logits(logits, "models.target", target.name)
     columns = _target_columns(logits, labels)
     return [
-        {name: _plain(values[row]) for name, values in columns.items()}
+        {name: plain(values[row]) for name, values in columns.items()}
         | _kldb_fields(cell, logits[row : row + 1], int(labels[row]))
         | {"temperature": target.temperature}
         for row, cell in enumerate(cells)
@@ -207,10 +220,10 @@ def _kldb_fields(cell: Cell, logits: Tensor, label: int) -> dict[str, Any]:
     subset = kldb_classes(cell, logits, label)
     balance, mass = scores.kldb_parts(logits, subset)
     return {
-        "kldb": _plain(scores.kldb(logits, subset)[0]),
+        "kldb": plain(scores.kldb(logits, subset)[0]),
         "kldb_classes": subset,
-        "kldb_balance": _plain(balance[0]),
-        "kldb_mass": _plain(mass[0]),
+        "kldb_balance": plain(balance[0]),
+        "kldb_mass": plain(mass[0]),
     }
 
 
@@ -260,7 +273,7 @@ def _target_columns(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _plain(value: Tensor) -> Any:
+def plain(value: Tensor) -> Any:
     """A Python number; a float as the shortest decimal that gives the same float32."""
     if value.is_floating_point():
         return float(str(np.float32(value.item())))

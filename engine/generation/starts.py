@@ -1,10 +1,23 @@
-"""The real images that samples start from (SDEdit, Meng et al. 2022)."""
+"""The real images that samples start from (SDEdit, Meng et al. 2022): which one, at which size, and where they wait."""
 
 from __future__ import annotations
 
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+from engine.data.images import LabelledImage
+from engine.errors import JobError
+from engine.generation.given_images import CheckedImages, check_same, read_given
+from engine.job.plan import Plan, RequestPlan, SampleSpec
+
+_FIELD = "start.images"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,3 +35,139 @@ class StartImage:
     sha256: str
     class_index: int
     pixels: np.ndarray
+
+
+class Size(NamedTuple):
+    """Of images, in pixels."""
+
+    height: int
+    width: int
+
+
+class _Entry(NamedTuple):
+    """An image of a class, and its place in the file."""
+
+    key: str
+    sha256: str
+    place: int
+
+
+class StartImages:
+    """Images by class, in their order, at one size.
+
+    They lie in a temporary file without a name, which the system removes with the process: there may be more of them
+    than memory holds.
+
+    Args:
+        needed: images of each class that can be asked for, by its index.
+        size: of a pipeline's images.
+    """
+
+    def __init__(self, needed: dict[int, int], size: Size) -> None:
+        self._needed, self._size = needed, size
+        self._entries: dict[int, list[_Entry]] = {index: [] for index in needed}
+        self._counts = Counter[int]()
+        self._num_kept = 0
+        self._file = tempfile.TemporaryFile(prefix="riskforge-starts-")  # noqa: SIM115
+        self._pixels: np.ndarray | None = None
+
+    def take(self, image: LabelledImage, key: bytes) -> None:
+        """Keep an image, if it can be asked for.
+
+        Args:
+            key: digest of its pixels.
+        """
+        self._counts[image.class_index] += 1
+        entries = self._entries.get(image.class_index)
+        if entries is None or len(entries) == self._needed[image.class_index]:
+            return
+        self._file.write(fitted(image.image, self._size).tobytes())
+        entries.append(_Entry(image.name, key.hex(), self._num_kept))
+        self._num_kept += 1
+
+    def of(self, spec: SampleSpec) -> StartImage:
+        """The image of a sample: number `index` of its class, from the first again after the last.
+
+        The classes of a joint prompt take turns.
+        """
+        turn, which = divmod(spec.index, len(spec.cell.classes))
+        index = spec.cell.classes[which]
+        # All images of the class count, so that which one it is does not depend on how many are kept.
+        key, sha256, place = self._entries[index][turn % self._counts[index]]
+        return StartImage(key=key, sha256=sha256, class_index=index, pixels=self._mapped()[place])
+
+    def _mapped(self) -> np.ndarray:
+        if self._pixels is None:
+            self._file.flush()
+            shape = (self._num_kept, *self._size, 3)
+            self._pixels = np.memmap(self._file, dtype=np.uint8, mode="r", shape=shape)
+        return self._pixels
+
+
+class StartSets:
+    """The images that the requests of a plan start from, each set read when it is first asked for.
+
+    Args:
+        labels: class names of the target.
+    """
+
+    def __init__(self, plan: Plan, labels: Sequence[str]) -> None:
+        self._plan, self._labels = plan, labels
+        self._sets: dict[tuple[str, Size], StartImages] = {}
+
+    def of(self, request: RequestPlan, size: Size) -> StartImages | None:
+        """The images of a request at the size of its pipeline; None where it starts from noise alone.
+
+        Raises:
+            JobError: they differ from those that the plan was made with, or do not fit the disk.
+        """
+        spec = request.spec.used_start
+        if spec is None:
+            return None
+        if (spec.images, size) not in self._sets:
+            self._sets[spec.images, size] = self._read(request, spec.images, size)
+        return self._sets[spec.images, size]
+
+    def _read(self, request: RequestPlan, address: str, size: Size) -> StartImages:
+        where, planned = f"{request.where}.{_FIELD}", self._plan.identity["requests"][request.number]["start"]
+        try:
+            images = StartImages(self._needed(address), size)
+            given = read_given(address, self._labels, where, images.take)
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            raise JobError(
+                f"{where}: '{address}' cannot be kept in {folder} at {size.width} x {size.height} pixels"
+                f" ({error.strerror or error}); set TMPDIR to a folder on a larger disk"
+            ) from None
+        check_same(given.named_digest, planned["images"], address, where)
+        return images
+
+    def _needed(self, address: str) -> dict[int, int]:
+        """Images of each class that some sample of the plan can start from."""
+        needed = Counter[int]()
+        for request in self._plan.requests:
+            if request.spec.used_start and request.spec.used_start.images == address:
+                for cell in request.cells:
+                    most = -(-request.spec.attempts_limit // len(cell.classes))
+                    needed |= Counter(dict.fromkeys(cell.classes, most))
+        return dict(needed)
+
+
+def start_digests(requests: Sequence[RequestPlan], images: CheckedImages) -> dict[str, str]:
+    """Check the images that requests start from: digest of the names, classes and pixels of each set, by address.
+
+    Raises:
+        JobError: an image source is missing or damaged, or lacks a class that a request asks for.
+    """
+    return {
+        spec.images: images.of(request, spec.images, _FIELD).named_digest
+        for request in requests
+        if (spec := request.spec.used_start)
+    }
+
+
+def fitted(image: PIL.Image.Image, size: Size) -> PIL.Image.Image:
+    """An image at a size: the shorter side resized, the middle of the longer one; untouched where it has the size."""
+    if image.size == (size.width, size.height):
+        return image
+    return PIL.ImageOps.fit(image, (size.width, size.height), PIL.Image.Resampling.LANCZOS)

@@ -18,6 +18,7 @@ from typing import Protocol
 from engine.data.run.commit_record import CommitRecord
 from engine.data.run.commit_shard import commit_shard
 from engine.data.run.commits import read_commit
+from engine.data.run.companions import companions_of
 from engine.data.run.counts import ShardCounts
 from engine.data.run.notices import unstored
 from engine.data.run.shard_writing import stage_shard, warm_up
@@ -171,7 +172,8 @@ class Worker:
         name = shard_name(self._job.name, buffer.shard.number)
         tally = ScreeningTally()
         image_format, version = self._job.output.image_format, self._plan.schema_version
-        staged = stage_shard(self._store.staging(), name, buffer.results(tally), image_format, version)
+        companions = companions_of(self._job.requests[buffer.shard.request])
+        staged = stage_shard(self._store.staging(), name, buffer.results(tally), image_format, version, companions)
         record = commit_shard(
             self._store,
             self._plan.digest,

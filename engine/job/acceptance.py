@@ -55,7 +55,7 @@ def is_accepted(
     subset: tuple[int, ...],
     schema_version: int = ERRORS_OUTSIDE_SINCE,
 ) -> bool:
-    """Whether every condition of a checked rule holds for a record.
+    """Whether every condition of a checked rule holds for a record; none on a score that it does not have does.
 
     Args:
         record: complete scores.
@@ -74,7 +74,10 @@ def _holds(name: str, wanted: Any, record: Mapping[str, Any], subset: tuple[int,
         return bool(record[name] == wanted)
     if name == ORACLE_CONDITION:
         return (record["oracle_class"] in subset) == (wanted == "agrees")
-    return all(compare(_score(name, record), bound) for compare, bound in _comparisons(wanted))
+    value = _score(name, record)
+    if name in BY_NAME and value == BY_NAME[name].without:
+        return False
+    return all(compare(value, bound) for compare, bound in _comparisons(wanted))
 
 
 def _score(name: str, record: Mapping[str, Any]) -> float:

@@ -95,13 +95,23 @@ class ShardSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestPlan:
-    """A request with its classes resolved against the target's labels."""
+    """A request with its classes resolved against the target's labels.
+
+    Attributes:
+        place: its number in the job file, for messages, where that is another.
+    """
 
     number: int
     spec: RequestSpec
     job_name: str
     job_seed: int
     cells: tuple[Cell, ...]
+    place: int | None = None
+
+    @property
+    def where(self) -> str:
+        """Where it is in the job file."""
+        return f"requests.{self.number if self.place is None else self.place}"
 
     @property
     def total(self) -> int:
@@ -245,7 +255,7 @@ def next_stage(
         place = (extent.request, extent.cell)
         planned[place] = max(planned[place], extent.stop)
     shrunk = [
-        f"requests.{request.number}.count: {request.spec.count} is below the"
+        f"{request.where}.count: {request.spec.count} is below the"
         f" {planned[request.number, EVERY_CELL] // (request.total // request.spec.count)} already planned in this"
         " output; counts can only grow (or use another output)"
         for request in requests
@@ -284,10 +294,13 @@ def resolve_requests(job: JobSpec, labels: list[str]) -> tuple[RequestPlan, ...]
     problems: list[str] = []
     plans = []
     for number, request in enumerate(job.requests):
-        cells = _cells(request, labels, f"requests.{number}", problems)
+        place = job.place(number)
+        cells = tuple(_cells(request, labels, f"requests.{place}", problems))
         if request.fresh is True:
-            problems.append(f"requests.{number}.fresh: true has no date; `engine.commands.jobfile.dated` gives it one")
-        plans.append(RequestPlan(number=number, spec=request, job_name=job.name, job_seed=job.seed, cells=tuple(cells)))
+            problems.append(f"requests.{place}.fresh: true has no date; `engine.commands.jobfile.dated` gives it one")
+        plans.append(
+            RequestPlan(number=number, spec=request, job_name=job.name, job_seed=job.seed, cells=cells, place=place)
+        )
     if problems:
         raise JobError(problems)
     return tuple(plans)
@@ -438,8 +451,7 @@ def _conditioning(request: RequestSpec, digests: dict[str, str]) -> dict[str, An
 
 def _start(request: RequestSpec, digests: dict[str, str]) -> dict[str, Any]:
     """What samples start from, with the digest of the images in place of their address; at strength 1 of none."""
-    spec = request.start
-    if spec is None:
+    if request.start is None:
         return {}
-    images = {"images": digests[spec.images]} if spec.strength < 1 else {}
-    return {"start": images | {"strength": spec.strength}}
+    images = {"images": digests[request.start.images]} if request.used_start else {}
+    return {"start": images | {"strength": request.start.strength}}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import datetime
 import math
 from fractions import Fraction
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import pydantic
-from pydantic import Field, StrictBool, StrictInt
+from pydantic import Field, PrivateAttr, StrictBool, StrictInt
 
 from engine.methods.fields import Context, Number, Plains, Spec
 from engine.methods.parameters import MethodParameters
@@ -18,7 +18,14 @@ from engine.methods.sampling.spec import SamplingSpec
 MAX_SEED = 2**53
 MAX_REQUESTS = 1000
 # Entries of lists by the name of their key, counted before any of them is checked.
-LIST_LIMITS = {"requests": MAX_REQUESTS, "contexts": 10_000, "classes": 100_000, "boundary": 1000, "transfer": 100}
+LIST_LIMITS = {
+    "requests": MAX_REQUESTS,
+    "contexts": 10_000,
+    "classes": 100_000,
+    "boundary": 1000,
+    "transfer": 100,
+    "strength": 100,
+}
 MAX_INDEX = 10**8
 JOINT_SEPARATOR = " and "
 CLASS_TEMPLATE = "a photo of a {class}"
@@ -102,6 +109,14 @@ class ConditioningSpec(Spec):
         return self.artefact is not None and self.screening is not False
 
 
+def _or_list(schema: dict[str, Any]) -> None:
+    """Let the JSON Schema of a value allow a list of different ones, which a job file may have in its place."""
+    limits = ("type", "minimum", "maximum")
+    value = {key: schema.pop(key) for key in limits}
+    values = {"type": "array", "items": value, "minItems": 1, "uniqueItems": True}
+    schema["anyOf"] = [value, values | {"maxItems": LIST_LIMITS["strength"]}]
+
+
 class StartSpec(Spec):
     """Real images to start from in place of noise alone (SDEdit, Meng et al. 2022)."""
 
@@ -113,7 +128,8 @@ class StartSpec(Spec):
         ge=0,
         le=1,
         description="Share of the denoising steps that are taken: 0 gives the image as the autoencoder has it, 1 leaves"
-        " it out.",
+        " it out. A list makes one request of each value, `NAME-s030` of 0.3, in one `seed_group`.",
+        json_schema_extra=_or_list,
     )
 
 
@@ -246,6 +262,11 @@ class RequestSpec(Spec):
         """Whether attempts are made until enough of them are accepted."""
         return self.attempts_limit > self.num_wanted
 
+    @property
+    def used_start(self) -> StartSpec | None:
+        """The start, unless its strength is 1: then the images are left out."""
+        return self.start if self.start is not None and self.start.strength < 1 else None
+
 
 class OutputSpec(Spec):
     """Where and how the samples are stored."""
@@ -333,6 +354,18 @@ class JobSpec(Spec):
     guidance: GuidanceSpec = Field(default=GuidanceSpec(), description="Parameters of the guidance methods.")
     output: OutputSpec = Field(description="Where and how the samples are stored.")
     runtime: RuntimeSpec = Field(default=RuntimeSpec(), description="How the work is carried out.")
+    # Of each request its number in the job file, where a list of strengths made several of one.
+    _places: tuple[int, ...] | None = PrivateAttr(default=None)
+
+    def placed(self, places: tuple[int, ...]) -> Self:
+        """The job with the numbers that its requests have in the job file, for messages."""
+        job = self.model_copy()
+        job._places = places
+        return job
+
+    def place(self, number: int) -> int:
+        """Number in the job file of a request, for messages."""
+        return number if self._places is None else self._places[number]
 
     def sampling_of(self, request: RequestSpec) -> SamplingSpec:
         """The job's sampling with the request's overrides, key by key."""

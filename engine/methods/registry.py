@@ -98,6 +98,7 @@ METHODS = (
 )
 
 BUILT_IN = {method.name: method for method in METHODS if not method.is_user_code}
+UNGUIDED = next(method for method in METHODS if not method.is_guided)
 USER_CODE = next(method for method in METHODS if method.is_user_code)
 
 

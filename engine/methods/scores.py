@@ -14,6 +14,9 @@ from torch import Tensor
 
 Classes = Sequence[int] | Tensor
 
+# Of equal images, for which the ratio is infinite.
+MAX_PSNR_DB = 100.0
+
 
 def risk(logits: Tensor, labels: Tensor) -> Tensor:
     """Risk `-log p_y`, in [0, inf).
@@ -82,6 +85,22 @@ def conformity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
     """
     images, texts = at_least_float32(image_embeds), at_least_float32(text_embeds)
     return torch.nn.functional.cosine_similarity(images, texts.expand_as(images), dim=-1)
+
+
+def embedding_distance(first: Tensor, second: Tensor) -> Tensor:
+    """1 minus the cosine between the embeddings of two images, [B], in [0, 2]; embeddings are [B, d]."""
+    # Rounding alone can fall below zero, which would read as a value that is not there.
+    return (1.0 - conformity(first, second)).clamp_min(0)
+
+
+def psnr_db(first: Tensor, second: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio `10 log10(255^2 / MSE)` of 8-bit images, [B], in dB; `MAX_PSNR_DB` of equal ones.
+
+    Args:
+        first, second: [B, H, W, 3] or of any other form, values 0 to 255.
+    """
+    mse = (first.double() - second.double()).square().flatten(1).mean(1)
+    return (10.0 * torch.log10(255.0**2 / mse)).clamp_max(MAX_PSNR_DB)
 
 
 def conformity_margin(similarities: Tensor, labels: Tensor) -> Tensor:

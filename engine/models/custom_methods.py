@@ -41,7 +41,8 @@ def method_problems(job: JobSpec) -> Iterable[str]:
                 method_digest(request.method)
                 load_method(request.method, factory_arguments(job, request))
             except JobError as error:
-                yield from (f"requests.{number}.method: {problem}" for problem in error.problems)
+                where = f"requests.{job.place(number)}.method"
+                yield from (f"{where}: {problem}" for problem in error.problems)
 
 
 def factory_arguments(job: JobSpec, request: RequestSpec) -> dict[str, Any]:

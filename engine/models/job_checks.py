@@ -78,7 +78,7 @@ def _roles(job: JobSpec) -> Iterator[_Role]:
         yield "models.guidance_decoder", models.guidance_decoder, check_decoder
     for number, request in enumerate(job.requests):
         if request.diffusion:
-            yield f"requests.{number}.diffusion", request.diffusion, check_diffusion
+            yield f"requests.{job.place(number)}.diffusion", request.diffusion, check_diffusion
 
 
 def _check_classifier(folder: Path, address: str) -> None:
@@ -139,7 +139,8 @@ def _request_problems(job: JobSpec) -> list[str]:
     for number, request in enumerate(job.requests):
         address = request.diffusion or job.models.diffusion
         if folder := _pipeline_folder(address):
-            problems += [f"requests.{number}.{problem}" for problem in request_problems(job, request, folder, address)]
+            where = f"requests.{job.place(number)}"
+            problems += [f"{where}.{problem}" for problem in request_problems(job, request, folder, address)]
     return problems
 
 
@@ -193,7 +194,7 @@ def _weights_problems(job: JobSpec) -> list[str]:
     if job.models.guidance_decoder:
         roles.append(("models.guidance_decoder", job.models.guidance_decoder, check_decoder_weights))
     roles += [
-        (f"requests.{number}.diffusion", request.diffusion, check)
+        (f"requests.{job.place(number)}.diffusion", request.diffusion, check)
         for number, request in enumerate(job.requests)
         if request.diffusion
     ]
@@ -206,5 +207,5 @@ def _preparation_problems(job: JobSpec) -> list[str]:
     problems = list(method_problems(job))
     labels = read_labels(job.models.target)
     for number, request in enumerate(job.requests):
-        problems += artefact_problems(number, request, labels)
+        problems += artefact_problems(job.place(number), request, labels)
     return problems

@@ -23,6 +23,7 @@ from bench.naive import PAPER_ELEMENTS, RISKY_COLUMNS, Naive, sample_boundary, s
 from bench.sizes import Setting
 from engine.generation.conditioner import conditioning_digests, open_conditioner
 from engine.generation.generator import Generator
+from engine.generation.given_images import CheckedImages
 from engine.generation.guidance import RequestGuides
 from engine.generation.scorer import Scorer
 from engine.job.parsing import parse_job
@@ -115,7 +116,9 @@ class Bench:
         self._digests = dict.fromkeys(addresses, "")
         if addresses:
             requests = self._plan().requests
-            self._digests = conditioning_digests(self.job, requests, self.labels, progress=_ignore, notice=_ignore)
+            self._digests = conditioning_digests(
+                self.job, requests, CheckedImages(self.labels, _ignore, _ignore), _ignore
+            )
         self.plan = self._plan()
 
     def _plan(self) -> Plan:

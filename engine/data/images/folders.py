@@ -27,13 +27,14 @@ from engine.data.images.splits import (
 )
 from engine.data.images.webdataset_tars import webdataset
 from engine.errors import JobError
+from engine.job.records import STARTS, TWINS
 
 KIND = "a folder by class"
 # At the top of a folder that the engine finished.
 _MARKS = ("manifest.json", "_SUCCESS")
 _STATE = "_state"
-# Folders of a run with other scores of its images, and reviews of them.
-_INTERNAL = (_STATE, "rescored", "_review")
+# Folders of a run with second images of its samples, other scores of its images, and reviews of them.
+_INTERNAL = (_STATE, STARTS, TWINS, "rescored", "_review")
 # Of a repository in the cache of `huggingface_hub`.
 BLOBS, SNAPSHOTS = "blobs", "snapshots"
 _MAX_GIVEN = 3

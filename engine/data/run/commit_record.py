@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.data.run.companions import TarFacts, companion_name, parse_companions
 from engine.data.run.counts import ShardCounts, record_name
 from engine.data.run.notices import MAX_NOTICE_CHARS, MAX_NOTICES, are_storable
 from engine.data.run.shards import SHARDS
@@ -35,6 +37,7 @@ class CommitRecord:
         timing: seconds by name, as measured by the worker; empty where the files of another try were adopted.
         screening: rows of a `ScreeningTally`; empty where nothing was screened.
         notices: what the hardware made the worker do otherwise than the job says, since its last shard.
+        companions: tars with second images of its samples, by their folder; none in most runs.
     """
 
     shard: int
@@ -54,24 +57,38 @@ class CommitRecord:
     timing: dict[str, float]
     screening: list[list[int]] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    companions: Mapping[str, TarFacts] = field(default_factory=dict)
 
     @property
     def file_name(self) -> str:
         """Name of the record in the store."""
         return f"{COMMITS}/{record_name(self.shard, self.counts)}"
 
+    @property
+    def files(self) -> dict[str, tuple[str, int]]:
+        """Checksum (SHA-256) and bytes of the files of the shard by name in the store, in order of publishing."""
+        facts = [(self.tar_sha256, self.tar_bytes), (self.parquet_sha256, self.parquet_bytes)]
+        facts += [(companion.sha256, companion.bytes) for companion in self.companions.values()]
+        return dict(zip(file_names(self.name, self.companions), facts, strict=True))
+
     def to_json(self) -> str:
         """The record as one line."""
         fields = {"record_version": RECORD_VERSION} | dataclasses.asdict(self)
-        if not self.notices:
-            # Versions before this field refuse a record that has it: they go on with the runs that do not need it.
-            del fields["notices"]
+        for name in ("notices", "companions"):
+            if not fields[name]:
+                # Versions before a field refuse a record that has it: they go on with the runs that do not need it.
+                del fields[name]
         return json.dumps(fields, allow_nan=False)
 
 
 def file_pair(shard_name: str) -> tuple[str, str]:
     """Names of the tar and the parquet of a shard."""
     return f"{SHARDS}/{shard_name}.tar", f"{SHARDS}/{shard_name}.parquet"
+
+
+def file_names(shard_name: str, companions: Iterable[str]) -> list[str]:
+    """Names of all files of a shard with these companions, in order of publishing."""
+    return [*file_pair(shard_name), *(companion_name(kind, shard_name) for kind in companions)]
 
 
 def parse_record(where: str, text: str | bytes | OutputError) -> CommitRecord:
@@ -89,7 +106,8 @@ def parse_record(where: str, text: str | bytes | OutputError) -> CommitRecord:
         counts = ShardCounts(**raw["counts"])
         # Class codes and counts that have no name are not ours.
         record_name(0, counts)
-        record = CommitRecord(**raw | {"counts": counts})
+        companions = parse_companions(raw.get("companions", {}))
+        record = CommitRecord(**raw | {"counts": counts, "companions": companions})
         _check_fields(record)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error)[:MAX_REASON_CHARS]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from engine.data.run.companions import COMPANIONS
 from engine.data.run.file_names import CURATION, CURATION_FILES, METADATA, PLANS, RESCORED, RESCORING, RUN_FILES
 from engine.data.run.shards import SHARDS
 from engine.data.stores.base import STATE, Store
@@ -30,13 +31,14 @@ def check_unused(store: Store) -> None:
 
 def sort_files(store: Store, job_name: str) -> tuple[list[str], list[str]]:
     """The files outside `_state` that a run of this name writes, and all others."""
-    shard = re.compile(rf"{SHARDS}/{re.escape(job_name)}-\d{{6,}}\.(tar|parquet)")
+    stem = rf"{re.escape(job_name)}-\d{{6,}}"
+    shard = re.compile(rf"{SHARDS}/{stem}\.(tar|parquet)|({'|'.join(COMPANIONS)})/{stem}\.tar")
     parts = re.compile(rf"{METADATA}/part-\d{{6}}\.parquet")
     own: list[str] = []
     foreign: list[str] = []
     for name in store.list():
-        if name == SHARDS:
-            for inner in store.list(SHARDS):
+        if name == SHARDS or (name in COMPANIONS and store.is_folder(name)):
+            for inner in store.list(name):
                 is_own = shard.fullmatch(inner) or inner in RUN_FILES
                 (own if is_own else foreign).append(inner)
         elif name == METADATA and store.is_folder(name):

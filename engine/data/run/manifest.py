@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.data.run.commit_record import CommitRecord
 from engine.data.run.commits import CommitSummary, read_commits
+from engine.data.run.companions import KEY_COLUMNS
 from engine.data.run.counts import num_stored
 from engine.data.run.curated import manifest_part
 from engine.data.run.file_names import METADATA
@@ -80,8 +81,31 @@ def build_manifest(
         "summary": [group_document(group) for group in groups],
         "dials": read_dials(store.fetch(METADATA), job),
         "shards": [_listed(record, job) for record in read_commits(store)] if len(commits) <= MAX_LISTED_SHARDS else [],
+        **_companions(store),
         **manifest_part(store, plan),
     }
+
+
+def _companions(store: Store) -> dict[str, Any]:
+    """Of each folder of tars with second images how many images, tars and bytes; nothing where a run has none."""
+    totals: dict[str, dict[str, Any]] = {}
+    for record in read_commits(store):
+        for kind, tar in record.companions.items():
+            total = totals.setdefault(kind, {"folder": kind, "images": 0, "tars": 0, "bytes": 0})
+            total["tars"] += 1
+            total["bytes"] += tar.bytes
+    for kind, total in totals.items():
+        total["images"] = _num_images(store, kind)
+    return {"companions": totals} if totals else {}
+
+
+def _num_images(store: Store, kind: str) -> int:
+    """Images in the companions of a run."""
+    import pyarrow.compute as pc
+    import pyarrow.dataset
+
+    rows = pyarrow.dataset.dataset(store.fetch(METADATA), format="parquet", partitioning=None)
+    return rows.count_rows(filter=(pc.field("sha256") != "") & (pc.field(KEY_COLUMNS[kind]) != ""))
 
 
 def quota_rows(plan: Plan, quotas: Quotas) -> dict[str, list[dict[str, Any]]]:
@@ -134,6 +158,7 @@ def _listed(record: CommitRecord, job: JobSpec) -> dict[str, Any]:
         "tar_bytes": record.tar_bytes,
         "tar_sha256": record.tar_sha256,
         "parquet_sha256": record.parquet_sha256,
+        **{kind: {"bytes": tar.bytes, "sha256": tar.sha256} for kind, tar in record.companions.items()},
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+from engine.data.run.companions import COMPANIONS
 from engine.data.run.curated import REMAKE_RUN, find_curation, is_curated
 from engine.data.run.file_names import (
     CARD,
@@ -37,11 +38,11 @@ MAX_LISTED = 8
 def lost_files(store: Store) -> list[str]:
     """Files of committed shards that are gone or of another size, a line each, with their shard.
 
-    One listing of the shards, and the records; no shard is opened.
+    One listing of each folder of shards, and the records; no shard is opened.
     """
     recorded = list(recorded_files(store))
     # After the records: files are published before their record.
-    sizes = store.sizes(SHARDS)
+    sizes = {name: size for folder in (SHARDS, *COMPANIONS) for name, size in store.sizes(folder).items()}
     lost: list[str] = []
     for recorded_file in recorded:
         if isinstance(recorded_file, CorruptShardError):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.data.run.commit_packs import PACKS, reading_pack
 from engine.data.run.commit_record import COMMITS, file_pair, parse_record
+from engine.data.run.companions import COMPANIONS, companion_name
 from engine.data.run.counts import parse_record_name
 from engine.data.stores.base import Store
 from engine.data.stores.file_errors import shown_path
@@ -16,6 +17,10 @@ from engine.errors import CorruptShardError, OutputError
 _FILES = (
     r'^\{"record_version": 1, "shard": (?P<shard>\d{1,15}), "name": "(?P<name>[a-z0-9-]+)", .*'
     r'"tar_bytes": (?P<tar>\d{1,18}), .*"parquet_bytes": (?P<parquet>\d{1,18}),'
+    # A text in a record has no quotes without a backslash before them.
+    r'(?:.*, "companions": \{'
+    + "".join(rf'(?:"{kind}": \{{[^}}]*"bytes": (?P<{kind}>\d{{1,18}})\}}(?:, )?)?' for kind in COMPANIONS)
+    + r"\})?"
 )
 
 
@@ -33,7 +38,7 @@ def _files_of(where: str, text: str | bytes | OutputError) -> Iterator[tuple[int
     except CorruptShardError as error:
         yield error
         return
-    for name, num_bytes in zip(file_pair(record.name), (record.tar_bytes, record.parquet_bytes), strict=True):
+    for name, (_, num_bytes) in record.files.items():
         yield record.shard, name, num_bytes
 
 
@@ -52,3 +57,6 @@ def _packed_files(path: Path) -> Iterator[tuple[int, str, int] | CorruptShardErr
                 tar, parquet = file_pair(fields["name"])
                 yield int(fields["shard"]), tar, int(fields["tar"])
                 yield int(fields["shard"]), parquet, int(fields["parquet"])
+                for kind in COMPANIONS:
+                    if fields[kind]:
+                        yield int(fields["shard"]), companion_name(kind, fields["name"]), int(fields[kind])

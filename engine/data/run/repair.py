@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from engine.data.run.commit_record import file_names
 from engine.data.run.commits import forget_commit
+from engine.data.run.companions import COMPANIONS, companions_of
 from engine.data.run.file_names import SUCCESS
-from engine.data.run.shards import SHARDS, inspect_pair, shard_name
+from engine.data.run.shards import inspect_pair, shard_name
 from engine.data.run.stored_plan import stored_plan
 from engine.data.run.verify import Finding, check_samples, verify
 from engine.data.stores.base import TORN, Store
@@ -58,8 +60,7 @@ def _take_out(store: Store, job: JobSpec, finding: Finding) -> Iterator[str]:
 
 
 def _set_aside(store: Store, job: JobSpec, number: int) -> Iterator[str]:
-    for kind in ("tar", "parquet"):
-        name = f"{SHARDS}/{shard_name(job.name, number)}.{kind}"
+    for name in file_names(shard_name(job.name, number), COMPANIONS):
         if store.exists(name):
             store.set_aside(name)
             yield f"moved to {TORN}: {name}"
@@ -67,12 +68,13 @@ def _set_aside(store: Store, job: JobSpec, number: int) -> Iterator[str]:
 
 def _is_whole(store: Store, job: JobSpec, plan: Plan, number: int) -> bool:
     """Whether files without a record could be adopted, or belong to a shard in quarantine that has none."""
-    names = [f"{SHARDS}/{shard_name(job.name, number)}.{kind}" for kind in ("tar", "parquet")]
-    if not any(map(store.exists, names)):
+    stem = shard_name(job.name, number)
+    if not any(map(store.exists, file_names(stem, COMPANIONS))):
         return True
     try:
-        tar, parquet = store.fetch_each(names)
-        inspect_pair(tar, parquet)
+        kinds = companions_of(plan.requests[plan.shard(number).request].spec)
+        tar, parquet, *others = store.fetch_each(file_names(stem, kinds))
+        inspect_pair(tar, parquet, dict(zip(kinds, others, strict=True)))
         check_samples(plan, number, parquet)
     except StoreLostError:
         raise

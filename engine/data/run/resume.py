@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from engine.data.run.companions import COMPANIONS
 from engine.data.run.file_names import CURATION, METADATA, PLANS, RESCORED, SUCCESS
 from engine.data.run.foreign_files import check_unused, list_names, sort_files
 from engine.data.run.shards import SHARDS
@@ -129,7 +130,7 @@ def _extend(store: Store, stored: StoredRun, plan: Plan, job: JobSpec) -> Plan:
 def _check_quotas(stored: StoredRun, plan: Plan) -> None:
     """Refuse quotas that shrank: samples beyond them are there already."""
     shrunk = [
-        f"requests.{request.number}.count: {request.spec.count} is below the {raw['count']} asked for in this output;"
+        f"{request.where}.count: {request.spec.count} is below the {raw['count']} asked for in this output;"
         " counts can only grow (or use another output)"
         for request, raw in zip(plan.requests, stored.job["requests"], strict=True)
         if request.spec.has_quota and request.spec.count < raw["count"]
@@ -160,7 +161,7 @@ def _clear(store: Store, confirmed: bool) -> None:
             f" away, {OTHER_OUTPUT}"
         )
     if not confirmed:
-        num_shards = sum(name.endswith(".tar") for name in own)
+        num_shards = sum(name.startswith(f"{SHARDS}/") and name.endswith(".tar") for name in own)
         raise OutputError(
             f"output {store.uri}: --resume overwrite would remove a run with {num_shards} shards; add --yes to do so"
         )
@@ -186,6 +187,7 @@ def _remove_files(store: Store, names: list[str]) -> None:
         if name in names:
             store.remove_tree(name)
     store.remove_all(name for name in names if name not in _FOLDERS)
-    store.remove_tree(SHARDS)
+    for folder in (SHARDS, *COMPANIONS):
+        store.remove_tree(folder)
     for name in reversed(store.list(PLANS)):
         store.remove(name)

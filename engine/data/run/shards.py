@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, get_args
 
+from engine.data.run.companions import CompanionTar, TarFacts, difference_to_row, has_companion
 from engine.data.run.counts import ShardCounts, count_rows
 from engine.data.run.schema import arrow_schema
 from engine.data.stores.file_errors import explained, shown_path
@@ -27,6 +28,9 @@ MAX_SAMPLE_BYTES = 64 * 2**20
 ROWS_PER_GROUP = 1024
 IMAGE_FORMATS: tuple[str, ...] = get_args(OutputSpec.model_fields["image_format"].annotation)
 
+# A sample of a tar: key, image file, record, class.
+TarSample = tuple[str, bytes, dict[str, Any], int]
+
 _VERSIONS = range(SCHEMA_VERSION, 0, -1)
 _KEY = re.compile(r"[a-z0-9-]{1,90}")
 
@@ -38,7 +42,11 @@ def shard_name(job_name: str, number: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardFiles:
-    """A tar and a parquet that belong together, with the attributes that the commit record states."""
+    """Files that belong together, with the attributes that the commit record states.
+
+    Attributes:
+        companions: tars with second images of the samples, by their folder.
+    """
 
     tar: Path
     parquet: Path
@@ -48,6 +56,12 @@ class ShardFiles:
     parquet_sha256: str
     parquet_bytes: int
     counts: ShardCounts
+    companions: Mapping[str, CompanionTar] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> list[Path]:
+        """All files, in the order of `engine.data.run.commit_record.file_names`."""
+        return [self.tar, self.parquet, *(companion.path for companion in self.companions.values())]
 
 
 def is_key(text: str) -> bool:
@@ -55,8 +69,8 @@ def is_key(text: str) -> bool:
     return _KEY.fullmatch(text) is not None
 
 
-def read_shard(path: Path) -> Iterator[tuple[str, bytes, dict[str, Any], int]]:
-    """The samples of a tar in order: key, image file, record, class.
+def read_shard(path: Path) -> Iterator[TarSample]:
+    """The samples of a tar in order.
 
     Raises:
         CorruptShardError: the tar is cut short, has a foreign or misplaced member, or a record that breaks the schema.
@@ -141,8 +155,10 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str
             raise CorruptShardError(f"{shown_path(path)}: not a whole parquet file ({error})") from error
 
 
-def describe_files(tar: Path, parquet: Path, counts: ShardCounts) -> ShardFiles:
-    """Sizes and checksums of a pair of files."""
+def describe_files(
+    tar: Path, parquet: Path, counts: ShardCounts, companions: Mapping[str, Path] | None = None
+) -> ShardFiles:
+    """Sizes and checksums of the files of a shard."""
     return ShardFiles(
         tar=tar,
         parquet=parquet,
@@ -152,6 +168,15 @@ def describe_files(tar: Path, parquet: Path, counts: ShardCounts) -> ShardFiles:
         parquet_sha256=file_digest(parquet, "sha256"),
         parquet_bytes=parquet.stat().st_size,
         counts=counts,
+        companions={
+            kind: CompanionTar(
+                path=path,
+                facts=TarFacts(
+                    sha256=file_digest(path, "sha256"), md5=file_digest(path, "md5"), bytes=path.stat().st_size
+                ),
+            )
+            for kind, path in (companions or {}).items()
+        },
     )
 
 
@@ -161,17 +186,21 @@ def file_digest(path: Path, algorithm: str) -> str:
         return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
 
 
-def inspect_pair(tar: Path, parquet: Path) -> ShardFiles:
+def inspect_pair(tar: Path, parquet: Path, companions: Mapping[str, Path] | None = None) -> ShardFiles:
     """Read a shard's files to the end and check that they belong together.
 
     Every image is listed in the parquet with its checksum, every listed image is there, and the records agree field
-    by field.
+    by field. A companion has an image for each row that names it, and a record that does not contradict that row.
+
+    Args:
+        companions: tars with second images of the samples, by their folder.
 
     Raises:
         CorruptShardError: they are not whole, or not of one piece.
     """
     brief = []
     samples = read_shard(tar)
+    others = {kind: read_shard(path) for kind, path in (companions or {}).items()}
     for row in read_rows(parquet):
         brief.append({name: row[name] for name in ("key", "status", "accepted")})
         if not row["sha256"]:
@@ -183,10 +212,28 @@ def inspect_pair(tar: Path, parquet: Path) -> ShardFiles:
             _corrupt(tar, f"the image of {row['key']} is missing or not the one listed in {parquet.name}")
         if record != {name: row.get(name) for name in columns_of(record["schema_version"])}:
             _corrupt(tar, f"the record of {row['key']} is not the one listed in {parquet.name}")
+        for kind, images in others.items():
+            _check_companion(kind, (companions or {})[kind], images, row)
     if extra := next(samples, None):
         _corrupt(tar, f"{extra[0]} is not listed in {parquet.name}")
+    for kind, images in others.items():
+        if extra := next(images, None):
+            _corrupt((companions or {})[kind], f"{extra[0]} has none by {parquet.name}")
     with explained(tar):
-        return describe_files(tar, parquet, count_rows(brief))
+        return describe_files(tar, parquet, count_rows(brief), companions)
+
+
+def _check_companion(kind: str, path: Path, images: Iterator[TarSample], row: dict[str, Any]) -> None:
+    """Check the next image of a companion against the row of a stored sample, which may have none."""
+    if not has_companion(kind, row):
+        return
+    key, _, record, _ = next(images, ("", b"", {}, 0))
+    if key != row["key"]:
+        _corrupt(path, f"the image of {row['key']} is missing")
+    if record["schema_version"] != row["schema_version"]:
+        _corrupt(path, f"the record of {key} has another schema version than its row")
+    if name := difference_to_row(kind, record, row):
+        _corrupt(path, f"the record of {key} contradicts its row in {name}")
 
 
 def _corrupt(path: Path, what: str) -> NoReturn:

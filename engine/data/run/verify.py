@@ -10,6 +10,7 @@ from typing import Literal
 
 from engine.data.run.commit_record import CommitRecord
 from engine.data.run.commits import inspect_records
+from engine.data.run.companions import COMPANIONS, CompanionTar, companions_of
 from engine.data.run.counts import ShardCounts
 from engine.data.run.curated import curation_of, damaged_files, describes, find_curation, is_curated, remake_command
 from engine.data.run.file_names import (
@@ -27,7 +28,7 @@ from engine.data.run.manifest_reading import read_manifest
 from engine.data.run.presence import torn_files
 from engine.data.run.quarantine import quarantined_shards
 from engine.data.run.selection_table import read_selection
-from engine.data.run.shards import SHARDS, file_digest, inspect_pair, read_rows
+from engine.data.run.shards import SHARDS, ShardFiles, file_digest, inspect_pair, read_rows
 from engine.data.run.stored_plan import stored_plan
 from engine.data.run.surplus import surplus_lines
 from engine.data.stores.base import TORN, Store
@@ -88,11 +89,11 @@ def verify(store: Store, advance: Callable[[str], None] = lambda text: None) -> 
     counts: dict[int, ShardCounts] = {}
     for number, record in inspect_records(store):
         advance(f"shard {number} of {plan.num_shards}")
-        pair = _pair(store, record)  # Not in the `try`: a store that cannot be read now is no damage.
+        paths = _paths(store, record)  # Not in the `try`: a store that cannot be read now is no damage.
         try:
-            if isinstance(pair, CorruptShardError):
-                raise pair
-            counts[number] = check_shard(plan, record, pair)
+            if isinstance(paths, CorruptShardError):
+                raise paths
+            counts[number] = check_shard(plan, record, paths)
         except StoreLostError:
             raise
         except RiskforgeError as error:
@@ -108,26 +109,26 @@ def verify(store: Store, advance: Callable[[str], None] = lambda text: None) -> 
     )
 
 
-def _pair(store: Store, record: CommitRecord | CorruptShardError) -> list[Path] | CorruptShardError:
-    """Where the tar and the parquet of a shard can be read; empty where its record cannot.
+def _paths(store: Store, record: CommitRecord | CorruptShardError) -> list[Path] | CorruptShardError:
+    """Where the files of a shard can be read, in the order of its record; empty where that cannot be read.
 
     A pipe, device or folder under the name of a file is damage of the shard.
     """
     if isinstance(record, CorruptShardError):
         return []
     try:
-        return list(store.fetch_each(f"{SHARDS}/{record.name}.{kind}" for kind in ("tar", "parquet")))
+        return list(store.fetch_each(record.files))
     except OutputError as error:
         if not is_no_file(error):
             raise
         return CorruptShardError(str(error))
 
 
-def check_shard(plan: Plan, record: CommitRecord | CorruptShardError, pair: list[Path]) -> ShardCounts:
+def check_shard(plan: Plan, record: CommitRecord | CorruptShardError, paths: list[Path]) -> ShardCounts:
     """Compare a committed shard with its record and the plan.
 
     Args:
-        pair: its tar and its parquet.
+        paths: of its files, in the order of its record.
 
     Raises:
         CorruptShardError: with what is wrong.
@@ -135,20 +136,26 @@ def check_shard(plan: Plan, record: CommitRecord | CorruptShardError, pair: list
     """
     if isinstance(record, CorruptShardError):
         raise record
-    tar, parquet = pair
-    for path in pair:
+    for path in paths:
         if not path.exists():
             raise CorruptShardError(f"{shown_path(path)}: is missing, but shard {record.shard} is committed")
     _check_planned(plan, record)
-    actual = inspect_pair(tar, parquet)
-    files = ((tar, ("tar_sha256", "tar_md5", "tar_bytes")), (parquet, ("parquet_sha256", "parquet_bytes")))
-    for path, fields in files:
-        if any(getattr(actual, field) != getattr(record, field) for field in fields):
+    tar, parquet, *others = paths
+    actual = inspect_pair(tar, parquet, dict(zip(record.companions, others, strict=True)))
+    for path, found, committed in zip(paths, _facts(actual), _facts(record), strict=True):
+        if found != committed:
             raise CorruptShardError(f"{shown_path(path)}: is not the file that was committed (checksum or size)")
     if actual.counts != record.counts:
         raise CorruptShardError(f"{shown_path(parquet)}: holds other counts than its record")
     check_samples(plan, record.shard, parquet)
     return actual.counts
+
+
+def _facts(files: ShardFiles | CommitRecord) -> list[tuple[object, ...]]:
+    """Sizes and checksums of the files of a shard, in their order."""
+    pair = [(files.tar_sha256, files.tar_md5, files.tar_bytes), (files.parquet_sha256, files.parquet_bytes)]
+    others = [one.facts if isinstance(one, CompanionTar) else one for one in files.companions.values()]
+    return [*pair, *((facts.sha256, facts.md5, facts.bytes) for facts in others)]
 
 
 def _check_planned(plan: Plan, record: CommitRecord) -> None:
@@ -159,6 +166,12 @@ def _check_planned(plan: Plan, record: CommitRecord) -> None:
         raise CorruptShardError(f"shard {record.shard}: its record has other samples than the plan")
     if record.plan_digest != plan.digest:
         raise CorruptShardError(f"shard {record.shard}: was made by another plan")
+    wanted = companions_of(plan.requests[shard.request].spec)
+    if tuple(record.companions) != wanted:
+        raise CorruptShardError(
+            f"shard {record.shard}: its record lists {' and '.join(record.companions) or 'no tars'} beside its own, and"
+            f" its request has {' and '.join(wanted) or 'none'}"
+        )
 
 
 def check_samples(plan: Plan, number: int, parquet: Path) -> None:
@@ -175,7 +188,8 @@ def check_samples(plan: Plan, number: int, parquet: Path) -> None:
 
 def _unrecorded(store: Store, job: JobSpec, committed: set[int]) -> Iterator[Finding]:
     """Files of shards without a record, and files that were moved aside."""
-    numbers = {_number_of(name, job) for name in store.list(SHARDS)} - {None} - committed
+    names = (name for folder in (SHARDS, *COMPANIONS) for name in store.list(folder))
+    numbers = {_number_of(name, job) for name in names} - {None} - committed
     for number in sorted(number for number in numbers if number is not None):
         text = f"shard {number}: has files and no record; the next run checks them"
         yield Finding(kind="unfinished", shard=number, text=text)

@@ -7,6 +7,7 @@ An adapter gives the noise levels of every step as the two factors of `z = scale
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -17,7 +18,10 @@ from torch import Tensor
 
 from engine.methods.sampling.denoiser import Prediction, PredictionType, Step
 from engine.methods.sampling.families import KINDS, Levels, ModelScheduler
-from engine.methods.sampling.spec import SamplingSpec, noise_problem
+from engine.methods.sampling.spec import SamplingSpec, noise_problem, steps_of
+
+# Most derivatives that k-LMS combines, as in diffusers.
+_LMS_ORDER = 4
 
 
 class Sampler(ABC):
@@ -36,6 +40,17 @@ class Sampler(ABC):
     @abstractmethod
     def steps(self) -> Iterator[Step]:
         """The steps in order."""
+
+    def last_steps(self, strength: float) -> Iterator[Step]:
+        """The steps after a start from real images, numbered as in `steps`; none at strength 0.
+
+        A sampler that keeps state from step to step begins without it, and may have other steps.
+
+        Args:
+            strength: share of all steps, below 1.
+        """
+        steps = list(self.steps())
+        return iter(steps[len(steps) - steps_of(strength, len(steps)) :])
 
     @abstractmethod
     def advance(self, prediction: Prediction, step: Step) -> Tensor:
@@ -94,12 +109,38 @@ class SchedulerAdapter(Sampler):
                 normalise_input=self.normalise_input,
             )
 
+    def last_steps(self, strength: float) -> Iterator[Step]:
+        """The steps after a start from real images; see `Sampler.last_steps`.
+
+        Multistep schedulers begin with their first order: there is no history. Those of second order have two steps
+        for each of `num_inference_steps`, and begin with the first of them.
+        """
+        first = self._begin(self._num_steps - steps_of(strength, self._num_steps))
+        return itertools.islice(self.steps(), first, None)
+
+    def _begin(self, num_skipped: int) -> int:
+        """Begin after so many of `num_inference_steps`: the place of the first step."""
+        place: int = num_skipped * self._scheduler.order
+        # By timestep diffusers would take the second of two equal ones.
+        if hasattr(self._scheduler, "set_begin_index"):
+            self._scheduler.set_begin_index(place)
+        return place
+
+    @property
+    def _num_steps(self) -> int:
+        return int(self._scheduler.num_inference_steps)
+
     def advance(self, prediction: Prediction, step: Step) -> Tensor:
         """Latents [B, C, H, W] of the next step, computed in float32."""
         # LMS and Euler warn where `scale_model_input` was not called; our steps scale the input themselves.
         self._scheduler.is_scale_input_called = True
         timestep = self._scheduler.timesteps[step.index - 1]
-        return self._scheduler.step(prediction.output, timestep, prediction.latents, return_dict=False)[0]
+        step_from, options = self._scheduler.step, self._step_options()
+        return step_from(prediction.output, timestep, prediction.latents, return_dict=False, **options)[0]
+
+    def _step_options(self) -> dict[str, Any]:
+        """What else the scheduler's `step` takes."""
+        return {}
 
 
 class ByTimestep(SchedulerAdapter):
@@ -109,6 +150,27 @@ class ByTimestep(SchedulerAdapter):
         """`sqrt(abar)` and `sqrt(1 - abar)`."""
         abar = float(self._scheduler.alphas_cumprod[int(timestep)])
         return math.sqrt(abar), math.sqrt(1 - abar)
+
+
+class PseudoNumerical(ByTimestep):
+    """PNDM, which evaluates its second timestep twice."""
+
+    def _begin(self, num_skipped: int) -> int:
+        """Begin anew at a timestep: the next one is the second, and no Runge-Kutta steps go before, as in usual models.
+
+        diffusers goes on with the list of the whole schedule, which then has its repeated timestep at the start or not
+        at all, while `step_plms` counts from its first call: it steps between noise levels that the latents do not
+        have.
+        """
+        scheduler = self._scheduler
+        scheduler.register_to_config(skip_prk_steps=True)
+        scheduler.set_timesteps(self._num_steps)
+        left = torch.from_numpy(scheduler._timesteps[::-1].astype("int64"))[num_skipped:]
+        left = torch.cat([left[:2], left[1:2], left[2:]])
+        place = len(scheduler.timesteps) - len(left)
+        scheduler.timesteps = torch.cat([scheduler.timesteps[:place], left])
+        self._timesteps = scheduler.timesteps.to(self._timesteps.device)
+        return place
 
 
 class VarianceExploding(SchedulerAdapter):
@@ -121,6 +183,18 @@ class VarianceExploding(SchedulerAdapter):
         # KDPM2 evaluates every second step between two sigmas.
         between = getattr(self._scheduler, "sigmas_interpol", None)
         return 1.0, float((self._scheduler.sigmas if between is None or place % 2 == 0 else between)[place])
+
+
+class LinearMultistep(VarianceExploding):
+    """k-LMS."""
+
+    def _step_options(self) -> dict[str, Any]:
+        """The order, by the derivatives that are there.
+
+        diffusers goes by the place of the step: after a start in the middle it would take the coefficients of four
+        derivatives, and sum over those that it has.
+        """
+        return {"order": min(_LMS_ORDER, len(self._scheduler.derivatives) + 1)}
 
 
 class VariancePreserving(SchedulerAdapter):
@@ -144,6 +218,11 @@ _ADAPTERS: dict[Levels, type[SchedulerAdapter]] = {
     "sigmas": VariancePreserving,
     "exploding": VarianceExploding,
 }
+# Schedulers with an adapter of their own.
+_OWN_ADAPTERS: dict[str, type[SchedulerAdapter]] = {
+    "LMSDiscreteScheduler": LinearMultistep,
+    "PNDMScheduler": PseudoNumerical,
+}
 
 
 def make_sampler(spec: SamplingSpec, model: ModelScheduler, device: torch.device | str = "cpu") -> SchedulerAdapter:
@@ -165,4 +244,5 @@ def make_sampler(spec: SamplingSpec, model: ModelScheduler, device: torch.device
     if problem := noise_problem(scheduler.config.prediction_type, zero_snr):
         raise ValueError(problem)
     scheduler.set_timesteps(spec.num_inference_steps, device="cpu")
-    return _ADAPTERS[kind.levels](scheduler, device)
+    adapter = _OWN_ADAPTERS.get(model.chosen(spec), _ADAPTERS[kind.levels])
+    return adapter(scheduler, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Literal
 
 from pydantic import Field, StrictInt
@@ -39,3 +40,11 @@ def noise_problem(prediction_type: str, zero_snr: bool) -> str | None:
     if zero_snr and prediction_type == "epsilon":
         return "eps-prediction has no signal at zero terminal SNR; switch that off, or use a v-prediction model"
     return None
+
+
+def steps_of(strength: float, num_steps: int) -> int:
+    """Denoising steps that a start from real images takes of `num_steps`: `floor(strength * T)` (SDEdit).
+
+    By the decimal digits of the strength: 0.29 of 100 steps are 29, although the product of the floats is below.
+    """
+    return int(Fraction(repr(strength)) * num_steps)

@@ -11,16 +11,18 @@ import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from engine.data.run.commit_record import CommitRecord, file_pair
 from engine.data.run.commit_shard import commit_shard
 from engine.data.run.commits import list_commits
+from engine.data.run.companions import companion_name, has_companion
 from engine.data.run.curated import KEY
 from engine.data.run.foreign_files import check_unused
 from engine.data.run.shard_writing import stage_shard
-from engine.data.run.shards import file_digest, read_rows, read_shard
+from engine.data.run.shards import TarSample, file_digest, read_rows, read_shard
 from engine.data.run.stored_plan import publish_stage, read_run
 from engine.data.stores.base import Store
 from engine.data.stores.folder import FolderStore
@@ -30,7 +32,7 @@ from engine.errors import CorruptShardError, OutputError
 from engine.job.columns import RUN_COLUMNS
 from engine.job.json_values import difference
 from engine.job.plan import Plan
-from engine.job.records import STATUS_OK, STATUS_REJECTED, SampleResult, columns_of
+from engine.job.records import STATUS_OK, STATUS_REJECTED, Companion, SampleResult, columns_of
 from engine.job.spec import JobSpec, RequestSpec
 from engine.studies.curate.candidates import Parent
 
@@ -146,6 +148,7 @@ def write_shards(
             copied_samples(parent, record, selected),
             parent.job.output.image_format,
             plan.schema_version,
+            tuple(record.companions),
         )
         # Worker, attempt, screening and notices are those of who made the samples.
         commit_shard(
@@ -164,21 +167,44 @@ def copied_samples(parent: Parent, record: CommitRecord, selected: Collection[st
     tar, rows = parent.store.fetch_each([tar_name, rows_name])
     if not rows.exists() or file_digest(rows, "sha256") != record.parquet_sha256:
         _damaged(parent, rows_name, "is not the file that was committed")
-    images = read_shard(tar)
+    images, companions = read_shard(tar), _open_companions(parent, record)
     for row in read_rows(rows):
         image = b""
         if row["sha256"]:
             key, image, _, _ = next(images, ("", b"", {}, 0))
             if key != row["key"] or hashlib.sha256(image).hexdigest() != row["sha256"]:
                 _damaged(parent, tar_name, f"its image of {row['key']} is not the one that was committed")
-        yield _copied(row, image, row["key"] in selected)
+        others = {}
+        for kind, others_of_shard in companions.items():
+            if has_companion(kind, row):
+                key, data, fields, _ = next(others_of_shard, ("", b"", {}, 0))
+                if key != row["key"]:
+                    _damaged(parent, companion_name(kind, record.name), f"it lacks the image of {row['key']}")
+                others[kind] = Companion(fields, partial(bytes, data))
+        yield _copied(row, image, others, row["key"] in selected)
 
 
-def _copied(row: dict[str, Any], image: bytes, is_selected: bool) -> SampleResult:
+def _open_companions(parent: Parent, record: CommitRecord) -> dict[str, Iterator[TarSample]]:
+    """The second images of the samples of a shard, by their folder.
+
+    Raises:
+        CorruptShardError: they are not those that were committed.
+    """
+    opened = {}
+    for kind, facts in record.companions.items():
+        name = companion_name(kind, record.name)
+        path = parent.store.fetch(name)
+        if not path.exists() or file_digest(path, "sha256") != facts.sha256:
+            _damaged(parent, name, "is not the file that was committed")
+        opened[kind] = read_shard(path)
+    return opened
+
+
+def _copied(row: dict[str, Any], image: bytes, companions: Mapping[str, Companion], is_selected: bool) -> SampleResult:
     record = {name: row[name] for name in columns_of(row["schema_version"])}
     run = {name: row[name] for name in _RUN_FIELDS}
     if is_selected:
-        return SampleResult(record=record, image=image, run=run)
+        return SampleResult(record=record, image=image, run=run, companions=companions)
     if row["status"] == STATUS_OK:
         record |= {"status": STATUS_REJECTED, "accepted": False}
     return SampleResult(record=record, run=run)

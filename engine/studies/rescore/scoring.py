@@ -4,27 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from engine.data.run.companions import companion_name, companions_of, has_companion
 from engine.data.run.schema import arrow_schema
 from engine.data.run.shards import ROWS_PER_GROUP, SHARDS, read_rows, read_shard, shard_name
 from engine.data.stores.file_errors import explained
 from engine.errors import CorruptShardError
 from engine.job.acceptance import is_accepted
-from engine.job.columns import RUN_COLUMNS, Role, columns_with
+from engine.job.columns import NO_CLASS, NO_PAIR, RUN_COLUMNS, Role, columns_with
 from engine.job.plan import SampleSpec
-from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, failed_record, in_version
+from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, TWINS, failed_record, in_version
 from engine.job.spec import JobSpec
 from engine.studies.rescore.inputs import Models, Rescoring
 
 if TYPE_CHECKING:
+    import PIL.Image
+
     from engine.models.classifier import Classifier
 
 NOT_STORED = "not scored again: no image is stored"
 BATCH = 64
 Row = dict[str, Any]
-# Its specification, the image's file (empty where none is stored), and the row of the run.
-Sample = tuple[SampleSpec, bytes, Row]
+
+
+class Sample(NamedTuple):
+    """An attempt.
+
+    Attributes:
+        image: the file, empty where none is stored.
+        row: that of the run.
+        twin: file and class of its stored twin.
+    """
+
+    spec: SampleSpec
+    image: bytes
+    row: Row
+    twin: tuple[bytes, int] | None = None
 
 
 class Scoring:
@@ -51,26 +67,21 @@ class Scoring:
         return self._loaded
 
     def records(self, samples: Sequence[Sample]) -> list[Row]:
-        """The rows of samples with an image, updated by the outputs of the new classifiers.
+        """The rows of samples with an image, updated by the outputs of the new classifiers; those of twins too.
 
         A sample for which a classifier gives non-finite values is `failed`, and its message names the classifier.
         """
         import torch
 
-        from engine.data.images.decode import UnusableImageError, decode_sample
         from engine.generation.scorer import oracle_classes, target_fields, transfer_entries
         from engine.methods.finiteness import Faults
 
         target, transfer, oracle = self._load()
-        images, faults = [], Faults(len(samples))
-        for spec, data, _ in samples:
-            try:
-                images.append(decode_sample(data))
-            except UnusableImageError as error:
-                raise CorruptShardError(f"{spec.key}: its image {error}; `riskforge verify` says more") from None
-        labels = torch.tensor([row["class_index"] for _, _, row in samples])
-        fields = target_fields(target, [spec.cell for spec, _, _ in samples], target.score(images), labels, faults)
-        rows = [row | new for (_, _, row), new in zip(samples, fields, strict=True)]
+        images, faults = [_decoded(sample.spec.key, sample.image) for sample in samples], Faults(len(samples))
+        labels = torch.tensor([sample.row["class_index"] for sample in samples])
+        fields = target_fields(target, [sample.spec.cell for sample in samples], target.score(images), labels, faults)
+        rows = [sample.row | new for sample, new in zip(samples, fields, strict=True)]
+        self._add_twins(target, samples, rows)
         if transfer:
             logits = [model.score(images) for model in transfer]
             for row, entries in zip(rows, transfer_entries(transfer, logits, labels, faults), strict=True):
@@ -80,9 +91,42 @@ class Scoring:
                 row["oracle_class"] = predicted
         self.num_scored += len(images)
         return [
-            _failed(spec, old, faults[place]) if faults[place] else row
-            for place, ((spec, _, old), row) in enumerate(zip(samples, rows, strict=True))
+            _failed(sample.spec, sample.row, faults[place]) if faults[place] else row
+            for place, (sample, row) in enumerate(zip(samples, rows, strict=True))
         ]
+
+    def _add_twins(self, target: Classifier, samples: Sequence[Sample], rows: Sequence[Row]) -> None:
+        """What the new target says of the twins, in the rows of their samples; nothing where it is not finite."""
+        import torch
+
+        from engine.generation.scorer import target_fields
+        from engine.methods.finiteness import Faults
+
+        paired = [(sample, row, sample.twin) for sample, row in zip(samples, rows, strict=True) if sample.twin]
+        if not paired:
+            return
+        images = [_decoded(f"{sample.spec.key}: the twin", twin[0]) for sample, _, twin in paired]
+        labels, faults = torch.tensor([twin[1] for _, _, twin in paired]), Faults(len(paired))
+        fields = target_fields(
+            target, [sample.spec.cell for sample, _, _ in paired], target.score(images), labels, faults
+        )
+        for place, ((_, row, _), new) in enumerate(zip(paired, fields, strict=True)):
+            scores = (NO_CLASS, NO_PAIR) if faults[place] else (new["predicted_class"], new["risk"])
+            row |= dict(zip(("twin_predicted_class", "twin_risk"), scores, strict=True))
+
+
+def _decoded(what: str, data: bytes) -> PIL.Image.Image:
+    """A stored image.
+
+    Raises:
+        CorruptShardError: it cannot be decoded.
+    """
+    from engine.data.images.decode import UnusableImageError, decode_sample
+
+    try:
+        return decode_sample(data)
+    except UnusableImageError as error:
+        raise CorruptShardError(f"{what}: its image {error}; `riskforge verify` says more") from None
 
 
 def rescore_shard(rescoring: Rescoring, number: int, scoring: Scoring) -> None:
@@ -123,12 +167,15 @@ def _new_rows(rescoring: Rescoring, number: int, scoring: Scoring) -> Iterator[R
         CorruptShardError: a row is not in the plan, or an image is missing.
     """
     store, plan = rescoring.run, rescoring.plan
-    stem = f"{SHARDS}/{shard_name(rescoring.job.name, number)}"
+    name = shard_name(rescoring.job.name, number)
+    stem = f"{SHARDS}/{name}"
     images = read_shard(store.fetch(f"{stem}.tar"))
+    has_twins = TWINS in companions_of(rescoring.job.requests[plan.shard(number).request])
+    twins = read_shard(store.fetch(companion_name(TWINS, name))) if has_twins else iter(())
     specs = {spec.key: spec for spec in plan.samples(plan.shard(number))}
     waiting: list[Sample] = []
     for row in read_rows(store.fetch(f"{stem}.parquet")):
-        spec, image = specs.get(row["key"]), b""
+        spec, image, twin = specs.get(row["key"]), b"", None
         if spec is None:
             where = store.address(f"{stem}.parquet")
             raise CorruptShardError(f"{where}: {row['key']} is not in the plan; `riskforge verify` says more")
@@ -137,7 +184,13 @@ def _new_rows(rescoring: Rescoring, number: int, scoring: Scoring) -> Iterator[R
             if key != row["key"]:
                 where = store.address(f"{stem}.tar")
                 raise CorruptShardError(f"{where}: lacks the image of {row['key']}; `riskforge repair` takes it out")
-        waiting.append((spec, image, row))
+        if has_twins and has_companion(TWINS, row):
+            key, data, _, label = next(twins, ("", b"", {}, 0))
+            if key != row["key"]:
+                where = store.address(companion_name(TWINS, name))
+                raise CorruptShardError(f"{where}: lacks the twin of {row['key']}; `riskforge repair` takes it out")
+            twin = data, label
+        waiting.append(Sample(spec, image, row, twin))
         if len(waiting) == BATCH:
             yield from _scored(waiting, rescoring, number, scoring)
             waiting = []
@@ -148,9 +201,9 @@ def _scored(waiting: list[Sample], rescoring: Rescoring, number: int, scoring: S
     """New rows of some samples: one batch of those with an image is scored, the others are kept."""
     plan = rescoring.plan
     rule = rescoring.job.requests[plan.shard(number).request].accept
-    with_image = [sample for sample in waiting if sample[1]]
+    with_image = [sample for sample in waiting if sample.image]
     records = iter(scoring.records(with_image) if with_image else ())
-    for spec, image, row in waiting:
+    for spec, image, row, _ in waiting:
         if image:
             record = next(records)
             if record["status"] == STATUS_FAILED:
