@@ -29,6 +29,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("models", spec.ModelsSpec),
     ("requests", spec.RequestSpec),
     ("conditioning", spec.ConditioningSpec),
+    ("start", spec.StartSpec),
     ("sampling", spec.SamplingSpec),
     ("guidance", spec.GuidanceSpec),
     *((f"guidance.{method.name}", method.load_spec()) for method in METHODS if method.is_guided),

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pydantic
@@ -15,9 +17,10 @@ from engine.errors import JobError
 from engine.job.acceptance import rule_problems
 from engine.job.columns import ENTRY_SCORES
 from engine.job.spec import LIST_LIMITS, MAX_INDEX, ConditioningSpec, GuidanceSpec, JobSpec, RequestSpec, merge
-from engine.job.spec_messages import Location, explain, location_of
+from engine.job.spec_messages import Location, Problem, explain, location_of
+from engine.job.strengths import Place, expand_strengths
 from engine.methods.registry import find_method
-from engine.methods.sampling.spec import SamplingSpec
+from engine.methods.sampling.spec import SamplingSpec, steps_of
 
 # Entries of a list without a limit of its own, and keys of a mapping: counted before any of them is checked.
 MAX_ENTRIES = 100_000
@@ -45,17 +48,27 @@ def parse_job(raw: Any) -> JobSpec:
         raise JobError(f"study: a job with this key makes no run; it is for `riskforge study {_study(raw['study'])}`")
     if oversized := _oversized(raw, ()):
         raise JobError([f"{_path(where)}: {text}" for where, text in oversized[:MAX_PROBLEMS]])
-    job, problems = _validate(JobSpec, raw, ())
-    known = [where for where, _ in problems]
+    expanded = expand_strengths(raw)
+    job, found = _validate(JobSpec, expanded.raw, ())
+    known = [where for where, _ in found]
     # Checks between fields run without the wrong ones; that these are absent is no new problem.
-    problems += [
+    found += [
         (where, text)
-        for where, text in _between_fields(raw)
+        for where, text in _between_fields(expanded.raw, expanded.places)
         if not any(where == other or _is_below(other, where) for other in known)
     ]
+    problems = [*expanded.problems, *((_in_file(where, expanded.places), text) for where, text in found)]
     if problems:
-        raise JobError(_limited([f"{_path(where)}: {text}" for where, text in problems]))
-    return job
+        raise JobError(_limited(list(dict.fromkeys(f"{_path(where)}: {text}" for where, text in problems))))
+    return job if len(expanded.places) == len(raw["requests"]) else job.placed([one.number for one in expanded.places])
+
+
+def _in_file(where: Location, places: Sequence[Place]) -> Location:
+    """The location in the job file of one in the job with its lists of strengths expanded."""
+    match where:
+        case ("requests", int(number), *inner) if number < len(places):
+            return places[number].location(tuple(inner))
+    return where
 
 
 def _study(name: Any) -> str:
@@ -67,9 +80,6 @@ def _limited(lines: list[str]) -> list[str]:
     """The first of many lines, and the number of the others."""
     more = len(lines) - MAX_PROBLEMS
     return [*lines[:MAX_PROBLEMS], f"job: has {more} more problems like these"] if more > 0 else lines
-
-
-Problem = tuple[Location, str]
 
 
 def list_limit(key: object) -> int:
@@ -96,8 +106,12 @@ def _key(key: Any) -> str | int:
     return key if isinstance(key, (str, int)) else str(key)
 
 
-def _between_fields(raw: dict[str, Any]) -> list[Problem]:
-    """Problems between the fields of each request; also of a job that is wrong in other parts."""
+def _between_fields(raw: dict[str, Any], places: Sequence[Place]) -> list[Problem]:
+    """Problems between the fields of each request; also of a job that is wrong in other parts.
+
+    Args:
+        places: of the requests in the job file.
+    """
     base = {section: _base(spec, raw.get(section)) for section, spec in OVERRIDABLE.items()}
     problems = _sampling_problems(base["sampling"], ("sampling",)) + _decoder_problems(raw)
     names: dict[str, int] = {}
@@ -106,7 +120,8 @@ def _between_fields(raw: dict[str, Any]) -> list[Problem]:
         where: Location = ("requests", number)
         name = item.get("name") if isinstance(item, dict) else None
         if isinstance(name, str) and names.setdefault(name, number) != number:
-            problems.append(((*where, "name"), f"'{name}' is also the name of request {names[name]}; rename one"))
+            other, made = places[names[name]].number, "" if places[number].value is None else ", made of a strength,"
+            problems.append(((*where, "name"), f"'{name}'{made} is also the name of request {other}; rename one"))
         request = _lenient(RequestSpec, item)
         if request is not None:
             problems += [((*where, *at), text) for at, text in _request_problems(request)]
@@ -147,18 +162,39 @@ def _override_problems(request: RequestSpec, base: dict[str, dict[str, Any]], wh
         if not own and section == "sampling" and request.sampling:
             own = _sampling_problems(merged, (*where, section))
         problems += own
+    if not problems:
+        num_steps = merge(base["sampling"], request.sampling)["num_inference_steps"]
+        problems += [((*where, *at), text) for at, text in _start_problems(request, num_steps)]
     if not problems and request.method_record.is_guided:
         problems += _schedule_problems(request, base, where)
     return problems
+
+
+def _start_problems(request: RequestSpec, num_steps: int) -> list[Problem]:
+    start = request.used_start
+    if start is None or not start.strength or steps_of(start.strength, num_steps):
+        return []
+    least = math.ceil(10_000 / num_steps) / 10_000
+    text = f"{start.strength} of {num_steps} steps is none; give {least:g} or more, or 0 for no step"
+    return [(("start", "strength"), text)]
 
 
 def _schedule_problems(request: RequestSpec, base: dict[str, dict[str, Any]], where: Location) -> list[Problem]:
     num_steps = merge(base["sampling"], request.sampling)["num_inference_steps"]
     guidance = GuidanceSpec.model_validate(merge(base["guidance"], request.guidance))
     parameters = guidance.of(request.method_record)
-    if any(parameters.is_guided(index, num_steps) for index in range(1, num_steps + 1)):
+    start = request.used_start
+    num_taken = num_steps if start is None else steps_of(start.strength, num_steps)
+    if any(parameters.is_guided(index, num_steps) for index in range(num_steps - num_taken + 1, num_steps + 1)):
         return []
-    text = f"leaves none of {num_steps} steps guided; {parameters.schedule_remedy} or add steps"
+    if start is None:
+        text = f"leaves none of {num_steps} steps guided; {parameters.schedule_remedy} or add steps"
+    elif not num_taken:
+        # The reconstruction, which no method changes.
+        return []
+    else:
+        last = f"the last {num_taken} of {num_steps} steps, which strength {start.strength:g} takes,"
+        text = f"leaves none of {last} guided; {parameters.schedule_remedy}, add steps or strength"
     return [((*where, "guidance", request.method_record.name), text)]
 
 
@@ -201,7 +237,24 @@ def _request_problems(request: RequestSpec) -> list[Problem]:
     problems += [(("accept", name), text) for name, text in rule_problems(request.accept)]
     problems += [(("max_attempts",), text) for text in _quota_problems(request)]
     problems += [(("conditioning", *at), text) for at, text in _conditioning_problems(request)]
-    return problems + _template_problems(request)
+    return problems + _pair_problems(request) + _template_problems(request)
+
+
+def _pair_problems(request: RequestSpec) -> list[Problem]:
+    """A twin that is the sample itself, and conditions of `accept` on a second image that there is not."""
+    problems: list[Problem] = []
+    if request.twin and not request.method_record.is_guided:
+        text = f"method '{request.method}' guides nothing, so that a sample is its own twin; leave it out"
+        problems.append((("twin",), text))
+    at_one = " at strength 1" if request.start is not None else ""
+    missing = {} if request.used_start else {"start_": f"there is no start{at_one}; leave it out, or give `start`"}
+    missing |= {} if request.twin else {"twin_": "there is no twin; leave it out, or add twin: true"}
+    return problems + [
+        (("accept", name), f"no sample would be accepted, as {text}")
+        for name in request.accept
+        for prefix, text in missing.items()
+        if name.startswith(prefix)
+    ]
 
 
 def _class_field_problems(request: RequestSpec) -> list[Problem]:

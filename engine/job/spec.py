@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -33,7 +34,8 @@ CLASS_TEMPLATE = "a photo of a {class}"
 # Attempts for each wanted sample, where a request has no `max_attempts`.
 DEFAULT_FACTOR = "10x"
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=64)]
+NAME_PATTERN, MAX_NAME = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", 64
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=MAX_NAME)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=MAX_SEED)]
 Address = Annotated[str, Field(min_length=1, max_length=1000)]
 # The names of the registry; a type checker takes no literals that are computed.
@@ -357,10 +359,10 @@ class JobSpec(Spec):
     # Of each request its number in the job file, where a list of strengths made several of one.
     _places: tuple[int, ...] | None = PrivateAttr(default=None)
 
-    def placed(self, places: tuple[int, ...]) -> Self:
+    def placed(self, places: Sequence[int]) -> Self:
         """The job with the numbers that its requests have in the job file, for messages."""
         job = self.model_copy()
-        job._places = places
+        job._places = tuple(places)
         return job
 
     def place(self, number: int) -> int:

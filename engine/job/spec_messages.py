@@ -11,6 +11,8 @@ from pydantic import BaseModel
 from engine.terminal import redacted
 
 Location = tuple[str | int, ...]
+# Where something in a job is wrong, and what.
+Problem = tuple[Location, str]
 
 STOCHASTIC_SCHEDULERS = ("ddpm", "euler_ancestral", "euler-ancestral", "dpmsolver_sde", "sde")
 
@@ -37,7 +39,7 @@ def explain(root: type[BaseModel], item: Any, location: Location) -> str:
         item: of the errors of a `pydantic.ValidationError`.
         location: of the error, below `root`.
     """
-    kind, value = item["type"], _shown(item.get("input"))
+    kind, value = item["type"], shown(item.get("input"))
     key = str(location[-1]) if location else ""
     if kind == "extra_forbidden":
         return "unknown key" + nearest(key, list(_fields_at(root, location[:-1])))
@@ -136,7 +138,7 @@ def _fields_at(root: type[BaseModel], location: Location) -> dict[str, Any]:
     return dict(current.model_fields)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value for a message, cut where it is long."""
     try:
         text = redacted(repr(value))

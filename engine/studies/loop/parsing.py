@@ -203,13 +203,17 @@ def _mixture_problems(spec: LoopSpec) -> Iterator[str]:
 def _job_problems(spec: LoopSpec, job: JobSpec) -> Iterator[str]:
     """Problems of the loop with its engine job."""
     for number, request in enumerate(job.requests):
-        where = f"generator.job.requests.{number}"
+        where = f"generator.job.requests.{job.place(number)}"
         if request.diffusion is not None:
             yield f"{where}.diffusion: the loop retrains models.diffusion alone; leave it out"
         if request.fresh:
             yield f"{where}.fresh: every round has noise of its own; leave it out"
         if request.conditioning is not None:
             yield f"{where}.conditioning: a loop over image embeddings is not supported; use prompts"
+        if request.start is not None:
+            yield f"{where}.start: real images would come into every round; leave it out, and give them as training.real"
+        if request.twin:
+            yield f"{where}.twin: a round is trained on samples alone, and nothing reads their twins; leave it out"
     total = _num_planned(job)
     if total is not None and spec.curation.candidates > total:
         yield (

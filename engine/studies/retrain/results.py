@@ -157,9 +157,11 @@ def _dependences(study: Study, overlap: int) -> list[str]:
     if overlap:
         sentences.append(f"Not independent: {overlap} different images of --test are also in --real.")
     for request in study.run.job.requests:
-        given = request.conditioning.images if request.conditioning else None
-        if request.name in named and given and _same_place(given, options.test):
-            sentences.append(f"Not independent: the samples of {request.name} are variations of the images of --test.")
+        conditioning, start = request.conditioning, request.used_start
+        uses = {"are variations of": conditioning and conditioning.images, "start from": start and start.images}
+        for relation, given in uses.items():
+            if request.name in named and given and _same_place(given, options.test):
+                sentences.append(f"Not independent: the samples of {request.name} {relation} the images of --test.")
     return sentences
 
 
