@@ -4,8 +4,7 @@
     uv run python tools/contact_sheet.py RUN OUTPUT.png --pairs risky-s030
 
 Requests of one seed group show the same noise in the same place. With --pairs, a column is a sample: the real image
-that it started from (where there is one), its unguided twin, the sample, and ten times their difference on grey; the
-samples are spread evenly over the request.
+that it started from (where there is one), its unguided twin, the sample, and ten times their difference on grey.
 """
 
 from __future__ import annotations
@@ -36,11 +35,9 @@ def images_of(run: Path, request: str, folder: str = SHARDS) -> dict[str, PIL.Im
 
 
 def pairs_of(run: Path, request: str, count: int) -> list[list[PIL.Image.Image]]:
-    """Starts, twins, samples and amplified differences of some samples that have a twin; starts only where all have."""
+    """Starts, twins, samples and amplified differences of the first samples with a twin; starts only where all have."""
     samples, twins, starts = (images_of(run, request, folder) for folder in (SHARDS, TWINS, STARTS))
-    keys = [key for key in samples if key in twins]
-    count = min(count, len(keys))
-    chosen = [keys[(2 * number + 1) * len(keys) // (2 * count)] for number in range(count)]
+    chosen = [key for key in samples if key in twins][:count]
     rows = [[starts[key] for key in chosen]] if all(key in starts for key in chosen) else []
     rows += [[images[key] for key in chosen] for images in (twins, samples)]
     return [*rows, [amplified(sample, twin) for twin, sample in zip(*rows[-2:], strict=True)]]

@@ -128,6 +128,32 @@ def import_factories(addresses: Iterable[str | None], *folders: Path) -> None:
         add_import_folders(str(folder.resolve()) for folder in folders)
 
 
+def missing_images(path: Path, job: JobSpec) -> list[str]:
+    """The images that a job names and that are not there yet, a line each.
+
+    Whoever shares a job without its images can say in a comment next to their address how to get them: it is quoted.
+    """
+    from engine.data.images.opening import is_missing
+
+    named = {
+        address: f"requests.{job.place(number)}.{field}.images"
+        for number, request in reversed(list(enumerate(job.requests)))
+        for field, spec in (("start", request.used_start), ("conditioning", request.conditioning))
+        if spec is not None and (address := spec.images) is not None
+    }
+    return [
+        f"{where}: there is no '{address}' yet{_comment(path, address)}"
+        for address, where in named.items()
+        if is_missing(address)
+    ]
+
+
+def _comment(path: Path, address: str) -> str:
+    """What a job file says in a comment on the line of an address, in brackets; empty where it says nothing."""
+    found = re.search(rf"{re.escape(address)}[^#\n]*\s#\s*(.*\S)", _text(path))
+    return f" ({found[1]})" if found else ""
+
+
 def parse_override(text: str) -> tuple[str, Any]:
     """Parse `K=V` of the command line; the value is YAML.
 

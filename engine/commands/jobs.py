@@ -141,6 +141,7 @@ def schema() -> None:
 
 def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     """Check everything that can be checked without loading or downloading a model."""
+    from engine.commands.jobfile import missing_images
     from engine.data.run.output_folder import check_output
     from engine.data.stores.opening import open_store
     from engine.driver.checks import check_hardware
@@ -155,7 +156,7 @@ def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     labels = read_labels(job.models.target)
     if labels is not None:
         resolve_requests(job, labels)
-    missing = missing_artefacts(job)
+    missing = [*missing_artefacts(job), *missing_images(path, job)]
     if as_json:
         print_json({"valid": True, "classes_checked": labels is not None, "to_prepare": missing})
         return
