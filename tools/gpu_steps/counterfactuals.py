@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -17,11 +18,15 @@ from gpu_steps.common import Figures, exit_code, parser, riskforge, summary_of
 
 JOBS = Path(__file__).parents[2] / "jobs"
 NAMES = ("counterfactuals-digits", "counterfactuals-cifar10")
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "sd1": {"runtime.batch_size": 20},
-    "tiny": {"requests.0.count": 1, "requests.1.count": 1, "requests.0.start.strength": [0.3],
-             "requests.1.start.strength": [0.3], "sampling.num_inference_steps": 10},
-}  # fmt: skip
+    "tiny": {"sampling.num_inference_steps": 10}
+    | {
+        f"requests.{number}.{key}": value
+        for number in range(2)
+        for key, value in {"classes": "[0]", "count": 1, "start.strength": [0.3]}.items()
+    },
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,7 +22,7 @@ import PIL.Image
 from cifar10_data import CLASS_NAMES, Photographs, load_test_rows
 from numpy.typing import NDArray
 
-from engine.data.images import decode_rgb
+from engine.data.images import UnusableImageError, decode_rgb
 
 ENVIRONMENT = "RISKFORGE_DATA"
 NUM_ROWS = 5000
@@ -86,10 +86,15 @@ def _difference(images: Images, folder: Path) -> str:
         return f"holds files that do not belong to the selection ({others[0]!r} of {len(others)})"
     if missing := sorted(images.keys() - found):
         return f"lacks files of the selection ({missing[0]!r} of {len(missing)})"
-    for place, image in images.items():
-        if not np.array_equal(np.asarray(decode_rgb((folder / place).read_bytes())), image):
-            return f"{place!r} is another image"
-    return ""
+    changed = (place for place, image in images.items() if not _is_same((folder / place).read_bytes(), image))
+    return next((f"{place!r} is another image" for place in changed), "")
+
+
+def _is_same(data: bytes, image: NDArray[np.uint8]) -> bool:
+    try:
+        return bool(np.array_equal(np.asarray(decode_rgb(data)), image))
+    except UnusableImageError:
+        return False
 
 
 def parse_rows(text: str) -> range:
