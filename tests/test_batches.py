@@ -246,10 +246,10 @@ def test_what_only_a_batch_raises_on_a_cpu_is_reported(made: Made, monkeypatch: 
     clean = make(generator, specs)
     sample = generator.sample
 
-    def mixed(request: int, some: list[SampleSpec], draws: Any) -> Any:
+    def mixed(request: int, some: list[SampleSpec], *more: Any) -> Any:
         if len({spec.key for spec in some}) > 8:
             raise RuntimeError("too many prompts")
-        return sample(request, some, draws)
+        return sample(request, some, *more)
 
     monkeypatch.setattr(generator, "sample", mixed)
     results = make(generator, specs)
@@ -325,9 +325,9 @@ def test_a_size_that_is_to_be_found_is_found_by_whole_batches(made: Made, monkey
         rows[0] = num_rows
         return sampled(request, some, num_rows)
 
-    def scoring(some: list[SampleSpec], inputs: Any) -> Any:
+    def scoring(some: list[SampleSpec], *inputs: Any) -> Any:
         steps.append(f"score {len(some)}")
-        return score(some, inputs)
+        return score(some, *inputs)
 
     monkeypatch.setattr(generator._loop, "_sample", sampling)
     monkeypatch.setattr(generator._scorer, "score", scoring)

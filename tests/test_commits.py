@@ -29,8 +29,9 @@ def assert_whole(store: Store, plan: Plan) -> None:
     names = store.list(COMMITS)
     assert [parse_record_name(Path(name).name)[0] for name in names] == list(range(plan.num_shards))  # type: ignore[index]
     for record in read_commits(store):
-        tar, parquet = (store.path(f"shards/{record.name}.{end}") for end in ("tar", "parquet"))
-        files = inspect_pair(tar, parquet)
+        tar, parquet, *others = map(store.path, record.files)
+        files = inspect_pair(tar, parquet, dict(zip(record.companions, others, strict=True)))
+        assert {kind: one.facts for kind, one in files.companions.items()} == record.companions
         assert (files.tar_sha256, files.tar_md5, files.tar_bytes) == (
             record.tar_sha256,
             record.tar_md5,
@@ -87,22 +88,32 @@ def test_a_second_commit_of_the_same_shard_changes_nothing(tmp_path: Path) -> No
     assert_whole(store, Plan(plan.requests, plan.identity, ((dataclasses.replace(plan.stages[0][0], stop=4),),)))
 
 
+PAIR = ("shards/demo-000000.tar", "shards/demo-000000.parquet")
+ALL = (*PAIR, "starts/demo-000000.tar", "twins/demo-000000.tar")
+
+
 @pytest.mark.parametrize("noise", [0, 1])
-@pytest.mark.parametrize("kept", [("tar",), ("parquet",), ("tar", "parquet")])
-def test_files_without_a_record(tmp_path: Path, kept: tuple[str, ...], noise: int) -> None:
-    """Left by a worker that was killed before its record: a whole pair is adopted; half of another try is not.
+@pytest.mark.parametrize(
+    "there, kept",
+    [(PAIR, PAIR[:1]), (PAIR, PAIR[1:]), (PAIR, PAIR), (ALL, PAIR), (ALL, ALL[:3]), (ALL, ALL[3:]), (ALL, ALL)],
+    ids=["tar", "parquet", "pair", "no companions", "no twins", "twins", "all"],
+)
+def test_files_without_a_record(tmp_path: Path, there: tuple[str, ...], kept: tuple[str, ...], noise: int) -> None:
+    """Left by a worker that was killed before its record: a whole set is adopted; half of another try is not.
 
     With `noise` the next try gives other scores, as on a GPU: then the tar of one and the parquet of the other are
     each whole and still must not be paired.
     """
-    store, plan, _ = open_case(tmp_path / "out")
+    paired = there == ALL
+    store, plan, _ = open_case(tmp_path / "out", paired=paired)
     first = commit_one(store, plan, 0, worker="dead")
+    assert tuple(first.files) == there
     before = tar_bytes(store)
     store.remove(first.file_name)
-    for end in {"tar", "parquet"} - set(kept):
-        store.remove(f"shards/{first.name}.{end}")
+    for name in set(there) - set(kept):
+        store.remove(name)
     second = commit_one(store, plan, 0, attempt=2, worker="next", noise=noise)
-    adopted = len(kept) == 2 or (kept == ("parquet",) and not noise)
+    adopted = kept == there or (PAIR[1] in kept and not noise)
     assert (second.worker, second.attempt) == (("dead", 1) if adopted else ("next", 2))
     assert (tar_bytes(store) == before) == (adopted or not noise)
     assert bool(store.list(TORN)) == bool(noise and not adopted)
@@ -110,14 +121,14 @@ def test_files_without_a_record(tmp_path: Path, kept: tuple[str, ...], noise: in
     assert_whole(store, plan)
 
 
-@pytest.mark.parametrize("end", ["tar", "parquet"])
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "other shard"])
-def test_torn_files_without_a_record_are_moved_aside(tmp_path: Path, end: str, damage: str) -> None:
-    store, plan, _ = open_case(tmp_path / "out")
-    commit_one(store, plan, 2)
-    whole = store.read(f"shards/demo-000002.{end}")
+def test_torn_files_without_a_record_are_moved_aside(tmp_path: Path, name: str, damage: str) -> None:
+    store, plan, _ = open_case(tmp_path / "out", paired=name not in PAIR)
+    commit_one(store, plan, 1)
+    whole = store.read(name.replace("000000", "000001"))
     torn = {"cut": whole[: len(whole) // 2], "empty": b"", "garbage": b"x" * 20480, "other shard": whole}[damage]
-    store.publish(f"shards/demo-000003.{end}", torn)
+    store.publish(name, torn)
     commit_rest(store, plan)
     assert_whole(store, plan)
     assert torn in [store.read(name) for name in store.list(TORN)]
@@ -165,10 +176,13 @@ def test_an_unreadable_record_is_reported(tmp_path: Path) -> None:
 
 
 MOMENTS = [
-    *(("sample", count) for count in (2, 7)),
+    *(("sample", count, False) for count in (2, 7)),
     # Links: 1 is the plan; then tar, parquet and record of each shard.
-    *(("before-link", count) for count in (1, 2, 3, 4)),
-    *(("after-link", count) for count in (2, 3, 4)),
+    *(("before-link", count, False) for count in (1, 2, 3, 4)),
+    *(("after-link", count, False) for count in (2, 3, 4)),
+    # With companions between parquet and record.
+    *(("before-link", count, True) for count in (2, 3, 4, 5, 6)),
+    *(("after-link", count, True) for count in (6,)),
 ]
 
 
@@ -177,15 +191,18 @@ def test_sigkill_at_any_instant_then_resume(tmp_path: Path) -> None:
 
     What a test within one process cannot see: nothing is flushed, no `finally` runs, locks end with their process.
     """
-    whole_store, whole_plan, _ = open_case(tmp_path / "whole")
-    commit_rest(whole_store, whole_plan)
-    outs = {moment: tmp_path / f"{moment[0]}-{moment[1]}" for moment in MOMENTS}
+    whole = {}
+    for paired in (False, True):
+        whole_store, whole_plan, _ = open_case(tmp_path / f"whole-{paired}", paired=paired)
+        commit_rest(whole_store, whole_plan)
+        whole[paired] = tar_bytes(whole_store)
+    outs = {moment: tmp_path / "-".join(map(str, moment)) for moment in MOMENTS}
     assert run_processes(*([("kill", outs[moment], *moment)] for moment in MOMENTS)) == [-9] * len(MOMENTS)
     for moment, out in outs.items():
-        store, plan, _ = open_case(out)
+        store, plan, _ = open_case(out, paired=moment[2])
         done = len(list_commits(store))
         assert len(commit_rest(store, plan)) == plan.num_shards - done
-        assert tar_bytes(store) == tar_bytes(whole_store), moment
+        assert tar_bytes(store) == whole[moment[2]], moment
         assert_whole(store, plan)
         left = [name for name in store.list(STAGING) if not Path(name).name.startswith(str(os.getpid()))]
         assert left == [] and store.list(TORN) == [], moment
@@ -193,10 +210,12 @@ def test_sigkill_at_any_instant_then_resume(tmp_path: Path) -> None:
 
 def test_two_processes_commit_the_same_shards_at_once(tmp_path: Path) -> None:
     """One record and one whole pair for each shard, also when the two disagree about the samples."""
-    agree, differ = tmp_path / "agree", tmp_path / "differ"
-    stores = [open_case(out, count=16)[:2] for out in (agree, differ)]
-    racers = [[("race", agree, 0), ("race", agree, 0)], [("race", differ, 0), ("race", differ, 1)]]
-    assert run_processes(*racers) == [0, 0, 0, 0]
+    agree, differ, paired = tmp_path / "agree", tmp_path / "differ", tmp_path / "paired"
+    stores = [open_case(out, count=16, paired=out == paired)[:2] for out in (agree, differ, paired)]
+    racers = [
+        [("race", out, noise, out == paired) for noise in (0, int(out != agree))] for out in (agree, differ, paired)
+    ]
+    assert run_processes(*racers) == [0] * 6
     for store, plan in stores:
         assert_whole(store, plan)
     assert stores[0][0].list(TORN) == []

@@ -175,15 +175,17 @@ def test_a_folder_of_photographs_is_whole_or_not_there(folder_tool, tmp_path):
 
 
 def test_the_job_of_the_photographs_names_the_tool_that_writes_them(call, tmp_path, monkeypatch):
-    """Where the folder is not there yet: `plan --validate` says how to get it, a run is refused before models load."""
+    """Where the folder is not there yet: the comment next to its address is quoted, before models load."""
     monkeypatch.chdir(tmp_path)
-    code, out, _ = call("plan", PHOTOGRAPHS, "--validate")
-    assert code == 0 and "requests.0.start.images: there is no 'runs/cifar10-photographs' yet" in out
-    [tool] = (word.strip("()") for word in out.split() if word.strip("()").endswith(".py"))
-    assert (REPOSITORY / tool).is_file() and out.count("there is no") == 1
-    assert "there is no" not in call("plan", DIGITS, "--validate")[1]
-    code, _, errors = call("run", PHOTOGRAPHS, "--executor", "local")
-    assert code == 2 and "error: requests.0.start.images: there is no 'runs/cifar10-photographs'" in errors
+    for command in (("plan", PHOTOGRAPHS, "--validate"), ("run", PHOTOGRAPHS, "--executor", "local")):
+        code, _, errors = call(*command)
+        [line] = (line for line in errors.splitlines() if line.startswith("error: requests.0.start.images: "))
+        assert code == 2 and "there is no 'runs/cifar10-photographs'" in line
+        assert line.endswith(f"; {PHOTOGRAPHS} says: written by tools/zoo/cifar10_folder.py")
+    assert (REPOSITORY / "tools/zoo/cifar10_folder.py").is_file()
+    # What is wrong otherwise is left as it is.
+    elsewhere = ("--set", "requests.0.start.images=other", "--set", "requests.1.start.images=other")
+    assert "says:" not in call("plan", PHOTOGRAPHS, "--validate", *elsewhere)[2]
 
 
 @needs_data

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from engine.methods.sampling.denoiser import Prediction, predicted_eps, predicted_x0
-from engine.methods.sampling.loop import sample
+from engine.methods.sampling.loop import Start, sample
 from engine.methods.sampling.noise import draw_noise
 from engine.methods.sampling.schedulers import SchedulerAdapter
 from tests.conftest import REPOSITORY
@@ -158,6 +158,9 @@ def test_a_sampler_of_flow_matching_is_one_adapter(flow):
 
     assert torch.allclose(sample(denoise, flow, noise), clean, atol=1e-5)
     assert len(seen) == 8
+    flow._scheduler.set_timesteps(8)
+    assert torch.allclose(sample(denoise, flow, noise, Start(latents=clean, strength=0.25)), clean, atol=1e-5)
+    assert len(seen) == 10
     assert all(torch.allclose(x0, clean, atol=1e-5) and torch.allclose(eps, noise, atol=1e-5) for x0, eps in seen)
 
 

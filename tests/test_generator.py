@@ -44,10 +44,10 @@ def failing_for(generator, monkeypatch, culprits, error):
     """Let sampling raise for batches that hold one of the samples."""
     sample = generator.sample
 
-    def raising(request, specs, draws):
+    def raising(request, specs, *more):
         if any(spec.index in culprits for spec in specs):
             raise error
-        return sample(request, specs, draws)
+        return sample(request, specs, *more)
 
     monkeypatch.setattr(generator, "sample", raising)
 
@@ -109,8 +109,8 @@ def test_values_that_are_not_finite_fail_their_sample(made, monkeypatch):
     generator, specs = made
     sample = generator.sample
 
-    def spoiled(request, some, draws):
-        images, health = sample(request, some, draws)
+    def spoiled(request, some, *more):
+        images, health = sample(request, some, *more)
         images[1] = math.nan
         return images, health
 

@@ -137,9 +137,9 @@ def test_a_generator_makes_batches_for_its_share(monkeypatch: pytest.MonkeyPatch
         generator, specs = make_generator(sampling={"num_inference_steps": 1})
     sample, rows = generator.sample, [0]
 
-    def sampling(request: int, some: Any, draws: Any) -> Any:
+    def sampling(request: int, some: Any, *more: Any) -> Any:
         rows[0] = len(some)
-        return sample(request, some, draws)
+        return sample(request, some, *more)
 
     monkeypatch.setattr(generator, "sample", sampling)
     monkeypatch.setattr(StableDiffusion, "rows", property(lambda self: None))

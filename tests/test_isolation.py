@@ -95,10 +95,10 @@ def test_a_bad_sample_is_not_the_jobs(fresh, monkeypatch):
     generator._isolation._proven.clear()
     sample = generator.sample
 
-    def raising(request, some, draws):
+    def raising(request, some, *more):
         if some[0].seed == specs[0].seed:
             raise ValueError("x")
-        return sample(request, some, draws)
+        return sample(request, some, *more)
 
     monkeypatch.setattr(generator, "sample", raising)
     [result] = generator.next_batch(0, specs[:1])
@@ -242,8 +242,8 @@ def test_a_first_batch_without_images_is_not_the_jobs(fresh, monkeypatch, kind, 
     generator, specs = fresh
     sample = generator.sample
 
-    def spoiled(request, some, draws):
-        images, health = sample(request, some, draws)
+    def spoiled(request, some, *more):
+        images, health = sample(request, some, *more)
         return images * math.nan, health
 
     class Checker:

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.slow
 RISKFORGE = [str(Path(sys.executable).with_name("riskforge"))]
 CHANGES = {
     "requests.0.count": 6,
+    "requests.0.twin": True,
     "requests.1.count": 6,
     "requests.2.count": 1,
     "sampling.num_inference_steps": 15,
@@ -73,6 +74,10 @@ def tars(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(output.glob("shards/*.tar"))}
 
 
+def twins(output: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(output.glob("twins/*.tar"))}
+
+
 def samples(output: Path):
     return [sample for path in sorted(output.glob("shards/*.tar")) for sample in read_shard(path)]
 
@@ -104,6 +109,10 @@ def test_guidance_is_recorded_and_seeds_are_shared(finished):
     assert all(one["guided_steps"] == 0 for one, _ in plain)
     assert all(one["kldb_classes"] == [3, 8] and sum(one["soft_label"]) == 1 for one, _ in guided + plain)
     assert all(first != second for (_, first), (_, second) in zip(guided, plain, strict=True))
+    stored = [sample for path in sorted(finished.glob("twins/*.tar")) for sample in read_shard(path)]
+    assert [(key, image) for key, image, _, _ in stored] == [
+        (one["key"], image) for (one, _), (_, image) in zip(guided, plain, strict=True)
+    ]
     closest, plainest = (np.median([one["kldb"] for one, _ in some]) for some in (guided, plain))
     assert closest <= MAX_GUIDED_SHARE * plainest
 
@@ -192,7 +201,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, job, tmp_path):
     assert process.returncode == -signal.SIGKILL
     assert not (output / "_SUCCESS").exists() and len(tars(output)) == 2 < len(tars(finished))
     riskforge("run", job, "--output", output, "--executor", "ray", "--workers", 2)
-    assert tars(output) == tars(finished)
+    assert tars(output) == tars(finished) and twins(output) == twins(finished) and len(twins(finished)) == 1
     assert (output / "_SUCCESS").exists()
 
 

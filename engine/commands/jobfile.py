@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,30 +129,27 @@ def import_factories(addresses: Iterable[str | None], *folders: Path) -> None:
         add_import_folders(str(folder.resolve()) for folder in folders)
 
 
-def missing_images(path: Path, job: JobSpec) -> list[str]:
-    """The images that a job names and that are not there yet, a line each.
+@contextlib.contextmanager
+def quoting_comments(path: Path) -> Iterator[None]:
+    """Add what a job file says in a comment next to an address to the problem that nothing is there.
 
-    Whoever shares a job without its images can say in a comment next to their address how to get them: it is quoted.
+    So that whoever shares a job without its images can say how to get them.
     """
-    from engine.data.images.opening import is_missing
-
-    named = {
-        address: f"requests.{job.place(number)}.{field}.images"
-        for number, request in reversed(list(enumerate(job.requests)))
-        for field, spec in (("start", request.used_start), ("conditioning", request.conditioning))
-        if spec is not None and (address := spec.images) is not None
-    }
-    return [
-        f"{where}: there is no '{address}' yet{_comment(path, address)}"
-        for address, where in named.items()
-        if is_missing(address)
-    ]
+    try:
+        yield
+    except JobError as error:
+        problems = [f"{problem}{_comment(path, problem)}" for problem in error.problems]
+        if problems == error.problems:
+            raise
+        raise JobError(problems) from None
 
 
-def _comment(path: Path, address: str) -> str:
-    """What a job file says in a comment on the line of an address, in brackets; empty where it says nothing."""
-    found = re.search(rf"{re.escape(address)}[^#\n]*\s#\s*(.*\S)", _text(path))
-    return f" ({found[1]})" if found else ""
+def _comment(path: Path, problem: str) -> str:
+    """The comment on the line of the missing address in a problem; empty without."""
+    if missing := re.search(r"there is no '([^']+)'", problem):
+        found = re.search(rf"{re.escape(missing[1])}[^#\n]*\s#\s*(.*\S)", _text(path))
+        return f"; {path} says: {found[1]}" if found else ""
+    return ""
 
 
 def parse_override(text: str) -> tuple[str, Any]:

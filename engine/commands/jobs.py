@@ -141,10 +141,10 @@ def schema() -> None:
 
 def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     """Check everything that can be checked without loading or downloading a model."""
-    from engine.commands.jobfile import missing_images
+    from engine.commands.jobfile import quoting_comments
     from engine.data.run.output_folder import check_output
     from engine.data.stores.opening import open_store
-    from engine.driver.checks import check_hardware
+    from engine.driver.checks import check_hardware, find_start_images
     from engine.job.plan import resolve_requests
     from engine.models.artefacts import missing_artefacts
     from engine.models.job_checks import check_addresses
@@ -155,8 +155,9 @@ def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     check_output(open_store(job.output.uri))
     labels = read_labels(job.models.target)
     if labels is not None:
-        resolve_requests(job, labels)
-    missing = [*missing_artefacts(job), *missing_images(path, job)]
+        with quoting_comments(path):
+            find_start_images(resolve_requests(job, labels), labels)
+    missing = missing_artefacts(job)
     if as_json:
         print_json({"valid": True, "classes_checked": labels is not None, "to_prepare": missing})
         return

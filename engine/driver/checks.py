@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,25 @@ def _image_digests(
 
         digests["conditioning"] = conditioning_digests(job, requests, images, display.notice)
     return digests | {"starts": start_digests(requests, images)}
+
+
+def find_start_images(requests: Sequence[RequestPlan], labels: list[str]) -> None:
+    """Look for the images that requests start from, without reading them.
+
+    Raises:
+        JobError: there are none of a kind that can be read, a line each.
+    """
+    problems: list[str] = []
+    for request in requests:
+        if start := request.spec.used_start:
+            from engine.data.images import open_images
+
+            try:
+                open_images(start.images, tuple(labels), f"{request.where}.start.images")
+            except JobError as error:
+                problems += error.problems
+    if problems:
+        raise JobError(problems)
 
 
 def plan_job(job: JobSpec, display: Display | None = None) -> Plan:

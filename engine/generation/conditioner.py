@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import PIL.Image
@@ -12,7 +13,7 @@ from torch import Tensor
 from engine.data.images import LabelledImage
 from engine.errors import JobError
 from engine.generation.artefact import Conditioning, load_conditioning
-from engine.generation.given_images import CheckedImages, ProgressCallback, check_same, read_given
+from engine.generation.given_images import CheckedImages, GivenImages, ProgressCallback, Reader, check_same, read_for
 from engine.job.plan import RequestPlan, SampleSpec
 from engine.job.spec import ConditioningSpec, JobSpec
 from engine.methods.conditioning.screening import ScreenedDraw, ScreeningOptions, screen, unscreened
@@ -56,12 +57,12 @@ class GivenEmbeddings:
     """Embeddings of given images, in their order.
 
     Args:
-        embeds: [N, d] of every class by its index, N at least 1.
+        embeds: [N, d] of every class by its index, N at least 1; or what gives them once the images are read.
         encoder: whose they are, for messages.
     """
 
-    def __init__(self, embeds: dict[int, Tensor], encoder: str) -> None:
-        self._embeds = embeds
+    def __init__(self, embeds: dict[int, Tensor] | Callable[[], dict[int, Tensor]], encoder: str) -> None:
+        self._embeds_of = embeds if callable(embeds) else lambda: embeds
         self._encoder = encoder
 
     def draw(self, spec: SampleSpec) -> ScreenedDraw:
@@ -70,7 +71,7 @@ class GivenEmbeddings:
         Raises:
             ValueError: it is not finite.
         """
-        own = self._embeds[spec.cell.classes[0]]
+        own = self._embeds_of()[spec.cell.classes[0]]
         embedding = own[spec.index % len(own)]
         if not embedding.isfinite().all():
             raise ValueError(f"the image encoder of '{self._encoder}' gives an image embedding that is not finite")
@@ -78,7 +79,12 @@ class GivenEmbeddings:
 
 
 def open_conditioner(
-    request: RequestPlan, diffusion: str, labels: Sequence[str], device: str, digest: str
+    request: RequestPlan,
+    diffusion: str,
+    labels: Sequence[str],
+    device: str,
+    digest: str,
+    later: Callable[[Reader], None] | None = None,
 ) -> Conditioner:
     """The conditioner of a request that asks for one, in a worker.
 
@@ -86,6 +92,7 @@ def open_conditioner(
         diffusion: address of the pipeline whose image encoder is used.
         labels: class names of the target.
         digest: of artefact or images, as the plan has it.
+        later: takes the reader of given images, which are then read before the first draw; at once where not given.
 
     Raises:
         JobError: artefact or images differ from those that the plan was made with.
@@ -97,12 +104,20 @@ def open_conditioner(
         check_same(conditioning.digest, digest, spec.artefact, _where(request, "artefact"))
         return DrawnEmbeddings(conditioning, spec)
     assert spec.images is not None
+    address, where = spec.images, _where(request, "images")
     encoder = load_image_encoder(diffusion, device)
     needed = {cell.classes[0]: request.total // len(request.cells) for cell in request.cells}
     embedder = _Embedder(encoder, needed)
-    given = read_given(spec.images, labels, _where(request, "images"), embedder.take)
-    check_same(given.digest, digest, spec.images, _where(request, "images"))
-    return GivenEmbeddings(embedder.embeds(), diffusion)
+
+    def finish(given: GivenImages) -> None:
+        check_same(given.digest, digest, address, where)
+
+    reader = Reader(address=address, where=where, take=embedder.take, finish=finish)
+    if later is None:
+        read_for([reader], labels)
+    else:
+        later(reader)
+    return GivenEmbeddings(functools.cache(embedder.embeds), diffusion)
 
 
 def conditioning_digests(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -17,6 +17,7 @@ from engine.generation.batching import Batches, BatchSizes, useful_size
 from engine.generation.conditioner import Conditioner, open_conditioner
 from engine.generation.decoder_precision import TRIAL_SAMPLES, DecoderPrecisions, Subject
 from engine.generation.faults import is_fault_of_machine, is_of_size, may_pass
+from engine.generation.given_images import Reader, read_for
 from engine.generation.guidance import RequestGuides
 from engine.generation.isolation import Isolation
 from engine.generation.loading import PipelinePool, load_scorer
@@ -63,7 +64,7 @@ class Generator:
         self._target = self._scorer.target
         self._pipelines = PipelinePool(self._hardware, checks_safety=job.models.safety_checker == "auto")
         self._conditioners: dict[int, Conditioner] = {}
-        self._start_sets = StartSets(plan, self._target.labels)
+        self._start_sets = StartSets(plan)
         self._starts: dict[int, StartImages] = {}
         self._guides = RequestGuides(job, plan, self._scorer, device)
         decoder = job.models.guidance_decoder
@@ -139,10 +140,7 @@ class Generator:
         self._check_combination(request)
         negative = self._job.sampling_of(plan.spec).negative_prompt
         self._model(request).check_prompts([*longest_prompts(plan), negative])
-        if plan.spec.conditioning is not None:
-            self._conditioners[request] = self._conditioner(plan)
-        if (starts := self._start_sets.of(plan, Size(*self._model(request).image_shape[1:]))) is not None:
-            self._starts[request] = starts
+        self._open_images(plan)
         _, height, width = self._model(request).latent_shape
         self._sizes.of(request).bound(useful_size(height * width))
         self._guides.prepare(plan, self._model(request).image_shape, self._decoding(request))
@@ -152,6 +150,16 @@ class Generator:
             trial = partial(self._compared, request)
             self._precisions.decide(plan.where, self._subject(request), decoder, shape, trial)
         self._prepared.add(request)
+
+    def _open_images(self, plan: RequestPlan) -> None:
+        """What samples of a request are conditioned on and start from; images that are both are read once."""
+        readers: list[Reader] = []
+        if plan.spec.conditioning is not None:
+            self._conditioners[plan.number] = self._conditioner(plan, readers.append)
+        size = Size(*self._model(plan.number).image_shape[1:])
+        if (starts := self._start_sets.of(plan, size, readers.append)) is not None:
+            self._starts[plan.number] = starts
+        read_for(readers, self._target.labels)
 
     def batch_limit(self, request: int) -> int:
         """Largest batch of a request, since one failed here or memory ran out elsewhere; 0 where nothing limits it."""
@@ -304,13 +312,18 @@ class Generator:
     def _model(self, request: int) -> Pipeline:
         return self._pipelines.get(self._address(request))
 
-    def _conditioner(self, request: RequestPlan) -> Conditioner:
+    def _conditioner(self, request: RequestPlan, later: Callable[[Reader], None]) -> Conditioner:
         spec = request.spec.conditioning
         assert spec is not None
+        for number in self._prepared:
+            other = self._plan.requests[number]
+            is_same = (other.spec.conditioning, other.cells, other.total) == (spec, request.cells, request.total)
+            if is_same and self._address(number) == self._address(request.number):
+                return self._conditioners[number]
         planned = self._plan.identity["requests"][request.number]["conditioning"]
         digest = planned["images" if spec.artefact is None else "artefact"]
         address = self._address(request.number)
-        return open_conditioner(request, address, self._target.labels, self._hardware.device, digest)
+        return open_conditioner(request, address, self._target.labels, self._hardware.device, digest, later)
 
     def _check_combination(self, request: int) -> None:
         """Whether pipeline, sampling and conditioning go together; a pipeline of the hub was not there to be checked.

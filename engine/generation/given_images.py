@@ -67,6 +67,34 @@ def read_given(address: str, labels: Sequence[str], where: str, *take: Take) -> 
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """What a worker keeps of given images.
+
+    Attributes:
+        where: the field that has the address, for messages.
+        finish: called after the last image with what is known of all, such as to compare their digest.
+    """
+
+    address: str
+    where: str
+    take: Take
+    finish: Callable[[GivenImages], None]
+
+
+def read_for(readers: Sequence[Reader], labels: Sequence[str]) -> None:
+    """Let each reader have the images of its address; those of several readers are read once.
+
+    Raises:
+        JobError: as `read_given`, or of a reader.
+    """
+    for address in dict.fromkeys(reader.address for reader in readers):
+        own = [reader for reader in readers if reader.address == address]
+        given = read_given(address, labels, own[0].where, *(reader.take for reader in own))
+        for reader in own:
+            reader.finish(given)
+
+
 class CheckedImages:
     """Reads the given images of a job before any model is loaded, each source once.
 

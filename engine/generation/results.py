@@ -213,7 +213,7 @@ class ImageBatch:
         images, fields = self._images, {"screened": bool(self._images.draws) and self._images.draws[row].screened}
         if not images.starts:
             return fields
-        start, spec = images.starts[row], self._job.requests[self._request].start
+        start, spec = images.starts[row], self._job.requests[self._request].used_start
         assert spec is not None
         return fields | {
             "start_key": start.key,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import PIL.ImageOps
 
 from engine.data.images import LabelledImage
 from engine.errors import JobError
-from engine.generation.given_images import CheckedImages, check_same, read_given
+from engine.generation.given_images import CheckedImages, GivenImages, Reader, check_same
 from engine.job.plan import Plan, RequestPlan, SampleSpec
 
 _FIELD = "start.images"
@@ -66,7 +67,6 @@ class StartImages:
     def __init__(self, needed: dict[int, int], size: Size) -> None:
         self._needed, self._size = needed, size
         self._entries: dict[int, list[_Entry]] = {index: [] for index in needed}
-        self._counts = Counter[int]()
         self._num_kept = 0
         self._file = tempfile.TemporaryFile(prefix="riskforge-starts-")  # noqa: SIM115
         self._pixels: np.ndarray | None = None
@@ -77,13 +77,16 @@ class StartImages:
         Args:
             key: digest of its pixels.
         """
-        self._counts[image.class_index] += 1
         entries = self._entries.get(image.class_index)
         if entries is None or len(entries) == self._needed[image.class_index]:
             return
         self._file.write(fitted(image.image, self._size).tobytes())
         entries.append(_Entry(image.name, key.hex(), self._num_kept))
         self._num_kept += 1
+
+    def flush(self) -> None:
+        """Write what waits to be written; after the last image."""
+        self._file.flush()
 
     def of(self, spec: SampleSpec) -> StartImage:
         """The image of a sample: number `index` of its class, from the first again after the last.
@@ -92,54 +95,55 @@ class StartImages:
         """
         turn, which = divmod(spec.index, len(spec.cell.classes))
         index = spec.cell.classes[which]
-        # All images of the class count, so that which one it is does not depend on how many are kept.
-        key, sha256, place = self._entries[index][turn % self._counts[index]]
+        # Where the class has more images than are kept, `turn` is below their number.
+        key, sha256, place = self._entries[index][turn % len(self._entries[index])]
         return StartImage(key=key, sha256=sha256, class_index=index, pixels=self._mapped()[place])
 
     def _mapped(self) -> np.ndarray:
         if self._pixels is None:
-            self._file.flush()
+            self.flush()
             shape = (self._num_kept, *self._size, 3)
             self._pixels = np.memmap(self._file, dtype=np.uint8, mode="r", shape=shape)
         return self._pixels
 
 
 class StartSets:
-    """The images that the requests of a plan start from, each set read when it is first asked for.
+    """The images that the requests of a plan start from, those of an address once for each size of pipelines.
 
     Args:
-        labels: class names of the target.
+        plan: of the whole run: a set has all images that some sample of it can start from.
     """
 
-    def __init__(self, plan: Plan, labels: Sequence[str]) -> None:
-        self._plan, self._labels = plan, labels
-        self._sets: dict[tuple[str, Size], StartImages] = {}
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._read: dict[tuple[str, Size], StartImages] = {}
 
-    def of(self, request: RequestPlan, size: Size) -> StartImages | None:
+    def of(self, request: RequestPlan, size: Size, later: Callable[[Reader], None]) -> StartImages | None:
         """The images of a request at the size of its pipeline; None where it starts from noise alone.
 
-        Raises:
-            JobError: they differ from those that the plan was made with, or do not fit the disk.
+        Args:
+            later: takes the reader of images that were not read yet, which is to be done before they are asked for.
         """
         spec = request.spec.used_start
         if spec is None:
             return None
-        if (spec.images, size) not in self._sets:
-            self._sets[spec.images, size] = self._read(request, spec.images, size)
-        return self._sets[spec.images, size]
+        if images := self._read.get((spec.images, size)):
+            return images
+        where, planned = f"{request.where}.{_FIELD}", self._plan.identity["requests"][request.number]["start"]["images"]
+        with _space_for(spec.images, where, size):
+            images = StartImages(self._needed(spec.images), size)
 
-    def _read(self, request: RequestPlan, address: str, size: Size) -> StartImages:
-        where, planned = f"{request.where}.{_FIELD}", self._plan.identity["requests"][request.number]["start"]
-        try:
-            images = StartImages(self._needed(address), size)
-            given = read_given(address, self._labels, where, images.take)
-        except OSError as error:
-            folder = tempfile.gettempdir()
-            raise JobError(
-                f"{where}: '{address}' cannot be kept in {folder} at {size.width} x {size.height} pixels"
-                f" ({error.strerror or error}); set TMPDIR to a folder on a larger disk"
-            ) from None
-        check_same(given.named_digest, planned["images"], address, where)
+        def take(image: LabelledImage, key: bytes) -> None:
+            with _space_for(spec.images, where, size):
+                images.take(image, key)
+
+        def finish(given: GivenImages) -> None:
+            with _space_for(spec.images, where, size):
+                images.flush()
+            check_same(given.named_digest, planned, spec.images, where)
+            self._read[spec.images, size] = images
+
+        later(Reader(address=spec.images, where=where, take=take, finish=finish))
         return images
 
     def _needed(self, address: str) -> dict[int, int]:
@@ -151,6 +155,22 @@ class StartSets:
                     most = -(-request.spec.attempts_limit // len(cell.classes))
                     needed |= Counter(dict.fromkeys(cell.classes, most))
         return dict(needed)
+
+
+@contextlib.contextmanager
+def _space_for(address: str, where: str, size: Size) -> Iterator[None]:
+    """Within it images are written to the temporary folder.
+
+    Raises:
+        JobError: they do not fit.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise JobError(
+            f"{where}: '{address}' cannot be kept in {tempfile.gettempdir()} at {size.width} x {size.height} pixels"
+            f" ({error.strerror or error}); set TMPDIR to a folder on a larger disk"
+        ) from None
 
 
 def start_digests(requests: Sequence[RequestPlan], images: CheckedImages) -> dict[str, str]:
@@ -168,6 +188,4 @@ def start_digests(requests: Sequence[RequestPlan], images: CheckedImages) -> dic
 
 def fitted(image: PIL.Image.Image, size: Size) -> PIL.Image.Image:
     """An image at a size: the shorter side resized, the middle of the longer one; untouched where it has the size."""
-    if image.size == (size.width, size.height):
-        return image
     return PIL.ImageOps.fit(image, (size.width, size.height), PIL.Image.Resampling.LANCZOS)

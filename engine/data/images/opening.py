@@ -66,16 +66,6 @@ def open_images(address: str, labels: tuple[str, ...], option: str = "--data") -
     raise JobError(f"{option}: there is no '{address}'{nearest(address, list(NAMED))}; give {SOUGHT}")
 
 
-def is_missing(address: str) -> bool:
-    """Whether an address is a path at which nothing is, so that images may yet be put there."""
-    if address in NAMED or "://" in address:
-        return False
-    with contextlib.suppress(OSError, RuntimeError, ValueError):
-        path = Path(address).expanduser()
-        return not path.exists() and _folder_of_splits(path) is None
-    return False
-
-
 def _of_file(path: Path, labels: tuple[str, ...], option: str) -> ImageSource:
     if path.suffix.lower() == ".tar":
         return webdataset([path], labels)

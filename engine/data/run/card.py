@@ -17,6 +17,7 @@ from engine.data.run.file_names import SURPLUS_LIST
 from engine.data.run.schema import arrow_schema, tar_features
 from engine.data.run.summary import GroupSummary, Spread, shown_entry_scores, shown_scores
 from engine.job.columns import BY_NAME, Role, columns_with, enumerated, target_first, units_text
+from engine.job.records import STARTS, TWINS
 from engine.job.spec import ConditioningSpec, JobSpec, RequestSpec
 from engine.models.licences import UNKNOWN
 from engine.models.training_lineage import training_text
@@ -37,6 +38,10 @@ _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\
 # Headings that the note above the table explains.
 ERRORS, VALID_FAILURES = "errors", "valid failures"
 MAX_TABLE_ROWS = 200
+_COMPANION_TEXTS = {
+    STARTS: "the real image that a sample started from, at the size of the sample, not scored and not marked",
+    TWINS: "the unguided twin of a sample, from the same noise, prompt and start, with scores of its own",
+}
 MAX_SHORT = 8
 # Of the description of a model, what is not listed as it is.
 _APART = ("labels", "trained_on")
@@ -58,6 +63,7 @@ def dataset_card(job: JobSpec, manifest: dict[str, Any], groups: list[GroupSumma
         *_curation(manifest),
         _table(groups),
         loading_section(job.output.image_format, manifest["schema_version"]),
+        *_companions(manifest),
         columns_section(manifest["schema_version"]),
         _limits(job, manifest["schema_version"]),
     ]
@@ -107,8 +113,8 @@ def size_category(num_images: int) -> str:
 def _origin(job: JobSpec, manifest: dict[str, Any]) -> str:
     samples, shards = manifest["counts"]["samples"], manifest["counts"]["shards"]
     return (
-        "**Every image is synthetic**: sampled from a text-to-image diffusion model by "
-        "Riskforge to find where an image classifier, the target, errs or hesitates. No image is a photograph."
+        f"**Every image{_where_synthetic(manifest)} is synthetic**: sampled from a text-to-image diffusion model by "
+        f"Riskforge to find where an image classifier, the target, errs or hesitates. {_photographs(manifest)}"
         f"{_provenance(job)}\n\n"
         f"{samples['ok']} images in {shards['committed']} shards, of {samples['attempted']} attempts "
         f"({samples['rejected']} rejected, {samples['failed']} failed, {samples['accepted']} accepted). "
@@ -119,11 +125,24 @@ def _origin(job: JobSpec, manifest: dict[str, Any]) -> str:
     )
 
 
+def _where_synthetic(manifest: dict[str, Any]) -> str:
+    return f" but those in `{STARTS}/`" if STARTS in manifest.get("companions", {}) else ""
+
+
+def _photographs(manifest: dict[str, Any]) -> str:
+    if STARTS not in manifest.get("companions", {}):
+        return "No image is a photograph."
+    return (
+        f"The images in `{STARTS}/` are real ones, which samples started from: what their owners allow holds for them,"
+        " and for the samples that show them."
+    )
+
+
 def _provenance(job: JobSpec) -> str:
     if not job.output.provenance:
         return ""
     return (
-        " Every file says so itself: its XMP has IPTC's `DigitalSourceType` "
+        " Every synthetic file says so itself: its XMP has IPTC's `DigitalSourceType` "
         "[`trainedAlgorithmicMedia`](http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia)."
     )
 
@@ -244,6 +263,24 @@ def _curation(manifest: dict[str, Any]) -> list[str]:
         "| fact | value |",
         "|---|---|",
         *(f"| {name} | {code(text)} |" for name, text in curation_facts(curation)),
+    ]
+    return ["\n".join(lines)]
+
+
+def _companions(manifest: dict[str, Any]) -> list[str]:
+    """Of a run with second images of its samples where they are; nothing of any other."""
+    found = manifest.get("companions")
+    if not found:
+        return []
+    lines = [
+        "### Second images",
+        "",
+        "Their keys are those of the samples, and their tars are read by the same lines:",
+        "",
+        *(
+            f"- `{kind}/*.tar`: {_COMPANION_TEXTS[kind]} ({entry['images']} images in {entry['tars']} tars)"
+            for kind, entry in found.items()
+        ),
     ]
     return ["\n".join(lines)]
 

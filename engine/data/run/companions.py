@@ -51,8 +51,8 @@ def companion_name(kind: str, shard_name: str) -> str:
 
 def companions_of(request: RequestSpec) -> tuple[str, ...]:
     """The companions that every shard of a request has; at strength 1 a start is left out."""
-    has_start = request.start is not None and request.start.strength < 1
-    return tuple(kind for kind, is_there in zip(COMPANIONS, (has_start, request.twin), strict=True) if is_there)
+    has = {STARTS: request.used_start is not None, TWINS: request.twin}
+    return tuple(kind for kind in COMPANIONS if has[kind])
 
 
 def has_companion(kind: str, row: Mapping[str, Any]) -> bool:

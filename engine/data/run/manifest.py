@@ -158,8 +158,12 @@ def _listed(record: CommitRecord, job: JobSpec) -> dict[str, Any]:
         "tar_bytes": record.tar_bytes,
         "tar_sha256": record.tar_sha256,
         "parquet_sha256": record.parquet_sha256,
-        **{kind: {"bytes": tar.bytes, "sha256": tar.sha256} for kind, tar in record.companions.items()},
+        **({"companions": _listed_companions(record)} if record.companions else {}),
     }
+
+
+def _listed_companions(record: CommitRecord) -> dict[str, dict[str, Any]]:
+    return {kind: {"bytes": tar.bytes, "sha256": tar.sha256} for kind, tar in record.companions.items()}
 
 
 def software_versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 from engine.data.run.companions import COMPANIONS
 from engine.data.run.file_names import CURATION, METADATA, PLANS, RESCORED, SUCCESS
@@ -98,7 +99,10 @@ def find_plan(store: Store, plan: Plan, job: JobSpec) -> Plan | None:
 def _check_same(store: Store, stored: StoredRun, plan: Plan) -> None:
     if stored.digest == plan.digest:
         return
-    lines = difference(stored.identity, json.loads(json.dumps(plan.identity)))
+    lines = [
+        re.sub(r"^requests\.(\d+)", lambda match: _where(plan, int(match[1])), line)
+        for line in difference(stored.identity, json.loads(json.dumps(plan.identity)))
+    ]
     if len(lines) > MAX_DIFFERENCES:
         lines[MAX_DIFFERENCES:] = [f"and {len(lines) - MAX_DIFFERENCES} more differences"]
     raise OutputError(
@@ -110,6 +114,11 @@ def _check_same(store: Store, stored: StoredRun, plan: Plan) -> None:
             ]
         )
     )
+
+
+def _where(plan: Plan, number: int) -> str:
+    """Where a request of a plan is in the job file; it may be one that only the stored plan has."""
+    return plan.requests[number].where if number < len(plan.requests) else f"requests.{number}"
 
 
 def _extend(store: Store, stored: StoredRun, plan: Plan, job: JobSpec) -> Plan:

@@ -211,7 +211,7 @@ def _job_problems(spec: LoopSpec, job: JobSpec) -> Iterator[str]:
         if request.conditioning is not None:
             yield f"{where}.conditioning: a loop over image embeddings is not supported; use prompts"
         if request.start is not None:
-            yield f"{where}.start: real images would come into every round; leave it out, and give them as training.real"
+            yield f"{where}.start: real images would come into every round; give them as training.real"
         if request.twin:
             yield f"{where}.twin: a round is trained on samples alone, and nothing reads their twins; leave it out"
     total = _num_planned(job)
