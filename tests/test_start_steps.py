@@ -191,7 +191,7 @@ def test_steps_keep_their_numbers_and_noise_levels(name):
 
 
 def test_a_step_is_found_by_its_place_where_two_have_the_same_timestep():
-    """Rounded, the last ones of Karras et al. are equal: diffusers would begin with the second, and run past the end."""
+    """Rounded, the last ones of Karras et al. are equal: diffusers would begin with the second and run past the end."""
     config = {"timestep_spacing": "linspace", "use_karras_sigmas": True}
     timesteps = sampler_of("DPMSolverMultistepScheduler", 60, **config)._scheduler.timesteps.tolist()
     [first, *_] = [place for place in range(59) if timesteps[place] == timesteps[place + 1]]

@@ -11,6 +11,7 @@ import resource
 import signal
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -29,6 +30,9 @@ from engine.job.parsing import apply_overrides, parse_job
 from engine.job.plan import Cell, SampleSpec
 from engine.methods.sampling.loop import Start, sample
 from engine.models.pipelines.base import LATENTS
+from engine.studies.loop.parsing import parse_loop
+from engine.studies.retrain.results import _dependences
+from tests.loop_cases import digits_job
 from tests.strike import struck
 
 ZOO = "zoo:digits/"
@@ -475,3 +479,22 @@ def test_what_is_wrong_with_a_list_is_told_in_the_files_terms(requests, lines):
 def _started(one: dict) -> dict:
     strength = one.pop("strength", None)
     return one | ({} if strength is None else {"start": {"images": "x", "strength": strength}})
+
+
+def test_a_loop_refuses_real_images_and_twins(folder):
+    """Its rounds learn from samples alone; the place is that of the job file, once for a list of strengths."""
+    pair = request("a", folder, None), request("b", folder, [0.5, 1], method="risky", twin=True)
+    raw = digits_job()
+    raw["generator"]["job"] |= {"requests": [*pair], "sampling": SAMPLING, "guidance": {"risky": {"every": 1}}}
+    with pytest.raises(JobError) as caught:
+        parse_loop(raw, Path.read_text)
+    places = [line.partition(":")[0] for line in caught.value.problems]
+    assert places == ["generator.job.requests.1.start", "generator.job.requests.1.twin"]
+
+
+def test_a_study_says_where_test_images_were_started_from(folder):
+    """Images that samples start from are no independent test of what is trained on these; at strength 1 they are."""
+    job = parse_job(raw_job(request("a", folder, [0.5, 1])))
+    options = SimpleNamespace(test=str(folder))
+    study = SimpleNamespace(options=options, plain=["a-s050"], risky=["a-s100"], run=SimpleNamespace(job=job))
+    assert _dependences(study, 0) == ["Not independent: the samples of a-s050 start from the images of --test."]

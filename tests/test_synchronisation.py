@@ -21,7 +21,7 @@ from engine.methods.risky.guide import guide_to_risk
 from engine.methods.risky.spec import RiskyGuidanceSpec
 from engine.methods.sampling.denoiser import ClassifierFreeDenoiser, Condition
 from engine.methods.sampling.families import KINDS, ModelScheduler
-from engine.methods.sampling.loop import sample
+from engine.methods.sampling.loop import Start, sample
 from engine.methods.sampling.schedulers import make_sampler
 from engine.methods.sampling.spec import SamplingSpec
 from engine.models.classifier import Classifier, load_network
@@ -102,11 +102,12 @@ class OnDevice:
         half = copy.deepcopy(self.pipeline._vae).to(torch.bfloat16)
         self.decode = in_half_precision(lambda latents: half.decode(latents).sample, torch.bfloat16)
 
-    def sampled(self, scheduler, method=None, spec=None, network=None):
+    def sampled(self, scheduler, method=None, spec=None, network=None, strength=None):
         """Transfers while a batch is sampled; with guidance, after one batch of the kind, which places constants.
 
         Args:
             network: in the place of the pipeline's.
+            strength: of a start from images, where there is one.
         """
         for num_steps in (WARM_UP_STEPS, NUM_STEPS) if method else (NUM_STEPS,):
             model = ModelScheduler(config=BETAS | {"skip_prk_steps": True}, name=scheduler)
@@ -121,8 +122,9 @@ class OnDevice:
             )
             guided = method(denoiser, spec, self.scene()) if method else denoiser
             noise = torch.empty(NUM_SAMPLES, *self.pipeline.latent_shape, device=META)
+            start = None if strength is None else Start(latents=noise, strength=strength)
             with Transfers() as transfers:
-                sample(guided, sampler, noise)
+                sample(guided, sampler, noise, start)
         return transfers
 
     def scene(self):
@@ -165,6 +167,9 @@ def test_sampling_waits_for_nothing(scheduler, on_device):
     """Places and noise levels are looked up on the host; UniPC of diffusers copies its coefficients at each step."""
     transfers = on_device.sampled(scheduler)
     assert (transfers.reads, transfers.copies) == ([], [])
+    begun = on_device.sampled(scheduler, strength=0.8)
+    # PNDM has other timesteps after a start, which are placed once.
+    assert (begun.reads, begun.copies) == ([], ["_to_copy"] if scheduler == "PNDMScheduler" else [])
 
 
 GUIDES = {

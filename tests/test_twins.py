@@ -27,9 +27,10 @@ from engine.data.run.stored_plan import stored_plan
 from engine.data.run.verify import verify
 from engine.data.stores.opening import open_store
 from engine.driver.cost import BYTES_PER_RECORD, job_cost
+from engine.generation.notices import Notices
 from engine.generation.pairs import no_twin, psnr_db
 from engine.generation.rescorer import rescore
-from engine.generation.results import ImageBatch, SampledImages
+from engine.generation.results import NOT_FINITE, ImageBatch, SampledImages
 from engine.generation.scorer import Scorer
 from engine.job.acceptance import is_accepted
 from engine.job.records import STARTS, TWINS
@@ -277,10 +278,15 @@ def test_a_twin_with_a_fault_leaves_its_sample(run: Path, fault: str, tmp_path: 
         is_twin_finite=[fault != "not finite", True],
     )
     scorer = Scorer(target, Clip.load("zoo:digits/clip"))
-    batch = ImageBatch(images, job, plan, 0, scorer, checker if fault == "flagged" else None)  # type: ignore[arg-type]
+    notices = Notices()
+    flagging: Any = checker if fault == "flagged" else None
+    batch = ImageBatch(images, job, plan, 0, scorer, flagging, notices)
     batch.preprocess()
     alone, both = batch.score()
     assert alone.record["status"] == both.record["status"] == "ok"
     assert {name: alone.record[name] for name in no_twin()} == no_twin() and TWINS not in alone.companions
     assert both.record["twin_psnr_db"] == pytest.approx(10 * np.log10(255**2 / 9), abs=1e-4)
     assert decode_sample(both.companions[TWINS].image()).size == (32, 32)
+    [text] = notices.take()
+    reason = {"not finite": NOT_FINITE, "flagged": FLAGGED, "no score": "models.target '"}[fault]
+    assert text.startswith(f"requests.0: a twin was left out: {reason}")

@@ -193,7 +193,7 @@ class Generator:
             is_twin_finite=() if twins is None else _finite_rows(twins),
         )
         checker = self._model(request).safety_checker
-        return ImageBatch(sampled, self._job, self._plan, request, self._scorer, checker)
+        return ImageBatch(sampled, self._job, self._plan, request, self._scorer, checker, self.notices)
 
     def _draws(self, request: int, specs: Sequence[SampleSpec]) -> list[ScreenedDraw]:
         """The image embedding that conditions each sample; empty where none does."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from engine.data.images import encoding as imaging
 from engine.generation.isolation import failed_result
+from engine.generation.notices import Notices
 from engine.generation.pairs import distances, no_twin, start_record, twin_fields, twin_spec
 from engine.generation.scorer import Scorer, ScorerInputs
 from engine.generation.starts import StartImage
@@ -107,6 +107,7 @@ class ImageBatch:
         job, plan: they decide about formats, and which samples are accepted.
         scorer: scores images as they are stored.
         checker: of the pipeline that made them.
+        notices: where it is reported that a twin is left out, and why.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class ImageBatch:
         request: int,
         scorer: Scorer,
         checker: SafetyChecker | None,
+        notices: Notices,
     ) -> None:
         self._images = images
         self._job = job
@@ -124,6 +126,7 @@ class ImageBatch:
         self._request = request
         self._scorer = scorer
         self._checker = checker
+        self._notices = notices
         self._inputs: _Inputs | None = None
         self._twin_inputs: _Inputs | None = None
         self._start_inputs: _StartInputs | None = None
@@ -193,10 +196,8 @@ class ImageBatch:
             shown = inputs.shown[row], self._twin_inputs.shown[row]
             twin = twin_fields(shown[0], distance, shown[1], companions[TWINS].record)
         record = scored.records[row] | self._own_fields(row, scored) | _counts(images.health, row) | twin
-        try:
-            check_record(record)
-        except ValueError as error:
-            return failed_result(spec, str(error))
+        if fault := _fault_of(record):
+            return failed_result(spec, fault)
         rule, version = self._job.requests[self._request].accept, self._plan.schema_version
         accepted = is_accepted(rule, record, spec.cell.classes, version)
         stored = accepted or self._job.output.store_rejected
@@ -228,12 +229,22 @@ class ImageBatch:
         if self._start_inputs is not None:
             record = start_record(images.specs[row], images.starts[row], self._scorer.target.labels)
             companions[STARTS] = Companion(record, self._start_inputs.files[row])
-        if twins is not None and self._twin_inputs is not None and not twins.faults[row]:
+        if twins is not None and self._twin_inputs is not None:
             record = twins.records[row] | self._own_fields(row, twins)
-            with contextlib.suppress(ValueError):
-                check_record(record)
+            if fault := twins.faults[row] or _fault_of(record):
+                self._notices.add(f"{self._plan.requests[self._request].where}: a twin was left out: {fault}")
+            else:
                 companions[TWINS] = Companion(record, self._twin_inputs.files[row])
         return companions
+
+
+def _fault_of(record: dict[str, Any]) -> str:
+    """Why a record cannot be stored; empty where it can."""
+    try:
+        check_record(record)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _counts(health: GradientHealth, row: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from engine.data.run.companions import COMPANIONS
 from engine.data.run.curated import REMAKE_RUN, find_curation, is_curated
 from engine.data.run.file_names import (
     CARD,
@@ -42,7 +41,8 @@ def lost_files(store: Store) -> list[str]:
     """
     recorded = list(recorded_files(store))
     # After the records: files are published before their record.
-    sizes = {name: size for folder in (SHARDS, *COMPANIONS) for name, size in store.sizes(folder).items()}
+    folders = {SHARDS, *(one[1].partition("/")[0] for one in recorded if not isinstance(one, CorruptShardError))}
+    sizes = {name: size for folder in folders for name, size in store.sizes(folder).items()}
     lost: list[str] = []
     for recorded_file in recorded:
         if isinstance(recorded_file, CorruptShardError):
