@@ -44,6 +44,7 @@ def digests_of(job: JobSpec) -> dict[str, Any]:
         "transfer": ["x" for _ in job.models.transfer],
         "oracle": "o" if job.models.oracle else "",
         "conditioning": dict.fromkeys(sources, "e"),
+        "starts": {one.start.images: "s" for one in job.requests if one.start},
         "methods": {one.method: "m" for one in job.requests if one.method_record.is_user_code},
     } | {name: name for name in ("judge", "guidance_decoder") if getattr(job.models, name)}
 
