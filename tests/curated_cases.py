@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engine.data.run.companions import COMPANIONS
 from engine.data.stores.folder import FolderStore
 from engine.data.stores.opening import open_store
 from engine.driver.progress import PlainDisplay
@@ -35,7 +36,7 @@ def curated(
 
 def files_of(run: Path) -> dict[str, bytes]:
     """What a curated run's bytes depend on, by name: shards, their rows, plan, records and what was drawn."""
-    folders = ("shards", "_state/plan", "_state/commits", "curation")
+    folders = ("shards", *COMPANIONS, "_state/plan", "_state/commits", "curation")
     paths = [path for folder in folders for path in sorted((run / folder).glob("*")) if path.is_file()]
     return {path.relative_to(run).as_posix(): path.read_bytes() for path in paths}
 

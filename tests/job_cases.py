@@ -77,6 +77,8 @@ def _remove(raw: Any, path: list[str]) -> None:
         raw["accept"].pop("screened")
     elif last == "rescale_betas_zero_snr":
         raw["scheduler"] = "ddim"
+    elif last == "strength":
+        raw[last] = 1
     elif isinstance(raw, list):
         del raw[int(last)]
     elif last == "classes" and "boundary" not in raw:
@@ -186,6 +188,13 @@ def _conditionings() -> st.SearchStrategy[Any]:
     return st.one_of(st.just("zoo:digits/conditioning"), artefact, screened, images)
 
 
+def _starts() -> st.SearchStrategy[Any]:
+    """Without a start, and with one or several strengths, the whole and none among them."""
+    strength = st.sampled_from([0, 0.3, 0.55, 0.875, 1])
+    strengths = st.one_of(strength, st.lists(strength, min_size=1, max_size=2, unique=True))
+    return st.one_of(st.none(), strengths.map(lambda value: {"images": "digits:test", "strength": value}))
+
+
 _CLASSES = st.lists(st.sampled_from([*LABELS[:4], 7, 8]), min_size=1, max_size=3, unique=True)
 _OF_REQUESTS = {
     "name": lambda: _NAMES,
@@ -197,6 +206,7 @@ _OF_REQUESTS = {
     "max_attempts": lambda: st.one_of(st.integers(1, 400), st.sampled_from(["1x", "4x", "2.5x"])),
     "fresh": lambda: st.one_of(st.booleans(), st.dates(datetime.date(2020, 1, 1)).map(str)),
     "conditioning": _conditionings,
+    "start": _starts,
     "sampling": lambda: _overrides(SamplingSpec),
     "guidance": _guidance_overrides,
 }

@@ -22,6 +22,7 @@ from engine.data.run.shard_writing import sample_members, tar_member
 from engine.data.run.shards import MAX_SAMPLE_BYTES, inspect_pair, read_shard
 from engine.data.run.verify import verify
 from engine.data.stores.base import TORN, Store
+from engine.data.stores.object_store import ObjectStore
 from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, OutputError
 from engine.job.plan import Plan
@@ -235,6 +236,17 @@ def test_a_folder_of_companions_makes_no_run(tmp_path: Path) -> None:
     (tmp_path / TWINS / "mine.tar").write_bytes(b"x")
     with pytest.raises(OutputError, match="'twins'"):
         open_case(tmp_path, paired=True)
+
+
+def test_a_bucket_has_companions_too(case: Any, s3_store: ObjectStore) -> None:
+    """The same bytes; what is lost is seen by listings, taken out and made again."""
+    store, plan, _ = open_case(s3_store.uri, paired=True)
+    commit_rest(store, plan)
+    assert tar_bytes(store) == tar_bytes(case[0]) and not verify(store).damage
+    store.remove(f"{TWINS}/{NAME}.tar")
+    assert lost_files(store) == [f"{TWINS}/{NAME}.tar: is missing, but shard 0 is committed"]
+    assert repair(store).to_make == (0,) and commit_rest(store, plan) == [0]
+    assert tar_bytes(store) == tar_bytes(case[0]) and not verify(store).damage
 
 
 @pytest.mark.parametrize("change", [{"twin_key": ""}, {"start_key": ""}])

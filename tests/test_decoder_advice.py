@@ -80,6 +80,23 @@ def test_classifier_free_guidance_and_the_way_through_the_network_count(sd1: Pat
     assert "risky (and 1 more request): 7" in advice_lines(advice)[0]
 
 
+def test_a_twin_and_the_steps_that_a_start_spares_count(sd1: Path) -> None:
+    """The unguided pass has no gradient of a decoder; from a start at half strength half the steps are taken."""
+
+    def share(**request: Any) -> float:
+        sampling, guidance = {"num_inference_steps": 4}, {"boundary": {"every": 3}}
+        advice = decoder_advice(make_job(sd1, BOUNDARY | request, sampling=sampling, guidance=guidance))
+        assert advice is not None
+        return advice.share
+
+    alone = share()
+    # Of 4 steps of two evaluations each one is guided: as much again without the gradient, or 2 of the steps.
+    assert 1 / share(twin=True) - 1 / alone == pytest.approx(1 / alone - 1, abs=0.05)
+    assert 1 / alone - 1 / share(start={"images": "digits:test", "strength": 0.5}) == pytest.approx(
+        (1 / alone - 1) / 2, abs=0.25
+    )
+
+
 def test_nothing_is_advised_where_nothing_is_to_be_gained(sd1: Path) -> None:
     """No guidance, a tiny decoder already, none of the models here, and a decoder that is small anyway."""
     assert decoder_advice(make_job(sd1, UNGUIDED)) is None

@@ -4,7 +4,6 @@ Against diffusers' image-to-image pipeline where that is right, and where it is 
 Gaussian have an exact denoiser, and the solution of its differential equation is known from any step on.
 """
 
-import itertools
 import math
 
 import diffusers
@@ -101,12 +100,9 @@ def test_latents_are_those_of_the_pipeline_of_diffusers(name, pipelines):
     """Of `StableDiffusionImg2ImgPipeline` with the same latents of the image and the same noise."""
     model, reference = pipelines
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    for config, strength in itertools.product(CONFIGURATIONS, (0.5, 0.2)):
-        kind = KINDS[name]
-        if (config.get("use_karras_sigmas") and not kind.has_sigmas) or (
-            config.get("rescale_betas_zero_snr") and not kind.has_zero_snr
-        ):
-            continue
+    unknown = {"use_karras_sigmas": not KINDS[name].has_sigmas, "rescale_betas_zero_snr": not KINDS[name].has_zero_snr}
+    for options, strength in zip(CONFIGURATIONS, (0.5, 0.2, 0.7), strict=True):
+        config = {key: value for key, value in options.items() if not unknown.get(key)}
         model._scheduler = model_of(name, **config)
         spec = SamplingSpec(scheduler="model", num_inference_steps=STEPS, guidance_scale=3.0)
         sampler, [noise] = model.sampler(spec), model.draw_noise(SEEDS).values()
@@ -179,7 +175,7 @@ def test_pndm_begins_as_the_method_of_its_paper(prediction):
 def test_steps_keep_their_numbers_and_noise_levels(name):
     """So that the windows of guidance mean noise levels; second-order schedulers begin with a first evaluation."""
     whole = list(sampler_of(name).steps())
-    for num_left in range(STEPS):
+    for num_left in (0, 1, 4):
         left = list(sampler_of(name).last_steps((num_left + 0.1) / STEPS))
         order = 2 if name in ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler") else 1
         again = name == "PNDMScheduler" and num_left > 1

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import resource
+import shutil
 import signal
 import tarfile
 from pathlib import Path
@@ -102,10 +103,19 @@ def request(name, folder, strength, **more):
     return {key: value for key, value in (plain | start | more).items() if value is not None}
 
 
-def opened(raw):
-    job = parse_job(raw)
-    plan = plan_job(job, Told())
-    return Generator(job, plan), {one.spec.name: one for one in plan.requests}
+class Made:
+    """A generator and the requests of its job by name; the samples of a whole request are made once."""
+
+    def __init__(self, raw) -> None:
+        job = parse_job(raw)
+        plan = plan_job(job, Told())
+        self.generator, self.requests = Generator(job, plan), {one.spec.name: one for one in plan.requests}
+        self.results = functools.cache(lambda name: self.some(name, range(self.requests[name].total)))
+
+    def some(self, name, places):
+        """Results of a batch of some samples of a request."""
+        request = self.requests[name]
+        return self.generator.next_batch(request.number, [request.sample(place) for place in places])
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +123,7 @@ def made(folder):
     """A generator whose requests differ in method and strength, and the requests by name."""
     ways = {"risky": {"method": "risky"}, "own": {"method": "tests.test_starts:darkness"}}
     joint = {"method": "boundary", "classes": None, "boundary": [*CLASSES], "count": 8}
-    return opened(
+    return Made(
         raw_job(
             request("list", folder, [0, 0.5, 1]),
             request("plain", folder, None),
@@ -121,12 +131,6 @@ def made(folder):
             guidance={"custom": {"every": 1}, "risky": {"every": 1}, "boundary": {"every": 1}},
         )
     )
-
-
-def results_of(made, name, places=None):
-    generator, requests = made
-    whole = range(requests[name].total)
-    return generator.next_batch(requests[name].number, [requests[name].sample(place) for place in places or whole])
 
 
 def pixels_of(results) -> np.ndarray:
@@ -153,7 +157,7 @@ def by_hand(folder, labels=("three", "eight")) -> list[PIL.Image.Image]:
 
 def test_at_strength_zero_a_sample_is_the_reconstruction(made, folder):
     """Decoded and encoded by hand, byte for byte: which image, how it is turned, resized and cropped, and no step."""
-    model, results = made[0]._model(0), results_of(made, "list-s000")
+    model, results = made.generator._model(0), made.results("list-s000")
     images = by_hand(folder)
     padded = torch.from_numpy(np.stack([np.asarray(one) for one in images + images[-1:] * 8])).permute(0, 3, 1, 2)
     with torch.no_grad():
@@ -168,7 +172,7 @@ def test_at_strength_zero_a_sample_is_the_reconstruction(made, folder):
 
 def test_at_strength_one_the_image_is_left_out(made):
     """Bytes and records are those of a request without a start; no start is recorded, and none stored."""
-    usual, at_one = results_of(made, "plain"), results_of(made, "list-s100")
+    usual, at_one = made.results("plain"), made.results("list-s100")
     own = {"key": "", "request": ""}
     assert [one.image for one in at_one] == [one.image for one in usual]
     assert [one.record | own for one in at_one] == [one.record | own for one in usual]
@@ -179,7 +183,7 @@ def test_at_strength_one_the_image_is_left_out(made):
 @pytest.mark.parametrize("name", ["list-s000", "list-s050", "risky", "own", "joint"])
 def test_a_sample_does_not_depend_on_its_batch(made, name):
     """Alone, and in another place: the same bytes and record, with every method and a user's own."""
-    together, moved = results_of(made, name), results_of(made, name, [5, 2])
+    together, moved = made.results(name), made.some(name, [5, 2])
     for one, other in zip(moved, (together[5], together[2]), strict=True):
         assert one.image == other.image and one.record == other.record
     # At strength 0 the fourth sample of a class, which starts from its first image again, is the first.
@@ -188,7 +192,7 @@ def test_a_sample_does_not_depend_on_its_batch(made, name):
 
 def test_guidance_moves_what_starts_from_the_same_image_and_noise(made):
     """Each method gives other pixels than the request without guidance, from the same start."""
-    plain, ways = results_of(made, "list-s050"), {name: results_of(made, name) for name in ("risky", "own")}
+    plain, ways = made.results("list-s050"), {name: made.results(name) for name in ("risky", "own")}
     for results in ways.values():
         assert all(one.image != other.image for one, other in zip(results, plain, strict=True))
         assert [one.record["start_sha256"] for one in results] == [one.record["start_sha256"] for one in plain]
@@ -199,7 +203,7 @@ def test_guidance_moves_what_starts_from_the_same_image_and_noise(made):
 
 def test_the_classes_of_a_joint_prompt_take_turns(made):
     """Sample i starts from class i % k, and from its image i // k."""
-    starts = [one.record["start_key"] for one in results_of(made, "joint")]
+    starts = [one.record["start_key"] for one in made.results("joint")]
     assert starts == ["three/a.png", "eight/a.jpg", "three/b.png", "eight/b.jpg", "three/c.png", "eight/a.jpg",
                       "three/a.png", "eight/b.jpg"]  # fmt: skip
 
@@ -214,10 +218,10 @@ def test_unclip_starts_with_the_noise_of_its_latents(folder, monkeypatch):
     conditioning = {"images": str(folder), "noise_level": 100}
     requests = [request(name, folder, share, conditioning=conditioning, classes=["three"])
                 for name, share in (("half", 0.5), ("one", 1), ("usual", None))]  # fmt: skip
-    made = opened(raw_job(*requests, models={"diffusion": f"{ZOO}stable-unclip"}))
-    assert [one.image for one in results_of(made, "one")] == [one.image for one in results_of(made, "usual")]
+    made = Made(raw_job(*requests, models={"diffusion": f"{ZOO}stable-unclip"}))
+    assert [one.image for one in made.results("one")] == [one.image for one in made.results("usual")]
     assert len(opened_images) == 2
-    generator, plans = made
+    generator, plans = made.generator, made.requests
     specs = [plans["half"].sample(place) for place in range(4)]
     padded = specs + specs[-1:] * 12
     draws = generator._draws(0, padded)
@@ -230,7 +234,7 @@ def test_unclip_starts_with_the_noise_of_its_latents(folder, monkeypatch):
         noise = model.draw_noise([spec.seed for spec in padded])[LATENTS]
         decoded = model.decode(sample(denoiser, sampler, noise, Start(latents=latents, strength=0.5)))
     expected = (decoded[:4].clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    assert np.array_equal(pixels_of(results_of(made, "half")), expected)
+    assert np.array_equal(pixels_of(made.results("half")), expected)
 
 
 def spec_of(index: int, *classes: int) -> SampleSpec:
@@ -277,7 +281,7 @@ def test_images_are_cropped_to_the_middle(size, wanted):
 def test_a_full_disk_is_named(made, folder, monkeypatch):
     """Fifty thousand photographs take tens of gigabytes: the message says where, and how to choose another place."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    generator, requests = made
+    generator, requests = made.generator, made.requests
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
@@ -363,35 +367,32 @@ def members(output: Path, kind: str) -> dict[str, bytes]:
     return found
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(folder, tmp_path, call, monkeypatch):
-    """SIGKILL in the middle of a shard, other shards and a grown count: equal bytes, and no file is left in TMPDIR."""
-    scratch = tmp_path / "scratch"
+def test_a_killed_run_goes_on_to_the_same_bytes(made, folder, tmp_path, call, monkeypatch):
+    """SIGKILL in the middle of a shard, and a grown count: the bytes of one batch, and no file is left in TMPDIR."""
+    scratch, path, images = tmp_path / "scratch", tmp_path / "job.yaml", tmp_path / "images"
     scratch.mkdir()
-    path, images = tmp_path / "job.yaml", tmp_path / "images"
-    for name, place in CLASSES.items():
-        (images / name).mkdir(parents=True)
-        for number in range(2):
-            digits()[10 * number + place].save(images / name / f"{number}.png")
-    pair = [request("list", images, 0.5, count=2), request("guided", images, 0.5, method="risky", count=2)]
+    shutil.copytree(folder, images)
+    pair = [request("plain", images, 0.5, count=2), request("risky", images, 0.5, method="risky", count=2)]
     options = {"guidance": {"risky": {"every": 1}}, "runtime": {"device": "cpu", "workers": 1}}
     path.write_text(yaml.safe_dump(raw_job(*pair, **options)))
-    run = ["run", path, "--executor", "local"]
-    assert call(*run, "--output", tmp_path / "whole", "--set", "output.samples_per_shard=4")[0] == 0
-    cut = [*run, "--output", tmp_path / "cut", "--set", "output.samples_per_shard=3"]
+    run = ["run", path, "--executor", "local", "--output", tmp_path / "run", "--set", "output.samples_per_shard=3"]
     monkeypatch.setenv("TMPDIR", str(scratch))
-    process = struck(signal.SIGKILL, "os.link", "*-000002.tar", 1, *cut)
+    process = struck(signal.SIGKILL, "os.link", "*-000002.tar", 1, *run)
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not list(scratch.glob("riskforge-starts-*"))
     monkeypatch.delenv("TMPDIR")
-    assert call(*cut)[0] == 0
-    for kind in ("shards", "starts"):
-        assert members(tmp_path / "cut", kind) == members(tmp_path / "whole", kind)
-    grown = [*cut, "--set", "requests.0.count=3"]
-    before = members(tmp_path / "cut", "shards")
-    assert call(*grown)[0] == 0 and before.items() < members(tmp_path / "cut", "shards").items()
+    grown = [*run, "--set", "requests.0.count=3"]
+    assert call(*grown)[0] == 0
+    found = {kind: members(tmp_path / "run", kind) for kind in ("shards", "starts")}
+    for number, (name, count) in enumerate({"list-s050": 3, "risky": 2}.items()):
+        for one in made.results(name)[: 2 * count]:
+            key = f"job-{number:03d}" + one.record["key"].removeprefix("job")[4:] + ".png"
+            assert found["shards"].pop(key) == one.image
+            assert found["starts"].pop(key) == one.companions["starts"].image()
+    assert not [name for kind in found.values() for name in kind if name.endswith(".png")]
     code, _, error = call(*grown, "--set", "requests.1.start.strength=0.75")
     assert code == 2 and "requests.1.start.strength: 0.5 -> 0.75" in error
-    digits()[20].save(images / "eight" / "0.png")
+    digits()[20].save(images / "three" / "a.png")
     code, _, error = call(*grown)
     assert code == 2 and "holds a run with another plan" in error and "requests.0.start.images: " in error
 

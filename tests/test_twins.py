@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -26,13 +27,18 @@ from engine.data.run.shards import read_shard
 from engine.data.run.stored_plan import stored_plan
 from engine.data.run.verify import verify
 from engine.data.stores.opening import open_store
+from engine.driver.checks import check_job
 from engine.driver.cost import BYTES_PER_RECORD, job_cost
+from engine.driver.progress import PlainDisplay
+from engine.errors import CorruptShardError
+from engine.generation.generator import Generator
 from engine.generation.notices import Notices
 from engine.generation.pairs import no_twin, psnr_db
 from engine.generation.rescorer import rescore
 from engine.generation.results import NOT_FINITE, ImageBatch, SampledImages
 from engine.generation.scorer import Scorer
 from engine.job.acceptance import is_accepted
+from engine.job.parsing import parse_job
 from engine.job.records import STARTS, TWINS
 from engine.methods.guidance.rules import GradientHealth
 from engine.models.classifier import Classifier
@@ -40,7 +46,7 @@ from engine.models.clip import Clip
 from engine.models.pipelines.safety import FLAGGED
 from engine.studies.rescore.program import rescore_run
 from tests.composed import TARGET
-from tests.curated_cases import curated
+from tests.curated_cases import curated, files_of, killed_at
 from tests.image_cases import DIGITS
 from tests.poisoned import overflowing_when_bright, poisoned
 
@@ -62,6 +68,7 @@ JOB: dict[str, Any] = {
     "guidance": {"boundary": {"every": 1}},
     "runtime": {"device": "cpu"},
 }  # fmt: skip
+PLAN = "_state/plan/000000.json"
 Stored = dict[str, tuple[bytes, dict[str, Any]]]
 
 
@@ -99,6 +106,24 @@ def test_a_twin_is_the_sample_that_the_prompt_alone_makes(run: Path) -> None:
         assert image == other
         assert twin | {"key": "", "request": ""} == sample | {"key": "", "request": ""}
         assert twin["start_key"] and twin["start_distance"] > 0
+
+
+def test_a_twin_has_the_draws_of_its_sample_and_a_sampler_of_its_own(tmp_path: Path) -> None:
+    """Image embedding and its noise of a Stable unCLIP pipeline; no history of a multistep scheduler; and its noise."""
+    models = JOB["models"] | {"diffusion": "zoo:digits/stable-unclip"}
+    conditioning = {"artefact": "zoo:digits/conditioning", "screening": False}
+    pair = [request | {"conditioning": conditioning} for request in JOB["requests"][:2]]
+    sampling = JOB["sampling"] | {"scheduler": "lms"}
+    raw = JOB | {"models": models, "requests": pair, "sampling": sampling, "output": {"uri": str(tmp_path / "run")}}
+    checked = check_job(parse_job(raw), PlainDisplay(io.StringIO()), lambda: None)
+    generator, requests = Generator(checked.job, checked.plan), checked.plan.requests
+    guided, plain = (
+        generator.next_batch(number, [requests[number].sample(position) for position in range(3)])
+        for number in range(2)
+    )
+    for one, other in zip(guided, plain, strict=True):
+        assert one.companions[TWINS].image() == other.image != one.image
+        assert one.record["twin_risk"] == other.record["risk"] and one.record["start_key"] == other.record["start_key"]
 
 
 def test_what_is_measured_of_two_images_is_measured_of_the_stored_ones(run: Path) -> None:
@@ -243,45 +268,67 @@ def test_another_target_sees_the_twins_too(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_curated_run_copies_the_companions_of_what_it_selects(run: Path, tmp_path: Path) -> None:
-    """Byte for byte; `verify` finds nothing, and a damaged tar of the parent is refused."""
+    """Byte for byte, also where it was killed around their publishing; a damaged tar of the parent is refused."""
     copy = shutil.copytree(run, tmp_path / "run")
-    curated(copy, tmp_path / "curated", num_candidates=2)
+    curated(copy, tmp_path / "curated")
     selected = {row["key"] for row in rows_of(tmp_path / "curated") if row["accepted"]}
     for kind in COMPANIONS:
         parent = stored(copy, kind)
         kept = stored(tmp_path / "curated", kind)
         assert kept == {key: sample for key, sample in parent.items() if key in selected} and len(kept) < len(parent)
     assert not verify(open_store(str(tmp_path / "curated"))).findings
+    for number in (7, 10):
+        assert killed_at(copy, tmp_path / f"killed-{number}", number)
+        curated(copy, tmp_path / f"killed-{number}")
+        whole, resumed = (files_of(tmp_path / name) for name in ("curated", f"killed-{number}"))
+        # The plan has the address of the output.
+        assert whole | {PLAN: b""} == resumed | {PLAN: b""}
+    (copy / TWINS / "pairs-000000.tar").unlink()
+    with pytest.raises(CorruptShardError, match=r"twins/pairs-000000\.tar"):
+        curated(copy, tmp_path / "damaged")
 
 
-@pytest.mark.parametrize("fault", ["not finite", "flagged", "no score"])
-def test_a_twin_with_a_fault_leaves_its_sample(run: Path, fault: str, tmp_path: Path) -> None:
-    """It is not stored and measured; the other twin of the batch is."""
+def make_batch(
+    run: Path, number: int, *, target: str = TARGET, store_rejected: bool = False, **kept: Any
+) -> ImageBatch:
+    """Two samples of a request, one with a bright twin, the other with one that is much like it."""
     job, plan = stored_plan(open_store(str(run)))
-    target = Classifier.load(
-        poisoned(TARGET, tmp_path / "bad", overflowing_when_bright) if fault == "no score" else TARGET
-    )
+    job = job.model_copy(update={"output": job.output.model_copy(update={"store_rejected": store_rejected})})
     pixels = np.random.default_rng(0).integers(55, 65, (2, 32, 32, 3), dtype=np.uint8)
-    twins = pixels + np.array([190, 3], dtype=np.uint8)[:, None, None, None]
-    checker = SimpleNamespace(
-        preprocess=lambda images: torch.tensor([float(np.mean(image)) for image in images]),
-        faults_of=lambda means: [FLAGGED if mean > 128 else "" for mean in means],
-    )
     images = SampledImages(
-        specs=[plan.requests[0].sample(position) for position in range(2)],
+        specs=[plan.requests[number].sample(position) for position in range(2)],
         num_samples=2,
         pixels=pixels,
         is_finite=[True, True],
         health=GradientHealth.of(2),
         draws=[],
-        twins=twins,
+        twins=pixels + np.array([190, 3], dtype=np.uint8)[:, None, None, None],
+        is_twin_finite=kept.get("is_twin_finite", [True, True]),
+    )
+    scorer = Scorer(Classifier.load(target), Clip.load("zoo:digits/clip"))
+    batch = ImageBatch(images, job, plan, number, scorer, kept.get("checker"), kept.get("notices", Notices()))
+    batch.preprocess()
+    return batch
+
+
+@pytest.mark.parametrize("fault", ["not finite", "flagged", "no score"])
+def test_a_twin_with_a_fault_leaves_its_sample(run: Path, fault: str, tmp_path: Path) -> None:
+    """It is neither stored nor measured, and a notice says why; the other twin of the batch is."""
+    target, notices = TARGET, Notices()
+    if fault == "no score":
+        target = poisoned(TARGET, tmp_path / "bad", overflowing_when_bright)
+    checker = SimpleNamespace(
+        preprocess=lambda images: torch.tensor([float(np.mean(image)) for image in images]),
+        faults_of=lambda means: [FLAGGED if mean > 128 else "" for mean in means],
+    )
+    batch = make_batch(
+        run,
+        0,
+        target=target,
+        checker=checker if fault == "flagged" else None,
+        notices=notices,
         is_twin_finite=[fault != "not finite", True],
     )
-    scorer = Scorer(target, Clip.load("zoo:digits/clip"))
-    notices = Notices()
-    flagging: Any = checker if fault == "flagged" else None
-    batch = ImageBatch(images, job, plan, 0, scorer, flagging, notices)
-    batch.preprocess()
     alone, both = batch.score()
     assert alone.record["status"] == both.record["status"] == "ok"
     assert {name: alone.record[name] for name in no_twin()} == no_twin() and TWINS not in alone.companions
@@ -290,3 +337,11 @@ def test_a_twin_with_a_fault_leaves_its_sample(run: Path, fault: str, tmp_path: 
     [text] = notices.take()
     reason = {"not finite": NOT_FINITE, "flagged": FLAGGED, "no score": "models.target '"}[fault]
     assert text.startswith(f"requests.0: a twin was left out: {reason}")
+
+
+@pytest.mark.parametrize("store_rejected", [False, True])
+def test_a_rejected_sample_and_its_twin_are_stored_together(run: Path, store_rejected: bool) -> None:
+    rejected, accepted = make_batch(run, 2, store_rejected=store_rejected).score()
+    assert (rejected.record["status"], accepted.record["status"]) == ("rejected", "ok")
+    assert bool(rejected.image) == (TWINS in rejected.companions) == store_rejected and TWINS in accepted.companions
+    assert rejected.record["twin_key"] == rejected.record["key"]

@@ -66,7 +66,8 @@ def _advice(job: JobSpec, request: RequestSpec) -> DecoderAdvice | None:
     """The advice for a request; None where nothing is guided, or the pipeline's configurations are not here."""
     sampling, parameters = job.sampling_of(request), job.parameters_of(request)
     steps, pipeline = sampling.num_inference_steps, request.diffusion or job.models.diffusion
-    num_guided = sum(parameters.is_guided(index, steps) for index in range(1, steps + 1))
+    taken = request.steps_taken(steps)
+    num_guided = sum(parameters.is_guided(index, steps) for index in taken)
     folder = locate(pipeline).folder
     if not num_guided or folder is None or not has_configurations(folder):
         return None
@@ -74,8 +75,8 @@ def _advice(job: JobSpec, request: RequestSpec) -> DecoderAdvice | None:
     halves = 2 if sampling.guidance_scale > 1 else 1
     through_unet = getattr(parameters, "gradient", "") == "unet"
     totals = [
-        one.guided(steps, num_guided, through_unet=through_unet, num_halves=halves)
-        + (one.prompt(steps, halves) if request.twin else 0)
+        one.guided(len(taken), num_guided, through_unet=through_unet, num_halves=halves)
+        + (one.prompt(len(taken), halves) if request.twin else 0)
         for one in counted
     ]
     shares = [num_guided * one.decoder_gradient / total for one, total in zip(counted, totals, strict=True)]

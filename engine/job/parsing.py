@@ -20,7 +20,7 @@ from engine.job.spec import LIST_LIMITS, MAX_INDEX, ConditioningSpec, GuidanceSp
 from engine.job.spec_messages import Location, Problem, explain, location_of
 from engine.job.strengths import Place, expand_strengths
 from engine.methods.registry import find_method
-from engine.methods.sampling.spec import SamplingSpec, steps_of
+from engine.methods.sampling.spec import SamplingSpec
 
 # Entries of a list without a limit of its own, and keys of a mapping: counted before any of them is checked.
 MAX_ENTRIES = 100_000
@@ -172,7 +172,7 @@ def _override_problems(request: RequestSpec, base: dict[str, dict[str, Any]], wh
 
 def _start_problems(request: RequestSpec, num_steps: int) -> list[Problem]:
     start = request.used_start
-    if start is None or not start.strength or steps_of(start.strength, num_steps):
+    if start is None or not start.strength or request.steps_taken(num_steps):
         return []
     least = math.ceil(10_000 / num_steps) / 10_000
     text = f"{start.strength} of {num_steps} steps is none; give {least:g} or more, or 0 for no step"
@@ -183,17 +183,14 @@ def _schedule_problems(request: RequestSpec, base: dict[str, dict[str, Any]], wh
     num_steps = merge(base["sampling"], request.sampling)["num_inference_steps"]
     guidance = GuidanceSpec.model_validate(merge(base["guidance"], request.guidance))
     parameters = guidance.of(request.method_record)
-    start = request.used_start
-    num_taken = num_steps if start is None else steps_of(start.strength, num_steps)
-    if any(parameters.is_guided(index, num_steps) for index in range(num_steps - num_taken + 1, num_steps + 1)):
+    start, taken = request.used_start, request.steps_taken(num_steps)
+    # Without steps there is the reconstruction, which no method changes.
+    if not taken or any(parameters.is_guided(index, num_steps) for index in taken):
         return []
     if start is None:
         text = f"leaves none of {num_steps} steps guided; {parameters.schedule_remedy} or add steps"
-    elif not num_taken:
-        # The reconstruction, which no method changes.
-        return []
     else:
-        last = f"the last {num_taken} of {num_steps} steps, which strength {start.strength:g} takes,"
+        last = f"the last {len(taken)} of {num_steps} steps, which strength {start.strength:g} takes,"
         text = f"leaves none of {last} guided; {parameters.schedule_remedy}, add steps or strength"
     return [((*where, "guidance", request.method_record.name), text)]
 

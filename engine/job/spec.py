@@ -14,7 +14,7 @@ from pydantic import Field, PrivateAttr, StrictBool, StrictInt
 from engine.methods.fields import Context, Number, Plains, Spec
 from engine.methods.parameters import MethodParameters
 from engine.methods.registry import BUILT_IN, METHODS, USER_CODE, Method, method_of
-from engine.methods.sampling.spec import SamplingSpec
+from engine.methods.sampling.spec import SamplingSpec, steps_of
 
 MAX_SEED = 2**53
 MAX_REQUESTS = 1000
@@ -268,6 +268,11 @@ class RequestSpec(Spec):
     def used_start(self) -> StartSpec | None:
         """The start, unless its strength is 1: then the images are left out."""
         return self.start if self.start is not None and self.start.strength < 1 else None
+
+    def steps_taken(self, num_steps: int) -> range:
+        """The steps that are taken of a sampling, counted from 1: all, or the last ones after a start."""
+        start = self.used_start
+        return range(1 + (0 if start is None else num_steps - steps_of(start.strength, num_steps)), num_steps + 1)
 
 
 class OutputSpec(Spec):

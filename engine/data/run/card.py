@@ -237,9 +237,11 @@ def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
         if request.conditioning:
             screening = counts.get("screening", {}).get(request.name, [])
             lines.append(f"  - conditioning: {_conditioning(request.conditioning, screening)}")
+        if request.start:
+            lines.append(f"  - start: {_parameters(request.start.model_dump())}")
         if request.prompt:
             lines.append(f"  - prompt: {code(request.prompt, table=False)}")
-        if request.method_record.is_guided:
+        if request.method_record.is_guided and request.steps_taken(job.sampling_of(request).num_inference_steps):
             lines += [
                 f"  - guidance: {_parameters(job.parameters_of(request).in_effect())}",
                 f"  - guided: {_guided(counts.get('guidance', {}).get(request.name))}",
