@@ -13,6 +13,7 @@ import pytest
 
 from engine.data.images.decode import decode_sample
 from engine.job.columns import BY_NAME
+from engine.job.partners import prompt_partners, unguided_partners
 from engine.report import gallery, headline, render, scatter, stored_images
 from engine.report.charts import (
     BOTTOM,
@@ -29,7 +30,7 @@ from engine.report.charts import (
 )
 from engine.report.data import Categories, Rows, error_pairs
 from engine.report.lines import Line, Point, line_chart
-from engine.report.partners import _partners, partner_table
+from engine.report.partners import partner_table
 
 LINEAR = dataclasses.replace(BY_NAME["conformity"])
 POINT = re.compile(r'd="M([\d.]+) ([\d.]+)')
@@ -259,7 +260,44 @@ def test_a_partner_is_the_first_plain_request_of_the_group() -> None:
         {"name": "guided", "method": "risky", "seed_group": "g"},
         {"name": "alone", "method": "risky"},
     ]
-    assert _partners(requests) == [("embedded", "first"), ("guided", "first")]
+    assert prompt_partners(requests) == [("embedded", "first"), ("guided", "first")]
+
+
+def test_partners_share_their_start() -> None:
+    """Of images and strength; at strength 1 the images are left out, so it is none."""
+    start = {"images": "photographs", "strength": 0.5}
+    plain = {"method": "prompt", "seed_group": "g"}
+    guided = {"method": "risky", "seed_group": "g"}
+    requests = [
+        {"name": "noise"} | plain,
+        {"name": "half", "start": start} | plain,
+        {"name": "from-noise"} | guided,
+        {"name": "from-half", "start": start} | guided,
+        {"name": "from-whole", "start": start | {"strength": 1.0}} | guided,
+        {"name": "from-other", "start": start | {"images": "others"}} | guided,
+    ]
+    expected = [("from-noise", "noise"), ("from-half", "half"), ("from-whole", "noise")]
+    assert prompt_partners(requests) == expected
+
+
+def test_an_unguided_partner_differs_in_guidance_alone() -> None:
+    """Sampling that is stated and the job's own are the same; embeddings pair with embeddings."""
+    plain = {"method": "prompt", "seed_group": "g"}
+    guided = {"method": "risky", "seed_group": "g"}
+    requests = [
+        {"name": "plain"} | plain,
+        {"name": "again", "sampling": {"eta": 0.0}} | plain,
+        {"name": "embedded", "conditioning": {"artefact": "a"}} | plain,
+        {"name": "long", "sampling": {"num_inference_steps": 50}} | plain,
+        {"name": "one", "twin": False} | guided,
+        {"name": "two", "conditioning": {"artefact": "a"}} | guided,
+        {"name": "three", "conditioning": {"artefact": "b"}} | guided,
+        {"name": "four", "diffusion": "other"} | guided,
+        {"name": "five", "diffusion": "own", "sampling": {"num_inference_steps": 50}} | guided,
+        {"name": "six", "method": "prompt"},
+    ]
+    job = {"models": {"diffusion": "own"}, "sampling": {"num_inference_steps": 20, "eta": 0.0}, "requests": requests}
+    assert unguided_partners(job) == {"one": ["plain", "again"], "two": ["embedded"], "five": ["long"]}
 
 
 def test_partners_are_pairs_of_one_seed() -> None:

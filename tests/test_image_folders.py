@@ -19,7 +19,7 @@ from engine.data.images.splits import KEYWORDS, is_same_split
 from engine.data.reading.export import export
 from engine.data.reading.export_options import ExportOptions
 from engine.errors import JobError
-from engine.generation.conditioner import _checked_images
+from engine.generation.given_images import CheckedImages
 from engine.report.evaluated import _unusable_text
 from engine.studies.evaluate.memorisation import source_of as _source
 from engine.studies.evaluate.summary_lines import _unusable_lines
@@ -356,9 +356,9 @@ def test_every_command_counts_and_names_what_it_cannot_use(tmp_path):
     files = {"one/a.png": grey(0)} | {f"one/{number}.txt": b"x" for number in range(5)}
     notices: list[str] = []
     cell = SimpleNamespace(classes=(1,), names=("one",))
-    request: Any = SimpleNamespace(number=0, cells=[cell])
+    request: Any = SimpleNamespace(where="requests.0", cells=[cell])
     path = str(write_files(tmp_path / "given", files))
-    _checked_images(request, path, DIGITS, lambda text: None, notices.append)
+    CheckedImages(DIGITS, lambda text: None, notices.append).of(request, path, "conditioning.images")
     assert "5 of" in notices[0] and "one/0.txt: is not an image" in notices[0] and "and 2 more" in notices[0]
     run = make_run(tmp_path / "run", count=2, name="h")
     done = export((str(run),), ExportOptions(output=str(tmp_path / "out"), real=path, real_ratio=0.05))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 
 from engine.data.stores.base import Store
 from tests.browser import CHROMIUM, Browser
+from tests.pair_cases import GROUP, make_drawn_run, noise
 from tests.test_report import BETWEEN, DIGITS, EVERYTHING, HOSTILE, PLAIN, failing, make_run, page_of, read_metadata
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
@@ -212,3 +217,125 @@ def test_planted_texts_stay_texts(browser: Browser, tmp_path: Path) -> None:
         f"{attributes}.some((one) => /^\\s*javascript:/i.test(one.value) && one.name !== 'title')"
     )
     assert browser.complaints == []
+
+
+# Pairs ---------------------------------------------------------------------------------------------------------------
+
+DUOS = "[...document.querySelectorAll('#duos .duo:not([hidden])')].map((one) => one.dataset.key)"
+REQUESTS: list[dict[str, Any]] = [
+    {"name": "triple", "method": "risky", "twin": True} | GROUP,
+    {"name": "pair", "method": "risky", "twin": True, "classes": [3], "count": 4},
+    {"name": "started", "method": "prompt"} | GROUP,
+]
+
+
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Samples with a start and a twin, with a twin alone, and with a start alone."""
+    store = make_drawn_run(tmp_path_factory.mktemp("pairs") / "run", REQUESTS, noise(16, levels=4))
+    page_of(store, labels=DIGITS)
+    return store
+
+
+@pytest.fixture
+def pairs(browser: Browser, paired: Store) -> Browser:
+    browser.complaints.clear()
+    browser.look(1280)
+    browser.open(paired.path("report.html").as_uri())
+    return browser
+
+
+def part(place: int, selector: str, what: str) -> str:
+    """A property of a part of the shown pair at a place."""
+    return f"[...document.querySelectorAll('#duos .duo:not([hidden])')][{place}].querySelector('{selector}').{what}"
+
+
+@pytest.mark.parametrize("score", ["twin_distance", "start_distance", "twin_psnr_db", "risk"])
+def test_pairs_are_sorted(pairs: Browser, paired: Store, score: str) -> None:
+    """Those without the score come last in either direction."""
+    rows = rows_of(paired)
+    before = pairs.evaluate(DUOS)
+    pairs.choose("#pairs-sort", score)
+    falling = pairs.evaluate(DUOS)
+    pairs.click("#pairs-order")
+    for keys, sign in ((falling, -1), (pairs.evaluate(DUOS), 1)):
+        known = [key for key in keys if rows[key][score] != -1]
+        assert keys[: len(known)] == known and sorted(keys) == sorted(before) and len(known) >= 10
+        values = [sign * rows[key][score] for key in known]
+        assert values == sorted(values)
+    pairs.choose("#pairs-sort", "")
+    pairs.choose("#pairs-request", "pair")
+    assert {rows[key]["request"] for key in pairs.evaluate(DUOS)} == {"pair"}
+    assert pairs.evaluate("document.querySelector('#pairs-count').textContent") == f"4 of {len(before)} shown"
+    assert pairs.complaints == []
+
+
+def test_the_slider_wipes_by_keys_and_by_dragging(pairs: Browser, paired: Store) -> None:
+    """It says what it does and how far it is; at its ends one image is whole."""
+    cut = part(0, ".frame.wipes", "style.getPropertyValue('--cut')")
+    assert pairs.evaluate(cut) == "0%" and pairs.evaluate(part(0, ".cut", "hidden"))
+    pairs.evaluate(part(0, ".panels input", "focus()"))
+    for _ in range(3):
+        pairs.press("ArrowRight")
+    assert pairs.evaluate(cut) == "3%" and not pairs.evaluate(part(0, ".cut", "hidden"))
+    assert pairs.evaluate(part(0, ".panels input", "getAttribute('aria-valuetext')")) == "3 % unguided twin"
+    key = pairs.evaluate(DUOS)[0]
+    label = pairs.evaluate(part(0, ".panels input", "getAttribute('aria-label')"))
+    assert label == f"Wipe from the sample to its unguided twin, {key}"
+    pairs.click("#duos .duo .frame.wipes")
+    assert pairs.evaluate(cut) == "50%"
+    # Of the two halves the left one is the twin's.
+    assert pairs.evaluate(part(0, ".over", "src")) == pairs.evaluate(part(0, "[data-kind=twins] img", "src"))
+    pairs.choose("#pairs-with", "starts")
+    assert pairs.evaluate(part(0, ".over", "src")) == pairs.evaluate(part(0, "[data-kind=starts] img", "src"))
+    assert pairs.evaluate(part(0, "[data-kind=difference] span", "textContent")) == "to the start"
+    # A pair has no choice.
+    pairs.choose("#pairs-request", "pair")
+    assert pairs.evaluate(part(0, ".over", "src")) == pairs.evaluate(part(0, "[data-kind=twins] img", "src"))
+    assert pairs.complaints == []
+
+
+def test_the_difference_is_drawn_and_amplified(pairs: Browser) -> None:
+    """On the screen: four levels of difference, times sixteen and times two; black without."""
+
+    def drawn() -> np.ndarray:
+        box = pairs.evaluate(
+            f"(() => {{ const b = {part(0, '.blend', 'getBoundingClientRect()')};"
+            " return {x: b.x + 8, y: b.y + scrollY + 8, width: b.width - 16, height: b.height - 16, scale: 1}; })()"
+        )
+        shot = pairs.send("Page.captureScreenshot", clip=box, captureBeyondViewport=True)
+        return np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")).astype(int)
+
+    pairs.choose("#pairs-gain", "4")
+    assert pairs.evaluate("document.querySelector('#pairs-gain + output').value").endswith(" 16")
+    assert np.abs(drawn() - 64).max() <= 2
+    pairs.evaluate("document.querySelector('#pairs-gain').focus()")
+    for _ in range(3):
+        pairs.press("ArrowLeft")
+    assert np.abs(drawn() - 8).max() <= 1
+    pairs.evaluate(f"{part(0, '.top', 'src')} = {part(0, '.bottom', 'src')}")
+    pairs.wait_for(part(0, ".top", "complete"))
+    assert drawn().max() == 0
+    assert pairs.complaints == []
+
+
+def test_a_pair_opens_in_the_gallery(pairs: Browser) -> None:
+    key = pairs.evaluate(DUOS)[2]
+    pairs.click("#duos .key", 2)
+    assert pairs.evaluate(IS_OPEN) and pairs.evaluate(TITLE) == key
+    pairs.press("Escape")
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, True), (390, False), (320, True)])
+def test_pairs_fit_the_window(pairs: Browser, width: int, dark: bool) -> None:
+    """Every image and slider lies inside its card, and nothing is wider than the window."""
+    pairs.look(width, dark=dark)
+    assert pairs.evaluate("document.documentElement.scrollWidth") <= width
+    inside = (
+        "[...document.querySelectorAll('.duo')].every((card) => { const a = card.getBoundingClientRect();"
+        " return [...card.querySelectorAll('img, input, dl, h4')].every((one) => {"
+        " const b = one.getBoundingClientRect();"
+        " return b.width > 40 && b.left >= a.left && b.right <= a.right && b.bottom <= a.bottom; }); })"
+    )
+    assert pairs.evaluate(inside) and pairs.complaints == []
+    assert pairs.evaluate("[...document.querySelectorAll('.duo img')].every((one) => one.classList.contains('tiny'))")

@@ -217,7 +217,7 @@ def test_manifest_and_card_count_companions(run: Path) -> None:
         record.name: {kind: {"bytes": one.bytes, "sha256": one.sha256} for kind, one in record.companions.items()}
         for record in read_commits(open_store(str(run)))
     }
-    assert "No image is a photograph" not in card
+    assert "No image is a photograph" not in card and "Every other file says so itself" in card
     job, plan = stored_plan(open_store(str(run)))
     sizes = [
         (one.num_bytes - one.num_samples * BYTES_PER_RECORD) / one.num_samples for one in job_cost(job, plan).requests

@@ -78,6 +78,10 @@ def inspect(
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the image of the sample; requires --key.")
     ] = None,
+    image: Annotated[
+        Literal["sample", "start", "twin"],
+        typer.Option(help="Image that --save writes: the sample, what it started from, or its unguided twin."),
+    ] = "sample",
     as_json: JsonOption = False,
 ) -> None:
     """Show the contents of runs, finished or not."""
@@ -85,6 +89,8 @@ def inspect(
 
     if save is not None and key is None:
         raise JobError("--save: writes the image of one sample; select it with --key")
+    if image != "sample" and save is None:
+        raise JobError(f"--image {image}: says what --save writes; give --save FILE")
     corpus = engine.open_run(*runs)
     corpus = corpus if filter_ is None else corpus.filter(filter_, "--filter")
     if key is None:
@@ -96,7 +102,8 @@ def inspect(
         return
     source, row = inspection.find_sample(corpus, key)
     if save is not None:
-        data, _ = inspection.read_image(source, row)
+        is_own = image == "sample"
+        data = inspection.read_image(source, row)[0] if is_own else inspection.read_second_image(corpus, key, image)
         inspection.save_image(save, data)
     if as_json:
         print_json(row)
@@ -209,6 +216,8 @@ def _print_inspection(inspection: Inspection) -> None:
     print(f"rows         {document['rows']}, {_listed(document['status'])}; {document['accepted']} accepted")
     print(f"samples      {document['samples']} accepted, with an image, within their quota")
     print(f"surplus      {document['surplus']}")
+    if pairs := document.get("pairs"):
+        print(f"pairs        {pairs['starts']} samples with a start, {pairs['twins']} with an unguided twin")
     print(f"schema       version {', '.join(document['schema_versions']) or 'unknown'}")
     if image := document["image"]:
         size = f"{image['width']} x {image['height']} pixels, {byte_size(image['bytes'])}"

@@ -162,6 +162,8 @@ def evaluate(
     for line in summary_lines(evaluated.evaluation):
         print(line)
     print(f"figures: {evaluated.document}")
+    if evaluated.twins:
+        print(f"twins: {evaluated.twins} ({evaluated.num_twins} samples with their unguided twin)")
     print(f"report: {evaluated.report}")
 
 

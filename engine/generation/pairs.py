@@ -17,14 +17,11 @@ from torch import Tensor
 
 from engine.generation.scorer import plain, soft_label
 from engine.generation.starts import StartImage
-from engine.job.columns import BY_NAME, NO_PAIR
+from engine.job.columns import BY_NAME, NO_PAIR, TWIN_COLUMNS
 from engine.job.plan import Cell, SampleSpec
 from engine.job.records import REAL, STATUS_OK, new_record
 from engine.methods import scores
 from engine.methods.registry import UNGUIDED
-
-# What a row has of its twin.
-TWIN_COLUMNS = ("twin_key", "twin_psnr_db", "twin_distance", "twin_predicted_class", "twin_risk")
 
 
 def twin_spec(spec: SampleSpec) -> SampleSpec:

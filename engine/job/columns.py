@@ -17,6 +17,9 @@ from typing import Any, Literal
 NO_CLASS = -1
 # The value of a score of two images where there is no second one; filters and medians take it for unknown.
 NO_PAIR = -1.0
+# From this PSNR on, in dB, a change of an image is adversarial: its root mean square is 2.55 of 255 levels, 1 % of the
+# range, which people hardly see side by side. Attacks with a bound of 8 levels have 30 dB or more.
+ADVERSARIAL_PSNR_DB = 40.0
 _EMPTY: dict[str, Any] = {"int": 0, "float": 0.0, "bool": False, "str": ""}
 
 
@@ -57,7 +60,9 @@ SCORE = (
 # A score that a user can ask for, and that tables leave out.
 DETAIL = Role.ACCEPTS | Role.SORTS
 # A score of two images, which only some requests have.
-PAIRED = Role.ACCEPTS | Role.INSPECTED | Role.SUMMARISED | Role.VERIFIED | Role.SORTS | Role.RANGES
+PAIRED = (
+    Role.ACCEPTS | Role.INSPECTED | Role.SUMMARISED | Role.VERIFIED | Role.COMPARED | Role.SORTS | Role.RANGES
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +150,11 @@ class Column:
         if self.without is not None:
             return self.without
         return NO_CLASS if self.type == "int" and self.is_class else _EMPTY.get(self.type, [])
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether it is of two images, so that its empty value is no measurement: unknown wherever values are used."""
+        return self.without == NO_PAIR
 
     @property
     def is_list(self) -> bool:
@@ -324,7 +334,8 @@ RECORD_COLUMNS: tuple[Column, ...] = (
         description="1 minus the cosine of the CLIP embeddings of twin and sample; -1 without a twin", roles=PAIRED,
     ),
     Column(
-        name="twin_predicted_class", type="int", since=4, is_class=True, measured_by="target", roles=Role.VERIFIED,
+        name="twin_predicted_class", type="int", since=4, is_class=True, measured_by="target", without=NO_CLASS,
+        roles=Role.VERIFIED,
         description="class that the target predicts for the twin; -1 without one",
     ),
     Column(
@@ -380,6 +391,8 @@ ENTRY_SCORES: dict[str, EntryScore] = {
     part.alias: EntryScore(column, part) for column in RECORD_COLUMNS for part in column.parts if part.alias
 }
 
+# What a row has of its unguided twin.
+TWIN_COLUMNS = tuple(column.name for column in RECORD_COLUMNS if column.name.startswith("twin_"))
 # Columns that say what was asked for, and whether the target errs.
 ASKED = ("key", "class_index", "kldb_classes")
 ERRS = ("predicted_class", "is_error")

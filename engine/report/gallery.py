@@ -164,7 +164,7 @@ def make_tile(record: dict[str, Any], image: bytes, names: dict[int, str], budge
     """A tile of a sample's metadata and image file; `image` is empty where none is stored."""
     uri, is_tiny = thumbnail(image, budget_bytes) if image else ("", False)
     predicted = name_of(record["predicted_class"], names)
-    conditioned = _conditioned(record, names)
+    conditioned = conditioned_name(record, names)
     scored = is_scored(record)
     return Tile(
         image=uri,
@@ -185,7 +185,7 @@ def _tile_scores() -> tuple[Column, ...]:
     return tuple(column for column in by_rank(columns_with(Role.SORTS)) if column.since == 1)[:NUM_TILE_SCORES]
 
 
-def _conditioned(record: dict[str, Any], names: dict[int, str]) -> str:
+def conditioned_name(record: dict[str, Any], names: dict[int, str]) -> str:
     """What a sample was conditioned on; the record of a joint prompt names only the class it came closest to."""
     if is_joint(record["key"]) and record["kldb_classes"]:
         return subset_name(tuple(record["kldb_classes"]), names)
@@ -248,7 +248,9 @@ def range_titles(records: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def _is_stored(column: Column, records: Sequence[dict[str, Any]]) -> bool:
-    """Whether records have a column; those of an earlier schema version lack later ones."""
+    """Whether records have a score; those of an earlier schema version lack later ones, most have no second image."""
+    if column.is_paired:
+        return any(record.get(column.name, column.empty) != column.empty for record in records)
     return column.since == 1 or any(column.name in record for record in records)
 
 
@@ -257,6 +259,8 @@ def _field_text(name: str, value: Any, names: dict[int, str]) -> str:
     column = BY_NAME.get(name)
     if isinstance(value, list):
         return joined(_item_texts(column, value, names), MAX_LIST)
+    if column is not None and column.is_paired and value == column.empty:
+        return "none"
     if column is not None and column.is_class:
         return _class_text(value, names)
     return _plain_text(value)

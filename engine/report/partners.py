@@ -1,4 +1,4 @@
-"""Samples compared with their prompt-only partners: the same noise, class and context, without guidance."""
+"""Samples compared with their prompt-only partners: the same noise, start, class and context, without guidance."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.methods.registry import find_method
+from engine.job.partners import prompt_partners
 from engine.report.data import Rows
 from engine.report.headline import Heading, Line, Table
 from engine.report.text import clip, percent, signed
@@ -20,7 +20,7 @@ def partner_table(rows: Rows, requests: Sequence[dict[str, Any]]) -> Table | Non
         requests: the job's requests as plain data.
     """
     lines = []
-    for guided, plain in _partners(requests):
+    for guided, plain in prompt_partners(requests):
         if guided in rows.request.names and plain in rows.request.names:
             line = _line(rows, guided, plain)
             lines += [line] if line else []
@@ -29,25 +29,6 @@ def partner_table(rows: Rows, requests: Sequence[dict[str, Any]]) -> Table | Non
     columns = [Heading("Request", "partner"), Heading("Pairs")]
     columns += [Heading(column.title, "above partner; median change") for column in rows.drawn_scores()]
     return Table(columns, lines, 0)
-
-
-def _partners(requests: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Each request that is not plain itself, with the first plain one of its seed group."""
-    plain: dict[str, str] = {}
-    for request in requests:
-        if _is_plain(request):
-            plain.setdefault(_group(request), request["name"])
-    others = [request for request in requests if not _is_plain(request) and _group(request) in plain]
-    return [(request["name"], plain[_group(request)]) for request in others]
-
-
-def _group(request: dict[str, Any]) -> str:
-    return str(request.get("seed_group") or request["name"])
-
-
-def _is_plain(request: dict[str, Any]) -> bool:
-    method = find_method(request.get("method"))
-    return method is not None and not method.is_guided and not request.get("conditioning")
 
 
 def _line(rows: Rows, guided: str, plain: str) -> Line | None:

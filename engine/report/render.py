@@ -20,11 +20,12 @@ from markupsafe import Markup
 
 from engine.data.run.file_names import METADATA, REPORT
 from engine.data.run.manifest_reading import check_is_run, manifest_error, read_manifest
-from engine.data.run.summary import summarise_table
+from engine.data.run.summary import shown_scores, summarise_table
+from engine.data.run.twins_table import FoundTwins, read_twins, with_twins
 from engine.data.stores.base import Store
 from engine.errors import CorruptShardError, JobError, OutputError, first_line
 from engine.job.class_names import distinct_names
-from engine.job.columns import target_first, units_text
+from engine.job.columns import ADVERSARIAL_PSNR_DB, by_rank, target_first, units_text
 from engine.models.factories import is_factory
 from engine.models.labels import read_labels
 from engine.report.charts import histogram
@@ -55,6 +56,17 @@ from engine.report.gallery import (
 )
 from engine.report.headline import request_totals, summary_table
 from engine.report.manifest_parts import manifest_context
+from engine.report.pairs import (
+    MAX_GAIN_POWER,
+    PAIRS_BUDGET_BYTES,
+    PairColumns,
+    PairSection,
+    choose_pairs,
+    find_others,
+    make_pairs,
+    pair_section,
+    with_tiles,
+)
 from engine.report.scatter import SHAPES, num_drawn, scatter
 from engine.report.stored_images import find_images
 from engine.report.text import clip, many
@@ -109,15 +121,19 @@ def write_report(
     manifest = _read_manifest(store)
     if not store.exists(METADATA):
         raise OutputError(f"output {store.uri}: has no {METADATA}; finish the run first (`riskforge run`)")
-    evaluation, problem = None, ""
+    evaluation, found, problems = None, None, list[str]()
+    # The end of a run must not depend on the figures of an earlier evaluation.
     try:
         evaluation = read_evaluation(into or store)
     except CorruptShardError as error:
-        # The end of a run must not depend on the figures of an earlier evaluation.
-        problem = str(error)
+        problems.append(str(error))
+    try:
+        found = read_twins(into or store, manifest["plan_digest"])
+    except CorruptShardError as error:
+        problems.append(str(error))
     labels = _labels(manifest) if labels is None else labels
     with _readable(store.address(METADATA)):
-        page = render(store, manifest, title or manifest["name"], labels, evaluation, problem)
+        page = render(store, manifest, title or manifest["name"], labels, evaluation, " ".join(problems), found)
     (into or store).replace(REPORT, page)
 
 
@@ -162,15 +178,18 @@ def render(
     labels: list[str],
     evaluation: Evaluation | None = None,
     problem: str = "",
+    found: FoundTwins | None = None,
 ) -> bytes:
     """The page; its gallery is halved until the page is below 10 MB.
 
     Args:
         problem: why there is no evaluation, where there should be one.
+        found: twins that it found.
     """
     path = store.fetch(METADATA, keep=True)
-    table, metadata = read_table(path), open_metadata(path)
+    table, metadata = with_twins(read_table(path), found), open_metadata(path)
     rows = make_rows(table)
+    pairs = PairColumns(table, rows)
     names = distinct_names(names_by_index(rows, labels))
     context = {
         "title": title,
@@ -179,13 +198,16 @@ def render(
         **_distributions(rows),
         "evaluation": evaluation_context(evaluation, len(rows)),
         "evaluation_problem": problem,
+        "adversarial_psnr": f"{ADVERSARIAL_PSNR_DB:g}",
+        "max_gain": MAX_GAIN_POWER,
         "style": page_style(),
         **_script(),
     }
-    template = _environment().get_template("report.html.j2")
+    template, section = _environment().get_template("report.html.j2"), pair_section(pairs, manifest, found)
     limit = MAX_SAMPLES
     while True:
-        page = template.render(context | _gallery(store, manifest["name"], metadata, rows, names, limit)).encode()
+        gallery = _gallery(store, manifest["name"], metadata, pairs, names, limit, section)
+        page = template.render(context | gallery).encode()
         if len(page) <= MAX_BYTES or not limit:
             return page
         limit //= 2
@@ -193,9 +215,10 @@ def render(
 
 def _tables(table: pa.Table, metadata: Dataset, rows: Rows, names: dict[int, str]) -> dict[str, Any]:
     """The tables that are made of the metadata."""
+    totals = request_totals(table)
     return {
-        "table": summary_table(summarise_table(table), request_totals(table)),
-        "units": units_text(target_first(rows.drawn_scores()), is_full=False),
+        "table": summary_table(summarise_table(table), totals),
+        "units": units_text(target_first(by_rank(shown_scores(totals))), is_full=False),
         "classes": class_table(table),
         "confusion": _confusion(rows, names),
         "pairs": error_pairs(rows, names),
@@ -285,16 +308,29 @@ def _cell_style(share: float, is_own: bool) -> str:
 
 
 def _gallery(
-    store: Store, job_name: str, metadata: Dataset, rows: Rows, names: dict[int, str], limit: int
+    store: Store,
+    job_name: str,
+    metadata: Dataset,
+    pairs: PairColumns,
+    names: dict[int, str],
+    limit: int,
+    section: PairSection | None,
 ) -> dict[str, Any]:
-    """What the template needs for the gallery."""
+    """What the template needs for the gallery, and for the pairs among its samples."""
+    rows = pairs.rows
     chosen = select(rows, limit) if limit and len(rows) else []
-    records = read_samples(metadata, chosen)
+    records = [record | pairs.of_twin(row) for row, record in zip(chosen, read_samples(metadata, chosen), strict=True)]
     keys = {row: record["key"] for row, record in zip(chosen, records, strict=True)}
     images = find_images(store, job_name, keys)
-    budget = IMAGE_BUDGET_BYTES // max(len(chosen), 1)
+    if section is not None:
+        in_pairs = set(choose_pairs(pairs, [row for row in chosen if keys[row] in images]))
+        shown = {row: record for row, record in zip(chosen, records, strict=True) if row in in_pairs}
+        duos = make_pairs(list(shown.values()), images, find_others(store, job_name, pairs, shown), names)
+        section = with_tiles(section, duos, len(in_pairs), int(pairs.has_any.sum()))
+    budget = (IMAGE_BUDGET_BYTES - (PAIRS_BUDGET_BYTES if section else 0)) // max(len(chosen), 1)
     tiles = [make_tile(record, images.get(record["key"], b""), names, budget) for record in records]
     return {
+        "duos": section,
         "groups": make_groups(rows, chosen, tiles),
         "gallery_note": (
             f"{len(tiles):,} of {many(len(rows), 'sample')}: of each request some from every part of the range of "

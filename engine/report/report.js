@@ -2,6 +2,115 @@
 (() => {
   const byId = (id) => document.getElementById(id);
 
+  // Pairs: a slider wipes from a sample to the image that it is compared with, beside the difference of the two.
+  function showPairs(area) {
+    const tiles = [...area.querySelectorAll(".duo")];
+    const headings = [...area.querySelectorAll("h3")];
+    const gain = byId("pairs-gain");
+    const value = (name) => byId(`pairs-${name}`)?.value ?? "";
+    const parts = new Map(tiles.map((tile) => [tile, build(tile)]));
+    let order = "desc";
+
+    function made(kind, properties) {
+      return Object.assign(document.createElement(kind), properties);
+    }
+
+    // An image of the pair once more, for the eye alone: the first has a text already.
+    function again(image, name) {
+      return made("img", {src: image.src, alt: "", className: `${image.className} ${name}`});
+    }
+
+    function build(tile) {
+      const images = new Map([...tile.querySelectorAll("figure")].map((one) => [one.dataset.kind, one.querySelector("img")]));
+      const sample = images.get("sample");
+      const frame = sample.parentElement;
+      const over = again(sample, "over");
+      const range = made("input", {type: "range", min: 0, max: 100, step: 1, value: 0, autocomplete: "off"});
+      frame.classList.add("wipes");
+      frame.append(over, made("span", {className: "cut", hidden: true}));
+      frame.parentElement.append(range);
+      const [blend, square] = [made("div", {className: "blend"}), made("div", {className: "frame"})];
+      const top = again(sample, "top");
+      blend.append(again(sample, "bottom"), top);
+      square.append(blend);
+      const figure = made("figure", {});
+      const caption = made("figcaption", {});
+      caption.append(made("b", {textContent: "Difference"}), made("span", {}));
+      figure.dataset.kind = "difference";
+      figure.append(square, caption);
+      tile.querySelector(".panels").append(figure);
+      const part = {images, over, range, top, frame, note: caption.lastChild};
+      range.addEventListener("input", () => wipe(part));
+      const drag = (event) => {
+        if (event.type === "pointermove" && !event.buttons) return;
+        const box = frame.getBoundingClientRect();
+        range.value = Math.round((100 * (event.clientX - box.left)) / box.width);
+        wipe(part);
+      };
+      for (const kind of ["pointerdown", "pointermove"]) frame.addEventListener(kind, drag);
+      return part;
+    }
+
+    function wipe(part) {
+      part.frame.style.setProperty("--cut", `${part.range.value}%`);
+      part.frame.lastChild.hidden = part.range.value === "0" || part.range.value === "100";
+      part.range.setAttribute("aria-valuetext", `${part.range.value} % ${part.name}`);
+    }
+
+    // With what each sample is compared: what was chosen, or the one image that there is.
+    function pair() {
+      for (const [tile, part] of parts) {
+        const kind = [value("with"), "twins", "starts"].find((name) => part.images.has(name));
+        const other = part.images.get(kind);
+        part.name = kind === "twins" ? "unguided twin" : "start";
+        part.over.src = part.top.src = other.src;
+        part.range.setAttribute("aria-label", `Wipe from the sample to its ${part.name}, ${tile.dataset.key}`);
+        part.note.textContent = `to the ${part.name}`;
+        wipe(part);
+      }
+    }
+
+    function amplify() {
+      const factor = 2 ** Number(gain.value);
+      area.style.setProperty("--gain", factor);
+      gain.nextElementSibling.value = `× ${factor}`;
+      gain.setAttribute("aria-valuetext", `${factor} times`);
+    }
+
+    function arrange() {
+      const score = value("sort");
+      const scores = new Map(tiles.map((tile) => [tile, score in tile.dataset ? Number(tile.dataset[score]) : undefined]));
+      const compare = (a, b) => {
+        const [first, second] = [scores.get(a), scores.get(b)];
+        if (first === undefined || second === undefined) return (first === undefined) - (second === undefined);
+        return order === "asc" ? first - second : second - first;
+      };
+      const shown = tiles.filter((tile) => value("request") === "" || tile.dataset.request === value("request"));
+      tiles.forEach((tile) => tile.toggleAttribute("hidden", !shown.includes(tile)));
+      for (const heading of headings) {
+        const used = shown.some((tile) => tile.dataset.request === heading.dataset.request);
+        heading.toggleAttribute("hidden", Boolean(score) || !used);
+        const own = tiles.filter((tile) => tile.dataset.request === heading.dataset.request);
+        if (!score) area.append(heading, ...own);
+      }
+      if (score) area.append(...[...tiles].sort(compare));
+      byId("pairs-order").disabled = !score;
+      byId("pairs-order").textContent = order === "asc" ? "Lowest first" : "Highest first";
+      byId("pairs-count").textContent = `${shown.length} of ${tiles.length} shown`;
+    }
+
+    byId("pairs-order").addEventListener("click", () => {
+      order = order === "asc" ? "desc" : "asc";
+      arrange();
+    });
+    for (const name of ["sort", "request"]) byId(`pairs-${name}`)?.addEventListener("change", arrange);
+    byId("pairs-with")?.addEventListener("change", pair);
+    gain.addEventListener("input", amplify);
+    pair();
+    amplify();
+    arrange();
+  }
+
   for (const button of document.querySelectorAll(".legend button")) {
     button.addEventListener("click", () => {
       const shown = button.getAttribute("aria-pressed") !== "true";
@@ -14,6 +123,8 @@
       }
     });
   }
+
+  if (byId("duos")) showPairs(byId("duos"));
 
   const grid = byId("tiles");
   if (!grid) return;
@@ -207,6 +318,7 @@
     item.classList.add("opens");
     item.addEventListener("click", () => openKey(item.dataset.key));
   }
+  for (const key of document.querySelectorAll(".key")) key.addEventListener("click", () => openKey(key.dataset.key));
   window.addEventListener("hashchange", restore);
   restore();
 })();

@@ -33,11 +33,12 @@ class StoredImages(Mapping[str, bytes]):
         return key in self._places
 
 
-def find_images(store: Store, job_name: str, keys: dict[int, str]) -> StoredImages:
+def find_images(store: Store, job_name: str, keys: dict[int, str], folder: str = SHARDS) -> StoredImages:
     """Image files by key; a sample whose image is not found is left out.
 
     Args:
         keys: key of each wanted sample by its row number in the metadata, which holds the shards in their order.
+        folder: of the tars; that of starts or twins for the second images of samples, which have their keys.
     """
     commits = list_commits(store)
     numbers = sorted(commits)
@@ -46,7 +47,7 @@ def find_images(store: Store, job_name: str, keys: dict[int, str]) -> StoredImag
     for row, key in keys.items():
         if (place := bisect.bisect_right(ends, row)) < len(numbers):
             wanted[numbers[place]].add(key)
-    tars = [StoredFile(store, f"{SHARDS}/{shard_name(job_name, number)}.tar") for number in sorted(wanted)]
+    tars = [StoredFile(store, f"{folder}/{shard_name(job_name, number)}.tar") for number in sorted(wanted)]
     places: dict[str, MemberPlace] = {}
     for number, (tar, (_, some)) in enumerate(zip(tars, sorted(wanted.items()), strict=True)):
         places |= _places(tar, number, some)

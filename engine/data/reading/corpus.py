@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from engine.data.reading.filters import FLAG, NUMBER, TEXT, Vocabulary, compile_filter, compile_number
@@ -29,7 +29,12 @@ if TYPE_CHECKING:
     from pyarrow.compute import Expression
     from pyarrow.dataset import Dataset
 
+    from engine.data.reading.pairs import Pair
     from engine.data.reading.torch_samples import TorchSamples
+
+
+# Read at a time.
+_ROWS = 1024
 
 
 def open_run(uri: str, *more: str) -> Corpus:
@@ -197,6 +202,17 @@ class Corpus:
         check_rows(table, self.runs[number].uri, is_foreign=True)
         return table if columns is not None else with_scored(table)
 
+    def _run_batches(self, number: int) -> Iterator[pa.Table]:
+        """The rows of one of the runs, some at a time, with all columns."""
+        import pyarrow as pa
+
+        uri = self.runs[number].uri
+        with reading_rows(uri):
+            for batch in self._datasets[number].to_batches(filter=self._expression, batch_size=_ROWS):
+                table = pa.Table.from_batches([batch])
+                check_rows(table, uri, is_foreign=True)
+                yield with_scored(table)
+
     def numbers(self, expression: str, option: str) -> Callable[[int], Any]:
         """For a run's number the values of an expression of numbers, one a row, as a numpy array.
 
@@ -275,6 +291,22 @@ class Corpus:
             for number, source in enumerate(chosen.runs)
         ]
         return make_samples(runs, chosen.labels, transform, weights)
+
+    def pairs(self) -> Iterator[Pair]:
+        """The selected samples that have a start or an unguided twin, each with these images, one at a time.
+
+        Raises:
+            JobError: no selected sample has one.
+            CorruptShardError: now or on the way, an image is missing or damaged.
+        """
+        from engine.data.reading.pairs import PAIR_COLUMNS, PairRows, read_pairs
+
+        chosen = self if self._has_images else self.samples
+        runs = [
+            (PairRows(source, chosen.run_table(number, PAIR_COLUMNS)), chosen._run_batches(number))
+            for number, source in enumerate(chosen.runs)
+        ]
+        return read_pairs(runs, len(chosen))
 
     def _with_weights(self, weights: str) -> Corpus:
         """The samples that have a weight; unscored ones have none where the expression uses a score."""

@@ -28,6 +28,7 @@ from engine.data.reading.export_options import (
 from engine.data.reading.format_registry import FORMATS, ExportData, Written
 from engine.data.reading.formats import class_folders, numbered_folders
 from engine.data.reading.real_images import RealImages
+from engine.data.reading.selected_pairs import SelectedPairs
 from engine.data.reading.selection import Chosen, SampleReader, select, shuffled
 from engine.data.reading.source import RunSource
 from engine.data.run.file_names import CARD, CLASSES, EXPORT_KIND, MANIFEST, SUCCESS
@@ -97,6 +98,7 @@ class _Export:
         self._format = FORMATS[options.format]
         self._store = FolderStore(built)
         self._selection = select(corpus)
+        self._pairs = SelectedPairs(corpus, self._selection) if self._format.has_pairs else None
         self._reader = SampleReader(corpus, self._selection)
         self._labels = corpus.labels or _labels_of_rows(corpus)
         self._names = distinct_names(dict(enumerate(self._labels)))
@@ -107,7 +109,7 @@ class _Export:
 
     def write(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Write everything, `_SUCCESS` last."""
-        with contextlib.closing(self._reader):
+        with contextlib.closing(self._reader), contextlib.closing(self._pairs or contextlib.ExitStack()):
             image_format = self._image_format()
             kept, deduplication = self._deduplicated()
             with contextlib.closing(self._mixed(kept, image_format)) as real:
@@ -186,6 +188,7 @@ class _Export:
                 folders=self._folders,
                 samples_per_shard=options.samples_per_shard,
                 image_format=image_format,
+                pairs=self._pairs.images if self._pairs else None,
             )
         )
 
@@ -200,7 +203,10 @@ class _Export:
         """Samples and the extensions of their images."""
         for number in order:
             if number < len(kept):
-                yield self._reader.read(kept[number]), self._reader.format_of(kept[number])
+                result = self._reader.read(kept[number])
+                if self._pairs:
+                    result.record |= self._pairs.twin_fields(kept[number].key)
+                yield result, self._reader.format_of(kept[number])
             else:
                 yield real.read(number - len(kept), self._labels), image_format
 
@@ -210,6 +216,8 @@ class _Export:
             record = result.record
             self._present.add(record["class_index"])
             self._digest.update(record_json(record) + hashlib.sha256(result.image).digest())
+            for file in self._pairs.images(record["key"]) if self._pairs else ():
+                self._digest.update(hashlib.sha256(file.data if file else b"").digest())
             for column, name in (("requests", record["request"]), ("classes", self._names[record["class_index"]])):
                 empty = {STATUS_OK: 0, STATUS_REJECTED: 0}
                 self._counts[column].setdefault(name, empty)[record["status"]] += 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.data.reading.corpus import Corpus
-from engine.data.reading.format_registry import DEFAULT_FORMAT, check_format
+from engine.data.reading.format_registry import DEFAULT_FORMAT, FORMATS, check_format
 from engine.data.reading.formats import check_folders
 from engine.data.reading.selection import Chosen
 from engine.data.run.shards import is_key
@@ -80,6 +80,10 @@ def check_options(options: ExportOptions) -> None:
         problems.append("--clip: is for --deduplicate; give both, or leave it out")
     if not (math.isfinite(options.real_ratio) and 0 < options.real_ratio < 1):
         problems.append(f"--real-ratio: {options.real_ratio:g} is not between 0 and 1")
+    if options.real is not None and options.format in FORMATS and FORMATS[options.format].has_pairs:
+        problems.append(
+            f"--mix-real: real images have no pair; leave it out, or choose another format than {options.format}"
+        )
     if problems:
         raise JobError(problems)
     check_format(options.format)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.data.run.outcomes import element, is_scored_expression, predicts_asked_expression, target_errs_expression
 from engine.errors import JobError
-from engine.job.columns import DERIVED_NAMES, ENTRY_SCORES, MEASURED, NO_CLASS, EntryScore
+from engine.job.columns import BY_NAME, DERIVED_NAMES, ENTRY_SCORES, MEASURED, NO_CLASS, EntryScore
 from engine.job.spec_messages import nearest
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class Term:
 class Vocabulary:
     """The names that an expression may use.
 
-    What a model measured is unknown of rows that were not scored, whatever number is stored there.
+    What a model measured is unknown of rows that were not scored, whatever number is stored there; so is a score of
+    two images where there is no second one.
 
     Args:
         schema: of the metadata.
@@ -77,7 +78,7 @@ class Vocabulary:
         """The term of a column or derived name; None for a column that is a list.
 
         Args:
-            is_guarded: whether it is unknown where the row was not scored; else it is what is stored.
+            is_guarded: whether it is unknown where it was not measured; else it is what is stored.
 
         Raises:
             KeyError: there is no such name.
@@ -85,7 +86,10 @@ class Vocabulary:
         term = self._plain_term(name)
         if term is None or not is_guarded or (name in self._schema.names and name not in MEASURED):
             return term
-        return replace(term, expression=_known_where(self.is_scored, term.expression))
+        measured = self.is_scored
+        if name in self._schema.names and BY_NAME[name].is_paired:
+            measured = measured & (term.expression != BY_NAME[name].empty)
+        return replace(term, expression=_known_where(measured, term.expression))
 
     @property
     def is_scored(self) -> Expression:

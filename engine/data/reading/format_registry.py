@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import JobError
 
 if TYPE_CHECKING:
+    from engine.data.reading.pairs import ImageFile
     from engine.data.stores.folder import FolderStore
     from engine.job.records import SampleResult
 
@@ -31,6 +32,7 @@ class ExportData:
         folders: a folder's name for each class.
         samples_per_shard: in each file of a format that divides samples.
         image_format: extension of all images, of a format that requires one.
+        pairs: of a format of pairs, start and twin of a sample by its key; None where it has no such image.
     """
 
     store: FolderStore
@@ -41,6 +43,7 @@ class ExportData:
     folders: Sequence[str]
     samples_per_shard: int
     image_format: str
+    pairs: Callable[[str], tuple[ImageFile | None, ImageFile | None]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +71,7 @@ class ExportFormat:
         is_sharded: whether `samples_per_shard` divides it.
         has_one_image_format: whether all images must have one format.
         has_class_folders: whether readers number the folders of classes.
+        has_pairs: whether it is of samples with a start or a twin alone, and holds these too.
     """
 
     name: str
@@ -75,6 +79,7 @@ class ExportFormat:
     is_sharded: bool = True
     has_one_image_format: bool = False
     has_class_folders: bool = False
+    has_pairs: bool = False
 
     def load_writer(self) -> Callable[[ExportData], Written]:
         """Import the writer."""
@@ -97,6 +102,7 @@ FORMATS: dict[str, ExportFormat] = {
             has_class_folders=True,
         ),
         ExportFormat(name="parquet", writer="engine.data.reading.formats:write_parquet"),
+        ExportFormat(name="pairs", writer="engine.data.reading.formats:write_pairs", has_pairs=True),
     )
 }
 DEFAULT_FORMAT = next(iter(FORMATS))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from engine.data.reading.format_registry import ExportData, Written
-from engine.data.run.card_loading import FILES_LOADING, FOLDERS_LOADING, merged_loading_section
+from engine.data.run.card_loading import FILES_LOADING, FOLDERS_LOADING, PAIRS_LOADING, merged_loading_section
 from engine.data.run.commits import CommitSummary
 from engine.data.run.file_names import CLASSES, METADATA
 from engine.data.run.metadata_table import write_metadata
@@ -119,27 +119,59 @@ def _is_safe(label: str) -> bool:
 
 def write_parquet(data: ExportData) -> Written:
     """Write files with columns `image` and `label` as Hugging Face `datasets` has them, and those of the record."""
+    _write_rows(data, ("image",), _parquet_row)
+    return Written(data_files=["train-*.parquet"], loading=FILES_LOADING)
+
+
+def write_pairs(data: ExportData) -> Written:
+    """Write the same files, of samples with a start or an unguided twin, which are columns before the image.
+
+    A sample without one of them has null there.
+    """
+    pairs = data.pairs
+    assert pairs is not None, "the format is one of pairs"
+
+    def row(result: SampleResult, extension: str) -> dict[str, Any]:
+        key = result.record["key"]
+        seconds = zip(("start", "twin"), pairs(key), strict=True)
+        return {
+            name: None if file is None else _image(file.data, f"{key}.{name}.{file.image_format}")
+            for name, file in seconds
+        } | _parquet_row(result, extension)
+
+    _write_rows(data, ("start", "twin", "image"), row)
+    return Written(data_files=["train-*.parquet"], loading=PAIRS_LOADING)
+
+
+def _write_rows(
+    data: ExportData, images: Sequence[str], make_row: Callable[[SampleResult, str], dict[str, Any]]
+) -> None:
+    """Write parquet files of the samples, so many in each.
+
+    Args:
+        images: columns of images, in order.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = parquet_schema(data.labels)
+    schema = parquet_schema(data.labels, images)
     num_files = -(-data.num_samples // data.samples_per_shard)
     for number in range(num_files):
         path = data.store.root / f"train-{number:05d}-of-{num_files:05d}.parquet"
         with explained(path), pq.ParquetWriter(path, schema, compression="zstd") as writer:
             file_samples = islice(data.samples, data.samples_per_shard)
             while batch := list(islice(file_samples, ROWS_PER_GROUP)):
-                rows = [_parquet_row(result, extension) for result, extension in batch]
+                rows = [make_row(result, extension) for result, extension in batch]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-    return Written(data_files=["train-*.parquet"], loading=FILES_LOADING)
 
 
-def parquet_schema(labels: Sequence[str]) -> pa.Schema:
-    """Columns of an export to parquet; the schema's metadata marks the column of images, and names the classes."""
+def parquet_schema(labels: Sequence[str], images: Sequence[str] = ("image",)) -> pa.Schema:
+    """Columns of an export to parquet; the schema's metadata marks the columns of images, and names the classes."""
     import pyarrow as pa
 
     image = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
-    return _schema([pa.field("image", image)], {"image": {"_type": "Image"}}, labels)
+    fields = [pa.field(name, image) for name in images]
+    return _schema(fields, {name: {"_type": "Image"} for name in images}, labels)
 
 
 def _schema(first_fields: list[pa.Field], features: dict[str, Any], labels: Sequence[str]) -> pa.Schema:
@@ -172,8 +204,12 @@ def _unique(labels: Sequence[str]) -> list[str]:
 
 def _parquet_row(result: SampleResult, extension: str) -> dict[str, Any]:
     record = result.record
-    image = {"bytes": result.image, "path": f"{record['key']}.{extension}"}
+    image = _image(result.image, f"{record['key']}.{extension}")
     return {"image": image, "label": record["class_index"]} | record
+
+
+def _image(data: bytes, path: str) -> dict[str, Any]:
+    return {"bytes": data, "path": path}
 
 
 def check_folders(name: str) -> None:

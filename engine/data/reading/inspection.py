@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.data.reading.corpus import Corpus
+from engine.data.reading.pairs import found_twins
+from engine.data.reading.selected_pairs import pair_rows
 from engine.data.reading.source import RunSource
 from engine.data.run.commit_record import CommitRecord
 from engine.data.run.commits import inspect_records
@@ -16,12 +19,21 @@ from engine.data.run.curated import KEY, find_curation
 from engine.data.run.file_names import CURATION_DOCUMENT, MANIFEST, SUCCESS
 from engine.data.run.manifest_reading import read_manifest
 from engine.data.run.notices import count_notices, known_notices
-from engine.data.run.summary import SUMMARY_COLUMNS, GroupSummary, class_texts, group_document, summarise_table
+from engine.data.run.summary import (
+    SUMMARY_COLUMNS,
+    GroupSummary,
+    class_texts,
+    group_document,
+    measured,
+    summarise_table,
+)
 from engine.data.run.tar_index import TarReader, index_tars
+from engine.data.run.twins_table import with_twins
 from engine.data.stores.base import Store
 from engine.data.stores.file_errors import explained
 from engine.errors import CorruptShardError, JobError, OutputError
-from engine.job.columns import Role, columns_with, stored_names
+from engine.job.columns import BY_NAME, Role, columns_with, stored_names
+from engine.job.records import STARTS, TWINS
 from engine.job.spec_messages import nearest
 
 if TYPE_CHECKING:
@@ -67,6 +79,7 @@ def inspect(corpus: Corpus) -> Inspection:
         "quantiles": quantiles(corpus),
         "groups": [group_document(group) for group in groups],
         "image": _first_image(corpus),
+        **_pairs(corpus),
     }
     return Inspection(document=document, groups=groups)
 
@@ -85,7 +98,7 @@ def quantiles(corpus: Corpus) -> dict[str, list[float]]:
     scored = corpus.filter("scored").to_table(names) if names else None
     if scored is None or not len(scored):
         return {}
-    columns = {name: scored[name].drop_null().to_numpy() for name in names}
+    columns = {name: measured(scored[name], BY_NAME[name]) for name in names}
     finite = {name: values[np.isfinite(values)] for name, values in columns.items()}
     return {
         name: [float(value) for value in np.quantile(values, QUANTILES)]
@@ -94,15 +107,23 @@ def quantiles(corpus: Corpus) -> dict[str, list[float]]:
     }
 
 
+def _pairs(corpus: Corpus) -> dict[str, Any]:
+    """How many samples have a start, and an unguided twin; nothing where none has."""
+    runs = list(pair_rows(corpus.samples))
+    counts = {kind: sum(pairs.count(kind) for pairs in runs) for kind in (STARTS, TWINS)}
+    return {"pairs": counts} if any(counts.values()) else {}
+
+
 def find_sample(corpus: Corpus, key: str) -> tuple[RunSource, dict[str, Any]]:
-    """The row of a key, and its run.
+    """The row of a key, with the twin that an evaluation found for it, and its run.
 
     Raises:
         JobError: no run has it.
     """
     for number, source in enumerate(corpus.runs):
-        rows = corpus.filter(f"key == {key!r}", "--key").run_table(number).to_pylist()
-        if rows:
+        table = corpus.filter(f"key == {key!r}", "--key").run_table(number)
+        if len(table):
+            rows = with_twins(table, found_twins(source)).to_pylist()
             return source, {name: value for name, value in rows[0].items() if value is not None}
     keys = corpus.to_table(["key"])["key"][:MAX_NEAREST].to_pylist()
     raise JobError(f"--key: no row has the key {key!r}{nearest(key, keys)}")
@@ -119,6 +140,23 @@ def read_image(source: RunSource, row: dict[str, Any]) -> tuple[bytes, str]:
         raise JobError(f"--save: no image of '{row['key']}' is stored; its status is '{row['status']}'")
     place = index_tars(source.tars, [row["key"]])[row["key"]]
     return TarReader(source.tars).read(place.image), place.image_format
+
+
+def read_second_image(corpus: Corpus, key: str, which: str) -> bytes:
+    """The image file that a sample started from, or that of its unguided twin.
+
+    Args:
+        which: `start` or `twin`.
+
+    Raises:
+        JobError: the sample has none.
+        CorruptShardError: the tar that should have it is damaged.
+    """
+    for pairs in pair_rows(corpus.filter(f"key == {key!r}", "--key").with_images(rejected=True, surplus=True)):
+        with contextlib.closing(pairs):
+            if (file := pairs.start(key) if which == "start" else pairs.twin(key)) is not None:
+                return file.data
+    raise JobError(f"--image: no {which} of '{key}' is stored")
 
 
 def save_image(path: Path, data: bytes) -> None:

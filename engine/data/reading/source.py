@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.data.run.commits import list_commits
-from engine.data.run.file_names import MANIFEST, METADATA, RESCORED_FROM, SUCCESS
+from engine.data.run.file_names import EXPORT_KIND, MANIFEST, METADATA, RESCORED_FROM, SUCCESS
 from engine.data.run.manifest_reading import read_manifest
 from engine.data.run.schema import REQUIRED
 from engine.data.run.shards import SHARDS, file_digest, shard_name
@@ -45,6 +45,7 @@ class RunSource:
         surplus: of shards that have samples beyond their quota, the column `surplus` by the file of their rows, as far
             as the run is; None where the files have that column.
         is_rescored: whether the rows are not those that the tars hold.
+        is_export: whether its images are those of an export, which has no starts and twins beside them.
         labels: class names of the target in index order; empty where they are not known.
         models: by role, as in the manifest; empty where there is none.
         targets: digests of the targets that its scores are of.
@@ -62,6 +63,7 @@ class RunSource:
     tars: tuple[StoredFile, ...]
     surplus: Mapping[str, tuple[bool, ...]] | None
     is_rescored: bool
+    is_export: bool
     labels: tuple[str, ...]
     models: dict[str, Any]
     targets: frozenset[str]
@@ -128,6 +130,7 @@ def _open(uri: str, depth: int) -> RunSource:
         tars=origin.tars if origin else shards,
         surplus=_surplus(store, rows) if stored and rows != _metadata_files(store) else None,
         is_rescored=origin is not None,
+        is_export=origin.is_export if origin else manifest.get("kind") == EXPORT_KIND,
         labels=_labels(manifest, stored) or (origin.labels if origin else ()),
         models=_models(manifest),
         targets=_of_sources(manifest, "target", "digest") or _stored_target(stored),

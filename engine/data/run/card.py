@@ -115,7 +115,7 @@ def _origin(job: JobSpec, manifest: dict[str, Any]) -> str:
     return (
         f"**Every image{_where_synthetic(manifest)} is synthetic**: sampled from a text-to-image diffusion model by "
         f"Riskforge to find where an image classifier, the target, errs or hesitates. {_photographs(manifest)}"
-        f"{_provenance(job)}\n\n"
+        f"{_provenance(job, manifest)}\n\n"
         f"{samples['ok']} images in {shards['committed']} shards, of {samples['attempted']} attempts "
         f"({samples['rejected']} rejected, {samples['failed']} failed, {samples['accepted']} accepted). "
         f"Seed {job.seed}; plan `{manifest['plan_digest']}`.{_state(manifest)}\n\n"
@@ -126,11 +126,15 @@ def _origin(job: JobSpec, manifest: dict[str, Any]) -> str:
 
 
 def _where_synthetic(manifest: dict[str, Any]) -> str:
-    return f" but those in `{STARTS}/`" if STARTS in manifest.get("companions", {}) else ""
+    return f" but those in `{STARTS}/`" if _has_starts(manifest) else ""
+
+
+def _has_starts(manifest: dict[str, Any]) -> bool:
+    return STARTS in manifest.get("companions", {})
 
 
 def _photographs(manifest: dict[str, Any]) -> str:
-    if STARTS not in manifest.get("companions", {}):
+    if not _has_starts(manifest):
         return "No image is a photograph."
     return (
         f"The images in `{STARTS}/` are real ones, which samples started from: what their owners allow holds for them,"
@@ -138,11 +142,12 @@ def _photographs(manifest: dict[str, Any]) -> str:
     )
 
 
-def _provenance(job: JobSpec) -> str:
+def _provenance(job: JobSpec, manifest: dict[str, Any]) -> str:
     if not job.output.provenance:
         return ""
+    which = "other file" if _has_starts(manifest) else "file"
     return (
-        " Every synthetic file says so itself: its XMP has IPTC's `DigitalSourceType` "
+        f" Every {which} says so itself: its XMP has IPTC's `DigitalSourceType` "
         "[`trainedAlgorithmicMedia`](http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia)."
     )
 

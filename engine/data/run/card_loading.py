@@ -20,6 +20,22 @@ print(samples[0]["image"].size, samples[0]["label"], samples[0]["risk"])
 ```"""
 
 
+PAIRS_LOADING = """## Loading
+
+Each row is a sample beside the images that it is compared with: `start`, the real image that it began from, and `twin`,
+the same noise, condition and start without guidance; null where a sample has none. Starts are real images, under the
+licence of their data set. Run these lines in the folder of the data set.
+
+```python
+import os
+from datasets import load_dataset
+
+pairs = load_dataset(os.getcwd(), split="train")
+for one in pairs:
+    print(one["key"], one["class_name"], one["twin_psnr_db"], one["start"], one["twin"], one["image"].size)
+```"""
+
+
 # torchvision numbers the folders that are there, which are not all classes where one has no image.
 FOLDERS_LOADING = f"""
 

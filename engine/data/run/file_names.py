@@ -9,6 +9,8 @@ MANIFEST = "manifest.json"
 CARD = "README.md"
 REPORT = "report.html"
 EVALUATION = "evaluation.json"
+# Unguided twins that `riskforge evaluate` found among the samples of requests without guidance.
+TWINS_TABLE = "twins.parquet"
 WIDS_INDEX = "shards/wids.json"
 TIMM_INFO = "shards/_info.json"
 # Keys of accepted samples beyond their quota, a line each: readers of the tars skip them.
@@ -34,5 +36,5 @@ STOPPED_AUDIT = "_state/audit.safetensors"
 RESCORED_FROM = "rescored_from"
 EXPORT_KIND = "export"
 
-RUN_FILES = (SUCCESS, METADATA, MANIFEST, CARD, REPORT, EVALUATION, WIDS_INDEX, TIMM_INFO, SURPLUS_LIST)
+RUN_FILES = (SUCCESS, METADATA, MANIFEST, CARD, REPORT, EVALUATION, TWINS_TABLE, WIDS_INDEX, TIMM_INFO, SURPLUS_LIST)
 CURATION_FILES = (CURATION_DOCUMENT, SELECTION, REWARD, AUDIT, SUSPECTS)

@@ -13,6 +13,7 @@ from engine.data.run.outcomes import errors, oracle_agreement, predicts_asked, s
 from engine.job.class_names import distinct_pairs
 from engine.job.columns import (
     ASKED,
+    BY_NAME,
     ERRS,
     NO_CLASS,
     Column,
@@ -98,8 +99,20 @@ class GroupSummary:
 
 
 def shown_scores(groups: Sequence[GroupSummary]) -> list[Column]:
-    """The summarised scores that a table of groups has columns for: those that any of the runs stored."""
-    return [column for column in _SCORES if not groups or any(column.name in group.scores for group in groups)]
+    """The summarised scores that a table of groups has columns for: those that any of the runs has a value of."""
+
+    def is_shown(column: Column) -> bool:
+        if column.is_paired:
+            return any(group.scores.get(column.name) is not None for group in groups)
+        return not groups or any(column.name in group.scores for group in groups)
+
+    return [column for column in _SCORES if is_shown(column)]
+
+
+def measured(values: pa.ChunkedArray, column: Column) -> np.ndarray:
+    """The values of a score without absent ones: of rows of earlier schema versions, or without a second image."""
+    known = values.drop_null().to_numpy()
+    return known[known != column.empty] if column.is_paired else known
 
 
 def shown_entry_scores(groups: Sequence[GroupSummary]) -> dict[str, EntryScore]:
@@ -216,8 +229,9 @@ def summarise_table(table: pa.Table) -> list[GroupSummary]:
     if not table.num_rows:
         return []
     codes = _group_codes(table)
-    scores = [column.name for column in _SCORES if _is_stored(table, column.name)]
+    scores = [column.name for column in _SCORES if _is_stored(table, column)]
     columns = {name: _numbers(table, name) for name in [*scores, "accepted"]}
+    columns |= {name: _without_absent(columns[name], BY_NAME[name]) for name in scores if BY_NAME[name].is_paired}
     columns |= {status: _equals(table, "status", status) for status in (STATUS_OK, STATUS_REJECTED, STATUS_FAILED)}
     columns |= {"scored": scored_rows(table), "error": errors(table), "oracle": oracle_agreement(table)}
     columns |= {name: _entry_readings(table, entry) for name, entry in _ENTRY_SCORES.items()}
@@ -240,9 +254,18 @@ def _read_slim(metadata: Path) -> pa.Table:
     return pq.read_table(metadata, columns=columns, read_dictionary=_TEXTS, partitioning=None)
 
 
-def _is_stored(table: pa.Table, name: str) -> bool:
-    """Whether any row has a column: where runs are read together, those of earlier schema versions lack later ones."""
-    return name in table.column_names and (not table.num_rows or table[name].null_count < table.num_rows)
+def _is_stored(table: pa.Table, column: Column) -> bool:
+    """Whether any row has a score: earlier schema versions lack later ones, and most rows have no second image."""
+    if column.name not in table.column_names:
+        return False
+    return bool(len(measured(table[column.name], column))) if table.num_rows else not column.is_paired
+
+
+def _without_absent(values: np.ndarray, column: Column) -> np.ndarray:
+    """The values of a score of two images, [N]; NaN where there is no second one."""
+    import numpy as np
+
+    return np.where(values == column.empty, np.nan, values)
 
 
 def _group(

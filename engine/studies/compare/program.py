@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
 
 from engine.errors import JobError
 from engine.methods.intervals import LEVEL
@@ -194,7 +197,10 @@ def _compare_rows(
     differences = {}
     for metric in METRICS:
         first, second = old.metric(metric, a), new.metric(metric, b)
-        if first is not None and second is not None:
+        if first is None or second is None:
+            continue
+        first, second = _measured(first, second, is_paired)
+        if min(len(first), len(second)) >= MIN_SAMPLES:
             measure = share_difference if metric in SHARES else median_difference
             differences[metric] = measure(first, second, is_paired=is_paired, level=confidence)
     num_new_failures = num_fixed = 0
@@ -212,6 +218,14 @@ def _compare_rows(
         num_fixed=num_fixed,
         differences=differences,
     )
+
+
+def _measured(first: Any, second: Any, is_paired: bool) -> tuple[Any, Any]:
+    """A metric of both runs without NaN; of pairs those that both runs have a value of."""
+    known, also = ~np.isnan(first), ~np.isnan(second)
+    if is_paired:
+        known = also = known & also
+    return first[known], second[also]
 
 
 def _changes(old: ScoredRun, new: ScoredRun, match: Match, is_new: bool) -> Iterator[Change]:

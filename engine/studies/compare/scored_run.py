@@ -68,7 +68,10 @@ class ScoredRun:
     curation: Curation | None = None
 
     def metric(self, name: str, rows: Rows) -> Any:
-        """A metric's column at some rows; None where it is not known for all of them."""
+        """A metric's column at some rows; None where it is not known for all of them.
+
+        A score of two images is NaN in rows without a second one.
+        """
         if name in SHARES and not self.unknown.isdisjoint(self.requests[rows]):
             return None
         if name == "error_rate":
@@ -76,7 +79,10 @@ class ScoredRun:
         if name == "valid_failures":
             values = self.valid[rows]
             return None if np.isnan(values).any() else values > 0
-        return self.scores[name][rows] if name in self.scores else None
+        if name not in self.scores:
+            return None
+        values, column = self.scores[name][rows], BY_NAME[name]
+        return np.where(values == column.empty, np.nan, values) if column.is_paired else values
 
 
 def read_scored_run(address: str) -> ScoredRun:

@@ -125,7 +125,7 @@ def _stored_images(
         for _, record in part:
             if (key := record["key"]) in files:
                 read.append(record)
-                yield key, record["class_index"], _decoded(run.store, key, files[key])
+                yield key, record["class_index"], decoded(run.store, key, files[key])
 
 
 def _note_left_out(run: StudiedRun, features: ImageFeatures, display: Display) -> None:
@@ -169,7 +169,12 @@ def _choose(table: pa.Table, options: EvaluateOptions) -> list[int]:
     return sorted(chosen)
 
 
-def _decoded(store: Store, key: str, data: bytes) -> PIL.Image.Image:
+def decoded(store: Store, key: str, data: bytes) -> PIL.Image.Image:
+    """The image of a sample.
+
+    Raises:
+        CorruptShardError: it cannot be decoded.
+    """
     try:
         return decode_sample(data)
     except UnusableImageError as error:

@@ -1,7 +1,8 @@
 """How good are a run's images? Against real ones, the training set and their texts; and where the target fails.
 
-Reads a bounded, evenly drawn sample of the stored images, writes `evaluation.json` and the report with it. Equal runs,
-options and images give equal figures on a CPU.
+Reads a bounded, evenly drawn sample of the stored images, writes `evaluation.json` and the report with it. Of guided
+samples without a twin it looks for the unguided one in the run, for all of them, and writes `twins.parquet`. Equal
+runs, options and images give equal figures on a CPU.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.images import open_images
-from engine.data.run.file_names import EVALUATION, MANIFEST, METADATA, REPORT
+from engine.data.run.file_names import EVALUATION, MANIFEST, METADATA, REPORT, TWINS_TABLE
 from engine.data.run.manifest_reading import read_manifest
+from engine.data.run.twins_table import FoundTwins, write_twins
 from engine.data.stores.base import STATE
 from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store, refuse_objects
@@ -39,6 +41,7 @@ from engine.studies.evaluate.memorisation import memorisation
 from engine.studies.evaluate.options import EvaluateOptions
 from engine.studies.evaluate.quality import qualities, text_scores
 from engine.studies.evaluate.slices import failure_slices
+from engine.studies.evaluate.twins import find_twins
 from engine.studies.output_folders import check_folder
 from engine.studies.samples import StudiedRun, choose_requests, open_study
 
@@ -51,12 +54,16 @@ class Evaluated:
 
     Attributes:
         document: address of `evaluation.json`.
+        twins: address of `twins.parquet`; empty without twins.
+        num_twins: how many it has.
         report: address of the report.
     """
 
     evaluation: Evaluation
     document: str
     report: str
+    twins: str = ""
+    num_twins: int = 0
 
 
 def evaluate(run_uri: str, options: EvaluateOptions, *, display: Display, folder: str | None = None) -> Evaluated:
@@ -80,26 +87,37 @@ def evaluate(run_uri: str, options: EvaluateOptions, *, display: Display, folder
         choose_requests(run, "--reference", [options.reference])
     if folder is not None:
         refuse_objects(folder, "--output", "an evaluation that does not go into its run")
-        check_folder(Path(folder).expanduser(), EVALUATION, (EVALUATION, REPORT, STATE), STUDY)
+        check_folder(Path(folder).expanduser(), EVALUATION, (EVALUATION, TWINS_TABLE, REPORT, STATE), STUDY)
     # Every process that writes into a run holds its lease.
     with hold(run.store, notice=display.notice) if folder is None else contextlib.nullcontext():
         return _write(run, options, display, folder)
 
 
 def _write(run: StudiedRun, options: EvaluateOptions, display: Display, folder: str | None) -> Evaluated:
-    evaluation = _evaluate(run, options, display)
+    evaluation, found = _evaluate(run, options, display)
     into = run.store if folder is None else open_store(str(Path(folder).expanduser()))
     try:
         into.replace(EVALUATION, evaluation.model_dump_json(indent=1).encode() + b"\n")
+        num_twins = len(found.rows) if found else 0
+        if found and num_twins:
+            write_twins(into, found)
+        else:
+            into.remove(TWINS_TABLE)
         display.phase("writing the report")
         write_report(run.store, into=into)
     finally:
         if folder is not None:
             into.leave()
-    return Evaluated(evaluation=evaluation, document=into.address(EVALUATION), report=into.address(REPORT))
+    return Evaluated(
+        evaluation=evaluation,
+        document=into.address(EVALUATION),
+        report=into.address(REPORT),
+        twins=into.address(TWINS_TABLE) if num_twins else "",
+        num_twins=num_twins,
+    )
 
 
-def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> Evaluation:
+def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> tuple[Evaluation, FoundTwins | None]:
     job, manifest = run.job, read_manifest(run.store)
     labels = _labels(run, manifest)
     for option, address in (("--real", options.real), ("--train", options.train)):
@@ -116,11 +134,12 @@ def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> Ev
     if options.real is not None:
         with_target = VisionModels(models.clip, models.extractor, target, clip_role=models.clip_role)
         real, real_source = read_real(options, labels, with_target, display)
+    twins = find_twins(run, models.clip, display)
     display.phase("measuring distances")
     quality = qualities(samples, real, names, models.extractor.name, options)
     nearest = memorisation(samples, real, names, labels, models, options, registry, display)
     display.phase("clustering failures")
-    return Evaluation(
+    evaluation = Evaluation(
         plan_digest=run.plan_digest,
         num_attempts=num_attempts,
         limit=options.limit,
@@ -135,6 +154,7 @@ def _evaluate(run: StudiedRun, options: EvaluateOptions, display: Display) -> Ev
         extremes=_extremes(job, samples, real, labels, registry) if real is not None else (),
         images=registry.images,
     )
+    return evaluation, twins
 
 
 def _labels(run: StudiedRun, manifest: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,0 +1,61 @@
+"""Starts and twins of the rows that a corpus selects, and of the samples of an export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from engine.data.reading.pairs import PAIR_COLUMNS, ImageFile, PairRows, check_any, decoded
+
+if TYPE_CHECKING:
+    from engine.data.reading.corpus import Corpus
+    from engine.data.reading.selection import Selection
+
+
+def pair_rows(corpus: Corpus) -> Iterator[PairRows]:
+    """What rows of each run say of starts and twins, without their other columns."""
+    for number, source in enumerate(corpus.runs):
+        yield PairRows(source, corpus.run_table(number, PAIR_COLUMNS))
+
+
+class SelectedPairs:
+    """The pairs of the samples of an export, by the keys that they have there.
+
+    Raises:
+        JobError: none of the samples has a start or a twin.
+        CorruptShardError: as `PairRows`.
+
+    Side effects:
+        Samples without a pair are taken out of the selection.
+    """
+
+    def __init__(self, corpus: Corpus, selection: Selection) -> None:
+        self._runs = list(pair_rows(corpus))
+        keys = [corpus.run_table(number, ["key"])["key"].to_pylist() for number in range(len(corpus.runs))]
+        own = {sample.key: (sample.run, keys[sample.run][sample.row]) for sample in selection.samples}
+        self._places = {key: (run, name) for key, (run, name) in own.items() if name in self._runs[run]}
+        selection.samples = [sample for sample in selection.samples if sample.key in self._places]
+        check_any(self._runs if selection.samples else (), len(corpus))
+
+    def images(self, key: str) -> tuple[ImageFile | None, ImageFile | None]:
+        """Start and twin of a sample.
+
+        Raises:
+            CorruptShardError: one is no image.
+        """
+        run, name = self._places[key]
+        files = {"start": self._runs[run].start(name), "twin": self._runs[run].twin(name)}
+        for what, file in files.items():
+            if file is not None:
+                decoded(self._runs[run].source, name, what, file)
+        return files["start"], files["twin"]
+
+    def twin_fields(self, key: str) -> dict[str, Any]:
+        """What a sample has of its twin, by column."""
+        run, name = self._places[key]
+        return self._runs[run].twin_fields(name)
+
+    def close(self) -> None:
+        """Close the tars."""
+        for pairs in self._runs:
+            pairs.close()
