@@ -106,6 +106,8 @@ def test_the_quickstart_is_valid(call):
 @pytest.mark.parametrize("job", ENGINE_JOBS, ids=lambda path: path.stem)
 def test_every_job_is_valid_offline(call, job):
     """Also those of real size, whose models are not here: an example with a stale key would greet its first user."""
+    if job.stem == "counterfactuals-cifar10" and not Path("runs/cifar10-photographs").is_dir():
+        pytest.skip("its photographs are data of others; see tests/test_counterfactuals.py")
     code, out, err = call("plan", job, "--validate")
     assert (code, err) == (0, "") and out.startswith(f"{job} is valid")
     assert ("not on this machine yet" in out) == job.stem.startswith("imagenet")

@@ -14,13 +14,16 @@ import pytest
 from bench.arms import arms_of
 from bench.sizes import random_setting
 from gpu_session import LIMIT_SECONDS, NO_TIME, Step, pack, parse, run_steps, session_steps
-from gpu_steps import common, compiling, decoder, runs, sharing, versions
+from gpu_steps import common, compiling, counterfactuals, decoder, runs, sharing, versions
 from gpu_steps.common import parser
 
 from engine.job.parsing import parse_job
 from tests.conftest import REPOSITORY
 
-PROGRAMS = {"versions": versions, "decoder": decoder, "run": runs, "sharing": sharing, "compile": compiling}
+PROGRAMS = {
+    "versions": versions, "decoder": decoder, "run": runs, "sharing": sharing, "compile": compiling,
+    "counterfactuals": counterfactuals,
+}  # fmt: skip
 FIRST_TEN_MINUTES = ("versions", "decoder", "precision", "run", "benchmark", "sharing")
 BENCHMARKS = ("benchmark", "goals", "digits", "sd21-unclip")
 

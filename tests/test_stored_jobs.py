@@ -56,7 +56,8 @@ def plan_of(job: JobSpec):
 def check_stored(raw: dict[str, Any], folder: Path) -> JobSpec:
     """Begin a run of a job, then read it as `run`, `status`, `verify`, `rescore`, `retrain` and `evaluate` do."""
     raw = copy.deepcopy(raw) | {"output": raw["output"] | {"uri": str(folder)}}
-    job = dated(parse_job(raw), TODAY)
+    # A stored job has a request for each strength, and nothing of the places in its file.
+    job = parse_job(dated(parse_job(raw), TODAY).model_dump(mode="json"))
     store, plan = open_store(str(folder)), plan_of(job)
     open_output(store, plan, job, "auto", confirmed=False)
 

@@ -47,6 +47,7 @@ LIMIT_SECONDS = {
     "benchmark": 150.0,
     "sharing": 90.0,
     "compile": 240.0,
+    "counterfactuals": 300.0,
     "tests": 900.0,
     "goals": 500.0,
     "digits": 400.0,
@@ -60,6 +61,7 @@ PROGRAMS = {
     "run": "runs",
     "sharing": "sharing",
     "compile": "compiling",
+    "counterfactuals": "counterfactuals",
 }
 # Of the benchmark: what the goals speak of, with the full decoder and with the tiny one.
 GOAL_ARMS = (

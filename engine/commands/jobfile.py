@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,29 @@ def import_factories(addresses: Iterable[str | None], *folders: Path) -> None:
     """
     if any(factories(addresses)):
         add_import_folders(str(folder.resolve()) for folder in folders)
+
+
+@contextlib.contextmanager
+def quoting_comments(path: Path) -> Iterator[None]:
+    """Add what a job file says in a comment next to an address to the problem that nothing is there.
+
+    So that whoever shares a job without its images can say how to get them.
+    """
+    try:
+        yield
+    except JobError as error:
+        problems = [f"{problem}{_comment(path, problem)}" for problem in error.problems]
+        if problems == error.problems:
+            raise
+        raise JobError(problems) from None
+
+
+def _comment(path: Path, problem: str) -> str:
+    """The comment on the line of the missing address in a problem; empty without."""
+    if missing := re.search(r"there is no '([^']+)'", problem):
+        found = re.search(rf"{re.escape(missing[1])}[^#\n]*\s#\s*(.*\S)", _text(path))
+        return f"; {path} says: {found[1]}" if found else ""
+    return ""
 
 
 def parse_override(text: str) -> tuple[str, Any]:

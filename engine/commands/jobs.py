@@ -160,6 +160,7 @@ def schema() -> None:
 
 def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     """Check everything that can be checked without loading or downloading a model."""
+    from engine.commands.jobfile import quoting_comments
     from engine.data.run.output_folder import check_output
     from engine.data.stores.opening import open_store
     from engine.driver.checks import check_hardware, find_start_images
@@ -173,7 +174,8 @@ def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     check_output(open_store(job.output.uri))
     labels = read_labels(job.models.target)
     if labels is not None:
-        find_start_images(resolve_requests(job, labels), labels)
+        with quoting_comments(path):
+            find_start_images(resolve_requests(job, labels), labels)
     missing, target = missing_artefacts(job), _described_target(job)
     if as_json:
         print_json({"valid": True, "classes_checked": labels is not None, "to_prepare": missing, "target": target})

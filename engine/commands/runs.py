@@ -72,7 +72,10 @@ def run(
     limits = _limits(grace, deadline, max_duration)
     check_address(address, executor)
     spec = load_job(job, set_, output=output, workers=workers, continues=resume != "overwrite")
-    _run(spec, executor, address, resume=resume, confirmed=yes, limits=limits)
+    from engine.commands.jobfile import quoting_comments
+
+    with quoting_comments(job):
+        _run(spec, executor, address, resume=resume, confirmed=yes, limits=limits)
 
 
 def retry(

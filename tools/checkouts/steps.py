@@ -18,6 +18,11 @@ SMALLER: dict[str, dict[str, Any]] = {
         "requests.1.contexts": "['', red ink, small]", "requests.2.classes": "[three, eight]", "requests.2.count": 12,
         "output.samples_per_shard": 16,
     },
+    "counterfactuals-digits": {
+        f"requests.{number}.{key}": value
+        for number in range(2)
+        for key, value in {"classes": "[three, eight]", "count": 2, "start.strength": "[0, 0.3, 1]"}.items()
+    },
     "nightly-stress": {
         "requests.0.count": 1, "requests.0.contexts": "['', red ink, small]", "requests.1.classes": "[three]",
         # More than the first round of 16 attempts gives: a second round grows the plan.
@@ -38,6 +43,8 @@ ARTEFACTS: dict[str, list[tuple[str, ...]]] = {
 # Instead of today's date in requests that are `fresh`: both checkouts must draw the same noise.
 FRESH_DATE = "2026-11-21"
 ZOO = "zoo:"
+# Of the sets of images that need no file.
+NAMED = "digits:"
 # The job file, as seen from the working folders.
 JOB = "../../job.yaml"
 
@@ -126,8 +133,11 @@ def exclusion_reason(raw: dict[str, Any]) -> str:
     models = {**raw["models"], "safety_checker": None, "requests": [one.get("diffusion") for one in raw["requests"]]}
     groups = [group if isinstance(group, list) else [group] for group in models.values()]
     addresses = [address for group in groups for address in group if address]
-    others = [address for address in addresses if not address.startswith(ZOO)]
-    return f"needs models that are not in the zoo: {', '.join(others)}" if others else ""
+    if others := [address for address in addresses if not address.startswith(ZOO)]:
+        return f"needs models that are not in the zoo: {', '.join(others)}"
+    starts = {one["start"]["images"] for one in raw["requests"] if "start" in one}
+    unnamed = sorted(images for images in starts if not images.startswith(NAMED))
+    return f"starts from images that are not in the repository: {', '.join(unnamed)}" if unnamed else ""
 
 
 def plan_steps(name: str, text: str, *, whole: bool, runs_only: bool) -> Job:

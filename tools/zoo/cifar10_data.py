@@ -40,8 +40,12 @@ def load_train(folder: Path) -> Photographs:
 
 def load_test(folder: Path, part: str) -> Photographs:
     """Half of 5,000 test images: `tuning` for statistics and calibration, `reported` for figures alone."""
+    return load_test_rows(folder, slice(NUM_TUNING_ROWS) if part == "tuning" else slice(NUM_TUNING_ROWS, None))
+
+
+def load_test_rows(folder: Path, rows: slice) -> Photographs:
+    """Some of the 5,000 test images, as many of them as there are."""
     whole = _load([folder / "cifar10" / "cifar10_test_5000.npz"])
-    rows = slice(None, NUM_TUNING_ROWS) if part == "tuning" else slice(NUM_TUNING_ROWS, None)
     return Photographs(whole.images[rows], whole.labels[rows])
 
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar10_data import CLASS_NAMES, Photographs, load_test, load_train
+from cifar10_data import load_test, load_train
+from cifar10_folder import by_path, save_images
 from cifar10_models import (
     CPU,
     GPU,
@@ -35,7 +36,6 @@ from cifar10_models import (
     train_unclip,
 )
 from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
-from PIL import Image
 from residual_networks import ResidualNetwork
 from targets.cifar_resnets import ENVIRONMENT
 from train_digits import write_checksums
@@ -120,7 +120,7 @@ def publish_conditioning(output: Path, data_folder: Path) -> None:
     os.environ[ENVIRONMENT] = str(data_folder)
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images"
-        save_images(load_test(data_folder, "tuning"), images)
+        save_images(by_path(load_test(data_folder, "tuning")), images)
         for name, target in TARGETS.items():
             shown = PlainDisplay(sys.stderr)
             job = conditioned_job(target)
@@ -136,14 +136,6 @@ def conditioned_job(target: str) -> JobSpec:
     models = {"diffusion": "zoo:cifar10/stable-unclip", "clip": "zoo:cifar10/clip", "target": target}
     request = {"name": "all", "method": "prompt", "classes": "all", "count": 1, "conditioning": "none"}
     return parse_job({"name": "cifar10", "models": models, "requests": [request], "output": {"uri": "unused"}})
-
-
-def save_images(photographs: Photographs, folder: Path) -> None:
-    """One folder a class, one PNG an image."""
-    for row, (image, label) in enumerate(zip(photographs.images, photographs.labels, strict=True)):
-        path = folder / CLASS_NAMES[label] / f"{row:05d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
 
 
 def main() -> None:
