@@ -29,12 +29,12 @@ def test_images_are_drawn_from_all_shards(store: Store, num_samples: int) -> Non
     """As many as are asked for, about equally many of each shard, none twice; the same ones every time."""
     job, plan = stored_plan(store)
     chosen = list(_choose(store, job, plan, num_samples))
-    keys = [spec.key for spec, _, _ in chosen]
+    keys = [spec.key for spec, *_ in chosen]
     assert len(keys) == len(set(keys)) == min(num_samples, 20)
-    assert all(image and record["key"] == spec.key for spec, image, record in chosen)
+    assert all(image and record["key"] == spec.key for spec, image, record, *_ in chosen)
     shard_of = {sample.key: shard.number for shard in plan.shards() for sample in plan.samples(shard)}
     assert max(Counter(shard_of[key] for key in keys).values()) <= -(-num_samples // 5)
-    assert [spec.key for spec, _, _ in _choose(store, job, plan, num_samples)] == keys
+    assert [spec.key for spec, *_ in _choose(store, job, plan, num_samples)] == keys
 
 
 def test_a_difference_in_either_direction_is_one_beyond_the_tolerance() -> None:
