@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -51,9 +52,14 @@ Bend = Callable[[Path], object]
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of three shards, with an evaluation and new scores."""
-    run = tmp_path_factory.mktemp("sound") / "run"
-    run_sleepy(run, 1, LocalExecutor(1))
+    """A finished run of three shards with starts and some twins, with an evaluation and new scores."""
+    home = tmp_path_factory.mktemp("sound")
+    run, images = home / "run", home / "images"
+    for number in range(10):
+        (images / str(number)).mkdir(parents=True)
+        PIL.Image.new("RGB", (4, 4)).save(images / str(number) / "a.png")
+    paired = {"method": "risky", "twin": True, "start": {"images": str(images), "strength": 0.5}}
+    run_sleepy(run, 1, LocalExecutor(1), request=paired)
     (run / EVALUATION).write_text(json.dumps(EVALUATED))
     _find_twins(run)
     scores = run / RESCORED
@@ -157,6 +163,8 @@ FILES = {
     "lease": "_state/lease/*.json",
     "events": "_state/events/*.jsonl",
     "tar": "shards/sleepy-000001.tar",
+    "twin-tar": "twins/sleepy-000001.tar",
+    "start-tar": "starts/sleepy-000001.tar",
     "parquet": "shards/sleepy-000001.parquet",
     "metadata": METADATA,
     "manifest": MANIFEST,
@@ -340,7 +348,8 @@ def test_a_bent_file_is_named(
     path = place_of(run, role)
     BENDS[bend](path)
     # Where a shard is missing, `retry` would load models and make it.
-    writing = WRITING + SCORING + (["retry"] if role not in ("record", "tar", "parquet") else [])
+    is_of_shard = role in ("record", "tar", "twin-tar", "start-tar", "parquet")
+    writing = WRITING + SCORING + ([] if is_of_shard else ["retry"])
     names = [*random.Random(f"{role}{bend}").sample(READING, 3), random.Random(bend + role).choice(writing)]
     for name in names:
         code, out, err = call(commands(run)[name], capsys, monkeypatch)
