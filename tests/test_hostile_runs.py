@@ -426,6 +426,19 @@ def test_a_plan_of_other_classes_is_named(
         assert code == 2 and "cannot be read as the plan of a run" in err, (out, err)
 
 
+@pytest.mark.parametrize("requests", [None, "x", [None], [{}], [{"name": {}}]])
+def test_a_plan_of_other_requests_is_named(
+    run: Path, requests: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are compared with those of a job by their names."""
+    path = place_of(run, "plan")
+    plan = json.loads(path.read_text())
+    plan["identity"]["requests"] = requests
+    path.write_text(json.dumps(plan))
+    code, _, err = call(commands(run)["status"], capsys, monkeypatch)
+    assert code == 2 and "cannot be read as the plan of a run" in err
+
+
 def test_a_manifest_whose_name_leads_elsewhere_is_named(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -520,13 +520,23 @@ def test_as_many_images_are_kept_as_a_plan_can_ask_for(folder):
     assert StartSets(plan_job(job, Told()))._needed(str(folder)) == {3: 9, 8: 3}
 
 
-def test_another_strength_is_named_at_its_place_in_the_file(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("strengths", "wanted", "lines"),
+    [
+        ([0.25, 0.5], 0.75, ["requests.1.start.strength: 0.5 -> 0.75"]),
+        ([0.25, 0.5, 0.75], 0.5, ['requests.0: absent -> "a-s075"']),
+        ([0.25], 0.5, ['requests: "a-s050" -> absent']),
+        ([0.25, 0.75], 0.5, ['requests.0.name: "a-s050" -> "a-s075"', "requests.0.start.strength: 0.5 -> 0.75"]),
+        ([0.5, 0.25], 0.5, ["requests: in another order"]),
+    ],
+)
+def test_another_list_of_strengths_is_told_in_the_files_terms(strengths, wanted, lines, folder, tmp_path):
     """A run with another list is another plan; the second request of the file is not the third."""
-    store = open_store(str(tmp_path / "run"))
-    lists = [request("a", folder, [0.25, 0.5]), request("b", folder, 0.5)]
-    job = parse_job(raw_job(*lists))
-    open_output(store, plan_job(job), job, "auto", confirmed=False)
-    lists[1]["start"]["strength"] = 0.75
-    other = parse_job(raw_job(*lists))
-    with pytest.raises(OutputError, match=r"requests\.1\.start\.strength: 0\.5 -> 0\.75"):
-        open_output(store, plan_job(other), other, "auto", confirmed=False)
+    store, output = open_store(str(tmp_path / "run")), []
+    for own, other in ([-0.0, 0.25, 0.5], 0.5), ([0, *strengths], wanted):
+        job = parse_job(raw_job(request("a", folder, own), request("b", folder, other)))
+        output.append((store, plan_job(job), job))
+    open_output(*output[0], "auto", confirmed=False)
+    with pytest.raises(OutputError, match="holds a run with another plan") as caught:
+        open_output(*output[1], "auto", confirmed=False)
+    assert [line.strip() for line in str(caught.value).splitlines()[1:-1]] == lines
