@@ -450,6 +450,17 @@ def test_a_manifest_whose_name_leads_elsewhere_is_named(
     assert METADATA not in err
 
 
+@pytest.mark.parametrize("address", ["a" * 5000, "\0", "..", "/dev/null"])
+def test_an_odd_address_of_the_run_that_was_rescored_is_named(
+    run: Path, address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No path has some of them."""
+    path = place_of(run, "scores-manifest")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rescored_from": {"uri": address}}))
+    code, out, err = call(commands(run)["inspect-scores"], capsys, monkeypatch)
+    check("inspect-scores", path, code, out, err)
+
+
 def test_verify_goes_on_past_damaged_records(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
