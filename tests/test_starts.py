@@ -31,12 +31,13 @@ from engine.generation.given_images import read_for
 from engine.generation.starts import Size, StartImages, StartSets, fitted
 from engine.job.parsing import apply_overrides, job_schema, parse_job
 from engine.job.plan import Cell, SampleSpec
+from engine.job.records import TWINS
 from engine.methods.sampling.loop import Start, sample
 from engine.models.pipelines.base import LATENTS
 from engine.studies.loop.parsing import parse_loop
 from engine.studies.retrain.results import _dependences
 from tests.loop_cases import digits_job
-from tests.strike import struck
+from tests.strike import kill_at
 
 ZOO = "zoo:digits/"
 MODELS = {"diffusion": f"{ZOO}stable-diffusion", "clip": f"{ZOO}clip", "target": f"{ZOO}classifier"}
@@ -220,8 +221,13 @@ def test_unclip_starts_with_the_noise_of_its_latents(folder, monkeypatch):
     conditioning = {"images": str(folder), "noise_level": 100}
     requests = [request(name, folder, share, conditioning=conditioning, classes=["three"])
                 for name, share in (("half", 0.5), ("one", 1), ("usual", None))]  # fmt: skip
-    made = Made(raw_job(*requests, models={"diffusion": f"{ZOO}stable-unclip"}))
+    requests += [requests[0] | {"name": "guided", "method": "risky", "twin": True}]
+    made = Made(raw_job(*requests, models={"diffusion": f"{ZOO}stable-unclip"}, guidance={"risky": {"every": 1}}))
     assert [one.image for one in made.results("one")] == [one.image for one in made.results("usual")]
+    # A twin has the draws and the start of its sample, and a multistep sampler without its history.
+    for one, other in zip(made.results("guided"), made.results("half"), strict=True):
+        assert one.companions[TWINS].image() == other.image != one.image
+        assert one.record["twin_risk"] == other.record["risk"] and one.record["start_key"] == other.record["start_key"]
     assert len(opened_images) == 2
     generator, plans = made.generator, made.requests
     specs = [plans["half"].sample(place) for place in range(4)]
@@ -378,11 +384,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(made, folder, tmp_path, call, mo
     options = {"guidance": {"risky": {"every": 1}}, "runtime": {"device": "cpu", "workers": 1}}
     path.write_text(yaml.safe_dump(raw_job(*pair, **options)))
     run = ["run", path, "--executor", "local", "--output", tmp_path / "run", "--set", "output.samples_per_shard=3"]
-    monkeypatch.setenv("TMPDIR", str(scratch))
-    process = struck(signal.SIGKILL, "os.link", "*-000002.tar", 1, *run)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not list(scratch.glob("riskforge-starts-*"))
-    monkeypatch.delenv("TMPDIR")
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(scratch))
+        kill_at("os.link", "*-000002.tar", 1, lambda: call(*run))
+    assert not list(scratch.glob("riskforge-starts-*"))
     grown = [*run, "--set", "requests.0.count=3"]
     assert call(*grown)[0] == 0
     found = {kind: members(tmp_path / "run", kind) for kind in ("shards", "starts")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from pathlib import Path
@@ -27,18 +26,14 @@ from engine.data.run.shards import read_shard
 from engine.data.run.stored_plan import stored_plan
 from engine.data.run.verify import verify
 from engine.data.stores.opening import open_store
-from engine.driver.checks import check_job
 from engine.driver.cost import BYTES_PER_RECORD, job_cost
-from engine.driver.progress import PlainDisplay
 from engine.errors import CorruptShardError
-from engine.generation.generator import Generator
 from engine.generation.notices import Notices
 from engine.generation.pairs import no_twin, psnr_db
 from engine.generation.rescorer import rescore
 from engine.generation.results import NOT_FINITE, ImageBatch, SampledImages
 from engine.generation.scorer import Scorer
 from engine.job.acceptance import is_accepted
-from engine.job.parsing import parse_job
 from engine.job.records import STARTS, TWINS
 from engine.methods.guidance.rules import GradientHealth
 from engine.models.classifier import Classifier
@@ -106,24 +101,6 @@ def test_a_twin_is_the_sample_that_the_prompt_alone_makes(run: Path) -> None:
         assert image == other
         assert twin | {"key": "", "request": ""} == sample | {"key": "", "request": ""}
         assert twin["start_key"] and twin["start_distance"] > 0
-
-
-def test_a_twin_has_the_draws_of_its_sample_and_a_sampler_of_its_own(tmp_path: Path) -> None:
-    """Image embedding and its noise of a Stable unCLIP pipeline; no history of a multistep scheduler; and its noise."""
-    models = JOB["models"] | {"diffusion": "zoo:digits/stable-unclip"}
-    conditioning = {"artefact": "zoo:digits/conditioning", "screening": False}
-    pair = [request | {"conditioning": conditioning} for request in JOB["requests"][:2]]
-    sampling = JOB["sampling"] | {"scheduler": "lms"}
-    raw = JOB | {"models": models, "requests": pair, "sampling": sampling, "output": {"uri": str(tmp_path / "run")}}
-    checked = check_job(parse_job(raw), PlainDisplay(io.StringIO()), lambda: None)
-    generator, requests = Generator(checked.job, checked.plan), checked.plan.requests
-    guided, plain = (
-        generator.next_batch(number, [requests[number].sample(position) for position in range(3)])
-        for number in range(2)
-    )
-    for one, other in zip(guided, plain, strict=True):
-        assert one.companions[TWINS].image() == other.image != one.image
-        assert one.record["twin_risk"] == other.record["risk"] and one.record["start_key"] == other.record["start_key"]
 
 
 def test_what_is_measured_of_two_images_is_measured_of_the_stored_ones(run: Path) -> None:
