@@ -124,7 +124,9 @@ def check(name: str, path: Path, code: int, out: str, err: str, *, is_named: boo
     """A command ended as it may where a file is bent."""
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code in CODES and "Traceback" not in err, (code, err)
-    assert all(len(line) < MAX_CHARS for line in [*lines, *out.splitlines()] if name != "status"), err[:2000]
+    assert all(
+        len(line) < MAX_CHARS for line in [*lines, *out.splitlines()] if name not in ("status", "inspect-key")
+    ), err[:2000]
     if code and name != "verify":
         assert lines, (out, err)
         wanted = (path.name, str(path.parent), "other plan", "another plan", "there is no run")
@@ -281,6 +283,7 @@ ODD: dict[str, list[Any]] = {
     "string": ["", "no-hyphens-at-the-end-", "nohyphens", "../../x", "a" * 5000, "\x1b[31m\n", None],
     "bool": [True, False, None],
     "list": [[], None, [-1] * 50],
+    "entries": [[], None],
 }
 
 
@@ -288,6 +291,8 @@ def kind_of(column: pa.DataType) -> str:
     """The entry of `ODD` for a type of columns."""
     if pa.types.is_integer(column):
         return "int64" if column.bit_width == 64 else "int"
+    if pa.types.is_list(column) and pa.types.is_struct(column.value_type):
+        return "entries"
     kinds = {"float": pa.types.is_floating, "string": pa.types.is_string, "bool": pa.types.is_boolean}
     return next((kind for kind, is_kind in kinds.items() if is_kind(column)), "list")
 
@@ -410,6 +415,37 @@ def test_bent_rows_are_named(
         code, out, err = call(commands(run)[name], capsys, monkeypatch)
         # Commands look at rows by the run, and `--key` at those that there are.
         check(name, path, code, out, err, is_named=False)
+
+
+@pytest.mark.parametrize("name", ["twin_risk", "twin_key", "twin_predicted_class"])
+def test_what_no_twin_has_is_not_exported(
+    run: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pairs are found by the rows, which are checked as a record before they are written."""
+    path = place_of(run, "metadata")
+    with_column(path, name, {"twin_risk": math.inf}.get(name), every=True)
+    code, out, err = call(commands(run)["export-pairs"], capsys, monkeypatch)
+    check("export-pairs", path, code, out, err)
+    assert code or name == "twin_key"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "command"), [("duration_seconds", math.nan, "merge"), ("risk", 1e308, "report")]
+)
+def test_numbers_that_no_run_writes_end_no_command_in_a_traceback(
+    run: Path,
+    name: str,
+    value: float,
+    command: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What depends on the run is checked as records are; axes end where numbers do."""
+    path = place_of(run, "metadata")
+    with_column(path, name, value, every=True)
+    code, out, err = call(commands(run)[command], capsys, monkeypatch)
+    check(command, path, code, out, err, is_named=False)
+    assert bool(code) == (command == "merge")
 
 
 @pytest.mark.parametrize("classes", [[None], ["x"], [[1]], [1.5], [-1], [True], "one", {"a": 1}, None, 3])

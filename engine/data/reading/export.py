@@ -207,7 +207,7 @@ class _Export:
             if number < len(kept):
                 result = self._reader.read(kept[number])
                 if self._pairs:
-                    result.record |= self._pairs.twin_fields(kept[number].key)
+                    result.record = self._pairs.with_twin(result.record)
                 yield result, self._reader.format_of(kept[number])
             else:
                 yield real.read(number - len(kept), self._labels), image_format
