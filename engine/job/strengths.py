@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from engine.job.spec import MAX_NAME, MAX_REQUESTS, NAME_PATTERN
 from engine.job.spec_messages import Location, Problem, number_as_text, shown
@@ -123,7 +123,7 @@ def _value_problem(value: Any) -> str:
     return ""
 
 
-def _is_name(name: Any) -> bool:
+def _is_name(name: Any) -> TypeGuard[str]:
     """Whether names can be made of a name; another is refused as it is."""
     return isinstance(name, str) and bool(re.fullmatch(NAME_PATTERN, name)) and len(name) <= MAX_NAME
 

@@ -121,7 +121,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], plan: Plan) -> list[s
     """
     before, after = ({one["name"]: one for one in identity["requests"]} for identity in (old, new))
     where = {request.spec.name: request.where for request in plan.requests}
-    lines = difference(*(identity | {"requests": []} for identity in (old, new)))
+    lines = difference(old | {"requests": []}, new | {"requests": []})
     # Requests between which others were put, or taken out, are the same ones; in their old places they are renamed.
     common = before.keys() & after.keys()
     renamed = [pair for pair in zip(before, after, strict=False) if not common.intersection(pair)]
