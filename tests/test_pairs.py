@@ -218,6 +218,7 @@ def test_a_run_of_an_earlier_version_has_found_twins(tmp_path: Path, version: in
         assert pair.twin is not None and pixels(pair.twin) == pixels(images_of(uri)[stored[-1]["key"]])
     section = section_of(store)
     assert "<b>between:</b> 5 samples with a twin, median PSNR 45.0 dB: people hardly tell" in section
+    assert "Distance to the twin" in section and "Distance to the start" not in section
     assert section.count("data-twin_psnr_db") == 5 and "zoo:c, of twins that an evaluation found a" in section
 
 
