@@ -27,8 +27,9 @@ import pytest
 from engine import cli
 from engine.data.run.commit_record import COMMITS
 from engine.data.run.commits import compact_commits
-from engine.data.run.file_names import EVALUATION, MANIFEST, METADATA
+from engine.data.run.file_names import EVALUATION, MANIFEST, METADATA, TWINS_TABLE
 from engine.data.run.schema import arrow_schema
+from engine.data.run.twins_table import FoundTwins, twins_table, write_twins
 from engine.data.stores.opening import open_store
 from engine.driver.executors.local import LocalExecutor
 from engine.errors import EXIT_DAMAGED, EXIT_OK, JobError
@@ -54,6 +55,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("sound") / "run"
     run_sleepy(run, 1, LocalExecutor(1))
     (run / EVALUATION).write_text(json.dumps(EVALUATED))
+    _find_twins(run)
     scores = run / RESCORED
     (scores / "_state").mkdir(parents=True)
     manifest = json.loads((run / MANIFEST).read_text())
@@ -62,6 +64,15 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (scores / "_state/rescoring.json").write_text("{}")
     (scores / "_SUCCESS").write_text("")
     return run
+
+
+def _find_twins(run: Path) -> None:
+    """As an evaluation does; here each sample is its own."""
+    keys = pq.read_table(run / METADATA)["key"].to_pylist()
+    fields = {"twin_psnr_db": 30.0, "twin_distance": 0.5, "twin_predicted_class": 1, "twin_risk": 1.0}
+    digest = json.loads((run / MANIFEST).read_text())["plan_digest"]
+    rows = twins_table([{"key": key, "twin_key": key} | fields for key in keys])
+    write_twins(open_store(str(run)), FoundTwins(rows=rows, plan_digest=digest, num_attempts=len(keys), clip="c"))
 
 
 EVALUATED: dict[str, Any] = {
@@ -129,6 +140,7 @@ def commands(run: Path) -> dict[str, list[str]]:
         "merge": ["merge", str(run), "--output", str(out / "merged")],
         "export": ["export", str(run), "--output", str(out / "exported")],
         "export-parquet": ["export", str(run), "--output", str(out / "exported-parquet"), "--format", "parquet"],
+        "export-pairs": ["export", str(run), "--output", str(out / "exported-pairs"), "--format", "pairs"],
         "evaluate": ["evaluate", str(run), "--real", str(out / "nothing")],
         "rescore": ["rescore", str(run), "--target", str(out / "nothing")],
         "report": ["report", str(run)],
@@ -149,6 +161,7 @@ FILES = {
     "metadata": METADATA,
     "manifest": MANIFEST,
     "evaluation": EVALUATION,
+    "twins": TWINS_TABLE,
     "success": "_SUCCESS",
     "wids": "shards/wids.json",
     "scores-manifest": f"{RESCORED}/{MANIFEST}",
@@ -310,6 +323,7 @@ READING = [
     "inspect-scores",
     "compare-scores",
     "export-parquet",
+    "export-pairs",
 ]
 WRITING = ["report", "repair", "merge", "compare"]
 # These alone load torch; nothing comes of them, as what they are to score with is not there.

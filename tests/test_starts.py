@@ -21,13 +21,15 @@ import torch
 import yaml
 
 from engine.data.images import LabelledImage, image_key, open_images
+from engine.data.run.resume import open_output
+from engine.data.stores.opening import open_store
 from engine.driver.checks import plan_job
-from engine.errors import JobError
+from engine.errors import JobError, OutputError
 from engine.generation import given_images
 from engine.generation.generator import Generator
 from engine.generation.given_images import read_for
-from engine.generation.starts import Size, StartImages, fitted
-from engine.job.parsing import apply_overrides, parse_job
+from engine.generation.starts import Size, StartImages, StartSets, fitted
+from engine.job.parsing import apply_overrides, job_schema, parse_job
 from engine.job.plan import Cell, SampleSpec
 from engine.methods.sampling.loop import Start, sample
 from engine.models.pipelines.base import LATENTS
@@ -417,6 +419,8 @@ def test_a_list_makes_one_request_of_each_value():
     assert [one.start.strength for one in job.requests] == [0.3, 0.125, 1, 0, 0.05, 0.3] and json.dumps(raw) == kept
     stored = job.model_dump(mode="json")
     assert parse_job(stored).model_dump(mode="json") == stored
+    [single, several] = job_schema()["$defs"]["StartSpec"]["properties"]["strength"]["anyOf"]
+    assert single["type"] == "number" and several["items"] == single and several["maxItems"] == 100
     [*_, group] = parse_job(raw_job(request("a", "x", [0.3]))).requests
     assert (group.name, group.seed_group) == ("a-s030", "all")
     one = parse_job(apply_overrides(raw, [("requests.0.start.strength", 0.5)]))
@@ -437,6 +441,7 @@ NAN = float("nan")
         ([{"strength": [True]}], ["0.start.strength.0: True is not a number; give one from 0 to 1"]),
         ([{"strength": ["0.3", 10**400]}], ["0.start.strength.0: '0.3' is not a number; give one from 0 to 1",
                                             "0.start.strength.1: 1000*... is above 1; give a number from 0 to 1"]),
+        ([{"start": "digits:test"}], ["0.start: 'digits:test' is not a mapping with `images` and `strength`"]),
         ([{"strength": NAN}], ["0.start.strength: nan is not a finite number"]),
         ([{"strength": True}], ["0.start.strength: True is not a number"]),
         ([{"strength": [place / 1000 for place in range(101)]}],
@@ -499,3 +504,24 @@ def test_a_study_says_where_test_images_were_started_from(folder):
     options = SimpleNamespace(test=str(folder))
     study = SimpleNamespace(options=options, plain=["a-s050"], risky=["a-s100"], run=SimpleNamespace(job=job))
     assert _dependences(study, 0) == ["Not independent: the samples of a-s050 start from the images of --test."]
+
+
+def test_as_many_images_are_kept_as_a_plan_can_ask_for(folder):
+    """Of a quota for every attempt, of a joint prompt a share of each class; strength 1 asks for none."""
+    quota = request("quota", folder, 0.5, classes=["three"], count=2, accept={"is_error": True}, max_attempts=9)
+    joint = request("joint", folder, 0.5, method="boundary", classes=None, boundary=[*CLASSES], count=5)
+    whole = request("whole", folder, 1, count=500)
+    job = parse_job(raw_job(quota, joint, whole, guidance={"boundary": {"every": 1}}))
+    assert StartSets(plan_job(job, Told()))._needed(str(folder)) == {3: 9, 8: 3}
+
+
+def test_another_strength_is_named_at_its_place_in_the_file(folder, tmp_path):
+    """A run with another list is another plan; the second request of the file is not the third."""
+    store = open_store(str(tmp_path / "run"))
+    lists = [request("a", folder, [0.25, 0.5]), request("b", folder, 0.5)]
+    job = parse_job(raw_job(*lists))
+    open_output(store, plan_job(job), job, "auto", confirmed=False)
+    lists[1]["start"]["strength"] = 0.75
+    other = parse_job(raw_job(*lists))
+    with pytest.raises(OutputError, match=r"requests\.1\.start\.strength: 0\.5 -> 0\.75"):
+        open_output(store, plan_job(other), other, "auto", confirmed=False)

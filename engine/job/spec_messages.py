@@ -49,6 +49,8 @@ def explain(root: type[BaseModel], item: Any, location: Location) -> str:
         return "missing; this key is required"
     if key == "conditioning":
         return f"{value} is neither the address of an artefact nor a mapping with `artefact` or `images`"
+    if key == "start":
+        return f"{value} is not a mapping with `images` and `strength`"
     if key == "max_attempts":
         return f"{value} is neither a number of attempts a class, such as 400, nor a multiple of `count`, such as 4x"
     if kind in ("int_type", "float_type") and _is_number(item["input"]):

@@ -28,8 +28,8 @@ class Place(NamedTuple):
 
     def location(self, inner: Location) -> Location:
         """The location in the job file of a location in the request."""
-        is_value = inner == _FIELD and self.value is not None
-        return ("requests", self.number, *inner, *((self.value,) if is_value and self.value is not None else ()))
+        value = () if self.value is None or inner != _FIELD else (self.value,)
+        return ("requests", self.number, *inner, *value)
 
 
 class Expanded(NamedTuple):
