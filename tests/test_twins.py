@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -26,14 +27,18 @@ from engine.data.run.shards import read_shard
 from engine.data.run.stored_plan import stored_plan
 from engine.data.run.verify import verify
 from engine.data.stores.opening import open_store
+from engine.driver.checks import check_job
 from engine.driver.cost import BYTES_PER_RECORD, job_cost
+from engine.driver.progress import PlainDisplay
 from engine.errors import CorruptShardError
+from engine.generation.generator import Generator
 from engine.generation.notices import Notices
 from engine.generation.pairs import no_twin, psnr_db
 from engine.generation.rescorer import rescore
 from engine.generation.results import NOT_FINITE, ImageBatch, SampledImages
 from engine.generation.scorer import Scorer
 from engine.job.acceptance import is_accepted
+from engine.job.parsing import parse_job
 from engine.job.records import STARTS, TWINS
 from engine.methods.guidance.rules import GradientHealth
 from engine.models.classifier import Classifier
@@ -143,6 +148,18 @@ def test_real_images_are_not_marked_as_synthetic(run: Path) -> None:
         assert {b"trainedAlgorithmicMedia" in image for image, _ in stored(run, folder).values()} == {marked}
     items = list(open_images(str(run / STARTS), DIGITS).read())
     assert not any(item.is_synthetic for item in items) and len(items) == 8
+
+
+def test_a_start_that_a_model_made_stays_marked(run: Path, tmp_path: Path) -> None:
+    """Samples of a run are no photographs, also where others start from them."""
+    raw = JOB | {"output": {"uri": str(tmp_path / "run")}, "requests": [JOB["requests"][1] | {"count": 1}]}
+    marked = []
+    for images in (run / "shards", run / STARTS):
+        raw["requests"][0] |= {"start": START | {"images": str(images)}}
+        checked = check_job(parse_job(raw), PlainDisplay(io.StringIO()), lambda: None)
+        results = Generator(checked.job, checked.plan).next_batch(0, [checked.plan.requests[0].sample(0)])
+        marked.append([b"trainedAlgorithmicMedia" in one.companions[STARTS].image() for one in results])
+    assert marked == [[True], [False]]
 
 
 @pytest.mark.parametrize("folder", ["shards", *COMPANIONS])
