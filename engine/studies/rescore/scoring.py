@@ -19,8 +19,6 @@ from engine.job.spec import JobSpec
 from engine.studies.rescore.inputs import Models, Rescoring
 
 if TYPE_CHECKING:
-    import PIL.Image
-
     from engine.models.classifier import Classifier
 
 NOT_STORED = "not scored again: no image is stored"
@@ -74,11 +72,13 @@ class Scoring:
         """
         import torch
 
+        from engine.data.images.decode import decode_stored
         from engine.generation.scorer import oracle_classes, target_fields, transfer_entries
         from engine.methods.finiteness import Faults
 
         target, transfer, oracle = self._load()
-        images, faults = [_decoded(sample.spec.key, sample.image) for sample in samples], Faults(len(samples))
+        images = [decode_stored(sample.image, f"{sample.spec.key}: its image") for sample in samples]
+        faults = Faults(len(samples))
         labels = torch.tensor([sample.row["class_index"] for sample in samples])
         fields = target_fields(target, [sample.spec.cell for sample in samples], target.score(images), labels, faults)
         rows = [sample.row | new for sample, new in zip(samples, fields, strict=True)]
@@ -100,33 +100,20 @@ class Scoring:
         """What the new target says of the twins, in the rows of their samples; nothing where it is not finite."""
         import torch
 
+        from engine.data.images.decode import decode_stored
         from engine.generation.scorer import target_fields
         from engine.methods.finiteness import Faults
 
         paired = [(sample, row, sample.twin) for sample, row in zip(samples, rows, strict=True) if sample.twin]
         if not paired:
             return
-        images = [_decoded(f"{sample.spec.key}: the twin", twin.image) for sample, _, twin in paired]
+        images = [decode_stored(twin.image, f"{sample.spec.key}: the image of its twin") for sample, _, twin in paired]
         labels, faults = torch.tensor([twin.label for _, _, twin in paired]), Faults(len(paired))
         cells = [sample.spec.cell for sample, _, _ in paired]
         fields = target_fields(target, cells, target.score(images), labels, faults)
         for place, ((_, row, _), new) in enumerate(zip(paired, fields, strict=True)):
             scores = (NO_CLASS, NO_PAIR) if faults[place] else (new["predicted_class"], new["risk"])
             row |= dict(zip(("twin_predicted_class", "twin_risk"), scores, strict=True))
-
-
-def _decoded(what: str, data: bytes) -> PIL.Image.Image:
-    """A stored image.
-
-    Raises:
-        CorruptShardError: it cannot be decoded.
-    """
-    from engine.data.images.decode import UnusableImageError, decode_sample
-
-    try:
-        return decode_sample(data)
-    except UnusableImageError as error:
-        raise CorruptShardError(f"{what}: its image {error}; `riskforge verify` says more") from None
 
 
 def rescore_shard(rescoring: Rescoring, number: int, scoring: Scoring) -> None:
