@@ -14,9 +14,11 @@ import contact_sheet
 import counterfactual_figures
 import numpy as np
 import PIL.Image
+import pyarrow.parquet as pq
 import pytest
 from gpu_steps import counterfactuals
 
+import engine
 from engine.data.images import decode_rgb, open_images
 from engine.data.run.shards import read_shard
 from engine.models.classifier import Classifier
@@ -78,7 +80,13 @@ def test_the_job_of_the_digits_gives_pairs_and_figures(call, tmp_path, monkeypat
     code, _, errors = call("run", DIGITS, "--executor", "local", "--output", run, *smaller("[three, eight]"))
     assert code == 0, errors
     check_run(run)
-    assert call("verify", run)[0] == 0 and (run / "report.html").is_file()
+    assert call("verify", run)[0] == 0 and '<section id="pairs">' in (run / "report.html").read_text()
+    pairs = list(engine.open_run(str(run)).filter("request == 'risky-s030'").pairs())
+    assert len(pairs) == 4 and all(pair.twin and pair.start for pair in pairs)
+    assert call("export", run, "--format", "pairs", "--output", tmp_path / "pairs")[0] == 0
+    exported = pq.read_table(tmp_path / "pairs/train-00000-of-00001.parquet", columns=["start", "twin"])
+    # Of each strength below 1 two requests of four samples, of 1 the guided one alone.
+    assert [len(exported) - column.null_count for column in exported.columns] == [16, 12]
     rows = figures(monkeypatch, capsys, run, "--judges", *JUDGES)
     assert list(rows) == ["the real images", *samples_of(run, "shards")]
     assert [row[:2] for row in rows.values()] == [["", "4"], *([["0", "4"], ["0.3", "4"], ["1", "4"]] * 2)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -217,6 +218,7 @@ def test_a_run_of_an_earlier_version_has_found_twins(tmp_path: Path, version: in
         assert pair.twin is not None and pixels(pair.twin) == pixels(images_of(uri)[stored[-1]["key"]])
     section = section_of(store)
     assert "<b>between:</b> 5 samples with a twin, median PSNR 45.0 dB: people hardly tell" in section
+    assert "Distance to the twin" in section and "Distance to the start" not in section
     assert section.count("data-twin_psnr_db") == 5 and "zoo:c, of twins that an evaluation found a" in section
 
 
@@ -239,14 +241,17 @@ def test_an_evaluation_without_twins_takes_an_old_table_away(copy: Path) -> None
     assert not (copy / TWINS_TABLE).exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "other-run", "column", "twice", "infinite"])
+@pytest.mark.parametrize("damage", ["cut", "pipe", "other-run", "column", "twice", "infinite"])
 def test_a_damaged_table_is_refused_by_name(copy: Path, damage: str) -> None:
-    """The page says so and is there nevertheless."""
+    """`verify` and the page say so, and the page is there nevertheless."""
     path = copy / TWINS_TABLE
     table = pq.read_table(path)
     about = table.schema.metadata
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:200])
+    elif damage == "pipe":
+        path.unlink()
+        os.mkfifo(path)
     elif damage == "other-run":
         about = {key: value.replace(b'"plan_digest": "', b'"plan_digest": "0') for key, value in about.items()}
         pq.write_table(table.replace_schema_metadata(about), path)
@@ -259,7 +264,9 @@ def test_a_damaged_table_is_refused_by_name(copy: Path, damage: str) -> None:
         pq.write_table(type(table).from_pylist(rows, schema=table.schema), path)
     with pytest.raises(CorruptShardError, match=r"twins\.parquet: cannot be read as the twins of this run"):
         engine.open_run(str(copy)).pairs()
-    write_report(open_store(str(copy)))
+    store = open_store(str(copy))
+    assert [finding.kind for finding in verify(store).findings] == ["damage"]
+    write_report(store)
     page = (copy / "report.html").read_text()
     assert "cannot be read as the twins of this run" in page and 'id="pairs"' in page
 

@@ -10,37 +10,42 @@ that it started from (where there is one), its unguided twin, the sample, and te
 from __future__ import annotations
 
 import argparse
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 
+from engine import open_run
 from engine.data.images import decode_rgb
-from engine.data.run.shards import SHARDS, read_shard
-from engine.job.records import STARTS, TWINS
+from engine.data.run.shards import read_shard
+from engine.errors import JobError
 
 MARGIN_PIXELS = 4
 GAP_PIXELS = 24
 AMPLIFICATION, GREY = 10, 128
 
 
-def images_of(run: Path, request: str, folder: str = SHARDS) -> dict[str, PIL.Image.Image]:
-    """The images of a request by key, in the order of their keys; of a folder of companions, theirs."""
-    return {
-        key: decode_rgb(data)
-        for path in sorted((run / folder).glob("*.tar"))
-        for key, data, record, _ in read_shard(path)
-        if record["request"] == request
-    }
+def images_of(run: Path, request: str, count: int) -> list[PIL.Image.Image]:
+    """The first images of a request, in the order of their keys."""
+    found = []
+    for path in sorted(run.glob("shards/*.tar")):
+        for _, data, record, _ in read_shard(path):
+            if record["request"] == request:
+                found.append(decode_rgb(data))
+                if len(found) == count:
+                    return found
+    return found
 
 
-def pairs_of(run: Path, request: str, count: int) -> list[list[PIL.Image.Image]]:
-    """Starts, twins, samples and amplified differences of the first samples with a twin; starts only where all have."""
-    samples, twins, starts = (images_of(run, request, folder) for folder in (SHARDS, TWINS, STARTS))
-    chosen = [key for key in samples if key in twins][:count]
-    rows = [[starts[key] for key in chosen]] if all(key in starts for key in chosen) else []
-    rows += [[images[key] for key in chosen] for images in (twins, samples)]
-    return [*rows, [amplified(sample, twin) for twin, sample in zip(*rows[-2:], strict=True)]]
+def pairs_of(run: Path, request: str, count: int, skip: int = 0) -> list[list[PIL.Image.Image]]:
+    """Starts (where they have some), twins, samples and amplified differences of samples after the first `skip`."""
+    every = open_run(str(run)).filter(f"request == '{request}'").pairs()
+    pairs = [pair for pair in islice(every, skip, skip + count) if pair.twin is not None]
+    starts = [pair.start for pair in pairs if pair.start is not None]
+    twins, samples = [pair.twin for pair in pairs if pair.twin is not None], [pair.image for pair in pairs]
+    rows = [twins, samples, [amplified(sample, twin) for sample, twin in zip(samples, twins, strict=True)]]
+    return [starts, *rows] if starts else rows
 
 
 def amplified(sample: PIL.Image.Image, twin: PIL.Image.Image) -> PIL.Image.Image:
@@ -74,13 +79,17 @@ def main() -> None:
     shown.add_argument("--requests", nargs="+")
     shown.add_argument("--pairs", metavar="REQUEST")
     parser.add_argument("--count", type=int, help="default: 24, with --pairs 10")
+    parser.add_argument("--skip", type=int, default=0, help="of the pairs")
     parser.add_argument("--columns", type=int, help="default: 12, with --pairs --count")
     parser.add_argument("--pixels", type=int, help="default: 64, with --pairs 96")
     arguments = parser.parse_args()
     run, pairs = arguments.run, arguments.pairs
     count = arguments.count or (10 if pairs else 24)
     names = [pairs] if pairs else arguments.requests
-    groups = pairs_of(run, pairs, count) if pairs else [list(images_of(run, name).values())[:count] for name in names]
+    try:
+        groups = pairs_of(run, pairs, count, arguments.skip) if pairs else [images_of(run, one, count) for one in names]
+    except JobError as error:
+        parser.error(str(error))
     if not all(groups):
         parser.error(f"{run} has no {'twins' if pairs else 'images'} of one of {names}")
     columns, pixels = arguments.columns or (count if pairs else 12), arguments.pixels or (96 if pairs else 64)

@@ -35,9 +35,9 @@ from engine.models.library_logging import quiet_libraries
 BATCH_ROWS = 250
 # Columns with a value of two images: title, digits.
 PAIRED = {
-    "start_distance": ("distance to the start", 3),
-    "twin_distance": ("to the twin", 3),
-    "twin_psnr_db": ("PSNR to the twin, dB", 1),
+    "start_distance": ("distance to start", 3),
+    "twin_distance": ("distance to twin", 3),
+    "twin_psnr_db": ("PSNR to twin, dB", 1),
 }
 
 

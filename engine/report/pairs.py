@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from engine.data.images.decode import UnusableImageError, decode_sample
-from engine.data.run.outcomes import asked_classes
+from engine.data.run.outcomes import asked_classes, predicts_asked
 from engine.data.run.twins_table import FoundTwins
 from engine.data.stores.base import Store
 from engine.job.columns import ADVERSARIAL_PSNR_DB, BY_NAME, NO_CLASS, TWIN_COLUMNS
@@ -162,8 +162,6 @@ class PairColumns:
         """For each of some rows with a twin whether the target predicts a class for it that was not asked for."""
         import pyarrow as pa
 
-        from engine.data.run.outcomes import predicts_asked
-
         chosen = of & self.has_twin & self.rows.scored
         part = self._table.filter(pa.array(chosen))
         return ~predicts_asked(part, self.numbers("twin_predicted_class")[chosen]) if len(part) else np.array([])
@@ -209,10 +207,19 @@ def pair_section(columns: PairColumns, manifest: Mapping[str, Any], found: Found
     return PairSection(
         verdicts=verdicts[:MAX_SENTENCES],
         num_verdicts_left_out=len(verdicts[MAX_SENTENCES:]),
-        table=Table(headings, lines[:MAX_LINES], len(lines[MAX_LINES:])),
+        table=_without_absent(Table(headings, lines[:MAX_LINES], len(lines[MAX_LINES:]))),
         clip=_clip_text(manifest, found),
         stale=_stale(found, len(rows)),
     )
+
+
+def _without_absent(table: Table) -> Table:
+    """The table without columns that no line has a figure in."""
+    kept = [
+        place for place in range(len(table.columns) - 1) if any(line.cells[place][0] != ABSENT for line in table.lines)
+    ]
+    lines = [replace(line, cells=[line.cells[place] for place in kept]) for line in table.lines]
+    return Table([table.columns[0], *(table.columns[1 + place] for place in kept)], lines, table.num_left_out)
 
 
 def _clip_text(manifest: Mapping[str, Any], found: FoundTwins | None) -> str:

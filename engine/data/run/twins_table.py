@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.data.run.file_names import TWINS_TABLE
 from engine.data.run.schema import arrow_schema, check_rows
 from engine.data.stores.base import Store
-from engine.data.stores.file_errors import explained
-from engine.errors import CorruptShardError, first_line
+from engine.data.stores.file_errors import explained, is_no_file
+from engine.errors import CorruptShardError, OutputError, first_line
 from engine.job.columns import BY_NAME, TWIN_COLUMNS
 from engine.methods.strict_json import parse_json
 
@@ -72,7 +73,7 @@ def read_twins(store: Store, plan_digest: str) -> FoundTwins | None:
     if not store.exists(TWINS_TABLE):
         return None
     try:
-        table = pq.read_table(store.fetch(TWINS_TABLE, keep=True), partitioning=None)
+        table = pq.read_table(_fetched(store), partitioning=None)
         about = parse_json((table.schema.metadata or {})[_ABOUT.encode()])
         found = FoundTwins(
             rows=table.select(_COLUMNS),
@@ -91,6 +92,20 @@ def read_twins(store: Store, plan_digest: str) -> FoundTwins | None:
             f" or run `riskforge evaluate {store.uri}` again"
         ) from None
     return found
+
+
+def _fetched(store: Store) -> Path:
+    """Where the file can be read.
+
+    Raises:
+        ValueError: something else has its name, such as a pipe.
+    """
+    try:
+        return store.fetch(TWINS_TABLE, keep=True)
+    except OutputError as error:
+        if is_no_file(error):
+            raise ValueError(first_line(error)) from None
+        raise
 
 
 def with_twins(table: pa.Table, found: FoundTwins | None) -> pa.Table:

@@ -31,6 +31,7 @@ from engine.data.run.selection_table import read_selection
 from engine.data.run.shards import SHARDS, ShardFiles, file_digest, inspect_pair, read_rows
 from engine.data.run.stored_plan import stored_plan
 from engine.data.run.surplus import surplus_lines
+from engine.data.run.twins_table import read_twins
 from engine.data.stores.base import TORN, Store
 from engine.data.stores.file_errors import is_no_file, shown_path
 from engine.errors import CorruptShardError, OutputError, RiskforgeError, StoreLostError, first_line
@@ -237,6 +238,10 @@ def _unfinished(
         yield from _check_surplus(store)
     if is_curated(plan) and num_rows == wanted:
         yield from _check_curation(store, plan)
+    try:
+        read_twins(store, plan.digest)
+    except CorruptShardError as error:
+        yield Finding(kind="damage", text=str(error))
 
 
 def _check_curation(store: Store, plan: Plan) -> Iterator[Finding]:
