@@ -38,7 +38,7 @@ def smaller(classes: str) -> list[str]:
     changes: dict[str, Any] = {
         f"requests.{number}.{key}": value for number in range(2) for key, value in values.items()
     }
-    changes |= {"sampling.num_inference_steps": 10, "runtime.batch_size": 4}
+    changes |= {"sampling.num_inference_steps": 7, "runtime.batch_size": 4}
     return [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
 
 
