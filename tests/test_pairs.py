@@ -434,9 +434,9 @@ def test_every_shard_of_a_request_has_its_companions(evaluated: Path) -> None:
 
 
 def test_the_page_says_of_each_request_what_people_see(evaluated: Path, tmp_path: Path) -> None:
-    """A change of two levels is adversarial, one of eight perceptible; without a twin nothing tells."""
+    """A change of two levels is adversarial, of five faint, of ten perceptible; without a twin nothing tells."""
     own = {"name": "own", "method": "risky", "twin": True} | GROUP
-    for levels, word in ((2, "adversarial"), (8, "perceptible")):
+    for levels, word in ((2, "adversarial"), (5, "faint"), (10, "perceptible")):
         section = section_of(make_drawn_run(tmp_path / word, [own], noise(8, levels=levels)))
         assert f'<b class="verdict {word}">{word}</b><span><b>own:</b> 6 samples with a twin, median PSNR' in section
     text = section_of(open_store(str(evaluated)))

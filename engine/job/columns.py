@@ -18,8 +18,10 @@ NO_CLASS = -1
 # The value of a score of two images where there is no second one; filters and medians take it for unknown.
 NO_PAIR = -1.0
 # From this PSNR on, in dB, a change of an image is adversarial: its root mean square is 2.55 of 255 levels, 1 % of the
-# range, which people hardly see side by side. Attacks with a bound of 8 levels have 30 dB or more.
+# range, which people hardly see side by side.
 ADVERSARIAL_PSNR_DB = 40.0
+# Below this one it is perceptible: attacks that are meant to be invisible, bounded by 8 levels, have more.
+PERCEPTIBLE_PSNR_DB = 30.0
 _EMPTY: dict[str, Any] = {"int": 0, "float": 0.0, "bool": False, "str": ""}
 
 

@@ -19,7 +19,7 @@ from engine.data.images.decode import UnusableImageError, decode_sample
 from engine.data.run.outcomes import asked_classes, predicts_asked
 from engine.data.run.twins_table import FoundTwins
 from engine.data.stores.base import Store
-from engine.job.columns import ADVERSARIAL_PSNR_DB, BY_NAME, NO_CLASS, TWIN_COLUMNS
+from engine.job.columns import ADVERSARIAL_PSNR_DB, BY_NAME, NO_CLASS, PERCEPTIBLE_PSNR_DB, TWIN_COLUMNS
 from engine.job.records import STARTS, TWINS
 from engine.methods.registry import find_method
 from engine.report.data import Rows, name_of
@@ -43,6 +43,12 @@ MAX_GAIN_POWER = 6
 _SHOWN_LEVELS = 64
 # What the page sorts by, in this order.
 SORTS = ("twin_distance", "start_distance", "twin_psnr_db", "risk")
+# What people see of a change, by its name.
+SEEN = {
+    "adversarial": "people hardly tell sample and twin apart",
+    "faint": "people see the change in some pairs, and in others not",
+    "perceptible": "people can see the change",
+}
 TITLES = {STARTS: "Start", TWINS: "Unguided"}
 
 
@@ -89,7 +95,7 @@ class Verdict:
     """What the medians say of a request.
 
     Attributes:
-        word: `adversarial`, `perceptible`, or empty where no twin tells.
+        word: one of `SEEN`, or empty where no twin tells.
     """
 
     request: str
@@ -247,13 +253,19 @@ def _verdict(columns: PairColumns, request: str, here: np.ndarray) -> Verdict:
     if not len(psnr):
         return Verdict(request=request, word="", text=f"{many(int(here.sum()), 'sample')} with a start.{apart}")
     median = float(np.median(psnr))
-    word = "adversarial" if median >= ADVERSARIAL_PSNR_DB else "perceptible"
-    seen = {"adversarial": "people hardly tell sample and twin apart", "perceptible": "people can see the change"}
+    word = _visibility(median)
     return Verdict(
         request=request,
         word=word,
-        text=f"{many(len(psnr), 'sample')} with a twin, median PSNR {median:.1f} dB: {seen[word]}.{apart}",
+        text=f"{many(len(psnr), 'sample')} with a twin, median PSNR {median:.1f} dB: {SEEN[word]}.{apart}",
     )
+
+
+def _visibility(psnr_db: float) -> str:
+    """Whether people see a change, by the PSNR: one of `SEEN`."""
+    if psnr_db >= ADVERSARIAL_PSNR_DB:
+        return "adversarial"
+    return "perceptible" if psnr_db < PERCEPTIBLE_PSNR_DB else "faint"
 
 
 def _line(columns: PairColumns, request: str, here: np.ndarray, word: str) -> Line:

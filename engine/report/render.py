@@ -25,7 +25,7 @@ from engine.data.run.twins_table import FoundTwins, read_twins, with_twins
 from engine.data.stores.base import Store
 from engine.errors import CorruptShardError, JobError, OutputError, first_line
 from engine.job.class_names import distinct_names
-from engine.job.columns import ADVERSARIAL_PSNR_DB, by_rank, target_first, units_text
+from engine.job.columns import ADVERSARIAL_PSNR_DB, PERCEPTIBLE_PSNR_DB, by_rank, target_first, units_text
 from engine.models.factories import is_factory
 from engine.models.labels import read_labels
 from engine.report.charts import histogram
@@ -199,6 +199,7 @@ def render(
         "evaluation": evaluation_context(evaluation, len(rows)),
         "evaluation_problem": problem,
         "adversarial_psnr": f"{ADVERSARIAL_PSNR_DB:g}",
+        "perceptible_psnr": f"{PERCEPTIBLE_PSNR_DB:g}",
         "max_gain": MAX_GAIN_POWER,
         "style": page_style(),
         **_script(),
