@@ -35,7 +35,8 @@ from engine.data.stores.opening import open_store
 from engine.driver.progress import PlainDisplay, medians_table
 from engine.errors import CorruptShardError, JobError
 from engine.job.columns import BY_NAME, TWIN_COLUMNS, Role, columns_with
-from engine.report.pairs import MAX_PAIRS, PAIRS_BUDGET_BYTES, SIDES
+from engine.report.pair_tiles import PAIRS_BUDGET_BYTES, SIDES
+from engine.report.pairs import MAX_PAIRS
 from engine.report.render import MAX_BYTES, write_report
 from engine.studies.compare.program import compare_runs
 from engine.studies.compare.scored_run import read_scored_run

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from engine.data.reading.pairs import PAIR_COLUMNS, ImageFile, PairRows, check_any, decoded
+from engine.data.reading.pairs import ImageFile, PairRows, check_any
+from engine.job.columns import PAIR_COLUMNS
 
 if TYPE_CHECKING:
     from engine.data.reading.corpus import Corpus
@@ -47,7 +48,7 @@ class SelectedPairs:
         files = {"start": self._runs[run].start(name), "twin": self._runs[run].twin(name)}
         for what, file in files.items():
             if file is not None:
-                decoded(self._runs[run].source, name, what, file)
+                self._runs[run].decoded(name, what, file)
         return files["start"], files["twin"]
 
     def twin_fields(self, key: str) -> dict[str, Any]:
