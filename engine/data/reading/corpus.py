@@ -299,11 +299,14 @@ class Corpus:
             JobError: no selected sample has one.
             CorruptShardError: now or on the way, an image is missing or damaged.
         """
-        from engine.data.reading.pairs import read_pairs
-        from engine.data.reading.selected_pairs import pair_rows
+        from engine.data.reading.pairs import PairRows, read_pairs
+        from engine.job.columns import PAIR_COLUMNS
 
         chosen = self if self._has_images else self.samples
-        runs = [(pairs, chosen._run_batches(number)) for number, pairs in enumerate(pair_rows(chosen))]
+        runs = [
+            (PairRows(source, chosen.run_table(number, PAIR_COLUMNS)), chosen._run_batches(number))
+            for number, source in enumerate(chosen.runs)
+        ]
         return read_pairs(runs, len(chosen))
 
     def _with_weights(self, weights: str) -> Corpus:
