@@ -28,8 +28,8 @@ from engine.job.records import REAL, STARTS, TWINS, Companion, SampleResult, new
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 START = {"images": "photographs", "strength": 0.5}
-GROUP: dict[str, Any] = {"classes": [3, 8], "count": 3, "seed_group": "shared", "start": START}
-JOINT: dict[str, Any] = {"boundary": [3, 8], "count": 3, "seed_group": "shared"}
+GROUP: dict[str, Any] = {"classes": [3, 8], "count": 2, "seed_group": "shared", "start": START}
+JOINT: dict[str, Any] = {"boundary": [3, 8], "count": 2, "seed_group": "shared"}
 # With a twin of its own; with one in `plain`; with another start or prompt, and so with none.
 REQUESTS: list[dict[str, Any]] = [
     {"name": "own", "method": "risky", "twin": True} | GROUP,
