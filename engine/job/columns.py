@@ -158,7 +158,7 @@ class Column:
         """Whether it is of two images, so that its empty value is no measurement: unknown wherever values are used."""
         return self.without == NO_PAIR
 
-    def has(self, value: Any) -> bool:
+    def is_known(self, value: Any) -> bool:
         """Whether a value is known: of a score of two images not the one that says that there is no second."""
         return not self.is_paired or value != self.empty
 

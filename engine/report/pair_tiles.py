@@ -155,7 +155,7 @@ def _facts(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _has(name: str, record: dict[str, Any]) -> bool:
     """Whether a record has a score that some lack."""
-    return BY_NAME[name].has(record.get(name, BY_NAME[name].empty))
+    return BY_NAME[name].is_known(record.get(name, BY_NAME[name].empty))
 
 
 def lossless(files: Sequence[bytes], budget_bytes: int) -> tuple[list[str], bool]:
