@@ -66,7 +66,7 @@ DAMAGES: dict[str, tuple[Callable[[list[Sample]], list[Sample]] | Callable[[byte
     "another order": (lambda samples: samples[::-1], "is missing"),
     "a key of no sample": (
         lambda samples: [*samples, ("x-000-000-00000000", b"x", samples[0][2] | {"key": "x-000-000-00000000"})],
-        "has none by demo-000000.parquet",
+        "is not listed in demo-000000.parquet",
     ),
     "a sample of another kind": (told(method="boundary"), "contradicts its row in method"),
     "another start": (told(start_key="other"), "contradicts its row in start_key"),

@@ -23,6 +23,7 @@ from engine.data.images import decode_rgb, open_images
 from engine.data.run.shards import read_shard
 from engine.models.classifier import Classifier
 from tests.conftest import REPOSITORY
+from tests.prepare_cases import drawn_digits, write_folder
 
 DIGITS = REPOSITORY / "jobs/counterfactuals-digits.yaml"
 PHOTOGRAPHS = REPOSITORY / "jobs/counterfactuals-cifar10.yaml"
@@ -38,7 +39,7 @@ def smaller(classes: str) -> list[str]:
     changes: dict[str, Any] = {
         f"requests.{number}.{key}": value for number in range(2) for key, value in values.items()
     }
-    changes |= {"sampling.num_inference_steps": 10, "runtime.batch_size": 4}
+    changes |= {"sampling.num_inference_steps": 7, "runtime.batch_size": 4}
     return [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
 
 
@@ -77,7 +78,10 @@ def figures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 def test_the_job_of_the_digits_gives_pairs_and_figures(call, tmp_path, monkeypatch, capsys):
     """From the job file to the table: a row a request, the real images first, counted as the files have it."""
     run = tmp_path / "run"
-    code, _, errors = call("run", DIGITS, "--executor", "local", "--output", run, *smaller("[three, eight]"))
+    # Fewer images than the 3,470 that the job names.
+    images = write_folder(tmp_path / "images", drawn_digits(40))
+    few = [part for number in range(2) for part in ("--set", f"requests.{number}.start.images={images}")]
+    code, _, errors = call("run", DIGITS, "--executor", "local", "--output", run, *smaller("[three, eight]"), *few)
     assert code == 0, errors
     check_run(run)
     assert call("verify", run)[0] == 0 and '<section id="pairs">' in (run / "report.html").read_text()

@@ -35,7 +35,8 @@ from engine.data.stores.opening import open_store
 from engine.driver.progress import PlainDisplay, medians_table
 from engine.errors import CorruptShardError, JobError
 from engine.job.columns import BY_NAME, TWIN_COLUMNS, Role, columns_with
-from engine.report.pairs import MAX_PAIRS, PAIRS_BUDGET_BYTES, SIDES
+from engine.report.pair_tiles import PAIRS_BUDGET_BYTES, SIDES
+from engine.report.pairs import MAX_PAIRS
 from engine.report.render import MAX_BYTES, write_report
 from engine.studies.compare.program import compare_runs
 from engine.studies.compare.scored_run import read_scored_run
@@ -60,7 +61,7 @@ def evaluated(run: Path) -> Path:
     """A copy of the run after an evaluation."""
     copy = shutil.copytree(run, run.parent / "evaluated")
     found = evaluate(str(copy), EvaluateOptions(), display=PlainDisplay(io.StringIO()))
-    assert found.twins == str(copy / TWINS_TABLE) and found.num_twins == 9
+    assert found.twins == str(copy / TWINS_TABLE) and found.num_twins == 6
     return copy
 
 
@@ -174,7 +175,7 @@ def test_found_twins_are_what_a_twin_would_have_recorded(evaluated: Path) -> Non
     rows, table = rows_of(evaluated), pq.read_table(evaluated / TWINS_TABLE)
     found = {row["key"]: row for row in table.to_pylist()}
     assert table.column_names == ["key", *TWIN_COLUMNS]
-    assert Counter(rows[key]["request"] for key in found) == {"found": 6, "between": 3}
+    assert Counter(rows[key]["request"] for key in found) == {"found": 4, "between": 2}
     own = {row["seed"]: row for row in rows.values() if row["request"] == "own"}
     images = images_of(evaluated)
     for key, row in found.items():
@@ -228,7 +229,7 @@ def test_the_table_belongs_to_the_run(evaluated: Path, run: Path) -> None:
     assert TWINS_TABLE in own and not foreign and not verify(store).findings
     # A run that nobody evaluated has its own twins alone.
     requests = Counter(pair.record["request"] for pair in engine.open_run(str(run)).pairs() if pair.twin)
-    assert requests == {"own": 6}
+    assert requests == {"own": 4}
 
 
 def test_an_evaluation_without_twins_takes_an_old_table_away(copy: Path) -> None:
@@ -275,12 +276,12 @@ def test_the_page_says_that_the_run_went_on(copy: Path) -> None:
     path = copy / TWINS_TABLE
     table = pq.read_table(path)
     about = {
-        key: value.replace(b'"num_attempts": 30', b'"num_attempts": 20') for key, value in table.schema.metadata.items()
+        key: value.replace(b'"num_attempts": 20', b'"num_attempts": 10') for key, value in table.schema.metadata.items()
     }
     assert about != table.schema.metadata
     pq.write_table(table.replace_schema_metadata(about), path)
     write_report(open_store(str(copy)))
-    assert "when the run had 20 attempts; there are 30 now" in (copy / "report.html").read_text()
+    assert "when the run had 10 attempts; there are 20 now" in (copy / "report.html").read_text()
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -302,7 +303,7 @@ def test_pairs_are_the_stored_images(evaluated: Path) -> None:
             assert pair.record["twin_psnr_db"] > 0
         else:
             assert pair.twin is None and pair.record["twin_psnr_db"] == -1
-    assert seen == {"own": 6, "found": 6, "other": 3, "worded": 3, "plain": 6, "between": 3}
+    assert seen == {"own": 4, "found": 4, "other": 2, "worded": 2, "plain": 4, "between": 2}
 
 
 def test_pairs_of_a_filter_over_several_runs(evaluated: Path, tmp_path: Path) -> None:
@@ -311,7 +312,7 @@ def test_pairs_of_a_filter_over_several_runs(evaluated: Path, tmp_path: Path) ->
     )
     corpus = engine.open_run(str(evaluated), other.uri)
     keys = [pair.key for pair in corpus.filter("request == 'own' and class_index == 3").pairs()]
-    assert [key.partition("-")[0] for key in keys] == ["pairs"] * 3 + ["drawn"] * 3
+    assert [key.partition("-")[0] for key in keys] == ["pairs"] * 2 + ["drawn"] * 3
     with pytest.raises(JobError, match=NO_PAIRS):
         corpus.filter("request == 'between-plain'").pairs()
     # Nothing is read before it is asked for.
@@ -363,7 +364,7 @@ def test_missing_and_broken_images_are_refused_by_name(copy: Path, tmp_path: Pat
 
 def test_inspect_shows_starts_and_twins(evaluated: Path, call: Any, tmp_path: Path) -> None:
     code, out, _ = call("inspect", evaluated)
-    assert not code and "24 samples with a start, 15 with an unguided twin" in out
+    assert not code and "16 samples with a start, 10 with an unguided twin" in out
     [key] = [row["key"] for row in rows_of(evaluated).values() if row["request"] == "found"][:1]
     twin = {row["key"]: row for row in pq.read_table(evaluated / TWINS_TABLE).to_pylist()}[key]
     for which, expected in (
@@ -387,11 +388,11 @@ def test_pairs_are_exported_for_datasets(evaluated: Path, tmp_path: Path) -> Non
     files = [sorted(path for path in (tmp_path / name).rglob("*") if path.is_file()) for name in ("a", "b")]
     assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
     assert (
-        made[0].manifest["counts"]["images"] == 21
+        made[0].manifest["counts"]["images"] == 14
         and "`start`, the real image" in (tmp_path / "a/README.md").read_text()
     )
     loaded = datasets.load_dataset(str(tmp_path / "a"), split="train", cache_dir=str(tmp_path / "cache"))
-    assert list(loaded.features)[:4] == ["start", "twin", "image", "label"] and len(loaded) == 21
+    assert list(loaded.features)[:4] == ["start", "twin", "image", "label"] and len(loaded) == 14
     pairs = {pair.key: pair for pair in engine.open_run(str(evaluated)).pairs()}
     for row in loaded:
         pair = pairs[row["key"]]
@@ -409,7 +410,7 @@ def test_a_plain_export_has_no_pairs(evaluated: Path, tmp_path: Path) -> None:
     """Its rows say what they had, and its readers find no second images, which is no damage."""
     out = export((str(evaluated),), ExportOptions(output=str(tmp_path / "out"), condition="request == 'own'")).path
     corpus = engine.open_run(str(out))
-    assert len(corpus.filter("twin_psnr_db > 0 and start_distance >= 0")) == 6
+    assert len(corpus.filter("twin_psnr_db > 0 and start_distance >= 0")) == 4
     assert "pairs" not in inspect(corpus).document
     with pytest.raises(JobError, match=NO_PAIRS):
         corpus.pairs()
@@ -445,7 +446,7 @@ def test_the_page_says_of_each_request_what_people_see(evaluated: Path, tmp_path
     for request in ("own", "found", "between"):
         values = [(found.get(row["key"]) or row)["twin_psnr_db"] for row in rows.values() if row["request"] == request]
         assert f"<b>{request}:</b> {len(values)} samples with a twin, median PSNR {np.median(values):.1f} dB" in text
-    assert '<b class="verdict">no twin</b><span><b>plain:</b> 6 samples with a start.' in text
+    assert '<b class="verdict">no twin</b><span><b>plain:</b> 4 samples with a start.' in text
     assert "between-plain" not in text and '<span class="mono">zoo:digits/clip</span>' in text
 
 

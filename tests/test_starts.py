@@ -429,7 +429,10 @@ def test_a_list_makes_one_request_of_each_value():
     [*_, group] = parse_job(raw_job(request("a", "x", [0.3]))).requests
     assert (group.name, group.seed_group) == ("a-s030", "all")
     one = parse_job(apply_overrides(raw, [("requests.0.start.strength", 0.5)]))
-    assert [one.name for one in one.requests] == ["a", "b"] and [job.place(number) for number in (4, 5)] == [0, 1]
+    assert [one.name for one in one.requests] == ["a", "b"] and [job.where(number) for number in (4, 5)] == [
+        "requests.0",
+        "requests.1",
+    ]
 
 
 NAN = float("nan")

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ stored 8-bit image; logarithms are natural.
 `scored` is false of failed samples and of real images that were mixed in. What models measure means nothing there,
 whatever the columns hold, and filters on them select neither such a row nor, negated, its opposite: {{measured}}.
 
-`schema_version` is now {SCHEMA_VERSION}. Later than version 1 came {{later}}. All versions from 1 on are read, earlier
+`schema_version` is now {SCHEMA_VERSION}. Later than version 1 came: {{later}}. All versions from 1 on are read, earlier
 ones with `scored` true of all but failed samples and real images, and a run goes on in the version that it began with.
 DuckDB reads runs of several versions with `read_parquet([...], union_by_name = true)`."""
 
@@ -156,7 +157,8 @@ def _values(about: dict[str, Any]) -> str:
     if "$ref" in about or "allOf" in about:
         return f"see [{_heading(about)}](#{_anchor(_heading(about))})"
     if "anyOf" in about:
-        return " or ".join(_values(one) for one in about["anyOf"] if one.get("type") != "null")
+        words = [_values(one) for one in about["anyOf"] if one.get("type") != "null"]
+        return ("; or " if any(", " in one for one in words) else " or ").join(words)
     if "enum" in about or "const" in about:
         return ", ".join(f"`{one}`" for one in about.get("enum", [about.get("const")]))
     return _KINDS[about.get("type", "any")](about)
@@ -218,7 +220,8 @@ def metadata_page() -> str:
     ]
     measured = ", ".join(f"`{column.name}`" for column in RECORD_COLUMNS if column.measured_by)
     later = sorted((column for column in COLUMNS if column.since > 1), key=lambda column: column.since)
-    versions = enumerated(f"`{column.name}` (version {column.since})" for column in later)
+    names = {version: [f"`{one.name}`" for one in some] for version, some in groupby(later, lambda one: one.since)}
+    versions = "; ".join(f"in version {version} {enumerated(some)}" for version, some in names.items())
     parts = [METADATA_INTRO.format(measured=measured, later=versions)]
     for heading, text, columns in tables:
         lines = ["| field | type | since | meaning |", "|---|---|---|---|"]

@@ -265,21 +265,17 @@ def _quantiles_table(quantiles: dict[str, list[float]]) -> Table:
 
 
 def _model_line(model: Any) -> str:
-    from engine.job.plan import TEMPERATURE
-    from engine.models.calibration import CALIBRATION, temperature_text
-    from engine.models.training_lineage import training_text
+    from engine.models.calibration import NOTED, model_notes
 
     if not isinstance(model, dict):
         return str(model)
-    apart, temperature = ("trained_on", TEMPERATURE, CALIBRATION), temperature_text(model)
-    text = ", ".join(str(value) for name, value in model.items() if name not in apart)
-    text += f"; temperature {temperature}" if temperature else ""
+    text = ", ".join(str(value) for name, value in model.items() if name not in NOTED)
     try:
-        training = training_text(model.get("trained_on"))
+        notes = model_notes(model)
     except ValueError as error:
         # Anybody may have written the manifest.
-        training = str(error)
-    return f"{text}; {training}" if training else text
+        notes = [str(error)]
+    return "; ".join([text, *notes])
 
 
 def _listed(counts: dict[str, int]) -> str:

@@ -180,7 +180,8 @@ class Generator:
         starts = self._start_images(request, padded)
         start = self._start(request, starts)
         images, health = self.sample(request, padded, draws, start)
-        twins = self.sample_unguided(request, padded, draws, start) if self._job.requests[request].twin else None
+        has_twin = self._job.requests[request].twin
+        twins = self.sample(request, padded, draws, start, is_guided=False)[0] if has_twin else None
         sampled = SampledImages(
             specs=padded,
             num_samples=len(specs),
@@ -216,32 +217,22 @@ class Generator:
         specs: Sequence[SampleSpec],
         draws: Sequence[ScreenedDraw],
         start: Start | None = None,
+        *,
+        is_guided: bool = True,
     ) -> tuple[Tensor, GradientHealth]:
         """Images [B, 3, H, W], nominally in [0, 1], of samples of a request, and the health of their gradients.
 
         Args:
             draws: the image embeddings of a request with `conditioning`, one a sample; empty for others.
             start: of a request with `start`; None for others.
+            is_guided: whether by the request's method; else the samples are unguided twins.
         """
         denoiser, sampler, noise = self._denoiser(request, specs, draws)
-        guided = self._guided(request, specs, denoiser)
+        guided = self._guided(request, specs, denoiser) if is_guided else None
         latents = sample(guided or denoiser, sampler, noise, start)
         health = guided.health.on_host() if guided else GradientHealth.of(len(specs))
         with torch.no_grad():
             return self._model(request).decode(latents), health
-
-    def sample_unguided(
-        self,
-        request: int,
-        specs: Sequence[SampleSpec],
-        draws: Sequence[ScreenedDraw],
-        start: Start | None = None,
-    ) -> Tensor:
-        """As `sample`, without guidance: the same noise, conditions and start, by a sampler without a history."""
-        denoiser, sampler, noise = self._denoiser(request, specs, draws)
-        latents = sample(denoiser, sampler, noise, start)
-        with torch.no_grad():
-            return self._model(request).decode(latents)
 
     def _denoiser(
         self, request: int, specs: Sequence[SampleSpec], draws: Sequence[ScreenedDraw]

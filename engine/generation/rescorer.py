@@ -146,7 +146,8 @@ def _choose(store: Store, job: JobSpec, plan: Plan, num_samples: int) -> Iterato
         }
         specs = [spec for spec in plan.samples(plan.shard(number)) if spec.key in held]
         drawn = {spec.key: spec for spec in draw.sample(specs, min(each, num_left, len(specs)))}
-        others = {kind: _read(store, job, number, kind, drawn) for kind in _kinds(job, plan, number)}
+        kinds = companions_of(job.requests[plan.shard(number).request])
+        others = {kind: _read(store, job, number, kind, drawn) for kind in kinds}
         # One at a time: a shard may hold gigabytes, and other software may have written it.
         for key, image, record, _ in read_shard(path):
             if key in drawn:
@@ -155,10 +156,6 @@ def _choose(store: Store, job: JobSpec, plan: Plan, num_samples: int) -> Iterato
         num_left -= len(drawn)
         if not num_left:
             return
-
-
-def _kinds(job: JobSpec, plan: Plan, number: int) -> tuple[str, ...]:
-    return companions_of(job.requests[plan.shard(number).request])
 
 
 def _read(

@@ -75,9 +75,8 @@ def _holds(name: str, wanted: Any, record: Mapping[str, Any], subset: tuple[int,
     if name == ORACLE_CONDITION:
         return (record["oracle_class"] in subset) == (wanted == "agrees")
     value = _score(name, record)
-    if name in BY_NAME and value == BY_NAME[name].without:
-        return False
-    return all(compare(value, bound) for compare, bound in _comparisons(wanted))
+    is_known = name not in BY_NAME or BY_NAME[name].is_known(value)
+    return is_known and all(compare(value, bound) for compare, bound in _comparisons(wanted))
 
 
 def _score(name: str, record: Mapping[str, Any]) -> float:

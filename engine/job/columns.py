@@ -158,6 +158,14 @@ class Column:
         """Whether it is of two images, so that its empty value is no measurement: unknown wherever values are used."""
         return self.without == NO_PAIR
 
+    def is_known(self, value: Any) -> bool:
+        """Whether a value is known: of a score of two images not the one that says that there is no second."""
+        return not self.is_paired or value != self.empty
+
+    def known(self, values: Any) -> Any:
+        """The known ones of an array of values."""
+        return values[values != self.empty] if self.is_paired else values
+
     @property
     def is_list(self) -> bool:
         """Whether a value is a list, which cannot be compared."""
@@ -395,6 +403,8 @@ ENTRY_SCORES: dict[str, EntryScore] = {
 
 # What a row has of its unguided twin.
 TWIN_COLUMNS = tuple(column.name for column in RECORD_COLUMNS if column.name.startswith("twin_"))
+# What says which rows have a start or a twin.
+PAIR_COLUMNS = ("key", "start_key", *TWIN_COLUMNS)
 # Columns that say what was asked for, and whether the target errs.
 ASKED = ("key", "class_index", "kldb_classes")
 ERRS = ("predicted_class", "is_error")

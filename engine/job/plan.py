@@ -103,7 +103,7 @@ class RequestPlan:
     """A request with its classes resolved against the target's labels.
 
     Attributes:
-        place: its number in the job file, for messages, where that is another.
+        where: it is in the job file, for messages.
     """
 
     number: int
@@ -111,12 +111,7 @@ class RequestPlan:
     job_name: str
     job_seed: int
     cells: tuple[Cell, ...]
-    place: int | None = None
-
-    @property
-    def where(self) -> str:
-        """Where it is in the job file."""
-        return f"requests.{self.number if self.place is None else self.place}"
+    where: str
 
     @property
     def total(self) -> int:
@@ -299,12 +294,12 @@ def resolve_requests(job: JobSpec, labels: list[str]) -> tuple[RequestPlan, ...]
     problems: list[str] = []
     plans = []
     for number, request in enumerate(job.requests):
-        place = job.place(number)
-        cells = tuple(_cells(request, labels, f"requests.{place}", problems))
+        where = job.where(number)
+        cells = tuple(_cells(request, labels, where, problems))
         if request.fresh is True:
-            problems.append(f"requests.{place}.fresh: true has no date; `engine.commands.jobfile.dated` gives it one")
+            problems.append(f"{where}.fresh: true has no date; `engine.commands.jobfile.dated` gives it one")
         plans.append(
-            RequestPlan(number=number, spec=request, job_name=job.name, job_seed=job.seed, cells=cells, place=place)
+            RequestPlan(number=number, spec=request, job_name=job.name, job_seed=job.seed, cells=cells, where=where)
         )
     if problems:
         raise JobError(problems)

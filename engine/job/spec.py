@@ -381,9 +381,9 @@ class JobSpec(Spec):
         job._places = tuple(places)
         return job
 
-    def place(self, number: int) -> int:
-        """Number in the job file of a request, for messages."""
-        return number if self._places is None else self._places[number]
+    def where(self, number: int) -> str:
+        """Where a request is in the job file, for messages."""
+        return f"requests.{number if self._places is None else self._places[number]}"
 
     def sampling_of(self, request: RequestSpec) -> SamplingSpec:
         """The job's sampling with the request's overrides, key by key."""

@@ -76,9 +76,9 @@ def missing_artefacts(job: JobSpec) -> list[str]:
     return lines
 
 
-def artefact_problems(number: int, request: RequestSpec, labels: list[str] | None) -> list[str]:
+def artefact_problems(place: str, request: RequestSpec, labels: list[str] | None) -> list[str]:
     """Why the existing artefact of a request cannot be used for it; labels are those of the target."""
-    spec, where = request.conditioning, f"requests.{number}.conditioning.artefact"
+    spec, where = request.conditioning, f"{place}.conditioning.artefact"
     if spec is None or spec.artefact is None:
         return []
     try:

@@ -5,6 +5,7 @@ Logits are divided by it, for guidance and for scores (`engine.methods.temperatu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +22,13 @@ from engine.models.digests import model_digest
 from engine.models.labels import read_labels
 from engine.models.program_description import program_temperature
 from engine.models.programs import is_program
+from engine.models.training_lineage import training_text
 
 FIELD = "models.calibration"
 # In the description of a target, beside its temperature: the artefact that this is of.
 CALIBRATION = "calibration"
+# In the description of a model, what is a sentence of its own.
+NOTED = ("trained_on", TEMPERATURE, CALIBRATION)
 UNCALIBRATED = "1, not calibrated (riskforge prepare fits one)"
 _BOUNDS = {
     "lower": "the target is right on every image that it was fitted on; add images on which it errs",
@@ -188,6 +192,17 @@ def temperature_text(described: Any) -> str:
     num_images = calibration.get("num_images")
     on = f" on {num_images:,} images" if is_integer(num_images) else ""
     return f"{temperature:.4g}, fitted{on} ({calibration.get('address')})"
+
+
+def model_notes(described: Mapping[str, Any]) -> list[str]:
+    """What a model's description has under `NOTED`, in words that are to be escaped.
+
+    Raises:
+        ValueError: its `trained_on` is not that of a model.
+    """
+    temperature = temperature_text(described)
+    notes = (training_text(described.get("trained_on")), temperature and f"temperature {temperature}")
+    return [note for note in notes if note]
 
 
 def _calibration_of(fields: dict[str, Any], address: str) -> Calibration:

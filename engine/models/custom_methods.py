@@ -41,7 +41,7 @@ def method_problems(job: JobSpec) -> Iterable[str]:
                 method_digest(request.method)
                 load_method(request.method, factory_arguments(job, request))
             except JobError as error:
-                where = f"requests.{job.place(number)}.method"
+                where = f"{job.where(number)}.method"
                 yield from (f"{where}: {problem}" for problem in error.problems)
 
 

@@ -89,7 +89,7 @@ def _roles(job: JobSpec) -> Iterator[_Role]:
         yield "models.guidance_decoder", models.guidance_decoder, check_decoder
     for number, request in enumerate(job.requests):
         if request.diffusion:
-            yield f"requests.{job.place(number)}.diffusion", request.diffusion, check_diffusion
+            yield f"{job.where(number)}.diffusion", request.diffusion, check_diffusion
 
 
 def _check_classifier(folder: Path, address: str) -> None:
@@ -150,8 +150,9 @@ def _request_problems(job: JobSpec) -> list[str]:
     for number, request in enumerate(job.requests):
         address = request.diffusion or job.models.diffusion
         if folder := _pipeline_folder(address):
-            where = f"requests.{job.place(number)}"
-            problems += [f"{where}.{problem}" for problem in request_problems(job, request, folder, address)]
+            problems += [
+                f"{job.where(number)}.{problem}" for problem in request_problems(job, request, folder, address)
+            ]
     return problems
 
 
@@ -205,7 +206,7 @@ def _weights_problems(job: JobSpec) -> list[str]:
     if job.models.guidance_decoder:
         roles.append(("models.guidance_decoder", job.models.guidance_decoder, check_decoder_weights))
     roles += [
-        (f"requests.{job.place(number)}.diffusion", request.diffusion, check)
+        (f"{job.where(number)}.diffusion", request.diffusion, check)
         for number, request in enumerate(job.requests)
         if request.diffusion
     ]
@@ -218,5 +219,5 @@ def _preparation_problems(job: JobSpec) -> list[str]:
     problems = [*method_problems(job), *calibration_problems(job)]
     labels = read_labels(job.models.target)
     for number, request in enumerate(job.requests):
-        problems += artefact_problems(job.place(number), request, labels)
+        problems += artefact_problems(job.where(number), request, labels)
     return problems

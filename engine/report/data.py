@@ -15,7 +15,7 @@ from engine.data.run.outcomes import errors, joint_rows, oracle_agreement, score
 from engine.data.run.schema import check_rows
 from engine.data.run.summary import SUMMARY_COLUMNS
 from engine.data.stores.file_errors import shown_path
-from engine.job.columns import BY_NAME, NO_CLASS, TWIN_COLUMNS, Column, Role, by_rank, columns_with, stored_names
+from engine.job.columns import BY_NAME, NO_CLASS, PAIR_COLUMNS, Column, Role, by_rank, columns_with, stored_names
 from engine.job.records import STATUS_FAILED
 from engine.report.text import joined
 
@@ -29,8 +29,6 @@ _NUMBERS = (
     "zero_gradients", "nonfinite_gradients", "duration_seconds", "batch_size",
     *(column.name for column in columns_with(Role.DRAWN)),
 )  # fmt: skip
-# What says which samples have a start or a twin, and what is shown of the two.
-PAIR_COLUMNS = ("start_key", "strength", *TWIN_COLUMNS)
 MAX_CONFUSION_CLASSES = 50
 MAX_PAIRS = 25
 MAX_MESSAGES = 10

@@ -249,9 +249,7 @@ def range_titles(records: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 def _is_stored(column: Column, records: Sequence[dict[str, Any]]) -> bool:
     """Whether records have a score; those of an earlier schema version lack later ones, most have no second image."""
-    if column.is_paired:
-        return any(record.get(column.name, column.empty) != column.empty for record in records)
-    return column.since == 1 or any(column.name in record for record in records)
+    return column.since == 1 or any(column.name in one and column.is_known(one[column.name]) for one in records)
 
 
 def _field_text(name: str, value: Any, names: dict[int, str]) -> str:
@@ -259,7 +257,7 @@ def _field_text(name: str, value: Any, names: dict[int, str]) -> str:
     column = BY_NAME.get(name)
     if isinstance(value, list):
         return joined(_item_texts(column, value, names), MAX_LIST)
-    if column is not None and column.is_paired and value == column.empty:
+    if column is not None and not column.is_known(value):
         return "none"
     if column is not None and column.is_class:
         return _class_text(value, names)

@@ -11,8 +11,7 @@ from engine.data.run.manifest_reading import manifest_error
 from engine.data.run.notices import known_notices
 from engine.data.stores.base import Store
 from engine.job.columns import NO_CLASS
-from engine.models.calibration import temperature_text
-from engine.models.training_lineage import training_text
+from engine.models.calibration import model_notes
 from engine.report.curation import curation_section
 from engine.report.data import Rows
 from engine.report.partners import partner_table
@@ -147,9 +146,7 @@ def _models(models: dict[str, Any]) -> list[dict[str, str]]:
         for model in value if isinstance(value, list) else [value]:
             known = model if isinstance(model, dict) else {"address": str(model)}
             address, digest = (str(known.get(name, "")) for name in ("address", "digest"))
-            temperature = temperature_text(known)
-            notes = (training_text(known.get("trained_on")), temperature and f"temperature {temperature}")
-            note = clip("; ".join(filter(None, notes)), MAX_FACT_CHARS)
+            note = clip("; ".join(model_notes(known)), MAX_FACT_CHARS)
             lines.append({"role": role, "address": address, "digest": digest, "note": note})
     return lines
 

@@ -56,17 +56,8 @@ from engine.report.gallery import (
 )
 from engine.report.headline import request_totals, summary_table
 from engine.report.manifest_parts import manifest_context
-from engine.report.pairs import (
-    MAX_GAIN_POWER,
-    PAIRS_BUDGET_BYTES,
-    PairColumns,
-    PairSection,
-    choose_pairs,
-    find_others,
-    make_pairs,
-    pair_section,
-    with_tiles,
-)
+from engine.report.pair_tiles import MAX_GAIN_POWER, PAIRS_BUDGET_BYTES, make_pairs
+from engine.report.pairs import PairColumns, PairSection, choose_pairs, find_others, pair_section, with_tiles
 from engine.report.scatter import SHAPES, num_drawn, scatter
 from engine.report.stored_images import find_images
 from engine.report.text import clip, many

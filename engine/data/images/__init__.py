@@ -4,7 +4,7 @@ Every file under a path is used, or is reported with its name and the reason. La
 Nothing is written: members of an archive are read in memory, whatever their names are.
 """
 
-from engine.data.images.decode import UnusableImageError, decode_rgb, decode_sample, open_image
+from engine.data.images.decode import UnusableImageError, decode_rgb, decode_sample, decode_stored, open_image
 from engine.data.images.image_source import (
     PART_ROWS,
     SOUGHT,
@@ -24,6 +24,6 @@ from engine.data.images.webdataset_tars import webdataset
 
 __all__ = [
     "NAMED", "PART_ROWS", "SOUGHT", "ReadResult", "ImageSource", "Item", "LabelledImage", "Place", "Unusable",
-    "UnusableImageError", "decode_rgb", "decode_sample", "image_key", "nothing_usable", "open_image", "open_images",
-    "parquet", "some_of", "webdataset",
+    "UnusableImageError", "decode_rgb", "decode_sample", "decode_stored", "image_key", "nothing_usable", "open_image",
+    "open_images", "parquet", "some_of", "webdataset",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ import PIL.Image
 import PIL.ImageFile
 import PIL.ImageOps
 
-from engine.errors import first_line
+from engine.errors import CorruptShardError, first_line
 from engine.terminal import printable
 
 MAX_FILE_BYTES = 256 * 2**20
@@ -113,6 +113,21 @@ def decode_sample(data: bytes) -> PIL.Image.Image:
         UnusableImageError: as `decode_rgb`.
     """
     return decode_rgb(data, max_pixels=MAX_SAMPLE_PIXELS)
+
+
+def decode_stored(data: bytes, what: str) -> PIL.Image.Image:
+    """As `decode_sample`, of an image that a run holds.
+
+    Args:
+        what: which image, for the message.
+
+    Raises:
+        CorruptShardError: it cannot be used.
+    """
+    try:
+        return decode_sample(data)
+    except UnusableImageError as error:
+        raise CorruptShardError(f"{what} {error}; `riskforge verify` reports what is damaged") from None
 
 
 def check_bytes(num_bytes: int) -> None:

@@ -299,7 +299,8 @@ class Corpus:
             JobError: no selected sample has one.
             CorruptShardError: now or on the way, an image is missing or damaged.
         """
-        from engine.data.reading.pairs import PAIR_COLUMNS, PairRows, read_pairs
+        from engine.data.reading.pairs import PairRows, read_pairs
+        from engine.job.columns import PAIR_COLUMNS
 
         chosen = self if self._has_images else self.samples
         runs = [

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from engine.data.images import UnusableImageError, decode_sample
+from engine.data.images import decode_stored
 from engine.data.reading.source import RunSource
 from engine.data.run.companions import companion_name
 from engine.data.run.shards import SHARDS
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     import PIL.Image
     import pyarrow as pa
 
-# What says which rows have a start or a twin.
-PAIR_COLUMNS = ("key", "start_key", "strength", *TWIN_COLUMNS)
 # Where the images of a sample lie: its own, its start, its twin in `twins/`, its twin among the samples.
 SAMPLE, START, TWIN, FOUND = "sample", STARTS, TWINS, "found"
 
@@ -83,21 +81,19 @@ class PairRows:
         own = _filled(rows, "twin_key")
         is_stored = pa.scalar(not source.is_export)
         places = {
-            START: pc.and_(pc.and_(_filled(rows, "start_key"), _is_below_one(rows)), is_stored),
+            START: pc.and_(_filled(rows, "start_key"), is_stored),
             TWIN: pc.and_(own, is_stored),
             FOUND: pc.and_not(_filled(merged, "twin_key"), own),
         }
         has_any = pc.or_(pc.or_(places[START], places[TWIN]), places[FOUND])
         self.table = merged.filter(has_any)
-        self._keys = {place: dict[str, str]() for place in (SAMPLE, *places)}
+        self._keys: dict[str, dict[str, str]] = {}
         # A row has its own twin under its own key, and one that was found under that of another sample.
-        for place, flags in places.items():
+        for place, flags in (places | {SAMPLE: has_any}).items():
             chosen = merged.filter(flags)
             names = chosen["twin_key" if place == FOUND else "key"].to_pylist()
             self._keys[place] = dict(zip(chosen["key"].to_pylist(), names, strict=True))
-        keys = self.table["key"].to_pylist()
-        self._keys[SAMPLE] = dict(zip(keys, keys, strict=True))
-        self._numbers = {key: number for number, key in enumerate(keys)}
+        self._numbers = {key: number for number, key in enumerate(self._keys[SAMPLE])}
         self._index: dict[str, tuple[SamplePlaces, TarReader]] = {}
 
     def __len__(self) -> int:
@@ -119,6 +115,14 @@ class PairRows:
     def twin(self, key: str) -> ImageFile | None:
         """The unguided twin of a sample."""
         return self._read(TWIN, key) or self._read(FOUND, key)
+
+    def decoded(self, key: str, what: str, file: ImageFile) -> PIL.Image.Image:
+        """An image of a sample, decoded.
+
+        Raises:
+            CorruptShardError: it is none.
+        """
+        return decode_stored(file.data, f"{self.source.uri}: the {what} of {key!r}")
 
     def count(self, kind: str) -> int:
         """How many of the samples have a start, or a twin of either kind."""
@@ -193,25 +197,11 @@ def _read(pairs: PairRows, tables: Iterable[pa.Table]) -> Iterator[Pair]:
             record = {name: value for name, value in row.items() if value is not None} | pairs.twin_fields(key)
             yield Pair(
                 key=key,
-                image=decoded(pairs.source, key, "image", pairs.image(key)),
-                twin=None if twin is None else decoded(pairs.source, key, "twin", twin),
-                start=None if start is None else decoded(pairs.source, key, "start", start),
+                image=pairs.decoded(key, "image", pairs.image(key)),
+                twin=None if twin is None else pairs.decoded(key, "twin", twin),
+                start=None if start is None else pairs.decoded(key, "start", start),
                 record=record,
             )
-
-
-def decoded(source: RunSource, key: str, what: str, file: ImageFile) -> PIL.Image.Image:
-    """An image of a sample, decoded.
-
-    Raises:
-        CorruptShardError: it is none.
-    """
-    try:
-        return decode_sample(file.data)
-    except UnusableImageError as error:
-        raise CorruptShardError(
-            f"{source.uri}: the {what} of {key!r} {error}; `riskforge verify` reports what is damaged"
-        ) from None
 
 
 def _companions(source: RunSource, kind: str) -> list[StoredFile]:
@@ -239,10 +229,3 @@ def _filled(rows: pa.Table, name: str) -> pa.ChunkedArray:
     import pyarrow.compute as pc
 
     return pc.not_equal(pc.coalesce(rows[name], pa.scalar("")), "")
-
-
-def _is_below_one(rows: pa.Table) -> pa.ChunkedArray:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    return pc.less(pc.coalesce(rows["strength"], pa.scalar(1.0)), 1.0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from engine.data.reading.pairs import PAIR_COLUMNS, ImageFile, PairRows, check_any, decoded
+from engine.data.reading.pairs import ImageFile, PairRows, check_any
 from engine.errors import CorruptShardError
+from engine.job.columns import PAIR_COLUMNS
 from engine.job.records import check_record
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class SelectedPairs:
         files = {"start": self._runs[run].start(name), "twin": self._runs[run].twin(name)}
         for what, file in files.items():
             if file is not None:
-                decoded(self._runs[run].source, name, what, file)
+                self._runs[run].decoded(name, what, file)
         return files["start"], files["twin"]
 
     def with_twin(self, record: dict[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from engine.data.images import UnusableImageError, decode_sample
+from engine.data.images import decode_stored
 from engine.data.run.tar_index import MemberPlace, TarReader, index_tars
 from engine.data.stores.base import StoredFile
-from engine.errors import CorruptShardError, JobError
+from engine.errors import JobError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,10 +52,7 @@ class TorchSamples(Dataset[Sample]):
 
     def __getitem__(self, number: int) -> Sample:
         data = self._reader.read(MemberPlace(*self._places[number].tolist()))
-        try:
-            image = decode_sample(data)
-        except UnusableImageError as error:
-            raise CorruptShardError(f"the image of {self.keys[number]!r} {error}") from None
+        image = decode_stored(data, f"the image of {self.keys[number]!r}")
         label = int(self.targets[number]) if self._soft_labels is None else torch.from_numpy(self._soft_labels[number])
         shown = as_tensor(np.asarray(image)) if self._transform is None else self._transform(image)
         return shown, label, float(self.weights[number])

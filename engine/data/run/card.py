@@ -17,12 +17,10 @@ from engine.data.run.file_names import SURPLUS_LIST
 from engine.data.run.schema import arrow_schema, tar_features
 from engine.data.run.summary import GroupSummary, Spread, shown_entry_scores, shown_scores
 from engine.job.columns import BY_NAME, Role, columns_with, enumerated, target_first, units_text
-from engine.job.plan import TEMPERATURE
 from engine.job.records import STARTS, TWINS
 from engine.job.spec import ConditioningSpec, JobSpec, RequestSpec
-from engine.models.calibration import CALIBRATION, temperature_text
+from engine.models.calibration import NOTED, model_notes
 from engine.models.licences import UNKNOWN
-from engine.models.training_lineage import training_text
 
 _SIZES = (
     (10**3, "n<1K"),
@@ -46,7 +44,7 @@ _COMPANION_TEXTS = {
 }
 MAX_SHORT = 8
 # Of the description of a model, what is not listed as it is.
-_APART = ("labels", "trained_on", TEMPERATURE, CALIBRATION)
+_APART = ("labels", *NOTED)
 
 
 def dataset_card(job: JobSpec, manifest: dict[str, Any], groups: list[GroupSummary], data_files: list[str]) -> str:
@@ -213,9 +211,7 @@ def _model_text(model: Any) -> str:
     if not isinstance(model, dict):
         return code(str(model))
     text = ", ".join(f"{name} {code(str(value))}" for name, value in model.items() if name not in _APART)
-    temperature = temperature_text(model)
-    notes = (training_text(model.get("trained_on")), temperature and f"temperature {temperature}")
-    return "; ".join([text, *(code(note) for note in notes if note)])
+    return "; ".join([text, *map(code, model_notes(model))])
 
 
 def _amount(request: RequestSpec) -> str:

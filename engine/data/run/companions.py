@@ -22,9 +22,12 @@ COMPANIONS = (STARTS, TWINS)
 KEY_COLUMNS = {STARTS: "start_key", TWINS: "twin_key"}
 # What the record of a companion says too.
 _EQUAL = {
-    STARTS: ("start_key", "start_sha256"),
-    TWINS: ("request", "prompt", "context", "seed", "index", "screened", "start_key", "start_sha256", "strength"),
-}
+    STARTS: ("schema_version", "start_key", "start_sha256"),
+    TWINS: (
+        "schema_version", "request", "prompt", "context", "seed", "index", "screened", "start_key", "start_sha256",
+        "strength",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +56,6 @@ def companions_of(request: RequestSpec) -> tuple[str, ...]:
     """The companions that every shard of a request has; at strength 1 a start is left out."""
     has = {STARTS: request.used_start is not None, TWINS: request.twin}
     return tuple(kind for kind in COMPANIONS if has[kind])
-
-
-def has_companion(kind: str, row: Mapping[str, Any]) -> bool:
-    """Whether a companion has an image for a row of a shard's parquet: where the sample's own is stored."""
-    return bool(row["sha256"] and row.get(KEY_COLUMNS[kind]))
 
 
 def difference_to_row(kind: str, record: Mapping[str, Any], row: Mapping[str, Any]) -> str:

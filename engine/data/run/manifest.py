@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.data.run.commit_record import CommitRecord
 from engine.data.run.commits import CommitSummary, read_commits
-from engine.data.run.companions import KEY_COLUMNS
+from engine.data.run.companions import KEY_COLUMNS, companions_of
 from engine.data.run.counts import num_stored
 from engine.data.run.curated import manifest_part
 from engine.data.run.file_names import METADATA
@@ -81,13 +81,15 @@ def build_manifest(
         "summary": [group_document(group) for group in groups],
         "dials": read_dials(store.fetch(METADATA), job),
         "shards": [_listed(record, job) for record in read_commits(store)] if len(commits) <= MAX_LISTED_SHARDS else [],
-        **_companions(store),
+        **_companions(store, job),
         **manifest_part(store, plan),
     }
 
 
-def _companions(store: Store) -> dict[str, Any]:
+def _companions(store: Store, job: JobSpec) -> dict[str, Any]:
     """Of each folder of tars with second images how many images, tars and bytes; nothing where a run has none."""
+    if not any(map(companions_of, job.requests)):
+        return {}
     totals: dict[str, dict[str, Any]] = {}
     for record in read_commits(store):
         for kind, tar in record.companions.items():

@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, get_args
+from types import MappingProxyType
+from typing import Any, BinaryIO, NamedTuple, NoReturn, get_args
 
-from engine.data.run.companions import CompanionTar, TarFacts, difference_to_row, has_companion
+from engine.data.run.companions import KEY_COLUMNS, CompanionTar, TarFacts, difference_to_row
 from engine.data.run.counts import ShardCounts, count_rows
 from engine.data.run.schema import arrow_schema
 from engine.data.stores.file_errors import explained, shown_path
@@ -28,11 +29,21 @@ MAX_SAMPLE_BYTES = 64 * 2**20
 ROWS_PER_GROUP = 1024
 IMAGE_FORMATS: tuple[str, ...] = get_args(OutputSpec.model_fields["image_format"].annotation)
 
-# A sample of a tar: key, image file, record, class.
-TarSample = tuple[str, bytes, dict[str, Any], int]
-
+_NONE: Mapping[str, Path] = MappingProxyType({})
 _VERSIONS = range(SCHEMA_VERSION, 0, -1)
 _KEY = re.compile(r"[a-z0-9-]{1,90}")
+
+
+class TarSample(NamedTuple):
+    """A sample of a tar: its image is the file's bytes, its label the class index."""
+
+    key: str
+    image: bytes
+    record: dict[str, Any]
+    label: int
+
+
+_NO_SAMPLE = TarSample("", b"", {}, 0)
 
 
 def shard_name(job_name: str, number: int) -> str:
@@ -90,7 +101,7 @@ def read_shard(path: Path) -> Iterator[TarSample]:
             raise CorruptShardError(f"{shown_path(path)}: sample {key!r}: {error}") from error
         if record["key"] != key or record["class_index"] != cls:
             _corrupt(path, f"sample {key!r} holds the record of {record['key']!r}, or another class")
-        yield key, image, record, cls
+        yield TarSample(key, image, record, cls)
 
 
 def read_tar(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -155,9 +166,7 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str
             raise CorruptShardError(f"{shown_path(path)}: not a whole parquet file ({error})") from error
 
 
-def describe_files(
-    tar: Path, parquet: Path, counts: ShardCounts, companions: Mapping[str, Path] | None = None
-) -> ShardFiles:
+def describe_files(tar: Path, parquet: Path, counts: ShardCounts, companions: Mapping[str, Path] = _NONE) -> ShardFiles:
     """Sizes and checksums of the files of a shard."""
     return ShardFiles(
         tar=tar,
@@ -168,16 +177,13 @@ def describe_files(
         parquet_sha256=file_digest(parquet, "sha256"),
         parquet_bytes=parquet.stat().st_size,
         counts=counts,
-        companions={
-            kind: CompanionTar(
-                path=path,
-                facts=TarFacts(
-                    sha256=file_digest(path, "sha256"), md5=file_digest(path, "md5"), bytes=path.stat().st_size
-                ),
-            )
-            for kind, path in (companions or {}).items()
-        },
+        companions={kind: _companion(path) for kind, path in companions.items()},
     )
+
+
+def _companion(path: Path) -> CompanionTar:
+    facts = TarFacts(sha256=file_digest(path, "sha256"), md5=file_digest(path, "md5"), bytes=path.stat().st_size)
+    return CompanionTar(path=path, facts=facts)
 
 
 def file_digest(path: Path, algorithm: str) -> str:
@@ -186,54 +192,68 @@ def file_digest(path: Path, algorithm: str) -> str:
         return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
 
 
-def inspect_pair(tar: Path, parquet: Path, companions: Mapping[str, Path] | None = None) -> ShardFiles:
+def read_samples(
+    tar: Path, parquet: Path, companions: Mapping[str, Path] = _NONE
+) -> Iterator[tuple[dict[str, Any], dict[str, TarSample]]]:
+    """The rows of a shard in order, each with what its tars hold of it, by their folder; nothing where no image is.
+
+    Args:
+        companions: tars with second images of the samples, by their folder.
+
+    Raises:
+        CorruptShardError: they are not whole, or the images are not those that the rows list.
+    """
+    tars = {SHARDS: tar, **companions}
+    samples = {folder: read_shard(path) for folder, path in tars.items()}
+    for row in read_rows(parquet):
+        found = {}
+        for folder, path in tars.items():
+            if _has_image(folder, row):
+                one = found[folder] = next(samples[folder], _NO_SAMPLE)
+                is_listed = folder != SHARDS or hashlib.sha256(one.image).hexdigest() == row["sha256"]
+                if one.key != row["key"] or not is_listed:
+                    _corrupt(path, f"the image of {row['key']} is missing or not the one listed in {parquet.name}")
+        yield row, found
+    for folder, path in tars.items():
+        if extra := next(samples[folder], None):
+            _corrupt(path, f"{extra.key} is not listed in {parquet.name}")
+
+
+def _has_image(folder: str, row: Mapping[str, Any]) -> bool:
+    """Whether a tar has an image for a row: where the sample's own is stored, second images that the row names too."""
+    return bool(row["sha256"] and (folder == SHARDS or row.get(KEY_COLUMNS[folder])))
+
+
+def inspect_pair(tar: Path, parquet: Path, companions: Mapping[str, Path] = _NONE) -> ShardFiles:
     """Read a shard's files to the end and check that they belong together.
 
     Every image is listed in the parquet with its checksum, every listed image is there, and the records agree field
     by field. A companion has an image for each row that names it, and a record that does not contradict that row.
 
     Args:
-        companions: tars with second images of the samples, by their folder.
+        companions: as in `read_samples`.
 
     Raises:
         CorruptShardError: they are not whole, or not of one piece.
     """
     brief = []
-    samples = read_shard(tar)
-    others = {kind: read_shard(path) for kind, path in (companions or {}).items()}
-    for row in read_rows(parquet):
+    for row, samples in read_samples(tar, parquet, companions):
         brief.append({name: row[name] for name in ("key", "status", "accepted")})
-        if not row["sha256"]:
-            if row["status"] == STATUS_OK:
-                _corrupt(parquet, f"{row['key']} is listed without an image")
-            continue
-        key, image, record, _ = next(samples, ("", b"", {}, 0))
-        if key != row["key"] or hashlib.sha256(image).hexdigest() != row["sha256"]:
-            _corrupt(tar, f"the image of {row['key']} is missing or not the one listed in {parquet.name}")
-        if record != {name: row.get(name) for name in columns_of(record["schema_version"])}:
-            _corrupt(tar, f"the record of {row['key']} is not the one listed in {parquet.name}")
-        for kind, images in others.items():
-            _check_companion(kind, (companions or {})[kind], images, row)
-    if extra := next(samples, None):
-        _corrupt(tar, f"{extra[0]} is not listed in {parquet.name}")
-    for kind, images in others.items():
-        if extra := next(images, None):
-            _corrupt((companions or {})[kind], f"{extra[0]} has none by {parquet.name}")
+        if row["status"] == STATUS_OK and not samples:
+            _corrupt(parquet, f"{row['key']} is listed without an image")
+        for folder, sample in samples.items():
+            _check_record(tar if folder == SHARDS else companions[folder], folder, sample.record, row)
     with explained(tar):
         return describe_files(tar, parquet, count_rows(brief), companions)
 
 
-def _check_companion(kind: str, path: Path, images: Iterator[TarSample], row: dict[str, Any]) -> None:
-    """Check the next image of a companion against the row of a stored sample, which may have none."""
-    if not has_companion(kind, row):
-        return
-    key, _, record, _ = next(images, ("", b"", {}, 0))
-    if key != row["key"]:
-        _corrupt(path, f"the image of {row['key']} is missing")
-    if record["schema_version"] != row["schema_version"]:
-        _corrupt(path, f"the record of {key} has another schema version than its row")
-    if name := difference_to_row(kind, record, row):
-        _corrupt(path, f"the record of {key} contradicts its row in {name}")
+def _check_record(path: Path, folder: str, record: dict[str, Any], row: dict[str, Any]) -> None:
+    """Check the record of an image in a tar against the row of its sample."""
+    if folder == SHARDS:
+        if record != {name: row.get(name) for name in columns_of(record["schema_version"])}:
+            _corrupt(path, f"the record of {row['key']} is not that of its row")
+    elif name := difference_to_row(folder, record, row):
+        _corrupt(path, f"the record of {row['key']} contradicts its row in {name}")
 
 
 def _corrupt(path: Path, what: str) -> NoReturn:

@@ -121,6 +121,7 @@ def stored_plan(store: Store) -> tuple[JobSpec, Plan]:
                 job_name=job.name,
                 job_seed=job.seed,
                 cells=tuple(map(_cell, raw["classes"])),
+                where=job.where(number),
             )
             for number, (spec, raw) in enumerate(zip(job.requests, stored.identity["requests"], strict=True))
         )

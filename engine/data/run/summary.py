@@ -111,8 +111,8 @@ def shown_scores(groups: Sequence[GroupSummary]) -> list[Column]:
 
 def measured(values: pa.ChunkedArray, column: Column) -> np.ndarray:
     """The values of a score without absent ones: of rows of earlier schema versions, or without a second image."""
-    known = values.drop_null().to_numpy()
-    return known[known != column.empty] if column.is_paired else known
+    known: np.ndarray = column.known(values.drop_null().to_numpy())
+    return known
 
 
 def shown_entry_scores(groups: Sequence[GroupSummary]) -> dict[str, EntryScore]:
@@ -232,7 +232,7 @@ def summarise_table(table: pa.Table) -> list[GroupSummary]:
     codes = _group_codes(table)
     scores = [column.name for column in _SCORES if _is_stored(table, column)]
     columns = {name: _numbers(table, name) for name in [*scores, "accepted"]}
-    columns |= {name: _without_absent(columns[name], BY_NAME[name]) for name in scores if BY_NAME[name].is_paired}
+    columns |= {name: without_absent(columns[name], BY_NAME[name]) for name in scores if BY_NAME[name].is_paired}
     columns |= {status: _equals(table, "status", status) for status in (STATUS_OK, STATUS_REJECTED, STATUS_FAILED)}
     columns |= {"scored": scored_rows(table), "error": errors(table), "oracle": oracle_agreement(table)}
     columns |= {name: _entry_readings(table, entry) for name, entry in _ENTRY_SCORES.items()}
@@ -262,7 +262,7 @@ def _is_stored(table: pa.Table, column: Column) -> bool:
     return bool(len(measured(table[column.name], column))) if table.num_rows else not column.is_paired
 
 
-def _without_absent(values: np.ndarray, column: Column) -> np.ndarray:
+def without_absent(values: np.ndarray, column: Column) -> np.ndarray:
     """The values of a score of two images, [N]; NaN where there is no second one."""
     import numpy as np
 

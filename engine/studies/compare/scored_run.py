@@ -14,7 +14,7 @@ from engine.data.run.file_names import MANIFEST, METADATA, SUCCESS
 from engine.data.run.manifest_reading import read_manifest
 from engine.data.run.outcomes import errors, joint_rows, oracle_agreement, scored_rows
 from engine.data.run.schema import check_rows
-from engine.data.run.summary import class_texts
+from engine.data.run.summary import class_texts, without_absent
 from engine.data.stores.file_errors import explained
 from engine.data.stores.opening import open_store
 from engine.errors import OutputError, first_line
@@ -85,7 +85,7 @@ class ScoredRun:
         if name not in self.scores:
             return None
         values, column = self.scores[name][rows], BY_NAME[name]
-        return np.where(values == column.empty, np.nan, values) if column.is_paired else values
+        return without_absent(values, column) if column.is_paired else values
 
 
 def read_scored_run(address: str) -> ScoredRun:

@@ -145,19 +145,15 @@ class Candidates:
         Raises:
             CorruptShardError: an image is missing or cannot be decoded.
         """
-        from engine.data.images.decode import UnusableImageError, decode_sample
+        from engine.data.images.decode import decode_stored
 
         wanted = iter(self.keys)
         key = next(wanted, None)
         for record in self.parent.commits:
             for stored, data, _, _ in read_shard(self.parent.store.fetch(file_pair(record.name)[0])):
-                if stored != key:
-                    continue
-                try:
-                    yield key, decode_sample(data)
-                except UnusableImageError as error:
-                    raise CorruptShardError(f"{key}: its image {error}; `riskforge verify` says more") from None
-                key = next(wanted, None)
+                if stored == key:
+                    yield key, decode_stored(data, f"{key}: its image")
+                    key = next(wanted, None)
         if key is not None:
             raise CorruptShardError(
                 f"{self.parent.store.uri}: has no image of {key}; `riskforge verify` reports what is damaged"

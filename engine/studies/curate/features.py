@@ -9,9 +9,9 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from engine.data.images import UnusableImageError, decode_sample
+from engine.data.images import decode_stored
 from engine.driver.progress import Display
-from engine.errors import CorruptShardError, JobError
+from engine.errors import JobError
 from engine.job.spec import RuntimeSpec
 from engine.methods.finiteness import Faults
 from engine.models.clip import Clip
@@ -101,12 +101,7 @@ def embed_samples(
 
 def _images(run: StudiedRun) -> Iterator[tuple[str, PIL.Image.Image]]:
     for data, record in read_samples(run, [request.name for request in run.job.requests]):
-        try:
-            yield record["key"], decode_sample(data)
-        except UnusableImageError as error:
-            raise CorruptShardError(
-                f"{run.store.uri}: the image of '{record['key']}' {error}; `riskforge verify` says more"
-            ) from None
+        yield record["key"], decode_stored(data, f"{run.store.uri}: the image of '{record['key']}'")
 
 
 def _embeds(models: VisionModels, batch: Sequence[tuple[str, PIL.Image.Image]]) -> Tensor:

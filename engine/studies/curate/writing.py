@@ -7,22 +7,20 @@ byte; any other one that has an image becomes `rejected` and loses it; the rest 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from engine.data.run.commit_record import CommitRecord, file_pair
+from engine.data.run.commit_record import CommitRecord
 from engine.data.run.commit_shard import commit_shard
 from engine.data.run.commits import list_commits
-from engine.data.run.companions import companion_name, has_companion
 from engine.data.run.curated import KEY
 from engine.data.run.foreign_files import check_unused
 from engine.data.run.shard_writing import stage_shard
-from engine.data.run.shards import TarSample, file_digest, read_rows, read_shard
+from engine.data.run.shards import SHARDS, TarSample, file_digest, read_samples
 from engine.data.run.stored_plan import publish_stage, read_run
 from engine.data.stores.base import Store
 from engine.data.stores.folder import FolderStore
@@ -163,58 +161,33 @@ def copied_samples(parent: Parent, record: CommitRecord, selected: Collection[st
     Raises:
         CorruptShardError: rows or images are not those that were committed.
     """
-    tar_name, rows_name = file_pair(record.name)
-    tar, rows = parent.store.fetch_each([tar_name, rows_name])
-    if not rows.exists() or file_digest(rows, "sha256") != record.parquet_sha256:
-        _damaged(parent, rows_name, "is not the file that was committed")
-    images, companions = read_shard(tar), _open_companions(parent, record)
-    for row in read_rows(rows):
-        image = b""
-        if row["sha256"]:
-            key, image, _, _ = next(images, ("", b"", {}, 0))
-            if key != row["key"] or hashlib.sha256(image).hexdigest() != row["sha256"]:
-                _damaged(parent, tar_name, f"its image of {row['key']} is not the one that was committed")
-        others = {}
-        for kind, others_of_shard in companions.items():
-            if has_companion(kind, row):
-                key, data, fields, _ = next(others_of_shard, ("", b"", {}, 0))
-                if key != row["key"]:
-                    _damaged(parent, companion_name(kind, record.name), f"it lacks the image of {row['key']}")
-                others[kind] = Companion(fields, partial(bytes, data))
-        yield _copied(row, image, others, row["key"] in selected)
+    tar, *others = parent.store.fetch_each(record.files)
+    # The images of the samples have checksums in the rows.
+    for path, (name, (digest, _)) in zip(others, list(record.files.items())[1:], strict=True):
+        if not path.exists() or file_digest(path, "sha256") != digest:
+            _damaged(f"{parent.store.address(name)}: is not the file that was committed")
+    try:
+        rows, *companions = others
+        for row, samples in read_samples(tar, rows, dict(zip(record.companions, companions, strict=True))):
+            yield _copied(row, samples, row["key"] in selected)
+    except CorruptShardError as error:
+        _damaged(str(error))
 
 
-def _open_companions(parent: Parent, record: CommitRecord) -> dict[str, Iterator[TarSample]]:
-    """The second images of the samples of a shard, by their folder.
-
-    Raises:
-        CorruptShardError: they are not those that were committed.
-    """
-    opened = {}
-    for kind, facts in record.companions.items():
-        name = companion_name(kind, record.name)
-        path = parent.store.fetch(name)
-        if not path.exists() or file_digest(path, "sha256") != facts.sha256:
-            _damaged(parent, name, "is not the file that was committed")
-        opened[kind] = read_shard(path)
-    return opened
-
-
-def _copied(row: dict[str, Any], image: bytes, companions: Mapping[str, Companion], is_selected: bool) -> SampleResult:
+def _copied(row: dict[str, Any], samples: dict[str, TarSample], is_selected: bool) -> SampleResult:
     record = {name: row[name] for name in columns_of(row["schema_version"])}
     run = {name: row[name] for name in _RUN_FIELDS}
     if is_selected:
-        return SampleResult(record=record, image=image, run=run, companions=companions)
+        files = {kind: Companion(one.record, partial(bytes, one.image)) for kind, one in samples.items()}
+        own = files.pop(SHARDS, None)
+        return SampleResult(record=record, image=own.image if own else b"", run=run, companions=files)
     if row["status"] == STATUS_OK:
         record |= {"status": STATUS_REJECTED, "accepted": False}
     return SampleResult(record=record, run=run)
 
 
-def _damaged(parent: Parent, name: str, what: str) -> None:
-    raise CorruptShardError(
-        f"RUN: {parent.store.address(name)}: {what}; `riskforge verify` says more, and `riskforge repair` takes the"
-        " shard out"
-    )
+def _damaged(what: str) -> NoReturn:
+    raise CorruptShardError(f"RUN: {what}; `riskforge verify` says more, and `riskforge repair` takes the shard out")
 
 
 def lineage_address(parent: Store, store: Store) -> str:

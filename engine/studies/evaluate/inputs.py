@@ -21,14 +21,12 @@ from engine.data.images import (
     LabelledImage,
     ReadResult,
     Unusable,
-    UnusableImageError,
-    decode_sample,
+    decode_stored,
     nothing_usable,
     open_images,
 )
 from engine.data.run.file_names import METADATA
 from engine.data.run.outcomes import target_errs
-from engine.data.stores.base import Store
 from engine.driver.progress import Display
 from engine.errors import CorruptShardError, JobError
 from engine.job.records import STATUS_OK, STATUS_REJECTED
@@ -125,7 +123,8 @@ def _stored_images(
         for _, record in part:
             if (key := record["key"]) in files:
                 read.append(record)
-                yield key, record["class_index"], decoded(run.store, key, files[key])
+                image = decode_stored(files[key], f"{run.store.uri}: the image of sample {key}")
+                yield key, record["class_index"], image
 
 
 def _note_left_out(run: StudiedRun, features: ImageFeatures, display: Display) -> None:
@@ -167,18 +166,6 @@ def _choose(table: pa.Table, options: EvaluateOptions) -> list[int]:
                 rows = rng.choice(rows, options.limit, replace=False)
             chosen += rows.tolist()
     return sorted(chosen)
-
-
-def decoded(store: Store, key: str, data: bytes) -> PIL.Image.Image:
-    """The image of a sample.
-
-    Raises:
-        CorruptShardError: it cannot be decoded.
-    """
-    try:
-        return decode_sample(data)
-    except UnusableImageError as error:
-        raise CorruptShardError(f"{store.uri}: the image of sample {key} {error}") from None
 
 
 def read_real(

@@ -7,26 +7,23 @@ same prompt, model, conditioning and sampling: guidance alone makes the differen
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import PIL.Image
 
+from engine.data.images.decode import decode_stored
 from engine.data.run.file_names import METADATA
 from engine.data.run.outcomes import scored_rows
 from engine.data.run.twins_table import FoundTwins, twins_table
 from engine.driver.progress import Display
 from engine.errors import CorruptShardError
-from engine.generation.pairs import distances, psnr_db
+from engine.generation.pairs import distances, twin_fields
 from engine.job.columns import NO_PAIR, stored_names
 from engine.job.partners import unguided_partners
 from engine.models.clip import Clip
 from engine.report.data import open_metadata
 from engine.report.stored_images import find_images
-from engine.studies.evaluate.inputs import decoded
 from engine.studies.samples import StudiedRun
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 _COLUMNS = (
     "key", "request", "method", "seed", "prompt", "start_sha256", "twin_key", "status", "scored", "sha256",
@@ -63,24 +60,20 @@ def find_twins(run: StudiedRun, clip: Clip, display: Display) -> FoundTwins | No
 
 def _rows(run: StudiedRun, requests: set[str]) -> tuple[list[Row], int]:
     """The rows with an image of some requests, each with its number in the metadata, and the number of all rows."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
     metadata = open_metadata(run.store.fetch(METADATA, keep=True))
     whole: pa.Table = metadata.to_table(columns=stored_names(_COLUMNS, metadata.schema.names))
     is_scored = scored_rows(whole)
-    wanted = pc.and_(pc.is_in(whole["request"], value_set=_texts(requests)), pc.not_equal(whole["sha256"], ""))
+    names = pa.array(sorted(requests), pa.string())
+    wanted = pc.and_(pc.is_in(whole["request"], value_set=names), pc.not_equal(whole["sha256"], ""))
     numbers = wanted.to_numpy().nonzero()[0]
     rows = whole.take(numbers).to_pylist()
     return [
         {"start_sha256": "", "twin_key": ""} | row | {"row": int(number), "scored": bool(is_scored[number])}
         for row, number in zip(rows, numbers, strict=True)
     ], whole.num_rows
-
-
-def _texts(names: set[str]) -> pa.Array:
-    import pyarrow as pa
-
-    return pa.array(sorted(names), pa.string())
 
 
 def _pairs(rows: list[Row], guided: str, plain: list[str]) -> Iterator[Pair]:
@@ -106,14 +99,7 @@ def _measured(run: StudiedRun, pairs: list[Pair], clip: Clip) -> Iterator[Row]:
                 " `riskforge verify` reports what is damaged"
             )
         if distance != NO_PAIR:
-            yield {
-                "key": row["key"],
-                "twin_key": twin["key"],
-                "twin_psnr_db": psnr_db(sample, twin_image),
-                "twin_distance": distance,
-                "twin_predicted_class": twin["predicted_class"],
-                "twin_risk": twin["risk"],
-            }
+            yield {"key": row["key"]} | twin_fields(sample, distance, twin_image, twin)
 
 
 def _images(run: StudiedRun, rows: list[Row]) -> list[PIL.Image.Image]:
@@ -127,4 +113,4 @@ def _images(run: StudiedRun, rows: list[Row]) -> list[PIL.Image.Image]:
         raise CorruptShardError(
             f"{run.store.uri}: the image of sample {missing[0]} is not in its shard; `riskforge verify` says more"
         )
-    return [decoded(run.store, row["key"], files[row["key"]]) for row in rows]
+    return [decode_stored(files[row["key"]], f"{run.store.uri}: the image of sample {row['key']}") for row in rows]

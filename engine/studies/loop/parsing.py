@@ -203,7 +203,7 @@ def _mixture_problems(spec: LoopSpec) -> Iterator[str]:
 def _job_problems(spec: LoopSpec, job: JobSpec) -> Iterator[str]:
     """Problems of the loop with its engine job."""
     for number, request in enumerate(job.requests):
-        where = f"generator.job.requests.{job.place(number)}"
+        where = f"generator.job.{job.where(number)}"
         if request.diffusion is not None:
             yield f"{where}.diffusion: the loop retrains models.diffusion alone; leave it out"
         if request.fresh:

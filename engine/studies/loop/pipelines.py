@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.data.images import LabelledImage, UnusableImageError, decode_sample, nothing_usable, open_images
+from engine.data.images import LabelledImage, decode_stored, nothing_usable, open_images
 from engine.data.run.curated import MonitorRecord, Proportion, RewardRecord
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
@@ -21,7 +21,7 @@ from engine.driver.executors.base import Executor
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.progress import Display, Tally
 from engine.driver.run import run_job
-from engine.errors import CorruptShardError, JobError, OwnedError, RiskforgeError, fault
+from engine.errors import JobError, OwnedError, RiskforgeError, fault
 from engine.job.plan import Cell, make_prompt
 from engine.job.spec import JobSpec
 from engine.methods.curation.learning import standardise
@@ -424,13 +424,10 @@ def _monitor_record(signal: Signal, level: float) -> MonitorRecord | None:
 def _curated_images(store: Store) -> list[PromptedImage]:
     """The selected images with their prompts."""
     study = open_study(store.uri)
-    pairs = list[PromptedImage]()
-    for data, record in read_samples(study, [request.name for request in study.job.requests]):
-        try:
-            pairs.append((decode_sample(data), record["prompt"]))
-        except UnusableImageError as error:
-            raise CorruptShardError(f"{store.uri}: the image of '{record['key']}' {error}") from None
-    return pairs
+    return [
+        (decode_stored(data, f"{store.uri}: the image of '{record['key']}'"), record["prompt"])
+        for data, record in read_samples(study, [request.name for request in study.job.requests])
+    ]
 
 
 @functools.lru_cache(maxsize=2)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from engine.data.run.companions import companion_name, companions_of, has_companion
+from engine.data.run.commit_record import file_names, file_pair
 from engine.data.run.schema import arrow_schema
-from engine.data.run.shards import ROWS_PER_GROUP, SHARDS, read_rows, read_shard, shard_name
+from engine.data.run.shards import ROWS_PER_GROUP, SHARDS, TarSample, read_rows, read_samples, shard_name
 from engine.data.stores.file_errors import explained
 from engine.errors import CorruptShardError
 from engine.job.acceptance import is_accepted
@@ -19,8 +19,6 @@ from engine.job.spec import JobSpec
 from engine.studies.rescore.inputs import Models, Rescoring
 
 if TYPE_CHECKING:
-    import PIL.Image
-
     from engine.models.classifier import Classifier
 
 NOT_STORED = "not scored again: no image is stored"
@@ -34,13 +32,13 @@ class Sample(NamedTuple):
     Attributes:
         image: the file, empty where none is stored.
         row: that of the run.
-        twin: file and class of its stored twin.
+        twin: its stored twin.
     """
 
     spec: SampleSpec
     image: bytes
     row: Row
-    twin: tuple[bytes, int] | None = None
+    twin: TarSample | None = None
 
 
 class Scoring:
@@ -74,11 +72,13 @@ class Scoring:
         """
         import torch
 
+        from engine.data.images.decode import decode_stored
         from engine.generation.scorer import oracle_classes, target_fields, transfer_entries
         from engine.methods.finiteness import Faults
 
         target, transfer, oracle = self._load()
-        images, faults = [_decoded(sample.spec.key, sample.image) for sample in samples], Faults(len(samples))
+        images = [decode_stored(sample.image, f"{sample.spec.key}: its image") for sample in samples]
+        faults = Faults(len(samples))
         labels = torch.tensor([sample.row["class_index"] for sample in samples])
         fields = target_fields(target, [sample.spec.cell for sample in samples], target.score(images), labels, faults)
         rows = [sample.row | new for sample, new in zip(samples, fields, strict=True)]
@@ -100,34 +100,20 @@ class Scoring:
         """What the new target says of the twins, in the rows of their samples; nothing where it is not finite."""
         import torch
 
+        from engine.data.images.decode import decode_stored
         from engine.generation.scorer import target_fields
         from engine.methods.finiteness import Faults
 
         paired = [(sample, row, sample.twin) for sample, row in zip(samples, rows, strict=True) if sample.twin]
         if not paired:
             return
-        images = [_decoded(f"{sample.spec.key}: the twin", twin[0]) for sample, _, twin in paired]
-        labels, faults = torch.tensor([twin[1] for _, _, twin in paired]), Faults(len(paired))
-        fields = target_fields(
-            target, [sample.spec.cell for sample, _, _ in paired], target.score(images), labels, faults
-        )
+        images = [decode_stored(twin.image, f"{sample.spec.key}: the image of its twin") for sample, _, twin in paired]
+        labels, faults = torch.tensor([twin.label for _, _, twin in paired]), Faults(len(paired))
+        cells = [sample.spec.cell for sample, _, _ in paired]
+        fields = target_fields(target, cells, target.score(images), labels, faults)
         for place, ((_, row, _), new) in enumerate(zip(paired, fields, strict=True)):
             scores = (NO_CLASS, NO_PAIR) if faults[place] else (new["predicted_class"], new["risk"])
             row |= dict(zip(("twin_predicted_class", "twin_risk"), scores, strict=True))
-
-
-def _decoded(what: str, data: bytes) -> PIL.Image.Image:
-    """A stored image.
-
-    Raises:
-        CorruptShardError: it cannot be decoded.
-    """
-    from engine.data.images.decode import UnusableImageError, decode_sample
-
-    try:
-        return decode_sample(data)
-    except UnusableImageError as error:
-        raise CorruptShardError(f"{what}: its image {error}; `riskforge verify` says more") from None
 
 
 def rescore_shard(rescoring: Rescoring, number: int, scoring: Scoring) -> None:
@@ -168,34 +154,34 @@ def _new_rows(rescoring: Rescoring, number: int, scoring: Scoring) -> Iterator[R
         CorruptShardError: a row is not in the plan, or an image is missing.
     """
     store, plan = rescoring.run, rescoring.plan
-    name = shard_name(rescoring.job.name, number)
-    stem = f"{SHARDS}/{name}"
-    images = read_shard(store.fetch(f"{stem}.tar"))
-    has_twins = TWINS in companions_of(rescoring.job.requests[plan.shard(number).request])
-    twins = read_shard(store.fetch(companion_name(TWINS, name))) if has_twins else iter(())
     specs = {spec.key: spec for spec in plan.samples(plan.shard(number))}
     waiting: list[Sample] = []
-    for row in read_rows(store.fetch(f"{stem}.parquet")):
-        spec, image, twin = specs.get(row["key"]), b"", None
+    for row, samples in _stored(rescoring, number):
+        spec = specs.get(row["key"])
         if spec is None:
-            where = store.address(f"{stem}.parquet")
+            where = store.address(file_pair(shard_name(rescoring.job.name, number))[1])
             raise CorruptShardError(f"{where}: {row['key']} is not in the plan; `riskforge verify` says more")
-        if row["sha256"]:
-            key, image, _, _ = next(images, ("", b"", {}, 0))
-            if key != row["key"]:
-                where = store.address(f"{stem}.tar")
-                raise CorruptShardError(f"{where}: lacks the image of {row['key']}; `riskforge repair` takes it out")
-        if has_twins and has_companion(TWINS, row):
-            key, data, _, label = next(twins, ("", b"", {}, 0))
-            if key != row["key"]:
-                where = store.address(companion_name(TWINS, name))
-                raise CorruptShardError(f"{where}: lacks the twin of {row['key']}; `riskforge repair` takes it out")
-            twin = data, label
-        waiting.append(Sample(spec, image, row, twin))
+        image = samples[SHARDS].image if samples else b""
+        waiting.append(Sample(spec, image, row, samples.get(TWINS)))
         if len(waiting) == BATCH:
             yield from _scored(waiting, rescoring, number, scoring)
             waiting = []
     yield from _scored(waiting, rescoring, number, scoring)
+
+
+def _stored(rescoring: Rescoring, number: int) -> Iterator[tuple[Row, dict[str, TarSample]]]:
+    """The rows of a shard with their images and twins.
+
+    Raises:
+        CorruptShardError: as `read_samples`.
+    """
+    has_twins = rescoring.job.requests[rescoring.plan.shard(number).request].twin
+    kinds = (TWINS,) if has_twins else ()
+    tar, parquet, *twins = map(rescoring.run.fetch, file_names(shard_name(rescoring.job.name, number), kinds))
+    try:
+        yield from read_samples(tar, parquet, dict(zip(kinds, twins, strict=True)))
+    except CorruptShardError as error:
+        raise CorruptShardError(f"{error}; `riskforge repair` takes the shard out") from None
 
 
 def _scored(waiting: list[Sample], rescoring: Rescoring, number: int, scoring: Scoring) -> Iterator[Row]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from engine.data.images import ImageSource, Unusable, UnusableImageError, decode_sample, image_key, nothing_usable
+from engine.data.images import ImageSource, Unusable, decode_stored, image_key, nothing_usable
 from engine.driver.progress import Display
-from engine.errors import CorruptShardError, JobError, first_line
+from engine.errors import JobError, first_line
 from engine.models.preprocessing import Preprocessing
 from engine.studies.retrain.finetune import Samples
 from engine.studies.samples import StudiedRun, read_samples
@@ -154,10 +154,7 @@ def read_generated(
         list[bool](),
     )
     for data, record in read_samples(run, requests):
-        try:
-            stack.add(decode_sample(data))
-        except UnusableImageError as error:
-            raise CorruptShardError(f"{run.store.uri}: the image of sample {record['key']} {error}") from None
+        stack.add(decode_stored(data, f"{run.store.uri}: the image of sample {record['key']}"))
         hard = one_hot(torch.tensor(record["class_index"]), num_classes).float()
         targets.append(torch.tensor(record["soft_label"]) if soft else hard)
         names.append(record["request"])
