@@ -19,7 +19,14 @@ from engine.data.images.decode import UnusableImageError, decode_sample
 from engine.data.run.outcomes import asked_classes, predicts_asked
 from engine.data.run.twins_table import FoundTwins
 from engine.data.stores.base import Store
-from engine.job.columns import ADVERSARIAL_PSNR_DB, BY_NAME, NO_CLASS, PERCEPTIBLE_PSNR_DB, TWIN_COLUMNS
+from engine.job.columns import (
+    ADVERSARIAL_PSNR_DB,
+    BY_NAME,
+    EQUAL_PSNR_DB,
+    NO_CLASS,
+    PERCEPTIBLE_PSNR_DB,
+    TWIN_COLUMNS,
+)
 from engine.job.records import STARTS, TWINS
 from engine.methods.registry import find_method
 from engine.report.data import Rows, name_of
@@ -45,11 +52,24 @@ _SHOWN_LEVELS = 64
 SORTS = ("twin_distance", "start_distance", "twin_psnr_db", "risk")
 # What people see of a change, by its name.
 SEEN = {
+    "unchanged": "most samples equal their twin",
     "adversarial": "people hardly tell sample and twin apart",
     "faint": "people see the change in some pairs, and in others not",
     "perceptible": "people can see the change",
 }
 TITLES = {STARTS: "Start", TWINS: "Unguided"}
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What an image is read as.
+
+    Attributes:
+        mark: ✓ where that is what was asked for, ✗ where not, empty where nobody asked.
+    """
+
+    text: str
+    mark: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,15 +80,13 @@ class Panel:
         kind: `starts`, `twins` or `sample`.
         title: what it is.
         image: data URI.
-        text: what a person or the target calls it.
-        mark: ✓ or ✗ where the target read it, else empty.
+        readings: what a person, or each model, calls it.
     """
 
     kind: str
     title: str
     image: str
-    text: str
-    mark: str = ""
+    readings: list[Reading]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +165,7 @@ class PairColumns:
         self._table = table
         self.has_start = self._texts("start_key") & (self.numbers("strength") < 1)
         self.has_twin = self._texts("twin_key")
+        self.has_oracle = self.numbers("oracle_class") != NO_CLASS
 
     @property
     def has_any(self) -> np.ndarray:
@@ -163,6 +182,11 @@ class PairColumns:
         """The values of a score in some rows, without those of rows that do not have it."""
         values = self.numbers(name)[of & self.rows.scored]
         return values[values != BY_NAME[name].empty] if BY_NAME[name].is_paired else values
+
+    def compared(self, of: np.ndarray) -> np.ndarray:
+        """Of some rows the scored ones with a twin, so that the two are of the same pairs; all where none has one."""
+        scored = of & self.rows.scored
+        return scored & self.has_twin if (scored & self.has_twin).any() else scored
 
     def twin_errs(self, of: np.ndarray) -> np.ndarray:
         """For each of some rows with a twin whether the target predicts a class for it that was not asked for."""
@@ -207,8 +231,8 @@ def pair_section(columns: PairColumns, manifest: Mapping[str, Any], found: Found
     headings = [
         Heading("Request"), Heading("Pairs"), Heading("PSNR to the twin", "in dB; median, quartiles"),
         Heading("Distance to the twin", "median"), Heading("Distance to the start", "median"),
-        Heading("Errors", "of the twins"), Heading("Errors", "of the samples"),
-        Heading("Risk", "of the twins, median"), Heading("Risk", "of the samples, median"),
+        Heading("Errors", "of the target"), Heading("Oracle agrees"), Heading("Valid failures"),
+        Heading("Risk", "in nats; median"),
     ]  # fmt: skip
     return PairSection(
         verdicts=verdicts[:MAX_SENTENCES],
@@ -243,45 +267,59 @@ def _stale(found: FoundTwins | None, num_attempts: int) -> str:
 
 
 def _verdict(columns: PairColumns, request: str, here: np.ndarray) -> Verdict:
-    psnr = columns.measured("twin_psnr_db", here)
-    distances = [
-        f"{number(float(np.median(values)))} to the {other}"
-        for name, other in (("twin_distance", "twin"), ("start_distance", "start"))
-        if len(values := columns.measured(name, here))
-    ]
-    apart = f" Median distance {' and '.join(distances)}." if distances else ""
+    """Whether people see what guidance changed, and whether the label still holds."""
+    psnr, outcome = columns.measured("twin_psnr_db", here), _outcome_text(columns, here)
     if not len(psnr):
-        return Verdict(request=request, word="", text=f"{many(int(here.sum()), 'sample')} with a start.{apart}")
+        return Verdict(request=request, word="", text=f"{many(int(here.sum()), 'sample')} with a start.{outcome}")
     median = float(np.median(psnr))
     word = _visibility(median)
     return Verdict(
         request=request,
         word=word,
-        text=f"{many(len(psnr), 'sample')} with a twin, median PSNR {median:.1f} dB: {SEEN[word]}.{apart}",
+        text=f"{many(len(psnr), 'sample')} with a twin, median PSNR {median:.1f} dB: {SEEN[word]}.{outcome}",
     )
+
+
+def _outcome_text(columns: PairColumns, here: np.ndarray) -> str:
+    """How often the target errs without guidance and with it, and how often the oracle reads what was asked for."""
+    compared = columns.compared(here)
+    samples, twins = _share(columns.rows.target_errs[compared]), _share(columns.twin_errs(compared))
+    if samples == ABSENT:
+        return ""
+    errors = f" The target errs on {samples}" + (f", on {twins} of the twins" if twins != ABSENT else "")
+    agrees = _share(columns.rows.oracle_agrees[compared & columns.has_oracle])
+    text = f"{errors}; the oracle reads {agrees} as asked." if agrees != ABSENT else f"{errors}."
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _visibility(psnr_db: float) -> str:
     """Whether people see a change, by the PSNR: one of `SEEN`."""
+    if psnr_db >= EQUAL_PSNR_DB:
+        return "unchanged"
     if psnr_db >= ADVERSARIAL_PSNR_DB:
         return "adversarial"
     return "perceptible" if psnr_db < PERCEPTIBLE_PSNR_DB else "faint"
 
 
 def _line(columns: PairColumns, request: str, here: np.ndarray, word: str) -> Line:
-    psnr, twins = columns.measured("twin_psnr_db", here), here & columns.has_twin
+    psnr, compared, rows = columns.measured("twin_psnr_db", here), columns.compared(here), columns.rows
     spread = [f"{value:.1f}" for value in np.quantile(psnr, [0.25, 0.5, 0.75])] if len(psnr) else []
+    judged = compared & columns.has_oracle
     cells = [
         (f"{int(here.sum()):,}", ""),
         (spread[1], f"{spread[0]} to {spread[2]}") if spread else (ABSENT, ""),
         (_median(columns.measured("twin_distance", here)), ""),
         (_median(columns.measured("start_distance", here)), ""),
-        (_share(columns.twin_errs(here)), ""),
-        (_share(columns.rows.target_errs[here & columns.rows.scored]), ""),
-        (_median(columns.measured("twin_risk", twins)), ""),
-        (_median(columns.measured("risk", here)), ""),
+        (_share(rows.target_errs[compared]), _of_twins(_share(columns.twin_errs(compared)))),
+        (_share(rows.oracle_agrees[judged]), ""),
+        (_share((rows.oracle_agrees & rows.target_errs)[judged]), ""),
+        (_median(columns.measured("risk", compared)), _of_twins(_median(columns.measured("twin_risk", compared)))),
     ]
     return Line(clip(request, 120), word, False, cells)
+
+
+def _of_twins(figure: str) -> str:
+    return "" if figure == ABSENT else f"twins {figure}"
 
 
 def _median(values: np.ndarray) -> str:
@@ -385,7 +423,7 @@ def _tile(
     except UnusableImageError:
         return None
     panels = [
-        Panel(kind=kind, title=_title(kind, record), image=uri, **_reading(kind, record, names))
+        Panel(kind=kind, title=_title(kind, record), image=uri, readings=_readings(kind, record, names))
         for kind, uri in zip(files, uris, strict=True)
     ]
     return PairTile(
@@ -404,15 +442,17 @@ def _title(kind: str, record: dict[str, Any]) -> str:
     return TITLES.get(kind) or ("Guided" if method is not None and method.is_guided else "Sample")
 
 
-def _reading(kind: str, record: dict[str, Any], names: dict[int, str]) -> dict[str, str]:
-    """What a person or the target calls an image."""
+def _readings(kind: str, record: dict[str, Any], names: dict[int, str]) -> list[Reading]:
+    """What a person, the target and the oracle call an image."""
     asked = asked_classes(record)
     if kind == STARTS:
-        return {"text": f"labelled {name_of(asked[0], names)}" if len(asked) == 1 else "real image"}
-    predicted = record["predicted_class" if kind == "sample" else "twin_predicted_class"]
-    oracle = record["oracle_class"] if kind == "sample" else NO_CLASS
-    text = name_of(predicted, names) + ("" if oracle == NO_CLASS else f" · oracle {name_of(oracle, names)}")
-    return {"text": clip(text, 80), "mark": "✓" if predicted in asked else "✗"}
+        return [Reading(clip(f"labelled {name_of(asked[0], names)}", 80) if len(asked) == 1 else "real image")]
+    of = {"": record["predicted_class" if kind == "sample" else "twin_predicted_class"]}
+    if kind == "sample" and record["oracle_class"] != NO_CLASS:
+        of["oracle: "] = record["oracle_class"]
+    return [
+        Reading(clip(f"{who}{name_of(index, names)}", 80), "✓" if index in asked else "✗") for who, index in of.items()
+    ]
 
 
 def _facts(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
