@@ -121,6 +121,18 @@ def check_sheet(run: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert PIL.Image.open(path).size == (3 * 100 + 4, 4 * 100 + 4)
 
 
+def test_rows_from_other_images_are_not_compared():
+    """Requests with starts must have the same ones; those without any, such as at strength 1, are no matter."""
+
+    def cell(*names: str) -> counterfactual_figures.Cell:
+        return counterfactual_figures.Cell([{"start_key": name} for name in names])
+
+    cells = {"risky": cell("a", "b"), "whole": cell("", ""), "plain": cell("b", "a")}
+    counterfactual_figures.check_starts(cells)
+    with pytest.raises(ValueError, match="plain has 1 samples from other images than the 2 of risky"):
+        counterfactual_figures.check_starts(cells | {"plain": cell("a")})
+
+
 # Photographs ---------------------------------------------------------------------------------------------------------
 
 
