@@ -464,14 +464,17 @@ def test_the_page_says_of_each_request_what_people_see(evaluated: Path, tmp_path
     wrong, right = '<span class="wrong">✗ ', '<span class="right">✓ '
     assert f"{wrong}nine</span>{right}oracle: eight</span>" in section and f"{wrong}oracle: nine</span>" in section
     assert f"{right}eight</span></figcaption>" in section and "<span>labelled eight</span>" in section
+    assert "in doubt" not in section
     # Where few samples have a twin, the two are compared on these.
     store = make_drawn_run(tmp_path / "few", [own | {"twin": False}], noise(8, levels=2))
     fields = {"twin_key": "t", "twin_psnr_db": 45.0, "twin_distance": 0.25, "twin_predicted_class": 9, "twin_risk": 0.5}
-    agreed = [row["key"] for row in rows_of(Path(store.uri)).values() if row["oracle_class"] != 9]
+    keys = {row["oracle_class"] == row["class_index"]: row["key"] for row in rows_of(Path(store.uri)).values()}
     digest = json.loads(store.path("manifest.json").read_text())["plan_digest"]
-    table = twins_table([{"key": agreed[0]} | fields])
-    write_twins(store, FoundTwins(rows=table, plan_digest=digest, num_attempts=6, clip="a"))
-    assert f"on 100.0{NBSP}% of the twins; the oracle reads 100.0{NBSP}% as asked." in section_of(store)
+    for agrees, share, doubt in ((True, "100.0", ""), (False, "0.0", ' <b class="wrong">Labels are in doubt.</b>')):
+        table = twins_table([{"key": keys[agrees]} | fields])
+        write_twins(store, FoundTwins(rows=table, plan_digest=digest, num_attempts=6, clip="a"))
+        section = section_of(store)
+        assert f"on 100.0{NBSP}% of the twins; the oracle reads {share}{NBSP}% as asked.{doubt}</span>" in section
     text = section_of(open_store(str(evaluated)))
     rows = rows_of(evaluated)
     found = {row["key"]: row for row in pq.read_table(evaluated / TWINS_TABLE).to_pylist()}

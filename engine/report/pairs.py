@@ -114,11 +114,13 @@ class Verdict:
 
     Attributes:
         word: one of `SEEN`, or empty where no twin tells.
+        has_doubt: whether the oracle reads most samples as something else than was asked for.
     """
 
     request: str
     word: str
     text: str
+    has_doubt: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,27 +270,29 @@ def _stale(found: FoundTwins | None, num_attempts: int) -> str:
 
 def _verdict(columns: PairColumns, request: str, here: np.ndarray) -> Verdict:
     """Whether people see what guidance changed, and whether the label still holds."""
-    psnr, outcome = columns.measured("twin_psnr_db", here), _outcome_text(columns, here)
-    if not len(psnr):
-        return Verdict(request=request, word="", text=f"{many(int(here.sum()), 'sample')} with a start.{outcome}")
-    median = float(np.median(psnr))
-    word = _visibility(median)
+    psnr, compared = columns.measured("twin_psnr_db", here), columns.compared(here)
+    agrees = columns.rows.oracle_agrees[compared & columns.has_oracle]
+    if len(psnr):
+        median = float(np.median(psnr))
+        word = _visibility(median)
+        text = f"{many(len(psnr), 'sample')} with a twin, median PSNR {median:.1f} dB: {SEEN[word]}."
+    else:
+        word, text = "", f"{many(int(here.sum()), 'sample')} with a start."
     return Verdict(
         request=request,
         word=word,
-        text=f"{many(len(psnr), 'sample')} with a twin, median PSNR {median:.1f} dB: {SEEN[word]}.{outcome}",
+        text=text + _outcome_text(columns, compared, agrees),
+        has_doubt=bool(len(agrees)) and bool(agrees.mean() < 0.5),
     )
 
 
-def _outcome_text(columns: PairColumns, here: np.ndarray) -> str:
-    """How often the target errs without guidance and with it, and how often the oracle reads what was asked for."""
-    compared = columns.compared(here)
+def _outcome_text(columns: PairColumns, compared: np.ndarray, agrees: np.ndarray) -> str:
+    """How often the target errs with guidance and without, and how often the oracle reads what was asked for."""
     samples, twins = _share(columns.rows.target_errs[compared]), _share(columns.twin_errs(compared))
     if samples == ABSENT:
         return ""
     errors = f" The target errs on {samples}" + (f", on {twins} of the twins" if twins != ABSENT else "")
-    agrees = _share(columns.rows.oracle_agrees[compared & columns.has_oracle])
-    text = f"{errors}; the oracle reads {agrees} as asked." if agrees != ABSENT else f"{errors}."
+    text = f"{errors}; the oracle reads {_share(agrees)} as asked." if len(agrees) else f"{errors}."
     return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
