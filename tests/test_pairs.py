@@ -369,7 +369,7 @@ def test_missing_and_broken_images_are_refused_by_name(copy: Path, tmp_path: Pat
 
 def test_inspect_shows_starts_and_twins(evaluated: Path, call: Any, tmp_path: Path) -> None:
     code, out, _ = call("inspect", evaluated)
-    assert not code and "24 samples with a start, 15 with an unguided twin" in out
+    assert not code and "with a start 24, with an unguided twin 15" in out
     [key] = [row["key"] for row in rows_of(evaluated).values() if row["request"] == "found"][:1]
     twin = {row["key"]: row for row in pq.read_table(evaluated / TWINS_TABLE).to_pylist()}[key]
     for which, expected in (

@@ -228,7 +228,7 @@ def _print_inspection(inspection: Inspection) -> None:
     print(f"samples      {document['samples']} accepted, with an image, within their quota")
     print(f"surplus      {document['surplus']}")
     if pairs := document.get("pairs"):
-        print(f"pairs        {pairs['starts']} samples with a start, {pairs['twins']} with an unguided twin")
+        print(f"pairs        with a start {pairs['starts']}, with an unguided twin {pairs['twins']}")
     print(f"schema       version {', '.join(document['schema_versions']) or 'unknown'}")
     if image := document["image"]:
         size = f"{image['width']} x {image['height']} pixels, {byte_size(image['bytes'])}"
