@@ -425,6 +425,18 @@ def test_pairs_are_exported_for_datasets(evaluated: Path, tmp_path: Path) -> Non
     assert {row["twin"] is None for row in loaded} == {row["start"] is None for row in loaded} == {True, False}
 
 
+def test_twins_are_named_by_the_keys_that_samples_have_in_an_export(tmp_path: Path) -> None:
+    """Of a run whose keys were taken already, the key of a twin changes with that of its sample."""
+    request = {"name": "own", "method": "risky", "twin": True, "classes": [3], "count": 2}
+    runs = [make_drawn_run(tmp_path / f"{levels}", [request], noise(8, levels=levels)) for levels in (2, 8)]
+    for name in ("pairs", "webdataset"):
+        out = export(tuple(run.uri for run in runs), ExportOptions(output=str(tmp_path / name), format=name)).path
+        [table] = [pq.read_table(path) for path in out.glob("*.parquet")]
+        keys = table["key"].to_pylist()
+        assert sorted(key.startswith("r2-") for key in keys) == [False] * 2 + [True] * 2
+        assert table["twin_key"].to_pylist() == keys
+
+
 def test_a_plain_export_has_no_pairs(evaluated: Path, tmp_path: Path) -> None:
     """Its rows say what they had, and its readers find no second images, which is no damage."""
     out = export((str(evaluated),), ExportOptions(output=str(tmp_path / "out"), condition="request == 'own'")).path
