@@ -97,8 +97,18 @@ def make_result(
         "transfer": [{"model": "zoo:r", "predicted_class": draw.randrange(3), "risk": draw.random()}],
     }
     record["is_error"] = record["predicted_class"] != label
-    image, others = _noise_png(draw), {}
-    if STARTS in companions:
+    image = _noise_png(draw)
+    kinds = [kind for kind in companions if kind != TWINS or spec.index % 7 != 3]
+    others = make_companions(spec, record, draw, kinds)
+    return SampleResult(record=record, image=image, run=run, companions=others)
+
+
+def make_companions(
+    spec: SampleSpec, record: dict[str, Any], draw: random.Random, kinds: Sequence[str]
+) -> dict[str, Companion]:
+    """Second images of a sample, which its record is told of."""
+    others: dict[str, Companion] = {}
+    if STARTS in kinds:
         record |= {
             "start_key": f"img-{spec.index}",
             "start_sha256": "ab",
@@ -106,11 +116,11 @@ def make_result(
             "start_distance": draw.random(),
         }
         others[STARTS] = _make_companion(spec, record, draw, method=REAL, scored=False, prompt="", seed=0)
-    if TWINS in companions and spec.index % 7 != 3:
+    if TWINS in kinds:
         others[TWINS] = _make_companion(spec, record, draw, method="prompt", risk=draw.random(), predicted_class=1)
         twin = others[TWINS].record
         record |= {"twin_key": spec.key, "twin_risk": twin["risk"], "twin_predicted_class": twin["predicted_class"]}
-    return SampleResult(record=record, image=image, run=run, companions=others)
+    return others
 
 
 def _noise_png(draw: random.Random) -> bytes:

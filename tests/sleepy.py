@@ -20,6 +20,7 @@ from typing import Any
 
 import PIL.Image
 
+from engine.data.run.companions import companions_of
 from engine.driver.executors.base import Executor
 from engine.driver.progress import PlainDisplay, Tally
 from engine.driver.run import run_job
@@ -30,9 +31,10 @@ from engine.generation.notices import Notices
 from engine.generation.worker import ShardBuffer, ShardOutcome, ShardProgressCallback, Worker
 from engine.job.parsing import parse_job
 from engine.job.plan import Plan, SampleSpec, ShardSpec
-from engine.job.records import SampleResult, failed_record, new_record
+from engine.job.records import TWINS, SampleResult, failed_record, new_record
 from engine.job.spec import JobSpec
 from engine.methods.conditioning.screening_tally import ScreeningTally
+from tests.run_cases import make_companions
 
 SAMPLES_PER_SHARD = 4
 # Only a guard: a gate that nobody opens is a fault of the test.
@@ -182,7 +184,8 @@ class Sleeper(InTurn):
         spec = specs[0]
         if spec.index == 0 and spec.cell.classes[0] < self._faults.bad_samples:
             return [SampleResult(failed_record(spec, self._faults.bad_message), b"", {"batch_size": 1})]
-        return [make_result(spec, self.attempt, self._yield_of(self.shard))]
+        request = self._plan.requests[self.shard.request].spec
+        return [make_result(spec, self.attempt, self._yield_of(self.shard), companions_of(request))]
 
     def _yield_of(self, shard: ShardSpec) -> float:
         """With a rule of acceptance, the share of samples that class 0 has accepted; others have more, up to all."""
@@ -201,8 +204,11 @@ class Sleeper(InTurn):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def make_result(spec: SampleSpec, attempt: int, share: float = 1.0) -> SampleResult:
-    """A sample whose bytes depend on its seed alone; so does whether it is among the share that is accepted."""
+def make_result(spec: SampleSpec, attempt: int, share: float = 1.0, companions: Sequence[str] = ()) -> SampleResult:
+    """A sample whose bytes depend on its seed alone; so does whether it is among the share that is accepted.
+
+    Where there are twins, those of every second class have a fault.
+    """
     draw = random.Random(spec.seed)
     accepted = random.Random(-spec.seed).random() < share
     record = new_record(spec) | {
@@ -214,7 +220,13 @@ def make_result(spec: SampleSpec, attempt: int, share: float = 1.0) -> SampleRes
     }
     buffer = io.BytesIO()
     PIL.Image.frombytes("RGB", (4, 4), draw.randbytes(48)).save(buffer, "png")
-    return SampleResult(record=record, image=buffer.getvalue() if accepted else b"", run=run_fields(attempt))
+    kinds = [kind for kind in companions if kind != TWINS or spec.cell.classes[0] % 2 == 0]
+    return SampleResult(
+        record=record,
+        image=buffer.getvalue() if accepted else b"",
+        run=run_fields(attempt),
+        companions=make_companions(spec, record, draw, kinds),
+    )
 
 
 def run_fields(attempt: int) -> dict[str, Any]:

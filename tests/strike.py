@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from tests.conftest import REPOSITORY
@@ -21,6 +22,18 @@ def struck(number: signal.Signals, event: str, pattern: str, count: int, *argume
     """Start a command of `riskforge` that will be struck; its stderr can be read."""
     command = [sys.executable, "-m", "tests.strike", number.name, event, pattern, str(count), *map(str, arguments)]
     return subprocess.Popen(command, cwd=REPOSITORY, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def kill_at(event: str, pattern: str, count: int, work: Callable[[], object]) -> None:
+    """Do some work in a fork of this process, which dies by SIGKILL on the way; models need not be loaded anew."""
+    if not (child := os.fork()):
+        try:
+            arm(signal.SIGKILL, event, pattern, count)
+            work()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
 def arm(number: signal.Signals, event: str, pattern: str, count: int) -> None:

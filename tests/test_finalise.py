@@ -25,7 +25,7 @@ from engine.data.run.manifest import software_versions
 from engine.data.run.metadata_table import write_metadata
 from engine.data.run.schema import arrow_schema
 from engine.data.run.shards import read_shard
-from engine.data.run.summary import count_classes, summarise, summarise_table
+from engine.data.run.summary import count_classes, read_dials, summarise, summarise_table
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, OutputError
@@ -134,6 +134,20 @@ def test_summary_without_images_oracle_and_transfer(tmp_path: Path) -> None:
     assert (group.attempted, group.ok, group.failed) == (1, 0, 1)
     assert (group.scores["risk"], group.error_rate, group.oracle_agreement, group.transfer) == (None, None, None, ())
     assert group.valid_failure_rate is None
+
+
+def test_only_what_was_guided_is_near_a_risk_target(tmp_path: Path) -> None:
+    """At strength 0 no step is taken: the risk of a reconstruction says nothing of the target."""
+    start = {"images": "digits:test", "strength": [0, 0.5]}
+    request = {"name": "risky", "method": "risky", "classes": "all", "count": 1, "start": start}
+    job = make_job(tmp_path, requests=[request | {"guidance": {"risky": {"target_risk": 2.0}}}])
+    rows = [
+        {"request": f"risky-{name}", "status": "ok", "risk": risk, "guided_steps": steps}
+        for name, risk, steps in (("s000", 0.1, 0), ("s050", 1.5, 8))
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "m.parquet")
+    dials = read_dials(tmp_path / "m.parquet", job)
+    assert list(dials) == ["risky-s050"] and dials["risky-s050"]["risk_median"] == 1.5
 
 
 def test_manifest_counts_and_checksums(run: tuple[Store, Plan, FinishedRun]) -> None:

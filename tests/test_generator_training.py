@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import os
 import resource
-import signal
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,7 +43,7 @@ from engine.studies.loop.finetuning.objective import Batch, Draws, NoiseSchedule
 from engine.studies.loop.finetuning.program import fine_tune_pipeline
 from engine.studies.loop.finetuning.recipe import FineTuneRecipe
 from engine.studies.loop.pipelines import prompted_real
-from tests.strike import arm
+from tests.strike import kill_at
 from tests.tiny_pipelines import BETAS, edit, save_pipeline, save_xl_pipeline
 
 DIGITS = "zoo:digits/stable-diffusion"
@@ -429,12 +427,7 @@ def test_a_killed_training_ends_with_equal_bytes(tiny, tmp_path):
     parent = tmp_path / "parent"
     save_pipeline(parent, unet={"dropout": 0.1})
     killed, whole = tmp_path / "killed" / "model", tmp_path / "whole" / "model"
-    if not (child := os.fork()):
-        arm(signal.SIGKILL, "os.rename", "*checkpoint.pt*", 3)
-        train_mixed(parent, killed)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    kill_at("os.rename", "*checkpoint.pt*", 3, lambda: train_mixed(parent, killed))
     assert not killed.exists() and (killed.parent / ".model.training" / "checkpoint.pt").is_file()
     state = torch.random.get_rng_state()
     assert train_mixed(parent, killed).steps() == ["5/8", "6/8", "7/8", "8/8"]

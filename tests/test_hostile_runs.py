@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -51,9 +52,14 @@ Bend = Callable[[Path], object]
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of three shards, with an evaluation and new scores."""
-    run = tmp_path_factory.mktemp("sound") / "run"
-    run_sleepy(run, 1, LocalExecutor(1))
+    """A finished run of three shards with starts and some twins, with an evaluation and new scores."""
+    home = tmp_path_factory.mktemp("sound")
+    run, images = home / "run", home / "images"
+    for number in range(10):
+        (images / str(number)).mkdir(parents=True)
+        PIL.Image.new("RGB", (4, 4)).save(images / str(number) / "a.png")
+    paired = {"method": "risky", "twin": True, "start": {"images": str(images), "strength": 0.5}}
+    run_sleepy(run, 1, LocalExecutor(1), request=paired)
     (run / EVALUATION).write_text(json.dumps(EVALUATED))
     _find_twins(run)
     scores = run / RESCORED
@@ -118,7 +124,9 @@ def check(name: str, path: Path, code: int, out: str, err: str, *, is_named: boo
     """A command ended as it may where a file is bent."""
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code in CODES and "Traceback" not in err, (code, err)
-    assert all(len(line) < MAX_CHARS for line in [*lines, *out.splitlines()] if name != "status"), err[:2000]
+    assert all(
+        len(line) < MAX_CHARS for line in [*lines, *out.splitlines()] if name not in ("status", "inspect-key")
+    ), err[:2000]
     if code and name != "verify":
         assert lines, (out, err)
         wanted = (path.name, str(path.parent), "other plan", "another plan", "there is no run")
@@ -157,6 +165,8 @@ FILES = {
     "lease": "_state/lease/*.json",
     "events": "_state/events/*.jsonl",
     "tar": "shards/sleepy-000001.tar",
+    "twin-tar": "twins/sleepy-000001.tar",
+    "start-tar": "starts/sleepy-000001.tar",
     "parquet": "shards/sleepy-000001.parquet",
     "metadata": METADATA,
     "manifest": MANIFEST,
@@ -273,6 +283,7 @@ ODD: dict[str, list[Any]] = {
     "string": ["", "no-hyphens-at-the-end-", "nohyphens", "../../x", "a" * 5000, "\x1b[31m\n", None],
     "bool": [True, False, None],
     "list": [[], None, [-1] * 50],
+    "entries": [[], None],
 }
 
 
@@ -280,6 +291,8 @@ def kind_of(column: pa.DataType) -> str:
     """The entry of `ODD` for a type of columns."""
     if pa.types.is_integer(column):
         return "int64" if column.bit_width == 64 else "int"
+    if pa.types.is_list(column) and pa.types.is_struct(column.value_type):
+        return "entries"
     kinds = {"float": pa.types.is_floating, "string": pa.types.is_string, "bool": pa.types.is_boolean}
     return next((kind for kind, is_kind in kinds.items() if is_kind(column)), "list")
 
@@ -340,7 +353,8 @@ def test_a_bent_file_is_named(
     path = place_of(run, role)
     BENDS[bend](path)
     # Where a shard is missing, `retry` would load models and make it.
-    writing = WRITING + SCORING + (["retry"] if role not in ("record", "tar", "parquet") else [])
+    is_of_shard = role in ("record", "tar", "twin-tar", "start-tar", "parquet")
+    writing = WRITING + SCORING + ([] if is_of_shard else ["retry"])
     names = [*random.Random(f"{role}{bend}").sample(READING, 3), random.Random(bend + role).choice(writing)]
     for name in names:
         code, out, err = call(commands(run)[name], capsys, monkeypatch)
@@ -403,6 +417,37 @@ def test_bent_rows_are_named(
         check(name, path, code, out, err, is_named=False)
 
 
+@pytest.mark.parametrize("name", ["twin_risk", "twin_key", "twin_predicted_class"])
+def test_what_no_twin_has_is_not_exported(
+    run: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pairs are found by the rows, which are checked as a record before they are written."""
+    path = place_of(run, "metadata")
+    with_column(path, name, {"twin_risk": math.inf}.get(name), every=True)
+    code, out, err = call(commands(run)["export-pairs"], capsys, monkeypatch)
+    check("export-pairs", path, code, out, err)
+    assert code or name == "twin_key"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "command"), [("duration_seconds", math.nan, "merge"), ("risk", 1e308, "report")]
+)
+def test_numbers_that_no_run_writes_end_no_command_in_a_traceback(
+    run: Path,
+    name: str,
+    value: float,
+    command: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What depends on the run is checked as records are; axes end where numbers do."""
+    path = place_of(run, "metadata")
+    with_column(path, name, value, every=True)
+    code, out, err = call(commands(run)[command], capsys, monkeypatch)
+    check(command, path, code, out, err, is_named=False)
+    assert bool(code) == (command == "merge")
+
+
 @pytest.mark.parametrize("classes", [[None], ["x"], [[1]], [1.5], [-1], [True], "one", {"a": 1}, None, 3])
 def test_a_plan_of_other_classes_is_named(
     run: Path, classes: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -417,6 +462,19 @@ def test_a_plan_of_other_classes_is_named(
         assert code == 2 and "cannot be read as the plan of a run" in err, (out, err)
 
 
+@pytest.mark.parametrize("requests", [None, "x", [None], [{}], [{"name": {}}]])
+def test_a_plan_of_other_requests_is_named(
+    run: Path, requests: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are compared with those of a job by their names."""
+    path = place_of(run, "plan")
+    plan = json.loads(path.read_text())
+    plan["identity"]["requests"] = requests
+    path.write_text(json.dumps(plan))
+    code, _, err = call(commands(run)["status"], capsys, monkeypatch)
+    assert code == 2 and "cannot be read as the plan of a run" in err
+
+
 def test_a_manifest_whose_name_leads_elsewhere_is_named(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -426,6 +484,17 @@ def test_a_manifest_whose_name_leads_elsewhere_is_named(
     code, _, err = call(["report", str(run)], capsys, monkeypatch)
     assert code == 2 and f"{MANIFEST}: cannot be read as a manifest (name '../../x' is not that of a job)" in err
     assert METADATA not in err
+
+
+@pytest.mark.parametrize("address", ["a" * 5000, "\0", "..", "/dev/null"])
+def test_an_odd_address_of_the_run_that_was_rescored_is_named(
+    run: Path, address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No path has some of them."""
+    path = place_of(run, "scores-manifest")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rescored_from": {"uri": address}}))
+    code, out, err = call(commands(run)["inspect-scores"], capsys, monkeypatch)
+    check("inspect-scores", path, code, out, err)
 
 
 def test_verify_goes_on_past_damaged_records(

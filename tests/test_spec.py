@@ -97,7 +97,7 @@ def problems(raw) -> list[str]:
         (request(sampling={"num_inference_steps": 5}), "requests.0.guidance.boundary: leaves none of 5 steps guided"),
         (
             request(method="risky", boundary=None, classes=["a"], guidance={"risky": {"gradient_range": 0.01}}),
-            "requests.0.guidance.risky: leaves none of 40 steps guided; lower `every`, widen `gradient_range` or add",
+            "requests.0.guidance.risky: leaves none of 40 steps guided; widen `gradient_range` or add steps",
         ),
         (
             request(sampling={"num_inference_steps": 4}),

@@ -31,12 +31,13 @@ from engine.generation.given_images import read_for
 from engine.generation.starts import Size, StartImages, StartSets, fitted
 from engine.job.parsing import apply_overrides, job_schema, parse_job
 from engine.job.plan import Cell, SampleSpec
+from engine.job.records import TWINS
 from engine.methods.sampling.loop import Start, sample
 from engine.models.pipelines.base import LATENTS
 from engine.studies.loop.parsing import parse_loop
 from engine.studies.retrain.results import _dependences
 from tests.loop_cases import digits_job
-from tests.strike import struck
+from tests.strike import kill_at
 
 ZOO = "zoo:digits/"
 MODELS = {"diffusion": f"{ZOO}stable-diffusion", "clip": f"{ZOO}clip", "target": f"{ZOO}classifier"}
@@ -220,8 +221,13 @@ def test_unclip_starts_with_the_noise_of_its_latents(folder, monkeypatch):
     conditioning = {"images": str(folder), "noise_level": 100}
     requests = [request(name, folder, share, conditioning=conditioning, classes=["three"])
                 for name, share in (("half", 0.5), ("one", 1), ("usual", None))]  # fmt: skip
-    made = Made(raw_job(*requests, models={"diffusion": f"{ZOO}stable-unclip"}))
+    requests += [requests[0] | {"name": "guided", "method": "risky", "twin": True}]
+    made = Made(raw_job(*requests, models={"diffusion": f"{ZOO}stable-unclip"}, guidance={"risky": {"every": 1}}))
     assert [one.image for one in made.results("one")] == [one.image for one in made.results("usual")]
+    # A twin has the draws and the start of its sample, and a multistep sampler without its history.
+    for one, other in zip(made.results("guided"), made.results("half"), strict=True):
+        assert one.companions[TWINS].image() == other.image != one.image
+        assert one.record["twin_risk"] == other.record["risk"] and one.record["start_key"] == other.record["start_key"]
     assert len(opened_images) == 2
     generator, plans = made.generator, made.requests
     specs = [plans["half"].sample(place) for place in range(4)]
@@ -378,11 +384,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(made, folder, tmp_path, call, mo
     options = {"guidance": {"risky": {"every": 1}}, "runtime": {"device": "cpu", "workers": 1}}
     path.write_text(yaml.safe_dump(raw_job(*pair, **options)))
     run = ["run", path, "--executor", "local", "--output", tmp_path / "run", "--set", "output.samples_per_shard=3"]
-    monkeypatch.setenv("TMPDIR", str(scratch))
-    process = struck(signal.SIGKILL, "os.link", "*-000002.tar", 1, *run)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not list(scratch.glob("riskforge-starts-*"))
-    monkeypatch.delenv("TMPDIR")
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(scratch))
+        kill_at("os.link", "*-000002.tar", 1, lambda: call(*run))
+    assert not list(scratch.glob("riskforge-starts-*"))
     grown = [*run, "--set", "requests.0.count=3"]
     assert call(*grown)[0] == 0
     found = {kind: members(tmp_path / "run", kind) for kind in ("shards", "starts")}
@@ -439,7 +444,7 @@ NAN = float("nan")
         ([{"strength": [0.3, -0.1, 1.5]}], ["0.start.strength.1: -0.1 is below 0; give a number from 0 to 1",
                                             "0.start.strength.2: 1.5 is above 1; give a number from 0 to 1"]),
         ([{"strength": [True]}], ["0.start.strength.0: True is not a number; give one from 0 to 1"]),
-        ([{"strength": ["0.3", 10**400]}], ["0.start.strength.0: '0.3' is not a number; give one from 0 to 1",
+        ([{"strength": ["0.3", 10**400]}], ["0.start.strength.0: '0.3' is text to YAML, not a number; *",
                                             "0.start.strength.1: 1000*... is above 1; give a number from 0 to 1"]),
         ([{"start": "digits:test"}], ["0.start: 'digits:test' is not a mapping with `images` and `strength`"]),
         ([{"strength": NAN}], ["0.start.strength: nan is not a finite number"]),
@@ -466,7 +471,12 @@ NAN = float("nan")
          ["0.accept.twin_risk: no sample would be accepted, as there is no twin; *",
           "0.accept.start_distance: no sample would be accepted, as there is no start at strength 1; *"]),
         ([{"strength": [0, 0.25], "method": "risky"}],
-         ["0.guidance.risky: leaves none of the last 1 of 4 steps, which strength 0.25 takes, guided; *"]),
+         ["0.guidance.risky: leaves all steps that strength 0.25 takes, the last 1 of 4, unguided; set *"]),
+        ([{"strength": 0.25, "method": "boundary", "classes": None, "boundary": ["a", "b"]}],
+         ["0.guidance.boundary: leaves all steps that strength 0.25 takes, the last 1 of 4, unguided; lower *"]),
+        ([{"name": "b" * 65, "strength": [0.3, 0.5]}], ["0.name: 'bbb*has more characters than 64; give 64 or fewer"]),
+        ([{"strength": ["1e-9"]}], ["0.start.strength.0: '1e-9' is text to YAML, not a number; *"]),
+        ([{"accept": {"start_key": "x"}}], ["0.accept.start_key: unknown condition; use *"]),
         ([{"name": f"r{place}", "strength": [one / 100 for one in range(100)]} for place in range(11)],
          ["*: has 1100 entries with one for each strength of a list; give 1000 or fewer"]),
     ],
@@ -515,13 +525,23 @@ def test_as_many_images_are_kept_as_a_plan_can_ask_for(folder):
     assert StartSets(plan_job(job, Told()))._needed(str(folder)) == {3: 9, 8: 3}
 
 
-def test_another_strength_is_named_at_its_place_in_the_file(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("strengths", "wanted", "lines"),
+    [
+        ([0.25, 0.5], 0.75, ["requests.1.start.strength: 0.5 -> 0.75"]),
+        ([0.25, 0.5, 0.75], 0.5, ['requests.0: absent -> "a-s075"']),
+        ([0.25], 0.5, ['requests: "a-s050" -> absent']),
+        ([0.25, 0.75], 0.5, ['requests.0.name: "a-s050" -> "a-s075"', "requests.0.start.strength: 0.5 -> 0.75"]),
+        ([0.5, 0.25], 0.5, ["requests: in another order"]),
+    ],
+)
+def test_another_list_of_strengths_is_told_in_the_files_terms(strengths, wanted, lines, folder, tmp_path):
     """A run with another list is another plan; the second request of the file is not the third."""
-    store = open_store(str(tmp_path / "run"))
-    lists = [request("a", folder, [0.25, 0.5]), request("b", folder, 0.5)]
-    job = parse_job(raw_job(*lists))
-    open_output(store, plan_job(job), job, "auto", confirmed=False)
-    lists[1]["start"]["strength"] = 0.75
-    other = parse_job(raw_job(*lists))
-    with pytest.raises(OutputError, match=r"requests\.1\.start\.strength: 0\.5 -> 0\.75"):
-        open_output(store, plan_job(other), other, "auto", confirmed=False)
+    store, output = open_store(str(tmp_path / "run")), []
+    for own, other in ([-0.0, 0.25, 0.5], 0.5), ([0, *strengths], wanted):
+        job = parse_job(raw_job(request("a", folder, own), request("b", folder, other)))
+        output.append((store, plan_job(job), job))
+    open_output(*output[0], "auto", confirmed=False)
+    with pytest.raises(OutputError, match="holds a run with another plan") as caught:
+        open_output(*output[1], "auto", confirmed=False)
+    assert [line.strip() for line in str(caught.value).splitlines()[1:-1]] == lines

@@ -108,24 +108,6 @@ def test_a_twin_is_the_sample_that_the_prompt_alone_makes(run: Path) -> None:
         assert twin["start_key"] and twin["start_distance"] > 0
 
 
-def test_a_twin_has_the_draws_of_its_sample_and_a_sampler_of_its_own(tmp_path: Path) -> None:
-    """Image embedding and its noise of a Stable unCLIP pipeline; no history of a multistep scheduler; and its noise."""
-    models = JOB["models"] | {"diffusion": "zoo:digits/stable-unclip"}
-    conditioning = {"artefact": "zoo:digits/conditioning", "screening": False}
-    pair = [request | {"conditioning": conditioning} for request in JOB["requests"][:2]]
-    sampling = JOB["sampling"] | {"scheduler": "lms"}
-    raw = JOB | {"models": models, "requests": pair, "sampling": sampling, "output": {"uri": str(tmp_path / "run")}}
-    checked = check_job(parse_job(raw), PlainDisplay(io.StringIO()), lambda: None)
-    generator, requests = Generator(checked.job, checked.plan), checked.plan.requests
-    guided, plain = (
-        generator.next_batch(number, [requests[number].sample(position) for position in range(3)])
-        for number in range(2)
-    )
-    for one, other in zip(guided, plain, strict=True):
-        assert one.companions[TWINS].image() == other.image != one.image
-        assert one.record["twin_risk"] == other.record["risk"] and one.record["start_key"] == other.record["start_key"]
-
-
 def test_what_is_measured_of_two_images_is_measured_of_the_stored_ones(run: Path) -> None:
     """By numpy and the CLIP model alone; what the target says of a twin is in the twin's own record."""
     clip, samples = Clip.load("zoo:digits/clip"), stored(run, "shards")
@@ -166,6 +148,18 @@ def test_real_images_are_not_marked_as_synthetic(run: Path) -> None:
         assert {b"trainedAlgorithmicMedia" in image for image, _ in stored(run, folder).values()} == {marked}
     items = list(open_images(str(run / STARTS), DIGITS).read())
     assert not any(item.is_synthetic for item in items) and len(items) == 8
+
+
+def test_a_start_that_a_model_made_stays_marked(run: Path, tmp_path: Path) -> None:
+    """Samples of a run are no photographs, also where others start from them."""
+    raw = JOB | {"output": {"uri": str(tmp_path / "run")}, "requests": [JOB["requests"][1] | {"count": 1}]}
+    marked = []
+    for images in (run / "shards", run / STARTS):
+        raw["requests"][0] |= {"start": START | {"images": str(images)}}
+        checked = check_job(parse_job(raw), PlainDisplay(io.StringIO()), lambda: None)
+        results = Generator(checked.job, checked.plan).next_batch(0, [checked.plan.requests[0].sample(0)])
+        marked.append([b"trainedAlgorithmicMedia" in one.companions[STARTS].image() for one in results])
+    assert marked == [[True], [False]]
 
 
 @pytest.mark.parametrize("folder", ["shards", *COMPANIONS])

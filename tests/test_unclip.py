@@ -18,7 +18,7 @@ from engine.errors import JobError
 from engine.generation.artefact import load_conditioning, save_conditioning
 from engine.generation.conditioner import DrawnEmbeddings, GivenEmbeddings, conditioning_digests, open_conditioner
 from engine.generation.generator import Generator
-from engine.generation.given_images import CheckedImages
+from engine.generation.given_images import CheckedImages, read_given
 from engine.job.parsing import parse_job
 from engine.job.plan import build_plan, resolve_requests
 from engine.methods.sampling.loop import sample
@@ -265,6 +265,12 @@ def test_given_images_are_varied_in_their_order(tmp_path):
     expected = load_image_encoder(UNCLIP).image_embeds([PIL.Image.open(path).convert("RGB") for path in three])
     assert torch.allclose(torch.stack(draws[: len(three)]), expected, atol=1e-5)
     assert torch.equal(draws[len(three)], draws[0])
+    # Attempts of a quota that are beyond `count` go on to further images.
+    quota = request(classes=["three"], count=1, conditioning=given, accept={"is_error": True}, max_attempts=3)
+    [plan] = resolve_requests(parse_job(make_job(tmp_path, quota)), CLASS_NAMES)
+    digest = read_given(given["images"], CLASS_NAMES, "images").digest
+    attempts = open_conditioner(plan, UNCLIP, CLASS_NAMES, "cpu", digest)
+    assert torch.equal(attempts.draw(plan.sample(2)).embedding, draws[2])
     results = generator.next_batch(0, specs[: len(three)])
     corners = [np.asarray(PIL.Image.open(path).convert("RGB"))[:2, :2].mean((0, 1)) for path in three]
     for result, corner in zip(results, corners, strict=True):
@@ -293,7 +299,12 @@ def test_given_images_are_varied_in_their_order(tmp_path):
         ({"classes": None, "boundary": ["three", "eight"]}, "embeddings are of single classes"),
         ({"conditioning": None, "accept": {"screened": True}}, "no sample is screened"),
         ({"conditioning": {"images": "x"}, "accept": {"screened": True}}, "no sample is screened"),
-        ({"conditioning": f"{ZOO}clip"}, "is a model, not a conditioning artefact"),
+        ({"conditioning": f"{ZOO}clip"}, "is a model, not an artefact such as"),
+        (
+            {"conditioning": "s3://bucket/statistics"},
+            "artefact: 's3://bucket/statistics' is not on this machine; an art",
+        ),
+        ({"conditioning": "/dev/null"}, "artefact: '/dev/null' is a file; give the folder of an artefact"),
         ({"conditioning": "~nobody-of-that-name/x"}, "cannot be accessed"),
     ],
 )

@@ -106,7 +106,7 @@ def open_conditioner(
     assert spec.images is not None
     address, where = spec.images, _where(request, "images")
     encoder = load_image_encoder(diffusion, device)
-    needed = {cell.classes[0]: request.total // len(request.cells) for cell in request.cells}
+    needed = {cell.classes[0]: request.spec.attempts_limit for cell in request.cells}
     embedder = _Embedder(encoder, needed)
 
     def finish(given: GivenImages) -> None:

@@ -317,7 +317,7 @@ class Generator:
         assert spec is not None
         for number in self._prepared:
             other = self._plan.requests[number]
-            is_same = (other.spec.conditioning, other.cells, other.total) == (spec, request.cells, request.total)
+            is_same = (other.spec.conditioning, other.cells, other.limit) == (spec, request.cells, request.limit)
             if is_same and self._address(number) == self._address(request.number):
                 return self._conditioners[number]
         planned = self._plan.identity["requests"][request.number]["conditioning"]

@@ -22,7 +22,7 @@ class GivenImages:
 
     Attributes:
         digest: of the usable ones and their classes, in their order.
-        named_digest: of their names, too.
+        named_digest: of their names, too, and of what is marked as synthetic.
         classes: of the usable ones.
         unusable: what could not be used.
     """
@@ -53,7 +53,7 @@ def read_given(address: str, labels: Sequence[str], where: str, *take: Take) -> 
         key = image_key(image.image)
         digest.update(f"{image.class_index}:".encode() + key)
         # A name has no line break.
-        named.update(f"{image.name}\n{image.class_index}:".encode() + key)
+        named.update(f"{image.name}\n{image.class_index}:{'synthetic:' * image.is_synthetic}".encode() + key)
         classes.add(image.class_index)
         for each in take:
             each(image, key)

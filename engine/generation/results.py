@@ -137,9 +137,10 @@ class ImageBatch:
         self._inputs = self._preprocessed(images.pixels)
         self._twin_inputs = None if images.twins is None else self._preprocessed(images.twins)
         if images.starts:
-            # Photographs are not marked as synthetic.
+            # Photographs are not marked as synthetic; what a model made stays so.
             pixels = np.stack([start.pixels for start in images.starts])
-            files, shown = imaging.stored(pixels, self._job.output.image_format)
+            marks = [self._job.output.provenance and start.is_synthetic for start in images.starts]
+            files, shown = imaging.stored(pixels, self._job.output.image_format, provenance=marks)
             self._start_inputs = _StartInputs(files, self._scorer.preprocess_clip(shown))
 
     def _preprocessed(self, pixels: np.ndarray) -> _Inputs:

@@ -30,12 +30,14 @@ class StartImage:
         sha256: of its pixels, as the column `start_sha256` has it.
         class_index: its class.
         pixels: [H, W, 3], 8 bits, at the size of the pipeline's images.
+        is_synthetic: whether its file, or a record beside it, says that a model made it.
     """
 
     key: str
     sha256: str
     class_index: int
     pixels: np.ndarray
+    is_synthetic: bool
 
 
 class Size(NamedTuple):
@@ -51,6 +53,7 @@ class _Entry(NamedTuple):
     key: str
     sha256: str
     place: int
+    is_synthetic: bool
 
 
 class StartImages:
@@ -81,7 +84,7 @@ class StartImages:
         if entries is None or len(entries) == self._needed[image.class_index]:
             return
         self._file.write(fitted(image.image, self._size).tobytes())
-        entries.append(_Entry(image.name, key.hex(), self._num_kept))
+        entries.append(_Entry(image.name, key.hex(), self._num_kept, image.is_synthetic))
         self._num_kept += 1
 
     def flush(self) -> None:
@@ -96,8 +99,14 @@ class StartImages:
         turn, which = divmod(spec.index, len(spec.cell.classes))
         index = spec.cell.classes[which]
         # Where the class has more images than are kept, `turn` is below their number.
-        key, sha256, place = self._entries[index][turn % len(self._entries[index])]
-        return StartImage(key=key, sha256=sha256, class_index=index, pixels=self._mapped()[place])
+        entry = self._entries[index][turn % len(self._entries[index])]
+        return StartImage(
+            key=entry.key,
+            sha256=entry.sha256,
+            class_index=index,
+            pixels=self._mapped()[entry.place],
+            is_synthetic=entry.is_synthetic,
+        )
 
     def _mapped(self) -> np.ndarray:
         if self._pixels is None:

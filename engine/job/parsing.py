@@ -14,7 +14,7 @@ import pydantic
 from pydantic import BaseModel
 
 from engine.errors import JobError
-from engine.job.acceptance import rule_problems
+from engine.job.acceptance import SCORES, rule_problems
 from engine.job.columns import ENTRY_SCORES
 from engine.job.spec import LIST_LIMITS, MAX_INDEX, ConditioningSpec, GuidanceSpec, JobSpec, RequestSpec, merge
 from engine.job.spec_messages import Location, Problem, explain, location_of
@@ -190,8 +190,8 @@ def _schedule_problems(request: RequestSpec, base: dict[str, dict[str, Any]], wh
     if start is None:
         text = f"leaves none of {num_steps} steps guided; {parameters.schedule_remedy} or add steps"
     else:
-        last = f"the last {len(taken)} of {num_steps} steps, which strength {start.strength:g} takes,"
-        text = f"leaves none of {last} guided; {parameters.schedule_remedy}, add steps or strength"
+        taken_text = f"all steps that strength {start.strength:g} takes, the last {len(taken)} of {num_steps}"
+        text = f"leaves {taken_text}, unguided; {parameters.schedule_remedy}, add steps or raise the strength"
     return [((*where, "guidance", request.method_record.name), text)]
 
 
@@ -250,7 +250,7 @@ def _pair_problems(request: RequestSpec) -> list[Problem]:
         (("accept", name), f"no sample would be accepted, as {text}")
         for name in request.accept
         for prefix, text in missing.items()
-        if name.startswith(prefix)
+        if name in SCORES and name.startswith(prefix)
     ]
 
 

@@ -139,6 +139,12 @@ class StartSpec(Spec):
         json_schema_extra=_or_list,
     )
 
+    @pydantic.field_validator("strength")
+    @classmethod
+    def _without_sign(cls, value: float) -> float:
+        """-0 is 0, also in a digest."""
+        return abs(value)
+
 
 def _section(method: Method) -> tuple[Any, Any]:
     """Type and field of a method's section of `guidance`."""

@@ -53,8 +53,8 @@ def explain(root: type[BaseModel], item: Any, location: Location) -> str:
         return f"{value} is not a mapping with `images` and `strength`"
     if key == "max_attempts":
         return f"{value} is neither a number of attempts a class, such as 400, nor a multiple of `count`, such as 4x"
-    if kind in ("int_type", "float_type") and _is_number(item["input"]):
-        return f"{value} is text to YAML, not a number; write it with its digits, such as 1000000 or 0.001"
+    if kind in ("int_type", "float_type") and (problem := number_as_text(item["input"])):
+        return problem
     if kind == "literal_error" and (key != "classes" or isinstance(item["input"], str)):
         if key == "scheduler" and item["input"] in STOCHASTIC_SCHEDULERS:
             return f"{value} draws noise at every step; use a deterministic one: {item['ctx']['expected']}"
@@ -112,11 +112,14 @@ _KINDS = {
 }
 
 
-def _is_number(text: Any) -> bool:
+def number_as_text(value: Any) -> str:
+    """What is wrong with a number that YAML has read as text; empty for everything else."""
     try:
-        return isinstance(text, str) and bool(float(text))
+        is_number = isinstance(value, str) and bool(float(value))
     except ValueError:
-        return False
+        return ""
+    remedy = "write it with its digits, such as 1000000 or 0.001"
+    return f"{shown(value)} is text to YAML, not a number; {remedy}" if is_number else ""
 
 
 def nearest(word: str, choices: list[str]) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from engine.job.spec import MAX_NAME, MAX_REQUESTS, NAME_PATTERN
-from engine.job.spec_messages import Location, Problem, shown
+from engine.job.spec_messages import Location, Problem, number_as_text, shown
 
 # Characters that a name gets at most.
 MAX_SUFFIX = 24
@@ -101,10 +101,8 @@ def _list_problems(values: list[Any], name: Any) -> list[Problem]:
         seen += [] if problem else [value]
         if problem:
             problems.append(((*_FIELD, place), problem))
-    # Of another name nothing can be made; it is refused as it is.
-    is_name = isinstance(name, str) and re.fullmatch(NAME_PATTERN, name) and len(name) <= MAX_NAME
     longest = max((suffix_of(value) for value in seen), key=len, default="")
-    if is_name and len(name) + len(longest) > MAX_NAME:
+    if _is_name(name) and len(name) + len(longest) > MAX_NAME:
         text = f"'{name}' with {longest} for a strength has more characters than {MAX_NAME}"
         problems.append((("name",), f"{text}; give {MAX_NAME - len(longest)} or fewer"))
     return problems
@@ -112,6 +110,8 @@ def _list_problems(values: list[Any], name: Any) -> list[Problem]:
 
 def _value_problem(value: Any) -> str:
     """Why a value is no strength; empty where it is one."""
+    if problem := number_as_text(value):
+        return problem
     if isinstance(value, bool) or not isinstance(value, int | float):
         return f"{shown(value)} is not a number; give one from 0 to 1"
     if isinstance(value, float) and not math.isfinite(value):
@@ -123,11 +123,16 @@ def _value_problem(value: Any) -> str:
     return ""
 
 
+def _is_name(name: Any) -> TypeGuard[str]:
+    """Whether names can be made of a name; another is refused as it is."""
+    return isinstance(name, str) and bool(re.fullmatch(NAME_PATTERN, name)) and len(name) <= MAX_NAME
+
+
 def _request(item: dict[str, Any], strength: float) -> dict[str, Any]:
-    """The request of one value; with a name that cannot be used it keeps that."""
+    """The request of one value."""
     name = item.get("name")
     request = _with_strength(item, strength)
-    if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
+    if not _is_name(name):
         return request
     group = item.get("seed_group")
     return request | {"name": name + suffix_of(strength), "seed_group": name if group is None else group}

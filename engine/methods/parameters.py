@@ -51,3 +51,9 @@ def on_schedule(index: int, total: int, *, every: int, skip_last: bool, last_fra
     """
     in_range = index > total * (1 - last_fraction)
     return in_range and index % every == 0 and not (skip_last and index == total)
+
+
+def on_schedule_remedy(*, every: int, last_fraction: float = 1.0) -> str:
+    """Which parameters of a schedule to change, and how, where it guides no step; see `on_schedule`."""
+    remedies = ["lower `every`"] * (every > 1) + ["widen `gradient_range`"] * (last_fraction < 1)
+    return ", ".join(remedies) or "set `skip_last: false`"

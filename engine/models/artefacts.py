@@ -28,11 +28,13 @@ def find_artefact(address: str, documents: Sequence[str] = (ARTEFACT_DOCUMENT,))
     if address.startswith("zoo:"):
         folder = zoo_folder(address)
         if not _is_artefact(folder, documents):
-            raise JobError(f"'{address}' is a model, not a conditioning artefact such as zoo:digits/conditioning")
+            raise JobError(f"'{address}' is a model, not an artefact such as zoo:digits/conditioning")
         return folder
+    if "://" in address:
+        raise JobError(f"'{address}' is not on this machine; an artefact is read from a folder: copy it here first")
     try:
         folder = Path(address).expanduser()
-        if folder.is_file():
+        if folder.exists() and not folder.is_dir():
             raise JobError(f"'{address}' is a file; give the folder of an artefact, or one that holds it")
         if _is_artefact(folder, documents):
             return folder

@@ -42,7 +42,8 @@ class Axis:
             return [(tick, f"{tick:g}") for tick in nice_ticks(low, high, 6)]
         decades = range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)
         floor = math.log10(LOG_FLOOR)
-        return [(float(power), ("≤ " if power == floor else "") + f"{10.0**power:g}") for power in decades]
+        # From the text: the end of an axis may be above all floats.
+        return [(float(power), ("≤ " if power == floor else "") + f"{float(f'1e{power}'):g}") for power in decades]
 
 
 def make_axis(values: np.ndarray, log: bool) -> Axis:

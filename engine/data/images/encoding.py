@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -65,16 +65,20 @@ def _provenance(image_format: str) -> dict[str, object]:
 
 
 def stored(
-    pixels: np.ndarray, image_format: str, *, provenance: bool = False
+    pixels: np.ndarray, image_format: str, *, provenance: bool | Sequence[bool] = False
 ) -> tuple[list[Callable[[], bytes]], list[PIL.Image.Image]]:
     """Encoders of the files of 8-bit pixels [B, H, W, 3], and the images as a reader of these files will see them.
 
     A lossless format preserves its pixels, so that encoding can wait; JPEG must be encoded first.
+
+    Args:
+        provenance: whether the files say that they are synthetic, of all or of each.
     """
+    marks = [provenance] * len(pixels) if isinstance(provenance, bool) else provenance
+    waiting: list[Callable[[], bytes]] = [
+        partial(encode, image, image_format, provenance=mark) for image, mark in zip(pixels, marks, strict=True)
+    ]
     if image_format in LOSSLESS:
-        encoders: list[Callable[[], bytes]] = [
-            partial(encode, image, image_format, provenance=provenance) for image in pixels
-        ]
-        return encoders, [PIL.Image.fromarray(image) for image in pixels]
-    files = [encode(image, image_format, provenance=provenance) for image in pixels]
+        return waiting, [PIL.Image.fromarray(image) for image in pixels]
+    files = [encode_one() for encode_one in waiting]
     return [partial(bytes, file) for file in files], [decode_rgb(file) for file in files]

@@ -208,7 +208,7 @@ class _Export:
                 sample = kept[number]
                 result = self._reader.read(sample)
                 if self._pairs:
-                    result.record |= self._pairs.twin_fields(sample.key)
+                    result.record = self._pairs.with_twin(result.record)
                 if result.record["twin_key"]:
                     # A twin has the key of its sample, or is another sample of the same run.
                     result.record["twin_key"] = self._selection.prefixes.get(sample.run, "") + result.record["twin_key"]

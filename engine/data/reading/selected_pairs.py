@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from engine.data.reading.pairs import PAIR_COLUMNS, ImageFile, PairRows, check_any, decoded
+from engine.errors import CorruptShardError
+from engine.job.records import check_record
 
 if TYPE_CHECKING:
     from engine.data.reading.corpus import Corpus
@@ -50,10 +52,20 @@ class SelectedPairs:
                 decoded(self._runs[run].source, name, what, file)
         return files["start"], files["twin"]
 
-    def twin_fields(self, key: str) -> dict[str, Any]:
-        """What a sample has of its twin, by column."""
-        run, name = self._places[key]
-        return self._runs[run].twin_fields(name)
+    def with_twin(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record of a sample with what its run has of its twin.
+
+        Raises:
+            CorruptShardError: that is nothing that a record can have.
+        """
+        run, name = self._places[record["key"]]
+        told = record | self._runs[run].twin_fields(name)
+        try:
+            check_record(told)
+        except ValueError as error:
+            remedy = "`riskforge verify` reports what is damaged"
+            raise CorruptShardError(f"{self._runs[run].source.uri}: {error}; {remedy}") from None
+        return told
 
     def close(self) -> None:
         """Close the tars."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from engine.data.run.schema import check_run_fields
 from engine.data.run.shards import is_key
 from engine.data.run.tar_index import SamplePlace, SamplePlaces, TarReader, index_tars
 from engine.errors import CorruptShardError, JobError
@@ -144,12 +145,13 @@ class SampleReader:
             self._damaged(sample, f"the image of {row['key']} is not the one of its row (checksum)")
         record = upgraded(row if self._corpus.runs[sample.run].is_rescored else self._record(sample))
         record["key"] = sample.key
-        try:
-            check_record(record)
-        except ValueError as error:
-            self._damaged(sample, str(error))
         known = {column.name: column.empty for column in RUN_COLUMNS if column.name != "sha256"}
         run = {name: empty if row.get(name) is None else row[name] for name, empty in known.items()}
+        try:
+            check_record(record)
+            check_run_fields(run)
+        except ValueError as error:
+            self._damaged(sample, str(error))
         return SampleResult(record=record, image=image, run=run)
 
     def images(self, samples: Iterable[Chosen]) -> Iterator[PIL.Image.Image]:

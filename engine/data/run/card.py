@@ -41,7 +41,7 @@ _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\
 ERRORS, VALID_FAILURES = "errors", "valid failures"
 MAX_TABLE_ROWS = 200
 _COMPANION_TEXTS = {
-    STARTS: "the real image that a sample started from, at the size of the sample, not scored and not marked",
+    STARTS: "the real image that a sample started from, at the size of the sample, not scored",
     TWINS: "the unguided twin of a sample, from the same noise, prompt and start, with scores of its own",
 }
 MAX_SHORT = 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+from typing import Any
 
 from engine.data.run.companions import COMPANIONS
 from engine.data.run.file_names import CURATION, METADATA, PLANS, RESCORED, SUCCESS
@@ -99,10 +99,7 @@ def find_plan(store: Store, plan: Plan, job: JobSpec) -> Plan | None:
 def _check_same(store: Store, stored: StoredRun, plan: Plan) -> None:
     if stored.digest == plan.digest:
         return
-    lines = [
-        re.sub(r"^requests\.(\d+)", lambda match: _where(plan, int(match[1])), line)
-        for line in difference(stored.identity, json.loads(json.dumps(plan.identity)))
-    ]
+    lines = _differences(stored.identity, json.loads(json.dumps(plan.identity)), plan)
     if len(lines) > MAX_DIFFERENCES:
         lines[MAX_DIFFERENCES:] = [f"and {len(lines) - MAX_DIFFERENCES} more differences"]
     raise OutputError(
@@ -116,9 +113,26 @@ def _check_same(store: Store, stored: StoredRun, plan: Plan) -> None:
     )
 
 
-def _where(plan: Plan, number: int) -> str:
-    """Where a request of a plan is in the job file; it may be one that only the stored plan has."""
-    return plan.requests[number].where if number < len(plan.requests) else f"requests.{number}"
+def _differences(old: dict[str, Any], new: dict[str, Any], plan: Plan) -> list[str]:
+    """Lines on what differs between two identities, by the places of requests in the job file.
+
+    Args:
+        plan: with the new one.
+    """
+    before, after = ({one["name"]: one for one in identity["requests"]} for identity in (old, new))
+    where = {request.spec.name: request.where for request in plan.requests}
+    lines = difference(old | {"requests": []}, new | {"requests": []})
+    # Requests between which others were put, or taken out, are the same ones; in their old places they are renamed.
+    common = before.keys() & after.keys()
+    renamed = [pair for pair in zip(before, after, strict=False) if not common.intersection(pair)]
+    pairs = [*((name, name) for name in after if name in common), *(renamed if len(before) == len(after) else [])]
+    for one, other in pairs:
+        lines += difference(before[one], after[other], where[other])
+    seen, made = ({pair[place] for pair in pairs} for place in (0, 1))
+    lines += [f'requests: "{name}" -> absent' for name in before if name not in seen]
+    lines += [f'{where[name]}: absent -> "{name}"' for name in after if name not in made]
+    # A list of strengths makes several requests of one place, which often differ in the same way.
+    return list(dict.fromkeys(lines)) or ["requests: in another order"]
 
 
 def _extend(store: Store, stored: StoredRun, plan: Plan, job: JobSpec) -> Plan:

@@ -192,6 +192,10 @@ def _read_plan_file(store: Store, name: str) -> dict[str, Any]:
         for extent in file["stage"]:
             _extent(extent)
         wanted = ("digest", "stage", *(("identity", "job") if name == f"{PLANS}/{0:06d}.json" or "job" in file else ()))
+        if "identity" in wanted:
+            # What a plan is compared by: requests by their names.
+            file["identity"]["output"].get("provenance")
+            "".join(one["name"] for one in file["identity"]["requests"])
         # Plans of version 1 do not state it.
         columns_of(version := file.get("schema_version", 1))
         return {key: file[key] for key in wanted} | {"schema_version": version}

@@ -205,8 +205,9 @@ def read_dials(metadata: Path, job: JobSpec) -> dict[str, dict[str, float]]:
     wanted = {name: target for name, target in targets.items() if target is not None}
     if not wanted:
         return {}
-    table = pq.read_table(metadata, columns=["request", "status", "risk"], partitioning=None)
-    table = table.filter(scored_rows(table))
+    table = pq.read_table(metadata, columns=["request", "status", "risk", "guided_steps"], partitioning=None)
+    # At strength 0 no step is taken that could be guided.
+    table = table.filter(scored_rows(table)).filter(pc.field("guided_steps") > 0)
     dials = {}
     for name, target in wanted.items():
         risk = table.filter(pc.equal(table["request"], name))["risk"].to_numpy()

@@ -68,7 +68,8 @@ class FolderStore(Store):
     def absolute_address(self, address: str) -> str:
         """A path that may be relative to the folder, or else to the working directory."""
         path = self.root / address
-        return str(path.resolve()) if "://" not in address and path.exists() else address
+        # Unlike `Path.exists`, this takes an address that no path can have for one of nothing.
+        return str(path.resolve()) if "://" not in address and os.path.exists(path) else address  # noqa: PTH110
 
     def path(self, name: str) -> Path:
         """Where a name lies.

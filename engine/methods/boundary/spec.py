@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, StrictInt
 
 from engine.methods.fields import Number
-from engine.methods.parameters import MethodParameters, on_schedule
+from engine.methods.parameters import MethodParameters, on_schedule, on_schedule_remedy
 
 
 class BoundaryGuidanceSpec(MethodParameters):
@@ -45,7 +45,7 @@ class BoundaryGuidanceSpec(MethodParameters):
     @property
     def schedule_remedy(self) -> str:
         """Which parameters to change, and how, where no step is guided."""
-        return "lower `every`"
+        return on_schedule_remedy(every=self.every)
 
     def in_effect(self) -> dict[str, Any]:
         """The parameters, with the step size of the rule where none is given."""

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, StrictInt
 
 from engine.methods.fields import Number
-from engine.methods.parameters import MethodParameters, RiskTarget, on_schedule
+from engine.methods.parameters import MethodParameters, RiskTarget, on_schedule, on_schedule_remedy
 
 
 class RiskyGuidanceSpec(MethodParameters):
@@ -46,7 +46,7 @@ class RiskyGuidanceSpec(MethodParameters):
     @property
     def schedule_remedy(self) -> str:
         """Which parameters to change, and how, where no step is guided."""
-        return "lower `every`" + (", widen `gradient_range`" if self.gradient_range < 1 else "")
+        return on_schedule_remedy(every=self.every, last_fraction=self.gradient_range)
 
     @property
     def risk_target(self) -> RiskTarget | None:
