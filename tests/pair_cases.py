@@ -109,7 +109,9 @@ def _drawn(spec: SampleSpec, kinds: tuple[str, ...], images: Images) -> SampleRe
     label = spec.cell.classes[0]
     record = new_record(spec) | {
         "status": "ok", "accepted": True, "class_name": DIGITS[label], "class_index": label, "predicted_class": 9,
-        "is_error": True, "risk": float(rng.exponential()) + 1, "conformity": 0.5, "oracle_class": label,
+        "is_error": True, "risk": float(rng.exponential()) + 1, "conformity": 0.5,
+        # Of three samples the oracle agrees on two.
+        "oracle_class": label if spec.index % 3 != 1 else 9,
         "kldb_classes": sorted({label, 9}), "soft_label": [float(index == label) for index in range(10)],
     }  # fmt: skip
     second: dict[str, Companion] = {}

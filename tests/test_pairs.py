@@ -17,7 +17,6 @@ import numpy as np
 import PIL.Image
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
 import engine
 from engine.data.reading.export import export
@@ -34,7 +33,8 @@ from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.driver.progress import PlainDisplay, medians_table
 from engine.errors import CorruptShardError, JobError
-from engine.job.columns import BY_NAME, TWIN_COLUMNS, Role, columns_with
+from engine.job.columns import BY_NAME, EQUAL_PSNR_DB, TWIN_COLUMNS, Role, columns_with
+from engine.methods.scores import MAX_PSNR_DB
 from engine.report.pair_tiles import PAIRS_BUDGET_BYTES, SIDES
 from engine.report.pairs import MAX_PAIRS
 from engine.report.render import MAX_BYTES, write_report
@@ -42,11 +42,13 @@ from engine.studies.compare.program import compare_runs
 from engine.studies.compare.scored_run import read_scored_run
 from engine.studies.evaluate.options import EvaluateOptions
 from engine.studies.evaluate.program import evaluate
+from engine.terminal import safe_console
 from tests.corpus_cases import make_run
 from tests.pair_cases import GROUP, make_drawn_run, make_real_run, noise
 
 NO_PAIRS = "none of the .* selected samples has a start or an unguided twin"
 PAIRED = [column.name for column in columns_with(Role.INSPECTED) if column.is_paired]
+NBSP = "\N{NO-BREAK SPACE}"
 Row = dict[str, Any]
 
 
@@ -123,7 +125,7 @@ def test_medians_and_quantiles_leave_absent_values_out(run: Path) -> None:
     by_request = {group["request"]: group for group in inspected.document["groups"]}
     assert "twin_psnr_db" in by_request["own"] and "twin_psnr_db" not in by_request["plain"]
     stream = io.StringIO()
-    Console(file=stream, width=240).print(medians_table(inspected.groups))
+    safe_console(stream, width=140).print(medians_table(inspected.groups))
     [line] = [line for line in stream.getvalue().splitlines() if line.split()[:1] == ["between"]]
     assert line.split().count("-") >= 3
     manifest = json.loads((run / "manifest.json").read_text())
@@ -267,6 +269,8 @@ def test_a_damaged_table_is_refused_by_name(copy: Path, damage: str) -> None:
         engine.open_run(str(copy)).pairs()
     store = open_store(str(copy))
     assert [finding.kind for finding in verify(store).findings] == ["damage"]
+    if damage not in ("cut", "pipe"):
+        return
     write_report(store)
     page = (copy / "report.html").read_text()
     assert "cannot be read as the twins of this run" in page and 'id="pairs"' in page
@@ -351,6 +355,8 @@ def test_missing_and_broken_images_are_refused_by_name(copy: Path, tmp_path: Pat
     with pytest.raises(CorruptShardError, match=what):
         export((str(copy),), ExportOptions(output=str(tmp_path / "out"), format="pairs"))
     assert not (tmp_path / "out").exists()
+    if damage == "member":
+        return
     section = section_of(open_store(str(copy)))
     if damage == "folder":
         # The sample itself is not taken for its twin.
@@ -364,7 +370,7 @@ def test_missing_and_broken_images_are_refused_by_name(copy: Path, tmp_path: Pat
 
 def test_inspect_shows_starts_and_twins(evaluated: Path, call: Any, tmp_path: Path) -> None:
     code, out, _ = call("inspect", evaluated)
-    assert not code and "16 samples with a start, 10 with an unguided twin" in out
+    assert not code and "with a start 16, with an unguided twin 10" in out
     [key] = [row["key"] for row in rows_of(evaluated).values() if row["request"] == "found"][:1]
     twin = {row["key"]: row for row in pq.read_table(evaluated / TWINS_TABLE).to_pylist()}[key]
     for which, expected in (
@@ -379,6 +385,20 @@ def test_inspect_shows_starts_and_twins(evaluated: Path, call: Any, tmp_path: Pa
     assert code and f"--image: no twin of '{key}' is stored" in err and not (tmp_path / "x.png").exists()
     code, _, err = call("inspect", evaluated, "--key", key, "--image", "start")
     assert code and "--image start: says what --save writes" in err
+
+
+def test_inspect_shows_the_beginning_of_a_long_text(copy: Path, call: Any) -> None:
+    """Names of images are their owners'; JSON has them whole."""
+    table = pq.read_table(copy / METADATA)
+    place = table.column_names.index("start_key")
+    texts = ["\x1b" + "k" * 5000] * len(table)
+    pq.write_table(table.set_column(place, table.schema.field(place), [texts]), copy / METADATA)
+    key = table["key"][0].as_py()
+    code, out, _ = call("inspect", copy, "--key", key)
+    [line] = [line for line in out.splitlines() if line.startswith("start_key")]
+    assert not code and line.endswith("kkk… (5,004 characters; --json prints them all)") and len(line) < 1100
+    code, out, _ = call("inspect", copy, "--key", key, "--json")
+    assert not code and json.loads(out)["start_key"] == texts[0]
 
 
 def test_pairs_are_exported_for_datasets(evaluated: Path, tmp_path: Path) -> None:
@@ -406,13 +426,25 @@ def test_pairs_are_exported_for_datasets(evaluated: Path, tmp_path: Path) -> Non
     assert {row["twin"] is None for row in loaded} == {row["start"] is None for row in loaded} == {True, False}
 
 
+def test_twins_are_named_by_the_keys_that_samples_have_in_an_export(tmp_path: Path) -> None:
+    """Of a run whose keys were taken already, the key of a twin changes with that of its sample."""
+    request = {"name": "own", "method": "risky", "twin": True, "classes": [3], "count": 2}
+    runs = [make_drawn_run(tmp_path / f"{levels}", [request], noise(8, levels=levels)) for levels in (2, 8)]
+    for name in ("pairs", "webdataset"):
+        out = export(tuple(run.uri for run in runs), ExportOptions(output=str(tmp_path / name), format=name)).path
+        [table] = [pq.read_table(path) for path in out.glob("*.parquet")]
+        keys = table["key"].to_pylist()
+        assert sorted(key.startswith("r2-") for key in keys) == [False] * 2 + [True] * 2
+        assert table["twin_key"].to_pylist() == keys
+
+
 def test_a_plain_export_has_no_pairs(evaluated: Path, tmp_path: Path) -> None:
     """Its rows say what they had, and its readers find no second images, which is no damage."""
     out = export((str(evaluated),), ExportOptions(output=str(tmp_path / "out"), condition="request == 'own'")).path
     corpus = engine.open_run(str(out))
     assert len(corpus.filter("twin_psnr_db > 0 and start_distance >= 0")) == 4
     assert "pairs" not in inspect(corpus).document
-    with pytest.raises(JobError, match=NO_PAIRS):
+    with pytest.raises(JobError, match=f"{NO_PAIRS}; .*/out is an export, which keeps no second images"):
         corpus.pairs()
 
 
@@ -435,11 +467,31 @@ def test_every_shard_of_a_request_has_its_companions(evaluated: Path) -> None:
 
 
 def test_the_page_says_of_each_request_what_people_see(evaluated: Path, tmp_path: Path) -> None:
-    """A change of two levels is adversarial, of five faint, of ten perceptible; without a twin nothing tells."""
+    """A change of two levels is adversarial, of five faint, of ten perceptible; without a twin nothing tells.
+
+    Models say whether the label still holds.
+    """
     own = {"name": "own", "method": "risky", "twin": True} | GROUP
-    for levels, word in ((2, "adversarial"), (5, "faint"), (10, "perceptible")):
+    for levels, word in ((0, "unchanged"), (2, "adversarial"), (5, "faint"), (10, "perceptible")):
         section = section_of(make_drawn_run(tmp_path / word, [own], noise(8, levels=levels)))
         assert f'<b class="verdict {word}">{word}</b><span><b>own:</b> 6 samples with a twin, median PSNR' in section
+    outcome = " The target errs on 100.0 %, on 0.0 % of the twins; the oracle reads 66.7 % as asked."
+    assert outcome.replace(" %", f"{NBSP}%") in section
+    assert "<td>100.0 %<small>twins 0.0 %</small></td><td>66.7 %</td><td>66.7 %</td>" in section
+    wrong, right = '<span class="wrong">✗ ', '<span class="right">✓ '
+    assert f"{wrong}nine</span>{right}oracle: eight</span>" in section and f"{wrong}oracle: nine</span>" in section
+    assert f"{right}eight</span></figcaption>" in section and "<span>labelled eight</span>" in section
+    assert "in doubt" not in section
+    # Where few samples have a twin, the two are compared on these.
+    store = make_drawn_run(tmp_path / "few", [own | {"twin": False}], noise(8, levels=2))
+    fields = {"twin_key": "t", "twin_psnr_db": 45.0, "twin_distance": 0.25, "twin_predicted_class": 9, "twin_risk": 0.5}
+    keys = {row["oracle_class"] == row["class_index"]: row["key"] for row in rows_of(Path(store.uri)).values()}
+    digest = json.loads(store.path("manifest.json").read_text())["plan_digest"]
+    for agrees, share, doubt in ((True, "100.0", ""), (False, "0.0", ' <b class="wrong">Labels are in doubt.</b>')):
+        table = twins_table([{"key": keys[agrees]} | fields])
+        write_twins(store, FoundTwins(rows=table, plan_digest=digest, num_attempts=6, clip="a"))
+        section = section_of(store)
+        assert f"on 100.0{NBSP}% of the twins; the oracle reads {share}{NBSP}% as asked.{doubt}</span>" in section
     text = section_of(open_store(str(evaluated)))
     rows = rows_of(evaluated)
     found = {row["key"]: row for row in pq.read_table(evaluated / TWINS_TABLE).to_pylist()}
@@ -447,12 +499,13 @@ def test_the_page_says_of_each_request_what_people_see(evaluated: Path, tmp_path
         values = [(found.get(row["key"]) or row)["twin_psnr_db"] for row in rows.values() if row["request"] == request]
         assert f"<b>{request}:</b> {len(values)} samples with a twin, median PSNR {np.median(values):.1f} dB" in text
     assert '<b class="verdict">no twin</b><span><b>plain:</b> 4 samples with a start.' in text
+    assert EQUAL_PSNR_DB == MAX_PSNR_DB
     assert "between-plain" not in text and '<span class="mono">zoo:digits/clip</span>' in text
 
 
 def test_the_page_stays_bounded(tmp_path: Path) -> None:
     """Of noise, which nothing compresses, and larger than is shown; without loss, as differences are drawn."""
-    request = {"name": "own", "method": "risky", "twin": True} | GROUP | {"classes": "all"}
+    request = {"name": "own", "method": "risky", "twin": True} | GROUP | {"classes": list(range(8))}
     store = make_drawn_run(tmp_path / "run", [request], noise(140, levels=2))
     section = section_of(store)
     images = [base64.b64decode(data) for data in re.findall(r"data:image/webp;base64,([^\"]+)", section)]

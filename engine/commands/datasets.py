@@ -14,7 +14,7 @@ from engine.commands.output import MAX_LISTED, make_console, make_display, print
 from engine.commands.stopping import NOTHING_STORED, stop_on_signals
 from engine.data.reading.format_registry import DEFAULT_FORMAT, FORMATS
 from engine.errors import JobError
-from engine.terminal import printable
+from engine.terminal import ELLIPSIS, printable
 from engine.terminal import show as print
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     FormatName = str
 else:
     FormatName = Literal[tuple(FORMATS)]
+
+# Of a value of a record, on a terminal.
+MAX_VALUE_CHARS = 1000
 
 RunsArgument = Annotated[
     list[str],
@@ -109,9 +112,17 @@ def inspect(
         print_json(row)
         return
     for name, value in row.items():
-        print(f"{name:<20} {printable(str(value))}")
+        print(f"{name:<20} {_value_text(value)}")
     if save is not None:
         print(f"image written to {save}")
+
+
+def _value_text(value: object) -> str:
+    """A value of a record for a terminal, one that is longer than a screen by its beginning."""
+    text = printable(str(value))
+    if len(text) <= MAX_VALUE_CHARS:
+        return text
+    return f"{text[:MAX_VALUE_CHARS]}{ELLIPSIS} ({len(text):,} characters; --json prints them all)"
 
 
 def merge(
@@ -217,7 +228,7 @@ def _print_inspection(inspection: Inspection) -> None:
     print(f"samples      {document['samples']} accepted, with an image, within their quota")
     print(f"surplus      {document['surplus']}")
     if pairs := document.get("pairs"):
-        print(f"pairs        {pairs['starts']} samples with a start, {pairs['twins']} with an unguided twin")
+        print(f"pairs        with a start {pairs['starts']}, with an unguided twin {pairs['twins']}")
     print(f"schema       version {', '.join(document['schema_versions']) or 'unknown'}")
     if image := document["image"]:
         size = f"{image['width']} x {image['height']} pixels, {byte_size(image['bytes'])}"

@@ -163,7 +163,7 @@ def evaluate(
         print(line)
     print(f"figures: {evaluated.document}")
     if evaluated.twins:
-        print(f"twins: {evaluated.twins} ({evaluated.num_twins} samples with their unguided twin)")
+        print(f"twins: {evaluated.twins} (unguided twins of samples: {evaluated.num_twins})")
     print(f"report: {evaluated.report}")
 
 

@@ -22,6 +22,8 @@ NO_PAIR = -1.0
 ADVERSARIAL_PSNR_DB = 40.0
 # Below this one it is perceptible: attacks that are meant to be invisible, bounded by 8 levels, have more.
 PERCEPTIBLE_PSNR_DB = 30.0
+# That of equal images: nothing changed.
+EQUAL_PSNR_DB = 100.0
 _EMPTY: dict[str, Any] = {"int": 0, "float": 0.0, "bool": False, "str": ""}
 
 

@@ -36,6 +36,18 @@ SORTS = ("twin_distance", "start_distance", "twin_psnr_db", "risk")
 TITLES = {STARTS: "Start", TWINS: "Unguided"}
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What an image is read as.
+
+    Attributes:
+        mark: ✓ where that is what was asked for, ✗ where not, empty where nobody asked.
+    """
+
+    text: str
+    mark: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
     """An image of a pair.
@@ -44,15 +56,13 @@ class Panel:
         kind: `starts`, `twins` or `sample`.
         title: what it is.
         image: data URI.
-        text: what a person or the target calls it.
-        mark: ✓ or ✗ where the target read it, else empty.
+        readings: what a person, or each model, calls it.
     """
 
     kind: str
     title: str
     image: str
-    text: str
-    mark: str = ""
+    readings: list[Reading]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +120,7 @@ def _tile(
     except UnusableImageError:
         return None
     panels = [
-        Panel(kind=kind, title=_title(kind, record), image=uri, **_reading(kind, record, names))
+        Panel(kind=kind, title=_title(kind, record), image=uri, readings=_readings(kind, record, names))
         for kind, uri in zip(files, uris, strict=True)
     ]
     return PairTile(
@@ -129,15 +139,17 @@ def _title(kind: str, record: dict[str, Any]) -> str:
     return TITLES.get(kind) or ("Guided" if method is not None and method.is_guided else "Sample")
 
 
-def _reading(kind: str, record: dict[str, Any], names: dict[int, str]) -> dict[str, str]:
-    """What a person or the target calls an image."""
+def _readings(kind: str, record: dict[str, Any], names: dict[int, str]) -> list[Reading]:
+    """What a person, the target and the oracle call an image."""
     asked = asked_classes(record)
     if kind == STARTS:
-        return {"text": f"labelled {name_of(asked[0], names)}" if len(asked) == 1 else "real image"}
-    predicted = record["predicted_class" if kind == "sample" else "twin_predicted_class"]
-    oracle = record["oracle_class"] if kind == "sample" else NO_CLASS
-    text = name_of(predicted, names) + ("" if oracle == NO_CLASS else f" · oracle {name_of(oracle, names)}")
-    return {"text": clip(text, 80), "mark": "✓" if predicted in asked else "✗"}
+        return [Reading(clip(f"labelled {name_of(asked[0], names)}", 80) if len(asked) == 1 else "real image")]
+    of = {"": record["predicted_class" if kind == "sample" else "twin_predicted_class"]}
+    if kind == "sample" and record["oracle_class"] != NO_CLASS:
+        of["oracle: "] = record["oracle_class"]
+    return [
+        Reading(clip(f"{who}{name_of(index, names)}", 80), "✓" if index in asked else "✗") for who, index in of.items()
+    ]
 
 
 def _facts(record: dict[str, Any]) -> Iterator[tuple[str, str]]:

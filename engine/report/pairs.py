@@ -14,7 +14,14 @@ import numpy as np
 from engine.data.run.outcomes import predicts_asked
 from engine.data.run.twins_table import FoundTwins
 from engine.data.stores.base import Store
-from engine.job.columns import ADVERSARIAL_PSNR_DB, BY_NAME, PERCEPTIBLE_PSNR_DB, TWIN_COLUMNS
+from engine.job.columns import (
+    ADVERSARIAL_PSNR_DB,
+    BY_NAME,
+    EQUAL_PSNR_DB,
+    NO_CLASS,
+    PERCEPTIBLE_PSNR_DB,
+    TWIN_COLUMNS,
+)
 from engine.job.records import STARTS, TWINS
 from engine.report.data import Rows
 from engine.report.headline import Heading, Line, Table
@@ -30,6 +37,7 @@ MAX_SENTENCES = 12
 MAX_LINES = 100
 # What people see of a change, by its name.
 SEEN = {
+    "unchanged": "most samples equal their twin",
     "adversarial": "people hardly tell sample and twin apart",
     "faint": "people see the change in some pairs, and in others not",
     "perceptible": "people can see the change",
@@ -42,11 +50,13 @@ class Verdict:
 
     Attributes:
         word: one of `SEEN`, or empty where no twin tells.
+        has_doubt: whether the oracle reads most samples as something else than was asked for.
     """
 
     request: str
     word: str
     text: str
+    has_doubt: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +103,7 @@ class PairColumns:
         self._table = table
         self.has_start = self._texts("start_key")
         self.has_twin = self._texts("twin_key")
+        self.has_oracle = self.numbers("oracle_class") != NO_CLASS
 
     @property
     def has_any(self) -> np.ndarray:
@@ -109,6 +120,11 @@ class PairColumns:
         """The values of a score in some rows, without those of rows that do not have it."""
         values: np.ndarray = BY_NAME[name].known(self.numbers(name)[of & self.rows.scored])
         return values
+
+    def compared(self, of: np.ndarray) -> np.ndarray:
+        """Of some rows the scored ones with a twin, so that the two are of the same pairs; all where none has one."""
+        scored = of & self.rows.scored
+        return scored & self.has_twin if (scored & self.has_twin).any() else scored
 
     def twin_errs(self, of: np.ndarray) -> np.ndarray:
         """For each of some rows with a twin whether the target predicts a class for it that was not asked for."""
@@ -153,8 +169,8 @@ def pair_section(columns: PairColumns, manifest: Mapping[str, Any], found: Found
     headings = [
         Heading("Request"), Heading("Pairs"), Heading("PSNR to the twin", "in dB; median, quartiles"),
         Heading("Distance to the twin", "median"), Heading("Distance to the start", "median"),
-        Heading("Errors", "of the twins"), Heading("Errors", "of the samples"),
-        Heading("Risk", "of the twins, median"), Heading("Risk", "of the samples, median"),
+        Heading("Errors", "of the target"), Heading("Oracle agrees"), Heading("Valid failures"),
+        Heading("Risk", "in nats; median"),
     ]  # fmt: skip
     return PairSection(
         verdicts=verdicts[:MAX_SENTENCES],
@@ -189,45 +205,61 @@ def _stale(found: FoundTwins | None, num_attempts: int) -> str:
 
 
 def _verdict(columns: PairColumns, request: str, here: np.ndarray) -> Verdict:
-    psnr = columns.measured("twin_psnr_db", here)
-    distances = [
-        f"{number(float(np.median(values)))} to the {other}"
-        for name, other in (("twin_distance", "twin"), ("start_distance", "start"))
-        if len(values := columns.measured(name, here))
-    ]
-    apart = f" Median distance {' and '.join(distances)}." if distances else ""
-    if not len(psnr):
-        return Verdict(request=request, word="", text=f"{many(int(here.sum()), 'sample')} with a start.{apart}")
-    median = float(np.median(psnr))
-    word = _visibility(median)
+    """Whether people see what guidance changed, and whether the label still holds."""
+    psnr, compared = columns.measured("twin_psnr_db", here), columns.compared(here)
+    agrees = columns.rows.oracle_agrees[compared & columns.has_oracle]
+    if len(psnr):
+        median = float(np.median(psnr))
+        word = _visibility(median)
+        text = f"{many(len(psnr), 'sample')} with a twin, median PSNR {median:.1f} dB: {SEEN[word]}."
+    else:
+        word, text = "", f"{many(int(here.sum()), 'sample')} with a start."
     return Verdict(
         request=request,
         word=word,
-        text=f"{many(len(psnr), 'sample')} with a twin, median PSNR {median:.1f} dB: {SEEN[word]}.{apart}",
+        text=text + _outcome_text(columns, compared, agrees),
+        has_doubt=bool(len(agrees)) and bool(agrees.mean() < 0.5),
     )
+
+
+def _outcome_text(columns: PairColumns, compared: np.ndarray, agrees: np.ndarray) -> str:
+    """How often the target errs with guidance and without, and how often the oracle reads what was asked for."""
+    samples, twins = _share(columns.rows.target_errs[compared]), _share(columns.twin_errs(compared))
+    if samples == ABSENT:
+        return ""
+    errors = f" The target errs on {samples}" + (f", on {twins} of the twins" if twins != ABSENT else "")
+    text = f"{errors}; the oracle reads {_share(agrees)} as asked." if len(agrees) else f"{errors}."
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _visibility(psnr_db: float) -> str:
     """Whether people see a change, by the PSNR: one of `SEEN`."""
+    if psnr_db >= EQUAL_PSNR_DB:
+        return "unchanged"
     if psnr_db >= ADVERSARIAL_PSNR_DB:
         return "adversarial"
     return "perceptible" if psnr_db < PERCEPTIBLE_PSNR_DB else "faint"
 
 
 def _line(columns: PairColumns, request: str, here: np.ndarray, word: str) -> Line:
-    psnr, twins = columns.measured("twin_psnr_db", here), here & columns.has_twin
+    psnr, compared, rows = columns.measured("twin_psnr_db", here), columns.compared(here), columns.rows
     spread = [f"{value:.1f}" for value in np.quantile(psnr, [0.25, 0.5, 0.75])] if len(psnr) else []
+    judged = compared & columns.has_oracle
     cells = [
         (f"{int(here.sum()):,}", ""),
         (spread[1], f"{spread[0]} to {spread[2]}") if spread else (ABSENT, ""),
         (_median(columns.measured("twin_distance", here)), ""),
         (_median(columns.measured("start_distance", here)), ""),
-        (_share(columns.twin_errs(here)), ""),
-        (_share(columns.rows.target_errs[here & columns.rows.scored]), ""),
-        (_median(columns.measured("twin_risk", twins)), ""),
-        (_median(columns.measured("risk", here)), ""),
+        (_share(rows.target_errs[compared]), _of_twins(_share(columns.twin_errs(compared)))),
+        (_share(rows.oracle_agrees[judged]), ""),
+        (_share((rows.oracle_agrees & rows.target_errs)[judged]), ""),
+        (_median(columns.measured("risk", compared)), _of_twins(_median(columns.measured("twin_risk", compared)))),
     ]
     return Line(clip(request, 120), word, False, cells)
+
+
+def _of_twins(figure: str) -> str:
+    return "" if figure == ABSENT else f"twins {figure}"
 
 
 def _median(values: np.ndarray) -> str:

@@ -141,6 +141,7 @@
   let order = "desc";
   let visible = [];
   let opened = -1;
+  let opener;
 
   function offers(select, value) {
     return [...select.options].some((option) => option.value === value);
@@ -256,10 +257,11 @@
   }
 
   // Opened from outside of the gallery a sample may be filtered away; the arrows then go through all of them.
-  function openKey(key) {
+  function openKey(key, from) {
     const number = places.get(key);
     if (number === undefined) return;
     if (!visible.includes(number)) reset();
+    opener = from;
     open(number);
   }
 
@@ -293,7 +295,9 @@
     opened = -1;
     mark("");
     remember();
-    if (last >= 0) tiles[last].focus();
+    // A reader of the pairs goes on there, unless the arrows led away.
+    if (last >= 0) (opener?.dataset.key === samples[last].key ? opener : tiles[last]).focus();
+    opener = undefined;
   });
   for (const name of [...filters, "sort"]) {
     control(name).addEventListener("change", () => {
@@ -318,7 +322,7 @@
     item.classList.add("opens");
     item.addEventListener("click", () => openKey(item.dataset.key));
   }
-  for (const key of document.querySelectorAll(".key")) key.addEventListener("click", () => openKey(key.dataset.key));
+  for (const key of document.querySelectorAll(".key")) key.addEventListener("click", () => openKey(key.dataset.key, key));
   window.addEventListener("hashchange", restore);
   restore();
 })();

@@ -205,10 +205,14 @@ class _Export:
         """Samples and the extensions of their images."""
         for number in order:
             if number < len(kept):
-                result = self._reader.read(kept[number])
+                sample = kept[number]
+                result = self._reader.read(sample)
                 if self._pairs:
                     result.record = self._pairs.with_twin(result.record)
-                yield result, self._reader.format_of(kept[number])
+                if result.record["twin_key"]:
+                    # A twin has the key of its sample, or is another sample of the same run.
+                    result.record["twin_key"] = self._selection.prefixes.get(sample.run, "") + result.record["twin_key"]
+                yield result, self._reader.format_of(sample)
             else:
                 yield real.read(number - len(kept), self._labels), image_format
 

@@ -171,21 +171,25 @@ def read_pairs(runs: Sequence[tuple[PairRows, Iterable[pa.Table]]], num_selected
         JobError: there is none.
         CorruptShardError: an image is missing or damaged.
     """
-    check_any([pairs for pairs, _ in runs], num_selected)
+    check_any([pairs for pairs, _ in runs], sum(len(pairs) for pairs, _ in runs), num_selected)
     return (pair for pairs, tables in runs for pair in _read(pairs, tables))
 
 
-def check_any(runs: Iterable[PairRows], num_selected: int) -> None:
-    """Check that some sample has a pair.
+def check_any(runs: Sequence[PairRows], num_pairs: int, num_selected: int) -> None:
+    """Check that some of the selected samples of some runs have a pair.
 
     Raises:
         JobError: none has.
     """
-    if not any(map(len, runs)):
-        raise JobError(
-            f"RUN: none of the {num_selected} selected samples has a start or an unguided twin; make them with `start`"
-            " or `twin: true` in their request, or let `riskforge evaluate` find twins among requests of one seed_group"
-        )
+    if num_pairs:
+        return
+    remedy = (
+        "make them with `start` or `twin: true` in their request, or let `riskforge evaluate` find twins among requests"
+        " of one seed_group"
+    )
+    if exports := [pairs.source.uri for pairs in runs if pairs.source.is_export]:
+        remedy = f"{exports[0]} is an export, which keeps no second images: give the runs that it was made of"
+    raise JobError(f"RUN: none of the {num_selected} selected samples has a start or an unguided twin; {remedy}")
 
 
 def _read(pairs: PairRows, tables: Iterable[pa.Table]) -> Iterator[Pair]:

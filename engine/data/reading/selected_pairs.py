@@ -38,7 +38,7 @@ class SelectedPairs:
         own = {sample.key: (sample.run, keys[sample.run][sample.row]) for sample in selection.samples}
         self._places = {key: (run, name) for key, (run, name) in own.items() if name in self._runs[run]}
         selection.samples = [sample for sample in selection.samples if sample.key in self._places]
-        check_any(self._runs if selection.samples else (), len(corpus))
+        check_any(self._runs, len(selection.samples), len(corpus))
 
     def images(self, key: str) -> tuple[ImageFile | None, ImageFile | None]:
         """Start and twin of a sample.
