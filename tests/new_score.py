@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parent.parent
+# The schema version after that of the engine which is copied.
+SINCE = 5
 NAME, TITLE, MEANING = "lead", "Lead", "probability of the class less that of its strongest rival"
 # File of the copy -> text before which a piece is inserted, and the piece.
 PIECES = {
@@ -34,7 +36,7 @@ PIECES = {
     "job/columns.py": (
         '    Column(\n        name="soft_label"',
         f'''    Column(
-        name="{NAME}", type="float", since=4, measured_by="target", title="{TITLE}", description="{MEANING}",
+        name="{NAME}", type="float", since={SINCE}, measured_by="target", title="{TITLE}", description="{MEANING}",
         roles=SCORE | Role.COMPARED,
     ),
 ''',

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.new_score import MEANING, NAME, PIECES, TITLE, copy_engine
+from tests.new_score import MEANING, NAME, PIECES, SINCE, TITLE, copy_engine
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parent.parent
@@ -46,7 +46,7 @@ def test_rows_and_records_have_it(made: dict[str, Any]) -> None:
     values = {row["key"]: row[NAME] for row in made["rows"]}
     assert len(values) == 16 and all(-1 <= value <= 1 for value in values.values()) and len(set(values.values())) > 8
     assert {record["key"]: record[NAME] for record in made["records"]} == values
-    assert {record["schema_version"] for record in made["records"]} == {4}
+    assert {record["schema_version"] for record in made["records"]} == {SINCE}
     # The lead is below p of the class, and negative exactly where the target errs.
     assert all((record[NAME] < 0) == record["is_error"] for record in made["records"])
     assert all(record[NAME] <= record["p_label"] for record in made["records"])
@@ -101,8 +101,8 @@ def test_comparisons_and_baselines_have_it(made: dict[str, Any]) -> None:
 
 
 def test_the_reference_pages_list_it(made: dict[str, Any]) -> None:
-    assert f"| `{NAME}` | float | 4 | {MEANING} |" in made["pages"]["metadata.md"]
-    assert f"`{NAME}` (version 4)" in made["pages"]["metadata.md"]
+    assert f"| `{NAME}` | float | {SINCE} | {MEANING} |" in made["pages"]["metadata.md"]
+    assert f"in version {SINCE} `{NAME}`" in made["pages"]["metadata.md"]
     assert f"`{NAME}`, " in made["pages"]["job-file.md"]
 
 
