@@ -63,6 +63,14 @@ def damage_parquet(output):
     flip(path, path.stat().st_size // 2)
 
 
+def damage_writer(output):
+    """Of the parquet, too, the checksum alone sees what no reader looks at: the name of the program that wrote it."""
+    path = output / "shards/sleepy-000001.parquet"
+    content = path.read_bytes()
+    assert content.count(b"parquet-cpp-arrow") == 1
+    path.write_bytes(content.replace(b"parquet-cpp-arrow", b"parquet-cpp-Arrow"))
+
+
 def damage_cut(output):
     path = output / "shards/sleepy-000001.tar"
     path.write_bytes(path.read_bytes()[:-4096])
@@ -96,8 +104,8 @@ def damage_doubled(output):
 
 
 DAMAGES = [
-    damage_member, damage_padding, damage_parquet, damage_cut, damage_missing, damage_swapped, damage_record,
-    damage_counts, damage_doubled,
+    damage_member, damage_padding, damage_parquet, damage_writer, damage_cut, damage_missing, damage_swapped,
+    damage_record, damage_counts, damage_doubled,
 ]  # fmt: skip
 
 
