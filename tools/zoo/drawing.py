@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableUnCLIPImg2ImgPipeline
 from numpy.typing import NDArray
 from PIL import Image
+from publishing import stored_bytes
 from training import batches
 from unclip import embed_images
 
@@ -88,6 +89,5 @@ def save_sheet(tiles: Bytes, path: Path) -> None:
 
 
 def part_sizes(zoo: Path) -> dict[str, int]:
-    """Bytes of every part of a zoo."""
-    parts = [path for path in sorted(zoo.iterdir()) if path.is_dir()]
-    return {part.name: sum(file.stat().st_size for file in part.rglob("*") if file.is_file()) for part in parts}
+    """Bytes of every part of a zoo, of what parts share in the first alone."""
+    return {part.name: stored_bytes(part) for part in sorted(zoo.iterdir()) if part.is_dir()}

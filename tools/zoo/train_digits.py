@@ -9,7 +9,6 @@ from its last checkpoint. The parts are copied to `--output` at the end.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import shutil
 import sys
@@ -26,6 +25,7 @@ from classifiers import PLANS, train_classifier
 from clip_model import train_clip
 from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
 from diffusion import train_diffusion
+from publishing import marker, publish_parts, store_once, write_checksums
 from tiny_autoencoder import train_tiny_autoencoder
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 from unclip import train_unclip
@@ -62,24 +62,15 @@ def stages(*, seed: int, build_folder: Path) -> dict[str, Stage]:
 def run_stages(*, seed: int, build_folder: Path) -> None:
     """Run what is not done; a stage is done when its marker is there."""
     for name, stage in stages(seed=seed, build_folder=build_folder).items():
-        marker = build_folder / "done" / name.replace("/", "-")
-        if marker.exists():
+        done = marker(build_folder, name)
+        if done.exists():
             print(f"{name}: already trained")
             continue
         start = time.monotonic()
         stage()
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.touch()
+        done.parent.mkdir(parents=True, exist_ok=True)
+        done.touch()
         print(f"{name}: done in {time.monotonic() - start:.0f} s", flush=True)
-
-
-def publish_models(build_folder: Path, output: Path) -> None:
-    """Copy the exported parts that are complete to `output`, replacing what is there."""
-    for name in PARTS:
-        source = build_folder / "export" / name
-        if (build_folder / "done" / name).exists():
-            shutil.rmtree(output / name, ignore_errors=True)
-            shutil.copytree(source, output / name)
 
 
 def publish_conditioning(output: Path) -> None:
@@ -103,15 +94,6 @@ def publish_conditioning(output: Path) -> None:
         shutil.copytree(made.path, output / "conditioning")
 
 
-def write_checksums(output: Path) -> None:
-    """List the checksums of all parts in `output/SHA256SUMS`."""
-    files = [path for path in sorted(output.rglob("*")) if path.is_file() and path.parent != output]
-    for path in files:
-        path.chmod(0o644)
-    digests = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(output)}\n" for path in files]
-    (output / "SHA256SUMS").write_text("".join(digests))
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,9 +106,11 @@ def main() -> None:
     disable_diffusers_bars()
     disable_transformers_bars()
     run_stages(seed=arguments.seed, build_folder=arguments.build_folder)
-    publish_models(arguments.build_folder, arguments.output)
+    done = [name for name in PARTS if marker(arguments.build_folder, name).exists()]
+    publish_parts(arguments.build_folder, arguments.output, done)
     if arguments.output.resolve() == ZOO / "digits":
         publish_conditioning(arguments.output)
+    store_once(arguments.output)
     write_checksums(arguments.output)
 
 
