@@ -6,8 +6,9 @@ end of every operation. Their number is part of the recipe, not of the machine, 
 
 from __future__ import annotations
 
-import threading
+import signal
 from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
 from types import TracebackType
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 
 ReplicaLoss = Callable[[int, int], Tensor]
 """Loss of (step, replica), drawing its own share of the batch."""
-_PATIENCE_SECONDS = 300.0
 
 
 class Replicas:
@@ -29,9 +29,13 @@ class Replicas:
         self.loss, self.count, self.steps = loss, count, steps
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         context = multiprocessing.get_context("fork")
-        self.barrier = context.Barrier(count)
         self.gradients = torch.zeros(count, sum(p.numel() for p in self.parameters))
-        self.workers = [context.Process(target=self._follow, args=(i,), daemon=True) for i in range(1, count)]
+        pipes = [context.Pipe() for _ in range(1, count)]
+        self.pipes: list[Connection] = [own for own, _ in pipes]
+        self.workers = [
+            context.Process(target=self._follow, args=(replica, other), daemon=True)
+            for replica, (_, other) in enumerate(pipes, start=1)
+        ]
         self.module = module
 
     def __enter__(self) -> Replicas:
@@ -49,16 +53,24 @@ class Replicas:
     ) -> None:
         for worker in self.workers:
             if kind is not None:
-                worker.terminate()
+                worker.kill()
             worker.join()
         torch.set_num_threads(self.num_threads)
 
     def backward(self, step: int) -> float:
-        """Fill `.grad` of every parameter with the mean gradient of all replicas; the loss of replica 0."""
-        self._meet()
+        """Fill `.grad` of every parameter with the mean gradient of all replicas; the loss of replica 0.
+
+        Raises:
+            RuntimeError: a replica has died.
+        """
+        for pipe in self.pipes:
+            pipe.send(step)
         value = self.loss(step, 0)
         value.backward()
-        self._meet()
+        for pipe, worker in zip(self.pipes, self.workers, strict=True):
+            if pipe not in wait([pipe, worker.sentinel]):
+                raise RuntimeError(f"replica {worker.name} of step {step} has died; the same command goes on")
+            pipe.recv()
         if self.count > 1:
             self._add_gradients()
         return value.item()
@@ -70,23 +82,25 @@ class Replicas:
             assert parameter.grad is not None
             parameter.grad.add_(part.view_as(parameter)).div_(self.count)
 
-    def _follow(self, replica: int) -> None:
+    def _follow(self, replica: int, pipe: Connection) -> None:
         """Life of a worker: wait for new parameters, leave the gradient, wait again."""
         torch.set_num_threads(1)
+        # Ctrl-C and `timeout` reach every process of the group; the caller ends this one after the step.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        # Inherited ends would keep the pipes open when the caller is killed, and this process with them.
+        for inherited in self.pipes:
+            inherited.close()
         for step in self.steps:
             for parameter in self.parameters:
                 parameter.grad = None
             try:
-                self._meet()
-                self.loss(step, replica).backward()
-                torch.cat([_flat_gradient(p) for p in self.parameters], out=self.gradients[replica])
-                self._meet()
-            except threading.BrokenBarrierError:
+                pipe.recv()
+            except EOFError:
                 return
-
-    def _meet(self) -> None:
-        if self.count > 1:
-            self.barrier.wait(_PATIENCE_SECONDS)
+            self.loss(step, replica).backward()
+            torch.cat([_flat_gradient(p) for p in self.parameters], out=self.gradients[replica])
+            pipe.send(step)
 
 
 def _flat_gradient(parameter: nn.Parameter) -> Tensor:

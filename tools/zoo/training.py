@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable
@@ -21,6 +23,8 @@ from numpy.typing import NDArray
 from replicas import Replicas
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+_SAME_SIGNAL_SECONDS = 2.0
 
 LossFunction = Callable[[np.random.Generator], Tensor]
 
@@ -50,9 +54,12 @@ class Recipe:
 def fit(name: str, module: nn.Module, loss: LossFunction, recipe: Recipe, *, seed: int, folder: Path) -> None:
     """Minimise `loss(rng)` over the parameters of `module`, in place, resuming from `folder/NAME.pt` if it is there.
 
+    SIGTERM and Ctrl-C let the step end, write the checkpoint and leave the program (`SystemExit`), so that a training
+    can be done in pieces: `timeout 600 python tools/zoo/train_...`.
+
     Side effects: prints progress, writes the checkpoint, seeds torch's global generator before every step.
     """
-    state = _TrainingState(module, recipe)
+    state = _TrainingState(module, recipe, seed)
     first = state.resume(folder / f"{name}.pt")
     module.train()
 
@@ -60,13 +67,17 @@ def fit(name: str, module: nn.Module, loss: LossFunction, recipe: Recipe, *, see
         return loss(_seed_step(name, step, replica, seed=seed))
 
     steps = range(first, recipe.num_steps)
-    with Replicas(module, replica_loss, count=recipe.num_replicas, steps=steps) as replicas:
-        _run_steps(name, state, replicas, checkpoint=folder / f"{name}.pt")
+    replicas = Replicas(module, replica_loss, count=recipe.num_replicas, steps=steps)
+    # Replicas first: forked with the handlers of an interruption, they could not be terminated.
+    with replicas, _Interruption() as interruption:
+        _run_steps(name, state, replicas, interruption, checkpoint=folder / f"{name}.pt")
     state.load_average()
     module.eval()
 
 
-def _run_steps(name: str, state: _TrainingState, replicas: Replicas, *, checkpoint: Path) -> None:
+def _run_steps(
+    name: str, state: _TrainingState, replicas: Replicas, interruption: _Interruption, *, checkpoint: Path
+) -> None:
     recipe, first = state.recipe, replicas.steps.start
     start, recent = time.monotonic(), []
     for step in replicas.steps:
@@ -79,15 +90,51 @@ def _run_steps(name: str, state: _TrainingState, replicas: Replicas, *, checkpoi
                 f"{name}: step {step + 1}/{recipe.num_steps} loss {np.mean(recent):.4f} {pace:.2f} s/step", flush=True
             )
             recent.clear()
-        if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.num_steps:
+        is_last = step + 1 == recipe.num_steps
+        if (step + 1) % recipe.checkpoint_every == 0 or is_last or interruption.signal:
             state.save(checkpoint, step + 1)
+        if interruption.signal:
+            print(f"{name}: interrupted after step {step + 1}; the same command goes on from there", flush=True)
+            raise SystemExit(128 + interruption.signal)
+
+
+class _Interruption:
+    """Notes SIGTERM and SIGINT while open, in the main thread; a second one, a while later, acts as it always does.
+
+    Attributes:
+        signal: its number; 0 until it comes.
+    """
+
+    def __init__(self) -> None:
+        self.signal, self._noted_at = 0, 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, _: object) -> None:
+        # `timeout` and `uv run` both pass a signal on: two within moments are one.
+        if self.signal and time.monotonic() - self._noted_at > _SAME_SIGNAL_SECONDS:
+            self.__exit__()
+            signal.raise_signal(number)
+        elif not self.signal:
+            self.signal, self._noted_at = number, time.monotonic()
 
 
 class _TrainingState:
     """Optimiser and averaged weights of one module, and their checkpoint."""
 
-    def __init__(self, module: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, module: nn.Module, recipe: Recipe, seed: int) -> None:
         self.module, self.recipe = module, recipe
+        shapes = [tuple(p.shape) for p in module.parameters()]
+        self.made_with = f"seed {seed}, {recipe}, {len(shapes)} tensors, {zlib.crc32(repr(shapes).encode()):08x}"
         self.parameters: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
@@ -111,6 +158,7 @@ class _TrainingState:
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "num_steps": num_steps,
+            "made_with": self.made_with,
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average,
@@ -119,13 +167,22 @@ class _TrainingState:
         path.with_suffix(".tmp").replace(path)
 
     def resume(self, path: Path) -> int:
-        """Load the checkpoint if there is one; the number of steps done."""
+        """Load the checkpoint if there is one; the number of steps done.
+
+        Ends the program where it was made with another recipe, seed or model.
+        """
         if not path.exists():
             return 0
-        state = torch.load(path, weights_only=True, map_location=self.parameters[0].device)
+        # Adam's counters stay on the CPU, where they are not waited for.
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        if state["made_with"] != self.made_with:
+            there, wanted = state["made_with"], self.made_with
+            raise SystemExit(
+                f"error: {path} was made with {there}, not with {wanted}; remove it or choose another --build-folder"
+            )
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.average = state["average"]
+        self.average = [a.to(p.device) for a, p in zip(state["average"], self.parameters, strict=True)]
         return int(state["num_steps"])
 
     def load_average(self) -> None:
@@ -176,13 +233,12 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def write_image_processor(folder: Path, kind: str, **extra: Any) -> None:
-    """A `preprocessor_config.json` for 32 x 32 RGB images, scaled to -1..1."""
-    side = {"height": 32, "width": 32}
+def write_image_processor(folder: Path, kind: str, *, side: int = 32, **extra: Any) -> None:
+    """A `preprocessor_config.json` for square RGB images of `side` pixels, scaled to -1..1."""
     config = {
         "image_processor_type": kind,
         "do_resize": True,
-        "size": side,
+        "size": {"height": side, "width": side},
         "resample": 3,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
