@@ -3,7 +3,7 @@
     uv run python tools/zoo/evaluate_cifar10.py --data DATA --zoo engine/zoo/cifar10
 
 Writes `figures.json` into the zoo and contact sheets into `docs/`. Test images are those kept for figures; samples
-start from fixed seeds. The referee is a ResNet-32 trained by others, which no part of the zoo has learnt from.
+start from fixed seeds. The referee is a ResNet-32 trained by others, which no generator or reader has learnt from.
 """
 
 from __future__ import annotations
@@ -16,11 +16,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from cifar10_data import CLASS_NAMES, Photographs, load_test
-from cifar10_models import reconstruct
+from cifar10_autoencoder import reconstruct
+from cifar10_captions import UNSEEN_BY_TARGET
+from cifar10_contexts import Thresholds, close_ups, measure, middles
+from cifar10_data import CLASS_NAMES, blur, load_test, load_train
+from cifar10_probes import (
+    COLUMNS,
+    ContextReader,
+    balanced_labels,
+    from_starts,
+    kept_starts,
+    memorisation,
+    obedience,
+    prompts_of,
+    save_blind_sheet,
+)
+from cifar10_readers import TEACHER, ExportedClassifier, Teacher
 from classifiers import predict_logits
 from clip_model import zero_shot_classes
-from diffusers import StableDiffusionPipeline, StableUnCLIPImg2ImgPipeline
 from drawing import (
     Bytes,
     Sampling,
@@ -35,15 +48,20 @@ from drawing import (
 from numpy.typing import NDArray
 from residual_networks import ResidualNetwork
 from torch import Tensor
-from transformers import AutoModelForImageClassification, CLIPModel, CLIPTokenizer, PreTrainedModel
+from transformers import CLIPModel, CLIPTokenizer
 
 from engine.studies.evaluate.distances import kernel_distance
 
-SCALES = (5.0,)
-UNCLIP_SCALES = (3.0,)
+SAMPLING = Sampling(guidance_scale=5.0)
+VARIATIONS = Sampling(num_inference_steps=20, guidance_scale=3.0)
+CLASSIFIERS = ("classifier", TEACHER, "oracle", "oracle-b")
+CLIPS = ("clip", "judge")
 JOINT = (("cat", "dog"), ("airplane", "ship"))
-TEMPLATE = "a photo of a {}"
-Reader = Callable[[Bytes], NDArray[np.int64]]
+NUM_JOINT = 200
+NUM_STARTS = 400
+NUM_VARIATIONS = 400
+NUM_OBEYING = 200
+ClassReader = Callable[[Bytes], NDArray[np.int64]]
 
 
 def kid_x1000(first: Tensor, second: Tensor) -> float:
@@ -51,33 +69,27 @@ def kid_x1000(first: Tensor, second: Tensor) -> float:
     return round(1000 * kernel_distance(first.double().numpy(), second.double().numpy()).value, 2)
 
 
-def readers(zoo: Path, referee: ResidualNetwork) -> dict[str, Reader]:
+def readers(zoo: Path, referee: ResidualNetwork) -> dict[str, ClassReader]:
     """Everything that reads a class from an image, by name."""
-    found: dict[str, Reader] = {"resnet32": lambda images: referee.read(images)[1]}
-    for name in ("classifier", "oracle"):
-        model = AutoModelForImageClassification.from_pretrained(zoo / name)
-        found[name] = _classifier_reader(model)
-    for name in ("clip", "judge"):
+    found: dict[str, ClassReader] = {"resnet32": lambda images: referee.read(images)[1]}
+    for name in CLASSIFIERS:
+        found[name] = _classifier_reader(ExportedClassifier(zoo / name))
+    for name in CLIPS:
         clip, tokenizer = CLIPModel.from_pretrained(zoo / name), CLIPTokenizer.from_pretrained(zoo / name)
         found[name] = _clip_reader(clip, tokenizer)
     return found
 
 
-def _classifier_reader(model: PreTrainedModel) -> Reader:
+def _classifier_reader(model: ExportedClassifier) -> ClassReader:
     return lambda images: predict_logits(model, images).argmax(-1).numpy()
 
 
-def _clip_reader(clip: CLIPModel, tokenizer: CLIPTokenizer) -> Reader:
+def _clip_reader(clip: CLIPModel, tokenizer: CLIPTokenizer) -> ClassReader:
     return lambda images: zero_shot_classes(clip, tokenizer, images, CLASS_NAMES)
 
 
-def trained_classes(zoo: Path) -> list[str]:
-    """The classes that the zoo's diffusion models learnt, from its README's companion `classes.json`."""
-    return list(json.loads((zoo / "classes.json").read_text()))
-
-
 def agreement(
-    found: dict[str, Reader], images: Bytes, labels: NDArray[np.int64], names: Sequence[str]
+    found: dict[str, ClassReader], images: Bytes, labels: NDArray[np.int64], names: Sequence[str]
 ) -> dict[str, Any]:
     """Share of images that each reader sees as labelled; of the referee by class too."""
     hits = {name: reader(images) == labels for name, reader in found.items()}
@@ -86,111 +98,124 @@ def agreement(
     return figures | {"resnet32 by class": by_class}
 
 
-def judge_samples(
-    pipeline: StableDiffusionPipeline, found: dict[str, Reader], referee: ResidualNetwork, test: Photographs, count: int
-) -> dict[str, Any]:
-    """Prompt-only samples at several guidance scales: who agrees with the prompt, and their distance to test images."""
-    names = [name for name in CLASS_NAMES if CLASS_NAMES.index(name) in test.labels]
-    labels = np.array([CLASS_NAMES.index(name) for name in names])[np.arange(count) % len(names)]
-    prompts = [TEMPLATE.format(CLASS_NAMES[label]) for label in labels]
-    figures: dict[str, Any] = {}
-    for scale in SCALES:
-        drawn = sample(pipeline, prompts, Sampling(guidance_scale=scale), seed=1000)
-        figures[f"guidance scale {scale:g}"] = agreement(found, drawn, labels, names) | {
-            "kid_resnet32_features_x1000": kid_x1000(referee.read(drawn)[0], referee.read(test.images)[0])
+class Evaluation:
+    """The zoo, the images it is measured on, and everything that reads them.
+
+    Args:
+        zoo: its folder.
+        data_folder: holds `cifar10/` and `classifiers/`.
+        count: samples of prompts alone.
+    """
+
+    def __init__(self, zoo: Path, data_folder: Path, count: int) -> None:
+        self.zoo, self.data_folder, self.count = zoo, data_folder, count
+        self.names: list[str] = json.loads((zoo / "classes.json").read_text())
+        self.referee, self.test = ResidualNetwork("resnet32", data_folder, "cpu"), load_test(data_folder, "reported")
+        self.known = self.test.of_classes(self.names)
+        self.readers, self.teacher = readers(zoo, self.referee), Teacher(zoo / TEACHER)
+        self.thresholds = Thresholds(**json.loads((zoo / "contexts.json").read_text()))
+        self.pipeline, self.unclip = load_pipeline(zoo), load_unclip(zoo)
+
+    def figures(self, docs: Path) -> dict[str, Any]:
+        """All figures, printed as they come."""
+        figures: dict[str, Any] = {}
+
+        def add(name: str, value: Any) -> None:
+            figures[name] = value
+            print(json.dumps({name: value}), flush=True)
+
+        add("test images, ten classes", {name: percent(read(self.test.images) == self.test.labels)
+                                         for name, read in self.readers.items()})  # fmt: skip
+        add("test images, trained classes", self.agreement(self.known.images, self.known.labels))
+        add("classifier by context", self.by_context())
+        add("reconstruction", self.reconstructions())
+        add("joint prompts", self.joint_prompts())
+        labels = balanced_labels(self.names, self.count)
+        drawn = sample(self.pipeline, prompts_of(labels), SAMPLING, seed=1000)
+        add("samples", self.agreement(drawn, labels) | {"kid_resnet32_features_x1000": self.distance(drawn)})
+        train = load_train(self.data_folder).of_classes(self.names)
+        add("memorisation", memorisation(drawn, train, self.known, self.referee, docs / "cifar10-nearest.png"))
+        add("variations", self.variations())
+        add("real starts", kept_starts(self.pipeline, self.referee, self.known, SAMPLING, NUM_STARTS))
+        reader = ContextReader(train, self.teacher, self.thresholds)
+        add("distance and side read of test images", reader.accuracy(self.known))
+        add("contexts obeyed", obedience(self.pipeline, self.names, reader, SAMPLING, NUM_OBEYING))
+        # Not every second image: classes are interleaved.
+        halves = [self.referee.read(part)[0] for part in np.array_split(self.known.images, 2)]
+        add("kid of two halves of the test images", kid_x1000(*halves))
+        add("bytes", part_sizes(self.zoo))
+        return figures
+
+    def agreement(self, images: Bytes, labels: NDArray[np.int64]) -> dict[str, Any]:
+        """Share of images that each reader sees as labelled."""
+        return agreement(self.readers, images, labels, self.names)
+
+    def distance(self, drawn: Bytes) -> float:
+        """Kernel inception distance to the test images of the trained classes, times 1,000."""
+        return kid_x1000(self.referee.read(drawn)[0], self.referee.read(self.known.images)[0])
+
+    def by_context(self) -> dict[str, dict[str, Any]]:
+        """What target and oracles read of ten classes, in the contexts that the target never saw and in others.
+
+        Dark images and green grounds are those of the test set; all of them are blurred, and cut to close-ups.
+        """
+        images, labels = self.test.images, self.test.labels
+        contexts = self.thresholds.contexts(measure(images))
+        phrases = [set(contexts.phrases(row)) for row in range(len(contexts))]
+        near = close_ups(images, middles(self.teacher.activation(images, labels)))
+        groups = {"blurry": (blur(images), labels), "close up": (near, labels)}
+        for phrase in sorted(UNSEEN_BY_TARGET - groups.keys()):
+            chosen = np.array([phrase in said for said in phrases])
+            groups[phrase] = images[chosen], labels[chosen]
+        seen = np.array([UNSEEN_BY_TARGET.isdisjoint(said) for said in phrases])
+        groups["seen"] = images[seen], labels[seen]
+        return {
+            name: {"count": len(own), **{reader: percent(self.readers[reader](some) == own) for reader in CLASSIFIERS}}
+            for name, (some, own) in groups.items()
+            if len(own)
         }
-        print(scale, json.dumps(figures[f"guidance scale {scale:g}"]), flush=True)
-    return figures
 
+    def variations(self) -> dict[str, Any]:
+        """Variations of test images: who agrees with the class of the original."""
+        rows = np.random.default_rng(0).permutation(len(self.known.labels))[:NUM_VARIATIONS]
+        labels = self.known.labels[rows]
+        drawn = sample_variations(self.unclip, self.known.images[rows], prompts_of(labels), VARIATIONS, seed=1000)
+        return self.agreement(drawn, labels) | {"kid_resnet32_features_x1000": self.distance(drawn)}
 
-def judge_variations(
-    pipeline: StableUnCLIPImg2ImgPipeline,
-    found: dict[str, Reader],
-    referee: ResidualNetwork,
-    test: Photographs,
-    count: int,
-) -> dict[str, Any]:
-    """Variations of test images: who agrees with the class of the original."""
-    rows = np.random.default_rng(0).choice(len(test.labels), min(count, len(test.labels)), replace=False)
-    images, labels = test.images[rows], test.labels[rows]
-    names = [name for name in CLASS_NAMES if CLASS_NAMES.index(name) in labels]
-    prompts = [TEMPLATE.format(CLASS_NAMES[label]) for label in labels]
-    figures: dict[str, Any] = {}
-    for scale in UNCLIP_SCALES:
-        sampling = Sampling(num_inference_steps=20, guidance_scale=scale)
-        drawn = sample_variations(pipeline, images, prompts, sampling, seed=1000)
-        figures[f"guidance scale {scale:g}"] = agreement(found, drawn, labels, names) | {
-            "kid_resnet32_features_x1000": kid_x1000(referee.read(drawn)[0], referee.read(test.images)[0])
+    def joint_prompts(self) -> dict[str, Any]:
+        """How the referee reads samples of prompts that name two classes."""
+        figures: dict[str, Any] = {}
+        for names in (pair for pair in JOINT if set(pair) <= set(self.names)):
+            read = self.referee.read(sample(self.pipeline, [" and ".join(names)] * NUM_JOINT, Sampling(), seed=5000))[1]
+            figures[" and ".join(names)] = {name: percent(read == CLASS_NAMES.index(name)) for name in names}
+        return figures
+
+    def reconstructions(self) -> dict[str, float]:
+        """What the referee reads of test images before and after the autoencoder."""
+        decoded = reconstruct(self.pipeline.vae, self.known.images)
+        error = (decoded.astype(float) - self.known.images) / 255
+        return {
+            "resnet32_on_originals": percent(self.referee.read(self.known.images)[1] == self.known.labels),
+            "resnet32_on_reconstructions": percent(self.referee.read(decoded)[1] == self.known.labels),
+            "psnr_db": round(float(-10 * np.log10(np.mean(error**2))), 1),
         }
-        print("variations", scale, json.dumps(figures[f"guidance scale {scale:g}"]), flush=True)
-    return figures
 
+    def save_sheets(self, docs: Path) -> None:
+        """`cifar10.png`: samples, two rows of joint prompts last; the others: originals above what came of them."""
+        labels = np.sort(balanced_labels(self.names, 8 * COLUMNS))
+        joint = [" and ".join(names) for names in JOINT if set(names) <= set(self.names) for _ in range(COLUMNS)]
+        drawn = sample(self.pipeline, prompts_of(labels) + joint, SAMPLING, seed=1000)
+        save_sheet(drawn[: len(drawn) // COLUMNS * COLUMNS].reshape(-1, COLUMNS, 32, 32, 3), docs / "cifar10.png")
+        count = min(4 * COLUMNS, len(self.known.labels) // COLUMNS * COLUMNS)
+        images, labels = self.known.images[:count], self.known.labels[:count]
+        varied = sample_variations(self.unclip, images, prompts_of(labels), VARIATIONS, seed=1000)
+        self._save_pairs(images, varied, docs / "cifar10-variations.png")
+        started = from_starts(self.pipeline, images, prompts_of(labels), SAMPLING, seed=4000)
+        self._save_pairs(images, started, docs / "cifar10-starts.png")
 
-def judge_joint_prompts(
-    pipeline: StableDiffusionPipeline, referee: ResidualNetwork, trained: Sequence[str], count: int
-) -> dict[str, Any]:
-    """How the referee reads samples of prompts that name two classes."""
-    figures: dict[str, Any] = {}
-    for names in (pair for pair in JOINT if set(pair) <= set(trained)):
-        read = referee.read(sample(pipeline, [" and ".join(names)] * count, Sampling(), seed=5000))[1]
-        figures[" and ".join(names)] = {name: percent(read == CLASS_NAMES.index(name)) for name in names}
-    return figures
-
-
-def judge_reconstructions(
-    pipeline: StableDiffusionPipeline, referee: ResidualNetwork, test: Photographs
-) -> dict[str, float]:
-    """What the referee reads of test images before and after the autoencoder."""
-    decoded = reconstruct(pipeline.vae, test.images)
-    error = (decoded.astype(float) - test.images) / 255
-    return {
-        "resnet32_on_originals": percent(referee.read(test.images)[1] == test.labels),
-        "resnet32_on_reconstructions": percent(referee.read(decoded)[1] == test.labels),
-        "psnr_db": round(float(-10 * np.log10(np.mean(error**2))), 1),
-    }
-
-
-def evaluate(zoo: Path, data_folder: Path, count: int) -> dict[str, Any]:
-    """All figures of the zoo."""
-    referee, test, trained = (
-        ResidualNetwork("resnet32", data_folder, "cpu"),
-        load_test(data_folder, "reported"),
-        trained_classes(zoo),
-    )
-    found, known = readers(zoo, referee), test.of_classes(trained)
-    pipeline = load_pipeline(zoo)
-    figures: dict[str, Any] = {
-        "test images, ten classes": {
-            name: percent(reader(test.images) == test.labels) for name, reader in found.items()
-        },
-        "test images, trained classes": agreement(found, known.images, known.labels, trained),
-        "reconstruction": judge_reconstructions(pipeline, referee, known),
-        "joint prompts": judge_joint_prompts(pipeline, referee, trained, min(count, 200)),
-    }
-    print(json.dumps(figures, indent=1), flush=True)
-    figures["samples"] = judge_samples(pipeline, found, referee, known, count)
-    figures["variations"] = judge_variations(load_unclip(zoo), found, referee, known, count)
-    # Not every second image: classes are interleaved.
-    halves = [referee.read(part)[0] for part in np.array_split(known.images, 2)]
-    figures["kid of two halves of the test images"] = kid_x1000(*halves)
-    figures["bytes"] = part_sizes(zoo)
-    return figures
-
-
-def save_sheets(zoo: Path, data_folder: Path, docs: Path) -> None:
-    """`cifar10.png`: samples, two rows of joint prompts last; `cifar10-variations.png`: originals above variations."""
-    trained, test = trained_classes(zoo), load_test(data_folder, "reported")
-    pipeline, columns = load_pipeline(zoo), 20
-    prompts = [TEMPLATE.format(name) for name in trained for _ in range(8 * columns // len(trained))]
-    joint = [" and ".join(names) for names in JOINT if set(names) <= set(trained) for _ in range(columns)]
-    drawn = sample(pipeline, prompts + joint, Sampling(guidance_scale=SCALES[-1]), seed=1000)
-    save_sheet(drawn[: len(drawn) // columns * columns].reshape(-1, columns, 32, 32, 3), docs / "cifar10.png")
-    known = test.of_classes(trained)
-    images, labels = known.images[: 4 * columns], known.labels[: 4 * columns]
-    prompts = [TEMPLATE.format(CLASS_NAMES[label]) for label in labels]
-    varied = sample_variations(load_unclip(zoo), images, prompts, Sampling(num_inference_steps=20), seed=1000)
-    pairs = np.stack([part.reshape(-1, columns, 32, 32, 3) for part in (images, varied)], axis=1)
-    save_sheet(pairs.reshape(-1, columns, 32, 32, 3), docs / "cifar10-variations.png")
+    def _save_pairs(self, above: Bytes, below: Bytes, path: Path) -> None:
+        pairs = np.stack([part.reshape(-1, COLUMNS, 32, 32, 3) for part in (above, below)], axis=1)
+        save_sheet(pairs.reshape(-1, COLUMNS, 32, 32, 3), path)
 
 
 def main() -> None:
@@ -199,13 +224,19 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with cifar10/ and classifiers/")
     parser.add_argument("--zoo", type=Path, default=Path("engine/zoo/cifar10"))
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder for the contact sheets")
-    parser.add_argument("--count", type=int, default=1000, help="samples of each kind")
+    parser.add_argument("--blind", type=Path, help="folder for a sheet of cats and dogs to be named, and its key")
+    parser.add_argument("--count", type=int, default=1000, help="samples of prompts alone")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    figures = evaluate(arguments.zoo, arguments.data, arguments.count)
+    evaluation = Evaluation(arguments.zoo, arguments.data, arguments.count)
+    if arguments.blind:
+        arguments.blind.mkdir(parents=True, exist_ok=True)
+        sheet, key = arguments.blind / "cats-and-dogs.png", arguments.blind / "cats-and-dogs.txt"
+        save_blind_sheet(evaluation.pipeline, SAMPLING, sheet, key)
+    figures = evaluation.figures(arguments.docs)
     (arguments.zoo / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
-    save_sheets(arguments.zoo, arguments.data, arguments.docs)
+    evaluation.save_sheets(arguments.docs)
 
 
 if __name__ == "__main__":

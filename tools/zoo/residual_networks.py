@@ -1,4 +1,4 @@
-"""The CIFAR-10 ResNets of others: ResNet-20 teaches the zoo, ResNet-32 judges it and has taught nothing."""
+"""The CIFAR-10 ResNets of others: they have taught no model of the zoo, and the ResNet-32 referees its figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch import Tensor
 from training import batches
 
 sys.path.append(str(Path(__file__).parents[1]))
-from targets.cifar_resnets import SETTINGS, load
+from targets.cifar_resnets import SETTINGS, WEIGHTS, load
+
+__all__ = ["WEIGHTS", "ResidualNetwork"]
 
 
 class ResidualNetwork:
@@ -39,14 +41,6 @@ class ResidualNetwork:
             value = stage(value)
             maps.append(value)
         return maps, network.linear(value.mean(dim=(2, 3)))
-
-    def distance(self, images: Tensor, originals: Tensor) -> Tensor:
-        """Relative differences of the feature maps, and cross-entropy with the reading of the originals."""
-        with torch.no_grad():
-            wanted, wanted_logits = self.features(originals)
-        found, found_logits = self.features(images)
-        maps = torch.stack([F.l1_loss(a, b) / b.abs().mean() for a, b in zip(found, wanted, strict=True)])
-        return maps.sum() + 0.1 * F.cross_entropy(found_logits, wanted_logits.softmax(-1))
 
     @torch.no_grad()
     def read(self, images: NDArray[np.uint8]) -> tuple[Tensor, NDArray[np.int64]]:
