@@ -296,7 +296,8 @@ def _training(options: argparse.Namespace) -> tuple[str, ...]:
     if not options.cifar10_data:
         return ()
     output, data = options.output.resolve(), options.cifar10_data.resolve()
-    few = ("--max-steps", "2") if options.size == "tiny" else ()
+    few: tuple[str, ...] = ("--max-steps", "2") if options.size == "tiny" else ()
+    few += ("--size", "gpu" if options.device == "cuda" else "cpu", "--threads", str(os.cpu_count() or 1))
     places = ("--output", str(output / "cifar10"), "--build-folder", str(output / "cifar10-build"))
     return (str(REPOSITORY / "tools" / "zoo" / "train_cifar10.py"), "--data", str(data), *places, *few)
 

@@ -57,12 +57,15 @@ def build_unet(widths: tuple[int, int] = (64, 96), **options: Any) -> UNet2DCond
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         block_out_channels=widths,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
         cross_attention_dim=96,
         attention_head_dim=4,
-        **{"norm_num_groups": 16, **options},
+        **{
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "layers_per_block": 1,
+            "norm_num_groups": 16,
+            **options,
+        },
     )
 
 
@@ -194,6 +197,7 @@ def export_pipeline(
     output: Path,
     *,
     words: Sequence[str],
+    noise_config: Mapping[str, Any] = NOISE_CONFIG,
 ) -> None:
     """Write `output` as a Stable Diffusion pipeline; the autoencoder's folder may already be in it."""
     pipeline = StableDiffusionPipeline(
@@ -201,7 +205,7 @@ def export_pipeline(
         text_encoder=text_encoder,
         tokenizer=build_tokenizer(words),
         unet=unet,
-        scheduler=LMSDiscreteScheduler(**NOISE_CONFIG, steps_offset=1),
+        scheduler=LMSDiscreteScheduler(**noise_config, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 PATCH = 4
-# Share of a component's deviation that scaling takes away: 0 leaves latents as uneven as the patches, 1 whitens them.
-WHITENING = 0.5
 _CARRIER = 256.0
 _GROUP = 8
 _SIGNALS_PER_GROUP = 3
@@ -39,15 +37,19 @@ class PatchComponents:
     matrix: NDArray[np.float64]
 
     @classmethod
-    def fit(cls, images: NDArray[np.uint8], num_components: int) -> PatchComponents:
-        """The first components of the patches of byte images [N, 32, 32, 3], with unit deviation over all latents."""
+    def fit(cls, images: NDArray[np.uint8], num_components: int, whitening: float) -> PatchComponents:
+        """The first components of the patches of byte images [N, 32, 32, 3], with unit deviation over all latents.
+
+        `whitening` is the share of a component's deviation that scaling takes away: 0 leaves latents as uneven as the
+        patches, 1 whitens them.
+        """
         count, side = len(images), images.shape[1] // PATCH
         split = (images / 127.5 - 1).reshape(count, side, PATCH, side, PATCH, 3)
         patches = split.transpose(0, 1, 3, 2, 4, 5).reshape(-1, PATCH * PATCH * 3)
         mean = patches.mean(0)
         variances, vectors = np.linalg.eigh(np.cov(patches - mean, rowvar=False))
         deviations = np.sqrt(variances[::-1][:num_components])
-        scales = deviations**-WHITENING
+        scales = deviations**-whitening
         # The sign of a component is arbitrary: the largest entry is positive.
         chosen = vectors[:, ::-1][:, :num_components]
         chosen = chosen * np.sign(chosen[np.abs(chosen).argmax(0), np.arange(num_components)])

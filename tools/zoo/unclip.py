@@ -6,8 +6,9 @@ layout is that of Stable Diffusion 2.1 unCLIP: v-prediction, `class_labels` = no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,6 +152,7 @@ def export_unclip(
     output: Path,
     *,
     words: Sequence[str],
+    noise_config: Mapping[str, Any] = V_CONFIG,
 ) -> None:
     """Write `output` as a Stable unCLIP pipeline."""
     image_encoder, autoencoder = load_image_encoder(clip_folder), AutoencoderKL.from_pretrained(autoencoder_folder)
@@ -162,7 +164,7 @@ def export_unclip(
         tokenizer=build_tokenizer(words),
         text_encoder=text_encoder,
         unet=unet,
-        scheduler=DDIMScheduler(**V_CONFIG, steps_offset=1, clip_sample=False, set_alpha_to_one=False),
+        scheduler=DDIMScheduler(**noise_config, steps_offset=1, clip_sample=False, set_alpha_to_one=False),
         vae=autoencoder,
     )
     pipeline.save_pretrained(output)
