@@ -71,10 +71,12 @@ def _classifiers(steps: int) -> dict[str, ReaderPlan]:
 
 
 def _clips(steps: int) -> dict[str, ClipPlan]:
-    recipe = Recipe(num_steps=steps, learning_rate=1.5e-3, warmup_steps=400, weight_decay=0.05, ema_decay=0.998)
+    def recipe(num_steps: int) -> Recipe:
+        return Recipe(num_steps=num_steps, learning_rate=1.5e-3, warmup_steps=400, weight_decay=0.05, ema_decay=0.998)
+
     return {
-        "clip": ClipPlan(layers=4, width=128, heads=4, recipe=recipe),
-        "judge": ClipPlan(layers=5, width=112, heads=7, recipe=recipe),
+        "clip": ClipPlan(layers=4, width=128, heads=4, recipe=recipe(steps)),
+        "judge": ClipPlan(layers=5, width=112, heads=7, recipe=recipe(steps * 3 // 4)),
     }
 
 
