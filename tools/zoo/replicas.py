@@ -63,14 +63,18 @@ class Replicas:
         Raises:
             RuntimeError: a replica has died.
         """
-        for pipe in self.pipes:
-            pipe.send(step)
-        value = self.loss(step, 0)
-        value.backward()
-        for pipe, worker in zip(self.pipes, self.workers, strict=True):
-            if pipe not in wait([pipe, worker.sentinel]):
-                raise RuntimeError(f"replica {worker.name} of step {step} has died; the same command goes on")
-            pipe.recv()
+        try:
+            for pipe in self.pipes:
+                pipe.send(step)
+            value = self.loss(step, 0)
+            value.backward()
+            for pipe, worker in zip(self.pipes, self.workers, strict=True):
+                if pipe not in wait([pipe, worker.sentinel]):
+                    raise EOFError
+                pipe.recv()
+        # A pipe whose other end is gone fails in sending or receiving, whichever comes first.
+        except (EOFError, ConnectionError) as error:
+            raise RuntimeError(f"a replica of step {step} has died; the same command goes on") from error
         if self.count > 1:
             self._add_gradients()
         return value.item()
