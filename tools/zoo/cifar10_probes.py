@@ -14,7 +14,7 @@ from cifar10_contexts import ATTRIBUTES, Thresholds, measure
 from cifar10_data import CLASS_NAMES, Photographs, scaled, stacked
 from cifar10_readers import Teacher
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
-from drawing import Bytes, Sampling, percent, sample, save_sheet
+from drawing import Bytes, Sampling, draw, percent, sample, save_sheet
 from numpy.typing import NDArray
 from PIL import Image
 from residual_networks import ResidualNetwork
@@ -115,7 +115,7 @@ def _phrases() -> list[str]:
 def kept_starts(
     pipeline: StableDiffusionPipeline, referee: ResidualNetwork, test: Photographs, sampling: Sampling, count: int
 ) -> dict[str, Any]:
-    """From real starts at strength 0.3, unguided: how often the referee still reads the label.
+    """From real starts at strength 0.3, guided by the prompt alone: how often the referee still reads the label.
 
     Only starts whose reconstruction it reads rightly count.
     """
@@ -140,19 +140,12 @@ def from_starts(
     """Samples [N, 32, 32, 3] that start from images with noise of strength 0.3."""
     starter = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
     starter.set_progress_bar_config(disable=True)
-    drawn = []
-    for part in batches(len(prompts), sampling.batch_size):
-        made = starter(
-            prompt=list(prompts[part]),
-            image=[Image.fromarray(image) for image in images[part]],
-            strength=STRENGTH,
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
-            generator=[torch.Generator().manual_seed(seed + i) for i in range(part.start, part.stop)],
-            output_type="np",
-        )
-        drawn.append(np.rint(made.images * 255).astype(np.uint8))
-    return np.concatenate(drawn)
+
+    def inputs(part: slice) -> dict[str, Any]:
+        starts = [Image.fromarray(image) for image in images[part]]
+        return {"prompt": list(prompts[part]), "image": starts, "strength": STRENGTH}
+
+    return draw(starter, inputs, len(prompts), sampling, seed=seed)
 
 
 def memorisation(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,20 +47,28 @@ def load_unclip(zoo: Path) -> StableUnCLIPImg2ImgPipeline:
     return pipeline
 
 
-def sample(pipeline: StableDiffusionPipeline, prompts: Sequence[str], sampling: Sampling, *, seed: int) -> Bytes:
-    """One image a prompt, [N, 32, 32, 3]; sample `i` starts from noise of seed `seed + i`."""
+Inputs = Callable[[slice], dict[str, Any]]
+"""What a pipeline is called with for some of the samples, beside what `Sampling` says."""
+
+
+def draw(pipeline: Any, inputs: Inputs, count: int, sampling: Sampling, *, seed: int) -> Bytes:
+    """`count` samples of a pipeline, [N, 32, 32, 3]; sample `i` starts from noise of seed `seed + i`."""
     images = []
-    for part in batches(len(prompts), sampling.batch_size):
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(part.start, part.stop)]
+    for part in batches(count, sampling.batch_size):
         drawn = pipeline(
-            list(prompts[part]),
+            **inputs(part),
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
-            generator=generators,
+            generator=[torch.Generator().manual_seed(seed + i) for i in range(part.start, part.stop)],
             output_type="np",
         )
         images.append(np.rint(drawn.images * 255).astype(np.uint8))
     return np.concatenate(images)
+
+
+def sample(pipeline: StableDiffusionPipeline, prompts: Sequence[str], sampling: Sampling, *, seed: int) -> Bytes:
+    """One image a prompt, [N, 32, 32, 3]."""
+    return draw(pipeline, lambda part: {"prompt": list(prompts[part])}, len(prompts), sampling, seed=seed)
 
 
 def sample_variations(
@@ -67,18 +76,11 @@ def sample_variations(
 ) -> Bytes:
     """One variation of each image, [N, 32, 32, 3], by its embedding and a prompt."""
     embeds = embed_images(pipeline.image_encoder, images)
-    drawn = []
-    for part in batches(len(prompts), sampling.batch_size):
-        made = pipeline(
-            prompt=list(prompts[part]),
-            image_embeds=embeds[part],
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
-            generator=[torch.Generator().manual_seed(seed + i) for i in range(part.start, part.stop)],
-            output_type="np",
-        )
-        drawn.append(np.rint(made.images * 255).astype(np.uint8))
-    return np.concatenate(drawn)
+
+    def inputs(part: slice) -> dict[str, Any]:
+        return {"prompt": list(prompts[part]), "image_embeds": embeds[part]}
+
+    return draw(pipeline, inputs, len(prompts), sampling, seed=seed)
 
 
 def save_sheet(tiles: Bytes, path: Path) -> None:
