@@ -272,6 +272,18 @@ def test_what_cannot_be_trained_is_said_first(
     assert left.value.code not in (0, None) and said in f"{left.value.code} {capsys.readouterr().err}"
 
 
+def test_a_zoo_that_lacks_parts_is_not_measured(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is missing is named, before a model is loaded."""
+    (data / "zoo" / "oracle").mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", ["evaluate_cifar10.py", "--data", str(data), "--zoo", str(data / "zoo")])
+    with pytest.raises(SystemExit):
+        evaluate_cifar10.main()
+    said = capsys.readouterr().err
+    assert "has no classifier, classifier-b, oracle-b, clip" in said and "contexts.json" in said
+
+
 def test_data_that_is_none_is_named(data: Path) -> None:
     """A damaged archive, one without labels, and images of another size."""
     path = data / "cifar10" / "cifar10_train_3of8.npz"

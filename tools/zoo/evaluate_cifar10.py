@@ -19,7 +19,7 @@ import torch
 from cifar10_autoencoder import reconstruct
 from cifar10_captions import UNSEEN_BY_TARGET
 from cifar10_contexts import Thresholds, close_ups, measure, middles
-from cifar10_data import CLASS_NAMES, blur, load_test, load_train
+from cifar10_data import CLASS_NAMES, blur, check_data, load_test, load_train
 from cifar10_probes import (
     COLUMNS,
     ContextReader,
@@ -46,6 +46,7 @@ from drawing import (
     save_sheet,
 )
 from numpy.typing import NDArray
+from publishing import unwritable
 from residual_networks import ResidualNetwork
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
@@ -56,6 +57,8 @@ SAMPLING = Sampling(guidance_scale=5.0)
 VARIATIONS = Sampling(num_inference_steps=20, guidance_scale=3.0)
 CLASSIFIERS = ("classifier", TEACHER, "oracle", "oracle-b")
 CLIPS = ("clip", "judge")
+# Parts and files of a zoo that are measured.
+NEEDED = (*CLASSIFIERS, *CLIPS, "stable-diffusion", "stable-unclip", "classes.json", "contexts.json")
 JOINT = (("cat", "dog"), ("airplane", "ship"))
 NUM_JOINT = 200
 NUM_STARTS = 400
@@ -228,6 +231,11 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000, help="samples of prompts alone")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    if missing := [name for name in NEEDED if not (arguments.zoo / name).exists()]:
+        parser.error(f"--zoo: {arguments.zoo} has no {', '.join(missing)}; train_cifar10.py --output writes all parts")
+    check_data(arguments.data)
+    if problem := unwritable(arguments.docs):
+        parser.error(f"--docs: {problem}")
     torch.set_num_threads(arguments.threads)
     evaluation = Evaluation(arguments.zoo, arguments.data, arguments.count)
     if arguments.blind:

@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from cifar10_autoencoder import build_autoencoder, fit_components
 from cifar10_captions import CaptionedPhotographs
-from cifar10_data import CLASS_NAMES, Photographs, load_test, load_train
+from cifar10_data import CLASS_NAMES, Photographs, check_data, load_test, load_train
 from cifar10_probes import balanced_labels, prompts_of
 from cifar10_unets import EMPTY_SHARE, JOINT_SHARE, Prompts, UnetSettings, encode, for_training, training_loss
 from diffusers import DDPMScheduler, LMSDiscreteScheduler, UNet2DConditionModel
 from drawing import Sampling, load_pipeline, percent, sample, save_sheet
-from linear_encoder import PatchComponents
 from residual_networks import ResidualNetwork
 from torch import Tensor
 from training import Recipe, fit
@@ -68,8 +67,7 @@ def train(name: str, probe: Probe, data: Photographs, folder: Path, seconds: flo
     chosen = data.of_classes(NAMES)
     images = np.concatenate([chosen.images, chosen.images[:, :, ::-1]])
     captioned = CaptionedPhotographs(Photographs(images, np.concatenate([chosen.labels] * 2)), [()] * len(images))
-    components = fit_components(data, probe.whitening)
-    latents = encode(build_autoencoder(components), images)
+    latents = encode(build_autoencoder(fit_components(data, probe.whitening)), images)
     published = load_pipeline(ZOO / "cifar10")
     prompts = Prompts(published.text_encoder, published.tokenizer)
     noise_levels = DDPMScheduler(**settings.noise_config).alphas_cumprod
@@ -101,16 +99,16 @@ def train(name: str, probe: Probe, data: Photographs, folder: Path, seconds: flo
     return {
         "unet": unet,
         # Of these latents to those that the published decoder takes.
-        "factors": components_ratio(fit_components(data), components),
+        "factors": factors_between(encode(published.vae, images[:500]), latents[:500]),
         "parameters": sum(p.numel() for p in unet.parameters()),
         "images": recipe.num_steps * settings.batch_size,
         "cpu_seconds": round(time.process_time() - began),
     }
 
 
-def components_ratio(wanted: PatchComponents, found: PatchComponents) -> Tensor:
-    """Factors [12, 1, 1] between the same components at two whitenings."""
-    return torch.from_numpy(np.mean(wanted.matrix / found.matrix, axis=0)).float().view(-1, 1, 1)
+def factors_between(wanted: Tensor, found: Tensor) -> Tensor:
+    """Factors [12, 1, 1] that take latents [N, 12, 8, 8] to those of the same components at another whitening."""
+    return ((wanted * found).sum((0, 2, 3)) / (found * found).sum((0, 2, 3))).view(-1, 1, 1)
 
 
 def measure(
@@ -153,6 +151,7 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = arguments.output.parent
     folder.mkdir(parents=True, exist_ok=True)
+    check_data(arguments.data)
     data = load_train(arguments.data)
     for name in arguments.probes:
         probe = PROBES[name]
