@@ -15,6 +15,9 @@ from engine.data.stores.opening import open_store
 from engine.driver.progress import PlainDisplay
 from engine.studies.curate.candidates import Candidates
 from engine.studies.curate.program import CuratedRun, SelectionOptions, SignalRecord, curate_run
+from tests.strike import FORKS
+
+FORKS.set_forkserver_preload([__name__])
 
 
 def by_class(candidates: Candidates) -> list[float]:
@@ -43,20 +46,16 @@ def files_of(run: Path) -> dict[str, bytes]:
 
 def killed_at(run: Path, output: Path, number: int) -> bool:
     """Curate in a process of its own that is killed at its n-th write to a store; whether it came that far."""
-    child = os.fork()
-    if not child:
-        try:
-            _die_at(number)
-            curated(run, output)
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if not os.WIFSIGNALED(status):
-        assert os.WEXITSTATUS(status) == 0
-        return False
-    assert os.WTERMSIG(status) == signal.SIGKILL
-    return True
+    child = FORKS.Process(target=_curate_and_die, args=(run, output, number))
+    child.start()
+    child.join()
+    assert child.exitcode in (0, -signal.SIGKILL)
+    return child.exitcode != 0
+
+
+def _curate_and_die(run: Path, output: Path, number: int) -> None:
+    _die_at(number)
+    curated(run, output)
 
 
 def _die_at(number: int) -> None:

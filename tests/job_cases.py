@@ -55,7 +55,8 @@ def _valid(raw: dict[str, Any]) -> dict[str, Any] | None:
         try:
             parse_job(raw)
         except JobError as error:
-            for problem in error.problems:
+            # The last first: what is taken out of a list moves the ones behind it.
+            for problem in reversed(error.problems):
                 _remove(raw, problem.partition(": ")[0].split("."))
         else:
             return raw

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,6 +18,10 @@ from typing import Any
 
 from tests.conftest import REPOSITORY
 
+# A fork of the test's own process, which has Arrow's and torch's threads, now and then waits for ever for a lock that
+# one of them held; this server of forks has no threads.
+FORKS = multiprocessing.get_context("forkserver")
+
 
 def struck(number: signal.Signals, event: str, pattern: str, count: int, *arguments: object) -> subprocess.Popen[str]:
     """Start a command of `riskforge` that will be struck; its stderr can be read."""
@@ -25,15 +30,16 @@ def struck(number: signal.Signals, event: str, pattern: str, count: int, *argume
 
 
 def kill_at(event: str, pattern: str, count: int, work: Callable[[], object]) -> None:
-    """Do some work in a fork of this process, which dies by SIGKILL on the way; models need not be loaded anew."""
-    if not (child := os.fork()):
-        try:
-            arm(signal.SIGKILL, event, pattern, count)
-            work()
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    """Do some work, which can be pickled, in a process of its own that dies by SIGKILL on the way."""
+    child = FORKS.Process(target=_arm_and_work, args=(event, pattern, count, work))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+
+
+def _arm_and_work(event: str, pattern: str, count: int, work: Callable[[], object]) -> None:
+    arm(signal.SIGKILL, event, pattern, count)
+    work()
 
 
 def arm(number: signal.Signals, event: str, pattern: str, count: int) -> None:

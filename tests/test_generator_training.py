@@ -7,6 +7,7 @@ import errno
 import json
 import resource
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -427,7 +428,7 @@ def test_a_killed_training_ends_with_equal_bytes(tiny, tmp_path):
     parent = tmp_path / "parent"
     save_pipeline(parent, unet={"dropout": 0.1})
     killed, whole = tmp_path / "killed" / "model", tmp_path / "whole" / "model"
-    kill_at("os.rename", "*checkpoint.pt*", 3, lambda: train_mixed(parent, killed))
+    kill_at("os.rename", "*checkpoint.pt*", 3, partial(train_mixed, parent, killed))
     assert not killed.exists() and (killed.parent / ".model.training" / "checkpoint.pt").is_file()
     state = torch.random.get_rng_state()
     assert train_mixed(parent, killed).steps() == ["5/8", "6/8", "7/8", "8/8"]
