@@ -28,8 +28,6 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
-    ConvNextConfig,
-    ConvNextForImageClassification,
     PreTrainedModel,
     RegNetConfig,
     RegNetForImageClassification,
@@ -63,33 +61,23 @@ def build_regnet() -> PreTrainedModel:
     return RegNetForImageClassification(config)
 
 
-def build_convnext() -> PreTrainedModel:
-    """A ConvNeXt on 2 x 2 patches: depthwise 7 x 7 convolutions and layer norms at 16, 8 and 4 pixels."""
-    config = ConvNextConfig(
-        num_stages=3,
-        patch_size=2,
-        hidden_sizes=[48, 96, 192],
-        depths=[2, 2, 2],
-        layer_scale_init_value=0.1,
-        image_size=32,
-        **_names(),
-    )
-    return ConvNextForImageClassification(config)
-
-
 def build_large_resnet() -> PreTrainedModel:
     """A ResNet of six basic blocks; on images of 64 pixels, as its processor has them, at 16, 8 and 4 pixels."""
-    config = ResNetConfig(
-        embedding_size=32, hidden_sizes=[48, 96, 160], depths=[2, 2, 2], layer_type="basic", **_names()
-    )
-    return ResNetForImageClassification(config)
+    return _resnet([48, 96, 160], [2, 2, 2])
+
+
+def build_other_resnet() -> PreTrainedModel:
+    """As the large one, with more of its width at 8 pixels."""
+    return _resnet([48, 104, 144], [2, 2, 2])
 
 
 def build_resnet() -> PreTrainedModel:
     """A ResNet of basic blocks at 8, 4 and 2 pixels: quick, and wrong often enough to be worth a visit."""
-    config = ResNetConfig(
-        embedding_size=32, hidden_sizes=[64, 96, 128], depths=[1, 1, 1], layer_type="basic", **_names()
-    )
+    return _resnet([64, 96, 128], [1, 1, 1])
+
+
+def _resnet(hidden_sizes: list[int], depths: list[int]) -> PreTrainedModel:
+    config = ResNetConfig(embedding_size=32, hidden_sizes=hidden_sizes, depths=depths, layer_type="basic", **_names())
     return ResNetForImageClassification(config)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from caption_reader import RECIPE as READER
 from cifar10_data import CLASS_NAMES
-from cifar10_readers import ClipPlan, ReaderPlan, build_convnext, build_large_resnet, build_regnet, build_resnet
+from cifar10_readers import ClipPlan, ReaderPlan, build_large_resnet, build_other_resnet, build_regnet, build_resnet
 from cifar10_unets import UnetPlan, UnetSettings
 from training import Recipe
 
@@ -57,15 +57,15 @@ def _decoder(steps: int, refined: int) -> tuple[Recipe, Recipe]:
     )
 
 
-def _reader(steps: int, warmup: int = 300) -> Recipe:
-    return Recipe(num_steps=steps, learning_rate=3e-3, warmup_steps=warmup, weight_decay=0.05, ema_decay=0.998)
+def _reader(steps: int) -> Recipe:
+    return Recipe(num_steps=steps, learning_rate=3e-3, warmup_steps=300, weight_decay=0.05, ema_decay=0.998)
 
 
 def _classifiers(steps: int) -> dict[str, ReaderPlan]:
     return {
         "classifier-b": ReaderPlan(build=build_large_resnet, side=64, recipe=_reader(steps // 2)),
         "oracle": ReaderPlan(build=build_regnet, recipe=_reader(steps)),
-        "oracle-b": ReaderPlan(build=build_convnext, recipe=_reader(steps, warmup=600)),
+        "oracle-b": ReaderPlan(build=build_other_resnet, side=64, recipe=_reader(steps)),
         "classifier": ReaderPlan(build=build_resnet, distorts=False, recipe=_reader(steps // 3)),
     }
 
