@@ -48,11 +48,13 @@ def part_files(zoo: Path) -> list[Path]:
 def store_once(zoo: Path) -> None:
     """Make weights whose bytes an earlier part has a relative link to those: the pipelines share an autoencoder.
 
-    Libraries read a link as the file; a wheel holds the bytes twice. Small files stay, so that most parts stand alone.
+    So with the tokenizers of pipelines. Libraries read a link as the file; a wheel holds the bytes twice. Other small
+    files stay, so that most parts stand alone.
     """
     first: dict[str, Path] = {}
     for path in part_files(zoo):
-        if path.suffix == ".safetensors" and not path.is_symlink():
+        is_shared = path.suffix == ".safetensors" or path.parent.name == "tokenizer"
+        if is_shared and not path.is_symlink():
             original = first.setdefault(_digest(path), path)
             if original is not path:
                 path.unlink()
