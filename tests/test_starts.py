@@ -37,7 +37,7 @@ from engine.models.pipelines.base import LATENTS
 from engine.studies.loop.parsing import parse_loop
 from engine.studies.retrain.results import _dependences
 from tests.loop_cases import digits_job
-from tests.strike import kill_at
+from tests.strike import struck
 
 ZOO = "zoo:digits/"
 MODELS = {"diffusion": f"{ZOO}stable-diffusion", "clip": f"{ZOO}clip", "target": f"{ZOO}classifier"}
@@ -385,8 +385,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(made, folder, tmp_path, call, mo
     path.write_text(yaml.safe_dump(raw_job(*pair, **options)))
     run = ["run", path, "--executor", "local", "--output", tmp_path / "run", "--set", "output.samples_per_shard=3"]
     with monkeypatch.context() as patch:
-        patch.setattr("tempfile.tempdir", str(scratch))
-        kill_at("os.link", "*-000002.tar", 1, lambda: call(*run))
+        patch.setenv("TMPDIR", str(scratch))
+        with struck(signal.SIGKILL, "os.link", "*-000002.tar", 1, *run) as killed:
+            assert killed.wait() == -signal.SIGKILL, killed.communicate()
     assert not list(scratch.glob("riskforge-starts-*"))
     grown = [*run, "--set", "requests.0.count=3"]
     assert call(*grown)[0] == 0

@@ -1,7 +1,8 @@
 """The networks of the zoo `cifar10` that read a class from an image, all from random weights.
 
-Two oracles of different families, the teacher and the judge learn from labels alone. CLIP learns from labels and from
-the teacher, which is published as `classifier-b`. The target learns from labels, from the images in some contexts only.
+The two oracles and the teacher learn from labels alone, the judge from labels and captions. CLIP learns from these and
+from the teacher, which is published as `classifier-b`. The target learns from labels, of images in some contexts alone.
+In images that are framed anew, the teacher says where the object is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How much to train the zoo `cifar10`: hours of two CPU cores, or minutes of a data-centre GPU."""
+"""How much to train the zoo `cifar10`: hours of two CPU cores, or a data-centre GPU (that size has not been run)."""
 
 from __future__ import annotations
 
