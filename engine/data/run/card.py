@@ -16,7 +16,7 @@ from engine.data.run.curation_text import curation_facts
 from engine.data.run.file_names import SURPLUS_LIST
 from engine.data.run.schema import arrow_schema, tar_features
 from engine.data.run.summary import GroupSummary, Spread, shown_entry_scores, shown_scores
-from engine.job.columns import BY_NAME, Role, columns_with, enumerated, target_first, units_text
+from engine.job.columns import BY_NAME, GUIDES, Role, columns_with, enumerated, target_first, units_text
 from engine.job.records import STARTS, TWINS
 from engine.job.spec import ConditioningSpec, JobSpec, RequestSpec
 from engine.models.calibration import NOTED, model_notes
@@ -248,11 +248,21 @@ def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
         if request.method_record.is_guided and request.steps_taken(job.sampling_of(request).num_inference_steps):
             lines += [
                 f"  - guidance: {_parameters(job.parameters_of(request).in_effect())}",
+                *_ensemble(job, request),
                 f"  - guided: {_guided(counts.get('guidance', {}).get(request.name))}",
             ]
         if request.accept:
             lines.append(f"  - accepted when: {_parameters(request.accept)}")
     return "\n".join(lines)
+
+
+def _ensemble(job: JobSpec, request: RequestSpec) -> list[str]:
+    """The targets that guidance saw; nothing where there is one."""
+    if not job.models.further_targets:
+        return []
+    targets = ", ".join(code(target, table=False) for target in job.models.targets)
+    which = "the mean" if job.guidance_of(request).ensemble == "mean" else "the largest"
+    return [f"  - ensemble: {which} of each sample's distances under {targets}; the scores are those of the first"]
 
 
 def _curation(manifest: dict[str, Any]) -> list[str]:
@@ -412,6 +422,8 @@ def _table_note(groups: list[GroupSummary]) -> str:
         )
     if shown_entry_scores(groups):
         text += " The judge is a second CLIP model that guided nothing; its conformity is a mean."
+    if any(summary.model.endswith(GUIDES) for group in groups for summary in group.transfer):
+        text += f" A classifier with `{GUIDES.strip()}` guided beside the target: its figures show no transfer."
     return text
 
 
