@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.data.reading.export import export
+from engine.data.reading.export_options import ExportOptions
 from engine.data.run.shards import read_rows, read_shard
 from engine.data.run.stored_plan import read_run
 from engine.data.run.summary import summarise
@@ -316,8 +318,8 @@ def test_both_targets_are_led_to_the_boundary(finished: tuple[Store, JobSpec]) -
     assert all([entry["model"] for entry in record["transfer"]] == [MARKED, ORACLE] for record in records)
 
 
-def test_what_is_stored_says_which_classifiers_guided(finished: tuple[Store, JobSpec]) -> None:
-    """Plan, manifest, card, report and table: no figure of one that guided stands as transfer."""
+def test_what_is_stored_says_which_classifiers_guided(finished: tuple[Store, JobSpec], tmp_path: Path) -> None:
+    """Plan, manifest, cards, report and table: no figure of one that guided stands as transfer."""
     store, job = finished
     stored = read_run(store)
     assert stored is not None and stored.job["models"]["further_targets"] == [SECOND]
@@ -331,6 +333,9 @@ def test_what_is_stored_says_which_classifiers_guided(finished: tuple[Store, Job
     card, report = store.read("README.md").decode(), store.read("report.html").decode()
     assert f"| further_targets | address `{SECOND}`" in card and f"`{MARKED}` errors" in card
     assert "A classifier with `(guides)` guided beside the target: its figures show no transfer." in card
+    exported = export((store.uri,), ExportOptions(output=str(tmp_path / "out"), format="parquet")).path / "README.md"
+    marked = "In `transfer`, a model with `(guides)` after its name was guided on: a further target."
+    assert marked in card and marked in exported.read_text()
     line = f"ensemble: the mean of each sample's distances under `{FIRST}`, `{SECOND}`; the scores are those of"
     assert card.count(line) == 1
     assert "Further target errors" in report and "Transfer errors" in report and MARKED in report

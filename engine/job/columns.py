@@ -293,8 +293,7 @@ RECORD_COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         name="transfer", type="transfers", measured_by="transfer",
-        description="predicted class and risk under each further classifier; one marked (guides) is a target of the"
-        " ensemble that guided, the others were never guided on",
+        description="predicted class and risk under each classifier that was scored and never guided on",
         parts=(
             Part(name="model", type="str"),
             Part(name="predicted_class", type="int", is_class=True),

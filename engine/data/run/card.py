@@ -64,7 +64,7 @@ def dataset_card(job: JobSpec, manifest: dict[str, Any], groups: list[GroupSumma
         _table(groups),
         loading_section(job.output.image_format, manifest["schema_version"]),
         *_companions(manifest),
-        columns_section(manifest["schema_version"]),
+        columns_section(manifest["schema_version"], has_ensemble=bool(job.models.further_targets)),
         _limits(job, manifest["schema_version"]),
     ]
     return "\n\n".join(sections) + "\n"
@@ -446,13 +446,18 @@ def _spread(spread: Spread | None) -> str:
     return "" if spread is None else f"{spread.median:.3g} ({spread.q25:.3g} to {spread.q75:.3g})"
 
 
-def columns_section(version: int) -> str:
-    """What the columns of a schema version mean."""
+def columns_section(version: int, *, has_ensemble: bool = False) -> str:
+    """What the columns of a schema version mean.
+
+    Args:
+        has_ensemble: whether a run has several targets, of which the column `transfer` has entries, too.
+    """
     names = arrow_schema(surplus=True, version=version).names
     lines = ["## Columns", "", "| column | meaning |", "|---|---|"]
-    return "\n".join(
-        lines + [f"| `{name}` | {BY_NAME[name].description.replace('|', chr(92) + '|')} |" for name in names]
-    )
+    lines += [f"| `{name}` | {BY_NAME[name].description.replace('|', chr(92) + '|')} |" for name in names]
+    if has_ensemble:
+        lines += ["", f"In `transfer`, a model with `{GUIDES.strip()}` after its name was guided on: a further target."]
+    return "\n".join(lines)
 
 
 def _limits(job: JobSpec, version: int) -> str:
