@@ -111,8 +111,8 @@ def test_a_list_is_stored_as_the_first_and_further_ones() -> None:
     ],
 )
 def test_a_list_that_is_no_ensemble_is_refused_where_it_stands(target: list[Any], problem: str) -> None:
-    """By its place in the file, once."""
-    assert problems_of(raw_job(target)) == [problem]
+    """By its place in the file, and nothing else is, such as the choice between several."""
+    assert problems_of(raw_job(target) | {"guidance": {"ensemble": "worst"}}) == [problem]
 
 
 def test_what_would_have_no_effect_is_refused() -> None:

@@ -16,7 +16,7 @@ class ExpandedTargets(NamedTuple):
 
     Attributes:
         is_list: whether the job file has a list.
-        problems: with the list as a whole; such a list is replaced by a single target.
+        problems: with the list as a whole; such a list is replaced by another.
     """
 
     raw: dict[str, Any]
@@ -40,8 +40,9 @@ def expand_targets(raw: dict[str, Any]) -> ExpandedTargets:
     if not isinstance(models, dict) or not isinstance(listed, list):
         return ExpandedTargets(raw)
     if problem := _list_problem(listed, models):
-        # Any address: the job is refused in any case.
-        return ExpandedTargets(raw | {"models": models | {"target": "refused"}}, True, ((_TARGET, problem),))
+        # Any two targets: the job is refused in any case, but not because it has only one.
+        refused = {"target": "refused", "further_targets": ["refused too"]}
+        return ExpandedTargets(raw | {"models": models | refused}, True, ((_TARGET, problem),))
     first, *others = listed
     further = {"further_targets": others} if others else {}
     return ExpandedTargets(raw | {"models": models | {"target": first} | further}, True)
