@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ def scene_of(
     conformity: Callable[[Tensor, Tensor], Tensor] = unused,
     raw_conformity: Callable[[Tensor, Tensor], Tensor] = unused,
     slice_rows: int | None = None,
+    **ensemble: Any,
 ) -> GuidanceScene:
     """The scene of samples of these classes."""
     return GuidanceScene(
@@ -31,4 +33,5 @@ def scene_of(
         decoding=Decoding(decode=decode, slice_rows=slice_rows),
         labels=torch.tensor([subset[0] for subset in classes]),
         classes=tuple(classes),
+        **ensemble,
     )

@@ -145,7 +145,7 @@ def validate(path: Path, overrides: list[str]) -> None:
 def is_of_the_zoo(job: JobSpec) -> bool:
     """Whether no model of a job is an address that runs code."""
     models = job.models
-    classifiers = [models.target, *models.transfer, *([models.oracle] if models.oracle else [])]
+    classifiers = [*models.targets, *models.transfer, *([models.oracle] if models.oracle else [])]
     return all(one.startswith("zoo:") or ":" not in one for one in classifiers)
 
 

@@ -124,7 +124,7 @@ def test_every_option_reaches_its_program(
     reach: Any, monkeypatch: pytest.MonkeyPatch, place: str, arguments: tuple[Any, ...], expected: dict[str, Any]
 ) -> None:
     """No two options have the same value, so none can take the place of another."""
-    models = SimpleNamespace(target="zoo:t", transfer=(), oracle=None)
+    models = SimpleNamespace(targets=("zoo:t",), transfer=(), oracle=None)
     study = SimpleNamespace(job=SimpleNamespace(models=models, requests=()))
     # Before the patch: a module that is imported first while it holds would keep it for other tests.
     importlib.import_module(place.rpartition(".")[0])
@@ -278,7 +278,7 @@ def test_deep_verification_scores_again_where_nothing_is_damaged(
 ) -> None:
     """Findings of both are listed."""
     verdict = Verdict(findings=stored, num_shards=1, num_committed=1, num_samples=1)
-    models = SimpleNamespace(target="zoo:t", transfer=(), oracle=None)
+    models = SimpleNamespace(targets=("zoo:t",), transfer=(), oracle=None)
     calls: list[str] = []
     monkeypatch.setattr("engine.data.run.verify.verify", lambda *_: verdict)
     spec = SimpleNamespace(models=models, requests=())
@@ -346,10 +346,10 @@ def test_only_a_reader_that_left_is_no_error(
 
 
 def test_every_model_of_a_job_may_be_a_factory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Target, transfer model and oracle alike make the folder importable."""
+    """Each target, transfer model and oracle alike make the folder importable."""
     monkeypatch.setattr(sys, "path", [*sys.path])
-    none = {"target": "zoo:t", "transfer": (), "oracle": None}
-    for number, model in enumerate(({"target": "m:f"}, {"transfer": ("m:f",)}, {"oracle": "m:f"}, {})):
+    none = {"targets": ("zoo:t",), "transfer": (), "oracle": None}
+    for number, model in enumerate(({"targets": ("zoo:t", "m:f")}, {"transfer": ("m:f",)}, {"oracle": "m:f"}, {})):
         folder = tmp_path / str(number)
         folder.mkdir()
         spec: Any = SimpleNamespace(models=SimpleNamespace(**none | model), requests=())

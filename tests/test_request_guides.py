@@ -17,11 +17,13 @@ def test_a_scene_has_the_cosine_and_the_inner_product_each_by_its_name() -> None
     def conformity_to(labels: Tensor, *, raw: bool) -> Any:
         return lambda images: (labels.tolist(), raw, images)
 
-    scorer: Any = SimpleNamespace(target=SimpleNamespace(logits="logits"), conformity_to=conformity_to)
+    targets = [SimpleNamespace(logits=f"logits of {name}") for name in "abc"]
+    scorer: Any = SimpleNamespace(target=targets[0], further_targets=targets[1:], conformity_to=conformity_to)
     guides = RequestGuides(SimpleNamespace(), SimpleNamespace(), scorer, "cpu")  # type: ignore[arg-type]
     scene: Any = guides.scene([(3,), (8, 5)], "decoding")  # type: ignore[arg-type]
     assert scene.labels.tolist() == [3, 8] and scene.classes == ((3,), (8, 5))
     labels = torch.tensor([1, 2])
     assert scene.conformity("images", labels) == ([1, 2], False, "images")
     assert scene.raw_conformity("images", labels) == ([1, 2], True, "images")
-    assert (scene.logits, scene.decoding) == ("logits", "decoding")
+    assert (scene.logits, scene.decoding) == ("logits of a", "decoding")
+    assert scene.further_logits == ("logits of b", "logits of c")

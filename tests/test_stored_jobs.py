@@ -46,7 +46,7 @@ def digests_of(job: JobSpec) -> dict[str, Any]:
         "conditioning": dict.fromkeys(sources, "e"),
         "starts": {one.images: "s" for request in job.requests if (one := request.start)},
         "methods": {one.method: "m" for one in job.requests if one.method_record.is_user_code},
-    } | {name: name for name in ("judge", "guidance_decoder") if getattr(job.models, name)}
+    } | {name: name for name in ("judge", "guidance_decoder", "further_targets") if getattr(job.models, name)}
 
 
 def plan_of(job: JobSpec):

@@ -117,7 +117,8 @@ def let_import(job: JobSpec, *folders: Path) -> None:
 
     Side effects: adds the folders to `sys.path` if there is a factory.
     """
-    import_factories([job.models.target, *job.models.transfer, job.models.oracle, *custom_methods(job)], *folders)
+    models = job.models
+    import_factories([*models.targets, *models.transfer, models.oracle, *custom_methods(job)], *folders)
 
 
 def import_factories(addresses: Iterable[str | None], *folders: Path) -> None:

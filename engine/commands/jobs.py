@@ -67,7 +67,7 @@ def plan(
         raise typer.Exit(EXIT_DRAINED) from None
     target = _described_target(spec)
     if as_json:
-        fields = _cost_fields(spec, cost, price_per_hour) | {"target": target}
+        fields = _cost_fields(spec, cost, price_per_hour) | {"target": target} | _further_targets(spec)
         print_json(fields | ({"guidance_decoder": advice} if advice else {}))
     else:
         _print_cost(spec, cost, price_per_hour)
@@ -178,7 +178,8 @@ def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
             find_start_images(resolve_requests(job, labels), labels)
     missing, target = missing_artefacts(job), _described_target(job)
     if as_json:
-        print_json({"valid": True, "classes_checked": labels is not None, "to_prepare": missing, "target": target})
+        checked = {"valid": True, "classes_checked": labels is not None, "to_prepare": missing, "target": target}
+        print_json(checked | _further_targets(job))
         return
     print(f"{path} is valid")
     _print_target(job, target)
@@ -197,6 +198,14 @@ def _described_target(job: JobSpec) -> dict[str, Any]:
     return {"address": address} | ({} if is_missing else describe_temperature(address, calibration))
 
 
+def _further_targets(job: JobSpec) -> dict[str, Any]:
+    """Address and temperature of each further target; nothing where there is none."""
+    from engine.models.calibration import describe_temperature
+
+    targets = [{"address": one} | describe_temperature(one, None) for one in job.models.further_targets]
+    return {"further_targets": targets} if targets else {}
+
+
 def _print_target(job: JobSpec, target: dict[str, Any]) -> None:
     """Print the temperature of the target; where its artefact is missing, that it has to be made."""
     from engine.models.calibration import temperature_text
@@ -206,6 +215,11 @@ def _print_target(job: JobSpec, target: dict[str, Any]) -> None:
         text = f"that of {job.models.calibration}, which is not there yet (riskforge prepare makes it)"
     if text:
         print(f"temperature of the target: {text}")
+    for number, one in enumerate(_further_targets(job).get("further_targets", ())):
+        own = temperature_text(one)
+        print(f"target {number + 2}: {one['address']} guides too" + (f"; its temperature: {own}" if own else ""))
+    if further := len(job.models.further_targets):
+        print(f"each guided step differentiates {further + 1} targets")
 
 
 def _measure(job: JobSpec, planned: Plan) -> Any:

@@ -184,6 +184,11 @@ def describe_models(
         | describe_temperature(models.target, calibration)
         | {"labels": labels},
     }
+    if models.further_targets:
+        pairs = zip(models.further_targets, digests["further_targets"], strict=True)
+        described["further_targets"] = [
+            _describe(address, digest) | describe_temperature(address, None) for address, digest in pairs
+        ]
     if models.transfer:
         pairs = zip(models.transfer, digests["transfer"], strict=True)
         described["transfer"] = [_describe(address, digest) for address, digest in pairs]

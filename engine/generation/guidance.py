@@ -18,6 +18,7 @@ from engine.job.spec import JobSpec
 from engine.methods.custom.criterion import NOT_REPRODUCIBLE, Criterion, criterion_problem, same_values
 from engine.methods.guidance.guided import ConditionalDenoiser, GuidedDenoiser
 from engine.methods.guidance.scene import Decoding, GuidanceScene, Scene
+from engine.methods.parameters import Ensemble
 from engine.models.custom_methods import factory_arguments, load_method, method_digest
 from engine.models.factories import reason_of
 from engine.models.randomness import watched
@@ -29,7 +30,7 @@ class RequestGuides:
     Args:
         job: the job.
         plan: its plan, whose identity has the digests of the user's own methods.
-        scorer: its target and its CLIP model are differentiated.
+        scorer: its targets and its CLIP model are differentiated.
         device: of labels and images.
     """
 
@@ -70,9 +71,12 @@ class RequestGuides:
         guide = method.load_guide()
         if method.is_user_code:
             guide = functools.partial(guide, self._criteria[request])
-        return guide(denoiser, self._job.parameters_of(spec), self.scene(classes, decoding))
+        scene = self.scene(classes, decoding, self._job.guidance_of(spec).ensemble)
+        return guide(denoiser, self._job.parameters_of(spec), scene)
 
-    def scene(self, classes: Sequence[tuple[int, ...]], decoding: Decoding) -> GuidanceScene:
+    def scene(
+        self, classes: Sequence[tuple[int, ...]], decoding: Decoding, ensemble: Ensemble = "mean"
+    ) -> GuidanceScene:
         """What guides and criteria can ask about samples of these classes."""
         return GuidanceScene(
             logits=self._scorer.target.logits,
@@ -81,6 +85,8 @@ class RequestGuides:
             decoding=decoding,
             labels=torch.tensor([subset[0] for subset in classes], device=self._device),
             classes=tuple(classes),
+            further_logits=tuple(target.logits for target in self._scorer.further_targets),
+            ensemble=ensemble,
         )
 
     def _conformity(self, images: Tensor, labels: Tensor, *, raw: bool) -> Tensor:

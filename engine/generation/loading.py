@@ -71,6 +71,7 @@ def load_scorer(job: JobSpec, device: str = "cpu", temperature: float | None = N
         [Classifier.load(address, device) for address in job.models.transfer],
         Classifier.load(job.models.oracle, device) if job.models.oracle else None,
         Clip.load(job.models.judge, device) if job.models.judge else None,
+        [Classifier.load(address, device) for address in job.models.further_targets],
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import JobError
-from engine.job.columns import NO_CLASS
+from engine.job.columns import GUIDES, NO_CLASS
 from engine.job.plan import Cell, SampleSpec, class_prompt
 from engine.job.records import STATUS_OK, failed_record, new_record
 from engine.methods import scores
@@ -42,6 +42,8 @@ class Scorer:
         oracle: an independent classifier, recorded.
         judge: a second CLIP model, independent of the first: conformity as measured by the model that guided a sample
             is circular. Recorded, never guided on.
+        further_targets: classifiers that guidance sees beside the target; recorded before the transfer classifiers, as
+            these are, and marked.
 
     Raises:
         JobError: a CLIP model gives no usable embedding of a class prompt.
@@ -54,10 +56,12 @@ class Scorer:
         transfer: Sequence[Classifier] = (),
         oracle: Classifier | None = None,
         judge: Clip | None = None,
+        further_targets: Sequence[Classifier] = (),
     ) -> None:
         self.target = target
+        self.further_targets = list(further_targets)
         self._clip = clip
-        self._transfer = list(transfer)
+        self._transfer = [*further_targets, *transfer]
         self._oracle = oracle
         self._judge = judge
         prompts = [class_prompt(label) for label in target.labels]
@@ -106,7 +110,7 @@ class Scorer:
         oracle = self._oracle_classes(inputs, len(specs), faults)
         columns = {**_conformity_columns(similarities, labels), "oracle_class": oracle}
         logits = [model.score_pixels(pixels) for model, pixels in zip(self._transfer, inputs.transfer, strict=True)]
-        transfer = transfer_entries(self._transfer, logits, labels, faults)
+        transfer = transfer_entries(self._transfer, logits, labels, faults, self.further_targets)
         judge = self._judge_entries(inputs, labels, faults)
         return [
             failed_record(spec, faults[row])
@@ -181,19 +185,25 @@ def oracle_classes(oracle: Classifier, logits: Tensor, faults: Faults) -> Tensor
 
 
 def transfer_entries(
-    models: Sequence[Classifier], logits_of_models: Sequence[Tensor], labels: Tensor, faults: Faults
+    models: Sequence[Classifier],
+    logits_of_models: Sequence[Tensor],
+    labels: Tensor,
+    faults: Faults,
+    guiding: Collection[Classifier] = (),
 ) -> list[list[dict[str, Any]]]:
     """The column `transfer` of images by the logits [B, n] of each model; without meaning in rows with a fault.
 
     Args:
         labels: the class y of every image, [B].
+        guiding: those of the models that guidance saw; their names are marked.
     """
     entries: list[list[dict[str, Any]]] = [[] for _ in labels]
     for model, logits in zip(models, logits_of_models, strict=True):
-        faults.check_logits(logits, "models.transfer", model.name)
+        name, role = (model.name + GUIDES, "target") if model in guiding else (model.name, "transfer")
+        faults.check_logits(logits, f"models.{role}", model.name)
         risk, predicted = scores.risk(logits, labels), logits.argmax(1)
         for row, entry in enumerate(entries):
-            entry.append({"model": model.name, "predicted_class": int(predicted[row]), "risk": plain(risk[row])})
+            entry.append({"model": name, "predicted_class": int(predicted[row]), "risk": plain(risk[row])})
     return entries
 
 

@@ -17,6 +17,8 @@ from typing import Any, Literal
 NO_CLASS = -1
 # The value of a score of two images where there is no second one; filters and medians take it for unknown.
 NO_PAIR = -1.0
+# Ends the name of a model in `transfer` that is a further target: guidance saw it, so that it shows no transfer.
+GUIDES = " (guides)"
 # From this PSNR on, in dB, a change of an image is adversarial: its root mean square is 2.55 of 255 levels, 1 % of the
 # range, which people hardly see side by side.
 ADVERSARIAL_PSNR_DB = 40.0

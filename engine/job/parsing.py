@@ -19,6 +19,7 @@ from engine.job.columns import ENTRY_SCORES
 from engine.job.spec import LIST_LIMITS, MAX_INDEX, ConditioningSpec, GuidanceSpec, JobSpec, RequestSpec, merge
 from engine.job.spec_messages import Location, Problem, explain, location_of
 from engine.job.strengths import Place, expand_strengths
+from engine.job.targets import expand_targets, target_problems
 from engine.methods.registry import find_method
 from engine.methods.sampling.spec import SamplingSpec
 
@@ -48,7 +49,8 @@ def parse_job(raw: Any) -> JobSpec:
         raise JobError(f"study: a job with this key makes no run; it is for `riskforge study {_study(raw['study'])}`")
     if oversized := _oversized(raw, ()):
         raise JobError([f"{_path(where)}: {text}" for where, text in oversized[:MAX_PROBLEMS]])
-    expanded = expand_strengths(raw)
+    targets = expand_targets(raw)
+    expanded = expand_strengths(targets.raw)
     job, found = _validate(JobSpec, expanded.raw, ())
     known = [where for where, _ in found]
     # Checks between fields run without the wrong ones; that these are absent is no new problem.
@@ -57,7 +59,8 @@ def parse_job(raw: Any) -> JobSpec:
         for where, text in _between_fields(expanded.raw, expanded.places)
         if not any(where == other or _is_below(other, where) for other in known)
     ]
-    problems = [*expanded.problems, *((_in_file(where, expanded.places), text) for where, text in found)]
+    in_file = ((_in_file(targets.location(where), expanded.places), text) for where, text in found)
+    problems = [*targets.problems, *expanded.problems, *in_file]
     if problems:
         raise JobError(_limited(list(dict.fromkeys(f"{_path(where)}: {text}" for where, text in problems))))
     return job if len(expanded.places) == len(raw["requests"]) else job.placed([one.number for one in expanded.places])
@@ -114,6 +117,7 @@ def _between_fields(raw: dict[str, Any], places: Sequence[Place]) -> list[Proble
     """
     base = {section: _base(spec, raw.get(section)) for section, spec in OVERRIDABLE.items()}
     problems = _sampling_problems(base["sampling"], ("sampling",)) + _decoder_problems(raw)
+    problems += target_problems(raw, is_guided=_has_guided(raw)) + _ensemble_problems(raw, raw, ())
     names: dict[str, int] = {}
     requests = raw.get("requests")
     for number, item in enumerate(requests if isinstance(requests, list) else []):
@@ -126,6 +130,7 @@ def _between_fields(raw: dict[str, Any], places: Sequence[Place]) -> list[Proble
         if request is not None:
             problems += [((*where, *at), text) for at, text in _request_problems(request)]
             problems += _absent_models(request, raw.get("models"), where)
+            problems += _ensemble_problems(raw, item, where)
             problems += _override_problems(request, base, where)
     return problems
 
@@ -142,16 +147,28 @@ def _absent_models(request: RequestSpec, models: Any, where: Location) -> list[P
 
 
 def _decoder_problems(raw: dict[str, Any]) -> list[Problem]:
-    models, requests = raw.get("models"), raw.get("requests")
-    if not isinstance(models, dict) or not isinstance(models.get("guidance_decoder"), str):
-        return []
-    items = requests if isinstance(requests, list) else []
-    named = [item.get("method") for item in items if isinstance(item, dict)]
-    # A method that is misspelled may have been meant to guide.
-    if any(method is None or method.is_guided for method in map(find_method, named)):
+    models = raw.get("models")
+    if not isinstance(models, dict) or not isinstance(models.get("guidance_decoder"), str) or _has_guided(raw):
         return []
     text = "no request is guided, so nothing would go through it; leave it out, or guide a request"
     return [(("models", "guidance_decoder"), text)]
+
+
+def _has_guided(raw: dict[str, Any]) -> bool:
+    """Whether any request is guided; a method that is misspelled may have been meant to guide."""
+    requests = raw.get("requests")
+    named = [item.get("method") for item in requests if isinstance(item, dict)] if isinstance(requests, list) else []
+    return any(method is None or method.is_guided for method in map(find_method, named))
+
+
+def _ensemble_problems(raw: dict[str, Any], part: dict[str, Any], where: Location) -> list[Problem]:
+    """A choice of the worst of several targets in a job, or in a part of it, that has only one."""
+    models, guidance = raw.get("models"), part.get("guidance")
+    has_several = not isinstance(models, dict) or models.get("further_targets")
+    if has_several or not isinstance(guidance, dict) or guidance.get("ensemble") != "worst":
+        return []
+    text = "has no effect with one target; leave it out, or give a list in models.target"
+    return [((*where, "guidance", "ensemble"), text)]
 
 
 def _override_problems(request: RequestSpec, base: dict[str, dict[str, Any]], where: Location) -> list[Problem]:

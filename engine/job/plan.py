@@ -385,8 +385,9 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
     Args:
         digests: `{"diffusion": {address: digest}, "clip": digest, "target": digest, "transfer": [digest],
             "oracle": digest, "conditioning": {address: digest}, "starts": {address: digest}, "methods": {address:
-            digest}}`, and `"judge"` and `"guidance_decoder"` with a digest where there is one,
-            `"safety_checker": "off"` where it is off, `"temperature"` where the target has not its own.
+            digest}}`, and `"judge"` and `"guidance_decoder"` with a digest where there is one, `"further_targets":
+            [digest]` where there are some, `"safety_checker": "off"` where it is off, `"temperature"` where the target
+            has not its own.
     """
     return {
         "schema_version": IDENTITY_VERSION,
@@ -439,6 +440,7 @@ def _request_identity(job: JobSpec, plan: RequestPlan, digests: dict[str, Any]) 
             "guidance": job.parameters_of(request).model_dump(mode="json"),
             "accept": request.accept,
         }
+        | _ensemble(job, request)
         | _conditioning(request, digests.get("conditioning", {}))
         | _start(request, digests.get("starts", {}))
         | ({"twin": True} if request.twin else {})
@@ -446,6 +448,12 @@ def _request_identity(job: JobSpec, plan: RequestPlan, digests: dict[str, Any]) 
         | ({"quota": True} if request.has_quota else {})
         | ({"fresh": request.fresh} if request.fresh else {})
     )
+
+
+def _ensemble(job: JobSpec, request: RequestSpec) -> dict[str, str]:
+    """How a guided request takes several targets; no key where there is one."""
+    is_seen = job.models.further_targets and request.method_record.is_guided
+    return {"ensemble": job.guidance_of(request).ensemble} if is_seen else {}
 
 
 def _method_digest(request: RequestSpec, digests: dict[str, str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -12,7 +12,7 @@ import pydantic
 from pydantic import Field, PrivateAttr, StrictBool, StrictInt
 
 from engine.methods.fields import Context, Number, Plains, Spec
-from engine.methods.parameters import MethodParameters
+from engine.methods.parameters import Ensemble, MethodParameters
 from engine.methods.registry import BUILT_IN, METHODS, USER_CODE, Method, method_of
 from engine.methods.sampling.spec import SamplingSpec, steps_of
 
@@ -26,7 +26,10 @@ LIST_LIMITS = {
     "boundary": 1000,
     "transfer": 100,
     "strength": 100,
+    "further_targets": 7,
 }
+# Targets of a job: the one whose scores are recorded, and those that guide beside it.
+MAX_TARGETS = 1 + LIST_LIMITS["further_targets"]
 MAX_INDEX = 10**8
 JOINT_SEPARATOR = " and "
 CLASS_TEMPLATE = "a photo of a {class}"
@@ -50,6 +53,18 @@ Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
 Factor = Annotated[str, Field(pattern=r"^[0-9]{1,6}(\.[0-9]{1,3})?x$")]
 
 
+def _or_list(most: int) -> Callable[[dict[str, Any]], None]:
+    """Lets the JSON Schema of a value allow a list of different ones, which a job file may have in its place."""
+
+    def allow(schema: dict[str, Any]) -> None:
+        limits = ("type", "minimum", "maximum", "minLength", "maxLength")
+        value = {key: schema.pop(key) for key in limits if key in schema}
+        values = {"type": "array", "items": value, "minItems": 1, "uniqueItems": True, "maxItems": most}
+        schema["anyOf"] = [value, values]
+
+    return allow
+
+
 class ModelsSpec(Spec):
     """Addresses of the models: `zoo:NAME/PART`, a folder, or a hub id; of classifiers also a file or a factory."""
 
@@ -57,7 +72,15 @@ class ModelsSpec(Spec):
     clip: Address = Field(description="CLIP model that measures conformity.")
     target: Address = Field(
         description="Image classifier that is guided on and scored; this, `transfer` and `oracle` may also be a file of"
-        " TorchScript or torch.export, or `package.module:factory`, which runs that code."
+        " TorchScript or torch.export, or `package.module:factory`, which runs that code. A list is an ensemble:"
+        " guidance sees all of them, scores are the first's, and the others go to `further_targets`.",
+        json_schema_extra=_or_list(MAX_TARGETS),
+    )
+    further_targets: tuple[Address, ...] = Field(
+        default=(),
+        max_length=LIST_LIMITS["further_targets"],
+        description="Classifiers that guidance sees beside the target, and that are scored as `transfer` ones are: what"
+        " follows the first in a list of targets. Each has its own temperature.",
     )
     calibration: Address | None = Field(
         default=None,
@@ -82,6 +105,16 @@ class ModelsSpec(Spec):
         default="auto",
         description="auto: a sample that the pipeline's safety checker flags is `failed`; off: it is not asked.",
     )
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The classifiers that guidance sees; the first is the one whose scores are recorded."""
+        return (self.target, *self.further_targets)
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_absent(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A job with one target is stored as it was before there could be several."""
+        return _without(dump(self), "further_targets", when=not self.further_targets)
 
 
 class ConditioningSpec(Spec):
@@ -116,14 +149,6 @@ class ConditioningSpec(Spec):
         return self.artefact is not None and self.screening is not False
 
 
-def _or_list(schema: dict[str, Any]) -> None:
-    """Let the JSON Schema of a value allow a list of different ones, which a job file may have in its place."""
-    limits = ("type", "minimum", "maximum")
-    value = {key: schema.pop(key) for key in limits}
-    values = {"type": "array", "items": value, "minItems": 1, "uniqueItems": True}
-    schema["anyOf"] = [value, values | {"maxItems": LIST_LIMITS["strength"]}]
-
-
 class StartSpec(Spec):
     """Real images to start from in place of noise alone (SDEdit, Meng et al. 2022)."""
 
@@ -136,7 +161,7 @@ class StartSpec(Spec):
         le=1,
         description="Share of the denoising steps that are taken: 0 gives the image as the autoencoder has it, 1 leaves"
         " it out. A list makes one request of each value, `NAME-s030` of 0.3, in one `seed_group`.",
-        json_schema_extra=_or_list,
+        json_schema_extra=_or_list(LIST_LIMITS["strength"]),
     )
 
     @pydantic.field_validator("strength")
@@ -144,6 +169,10 @@ class StartSpec(Spec):
     def _without_sign(cls, value: float) -> float:
         """-0 is 0, also in a digest."""
         return abs(value)
+
+
+def _without(fields: dict[str, Any], name: str, *, when: bool) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if key != name} if when else fields
 
 
 def _section(method: Method) -> tuple[Any, Any]:
@@ -163,6 +192,17 @@ else:
 
 class GuidanceSpec(_Sections):
     """Parameters of the guidance methods."""
+
+    ensemble: Ensemble = Field(
+        default="mean",
+        description="With several targets: what guidance descends of a sample's distances under each of them, their"
+        " mean or the largest.",
+    )
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_default(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A job that does not choose it is stored as it was before there was a choice."""
+        return _without(dump(self), "ensemble", when=self.ensemble == "mean")
 
     def of(self, method: Method) -> MethodParameters:
         """The parameters of a method; without fields for a method without guidance."""

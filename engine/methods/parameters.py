@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from engine.methods.fields import Spec
+
+# What is descended of the distances of a sample under several targets: their mean, or the largest.
+Ensemble = Literal["mean", "worst"]
 
 
 class RiskTarget(NamedTuple):

@@ -60,6 +60,7 @@ def model_digests(job: JobSpec, *, of_existing_run: bool = False) -> dict[str, A
         "transfer": [of(address) for address in models.transfer],
         "oracle": of(models.oracle) if models.oracle else "",
         # Absent where a job has none: plans keep the digest that they had before there were such fields.
+        **({"further_targets": [*map(of, models.further_targets)]} if models.further_targets else {}),
         **({"guidance_decoder": of(models.guidance_decoder)} if models.guidance_decoder else {}),
         # A checker's weights are in the digest of its pipeline.
         **({"safety_checker": "off"} if models.safety_checker == "off" else {}),

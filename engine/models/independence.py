@@ -17,9 +17,9 @@ def check_independent(models: ModelsSpec) -> None:
     """Refuse models that are to evaluate others and are those others under another name.
 
     A judge with the image tower of the model that guided a sample measures what was guided on; an oracle with the
-    weights of the target agrees with it, so that no failure has a correct label; a transfer model with these weights
-    would show that every failure transfers. Compared are the weights in files; a model that is not on this machine, or
-    is given by a factory, is compared by its address alone.
+    weights of a target agrees with it, so that no failure has a correct label; a transfer model with these weights
+    would show that every failure transfers; a target that is there twice would count twice. Compared are the weights
+    in files; a model that is not on this machine, or is given by a factory, is compared by its address alone.
 
     Raises:
         JobError: all such pairs, one line each.
@@ -30,19 +30,37 @@ def check_independent(models: ModelsSpec) -> None:
             f"models.judge: '{models.judge}' has the weights of models.clip; the judge of a sample must be another CLIP"
             " model than the one that may have guided it"
         )
-    if models.oracle and _are_same(models.oracle, models.target):
+    if models.oracle and (target := _same_target(models.oracle, models)):
         problems.append(
-            f"models.oracle: '{models.oracle}' has the weights of models.target; an oracle decides whether the target"
+            f"models.oracle: '{models.oracle}' has the weights of {target}; an oracle decides whether the target"
             " errs: give another classifier"
         )
     problems += [
-        f"models.transfer.{place}: '{address}' has the weights of models.target; give other classifiers, to which"
+        f"models.transfer.{place}: '{address}' has the weights of {target}; give other classifiers, to which"
         " failures may transfer or not"
         for place, address in enumerate(models.transfer)
-        if _are_same(address, models.target)
+        if (target := _same_target(address, models))
+    ]
+    problems += [
+        f"models.target.{place}: '{address}' has the weights of {target}; name each target once"
+        for place, address in enumerate(models.further_targets, 1)
+        if (target := _same_target(address, models, before=place))
     ]
     if problems:
         raise JobError(problems)
+
+
+def _same_target(address: str, models: ModelsSpec, before: int | None = None) -> str:
+    """The field of the first target that a classifier is, of those before a place; empty where it is none of them."""
+    several = bool(models.further_targets)
+    return next(
+        (
+            f"models.target.{place}" if several else "models.target"
+            for place, target in enumerate(models.targets[:before])
+            if _are_same(address, target)
+        ),
+        "",
+    )
 
 
 def _are_same(address: str, other: str, part: tuple[str, ...] = ("",)) -> bool:

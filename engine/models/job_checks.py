@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from engine.errors import JobError
-from engine.job.spec import JobSpec
+from engine.job.spec import JobSpec, ModelsSpec
 from engine.models.addresses import locate
 from engine.models.artefacts import artefact_problems
 from engine.models.calibration import calibration_problems
@@ -79,10 +79,8 @@ def _roles(job: JobSpec) -> Iterator[_Role]:
     yield "models.diffusion", models.diffusion, check_diffusion
     yield "models.clip", models.clip, _check_clip
     yield "models.target", models.target, _check_classifier
-    for number, address in enumerate(models.transfer):
-        yield f"models.transfer.{number}", address, _check_classifier
-    if models.oracle:
-        yield "models.oracle", models.oracle, _check_classifier
+    for field, address in _compared_classifiers(models):
+        yield field, address, _check_classifier
     if models.judge:
         yield "models.judge", models.judge, _check_clip
     if models.guidance_decoder:
@@ -90,6 +88,16 @@ def _roles(job: JobSpec) -> Iterator[_Role]:
     for number, request in enumerate(job.requests):
         if request.diffusion:
             yield f"{job.where(number)}.diffusion", request.diffusion, check_diffusion
+
+
+def _compared_classifiers(models: ModelsSpec) -> Iterator[tuple[str, str]]:
+    """Field and address of each classifier beside the target; the fields of further targets are those of a list."""
+    for number, address in enumerate(models.further_targets, 1):
+        yield f"models.target.{number}", address
+    for number, address in enumerate(models.transfer):
+        yield f"models.transfer.{number}", address
+    if models.oracle:
+        yield "models.oracle", models.oracle
 
 
 def _check_classifier(folder: Path, address: str) -> None:
@@ -109,13 +117,11 @@ def _check_diffusion(folder: Path, address: str, *, checks_safety: bool) -> None
 def _label_problems(job: JobSpec) -> list[str]:
     """Classifiers that are compared must have the same classes in the same order."""
     problems: list[str] = []
-    others = [(f"models.transfer.{number}", address) for number, address in enumerate(job.models.transfer)]
-    others += [("models.oracle", job.models.oracle)] if job.models.oracle else []
     try:
         wanted = read_labels(job.models.target)
     except JobError as error:
         return [f"models.target: {error}"]
-    for field, address in others:
+    for field, address in _compared_classifiers(job.models):
         try:
             labels = read_labels(address)
         except JobError as error:

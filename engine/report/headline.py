@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from engine.data.run.summary import GroupSummary, shown_entry_scores, shown_scores, summarise_table
-from engine.job.columns import Role, by_rank
+from engine.job.columns import GUIDES, Role, by_rank
 from engine.report.text import ABSENT, clip, number, percent
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def summary_figures(groups: Sequence[GroupSummary]) -> list[Figure]:
         *_score_figures(groups),
         Figure(Heading("Oracle", "agrees"), lambda group: _rate(group.oracle_agreement)),
         Figure(Heading("Valid failures", "oracle agrees"), lambda group: _rate(group.valid_failure_rate)),
-        *(Figure(Heading("Transfer errors", clip(model, 60)), partial(_transfer, model)) for model in models),
+        *(Figure(_transfer_heading(model), partial(_transfer, model)) for model in models),
     ]
 
 
@@ -143,6 +143,13 @@ def _quartiles(score: str, group: GroupSummary) -> tuple[str, str]:
     if spread is None:
         return ABSENT, ""
     return number(spread.median), f"{number(spread.q25)} to {number(spread.q75)}"
+
+
+def _transfer_heading(model: str) -> Heading:
+    """Of a model that guidance saw, another: its errors are no transfer."""
+    if model.endswith(GUIDES):
+        return Heading("Further target errors", clip(model.removesuffix(GUIDES), 50) + GUIDES)
+    return Heading("Transfer errors", clip(model, 60))
 
 
 def _transfer(model: str, group: GroupSummary) -> tuple[str, str]:

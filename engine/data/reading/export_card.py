@@ -22,7 +22,10 @@ def export_card(manifest: dict[str, Any], written: Written) -> str:
         _sources(manifest),
         _classes(manifest),
         written.loading,
-        columns_section(manifest["schema_version"]),
+        columns_section(
+            manifest["schema_version"],
+            has_ensemble=any("further_targets" in source["models"] for source in manifest["sources"]),
+        ),
         _limits(manifest),
     ]
     return "\n\n".join(sections) + "\n"

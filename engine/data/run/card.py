@@ -16,7 +16,7 @@ from engine.data.run.curation_text import curation_facts
 from engine.data.run.file_names import SURPLUS_LIST
 from engine.data.run.schema import arrow_schema, tar_features
 from engine.data.run.summary import GroupSummary, Spread, shown_entry_scores, shown_scores
-from engine.job.columns import BY_NAME, Role, columns_with, enumerated, target_first, units_text
+from engine.job.columns import BY_NAME, GUIDES, Role, columns_with, enumerated, target_first, units_text
 from engine.job.records import STARTS, TWINS
 from engine.job.spec import ConditioningSpec, JobSpec, RequestSpec
 from engine.models.calibration import NOTED, model_notes
@@ -64,7 +64,7 @@ def dataset_card(job: JobSpec, manifest: dict[str, Any], groups: list[GroupSumma
         _table(groups),
         loading_section(job.output.image_format, manifest["schema_version"]),
         *_companions(manifest),
-        columns_section(manifest["schema_version"]),
+        columns_section(manifest["schema_version"], has_ensemble=bool(job.models.further_targets)),
         _limits(job, manifest["schema_version"]),
     ]
     return "\n\n".join(sections) + "\n"
@@ -248,11 +248,21 @@ def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
         if request.method_record.is_guided and request.steps_taken(job.sampling_of(request).num_inference_steps):
             lines += [
                 f"  - guidance: {_parameters(job.parameters_of(request).in_effect())}",
+                *_ensemble(job, request),
                 f"  - guided: {_guided(counts.get('guidance', {}).get(request.name))}",
             ]
         if request.accept:
             lines.append(f"  - accepted when: {_parameters(request.accept)}")
     return "\n".join(lines)
+
+
+def _ensemble(job: JobSpec, request: RequestSpec) -> list[str]:
+    """The targets that guidance saw; nothing where there is one."""
+    if not job.models.further_targets:
+        return []
+    targets = ", ".join(code(target, table=False) for target in job.models.targets)
+    which = "the mean" if job.guidance_of(request).ensemble == "mean" else "the largest"
+    return [f"  - ensemble: {which} of each sample's distances under {targets}; the scores are those of the first"]
 
 
 def _curation(manifest: dict[str, Any]) -> list[str]:
@@ -412,6 +422,8 @@ def _table_note(groups: list[GroupSummary]) -> str:
         )
     if shown_entry_scores(groups):
         text += " The judge is a second CLIP model that guided nothing; its conformity is a mean."
+    if any(summary.model.endswith(GUIDES) for group in groups for summary in group.transfer):
+        text += f" A classifier with `{GUIDES.strip()}` guided beside the target: its figures show no transfer."
     return text
 
 
@@ -434,13 +446,18 @@ def _spread(spread: Spread | None) -> str:
     return "" if spread is None else f"{spread.median:.3g} ({spread.q25:.3g} to {spread.q75:.3g})"
 
 
-def columns_section(version: int) -> str:
-    """What the columns of a schema version mean."""
+def columns_section(version: int, *, has_ensemble: bool = False) -> str:
+    """What the columns of a schema version mean.
+
+    Args:
+        has_ensemble: whether a run has several targets, of which the column `transfer` has entries, too.
+    """
     names = arrow_schema(surplus=True, version=version).names
     lines = ["## Columns", "", "| column | meaning |", "|---|---|"]
-    return "\n".join(
-        lines + [f"| `{name}` | {BY_NAME[name].description.replace('|', chr(92) + '|')} |" for name in names]
-    )
+    lines += [f"| `{name}` | {BY_NAME[name].description.replace('|', chr(92) + '|')} |" for name in names]
+    if has_ensemble:
+        lines += ["", f"In `transfer`, a model with `{GUIDES.strip()}` after its name was guided on: a further target."]
+    return "\n".join(lines)
 
 
 def _limits(job: JobSpec, version: int) -> str:

@@ -41,7 +41,7 @@ class GuidedDenoiser:
 
     Args:
         denoiser: the denoiser to wrap.
-        criteria: objectives of decoded images; called with the rows of a slice and their scene.
+        criteria: objectives of decoded images; called with the rows of a slice and their scene, for each target.
         scene: of all B samples; its decoding says how many rows are decoded and differentiated at a time.
         update: how the prediction moves.
         is_guided: whether a step is guided.
@@ -122,7 +122,7 @@ class GuidedDenoiser:
             latents = prediction.latents[part].detach().requires_grad_(True)
             output = scored[part].requires_grad_(True)
             images = scene.decoding.decode(predicted_x0(output, latents, step, kind)).clamp(0, 1)
-            losses = self._criteria(images, scene)
+            losses = scene.over_targets(self._criteria, images)
             # Sums keep every sample's gradient its own; a mean would scale it by the batch.
             gradients = [
                 torch.autograd.grad(loss.sum(), [latents, output], retain_graph=place + 1 < len(losses))

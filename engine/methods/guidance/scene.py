@@ -6,11 +6,15 @@ Legend: B samples, C channels, H x W size, n classes of the target.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from torch import Tensor
+
+from engine.methods.parameters import Ensemble
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +65,33 @@ class GuidanceScene(Scene):
     Attributes:
         raw_conformity: as `conformity`, the inner product of the embeddings in place of their cosine.
         decoding: of predicted latents.
+        further_logits: as `logits`, of each further target.
+        ensemble: what is descended where there are some.
     """
 
     raw_conformity: Callable[[Tensor, Tensor], Tensor]
     decoding: Decoding
+    further_logits: tuple[Callable[[Tensor], Tensor], ...] = ()
+    ensemble: Ensemble = "mean"
+
+    def over_targets(self, criteria: Callable[[Tensor, Self], Tensor], images: Tensor) -> Tensor:
+        """Criteria [K, B] of images [B, 3, H, W], each sample's the mean or the largest over the targets.
+
+        Args:
+            criteria: called once for each target, with a scene whose `logits` are that target's; with this one where
+                there is no other.
+        """
+        if not self.further_logits:
+            return criteria(images, self)
+        # What does not depend on the target is measured once: the calls have the same images.
+        one = dataclasses.replace(
+            self,
+            conformity=functools.cache(self.conformity),
+            raw_conformity=functools.cache(self.raw_conformity),
+            further_logits=(),
+        )
+        each = [
+            criteria(images, dataclasses.replace(one, logits=logits)) for logits in (self.logits, *self.further_logits)
+        ]
+        stacked = torch.stack(each)
+        return stacked.mean(0) if self.ensemble == "mean" else stacked.amax(0)

@@ -38,6 +38,7 @@ class Models:
     Attributes:
         calibration: address of the artefact that the target's temperature is of; None for the target's own.
         described: the temperature, as in the description of a run's target.
+        guided: digests of the targets that guided the run, where it has several; empty where it has one.
         digests: by role, and the temperature where it is not the target's own.
     """
 
@@ -47,6 +48,7 @@ class Models:
     transfer: tuple[str, ...]
     oracle: str | None
     digests: dict[str, Any]
+    guided: frozenset[str] = frozenset()
 
     @property
     def temperature(self) -> float | None:
@@ -98,7 +100,7 @@ def open_rescoring(
     job, plan = stored_plan(run)
     labels = _labels_of(run, job)
     models = _check_models(target, transfer, oracle, labels)
-    models = _calibrated(models, run, job, plan, calibration)
+    models = _calibrated(replace(models, guided=_guided(plan)), run, job, plan, calibration)
     folder = open_store(output or run.address(f"{RESCORED}/{_folder_name(target, models)}"))
     rescoring = Rescoring(run=run, folder=folder, job=job, plan=plan, labels=labels, models=models)
     _check_folder(rescoring)
@@ -171,6 +173,13 @@ def _calibrated(models: Models, run: Store, job: JobSpec, plan: Plan, address: s
         return replace(models, described=describe_temperature(models.target, None))
     digests = models.digests | {TEMPERATURE: described[TEMPERATURE]}
     return replace(models, calibration=address, described=described, digests=digests)
+
+
+def _guided(plan: Plan) -> frozenset[str]:
+    """Digests of the targets of a run that has several."""
+    models = plan.identity["models"]
+    further = models.get("further_targets")
+    return frozenset([models["target"], *further] if further else ())
 
 
 def _noted(run: Store) -> dict[str, Any]:

@@ -91,6 +91,8 @@ def rescore_run(
         OwnedError: another process rescores into this folder, or it lies in the run and a driver is at work there.
     """
     rescoring = open_rescoring(address, target, transfer, oracle, output, calibration)
+    if rescoring.models.digests["target"] in rescoring.models.guided:
+        notice(f"'{target}' is one of several targets that guided this run: its scores show no transfer")
     with ExitStack() as leases:
         if rescoring.is_inside_run:
             leases.enter_context(hold(rescoring.run, notice=notice))

@@ -85,7 +85,9 @@ class Scoring:
         self._add_twins(target, samples, rows)
         if transfer:
             logits = [model.score(images) for model in transfer]
-            for row, entries in zip(rows, transfer_entries(transfer, logits, labels, faults), strict=True):
+            digests, guided = self._models.digests["transfer"], self._models.guided
+            guiding = [model for model, digest in zip(transfer, digests, strict=True) if digest in guided]
+            for row, entries in zip(rows, transfer_entries(transfer, logits, labels, faults, guiding), strict=True):
                 row["transfer"] = entries
         if oracle:
             for row, predicted in zip(rows, oracle_classes(oracle, oracle.score(images), faults).tolist(), strict=True):
