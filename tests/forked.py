@@ -1,0 +1,85 @@
+"""Workers of a fork server that report where they are, and a program that stands for the actor of one.
+
+`python -m tests.forked ADDRESS FACTS` asks the server for a worker, which writes its facts into a file, and has it make
+the shards whose numbers it reads, a line each: `KILLS` and `HANGS` do not end well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from engine.driver.executors.forked_host import ForkedHost, request_worker
+from engine.job.plan import ShardSpec
+
+KILLS, HANGS = 1, 2
+
+
+class Reporter:
+    """A `WorkerLike` of facts.
+
+    Args:
+        path: of the file for them.
+        load: called first; what it imports is a fact, too.
+    """
+
+    def __init__(self, path: str, load: Callable[[], Any] | None) -> None:
+        shared = set(sys.modules)
+        if load:
+            load()
+        facts = {
+            "process": os.getpid(),
+            "parent": os.getppid(),
+            "folder": str(Path.cwd()),
+            "told": os.environ.get("TOLD"),
+            "shared": sorted(shared),
+            "own": sorted(set(sys.modules) - shared),
+        }
+        Path(path).write_text(json.dumps(facts), encoding="utf-8")
+
+    def sample_shard(self, shard: ShardSpec, attempt: int, report: Any, batch_limit: int = 0) -> Callable[[], Any]:
+        """Report two samples, and say what was asked for; or what the number says."""
+        report(1, 0.5, 16)
+        report(2)
+        if shard.number == KILLS:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if shard.number == HANGS:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            time.sleep(3600)
+        return partial(_outcome, f"attempt {attempt}, limit {batch_limit}")
+
+
+def _outcome(text: str) -> str:
+    time.sleep(0.1)
+    return text
+
+
+def act(address: str, facts: str, load: Callable[[], Any] | None = None) -> None:
+    """The program."""
+    connection = request_worker(address, 7)
+    print("forked" if connection else "alone", flush=True)
+    if connection is None:
+        return
+    host = ForkedHost(connection, lambda: None, pickle.dumps)
+    print(host.load(partial(Reporter, facts, load)), flush=True)
+    reports: list[Any] = []
+    for line in sys.stdin:
+        shard = ShardSpec(number=int(line), request=0, start=0, stop=2)
+        finish = host.sample_shard(shard, 3, lambda *report: reports.append(report), 9)
+        print(reports, finish(), flush=True)
+        reports.clear()
+
+
+if __name__ == "__main__":
+    # What is pickled must have a module that the worker can import.
+    from tests import forked
+
+    forked.act(*sys.argv[1:3])
