@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.driver.executors.forked_host import ForkedHost, request_worker
-from engine.job.plan import ShardSpec
+from engine.errors import JobError
+from engine.job.plan import Plan, ShardSpec
+from engine.job.spec import JobSpec
+from tests.sleepy import Faults, SleepyWorker, make_sleepy
 
 KILLS, HANGS = 1, 2
 
@@ -60,6 +63,17 @@ class Reporter:
 def _outcome(text: str) -> str:
     time.sleep(0.1)
     return text
+
+
+def make_forked(job: JobSpec, plan: Plan, *, faults: Faults) -> SleepyWorker:
+    """A sleepy worker, if this process is a fork of a server."""
+    assert "fork_server" in Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8")
+    return make_sleepy(job, plan, faults=faults)
+
+
+def fail() -> None:
+    """A `load` that fails by the user's fault."""
+    raise JobError("models.clip: broken")
 
 
 def act(address: str, facts: str, load: Callable[[], Any] | None = None) -> None:

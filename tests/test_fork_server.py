@@ -26,7 +26,8 @@ DRIVER = (
     "import sys; from engine.driver.executors.fork_server import ForkServer as F; f = F([]); print(f.address); input()"
 )
 LOADING = "import sys; from tests import forked, test_fork_server as t; forked.act(*sys.argv[1:], t.make_batches)"
-StartActor = Callable[[], "Actor"]
+FAILING = "import sys; from tests import forked; forked.act(*sys.argv[1:], forked.fail)"
+StartActor = Callable[..., "Actor"]
 
 
 class Actor:
@@ -43,9 +44,9 @@ class Actor:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         assert self.line() == "forked"
-        self.ready = self.line()
-        self.facts: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
-        self.worker: int = self.facts["process"]
+        self.loaded = self.line()
+        self.facts: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}
+        self.worker: int = self.facts.get("process", 0)
 
     def line(self) -> str:
         """What it prints next."""
@@ -75,8 +76,8 @@ def start(server: ForkServer, tmp_path: Path) -> Iterator[StartActor]:
     """Starts actors with workers."""
     actors: list[Actor] = []
 
-    def start_one() -> Actor:
-        actors.append(Actor(server.address, tmp_path / f"{len(actors)}.json"))
+    def start_one(*program: str) -> Actor:
+        actors.append(Actor(server.address, tmp_path / f"{len(actors)}.json", *program))
         return actors[-1]
 
     yield start_one
@@ -88,13 +89,18 @@ def start(server: ForkServer, tmp_path: Path) -> Iterator[StartActor]:
 def test_a_worker_is_in_the_place_of_its_actor(server: ForkServer, start: StartActor, tmp_path: Path) -> None:
     """It sees the actor's environment and folder; progress, outcomes and events come back, shard by shard."""
     actor = start()
-    assert actor.ready == "WorkerReady(worker=7)"
+    assert actor.loaded == "WorkerReady(worker=7)"
     assert (actor.facts["folder"], actor.facts["told"]) == (str(REPOSITORY), str(tmp_path / "0.json"))
     assert actor.worker != actor.process.pid != actor.facts["parent"]
     for shard in (3, 4):
         actor.begin(shard)
         event = f"ShardResult(worker=7, shard={shard}, outcome='attempt 3, limit 9')"
         assert actor.line() == f"[(1, 0.5, 16), (2, 0.0, 0)] {event}"
+
+
+def test_a_worker_that_cannot_be_built_says_why(start: StartActor) -> None:
+    """As in the actor's own process: in words, by the user's fault."""
+    assert start("-c", FAILING).loaded == "UserFault(message='models.clip: broken', exit_code=2)"
 
 
 def test_a_killed_worker_ends_its_actor_and_no_other(start: StartActor) -> None:
@@ -164,7 +170,7 @@ def test_workers_share_what_they_import_and_some_is_never_imported(tmp_path: Pat
     actor.process.kill()
     actor.process.communicate()
     server.close()
-    assert actor.ready == "WorkerReady(worker=7)" and set(LIBRARIES) <= shared
+    assert actor.loaded == "WorkerReady(worker=7)" and set(LIBRARIES) <= shared
     assert not {"boto3", "botocore", "scipy.stats", "sklearn", "ray", "timm"} & (shared | own)
     assert len(own) < 0.05 * len(shared), own
 

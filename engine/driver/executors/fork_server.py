@@ -36,7 +36,8 @@ from typing import NamedTuple
 from engine.driver.executors.forked_host import serve_worker
 from engine.models.library_imports import deferring
 
-# What every worker imports; what else the models of a job need, workers import themselves.
+# What every worker imports; what else the models of a job need, workers import themselves. Not pyarrow, whose allocator
+# starts a thread.
 LIBRARIES = (
     "engine.generation.generator",
     "engine.generation.worker",
@@ -47,9 +48,6 @@ LIBRARIES = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.clip.modeling_clip",
     "transformers.models.clip.tokenization_clip",
-    # Of Arrow, which looks for pandas at its first array.
-    "pyarrow.parquet",
-    "pyarrow.pandas_compat",
 )
 _START = f"import json, sys; sys.path[:], *more = json.loads(sys.argv[1]); import {__name__} as s; s.serve(*more)"
 # Of the first byte of an actor, which it sends as soon as it is connected.
