@@ -1,14 +1,13 @@
-"""Workers of a fork server that report where they are, and a program that stands for the actor of one.
+"""Workers of a fork server that report where they are, and the process of an actor, without Ray around it.
 
-`python -m tests.forked ADDRESS FACTS` asks the server for a worker, which writes its facts into a file, and has it make
-the shards whose numbers it reads, a line each: `KILLS` and `HANGS` do not end well.
+`python -m tests.forked ADDRESS FACTS` has the server's worker built, which writes its facts into a file, and has it
+make the shards whose numbers it reads, a line each: `KILLS` and `HANGS` do not end well.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 import signal
 import sys
 import time
@@ -17,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine.driver.executors.forked_host import ForkedHost, request_worker
+from engine.driver.executors.ray_actor import RayHost
 from engine.errors import JobError
 from engine.job.plan import Plan, ShardSpec
 from engine.job.spec import JobSpec
@@ -49,9 +48,9 @@ class Reporter:
         Path(path).write_text(json.dumps(facts), encoding="utf-8")
 
     def sample_shard(self, shard: ShardSpec, attempt: int, report: Any, batch_limit: int = 0) -> Callable[[], Any]:
-        """Report two samples, and say what was asked for; or what the number says."""
-        report(1, 0.5, 16)
-        report(2)
+        """Report two samples and return what was asked for; or do what the number says."""
+        report(1)
+        report(2, 0.5, 16)
         if shard.number == KILLS:
             os.kill(os.getpid(), signal.SIGKILL)
         if shard.number == HANGS:
@@ -78,18 +77,11 @@ def fail() -> None:
 
 def act(address: str, facts: str, load: Callable[[], Any] | None = None) -> None:
     """The program."""
-    connection = request_worker(address, 7)
-    print("forked" if connection else "alone", flush=True)
-    if connection is None:
-        return
-    host = ForkedHost(connection, lambda: None, pickle.dumps)
+    host = RayHost(7, 1, 0, address)
     print(host.load(partial(Reporter, facts, load)), flush=True)
-    reports: list[Any] = []
     for line in sys.stdin:
-        shard = ShardSpec(number=int(line), request=0, start=0, stop=2)
-        finish = host.sample_shard(shard, 3, lambda *report: reports.append(report), 9)
-        print(reports, finish(), flush=True)
-        reports.clear()
+        host.run_shard(ShardSpec(number=int(line), request=0, start=0, stop=2), 3, 9)
+        print(host.progress()[0], host.outcome(), flush=True)
 
 
 if __name__ == "__main__":

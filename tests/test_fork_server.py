@@ -1,6 +1,6 @@
 """The fork server: what its workers share, and that no process outlives the one that needs it.
 
-Real processes, killed; `tests.forked` stands for the actor.
+Real processes, killed; `tests.forked` is that of an actor.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ StartActor = Callable[..., "Actor"]
 
 
 class Actor:
-    """A process that stands for an actor, and its worker's facts.
+    """The process of an actor, and its worker's facts.
 
     Args:
         program: what it runs.
@@ -43,7 +43,6 @@ class Actor:
             cwd=REPOSITORY, env=os.environ | {"TOLD": str(facts)}, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
-        assert self.line() == "forked"
         self.loaded = self.line()
         self.facts: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}
         self.worker: int = self.facts.get("process", 0)
@@ -95,7 +94,7 @@ def test_a_worker_is_in_the_place_of_its_actor(server: ForkServer, start: StartA
     for shard in (3, 4):
         actor.begin(shard)
         event = f"ShardResult(worker=7, shard={shard}, outcome='attempt 3, limit 9')"
-        assert actor.line() == f"[(1, 0.5, 16), (2, 0.0, 0)] {event}"
+        assert actor.line() == f"({shard}, 2, 0.5, 16) {event}"
 
 
 def test_a_worker_that_cannot_be_built_says_why(start: StartActor) -> None:
