@@ -55,6 +55,7 @@ class RayHost:
         if self._fork_server and (connection := request_worker(self._fork_server, self._number)):
             from ray import cloudpickle
 
+            self._host.close()
             self._host = ForkedHost(connection, self._note_active, cloudpickle.dumps)
         with sharing_gpu(self._share):
             return self._host.load(factory)
