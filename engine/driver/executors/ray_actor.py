@@ -40,7 +40,8 @@ class RayHost:
         self._num_heartbeats = 0
         self._number = number
         self._fork_server = fork_server
-        self._host: WorkerHost | ForkedHost = WorkerHost(number, self._note_active)
+        self._own_host = WorkerHost(number, self._note_active)
+        self._host: WorkerHost | ForkedHost = self._own_host
         self._progress: Progress | None = None
         self._sampled: queue.SimpleQueue[Callable[[], ExecutorEvent]] = queue.SimpleQueue()
 
@@ -55,7 +56,7 @@ class RayHost:
         if self._fork_server and (connection := request_worker(self._fork_server, self._number)):
             from ray import cloudpickle
 
-            self._host.close()
+            self._own_host.close()
             self._host = ForkedHost(connection, self._note_active, cloudpickle.dumps)
         with sharing_gpu(self._share):
             return self._host.load(factory)
