@@ -14,6 +14,7 @@ import pytest
 from engine.driver.executors import ray as ray_executor
 from engine.driver.executors.ray import ASK_SECONDS, MAX_ASKS_PER_SECOND, Handle, RayExecutor, _progress_event
 from engine.driver.executors.ray_actor import RayHost
+from engine.driver.executors.ray_layout import Layout
 from engine.driver.scheduling.messages import ShardProgress, ShardSampled, WorkerActive, WorkerLost, WorkerReady
 from engine.job.plan import ShardSpec
 
@@ -139,6 +140,28 @@ def test_an_actor_reports_every_shard_from_its_beginning(monkeypatch: pytest.Mon
     host._note_active()
     host._note_active()
     assert host.progress()[1] == 2
+
+
+def test_an_actor_without_a_fork_server_builds_the_worker_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """Its server may have ended."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    host: Any = RayHost(3, 1, 0, f"{tmp_path}/fork")
+    assert host.load(lambda: "worker") == WorkerReady(3) and host._host._worker == "worker"
+
+
+@pytest.mark.parametrize(
+    ("address", "num_workers", "workers_per_gpu", "is_shared"),
+    [(None, 2, 0, True), (None, 1, 0, False), (None, 2, 1, False), ("127.0.0.1:1", 2, 0, False)],
+)
+def test_imports_are_shared_by_several_workers_on_cpus_of_this_machine(
+    address: str | None, num_workers: int, workers_per_gpu: int, is_shared: bool
+) -> None:
+    """A fork could not use a GPU if an import had touched it, and the server is on the driver's machine."""
+    made: Any = RayExecutor(address=address, num_workers=num_workers, device="auto")
+    made._layout = Layout(num_workers, threads=1, workers_per_gpu=workers_per_gpu)
+    assert made._shares_imports() is is_shared
 
 
 def test_an_outcome_that_is_asked_for_early_is_waited_for() -> None:

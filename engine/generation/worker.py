@@ -34,6 +34,7 @@ from engine.job.spec import JobSpec
 from engine.methods.conditioning.screening_tally import ScreeningTally
 from engine.models.gpu_sharing import gpu_share
 from engine.models.hardware import choose_hardware, fix_threads
+from engine.models.library_imports import deferring
 from engine.models.library_logging import quiet_libraries
 
 # Most batches that are buffered for the disk; sampling waits when the buffer is full.
@@ -251,12 +252,13 @@ def _outcome(record: CommitRecord, total_seconds: float) -> ShardOutcome:
 
 def load_generator(job: JobSpec, plan: Plan) -> BatchGenerator:
     """The generator with all models of a job."""
-    quiet_libraries()
-    from engine.generation.generator import Generator
-    from engine.generation.loading import limit_memory
+    with deferring():
+        quiet_libraries()
+        from engine.generation.generator import Generator
+        from engine.generation.loading import limit_memory
 
-    hardware = choose_hardware(job.runtime)
-    fix_threads(hardware)
-    if hardware.is_cuda and hardware.memory_share < 1 and gpu_share().owns_process:
-        limit_memory(hardware.memory_share)
-    return Generator(job, plan)
+        hardware = choose_hardware(job.runtime)
+        fix_threads(hardware)
+        if hardware.is_cuda and hardware.memory_share < 1 and gpu_share().owns_process:
+            limit_memory(hardware.memory_share)
+        return Generator(job, plan)

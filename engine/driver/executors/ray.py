@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.driver.executors.base import ExecutorEvent, WorkerFactory, drain
+from engine.driver.executors.fork_server import ForkServer
 from engine.driver.executors.ray_actor import Progress, RayHost
 from engine.driver.executors.ray_cluster import RayCluster
 from engine.driver.executors.ray_layout import divide
@@ -66,6 +67,7 @@ class RayExecutor:
         self._num_workers = num_workers
         self._device = device
         self._cluster = RayCluster(address, num_workers)
+        self._fork_server: ForkServer | None = None
         self._factory: Any = None
         self._actor_class: Any = None
         self._handles: dict[int, Handle] = {}
@@ -90,9 +92,15 @@ class RayExecutor:
 
         self._nodes = self._cluster.resources()
         self._layout = divide(self._nodes, self._device, self._num_workers, num_shards, is_own=self._address is None)
+        if self._shares_imports():
+            self._fork_server = ForkServer()
         self._factory = ray.put(factory)
         self._actor_class = ray.remote(concurrency_groups={"side": 1, "commits": 1})(RayHost)
         return self._layout.num_workers
+
+    def _shares_imports(self) -> bool:
+        """Whether workers are forked: several on this machine, without a GPU, whose libraries forbid it."""
+        return self._address is None and not self._layout.workers_per_gpu and self._layout.num_workers > 1
 
     def describe(self) -> dict[str, Any]:
         """The cluster as it was when it was opened."""
@@ -119,7 +127,8 @@ class RayExecutor:
         """Create an actor and let it load its models."""
         self._cluster.await_head()
         options = self._actor_class.options(max_restarts=0, max_task_retries=0, **self._layout.resources)
-        actor = options.remote(worker, self._layout.threads, self._layout.workers_per_gpu)
+        fork_server = self._fork_server.address if self._fork_server else ""
+        actor = options.remote(worker, self._layout.threads, self._layout.workers_per_gpu, fork_server)
         self._handles[worker] = Handle(actor)
         self._expect(worker, "where", actor.where.options(concurrency_group="side").remote())
         self._expect(worker, "event", actor.load.remote(self._factory))
@@ -161,6 +170,8 @@ class RayExecutor:
         self._answers = queue.SimpleQueue()
         gc.collect()
         self._cluster.close()
+        if self._fork_server:
+            self._fork_server.close()
 
     def _expect(self, worker: int, kind: str, reference: Any) -> None:
         """Have the answer to a call put into the queue."""

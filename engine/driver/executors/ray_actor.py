@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 
 from engine.driver.executors.base import ExecutorEvent, WorkerFactory, WorkerHost
+from engine.driver.executors.forked_host import ForkedHost, request_worker
 from engine.driver.executors.ray_layout import gpu_threads, usable_cores
 from engine.job.plan import ShardSpec
 from engine.models.gpu_sharing import GpuShare, sharing_gpu
@@ -25,18 +26,22 @@ class RayHost:
     Args:
         threads: of its numerical libraries; 0 for its part of the cores of the node that it is on.
         workers_per_gpu: workers that share its GPU; 0 if it has none.
+        fork_server: address of a server that forks the worker's process; empty to build the worker in this one.
 
     Side effects: sets environment variables of this process, which libraries read when the factory imports them.
     """
 
-    def __init__(self, number: int, threads: int, workers_per_gpu: int = 1) -> None:
+    def __init__(self, number: int, threads: int, workers_per_gpu: int = 1, fork_server: str = "") -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads or _threads_here(workers_per_gpu))
         if not workers_per_gpu:
             # Ray does not hide the GPUs of a node from an actor that has asked for none.
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._share = GpuShare(memory=1 / max(1, workers_per_gpu), owns_process=True)
         self._num_heartbeats = 0
-        self._host = WorkerHost(number, self._note_active)
+        self._number = number
+        self._fork_server = fork_server
+        self._own_host = WorkerHost(number, self._note_active)
+        self._host: WorkerHost | ForkedHost = self._own_host
         self._progress: Progress | None = None
         self._sampled: queue.SimpleQueue[Callable[[], ExecutorEvent]] = queue.SimpleQueue()
 
@@ -48,6 +53,11 @@ class RayHost:
 
     def load(self, factory: WorkerFactory) -> ExecutorEvent:
         """Build the worker."""
+        if self._fork_server and (connection := request_worker(self._fork_server, self._number)):
+            from ray import cloudpickle
+
+            self._own_host.close()
+            self._host = ForkedHost(connection, self._note_active, cloudpickle.dumps)
         with sharing_gpu(self._share):
             return self._host.load(factory)
 
