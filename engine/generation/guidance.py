@@ -5,6 +5,7 @@ Legend: B samples, C channels, H x W size.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -54,7 +55,12 @@ class RequestGuides:
             self._criteria[request.number] = self.criterion(request, image_shape, decoding)
 
     def guided(
-        self, request: int, denoiser: ConditionalDenoiser, classes: Sequence[tuple[int, ...]], decoding: Decoding
+        self,
+        request: int,
+        denoiser: ConditionalDenoiser,
+        classes: Sequence[tuple[int, ...]],
+        decoding: Decoding,
+        row_multiple: int | None = None,
     ) -> GuidedDenoiser | None:
         """The denoiser with the guidance of a request around it; None for a method without guidance.
 
@@ -62,6 +68,7 @@ class RequestGuides:
             request: number of the request, prepared if its method is the user's own.
             classes: of each sample of the batch, its class or its subset.
             decoding: of predicted latents.
+            row_multiple: as in `GuidanceScene`.
         """
         spec = self._job.requests[request]
         method = spec.method_record
@@ -70,7 +77,8 @@ class RequestGuides:
         guide = method.load_guide()
         if method.is_user_code:
             guide = functools.partial(guide, self._criteria[request])
-        return guide(denoiser, self._job.parameters_of(spec), self.scene(classes, decoding))
+        scene = dataclasses.replace(self.scene(classes, decoding), row_multiple=row_multiple)
+        return guide(denoiser, self._job.parameters_of(spec), scene)
 
     def scene(self, classes: Sequence[tuple[int, ...]], decoding: Decoding) -> GuidanceScene:
         """What guides and criteria can ask about samples of these classes."""

@@ -12,6 +12,9 @@ from typing import Self
 
 from torch import Tensor
 
+# Some rows of a batch: one after another, or by their numbers, on the CPU.
+Rows = slice | Tensor
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
@@ -35,9 +38,10 @@ class Scene:
         """B."""
         return len(self.classes)
 
-    def rows(self, part: slice) -> Self:
-        """The scene of some of the samples, one after another."""
-        return dataclasses.replace(self, labels=self.labels[part], classes=self.classes[part])
+    def rows(self, part: Rows) -> Self:
+        """The scene of some of the samples."""
+        places = range(self.num_samples)[part] if isinstance(part, slice) else part.tolist()
+        return dataclasses.replace(self, labels=self.labels[part], classes=tuple(self.classes[row] for row in places))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +65,9 @@ class GuidanceScene(Scene):
     Attributes:
         raw_conformity: as `conformity`, the inner product of the embeddings in place of their cosine.
         decoding: of predicted latents.
+        row_multiple: gradients may be taken for any rows whose number is a multiple of this; None: for all rows alone.
     """
 
     raw_conformity: Callable[[Tensor, Tensor], Tensor]
     decoding: Decoding
+    row_multiple: int | None = None
