@@ -253,13 +253,15 @@ class Generator:
             specs: filled up to the rows that score.
         """
         model, spec = self._model(request), self._job.requests[request]
-        # What code of the user's own computes for a row is not known to depend on that row alone.
-        can_arrive = self._job.parameters_of(spec).can_arrive and not spec.method_record.is_user_code
+        if spec.method_record.is_user_code:
+            # What it computes for a row is not known to depend on that row alone.
+            return len(specs), None
+        can_arrive = self._job.parameters_of(spec).can_arrive
         if not self._hardware.is_cpu:
             is_free = can_arrive and not (self._hardware.deterministic or self._hardware.compile)
             return len(specs), gpu_multiple(len(specs)) if is_free else None
         rows = fewest_rows(num_samples, len(specs))
-        is_possible = model.takes_fewer_rows and len(specs) == model.rows and not spec.method_record.is_user_code
+        is_possible = model.takes_fewer_rows and len(specs) == model.rows
         if not is_possible or (rows == len(specs) and not can_arrive):
             return len(specs), None
         sampling = self._job.sampling_of(spec)
