@@ -80,8 +80,7 @@ def contents(results: list[SampleResult]) -> list[tuple[Any, ...]]:
 def test_samples_have_the_bytes_of_whole_batches(
     made: Made, request_number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All sixteen, the first five, and one from the middle; short batches, and gradients of samples that still move,
-    take fewer rows: by a third and more."""
+    """All sixteen, some of whose gradients are taken by fours; the first five and one from the middle, in fewer rows."""
     parts = [(16, 0), (5, 0), (1, 9)]
     fewer = []
     for num_samples, first in parts:
@@ -92,7 +91,8 @@ def test_samples_have_the_bytes_of_whole_batches(
     for (num_samples, first), (found, rows) in zip(parts, fewer, strict=True):
         assert found == whole[first : first + num_samples]
         assert all(number % ROW_MULTIPLE == 0 for number, _ in rows)
-        assert sum(number for number, _ in rows) <= all_rows * fewest_rows(num_samples, 16) / 16
+        # Samples that leave the tolerance are predicted twice.
+        assert sum(number for number, _ in rows) < all_rows * 1.2 * fewest_rows(num_samples, 16) / 16
     guided_steps = [record["guided_steps"] for _, record in whole]
     if "tolerance" in METHODS[list(METHODS)[request_number]]:
         # Else nobody arrived, or nobody moved.

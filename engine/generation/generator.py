@@ -264,8 +264,8 @@ class Generator:
         is_possible = model.takes_fewer_rows and len(specs) == model.rows
         if not is_possible or (rows == len(specs) and not can_arrive):
             return len(specs), None
-        sampling = self._job.sampling_of(spec)
-        key = (self._address(request), spec.method, self._job.parameters_of(spec), sampling.guidance_scale > 1)
+        parameters, scale = self._job.parameters_of(spec), self._job.sampling_of(spec).guidance_scale
+        key = (self._address(request), spec.method, parameters.model_dump_json(), scale > 1)
         compute = partial(self._computed, request, specs, draws)
         if not self._shapes.agree(key, compute, len(specs)):
             return len(specs), None
