@@ -80,7 +80,7 @@ def contents(results: list[SampleResult]) -> list[tuple[Any, ...]]:
 def test_samples_have_the_bytes_of_whole_batches(
     made: Made, request_number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All sixteen, some of whose gradients are taken by fours; the first five and one from the middle, in fewer rows."""
+    """All sixteen, with gradients of fewer where some have arrived; the first five, and one from the middle."""
     parts = [(16, 0), (5, 0), (1, 9)]
     fewer = []
     for num_samples, first in parts:
