@@ -13,6 +13,8 @@ from engine.generation.row_shapes import ROW_MULTIPLE, RowShapes, fewest_rows, g
 from engine.job.parsing import parse_job
 from engine.job.plan import Plan, build_plan
 from engine.job.records import SampleResult
+from engine.methods.guidance.scene import Decoding
+from engine.methods.sampling.loop import sample
 from engine.models.digests import model_digests
 from engine.models.hardware import CPU_ROWS
 from engine.models.labels import read_labels
@@ -50,11 +52,9 @@ class Made:
         job = parse_job({"name": "job", "models": models, "requests": requests, "sampling": sampling, "output": output})
         self.plan: Plan = build_plan(job, read_labels(job.models.target), model_digests(job))
         self.generator = Generator(job, self.plan)
-        self.rows = list[tuple[int, bool]]()
+        self.rows = list[int]()
         self.network = self.generator._model(0).network
-        self.network.register_forward_pre_hook(
-            lambda _, inputs: self.rows.append((len(inputs[0]), torch.is_grad_enabled()))
-        )
+        self.network.register_forward_pre_hook(lambda _, inputs: self.rows.append(len(inputs[0])))
 
     def results(self, request: int, num_samples: int, first: int = 0) -> list[SampleResult]:
         """Of the samples of a request from the first one on; `rows` are then those of its batch."""
@@ -81,33 +81,41 @@ def contents(results: list[SampleResult]) -> list[tuple[Any, ...]]:
 def test_samples_have_the_bytes_of_whole_batches(
     made: Made, request_number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All sixteen, with gradients of fewer where some have arrived; the first five, and one from the middle."""
-    parts = [(16, 0), (5, 0), (1, 9)]
+    """The first five, and one from the middle, in fewer rows."""
+    parts = [(5, 0), (1, 9)]
     fewer = []
     for num_samples, first in parts:
         fewer.append((contents(made.results(request_number, num_samples, first)), list(made.rows)))
     monkeypatch.setattr(RowShapes, "agree", lambda *_: False)
     whole = contents(made.results(request_number, 16))
-    all_rows = sum(rows for rows, _ in made.rows)
+    all_rows = sum(made.rows)
     for (num_samples, first), (found, rows) in zip(parts, fewer, strict=True):
         assert found == whole[first : first + num_samples]
-        assert all(number % ROW_MULTIPLE == 0 for number, _ in rows)
-        # Samples that leave the tolerance are predicted twice.
-        assert sum(number for number, _ in rows) < all_rows * 1.2 * fewest_rows(num_samples, 16) / 16
-    guided_steps = [record["guided_steps"] for _, record in whole]
-    if "tolerance" in METHODS[list(METHODS)[request_number]]:
-        # Else nobody arrived, or nobody moved.
-        assert 0 < sum(guided_steps) < 16 * (NUM_STEPS - 1)
+        assert all(number % ROW_MULTIPLE == 0 for number in rows)
+        assert sum(rows) == all_rows * fewest_rows(num_samples, 16) / 16
 
 
-def test_a_gradient_takes_the_rows_that_move(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the UNet: fewer rows with a graph than without the parts, as many in all."""
-    made.results(1, 16)
-    parted = list(made.rows)
-    monkeypatch.setattr(RowShapes, "agree", lambda *_: False)
-    made.results(1, 16)
-    with_graph = [sum(rows for rows, has_graph in calls if has_graph) for calls in (parted, made.rows)]
-    assert with_graph[0] < with_graph[1]
+@pytest.mark.parametrize("request_number", [1, 2], ids=["boundary", "risky"])
+def test_gradients_by_fours_have_the_bytes_of_whole_batches(made: Made, request_number: int) -> None:
+    """Sixteen samples, some of which arrive: through fewer rows with a graph, to the same latents and counts."""
+    specs, found = list(made.plan.samples(made.plan.shard(request_number))), []
+    for row_multiple in (None, ROW_MULTIPLE):
+        made.rows.clear()
+        denoiser, sampler, noise = made.generator._denoiser(request_number, specs, [])
+        guided = made.generator._guided(request_number, specs, denoiser, row_multiple)
+        assert guided is not None
+        counted, decode = list[int](), guided._scene.decoding.decode
+
+        def decoded(latents: torch.Tensor, counted: list[int] = counted, decode: Any = decode) -> torch.Tensor:
+            counted.extend([len(latents)] * torch.is_grad_enabled())
+            return decode(latents)
+
+        guided = guided.through(Decoding(decode=decoded))
+        found.append((sample(guided, sampler, noise), guided.health, counted))
+    (whole, health, all_rows), (parted, other, rows) = found
+    assert torch.equal(whole, parted) and torch.equal(health.guided_steps, other.guided_steps)
+    assert all(number % ROW_MULTIPLE == 0 for number in rows) and len(set(rows)) > 1
+    assert set(all_rows) == {16} and 0 < health.guided_steps.sum() < 16 * (NUM_STEPS - 1)
 
 
 def test_a_shape_that_changes_bytes_is_not_used(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +125,7 @@ def test_a_shape_that_changes_bytes_is_not_used(made: Made, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(SteadyConv2d, "forward", torch.nn.Conv2d.forward)
         assert contents(made.results(0, 3)) == expected
-        assert {rows for rows, _ in made.rows} == {2 * CPU_ROWS}
+        assert set(made.rows) == {2 * CPU_ROWS}
         assert list(made.generator._shapes._agree.values()) == [False]
 
 

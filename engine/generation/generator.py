@@ -24,7 +24,7 @@ from engine.generation.isolation import Isolation
 from engine.generation.loading import PipelinePool, load_scorer
 from engine.generation.notices import Notices
 from engine.generation.results import ImageBatch, SampledImages
-from engine.generation.row_shapes import ROW_MULTIPLE, RowShapes, fewest_rows, gpu_multiple
+from engine.generation.row_shapes import RowShapes, fewest_rows, gpu_multiple
 from engine.generation.starts import Size, StartImage, StartImages, StartSets
 from engine.job.plan import Plan, RequestPlan, SampleSpec, make_prompt, planned_temperature
 from engine.job.records import SampleResult
@@ -256,20 +256,19 @@ class Generator:
         if spec.method_record.is_user_code:
             # What it computes for a row is not known to depend on that row alone.
             return len(specs), None
-        can_arrive = self._job.parameters_of(spec).can_arrive
-        if not self._hardware.is_cpu:
-            is_free = can_arrive and not (self._hardware.deterministic or self._hardware.compile)
+        parameters, hardware = self._job.parameters_of(spec), self._hardware
+        if not hardware.is_cpu:
+            is_free = parameters.can_arrive and not (hardware.deterministic or hardware.compile)
             return len(specs), gpu_multiple(len(specs)) if is_free else None
         rows = fewest_rows(num_samples, len(specs))
-        is_possible = model.takes_fewer_rows and len(specs) == model.rows
-        if not is_possible or (rows == len(specs) and not can_arrive):
+        if not model.takes_fewer_rows or len(specs) != model.rows or rows == len(specs):
             return len(specs), None
-        parameters, scale = self._job.parameters_of(spec), self._job.sampling_of(spec).guidance_scale
+        scale = self._job.sampling_of(spec).guidance_scale
         key = (self._address(request), spec.method, parameters.model_dump_json(), scale > 1)
-        compute = partial(self._computed, request, specs, draws)
-        if not self._shapes.agree(key, compute, len(specs)):
+        if not self._shapes.agree(key, partial(self._computed, request, specs, draws), len(specs)):
             return len(specs), None
-        return rows, ROW_MULTIPLE if can_arrive else None
+        # Sixteen rows are too few for gradients of some of them to save time.
+        return rows, None
 
     def _computed(
         self, request: int, specs: Sequence[SampleSpec], draws: Sequence[ScreenedDraw], num_rows: int

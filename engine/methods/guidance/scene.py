@@ -65,7 +65,7 @@ class GuidanceScene(Scene):
     Attributes:
         raw_conformity: as `conformity`, the inner product of the embeddings in place of their cosine.
         decoding: of predicted latents.
-        row_multiple: gradients may be taken for any rows whose number is a multiple of this; None: for all rows alone.
+        row_multiple: a gradient may be that of some rows, a multiple of so many; None: all rows stay together.
     """
 
     raw_conformity: Callable[[Tensor, Tensor], Tensor]
