@@ -25,7 +25,7 @@ NUM_STEPS = 6
 METHODS: dict[str, dict[str, Any]] = {
     "prompt": {},
     "boundary": {"gradient": "unet", "every": 1, "tolerance": 2.0},
-    "risky": {"every": 1, "tolerance": 1.0, "conformity_floor": 0.0},
+    "risky": {"every": 1, "tolerance": 1.49, "conformity_floor": -0.5},
 }
 
 
