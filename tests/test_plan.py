@@ -149,6 +149,18 @@ def test_digest_follows_what_decides_pixels(changes, path):
     assert path in difference(old.identity, new.identity)
 
 
+def test_a_tolerance_is_in_the_identity_where_it_changes_samples():
+    """Plans from before there was one have no such key, and go on."""
+    plain, wide = (
+        build_plan(make_job(boundary_request(), guidance={"boundary": options}), DIGITS, DIGESTS)
+        for options in ({"tolerance": 0.0}, {"tolerance": 0.1})
+    )
+    guidance = [plan.identity["requests"][0]["guidance"] for plan in (plain, wide)]
+    assert set(guidance[0]) == {"step", "alpha", "cap", "every", "gradient", "skip_last"}
+    assert guidance[1] == guidance[0] | {"tolerance": 0.1}
+    assert "requests.0.guidance.tolerance" in "".join(difference(plain.identity, wide.identity))
+
+
 def test_every_request_has_the_digest_of_its_own_pipeline():
     """And the models that all of them share are listed once; its rule of acceptance decides what is kept."""
     rule = {"is_error": True, "conformity": ">= 0.2"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -23,6 +24,7 @@ from engine.generation.isolation import Isolation
 from engine.generation.loading import PipelinePool, load_scorer
 from engine.generation.notices import Notices
 from engine.generation.results import ImageBatch, SampledImages
+from engine.generation.row_shapes import RowShapes, fewest_rows, gpu_multiple
 from engine.generation.starts import Size, StartImage, StartImages, StartSets
 from engine.job.plan import Plan, RequestPlan, SampleSpec, make_prompt, planned_temperature
 from engine.job.records import SampleResult
@@ -70,6 +72,7 @@ class Generator:
         decoder = job.models.guidance_decoder
         self._guidance_decoder = GuidanceDecoder.load(decoder, self._hardware) if decoder else None
         self._precisions = DecoderPrecisions(self._hardware, self.notices)
+        self._shapes = RowShapes()
         self._prepared: set[int] = set()
         self._begin_batches()
         if len({self._address(request.number) for request in plan.requests}) == 1:
@@ -179,9 +182,9 @@ class Generator:
         draws += draws[-1:] * missing
         starts = self._start_images(request, padded)
         start = self._start(request, starts)
-        images, health = self.sample(request, padded, draws, start)
+        images, health = self.sample(request, padded, draws, start, len(specs))
         has_twin = self._job.requests[request].twin
-        twins = self.sample(request, padded, draws, start, is_guided=False)[0] if has_twin else None
+        twins = self.sample(request, padded, draws, start, len(specs), is_guided=False)[0] if has_twin else None
         sampled = SampledImages(
             specs=padded,
             num_samples=len(specs),
@@ -217,6 +220,7 @@ class Generator:
         specs: Sequence[SampleSpec],
         draws: Sequence[ScreenedDraw],
         start: Start | None = None,
+        num_samples: int | None = None,
         *,
         is_guided: bool = True,
     ) -> tuple[Tensor, GradientHealth]:
@@ -225,14 +229,73 @@ class Generator:
         Args:
             draws: the image embeddings of a request with `conditioning`, one a sample; empty for others.
             start: of a request with `start`; None for others.
+            num_samples: how many of `specs` are samples, the others repeating the last of them; None for all.
             is_guided: whether by the request's method; else the samples are unguided twins.
         """
-        denoiser, sampler, noise = self._denoiser(request, specs, draws)
-        guided = self._guided(request, specs, denoiser) if is_guided else None
-        latents = sample(guided or denoiser, sampler, noise, start)
-        health = guided.health.on_host() if guided else GradientHealth.of(len(specs))
+        num_samples = num_samples or len(specs)
+        rows, multiple = self._rows(request, specs, draws, num_samples)
+        denoiser, sampler, noise = self._denoiser(request, specs[:rows], draws[:rows])
+        guided = self._guided(request, specs[:rows], denoiser, multiple) if is_guided else None
+        latents = sample(guided or denoiser, sampler, noise, start and start.first(rows))
+        health = guided.health.on_host() if guided else GradientHealth.of(rows)
+        if rows < len(specs):
+            places = torch.arange(len(specs)).clamp_max(num_samples - 1)
+            latents, health = latents[places], health.rows(places)
         with torch.no_grad():
             return self._model(request).decode(latents), health
+
+    def _rows(
+        self, request: int, specs: Sequence[SampleSpec], draws: Sequence[ScreenedDraw], num_samples: int
+    ) -> tuple[int, int | None]:
+        """Rows that samples are denoised in, and the multiple of rows that gradients may be taken for.
+
+        Args:
+            specs: filled up to the rows that score.
+        """
+        model, spec = self._model(request), self._job.requests[request]
+        if spec.method_record.is_user_code:
+            # What it computes for a row is not known to depend on that row alone.
+            return len(specs), None
+        parameters, hardware = self._job.parameters_of(spec), self._hardware
+        if not hardware.is_cpu:
+            is_free = parameters.can_arrive and not (hardware.deterministic or hardware.compile)
+            return len(specs), gpu_multiple(len(specs)) if is_free else None
+        rows = fewest_rows(num_samples, len(specs))
+        if not model.takes_fewer_rows or len(specs) != model.rows or rows == len(specs):
+            return len(specs), None
+        scale = self._job.sampling_of(spec).guidance_scale
+        key = (self._address(request), spec.method, parameters.model_dump_json(), scale > 1)
+        if not self._shapes.agree(key, partial(self._computed, request, specs, draws), len(specs)):
+            return len(specs), None
+        # Sixteen rows are too few for gradients of some of them to save time.
+        return rows, None
+
+    def _computed(
+        self, request: int, specs: Sequence[SampleSpec], draws: Sequence[ScreenedDraw], num_rows: int
+    ) -> list[Tensor] | None:
+        """Tensors [num_rows, ...] of a step of the first samples: predictions, criteria, gradients, the moved latents.
+
+        None where no gradient shows anything.
+        """
+        denoiser, sampler, noise = self._denoiser(request, specs[:num_rows], draws[:num_rows])
+        guided = self._guided(request, specs[:num_rows], denoiser)
+        steps = [step for step in sampler.steps() if guided is None or guided.guides(step)]
+        if not steps:
+            return None
+        step = steps[0]
+        latents = noise * math.hypot(step.scale, step.sigma)
+        plain = denoiser(latents, step)
+        beat()
+        if guided is None:
+            return [plain.output]
+        prediction = guided.predict(latents, step)
+        losses, gradients = guided.gradients(prediction, step)
+        beat()
+        moved = guided.moved(losses, gradients, prediction, step)
+        # With a graph the halves of a prediction are calls of their own: they get the same bytes, too.
+        is_one = torch.equal(plain.conditional, prediction.conditional)
+        tensors = [plain.output, losses.T, gradients.transpose(0, 1), moved.output, moved.latents]
+        return tensors if is_one and gradients.any() else None
 
     def _denoiser(
         self, request: int, specs: Sequence[SampleSpec], draws: Sequence[ScreenedDraw]
@@ -256,10 +319,14 @@ class Generator:
         return Start(latents=latents.float(), strength=spec.strength)
 
     def _guided(
-        self, request: int, specs: Sequence[SampleSpec], denoiser: ClassifierFreeDenoiser
+        self,
+        request: int,
+        specs: Sequence[SampleSpec],
+        denoiser: ClassifierFreeDenoiser,
+        row_multiple: int | None = None,
     ) -> GuidedDenoiser | None:
         classes = [spec.cell.classes for spec in specs]
-        return self._guides.guided(request, denoiser, classes, self._decoding(request))
+        return self._guides.guided(request, denoiser, classes, self._decoding(request), row_multiple)
 
     def _compared(self, request: int, decoding: Decoding) -> Tensor:
         """Cosines [2, n] of gradients with another decoding, and with images in 8 bits, to those of a request.

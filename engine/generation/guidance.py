@@ -5,6 +5,7 @@ Legend: B samples, C channels, H x W size.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -55,7 +56,12 @@ class RequestGuides:
             self._criteria[request.number] = self.criterion(request, image_shape, decoding)
 
     def guided(
-        self, request: int, denoiser: ConditionalDenoiser, classes: Sequence[tuple[int, ...]], decoding: Decoding
+        self,
+        request: int,
+        denoiser: ConditionalDenoiser,
+        classes: Sequence[tuple[int, ...]],
+        decoding: Decoding,
+        row_multiple: int | None = None,
     ) -> GuidedDenoiser | None:
         """The denoiser with the guidance of a request around it; None for a method without guidance.
 
@@ -63,6 +69,7 @@ class RequestGuides:
             request: number of the request, prepared if its method is the user's own.
             classes: of each sample of the batch, its class or its subset.
             decoding: of predicted latents.
+            row_multiple: as in `GuidanceScene`.
         """
         spec = self._job.requests[request]
         method = spec.method_record
@@ -72,6 +79,7 @@ class RequestGuides:
         if method.is_user_code:
             guide = functools.partial(guide, self._criteria[request])
         scene = self.scene(classes, decoding, self._job.guidance_of(spec).ensemble)
+        scene = dataclasses.replace(scene, row_multiple=row_multiple)
         return guide(denoiser, self._job.parameters_of(spec), scene)
 
     def scene(

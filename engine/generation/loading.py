@@ -41,6 +41,7 @@ class PipelinePool:
                 gc.collect()
                 torch.cuda.empty_cache()
             self._pipelines[address] = load_pipeline(address, self._hardware, checks_safety=self._checks_safety)
+            self._pipelines[address].make_steady()
         return self._pipelines[address]
 
 

@@ -10,8 +10,9 @@ from engine.job.spec import RuntimeSpec
 from engine.models.attention import automatic_attention
 from engine.models.gpu_sharing import GpuShare, gpu_share
 
-# On a CPU a fixed number of rows in every model call makes a sample's bytes independent of its neighbours: kernels
-# choose their order of summation by the shape. Large models compute samples one by one there.
+# On a CPU a fixed number of rows makes a sample's bytes independent of its neighbours: kernels choose their order of
+# summation by the shape. Fewer rows where they show no difference: see `engine.generation.row_shapes`. Large models
+# compute samples one by one there.
 CPU_ROWS = 16
 CPU_LATENT_PIXELS = 1024
 # Above this image size guidance recomputes activations on a CPU to save memory (`gradient_checkpointing: auto`).

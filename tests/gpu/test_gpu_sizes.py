@@ -34,6 +34,7 @@ LARGE_BATCHES = (2, 4) if IS_REHEARSAL else (32, 64)
 # Of the first batches of `auto`.
 FIRST_SIZES = {CPU_ROWS} if IS_REHEARSAL else {8, 16}
 SHARD = 4 if IS_REHEARSAL else 112
+NUM_ARRIVING = 16 if IS_REHEARSAL else 128
 GIB = 2**30
 
 
@@ -62,6 +63,46 @@ def test_large_batches_are_made_whole(size, random_models, tmp_path):
     assert {row["batch_size"] for row in rows} == ({CPU_ROWS} if IS_REHEARSAL else {size})
     assert all(row["nonfinite_gradients"] == 0 for row in rows)
     assert all((row["guided_steps"] > 0) == (row["request"] != "prompt") for row in rows)
+
+
+def test_gradients_of_the_rows_that_move_are_those_of_whole_batches(device, monkeypatch):
+    """On a GPU but for rounding, and guidance stretches rounding in single samples: so the distribution of the
+    differences is compared with that between two batch sizes, which are rounding alone. On a CPU nothing differs."""
+
+    def risks(size, in_parts=True):
+        with monkeypatch.context() as patch:
+            if not in_parts:
+                patch.setattr("engine.generation.generator.gpu_multiple", lambda num_rows: num_rows)
+                patch.setattr("engine.generation.generator.RowShapes.agree", lambda *_: False)
+            return np.array([row["kldb"] for row in arrived_rows(device, size)])
+
+    whole = risks(NUM_ARRIVING, in_parts=False)
+    by_parts, by_size = (np.abs(other - whole) for other in (risks(NUM_ARRIVING), risks(NUM_ARRIVING // 2)))
+    for quantile in (0.5, 0.75, 0.9):
+        assert np.quantile(by_parts, quantile) <= 3 * np.quantile(by_size, quantile) + 1e-6
+
+
+def arrived_rows(device, size):
+    """Records of digits between two classes, many of which arrive on the way."""
+    raw = {
+        "name": "job",
+        "models": {
+            "diffusion": "zoo:digits/stable-diffusion",
+            "clip": "zoo:digits/clip",
+            "target": "zoo:digits/classifier",
+        },
+        "requests": [{"name": "a", "method": "boundary", "boundary": ["three", "eight"], "count": NUM_ARRIVING}],
+        "sampling": {"num_inference_steps": 4 if IS_REHEARSAL else 20, "guidance_scale": 3.0},
+        "guidance": {"boundary": {"gradient": "unet", "every": 1, "tolerance": 1.0}},
+        "output": {"uri": "runs/job"},
+        "runtime": {"device": device, "precision": "fp32", "batch_size": size},
+    }
+    job = parse_job(raw)
+    plan = build_plan(job, read_labels(job.models.target), model_digests(job))
+    generator, specs = Generator(job, plan), list(plan.samples(plan.shard(0)))
+    rows = [result.record for batch in generator.batches(0, specs) for result in batch.results]
+    assert len({row["guided_steps"] for row in rows}) > 1
+    return rows
 
 
 def test_a_large_batch_makes_the_images_of_small_ones(random_models, tmp_path):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from engine.methods.boundary.spec import BoundaryGuidanceSpec
 from engine.methods.guidance.guided import ConditionalDenoiser, GuidedDenoiser
-from engine.methods.guidance.rules import Rule, polyak, scaled_by_latents, scaled_by_maximum, shifting
+from engine.methods.guidance.rules import Rule, beyond, polyak, scaled_by_latents, scaled_by_maximum, shifting
 from engine.methods.guidance.scene import GuidanceScene
 from engine.methods.scores import kldb
 
@@ -25,12 +26,17 @@ def guide_to_boundary(
     subset = torch.tensor(scene.classes[0], device=scene.labels.device)
     return GuidedDenoiser(
         denoiser,
-        criteria=lambda images, rows: kldb(rows.logits(images), subset)[None],
+        criteria=lambda images, rows: within(spec, kldb(rows.logits(images), subset))[None],
         scene=scene,
         update=shifting(rule_of(spec)),
         is_guided=lambda step: spec.is_guided(step.index, step.total),
         source="unet" if spec.gradient == "unet" else "conditional",
     )
+
+
+def within(spec: BoundaryGuidanceSpec, distance: Tensor) -> Tensor:
+    """A distance [B], zero within the tolerance of a job; without one as it is, rounding below zero included."""
+    return beyond(distance, spec.tolerance) if spec.can_arrive else distance
 
 
 def rule_of(spec: BoundaryGuidanceSpec) -> Rule:

@@ -23,6 +23,9 @@ class BoundaryGuidanceSpec(MethodParameters):
         description="Step size; 0 switches guidance off. Default: 1 for polyak (a factor), 0.05 for norm and paper.",
     )
     cap: Number = Field(default=0.1, gt=0, le=10, description="Polyak only: largest step as a fraction of |z|_2.")
+    tolerance: Number = Field(
+        default=0.0, ge=0, le=10, description="Samples whose criterion is at most this (KLDB: in nats) are not moved."
+    )
     every: StrictInt = Field(
         default=5, ge=1, le=1000, description="Guide at steps i with i % every == 0, i counted from 1."
     )
@@ -41,6 +44,15 @@ class BoundaryGuidanceSpec(MethodParameters):
     def is_guided(self, index: int, total: int) -> bool:
         """Whether `index % every == 0`, and not the last step where `skip_last`."""
         return on_schedule(index, total, every=self.every, skip_last=self.skip_last)
+
+    @property
+    def can_arrive(self) -> bool:
+        """Whether there is a tolerance."""
+        return self.tolerance > 0
+
+    def identity(self) -> dict[str, Any]:
+        """Plans from before there was a tolerance have no such key."""
+        return self.model_dump(mode="json", exclude=set() if self.can_arrive else {"tolerance"})
 
     @property
     def schedule_remedy(self) -> str:

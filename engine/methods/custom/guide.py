@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.methods.boundary.guide import rule_of
+from engine.methods.boundary.guide import rule_of, within
 from engine.methods.custom.criterion import Criterion
 from engine.methods.custom.spec import CustomGuidanceSpec
 from engine.methods.guidance.guided import ConditionalDenoiser, GuidedDenoiser
@@ -23,7 +23,7 @@ def guide_by_criterion(
     """
     return GuidedDenoiser(
         denoiser,
-        criteria=lambda images, rows: criterion(images, rows)[None],
+        criteria=lambda images, rows: within(spec, criterion(images, rows))[None],
         scene=scene,
         update=shifting(rule_of(spec)),
         is_guided=lambda step: spec.is_guided(step.index, step.total),

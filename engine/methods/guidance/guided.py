@@ -10,11 +10,20 @@ from typing import Any, Literal, Protocol, Self
 import torch
 from torch import Tensor
 
+from engine.methods.guidance.arrivals import Arrivals
 from engine.methods.guidance.precision import pulled_back
 from engine.methods.guidance.rules import GradientHealth, Update
-from engine.methods.guidance.scene import Decoding, GuidanceScene
+from engine.methods.guidance.scene import Decoding, GuidanceScene, Rows
 from engine.methods.guidance.slices import even_slices
-from engine.methods.sampling.denoiser import Denoiser, Prediction, PredictionType, Step, predicted_eps, predicted_x0
+from engine.methods.sampling.denoiser import (
+    Denoiser,
+    Prediction,
+    PredictionType,
+    Step,
+    placed,
+    predicted_eps,
+    predicted_x0,
+)
 
 # Latents without signal (zero terminal SNR) have no x0 to differentiate at.
 MIN_SIGNAL = 1e-3
@@ -32,8 +41,11 @@ class Criteria(Protocol):
 class ConditionalDenoiser(Denoiser, Protocol):
     """A denoiser whose conditional half can be differentiated."""
 
-    def attached(self, latents: Tensor, step: Step) -> Prediction:
-        """As calling it, with a `conditional` that is differentiable in the latents, a leaf."""
+    def attached(self, latents: Tensor, step: Step, rows: Tensor | None = None) -> Prediction:
+        """As calling it, with a `conditional` that is differentiable in the latents, a leaf; of some rows or of all."""
+
+    def conditional_output(self, latents: Tensor, step: Step, rows: Tensor | None = None) -> Tensor:
+        """The conditional half [b, C, H, W] alone, of some rows or of all, differentiable in the latents."""
 
 
 class GuidedDenoiser:
@@ -66,13 +78,50 @@ class GuidedDenoiser:
         self._is_guided = is_guided
         self._source = source
         self.health = GradientHealth.of(scene.num_samples)
+        self._arrivals = Arrivals(scene.num_samples, scene.row_multiple)
 
     def __call__(self, latents: Tensor, step: Step) -> Prediction:
         """Predict for latents [B, C, H, W], moved where the step is guided."""
         if not self.guides(step):
             return self._denoiser(latents, step)
-        prediction = self.predict(latents, step)
-        return self.moved(*self.gradients(prediction, step), prediction, step)
+        moving, resting = self._arrivals.split()
+        if len(resting):
+            prediction, losses, gradients = self._where_moving(latents, step, moving, resting)
+        else:
+            prediction = self.predict(latents, step)
+            losses, gradients = self.gradients(prediction, step)
+        self._arrivals.note(losses)
+        return self.moved(losses, gradients, prediction, step)
+
+    def _where_moving(
+        self, latents: Tensor, step: Step, moving: Tensor, resting: Tensor
+    ) -> tuple[Prediction, Tensor, Tensor]:
+        """Prediction, criteria [K, B] and gradients [K, B, C, H, W], which are zero where a sample still rests.
+
+        Args:
+            moving: numbers of the samples that are expected to move.
+            resting: those of the others, which are looked at first, without a graph.
+        """
+        prediction = self.predict(latents, step, moving)
+        seen = self._values(prediction, step, resting)
+        # No longer within the tolerance; a value that is not finite is for the step rule to count.
+        left = self._arrivals.filled(resting[(seen != 0).any(0).cpu()], resting)
+        losses = seen.new_zeros(len(seen), len(latents))
+        gradients = latents.new_zeros(len(seen), *latents.shape)
+        for rows, graph in ((moving, prediction), (left, self._again(prediction, step, left))):
+            if len(rows):
+                losses[:, rows], gradients[:, rows] = self.gradients(graph, step, rows)
+        return prediction, losses, gradients
+
+    def _again(self, prediction: Prediction, step: Step, rows: Tensor) -> Prediction:
+        """A prediction with a graph for the samples of these numbers, where gradients go through the UNet."""
+        if self._source != "unet" or not len(rows):
+            return prediction
+        latents = prediction.latents.detach().requires_grad_(True)
+        with torch.enable_grad():
+            output = self._denoiser.conditional_output(latents, step, rows)
+            conditional = placed(output, rows, len(latents))
+        return dataclasses.replace(prediction, conditional=conditional, latents=latents)
 
     def guides(self, step: Step) -> bool:
         """Whether a step moves the prediction."""
@@ -84,45 +133,74 @@ class GuidedDenoiser:
         other._scene = dataclasses.replace(self._scene, decoding=decoding)
         return other
 
-    def predict(self, latents: Tensor, step: Step) -> Prediction:
-        """The prediction that `gradients` differentiates, not moved; with a graph where that goes through the UNet."""
-        if self._source == "unet":
-            return self._denoiser.attached(latents.detach().requires_grad_(True), step)
+    def predict(self, latents: Tensor, step: Step, rows: Tensor | None = None) -> Prediction:
+        """The prediction that `gradients` differentiates, not moved; with a graph where that goes through the UNet.
+
+        Args:
+            rows: numbers of the samples that have a graph; None for all.
+        """
+        if self._source == "unet" and (rows is None or len(rows)):
+            return self._denoiser.attached(latents.detach().requires_grad_(True), step, rows)
         return self._denoiser(latents, step)
 
     def moved(self, losses: Tensor, gradients: Tensor, prediction: Prediction, step: Step) -> Prediction:
         """The prediction moved by what `gradients` gave for it."""
         return self._update(losses, gradients, prediction.detached(), step, self.health)
 
-    def gradients(self, prediction: Prediction, step: Step) -> tuple[Tensor, Tensor]:
+    def gradients(self, prediction: Prediction, step: Step, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Criteria [K, B] and their gradients in the latents [K, B, C, H, W], sample by sample.
 
         Args:
             prediction: from `predict`, at the same step.
+            rows: numbers of the B samples that it is for; None for all.
         """
         scored = self._scored(prediction, step).detach()
-        slices = even_slices(self._scene.num_samples, self._scene.decoding.slice_rows)
-        parts = [self._of_slice(prediction, scored, step, part) for part in slices]
+        parts = [self._of_slice(prediction, scored, step, part) for part in self._slices(rows)]
         losses, direct, of_output = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
         if self._source != "unet":
             return losses, direct
-        through = [pulled_back(cotangent, prediction.conditional, prediction.latents) for cotangent in of_output]
+        if rows is None:
+            through = [pulled_back(cotangent, prediction.conditional, prediction.latents) for cotangent in of_output]
+        else:
+            cotangents = [placed(cotangent, rows, len(scored)) for cotangent in of_output]
+            through = [pulled_back(one, prediction.conditional, prediction.latents)[rows] for one in cotangents]
         return losses, direct + torch.stack(through)
 
+    @torch.no_grad()
+    def _values(self, prediction: Prediction, step: Step, rows: Tensor) -> Tensor:
+        """Criteria [K, B] of the samples of these numbers."""
+        scored = self._scored(prediction, step)
+        parts = [
+            self._scene.rows(part).over_targets(
+                self._criteria, self._images(scored[part], prediction.latents[part], step, prediction)
+            )
+            for part in self._slices(rows)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _images(self, output: Tensor, latents: Tensor, step: Step, prediction: Prediction) -> Tensor:
+        """Images [b, 3, H, W] in [0, 1] of rows of what `_scored` gives, at these latents."""
+        kind: PredictionType = prediction.prediction if self._source == "unet" else "epsilon"
+        return self._scene.decoding.decode(predicted_x0(output, latents, step, kind)).clamp(0, 1)
+
+    def _slices(self, rows: Tensor | None) -> list[Rows]:
+        """The samples of these numbers, or all, in parts that are decoded and differentiated at a time."""
+        num_rows = self._scene.num_samples if rows is None else len(rows)
+        slices = even_slices(num_rows, self._scene.decoding.slice_rows)
+        return [part if rows is None else rows[part] for part in slices]
+
     def _of_slice(
-        self, prediction: Prediction, scored: Tensor, step: Step, part: slice
+        self, prediction: Prediction, scored: Tensor, step: Step, part: Rows
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Criteria [K, b] of some samples, their gradients in the latents and in what x0 is predicted from.
 
         One image serves all criteria; its graph ends with the slice.
         """
-        kind: PredictionType = prediction.prediction if self._source == "unet" else "epsilon"
-        scene = self._scene.rows(part)
         with torch.enable_grad():
             latents = prediction.latents[part].detach().requires_grad_(True)
             output = scored[part].requires_grad_(True)
-            images = scene.decoding.decode(predicted_x0(output, latents, step, kind)).clamp(0, 1)
-            losses = scene.over_targets(self._criteria, images)
+            images = self._images(output, latents, step, prediction)
+            losses = self._scene.rows(part).over_targets(self._criteria, images)
             # Sums keep every sample's gradient its own; a mean would scale it by the batch.
             gradients = [
                 torch.autograd.grad(loss.sum(), [latents, output], retain_graph=place + 1 < len(losses))

@@ -42,7 +42,7 @@ def pulled_back(cotangent: Tensor, output: Tensor, latents: Tensor) -> Tensor:
         finite = pending & _finite(gradient)
         result = torch.where(per_sample(finite, gradient), shifted(at_least_float32(gradient), -exponents), result)
         pending = pending & ~finite
-        # The only thing in the sampling loop that waits for a GPU.
+        # This waits for a GPU, as nothing else in the sampling loop does but `Arrivals`.
         if not pending.any():
             break
         exponents = exponents - LOWERED_EXPONENT

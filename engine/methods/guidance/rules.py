@@ -36,6 +36,10 @@ class GradientHealth:
         """All counts zero."""
         return cls(*(torch.zeros(num_samples, dtype=torch.long) for _ in range(3)))
 
+    def rows(self, rows: Tensor) -> GradientHealth:
+        """The counts of the samples of these numbers."""
+        return GradientHealth(self.guided_steps[rows], self.zero[rows], self.nonfinite[rows])
+
     def on_host(self) -> GradientHealth:
         """The same counts in the memory of the host."""
         return GradientHealth(self.guided_steps.cpu(), self.zero.cpu(), self.nonfinite.cpu())
@@ -88,6 +92,11 @@ def usable_gradients(loss: Tensor, gradient: Tensor, health: GradientHealth) -> 
     usable = finite & ~arrived & ~zero
     health.add(guided=usable, zero=zero, nonfinite=~finite)
     return usable, torch.where(per_sample(usable, gradient), gradient, torch.ones_like(gradient))
+
+
+def beyond(distance: Tensor, tolerance: float) -> Tensor:
+    """`distance` of each sample [B]; zero, without gradient, within the tolerance: the sample has arrived."""
+    return torch.where(distance > tolerance, distance, distance * 0)
 
 
 def shifting(rule: Rule) -> Update:

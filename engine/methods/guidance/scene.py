@@ -16,6 +16,9 @@ from torch import Tensor
 
 from engine.methods.parameters import Ensemble
 
+# Some rows of a batch: one after another, or by their numbers, on the CPU.
+Rows = slice | Tensor
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
@@ -39,9 +42,10 @@ class Scene:
         """B."""
         return len(self.classes)
 
-    def rows(self, part: slice) -> Self:
-        """The scene of some of the samples, one after another."""
-        return dataclasses.replace(self, labels=self.labels[part], classes=self.classes[part])
+    def rows(self, part: Rows) -> Self:
+        """The scene of some of the samples."""
+        places = range(self.num_samples)[part] if isinstance(part, slice) else part.tolist()
+        return dataclasses.replace(self, labels=self.labels[part], classes=tuple(self.classes[row] for row in places))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +71,14 @@ class GuidanceScene(Scene):
         decoding: of predicted latents.
         further_logits: as `logits`, of each further target.
         ensemble: what is descended where there are some.
+        row_multiple: a gradient may be that of some rows, a multiple of so many; None: all rows stay together.
     """
 
     raw_conformity: Callable[[Tensor, Tensor], Tensor]
     decoding: Decoding
     further_logits: tuple[Callable[[Tensor], Tensor], ...] = ()
     ensemble: Ensemble = "mean"
+    row_multiple: int | None = None
 
     def over_targets(self, criteria: Callable[[Tensor, Self], Tensor], images: Tensor) -> Tensor:
         """Criteria [K, B] of images [B, 3, H, W], each sample's the mean or the largest over the targets.

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from engine.methods.guidance.guided import ConditionalDenoiser, Criteria, GuidedDenoiser
-from engine.methods.guidance.rules import GradientHealth, Update, keep, norms, per_sample, unit, usable_gradients
+from engine.methods.guidance.rules import (
+    GradientHealth,
+    Update,
+    beyond,
+    keep,
+    norms,
+    per_sample,
+    unit,
+    usable_gradients,
+)
 from engine.methods.guidance.scene import GuidanceScene
 from engine.methods.risky.spec import RiskyGuidanceSpec
 from engine.methods.sampling.denoiser import Prediction, Step
@@ -82,8 +91,7 @@ def _conformity(spec: RiskyGuidanceSpec, scene: GuidanceScene, images: Tensor) -
 
 def distance_to_target(measured: Tensor, target: float, tolerance: float) -> Tensor:
     """Distance `|risk - target|` of each sample [B]; zero, without gradient, within the tolerance."""
-    distance = (measured - target).abs()
-    return torch.where(distance > tolerance, distance, distance * 0)
+    return beyond((measured - target).abs(), tolerance)
 
 
 def distance_below(conformity: Tensor, lowest: float) -> Tensor:

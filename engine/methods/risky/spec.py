@@ -49,6 +49,11 @@ class RiskyGuidanceSpec(MethodParameters):
         return on_schedule_remedy(every=self.every, last_fraction=self.gradient_range)
 
     @property
+    def can_arrive(self) -> bool:
+        """Whether risk has a target."""
+        return self.step == "polyak"
+
+    @property
     def risk_target(self) -> RiskTarget | None:
         """Target and tolerance of step `polyak`; the paper's step has none."""
         return RiskTarget(self.target_risk, self.tolerance) if self.step == "polyak" else None

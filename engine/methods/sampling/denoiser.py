@@ -174,6 +174,10 @@ class Condition:
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
+    def rows(self, rows: Tensor) -> Condition:
+        """The condition of the samples of these numbers."""
+        return Condition({name: tensor[rows] for name, tensor in self.tensors.items()})
+
     def followed_by(self, other: Condition) -> Condition:
         """Both batches as a single batch, with the rows of `self` first.
 
@@ -229,11 +233,16 @@ class ClassifierFreeDenoiser:
             output = self._combined(unconditional, conditional)
         return Prediction(output=output, conditional=conditional, latents=latents, prediction=self.prediction)
 
-    def attached(self, latents: Tensor, step: Step) -> Prediction:
+    def attached(self, latents: Tensor, step: Step, rows: Tensor | None = None) -> Prediction:
         """The same prediction, its conditional half differentiable in the latents [B, C, H, W].
 
         The two halves are two calls of B rows in place of one of 2 B: a gradient costs no forward pass of its own.
+
+        Args:
+            rows: numbers of the samples that have a graph, the others being in the second call; None for all.
         """
+        if rows is not None:
+            return self._partly_attached(latents, step, rows)
         with torch.enable_grad():
             conditional = self.conditional_output(latents, step)
         with torch.no_grad():
@@ -243,14 +252,42 @@ class ClassifierFreeDenoiser:
                 output = self._combined(at_least_float32(unconditional), output)
         return Prediction(output=output, conditional=conditional, latents=latents, prediction=self.prediction)
 
+    def _partly_attached(self, latents: Tensor, step: Step, rows: Tensor) -> Prediction:
+        with torch.enable_grad():
+            moving = self.conditional_output(latents, step, rows)
+        with torch.no_grad():
+            numbers = torch.arange(len(latents))
+            rest = numbers[~torch.isin(numbers, rows)]
+            # Without classifier-free guidance there is no unconditional half.
+            half = numbers if self._scale > 1 else numbers[:0]
+            inputs = step.network_input(latents[torch.cat([half, rest])])
+            condition = self._unconditional.rows(half).followed_by(self._conditional.rows(rest))
+            outputs = at_least_float32(self._network(inputs, step.timestep, condition))
+            unconditional, still = outputs.split([len(half), len(rest)])
+        with torch.enable_grad():
+            conditional = placed(still, rest, len(latents)).index_put((rows,), moving)
+        with torch.no_grad():
+            output = conditional.detach()
+            output = self._combined(unconditional, output) if self._scale > 1 else output
+        return Prediction(output=output, conditional=conditional, latents=latents, prediction=self.prediction)
+
     def _combined(self, unconditional: Tensor, conditional: Tensor) -> Tensor:
         """Classifier-free guidance from the unconditional and the conditional half."""
         output = unconditional + self._scale * (conditional - unconditional)
         return rescaled(output, conditional, self._rescale) if self._rescale > 0 else output
 
-    def conditional_output(self, latents: Tensor, step: Step) -> Tensor:
-        """Output of the conditional half alone, differentiable in the latents."""
-        return at_least_float32(self._network(step.network_input(latents), step.timestep, self._conditional))
+    def conditional_output(self, latents: Tensor, step: Step, rows: Tensor | None = None) -> Tensor:
+        """Output of the conditional half alone, differentiable in the latents; of the samples of these numbers."""
+        inputs, condition = latents, self._conditional
+        if rows is not None:
+            inputs, condition = latents[rows], condition.rows(rows)
+        return at_least_float32(self._network(step.network_input(inputs), step.timestep, condition))
+
+
+def placed(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Values [b, ...] at their rows of [num_rows, ...], zeros elsewhere; differentiable."""
+    empty = values.new_zeros(num_rows, *values.shape[1:])
+    return torch.index_put(empty, (rows,), values)
 
 
 def rescaled(output: Tensor, conditional: Tensor, share: float) -> Tensor:

@@ -26,6 +26,10 @@ class Start:
     latents: Tensor
     strength: float
 
+    def first(self, num_rows: int) -> Start:
+        """The start of the first samples of the batch."""
+        return Start(latents=self.latents[:num_rows], strength=self.strength)
+
     def noised(self, noise: Tensor, step: Step) -> Tensor:
         """The latents [B, C, H, W] at the noise level of a step."""
         return step.scale * self.latents + step.sigma * noise

@@ -207,6 +207,22 @@ class Pipeline(ABC):
         _, height, width = self.latent_shape
         return max(1, min(CPU_ROWS, CPU_LATENT_PIXELS // (height * width)))
 
+    @property
+    def takes_fewer_rows(self) -> bool:
+        """Whether calls of fewer than `rows` can be given the kernels of whole ones: see `make_steady`."""
+        return self.rows == CPU_ROWS and not self.hardware.compile
+
+    def make_steady(self) -> None:
+        """Let calls of fewer than `rows` take the kernels of whole ones, where they can be given them.
+
+        Side effects: as those of `engine.models.steady.make_steady`.
+        """
+        from engine.models.steady import make_steady
+
+        if self.takes_fewer_rows:
+            make_steady(self._network)
+            make_steady(self._vae)
+
     def draw_noise(self, seeds: Sequence[int]) -> dict[str, Tensor]:
         """Standard normal noise [B, ...] by name; of each sample a function of its seed alone.
 

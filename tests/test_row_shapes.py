@@ -1,0 +1,148 @@
+"""Batches on a CPU that are denoised in no more rows than their samples need: real models of the zoo, equal bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from engine.generation.generator import Generator
+from engine.generation.row_shapes import ROW_MULTIPLE, RowShapes, fewest_rows, gpu_multiple
+from engine.job.parsing import parse_job
+from engine.job.plan import Plan, build_plan
+from engine.job.records import SampleResult
+from engine.methods.guidance.scene import Decoding
+from engine.methods.sampling.loop import sample
+from engine.models.digests import model_digests
+from engine.models.hardware import CPU_ROWS
+from engine.models.labels import read_labels
+from engine.models.steady import SteadyConv2d
+
+CLASSES = {"digits": ("three", "eight"), "cifar10": ("cat", "dog")}
+NUM_STEPS = 6
+METHODS: dict[str, dict[str, Any]] = {
+    "prompt": {},
+    "boundary": {"gradient": "unet", "every": 1, "tolerance": 2.0},
+    "risky": {"every": 1, "tolerance": 1.49, "conformity_floor": -0.5},
+}
+
+
+class Made:
+    """A generator of sixteen samples for each method, with the rows that its network was called with."""
+
+    def __init__(self, zoo: str) -> None:
+        models = {name: f"zoo:{zoo}/{part}" for name, part in
+                  (("diffusion", "stable-diffusion"), ("clip", "clip"), ("target", "classifier"))}  # fmt: skip
+        first, second = CLASSES[zoo]
+        requests = [
+            {
+                "name": name,
+                "method": name,
+                "count": 16,
+                "seed_group": "same",
+                "guidance": {name: options} if options else {},
+            }
+            | ({"classes": [first]} if name == "risky" else {"boundary": [first, second]})
+            for name, options in METHODS.items()
+        ]
+        sampling = {"num_inference_steps": NUM_STEPS, "guidance_scale": 3.0}
+        output = {"uri": "runs/job"}
+        job = parse_job({"name": "job", "models": models, "requests": requests, "sampling": sampling, "output": output})
+        self.plan: Plan = build_plan(job, read_labels(job.models.target), model_digests(job))
+        self.generator = Generator(job, self.plan)
+        self.rows = list[int]()
+        self.network = self.generator._model(0).network
+        self.network.register_forward_pre_hook(lambda _, inputs: self.rows.append(len(inputs[0])))
+
+    def results(self, request: int, num_samples: int, first: int = 0) -> list[SampleResult]:
+        """Of the samples of a request from the first one on; `rows` are then those of its batch."""
+        specs = list(self.plan.samples(self.plan.shard(request)))[first : first + num_samples]
+        # What a comparison of shapes takes is not the batch's.
+        self.generator.next_batch(request, specs[:1])
+        self.rows.clear()
+        return self.generator.next_batch(request, specs)
+
+
+@pytest.fixture(scope="module", params=CLASSES)
+def made(request: pytest.FixtureRequest) -> Iterator[Made]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Made(request.param)
+    torch.set_num_threads(threads)
+
+
+def contents(results: list[SampleResult]) -> list[tuple[Any, ...]]:
+    return [(result.image, result.record) for result in results]
+
+
+@pytest.mark.parametrize("request_number", range(len(METHODS)), ids=METHODS)
+def test_samples_have_the_bytes_of_whole_batches(
+    made: Made, request_number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first five, and one from the middle, in fewer rows."""
+    parts = [(5, 0), (1, 9)]
+    fewer = []
+    for num_samples, first in parts:
+        fewer.append((contents(made.results(request_number, num_samples, first)), list(made.rows)))
+    monkeypatch.setattr(RowShapes, "agree", lambda *_: False)
+    whole = contents(made.results(request_number, 16))
+    all_rows = sum(made.rows)
+    for (num_samples, first), (found, rows) in zip(parts, fewer, strict=True):
+        assert found == whole[first : first + num_samples]
+        assert all(number % ROW_MULTIPLE == 0 for number in rows)
+        assert sum(rows) == all_rows * fewest_rows(num_samples, 16) / 16
+
+
+@pytest.mark.parametrize("request_number", [1, 2], ids=["boundary", "risky"])
+def test_gradients_by_fours_have_the_bytes_of_whole_batches(made: Made, request_number: int) -> None:
+    """Sixteen samples, some of which arrive: through fewer rows with a graph, to the same latents and counts."""
+    specs, found = list(made.plan.samples(made.plan.shard(request_number))), []
+    for row_multiple in (None, ROW_MULTIPLE):
+        made.rows.clear()
+        denoiser, sampler, noise = made.generator._denoiser(request_number, specs, [])
+        guided = made.generator._guided(request_number, specs, denoiser, row_multiple)
+        assert guided is not None
+        counted, decode = list[int](), guided._scene.decoding.decode
+
+        def decoded(latents: torch.Tensor, counted: list[int] = counted, decode: Any = decode) -> torch.Tensor:
+            counted.extend([len(latents)] * torch.is_grad_enabled())
+            return decode(latents)
+
+        guided = guided.through(Decoding(decode=decoded))
+        found.append((sample(guided, sampler, noise), guided.health, counted))
+    (whole, health, all_rows), (parted, other, rows) = found
+    assert torch.equal(whole, parted) and torch.equal(health.guided_steps, other.guided_steps)
+    assert all(number % ROW_MULTIPLE == 0 for number in rows) and len(set(rows)) > 1
+    assert set(all_rows) == {16} and 0 < health.guided_steps.sum() < 16 * (NUM_STEPS - 1)
+
+
+def test_a_shape_that_changes_bytes_is_not_used(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without steady convolutions torch computes short batches by another kernel: the shape stays, and the bytes."""
+    expected = contents(made.results(0, 3))
+    monkeypatch.setattr(made.generator, "_shapes", RowShapes())
+    with monkeypatch.context() as patch:
+        patch.setattr(SteadyConv2d, "forward", torch.nn.Conv2d.forward)
+        assert contents(made.results(0, 3)) == expected
+        assert set(made.rows) == {2 * CPU_ROWS}
+        assert list(made.generator._shapes._agree.values()) == [False]
+
+
+def test_one_comparison_decides_for_a_process() -> None:
+    """A tensor that differs, or that there is nothing to compare, keeps the shape."""
+    shapes, asked = RowShapes(), list[int]()
+
+    def compute(num_rows: int) -> list[torch.Tensor]:
+        asked.append(num_rows)
+        return [torch.zeros(num_rows, 2), torch.full((num_rows, 2), float(num_rows))]
+
+    assert [shapes.agree("a", compute, 16) for _ in range(2)] == [False, False] and asked == [16, 4]
+    assert shapes.agree("b", lambda num_rows: compute(num_rows)[:1], 16)
+    assert not shapes.agree("c", lambda _: None, 16)
+
+
+def test_shapes() -> None:
+    """Multiples of four up to the whole; on a GPU no more than four."""
+    assert [fewest_rows(number, 16) for number in (1, 4, 5, 13, 16)] == [4, 4, 8, 16, 16]
+    assert [gpu_multiple(number) for number in (8, 32, 64, 100)] == [8, 8, 16, 25]
