@@ -174,7 +174,7 @@ def _ensemble_problems(raw: dict[str, Any], part: dict[str, Any], where: Locatio
 def _override_problems(request: RequestSpec, base: dict[str, dict[str, Any]], where: Location) -> list[Problem]:
     problems: list[Problem] = []
     for section, spec in OVERRIDABLE.items():
-        merged = merge(base[section], getattr(request, section))
+        merged = _overridden(section, base, request)
         own = _validate(spec, merged, (*where, section))[1]
         if not own and section == "sampling" and request.sampling:
             own = _sampling_problems(merged, (*where, section))
@@ -185,6 +185,12 @@ def _override_problems(request: RequestSpec, base: dict[str, dict[str, Any]], wh
     if not problems and request.method_record.is_guided:
         problems += _schedule_problems(request, base, where)
     return problems
+
+
+def _overridden(section: str, base: dict[str, dict[str, Any]], request: RequestSpec) -> dict[str, Any]:
+    """A section of a job with the overrides of a request."""
+    override = getattr(request, section)
+    return GuidanceSpec.overridden(base[section], override) if section == "guidance" else merge(base[section], override)
 
 
 def _start_problems(request: RequestSpec, num_steps: int) -> list[Problem]:
@@ -198,7 +204,7 @@ def _start_problems(request: RequestSpec, num_steps: int) -> list[Problem]:
 
 def _schedule_problems(request: RequestSpec, base: dict[str, dict[str, Any]], where: Location) -> list[Problem]:
     num_steps = merge(base["sampling"], request.sampling)["num_inference_steps"]
-    guidance = GuidanceSpec.model_validate(merge(base["guidance"], request.guidance))
+    guidance = GuidanceSpec.model_validate(_overridden("guidance", base, request))
     parameters = guidance.of(request.method_record)
     start, taken = request.used_start, request.steps_taken(num_steps)
     # Without steps there is the reconstruction, which no method changes.

@@ -204,6 +204,15 @@ class GuidanceSpec(_Sections):
         """A job that does not choose it is stored as it was before there was a choice."""
         return _without(dump(self), "ensemble", when=self.ensemble == "mean")
 
+    @classmethod
+    def overridden(cls, base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+        """The guidance of a job with a request's overrides, neither of them checked."""
+        for method in METHODS:
+            own, others = override.get(method.name), base.get(method.name)
+            if isinstance(own, dict) and isinstance(others, dict):
+                base = base | {method.name: method.load_spec().beneath(others, own)}
+        return merge(base, override)
+
     def of(self, method: Method) -> MethodParameters:
         """The parameters of a method; without fields for a method without guidance."""
         parameters: MethodParameters = getattr(self, method.name, MethodParameters())
@@ -431,7 +440,7 @@ class JobSpec(Spec):
 
     def guidance_of(self, request: RequestSpec) -> GuidanceSpec:
         """The job's guidance with the request's overrides, key by key."""
-        return GuidanceSpec.model_validate(merge(self.guidance.model_dump(), request.guidance))
+        return GuidanceSpec.model_validate(GuidanceSpec.overridden(self.guidance.model_dump(), request.guidance))
 
     def parameters_of(self, request: RequestSpec) -> MethodParameters:
         """The parameters of the request's own method, with its overrides."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from engine.methods.fields import Spec
@@ -46,23 +47,32 @@ class MethodParameters(Spec):
         """The parameters as a plan's identity has them; one that came later is left out where it changes nothing."""
         return self.model_dump(mode="json")
 
+    @classmethod
+    def beneath(cls, base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a job that still hold where a request overrides some."""
+        return dict(base)
+
     def in_effect(self) -> dict[str, Any]:
         """The parameters as the data card lists them, with those written out whose default depends on others."""
         return self.model_dump()
 
 
-def on_schedule(index: int, total: int, *, every: int, skip_last: bool, last_fraction: float = 1.0) -> bool:
+def on_schedule(
+    index: int, total: int, *, every: int, skip_last: bool, last_fraction: float = 1.0, from_end: bool = False
+) -> bool:
     """Whether a step is guided: every so many steps, within the last fraction of them, the last one optional.
 
     Args:
         index: of the step, counted from 1.
         total: number of steps.
-        every: guide where `index % every == 0`.
+        every: guide where `index % every == 0`, or `(total - index) % every == 0`.
         skip_last: leave the last step, which is never denoised again, without guidance.
         last_fraction: share of the steps, at the end, that may be guided.
+        from_end: whether steps are counted back from the last one.
     """
     in_range = index > total * (1 - last_fraction)
-    return in_range and index % every == 0 and not (skip_last and index == total)
+    place = total - index if from_end else index
+    return in_range and place % every == 0 and not (skip_last and index == total)
 
 
 def on_schedule_remedy(*, every: int, last_fraction: float = 1.0) -> str:

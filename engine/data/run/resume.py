@@ -14,7 +14,7 @@ from engine.data.stores.base import DRIVER_LOCK, LEASES, LOCKS, STATE, Store
 from engine.errors import JobError, OutputError
 from engine.job.json_values import difference
 from engine.job.plan import Plan, next_stage
-from engine.job.spec import JobSpec
+from engine.job.spec import JobSpec, merge
 
 MAX_DIFFERENCES = 20
 # What is removed whole.
@@ -58,7 +58,7 @@ def open_output(store: Store, plan: Plan, job: JobSpec, resume: str, confirmed: 
             return plan
         # Another process was faster: its run must not be removed.
         return open_output(store, plan, job, "never" if resume == "never" else "auto", confirmed=False)
-    _check_same(store, stored, plan)
+    _check_same(store, stored, plan, job)
     return _extend(store, stored, plan, job)
 
 
@@ -96,12 +96,17 @@ def find_plan(store: Store, plan: Plan, job: JobSpec) -> Plan | None:
     return Plan(plan.requests, plan.identity, stored.stages, stored.schema_version)
 
 
-def _check_same(store: Store, stored: StoredRun, plan: Plan) -> None:
+def _check_same(store: Store, stored: StoredRun, plan: Plan, job: JobSpec) -> None:
     if stored.digest == plan.digest:
         return
     lines = _differences(stored.identity, json.loads(json.dumps(plan.identity)), plan)
     if len(lines) > MAX_DIFFERENCES:
         lines[MAX_DIFFERENCES:] = [f"and {len(lines) - MAX_DIFFERENCES} more differences"]
+    if methods := _of_old_default(stored, plan, job):
+        lines.append("the default of guidance changed since it began; this continues it:")
+        lines.append(
+            " ".join(["  riskforge run JOB", *(f"--set guidance.{name}.preset=adversarial" for name in methods)])
+        )
     raise OutputError(
         "\n".join(
             [
@@ -111,6 +116,22 @@ def _check_same(store: Store, stored: StoredRun, plan: Plan) -> None:
             ]
         )
     )
+
+
+def _of_old_default(stored: StoredRun, plan: Plan, job: JobSpec) -> list[str]:
+    """The methods whose requests were planned as preset `adversarial` plans them now, and otherwise alike."""
+    before = {one["name"]: one for one in stored.identity["requests"]}
+    methods: list[str] = []
+    for request, identity in zip(plan.requests, plan.identity["requests"], strict=True):
+        name, old = request.spec.method_record.name, before.get(request.spec.name)
+        if old is None or old["guidance"] == json.loads(json.dumps(identity["guidance"])):
+            continue
+        adversarial = merge(request.spec.guidance, {name: {"preset": "adversarial"}})
+        spec = request.spec.model_copy(update={"guidance": adversarial})
+        if job.parameters_of(spec).identity() != old["guidance"]:
+            return []
+        methods.append(name)
+    return list(dict.fromkeys(methods))
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], plan: Plan) -> list[str]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from engine.methods.boundary.spec import BoundaryGuidanceSpec
-from engine.methods.guidance.guided import ConditionalDenoiser, GuidedDenoiser
+from engine.methods.guidance.guided import ConditionalDenoiser, GuidedDenoiser, Source
 from engine.methods.guidance.rules import Rule, beyond, polyak, scaled_by_latents, scaled_by_maximum, shifting
 from engine.methods.guidance.scene import GuidanceScene
 from engine.methods.scores import kldb
+
+SOURCES: Mapping[str, Source] = {"combined": "combined-unet", "unet": "unet", "detached": "conditional"}
 
 
 def guide_to_boundary(
@@ -30,7 +34,7 @@ def guide_to_boundary(
         scene=scene,
         update=shifting(rule_of(spec)),
         is_guided=lambda step: spec.is_guided(step.index, step.total),
-        source="unet" if spec.gradient == "unet" else "conditional",
+        source=SOURCES[spec.gradient],
     )
 
 

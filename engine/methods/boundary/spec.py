@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, StrictInt
+from pydantic import Field
 
 from engine.methods.fields import Number
-from engine.methods.parameters import MethodParameters, on_schedule, on_schedule_remedy
+from engine.methods.presets import PresetParameters
 
 
-class BoundaryGuidanceSpec(MethodParameters):
+class BoundaryGuidanceSpec(PresetParameters):
     """KLDB guidance toward the decision boundary of the request's classes."""
+
+    ADVERSARIAL: ClassVar[Mapping[str, Any]] = {
+        "every": 5, "counted_from": "start", "skip_last": True, "gradient": "detached",
+    }  # fmt: skip
+    OLD_VALUES: ClassVar[Mapping[str, tuple[str, ...]]] = {"step": ("norm", "paper"), "gradient": ("detached", "unet")}
+    OLD_FIELDS: ClassVar[frozenset[str]] = frozenset({"step", "alpha", "cap", "every", "gradient", "skip_last"})
 
     step: Literal["polyak", "norm", "paper"] = Field(
         default="polyak", description="Step rule: Polyak (no step size), |g|_2-normalised, or the paper's max|g|."
@@ -26,13 +33,12 @@ class BoundaryGuidanceSpec(MethodParameters):
     tolerance: Number = Field(
         default=0.0, ge=0, le=10, description="Samples whose criterion is at most this (KLDB: in nats) are not moved."
     )
-    every: StrictInt = Field(
-        default=5, ge=1, le=1000, description="Guide at steps i with i % every == 0, i counted from 1."
+    gradient: Literal["combined", "unet", "detached"] = Field(
+        default="combined",
+        description="combined: of the x0 that is stepped with, through the UNet's conditional half; unet: of the"
+        " conditional half's x0, through the UNet; detached: the same without the UNet. Default: combined; adversarial:"
+        " detached.",
     )
-    gradient: Literal["detached", "unet"] = Field(
-        default="detached", description="Gradient at the detached x0 prediction, or through the UNet."
-    )
-    skip_last: bool = Field(default=True, description="Do not guide at the last step, which is never denoised again.")
 
     @property
     def step_size(self) -> float:
@@ -41,23 +47,13 @@ class BoundaryGuidanceSpec(MethodParameters):
             return self.alpha
         return 1.0 if self.step == "polyak" else 0.05
 
-    def is_guided(self, index: int, total: int) -> bool:
-        """Whether `index % every == 0`, and not the last step where `skip_last`."""
-        return on_schedule(index, total, every=self.every, skip_last=self.skip_last)
-
     @property
     def can_arrive(self) -> bool:
         """Whether there is a tolerance."""
         return self.tolerance > 0
 
-    def identity(self) -> dict[str, Any]:
-        """Plans from before there was a tolerance have no such key."""
-        return self.model_dump(mode="json", exclude=set() if self.can_arrive else {"tolerance"})
-
-    @property
-    def schedule_remedy(self) -> str:
-        """Which parameters to change, and how, where no step is guided."""
-        return on_schedule_remedy(every=self.every)
+    def _not_in_old_plans(self) -> set[str]:
+        return super()._not_in_old_plans() | (set() if self.can_arrive else {"tolerance"})
 
     def in_effect(self) -> dict[str, Any]:
         """The parameters, with the step size of the rule where none is given."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.methods.boundary.guide import rule_of, within
+from engine.methods.boundary.guide import SOURCES, rule_of, within
 from engine.methods.custom.criterion import Criterion
 from engine.methods.custom.spec import CustomGuidanceSpec
 from engine.methods.guidance.guided import ConditionalDenoiser, GuidedDenoiser
@@ -27,5 +27,5 @@ def guide_by_criterion(
         scene=scene,
         update=shifting(rule_of(spec)),
         is_guided=lambda step: spec.is_guided(step.index, step.total),
-        source="unet" if spec.gradient == "unet" else "conditional",
+        source=SOURCES[spec.gradient],
     )

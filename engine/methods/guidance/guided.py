@@ -28,7 +28,7 @@ from engine.methods.sampling.denoiser import (
 # Latents without signal (zero terminal SNR) have no x0 to differentiate at.
 MIN_SIGNAL = 1e-3
 
-Source = Literal["conditional", "combined", "unet"]
+Source = Literal["conditional", "combined", "unet", "combined-unet"]
 
 
 class Criteria(Protocol):
@@ -58,7 +58,9 @@ class GuidedDenoiser:
         update: how the prediction moves.
         is_guided: whether a step is guided.
         source: which prediction of x0 is scored: the conditional half's or the combined one, both detached from the
-            UNet, or the conditional half's through the UNet.
+            UNet, or either of them through the UNet's conditional half. The halves' weights in the combined one sum to
+            1, so that its gradient is that of the conditional half where both answer alike. At the last step, after
+            which nothing is denoised, `combined-unet` is `combined`: the gradient of the sample itself.
     """
 
     def __init__(
@@ -115,7 +117,7 @@ class GuidedDenoiser:
 
     def _again(self, prediction: Prediction, step: Step, rows: Tensor) -> Prediction:
         """A prediction with a graph for the samples of these numbers, where gradients go through the UNet."""
-        if self._source != "unet" or not len(rows):
+        if not self._is_through_unet(step) or not len(rows):
             return prediction
         latents = prediction.latents.detach().requires_grad_(True)
         with torch.enable_grad():
@@ -126,6 +128,10 @@ class GuidedDenoiser:
     def guides(self, step: Step) -> bool:
         """Whether a step moves the prediction."""
         return self._is_guided(step) and step.signal >= MIN_SIGNAL
+
+    def _is_through_unet(self, step: Step) -> bool:
+        """Whether gradients go through the UNet, which nothing comes after at the last step of `combined-unet`."""
+        return self._source == "unet" or (self._source == "combined-unet" and step.index < step.total)
 
     def through(self, decoding: Decoding) -> Self:
         """The same with another decoding; what it counts is counted with this one's."""
@@ -139,7 +145,7 @@ class GuidedDenoiser:
         Args:
             rows: numbers of the samples that have a graph; None for all.
         """
-        if self._source == "unet" and (rows is None or len(rows)):
+        if self._is_through_unet(step) and (rows is None or len(rows)):
             return self._denoiser.attached(latents.detach().requires_grad_(True), step, rows)
         return self._denoiser(latents, step)
 
@@ -157,7 +163,7 @@ class GuidedDenoiser:
         scored = self._scored(prediction, step).detach()
         parts = [self._of_slice(prediction, scored, step, part) for part in self._slices(rows)]
         losses, direct, of_output = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
-        if self._source != "unet":
+        if not self._is_through_unet(step):
             return losses, direct
         if rows is None:
             through = [pulled_back(cotangent, prediction.conditional, prediction.latents) for cotangent in of_output]
@@ -180,7 +186,7 @@ class GuidedDenoiser:
 
     def _images(self, output: Tensor, latents: Tensor, step: Step, prediction: Prediction) -> Tensor:
         """Images [b, 3, H, W] in [0, 1] of rows of what `_scored` gives, at these latents."""
-        kind: PredictionType = prediction.prediction if self._source == "unet" else "epsilon"
+        kind: PredictionType = prediction.prediction if self._is_through_unet(step) else "epsilon"
         return self._scene.decoding.decode(predicted_x0(output, latents, step, kind)).clamp(0, 1)
 
     def _slices(self, rows: Tensor | None) -> list[Rows]:
@@ -211,9 +217,9 @@ class GuidedDenoiser:
 
     def _scored(self, prediction: Prediction, step: Step) -> Tensor:
         """What the scored x0 is predicted from: the network's output, or a noise that is held fixed."""
-        if self._source == "unet":
-            return prediction.conditional
-        output = prediction.conditional if self._source == "conditional" else prediction.output
+        output = prediction.output if self._source.startswith("combined") else prediction.conditional
+        if self._is_through_unet(step):
+            return output
         return predicted_eps(output, prediction.latents, step, prediction.prediction)
 
 

@@ -35,7 +35,7 @@ PAPER_EPSILON = 1e-10
 
 
 def guide_to_risk(denoiser: ConditionalDenoiser, spec: RiskyGuidanceSpec, scene: GuidanceScene) -> GuidedDenoiser:
-    """Wrap a denoiser in risk guidance at the combined prediction, without gradient through the UNet.
+    """Wrap a denoiser in risk guidance at the combined prediction.
 
     Args:
         denoiser: the denoiser to guide.
@@ -49,7 +49,7 @@ def guide_to_risk(denoiser: ConditionalDenoiser, spec: RiskyGuidanceSpec, scene:
         scene=scene,
         update=update,
         is_guided=lambda step: spec.is_guided(step.index, step.total),
-        source="combined",
+        source="combined-unet" if spec.gradient == "combined" else "combined",
     )
 
 

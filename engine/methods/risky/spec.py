@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, StrictInt
+from pydantic import Field
 
 from engine.methods.fields import Number
-from engine.methods.parameters import MethodParameters, RiskTarget, on_schedule, on_schedule_remedy
+from engine.methods.parameters import RiskTarget
+from engine.methods.presets import PresetParameters
 
 
-class RiskyGuidanceSpec(MethodParameters):
+class RiskyGuidanceSpec(PresetParameters):
     """RiskyDiff guidance: risk under conformity constraints (Yu et al. 2025)."""
+
+    ADVERSARIAL: ClassVar[Mapping[str, Any]] = {
+        "every": 1, "counted_from": "start", "skip_last": True, "gradient": "detached",
+    }  # fmt: skip
+    OLD_VALUES: ClassVar[Mapping[str, tuple[str, ...]]] = {"step": ("paper",), "gradient": ("detached",)}
+    OLD_FIELDS: ClassVar[frozenset[str]] = frozenset(
+        {
+            "step", "scale", "conformity_weight", "conformity", "target_risk", "tolerance", "conformity_floor", "cap",
+            "every", "gradient_range", "skip_last",
+        }
+    )  # fmt: skip
 
     step: Literal["polyak", "paper"] = Field(
         default="polyak", description="A risk target with a conformity floor, or the paper's fixed step on s, lambda."
@@ -33,20 +46,19 @@ class RiskyGuidanceSpec(MethodParameters):
         default=None, ge=-1, le=1, description="polyak: lowest conformity; guidance lifts a sample that is below."
     )
     cap: Number = Field(default=0.1, gt=0, le=10, description="polyak: largest step as a fraction of |z|_2.")
-    every: StrictInt = Field(
-        default=1, ge=1, le=1000, description="Guide at steps i with i % every == 0, i counted from 1."
+    gradient: Literal["combined", "detached"] = Field(
+        default="combined",
+        description="combined: of the x0 that is stepped with, through the UNet's conditional half; detached: the same"
+        " without the UNet. Default: combined; adversarial: detached.",
     )
     gradient_range: Number = Field(default=1.0, gt=0, le=1, description="Guide only in this last fraction of steps.")
-    skip_last: bool = Field(default=True, description="Do not guide at the last step, which is never denoised again.")
-
-    def is_guided(self, index: int, total: int) -> bool:
-        """Whether `index % every == 0` in the last `gradient_range` of steps, and not the last where `skip_last`."""
-        return on_schedule(index, total, every=self.every, skip_last=self.skip_last, last_fraction=self.gradient_range)
 
     @property
-    def schedule_remedy(self) -> str:
-        """Which parameters to change, and how, where no step is guided."""
-        return on_schedule_remedy(every=self.every, last_fraction=self.gradient_range)
+    def _last_fraction(self) -> float:
+        return self.gradient_range
+
+    def _not_in_old_plans(self) -> set[str]:
+        return super()._not_in_old_plans() | ({"gradient"} if self.gradient == "detached" else set())
 
     @property
     def can_arrive(self) -> bool:

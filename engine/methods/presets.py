@@ -1,0 +1,108 @@
+"""Presets of guidance: values for the parameters that a job does not name. No torch: jobs are checked before that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import pydantic
+from pydantic import Field, StrictInt
+
+from engine.methods.parameters import MethodParameters, on_schedule, on_schedule_remedy
+
+Preset = Literal["perceptible", "adversarial"]
+
+
+class PresetParameters(MethodParameters):
+    """Parameters with presets: fields that are not named take the preset's values.
+
+    The defaults of the fields are those of preset `perceptible`. A class says in `ADVERSARIAL` where the other one
+    differs.
+    """
+
+    ADVERSARIAL: ClassVar[Mapping[str, Any]]
+    # Values that only jobs of before there were presets, and recipes of papers, name.
+    OLD_VALUES: ClassVar[Mapping[str, tuple[str, ...]]]
+    # All fields of before there were presets, which jobs stored then have.
+    OLD_FIELDS: ClassVar[frozenset[str]]
+
+    preset: Preset = Field(
+        default="perceptible",
+        description="Fields that are not named take its values. perceptible: through the UNet, changes that people see;"
+        " adversarial: cheaper, changes that the target alone sees. Default: perceptible, or adversarial where a named"
+        " field has a value that perceptible guidance never has (a paper's step, or a gradient other than combined).",
+    )
+    every: StrictInt = Field(
+        default=3,
+        ge=1,
+        le=1000,
+        description="Guide every so many steps. Default: 3; adversarial: 5 for boundary, 1 for risky.",
+    )
+    counted_from: Literal["start", "end"] = Field(
+        default="end",
+        description="start: guide at steps i with i % every == 0, i counted from 1; end: at steps with"
+        " (T - i) % every == 0 of T, so at the last one. Default: end; adversarial: start.",
+    )
+    skip_last: bool = Field(
+        default=False,
+        description="Do not guide at the last step, which is never denoised again. Default: false, as a sample that was"
+        " guided before is nearly there; adversarial: true.",
+    )
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _fill(cls, named: Any) -> Any:
+        """Fill in the values of the preset."""
+        if not isinstance(named, Mapping):
+            return named
+        preset = named.get("preset", cls.implied_preset(named) or "perceptible")
+        return {**(cls.ADVERSARIAL if preset == "adversarial" else {}), **named, "preset": preset}
+
+    @classmethod
+    def implied_preset(cls, named: Mapping[str, Any]) -> Preset | None:
+        """The preset that named fields choose, by naming it or by values that belong to one; None for neither."""
+        if "preset" in named:
+            return "adversarial" if named["preset"] == "adversarial" else "perceptible"
+        is_old = any(named.get(field) in values for field, values in cls.OLD_VALUES.items())
+        return "adversarial" if is_old or named.keys() >= cls.OLD_FIELDS else None
+
+    @classmethod
+    def beneath(cls, base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a job that still hold where a request overrides some.
+
+        Where it chooses a preset, the job's own values of its preset make way; others that the job names stay.
+        """
+        if cls.implied_preset(override) is None:
+            return dict(base)
+        of_preset = cls.model_validate({"preset": base["preset"]}).model_dump()
+        governed = cls.ADVERSARIAL.keys() | {"preset"}
+        return {key: value for key, value in base.items() if key not in governed or value != of_preset[key]}
+
+    @property
+    def _last_fraction(self) -> float:
+        """Share of the steps, at the end, that may be guided."""
+        return 1.0
+
+    def is_guided(self, index: int, total: int) -> bool:
+        """Whether the schedule guides step `index` of `total`, counted from 1."""
+        return on_schedule(
+            index,
+            total,
+            every=self.every,
+            skip_last=self.skip_last,
+            last_fraction=self._last_fraction,
+            from_end=self.counted_from == "end",
+        )
+
+    @property
+    def schedule_remedy(self) -> str:
+        """Which parameters to change, and how, where no step is guided."""
+        return on_schedule_remedy(every=self.every, last_fraction=self._last_fraction)
+
+    def identity(self) -> dict[str, Any]:
+        """The values, whichever preset gave them; plans from before there were presets count from the start."""
+        return self.model_dump(mode="json", exclude={"preset", *self._not_in_old_plans()})
+
+    def _not_in_old_plans(self) -> set[str]:
+        """Fields with the value that plans without them mean."""
+        return {"counted_from"} if self.counted_from == "start" else set()
