@@ -263,6 +263,15 @@ def test_what_no_target_changes_is_measured_once() -> None:
     assert all(torch.allclose(one, other) for one, other in zip(*found, strict=True))
 
 
+def test_the_mean_of_a_row_does_not_depend_on_the_others() -> None:
+    """Of as many targets as a job can have; torch's mean sums them in an order that depends on the rows."""
+    values = torch.rand(MAX_TARGETS, 16, generator=torch.Generator().manual_seed(0))
+    whole = scene(*[lambda images, value=value: value[: len(images)] for value in values])
+    found = [whole.over_targets(lambda images, own: own.logits(images)[None], LATENTS.new_zeros(b)) for b in (16, 4)]
+    assert torch.equal(found[0][:, :4], found[1])
+    assert torch.allclose(found[0][0], values.mean(0))
+
+
 def test_a_request_guides_by_all_targets_of_its_job_as_it_chooses() -> None:
     """From the job to what is descended: the job's choice, and the one of a request."""
     job = parse_job(raw_job([FIRST, SECOND], BETWEEN, BETWEEN | {"name": "b", "guidance": {"ensemble": "worst"}}))
