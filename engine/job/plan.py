@@ -437,7 +437,7 @@ def _request_identity(job: JobSpec, plan: RequestPlan, digests: dict[str, Any]) 
             "diffusion": digests["diffusion"][request.diffusion or job.models.diffusion],
             "sampling": _sampling(job, request),
             # Of the request's own method alone: a change to another method's does not change its samples.
-            "guidance": job.parameters_of(request).identity(),
+            "guidance": job.parameters_of(request).model_dump(mode="json"),
             "accept": request.accept,
         }
         | _ensemble(job, request)

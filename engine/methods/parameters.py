@@ -42,10 +42,6 @@ class MethodParameters(Spec):
         """Whether samples may come so near to where they are guided that they are not moved."""
         return False
 
-    def identity(self) -> dict[str, Any]:
-        """The parameters as a plan's identity has them; one that came later is left out where it changes nothing."""
-        return self.model_dump(mode="json")
-
     def in_effect(self) -> dict[str, Any]:
         """The parameters as the data card lists them, with those written out whose default depends on others."""
         return self.model_dump()

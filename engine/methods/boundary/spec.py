@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import pydantic
 from pydantic import Field, StrictInt
 
 from engine.methods.fields import Number
@@ -50,9 +51,10 @@ class BoundaryGuidanceSpec(MethodParameters):
         """Whether there is a tolerance."""
         return self.tolerance > 0
 
-    def identity(self) -> dict[str, Any]:
-        """Plans from before there was a tolerance have no such key."""
-        return self.model_dump(mode="json", exclude=set() if self.can_arrive else {"tolerance"})
+    @pydantic.model_serializer(mode="wrap")
+    def _without_default(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Jobs and plans without a tolerance are stored as they were before there was one."""
+        return {key: value for key, value in dump(self).items() if key != "tolerance" or self.can_arrive}
 
     @property
     def schedule_remedy(self) -> str:
