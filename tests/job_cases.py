@@ -55,9 +55,9 @@ def _valid(raw: dict[str, Any]) -> dict[str, Any] | None:
         try:
             parse_job(raw)
         except JobError as error:
-            # The last first: what is taken out of a list moves the ones behind it.
-            for problem in reversed(error.problems):
-                _remove(raw, problem.partition(": ")[0].split("."))
+            # The last first, each once: what is taken out of a list moves the ones behind it.
+            for path in reversed(dict.fromkeys(problem.partition(": ")[0] for problem in error.problems)):
+                _remove(raw, path.split("."))
         else:
             return raw
     return None

@@ -50,13 +50,14 @@ class Guided:
     """A guided denoiser of eight samples that counts the rows of its network and of its decoder."""
 
     def __init__(self, guide: str, row_multiple: int | None, **options: Any) -> None:
+        ensemble = options.pop("ensemble", "")
         denoiser = toy_denoiser(NUM_SAMPLES, scale=options.pop("guidance_scale", 3.0))
         self.network = denoiser._network = Counted(denoiser._network)
         self.decode = Counted(toy_decode)
         labels = [(row % 3, 3 + row % 2) for row in range(NUM_SAMPLES)]
         classes = labels if guide == "risky" else [(1, 3)] * NUM_SAMPLES
         scene = scene_of(classes, toy_logits, self.decode, toy_conformity, toy_raw_conformity)
-        scene = dataclasses.replace(scene, row_multiple=row_multiple)
+        scene = dataclasses.replace(scene, row_multiple=row_multiple, **ENSEMBLES[ensemble])
         self.denoiser: GuidedDenoiser = GUIDES[guide](denoiser, options, scene)
 
 
@@ -75,6 +76,14 @@ def to_criterion(denoiser: Any, options: dict[str, Any], scene: Any) -> GuidedDe
     )
 
 
+def other_logits(images: Tensor) -> Tensor:
+    """Of a second target, which is at the boundary elsewhere."""
+    return toy_logits(images).roll(2, dims=1)
+
+
+ENSEMBLES: dict[str, dict[str, Any]] = {"": {}} | {
+    name: {"ensemble": name, "further_logits": (other_logits,)} for name in ("mean", "worst")
+}
 GUIDES = {"boundary": to_boundary, "risky": to_risk, "custom": to_criterion}
 CASES = {
     "detached": ("boundary", {}),
@@ -84,6 +93,8 @@ CASES = {
     "risky": ("risky", {}),
     "floor": ("risky", {"conformity_floor": 0.0}),
     "custom": ("custom", {}),
+    "mean": ("boundary", {"ensemble": "mean", "gradient": "unet"}),
+    "worst": ("boundary", {"ensemble": "worst"}),
 }
 
 

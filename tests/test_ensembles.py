@@ -43,7 +43,7 @@ from engine.methods.sampling.denoiser import Prediction, Step
 from engine.methods.scores import kldb
 from engine.models.addresses import resolve
 from engine.models.classifier import Classifier
-from engine.models.digests import model_digests
+from engine.models.digests import model_digest, model_digests
 from engine.models.job_checks import check_addresses
 from engine.models.weight_comparison import have_same_weights
 from engine.studies.rescore.program import rescore_run
@@ -263,6 +263,15 @@ def test_what_no_target_changes_is_measured_once() -> None:
     assert all(torch.allclose(one, other) for one, other in zip(*found, strict=True))
 
 
+def test_the_mean_of_a_row_does_not_depend_on_the_others() -> None:
+    """Of as many targets as a job can have; torch's mean sums them in an order that depends on the rows."""
+    values = torch.rand(MAX_TARGETS, 16, generator=torch.Generator().manual_seed(0))
+    whole = scene(*[lambda images, value=value: value[: len(images)] for value in values])
+    found = [whole.over_targets(lambda images, own: own.logits(images)[None], LATENTS.new_zeros(b)) for b in (16, 4)]
+    assert torch.equal(found[0][:, :4], found[1])
+    assert torch.allclose(found[0][0], values.mean(0))
+
+
 def test_a_request_guides_by_all_targets_of_its_job_as_it_chooses() -> None:
     """From the job to what is descended: the job's choice, and the one of a request."""
     job = parse_job(raw_job([FIRST, SECOND], BETWEEN, BETWEEN | {"name": "b", "guidance": {"ensemble": "worst"}}))
@@ -323,8 +332,8 @@ def test_what_is_stored_says_which_classifiers_guided(finished: tuple[Store, Job
     store, job = finished
     stored = read_run(store)
     assert stored is not None and stored.job["models"]["further_targets"] == [SECOND]
-    digests = model_digests(job)
-    assert stored.identity["models"]["further_targets"] == digests["further_targets"]
+    for models in (stored.identity["models"], model_digests(job)):
+        assert models["further_targets"] == [model_digest(SECOND)]
     manifest = json.loads(store.read("manifest.json"))
     [described] = manifest["models"]["further_targets"]
     temperature = Classifier.load(SECOND).temperature

@@ -286,6 +286,23 @@ def test_closing_while_ray_starts_takes_its_folder_away(monkeypatch, tmp_path):
     assert not (tmp_path / "rf").exists() and not executor._cluster._thread.is_alive()
 
 
+@pytest.mark.slow
+def test_workers_on_cpus_of_this_machine_are_forked_and_are_lost_like_others(clean, tmp_path):
+    """Their processes are not the actors': SIGKILL of one in a shard gives that shard its strike, all the same.
+
+    A process that has been in a cluster can have one of its own, and cannot go back to the first: tests that join one
+    come later.
+    """
+    display = Recorder()
+    summary = run_job(
+        make_job(tmp_path, 2), executor=RayExecutor(address=None, num_workers=2, device="cpu"), resume="auto",
+        confirmed=False, display=display, make_worker=partial(make_forked, faults=Faults(die_once=(2,))),
+    )  # fmt: skip
+    assert summary.exit_code == EXIT_OK and tars(tmp_path) == clean
+    assert read_commit(open_store(str(tmp_path)), 2).attempt == 2
+    assert display.notices and all("process died" in notice for notice in display.notices)
+
+
 def test_ray_makes_the_bytes_that_threads_make(join, clean, tmp_path):
     """Other processes, another order: equal tars. Progress comes from inside a shard here, too."""
     display, output = Opener(tmp_path), tmp_path / "run"
@@ -357,19 +374,6 @@ def test_a_shard_that_kills_its_process_is_quarantined(join, tmp_path):
     summary = run_sleepy(tmp_path, 1, join(), faults=Faults(die=(0,)))
     assert (summary.exit_code, summary.quarantined, summary.num_committed) == (EXIT_INCOMPLETE, (0,), 2)
     assert "process died" in (tmp_path / "_state/quarantine/000000.json").read_text()
-
-
-@pytest.mark.slow
-def test_workers_on_cpus_of_this_machine_are_forked_and_are_lost_like_others(clean, tmp_path):
-    """Their processes are not the actors': SIGKILL of one in a shard gives that shard its strike, all the same."""
-    display = Recorder()
-    summary = run_job(
-        make_job(tmp_path, 2), executor=RayExecutor(address=None, num_workers=2, device="cpu"), resume="auto",
-        confirmed=False, display=display, make_worker=partial(make_forked, faults=Faults(die_once=(2,))),
-    )  # fmt: skip
-    assert summary.exit_code == EXIT_OK and tars(tmp_path) == clean
-    assert read_commit(open_store(str(tmp_path)), 2).attempt == 2
-    assert display.notices and all("process died" in notice for notice in display.notices)
 
 
 def test_faults_of_the_user_come_out_of_actors_in_words(join, tmp_path):

@@ -51,3 +51,12 @@ def test_what_is_not_installed_stays_so_and_what_is_imported_stays() -> None:
     with deferring((NAME, "no_such_library")):
         assert sys.modules[NAME] is colorsys and "no_such_library" not in sys.modules
     assert sys.modules[NAME] is colorsys
+
+
+def test_a_part_of_a_package_is_imported_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users' own code imports parts of SciPy's statistics."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wsgiref"]:
+        monkeypatch.delitem(sys.modules, name)
+    with deferring(("wsgiref",)):
+        from wsgiref.headers import Headers
+    assert sys.modules["wsgiref"].headers.Headers is Headers

@@ -150,11 +150,13 @@ def test_digest_follows_what_decides_pixels(changes, path):
 
 
 def test_a_tolerance_is_in_the_identity_where_it_changes_samples():
-    """Plans from before there was one have no such key, and go on."""
-    plain, wide = (
-        build_plan(make_job(boundary_request(), guidance={"boundary": options}), DIGITS, DIGESTS)
-        for options in ({"tolerance": 0.0}, {"tolerance": 0.1})
-    )
+    """Plans and jobs from before there was one have no such key, and go on; a request may take it back."""
+    jobs = [
+        make_job(boundary_request(guidance={"boundary": own}), guidance={"boundary": {"tolerance": 0.1}})
+        for own in ({"tolerance": 0.0}, {})
+    ]
+    plain, wide = (build_plan(job, DIGITS, DIGESTS) for job in jobs)
+    assert "tolerance" not in make_job(boundary_request()).model_dump()["guidance"]["boundary"]
     guidance = [plan.identity["requests"][0]["guidance"] for plan in (plain, wide)]
     assert set(guidance[0]) == {"step", "alpha", "cap", "every", "gradient", "skip_last"}
     assert guidance[1] == guidance[0] | {"tolerance": 0.1}

@@ -25,27 +25,30 @@ NUM_STEPS = 6
 METHODS: dict[str, dict[str, Any]] = {
     "prompt": {},
     "boundary": {"gradient": "unet", "every": 1, "tolerance": 2.0},
-    "risky": {"every": 1, "tolerance": 1.49, "conformity_floor": -0.5},
+    "risky": {"every": 1, "tolerance": 1.49},
 }
+# That the first sample is below at the first step, and others above; without one there is another step rule.
+FLOORS = {"digits": None, "cifar10": 0.22}
 
 
 class Made:
     """A generator of sixteen samples for each method, with the rows that its network was called with."""
 
-    def __init__(self, zoo: str) -> None:
-        models = {name: f"zoo:{zoo}/{part}" for name, part in
+    def __init__(self, zoo: str, methods: dict[str, dict[str, Any]] = METHODS, *further: str, **guidance: str) -> None:
+        models: dict[str, Any] = {name: f"zoo:{zoo}/{part}" for name, part in
                   (("diffusion", "stable-diffusion"), ("clip", "clip"), ("target", "classifier"))}  # fmt: skip
-        first, second = CLASSES[zoo]
+        models["target"] = [models["target"], *further]
+        first, second, floor = *CLASSES[zoo], {"conformity_floor": FLOORS[zoo]}
         requests = [
             {
                 "name": name,
                 "method": name,
                 "count": 16,
                 "seed_group": "same",
-                "guidance": {name: options} if options else {},
+                "guidance": ({name: floor | options if name == "risky" else options} if options else {}) | guidance,
             }
             | ({"classes": [first]} if name == "risky" else {"boundary": [first, second]})
-            for name, options in METHODS.items()
+            for name, options in methods.items()
         ]
         sampling = {"num_inference_steps": NUM_STEPS, "guidance_scale": 3.0}
         output = {"uri": "runs/job"}
@@ -65,12 +68,18 @@ class Made:
         return self.generator.next_batch(request, specs)
 
 
-@pytest.fixture(scope="module", params=CLASSES)
-def made(request: pytest.FixtureRequest) -> Iterator[Made]:
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As workers on a CPU have."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield Made(request.param)
+    yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=CLASSES)
+def made(request: pytest.FixtureRequest) -> Made:
+    return Made(request.param)
 
 
 def contents(results: list[SampleResult]) -> list[tuple[Any, ...]]:
@@ -127,6 +136,24 @@ def test_a_shape_that_changes_bytes_is_not_used(made: Made, monkeypatch: pytest.
         assert contents(made.results(0, 3)) == expected
         assert set(made.rows) == {2 * CPU_ROWS}
         assert list(made.generator._shapes._agree.values()) == [False]
+
+
+def test_all_that_a_later_step_may_follow_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a target that is never the worst at the step that is compared; a floor that nothing is below cannot be."""
+    methods: dict[str, dict[str, Any]] = {"boundary": {"every": 1}, "risky": {"conformity_floor": -0.5}}
+    made = Made("digits", methods, "zoo:digits/classifier-b", ensemble="worst")
+    generator, specs = made.generator, list(made.plan.samples(made.plan.shard(0)))
+    second = generator._scorer.further_targets[0]
+    logits, boundary = second.logits, torch.zeros(10).index_fill(0, torch.tensor([3, 8]), 20.0)
+    found = []
+    for factor in (lambda _: 1.0, len):
+        monkeypatch.setattr(second, "logits", lambda images, by=factor: boundary + logits(images) * 0.001 * by(images))
+        monkeypatch.setattr(generator, "_shapes", RowShapes())
+        found.append(generator._rows(0, specs, [], 3)[0])
+    assert found == [4, 16]
+    specs = list(made.plan.samples(made.plan.shard(1)))
+    monkeypatch.undo()
+    assert generator._rows(1, specs, [], 3)[0] == 16
 
 
 def test_one_comparison_decides_for_a_process() -> None:

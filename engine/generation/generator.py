@@ -35,6 +35,7 @@ from engine.methods.guidance.guided import GuidedDenoiser
 from engine.methods.guidance.rules import GradientHealth
 from engine.methods.guidance.scene import Decoding
 from engine.methods.heartbeat import beat
+from engine.methods.parameters import Ensemble
 from engine.methods.sampling.denoiser import ClassifierFreeDenoiser
 from engine.methods.sampling.loop import Start, sample
 from engine.methods.sampling.schedulers import Sampler
@@ -275,10 +276,11 @@ class Generator:
     ) -> list[Tensor] | None:
         """Tensors [num_rows, ...] of a step of the first samples: predictions, criteria, gradients, the moved latents.
 
-        None where no gradient shows anything.
+        None where a criterion has no gradient, which would show nothing of what it measures.
         """
         denoiser, sampler, noise = self._denoiser(request, specs[:num_rows], draws[:num_rows])
-        guided = self._guided(request, specs[:num_rows], denoiser)
+        # The worst of several targets would show the kernels of one of them.
+        guided = self._guided(request, specs[:num_rows], denoiser, ensemble="mean")
         steps = [step for step in sampler.steps() if guided is None or guided.guides(step)]
         if not steps:
             return None
@@ -295,7 +297,7 @@ class Generator:
         # With a graph the halves of a prediction are calls of their own: they get the same bytes, too.
         is_one = torch.equal(plain.conditional, prediction.conditional)
         tensors = [plain.output, losses.T, gradients.transpose(0, 1), moved.output, moved.latents]
-        return tensors if is_one and gradients.any() else None
+        return tensors if is_one and gradients.flatten(1).any(1).all() else None
 
     def _denoiser(
         self, request: int, specs: Sequence[SampleSpec], draws: Sequence[ScreenedDraw]
@@ -324,9 +326,10 @@ class Generator:
         specs: Sequence[SampleSpec],
         denoiser: ClassifierFreeDenoiser,
         row_multiple: int | None = None,
+        ensemble: Ensemble | None = None,
     ) -> GuidedDenoiser | None:
         classes = [spec.cell.classes for spec in specs]
-        return self._guides.guided(request, denoiser, classes, self._decoding(request), row_multiple)
+        return self._guides.guided(request, denoiser, classes, self._decoding(request), row_multiple, ensemble)
 
     def _compared(self, request: int, decoding: Decoding) -> Tensor:
         """Cosines [2, n] of gradients with another decoding, and with images in 8 bits, to those of a request.

@@ -62,6 +62,7 @@ class RequestGuides:
         classes: Sequence[tuple[int, ...]],
         decoding: Decoding,
         row_multiple: int | None = None,
+        ensemble: Ensemble | None = None,
     ) -> GuidedDenoiser | None:
         """The denoiser with the guidance of a request around it; None for a method without guidance.
 
@@ -70,6 +71,7 @@ class RequestGuides:
             classes: of each sample of the batch, its class or its subset.
             decoding: of predicted latents.
             row_multiple: as in `GuidanceScene`.
+            ensemble: as there, in place of the request's.
         """
         spec = self._job.requests[request]
         method = spec.method_record
@@ -78,7 +80,7 @@ class RequestGuides:
         guide = method.load_guide()
         if method.is_user_code:
             guide = functools.partial(guide, self._criteria[request])
-        scene = self.scene(classes, decoding, self._job.guidance_of(spec).ensemble)
+        scene = self.scene(classes, decoding, ensemble or self._job.guidance_of(spec).ensemble)
         scene = dataclasses.replace(scene, row_multiple=row_multiple)
         return guide(denoiser, self._job.parameters_of(spec), scene)
 

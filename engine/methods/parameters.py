@@ -44,7 +44,7 @@ class MethodParameters(Spec):
         return False
 
     def identity(self) -> dict[str, Any]:
-        """The parameters as a plan's identity has them; one that came later is left out where it changes nothing."""
+        """The parameters as a plan's identity has them."""
         return self.model_dump(mode="json")
 
     @classmethod

@@ -74,9 +74,9 @@ class PresetParameters(MethodParameters):
         """
         if cls.implied_preset(override) is None:
             return dict(base)
-        of_preset = cls.model_validate({"preset": base["preset"]}).model_dump()
+        of_preset = cls.model_validate({"preset": base.get("preset", "adversarial")}).model_dump()
         governed = cls.ADVERSARIAL.keys() | {"preset"}
-        return {key: value for key, value in base.items() if key not in governed or value != of_preset[key]}
+        return {key: value for key, value in base.items() if key not in governed or value != of_preset.get(key)}
 
     @property
     def _last_fraction(self) -> float:
@@ -100,9 +100,15 @@ class PresetParameters(MethodParameters):
         return on_schedule_remedy(every=self.every, last_fraction=self._last_fraction)
 
     def identity(self) -> dict[str, Any]:
-        """The values, whichever preset gave them; plans from before there were presets count from the start."""
-        return self.model_dump(mode="json", exclude={"preset", *self._not_in_old_plans()})
+        """The values, whichever preset gave them."""
+        return self.model_dump(mode="json", exclude={"preset"})
 
-    def _not_in_old_plans(self) -> set[str]:
-        """Fields with the value that plans without them mean."""
+    @pydantic.model_serializer(mode="wrap")
+    def _as_before(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Jobs and plans of preset `adversarial` are stored as they were before there was another."""
+        unneeded = self._unneeded() | ({"preset"} if self.preset == "adversarial" else set())
+        return {key: value for key, value in dump(self).items() if key not in unneeded}
+
+    def _unneeded(self) -> set[str]:
+        """Fields with the value that jobs of before these fields mean."""
         return {"counted_from"} if self.counted_from == "start" else set()

@@ -45,7 +45,8 @@ class _Placeholder(ModuleType):
         self.__spec__ = importlib.machinery.ModuleSpec(name, None)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        # For `import NAME.PART`, Python asks for `__path__`.
+        if name.startswith("__") and name != "__path__":
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         _remove(self)
         return getattr(importlib.import_module(self.__name__), name)

@@ -21,7 +21,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "counterfactuals-digits": {
         f"requests.{number}.{key}": value
         for number in range(2)
-        for key, value in {"classes": "[three, eight]", "count": 2, "start.strength": "[0, 0.3, 1]"}.items()
+        for key, value in {"classes": "[three, eight]", "count": 3, "start.strength": "[0, 0.3, 1]"}.items()
     },
     "nightly-stress": {
         "requests.0.count": 1, "requests.0.contexts": "['', red ink, small]", "requests.1.classes": "[three]",

@@ -52,8 +52,8 @@ class BoundaryGuidanceSpec(PresetParameters):
         """Whether there is a tolerance."""
         return self.tolerance > 0
 
-    def _not_in_old_plans(self) -> set[str]:
-        return super()._not_in_old_plans() | (set() if self.can_arrive else {"tolerance"})
+    def _unneeded(self) -> set[str]:
+        return super()._unneeded() | (set() if self.can_arrive else {"tolerance"})
 
     def in_effect(self) -> dict[str, Any]:
         """The parameters, with the step size of the rule where none is given."""

@@ -99,5 +99,5 @@ class GuidanceScene(Scene):
         each = [
             criteria(images, dataclasses.replace(one, logits=logits)) for logits in (self.logits, *self.further_logits)
         ]
-        stacked = torch.stack(each)
-        return stacked.mean(0) if self.ensemble == "mean" else stacked.amax(0)
+        # Not `mean`, whose order of summation depends on the number of rows from five targets on.
+        return sum(each[1:], each[0]) / len(each) if self.ensemble == "mean" else torch.stack(each).amax(0)

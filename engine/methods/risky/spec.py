@@ -57,8 +57,8 @@ class RiskyGuidanceSpec(PresetParameters):
     def _last_fraction(self) -> float:
         return self.gradient_range
 
-    def _not_in_old_plans(self) -> set[str]:
-        return super()._not_in_old_plans() | ({"gradient"} if self.gradient == "detached" else set())
+    def _unneeded(self) -> set[str]:
+        return super()._unneeded() | ({"gradient"} if self.gradient == "detached" else set())
 
     @property
     def can_arrive(self) -> bool:
