@@ -23,7 +23,7 @@ def _set_table(title: str, arms: Mapping[str, Figures]) -> str:
     measure = "KLDB" if is_joint else "errors"
     heads = ["arm", "cost", *(f"{measure}, {name}" for name in names)]
     heads += [] if is_joint else ["risk", "within 0.2", "valid failures"]
-    heads += ["valid", "KID x 1,000", "twins, dB"]
+    heads += ["valid", "KID x 1,000", *(["of the nearest quarter"] if is_joint else []), "twins, dB"]
     lines = [f"**{title}**, {first['count']} samples an arm", "", _row(heads), "|" + "---|" * len(heads)]
     for arm, one in arms.items():
         cells = [arm, f"{one['cost']:.2f}"]
@@ -33,7 +33,9 @@ def _set_table(title: str, arms: Mapping[str, Figures]) -> str:
             cells += [f"{one['errors'][name]:.2f}" for name in names]
             cells += [f"{one['risk']:.2f}", f"{one['near']:.0%}", f"{one['valid_failures']:.2f}"]
         distance = one["twin_psnr_db"]
-        cells += [f"{one['valid']:.2f}", f"{one['kid_x1000']:.0f}", "" if distance is None else f"{distance:.1f}"]
+        cells += [f"{one['valid']:.2f}", f"{one['kid_x1000']:.0f}"]
+        cells += [f"{one['kid_x1000_of_nearest']:.0f}"] if is_joint else []
+        cells += ["" if distance is None else f"{distance:.1f}"]
         lines.append(_row(cells))
     return "\n".join(lines)
 
