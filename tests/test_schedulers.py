@@ -358,11 +358,11 @@ def test_guidance_is_refused_where_the_predicted_image_is_limited(limit, schedul
 # Digests of the plans of jobs/, with stand-ins for the models, from before Karras sigmas were a field.
 DIGESTS = {
     "augment-digits": "caa5d30747d12f7164ccaae8e2944b22",
-    "imagenet-kldb": "5ecddb53eb9a83a4584b6766bb3baf81",
+    "imagenet-kldb": "c85196df091fd06a585dbfb15ce3b233",
     "imagenet-riskydiff": "9206691612a05988d538ffa736e6b026",
     "nightly-stress": "251bacf31e4e33725ee767db8e202a04",
-    "quickstart-cifar10": "abf44d8cdaa547a62253433d39abd669",
-    "quickstart": "8085319622b7fbd66e5dbdb5fe2af1c9",
+    "quickstart-cifar10": "c4d1f19d272d3d475d799affa3009ef8",
+    "quickstart": "1f73dac6bcaf518090db557f88422d37",
     "riskydiff-digits": "13808c8585a12b3e8343d629cb52050a",
     "riskydiff-mixtures": "212a90b6a13417f415ecf2e94a960a8e",
     "riskydiff-sweep": "b04c20df1470b1db344f4126249f8002",

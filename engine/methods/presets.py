@@ -106,9 +106,11 @@ class PresetParameters(MethodParameters):
     @pydantic.model_serializer(mode="wrap")
     def _as_before(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Jobs and plans of preset `adversarial` are stored as they were before there was another."""
-        unneeded = self._unneeded() | ({"preset"} if self.preset == "adversarial" else set())
-        return {key: value for key, value in dump(self).items() if key not in unneeded}
+        values = dump(self)
+        if self.preset == "perceptible":
+            return values
+        return {key: value for key, value in values.items() if key in self.OLD_FIELDS or not self._is_implied(key)}
 
-    def _unneeded(self) -> set[str]:
-        """Fields with the value that jobs of before these fields mean."""
-        return {"counted_from"} if self.counted_from == "start" else set()
+    def _is_implied(self, field: str) -> bool:
+        """Whether a field that came with the presets has the value that jobs without it mean."""
+        return field == "preset" or (field in self.ADVERSARIAL and getattr(self, field) == self.ADVERSARIAL[field])

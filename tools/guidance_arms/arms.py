@@ -234,6 +234,8 @@ ARMS: Mapping[str, Arm] = {
     "perceptible": guided(**PERCEPTIBLE),
     "every 2nd step": guided(**PERCEPTIBLE, every=2),
     "every 4th step": guided(**PERCEPTIBLE, every=4),
+    "tolerance 0": guided(**PERCEPTIBLE, tolerance=0.0),
+    "tolerance 0.1": guided(**PERCEPTIBLE, tolerance=0.1),
     "without the last step": guided(**PERCEPTIBLE, skip_last=True),
     "unet, conditional half": guided(gradient="unet", every=3, counted_from="end", skip_last=False),
     "detached, every 2nd step": guided(preset="adversarial", every=2),
@@ -252,4 +254,4 @@ ARMS: Mapping[str, Arm] = {
 # Arms that only make sense for joint prompts.
 JOINT_ARMS = {"score differences"}
 # `risky` has no gradient of the conditional half.
-BOUNDARY_ARMS = {*JOINT_ARMS, "unet, conditional half"}
+BOUNDARY_ARMS = {*JOINT_ARMS, "unet, conditional half", "tolerance 0", "tolerance 0.1"}

@@ -15,7 +15,7 @@ class BoundaryGuidanceSpec(PresetParameters):
     """KLDB guidance toward the decision boundary of the request's classes."""
 
     ADVERSARIAL: ClassVar[Mapping[str, Any]] = {
-        "every": 5, "counted_from": "start", "skip_last": True, "gradient": "detached",
+        "every": 5, "counted_from": "start", "skip_last": True, "gradient": "detached", "tolerance": 0.0,
     }  # fmt: skip
     OLD_VALUES: ClassVar[Mapping[str, tuple[str, ...]]] = {"step": ("norm", "paper"), "gradient": ("detached", "unet")}
     OLD_FIELDS: ClassVar[frozenset[str]] = frozenset({"step", "alpha", "cap", "every", "gradient", "skip_last"})
@@ -31,7 +31,10 @@ class BoundaryGuidanceSpec(PresetParameters):
     )
     cap: Number = Field(default=0.1, gt=0, le=10, description="Polyak only: largest step as a fraction of |z|_2.")
     tolerance: Number = Field(
-        default=0.0, ge=0, le=10, description="Samples whose criterion is at most this (KLDB: in nats) are not moved."
+        default=0.02,
+        ge=0,
+        le=10,
+        description="Samples whose KLDB is at most this, in nats, are not moved. Default: 0.02; adversarial: 0.",
     )
     gradient: Literal["combined", "unet", "detached"] = Field(
         default="combined",
@@ -51,9 +54,6 @@ class BoundaryGuidanceSpec(PresetParameters):
     def can_arrive(self) -> bool:
         """Whether there is a tolerance."""
         return self.tolerance > 0
-
-    def _unneeded(self) -> set[str]:
-        return super()._unneeded() | (set() if self.can_arrive else {"tolerance"})
 
     def in_effect(self) -> dict[str, Any]:
         """The parameters, with the step size of the rule where none is given."""

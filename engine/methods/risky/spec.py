@@ -57,9 +57,6 @@ class RiskyGuidanceSpec(PresetParameters):
     def _last_fraction(self) -> float:
         return self.gradient_range
 
-    def _unneeded(self) -> set[str]:
-        return super()._unneeded() | ({"gradient"} if self.gradient == "detached" else set())
-
     @property
     def can_arrive(self) -> bool:
         """Whether risk has a target."""
