@@ -359,9 +359,9 @@ def test_guidance_is_refused_where_the_predicted_image_is_limited(limit, schedul
 DIGESTS = {
     "augment-digits": "caa5d30747d12f7164ccaae8e2944b22",
     "imagenet-kldb": "c85196df091fd06a585dbfb15ce3b233",
-    "imagenet-riskydiff": "9206691612a05988d538ffa736e6b026",
-    "nightly-stress": "251bacf31e4e33725ee767db8e202a04",
-    "quickstart-cifar10": "c4d1f19d272d3d475d799affa3009ef8",
+    "imagenet-riskydiff": "529032a31b5d149d828f048a7aef9788",
+    "nightly-stress": "dd03579d918cc8afd082a207db5c863d",
+    "quickstart-cifar10": "a6e4a4c91cfe94d742caf6a81907f465",
     "quickstart": "1f73dac6bcaf518090db557f88422d37",
     "riskydiff-digits": "13808c8585a12b3e8343d629cb52050a",
     "riskydiff-mixtures": "212a90b6a13417f415ecf2e94a960a8e",

@@ -227,6 +227,14 @@ def _discriminator(a_set: SampleSet) -> tuple[Tensor, Tensor]:
     return torch.tensor(model.coef_[0], dtype=torch.float32), torch.tensor(float(model.intercept_[0]))
 
 
+def the_other_gradient(
+    a_set: SampleSet, denoiser: ConditionalDenoiser, scene: GuidanceScene, _sampler: Sampler
+) -> Denoiser:
+    """Of the conditional half's x0 where the preset takes the combined one's, and the reverse."""
+    other = "unet" if a_set.method == "boundary" else "combined"
+    return _guided(a_set, denoiser, scene, PERCEPTIBLE | {"gradient": other})
+
+
 PERCEPTIBLE: dict[str, Any] = {"preset": "perceptible"}
 ARMS: Mapping[str, Arm] = {
     "prompt": prompt_only,
@@ -237,7 +245,7 @@ ARMS: Mapping[str, Arm] = {
     "tolerance 0": guided(**PERCEPTIBLE, tolerance=0.0),
     "tolerance 0.1": guided(**PERCEPTIBLE, tolerance=0.1),
     "without the last step": guided(**PERCEPTIBLE, skip_last=True),
-    "unet, conditional half": guided(gradient="unet", every=3, counted_from="end", skip_last=False),
+    "gradient of the other x0": the_other_gradient,
     "detached, every 2nd step": guided(preset="adversarial", every=2),
     "augmentations (2)": in_scene(partial(over_augmentations, 2, 0.03), **PERCEPTIBLE),
     "augmentations (4)": in_scene(partial(over_augmentations, 4, 0.03), **PERCEPTIBLE),
@@ -253,5 +261,4 @@ ARMS: Mapping[str, Arm] = {
 }
 # Arms that only make sense for joint prompts.
 JOINT_ARMS = {"score differences"}
-# `risky` has no gradient of the conditional half.
-BOUNDARY_ARMS = {*JOINT_ARMS, "unet, conditional half", "tolerance 0", "tolerance 0.1"}
+BOUNDARY_ARMS = {*JOINT_ARMS, "tolerance 0", "tolerance 0.1"}

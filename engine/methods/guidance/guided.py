@@ -28,7 +28,7 @@ from engine.methods.sampling.denoiser import (
 # Latents without signal (zero terminal SNR) have no x0 to differentiate at.
 MIN_SIGNAL = 1e-3
 
-Source = Literal["conditional", "combined", "unet", "combined-unet"]
+Source = Literal["conditional", "combined", "unet", "conditional-unet", "combined-unet"]
 
 
 class Criteria(Protocol):
@@ -60,7 +60,8 @@ class GuidedDenoiser:
         source: which prediction of x0 is scored: the conditional half's or the combined one, both detached from the
             UNet, or either of them through the UNet's conditional half. The halves' weights in the combined one sum to
             1, so that its gradient is that of the conditional half where both answer alike. At the last step, after
-            which nothing is denoised, `combined-unet` is `combined`: the gradient of the sample itself.
+            which nothing is denoised, `conditional-unet` and `combined-unet` are `combined`: the gradient of the sample
+            itself; `unet` goes through the UNet there, too, as published.
     """
 
     def __init__(
@@ -130,8 +131,8 @@ class GuidedDenoiser:
         return self._is_guided(step) and step.signal >= MIN_SIGNAL
 
     def _is_through_unet(self, step: Step) -> bool:
-        """Whether gradients go through the UNet, which nothing comes after at the last step of `combined-unet`."""
-        return self._source == "unet" or (self._source == "combined-unet" and step.index < step.total)
+        """Whether gradients go through the UNet."""
+        return self._source == "unet" or (self._source.endswith("-unet") and step.index < step.total)
 
     def through(self, decoding: Decoding) -> Self:
         """The same with another decoding; what it counts is counted with this one's."""
@@ -217,7 +218,9 @@ class GuidedDenoiser:
 
     def _scored(self, prediction: Prediction, step: Step) -> Tensor:
         """What the scored x0 is predicted from: the network's output, or a noise that is held fixed."""
-        output = prediction.output if self._source.startswith("combined") else prediction.conditional
+        is_own = self._source == "conditional-unet" and step.index == step.total
+        is_combined = self._source.startswith("combined") or is_own
+        output = prediction.output if is_combined else prediction.conditional
         if self._is_through_unet(step):
             return output
         return predicted_eps(output, prediction.latents, step, prediction.prediction)

@@ -9,11 +9,12 @@ Legend: B samples, z latents [B, C, H, W], g gradients in z of the same shape.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from engine.methods.guidance.guided import ConditionalDenoiser, Criteria, GuidedDenoiser
+from engine.methods.guidance.guided import ConditionalDenoiser, Criteria, GuidedDenoiser, Source
 from engine.methods.guidance.rules import (
     GradientHealth,
     Update,
@@ -32,10 +33,11 @@ from engine.methods.scores import risk
 # The paper's step size is for Stable Diffusion's 4 x 64 x 64 latents: g has length 1, eps has length sqrt(d).
 PAPER_LATENT_ELEMENTS = 16384
 PAPER_EPSILON = 1e-10
+SOURCES: Mapping[str, Source] = {"unet": "conditional-unet", "combined": "combined-unet", "detached": "combined"}
 
 
 def guide_to_risk(denoiser: ConditionalDenoiser, spec: RiskyGuidanceSpec, scene: GuidanceScene) -> GuidedDenoiser:
-    """Wrap a denoiser in risk guidance at the combined prediction.
+    """Wrap a denoiser in risk guidance.
 
     Args:
         denoiser: the denoiser to guide.
@@ -49,7 +51,7 @@ def guide_to_risk(denoiser: ConditionalDenoiser, spec: RiskyGuidanceSpec, scene:
         scene=scene,
         update=update,
         is_guided=lambda step: spec.is_guided(step.index, step.total),
-        source="combined-unet" if spec.gradient == "combined" else "combined",
+        source=SOURCES[spec.gradient],
     )
 
 

@@ -46,10 +46,11 @@ class RiskyGuidanceSpec(PresetParameters):
         default=None, ge=-1, le=1, description="polyak: lowest conformity; guidance lifts a sample that is below."
     )
     cap: Number = Field(default=0.1, gt=0, le=10, description="polyak: largest step as a fraction of |z|_2.")
-    gradient: Literal["combined", "detached"] = Field(
-        default="combined",
-        description="combined: of the x0 that is stepped with, through the UNet's conditional half; detached: the same"
-        " without the UNet. Default: combined; adversarial: detached.",
+    gradient: Literal["unet", "combined", "detached"] = Field(
+        default="unet",
+        description="unet: of the conditional half's x0, through the UNet, at the last step of the sample itself;"
+        " combined: of the x0 that is stepped with, through the UNet's conditional half; detached: the same without the"
+        " UNet. Default: unet; adversarial: detached.",
     )
     gradient_range: Number = Field(default=1.0, gt=0, le=1, description="Guide only in this last fraction of steps.")
 
