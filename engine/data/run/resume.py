@@ -14,7 +14,7 @@ from engine.data.stores.base import DRIVER_LOCK, LEASES, LOCKS, STATE, Store
 from engine.errors import JobError, OutputError
 from engine.job.json_values import difference
 from engine.job.plan import Plan, next_stage
-from engine.job.spec import JobSpec, merge
+from engine.job.spec import GuidanceSpec, JobSpec, merge
 
 MAX_DIFFERENCES = 20
 # What is removed whole.
@@ -126,12 +126,16 @@ def _of_old_default(stored: StoredRun, plan: Plan, job: JobSpec) -> list[str]:
         name, old = request.spec.method_record.name, before.get(request.spec.name)
         if old is None or old["guidance"] == json.loads(json.dumps(identity["guidance"])):
             continue
-        adversarial = merge(request.spec.guidance, {name: {"preset": "adversarial"}})
-        spec = request.spec.model_copy(update={"guidance": adversarial})
-        if job.parameters_of(spec).identity() != old["guidance"]:
+        if _as_adversarial(job, name).parameters_of(request.spec).identity() != old["guidance"]:
             return []
         methods.append(name)
     return list(dict.fromkeys(methods))
+
+
+def _as_adversarial(job: JobSpec, method: str) -> JobSpec:
+    """The job as `--set guidance.METHOD.preset=adversarial` makes it, with the other fields that its file names."""
+    named = merge(job.guidance.model_dump(exclude_unset=True), {method: {"preset": "adversarial"}})
+    return job.model_copy(update={"guidance": GuidanceSpec.model_validate(named)})
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], plan: Plan) -> list[str]:
