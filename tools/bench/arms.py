@@ -130,7 +130,7 @@ def _boundary_arms() -> list[Arm]:
         *_variants("boundary", {"prompt": None, "kldb-polyak": polyak}, (TINY, *RUNTIMES)),
         *_variants("boundary", {"kldb-polyak-unet": polyak | through}, _labels("xformers", "checkpointing")),
         *_variants("boundary", {"kldb-polyak-unet-every-2nd": second}, _labels(TINY, "compile", "decoder")),
-        *_variants("boundary", {"kldb-perceptible": PERCEPTIBLE}, _labels(TINY, "xformers", "checkpointing", "decoder")),
+        *_variants("boundary", {"kldb-perceptible": PERCEPTIBLE}, _labels(TINY, "checkpointing", "decoder")),
     ]
 
 
