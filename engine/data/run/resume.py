@@ -119,17 +119,14 @@ def _check_same(store: Store, stored: StoredRun, plan: Plan, job: JobSpec) -> No
 
 
 def _of_old_default(stored: StoredRun, plan: Plan, job: JobSpec) -> list[str]:
-    """The methods whose requests were planned as preset `adversarial` plans them now, and otherwise alike."""
-    before = {one["name"]: one for one in stored.identity["requests"]}
-    methods: list[str] = []
-    for request, identity in zip(plan.requests, plan.identity["requests"], strict=True):
-        name, old = request.spec.method_record.name, before.get(request.spec.name)
-        if old is None or old["guidance"] == json.loads(json.dumps(identity["guidance"])):
-            continue
-        if _as_adversarial(job, name).parameters_of(request.spec).identity() != old["guidance"]:
-            return []
-        methods.append(name)
-    return list(dict.fromkeys(methods))
+    """The methods that preset `adversarial` would plan as they are stored; none where anything else differs."""
+    identity, methods = json.loads(json.dumps(plan.identity)), dict[str, None]()
+    for request, before, now in zip(plan.requests, stored.identity["requests"], identity["requests"], strict=False):
+        if before["guidance"] != now["guidance"]:
+            name = request.spec.method_record.name
+            methods[name] = None
+            now["guidance"] = _as_adversarial(job, name).parameters_of(request.spec).identity()
+    return list(methods) if identity == stored.identity else []
 
 
 def _as_adversarial(job: JobSpec, method: str) -> JobSpec:
