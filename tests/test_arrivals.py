@@ -86,11 +86,14 @@ ENSEMBLES: dict[str, dict[str, Any]] = {"": {}} | {
 }
 GUIDES = {"boundary": to_boundary, "risky": to_risk, "custom": to_criterion}
 CASES = {
-    "detached": ("boundary", {}),
+    "combined": ("boundary", {}),
+    "combined-at-the-end": ("boundary", {"first_step": 38}),
+    "detached": ("boundary", {"gradient": "detached"}),
     "unet": ("boundary", {"gradient": "unet"}),
     "unet-without-cfg": ("boundary", {"gradient": "unet", "guidance_scale": 1.0}),
-    "norm": ("boundary", {"step": "norm"}),
+    "norm": ("boundary", {"step": "norm", "preset": "perceptible"}),
     "risky": ("risky", {}),
+    "risky-detached": ("risky", {"gradient": "detached"}),
     "floor": ("risky", {"conformity_floor": 0.0}),
     "custom": ("custom", {}),
     "mean": ("boundary", {"ensemble": "mean", "gradient": "unet"}),
@@ -111,20 +114,20 @@ def test_rows_that_rest_change_nothing_for_the_others(case: str) -> None:
     """Three guided steps: half of the samples arrive, stay there or leave again, and every prediction is that of whole
     batches; the second step takes the gradient of no more rows than it needs."""
     guide, options = CASES[case]
-    first = latents_of(NUM_SAMPLES) * SPREAD
-    options = options | {"tolerance": 0.0, "every": 1}
+    first, first_step = latents_of(NUM_SAMPLES) * SPREAD, options.get("first_step", 5)
+    options = {key: value for key, value in options.items() if key != "first_step"} | {"tolerance": 0.0, "every": 1}
     tolerance = median_distance(guide, options, first)
     whole, parted = (Guided(guide, multiple, **options | {"tolerance": tolerance}) for multiple in (None, 2))
     # The same latents again: those that had arrived rest. Then others, where some have left.
     for number, latents in enumerate([first, first, first.flip(0)]):
         parted.decode.with_graph.clear(), parted.network.with_graph.clear(), parted.network.without.clear()
-        expected, found = (made.denoiser(latents, step_at(index=5 + number)) for made in (whole, parted))
+        expected, found = (made.denoiser(latents, step_at(index=first_step + number)) for made in (whole, parted))
         for name in ("output", "conditional", "latents"):
             assert torch.allclose(getattr(expected, name), getattr(found, name), rtol=1e-12, atol=1e-12), name
         if number == 1:
             num_moving = int((found.latents != latents).flatten(1).any(1).sum())
             assert 0 < num_moving < NUM_SAMPLES and sum(parted.decode.with_graph) <= num_moving + 1
-            if options.get("gradient") == "unet":
+            if parted.denoiser._is_through_unet(step_at(index=first_step + number)):
                 assert parted.network.with_graph == parted.decode.with_graph
             # No row of either half is predicted twice.
             num_halves = 1 if options.get("guidance_scale") == 1.0 else 2
@@ -148,8 +151,8 @@ def test_all_samples_at_rest_take_no_gradient() -> None:
 def test_a_sample_within_the_tolerance_is_not_moved(step: str) -> None:
     """Whatever the step rule; the others move as without a tolerance."""
     latents = latents_of(NUM_SAMPLES) * SPREAD
-    tolerance = median_distance("boundary", {}, latents)
-    free, bound = (Guided("boundary", None, step=step, **one) for one in ({}, {"tolerance": tolerance}))
+    tolerance = median_distance("boundary", {"step": step}, latents)
+    free, bound = (Guided("boundary", None, step=step, every=5, **one) for one in ({}, {"tolerance": tolerance}))
     losses = free.denoiser.gradients(free.denoiser.predict(latents, step_at()), step_at())[0][0]
     moved, kept = (made.denoiser(latents, step_at()).latents for made in (free, bound))
     has_arrived = losses <= tolerance

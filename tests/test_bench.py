@@ -40,7 +40,7 @@ def test_the_arithmetic_of_stable_diffusion_is_the_published_one():
     prompt = counted.prompt(40)
     assert prompt / TERA == pytest.approx(66.8, abs=0.1)
     assert counted.guided(40, 8) / prompt == pytest.approx(1.61, abs=0.01)
-    through = counted.guided(40, 8, through_unet=True)
+    through = counted.guided(40, 8, num_through_unet=8)
     assert through / prompt == pytest.approx(1.72, abs=0.01)
     assert (through + 8 * counted.unet) / prompt == pytest.approx(1.81, abs=0.01)
     assert counted.guided(20, 20) / counted.prompt(20) == pytest.approx(3.9, abs=0.05)
@@ -160,6 +160,11 @@ def test_floors_follow_the_guided_steps():
     assert floors["risky-polyak"] == pytest.approx(1 + 19 * 12 / 43)
     assert floors["risk-polyak"] == pytest.approx(1 + 39 * 12 / 83)
     assert floors["kldb-polyak-unet-every-2nd"] == pytest.approx(1 + 19 * (12 + 2) / 83)
+    # At 1, 4, ..., 37 through the UNet, and at 40, after which nothing is denoised.
+    assert floors["kldb-perceptible"] == floors["risk-perceptible"] == pytest.approx(1 + (14 * 12 + 13 * 2) / 83)
+    # At 2, 5, ..., 17, and at 20.
+    assert floors["risky-perceptible"] == pytest.approx(1 + (7 * 12 + 6 * 2) / 43)
+    assert floors["kldb-perceptible@tiny"] == pytest.approx(1 + (14 * 7 + 13 * 2) / 83)
     assert floors["risky-polyak-floor"] == pytest.approx(1 + 19 * (12 + 4 + 6) / 43)
 
 

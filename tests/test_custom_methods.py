@@ -224,7 +224,10 @@ def test_criteria_are_tried_before_samples_are_made(importable: Path) -> None:
             "parameters.a b: 'a b' cannot be the name of an argument",
         ),
         ({"guidance": {"custom": {"parameters": {"a": float("nan")}}}}, "parameters.a: nan is not a finite number"),
-        ({"guidance": {"custom": {"every": 99}}}, "requests.0.guidance.custom: leaves none of 20 steps guided"),
+        (
+            {"guidance": {"custom": {"every": 99, "skip_last": True}}},
+            "requests.0.guidance.custom: leaves none of 20 steps guided",
+        ),
         ({"classes": None}, "requests.0.classes: missing; give class names or `all` (or `boundary: [A, B]`)"),
     ],
 )

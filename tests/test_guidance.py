@@ -183,18 +183,26 @@ def latents_of(num_samples: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("levels", [(1.0, 2.0), (0.6, 0.8)])
-@pytest.mark.parametrize("gradient", ["detached", "unet"])
+@pytest.mark.parametrize("gradient", ["detached", "unet", "combined", "combined, last step"])
 def test_gradient_equals_finite_differences(prediction, levels, gradient):
-    """The whole chain latents -> x0 -> image -> KLDB, both variants; catches a wrong factor or a lost path."""
-    step, latents = step_at(*levels), latents_of(1)
+    """The whole chain latents -> x0 -> image -> KLDB, all variants; catches a wrong factor or a lost path.
+
+    That of the combined prediction sees what the conditional half adds to it; at the last step only its image.
+    """
+    gradient, _, is_last = gradient.partition(", ")
+    step, latents = step_at(*levels, index=40 if is_last else 5), latents_of(1)
     wrapper = guided(1, prediction, gradient=gradient)
     base = wrapper.predict(latents, step)
     analytic = wrapper.gradients(base, step)[1][0]
-    fixed = predicted_eps(base.conditional, latents, step, prediction)
+    fixed = predicted_eps(base.conditional if gradient == "detached" else base.output, latents, step, prediction)
+    assert not torch.allclose(base.conditional, base.output)
 
     def objective(moved):
+        output = wrapper._denoiser.conditional_output(moved, step)
         if gradient == "unet":
-            clean = predicted_x0(wrapper._denoiser.conditional_output(moved, step), moved, step, prediction)
+            clean = predicted_x0(output, moved, step, prediction)
+        elif gradient == "combined" and not is_last:
+            clean = predicted_x0(base.output + output - base.conditional, moved, step, prediction)
         else:
             clean = predicted_x0(fixed, moved, step, "epsilon")
         return kldb(toy_logits(toy_decode(clean)), (1, 3)).sum().item()
@@ -208,11 +216,11 @@ def test_gradient_equals_finite_differences(prediction, levels, gradient):
 
 
 @pytest.mark.parametrize("rule", ["polyak", "norm", "paper"])
-@pytest.mark.parametrize("gradient", ["detached", "unet"])
+@pytest.mark.parametrize("gradient", ["detached", "unet", "combined"])
 def test_guided_step_lowers_its_criterion(rule, gradient):
     """After one small guided step the KLDB of the same x0 prediction is lower for every sample."""
     step, latents = step_at(sigma=1.0), latents_of(8)
-    wrapper = guided(8, step=rule, gradient=gradient, alpha=0.02)
+    wrapper = guided(8, step=rule, gradient=gradient, alpha=0.02, every=5)
     base = wrapper.predict(latents, step)
     before = wrapper.gradients(base, step)[0][0]
     moved = wrapper(latents, step).latents
@@ -220,14 +228,17 @@ def test_guided_step_lowers_its_criterion(rule, gradient):
         base = wrapper.predict(moved, step)
         after = wrapper.gradients(base, step)[0][0]
     else:
-        clean = predicted_x0(predicted_eps(base.conditional, latents, step, "epsilon"), moved, step, "epsilon")
+        held = predicted_eps(base.conditional, latents, step, "epsilon")
+        if gradient == "combined":
+            held = base.output + wrapper._denoiser.conditional_output(moved, step) - base.conditional
+        clean = predicted_x0(held, moved, step, "epsilon")
         after = kldb(toy_logits(toy_decode(clean).clamp(0, 1)), (1, 3))
     assert (after < before).all()
 
 
 def test_latents_without_signal_are_not_guided():
     """At zero terminal SNR the prediction of x0 divides by zero: such a step is the plain one."""
-    wrapper, latents = guided(2, "v_prediction"), latents_of(2)
+    wrapper, latents = guided(2, "v_prediction", every=5), latents_of(2)
     for signal, is_moved in ((1e-4, False), (0.1, True)):
         step = step_at(signal, math.sqrt(1 - signal**2))
         assert torch.equal(wrapper(latents, step).latents, latents) != is_moved
@@ -288,9 +299,10 @@ def test_noise_levels_are_the_schedulers_own(scheduler):
 
 
 def test_schedule():
-    """Steps 5, 10, ..., 40 counted from 1, the last one left to the denoiser by default."""
-    assert [at for at in range(1, 41) if BoundaryGuidanceSpec().is_guided(at, 40)] == [5, 10, 15, 20, 25, 30, 35]
-    assert BoundaryGuidanceSpec(skip_last=False).is_guided(40, 40)
+    """Steps 5, 10, ..., 40 counted from 1, the last one left to the denoiser unless asked for."""
+    spec = BoundaryGuidanceSpec(preset="adversarial")
+    assert [at for at in range(1, 41) if spec.is_guided(at, 40)] == [5, 10, 15, 20, 25, 30, 35]
+    assert BoundaryGuidanceSpec(preset="adversarial", skip_last=False).is_guided(40, 40)
 
 
 def test_noise_belongs_to_the_seed():
@@ -487,10 +499,10 @@ def test_cap_bounds_the_shift():
 
 
 def test_gradient_range_guides_the_last_steps_only():
-    """The last quarter of 40 steps, less the very last."""
-    wrapper = risky(gradient_range=0.25)
-    guided_at = [index for index in range(1, 41) if wrapper._is_guided(step_at(index=index))]
-    assert guided_at == list(range(31, 40))
+    """The last quarter of 40 steps, less the very last; or every third of them, the last one included."""
+    for preset, expected in (("adversarial", list(range(31, 40))), ("perceptible", [31, 34, 37, 40])):
+        wrapper = risky(preset=preset, gradient_range=0.25)
+        assert [index for index in range(1, 41) if wrapper._is_guided(step_at(index=index))] == expected
 
 
 @pytest.mark.parametrize("config", [{"prediction_type": "sample"}, {"rescale_betas_zero_snr": True}])

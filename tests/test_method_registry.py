@@ -136,7 +136,7 @@ def test_the_schema_knows_an_added_method(copy: Path) -> None:
     method = schema["$defs"]["RequestSpec"]["properties"]["method"]
     assert method["anyOf"][0]["enum"] == ["prompt", "boundary", "risky", "bright"]
     assert "RiskyDiff guidance, guidance to a brightness, or `package.module:factory`" in method["description"]
-    assert list(schema["$defs"]["GuidanceSpec"]["properties"]) == ["boundary", "risky", "bright", "custom"]
+    assert list(schema["$defs"]["GuidanceSpec"]["properties"]) == ["boundary", "risky", "bright", "custom", "ensemble"]
     assert schema["$defs"]["BrightGuidanceSpec"]["properties"]["level"]["maximum"] == 1
 
 
@@ -190,7 +190,7 @@ def test_the_addresses_of_a_record_lead_to_spec_and_guide(method: Method) -> Non
     parameters = method.load_spec()()
     assert any(parameters.is_guided(index, 40) for index in range(1, 41)) and parameters.schedule_remedy
     assert parameters.in_effect().keys() == parameters.model_dump().keys()
-    assert not parameters.is_guided(40, 40), "the last step is left to the denoiser"
+    assert parameters.is_guided(40, 40), "the last step corrects what those before it left"
 
 
 def test_parameters_that_follow_from_the_step_rule() -> None:
@@ -205,7 +205,7 @@ def test_parameters_that_follow_from_the_step_rule() -> None:
 def test_every_guided_method_has_a_section_of_its_own() -> None:
     """The section of one method is never read for another."""
     guidance = GuidanceSpec()
-    assert list(GuidanceSpec.model_fields) == [method.name for method in GUIDED]
+    assert list(GuidanceSpec.model_fields) == [*(method.name for method in GUIDED), "ensemble"]
     assert all(type(guidance.of(method)) is method.load_spec() for method in GUIDED)
     assert guidance.of(method_of("prompt")) == MethodParameters() and not MethodParameters().is_guided(1, 1)
 

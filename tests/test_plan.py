@@ -139,7 +139,7 @@ def test_grown_counts_append_shards():
     [
         ({"seed": 1}, "seed: 0 -> 1"),
         ({"sampling": {"guidance_scale": 5.0}}, "requests.0.sampling.guidance_scale: 7.5 -> 5.0"),
-        ({"guidance": {"boundary": {"every": 2}}}, "requests.0.guidance.every: 5 -> 2"),
+        ({"guidance": {"boundary": {"every": 2}}}, "requests.0.guidance.every: 3 -> 2"),
     ],
 )
 def test_digest_follows_what_decides_pixels(changes, path):
@@ -152,7 +152,10 @@ def test_digest_follows_what_decides_pixels(changes, path):
 def test_a_tolerance_is_in_the_identity_where_it_changes_samples():
     """Plans and jobs from before there was one have no such key, and go on; a request may take it back."""
     jobs = [
-        make_job(boundary_request(guidance={"boundary": own}), guidance={"boundary": {"tolerance": 0.1}})
+        make_job(
+            boundary_request(guidance={"boundary": own}),
+            guidance={"boundary": {"preset": "adversarial", "tolerance": 0.1}},
+        )
         for own in ({"tolerance": 0.0}, {})
     ]
     plain, wide = (build_plan(job, DIGITS, DIGESTS) for job in jobs)

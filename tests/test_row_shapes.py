@@ -13,6 +13,7 @@ from engine.generation.row_shapes import ROW_MULTIPLE, RowShapes, fewest_rows, g
 from engine.job.parsing import parse_job
 from engine.job.plan import Plan, build_plan
 from engine.job.records import SampleResult
+from engine.methods.guidance.precision import pulled_back
 from engine.methods.guidance.scene import Decoding
 from engine.methods.sampling.loop import sample
 from engine.models.digests import model_digests
@@ -24,7 +25,7 @@ CLASSES = {"digits": ("three", "eight"), "cifar10": ("cat", "dog")}
 NUM_STEPS = 6
 METHODS: dict[str, dict[str, Any]] = {
     "prompt": {},
-    "boundary": {"gradient": "unet", "every": 1, "tolerance": 2.0},
+    "boundary": {"every": 1, "tolerance": 2.0},
     "risky": {"every": 1, "tolerance": 1.49},
 }
 # That the first sample is below at the first step, and others above; without one there is another step rule.
@@ -90,8 +91,8 @@ def contents(results: list[SampleResult]) -> list[tuple[Any, ...]]:
 def test_samples_have_the_bytes_of_whole_batches(
     made: Made, request_number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first five, and one from the middle, in fewer rows."""
-    parts = [(5, 0), (1, 9)]
+    """The first five and the first nine, and one from the middle, in fewer rows: eight, twelve and four."""
+    parts = [(5, 0), (9, 0), (1, 9)]
     fewer = []
     for num_samples, first in parts:
         fewer.append((contents(made.results(request_number, num_samples, first)), list(made.rows)))
@@ -124,7 +125,7 @@ def test_gradients_by_fours_have_the_bytes_of_whole_batches(made: Made, request_
     (whole, health, all_rows), (parted, other, rows) = found
     assert torch.equal(whole, parted) and torch.equal(health.guided_steps, other.guided_steps)
     assert all(number % ROW_MULTIPLE == 0 for number in rows) and len(set(rows)) > 1
-    assert set(all_rows) == {16} and 0 < health.guided_steps.sum() < 16 * (NUM_STEPS - 1)
+    assert set(all_rows) == {16} and 0 < health.guided_steps.sum() < 16 * NUM_STEPS
 
 
 def test_a_shape_that_changes_bytes_is_not_used(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +155,21 @@ def test_all_that_a_later_step_may_follow_is_compared(monkeypatch: pytest.Monkey
     specs = list(made.plan.samples(made.plan.shard(1)))
     monkeypatch.undo()
     assert generator._rows(1, specs, [], 3)[0] == 16
+
+
+def test_requests_of_few_steps_are_compared_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three steps the last alone is guided, not through the UNet: what it shows holds for no other request."""
+    made = Made("digits", {"boundary": {}})
+    generator, found = made.generator, []
+    request = generator._job.requests[0]
+    monkeypatch.setattr(
+        "engine.methods.guidance.guided.pulled_back", lambda given, *more: pulled_back(given, *more) * len(given)
+    )
+    for steps in (3, NUM_STEPS):
+        few = request.model_copy(update={"sampling": {"num_inference_steps": steps}})
+        generator._job = generator._job.model_copy(update={"requests": (few,)})
+        found.append(generator._rows(0, list(made.plan.samples(made.plan.shard(0))), [], 3)[0])
+    assert found == [4, 16]
 
 
 def test_one_comparison_decides_for_a_process() -> None:

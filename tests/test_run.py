@@ -105,7 +105,7 @@ def test_guidance_is_recorded_and_seeds_are_shared(finished):
     guided = [one for one in records if one[0]["request"] == "between"]
     plain = [one for one in records if one[0]["request"] == "between-plain"]
     assert [one["seed"] for one, _ in guided] == [one["seed"] for one, _ in plain]
-    assert all(one["guided_steps"] == 2 and one["nonfinite_gradients"] == 0 for one, _ in guided)
+    assert all(one["guided_steps"] == 5 and one["nonfinite_gradients"] == 0 for one, _ in guided)
     assert all(one["guided_steps"] == 0 for one, _ in plain)
     assert all(one["kldb_classes"] == [3, 8] and sum(one["soft_label"]) == 1 for one, _ in guided + plain)
     assert all(first != second for (_, first), (_, second) in zip(guided, plain, strict=True))

@@ -49,6 +49,7 @@ def away_from_label(images, scene):
 
 GUIDES = {
     "boundary": lambda scene: guide_to_boundary(denoiser(), BoundaryGuidanceSpec(), scene),
+    "detached": lambda scene: guide_to_boundary(denoiser(), BoundaryGuidanceSpec(gradient="detached"), scene),
     "unet": lambda scene: guide_to_boundary(denoiser(), BoundaryGuidanceSpec(gradient="unet"), scene),
     "risky": lambda scene: guide_to_risk(denoiser(), RiskyGuidanceSpec(conformity_floor=0.9), scene),
     "paper": lambda scene: guide_to_risk(denoiser(), RiskyGuidanceSpec(step="paper", conformity_weight=1.0), scene),

@@ -94,13 +94,21 @@ def problems(raw) -> list[str]:
         (request(method="prompt", boundary=None), "requests.0.classes: missing"),
         (request(method="prompt", boundary=None, classes=["a"], prompt="x"), "requests.0.prompt: has no {class}"),
         (request(sampling={"scheduler": "x"}), "requests.0.sampling.scheduler: 'x' is not one of lms"),
-        (request(sampling={"num_inference_steps": 5}), "requests.0.guidance.boundary: leaves none of 5 steps guided"),
         (
-            request(method="risky", boundary=None, classes=["a"], guidance={"risky": {"gradient_range": 0.01}}),
+            request(sampling={"num_inference_steps": 5}, guidance={"boundary": {"preset": "adversarial"}}),
+            "requests.0.guidance.boundary: leaves none of 5 steps guided",
+        ),
+        (
+            request(
+                method="risky",
+                boundary=None,
+                classes=["a"],
+                guidance={"risky": {"preset": "adversarial", "gradient_range": 0.01}},
+            ),
             "requests.0.guidance.risky: leaves none of 40 steps guided; widen `gradient_range` or add steps",
         ),
         (
-            request(sampling={"num_inference_steps": 4}),
+            request(sampling={"num_inference_steps": 4}, guidance={"boundary": {"gradient": "unet"}}),
             "requests.0.guidance.boundary: leaves none of 4 steps guided; lower `every` or add steps",
         ),
         (job(runtime={"compile": "yes"}), "runtime.compile: 'yes' is not one of auto, on, off"),
@@ -160,8 +168,8 @@ def test_set_reaches_lists_and_new_sections():
 
 
 def test_a_schedule_without_a_guided_step_is_refused():
-    """Steps are counted from one: a guided fifth of four is none."""
-    guided = {"guidance": {"boundary": {"every": 5, "skip_last": False}}}
+    """Where steps are counted from one, a guided fifth of four is none."""
+    guided = {"guidance": {"boundary": {"every": 5, "counted_from": "start"}}}
     assert parse_job(request(sampling={"num_inference_steps": 5}, **guided))
     [line] = problems(request(sampling={"num_inference_steps": 4}, **guided))
     assert line == "requests.0.guidance.boundary: leaves none of 4 steps guided; lower `every` or add steps"

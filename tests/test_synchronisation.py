@@ -174,19 +174,24 @@ def test_sampling_waits_for_nothing(scheduler, on_device):
 
 GUIDES = {
     "boundary": (guide_to_boundary, BoundaryGuidanceSpec(every=2)),
+    "boundary, detached": (guide_to_boundary, BoundaryGuidanceSpec(every=2, gradient="detached")),
     "boundary, norm": (guide_to_boundary, BoundaryGuidanceSpec(every=2, step="norm")),
     "boundary, unet": (guide_to_boundary, BoundaryGuidanceSpec(every=2, gradient="unet")),
     "risky": (guide_to_risk, RiskyGuidanceSpec(every=2)),
+    "risky, detached": (guide_to_risk, RiskyGuidanceSpec(every=2, gradient="detached")),
     "risky, floor": (guide_to_risk, RiskyGuidanceSpec(every=2, conformity_floor=0.25)),
     "risky, paper": (guide_to_risk, RiskyGuidanceSpec(every=2, step="paper", conformity="raw")),
 }
 
 
 @pytest.mark.parametrize("guide", GUIDES)
-def test_guidance_waits_once_a_step_at_most(guide, on_device):
-    """A gradient through the UNet is asked whether it overflowed; three counts go to the device before the first."""
+def test_guidance_waits_once_for_a_gradient_at_most(guide, on_device):
+    """One through the UNet is asked whether it overflowed; three counts go to the device before the first."""
+    make, spec = GUIDES[guide]
+    steps = [index for index in range(1, NUM_STEPS + 1) if spec.is_guided(index, NUM_STEPS)]
+    num_through = sum(spec.is_through_unet(index, NUM_STEPS) for index in steps)
     # What the UNet waits for without a gradient is seen above; operators of `meta` take their time.
-    network = None if "unet" in guide else lambda latents, *_: latents * 0.5
-    transfers = on_device.sampled("LMSDiscreteScheduler", *GUIDES[guide], network=network)
-    assert len(transfers.reads) == (NUM_STEPS // 2 if "unet" in guide else 0)
+    network = None if num_through else lambda latents, *_: latents * 0.5
+    transfers = on_device.sampled("LMSDiscreteScheduler", make, spec, network=network)
+    assert len(transfers.reads) == num_through * (2 if "floor" in guide else 1)
     assert len(transfers.copies) == 3

@@ -67,19 +67,19 @@ def _advice(job: JobSpec, request: RequestSpec) -> DecoderAdvice | None:
     sampling, parameters = job.sampling_of(request), job.parameters_of(request)
     steps, pipeline = sampling.num_inference_steps, request.diffusion or job.models.diffusion
     taken = request.steps_taken(steps)
-    num_guided = sum(parameters.is_guided(index, steps) for index in taken)
+    guided = [index for index in taken if parameters.is_guided(index, steps)]
     folder = locate(pipeline).folder
-    if not num_guided or folder is None or not has_configurations(folder):
+    if not guided or folder is None or not has_configurations(folder):
         return None
     address, *counted = _counted(pipeline, folder)
     halves = 2 if sampling.guidance_scale > 1 else 1
-    through_unet = getattr(parameters, "gradient", "") == "unet"
+    num_through_unet = sum(parameters.is_through_unet(index, steps) for index in guided)
     totals = [
-        one.guided(len(taken), num_guided, through_unet=through_unet, num_halves=halves)
+        one.guided(len(taken), len(guided), num_through_unet=num_through_unet, num_halves=halves)
         + (one.prompt(len(taken), halves) if request.twin else 0)
         for one in counted
     ]
-    shares = [num_guided * one.decoder_gradient / total for one, total in zip(counted, totals, strict=True)]
+    shares = [len(guided) * one.decoder_gradient / total for one, total in zip(counted, totals, strict=True)]
     return DecoderAdvice(
         request=request.name, num_requests=1, share=shares[0], tiny_share=shares[1], cost=totals[1] / totals[0],
         address=address, price=read_price(),

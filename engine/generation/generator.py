@@ -264,8 +264,10 @@ class Generator:
         rows = fewest_rows(num_samples, len(specs))
         if not model.takes_fewer_rows or len(specs) != model.rows or rows == len(specs):
             return len(specs), None
-        scale = self._job.sampling_of(spec).guidance_scale
-        key = (self._address(request), spec.method, parameters.model_dump_json(), scale > 1)
+        sampling = self._job.sampling_of(spec)
+        # Of few steps the first guided one may be the last, whose gradient does not go through the UNet.
+        steps = sampling.num_inference_steps if spec.method_record.is_guided else 0
+        key = (self._address(request), spec.method, parameters.model_dump_json(), sampling.guidance_scale > 1, steps)
         if not self._shapes.agree(key, partial(self._computed, request, specs, draws), len(specs)):
             return len(specs), None
         # Sixteen rows are too few for gradients of some of them to save time.

@@ -28,6 +28,10 @@ class MethodParameters(Spec):
         """Whether step `index` of `total`, counted from 1, is guided."""
         return False
 
+    def is_through_unet(self, index: int, total: int) -> bool:
+        """Whether the gradient of step `index` of `total`, where it is guided, passes through the UNet."""
+        return False
+
     @property
     def schedule_remedy(self) -> str:
         """Which parameters to change, and how, where no step is guided."""

@@ -23,7 +23,7 @@ class PresetParameters(MethodParameters):
     ADVERSARIAL: ClassVar[Mapping[str, Any]]
     # Values that only jobs of before there were presets, and recipes of papers, name.
     OLD_VALUES: ClassVar[Mapping[str, tuple[str, ...]]]
-    # All fields of before there were presets, which jobs stored then have.
+    # Fields of before there were presets, which jobs stored then have; manifests leave out those that are null.
     OLD_FIELDS: ClassVar[frozenset[str]]
 
     preset: Preset = Field(
@@ -93,6 +93,11 @@ class PresetParameters(MethodParameters):
             last_fraction=self._last_fraction,
             from_end=self.counted_from == "end",
         )
+
+    def is_through_unet(self, index: int, total: int) -> bool:
+        """Whether the gradient of step `index` of `total` passes through the UNet; see `GuidedDenoiser` on `source`."""
+        gradient = getattr(self, "gradient", "")
+        return gradient == "unet" or (gradient == "combined" and index < total)
 
     @property
     def schedule_remedy(self) -> str:

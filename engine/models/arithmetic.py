@@ -64,7 +64,7 @@ class Arithmetic:
         num_steps: int,
         num_guided: int,
         *,
-        through_unet: bool = False,
+        num_through_unet: int = 0,
         uses_clip: bool = False,
         num_criteria: int = 1,
         num_halves: int = 2,
@@ -72,13 +72,13 @@ class Arithmetic:
         """An image with guidance at so many steps; the conditional half of a step serves its gradient too.
 
         Args:
+            num_through_unet: of these steps, those whose gradient passes through the UNet.
             num_criteria: gradients that the step rule needs separately; each is a backward pass of its own.
             num_halves: as for `prompt`.
         """
-        through = self.unet_backward if through_unet else 0
-        backward = num_criteria * (self.guide_decode_backward + through)
+        backward = num_criteria * (num_guided * self.guide_decode_backward + num_through_unet * self.unet_backward)
         scores = self.target + (self.clip if uses_clip else 0)
-        return self.prompt(num_steps, num_halves) + num_guided * (self.guide_decode + backward + scores)
+        return self.prompt(num_steps, num_halves) + num_guided * (self.guide_decode + scores) + backward
 
 
 def count_folder(diffusion: Path) -> Arithmetic:

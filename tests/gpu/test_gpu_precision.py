@@ -54,7 +54,7 @@ def test_checkpointing_saves_memory_and_changes_nothing(dtype, gpu):
 
 
 def test_a_samples_bytes_do_not_depend_on_its_neighbours(device, restored_kernels):
-    """In `deterministic: true` with a fixed batch size: the same sample in two compositions, guided both ways."""
+    """In `deterministic: true` with a fixed batch size: the same sample in two compositions, guided in every way."""
     guided = {"method": "boundary", "boundary": ["three", "eight"], "count": 8}
     raw = {
         "name": "job",
@@ -64,7 +64,8 @@ def test_a_samples_bytes_do_not_depend_on_its_neighbours(device, restored_kernel
             "target": "zoo:digits/classifier",
         },
         "requests": [
-            {"name": "detached", **guided, "guidance": {"boundary": {"every": 2}}},
+            {"name": "combined", **guided, "guidance": {"boundary": {"every": 2}}},
+            {"name": "detached", **guided, "guidance": {"boundary": {"every": 2, "gradient": "detached"}}},
             {"name": "unet", **guided, "guidance": {"boundary": {"every": 2, "gradient": "unet"}}},
             {"name": "risky", "method": "risky", "classes": ["three"], "count": 8},
         ],

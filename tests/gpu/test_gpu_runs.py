@@ -31,7 +31,7 @@ GUIDED = ("between", "through", "risky", "conditioned")
 
 
 def write_job(folder: Path, **runtime) -> Path:
-    """Boundary guidance both ways, risk guidance with and without an embedding, and what the prompt gives."""
+    """Boundary guidance by both presets, risk guidance with and without an embedding, and what the prompt gives."""
     job = {
         "name": "gpu",
         "models": {
@@ -42,8 +42,8 @@ def write_job(folder: Path, **runtime) -> Path:
         },
         "requests": [
             {"name": "plain", "method": "prompt", **BOUNDARY},
-            {"name": "between", "method": "boundary", **BOUNDARY},
-            {"name": "through", "method": "boundary", "guidance": {"boundary": {"gradient": "unet"}}, **BOUNDARY},
+            {"name": "between", "method": "boundary", "guidance": {"boundary": {"gradient": "detached"}}, **BOUNDARY},
+            {"name": "through", "method": "boundary", **BOUNDARY},
             {"name": "risky", "method": "risky", "classes": ["three", "one"], "count": 4},
             {"name": "conditioned", "method": "risky", "count": 4, **UNCLIP},
         ],

@@ -93,7 +93,7 @@ def arrived_rows(device, size):
         },
         "requests": [{"name": "a", "method": "boundary", "boundary": ["three", "eight"], "count": NUM_ARRIVING}],
         "sampling": {"num_inference_steps": 4 if IS_REHEARSAL else 20, "guidance_scale": 3.0},
-        "guidance": {"boundary": {"gradient": "unet", "every": 1, "tolerance": 1.0}},
+        "guidance": {"boundary": {"every": 1, "tolerance": 1.0}},
         "output": {"uri": "runs/job"},
         "runtime": {"device": device, "precision": "fp32", "batch_size": size},
     }

@@ -8,21 +8,30 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from bench.sizes import Setting
+from engine.methods.parameters import MethodParameters
+from engine.methods.registry import method_of
 
 Family = Literal["boundary", "risk", "risky"]
 # What guides a family. `risk` is RiskyDiff's guidance without image embeddings, on the pipeline of `boundary`.
 METHODS: Mapping[Family, str] = {"boundary": "boundary", "risk": "risky", "risky": "risky"}
 Program = Literal["plain", "published", "engine", "parts"]
 
+ADVERSARIAL: dict[str, Any] = {"preset": "adversarial"}
+PERCEPTIBLE: dict[str, Any] = {"preset": "perceptible"}
 # Guidance as the authors' public code has it (docs/methods.md has these as jobs): KLDB by the later rule and by that of
 # the workshop version, RiskyDiff. The gradient goes through the UNet where theirs does, and the last step is guided.
-KLDB = {"step": "norm", "alpha": 0.05, "every": 5, "gradient": "unet", "skip_last": False}
+KLDB = ADVERSARIAL | {"step": "norm", "alpha": 0.05, "every": 5, "gradient": "unet", "skip_last": False}
 KLDB_WORKSHOP = KLDB | {"step": "paper", "alpha": 0.1}
-RISKY = {"step": "paper", "scale": 10.0, "conformity_weight": 1e-4, "conformity": "raw", "skip_last": False}
+RISKY = ADVERSARIAL | {
+    "step": "paper", "scale": 10.0, "conformity_weight": 1e-4, "conformity": "raw", "skip_last": False,
+}  # fmt: skip
 PROMPT: Mapping[Family, str] = {"boundary": "prompt", "risk": "prompt-risk", "risky": "prompt-unclip"}
 DIVIDED = "workers"
 # The engine alone: what is published is one process, and is compared with one.
-AS_WORKERS = ("prompt", "kldb-norm-unet", "kldb-polyak", "prompt-unclip", "risky-paper", "risky-polyak")
+AS_WORKERS = (
+    *("prompt", "kldb-norm-unet", "kldb-polyak", "kldb-perceptible"),
+    *("prompt-unclip", "risky-paper", "risky-polyak", "risky-perceptible"),
+)
 PLAIN: Mapping[Family, str] = {"boundary": "plain-diffusers", "risky": "plain-diffusers-unclip"}
 # What a job may set for a GPU, one by one.
 RUNTIMES: Mapping[str, dict[str, Any]] = {
@@ -73,14 +82,14 @@ class Arm:
         return PROMPT[self.family] + mark + variant
 
     @property
-    def is_through_unet(self) -> bool:
-        """Whether the gradient passes through the UNet."""
-        return (self.guidance or {}).get("gradient") == "unet"
+    def parameters(self) -> MethodParameters:
+        """All parameters of the family's method, as a job gets them; without fields for the prompt alone."""
+        spec = MethodParameters if self.guidance is None else method_of(METHODS[self.family]).load_spec()
+        return spec.model_validate(self.guidance or {})
 
-    @property
-    def every(self) -> int:
-        """A step is guided where its number, counted from 1, is a multiple of this."""
-        return int((self.guidance or {}).get("every", 5 if self.family == "boundary" else 1))
+    def guided_steps(self, num_steps: int) -> list[int]:
+        """The guided ones of so many steps, counted from 1."""
+        return [index for index in range(1, num_steps + 1) if self.parameters.is_guided(index, num_steps)]
 
 
 def arms_of(setting: Setting) -> list[Arm]:
@@ -98,8 +107,8 @@ def divided(arm: Arm) -> Arm:
 
 
 def _boundary_arms() -> list[Arm]:
-    default, through = {"step": "polyak", "every": 5}, {"gradient": "unet"}
-    second = {"step": "polyak", "every": 2, "gradient": "unet"}
+    polyak, through = ADVERSARIAL | {"step": "polyak", "every": 5}, {"gradient": "unet"}
+    second = polyak | through | {"every": 2}
 
     def arm(name: str, guidance: dict[str, Any] | None = None, program: Program = "engine", twin: str = "") -> Arm:
         return Arm(name=name, family="boundary", guidance=guidance, program=program, twin=twin)
@@ -111,24 +120,27 @@ def _boundary_arms() -> list[Arm]:
         arm("kldb-norm-unet", KLDB),
         arm("published-kldb-workshop", KLDB_WORKSHOP, "published", "kldb-paper-unet"),
         arm("kldb-paper-unet", KLDB_WORKSHOP),
-        arm("kldb-polyak", default),
-        arm("kldb-polyak-combined", default, "parts"),
-        arm("kldb-polyak-unet", default | through),
+        arm("kldb-polyak", polyak),
+        arm("kldb-polyak-combined", polyak, "parts"),
+        arm("kldb-polyak-unet", polyak | through),
         arm("kldb-polyak-unet-every-2nd", second),
-        arm("kldb-polyak-every-step", default | {"every": 1}),
-        arm("kldb-norm", {"step": "norm", "alpha": KLDB["alpha"], "every": 5}),
-        *_variants("boundary", {"prompt": None, "kldb-polyak": default}, (TINY, *RUNTIMES)),
-        *_variants("boundary", {"kldb-polyak-unet": default | through}, _labels("xformers", "checkpointing")),
+        arm("kldb-polyak-every-step", polyak | {"every": 1}),
+        arm("kldb-norm", ADVERSARIAL | {"step": "norm", "alpha": KLDB["alpha"], "every": 5}),
+        arm("kldb-perceptible", PERCEPTIBLE),
+        *_variants("boundary", {"prompt": None, "kldb-polyak": polyak}, (TINY, *RUNTIMES)),
+        *_variants("boundary", {"kldb-polyak-unet": polyak | through}, _labels("xformers", "checkpointing")),
         *_variants("boundary", {"kldb-polyak-unet-every-2nd": second}, _labels(TINY, "compile", "decoder")),
+        *_variants("boundary", {"kldb-perceptible": PERCEPTIBLE}, _labels(TINY, "checkpointing", "decoder")),
     ]
 
 
 def _risk_arms() -> list[Arm]:
-    target = {"step": "polyak"}
+    target = ADVERSARIAL | {"step": "polyak"}
     methods = {
         "prompt-risk": None,
         "risk-polyak": target,
         "risk-polyak-floor": target | {"conformity_floor": 0.3},
+        "risk-perceptible": PERCEPTIBLE,
     }
     arms = [Arm(name=name, family="risk", guidance=guidance) for name, guidance in methods.items()]
     return arms + _variants("risk", methods, _labels(TINY, "decoder"))
@@ -143,8 +155,9 @@ def _risky_arms() -> list[Arm]:
         arm("prompt-unclip"),
         arm("published-risky", RISKY, "published", "risky-paper"),
         arm("risky-paper", RISKY),
-        arm("risky-polyak", {"step": "polyak"}),
-        arm("risky-polyak-floor", {"step": "polyak", "conformity_floor": 0.3}),
+        arm("risky-polyak", ADVERSARIAL | {"step": "polyak"}),
+        arm("risky-polyak-floor", ADVERSARIAL | {"step": "polyak", "conformity_floor": 0.3}),
+        arm("risky-perceptible", PERCEPTIBLE),
         *_variants("risky", {"prompt-unclip": None, "risky-paper": RISKY}, (TINY, *RUNTIMES)),
     ]
 

@@ -269,7 +269,7 @@ class Bench:
                 step=guidance["step"],
                 alpha=guidance["alpha"],
                 every=guidance["every"],
-                through_unet=arm.is_through_unet,
+                through_unet=guidance["gradient"] == "unet",
                 **given,
             )
         text = self.clip.text_embeds([class_prompt(spec.cell.names[0]) for spec in batch.specs]).to(self.device)

@@ -26,7 +26,7 @@ from engine.models.addresses import resolve
 from engine.models.configurations import read_config
 from gpu_steps.common import Figures, PeakMemory, attempt, exit_code, parser, rounded
 
-ARM = Arm(name="kldb", family="boundary", guidance={"step": "polyak", "every": 1})
+ARM = Arm(name="kldb", family="boundary", guidance={"preset": "adversarial", "every": 1})
 PRECISIONS = ("float32", "bfloat16")
 BATCHES = {"sd1": (8, 16, 32, 64), "tiny": (2, 4)}
 # 33 rows are the first whose upsampled activations no 32-bit index reaches.

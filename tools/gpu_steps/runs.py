@@ -45,8 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def digits_job(output: Path, device: str, size: str) -> dict[str, Any]:
-    """Prompt alone, boundary guidance at the detached prediction and through the UNet, risk with a conformity floor."""
+    """Prompt alone, boundary guidance by both presets and of the conditional half, risk with a conformity floor."""
     count, between = COUNTS[size], {"boundary": ["three", "eight"], "seed_group": "between"}
+    detached = {"guidance": {"boundary": {"preset": "adversarial"}}}
     through = {"guidance": {"boundary": {"gradient": "unet"}}}
     floor = {"guidance": {"risky": {"conformity_floor": 0.2}}}
     return {
@@ -57,7 +58,8 @@ def digits_job(output: Path, device: str, size: str) -> dict[str, Any]:
         },
         "requests": [
             {"name": "plain", "method": "prompt", "count": count, **between},
-            {"name": "between", "method": "boundary", "count": count, **between},
+            {"name": "between", "method": "boundary", "count": count, **between, **detached},
+            {"name": "perceptible", "method": "boundary", "count": count, **between},
             {"name": "through", "method": "boundary", "count": count, **between, **through},
             {"name": "risky", "method": "risky", "classes": ["three", "one"], "count": count // 2, **floor},
         ],

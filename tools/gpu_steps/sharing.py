@@ -45,8 +45,8 @@ def auto_job(setting: Setting, output: Path, shard: int, runtime: dict[str, Any]
     """What takes least memory and what takes most; of each a shard for every worker."""
     count = shard * runtime["workers"]
     between = {"boundary": list(setting.boundary), "count": count}
-    unet = {"every": GUIDED_EVERY, "gradient": "unet"}
-    risky = {"step": "polyak", "conformity_floor": 0.3, "every": GUIDED_EVERY}
+    unet = {"preset": "adversarial", "every": GUIDED_EVERY, "gradient": "unet"}
+    risky = {"preset": "perceptible", "conformity_floor": 0.3, "every": GUIDED_EVERY}
     return {
         "name": "auto",
         "models": {"diffusion": setting.diffusion, "clip": setting.clip, "target": setting.target},

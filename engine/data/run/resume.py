@@ -14,7 +14,7 @@ from engine.data.stores.base import DRIVER_LOCK, LEASES, LOCKS, STATE, Store
 from engine.errors import JobError, OutputError
 from engine.job.json_values import difference
 from engine.job.plan import Plan, next_stage
-from engine.job.spec import JobSpec, merge
+from engine.job.spec import GuidanceSpec, JobSpec, merge
 
 MAX_DIFFERENCES = 20
 # What is removed whole.
@@ -119,19 +119,20 @@ def _check_same(store: Store, stored: StoredRun, plan: Plan, job: JobSpec) -> No
 
 
 def _of_old_default(stored: StoredRun, plan: Plan, job: JobSpec) -> list[str]:
-    """The methods whose requests were planned as preset `adversarial` plans them now, and otherwise alike."""
-    before = {one["name"]: one for one in stored.identity["requests"]}
-    methods: list[str] = []
-    for request, identity in zip(plan.requests, plan.identity["requests"], strict=True):
-        name, old = request.spec.method_record.name, before.get(request.spec.name)
-        if old is None or old["guidance"] == json.loads(json.dumps(identity["guidance"])):
-            continue
-        adversarial = merge(request.spec.guidance, {name: {"preset": "adversarial"}})
-        spec = request.spec.model_copy(update={"guidance": adversarial})
-        if job.parameters_of(spec).identity() != old["guidance"]:
-            return []
-        methods.append(name)
-    return list(dict.fromkeys(methods))
+    """The methods that preset `adversarial` would plan as they are stored; none where anything else differs."""
+    identity, methods = json.loads(json.dumps(plan.identity)), dict[str, None]()
+    for request, before, now in zip(plan.requests, stored.identity["requests"], identity["requests"], strict=False):
+        if before["guidance"] != now["guidance"]:
+            name = request.spec.method_record.name
+            methods[name] = None
+            now["guidance"] = _as_adversarial(job, name).parameters_of(request.spec).identity()
+    return list(methods) if identity == stored.identity else []
+
+
+def _as_adversarial(job: JobSpec, method: str) -> JobSpec:
+    """The job as `--set guidance.METHOD.preset=adversarial` makes it, with the other fields that its file names."""
+    named = merge(job.guidance.model_dump(exclude_unset=True), {method: {"preset": "adversarial"}})
+    return job.model_copy(update={"guidance": GuidanceSpec.model_validate(named)})
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], plan: Plan) -> list[str]:

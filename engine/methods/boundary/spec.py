@@ -18,7 +18,7 @@ class BoundaryGuidanceSpec(PresetParameters):
         "every": 5, "counted_from": "start", "skip_last": True, "gradient": "detached", "tolerance": 0.0,
     }  # fmt: skip
     OLD_VALUES: ClassVar[Mapping[str, tuple[str, ...]]] = {"step": ("norm", "paper"), "gradient": ("detached", "unet")}
-    OLD_FIELDS: ClassVar[frozenset[str]] = frozenset({"step", "alpha", "cap", "every", "gradient", "skip_last"})
+    OLD_FIELDS: ClassVar[frozenset[str]] = frozenset({"step", "cap", "every", "gradient", "skip_last"})
 
     step: Literal["polyak", "norm", "paper"] = Field(
         default="polyak", description="Step rule: Polyak (no step size), |g|_2-normalised, or the paper's max|g|."

@@ -21,8 +21,8 @@ class RiskyGuidanceSpec(PresetParameters):
     OLD_VALUES: ClassVar[Mapping[str, tuple[str, ...]]] = {"step": ("paper",), "gradient": ("detached",)}
     OLD_FIELDS: ClassVar[frozenset[str]] = frozenset(
         {
-            "step", "scale", "conformity_weight", "conformity", "target_risk", "tolerance", "conformity_floor", "cap",
-            "every", "gradient_range", "skip_last",
+            "step", "scale", "conformity_weight", "conformity", "target_risk", "tolerance", "cap", "every",
+            "gradient_range", "skip_last",
         }
     )  # fmt: skip
 
