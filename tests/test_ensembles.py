@@ -133,7 +133,11 @@ def test_what_would_have_no_effect_is_refused() -> None:
 
 def test_targets_and_their_choice_are_part_of_the_plan(tmp_path: Path) -> None:
     """Of guided requests alone; a plan from before there were ensembles is still the same plan."""
-    old = cases.make_plan(cases.make_job(tmp_path, output={"uri": "x", "samples_per_shard": 4, "provenance": False}))
+    before = {
+        "output": {"uri": "x", "samples_per_shard": 4, "provenance": False},
+        "guidance": {"boundary": {"preset": "adversarial"}},
+    }
+    old = cases.make_plan(cases.make_job(tmp_path, **before))
     assert old.digest == "d35004976fc31d7493d6bf266ef00059"
     models = cases.make_job(tmp_path).models.model_dump() | {"target": ["zoo:t", "zoo:u"]}
     jobs = [cases.make_job(tmp_path, models=models, guidance={"ensemble": choice}) for choice in ("mean", "worst")]
@@ -205,14 +209,14 @@ class Fixed:
 STEP = Step(index=5, total=40, timestep=torch.tensor(500.0), scale=1.0, sigma=1.0, normalise_input=False)
 LATENTS = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 GUIDES_OF = {
-    "boundary": (guide_to_boundary, BoundaryGuidanceSpec()),
-    "risky": (guide_to_risk, RiskyGuidanceSpec(target_risk=0.2, tolerance=0)),
+    "boundary": (guide_to_boundary, BoundaryGuidanceSpec(gradient="detached")),
+    "risky": (guide_to_risk, RiskyGuidanceSpec(target_risk=0.2, tolerance=0, gradient="detached")),
     "paper": (guide_to_risk, RiskyGuidanceSpec(step="paper")),
     "custom": (
         lambda denoiser, spec, scene: guide_by_criterion(
             lambda images, own: kldb(own.logits(images), own.classes[0]), denoiser, spec, scene
         ),
-        CustomGuidanceSpec(),
+        CustomGuidanceSpec(gradient="detached"),
     ),
 }
 
