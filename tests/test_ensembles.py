@@ -258,7 +258,7 @@ def test_what_no_target_changes_is_measured_once() -> None:
         calls.append(len(images))
         return images.mean((1, 2, 3))
 
-    spec = RiskyGuidanceSpec(conformity_floor=0.9)
+    spec = RiskyGuidanceSpec(conformity_floor=0.9, gradient="detached")
     found = []
     for logits in ([upright], [upright, mirrored, upright]):
         guided = guide_to_risk(Fixed(), spec, scene(*logits, conformity=conformity))
@@ -278,7 +278,9 @@ def test_the_mean_of_a_row_does_not_depend_on_the_others() -> None:
 
 def test_a_request_guides_by_all_targets_of_its_job_as_it_chooses() -> None:
     """From the job to what is descended: the job's choice, and the one of a request."""
-    job = parse_job(raw_job([FIRST, SECOND], BETWEEN, BETWEEN | {"name": "b", "guidance": {"ensemble": "worst"}}))
+    detached = BETWEEN | {"guidance": {"boundary": {"gradient": "detached"}}}
+    worst = detached | {"name": "b", "guidance": detached["guidance"] | {"ensemble": "worst"}}
+    job = parse_job(raw_job([FIRST, SECOND], detached, worst))
     targets = [SimpleNamespace(logits=logits) for logits in (upright, mirrored)]
     scorer: Any = SimpleNamespace(target=targets[0], further_targets=targets[1:])
     guides = RequestGuides(job, SimpleNamespace(), scorer, "cpu")  # type: ignore[arg-type]
