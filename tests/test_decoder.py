@@ -62,7 +62,7 @@ def test_guidance_goes_through_it_and_the_stored_image_does_not():
         generator.next_batch(one.number, [one.sample(place) for place in range(3)]) for one in plan.requests
     )
     assert [one.image for one in unmoved] == [one.image for one in plain]
-    assert all(one.record["guided_steps"] == 3 for one in guided)
+    assert all(one.record["guided_steps"] == 4 for one in guided)
     medians = [sorted(one.record["kldb"] for one in some)[1] for some in (plain, guided)]
     assert medians[1] < 0.5 * medians[0]
 

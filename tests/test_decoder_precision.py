@@ -254,20 +254,21 @@ def test_a_generator_measures_before_its_first_batch_and_guides_as_it_decided(mo
     monkeypatch.setattr(Decoder, "trial_precision", lambda self: "bfloat16")
     generator = generator_of(job_of("boundary", "prompt", "boundary"))
     (notice,) = generator.notices.take()
-    assert "requests.0: the decoder's gradient is computed in" in notice and "of 6 gradients" in notice
+    assert "requests.0: the decoder's gradient is computed in" in notice and "of 9 gradients" in notice
     assert generator._decoding(0) is generator._decoding(2)
     chosen = generator._precisions.of(generator._subject(0))
     assert generator._decoding(0) is generator._model(0).decoder.decoding(generator._model(0).latent_shape, chosen)
     (result,) = generator.next_batch(0, [generator._plan.requests[0].sample(0)])
-    assert result.record["guided_steps"] == 2
+    assert result.record["guided_steps"] == 3
 
 
 def test_a_trial_tells_the_decoding_from_8_bits():
-    """Real models and loop: the exact decoding agrees with itself, rounded images not quite; 3 bits are refused."""
+    """Real models and loop, the last step too: the exact decoding agrees with itself, rounded images not quite; 3 bits
+    are refused."""
     generator = generator_of(job_of("boundary"))
     exact = generator._decoding(0)
     same, in_8_bits = trial = generator._compared(0, exact)
-    assert trial.shape == (2, 6) and keeps_direction(trial)
+    assert trial.shape == (2, 9) and keeps_direction(trial)
     assert (1 - same).abs().max() < 1e-6 and (1 - in_8_bits).min() > 1e-6 and (in_8_bits > 0.9).all()
 
     def in_3_bits(latents):
@@ -286,7 +287,7 @@ def test_a_trial_compiles_nothing(monkeypatch):
     monkeypatch.setattr(Decoder, "trial_precision", lambda self: "bfloat16")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiling))
     generator = generator_of(job_of("boundary", runtime={"compile": "on"}))
-    assert "of 6 gradients" in generator.notices.take()[0]
+    assert "of 9 gradients" in generator.notices.take()[0]
 
 
 def test_a_cpu_neither_measures_nor_copies(monkeypatch):

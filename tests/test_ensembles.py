@@ -133,7 +133,11 @@ def test_what_would_have_no_effect_is_refused() -> None:
 
 def test_targets_and_their_choice_are_part_of_the_plan(tmp_path: Path) -> None:
     """Of guided requests alone; a plan from before there were ensembles is still the same plan."""
-    old = cases.make_plan(cases.make_job(tmp_path, output={"uri": "x", "samples_per_shard": 4, "provenance": False}))
+    before = {
+        "output": {"uri": "x", "samples_per_shard": 4, "provenance": False},
+        "guidance": {"boundary": {"preset": "adversarial"}},
+    }
+    old = cases.make_plan(cases.make_job(tmp_path, **before))
     assert old.digest == "d35004976fc31d7493d6bf266ef00059"
     models = cases.make_job(tmp_path).models.model_dump() | {"target": ["zoo:t", "zoo:u"]}
     jobs = [cases.make_job(tmp_path, models=models, guidance={"ensemble": choice}) for choice in ("mean", "worst")]
@@ -205,14 +209,14 @@ class Fixed:
 STEP = Step(index=5, total=40, timestep=torch.tensor(500.0), scale=1.0, sigma=1.0, normalise_input=False)
 LATENTS = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 GUIDES_OF = {
-    "boundary": (guide_to_boundary, BoundaryGuidanceSpec()),
-    "risky": (guide_to_risk, RiskyGuidanceSpec(target_risk=0.2, tolerance=0)),
+    "boundary": (guide_to_boundary, BoundaryGuidanceSpec(gradient="detached")),
+    "risky": (guide_to_risk, RiskyGuidanceSpec(target_risk=0.2, tolerance=0, gradient="detached")),
     "paper": (guide_to_risk, RiskyGuidanceSpec(step="paper")),
     "custom": (
         lambda denoiser, spec, scene: guide_by_criterion(
             lambda images, own: kldb(own.logits(images), own.classes[0]), denoiser, spec, scene
         ),
-        CustomGuidanceSpec(),
+        CustomGuidanceSpec(gradient="detached"),
     ),
 }
 
@@ -254,7 +258,7 @@ def test_what_no_target_changes_is_measured_once() -> None:
         calls.append(len(images))
         return images.mean((1, 2, 3))
 
-    spec = RiskyGuidanceSpec(conformity_floor=0.9)
+    spec = RiskyGuidanceSpec(conformity_floor=0.9, gradient="detached")
     found = []
     for logits in ([upright], [upright, mirrored, upright]):
         guided = guide_to_risk(Fixed(), spec, scene(*logits, conformity=conformity))
@@ -274,7 +278,9 @@ def test_the_mean_of_a_row_does_not_depend_on_the_others() -> None:
 
 def test_a_request_guides_by_all_targets_of_its_job_as_it_chooses() -> None:
     """From the job to what is descended: the job's choice, and the one of a request."""
-    job = parse_job(raw_job([FIRST, SECOND], BETWEEN, BETWEEN | {"name": "b", "guidance": {"ensemble": "worst"}}))
+    detached = BETWEEN | {"guidance": {"boundary": {"gradient": "detached"}}}
+    worst = detached | {"name": "b", "guidance": detached["guidance"] | {"ensemble": "worst"}}
+    job = parse_job(raw_job([FIRST, SECOND], detached, worst))
     targets = [SimpleNamespace(logits=logits) for logits in (upright, mirrored)]
     scorer: Any = SimpleNamespace(target=targets[0], further_targets=targets[1:])
     guides = RequestGuides(job, SimpleNamespace(), scorer, "cpu")  # type: ignore[arg-type]

@@ -157,9 +157,10 @@ def test_scoring_again_wants_the_models_of_the_run(finished: tuple[Store, JobSpe
 
 def test_without_a_judge_the_list_is_empty_and_the_digest_is_old(tmp_path: Path) -> None:
     """Every run has the column; a plan from before there were judges, its digest noted then, is still the same plan."""
-    # Nor did images say that they are synthetic.
+    # Nor did images say that they are synthetic, nor was there another preset of guidance.
     output = {"uri": str(tmp_path), "samples_per_shard": 4, "provenance": False}
-    plan = cases.make_plan(cases.make_job(tmp_path, output=output))
+    guidance = {"boundary": {"preset": "adversarial"}}
+    plan = cases.make_plan(cases.make_job(tmp_path, output=output, guidance=guidance))
     assert plan.digest == "d35004976fc31d7493d6bf266ef00059"
     assert cases.make_result(plan.requests[0].sample(0)).record["judge"] == []
     assert list(columns_of(2))[-1] == "judge" and "judge" not in columns_of(1)

@@ -260,8 +260,8 @@ def test_a_run_guides_with_the_workers_settings_and_scores_without_them(restored
         recorded(generator._scorer._clip._model.vision_model) as embeds,
     ):
         generator.next_batch(0, list(plan.samples(plan.shard(0))))
-    # The first of two steps is guided.
-    assert target == [before, FULL] and embeds == [FULL]
+    # Two shapes are compared, and the last of two steps is guided.
+    assert target == [before] * 3 + [FULL] and embeds == [FULL]
     assert settings() == before
 
 

@@ -199,7 +199,7 @@ def test_guidance_moves_what_starts_from_the_same_image_and_noise(made):
     for results in ways.values():
         assert all(one.image != other.image for one, other in zip(results, plain, strict=True))
         assert [one.record["start_sha256"] for one in results] == [one.record["start_sha256"] for one in plain]
-        # Two of the four steps, of which the last is left without guidance by default.
+        # Of the two steps of four that are taken.
         assert {one.record["guided_steps"] for one in results} <= {1, 2}
     assert pixels_of(ways["own"]).mean() < pixels_of(plain).mean()
 
@@ -474,9 +474,10 @@ NAN = float("nan")
         ([{"strength": [0.5, 1], "accept": {"start_distance": "< 0.4", "twin_risk": "> 1"}}],
          ["0.accept.twin_risk: no sample would be accepted, as there is no twin; *",
           "0.accept.start_distance: no sample would be accepted, as there is no start at strength 1; *"]),
-        ([{"strength": [0, 0.25], "method": "risky"}],
+        ([{"strength": [0, 0.25], "method": "risky", "guidance": {"risky": {"preset": "adversarial"}}}],
          ["0.guidance.risky: leaves all steps that strength 0.25 takes, the last 1 of 4, unguided; set *"]),
-        ([{"strength": 0.25, "method": "boundary", "classes": None, "boundary": ["a", "b"]}],
+        ([{"strength": 0.25, "method": "boundary", "classes": None, "boundary": ["a", "b"],
+           "guidance": {"boundary": {"skip_last": True}}}],
          ["0.guidance.boundary: leaves all steps that strength 0.25 takes, the last 1 of 4, unguided; lower *"]),
         ([{"name": "b" * 65, "strength": [0.3, 0.5]}], ["0.name: 'bbb*has more characters than 64; give 64 or fewer"]),
         ([{"strength": ["1e-9"]}], ["0.start.strength.0: '1e-9' is text to YAML, not a number; *"]),

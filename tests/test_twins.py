@@ -65,7 +65,7 @@ JOB: dict[str, Any] = {
          "accept": {"twin_psnr_db": ">= 36", "twin_distance": "< 1"}},
     ],
     "sampling": {"num_inference_steps": 4, "scheduler": "ddim"},
-    "guidance": {"boundary": {"every": 1}},
+    "guidance": {"boundary": {"preset": "adversarial", "every": 1}},
     "runtime": {"device": "cpu"},
 }  # fmt: skip
 PLAN = "_state/plan/000000.json"

@@ -20,11 +20,9 @@ ADVERSARIAL: dict[str, Any] = {"preset": "adversarial"}
 PERCEPTIBLE: dict[str, Any] = {"preset": "perceptible"}
 # Guidance as the authors' public code has it (docs/methods.md has these as jobs): KLDB by the later rule and by that of
 # the workshop version, RiskyDiff. The gradient goes through the UNet where theirs does, and the last step is guided.
-KLDB = ADVERSARIAL | {"step": "norm", "alpha": 0.05, "every": 5, "gradient": "unet", "skip_last": False}
+KLDB: dict[str, Any] = {"step": "norm", "alpha": 0.05, "every": 5, "gradient": "unet", "skip_last": False}
 KLDB_WORKSHOP = KLDB | {"step": "paper", "alpha": 0.1}
-RISKY = ADVERSARIAL | {
-    "step": "paper", "scale": 10.0, "conformity_weight": 1e-4, "conformity": "raw", "skip_last": False,
-}  # fmt: skip
+RISKY = {"step": "paper", "scale": 10.0, "conformity_weight": 1e-4, "conformity": "raw", "skip_last": False}
 PROMPT: Mapping[Family, str] = {"boundary": "prompt", "risk": "prompt-risk", "risky": "prompt-unclip"}
 DIVIDED = "workers"
 # The engine alone: what is published is one process, and is compared with one.
