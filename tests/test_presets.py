@@ -69,24 +69,27 @@ def guided_steps(spec: PresetParameters, total: int) -> list[int]:
     return [index for index in range(1, total + 1) if spec.is_guided(index, total)]
 
 
-PERCEPTIBLE = {"every": 3, "counted_from": "end", "skip_last": False, "gradient": "combined"}
+PERCEPTIBLE = {"every": 3, "counted_from": "end", "skip_last": False}
 ADVERSARIAL = {"counted_from": "start", "skip_last": True, "gradient": "detached"}
 
 
-@pytest.mark.parametrize(("spec", "every"), [(BoundaryGuidanceSpec, 5), (RiskyGuidanceSpec, 1)])
-def test_a_preset_gives_the_values_that_are_not_named(spec: type[PresetParameters], every: int) -> None:
+@pytest.mark.parametrize(
+    ("spec", "every", "gradient"), [(BoundaryGuidanceSpec, 5, "combined"), (RiskyGuidanceSpec, 1, "unet")]
+)
+def test_a_preset_gives_the_values_that_are_not_named(spec: type[PresetParameters], every: int, gradient: str) -> None:
     """A named field overrides; the schema's defaults are those of the default preset."""
+    perceptible = PERCEPTIBLE | {"gradient": gradient}
     for named, expected in (
-        ({}, PERCEPTIBLE),
-        ({"preset": "perceptible"}, PERCEPTIBLE),
+        ({}, perceptible),
+        ({"preset": "perceptible"}, perceptible),
         ({"preset": "adversarial"}, ADVERSARIAL | {"every": every}),
         ({"preset": "adversarial", "every": 2, "skip_last": False}, ADVERSARIAL | {"every": 2, "skip_last": False}),
-        ({"every": 5, "cap": 0.2}, PERCEPTIBLE | {"every": 5, "cap": 0.2}),
-        ({"preset": "perceptible", "gradient": "detached"}, PERCEPTIBLE | {"gradient": "detached"}),
+        ({"every": 5, "cap": 0.2}, perceptible | {"every": 5, "cap": 0.2}),
+        ({"preset": "perceptible", "gradient": "detached"}, perceptible | {"gradient": "detached"}),
     ):
         given = spec.model_validate(named)
         assert {name: getattr(given, name) for name in expected} == expected, named
-    assert {name: spec.model_fields[name].default for name in PERCEPTIBLE} == PERCEPTIBLE
+    assert {name: spec.model_fields[name].default for name in perceptible} == perceptible
 
 
 @pytest.mark.parametrize(
@@ -247,7 +250,7 @@ def test_an_unfinished_run_of_the_old_default_goes_on(tmp_path: Path, call: Any)
     for file in [part / "_SUCCESS", *part.rglob("*000003*")]:
         file.unlink()
     code, _, error = call("run", path, "--executor", "local", "--output", part)
-    (line,) = [line.strip() for line in error.splitlines() if "riskforge run JOB" in line]
+    (line,) = [line.removeprefix("error:").strip() for line in error.splitlines() if "riskforge run JOB" in line]
     assert code != 0 and "requests.0.guidance.every: 5 -> 3" in error and "default of guidance changed" in error
     for other in (["--set", "seed=1"], ["--set", "guidance.boundary.cap=0.3"], [*old, "--set", "seed=1"]):
         assert "riskforge run JOB" not in call("run", path, "--output", part, *other)[2]
