@@ -250,7 +250,7 @@ def test_an_unfinished_run_of_the_old_default_goes_on(tmp_path: Path, call: Any)
     for file in [part / "_SUCCESS", *part.rglob("*000003*")]:
         file.unlink()
     code, _, error = call("run", path, "--executor", "local", "--output", part)
-    (line,) = [line.removeprefix("error:").strip() for line in error.splitlines() if "riskforge run JOB" in line]
+    (line,) = [line.removeprefix("error:") for line in error.splitlines() if "riskforge run JOB" in line]
     assert code != 0 and "requests.0.guidance.every: 5 -> 3" in error and "default of guidance changed" in error
     for other in (["--set", "seed=1"], ["--set", "guidance.boundary.cap=0.3"], [*old, "--set", "seed=1"]):
         assert "riskforge run JOB" not in call("run", path, "--output", part, *other)[2]

@@ -21,6 +21,8 @@ class PresetParameters(MethodParameters):
     """
 
     ADVERSARIAL: ClassVar[Mapping[str, Any]]
+    # Gradients that pass through the UNet at the last step, too, as published.
+    PUBLISHED: ClassVar[frozenset[str]] = frozenset()
     # Values that only jobs of before there were presets, and recipes of papers, name.
     OLD_VALUES: ClassVar[Mapping[str, tuple[str, ...]]]
     # Fields of before there were presets, which jobs stored then have; manifests leave out those that are null.
@@ -97,7 +99,7 @@ class PresetParameters(MethodParameters):
     def is_through_unet(self, index: int, total: int) -> bool:
         """Whether the gradient of step `index` of `total` passes through the UNet; see `GuidedDenoiser` on `source`."""
         gradient = getattr(self, "gradient", "")
-        return gradient == "unet" or (gradient == "combined" and index < total)
+        return gradient in self.PUBLISHED or (gradient != "detached" and index < total)
 
     @property
     def schedule_remedy(self) -> str:

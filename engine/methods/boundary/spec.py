@@ -17,6 +17,7 @@ class BoundaryGuidanceSpec(PresetParameters):
     ADVERSARIAL: ClassVar[Mapping[str, Any]] = {
         "every": 5, "counted_from": "start", "skip_last": True, "gradient": "detached", "tolerance": 0.0,
     }  # fmt: skip
+    PUBLISHED: ClassVar[frozenset[str]] = frozenset({"unet"})
     OLD_VALUES: ClassVar[Mapping[str, tuple[str, ...]]] = {"step": ("norm", "paper"), "gradient": ("detached", "unet")}
     OLD_FIELDS: ClassVar[frozenset[str]] = frozenset({"step", "cap", "every", "gradient", "skip_last"})
 
