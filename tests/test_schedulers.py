@@ -361,7 +361,7 @@ DIGESTS = {
     "imagenet-kldb": "c85196df091fd06a585dbfb15ce3b233",
     "imagenet-riskydiff": "529032a31b5d149d828f048a7aef9788",
     "nightly-stress": "dd03579d918cc8afd082a207db5c863d",
-    "quickstart-cifar10": "a6e4a4c91cfe94d742caf6a81907f465",
+    "quickstart-cifar10": "466d4c76cf4eef910b2257a06a98ddcf",
     "quickstart": "1f73dac6bcaf518090db557f88422d37",
     "riskydiff-digits": "13808c8585a12b3e8343d629cb52050a",
     "riskydiff-mixtures": "212a90b6a13417f415ecf2e94a960a8e",
