@@ -75,8 +75,7 @@ class PresetParameters(MethodParameters):
         if cls.implied_preset(override) is None:
             return dict(base)
         of_preset = cls.model_validate({"preset": base.get("preset", "adversarial")}).model_dump()
-        governed = cls.ADVERSARIAL.keys() | {"preset"}
-        return {key: value for key, value in base.items() if key not in governed or value != of_preset.get(key)}
+        return {key: value for key, value in base.items() if value != of_preset.get(key)}
 
     @property
     def _last_fraction(self) -> float:
@@ -106,14 +105,15 @@ class PresetParameters(MethodParameters):
 
     def identity(self) -> dict[str, Any]:
         """The values, whichever preset gave them."""
-        return self.model_dump(mode="json", exclude={"preset"})
+        unneeded = self._unneeded() | {"preset"}
+        return {key: value for key, value in self.model_dump(mode="json").items() if key not in unneeded}
 
     @pydantic.model_serializer(mode="wrap")
     def _as_before(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Jobs and plans of preset `adversarial` are stored as they were before there was another."""
-        unneeded = self._unneeded() | ({"preset"} if self.preset == "adversarial" else set())
+        """Jobs of preset `adversarial` are stored as they were before there was another."""
+        unneeded = self._unneeded() | {"preset"} if self.preset == "adversarial" else set()
         return {key: value for key, value in dump(self).items() if key not in unneeded}
 
     def _unneeded(self) -> set[str]:
-        """Fields with the value that jobs of before these fields mean."""
+        """Fields with the value that jobs and plans of before these fields mean."""
         return {"counted_from"} if self.counted_from == "start" else set()
