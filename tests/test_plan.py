@@ -159,7 +159,8 @@ def test_a_tolerance_is_in_the_identity_where_it_changes_samples():
         for own in ({"tolerance": 0.0}, {})
     ]
     plain, wide = (build_plan(job, DIGITS, DIGESTS) for job in jobs)
-    assert "tolerance" not in make_job(boundary_request()).model_dump()["guidance"]["boundary"]
+    old = make_job(boundary_request(), guidance={"boundary": {"preset": "adversarial"}})
+    assert "tolerance" not in old.model_dump()["guidance"]["boundary"]
     guidance = [plan.identity["requests"][0]["guidance"] for plan in (plain, wide)]
     assert set(guidance[0]) == {"step", "alpha", "cap", "every", "gradient", "skip_last"}
     assert guidance[1] == guidance[0] | {"tolerance": 0.1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import shutil
@@ -215,6 +216,22 @@ def test_jobs_of_before_there_were_presets_are_what_they_were() -> None:
     stored = job_of().model_dump(mode="json")["guidance"]["boundary"]
     assert stored.items() >= (PERCEPTIBLE | {"preset": "perceptible"}).items()
     assert job_of(job_of().model_dump(mode="json", exclude_none=True)["guidance"]) == job_of()
+
+
+@pytest.mark.parametrize("spec", [BoundaryGuidanceSpec, RiskyGuidanceSpec])
+def test_every_mixture_is_read_as_it_was_stored(spec: type[PresetParameters]) -> None:
+    """With what is null and without; the identity of a plan has the values, whichever preset gave them."""
+    choices = {"every": (1, 3, 5), "counted_from": ("start", "end"), "gradient": ("combined", "detached")}
+    identities: dict[str, set[str]] = {}
+    for values in itertools.product(*choices.values(), (True, False)):
+        fields = dict(zip((*choices, "skip_last"), values, strict=True)) | {"tolerance": 0.1}
+        for preset in ("perceptible", "adversarial"):
+            given = spec.model_validate({"preset": preset} | fields)
+            for nulls in (True, False):
+                assert spec.model_validate(given.model_dump(mode="json", exclude_none=not nulls)) == given
+            identities.setdefault(str(values), set()).add(json.dumps(given.identity(), sort_keys=True))
+    assert all(len(same) == 1 for same in identities.values())
+    assert len(set().union(*identities.values())) == len(identities) == 24
 
 
 def test_the_old_default_keeps_its_plan() -> None:

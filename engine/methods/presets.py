@@ -77,8 +77,7 @@ class PresetParameters(MethodParameters):
         if cls.implied_preset(override) is None:
             return dict(base)
         of_preset = cls.model_validate({"preset": base.get("preset", "adversarial")}).model_dump()
-        governed = cls.ADVERSARIAL.keys() | {"preset"}
-        return {key: value for key, value in base.items() if key not in governed or value != of_preset.get(key)}
+        return {key: value for key, value in base.items() if value != of_preset.get(key)}
 
     @property
     def _last_fraction(self) -> float:
@@ -107,17 +106,15 @@ class PresetParameters(MethodParameters):
         return on_schedule_remedy(every=self.every, last_fraction=self._last_fraction)
 
     def identity(self) -> dict[str, Any]:
-        """The values, whichever preset gave them."""
-        return self.model_dump(mode="json", exclude={"preset"})
+        """The values, whichever preset gave them: plans of before there were presets have the fields of that time."""
+        return self._old_and_changed(self.model_dump(mode="json"))
 
     @pydantic.model_serializer(mode="wrap")
     def _as_before(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Jobs and plans of preset `adversarial` are stored as they were before there was another."""
-        values = dump(self)
-        if self.preset == "perceptible":
-            return values
-        return {key: value for key, value in values.items() if key in self.OLD_FIELDS or not self._is_implied(key)}
+        """Jobs of preset `adversarial` are stored as they were before there was another."""
+        return self._old_and_changed(dump(self)) if self.preset == "adversarial" else dump(self)
 
-    def _is_implied(self, field: str) -> bool:
-        """Whether a field that came with the presets has the value that jobs without it mean."""
-        return field == "preset" or (field in self.ADVERSARIAL and getattr(self, field) == self.ADVERSARIAL[field])
+    def _old_and_changed(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Values without the preset, and without those that jobs without the field mean."""
+        implied = {key for key in self.ADVERSARIAL.keys() - self.OLD_FIELDS if values.get(key) == self.ADVERSARIAL[key]}
+        return {key: value for key, value in values.items() if key not in {"preset", *implied}}

@@ -105,7 +105,7 @@ def check_arms(bench: Bench, batch: Batch) -> list[Check]:
 
 def check_published(bench: Bench, published: Arm, twin: Arm, batch: Batch) -> Check:
     """Compare a published loop with the engine: latents with those of its parts, images with those of its generator."""
-    size, place = bench.batch_size(published, 0), published.guided_steps(bench.job.sampling.num_inference_steps)[0] - 1
+    size, place = bench.batch_size(published, 0), twin.guided_steps(bench.job.sampling.num_inference_steps)[0] - 1
     images, traces = [], []
     for start in range(0, len(batch), size):
         trace: list[Tensor] = []
