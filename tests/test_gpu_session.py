@@ -232,7 +232,7 @@ def test_runs_are_made_and_verified(models, tmp_path, call, monkeypatch):
 
     monkeypatch.setattr(runs, "riskforge", riskforge)
     code, found = run_program("run", models, tmp_path, "--executor", "local")
-    assert code == 0 and found["summary"]["statuses"] == {"ok": 16} and found["verified"]["exit_code"] == 0
+    assert code == 0 and found["summary"]["statuses"] == {"ok": 20} and found["verified"]["exit_code"] == 0
     assert set(found["summary"]["batch_sizes"]) and not found["summary"]["nonfinite_gradients"]
 
 
