@@ -4,7 +4,7 @@
     uv run python tools/guidance_study.py goals --photographs data/cifar10 --output figures.json --into docs/guidance.md
 
 `tuning` makes 100 samples of every arm on the class sets that the default was chosen on; `goals` 200 of the presets on
-others. Each measured arm is stored at once: the same command goes on where it was stopped. `--photographs` is a folder
+others, `risky` on the same from other noise. Each measured arm is stored at once: the same command goes on where it was stopped. `--photographs` is a folder
 of real ones by class (`tools/zoo/cifar10_folder.py` writes it); without it, digits alone are measured. `--into` puts
 the tables between the marks of a page; `--sheet FOLDER` saves each set's first samples, an arm a row.
 """
@@ -31,6 +31,16 @@ from torch import Tensor
 from engine.models.library_logging import quiet_libraries
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGIT_SETS: dict[str, list[tuple[str, ...]]] = {
+    "tuning": [("four", "nine")],
+    "goals": [
+        ("three", "eight"),
+        ("one", "seven"),
+        ("zero", "six"),
+        ("two", "seven", "nine"),
+        ("zero", "six", "eight"),
+    ],
+}
 # The photographs' diffusion models know four of the ten classes.
 PHOTOGRAPHS = ("airplane", "cat", "dog", "ship")
 GOAL_ARMS = ("prompt", "adversarial", "perceptible")
@@ -40,17 +50,7 @@ SHOWN = 12
 def sets(kind: str, count: int, photographs: str | None) -> Iterator[SampleSet]:
     """The sets of samples of a kind of study."""
     digits = Zoo(name="digits", observers=("classifier-b", "oracle"), oracles=("oracle",), real="digits:validation")
-    joint = {
-        "tuning": [("four", "nine")],
-        "goals": [
-            ("three", "eight"),
-            ("one", "seven"),
-            ("zero", "six"),
-            ("two", "seven", "nine"),
-            ("zero", "six", "eight"),
-        ],
-    }[kind]
-    for names in joint:
+    for names in DIGIT_SETS[kind]:
         yield SampleSet(zoo=digits, method="boundary", names=names, count=count)
     # Goals are measured from other noise than what was chosen by.
     seed = 0 if kind == "tuning" else 1_000_000
