@@ -6,8 +6,8 @@
 `tuning` makes 100 samples of every arm on the class sets that the default was chosen on; `goals` 200 of the presets on
 others, `risky` on the same from other noise. Each measured arm is stored at once: the same command goes on where it was
 stopped. `--photographs` is a folder of real ones by class (`tools/zoo/cifar10_folder.py` writes it); without it, digits
-alone are measured. `--into` puts the tables between the marks of a page; `--sheet FOLDER` saves the first
-samples an arm a row.
+alone are measured. `--into` puts the tables between the marks of a page; `--sheet FOLDER` saves the
+first samples of each set, an arm a row.
 """
 
 from __future__ import annotations

@@ -31,8 +31,9 @@ class PresetParameters(MethodParameters):
     preset: Preset = Field(
         default="perceptible",
         description="Fields that are not named take its values. perceptible: through the UNet, changes that people see;"
-        " adversarial: cheaper, changes that the target alone sees. Default: perceptible, or adversarial where a named"
-        " field has a value that perceptible guidance never has (a paper's step, or a gradient other than combined).",
+        " adversarial: without, changes that are hardly seen on photographs. Default: perceptible, or adversarial where"
+        " a named field has a value that perceptible guidance never has: a paper's step, or a detached gradient (of"
+        " boundary also unet).",
     )
     every: StrictInt = Field(
         default=3,
