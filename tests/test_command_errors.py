@@ -12,7 +12,10 @@ import re
 import subprocess
 import sys
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
@@ -330,6 +333,25 @@ def test_damaged_images_are_listed(call, tmp_path):
     assert line.startswith("--data: ") and "has no usable image (read as a folder by class)" in line
     assert r"'cat\x1b[31m' is not a class of the target" in line and "and 2 more" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_that_outlives_its_run_leaves_no_traceback(monkeypatch):
+    """A process that ends takes no more commits: the thread of a stopped worker finds that out after its shard."""
+    unhandled = []
+    monkeypatch.setattr(threading, "excepthook", unhandled.append)
+    worker = SimpleNamespace(sample_shard=lambda *_: lambda: None)
+    executor = LocalExecutor(1)
+    executor.open(lambda: worker, 1)
+    executor.start_worker(0)
+    (thread,) = [one for one in threading.enumerate() if one.name == "worker-0"]
+
+    def refuse(*_):
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse)
+    executor.submit(0, SimpleNamespace(number=0), 0)
+    thread.join(10)
+    assert not thread.is_alive() and not unhandled
 
 
 LIMITED = """

@@ -103,7 +103,11 @@ class LocalExecutor:
                 report = partial(self._report, worker, shard.number)
                 finish = host.sample_shard(shard, attempt, report, batch_limit)
                 self._events.put((worker, ShardSampled(worker, shard.number)))
-                commits.submit(self._finish, worker, finish)
+                try:
+                    commits.submit(self._finish, worker, finish)
+                except RuntimeError:
+                    # The process ends, and takes no more work; the shard is made again by the next run.
+                    break
         host.close()
 
     def _report_active(self, worker: int) -> None:
