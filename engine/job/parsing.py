@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from engine.errors import JobError
 from engine.job.acceptance import SCORES, rule_problems
 from engine.job.columns import ENTRY_SCORES
-from engine.job.oracles import has_oracle, oracle_problems
+from engine.job.oracles import floor_of, floor_problems, has_oracle, oracle_problems
 from engine.job.spec import LIST_LIMITS, MAX_INDEX, ConditioningSpec, GuidanceSpec, JobSpec, RequestSpec, merge
 from engine.job.spec_messages import Location, Problem, explain, location_of
 from engine.job.strengths import Place, expand_strengths
@@ -121,6 +121,7 @@ def _between_fields(raw: dict[str, Any], places: Sequence[Place]) -> list[Proble
     problems += target_problems(raw, is_guided=_has_guided(raw)) + _ensemble_problems(raw, raw, ())
     problems += oracle_problems(raw)
     names: dict[str, int] = {}
+    floors, asked = list[Location](), list[tuple[Location, str]]()
     requests = raw.get("requests")
     for number, item in enumerate(requests if isinstance(requests, list) else []):
         where: Location = ("requests", number)
@@ -134,7 +135,15 @@ def _between_fields(raw: dict[str, Any], places: Sequence[Place]) -> list[Proble
             problems += _absent_models(request, raw.get("models"), where)
             problems += _ensemble_problems(raw, item, where)
             problems += _override_problems(request, base, where)
-    return problems
+            floors += _floor(request, base, where)
+            asked += [((*where, "accept", name), name) for name in request.accept]
+    return problems + floor_problems(raw, floors, asked)
+
+
+def _floor(request: RequestSpec, base: dict[str, dict[str, Any]], where: Location) -> list[Location]:
+    """Where the floor of an oracle is that guides a request; nothing without one, or with wrong parameters."""
+    guidance, problems = _validate(GuidanceSpec, _overridden("guidance", base, request), ())
+    return [] if problems else floor_of(request, guidance, where)
 
 
 def _absent_models(request: RequestSpec, models: Any, where: Location) -> list[Problem]:

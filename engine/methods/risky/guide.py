@@ -164,7 +164,7 @@ def polyak_above_floors(cap: float) -> Update:
 
 
 def yielding(gradient: Tensor, protected: Sequence[Tensor]) -> Tensor:
-    """`gradient` after it gave way to each of the protected ones, in their order; to those that are zero it does not."""
+    """`gradient` after it gave way to each of the protected ones, in their order; to zero nothing has to."""
     for other in protected:
         gradient = without_conflict(gradient, other)
     return gradient

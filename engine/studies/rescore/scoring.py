@@ -62,7 +62,10 @@ class Scoring:
             quiet_libraries()
             device = "cuda" if torch.cuda.is_available() and self._job.runtime.device != "cpu" else "cpu"
             transfer = [Classifier.load(address, device) for address in self._models.transfer]
-            oracles = Oracles([Classifier.load(address, device) for address in self._models.oracles])
+            oracles = Oracles(
+                [Classifier.load(address, device) for address in self._models.oracles],
+                is_guiding=self._job.oracle_guides,
+            )
             target = Classifier.load(self._models.target, device, self._models.temperature)
             self._loaded = target, transfer, oracles
         return self._loaded
