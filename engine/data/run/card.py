@@ -484,8 +484,8 @@ def _checked_labels(models: ModelsSpec, version: int) -> str:
     if version < BY_NAME["oracle_p_label_min"].since:
         return "filter by `conformity` and by what the oracle predicts"
     if models.validity:
-        share = f"`p_valid` estimates the share of\n  people who agree, fitted on answers of people ({code(models.validity)})"
-        return f"{share}; `label_is_valid` asks for {MIN_P_VALID}"
+        share = "`p_valid` estimates the share of\n  people who agree, fitted on answers of people"
+        return f"{share} ({code(models.validity)}); `label_is_valid` asks for {MIN_P_VALID}"
     return f"no estimate was fitted on answers of\n  people, so that `label_is_valid` means that {_BY_ORACLES}"
 
 
