@@ -7,10 +7,13 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from engine.errors import JobError
 from engine.job.spec import JobSpec
 from engine.models.addresses import resolve
 from engine.models.configurations import CONFIGURATION_PATTERNS, PIPELINE_INDEX, part_classes
 from engine.models.independence import check_independent
+from engine.models.neighbour_documents import read_neighbours
+from engine.models.oracle_kinds import kind_in, oracle_folder
 from engine.models.pipelines.lookup import family_of
 from engine.models.program_description import program_digest
 from engine.models.programs import is_program
@@ -40,6 +43,26 @@ def image_encoder_digest(address: str) -> str:
     parts = family_of(folder, address).embedding_parts
     files = [path for path in loaded_files(folder) if path.relative_to(folder).parts[0] in parts]
     return _folder_digest(folder, files)
+
+
+def oracle_digest(address: str) -> str:
+    """Digest of everything that an oracle's scores depend on; of a *neighbours* artefact its document and its encoder.
+
+    Raises:
+        JobError: as `model_digest`; the artefact is damaged, or its encoder is not the one that it was made with.
+    """
+    folder = None if is_program(address) else oracle_folder(address)
+    if folder is None or kind_in(folder) != "neighbours":
+        return model_digest(address)
+    document = read_neighbours(folder)
+    encoder = model_digest(document.encoder_address)
+    if encoder != document.encoder_digest:
+        raise JobError(
+            f"'{address}' was made with another encoder: '{document.encoder}' had the digest {document.encoder_digest},"
+            f" and has {encoder} now; restore that model, or make the artefact again with `riskforge prepare JOB --only"
+            " neighbours`"
+        )
+    return hashlib.sha256(f"{document.digest} {encoder}".encode()).hexdigest()[:32]
 
 
 def model_digests(job: JobSpec, *, of_existing_run: bool = False) -> dict[str, Any]:
