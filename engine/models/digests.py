@@ -74,16 +74,16 @@ def model_digests(job: JobSpec, *, of_existing_run: bool = False) -> dict[str, A
     Raises:
         JobError: a model cannot be located or downloaded, or the models are not independent (`check_independent`).
     """
-    models, of = job.models, functools.cache(model_digest)
+    models, of, of_oracle = job.models, functools.cache(model_digest), functools.cache(oracle_digest)
     diffusion = sorted({request.diffusion or models.diffusion for request in job.requests})
     digests = {
         "diffusion": {address: of(address) for address in diffusion},
         "clip": of(models.clip),
         "target": of(models.target),
         "transfer": [of(address) for address in models.transfer],
-        "oracle": of(models.all_oracles[0]) if models.all_oracles else "",
+        "oracle": of_oracle(models.all_oracles[0]) if models.all_oracles else "",
         # Absent where a job has none: plans keep the digest that they had before there were such fields.
-        **({"oracles": [*map(of, models.oracles)]} if models.oracles else {}),
+        **({"oracles": [*map(of_oracle, models.oracles)]} if models.oracles else {}),
         **({"further_targets": [*map(of, models.further_targets)]} if models.further_targets else {}),
         **({"guidance_decoder": of(models.guidance_decoder)} if models.guidance_decoder else {}),
         # A checker's weights are in the digest of its pipeline.

@@ -153,9 +153,7 @@ class Observer:
                 observed.keys.append((item.class_index, image_key(item.image)))
 
 
-def load_observer(
-    job: JobSpec, source: ImageSource, encoder: str | None, *, with_target: bool = True
-) -> Observer:
+def load_observer(job: JobSpec, source: ImageSource, encoder: str | None, *, with_target: bool = True) -> Observer:
     """The observer of a job's target, on the hardware of this process.
 
     Args:
