@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,9 +19,12 @@ from engine.job.columns import (
     DERIVED_NAMES,
     ENTRY_SCORES,
     MEASURED,
+    MIN_ORACLE_P_LABEL,
+    MIN_P_VALID,
     RECORD_COLUMNS,
     RUN_COLUMNS,
     SURPLUS,
+    UNKNOWN,
     Column,
     Role,
     columns_with,
@@ -67,6 +71,10 @@ _LATER = {
     SURPLUS.name: "is known only when the run is closed; filter by it",
     "human_agreement": "is known only when people have answered, after the run; filter by it",
 } | {column.name: "depends on how the run went; a rule must give the same on every machine" for column in RUN_COLUMNS}
+# Names that are unknown where models did not score an image.
+_OF_MODELS = MEASURED | DERIVED_NAMES.keys()
+# Categories of Unicode that a text can only have within quotes, as escapes: control characters and halves of pairs.
+_ODD = ("Cc", "Cs")
 _KINDS = {"int": NUMBER, "float": NUMBER, "bool": FLAG, "str": TEXT}
 
 
@@ -132,7 +140,7 @@ def is_accepted(
 
 def _value(name: str, record: Mapping[str, Any], subset: tuple[int, ...], *, asks_outside: bool) -> Any:
     """What a name stands for; None where it is unknown, as in filters."""
-    if name in MEASURED | DERIVED_NAMES.keys() and not record.get("scored", True):
+    if name in _OF_MODELS and not record.get("scored", True):
         return None
     if name == "is_error" and asks_outside:
         name = "target_errs"
@@ -152,7 +160,15 @@ def _derived(name: str, record: Mapping[str, Any], subset: tuple[int, ...]) -> A
             return record["oracle_class"] in subset
         case "valid_failure":
             return _derived("target_errs", record, subset) and _derived("oracle_agrees", record, subset)
+        case "label_is_valid":
+            return _label_is_valid(record["p_valid"], record["oracle_p_label_min"])
     raise KeyError(name)
+
+
+def _label_is_valid(estimate: float, least: float) -> bool | None:
+    if estimate != UNKNOWN:
+        return estimate >= MIN_P_VALID
+    return None if least == UNKNOWN else least >= MIN_ORACLE_P_LABEL
 
 
 # Rules as trees -------------------------------------------------------------------------------------------------------
@@ -199,7 +215,7 @@ def _flag(name: str, *, is_wanted: bool) -> Node:
 
 
 def _text_problems(text: str) -> Iterator[str]:
-    if odd := next((character for character in text if not character.isprintable() and character not in "\n\t"), ""):
+    if odd := next((char for char in text if unicodedata.category(char) in _ODD and char not in "\n\t"), ""):
         yield f"it has the control character {odd!r}; leave it out, or write it so within quotes"
         return
     try:

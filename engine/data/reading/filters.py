@@ -10,9 +10,15 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from engine.data.run.outcomes import element, is_scored_expression, predicts_asked_expression, target_errs_expression
+from engine.data.run.outcomes import (
+    element,
+    is_scored_expression,
+    label_is_valid_expression,
+    predicts_asked_expression,
+    target_errs_expression,
+)
 from engine.errors import JobError
-from engine.job.columns import BY_NAME, DERIVED_NAMES, ENTRY_SCORES, MEASURED, NO_CLASS, EntryScore
+from engine.job.columns import BY_NAME, DERIVED_NAMES, ENTRY_SCORES, MEASURED, NO_CLASS, UNKNOWN, EntryScore
 from engine.job.conditions import (
     COMPARE,
     FLAG,
@@ -55,8 +61,8 @@ _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
 class Vocabulary:
     """The names that an expression may use.
 
-    What a model measured is unknown of rows that were not scored, whatever number is stored there; so is a score of
-    two images where there is no second one.
+    What a model measured is unknown of rows that were not scored, whatever number is stored there; so is an optional
+    score of those that lack it.
 
     Attributes:
         types: of each name what it stands for: columns, then derived names.
@@ -85,12 +91,16 @@ class Vocabulary:
         Args:
             is_guarded: whether it is unknown where it was not measured; else it is what is stored.
         """
+        import pyarrow.compute as pc
+
         plain = self._plain(name)
         if not is_guarded or (name in self._schema.names and name not in MEASURED):
             return plain
         measured = self.is_scored
-        if name in self._schema.names and BY_NAME[name].is_paired:
+        if name in self._schema.names and BY_NAME[name].is_optional:
             measured = measured & (plain != BY_NAME[name].empty)
+        if name == "label_is_valid":
+            measured = measured & ~((pc.field("p_valid") == UNKNOWN) & (pc.field("oracle_p_label_min") == UNKNOWN))
         return _known_where(measured, plain)
 
     @property
@@ -107,6 +117,8 @@ class Vocabulary:
             return pc.field(name)
         if name in ENTRY_SCORES:
             return _entry_score(self._schema, ENTRY_SCORES[name])
+        if name == "label_is_valid":
+            return label_is_valid_expression()
         errs = target_errs_expression(self._max_subset())
         agrees = predicts_asked_expression("oracle_class", self._max_subset()) & (pc.field("oracle_class") != NO_CLASS)
         return {"target_errs": errs, "oracle_agrees": agrees, "valid_failure": errs & agrees}[name]
