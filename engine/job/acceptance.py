@@ -64,12 +64,12 @@ ERRORS_OUTSIDE_SINCE = 3
 _COMPARISON = re.compile(r"\s*(<=|>=|<|>)\s*(\S+)\s*")
 
 # Names that a rule cannot use, and why not: what they say is only known later.
-_LATER = {
+LATER = {
     "status": "says whether the rule accepted the sample, and is known only after it",
     "accepted": "says whether the rule accepted the sample, and is known only after it",
     "error_message": "is of failed samples, which no rule sees",
-    SURPLUS.name: "is known only when the run is closed; filter by it",
-    "human_agreement": "is known only when people have answered, after the run; filter by it",
+    SURPLUS.name: "is known only when the run is closed; filter by it when reading",
+    "human_agreement": "is known only when people have answered, after the run; filter by it when reading",
 } | {column.name: "depends on how the run went; a rule must give the same on every machine" for column in RUN_COLUMNS}
 # Names that are unknown where models did not score an image.
 _OF_MODELS = MEASURED | DERIVED_NAMES.keys()
@@ -79,16 +79,16 @@ _KINDS = {"int": NUMBER, "float": NUMBER, "bool": FLAG, "str": TEXT}
 
 
 def _type_of(column: Column) -> NameType:
-    refusal = LIST_REFUSAL if column.is_list else _LATER.get(column.name, "")
+    refusal = LIST_REFUSAL if column.is_list else LATER.get(column.name, "")
     return NameType(_KINDS.get(column.type, TEXT), column.type == "int", refusal)
 
 
 # The names of rules as texts.
 NAMES: dict[str, NameType] = {
     **{column.name: _type_of(column) for column in RECORD_COLUMNS},
-    **{name: NameType(derived.kind, refusal=_LATER.get(name, "")) for name, derived in DERIVED_NAMES.items()},
+    **{name: NameType(derived.kind, refusal=LATER.get(name, "")) for name, derived in DERIVED_NAMES.items()},
 }
-NAMES |= {name: NameType(NUMBER, refusal=refusal) for name, refusal in _LATER.items() if name not in NAMES}
+NAMES |= {name: NameType(NUMBER, refusal=refusal) for name, refusal in LATER.items() if name not in NAMES}
 
 
 def rule_problems(rule: Rule) -> list[tuple[str, str]]:
@@ -112,9 +112,17 @@ def rule_problems(rule: Rule) -> list[tuple[str, str]]:
 
 def rule_names(rule: Rule) -> tuple[str, ...]:
     """The names that a rule uses, of a mapping its keys; none of a text that is not of the language."""
-    if not isinstance(rule, str):
-        return tuple(rule)
-    return () if rule_problems(rule) else names_of(_parsed(rule))
+    if isinstance(rule, str):
+        return () if rule_problems(rule) else names_of(_parsed(rule))
+    return tuple(rule)
+
+
+def measuring_roles(name: str) -> frozenset[str]:
+    """The roles of the models that measure what a condition compares; empty for an unknown one."""
+    if name == ORACLE_CONDITION:
+        return frozenset({"oracle"})
+    needed = DERIVED_NAMES[name].needs if name in DERIVED_NAMES else (name,)
+    return frozenset(BY_NAME[column].measured_by for column in needed if column in MEASURED)
 
 
 def is_accepted(
