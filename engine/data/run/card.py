@@ -265,7 +265,9 @@ def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
                 f"  - guided: {_guided(counts.get('guidance', {}).get(request.name))}",
             ]
         if request.accept:
-            lines.append(f"  - accepted when: {_parameters(request.accept)}")
+            rule = request.accept
+            text = code(rule, table=False) if isinstance(rule, str) else _parameters(rule)
+            lines.append(f"  - accepted when: {text}")
     return "\n".join(lines)
 
 
