@@ -198,6 +198,8 @@ def describe_models(
     for role in ("oracle", "judge", "guidance_decoder"):
         if address := getattr(models, role):
             described[role] = _describe(address, digests[role])
+    if job.oracle_guides:
+        (described["oracles"][-1] if models.oracles else described["oracle"])["guides"] = True
     for role in ("conditioning", "starts", "methods"):
         if used := digests.get(role):
             described[role] = [{"address": address, "digest": digest} for address, digest in used.items()]

@@ -73,7 +73,10 @@ def load_scorer(job: JobSpec, device: str = "cpu", temperature: float | None = N
         target,
         Clip.load(job.models.clip, device),
         [Classifier.load(address, device) for address in job.models.transfer],
-        Oracles([load_oracle(address, device, target.labels) for address in job.models.all_oracles]),
+        Oracles(
+            [load_oracle(address, device, target.labels) for address in job.models.all_oracles],
+            is_guiding=job.oracle_guides,
+        ),
         Clip.load(job.models.judge, device) if job.models.judge else None,
         [Classifier.load(address, device) for address in job.models.further_targets],
     )
