@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from engine.data.stores.base import Store
@@ -124,7 +124,8 @@ def rater_problem(name: str) -> str:
         return f"'{name}' is the folder of the designs; choose another name"
     if not _NAME.fullmatch(name) or len(name) > MAX_RATER_CHARS:
         shown = name if len(name) <= 60 else name[:57] + "..."
-        return f"{shown!r} is not of a-z, 0-9 and hyphens with at most {MAX_RATER_CHARS} characters, such as ann or rater-2"
+        limits = f"of a-z, 0-9 and hyphens with at most {MAX_RATER_CHARS} characters"
+        return f"{shown!r} is not {limits}, such as ann or rater-2"
     return ""
 
 
@@ -196,11 +197,16 @@ def read_answers(store: Store, notice: Callable[[str], None] = lambda text: None
     Raises:
         OutputError: the store cannot be read.
     """
+    return read_parts(store, part_names(store, notice), notice)
+
+
+def read_parts(store: Store, names: Iterable[str], notice: Callable[[str], None] = lambda text: None) -> pa.Table:
+    """As `read_answers`, of some parts alone."""
     import pyarrow as pa
 
     schema = answer_schema()
     tables: list[pa.Table] = []
-    for name, data in store.read_each(_part_names(store, notice), MAX_DOCUMENT_BYTES):
+    for name, data in store.read_each(names, MAX_DOCUMENT_BYTES):
         if isinstance(data, StoreLostError):
             raise data
         try:
@@ -212,7 +218,7 @@ def read_answers(store: Store, notice: Callable[[str], None] = lambda text: None
     return table.sort_by([("rater", "ascending"), ("answered_at", "ascending")])
 
 
-def _part_names(store: Store, notice: Callable[[str], None]) -> Iterator[str]:
+def part_names(store: Store, notice: Callable[[str], None] = lambda text: None) -> Iterator[str]:
     """Names of the files that are parts by their names; a notice about each other one."""
     folders = _rater_folders(store)
     for name in store.list(REVIEW):
