@@ -192,6 +192,9 @@ def describe_models(
     if models.transfer:
         pairs = zip(models.transfer, digests["transfer"], strict=True)
         described["transfer"] = [_describe(address, digest) for address, digest in pairs]
+    if models.oracles:
+        pairs = zip(models.oracles, digests["oracles"], strict=True)
+        described["oracles"] = [_describe(address, digest) for address, digest in pairs]
     for role in ("oracle", "judge", "guidance_decoder"):
         if address := getattr(models, role):
             described[role] = _describe(address, digests[role])

@@ -371,6 +371,7 @@ def _figures(groups: list[GroupSummary]) -> list[tuple[str, Callable[[GroupSumma
         *((f"errors of {model.removeprefix('zoo:')}", functools.partial(_transfer_errors, model)) for model in models),
         ("oracle agrees", lambda group: _percent(group.oracle_agreement)),
         ("valid failures", lambda group: _percent(group.valid_failure_rate)),
+        ("strictly valid failures", lambda group: _percent(group.strict_failure_rate)),
         *((entry.heading, functools.partial(_mean, name)) for name, entry in entries.items()),
     ]
 

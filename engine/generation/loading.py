@@ -7,6 +7,7 @@ import gc
 import torch
 
 from engine.errors import JobError
+from engine.generation.oracle_scoring import Oracles
 from engine.generation.scorer import Scorer
 from engine.job.spec import JobSpec
 from engine.models.classifier import Classifier
@@ -70,7 +71,7 @@ def load_scorer(job: JobSpec, device: str = "cpu", temperature: float | None = N
         load_target(job, temperature, device),
         Clip.load(job.models.clip, device),
         [Classifier.load(address, device) for address in job.models.transfer],
-        Classifier.load(job.models.oracle, device) if job.models.oracle else None,
+        Oracles([Classifier.load(address, device) for address in job.models.all_oracles]),
         Clip.load(job.models.judge, device) if job.models.judge else None,
         [Classifier.load(address, device) for address in job.models.further_targets],
     )

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 NUM_SAMPLES = 64
 # Roles of the models that score, in the order of messages.
-SCORING = ("clip", "target", "further_targets", "transfer", "oracle", "judge")
+SCORING = ("clip", "target", "further_targets", "transfer", "oracle", "oracles", "judge")
 
 # Of findings.
 _NAMES = {STARTS: "start", TWINS: "twin"}

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from engine.errors import JobError
 from engine.job.acceptance import SCORES, rule_problems
 from engine.job.columns import ENTRY_SCORES
+from engine.job.oracles import has_oracle, oracle_problems
 from engine.job.spec import LIST_LIMITS, MAX_INDEX, ConditioningSpec, GuidanceSpec, JobSpec, RequestSpec, merge
 from engine.job.spec_messages import Location, Problem, explain, location_of
 from engine.job.strengths import Place, expand_strengths
@@ -118,6 +119,7 @@ def _between_fields(raw: dict[str, Any], places: Sequence[Place]) -> list[Proble
     base = {section: _base(spec, raw.get(section)) for section, spec in OVERRIDABLE.items()}
     problems = _sampling_problems(base["sampling"], ("sampling",)) + _decoder_problems(raw)
     problems += target_problems(raw, is_guided=_has_guided(raw)) + _ensemble_problems(raw, raw, ())
+    problems += oracle_problems(raw)
     names: dict[str, int] = {}
     requests = raw.get("requests")
     for number, item in enumerate(requests if isinstance(requests, list) else []):
@@ -138,12 +140,23 @@ def _between_fields(raw: dict[str, Any], places: Sequence[Place]) -> list[Proble
 def _absent_models(request: RequestSpec, models: Any, where: Location) -> list[Problem]:
     """Conditions of `accept` whose model the job does not name."""
     named = models if isinstance(models, dict) else {}
-    asked = [(name, ENTRY_SCORES[name].column.name if name in ENTRY_SCORES else name) for name in request.accept]
-    return [
+    is_there = {"oracle": has_oracle(models), "judge": bool(named.get("judge"))}
+    roles = {"oracle": "oracle", "oracle_p_label_min": "oracle"}
+    asked = [
+        (name, ENTRY_SCORES[name].column.name if name in ENTRY_SCORES else roles.get(name)) for name in request.accept
+    ]
+    problems = [
         ((*where, "accept", name), f"there is no {role}; name one in models.{role}")
         for name, role in asked
-        if role in ("oracle", "judge") and not named.get(role)
+        if role and not is_there[role]
     ]
+    if "p_valid" in request.accept and not named.get("validity"):
+        text = (
+            "is not known without an estimate fitted on people's answers; name one in models.validity (`riskforge"
+            " prepare JOB --answers FILE` makes it), or use oracle_p_label_min"
+        )
+        problems.append(((*where, "accept", "p_valid"), text))
+    return problems
 
 
 def _decoder_problems(raw: dict[str, Any]) -> list[Problem]:

@@ -386,8 +386,8 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
         digests: `{"diffusion": {address: digest}, "clip": digest, "target": digest, "transfer": [digest],
             "oracle": digest, "conditioning": {address: digest}, "starts": {address: digest}, "methods": {address:
             digest}}`, and `"judge"` and `"guidance_decoder"` with a digest where there is one, `"further_targets":
-            [digest]` where there are some, `"safety_checker": "off"` where it is off, `"temperature"` where the target
-            has not its own.
+            [digest]` and `"oracles": [digest]` where there are some, `"safety_checker": "off"` where it is off,
+            `"temperature"` where the target has not its own.
     """
     return {
         "schema_version": IDENTITY_VERSION,

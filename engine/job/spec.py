@@ -27,6 +27,7 @@ LIST_LIMITS = {
     "transfer": 100,
     "strength": 100,
     "further_targets": 7,
+    "oracles": 16,
 }
 # Targets of a job: the one whose scores are recorded, and those that guide beside it.
 MAX_TARGETS = 1 + LIST_LIMITS["further_targets"]
@@ -92,7 +93,22 @@ class ModelsSpec(Spec):
         max_length=LIST_LIMITS["transfer"],
         description="Classifiers that are scored and never guided on.",
     )
-    oracle: Address | None = Field(default=None, description="Independent classifier whose reading is recorded.")
+    oracle: Address | None = Field(
+        default=None,
+        description="Independent model whose prediction is recorded and never guided on: a classifier, a CLIP model"
+        " (zero-shot), or nearest neighbours among labelled images (an artefact of `riskforge prepare --only"
+        " neighbours`).",
+    )
+    oracles: tuple[Address, ...] = Field(
+        default=(),
+        max_length=LIST_LIMITS["oracles"],
+        description="Several of them in place of `oracle`, of different families; `oracle_class` is the first one's.",
+    )
+    validity: Address | None = Field(
+        default=None,
+        description="Estimate of the share of people who agree with a label, by the probabilities of these oracles: an"
+        " artefact of `riskforge prepare --answers`, a folder that holds one, or `zoo:NAME/PART`.",
+    )
     judge: Address | None = Field(
         default=None, description="Second, independent CLIP model: its conformity is recorded and never guided on."
     )
@@ -111,10 +127,24 @@ class ModelsSpec(Spec):
         """The classifiers that guidance sees; the first is the one whose scores are recorded."""
         return (self.target, *self.further_targets)
 
+    @property
+    def all_oracles(self) -> tuple[str, ...]:
+        """The oracles in their order; empty without one."""
+        return self.oracles or ((self.oracle,) if self.oracle else ())
+
+    @pydantic.model_validator(mode="after")
+    def _single_oracle(self) -> Self:
+        """A list of one oracle is that one."""
+        if len(self.oracles) == 1 and self.oracle is None:
+            return self.model_copy(update={"oracle": self.oracles[0], "oracles": ()})
+        return self
+
     @pydantic.model_serializer(mode="wrap")
     def _without_absent(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A job with one target is stored as it was before there could be several."""
-        return _without(dump(self), "further_targets", when=not self.further_targets)
+        """A job with one target, one oracle and no estimate is stored as it was before there could be more."""
+        absent = {"further_targets": not self.further_targets, "oracles": not self.oracles}
+        absent["validity"] = self.validity is None
+        return {key: value for key, value in dump(self).items() if not absent.get(key)}
 
 
 class ConditioningSpec(Spec):

@@ -58,8 +58,9 @@ def model_digests(job: JobSpec, *, of_existing_run: bool = False) -> dict[str, A
         "clip": of(models.clip),
         "target": of(models.target),
         "transfer": [of(address) for address in models.transfer],
-        "oracle": of(models.oracle) if models.oracle else "",
+        "oracle": of(models.all_oracles[0]) if models.all_oracles else "",
         # Absent where a job has none: plans keep the digest that they had before there were such fields.
+        **({"oracles": [*map(of, models.oracles)]} if models.oracles else {}),
         **({"further_targets": [*map(of, models.further_targets)]} if models.further_targets else {}),
         **({"guidance_decoder": of(models.guidance_decoder)} if models.guidance_decoder else {}),
         # A checker's weights are in the digest of its pipeline.

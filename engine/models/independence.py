@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.errors import JobError
+from engine.job.oracles import oracle_fields
 from engine.job.spec import ModelsSpec
 from engine.models.addresses import locate
 from engine.models.programs import as_file, is_program
@@ -30,11 +31,12 @@ def check_independent(models: ModelsSpec) -> None:
             f"models.judge: '{models.judge}' has the weights of models.clip; the judge of a sample must be another CLIP"
             " model than the one that may have guided it"
         )
-    if models.oracle and (target := _same_target(models.oracle, models)):
-        problems.append(
-            f"models.oracle: '{models.oracle}' has the weights of {target}; an oracle decides whether the target"
-            " errs: give another classifier"
-        )
+    problems += [
+        f"{field}: '{address}' has the weights of {target}; an oracle decides whether the target errs: give another"
+        " classifier"
+        for field, address in oracle_fields(models)
+        if (target := _same_target(address, models))
+    ]
     problems += [
         f"models.transfer.{place}: '{address}' has the weights of {target}; give other classifiers, to which"
         " failures may transfer or not"

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from engine.errors import JobError
+from engine.job.oracles import oracle_fields
 from engine.job.spec import JobSpec, ModelsSpec
 from engine.models.addresses import locate
 from engine.models.artefacts import artefact_problems
@@ -96,8 +97,7 @@ def _compared_classifiers(models: ModelsSpec) -> Iterator[tuple[str, str]]:
         yield f"models.target.{number}", address
     for number, address in enumerate(models.transfer):
         yield f"models.transfer.{number}", address
-    if models.oracle:
-        yield "models.oracle", models.oracle
+    yield from oracle_fields(models)
 
 
 def _check_classifier(folder: Path, address: str) -> None:

@@ -15,9 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from engine.data.run.outcomes import element, is_scored_expression, predicts_asked_expression, target_errs_expression
+from engine.data.run.outcomes import (
+    element,
+    is_scored_expression,
+    label_is_valid_expression,
+    predicts_asked_expression,
+    target_errs_expression,
+)
 from engine.errors import JobError
-from engine.job.columns import BY_NAME, DERIVED_NAMES, ENTRY_SCORES, MEASURED, NO_CLASS, EntryScore
+from engine.job.columns import BY_NAME, DERIVED_NAMES, ENTRY_SCORES, MEASURED, NO_CLASS, UNKNOWN, EntryScore
 from engine.job.spec_messages import nearest
 
 if TYPE_CHECKING:
@@ -61,8 +67,8 @@ class Term:
 class Vocabulary:
     """The names that an expression may use.
 
-    What a model measured is unknown of rows that were not scored, whatever number is stored there; so is a score of
-    two images where there is no second one.
+    What a model measured is unknown of rows that were not scored, whatever number is stored there; so is an optional
+    score of those that lack it.
 
     Args:
         schema: of the metadata.
@@ -83,12 +89,16 @@ class Vocabulary:
         Raises:
             KeyError: there is no such name.
         """
+        import pyarrow.compute as pc
+
         term = self._plain_term(name)
         if term is None or not is_guarded or (name in self._schema.names and name not in MEASURED):
             return term
         measured = self.is_scored
-        if name in self._schema.names and BY_NAME[name].is_paired:
+        if name in self._schema.names and BY_NAME[name].is_optional:
             measured = measured & (term.expression != BY_NAME[name].empty)
+        if name == "label_is_valid":
+            measured = measured & ~((pc.field("p_valid") == UNKNOWN) & (pc.field("oracle_p_label_min") == UNKNOWN))
         return replace(term, expression=_known_where(measured, term.expression))
 
     @property
@@ -112,6 +122,8 @@ class Vocabulary:
             return Term(_entry_score(self._schema, ENTRY_SCORES[name]), NUMBER)
         errs = target_errs_expression(self._max_subset())
         agrees = predicts_asked_expression("oracle_class", self._max_subset()) & (pc.field("oracle_class") != NO_CLASS)
+        if name == "label_is_valid":
+            return Term(label_is_valid_expression(), FLAG)
         return Term({"target_errs": errs, "oracle_agrees": agrees, "valid_failure": errs & agrees}[name], FLAG)
 
 

@@ -33,7 +33,7 @@ DIGEST_CHARS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Models:
-    """Addresses and digests of the new classifiers; `transfer` and `oracle` only where they are given.
+    """Addresses and digests of the new classifiers; `transfer` and `oracles` only where they are given.
 
     Attributes:
         calibration: address of the artefact that the target's temperature is of; None for the target's own.
@@ -46,7 +46,7 @@ class Models:
     calibration: str | None
     described: dict[str, Any]
     transfer: tuple[str, ...]
-    oracle: str | None
+    oracles: tuple[str, ...]
     digests: dict[str, Any]
     guided: frozenset[str] = frozenset()
 
@@ -86,7 +86,7 @@ def open_rescoring(
     address: str,
     target: str,
     transfer: Sequence[str],
-    oracle: str | None,
+    oracles: Sequence[str],
     output: str | None,
     calibration: str | None = None,
 ) -> Rescoring:
@@ -99,7 +99,7 @@ def open_rescoring(
     run = open_store(address)
     job, plan = stored_plan(run)
     labels = _labels_of(run, job)
-    models = _check_models(target, transfer, oracle, labels)
+    models = _check_models(target, transfer, oracles, labels)
     models = _calibrated(replace(models, guided=_guided(plan)), run, job, plan, calibration)
     folder = open_store(output or run.address(f"{RESCORED}/{_folder_name(target, models)}"))
     rescoring = Rescoring(run=run, folder=folder, job=job, plan=plan, labels=labels, models=models)
@@ -124,7 +124,7 @@ def _labels_of(store: Store, job: JobSpec) -> list[str]:
     return labels
 
 
-def _check_models(target: str, transfer: Sequence[str], oracle: str | None, labels: list[str]) -> Models:
+def _check_models(target: str, transfer: Sequence[str], oracles: Sequence[str], labels: list[str]) -> Models:
     """Check that the classifiers are there and have the classes of the run.
 
     Raises:
@@ -132,7 +132,7 @@ def _check_models(target: str, transfer: Sequence[str], oracle: str | None, labe
     """
     problems: list[str] = []
     asked = [("--target", target), *(("--transfer", address) for address in transfer)]
-    for option, address in [*asked, *([("--oracle", oracle)] if oracle else [])]:
+    for option, address in [*asked, *(("--oracle", address) for address in oracles)]:
         try:
             if not is_program(address):
                 resolve(address)
@@ -144,9 +144,17 @@ def _check_models(target: str, transfer: Sequence[str], oracle: str | None, labe
         raise JobError(problems)
     digests: dict[str, Any] = {"target": model_digest(target)}
     digests |= {"transfer": [model_digest(address) for address in transfer]} if transfer else {}
-    digests |= {"oracle": model_digest(oracle)} if oracle else {}
+    # One oracle as rescorings had it before there could be several.
+    of_oracles = [model_digest(address) for address in oracles]
+    digests |= {"oracle": of_oracles[0]} if oracles else {}
+    digests |= {"oracles": of_oracles} if len(oracles) > 1 else {}
     return Models(
-        target=target, calibration=None, described={}, transfer=tuple(transfer), oracle=oracle, digests=digests
+        target=target,
+        calibration=None,
+        described={},
+        transfer=tuple(transfer),
+        oracles=tuple(oracles),
+        digests=digests,
     )
 
 
