@@ -15,6 +15,7 @@ from engine.models.clip import Clip
 from engine.models.diffusion import load_pipeline
 from engine.models.gpu_sharing import allowed_bytes, reachable_bytes
 from engine.models.hardware import Hardware
+from engine.models.oracles import load_oracle
 from engine.models.pipelines.base import Pipeline
 
 
@@ -67,11 +68,12 @@ def load_scorer(job: JobSpec, device: str = "cpu", temperature: float | None = N
     Raises:
         JobError: one cannot be loaded.
     """
+    target = load_target(job, temperature, device)
     return Scorer(
-        load_target(job, temperature, device),
+        target,
         Clip.load(job.models.clip, device),
         [Classifier.load(address, device) for address in job.models.transfer],
-        Oracles([Classifier.load(address, device) for address in job.models.all_oracles]),
+        Oracles([load_oracle(address, device, target.labels) for address in job.models.all_oracles]),
         Clip.load(job.models.judge, device) if job.models.judge else None,
         [Classifier.load(address, device) for address in job.models.further_targets],
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.generation.plain_values import plain
 from engine.job.columns import GUIDES, NO_CLASS, UNKNOWN
 from engine.methods.finiteness import Faults
-from engine.models.classifier import Classifier
+from engine.models.oracles import Oracle
 
 # Estimated share of people who agree, [B], by the probabilities of the label under oracles [B, K].
 Validity = Callable[[Tensor], Tensor]
@@ -38,9 +38,7 @@ class Oracles:
         validity: by the probabilities under those that guided nothing; None without an estimate.
     """
 
-    def __init__(
-        self, models: Sequence[Classifier], *, is_guiding: bool = False, validity: Validity | None = None
-    ) -> None:
+    def __init__(self, models: Sequence[Oracle], *, is_guiding: bool = False, validity: Validity | None = None) -> None:
         self.models = list(models)
         self.guiding = self.models[-1] if is_guiding and self.models else None
         self._num_independent = len(self.models) - (self.guiding is not None)

@@ -23,8 +23,10 @@ from engine.models.calibration import (
     checked_calibration,
     describe_temperature,
 )
-from engine.models.digests import model_digest
-from engine.models.labels import read_labels
+from engine.models.digests import model_digest, oracle_digest
+from engine.models.labels import oracle_labels, read_labels
+from engine.models.oracle_checks import check_oracle
+from engine.models.oracle_kinds import oracle_folder, oracle_kind
 from engine.models.programs import is_program
 from engine.studies.compare.program import label_differences
 
@@ -134,9 +136,8 @@ def _check_models(target: str, transfer: Sequence[str], oracles: Sequence[str], 
     asked = [("--target", target), *(("--transfer", address) for address in transfer)]
     for option, address in [*asked, *(("--oracle", address) for address in oracles)]:
         try:
-            if not is_program(address):
-                resolve(address)
-            if lines := label_differences(labels, read_labels(address) or []):
+            found = _labels_of_oracle(address) if option == "--oracle" else _labels_of_classifier(address)
+            if found is not None and (lines := label_differences(labels, found)):
                 problems += [f"{option}: '{address}' has other classes than the run (there -> here)", *lines]
         except JobError as error:
             problems += [f"{option}: {problem}" for problem in error.problems]
@@ -145,7 +146,7 @@ def _check_models(target: str, transfer: Sequence[str], oracles: Sequence[str], 
     digests: dict[str, Any] = {"target": model_digest(target)}
     digests |= {"transfer": [model_digest(address) for address in transfer]} if transfer else {}
     # One oracle as rescorings had it before there could be several.
-    of_oracles = [model_digest(address) for address in oracles]
+    of_oracles = [oracle_digest(address) for address in oracles]
     digests |= {"oracle": of_oracles[0]} if oracles else {}
     digests |= {"oracles": of_oracles} if len(oracles) > 1 else {}
     return Models(
@@ -156,6 +157,22 @@ def _check_models(target: str, transfer: Sequence[str], oracles: Sequence[str], 
         oracles=tuple(oracles),
         digests=digests,
     )
+
+
+def _labels_of_classifier(address: str) -> list[str] | None:
+    if not is_program(address):
+        resolve(address)
+    return read_labels(address)
+
+
+def _labels_of_oracle(address: str) -> list[str] | None:
+    """The classes of an oracle that can be loaded; None for a CLIP model, which takes those of the run."""
+    if not is_program(address):
+        if oracle_kind(address) is None:
+            resolve(address)
+        if (folder := oracle_folder(address)) is not None:
+            check_oracle(folder, address)
+    return oracle_labels(address)
 
 
 def _calibrated(models: Models, run: Store, job: JobSpec, plan: Plan, address: str | None) -> Models:
