@@ -36,7 +36,9 @@ class Oracles:
         validity: by the probabilities under those that guided nothing; None without an estimate.
     """
 
-    def __init__(self, models: Sequence[Oracle], *, is_guiding: bool = False, validity: ValidityModel | None = None) -> None:
+    def __init__(
+        self, models: Sequence[Oracle], *, is_guiding: bool = False, validity: ValidityModel | None = None
+    ) -> None:
         self.models = list(models)
         self.guiding = self.models[-1] if is_guiding and self.models else None
         self._num_independent = len(self.models) - (self.guiding is not None)
