@@ -29,7 +29,7 @@ _PSEUDO_COUNT = 0.1
 # Neighbours beyond the k-th that are looked at, of which those that are exactly as similar as it vote too.
 _MAX_TIES = 32
 # Images that are classified by the others to choose k and tau.
-MAX_QUERIES = 10_000
+MAX_QUERIES = 5_000
 _QUERY_ROWS = 256
 
 
