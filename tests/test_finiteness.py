@@ -24,8 +24,8 @@ from engine.data.reading.deduplicate import embed
 from engine.data.stores.opening import open_store
 from engine.driver.progress import PlainDisplay
 from engine.errors import EXIT_INCOMPLETE, EXIT_USER, JobError
-from engine.generation.rescorer import rescore
 from engine.generation.oracle_scoring import Oracles
+from engine.generation.rescorer import rescore
 from engine.generation.scorer import Scorer
 from engine.job.plan import Cell, SampleSpec
 from engine.methods.finiteness import usable_embeds, usable_logits
