@@ -267,7 +267,9 @@ def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
                 f"  - guided: {_guided(counts.get('guidance', {}).get(request.name))}",
             ]
         if request.accept:
-            lines.append(f"  - accepted when: {_parameters(request.accept)}")
+            rule = request.accept
+            text = code(rule, table=False) if isinstance(rule, str) else _parameters(rule)
+            lines.append(f"  - accepted when: {text}")
     return "\n".join(lines)
 
 
@@ -491,8 +493,8 @@ def _checked_labels(job: JobSpec, version: int) -> str:
     if version < BY_NAME["oracle_p_label_min"].since:
         return "filter by `conformity` and by what the oracle predicts"
     if models.validity:
-        share = f"`p_valid` estimates the share of\n  people who agree, fitted on answers of people ({code(models.validity)})"
-        return f"{share}; `label_is_valid` asks for {MIN_P_VALID}"
+        share = "`p_valid` estimates the share of\n  people who agree, fitted on answers of people"
+        return f"{share} ({code(models.validity)}); `label_is_valid` asks for {MIN_P_VALID}"
     return f"no estimate was fitted on answers of\n  people, so that `label_is_valid` means that {_BY_ORACLES}"
 
 
