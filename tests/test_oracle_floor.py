@@ -117,18 +117,25 @@ def test_a_floor_needs_an_oracle() -> None:
     parse_job(raw_job(guidance=FLOOR, oracle=ORACLE))
 
 
-ACCEPTS: list[dict[str, Any]] = [{"oracle": "agrees"}, {"is_error": True, "oracle_p_label_min": ">= 0.99"}]
+TEXT = "target_errs and (oracle_agrees or conformity >= 0.9)"
+ASKED: list[tuple[Any, str]] = [
+    ({"oracle": "agrees"}, ".oracle: asks"),
+    ({"is_error": True, "oracle_p_label_min": ">= 0.99"}, ".oracle_p_label_min: asks"),
+    (TEXT, ": 'oracle_agrees' asks"),
+    *((name, f": '{name}' asks") for name in ("valid_failure", "label_is_valid")),
+    *((f"{name} >= 0", f": '{name}' asks") for name in ("oracle_class", "oracle_p_label_min")),
+]
 
 
-@pytest.mark.parametrize("accept", ACCEPTS)
-def test_the_only_oracle_does_not_both_guide_and_decide(accept: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("accept", "asks"), ASKED)
+def test_the_only_oracle_does_not_both_guide_and_decide(accept: Any, asks: str) -> None:
     """Also where another request is the one that it guides; with a second one, or without a floor, it may."""
     guided = RISKY | {"name": "guided", "guidance": FLOOR}
     asked = RISKY | {"name": "asked", "method": "prompt", "accept": accept}
     [problem] = problems_of(raw_job(guided, asked, oracle=ORACLE))
     assert problem == (
-        f"requests.1.accept.{[*accept][-1]}: asks the only oracle, which requests.0.guidance.risky.oracle_floor lets"
-        " guide, so that it is not independent; name a second oracle in models.oracles, the one that guides last"
+        f"requests.1.accept{asks} the only oracle, which requests.0.guidance.risky.oracle_floor lets guide, so that it"
+        " is not independent; name a second oracle in models.oracles, the one that guides last"
     )
     assert problems_of(raw_job(guided, asked, oracles=[ORACLE])) == [problem]
     parse_job(raw_job(guided, asked, oracles=[OTHER, ORACLE]))
