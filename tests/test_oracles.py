@@ -108,7 +108,7 @@ def test_logits_of_tensors_are_those_of_images_and_differentiable(
     kind: str, loaded: dict[str, Oracle], samples: list[Sample]
 ) -> None:
     """A step along the gradient raises the probability of the class that it is of."""
-    oracle, chosen = loaded[kind], [sample for sample in samples[:40:2]][:8]
+    oracle, chosen = loaded[kind], samples[:16:2]
     images = torch.stack(
         [torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(32, 32, 3) for image, _ in chosen]
     )
@@ -161,7 +161,7 @@ def test_an_image_among_the_neighbours_is_one_of_them(loaded: dict[str, Oracle],
     assert p[0].mean() > p[1].mean()
 
 
-def test_hub_format_weights_in_shards_score_the_same(encoder: Path, samples: list[Sample], tmp_path: Path) -> None:
+def test_weights_in_shards_score_the_same(encoder: Path, samples: list[Sample], tmp_path: Path) -> None:
     """As large models are stored: a file for each shard and an index."""
     folder = Path(shutil.copytree(encoder, tmp_path / "clip"))
     sharded(folder)
@@ -345,7 +345,7 @@ def test_an_artefact_may_be_a_part_of_the_zoo(artefact: Path, tmp_path: Path, mo
     check_addresses(job_with(tmp_path, [address]))
     assert oracle_kind(address) == "neighbours" and licence_of(address) == OF_ZOO
     assert load_oracle(address, "cpu", LABELS).name == address
-    with pytest.raises(JobError, match="a network for image classification|has no config.json"):
+    with pytest.raises(JobError, match=r"has no config\.json"):
         check_addresses(job_with(tmp_path, transfer=[address]))
 
 

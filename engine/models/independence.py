@@ -21,9 +21,9 @@ def check_independent(models: ModelsSpec) -> None:
 
     A judge with the image tower of the model that guided a sample measures what was guided on, and so does an oracle;
     an oracle with the weights of a target agrees with it, so that no failure has a correct label, and with those of
-    another oracle it confirms nothing; a transfer model with these weights
-    would show that every failure transfers; a target that is there twice would count twice. Compared are the weights
-    in files; a model that is not on this machine, or is given by a factory, is compared by its address alone. An oracle
+    another oracle it confirms nothing; a transfer model with these weights would show that every failure transfers; a
+    target that is there twice would count twice. Compared are the weights in files, of an artefact those of its
+    encoder; a model that is not on this machine, or is given by a factory, is compared by its address alone. An oracle
     may be the judge, which guides nothing: the two then measure the same.
 
     Raises:
