@@ -23,6 +23,7 @@ from engine.models.pipelines.lookup import check_pipeline, check_pipeline_weight
 from engine.models.pipelines.parts import has_configurations
 from engine.models.program_description import check_program
 from engine.models.programs import is_program
+from engine.models.validity import validity_problems
 
 # Field of the job, address of the model, and the check of its folder: `check(folder, address)`.
 _Role = tuple[str, str, Callable[[Path, str], None]]
@@ -226,7 +227,7 @@ def _weights_problems(job: JobSpec) -> list[str]:
 
 def _preparation_problems(job: JobSpec) -> list[str]:
     """Custom methods and artefacts that cannot be used."""
-    problems = [*method_problems(job), *calibration_problems(job)]
+    problems = [*method_problems(job), *calibration_problems(job), *validity_problems(job)]
     labels = read_labels(job.models.target)
     for number, request in enumerate(job.requests):
         problems += artefact_problems(job.where(number), request, labels)

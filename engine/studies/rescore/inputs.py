@@ -14,9 +14,10 @@ from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.job.json_values import digest_of
-from engine.job.plan import TEMPERATURE, Plan, planned_temperature
+from engine.job.plan import TEMPERATURE, Plan, planned_temperature, planned_validity
 from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json
+from engine.methods.validity import ValidityModel
 from engine.models.addresses import resolve
 from engine.models.calibration import (
     CALIBRATION,
@@ -42,6 +43,7 @@ class Models:
         described: the temperature, as in the description of a run's target.
         guided: digests of the targets that guided the run, where it has several; empty where it has one.
         digests: by role, and the temperature where it is not the target's own.
+        validity: the run's estimate of the share of people who agree, where the new oracles are those that it is of.
     """
 
     target: str
@@ -51,6 +53,7 @@ class Models:
     oracles: tuple[str, ...]
     digests: dict[str, Any]
     guided: frozenset[str] = frozenset()
+    validity: ValidityModel | None = None
 
     @property
     def temperature(self) -> float | None:
@@ -101,12 +104,21 @@ def open_rescoring(
     run = open_store(address)
     job, plan = stored_plan(run)
     labels = _labels_of(run, job)
-    models = _check_models(target, transfer, oracles, labels)
-    models = _calibrated(replace(models, guided=_guided(plan)), run, job, plan, calibration)
+    models = _check_models(target, transfer, _with_guiding(oracles, job), labels)
+    models = replace(models, guided=_guided(plan), validity=_validity(models, plan))
+    models = _calibrated(models, run, job, plan, calibration)
     folder = open_store(output or run.address(f"{RESCORED}/{_folder_name(target, models)}"))
     rescoring = Rescoring(run=run, folder=folder, job=job, plan=plan, labels=labels, models=models)
     _check_folder(rescoring)
     return rescoring
+
+
+def _with_guiding(oracles: Sequence[str], job: JobSpec) -> Sequence[str]:
+    """New oracles, if any, and last the one that guided the run: whatever is asked, it stays one that guided."""
+    if not oracles or not job.oracle_guides:
+        return oracles
+    guiding = job.models.all_oracles[-1]
+    return [*(address for address in oracles if address != guiding), guiding]
 
 
 def _labels_of(store: Store, job: JobSpec) -> list[str]:
@@ -198,6 +210,21 @@ def _calibrated(models: Models, run: Store, job: JobSpec, plan: Plan, address: s
         return replace(models, described=describe_temperature(models.target, None))
     digests = models.digests | {TEMPERATURE: described[TEMPERATURE]}
     return replace(models, calibration=address, described=described, digests=digests)
+
+
+def _validity(models: Models, plan: Plan) -> ValidityModel | None:
+    """The run's estimate of the share of people who agree; None where new oracles are not those that it is of."""
+    validity = planned_validity(plan.identity)
+    if validity is None or not models.oracles:
+        return validity
+    of_run, new = _oracle_digests(plan.identity["models"]), _oracle_digests(models.digests)
+    # An oracle that guided follows those that the estimate is of.
+    return validity if new == of_run[: len(validity.weights)] else None
+
+
+def _oracle_digests(digests: dict[str, Any]) -> list[str]:
+    """Of the oracles in their order, by the digests of models."""
+    return list(digests.get("oracles") or [digests["oracle"]])
 
 
 def _guided(plan: Plan) -> frozenset[str]:

@@ -64,7 +64,8 @@ class Scoring:
             device = "cuda" if torch.cuda.is_available() and self._job.runtime.device != "cpu" else "cpu"
             transfer = [Classifier.load(address, device) for address in self._models.transfer]
             target = Classifier.load(self._models.target, device, self._models.temperature)
-            oracles = Oracles([load_oracle(address, device, target.labels) for address in self._models.oracles])
+            models = [load_oracle(address, device, target.labels) for address in self._models.oracles]
+            oracles = Oracles(models, is_guiding=self._job.oracle_guides, validity=self._models.validity)
             self._loaded = target, transfer, oracles
         return self._loaded
 
