@@ -14,8 +14,8 @@ import pydantic
 from pydantic import BaseModel
 
 from engine.errors import JobError
-from engine.job.oracles import oracle_problems
-from engine.job.rule_checks import accept_problems, model_problems
+from engine.job.oracles import floor_of, floor_problems, oracle_problems
+from engine.job.rule_checks import accept_problems, asked_names, model_problems
 from engine.job.spec import LIST_LIMITS, MAX_INDEX, ConditioningSpec, GuidanceSpec, JobSpec, RequestSpec, merge
 from engine.job.spec_messages import Location, Problem, explain, location_of
 from engine.job.strengths import Place, expand_strengths
@@ -120,6 +120,7 @@ def _between_fields(raw: dict[str, Any], places: Sequence[Place]) -> list[Proble
     problems += target_problems(raw, is_guided=_has_guided(raw)) + _ensemble_problems(raw, raw, ())
     problems += oracle_problems(raw)
     names: dict[str, int] = {}
+    floors, asked = list[Location](), list[tuple[Location, str]]()
     requests = raw.get("requests")
     for number, item in enumerate(requests if isinstance(requests, list) else []):
         where: Location = ("requests", number)
@@ -133,7 +134,15 @@ def _between_fields(raw: dict[str, Any], places: Sequence[Place]) -> list[Proble
             problems += [((*where, *at), text) for at, text in model_problems(request, raw.get("models"))]
             problems += _ensemble_problems(raw, item, where)
             problems += _override_problems(request, base, where)
-    return problems
+            floors += _floor(request, base, where)
+            asked += [((*where, *at), name) for at, name in asked_names(request)]
+    return problems + floor_problems(raw, floors, asked)
+
+
+def _floor(request: RequestSpec, base: dict[str, dict[str, Any]], where: Location) -> list[Location]:
+    """Where the floor of an oracle is that guides a request; nothing without one, or with wrong parameters."""
+    guidance, problems = _validate(GuidanceSpec, _overridden("guidance", base, request), ())
+    return [] if problems else floor_of(request, guidance, where)
 
 
 def _decoder_problems(raw: dict[str, Any]) -> list[Problem]:

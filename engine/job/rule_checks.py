@@ -8,7 +8,7 @@ from typing import Any
 from engine.job.acceptance import SCORES, measuring_roles, rule_names, rule_problems
 from engine.job.oracles import has_oracle
 from engine.job.spec import RequestSpec
-from engine.job.spec_messages import Problem
+from engine.job.spec_messages import Location, Problem
 
 _NO_ESTIMATE = (
     "is not known without an estimate fitted on people's answers; name one in models.validity (`riskforge prepare JOB"
@@ -65,6 +65,12 @@ def _lacking(request: RequestSpec) -> Iterator[tuple[str, str]]:
         yield "screened", "nothing screens samples; leave it out, or give an artefact in `conditioning`"
 
 
+def asked_names(request: RequestSpec) -> list[tuple[Location, str]]:
+    """The names that the rule of a request uses, each with its place: the key of a mapping, or the whole of a text."""
+    is_text = isinstance(request.accept, str)
+    return [(("accept",) if is_text else ("accept", name), name) for name in rule_names(request.accept)]
+
+
 def _placed(request: RequestSpec, name: str, text: str) -> Problem:
-    """A problem of a name at its place: the key of a mapping, or the whole of a text."""
+    """A problem of a name at its place."""
     return (("accept",), f"'{name}' {text}") if isinstance(request.accept, str) else (("accept", name), text)

@@ -478,6 +478,16 @@ class JobSpec(Spec):
         """The job's guidance with the request's overrides, key by key."""
         return GuidanceSpec.model_validate(GuidanceSpec.overridden(self.guidance.model_dump(), request.guidance))
 
+    @property
+    def oracle_guides(self) -> bool:
+        """Whether the last oracle is a floor of some request's guidance: then it is no evidence in any row."""
+        return bool(self.models.all_oracles) and any(self.parameters_of(one).sees_oracle for one in self.requests)
+
+    @property
+    def independent_oracles(self) -> tuple[str, ...]:
+        """The oracles that guide nothing, in their order."""
+        return self.models.all_oracles[: -1 if self.oracle_guides else None]
+
     def parameters_of(self, request: RequestSpec) -> MethodParameters:
         """The parameters of the request's own method, with its overrides."""
         return self.guidance_of(request).of(request.method_record)
