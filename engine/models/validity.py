@@ -27,8 +27,8 @@ FIELD = "models.validity"
 _REMEDY = "`riskforge prepare JOB --answers FILE` makes another"
 
 
-class OracleIdentity(NamedTuple):
-    """An oracle as it was when the artefact was made."""
+class ModelIdentity(NamedTuple):
+    """A model as it was when the artefact was made."""
 
     address: str
     digest: str
@@ -51,7 +51,7 @@ class Validity:
     address: str
     digest: str
     labels: tuple[str, ...]
-    oracles: tuple[OracleIdentity, ...]
+    oracles: tuple[ModelIdentity, ...]
     model: ValidityModel | None
     verdict: str
     num_images: int
@@ -146,7 +146,7 @@ def _problem(validity: Validity, job: JobSpec, *, with_digests: bool) -> str:
     return ""
 
 
-def _several(oracles: Sequence[OracleIdentity]) -> str:
+def _several(oracles: Sequence[ModelIdentity]) -> str:
     names = ", ".join(f"'{oracle.address}'" for oracle in oracles)
     return f"{len(oracles)} oracle{'s' if len(oracles) > 1 else ''} ({names})"
 
@@ -157,7 +157,7 @@ def _validity_of(fields: dict[str, Any], address: str) -> Validity:
     Raises:
         ValueError: a value is not what this version writes.
     """
-    oracles = tuple(OracleIdentity(oracle["address"], oracle["digest"]) for oracle in fields["models"]["oracles"])
+    oracles = tuple(ModelIdentity(oracle["address"], oracle["digest"]) for oracle in fields["models"]["oracles"])
     model = None if fields["model"] is None else usable_validity(fields["model"])
     texts = [fields["verdict"], *fields["classes"], *(text for oracle in oracles for text in oracle)]
     if not all(isinstance(text, str) for text in texts) or not oracles:
