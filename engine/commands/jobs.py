@@ -272,6 +272,8 @@ def _print_target(job: JobSpec, target: dict[str, Any]) -> None:
         print(f"target {number + 2}: {one['address']} guides too" + (f"; its temperature: {own}" if own else ""))
     if further := len(job.models.further_targets):
         print(f"each guided step differentiates {further + 1} targets")
+    if job.oracle_guides:
+        print(f"guidance differentiates the oracle {job.models.all_oracles[-1]} too; acceptance does not ask it")
 
 
 def _measure(job: JobSpec, planned: Plan) -> Any:

@@ -211,6 +211,8 @@ def describe_models(
     for role in ("oracle", "judge", "guidance_decoder"):
         if address := getattr(models, role):
             described[role] = _describe(address, digests[role])
+    if job.oracle_guides:
+        (described["oracles"][-1] if models.oracles else described["oracle"])["guides"] = True
     if validity is not None:
         described["validity"] = validity.described
     for role in ("conditioning", "starts", "methods"):

@@ -77,7 +77,11 @@ def load_scorer(
         target,
         Clip.load(job.models.clip, device),
         [Classifier.load(address, device) for address in job.models.transfer],
-        Oracles([load_oracle(address, device, target.labels) for address in job.models.all_oracles], validity=validity),
+        Oracles(
+            [load_oracle(address, device, target.labels) for address in job.models.all_oracles],
+            is_guiding=job.oracle_guides,
+            validity=validity,
+        ),
         Clip.load(job.models.judge, device) if job.models.judge else None,
         [Classifier.load(address, device) for address in job.models.further_targets],
     )

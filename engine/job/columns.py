@@ -291,7 +291,7 @@ RECORD_COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         name="oracle_class", type="int", is_class=True, measured_by="oracle", alias="oracle",
-        description="class that the first oracle that guided nothing predicts; -1 without one",
+        description="class that the independent oracle predicts; -1 without an oracle",
         roles=Role.ACCEPTS | Role.VERIFIED,
     ),
     Column(
@@ -443,15 +443,17 @@ ERRS = ("predicted_class", "is_error")
 
 @dataclass(frozen=True, slots=True)
 class DerivedName:
-    """A name that filters know in addition to the columns.
+    """A name that filters and rules of acceptance know in addition to the columns.
 
     Attributes:
         needs: columns that it is computed from.
+        kind: of its values, "flag" or "number".
     """
 
     name: str
     description: str
     needs: tuple[str, ...]
+    kind: Literal["flag", "number"] = "flag"
 
 
 DERIVED_NAMES: dict[str, DerivedName] = {
@@ -479,7 +481,8 @@ DERIVED_NAMES: dict[str, DerivedName] = {
         ),
         *(
             DerivedName(
-                alias, f"{entry.part.name} under the {entry.column.name}; unknown without one", (entry.column.name,)
+                alias, f"{entry.part.name} under the {entry.column.name}; unknown without one", (entry.column.name,),
+                "number",
             )
             for alias, entry in ENTRY_SCORES.items()
         ),

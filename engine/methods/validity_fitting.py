@@ -225,4 +225,3 @@ def _nll(answers: Answers, p: np.ndarray) -> float:
 
 def _sigmoid(scores: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0, -scores))
-

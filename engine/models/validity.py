@@ -105,7 +105,8 @@ def validity_problems(job: JobSpec) -> list[str]:
 
 def independent_oracles(job: JobSpec) -> tuple[str, ...]:
     """The oracles whose probabilities an estimate takes."""
-    return job.models.all_oracles
+    oracles = job.models.all_oracles
+    return oracles[:-1] if job.oracle_guides else oracles
 
 
 def read_validity(address: str) -> Validity | None:

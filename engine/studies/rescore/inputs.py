@@ -104,13 +104,21 @@ def open_rescoring(
     run = open_store(address)
     job, plan = stored_plan(run)
     labels = _labels_of(run, job)
-    models = _check_models(target, transfer, oracles, labels)
+    models = _check_models(target, transfer, _with_guiding(oracles, job), labels)
     models = replace(models, guided=_guided(plan), validity=_validity(models, plan))
     models = _calibrated(models, run, job, plan, calibration)
     folder = open_store(output or run.address(f"{RESCORED}/{_folder_name(target, models)}"))
     rescoring = Rescoring(run=run, folder=folder, job=job, plan=plan, labels=labels, models=models)
     _check_folder(rescoring)
     return rescoring
+
+
+def _with_guiding(oracles: Sequence[str], job: JobSpec) -> Sequence[str]:
+    """New oracles, if any, and last the one that guided the run: whatever is asked, it stays one that guided."""
+    if not oracles or not job.oracle_guides:
+        return oracles
+    guiding = job.models.all_oracles[-1]
+    return [*(address for address in oracles if address != guiding), guiding]
 
 
 def _labels_of(store: Store, job: JobSpec) -> list[str]:

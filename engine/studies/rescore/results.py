@@ -112,9 +112,11 @@ def _described(rescoring: Rescoring) -> dict[str, Any]:
         described["transfer"] = [{"address": address, "digest": digest} for address, digest in pairs]
     if models.oracles:
         digests = models.digests.get("oracles", [models.digests["oracle"]])
-        oracles = [
+        oracles: list[dict[str, Any]] = [
             {"address": address, "digest": digest} for address, digest in zip(models.oracles, digests, strict=True)
         ]
+        if rescoring.job.oracle_guides:
+            oracles[-1]["guides"] = True
         replaced = {"oracle", "oracles", *(() if models.validity else ("validity",))}
         described = {role: value for role, value in described.items() if role not in replaced}
         described |= {"oracle": oracles[0]} if len(oracles) == 1 else {"oracles": oracles}

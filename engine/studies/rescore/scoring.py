@@ -65,7 +65,7 @@ class Scoring:
             transfer = [Classifier.load(address, device) for address in self._models.transfer]
             target = Classifier.load(self._models.target, device, self._models.temperature)
             models = [load_oracle(address, device, target.labels) for address in self._models.oracles]
-            oracles = Oracles(models, validity=self._models.validity)
+            oracles = Oracles(models, is_guiding=self._job.oracle_guides, validity=self._models.validity)
             self._loaded = target, transfer, oracles
         return self._loaded
 
