@@ -95,18 +95,12 @@ def job_validity(job: JobSpec, *, with_digests: bool = True) -> Validity | None:
 def validity_problems(job: JobSpec) -> list[str]:
     """What files tell of the estimate that a job names, before anything is downloaded, a line each."""
     # As of a calibration: the digest of an oracle of the hub would download it.
-    with_digests = all(is_program(address) or not locate(address).is_hub for address in independent_oracles(job))
+    with_digests = all(is_program(address) or not locate(address).is_hub for address in job.independent_oracles)
     try:
         job_validity(job, with_digests=with_digests)
     except JobError as error:
         return list(error.problems)
     return []
-
-
-def independent_oracles(job: JobSpec) -> tuple[str, ...]:
-    """The oracles whose probabilities an estimate takes."""
-    oracles = job.models.all_oracles
-    return oracles[:-1] if job.oracle_guides else oracles
 
 
 def read_validity(address: str) -> Validity | None:
@@ -132,7 +126,7 @@ def _problem(validity: Validity, job: JobSpec, *, with_digests: bool) -> str:
     labels = read_labels(job.models.target)
     if labels is not None and tuple(labels) != validity.labels:
         return f"was fitted with other classes than those of '{job.models.target}'; {_REMEDY}"
-    addresses = independent_oracles(job)
+    addresses = job.independent_oracles
     if len(addresses) != len(validity.oracles):
         return (
             f"is of {_several(validity.oracles)}, and the job has {len(addresses)} that guide nothing; name the same,"

@@ -22,7 +22,7 @@ from engine.models.digests import model_digest, oracle_digest
 from engine.models.hardware import choose_hardware, fix_threads
 from engine.models.library_logging import quiet_libraries
 from engine.models.oracles import Oracle, load_oracle
-from engine.models.validity import ModelIdentity, independent_oracles
+from engine.models.validity import ModelIdentity
 from engine.studies.prepare.answer_tables import MAX_PROBLEMS, OPTION, AnswerTable, shown
 from engine.studies.prepare.answered import AnsweredImage, AnsweredImages
 from engine.studies.prepare.observation import batch_size, progress_text
@@ -42,7 +42,7 @@ def answers_of_images(
         JobError: a key is no image of the data, or the name of two; no image can be used; a model cannot be loaded.
     """
     source = open_images(data, labels)
-    oracles = tuple(ModelIdentity(address, oracle_digest(address)) for address in independent_oracles(job))
+    oracles = tuple(ModelIdentity(address, oracle_digest(address)) for address in job.independent_oracles)
     target = ModelIdentity(job.models.target, model_digest(job.models.target))
     display.phase("loading models")
     judges = _Judges(job, labels)
@@ -139,7 +139,7 @@ class _Judges:
         self.num_rows = batch_size(job, hardware)
         self._target = Classifier.load(job.models.target, hardware.device)
         self._oracles: list[Oracle] = [
-            load_oracle(address, hardware.device, labels) for address in independent_oracles(job)
+            load_oracle(address, hardware.device, labels) for address in job.independent_oracles
         ]
 
     def judge(self, batch: list[_Asked], unused: list[Unusable]) -> Iterator[AnsweredImage]:

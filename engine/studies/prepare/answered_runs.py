@@ -15,7 +15,7 @@ from engine.job.records import is_scored
 from engine.job.spec import JobSpec
 from engine.models.digests import oracle_digest
 from engine.models.untrusted_files import MAX_DOCUMENT_BYTES, read_whole
-from engine.models.validity import ModelIdentity, independent_oracles
+from engine.models.validity import ModelIdentity
 from engine.studies.prepare.answer_tables import OPTION
 from engine.studies.prepare.answered import AnsweredImage, AnsweredImages
 from engine.studies.samples import StudiedRun, open_study, read_attempts
@@ -91,7 +91,7 @@ def _models(study: StudiedRun, job: JobSpec) -> tuple[tuple[ModelIdentity, ...],
         JobError: the run has no probabilities of oracles, or the job names other oracles.
     """
     run_job, plan = stored_plan(study.store)
-    addresses = independent_oracles(run_job)
+    addresses = run_job.independent_oracles
     if plan.schema_version < BY_NAME["oracles"].since or not addresses:
         raise JobError(
             f"{OPTION}: the run {study.store.uri} has no probabilities of oracles; make one with models.oracles, or"
@@ -100,7 +100,7 @@ def _models(study: StudiedRun, job: JobSpec) -> tuple[tuple[ModelIdentity, ...],
     digests = plan.identity["models"]
     digests = digests.get("oracles") or [digests["oracle"]]
     oracles = tuple(ModelIdentity(*pair) for pair in zip(addresses, digests[: len(addresses)], strict=True))
-    if [oracle_digest(address) for address in independent_oracles(job)] != [oracle.digest for oracle in oracles]:
+    if [oracle_digest(address) for address in job.independent_oracles] != [oracle.digest for oracle in oracles]:
         raise JobError(
             f"models.oracles: are not those of the run {study.store.uri}, which has {', '.join(addresses)}; name the"
             " same, in this order"
