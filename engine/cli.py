@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import engine
-from engine.commands import comparison, curation, datasets, jobs, loops, runs, studies
+from engine.commands import comparison, curation, datasets, jobs, loops, review, runs, studies
 from engine.commands.output import complain
 from engine.errors import EXIT_DRAINED, EXIT_USER, JobError, RiskforgeError
 from engine.terminal import open_closed_streams, printable, redacted
@@ -133,7 +133,7 @@ def root(
 for _command in (
     runs.run, runs.retry, runs.status, runs.verify, runs.repair, jobs.plan, jobs.prepare, studies.retrain,
     studies.evaluate, curation.curate, comparison.rescore, comparison.compare, jobs.schema, runs.report,
-    datasets.inspect, datasets.merge, datasets.export,
+    review.review, datasets.inspect, datasets.merge, datasets.export,
 ):  # fmt: skip
     app.command()(_command)
 app.add_typer(loops.study)

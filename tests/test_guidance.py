@@ -13,8 +13,7 @@ from engine.methods.risky.guide import (
     capped,
     distance_to_target,
     guide_to_risk,
-    polyak_to_target,
-    polyak_with_floor,
+    polyak_above_floors,
     without_conflict,
 )
 from engine.methods.risky.spec import RiskyGuidanceSpec
@@ -457,7 +456,7 @@ def test_steps_to_target_and_floor_equal_the_equations():
     gradients[losses == 0] = 0
     gradients[1, 5, 0, 0, 0] = math.nan
     health = GradientHealth.of(7)
-    moved = polyak_with_floor(0.3)(losses, gradients, prediction_at(latents), step_at(), health)
+    moved = polyak_above_floors(0.3)(losses, gradients, prediction_at(latents), step_at(), health)
     for row in (0, 1, 2, 3, 6):
         own = [gradient[row].flatten().tolist() for gradient in gradients]
         expected = slow_shift_with_floor(losses[:, row].tolist(), own, latents[row].flatten().tolist(), 0.3)
@@ -472,7 +471,7 @@ def test_the_step_to_the_target_equals_the_equation():
     torch.manual_seed(3)
     losses, gradients = torch.tensor([[0.4, 90.0, 0.0]]).double(), torch.randn(1, 3, 4, 2, 2, dtype=torch.float64)
     latents, health = torch.randn(3, 4, 2, 2, dtype=torch.float64), GradientHealth.of(3)
-    moved = polyak_to_target(0.3)(losses, gradients, prediction_at(latents), step_at(), health)
+    moved = polyak_above_floors(0.3)(losses, gradients, prediction_at(latents), step_at(), health)
     for row in range(3):
         own = [gradients[0, row].flatten().tolist(), [0.0] * 16]
         expected = slow_shift_with_floor((losses[0, row].item(), 0.0), own, latents[row].flatten().tolist(), 0.3)

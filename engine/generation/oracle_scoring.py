@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +11,8 @@ from torch import Tensor
 from engine.generation.plain_values import plain
 from engine.job.columns import GUIDES, NO_CLASS, UNKNOWN
 from engine.methods.finiteness import Faults
-from engine.models.classifier import Classifier
-
-# Estimated share of people who agree, [B], by the probabilities of the label under oracles [B, K].
-Validity = Callable[[Tensor], Tensor]
+from engine.methods.validity import ValidityModel
+from engine.models.oracles import Oracle
 
 
 class OracleScores(NamedTuple):
@@ -39,7 +37,7 @@ class Oracles:
     """
 
     def __init__(
-        self, models: Sequence[Classifier], *, is_guiding: bool = False, validity: Validity | None = None
+        self, models: Sequence[Oracle], *, is_guiding: bool = False, validity: ValidityModel | None = None
     ) -> None:
         self.models = list(models)
         self.guiding = self.models[-1] if is_guiding and self.models else None
@@ -81,7 +79,10 @@ class Oracles:
         independent = slice(self._num_independent)
         if not self._num_independent:
             return {name: value for name, value in _without_oracle().items() if name != "oracles"}
-        estimate = UNKNOWN if self._validity is None else plain(self._validity(p_label[None, independent])[0])
+        estimate = UNKNOWN
+        if self._validity is not None:
+            # Of the stored values, from which anybody can compute it again.
+            estimate = plain(torch.tensor(self._validity.p_valid([plain(p) for p in p_label[independent]])))
         return {
             "oracle_class": int(predicted[0]),
             "oracle_p_label_min": plain(p_label[independent].min()),

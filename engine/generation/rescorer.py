@@ -17,7 +17,7 @@ from engine.data.stores.base import Store
 from engine.errors import JobError
 from engine.job.columns import BY_NAME, RECORD_COLUMNS, Role, columns_with
 from engine.job.json_values import difference
-from engine.job.plan import Plan, SampleSpec, planned_temperature
+from engine.job.plan import Plan, SampleSpec, planned_temperature, planned_validity
 from engine.job.records import STARTS, STATUS_FAILED, TWINS
 from engine.job.spec import JobSpec
 from engine.models.digests import model_digests
@@ -69,7 +69,7 @@ def rescore(
     _check_models(job, plan)
     advance("loading the models that score")
     quiet_libraries()
-    scorer = load_scorer(job, temperature=planned_temperature(plan.identity))
+    scorer = load_scorer(job, temperature=planned_temperature(plan.identity), validity=planned_validity(plan.identity))
     findings = []
     for place, sample in enumerate(itertools.chain([first], chosen)):
         advance(f"image {place + 1} of up to {num_samples}")

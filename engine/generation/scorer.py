@@ -70,6 +70,11 @@ class Scorer:
         self._placed_embeds: dict[torch.device, Tensor] = {}
         self._judge_embeds = _text_embeds("models.judge", judge, prompts) if judge else None
 
+    @property
+    def guiding_oracle(self) -> Classifier | None:
+        """The oracle that is a floor of guidance; None without one."""
+        return self._oracles.guiding
+
     def preprocess(self, images: Sequence[PIL.Image.Image]) -> ScorerInputs:
         """What the models take for 8-bit images; work for the CPU alone, on any thread."""
         return ScorerInputs(

@@ -443,15 +443,17 @@ ERRS = ("predicted_class", "is_error")
 
 @dataclass(frozen=True, slots=True)
 class DerivedName:
-    """A name that filters know in addition to the columns.
+    """A name that filters and rules of acceptance know in addition to the columns.
 
     Attributes:
         needs: columns that it is computed from.
+        kind: of its values, "flag" or "number".
     """
 
     name: str
     description: str
     needs: tuple[str, ...]
+    kind: Literal["flag", "number"] = "flag"
 
 
 DERIVED_NAMES: dict[str, DerivedName] = {
@@ -479,7 +481,8 @@ DERIVED_NAMES: dict[str, DerivedName] = {
         ),
         *(
             DerivedName(
-                alias, f"{entry.part.name} under the {entry.column.name}; unknown without one", (entry.column.name,)
+                alias, f"{entry.part.name} under the {entry.column.name}; unknown without one", (entry.column.name,),
+                "number",
             )
             for alias, entry in ENTRY_SCORES.items()
         ),

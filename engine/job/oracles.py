@@ -1,14 +1,24 @@
-"""Several oracles in a job file, `models.oracles: [A, B]`, and the conditions of `accept` that need one."""
+"""Several oracles in a job file, `models.oracles: [A, B]`, what of a job needs one, and the one that guides."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from engine.job.spec import ModelsSpec
+from engine.job.columns import DERIVED_NAMES, RECORD_COLUMNS
+from engine.job.spec import GuidanceSpec, ModelsSpec, RequestSpec
 from engine.job.spec_messages import Location, Problem, shown
 
 _ORACLES: Location = ("models", "oracles")
+# The parameter of a method that lets the last oracle guide.
+_FLOOR = "oracle_floor"
+_COLUMNS = {column.name for column in RECORD_COLUMNS if column.measured_by == "oracle"}
+# What conditions call the verdict of the oracles that guide nothing.
+_VERDICTS = {
+    *_COLUMNS,
+    *(column.alias for column in RECORD_COLUMNS if column.name in _COLUMNS),
+    *(derived.name for derived in DERIVED_NAMES.values() if _COLUMNS & {*derived.needs}),
+}
 
 
 def has_oracle(models: Any) -> bool:
@@ -37,3 +47,43 @@ def oracle_problems(raw: dict[str, Any]) -> list[Problem]:
         for place, oracle in enumerate(listed)
         if isinstance(oracle, str) and oracle in listed[:place]
     ]
+
+
+def floor_of(request: RequestSpec, guidance: GuidanceSpec, where: Location) -> list[Location]:
+    """Where a job has the floor by which its last oracle guides a request; nothing where it does not.
+
+    Args:
+        guidance: the job's with the overrides of the request.
+        where: of the request.
+    """
+    method = request.method_record
+    if not guidance.of(method).sees_oracle:
+        return []
+    own = request.guidance.get(method.name)
+    inside = where if isinstance(own, dict) and _FLOOR in own else ()
+    return [(*inside, "guidance", method.name, _FLOOR)]
+
+
+def floor_problems(
+    raw: dict[str, Any], floors: Sequence[Location], asked: Sequence[tuple[Location, str]]
+) -> list[Problem]:
+    """Floors without an oracle, and conditions that ask the only oracle although it guides.
+
+    Args:
+        floors: from `floor_of`, of all requests.
+        asked: of all requests, where a name of a condition is, and the name.
+    """
+    models = raw.get("models")
+    if not floors or not isinstance(models, dict):
+        return []
+    if not has_oracle(models):
+        text = "there is no oracle whose probability it could bound; name one in models.oracle, or leave it out"
+        return [(floor, text) for floor in floors]
+    if isinstance(models.get("oracles"), list | tuple) and len(models["oracles"]) > 1:
+        return []
+    text = (
+        f"asks the only oracle, which {'.'.join(map(str, floors[0]))} lets guide, so that it is not independent; name a"
+        " second oracle in models.oracles, the one that guides last"
+    )
+    where = [place for place, name in asked if name in _VERDICTS]
+    return [(place, text) for place in [*where, *([("models", "validity")] if models.get("validity") else [])]]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import pydantic
 from pydantic import Field, PrivateAttr, StrictBool, StrictInt
 
-from engine.methods.fields import Context, Number, Plains, Spec
+from engine.methods.fields import Context, Number, Plains, Spec, Text
 from engine.methods.parameters import Ensemble, MethodParameters
 from engine.methods.registry import BUILT_IN, METHODS, USER_CODE, Method, method_of
 from engine.methods.sampling.spec import SamplingSpec, steps_of
@@ -280,9 +280,10 @@ class RequestSpec(Spec):
     prompt: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(
         default=None, description="Prompt template with `{class}` and optionally `{context}`."
     )
-    accept: Plains = Field(
+    accept: Plains | Text = Field(
         default_factory=dict,
-        description="Conditions for a sample to be kept, such as {is_error: true, oracle: agrees, risk: '>= 1'}.",
+        description="Condition for a sample to be kept, such as 'is_error and risk >= 1'; or a mapping of conditions"
+        " that must all hold, such as {is_error: true, oracle: agrees, risk: '>= 1'}.",
     )
     max_attempts: Annotated[StrictInt, Field(ge=1)] | Factor | None = Field(
         default=None,
@@ -353,6 +354,11 @@ class RequestSpec(Spec):
     def has_quota(self) -> bool:
         """Whether attempts are made until enough of them are accepted."""
         return self.attempts_limit > self.num_wanted
+
+    @property
+    def is_screened(self) -> bool:
+        """Whether draws of its embeddings are screened."""
+        return self.conditioning is not None and self.conditioning.is_screened
 
     @property
     def used_start(self) -> StartSpec | None:
@@ -471,6 +477,16 @@ class JobSpec(Spec):
     def guidance_of(self, request: RequestSpec) -> GuidanceSpec:
         """The job's guidance with the request's overrides, key by key."""
         return GuidanceSpec.model_validate(GuidanceSpec.overridden(self.guidance.model_dump(), request.guidance))
+
+    @property
+    def oracle_guides(self) -> bool:
+        """Whether the last oracle is a floor of some request's guidance: then it is no evidence in any row."""
+        return bool(self.models.all_oracles) and any(self.parameters_of(one).sees_oracle for one in self.requests)
+
+    @property
+    def independent_oracles(self) -> tuple[str, ...]:
+        """The oracles that guide nothing, in their order."""
+        return self.models.all_oracles[: -1 if self.oracle_guides else None]
 
     def parameters_of(self, request: RequestSpec) -> MethodParameters:
         """The parameters of the request's own method, with its overrides."""

@@ -102,6 +102,10 @@ class PairRows:
     def __contains__(self, key: object) -> bool:
         return key in self._numbers
 
+    def keys_of(self, *places: str) -> list[str]:
+        """Keys of the samples that have an image of one of the places, such as `START`, sorted."""
+        return sorted({key for place in places for key in self._keys[place]})
+
     def image(self, key: str) -> ImageFile:
         """The image of a sample."""
         file = self._read(SAMPLE, key)

@@ -28,7 +28,7 @@ from engine.job.columns import (
     units_text,
 )
 from engine.job.records import STARTS, TWINS
-from engine.job.spec import ConditioningSpec, JobSpec, ModelsSpec, RequestSpec
+from engine.job.spec import ConditioningSpec, JobSpec, RequestSpec
 from engine.models.calibration import NOTED, model_notes
 from engine.models.licences import UNKNOWN
 
@@ -77,7 +77,9 @@ def dataset_card(job: JobSpec, manifest: dict[str, Any], groups: list[GroupSumma
         _table(groups),
         loading_section(job.output.image_format, manifest["schema_version"]),
         *_companions(manifest),
-        columns_section(manifest["schema_version"], has_ensemble=bool(job.models.further_targets)),
+        columns_section(
+            manifest["schema_version"], has_ensemble=bool(job.models.further_targets), oracle_guides=job.oracle_guides
+        ),
         _limits(job, manifest["schema_version"]),
     ]
     return "\n\n".join(sections) + "\n"
@@ -265,7 +267,9 @@ def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
                 f"  - guided: {_guided(counts.get('guidance', {}).get(request.name))}",
             ]
         if request.accept:
-            lines.append(f"  - accepted when: {_parameters(request.accept)}")
+            rule = request.accept
+            text = code(rule, table=False) if isinstance(rule, str) else _parameters(rule)
+            lines.append(f"  - accepted when: {text}")
     return "\n".join(lines)
 
 
@@ -463,29 +467,34 @@ def _spread(spread: Spread | None) -> str:
     return "" if spread is None else f"{spread.median:.3g} ({spread.q25:.3g} to {spread.q75:.3g})"
 
 
-def columns_section(version: int, *, has_ensemble: bool = False) -> str:
+def columns_section(version: int, *, has_ensemble: bool = False, oracle_guides: bool = False) -> str:
     """What the columns of a schema version mean.
 
     Args:
         has_ensemble: whether a run has several targets, of which the column `transfer` has entries, too.
+        oracle_guides: whether an oracle is a floor of some guidance.
     """
     names = arrow_schema(surplus=True, version=version).names
     lines = ["## Columns", "", "| column | meaning |", "|---|---|"]
     lines += [f"| `{name}` | {BY_NAME[name].description.replace('|', chr(92) + '|')} |" for name in names]
     if has_ensemble:
         lines += ["", f"In `transfer`, a model with `{GUIDES.strip()}` after its name was guided on: a further target."]
+    if oracle_guides:
+        text = "was a floor of guidance, and has no part in the other columns of the oracles."
+        lines += ["", f"In `oracles`, a model with `{GUIDES.strip()}` after its name {text}"]
     return "\n".join(lines)
 
 
-def _checked_labels(models: ModelsSpec, version: int) -> str:
+def _checked_labels(job: JobSpec, version: int) -> str:
     """What checked the labels, as the end of a sentence."""
-    if not models.all_oracles:
+    models = job.models
+    if not job.independent_oracles:
         return "filter by `conformity`"
     if version < BY_NAME["oracle_p_label_min"].since:
         return "filter by `conformity` and by what the oracle predicts"
     if models.validity:
-        share = f"`p_valid` estimates the share of\n  people who agree, fitted on answers of people ({code(models.validity)})"
-        return f"{share}; `label_is_valid` asks for {MIN_P_VALID}"
+        share = "`p_valid` estimates the share of\n  people who agree, fitted on answers of people"
+        return f"{share} ({code(models.validity)}); `label_is_valid` asks for {MIN_P_VALID}"
     return f"no estimate was fitted on answers of\n  people, so that `label_is_valid` means that {_BY_ORACLES}"
 
 
@@ -503,7 +512,7 @@ def _limits(job: JobSpec, version: int) -> str:
     one_target = enumerated(of_target).replace(" and ", " and\n  ") + " are those of one target."
     return f"""## Limits
 
-- Labels are what was asked of the diffusion model, not what a person saw: {_checked_labels(models, version)}.
+- Labels are what was asked of the diffusion model, not what a person saw: {_checked_labels(job, version)}.
 - `conformity` comes from one CLIP model, which {clip}, and shares its blind spots ({judge}); {one_target}
 - Images inherit the biases and gaps of the diffusion model; rates of error here are not rates on real images.
 - Scores are of the stored 8-bit image. Columns are of schema version {version}; `manifest.json`

@@ -87,8 +87,8 @@ def _new_job(rescoring: Rescoring) -> JobSpec:
     job, models = rescoring.job, rescoring.models
     addresses: dict[str, Any] = {"target": models.target, "calibration": models.calibration}
     addresses |= {"transfer": models.transfer} if models.transfer else {}
-    # The estimate is of the run's oracles.
-    addresses |= {"validity": None, **_oracle_fields(models.oracles)} if models.oracles else {}
+    addresses |= _oracle_fields(models.oracles) if models.oracles else {}
+    addresses |= {"validity": None} if models.validity is None else {}
     return job.model_copy(update={"models": job.models.model_copy(update=addresses)})
 
 
@@ -112,10 +112,13 @@ def _described(rescoring: Rescoring) -> dict[str, Any]:
         described["transfer"] = [{"address": address, "digest": digest} for address, digest in pairs]
     if models.oracles:
         digests = models.digests.get("oracles", [models.digests["oracle"]])
-        oracles = [
+        oracles: list[dict[str, Any]] = [
             {"address": address, "digest": digest} for address, digest in zip(models.oracles, digests, strict=True)
         ]
-        described = {role: value for role, value in described.items() if role not in ("oracle", "oracles", "validity")}
+        if rescoring.job.oracle_guides:
+            oracles[-1]["guides"] = True
+        replaced = {"oracle", "oracles", *(() if models.validity else ("validity",))}
+        described = {role: value for role, value in described.items() if role not in replaced}
         described |= {"oracle": oracles[0]} if len(oracles) == 1 else {"oracles": oracles}
     return described
 

@@ -57,13 +57,15 @@ class Scoring:
             from engine.generation.oracle_scoring import Oracles
             from engine.models.classifier import Classifier
             from engine.models.library_logging import quiet_libraries
+            from engine.models.oracles import load_oracle
 
             self._advance("loading the classifiers")
             quiet_libraries()
             device = "cuda" if torch.cuda.is_available() and self._job.runtime.device != "cpu" else "cpu"
             transfer = [Classifier.load(address, device) for address in self._models.transfer]
-            oracles = Oracles([Classifier.load(address, device) for address in self._models.oracles])
             target = Classifier.load(self._models.target, device, self._models.temperature)
+            models = [load_oracle(address, device, target.labels) for address in self._models.oracles]
+            oracles = Oracles(models, is_guiding=self._job.oracle_guides, validity=self._models.validity)
             self._loaded = target, transfer, oracles
         return self._loaded
 
