@@ -30,7 +30,8 @@ def make_reviewed_run(folder: Path, requests: Iterable[dict[str, Any]] = (GUIDED
 
 def open_small(folder: Path | str, **options: Any) -> Review:
     """A review of few items."""
-    return open_review(str(folder), DrawOptions(**{"num_samples": 12, "num_controls": 3, "num_repeats": 2} | options))
+    few = {"num_samples": 12, "num_repeats": 2} | ({} if "is_pairs" in options else {"num_controls": 3})
+    return open_review(str(folder), DrawOptions(**few | options))
 
 
 def given(item: str, choice: int, after: int = 0, **changes: Any) -> GivenAnswer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,15 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return make_reviewed_run(tmp_path_factory.mktemp("review") / "run")
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_reviewed_run(tmp_path_factory.mktemp("made") / "run")
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Store:
-    return make_reviewed_run(tmp_path / "run")
+def run(made: Store, tmp_path: Path) -> Store:
+    """A run of the test's own."""
+    return open_store(str(shutil.copytree(made.uri, tmp_path / "run")))
 
 
 # The draw ----------------------------------------------------------------------------------------------------------
@@ -69,7 +76,7 @@ def run(tmp_path: Path) -> Store:
 
 @example(st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 60), min_size=1), st.integers(0, 400))
 def test_allocation_is_proportional_within_bounds(sizes: dict[str, int], number: int) -> None:
-    """All that are asked for, no more than a stratum has, its minimum where the number suffices, else near its share."""
+    """As many as asked for, never more than there are; the minimum of each where the number suffices, else its share."""
     counts, total = allocate(sizes, number), sum(sizes.values())
     assert sum(counts.values()) == min(number, total)
     assert all(0 <= counts[name] <= size for name, size in sizes.items())
@@ -106,13 +113,15 @@ def test_a_design_is_drawn_as_asked(shared: Store) -> None:
     assert {rows[item.key]["request"] for item in samples} == {"secretly-risky"}
     assert all(rows[item.key]["class_index"] == item.label and item.subset == (item.label,) for item in samples)
     assert sum(item.weight for item in samples) == pytest.approx(24)
-    assert design.score == "risk" and {name.num_images for name in design.strata} == {4}
+    risks = np.asarray([row["risk"] for row in rows.values() if row["request"] == "secretly-risky"])
+    cuts = np.quantile(risks, [1 / 3, 2 / 3])
     for item in samples:
-        same = [row["risk"] for row in rows.values() if row["request"] == "secretly-risky"]
-        third = ("low", "middle", "high")[
-            int(np.searchsorted(np.quantile(same, [1 / 3, 2 / 3]), rows[item.key]["risk"]))
-        ]
-        assert item.stratum == f"secretly-risky/{item.label:03d}/{third}" or third not in item.stratum
+        third = ("low", "middle", "high")[np.searchsorted(cuts, rows[item.key]["risk"])]
+        assert item.stratum == f"secretly-risky/{item.label:03d}/{third}"
+    drawn = Counter(item.stratum for item in samples)
+    assert design.score == "risk" and drawn == {one.name: one.num_drawn for one in design.strata}
+    weights = {one.name: one.num_images / one.num_drawn for one in design.strata}
+    assert all(item.weight == weights[item.stratum] for item in samples)
     assert {rows[item.key]["method"] for item in design.items if item.kind == "control-plain"} == {"prompt"}
     reals = [item for item in design.items if item.kind == "control-real"]
     assert {image.source for item in reals for image in item.images} == {"starts"}
@@ -268,11 +277,7 @@ def test_answers_are_parts_and_the_last_one_counts(run: Store) -> None:
     """One part for each call, never changed; a later answer wins, a retraction removes; other raters are apart."""
     design = open_small(run.uri).design
     book = AnswerBook(run, design, lambda text: None)
-    first, second = (
-        (item for item in design.items if item.kind == "sample" and not item.repeats)[:2]
-        if False
-        else [item for item in design.items if item.kind == "sample"][:2]
-    )
+    first, second = [item for item in design.items if item.kind == "sample"][:2]
     book.add("ann", SESSION, [given(first.id, 3, 0)])
     part = run.path(f"_review/ann/{SESSION}-000001.parquet")
     before = part.read_bytes()
@@ -342,7 +347,7 @@ def test_damaged_and_foreign_files_are_named(run: Store) -> None:
     run.path("_review/loose.parquet").write_bytes(whole)
     lines: list[str] = []
     assert read_answers(run, lines.append).equals(table.sort_by([("answered_at", "ascending")]))
-    names = (
+    names = [
         "torn",
         "empty",
         "notes",
@@ -356,19 +361,19 @@ def test_damaged_and_foreign_files_are_named(run: Store) -> None:
         "lacks",
         "Ann",
         "loose",
-    )
+    ]
     assert all(any(name in line for line in lines) for name in names) and len(lines) == len(names)
     assert has_answers(run) and not has_answers(open_store(str(run.path("shards"))))
 
 
 @pytest.mark.parametrize("name", ["", "Ann", "a b", "../x", "designs", "a" * 65, "-a", "a\n", "ann/bob", "\u202eann"])
-def test_names_that_no_rater_can_have(run: Store, name: str) -> None:
+def test_names_that_no_rater_can_have(shared: Store, name: str) -> None:
     """With the remedy; nothing is written."""
-    with pytest.raises(JobError, match="--rater: .*(such as ann or|choose another name)"):
+    with pytest.raises(JobError, match=r"--rater: .*(such as ann or|choose another name)"):
         check_rater(name)
     with pytest.raises(JobError):
-        append_answers(run, name, [])
-    assert not run.exists("_review")
+        append_answers(shared, name, [])
+    assert not has_answers(shared)
 
 
 def test_answers_stay_with_their_run(run: Store) -> None:
@@ -381,7 +386,7 @@ def test_answers_stay_with_their_run(run: Store) -> None:
     assert not verify(run).findings
     assert sort_files(run, "drawn")[1] == []
     before = sorted(run.list("_review/ann")), sorted(run.list("shards"))
-    with pytest.raises(OutputError, match="holds what people answered about its images.*move _review away"):
+    with pytest.raises(OutputError, match=r"holds what people answered about its images.*move _review away"):
         _clear(run, confirmed=True)
     assert before == (sorted(run.list("_review/ann")), sorted(run.list("shards")))
 
@@ -403,10 +408,10 @@ def test_answers_lie_on_an_object_store_too(s3_store: ObjectStore) -> None:
 # Files that come back ----------------------------------------------------------------------------------------------
 
 
-def returned(path: Path, design: str, answers: list[dict[str, Any]], **changes: Any) -> Path:
+def returned(path: Path, digest: str, given_answers: list[dict[str, Any]], **changes: Any) -> Path:
     """A file as the page downloads it."""
-    document = {"format": "riskforge-review", "version": 1, "design": design, "rater": "carl", "session": SESSION}
-    path.write_text(json.dumps(document | {"answers": answers} | changes))
+    document = {"format": "riskforge-review", "version": 1, "design": digest, "rater": "carl", "session": SESSION}
+    path.write_text(json.dumps(document | {"answers": given_answers} | changes))
     return path
 
 
@@ -550,7 +555,7 @@ def test_a_changed_design_is_refused(run: Store) -> None:
         open_small(run.uri)
 
 
-def test_unscored_kind_of_field_is_typed(shared: Store) -> None:
+def test_controls_of_a_request_have_weights(shared: Store) -> None:
     """Prompt-only controls of a request have weights of their own strata, so that they can be estimated too."""
     design = open_small(shared.uri, num_controls=4).design
     plain = [item for item in design.items if item.kind == "control-plain"]
