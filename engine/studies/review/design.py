@@ -24,12 +24,11 @@ from engine.models.untrusted_files import MAX_DOCUMENT_BYTES
 if TYPE_CHECKING:
     import pyarrow as pa
 
-VERSION = 1
 # Of a digest, in a file's name.
 DIGEST_CHARS = 16
 # Between an item and its repetition, where there are enough others.
 MIN_DISTANCE = 12
-# Answers to nobody's name: files for people whose names are not known come with several orders.
+# Of files for people whose names are not known.
 NUM_FILE_ORDERS = 8
 
 Id = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
@@ -98,7 +97,7 @@ class Design(_Record):
         items: in an order that says nothing.
     """
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     mode: Mode
     run: Text
     run_digest: Text

@@ -122,11 +122,8 @@ def _renamed(item: Item, names: dict[str, str]) -> Item:
 
 def _population_text(options: DrawOptions) -> str:
     what = "scored attempts with an image" if options.is_all else "accepted samples"
-    parts = [
-        f"of {', '.join(options.requests)}" if options.requests else "",
-        options.condition and f"({options.condition})",
-    ]
-    return " ".join([what, *filter(None, parts)])
+    what += f" of {', '.join(options.requests)}" if options.requests else ""
+    return what + (f" ({options.condition})" if options.condition else "")
 
 
 # The population ----------------------------------------------------------------------------------------------------
@@ -408,8 +405,10 @@ def _draw_pairs(
     items: list[Item] = []
     for subset, some in groups.items():
         stratum = "+".join(map(str, subset))
-        for pair in _pairs_of(some, counts[stratum], draw):
-            items.append(_pair(pair, subset, labels, f"pairs/{stratum}", len(some) / counts[stratum]))
+        items += [
+            _pair(pair, subset, labels, f"pairs/{stratum}", len(some) / counts[stratum])
+            for pair in _pairs_of(some, counts[stratum], draw)
+        ]
     sizes = Counter(item.stratum for item in items)
     names = {f"pairs/{'+'.join(map(str, subset))}": len(some) for subset, some in groups.items()}
     return _stratum_records(names, sizes), items
