@@ -186,7 +186,11 @@ def _verified(stored: dict[str, Any], made: dict[str, Any]) -> Iterator[tuple[st
             yield column.name, column.name, stored[column.name], made[column.name]
     for column in RECORD_COLUMNS:
         names = [part.name for part in column.parts if Role.VERIFIED in part.roles]
-        for before, after in zip(stored.get(column.name, []), made[column.name], strict=True) if names else ():
+        if not names or column.name not in stored:
+            continue
+        old, new = stored[column.name], made[column.name]
+        yield column.name, f"entries of {column.name}", len(old), len(new)
+        for before, after in zip(old, new, strict=False):
             for name in names:
                 yield name, f"{name} of {before['model']}", before[name], after[name]
 

@@ -291,7 +291,7 @@ RECORD_COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         name="oracle_class", type="int", is_class=True, measured_by="oracle", alias="oracle",
-        description="class that the first oracle that guided nothing predicts; -1 without one",
+        description="class that the independent oracle predicts; -1 without an oracle",
         roles=Role.ACCEPTS | Role.VERIFIED,
     ),
     Column(

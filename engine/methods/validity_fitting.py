@@ -49,9 +49,9 @@ class Answers:
     def __post_init__(self) -> None:
         if self.p_labels.ndim != 2 or not self.p_labels.shape[1]:
             raise ValueError(f"p_labels: {self.p_labels.shape}, a column for each oracle is expected")
-        if not ((0 <= self.num_agreeing) & (self.num_agreeing <= self.num_asked) & (self.num_asked >= 1)).all():
+        if not ((self.num_agreeing >= 0) & (self.num_agreeing <= self.num_asked) & (self.num_asked >= 1)).all():
             raise ValueError("num_agreeing: not between 0 and the number of people who were asked")
-        if not ((0 <= self.p_labels) & (self.p_labels <= 1)).all():
+        if not ((self.p_labels >= 0) & (self.p_labels <= 1)).all():
             raise ValueError("p_labels: not between 0 and 1")
 
     @property
