@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from engine.commands.jobfile import read_job
 from engine.data.images import open_images
 from engine.driver.executors.local import LocalExecutor
-from engine.driver.progress import PlainDisplay
 from engine.errors import EXIT_OK, EXIT_USER, JobError, OutputError
 from engine.models import neighbour_documents
 from engine.models.artefact_documents import read_document
