@@ -26,7 +26,7 @@ from tests.pair_cases import DIGITS
 from tests.review_cases import make_reviewed_run, open_small
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-SHOWS = "document.querySelector('#stage img') !== null && !document.querySelector('#work').hidden"
+SHOWS = "document.querySelector('#stage').ariaBusy === 'false' && !document.querySelector('#work').hidden"
 COUNT = "document.querySelector('#count').textContent"
 NOTICE = "document.querySelector('#notice').hidden ? '' : document.querySelector('#notice').textContent"
 ENDED = "!document.querySelector('#end').hidden"
@@ -70,8 +70,6 @@ def begin(page: Browser, url: str, name: str) -> None:
 def answer(page: Browser, keys: str, wanted: str) -> None:
     """Type, and wait for the count that follows and the next image."""
     page.wait_for(SHOWS)
-    # An image takes answers from its first frame on.
-    page.evaluate("new Promise((go) => requestAnimationFrame(() => setTimeout(go, 20)))")
     page.type(keys)
     page.wait_for(f"{COUNT}.startsWith({wanted!r})")
 
@@ -91,10 +89,8 @@ def test_two_raters_and_a_killed_server(browser: Browser, run: Store, tmp_path: 
     begin(browser, served.url, "ann")
     # An image of 16 pixels in whole steps, nearest neighbour; its original size on request.
     width = "document.querySelector('#stage img').width"
-    assert (
-        browser.evaluate(width) == 448
-        and browser.evaluate("getComputedStyle(document.querySelector('#stage img')).imageRendering") == "pixelated"
-    )
+    rendering = "getComputedStyle(document.querySelector('#stage img')).imageRendering"
+    assert browser.evaluate(width) == 448 and browser.evaluate(rendering) == "pixelated"
     browser.type("+")
     assert browser.evaluate(width) == 16
     browser.type("+")
@@ -175,7 +171,6 @@ def test_a_file_on_a_telephone(browser: Browser, run: Store, tmp_path: Path) -> 
     assert all(box[3] - box[1] >= 44 for box in boxes)
     for number in (1, 2, 3):
         browser.wait_for(SHOWS)
-        browser.evaluate("new Promise((go) => requestAnimationFrame(() => setTimeout(go, 20)))")
         browser.tap("#choices button:nth-child(4)" if number < 3 else "#others button")
         browser.wait_for(f"{COUNT}.startsWith('{number} of')")
     browser.tap("#undo")
@@ -206,7 +201,6 @@ def test_many_classes_and_pairs(browser: Browser, run: Store, tmp_path: Path) ->
 
     def fresh(design: Any) -> None:
         open_file(browser, tmp_path / "page.html", file_page(design, "ann", images.png), "")
-        browser.evaluate("new Promise((go) => requestAnimationFrame(() => setTimeout(go, 20)))")
 
     browser.look(1280)
     browser.complaints.clear()
@@ -239,10 +233,10 @@ def test_many_classes_and_pairs(browser: Browser, run: Store, tmp_path: Path) ->
         browser.press(("ArrowLeft", "ArrowRight", "ArrowLeft")[number - 1])
         browser.wait_for(f"{COUNT}.startsWith('{number} of')")
         browser.wait_for(SHOWS)
-        browser.evaluate("new Promise((go) => requestAnimationFrame(() => setTimeout(go, 20)))")
         wanted.append((number == 2) != is_swapped)
     answer(browser, "-", "4 of 6")
     assert stored() == [*map(int, wanted), -1]
+    browser.wait_for(SHOWS)
     browser.click("#stage .side", 1)
     browser.wait_for(f"{COUNT}.startsWith('5 of')")
     images.close()

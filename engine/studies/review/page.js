@@ -243,6 +243,7 @@
     const current = wanted || rest[0] || null;
     state.current = current;
     state.isReady = false;
+    find("stage").setAttribute("aria-busy", "true");
     state.typed = "";
     const done = state.items.length - rest.length;
     find("count").textContent = `${done} of ${state.items.length}`;
@@ -289,7 +290,12 @@
     }
     fit();
     // The time counts from the frame that shows it.
-    requestAnimationFrame(() => { state.since = performance.now(); state.isReady = true; });
+    requestAnimationFrame(() => {
+      if (state.current !== current) return;
+      state.since = performance.now();
+      state.isReady = true;
+      find("stage").setAttribute("aria-busy", "false");
+    });
     if (isTyped) find("typed").focus({preventScroll: true});
   };
 
