@@ -36,7 +36,7 @@ from tests.run_cases import make_job, make_plan, make_result
 # The last version whose scores are listed below; later ones may add some.
 LISTED = 3
 # Of the columns of metadata.parquet, noted before there was a table of them; a run of a version has them for good.
-DIGESTS = {1: "bbbf579eb10a4ca0", 2: "4b2cede341fc4053", 3: "6fd489360b758325"}
+DIGESTS = {1: "bbbf579eb10a4ca0", 2: "4b2cede341fc4053", 3: "6fd489360b758325", 4: "639e0fe616dade94"}
 SHOWN = Role.INSPECTED | Role.SUMMARISED | Role.COMPARED | Role.SORTS | Role.RANGES | Role.DRAWN
 
 
@@ -72,7 +72,7 @@ def test_empty_values_are_new_and_of_the_type() -> None:
         0, 0.0, False, "",
     )  # fmt: skip
     lists = [column for column in COLUMNS if column.is_list]
-    assert {column.name for column in lists} == {"kldb_classes", "soft_label", "transfer", "judge"}
+    assert {column.name for column in lists} == {"kldb_classes", "soft_label", "transfer", "judge", "oracles"}
     assert all(column.empty == [] and column.empty is not column.empty for column in lists)
 
 

@@ -178,7 +178,7 @@ def test_what_was_not_scored_is_selected_by_no_score(mixed: Corpus, condition: s
     assert mixed.filter(condition).to_table(["key"])["key"].to_pylist() == _selected(mixed, condition)
 
 
-@pytest.mark.parametrize("name", sorted({*MEASURED} - {"kldb_classes", "transfer", "judge"}))
+@pytest.mark.parametrize("name", sorted({*MEASURED} - {"kldb_classes", "transfer", "judge", "oracles"}))
 def test_no_measured_column_selects_a_real_image(mixed: Corpus, name: str) -> None:
     """Neither a condition nor its opposite; every column that a model fills is among them."""
     real = mixed.filter("method == 'real'")

@@ -24,6 +24,7 @@ from engine.data.reading.deduplicate import embed
 from engine.data.stores.opening import open_store
 from engine.driver.progress import PlainDisplay
 from engine.errors import EXIT_INCOMPLETE, EXIT_USER, JobError
+from engine.generation.oracle_scoring import Oracles
 from engine.generation.rescorer import rescore
 from engine.generation.scorer import Scorer
 from engine.job.plan import Cell, SampleSpec
@@ -62,7 +63,8 @@ def clip() -> Clip:
 def scorer(good_clip: Clip, good: Classifier, **models: Any) -> Scorer:
     """A scorer of good models, but for some roles."""
     chosen = {"target": good, "clip": good_clip, "transfer": good, "oracle": good, "judge": good_clip} | models
-    return Scorer(**chosen | {"transfer": [chosen["transfer"]]})
+    oracles = Oracles([chosen.pop("oracle")])
+    return Scorer(**chosen | {"transfer": [chosen["transfer"]], "oracles": oracles})
 
 
 def check_failed(record: dict[str, Any], role: str, address: str) -> None:
@@ -196,7 +198,7 @@ def test_a_deep_check_names_the_model(run: Path, tmp_path: Path, monkeypatch: py
 
     def load(job: Any, **options: Any) -> Scorer:
         models = loaded(job, **options)
-        models._oracle = bad
+        models._oracles = Oracles([bad])
         return models
 
     monkeypatch.setattr(engine.generation.loading, "load_scorer", load)

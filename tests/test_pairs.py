@@ -47,7 +47,7 @@ from tests.corpus_cases import make_run
 from tests.pair_cases import GROUP, make_drawn_run, make_real_run, noise
 
 NO_PAIRS = "none of the .* selected samples has a start or an unguided twin"
-PAIRED = [column.name for column in columns_with(Role.INSPECTED) if column.is_paired]
+PAIRED = [column.name for column in columns_with(Role.INSPECTED) if column.name.startswith(("twin_", "start_"))]
 NBSP = "\N{NO-BREAK SPACE}"
 Row = dict[str, Any]
 
@@ -143,7 +143,7 @@ def test_a_run_without_pairs_has_no_columns_of_them(tmp_path: Path) -> None:
     inspected = inspect(engine.open_run(store.uri))
     shown = {column.name for column in shown_scores(inspected.groups)}
     assert not shown & {"twin_psnr_db", "twin_distance", "start_distance"} and "risk" in shown
-    assert not shown_scores([])[-1].is_paired and not set(PAIRED) & set(inspected.document["quantiles"])
+    assert not shown_scores([])[-1].is_optional and not set(PAIRED) & set(inspected.document["quantiles"])
     assert "pairs" not in inspected.document
     page = store.path("report.html").read_text()
     card = store.path("README.md").read_text().partition("## Columns")[0]

@@ -186,7 +186,7 @@ def test_the_same_target_changes_nothing(copy, tmp_path):
 
 def test_other_models_are_scored_where_they_are_named(copy):
     """Transfer and oracle in the places of the run's; another folder than without them."""
-    done = rescore_run(str(copy), OTHER, transfer=("zoo:digits/classifier",), oracle=OTHER)
+    done = rescore_run(str(copy), OTHER, transfer=("zoo:digits/classifier",), oracles=(OTHER, "zoo:digits/oracle"))
     assert len(list((copy / "rescored").iterdir())) == 2
     old = {row["key"]: row for row in rows_of(copy)}
     stored = [row for row in rows_of(Path(done.folder)) if row["sha256"]]
@@ -195,7 +195,14 @@ def test_other_models_are_scored_where_they_are_named(copy):
         assert entry["model"] == "zoo:digits/classifier" and entry["risk"] == pytest.approx(
             old[row["key"]]["risk"], abs=1e-4
         )
-        assert row["oracle_class"] == row["predicted_class"]
+        first, second = row["oracles"]
+        assert row["oracle_class"] == row["predicted_class"] == first["predicted_class"]
+        assert (first["model"], second["model"]) == (OTHER, "zoo:digits/oracle")
+        assert first["p_label"] == pytest.approx(row["p_label"], abs=1e-4)
+        assert row["oracle_p_label_min"] == min(first["p_label"], second["p_label"]) and row["p_valid"] == -1
+    manifest = json.loads((Path(done.folder) / "manifest.json").read_text())
+    assert [model["address"] for model in manifest["models"]["oracles"]] == [OTHER, "zoo:digits/oracle"]
+    assert "oracle" not in manifest["models"] and manifest["job"]["models"]["oracles"] == [OTHER, "zoo:digits/oracle"]
 
 
 def test_misuse_is_refused(copy, tmp_path):
@@ -207,7 +214,7 @@ def test_misuse_is_refused(copy, tmp_path):
         "class 0: 'zero' -> 'airplane'",
     ]
     with pytest.raises(JobError, match=r"--target: .*--oracle: |did you mean"):
-        rescore_run(str(copy), "zoo:digits/classifer-b", oracle="nowhere")
+        rescore_run(str(copy), "zoo:digits/classifer-b", oracles=("nowhere",))
     with pytest.raises(OutputError, match="there is no run"):
         rescore_run(str(tmp_path / "empty"), OTHER)
     with pytest.raises(OutputError, match="is a run"):

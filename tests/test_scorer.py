@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.generation.oracle_scoring import Oracles
 from engine.generation.scorer import Scorer
 from engine.job.plan import Cell, SampleSpec
 from engine.job.records import STATUS_FAILED, check_record
@@ -91,7 +92,7 @@ def records(rows: Sequence[int] = (0, 1, 2), **changes: Tensor) -> list[dict[str
         Classifier("t", models["target"]),  # type: ignore[arg-type]
         Clip("clip", models["cosines"]),  # type: ignore[arg-type]
         [Classifier("u", models["transfer"])],  # type: ignore[list-item]
-        Classifier("o", models["oracle"]),  # type: ignore[arg-type]
+        Oracles([Classifier("o", models["oracle"])]),  # type: ignore[list-item]
         Clip("judge", models["judged"], first=1),  # type: ignore[arg-type]
     )
     return scorer.records([spec_of(row) for row in rows], list(rows))  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 
 from engine.job import spec
-from engine.job.acceptance import FLAGS, ORACLE, ORACLE_CONDITION, SCORES
+from engine.job.acceptance import FLAGS, LATER, ORACLE, ORACLE_CONDITION, SCORES
 from engine.job.columns import COLUMNS, RECORD_COLUMNS, RUN_COLUMNS, SCHEMA_VERSION, SURPLUS, Column, enumerated
 from engine.methods.registry import METHODS
 
@@ -73,11 +73,23 @@ marked `surplus` in `metadata.parquet`; the others are recorded as `rejected` (`
 their images too). Requests of one `seed_group` share noise sample by sample: that is how methods are compared.
 `sampling` and `guidance` override the job's, key by key.
 
-Conditions of `accept`, which must all hold:
+`accept` says which samples are kept: a condition in the [filter language](reading.md#the-filter-language), as text.
 
-`is_error: true` asks for an error of the target: a prediction of another class than the conditioned one, and of a
-joint prompt one outside its classes, none of which would be wrong. (In runs that began before schema version 3 it goes
-on asking a joint prompt for another class than the closest one.)
+```yaml
+accept: is_error and oracle_agrees and (conformity >= 0.2 or context == "")
+```
+
+It is asked of every sample as soon as it is scored; where it is unknown, the sample is not accepted. It may name all
+columns but lists, and derived names, and nothing that is only known later: {later}. YAML needs quotes around a text
+that begins with a quote, a bracket, `-` or `!`, or that has `: ` or ` #` in it.
+
+`is_error` asks for an error of the target: a prediction of another class than the conditioned one, and of a joint
+prompt one outside its classes, none of which would be wrong. To filters, which read the column, a joint sample is an
+error wherever another class than the closest one was predicted; `target_errs` means the same in both. (In runs that
+began before schema version 3 `accept` goes on asking for what the column says.)
+
+A mapping of conditions that must all hold means the same: `{{is_error: true, oracle: agrees, risk: ['>= 1', '< 3']}}`
+is `is_error and oracle_agrees and risk >= 1 and risk < 3`; `oracle: disagrees` is `not oracle_agrees`.
 
 | condition | values |
 |---|---|
@@ -107,7 +119,8 @@ def job_page() -> str:
     for heading, model in SECTIONS:
         parts.append(f"## {heading}\n\n{_first_line(model)}")
         if model is spec.RequestSpec:
-            parts.append(REQUESTS_NOTE + "\n".join(_conditions()))
+            later = ", ".join(f"`{name}`" for name in LATER)
+            parts.append(REQUESTS_NOTE.format(later=later) + "\n".join(_conditions()))
         parts.append("\n".join(["| key | values | default | meaning |", "|---|---|---|---|", *_rows(model)]))
     return "\n\n".join(parts) + "\n"
 

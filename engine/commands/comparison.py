@@ -26,7 +26,9 @@ def rescore(
     transfer: Annotated[
         list[str] | None, typer.Option(metavar="A", help="Transfer model in place of the run's; repeatable.")
     ] = None,
-    oracle: Annotated[str | None, typer.Option(metavar="A", help="Oracle in place of the run's.")] = None,
+    oracle: Annotated[
+        list[str] | None, typer.Option(metavar="A", help="Oracle in place of the run's; repeatable.")
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -45,13 +47,13 @@ def rescore(
     from engine.commands.jobfile import import_factories
     from engine.studies.rescore.program import rescore_run
 
-    import_factories([target, *(transfer or ()), oracle], Path.cwd())
+    import_factories([target, *(transfer or ()), *(oracle or ())], Path.cwd())
     with stop_on_signals("stopped; the same command continues"), contextlib.closing(make_display()) as display:
         rescored = rescore_run(
             run,
             target,
             transfer=transfer or (),
-            oracle=oracle,
+            oracles=oracle or (),
             calibration=calibration,
             output=output,
             advance=display.advance,

@@ -118,7 +118,7 @@ def let_import(job: JobSpec, *folders: Path) -> None:
     Side effects: adds the folders to `sys.path` if there is a factory.
     """
     models = job.models
-    import_factories([*models.targets, *models.transfer, models.oracle, *custom_methods(job)], *folders)
+    import_factories([*models.targets, *models.transfer, *models.all_oracles, *custom_methods(job)], *folders)
 
 
 def import_factories(addresses: Iterable[str | None], *folders: Path) -> None:

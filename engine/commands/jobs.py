@@ -18,6 +18,7 @@ from engine.commands.arguments import (
     load_job,
     make_executor,
 )
+from engine.commands.neighbours_output import print_neighbours
 from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json, print_some
 from engine.commands.stopping import NOTHING_STORED, stop_on_signals
 from engine.driver.executors.registry import DEFAULT_EXECUTOR, EXECUTORS
@@ -76,11 +77,11 @@ def plan(
 
 
 DataOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="PATH",
         help="Labelled images: a folder with one subfolder per class (by name or index), WebDataset tars, a run,"
-        " parquet, or a named data set such as digits:validation.",
+        " parquet, or a named data set such as digits:validation. Required, but for answers about a run.",
         show_default=False,
     ),
 ]
@@ -106,38 +107,68 @@ ExecutorOption = Annotated[
 
 
 OnlyOption = Annotated[
-    Literal["calibration"] | None,
+    Literal["calibration", "neighbours"] | None,
     typer.Option(
-        help="Only the temperature of the target, for models.calibration of any job; needs no other model.",
+        help="calibration: only the temperature of the target, for models.calibration of any job."
+        " neighbours: an oracle for models.oracles, the images themselves by their features from --encoder.",
         show_default=False,
+    ),
+]
+EncoderOption = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="CLIP model of --only neighbours: zoo:NAME/PART, a folder or a hub id."),
+]
+
+
+AnswersOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="People's answers, for models.validity: a run that was reviewed; or a table (.csv, .jsonl, .parquet) about"
+        " the images of --data, with the columns key and answer, or key and a count for each class.",
     ),
 ]
 
 
 def prepare(
     job: JobArgument,
-    data: DataOption,
+    data: DataOption = None,
     output: OutputOption = None,
     components: Annotated[int, typer.Option(metavar="K", min=1, max=100, help="Gaussian components per class.")] = 1,
     only: OnlyOption = None,
+    encoder: EncoderOption = None,
+    answers: AnswersOption = None,
     executor: ExecutorOption = "auto",
     address: AddressOption = None,
     workers: WorkersOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Compute class statistics, an error predictor and the calibration of the target from labelled images."""
+    """Compute class statistics, an error predictor and the calibration of the target, or an oracle, from images.
+
+    Or, with --answers, how many people agree with a label by what the oracles say of it.
+    """
     is_divided = address is not None or workers is not None
+    if answers is not None:
+        is_alone = only is None and encoder is None and components == 1 and executor != "ray" and not is_divided
+        _prepare_validity(load_job(job, set_), answers, data, output, is_alone=is_alone)
+        return
+    if data is None:
+        raise JobError("--data: names no images; give some, or people's answers about a run with --answers")
     if is_divided and executor == "local":
         raise JobError("--address and --workers: apply to --executor ray alone; omit them, or --executor local")
     if only and components != 1:
         raise JobError(f"--components: are of class statistics, which --only {only} leaves out; omit one of them")
+    if (only == "neighbours") != (encoder is not None):
+        raise JobError("--encoder: names the CLIP model of --only neighbours; give both, or none")
     spec = load_job(job, set_, workers=workers)
     from engine.driver.checks import check_hardware
 
     check_hardware(spec, is_local=address is None)
-    from engine.studies.prepare.program import prepare_calibration, prepare_conditioning
+    from engine.studies.prepare.program import prepare_calibration, prepare_conditioning, prepare_neighbours
 
-    make = prepare_calibration if only else partial(prepare_conditioning, components=components)
+    make: Any = prepare_calibration if only else partial(prepare_conditioning, components=components)
+    if encoder is not None:
+        make = partial(prepare_neighbours, encoder=encoder)
     kind = DEFAULT_EXECUTOR if executor == "auto" else executor
     with stop_on_signals(NOTHING_STORED):
         prepared = make(
@@ -148,7 +179,28 @@ def prepare(
             executor=None if executor == "local" else make_executor(kind, spec, address),
             only_large=executor == "auto" and not is_divided,
         )
-    _print_prepared(prepared, spec)
+    print_neighbours(prepared, spec) if only == "neighbours" else _print_prepared(prepared, spec)
+
+
+def _prepare_validity(job: JobSpec, answers: str, data: str | None, output: str | None, *, is_alone: bool) -> None:
+    """Make the artefact of `--answers`.
+
+    Args:
+        is_alone: whether no option is given that is of other artefacts.
+    """
+    from engine.commands.validity_output import print_validity
+    from engine.driver.checks import check_hardware
+    from engine.studies.prepare.validity import prepare_validity
+
+    if not is_alone:
+        raise JobError(
+            "--answers: makes one artefact in this process; omit --only, --encoder, --components, --workers,"
+            " --address and --executor ray"
+        )
+    check_hardware(job, is_local=True)
+    with stop_on_signals(NOTHING_STORED):
+        prepared = prepare_validity(job, answers, data, display=make_display(), folder=output)
+    print_validity(prepared, job)
 
 
 def schema() -> None:
@@ -220,6 +272,8 @@ def _print_target(job: JobSpec, target: dict[str, Any]) -> None:
         print(f"target {number + 2}: {one['address']} guides too" + (f"; its temperature: {own}" if own else ""))
     if further := len(job.models.further_targets):
         print(f"each guided step differentiates {further + 1} targets")
+    if job.oracle_guides:
+        print(f"guidance differentiates the oracle {job.models.all_oracles[-1]} too; acceptance does not ask it")
 
 
 def _measure(job: JobSpec, planned: Plan) -> Any:

@@ -25,6 +25,7 @@ from engine.models.job_checks import check_addresses
 from engine.models.labels import target_labels
 from engine.models.licences import licence_of
 from engine.models.training_lineage import training_of
+from engine.models.validity import Validity, job_validity
 
 # Device files of NVIDIA and AMD GPUs, and of GPUs under WSL: visible without loading torch.
 GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
@@ -69,14 +70,20 @@ def check_job(job: JobSpec, display: Display, prepare_workers: Callable[[], None
     # Again, because models of the hub are on this machine only now.
     check_addresses(job)
     calibration = job_calibration(job)
-    digests |= _temperature_identity(calibration)
-    models = describe_models(job, digests, labels, calibration)
+    validity = job_validity(job)
+    digests |= _temperature_identity(calibration) | _validity_identity(validity)
+    models = describe_models(job, digests, labels, calibration, validity)
     return CheckedJob(store=store, job=job, plan=build_plan(job, labels, digests), models=models)
 
 
 def _temperature_identity(calibration: Calibration | None) -> dict[str, float]:
     """The part of a plan's identity that a calibration decides; none where the target has its own temperature."""
     return {} if calibration is None else {TEMPERATURE: calibration.temperature}
+
+
+def _validity_identity(validity: Validity | None) -> dict[str, Any]:
+    """The part of a plan's identity that an estimate of validity decides; none without one."""
+    return {} if validity is None else validity.identity
 
 
 def _image_digests(
@@ -149,6 +156,7 @@ def plan_job(job: JobSpec, display: Display | None = None) -> Plan:
         "transfer": [],
         "oracle": "",
         **_temperature_identity(job_calibration(job, with_digest=False)),
+        **_validity_identity(job_validity(job, with_digests=False)),
     }
     return build_plan(job, labels, unknown)
 
@@ -168,13 +176,18 @@ def check_hardware(job: JobSpec, *, is_local: bool) -> None:
 
 
 def describe_models(
-    job: JobSpec, digests: dict[str, Any], labels: list[str], calibration: Calibration | None = None
+    job: JobSpec,
+    digests: dict[str, Any],
+    labels: list[str],
+    calibration: Calibration | None = None,
+    validity: Validity | None = None,
 ) -> dict[str, Any]:
     """Address, digest and licence of every model by role; of the target also what its scores depend on.
 
     Args:
         labels: the target's, which class indices name.
         calibration: that the job names; without one the target's own temperature is described.
+        validity: that the job names.
     """
     models = job.models
     described: dict[str, Any] = {
@@ -192,9 +205,16 @@ def describe_models(
     if models.transfer:
         pairs = zip(models.transfer, digests["transfer"], strict=True)
         described["transfer"] = [_describe(address, digest) for address, digest in pairs]
+    if models.oracles:
+        pairs = zip(models.oracles, digests["oracles"], strict=True)
+        described["oracles"] = [_describe(address, digest) for address, digest in pairs]
     for role in ("oracle", "judge", "guidance_decoder"):
         if address := getattr(models, role):
             described[role] = _describe(address, digests[role])
+    if job.oracle_guides:
+        (described["oracles"][-1] if models.oracles else described["oracle"])["guides"] = True
+    if validity is not None:
+        described["validity"] = validity.described
     for role in ("conditioning", "starts", "methods"):
         if used := digests.get(role):
             described[role] = [{"address": address, "digest": digest} for address, digest in used.items()]

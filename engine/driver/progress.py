@@ -370,9 +370,19 @@ def _figures(groups: list[GroupSummary]) -> list[tuple[str, Callable[[GroupSumma
         ("errors", lambda group: _percent(group.error_rate)),
         *((f"errors of {model.removeprefix('zoo:')}", functools.partial(_transfer_errors, model)) for model in models),
         ("oracle agrees", lambda group: _percent(group.oracle_agreement)),
-        ("valid failures", lambda group: _percent(group.valid_failure_rate)),
+        _valid_failures(groups),
         *((entry.heading, functools.partial(_mean, name)) for name, entry in entries.items()),
     ]
+
+
+def _valid_failures(groups: list[GroupSummary]) -> tuple[str, Callable[[GroupSummary], str]]:
+    """Heading and text of valid failures; those with a label that is valid by `label_is_valid` in brackets."""
+    if all(group.strict_failure_rate is None for group in groups):
+        return "valid failures", lambda group: _percent(group.valid_failure_rate)
+    return (
+        "valid failures (strictly)",
+        lambda group: f"{_percent(group.valid_failure_rate)} ({_percent(group.strict_failure_rate)})",
+    )
 
 
 def _median(score: str, group: GroupSummary) -> str:

@@ -26,7 +26,7 @@ from engine.generation.notices import Notices
 from engine.generation.results import ImageBatch, SampledImages
 from engine.generation.row_shapes import RowShapes, fewest_rows, gpu_multiple
 from engine.generation.starts import Size, StartImage, StartImages, StartSets
-from engine.job.plan import Plan, RequestPlan, SampleSpec, make_prompt, planned_temperature
+from engine.job.plan import Plan, RequestPlan, SampleSpec, make_prompt, planned_temperature, planned_validity
 from engine.job.records import SampleResult
 from engine.job.spec import JobSpec
 from engine.methods.conditioning.screening import ScreenedDraw
@@ -63,7 +63,8 @@ class Generator:
         self._hardware = choose_hardware(job.runtime)
         fix_kernels(self._hardware)
         device = self._hardware.device
-        self._scorer = load_scorer(job, device, planned_temperature(plan.identity))
+        temperature, validity = planned_temperature(plan.identity), planned_validity(plan.identity)
+        self._scorer = load_scorer(job, device, temperature, validity)
         self._target = self._scorer.target
         self._pipelines = PipelinePool(self._hardware, checks_safety=job.models.safety_checker == "auto")
         self._conditioners: dict[int, Conditioner] = {}

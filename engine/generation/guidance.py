@@ -31,7 +31,7 @@ class RequestGuides:
     Args:
         job: the job.
         plan: its plan, whose identity has the digests of the user's own methods.
-        scorer: its targets and its CLIP model are differentiated.
+        scorer: its targets, its CLIP model and the oracle that guides are differentiated.
         device: of labels and images.
     """
 
@@ -88,6 +88,7 @@ class RequestGuides:
         self, classes: Sequence[tuple[int, ...]], decoding: Decoding, ensemble: Ensemble = "mean"
     ) -> GuidanceScene:
         """What guides and criteria can ask about samples of these classes."""
+        oracle = self._scorer.guiding_oracle
         return GuidanceScene(
             logits=self._scorer.target.logits,
             conformity=functools.partial(self._conformity, raw=False),
@@ -97,6 +98,7 @@ class RequestGuides:
             classes=tuple(classes),
             further_logits=tuple(target.logits for target in self._scorer.further_targets),
             ensemble=ensemble,
+            oracle_logits=None if oracle is None else oracle.logits,
         )
 
     def _conformity(self, images: Tensor, labels: Tensor, *, raw: bool) -> Tensor:

@@ -7,13 +7,16 @@ import gc
 import torch
 
 from engine.errors import JobError
+from engine.generation.oracle_scoring import Oracles
 from engine.generation.scorer import Scorer
 from engine.job.spec import JobSpec
+from engine.methods.validity import ValidityModel
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
 from engine.models.diffusion import load_pipeline
 from engine.models.gpu_sharing import allowed_bytes, reachable_bytes
 from engine.models.hardware import Hardware
+from engine.models.oracles import load_oracle
 from engine.models.pipelines.base import Pipeline
 
 
@@ -57,20 +60,28 @@ def load_target(job: JobSpec, temperature: float | None, device: str = "cpu") ->
     return Classifier.load(job.models.target, device, temperature)
 
 
-def load_scorer(job: JobSpec, device: str = "cpu", temperature: float | None = None) -> Scorer:
+def load_scorer(
+    job: JobSpec, device: str = "cpu", temperature: float | None = None, validity: ValidityModel | None = None
+) -> Scorer:
     """The models of a job that score and never sample.
 
     Args:
         temperature: of the target, as in `load_target`.
+        validity: the estimate of the share of people who agree, as the plan has it; None without one.
 
     Raises:
         JobError: one cannot be loaded.
     """
+    target = load_target(job, temperature, device)
     return Scorer(
-        load_target(job, temperature, device),
+        target,
         Clip.load(job.models.clip, device),
         [Classifier.load(address, device) for address in job.models.transfer],
-        Classifier.load(job.models.oracle, device) if job.models.oracle else None,
+        Oracles(
+            [load_oracle(address, device, target.labels) for address in job.models.all_oracles],
+            is_guiding=job.oracle_guides,
+            validity=validity,
+        ),
         Clip.load(job.models.judge, device) if job.models.judge else None,
         [Classifier.load(address, device) for address in job.models.further_targets],
     )

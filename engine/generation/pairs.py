@@ -15,9 +15,10 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from engine.generation.scorer import plain, soft_label
+from engine.generation.plain_values import plain
+from engine.generation.scorer import soft_label
 from engine.generation.starts import StartImage
-from engine.job.columns import BY_NAME, NO_PAIR, TWIN_COLUMNS
+from engine.job.columns import BY_NAME, TWIN_COLUMNS, UNKNOWN
 from engine.job.plan import Cell, SampleSpec
 from engine.job.records import REAL, STATUS_OK, new_record
 from engine.methods import scores
@@ -30,9 +31,9 @@ def twin_spec(spec: SampleSpec) -> SampleSpec:
 
 
 def distances(first: Tensor, second: Tensor) -> list[float]:
-    """Distances of images by their CLIP embeddings [B, d]; `NO_PAIR` where one is not finite."""
+    """Distances of images by their CLIP embeddings [B, d]; `UNKNOWN` where one is not finite."""
     measured = scores.embedding_distance(first, second)
-    return [plain(value) if value.isfinite() else NO_PAIR for value in measured]
+    return [plain(value) if value.isfinite() else UNKNOWN for value in measured]
 
 
 def twin_fields(

@@ -17,7 +17,7 @@ from engine.data.stores.base import Store
 from engine.errors import JobError
 from engine.job.columns import BY_NAME, RECORD_COLUMNS, Role, columns_with
 from engine.job.json_values import difference
-from engine.job.plan import Plan, SampleSpec, planned_temperature
+from engine.job.plan import Plan, SampleSpec, planned_temperature, planned_validity
 from engine.job.records import STARTS, STATUS_FAILED, TWINS
 from engine.job.spec import JobSpec
 from engine.models.digests import model_digests
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 NUM_SAMPLES = 64
 # Roles of the models that score, in the order of messages.
-SCORING = ("clip", "target", "further_targets", "transfer", "oracle", "judge")
+SCORING = ("clip", "target", "further_targets", "transfer", "oracle", "oracles", "judge")
 
 # Of findings.
 _NAMES = {STARTS: "start", TWINS: "twin"}
@@ -69,7 +69,7 @@ def rescore(
     _check_models(job, plan)
     advance("loading the models that score")
     quiet_libraries()
-    scorer = load_scorer(job, temperature=planned_temperature(plan.identity))
+    scorer = load_scorer(job, temperature=planned_temperature(plan.identity), validity=planned_validity(plan.identity))
     findings = []
     for place, sample in enumerate(itertools.chain([first], chosen)):
         advance(f"image {place + 1} of up to {num_samples}")
@@ -186,7 +186,11 @@ def _verified(stored: dict[str, Any], made: dict[str, Any]) -> Iterator[tuple[st
             yield column.name, column.name, stored[column.name], made[column.name]
     for column in RECORD_COLUMNS:
         names = [part.name for part in column.parts if Role.VERIFIED in part.roles]
-        for before, after in zip(stored.get(column.name, []), made[column.name], strict=True) if names else ():
+        if not names or column.name not in stored:
+            continue
+        old, new = stored[column.name], made[column.name]
+        yield column.name, f"entries of {column.name}", len(old), len(new)
+        for before, after in zip(old, new, strict=False):
             for name in names:
                 yield name, f"{name} of {before['model']}", before[name], after[name]
 

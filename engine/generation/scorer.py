@@ -6,19 +6,21 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
 
 from engine.errors import JobError
-from engine.job.columns import GUIDES, NO_CLASS
+from engine.generation.oracle_scoring import Oracles
+from engine.generation.plain_values import plain
+from engine.job.columns import GUIDES
 from engine.job.plan import Cell, SampleSpec, class_prompt
 from engine.job.records import STATUS_OK, failed_record, new_record
 from engine.methods import scores
 from engine.methods.finiteness import Faults
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
+from engine.models.oracles import Oracle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +30,7 @@ class ScorerInputs:
     clip: Tensor
     target: Tensor
     transfer: Sequence[Tensor]
-    oracle: Tensor | None
+    oracles: Sequence[Tensor]
     judge: Tensor | None
 
 
@@ -39,7 +41,7 @@ class Scorer:
         target: the classifier under test.
         clip: measures conformity to every class prompt.
         transfer: further classifiers, recorded.
-        oracle: an independent classifier, recorded.
+        oracles: independent models that predict the class, recorded.
         judge: a second CLIP model, independent of the first: conformity as measured by the model that guided a sample
             is circular. Recorded, never guided on.
         further_targets: classifiers that guidance sees beside the target; recorded before the transfer classifiers, as
@@ -54,7 +56,7 @@ class Scorer:
         target: Classifier,
         clip: Clip,
         transfer: Sequence[Classifier] = (),
-        oracle: Classifier | None = None,
+        oracles: Oracles | None = None,
         judge: Clip | None = None,
         further_targets: Sequence[Classifier] = (),
     ) -> None:
@@ -62,12 +64,17 @@ class Scorer:
         self.further_targets = list(further_targets)
         self._clip = clip
         self._transfer = [*further_targets, *transfer]
-        self._oracle = oracle
+        self._oracles = oracles or Oracles(())
         self._judge = judge
         prompts = [class_prompt(label) for label in target.labels]
         self._class_embeds = _text_embeds("models.clip", clip, prompts)
         self._placed_embeds: dict[torch.device, Tensor] = {}
         self._judge_embeds = _text_embeds("models.judge", judge, prompts) if judge else None
+
+    @property
+    def guiding_oracle(self) -> Oracle | None:
+        """The oracle that is a floor of guidance; None without one."""
+        return self._oracles.guiding
 
     def preprocess(self, images: Sequence[PIL.Image.Image]) -> ScorerInputs:
         """What the models take for 8-bit images; work for the CPU alone, on any thread."""
@@ -75,7 +82,7 @@ class Scorer:
             clip=self._clip.preprocess(images),
             target=self.target.preprocess(images),
             transfer=[model.preprocess(images) for model in self._transfer],
-            oracle=self._oracle.preprocess(images) if self._oracle else None,
+            oracles=self._oracles.preprocess(images),
             judge=self._judge.preprocess(images) if self._judge else None,
         )
 
@@ -107,8 +114,8 @@ class Scorer:
         cells = [spec.cell for spec in specs]
         labels = conditioned_classes(cells, similarities)
         of_target = target_fields(self.target, cells, self.target.score_pixels(inputs.target), labels, faults)
-        oracle = self._oracle_classes(inputs, len(specs), faults)
-        columns = {**_conformity_columns(similarities, labels), "oracle_class": oracle}
+        of_oracles = self._oracles.fields(inputs.oracles, asked_of(cells, labels), faults)
+        columns = _conformity_columns(similarities, labels)
         logits = [model.score_pixels(pixels) for model, pixels in zip(self._transfer, inputs.transfer, strict=True)]
         transfer = transfer_entries(self._transfer, logits, labels, faults, self.further_targets)
         judge = self._judge_entries(inputs, labels, faults)
@@ -117,6 +124,7 @@ class Scorer:
             if faults[row]
             else self._record(spec, row, int(labels[row]), columns)
             | of_target[row]
+            | of_oracles[row]
             | {"transfer": transfer[row], "judge": judge[row]}
             for row, spec in enumerate(specs)
         ]
@@ -164,11 +172,6 @@ class Scorer:
             for row in range(len(labels))
         ]
 
-    def _oracle_classes(self, inputs: ScorerInputs, num_images: int, faults: Faults) -> Tensor:
-        if self._oracle is None or inputs.oracle is None:
-            return torch.full((num_images,), NO_CLASS)
-        return oracle_classes(self._oracle, self._oracle.score_pixels(inputs.oracle), faults)
-
 
 def _text_embeds(field: str, clip: Clip, prompts: Sequence[str]) -> Tensor:
     """Embeddings of class prompts [n, d], with the field of the model in what is raised."""
@@ -178,10 +181,9 @@ def _text_embeds(field: str, clip: Clip, prompts: Sequence[str]) -> Tensor:
         raise JobError([f"{field}: {problem}" for problem in error.problems]) from None
 
 
-def oracle_classes(oracle: Classifier, logits: Tensor, faults: Faults) -> Tensor:
-    """The class that an oracle predicts for each image, [B], by its logits [B, n]; meaningless in rows with a fault."""
-    faults.check_logits(logits, "models.oracle", oracle.name)
-    return logits.argmax(1)
+def asked_of(cells: Sequence[Cell], labels: Tensor) -> list[Sequence[int]]:
+    """The classes that count as the label of each sample: its class y of [B], of a joint prompt all of its subset."""
+    return [cell.classes if cell.is_joint else (int(label),) for cell, label in zip(cells, labels, strict=True)]
 
 
 def transfer_entries(
@@ -281,10 +283,3 @@ def _target_columns(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         "p_label": torch.exp(-risk),
         "entropy": scores.entropy(logits),
     }
-
-
-def plain(value: Tensor) -> Any:
-    """A Python number; a float as the shortest decimal that gives the same float32."""
-    if value.is_floating_point():
-        return float(str(np.float32(value.item())))
-    return value.item()

@@ -1,19 +1,57 @@
 """Acceptance: the rule of a request that says, sample by sample, which images are kept.
 
-A rule is a mapping of conditions that must all hold: `{is_error: true, oracle: agrees, conformity: ">= 0.2"}`.
+A rule is a text in the language of conditions (`engine.job.conditions`), `"is_error and conformity >= 0.2"`, or a
+mapping of conditions that must all hold, `{is_error: true, oracle: agrees, conformity: ">= 0.2"}`. Both become the same
+tree, which is evaluated on a record; a rule that is unknown accepts nothing.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-import operator
 import re
-from collections.abc import Callable, Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from engine.job.columns import BY_NAME, ENTRY_SCORES, Role, columns_with, entry_scores_with
+from engine.job.columns import (
+    BY_NAME,
+    DERIVED_NAMES,
+    ENTRY_SCORES,
+    MEASURED,
+    MIN_ORACLE_P_LABEL,
+    MIN_P_VALID,
+    RECORD_COLUMNS,
+    RUN_COLUMNS,
+    SURPLUS,
+    UNKNOWN,
+    Column,
+    Role,
+    columns_with,
+    entry_scores_with,
+)
+from engine.job.conditions import (
+    FLAG,
+    LIST_REFUSAL,
+    NUMBER,
+    TEXT,
+    Comparison,
+    ConditionError,
+    Junction,
+    Literal,
+    Name,
+    NameType,
+    Node,
+    Not,
+    evaluate,
+    names_of,
+    parse_condition,
+)
 
-# Conditions by the kind of their values: true or false, one of `ORACLE`, a comparison.
+# A checked rule; an empty mapping is none.
+Rule = Mapping[str, Any] | str
+
+# Conditions of a mapping by the kind of their values: true or false, one of `ORACLE`, a comparison.
 FLAGS = tuple(column.name for column in columns_with(Role.ACCEPTS) if column.type == "bool")
 ORACLE_CONDITION = BY_NAME["oracle_class"].alias
 SCORES = (
@@ -21,19 +59,42 @@ SCORES = (
     *entry_scores_with(Role.ACCEPTS),
 )
 ORACLE = ("agrees", "disagrees")
-# The schema version from which on `is_error: true` asks of a joint prompt for a prediction outside its subset.
+# The schema version from which on `is_error` asks of a joint prompt for a prediction outside its subset.
 ERRORS_OUTSIDE_SINCE = 3
 _COMPARISON = re.compile(r"\s*(<=|>=|<|>)\s*(\S+)\s*")
-_COMPARE: dict[str, Callable[[float, float], bool]] = {
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
+
+# Names that a rule cannot use, and why not: what they say is only known later.
+LATER = {
+    "status": "says whether the rule accepted the sample, and is known only after it",
+    "accepted": "says whether the rule accepted the sample, and is known only after it",
+    "error_message": "is of failed samples, which no rule sees",
+    SURPLUS.name: "is known only when the run is closed; filter by it when reading",
+    "human_agreement": "is known only when people have answered, after the run; filter by it when reading",
+} | {column.name: "depends on how the run went; a rule must give the same on every machine" for column in RUN_COLUMNS}
+# Names that are unknown where models did not score an image.
+_OF_MODELS = MEASURED | DERIVED_NAMES.keys()
+# Categories of Unicode that a text can only have within quotes, as escapes: control characters and halves of pairs.
+_ODD = ("Cc", "Cs")
+_KINDS = {"int": NUMBER, "float": NUMBER, "bool": FLAG, "str": TEXT}
+
+
+def _type_of(column: Column) -> NameType:
+    refusal = LIST_REFUSAL if column.is_list else LATER.get(column.name, "")
+    return NameType(_KINDS.get(column.type, TEXT), column.type == "int", refusal)
+
+
+# The names of rules as texts.
+NAMES: dict[str, NameType] = {
+    **{column.name: _type_of(column) for column in RECORD_COLUMNS},
+    **{name: NameType(derived.kind, refusal=LATER.get(name, "")) for name, derived in DERIVED_NAMES.items()},
 }
+NAMES |= {name: NameType(NUMBER, refusal=refusal) for name, refusal in LATER.items() if name not in NAMES}
 
 
-def rule_problems(rule: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What is wrong with a rule: pairs of condition and explanation."""
+def rule_problems(rule: Rule) -> list[tuple[str, str]]:
+    """What is wrong with a rule: pairs of condition and explanation; of a text the condition is empty."""
+    if isinstance(rule, str):
+        return [("", text) for text in _text_problems(rule)]
     problems = []
     for name, wanted in rule.items():
         if name in FLAGS:
@@ -49,13 +110,28 @@ def rule_problems(rule: Mapping[str, Any]) -> list[tuple[str, str]]:
     return problems
 
 
+def rule_names(rule: Rule) -> tuple[str, ...]:
+    """The names that a rule uses, of a mapping its keys; none of a text that is not of the language."""
+    if isinstance(rule, str):
+        return () if rule_problems(rule) else names_of(_parsed(rule))
+    return tuple(rule)
+
+
+def measuring_roles(name: str) -> frozenset[str]:
+    """The roles of the models that measure what a condition compares; empty for an unknown one."""
+    if name == ORACLE_CONDITION:
+        return frozenset({"oracle"})
+    needed = DERIVED_NAMES[name].needs if name in DERIVED_NAMES else (name,)
+    return frozenset(BY_NAME[column].measured_by for column in needed if column in MEASURED)
+
+
 def is_accepted(
-    rule: Mapping[str, Any],
+    rule: Rule,
     record: Mapping[str, Any],
     subset: tuple[int, ...],
     schema_version: int = ERRORS_OUTSIDE_SINCE,
 ) -> bool:
-    """Whether every condition of a checked rule holds for a record; none on a score that it does not have does.
+    """Whether a checked rule holds for a record; where a score that it needs is unknown it does not.
 
     Args:
         record: complete scores.
@@ -63,37 +139,97 @@ def is_accepted(
         schema_version: of the run. Before 3 a joint sample was an error wherever the target predicted another class
             than the closest one; a run continues by the rule that it began with.
     """
-    is_joint = len(subset) > 1 and schema_version >= ERRORS_OUTSIDE_SINCE
-    return all(_holds(name, wanted, record, subset, is_joint) for name, wanted in rule.items())
+    asks_outside = schema_version >= ERRORS_OUTSIDE_SINCE
+    return evaluate(_tree(rule), lambda name: _value(name, record, subset, asks_outside=asks_outside)) is True
 
 
-def _holds(name: str, wanted: Any, record: Mapping[str, Any], subset: tuple[int, ...], is_joint: bool) -> bool:
-    if name == "is_error" and is_joint:
-        return (record["predicted_class"] not in subset) == wanted
-    if name in FLAGS:
-        return bool(record[name] == wanted)
-    if name == ORACLE_CONDITION:
-        return (record["oracle_class"] in subset) == (wanted == "agrees")
-    value = _score(name, record)
-    is_known = name not in BY_NAME or BY_NAME[name].is_known(value)
-    return is_known and all(compare(value, bound) for compare, bound in _comparisons(wanted))
+# Values of names ------------------------------------------------------------------------------------------------------
 
 
-def _score(name: str, record: Mapping[str, Any]) -> float:
-    """The score that a condition compares; of entries, that of the first one."""
+def _value(name: str, record: Mapping[str, Any], subset: tuple[int, ...], *, asks_outside: bool) -> Any:
+    """What a name stands for; None where it is unknown, as in filters."""
+    if name in _OF_MODELS and not record.get("scored", True):
+        return None
+    if name == "is_error" and asks_outside:
+        name = "target_errs"
+    if name in DERIVED_NAMES:
+        return _derived(name, record, subset)
+    return record[name] if BY_NAME[name].is_known(record[name]) else None
+
+
+def _derived(name: str, record: Mapping[str, Any], subset: tuple[int, ...]) -> Any:
     if entry := ENTRY_SCORES.get(name):
-        return float(record[entry.column.name][0][entry.part.name])
-    return float(record[name])
+        entries = record[entry.column.name]
+        return entries[0][entry.part.name] if entries else None
+    match name:
+        case "target_errs":
+            return record["predicted_class"] not in subset if len(subset) > 1 else record["is_error"]
+        case "oracle_agrees":
+            return record["oracle_class"] in subset
+        case "valid_failure":
+            return _derived("target_errs", record, subset) and _derived("oracle_agrees", record, subset)
+        case "label_is_valid":
+            return _label_is_valid(record["p_valid"], record["oracle_p_label_min"])
+    raise KeyError(name)
 
 
-def _comparisons(wanted: str | list[str]) -> list[tuple[Callable[[float, float], bool], float]]:
-    """The comparisons of a condition: one, or several that must all hold."""
-    comparisons = []
-    for text in [wanted] if isinstance(wanted, str) else wanted:
-        match = _COMPARISON.fullmatch(text)
-        assert match is not None, "rules are checked when the job is read"
-        comparisons.append((_COMPARE[match[1]], float(match[2])))
-    return comparisons
+def _label_is_valid(estimate: float, least: float) -> bool | None:
+    if estimate != UNKNOWN:
+        return estimate >= MIN_P_VALID
+    return None if least == UNKNOWN else least >= MIN_ORACLE_P_LABEL
+
+
+# Rules as trees -------------------------------------------------------------------------------------------------------
+
+
+def _tree(rule: Rule) -> Node:
+    """The tree of a checked rule; each is made once in a process."""
+    if isinstance(rule, str):
+        return _parsed(rule)
+    conditions = ((name, wanted if isinstance(wanted, str | bool) else tuple(wanted)) for name, wanted in rule.items())
+    return _joined(tuple(conditions))
+
+
+@functools.lru_cache
+def _parsed(text: str) -> Node:
+    return parse_condition(text, NAMES)
+
+
+@functools.lru_cache
+def _joined(conditions: tuple[tuple[str, Any], ...]) -> Node:
+    """The tree of a mapping."""
+    return Junction(tuple(node for name, wanted in conditions for node in _conditions(name, wanted)))
+
+
+def _conditions(name: str, wanted: str | bool | tuple[str, ...]) -> Iterator[Node]:
+    """A condition of a mapping: one part, or a comparison for each bound."""
+    if name in FLAGS:
+        yield _flag(name, is_wanted=wanted is True)
+    elif name == ORACLE_CONDITION:
+        yield _flag("oracle_agrees", is_wanted=wanted == "agrees")
+    else:
+        for text in [wanted] if isinstance(wanted, str) else wanted:
+            match = _COMPARISON.fullmatch(text)
+            assert match is not None, "rules are checked when the job is read"
+            yield Comparison(Name(name, NAMES[name]), match[1], Literal(float(match[2])))
+
+
+def _flag(name: str, *, is_wanted: bool) -> Node:
+    flag = Name(name, NAMES[name])
+    return flag if is_wanted else Not(flag)
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def _text_problems(text: str) -> Iterator[str]:
+    if odd := next((char for char in text if unicodedata.category(char) in _ODD and char not in "\n\t"), ""):
+        yield f"it has the control character {odd!r}; leave it out, or write it so within quotes"
+        return
+    try:
+        _parsed(text)
+    except ConditionError as error:
+        yield str(error)
 
 
 def _comparison_problem(wanted: Any) -> str | None:

@@ -15,10 +15,16 @@ from typing import Any, Literal
 
 # The class index of a sample that has none, or that no model saw.
 NO_CLASS = -1
-# The value of a score of two images where there is no second one; filters and medians take it for unknown.
-NO_PAIR = -1.0
-# Ends the name of a model in `transfer` that is a further target: guidance saw it, so that it shows no transfer.
+# The value of an optional score that was not measured: there is no second image, or no model that would measure it.
+# Filters, conditions and medians take it for unknown.
+UNKNOWN = -1.0
+# Ends the name of a model in `transfer` that is a further target, and in `oracles` of one that is a floor of guidance:
+# guidance saw it, so that it is no independent evidence.
 GUIDES = " (guides)"
+# A label is valid from this estimate of the share of people who would give it on; without an estimate, from this
+# probability of it on under every oracle that guided nothing.
+MIN_P_VALID = 0.9
+MIN_ORACLE_P_LABEL = 0.99
 # From this PSNR on, in dB, a change of an image is adversarial: its root mean square is 2.55 of 255 levels, 1 % of the
 # range, which people hardly see side by side.
 ADVERSARIAL_PSNR_DB = 40.0
@@ -65,8 +71,8 @@ SCORE = (
 )  # fmt: skip
 # A score that a user can ask for, and that tables leave out.
 DETAIL = Role.ACCEPTS | Role.SORTS
-# A score of two images, which only some requests have.
-PAIRED = (
+# A score that only some requests or jobs have.
+OPTIONAL = (
     Role.ACCEPTS | Role.INSPECTED | Role.SUMMARISED | Role.VERIFIED | Role.COMPARED | Role.SORTS | Role.RANGES
 )  # fmt: skip
 
@@ -158,17 +164,17 @@ class Column:
         return NO_CLASS if self.type == "int" and self.is_class else _EMPTY.get(self.type, [])
 
     @property
-    def is_paired(self) -> bool:
-        """Whether it is of two images, so that its empty value is no measurement: unknown wherever values are used."""
-        return self.without == NO_PAIR
+    def is_optional(self) -> bool:
+        """Whether rows may lack it, so that its empty value is no measurement: unknown wherever values are used."""
+        return self.without == UNKNOWN
 
     def is_known(self, value: Any) -> bool:
-        """Whether a value is known: of a score of two images not the one that says that there is no second."""
-        return not self.is_paired or value != self.empty
+        """Whether a value is known: of an optional score not the one that says that it was not measured."""
+        return not self.is_optional or value != self.empty
 
     def known(self, values: Any) -> Any:
         """The known ones of an array of values."""
-        return values[values != self.empty] if self.is_paired else values
+        return values[values != self.empty] if self.is_optional else values
 
     @property
     def is_list(self) -> bool:
@@ -329,23 +335,23 @@ RECORD_COLUMNS: tuple[Column, ...] = (
         description="share of the denoising steps that were taken from the start; 1 without one",
     ),
     Column(
-        name="start_distance", type="float", since=4, measured_by="clip", without=NO_PAIR,
+        name="start_distance", type="float", since=4, measured_by="clip", without=UNKNOWN,
         title="Distance to the start",
-        description="1 minus the cosine of the CLIP embeddings of start and sample; -1 without a start", roles=PAIRED,
+        description="1 minus the cosine of the CLIP embeddings of start and sample; -1 without a start", roles=OPTIONAL,
     ),
     Column(
         name="twin_key", type="str", since=4, roles=Role.SAMPLED,
         description="key of the unguided twin: same noise, condition and start; empty without one",
     ),
     Column(
-        name="twin_psnr_db", type="float", since=4, measured_by="pixels", without=NO_PAIR,
+        name="twin_psnr_db", type="float", since=4, measured_by="pixels", without=UNKNOWN,
         title="PSNR to the twin", unit=DECIBEL,
         description="peak signal-to-noise ratio of sample and twin as stored, in dB, at most 100; -1 without a twin",
-        roles=PAIRED,
+        roles=OPTIONAL,
     ),
     Column(
-        name="twin_distance", type="float", since=4, measured_by="clip", without=NO_PAIR, title="Distance to the twin",
-        description="1 minus the cosine of the CLIP embeddings of twin and sample; -1 without a twin", roles=PAIRED,
+        name="twin_distance", type="float", since=4, measured_by="clip", without=UNKNOWN, title="Distance to the twin",
+        description="1 minus the cosine of the CLIP embeddings of twin and sample; -1 without a twin", roles=OPTIONAL,
     ),
     Column(
         name="twin_predicted_class", type="int", since=4, is_class=True, measured_by="target", without=NO_CLASS,
@@ -353,10 +359,31 @@ RECORD_COLUMNS: tuple[Column, ...] = (
         description="class that the target predicts for the twin; -1 without one",
     ),
     Column(
-        name="twin_risk", type="float", since=4, measured_by="target", without=NO_PAIR, title="Risk of the twin",
+        name="twin_risk", type="float", since=4, measured_by="target", without=UNKNOWN, title="Risk of the twin",
         unit=NATS,
         description="-log p of the conditioned class under the target, of the twin, in nats; -1 without one",
         roles=DETAIL | Role.INSPECTED | Role.VERIFIED,
+    ),
+    Column(
+        name="oracles", type="oracles", since=5, measured_by="oracle",
+        description="predicted class under each oracle and its probability of the conditioned class, of a joint prompt"
+        " of all its classes together; empty without one",
+        parts=(
+            Part(name="model", type="str"),
+            Part(name="predicted_class", type="int", is_class=True),
+            Part(name="p_label", type="float", label="p", roles=Role.VERIFIED),
+        ),
+    ),
+    Column(
+        name="oracle_p_label_min", type="float", since=5, measured_by="oracle", without=UNKNOWN,
+        title="Least p of the oracles",
+        description="least p_label of the oracles that guided nothing; -1 without one",
+        roles=OPTIONAL & ~Role.SUMMARISED,
+    ),
+    Column(
+        name="p_valid", type="float", since=5, measured_by="oracle", without=UNKNOWN, title="Valid label",
+        description="estimated share of people who would give the label, by models.validity; -1 without it",
+        roles=OPTIONAL & ~Role.SUMMARISED,
     ),
 )  # fmt: skip
 # In the parquet alone: they depend on the run, and never enter the tar.
@@ -416,15 +443,17 @@ ERRS = ("predicted_class", "is_error")
 
 @dataclass(frozen=True, slots=True)
 class DerivedName:
-    """A name that filters know in addition to the columns.
+    """A name that filters and rules of acceptance know in addition to the columns.
 
     Attributes:
         needs: columns that it is computed from.
+        kind: of its values, "flag" or "number".
     """
 
     name: str
     description: str
     needs: tuple[str, ...]
+    kind: Literal["flag", "number"] = "flag"
 
 
 DERIVED_NAMES: dict[str, DerivedName] = {
@@ -444,9 +473,16 @@ DERIVED_NAMES: dict[str, DerivedName] = {
         DerivedName(
             "valid_failure", "the target errs and the oracle agrees", (*ASKED, *ERRS, "oracle_class")
         ),
+        DerivedName(
+            "label_is_valid",
+            f"whether p_valid is {MIN_P_VALID} or more; where it is unknown, whether every oracle that guided nothing"
+            f" has the label at p >= {MIN_ORACLE_P_LABEL}; unknown without both",
+            ("p_valid", "oracle_p_label_min"),
+        ),
         *(
             DerivedName(
-                alias, f"{entry.part.name} under the {entry.column.name}; unknown without one", (entry.column.name,)
+                alias, f"{entry.part.name} under the {entry.column.name}; unknown without one", (entry.column.name,),
+                "number",
             )
             for alias, entry in ENTRY_SCORES.items()
         ),

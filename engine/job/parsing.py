@@ -14,8 +14,8 @@ import pydantic
 from pydantic import BaseModel
 
 from engine.errors import JobError
-from engine.job.acceptance import SCORES, rule_problems
-from engine.job.columns import ENTRY_SCORES
+from engine.job.oracles import floor_of, floor_problems, oracle_problems
+from engine.job.rule_checks import accept_problems, asked_names, model_problems
 from engine.job.spec import LIST_LIMITS, MAX_INDEX, ConditioningSpec, GuidanceSpec, JobSpec, RequestSpec, merge
 from engine.job.spec_messages import Location, Problem, explain, location_of
 from engine.job.strengths import Place, expand_strengths
@@ -118,7 +118,9 @@ def _between_fields(raw: dict[str, Any], places: Sequence[Place]) -> list[Proble
     base = {section: _base(spec, raw.get(section)) for section, spec in OVERRIDABLE.items()}
     problems = _sampling_problems(base["sampling"], ("sampling",)) + _decoder_problems(raw)
     problems += target_problems(raw, is_guided=_has_guided(raw)) + _ensemble_problems(raw, raw, ())
+    problems += oracle_problems(raw)
     names: dict[str, int] = {}
+    floors, asked = list[Location](), list[tuple[Location, str]]()
     requests = raw.get("requests")
     for number, item in enumerate(requests if isinstance(requests, list) else []):
         where: Location = ("requests", number)
@@ -129,21 +131,18 @@ def _between_fields(raw: dict[str, Any], places: Sequence[Place]) -> list[Proble
         request = _lenient(RequestSpec, item)
         if request is not None:
             problems += [((*where, *at), text) for at, text in _request_problems(request)]
-            problems += _absent_models(request, raw.get("models"), where)
+            problems += [((*where, *at), text) for at, text in model_problems(request, raw.get("models"))]
             problems += _ensemble_problems(raw, item, where)
             problems += _override_problems(request, base, where)
-    return problems
+            floors += _floor(request, base, where)
+            asked += [((*where, *at), name) for at, name in asked_names(request)]
+    return problems + floor_problems(raw, floors, asked)
 
 
-def _absent_models(request: RequestSpec, models: Any, where: Location) -> list[Problem]:
-    """Conditions of `accept` whose model the job does not name."""
-    named = models if isinstance(models, dict) else {}
-    asked = [(name, ENTRY_SCORES[name].column.name if name in ENTRY_SCORES else name) for name in request.accept]
-    return [
-        ((*where, "accept", name), f"there is no {role}; name one in models.{role}")
-        for name, role in asked
-        if role in ("oracle", "judge") and not named.get(role)
-    ]
+def _floor(request: RequestSpec, base: dict[str, dict[str, Any]], where: Location) -> list[Location]:
+    """Where the floor of an oracle is that guides a request; nothing without one, or with wrong parameters."""
+    guidance, problems = _validate(GuidanceSpec, _overridden("guidance", base, request), ())
+    return [] if problems else floor_of(request, guidance, where)
 
 
 def _decoder_problems(raw: dict[str, Any]) -> list[Problem]:
@@ -254,27 +253,18 @@ def _request_problems(request: RequestSpec) -> list[Problem]:
         problems.append(
             (("count",), f"{request.count} x {len(request.contexts)} contexts is above {MAX_INDEX} a class")
         )
-    problems += [(("accept", name), text) for name, text in rule_problems(request.accept)]
+    problems += accept_problems(request)
     problems += [(("max_attempts",), text) for text in _quota_problems(request)]
     problems += [(("conditioning", *at), text) for at, text in _conditioning_problems(request)]
-    return problems + _pair_problems(request) + _template_problems(request)
+    return problems + _twin_problems(request) + _template_problems(request)
 
 
-def _pair_problems(request: RequestSpec) -> list[Problem]:
-    """A twin that is the sample itself, and conditions of `accept` on a second image that there is not."""
-    problems: list[Problem] = []
+def _twin_problems(request: RequestSpec) -> list[Problem]:
+    """A twin that is the sample itself."""
     if request.twin and not request.method_record.is_guided:
         text = f"method '{request.method}' guides nothing, so that a sample is its own twin; leave it out"
-        problems.append((("twin",), text))
-    at_one = " at strength 1" if request.start is not None else ""
-    missing = {} if request.used_start else {"start_": f"there is no start{at_one}; leave it out, or give `start`"}
-    missing |= {} if request.twin else {"twin_": "there is no twin; leave it out, or add twin: true"}
-    return problems + [
-        (("accept", name), f"no sample would be accepted, as {text}")
-        for name in request.accept
-        for prefix, text in missing.items()
-        if name in SCORES and name.startswith(prefix)
-    ]
+        return [(("twin",), text)]
+    return []
 
 
 def _class_field_problems(request: RequestSpec) -> list[Problem]:
@@ -313,7 +303,8 @@ def _quota_problems(request: RequestSpec) -> list[str]:
 
 def _conditioning_problems(request: RequestSpec) -> list[Problem]:
     conditioning, problems = request.conditioning, list[Problem]()
-    if request.accept.get("screened") is True and not (conditioning and conditioning.is_screened):
+    rule = request.accept
+    if not isinstance(rule, str) and rule.get("screened") is True and not request.is_screened:
         problems.append(((), "no sample is screened without an artefact to screen by; `accept` would reject them all"))
     if conditioning is None:
         return problems

@@ -23,6 +23,7 @@ from engine.job.json_values import digest_of
 from engine.job.spec import CLASS_TEMPLATE, JOINT_SEPARATOR, MAX_SEED, JobSpec, RequestSpec
 from engine.job.spec_messages import nearest
 from engine.methods.config_values import is_number
+from engine.methods.validity import ValidityModel
 
 # Version of what a digest covers: raised only when an old plan would give other pixels or scores.
 IDENTITY_VERSION = 1
@@ -32,8 +33,11 @@ JOINT_CODE = "mix"
 MIN_ROUND = 16
 # Of a temperature that logits are divided by.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
+MAX_COEFFICIENT = 1e6
 # In an identity's `models`: the temperature of the target, where it has not its own.
 TEMPERATURE = "temperature"
+# There too: the estimate of the share of people who agree with a label, where the job names one.
+VALIDITY = "validity"
 # Digests that an identity has in each request, not in `models`.
 _BY_REQUEST = ("diffusion", "conditioning", "starts", "methods")
 # In place of the number of a class: all classes of the request, in turn.
@@ -386,8 +390,9 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
         digests: `{"diffusion": {address: digest}, "clip": digest, "target": digest, "transfer": [digest],
             "oracle": digest, "conditioning": {address: digest}, "starts": {address: digest}, "methods": {address:
             digest}}`, and `"judge"` and `"guidance_decoder"` with a digest where there is one, `"further_targets":
-            [digest]` where there are some, `"safety_checker": "off"` where it is off, `"temperature"` where the target
-            has not its own.
+            [digest]` and `"oracles": [digest]` where there are some, `"safety_checker": "off"` where it is off,
+            `"temperature"` where the target has not its own, `"validity": {"digest", "intercept", "weights"}` where
+            the job names an estimate of the share of people who agree.
     """
     return {
         "schema_version": IDENTITY_VERSION,
@@ -410,6 +415,29 @@ def planned_temperature(identity: dict[str, Any]) -> float | None:
     """
     temperature = identity["models"].get(TEMPERATURE)
     return None if temperature is None else usable_temperature(temperature)
+
+
+def planned_validity(identity: dict[str, Any]) -> ValidityModel | None:
+    """The estimate of the share of people who agree that a plan of an identity has; None where it has none.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    fields = identity["models"].get(VALIDITY)
+    return None if fields is None else usable_validity(fields)
+
+
+def usable_validity(fields: Any) -> ValidityModel:
+    """The model in a mapping from a file, with the keys `intercept` and `weights`.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    values = [fields.get("intercept"), *(fields.get("weights") or ())] if isinstance(fields, dict) else []
+    numbers = [float(value) for value in values if is_number(value) and abs(value) < MAX_COEFFICIENT]
+    if len(numbers) < max(len(values), 2) or min(numbers[1:]) < 0:
+        raise ValueError("the estimate of validity is not an intercept with weights, none of them negative")
+    return ValidityModel(intercept=numbers[0], weights=tuple(numbers[1:]))
 
 
 def usable_temperature(temperature: Any) -> float:

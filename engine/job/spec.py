@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import pydantic
 from pydantic import Field, PrivateAttr, StrictBool, StrictInt
 
-from engine.methods.fields import Context, Number, Plains, Spec
+from engine.methods.fields import Context, Number, Plains, Spec, Text
 from engine.methods.parameters import Ensemble, MethodParameters
 from engine.methods.registry import BUILT_IN, METHODS, USER_CODE, Method, method_of
 from engine.methods.sampling.spec import SamplingSpec, steps_of
@@ -27,6 +27,7 @@ LIST_LIMITS = {
     "transfer": 100,
     "strength": 100,
     "further_targets": 7,
+    "oracles": 16,
 }
 # Targets of a job: the one whose scores are recorded, and those that guide beside it.
 MAX_TARGETS = 1 + LIST_LIMITS["further_targets"]
@@ -92,7 +93,23 @@ class ModelsSpec(Spec):
         max_length=LIST_LIMITS["transfer"],
         description="Classifiers that are scored and never guided on.",
     )
-    oracle: Address | None = Field(default=None, description="Independent classifier whose reading is recorded.")
+    oracle: Address | None = Field(
+        default=None,
+        description="Independent model whose prediction is recorded, and guided on by `oracle_floor` alone: a"
+        " classifier, a CLIP model (zero-shot), or nearest neighbours among labelled images (an artefact of `riskforge"
+        " prepare --only neighbours`).",
+    )
+    oracles: tuple[Address, ...] = Field(
+        default=(),
+        max_length=LIST_LIMITS["oracles"],
+        description="Several of them in place of `oracle`, of different families; `oracle_class` is the first one's,"
+        " and with an `oracle_floor` the last one guides.",
+    )
+    validity: Address | None = Field(
+        default=None,
+        description="Estimate of the share of people who agree with a label, by the probabilities of these oracles: an"
+        " artefact of `riskforge prepare --answers`, a folder that holds one, or `zoo:NAME/PART`.",
+    )
     judge: Address | None = Field(
         default=None, description="Second, independent CLIP model: its conformity is recorded and never guided on."
     )
@@ -111,10 +128,24 @@ class ModelsSpec(Spec):
         """The classifiers that guidance sees; the first is the one whose scores are recorded."""
         return (self.target, *self.further_targets)
 
+    @property
+    def all_oracles(self) -> tuple[str, ...]:
+        """The oracles in their order; empty without one."""
+        return self.oracles or ((self.oracle,) if self.oracle else ())
+
+    @pydantic.model_validator(mode="after")
+    def _single_oracle(self) -> Self:
+        """A list of one oracle is that one."""
+        if len(self.oracles) == 1 and self.oracle is None:
+            return self.model_copy(update={"oracle": self.oracles[0], "oracles": ()})
+        return self
+
     @pydantic.model_serializer(mode="wrap")
     def _without_absent(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A job with one target is stored as it was before there could be several."""
-        return _without(dump(self), "further_targets", when=not self.further_targets)
+        """A job with one target, one oracle and no estimate is stored as it was before there could be more."""
+        absent = {"further_targets": not self.further_targets, "oracles": not self.oracles}
+        absent["validity"] = self.validity is None
+        return {key: value for key, value in dump(self).items() if not absent.get(key)}
 
 
 class ConditioningSpec(Spec):
@@ -250,9 +281,10 @@ class RequestSpec(Spec):
     prompt: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(
         default=None, description="Prompt template with `{class}` and optionally `{context}`."
     )
-    accept: Plains = Field(
+    accept: Plains | Text = Field(
         default_factory=dict,
-        description="Conditions for a sample to be kept, such as {is_error: true, oracle: agrees, risk: '>= 1'}.",
+        description="Condition for a sample to be kept, such as 'is_error and risk >= 1'; or a mapping of conditions"
+        " that must all hold, such as {is_error: true, oracle: agrees, risk: '>= 1'}.",
     )
     max_attempts: Annotated[StrictInt, Field(ge=1)] | Factor | None = Field(
         default=None,
@@ -323,6 +355,11 @@ class RequestSpec(Spec):
     def has_quota(self) -> bool:
         """Whether attempts are made until enough of them are accepted."""
         return self.attempts_limit > self.num_wanted
+
+    @property
+    def is_screened(self) -> bool:
+        """Whether draws of its embeddings are screened."""
+        return self.conditioning is not None and self.conditioning.is_screened
 
     @property
     def used_start(self) -> StartSpec | None:
@@ -441,6 +478,16 @@ class JobSpec(Spec):
     def guidance_of(self, request: RequestSpec) -> GuidanceSpec:
         """The job's guidance with the request's overrides, key by key."""
         return GuidanceSpec.model_validate(GuidanceSpec.overridden(self.guidance.model_dump(), request.guidance))
+
+    @property
+    def oracle_guides(self) -> bool:
+        """Whether the last oracle is a floor of some request's guidance: then it is no evidence in any row."""
+        return bool(self.models.all_oracles) and any(self.parameters_of(one).sees_oracle for one in self.requests)
+
+    @property
+    def independent_oracles(self) -> tuple[str, ...]:
+        """The oracles that guide nothing, in their order."""
+        return self.models.all_oracles[: -1 if self.oracle_guides else None]
 
     def parameters_of(self, request: RequestSpec) -> MethodParameters:
         """The parameters of the request's own method, with its overrides."""

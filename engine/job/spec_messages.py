@@ -27,7 +27,9 @@ def location_of(item: Any) -> Location:
 
 def _location(loc: Location) -> Location:
     """The keys of the job file only: pydantic adds the members of unions to its locations."""
-    noise = re.compile(r"^(\[key\]$|literal\[|tuple\[|constrained-|function-|int$|str$|float$|bool$|dict$|list$)")
+    noise = re.compile(
+        r"^(\[key\]$|literal\[|tuple\[|constrained-|function-|int$|str$|float$|bool$|dict$|dict\[|list$)"
+    )
     return tuple(part for part in loc if isinstance(part, int) or not noise.match(part))
 
 
@@ -47,6 +49,9 @@ def explain(root: type[BaseModel], item: Any, location: Location) -> str:
         return "a key must be text; put it in quotes if it is meant so"
     if kind == "missing":
         return "missing; this key is required"
+    if key == "accept":
+        wrong = "is nothing, not" if item["input"] in (None, "") else "is neither"
+        return f"{value} {wrong} a condition, such as 'is_error and risk >= 1', nor a mapping of conditions"
     if key == "conditioning":
         return f"{value} is neither the address of an artefact nor a mapping with `artefact` or `images`"
     if key == "start":

@@ -29,6 +29,7 @@ def _storable(value: Any) -> Any:
 
 # Any JSON value: a job must be stored as it was read.
 Plain = Annotated[pydantic.JsonValue, pydantic.AfterValidator(_storable)]
+Text = Annotated[str, Field(min_length=1), pydantic.AfterValidator(_storable)]
 Plains = dict[Annotated[str, pydantic.AfterValidator(_storable)], Plain]
 
 

@@ -43,6 +43,11 @@ class MethodParameters(Spec):
         return None
 
     @property
+    def sees_oracle(self) -> bool:
+        """Whether the last oracle of the job guides, so that it is no independent evidence."""
+        return False
+
+    @property
     def can_arrive(self) -> bool:
         """Whether samples may come so near to where they are guided that they are not moved."""
         return False

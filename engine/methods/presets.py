@@ -27,6 +27,8 @@ class PresetParameters(MethodParameters):
     OLD_VALUES: ClassVar[Mapping[str, tuple[str, ...]]]
     # Fields of before there were presets, which jobs stored then have; manifests leave out those that are null.
     OLD_FIELDS: ClassVar[frozenset[str]]
+    # Fields of after there were presets, which jobs and plans of before do not have: left out where they are null.
+    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset()
 
     preset: Preset = Field(
         default="perceptible",
@@ -113,9 +115,14 @@ class PresetParameters(MethodParameters):
     @pydantic.model_serializer(mode="wrap")
     def _as_before(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Jobs of preset `adversarial` are stored as they were before there was another."""
-        return self._old_and_changed(dump(self)) if self.preset == "adversarial" else dump(self)
+        values = self._without_absent(dump(self))
+        return self._old_and_changed(values) if self.preset == "adversarial" else values
 
     def _old_and_changed(self, values: dict[str, Any]) -> dict[str, Any]:
         """Values without the preset, and without those that jobs without the field mean."""
         implied = {key for key in self.ADVERSARIAL.keys() - self.OLD_FIELDS if values.get(key) == self.ADVERSARIAL[key]}
         return {key: value for key, value in values.items() if key not in {"preset", *implied}}
+
+    def _without_absent(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Values without later fields that are null."""
+        return {key: value for key, value in values.items() if value is not None or key not in self.LATER_FIELDS}

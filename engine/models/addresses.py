@@ -11,7 +11,7 @@ from pathlib import Path
 
 from engine.errors import JobError, first_line
 from engine.job.spec_messages import nearest
-from engine.models.configurations import ARTEFACT_DOCUMENT, PIPELINE_INDEX
+from engine.models.configurations import ARTEFACT_DOCUMENT, NEIGHBOURS_DOCUMENT, PIPELINE_INDEX
 from engine.models.hub import cached_snapshot, download
 
 ZOO = Path(__file__).parents[1] / "zoo"
@@ -79,7 +79,7 @@ def resolve(address: str) -> Path:
 
 
 def zoo_folder(address: str) -> Path:
-    """The folder of `zoo:NAME/PART`: a model, a pipeline or a conditioning artefact.
+    """The folder of `zoo:NAME/PART`: a model, a pipeline or an artefact.
 
     Raises:
         JobError: the zoo has no such part; its parts are named, and the nearest is offered.
@@ -93,4 +93,5 @@ def zoo_folder(address: str) -> Path:
 
 
 def _is_part(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("config.json", PIPELINE_INDEX, ARTEFACT_DOCUMENT))
+    names = ("config.json", PIPELINE_INDEX, ARTEFACT_DOCUMENT, NEIGHBOURS_DOCUMENT)
+    return any((folder / name).is_file() for name in names)

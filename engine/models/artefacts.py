@@ -9,7 +9,7 @@ from engine.errors import JobError
 from engine.job.spec import JobSpec, RequestSpec
 from engine.models.addresses import inaccessible, zoo_folder
 from engine.models.artefact_documents import kind_of
-from engine.models.configurations import ARTEFACT_DOCUMENT, CALIBRATION_DOCUMENT, read_config
+from engine.models.configurations import ARTEFACT_DOCUMENT, CALIBRATION_DOCUMENT, VALIDITY_DOCUMENT, read_config
 
 # What holds a calibration: an artefact of its own, and every conditioning artefact.
 WITH_CALIBRATION = (CALIBRATION_DOCUMENT, ARTEFACT_DOCUMENT)
@@ -72,6 +72,12 @@ def missing_artefacts(job: JobSpec) -> list[str]:
         lines.append(
             f"models.calibration: there is no artefact at '{calibration}' yet; make it with `riskforge prepare JOB"
             f" --data PATH --only calibration --output {calibration}`"
+        )
+    validity = job.models.validity
+    if validity and find_artefact(validity, (VALIDITY_DOCUMENT,)) is None:
+        lines.append(
+            f"models.validity: there is no artefact at '{validity}' yet; make it from people's answers with `riskforge"
+            f" prepare JOB --answers FILE --output {validity}`"
         )
     return lines
 

@@ -54,6 +54,11 @@ class Clip:
             clip.image_embeds([PIL.Image.new("RGB", (64, 64))])
         return clip
 
+    @property
+    def logit_scale(self) -> float:
+        """The factor that its loss multiplies cosines with."""
+        return float(self._model.logit_scale.exp())
+
     @torch.no_grad()
     def text_embeds(self, prompts: Sequence[str]) -> Tensor:
         """Projected text embeddings [len(prompts), d] on the CPU, not normalised.

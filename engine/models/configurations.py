@@ -16,6 +16,10 @@ PIPELINE_INDEX = "model_index.json"
 ARTEFACT_DOCUMENT = "conditioning.json"
 # In the folder of an artefact that holds a calibration alone.
 CALIBRATION_DOCUMENT = "calibration.json"
+# In the folder of an artefact that estimates how many people agree with a label.
+VALIDITY_DOCUMENT = "validity.json"
+# In the folder of an artefact that is an oracle: labelled images by their features.
+NEIGHBOURS_DOCUMENT = "neighbours.json"
 # In the config.json of a folder that timm saved.
 TIMM_KEY = "pretrained_cfg"
 # Of the files that are downloaded and digested.

@@ -7,10 +7,13 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from engine.errors import JobError
 from engine.job.spec import JobSpec
 from engine.models.addresses import resolve
 from engine.models.configurations import CONFIGURATION_PATTERNS, PIPELINE_INDEX, part_classes
 from engine.models.independence import check_independent
+from engine.models.neighbour_documents import read_neighbours
+from engine.models.oracle_kinds import kind_in, oracle_folder
 from engine.models.pipelines.lookup import family_of
 from engine.models.program_description import program_digest
 from engine.models.programs import is_program
@@ -42,6 +45,26 @@ def image_encoder_digest(address: str) -> str:
     return _folder_digest(folder, files)
 
 
+def oracle_digest(address: str) -> str:
+    """Digest of everything that an oracle's scores depend on; of a *neighbours* artefact its document and its encoder.
+
+    Raises:
+        JobError: as `model_digest`; the artefact is damaged, or its encoder is not the one that it was made with.
+    """
+    folder = None if is_program(address) else oracle_folder(address)
+    if folder is None or kind_in(folder) != "neighbours":
+        return model_digest(address)
+    document = read_neighbours(folder)
+    encoder = model_digest(document.encoder_address)
+    if encoder != document.encoder_digest:
+        raise JobError(
+            f"'{address}' was made with another encoder: '{document.encoder}' had the digest {document.encoder_digest},"
+            f" and has {encoder} now; restore that model, or make the artefact again with `riskforge prepare JOB --only"
+            " neighbours`"
+        )
+    return hashlib.sha256(f"{document.digest} {encoder}".encode()).hexdigest()[:32]
+
+
 def model_digests(job: JobSpec, *, of_existing_run: bool = False) -> dict[str, Any]:
     """Digest of every model of a job by role, as `engine.job.plan.plan_identity` takes them.
 
@@ -51,15 +74,16 @@ def model_digests(job: JobSpec, *, of_existing_run: bool = False) -> dict[str, A
     Raises:
         JobError: a model cannot be located or downloaded, or the models are not independent (`check_independent`).
     """
-    models, of = job.models, functools.cache(model_digest)
+    models, of, of_oracle = job.models, functools.cache(model_digest), functools.cache(oracle_digest)
     diffusion = sorted({request.diffusion or models.diffusion for request in job.requests})
     digests = {
         "diffusion": {address: of(address) for address in diffusion},
         "clip": of(models.clip),
         "target": of(models.target),
         "transfer": [of(address) for address in models.transfer],
-        "oracle": of(models.oracle) if models.oracle else "",
+        "oracle": of_oracle(models.all_oracles[0]) if models.all_oracles else "",
         # Absent where a job has none: plans keep the digest that they had before there were such fields.
+        **({"oracles": [*map(of_oracle, models.oracles)]} if models.oracles else {}),
         **({"further_targets": [*map(of, models.further_targets)]} if models.further_targets else {}),
         **({"guidance_decoder": of(models.guidance_decoder)} if models.guidance_decoder else {}),
         # A checker's weights are in the digest of its pipeline.

@@ -5,24 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.errors import JobError
+from engine.job.oracles import oracle_fields
 from engine.job.spec import ModelsSpec
 from engine.models.addresses import locate
+from engine.models.oracle_kinds import network_of
 from engine.models.programs import as_file, is_program
 from engine.models.weight_comparison import have_same_weights
 
+_WHOLE = ("",)
 _IMAGE_TOWER = ("vision_model.", "visual_projection.")
 
 
 def check_independent(models: ModelsSpec) -> None:
     """Refuse models that are to evaluate others and are those others under another name.
 
-    A judge with the image tower of the model that guided a sample measures what was guided on; an oracle with the
-    weights of a target agrees with it, so that no failure has a correct label; a transfer model with these weights
-    would show that every failure transfers; a target that is there twice would count twice. Compared are the weights
-    in files; a model that is not on this machine, or is given by a factory, is compared by its address alone.
+    A judge with the image tower of the model that guided a sample measures what was guided on, and so does an oracle;
+    an oracle with the weights of a target agrees with it, so that no failure has a correct label, and with those of
+    another oracle it confirms nothing; a transfer model with these weights would show that every failure transfers; a
+    target that is there twice would count twice. Compared are the weights in files, of an artefact those of its
+    encoder; a model that is not on this machine, or is given by a factory, is compared by its address alone. An oracle
+    may be the judge, which guides nothing: the two then measure the same.
 
     Raises:
-        JobError: all such pairs, one line each.
+        JobError: all such pairs, one line each; or an oracle's artefact is damaged.
     """
     problems = []
     if models.judge and _are_same(models.judge, models.clip, _IMAGE_TOWER):
@@ -30,11 +35,7 @@ def check_independent(models: ModelsSpec) -> None:
             f"models.judge: '{models.judge}' has the weights of models.clip; the judge of a sample must be another CLIP"
             " model than the one that may have guided it"
         )
-    if models.oracle and (target := _same_target(models.oracle, models)):
-        problems.append(
-            f"models.oracle: '{models.oracle}' has the weights of {target}; an oracle decides whether the target"
-            " errs: give another classifier"
-        )
+    problems += [problem for place in range(len(models.all_oracles)) for problem in _oracle_problems(models, place)]
     problems += [
         f"models.transfer.{place}: '{address}' has the weights of {target}; give other classifiers, to which"
         " failures may transfer or not"
@@ -50,20 +51,53 @@ def check_independent(models: ModelsSpec) -> None:
         raise JobError(problems)
 
 
-def _same_target(address: str, models: ModelsSpec, before: int | None = None) -> str:
-    """The field of the first target that a classifier is, of those before a place; empty where it is none of them."""
+def _oracle_problems(models: ModelsSpec, place: int) -> list[str]:
+    """Models whose weights an oracle has, or the encoder of its artefact, a line each."""
+    fields = list(oracle_fields(models))
+    field, address = fields[place]
+    network, part = _network(address)
+    if network == address:
+        subject, remedy = f"'{address}'", "give another model"
+    else:
+        subject, remedy = f"the encoder of '{address}', '{network}',", "prepare it with another encoder"
+
+    def problem(common: tuple[str, ...], other: str, reason: str) -> list[str]:
+        what = "image tower" if common is _IMAGE_TOWER else "weights"
+        return [f"{field}: {subject} has the {what} of {other}{reason}: {remedy}"]
+
+    if target := _same_target(network, models, part=part):
+        return problem(part, target, "; an oracle decides whether the target errs")
+    if _are_same(network, models.clip, _IMAGE_TOWER):
+        reason = ", which may guide a sample by its conformity; an oracle must be independent of what guides"
+        return problem(_IMAGE_TOWER, "models.clip", reason)
+    for other, others_address in fields[:place]:
+        others_network, others_part = _network(others_address)
+        common = _IMAGE_TOWER if _IMAGE_TOWER in (part, others_part) else _WHOLE
+        if _are_same(network, others_network, common):
+            return problem(common, other, ", so that its agreement confirms nothing")
+    return []
+
+
+def _network(address: str) -> tuple[str, tuple[str, ...]]:
+    """The network that an oracle scores with, and the part of its weights that scores of images depend on."""
+    network, is_clip = network_of(address)
+    return network, _IMAGE_TOWER if is_clip else _WHOLE
+
+
+def _same_target(address: str, models: ModelsSpec, before: int | None = None, part: tuple[str, ...] = _WHOLE) -> str:
+    """The field of the first target that a model is, of those before a place; empty where it is none of them."""
     several = bool(models.further_targets)
     return next(
         (
             f"models.target.{place}" if several else "models.target"
             for place, target in enumerate(models.targets[:before])
-            if _are_same(address, target)
+            if _are_same(address, target, part)
         ),
         "",
     )
 
 
-def _are_same(address: str, other: str, part: tuple[str, ...] = ("",)) -> bool:
+def _are_same(address: str, other: str, part: tuple[str, ...] = _WHOLE) -> bool:
     first, second = _path(address), _path(other)
     if address == other:
         return True

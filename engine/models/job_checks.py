@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from engine.errors import JobError
+from engine.job.oracles import oracle_fields
 from engine.job.spec import JobSpec, ModelsSpec
 from engine.models.addresses import locate
 from engine.models.artefacts import artefact_problems
@@ -16,11 +17,13 @@ from engine.models.clip_checks import check_clip
 from engine.models.custom_methods import method_problems
 from engine.models.decoder_checks import check_decoder, check_decoder_weights, decoder_problem, float16_problem
 from engine.models.independence import check_independent
-from engine.models.labels import read_labels
+from engine.models.labels import oracle_labels, read_labels
+from engine.models.oracle_checks import check_oracle
 from engine.models.pipelines.lookup import check_pipeline, check_pipeline_weights, request_problems
 from engine.models.pipelines.parts import has_configurations
 from engine.models.program_description import check_program
 from engine.models.programs import is_program
+from engine.models.validity import validity_problems
 
 # Field of the job, address of the model, and the check of its folder: `check(folder, address)`.
 _Role = tuple[str, str, Callable[[Path, str], None]]
@@ -54,6 +57,21 @@ def check_target(job: JobSpec) -> None:
         raise JobError(problems)
 
 
+def check_oracles(job: JobSpec) -> None:
+    """As `check_addresses`, of the target and the oracles alone, of which there must be one.
+
+    Raises:
+        JobError: all problems of the first step that has some.
+    """
+    roles: list[_Role] = [("models.target", job.models.target, _check_classifier)]
+    roles += [(field, address, check_oracle) for field, address in oracle_fields(job.models)]
+    problems = [problem for role in roles for problem in _problems(*role)]
+    if len(roles) == 1:
+        problems.append("models.oracle: there is none; name the oracles whose probabilities are to be weighed")
+    if problems := problems or _label_problems(job):
+        raise JobError(problems)
+
+
 def _role_problems(job: JobSpec) -> list[str]:
     """Models that do not exist or are of the wrong kind."""
     problems: list[str] = []
@@ -64,7 +82,7 @@ def _role_problems(job: JobSpec) -> list[str]:
 
 def _problems(field: str, address: str, check: Callable[[Path, str], None]) -> list[str]:
     try:
-        if check is _check_classifier and is_program(address):
+        if check in (_check_classifier, check_oracle) and is_program(address):
             check_program(address)
         elif (folder := locate(address).folder) is not None:
             check(folder, address)
@@ -81,6 +99,8 @@ def _roles(job: JobSpec) -> Iterator[_Role]:
     yield "models.target", models.target, _check_classifier
     for field, address in _compared_classifiers(models):
         yield field, address, _check_classifier
+    for field, address in oracle_fields(models):
+        yield field, address, check_oracle
     if models.judge:
         yield "models.judge", models.judge, _check_clip
     if models.guidance_decoder:
@@ -91,13 +111,11 @@ def _roles(job: JobSpec) -> Iterator[_Role]:
 
 
 def _compared_classifiers(models: ModelsSpec) -> Iterator[tuple[str, str]]:
-    """Field and address of each classifier beside the target; the fields of further targets are those of a list."""
+    """Field and address of further targets, whose fields are those of a list, and of transfer classifiers."""
     for number, address in enumerate(models.further_targets, 1):
         yield f"models.target.{number}", address
     for number, address in enumerate(models.transfer):
         yield f"models.transfer.{number}", address
-    if models.oracle:
-        yield "models.oracle", models.oracle
 
 
 def _check_classifier(folder: Path, address: str) -> None:
@@ -115,15 +133,17 @@ def _check_diffusion(folder: Path, address: str, *, checks_safety: bool) -> None
 
 
 def _label_problems(job: JobSpec) -> list[str]:
-    """Classifiers that are compared must have the same classes in the same order."""
+    """Models that are compared must have the same classes in the same order."""
     problems: list[str] = []
     try:
         wanted = read_labels(job.models.target)
     except JobError as error:
         return [f"models.target: {error}"]
-    for field, address in _compared_classifiers(job.models):
+    compared = [(*pair, read_labels) for pair in _compared_classifiers(job.models)]
+    compared += [(*pair, oracle_labels) for pair in oracle_fields(job.models)]
+    for field, address, labels_of in compared:
         try:
-            labels = read_labels(address)
+            labels = labels_of(address)
         except JobError as error:
             problems.append(f"{field}: {error}")
             continue
@@ -222,7 +242,7 @@ def _weights_problems(job: JobSpec) -> list[str]:
 
 def _preparation_problems(job: JobSpec) -> list[str]:
     """Custom methods and artefacts that cannot be used."""
-    problems = [*method_problems(job), *calibration_problems(job)]
+    problems = [*method_problems(job), *calibration_problems(job), *validity_problems(job)]
     labels = read_labels(job.models.target)
     for number, request in enumerate(job.requests):
         problems += artefact_problems(job.where(number), request, labels)

@@ -1,4 +1,4 @@
-"""The class names of a classifier by its address."""
+"""The class names of a classifier or an oracle by its address."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from engine.errors import JobError
 from engine.job.spec import JobSpec
 from engine.models.addresses import locate, resolve
 from engine.models.classifier_checks import class_names
+from engine.models.neighbour_documents import read_neighbours
+from engine.models.oracle_kinds import kind_in, oracle_folder
 from engine.models.program_description import program_labels
 from engine.models.programs import is_program
 
@@ -21,6 +23,18 @@ def read_labels(address: str) -> list[str] | None:
         return program_labels(address)
     folder = locate(address).folder
     return None if folder is None else class_names(folder, address)
+
+
+def oracle_labels(address: str) -> list[str] | None:
+    """The class names of an oracle in index order; None for a CLIP model, which takes any, and as `read_labels`.
+
+    Raises:
+        JobError: as `read_labels`, or its artefact is damaged.
+    """
+    folder = None if is_program(address) else oracle_folder(address)
+    if folder is None or (kind := kind_in(folder)) == "classifier":
+        return read_labels(address)
+    return None if kind == "clip" else list(read_neighbours(folder).labels)
 
 
 def target_labels(job: JobSpec) -> list[str]:

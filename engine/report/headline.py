@@ -98,8 +98,15 @@ def summary_figures(groups: Sequence[GroupSummary]) -> list[Figure]:
         *_score_figures(groups),
         Figure(Heading("Oracle", "agrees"), lambda group: _rate(group.oracle_agreement)),
         Figure(Heading("Valid failures", "oracle agrees"), lambda group: _rate(group.valid_failure_rate)),
+        *_strict_figures(groups),
         *(Figure(_transfer_heading(model), partial(_transfer, model)) for model in models),
     ]
+
+
+def _strict_figures(groups: Sequence[GroupSummary]) -> Iterator[Figure]:
+    """Failures with a label that is valid by `label_is_valid`; none of a run whose oracles gave no probabilities."""
+    if any(group.strict_failure_rate is not None for group in groups):
+        yield Figure(Heading("Valid failures", "strictly"), lambda group: _rate(group.strict_failure_rate))
 
 
 def _score_figures(groups: Sequence[GroupSummary]) -> Iterator[Figure]:

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from engine.data.reading.filters import FLAG, NUMBER, TEXT, Vocabulary, compile_filter, compile_number
+from engine.data.reading.filters import Vocabulary, compile_filter, compile_number
 from engine.data.reading.row_datasets import rows_dataset, unified_schema, with_scored
 from engine.data.reading.source import RunSource, open_source, reading_rows
 from engine.data.run.schema import check_rows
@@ -353,12 +353,9 @@ class Corpus:
 
         if name in self._schema.names and name != "scored":
             return pc.field(name)
-        try:
-            term = self._vocabulary.term(name)
-        except KeyError:
-            raise JobError(f"columns: there is no column '{name}'{nearest(name, self.columns)}") from None
-        assert term is not None and term.kind in (NUMBER, TEXT, FLAG), "derived names are never lists"
-        return term.expression
+        if name not in self._vocabulary.types:
+            raise JobError(f"columns: there is no column '{name}'{nearest(name, self.columns)}")
+        return self._vocabulary.expression(name)
 
 
 def _refuse_labels(first: RunSource, other: RunSource) -> NoReturn:

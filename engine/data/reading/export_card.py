@@ -25,10 +25,17 @@ def export_card(manifest: dict[str, Any], written: Written) -> str:
         columns_section(
             manifest["schema_version"],
             has_ensemble=any("further_targets" in source["models"] for source in manifest["sources"]),
+            oracle_guides=any(_oracle_guides(source["models"]) for source in manifest["sources"]),
         ),
         _limits(manifest),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _oracle_guides(models: dict[str, Any]) -> bool:
+    """Whether the last of the oracles that a run describes is a floor of its guidance."""
+    oracles = models.get("oracles") or [models.get("oracle")]
+    return bool(oracles[-1]) and "guides" in oracles[-1]
 
 
 def _header(manifest: dict[str, Any], written: Written) -> str:

@@ -1,39 +1,49 @@
-"""The filter language: a condition on columns, as text, compiled to an Arrow expression that parquet readers push down.
+"""Filters: a condition on columns, as text, compiled to an Arrow expression that parquet readers push down.
 
-    risk > 2 and 0.25 < conformity <= 0.9 and oracle_agrees and class_name in ["three", "eight"]
-
-It is the grammar of Python, of which only what is listed in `docs/reading.md` is let through; nothing is evaluated.
+The language is that of `engine.job.conditions`; what is here translates its trees.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
-import math
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from engine.data.run.outcomes import element, is_scored_expression, predicts_asked_expression, target_errs_expression
+from engine.data.run.outcomes import (
+    element,
+    is_scored_expression,
+    label_is_valid_expression,
+    predicts_asked_expression,
+    target_errs_expression,
+)
 from engine.errors import JobError
-from engine.job.columns import BY_NAME, DERIVED_NAMES, ENTRY_SCORES, MEASURED, NO_CLASS, EntryScore
-from engine.job.spec_messages import nearest
+from engine.job.columns import BY_NAME, DERIVED_NAMES, ENTRY_SCORES, MEASURED, NO_CLASS, UNKNOWN, EntryScore
+from engine.job.conditions import (
+    COMPARE,
+    FLAG,
+    LIST_REFUSAL,
+    NUMBER,
+    TEXT,
+    Arithmetic,
+    AsNumber,
+    Comparison,
+    ConditionError,
+    Junction,
+    Literal,
+    Membership,
+    Name,
+    NameType,
+    Negative,
+    Node,
+    Not,
+    parse_condition,
+    parse_number,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from pyarrow.compute import Expression
-
-NUMBER, TEXT, FLAG = "number", "text", "flag"
-_EXAMPLES = {NUMBER: "1 + risk", FLAG: "risk > 2 and oracle_agrees"}
-MAX_CHARS = 100_000
-MAX_PARTS = 500
-_MAX_SHOWN = 60
-_INT64 = 2**63
-_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
-    ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-}  # fmt: skip
 
 
 def _divide(left: Expression, right: Expression) -> Expression:
@@ -43,26 +53,19 @@ def _divide(left: Expression, right: Expression) -> Expression:
     return pc.divide(left, right)
 
 
-_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: _divide,
+_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": _divide,
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Term:
-    """A part of a condition with its kind; `value` is set for literals alone."""
-
-    expression: Expression
-    kind: str
-    is_integer: bool = False
-    value: Any = None
 
 
 class Vocabulary:
     """The names that an expression may use.
 
-    What a model measured is unknown of rows that were not scored, whatever number is stored there; so is a score of
-    two images where there is no second one.
+    What a model measured is unknown of rows that were not scored, whatever number is stored there; so is an optional
+    score of those that lack it.
+
+    Attributes:
+        types: of each name what it stands for: columns, then derived names.
 
     Args:
         schema: of the metadata.
@@ -72,47 +75,53 @@ class Vocabulary:
     def __init__(self, schema: pa.Schema, max_subset: Callable[[], int]) -> None:
         self._schema = schema
         self._max_subset = max_subset
-        self.names = [*schema.names, *(name for name in DERIVED_NAMES if _can_derive(name, schema))]
+        self.types: dict[str, NameType] = {field.name: _type_of(field.type) for field in schema}
+        self.types |= {
+            name: NameType(derived.kind) for name, derived in DERIVED_NAMES.items() if _can_derive(name, schema)
+        }
 
-    def term(self, name: str, *, is_guarded: bool = True) -> Term | None:
-        """The term of a column or derived name; None for a column that is a list.
+    @property
+    def names(self) -> list[str]:
+        """Columns and derived names."""
+        return list(self.types)
+
+    def expression(self, name: str, *, is_guarded: bool = True) -> Expression:
+        """The values of a name.
 
         Args:
             is_guarded: whether it is unknown where it was not measured; else it is what is stored.
-
-        Raises:
-            KeyError: there is no such name.
         """
-        term = self._plain_term(name)
-        if term is None or not is_guarded or (name in self._schema.names and name not in MEASURED):
-            return term
+        import pyarrow.compute as pc
+
+        plain = self._plain(name)
+        if not is_guarded or (name in self._schema.names and name not in MEASURED):
+            return plain
         measured = self.is_scored
-        if name in self._schema.names and BY_NAME[name].is_paired:
-            measured = measured & (term.expression != BY_NAME[name].empty)
-        return replace(term, expression=_known_where(measured, term.expression))
+        if name in self._schema.names and BY_NAME[name].is_optional:
+            measured = measured & (plain != BY_NAME[name].empty)
+        if name == "label_is_valid":
+            measured = measured & ~((pc.field("p_valid") == UNKNOWN) & (pc.field("oracle_p_label_min") == UNKNOWN))
+        return _known_where(measured, plain)
 
     @property
     def is_scored(self) -> Expression:
         """Whether models scored a row."""
         return is_scored_expression(self._schema.names)
 
-    def _plain_term(self, name: str) -> Term | None:
-        import pyarrow as pa
+    def _plain(self, name: str) -> Expression:
         import pyarrow.compute as pc
 
         if name == "scored" and name in self._schema.names:
-            return Term(self.is_scored, FLAG)
+            return self.is_scored
         if name in self._schema.names:
-            kind = _kind_of(self._schema.field(name).type)
-            is_integer = pa.types.is_integer(self._schema.field(name).type)
-            return Term(pc.field(name), kind, is_integer) if kind else None
-        if name not in self.names:
-            raise KeyError(name)
+            return pc.field(name)
         if name in ENTRY_SCORES:
-            return Term(_entry_score(self._schema, ENTRY_SCORES[name]), NUMBER)
+            return _entry_score(self._schema, ENTRY_SCORES[name])
+        if name == "label_is_valid":
+            return label_is_valid_expression()
         errs = target_errs_expression(self._max_subset())
         agrees = predicts_asked_expression("oracle_class", self._max_subset()) & (pc.field("oracle_class") != NO_CLASS)
-        return Term({"target_errs": errs, "oracle_agrees": agrees, "valid_failure": errs & agrees}[name], FLAG)
+        return {"target_errs": errs, "oracle_agrees": agrees, "valid_failure": errs & agrees}[name]
 
 
 def _known_where(condition: Expression, expression: Expression) -> Expression:
@@ -132,11 +141,10 @@ def compile_filter(text: str, vocabulary: Vocabulary, option: str = "filter") ->
     Raises:
         JobError: the text is not of the language, or names what is not there; the message gives the place.
     """
-    exact = _Compiler(text, vocabulary, option, has_arithmetic=False).compiled(FLAG).expression
+    root = _parsed(parse_condition, text, vocabulary, option)
     # Whatever passes with unknown parts passes with any value in their place, so the second changes nothing; and
     # readers of parquet see through it, by the statistics of a column, that no row of a group passes.
-    plain = _Compiler(text, vocabulary, option, has_arithmetic=False, is_guarded=False).compiled(FLAG).expression
-    return exact & plain
+    return _Translation(vocabulary).of(root) & _Translation(vocabulary, is_guarded=False).of(root)
 
 
 def compile_number(text: str, vocabulary: Vocabulary, option: str) -> Expression:
@@ -145,202 +153,90 @@ def compile_number(text: str, vocabulary: Vocabulary, option: str) -> Expression
     Raises:
         JobError: as `compile_filter`.
     """
-    import pyarrow as pa
-
-    compiler = _Compiler(text, vocabulary, option, has_arithmetic=True)
-    return compiler.compiled(NUMBER).expression.cast(pa.float64())
+    return _as_double(_Translation(vocabulary).of(_parsed(parse_number, text, vocabulary, option)))
 
 
-class _Compiler:
-    """Walks the syntax tree of one text; every method gives the term of a node or raises with its place."""
+def _parsed(
+    parse: Callable[[str, Mapping[str, NameType]], Node], text: str, vocabulary: Vocabulary, option: str
+) -> Node:
+    try:
+        return parse(text, vocabulary.types)
+    except ConditionError as error:
+        raise JobError(f"{option} {error}") from None
 
-    def __init__(
-        self, text: str, vocabulary: Vocabulary, option: str, *, has_arithmetic: bool, is_guarded: bool = True
-    ) -> None:
-        self._text = text
-        self._is_guarded = is_guarded
+
+class _Translation:
+    """From the nodes of a tree to Arrow expressions."""
+
+    def __init__(self, vocabulary: Vocabulary, *, is_guarded: bool = True) -> None:
         self._vocabulary = vocabulary
-        self._option = option
-        self._has_arithmetic = has_arithmetic
-        self._num_parts = 0
+        self._is_guarded = is_guarded
 
-    def compiled(self, wanted: str) -> Term:
-        if len(self._text) > MAX_CHARS:
-            raise self._refusal(None, f"it has {len(self._text)} characters; up to {MAX_CHARS} are read")
-        try:
-            root = ast.parse(self._text.strip(), mode="eval").body
-            term = self._term(root)
-        except SyntaxError as error:
-            place = "" if error.offset is None else f"at character {error.offset}: "
-            raise self._refusal(None, f"{place}{error.msg}; write such as {_EXAMPLES[wanted]}") from None
-        except (ValueError, MemoryError, RecursionError):
-            what = "it cannot be read: a character that no text has, a huge number, or nested too deep"
-            raise self._refusal(None, what) from None
-        if wanted == NUMBER and term.kind == FLAG:
-            return _as_number(term)
-        if term.kind != wanted:
-            hint = "a condition is needed, such as risk > 2" if wanted == FLAG else "a number is needed"
-            raise self._refusal(root, f"is a {term.kind}; {hint}")
-        return term
+    def of(self, node: Node) -> Expression:
+        import pyarrow.compute as pc
 
-    def _term(self, node: ast.expr) -> Term:
-        self._num_parts += 1
-        if self._num_parts > MAX_PARTS:
-            raise self._refusal(node, f"is one part too many; up to {MAX_PARTS} are read (a list counts as one)")
         match node:
-            case ast.Constant():
-                return self._literal(node)
-            case ast.Name():
-                return self._name(node)
-            case ast.BoolOp():
-                join = operator.and_ if isinstance(node.op, ast.And) else operator.or_
-                parts = [self._flag(operand).expression for operand in node.values]
-                return Term(functools.reduce(join, parts), FLAG)
-            case ast.UnaryOp(op=ast.Not()):
-                return Term(~self._flag(node.operand).expression, FLAG)
-            case ast.UnaryOp(op=ast.USub()):
-                return self._negative(node)
-            case ast.Compare():
+            case Literal():
+                return pc.scalar(node.value)
+            case Name():
+                return self._vocabulary.expression(node.name, is_guarded=self._is_guarded)
+            case Not():
+                return ~self.of(node.operand)
+            case Junction():
+                return functools.reduce(operator.and_ if node.is_and else operator.or_, map(self.of, node.operands))
+            case Comparison():
                 return self._comparison(node)
-            case ast.BinOp() if self._has_arithmetic and type(node.op) in _ARITHMETIC:
-                left, right = (_as_double(self._number(operand)) for operand in (node.left, node.right))
-                return Term(_ARITHMETIC[type(node.op)](left, right), NUMBER)
-        more = ", + - * /" if self._has_arithmetic else ""
-        raise self._refusal(
-            node, f"is not of this language: comparisons, and, or, not, in [...], columns, texts, numbers{more}"
-        )
+            case Membership():
+                return self._membership(node)
+            case Negative():
+                return pc.negate(self.of(node.operand))
+            case Arithmetic():
+                return _ARITHMETIC[node.sign](_as_double(self.of(node.left)), _as_double(self.of(node.right)))
+            case AsNumber():
+                return _as_double(self.of(node.operand))
+        raise TypeError(type(node).__name__)
 
-    def _name(self, node: ast.Name) -> Term:
-        try:
-            term = self._vocabulary.term(node.id, is_guarded=self._is_guarded)
-        except KeyError:
-            hint = nearest(node.id, [*self._vocabulary.names, "True", "False"])
-            others = hint or f"; the columns are {', '.join(self._vocabulary.names)}"
-            raise self._refusal(node, f"is not a column{others}") from None
-        if term is None:
-            raise self._refusal(node, "is a column of lists, which cannot be compared")
-        return term
+    def _comparison(self, node: Comparison) -> Expression:
+        is_mixed = node.left.kind == NUMBER and node.left.is_integer != node.right.is_integer
+        left, right = ((self._double(part) if is_mixed else self.of(part)) for part in (node.left, node.right))
+        return COMPARE[node.sign](left, right)
 
-    def _literal(self, node: ast.Constant) -> Term:
+    def _double(self, node: Node) -> Expression:
+        """A number that is compared with a double; Arrow itself would compare some as floats of 32 bits."""
         import pyarrow.compute as pc
 
-        value = node.value
-        if isinstance(value, bool):
-            return Term(pc.scalar(value), FLAG, value=value)
-        if isinstance(value, str):
-            if not _is_unicode(value):
-                raise self._refusal(node, "is not a text in Unicode")
-            return Term(pc.scalar(value), TEXT, value=value)
-        if isinstance(value, int | float):
-            return self._number_literal(node, value)
-        raise self._refusal(node, "is neither a number nor a text nor True or False")
+        if isinstance(node, Literal):
+            return pc.scalar(float(node.value))
+        # Not a conversion of columns of doubles, through which readers of parquet would not see.
+        return _as_double(self.of(node), is_exact=False) if node.is_integer else self.of(node)
 
-    def _number_literal(self, node: ast.expr, value: float) -> Term:
-        import pyarrow.compute as pc
-
-        if isinstance(value, int) and not -_INT64 <= value < _INT64:
-            try:
-                value = float(value)
-            except OverflowError:
-                value = math.inf
-        if not math.isfinite(value):
-            raise self._refusal(node, "is too large for a number")
-        return Term(pc.scalar(value), NUMBER, isinstance(value, int), value)
-
-    def _negative(self, node: ast.UnaryOp) -> Term:
-        import pyarrow.compute as pc
-
-        if isinstance(node.operand, ast.Constant) and isinstance(node.operand.value, int | float):
-            return self._number_literal(node, -node.operand.value)
-        inner = self._number(node.operand)
-        return Term(pc.negate(inner.expression), NUMBER, inner.is_integer)
-
-    def _flag(self, node: ast.expr) -> Term:
-        term = self._term(node)
-        if term.kind != FLAG:
-            raise self._refusal(node, f"is a {term.kind}; compare it, as in risk > 2")
-        return term
-
-    def _number(self, node: ast.expr) -> Term:
-        term = self._term(node)
-        if term.kind == FLAG and self._has_arithmetic:
-            return _as_number(term)
-        if term.kind != NUMBER:
-            raise self._refusal(node, f"is a {term.kind}; a number is needed")
-        return term
-
-    def _comparison(self, node: ast.Compare) -> Term:
-        parts = []
-        left_node, left = node.left, self._term(node.left)
-        for op, right_node in zip(node.ops, node.comparators, strict=True):
-            if isinstance(op, ast.In | ast.NotIn):
-                parts.append(self._membership(left_node, left, right_node, is_negated=isinstance(op, ast.NotIn)))
-                break
-            if type(op) not in _COMPARE:
-                raise self._refusal(node, "compares by `is`; use ==")
-            right = self._term(right_node)
-            self._check_kinds(node, left, right, op)
-            parts.append(_COMPARE[type(op)](left.expression, right.expression))
-            left_node, left = right_node, right
-        if len(parts) < len(node.ops):
-            raise self._refusal(node, "compares on after `in`; join the two with `and`")
-        return Term(functools.reduce(operator.and_, parts), FLAG)
-
-    def _check_kinds(self, node: ast.Compare, left: Term, right: Term, op: ast.cmpop) -> None:
-        if left.kind != right.kind:
-            raise self._refusal(node, f"compares a {left.kind} with a {right.kind}")
-        if left.kind == FLAG and not isinstance(op, ast.Eq | ast.NotEq):
-            raise self._refusal(node, "orders flags; they are equal or not")
-
-    def _membership(self, node: ast.expr, left: Term, choices: ast.expr, *, is_negated: bool) -> Expression:
+    def _membership(self, node: Membership) -> Expression:
         import pyarrow as pa
 
-        if not isinstance(choices, ast.List | ast.Tuple | ast.Set):
-            raise self._refusal(choices, "is not a list; write it as [1, 2]")
-        terms = [self._choice(choice, left) for choice in choices.elts]
-        values = [term.value for term in terms]
-        if left.kind == NUMBER:
-            whole = left.is_integer and all(term.is_integer for term in terms)
-            kind = pa.int64() if whole else pa.float64()
-            member = left.expression.cast(kind).isin(pa.array(values, kind))
+        operand, values = self.of(node.operand), node.values
+        if node.operand.kind == NUMBER:
+            kind = pa.int64() if node.is_whole else pa.float64()
+            # Arrow looks up bits, by which the two zeros differ.
+            zeros = (0.0, -0.0) if 0 in values and not node.is_whole else ()
+            member = operand.cast(kind).isin(pa.array([*values, *zeros], kind))
         else:
-            member = left.expression.isin(pa.array(values, pa.bool_() if left.kind == FLAG else pa.string()))
+            member = operand.isin(pa.array(values, pa.bool_() if node.operand.kind == FLAG else pa.string()))
         if self._is_guarded:
             # What is not known is neither in a list nor outside of it.
-            member = _known_where(left.expression.is_valid(), member)
-        return ~member if is_negated else member
-
-    def _choice(self, node: ast.expr, left: Term) -> Term:
-        if isinstance(node, ast.Constant):
-            term = self._literal(node)
-        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
-            term = self._negative(node)
-        else:
-            raise self._refusal(node, "is not a number or text; a list holds nothing else")
-        if term.kind != left.kind:
-            raise self._refusal(node, f"is a {term.kind} in a list for a {left.kind}")
-        return term
-
-    def _refusal(self, node: ast.expr | None, what: str) -> JobError:
-        text = _short(self._text)
-        if node is None:
-            return JobError(f"{self._option} {text}: {what}")
-        stripped = self._text.strip()
-        lead = len(self._text) - len(self._text.lstrip())
-        line = stripped.splitlines()[node.lineno - 1] if stripped else ""
-        place = lead + len(line.encode()[: node.col_offset].decode(errors="replace")) + 1
-        part = _short(ast.get_source_segment(stripped, node) or "")
-        return JobError(f"{self._option} {text}: at character {place}: {part} {what}")
+            member = _known_where(operand.is_valid(), member)
+        return ~member if node.is_negated else member
 
 
-def _kind_of(kind: pa.DataType) -> str:
+def _type_of(kind: pa.DataType) -> NameType:
+    """What a column stands for."""
     import pyarrow as pa
 
     if pa.types.is_boolean(kind):
-        return FLAG
+        return NameType(FLAG)
     if pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        return NUMBER
-    return TEXT if pa.types.is_string(kind) or pa.types.is_large_string(kind) else ""
+        return NameType(NUMBER, pa.types.is_integer(kind))
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return NameType(TEXT, refusal="" if is_text else LIST_REFUSAL)
 
 
 def _can_derive(name: str, schema: pa.Schema) -> bool:
@@ -356,25 +252,8 @@ def _entry_score(schema: pa.Schema, entry: EntryScore) -> Expression:
     return pc.struct_field(element(pc.field(entry.column.name), 0), [place])
 
 
-def _as_number(flag: Term) -> Term:
+def _as_double(expression: Expression, *, is_exact: bool = True) -> Expression:
+    """A number as a double; where it has to be exact, whole numbers beyond 2^53 are an error."""
     import pyarrow as pa
 
-    return Term(flag.expression.cast(pa.float64()), NUMBER)
-
-
-def _as_double(term: Term) -> Expression:
-    import pyarrow as pa
-
-    return term.expression.cast(pa.float64())
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "...")
+    return expression.cast(pa.float64(), safe=is_exact)

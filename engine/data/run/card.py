@@ -16,12 +16,25 @@ from engine.data.run.curation_text import curation_facts
 from engine.data.run.file_names import SURPLUS_LIST
 from engine.data.run.schema import arrow_schema, tar_features
 from engine.data.run.summary import GroupSummary, Spread, shown_entry_scores, shown_scores
-from engine.job.columns import BY_NAME, GUIDES, Role, columns_with, enumerated, target_first, units_text
+from engine.job.columns import (
+    BY_NAME,
+    GUIDES,
+    MIN_ORACLE_P_LABEL,
+    MIN_P_VALID,
+    Role,
+    columns_with,
+    enumerated,
+    target_first,
+    units_text,
+)
 from engine.job.records import STARTS, TWINS
 from engine.job.spec import ConditioningSpec, JobSpec, RequestSpec
 from engine.models.calibration import NOTED, model_notes
 from engine.models.licences import UNKNOWN
 
+# What the name `label_is_valid` stands for.
+_BY_ORACLES = f"every oracle that guided nothing has the label at p >= {MIN_ORACLE_P_LABEL}"
+_VALIDITY_RULE = f"`p_valid` is {MIN_P_VALID} or more, or, without that estimate, {_BY_ORACLES}"
 _SIZES = (
     (10**3, "n<1K"),
     (10**4, "1K<n<10K"),
@@ -36,7 +49,7 @@ _SIZES = (
 )
 _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
 # Headings that the note above the table explains.
-ERRORS, VALID_FAILURES = "errors", "valid failures"
+ERRORS, VALID_FAILURES, STRICT_FAILURES = "errors", "valid failures", "strictly valid failures"
 MAX_TABLE_ROWS = 200
 _COMPANION_TEXTS = {
     STARTS: "the real image that a sample started from, at the size of the sample, not scored",
@@ -64,7 +77,9 @@ def dataset_card(job: JobSpec, manifest: dict[str, Any], groups: list[GroupSumma
         _table(groups),
         loading_section(job.output.image_format, manifest["schema_version"]),
         *_companions(manifest),
-        columns_section(manifest["schema_version"], has_ensemble=bool(job.models.further_targets)),
+        columns_section(
+            manifest["schema_version"], has_ensemble=bool(job.models.further_targets), oracle_guides=job.oracle_guides
+        ),
         _limits(job, manifest["schema_version"]),
     ]
     return "\n\n".join(sections) + "\n"
@@ -252,7 +267,9 @@ def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
                 f"  - guided: {_guided(counts.get('guidance', {}).get(request.name))}",
             ]
         if request.accept:
-            lines.append(f"  - accepted when: {_parameters(request.accept)}")
+            rule = request.accept
+            text = code(rule, table=False) if isinstance(rule, str) else _parameters(rule)
+            lines.append(f"  - accepted when: {text}")
     return "\n".join(lines)
 
 
@@ -389,6 +406,8 @@ def _columns(groups: list[GroupSummary]) -> dict[str, Callable[[GroupSummary], s
     if _has_oracle(groups):
         columns["oracle agrees"] = lambda group: _percent(group.oracle_agreement)
         columns[VALID_FAILURES] = lambda group: _percent(group.valid_failure_rate)
+    if any(group.strict_failure_rate is not None for group in groups):
+        columns[STRICT_FAILURES] = lambda group: _percent(group.strict_failure_rate)
     if any(group.transfer for group in groups):
         columns["transfer"] = _transfer
     for name, entry in shown_entry_scores(groups).items():
@@ -420,6 +439,8 @@ def _table_note(groups: list[GroupSummary]) -> str:
             " The oracle agrees where it predicts a class that was asked for; a valid failure is a sample on which the "
             "target errs while the oracle agrees."
         )
+    if any(group.strict_failure_rate is not None for group in groups):
+        text += f" It is strictly valid where {_VALIDITY_RULE}."
     if shown_entry_scores(groups):
         text += " The judge is a second CLIP model that guided nothing; its conformity is a mean."
     if any(summary.model.endswith(GUIDES) for group in groups for summary in group.transfer):
@@ -446,23 +467,39 @@ def _spread(spread: Spread | None) -> str:
     return "" if spread is None else f"{spread.median:.3g} ({spread.q25:.3g} to {spread.q75:.3g})"
 
 
-def columns_section(version: int, *, has_ensemble: bool = False) -> str:
+def columns_section(version: int, *, has_ensemble: bool = False, oracle_guides: bool = False) -> str:
     """What the columns of a schema version mean.
 
     Args:
         has_ensemble: whether a run has several targets, of which the column `transfer` has entries, too.
+        oracle_guides: whether an oracle is a floor of some guidance.
     """
     names = arrow_schema(surplus=True, version=version).names
     lines = ["## Columns", "", "| column | meaning |", "|---|---|"]
     lines += [f"| `{name}` | {BY_NAME[name].description.replace('|', chr(92) + '|')} |" for name in names]
     if has_ensemble:
         lines += ["", f"In `transfer`, a model with `{GUIDES.strip()}` after its name was guided on: a further target."]
+    if oracle_guides:
+        text = "was a floor of guidance, and has no part in the other columns of the oracles."
+        lines += ["", f"In `oracles`, a model with `{GUIDES.strip()}` after its name {text}"]
     return "\n".join(lines)
+
+
+def _checked_labels(job: JobSpec, version: int) -> str:
+    """What checked the labels, as the end of a sentence."""
+    models = job.models
+    if not job.independent_oracles:
+        return "filter by `conformity`"
+    if version < BY_NAME["oracle_p_label_min"].since:
+        return "filter by `conformity` and by what the oracle predicts"
+    if models.validity:
+        share = "`p_valid` estimates the share of\n  people who agree, fitted on answers of people"
+        return f"{share} ({code(models.validity)}); `label_is_valid` asks for {MIN_P_VALID}"
+    return f"no estimate was fitted on answers of\n  people, so that `label_is_valid` means that {_BY_ORACLES}"
 
 
 def _limits(job: JobSpec, version: int) -> str:
     models = job.models
-    oracle = "filter by `conformity` and by what the oracle predicts" if models.oracle else "filter by `conformity`"
     judge = "the judge is a second opinion" if models.judge else "no second CLIP model judged"
     has_guided = any(request.method_record.measures_conformity for request in job.requests)
     clip = "may have guided the sample" if has_guided else "guided no sample"
@@ -475,7 +512,7 @@ def _limits(job: JobSpec, version: int) -> str:
     one_target = enumerated(of_target).replace(" and ", " and\n  ") + " are those of one target."
     return f"""## Limits
 
-- Labels are what was asked of the diffusion model, not what a person saw: {oracle}.
+- Labels are what was asked of the diffusion model, not what a person saw: {_checked_labels(job, version)}.
 - `conformity` comes from one CLIP model, which {clip}, and shares its blind spots ({judge}); {one_target}
 - Images inherit the biases and gaps of the diffusion model; rates of error here are not rates on real images.
 - Scores are of the stored 8-bit image. Columns are of schema version {version}; `manifest.json`

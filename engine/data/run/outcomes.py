@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from engine.data.run.counts import JOINT_KEY, is_joint
-from engine.job.columns import NO_CLASS
+from engine.job.columns import MIN_ORACLE_P_LABEL, MIN_P_VALID, NO_CLASS, UNKNOWN
 from engine.job.records import REAL, STATUS_FAILED
 
 if TYPE_CHECKING:
@@ -76,6 +76,29 @@ def oracle_agreement(table: pa.Table) -> np.ndarray:
 
     oracle = table["oracle_class"].to_numpy()
     return np.where(oracle == NO_CLASS, -1.0, predicts_asked(table, oracle))
+
+
+def label_validity(table: pa.Table) -> np.ndarray:
+    """1.0 where the label is valid by the name `label_is_valid`, 0.0 where not, -1.0 where that is unknown, [N].
+
+    Unknown are rows of schema versions before 5, and those without an oracle that guided nothing.
+    """
+    import numpy as np
+
+    names = ("p_valid", "oracle_p_label_min")
+    if not set(names) <= set(table.column_names):
+        return np.full(table.num_rows, -1.0)
+    estimate, least = (np.nan_to_num(table[name].to_numpy(), nan=UNKNOWN) for name in names)
+    is_valid = np.where(estimate == UNKNOWN, least >= MIN_ORACLE_P_LABEL, estimate >= MIN_P_VALID)
+    return np.where((estimate == UNKNOWN) & (least == UNKNOWN), -1.0, is_valid)
+
+
+def label_is_valid_expression() -> Expression:
+    """The same as an Arrow expression, false where it is unknown."""
+    import pyarrow.compute as pc
+
+    estimate, least = pc.field("p_valid"), pc.field("oracle_p_label_min")
+    return (estimate >= MIN_P_VALID) | ((estimate == UNKNOWN) & (least >= MIN_ORACLE_P_LABEL))
 
 
 def scored_rows(table: pa.Table) -> np.ndarray:

@@ -17,7 +17,7 @@ from engine.data.run.manifest_reading import check_is_run
 from engine.data.stores.base import Store
 from engine.errors import MAX_REASON_CHARS, JobError, OutputError, OwnedError
 from engine.job.parsing import parse_job
-from engine.job.plan import EVERY_CELL, Cell, Extent, Plan, RequestPlan, planned_temperature
+from engine.job.plan import EVERY_CELL, Cell, Extent, Plan, RequestPlan, planned_temperature, planned_validity
 from engine.job.records import columns_of
 from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json
@@ -128,6 +128,7 @@ def stored_plan(store: Store) -> tuple[JobSpec, Plan]:
         plan = Plan(requests, stored.identity, stored.stages, stored.schema_version)
         _check_extents(plan)
         planned_temperature(plan.identity)
+        planned_validity(plan.identity)
     except _READ_ERRORS as error:
         raise _unreadable(store.address(PLANS), error) from error
     return job, plan

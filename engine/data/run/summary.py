@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.data.run.outcomes import errors, oracle_agreement, predicts_asked, scored_rows
+from engine.data.run.outcomes import errors, label_validity, oracle_agreement, predicts_asked, scored_rows
 from engine.job.class_names import distinct_pairs
 from engine.job.columns import (
     ASKED,
@@ -39,7 +39,7 @@ SUMMARY_COLUMNS = tuple(
     dict.fromkeys(
         [
             *_TEXTS, *(column.name for column in _SCORES), *ASKED, *ERRS, "accepted", "scored", "oracle_class",
-            "transfer", *(entry.column.name for entry in _ENTRY_SCORES.values()),
+            "oracle_p_label_min", "p_valid", "transfer", *(entry.column.name for entry in _ENTRY_SCORES.values()),
         ]
     )
 )  # fmt: skip
@@ -77,6 +77,8 @@ class GroupSummary:
         oracle_agreement: share whose oracle class is the conditioned one, for a joint prompt any of its subset; None
             without an oracle.
         valid_failure_rate: share on which the target errs while the oracle agrees; None without an oracle.
+        valid_label_rate: share of which the label is valid by the name `label_is_valid`; None where it is unknown.
+        strict_failure_rate: share on which the target errs while the label is valid by that name.
         scores: by column, in the order of the table; of a run of an earlier schema version without later ones.
         entry_means: by name, the mean of a score under a model that has entries (`ENTRY_SCORES`), such as the judge;
             None without one.
@@ -94,6 +96,8 @@ class GroupSummary:
     scores: Mapping[str, Spread | None]
     oracle_agreement: float | None
     valid_failure_rate: float | None
+    valid_label_rate: float | None = None
+    strict_failure_rate: float | None = None
     transfer: tuple[TransferSummary, ...]
     entry_means: Mapping[str, float | None] = field(default_factory=dict)
 
@@ -102,7 +106,7 @@ def shown_scores(groups: Sequence[GroupSummary]) -> list[Column]:
     """The summarised scores that a table of groups has columns for: those that any of the runs has a value of."""
 
     def is_shown(column: Column) -> bool:
-        if column.is_paired:
+        if column.is_optional:
             return any(group.scores.get(column.name) is not None for group in groups)
         return not groups or any(column.name in group.scores for group in groups)
 
@@ -232,9 +236,10 @@ def summarise_table(table: pa.Table) -> list[GroupSummary]:
     codes = _group_codes(table)
     scores = [column.name for column in _SCORES if _is_stored(table, column)]
     columns = {name: _numbers(table, name) for name in [*scores, "accepted"]}
-    columns |= {name: without_absent(columns[name], BY_NAME[name]) for name in scores if BY_NAME[name].is_paired}
+    columns |= {name: without_absent(columns[name], BY_NAME[name]) for name in scores if BY_NAME[name].is_optional}
     columns |= {status: _equals(table, "status", status) for status in (STATUS_OK, STATUS_REJECTED, STATUS_FAILED)}
     columns |= {"scored": scored_rows(table), "error": errors(table), "oracle": oracle_agreement(table)}
+    columns |= {"valid": label_validity(table)}
     columns |= {name: _entry_readings(table, entry) for name, entry in _ENTRY_SCORES.items()}
     transfers = _transfer_readings(table)
     order = np.argsort(codes, kind="stable")
@@ -259,7 +264,7 @@ def _is_stored(table: pa.Table, column: Column) -> bool:
     """Whether any row has a score: earlier schema versions lack later ones, and most rows have no second image."""
     if column.name not in table.column_names:
         return False
-    return bool(len(measured(table[column.name], column))) if table.num_rows else not column.is_paired
+    return bool(len(measured(table[column.name], column))) if table.num_rows else not column.is_optional
 
 
 def without_absent(values: np.ndarray, column: Column) -> np.ndarray:
@@ -273,7 +278,7 @@ def _group(
     names: dict[str, Any], scores: Sequence[str], rows: dict[str, np.ndarray], transfer: tuple[TransferSummary, ...]
 ) -> GroupSummary:
     scored = rows["scored"]
-    has_oracle = scored & (rows["oracle"] >= 0)
+    has_oracle, has_validity = (scored & (rows[name] >= 0) for name in ("oracle", "valid"))
     return GroupSummary(
         **names,
         attempted=len(scored),
@@ -284,6 +289,8 @@ def _group(
         error_rate=_mean(rows["error"][scored]),
         oracle_agreement=_mean(rows["oracle"][has_oracle]),
         valid_failure_rate=_mean((rows["oracle"] * rows["error"])[has_oracle]),
+        valid_label_rate=_mean(rows["valid"][has_validity]),
+        strict_failure_rate=_mean((rows["valid"] * rows["error"])[has_validity]),
         transfer=transfer,
         scores={name: _spread(_known(rows[name][scored])) for name in scores},
         entry_means={name: _mean(_known(rows[name])) for name in _ENTRY_SCORES},

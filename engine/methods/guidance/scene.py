@@ -71,6 +71,7 @@ class GuidanceScene(Scene):
         decoding: of predicted latents.
         further_logits: as `logits`, of each further target.
         ensemble: what is descended where there are some.
+        oracle_logits: as `logits`, of the oracle that guides; None without one.
         row_multiple: a gradient may be that of some rows, a multiple of so many; None: all rows stay together.
     """
 
@@ -78,6 +79,7 @@ class GuidanceScene(Scene):
     decoding: Decoding
     further_logits: tuple[Callable[[Tensor], Tensor], ...] = ()
     ensemble: Ensemble = "mean"
+    oracle_logits: Callable[[Tensor], Tensor] | None = None
     row_multiple: int | None = None
 
     def over_targets(self, criteria: Callable[[Tensor, Self], Tensor], images: Tensor) -> Tensor:
@@ -94,6 +96,7 @@ class GuidanceScene(Scene):
             self,
             conformity=functools.cache(self.conformity),
             raw_conformity=functools.cache(self.raw_conformity),
+            oracle_logits=self.oracle_logits and functools.cache(self.oracle_logits),
             further_logits=(),
         )
         each = [

@@ -1,15 +1,17 @@
 """RiskyDiff guidance (Yu et al. 2025): risk for the target under conformity to the class, by two step rules.
 
 `paper` ascends `S = risk + lambda * conformity` by a fixed step on eps. `polyak` needs no step size: risk has a target,
-approached from both sides, conformity a floor; each is a non-negative distance whose zero is known.
+approached from both sides, conformity a floor, and so has the probability of the label under an oracle that guides;
+each is a non-negative distance whose zero is known.
 
 Legend: B samples, z latents [B, C, H, W], g gradients in z of the same shape.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +35,7 @@ from engine.methods.scores import risk
 # The paper's step size is for Stable Diffusion's 4 x 64 x 64 latents: g has length 1, eps has length sqrt(d).
 PAPER_LATENT_ELEMENTS = 16384
 PAPER_EPSILON = 1e-10
+Distance = Callable[[RiskyGuidanceSpec, GuidanceScene, Tensor], Tensor]
 SOURCES: Mapping[str, Source] = {"unet": "conditional-unet", "combined": "combined-unet", "detached": "combined"}
 
 
@@ -59,10 +62,7 @@ def _criteria_and_update(spec: RiskyGuidanceSpec) -> tuple[Criteria, Update]:
     """What is descended, and how the prediction moves."""
     if spec.step == "paper":
         return papers_objective(spec), fixed_step(spec.scale)
-    if spec.conformity_floor is None:
-        # The distance to a floor is a backward pass, which a job without one does not pay for.
-        return lambda images, scene: _to_target(spec, scene, images)[None], polyak_to_target(spec.cap)
-    return _target_and_floor(spec, spec.conformity_floor), polyak_with_floor(spec.cap)
+    return distances(spec), polyak_above_floors(spec.cap)
 
 
 def papers_objective(spec: RiskyGuidanceSpec) -> Criteria:
@@ -75,15 +75,29 @@ def papers_objective(spec: RiskyGuidanceSpec) -> Criteria:
     return objective
 
 
-def _target_and_floor(spec: RiskyGuidanceSpec, lowest: float) -> Criteria:
-    """Distances to the risk target and to the floor of conformity, [2, B]."""
-    return lambda images, scene: torch.stack(
-        [_to_target(spec, scene, images), distance_below(_conformity(spec, scene, images), lowest)]
-    )
+def distances(spec: RiskyGuidanceSpec) -> Criteria:
+    """Distances to the risk target and to each floor, the first one first where they conflict, [1 + floors, B].
+
+    The distance to a floor is a backward pass, which a job without it does not pay for.
+    """
+    measured: list[Distance] = [_to_target]
+    measured += [_below_conformity] if spec.conformity_floor is not None else []
+    measured += [_below_oracle] if spec.oracle_floor is not None else []
+    return lambda images, scene: torch.stack([distance(spec, scene, images) for distance in measured])
 
 
 def _to_target(spec: RiskyGuidanceSpec, scene: GuidanceScene, images: Tensor) -> Tensor:
     return distance_to_target(risk(scene.logits(images), scene.labels), spec.target_risk, spec.tolerance)
+
+
+def _below_conformity(spec: RiskyGuidanceSpec, scene: GuidanceScene, images: Tensor) -> Tensor:
+    assert spec.conformity_floor is not None
+    return distance_below(_conformity(spec, scene, images), spec.conformity_floor)
+
+
+def _below_oracle(spec: RiskyGuidanceSpec, scene: GuidanceScene, images: Tensor) -> Tensor:
+    assert spec.oracle_floor is not None and scene.oracle_logits is not None
+    return distance_below_probability(scene.oracle_logits(images), scene.labels, spec.oracle_floor)
 
 
 def _conformity(spec: RiskyGuidanceSpec, scene: GuidanceScene, images: Tensor) -> Tensor:
@@ -99,6 +113,14 @@ def distance_to_target(measured: Tensor, target: float, tolerance: float) -> Ten
 def distance_below(conformity: Tensor, lowest: float) -> Tensor:
     """Hinge `max(0, lowest - conformity)` of each sample, [B]."""
     return (lowest - conformity).clamp_min(0)
+
+
+def distance_below_probability(logits: Tensor, labels: Tensor, lowest: float) -> Tensor:
+    """Hinge `max(0, log lowest - log p_y)` of each sample, in nats, [B]; logits [B, n].
+
+    Of the logarithm, whose gradient does not vanish where the probability does.
+    """
+    return (risk(logits, labels) + math.log(lowest)).clamp_min(0)
 
 
 def fixed_step(scale: float) -> Update:
@@ -119,36 +141,38 @@ def fixed_step(scale: float) -> Update:
     return update
 
 
-def polyak_to_target(cap: float) -> Update:
-    """Polyak steps on the distance to the risk target alone."""
+def polyak_above_floors(cap: float) -> Update:
+    """Polyak steps on the distances to the target and to the floors; where they conflict, a floor comes first.
+
+    The gradient of a floor gives way to those of the floors before it, and the target's to all of them, each in its
+    turn: what is left of a gradient conflicts with no other that is followed.
+    """
 
     def update(
         losses: Tensor, gradients: Tensor, prediction: Prediction, step: Step, health: GradientHealth
     ) -> Prediction:
-        usable, _ = usable_gradients(losses[0], gradients[0], health)
-        shift = capped(_polyak(losses[0], gradients[0]), cap * norms(prediction.latents))
-        return prediction.moved(keep(usable, shift), step)
-
-    return update
-
-
-def polyak_with_floor(cap: float) -> Update:
-    """Polyak steps on both distances; where they conflict, the gradient of the risk target gives way to the floor's."""
-
-    def update(
-        losses: Tensor, gradients: Tensor, prediction: Prediction, step: Step, health: GradientHealth
-    ) -> Prediction:
-        below = losses[1] > 0
-        to_target = torch.where(
-            per_sample(below, gradients[0]), without_conflict(gradients[0], gradients[1]), gradients[0]
-        )
+        floors: list[Tensor] = []
+        for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
+            floors.append(yielding(keep(loss > 0, gradient), floors))
+        followed = [yielding(gradients[0], floors), *floors]
         # A sample is moved as a whole: its health is that of the sum of what moves it.
-        total = to_target + keep(below, gradients[1])
-        usable, _ = usable_gradients(losses.sum(0), total, health)
-        shift = _polyak(losses[0], to_target) + keep(below, _polyak(losses[1], gradients[1]))
+        usable, _ = usable_gradients(losses.sum(0), added(followed), health)
+        shift = added([_polyak(loss, gradient) for loss, gradient in zip(losses, followed, strict=True)])
         return prediction.moved(keep(usable, capped(shift, cap * norms(prediction.latents))), step)
 
     return update
+
+
+def yielding(gradient: Tensor, protected: Sequence[Tensor]) -> Tensor:
+    """`gradient` after it gave way to each of the protected ones, in their order; to zero nothing has to."""
+    for other in protected:
+        gradient = without_conflict(gradient, other)
+    return gradient
+
+
+def added(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of at least one tensor, in their order."""
+    return functools.reduce(torch.add, terms)
 
 
 def without_conflict(gradient: Tensor, protected: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ class RiskyGuidanceSpec(PresetParameters):
         "every": 1, "counted_from": "start", "skip_last": True, "gradient": "detached",
     }  # fmt: skip
     OLD_VALUES: ClassVar[Mapping[str, tuple[str, ...]]] = {"step": ("paper",), "gradient": ("detached",)}
+    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"oracle_floor"})
     OLD_FIELDS: ClassVar[frozenset[str]] = frozenset(
         {
             "step", "scale", "conformity_weight", "conformity", "target_risk", "tolerance", "cap", "every",
@@ -45,6 +46,13 @@ class RiskyGuidanceSpec(PresetParameters):
     conformity_floor: Number | None = Field(
         default=None, ge=-1, le=1, description="polyak: lowest conformity; guidance lifts a sample that is below."
     )
+    oracle_floor: Number | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="polyak: lowest probability of the label under the last of the job's oracles; guidance lifts a"
+        " sample that is below. That oracle then guides, and is no evidence of validity.",
+    )
     cap: Number = Field(default=0.1, gt=0, le=10, description="polyak: largest step as a fraction of |z|_2.")
     gradient: Literal["unet", "combined", "detached"] = Field(
         default="unet",
@@ -62,6 +70,11 @@ class RiskyGuidanceSpec(PresetParameters):
     def can_arrive(self) -> bool:
         """Whether risk has a target."""
         return self.step == "polyak"
+
+    @property
+    def sees_oracle(self) -> bool:
+        """Whether there is a floor that the step rule keeps to."""
+        return self.step == "polyak" and self.oracle_floor is not None
 
     @property
     def risk_target(self) -> RiskTarget | None:

@@ -85,7 +85,7 @@ class ScoredRun:
         if name not in self.scores:
             return None
         values, column = self.scores[name][rows], BY_NAME[name]
-        return without_absent(values, column) if column.is_paired else values
+        return without_absent(values, column) if column.is_optional else values
 
 
 def read_scored_run(address: str) -> ScoredRun:

@@ -18,7 +18,7 @@ from engine.data.run.twins_table import FoundTwins, twins_table
 from engine.driver.progress import Display
 from engine.errors import CorruptShardError
 from engine.generation.pairs import distances, twin_fields
-from engine.job.columns import NO_PAIR, stored_names
+from engine.job.columns import UNKNOWN, stored_names
 from engine.job.partners import unguided_partners
 from engine.models.clip import Clip
 from engine.report.data import open_metadata
@@ -98,7 +98,7 @@ def _measured(run: StudiedRun, pairs: list[Pair], clip: Clip) -> Iterator[Row]:
                 f"{run.store.uri}: the images of {row['key']} and its twin {twin['key']} have different sizes;"
                 " `riskforge verify` reports what is damaged"
             )
-        if distance != NO_PAIR:
+        if distance != UNKNOWN:
             yield {"key": row["key"]} | twin_fields(sample, distance, twin_image, twin)
 
 

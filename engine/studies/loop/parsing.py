@@ -237,7 +237,7 @@ def _reward_problems(reward: str, job: JobSpec) -> Iterator[str]:
         )
         return
     role = BY_NAME[reward].measured_by if reward in BY_NAME else ""
-    if role in ("oracle", "judge") and getattr(job.models, role) is None:
+    if role in ("oracle", "judge") and not (job.independent_oracles if role == "oracle" else job.models.judge):
         yield f"curation.reward: '{reward}' is measured by models.{role}, which the job does not name"
 
 

@@ -220,7 +220,7 @@ class PipelineGenerator:
 
     def _oracle_reward(self, candidates: Candidates) -> float | None:
         """The reward by an independent reading of the classes: what curation by CLIP's labels alone would not move."""
-        if self._loop.spec.curation.reward != CLASS_INDEX or self._job.models.oracle is None:
+        if self._loop.spec.curation.reward != CLASS_INDEX or not self._job.independent_oracles:
             return None
         read = [index for index in candidates.column("oracle_class") if index >= 0]
         return sum(self.num_classes - index for index in read) / len(read) if read else None

@@ -29,7 +29,7 @@ def fit_conditioning(
         components: Gaussians of a class.
     """
     options = PredictorOptions()
-    with _one_thread():
+    with one_thread():
         statistics, fit_options = _fit_statistics(observations, labels, components)
         fit = fit_predictor(observations.embeds, observations.errors, observations.classes, labels, options)
     return Conditioning(
@@ -52,7 +52,7 @@ def fit_calibration(
     Args:
         models: address and digest of the target, as `Conditioning.models`.
     """
-    with _one_thread():
+    with one_thread():
         temperature = _temperature(observations)
     return CalibrationFit(
         labels=labels,
@@ -71,7 +71,7 @@ def _temperature(observations: Observations) -> TemperatureFit:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Sums of one order whatever the machine: an artefact's name must not depend on its number of cores."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)

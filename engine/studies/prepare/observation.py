@@ -41,9 +41,9 @@ class Observations:
 
     Attributes:
         embeds: [N, d], float32, raw; d = 0 without an image encoder.
-        logits: [N, n], divided by the target's temperature.
+        logits: [N, n], divided by the target's temperature; n = 0 without a target.
         classes: [N] class indices.
-        temperature: the target's.
+        temperature: the target's; 1 without one.
         images_digest: digest of the images and their classes.
         unusable: what could not be used, in the order of the source.
     """
@@ -91,6 +91,7 @@ class Observer:
     """Runs the target and the image encoder on images, in an actor or in the driver alike.
 
     Args:
+        target: None where the encoder's embeddings are all that is needed.
         encoder: None where the target's logits are all that is needed.
         num_rows: images of every model call; the last call is filled up, because kernels choose their order of
             summation by the shape.
@@ -98,7 +99,7 @@ class Observer:
     """
 
     def __init__(
-        self, source: ImageSource, target: Classifier, encoder: Encoder | None, num_rows: int, address: str = ""
+        self, source: ImageSource, target: Classifier | None, encoder: Encoder | None, num_rows: int, address: str = ""
     ) -> None:
         self._address = address
         self.source = source
@@ -115,7 +116,7 @@ class Observer:
 
     def observe(self, part: int, num_parts: int, report: Callable[[int], None]) -> PartObservations:
         """Part `part` of `num_parts`; `report` is called with the number of images that were processed."""
-        observed = PartObservations(temperature=self._target.temperature)
+        observed = PartObservations(temperature=self._target.temperature if self._target else 1.0)
         waiting = list[tuple[Place, LabelledImage]]()
         for place, item in self.source.read_part(part, num_parts):
             if isinstance(item, Unusable):
@@ -134,9 +135,11 @@ class Observer:
         """Run the models on a batch, and add their outputs to `observed`."""
         images = [item.image for _, item in batch]
         padded = [*images, *[images[-1]] * (self._num_rows - len(images))]
-        logits, embeds = self._target.score(padded)[: len(images)], torch.empty(len(images), 0)
+        logits = embeds = torch.empty(len(images), 0)
         faults = Faults(len(images))
-        faults.check_logits(logits, "models.target", self._target.name)
+        if self._target is not None:
+            logits = self._target.score(padded)[: len(images)]
+            faults.check_logits(logits, "models.target", self._target.name)
         if self._encoder is not None:
             embeds = self._encoder.image_embeds(padded)[: len(images)]
             faults.check_embeds(embeds, "the image encoder", self._address)
@@ -150,11 +153,12 @@ class Observer:
                 observed.keys.append((item.class_index, image_key(item.image)))
 
 
-def load_observer(job: JobSpec, source: ImageSource, encoder: str | None) -> Observer:
+def load_observer(job: JobSpec, source: ImageSource, encoder: str | None, *, with_target: bool = True) -> Observer:
     """The observer of a job's target, on the hardware of this process.
 
     Args:
         encoder: address of the image encoder, as in `load_encoder`; None for none.
+        with_target: whether the target is observed too.
 
     Raises:
         JobError: a model cannot be loaded, or `runtime` asks for what is impossible here.
@@ -163,9 +167,9 @@ def load_observer(job: JobSpec, source: ImageSource, encoder: str | None) -> Obs
     hardware = choose_hardware(job.runtime)
     fix_threads(hardware)
     # With its own temperature, whatever the job names: an artefact depends on the target and the images alone.
-    target = Classifier.load(job.models.target, hardware.device)
+    target = Classifier.load(job.models.target, hardware.device) if with_target else None
     loaded = load_encoder(encoder, hardware.device) if encoder else None
-    return Observer(source, target, loaded, _batch_size(job, hardware), encoder or "")
+    return Observer(source, target, loaded, batch_size(job, hardware), encoder or "")
 
 
 def load_part_observer(
@@ -176,6 +180,7 @@ def load_part_observer(
     folder: str,
     like: tuple[str, int | None, int],
     imports: tuple[str, ...] = (),
+    with_target: bool = True,
 ) -> Observer:
     """The observer of a worker, which opens the images itself.
 
@@ -184,6 +189,7 @@ def load_part_observer(
         folder: the driver's working folder, which relative addresses start from.
         like: `signature` of the source as the driver has it.
         imports: the folders that factories are imported from, in addition to those of the process.
+        with_target: as in `load_observer`.
 
     Raises:
         JobError: as `load_observer`, or the images are not the driver's.
@@ -202,7 +208,7 @@ def load_part_observer(
             f"--data: '{data}' as {socket.gethostname()} sees it is not what the driver sees; use a folder that all"
             " machines share"
         )
-    return load_observer(job, source, encoder)
+    return load_observer(job, source, encoder, with_target=with_target)
 
 
 def signature(source: ImageSource) -> tuple[str, int | None, int]:
@@ -254,7 +260,8 @@ def merge_observations(parts: Sequence[PartObservations], source: ImageSource, d
     )
 
 
-def _batch_size(job: JobSpec, hardware: Hardware) -> int:
+def batch_size(job: JobSpec, hardware: Hardware) -> int:
+    """Images of every model call of a pass."""
     if not hardware.is_cuda:
         return CPU_ROWS
     return GPU_ROWS if job.runtime.batch_size == "auto" else job.runtime.batch_size

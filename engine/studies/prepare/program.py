@@ -1,36 +1,38 @@
 """From a validation set to an artefact: one pass over the images, then everything that is fitted on it.
 
 RiskyDiff (Yu et al., AAAI 2026, arXiv 2512.18722), steps 1 to 3: embeddings and errors, class distributions, error
-predictor; and the temperature of the target, or that alone. The artefact depends on the images and their classes, not
-on their order, their files or their names.
+predictor; and the temperature of the target, or that alone. Or the images themselves, by their features, as an oracle.
+The artefact depends on the images and their classes, not on their order, their files or their names.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from engine.data.images import ImageSource, open_images
-from engine.data.stores.folder import FolderStore
-from engine.data.stores.opening import open_store, refuse_objects
+from engine.data.stores.opening import refuse_objects
 from engine.driver.executors.base import Executor
 from engine.driver.progress import Display, byte_size
-from engine.errors import OutputError
+from engine.errors import JobError
 from engine.generation.artefact import Conditioning, save_conditioning
 from engine.job.spec import JobSpec
+from engine.models.addresses import resolve
 from engine.models.artefact_documents import kind_of
-from engine.models.configurations import ARTEFACT_DOCUMENT, CALIBRATION_DOCUMENT
+from engine.models.configurations import CALIBRATION_DOCUMENT, NEIGHBOURS_DOCUMENT, read_config
 from engine.models.digests import model_digest
 from engine.models.factories import import_folders
 from engine.models.job_checks import check_addresses, check_target
 from engine.models.labels import target_labels
+from engine.models.oracle_checks import check_encoder
 from engine.studies.prepare.calibration import CalibrationFit, save_calibration
 from engine.studies.prepare.distributed_pass import observe_distributed
 from engine.studies.prepare.encoders import encoder_address, encoder_digest, is_pipeline
 from engine.studies.prepare.fitting import fit_calibration, fit_conditioning
+from engine.studies.prepare.folders import CONDITIONING, artefact_folder, check_writable
+from engine.studies.prepare.neighbours import Neighbours, check_size, fit_neighbours, save_neighbours
 from engine.studies.prepare.observation import (
     Observations,
     load_observer,
@@ -42,7 +44,8 @@ from engine.studies.prepare.observation import (
 # Above these sizes the pass is worth starting workers for. The number of images in tars is not known beforehand.
 LARGE_SET = 20_000
 LARGE_BYTES = 10**9
-CONDITIONING, CALIBRATION = kind_of(ARTEFACT_DOCUMENT), kind_of(CALIBRATION_DOCUMENT)
+CALIBRATION, NEIGHBOURS = kind_of(CALIBRATION_DOCUMENT), kind_of(NEIGHBOURS_DOCUMENT)
+Content = Conditioning | CalibrationFit | Neighbours
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +61,7 @@ class Prepared:
         seconds: time from the start.
     """
 
-    content: Conditioning | CalibrationFit
+    content: Content
     path: Path
     was_there: bool
     source: str
@@ -69,6 +72,12 @@ class Prepared:
     def conditioning(self) -> Conditioning:
         """The content of a conditioning artefact."""
         assert isinstance(self.content, Conditioning)
+        return self.content
+
+    @property
+    def neighbours(self) -> Neighbours:
+        """The content of a *neighbours* artefact."""
+        assert isinstance(self.content, Neighbours)
         return self.content
 
 
@@ -118,7 +127,28 @@ def prepare_calibration(
 
     The other arguments and the errors are those of `prepare_conditioning`.
     """
-    return _prepare(job, data, display, folder, executor, only_large=only_large, only_calibration=True)
+    return _prepare(job, data, display, folder, executor, only_large=only_large, kind=CALIBRATION)
+
+
+def prepare_neighbours(
+    job: JobSpec,
+    data: str,
+    encoder: str,
+    *,
+    display: Display,
+    folder: str | None = None,
+    executor: Executor | None = None,
+    only_large: bool = False,
+) -> Prepared:
+    """Make an oracle for the classes of a job's target from labelled images: their nearest neighbours by an encoder.
+
+    Args:
+        encoder: address of the CLIP model whose image embeddings are the features.
+        folder: where the artefact goes; `artefact_folder(job, "neighbours")` where not given.
+
+    The other arguments and the errors are those of `prepare_conditioning`.
+    """
+    return _prepare(job, data, display, folder, executor, only_large=only_large, kind=NEIGHBOURS, encoder=encoder)
 
 
 def _prepare(
@@ -129,36 +159,37 @@ def _prepare(
     executor: Executor | None,
     *,
     only_large: bool,
-    only_calibration: bool = False,
+    kind: str = CONDITIONING,
     encoder: str | None = None,
     components: int = 1,
 ) -> Prepared:
     started = time.monotonic()
     try:
         display.phase("checking models and data")
-        if only_calibration:
-            check_target(job)
-        else:
-            check_addresses(job, with_artefacts=False)
+        _check_models(job, kind, encoder)
         refuse_objects(folder or "", "--output", "an artefact")
-        kind = CALIBRATION if only_calibration else CONDITIONING
         home = Path(folder).expanduser() if folder is not None else artefact_folder(job, kind)
-        _check_writable(home)
+        check_writable(home)
         labels = tuple(target_labels(job))
         source = open_images(data, labels)
+        if kind == CONDITIONING:
+            encoder = encoder or encoder_address(job)
+        models = _described_models(job, kind, encoder)
+        if kind == NEIGHBOURS and encoder and source.num_images is not None:
+            check_size(source.num_images, _num_features(encoder))
         if only_large:
             executor = _executor_for(source, executor, display)
         if executor is not None:
             executor.begin()
-        models = {"target": {"address": job.models.target, "digest": model_digest(job.models.target)}}
-        if not only_calibration:
-            encoder = encoder or encoder_address(job)
-            models["encoder"] = {"address": encoder, "digest": encoder_digest(encoder)}
-        observations = _observe(job, source, data, encoder, executor, display)
-        content: Conditioning | CalibrationFit
-        if only_calibration:
+        observations = _observe(job, source, data, encoder, executor, display, with_target="target" in models)
+        content: Content
+        if kind == CALIBRATION:
             content = fit_calibration(observations, labels, models)
             path, was_there = save_calibration(content, home)
+        elif kind == NEIGHBOURS:
+            display.phase("choosing the number of neighbours")
+            content = fit_neighbours(observations, labels, models)
+            path, was_there = save_neighbours(content, home)
         else:
             display.phase("fitting class statistics and error predictor")
             content = fit_conditioning(observations, labels, models, components)
@@ -177,6 +208,38 @@ def _prepare(
     )
 
 
+def _check_models(job: JobSpec, kind: str, encoder: str | None) -> None:
+    """Check the models that an artefact of a kind needs.
+
+    Raises:
+        JobError: all problems of them.
+    """
+    if kind == CONDITIONING:
+        check_addresses(job, with_artefacts=False)
+        return
+    check_target(job)
+    if kind == NEIGHBOURS and encoder:
+        try:
+            check_encoder(encoder)
+        except JobError as error:
+            raise JobError([f"--encoder: {problem}" for problem in error.problems]) from None
+
+
+def _described_models(job: JobSpec, kind: str, encoder: str | None) -> dict[str, dict[str, str]]:
+    """Addresses and digests of the models that an artefact depends on."""
+    models = {}
+    if kind != NEIGHBOURS:
+        models["target"] = {"address": job.models.target, "digest": model_digest(job.models.target)}
+    if encoder:
+        models["encoder"] = {"address": encoder, "digest": encoder_digest(encoder)}
+    return models
+
+
+def _num_features(encoder: str) -> int:
+    """Entries of an embedding of a CLIP model; transformers' default where its configuration does not say."""
+    return int(read_config(resolve(encoder) / "config.json").get("projection_dim", 512))
+
+
 def _executor_for(source: ImageSource, executor: Executor | None, display: Display) -> Executor | None:
     """The executor if a set is large, else None; notifies the user which."""
     if source.num_images is None:
@@ -193,40 +256,22 @@ def _executor_for(source: ImageSource, executor: Executor | None, display: Displ
 
 
 def _observe(
-    job: JobSpec, source: ImageSource, data: str, encoder: str | None, executor: Executor | None, display: Display
+    job: JobSpec,
+    source: ImageSource,
+    data: str,
+    encoder: str | None,
+    executor: Executor | None,
+    display: Display,
+    *,
+    with_target: bool,
 ) -> Observations:
     """The models' outputs for the images, computed here or on the executor's workers."""
     if executor is None:
         display.phase("loading models")
-        return observe(load_observer(job, source, encoder), data, display)
+        return observe(load_observer(job, source, encoder, with_target=with_target), data, display)
     like, folder = signature(source), str(Path.cwd())
-    factory = partial(load_part_observer, job, data, encoder, folder=folder, like=like, imports=import_folders())
+    imports = import_folders()
+    factory = partial(
+        load_part_observer, job, data, encoder, folder=folder, like=like, imports=imports, with_target=with_target
+    )
     return observe_distributed(source, data, executor, factory, display)
-
-
-def artefact_folder(job: JobSpec, kind: str = CONDITIONING) -> Path:
-    """Where a job's artefacts of a kind go by default: `OUTPUT-KIND`, next to its output.
-
-    Raises:
-        OutputError: an output on an object store.
-    """
-    store = open_store(job.output.uri)
-    if not isinstance(store, FolderStore):
-        raise OutputError(
-            f"output.uri: {store.uri} is on an object store, and artefacts are written to folders; give the artefact's"
-            " folder with --output, and copy it to every machine with workers"
-        )
-    return store.root.with_name(f"{store.root.name}-{kind}")
-
-
-def _check_writable(folder: Path) -> None:
-    """Check before the pass that the artefact can be written after it.
-
-    Raises:
-        OutputError: the folder, or the nearest one above it that exists, is a file or not writable.
-    """
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-    if not nearest.is_dir():
-        raise OutputError(f"--output: {nearest} is a file, not a folder; choose another")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(f"--output: {nearest} is not writable; change the permissions or choose another")

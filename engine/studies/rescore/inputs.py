@@ -14,17 +14,20 @@ from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.job.json_values import digest_of
-from engine.job.plan import TEMPERATURE, Plan, planned_temperature
+from engine.job.plan import TEMPERATURE, Plan, planned_temperature, planned_validity
 from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json
+from engine.methods.validity import ValidityModel
 from engine.models.addresses import resolve
 from engine.models.calibration import (
     CALIBRATION,
     checked_calibration,
     describe_temperature,
 )
-from engine.models.digests import model_digest
-from engine.models.labels import read_labels
+from engine.models.digests import model_digest, oracle_digest
+from engine.models.labels import oracle_labels, read_labels
+from engine.models.oracle_checks import check_oracle
+from engine.models.oracle_kinds import oracle_folder, oracle_kind
 from engine.models.programs import is_program
 from engine.studies.compare.program import label_differences
 
@@ -33,22 +36,24 @@ DIGEST_CHARS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Models:
-    """Addresses and digests of the new classifiers; `transfer` and `oracle` only where they are given.
+    """Addresses and digests of the new classifiers; `transfer` and `oracles` only where they are given.
 
     Attributes:
         calibration: address of the artefact that the target's temperature is of; None for the target's own.
         described: the temperature, as in the description of a run's target.
         guided: digests of the targets that guided the run, where it has several; empty where it has one.
         digests: by role, and the temperature where it is not the target's own.
+        validity: the run's estimate of the share of people who agree, where the new oracles are those that it is of.
     """
 
     target: str
     calibration: str | None
     described: dict[str, Any]
     transfer: tuple[str, ...]
-    oracle: str | None
+    oracles: tuple[str, ...]
     digests: dict[str, Any]
     guided: frozenset[str] = frozenset()
+    validity: ValidityModel | None = None
 
     @property
     def temperature(self) -> float | None:
@@ -86,7 +91,7 @@ def open_rescoring(
     address: str,
     target: str,
     transfer: Sequence[str],
-    oracle: str | None,
+    oracles: Sequence[str],
     output: str | None,
     calibration: str | None = None,
 ) -> Rescoring:
@@ -99,12 +104,21 @@ def open_rescoring(
     run = open_store(address)
     job, plan = stored_plan(run)
     labels = _labels_of(run, job)
-    models = _check_models(target, transfer, oracle, labels)
-    models = _calibrated(replace(models, guided=_guided(plan)), run, job, plan, calibration)
+    models = _check_models(target, transfer, _with_guiding(oracles, job), labels)
+    models = replace(models, guided=_guided(plan), validity=_validity(models, plan))
+    models = _calibrated(models, run, job, plan, calibration)
     folder = open_store(output or run.address(f"{RESCORED}/{_folder_name(target, models)}"))
     rescoring = Rescoring(run=run, folder=folder, job=job, plan=plan, labels=labels, models=models)
     _check_folder(rescoring)
     return rescoring
+
+
+def _with_guiding(oracles: Sequence[str], job: JobSpec) -> Sequence[str]:
+    """New oracles, if any, and last the one that guided the run: whatever is asked, it stays one that guided."""
+    if not oracles or not job.oracle_guides:
+        return oracles
+    guiding = job.models.all_oracles[-1]
+    return [*(address for address in oracles if address != guiding), guiding]
 
 
 def _labels_of(store: Store, job: JobSpec) -> list[str]:
@@ -124,7 +138,7 @@ def _labels_of(store: Store, job: JobSpec) -> list[str]:
     return labels
 
 
-def _check_models(target: str, transfer: Sequence[str], oracle: str | None, labels: list[str]) -> Models:
+def _check_models(target: str, transfer: Sequence[str], oracles: Sequence[str], labels: list[str]) -> Models:
     """Check that the classifiers are there and have the classes of the run.
 
     Raises:
@@ -132,11 +146,10 @@ def _check_models(target: str, transfer: Sequence[str], oracle: str | None, labe
     """
     problems: list[str] = []
     asked = [("--target", target), *(("--transfer", address) for address in transfer)]
-    for option, address in [*asked, *([("--oracle", oracle)] if oracle else [])]:
+    for option, address in [*asked, *(("--oracle", address) for address in oracles)]:
         try:
-            if not is_program(address):
-                resolve(address)
-            if lines := label_differences(labels, read_labels(address) or []):
+            found = _labels_of_oracle(address) if option == "--oracle" else _labels_of_classifier(address)
+            if found is not None and (lines := label_differences(labels, found)):
                 problems += [f"{option}: '{address}' has other classes than the run (there -> here)", *lines]
         except JobError as error:
             problems += [f"{option}: {problem}" for problem in error.problems]
@@ -144,10 +157,34 @@ def _check_models(target: str, transfer: Sequence[str], oracle: str | None, labe
         raise JobError(problems)
     digests: dict[str, Any] = {"target": model_digest(target)}
     digests |= {"transfer": [model_digest(address) for address in transfer]} if transfer else {}
-    digests |= {"oracle": model_digest(oracle)} if oracle else {}
+    # One oracle as rescorings had it before there could be several.
+    of_oracles = [oracle_digest(address) for address in oracles]
+    digests |= {"oracle": of_oracles[0]} if oracles else {}
+    digests |= {"oracles": of_oracles} if len(oracles) > 1 else {}
     return Models(
-        target=target, calibration=None, described={}, transfer=tuple(transfer), oracle=oracle, digests=digests
+        target=target,
+        calibration=None,
+        described={},
+        transfer=tuple(transfer),
+        oracles=tuple(oracles),
+        digests=digests,
     )
+
+
+def _labels_of_classifier(address: str) -> list[str] | None:
+    if not is_program(address):
+        resolve(address)
+    return read_labels(address)
+
+
+def _labels_of_oracle(address: str) -> list[str] | None:
+    """The classes of an oracle that can be loaded; None for a CLIP model, which takes those of the run."""
+    if not is_program(address):
+        if oracle_kind(address) is None:
+            resolve(address)
+        if (folder := oracle_folder(address)) is not None:
+            check_oracle(folder, address)
+    return oracle_labels(address)
 
 
 def _calibrated(models: Models, run: Store, job: JobSpec, plan: Plan, address: str | None) -> Models:
@@ -173,6 +210,21 @@ def _calibrated(models: Models, run: Store, job: JobSpec, plan: Plan, address: s
         return replace(models, described=describe_temperature(models.target, None))
     digests = models.digests | {TEMPERATURE: described[TEMPERATURE]}
     return replace(models, calibration=address, described=described, digests=digests)
+
+
+def _validity(models: Models, plan: Plan) -> ValidityModel | None:
+    """The run's estimate of the share of people who agree; None where new oracles are not those that it is of."""
+    validity = planned_validity(plan.identity)
+    if validity is None or not models.oracles:
+        return validity
+    of_run, new = _oracle_digests(plan.identity["models"]), _oracle_digests(models.digests)
+    # An oracle that guided follows those that the estimate is of.
+    return validity if new == of_run[: len(validity.weights)] else None
+
+
+def _oracle_digests(digests: dict[str, Any]) -> list[str]:
+    """Of the oracles in their order, by the digests of models."""
+    return list(digests.get("oracles") or [digests["oracle"]])
 
 
 def _guided(plan: Plan) -> frozenset[str]:

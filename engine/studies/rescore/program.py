@@ -65,7 +65,7 @@ def rescore_run(
     target: str,
     *,
     transfer: Sequence[str] = (),
-    oracle: str | None = None,
+    oracles: Sequence[str] = (),
     calibration: str | None = None,
     output: str | None = None,
     advance: Callable[[str], None] = lambda text: None,
@@ -77,7 +77,7 @@ def rescore_run(
         address: folder of the run.
         target: address of the classifier, with the classes of the run's.
         transfer: classifiers that replace the run's transfer models; without any, those and their scores are kept.
-        oracle: the same for the oracle.
+        oracles: the same for the oracles.
         calibration: an artefact whose temperature the target has; without one it has its own, or that of the run where
             it is the run's target.
         output: the folder; by default `RUN/rescored/TARGET-DIGEST`.
@@ -90,7 +90,7 @@ def rescore_run(
         CorruptShardError: a shard of the run is damaged.
         OwnedError: another process rescores into this folder, or it lies in the run and a driver is at work there.
     """
-    rescoring = open_rescoring(address, target, transfer, oracle, output, calibration)
+    rescoring = open_rescoring(address, target, transfer, oracles, output, calibration)
     if rescoring.models.digests["target"] in rescoring.models.guided:
         notice(f"'{target}' is one of several targets that guided this run: its scores show no transfer")
     with ExitStack() as leases:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,16 @@ def _new_job(rescoring: Rescoring) -> JobSpec:
     job, models = rescoring.job, rescoring.models
     addresses: dict[str, Any] = {"target": models.target, "calibration": models.calibration}
     addresses |= {"transfer": models.transfer} if models.transfer else {}
-    addresses |= {"oracle": models.oracle} if models.oracle else {}
+    addresses |= _oracle_fields(models.oracles) if models.oracles else {}
+    addresses |= {"validity": None} if models.validity is None else {}
     return job.model_copy(update={"models": job.models.model_copy(update=addresses)})
+
+
+def _oracle_fields(addresses: Sequence[str]) -> dict[str, Any]:
+    """Oracles as a job has them: one, or a list."""
+    if len(addresses) == 1:
+        return {"oracle": addresses[0], "oracles": ()}
+    return {"oracle": None, "oracles": tuple(addresses)}
 
 
 def _described(rescoring: Rescoring) -> dict[str, Any]:
@@ -101,8 +110,16 @@ def _described(rescoring: Rescoring) -> dict[str, Any]:
     if models.transfer:
         pairs = zip(models.transfer, models.digests["transfer"], strict=True)
         described["transfer"] = [{"address": address, "digest": digest} for address, digest in pairs]
-    if models.oracle:
-        described["oracle"] = {"address": models.oracle, "digest": models.digests["oracle"]}
+    if models.oracles:
+        digests = models.digests.get("oracles", [models.digests["oracle"]])
+        oracles: list[dict[str, Any]] = [
+            {"address": address, "digest": digest} for address, digest in zip(models.oracles, digests, strict=True)
+        ]
+        if rescoring.job.oracle_guides:
+            oracles[-1]["guides"] = True
+        replaced = {"oracle", "oracles", *(() if models.validity else ("validity",))}
+        described = {role: value for role, value in described.items() if role not in replaced}
+        described |= {"oracle": oracles[0]} if len(oracles) == 1 else {"oracles": oracles}
     return described
 
 

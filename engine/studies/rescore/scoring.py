@@ -12,13 +12,14 @@ from engine.data.run.shards import ROWS_PER_GROUP, SHARDS, TarSample, read_rows,
 from engine.data.stores.file_errors import explained
 from engine.errors import CorruptShardError
 from engine.job.acceptance import is_accepted
-from engine.job.columns import NO_CLASS, NO_PAIR, RUN_COLUMNS, Role, columns_with
+from engine.job.columns import NO_CLASS, RUN_COLUMNS, UNKNOWN, Role, columns_with
 from engine.job.plan import SampleSpec
 from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED, TWINS, failed_record, in_version
 from engine.job.spec import JobSpec
 from engine.studies.rescore.inputs import Models, Rescoring
 
 if TYPE_CHECKING:
+    from engine.generation.oracle_scoring import Oracles
     from engine.models.classifier import Classifier
 
 NOT_STORED = "not scored again: no image is stored"
@@ -46,23 +47,26 @@ class Scoring:
 
     def __init__(self, job: JobSpec, models: Models, advance: Callable[[str], None]) -> None:
         self._job, self._models, self._advance = job, models, advance
-        self._loaded: tuple[Classifier, list[Classifier], Classifier | None] | None = None
+        self._loaded: tuple[Classifier, list[Classifier], Oracles] | None = None
         self.num_scored = 0
 
-    def _load(self) -> tuple[Classifier, list[Classifier], Classifier | None]:
+    def _load(self) -> tuple[Classifier, list[Classifier], Oracles]:
         if self._loaded is None:
             import torch
 
+            from engine.generation.oracle_scoring import Oracles
             from engine.models.classifier import Classifier
             from engine.models.library_logging import quiet_libraries
+            from engine.models.oracles import load_oracle
 
             self._advance("loading the classifiers")
             quiet_libraries()
             device = "cuda" if torch.cuda.is_available() and self._job.runtime.device != "cpu" else "cpu"
             transfer = [Classifier.load(address, device) for address in self._models.transfer]
-            oracle = Classifier.load(self._models.oracle, device) if self._models.oracle else None
             target = Classifier.load(self._models.target, device, self._models.temperature)
-            self._loaded = target, transfer, oracle
+            models = [load_oracle(address, device, target.labels) for address in self._models.oracles]
+            oracles = Oracles(models, is_guiding=self._job.oracle_guides, validity=self._models.validity)
+            self._loaded = target, transfer, oracles
         return self._loaded
 
     def records(self, samples: Sequence[Sample]) -> list[Row]:
@@ -73,14 +77,15 @@ class Scoring:
         import torch
 
         from engine.data.images.decode import decode_stored
-        from engine.generation.scorer import oracle_classes, target_fields, transfer_entries
+        from engine.generation.scorer import asked_of, target_fields, transfer_entries
         from engine.methods.finiteness import Faults
 
-        target, transfer, oracle = self._load()
+        target, transfer, oracles = self._load()
         images = [decode_stored(sample.image, f"{sample.spec.key}: its image") for sample in samples]
         faults = Faults(len(samples))
         labels = torch.tensor([sample.row["class_index"] for sample in samples])
-        fields = target_fields(target, [sample.spec.cell for sample in samples], target.score(images), labels, faults)
+        cells = [sample.spec.cell for sample in samples]
+        fields = target_fields(target, cells, target.score(images), labels, faults)
         rows = [sample.row | new for sample, new in zip(samples, fields, strict=True)]
         self._add_twins(target, samples, rows)
         if transfer:
@@ -89,9 +94,10 @@ class Scoring:
             guiding = [model for model, digest in zip(transfer, digests, strict=True) if digest in guided]
             for row, entries in zip(rows, transfer_entries(transfer, logits, labels, faults, guiding), strict=True):
                 row["transfer"] = entries
-        if oracle:
-            for row, predicted in zip(rows, oracle_classes(oracle, oracle.score(images), faults).tolist(), strict=True):
-                row["oracle_class"] = predicted
+        if oracles.models:
+            fields = oracles.fields(oracles.preprocess(images), asked_of(cells, labels), faults)
+            for row, new in zip(rows, fields, strict=True):
+                row |= {name: value for name, value in new.items() if name in row}
         self.num_scored += len(images)
         return [
             _failed(sample.spec, sample.row, faults[place]) if faults[place] else row
@@ -114,7 +120,7 @@ class Scoring:
         cells = [sample.spec.cell for sample, _, _ in paired]
         fields = target_fields(target, cells, target.score(images), labels, faults)
         for place, ((_, row, _), new) in enumerate(zip(paired, fields, strict=True)):
-            scores = (NO_CLASS, NO_PAIR) if faults[place] else (new["predicted_class"], new["risk"])
+            scores = (NO_CLASS, UNKNOWN) if faults[place] else (new["predicted_class"], new["risk"])
             row |= dict(zip(("twin_predicted_class", "twin_risk"), scores, strict=True))
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engine.data.run.manifest import software_versions
 from engine.data.run.outcomes import asked_classes, target_errs
 from engine.data.stores.fresh_folder import fresh_folder
-from engine.job.columns import ASKED, ERRS
+from engine.job.columns import ASKED, ERRS, NO_CLASS
 from engine.job.records import STATUS_FAILED
 from engine.methods.temperature import TemperatureFit, fit_temperature
 from engine.models.classifier import Classifier
@@ -127,11 +127,11 @@ def _unguided(study: Study) -> list[str]:
 
 
 def _attempts(run: StudiedRun, requests: list[str]) -> Iterator[Attempt]:
-    """The target's prediction for every sample, stored or not; where an oracle disagrees, the sample is not valid."""
-    columns, has_oracle = ["context", "status", "oracle_class", *ASKED, *ERRS], bool(run.job.models.oracle)
+    """The target's prediction for every sample, stored or not; where the oracle disagrees, the sample is not valid."""
+    columns = ["context", "status", "oracle_class", *ASKED, *ERRS]
     for row in read_attempts(run, requests, columns):
         if row["status"] != STATUS_FAILED:
-            is_valid = not has_oracle or row["oracle_class"] in asked_classes(row)
+            is_valid = row["oracle_class"] in (NO_CLASS, *asked_classes(row))
             yield Attempt(row["context"], is_valid, target_errs(row))
 
 

@@ -89,6 +89,9 @@ class Design(_Record):
         run_digest: of its plan; empty where that is not known.
         labels: class names in index order.
         population: what the items stand for, in words.
+        requests: that are reviewed.
+        condition: filter that the samples pass; empty for none.
+        is_all: whether rejected and surplus samples are in the population.
         score: the column whose thirds are strata; empty without.
         strata: of the population.
         items: in an order that says nothing.
@@ -101,6 +104,9 @@ class Design(_Record):
     seed: Annotated[int, Field(ge=0)]
     labels: Annotated[tuple[Text, ...], Field(min_length=1, max_length=10**5)]
     population: Text
+    requests: tuple[Text, ...]
+    condition: Annotated[str, Field(max_length=100_000)] = ""
+    is_all: bool = False
     score: Text = ""
     strata: Annotated[tuple[Stratum, ...], Field(max_length=10**6)]
     items: Annotated[tuple[Item, ...], Field(min_length=1, max_length=10**6)]

@@ -1,0 +1,152 @@
+"""What is recorded of several oracles, by the definitions, and what a job may name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torch import Tensor
+
+from engine.data.images import digits
+from engine.errors import JobError
+from engine.generation.loading import load_scorer
+from engine.generation.oracle_scoring import Oracles, oracle_scores
+from engine.job.columns import GUIDES
+from engine.job.parsing import parse_job
+from engine.job.plan import build_plan
+from engine.job.records import check_record
+from engine.methods.finiteness import Faults
+from engine.models.classifier import Classifier
+from engine.models.digests import model_digests
+from tests.composed import composed_job
+from tests.image_cases import DIGITS
+
+ORACLE, OTHER = "zoo:digits/oracle", "zoo:digits/classifier-b"
+
+
+def digit_images(classes: list[int]) -> list[PIL.Image.Image]:
+    """A plain composite of each class, from scans that no model was trained on."""
+    sources, contexts = digits.load_sources("test"), digits.single_contexts()
+    rows = [int(np.flatnonzero(sources.labels == label)[0]) for label in classes]
+    plain = contexts.take(np.zeros(len(rows), dtype=np.int64))
+    made = digits.compose(sources, np.array(rows), plain, rng=np.random.default_rng(0))
+    return [PIL.Image.fromarray(image) for image in made.images]
+
+
+def raw_job(tmp_path: Path, **models: Any) -> dict[str, Any]:
+    """The suite's small job, with other models; None leaves one out."""
+    raw = composed_job(tmp_path, count=1).model_dump(mode="json")
+    chosen = raw["models"] | {"oracle": None, "transfer": []} | models
+    return raw | {"models": {name: value for name, value in chosen.items() if value is not None}}
+
+
+def test_probabilities_are_softmax_sums_over_what_counts_as_the_label() -> None:
+    """Of a joint prompt all of its classes together; rows do not see each other, and no sum exceeds 1."""
+    logits = [torch.randn(64, 5, generator=torch.Generator().manual_seed(seed)) * 8 for seed in range(3)]
+    asked = [(row % 5,) if row % 2 else (0, 3, 4) for row in range(64)]
+    made = oracle_scores(logits, asked)
+    for oracle, own in enumerate(logits):
+        p = torch.softmax(own.double(), 1)
+        for row, classes in enumerate(asked):
+            assert float(made.p_label[row, oracle]) == pytest.approx(float(p[row, list(classes)].sum()), rel=1e-6)
+    assert made.predicted.tolist() == torch.stack([own.argmax(1) for own in logits], 1).tolist()
+    assert float(made.p_label.max()) <= 1
+    for row in range(64):
+        alone = oracle_scores([own[row : row + 1] for own in logits], asked[row : row + 1])
+        assert torch.equal(alone.p_label[0], made.p_label[row])
+
+
+@pytest.fixture(scope="module")
+def oracles() -> list[Classifier]:
+    return [Classifier.load(address) for address in (ORACLE, OTHER)]
+
+
+def fields(models: list[Classifier], *, is_guiding: bool = False) -> list[dict[str, Any]]:
+    """What is recorded of an image of a three, asked for as a three, an eight and either."""
+    made = Oracles(models, is_guiding=is_guiding)
+    [image] = digit_images([3])
+    return made.fields(made.preprocess([image] * 3), [(3,), (8,), (3, 8)], Faults(3))
+
+
+def test_records_name_every_oracle_and_the_least_certain_one(oracles: list[Classifier]) -> None:
+    three, eight, either = fields(oracles)
+    for record in (three, eight, either):
+        assert [entry["model"] for entry in record["oracles"]] == [ORACLE, OTHER]
+        assert record["oracle_class"] == 3 and record["p_valid"] == -1
+        assert record["oracle_p_label_min"] == min(entry["p_label"] for entry in record["oracles"])
+    assert three["oracle_p_label_min"] > 0.5 > eight["oracle_p_label_min"]
+    assert either["oracle_p_label_min"] >= three["oracle_p_label_min"]
+
+
+def test_an_oracle_that_guided_decides_nothing(oracles: list[Classifier]) -> None:
+    """It is the last one; where it is the only one, nothing is known of the label."""
+    alone, both = fields(oracles[:1])[0], fields(oracles, is_guiding=True)[0]
+    assert [entry["model"] for entry in both["oracles"]] == [ORACLE, OTHER + GUIDES]
+    assert {name: both[name] for name in ("oracle_class", "oracle_p_label_min")} == {
+        name: alone[name] for name in ("oracle_class", "oracle_p_label_min")
+    }
+    only = fields(oracles[:1], is_guiding=True)[0]
+    assert (only["oracle_class"], only["oracle_p_label_min"], only["p_valid"]) == (-1, -1, -1)
+    assert only["oracles"][0]["model"] == ORACLE + GUIDES
+    assert fields([]) == [{"oracle_class": -1, "oracles": [], "oracle_p_label_min": -1, "p_valid": -1}] * 3
+
+
+def test_a_value_that_is_not_finite_names_its_oracle(oracles: list[Classifier]) -> None:
+    class Broken(Classifier):
+        def score_pixels(self, pixels: Tensor) -> Tensor:
+            is_second = torch.arange(len(pixels))[:, None] == 1
+            return torch.where(is_second, torch.nan, super().score_pixels(pixels))
+
+    broken = Broken.load(OTHER)
+    made, faults = Oracles([oracles[0], broken]), Faults(2)
+    images = digit_images([3, 3])
+    good, _ = made.fields(made.preprocess(images), [(3,), (3,)], faults)
+    assert not faults[0] and good["oracle_class"] == 3
+    assert faults[1].startswith(f"models.oracle '{OTHER}' gives")
+
+
+def test_a_list_of_one_oracle_is_that_oracle(tmp_path: Path) -> None:
+    """Job, stored job and plan are those of `oracle`, which are as they were."""
+    one, listed = (parse_job(raw_job(tmp_path, **models)) for models in ({"oracle": ORACLE}, {"oracles": [ORACLE]}))
+    assert one == listed and one.models.all_oracles == (ORACLE,)
+    assert not {"oracles", "validity"} & one.models.model_dump().keys()
+    assert parse_job(one.model_dump(mode="json")) == one
+    two = parse_job(raw_job(tmp_path, oracles=[ORACLE, OTHER]))
+    assert two.models.oracle is None and two.models.all_oracles == (ORACLE, OTHER)
+    assert parse_job(two.model_dump(mode="json")) == two
+    digests = [model_digests(job) for job in (one, two)]
+    assert "oracles" not in digests[0] and digests[0]["oracle"] == digests[1]["oracle"] == digests[1]["oracles"][0]
+    plans = [build_plan(job, list(DIGITS), own) for job, own in zip((one, two), digests, strict=True)]
+    assert plans[0].digest != plans[1].digest
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ({"oracle": ORACLE, "oracles": [OTHER]}, "models.oracles: is a list, and oracle is there too"),
+        ({"oracles": [ORACLE, OTHER, ORACLE]}, "models.oracles.2: 'zoo:digits/oracle' is there twice"),
+        ({"oracles": [ORACLE, ""]}, "models.oracles.1"),
+        ({"oracles": [ORACLE] * 17}, "models.oracles: has 17 entries; give 16 or fewer"),
+        ({"oracles": ORACLE}, "models.oracles"),
+        ({"oracles": [ORACLE, [OTHER]]}, "models.oracles.1"),
+        ({"oracles": [ORACLE, None]}, "models.oracles.1"),
+    ],
+)
+def test_lists_that_are_wrong_are_refused(tmp_path: Path, models: dict[str, Any], message: str) -> None:
+    with pytest.raises(JobError) as caught:
+        parse_job(raw_job(tmp_path, **models))
+    assert any(problem.startswith(message) for problem in caught.value.problems), caught.value.problems
+
+
+def test_a_scorer_of_a_job_has_all_of_its_oracles(tmp_path: Path) -> None:
+    """In the order of the job; a record of it is complete."""
+    job = parse_job(raw_job(tmp_path, oracles=[OTHER, ORACLE]))
+    spec = build_plan(job, list(DIGITS), model_digests(job)).requests[0].sample(0)
+    [record] = load_scorer(job).records([spec], digit_images([spec.cell.classes[0]]))
+    assert [entry["model"] for entry in record["oracles"]] == [OTHER, ORACLE]
+    assert record["oracle_class"] == record["oracles"][0]["predicted_class"]
+    check_record(record)
