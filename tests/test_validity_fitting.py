@@ -10,7 +10,7 @@ import pytest
 
 from engine.methods.validity import MAX_P, MIN_P, ValidityModel, log_odds
 from engine.methods.validity_fitting import MIN_EACH, MIN_IMAGES, MIN_STRATUM, Answers, fit_validity
-from engine.methods.validity_quality import ALL, ERRS, RIGHT, calibration_bins, has_agreed, kept_quality, qualities
+from engine.methods.validity_quality import ALL, ERRS, RIGHT, auc, calibration_bins, has_agreed, kept_quality, qualities
 
 TRUE = ValidityModel(intercept=0.4, weights=(0.5, 0.2, 0.0))
 
@@ -196,3 +196,12 @@ def test_bins_hold_equally_many_images():
     bins = calibration_bins(estimates, estimates**2)
     assert sorted({count for _, _, count in bins}) == [10, 11] and len(bins) == 9
     assert [estimate for estimate, _, _ in bins] == sorted(estimate for estimate, _, _ in bins)
+
+
+def test_the_area_under_the_curve_is_that_of_scikit_learn():
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(0)
+    estimates, agreed = rng.integers(0, 20, 300) / 20, rng.random(300) < 0.7
+    assert auc(estimates, agreed) == pytest.approx(roc_auc_score(agreed, estimates), abs=1e-6)
+    assert auc(estimates, np.ones(300, dtype=bool)) is None
