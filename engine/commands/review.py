@@ -76,13 +76,25 @@ def review(
         Path | None,
         typer.Option(metavar="FILE", help="Write answers to pairs as preference records (.jsonl) for `curate`."),
     ] = None,
+    results: Annotated[
+        bool, typer.Option("--results", help="Print what the answers so far say of labels, oracles and rules.")
+    ] = False,
+    goal: Annotated[
+        float | None,
+        typer.Option(metavar="P", help="With --results: precision that a recommended threshold reaches. Default: 0.9."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Let people say what a run's images show: a page on this machine, or a file for others."""
     from engine.studies.review.options import DrawOptions
 
-    if sum(option is not None for option in (html, import_, preferences)) > 1:
-        raise JobError("--html, --import, --preferences: each is a command of its own; give one of them")
+    if sum(option is not None for option in (html, import_, preferences)) + results > 1:
+        raise JobError("--html, --import, --preferences, --results: each is a command of its own; give one of them")
+    if goal is not None and not (results and 0 < goal < 1):
+        raise JobError(f"--goal: {goal} is not between 0 and 1, or --results is not there; give such as --results --goal 0.95")
+    if results:
+        _print_results(run, goal, as_json)
+        return
     if import_ is not None:
         _import(run, import_, as_json)
         return
@@ -126,6 +138,23 @@ def _import_line(one: Imported) -> str:
         f"{one.num_new} of {one.num_answers} answers of {one.rater} stored{stored_before}; {one.num_answered} of"
         f" {one.num_items} items are answered"
     )
+
+
+def _print_results(run: str, goal: float | None, as_json: bool) -> None:
+    from engine.data.reading.corpus import open_run
+    from engine.data.reading.people.review import people_results
+    from engine.data.reading.people.rules import GOAL
+
+    found = people_results(open_run(run), goal=GOAL if goal is None else goal, notice=complain)
+    if as_json:
+        print_json(None if found is None else found.to_document())
+        return
+    if found is None:
+        print("nobody has said yet what an image shows; `riskforge review RUN` asks")
+        return
+    from engine.commands.people import print_people
+
+    print_people(found)
 
 
 def _write_preferences(run: str, path: Path, rater: str, as_json: bool) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,17 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from engine.data.run.file_names import METADATA, REPORT
+from engine.data.reading.corpus import open_run
+from engine.data.reading.people.card import update_card
+from engine.data.reading.people.results import PeopleResults
+from engine.data.reading.people.review import people_results
+from engine.data.review.answers import has_answers
+from engine.data.run.file_names import METADATA, REPORT, RESCORED_FROM
 from engine.data.run.manifest_reading import check_is_run, manifest_error, read_manifest
 from engine.data.run.summary import shown_scores, summarise_table
 from engine.data.run.twins_table import FoundTwins, read_twins, with_twins
 from engine.data.stores.base import Store
-from engine.errors import CorruptShardError, JobError, OutputError, first_line
+from engine.errors import CorruptShardError, JobError, OutputError, RiskforgeError, StoreLostError, first_line
 from engine.job.class_names import distinct_names
 from engine.job.columns import ADVERSARIAL_PSNR_DB, PERCEPTIBLE_PSNR_DB, by_rank, target_first, units_text
 from engine.models.factories import is_factory
@@ -58,6 +64,7 @@ from engine.report.headline import request_totals, summary_table
 from engine.report.manifest_parts import manifest_context
 from engine.report.pair_tiles import MAX_GAIN_POWER, PAIRS_BUDGET_BYTES, make_pairs
 from engine.report.pairs import PairColumns, PairSection, choose_pairs, find_others, pair_section, with_tiles
+from engine.report.people import people_context
 from engine.report.scatter import SHAPES, num_drawn, scatter
 from engine.report.stored_images import find_images
 from engine.report.text import clip, many
@@ -69,6 +76,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 9_500_000
 MAX_SERIES = 6
+MAX_PROBLEMS = 10
 MAX_MESSAGE_CHARS = 400
 HEAT_LEVELS = 4
 
@@ -97,7 +105,7 @@ _NEEDED: dict[str, type] = {
 def write_report(
     store: Store, *, title: str | None = None, labels: list[str] | None = None, into: Store | None = None
 ) -> None:
-    """Write `report.html` of a run whose manifest and metadata are written, with the results of an evaluation.
+    """Write `report.html` of a run whose manifest and metadata are written, with evaluation and people's answers.
 
     Args:
         title: heading of the page; the job's name when not given.
@@ -107,6 +115,8 @@ def write_report(
     Raises:
         OutputError: the run has no manifest or metadata yet, or the store refuses.
         CorruptShardError: one of the two cannot be read.
+
+    Side effects: writes what people say into the run's card, too.
     """
     check_is_run(store, scores=True)
     manifest = _read_manifest(store)
@@ -123,9 +133,39 @@ def write_report(
     except CorruptShardError as error:
         problems.append(str(error))
     labels = _labels(manifest) if labels is None else labels
+    people = _read_people(store, is_rescoring=RESCORED_FROM in manifest)
     with _readable(store.address(METADATA)):
-        page = render(store, manifest, title or manifest["name"], labels, evaluation, " ".join(problems), found)
+        page = render(store, manifest, title or manifest["name"], labels, evaluation, " ".join(problems), found, people)
     (into or store).replace(REPORT, page)
+    if people.is_known and into in (None, store):
+        update_card(store, people.results)
+
+
+@dataclass(frozen=True, slots=True)
+class _People:
+    """What people say of a run: the results, or lines that say what cannot be read."""
+
+    results: PeopleResults | None = None
+    problems: tuple[str, ...] = ()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the results are all that there is."""
+        return self.results is not None or not self.problems
+
+
+def _read_people(store: Store, *, is_rescoring: bool) -> _People:
+    """People's answers to a run, or to that whose images a rescoring is of; the end of a run must not depend on them."""
+    if not is_rescoring and not has_answers(store):
+        return _People()
+    problems: list[str] = []
+    try:
+        results = people_results(open_run(store.uri), notice=problems.append)
+    except StoreLostError:
+        raise
+    except RiskforgeError as error:
+        return _People(problems=(first_line(error),))
+    return _People(results, tuple(problems[:MAX_PROBLEMS]))
 
 
 def _read_manifest(store: Store) -> dict[str, Any]:
@@ -170,12 +210,14 @@ def render(
     evaluation: Evaluation | None = None,
     problem: str = "",
     found: FoundTwins | None = None,
+    people: _People = _People(),
 ) -> bytes:
     """The page; its gallery is halved until the page is below 10 MB.
 
     Args:
         problem: why there is no evaluation, where there should be one.
         found: twins that it found.
+        people: what people say of the images.
     """
     path = store.fetch(METADATA, keep=True)
     table, metadata = with_twins(read_table(path), found), open_metadata(path)
@@ -189,6 +231,8 @@ def render(
         **_distributions(rows),
         "evaluation": evaluation_context(evaluation, len(rows)),
         "evaluation_problem": problem,
+        "people": people_context(people.results),
+        "people_problems": people.problems,
         "adversarial_psnr": f"{ADVERSARIAL_PSNR_DB:g}",
         "perceptible_psnr": f"{PERCEPTIBLE_PSNR_DB:g}",
         "max_gain": MAX_GAIN_POWER,

@@ -30,18 +30,16 @@ RECORDS_PER_PART = 5000
 MAX_ROWS = 10**6
 _PART = re.compile(r"(?P<session>[a-z0-9-]{1,64})-(?P<number>\d{6})\.parquet")
 
-# Kinds of items.
-SAMPLE = "sample"
-CONTROL_REAL = "control-real"
-CONTROL_PLAIN = "control-plain"
-REPEAT = "repeat"
-KINDS = (SAMPLE, CONTROL_REAL, CONTROL_PLAIN, REPEAT)
-CHOICE = "choice"
-PAIR = "pair"
-MODES = (CHOICE, PAIR)
-
 Kind = Literal["sample", "control-real", "control-plain", "repeat"]
 Mode = Literal["choice", "pair"]
+SAMPLE: Kind = "sample"
+CONTROL_REAL: Kind = "control-real"
+CONTROL_PLAIN: Kind = "control-plain"
+REPEAT: Kind = "repeat"
+KINDS = (SAMPLE, CONTROL_REAL, CONTROL_PLAIN, REPEAT)
+CHOICE: Mode = "choice"
+PAIR: Mode = "pair"
+MODES = (CHOICE, PAIR)
 
 
 class Answer(TypedDict):

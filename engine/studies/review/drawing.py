@@ -101,6 +101,9 @@ def draw_design(
         seed=options.seed,
         labels=corpus.labels,
         population=_population_text(options),
+        requests=tuple(sorted({row.traits[0] for row in _divided(rows, options.requests)[0]})),
+        condition=options.condition,
+        is_all=options.is_all,
         score=score,
         strata=strata,
         items=tuple(_renamed(items[place], names) for place in order),
@@ -119,11 +122,8 @@ def _renamed(item: Item, names: dict[str, str]) -> Item:
 
 def _population_text(options: DrawOptions) -> str:
     what = "scored attempts with an image" if options.is_all else "accepted samples"
-    parts = [
-        f"of {', '.join(options.requests)}" if options.requests else "",
-        options.condition and f"({options.condition})",
-    ]
-    return " ".join([what, *filter(None, parts)])
+    what += f" of {', '.join(options.requests)}" if options.requests else ""
+    return what + (f" ({options.condition})" if options.condition else "")
 
 
 # The population ----------------------------------------------------------------------------------------------------
@@ -405,8 +405,10 @@ def _draw_pairs(
     items: list[Item] = []
     for subset, some in groups.items():
         stratum = "+".join(map(str, subset))
-        for pair in _pairs_of(some, counts[stratum], draw):
-            items.append(_pair(pair, subset, labels, f"pairs/{stratum}", len(some) / counts[stratum]))
+        items += [
+            _pair(pair, subset, labels, f"pairs/{stratum}", len(some) / counts[stratum])
+            for pair in _pairs_of(some, counts[stratum], draw)
+        ]
     sizes = Counter(item.stratum for item in items)
     names = {f"pairs/{'+'.join(map(str, subset))}": len(some) for subset, some in groups.items()}
     return _stratum_records(names, sizes), items

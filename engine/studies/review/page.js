@@ -5,7 +5,7 @@
   const isPair = config.mode === "pair";
   const isTyped = !isPair && config.keys.some((key) => key === "");
   const isLong = !isPair && Math.max(...config.keys.map((key) => key.length)) > 1;
-  const TINY = 200, SHOWN = 60, AHEAD = 8, WAIT = 3000, RETRY = 2000, BATCH = 200;
+  const TINY = 200, LARGE = 448, SHOWN = 60, AHEAD = 8, WAIT = 3000, RETRY = 2000, BATCH = 200;
   const PREFIX = `riskforge-review:${config.design}:`;
 
   const make = (name, className, text) => {
@@ -228,7 +228,8 @@
     for (const picture of pictures) {
       const isTiny = Math.max(picture.naturalWidth, picture.naturalHeight) < TINY;
       let scale = Math.min(width / picture.naturalWidth, height / picture.naturalHeight);
-      // Whole steps leave the pixels of a small image equally large.
+      // Larger ones are hard to read as a whole; whole steps leave the pixels of a small image equally large.
+      if (isTiny) scale = Math.min(scale, LARGE / Math.max(picture.naturalWidth, picture.naturalHeight));
       if (isTiny && scale > 1) scale = Math.floor(scale);
       if (state.whole) scale = 1;
       picture.classList.toggle("tiny", isTiny);

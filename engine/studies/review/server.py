@@ -60,7 +60,7 @@ class Address:
 
 
 def review_address(uri: str, port: int | None) -> Address:
-    """The port and the secret of a run's reviews, which are kept in the user's state folder, readable by the user alone.
+    """Port and secret of a run's reviews; the secret is kept in the user's state folder, readable by the user alone.
 
     Args:
         port: in place of the one that is kept.
