@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_p_valid_never_falls_where_an_oracle_is_surer():
     grid = np.linspace(0, 1, 41)
     for place in range(3):
         values = [model.p_valid([p if number == place else 0.3 for number in range(3)]) for p in grid]
-        assert all(later >= earlier for earlier, later in zip(values, values[1:], strict=False))
+        assert all(later >= earlier for earlier, later in itertools.pairwise(values))
 
 
 def test_it_is_calibrated_on_other_images():
@@ -105,9 +106,7 @@ def test_it_depends_on_no_order_of_equal_rows_and_is_deterministic():
 
 
 def test_images_of_many_people_weigh_more():
-    answers = dataclasses.replace(
-        simulated(200), num_asked=np.array([1, 9] * 100), num_agreeing=np.array([1, 0] * 100)
-    )
+    answers = dataclasses.replace(simulated(200), num_asked=np.array([1, 9] * 100), num_agreeing=np.array([1, 0] * 100))
     assert answers.weights[1] == pytest.approx(9 * answers.weights[0])
 
 
