@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from engine.methods.validity import MAX_P, MIN_P, ValidityModel, log_odds
 from engine.methods.validity_fitting import MIN_EACH, MIN_IMAGES, MIN_STRATUM, Answers, fit_validity
-from engine.methods.validity_quality import ALL, ERRS, RIGHT, calibration_bins, has_agreed, kept_quality, qualities
+from engine.methods.validity_quality import ALL, ERRS, RIGHT, auc, calibration_bins, has_agreed, kept_quality, qualities
 
 TRUE = ValidityModel(intercept=0.4, weights=(0.5, 0.2, 0.0))
 
@@ -69,7 +70,7 @@ def test_p_valid_never_falls_where_an_oracle_is_surer():
     grid = np.linspace(0, 1, 41)
     for place in range(3):
         values = [model.p_valid([p if number == place else 0.3 for number in range(3)]) for p in grid]
-        assert all(later >= earlier for earlier, later in zip(values, values[1:], strict=False))
+        assert all(later >= earlier for earlier, later in itertools.pairwise(values))
 
 
 def test_it_is_calibrated_on_other_images():
@@ -105,9 +106,7 @@ def test_it_depends_on_no_order_of_equal_rows_and_is_deterministic():
 
 
 def test_images_of_many_people_weigh_more():
-    answers = dataclasses.replace(
-        simulated(200), num_asked=np.array([1, 9] * 100), num_agreeing=np.array([1, 0] * 100)
-    )
+    answers = dataclasses.replace(simulated(200), num_asked=np.array([1, 9] * 100), num_agreeing=np.array([1, 0] * 100))
     assert answers.weights[1] == pytest.approx(9 * answers.weights[0])
 
 
@@ -196,3 +195,12 @@ def test_bins_hold_equally_many_images():
     bins = calibration_bins(estimates, estimates**2)
     assert sorted({count for _, _, count in bins}) == [10, 11] and len(bins) == 9
     assert [estimate for estimate, _, _ in bins] == sorted(estimate for estimate, _, _ in bins)
+
+
+def test_the_area_under_the_curve_is_that_of_scikit_learn():
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(0)
+    estimates, agreed = rng.integers(0, 20, 300) / 20, rng.random(300) < 0.7
+    assert auc(estimates, agreed) == pytest.approx(roc_auc_score(agreed, estimates), abs=1e-6)
+    assert auc(estimates, np.ones(300, dtype=bool)) is None

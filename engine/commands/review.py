@@ -91,7 +91,9 @@ def review(
     if sum(option is not None for option in (html, import_, preferences)) + results > 1:
         raise JobError("--html, --import, --preferences, --results: each is a command of its own; give one of them")
     if goal is not None and not (results and 0 < goal < 1):
-        raise JobError(f"--goal: {goal} is not between 0 and 1, or --results is not there; give such as --results --goal 0.95")
+        raise JobError(
+            f"--goal: {goal} is not between 0 and 1, or --results is not there; give such as --results --goal 0.95"
+        )
     if results:
         _print_results(run, goal, as_json)
         return

@@ -49,12 +49,12 @@ def _print_quality(groups: tuple[StratumQuality, ...]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, title="held-out images", title_justify="left")
     table.add_column("images")
-    for name in ("p_valid", "kept", f"{AGREED:.0%} of people agree", "wrong labels that pass"):
+    for name in ("p_valid", "kept", "people who say it", f"said by {AGREED:.0%} of them", "wrong labels that pass"):
         table.add_column(name, justify="right")
     for group in groups:
         for number, line in enumerate(group.thresholds):
             name = "" if number else f"{group.name} ({group.num_images})"
-            figures = (line.share_kept, line.precision, line.wrong_pass)
+            figures = (line.share_kept, line.people, line.precision, line.wrong_pass)
             table.add_row(name, f">= {line.threshold:g}", *map(_percent, figures))
     make_console().print(table)
 
