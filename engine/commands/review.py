@@ -199,17 +199,8 @@ def _serve(review: Review, rater: str, port: int | None, is_opened: bool, as_jso
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with serving(review, rater=rater, port=port, notice=display.notice, progress=progress) as server:
-        if not as_json:
-            print(_design_line(review))
-            print(f"page: {server.url}")
-            print("Ctrl-C ends it; answers are stored one by one, and the same command goes on", flush=True)
-        else:
-            complain(f"page: {server.url}")
-        if is_opened:
-            import webbrowser
-
-            webbrowser.open(server.url)
         with contextlib.suppress(KeyboardInterrupt):
+            _announce(review, server.url, is_opened, as_json)
             server.serve_forever(poll_interval=0.2)
         server.book.refresh()
         answered = server.book.num_answered()
@@ -220,6 +211,19 @@ def _serve(review: Review, rater: str, port: int | None, is_opened: bool, as_jso
         print(f"{name}: {number} of {total} answered")
     if not answered:
         print("no answers yet")
+
+
+def _announce(review: Review, url: str, is_opened: bool, as_json: bool) -> None:
+    if as_json:
+        complain(f"page: {url}")
+    else:
+        print(_design_line(review))
+        print(f"page: {url}")
+        print("Ctrl-C ends it; answers are stored one by one, and the same command goes on", flush=True)
+    if is_opened:
+        import webbrowser
+
+        webbrowser.open(url)
 
 
 def _document(review: Review) -> dict[str, object]:

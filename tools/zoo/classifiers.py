@@ -1,7 +1,8 @@
-"""The classifiers of the zoo: two targets with holes, and an oracle without.
+"""The classifiers of the zoo: two targets with holes, and three oracles without.
 
 A hole is a set of contexts that the training data of a target rarely or never shows, as real training data misses
-things. The oracle sees every context, another architecture, another random stream, blur and noise; it guides nothing.
+things. The oracles see every context, other architectures, other random streams, blur and noise; they guide nothing.
+Two of them have only seen whole digits; `oracle-b` has learnt from spoilt ones when to doubt (`unreadable.py`).
 """
 
 from __future__ import annotations
@@ -21,12 +22,17 @@ from training import Recipe, batches, edit_json, export, fit, pixels, write_imag
 from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
+    MobileNetV1Config,
+    MobileNetV1ForImageClassification,
+    PoolFormerConfig,
+    PoolFormerForImageClassification,
     PreTrainedModel,
     RegNetConfig,
     RegNetForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
 )
+from unreadable import doubtful_digits
 
 from engine.data.images.digits import (
     CLASS_NAMES,
@@ -58,6 +64,9 @@ class ClassifierPlan:
     """Samples of each replica."""
     plain_share: float = 0.25
     distort: bool = False
+    label_smoothing: float = 0.0
+    is_sceptical: bool = False
+    """Whether more than half of the digits are mixed, broken or no digits, with targets that say so."""
 
 
 def _labels() -> dict[str, Any]:
@@ -100,6 +109,30 @@ def build_convnext() -> PreTrainedModel:
     return ConvNextForImageClassification(config)
 
 
+def build_mobilenet() -> PreTrainedModel:
+    """A MobileNet V1: thirteen depthwise separable convolutions at 16, 8, 4, 2 and 1 pixels."""
+    config = MobileNetV1Config(
+        image_size=32, depth_multiplier=0.375, tf_padding=False, classifier_dropout_prob=0.0, **_labels()
+    )
+    return MobileNetV1ForImageClassification(config)
+
+
+def build_poolformer() -> PreTrainedModel:
+    """A PoolFormer: average pooling in place of attention, at 16, 8, 4 and 2 pixels; group norms."""
+    config = PoolFormerConfig(
+        depths=[2, 2, 2, 1],
+        hidden_sizes=[32, 64, 96, 128],
+        mlp_ratio=2.0,
+        patch_sizes=[3, 3, 3, 3],
+        strides=[2, 2, 2, 2],
+        padding=[1, 1, 1, 1],
+        drop_path_rate=0.0,
+        layer_scale_init_value=0.1,
+        **_labels(),
+    )
+    return PoolFormerForImageClassification(config)
+
+
 def keep_all(contexts: Contexts) -> NDArray[np.float64]:
     """No holes."""
     return np.ones(len(contexts))
@@ -118,7 +151,28 @@ def keep_convnext(contexts: Contexts) -> NDArray[np.float64]:
 
 PLANS = {
     "oracle": ClassifierPlan(
-        build=build_oracle, keep=keep_all, recipe=Recipe(num_steps=900, learning_rate=3e-3), distort=True
+        build=build_oracle,
+        keep=keep_all,
+        recipe=Recipe(num_steps=900, learning_rate=3e-3),
+        distort=True,
+        label_smoothing=0.02,
+    ),
+    "oracle-b": ClassifierPlan(
+        build=build_mobilenet,
+        keep=keep_all,
+        recipe=Recipe(num_steps=900, learning_rate=5e-3),
+        batch_size=64,
+        distort=True,
+        is_sceptical=True,
+    ),
+    "oracle-c": ClassifierPlan(
+        build=build_poolformer,
+        keep=keep_all,
+        recipe=Recipe(num_steps=750, learning_rate=4e-3, ema_decay=0.98),
+        batch_size=96,
+        plain_share=0.1,
+        distort=True,
+        label_smoothing=0.05,
     ),
     "classifier": ClassifierPlan(build=build_resnet, keep=seen_share, recipe=Recipe(num_steps=600, learning_rate=3e-3)),
     "classifier-b": ClassifierPlan(
@@ -137,12 +191,10 @@ def train_classifier(name: str, *, seed: int, build_folder: Path, output: Path) 
     model = plan.build()
 
     def loss(rng: np.random.Generator) -> Tensor:
-        batch = _training_batch(plan, rng)
-        images = pixels(batch.images)
+        batch, targets = _training_batch(plan, rng)
+        images = pixels(batch)
         images = _distort(images) if plan.distort else images
-        return F.cross_entropy(
-            model(images).logits, torch.from_numpy(batch.labels), label_smoothing=0.02 * plan.distort
-        )
+        return F.cross_entropy(model(images).logits, torch.from_numpy(targets), label_smoothing=plan.label_smoothing)
 
     fit(name, model, loss, plan.recipe, seed=seed, folder=build_folder)
     validation = compose_split("validation", 3000, seed=seed)
@@ -152,14 +204,18 @@ def train_classifier(name: str, *, seed: int, build_folder: Path, output: Path) 
     write_image_processor(output, "ViTImageProcessor")
 
 
-def _training_batch(plan: ClassifierPlan, rng: np.random.Generator) -> Composites:
-    """Augmented train composites in the contexts that the plan keeps."""
+def _training_batch(plan: ClassifierPlan, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+    """Augmented train digits in the contexts that the plan keeps: images, and labels [N] or distributions [N, 10]."""
+    if plan.is_sceptical:
+        doubtful = doubtful_digits("train", plan.batch_size, rng=rng, plain_share=plan.plain_share)
+        return doubtful.images, doubtful.targets
     contexts = random_contexts(plan.batch_size * 4, rng=rng, plain_share=plan.plain_share)
     kept = np.flatnonzero(rng.random(len(contexts)) < plan.keep(contexts))
     contexts = contexts.take(np.resize(kept, plan.batch_size))
     sources = load_sources("train")
     rows = rng.integers(len(sources), size=plan.batch_size)
-    return compose(sources, rows, contexts, rng=rng, augment=True)
+    batch = compose(sources, rows, contexts, rng=rng, augment=True)
+    return batch.images, batch.labels
 
 
 def _distort(images: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Measure the embedded zoo `digits`: what its readers read, what its autoencoder keeps, what its pipeline draws.
 
     uv run python tools/zoo/evaluate_digits.py --zoo engine/zoo/digits
+    uv run python tools/zoo/evaluate_digits.py --only oracle-b      # what concerns one classifier, beside what is there
 
 Writes `figures.json` into the zoo, and contact sheets into `docs/`. All images come from test sources or from the
 pipelines with fixed seeds; the probe of ink and background is trained here on train sources.
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from autoencoder import Reader, reconstruct, train_reader
-from classifiers import accuracy, predict_logits
+from classifiers import PLANS, accuracy, predict_logits
 from clip_model import zero_shot_classes
 from diffusers import StableDiffusionPipeline, StableUnCLIPImg2ImgPipeline
 from drawing import (
@@ -35,6 +36,7 @@ from numpy.typing import NDArray
 from training import Recipe, batches, pixels
 from transformers import AutoModelForImageClassification, CLIPModel, CLIPTokenizer, PreTrainedModel
 from unclip import embed_images
+from unreadable import KINDS, doubtful_digits
 
 from engine.data.images.digits import (
     BACKGROUNDS,
@@ -66,18 +68,39 @@ def by_group(hits: NDArray[np.bool_], contexts: Contexts) -> dict[str, dict[str,
     }
 
 
-def read_test_images(zoo: Path) -> dict[str, Any]:
-    """Accuracy of the classifiers and of zero-shot CLIP on plain and on context test composites."""
+def read_classifier(zoo: Path, name: str) -> dict[str, Any]:
+    """Accuracy of a classifier on plain and on context test composites, and of which kinds it is sure."""
     plain, mixed = compose_split("test", 1041, seed=0, plain=True), compose_split("test", 3470, seed=0)
-    figures = {}
-    for name in ("oracle", "classifier", "classifier-b"):
-        model = AutoModelForImageClassification.from_pretrained(zoo / name)
-        hits = accuracy(model, mixed)
-        figures[name] = {
-            "plain": percent(accuracy(model, plain)),
-            "contexts": percent(hits),
-            "groups": by_group(hits, mixed.contexts),
-        }
+    model = AutoModelForImageClassification.from_pretrained(zoo / name)
+    hits = accuracy(model, mixed)
+    return {
+        "plain": percent(accuracy(model, plain)),
+        "contexts": percent(hits),
+        "groups": by_group(hits, mixed.contexts),
+        "sure": sure_shares(model, read_temperature(zoo / name)),
+    }
+
+
+def read_temperature(part: Path) -> float:
+    """The fitted temperature, from the file: transformers drops it."""
+    return float(json.loads((part / "config.json").read_text())["temperature"])
+
+
+def sure_shares(model: PreTrainedModel, temperature: float) -> dict[str, float]:
+    """Share (%) of 1,000 test digits of every kind whose label has a probability of at least 0.99."""
+    shares = {}
+    for kind in KINDS:
+        rng = np.random.default_rng(0)
+        digits = doubtful_digits("test", 1000, rng=rng, kinds={kind: 1.0}, augment=False)
+        probabilities = (predict_logits(model, digits.images) / temperature).softmax(-1).numpy()
+        shares[kind] = percent(probabilities[np.arange(1000), digits.labels] >= 0.99)
+    return shares
+
+
+def read_test_images(zoo: Path) -> dict[str, Any]:
+    """What the classifiers and zero-shot CLIP read of plain and of context test composites."""
+    plain, mixed = compose_split("test", 1041, seed=0, plain=True), compose_split("test", 3470, seed=0)
+    figures = {name: read_classifier(zoo, name) for name in PLANS}
     clip, tokenizer = CLIPModel.from_pretrained(zoo / "clip"), CLIPTokenizer.from_pretrained(zoo / "clip")
     hits = zero_shot_classes(clip, tokenizer, mixed.images) == mixed.labels
     plain_hits = zero_shot_classes(clip, tokenizer, plain.images) == plain.labels
@@ -236,6 +259,14 @@ def evaluate(zoo: Path, *, count: int, seed: int) -> dict[str, Any]:
     return figures
 
 
+def add_classifiers(zoo: Path, names: list[str]) -> dict[str, Any]:
+    """The figures that are there, with those of some classifiers measured again."""
+    figures: dict[str, Any] = json.loads((zoo / "figures.json").read_text())
+    figures["readers"] |= {name: read_classifier(zoo, name) for name in names}
+    figures["bytes"] = part_sizes(zoo)
+    return figures
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -245,12 +276,19 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500, help="samples of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    only = "a classifier to measure, and nothing else; several times for several: " + ", ".join(PLANS)
+    parser.add_argument("--only", action="append", default=[], choices=PLANS, metavar="NAME", help=only)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     output = arguments.output or arguments.zoo
     output.mkdir(parents=True, exist_ok=True)
-    figures = evaluate(arguments.zoo, count=arguments.count, seed=arguments.seed)
+    if arguments.only:
+        figures = add_classifiers(arguments.zoo, arguments.only)
+    else:
+        figures = evaluate(arguments.zoo, count=arguments.count, seed=arguments.seed)
     (output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    if arguments.only:
+        return
     pipeline = load_pipeline(arguments.zoo)
     contact_sheet(pipeline, arguments.docs / "digits.png")
     variations_sheet(load_unclip(arguments.zoo), arguments.docs / "digits-variations.png")

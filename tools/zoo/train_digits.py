@@ -59,9 +59,11 @@ def stages(*, seed: int, build_folder: Path) -> dict[str, Stage]:
     return named
 
 
-def run_stages(*, seed: int, build_folder: Path) -> None:
-    """Run what is not done; a stage is done when its marker is there."""
+def run_stages(*, seed: int, build_folder: Path, only: list[str]) -> None:
+    """Run what is wanted (all, where nothing is named) and not done; a stage is done when its marker is there."""
     for name, stage in stages(seed=seed, build_folder=build_folder).items():
+        if only and name not in only:
+            continue
         done = marker(build_folder, name)
         if done.exists():
             print(f"{name}: already trained")
@@ -100,15 +102,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("engine/zoo/digits"))
     parser.add_argument("--build-folder", type=Path, default=DEFAULT_BUILD_FOLDER, help="checkpoints and exports")
+    only = "a classifier to train and publish, and nothing else; several times for several: " + ", ".join(PLANS)
+    parser.add_argument("--only", action="append", default=[], choices=PLANS, metavar="NAME", help=only)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     disable_diffusers_bars()
     disable_transformers_bars()
-    run_stages(seed=arguments.seed, build_folder=arguments.build_folder)
-    done = [name for name in PARTS if marker(arguments.build_folder, name).exists()]
+    run_stages(seed=arguments.seed, build_folder=arguments.build_folder, only=arguments.only)
+    wanted = arguments.only or PARTS
+    done = [name for name in PARTS if name in wanted and marker(arguments.build_folder, name).exists()]
     publish_parts(arguments.build_folder, arguments.output, done)
-    if arguments.output.resolve() == ZOO / "digits":
+    if arguments.output.resolve() == ZOO / "digits" and not arguments.only:
         publish_conditioning(arguments.output)
     store_once(arguments.output)
     write_checksums(arguments.output)

@@ -33,19 +33,23 @@ def compose(
     sources: Sources, rows: NDArray[np.int64], contexts: Contexts, *, rng: np.random.Generator, augment: bool = False
 ) -> Composites:
     """Draw scans `rows` [N] in `contexts`; with `augment` the strokes are turned, sheared, stretched and thickened."""
-    strokes = _draw_strokes(sources.glyphs, rows, contexts, rng=rng, augment=augment)[..., None]
+    strokes = draw_strokes(sources.glyphs, rows, contexts, rng=rng, augment=augment)
+    return Composites(images=paint(strokes, contexts, rng=rng), labels=sources.labels[rows], contexts=contexts)
+
+
+def paint(strokes: NDArray[np.float32], contexts: Contexts, *, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Images [N, 32, 32, 3] of ink coverage [N, 32, 32] in 0..1, in the colours and on the grounds of `contexts`."""
+    strokes = strokes[..., None]
     ink = _jittered(np.array([COLOURS[name] for name in INKS])[contexts.ink], rng)
     background = _draw_background(contexts, rng=rng)
     images = strokes * ink[:, None, None, :] + (1 - strokes) * background
-    return Composites(
-        images=np.rint(images).clip(0, 255).astype(np.uint8), labels=sources.labels[rows], contexts=contexts
-    )
+    return np.rint(images).clip(0, 255).astype(np.uint8)
 
 
-def _draw_strokes(
+def draw_strokes(
     glyphs: NDArray[np.float32], rows: NDArray[np.int64], contexts: Contexts, *, rng: np.random.Generator, augment: bool
 ) -> NDArray[np.float32]:
-    """Ink coverage in 0..1, [N, 32, 32]."""
+    """Ink coverage in 0..1 of glyphs `rows` [N] at the sizes and places of `contexts`, [N, 32, 32]."""
     count = len(rows)
     strength = 1.0 if augment else 0.0
     ranges = np.array([_SIZE_RANGES_PX[name] for name in SIZES])[contexts.size]
