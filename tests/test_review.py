@@ -76,7 +76,7 @@ def run(made: Store, tmp_path: Path) -> Store:
 
 @example(st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 60), min_size=1), st.integers(0, 400))
 def test_allocation_is_proportional_within_bounds(sizes: dict[str, int], number: int) -> None:
-    """As many as asked for, never more than there are; the minimum of each where the number suffices, else its share."""
+    """As many as asked for, if there are; the minimum of each stratum where the number suffices, else its share."""
     counts, total = allocate(sizes, number), sum(sizes.values())
     assert sum(counts.values()) == min(number, total)
     assert all(0 <= counts[name] <= size for name, size in sizes.items())
@@ -147,7 +147,7 @@ def test_what_a_run_has_limits_what_is_drawn(shared: Store, tmp_path: Path) -> N
     assert len(plain) == 3 and all(item.key.startswith("twins/") for item in plain)
     assert not shown & {item.key.removeprefix("twins/") for item in plain}
     for wrong, text in (
-        ({"requests": ("by-promt",)}, "--request: the run has no request 'by-promt', did you mean 'by-prompt'?"),
+        ({"requests": ("by-promt",)}, "--request: the run has no request 'by-promt'; did you mean 'by-prompt'?"),
         ({"condition": "risk > 1e9"}, "has no accepted samples (risk > 1e9), so nothing to show"),
         ({"num_samples": 0}, "--samples: 0 is not from 1"),
         ({"is_pairs": True, "real": "x"}, "--pairs"),
@@ -204,7 +204,7 @@ def test_nothing_gives_the_label_away(shared: Store, tmp_path: Path) -> None:
     page = file_page(design, "", images.png).decode()
     payload = served.decode() + page + json.dumps(entries(design, "ann"))
     hidden = {item.key for item in design.items} | {item.stratum for item in design.items}
-    hidden |= {"secretly", "risky", "by-prompt", "control", 'repeat"', "drawn", "start_key", "photograph", "weight"}
+    hidden |= {"secretly", "risky", "by-prompt", "control", 'repeat"', "drawn", "start_key", "photograph", "stratum"}
     found = {text for text in hidden if text in payload}
     assert not found
     # Of the items there is nothing but ids, sides and questions.
@@ -347,21 +347,8 @@ def test_damaged_and_foreign_files_are_named(run: Store) -> None:
     run.path("_review/loose.parquet").write_bytes(whole)
     lines: list[str] = []
     assert read_answers(run, lines.append).equals(table.sort_by([("answered_at", "ascending")]))
-    names = [
-        "torn",
-        "empty",
-        "notes",
-        "folder",
-        "newer",
-        "other",
-        "kinds",
-        "nulls",
-        "inf",
-        "types",
-        "lacks",
-        "Ann",
-        "loose",
-    ]
+    names = ["torn", "empty", "notes", "folder", "newer", "other", "kinds", "nulls", "inf", "types", "lacks", "loose"]
+    names.append("Ann")
     assert all(any(name in line for line in lines) for name in names) and len(lines) == len(names)
     assert has_answers(run) and not has_answers(open_store(str(run.path("shards"))))
 

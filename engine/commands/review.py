@@ -91,7 +91,9 @@ def review(
     if sum(option is not None for option in (html, import_, preferences)) + results > 1:
         raise JobError("--html, --import, --preferences, --results: each is a command of its own; give one of them")
     if goal is not None and not (results and 0 < goal < 1):
-        raise JobError(f"--goal: {goal} is not between 0 and 1, or --results is not there; give such as --results --goal 0.95")
+        raise JobError(
+            f"--goal: {goal} is not between 0 and 1, or --results is not there; give such as --results --goal 0.95"
+        )
     if results:
         _print_results(run, goal, as_json)
         return
@@ -197,17 +199,8 @@ def _serve(review: Review, rater: str, port: int | None, is_opened: bool, as_jso
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with serving(review, rater=rater, port=port, notice=display.notice, progress=progress) as server:
-        if not as_json:
-            print(_design_line(review))
-            print(f"page: {server.url}")
-            print("Ctrl-C ends it; answers are stored one by one, and the same command goes on", flush=True)
-        else:
-            complain(f"page: {server.url}")
-        if is_opened:
-            import webbrowser
-
-            webbrowser.open(server.url)
         with contextlib.suppress(KeyboardInterrupt):
+            _announce(review, server.url, is_opened, as_json)
             server.serve_forever(poll_interval=0.2)
         server.book.refresh()
         answered = server.book.num_answered()
@@ -218,6 +211,19 @@ def _serve(review: Review, rater: str, port: int | None, is_opened: bool, as_jso
         print(f"{name}: {number} of {total} answered")
     if not answered:
         print("no answers yet")
+
+
+def _announce(review: Review, url: str, is_opened: bool, as_json: bool) -> None:
+    if as_json:
+        complain(f"page: {url}")
+    else:
+        print(_design_line(review))
+        print(f"page: {url}")
+        print("Ctrl-C ends it; answers are stored one by one, and the same command goes on", flush=True)
+    if is_opened:
+        import webbrowser
+
+        webbrowser.open(url)
 
 
 def _document(review: Review) -> dict[str, object]:

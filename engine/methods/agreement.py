@@ -36,12 +36,12 @@ class Agreement:
 def krippendorff_alpha(
     answers: NDArray[np.int64], *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
 ) -> Agreement:
-    """Krippendorff's alpha of nominal data, by the coincidences of answers ("Computing Krippendorff's Alpha-Reliability",
-    2011, section D).
+    """Krippendorff's alpha of nominal data, by the coincidences of answers.
+
+    Krippendorff, "Computing Krippendorff's Alpha-Reliability", 2011, section D.
 
     Args:
-        answers: category of each item by each rater [items, raters]; `MISSING` where there is none. "None of these" is a
-            category as any other.
+        answers: category of each item by each rater [items, raters]; `MISSING` where there is none.
         level: of the interval.
         resamples: of the bootstrap.
         seed: of the bootstrap.

@@ -1,4 +1,4 @@
-"""How well a score orders images by what people say of them: the area under the ROC curve, with a bootstrap interval."""
+"""How well a score orders images by what people say of them: the area under the ROC curve, with its interval."""
 
 from __future__ import annotations
 

@@ -19,7 +19,9 @@ def people_context(results: PeopleResults | None) -> dict[str, Any] | None:
         return None
     return {
         "facts": [(name, clip(text, MAX_FACT_CHARS)) for name, text in people_facts(results)],
-        "tables": [{"title": table.title, "note": table.note, "table": _table(table)} for table in people_tables(results)],
+        "tables": [
+            {"title": table.title, "note": table.note, "table": _table(table)} for table in people_tables(results)
+        ],
         "notes": [clip(note, MAX_FACT_CHARS) for note in results.notes],
     }
 
@@ -27,7 +29,12 @@ def people_context(results: PeopleResults | None) -> dict[str, Any] | None:
 def _table(table: PeopleTable) -> Table:
     headings = [Heading(name, note) for name, note in table.headings]
     lines = [
-        Line(clip(name, MAX_NAME_CHARS), "", is_total, [(value, note) for value, note in cells])
+        Line(clip(name, MAX_NAME_CHARS), "", is_total, [(_spaced(value), _spaced(note)) for value, note in cells])
         for name, is_total, cells in table.lines
     ]
     return Table(headings, lines, table.num_left_out)
+
+
+def _spaced(text: str) -> str:
+    """A figure as this page writes shares."""
+    return text.replace("%", " %")

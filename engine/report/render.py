@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +18,14 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from engine.data.reading.corpus import open_run
 from engine.data.reading.people.card import update_card
-from engine.data.reading.people.results import PeopleResults
-from engine.data.reading.people.review import people_results
-from engine.data.review.answers import has_answers
+from engine.data.reading.people.review import NO_PEOPLE, People, read_people
 from engine.data.run.file_names import METADATA, REPORT, RESCORED_FROM
 from engine.data.run.manifest_reading import check_is_run, manifest_error, read_manifest
 from engine.data.run.summary import shown_scores, summarise_table
 from engine.data.run.twins_table import FoundTwins, read_twins, with_twins
 from engine.data.stores.base import Store
-from engine.errors import CorruptShardError, JobError, OutputError, RiskforgeError, StoreLostError, first_line
+from engine.errors import CorruptShardError, JobError, OutputError, first_line
 from engine.job.class_names import distinct_names
 from engine.job.columns import ADVERSARIAL_PSNR_DB, PERCEPTIBLE_PSNR_DB, by_rank, target_first, units_text
 from engine.models.factories import is_factory
@@ -76,7 +72,6 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 9_500_000
 MAX_SERIES = 6
-MAX_PROBLEMS = 10
 MAX_MESSAGE_CHARS = 400
 HEAT_LEVELS = 4
 
@@ -133,39 +128,12 @@ def write_report(
     except CorruptShardError as error:
         problems.append(str(error))
     labels = _labels(manifest) if labels is None else labels
-    people = _read_people(store, is_rescoring=RESCORED_FROM in manifest)
+    people = read_people(store, is_rescoring=RESCORED_FROM in manifest)
     with _readable(store.address(METADATA)):
         page = render(store, manifest, title or manifest["name"], labels, evaluation, " ".join(problems), found, people)
     (into or store).replace(REPORT, page)
-    if people.is_known and into in (None, store):
+    if into in (None, store) and (people.results or not people.problems):
         update_card(store, people.results)
-
-
-@dataclass(frozen=True, slots=True)
-class _People:
-    """What people say of a run: the results, or lines that say what cannot be read."""
-
-    results: PeopleResults | None = None
-    problems: tuple[str, ...] = ()
-
-    @property
-    def is_known(self) -> bool:
-        """Whether the results are all that there is."""
-        return self.results is not None or not self.problems
-
-
-def _read_people(store: Store, *, is_rescoring: bool) -> _People:
-    """People's answers to a run, or to that whose images a rescoring is of; the end of a run must not depend on them."""
-    if not is_rescoring and not has_answers(store):
-        return _People()
-    problems: list[str] = []
-    try:
-        results = people_results(open_run(store.uri), notice=problems.append)
-    except StoreLostError:
-        raise
-    except RiskforgeError as error:
-        return _People(problems=(first_line(error),))
-    return _People(results, tuple(problems[:MAX_PROBLEMS]))
 
 
 def _read_manifest(store: Store) -> dict[str, Any]:
@@ -210,7 +178,7 @@ def render(
     evaluation: Evaluation | None = None,
     problem: str = "",
     found: FoundTwins | None = None,
-    people: _People = _People(),
+    people: People = NO_PEOPLE,
 ) -> bytes:
     """The page; its gallery is halved until the page is below 10 MB.
 

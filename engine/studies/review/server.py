@@ -125,9 +125,7 @@ class ReviewServer(ThreadingHTTPServer):
         except (OSError, OverflowError) as error:
             if is_fixed:
                 reason = getattr(error, "strerror", None) or str(error)
-                raise JobError(
-                    f"--port: {address.port} cannot be used ({reason}); give another one, or omit it"
-                ) from None
+                raise JobError(f"--port: {address.port} cannot be used ({reason}); omit it, or give another") from None
             super().__init__((HOST, 0), ReviewHandler)
         self.url = f"http://{HOST}:{self.server_address[1]}/{self.token}/"
 
@@ -158,8 +156,8 @@ class ReviewHandler(BaseHTTPRequestHandler):
             if not self._is_own():
                 self._refuse(403, "this address is for the browser of this machine alone")
                 return
-            token, _, name = self.path.removeprefix("/").partition("/")
-            if not hmac.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode()):
+            token, slash, name = self.path.removeprefix("/").partition("/")
+            if not hmac.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode()) or not slash:
                 self._refuse(404, "there is nothing here")
                 return
             respond(name)

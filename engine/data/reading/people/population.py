@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from engine.data.review.answers import DESIGNS
-from engine.data.run.counts import class_code
 from engine.data.run.outcomes import (
-    asked_classes,
     errors,
+    joint_rows,
     label_validity,
     oracle_agreement,
     predicts_asked,
     scored_rows,
 )
+from engine.data.run.summary import class_texts
 from engine.data.stores.base import Store
-from engine.errors import CorruptShardError, JobError, OutputError
+from engine.errors import CorruptShardError, OutputError
 from engine.job.class_names import distinct_names
-from engine.job.columns import ASKED, BY_NAME, ERRS, GUIDES, UNKNOWN
+from engine.job.columns import ASKED, BY_NAME, ERRS, GUIDES, NO_CLASS, UNKNOWN
 from engine.job.records import REAL
 from engine.job.spec import JOINT_SEPARATOR
 from engine.methods.strict_json import parse_json
@@ -38,6 +38,8 @@ _COLUMNS = (
     "request", "method", "class_name", *ASKED, *ERRS, "oracle_class", "oracles", "oracle_p_label_min", "p_valid",
     "conformity_margin", "status", "scored",
 )  # fmt: skip
+# The code of the class in a key: its index, or that of a joint prompt.
+CLASS_OF_KEY = r"-(?P<code>[^-]*)-[^-]*$"
 SCORES = ("p_valid", "oracle_p_label_min", "conformity_margin")
 
 
@@ -140,10 +142,11 @@ def read_population(corpus: Corpus, drawn: DrawnDesign | None) -> Population:
 def make_population(table: pa.Table, labels: tuple[str, ...]) -> Population:
     """The population of the rows of a table, of one run of any schema version."""
     import numpy as np
+    import pyarrow.compute as pc
 
     keys = table["key"].to_pylist()
-    request = np.array(table["request"].to_pylist(), dtype=object)
-    codes = [class_code(key) for key in keys]
+    request = table["request"].to_numpy()
+    codes = pc.struct_field(pc.extract_regex(table["key"], CLASS_OF_KEY), [0])
     rules = _rules(table)
     scores = {name: _score(table, name) for name in SCORES if name in table.column_names}
     scores |= _oracle_scores(table)
@@ -152,7 +155,7 @@ def make_population(table: pa.Table, labels: tuple[str, ...]) -> Population:
     return Population(
         place={key: place for place, key in enumerate(keys)},
         request=request,
-        prefix=np.array([f"{name}/{code}" for name, code in zip(request, codes, strict=True)], dtype=object),
+        prefix=pc.binary_join_element_wise(table["request"], codes, "/").to_numpy(),
         class_name=_class_names(table, labels),
         target_errs=errors(table),
         rules=rules,
@@ -165,12 +168,12 @@ def make_population(table: pa.Table, labels: tuple[str, ...]) -> Population:
 def _class_names(table: pa.Table, labels: tuple[str, ...]) -> np.ndarray:
     import numpy as np
 
+    texts = np.array(class_texts(table, labels).to_pylist(), dtype=object)
+    joint = np.flatnonzero(joint_rows(table))
     names = distinct_names(dict(enumerate(labels)))
-    texts = [
-        JOINT_SEPARATOR.join(names.get(index, record["class_name"]) for index in asked_classes(record))
-        for record in table.select([*ASKED, "class_name"]).to_pylist()
-    ]
-    return np.array(texts, dtype=object)
+    for row, classes in zip(joint, table["kldb_classes"].take(joint).to_pylist(), strict=True):
+        texts[row] = JOINT_SEPARATOR.join(names.get(index, f"class {index}") for index in classes)
+    return texts
 
 
 def _score(table: pa.Table, name: str) -> np.ndarray:
@@ -185,16 +188,21 @@ def _score(table: pa.Table, name: str) -> np.ndarray:
 def _oracle_entries(table: pa.Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """By oracle the class that it predicts for each row, and its probability of the label; -1 and NaN where unknown."""
     import numpy as np
+    import pyarrow.compute as pc
 
     if "oracles" not in table.column_names:
         return {}
+    rows = pc.list_parent_indices(table["oracles"]).to_numpy()
+    each = pc.list_flatten(table["oracles"])
+    models, classes, probabilities = (
+        pc.struct_field(each, name).to_numpy(zero_copy_only=False) for name in ("model", "predicted_class", "p_label")
+    )
     entries: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for row, oracles in enumerate(table["oracles"].to_pylist()):
-        for oracle in oracles or ():
-            if oracle["model"] not in entries:
-                entries[oracle["model"]] = (np.full(table.num_rows, -1), np.full(table.num_rows, np.nan))
-            predicted, probability = entries[oracle["model"]]
-            predicted[row], probability[row] = oracle["predicted_class"], oracle["p_label"]
+    for model in pc.unique(pc.struct_field(each, "model")).to_pylist():
+        here = models == model
+        predicted, probability = np.full(table.num_rows, NO_CLASS), np.full(table.num_rows, np.nan)
+        predicted[rows[here]], probability[rows[here]] = classes[here], probabilities[here]
+        entries[model] = predicted, probability
     return entries
 
 

@@ -159,6 +159,7 @@ class PeopleResults:
     Attributes:
         design: digest of the design that the estimates are of.
         population: what its items stand for, in words.
+        requests: of the population.
         num_images: in the population.
         num_drawn: items of the design that are no controls; 0 where it is not stored.
         num_reviewed: images among these with an answer.
@@ -170,6 +171,7 @@ class PeopleResults:
 
     design: str
     population: str
+    requests: tuple[str, ...]
     num_images: int
     num_drawn: int
     num_reviewed: int

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.data.reading.corpus import Corpus, open_run
 from engine.data.reading.people.population import DrawnDesign, Population, read_drawn, read_population
 from engine.data.reading.people.raters import agreement_of, rater_results
 from engine.data.reading.people.results import (
@@ -28,15 +29,47 @@ from engine.data.reading.people.rules import GOAL, Reviewed, recommend, rule_res
 from engine.data.review.agreements import choices, human_agreement
 from engine.data.review.answers import SAMPLE, has_answers
 from engine.data.stores.base import Store
-from engine.errors import JobError
+from engine.errors import JobError, RiskforgeError, StoreLostError, first_line
 from engine.methods.corrected_shares import Stratum, corrected_share, human_share
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from engine.data.reading.corpus import Corpus
+MAX_PROBLEMS = 10
 
-MAX_SHOWN = 5
+
+@dataclass(frozen=True, slots=True)
+class People:
+    """What people say of a run, for pages and tables that do without it where it cannot be read.
+
+    Attributes:
+        results: None where nobody chose the class of a sample, or answers or rows cannot be read.
+        problems: lines about files that are left out, or why there are no results.
+    """
+
+    results: PeopleResults | None = None
+    problems: tuple[str, ...] = ()
+
+
+NO_PEOPLE = People()
+
+
+def read_people(store: Store, *, is_rescoring: bool) -> People:
+    """People's answers to a run, or to that whose images a rescoring is of.
+
+    Raises:
+        StoreLostError: the store is lost.
+    """
+    if not is_rescoring and not has_answers(store):
+        return NO_PEOPLE
+    problems: list[str] = []
+    try:
+        results = people_results(open_run(store.uri), notice=problems.append)
+    except StoreLostError:
+        raise
+    except RiskforgeError as error:
+        return People(problems=(first_line(error),))
+    return People(results, tuple(problems[:MAX_PROBLEMS]))
 
 
 def answered_store(corpus: Corpus) -> Store | None:
@@ -80,6 +113,7 @@ def people_results(
     return PeopleResults(
         design=digest,
         population=drawn.population if drawn else "accepted samples",
+        requests=tuple(dict.fromkeys(population.request.tolist())),
         num_images=len(population),
         num_drawn=sum(number for _, number in drawn.strata.values()) if drawn else 0,
         num_reviewed=len(review.reviewed.human),
@@ -171,7 +205,7 @@ def _review(samples: pa.Table, population: Population, drawn: DrawnDesign | None
     keys = [key for key in agreements if key in population.place]
     if not keys:
         raise JobError(
-            "_review: its answers are to none of the run's images; were the answers those of another run, move them away"
+            "_review: its answers are to none of the run's images; move those to another run there"
         )
     if unknown := len(agreements) - len(keys):
         notes.append(f"{unknown} images with answers are not in the population any more, and are left out")
@@ -216,9 +250,10 @@ def _cells(
             key = (prefix, name if _is_within(name, prefix) else prefix)
             sizes[key] = sizes.get(key, 0.0) + weight
     else:
-        for name, (size, _) in drawn.strata.items():
-            if prefix := next((one for one in in_class if _is_within(name, one)), ""):
-                sizes[prefix, name] = size
+        for name, (num_images, _) in drawn.strata.items():
+            prefix = "/".join(name.split("/")[:2])
+            if prefix in in_class:
+                sizes[prefix, name] = num_images
         divided = set(in_class) - {prefix for prefix, _ in sizes}
         sizes |= {(prefix, prefix): in_class[prefix] for prefix in divided}
     cells = []
@@ -272,9 +307,7 @@ def _groups(population: Population, review: _Review) -> list[GroupShares]:
     return groups
 
 
-def _group(
-    level: str, name: str, rows: NDArray[np.bool_], population: Population, review: _Review
-) -> GroupShares:
+def _group(level: str, name: str, rows: NDArray[np.bool_], population: Population, review: _Review) -> GroupShares:
     prefixes = set(population.prefix[rows].tolist())
     cells = [cell for cell in review.cells if cell.prefix in prefixes]
     return GroupShares(

@@ -24,8 +24,8 @@ MAX_CLASSES = 50
 MAX_RATERS = 50
 
 _SHARES_NOTE = (
-    "A label is valid where people say it; a valid failure is a valid label on which the target errs. Machine: the share"
-    " by {machine}. Corrected: that share, corrected by what people say of the images that they looked at"
+    "A label is valid where people say it; a valid failure is a valid label on which the target errs. Machine:"
+    " {machine}. Corrected: that share, corrected by what people say of the images that they looked at"
     " (prediction-powered estimate). By people alone: without the machine. 95 % intervals; raters' own errors are not"
     " corrected for."
 )
@@ -129,8 +129,7 @@ def _shares_table(results: PeopleResults) -> PeopleTable:
     classes = [group for group in results.groups if group.level == CLASS]
     shown = [group for group in results.groups if group.level != CLASS] + classes[:MAX_CLASSES]
     figures: list[tuple[tuple[str, str], Callable[[GroupShares], tuple[str, str]]]] = [
-        (("Images", ""), lambda group: (f"{group.num_images:,}", "")),
-        (("Looked at", ""), lambda group: (f"{group.num_reviewed:,}", "")),
+        (("Images", "looked at"), lambda group: (f"{group.num_images:,}", f"{group.num_reviewed:,}")),
     ]
     if has_machine:
         figures += [
@@ -148,13 +147,18 @@ def _shares_table(results: PeopleResults) -> PeopleTable:
         ]
     return PeopleTable(
         title="Valid labels",
-        note=_SHARES_NOTE.format(machine=results.machine) if has_machine else _ALONE_NOTE,
+        note=_SHARES_NOTE.format(machine=machine_text(results)) if has_machine else _ALONE_NOTE,
         headings=(("Group", ""), *(heading for heading, _ in figures)),
         lines=tuple(
             (group_name(group), group.level == WHOLE, tuple(figure(group) for _, figure in figures)) for group in shown
         ),
         num_left_out=len(classes[MAX_CLASSES:]),
     )
+
+
+def machine_text(results: PeopleResults) -> str:
+    """What the machine's share is."""
+    return "the mean of p_valid" if results.machine == "p_valid" else f"the share where {results.machine}"
 
 
 def group_name(group: GroupShares) -> str:
@@ -195,7 +199,7 @@ def _raters_table(results: PeopleResults) -> PeopleTable:
         title="Raters",
         note=_RATERS_NOTE,
         headings=(
-            ("Rater", ""), ("Answers", ""), ("None, cannot tell", ""), ("Real images", "right"),
+            ("Rater", ""), ("Answers", ""), ("None", "or cannot tell"), ("Real images", "right"),
             ("Prompt-only", "as asked"), ("Repetitions", "the same"), ("Seconds", "median"),
         ),
         lines=tuple((_rater_name(rater), False, _rater_cells(rater)) for rater in results.raters[:MAX_RATERS]),
@@ -230,7 +234,7 @@ def _cell(estimate: Estimate | None) -> tuple[str, str]:
 
 
 def _range(estimate: Estimate) -> str:
-    return f"{estimate.low * 100:.0f} to {estimate.high * 100:.0f} %"
+    return f"{estimate.low * 100:.0f} to {estimate.high * 100:.0f}%"
 
 
 def with_interval(estimate: Estimate) -> str:
@@ -250,7 +254,7 @@ def markdown(results: PeopleResults, escape: Callable[[str], str]) -> list[str]:
     lines = ["| fact | value |", "|---|---|"]
     lines += [f"| {name} | {escape(text)} |" for name, text in people_facts(results)]
     for table in people_tables(results):
-        heads = [" ".join(filter(None, [name.lower(), f"({note})" if note else ""])) for name, note in table.headings]
+        heads = [_in_brackets((_within_sentence(name), note)) for name, note in table.headings]
         lines += ["", f"### {table.title}", "", table.note, "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         lines += [f"| {' | '.join([escape(name), *map(_in_brackets, cells)])} |" for name, _, cells in table.lines]
         if table.num_left_out:
@@ -258,6 +262,10 @@ def markdown(results: PeopleResults, escape: Callable[[str], str]) -> list[str]:
     if results.notes:
         lines += ["", *(f"- {escape(note)}" for note in results.notes)]
     return lines
+
+
+def _within_sentence(name: str) -> str:
+    return name if name[:2].isupper() else name[:1].lower() + name[1:]
 
 
 def _in_brackets(cell: Sequence[str]) -> str:
