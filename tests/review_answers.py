@@ -37,23 +37,30 @@ def answer(
         minute: of the answers.
     """
     keys = None if only is None else set(only)
+    digest = review.design.digest
     for name, error in raters.items():
         records = [
-            make_answer(review.design, item, name, _said(review.design, item, name, error, truth), minute)
+            make_answer(review.design, item, name, _said(review.design, item, name, error, truth), minute, digest)
             for item in review.design.items
             if keys is None or item.key in keys
         ]
         append_answers(review.store, name, records)
 
 
-def make_answer(design: Design, item: Item, rater: str, said: int, minute: int = 0) -> Answer:
-    """The record of an answer."""
+def make_answer(
+    design: Design, item: Item, rater: str, said: int, minute: int = 0, digest: str | None = None
+) -> Answer:
+    """The record of an answer.
+
+    Args:
+        digest: of the design, where it is known.
+    """
     return {
         "version": 1, "rater": rater, "session": f"s{minute}", "item": item.id, "key": item.key, "kind": item.kind,
         "mode": design.mode, "answer": design.labels[said] if said >= 0 else "", "answer_class": said,
         "other_key": item.other_key, "question_class": item.question_class, "label": item.label,
         "subset": list(item.subset), "stratum": item.stratum, "weight": item.weight, "retracted": False,
-        "seconds": 1.5, "answered_at": f"2026-01-01T00:{minute:02d}:00+00:00", "design": design.digest,
+        "seconds": 1.5, "answered_at": f"2026-01-01T00:{minute:02d}:00+00:00", "design": digest or design.digest,
     }  # fmt: skip
 
 
