@@ -238,8 +238,9 @@ def _remove_files(store: Store, names: list[str]) -> None:
         if name in names:
             store.remove_tree(name)
     store.remove_all(name for name in names if name not in _FOLDERS)
-    # Designs that nobody has answered.
-    for folder in (SHARDS, *COMPANIONS, REVIEW):
+    for folder in (SHARDS, *COMPANIONS):
         store.remove_tree(folder)
+    # Designs that nobody has answered.
+    store.remove_tree(REVIEW)
     for name in reversed(store.list(PLANS)):
         store.remove(name)
