@@ -104,6 +104,27 @@ class Browser:
         for kind in ("keyDown", "keyUp"):
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=_KEYS[key])
 
+    def type(self, text: str) -> None:
+        """Type characters, as a user does; a line feed is the Enter key."""
+        names = {"\n": "Enter", "\b": "Backspace"}
+        codes = {"\n": 13, "\b": 8, "-": 189, "+": 187, "/": 191}
+        for letter in text:
+            about = {"key": names.get(letter, letter), "windowsVirtualKeyCode": codes.get(letter, ord(letter.upper()))}
+            typed = {} if letter == "\b" else {"text": "\r" if letter == "\n" else letter}
+            self.send("Input.dispatchKeyEvent", type="keyDown", **about, **typed)
+            self.send("Input.dispatchKeyEvent", type="keyUp", **about)
+
+    def tap(self, selector: str) -> None:
+        """Touch the middle of an element."""
+        x, y = self.evaluate(
+            f"(() => {{ const b = document.querySelector({selector!r}).getBoundingClientRect();"
+            " return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+        )
+        self.send("Emulation.setTouchEmulationEnabled", enabled=True)
+        self.send("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+        self.send("Emulation.setTouchEmulationEnabled", enabled=False)
+
     def click(self, selector: str, place: int = 0) -> None:
         """Click on the middle of an element, as a user does: what lies over it gets the click."""
         self.evaluate(f"document.querySelectorAll({selector!r})[{place}].scrollIntoView({{block: 'center'}})")

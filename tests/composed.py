@@ -20,14 +20,17 @@ from engine.driver.executors.local import LocalExecutor
 from engine.driver.progress import PlainDisplay
 from engine.driver.run import run_job
 from engine.generation.notices import Notices
+from engine.generation.oracle_scoring import Oracles
 from engine.generation.worker import Worker
 from engine.job.acceptance import is_accepted
 from engine.job.parsing import parse_job
-from engine.job.plan import Plan, SampleSpec
+from engine.job.plan import Plan, SampleSpec, planned_validity
 from engine.job.records import STATUS_OK, STATUS_REJECTED, SampleResult, new_record
 from engine.job.spec import JobSpec
+from engine.methods.finiteness import Faults
 from engine.models.classifier import Classifier
 from engine.models.library_logging import quiet_libraries
+from engine.models.oracles import load_oracle
 from tests.sleepy import InTurn
 
 TARGET = "zoo:digits/classifier"
@@ -52,10 +55,11 @@ def compose_specs(specs: Sequence[SampleSpec], split: str = "train") -> list[PIL
 class ComposedGenerator(InTurn):
     """In the place of `engine.generation.generator.Generator`."""
 
-    def __init__(self, job: JobSpec) -> None:
+    def __init__(self, job: JobSpec, plan: Plan) -> None:
         self._job = job
         self._target = Classifier.load(job.models.target)
-        self._oracle = Classifier.load(job.models.oracle) if job.models.oracle else None
+        oracles = [load_oracle(address, "cpu", self._target.labels) for address in job.models.all_oracles]
+        self._oracles = Oracles(oracles, validity=planned_validity(plan.identity))
         self.notices = Notices()
 
     def batch_limit(self, request: int) -> int:
@@ -66,14 +70,15 @@ class ComposedGenerator(InTurn):
         """All of them at once."""
         images = compose_specs(specs)
         target = self._target.score(images)
-        oracle = self._oracle.score(images).argmax(1) if self._oracle else torch.full((len(specs),), -1)
+        asked = [spec.cell.classes for spec in specs]
+        oracles = self._oracles.fields(self._oracles.preprocess(images), asked, Faults(len(specs)))
         return [
-            self._result(request, spec, image, logits, int(seen))
-            for spec, image, logits, seen in zip(specs, images, target, oracle, strict=True)
+            self._result(request, spec, image, logits, seen)
+            for spec, image, logits, seen in zip(specs, images, target, oracles, strict=True)
         ]
 
     def _result(
-        self, request: int, spec: SampleSpec, image: PIL.Image.Image, logits: torch.Tensor, seen: int
+        self, request: int, spec: SampleSpec, image: PIL.Image.Image, logits: torch.Tensor, seen: dict[str, Any]
     ) -> SampleResult:
         label, predicted = spec.cell.classes[0], int(logits.argmax())
         record: dict[str, Any] = new_record(spec) | {
@@ -81,7 +86,7 @@ class ComposedGenerator(InTurn):
             "predicted_class": predicted,
             "risk": -float(logits.log_softmax(0)[label]),
             "soft_label": [float(one == label) for one in range(len(logits))],
-            "oracle_class": seen,
+            **seen,
         }
         accepted = is_accepted(self._job.requests[request].accept, record, spec.cell.classes)
         stored = accepted or self._job.output.store_rejected
@@ -99,7 +104,7 @@ class ComposedWorker(Worker):
     """The engine's worker with that generator."""
 
     def __init__(self, job: JobSpec, plan: Plan) -> None:
-        super().__init__(job, plan, name="composed", load=lambda job, plan: ComposedGenerator(job))
+        super().__init__(job, plan, name="composed", load=lambda job, plan: ComposedGenerator(job, plan))
 
 
 def composed_job(folder: Path, *, count: int, store_rejected: bool = True, **changes: Any) -> JobSpec:

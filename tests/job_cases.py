@@ -74,7 +74,7 @@ def _remove(raw: Any, path: list[str]) -> None:
     last = path[-1]
     if last == "conditioning" and "boundary" in raw:
         raw.pop("boundary")
-    elif last == "conditioning" and "screened" in raw.get("accept", {}):
+    elif last == "conditioning" and "screened" in raw.get("accept", {}) and isinstance(raw["accept"], dict):
         raw["accept"].pop("screened")
     elif last == "rescale_betas_zero_snr":
         raw["scheduler"] = "ddim"
@@ -158,11 +158,30 @@ def _typed(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
                    max_size=12)  # fmt: skip
 
 
-def _rules() -> st.SearchStrategy[dict[str, Any]]:
+def rules() -> st.SearchStrategy[dict[str, Any]]:
+    """Rules of acceptance as mappings, the empty one among them."""
     compared = st.one_of(_COMPARISONS, st.lists(_COMPARISONS, min_size=1, max_size=2))
     conditions = dict.fromkeys(FLAGS, st.booleans()) | {ORACLE_CONDITION: st.sampled_from(ORACLE)}
     conditions |= dict.fromkeys(SCORES, compared)
     return st.one_of(st.just({}), st.fixed_dictionaries({}, optional=conditions))
+
+
+def as_text(rule: dict[str, Any]) -> str:
+    """A rule that is a mapping as the text that means the same."""
+    parts = []
+    for name, wanted in rule.items():
+        if name == ORACLE_CONDITION:
+            parts.append("oracle_agrees" if wanted == "agrees" else "not oracle_agrees")
+        elif isinstance(wanted, bool):
+            parts.append(name if wanted else f"not {name}")
+        else:
+            parts += [f"{name} {bound}" for bound in ([wanted] if isinstance(wanted, str) else wanted)]
+    return " and ".join(parts)
+
+
+def _accepts() -> st.SearchStrategy[Any]:
+    texts = st.sampled_from(["class_name in ['three'] or valid_failure", "not (0 < risk <= 2)", 'context == "ü"'])
+    return st.one_of(rules(), rules().filter(bool).map(as_text), texts)
 
 
 def _overrides(spec: type[BaseModel]) -> st.SearchStrategy[dict[str, Any]]:
@@ -203,7 +222,7 @@ _OF_REQUESTS = {
     "classes": lambda: st.one_of(st.just("all"), _CLASSES),
     "boundary": lambda: st.one_of(st.none(), st.lists(st.sampled_from(["three", 8, 5]), min_size=2, unique=True)),
     "prompt": lambda: st.sampled_from(["{class}", "a {class} in {context}", "{class} ü"]),
-    "accept": _rules,
+    "accept": _accepts,
     "max_attempts": lambda: st.one_of(st.integers(1, 400), st.sampled_from(["1x", "4x", "2.5x"])),
     "fresh": lambda: st.one_of(st.booleans(), st.dates(datetime.date(2020, 1, 1)).map(str)),
     "conditioning": _conditionings,

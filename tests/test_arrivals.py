@@ -56,7 +56,9 @@ class Guided:
         self.decode = Counted(toy_decode)
         labels = [(row % 3, 3 + row % 2) for row in range(NUM_SAMPLES)]
         classes = labels if guide == "risky" else [(1, 3)] * NUM_SAMPLES
-        scene = scene_of(classes, toy_logits, self.decode, toy_conformity, toy_raw_conformity)
+        scene = scene_of(
+            classes, toy_logits, self.decode, toy_conformity, toy_raw_conformity, oracle_logits=other_logits
+        )
         scene = dataclasses.replace(scene, row_multiple=row_multiple, **ENSEMBLES[ensemble])
         self.denoiser: GuidedDenoiser = GUIDES[guide](denoiser, options, scene)
 
@@ -95,6 +97,8 @@ CASES = {
     "risky": ("risky", {}),
     "risky-detached": ("risky", {"gradient": "detached"}),
     "floor": ("risky", {"conformity_floor": 0.0}),
+    "oracle": ("risky", {"oracle_floor": 0.1}),
+    "floors": ("risky", {"conformity_floor": 0.0, "oracle_floor": 0.1, "gradient": "detached"}),
     "custom": ("custom", {}),
     "mean": ("boundary", {"ensemble": "mean", "gradient": "unet"}),
     "worst": ("boundary", {"ensemble": "worst"}),
@@ -134,6 +138,16 @@ def test_rows_that_rest_change_nothing_for_the_others(case: str) -> None:
             assert sum(parted.network.with_graph + parted.network.without) == num_halves * NUM_SAMPLES
     for count in ("guided_steps", "zero", "nonfinite"):
         assert torch.equal(getattr(whole.denoiser.health, count), getattr(parted.denoiser.health, count))
+
+
+def test_a_sample_at_its_target_and_below_the_floor_of_an_oracle_has_not_arrived() -> None:
+    """It is moved until it has; one that is above the floor is not."""
+    latents = latents_of(NUM_SAMPLES) * SPREAD
+    made = Guided("risky", 2, oracle_floor=0.1, tolerance=10.0, target_risk=1.0, every=5)
+    losses = made.denoiser.gradients(made.denoiser.predict(latents, step_at()), step_at())[0]
+    assert not losses[0].any() and 0 < (losses[1] > 0).sum() < NUM_SAMPLES
+    moved = made.denoiser(latents, step_at()).latents
+    assert torch.equal((moved != latents).flatten(1).any(1), losses[1] > 0)
 
 
 def test_all_samples_at_rest_take_no_gradient() -> None:

@@ -251,19 +251,24 @@ def test_every_method_descends_the_mean_or_the_worst_of_its_targets(name: str, e
 
 
 def test_what_no_target_changes_is_measured_once() -> None:
-    """CLIP is dearer than most targets; its distance and gradient are those of a single target."""
-    calls = []
+    """CLIP and an oracle are dearer than most targets; their distances and gradients are those of a single target."""
+    calls = {"conformity": list[int](), "oracle": list[int]()}
 
     def conformity(images: Tensor, labels: Tensor) -> Tensor:
-        calls.append(len(images))
+        calls["conformity"].append(len(images))
         return images.mean((1, 2, 3))
 
-    spec = RiskyGuidanceSpec(conformity_floor=0.9, gradient="detached")
+    def oracle_logits(images: Tensor) -> Tensor:
+        calls["oracle"].append(len(images))
+        return images.mean((2, 3)) * 5
+
+    spec = RiskyGuidanceSpec(conformity_floor=0.9, oracle_floor=0.9, gradient="detached")
     found = []
     for logits in ([upright], [upright, mirrored, upright]):
-        guided = guide_to_risk(Fixed(), spec, scene(*logits, conformity=conformity))
-        found.append([part[1] for part in guided.gradients(guided.predict(LATENTS, STEP), STEP)])
-    assert calls == [3, 3]
+        guided = guide_to_risk(Fixed(), spec, scene(*logits, conformity=conformity, oracle_logits=oracle_logits))
+        found.append([part[1:] for part in guided.gradients(guided.predict(LATENTS, STEP), STEP)])
+    assert calls == {"conformity": [3, 3], "oracle": [3, 3]}
+    assert all(part.any() for part in found[0][0])
     assert all(torch.allclose(one, other) for one, other in zip(*found, strict=True))
 
 
@@ -282,7 +287,7 @@ def test_a_request_guides_by_all_targets_of_its_job_as_it_chooses() -> None:
     worst = detached | {"name": "b", "guidance": detached["guidance"] | {"ensemble": "worst"}}
     job = parse_job(raw_job([FIRST, SECOND], detached, worst))
     targets = [SimpleNamespace(logits=logits) for logits in (upright, mirrored)]
-    scorer: Any = SimpleNamespace(target=targets[0], further_targets=targets[1:])
+    scorer: Any = SimpleNamespace(target=targets[0], further_targets=targets[1:], guiding_oracle=None)
     guides = RequestGuides(job, SimpleNamespace(), scorer, "cpu")  # type: ignore[arg-type]
     found = []
     for request in (0, 1):

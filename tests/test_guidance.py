@@ -331,11 +331,19 @@ def toy_raw_conformity(images, labels):
     return (images.flatten(1).double() * direction[labels]).sum(1)
 
 
+def toy_oracle(images):
+    """Of weights of its own."""
+    flat = images.flatten(1).double()
+    weight = torch.randn(flat.shape[1], 5, generator=torch.Generator().manual_seed(13), dtype=torch.float64)
+    return flat @ weight * 2
+
+
 def risky(**options) -> GuidedDenoiser:
+    kinds = {"conformity": toy_conformity, "raw_conformity": toy_raw_conformity, "oracle_logits": toy_oracle}
     return guide_to_risk(
         toy_denoiser(8, options.pop("prediction", "epsilon")),
         RiskyGuidanceSpec(**options),
-        scene_of([(label,) for label in LABELS.tolist()], toy_logits, toy_decode, toy_conformity, toy_raw_conformity),
+        scene_of([(label,) for label in LABELS.tolist()], toy_logits, toy_decode, **kinds),
     )
 
 
@@ -427,17 +435,75 @@ def test_the_floor_lifts_conformity():
     assert with_floor.median() > without.median() and (with_floor > 0.4).float().mean() > 0.7
 
 
-def slow_shift_with_floor(losses, gradients, latents, cap):
-    """The Polyak steps of one sample, capped together; the target's gradient without its part against the floor's."""
+@pytest.mark.parametrize("floors", [{}, {"conformity_floor": 0.9}])
+@pytest.mark.parametrize("gradient", ["unet", "detached"])
+def test_the_floor_of_an_oracle_equals_its_equation(gradient, floors):
+    """`max(0, log P - log p_y)` and its gradient by finite differences, of the label's own logit in a softmax; no
+    gradient above the floor. The last criterion, whether there is another floor or not."""
+    step, latents = step_at(), latents_of(8)
+    wrapper = risky(oracle_floor=0.25, gradient=gradient, **floors)
+    base = wrapper.predict(latents, step)
+    losses, gradients = wrapper.gradients(base, step)
+    assert len(losses) == 2 + len(floors)
+    fixed = predicted_eps(base.output, latents, step, "epsilon")
+
+    def hinge(moved, row):
+        eps = wrapper._denoiser.conditional_output(moved, step, torch.tensor([row])) if gradient == "unet" else fixed
+        clean = predicted_x0(eps[-1:] if gradient == "unet" else eps[row : row + 1], moved[row : row + 1], step,
+                             "epsilon")  # fmt: skip
+        logits = toy_oracle(toy_decode(clean).clamp(0, 1))[0].tolist()
+        p = math.exp(logits[LABELS[row]]) / math.fsum(math.exp(one) for one in logits)
+        return max(0.0, math.log(0.25) - math.log(p))
+
+    values = [hinge(latents, row) for row in range(8)]
+    assert losses[-1].tolist() == pytest.approx(values, abs=1e-12)
+    assert 0 < sum(value > 0 for value in values) < 8
+    for row in range(8):
+        around = latents.clone()
+
+        def of_own(own, row=row, around=around):
+            around[row] = own[0]
+            return hinge(around, row)
+
+        expected = slopes(of_own, latents[row : row + 1])[0]
+        assert torch.allclose(gradients[-1, row], expected, atol=1e-7)
+        assert (values[row] > 0) == bool(expected.any())
+
+
+@pytest.mark.parametrize("floors", [{}, {"conformity_floor": 0.0}])
+def test_the_floor_lifts_what_the_oracle_says(floors):
+    """Alone, and beside a floor of conformity: nearly all samples end at the floor or above, and at the target, while
+    without it half do not."""
+
+    def ends(**options):
+        wrapper = risky(target_risk=2.0, cap=0.3, **options)
+        spec = SamplingSpec(num_inference_steps=40)
+        latents = sample(wrapper, sampler_of(spec, CONFIG), draw_noise(range(8), (4, 2, 2))[0].double())
+        images = toy_decode(latents).clamp(0, 1)
+        p = toy_oracle(images).softmax(1).gather(1, LABELS[:, None])[:, 0]
+        return p, risk(toy_logits(images), LABELS)
+
+    (without, _), (p, reached) = ends(**floors), ends(oracle_floor=0.6, **floors)
+    assert (without > 0.55).sum() <= 4 and (p > 0.55).sum() >= 7
+    assert ((reached - 2.0).abs() < 0.3).sum() >= 6
+
+
+def slow_shift_above_floors(losses, gradients, latents, cap):
+    """The Polyak steps of one sample, capped together: a floor's gradient without its parts against the floors before
+    it, and the target's, the first, without those against any floor."""
 
     def dot(first, second):
         return math.fsum(one * other for one, other in zip(first, second, strict=True))
 
-    (to_target, below), (toward, up) = losses, gradients
-    if below > 0 and (overlap := dot(toward, up)) < 0:
-        toward = [one - overlap / dot(up, up) * other for one, other in zip(toward, up, strict=True)]
+    followed = []
+    for loss, gradient in [*zip(losses[1:], gradients[1:], strict=True), (losses[0], gradients[0])]:
+        for above, other in followed:
+            if above > 0 and (overlap := dot(gradient, other)) < 0:
+                share = overlap / dot(other, other)
+                gradient = [one - share * two for one, two in zip(gradient, other, strict=True)]
+        followed.append((loss, gradient))
     shift = [0.0] * len(latents)
-    for loss, gradient in ((to_target, toward), (below, up)):
+    for loss, gradient in followed:
         if loss > 0:
             shift = [at - loss / dot(gradient, gradient) * one for at, one in zip(shift, gradient, strict=True)]
     length = math.sqrt(dot(shift, shift))
@@ -459,11 +525,45 @@ def test_steps_to_target_and_floor_equal_the_equations():
     moved = polyak_above_floors(0.3)(losses, gradients, prediction_at(latents), step_at(), health)
     for row in (0, 1, 2, 3, 6):
         own = [gradient[row].flatten().tolist() for gradient in gradients]
-        expected = slow_shift_with_floor(losses[:, row].tolist(), own, latents[row].flatten().tolist(), 0.3)
+        expected = slow_shift_above_floors(losses[:, row].tolist(), own, latents[row].flatten().tolist(), 0.3)
         assert (moved.latents - latents)[row].flatten().tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert torch.equal(moved.latents[4:6], latents[4:6])
     assert health.guided_steps.tolist() == [1, 1, 1, 1, 0, 0, 1]
     assert health.zero.sum() == 0 and health.nonfinite.tolist() == [0, 0, 0, 0, 0, 1, 0]
+
+
+def test_steps_above_two_floors_equal_the_equations():
+    """Each of the eight ways in which three gradients of a sample conflict or agree, with both floors, with either of
+    them reached, and with the target reached; the second floor's gradient is not finite in the last sample."""
+    torch.manual_seed(4)
+    gradients = torch.randn(3, 100, 4, 2, 2, dtype=torch.float64)
+    latents = torch.randn(100, 4, 2, 2, dtype=torch.float64)
+    losses = torch.rand(3, 100, dtype=torch.float64) + 0.1
+    losses[1, 60:75], losses[2, 70:90], losses[0, 85:95] = 0, 0, 0
+    along = [(gradients[one] * gradients[other]).sum((1, 2, 3))[:60] > 0 for one, other in ((0, 1), (0, 2), (1, 2))]
+    assert len(set(zip(*(signs.tolist() for signs in along), strict=True))) == 8
+    gradients[2, 99, 0, 0, 0] = math.nan
+    health = GradientHealth.of(100)
+    moved = polyak_above_floors(0.8)(losses, gradients, prediction_at(latents), step_at(), health)
+    for row in range(99):
+        own = [gradient[row].flatten().tolist() for gradient in gradients]
+        expected = slow_shift_above_floors(losses[:, row].tolist(), own, latents[row].flatten().tolist(), 0.8)
+        assert (moved.latents - latents)[row].flatten().tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert torch.equal(moved.latents[99], latents[99])
+    assert health.nonfinite.tolist() == [0] * 99 + [1]
+
+
+def test_what_is_followed_works_against_no_floor():
+    """To first order a step that is not capped lowers the first floor's distance as if there were nothing else, or
+    more; without the order of the floors the second would take from it."""
+    torch.manual_seed(5)
+    gradients = torch.randn(3, 200, 4, 2, 2, dtype=torch.float64)
+    latents = torch.randn(200, 4, 2, 2, dtype=torch.float64)
+    losses = torch.rand(3, 200, dtype=torch.float64) + 0.1
+    update = polyak_above_floors(1e9)
+    shift = update(losses, gradients, prediction_at(latents), step_at(), GradientHealth.of(200)).latents - latents
+    gained = -(shift * gradients[1]).flatten(1).sum(1)
+    assert (gained >= losses[1] - 1e-9).all() and (gained > losses[1] + 0.1).any()
 
 
 def test_the_step_to_the_target_equals_the_equation():
@@ -474,7 +574,7 @@ def test_the_step_to_the_target_equals_the_equation():
     moved = polyak_above_floors(0.3)(losses, gradients, prediction_at(latents), step_at(), health)
     for row in range(3):
         own = [gradients[0, row].flatten().tolist(), [0.0] * 16]
-        expected = slow_shift_with_floor((losses[0, row].item(), 0.0), own, latents[row].flatten().tolist(), 0.3)
+        expected = slow_shift_above_floors((losses[0, row].item(), 0.0), own, latents[row].flatten().tolist(), 0.3)
         assert (moved.latents - latents)[row].flatten().tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert health.guided_steps.tolist() == [1, 1, 0]
 

@@ -34,8 +34,9 @@ from engine.models.digests import image_encoder_digest
 from engine.models.job_checks import check_addresses
 from engine.studies.prepare.encoders import encoder_address
 from engine.studies.prepare.fitting import fit_conditioning
+from engine.studies.prepare.folders import artefact_folder
 from engine.studies.prepare.observation import GPU_ROWS, Observations, Observer, observe
-from engine.studies.prepare.program import artefact_folder, prepare_conditioning
+from engine.studies.prepare.program import prepare_conditioning
 from tests.conftest import REPOSITORY
 from tests.prepare_cases import (
     LABELS,

@@ -18,7 +18,12 @@ def test_a_scene_has_the_cosine_and_the_inner_product_each_by_its_name() -> None
         return lambda images: (labels.tolist(), raw, images)
 
     targets = [SimpleNamespace(logits=f"logits of {name}") for name in "abc"]
-    scorer: Any = SimpleNamespace(target=targets[0], further_targets=targets[1:], conformity_to=conformity_to)
+    scorer: Any = SimpleNamespace(
+        target=targets[0],
+        further_targets=targets[1:],
+        guiding_oracle=SimpleNamespace(logits="logits of the oracle"),
+        conformity_to=conformity_to,
+    )
     guides = RequestGuides(SimpleNamespace(), SimpleNamespace(), scorer, "cpu")  # type: ignore[arg-type]
     scene: Any = guides.scene([(3,), (8, 5)], "decoding")  # type: ignore[arg-type]
     assert scene.labels.tolist() == [3, 8] and scene.classes == ((3,), (8, 5))
@@ -27,3 +32,6 @@ def test_a_scene_has_the_cosine_and_the_inner_product_each_by_its_name() -> None
     assert scene.raw_conformity("images", labels) == ([1, 2], True, "images")
     assert (scene.logits, scene.decoding) == ("logits of a", "decoding")
     assert scene.further_logits == ("logits of b", "logits of c")
+    assert scene.oracle_logits == "logits of the oracle"
+    scorer.guiding_oracle = None
+    assert guides.scene([(3,)], "decoding").oracle_logits is None  # type: ignore[arg-type]

@@ -135,6 +135,7 @@ class OnDevice:
 
         return GuidanceScene(
             logits=self.target.logits,
+            oracle_logits=self.target.logits,
             conformity=conformity,
             raw_conformity=functools.partial(conformity, raw=True),
             # Two slices, the second one of them smaller.
@@ -180,6 +181,7 @@ GUIDES = {
     "risky": (guide_to_risk, RiskyGuidanceSpec(every=2)),
     "risky, detached": (guide_to_risk, RiskyGuidanceSpec(every=2, gradient="detached")),
     "risky, floor": (guide_to_risk, RiskyGuidanceSpec(every=2, conformity_floor=0.25)),
+    "risky, floor, oracle floor": (guide_to_risk, RiskyGuidanceSpec(every=2, conformity_floor=0.25, oracle_floor=0.9)),
     "risky, paper": (guide_to_risk, RiskyGuidanceSpec(every=2, step="paper", conformity="raw")),
 }
 
@@ -193,5 +195,5 @@ def test_guidance_waits_once_for_a_gradient_at_most(guide, on_device):
     # What the UNet waits for without a gradient is seen above; operators of `meta` take their time.
     network = None if num_through else lambda latents, *_: latents * 0.5
     transfers = on_device.sampled("LMSDiscreteScheduler", make, spec, network=network)
-    assert len(transfers.reads) == num_through * (2 if "floor" in guide else 1)
+    assert len(transfers.reads) == num_through * (1 + guide.count("floor"))
     assert len(transfers.copies) == 3

@@ -26,7 +26,7 @@ from risky_figures import read_job, share
 from engine.commands.jobfile import import_factories
 from engine.data.images import decode_rgb
 from engine.data.run.shards import SHARDS, read_shard
-from engine.job.columns import NO_PAIR
+from engine.job.columns import UNKNOWN
 from engine.job.records import STARTS
 from engine.methods.scores import risk
 from engine.models.classifier import Classifier
@@ -60,7 +60,7 @@ class Cell:
     def median(self, name: str, digits: int) -> str:
         """Median of a column's known values; empty without any."""
         values = self.column(name)
-        known = values[values != NO_PAIR]
+        known = values[values != UNKNOWN]
         return f"{np.median(known):.{digits}f}" if len(known) else ""
 
 

@@ -199,6 +199,7 @@ def _print_comparison(
         comparison_markdown,
         comparison_table,
         curation_lines,
+        human_lines,
     )
 
     if markdown is not None:
@@ -215,6 +216,8 @@ def _print_comparison(
                 print_some([change.key for change in changes], "--json")
         for line in curation_lines(comparison):
             print(line)
+        for line in human_lines(comparison):
+            print(f"people: {line}")
         print_some(list(comparison.notes), "--json")
     for line in crossed:
         complain(f"limit exceeded: {line}")

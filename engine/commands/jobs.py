@@ -77,11 +77,11 @@ def plan(
 
 
 DataOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="PATH",
         help="Labelled images: a folder with one subfolder per class (by name or index), WebDataset tars, a run,"
-        " parquet, or a named data set such as digits:validation.",
+        " parquet, or a named data set such as digits:validation. Required, but for answers about a run.",
         show_default=False,
     ),
 ]
@@ -120,20 +120,40 @@ EncoderOption = Annotated[
 ]
 
 
+AnswersOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="People's answers, for models.validity: a run that was reviewed; or a table (.csv, .jsonl, .parquet) about"
+        " the images of --data, with the columns key and answer, or key and a count for each class.",
+    ),
+]
+
+
 def prepare(
     job: JobArgument,
-    data: DataOption,
+    data: DataOption = None,
     output: OutputOption = None,
     components: Annotated[int, typer.Option(metavar="K", min=1, max=100, help="Gaussian components per class.")] = 1,
     only: OnlyOption = None,
     encoder: EncoderOption = None,
+    answers: AnswersOption = None,
     executor: ExecutorOption = "auto",
     address: AddressOption = None,
     workers: WorkersOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Compute class statistics, an error predictor and the calibration of the target, or an oracle, from images."""
+    """Compute class statistics, an error predictor and the calibration of the target, or an oracle, from images.
+
+    Or, with --answers, how many people agree with a label by what the oracles say of it.
+    """
     is_divided = address is not None or workers is not None
+    if answers is not None:
+        is_alone = only is None and encoder is None and components == 1 and executor != "ray" and not is_divided
+        _prepare_validity(load_job(job, set_), answers, data, output, is_alone=is_alone)
+        return
+    if data is None:
+        raise JobError("--data: names no images; give some, or people's answers about a run with --answers")
     if is_divided and executor == "local":
         raise JobError("--address and --workers: apply to --executor ray alone; omit them, or --executor local")
     if only and components != 1:
@@ -160,6 +180,27 @@ def prepare(
             only_large=executor == "auto" and not is_divided,
         )
     print_neighbours(prepared, spec) if only == "neighbours" else _print_prepared(prepared, spec)
+
+
+def _prepare_validity(job: JobSpec, answers: str, data: str | None, output: str | None, *, is_alone: bool) -> None:
+    """Make the artefact of `--answers`.
+
+    Args:
+        is_alone: whether no option is given that is of other artefacts.
+    """
+    from engine.commands.validity_output import print_validity
+    from engine.driver.checks import check_hardware
+    from engine.studies.prepare.validity import prepare_validity
+
+    if not is_alone:
+        raise JobError(
+            "--answers: makes one artefact in this process; omit --only, --encoder, --components, --workers,"
+            " --address and --executor ray"
+        )
+    check_hardware(job, is_local=True)
+    with stop_on_signals(NOTHING_STORED):
+        prepared = prepare_validity(job, answers, data, display=make_display(), folder=output)
+    print_validity(prepared, job)
 
 
 def schema() -> None:

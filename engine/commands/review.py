@@ -76,13 +76,27 @@ def review(
         Path | None,
         typer.Option(metavar="FILE", help="Write answers to pairs as preference records (.jsonl) for `curate`."),
     ] = None,
+    results: Annotated[
+        bool, typer.Option("--results", help="Print what the answers so far say of labels, oracles and rules.")
+    ] = False,
+    goal: Annotated[
+        float | None,
+        typer.Option(metavar="P", help="With --results: precision that a recommended threshold reaches. Default: 0.9."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Let people say what a run's images show: a page on this machine, or a file for others."""
     from engine.studies.review.options import DrawOptions
 
-    if sum(option is not None for option in (html, import_, preferences)) > 1:
-        raise JobError("--html, --import, --preferences: each is a command of its own; give one of them")
+    if sum(option is not None for option in (html, import_, preferences)) + results > 1:
+        raise JobError("--html, --import, --preferences, --results: each is a command of its own; give one of them")
+    if goal is not None and not (results and 0 < goal < 1):
+        raise JobError(
+            f"--goal: {goal} is not between 0 and 1, or --results is not there; give such as --results --goal 0.95"
+        )
+    if results:
+        _print_results(run, goal, as_json)
+        return
     if import_ is not None:
         _import(run, import_, as_json)
         return
@@ -128,6 +142,23 @@ def _import_line(one: Imported) -> str:
     )
 
 
+def _print_results(run: str, goal: float | None, as_json: bool) -> None:
+    from engine.data.reading.corpus import open_run
+    from engine.data.reading.people.review import people_results
+    from engine.data.reading.people.rules import GOAL
+
+    found = people_results(open_run(run), goal=GOAL if goal is None else goal, notice=complain)
+    if as_json:
+        print_json(None if found is None else found.to_document())
+        return
+    if found is None:
+        print("nobody has said yet what an image shows; `riskforge review RUN` asks")
+        return
+    from engine.commands.people import print_people
+
+    print_people(found)
+
+
 def _write_preferences(run: str, path: Path, rater: str, as_json: bool) -> None:
     from engine.studies.review.preferences import write_preferences
     from engine.studies.review.program import open_reviewed
@@ -168,17 +199,8 @@ def _serve(review: Review, rater: str, port: int | None, is_opened: bool, as_jso
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with serving(review, rater=rater, port=port, notice=display.notice, progress=progress) as server:
-        if not as_json:
-            print(_design_line(review))
-            print(f"page: {server.url}")
-            print("Ctrl-C ends it; answers are stored one by one, and the same command goes on", flush=True)
-        else:
-            complain(f"page: {server.url}")
-        if is_opened:
-            import webbrowser
-
-            webbrowser.open(server.url)
         with contextlib.suppress(KeyboardInterrupt):
+            _announce(review, server.url, is_opened, as_json)
             server.serve_forever(poll_interval=0.2)
         server.book.refresh()
         answered = server.book.num_answered()
@@ -189,6 +211,19 @@ def _serve(review: Review, rater: str, port: int | None, is_opened: bool, as_jso
         print(f"{name}: {number} of {total} answered")
     if not answered:
         print("no answers yet")
+
+
+def _announce(review: Review, url: str, is_opened: bool, as_json: bool) -> None:
+    if as_json:
+        complain(f"page: {url}")
+    else:
+        print(_design_line(review))
+        print(f"page: {url}")
+        print("Ctrl-C ends it; answers are stored one by one, and the same command goes on", flush=True)
+    if is_opened:
+        import webbrowser
+
+        webbrowser.open(url)
 
 
 def _document(review: Review) -> dict[str, object]:

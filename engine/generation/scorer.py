@@ -20,6 +20,7 @@ from engine.methods import scores
 from engine.methods.finiteness import Faults
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
+from engine.models.oracles import Oracle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +72,7 @@ class Scorer:
         self._judge_embeds = _text_embeds("models.judge", judge, prompts) if judge else None
 
     @property
-    def guiding_oracle(self) -> Classifier | None:
+    def guiding_oracle(self) -> Oracle | None:
         """The oracle that is a floor of guidance; None without one."""
         return self._oracles.guiding
 

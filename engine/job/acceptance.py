@@ -207,7 +207,7 @@ def _conditions(name: str, wanted: str | bool | tuple[str, ...]) -> Iterator[Nod
         yield _flag(name, is_wanted=wanted is True)
     elif name == ORACLE_CONDITION:
         yield _flag("oracle_agrees", is_wanted=wanted == "agrees")
-    else:
+    elif not isinstance(wanted, bool):
         for text in [wanted] if isinstance(wanted, str) else wanted:
             match = _COMPARISON.fullmatch(text)
             assert match is not None, "rules are checked when the job is read"

@@ -85,5 +85,6 @@ def floor_problems(
         f"asks the only oracle, which {'.'.join(map(str, floors[0]))} lets guide, so that it is not independent; name a"
         " second oracle in models.oracles, the one that guides last"
     )
-    where = [place for place, name in asked if name in _VERDICTS]
-    return [(place, text) for place in [*where, *([("models", "validity")] if models.get("validity") else [])]]
+    # A text of conditions is one place for all of its names.
+    found = [(place, text if place[-1] == name else f"'{name}' {text}") for place, name in asked if name in _VERDICTS]
+    return found + ([(("models", "validity"), text)] if models.get("validity") else [])

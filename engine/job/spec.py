@@ -95,14 +95,15 @@ class ModelsSpec(Spec):
     )
     oracle: Address | None = Field(
         default=None,
-        description="Independent model whose prediction is recorded and never guided on: a classifier, a CLIP model"
-        " (zero-shot), or nearest neighbours among labelled images (an artefact of `riskforge prepare --only"
-        " neighbours`).",
+        description="Independent model whose prediction is recorded, and guided on by `oracle_floor` alone: a"
+        " classifier, a CLIP model (zero-shot), or nearest neighbours among labelled images (an artefact of `riskforge"
+        " prepare --only neighbours`).",
     )
     oracles: tuple[Address, ...] = Field(
         default=(),
         max_length=LIST_LIMITS["oracles"],
-        description="Several of them in place of `oracle`, of different families; `oracle_class` is the first one's.",
+        description="Several of them in place of `oracle`, of different families; `oracle_class` is the first one's,"
+        " and with an `oracle_floor` the last one guides.",
     )
     validity: Address | None = Field(
         default=None,

@@ -23,12 +23,12 @@ class Estimate:
         return self.low == self.high
 
 
-def wilson_interval(successes: float, total: int, level: float = LEVEL) -> Estimate:
+def wilson_interval(successes: float, total: float, level: float = LEVEL) -> Estimate:
     """A share with its score interval (Wilson 1927), which stays inside [0, 1] and has a width at 0 and at 1 too.
 
     Args:
         successes: of the trials; a tie may count as half of one.
-        total: trials.
+        total: trials; an effective number of them may be a fraction.
         level: of the interval.
 
     Raises:

@@ -24,6 +24,8 @@ MIN_STRATUM = 30
 # Ridge on the weights' differences from their mean, in images: of 0 to 300 the best or nearly the best on 40 to 200
 # images (docs/validity.md), and without effect on thousands.
 RIDGE = 30.0
+# With no larger weight than this nothing is left of the oracles.
+MIN_WEIGHT = 1e-3
 # A larger weight, or intercept, is that of a likelihood without a maximum.
 MAX_WEIGHT = 5.0
 MAX_INTERCEPT = 30.0
@@ -126,7 +128,7 @@ def fit_validity(answers: Answers) -> ValidityFit:
     nll, constant_nll = _nll(answers, p_valid), _nll(answers, constant)
     quality = qualities(p_valid, answers.num_agreeing, answers.num_asked, answers.target_errs)
     measured = {"nll": rounded(nll), "constant_nll": rounded(constant_nll), "quality": quality}
-    if nll >= constant_nll:
+    if nll >= constant_nll or not solution[1:].max() > MIN_WEIGHT:
         reason = (
             f"on held-out images its likelihood ({-nll:.4f}) is no better than that of a constant"
             f" ({-constant_nll:.4f}); these oracles do not order what people see"
@@ -204,12 +206,13 @@ def _solve(answers: Answers, rows: np.ndarray) -> np.ndarray:
         residuals = weights * (_sigmoid(scores) - shares)
         differences = solution[1:] - solution[1:].mean()
         value = weights @ (np.logaddexp(0, scores) - shares * scores) + RIDGE / 2 * differences @ differences
-        return value, np.concatenate([[residuals.sum()], features.T @ residuals + RIDGE * differences])
+        slopes = np.concatenate([[residuals.sum()], features.T @ residuals + RIDGE * differences])
+        return value / len(shares), slopes / len(shares)
 
     num_oracles = features.shape[1]
     bounds = [(-MAX_INTERCEPT, MAX_INTERCEPT), *[(0.0, MAX_WEIGHT)] * num_oracles]
     start = np.concatenate([[0.0], np.full(num_oracles, 1 / num_oracles)])
-    options = {"maxiter": 10_000, "maxfun": 100_000, "ftol": 1e-15, "gtol": 1e-9}
+    options = {"maxiter": 10_000, "maxfun": 100_000, "ftol": 1e-15, "gtol": 1e-10}
     return np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x)
 
 

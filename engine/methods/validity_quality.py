@@ -116,12 +116,14 @@ def kept_quality(kept: np.ndarray, shares: np.ndarray, threshold: float = math.n
 
 
 def auc(estimates: np.ndarray, agreed: np.ndarray) -> float | None:
-    """Area under the ROC curve, ties counting half; None without images of both kinds."""
-    from sklearn.metrics import roc_auc_score
-
-    if agreed.all() or not agreed.any():
+    """Area under the ROC curve by the rank sum, ties counting half; None without images of both kinds."""
+    num_agreed = int(agreed.sum())
+    num_pairs = num_agreed * (len(agreed) - num_agreed)
+    if not num_pairs:
         return None
-    return rounded(float(roc_auc_score(agreed, estimates)))
+    _, places, counts = np.unique(estimates, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[places]
+    return rounded(float(ranks[agreed].sum() - num_agreed * (num_agreed + 1) / 2) / num_pairs)
 
 
 def calibration_error(estimates: np.ndarray, outcomes: np.ndarray) -> float:

@@ -21,9 +21,9 @@ def check_independent(models: ModelsSpec) -> None:
 
     A judge with the image tower of the model that guided a sample measures what was guided on, and so does an oracle;
     an oracle with the weights of a target agrees with it, so that no failure has a correct label, and with those of
-    another oracle it confirms nothing; a transfer model with these weights
-    would show that every failure transfers; a target that is there twice would count twice. Compared are the weights
-    in files; a model that is not on this machine, or is given by a factory, is compared by its address alone. An oracle
+    another oracle it confirms nothing; a transfer model with these weights would show that every failure transfers; a
+    target that is there twice would count twice. Compared are the weights in files, of an artefact those of its
+    encoder; a model that is not on this machine, or is given by a factory, is compared by its address alone. An oracle
     may be the judge, which guides nothing: the two then measure the same.
 
     Raises:
@@ -60,20 +60,21 @@ def _oracle_problems(models: ModelsSpec, place: int) -> list[str]:
         subject, remedy = f"'{address}'", "give another model"
     else:
         subject, remedy = f"the encoder of '{address}', '{network}',", "prepare it with another encoder"
+
+    def problem(common: tuple[str, ...], other: str, reason: str) -> list[str]:
+        what = "image tower" if common is _IMAGE_TOWER else "weights"
+        return [f"{field}: {subject} has the {what} of {other}{reason}: {remedy}"]
+
     if target := _same_target(network, models, part=part):
-        return [f"{field}: {subject} has the weights of {target}; an oracle decides whether the target errs: {remedy}"]
+        return problem(part, target, "; an oracle decides whether the target errs")
     if _are_same(network, models.clip, _IMAGE_TOWER):
-        return [
-            f"{field}: {subject} has the image tower of models.clip, which may guide a sample by its conformity; an"
-            f" oracle must be independent of what guides: {remedy}"
-        ]
+        reason = ", which may guide a sample by its conformity; an oracle must be independent of what guides"
+        return problem(_IMAGE_TOWER, "models.clip", reason)
     for other, others_address in fields[:place]:
         others_network, others_part = _network(others_address)
-        if _are_same(network, others_network, _IMAGE_TOWER if _IMAGE_TOWER in (part, others_part) else _WHOLE):
-            return [
-                f"{field}: {subject} has the weights of {other}, so that its agreement confirms nothing; {remedy}, or"
-                " name one oracle less"
-            ]
+        common = _IMAGE_TOWER if _IMAGE_TOWER in (part, others_part) else _WHOLE
+        if _are_same(network, others_network, common):
+            return problem(common, other, ", so that its agreement confirms nothing")
     return []
 
 

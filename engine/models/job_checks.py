@@ -57,6 +57,21 @@ def check_target(job: JobSpec) -> None:
         raise JobError(problems)
 
 
+def check_oracles(job: JobSpec) -> None:
+    """As `check_addresses`, of the target and the oracles alone, of which there must be one.
+
+    Raises:
+        JobError: all problems of the first step that has some.
+    """
+    roles: list[_Role] = [("models.target", job.models.target, _check_classifier)]
+    roles += [(field, address, check_oracle) for field, address in oracle_fields(job.models)]
+    problems = [problem for role in roles for problem in _problems(*role)]
+    if len(roles) == 1:
+        problems.append("models.oracle: there is none; name the oracles whose probabilities are to be weighed")
+    if problems := problems or _label_problems(job):
+        raise JobError(problems)
+
+
 def _role_problems(job: JobSpec) -> list[str]:
     """Models that do not exist or are of the wrong kind."""
     problems: list[str] = []

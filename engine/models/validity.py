@@ -27,8 +27,8 @@ FIELD = "models.validity"
 _REMEDY = "`riskforge prepare JOB --answers FILE` makes another"
 
 
-class OracleIdentity(NamedTuple):
-    """An oracle as it was when the artefact was made."""
+class ModelIdentity(NamedTuple):
+    """A model as it was when the artefact was made."""
 
     address: str
     digest: str
@@ -51,7 +51,7 @@ class Validity:
     address: str
     digest: str
     labels: tuple[str, ...]
-    oracles: tuple[OracleIdentity, ...]
+    oracles: tuple[ModelIdentity, ...]
     model: ValidityModel | None
     verdict: str
     num_images: int
@@ -95,18 +95,12 @@ def job_validity(job: JobSpec, *, with_digests: bool = True) -> Validity | None:
 def validity_problems(job: JobSpec) -> list[str]:
     """What files tell of the estimate that a job names, before anything is downloaded, a line each."""
     # As of a calibration: the digest of an oracle of the hub would download it.
-    with_digests = all(is_program(address) or not locate(address).is_hub for address in independent_oracles(job))
+    with_digests = all(is_program(address) or not locate(address).is_hub for address in job.independent_oracles)
     try:
         job_validity(job, with_digests=with_digests)
     except JobError as error:
         return list(error.problems)
     return []
-
-
-def independent_oracles(job: JobSpec) -> tuple[str, ...]:
-    """The oracles whose probabilities an estimate takes."""
-    oracles = job.models.all_oracles
-    return oracles[:-1] if job.oracle_guides else oracles
 
 
 def read_validity(address: str) -> Validity | None:
@@ -132,7 +126,7 @@ def _problem(validity: Validity, job: JobSpec, *, with_digests: bool) -> str:
     labels = read_labels(job.models.target)
     if labels is not None and tuple(labels) != validity.labels:
         return f"was fitted with other classes than those of '{job.models.target}'; {_REMEDY}"
-    addresses = independent_oracles(job)
+    addresses = job.independent_oracles
     if len(addresses) != len(validity.oracles):
         return (
             f"is of {_several(validity.oracles)}, and the job has {len(addresses)} that guide nothing; name the same,"
@@ -147,7 +141,7 @@ def _problem(validity: Validity, job: JobSpec, *, with_digests: bool) -> str:
     return ""
 
 
-def _several(oracles: Sequence[OracleIdentity]) -> str:
+def _several(oracles: Sequence[ModelIdentity]) -> str:
     names = ", ".join(f"'{oracle.address}'" for oracle in oracles)
     return f"{len(oracles)} oracle{'s' if len(oracles) > 1 else ''} ({names})"
 
@@ -158,7 +152,7 @@ def _validity_of(fields: dict[str, Any], address: str) -> Validity:
     Raises:
         ValueError: a value is not what this version writes.
     """
-    oracles = tuple(OracleIdentity(oracle["address"], oracle["digest"]) for oracle in fields["models"]["oracles"])
+    oracles = tuple(ModelIdentity(oracle["address"], oracle["digest"]) for oracle in fields["models"]["oracles"])
     model = None if fields["model"] is None else usable_validity(fields["model"])
     texts = [fields["verdict"], *fields["classes"], *(text for oracle in oracles for text in oracle)]
     if not all(isinstance(text, str) for text in texts) or not oracles:

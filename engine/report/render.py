@@ -18,7 +18,9 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from engine.data.run.file_names import METADATA, REPORT
+from engine.data.reading.people.card import update_card
+from engine.data.reading.people.review import NO_PEOPLE, People, read_people
+from engine.data.run.file_names import METADATA, REPORT, RESCORED_FROM
 from engine.data.run.manifest_reading import check_is_run, manifest_error, read_manifest
 from engine.data.run.summary import shown_scores, summarise_table
 from engine.data.run.twins_table import FoundTwins, read_twins, with_twins
@@ -58,6 +60,7 @@ from engine.report.headline import request_totals, summary_table
 from engine.report.manifest_parts import manifest_context
 from engine.report.pair_tiles import MAX_GAIN_POWER, PAIRS_BUDGET_BYTES, make_pairs
 from engine.report.pairs import PairColumns, PairSection, choose_pairs, find_others, pair_section, with_tiles
+from engine.report.people import people_context
 from engine.report.scatter import SHAPES, num_drawn, scatter
 from engine.report.stored_images import find_images
 from engine.report.text import clip, many
@@ -97,7 +100,7 @@ _NEEDED: dict[str, type] = {
 def write_report(
     store: Store, *, title: str | None = None, labels: list[str] | None = None, into: Store | None = None
 ) -> None:
-    """Write `report.html` of a run whose manifest and metadata are written, with the results of an evaluation.
+    """Write `report.html` of a run whose manifest and metadata are written, with evaluation and people's answers.
 
     Args:
         title: heading of the page; the job's name when not given.
@@ -107,6 +110,8 @@ def write_report(
     Raises:
         OutputError: the run has no manifest or metadata yet, or the store refuses.
         CorruptShardError: one of the two cannot be read.
+
+    Side effects: writes what people say into the run's card, too.
     """
     check_is_run(store, scores=True)
     manifest = _read_manifest(store)
@@ -123,9 +128,12 @@ def write_report(
     except CorruptShardError as error:
         problems.append(str(error))
     labels = _labels(manifest) if labels is None else labels
+    people = read_people(store, is_rescoring=RESCORED_FROM in manifest)
     with _readable(store.address(METADATA)):
-        page = render(store, manifest, title or manifest["name"], labels, evaluation, " ".join(problems), found)
+        page = render(store, manifest, title or manifest["name"], labels, evaluation, " ".join(problems), found, people)
     (into or store).replace(REPORT, page)
+    if into in (None, store) and (people.results or not people.problems):
+        update_card(store, people.results)
 
 
 def _read_manifest(store: Store) -> dict[str, Any]:
@@ -170,12 +178,14 @@ def render(
     evaluation: Evaluation | None = None,
     problem: str = "",
     found: FoundTwins | None = None,
+    people: People = NO_PEOPLE,
 ) -> bytes:
     """The page; its gallery is halved until the page is below 10 MB.
 
     Args:
         problem: why there is no evaluation, where there should be one.
         found: twins that it found.
+        people: what people say of the images.
     """
     path = store.fetch(METADATA, keep=True)
     table, metadata = with_twins(read_table(path), found), open_metadata(path)
@@ -189,6 +199,8 @@ def render(
         **_distributions(rows),
         "evaluation": evaluation_context(evaluation, len(rows)),
         "evaluation_problem": problem,
+        "people": people_context(people.results),
+        "people_problems": people.problems,
         "adversarial_psnr": f"{ADVERSARIAL_PSNR_DB:g}",
         "perceptible_psnr": f"{PERCEPTIBLE_PSNR_DB:g}",
         "max_gain": MAX_GAIN_POWER,

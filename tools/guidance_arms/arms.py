@@ -19,7 +19,7 @@ from engine.methods.guidance.rules import Update, norms, per_sample
 from engine.methods.guidance.scene import GuidanceScene
 from engine.methods.parameters import Ensemble
 from engine.methods.registry import method_of
-from engine.methods.risky.guide import polyak_with_floor
+from engine.methods.risky.guide import polyak_above_floors
 from engine.methods.sampling.denoiser import Denoiser, Prediction, Step, predicted_eps
 from engine.methods.sampling.schedulers import Sampler, SchedulerAdapter
 from engine.models.classifier import Classifier
@@ -206,7 +206,7 @@ def with_discriminator(floor: float, **parameters: Any) -> Arm:
             realism = F.normalize(a_set.zoo.clip.embeds_of_tensor(images), dim=1) @ weight + bias
             return torch.cat([inner(images, scene), (floor - realism).clamp_min(0)[None]])
 
-        found._criteria, found._update = criteria, polyak_with_floor(0.1)
+        found._criteria, found._update = criteria, polyak_above_floors(0.1)
         return found
 
     return arm

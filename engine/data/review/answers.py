@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from engine.data.stores.base import Store
@@ -30,18 +30,16 @@ RECORDS_PER_PART = 5000
 MAX_ROWS = 10**6
 _PART = re.compile(r"(?P<session>[a-z0-9-]{1,64})-(?P<number>\d{6})\.parquet")
 
-# Kinds of items.
-SAMPLE = "sample"
-CONTROL_REAL = "control-real"
-CONTROL_PLAIN = "control-plain"
-REPEAT = "repeat"
-KINDS = (SAMPLE, CONTROL_REAL, CONTROL_PLAIN, REPEAT)
-CHOICE = "choice"
-PAIR = "pair"
-MODES = (CHOICE, PAIR)
-
 Kind = Literal["sample", "control-real", "control-plain", "repeat"]
 Mode = Literal["choice", "pair"]
+SAMPLE: Kind = "sample"
+CONTROL_REAL: Kind = "control-real"
+CONTROL_PLAIN: Kind = "control-plain"
+REPEAT: Kind = "repeat"
+KINDS = (SAMPLE, CONTROL_REAL, CONTROL_PLAIN, REPEAT)
+CHOICE: Mode = "choice"
+PAIR: Mode = "pair"
+MODES = (CHOICE, PAIR)
 
 
 class Answer(TypedDict):
@@ -210,7 +208,9 @@ def read_parts(store: Store, names: Iterable[str], notice: Callable[[str], None]
         if isinstance(data, StoreLostError):
             raise data
         try:
-            tables.append(_read_part(name, data, schema))
+            if isinstance(data, OutputError):
+                raise ValueError(f"cannot be read ({first_line(data)})")
+            tables.append(parse_records(data, rater=name.split("/")[-2]))
         except ValueError as error:
             notice(f"{store.address(name)}: {error}; its answers are left out")
     table = pa.concat_tables([schema.empty_table(), *tables])
@@ -232,8 +232,11 @@ def part_names(store: Store, notice: Callable[[str], None] = lambda text: None) 
                 notice(f"{store.address(name)}: is no file of answers by its name; it is left out")
 
 
-def _read_part(name: str, data: bytes | OutputError, schema: pa.Schema) -> pa.Table:
-    """The records of a part.
+def parse_records(data: bytes, rater: str | None = None) -> pa.Table:
+    """The records of a part, or of a file with those of several raters; `answer_schema`.
+
+    Args:
+        rater: whose they have to be.
 
     Raises:
         ValueError: they are damaged, or not such as are written here.
@@ -242,8 +245,7 @@ def _read_part(name: str, data: bytes | OutputError, schema: pa.Schema) -> pa.Ta
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    if isinstance(data, OutputError):
-        raise ValueError(f"cannot be read ({first_line(data)})")
+    schema = answer_schema()
     try:
         with pq.ParquetFile(io.BytesIO(data)) as file:
             if file.metadata.num_rows > MAX_ROWS:
@@ -258,7 +260,10 @@ def _read_part(name: str, data: bytes | OutputError, schema: pa.Schema) -> pa.Ta
         raise ValueError("lacks values")
     if not pc.all(pc.is_finite(pa.chunked_array([*table["weight"].chunks, *table["seconds"].chunks], pa.float64()))):
         raise ValueError("has numbers that are not finite")
-    for column, known in (("version", {VERSION}), ("rater", {name.split("/")[-2]}), ("kind", KINDS), ("mode", MODES)):
+    wanted: dict[str, Collection[Any]] = {"version": {VERSION}, "kind": KINDS, "mode": MODES}
+    if rater is not None:
+        wanted["rater"] = {rater}
+    for column, known in wanted.items():
         if others := sorted(set(table[column].unique().to_pylist()) - set(known)):
             raise ValueError(f"has the {column} {others[0]!r}, which is not of {', '.join(map(str, known))}")
     return table

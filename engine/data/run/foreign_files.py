@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from engine.data.review.answers import REVIEW
 from engine.data.run.companions import COMPANIONS
 from engine.data.run.file_names import CURATION, CURATION_FILES, METADATA, PLANS, RESCORED, RESCORING, RUN_FILES
 from engine.data.run.shards import SHARDS
@@ -30,7 +31,7 @@ def check_unused(store: Store) -> None:
 
 
 def sort_files(store: Store, job_name: str) -> tuple[list[str], list[str]]:
-    """The files outside `_state` that a run of this name writes, and all others."""
+    """The files outside `_state` that a run of this name writes, and all others but the answers of people."""
     stem = rf"{re.escape(job_name)}-\d{{6,}}"
     shard = re.compile(rf"{SHARDS}/{stem}\.(tar|parquet)|({'|'.join(COMPANIONS)})/{stem}\.tar")
     parts = re.compile(rf"{METADATA}/part-\d{{6}}\.parquet")
@@ -54,7 +55,7 @@ def sort_files(store: Store, job_name: str) -> tuple[list[str], list[str]]:
             strangers = [inner for inner in store.list(CURATION) if inner not in CURATION_FILES]
             foreign += strangers
             own += [] if strangers else [name]
-        elif name != STATE:
+        elif name not in (STATE, REVIEW):
             (own if name in RUN_FILES else foreign).append(name)
     return own, foreign
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from engine.data.review.answers import REVIEW
 from engine.data.run.companions import COMPANIONS
 from engine.data.run.file_names import CURATION, METADATA, PLANS, RESCORED, SUCCESS
 from engine.data.run.foreign_files import check_unused, list_names, sort_files
@@ -199,6 +200,11 @@ def _clear(store: Store, confirmed: bool) -> None:
     if stored is None:
         check_unused(store)
         return
+    if store.list(REVIEW):
+        raise OutputError(
+            f"output {store.uri}: holds what people answered about its images ({REVIEW}), which cannot be made again,"
+            f" and means nothing without them; copy the run, or move {REVIEW} away, {OTHER_OUTPUT}"
+        )
     own, foreign = sort_files(store, str(stored.job["name"]))
     if foreign:
         raise OutputError(

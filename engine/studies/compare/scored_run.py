@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.data.reading.people.review import NO_PEOPLE, People, read_people
 from engine.data.run.curated import Curation, curation_of
-from engine.data.run.file_names import MANIFEST, METADATA, SUCCESS
+from engine.data.run.file_names import MANIFEST, METADATA, RESCORED_FROM, SUCCESS
 from engine.data.run.manifest_reading import read_manifest
 from engine.data.run.outcomes import errors, joint_rows, oracle_agreement, scored_rows
 from engine.data.run.schema import check_rows
@@ -50,6 +51,7 @@ class ScoredRun:
         unknown: requests whose shares are not known: those with a joint prompt in earlier baselines.
         temperature: of the target in place of its own; None for its own.
         curation: of a curated run, in which every attempt of its parent has its scores.
+        people: what people say of its images; nothing of a baseline.
     """
 
     address: str
@@ -69,6 +71,7 @@ class ScoredRun:
     unknown: frozenset[str] = frozenset()
     temperature: float | None = None
     curation: Curation | None = None
+    people: People = NO_PEOPLE
 
     def metric(self, name: str, rows: Rows) -> Any:
         """A metric's column at some rows; None where it is not known for all of them.
@@ -114,7 +117,8 @@ def read_scored_run(address: str) -> ScoredRun:
             table = pq.read_table(path, columns=columns, partitioning=None).combine_chunks()
         check_rows(table, store.address(METADATA))
         run = _scored_run(store.uri, str(manifest["name"]), target, table)
-        return replace(run, curation=curation_of(manifest))
+        people = read_people(store, is_rescoring=RESCORED_FROM in manifest)
+        return replace(run, curation=curation_of(manifest), people=people)
     except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         reason = first_line(error)
         raise OutputError(f"{address}: cannot be read as a run ({reason}); `riskforge verify` says more") from error

@@ -15,6 +15,7 @@ from engine.data.run.curated import KEY
 from engine.data.run.curation_text import curation_facts
 from engine.driver.progress import ABSENT, MAX_GROUP_ROWS
 from engine.studies.compare.limits import Limits
+from engine.studies.compare.people import human_shares, people_document, people_lines
 from engine.studies.compare.program import Change, GroupComparison, RunComparison
 from engine.studies.compare.scored_run import METRICS, SHARES, ScoredRun, metric_name
 from engine.studies.compare.significance import Difference
@@ -64,6 +65,7 @@ def comparison_markdown(comparison: RunComparison, crossed: Iterable[str] = ()) 
     if len(rows) < len(comparison.rows):
         lines += ["", f"{len(comparison.rows) - len(rows)} more rows are left out."]
     lines += _section("Curation", [code(line, table=False) for line in curation_lines(comparison)])
+    lines += _section("What people say", [code(line, table=False) for line in human_lines(comparison)])
     lines += _section("Past a limit", [code(line, table=False) for line in crossed])
     lines += _section("Not compared", [code(line, table=False) for line in comparison.notes])
     for title, changes in (("New failures", comparison.new_failures), ("Mended", comparison.fixed)):
@@ -83,6 +85,7 @@ def comparison_document(comparison: RunComparison, limits: Limits, crossed: list
         "rows": [_row(comparison, row) for row in comparison.rows],
         "new_failures": [asdict(change) for change in comparison.new_failures],
         "mended": [asdict(change) for change in comparison.fixed],
+        "people": people_document(human_shares(comparison.old, comparison.new)),
         "notes": list(comparison.notes),
         "limits": asdict(limits),
         "crossed": crossed,
@@ -129,6 +132,16 @@ def curation_lines(comparison: RunComparison) -> list[str]:
         if run.curation
         for name, text in curation_facts(run.curation)
     ]
+
+
+def human_lines(comparison: RunComparison) -> list[str]:
+    """What people say of the requests of both runs, a line each; none where nobody looked at their images."""
+    problems = [
+        f"{label}: {problem}"
+        for label, run in (("old", comparison.old), ("new", comparison.new))
+        for problem in run.people.problems
+    ]
+    return people_lines(human_shares(comparison.old, comparison.new)) + problems
 
 
 def _identity(run: ScoredRun) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def load_observer(job: JobSpec, source: ImageSource, encoder: str | None, *, wit
     # With its own temperature, whatever the job names: an artefact depends on the target and the images alone.
     target = Classifier.load(job.models.target, hardware.device) if with_target else None
     loaded = load_encoder(encoder, hardware.device) if encoder else None
-    return Observer(source, target, loaded, _batch_size(job, hardware), encoder or "")
+    return Observer(source, target, loaded, batch_size(job, hardware), encoder or "")
 
 
 def load_part_observer(
@@ -260,7 +260,8 @@ def merge_observations(parts: Sequence[PartObservations], source: ImageSource, d
     )
 
 
-def _batch_size(job: JobSpec, hardware: Hardware) -> int:
+def batch_size(job: JobSpec, hardware: Hardware) -> int:
+    """Images of every model call of a pass."""
     if not hardware.is_cuda:
         return CPU_ROWS
     return GPU_ROWS if job.runtime.batch_size == "auto" else job.runtime.batch_size

@@ -7,23 +7,21 @@ The artefact depends on the images and their classes, not on their order, their 
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from engine.data.images import ImageSource, open_images
-from engine.data.stores.folder import FolderStore
-from engine.data.stores.opening import open_store, refuse_objects
+from engine.data.stores.opening import refuse_objects
 from engine.driver.executors.base import Executor
 from engine.driver.progress import Display, byte_size
-from engine.errors import JobError, OutputError
+from engine.errors import JobError
 from engine.generation.artefact import Conditioning, save_conditioning
 from engine.job.spec import JobSpec
 from engine.models.addresses import resolve
 from engine.models.artefact_documents import kind_of
-from engine.models.configurations import ARTEFACT_DOCUMENT, CALIBRATION_DOCUMENT, NEIGHBOURS_DOCUMENT, read_config
+from engine.models.configurations import CALIBRATION_DOCUMENT, NEIGHBOURS_DOCUMENT, read_config
 from engine.models.digests import model_digest
 from engine.models.factories import import_folders
 from engine.models.job_checks import check_addresses, check_target
@@ -33,6 +31,7 @@ from engine.studies.prepare.calibration import CalibrationFit, save_calibration
 from engine.studies.prepare.distributed_pass import observe_distributed
 from engine.studies.prepare.encoders import encoder_address, encoder_digest, is_pipeline
 from engine.studies.prepare.fitting import fit_calibration, fit_conditioning
+from engine.studies.prepare.folders import CONDITIONING, artefact_folder, check_writable
 from engine.studies.prepare.neighbours import Neighbours, check_size, fit_neighbours, save_neighbours
 from engine.studies.prepare.observation import (
     Observations,
@@ -45,8 +44,7 @@ from engine.studies.prepare.observation import (
 # Above these sizes the pass is worth starting workers for. The number of images in tars is not known beforehand.
 LARGE_SET = 20_000
 LARGE_BYTES = 10**9
-CONDITIONING, CALIBRATION = kind_of(ARTEFACT_DOCUMENT), kind_of(CALIBRATION_DOCUMENT)
-NEIGHBOURS = kind_of(NEIGHBOURS_DOCUMENT)
+CALIBRATION, NEIGHBOURS = kind_of(CALIBRATION_DOCUMENT), kind_of(NEIGHBOURS_DOCUMENT)
 Content = Conditioning | CalibrationFit | Neighbours
 
 
@@ -171,7 +169,7 @@ def _prepare(
         _check_models(job, kind, encoder)
         refuse_objects(folder or "", "--output", "an artefact")
         home = Path(folder).expanduser() if folder is not None else artefact_folder(job, kind)
-        _check_writable(home)
+        check_writable(home)
         labels = tuple(target_labels(job))
         source = open_images(data, labels)
         if kind == CONDITIONING:
@@ -277,31 +275,3 @@ def _observe(
         load_part_observer, job, data, encoder, folder=folder, like=like, imports=imports, with_target=with_target
     )
     return observe_distributed(source, data, executor, factory, display)
-
-
-def artefact_folder(job: JobSpec, kind: str = CONDITIONING) -> Path:
-    """Where a job's artefacts of a kind go by default: `OUTPUT-KIND`, next to its output.
-
-    Raises:
-        OutputError: an output on an object store.
-    """
-    store = open_store(job.output.uri)
-    if not isinstance(store, FolderStore):
-        raise OutputError(
-            f"output.uri: {store.uri} is on an object store, and artefacts are written to folders; give the artefact's"
-            " folder with --output, and copy it to every machine with workers"
-        )
-    return store.root.with_name(f"{store.root.name}-{kind}")
-
-
-def _check_writable(folder: Path) -> None:
-    """Check before the pass that the artefact can be written after it.
-
-    Raises:
-        OutputError: the folder, or the nearest one above it that exists, is a file or not writable.
-    """
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-    if not nearest.is_dir():
-        raise OutputError(f"--output: {nearest} is a file, not a folder; choose another")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(f"--output: {nearest} is not writable; change the permissions or choose another")

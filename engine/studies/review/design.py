@@ -24,12 +24,11 @@ from engine.models.untrusted_files import MAX_DOCUMENT_BYTES
 if TYPE_CHECKING:
     import pyarrow as pa
 
-VERSION = 1
 # Of a digest, in a file's name.
 DIGEST_CHARS = 16
 # Between an item and its repetition, where there are enough others.
 MIN_DISTANCE = 12
-# Answers to nobody's name: files for people whose names are not known come with several orders.
+# Of files for people whose names are not known.
 NUM_FILE_ORDERS = 8
 
 Id = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
@@ -90,18 +89,24 @@ class Design(_Record):
         run_digest: of its plan; empty where that is not known.
         labels: class names in index order.
         population: what the items stand for, in words.
+        requests: that are reviewed.
+        condition: filter that the samples pass; empty for none.
+        is_all: whether rejected and surplus samples are in the population.
         score: the column whose thirds are strata; empty without.
         strata: of the population.
         items: in an order that says nothing.
     """
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     mode: Mode
     run: Text
     run_digest: Text
     seed: Annotated[int, Field(ge=0)]
     labels: Annotated[tuple[Text, ...], Field(min_length=1, max_length=10**5)]
     population: Text
+    requests: tuple[Text, ...]
+    condition: Annotated[str, Field(max_length=100_000)] = ""
+    is_all: bool = False
     score: Text = ""
     strata: Annotated[tuple[Stratum, ...], Field(max_length=10**6)]
     items: Annotated[tuple[Item, ...], Field(min_length=1, max_length=10**6)]

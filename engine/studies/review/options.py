@@ -63,7 +63,7 @@ def check_options(options: DrawOptions) -> None:
             problems.append(f"{name}: {value} is not from {least} to {MAX_ITEMS:,}")
     if not 0 <= options.seed < 2**53:
         problems.append(f"--seed: {options.seed} is not from 0 to 2^53 - 1")
-    if options.is_pairs and (options.real is not None or options.num_controls):
+    if options.is_pairs and (options.real is not None or options.num_controls is not None):
         problems.append("--pairs: compares samples of a class, without controls; omit --real and --controls")
     if problems:
         raise JobError(problems)

@@ -5,7 +5,7 @@
   const isPair = config.mode === "pair";
   const isTyped = !isPair && config.keys.some((key) => key === "");
   const isLong = !isPair && Math.max(...config.keys.map((key) => key.length)) > 1;
-  const TINY = 200, SHOWN = 60, AHEAD = 8, WAIT = 3000, RETRY = 2000, BATCH = 200;
+  const TINY = 200, LARGE = 448, SHOWN = 60, AHEAD = 8, WAIT = 3000, RETRY = 2000, BATCH = 200;
   const PREFIX = `riskforge-review:${config.design}:`;
 
   const make = (name, className, text) => {
@@ -223,13 +223,16 @@
     const stage = find("stage");
     const pictures = [...stage.querySelectorAll("img")];
     const sides = pictures.length || 1;
-    const width = (stage.clientWidth - 16 - 16 * (sides - 1)) / sides - (isPair ? 18 : 0);
-    const height = stage.clientHeight - 16 - (isPair ? 18 : 0);
+    const style = getComputedStyle(stage);
+    const margin = 2 * parseFloat(style.paddingLeft), frame = isPair ? 12 : 0;
+    const width = (stage.clientWidth - margin - parseFloat(style.columnGap) * (sides - 1)) / sides - frame;
+    const height = stage.clientHeight - margin - frame;
     for (const picture of pictures) {
       const isTiny = Math.max(picture.naturalWidth, picture.naturalHeight) < TINY;
       let scale = Math.min(width / picture.naturalWidth, height / picture.naturalHeight);
-      // Whole steps leave the pixels of a small image equally large.
-      if (isTiny && scale > 1) scale = Math.floor(scale);
+      // Larger ones are hard to read as a whole; whole steps, and halves on fine screens, leave the pixels of a small image equally large.
+      if (isTiny) scale = Math.min(scale, LARGE / Math.max(picture.naturalWidth, picture.naturalHeight));
+      if (isTiny && scale > 1) scale = Math.floor(2 * scale) / 2;
       if (state.whole) scale = 1;
       picture.classList.toggle("tiny", isTiny);
       picture.width = Math.max(1, Math.round(picture.naturalWidth * scale));
@@ -242,6 +245,7 @@
     const current = wanted || rest[0] || null;
     state.current = current;
     state.isReady = false;
+    find("stage").setAttribute("aria-busy", "true");
     state.typed = "";
     const done = state.items.length - rest.length;
     find("count").textContent = `${done} of ${state.items.length}`;
@@ -288,7 +292,12 @@
     }
     fit();
     // The time counts from the frame that shows it.
-    requestAnimationFrame(() => { state.since = performance.now(); state.isReady = true; });
+    requestAnimationFrame(() => {
+      if (state.current !== current) return;
+      state.since = performance.now();
+      state.isReady = true;
+      find("stage").setAttribute("aria-busy", "false");
+    });
     if (isTyped) find("typed").focus({preventScroll: true});
   };
 
@@ -324,7 +333,7 @@
     if (isPair) {
       const [left, right] = state.current[1] ? [1, 0] : [0, 1];
       find("others").replaceChildren(
-        button("Left", "←", left), button("Equal, or cannot tell", "↓", -1), button("Right", "→", right),
+        button("Left", "←", left), button("Equal, cannot tell", "↓", -1), button("Right", "→", right),
       );
       return;
     }
@@ -454,6 +463,7 @@
   }
   if (!isPair) {
     find("search").hidden = !(isLong || isTyped);
+    find("typed").placeholder = isTyped ? "Name of the class, then Enter" : "Name of the class (key: /)";
     find("choices").classList.toggle("many", config.labels.length > 10);
   }
   new ResizeObserver(fit).observe(find("stage"));

@@ -15,7 +15,6 @@ from engine.errors import JobError, first_line
 from engine.methods.strict_json import parse_json
 from engine.models.untrusted_files import read_whole
 from engine.studies.review.design import Design, read_design
-from engine.studies.review.page import FORMAT, FORMAT_VERSION
 from engine.studies.review.records import AnswerBook, GivenAnswer, Session
 
 MAX_FILE_BYTES = 64 * 2**20
@@ -27,8 +26,8 @@ class ReturnedFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    format: Literal["riskforge-review"] = FORMAT
-    version: Literal[1] = FORMAT_VERSION
+    format: Literal["riskforge-review"]
+    version: Literal[1]
     design: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     rater: Annotated[str, Field(max_length=100)]
     session: Session

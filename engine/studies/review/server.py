@@ -60,7 +60,7 @@ class Address:
 
 
 def review_address(uri: str, port: int | None) -> Address:
-    """The port and the secret of a run's reviews, which are kept in the user's state folder, readable by the user alone.
+    """Port and secret of a run's reviews; the secret is kept in the user's state folder, readable by the user alone.
 
     Args:
         port: in place of the one that is kept.
@@ -125,9 +125,7 @@ class ReviewServer(ThreadingHTTPServer):
         except (OSError, OverflowError) as error:
             if is_fixed:
                 reason = getattr(error, "strerror", None) or str(error)
-                raise JobError(
-                    f"--port: {address.port} cannot be used ({reason}); give another one, or omit it"
-                ) from None
+                raise JobError(f"--port: {address.port} cannot be used ({reason}); omit it, or give another") from None
             super().__init__((HOST, 0), ReviewHandler)
         self.url = f"http://{HOST}:{self.server_address[1]}/{self.token}/"
 
@@ -158,8 +156,8 @@ class ReviewHandler(BaseHTTPRequestHandler):
             if not self._is_own():
                 self._refuse(403, "this address is for the browser of this machine alone")
                 return
-            token, _, name = self.path.removeprefix("/").partition("/")
-            if not hmac.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode()):
+            token, slash, name = self.path.removeprefix("/").partition("/")
+            if not hmac.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode()) or not slash:
                 self._refuse(404, "there is nothing here")
                 return
             respond(name)
