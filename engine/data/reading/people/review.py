@@ -204,9 +204,7 @@ def _review(samples: pa.Table, population: Population, drawn: DrawnDesign | None
     weights = dict(zip(samples["key"].to_pylist(), samples["weight"].to_pylist(), strict=True))
     keys = [key for key in agreements if key in population.place]
     if not keys:
-        raise JobError(
-            "_review: its answers are to none of the run's images; move those to another run there"
-        )
+        raise JobError("_review: its answers are to none of the run's images; move those to another run there")
     if unknown := len(agreements) - len(keys):
         notes.append(f"{unknown} images with answers are not in the population any more, and are left out")
     rows = np.array([population.place[key] for key in keys], dtype=np.intp)
