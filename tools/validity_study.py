@@ -34,7 +34,7 @@ from engine.methods.validity_quality import (
 )
 from engine.models.library_logging import quiet_libraries
 from engine.models.oracles import load_oracle
-from tools.targets.cifar_resnets import ENVIRONMENT, LABELS
+from targets.cifar_resnets import ENVIRONMENT, LABELS
 
 TARGET = "zoo:cifar10/classifier"
 ZOO = ("zoo:cifar10/oracle", "zoo:cifar10/oracle-b", "zoo:cifar10/judge")

@@ -97,7 +97,7 @@ class ModelsSpec(Spec):
         default=None,
         description="Independent model whose prediction is recorded, and guided on by `oracle_floor` alone: a"
         " classifier, a CLIP model (zero-shot), or nearest neighbours among labelled images (an artefact of `riskforge"
-        " prepare --only neighbours`).",
+        " prepare JOB --only neighbours`).",
     )
     oracles: tuple[Address, ...] = Field(
         default=(),
@@ -108,7 +108,7 @@ class ModelsSpec(Spec):
     validity: Address | None = Field(
         default=None,
         description="Estimate of the share of people who agree with a label, by the probabilities of these oracles: an"
-        " artefact of `riskforge prepare --answers`, a folder that holds one, or `zoo:NAME/PART`.",
+        " artefact of `riskforge prepare JOB --answers FILE`, a folder that holds one, or `zoo:NAME/PART`.",
     )
     judge: Address | None = Field(
         default=None, description="Second, independent CLIP model: its conformity is recorded and never guided on."
