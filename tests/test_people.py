@@ -395,3 +395,50 @@ def test_comparison_shows_people(run: Path, reviewed: Path, fresh: Path, call: A
     code, out, _ = call("compare", run, reviewed, "--markdown", page)
     assert code == 0 and "people: between: valid labels: old not looked at; new" in out
     assert "## What people say" in page.read_text()
+
+
+# By key, when read -------------------------------------------------------------------------------------------------
+
+
+def test_filters_and_tables_know_what_people_say(reviewed: Path, call: Any) -> None:
+    """Joined by key, unknown where nobody answered: neither a condition nor its negation selects such a row."""
+    shares = human_agreement(choices(open_store(str(reviewed))))
+    corpus = open_run(str(reviewed))
+    rows = corpus.to_table(["key", "human_agreement"])
+    found = dict(zip(rows["key"].to_pylist(), rows["human_agreement"].to_pylist(), strict=True))
+    assert {key: share for key, share in found.items() if share is not None} == shares
+    assert len(corpus.filter("human_agreement >= 0.6")) == sum(share >= 0.6 for share in shares.values()) > 0
+    assert len(corpus.filter("not human_agreement >= 0.6")) == sum(share < 0.6 for share in shares.values()) > 0
+    either = corpus.filter("human_agreement >= 0.6 or risk > 1 or not risk > 1")
+    assert len(either) == len(corpus.filter("scored")), "an unknown part decides nothing"
+    doubled = corpus.filter("human_agreement >= 0").numbers("2 * human_agreement", "weights")(0)
+    assert sorted(doubled) == pytest.approx(sorted(2 * share for share in shares.values()))
+    code, out, _ = call("inspect", reviewed, "--filter", "human_agreement >= 0.6", "--json")
+    assert code == 0 and json.loads(out)
+
+
+def test_a_run_without_answers_has_none(run: Path) -> None:
+    """The name is there all the same."""
+    corpus = open_run(str(run))
+    assert set(corpus.to_table(["human_agreement"])["human_agreement"].to_pylist()) == {None}
+    assert len(corpus.filter("human_agreement >= 0")) == len(corpus.filter("not human_agreement >= 0")) == 0
+
+
+def test_export_takes_what_people_agree_with(reviewed: Path, tmp_path: Path, call: Any) -> None:
+    """Its images are those that all raters name."""
+    code, _, err = call("export", reviewed, "--output", tmp_path / "out", "--filter", "human_agreement == 1")
+    assert code == 0, err
+    shares = human_agreement(choices(open_store(str(reviewed))))
+    table = open_run(str(tmp_path / "out")).to_table(["key"])
+    assert set(table["key"].to_pylist()) == {key for key, share in shares.items() if share == 1}
+
+
+def test_keys_of_two_runs_are_not_mixed(reviewed: Path, run: Path, tmp_path: Path) -> None:
+    """Two copies with other answers; without the name they are read together as before."""
+    corpus = open_run(str(reviewed), str(run))
+    assert len(corpus.filter("risk >= 0")) == 2 * len(open_run(str(run)).filter("risk >= 0"))
+    with pytest.raises(JobError, match="same keys and different answers"):
+        corpus.filter("human_agreement >= 0.5")
+    other = make_run(tmp_path / "other", name="other", count=20)
+    shares = human_agreement(choices(open_store(str(reviewed))))
+    assert len(open_run(str(reviewed), str(other)).filter("human_agreement >= 0")) == len(shares)
