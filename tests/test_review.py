@@ -519,7 +519,7 @@ def test_the_command_writes_a_page(shared: Store, tmp_path: Path, call: Any) -> 
     assert code == 0 and "15 items (1 prompt-only, 1 real, 1 shown twice, 12 samples) of accepted samples" in out
     for arguments, text in (
         (["--html", page, "--import", page], "each is a command of its own"),
-        (["--design", "00", "--html", page], "--design: the run has no design '00'; it has"),
+        (["--design", "zz", "--html", page], "--design: the run has no design 'zz'; it has"),
         (["--design", document["design"], "--seed", 1], "omit the options of the draw"),
         (["--rater", "Ann", "--html", page], "--rater: 'Ann' is not of a-z"),
     ):

@@ -21,16 +21,16 @@ Strokes = NDArray[np.float32]
 """Ink coverage in 0..1, [N, 32, 32]."""
 
 KINDS = {
-    "intact": 0.44,
+    "intact": 0.50,
     "morph": 0.08,  # between the shapes of two digits
-    "cross-fade": 0.05,  # pixelwise mean
+    "cross-fade": 0.03,  # pixelwise mean
     "splice": 0.07,  # one digit in one region, another in the rest
-    "overlay": 0.04,  # one on top of the other
+    "overlay": 0.03,  # one on top of the other
     "erased": 0.12,  # ground over parts of the strokes
-    "frayed": 0.08,  # strokes that come apart, and run together, at random
+    "frayed": 0.07,  # strokes that come apart, and run together, at random
     "faint": 0.03,
     "blot": 0.03,  # so thick that gaps close
-    "scribble": 0.06,  # curves and blots that are no digit
+    "scribble": 0.04,  # curves and blots that are no digit
 }
 _SHARPNESS = 9.0  # of the edge of a stroke, as in the drawing of digits
 _RADIUS_PX = {"normal": 13.0, "small": 8.5, "large": 15.5}
@@ -116,7 +116,7 @@ def _erase(strokes: Strokes, contexts: Contexts, rng: np.random.Generator) -> St
     for _ in range(3):
         inked = strokes.reshape(len(strokes), -1) + 1e-6
         place = (inked.cumsum(-1) > rng.random((len(strokes), 1)) * inked.sum(-1, keepdims=True)).argmax(-1)
-        size = radius * rng.uniform(0.0, 0.55, size=len(strokes))
+        size = radius * rng.uniform(0.0, 0.42, size=len(strokes))
         row, column = (place // IMAGE_SIZE)[:, None, None], (place % IMAGE_SIZE)[:, None, None]
         distance = np.hypot(rows - row, (columns - column) * rng.uniform(0.6, 1.6, size=(len(strokes), 1, 1)))
         strokes = strokes * _coverage((distance - size[:, None, None]).astype(np.float32) / 4)

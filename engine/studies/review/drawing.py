@@ -15,6 +15,7 @@ from engine.data.images import LabelledImage, open_images
 from engine.data.reading.corpus import Corpus
 from engine.data.reading.pairs import FOUND, START, TWIN, PairRows
 from engine.data.review.answers import CHOICE, CONTROL_PLAIN, CONTROL_REAL, PAIR, REPEAT, SAMPLE, Kind
+from engine.data.run.counts import class_code
 from engine.data.run.outcomes import asked_classes
 from engine.errors import JobError
 from engine.job.columns import ASKED, PAIR_COLUMNS
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 SCORES = ("oracle_p_label_min", "risk")
 THIRDS = ("low", "middle", "high")
 NO_SCORE = "unscored"
-MIX = "mix"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,11 +83,15 @@ def draw_design(
     score = _score_of(corpus)
     rows = _population(corpus, options, score)
     draw = random.Random(f"{options.seed} review")
+    reviewed, plain = _divided(rows, options)
     if options.is_pairs:
-        strata, items = _draw_pairs(rows, corpus.labels, options, draw)
+        strata, items = _draw_pairs(reviewed, corpus.labels, options, draw)
         images: dict[str, bytes] = {}
     else:
-        strata, items, images = _draw_choices(corpus, rows, options, draw, advance)
+        drawn = draw_stratified([row.traits for row in reviewed], options.num_samples, draw)
+        strata, items = _strata(drawn), _samples(reviewed, drawn, SAMPLE)
+        controls, images = _draw_controls(corpus, rows, plain, items, options, draw, advance)
+        items += controls
     items += _repetitions([item for item in items if item.kind == SAMPLE], options.repeats, draw)
     order = list(range(len(items)))
     draw.shuffle(order)
@@ -101,7 +105,7 @@ def draw_design(
         seed=options.seed,
         labels=corpus.labels,
         population=_population_text(options),
-        requests=tuple(sorted({row.traits[0] for row in _divided(rows, options.requests)[0]})),
+        requests=tuple(sorted({row.traits[0] for row in reviewed})),
         condition=options.condition,
         is_all=options.is_all,
         score=score,
@@ -183,7 +187,7 @@ def _rows(chosen: Corpus, score: str) -> Iterator[Row]:
             key=key,
             label=label,
             subset=subset,
-            traits=(request, MIX if len(subset) > 1 else f"{label:03d}", thirds[place]),
+            traits=(request, class_code(key), thirds[place]),
             is_plain=columns["method"][place] == UNGUIDED.name,
             start=starts[place] or "",
         )
@@ -209,34 +213,37 @@ def _thirds(requests: Sequence[str], values: Sequence[float | None]) -> list[str
 # Items of a choice -------------------------------------------------------------------------------------------------
 
 
-def _draw_choices(
+def _divided(rows: list[Row], options: DrawOptions) -> tuple[list[Row], list[Row]]:
+    """What is reviewed, and the samples without guidance that are controls of it.
+
+    Raises:
+        JobError: there is nothing to review.
+    """
+    reviewed = [row for row in rows if row.traits[0] in options.requests]
+    if options.requests and not reviewed:
+        raise JobError(f"--request: no sample of {', '.join(options.requests)} has an image to show; leave it out")
+    if not options.requests:
+        guided = [row for row in rows if not row.is_plain]
+        reviewed = rows if options.is_pairs or not guided else guided
+    keys = {row.key for row in reviewed}
+    return reviewed, [row for row in rows if row.is_plain and row.key not in keys]
+
+
+def _draw_controls(
     corpus: Corpus,
     rows: list[Row],
+    plain: list[Row],
+    samples: Sequence[Item],
     options: DrawOptions,
     draw: random.Random,
     advance: Callable[[str], None],
-) -> tuple[tuple[Stratum, ...], list[Item], dict[str, bytes]]:
-    """Strata, items and the images that the design stores."""
-    reviewed, plain = _divided(rows, options.requests)
-    if not reviewed:
-        raise JobError(f"--request: no sample of {', '.join(options.requests)} has an image to show; leave it out")
-    drawn = draw_stratified([row.traits for row in reviewed], options.num_samples, draw)
-    items = _samples(reviewed, drawn, SAMPLE)
-    chosen = [reviewed[place] for place in drawn.places]
-    items += _plain_controls(corpus, plain, chosen, options.controls, draw)
+) -> tuple[list[Item], dict[str, bytes]]:
+    """Items of both kinds of controls, and the images that the design stores."""
+    keys = {item.key for item in samples}
+    controls = _plain_controls(corpus, plain, keys, options.controls, draw)
     advance("reading real images for controls")
-    real, images = _real_controls(corpus, rows, chosen, options, draw)
-    return _strata(drawn), items + real, images
-
-
-def _divided(rows: list[Row], requests: Sequence[str]) -> tuple[list[Row], list[Row]]:
-    """What is reviewed, and the samples without guidance that are controls of it."""
-    if requests:
-        reviewed = [row for row in rows if row.traits[0] in requests]
-    else:
-        reviewed = [row for row in rows if not row.is_plain] or rows
-    keys = {row.key for row in reviewed}
-    return reviewed, [row for row in rows if row.is_plain and row.key not in keys]
+    real, images = _real_controls(corpus, rows, keys, options, draw)
+    return controls + real, images
 
 
 def _samples(rows: Sequence[Row], drawn: Drawn, kind: Kind) -> list[Item]:
@@ -268,17 +275,14 @@ def _raw(
     )  # fmt: skip
 
 
-def _plain_controls(
-    corpus: Corpus, plain: list[Row], chosen: Sequence[Row], number: int, draw: random.Random
-) -> list[Item]:
+def _plain_controls(corpus: Corpus, plain: list[Row], shown: set[str], number: int, draw: random.Random) -> list[Item]:
     """Samples of requests without guidance, in proportion to their strata; where there are none, unguided twins."""
     if plain:
         drawn = draw_stratified([row.traits for row in plain], number, draw)
         return _samples(plain, drawn, CONTROL_PLAIN)
     twins = _with_companion(corpus, (TWIN, FOUND))
     # A twin resembles its sample, so that of another one is preferred.
-    keys = {row.key for row in chosen}
-    others = _preferring(twins, lambda key: key not in keys, number, draw)
+    others = _preferring(twins, lambda key: key not in shown, number, draw)
     rows = {row.key: row for row in _rows_of(corpus, others)}
     return [
         _raw(
@@ -290,18 +294,18 @@ def _plain_controls(
 
 
 def _real_controls(
-    corpus: Corpus, rows: Sequence[Row], chosen: Sequence[Row], options: DrawOptions, draw: random.Random
+    corpus: Corpus, rows: Sequence[Row], shown: set[str], options: DrawOptions, draw: random.Random
 ) -> tuple[list[Item], dict[str, bytes]]:
     """Real images: those of an address, brought to the size of the samples, or else starts of the run."""
     if options.real is not None:
         size = _common_size(corpus, rows)
         return _given_images(corpus.labels, options.real, size, options.controls, draw)
-    shown = {row.start for row in chosen}
+    shown_starts = {row.start for row in rows if row.key in shown}
     starts = {row.key: row.start for row in rows if row.start}
     known = set(_with_companion(corpus, (START,)))
     # Once each, however many samples started from it.
     unique = {start: key for key, start in starts.items() if key in known}
-    keys = _preferring(sorted(unique.values()), lambda key: starts[key] not in shown, options.controls, draw)
+    keys = _preferring(sorted(unique.values()), lambda key: starts[key] not in shown_starts, options.controls, draw)
     by_key = {row.key: row for row in rows}
     items = [
         _raw(
@@ -393,8 +397,7 @@ def _draw_pairs(
     """
     groups: dict[tuple[int, ...], list[Row]] = {}
     for row in rows:
-        if not options.requests or row.traits[0] in options.requests:
-            groups.setdefault(tuple(sorted(row.subset)), []).append(row)
+        groups.setdefault(tuple(sorted(row.subset)), []).append(row)
     groups = {subset: some for subset, some in sorted(groups.items()) if len(some) > 1}
     if not groups:
         raise JobError("--pairs: no class has two samples with an image, so there is nothing to compare")
