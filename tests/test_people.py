@@ -21,7 +21,10 @@ from engine.data.review.answers import append_answers
 from engine.data.run.counts import is_joint
 from engine.data.stores.opening import open_store
 from engine.errors import JobError
+from engine.studies.rescore.program import rescore_run
 from engine.studies.review.design import Item
+from tests.composed import composed_job
+from tests.composed import make_run as make_composed
 from tests.corpus_cases import make_run
 from tests.review_answers import answer, drawn, make_answer
 
@@ -442,3 +445,47 @@ def test_keys_of_two_runs_are_not_mixed(reviewed: Path, run: Path, tmp_path: Pat
     other = make_run(tmp_path / "other", name="other", count=20)
     shares = human_agreement(choices(open_store(str(reviewed))))
     assert len(open_run(str(reviewed), str(other)).filter("human_agreement >= 0")) == len(shares)
+
+
+# Real models --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits that show what was asked for, scored by the zoo's target and two oracles."""
+    output = tmp_path_factory.mktemp("composed") / "run"
+    models = composed_job(output, count=2).model_dump(mode="json")["models"] | {"oracle": None}
+    models["oracles"] = ["zoo:digits/oracle", "zoo:digits/classifier-b"]
+    return make_composed(composed_job(output, count=2, models=models))
+
+
+def test_results_of_real_models(composed: Path, call: Any) -> None:
+    """People say nearly every label, so that all rules are precise, and what they lack is recall."""
+    answer(drawn(composed, num_samples=60, num_repeats=10), {"ann": 0.02, "bob": 0.02})
+    found = _results(composed)
+    whole = found.whole
+    assert whole.valid.corrected.low > 0.85 and whole.valid.machine < whole.valid.corrected.value
+    assert whole.failures.human.value == pytest.approx(whole.failures.corrected.value, abs=0.1)
+    assert all(rule.precision is None or rule.precision.value > 0.9 for rule in found.rules)
+    recalls = {rule.name: rule.recall.value for rule in found.rules}
+    assert recalls["label_is_valid"] <= recalls["all oracles agree"] <= recalls["zoo:digits/oracle agrees"]
+    assert not any(rater.is_inattentive for rater in found.raters)
+    assert call("report", composed)[0] == 0 and "## What people say" in (composed / "README.md").read_text()
+
+
+def test_answers_hold_for_another_target(composed: Path, tmp_path: Path, call: Any) -> None:
+    """What a rescoring accepts does not matter: images are those that people looked at, and errors are its own."""
+    folder = Path(shutil.copytree(composed, tmp_path / "run"))
+    if not (folder / "_review").exists():
+        answer(drawn(folder, num_samples=60), {"ann": 0.02, "bob": 0.02})
+    before = _results(folder)
+    done = rescore_run(str(folder), "zoo:digits/classifier-b", oracles=("zoo:digits/oracle",))
+    after = _results(done.folder)
+    assert (after.num_images, after.num_reviewed) == (before.num_images, before.num_reviewed)
+    assert after.whole.valid.human == before.whole.valid.human
+    assert after.whole.valid.corrected is not None
+    assert after.whole.failures.human.value != before.whole.failures.human.value
+    code, out, _ = call("compare", folder, done.folder, "--json")
+    assert code == 0
+    changes = {(one["request"], one["metric"]): one["change"] for one in json.loads(out)["people"]}
+    assert changes and all(change["value"] == pytest.approx(0, abs=0.2) for change in changes.values() if change)

@@ -95,13 +95,14 @@ def people_results(
     digest = _main_design(samples)
     chosen = _of_design(answers, digest)
     drawn = read_drawn(store, digest)
-    population = read_population(corpus, drawn)
+    origin = corpus if store is corpus.runs[0].store else open_run(store.uri)
+    population = read_population(corpus, drawn, origin)
     notes = list(_notes(samples, digest, drawn))
     review = _review(_of_kind(chosen, SAMPLE), population, drawn, notes)
     raters = rater_results(chosen)
     notes += [
-        f"{rater.name} fails the attention checks; the answers count all the same, filter them out where they should"
-        " not"
+        f"{rater.name} fails the attention checks; the answers count all the same, until _review/{rater.name} is moved"
+        " away"
         for rater in raters
         if rater.is_inattentive
     ]
