@@ -452,16 +452,18 @@ def test_keys_of_two_runs_are_not_mixed(reviewed: Path, run: Path, tmp_path: Pat
 
 @pytest.fixture(scope="module")
 def composed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits that show what was asked for, scored by the zoo's target and two oracles."""
+    """Digits that show what was asked for, scored by the zoo's target and two oracles, and reviewed."""
     output = tmp_path_factory.mktemp("composed") / "run"
     models = composed_job(output, count=2).model_dump(mode="json")["models"] | {"oracle": None}
     models["oracles"] = ["zoo:digits/oracle", "zoo:digits/classifier-b"]
-    return make_composed(composed_job(output, count=2, models=models))
+    folder = make_composed(composed_job(output, count=2, models=models))
+    answer(drawn(folder, num_samples=60, num_repeats=10), {"ann": 0.02, "bob": 0.02})
+    return folder
 
 
+@pytest.mark.slow
 def test_results_of_real_models(composed: Path, call: Any) -> None:
     """People say nearly every label, so that all rules are precise, and what they lack is recall."""
-    answer(drawn(composed, num_samples=60, num_repeats=10), {"ann": 0.02, "bob": 0.02})
     found = _results(composed)
     whole = found.whole
     assert whole.valid.corrected.low > 0.85 and whole.valid.machine < whole.valid.corrected.value
@@ -473,11 +475,10 @@ def test_results_of_real_models(composed: Path, call: Any) -> None:
     assert call("report", composed)[0] == 0 and "## What people say" in (composed / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_answers_hold_for_another_target(composed: Path, tmp_path: Path, call: Any) -> None:
     """What a rescoring accepts does not matter: images are those that people looked at, and errors are its own."""
     folder = Path(shutil.copytree(composed, tmp_path / "run"))
-    if not (folder / "_review").exists():
-        answer(drawn(folder, num_samples=60), {"ann": 0.02, "bob": 0.02})
     before = _results(folder)
     done = rescore_run(str(folder), "zoo:digits/classifier-b", oracles=("zoo:digits/oracle",))
     after = _results(done.folder)
@@ -488,4 +489,5 @@ def test_answers_hold_for_another_target(composed: Path, tmp_path: Path, call: A
     code, out, _ = call("compare", folder, done.folder, "--json")
     assert code == 0
     changes = {(one["request"], one["metric"]): one["change"] for one in json.loads(out)["people"]}
-    assert changes and all(change["value"] == pytest.approx(0, abs=0.2) for change in changes.values() if change)
+    assert changes["baseline", "valid"]["value"] == pytest.approx(0, abs=0.1)
+    assert changes["errors", "failures"]["high"] < 0, "the run accepted the errors of its own target alone"
