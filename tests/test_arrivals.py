@@ -143,7 +143,7 @@ def test_rows_that_rest_change_nothing_for_the_others(case: str) -> None:
 def test_a_sample_at_its_target_and_below_the_floor_of_an_oracle_has_not_arrived() -> None:
     """It is moved until it has; one that is above the floor is not."""
     latents = latents_of(NUM_SAMPLES) * SPREAD
-    made = Guided("risky", 2, oracle_floor=0.1, tolerance=10.0, target_risk=1.0, every=5)
+    made = Guided("risky", 2, oracle_floor=0.1, tolerance=10.0, target_risk=5.0, every=5)
     losses = made.denoiser.gradients(made.denoiser.predict(latents, step_at()), step_at())[0]
     assert not losses[0].any() and 0 < (losses[1] > 0).sum() < NUM_SAMPLES
     moved = made.denoiser(latents, step_at()).latents

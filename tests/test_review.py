@@ -376,6 +376,10 @@ def test_answers_stay_with_their_run(run: Store) -> None:
     with pytest.raises(OutputError, match=r"holds what people answered about its images.*move _review away"):
         _clear(run, confirmed=True)
     assert before == (sorted(run.list("_review/ann")), sorted(run.list("shards")))
+    run.remove_tree("_review/ann")
+    # A design without an answer goes with its images.
+    _clear(run, confirmed=True)
+    assert not run.list("_review") and not run.list("shards")
 
 
 def test_answers_lie_on_an_object_store_too(s3_store: ObjectStore) -> None:

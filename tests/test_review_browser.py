@@ -124,9 +124,10 @@ def test_two_raters_and_a_killed_server(browser: Browser, run: Store, tmp_path: 
         assert choices_of(run, "ann", design.digest) == wanted
         # Bob's page was open all the time.
         answer(second, "2", "3 of 13")
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 200
         while len(choices_of(run, "bob", design.digest)) < 3:
             assert time.monotonic() < deadline
+            time.sleep(0.05)
         assert second.evaluate(NOTICE) == ""
     for number in range(8, 14):
         answer_last = number == 13

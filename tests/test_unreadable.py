@@ -50,7 +50,7 @@ def test_a_target_falls_with_the_ink_that_is_lost() -> None:
     kept, target = erased.images.mean((1, 2, 3)) / whole.images.mean((1, 2, 3)), on_label(erased)
     few, many = np.quantile(kept, [0.2, 0.8])
     assert target[kept < few].mean() < 0.5 * target[kept > many].mean()
-    assert 0.2 < np.mean(target == 1) < 0.8 and target.min() < 0.3
+    assert 0.05 < np.mean(target == 1) < 0.5 and target.min() < 0.2
 
 
 def test_kinds_come_by_their_shares() -> None:

@@ -92,8 +92,8 @@ def test_classifiers_load_in_single_precision(part: str) -> None:
 
 
 @pytest.mark.parametrize(("part", "plain", "mixed"), [("oracle", 0.97, 0.96), ("classifier", 0.95, 0.82),
-                                                      ("classifier-b", 0.95, 0.82), ("oracle-b", 0.95, 0.93),
-                                                      ("oracle-c", 0.95, 0.93)])  # fmt: skip
+                                                      ("classifier-b", 0.95, 0.82), ("oracle-b", 0.96, 0.94),
+                                                      ("oracle-c", 0.95, 0.95)])  # fmt: skip
 def test_classifiers_read_test_sources(part: str, plain: float, mixed: float) -> None:
     """The oracles read everything; the targets read plain digits and have holes over contexts."""
     plain_set, mixed_set = (
@@ -112,26 +112,38 @@ def test_classifiers_are_of_different_families() -> None:
     assert families == {"regnet", "mobilenet_v1", "poolformer", "resnet", "convnext"}
 
 
-def sure_share(part: str, kind: str) -> float:
-    """Share of 200 test digits of a kind whose label has a calibrated probability of 0.9 at least."""
-    spoilt = doubtful_digits("test", 200, rng=np.random.default_rng(5), kinds={kind: 1.0}, augment=False)
-    model = AutoModelForImageClassification.from_pretrained(ZOO / part)
-    inputs = AutoImageProcessor.from_pretrained(ZOO / part)(list(spoilt.images), return_tensors="pt")
-    temperature = json.loads((ZOO / part / "config.json").read_text())["temperature"]
-    with torch.no_grad():
-        probabilities = (model(**inputs).logits / temperature).softmax(-1).numpy()
-    return float(np.mean(probabilities[np.arange(200), spoilt.labels] >= 0.9))
+def sure_shares(kind: str) -> dict[str, float]:
+    """Share of test digits, of a spoilt kind those that are hard to tell, whose label has p >= 0.99, by oracle."""
+    drawn = doubtful_digits("test", 600, rng=np.random.default_rng(5), kinds={kind: 1.0}, augment=False)
+    labels, shares = (np.arange(600), drawn.labels), {}
+    unclear = (drawn.targets[labels] <= 0.5) | (kind == "intact")
+    for part in ORACLES:
+        model = AutoModelForImageClassification.from_pretrained(ZOO / part)
+        inputs = AutoImageProcessor.from_pretrained(ZOO / part)(list(drawn.images), return_tensors="pt")
+        temperature = json.loads((ZOO / part / "config.json").read_text())["temperature"]
+        with torch.no_grad():
+            probabilities = (model(**inputs).logits / temperature).softmax(-1).numpy()
+        shares[part] = float(np.mean((probabilities[labels] >= 0.99)[unclear]))
+    return shares
 
 
-@pytest.mark.parametrize("kind", ["morph", "splice", "overlay", "erased", "frayed", "blot"])
-def test_the_sceptical_oracle_doubts_spoilt_digits(kind: str) -> None:
-    """It is sure of fewer mixed and broken digits than the oracle that saw whole ones alone, yet not of fewer whole."""
-    assert sure_share("oracle-b", kind) < 0.7 * sure_share("oracle-c", kind)
+@pytest.mark.parametrize("kind", ["erased", "frayed"])
+def test_the_sceptical_oracle_doubts_broken_strokes(kind: str) -> None:
+    """More than either oracle that has seen whole digits alone."""
+    sure = sure_shares(kind)
+    assert sure["oracle-b"] < 0.8 * min(sure["oracle"], sure["oracle-c"])
+
+
+def test_the_sceptical_oracle_doubts_mixtures() -> None:
+    """Of one digit in one region and another in the rest it is sure less often than the first oracle."""
+    sure = sure_shares("splice")
+    assert sure["oracle-b"] < 0.8 * sure["oracle"]
 
 
 def test_the_sceptical_oracle_is_sure_of_whole_digits() -> None:
     """Doubt of everything would be no reading."""
-    assert sure_share("oracle-b", "intact") >= 0.85 > 0.1 >= sure_share("oracle-b", "scribble")
+    assert sure_shares("intact")["oracle-b"] >= 0.8
+    assert sure_shares("scribble")["oracle-b"] <= 0.02
 
 
 @pytest.mark.parametrize(("plain", "least"), [(True, 0.93), (False, 0.85)])

@@ -108,16 +108,22 @@ class Readers:
 
 
 class Estimator:
-    """`p_valid` of some readers, fitted on the first rows."""
+    """`p_valid` of some readers, fitted on the first rows.
 
-    def __init__(self, readers: Readers, addresses: Sequence[str], people: People) -> None:
+    Args:
+        is_swapped: whether images on which the target errs are there twice, with what it predicts as their label too.
+    """
+
+    def __init__(self, readers: Readers, addresses: Sequence[str], people: People, *, is_swapped: bool = False) -> None:
         self._readers, self._addresses = readers, addresses
-        fitted = slice(NUM_FITTED)
+        rows, predicted = np.arange(NUM_FITTED), readers.target.argmax(1)
+        errs = predicted[rows] != people.labels[rows]
+        labelled = [(rows, people.labels), *([(rows[errs], predicted)] if is_swapped else [])]
         answers = Answers(
-            p_labels=readers.of_labels(addresses, people.labels)[fitted],
-            num_agreeing=people.counts[np.arange(len(people.labels)), people.labels][fitted],
-            num_asked=people.counts.sum(1)[fitted],
-            target_errs=(readers.target.argmax(1) != people.labels)[fitted],
+            p_labels=np.concatenate([readers.of_labels(addresses, labels)[some] for some, labels in labelled]),
+            num_agreeing=np.concatenate([people.counts[some, labels[some]] for some, labels in labelled]),
+            num_asked=np.concatenate([people.counts.sum(1)[some] for some, _ in labelled]),
+            target_errs=np.concatenate([errs, *[np.ones(errs.sum(), dtype=bool)] * is_swapped]),
         )
         self.fit = fit_validity(answers)
         assert self.fit.model is not None, self.fit.verdict
@@ -132,7 +138,7 @@ class Estimator:
 Rule = tuple[str, Any]
 
 
-def rules(readers: Readers, zoo: Sequence[str], estimators: Mapping[str, Estimator]) -> list[Rule]:
+def rules(readers: Readers, estimators: Mapping[str, Estimator]) -> list[Rule]:
     """Rules of acceptance by name: functions from labels [N] to whether each image is kept [N]."""
 
     def votes(addresses: Sequence[str], needed: int) -> Any:
@@ -149,12 +155,12 @@ def rules(readers: Readers, zoo: Sequence[str], estimators: Mapping[str, Estimat
 
     listed: list[Rule] = [
         ("nothing is left out", lambda labels: np.ones(len(labels), dtype=bool)),
-        ("the first oracle predicts it", votes(zoo[:1], 1)),
-        (f"all {len(zoo)} of the zoo predict it", votes(zoo, len(zoo))),
+        ("the first oracle predicts it", votes(ZOO[:1], 1)),
+        (f"all {len(ZOO)} of the zoo predict it", votes(ZOO, len(ZOO))),
         ("the four networks predict it", votes(FOUR, 4)),
     ]
     listed += [(f"mean p of the four >= {p:g}", mean(FOUR, p)) for p in (0.9, 0.95)]
-    listed += [(f"each p of the zoo >= {p:g}", least(zoo, p)) for p in (0.9, 0.99)]
+    listed += [(f"each p of the zoo >= {p:g}", least(ZOO, p)) for p in (0.9, 0.99)]
     listed += [(f"each p of the four >= {p:g}", least(FOUR, p)) for p in (0.9, 0.99)]
     for name, estimator in estimators.items():
         listed += [(f"p_valid of {name} >= {p:g}", estimate(estimator, p)) for p in P_VALID]
@@ -245,15 +251,37 @@ def ceiling(people: People) -> tuple[float, float]:
     return halves, float(np.sqrt(2 * halves / (1 + halves)))
 
 
+def divided(people: People) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The reported images whose answers are nearly all of two classes.
+
+    Returns:
+        Whether each image is one of them [N]; their two classes [M, 2]; the share of the second of the two [M].
+    """
+    pairs = np.argsort(-people.counts, axis=1, kind="stable")[:, :2]
+    first, second = np.take_along_axis(people.counts, pairs, axis=1).T
+    between = (first + second >= MIN_PAIR_SHARE * people.counts.sum(1)) & (second >= MIN_SECOND)
+    between &= np.arange(len(people.labels)) >= NUM_FITTED
+    return between, pairs[between], (second / (first + second))[between]
+
+
+def kldb_of_pairs(probabilities: np.ndarray, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Balance and mass of the KLDB between two classes of each image, [M] each."""
+    log_p = torch.from_numpy(log_of(probabilities))
+    parts = [kldb_parts(row[None], sorted(pair)) for row, pair in zip(log_p, pairs.tolist(), strict=True)]
+    balance, mass = np.array([[float(balance), float(mass)] for balance, mass in parts]).T
+    return balance, mass
+
+
+def log_of(probabilities: np.ndarray) -> np.ndarray:
+    """Logarithms, finite."""
+    return np.log(np.maximum(probabilities, 1e-300))
+
+
 def boundary_table(readers: Mapping[str, np.ndarray], people: People) -> list[str]:
     """KLDB of networks against the split of people between two classes, on the reported images."""
     from scipy.stats import spearmanr
 
-    reported = np.arange(len(people.labels)) >= NUM_FITTED
-    pairs = np.argsort(-people.counts, axis=1, kind="stable")[:, :2]
-    first, second = np.take_along_axis(people.counts, pairs, axis=1).T
-    between = reported & (first + second >= MIN_PAIR_SHARE * people.counts.sum(1)) & (second >= MIN_SECOND)
-    minority = (second / (first + second))[between]
+    between, pairs, minority = divided(people)
     lines = [
         f"{between.sum()} images; the share of the second class is {np.median(minority):.2f} at the median, and at"
         f" least 0.25 for {(minority >= 0.25).sum()} of them.",
@@ -263,14 +291,12 @@ def boundary_table(readers: Mapping[str, np.ndarray], people: People) -> list[st
         "|---|---|---|---|---|---|",
     ]
     for name, probabilities in readers.items():
-        log_p = torch.from_numpy(np.log(np.maximum(probabilities[between], 1e-300)))
-        parts = [kldb_parts(row[None], sorted(pair)) for row, pair in zip(log_p, pairs[between].tolist(), strict=True)]
-        balance = np.array([float(one) for one, _ in parts])
-        whole = balance + np.array([float(mass) for _, mass in parts])
-        entropy = -(probabilities[between] * np.asarray(log_p)).sum(1)
+        balance, mass = kldb_of_pairs(probabilities[between], pairs)
+        whole = balance + mass
+        entropy = -(probabilities[between] * log_of(probabilities[between])).sum(1)
         wide = minority >= 0.1
         top = np.argsort(-probabilities[between], axis=1)[:, :2]
-        same = float((np.sort(top, axis=1) == np.sort(pairs[between], axis=1)).all(1).mean())
+        same = float((np.sort(top, axis=1) == np.sort(pairs, axis=1)).all(1).mean())
         figures = [
             interval_of_correlation(spearmanr(minority, whole).statistic, len(minority)),
             interval_of_correlation(spearmanr(minority, balance).statistic, len(minority)),
@@ -289,8 +315,8 @@ def interval_of_correlation(value: float, count: int) -> str:
     return f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 
-def draw(scores: Mapping[str, np.ndarray], people: People, errs: np.ndarray, target: Path) -> None:
-    """Calibration curves on the reported images: all, and those on which the target errs."""
+def draw(scores: Mapping[str, np.ndarray], people: People, of_target: np.ndarray, target: Path) -> None:
+    """Calibration curves on all reported images and those on which the target errs; its KLDB by people's split."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -298,33 +324,40 @@ def draw(scores: Mapping[str, np.ndarray], people: People, errs: np.ndarray, tar
     from matplotlib import pyplot
 
     reported = np.arange(len(people.labels)) >= NUM_FITTED
-    shares = people.shares(people.labels)
-    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.8), sharey=True)
+    shares, errs = people.shares(people.labels), of_target.argmax(1) != people.labels
+    figure, (*axes, last) = pyplot.subplots(1, 3, figsize=(11, 3.6))
     for axis, rows, title in zip(axes, (reported, reported & errs), ("all images", "the target errs"), strict=True):
         for (name, score), colour in zip(scores.items(), COLOURS, strict=False):
             bins = calibration_bins(score[rows], shares[rows])
             axis.plot([one[0] for one in bins], [one[1] for one in bins], "o-", color=colour, label=name, markersize=4)
         axis.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
         axis.set(title=f"{title} ({rows.sum():,})", xlabel="score, mean of a tenth of the images", xlim=(0, 1))
+        axis.set(ylabel="share of people who say the label", ylim=(0.6, 1.01))
+    between, pairs, minority = divided(people)
+    last.plot(minority, kldb_of_pairs(of_target[between], pairs)[0], ".", color="#000000", alpha=0.3, markersize=4)
+    last.set(title=f"people are divided ({between.sum()})", xlabel="share of the second class", yscale="log")
+    last.set(ylabel="the target's KLDB between the two, balance", xlim=(0, 0.5))
+    for axis in (*axes, last):
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set(ylabel="share of people who say the label", ylim=(0.5, 1.01))
     axes[0].legend(frameon=False, loc="lower right")
     figure.tight_layout()
     figure.savefig(target, metadata={"Date": None})
 
 
-def report(people: People, readers: Readers, zoo: Sequence[str], chart: Path | None) -> None:
+def report(people: People, readers: Readers, neighbours: str | None, chart: Path | None) -> None:
     """Print all tables."""
     errs = readers.target.argmax(1) != people.labels
-    estimators = {"the zoo": Estimator(readers, zoo, people), "all": Estimator(readers, (*zoo, *OTHERS), people)}
+    every = (*ZOO, *OTHERS)
+    estimators = {"the zoo": Estimator(readers, ZOO, people), "all": Estimator(readers, every, people)}
+    estimators["the zoo, wrong labels too"] = Estimator(readers, ZOO, people, is_swapped=True)
+    if neighbours:
+        estimators["the zoo and neighbours"] = Estimator(readers, (*ZOO, neighbours), people)
     for name, estimator in estimators.items():
-        assert estimator.fit.model is not None
-        weights = ", ".join(f"{weight:.3f}" for weight in estimator.fit.model.weights)
-        print(f"p_valid of {name}: b = {estimator.fit.model.intercept:.3f}, w = {weights}; {estimator.fit.verdict}")
-    by_reader = {address: readers.of_labels((address,), people.labels)[:, 0] for address in (*zoo, *OTHERS)}
+        print(f"p_valid of {name}: {estimator.fit.verdict}")
+    by_reader = {address: readers.of_labels((address,), people.labels)[:, 0] for address in readers.probabilities}
     p_valid = {f"p_valid of {name}": estimator(people.labels) for name, estimator in estimators.items()}
     means = {
-        "mean p of the zoo": readers.of_labels(zoo, people.labels).mean(1),
+        "mean p of the zoo": readers.of_labels(ZOO, people.labels).mean(1),
         "mean p of the four": readers.of_labels(FOUR, people.labels).mean(1),
         "least p of the four": readers.of_labels(FOUR, people.labels).min(1),
         "votes of the four": np.mean([readers.predictions(one) == people.labels for one in FOUR], axis=0),
@@ -332,12 +365,13 @@ def report(people: People, readers: Readers, zoo: Sequence[str], chart: Path | N
     print(f"\nat least {AGREED:.0%} of people say the label of {has_agreed(people.shares(people.labels)).mean():.1%}\n")
     print("\n".join(order_table(by_reader | means | p_valid, people, errs)))
     print("\nSpearman of people's halves {:.3f}, ceiling {:.3f}\n".format(*ceiling(people)))
-    print("\n".join(rule_table(rules(readers, zoo, estimators), readers, people)))
-    networks = {"the target": readers.target} | {one: readers.probabilities[one] for one in (*zoo[:2], *OTHERS)}
+    print("\n".join(rule_table(rules(readers, estimators), readers, people)))
+    networks = {"the target": readers.target} | {one: readers.probabilities[one] for one in FOUR}
     networks["mean of the four"] = np.mean([readers.probabilities[one] for one in FOUR], axis=0)
     print("\n" + "\n".join(boundary_table(networks, people)))
     if chart is not None:
-        draw({**p_valid, "mean p of the four": means["mean p of the four"]}, people, errs, chart)
+        shown = ("p_valid of the zoo", "p_valid of all", "mean p of the four")
+        draw({name: (p_valid | means)[name] for name in shown}, people, readers.target, chart)
 
 
 def main() -> None:
@@ -345,7 +379,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get(ENVIRONMENT), help=f"default: {ENVIRONMENT}")
     parser.add_argument("--cache", type=Path, required=True, help="folder for logits")
-    parser.add_argument("--neighbours", help="artefact of `riskforge prepare --only neighbours`, one more of the zoo")
+    parser.add_argument("--neighbours", help="artefact of `riskforge prepare --only neighbours`, one more reader")
     parser.add_argument("--chart", type=Path, help="SVG file of the calibration curves")
     arguments = parser.parse_args()
     if arguments.data is None:
@@ -354,10 +388,10 @@ def main() -> None:
     torch.set_num_threads(1)
     quiet_libraries()
     people = read_people(arguments.data)
-    zoo = (*ZOO, arguments.neighbours) if arguments.neighbours else ZOO
-    probabilities = {address: read_probabilities(address, people, arguments.cache) for address in (*zoo, *OTHERS)}
+    addresses = [*ZOO, *OTHERS, *([arguments.neighbours] if arguments.neighbours else [])]
+    probabilities = {address: read_probabilities(address, people, arguments.cache) for address in addresses}
     target = read_probabilities(TARGET, people, arguments.cache)
-    report(people, Readers(probabilities=probabilities, target=target), zoo, arguments.chart)
+    report(people, Readers(probabilities=probabilities, target=target), arguments.neighbours, arguments.chart)
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ PLANS = {
     "oracle-b": ClassifierPlan(
         build=build_mobilenet,
         keep=keep_all,
-        recipe=Recipe(num_steps=900, learning_rate=5e-3),
+        recipe=Recipe(num_steps=4000, learning_rate=5e-3, ema_decay=0.99),
         batch_size=64,
         distort=True,
         is_sceptical=True,
@@ -168,11 +168,11 @@ PLANS = {
     "oracle-c": ClassifierPlan(
         build=build_poolformer,
         keep=keep_all,
-        recipe=Recipe(num_steps=750, learning_rate=4e-3, ema_decay=0.98),
-        batch_size=96,
+        recipe=Recipe(num_steps=2400, learning_rate=4e-3, ema_decay=0.99),
+        batch_size=64,
         plain_share=0.1,
         distort=True,
-        label_smoothing=0.05,
+        label_smoothing=0.01,
     ),
     "classifier": ClassifierPlan(build=build_resnet, keep=seen_share, recipe=Recipe(num_steps=600, learning_rate=3e-3)),
     "classifier-b": ClassifierPlan(

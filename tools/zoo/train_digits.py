@@ -115,7 +115,8 @@ def main() -> None:
     publish_parts(arguments.build_folder, arguments.output, done)
     if arguments.output.resolve() == ZOO / "digits" and not arguments.only:
         publish_conditioning(arguments.output)
-    store_once(arguments.output)
+    if not arguments.only:  # classifiers share no file with other parts, which stay as they are
+        store_once(arguments.output)
     write_checksums(arguments.output)
 
 

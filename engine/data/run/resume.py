@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from engine.data.review.answers import REVIEW
+from engine.data.review.answers import DESIGNS, REVIEW
 from engine.data.run.companions import COMPANIONS
 from engine.data.run.file_names import CURATION, METADATA, PLANS, RESCORED, SUCCESS
 from engine.data.run.foreign_files import check_unused, list_names, sort_files
@@ -200,7 +200,7 @@ def _clear(store: Store, confirmed: bool) -> None:
     if stored is None:
         check_unused(store)
         return
-    if store.list(REVIEW):
+    if [name for name in store.list(REVIEW) if name != DESIGNS]:
         raise OutputError(
             f"output {store.uri}: holds what people answered about its images ({REVIEW}), which cannot be made again,"
             f" and means nothing without them; copy the run, or move {REVIEW} away, {OTHER_OUTPUT}"
@@ -240,5 +240,7 @@ def _remove_files(store: Store, names: list[str]) -> None:
     store.remove_all(name for name in names if name not in _FOLDERS)
     for folder in (SHARDS, *COMPANIONS):
         store.remove_tree(folder)
+    # Designs that nobody has answered.
+    store.remove_tree(REVIEW)
     for name in reversed(store.list(PLANS)):
         store.remove(name)

@@ -72,6 +72,7 @@ def open_review(
     others = [name for name in stored_digests(store) if name != drawn.design.digest]
     is_new = drawn.design.digest not in stored_digests(store)
     store_design(store, drawn.design, drawn.images)
+    store.leave()
     if is_new and others:
         notice(f"this is a new design; --design {others[-1]} goes on with an earlier one ({len(others)} in this run)")
     if not corpus.runs[0].is_finished:

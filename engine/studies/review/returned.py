@@ -81,6 +81,7 @@ def import_files(store: Store, paths: Sequence[Path]) -> list[Imported]:
                 num_answered=len(book.history(returned.rater)), num_items=len(book.design.items),
             )
         )  # fmt: skip
+    store.leave()
     return imported
 
 
