@@ -21,7 +21,10 @@ from engine.data.review.answers import append_answers
 from engine.data.run.counts import is_joint
 from engine.data.stores.opening import open_store
 from engine.errors import JobError
+from engine.studies.rescore.program import rescore_run
 from engine.studies.review.design import Item
+from tests.composed import composed_job
+from tests.composed import make_run as make_composed
 from tests.corpus_cases import make_run
 from tests.review_answers import answer, drawn, make_answer
 
@@ -395,3 +398,96 @@ def test_comparison_shows_people(run: Path, reviewed: Path, fresh: Path, call: A
     code, out, _ = call("compare", run, reviewed, "--markdown", page)
     assert code == 0 and "people: between: valid labels: old not looked at; new" in out
     assert "## What people say" in page.read_text()
+
+
+# By key, when read -------------------------------------------------------------------------------------------------
+
+
+def test_filters_and_tables_know_what_people_say(reviewed: Path, call: Any) -> None:
+    """Joined by key, unknown where nobody answered: neither a condition nor its negation selects such a row."""
+    shares = human_agreement(choices(open_store(str(reviewed))))
+    corpus = open_run(str(reviewed))
+    rows = corpus.to_table(["key", "human_agreement"])
+    found = dict(zip(rows["key"].to_pylist(), rows["human_agreement"].to_pylist(), strict=True))
+    assert {key: share for key, share in found.items() if share is not None} == shares
+    assert len(corpus.filter("human_agreement >= 0.6")) == sum(share >= 0.6 for share in shares.values()) > 0
+    assert len(corpus.filter("not human_agreement >= 0.6")) == sum(share < 0.6 for share in shares.values()) > 0
+    either = corpus.filter("human_agreement >= 0.6 or risk > 1 or not risk > 1")
+    assert len(either) == len(corpus.filter("scored")), "an unknown part decides nothing"
+    doubled = corpus.filter("human_agreement >= 0").numbers("2 * human_agreement", "weights")(0)
+    assert sorted(doubled) == pytest.approx(sorted(2 * share for share in shares.values()))
+    code, out, _ = call("inspect", reviewed, "--filter", "human_agreement >= 0.6", "--json")
+    assert code == 0 and json.loads(out)
+
+
+def test_a_run_without_answers_has_none(run: Path) -> None:
+    """The name is there all the same."""
+    corpus = open_run(str(run))
+    assert set(corpus.to_table(["human_agreement"])["human_agreement"].to_pylist()) == {None}
+    assert len(corpus.filter("human_agreement >= 0")) == len(corpus.filter("not human_agreement >= 0")) == 0
+
+
+def test_export_takes_what_people_agree_with(reviewed: Path, tmp_path: Path, call: Any) -> None:
+    """Its images are those that all raters name."""
+    code, _, err = call("export", reviewed, "--output", tmp_path / "out", "--filter", "human_agreement == 1")
+    assert code == 0, err
+    shares = human_agreement(choices(open_store(str(reviewed))))
+    table = open_run(str(tmp_path / "out")).to_table(["key"])
+    assert set(table["key"].to_pylist()) == {key for key, share in shares.items() if share == 1}
+
+
+def test_keys_of_two_runs_are_not_mixed(reviewed: Path, run: Path, tmp_path: Path) -> None:
+    """Two copies with other answers; without the name they are read together as before."""
+    corpus = open_run(str(reviewed), str(run))
+    assert len(corpus.filter("risk >= 0")) == 2 * len(open_run(str(run)).filter("risk >= 0"))
+    with pytest.raises(JobError, match="same keys and different answers"):
+        corpus.filter("human_agreement >= 0.5")
+    other = make_run(tmp_path / "other", name="other", count=20)
+    shares = human_agreement(choices(open_store(str(reviewed))))
+    assert len(open_run(str(reviewed), str(other)).filter("human_agreement >= 0")) == len(shares)
+
+
+# Real models --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits that show what was asked for, scored by the zoo's target and two oracles, and reviewed."""
+    output = tmp_path_factory.mktemp("composed") / "run"
+    models = composed_job(output, count=2).model_dump(mode="json")["models"] | {"oracle": None}
+    models["oracles"] = ["zoo:digits/oracle", "zoo:digits/classifier-b"]
+    folder = make_composed(composed_job(output, count=2, models=models))
+    answer(drawn(folder, num_samples=60, num_repeats=10), {"ann": 0.02, "bob": 0.02})
+    return folder
+
+
+@pytest.mark.slow
+def test_results_of_real_models(composed: Path, call: Any) -> None:
+    """People say nearly every label, so that all rules are precise, and what they lack is recall."""
+    found = _results(composed)
+    whole = found.whole
+    assert whole.valid.corrected.low > 0.85 and whole.valid.machine < whole.valid.corrected.value
+    assert whole.failures.human.value == pytest.approx(whole.failures.corrected.value, abs=0.1)
+    assert all(rule.precision is None or rule.precision.value > 0.9 for rule in found.rules)
+    recalls = {rule.name: rule.recall.value for rule in found.rules}
+    assert recalls["label_is_valid"] <= recalls["all oracles agree"] <= recalls["zoo:digits/oracle agrees"]
+    assert not any(rater.is_inattentive for rater in found.raters)
+    assert call("report", composed)[0] == 0 and "## What people say" in (composed / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_answers_hold_for_another_target(composed: Path, tmp_path: Path, call: Any) -> None:
+    """What a rescoring accepts does not matter: images are those that people looked at, and errors are its own."""
+    folder = Path(shutil.copytree(composed, tmp_path / "run"))
+    before = _results(folder)
+    done = rescore_run(str(folder), "zoo:digits/classifier-b", oracles=("zoo:digits/oracle",))
+    after = _results(done.folder)
+    assert (after.num_images, after.num_reviewed) == (before.num_images, before.num_reviewed)
+    assert after.whole.valid.human == before.whole.valid.human
+    assert after.whole.valid.corrected is not None
+    assert after.whole.failures.human.value != before.whole.failures.human.value
+    code, out, _ = call("compare", folder, done.folder, "--json")
+    assert code == 0
+    changes = {(one["request"], one["metric"]): one["change"] for one in json.loads(out)["people"]}
+    assert changes["baseline", "valid"]["value"] == pytest.approx(0, abs=0.1)
+    assert changes["errors", "failures"]["high"] < 0, "the run accepted the errors of its own target alone"

@@ -479,6 +479,13 @@ DERIVED_NAMES: dict[str, DerivedName] = {
             f" has the label at p >= {MIN_ORACLE_P_LABEL}; unknown without both",
             ("p_valid", "oracle_p_label_min"),
         ),
+        DerivedName(
+            "human_agreement",
+            "share of the raters of `riskforge review` who say the label, of a joint prompt any of its classes; unknown"
+            " where nobody answered",
+            ("key",),
+            "number",
+        ),
         *(
             DerivedName(
                 alias, f"{entry.part.name} under the {entry.column.name}; unknown without one", (entry.column.name,),

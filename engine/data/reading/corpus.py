@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from engine.data.reading.filters import Vocabulary, compile_filter, compile_number
 from engine.data.reading.row_datasets import rows_dataset, unified_schema, with_scored
 from engine.data.reading.source import RunSource, open_source, reading_rows
+from engine.data.review.agreements import answered_store, choices, human_agreement
 from engine.data.run.schema import check_rows
 from engine.errors import JobError
 from engine.job.spec_messages import nearest
@@ -118,7 +119,31 @@ class Corpus:
 
     @functools.cached_property
     def _vocabulary(self) -> Vocabulary:
-        return Vocabulary(self._schema, lambda: self._max_subset)
+        return Vocabulary(self._schema, lambda: self._max_subset, lambda: self._agreements)
+
+    @functools.cached_property
+    def _agreements(self) -> dict[str, float]:
+        """By key the share of people who say the label; of a rescoring as of the run whose images it scored.
+
+        Raises:
+            JobError: two runs have the same keys and different answers.
+        """
+        shares = [self._agreements_of(source) for source in self.runs]
+        for number, source in enumerate(self.runs):
+            for other, before in zip(self.runs[:number], shares, strict=False):
+                if source.name == other.name and shares[number] != before:
+                    raise JobError(
+                        f"RUN: '{other.uri}' and '{source.uri}' have samples of the same keys and different answers of"
+                        " people; open them one at a time to use human_agreement"
+                    )
+        return {key: share for some in shares for key, share in some.items()}
+
+    @staticmethod
+    def _agreements_of(source: RunSource) -> dict[str, float]:
+        store = answered_store(source.stores)
+        if store is None:
+            return {}
+        return human_agreement(choices(store, lambda text: warnings.warn(text, stacklevel=2)))
 
     @functools.cached_property
     def _max_subset(self) -> int:

@@ -70,11 +70,15 @@ class Vocabulary:
     Args:
         schema: of the metadata.
         max_subset: largest number of classes of a joint prompt; asked for where a derived name needs it.
+        agreements: share of raters who say the label, by key; asked for in the same way.
     """
 
-    def __init__(self, schema: pa.Schema, max_subset: Callable[[], int]) -> None:
+    def __init__(
+        self, schema: pa.Schema, max_subset: Callable[[], int], agreements: Callable[[], Mapping[str, float]] = dict
+    ) -> None:
         self._schema = schema
         self._max_subset = max_subset
+        self._agreements = agreements
         self.types: dict[str, NameType] = {field.name: _type_of(field.type) for field in schema}
         self.types |= {
             name: NameType(derived.kind) for name, derived in DERIVED_NAMES.items() if _can_derive(name, schema)
@@ -94,6 +98,8 @@ class Vocabulary:
         import pyarrow.compute as pc
 
         plain = self._plain(name)
+        if name == "human_agreement" and name not in self._schema.names:
+            return plain
         if not is_guarded or (name in self._schema.names and name not in MEASURED):
             return plain
         measured = self.is_scored
@@ -119,9 +125,25 @@ class Vocabulary:
             return _entry_score(self._schema, ENTRY_SCORES[name])
         if name == "label_is_valid":
             return label_is_valid_expression()
+        if name == "human_agreement":
+            return _by_key(self._agreements())
         errs = target_errs_expression(self._max_subset())
         agrees = predicts_asked_expression("oracle_class", self._max_subset()) & (pc.field("oracle_class") != NO_CLASS)
         return {"target_errs": errs, "oracle_agrees": agrees, "valid_failure": errs & agrees}[name]
+
+
+def _by_key(values: Mapping[str, float]) -> Expression:
+    """A number by the key of a row, unknown of other keys; there are few different numbers."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    keys: dict[float, list[str]] = {}
+    for key, value in values.items():
+        keys.setdefault(value, []).append(key)
+    joined = pc.scalar(pa.scalar(None, pa.float64()))
+    for value, some in sorted(keys.items()):
+        joined = pc.if_else(pc.field("key").isin(pa.array(some, pa.string())), pc.scalar(value), joined)
+    return joined
 
 
 def _known_where(condition: Expression, expression: Expression) -> Expression:

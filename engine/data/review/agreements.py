@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from engine.data.review.answers import CHOICE, REPEAT, last_answers, read_answers
+from engine.data.review.answers import CHOICE, REPEAT, has_answers, last_answers, read_answers
 from engine.data.stores.base import Store
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+
+
+def answered_store(stores: Iterable[Store]) -> Store | None:
+    """The first of some stores that has answers: of a rescoring they are those to the run whose images it scored."""
+    return next((store for store in stores if has_answers(store)), None)
 
 
 def choices(store: Store, notice: Callable[[str], None] = lambda text: None) -> pa.Table:

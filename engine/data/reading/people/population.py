@@ -112,11 +112,13 @@ class Population:
         return len(self.request)
 
 
-def read_population(corpus: Corpus, drawn: DrawnDesign | None) -> Population:
+def read_population(corpus: Corpus, drawn: DrawnDesign | None, origin: Corpus) -> Population:
     """The images that a design stands for; without a stored one, all accepted samples.
 
     Args:
         corpus: one run, without a filter.
+        origin: the run that the design was drawn from; of a rescoring that whose images it scored. The images are those
+            of its rows, and what machines say of them is that of the corpus.
 
     Raises:
         JobError: the condition of the design cannot be used with the rows any more.
@@ -126,17 +128,24 @@ def read_population(corpus: Corpus, drawn: DrawnDesign | None) -> Population:
     import pyarrow.compute as pc
 
     is_all = drawn is not None and drawn.is_all
-    chosen = corpus.with_images(rejected=is_all, surplus=is_all)
+    chosen = origin.with_images(rejected=is_all, surplus=is_all)
     if drawn is not None and drawn.condition:
         chosen = chosen.filter(drawn.condition, "the condition of the review's design")
-    known = set(chosen.metadata.schema.names)
-    table = chosen.run_table(0, [name for name in _COLUMNS if name in known]).combine_chunks()
+    table = _table(chosen)
+    if origin is not corpus:
+        scored = _table(corpus)
+        table = scored.filter(pc.is_in(scored["key"], value_set=table["key"].combine_chunks())).combine_chunks()
     wanted = pc.not_equal(table["method"], REAL)
     if is_all:
         wanted = pc.and_(wanted, pa.array(scored_rows(table)))
     if drawn is not None and drawn.requests:
         wanted = pc.and_(wanted, pc.is_in(table["request"], value_set=pa.array(drawn.requests, pa.string())))
     return make_population(table.filter(wanted).combine_chunks(), corpus.labels)
+
+
+def _table(corpus: Corpus) -> pa.Table:
+    known = set(corpus.metadata.schema.names)
+    return corpus.run_table(0, [name for name in _COLUMNS if name in known]).combine_chunks()
 
 
 def make_population(table: pa.Table, labels: tuple[str, ...]) -> Population:

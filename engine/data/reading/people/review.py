@@ -26,7 +26,7 @@ from engine.data.reading.people.results import (
     StratumResult,
 )
 from engine.data.reading.people.rules import GOAL, Reviewed, recommend, rule_results, score_results
-from engine.data.review.agreements import choices, human_agreement
+from engine.data.review.agreements import answered_store, choices, human_agreement
 from engine.data.review.answers import SAMPLE, has_answers
 from engine.data.stores.base import Store
 from engine.errors import JobError, RiskforgeError, StoreLostError, first_line
@@ -72,11 +72,6 @@ def read_people(store: Store, *, is_rescoring: bool) -> People:
     return People(results, tuple(problems[:MAX_PROBLEMS]))
 
 
-def answered_store(corpus: Corpus) -> Store | None:
-    """The store with people's answers to a run; of a rescoring they are those to the run whose images it scored."""
-    return next((store for store in corpus.runs[0].stores if has_answers(store)), None)
-
-
 def people_results(
     corpus: Corpus, *, goal: float = GOAL, notice: Callable[[str], None] = lambda text: None
 ) -> PeopleResults | None:
@@ -90,7 +85,7 @@ def people_results(
     Raises:
         RiskforgeError: rows or answers cannot be read.
     """
-    store = answered_store(corpus)
+    store = answered_store(corpus.runs[0].stores)
     if store is None:
         return None
     answers = choices(store, notice)
@@ -100,13 +95,14 @@ def people_results(
     digest = _main_design(samples)
     chosen = _of_design(answers, digest)
     drawn = read_drawn(store, digest)
-    population = read_population(corpus, drawn)
+    origin = corpus if store is corpus.runs[0].store else open_run(store.uri)
+    population = read_population(corpus, drawn, origin)
     notes = list(_notes(samples, digest, drawn))
     review = _review(_of_kind(chosen, SAMPLE), population, drawn, notes)
     raters = rater_results(chosen)
     notes += [
-        f"{rater.name} fails the attention checks; the answers count all the same, filter them out where they should"
-        " not"
+        f"{rater.name} fails the attention checks; the answers count all the same, until _review/{rater.name} is moved"
+        " away"
         for rater in raters
         if rater.is_inattentive
     ]
