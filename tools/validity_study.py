@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from targets.cifar_resnets import ENVIRONMENT, LABELS
 
 from engine.methods.intervals import wilson_interval
 from engine.methods.scores import kldb_parts
@@ -34,11 +35,10 @@ from engine.methods.validity_quality import (
 )
 from engine.models.library_logging import quiet_libraries
 from engine.models.oracles import load_oracle
-from targets.cifar_resnets import ENVIRONMENT, LABELS
 
 TARGET = "zoo:cifar10/classifier"
 ZOO = ("zoo:cifar10/oracle", "zoo:cifar10/oracle-b", "zoo:cifar10/judge")
-OTHERS = ("tools.targets.cifar_resnets:resnet20", "tools.targets.cifar_resnets:resnet32")
+OTHERS = ("targets.cifar_resnets:resnet20", "targets.cifar_resnets:resnet32")
 # Networks for the mean of four probabilities.
 FOUR = (*ZOO[:2], *OTHERS)
 NUM_FITTED = 2500

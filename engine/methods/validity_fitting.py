@@ -10,6 +10,7 @@ images are few. The problem is convex; what has no maximum, or too few answers, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -113,7 +114,7 @@ def fit_validity(answers: Answers) -> ValidityFit:
     Returns:
         The model, or the reason why there is none that can be used: too few answers are no fault.
     """
-    counts = {
+    counts: dict[str, Any] = {
         "num_images": len(answers.shares),
         "num_answers": int(answers.num_asked.sum()),
         "is_balanced": answers.is_balanced,
@@ -127,7 +128,7 @@ def fit_validity(answers: Answers) -> ValidityFit:
     p_valid, constant = _held_out(answers)
     nll, constant_nll = _nll(answers, p_valid), _nll(answers, constant)
     quality = qualities(p_valid, answers.num_agreeing, answers.num_asked, answers.target_errs)
-    measured = {"nll": rounded(nll), "constant_nll": rounded(constant_nll), "quality": quality}
+    measured: dict[str, Any] = {"nll": rounded(nll), "constant_nll": rounded(constant_nll), "quality": quality}
     if nll >= constant_nll or not solution[1:].max() > MIN_WEIGHT:
         reason = (
             f"on held-out images its likelihood ({-nll:.4f}) is no better than that of a constant"

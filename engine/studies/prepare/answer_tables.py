@@ -198,7 +198,7 @@ def _csv(data: bytes) -> tuple[list[str], list[Row]]:
     lines = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
     try:
         columns = next(lines, [])
-        rows = []
+        rows: list[Row] = []
         for values in lines:
             if not values:
                 continue
