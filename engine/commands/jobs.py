@@ -370,7 +370,7 @@ def _print_prepared(prepared: Prepared, job: JobSpec) -> None:
     """Print the results by class and over all classes, the path of the artefact, and how a job uses it."""
     from engine.driver.progress import duration
 
-    content = prepared.content
+    content = prepared.fitted
     num_images, num_errors = sum(content.counts), sum(content.num_errors)
     _print_classes(prepared)
     with_images = sum(count > 0 for count in content.counts)
@@ -410,7 +410,7 @@ def _print_use(prepared: Prepared, job: JobSpec) -> None:
     from engine.models.artefacts import WITH_CALIBRATION, find_artefact
 
     path, used = prepared.path.absolute(), job.models.calibration
-    if not prepared.content.temperature.is_better or (used and Path(used).absolute() in (path, path.parent)):
+    if not prepared.fitted.temperature.is_better or (used and Path(used).absolute() in (path, path.parent)):
         return
     # The folder's own address where this is all that it holds.
     with contextlib.suppress(JobError):
@@ -432,7 +432,7 @@ def _print_classes(prepared: Prepared) -> None:
 
     from engine.driver.progress import ABSENT
 
-    content, table = prepared.content, Table(box=box.SIMPLE_HEAD)
+    content, table = prepared.fitted, Table(box=box.SIMPLE_HEAD)
     evaluation = prepared.conditioning.fit.evaluation if prepared.encoder else None
     names = ("class", "images", "errors", "error rate", "AUC of the predictor, held out")
     for name in names if prepared.encoder else names[:-1]:

@@ -75,6 +75,12 @@ class Prepared:
         return self.content
 
     @property
+    def fitted(self) -> Conditioning | CalibrationFit:
+        """The content of an artefact that has a temperature."""
+        assert not isinstance(self.content, Neighbours)
+        return self.content
+
+    @property
     def neighbours(self) -> Neighbours:
         """The content of a *neighbours* artefact."""
         assert isinstance(self.content, Neighbours)
