@@ -421,7 +421,7 @@ def answer(key: str, label: int, said: int, rater: str, number: int, **changes: 
 def reviewed(run, tmp_path_factory) -> Path:
     """Two people who go by the first oracle; an answer that is taken back, a repeat and a pair of each."""
     copy = shutil.copytree(run, tmp_path_factory.mktemp("reviewed") / "made")
-    rng, rows, people = np.random.default_rng(1), rows_of(run), ValidityModel(intercept=-4.0, weights=(0.8,))
+    rng, rows, people = np.random.default_rng(1), rows_of(run), ValidityModel(intercept=-6.5, weights=(0.9,))
     for rater in ("ann", "bob"):
         records = []
         for number, row in enumerate(rows):
