@@ -357,10 +357,10 @@ def test_guidance_is_refused_where_the_predicted_image_is_limited(limit, schedul
 
 # Digests of the plans of jobs/, with stand-ins for the models, from before Karras sigmas were a field.
 DIGESTS = {
-    "augment-digits": "caa5d30747d12f7164ccaae8e2944b22",
+    "augment-digits": "76c445ba111a961e65bca91c47d2e17f",
     "imagenet-kldb": "c85196df091fd06a585dbfb15ce3b233",
-    "imagenet-riskydiff": "529032a31b5d149d828f048a7aef9788",
-    "nightly-stress": "dd03579d918cc8afd082a207db5c863d",
+    "imagenet-riskydiff": "04934aa24818ddec85d9c932f5996754",
+    "nightly-stress": "938376419825cc48369058a0ac7869b4",
     "quickstart-cifar10": "466d4c76cf4eef910b2257a06a98ddcf",
     "quickstart": "1f73dac6bcaf518090db557f88422d37",
     "riskydiff-digits": "13808c8585a12b3e8343d629cb52050a",
@@ -379,9 +379,11 @@ def digest_of_job(raw: dict) -> str:
         "clip": "c",
         "target": "t",
         "transfer": ["f"] * len(job.models.transfer),
-        "oracle": "o",
+        "oracle": "o" if job.models.oracle else "",
         "conditioning": dict.fromkeys(sources, "s"),
     }
+    if job.models.oracles:
+        digests["oracles"] = ["o"] * len(job.models.oracles)
     return build_plan(job, labels, digests).digest
 
 
