@@ -2,9 +2,11 @@
 
     uv run python tools/contact_sheet.py RUN OUTPUT.png --requests between between-plain
     uv run python tools/contact_sheet.py RUN OUTPUT.png --pairs risky-s030
+    uv run python tools/contact_sheet.py RUN OUTPUT.png --filters "accepted" "not accepted and oracle_agrees"
 
 Requests of one seed group show the same noise in the same place. With --pairs, a column is a sample: the real image
-that it started from (where there is one), its unguided twin, the sample, and ten times their difference on grey.
+that it started from (where there is one), its unguided twin, the sample, and ten times their difference on grey. With
+--filters, a group is what passes a filter, spread evenly over the run.
 """
 
 from __future__ import annotations
@@ -36,6 +38,18 @@ def images_of(run: Path, request: str, count: int) -> list[PIL.Image.Image]:
                 if len(found) == count:
                     return found
     return found
+
+
+def filtered(run: Path, condition: str, count: int) -> list[PIL.Image.Image]:
+    """Stored images that pass a filter, evenly spaced in the order of their keys."""
+    keys = sorted(open_run(str(run)).filter(condition).filter("sha256 != ''").to_table(["key"])["key"].to_pylist())
+    chosen = {keys[len(keys) * place // count] for place in range(count)} if len(keys) > count else set(keys)
+    return [
+        decode_rgb(data)
+        for path in sorted(run.glob("shards/*.tar"))
+        for key, data, _, _ in read_shard(path)
+        if key in chosen
+    ]
 
 
 def pairs_of(run: Path, request: str, count: int, skip: int = 0) -> list[list[PIL.Image.Image]]:
@@ -78,6 +92,7 @@ def main() -> None:
     shown = parser.add_mutually_exclusive_group(required=True)
     shown.add_argument("--requests", nargs="+")
     shown.add_argument("--pairs", metavar="REQUEST")
+    shown.add_argument("--filters", nargs="+", metavar="EXPR")
     parser.add_argument("--count", type=int, help="default: 24, with --pairs 10")
     parser.add_argument("--skip", type=int, default=0, help="of the pairs")
     parser.add_argument("--columns", type=int, help="default: 12, with --pairs --count")
@@ -85,9 +100,10 @@ def main() -> None:
     arguments = parser.parse_args()
     run, pairs = arguments.run, arguments.pairs
     count = arguments.count or (10 if pairs else 24)
-    names = [pairs] if pairs else arguments.requests
+    names = [pairs] if pairs else arguments.filters or arguments.requests
+    images = filtered if arguments.filters else images_of
     try:
-        groups = pairs_of(run, pairs, count, arguments.skip) if pairs else [images_of(run, one, count) for one in names]
+        groups = pairs_of(run, pairs, count, arguments.skip) if pairs else [images(run, one, count) for one in names]
     except JobError as error:
         parser.error(str(error))
     if not all(groups):
