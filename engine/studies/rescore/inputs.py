@@ -118,7 +118,9 @@ def _with_guiding(oracles: Sequence[str], job: JobSpec) -> Sequence[str]:
     if not oracles or not job.oracle_guides:
         return oracles
     guiding = job.models.all_oracles[-1]
-    return [*(address for address in oracles if address != guiding), guiding]
+    digest = oracle_digest(guiding)
+    # Under another address it would count as independent.
+    return [*(address for address in oracles if address != guiding and oracle_digest(address) != digest), guiding]
 
 
 def _labels_of(store: Store, job: JobSpec) -> list[str]:
@@ -218,8 +220,8 @@ def _validity(models: Models, plan: Plan) -> ValidityModel | None:
     if validity is None or not models.oracles:
         return validity
     of_run, new = _oracle_digests(plan.identity["models"]), _oracle_digests(models.digests)
-    # An oracle that guided follows those that the estimate is of.
-    return validity if new == of_run[: len(validity.weights)] else None
+    # An oracle that guided follows those that the estimate is of, in the run and among the new ones.
+    return validity if new == of_run else None
 
 
 def _oracle_digests(digests: dict[str, Any]) -> list[str]:
