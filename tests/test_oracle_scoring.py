@@ -7,24 +7,31 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
 
 from engine.data.images import digits
+from engine.data.run.outcomes import label_is_valid_expression, label_validity
 from engine.errors import JobError
 from engine.generation.loading import load_scorer
 from engine.generation.oracle_scoring import Oracles, oracle_scores
+from engine.job.acceptance import is_accepted
 from engine.job.columns import GUIDES
 from engine.job.parsing import parse_job
 from engine.job.plan import build_plan
-from engine.job.records import check_record
+from engine.job.records import check_record, new_record
 from engine.methods.finiteness import Faults
 from engine.models.classifier import Classifier
 from engine.models.digests import model_digests
+from engine.studies.rescore.inputs import Models, _validity
 from tests.composed import composed_job
 from tests.image_cases import DIGITS
 
+UNKNOWN_DIGESTS: dict[str, Any] = {
+    "diffusion": {"zoo:digits/stable-diffusion": ""}, "clip": "", "target": "", "transfer": [], "oracle": "",
+}  # fmt: skip
 ORACLE, OTHER = "zoo:digits/oracle", "zoo:digits/classifier-b"
 
 
@@ -150,3 +157,36 @@ def test_a_scorer_of_a_job_has_all_of_its_oracles(tmp_path: Path) -> None:
     assert [entry["model"] for entry in record["oracles"]] == [OTHER, ORACLE]
     assert record["oracle_class"] == record["oracles"][0]["predicted_class"]
     check_record(record)
+
+
+def test_label_validity_is_one_rule_everywhere(tmp_path: Path) -> None:
+    """In rules of acceptance, in filters and in tables, at the limits and where nothing is known."""
+    values = [-1.0, 0.0, 0.8999, 0.9, 0.9899, 0.99, 1.0]
+    rows = [{"p_valid": p, "oracle_p_label_min": least} for p in values for least in values]
+    spec = build_plan(composed_job(tmp_path, count=1), list(DIGITS), UNKNOWN_DIGESTS).requests[0].sample(0)
+    records = [new_record(spec) | row for row in rows]
+    wanted = [None if p == least == -1 else p >= 0.9 if p != -1 else least >= 0.99 for p in values for least in values]
+    assert [is_accepted("label_is_valid", record, (0,)) for record in records] == [one is True for one in wanted]
+    assert [is_accepted("not label_is_valid", record, (0,)) for record in records] == [one is False for one in wanted]
+    table = pa.Table.from_pylist(rows)
+    assert label_validity(table).tolist() == [-1 if one is None else one for one in wanted]
+    assert len(table.filter(label_is_valid_expression())) == sum(one is True for one in wanted)
+
+
+@pytest.mark.parametrize("oracles", [["a", "b"], ["a", "b", "guide"]])
+def test_an_estimate_survives_a_rescoring_by_the_same_oracles(tmp_path: Path, oracles: list[str]) -> None:
+    """Also where the last of them guided, which is no part of the estimate; not by other oracles."""
+    job = composed_job(tmp_path, count=1)
+    digests = UNKNOWN_DIGESTS | {
+        "oracle": "a", "oracles": oracles, "validity": {"digest": "d", "intercept": 0.0, "weights": [1.0, 1.0]},
+    }  # fmt: skip
+    plan = build_plan(job, list(DIGITS), digests)
+
+    def models(names: list[str]) -> Models:
+        return Models(
+            target="t", calibration=None, described={}, transfer=(), oracles=tuple(names),
+            digests={"target": "t", "oracle": names[0], "oracles": names},
+        )  # fmt: skip
+
+    assert _validity(models(oracles), plan) is not None
+    assert _validity(models(["b", "a", *oracles[2:]]), plan) is None

@@ -27,7 +27,15 @@ from engine.data.run.twins_table import FoundTwins, read_twins, with_twins
 from engine.data.stores.base import Store
 from engine.errors import CorruptShardError, JobError, OutputError, first_line
 from engine.job.class_names import distinct_names
-from engine.job.columns import ADVERSARIAL_PSNR_DB, PERCEPTIBLE_PSNR_DB, by_rank, target_first, units_text
+from engine.job.columns import (
+    ADVERSARIAL_PSNR_DB,
+    MIN_ORACLE_P_LABEL,
+    MIN_P_VALID,
+    PERCEPTIBLE_PSNR_DB,
+    by_rank,
+    target_first,
+    units_text,
+)
 from engine.models.factories import is_factory
 from engine.models.labels import read_labels
 from engine.report.charts import histogram
@@ -222,6 +230,8 @@ def _tables(table: pa.Table, metadata: Dataset, rows: Rows, names: dict[int, str
     totals = request_totals(table)
     return {
         "table": summary_table(summarise_table(table), totals),
+        "min_p_valid": MIN_P_VALID,
+        "min_oracle_p_label": MIN_ORACLE_P_LABEL,
         "units": units_text(target_first(by_rank(shown_scores(totals))), is_full=False),
         "classes": class_table(table),
         "confusion": _confusion(rows, names),

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -269,8 +269,3 @@ def _check_whole(design: Design, digest: str) -> None:
             raise ValueError(f"item {item.id} is of a class without a name")
         if item.repeats and design.by_id.get(item.repeats) is None:
             raise ValueError(f"item {item.id} repeats none")
-
-
-def num_of(items: Iterable[Item], kinds: Sequence[str]) -> int:
-    """How many items are of some kinds."""
-    return sum(item.kind in kinds for item in items)
