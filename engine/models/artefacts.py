@@ -28,7 +28,11 @@ def find_artefact(address: str, documents: Sequence[str] = (ARTEFACT_DOCUMENT,))
     if address.startswith("zoo:"):
         folder = zoo_folder(address)
         if not _is_artefact(folder, documents):
-            raise JobError(f"'{address}' is a model, not an artefact such as zoo:digits/conditioning")
+            wanted = ", ".join(dict.fromkeys(map(kind_of, documents)))
+            if _is_artefact(folder, _DOCUMENTS):
+                raise JobError(f"'{address}' is an artefact of another kind, not of {wanted}")
+            example = " such as zoo:digits/conditioning" if ARTEFACT_DOCUMENT in documents else ""
+            raise JobError(f"'{address}' is a model, not an artefact of {wanted}{example}")
         return folder
     if "://" in address:
         raise JobError(f"'{address}' is not on this machine; an artefact is read from a folder: copy it here first")
