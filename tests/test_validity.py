@@ -329,6 +329,21 @@ def test_a_condition_on_p_valid_needs_the_artefact(call, prepared, tmp_path):
     assert not missing_artefacts(with_validity(prepared.path, rule))
 
 
+def test_a_folder_of_other_things_is_no_estimate_to_come(tmp_path):
+    """An empty folder may become one, and so may one with artefacts of other kinds; a run or the system's may not."""
+    assert read_validity(str(tmp_path / "later")) is None and read_validity(str(tmp_path)) is None
+    (tmp_path / "manifest.json").write_text("{}")
+    for folder in (tmp_path, "/etc"):
+        with pytest.raises(JobError, match="holds other files and no artefact; give the folder"):
+            read_validity(str(folder))
+    artefact = tmp_path / "calibration-0123456789ab"
+    artefact.mkdir()
+    (artefact / "calibration.json").write_text("{}")
+    assert read_validity(str(tmp_path)) is None
+    with pytest.raises(JobError, match="is an artefact of another kind; give the folder of a validity artefact"):
+        read_validity("zoo:digits/conditioning")
+
+
 def test_a_plan_has_the_estimate_only_where_the_job_does(prepared):
     plan = plan_job(with_validity(prepared.path))
     assert planned_validity(plan.identity) == prepared.fit.model
