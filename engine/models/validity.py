@@ -112,8 +112,8 @@ def read_validity(address: str) -> Validity | None:
     folder = find_artefact(address, (DOCUMENT,))
     if folder is None and not can_become(address):
         raise JobError(
-            f"'{address}' holds other files and no artefact; give the folder that `riskforge prepare JOB --answers FILE`"
-            " made, or a new one for it to make"
+            f"'{address}' holds other files and no artefact; give the folder that `riskforge prepare JOB --answers"
+            " FILE` made, or a new one for it to make"
         )
     if folder is None:
         return None
