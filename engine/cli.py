@@ -9,14 +9,15 @@ import os
 import signal
 import sys
 import threading
-from typing import Annotated, Any
+import warnings
+from typing import Annotated, Any, TextIO
 
 import typer
 
 import engine
 from engine.commands import comparison, curation, datasets, jobs, loops, review, runs, studies
 from engine.commands.output import complain
-from engine.errors import EXIT_DRAINED, EXIT_USER, JobError, RiskforgeError
+from engine.errors import EXIT_DRAINED, EXIT_USER, JobError, RiskforgeError, RunWarning
 from engine.terminal import open_closed_streams, printable, redacted
 from engine.terminal import show as print
 
@@ -41,6 +42,7 @@ def main() -> None:
     code: Any = 0
     unwritable: OSError | None = None
     open_closed_streams()
+    warnings.showwarning = _show_warning
     try:
         _check_arguments(sys.argv[1:])
         app()
@@ -68,6 +70,21 @@ def main() -> None:
         with contextlib.suppress(OSError):
             complain(f"error: standard output or error cannot be written to ({unwritable.strerror}); free some space")
     sys.exit(code)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print the product's own warnings as lines, and those of libraries as Python does."""
+    if issubclass(category, RunWarning):
+        complain(f"note: {message}")
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line).rstrip("\n"), file=file or sys.stderr)
 
 
 def console() -> None:

@@ -24,6 +24,10 @@ class RiskforgeError(Exception):
         super().__init__(*(redacted(argument) if isinstance(argument, str) else argument for argument in arguments))
 
 
+class RunWarning(UserWarning):
+    """Something that a caller is told, and the command line prints as a line; redacted there."""
+
+
 def fault(message: str, exit_code: int) -> RiskforgeError:
     """An error that a worker reported from its process, with its text and exit code."""
     error = RiskforgeError(message)

@@ -88,7 +88,7 @@ def test_a_floor_is_a_probability_between_none_and_certainty(value: Any) -> None
 
 def test_which_oracle_guides() -> None:
     """The last of them, where some request keeps to a floor: not by a step rule or by a method that has none."""
-    paper = RISKY | {"name": "paper", "guidance": {"risky": {"step": "paper"}}}
+    paper = RISKY | {"name": "paper", "guidance": {"risky": {"step": "paper", "oracle_floor": None}}}
     prompt = RISKY | {"name": "prompt", "method": "prompt"}
     for guidance, requests, guides in (
         ({}, [RISKY], False),
@@ -106,7 +106,7 @@ def test_which_oracle_guides() -> None:
 
 
 def test_a_floor_needs_an_oracle() -> None:
-    """It is refused where it stands; one that has no effect is not."""
+    """It is refused where it stands; one of a method that no request uses is not."""
     text = "there is no oracle whose probability it could bound; name one in models.oracle, or leave it out"
     assert problems_of(raw_job(guidance=FLOOR)) == [f"guidance.risky.oracle_floor: {text}"]
     plain = RISKY | {"name": "plain", "method": "prompt"}
@@ -115,6 +115,23 @@ def test_a_floor_needs_an_oracle() -> None:
     ]
     parse_job(raw_job(plain, guidance=FLOOR))
     parse_job(raw_job(guidance=FLOOR, oracle=ORACLE))
+
+
+@pytest.mark.parametrize(
+    ("guidance", "own", "place"),
+    [
+        ({"step": "paper", "oracle_floor": 0.9}, {}, "guidance.risky"),
+        ({"step": "paper"}, {"oracle_floor": 0.9}, "requests.0.guidance.risky"),
+        ({"oracle_floor": 0.9}, {"step": "paper"}, "requests.0.guidance.risky"),
+    ],
+)
+def test_a_floor_without_effect_is_refused(guidance: dict[str, Any], own: dict[str, Any], place: str) -> None:
+    """The paper's step keeps to none."""
+    problems = problems_of(raw_job(RISKY | {"guidance": {"risky": own}}, guidance={"risky": guidance}, oracle=ORACLE))
+    assert problems == [
+        f"{place}.oracle_floor: has no effect with step: paper, so that the label is not kept; use step: polyak, or set"
+        " oracle_floor: null"
+    ]
 
 
 TEXT = "target_errs and (oracle_agrees or conformity >= 0.9)"

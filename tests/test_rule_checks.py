@@ -37,7 +37,9 @@ def problems(raw: Any) -> list[str]:
 
 NO_RULES: list[tuple[Any, str]] = [
     ("", ": '' is nothing, not a condition, such as"),
-    ("   ", ": '   ': at character 0: invalid syntax; write such as risk > 2"),
+    ("   ", ": '   ': it is empty; write such as risk > 2"),
+    (" risk >", ": ' risk >': at its end: invalid syntax; write such as risk > 2"),
+    (" risk > 2)", ": at character 10: unmatched ')'; write such as risk > 2"),
     (None, ": None is nothing, not a condition, such as"),
     (True, f": True {NEITHER}"),
     (1.5, f": 1.5 {NEITHER}"),
@@ -72,7 +74,19 @@ NO_RULES: list[tuple[Any, str]] = [
     ("context == '\\ud800'", "is not a text in Unicode"),
     ("is_error and\nrisk > 1", "invalid syntax"),
     ({"is_error": "risk > 1"}, "requests.0.accept.is_error: 'risk > 1' is not true or false"),
-    ({"key": "x"}, "requests.0.accept.key: unknown condition; use is_error, screened, oracle, risk"),
+    ({"status": "x"}, "requests.0.accept.status: unknown condition; use is_error, screened, oracle, risk"),
+    ({"rsik": "> 1"}, "requests.0.accept.rsik: unknown condition; use is_error, screened, oracle, risk"),
+    *(
+        ({name: wanted}, f"accept.{name}: a mapping has no such condition; write the rule as a text, such as {text}")
+        for name, wanted, text in (
+            ("key", "x", "accept: \"key == 'a'\""),
+            ("label_is_valid", True, 'accept: "label_is_valid"'),
+            ("target_errs", False, 'accept: "not target_errs"'),
+            ("class_index", 3, 'accept: "class_index >= 1"'),
+        )
+    ),
+    ("oracle_p_label_min == -1", ": 'oracle_p_label_min == -1' compares with the value that stands for unknown"),
+    ("is_error or not (-1.0 != p_valid)", ": 'p_valid != -1' compares with the value that stands for unknown"),
     ({"risk": float("nan")}, "requests.0.accept.risk: nan is not a finite number"),
 ]
 
@@ -87,14 +101,16 @@ def test_what_is_no_rule_is_refused(accept: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("accept", "changes", "expected"),
     [
-        ("oracle_agrees", {}, ["'oracle_agrees' there is no oracle; name one in models.oracle"]),
-        ("not oracle_class == 3", {}, ["'oracle_class' there is no oracle; *"]),
+        ("oracle_agrees", {}, ["'oracle_agrees' is of the oracle, and there is no oracle; name one in models.oracle"]),
+        ("not oracle_class == 3", {}, ["'oracle_class' is of the oracle, and there is no oracle; *"]),
         ("is_error and (valid_failure or label_is_valid)", {},
-         ["'valid_failure' there is no oracle; *", "'label_is_valid' there is no oracle; *"]),
-        ("oracle_p_label_min >= 0.99", {}, ["'oracle_p_label_min' there is no oracle; *"]),
+         ["'valid_failure' is of the oracle, and there is no oracle; *",
+          "'label_is_valid' is of the oracle, and there is no oracle; *"]),
+        ("oracle_p_label_min >= 0.99", {}, ["'oracle_p_label_min' is of the oracle, and there is no oracle; *"]),
         ("oracle_p_label_min >= 0.99 and label_is_valid", {"models": ORACLE}, []),
         ("oracle_agrees", {"models": {"oracles": ["a", "b"]}}, []),
-        ("judge_conformity > 0.2", {}, ["'judge_conformity' there is no judge; name one in models.judge"]),
+        ("judge_conformity > 0.2", {},
+         ["'judge_conformity' is of the judge, and there is no judge; name one in models.judge"]),
         ("judge_conformity > 0.2", {"models": {"judge": "zoo:digits/clip"}}, []),
         ("p_valid >= 0.9", {"models": ORACLE}, [f"'p_valid' is not known without *{VALIDITY}*"]),
         ({"p_valid": ">= 0.9"}, {"models": ORACLE}, [f"is not known without *{VALIDITY}*"]),

@@ -481,7 +481,7 @@ NAN = float("nan")
          ["0.guidance.boundary: leaves all steps that strength 0.25 takes, the last 1 of 4, unguided; lower *"]),
         ([{"name": "b" * 65, "strength": [0.3, 0.5]}], ["0.name: 'bbb*has more characters than 64; give 64 or fewer"]),
         ([{"strength": ["1e-9"]}], ["0.start.strength.0: '1e-9' is text to YAML, not a number; *"]),
-        ([{"accept": {"start_key": "x"}}], ["0.accept.start_key: unknown condition; use *"]),
+        ([{"accept": {"start_key": "x"}}], ["0.accept.start_key: a mapping has no such condition; *"]),
         ([{"name": f"r{place}", "strength": [one / 100 for one in range(100)]} for place in range(11)],
          ["*: has 1100 entries with one for each strength of a list; give 1000 or fewer"]),
     ],

@@ -299,7 +299,7 @@ def test_given_images_are_varied_in_their_order(tmp_path):
         ({"classes": None, "boundary": ["three", "eight"]}, "embeddings are of single classes"),
         ({"conditioning": None, "accept": {"screened": True}}, "no sample is screened"),
         ({"conditioning": {"images": "x"}, "accept": {"screened": True}}, "no sample is screened"),
-        ({"conditioning": f"{ZOO}clip"}, "is a model, not an artefact such as"),
+        ({"conditioning": f"{ZOO}clip"}, "is a model, not a conditioning artefact such as"),
         (
             {"conditioning": "s3://bucket/statistics"},
             "artefact: 's3://bucket/statistics' is not on this machine; an art",

@@ -195,7 +195,9 @@ COUNTS = "key," + ",".join(LABELS) + "\n"
         ("a.csv", HEAD + "a,one,two\n", ["row 1: has 3 values and the header 2"]),
         ("a.csv", "key,answer,one\na,one,2\n", ["'answer' and 'one'"]),
         ("a.csv", HEAD.encode() + b"a,\xff\n", ["not UTF-8"]),
-        ("a.csv", HEAD + 'a,"one\n', ["cannot be read as CSV"]),
+        ("a.csv", HEAD + 'a,"one\n', ["cannot be read as CSV", "check its quotes"]),
+        ("a.csv", HEAD + f'a,"{"x" * 200_000}\n', ["field larger than", "closing quote is missing"]),
+        ("a.csv", "key;answer\na;one\n", ["separated by semicolons; separate them by commas"]),
         ("a.csv", "key,one\na,3\n", ["no column for the class 'zero'"]),
         ("a.csv", COUNTS.replace("two", "tvo") + "a" + ",1" * 10, ["'tvo'", "no class of the target", "'two'"]),
         ("a.csv", COUNTS + "a,-1" + ",1" * 9, ["row 1, column 'zero'", "'-1' is no number of people"]),
@@ -203,6 +205,8 @@ COUNTS = "key," + ",".join(LABELS) + "\n"
         ("a.csv", COUNTS + "a," + ",1" * 9, ["row 1, column 'zero'", "is empty"]),
         ("a.csv", COUNTS + "a" + ",1" * 10 + "\na" + ",1" * 10, ["row 2, column 'key'", "that of row 1 too"]),
         ("a.csv", COUNTS + ("a,x" + ",1" * 9 + "\n") * 9, ["row 1", "more problems like these"]),
+        ("a.jsonl", '{"key": "a", "answer": null}\n{"key": "b", "anwser": "one"}\n',
+         ["row 2, column 'answer': is missing; give a class name, or \"\" for none of these"]),
         ("a.jsonl", '{"key": "a", "answer": 3}\n', ["row 1, column 'answer'", "3 is no class name"]),
         ("a.jsonl", '{"key": "a", "answer": "one"}\n{"key": \n', ["line 2: is not JSON"]),
         ("a.jsonl", '{"key": "a", "key": "b", "answer": "one"}\n', ["line 1", "twice"]),
@@ -323,6 +327,21 @@ def test_a_condition_on_p_valid_needs_the_artefact(call, prepared, tmp_path):
     later = with_validity(tmp_path / "later", rule)
     assert any("--answers FILE --output" in line for line in missing_artefacts(later))
     assert not missing_artefacts(with_validity(prepared.path, rule))
+
+
+def test_a_folder_of_other_things_is_no_estimate_to_come(tmp_path):
+    """An empty folder may become one, and so may one with artefacts of other kinds; a run or the system's may not."""
+    assert read_validity(str(tmp_path / "later")) is None and read_validity(str(tmp_path)) is None
+    (tmp_path / "manifest.json").write_text("{}")
+    for folder in (tmp_path, "/etc"):
+        with pytest.raises(JobError, match="holds other files and no artefact; give the folder"):
+            read_validity(str(folder))
+    artefact = tmp_path / "calibration-0123456789ab"
+    artefact.mkdir()
+    (artefact / "calibration.json").write_text("{}")
+    assert read_validity(str(tmp_path)) is None
+    with pytest.raises(JobError, match="is an artefact of another kind; give the folder of a validity artefact"):
+        read_validity("zoo:digits/conditioning")
 
 
 def test_a_plan_has_the_estimate_only_where_the_job_does(prepared):

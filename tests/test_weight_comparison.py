@@ -121,6 +121,26 @@ def test_a_judge_that_shares_the_image_tower_is_no_other_model(change: Any, tmp_
         check_independent(ModelsSpec.model_validate(ZOO | {"transfer": [], "judge": str(clip)}))
 
 
+def test_the_oracle_that_guides_measures_nothing(tmp_path: Path) -> None:
+    """Neither as a transfer model nor, a CLIP model, as the judge; one that only decides may be both."""
+    oracle, copied = ZOO["oracle"], str(shutil.copytree(resolve(ZOO["oracle"]), tmp_path / "copy"))
+    clip = Path(shutil.copytree(resolve(ZOO["clip"]), tmp_path / "clip"))
+    resaved(OTHER["another head"])(clip)
+    for models, measured, guiding in (
+        ({"oracle": oracle, "transfer": [copied]}, "models.transfer.0", "models.oracle"),
+        ({"oracles": [str(clip), oracle], "transfer": [oracle]}, "models.transfer.0", "models.oracles.1"),
+        ({"oracles": [oracle, str(clip)], "transfer": [], "judge": str(clip)}, "models.judge", "models.oracles.1"),
+    ):
+        spec = ModelsSpec.model_validate({**ZOO, "oracle": None, **models})
+        check_independent(spec)
+        with pytest.raises(JobError) as refused:
+            check_independent(spec, oracle_guides=True)
+        [problem] = refused.value.problems
+        assert problem.startswith(f"{measured}: ") and f"has the weights of {guiding}, " in problem
+    first = ModelsSpec.model_validate({**ZOO, "oracle": None, "oracles": [oracle, str(clip)], "transfer": [oracle]})
+    check_independent(first, oracle_guides=True)
+
+
 def test_an_archive_with_the_targets_weights_is_no_oracle(tmp_path: Path) -> None:
     """TorchScript of the same network."""
     layers = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 10)).eval()

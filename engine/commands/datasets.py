@@ -280,7 +280,7 @@ def _model_line(model: Any) -> str:
 
     if not isinstance(model, dict):
         return str(model)
-    text = ", ".join(str(value) for name, value in model.items() if name not in NOTED)
+    text = ", ".join(name if value is True else str(value) for name, value in model.items() if name not in NOTED)
     try:
         notes = model_notes(model)
     except ValueError as error:

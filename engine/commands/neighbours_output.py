@@ -54,7 +54,8 @@ def _print_oracle(path: Path, job: JobSpec) -> None:
         return
     others = job.models.all_oracles
     try:
-        check_independent(job.models.model_copy(update={"oracle": None, "oracles": (*others, str(path))}))
+        models = job.models.model_copy(update={"oracle": None, "oracles": (*others, str(path))})
+        check_independent(models, oracle_guides=job.oracle_guides)
     except JobError as error:
         print_some([f"not for this job: {problem}" for problem in error.problems])
     else:

@@ -104,7 +104,7 @@ def rule_problems(rule: Rule) -> list[tuple[str, str]]:
         elif name in SCORES:
             wrong = _comparison_problem(wanted)
         else:
-            wrong = f"unknown condition; use {', '.join((*FLAGS, ORACLE_CONDITION, *SCORES))}"
+            wrong = _unknown_condition(name, wanted)
         if wrong:
             problems.append((name, wrong))
     return problems
@@ -227,9 +227,37 @@ def _text_problems(text: str) -> Iterator[str]:
         yield f"it has the control character {odd!r}; leave it out, or write it so within quotes"
         return
     try:
-        _parsed(text)
+        tree = _parsed(text)
     except ConditionError as error:
         yield str(error)
+        return
+    yield from dict.fromkeys(_comparisons_with_unknown(tree))
+
+
+def _comparisons_with_unknown(root: Node) -> Iterator[str]:
+    """Comparisons by == or != with the value that says that a score was not measured: they are unknown, or decided."""
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        waiting += reversed(node.parts)
+        if not isinstance(node, Comparison) or node.sign not in ("==", "!="):
+            continue
+        for one, other in ((node.left, node.right), (node.right, node.left)):
+            is_score = isinstance(one, Name) and one.name in BY_NAME and isinstance(other, Literal)
+            if is_score and not BY_NAME[one.name].is_known(other.value):
+                yield (
+                    f"'{one.name} {node.sign} {other.value:g}' compares with the value that stands for unknown, of which"
+                    " no condition holds; leave it out: a sample whose rule is unknown is not accepted"
+                )
+
+
+def _unknown_condition(name: str, wanted: Any) -> str:
+    """What is wrong with a key that is no condition of a mapping."""
+    if name not in NAMES or NAMES[name].refusal:
+        return f"unknown condition; use {', '.join((*FLAGS, ORACLE_CONDITION, *SCORES))}"
+    kind = NAMES[name].kind
+    text = {NUMBER: f"{name} >= 1", TEXT: f"{name} == 'a'"}.get(kind, f"not {name}" if wanted is False else name)
+    return f'a mapping has no such condition; write the rule as a text, such as accept: "{text}"'
 
 
 def _comparison_problem(wanted: Any) -> str | None:

@@ -309,12 +309,16 @@ class _Parser:
     def parsed(self, wanted: str) -> Node:
         if len(self._text) > MAX_CHARS:
             raise self._refusal(None, f"it has {len(self._text)} characters; up to {MAX_CHARS} are read")
+        if not self._text.strip():
+            raise self._refusal(None, f"it is empty; write such as {_EXAMPLES[wanted]}")
         try:
             root = ast.parse(self._text.strip(), mode="eval").body
             node = self._node(root)
         except SyntaxError as error:
-            place = "" if error.offset is None else f"at character {error.offset}: "
-            raise self._refusal(None, f"{place}{error.msg}; write such as {_EXAMPLES[wanted]}") from None
+            # Without an offset where the text ends too early; counted from 1, without the leading spaces.
+            lead = len(self._text) - len(self._text.lstrip())
+            place = f"at character {lead + error.offset}" if error.offset else "at its end"
+            raise self._refusal(None, f"{place}: {error.msg}; write such as {_EXAMPLES[wanted]}") from None
         except (ValueError, MemoryError, RecursionError):
             what = "it cannot be read: a character that no text has, a huge number, or nested too deep"
             raise self._refusal(None, what) from None

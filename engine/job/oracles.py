@@ -64,6 +64,20 @@ def floor_of(request: RequestSpec, guidance: GuidanceSpec, where: Location) -> l
     return [(*inside, "guidance", method.name, _FLOOR)]
 
 
+def idle_floor(request: RequestSpec, guidance: GuidanceSpec, where: Location) -> list[Problem]:
+    """The floor of an oracle that the step rule of a request does not keep to; arguments as of `floor_of`."""
+    method = request.method_record
+    parameters, own = guidance.of(method), request.guidance.get(method.name)
+    if parameters.sees_oracle or getattr(parameters, _FLOOR, None) is None:
+        return []
+    inside = where if isinstance(own, dict) and own.keys() & {_FLOOR, "step"} else ()
+    text = (
+        f"has no effect with step: {parameters.step}, so that the label is not kept; use step: polyak, or set"  # type: ignore[attr-defined]
+        f" {_FLOOR}: null"
+    )
+    return [((*inside, "guidance", method.name, _FLOOR), text)]
+
+
 def floor_problems(
     raw: dict[str, Any], floors: Sequence[Location], asked: Sequence[tuple[Location, str]]
 ) -> list[Problem]:

@@ -14,7 +14,7 @@ import pydantic
 from pydantic import BaseModel
 
 from engine.errors import JobError
-from engine.job.oracles import floor_of, floor_problems, oracle_problems
+from engine.job.oracles import floor_of, floor_problems, idle_floor, oracle_problems
 from engine.job.rule_checks import accept_problems, asked_names, model_problems
 from engine.job.spec import LIST_LIMITS, MAX_INDEX, ConditioningSpec, GuidanceSpec, JobSpec, RequestSpec, merge
 from engine.job.spec_messages import Location, Problem, explain, location_of
@@ -134,15 +134,18 @@ def _between_fields(raw: dict[str, Any], places: Sequence[Place]) -> list[Proble
             problems += [((*where, *at), text) for at, text in model_problems(request, raw.get("models"))]
             problems += _ensemble_problems(raw, item, where)
             problems += _override_problems(request, base, where)
-            floors += _floor(request, base, where)
+            guidance = _guidance(request, base)
+            if guidance is not None:
+                problems += idle_floor(request, guidance, where)
+                floors += floor_of(request, guidance, where)
             asked += [((*where, *at), name) for at, name in asked_names(request)]
     return problems + floor_problems(raw, floors, asked)
 
 
-def _floor(request: RequestSpec, base: dict[str, dict[str, Any]], where: Location) -> list[Location]:
-    """Where the floor of an oracle is that guides a request; nothing without one, or with wrong parameters."""
+def _guidance(request: RequestSpec, base: dict[str, dict[str, Any]]) -> Any:
+    """The guidance of a request with its overrides; None with wrong parameters."""
     guidance, problems = _validate(GuidanceSpec, _overridden("guidance", base, request), ())
-    return [] if problems else floor_of(request, guidance, where)
+    return None if problems else guidance
 
 
 def _decoder_problems(raw: dict[str, Any]) -> list[Problem]:

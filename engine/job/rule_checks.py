@@ -31,8 +31,9 @@ def model_problems(request: RequestSpec, models: Any) -> list[Problem]:
     named = models if isinstance(models, dict) else {}
     is_there = {"oracle": has_oracle(models), "judge": bool(named.get("judge"))}
     names = rule_names(request.accept)
+    subject = "is of the {role}, and " if isinstance(request.accept, str) else ""
     found = [
-        (name, f"there is no {role}; name one in models.{role}")
+        (name, f"{subject.format(role=role)}there is no {role}; name one in models.{role}")
         for name in names
         for role in measuring_roles(name)
         if not is_there.get(role, True)

@@ -44,7 +44,7 @@ def explain(root: type[BaseModel], item: Any, location: Location) -> str:
     kind, value = item["type"], shown(item.get("input"))
     key = str(location[-1]) if location else ""
     if kind == "extra_forbidden":
-        return "unknown key" + nearest(key, list(_fields_at(root, location[:-1])))
+        return "unknown key" + (nearest(key, list(_fields_at(root, location[:-1]))) or _owners(root, location))
     if kind == "invalid_key":
         return "a key must be text; put it in quotes if it is meant so"
     if kind == "missing":
@@ -132,6 +132,13 @@ def nearest(word: str, choices: list[str]) -> str:
     match = difflib.get_close_matches(word.lower(), [choice.lower() for choice in choices], n=1, cutoff=0.6)
     original = [choice for choice in choices if match and choice.lower() == match[0]]
     return f"; did you mean '{original[0]}'?" if original else ""
+
+
+def _owners(root: type[BaseModel], location: Location) -> str:
+    """`; it is a key of X` for the mappings next to an unknown key that have it, or nothing."""
+    *place, key = location
+    owners = [name for name in _fields_at(root, tuple(place)) if key in _fields_at(root, (*place, name))]
+    return f"; it is a key of {' and '.join(owners)}: write {owners[0]}: {{{key}: ...}}" if owners else ""
 
 
 def _fields_at(root: type[BaseModel], location: Location) -> dict[str, Any]:

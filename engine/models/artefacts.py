@@ -9,10 +9,17 @@ from engine.errors import JobError
 from engine.job.spec import JobSpec, RequestSpec
 from engine.models.addresses import inaccessible, zoo_folder
 from engine.models.artefact_documents import kind_of
-from engine.models.configurations import ARTEFACT_DOCUMENT, CALIBRATION_DOCUMENT, VALIDITY_DOCUMENT, read_config
+from engine.models.configurations import (
+    ARTEFACT_DOCUMENT,
+    CALIBRATION_DOCUMENT,
+    NEIGHBOURS_DOCUMENT,
+    VALIDITY_DOCUMENT,
+    read_config,
+)
 
 # What holds a calibration: an artefact of its own, and every conditioning artefact.
 WITH_CALIBRATION = (CALIBRATION_DOCUMENT, ARTEFACT_DOCUMENT)
+_ALL_DOCUMENTS = (ARTEFACT_DOCUMENT, CALIBRATION_DOCUMENT, VALIDITY_DOCUMENT, NEIGHBOURS_DOCUMENT)
 
 
 def find_artefact(address: str, documents: Sequence[str] = (ARTEFACT_DOCUMENT,)) -> Path | None:
@@ -28,7 +35,11 @@ def find_artefact(address: str, documents: Sequence[str] = (ARTEFACT_DOCUMENT,))
     if address.startswith("zoo:"):
         folder = zoo_folder(address)
         if not _is_artefact(folder, documents):
-            raise JobError(f"'{address}' is a model, not an artefact such as zoo:digits/conditioning")
+            wanted = f"{kind_of(documents[0])} artefact"
+            if _is_artefact(folder, _ALL_DOCUMENTS):
+                raise JobError(f"'{address}' is an artefact of another kind; give the folder of a {wanted}")
+            example = " such as zoo:digits/conditioning" if ARTEFACT_DOCUMENT in documents else ""
+            raise JobError(f"'{address}' is a model, not a {wanted}{example}")
         return folder
     if "://" in address:
         raise JobError(f"'{address}' is not on this machine; an artefact is read from a folder: copy it here first")
@@ -45,6 +56,20 @@ def find_artefact(address: str, documents: Sequence[str] = (ARTEFACT_DOCUMENT,))
         names = ", ".join(folder.name for folder in folders)
         raise JobError(f"'{address}' holds {len(folders)} artefacts; name one of {names}")
     return folders[0] if folders else None
+
+
+def can_become(address: str) -> bool:
+    """Whether artefacts can be made in a folder: there is none yet, it is empty, or it holds other artefacts.
+
+    Raises:
+        JobError: it cannot be accessed.
+    """
+    folder = Path(address).expanduser()
+    try:
+        names = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+        return not names or any(any(folder.glob(f"{kind_of(name)}-*/{name}")) for name in _ALL_DOCUMENTS)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise inaccessible(address, error) from None
 
 
 def _is_artefact(folder: Path, documents: Sequence[str]) -> bool:

@@ -91,7 +91,7 @@ def model_digests(job: JobSpec, *, of_existing_run: bool = False) -> dict[str, A
     }
     if not of_existing_run:
         # After the digests: what was missing of a hub id has been downloaded now.
-        check_independent(models)
+        check_independent(models, oracle_guides=job.oracle_guides)
     return digests | ({"judge": of(models.judge)} if models.judge is not None else {})
 
 

@@ -16,7 +16,7 @@ _WHOLE = ("",)
 _IMAGE_TOWER = ("vision_model.", "visual_projection.")
 
 
-def check_independent(models: ModelsSpec) -> None:
+def check_independent(models: ModelsSpec, *, oracle_guides: bool = False) -> None:
     """Refuse models that are to evaluate others and are those others under another name.
 
     A judge with the image tower of the model that guided a sample measures what was guided on, and so does an oracle;
@@ -24,7 +24,12 @@ def check_independent(models: ModelsSpec) -> None:
     another oracle it confirms nothing; a transfer model with these weights would show that every failure transfers; a
     target that is there twice would count twice. Compared are the weights in files, of an artefact those of its
     encoder; a model that is not on this machine, or is given by a factory, is compared by its address alone. An oracle
-    may be the judge, which guides nothing: the two then measure the same.
+    may be the judge, which guides nothing: the two then measure the same. The oracle that guides may be neither the
+    judge nor a transfer model.
+
+    Args:
+        models: of the job.
+        oracle_guides: whether the last oracle guides, as `JobSpec.oracle_guides` says.
 
     Raises:
         JobError: all such pairs, one line each; or an oracle's artefact is damaged.
@@ -36,6 +41,7 @@ def check_independent(models: ModelsSpec) -> None:
             " model than the one that may have guided it"
         )
     problems += [problem for place in range(len(models.all_oracles)) for problem in _oracle_problems(models, place)]
+    problems += _guiding_problems(models) if oracle_guides else []
     problems += [
         f"models.transfer.{place}: '{address}' has the weights of {target}; give other classifiers, to which"
         " failures may transfer or not"
@@ -76,6 +82,20 @@ def _oracle_problems(models: ModelsSpec, place: int) -> list[str]:
         if _are_same(network, others_network, common):
             return problem(common, other, ", so that its agreement confirms nothing")
     return []
+
+
+def _guiding_problems(models: ModelsSpec) -> list[str]:
+    """Models that measure what the last oracle guided, and have its weights, a line each."""
+    field, oracle = list(oracle_fields(models))[-1]
+    network, part = _network(oracle)
+    measuring = [(f"models.transfer.{place}", address) for place, address in enumerate(models.transfer)]
+    measuring += [("models.judge", models.judge)] if models.judge else []
+    return [
+        f"{measured}: '{address}' has the weights of {field}, '{oracle}', which guides by its oracle_floor, so that it"
+        " would confirm what it guided; give another model"
+        for measured, address in measuring
+        if _are_same(address, network, _IMAGE_TOWER if measured == "models.judge" else part)
+    ]
 
 
 def _network(address: str) -> tuple[str, tuple[str, ...]]:

@@ -164,7 +164,7 @@ def _pair_problems(job: JobSpec) -> list[str]:
 
 def _independence_problems(job: JobSpec) -> list[str]:
     try:
-        check_independent(job.models)
+        check_independent(job.models, oracle_guides=job.oracle_guides)
     except JobError as error:
         return list(error.problems)
     return []

@@ -17,7 +17,7 @@ from engine.methods.config_values import is_integer
 from engine.methods.validity import ValidityModel
 from engine.models.addresses import locate
 from engine.models.artefact_documents import malformed, read_document
-from engine.models.artefacts import find_artefact
+from engine.models.artefacts import can_become, find_artefact
 from engine.models.configurations import VALIDITY_DOCUMENT as DOCUMENT
 from engine.models.digests import oracle_digest
 from engine.models.labels import read_labels
@@ -110,6 +110,11 @@ def read_validity(address: str) -> Validity | None:
         JobError: no such address, or the artefact is damaged or of another version.
     """
     folder = find_artefact(address, (DOCUMENT,))
+    if folder is None and not can_become(address):
+        raise JobError(
+            f"'{address}' holds other files and no artefact; give the folder that `riskforge prepare JOB --answers"
+            " FILE` made, or a new one for it to make"
+        )
     if folder is None:
         return None
     fields = read_document(folder, DOCUMENT)

@@ -146,7 +146,8 @@ def _models(models: dict[str, Any]) -> list[dict[str, str]]:
         for model in value if isinstance(value, list) else [value]:
             known = model if isinstance(model, dict) else {"address": str(model)}
             address, digest = (str(known.get(name, "")) for name in ("address", "digest"))
-            note = clip("; ".join(model_notes(known)), MAX_FACT_CHARS)
+            notes = ["guides"] if known.get("guides") is True else []
+            note = clip("; ".join([*notes, *model_notes(known)]), MAX_FACT_CHARS)
             lines.append({"role": role, "address": address, "digest": digest, "note": note})
     return lines
 

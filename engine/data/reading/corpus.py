@@ -22,7 +22,7 @@ from engine.data.reading.row_datasets import rows_dataset, unified_schema, with_
 from engine.data.reading.source import RunSource, open_source, reading_rows
 from engine.data.review.agreements import answered_store, choices, human_agreement
 from engine.data.run.schema import check_rows
-from engine.errors import JobError
+from engine.errors import JobError, RunWarning
 from engine.job.spec_messages import nearest
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class Corpus:
         store = answered_store(source.stores)
         if store is None:
             return {}
-        return human_agreement(choices(store, lambda text: warnings.warn(text, stacklevel=2)))
+        return human_agreement(choices(store, lambda text: warnings.warn(text, RunWarning, stacklevel=2)))
 
     @functools.cached_property
     def _max_subset(self) -> int:
@@ -343,7 +343,7 @@ class Corpus:
         if not len(weighted):
             raise JobError(f"{summary}; {remedy}")
         if num_unscored:
-            warnings.warn(f"{summary}, and are left out; {remedy}", stacklevel=3)
+            warnings.warn(f"{summary}, and are left out; {remedy}", RunWarning, stacklevel=3)
         return weighted
 
     def _chosen(self) -> Corpus:

@@ -225,7 +225,8 @@ def _each(value: Any) -> list[Any] | tuple[Any, ...]:
 def _model_text(model: Any) -> str:
     if not isinstance(model, dict):
         return code(str(model))
-    text = ", ".join(f"{name} {code(str(value))}" for name, value in model.items() if name not in _APART)
+    facts = [(name, value) for name, value in model.items() if name not in _APART]
+    text = ", ".join(name if value is True else f"{name} {code(str(value))}" for name, value in facts)
     return "; ".join([text, *map(code, model_notes(model))])
 
 

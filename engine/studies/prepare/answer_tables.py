@@ -80,9 +80,11 @@ def _of_answers(path: Path, columns: list[str], rows: list[Row], labels: Sequenc
     first, counts = dict[str, int](), dict[str, np.ndarray]()
     classes: dict[str, int] = {"": len(labels)}
     for number, row in enumerate(rows, 1):
-        text, key = row.get(ANSWER), problems.key(row, number)
-        if text is None:
-            text = ""
+        key = problems.key(row, number)
+        if ANSWER not in row:
+            problems.add(number, ANSWER, 'is missing; give a class name, or "" for none of these')
+            continue
+        text = "" if row[ANSWER] is None else row[ANSWER]
         if not isinstance(text, str):
             problems.add(number, ANSWER, f"{shown(text)} is no class name; give names, as indices can be mistaken")
             continue
@@ -198,6 +200,8 @@ def _csv(data: bytes) -> tuple[list[str], list[Row]]:
     lines = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
     try:
         columns = next(lines, [])
+        if len(columns) == 1 and ";" in columns[0]:
+            raise ValueError("its values are separated by semicolons; separate them by commas")
         rows: list[Row] = []
         for values in lines:
             if not values:
@@ -210,7 +214,10 @@ def _csv(data: bytes) -> tuple[list[str], list[Row]]:
             rows.append(dict(zip(columns, values, strict=True)))
             _check_number(len(rows))
     except csv.Error as error:
-        raise ValueError(f"line {lines.line_num}: cannot be read as CSV ({error})") from None
+        remedy = (
+            "a value is that long where its closing quote is missing" if "limit" in str(error) else "check its quotes"
+        )
+        raise ValueError(f"line {lines.line_num}: cannot be read as CSV ({error}); {remedy}") from None
     return columns, rows
 
 
