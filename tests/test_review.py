@@ -36,7 +36,7 @@ from engine.studies.review.design import MIN_DISTANCE, order_of, read_design, st
 from engine.studies.review.images import ReviewImages
 from engine.studies.review.page import class_keys, entries, file_page, images_by_id, server_page, shown_labels
 from engine.studies.review.program import write_file
-from engine.studies.review.records import AnswerBook
+from engine.studies.review.records import MAX_TIME, AnswerBook
 from engine.studies.review.returned import import_files
 from engine.studies.review.strata import allocate, draw_stratified
 from tests.pair_cases import DIGITS
@@ -436,23 +436,27 @@ HOSTILE_FILES: list[tuple[dict[str, Any] | str, str]] = [
     ('{"a": NaN}', "it holds NaN"),
     ("[" * 50 + "]" * 50, "nested too deeply"),
     ({"design": "0" * 16}, "is of the design 0000000000000000, which is none of"),
-    ({"design": "../../etc"}, "(design)"),
+    ({"design": "../../etc"}, "(design = '../../etc': String should match pattern"),
     ({"rater": "../x"}, "rater: '../x' is not of a-z"),
     ({"rater": "designs"}, "folder of the designs"),
-    ({"session": "../../x"}, "(session)"),
-    ({"format": "other"}, "(format)"),
-    ({"version": 2}, "(version)"),
-    ({"more": 1}, "(more)"),
-    ({"answers": {}}, "(answers)"),
+    ({"session": "../../x"}, "(session = '../../x': "),
+    ({"format": "other"}, "(format = 'other': "),
+    ({"version": 2}, "(version = 2: "),
+    ({"more": 1}, "(more = 1: "),
+    ({"answers": {}}, "(answers: "),
     ({"answers": [{}]}, "(answers.0."),
     ({"change": {"choice": 10}}, "10 is no answer to it"),
-    ({"change": {"choice": -2}}, "(answers.0.choice)"),
-    ({"change": {"choice": True}}, "(answers.0.choice)"),
-    ({"change": {"choice": 1.5}}, "(answers.0.choice)"),
-    ({"change": {"at": 10**15}}, "(answers.0.at)"),
-    ({"change": {"seconds": -1}}, "(answers.0.seconds)"),
-    ({"change": {"item": "x"}}, "(answers.0.item)"),
-    ({"change": {"key": "sneaked"}}, "(answers.0.key)"),
+    ({"change": {"choice": -2}}, "(answers.0.choice = -2: "),
+    ({"change": {"choice": True}}, "(answers.0.choice = True: "),
+    ({"change": {"choice": 1.5}}, "(answers.0.choice = 1.5: "),
+    ({"change": {"at": 10**15}}, "(answers.0.at = 1000000000000000: "),
+    (
+        {"change": {"at": MAX_TIME}},
+        "answers.0.at = 4102444800000 is 2100-01-01T00:00:00+00:00, in the future; set the clock",
+    ),
+    ({"change": {"seconds": -1}}, "(answers.0.seconds = -1: "),
+    ({"change": {"item": "x"}}, "(answers.0.item = 'x': String should match pattern"),
+    ({"change": {"key": "sneaked"}}, "(answers.0.key = 'sneaked': "),
 ]
 
 
