@@ -149,6 +149,8 @@ def test_what_a_run_has_limits_what_is_drawn(shared: Store, tmp_path: Path) -> N
     for wrong, text in (
         ({"requests": ("by-promt",)}, "--request: the run has no request 'by-promt'; did you mean 'by-prompt'?"),
         ({"condition": "risk > 1e9"}, "has no accepted samples (risk > 1e9), so nothing to show"),
+        ({"condition": "risk > 1e9"}, "loosen --filter (what is unknown everywhere passes none), or give --all"),
+        ({"condition": "human_agreement >= 0.5"}, "--filter: human_agreement changes with every answer"),
         ({"num_samples": 0}, "--samples: 0 is not from 1"),
         ({"is_pairs": True, "real": "x"}, "--pairs"),
         ({"real": str(tmp_path / "nothing")}, "--real: there is no"),
@@ -529,10 +531,18 @@ def test_the_command_writes_a_page(shared: Store, tmp_path: Path, call: Any) -> 
         (["--html", page, "--import", page], "each is a command of its own"),
         (["--design", "zz", "--html", page], "--design: the run has no design 'zz'; it has"),
         (["--design", document["design"], "--seed", 1], "omit the options of the draw"),
-        (["--rater", "Ann", "--html", page], "--rater: 'Ann' is not of a-z"),
+        (["--rater", "Ann", "--html", page, "--seed", 7], "--rater: 'Ann' is not of a-z"),
+        (["--port", 70000, "--seed", 7], "--port: 70000 cannot be used"),
+        (["--html", page / "x.html", "--seed", 7], f"--html: {page} is no folder"),
+        (["--results", "--samples", 200], "--samples: --results does not go by it; omit it"),
+        (["--results", "--design", "x", "--rater", "ann"], "--rater: --results does not go by it"),
+        (["--import", page, "--filter", "is_error"], "--filter: --import does not go by it"),
+        (["--preferences", page, "--open"], "--open: --preferences does not go by it"),
+        (["--html", page, "--port", 8000], "--port: --html does not go by it"),
     ):
+        before = stored_digests(shared)
         code, _, err = call("review", shared.uri, *arguments)
-        assert code == 2 and text in err
+        assert code == 2 and text in err and stored_digests(shared) == before
     code, _, err = call("review", tmp_path / "nothing", "--import", page)
     assert code == 2 and "there is no folder" in err
 
