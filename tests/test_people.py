@@ -13,7 +13,7 @@ import pytest
 
 from engine.data.reading.corpus import open_run
 from engine.data.reading.people.population import Population
-from engine.data.reading.people.results import PeopleResults
+from engine.data.reading.people.results import PeopleResults, Recommendation
 from engine.data.reading.people.review import people_results
 from engine.data.reading.people.rules import Reviewed, recommend
 from engine.data.review.agreements import choices, human_agreement
@@ -281,7 +281,7 @@ def test_recommended_threshold_reaches_its_goal(fresh: Path) -> None:
     assert hard.threshold is None and hard.rule.precision.low < 0.999
 
 
-def _recommended(holes: tuple[float, float], goal: float) -> float | None:
+def _recommended(holes: tuple[float, float], goal: float) -> Recommendation:
     """The threshold where people agree with the score from 0.72 on, but not between the holes, of 4000 images."""
     scores = np.linspace(0, 1, 4000)
     human = (scores > 0.72) & ~((scores > holes[0]) & (scores < holes[1]))
@@ -290,15 +290,17 @@ def _recommended(holes: tuple[float, float], goal: float) -> float | None:
         target_errs=np.zeros(4000, bool), rules={}, scores={"p_valid": scores}, machine=scores, machine_name="p_valid",
     )  # fmt: skip
     reviewed = Reviewed(rows=np.arange(4000), human=human.astype(float), weights=np.ones(4000))
-    return recommend(population, reviewed, goal).threshold
+    return recommend(population, reviewed, goal)
 
 
 def test_recommended_threshold_is_one_from_which_on_all_reach_the_goal() -> None:
     """0.28 / 0.3 at 0.7 and 0.28 / 0.4 at 0.6; what is wrong among the surest images is no exception to be skipped."""
-    assert _recommended((2, 2), 0.9) == 0.7
-    assert _recommended((2, 2), 0.95) == 0.8
-    assert _recommended((0.95, 1.1), 0.9) is None
-    assert _recommended((0.99, 1.1), 0.9) is None
+    assert _recommended((2, 2), 0.9).threshold == 0.7
+    assert _recommended((2, 2), 0.95).threshold == 0.8
+    assert _recommended((0.95, 1.1), 0.9).threshold is None
+    # 0.23 / 0.3 at 0.7 is more than 0.15 / 0.2 at 0.8, where the surest images are wrong.
+    assert _recommended((0.95, 1.1), 0.9).rule.name == "p_valid >= 0.7"
+    assert _recommended((0.99, 1.1), 0.9).threshold is None
 
 
 @pytest.mark.parametrize("version", [1, 4])

@@ -36,7 +36,7 @@ from engine.studies.review.design import MIN_DISTANCE, order_of, read_design, st
 from engine.studies.review.images import ReviewImages
 from engine.studies.review.page import class_keys, entries, file_page, images_by_id, server_page, shown_labels
 from engine.studies.review.program import write_file
-from engine.studies.review.records import AnswerBook
+from engine.studies.review.records import MAX_TIME, AnswerBook
 from engine.studies.review.returned import import_files
 from engine.studies.review.strata import allocate, draw_stratified
 from tests.pair_cases import DIGITS
@@ -149,6 +149,8 @@ def test_what_a_run_has_limits_what_is_drawn(shared: Store, tmp_path: Path) -> N
     for wrong, text in (
         ({"requests": ("by-promt",)}, "--request: the run has no request 'by-promt'; did you mean 'by-prompt'?"),
         ({"condition": "risk > 1e9"}, "has no accepted samples (risk > 1e9), so nothing to show"),
+        ({"condition": "risk > 1e9"}, "loosen --filter (what is unknown everywhere passes none), or give --all"),
+        ({"condition": "human_agreement >= 0.5"}, "--filter: human_agreement changes with every answer"),
         ({"num_samples": 0}, "--samples: 0 is not from 1"),
         ({"is_pairs": True, "real": "x"}, "--pairs"),
         ({"real": str(tmp_path / "nothing")}, "--real: there is no"),
@@ -436,23 +438,27 @@ HOSTILE_FILES: list[tuple[dict[str, Any] | str, str]] = [
     ('{"a": NaN}', "it holds NaN"),
     ("[" * 50 + "]" * 50, "nested too deeply"),
     ({"design": "0" * 16}, "is of the design 0000000000000000, which is none of"),
-    ({"design": "../../etc"}, "(design)"),
+    ({"design": "../../etc"}, "(design = '../../etc': String should match pattern"),
     ({"rater": "../x"}, "rater: '../x' is not of a-z"),
     ({"rater": "designs"}, "folder of the designs"),
-    ({"session": "../../x"}, "(session)"),
-    ({"format": "other"}, "(format)"),
-    ({"version": 2}, "(version)"),
-    ({"more": 1}, "(more)"),
-    ({"answers": {}}, "(answers)"),
+    ({"session": "../../x"}, "(session = '../../x': "),
+    ({"format": "other"}, "(format = 'other': "),
+    ({"version": 2}, "(version = 2: "),
+    ({"more": 1}, "(more = 1: "),
+    ({"answers": {}}, "(answers: "),
     ({"answers": [{}]}, "(answers.0."),
     ({"change": {"choice": 10}}, "10 is no answer to it"),
-    ({"change": {"choice": -2}}, "(answers.0.choice)"),
-    ({"change": {"choice": True}}, "(answers.0.choice)"),
-    ({"change": {"choice": 1.5}}, "(answers.0.choice)"),
-    ({"change": {"at": 10**15}}, "(answers.0.at)"),
-    ({"change": {"seconds": -1}}, "(answers.0.seconds)"),
-    ({"change": {"item": "x"}}, "(answers.0.item)"),
-    ({"change": {"key": "sneaked"}}, "(answers.0.key)"),
+    ({"change": {"choice": -2}}, "(answers.0.choice = -2: "),
+    ({"change": {"choice": True}}, "(answers.0.choice = True: "),
+    ({"change": {"choice": 1.5}}, "(answers.0.choice = 1.5: "),
+    ({"change": {"at": 10**15}}, "(answers.0.at = 1000000000000000: "),
+    (
+        {"change": {"at": MAX_TIME}},
+        "answers.0.at = 4102444800000 is 2100-01-01T00:00:00+00:00, in the future; set the clock",
+    ),
+    ({"change": {"seconds": -1}}, "(answers.0.seconds = -1: "),
+    ({"change": {"item": "x"}}, "(answers.0.item = 'x': String should match pattern"),
+    ({"change": {"key": "sneaked"}}, "(answers.0.key = 'sneaked': "),
 ]
 
 
@@ -525,10 +531,18 @@ def test_the_command_writes_a_page(shared: Store, tmp_path: Path, call: Any) -> 
         (["--html", page, "--import", page], "each is a command of its own"),
         (["--design", "zz", "--html", page], "--design: the run has no design 'zz'; it has"),
         (["--design", document["design"], "--seed", 1], "omit the options of the draw"),
-        (["--rater", "Ann", "--html", page], "--rater: 'Ann' is not of a-z"),
+        (["--rater", "Ann", "--html", page, "--seed", 7], "--rater: 'Ann' is not of a-z"),
+        (["--port", 70000, "--seed", 7], "--port: 70000 cannot be used"),
+        (["--html", page / "x.html", "--seed", 7], f"--html: {page} is no folder"),
+        (["--results", "--samples", 200], "--samples: --results does not go by it; omit it"),
+        (["--results", "--design", "x", "--rater", "ann"], "--rater: --results does not go by it"),
+        (["--import", page, "--filter", "is_error"], "--filter: --import does not go by it"),
+        (["--preferences", page, "--open"], "--open: --preferences does not go by it"),
+        (["--html", page, "--port", 8000], "--port: --html does not go by it"),
     ):
+        before = stored_digests(shared)
         code, _, err = call("review", shared.uri, *arguments)
-        assert code == 2 and text in err
+        assert code == 2 and text in err and stored_digests(shared) == before
     code, _, err = call("review", tmp_path / "nothing", "--import", page)
     assert code == 2 and "there is no folder" in err
 

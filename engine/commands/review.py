@@ -47,7 +47,18 @@ ImportOption = Annotated[
 ]
 
 
+# Options that each command goes by besides RUN, --json and its own; the page and the file go by a design.
+_DESIGN_OPTIONS = {
+    "samples", "controls", "repeats", "real", "request", "filter_", "is_all", "pairs", "seed", "design", "rater",
+}  # fmt: skip
+_OPTIONS = {
+    "results": {"goal"}, "import_": set[str](), "preferences": {"rater"}, "html": _DESIGN_OPTIONS,
+    "": _DESIGN_OPTIONS | {"port", "open_"},
+}  # fmt: skip
+
+
 def review(
+    context: typer.Context,
     run: RunArgument,
     samples: SamplesOption = 200,
     controls: ControlsOption = None,
@@ -94,6 +105,7 @@ def review(
         raise JobError(
             f"--goal: {goal} is not between 0 and 1, or --results is not there; give such as --results --goal 0.95"
         )
+    _check_used(context)
     if results:
         _print_results(run, goal, as_json)
         return
@@ -110,13 +122,33 @@ def review(
     if design is not None and options != DrawOptions():
         raise JobError("--design: a stored design is drawn already; omit the options of the draw")
     with contextlib.closing(make_display()) as display:
-        from engine.studies.review.program import open_review
+        from engine.studies.review.program import check_outlet, open_review
 
+        # A command that fails leaves no design behind.
+        check_outlet(rater or "", html, port)
         opened = open_review(run, options, design or "", notice=display.notice, advance=display.advance)
         if html is not None:
             _write_file(opened, html, rater or "", as_json)
         else:
             _serve(opened, rater or "", port, open_, as_json, display)
+
+
+def _check_used(context: typer.Context) -> None:
+    """Refuse options that the command does not go by, which would look as if they limited it.
+
+    Raises:
+        JobError: a line for each.
+    """
+    given = {
+        str(param.name): param.opts[0]
+        for param in context.command.params
+        if (source := context.get_parameter_source(str(param.name))) is not None and source.name == "COMMANDLINE"
+    }
+    command = next((name for name in _OPTIONS if name in given), "")
+    used = {"run", "as_json", command, *_OPTIONS[command]}
+    if unused := [option for name, option in given.items() if name not in used]:
+        shown = given.get(command, "the page")
+        raise JobError([f"{option}: {shown} does not go by it; omit it" for option in unused])
 
 
 def _import(run: str, paths: list[Path], as_json: bool) -> None:

@@ -6,6 +6,7 @@ The draw is decided by the seed and the rows of the run, so that the same comman
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -145,6 +146,11 @@ def _population(corpus: Corpus, options: DrawOptions, score: str) -> list[Row]:
         JobError: no sample is left, or the run has no request of a name.
     """
     _check_requests(corpus, options.requests)
+    if re.search(r"\bhuman_agreement\b", options.condition):
+        raise JobError(
+            "--filter: human_agreement changes with every answer, and the design with it; draw without it, or go on"
+            " with --design"
+        )
     chosen = corpus.with_images(rejected=options.is_all, surplus=options.is_all)
     if options.condition:
         chosen = chosen.filter(options.condition, "--filter")
@@ -152,7 +158,9 @@ def _population(corpus: Corpus, options: DrawOptions, score: str) -> list[Row]:
         chosen = chosen.filter("scored")
     rows = list(_rows(chosen, score))
     if not rows:
-        remedy = "loosen --filter, or let the run make some" if options.is_all else "give --all to review rejected ones"
+        remedies = ["loosen --filter (what is unknown everywhere passes none)"] if options.condition else []
+        remedies += ["let the run make some" if options.is_all else "give --all to review rejected ones"]
+        remedy = ", or ".join(remedies)
         raise JobError(f"RUN: '{corpus.runs[0].uri}' has no {_population_text(options)}, so nothing to show; {remedy}")
     return rows
 

@@ -38,8 +38,10 @@ class DrawOptions:
 
     @property
     def controls(self) -> int:
-        """Controls of each kind."""
-        return round(self.num_samples / 10) if self.num_controls is None else self.num_controls
+        """Controls of each kind; one at least where real images are named for them."""
+        if self.num_controls is not None:
+            return self.num_controls
+        return max(round(self.num_samples / 10), int(self.real is not None))
 
     @property
     def repeats(self) -> int:

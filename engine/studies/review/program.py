@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.data.reading.corpus import Corpus, open_run
-from engine.data.review.answers import check_rater
+from engine.data.review.answers import check_rater, read_answers
 from engine.data.stores.base import Store
 from engine.data.stores.file_errors import explained
 from engine.data.stores.opening import open_store
-from engine.errors import JobError
+from engine.errors import JobError, OutputError
 from engine.studies.output_folders import check_replaces
 from engine.studies.review.design import Design, read_design, store_design, stored_digests
 from engine.studies.review.drawing import draw_design
@@ -21,7 +22,7 @@ from engine.studies.review.images import ReviewImages
 from engine.studies.review.options import DrawOptions
 from engine.studies.review.page import file_page
 from engine.studies.review.records import AnswerBook
-from engine.studies.review.server import ReviewServer, review_address
+from engine.studies.review.server import ReviewServer, check_port, review_address
 
 _FILE_BEGINNING = "<!doctype html>"
 
@@ -69,17 +70,45 @@ def open_review(
     if digest:
         return Review(corpus=corpus, design=read_design(store, digest))
     drawn = draw_design(corpus, options, advance)
-    others = [name for name in stored_digests(store) if name != drawn.design.digest]
-    is_new = drawn.design.digest not in stored_digests(store)
+    others = stored_digests(store)
+    is_new = drawn.design.digest not in others
     store_design(store, drawn.design, drawn.images)
     store.leave()
     if is_new and others:
-        notice(f"this is a new design; --design {others[-1]} goes on with an earlier one ({len(others)} in this run)")
+        most = _most_answered(store, others)
+        notice(f"this is a new design; --design {most} goes on with an earlier one ({len(others)} in this run)")
     if not corpus.runs[0].is_finished:
         notice(
             "the run is not finished: the design is of the samples so far, and another one is drawn when there are more"
         )
     return Review(corpus=corpus, design=drawn.design)
+
+
+def _most_answered(store: Store, digests: Sequence[str]) -> str:
+    """The design with the most answers; files of answers that cannot be read do not count."""
+    counts = Counter(read_answers(store)["design"].to_pylist())
+    return max(digests, key=lambda digest: (counts[digest], digest))
+
+
+def check_outlet(rater: str, path: Path | None, port: int | None) -> None:
+    """Check before the draw that its design can be shown.
+
+    Args:
+        path: of the page of a file.
+
+    Raises:
+        JobError: the name of the rater or the port cannot be used.
+        OutputError: another file has this name, or its folder is none.
+    """
+    if rater:
+        check_rater(rater)
+    if path is not None:
+        check_replaces("--html", path, _FILE_BEGINNING)
+        nearest = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise OutputError(f"--html: {nearest} is no folder that can be written to; choose another")
+    if port is not None:
+        check_port(port)
 
 
 def open_reviewed(run: str) -> Store:

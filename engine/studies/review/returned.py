@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,6 +21,9 @@ from engine.studies.review.records import AnswerBook, GivenAnswer, Session
 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_ANSWERS = 200_000
+# By how much the clock of a rater may be ahead.
+MAX_AHEAD_SECONDS = 86_400
+_MAX_SHOWN = 40
 
 
 class ReturnedFile(BaseModel):
@@ -96,16 +101,46 @@ def _read(path: Path) -> ReturnedFile:
     except OSError as error:
         raise _refused(path, f"cannot be read ({error.strerror or error}); give a file of answers") from None
     except ValidationError as error:
-        place = ".".join(map(str, error.errors()[0]["loc"]))[:100]
-        raise _refused(
-            path, f"is no file of answers ({place or 'not an object'}); give one as it was downloaded"
-        ) from None
+        what = _problem(error)
+        raise _refused(path, f"is no file of answers ({what}); give one as it was downloaded") from None
     except ValueError as error:
         reason = first_line(error)[:200]
         raise _refused(path, f"is no file of answers ({reason}); give one as it was downloaded") from None
     if problem := rater_problem(returned.rater):
         raise _refused(path, f"rater: {problem}")
+    _check_times(path, returned.answers)
     return returned
+
+
+def _problem(error: ValidationError) -> str:
+    """Field, value and reason of the first problem; values that are no scalars are not shown."""
+    first = error.errors()[0]
+    place, value = ".".join(map(str, first["loc"]))[:100], first["input"]
+    if not place:
+        return "not an object"
+    return f"{place}{_shown(value)}: {first['msg'][:100]}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return f" = {value if len(value) <= _MAX_SHOWN else value[:_MAX_SHOWN] + '...'!r}"
+    return f" = {str(value)[:_MAX_SHOWN]}" if isinstance(value, bool | int | float) else ""
+
+
+def _check_times(path: Path, answers: Sequence[GivenAnswer]) -> None:
+    """Refuse answers of the future, which would count in place of all later ones.
+
+    Raises:
+        JobError: one is later than a clock that is a little ahead explains.
+    """
+    latest = (time.time() + MAX_AHEAD_SECONDS) * 1000
+    for place, one in enumerate(answers):
+        if one.at > latest:
+            at = datetime.fromtimestamp(one.at / 1000, UTC).isoformat(timespec="seconds")
+            raise _refused(
+                path, f"answers.{place}.at = {one.at} is {at}, in the future; set the clock of this machine right, or"
+                " correct the times in the file where the rater's clock was wrong",
+            )  # fmt: skip
 
 
 def _design_of(store: Store, path: Path, digest: str) -> Design:

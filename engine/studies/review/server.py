@@ -16,7 +16,7 @@ import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,6 +86,24 @@ def _state_folder() -> Path:
     return (Path(base) if base.startswith("/") else Path.home() / ".local" / "state") / "riskforge"
 
 
+def check_port(port: int) -> None:
+    """Check that a port can be used now.
+
+    Raises:
+        JobError: it cannot.
+    """
+    try:
+        with HTTPServer((HOST, port), BaseHTTPRequestHandler):
+            pass
+    except (OSError, OverflowError) as error:
+        raise _port_refused(port, error) from None
+
+
+def _port_refused(port: int, error: Exception) -> JobError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return JobError(f"--port: {port} cannot be used ({reason}); omit it, or give another")
+
+
 class ReviewServer(ThreadingHTTPServer):
     """Serves one design of a run.
 
@@ -124,8 +142,7 @@ class ReviewServer(ThreadingHTTPServer):
             super().__init__((HOST, address.port), ReviewHandler)
         except (OSError, OverflowError) as error:
             if is_fixed:
-                reason = getattr(error, "strerror", None) or str(error)
-                raise JobError(f"--port: {address.port} cannot be used ({reason}); omit it, or give another") from None
+                raise _port_refused(address.port, error) from None
             super().__init__((HOST, 0), ReviewHandler)
         self.url = f"http://{HOST}:{self.server_address[1]}/{self.token}/"
 

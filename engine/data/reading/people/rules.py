@@ -81,16 +81,19 @@ def recommend(population: Population, reviewed: Reviewed, goal: float) -> Recomm
     values = np.nan_to_num(population.scores[score], nan=-1.0)
     best: RuleResult | None = None
     chosen: tuple[float, RuleResult] | None = None
+    is_open = True
     for threshold in THRESHOLDS:
         rule = _rule_result(f"{score} >= {threshold:g}", values >= threshold, population, reviewed)
         if rule.precision is None:
             continue
         if best is None or best.precision is None or rule.precision.low > best.precision.low:
             best = rule
+        if not is_open:
+            continue
         if rule.precision.low >= goal:
             chosen = threshold, rule
         elif _highest_bound(reviewed.weights * (values >= threshold)[reviewed.rows]) >= goal:
-            break
+            is_open = False
     if chosen is None:
         return Recommendation(score=score, goal=goal, threshold=None, rule=best)
     return Recommendation(score=score, goal=goal, threshold=chosen[0], rule=chosen[1])
