@@ -243,8 +243,9 @@ def _comparisons_with_unknown(root: Node) -> Iterator[str]:
         if not isinstance(node, Comparison) or node.sign not in ("==", "!="):
             continue
         for one, other in ((node.left, node.right), (node.right, node.left)):
-            is_score = isinstance(one, Name) and one.name in BY_NAME and isinstance(other, Literal)
-            if is_score and not BY_NAME[one.name].is_known(other.value):
+            if not isinstance(one, Name) or one.name not in BY_NAME or not isinstance(other, Literal):
+                continue
+            if not BY_NAME[one.name].is_known(other.value):
                 yield (
                     f"'{one.name} {node.sign} {other.value:g}' compares with the value that stands for unknown, of"
                     " which no condition holds; leave it out: a sample whose rule is unknown is not accepted"
