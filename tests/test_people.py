@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.measure import Measurement
 
+from engine.commands.people import terminal_table
 from engine.data.reading.corpus import open_run
 from engine.data.reading.people.population import Population
 from engine.data.reading.people.results import PeopleResults, Recommendation
 from engine.data.reading.people.review import people_results
 from engine.data.reading.people.rules import Reviewed, recommend
+from engine.data.reading.people.tables import people_tables
 from engine.data.review.agreements import choices, human_agreement
 from engine.data.review.answers import append_answers
 from engine.data.run.counts import is_joint
@@ -324,6 +330,19 @@ def test_a_run_without_oracle_has_people_alone(tmp_path: Path) -> None:
 
 
 # Where it is shown -------------------------------------------------------------------------------------------------
+
+
+def test_tables_fit_a_terminal(results: PeopleResults) -> None:
+    """Valid failures are a table of their own where they are no valid labels' equals; no group takes two lines."""
+    titles = ["Valid labels", "Valid failures"]
+    same = replace(results, groups=tuple(replace(group, failures=group.valid) for group in results.groups))
+    for found, wanted in ((results, titles), (same, ["Valid labels, which are all valid failures"])):
+        tables = [table for table in people_tables(found) if table.title.startswith("Valid")]
+        assert [table.title for table in tables] == wanted
+        for table in tables:
+            console = Console(width=100, file=io.StringIO())
+            assert Measurement.get(console, console.options.update(width=300), terminal_table(table)).maximum <= 100
+            assert len(table.lines) == len(found.groups)
 
 
 def test_command_prints_results(reviewed: Path, run: Path, call: Any) -> None:

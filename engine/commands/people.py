@@ -17,7 +17,7 @@ def print_people(results: PeopleResults) -> None:
     for name, text in people_facts(results):
         print(f"{name.lower()}: {text}")
     for table in people_tables(results):
-        make_console().print(_table(table))
+        make_console().print(terminal_table(table))
         if table.num_left_out:
             print(f"  and {table.num_left_out} more in --json")
     for note in results.notes:
@@ -25,7 +25,8 @@ def print_people(results: PeopleResults) -> None:
     print("in report and card after `riskforge report RUN`")
 
 
-def _table(table: PeopleTable) -> Table:
+def terminal_table(table: PeopleTable) -> Table:
+    """A table as it is printed."""
     shown = Table(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD)
     for place, (name, note) in enumerate(table.headings):
         shown.add_column(Text(f"{name}\n{note}".rstrip()), justify="right" if place else "left", no_wrap=bool(place))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.data.reading.people.results import (
     CLASS,
@@ -16,6 +16,7 @@ from engine.data.reading.people.results import (
     Recommendation,
     RuleResult,
     ScoreResult,
+    Shares,
 )
 from engine.methods.intervals import Estimate
 
@@ -44,7 +45,7 @@ _SCORES_NOTE = (
 )
 _RATERS_NOTE = (
     "Real images and prompt-only samples are mixed in as controls: answers that are their label. Repetitions: answers"
-    " that are as the first one was."
+    ' that are as the first one was. None: "none of these", or cannot tell.'
 )
 
 
@@ -83,7 +84,7 @@ def people_facts(results: PeopleResults) -> list[tuple[str, str]]:
 
 def people_tables(results: PeopleResults) -> list[PeopleTable]:
     """All tables that have a line."""
-    tables = [_shares_table(results), _rules_table(results), _scores_table(results), _raters_table(results)]
+    tables = [*_shares_tables(results), _rules_table(results), _scores_table(results), _raters_table(results)]
     return [table for table in tables if table.lines]
 
 
@@ -124,7 +125,20 @@ def recommendation_text(recommendation: Recommendation) -> str:
 # Tables ------------------------------------------------------------------------------------------------------------
 
 
-def _shares_table(results: PeopleResults) -> PeopleTable:
+def _shares_tables(results: PeopleResults) -> list[PeopleTable]:
+    """Valid labels and valid failures, or one table where they are the same in all groups."""
+    if all(group.valid == group.failures for group in results.groups):
+        return [_shares_table(results, "Valid labels, which are all valid failures", lambda group: group.valid)]
+    return [
+        _shares_table(results, "Valid labels", lambda group: group.valid),
+        replace(
+            _shares_table(results, "Valid failures", lambda group: group.failures),
+            note="As above, of labels that are valid and on which the target errs.",
+        ),
+    ]
+
+
+def _shares_table(results: PeopleResults, title: str, shares: Callable[[GroupShares], Shares]) -> PeopleTable:
     has_machine = any(group.valid.machine is not None for group in results.groups)
     classes = [group for group in results.groups if group.level == CLASS]
     shown = [group for group in results.groups if group.level != CLASS] + classes[:MAX_CLASSES]
@@ -133,20 +147,12 @@ def _shares_table(results: PeopleResults) -> PeopleTable:
     ]
     if has_machine:
         figures += [
-            (("Valid labels", "machine"), lambda group: (_percent(group.valid.machine), "")),
-            (("Valid labels", "corrected"), lambda group: _cell(group.valid.corrected)),
-            (("Valid labels", "people alone"), lambda group: _cell(group.valid.human)),
-            (("Valid failures", "machine"), lambda group: (_percent(group.failures.machine), "")),
-            (("Valid failures", "corrected"), lambda group: _cell(group.failures.corrected)),
-            (("Valid failures", "people alone"), lambda group: _cell(group.failures.human)),
+            (("Machine", ""), lambda group: (_percent(shares(group).machine), "")),
+            (("Corrected", "by people"), lambda group: _cell(shares(group).corrected)),
         ]
-    else:
-        figures += [
-            (("Valid labels", "people alone"), lambda group: _cell(group.valid.human)),
-            (("Valid failures", "people alone"), lambda group: _cell(group.failures.human)),
-        ]
+    figures += [(("People", "alone"), lambda group: _cell(shares(group).human))]
     return PeopleTable(
-        title="Valid labels",
+        title=title,
         note=_SHARES_NOTE.format(machine=machine_text(results)) if has_machine else _ALONE_NOTE,
         headings=(("Group", ""), *(heading for heading, _ in figures)),
         lines=tuple(
@@ -199,7 +205,7 @@ def _raters_table(results: PeopleResults) -> PeopleTable:
         title="Raters",
         note=_RATERS_NOTE,
         headings=(
-            ("Rater", ""), ("Answers", ""), ("None", "or cannot tell"), ("Real images", "right"),
+            ("Rater", ""), ("Answers", ""), ("None", ""), ("Real images", "right"),
             ("Prompt-only", "as asked"), ("Repetitions", "the same"), ("Seconds", "median"),
         ),
         lines=tuple((_rater_name(rater), False, _rater_cells(rater)) for rater in results.raters[:MAX_RATERS]),
