@@ -246,8 +246,8 @@ def _comparisons_with_unknown(root: Node) -> Iterator[str]:
             is_score = isinstance(one, Name) and one.name in BY_NAME and isinstance(other, Literal)
             if is_score and not BY_NAME[one.name].is_known(other.value):
                 yield (
-                    f"'{one.name} {node.sign} {other.value:g}' compares with the value that stands for unknown, of which"
-                    " no condition holds; leave it out: a sample whose rule is unknown is not accepted"
+                    f"'{one.name} {node.sign} {other.value:g}' compares with the value that stands for unknown, of"
+                    " which no condition holds; leave it out: a sample whose rule is unknown is not accepted"
                 )
 
 
