@@ -270,7 +270,7 @@ def test_filters_are_pushed_down_to_parquet(corpus: Corpus) -> None:
         ("class_name == '\\ud800'", "is not a text in Unicode"),
         ("", "invalid syntax; write such as risk > 2 and oracle_agrees"),
         ("   ", "invalid syntax"),
-        ("risk >", "at character [0-9]+: invalid syntax"),
+        ("risk >", "at its end: invalid syntax"),
         ("risk = 2", "filter 'risk = 2': at character"),
         ("risk > 2\0", "filter"),
         ("(" * 5000 + "risk > 1" + ")" * 5000, "filter"),
