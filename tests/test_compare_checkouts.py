@@ -155,9 +155,9 @@ def test_jobs_of_this_repository_are_compared_or_left_out_with_a_reason():
     jobs, left_out = choose_jobs(REPOSITORY, None, whole=False, runs_only=False)
     assert {job.name for job in jobs} | set(left_out) == {path.stem for path in REPOSITORY.glob("jobs/*.yaml")}
     studies = {path.stem: "is a study" for path in REPOSITORY.glob("jobs/loop-*.yaml")}
-    assert left_out == studies | dict.fromkeys(("imagenet-kldb", "imagenet-riskydiff"), "needs a GPU") | {
-        "counterfactuals-cifar10": "starts from images that are not in the repository: runs/cifar10-photographs"
-    }
+    photographs = "starts from images that are not in the repository: runs/cifar10-photographs"
+    gpu = dict.fromkeys(("imagenet-kldb", "imagenet-riskydiff"), "needs a GPU")
+    assert left_out == studies | gpu | dict.fromkeys(("counterfactuals-cifar10", "valid-cifar10"), photographs)
 
 
 @pytest.mark.parametrize(
