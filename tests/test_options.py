@@ -16,6 +16,7 @@ import yaml
 from engine import cli
 from engine.commands.arguments import load_job, make_executor
 from engine.commands.jobfile import let_import
+from engine.data.reading.people.review import NO_PEOPLE
 from engine.data.run.verify import Finding, Verdict
 from engine.driver.run_summary import RunSummary
 from engine.errors import EXIT_DAMAGED, EXIT_INCOMPLETE, EXIT_OK, EXIT_USER, JobError, StoreLostError
@@ -73,7 +74,7 @@ EXPORT = {
     "real_ratio": 0.0, "with_rejected": True, "with_surplus": False, "allow_different_targets": True,
 }  # fmt: skip
 MERGE = EXPORT | {"condition": "", "format": "webdataset", "0": ("a", "b")}
-RESCORE = {"0": "run", "1": "t", "transfer": ["a", "b"], "oracle": "o", "output": "f"}
+RESCORE = {"0": "run", "1": "t", "transfer": ["a", "b"], "oracles": ["o"], "output": "f"}
 CURATE = {
     "0": "run", "2": "f", "preferences": "p", "reward": "r", "model": "network", "trusted": "t", "after": "a",
     "on_alarm": "continue", "defence": "group",
@@ -124,7 +125,7 @@ def test_every_option_reaches_its_program(
     reach: Any, monkeypatch: pytest.MonkeyPatch, place: str, arguments: tuple[Any, ...], expected: dict[str, Any]
 ) -> None:
     """No two options have the same value, so none can take the place of another."""
-    models = SimpleNamespace(targets=("zoo:t",), transfer=(), oracle=None)
+    models = SimpleNamespace(targets=("zoo:t",), transfer=(), all_oracles=())
     study = SimpleNamespace(job=SimpleNamespace(models=models, requests=()))
     # Before the patch: a module that is imported first while it holds would keep it for other tests.
     importlib.import_module(place.rpartition(".")[0])
@@ -213,7 +214,7 @@ def comparison(monkeypatch: pytest.MonkeyPatch, crossed: tuple[str, ...] = ()) -
 
     def compare_runs(old: Any, new: Any, **options: Any) -> Any:
         asked.update(options, old=old, new=new)
-        plain = SimpleNamespace(curation=None)
+        plain = SimpleNamespace(curation=None, people=NO_PEOPLE)
         return SimpleNamespace(new_failures=(), fixed=(), notes=(), old=plain, new=plain)
 
     def crossed_limits(comparison: Any, limits: Any) -> list[str]:
@@ -278,7 +279,7 @@ def test_deep_verification_scores_again_where_nothing_is_damaged(
 ) -> None:
     """Findings of both are listed."""
     verdict = Verdict(findings=stored, num_shards=1, num_committed=1, num_samples=1)
-    models = SimpleNamespace(targets=("zoo:t",), transfer=(), oracle=None)
+    models = SimpleNamespace(targets=("zoo:t",), transfer=(), all_oracles=())
     calls: list[str] = []
     monkeypatch.setattr("engine.data.run.verify.verify", lambda *_: verdict)
     spec = SimpleNamespace(models=models, requests=())
@@ -348,8 +349,10 @@ def test_only_a_reader_that_left_is_no_error(
 def test_every_model_of_a_job_may_be_a_factory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each target, transfer model and oracle alike make the folder importable."""
     monkeypatch.setattr(sys, "path", [*sys.path])
-    none = {"targets": ("zoo:t",), "transfer": (), "oracle": None}
-    for number, model in enumerate(({"targets": ("zoo:t", "m:f")}, {"transfer": ("m:f",)}, {"oracle": "m:f"}, {})):
+    none = {"targets": ("zoo:t",), "transfer": (), "all_oracles": ()}
+    for number, model in enumerate(
+        ({"targets": ("zoo:t", "m:f")}, {"transfer": ("m:f",)}, {"all_oracles": ("m:f",)}, {})
+    ):
         folder = tmp_path / str(number)
         folder.mkdir()
         spec: Any = SimpleNamespace(models=SimpleNamespace(**none | model), requests=())
