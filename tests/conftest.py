@@ -63,6 +63,15 @@ def classifier():
     return Classifier.load("zoo:digits/classifier")
 
 
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Headless Chromium with a profile of its own."""
+    from tests.browser import Browser
+
+    with Browser(tmp_path_factory.mktemp("profile")) as started:
+        yield started
+
+
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Runs the command line in this process; gives exit code, stdout and stderr."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from engine.data.images import digits
 from engine.data.run.outcomes import label_is_valid_expression, label_validity
+from engine.data.run.schema import arrow_schema
+from engine.data.run.summary import summarise_table
+from engine.driver.progress import medians_table
 from engine.errors import JobError
 from engine.generation.loading import load_scorer
 from engine.generation.oracle_scoring import Oracles, oracle_scores
@@ -25,7 +29,10 @@ from engine.job.records import check_record, new_record
 from engine.methods.finiteness import Faults
 from engine.models.classifier import Classifier
 from engine.models.digests import model_digests
+from engine.report.headline import summary_figures
+from engine.report.text import percent
 from engine.studies.rescore.inputs import Models, _validity
+from engine.terminal import safe_console
 from tests.composed import composed_job
 from tests.image_cases import DIGITS
 
@@ -190,3 +197,24 @@ def test_an_estimate_survives_a_rescoring_by_the_same_oracles(tmp_path: Path, or
 
     assert _validity(models(oracles), plan) is not None
     assert _validity(models(["b", "a", *oracles[2:]]), plan) is None
+
+
+def test_strictly_valid_failures_are_counted_in_every_table(tmp_path: Path) -> None:
+    """Of errors with an agreeing oracle those whose label is valid; unknown where no oracle gave a probability."""
+    spec = build_plan(composed_job(tmp_path, count=1), list(DIGITS), UNKNOWN_DIGESTS).requests[0].sample(0)
+    ok = {"status": "ok", "accepted": True, "kldb_classes": [0, 1], "is_error": True, "predicted_class": 1}
+    run = {"batch_size": 1, "duration_seconds": 0.0, "attempt": 0, "worker": "", "sha256": "", "surplus": False}
+    rows = [new_record(spec) | ok | run | {"oracle_class": 0, "oracle_p_label_min": p} for p in (0.5, 0.98, 0.99, 1.0)]
+    rows[-1] |= {"is_error": False, "predicted_class": 0}
+    table = pa.Table.from_pylist(rows, schema=arrow_schema(surplus=True))
+    [group] = summarise_table(table)
+    assert (group.valid_failure_rate, group.valid_label_rate, group.strict_failure_rate) == (0.75, 0.5, 0.25)
+    shown = {figure.heading.name: figure.cell(group) for figure in summary_figures([group])}
+    assert shown["Valid failures"] == (percent(0.75), f"strictly {percent(0.25)}")
+    stream = io.StringIO()
+    safe_console(stream, width=140).print(medians_table([group]))
+    assert "75% (25%)" in stream.getvalue()
+    unknown = [row | {"oracle_p_label_min": -1.0} for row in rows]
+    [group] = summarise_table(pa.Table.from_pylist(unknown, schema=arrow_schema(surplus=True)))
+    assert group.valid_failure_rate == 0.75 and group.strict_failure_rate is group.valid_label_rate is None
+    assert {figure.heading.name: figure.cell(group) for figure in summary_figures([group])}["Valid failures"][1] == ""

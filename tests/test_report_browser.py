@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,6 @@ BIDI = "\u202egnp.exe\u2066 \u200b"
 TILES = "[...document.querySelectorAll('#tiles .tile:not([hidden])')].map((one) => one.dataset.key)"
 TITLE = "document.querySelector('#sample-key').textContent"
 IS_OPEN = "document.querySelector('#sample').open"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("profile")) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,6 @@ SHOWS = "document.querySelector('#stage').ariaBusy === 'false' && !document.quer
 COUNT = "document.querySelector('#count').textContent"
 NOTICE = "document.querySelector('#notice').hidden ? '' : document.querySelector('#notice').textContent"
 ENDED = "!document.querySelector('#end').hidden"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("profile")) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

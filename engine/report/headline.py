@@ -97,16 +97,9 @@ def summary_figures(groups: Sequence[GroupSummary]) -> list[Figure]:
         Figure(Heading("Errors", "target"), lambda group: _rate(group.error_rate)),
         *_score_figures(groups),
         Figure(Heading("Oracle", "agrees"), lambda group: _rate(group.oracle_agreement)),
-        Figure(Heading("Valid failures", "oracle agrees"), lambda group: _rate(group.valid_failure_rate)),
-        *_strict_figures(groups),
+        Figure(Heading("Valid failures", "oracle agrees"), _valid_failures),
         *(Figure(_transfer_heading(model), partial(_transfer, model)) for model in models),
     ]
-
-
-def _strict_figures(groups: Sequence[GroupSummary]) -> Iterator[Figure]:
-    """Failures with a label that is valid by `label_is_valid`; none of a run whose oracles gave no probabilities."""
-    if any(group.strict_failure_rate is not None for group in groups):
-        yield Figure(Heading("Valid failures", "strictly"), lambda group: _rate(group.strict_failure_rate))
 
 
 def _score_figures(groups: Sequence[GroupSummary]) -> Iterator[Figure]:
@@ -133,6 +126,12 @@ def _context(group: GroupSummary) -> str:
 
 def _rate(value: float | None) -> tuple[str, str]:
     return ABSENT if value is None else percent(value), ""
+
+
+def _valid_failures(group: GroupSummary) -> tuple[str, str]:
+    """Below it the share with a label that is valid by `label_is_valid`, where that is known."""
+    strict = group.strict_failure_rate
+    return _rate(group.valid_failure_rate)[0], "" if strict is None else f"strictly {percent(strict)}"
 
 
 def _mean(name: str, group: GroupSummary) -> tuple[str, str]:
