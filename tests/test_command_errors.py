@@ -342,8 +342,10 @@ def test_a_worker_that_outlives_its_run_leaves_no_traceback(monkeypatch):
     worker = SimpleNamespace(sample_shard=lambda *_: lambda: None)
     executor = LocalExecutor(1)
     executor.open(lambda: worker, 1)
+    # Runs of other tests may have left theirs, of the same name.
+    before = set(threading.enumerate())
     executor.start_worker(0)
-    (thread,) = [one for one in threading.enumerate() if one.name == "worker-0"]
+    (thread,) = [one for one in threading.enumerate() if one.name == "worker-0" and one not in before]
 
     def refuse(*_):
         raise RuntimeError("cannot schedule new futures after interpreter shutdown")

@@ -583,6 +583,7 @@ READ_OTHERWISE = {
     "data/run/card_loading.py", "data/stores/lease.py", "data/stores/object_appends.py",
     "data/stores/conditional_put.py", "driver/executors/activity.py", "driver/executors/ray_layout.py",
     "data/images/class_folders.py", "models/custom_methods.py", "report/render.py",
+    "studies/review/page.py",
 }  # fmt: skip
 
 

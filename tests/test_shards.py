@@ -51,6 +51,15 @@ BY_KIND: dict[str, st.SearchStrategy[Any]] = {
         ),
         max_size=1,
     ),
+    "oracles": st.lists(
+        st.builds(
+            lambda model, predicted, p_label: {"model": model, "predicted_class": predicted, "p_label": p_label},
+            TEXTS,
+            st.integers(-1, 999),
+            FLOATS,
+        ),
+        max_size=2,
+    ),
 }
 KEYS = st.from_regex(r"[a-z0-9]{1,9}-[0-9]{3}-([0-9]{3}|mix)-[0-9]{8}", fullmatch=True)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from engine.job.spec_messages import nearest
+from engine.terminal import redacted
 
 NUMBER, TEXT, FLAG = "number", "text", "flag"
 _EXAMPLES = {NUMBER: "1 + risk", FLAG: "risk > 2 and oracle_agrees"}
@@ -479,4 +480,6 @@ def _is_unicode(text: str) -> bool:
 
 
 def _short(text: str) -> str:
+    # Before it is cut: an address without its `@` is not known for one that has a password.
+    text = redacted(text)
     return repr(text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "...")

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from engine.data.review.answers import rater_problem
 from engine.errors import JobError, RiskforgeError, first_line
 from engine.methods.strict_json import parse_json
+from engine.models.untrusted_files import MAX_RECORD_BYTES, read_whole
 from engine.studies.review.design import Design
 from engine.studies.review.images import ReviewImages
 from engine.studies.review.page import entries, images_by_id, server_page
@@ -69,7 +70,7 @@ def review_address(uri: str, port: int | None) -> Address:
     path = _state_folder() / f"review-{name}.json"
     token = ""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        token = str(json.loads(path.read_text(encoding="utf-8"))["token"])
+        token = str(parse_json(read_whole(path, MAX_RECORD_BYTES))["token"])
     if not re.fullmatch(r"[A-Za-z0-9_-]{22,64}", token):
         token = secrets.token_urlsafe(24)
         # Without it the next server has another address, and a page that was left open must be opened anew.
