@@ -102,8 +102,8 @@ class ChangedSample(_Part):
     predicted_class_name: str
     old_predicted_class: int
     old_predicted_class_name: str
-    risk: float
     old_risk: float
+    new_risk: float
 
 
 class UnpairedFailure(_Part):
@@ -115,7 +115,7 @@ class UnpairedFailure(_Part):
     context: str
     predicted_class: int
     predicted_class_name: str
-    risk: float
+    new_risk: float
 
 
 class Comparison(_Part):
@@ -145,6 +145,17 @@ class Comparison(_Part):
     num_unpaired_failures: int
     crossed: tuple[str, ...]
     notes: tuple[str, ...]
+
+
+def sentence(class_name: str, predicted: str, how: str = "now") -> str:
+    """What became of a sample, such as "three, now predicted eight".
+
+    Args:
+        predicted: name of the class; empty where it is not known.
+        how: `now` of a new failure, `no longer` of a fixed one; empty of a failure without a pair.
+    """
+    words = f"{how} predicted {predicted}" if predicted else f"{how} wrong"
+    return f"{class_name}, {words.strip()}"
 
 
 def read_pinned(store: Store) -> Comparison | None:
