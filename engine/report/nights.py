@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from engine.data.run.comparison import ChangedSample, ComparedMetric, ComparedRow, Comparison, UnpairedFailure, sentence
 from engine.report.gallery import thumbnail
 from engine.report.night_images import NightImages, find_night_images
-from engine.report.text import ABSENT, clip, number, percent, signed
+from engine.report.text import ABSENT, clip, number, percent
 
 # How the page begins, so that `--html` writes over its own files only.
 PAGE_BEGINNING = "<!doctype html>\n<!-- riskforge compare -->"
@@ -93,11 +93,15 @@ class NightCell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NightRow:
-    """A request, or under it a class or a context."""
+    """A request, or under it a class or a context.
+
+    Attributes:
+        crossed: names of the metrics in which a limit is exceeded.
+    """
 
     name: str
     is_part: bool
-    is_crossed: bool
+    crossed: str
     samples: str
     cells: list[NightCell]
     counts: tuple[str, str]
@@ -118,7 +122,7 @@ def nights_context(comparison: Comparison, *, limit: int, budget_bytes: int = NI
         "lists": album.lists(),
         "problems": album.problems,
         "metrics": list(comparison.metric_names.values()),
-        "rows": [_row(row, list(comparison.metric_names)) for row in rows],
+        "rows": [_row(row, comparison.metric_names) for row in rows],
         "num_rows_left_out": len(comparison.rows) - len(rows),
         "crossed": comparison.crossed[:MAX_NOTES],
         "num_crossed_left_out": len(comparison.crossed[MAX_NOTES:]),
@@ -258,15 +262,17 @@ def _differs(row: ComparedRow) -> bool:
     return any(metric.significant for metric in row.metrics.values())
 
 
-def _row(row: ComparedRow, metrics: Sequence[str]) -> NightRow:
+def _row(row: ComparedRow, metrics: Mapping[str, str]) -> NightRow:
     is_part = row.level != "request"
     counts = (row.num_new_failures, row.num_mended)
     return NightRow(
         name=clip(f"{row.level} {row.group or 'none'}" if is_part else row.request, MAX_TEXT),
         is_part=is_part,
-        is_crossed=_is_crossed(row),
+        crossed=", ".join(
+            title for name, title in metrics.items() if name in row.metrics and row.metrics[name].crossed
+        ),
         samples=f"{row.num_pairs:,} pairs" if row.num_pairs else f"{row.num_old:,} and {row.num_new:,}",
-        cells=list(_cells(row, metrics)),
+        cells=list(_cells(row, list(metrics))),
         counts=(_count(counts[0]), _count(counts[1])),
     )
 
@@ -282,9 +288,9 @@ def _cells(row: ComparedRow, metrics: Sequence[str]) -> Iterator[NightCell]:
             yield NightCell(text=ABSENT, note="", is_crossed=False)
             continue
         star = " *" if metric.significant else ""
-        shown = percent if name in _SHARES else number
+        old, new = (percent(value) if name in _SHARES else f"{value:.3g}" for value in (metric.old, metric.new))
         yield NightCell(
-            text=f"{shown(metric.old)} → {shown(metric.new)}{star}",
+            text=f"{old} → {new}{star}",
             note=_interval(metric, is_share=name in _SHARES),
             is_crossed=metric.crossed,
         )
@@ -296,4 +302,4 @@ def _interval(metric: ComparedMetric, *, is_share: bool) -> str:
     if is_share:
         low, high = (f"{round(100 * bound) + 0:+d}" for bound in (metric.low, metric.high))
         return f"{low} to {high} points"
-    return f"{signed(metric.low)} to {signed(metric.high)}"
+    return f"{metric.low:+.2g} to {metric.high:+.2g}"
