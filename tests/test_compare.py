@@ -13,7 +13,7 @@ from engine.errors import JobError, OutputError
 from engine.methods.intervals import Estimate
 from engine.studies.compare import significance
 from engine.studies.compare.baseline import pin_run, read_baseline
-from engine.studies.compare.limits import Limits, check_limits, crossed_limits
+from engine.studies.compare.limits import Crossing, Limits, check_limits, crossed_limits
 from engine.studies.compare.matching import match_rows
 from engine.studies.compare.program import GroupComparison, RunComparison, compare_runs
 from engine.studies.compare.scored_run import ScoredRun
@@ -259,8 +259,9 @@ def test_a_pinned_run_is_the_run(tmp_path):
             assert np.array_equal(a, b, equal_nan=one.name == "valid"), one.name
         elif one.name == "scores":
             assert list(a) == list(b) and all(np.array_equal(a[name], b[name]) for name in a)
-        else:
+        elif one.name != "is_baseline":
             assert a == b, one.name
+    assert read.is_baseline and not night.is_baseline
     assert not list(tmp_path.glob("deep/.*"))
     document = json.loads(path.read_text())
     changes = (
@@ -305,7 +306,8 @@ def test_markdown_and_json_hold_no_markup_of_others():
     """Contexts are hostile input; JSON is JSON."""
     rng = np.random.default_rng(13)
     comparison = compare_runs(make_night(rng), make_night(rng, shift=1.0))
-    assert "``context red \\| <b>`ink`</b>``" in comparison_markdown(comparison, ["<i>"])
+    crossing = Crossing(place=comparison.rows[0].place, metric="risk", text="<i>")
+    assert "``context red \\| <b>`ink`</b>``" in comparison_markdown(comparison, [crossing])
     document = json.loads(json.dumps(comparison_document(comparison, Limits(), []), allow_nan=False))
     assert len(document["rows"]) == 12 and document["correction"] == "Holm"
     assert {one["key"] for one in document["new_failures"]} <= set(comparison.new.keys)

@@ -225,7 +225,9 @@ def comparison(monkeypatch: pytest.MonkeyPatch, crossed: tuple[str, ...] = ()) -
     monkeypatch.setattr("engine.studies.compare.scored_run.unfinished", lambda runs: [])
     monkeypatch.setattr("engine.studies.compare.program.compare_runs", compare_runs)
     monkeypatch.setattr("engine.studies.compare.limits.crossed_limits", crossed_limits)
-    monkeypatch.setattr("engine.studies.compare.tables.comparison_table", lambda comparison: "table")
+    monkeypatch.setattr("engine.studies.compare.tables.comparison_tables", lambda comparison: [])
+    monkeypatch.setattr("engine.studies.compare.tables.failure_lists", lambda comparison: [])
+    monkeypatch.setattr("engine.studies.compare.tables.comparison_document", lambda *_: {})
     return asked
 
 
