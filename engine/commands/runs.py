@@ -192,7 +192,8 @@ def report(run: RunArgument) -> None:
     from engine.report.render import write_report
 
     store = open_store(run)
-    write_report(store)
+    if problem := write_report(store):
+        complain(problem)
     print(store.address(REPORT))
 
 

@@ -15,7 +15,7 @@ from engine.data.run.curated import curation_of
 from engine.data.run.curation_text import curation_facts
 from engine.data.run.file_names import SURPLUS_LIST
 from engine.data.run.schema import arrow_schema, tar_features
-from engine.data.run.summary import GroupSummary, Spread, shown_entry_scores, shown_scores
+from engine.data.run.summary import GroupSummary, Spread, plain_first, shown_entry_scores, shown_scores
 from engine.job.columns import (
     BY_NAME,
     GUIDES,
@@ -388,7 +388,9 @@ def _table(groups: list[GroupSummary]) -> str:
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
     ]
-    lines += [f"| {' | '.join(cell(group) for cell in columns.values())} |" for group in groups[:MAX_TABLE_ROWS]]
+    lines += [
+        f"| {' | '.join(cell(group) for cell in columns.values())} |" for group in plain_first(groups)[:MAX_TABLE_ROWS]
+    ]
     if len(groups) > MAX_TABLE_ROWS:
         lines += ["", f"{len(groups) - MAX_TABLE_ROWS} more rows are under `summary` in `manifest.json`."]
     return "\n".join(lines)
