@@ -28,12 +28,15 @@ MAX_SHOWN = 100
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
-def read_job(path: Path, overrides: list[tuple[str, Any]], *, continues: bool = True) -> JobSpec:
-    """Read and validate a job file. Today's date is filled in if the job requests it (`dated`).
+def read_job(
+    path: Path, overrides: list[tuple[str, Any]], *, continues: bool = True, date: datetime.date | None = None
+) -> JobSpec:
+    """Read and validate a job file. The date is filled in if the job requests it (`dated`).
 
     Args:
         overrides: dotted paths and the values to set there.
         continues: whether a run in the output is continued, with the dates that it started with.
+        date: of the night; today, in local time, where not given.
 
     Raises:
         JobError: the file cannot be read, is not YAML (with line and column), or is no valid job.
@@ -42,7 +45,8 @@ def read_job(path: Path, overrides: list[tuple[str, Any]], *, continues: bool = 
         `sys.path`.
     """
     raw = read_raw(path, overrides)
-    job = dated(parse_job(raw), datetime.date.today(), continues=continues)
+    # A date that was given is that of all: a run of another one in the output is then refused.
+    job = dated(parse_job(raw), date or datetime.date.today(), continues=continues and date is None)
     let_import(job, Path.cwd(), path.parent)
     return job
 
@@ -79,11 +83,27 @@ def _credential_problems(value: Any, where: str) -> list[str]:
     ]
 
 
+def parse_date(text: str | None, option: str = "--date") -> datetime.date | None:
+    """The date of an option; None where it is not given.
+
+    Raises:
+        JobError: it is not written as 2026-11-21, or not on the calendar.
+    """
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
+        raise JobError(f"{option} {_shortened(text)}: write it as YEAR-MONTH-DAY, such as 2026-11-21")
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError:
+        raise JobError(f"{option} {text!r}: is not on the calendar; give a date such as 2026-11-21") from None
+
+
 def dated(job: JobSpec, today: datetime.date, *, continues: bool = True) -> JobSpec:
     """A job with `{date}` and `{job}` in its `output.uri` filled in, and with a date in place of `fresh: true`.
 
     Args:
-        today: in local time.
+        today: the date of the night.
         continues: whether a run in the output keeps its dates, so that it continues unchanged after midnight.
 
     Raises:

@@ -11,6 +11,7 @@ import typer
 
 from engine.commands.arguments import (
     AddressOption,
+    DateOption,
     JobArgument,
     JsonOption,
     SetOption,
@@ -45,6 +46,7 @@ def plan(
     price_per_hour: Annotated[
         float | None, typer.Option(metavar="X", min=0, help="Price of one device-hour; requires --calibrate.")
     ] = None,
+    date: DateOption = None,
     set_: SetOption = None,
 ) -> None:
     """Show the shards, samples and cost of a job without running it."""
@@ -52,7 +54,7 @@ def plan(
         raise JobError("--calibrate: makes samples, and --validate only checks; use one of them")
     if price_per_hour is not None and not calibrate:
         raise JobError("--price-per-hour: requires measured hours; add --calibrate")
-    spec = load_job(job, set_)
+    spec = load_job(job, set_, date=date)
     if validate:
         _validate(job, spec, as_json)
         return

@@ -10,6 +10,7 @@ import typer
 
 from engine.commands.arguments import (
     AddressOption,
+    DateOption,
     ExecutorOption,
     JobArgument,
     JsonOption,
@@ -66,12 +67,13 @@ def run(
     grace: GraceOption = DEFAULT_GRACE,
     deadline: DeadlineOption = None,
     max_duration: DurationOption = None,
+    date: DateOption = None,
     set_: SetOption = None,
 ) -> None:
     """Make the samples of a job; run the same command again to continue after an interruption."""
     limits = _limits(grace, deadline, max_duration)
     check_address(address, executor)
-    spec = load_job(job, set_, output=output, workers=workers, continues=resume != "overwrite")
+    spec = load_job(job, set_, output=output, workers=workers, continues=resume != "overwrite", date=date)
     from engine.commands.jobfile import quoting_comments
 
     with quoting_comments(job):
