@@ -39,14 +39,21 @@ def read_job(
         date: of the night; today, in local time, where not given.
 
     Raises:
-        JobError: the file cannot be read, is not YAML (with line and column), or is no valid job.
+        JobError: the file cannot be read, is not YAML (with line and column), is no valid job, or has no use for a
+            date that is given.
 
     Side effects: if a model or a method is a factory, adds the working folder and the folder of the file to
         `sys.path`.
     """
     raw = read_raw(path, overrides)
+    job = parse_job(raw)
+    if date is not None and not _is_dated(job):
+        raise JobError(
+            f"--date {date}: nothing in the job depends on the date: no {{date}} in output.uri, and no request with"
+            " fresh: true; omit it, or add one of them"
+        )
     # A date that was given is that of all: a run of another one in the output is then refused.
-    job = dated(parse_job(raw), date or datetime.date.today(), continues=continues and date is None)
+    job = dated(job, date or datetime.date.today(), continues=continues and date is None)
     let_import(job, Path.cwd(), path.parent)
     return job
 
@@ -97,6 +104,10 @@ def parse_date(text: str | None, option: str = "--date") -> datetime.date | None
         return datetime.date.fromisoformat(text)
     except ValueError:
         raise JobError(f"{option} {text!r}: is not on the calendar; give a date such as 2026-11-21") from None
+
+
+def _is_dated(job: JobSpec) -> bool:
+    return "date" in _PLACEHOLDER.findall(job.output.uri) or any(request.fresh is True for request in job.requests)
 
 
 def dated(job: JobSpec, today: datetime.date, *, continues: bool = True) -> JobSpec:
