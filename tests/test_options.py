@@ -217,9 +217,9 @@ def comparison(monkeypatch: pytest.MonkeyPatch, crossed: tuple[str, ...] = ()) -
         plain = SimpleNamespace(curation=None, people=NO_PEOPLE)
         return SimpleNamespace(new_failures=(), fixed=(), notes=(), old=plain, new=plain)
 
-    def crossed_limits(comparison: Any, limits: Any) -> list[str]:
+    def crossed_limits(comparison: Any, limits: Any) -> list[Any]:
         asked.update(increases=limits.increases, fail_on=limits.fail_on)
-        return [*crossed]
+        return [SimpleNamespace(text=text) for text in crossed]
 
     monkeypatch.setattr("engine.studies.compare.baseline.open_pair", lambda runs, baseline: (runs[0], runs[1]))
     monkeypatch.setattr("engine.studies.compare.scored_run.unfinished", lambda runs: [])

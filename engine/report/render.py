@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from engine.data.reading.people.card import update_card
 from engine.data.reading.people.review import NO_PEOPLE, People, read_people
+from engine.data.run.comparison import Comparison, read_pinned
 from engine.data.run.file_names import METADATA, REPORT, RESCORED_FROM
 from engine.data.run.manifest_reading import check_is_run, manifest_error, read_manifest
 from engine.data.run.origin import find_origin
@@ -69,6 +70,7 @@ from engine.report.gallery import (
 )
 from engine.report.headline import request_totals, summary_table
 from engine.report.manifest_parts import manifest_context
+from engine.report.nights import SECTION_BUDGET_BYTES, SECTION_SAMPLES, nights_context
 from engine.report.oracle_answers import independent
 from engine.report.pair_tiles import MAX_GAIN_POWER, PAIRS_BUDGET_BYTES, make_pairs
 from engine.report.pairs import PairColumns, PairSection, choose_pairs, find_others, pair_section, with_tiles
@@ -132,8 +134,8 @@ def write_report(
     manifest = _read_manifest(store)
     if not store.exists(METADATA):
         raise OutputError(f"output {store.uri}: has no {METADATA}; finish the run first (`riskforge run`)")
-    evaluation, found, problems = None, None, list[str]()
-    # The end of a run must not depend on the figures of an earlier evaluation.
+    evaluation, found, pinned, problems = None, None, None, list[str]()
+    # The end of a run must not depend on the figures of an earlier evaluation or comparison.
     try:
         evaluation = read_evaluation(into or store)
     except CorruptShardError as error:
@@ -142,12 +144,20 @@ def write_report(
         found = read_twins(into or store, manifest["plan_digest"])
     except CorruptShardError as error:
         problems.append(str(error))
+    pinned_problem = ""
+    try:
+        pinned = read_pinned(store)
+    except CorruptShardError as error:
+        pinned_problem = str(error)
     labels = _labels(manifest) if labels is None else labels
     _, lost = find_origin(store, manifest)
     # Answers are those of the run, which is reported once.
     people = NO_PEOPLE if lost else read_people(store, is_rescoring=RESCORED_FROM in manifest)
     with _readable(store.address(METADATA)):
-        page = render(store, manifest, title or manifest["name"], labels, evaluation, " ".join(problems), found, people)
+        page = render(
+            store, manifest, title or manifest["name"], labels, evaluation, " ".join(problems), found, people,
+            pinned=pinned, pinned_problem=pinned_problem,
+        )  # fmt: skip
     (into or store).replace(REPORT, page)
     if into in (None, store) and (people.results or not people.problems):
         update_card(store, people.results)
@@ -197,6 +207,9 @@ def render(
     problem: str = "",
     found: FoundTwins | None = None,
     people: People = NO_PEOPLE,
+    *,
+    pinned: Comparison | None = None,
+    pinned_problem: str = "",
 ) -> bytes:
     """The page; its gallery is halved until the page is below 10 MB.
 
@@ -204,6 +217,8 @@ def render(
         problem: why there is no evaluation, where there should be one.
         found: twins that it found.
         people: what people say of the images.
+        pinned: how the run differs from its baseline.
+        pinned_problem: why that is not known, where it should be.
     """
     path = store.fetch(METADATA, keep=True)
     table, metadata = with_twins(read_table(path), found), open_metadata(path)
@@ -217,6 +232,8 @@ def render(
         **_distributions(rows),
         "evaluation": evaluation_context(evaluation, len(rows)),
         "evaluation_problem": problem,
+        "tonight": None if pinned is None else _tonight(pinned, rows),
+        "tonight_problem": pinned_problem,
         "people": people_context(people.results),
         "people_problems": people.problems,
         "adversarial_psnr": f"{ADVERSARIAL_PSNR_DB:g}",
@@ -244,6 +261,18 @@ def _image_shards(store: Store, manifest: dict[str, Any]) -> tuple[ImageShards, 
     return ImageShards(run, manifest["name"], None if own else scored_shards(store) or None), problem
 
 
+def _tonight(pinned: Comparison, rows: Rows) -> dict[str, Any]:
+    """The comparison with the baseline; it says where the run has grown since."""
+    context = nights_context(pinned, limit=SECTION_SAMPLES, budget_bytes=SECTION_BUDGET_BYTES)
+    num_scored, stale = int(rows.scored.sum()), ""
+    if num_scored != pinned.new.num_samples:
+        stale = (
+            f"The comparison is of {pinned.new.num_samples:,} scored samples, and the run has {num_scored:,} now."
+            f" `riskforge compare RUN --baseline {pinned.baseline}` compares again."
+        )
+    return context | {"stale": stale}
+
+
 def _tables(table: pa.Table, metadata: Dataset, rows: Rows, names: dict[int, str]) -> dict[str, Any]:
     """The tables that are made of the metadata."""
     totals = request_totals(table)
@@ -263,6 +292,20 @@ def _tables(table: pa.Table, metadata: Dataset, rows: Rows, names: dict[int, str
 def page_style() -> Markup:
     """The style sheet of all pages."""
     return Markup((_HERE / "report.css").read_text(encoding="utf-8"))
+
+
+def comparison_page(comparison: Comparison, limit: int) -> bytes:
+    """The page of two runs that were compared; its images are halved in number until it is below 10 MB.
+
+    Args:
+        limit: samples of each kind that are shown.
+    """
+    template = _environment().get_template("comparison.html.j2")
+    while True:
+        page = template.render(tonight=nights_context(comparison, limit=limit), style=page_style()).encode()
+        if len(page) <= MAX_BYTES or not limit:
+            return page
+        limit //= 2
 
 
 def _environment() -> Environment:
