@@ -157,7 +157,8 @@ def test_new_and_mended_failures_are_named():
     is_error = old.is_error.copy()
     is_error[wrong], is_error[right] = True, False
     comparison = compare_runs(old, replace(old, is_error=is_error))
-    assert [one.key for one in comparison.new_failures] == [f"sim-{row:06d}" for row in wrong]
+    by_risk = sorted(wrong, key=lambda row: -old.scores["risk"][row])
+    assert [one.key for one in comparison.new_failures] == [f"sim-{row:06d}" for row in by_risk]
     assert [one.key for one in comparison.fixed] == [f"sim-{row:06d}" for row in right]
     row = comparison.rows[0]
     assert (row.num_new_failures, row.num_fixed, row.num_pairs) == (2, 1, 60)
@@ -335,7 +336,7 @@ def test_a_limit_is_crossed_above_it_and_by_requests_alone():
         rows = [row_with({"risk": difference(0.5, low, 1.0)}, {}, level=level) for level in ("request", "class")]
         assert len(crossed_limits(comparison_of(*rows), limits)) == num_crossed
     [line] = crossed_limits(comparison_of(row_with({"risk": difference(0.5, 0.3, 1.0)}, {})), limits)
-    assert line == "panel: median risk grew by 0.5 (at least 0.3 at 95%); 0.25 is allowed"
+    assert line.text == "panel: median risk grew by 0.5 (at least 0.3 at 95%); 0.25 is allowed"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from engine.commands.arguments import (
 from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json, print_some
 from engine.commands.stopping import stop_on_signals
 from engine.driver.executors.registry import DEFAULT_EXECUTOR
-from engine.errors import EXIT_DAMAGED
+from engine.errors import EXIT_DAMAGED, RiskforgeError
 from engine.terminal import show as print
 
 if TYPE_CHECKING:
@@ -68,6 +68,12 @@ def run(
     deadline: DeadlineOption = None,
     max_duration: DurationOption = None,
     date: DateOption = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Compare the run with this baseline at its end (see `compare --pin`), in its report."
+        ),
+    ] = None,
     set_: SetOption = None,
 ) -> None:
     """Make the samples of a job; run the same command again to continue after an interruption."""
@@ -76,8 +82,13 @@ def run(
     spec = load_job(job, set_, output=output, workers=workers, continues=resume != "overwrite", date=date)
     from engine.commands.jobfile import quoting_comments
 
+    if baseline is not None:
+        from engine.studies.compare.baseline import read_baseline
+
+        # Refused now and not at the end of the night.
+        read_baseline(baseline)
     with quoting_comments(job):
-        _run(spec, executor, address, resume=resume, confirmed=yes, limits=limits)
+        _run(spec, executor, address, resume=resume, confirmed=yes, limits=limits, baseline=baseline)
 
 
 def retry(
@@ -208,6 +219,7 @@ def _run(
     confirmed: bool,
     limits: SchedulerLimits,
     retry: bool = False,
+    baseline: Path | None = None,
 ) -> None:
     """Run a job and exit with its exit code."""
     from engine.driver.run import run_job
@@ -223,7 +235,26 @@ def _run(
             retry=retry,
         )
     _print_summary(summary)
+    if baseline is not None and summary.report and summary.drained in ("", "deadline"):
+        _compare_with_pin(summary.uri, baseline)
     raise typer.Exit(summary.exit_code)
+
+
+def _compare_with_pin(run: str, baseline: Path) -> None:
+    """Print how a run differs from its baseline, which is then in its report; the run's exit code is not changed."""
+    from engine.studies.compare.nights import night_names
+    from engine.studies.compare.pinned import compare_with_pin
+
+    try:
+        comparison = compare_with_pin(run, baseline)
+    except RiskforgeError as error:
+        complain(f"not compared with the baseline: {error}")
+        return
+    night, _ = night_names(comparison.old, comparison.new)
+    print(
+        f"against {night} ({baseline}): {len(comparison.new_failures)} new failures, {len(comparison.fixed)} fixed,"
+        f" {len(comparison.unpaired_failures)} without a pair; `riskforge compare` says more"
+    )
 
 
 def _limits(grace: str, deadline: str | None, max_duration: str | None) -> SchedulerLimits:
