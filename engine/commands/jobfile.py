@@ -17,7 +17,8 @@ from engine.errors import JobError, first_line
 from engine.job.parsing import MAX_KEYS, apply_overrides, list_limit, parse_job
 from engine.job.spec import JobSpec
 from engine.models.custom_methods import custom_methods
-from engine.models.factories import add_import_folders, factories
+from engine.models.factories import add_import_folders
+from engine.models.factory_folders import runs_code
 from engine.terminal import redacted
 
 MAX_JOB_BYTES = 16 * 2**20
@@ -126,7 +127,7 @@ def import_factories(addresses: Iterable[str | None], *folders: Path) -> None:
 
     Side effects: adds the folders to `sys.path` if there is a factory.
     """
-    if any(factories(addresses)):
+    if any(runs_code(address) for address in addresses if address):
         add_import_folders(str(folder.resolve()) for folder in folders)
 
 
