@@ -44,10 +44,10 @@ def rescore(
     as_json: JsonOption = False,
 ) -> None:
     """Score a run's images with another target: writes new metadata next to the old, samples nothing."""
-    from engine.commands.jobfile import import_factories
+    from engine.commands.jobfile import folders_of_run, import_factories
     from engine.studies.rescore.program import rescore_run
 
-    import_factories([target, *(transfer or ()), *(oracle or ())], Path.cwd())
+    import_factories([target, *(transfer or ()), *(oracle or ())], Path.cwd(), *folders_of_run(run))
     with stop_on_signals("stopped; the same command continues"), contextlib.closing(make_display()) as display:
         rescored = rescore_run(
             run,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -73,8 +72,10 @@ def retrain(
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a run's target on its samples; compare with the original and with training on plain samples."""
+    from engine.commands.jobfile import let_import_of_run
     from engine.studies.retrain.options import RetrainOptions
     from engine.studies.retrain.program import retrain as retrain_target
+    from engine.studies.samples import open_study
 
     options = RetrainOptions(
         real=real,
@@ -90,6 +91,7 @@ def retrain(
         learning_rate=learning_rate,
     )
     with stop_on_signals(NOTHING_STORED):
+        let_import_of_run(run, open_study(run).job)
         retrained = retrain_target(run, options, display=make_display(), folder=output)
     if as_json:
         print_json(retrained.document)
@@ -142,7 +144,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Compare a run's images with real images, training images and prompts; cluster its failures in the report."""
-    from engine.commands.jobfile import let_import
+    from engine.commands.jobfile import let_import_of_run
     from engine.studies.evaluate.options import EvaluateOptions
     from engine.studies.evaluate.program import evaluate as evaluate_run
     from engine.studies.evaluate.summary_lines import summary_lines
@@ -153,7 +155,7 @@ def evaluate(
         failures=failures, limit=limit,
     )  # fmt: skip
     with stop_on_signals(NOTHING_STORED):
-        let_import(open_study(run).job, Path.cwd())
+        let_import_of_run(run, open_study(run).job)
         with contextlib.closing(make_display()) as display:
             evaluated = evaluate_run(run, options, display=display, folder=output)
     if as_json:

@@ -27,6 +27,11 @@ from engine.terminal import redacted
 _FOLDERS: list[str] = []
 # The working folder is the whole process's: one factory at a time.
 _WORKING = threading.RLock()
+# Of Python's own modules, of installed packages, and of this package.
+_INSTALLED = (
+    *(Path(sysconfig.get_paths()[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    Path(__file__).parents[1],
+)
 # In how many of its working folders a factory was called.
 _NUM_TRIED: dict[str, int] = {}
 # What readers of files raise where there is no such file; `torch.jit.load` and transformers raise the latter two.
@@ -132,8 +137,7 @@ def module_file(name: str) -> Path | None:
 
 def is_installed(path: Path) -> bool:
     """Whether a file is of an installed package, of Python or of this package, and so not the user's."""
-    folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    return any(path.is_relative_to(folder) for folder in (*folders, Path(__file__).parents[1]))
+    return any(path.is_relative_to(folder) for folder in _INSTALLED)
 
 
 def _import_root(origin: Path, address: str) -> Path:

@@ -1,32 +1,24 @@
 """Descriptions of factories that were called before, in the user's cache folder, with what they depend on.
 
-`$RISKFORGE_CACHE` (empty: no cache), else `riskforge` in `$XDG_CACHE_HOME` or `~/.cache`. A file there is used only if it
-belongs to the user and nobody else may write it, is whole, and everything it lists is as it was. Failures are never
-kept. What is loaded later is compared with its digest (`check_unchanged`). Imports no torch.
+A description is used only if it is whole (`engine.models.user_cache`) and everything that it lists is as it was.
+Failures are never kept. What is loaded later is compared with its digest (`check_unchanged`). Imports no torch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
 import re
-import secrets
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.errors import JobError
-from engine.methods.strict_json import parse_json
-from engine.models.factories import is_factory, module_file, module_of, tried_folders, working_folders
+from engine.models.factories import import_folders, is_factory, module_file, module_of, tried_folders, working_folders
 from engine.models.factory_files import MAX_FILES, dependencies, fingerprint
 from engine.models.factory_folders import FACTORY_DOCUMENT, read_factory_folder
 from engine.models.program_settings import TargetSettings, parse_settings
-from engine.models.untrusted_files import MAX_RECORD_BYTES, read_whole
+from engine.models.user_cache import cache_file, read_cached, write_cached
 
-VARIABLE = "RISKFORGE_CACHE"
 CACHE_VERSION = 1
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 
@@ -47,11 +39,8 @@ class Description:
 
 def cached_description(address: str) -> Description | None:
     """The description of a factory that was called before, if nothing that it depends on has changed."""
-    path = _place(address)
     try:
-        if path is None or not _is_own(path.parent, stat.S_ISDIR) or not _is_own(path, stat.S_ISREG):
-            return None
-        raw = parse_json(read_whole(path, MAX_RECORD_BYTES))
+        raw = read_cached(_place(address))
         if raw["version"] != CACHE_VERSION or raw["address"] != _identity(address):
             return None
         folders, states = raw["folders"], raw["depends_on"]
@@ -70,9 +59,8 @@ def keep_description(address: str, description: Description, opened: set[str]) -
     Args:
         opened: the files that were opened for it.
     """
-    path, factory = _place(address), _factory(address)
-    file = module_file(module_of(factory)[0])
-    if path is None or file is None:
+    factory = _factory(address)
+    if (file := module_file(module_of(factory)[0])) is None:
         return
     folders = tried_folders(factory)
     depends_on = dependencies(file, folders, {*opened, *_stored_files(address)})
@@ -87,8 +75,7 @@ def keep_description(address: str, description: Description, opened: set[str]) -
         "untrainable": description.untrainable,
         "depends_on": depends_on,
     }
-    with contextlib.suppress(OSError, ValueError):
-        _write(path, json.dumps(document).encode())
+    write_cached(_place(address), document)
 
 
 def check_unchanged(address: str, digest: str) -> None:
@@ -137,37 +124,19 @@ def _identity(address: str) -> list[str]:
 
 def _place(address: str) -> Path | None:
     """The file of a description; None without a cache folder."""
-    folder = os.environ.get(VARIABLE)
-    if folder is None:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        folder = f"{base}/riskforge"
-    if not folder:
-        return None
-    try:
-        name = hashlib.sha256(json.dumps(_identity(address)).encode()).hexdigest()[:32]
-        return Path(folder).expanduser().absolute() / "factories" / f"{name}.json"
-    except (OSError, RuntimeError, ValueError, JobError):
-        return None
+    return cache_file("factories", _identity(address))
 
 
-def _is_own(path: Path, is_kind: Any) -> bool:
-    """Whether the user alone can have written a file, or into a folder."""
-    status = path.lstat()
-    return bool(
-        is_kind(status.st_mode)
-        and status.st_uid == os.geteuid()
-        and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    )
+def keep_import_folders(run: str) -> None:
+    """Remember for a run where its factories are imported from, for commands that have no job file.
+
+    In the user's cache and not in the run, which may be of others: a run must not say where code is.
+    """
+    if folders := import_folders():
+        write_cached(cache_file("imports", run), {"folders": list(folders)})
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Put a file in place as a whole, whoever else writes it."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    try:
-        descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+def kept_import_folders(run: str) -> list[Path]:
+    """The folders that a run's factories were imported from on this machine."""
+    folders = read_cached(cache_file("imports", run)).get("folders")
+    return [Path(folder) for folder in folders if isinstance(folder, str)] if isinstance(folders, list) else []

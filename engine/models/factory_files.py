@@ -29,8 +29,12 @@ MAX_FILES = 2000
 MAX_SOURCE_BYTES = 4 * 2**20
 MISSING = "missing"
 _WEIGHTS = frozenset(
-    ".safetensors .pt .pth .pt2 .ts .th .bin .ckpt .onnx .h5 .hdf5 .npz .npy .parquet .arrow .gguf .msgpack".split()
-)
+    f".{name}"
+    for name in (
+        "safetensors", "pt", "pth", "pt2", "ts", "th", "bin", "ckpt", "onnx", "h5", "hdf5", "npz", "npy", "parquet",
+        "arrow", "gguf", "msgpack",
+    )
+)  # fmt: skip
 _NO_FILES = ("/proc/", "/sys/", "/dev/")
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{2,60}")
 # Of caches that libraries load weights from, and of what decides networks.
@@ -52,7 +56,8 @@ def traced() -> Iterator[set[str]]:
     if not _is_hooked:
         sys.addaudithook(_note)
         _is_hooked = True
-    _opened = paths = set()
+    paths: set[str] = set()
+    _opened = paths
     try:
         yield paths
     finally:
@@ -67,7 +72,7 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
         return
     with contextlib.suppress(TypeError, ValueError, OSError):
         if not isinstance(arguments[0], int):
-            _opened.add(os.path.abspath(os.fsdecode(arguments[0] or ".")))
+            _opened.add(str(Path(os.fsdecode(arguments[0] or ".")).absolute()))
 
 
 def dependencies(factory_file: Path, folders: Iterable[Path], opened: Iterable[str]) -> dict[str, str]:
@@ -111,7 +116,8 @@ def _of_file(path: Path) -> str:
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
-            return hashlib.sha256("\0".join(sorted(os.listdir(path))).encode("utf-8", "surrogateescape")).hexdigest()
+            names = "\0".join(sorted(entry.name for entry in path.iterdir()))
+            return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
         if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_DIGESTED_BYTES:
             return hashlib.sha256(read_whole(path, MAX_DIGESTED_BYTES)).hexdigest()
         return f"{status.st_mode}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}"

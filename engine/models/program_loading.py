@@ -149,8 +149,8 @@ def _load_weights(module: torch.nn.Module, stored: StoredFactory) -> None:
         load_model(module, stored.weights)
     except (OSError, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise JobError(
-            f"'{stored.weights}' does not hold the weights of '{stored.factory}' ({' '.join(str(error).split())[:300]});"
-            " restore the factory as it was, or retrain again"
+            f"'{stored.weights}' does not hold the weights of '{stored.factory}' ({' '.join(str(error).split())[:300]})"
+            "; restore the factory as it was, or retrain again"
         ) from None
 
 

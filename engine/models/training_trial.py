@@ -1,4 +1,4 @@
-"""Whether a network can be fine-tuned: trainable parameters that its outputs depend on, and a state that can be kept."""
+"""Whether a network can be fine-tuned: parameters that its outputs depend on, and a state that can be kept."""
 
 from __future__ import annotations
 

@@ -17,10 +17,12 @@ from engine.driver.progress import Display
 from engine.errors import JobError, OutputError
 from engine.methods.finiteness import LOGITS_FAULT, usable_logits
 from engine.models.addresses import resolve
-from engine.models.classifier import load_network
+from engine.models.factory_folders import as_factory_folder
 from engine.models.labels import read_labels
 from engine.models.library_logging import quiet_libraries
 from engine.models.preprocessing import Preprocessing
+from engine.models.programs import is_program
+from engine.models.trainable import Trainable, load_trainable
 from engine.studies.output_folders import check_folder
 from engine.studies.retrain.arms import Arms, choose_arms, make_arms
 from engine.studies.retrain.finetune import predict, training_device
@@ -55,9 +57,9 @@ class Study:
     home: Path
 
     @property
-    def target(self) -> Path:
-        """Folder of the target."""
-        return resolve(self.run.job.models.target)
+    def on_cpu(self) -> bool:
+        """Whether to train on the CPU even where there is a GPU."""
+        return bool(self.run.job.runtime.device == "cpu")
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -70,6 +72,7 @@ class Material:
     generated: GeneratedSet
     arms: Arms
     num_classes: int
+    target: Trainable
 
 
 def check_study(uri: str, options: RetrainOptions, folder: str | None) -> Study:
@@ -91,7 +94,7 @@ def check_study(uri: str, options: RetrainOptions, folder: str | None) -> Study:
 
 def read_material(
     study: Study, real: ImageSource, test: ImageSource, spare: ImageSource | None, display: Display
-) -> tuple[Material, Any]:
+) -> Material:
     """Read all samples and images, and load the network of the target.
 
     Raises:
@@ -99,10 +102,10 @@ def read_material(
     """
     display.phase("loading the target")
     quiet_libraries()
-    address, on_cpu = study.run.job.models.target, study.run.job.runtime.device == "cpu"
-    network = load_network(address).to(training_device(on_cpu)).eval()
-    preprocessing = Preprocessing.load(study.target)
-    scorable = _Scorable(network, address, display)
+    address = study.run.job.models.target
+    target = load_trainable(address, str(training_device(study.on_cpu)))
+    preprocessing = target.preprocessing
+    scorable = _Scorable(target.network, address, display)
     display.phase("reading samples and images")
     generated = _read_generated(study, preprocessing, scorable, display)
 
@@ -117,11 +120,12 @@ def read_material(
         test=read(test, "--test", options.test),
         calibration=read(spare, "--calibrate", options.calibrate) if spare and options.calibrate else None,
         num_classes=len(study.labels),
+        target=target,
     )
     _check_numbers(material, options)
     _check_sizes(material, options)
     _note_limitations(material, options, display)
-    return material, network
+    return material
 
 
 def _read_generated(study: Study, preprocessing: Preprocessing, scorable: _Scorable, display: Display) -> GeneratedSet:
@@ -225,7 +229,9 @@ def _home(store: Store, folder: str | None) -> Path:
 
 def _check_apart(home: Path, run: StudiedRun) -> None:
     """Check that the results replace neither the run nor its target."""
-    target = resolve(run.job.models.target).resolve()
-    for what, place in (("the run", run.store.place), ("the run's target", target)):
+    address = run.job.models.target
+    target = as_factory_folder(address) or (None if is_program(address) else resolve(address))
+    places = {"the run": run.store.place} | ({"the run's target": target.resolve()} if target else {})
+    for what, place in places.items():
         if home == place or home in place.parents:
             raise OutputError(f"--output: {home} holds {what}, which would be replaced; choose another")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from engine.job.columns import ASKED, ERRS, NO_CLASS
 from engine.job.records import STATUS_FAILED
 from engine.methods.temperature import TemperatureFit, fit_temperature
 from engine.models.classifier import Classifier
-from engine.models.configurations import read_config
 from engine.models.digests import model_digest
+from engine.models.trainable import Trainable
 from engine.studies.retrain.accuracy import ACCEPTED, Attempt, Comparison, ErrorAgreement, compare, compare_errors
 from engine.studies.retrain.arms import Arms
 from engine.studies.retrain.findings import findings
@@ -33,7 +32,6 @@ from engine.studies.samples import StudiedRun, read_attempts
 
 DOCUMENT_VERSION = 1
 MAX_LISTED = 1000
-_PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +71,7 @@ def write_results(
         "temperature": {"used": temperature, "fit": dataclasses.asdict(fit) if fit else None},
     }
     with fresh_folder(study.home) as built:
-        digest = _save_model(kept, study.target, temperature, built / MODEL)
+        digest = _save_model(kept, material.target, temperature, built / MODEL)
         document["model"] = {"arm": ACCEPTED, "seed": 0, "digest": digest}
         document["timing"] = {"seconds": time.monotonic() - started, "finished": time.time()}
         text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
@@ -175,8 +173,7 @@ def _temperature(study: Study, material: Material, network: Any) -> tuple[float,
     Not on a part of the real images: the target was mostly trained on them, and a network is overconfident on its
     training images. Where the likelihood has no maximum, the target's is kept as well.
     """
-    own, calibrated = read_config(study.target / "config.json").get("temperature", 1.0), study.run.temperature
-    current = float(own if calibrated is None else calibrated)
+    current = material.target.temperature if study.run.temperature is None else study.run.temperature
     if material.calibration is None:
         return current, None
     logits = finite_logits(network, material.calibration, "--calibrate")
@@ -184,14 +181,8 @@ def _temperature(study: Study, material: Material, network: Any) -> tuple[float,
     return (fit.current if fit.bound else fit.fitted), fit
 
 
-def _save_model(network: Any, target: Path, temperature: float, folder: Path) -> str:
+def _save_model(network: Any, target: Trainable, temperature: float, folder: Path) -> str:
     """Store a model so that it can be the target of a job, check that it loads, and return its digest."""
-    network.save_pretrained(folder)
-    for name in _PREPROCESSORS:
-        if (target / name).is_file():
-            shutil.copyfile(target / name, folder / name)
-    # Written into the file: transformers keeps this field out of its configuration objects.
-    config = read_config(folder / "config.json") | {"temperature": temperature}
-    (folder / "config.json").write_text(f"{json.dumps(config, indent=2)}\n", encoding="utf-8")
+    target.store(network, folder, temperature)
     Classifier.load(str(folder))
     return model_digest(str(folder))

@@ -23,16 +23,14 @@ from engine.studies.retrain.options import RetrainOptions
 Progress = Callable[[str, int], Callable[[], None]]
 
 
-def train_arms(
-    study: Study, material: Material, network: Any, display: Display
-) -> tuple[dict[str, list[NDArray[np.bool_]]], Any]:
+def train_arms(study: Study, material: Material, display: Display) -> tuple[dict[str, list[NDArray[np.bool_]]], Any]:
     """Fine-tune in all arms and seeds.
 
     Returns:
         By arm, and seed by seed, whether the prediction for each test image is right, [N]; and the network of arm
         `accepted` and the first seed.
     """
-    options, on_cpu = study.options, study.run.job.runtime.device == "cpu"
+    options, network = study.options, material.target.network
     training, progress = (
         material.real.samples(material.num_classes),
         _progress(options, 1 + len(material.arms.pools), display),
@@ -47,7 +45,7 @@ def train_arms(
                 _drawn(material, arm, seed),
                 options.recipe,
                 seed=seed,
-                on_cpu=on_cpu,
+                on_cpu=study.on_cpu,
                 advance=progress(arm, seed),
             )
             right.setdefault(arm, []).append(_right(trained, material.test, f"{arm}, seed {seed + 1}"))
