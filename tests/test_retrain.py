@@ -294,7 +294,7 @@ def test_images_without_finite_logits_are_left_out_and_the_target_is_named(run, 
         network.register_forward_hook(spoil, with_kwargs=True)
         return network
 
-    monkeypatch.setattr("engine.studies.retrain.inputs.load_network", load)
+    monkeypatch.setattr("engine.models.trainable.load_network", load)
     reason = r"models\.target '.*target' gives logits that are not finite"
     assert re.match(rf"RUN: its {reason}.* for all \d+ samples of the run", refusal(run, small, home / "none")[0])
     limit[0] = float(torch.cat(seen).median())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.machinery
+import importlib.util
 import os
 import re
 import sys
@@ -124,15 +124,17 @@ def module_file(name: str) -> Path | None:
     if (module := sys.modules.get(name)) is not None:
         file = getattr(module, "__file__", None)
         return Path(file).resolve() if file else None
-    places, spec, full = None, None, ""
-    for part in name.split("."):
-        full = f"{full}.{part}" if full else part
-        with contextlib.suppress(ImportError, OSError, ValueError):
-            spec = importlib.machinery.PathFinder.find_spec(full, places)
-        if spec is None:
-            return None
-        places = list(spec.submodule_search_locations or ())
-    return Path(spec.origin).resolve() if spec and spec.origin and spec.has_location else None
+    first, *rest = name.split(".")
+    try:
+        # Of a name without dots: packages would be imported for others.
+        spec = importlib.util.find_spec(first)
+    except (ImportError, ValueError, OSError):
+        return None
+    if spec is None or not rest:
+        return Path(spec.origin).resolve() if spec and spec.origin and spec.has_location else None
+    bases = [Path(folder, *rest) for folder in spec.submodule_search_locations or ()]
+    files = [file for base in bases for file in (base / "__init__.py", base.with_name(f"{base.name}.py"))]
+    return next((file.resolve() for file in files if file.is_file()), None)
 
 
 def is_installed(path: Path) -> bool:

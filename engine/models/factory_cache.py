@@ -14,7 +14,7 @@ from typing import Any
 
 from engine.errors import JobError
 from engine.models.factories import import_folders, is_factory, module_file, module_of, tried_folders, working_folders
-from engine.models.factory_files import MAX_FILES, dependencies, fingerprint
+from engine.models.factory_files import MAX_FILES, are_as_loaded, dependencies, fingerprint
 from engine.models.factory_folders import FACTORY_DOCUMENT, read_factory_folder
 from engine.models.program_settings import TargetSettings, parse_settings
 from engine.models.user_cache import cache_file, read_cached, write_cached
@@ -60,7 +60,7 @@ def keep_description(address: str, description: Description, opened: set[str]) -
         opened: the files that were opened for it.
     """
     factory = _factory(address)
-    if (file := module_file(module_of(factory)[0])) is None:
+    if (file := module_file(module_of(factory)[0])) is None or not are_as_loaded():
         return
     folders = tried_folders(factory)
     depends_on = dependencies(file, folders, {*opened, *_stored_files(address)})

@@ -15,6 +15,7 @@ import os
 import re
 import stat
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ _VARIABLES = ("TORCH_HOME", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "HOME")
 _LIBRARIES = ("riskforge", "torch", "torchvision", "timm", "transformers", "safetensors", "numpy")
 _MAX_TEXT = 400
 
+# A module that was changed since may not be what its file says.
+_STARTED = time.time()
 _opened: set[str] | None = None
 _is_hooked = False
 
@@ -147,6 +150,14 @@ def _user_modules() -> list[Path]:
     """The files of the modules in this process that are not of installed packages."""
     files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
     return sorted({Path(file).resolve() for file in files if file and not is_installed(Path(file).resolve())})
+
+
+def are_as_loaded() -> bool:
+    """Whether the files of the user's modules are those that this process has imported."""
+    try:
+        return all(file.stat().st_mtime < _STARTED for file in _user_modules())
+    except OSError:
+        return False
 
 
 def _tree(module: Path) -> ast.Module:
