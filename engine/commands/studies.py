@@ -42,6 +42,12 @@ RiskyOption = Annotated[
 LabelsOption = Annotated[
     Literal["hard", "soft"], typer.Option(help="Labels of generated samples: their class, or their soft label.")
 ]
+HeldOutOption = Annotated[
+    float,
+    typer.Option(
+        metavar="X", help="Share of the accepted samples that is not trained on but tested; 0 switches it off."
+    ),
+]
 CalibrateOption = Annotated[
     str | None,
     typer.Option(
@@ -65,6 +71,7 @@ def retrain(
     steps: Annotated[int, typer.Option(metavar="N", help="Steps of each training run.")] = 200,
     mix: Annotated[float, typer.Option(metavar="X", help="Share of generated images in a batch.")] = 0.2,
     labels: LabelsOption = "hard",
+    held_out: HeldOutOption = 0.2,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images per batch.")] = 64,
     learning_rate: Annotated[float, typer.Option(metavar="X", help="Peak learning rate of AdamW.")] = 3e-4,
     calibrate: CalibrateOption = None,
@@ -89,6 +96,7 @@ def retrain(
         labels=labels,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        held_out=held_out,
     )
     with stop_on_signals(NOTHING_STORED):
         let_import_of_run(run, open_study(run).job)
@@ -171,6 +179,7 @@ def evaluate(
 
 def _print_retrained(retrained: Retrained) -> None:
     """Print tables by context, findings, the data trained on, and the paths of the results."""
+    from engine.commands.comparison import print_rescored
     from engine.studies.retrain.inputs import DOCUMENT, MODEL
     from engine.studies.retrain.tables import accuracy_table, agreement_table
 
@@ -181,7 +190,10 @@ def _print_retrained(retrained: Retrained) -> None:
     for finding in retrained.findings:
         print(finding)
     print()
+    print_rescored(retrained.rescored)
+    print()
     print(f"generated    {retrained.arms.num_samples} samples in each of {', '.join(retrained.arms.pools)}")
+    print(f"held out     {len(retrained.arms.held_out)} accepted samples, by start and seed")
     for arm, reason in retrained.arms.left_out.items():
         print(f"left out     {arm}: {reason}")
     for name, data in document["data"].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.data.images import ImageSource
+from engine.data.run.file_names import RESCORED
 from engine.data.stores.base import Store
 from engine.data.stores.folder import FolderStore
 from engine.data.stores.opening import refuse_objects
@@ -26,6 +28,7 @@ from engine.models.trainable import Trainable, load_trainable
 from engine.studies.output_folders import check_folder
 from engine.studies.retrain.arms import Arms, choose_arms, make_arms
 from engine.studies.retrain.finetune import predict, training_device
+from engine.studies.retrain.held_out import FEW_HELD_OUT
 from engine.studies.retrain.image_tensors import GeneratedSet, ImageSet, read_generated, read_images
 from engine.studies.retrain.options import RetrainOptions
 from engine.studies.samples import StudiedRun, check_target, open_study
@@ -84,7 +87,7 @@ def check_study(uri: str, options: RetrainOptions, folder: str | None) -> Study:
     options.check()
     run = open_study(uri)
     home = _home(run.store, folder)
-    check_folder(home, DOCUMENT, (DOCUMENT, MODEL), STUDY)
+    check_folder(home, DOCUMENT, (DOCUMENT, MODEL, RESCORED), STUDY)
     plain, risky = choose_arms(run, options)
     check_target(run)
     _check_apart(home, run)
@@ -109,12 +112,15 @@ def read_material(
     display.phase("reading samples and images")
     generated = _read_generated(study, preprocessing, scorable, display)
 
+    contexts = {_plain_context(text): text for request in study.run.job.requests for text in request.contexts or ()}
+
     def read(source: ImageSource, option: str, address: str) -> ImageSet:
-        return scorable.of(read_images(source, option, address, preprocessing, display), option)
+        images = read_images(source, option, address, preprocessing, display)
+        return scorable.of(images.named(lambda text: contexts.get(_plain_context(text), text)), option)
 
     options = study.options
     material = Material(
-        arms=make_arms(study.run, generated, study.plain, study.risky),
+        arms=make_arms(study.run, generated, study.plain, study.risky, options.held_out),
         generated=generated,
         real=read(real, "--real", options.real),
         test=read(test, "--test", options.test),
@@ -126,6 +132,11 @@ def read_material(
     _check_sizes(material, options)
     _note_limitations(material, options, display)
     return material
+
+
+def _plain_context(text: str) -> str:
+    """A context for comparisons with those of the run: folders may be named in other ways than prompts."""
+    return " ".join(unicodedata.normalize("NFC", text).replace("_", " ").casefold().split())
 
 
 def _read_generated(study: Study, preprocessing: Preprocessing, scorable: _Scorable, display: Display) -> GeneratedSet:
@@ -166,6 +177,11 @@ def _note_limitations(material: Material, options: RetrainOptions, display: Disp
         display.notice(f"arm {arm} is left out: {reason}")
     if arms.num_samples < FEW_SAMPLES:
         display.notice(f"each arm has only {arms.num_samples} generated samples; differences may be chance")
+    if options.held_out and len(arms.held_out) < FEW_HELD_OUT:
+        display.notice(
+            f"--held-out: only {len(arms.held_out)} generated samples are held out, too few for their row to say much;"
+            " make more samples, or give a larger share"
+        )
     if options.labels == "soft" and bool((material.generated.samples.targets.max(1).values == 1).all()):
         display.notice("--labels soft: all samples are of single classes, whose soft labels are the hard ones")
 
