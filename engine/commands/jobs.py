@@ -71,6 +71,7 @@ def plan(
     target = _described_target(spec)
     if as_json:
         fields = _cost_fields(spec, cost, price_per_hour) | {"target": target} | _further_targets(spec)
+        fields |= {"retrain": _described_training(spec)}
         print_json(fields | ({"guidance_decoder": advice} if advice else {}))
     else:
         _print_cost(spec, cost, price_per_hour)
@@ -233,7 +234,7 @@ def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     missing, target = missing_artefacts(job), _described_target(job)
     if as_json:
         checked = {"valid": True, "classes_checked": labels is not None, "to_prepare": missing, "target": target}
-        print_json(checked | _further_targets(job))
+        print_json(checked | _further_targets(job) | {"retrain": _described_training(job)})
         return
     print(f"{path} is valid")
     _print_target(job, target)
@@ -260,6 +261,14 @@ def _further_targets(job: JobSpec) -> dict[str, Any]:
     return {"further_targets": targets} if targets else {}
 
 
+def _described_training(job: JobSpec) -> dict[str, Any]:
+    """Whether `retrain` can fine-tune the target, and a line that says what to do where it cannot."""
+    from engine.models.trainability import training_line, untrainable
+
+    address = job.models.target
+    return {"can_train": not untrainable(address), "line": training_line(address, job.output.uri)}
+
+
 def _print_target(job: JobSpec, target: dict[str, Any]) -> None:
     """Print the temperature of the target; where its artefact is missing, that it has to be made."""
     from engine.models.calibration import temperature_text
@@ -274,6 +283,7 @@ def _print_target(job: JobSpec, target: dict[str, Any]) -> None:
         print(f"target {number + 2}: {one['address']} guides too" + (f"; its temperature: {own}" if own else ""))
     if further := len(job.models.further_targets):
         print(f"each guided step differentiates {further + 1} targets")
+    print(_described_training(job)["line"])
     if job.oracle_guides:
         print(f"guidance differentiates the oracle {job.models.all_oracles[-1]} too; acceptance does not ask it")
 

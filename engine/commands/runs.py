@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -101,7 +100,7 @@ def retry(
     max_duration: DurationOption = None,
 ) -> None:
     """Retry the shards in quarantine, and make everything else that is missing."""
-    from engine.commands.jobfile import let_import
+    from engine.commands.jobfile import let_import_of_run
     from engine.data.run.stored_plan import stored_plan
     from engine.data.stores.opening import open_store
     from engine.job.parsing import apply_overrides, parse_job
@@ -109,7 +108,7 @@ def retry(
     limits = _limits(grace, deadline, max_duration)
     check_address(address, executor)
     spec, _ = stored_plan(open_store(run))
-    let_import(spec, Path.cwd())
+    let_import_of_run(run, spec)
     if workers is not None:
         spec = parse_job(apply_overrides(spec.model_dump(mode="json"), [("runtime.workers", workers)]))
     _run(spec, executor, address, resume="auto", confirmed=False, limits=limits, retry=True)
@@ -156,11 +155,11 @@ def verify(
     with contextlib.closing(make_display()) as display:
         verdict = verify_run(store, display.advance)
         if deep and not verdict.damage:
-            from engine.commands.jobfile import let_import
+            from engine.commands.jobfile import let_import_of_run
             from engine.data.run.stored_plan import stored_plan
             from engine.generation.rescorer import rescore
 
-            let_import(stored_plan(store)[0], Path.cwd())
+            let_import_of_run(run, stored_plan(store)[0])
             verdict = dataclasses.replace(
                 verdict, findings=verdict.findings + tuple(rescore(store, advance=display.advance))
             )
