@@ -21,10 +21,10 @@ from engine.commands.arguments import (
     load_job,
     make_executor,
 )
-from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json, print_some
+from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json, print_some, warn
 from engine.commands.stopping import stop_on_signals
 from engine.driver.executors.registry import DEFAULT_EXECUTOR
-from engine.errors import EXIT_DAMAGED
+from engine.errors import EXIT_DAMAGED, EXIT_INCOMPLETE, EXIT_OK
 from engine.terminal import show as print
 
 if TYPE_CHECKING:
@@ -47,6 +47,12 @@ DeadlineOption = Annotated[
 DurationOption = Annotated[
     str | None, typer.Option(metavar="DURATION", help="Stop in an orderly way after this long, e.g. 8h.")
 ]
+StrictOption = Annotated[
+    bool,
+    typer.Option(
+        "--strict", help="End with exit code 3 where a request's draws never pass, or its rule accepts nothing."
+    ),
+]
 
 
 def run(
@@ -66,6 +72,7 @@ def run(
     grace: GraceOption = DEFAULT_GRACE,
     deadline: DeadlineOption = None,
     max_duration: DurationOption = None,
+    strict: StrictOption = False,
     set_: SetOption = None,
 ) -> None:
     """Make the samples of a job; run the same command again to continue after an interruption."""
@@ -75,7 +82,7 @@ def run(
     from engine.commands.jobfile import quoting_comments
 
     with quoting_comments(job):
-        _run(spec, executor, address, resume=resume, confirmed=yes, limits=limits)
+        _run(spec, executor, address, resume=resume, confirmed=yes, limits=limits, strict=strict)
 
 
 def retry(
@@ -86,6 +93,7 @@ def retry(
     grace: GraceOption = DEFAULT_GRACE,
     deadline: DeadlineOption = None,
     max_duration: DurationOption = None,
+    strict: StrictOption = False,
 ) -> None:
     """Retry the shards in quarantine, and make everything else that is missing."""
     from engine.commands.jobfile import let_import
@@ -99,7 +107,7 @@ def retry(
     let_import(spec, Path.cwd())
     if workers is not None:
         spec = parse_job(apply_overrides(spec.model_dump(mode="json"), [("runtime.workers", workers)]))
-    _run(spec, executor, address, resume="auto", confirmed=False, limits=limits, retry=True)
+    _run(spec, executor, address, resume="auto", confirmed=False, limits=limits, retry=True, strict=strict)
 
 
 def status(
@@ -204,6 +212,7 @@ def _run(
     resume: str,
     confirmed: bool,
     limits: SchedulerLimits,
+    strict: bool,
     retry: bool = False,
 ) -> None:
     """Run a job and exit with its exit code."""
@@ -220,7 +229,8 @@ def _run(
             retry=retry,
         )
     _print_summary(summary)
-    raise typer.Exit(summary.exit_code)
+    is_failed = strict and summary.warnings and summary.exit_code == EXIT_OK
+    raise typer.Exit(EXIT_INCOMPLETE if is_failed else summary.exit_code)
 
 
 def _limits(grace: str, deadline: str | None, max_duration: str | None) -> SchedulerLimits:
@@ -246,6 +256,7 @@ def _print_summary(summary: RunSummary) -> None:
         print(f"{summary.uri} is complete: all {summary.num_shards} shards exist, nothing to do")
     if summary.groups:
         make_console().print(medians_table(summary.groups))
+    print_some(summary.quotas, "manifest.json")
     print_some(summary.remarks, "manifest.json")
     if not summary.was_complete:
         print(f"{summary.num_committed} of {summary.num_shards} shards in {summary.uri} ({duration(summary.seconds)})")
@@ -258,6 +269,10 @@ def _print_summary(summary: RunSummary) -> None:
 
 def _complain_summary(summary: RunSummary) -> None:
     """Print on stderr what is missing from a run, and why."""
+    for text in summary.warnings[:MAX_LISTED]:
+        warn(text)
+    if len(summary.warnings) > MAX_LISTED:
+        complain(f"and {len(summary.warnings) - MAX_LISTED} more warnings, in the manifest")
     if summary.short:
         complain(f"error: {len(summary.short)} quotas are not filled within max_attempts:")
         for line in summary.short[:MAX_LISTED]:
