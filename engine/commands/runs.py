@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -21,10 +22,10 @@ from engine.commands.arguments import (
     load_job,
     make_executor,
 )
-from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json, print_some
+from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json, print_some, warn
 from engine.commands.stopping import stop_on_signals
 from engine.driver.executors.registry import DEFAULT_EXECUTOR
-from engine.errors import EXIT_DAMAGED, RiskforgeError
+from engine.errors import EXIT_DAMAGED, EXIT_INCOMPLETE, EXIT_OK, RiskforgeError
 from engine.terminal import show as print
 
 if TYPE_CHECKING:
@@ -46,6 +47,12 @@ DeadlineOption = Annotated[
 ]
 DurationOption = Annotated[
     str | None, typer.Option(metavar="DURATION", help="Stop in an orderly way after this long, e.g. 8h.")
+]
+StrictOption = Annotated[
+    bool,
+    typer.Option(
+        "--strict", help="End with exit code 3 where a request's draws never pass, or its rule accepts nothing."
+    ),
 ]
 
 
@@ -73,6 +80,7 @@ def run(
             metavar="FILE", help="Compare the run with this baseline at its end (see `compare --pin`), in its report."
         ),
     ] = None,
+    strict: StrictOption = False,
     set_: SetOption = None,
 ) -> None:
     """Make the samples of a job; run the same command again to continue after an interruption."""
@@ -87,7 +95,7 @@ def run(
         # Refused now and not at the end of the night.
         read_baseline(baseline)
     with quoting_comments(job):
-        _run(spec, executor, address, resume=resume, confirmed=yes, limits=limits, baseline=baseline)
+        _run(spec, executor, address, resume=resume, confirmed=yes, limits=limits, strict=strict, baseline=baseline)
 
 
 def retry(
@@ -98,6 +106,7 @@ def retry(
     grace: GraceOption = DEFAULT_GRACE,
     deadline: DeadlineOption = None,
     max_duration: DurationOption = None,
+    strict: StrictOption = False,
 ) -> None:
     """Retry the shards in quarantine, and make everything else that is missing."""
     from engine.commands.jobfile import let_import_of_run
@@ -111,7 +120,7 @@ def retry(
     let_import_of_run(run, spec)
     if workers is not None:
         spec = parse_job(apply_overrides(spec.model_dump(mode="json"), [("runtime.workers", workers)]))
-    _run(spec, executor, address, resume="auto", confirmed=False, limits=limits, retry=True)
+    _run(spec, executor, address, resume="auto", confirmed=False, limits=limits, retry=True, strict=strict)
 
 
 def status(
@@ -217,6 +226,7 @@ def _run(
     resume: str,
     confirmed: bool,
     limits: SchedulerLimits,
+    strict: bool,
     retry: bool = False,
     baseline: Path | None = None,
 ) -> None:
@@ -236,7 +246,8 @@ def _run(
     _print_summary(summary)
     if baseline is not None and summary.report and summary.drained in ("", "deadline"):
         _compare_with_pin(summary.uri, baseline)
-    raise typer.Exit(summary.exit_code)
+    is_failed = strict and summary.warnings and summary.exit_code == EXIT_OK
+    raise typer.Exit(EXIT_INCOMPLETE if is_failed else summary.exit_code)
 
 
 def _compare_with_pin(run: str, baseline: Path) -> None:
@@ -279,6 +290,7 @@ def _print_summary(summary: RunSummary) -> None:
         print(f"{summary.uri} is complete: all {summary.num_shards} shards exist, nothing to do")
     if summary.groups:
         make_console().print(medians_table(summary.groups))
+    print_some(summary.quotas, "manifest.json")
     print_some(summary.remarks, "manifest.json")
     if not summary.was_complete:
         print(f"{summary.num_committed} of {summary.num_shards} shards in {summary.uri} ({duration(summary.seconds)})")
@@ -291,6 +303,10 @@ def _print_summary(summary: RunSummary) -> None:
 
 def _complain_summary(summary: RunSummary) -> None:
     """Print on stderr what is missing from a run, and why."""
+    for text in summary.warnings[:MAX_LISTED]:
+        warn(text)
+    if len(summary.warnings) > MAX_LISTED:
+        complain(f"and {len(summary.warnings) - MAX_LISTED} more warnings, in the manifest")
     if summary.short:
         complain(f"error: {len(summary.short)} quotas are not filled within max_attempts:")
         for line in summary.short[:MAX_LISTED]:
