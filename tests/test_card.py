@@ -233,7 +233,7 @@ def test_the_card_of_an_export(tmp_path: Path, kind: str, with_real: bool, with_
     assert (f"and {counts['real']} real ones (`method` is `real`, `scored` is false)" in card) == with_real
     assert ("those of real images are of their data set" in card) == with_real
     assert (f"**{counts['samples']['rejected']} images were rejected by the rule" in card) == with_rejected
-    assert ("classes.json" in card) == (kind == "imagefolder")
+    assert ("folders.json" in card) == (kind == "imagefolder") and "`classes.json`" in card
     assert ("dataset_info" in yaml.safe_load(card.split("---\n")[1])) == (kind == "webdataset")
 
 

@@ -102,16 +102,16 @@ def test_a_merge_has_the_samples_of_its_runs(first: Path, second: Path, tmp_path
     for tar in sorted((tmp_path / "out" / "shards").glob("*.tar")):
         assert inspect_pair(tar, tar.with_suffix(".parquet")).counts.ok in (10, len(out) % 10)
     assert list(out) != sorted(out) and done.manifest["counts"]["images"] == len(out)
-    assert done.remarks == (
-        f"{second} is not finished: 3 committed shards so far",
-        f"{second}: its keys were taken already, and begin with r2- now",
-    )
+    assert done.remarks == (f"{second} is not finished: 3 committed shards so far",)
+    [notice] = done.notices
+    assert f"{second}: has the name 'demo' of {first}, and other images under " in notice
+    assert "all its keys begin with r2- in the new data set, such as r2-demo-000-" in notice
 
 
 def test_the_folder_is_as_complete_as_a_run(first: Path, tmp_path: Path) -> None:
     export((str(first),), ExportOptions(output=str(tmp_path / "out"), condition="risk > 1", name="some-name"))
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"shards", "metadata.parquet", "manifest.json", "README.md", "_SUCCESS"}
+    assert names == {"shards", "metadata.parquet", "manifest.json", "classes.json", "README.md", "_SUCCESS"}
     assert sorted(path.name for path in (tmp_path / "out" / "shards").iterdir()) == [
         "_info.json", "some-name-000000.parquet", "some-name-000000.tar", "wids.json",
     ]  # fmt: skip
@@ -155,7 +155,7 @@ def test_what_two_runs_have_in_common_is_taken_once(first: Path, tmp_path: Path)
     num_some = len(engine.open_run(str(tmp_path / "some")))
     assert done.manifest["sources"][1]["num_identical"] == num_some > 0
     assert len(images_of(tmp_path / "all")) == len(engine.open_run(str(first)).samples)
-    assert f"{num_some} samples are in an earlier run too" in done.remarks[0]
+    assert f"{num_some} samples are in an earlier run too" in done.notices[0]
 
 
 def test_what_a_third_run_shares_with_a_renamed_one_is_taken_once(first: Path, second: Path, tmp_path: Path) -> None:
@@ -382,7 +382,13 @@ def test_near_duplicates_go_and_are_listed(composed: Path, tmp_path: Path) -> No
     with (tmp_path / "out" / "duplicates.csv").open(newline="") as file:
         gone = {row["dropped"]: row for row in csv.DictReader(file)}
     about = done.manifest["deduplication"]
-    assert about == {"threshold": 0.95, "clip": "zoo:digits/clip", "dropped": len(gone), "list": "duplicates.csv"}
+    cells = about.pop("cells")
+    assert about == {
+        "threshold": 0.95, "clip": "zoo:digits/clip", "dropped": len(gone), "topped_up": 0, "list": "duplicates.csv"
+    }  # fmt: skip
+    assert sum(cell["dropped"] for cell in cells) == len(gone)
+    for cell in cells:
+        assert cell["kept"] + cell["missing"] <= cell["wanted"] and cell["missing"] == cell["dropped"]
     rows = engine.open_run(str(composed)).samples.to_table(["key", "class_index"]).to_pylist()
     clip, images = Clip.load("zoo:digits/clip"), images_of(composed)
     embeds = [clip.image_embeds([decode_rgb(images[row["key"]][0])])[0] for row in rows]

@@ -166,12 +166,12 @@ def test_torchvision_gives_the_labels_of_the_shards(
     data = names["folder"]
     found = {Path(path).stem: data[number][1] for number, (path, _) in enumerate(data.samples)}
     assert found == {key: label for key, label in wanted.items() if key in found} and len(found) >= 4
-    labels = json.loads((out / "classes.json").read_text())
+    labels = json.loads((out / "folders.json").read_text())
     assert list(labels.values()) == list(range(10)) and (list(labels) == list(NAMES)) == (folders == "name")
     plain = torchvision.datasets.ImageFolder(out)
     is_plain = [label for _, label in plain.samples] == [wanted[Path(path).stem] for path, _ in plain.samples]
     assert is_plain == (folders == "index" and not condition)
-    assert any("classes.json" in remark for remark in done.remarks) == (not is_plain)
+    assert any("folders.json" in remark for remark in done.remarks) == (not is_plain)
 
 
 @pytest.mark.parametrize("which", ["run", "merged"])
