@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -30,6 +31,7 @@ else:
 
 # Of a value of a record, on a terminal.
 MAX_VALUE_CHARS = 1000
+MAX_COLUMNS = 100
 
 RunsArgument = Annotated[
     list[str],
@@ -258,7 +260,7 @@ def _preview(runs: list[str], options: ExportOptions, as_json: bool) -> None:
     for run in document["runs"]:
         print(f"{run['uri']}: {run['num_taken']} samples")
     for notice in document["notices"]:
-        print(notice)
+        print(_wrapped(notice))
     real = ", and real ones" if options.real is not None else ""
     more = " before near duplicates are left out" if options.deduplicate is not None else ""
     print(f"{document['images']} images{more}{real} would be in {document['output']}; nothing is written")
@@ -268,17 +270,22 @@ def _export(runs: list[str], options: ExportOptions, as_json: bool) -> None:
     from engine.data.reading.export import export as export_runs
 
     # Before work begins, whatever becomes of it.
-    notify = complain if as_json else print
+    say = complain if as_json else print
     with stop_on_signals(NOTHING_STORED), contextlib.closing(make_display()) as display:
-        exported = export_runs(tuple(runs), options, display.advance, notify)
+        exported = export_runs(tuple(runs), options, display.advance, lambda notice: say(_wrapped(notice)))
     if as_json:
         print_json(exported.manifest)
         return
     for line in exported.remarks:
-        print(line)
+        print(_wrapped(line))
     counts = exported.manifest["counts"]
     real = f", {counts['real']} of them real" if counts["real"] else ""
     print(f"{counts['images']} images{real} in {exported.path}")
+
+
+def _wrapped(text: str) -> str:
+    """A line for a terminal, continued below where it is long."""
+    return textwrap.fill(text, MAX_COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _print_inspection(inspection: Inspection) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from engine.data.reading.format_registry import Written
-from engine.data.reading.origins import Origin
+from engine.data.reading.origins import Origin, total_counts
 from engine.data.run.card import (
     card_config,
     code,
@@ -91,7 +91,12 @@ def _header_licence(licence: str) -> dict[str, str]:
 
 def _summary(manifest: dict[str, Any]) -> str:
     counts = manifest["counts"]
-    real = f", and {counts['real']} real ones (`method` is `real`, `scored` is false)." if counts["real"] else "."
+    real = (
+        f", and {counts['real']} real ones (`method` is `real`, `scored` is false): no model scored these, and what"
+        " their columns of scores hold (0, false or -1) means nothing."
+        if counts["real"]
+        else "."
+    )
     lines = [
         f"{counts['images']} images: {counts['generated']} synthetic ones, sampled from text-to-image diffusion models"
         f" by Riskforge to find where an image classifier, the target, errs or hesitates{real}",
@@ -131,7 +136,11 @@ def _deduplication(deduplication: dict[str, Any]) -> list[str]:
         "",
         f"{deduplication['dropped']} near duplicates were left out (cosine of {clip} embeddings"
         f" from {deduplication['threshold']:g} on, within a class); `{deduplication['list']}` names them."
-        f" {deduplication['topped_up']} samples beyond the quotas took their place.",
+        + (
+            f" {deduplication['topped_up']} samples beyond the quotas took their place."
+            if deduplication["dropped"]
+            else ""
+        ),
     ]
     short = [cell for cell in deduplication["cells"] if cell["missing"]]
     if short:
@@ -195,23 +204,32 @@ def _sources(manifest: dict[str, Any]) -> str:
 
 
 def _requests(origins: Sequence[Origin]) -> str:
-    """What each run was asked for: method, prompt, contexts, guidance and rule of every request."""
-    lines = ["## How it was made", "", "What was asked of each run, whatever was selected of it since."]
-    for origin in origins[:MAX_RUNS]:
-        lines += ["", f"### {code(origin.name or origin.uri, table=False)}", "", *_of_origin(origin)]
-    if len(origins) > MAX_RUNS:
-        lines += ["", f"{len(origins) - MAX_RUNS} more runs are in `{MANIFEST}`."]
+    """What each run was asked for: method, prompt, contexts, guidance and rule of every request; equal jobs once."""
+    groups: dict[str, list[Origin]] = {}
+    for origin in origins:
+        groups.setdefault("\n".join(_of_origins([origin], with_outcome=False)), []).append(origin)
+    lines = ["## How it was made", "", "What the runs were asked for, whatever was selected of them since."]
+    for group in list(groups.values())[:MAX_RUNS]:
+        uris = [code(origin.uri, table=False) for origin in group[:MAX_RUNS]]
+        more = f" and {len(group) - MAX_RUNS} more" if len(group) > MAX_RUNS else ""
+        lines += ["", f"### {code(group[0].name or group[0].uri, table=False)}", ""]
+        lines += [f"{'Runs' if len(group) > 1 else 'Run'}: {', '.join(uris)}{more}.", "", *_of_origins(group)]
+    if len(groups) > MAX_RUNS:
+        lines += ["", f"{len(groups) - MAX_RUNS} more jobs are in `{MANIFEST}`."]
     return "\n".join(lines)
 
 
-def _of_origin(origin: Origin) -> list[str]:
-    job = origin.parsed_job()
+def _of_origins(origins: Sequence[Origin], *, with_outcome: bool = True) -> list[str]:
+    """The requests of runs that differ in their seeds at most."""
+    job = origins[0].parsed_job()
     if job is None:
-        return [f"The job of {code(origin.uri, table=False)} is not known."]
-    for counts in (origin.counts, {}):
+        return ["Its job is not known."]
+    for counts in (total_counts(origins) if with_outcome else {}, {}):
         with suppress(*_ODD_COUNTS):
-            return request_lines(job, counts)
-    return [f"The job of {code(origin.uri, table=False)} cannot be read."]
+            lines = request_lines(job, counts)
+            is_one = with_outcome and len(origins) == 1
+            return lines if is_one else [line for line in lines if not line.startswith("  - fresh:")]
+    return ["Its job cannot be read."]
 
 
 def _models(origins: Sequence[Origin]) -> str:

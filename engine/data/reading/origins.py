@@ -5,7 +5,8 @@ Anybody may have written a manifest: what is not of its kind is left out, and a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,30 @@ def distinct(origins: Iterable[Origin]) -> tuple[Origin, ...]:
     for origin in origins:
         known.setdefault(repr((origin.plan_digest or origin.uri, origin.name, origin.models)), origin)
     return tuple(known.values())[:MAX_ORIGINS]
+
+
+def total_counts(origins: Sequence[Origin]) -> dict[str, Any]:
+    """The counts of runs of one job together.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: they are such as no run writes.
+    """
+    if len(origins) == 1:
+        return origins[0].counts
+    total: dict[str, Any] = {name: {} for name in _COUNTS}
+    for origin in origins:
+        for name in ("requests", "guidance"):
+            for request, counts in origin.counts[name].items():
+                total[name].setdefault(request, Counter()).update(counts)
+        for request, rows in origin.counts["screening"].items():
+            total["screening"].setdefault(request, []).extend(rows)
+        for request, rows in origin.counts["quotas"].items():
+            missing = total["quotas"].setdefault(request, {})
+            for row in rows:
+                entry = missing.setdefault(row["class"], {"class": row["class"], "missing": 0})
+                entry["missing"] += row["missing"]
+    total["quotas"] = {request: list(rows.values()) for request, rows in total["quotas"].items()}
+    return total
 
 
 def _origin(raw: dict[str, Any]) -> Origin:

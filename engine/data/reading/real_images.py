@@ -151,9 +151,11 @@ class RealImages:
         """Refuse to mix in fewer images than were asked for."""
         if wanted.per_class is None:
             if (most := self.usable.total()) < wanted.count:
+                others = self.num_of_other_classes
+                of_others = f" (and {others} of classes that no sample has: --real-classes all)" if others else ""
                 raise JobError(
-                    f"--real-ratio: asks for {wanted.count} real images, and '{address}' has {most} that can be used;"
-                    " give a lower ratio or more images"
+                    f"--real-ratio: asks for {wanted.count} real images, and '{address}' has {most} that can be used"
+                    f"{of_others}; give a lower ratio or more images"
                 )
             return
         lacking = [label for label in sorted(wanted.classes) if self.usable[label] < wanted.needed(label)]

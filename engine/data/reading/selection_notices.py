@@ -17,10 +17,10 @@ def _key_notices(corpus: Corpus, selection: Selection) -> Iterator[str]:
     for number, prefix in sorted(selection.prefixes.items()):
         source, (count, key) = corpus.runs[number], selection.clashes[number]
         named = next((other for other in corpus.runs[:number] if other.name == source.name), None)
-        why = f"has the name '{source.name}' of {named.uri}" if named else "has keys of an earlier run"
+        why = f"is named '{source.name}' like {named.uri}" if named else "has keys of an earlier run"
         yield (
-            f"{source.uri}: {why}, and other images under {count} of its keys: all its keys begin with"
-            f" {prefix} in the new data set, such as {prefix}{key}"
+            f"{source.uri}: {why}, and has other images under {count} of its keys: in the new data set all its keys"
+            f" begin with {prefix}, such as {prefix}{key}"
         )
 
 

@@ -241,8 +241,7 @@ def _amount(request: RequestSpec) -> str:
     if not request.has_quota:
         return f"{request.count} for each class or subset and context"
     return (
-        f"{request.num_wanted} accepted ones for each class or subset, from at most {request.attempts_limit} attempts "
-        "(`surplus` in metadata.parquet marks what is beyond)"
+        f"{request.num_wanted} accepted ones for each class or subset, from at most {request.attempts_limit} attempts"
     )
 
 
