@@ -227,6 +227,7 @@ def comparison(monkeypatch: pytest.MonkeyPatch, crossed: tuple[str, ...] = ()) -
     monkeypatch.setattr("engine.studies.compare.program.compare_runs", compare_runs)
     monkeypatch.setattr("engine.studies.compare.limits.crossed_limits", crossed_limits)
     monkeypatch.setattr("engine.studies.compare.tables.comparison_tables", lambda comparison: [])
+    monkeypatch.setattr("engine.studies.compare.tables.comparison_title", lambda comparison: "title")
     monkeypatch.setattr("engine.studies.compare.tables.failure_lists", lambda comparison: [])
     monkeypatch.setattr("engine.studies.compare.tables.comparison_document", lambda *_: {})
     return asked
