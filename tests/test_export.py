@@ -511,7 +511,7 @@ def test_inspect_shows_and_saves_one_sample(first: Path, tmp_path: Path, capsys:
 
 
 def test_inspect_lists_what_a_filter_selects(first: Path, second: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Keys from the highest risk on, with class, context, prediction and risk; as many as asked for, and of how many."""
+    """Keys from the highest risk on, with class, context, prediction and risk; no more than asked for."""
     chosen = engine.open_run(str(first)).filter("scored and risk > 1").to_table().to_pylist()
     chosen.sort(key=lambda row: (-row["risk"], row["key"]))
     assert riskforge("inspect", first, "--filter", "scored and risk > 1", "--limit", "3") == 0
@@ -571,9 +571,10 @@ def test_images_of_a_damaged_tar_are_named(first: Path, tmp_path: Path, capsys: 
     [tar, *_] = sorted((run / "shards").glob("*.tar"))
     lost = [key for key, _, _, _ in read_shard(tar)]
     tar.unlink()
-    assert riskforge("inspect", run, "--filter", "status != 'failed'", "--save", tmp_path / "some") == 1
+    assert riskforge("inspect", run, "--filter", "status != 'failed'", "--save", tmp_path / "some") == 2
     err = capsys.readouterr().err
-    assert f"no image of {len(lost)} samples" in err and all(key in err for key in lost[:2])
+    assert f"no image of {len(lost)} samples" in err and f"error: {tar}: is missing" in err
+    assert all(f"{key}: " in err for key in lost[:20])
     assert len(list((tmp_path / "some").iterdir())) == len(images_of(first)) - len(lost)
     samples = list_samples(engine.open_run(str(first)).filter("accepted"), 1)
     planted = [dataclasses.replace(sample, key="../planted") for sample in samples]

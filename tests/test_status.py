@@ -96,6 +96,7 @@ def test_requests_are_counted(store):
 def test_a_finished_run_has_its_errors_and_its_pin(call, tmp_path):
     """Accepted of wanted, errors and valid failures as the filters count them, and the pinned night."""
     old, new = (make_run(tmp_path / name, seed=seed) for name, seed in (("old", 0), ("new", 1)))
+    assert call("report", str(new))[0] == 0
     assert read_status(open_store(str(new))).pinned is None
     assert call("compare", str(old), "--pin", str(tmp_path / "pin.json"))[0] == 0
     assert call("compare", str(new), "--baseline", str(tmp_path / "pin.json"))[0] == 0
